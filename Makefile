@@ -1,0 +1,54 @@
+# make demo | make test | make check: each sets itself up in .venv; Python >= 3.10 and make are all that is needed.
+PYTHON ?= python3
+BIN := .venv/bin
+PACKAGES := shards pipeline train cli
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check format wheel-check clean
+
+help:
+	@echo "make demo    shards, statistics, training and evaluation on a small set made on the spot"
+	@echo "make test    the test suite"
+	@echo "make check   format, lint, types, tests"
+
+# The stamp is newer than what it was made from, so an edited dependency list reinstalls.
+.venv/installed: pyproject.toml setup.cfg constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "alexprep needs Python >= 3.10; try make PYTHON=python3.12")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e . --group dev
+	touch $@
+
+# Links that give type checkers the import names; see CONTRIBUTING in README.md.
+build/types: Makefile
+	mkdir -p build/types/alexprep
+	for p in $(PACKAGES); do ln -sfn ../../../$$p build/types/alexprep/$$p; done
+	touch $@
+
+demo: .venv/installed
+	$(BIN)/alexprep demo
+
+test: .venv/installed
+	$(BIN)/pytest -q
+
+check: .venv/installed build/types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/pytest -q
+
+format: .venv/installed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+# The built wheel, in an environment of its own, run from another directory.
+wheel-check: .venv/installed
+	rm -rf build/wheel build/wheel-env build/lib build/bdist.*
+	$(BIN)/python -m build --quiet --wheel --outdir build/wheel
+	$(PYTHON) -m venv build/wheel-env
+	build/wheel-env/bin/python -m pip install --quiet -c constraints.txt build/wheel/*.whl
+	cd / && "$(CURDIR)/build/wheel-env/bin/alexprep" --help
+	cd / && "$(CURDIR)/build/wheel-env/bin/python" -c 'import alexprep.shards, alexprep.pipeline, alexprep.train, alexprep.cli; print("wheel ok")'
+
+clean:
+	rm -rf .venv build demo

@@ -1,0 +1,208 @@
+"""Inputs and options → which shard holds what. Written first and never changed: a shard is a pure function of the plan."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from alexprep.shards import labels
+from alexprep.shards.codec import Target
+from alexprep.shards.errors import AlexprepError
+from alexprep.shards.files import digest_json, publish_json, published
+from alexprep.shards.layout import FORMAT_VERSION, PLAN, PLAN_TABLE, read_json
+from alexprep.shards.permute import permutation
+from alexprep.shards.resample import FILTERS
+from alexprep.shards.sources.base import Source
+from alexprep.shards.versions import versions
+
+# An ImageNet shard is then about 28 MB. Smaller sets get at least 16 shards of at least 64, so that workers can share them.
+SHARD_SAMPLES = 1024
+_MANY, _FEW = 16, 64
+_SPLIT_STREAM = {"train": 0, "val": 1, "test": 2}
+
+_TABLE = pa.schema(
+    [
+        ("split", pa.string()),
+        ("shard", pa.uint32()),
+        ("row", pa.uint32()),
+        ("label", pa.int32()),
+        ("location", pa.binary()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class ShardOptions:
+    """Everything that decides what the shards hold.
+
+    Attributes:
+        target: the form of the images.
+        seed: of the global shuffle before the inputs are cut into shards.
+        shard_samples: inputs a shard; None for 1,024, or fewer where the set is small.
+        labels: see `alexprep.shards.labels.class_order`.
+        limit: at most so many inputs of each split, picked by the shuffle; None for all.
+    """
+
+    target: Target = field(default_factory=Target)
+    seed: int = 0
+    shard_samples: int | None = None
+    labels: str = labels.SORTED
+    limit: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuses values out of bounds, with AlexprepError."""
+        t = self.target
+        for name, value, low, high in (
+            ("--size", t.size, 1, 8192),
+            ("--quality", t.quality, 1, 100),
+            ("--seed", self.seed, 0, 2**63 - 1),
+            ("--shard-samples", self.shard_samples, 1, 10**6),
+            ("--limit", self.limit, 1, 10**9),
+        ):
+            if value is not None and not low <= value <= high:
+                raise AlexprepError(f"{name} {value} is not between {low:,} and {high:,}")
+        if t.filter not in FILTERS:
+            raise AlexprepError(f"--filter {t.filter} is not one of {', '.join(FILTERS)}")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One shard of the plan: its split, number in the split, and first row in the split's order."""
+
+    split: str
+    number: int
+    first_row: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A plan on disk: `document` is plan.json, `folder` the data set's folder."""
+
+    folder: Path
+    document: dict[str, Any]
+
+    @property
+    def digest(self) -> str:
+        """The plan's identity, hex sha256."""
+        return digest_json(self.document)
+
+    def shards(self) -> list[Shard]:
+        """All shards, in order."""
+        size = self.document["shard_samples"]
+        return [
+            Shard(split, number, number * size)
+            for split, record in self.document["splits"].items()
+            for number in range(record["shards"])
+        ]
+
+    def table(self) -> pq.ParquetFile:
+        """plan.parquet, one row group a shard, in the order of `shards()`."""
+        try:
+            return pq.ParquetFile(self.folder / PLAN_TABLE)
+        except (OSError, pa.ArrowInvalid) as error:
+            raise AlexprepError(f"{self.folder / PLAN_TABLE} cannot be read ({error}): use a new --out") from None
+
+
+def make_plan(source: Source, root: Path, options: ShardOptions, folder: Path) -> Plan:
+    """The plan of `folder`: published if there is none, checked against the present one otherwise.
+
+    Raises:
+        AlexprepError: no input; or the folder has the plan of other inputs or options (the message says which differ).
+    """
+    document, tables = _draw_up(source, root, options)
+    existing = folder / PLAN
+    if existing.exists():
+        old = read_json(existing, "use a new --out")
+        differences = _differences(old, document)
+        if differences:
+            raise AlexprepError(
+                f"{folder} was begun differently: {'; '.join(differences)}. Use the same options and inputs, or a new --out"
+            )
+        return Plan(folder, old)
+    folder.mkdir(parents=True, exist_ok=True)
+    with published(folder / PLAN_TABLE) as file, pq.ParquetWriter(file, _TABLE, compression="zstd") as writer:
+        for table in tables:
+            writer.write_table(table, row_group_size=max(1, table.num_rows))
+    publish_json(existing, document)
+    return Plan(folder, document)
+
+
+def _draw_up(source: Source, root: Path, options: ShardOptions) -> tuple[dict[str, Any], list[pa.Table]]:
+    listing: dict[str, tuple[list[str], list[bytes]]] = {}
+    inputs_digest = hashlib.sha256()
+    for split, class_name, location in source.inputs():
+        class_names, locations = listing.setdefault(split, ([], []))
+        class_names.append(class_name)
+        locations.append(location)
+        inputs_digest.update(b"%s\0%s\0%s\0" % (split.encode(), class_name.encode(), location))
+    if not listing:
+        raise AlexprepError(f"SOURCE {root} holds no files in its class folders")
+    present = set(itertools.chain.from_iterable(class_names for class_names, _ in listing.values()))
+    classes = labels.class_order(options.labels, present, source.label_files())
+    number = {name: label for label, name in enumerate(classes)}
+    total = sum(min(len(locations), options.limit or len(locations)) for _, locations in listing.values())
+    size = options.shard_samples or min(SHARD_SAMPLES, max(_FEW, -(-total // _MANY)))
+    splits: dict[str, Any] = {}
+    tables: list[pa.Table] = []
+    for split in sorted(listing, key=_SPLIT_STREAM.__getitem__):
+        class_names, locations = listing[split]
+        order = permutation((options.seed, _SPLIT_STREAM[split]), len(locations))[: options.limit]
+        count = len(order)
+        table = pa.table(
+            [
+                pa.array([split] * count),
+                pa.array(np.arange(count, dtype=np.uint32) // size, pa.uint32()),
+                pa.array(np.arange(count, dtype=np.uint32)),
+                pa.array(np.array([number[name] for name in class_names], np.int32)[order]),
+                pa.array(locations, pa.binary()).take(pa.array(order)),
+            ],
+            schema=_TABLE,
+        )
+        tables += [table.slice(start, size) for start in range(0, count, size)]
+        splits[split] = {"inputs": count, "shards": -(-count // size)}
+    document = {
+        "format": "alexprep plan",
+        "format_version": FORMAT_VERSION,
+        "layout": source.layout,
+        "inputs": inputs_digest.hexdigest(),
+        "options": {**asdict(options.target), "seed": options.seed, "labels": options.labels, "limit": options.limit},
+        "shard_samples": size,
+        "splits": splits,
+        "classes": classes,
+        "versions": versions("alexprep", "nvimgcodec", "pillow"),  # what decides the bytes of a shard
+    }
+    return document, tables
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """What keeps `new` from going on with `old`, in words."""
+    words = []
+    before, now = old.get("options", {}), new["options"]
+    for name in [*now, *(name for name in before if name not in now)]:
+        if before.get(name) != now.get(name):
+            words.append(f"--{name} was {before.get(name)}, now is {now.get(name)}")
+    if old.get("shard_samples") != new["shard_samples"]:
+        words.append(f"--shard-samples was {old.get('shard_samples')}, now is {new['shard_samples']}")
+    for name, version in new["versions"].items():
+        if old.get("versions", {}).get(name) != version:
+            words.append(f"{name} was {old.get('versions', {}).get(name)}, now is {version}")
+    if old.get("inputs") != new["inputs"]:
+        counts = [sum(split["inputs"] for split in plan.get("splits", {}).values()) for plan in (old, new)]
+        words.append(f"the files in SOURCE have changed ({counts[0]:,} inputs then, {counts[1]:,} now)")
+    for name in ("format_version", "layout", "classes"):
+        if old.get(name) != new[name] and not words:
+            words.append(f"{name} differs")
+    return words
+
+
+def display_location(location: bytes) -> str:
+    """A location as text for ledgers and messages; bytes that are not UTF-8 are written as escapes."""
+    return os.fsencode(location).decode("utf-8", "backslashreplace")

@@ -1,0 +1,66 @@
+"""Tar members as webdataset wants them and as any two machines write them: USTAR, time 0, owner 0, contiguous keys."""
+
+from __future__ import annotations
+
+import hashlib
+import tarfile
+import zlib
+from dataclasses import dataclass
+from typing import BinaryIO
+
+_BLOCK = 512
+
+
+@dataclass(frozen=True)
+class Member:
+    """One file of a tar: its name, where its bytes begin, how many there are, and their CRC-32."""
+
+    name: str
+    offset: int
+    size: int
+    crc32: int
+
+
+class TarWriter:
+    """Writes members one after the other, hashing the archive on the way.
+
+    Only `close` writes the end of the archive, so that an interrupted shard never looks whole.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        """Starts an archive in `file`, which must be empty."""
+        self._file = file
+        self._sha256 = hashlib.sha256()
+        self.bytes = 0
+        self.members: list[Member] = []
+
+    def add(self, name: str, data: bytes) -> Member:
+        """Appends one member (mode 0444)."""
+        header = tarfile.TarInfo(name)
+        header.size, header.mode = len(data), 0o444
+        self._write(header.tobuf(tarfile.USTAR_FORMAT, "ascii", "strict"))
+        member = Member(name, self.bytes, len(data), zlib.crc32(data))
+        self._write(data)
+        self._write(bytes(-len(data) % _BLOCK))
+        self.members.append(member)
+        return member
+
+    def close(self) -> str:
+        """Writes two empty blocks, pads to a whole record as POSIX asks, and returns the archive's sha256 in hex."""
+        self._write(bytes(2 * _BLOCK))
+        self._write(bytes(-self.bytes % tarfile.RECORDSIZE))
+        return self._sha256.hexdigest()
+
+    def _write(self, data: bytes) -> None:
+        self._file.write(data)
+        self._sha256.update(data)
+        self.bytes += len(data)
+
+
+def dali_index(members: list[Member]) -> str:
+    """DALI's index, version 1.2, for members that come in pairs KEY.ext KEY.cls: what `wds2idx` would write."""
+    lines = [f"v1.2 {len(members) // 2}"]
+    for image, label in zip(members[::2], members[1::2], strict=True):
+        parts = (f"{m.name.rpartition('.')[2]} {m.offset} {m.size} {m.name}" for m in (image, label))
+        lines.append(" ".join(parts))
+    return "\n".join([*lines, ""])

@@ -1,0 +1,29 @@
+"""Which software made something."""
+
+from __future__ import annotations
+
+import importlib.metadata
+
+# What a library is called → the distributions that may hold it, one per CUDA version.
+_DISTRIBUTIONS = {
+    "dali": ("nvidia-dali-cuda120", "nvidia-dali-cuda130"),
+    "nvimgcodec": ("nvidia-nvimgcodec-cu12", "nvidia-nvimgcodec-cu13"),
+}
+
+
+def versions(*names: str) -> dict[str, str]:
+    """The installed version of each library; "not installed" where it runs from a source tree or is absent.
+
+    >>> versions("no-such-library")
+    {'no-such-library': 'not installed'}
+    """
+    return {name: _version(name) for name in names}
+
+
+def _version(name: str) -> str:
+    for distribution in _DISTRIBUTIONS.get(name, (name,)):
+        try:
+            return importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return "not installed"

@@ -1,0 +1,1 @@
+"""AlexNet and its training: networks, the paper's update rule, the loop, checkpoints, evaluation."""
