@@ -144,7 +144,9 @@ def _finish(plan: Plan, digest: str, table: pq.ParquetFile, made: int, start: fl
     if not sum(samples.values()):
         worst = ", ".join(f"{reason} ({count})" for reason, count in reasons.most_common(3))
         raise AlexprepError(f"none of the {inputs:,} inputs is a usable image: {worst}")
-    if fresh or not (plan.folder / DATASET).exists():
+    described = [plan.folder / DATASET, plan.folder / TIMM_INFO]
+    described += [plan.folder / split / name for split in records for name in (INDEX, LEDGER)]
+    if fresh or not all(path.exists() for path in described):
         for split in records:
             with published(plan.folder / split / INDEX) as file:
                 np.save(file, np.concatenate(indexes[split]), allow_pickle=False)

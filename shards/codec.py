@@ -237,7 +237,7 @@ def exif_orientation(data: bytes) -> int:
         with warnings.catch_warnings(), Image.open(io.BytesIO(data), formats=PILLOW_FORMATS) as image:
             warnings.simplefilter("ignore")
             orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
-    except Exception:  # a broken EXIF block must not cost the image
+    except Exception:  # noqa: BLE001  (a broken EXIF block must not cost the image)
         return 1
     return orientation if orientation in _UPRIGHT else 1
 
@@ -269,7 +269,7 @@ def second_opinion(data: bytes) -> NDArray[np.uint8] | Refused:
         return Refused(f"not an image of a known type (first bytes {data[:8].hex(' ')})")
     except Image.DecompressionBombError:
         return Refused(f"more pixels than the limit of {MAX_PIXELS:,}")
-    except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, … for what a file holds
+    except Exception as error:  # noqa: BLE001  (Pillow raises many kinds for what a file holds)
         return Refused(f"cannot be decoded: {error}".splitlines()[0])
 
 

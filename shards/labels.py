@@ -75,6 +75,6 @@ def _devkit_order(path: Path) -> list[str]:
         names = synsets.dtype.names
         identity = next(name for name in names if name.endswith("_ID"))
         leaves = [(int(s[identity]), str(s["WNID"])) for s in synsets if int(s["num_children"]) == 0]
-    except Exception as error:  # scipy raises many kinds for what a file holds
+    except Exception as error:  # noqa: BLE001  (scipy raises many kinds)
         raise AlexprepError(f"{path} is not a devkit's meta.mat ({error}): give --labels FILE instead") from None
     return [wnid for _, wnid in sorted(leaves)]

@@ -1,0 +1,48 @@
+"""The command line's root, and the one place where the library's errors become words."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+from alexprep.cli.demo import demo
+from alexprep.cli.evaluate import evaluate
+from alexprep.cli.pca_stats import pca_stats
+from alexprep.cli.shard import shard
+from alexprep.cli.train import train
+from alexprep.shards.errors import AlexprepError
+
+INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="alexprep")
+def cli() -> None:
+    """Raw ImageNet in, trained AlexNet out.
+
+    \b
+    alexprep shard /imagenet    resized webdataset shards in ./alexprep-data
+    alexprep pca-stats          the mean image and the RGB covariance's eigenpairs
+    alexprep train              DALI pipelines and a torch training loop; results in ./runs
+    """
+
+
+for command in (shard, pca_stats, train, evaluate, demo):
+    cli.add_command(command)
+
+
+def main() -> None:
+    """Runs the command line: an AlexprepError is one line on stderr and exit status 1, never a traceback."""
+    try:
+        status = cli.main(standalone_mode=False)
+    except AlexprepError as error:
+        click.echo(f"Error: {error}", err=True)
+        status = 1
+    except click.ClickException as error:
+        error.show()
+        status = error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("Interrupted. Finished work is kept: run the same command again to go on.", err=True)
+        status = INTERRUPTED
+    sys.exit(status if isinstance(status, int) else 0)

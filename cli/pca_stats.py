@@ -1,0 +1,68 @@
+"""alexprep pca-stats"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from alexprep.cli.options import data_option, json_option, workers_option
+
+
+@click.command("pca-stats")
+@click.argument("data_argument", metavar="[DATA]", type=click.Path(path_type=Path, file_okay=False), required=False)
+@data_option
+@click.option("--split", default="train", show_default=True, help="The split to describe.")
+@workers_option
+@json_option
+def pca_stats(data_argument: Path | None, data: Path, split: str, workers: int | None, as_json: bool) -> None:
+    """Compute the mean image and the eigenpairs of the RGB covariance of DATA, exactly.
+
+    One pass; integer sums, so any number of workers gives the same bits. Results go to DATA/stats.
+
+    \b
+    Example: alexprep pca-stats /data/imagenet-256
+    """
+    from alexprep.cli import report
+    from alexprep.pipeline.augment import Augmentation, noise_stdevs
+    from alexprep.shards import stats
+    from alexprep.shards.engines import cores
+    from alexprep.shards.layout import MEAN_PICTURE, STATISTICS
+
+    folder = data_argument or data
+    with report.progress("statistics") as show:
+        found = stats.compute(folder, split, workers or cores(), show)
+    stats.publish(found, folder, split)
+
+    def numbers(values: object, digits: int = 2) -> str:
+        return "  ".join(f"{value:,.{digits}f}" for value in values)  # type: ignore[attr-defined]
+
+    eigenvalue, stdev = (noise_stdevs(found, Augmentation(noise=name)) for name in ("eigenvalue", "stdev"))  # type: ignore[arg-type]
+    report.table(
+        f"Statistics of {found.images:,} images of {split!r} in {folder}.",
+        [
+            ("channel means R G B, grey levels", numbers(found.channel_means)),
+            ("eigenvalues of the RGB covariance, (0-255)²", numbers(found.eigenvalues)),
+            ("  the same on the 0-1 scale", numbers(found.eigenvalues / 255**2, 4)),
+            ("principal standard deviations, grey levels", numbers(found.stdevs)),
+            ("  those of the original ImageNet statistics", numbers(stats.IMAGENET_STDEVS)),
+            ("angles to the original principal axes, degrees", numbers(found.angles_to_imagenet())),
+            ("colour noise along the axes, σ = 0.1, grey levels:", ""),
+            ("  α λ, the paper (train's default)", numbers(eigenvalue)),
+            ("  α √λ, the 2012 code", numbers(stdev)),
+            ("written to", f"{folder / STATISTICS}, {folder / MEAN_PICTURE}"),
+        ],
+    )
+    report.json_line(
+        {
+            "images": found.images,
+            "split": split,
+            "channel_means": found.channel_means.tolist(),
+            "eigenvalues": found.eigenvalues.tolist(),
+            "eigenvectors_in_columns": found.eigenvectors.tolist(),
+            "stdevs": found.stdevs.tolist(),
+            "angles_to_imagenet_degrees": found.angles_to_imagenet().tolist(),
+            "data": str(folder),
+        },
+        as_json,
+    )

@@ -1,0 +1,88 @@
+"""What commands show: a live bar on a terminal, plain lines in a log, tables, one JSON line."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import click
+
+_LOG_SECONDS = 10.0
+
+
+@contextlib.contextmanager
+def progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """Shows how far a job is: yields a function to be called with (finished, total)."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _Lines(what)
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]} images/s"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(what, total=None, rate="–")
+        start = time.monotonic()
+
+        def show(finished: int, total: int) -> None:
+            rate = finished / max(1e-9, time.monotonic() - start)
+            bar.update(task, completed=finished, total=total, rate=f"{rate:,.0f}")
+
+        yield show
+
+
+class _Lines:
+    """A line every few seconds, for logs."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._start = self._last = time.monotonic()
+
+    def __call__(self, finished: int, total: int) -> None:
+        now = time.monotonic()
+        if now - self._last < _LOG_SECONDS:
+            return
+        self._last = now
+        rate = finished / (now - self._start)
+        left = f", {(total - finished) / rate:,.0f} s left" if rate else ""
+        click.echo(f"{self._what}: {finished:,} of {total:,}, {rate:,.0f} images/s{left}", err=True)
+
+
+def table(title: str, rows: list[tuple[str, str]]) -> None:
+    """Prints names and values in two columns."""
+    width = max(len(name) for name, _ in rows)
+    click.echo(title)
+    for name, value in rows:
+        click.echo(f"  {name:<{width}}  {value}")
+
+
+def json_line(document: dict[str, Any], wanted: bool) -> None:
+    """Prints the document as one line, if asked for: the last thing a command prints."""
+    if wanted:
+        click.echo(json.dumps(document))
+
+
+def size(count: int) -> str:
+    """A number of bytes for people.
+
+    >>> size(123), size(9_768_960)
+    ('123 B', '9.8 MB')
+    """
+    value = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000:
+            break
+        value /= 1000
+    else:
+        unit = "TB"
+    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"

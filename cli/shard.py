@@ -1,0 +1,117 @@
+"""alexprep shard"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from alexprep.cli.options import DEFAULT_DATA, json_option, workers_option
+
+
+@click.command()
+@click.argument("source", type=click.Path(path_type=Path))
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=DEFAULT_DATA,
+    envvar="ALEXPREP_DATA",
+    show_default=True,
+    show_envvar=True,
+    help="The data set's folder: made, or gone on with.",
+)
+@click.option("--size", type=int, default=256, show_default=True, help="Side of the square images, pixels.")
+@click.option(
+    "--filter",
+    "filter_name",
+    type=click.Choice(["area", "bilinear", "bicubic", "lanczos"]),
+    default="area",
+    show_default=True,
+    help="How to resample; area is what the original data had (cubic where it enlarges). All are antialiased.",
+)
+@click.option("--format", "image_format", type=click.Choice(["jpg", "png", "raw"]), default="jpg", show_default=True)
+@click.option(
+    "--reencode",
+    type=click.Choice(["needed", "always"]),
+    default="needed",
+    show_default=True,
+    help="Whether images that already have the wanted form are encoded anew.",
+)
+@click.option("--quality", type=int, default=95, show_default=True, help="JPEG quality, 1-100.")
+@click.option("--subsampling", type=click.Choice(["420", "422", "444"]), default="420", show_default=True)
+@click.option("--orient", is_flag=True, help="Apply the EXIF orientation (the original did not).")
+@click.option(
+    "--labels",
+    default="sorted",
+    show_default=True,
+    metavar="sorted|ilsvrc-id|FILE",
+    help="How classes are numbered: by sorted name, by the devkit's ID, or by a file with one class name a line.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the global shuffle before sharding.")
+@click.option("--shard-samples", type=int, default=None, help="Inputs a shard.  [default: 1024, fewer for small sets]")
+@click.option("--limit", type=int, default=None, help="At most so many inputs of each split, picked by the shuffle.")
+@workers_option
+@json_option
+def shard(
+    source: Path,
+    out: Path,
+    size: int,
+    filter_name: str,
+    image_format: str,
+    reencode: str,
+    quality: int,
+    subsampling: str,
+    orient: bool,
+    labels: str,
+    seed: int,
+    shard_samples: int | None,
+    limit: int | None,
+    workers: int | None,
+    as_json: bool,
+) -> None:
+    """Turn the images under SOURCE into resized webdataset shards.
+
+    SOURCE holds train/, val/ and test/ folders of class folders, or is one tree of class folders. Images that cannot be
+    decoded are listed with their reasons and never stop the run. The same command again does only what is missing.
+
+    \b
+    Example: alexprep shard /imagenet --out /data/imagenet-256
+    """
+    from alexprep.cli import report
+    from alexprep.shards.build import build
+    from alexprep.shards.codec import Target
+    from alexprep.shards.engines import cores
+    from alexprep.shards.plan import ShardOptions
+
+    target = Target(size, filter_name, image_format, reencode, quality, subsampling, orient)  # type: ignore[arg-type]
+    options = ShardOptions(target, seed, shard_samples, labels, limit)
+    with report.progress("sharding") as show:
+        done = build(source, out, options, workers or cores(), show)
+    rows = [("inputs", f"{done.inputs:,}")]
+    rows += [(f"{split} images", f"{count:,}") for split, count in done.samples.items()]
+    rows += [("bytes kept as they were", f"{done.kept:,} images")] if done.kept else []
+    rows += [("rejected", f"{done.rejected.total():,}")]
+    rows += [(f"  {count:,}", reason) for reason, count in done.rejected.most_common(10)]
+    rows += [("shards", report.size(done.bytes))]
+    if done.made_inputs:
+        rows += [("this run", f"{done.made_inputs:,} inputs in {done.seconds:.1f} s, {done.made_inputs / done.seconds:,.0f}/s")]
+    else:
+        rows += [("this run", "nothing was missing")]
+    rows += [("data set", str(out)), ("every input's fate", str(out / "*" / "samples.parquet"))]
+    report.table("Sharded.", rows)
+    report.json_line(
+        {
+            "inputs": done.inputs,
+            "samples": done.samples,
+            "written": done.written,
+            "rejected": done.rejected.total(),
+            "reasons": dict(done.rejected),
+            "kept": done.kept,
+            "bytes": done.bytes,
+            "converted_in_this_run": done.made_inputs,
+            "seconds": round(done.seconds, 3),
+            "images_per_second": round(done.made_inputs / done.seconds, 1),
+            "data": str(out),
+        },
+        as_json,
+    )

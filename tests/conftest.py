@@ -1,0 +1,86 @@
+"""What many tests share: small sets of photo-like images, and data sets made of them."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from alexprep.shards import stats
+from alexprep.shards.build import build
+from alexprep.shards.codec import Target
+from alexprep.shards.plan import ShardOptions
+
+# Sizes as photos have them and as they should not: oblong both ways, odd, smaller than the target, exactly the target.
+SIZES = ((90, 61), (61, 90), (64, 64), (33, 47), (47, 33), (128, 65), (65, 200), (40, 40), (100, 75), (75, 100))
+
+Photo = Callable[..., Image.Image]
+
+
+def make_photo(width: int, height: int, seed: int) -> Image.Image:
+    """A smooth random RGB picture with fine detail on top."""
+    rng = np.random.default_rng(seed)
+    coarse = Image.fromarray(rng.integers(0, 256, (5, 4, 3), dtype=np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
+    detail = rng.normal(0, 12, (height, width, 3))
+    return Image.fromarray(np.clip(np.asarray(coarse) + detail, 0, 255).astype(np.uint8))
+
+
+def encode(image: Image.Image, kind: str = "JPEG", **options: object) -> bytes:
+    """An image's bytes in a format that Pillow writes."""
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="session")
+def photo() -> Photo:
+    return make_photo
+
+
+@pytest.fixture(scope="session")
+def encoded() -> Callable[..., bytes]:
+    return encode
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Class folders with splits: 48 train and 20 val images in 4 classes, of all `SIZES`."""
+    root = tmp_path_factory.mktemp("photos")
+    for split, count in (("train", 48), ("val", 20)):
+        for n in range(count):
+            folder = root / split / f"class{n % 4}"
+            folder.mkdir(parents=True, exist_ok=True)
+            image = make_photo(*SIZES[n % len(SIZES)], seed=n + 1000 * (split == "val"))
+            (folder / f"{n:03d}.JPEG").write_bytes(encode(image, quality=92))
+    return root
+
+
+@pytest.fixture(scope="session")
+def data(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`photos` as a finished data set of 64-pixel images in shards of 7, with statistics. Not to be changed."""
+    folder = tmp_path_factory.mktemp("data")
+    build(photos, folder, ShardOptions(Target(size=64), shard_samples=7), workers=1)
+    stats.publish(stats.compute(folder, "train", workers=1), folder, "train")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sample_data() -> Path:
+    """Real photos, where ALEXPREP_SAMPLE_DATA names the folder that holds them."""
+    folder = os.environ.get("ALEXPREP_SAMPLE_DATA")
+    if not folder:
+        pytest.skip("ALEXPREP_SAMPLE_DATA is not set")
+    return Path(folder)
+
+
+@pytest.fixture
+def seed(request: pytest.FixtureRequest) -> Iterator[int]:
+    """A fixed seed that is printed when the test fails."""
+    value = 20_261_121
+    yield value
+    print(f"seed {value} in {request.node.name}")  # noqa: T201

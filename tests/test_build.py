@@ -1,0 +1,358 @@
+"""Sharding as a whole: the same bytes always, nothing lost, readable by others."""
+
+from __future__ import annotations
+
+import collections
+import gc
+import hashlib
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from alexprep.shards.build import build
+from alexprep.shards.codec import Target
+from alexprep.shards.engines import run_local
+from alexprep.shards.errors import AlexprepError
+from alexprep.shards.layout import INDEX_DTYPE, read_dataset, read_index
+from alexprep.shards.plan import ShardOptions
+from alexprep.shards.read import Samples
+
+OPTIONS = ShardOptions(Target(size=64), shard_samples=7)
+
+
+def fingerprint(folder: Path) -> dict[str, str]:
+    """The sha256 of every file below a folder."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(files)}
+
+
+@pytest.fixture(scope="module")
+def mixed(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`photos` with odd files among them, 10 of which must be rejected."""
+    root = tmp_path_factory.mktemp("mixed") / "source"
+    shutil.copytree(photos, root)
+    good = (root / "train/class0/000.JPEG").read_bytes()
+    odd = root / "train/class1"
+    (odd / "truncated.JPEG").write_bytes(good[: len(good) // 2])
+    (odd / "empty.JPEG").write_bytes(b"")
+    (odd / "note.txt").write_text("not an image")
+    (odd / ".hidden.JPEG").write_bytes(good)
+    (odd / "nested" / "deeper").mkdir(parents=True)
+    (odd / "nested" / "deeper" / "fine.JPEG").write_bytes(good)
+    (odd / "link.JPEG").symlink_to(root / "train/class0/000.JPEG")
+    (odd / "dangling.JPEG").symlink_to(root / "nowhere")
+    (odd / "loop").symlink_to(root)
+    os.mkfifo(odd / "pipe.JPEG")
+    for name in (b"new\nline.JPEG", b"-rf.JPEG", b"\xff\xfe.JPEG", b"a b'\".JPEG", b"x" * 240 + b".JPEG"):
+        with open(os.path.join(os.fsencode(odd), name), "wb") as file:
+            file.write(good)
+    for n in range(5):
+        (root / "val/class2" / f"junk{n}.jpg").write_bytes(os.urandom(50))
+    return root
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_bytes_do_not_depend_on_the_number_of_workers(workers: int, photos: Path, data: Path, tmp_path: Path) -> None:
+    build(photos, tmp_path / "out", OPTIONS, workers)
+    made = fingerprint(tmp_path / "out")
+    reference = {name: digest for name, digest in fingerprint(data).items() if not name.startswith("stats")}
+    assert made == reference
+
+
+def test_a_finished_set_is_left_alone(photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    build(photos, out, OPTIONS, 1)
+    before = _touched(out)
+    report = build(photos, out, OPTIONS, 1)
+    assert report.made_inputs == 0
+    assert _touched(out) == before
+
+
+def _touched(folder: Path) -> dict[Path, tuple[int, int, int]]:
+    stats = ((path, path.stat()) for path in folder.rglob("*"))
+    return {path: (status.st_ino, status.st_mtime_ns, status.st_size) for path, status in stats}
+
+
+@pytest.mark.parametrize("damage", ["no sidecar", "no tar", "short tar", "no index", "no dataset.json", "no index.npy"])
+def test_a_rerun_does_only_what_is_missing(damage: str, photos: Path, data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(data, out)
+    shutil.rmtree(out / "stats")
+    good = fingerprint(out)
+    shard = out / "train" / "train-000003"
+    match damage:
+        case "no sidecar":
+            shard.with_suffix(".json").unlink()
+        case "no tar":
+            shard.with_suffix(".tar").unlink()
+        case "short tar":
+            shard.with_suffix(".tar").write_bytes(shard.with_suffix(".tar").read_bytes()[:-512])
+        case "no index":
+            shard.with_suffix(".idx").unlink()
+        case "no dataset.json":
+            (out / "dataset.json").unlink()
+        case "no index.npy":
+            (out / "train" / "index.npy").unlink()
+    report = build(photos, out, OPTIONS, 1)
+    assert report.made_inputs == (0 if damage in ("no dataset.json", "no index.npy") else 7)
+    assert fingerprint(out) == good
+
+
+def test_other_options_are_refused_and_named(photos: Path, data: Path) -> None:
+    for options, words in (
+        (ShardOptions(Target(size=65), shard_samples=7), "--size was 64, now is 65"),
+        (ShardOptions(Target(size=64, quality=90), shard_samples=7), "--quality was 95, now is 90"),
+        (ShardOptions(Target(size=64), shard_samples=8), "--shard-samples was 7, now is 8"),
+        (ShardOptions(Target(size=64), shard_samples=7, seed=1), "--seed was 0, now is 1"),
+        (ShardOptions(Target(size=64), shard_samples=7, limit=3), "--limit was None, now is 3"),
+    ):
+        with pytest.raises(AlexprepError, match=words):
+            build(photos, data, options, 1)
+
+
+def test_another_source_is_refused(photos: Path, data: Path, tmp_path: Path) -> None:
+    shutil.copytree(photos, tmp_path / "more")
+    shutil.copy(tmp_path / "more/train/class0/000.JPEG", tmp_path / "more/train/class0/999.JPEG")
+    with pytest.raises(AlexprepError, match="68 inputs then, 69 now"):
+        build(tmp_path / "more", data, OPTIONS, 1)
+
+
+def test_every_input_is_accounted_for(mixed: Path, tmp_path: Path) -> None:
+    """Written or rejected with a reason, each once; what is rejected changes nothing for the others."""
+    out = tmp_path / "out"
+    report = build(mixed, out, OPTIONS, 2)
+    ledger = pq.read_table(out / "train" / "samples.parquet").to_pylist()
+    ledger += pq.read_table(out / "val" / "samples.parquet").to_pylist()
+    assert report.inputs == len(ledger) == 68 + 17
+    assert report.written == sum(row["status"] == "written" for row in ledger) == 68 + 7
+    assert report.rejected.total() == 10
+    sources = [row["source"] for row in ledger]
+    assert len(set(sources)) == len(sources)
+    reasons = {row["source"].rpartition("/")[2]: row["reason"] for row in ledger if row["status"] == "rejected"}
+    assert "truncated" in reasons["truncated.JPEG"]
+    assert reasons["empty.JPEG"] == "empty file"
+    assert "known type" in reasons["note.txt"]
+    assert "No such file" in reasons["dangling.JPEG"]
+    assert "regular file" in reasons["pipe.JPEG"]
+    assert not any("hidden" in source or "/loop/" in source for source in sources)
+    written = {row["source"].rpartition("/")[2]: row for row in ledger if row["status"] == "written"}
+    assert {"new\nline.JPEG", "-rf.JPEG", "\\xff\\xfe.JPEG", "fine.JPEG", "link.JPEG"} <= written.keys()
+    assert (written["000.JPEG"]["width"], written["000.JPEG"]["height"]) in {(90, 61), (61, 90)}
+
+
+def test_a_shard_of_rejects_only_has_no_tar(tmp_path: Path, photos: Path) -> None:
+    source = tmp_path / "source" / "junk"
+    source.mkdir(parents=True)
+    for n in range(9):
+        (source / f"{n}.jpg").write_bytes(b"junk")
+    with pytest.raises(AlexprepError, match="none of the 9 inputs is a usable image"):
+        build(tmp_path / "source", tmp_path / "nothing", OPTIONS, 1)
+    shutil.copy(photos / "train/class0/000.JPEG", source)
+    report = build(tmp_path / "source", tmp_path / "one", ShardOptions(Target(size=64), shard_samples=1), 1)
+    assert (report.written, report.rejected.total()) == (1, 9)
+    assert len(list((tmp_path / "one/train").glob("*.tar"))) == 1
+    assert len(list((tmp_path / "one/train").glob("train-*.json"))) == 10
+    assert len(Samples(tmp_path / "one", "train")) == 1
+
+
+def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(photos: Path, data: Path, tmp_path: Path, seed: int) -> None:
+    """SIGKILL to the command alone (its workers must notice) or to the whole group."""
+    rng = random.Random(seed)
+    reference = {name: digest for name, digest in fingerprint(data).items() if not name.startswith("stats")}
+    command = [sys.executable, "-m", "alexprep.cli", "shard", str(photos), "--out", str(tmp_path / "out")]
+    command += ["--size", "64", "--shard-samples", "7", "--workers", "2"]
+    for attempt in range(3):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+        time.sleep(rng.uniform(0.3, 1.6))
+        os.kill(process.pid, signal.SIGKILL) if attempt % 2 else os.killpg(process.pid, signal.SIGKILL)
+        process.wait(timeout=30)
+    subprocess.run(command, check=True, capture_output=True, timeout=60)
+    assert fingerprint(tmp_path / "out") == reference
+
+
+def test_ctrl_c_ends_all_and_leaves_no_temporary(photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "alexprep.cli", "shard", str(photos), "--out", str(out), "--size", "64"]
+    process = subprocess.Popen(
+        [*command, "--shard-samples", "4"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+    )
+    deadline = time.monotonic() + 30
+    while not list(out.glob("train/*.json")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode in (130, 0), errors  # 0 if it was done just then
+    assert b"Traceback" not in errors
+    report = build(photos, out, ShardOptions(Target(size=64), shard_samples=4), 1)
+    assert report.written == 68
+    assert not [path for path in out.rglob("*") if ".tmp-" in path.name]
+
+
+def test_engine_passes_errors_on(tmp_path: Path) -> None:
+    assert sorted(run_local(math.isqrt, [0, 1, 4, 9], 2)) == [0, 1, 2, 3]
+    with pytest.raises(AlexprepError, match="make one with `alexprep shard SOURCE`"):
+        list(run_local(read_dataset, [tmp_path], 1))
+    with pytest.raises(AlexprepError, match="a worker process was killed"):
+        list(run_local(os._exit, [9, 9], 2))
+    with pytest.raises(AlexprepError, match="--workers 0"):
+        list(run_local(math.isqrt, [0], 0))
+
+
+def test_inputs_are_shuffled_globally(data: Path) -> None:
+    """No shard holds the classes in the order of the folders, and each split has its own order."""
+    labels = read_index(data, "train")["label"]
+    assert sorted(labels.tolist()) == sorted(list(range(4)) * 12)
+    assert (np.diff(labels[:7]) != 0).any()
+    assert labels.tolist() != sorted(labels.tolist())
+
+
+def test_limit_takes_a_subset(photos: Path, tmp_path: Path) -> None:
+    report = build(photos, tmp_path / "out", ShardOptions(Target(size=64), limit=5), 1)
+    assert report.samples == {"train": 5, "val": 5}
+
+
+def test_one_tree_becomes_train(photos: Path, tmp_path: Path) -> None:
+    report = build(photos / "val", tmp_path / "out", OPTIONS, 1)
+    assert report.samples == {"train": 20}
+    assert read_dataset(tmp_path / "out")["classes"] == ["class0", "class1", "class2", "class3"]
+
+
+def test_sources_that_make_no_sense(tmp_path: Path) -> None:
+    (tmp_path / "flat" / "train").mkdir(parents=True)
+    (tmp_path / "flat" / "train" / "a.jpg").write_bytes(b"")
+    (tmp_path / "empty" / "class").mkdir(parents=True)
+    (tmp_path / "both" / "val" / "c").mkdir(parents=True)
+    (tmp_path / "both" / "validation" / "c").mkdir(parents=True)
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "file").write_bytes(b"")
+    for name, words in (
+        ("nowhere", "does not exist"),
+        ("file", "is a file"),
+        ("bare", "holds no class folders"),
+        ("flat", "flat/train holds no class folders"),
+        ("empty", "holds no files"),
+        ("both", "val and validation, which both mean 'val'"),
+    ):
+        with pytest.raises(AlexprepError, match=words):
+            build(tmp_path / name, tmp_path / "out", OPTIONS, 1)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"target": Target(size=0)}, "--size 0"),
+        ({"target": Target(quality=101)}, "--quality 101"),
+        ({"seed": -1}, "--seed -1"),
+        ({"shard_samples": 0}, "--shard-samples 0"),
+        ({"limit": 0}, "--limit 0"),
+    ],
+)
+def test_options_out_of_bounds(values: dict[str, object], words: str) -> None:
+    with pytest.raises(AlexprepError, match=words):
+        ShardOptions(**values)  # type: ignore[arg-type]
+
+
+# Other people's readers.
+
+
+def _members(data: Path, split: str) -> dict[str, bytes]:
+    members = {}
+    for shard in sorted((data / split).glob("*.tar")):
+        with tarfile.open(shard) as tar:
+            for member in tar:
+                file = tar.extractfile(member)
+                assert file is not None
+                assert (member.mtime, member.uid, member.gid, member.mode, member.pax_headers) == (0, 0, 0, 0o444, {})
+                members[member.name] = file.read()
+    return members
+
+
+def test_index_equals_wds2idx(data: Path, tmp_path: Path) -> None:
+    from wds2idx import IndexCreator
+
+    for shard in sorted(data.glob("*/*.tar")):
+        creator = IndexCreator(str(shard), str(tmp_path / "theirs.idx"), verbose=False)
+        creator.create_index()
+        creator.close()
+        assert (tmp_path / "theirs.idx").read_bytes() == shard.with_suffix(".idx").read_bytes()
+
+
+def test_index_npy_points_at_the_members(data: Path) -> None:
+    members = _members(data, "train")
+    index = read_index(data, "train")
+    assert index.dtype == INDEX_DTYPE and len(index) == 48
+    samples = Samples(data, "train")
+    images = [bytes_ for name, bytes_ in members.items() if name.endswith(".jpg")]
+    labels = [int(bytes_) for name, bytes_ in members.items() if name.endswith(".cls")]
+    assert [samples.encoded(row).tobytes() for row in range(48)] == images
+    assert samples.labels.tolist() == labels
+
+
+def test_sidecar_describes_the_tar(data: Path) -> None:
+    import zlib
+
+    for shard in sorted(data.glob("*/*.tar")):
+        sidecar = json.loads(shard.with_suffix(".json").read_text())
+        raw = shard.read_bytes()
+        assert sidecar["sha256"] == hashlib.sha256(raw).hexdigest() and sidecar["bytes"] == len(raw)
+        for member in sidecar["members"]:
+            content = raw[member["offset"] : member["offset"] + member["size"]]
+            assert zlib.crc32(content) == member["crc32"]
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+def test_webdataset_reads_the_shards(data: Path) -> None:
+    import webdataset as wds
+
+    urls = [str(path) for path in sorted((data / "train").glob("*.tar"))]
+    dataset = wds.WebDataset(urls, shardshuffle=False).decode("rgb8").to_tuple("jpg", "cls")
+    seen = list(dataset)
+    gc.collect()  # webdataset leaves the shards open, which Python notices only now
+    assert len(seen) == 48 and all(image.shape == (64, 64, 3) for image, _ in seen)
+    assert [label for _, label in seen] == read_index(data, "train")["label"].tolist()
+
+
+def test_dali_s_own_reader_reads_the_shards(data: Path) -> None:
+    from nvidia.dali import fn, pipeline_def
+
+    tars = sorted(str(path) for path in (data / "train").glob("*.tar"))
+
+    @pipeline_def(batch_size=6, num_threads=1, device_id=None)
+    def read() -> object:
+        indexes = [tar.removesuffix(".tar") + ".idx" for tar in tars]
+        options = {"index_paths": indexes, "ext": ["jpg", "cls"], "missing_component_behavior": "error"}
+        return tuple(fn.readers.webdataset(paths=tars, **options))
+
+    pipeline = read()
+    members = _members(data, "train")
+    images, labels = [], []
+    for _ in range(8):
+        encoded, digits = pipeline.run()
+        images += [bytes(encoded.at(n)) for n in range(6)]
+        labels += [bytes(digits.at(n)) for n in range(6)]
+    assert images == [content for name, content in members.items() if name.endswith(".jpg")]
+    assert labels == [content for name, content in members.items() if name.endswith(".cls")]
+
+
+def test_timm_s_info_names_every_shard(data: Path) -> None:
+    """The rule of timm's wds reader: `splits`, with a name, the samples, the files relative to the root, and their lengths."""
+    info = json.loads((data / "_info.json").read_text())
+    for split in ("train", "val"):
+        record = info["splits"][split]
+        assert sum(record["shard_lengths"]) == record["num_samples"] == len(Samples(data, split))
+        for name, length in zip(record["filenames"], record["shard_lengths"], strict=True):
+            with tarfile.open(data / name) as tar:
+                stems = collections.Counter(member.name.partition(".")[0] for member in tar)
+            assert len(stems) == length and set(stems.values()) == {2}

@@ -1,0 +1,225 @@
+"""The codec: geometry, the rule for each odd kind of file, refusals."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+from alexprep.shards.codec import MAX_PIXELS, Codec, Converted, Refused, Target, has_end, resized, to_square, upright
+
+
+def _pixels(data: bytes) -> NDArray[np.uint8]:
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+
+
+def _converted(data: bytes, **target: object) -> Converted:
+    result = Codec(Target(**{"size": 64, **target})).convert(data)  # type: ignore[arg-type]
+    assert isinstance(result, Converted), result
+    return result
+
+
+def _refused(data: bytes, **target: object) -> str:
+    result = Codec(Target(**{"size": 64, **target})).convert(data)  # type: ignore[arg-type]
+    assert isinstance(result, Refused)
+    return result.reason
+
+
+def _png(rows: NDArray[np.uint8]) -> bytes:
+    """What the codec makes of pixels without JPEG's loss."""
+    return _converted(encode_png(rows), format="png").data
+
+
+def encode_png(pixels: NDArray[np.generic]) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("shape", [(375, 500), (500, 375), (256, 256), (68, 56), (1, 7), (257, 1001)])
+def test_geometry(shape: tuple[int, int]) -> None:
+    """Shorter side to the size, longer side rounded half up as C's round, crop from floor((side - size) / 2)."""
+    height, width = resized(*shape, 256)
+    assert min(height, width) == 256
+    scale = 256 / min(shape)
+    assert (height, width) == tuple(int(np.floor(side * scale + 0.5)) for side in shape)
+    resize = to_square(*shape, 256, "area")
+    assert (resize.vertical.offset, resize.horizontal.offset) == ((height - 256) // 2, (width - 256) // 2)
+
+
+@pytest.mark.parametrize("size", [(500, 375), (375, 500), (131, 111), (64, 64), (61, 40)])
+@pytest.mark.parametrize("subsampling", [0, 1, 2])
+def test_the_region_alone_gives_the_same_pixels(size: tuple[int, int], subsampling: int, photo, encoded) -> None:  # type: ignore[no-untyped-def]
+    """Decoding only the region equals decoding all (by Pillow) and cutting."""
+    data = encoded(photo(*size, seed=3), quality=90, subsampling=subsampling)
+    whole = _pixels(data)
+    resize = to_square(*whole.shape[:2], 64, "area")
+    top, left, bottom, right = resize.region
+    expected = whole if size == (64, 64) else resize(np.ascontiguousarray(whole[top:bottom, left:right]))
+    got = _converted(data, format="png")
+    assert (got.width, got.height) == size
+    np.testing.assert_array_equal(_pixels(got.data), expected)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM"])
+def test_image_types(kind: str, photo, encoded) -> None:  # type: ignore[no-untyped-def]
+    data = encoded(photo(131, 97, seed=4), kind)
+    whole = _pixels(data)
+    resize = to_square(97, 131, 64, "area")
+    top, left, bottom, right = resize.region
+    expected = resize(np.ascontiguousarray(whole[top:bottom, left:right]))
+    np.testing.assert_array_equal(_pixels(_converted(data, format="png").data), expected)
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK", "RGBA", "P", "LA", "1"])
+def test_colour_modes_become_rgb_as_in_pillow(mode: str, photo, encoded) -> None:  # type: ignore[no-untyped-def]
+    """Grey is tripled, CMYK converted, alpha dropped, palettes looked up."""
+    image = photo(131, 97, seed=5).convert(mode)
+    if mode in ("RGBA", "LA"):
+        image.putalpha(Image.fromarray((np.arange(131 * 97) % 256).astype(np.uint8).reshape(97, 131)))
+    for kind in {"L": ("JPEG", "PNG"), "CMYK": ("JPEG", "TIFF")}.get(mode, ("PNG",)):
+        data = encoded(image, kind)
+        resize = to_square(97, 131, 64, "area")
+        top, left, bottom, right = resize.region
+        expected = resize(np.ascontiguousarray(_pixels(data)[top:bottom, left:right]))
+        difference = np.abs(_pixels(_converted(data, format="png").data).astype(int) - expected)
+        assert difference.max() <= 1, kind
+
+
+def test_16_bit_is_scaled_not_cut() -> None:
+    """Full white of 16 bits is full white of 8."""
+    grey = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
+    got = _pixels(_converted(encode_png(grey), format="png").data)
+    assert np.abs(got - np.rint(grey / 257.0)[:, :, None]).max() <= 1
+
+
+def test_png_named_jpeg_is_a_png(photo, encoded) -> None:  # type: ignore[no-untyped-def]
+    """Names do not matter, bytes do: the output is a JPEG all the same."""
+    assert _converted(encoded(photo(90, 90, seed=6), "PNG")).data.startswith(b"\xff\xd8")
+
+
+@pytest.mark.parametrize("target", ["jpg", "png"])
+def test_bytes_in_the_target_form_are_kept(target: str, photo, encoded) -> None:  # type: ignore[no-untyped-def]
+    kind = {"jpg": "JPEG", "png": "PNG"}[target]
+    data = encoded(photo(64, 64, seed=7), kind)
+    kept = _converted(data, format=target)
+    assert kept.kept and kept.data == data
+    assert not _converted(data, format=target, reencode="always").kept
+    assert not _converted(encoded(photo(64, 65, seed=7), kind), format=target).kept
+    assert not _converted(encoded(photo(64, 64, seed=7).convert("L"), kind), format=target).kept
+    assert not _converted(encoded(photo(64, 64, seed=7), {"jpg": "PNG", "png": "JPEG"}[target]), format=target).kept
+    assert not _converted(data, format="raw").kept
+
+
+def test_raw_is_the_pixels(photo, encoded) -> None:  # type: ignore[no-untyped-def]
+    data = encoded(photo(64, 64, seed=8), "PNG")
+    member = _converted(data, format="raw").data
+    np.testing.assert_array_equal(np.load(io.BytesIO(member), allow_pickle=False), _pixels(data))
+    assert len(member) == 128 + 64 * 64 * 3
+
+
+@pytest.mark.parametrize("subsampling", ["420", "422", "444"])
+def test_jpeg_options_reach_the_encoder(subsampling: str, photo, encoded) -> None:  # type: ignore[no-untyped-def]
+    """nvImageCodec's JPEG has the tables of Pillow's at the same quality, and decodes to the same pixels."""
+    image = photo(64, 64, seed=9)
+    data = _converted(encoded(image, "PNG"), subsampling=subsampling, quality=83).data
+    theirs = encoded(image, "JPEG", quality=83, subsampling=("444", "422", "420").index(subsampling))
+    assert Image.open(io.BytesIO(data)).quantization == Image.open(io.BytesIO(theirs)).quantization  # type: ignore[attr-defined]
+    assert np.abs(_pixels(data).astype(int) - _pixels(theirs)).max() <= 1
+
+
+@pytest.mark.parametrize("size", [(120, 300), (300, 120)])
+@pytest.mark.parametrize("progressive", [False, True])
+def test_a_cut_jpeg_is_never_half_grey(size: tuple[int, int], progressive: bool, photo, encoded) -> None:  # type: ignore[no-untyped-def]
+    """Cut anywhere, it is refused, unless every pixel is there all the same."""
+    data = encoded(photo(*size, seed=10), quality=90, progressive=progressive)
+    whole = _converted(data).data
+    codec = Codec(Target(size=64))
+    verdicts = []
+    for cut in [*np.linspace(0, len(data) - 1, 40).astype(int).tolist(), len(data) - 2]:
+        result = codec.convert(data[:cut])
+        verdicts.append(isinstance(result, Refused))
+        assert isinstance(result, Refused) or result.data == whole, f"cut at {cut} of {len(data)}"
+    assert sum(verdicts) >= 39
+
+
+def test_a_thumbnail_s_end_is_not_the_image_s_end(photo, encoded) -> None:  # type: ignore[no-untyped-def]
+    thumbnail = encoded(photo(16, 16, seed=11))
+    data = encoded(photo(200, 90, seed=12))
+    segment = b"\xff\xe1" + struct.pack(">H", len(thumbnail) + 2) + thumbnail
+    assert has_end(data) and has_end(data + b"trailing")
+    assert not has_end(data[:2] + segment + data[2:-2])
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation(orientation: int, photo, encoded) -> None:  # type: ignore[no-untyped-def]
+    """Ignored by default; with `orient` applied as Pillow's exif_transpose does; its bytes are never kept."""
+    from PIL import ImageOps
+
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    for size in ((131, 97), (64, 64)):
+        data = encoded(photo(*size, seed=13), quality=90, exif=exif)
+        stored = _pixels(data)
+        turned = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))))
+        np.testing.assert_array_equal(upright(stored, orientation), turned)
+        for orient, expected in ((False, stored), (True, turned)):
+            result = _converted(data, orient=orient, format="png")
+            np.testing.assert_array_equal(_pixels(result.data), _pixels(_png(expected)))
+            assert (result.width, result.height) == size
+        assert _converted(data).kept == (size == (64, 64) and orientation == 1)
+
+
+def test_a_broken_exif_block_does_not_cost_the_image(photo, encoded) -> None:  # type: ignore[no-untyped-def]
+    data = encoded(photo(64, 64, seed=14))
+    broken = data[:2] + b"\xff\xe1" + struct.pack(">H", 20) + b"Exif\0\0II*\0\xff\xff\xff\xff\0\0\0\0" + data[2:]
+    assert _converted(broken, orient=True).width == 64
+
+
+def _bomb_png(width: int, height: int) -> bytes:
+    """A well-formed PNG whose header promises more than its few bytes of pixels."""
+    data = b"\x89PNG\r\n\x1a\n"
+    for kind, body in (
+        (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)),
+        (b"IDAT", zlib.compress(bytes(10_000))),
+        (b"IEND", b""),
+    ):
+        data += struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+    return data
+
+
+def test_too_many_pixels_are_refused_from_the_header(encoded, photo) -> None:  # type: ignore[no-untyped-def]
+    jpeg = bytearray(encoded(photo(16, 16, seed=15)))
+    frame = jpeg.index(b"\xff\xc0")
+    jpeg[frame + 5 : frame + 9] = struct.pack(">HH", 65500, 65500)
+    assert "65500x65500" in _refused(bytes(jpeg))
+    for side in (10_000, 40_000, 2**31 - 1):
+        assert f"limit of {MAX_PIXELS:,}" in _refused(_bomb_png(side, side))
+
+
+def test_what_is_no_image_is_refused_with_a_reason() -> None:
+    assert _refused(b"") == "empty file"
+    assert "not an image of a known type (first bytes 68 65 6c 6c 6f" in _refused(b"hello, world")
+    for junk in (b"\xff", b"\xff\xd8", b"\xff\xd8\xff", b"\xff\xd8\xff\xe0\x00", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"\0" * 4096):
+        assert _refused(junk)
+
+
+def test_random_damage_never_raises(photo, encoded, seed: int) -> None:  # type: ignore[no-untyped-def]
+    rng = np.random.default_rng(seed)
+    codec = Codec(Target(size=32))
+    for kind in ("JPEG", "PNG", "GIF", "BMP", "TIFF"):
+        good = encoded(photo(67, 51, seed=16), kind)
+        for _ in range(60):
+            damaged = bytearray(good)
+            for position in rng.integers(0, len(good), rng.integers(1, 20)).tolist():
+                damaged[position] = int(rng.integers(0, 256))
+            result = codec.convert(bytes(damaged))
+            if isinstance(result, Converted):
+                assert _pixels(result.data).shape == (32, 32, 3)
+            else:
+                assert result.reason

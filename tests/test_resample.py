@@ -1,0 +1,98 @@
+"""Resampling against its definition in float64, and against Pillow's independent implementation."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+from alexprep.shards.resample import FILTERS, Axis, Resize, weights
+
+SHAPES = [(375, 500), (500, 331), (301, 1203), (257, 256), (64, 97), (1031, 777)]
+_PILLOW = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC, "lanczos": Image.Resampling.LANCZOS}
+
+
+def _axes(height: int, width: int, size: int) -> tuple[Axis, Axis]:
+    scale = size / min(height, width)
+    targets = [max(size, int(np.floor(side * scale + 0.5))) for side in (height, width)]
+    vertical, horizontal = (Axis(s, t, (t - size) // 2, size) for s, t in zip((height, width), targets, strict=True))
+    return vertical, horizontal
+
+
+def _dense(axis: Axis, name: str) -> NDArray[np.float64]:
+    first, w = weights(axis, name)
+    matrix = np.zeros((axis.count, axis.source))
+    for i in range(axis.count):
+        for t in range(w.shape[1]):
+            matrix[i, np.clip(first[i] + t, 0, axis.source - 1)] += w[i, t]
+    return matrix
+
+
+def _resize(image: NDArray[np.uint8], size: int, name: str) -> NDArray[np.uint8]:
+    resize = Resize(*_axes(*image.shape[:2], size), name)
+    top, left, bottom, right = resize.region
+    return resize(np.ascontiguousarray(image[top:bottom, left:right]))
+
+
+@pytest.mark.parametrize("name", FILTERS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_equals_the_weights_in_float64(name: str, shape: tuple[int, int], seed: int) -> None:
+    image = np.random.default_rng(seed).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    vertical, horizontal = _axes(*shape, 96)
+    rows = np.einsum("ij,jkc->ikc", _dense(vertical, name), image.astype(np.float64))
+    exact = np.einsum("lk,ikc->ilc", _dense(horizontal, name), rows)
+    error = np.abs(_resize(image, 96, name) - np.clip(exact, 0, 255))
+    assert error.max() < 0.75  # 0.5 is the final rounding alone
+    assert error.mean() < 0.26
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_area_is_the_covered_share(shape: tuple[int, int]) -> None:
+    """The area filter by its definition: the integral of the piecewise constant image over each output pixel."""
+    vertical, _ = _axes(*shape, 50)
+    step = vertical.source / vertical.target
+    matrix = _dense(vertical, "area")
+    for i in range(vertical.count):
+        low, high = (vertical.offset + i) * step, (vertical.offset + i + 1) * step
+        covered = [max(0.0, min(j + 1, high) - max(j, low)) / step for j in range(vertical.source)]
+        np.testing.assert_allclose(matrix[i], covered, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", sorted(_PILLOW))
+@pytest.mark.parametrize("shape", [(375, 500), (301, 203), (60, 97)])
+def test_agrees_with_pillow(name: str, shape: tuple[int, int], photo: object) -> None:
+    # Kept off 0 and 255: Pillow clips between the two axes, we only at the end.
+    image = 60 + np.asarray(photo(shape[1], shape[0], seed=1)) // 2  # type: ignore[operator]
+    vertical, horizontal = _axes(*shape, 96)
+    whole = Image.fromarray(image).resize((horizontal.target, vertical.target), _PILLOW[name])
+    theirs = np.asarray(whole)[vertical.offset :, horizontal.offset :][:96, :96].astype(int)
+    difference = np.abs(theirs - _resize(image, 96, name))
+    assert difference.max() <= 1  # Pillow rounds to whole grey levels between the two axes
+    assert difference.mean() < 0.3
+
+
+@pytest.mark.parametrize("name", FILTERS)
+def test_a_flat_image_stays_flat(name: str) -> None:
+    for level in (0, 1, 127, 254, 255):
+        image = np.full((211, 340, 3), level, np.uint8)
+        assert (_resize(image, 64, name) == level).all()
+
+
+@pytest.mark.parametrize("name", FILTERS)
+def test_products_are_exact_in_float32(name: str) -> None:
+    """The sum of absolute weights stays below what the bits were chosen for."""
+    for source in (3, 17, 63, 64, 65, 100, 257, 1000, 5003):
+        _, w = weights(Axis(source, 64, 0, 64), name)
+        assert np.abs(w).sum(axis=1).max() < 1.6
+
+
+def test_only_the_region_is_read() -> None:
+    """Pixels outside the region have no weight: the region's box is all that an axis reads."""
+    for name in FILTERS:
+        vertical, horizontal = _axes(301, 1203, 64)
+        resize = Resize(vertical, horizontal, name)
+        top, left, bottom, right = resize.region
+        assert 0 <= top < bottom <= 301 and 0 < left < right < 1203
+        used = np.flatnonzero(_dense(horizontal, name).any(axis=0))
+        assert (used[0], used[-1] + 1) == (left, right)

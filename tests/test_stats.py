@@ -1,0 +1,158 @@
+"""Statistics against float64 over all pixels and scikit-learn's PCA; the same bits for any split of the work."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+from sklearn.decomposition import PCA
+
+from alexprep.shards import stats
+from alexprep.shards.build import build
+from alexprep.shards.codec import Target
+from alexprep.shards.errors import AlexprepError
+from alexprep.shards.moments import Accumulator
+from alexprep.shards.plan import ShardOptions
+from alexprep.shards.read import Samples
+
+
+def _images(data: Path, split: str) -> NDArray[np.uint8]:
+    samples = Samples(data, split)
+    encoded = (io.BytesIO(samples.encoded(row).tobytes()) for row in range(len(samples)))
+    return np.stack([np.asarray(Image.open(buffer)) for buffer in encoded])
+
+
+def test_equals_float64_over_all_pixels(data: Path) -> None:
+    images = _images(data, "train").astype(np.float64)
+    found = stats.compute(data, "train", workers=1)
+    pixels = images.reshape(-1, 3)
+    np.testing.assert_allclose(found.mean_HWC, images.mean(axis=0), rtol=1e-12)
+    np.testing.assert_allclose(found.channel_means, pixels.mean(axis=0), rtol=1e-12)
+    np.testing.assert_allclose(found.covariance, np.cov(pixels, rowvar=False, bias=True), rtol=1e-10)
+    pca = PCA(svd_solver="full").fit(pixels)
+    count = len(pixels)
+    np.testing.assert_allclose(found.eigenvalues, pca.explained_variance_ * (count - 1) / count, rtol=1e-10)
+    signs = np.sign((pca.components_ * found.eigenvectors.T).sum(axis=1))
+    np.testing.assert_allclose(found.eigenvectors.T * signs[:, None], pca.components_, atol=1e-9)
+
+
+def test_form_of_the_eigenpairs(data: Path) -> None:
+    found = stats.compute(data, "train", workers=1)
+    assert (np.diff(found.eigenvalues) < 0).all()
+    np.testing.assert_allclose(found.eigenvectors.T @ found.eigenvectors, np.eye(3), atol=1e-12)
+    np.testing.assert_allclose(
+        found.covariance @ found.eigenvectors, found.eigenvectors * found.eigenvalues, rtol=1e-9, atol=1e-9
+    )
+    largest = np.abs(found.eigenvectors).argmax(axis=0)
+    assert (found.eigenvectors[largest, np.arange(3)] > 0).all()
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_bits_do_not_depend_on_the_number_of_workers(workers: int, data: Path, tmp_path: Path) -> None:
+    shutil.copytree(data, tmp_path / "copy")
+    stats.publish(stats.compute(tmp_path / "copy", "train", workers), tmp_path / "copy", "train")
+    for name in ("stats.json", "mean_image.npy", "mean_image.png"):
+        one, many = (hashlib.sha256((folder / "stats" / name).read_bytes()).hexdigest() for folder in (data, tmp_path / "copy"))
+        assert one == many, name
+
+
+def test_bits_do_not_depend_on_the_sharding(photos: Path, data: Path, tmp_path: Path) -> None:
+    """Other shards, another order, the same images: the same numbers."""
+    build(photos, tmp_path / "other", ShardOptions(Target(size=64), shard_samples=48, seed=5), 1)
+    one, other = (stats.compute(folder, "train", 1) for folder in (data, tmp_path / "other"))
+    assert one.data_digest != other.data_digest
+    assert (one.mean_HWC == other.mean_HWC).all() and (one.covariance == other.covariance).all()
+
+
+@pytest.mark.parametrize("size", [1, 15, 16, 17, 61])
+def test_moments_are_exact_at_the_extremes(size: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    for images in (np.full((5, 3, size, size), 255, np.uint8), rng.integers(0, 256, (5, 3, size, size), dtype=np.uint8)):
+        accumulator = Accumulator(size)
+        for image in images:
+            accumulator.add(image)
+        moments = accumulator.moments()
+        pixels = images.transpose(1, 0, 2, 3).reshape(3, -1).astype(object)
+        assert (moments.products == pixels @ pixels.T).all()
+        assert (moments.sums == images.sum(axis=0, dtype=np.int64)).all()
+
+
+def test_many_images_do_not_overflow() -> None:
+    """Past the float32 sums' flush, at their largest."""
+    accumulator = Accumulator(1)
+    white = np.full((3, 1, 1), 255, np.uint8)
+    for _ in range(65_536 + 5):
+        accumulator.add(white)
+    moments = accumulator.moments()
+    assert (moments.sums == 65_541 * 255).all() and (moments.products == 65_541 * 255**2).all()
+
+
+@pytest.mark.parametrize("image_format", ["png", "raw"])
+def test_other_formats(image_format: str, photos: Path, tmp_path: Path) -> None:
+    """The pixels of lossless shards are the same, whatever holds them."""
+    target = Target(size=32, format=image_format)  # type: ignore[arg-type]
+    build(photos, tmp_path / "out", ShardOptions(target), 1)
+    found = stats.compute(tmp_path / "out", "val", 1)
+    build(photos, tmp_path / "png", ShardOptions(Target(size=32, format="png")), 1)
+    pixels = _images(tmp_path / "png", "val").reshape(-1, 3).astype(np.float64)
+    np.testing.assert_allclose(found.covariance, np.cov(pixels, rowvar=False, bias=True), rtol=1e-10)
+
+
+def test_one_colour_has_no_variance(tmp_path: Path, encoded) -> None:  # type: ignore[no-untyped-def]
+    (tmp_path / "source" / "grey").mkdir(parents=True)
+    for n in range(3):
+        (tmp_path / "source" / "grey" / f"{n}.png").write_bytes(encoded(Image.new("RGB", (40, 30), (9, 9, 9)), "PNG"))
+    build(tmp_path / "source", tmp_path / "out", ShardOptions(Target(size=16, format="png")), 1)
+    found = stats.compute(tmp_path / "out", "train", 1)
+    assert (found.eigenvalues == 0).all() and np.isfinite(found.eigenvectors).all()
+
+
+def test_read_gives_back_what_was_published(data: Path) -> None:
+    digest = Samples(data, "train").dataset["digest"]
+    read, computed = stats.read(data, digest), stats.compute(data, "train", 1)
+    assert (read.mean_HWC == computed.mean_HWC).all() and (read.eigenvectors == computed.eigenvectors).all()
+
+
+def test_statistics_of_other_shards_are_refused(data: Path, tmp_path: Path) -> None:
+    shutil.copytree(data, tmp_path / "copy")
+    copy, digest = tmp_path / "copy", Samples(data, "train").dataset["digest"]
+    with pytest.raises(AlexprepError, match="describes other shards"):
+        stats.read(copy, "0" * 64)
+    mean = copy / "stats" / "mean_image.npy"
+    mean.write_bytes(mean.read_bytes()[:-1] + b"\x7f")
+    with pytest.raises(AlexprepError, match="not the file"):
+        stats.read(copy, digest)
+    document = json.loads((copy / "stats" / "stats.json").read_text())
+    del document["eigenvalues"]
+    document["mean_image_sha256"] = hashlib.sha256(mean.read_bytes()).hexdigest()
+    (copy / "stats" / "stats.json").write_text(json.dumps(document))
+    with pytest.raises(AlexprepError, match="pca-stats"):
+        stats.read(copy, digest)
+    (copy / "stats" / "stats.json").unlink()
+    with pytest.raises(AlexprepError, match=r"does not exist: run `alexprep pca-stats`"):
+        stats.read(copy, digest)
+
+
+def test_a_damaged_image_is_named(data: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(data, copy)
+    shard = copy / "train" / "train-000002.tar"
+    raw = bytearray(shard.read_bytes())
+    raw[512:1024] = bytes(512)
+    shard.write_bytes(raw)
+    with pytest.raises(AlexprepError, match=r"train-000002\.tar at byte 512"):
+        stats.compute(copy, "train", 1)
+
+
+def test_real_photos_have_imagenet_s_axes(sample_data: Path, tmp_path: Path) -> None:
+    report = build(sample_data / "imagenet-sample", tmp_path / "out", ShardOptions(), 2)
+    assert report.inputs == 298 == report.written + report.rejected.total()
+    found = stats.compute(tmp_path / "out", "train", 2)
+    assert (found.angles_to_imagenet() < 5).all()
