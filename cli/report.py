@@ -78,11 +78,7 @@ def size(count: int) -> str:
     >>> size(123), size(9_768_960)
     ('123 B', '9.8 MB')
     """
-    value = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 1000:
-            break
-        value /= 1000
-    else:
-        unit = "TB"
-    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+    if count < 1000:
+        return f"{count} B"
+    power = min(4, (len(str(count)) - 1) // 3)
+    return f"{count / 1000**power:.1f} {('kB', 'MB', 'GB', 'TB')[power - 1]}"

@@ -94,7 +94,12 @@ def shard(
     rows += [(f"  {count:,}", reason) for reason, count in done.rejected.most_common(10)]
     rows += [("shards", report.size(done.bytes))]
     if done.made_inputs:
-        rows += [("this run", f"{done.made_inputs:,} inputs in {done.seconds:.1f} s, {done.made_inputs / done.seconds:,.0f}/s")]
+        rows += [
+            (
+                "this run",
+                f"{done.made_inputs:,} inputs in {done.seconds:.1f} s, {done.made_inputs / done.seconds:,.0f}/s",
+            )
+        ]
     else:
         rows += [("this run", "nothing was missing")]
     rows += [("data set", str(out)), ("every input's fate", str(out / "*" / "samples.parquet"))]

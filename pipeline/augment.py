@@ -65,7 +65,9 @@ def noise_stdevs(statistics: Statistics, augmentation: Augmentation) -> NDArray[
     return augmentation.noise_sigma * (statistics.eigenvalues / 255**2) * 255
 
 
-def colour_shifts(alpha_N3: NDArray[np.float64], statistics: Statistics, augmentation: Augmentation) -> NDArray[np.float64]:
+def colour_shifts(
+    alpha_N3: NDArray[np.float64], statistics: Statistics, augmentation: Augmentation
+) -> NDArray[np.float64]:
     """The shift of each sample's RGB: float64 (N, 3), grey levels. One for all pixels of an image (paper, section 4.1)."""
     return (alpha_N3 * noise_stdevs(statistics, augmentation)) @ statistics.eigenvectors.T
 

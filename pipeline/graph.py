@@ -21,7 +21,11 @@ Dtype = Literal["float32", "float16"]
 
 
 def decode_crop(
-    encoded: DataNode, side: int | None = None, x: DataNode | float = 0.5, y: DataNode | float = 0.5, device: str = "cpu"
+    encoded: DataNode,
+    side: int | None = None,
+    x: DataNode | float = 0.5,
+    y: DataNode | float = 0.5,
+    device: str = "cpu",
 ) -> DataNode:
     """Decodes a square of an image, or all of it.
 
@@ -62,7 +66,9 @@ def mirror_shift(
         float32 (3, H, W) or (H, W, 3), grey levels.
     """
     minus = [-value for value in shift] if isinstance(shift, list) else -shift
-    return fn.crop_mirror_normalize(image, mirror=mirror, mean=minus, dtype=types.FLOAT, output_layout=layout[1:], **crop)
+    return fn.crop_mirror_normalize(
+        image, mirror=mirror, mean=minus, dtype=types.FLOAT, output_layout=layout[1:], **crop
+    )
 
 
 def subtract_mean_window(
@@ -146,7 +152,9 @@ def single_view_pipeline(
             crop = {"crop": (side, side), "crop_pos_x": x, "crop_pos_y": y}
             image = mirror_shift(_raw(device), mirror, shift, layout, **crop)
         else:
-            image = mirror_shift(decode_crop(fn.external_source(name="encoded"), side, x, y, device), mirror, shift, layout)
+            image = mirror_shift(
+                decode_crop(fn.external_source(name="encoded"), side, x, y, device), mirror, shift, layout
+            )
         if statistics is not None and augmentation.mean == "crop":
             anchor = fn.external_source(name="anchor")
             image = subtract_mean_window(image, statistics.mean_HWC, anchor, side, layout, device)
@@ -179,7 +187,9 @@ def ten_view_pipeline(
     slack = size - side
     pipeline = _pipeline(batch_size, threads, device_id)
     with pipeline:
-        whole = _raw(device) if image_format == "raw" else decode_crop(fn.external_source(name="encoded"), device=device)
+        whole = (
+            _raw(device) if image_format == "raw" else decode_crop(fn.external_source(name="encoded"), device=device)
+        )
         views = []
         for top, left, mirrored in ten_views(slack):
             crop = {"crop": (side, side), "crop_pos_x": left / max(1, slack), "crop_pos_y": top / max(1, slack)}
@@ -190,7 +200,9 @@ def ten_view_pipeline(
             if statistics is not None and augmentation.mean in ("crop", "centre"):
                 y, x = (top, left) if augmentation.mean == "crop" else (slack // 2, slack // 2)
                 mean = statistics.mean_HWC[y : y + side, x : x + side]
-                view = subtract_image(view, mean[:, ::-1] if mirrored and augmentation.mean == "crop" else mean, layout, device)
+                view = subtract_image(
+                    view, mean[:, ::-1] if mirrored and augmentation.mean == "crop" else mean, layout, device
+                )
             views.append(view)
         pipeline.set_outputs(_cast(fn.stack(*views), dtype))
     return pipeline

@@ -7,10 +7,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from alexprep.shards.codec import FORMATS, Codec, Refused
+from alexprep.shards.codec import FORMATS, Codec
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.files import publish_bytes, publish_json, published
 from alexprep.shards.layout import read_json, sample_key, shard_name
+from alexprep.shards.opinion import Refused
 from alexprep.shards.plan import Shard
 from alexprep.shards.sources.base import Source
 from alexprep.shards.tar import TarWriter, dali_index

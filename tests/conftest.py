@@ -25,7 +25,9 @@ Photo = Callable[..., Image.Image]
 def make_photo(width: int, height: int, seed: int) -> Image.Image:
     """A smooth random RGB picture with fine detail on top."""
     rng = np.random.default_rng(seed)
-    coarse = Image.fromarray(rng.integers(0, 256, (5, 4, 3), dtype=np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
+    coarse = Image.fromarray(rng.integers(0, 256, (5, 4, 3), dtype=np.uint8)).resize(
+        (width, height), Image.Resampling.BICUBIC
+    )
     detail = rng.normal(0, 12, (height, width, 3))
     return Image.fromarray(np.clip(np.asarray(coarse) + detail, 0, 255).astype(np.uint8))
 

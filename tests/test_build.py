@@ -174,7 +174,9 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(photos: Path, data: P
     command = [sys.executable, "-m", "alexprep.cli", "shard", str(photos), "--out", str(tmp_path / "out")]
     command += ["--size", "64", "--shard-samples", "7", "--workers", "2"]
     for attempt in range(3):
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+        process = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        )
         time.sleep(rng.uniform(0.3, 1.6))
         os.kill(process.pid, signal.SIGKILL) if attempt % 2 else os.killpg(process.pid, signal.SIGKILL)
         process.wait(timeout=30)

@@ -11,7 +11,9 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from alexprep.shards.codec import MAX_PIXELS, Codec, Converted, Refused, Target, has_end, resized, to_square, upright
+from alexprep.shards.codec import Codec, Converted, Target
+from alexprep.shards.geometry import resized, to_square, upright
+from alexprep.shards.opinion import MAX_PIXELS, Refused, has_end
 
 
 def _pixels(data: bytes) -> NDArray[np.uint8]:
@@ -205,7 +207,15 @@ def test_too_many_pixels_are_refused_from_the_header(encoded, photo) -> None:  #
 def test_what_is_no_image_is_refused_with_a_reason() -> None:
     assert _refused(b"") == "empty file"
     assert "not an image of a known type (first bytes 68 65 6c 6c 6f" in _refused(b"hello, world")
-    for junk in (b"\xff", b"\xff\xd8", b"\xff\xd8\xff", b"\xff\xd8\xff\xe0\x00", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"\0" * 4096):
+    for junk in (
+        b"\xff",
+        b"\xff\xd8",
+        b"\xff\xd8\xff",
+        b"\xff\xd8\xff\xe0\x00",
+        b"\x89PNG\r\n\x1a\n",
+        b"GIF89a",
+        b"\0" * 4096,
+    ):
         assert _refused(junk)
 
 

@@ -10,7 +10,11 @@ from PIL import Image
 from alexprep.shards.resample import FILTERS, Axis, Resize, weights
 
 SHAPES = [(375, 500), (500, 331), (301, 1203), (257, 256), (64, 97), (1031, 777)]
-_PILLOW = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC, "lanczos": Image.Resampling.LANCZOS}
+_PILLOW = {
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
 
 
 def _axes(height: int, width: int, size: int) -> tuple[Axis, Axis]:

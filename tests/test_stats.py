@@ -59,7 +59,9 @@ def test_bits_do_not_depend_on_the_number_of_workers(workers: int, data: Path, t
     shutil.copytree(data, tmp_path / "copy")
     stats.publish(stats.compute(tmp_path / "copy", "train", workers), tmp_path / "copy", "train")
     for name in ("stats.json", "mean_image.npy", "mean_image.png"):
-        one, many = (hashlib.sha256((folder / "stats" / name).read_bytes()).hexdigest() for folder in (data, tmp_path / "copy"))
+        one, many = (
+            hashlib.sha256((folder / "stats" / name).read_bytes()).hexdigest() for folder in (data, tmp_path / "copy")
+        )
         assert one == many, name
 
 
@@ -74,7 +76,10 @@ def test_bits_do_not_depend_on_the_sharding(photos: Path, data: Path, tmp_path: 
 @pytest.mark.parametrize("size", [1, 15, 16, 17, 61])
 def test_moments_are_exact_at_the_extremes(size: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
-    for images in (np.full((5, 3, size, size), 255, np.uint8), rng.integers(0, 256, (5, 3, size, size), dtype=np.uint8)):
+    for images in (
+        np.full((5, 3, size, size), 255, np.uint8),
+        rng.integers(0, 256, (5, 3, size, size), dtype=np.uint8),
+    ):
         accumulator = Accumulator(size)
         for image in images:
             accumulator.add(image)

@@ -1,0 +1,66 @@
+"""pca-stats beside decoding alone, on one core.
+
+python benchmarks/stats.py DATA [--save]        DATA: a data set made by `alexprep shard`
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+from common import in_turns, report
+
+from alexprep.shards import stats
+from alexprep.shards.codec import Codec, Target
+from alexprep.shards.engines import one_thread
+from alexprep.shards.moments import Accumulator
+from alexprep.shards.read import Samples
+
+
+def main() -> None:
+    """Times decoding, the moments of decoded images, and both as the command does them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--save", action="store_true")
+    arguments = parser.parse_args()
+    one_thread()
+    samples = Samples(arguments.data, "train")
+    size = samples.dataset["image"]["size"]
+    codec = Codec(Target())
+    encoded = [samples.encoded(row).tobytes() for row in range(min(len(samples), 1000))]
+    planes = np.stack([codec.decode(data, planar=True) for data in encoded[:50]])
+
+    def decode() -> int:
+        for data in encoded:
+            codec.decode(data)
+        return len(encoded)
+
+    def moments() -> int:
+        accumulator = Accumulator(size)
+        for _ in range(4):
+            for image in planes:
+                accumulator.add(image)
+        return 4 * len(planes)
+
+    def both() -> int:
+        accumulator = Accumulator(size)
+        for row in range(len(encoded)):
+            image = stats._planes(samples.encoded(row), samples.dataset["image"])
+            assert image is not None
+            accumulator.add(image)
+        return len(encoded)
+
+    rates = in_turns({"decode": decode, "moments": moments, "both": both})
+    figures = {
+        "images": len(encoded),
+        "decode alone, images/s": rates["decode"],
+        "moments alone, images/s": rates["moments"],
+        "pca-stats, images/s": rates["both"],
+        "pca-stats / decode alone": rates["both"] / rates["decode"],
+    }
+    report("stats", figures, arguments.save)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,201 @@
+"""Checkpoints: bits come back, and whatever is broken, at any moment, the newest whole one is found."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from alexprep.shards.errors import AlexprepError
+from alexprep.train import checkpoint
+from alexprep.train.checkpoint import Damaged, differences, newest, read, save
+
+
+def tensors(step: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    return {
+        "weights": torch.randn(3, 5, generator=generator),
+        "sums": torch.randn(4, dtype=torch.float64, generator=generator),
+        "random": generator.get_state(),
+    }
+
+
+def save_steps(folder: Path, *steps: int, keep: int = 10) -> None:
+    for step in steps:
+        save(folder, step, tensors(step), {"note": f"of {step}"}, keep)
+
+
+def assert_is(found: checkpoint.Checkpoint | None, step: int) -> None:
+    assert found is not None
+    assert (found.step, found.facts) == (step, {"note": f"of {step}"})
+    assert found.tensors.keys() == tensors(step).keys()
+    for name, tensor in tensors(step).items():
+        assert found.tensors[name].dtype == tensor.dtype
+        assert torch.equal(found.tensors[name], tensor), name
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_round_trip_is_exact(tmp_path: Path) -> None:
+    special = {
+        "last channels": torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last),
+        "odd": torch.tensor([float("nan"), -0.0, float("inf"), 1e-45]),
+        "empty": torch.zeros(0, 3),
+    }
+    facts = {"rate": 0.1 + 0.2, "none": None, "list": [1, {"a": "ä"}]}
+    save(tmp_path, 7, special, facts, keep=1)
+    found, damage = newest(tmp_path)
+    assert found is not None
+    assert (found.step, found.facts, damage) == (7, facts, [])
+    for name, tensor in special.items():
+        assert found.tensors[name].contiguous().numpy().tobytes() == tensor.contiguous().numpy().tobytes()
+
+
+def test_no_checkpoint_is_none(tmp_path: Path) -> None:
+    assert newest(tmp_path / "absent") == (None, [])
+
+
+def test_keeps_the_newest(tmp_path: Path) -> None:
+    save_steps(tmp_path, 1, 2, 3, 4, keep=2)
+    assert [name[:13] for name in files(tmp_path)] == ["step-00000003"] * 2 + ["step-00000004"] * 2
+    assert_is(newest(tmp_path)[0], 4)
+    with pytest.raises(AlexprepError, match="--keep is 0"):
+        save_steps(tmp_path, 5, keep=0)
+
+
+def test_steps_are_ordered_by_number(tmp_path: Path) -> None:
+    save_steps(tmp_path, 99_999_999, 100_000_000)
+    assert_is(newest(tmp_path)[0], 100_000_000)
+
+
+@pytest.mark.parametrize("part", ["tensors", "mark"])
+@pytest.mark.parametrize("damage", ["missing", "empty", "cut", "bit", "longer"])
+def test_damage_is_told_and_skipped(tmp_path: Path, part: str, damage: str) -> None:
+    seed = random.randrange(10**6)
+    rng = random.Random(seed)
+    save_steps(tmp_path, 1, 2)
+    path = next(path for path in tmp_path.glob("step-00000002*") if (path.suffix == ".json") == (part == "mark"))
+    before = path.read_bytes()
+    for _ in range(1 if damage in ("missing", "empty", "longer") else 40):
+        after = bytearray(before)
+        if damage == "cut":
+            del after[rng.randrange(1, len(after)) :]
+        elif damage == "bit":
+            position = rng.randrange(len(after))
+            after[position] ^= 1 << rng.randrange(8)
+        elif damage == "longer":
+            after += b"\0"
+        elif damage == "empty":
+            after.clear()
+        assert damage == "missing" or after != before
+        path.write_bytes(after)
+        if damage == "missing":
+            path.unlink()
+        found, sentences = newest(tmp_path)
+        if part == "mark" and (damage == "missing" or same_document(before, bytes(after))):
+            assert_is(found, 1 if damage == "missing" else 2)
+            assert sentences == []
+        else:
+            assert_is(found, 1)
+            assert len(sentences) == 1, f"seed {seed}"
+            assert sentences[0].startswith("skipped the checkpoint of step 2: ")
+
+
+def same_document(before: bytes, after: bytes) -> bool:
+    """Whether a damaged JSON still says the same, as when a cut takes only its last newline."""
+    try:
+        return bool(json.loads(before) == json.loads(after))
+    except ValueError:
+        return False
+
+
+def test_all_damaged_is_none(tmp_path: Path) -> None:
+    save_steps(tmp_path, 1, 2, 3)
+    for path in tmp_path.glob("*.safetensors"):
+        path.write_bytes(b"x")
+    found, sentences = newest(tmp_path)
+    assert found is None
+    assert [sentence[:33] for sentence in sentences] == [f"skipped the checkpoint of step {n}:"[:33] for n in (3, 2, 1)]
+
+
+def test_a_mark_that_is_no_object_is_damage(tmp_path: Path) -> None:
+    mark = tmp_path / "step-00000001.json"
+    for text in ("[]", "3", '"a"', "{}", '{"digest": 1}', "null"):
+        mark.write_text(text)
+        with pytest.raises(Damaged):
+            read(mark)
+
+
+def test_later_steps_go_when_an_earlier_one_is_saved_again(tmp_path: Path) -> None:
+    """After a fall-back from a damaged step 9, the run goes on below 9; the broken 9 must not outlive what follows."""
+    save_steps(tmp_path, 3, 6, 9)
+    next(tmp_path.glob("step-00000009*.safetensors")).unlink()
+    save_steps(tmp_path, 7, keep=3)
+    assert {name[:13] for name in files(tmp_path)} == {"step-00000003", "step-00000006", "step-00000007"}
+    assert_is(newest(tmp_path)[0], 7)
+
+
+@pytest.mark.parametrize("call", ["open", "fsync", "rename", "unlink"])
+def test_dying_at_any_system_call_leaves_the_old_or_the_new(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    """Saves over an existing checkpoint of the same step, with the n-th call failing, for all n; `keep` also deletes one."""
+
+    class Died(BaseException):
+        pass
+
+    original = getattr(os, call)
+    for n in range(1, 50):
+        folder = tmp_path / f"{call}{n}"
+        save_steps(folder, 1, 2)
+        save(folder, 3, tensors(33), {"note": "old"}, keep=10)
+        count = 0
+
+        def failing(*arguments: Any, **options: Any) -> Any:
+            nonlocal count
+            count += 1
+            if count >= n:  # noqa: B023
+                raise Died
+            return original(*arguments, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, call, failing)
+            try:
+                save_steps(folder, 3, keep=2)
+            except Died:
+                died = True
+            else:
+                died = False
+        found, sentences = newest(folder)
+        assert found is not None
+        assert sentences == []
+        if found.facts == {"note": "old"}:
+            assert torch.equal(found.tensors["weights"], tensors(33)["weights"])
+            assert died
+        else:
+            assert_is(found, 3)
+        save_steps(folder, 4, keep=2)  # the next save cleans up
+        assert [name[:13] for name in files(folder)] == ["step-00000003"] * 2 + ["step-00000004"] * 2
+        if not died:
+            assert n > 1
+            return
+    pytest.fail(f"{call} was still called after 50 times")
+
+
+def test_differences_name_the_fields() -> None:
+    saved = {"recipe": {"lr": 0.01, "decay": {"fc4": 0.03}}, "seed": 0, "old": 1}
+    wanted = {"recipe": {"lr": 0.02, "decay": {}}, "seed": 0, "new": [2]}
+    assert differences(saved, wanted) == [
+        "recipe.lr was 0.01, is now 0.02",
+        "recipe.decay.fc4 was 0.03, is now None",
+        "old was 1, is now None",
+        "new was None, is now [2]",
+    ]
+    assert differences(saved, json.loads(json.dumps(saved))) == []

@@ -1,0 +1,91 @@
+"""The commands as a user meets them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from alexprep.cli.main import cli
+
+
+def _run(*arguments: str, cwd: Path, check: int = 0) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "alexprep.cli", *arguments]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == check, done.stderr
+    assert "Traceback" not in done.stderr
+    return done
+
+
+def test_help_needs_no_heavy_library() -> None:
+    """What --help imports decides how fast it answers."""
+    code = "import sys, alexprep.cli.main; print([m for m in ('torch', 'nvidia', 'numpy', 'pyarrow', 'rich', 'PIL') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_every_command_has_help_and_an_example() -> None:
+    for name, command in cli.commands.items():
+        assert command.help and f"Example: alexprep {name}" in command.help
+        for parameter in command.params:
+            assert (
+                getattr(parameter, "help", None)
+                or parameter.name in ("source", "data_argument", "run")
+                or parameter.show_default
+            ), (  # type: ignore[attr-defined]
+                f"{name} {parameter.name}"
+            )
+
+
+def test_the_three_commands(photos: Path, tmp_path: Path) -> None:
+    """shard, pca-stats and train in an empty folder, and eval after them."""
+    done = _run("shard", str(photos), "--size", "64", "--json", cwd=tmp_path)
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert (result["inputs"], result["written"], result["rejected"]) == (68, 68, 0)
+    assert result["converted_in_this_run"] == 68 and "every input's fate" in done.stdout
+    assert "nothing was missing" in _run("shard", str(photos), "--size", "64", cwd=tmp_path).stdout
+
+    done = _run("pca-stats", "--json", cwd=tmp_path)
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["images"] == 48 and len(result["eigenvalues"]) == 3
+    assert "121.78  37.09  19.72" in done.stdout and "(0-255)²" in done.stdout
+
+    done = _run("train", "--recipe", "tiny", "--steps", "3", "--json", cwd=tmp_path)
+    result = json.loads(done.stdout.splitlines()[-1])
+    wanted = {"steps", "epochs", "val_top1_error", "val_top5_error", "images_per_second", "data_wait_ms"}
+    assert wanted <= result.keys() and result["steps"] == 3
+
+    done = _run("eval", "--views", "ten", "--json", cwd=tmp_path)
+    assert json.loads(done.stdout.splitlines()[-1])["samples"] == 20
+
+
+def test_the_data_folder_can_come_from_the_environment(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ALEXPREP_DATA", str(tmp_path / "elsewhere"))
+    _run("shard", str(photos), "--size", "16", "--limit", "4", cwd=tmp_path)
+    _run("pca-stats", cwd=tmp_path)
+    assert (tmp_path / "elsewhere" / "stats" / "stats.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "words"),
+    [
+        (["shard", "nowhere"], 1, "SOURCE nowhere does not exist"),
+        (["shard"], 2, "Missing argument 'SOURCE'"),
+        (["shard", ".", "--size", "-3"], 1, "--size -3 is not between 1 and 8,192"),
+        (["shard", ".", "--filter", "box"], 2, "'box' is not one of"),
+        (["pca-stats"], 1, "make one with `alexprep shard SOURCE`"),
+        (["pca-stats", "nowhere"], 1, "nowhere/dataset.json does not exist"),
+        (["train"], 1, "make one with `alexprep shard SOURCE`"),
+        (["train", "--steps", "0"], 2, "0 is not in the range"),
+        (["eval"], 1, "alexprep train"),
+        (["fly"], 2, "No such command 'fly'"),
+    ],
+)
+def test_errors_name_the_next_step(arguments: list[str], status: int, words: str, tmp_path: Path) -> None:
+    done = _run(*arguments, cwd=tmp_path, check=status)
+    assert words in done.stderr and done.stdout == ""

@@ -1,0 +1,117 @@
+"""Evaluation against plain numpy on the same logits, and the 2012 code's rule for ties."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from alexprep.shards.errors import AlexprepError
+from alexprep.train.evaluate import credit, evaluate
+
+
+class Batch(NamedTuple):
+    images: torch.Tensor
+    labels: torch.Tensor
+
+
+class Table(nn.Module):
+    """Looks its logits up: the first pixel of an image is the row. In training mode it gives nonsense."""
+
+    def __init__(self, logits: NDArray[np.float64]) -> None:
+        super().__init__()
+        self.logits = torch.from_numpy(logits).float()
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        assert images.ndim == 4
+        return self.logits[images[:, 0, 0, 0].long()] * (float("nan") if self.training else 1.0)
+
+
+def batches(labels: NDArray[np.int64], size: int, views: int | None = None) -> list[Batch]:
+    """Images whose first pixel is their row, or sample · views + view."""
+    count = len(labels)
+    if views is None:
+        images = torch.zeros(count, 3, 2, 2)
+        images[:, 0, 0, 0] = torch.arange(count)
+    else:
+        images = torch.zeros(count, views, 3, 2, 2)
+        images[:, :, 0, 0, 0] = torch.arange(count * views).reshape(count, views)
+    numbers = torch.from_numpy(labels)
+    return [Batch(images[i : i + size], numbers[i : i + size]) for i in range(0, count, size)]
+
+
+def reference_credit(scores: NDArray[np.float64], label: int, k: int) -> float:
+    """Sorts, then shares the places that are left among those that tie with the label."""
+    own = scores[label]
+    before = sum(score > own for score in scores)
+    tied = sum(score == own for score in scores)
+    return 0.0 if before >= k else min(1.0, (k - before) / tied)
+
+
+def test_credit_shares_places_among_ties(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    scores = rng.integers(0, 4, size=(500, 9)).astype(np.float64)
+    labels = rng.integers(0, 9, size=500)
+    for k in (1, 2, 5, 9, 12):
+        wanted = [reference_credit(row, label, k) for row, label in zip(scores, labels, strict=True)]
+        np.testing.assert_allclose(credit(torch.from_numpy(scores), torch.from_numpy(labels), k), wanted, rtol=1e-15)
+
+
+def test_an_all_equal_network_is_as_good_as_chance() -> None:
+    result = evaluate(Table(np.zeros((1000, 1000))), batches(np.arange(1000), 64))
+    assert result["top1_error"] == pytest.approx(99.9, abs=1e-9)
+    assert result["top5_error"] == pytest.approx(99.5, abs=1e-9)
+    assert result["loss"] == pytest.approx(np.log(1000))
+
+
+def test_single_view_equals_numpy(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    logits, labels = rng.normal(scale=3, size=(301, 12)).astype(np.float32), rng.integers(0, 12, size=301)
+    order = np.argsort(-logits, axis=1)
+    logs = logits.astype(np.float64) - np.log(np.exp(logits.astype(np.float64)).sum(axis=1, keepdims=True))
+    network = Table(logits.astype(np.float64))
+    result = evaluate(network, batches(labels, 50))
+    assert result["samples"] == 301
+    assert result["top1_error"] == pytest.approx(100 * np.mean(order[:, 0] != labels))
+    assert result["top5_error"] == pytest.approx(100 * np.mean(~(order[:, :5] == labels[:, None]).any(axis=1)))
+    assert result["loss"] == pytest.approx(-logs[np.arange(301), labels].mean(), rel=1e-12)
+    assert network.training  # as it came in
+
+
+def test_ten_views_average_the_softmax(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    logits, labels = rng.normal(scale=4, size=(57 * 10, 8)).astype(np.float32), rng.integers(0, 8, size=57)
+    exponentials = np.exp(logits.astype(np.float64))
+    softmax = exponentials / exponentials.sum(axis=1, keepdims=True)
+    mean = softmax.reshape(57, 10, 8).mean(axis=1)
+    order = np.argsort(-mean, axis=1)
+    result = evaluate(Table(logits.astype(np.float64)), batches(labels, 6, views=10))
+    assert result["top1_error"] == pytest.approx(100 * np.mean(order[:, 0] != labels))
+    assert result["top5_error"] == pytest.approx(100 * np.mean(~(order[:, :5] == labels[:, None]).any(axis=1)))
+    assert result["loss"] == pytest.approx(-np.log(mean[np.arange(57), labels]).mean(), rel=1e-12)
+    logit_mean = logits.reshape(57, 10, 8).mean(axis=1).argmax(axis=1)
+    assert (logit_mean != order[:, 0]).any()  # the other reading of "averaging" would give another answer here
+
+
+def test_result_does_not_depend_on_batches(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    network = Table(rng.integers(-30, 30, size=(400, 9)) / 7)
+    labels = rng.integers(0, 9, size=400)
+    results = [evaluate(network, batches(labels, size)) for size in (1, 3, 64, 399, 400)]
+    assert all(result == results[0] for result in results)
+
+
+def test_tiny_probabilities_do_not_overflow() -> None:
+    logits = np.array([[0.0, -2000.0], [0.0, -2000.0]])
+    assert evaluate(Table(logits), batches(np.array([1, 1]), 2))["loss"] == 2000.0
+
+
+def test_divergence_and_emptiness_are_told() -> None:
+    with pytest.raises(AlexprepError, match="NaN or infinity"):
+        evaluate(Table(np.array([[1.0, np.nan]])), batches(np.array([0]), 1))
+    with pytest.raises(AlexprepError, match="no image to evaluate"):
+        evaluate(Table(np.zeros((1, 2))), [])

@@ -1,0 +1,488 @@
+"""The loop on a made-up loader: it learns, and being stopped, killed or broken off anywhere changes nothing.
+
+Run as a program, this file trains once; the tests start it to have something to kill.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from alexprep.pipeline.augment import Augmentation
+from alexprep.shards.errors import AlexprepError
+from alexprep.train import recipes, runs
+from alexprep.train.alexnet import alexnet as alexnet_network
+from alexprep.train.config import TrainConfig
+from alexprep.train.evaluate_run import evaluate_run
+from alexprep.train.loop import train
+from alexprep.train.recipes import Recipe
+from alexprep.train.schedule import Plateau, Steps
+
+DEADLINE = 60.0  # seconds, for everything that waits
+Views = Literal["random", "centre", "ten"]
+CLASSES, SAMPLES, BATCH, CROP = 3, 46, 8, 67  # 6 steps an epoch, the last of 6 images
+EPOCH_STEPS = 6
+
+
+class Batch(NamedTuple):
+    images: torch.Tensor
+    labels: torch.Tensor
+
+
+class MadeUpLoader:
+    """Noise around one colour a class, from (seed, epoch, step) alone; the epoch rises when its last batch is delivered."""
+
+    digest = "made up"
+
+    def __init__(
+        self,
+        data: str | Path,
+        split: str = "train",
+        *,
+        batch_size: int,
+        augmentation: Augmentation | None = None,
+        views: Views = "random",
+        shuffle: bool = True,
+        seed: int = 0,
+        device: str = "cpu",
+        layout: Literal["NCHW", "NHWC"] = "NCHW",
+        threads: int | None = None,
+    ) -> None:
+        self.samples = SAMPLES if split == "train" else 20
+        self.seed, self.layout, self.batch_size = seed, layout, batch_size
+        self.split = split
+        self.epoch = self.step = 0
+        self.pause = float(os.environ.get("PAUSE", "0"))
+
+    def __len__(self) -> int:
+        return (self.samples + self.batch_size - 1) // self.batch_size
+
+    def __iter__(self) -> Iterator[Batch]:
+        epoch = self.epoch
+        while self.epoch == epoch:
+            fixed = self.split != "train"
+            rng = np.random.default_rng((self.seed, 0 if fixed else self.epoch, self.step, fixed))
+            count = min(self.batch_size, self.samples - self.step * self.batch_size)
+            labels = rng.integers(0, CLASSES, count)
+            images = rng.normal(scale=30, size=(count, CROP, CROP, 3))
+            images[np.arange(count), :, :, labels] += 60
+            pixels = torch.from_numpy(images.astype(np.float32))
+            self.step += 1
+            if self.step == len(self):
+                self.epoch, self.step = self.epoch + 1, 0
+            time.sleep(self.pause)
+            yield Batch(
+                pixels if self.layout == "NHWC" else pixels.movedim(-1, 1).contiguous(), torch.from_numpy(labels)
+            )
+
+    def state_dict(self) -> dict[str, int]:
+        return {"seed": self.seed, "epoch": self.epoch, "step": self.step}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        assert state["seed"] == self.seed
+        assert 0 <= state["step"] < len(self)
+        self.epoch, self.step = state["epoch"], state["step"]
+
+    def close(self) -> None:
+        pass
+
+
+def small_alexnet(classes: int, crop: int, *, seed: int, width: float) -> nn.Module:
+    """AlexNet, narrow, dropout included; larger weights, since its few inputs a neuron would stay silent with 0.01."""
+    network = alexnet_network(classes, crop, seed=seed, width=width)
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if name.endswith("weight") and not name.startswith("conv1."):
+                parameter.mul_(8)
+    return network
+
+
+def small_recipe(**changes: Any) -> Recipe:
+    recipe = Recipe(
+        name="small",
+        network=small_alexnet,
+        augmentation=Augmentation(crop=CROP, noise="none"),
+        stored_sizes=(CROP, CROP),
+        schedule=Steps(after=(2,)),
+        epochs=3,
+        batch_size=BATCH,
+        width=0.125,
+    )
+    return replace(recipe, **changes)
+
+
+@pytest.fixture
+def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A data set's facts without its images, and the recipe "small" in the registry."""
+    monkeypatch.setitem(recipes.RECIPES, "small", small_recipe)
+    return write_data(tmp_path / "data")
+
+
+def write_data(folder: Path, splits: tuple[str, ...] = ("train", "val"), **changes: Any) -> Path:
+    folder.mkdir()
+    document = {
+        "format_version": 1,
+        "digest": "made up",
+        "classes": [f"class{n}" for n in range(CLASSES)],
+        "image": {"size": CROP},
+        "splits": {split: {"samples": 20} for split in splits},
+    }
+    (folder / "dataset.json").write_text(json.dumps(document | changes))
+    return folder
+
+
+def config(folder: Path, **changes: Any) -> TrainConfig:
+    """Settings for a run beside the data set in `folder`."""
+    settings: dict[str, Any] = {
+        "data": folder,
+        "recipe": "small",
+        "runs": folder.parent / "runs",
+        "device": "cpu",
+        "log_steps": 4,
+    }
+    return TrainConfig(**settings | changes)
+
+
+def records(run: Path, kind: str) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == kind]
+
+
+def child(data: Path, **settings: Any) -> subprocess.Popen[str]:
+    """Trains in a process of its own."""
+    environment = os.environ | {"PAUSE": str(settings.pop("pause", 0))}
+    command = [sys.executable, __file__, json.dumps({"data": str(data), **settings})]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finished(process: subprocess.Popen[str]) -> tuple[dict[str, Any], str]:
+    """Its summary and what it said."""
+    out, err = process.communicate(timeout=DEADLINE)
+    assert process.returncode == 0, err
+    return json.loads(out.splitlines()[-1]), err
+
+
+def wait_for(path: Path, pattern: str, process: subprocess.Popen[str]) -> None:
+    limit = time.monotonic() + DEADLINE
+    while not list(path.glob(pattern)):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < limit, f"no {pattern} in {path}"
+        time.sleep(0.005)
+
+
+def test_it_learns_and_tells(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    summary = train(config(data), MadeUpLoader)
+    run = data.parent / "runs" / "small"
+    assert summary["val_top1_error"] < 20
+    assert summary == json.loads((run / "summary.json").read_text())
+    keys = "run recipe device steps epochs epoch_steps train_loss val_split val_top1_error val_top5_error val_loss"
+    keys += " images_per_second data_wait_ms step_ms seconds weights_sha256 stopped_by"
+    assert list(summary) == keys.split()
+    assert (summary["steps"], summary["epochs"], summary["val_split"], summary["stopped_by"]) == (18, 3, "val", None)
+    epochs = records(run, "epoch")
+    assert [(record["epoch"], record["step"], record["lr"]) for record in epochs] == [
+        (0, 6, 0.01),
+        (1, 12, 0.01),
+        (2, 18, 0.001),
+    ]
+    assert epochs[-1]["val"]["top1_error"] == summary["val_top1_error"]
+    assert epochs[-1]["loss"] == summary["train_loss"] < epochs[0]["loss"]
+    assert [record["step"] for record in records(run, "steps")] == [1, 4, 6, 8, 12, 16, 18]
+    assert all(record["step_ms"] > 0 and record["data_wait_ms"] > 0 for record in records(run, "steps"))
+    told = capsys.readouterr().err
+    assert "small on this CPU: about" in told
+    assert "epoch 3 in" in told
+
+
+def test_a_steps_record_is_the_mean_since_the_last(data: Path) -> None:
+    """Losses of single steps, averaged by hand, are those of the coarser log."""
+    train(config(data, log_steps=1, epochs=1, name="fine"), MadeUpLoader)
+    train(config(data, log_steps=5, epochs=1, name="coarse"), MadeUpLoader)
+    fine = {record["step"]: record["loss"] for record in records(data.parent / "runs/fine", "steps")}
+    sizes = [8, 8, 8, 8, 8, 6]
+    coarse = {record["step"]: record["loss"] for record in records(data.parent / "runs/coarse", "steps")}
+    assert list(coarse) == [1, 5, 6]
+    assert coarse[5] == pytest.approx(np.mean([fine[step] for step in (2, 3, 4, 5)]), rel=1e-12)
+    epoch = records(data.parent / "runs/coarse", "epoch")[0]["loss"]
+    assert epoch == pytest.approx(np.average([fine[step] for step in range(1, 7)], weights=sizes), rel=1e-12)
+
+
+def test_resuming_from_any_step_ends_with_the_same_bits(data: Path) -> None:
+    """Grain's rule: a checkpoint after every step, each of them continued to the end."""
+    whole = train(config(data, name="whole"), MadeUpLoader)
+    run = data.parent / "runs" / "whole"
+    logged = records(run, "epoch")
+    for step in range(1, whole["steps"]):
+        part = train(config(data, name=f"part{step}", steps=step), MadeUpLoader)
+        assert part["steps"] == step
+        rest = train(config(data, name=f"part{step}", resume=True), MadeUpLoader)
+        assert rest["weights_sha256"] == whole["weights_sha256"], f"stopped after step {step}"
+        same = ("val_top1_error", "val_loss", "train_loss", "epochs")
+        assert {key: rest[key] for key in same} == {key: whole[key] for key in same}
+        again = records(data.parent / "runs" / f"part{step}", "epoch")
+        timeless = [[{**record, "seconds": 0} for record in log] for log in (logged, again)]
+        assert timeless[0] == timeless[1]
+
+
+def test_killed_at_random_moments_it_ends_with_the_same_bits(data: Path) -> None:
+    seed = random.randrange(10**6)
+    rng = random.Random(seed)
+    whole = train(config(data), MadeUpLoader)["weights_sha256"]
+    checkpoints = data.parent / "runs" / "killed" / "checkpoints"
+    options: dict[str, Any] = {"name": "killed", "checkpoint_steps": 1, "pause": 0.03}
+    for kills, step in enumerate((2, 8, 13)):
+        process = child(data, resume=kills > 0, **options)
+        wait_for(checkpoints, f"step-{step:08d}.json", process)
+        time.sleep(rng.random() * 0.05)
+        process.send_signal(signal.SIGKILL)
+        process.communicate(timeout=DEADLINE)
+        assert process.returncode == -signal.SIGKILL
+    summary, _ = finished(child(data, name="killed", resume=True))
+    assert summary["weights_sha256"] == whole, f"seed {seed}"
+    steps = [record["step"] for record in records(data.parent / "runs" / "killed", "epoch")]
+    assert steps == [6, 12, 18]
+
+
+@pytest.mark.parametrize(("number", "name"), [(signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "SIGINT")])
+def test_a_signal_saves_and_leaves(data: Path, number: signal.Signals, name: str) -> None:
+    process = child(data, name="asked", checkpoint_steps=3, pause=0.03)
+    wait_for(data.parent / "runs" / "asked" / "checkpoints", "step-00000003.json", process)
+    process.send_signal(number)
+    summary, said = finished(process)
+    assert summary["stopped_by"] == name
+    assert 3 <= summary["steps"] < 18
+    assert f"stopped by {name} after step {summary['steps']}" in said
+    resumed = train(config(data, name="asked", resume=True), MadeUpLoader)
+    assert resumed["weights_sha256"] == train(config(data, name="whole"), MadeUpLoader)["weights_sha256"]
+
+
+def test_a_signal_during_evaluation_is_heeded(data: Path) -> None:
+    class Signalling(MadeUpLoader):
+        def __iter__(self) -> Iterator[Batch]:
+            for batch in super().__iter__():
+                if self.split == "val":
+                    os.kill(os.getpid(), signal.SIGTERM)
+                yield batch
+
+    whole = train(config(data, name="whole"), MadeUpLoader)
+    before = signal.getsignal(signal.SIGTERM)
+    part = train(config(data, name="part"), Signalling)
+    assert (part["stopped_by"], part["steps"], part["epochs"], part["val_loss"]) == ("SIGTERM", 6, 0, None)
+    assert signal.getsignal(signal.SIGTERM) == before
+    rest = train(config(data, name="part", resume=True), MadeUpLoader)
+    assert rest["weights_sha256"] == whole["weights_sha256"]
+    assert [record["step"] for record in records(data.parent / "runs" / "part", "epoch")] == [6, 12, 18]
+
+
+def test_the_newest_damaged_checkpoint_is_skipped_with_a_word(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole = train(config(data), MadeUpLoader)
+    run = data.parent / "runs" / "small"
+    newest = max((run / "checkpoints").glob("*.safetensors"))
+    newest.write_bytes(newest.read_bytes()[:-1])
+    resumed = train(config(data, resume=True), MadeUpLoader)
+    assert "skipped the checkpoint of step 18" in capsys.readouterr().err
+    assert resumed["weights_sha256"] == whole["weights_sha256"]
+    assert evaluate_run(run, device="cpu", open_loader=MadeUpLoader)["step"] == 18
+
+
+def test_a_run_without_checkpoint_begins_again(data: Path) -> None:
+    whole = train(config(data), MadeUpLoader)
+    run = data.parent / "runs" / "small"
+    for path in (run / "checkpoints").iterdir():
+        path.unlink()
+    assert train(config(data, resume=True), MadeUpLoader)["weights_sha256"] == whole["weights_sha256"]
+    assert [record["step"] for record in records(run, "epoch")] == [6, 12, 18]
+
+
+def test_resuming_a_finished_run_says_what_it_had(data: Path) -> None:
+    whole = train(config(data), MadeUpLoader)
+    again = train(config(data, resume=True), MadeUpLoader)
+    same = ("steps", "epochs", "val_top1_error", "val_loss", "weights_sha256")
+    assert {key: again[key] for key in same} == {key: whole[key] for key in same}
+    assert (again["images_per_second"], again["step_ms"], again["train_loss"]) == (None, None, None)
+
+
+def test_more_epochs_can_be_added(data: Path) -> None:
+    train(config(data, epochs=1), MadeUpLoader)
+    longer = train(config(data, resume=True, epochs=3), MadeUpLoader)
+    assert longer["weights_sha256"] == train(config(data, name="whole"), MadeUpLoader)["weights_sha256"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lr": 0.02}, r"recipe.lr was 0.01, is now 0.02"),
+        ({"batch_size": 4}, r"recipe.batch_size was 8, is now 4"),
+        ({"seed": 5}, r"seed was 0, is now 5"),
+        ({"recipe": "other"}, r"recipe.name was 'small', is now 'other'"),
+    ],
+)
+def test_resuming_with_other_settings_is_refused(
+    data: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], message: str
+) -> None:
+    monkeypatch.setitem(recipes.RECIPES, "other", lambda: small_recipe(name="other"))
+    train(config(data, steps=1), MadeUpLoader)
+    with pytest.raises(AlexprepError, match=message):
+        train(config(data, resume=True, **changes), MadeUpLoader)
+    assert train(config(data, resume=True, recipe=None, steps=2), MadeUpLoader)["steps"] == 2
+
+
+def test_resuming_with_other_data_is_refused(data: Path) -> None:
+    train(config(data, steps=1), MadeUpLoader)
+    other = write_data(data.parent / "other", digest="another")
+    with pytest.raises(AlexprepError, match="data_digest was 'made up', is now 'another'"):
+        train(config(data, resume=True, data=other), MadeUpLoader)
+
+
+def test_an_endless_loss_stops_before_anything_is_spoilt(data: Path) -> None:
+    class Poisoned(MadeUpLoader):
+        def __iter__(self) -> Iterator[Batch]:
+            for images, labels in super().__iter__():
+                yield Batch(images * (float("inf") if (self.epoch, self.step) == (1, 4) else 1.0), labels)
+
+    with pytest.raises(AlexprepError, match=r"loss became nan within steps 9 to 12, at learning rate 0.01"):
+        train(config(data, checkpoint_steps=3), Poisoned)
+    run = data.parent / "runs" / "small"
+    assert max(path.name for path in (run / "checkpoints").glob("*.json")) == "step-00000009.json"
+    resumed = train(config(data, resume=True), MadeUpLoader)
+    assert resumed["weights_sha256"] == train(config(data, name="whole"), MadeUpLoader)["weights_sha256"]
+
+
+def test_spoilt_weights_are_not_saved(data: Path) -> None:
+    """The loss of step 6 is finite, its gradient is not: only the weights tell."""
+
+    class Poisoned(MadeUpLoader):
+        def __iter__(self) -> Iterator[Batch]:
+            for images, labels in super().__iter__():
+                yield Batch(images * (1e37 if (self.epoch, self.step) == (0, 5) else 1.0), labels)
+
+    with pytest.raises(AlexprepError, match=r"(within steps|after step) "):
+        train(config(data, checkpoint_steps=1), Poisoned)
+    saved = [path.name for path in (data.parent / "runs/small/checkpoints").glob("*.json")]
+    assert max(saved) == "step-00000004.json"
+
+
+def test_the_schedule_can_end_the_training(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stuck = Plateau(patience=1, margin=100.0, drops=1)
+    monkeypatch.setitem(recipes.RECIPES, "small", lambda: small_recipe(schedule=stuck, epochs=50))
+    summary = train(config(data), MadeUpLoader)
+    assert summary["epochs"] == 3
+    assert [record["lr"] for record in records(data.parent / "runs/small", "epoch")] == [0.01, 0.01, 0.001]
+    assert train(config(data, resume=True), MadeUpLoader)["epochs"] == 3
+
+
+def test_without_a_validation_split_it_says_so(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bare = write_data(data.parent / "bare", splits=("train",))
+    summary = train(config(bare, epochs=1), MadeUpLoader)
+    assert "there is no val or test split" in capsys.readouterr().err
+    assert [summary[key] for key in ("val_split", "val_top1_error", "val_top5_error", "val_loss")] == [None] * 4
+    tested = write_data(data.parent / "tested", splits=("train", "test"))
+    assert train(config(tested, epochs=1), MadeUpLoader)["val_split"] == "test"
+
+
+def test_evaluation_loader_is_asked_for_plain_views(data: Path) -> None:
+    asked: dict[str, dict[str, Any]] = {}
+
+    def spying(data: str | Path, split: str = "train", **options: Any) -> MadeUpLoader:
+        asked[split] = options
+        return MadeUpLoader(data, split, **options)
+
+    train(config(data, epochs=1, threads=1), spying)
+    assert (asked["train"]["views"], asked["train"]["shuffle"]) == ("random", True)
+    assert (asked["val"]["views"], asked["val"]["shuffle"]) == ("centre", False)
+    assert asked["train"]["augmentation"] == small_recipe().augmentation
+    assert (asked["train"]["threads"], asked["train"]["layout"]) == (1, "NHWC")
+
+
+def test_evaluate_run_gives_the_error_of_the_last_epoch(data: Path) -> None:
+    summary = train(config(data), MadeUpLoader)
+    run = data.parent / "runs" / "small"
+    found = evaluate_run(run, batch_size=BATCH, device="cpu", open_loader=MadeUpLoader)
+    assert (found["top1_error"], found["loss"]) == (summary["val_top1_error"], summary["val_loss"])
+    assert (found["step"], found["epochs"], found["split"], found["samples"]) == (18, 3, "val", 20)
+    other = write_data(data.parent / "other", classes=["a", "b"])
+    with pytest.raises(AlexprepError, match=r"has 2 classes, .* was trained on 3"):
+        evaluate_run(run, data=other, device="cpu", open_loader=MadeUpLoader)
+
+
+def test_runs_are_named_and_found(data: Path) -> None:
+    folder = data.parent / "runs"
+    names = [Path(train(config(data, steps=1), MadeUpLoader)["run"]).name for _ in range(3)]
+    assert names == ["small", "small-2", "small-3"]
+    assert train(config(data, resume=True, steps=2), MadeUpLoader)["run"] == str(folder / "small-3")
+    assert train(config(data, resume=True, steps=3, name="small"), MadeUpLoader)["run"] == str(folder / "small")
+    assert runs.find_run(folder, None) == folder / "small"  # active last
+    with pytest.raises(AlexprepError, match="already a run"):
+        train(config(data, name="small"), MadeUpLoader)
+    with pytest.raises(AlexprepError, match=r"there is no run .*nowhere: there are small, small-2, small-3"):
+        train(config(data, name="nowhere", resume=True), MadeUpLoader)
+    with pytest.raises(AlexprepError, match="cannot name a run"):
+        train(config(data, name="../out"), MadeUpLoader)
+    with pytest.raises(AlexprepError, match="there is no run in"):
+        train(config(data, runs=data.parent / "empty", resume=True), MadeUpLoader)
+
+
+def test_a_run_is_trained_by_one_process(data: Path) -> None:
+    process = child(data, name="busy", checkpoint_steps=1, pause=0.2)
+    wait_for(data.parent / "runs" / "busy" / "checkpoints", "step-00000001.json", process)
+    with pytest.raises(AlexprepError, match="another process is training"):
+        train(config(data, name="busy", resume=True), MadeUpLoader)
+    process.kill()
+    process.communicate(timeout=DEADLINE)
+    assert train(config(data, name="busy", resume=True), MadeUpLoader)["steps"] == 18
+
+
+def test_an_unfitting_data_set_is_refused(data: Path) -> None:
+    large = write_data(data.parent / "large", image={"size": 256})
+    with pytest.raises(
+        AlexprepError, match=r"side of 256 pixels, recipe small is for 67: train with --recipe alexnet, or shard"
+    ):
+        train(config(large), MadeUpLoader)
+    single = write_data(data.parent / "single", classes=["only"])
+    with pytest.raises(AlexprepError, match="has 1 classes"):
+        train(config(single), MadeUpLoader)
+    assert not (data.parent / "runs").exists()  # nothing is begun that cannot go on
+
+
+@pytest.mark.parametrize("changes", [{"steps": 0}, {"epochs": 0}, {"keep": 0}, {"seed": -1}, {"threads": 0}])
+def test_senseless_settings_are_refused(tmp_path: Path, changes: dict[str, int]) -> None:
+    with pytest.raises(AlexprepError, match=f"{next(iter(changes))} is "):
+        TrainConfig(data=tmp_path, **changes)  # type: ignore[arg-type]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_the_same_loop_trains_on_a_gpu(data: Path) -> None:
+    class OnGpu(MadeUpLoader):
+        def __iter__(self) -> Iterator[Batch]:
+            for images, labels in super().__iter__():
+                yield Batch(images.cuda(), labels.cuda())
+
+    gpu = train(config(data, device="cuda", epochs=1, name="gpu"), OnGpu)
+    cpu = train(config(data, epochs=1, name="cpu"), MadeUpLoader)
+    first = [records(data.parent / "runs" / name, "steps")[0]["loss"] for name in ("gpu", "cpu")]
+    assert first[0] == pytest.approx(first[1], rel=0.05)  # dropout draws differ, the weights and the images do not
+    assert gpu["device"] == "cuda"
+    assert cpu["device"] == "cpu"
+    train(config(data, device="cuda", steps=4, name="part"), OnGpu)
+    assert train(config(data, device="cuda", epochs=1, name="part", resume=True), OnGpu)["steps"] == 6
+
+
+if __name__ == "__main__":
+    recipes.RECIPES["small"] = small_recipe
+    settings = json.loads(sys.argv[1])
+    print(json.dumps(train(config(Path(settings.pop("data")), **settings), MadeUpLoader)))  # noqa: T201

@@ -1,0 +1,107 @@
+"""The update rule against float64 numpy, with a rate that changes on the way."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from alexprep.shards.errors import AlexprepError
+from alexprep.train.optim import MomentumSGD, parameter_groups
+
+RATES = [0.1] * 5 + [0.01] * 5 + [0.05] * 3
+
+
+def trajectory(dtype: torch.dtype) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Weights after every step: of the optimizer, and of section 5's rule in float64 numpy. Gradients are random."""
+    rng = np.random.default_rng(5)
+    start = [rng.normal(size=(4, 3)), rng.normal(size=5), rng.normal(size=(2, 2))]
+    decays, factors = [0.3, 0.0, 0.02], [1.0, 2.0, 1.0]
+    weights = [nn.Parameter(torch.tensor(value, dtype=dtype)) for value in start]
+    groups = [
+        {"params": [weight], "decay": decay, "lr_factor": factor}
+        for weight, decay, factor in zip(weights, decays, factors, strict=True)
+    ]
+    optimizer = MomentumSGD(groups, lr=RATES[0], momentum=0.9)
+    w, v = [value.copy() for value in start], [np.zeros_like(value) for value in start]
+    got, wanted = [], []
+    for rate in RATES:
+        optimizer.set_learning_rate(rate)
+        for i, weight in enumerate(weights):
+            gradient = rng.normal(size=w[i].shape)
+            weight.grad = torch.tensor(gradient, dtype=dtype)
+            epsilon = rate * factors[i]
+            v[i] = 0.9 * v[i] - decays[i] * epsilon * w[i] - epsilon * gradient
+            w[i] = w[i] + v[i]
+        optimizer.step()
+        got.append(np.concatenate([weight.detach().double().numpy().ravel() for weight in weights]))
+        wanted.append(np.concatenate([value.ravel() for value in w]))
+    return got, wanted
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-14), (torch.float32, 1e-5)])
+def test_update_is_section_5(dtype: torch.dtype, tolerance: float) -> None:
+    got, wanted = trajectory(dtype)
+    np.testing.assert_allclose(got, wanted, rtol=tolerance, atol=tolerance)
+
+
+def test_torch_sgd_agrees_until_the_rate_changes() -> None:
+    start = torch.linspace(-1, 1, 7, dtype=torch.float64)
+    ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    paper = MomentumSGD([{"params": [ours]}], lr=0.1, momentum=0.9, decay=0.01)
+    sgd = torch.optim.SGD([theirs], lr=0.1, momentum=0.9, weight_decay=0.01)
+    for step in range(8):
+        if step == 5:
+            torch.testing.assert_close(ours, theirs, rtol=1e-13, atol=1e-13)
+            paper.set_learning_rate(0.01)
+            sgd.param_groups[0]["lr"] = 0.01
+        for weight in (ours, theirs):
+            weight.grad = torch.cos(weight.detach() * (step + 1))
+        paper.step()
+        sgd.step()
+    assert (ours - theirs).abs().max() > 0.01
+
+
+def test_parameters_without_gradient_stay() -> None:
+    moved, still = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    optimizer = MomentumSGD([{"params": [moved, still]}], lr=1.0)
+    moved.grad = torch.ones(2)
+    optimizer.step()
+    assert moved[0] < 0.1
+    assert torch.equal(still, torch.ones(2))
+    assert [v.tolist() for v in optimizer.velocities()][1] == [0.0, 0.0]
+
+
+def test_groups_split_weights_by_decay_and_free_biases_from_it() -> None:
+    network = nn.Sequential()
+    for name in ("a", "b", "c"):
+        network.add_module(name, nn.Linear(2, 2))
+    groups = parameter_groups(network, decay=0.004, layer_decay={"b": 0.03}, bias_lr_factor=2.0)
+    names = {id(parameter): name for name, parameter in network.named_parameters()}
+    found = [([names[id(p)] for p in group["params"]], group["decay"], group.get("lr_factor", 1.0)) for group in groups]
+    assert found == [
+        (["a.weight", "c.weight"], 0.004, 1.0),
+        (["b.weight"], 0.03, 1.0),
+        (["a.bias", "b.bias", "c.bias"], 0.0, 2.0),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr": -0.1}, "rate is -0.1"),
+        ({"lr": 0.1, "momentum": 1.0}, "momentum is 1.0"),
+        ({"lr": float("nan")}, "rate is nan"),
+    ],
+)
+def test_senseless_numbers_are_refused(options: dict[str, float], message: str) -> None:
+    with pytest.raises(AlexprepError, match=message):
+        MomentumSGD([{"params": [nn.Parameter(torch.ones(1))]}], **options)
+
+
+def test_unknown_layers_and_closures_are_refused() -> None:
+    with pytest.raises(AlexprepError, match="names fc9"):
+        parameter_groups(nn.Sequential(nn.Linear(1, 1)), decay=0.0, layer_decay={"fc9": 1.0}, bias_lr_factor=1.0)
+    with pytest.raises(AlexprepError, match="no closure"):
+        MomentumSGD([{"params": [nn.Parameter(torch.ones(1))]}], lr=0.1).step(lambda: 0.0)

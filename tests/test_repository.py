@@ -1,0 +1,87 @@
+"""Conventions as tests: one-way imports, docstrings that run, packages that are packed, modules of bearable size."""
+
+from __future__ import annotations
+
+import ast
+import configparser
+import doctest
+import importlib
+import pkgutil
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ORDER = ["shards", "pipeline", "train", "cli"]
+ROOT = Path(__file__).parents[1]
+FILES = [path for package in ORDER for path in sorted((ROOT / package).rglob("*.py"))]
+MODULES = [
+    module.name
+    for package in ORDER
+    for module in pkgutil.walk_packages(importlib.import_module(f"alexprep.{package}").__path__, f"alexprep.{package}.")
+    if not module.name.endswith("__main__")
+]
+# Each heavy or fenced library, and the only places that may import it.
+FENCES = {
+    "click": ("cli/",),
+    "rich": ("cli/", "train/meter.py"),
+    "torch": ("train/", "pipeline/engine.py", "pipeline/loader.py"),
+    "nvidia.dali": ("pipeline/graph.py",),
+    "webdataset": (),
+    "sklearn": (),
+    "pickle": (),
+    "subprocess": (),
+}
+
+
+def _imported(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield "." * node.level + (node.module or "")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_left(path: Path) -> None:
+    place = path.relative_to(ROOT).as_posix()
+    here = ORDER.index(place.split("/")[0])
+    for name in _imported(path):
+        assert not name.startswith("."), f"write alexprep.…, not the relative {name!r}"
+        top, _, rest = name.partition(".")
+        assert top not in ORDER, f"write alexprep.{name}, not {name!r}"
+        if top == "alexprep":
+            assert rest, "import a package, not the bare namespace"
+            assert ORDER.index(rest.split(".")[0]) <= here, f"{place} may not import {name}"
+        for library, places in FENCES.items():
+            if name == library or name.startswith(library + "."):
+                assert place.startswith(places) if places else False, f"{place} may not import {library}"
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstrings_run(name: str) -> None:
+    assert doctest.testmod(importlib.import_module(name)).failed == 0
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_modules_do_one_thing(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= 250, "split it: 250 lines at most"
+
+
+def test_every_package_is_packed() -> None:
+    """A folder that setup.cfg does not list works in an editable install and is missing from the wheel."""
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    listed = set(config["options"]["packages"].split())
+    found = {".".join(("alexprep", *path.parent.relative_to(ROOT).parts)) for path in FILES}
+    assert found == listed
+    for package in ORDER:
+        assert (ROOT / package / "py.typed").exists()
+
+
+def test_versions_agree() -> None:
+    pins = (ROOT / "constraints.txt").read_text()
+    assert re.search(r"^torch==2\.13\.0$", pins, re.MULTILINE)
+    version = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert version and f"## [{version[1]}]" in (ROOT / "CHANGELOG.md").read_text()

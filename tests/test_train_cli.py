@@ -1,0 +1,156 @@
+"""`alexprep train` and `alexprep eval` on real shards, from the command line."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from alexprep.cli.evaluate import evaluate
+from alexprep.cli.train import RECIPES, train
+from alexprep.pipeline.augment import Augmentation
+from alexprep.shards.errors import AlexprepError
+from alexprep.train import recipes
+from alexprep.train.config import TrainConfig
+from alexprep.train.loop import train as train_run
+from alexprep.train.recipes import Recipe
+from alexprep.train.schedule import Steps
+from alexprep.train.small_networks import tiny_net
+
+DEADLINE = 60.0  # seconds
+
+
+def last_line(text: str) -> dict[str, Any]:
+    document: dict[str, Any] = json.loads(text.splitlines()[-1])
+    return document
+
+
+def test_train_then_eval(data: Path, tmp_path: Path) -> None:
+    runs = ["--runs", str(tmp_path / "runs")]
+    options = ["--data", str(data), "--recipe", "tiny", "--epochs", "2", "--device", "cpu", "--json", *runs]
+    result = CliRunner().invoke(train, options, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    summary = last_line(result.stdout)
+    assert (summary["recipe"], summary["steps"], summary["epochs"], summary["device"]) == ("tiny", 4, 2, "cpu")
+    assert summary["images_per_second"] > 0
+    for views in ("centre", "ten"):
+        arguments = ["--views", views, "--json", "--device", "cpu", *runs]
+        result = CliRunner().invoke(evaluate, arguments, catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        found = last_line(result.stdout)
+        assert (found["run"], found["samples"], found["views"]) == (summary["run"], 20, views)
+        if views == "centre":
+            assert found["top1_error"] == summary["val_top1_error"]
+            assert found["loss"] == pytest.approx(summary["val_loss"], rel=1e-5)  # another batch size rounds otherwise
+    train_split = CliRunner().invoke(evaluate, ["tiny", "--split", "train", "--json", *runs], catch_exceptions=False)
+    assert last_line(train_split.stdout)["samples"] == 48
+
+
+def test_resume_is_exact_with_real_shards(data: Path, tmp_path: Path) -> None:
+    def weights(**options: Any) -> object:
+        config = TrainConfig(data=data, recipe="tiny", runs=tmp_path, epochs=3, batch_size=10, device="cpu", **options)
+        return train_run(config)["weights_sha256"]
+
+    whole = weights(name="whole")
+    for step in (5, 7):  # 5 steps an epoch
+        weights(name=f"from{step}", steps=step)
+        assert weights(name=f"from{step}", resume=True) == whole, f"stopped after step {step}"
+
+
+def test_sigterm_leaves_with_143_and_resumes(data: Path, tmp_path: Path) -> None:
+    code = "from alexprep.cli.main import main; main()"
+    arguments = [
+        "train",
+        "--data",
+        str(data),
+        "--recipe",
+        "tiny",
+        "--epochs",
+        "5000",
+        "--checkpoint-steps",
+        "1",
+        "--device",
+        "cpu",
+    ]
+    command = [sys.executable, "-c", code, *arguments, "--json"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    limit = time.monotonic() + DEADLINE
+    while not list(tmp_path.glob("runs/tiny/checkpoints/*.json")):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < limit
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=DEADLINE)
+    assert process.returncode == 143, err
+    steps = last_line(out)["steps"]
+    assert last_line(out)["stopped_by"] == "SIGTERM"
+    more = ["--data", str(data), "--runs", str(tmp_path / "runs"), "--resume", "--steps", str(steps + 1), "--json"]
+    result = CliRunner().invoke(train, more, catch_exceptions=False)
+    assert last_line(result.stdout)["steps"] == steps + 1
+
+
+def test_the_wrong_recipe_names_the_right_one(data: Path, tmp_path: Path) -> None:
+    options = ["--data", str(data), "--runs", str(tmp_path), "--device", "cpu"]
+    result = CliRunner().invoke(train, options)
+    assert isinstance(result.exception, AlexprepError)
+    assert str(result.exception) == (
+        "the stored images have a side of 64 pixels, recipe alexnet is for 256: "
+        "train with --recipe tiny, or shard again with --size 256"
+    )
+
+
+def test_missing_data_and_runs_are_told(tmp_path: Path) -> None:
+    result = CliRunner().invoke(train, ["--data", str(tmp_path / "none")])
+    assert isinstance(result.exception, AlexprepError)
+    assert "alexprep shard" in str(result.exception)
+    result = CliRunner().invoke(evaluate, ["--runs", str(tmp_path)])
+    assert isinstance(result.exception, AlexprepError)
+    assert "start one with `alexprep train`" in str(result.exception)
+
+
+def test_the_command_offers_every_recipe() -> None:
+    assert tuple(recipes.RECIPES) == RECIPES
+    for name in RECIPES:
+        assert recipes.recipe_named(name).name == name
+        json.dumps(recipes.recipe_named(name).describe())  # JSON values only
+    with pytest.raises(AlexprepError, match="no recipe 'vgg': choose one of alexnet, cifar10-quick, tiny"):
+        recipes.recipe_named("vgg")
+
+
+def test_alexnets_recipe_is_the_papers() -> None:
+    recipe = recipes.alexnet()
+    assert (recipe.batch_size, recipe.lr, recipe.momentum, recipe.decay) == (128, 0.01, 0.9, 0.0005)  # section 5
+    assert (recipe.bias_lr_factor, recipe.epochs, recipe.stored_sizes) == (1.0, 90, (256, 256))
+    assert recipe.augmentation == Augmentation(crop=224, mirror=True, mean="crop", noise="eigenvalue", noise_sigma=0.1)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"epochs": 0},
+        {"batch_size": 0},
+        {"lr": -1.0},
+        {"lr": float("nan")},
+        {"momentum": 1.0},
+        {"stored_sizes": (16, 32)},
+    ],
+)
+def test_a_recipe_refuses_senseless_numbers(changes: dict[str, Any]) -> None:
+    fields: dict[str, Any] = {
+        "name": "x",
+        "network": tiny_net,
+        "augmentation": Augmentation(crop=24),
+        "stored_sizes": (24, 32),
+        "schedule": Steps(after=()),
+        "epochs": 1,
+    }
+    assert Recipe(**fields).epochs == 1
+    with pytest.raises(AlexprepError, match="x"):
+        Recipe(**fields | changes)

@@ -1,0 +1,132 @@
+"""What a caller chooses, and what follows from it: the run's folder, its recipe, and its identity."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from alexprep.shards.errors import AlexprepError
+from alexprep.shards.files import publish_json
+from alexprep.train import runs
+from alexprep.train.data import DataFacts, data_facts
+from alexprep.train.host import choose_device
+from alexprep.train.recipes import Recipe, recipe_named
+
+DEFAULT_RECIPE = "alexnet"
+VERSIONS_OF = ("alexprep", "torch", "numpy")  # results may differ in the last bits between versions of these
+OPTIONS = ("recipe", "seed", "batch_size", "lr")  # what a resumed run takes from its beginning
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What a caller may choose. None means: as the recipe has it, or when resuming, as the run began.
+
+    Args:
+        data: folder of the data set.
+        recipe: name in the registry, "alexnet" by default.
+        seed: of the initial weights, dropout, order and augmentation; 0 by default.
+        batch_size: images a step.
+        lr: learning rate of the first epoch.
+        epochs: stop after this many, counted from the run's beginning.
+        steps: stop after this many optimizer steps, counted from the run's beginning.
+        runs: folder of all runs.
+        name: of this run; the recipe's name, with a number if that is taken, by default.
+        resume: continue the named run, or the one last active.
+        keep: checkpoints kept.
+        checkpoint_steps: steps between checkpoints; one more is made at every epoch's end.
+        log_steps: steps between records in log.jsonl.
+        threads: for decoding; the loader decides by default.
+        device: "cpu" or "cuda"; the GPU if there is one by default.
+
+    Raises:
+        AlexprepError: a number is out of its range.
+    """
+
+    data: Path
+    recipe: str | None = None
+    seed: int | None = None
+    batch_size: int | None = None
+    lr: float | None = None
+    epochs: int | None = None
+    steps: int | None = None
+    runs: Path = Path("runs")
+    name: str | None = None
+    resume: bool = False
+    keep: int = 3
+    checkpoint_steps: int = 1000
+    log_steps: int = 20
+    threads: int | None = None
+    device: str | None = None
+
+    def __post_init__(self) -> None:
+        """Refuses values out of bounds, with AlexprepError."""
+        for name in ("epochs", "steps", "keep", "checkpoint_steps", "log_steps", "threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise AlexprepError(f"{name} is {value}: it must be at least 1")
+        if self.seed is not None and not 0 <= self.seed < 2**63:
+            raise AlexprepError(f"seed is {self.seed}: it must be within 0 to 2^63 - 1")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run that is ready to begin or to go on."""
+
+    config: TrainConfig
+    run: Path
+    recipe: Recipe
+    seed: int
+    facts: DataFacts
+    device: torch.device
+    identity: dict[str, Any]  # JSON values: what decides the result; a checkpoint of another identity is refused
+
+
+def prepare(config: TrainConfig) -> Job:
+    """Reads the data set's facts, makes or finds the run's folder, and settles recipe and device.
+
+    Raises:
+        AlexprepError: there is no such data, recipe, device or run, or the data does not suit the recipe.
+    """
+    device = choose_device(config.device)
+    facts = data_facts(config.data)
+    run = None
+    if config.resume:
+        run = runs.find_run(config.runs, config.name)
+        began = runs.read_config(run)["options"]
+        config = replace(config, **{name: began[name] for name in OPTIONS if getattr(config, name) is None})
+    recipe = recipe_of({name: getattr(config, name) for name in OPTIONS})
+    recipe.check_size(facts.size)
+    seed = config.seed or 0
+    identity = {"recipe": recipe.describe(), "seed": seed, "classes": facts.classes, "data_digest": facts.digest}
+    if run is None:
+        run = runs.create_run(config.runs, config.name, recipe.name)
+        options = {"recipe": recipe.name, "seed": seed, "batch_size": recipe.batch_size, "lr": recipe.lr}
+        document = {
+            "options": options,
+            "data": str(config.data.resolve()),
+            "identity": identity,
+            "versions": versions(),
+        }
+        publish_json(run / runs.CONFIG, document)
+    return Job(config, run, recipe, seed, facts, device, identity)
+
+
+def versions() -> dict[str, str]:
+    """The versions that results depend on."""
+    return {package: importlib.metadata.version(package) for package in VERSIONS_OF}
+
+
+def recipe_of(options: Mapping[str, Any]) -> Recipe:
+    """The recipe that options name, with their batch size and rate where they are not None.
+
+    >>> recipe_of({"recipe": "tiny", "batch_size": 8, "lr": None}).batch_size
+    8
+    """
+    recipe = recipe_named(options["recipe"] or DEFAULT_RECIPE)
+    changes = {name: options[name] for name in ("batch_size", "lr") if options[name] is not None}
+    return replace(recipe, **changes)

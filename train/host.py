@@ -1,0 +1,97 @@
+"""The machine a training runs on: its device, how it keeps memory, and requests to stop."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import signal
+import sys
+import threading
+from collections.abc import Iterable, Iterator
+from types import FrameType
+from typing import TypeVar
+
+import torch
+
+from alexprep.shards.errors import AlexprepError
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
+
+Item = TypeVar("Item")
+
+
+class Stopped(Exception):
+    """Work was left because a signal asked for it."""
+
+
+class StopRequest:
+    """Whether SIGTERM or SIGINT arrived: the first only sets `signal`, a second one has its usual effect.
+
+    Signals can be caught in the main thread only; elsewhere nothing is ever requested.
+    """
+
+    def __init__(self) -> None:
+        """Nothing is requested yet."""
+        self.signal: signal.Signals | None = None
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[StopRequest]:
+        """Catches signals inside the block."""
+        if threading.current_thread() is not threading.main_thread():
+            yield self
+            return
+        previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+        def remember(number: int, frame: FrameType | None) -> None:
+            self.signal = signal.Signals(number)
+            for caught, handler in previous.items():
+                signal.signal(caught, handler)
+
+        for number in previous:
+            signal.signal(number, remember)
+        try:
+            yield self
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def watch(self, items: Iterable[Item]) -> Iterator[Item]:
+        """The same items; raises `Stopped` instead of the next one when a stop was requested."""
+        for item in items:
+            if self.signal is not None:
+                raise Stopped
+            yield item
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The named device, or by default the GPU where there is one.
+
+    Raises:
+        AlexprepError: there is no such device here.
+
+    >>> choose_device("cpu")
+    device(type='cpu')
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise AlexprepError(f"{name!r} is not a device: use cpu or cuda") from None
+    if device.type not in ("cpu", "cuda"):
+        raise AlexprepError(f"{name!r} is not supported: use cpu or cuda")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise AlexprepError(f"there is no {name} here, torch sees {torch.cuda.device_count()} GPUs: use --device cpu")
+    return device
+
+
+def keep_freed_memory() -> bool:
+    """Tells glibc's malloc not to hand freed memory back to the system; true if it agreed.
+
+    A training step frees and asks for the same gigabyte of activations again; each time the system must clear fresh pages.
+    Keeping them makes an AlexNet step on two cores 1.3 times (with channels last 3 times) as fast. The process keeps its peak size.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
+    return mallopt is not None and bool(mallopt(M_MMAP_MAX, 0)) and bool(mallopt(M_TRIM_THRESHOLD, -1))

@@ -1,0 +1,237 @@
+"""The training loop: batch, step, count; at an epoch's end evaluate, let the schedule look, save."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from alexprep.pipeline.loader import Loader
+from alexprep.shards.errors import AlexprepError
+from alexprep.shards.files import publish_json
+from alexprep.train import checkpoint, runs
+from alexprep.train.config import Job, TrainConfig, prepare, versions
+from alexprep.train.data import BatchSource, OpenLoader, examples, layout_for
+from alexprep.train.evaluate import evaluate
+from alexprep.train.host import Stopped, StopRequest, keep_freed_memory
+from alexprep.train.meter import Meter, forecast
+from alexprep.train.state import TrainingState, weights_digest
+from alexprep.train.sums import Means, Pace
+
+UNMEASURED = ("images_per_second", "data_wait_ms", "step_ms")
+EARLY_RECORDS = (1, 6)  # a first sign of life; then steps 2 to 6, after the slow first one, give the forecast
+
+
+def train(config: TrainConfig, open_loader: OpenLoader = Loader) -> dict[str, Any]:
+    """Trains one run, or goes on with it.
+
+    Being killed at any moment costs at most the steps since the last checkpoint. On one CPU with the same versions, a run that was killed
+    and resumed ends with the same weights, to the last bit, as one that was not.
+
+    Args:
+        config: what to do.
+        open_loader: opens a split; `alexprep.pipeline.loader.Loader` or something with its behaviour.
+
+    Returns:
+        The summary, which is also in the run's summary.json: run, recipe, device, steps, epochs, epoch_steps, train_loss (nats),
+        val_split, val_top1_error and val_top5_error (percent), val_loss, images_per_second, data_wait_ms, step_ms, seconds (of this
+        process), weights_sha256, stopped_by ("SIGTERM", "SIGINT" or None). What was not measured is None.
+
+    Raises:
+        AlexprepError: the data does not suit the recipe, the run began with other settings or data, or the loss is not finite.
+    """
+    started = time.monotonic()
+    job = prepare(config)
+    if job.device.type == "cpu":
+        keep_freed_memory()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(runs.locked(job.run))
+        stop = stack.enter_context(StopRequest().listening())
+        state, notes = _first_state(job)
+        loader = stack.enter_context(contextlib.closing(_open(job, open_loader, "train")))
+        split = job.facts.evaluation_split
+        validation = stack.enter_context(contextlib.closing(_open(job, open_loader, split))) if split else None
+
+        position, epochs = state.position, job.config.epochs or job.recipe.epochs
+        last_step = min(epochs * len(loader), job.config.steps or epochs * len(loader))
+        meter = stack.enter_context(Meter(job.run / runs.LOG, step=position.step, total_steps=last_step))
+        for note in notes:
+            meter.say(note)
+        meter.say(
+            f"{job.run}: {job.recipe.name} on {job.device}, {loader.samples} images in {job.facts.classes} classes, "
+            f"{len(loader)} steps of {job.recipe.batch_size} an epoch, from step {position.step} to at most {last_step}"
+        )
+        if validation is None:
+            meter.say(
+                "there is no val or test split: no validation error is measured, the schedule looks at the training error"
+            )
+
+        def save() -> None:
+            facts = {"identity": job.identity, "position": state.facts(), "versions": versions()}
+            checkpoint.save(job.run / runs.CHECKPOINTS, position.step, state.tensors(), facts, job.config.keep)
+
+        def measure() -> dict[str, Any] | None:
+            if validation is None:
+                return None
+            meter.say(f"evaluating on {validation.samples} images of {split}")
+            return {"split": split} | evaluate(state.network, stop.watch(examples(validation, layout_for(job.device))))
+
+        loader.load_state_dict(_loader_position(loader, state))
+        means, val = None, position.val
+        with contextlib.suppress(Stopped):
+            while position.epoch < epochs and position.step < last_step and not position.schedule.finished:
+                means = _train_epoch(job, state, loader, meter, stop, save, last_step) or means
+                if stop.signal is not None or position.epoch_step < len(loader):
+                    break
+                val = measure()
+                _end_epoch(job, state, meter, val)
+                save()
+            if stop.signal is None and position.epoch_step:  # --steps ended within an epoch
+                save()
+                val = measure()
+        if stop.signal is not None:
+            save()
+            meter.say(f"stopped by {stop.signal.name} after step {position.step}: go on with --resume")
+
+        return _finish(
+            job,
+            {
+                "steps": position.step,
+                "epochs": position.epoch,
+                "epoch_steps": len(loader),
+                "train_loss": None if means is None else means.loss,
+                "val_split": split,
+                **{f"val_{name}": None if val is None else val[name] for name in ("top1_error", "top5_error", "loss")},
+                **(meter.pace.since(Pace()) if meter.pace.steps else dict.fromkeys(UNMEASURED)),
+                "seconds": time.monotonic() - started,
+                "weights_sha256": weights_digest(state.network),
+                "stopped_by": None if stop.signal is None else stop.signal.name,
+            },
+        )
+
+
+def _first_state(job: Job) -> tuple[TrainingState, list[str]]:
+    """The state to go on from, and what to say about it.
+
+    Raises:
+        AlexprepError: the run began with another identity.
+    """
+    saved, notes = checkpoint.newest(job.run / runs.CHECKPOINTS)
+    began = runs.read_config(job.run)["identity"] if saved is None else saved.facts["identity"]
+    if changes := checkpoint.differences(began, job.identity):
+        raise AlexprepError(f"{job.run} cannot be resumed: {'; '.join(changes)}. Begin a new run without --resume")
+    state = TrainingState(job.recipe, job.facts.classes, job.seed, job.device)
+    if saved is not None:
+        state.restore(saved)
+        notes += [
+            f"{change}: the last bits may differ"
+            for change in checkpoint.differences(saved.facts["versions"], versions())
+        ]
+    return state, notes
+
+
+def _open(job: Job, open_loader: OpenLoader, split: str) -> BatchSource:
+    training = split == "train"
+    return open_loader(
+        job.config.data,
+        split,
+        batch_size=job.recipe.batch_size,
+        augmentation=job.recipe.augmentation,
+        views="random" if training else "centre",
+        shuffle=training,
+        seed=job.seed,
+        device=str(job.device),
+        layout=layout_for(job.device),
+        threads=job.config.threads,
+    )
+
+
+def _loader_position(loader: BatchSource, state: TrainingState) -> dict[str, int]:
+    """The loader's state at the training's position. After an epoch's last step it is the next epoch's beginning."""
+    epoch, step = state.position.epoch, state.position.epoch_step
+    return loader.state_dict() | (
+        {"epoch": epoch, "step": step} if step < len(loader) else {"epoch": epoch + 1, "step": 0}
+    )
+
+
+def _train_epoch(
+    job: Job,
+    state: TrainingState,
+    loader: BatchSource,
+    meter: Meter,
+    stop: StopRequest,
+    save: Callable[[], None],
+    last_step: int,
+) -> Means | None:
+    """Trains to the end of the epoch, to `last_step`, or until a stop is requested.
+
+    Returns:
+        Means over the epoch so far; None if there was nothing left to do.
+    """
+    position, pace, sums = state.position, meter.pace, state.sums
+    epoch_steps, lr = len(loader), state.learning_rate(job.recipe)
+    if position.epoch_step == epoch_steps:
+        return None
+    state.optimizer.set_learning_rate(lr)
+    state.network.train()
+    recorded = sums.totals.clone()
+    pace.lap()
+    for images, labels in examples(loader, layout_for(job.device)):
+        wait_seconds = pace.lap()
+        logits = state.network(images)
+        loss = F.cross_entropy(logits, labels)  # the negative of the paper's objective, section 3.5
+        state.optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        state.optimizer.step()
+        sums.add(loss, logits, labels)
+        position.step += 1
+        position.epoch_step += 1
+        last = position.epoch_step == epoch_steps or position.step == last_step or stop.signal is not None
+        due = last or position.step % job.config.log_steps == 0 or pace.steps + 1 in EARLY_RECORDS
+        means = sums.since(recorded) if due else None  # waits for a GPU, so that the lap below has its work in it
+        busy_seconds = pace.lap()
+        pace.count(len(labels), wait_seconds, busy_seconds)
+        position.epoch_seconds += wait_seconds + busy_seconds
+        if means is not None:
+            speed = meter.record_steps(means, step=position.step, epoch=position.epoch, lr=lr)
+            recorded = sums.totals.clone()
+            if pace.steps == EARLY_RECORDS[-1]:
+                epochs = job.config.epochs or job.recipe.epochs
+                meter.say(forecast(job.recipe.name, job.device, speed, epoch_steps, epochs))
+        if last:
+            break
+        if position.step % job.config.checkpoint_steps == 0:
+            save()
+            pace.lap()
+    else:
+        raise RuntimeError(f"the loader ended after {position.epoch_step} of {epoch_steps} steps")
+    return sums.since(torch.zeros_like(sums.totals))
+
+
+def _end_epoch(job: Job, state: TrainingState, meter: Meter, val: dict[str, Any] | None) -> None:
+    """Logs the epoch, asks the schedule, and moves the position to the next epoch."""
+    position = state.position
+    means = state.sums.since(torch.zeros_like(state.sums.totals))
+    meter.record_epoch(
+        means,
+        step=position.step,
+        epoch=position.epoch,
+        lr=state.learning_rate(job.recipe),
+        seconds=position.epoch_seconds,
+        val=val,
+    )
+    error = means.top1_error if val is None else float(val["top1_error"])
+    position.schedule = job.recipe.schedule.after_epoch(position.schedule, position.epoch + 1, error)
+    position.epoch, position.epoch_step, position.epoch_seconds, position.val = position.epoch + 1, 0, 0.0, val
+    state.sums.totals.zero_()
+
+
+def _finish(job: Job, figures: dict[str, Any]) -> dict[str, Any]:
+    """Publishes the summary."""
+    summary = {"run": str(job.run), "recipe": job.recipe.name, "device": str(job.device), **figures}
+    publish_json(job.run / runs.SUMMARY, summary)
+    return summary

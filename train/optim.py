@@ -1,0 +1,118 @@
+"""The paper's update rule, section 5, as a torch optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from alexprep.shards.errors import AlexprepError
+
+VELOCITY = "velocity"
+
+
+class MomentumSGD(Optimizer):
+    """v <- momentum · v - decay · lr · w - lr · gradient, then w <- w + v: section 5.
+
+    The learning rate is inside the velocity. `torch.optim.SGD` keeps it outside, so a lower rate there shrinks the whole running step at
+    once, here only what is added from now on. At a constant rate the two agree.
+
+    >>> weight = torch.nn.Parameter(torch.tensor([1.0]))
+    >>> optimizer = MomentumSGD([{"params": [weight]}], lr=0.5, decay=0.0)
+    >>> weight.grad = torch.tensor([0.25])
+    >>> optimizer.step()
+    >>> weight.tolist()
+    [0.875]
+    """
+
+    def __init__(
+        self, groups: list[dict[str, Any]], *, lr: float, momentum: float = 0.9, decay: float = 0.0005
+    ) -> None:
+        """Groups of parameters and their rates.
+
+        Args:
+            groups: dictionaries of `params`, and optionally of `lr_factor` (times the rate) and `decay`; see `parameter_groups`.
+            lr: the learning rate; change it with `set_learning_rate`.
+            momentum: 0.9 in the paper.
+            decay: weight decay of the groups that name none, 0.0005 in the paper.
+
+        Raises:
+            AlexprepError: a number is out of its range.
+        """
+        if not lr >= 0:
+            raise AlexprepError(f"the learning rate is {lr}, it must be 0 or more")
+        if not 0 <= momentum < 1:
+            raise AlexprepError(f"the momentum is {momentum}, it must be at least 0 and below 1")
+        if not decay >= 0:
+            raise AlexprepError(f"the weight decay is {decay}, it must be 0 or more")
+        super().__init__(groups, {"lr": lr, "momentum": momentum, "decay": decay, "lr_factor": 1.0})
+
+    def set_learning_rate(self, lr: float) -> None:
+        """Sets the rate that each group's `lr_factor` multiplies."""
+        for group in self.param_groups:
+            group["lr"] = lr
+
+    def velocities(self) -> list[torch.Tensor]:
+        """The velocity of every parameter, in the order of the groups; zeros before the first step. They are the live tensors."""
+        return [self._velocity(weight) for group in self.param_groups for weight in group["params"]]
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Moves every parameter that has a gradient.
+
+        Raises:
+            AlexprepError: a closure was given: the rule evaluates the gradient once.
+        """
+        if closure is not None:
+            raise AlexprepError("MomentumSGD takes no closure: call backward() first, then step()")
+        for group in self.param_groups:
+            weights = [weight for weight in group["params"] if weight.grad is not None]
+            if not weights:
+                continue
+            velocities = [self._velocity(weight) for weight in weights]
+            lr = group["lr"] * group["lr_factor"]
+            # One call a group, not one a tensor: on a GPU it is also one kernel.
+            torch._foreach_mul_(velocities, group["momentum"])
+            if group["decay"]:
+                torch._foreach_add_(velocities, weights, alpha=-group["decay"] * lr)
+            torch._foreach_add_(velocities, [cast(torch.Tensor, weight.grad) for weight in weights], alpha=-lr)
+            torch._foreach_add_(weights, velocities)
+
+    def _velocity(self, weight: torch.Tensor) -> torch.Tensor:
+        state = self.state[weight]
+        if VELOCITY not in state:
+            state[VELOCITY] = torch.zeros_like(weight)
+        return cast(torch.Tensor, state[VELOCITY])
+
+
+def parameter_groups(
+    network: nn.Module, *, decay: float, layer_decay: Mapping[str, float], bias_lr_factor: float
+) -> list[dict[str, Any]]:
+    """Groups for `MomentumSGD`: weights by their decay, then all biases, which have none (2012 code).
+
+    Args:
+        network: parameters named LAYER.weight and LAYER.bias.
+        decay: of the layers that `layer_decay` does not name.
+        layer_decay: decay by layer name.
+        bias_lr_factor: the biases' rate over the weights'; 1 in the paper, 2 in the 2012 code.
+
+    Raises:
+        AlexprepError: `layer_decay` names a layer that the network does not have.
+    """
+    by_decay: dict[float, list[nn.Parameter]] = {}
+    biases: list[nn.Parameter] = []
+    unused = set(layer_decay)
+    for name, parameter in network.named_parameters():
+        layer, _, kind = name.rpartition(".")
+        unused.discard(layer)
+        if kind == "bias":
+            biases.append(parameter)
+        else:
+            by_decay.setdefault(layer_decay.get(layer, decay), []).append(parameter)
+    if unused:
+        raise AlexprepError(f"layer_decay names {', '.join(sorted(unused))}, which the network does not have")
+    groups: list[dict[str, Any]] = [{"params": weights, "decay": value} for value, weights in by_decay.items()]
+    return [*groups, {"params": biases, "decay": 0.0, "lr_factor": bias_lr_factor}]

@@ -1,0 +1,121 @@
+"""All that a training is between two steps, and its way into a checkpoint and back, bit for bit."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from alexprep.shards.errors import AlexprepError
+from alexprep.train.checkpoint import Checkpoint
+from alexprep.train.data import memory_format
+from alexprep.train.optim import MomentumSGD, parameter_groups
+from alexprep.train.recipes import Recipe
+from alexprep.train.schedule import ScheduleState
+from alexprep.train.sums import Sums
+
+
+@dataclass
+class Position:
+    """Where a training stands. Values of JSON only; `schedule` holds the rate."""
+
+    step: int = 0  # optimizer steps done
+    epoch: int = 0  # whole epochs done, with their evaluation
+    epoch_step: int = 0  # steps done in this epoch; equal to the epoch's length when only its evaluation is missing
+    epoch_seconds: float = 0.0  # spent in this epoch so far
+    schedule: ScheduleState = field(default_factory=ScheduleState)
+    val: dict[str, Any] | None = None  # the last epoch's evaluation
+
+
+class TrainingState:
+    """Network, velocity, random numbers, sums and position."""
+
+    def __init__(self, recipe: Recipe, classes: int, seed: int, device: torch.device) -> None:
+        """The state before the first step.
+
+        Args:
+            recipe: makes the network and its parameter groups.
+            classes: outputs of the network.
+            seed: of the initial weights and of dropout. torch's default generators are seeded with it.
+            device: where it all lives.
+        """
+        torch.manual_seed(seed)
+        network = recipe.make_network(classes, seed)
+        self.network: nn.Module = network.to(device=device, memory_format=memory_format(device))  # type: ignore[call-overload]
+        groups = parameter_groups(
+            self.network, decay=recipe.decay, layer_decay=recipe.layer_decay, bias_lr_factor=recipe.bias_lr_factor
+        )
+        self.optimizer = MomentumSGD(groups, lr=recipe.lr, momentum=recipe.momentum, decay=recipe.decay)
+        self.sums = Sums(device)
+        self.position = Position()
+        self.device = device
+
+    def learning_rate(self, recipe: Recipe) -> float:
+        """The rate of this epoch."""
+        return recipe.lr / recipe.schedule.divisor**self.position.schedule.drops
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Everything for a checkpoint that is a tensor, live, by name.
+
+        Raises:
+            AlexprepError: a weight is NaN or infinite.
+        """
+        weights = self.network.state_dict()
+        spoilt = [name for name, weight in weights.items() if not torch.isfinite(weight).all()]
+        if spoilt:
+            raise AlexprepError(
+                f"after step {self.position.step} {', '.join(spoilt)} hold NaN or infinity, so nothing is saved: "
+                "continue from the last checkpoint with --resume, or train again with a lower --lr"
+            )
+        random = {"random.cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            random["random.cuda"] = torch.cuda.get_rng_state(self.device)
+        return (
+            {f"weight.{name}": weight for name, weight in weights.items()}
+            | {f"velocity.{number:03d}": velocity for number, velocity in enumerate(self.optimizer.velocities())}
+            | random
+            | {"sums": self.sums.totals}
+        )
+
+    def facts(self) -> dict[str, Any]:
+        """Everything for a checkpoint that is a JSON value."""
+        return asdict(self.position)
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Becomes what `tensors` and `facts` were taken from. The recipe and the classes must be the same; the caller checks."""
+        tensors = checkpoint.tensors
+        load_weights(self.network, checkpoint)
+        for number, velocity in enumerate(self.optimizer.velocities()):
+            velocity.copy_(tensors[f"velocity.{number:03d}"])
+        torch.set_rng_state(tensors["random.cpu"])
+        if self.device.type == "cuda" and "random.cuda" in tensors:
+            torch.cuda.set_rng_state(tensors["random.cuda"], self.device)
+        self.sums.totals.copy_(tensors["sums"])
+        position = checkpoint.facts["position"]
+        self.position = Position(**{**position, "schedule": ScheduleState(**position["schedule"])})
+
+
+def load_weights(network: nn.Module, checkpoint: Checkpoint) -> None:
+    """Copies a checkpoint's weights into a network of the same recipe."""
+    prefix = "weight."
+    network.load_state_dict(
+        {name.removeprefix(prefix): tensor for name, tensor in checkpoint.tensors.items() if name.startswith(prefix)}
+    )
+
+
+def weights_digest(network: nn.Module) -> str:
+    """The sha256, in hex, of all weights' names, shapes and bits: equal for networks that are equal to the last bit.
+
+    >>> weights_digest(nn.Linear(2, 1)) == weights_digest(nn.Linear(2, 1))
+    False
+    """
+    digest = hashlib.sha256()
+    for name, weight in sorted(network.state_dict().items()):
+        array: np.ndarray[Any, Any] = weight.detach().cpu().contiguous().numpy()
+        digest.update(f"{name} {array.dtype} {array.shape}".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
