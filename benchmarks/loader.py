@@ -12,11 +12,12 @@ import io
 import itertools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from common import in_turns, report
+from numpy.typing import NDArray
 from nvidia.dali import Pipeline, fn
 from PIL import Image
 
@@ -97,7 +98,8 @@ def _dali_reader(data: Path, device: str, threads: int) -> Callable[[], int]:
     pipeline = Pipeline(BATCH, threads, 0 if device == "cuda" else None, prefetch_queue_depth=3)
     with pipeline:
         indexes = [tar.removesuffix(".tar") + ".idx" for tar in tars]
-        encoded, label = fn.readers.webdataset(paths=tars, index_paths=indexes, ext=["jpg", "cls"], random_shuffle=True)
+        options: Any = {"index_paths": indexes, "ext": ["jpg", "cls"], "random_shuffle": True}
+        encoded, label = cast("Any", fn.readers.webdataset(paths=tars, **options))
         x, y, mirror = fn.random.uniform(range=(0, 1)), fn.random.uniform(range=(0, 1)), fn.random.coin_flip()
         image = decode_crop(encoded, SIDE, x, y, device)
         pipeline.set_outputs(fn.crop_mirror_normalize(image, mirror=mirror, mean=mean, output_layout="CHW"), label)
@@ -129,10 +131,12 @@ class _PillowImages(torch.utils.data.Dataset[tuple[torch.Tensor, int]]):
     def __getitem__(self, row: int) -> tuple[torch.Tensor, int]:
         image = np.asarray(Image.open(io.BytesIO(self._samples.encoded(row).tobytes())))
         top, left = torch.randint(0, len(image) - SIDE + 1, (2,)).tolist()
-        crop = image[top : top + SIDE, left : left + SIDE] - self._mean[top : top + SIDE, left : left + SIDE]
+        crop: NDArray[np.float32] = (
+            image[top : top + SIDE, left : left + SIDE] - self._mean[top : top + SIDE, left : left + SIDE]
+        )
         if torch.rand(()) < 0.5:
             crop = crop[:, ::-1]
-        crop = crop + self._axes @ (0.1 * torch.randn(3).numpy())
+        crop = crop + self._axes @ (0.1 * torch.randn(3)).numpy()
         return torch.from_numpy(np.ascontiguousarray(crop.transpose(2, 0, 1))), int(self._samples.labels[row])
 
 

@@ -10,7 +10,6 @@ import shutil
 import tempfile
 from pathlib import Path
 
-import numpy as np
 from common import in_turns, report
 
 from alexprep.shards.build import build
@@ -37,7 +36,8 @@ def main() -> None:
     usable = [(data, stream) for data, stream in streams if stream is not None]
     resizes = [to_square(stream.height, stream.width, target.size, target.filter) for _, stream in usable]
     regions = [codec._decode(stream, resize.region) for (_, stream), resize in zip(usable, resizes, strict=True)]
-    squares = [resize(np.ascontiguousarray(region)) for resize, region in zip(resizes, regions, strict=True)]
+    whole = [(resize, region) for resize, region in zip(resizes, regions, strict=True) if region is not None]
+    squares = [resize(region) for resize, region in whole]
 
     def decode() -> int:
         for (data, _), resize in zip(usable, resizes, strict=True):
@@ -45,7 +45,7 @@ def main() -> None:
         return len(usable)
 
     def resize_all() -> int:
-        for resize, region in zip(resizes, regions, strict=True):
+        for resize, region in whole:
             resize(region)
         return len(usable)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import numpy as np
 from common import in_turns, report
 
 from alexprep.shards import stats
@@ -29,7 +28,7 @@ def main() -> None:
     size = samples.dataset["image"]["size"]
     codec = Codec(Target())
     encoded = [samples.encoded(row).tobytes() for row in range(min(len(samples), 1000))]
-    planes = np.stack([codec.decode(data, planar=True) for data in encoded[:50]])
+    planes = [image for data in encoded[:50] if (image := codec.decode(data, planar=True)) is not None]
 
     def decode() -> int:
         for data in encoded:

@@ -37,7 +37,7 @@ def pca_stats(data_argument: Path | None, data: Path, split: str, workers: int |
     def numbers(values: object, digits: int = 2) -> str:
         return "  ".join(f"{value:,.{digits}f}" for value in values)  # type: ignore[attr-defined]
 
-    eigenvalue, stdev = (noise_stdevs(found, Augmentation(noise=name)) for name in ("eigenvalue", "stdev"))  # type: ignore[arg-type]
+    eigenvalue, stdev = (noise_stdevs(found, Augmentation(noise=name)) for name in ("eigenvalue", "stdev"))
     report.table(
         f"Statistics of {found.images:,} images of {split!r} in {folder}.",
         [

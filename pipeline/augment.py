@@ -77,7 +77,7 @@ def crop(image_HWC: NDArray[np.uint8], top: int, left: int, side: int) -> NDArra
     return image_HWC[top : top + side, left : left + side]
 
 
-def subtract_mean(crop_HWC: NDArray[np.generic], mean_HWC: NDArray[np.float64]) -> NDArray[np.float64]:
+def subtract_mean(crop_HWC: NDArray[np.float64], mean_HWC: NDArray[np.float64]) -> NDArray[np.float64]:
     """Subtracts what was prepared for this crop: an image of its size, or three numbers."""
     return crop_HWC - mean_HWC
 

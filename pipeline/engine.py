@@ -91,7 +91,7 @@ class Engine:
             (images,) = self._pipeline.outputs(cuda_stream=stream)
         except RuntimeError as error:
             raise AlexprepError(f"DALI could not make a batch: {self._culprit(rows) or error}") from error
-        return torch.from_dlpack(images.as_tensor())
+        return torch.utils.dlpack.from_dlpack(images.as_tensor())
 
     def _inputs(self, epoch: int, rows: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
         """What the graph needs beside the bytes, drawn for these rows."""
@@ -105,7 +105,7 @@ class Engine:
             if self._augmentation.mean == "channel":
                 shift -= self._statistics.channel_means
         position = draws.offsets_N2.astype(np.float32) / max(1, slack)
-        inputs = {
+        inputs: dict[str, NDArray[Any]] = {
             "x": np.ascontiguousarray(position[:, 1]),
             "y": np.ascontiguousarray(position[:, 0]),
             "mirror": mirror.astype(np.int32),

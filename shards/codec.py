@@ -103,7 +103,7 @@ class Codec:
         height, width = whole.shape[:2]
         if self.target.orient:
             whole = upright(whole, orientation)
-        resize = to_square(*whole.shape[:2], self.target.size, self.target.filter)
+        resize = to_square(whole.shape[0], whole.shape[1], self.target.size, self.target.filter)
         top, left, bottom, right = resize.region
         return Converted(self._finish(whole[top:bottom, left:right], resize), width, height, kept=False)
 

@@ -68,7 +68,7 @@ def _listed_order(path: Path) -> list[str]:
 
 def _devkit_order(path: Path) -> list[str]:
     """The low-level synsets of a 2010 or 2012 devkit (facts in its readme.txt), by ID; IDs above them are ancestors."""
-    from scipy.io import loadmat  # type: ignore[import-untyped]
+    from scipy.io import loadmat
 
     try:
         synsets = loadmat(path, squeeze_me=True, struct_as_record=True)["synsets"]

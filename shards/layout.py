@@ -101,7 +101,7 @@ def read_index(data: Path, split: str) -> NDArray[np.void]:
     """
     path = data / split / INDEX
     try:
-        index = np.load(path, mmap_mode="r", allow_pickle=False)
+        index: NDArray[np.void] = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError) as error:
         raise AlexprepError(f"{path} cannot be read ({error}): run the same `alexprep shard` again") from None
     if index.dtype != INDEX_DTYPE or index.ndim != 1:

@@ -89,7 +89,8 @@ def weights(axis: Axis, name: str) -> tuple[NDArray[np.int64], NDArray[np.float6
 
 def _rounded(w: NDArray[np.float64], bits: int) -> NDArray[np.int64]:
     """Weights as integers that sum to exactly 2**bits in each row: the rounded running sums' differences."""
-    return np.diff(np.rint(w.cumsum(axis=1) * 2**bits), axis=1, prepend=0.0).astype(np.int64)
+    sums: NDArray[np.int64] = np.rint(w.cumsum(axis=1) * 2**bits).astype(np.int64)
+    return np.diff(sums, axis=1, prepend=0)
 
 
 Blocks = tuple[tuple[int, int, NDArray[np.float32]], ...]
@@ -135,8 +136,8 @@ def _band(axis: Axis, name: str, bits: int, channels: int) -> Band:
     wide = np.zeros((len(starts), rows, channels, columns, channels), np.float32)
     for channel in range(channels):
         wide[:, :, channel, :, channel] = matrix
-    wide = wide.reshape(len(starts), rows * channels, columns * channels)
-    return Band(low, high, starts.tolist(), (inputs - low).tolist(), wide)
+    matrices = wide.reshape(len(starts), rows * channels, columns * channels)
+    return Band(low, high, starts.tolist(), (inputs - low).tolist(), matrices)
 
 
 @dataclass(frozen=True)

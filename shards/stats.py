@@ -68,7 +68,8 @@ class Statistics:
         """Degrees between each principal axis and that of the original ImageNet statistics; signs do not count."""
         axes = np.array(IMAGENET_AXES)
         cosines = np.abs((self.eigenvectors.T * axes).sum(axis=1)) / np.linalg.norm(axes, axis=1)
-        return np.degrees(np.arccos(np.clip(cosines, 0.0, 1.0)))
+        degrees: NDArray[np.float64] = np.degrees(np.arccos(np.clip(cosines, 0.0, 1.0)))
+        return degrees
 
 
 def compute(
@@ -124,8 +125,8 @@ def _codec() -> Codec:
 def _planes(encoded: NDArray[np.uint8], image: dict[str, Any]) -> NDArray[np.uint8] | None:
     """uint8 (3, S, S), or None where it cannot be decoded."""
     if image["format"] == "raw":
-        pixels = np.load(io.BytesIO(encoded.tobytes()), allow_pickle=False)
-        return np.moveaxis(pixels, 2, 0)
+        pixels: NDArray[np.uint8] = np.load(io.BytesIO(encoded.tobytes()), allow_pickle=False)
+        return pixels.transpose(2, 0, 1)
     return _codec().decode(encoded.tobytes(), planar=True)
 
 

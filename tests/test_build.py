@@ -16,6 +16,7 @@ import sys
 import tarfile
 import time
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -332,10 +333,10 @@ def test_dali_s_own_reader_reads_the_shards(data: Path) -> None:
     tars = sorted(str(path) for path in (data / "train").glob("*.tar"))
 
     @pipeline_def(batch_size=6, num_threads=1, device_id=None)
-    def read() -> object:
+    def read():
         indexes = [tar.removesuffix(".tar") + ".idx" for tar in tars]
-        options = {"index_paths": indexes, "ext": ["jpg", "cls"], "missing_component_behavior": "error"}
-        return tuple(fn.readers.webdataset(paths=tars, **options))
+        options: Any = {"index_paths": indexes, "ext": ["jpg", "cls"], "missing_component_behavior": "error"}
+        return tuple(cast("Any", fn.readers.webdataset(paths=tars, **options)))
 
     pipeline = read()
     members = _members(data, "train")

@@ -56,11 +56,11 @@ def test_geometry(shape: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("size", [(500, 375), (375, 500), (131, 111), (64, 64), (61, 40)])
 @pytest.mark.parametrize("subsampling", [0, 1, 2])
-def test_the_region_alone_gives_the_same_pixels(size: tuple[int, int], subsampling: int, photo, encoded) -> None:  # type: ignore[no-untyped-def]
+def test_the_region_alone_gives_the_same_pixels(size: tuple[int, int], subsampling: int, photo, encoded) -> None:
     """Decoding only the region equals decoding all (by Pillow) and cutting."""
     data = encoded(photo(*size, seed=3), quality=90, subsampling=subsampling)
     whole = _pixels(data)
-    resize = to_square(*whole.shape[:2], 64, "area")
+    resize = to_square(whole.shape[0], whole.shape[1], 64, "area")
     top, left, bottom, right = resize.region
     expected = whole if size == (64, 64) else resize(np.ascontiguousarray(whole[top:bottom, left:right]))
     got = _converted(data, format="png")
@@ -69,7 +69,7 @@ def test_the_region_alone_gives_the_same_pixels(size: tuple[int, int], subsampli
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM"])
-def test_image_types(kind: str, photo, encoded) -> None:  # type: ignore[no-untyped-def]
+def test_image_types(kind: str, photo, encoded) -> None:
     data = encoded(photo(131, 97, seed=4), kind)
     whole = _pixels(data)
     resize = to_square(97, 131, 64, "area")
@@ -79,7 +79,7 @@ def test_image_types(kind: str, photo, encoded) -> None:  # type: ignore[no-unty
 
 
 @pytest.mark.parametrize("mode", ["L", "CMYK", "RGBA", "P", "LA", "1"])
-def test_colour_modes_become_rgb_as_in_pillow(mode: str, photo, encoded) -> None:  # type: ignore[no-untyped-def]
+def test_colour_modes_become_rgb_as_in_pillow(mode: str, photo, encoded) -> None:
     """Grey is tripled, CMYK converted, alpha dropped, palettes looked up."""
     image = photo(131, 97, seed=5).convert(mode)
     if mode in ("RGBA", "LA"):
@@ -100,13 +100,13 @@ def test_16_bit_is_scaled_not_cut() -> None:
     assert np.abs(got - np.rint(grey / 257.0)[:, :, None]).max() <= 1
 
 
-def test_png_named_jpeg_is_a_png(photo, encoded) -> None:  # type: ignore[no-untyped-def]
+def test_png_named_jpeg_is_a_png(photo, encoded) -> None:
     """Names do not matter, bytes do: the output is a JPEG all the same."""
     assert _converted(encoded(photo(90, 90, seed=6), "PNG")).data.startswith(b"\xff\xd8")
 
 
 @pytest.mark.parametrize("target", ["jpg", "png"])
-def test_bytes_in_the_target_form_are_kept(target: str, photo, encoded) -> None:  # type: ignore[no-untyped-def]
+def test_bytes_in_the_target_form_are_kept(target: str, photo, encoded) -> None:
     kind = {"jpg": "JPEG", "png": "PNG"}[target]
     data = encoded(photo(64, 64, seed=7), kind)
     kept = _converted(data, format=target)
@@ -118,7 +118,7 @@ def test_bytes_in_the_target_form_are_kept(target: str, photo, encoded) -> None:
     assert not _converted(data, format="raw").kept
 
 
-def test_raw_is_the_pixels(photo, encoded) -> None:  # type: ignore[no-untyped-def]
+def test_raw_is_the_pixels(photo, encoded) -> None:
     data = encoded(photo(64, 64, seed=8), "PNG")
     member = _converted(data, format="raw").data
     np.testing.assert_array_equal(np.load(io.BytesIO(member), allow_pickle=False), _pixels(data))
@@ -126,7 +126,7 @@ def test_raw_is_the_pixels(photo, encoded) -> None:  # type: ignore[no-untyped-d
 
 
 @pytest.mark.parametrize("subsampling", ["420", "422", "444"])
-def test_jpeg_options_reach_the_encoder(subsampling: str, photo, encoded) -> None:  # type: ignore[no-untyped-def]
+def test_jpeg_options_reach_the_encoder(subsampling: str, photo, encoded) -> None:
     """nvImageCodec's JPEG has the tables of Pillow's at the same quality, and decodes to the same pixels."""
     image = photo(64, 64, seed=9)
     data = _converted(encoded(image, "PNG"), subsampling=subsampling, quality=83).data
@@ -137,7 +137,7 @@ def test_jpeg_options_reach_the_encoder(subsampling: str, photo, encoded) -> Non
 
 @pytest.mark.parametrize("size", [(120, 300), (300, 120)])
 @pytest.mark.parametrize("progressive", [False, True])
-def test_a_cut_jpeg_is_never_half_grey(size: tuple[int, int], progressive: bool, photo, encoded) -> None:  # type: ignore[no-untyped-def]
+def test_a_cut_jpeg_is_never_half_grey(size: tuple[int, int], progressive: bool, photo, encoded) -> None:
     """Cut anywhere, it is refused, unless every pixel is there all the same."""
     data = encoded(photo(*size, seed=10), quality=90, progressive=progressive)
     whole = _converted(data).data
@@ -150,7 +150,7 @@ def test_a_cut_jpeg_is_never_half_grey(size: tuple[int, int], progressive: bool,
     assert sum(verdicts) >= 39
 
 
-def test_a_thumbnail_s_end_is_not_the_image_s_end(photo, encoded) -> None:  # type: ignore[no-untyped-def]
+def test_a_thumbnail_s_end_is_not_the_image_s_end(photo, encoded) -> None:
     thumbnail = encoded(photo(16, 16, seed=11))
     data = encoded(photo(200, 90, seed=12))
     segment = b"\xff\xe1" + struct.pack(">H", len(thumbnail) + 2) + thumbnail
@@ -159,7 +159,7 @@ def test_a_thumbnail_s_end_is_not_the_image_s_end(photo, encoded) -> None:  # ty
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation(orientation: int, photo, encoded) -> None:  # type: ignore[no-untyped-def]
+def test_exif_orientation(orientation: int, photo, encoded) -> None:
     """Ignored by default; with `orient` applied as Pillow's exif_transpose does; its bytes are never kept."""
     from PIL import ImageOps
 
@@ -177,7 +177,7 @@ def test_exif_orientation(orientation: int, photo, encoded) -> None:  # type: ig
         assert _converted(data).kept == (size == (64, 64) and orientation == 1)
 
 
-def test_a_broken_exif_block_does_not_cost_the_image(photo, encoded) -> None:  # type: ignore[no-untyped-def]
+def test_a_broken_exif_block_does_not_cost_the_image(photo, encoded) -> None:
     data = encoded(photo(64, 64, seed=14))
     broken = data[:2] + b"\xff\xe1" + struct.pack(">H", 20) + b"Exif\0\0II*\0\xff\xff\xff\xff\0\0\0\0" + data[2:]
     assert _converted(broken, orient=True).width == 64
@@ -195,7 +195,7 @@ def _bomb_png(width: int, height: int) -> bytes:
     return data
 
 
-def test_too_many_pixels_are_refused_from_the_header(encoded, photo) -> None:  # type: ignore[no-untyped-def]
+def test_too_many_pixels_are_refused_from_the_header(encoded, photo) -> None:
     jpeg = bytearray(encoded(photo(16, 16, seed=15)))
     frame = jpeg.index(b"\xff\xc0")
     jpeg[frame + 5 : frame + 9] = struct.pack(">HH", 65500, 65500)
@@ -219,7 +219,7 @@ def test_what_is_no_image_is_refused_with_a_reason() -> None:
         assert _refused(junk)
 
 
-def test_random_damage_never_raises(photo, encoded, seed: int) -> None:  # type: ignore[no-untyped-def]
+def test_random_damage_never_raises(photo, encoded, seed: int) -> None:
     rng = np.random.default_rng(seed)
     codec = Codec(Target(size=32))
     for kind in ("JPEG", "PNG", "GIF", "BMP", "TIFF"):

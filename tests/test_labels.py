@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from scipy.io import savemat  # type: ignore[import-untyped]
+from scipy.io import savemat
 
 from alexprep.shards.build import build
 from alexprep.shards.codec import Target

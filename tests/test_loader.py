@@ -8,6 +8,7 @@ import itertools
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -59,10 +60,10 @@ def _nhwc(batch: Batch, layout: str) -> NDArray[np.float32]:
 @pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
 @pytest.mark.parametrize("noise", ["eigenvalue", "stdev", "none"])
 @pytest.mark.parametrize("mean", ["crop", "centre", "channel", "none"])
-def test_pipeline_equals_numpy(mean: str, noise: str, layout: str, device: str, data: Path) -> None:
+def test_pipeline_equals_numpy(mean: Any, noise: Any, layout: Any, device: str, data: Path) -> None:
     """At most 1e-3 grey level apart on the CPU; on a GPU the decoder may differ by a few levels, which is bounded apart."""
-    augmentation = Augmentation(crop=51, mean=mean, noise=noise)  # type: ignore[arg-type]
-    with Loader(data, batch_size=17, augmentation=augmentation, layout=layout, seed=3, device=device) as loader:  # type: ignore[arg-type]
+    augmentation = Augmentation(crop=51, mean=mean, noise=noise)
+    with Loader(data, batch_size=17, augmentation=augmentation, layout=layout, seed=3, device=device) as loader:
         for batch in loader:
             rows = batch.indices.tolist()
             expected = _reference(data, "train", rows, draw(3, 0, batch.indices.numpy(), 13), augmentation)
@@ -82,10 +83,10 @@ def test_mirror_can_be_off(data: Path) -> None:
 
 
 @pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
-def test_float16_is_the_rounded_float32(layout: str, data: Path) -> None:
+def test_float16_is_the_rounded_float32(layout: Any, data: Path) -> None:
     loaders = [
         Loader(data, batch_size=20, augmentation=ODD, layout=layout, dtype=dtype) for dtype in ("float32", "float16")
-    ]  # type: ignore[arg-type]
+    ]
     for single, half in zip(*loaders, strict=True):
         assert half.images.dtype == torch.float16
         assert (single.images.half() - half.images).abs().max() <= 2**-3  # a unit in the last place below 256
@@ -95,11 +96,11 @@ def test_float16_is_the_rounded_float32(layout: str, data: Path) -> None:
 
 @pytest.mark.parametrize("image_format", ["jpg", "png", "raw"])
 @pytest.mark.parametrize("views", ["random", "centre", "ten"])
-def test_every_format_gives_the_same_picture(image_format: str, views: str, photos: Path, tmp_path: Path) -> None:
-    target = Target(size=48, format=image_format, subsampling="444", quality=100)  # type: ignore[arg-type]
+def test_every_format_gives_the_same_picture(image_format: Any, views: Any, photos: Path, tmp_path: Path) -> None:
+    target = Target(size=48, format=image_format, subsampling="444", quality=100)
     build(photos, tmp_path, ShardOptions(target, limit=6), 1)
     augmentation = Augmentation(crop=37, mean="none", noise="none")
-    with Loader(tmp_path, batch_size=6, augmentation=augmentation, views=views) as loader:  # type: ignore[arg-type]
+    with Loader(tmp_path, batch_size=6, augmentation=augmentation, views=views) as loader:
         batch = next(iter(loader))
         rows = batch.indices.tolist()
         if views == "ten":
@@ -115,12 +116,12 @@ def test_every_format_gives_the_same_picture(image_format: str, views: str, phot
 
 @pytest.mark.parametrize("mean", ["crop", "centre", "channel", "none"])
 @pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
-def test_ten_views(mean: str, layout: str, data: Path) -> None:
+def test_ten_views(mean: Any, layout: Any, data: Path) -> None:
     """Corners and centre, then their reflections, each as the single-view reference makes it."""
-    augmentation = Augmentation(crop=51, mean=mean, noise="none")  # type: ignore[arg-type]
+    augmentation = Augmentation(crop=51, mean=mean, noise="none")
     with Loader(
         data, "val", batch_size=8, augmentation=augmentation, views="ten", shuffle=False, layout=layout
-    ) as loader:  # type: ignore[arg-type]
+    ) as loader:
         assert [batch.indices.tolist() for batch in loader] == [list(range(8)), list(range(8, 16)), list(range(16, 20))]
         batch = next(iter(loader))
     got = _nhwc(batch, layout)
@@ -143,7 +144,7 @@ def test_centre_view_is_without_chance(data: Path) -> None:
 def test_crop_of_the_whole_image(data: Path) -> None:
     whole = Augmentation(crop=64, noise="none")
     for views in ("random", "centre", "ten"):
-        with Loader(data, batch_size=5, augmentation=whole, views=views) as loader:  # type: ignore[arg-type]
+        with Loader(data, batch_size=5, augmentation=whole, views=views) as loader:
             batch = next(iter(loader))
             draws = draw(0, 0, batch.indices.numpy(), 0) if views == "random" else centred(5, 0)
             images = batch._replace(images=batch.images[:, 0]) if views == "ten" else batch
@@ -155,8 +156,9 @@ def test_noise_has_the_stated_covariance(data: Path) -> None:
     """Cov = sigma² V diag(s²) Vᵀ, with s the eigenvalue on the 0-1 scale times 255, or its square root on 0-255."""
     found = stats.read(data, Samples(data, "train").dataset["digest"])
     alpha = draw(0, 0, np.arange(200_000), 0).alpha_N3
+    noise: Any
     for noise, scale in (("eigenvalue", found.eigenvalues / 255), ("stdev", np.sqrt(found.eigenvalues))):
-        augmentation = Augmentation(noise=noise)  # type: ignore[arg-type]
+        augmentation = Augmentation(noise=noise)
         np.testing.assert_allclose(noise_stdevs(found, augmentation), 0.1 * scale)
         shifts = colour_shifts(alpha, found, augmentation)
         expected = found.eigenvectors @ np.diag((0.1 * scale) ** 2) @ found.eigenvectors.T
@@ -351,9 +353,9 @@ def test_a_corrupt_image_is_named(data: Path, tmp_path: Path) -> None:
         ({"augmentation": Augmentation(crop=65)}, "a crop of 65 pixels does not fit the 64-pixel images"),
     ],
 )
-def test_arguments_out_of_bounds(arguments: dict[str, object], words: str, data: Path) -> None:
+def test_arguments_out_of_bounds(arguments: dict[str, Any], words: str, data: Path) -> None:
     with pytest.raises(AlexprepError, match=words):
-        Loader(data, **{"batch_size": 4, "augmentation": ODD, **arguments})  # type: ignore[arg-type]
+        Loader(data, **{"batch_size": 4, "augmentation": ODD, **arguments})
 
 
 @pytest.mark.parametrize(
@@ -365,9 +367,9 @@ def test_arguments_out_of_bounds(arguments: dict[str, object], words: str, data:
         ({"noise_sigma": -1}, "noise_sigma -1"),
     ],
 )
-def test_augmentations_out_of_bounds(arguments: dict[str, object], words: str) -> None:
+def test_augmentations_out_of_bounds(arguments: dict[str, Any], words: str) -> None:
     with pytest.raises(AlexprepError, match=words):
-        Augmentation(**arguments)  # type: ignore[arg-type]
+        Augmentation(**arguments)
 
 
 def test_states_that_do_not_fit(data: Path) -> None:

@@ -134,7 +134,8 @@ from alexprep.train.host import keep_freed_memory
 kept = keep_freed_memory() if sys.argv[1] == "keep" else False
 def step():
     return [torch.ones(4_000_000) for _ in range(4)]
-step()
+for _ in range(5):
+    step()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(10):
     step()

@@ -34,7 +34,7 @@ def _dense(axis: Axis, name: str) -> NDArray[np.float64]:
 
 
 def _resize(image: NDArray[np.uint8], size: int, name: str) -> NDArray[np.uint8]:
-    resize = Resize(*_axes(*image.shape[:2], size), name)
+    resize = Resize(*_axes(image.shape[0], image.shape[1], size), name)
     top, left, bottom, right = resize.region
     return resize(np.ascontiguousarray(image[top:bottom, left:right]))
 

@@ -110,7 +110,7 @@ def test_other_formats(image_format: str, photos: Path, tmp_path: Path) -> None:
     np.testing.assert_allclose(found.covariance, np.cov(pixels, rowvar=False, bias=True), rtol=1e-10)
 
 
-def test_one_colour_has_no_variance(tmp_path: Path, encoded) -> None:  # type: ignore[no-untyped-def]
+def test_one_colour_has_no_variance(tmp_path: Path, encoded) -> None:
     (tmp_path / "source" / "grey").mkdir(parents=True)
     for n in range(3):
         (tmp_path / "source" / "grey" / f"{n}.png").write_bytes(encoded(Image.new("RGB", (40, 30), (9, 9, 9)), "PNG"))

@@ -83,7 +83,9 @@ def photo(class_name: str, rng: np.random.Generator) -> Image.Image:
         colour = rng.integers(0, 256, 3)
     radius = short * rng.uniform(0.25, 0.38)
     box = (width / 2 + rng.uniform(-0.08, 0.08) * short, height / 2 + rng.uniform(-0.08, 0.08) * short, radius)
-    SHAPES[class_name](ImageDraw.Draw(canvas), box, rng.uniform(0, 2 * math.pi), tuple(int(c) for c in colour))
+    SHAPES[class_name](
+        ImageDraw.Draw(canvas), box, rng.uniform(0, 2 * math.pi), (int(colour[0]), int(colour[1]), int(colour[2]))
+    )
     canvas = canvas.filter(ImageFilter.GaussianBlur(float(rng.uniform(0, 1.2))))
     noisy = np.asarray(canvas) + rng.normal(0, rng.uniform(2, 10), (height, width, 3))
     return Image.fromarray(np.clip(noisy, 0, 255).astype(np.uint8))

@@ -20,7 +20,9 @@ class Input(NamedTuple):
 class Source(Protocol):
     """A place that images come from. It is sent to worker processes, so it holds paths and no open files."""
 
-    layout: str  # the name that --layout would select, and that the plan records
+    @property
+    def layout(self) -> str:
+        """The name that the plan records."""
 
     def inputs(self) -> Iterator[Input]:
         """Every input once, ascending by (split, class, location) as bytes, so that any two listings agree."""
