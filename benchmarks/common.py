@@ -41,7 +41,7 @@ def report(name: str, figures: dict[str, Any], save: bool) -> None:
         print(f"{key:<{width}}  {value:,.3f}" if isinstance(value, float) else f"{key:<{width}}  {value}")
     document = {
         "benchmark": name,
-        "command": " ".join(["python", *(Path(word).name if i == 0 else word for i, word in enumerate(sys.argv))]),
+        "command": _command(),
         "commit": _commit(),
         "date": time.strftime("%Y-%m-%d"),
         "machine": {"processor": _processor(), "cores": len(os.sched_getaffinity(0)), "gpu": _gpu()},
@@ -54,13 +54,22 @@ def report(name: str, figures: dict[str, Any], save: bool) -> None:
     print(json.dumps(document))
 
 
+def _command() -> str:
+    """The command line, without this machine's folders."""
+    script, *words = (
+        Path(word).name if Path(word).is_absolute() or word.endswith(".py") else word for word in sys.argv
+    )
+    return " ".join(["python", f"benchmarks/{script}", *words])
+
+
 def _commit() -> str:
     done = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
     return done.stdout.strip() or "unknown"
 
 
 def _processor() -> str:
-    models = [line.partition(":")[2].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return models[0] if models else platform.machine()
 
 
