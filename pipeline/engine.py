@@ -46,19 +46,9 @@ class Engine:
         index = None
         if device.type == "cuda":
             index = torch.cuda.current_device() if device.index is None else device.index
-        common: dict[str, Any] = {
-            "image_format": self._format,
-            "batch_size": batch_size,
-            "threads": threads,
-            "device": device.type,
-            "device_id": index,
-            "dtype": dtype,
-            "layout": layout,
-        }
-        if views == "ten":
-            self._pipeline = graph.ten_view_pipeline(augmentation, statistics, size=self._size, **common)
-        else:
-            self._pipeline = graph.single_view_pipeline(augmentation, statistics, **common)
+        settings = graph.Settings(self._size, self._format, batch_size, threads, device.type, index, dtype, layout)
+        make = graph.ten_view_pipeline if views == "ten" else graph.single_view_pipeline
+        self._pipeline = make(augmentation, statistics, settings)
 
     def start(self, epoch: int, rows: NDArray[np.int64]) -> None:
         """Hands a batch to DALI and returns at once. An empty batch, which DALI does not know, stays here."""

@@ -6,6 +6,7 @@ Each function takes and returns `nvidia.dali.data_node.DataNode`s and can be use
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -123,18 +124,32 @@ def mean_anchor(offsets_N2: NDArray[np.int64], mirror_N: NDArray[np.bool_], size
     return np.stack([top, np.where(mirror_N, 2 * size - side - left, left)], axis=1).astype(np.int32)
 
 
-def single_view_pipeline(
-    augmentation: Augmentation,
-    statistics: Statistics | None,
-    *,
-    image_format: str,
-    batch_size: int,
-    threads: int,
-    device: str,
-    device_id: int | None,
-    dtype: Dtype,
-    layout: Layout,
-) -> Pipeline:
+@dataclass(frozen=True)
+class Settings:
+    """What the two pipelines below need to know beside the augmentation.
+
+    Attributes:
+        size: side of the stored images, pixels.
+        image_format: "jpg", "png" or "raw", as in dataset.json.
+        batch_size: the largest batch that will be fed.
+        threads: of DALI.
+        device: "cpu" or "cuda".
+        device_id: which GPU; None for "cpu".
+        dtype: of the images that come out.
+        layout: of the images that come out; the N is the batch.
+    """
+
+    size: int
+    image_format: str
+    batch_size: int
+    threads: int
+    device: str
+    device_id: int | None
+    dtype: Dtype
+    layout: Layout
+
+
+def single_view_pipeline(augmentation: Augmentation, statistics: Statistics | None, settings: Settings) -> Pipeline:
     """The pipeline that gives one crop of each image; the draws come from outside, so it serves training and evaluation.
 
     Inputs to feed, one entry a sample: "encoded" (see `decode_crop`; for raw shards the pixels, HWC), "x" and "y" float32 in 0-1,
@@ -144,11 +159,11 @@ def single_view_pipeline(
     Returns:
         A pipeline with one output: images of `dtype` and `layout`.
     """
-    side = augmentation.crop
-    pipeline = _pipeline(batch_size, threads, device_id)
+    side, device, layout = augmentation.crop, settings.device, settings.layout
+    pipeline = _pipeline(settings)
     with pipeline:
         x, y, mirror, shift = (fn.external_source(name=name) for name in ("x", "y", "mirror", "shift"))
-        if image_format == "raw":
+        if settings.image_format == "raw":
             crop = {"crop": (side, side), "crop_pos_x": x, "crop_pos_y": y}
             image = mirror_shift(_raw(device), mirror, shift, layout, **crop)
         else:
@@ -162,33 +177,23 @@ def single_view_pipeline(
             low = (len(statistics.mean_HWC) - side) // 2
             middle = statistics.mean_HWC[low : low + side, low : low + side]
             image = subtract_image(image, middle, layout, device)
-        pipeline.set_outputs(_cast(image, dtype))
+        pipeline.set_outputs(_cast(image, settings.dtype))
     return pipeline
 
 
-def ten_view_pipeline(
-    augmentation: Augmentation,
-    statistics: Statistics | None,
-    *,
-    size: int,
-    image_format: str,
-    batch_size: int,
-    threads: int,
-    device: str,
-    device_id: int | None,
-    dtype: Dtype,
-    layout: Layout,
-) -> Pipeline:
+def ten_view_pipeline(augmentation: Augmentation, statistics: Statistics | None, settings: Settings) -> Pipeline:
     """The pipeline of the paper's test: ten views of each image, in the order of `ten_views`, stacked before the other axes.
 
-    Input to feed: "encoded". Images are `size` x `size`. The mean is subtracted as in training.
+    Input to feed: "encoded". The mean is subtracted as in training.
     """
-    side = augmentation.crop
-    slack = size - side
-    pipeline = _pipeline(batch_size, threads, device_id)
+    side, device, layout = augmentation.crop, settings.device, settings.layout
+    slack = settings.size - side
+    pipeline = _pipeline(settings)
     with pipeline:
         whole = (
-            _raw(device) if image_format == "raw" else decode_crop(fn.external_source(name="encoded"), device=device)
+            _raw(device)
+            if settings.image_format == "raw"
+            else decode_crop(fn.external_source(name="encoded"), device=device)
         )
         views = []
         for top, left, mirrored in ten_views(slack):
@@ -204,15 +209,19 @@ def ten_view_pipeline(
                     view, mean[:, ::-1] if mirrored and augmentation.mean == "crop" else mean, layout, device
                 )
             views.append(view)
-        pipeline.set_outputs(_cast(fn.stack(*views), dtype))
+        pipeline.set_outputs(_cast(fn.stack(*views), settings.dtype))
     return pipeline
 
 
-def _pipeline(batch_size: int, threads: int, device_id: int | None) -> Pipeline:
+def _pipeline(settings: Settings) -> Pipeline:
     # The dynamic executor owns each output by reference: DALI never writes into a buffer that a tensor still views.
     # At depth 1 each schedule_run starts one step, so the caller alone decides how many are under way.
     return Pipeline(
-        batch_size=batch_size, num_threads=threads, device_id=device_id, prefetch_queue_depth=1, exec_dynamic=True
+        batch_size=settings.batch_size,
+        num_threads=settings.threads,
+        device_id=settings.device_id,
+        prefetch_queue_depth=1,
+        exec_dynamic=True,
     )
 
 
