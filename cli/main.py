@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import click
@@ -14,6 +15,7 @@ from alexprep.cli.train import train
 from alexprep.shards.errors import AlexprepError
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+TRACEBACK = "ALEXPREP_TRACEBACK"  # environment variable: let unexpected errors through, for a bug report
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -33,7 +35,7 @@ for command in (shard, pca_stats, train, evaluate, demo):
 
 
 def main() -> None:
-    """Runs the command line: an AlexprepError is one line on stderr and exit status 1, never a traceback."""
+    """Runs the command line: an error is a line on stderr and exit status 1, never a traceback."""
     try:
         status = cli.main(standalone_mode=False)
     except AlexprepError as error:
@@ -42,7 +44,17 @@ def main() -> None:
     except click.ClickException as error:
         error.show()
         status = error.exit_code
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        click.echo(f"Error: {where}{error.strerror or error}", err=True)
+        status = 1
     except (click.Abort, KeyboardInterrupt):
         click.echo("Interrupted. Finished work is kept: run the same command again to go on.", err=True)
         status = INTERRUPTED
+    except Exception as error:
+        if os.environ.get(TRACEBACK):
+            raise
+        words = f"{type(error).__name__}: {error}".splitlines()[0]
+        click.echo(f"Error: {words}\nThis may be a bug in alexprep; {TRACEBACK}=1 shows where it happened.", err=True)
+        status = 1
     sys.exit(status if isinstance(status, int) else 0)

@@ -50,7 +50,7 @@ class _Lines:
 
     def __call__(self, finished: int, total: int) -> None:
         now = time.monotonic()
-        if now - self._last < _LOG_SECONDS:
+        if now - self._last < _LOG_SECONDS or finished >= total:
             return
         self._last = now
         rate = finished / (now - self._start)

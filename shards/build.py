@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -83,6 +84,8 @@ def build(
     """
     start = time.monotonic()
     source = find_source(source_path)
+    if source.covers(folder):
+        raise AlexprepError(f"--out {folder} lies among the images of SOURCE {source_path}: name a folder elsewhere")
     plan = make_plan(source, source_path, options, folder)
     for split in plan.document["splits"]:
         (folder / split).mkdir(exist_ok=True)
@@ -194,8 +197,7 @@ def _general(reason: str) -> str:
     >>> _general("cannot be decoded: image file is truncated (17 bytes not processed)")
     'cannot be decoded: image file is truncated (N bytes not processed)'
     """
-    words = reason.split(" (first bytes ")[0].split()
-    return " ".join("".join("N" if c.isdigit() else c for c in word).replace("NN", "N") for word in words)
+    return re.sub(r"\d[\d,]*", "N", reason.split(" (first bytes ")[0])
 
 
 def _describe(plan: Plan, digest: str, records: dict[str, list[dict[str, Any]]], samples: dict[str, int]) -> None:

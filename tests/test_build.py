@@ -252,6 +252,16 @@ def test_sources_that_make_no_sense(tmp_path: Path) -> None:
             build(tmp_path / name, tmp_path / "out", OPTIONS, 1)
 
 
+def test_output_among_the_inputs_is_refused(photos: Path, tmp_path: Path) -> None:
+    """A later run would take it for a class. Beside the splits' folders it is fine: `cd /imagenet; alexprep shard .`"""
+    shutil.copytree(photos, tmp_path / "source")
+    for source, out in (("source", "source/train/out"), ("source/val", "source/val"), ("source/val", "source/val/a/b")):
+        with pytest.raises(AlexprepError, match="lies among the images"):
+            build(tmp_path / source, tmp_path / out, OPTIONS, 1)
+    for _ in range(2):
+        assert build(tmp_path / "source", tmp_path / "source" / "alexprep-data", OPTIONS, 1).inputs == 68
+
+
 @pytest.mark.parametrize(
     ("values", "words"),
     [

@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 import pytest
 
-from alexprep.cli.main import cli
+from alexprep.cli.main import cli, main
 
 
 def _run(*arguments: str, cwd: Path, check: int = 0) -> subprocess.CompletedProcess[str]:
@@ -56,6 +56,26 @@ def test_the_three_commands(photos: Path, tmp_path: Path) -> None:
 
     done = _run("eval", "--views", "ten", "--json", cwd=tmp_path)
     assert json.loads(done.stdout.splitlines()[-1])["samples"] == 20
+
+
+def test_what_the_system_refuses_is_one_line(photos: Path, tmp_path: Path) -> None:
+    done = _run("shard", str(photos), "--out", "/proc/nowhere/out", cwd=tmp_path, check=1)
+    assert done.stderr.startswith("Error: /proc/nowhere") and len(done.stderr.splitlines()) == 1
+
+
+def test_the_unexpected_is_one_sentence(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Unless the user asks for the traceback, to report it."""
+
+    def fail(**options: object) -> None:
+        raise RuntimeError("two\nlines")
+
+    monkeypatch.setattr(cli, "main", fail)
+    with pytest.raises(SystemExit, match="1"):
+        main()
+    assert capsys.readouterr().err.startswith("Error: RuntimeError: two\nThis may be a bug")
+    monkeypatch.setenv("ALEXPREP_TRACEBACK", "1")
+    with pytest.raises(RuntimeError, match="two"):
+        main()
 
 
 def test_the_data_folder_can_come_from_the_environment(

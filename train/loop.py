@@ -95,6 +95,8 @@ def train(config: TrainConfig, open_loader: OpenLoader = Loader) -> dict[str, An
                 val = measure()
         if stop.signal is not None:
             save()
+            if position.epoch_step:
+                val = None  # the last epoch's was of other weights
             meter.say(f"stopped by {stop.signal.name} after step {position.step}: go on with --resume")
 
         return _finish(
@@ -177,7 +179,6 @@ def _train_epoch(
     if position.epoch_step == epoch_steps:
         return None
     state.optimizer.set_learning_rate(lr)
-    state.network.train()
     recorded = sums.totals.clone()
     pace.lap()
     for images, labels in examples(loader, layout_for(job.device)):

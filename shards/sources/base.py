@@ -30,6 +30,9 @@ class Source(Protocol):
     def read(self, location: bytes) -> bytes:
         """The encoded bytes of one input; OSError where they cannot be had."""
 
+    def covers(self, path: Path) -> bool:
+        """Whether files written below `path` would become inputs."""
+
     def label_files(self) -> Iterator[Path]:
         """Files beside the images that may say how classes are numbered (a devkit's meta.mat)."""
 

@@ -86,6 +86,12 @@ class ClassFolders:
                 raise OSError(f"{status.st_size:,} bytes are more than the limit of {MAX_FILE_BYTES:,}")
             return file.read(MAX_FILE_BYTES)
 
+    def covers(self, path: Path) -> bool:
+        """Whether files written below `path` would become inputs: it lies in a split's folder."""
+        target = os.fsencode(path.resolve())
+        folders = (os.path.realpath(os.path.join(self.root, folder)) for _, folder in self.splits)
+        return any(os.path.commonpath((target, folder)) == folder for folder in folders)
+
     def label_files(self) -> Iterator[Path]:
         """A devkit's meta.mat in the root or next to it, unpacked as downloaded or not."""
         root = Path(os.fsdecode(self.root))
