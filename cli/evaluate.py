@@ -7,7 +7,7 @@ from typing import Literal
 
 import click
 
-from alexprep.cli.options import json_option
+from alexprep.cli.options import device_option, json_option, runs_option, threads_option
 
 
 @click.command("eval")
@@ -21,16 +21,10 @@ from alexprep.cli.options import json_option
     type=click.Path(path_type=Path, file_okay=False),
     help="The data set.  [default: the one it was trained on]",
 )
-@click.option(
-    "--runs",
-    type=click.Path(path_type=Path, file_okay=False),
-    default="runs",
-    show_default=True,
-    help="Folder of runs.",
-)
+@runs_option
 @click.option("--batch-size", type=click.IntRange(min=1), default=128, show_default=True, help="Crops at a time.")
-@click.option("--threads", type=click.IntRange(min=1), help="Threads for decoding.  [default: one a core]")
-@click.option("--device", help="cpu or cuda.  [default: cuda where there is a GPU]")
+@threads_option
+@device_option
 @json_option
 def evaluate(
     run: str | None,

@@ -6,20 +6,12 @@ from pathlib import Path
 
 import click
 
-from alexprep.cli.options import DEFAULT_DATA, json_option, workers_option
+from alexprep.cli.options import data_folder_option, json_option, workers_option
 
 
 @click.command()
 @click.argument("source", type=click.Path(path_type=Path))
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path, file_okay=False),
-    default=DEFAULT_DATA,
-    envvar="ALEXPREP_DATA",
-    show_default=True,
-    show_envvar=True,
-    help="The data set's folder: made, or gone on with.",
-)
+@data_folder_option("--out", "The data set's folder: made, or gone on with.")
 @click.option("--size", type=int, default=256, show_default=True, help="Side of the square images, pixels.")
 @click.option(
     "--filter",

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import click
 
-from alexprep.cli.options import data_option, json_option
+from alexprep.cli.options import data_option, device_option, json_option, runs_option, threads_option
 
 # The registry is alexprep.train.recipes.RECIPES, which this list must equal; importing it here would import torch for --help.
 RECIPES = ("alexnet", "cifar10-quick", "tiny")
@@ -24,19 +23,13 @@ AT_LEAST_1 = click.IntRange(min=1)
 @click.option(
     "--seed", type=click.IntRange(min=0), help="Of initial weights, order, augmentation, dropout.  [default: 0]"
 )
-@click.option(
-    "--runs",
-    type=click.Path(path_type=Path, file_okay=False),
-    default="runs",
-    show_default=True,
-    help="Folder of runs.",
-)
+@runs_option
 @click.option("--name", help="The run's name.  [default: the recipe's name, with a number if it is taken]")
 @click.option("--resume", is_flag=True, help="Go on with the run --name, or with the one last active.")
 @click.option("--checkpoint-steps", type=AT_LEAST_1, default=1000, show_default=True, help="Steps between checkpoints.")
 @click.option("--keep", type=AT_LEAST_1, default=3, show_default=True, help="Checkpoints to keep.")
-@click.option("--threads", type=AT_LEAST_1, help="Threads for decoding.  [default: one a core]")
-@click.option("--device", help="cpu or cuda.  [default: cuda where there is a GPU]")
+@threads_option
+@device_option
 @json_option
 def train(as_json: bool, **options: Any) -> None:
     """Train a network on a data set made by `alexprep shard` and `alexprep pca-stats`.
@@ -52,7 +45,7 @@ def train(as_json: bool, **options: Any) -> None:
     from alexprep.train.loop import train as train_run
 
     summary = train_run(TrainConfig(**options))
-    report.table(f"Run {summary['run']}", [(name.replace("_", " "), _shown(value)) for name, value in summary.items()])
+    report.table(f"Run {summary['run']}", _rows(summary))
     report.json_line(summary, as_json)
     if summary["stopped_by"]:
         import signal
@@ -60,7 +53,7 @@ def train(as_json: bool, **options: Any) -> None:
         click.get_current_context().exit(128 + signal.Signals[summary["stopped_by"]])  # as shells report it
 
 
-def _shown(value: object) -> str:
-    if value is None:
-        return "not measured"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+def _rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    """What was measured."""
+    found = ((name.replace("_", " "), value) for name, value in summary.items() if value is not None)
+    return [(name, f"{value:.4g}" if isinstance(value, float) else str(value)) for name, value in found]

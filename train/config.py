@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,13 +11,13 @@ import torch
 
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.files import publish_json
+from alexprep.shards.versions import versions
 from alexprep.train import runs
 from alexprep.train.data import DataFacts, data_facts
 from alexprep.train.host import choose_device
 from alexprep.train.recipes import Recipe, recipe_named
 
 DEFAULT_RECIPE = "alexnet"
-VERSIONS_OF = ("alexprep", "torch", "numpy")  # results may differ in the last bits between versions of these
 OPTIONS = ("recipe", "seed", "batch_size", "lr")  # what a resumed run takes from its beginning
 
 
@@ -110,15 +109,15 @@ def prepare(config: TrainConfig) -> Job:
             "options": options,
             "data": str(config.data.resolve()),
             "identity": identity,
-            "versions": versions(),
+            "versions": run_versions(),
         }
         publish_json(run / runs.CONFIG, document)
     return Job(config, run, recipe, seed, facts, device, identity)
 
 
-def versions() -> dict[str, str]:
-    """The versions that results depend on."""
-    return {package: importlib.metadata.version(package) for package in VERSIONS_OF}
+def run_versions() -> dict[str, str]:
+    """The versions that results depend on, down to the last bit."""
+    return versions("alexprep", "torch", "numpy", "dali")
 
 
 def recipe_of(options: Mapping[str, Any]) -> Recipe:

@@ -14,7 +14,7 @@ from alexprep.pipeline.loader import Loader
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.files import publish_json
 from alexprep.train import checkpoint, runs
-from alexprep.train.config import Job, TrainConfig, prepare, versions
+from alexprep.train.config import Job, TrainConfig, prepare, run_versions
 from alexprep.train.data import BatchSource, OpenLoader, examples, layout_for
 from alexprep.train.evaluate import evaluate
 from alexprep.train.host import Stopped, StopRequest, keep_freed_memory
@@ -71,7 +71,7 @@ def train(config: TrainConfig, open_loader: OpenLoader = Loader) -> dict[str, An
             )
 
         def save() -> None:
-            facts = {"identity": job.identity, "position": state.facts(), "versions": versions()}
+            facts = {"identity": job.identity, "position": state.facts(), "versions": run_versions()}
             checkpoint.save(job.run / runs.CHECKPOINTS, position.step, state.tensors(), facts, job.config.keep)
 
         def measure() -> dict[str, Any] | None:
@@ -131,7 +131,7 @@ def _first_state(job: Job) -> tuple[TrainingState, list[str]]:
         state.restore(saved)
         notes += [
             f"{change}: the last bits may differ"
-            for change in checkpoint.differences(saved.facts["versions"], versions())
+            for change in checkpoint.differences(saved.facts["versions"], run_versions())
         ]
     return state, notes
 
