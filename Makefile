@@ -48,7 +48,8 @@ wheel-check: .venv/installed
 	$(PYTHON) -m venv build/wheel-env
 	build/wheel-env/bin/python -m pip install --quiet -c constraints.txt build/wheel/*.whl
 	cd / && "$(CURDIR)/build/wheel-env/bin/alexprep" --help
-	cd / && "$(CURDIR)/build/wheel-env/bin/python" -c 'import alexprep.shards, alexprep.pipeline, alexprep.train, alexprep.cli; print("wheel ok")'
+	cd / && "$(CURDIR)/build/wheel-env/bin/python" -c 'import alexprep.shards, alexprep.pipeline, alexprep.train, alexprep.cli'
+	mkdir -p build/elsewhere && cd build/elsewhere && ../wheel-env/bin/alexprep demo
 
 clean:
 	rm -rf .venv build demo

@@ -9,7 +9,7 @@ import click
 from alexprep.cli.options import json_option
 
 
-@click.command()
+@click.command(short_help="Every stage, on pictures drawn on the spot.")
 @click.option(
     "--out",
     type=click.Path(path_type=Path, file_okay=False),

@@ -10,7 +10,7 @@ import click
 from alexprep.cli.options import device_option, json_option, runs_option, threads_option
 
 
-@click.command("eval")
+@click.command("eval", short_help="Errors of a trained network.")
 @click.argument("run", required=False)
 @click.option(
     "--views", type=click.Choice(["centre", "ten"]), default="centre", show_default=True, help="Crops an image."

@@ -9,7 +9,7 @@ import click
 from alexprep.cli.options import data_option, json_option, workers_option
 
 
-@click.command("pca-stats")
+@click.command("pca-stats", short_help="Mean image and eigenpairs of the RGB covariance.")
 @click.argument("data_argument", metavar="[DATA]", type=click.Path(path_type=Path, file_okay=False), required=False)
 @data_option
 @click.option("--split", default="train", show_default=True, help="The split to describe.")

@@ -9,7 +9,7 @@ import click
 from alexprep.cli.options import data_folder_option, json_option, workers_option
 
 
-@click.command()
+@click.command(short_help="Images to resized webdataset shards.")
 @click.argument("source", type=click.Path(path_type=Path))
 @data_folder_option("--out", "The data set's folder: made, or gone on with.")
 @click.option("--size", type=int, default=256, show_default=True, help="Side of the square images, pixels.")

@@ -13,7 +13,7 @@ RECIPES = ("alexnet", "cifar10-quick", "tiny")
 AT_LEAST_1 = click.IntRange(min=1)
 
 
-@click.command("train")
+@click.command("train", short_help="Train a network on shards.")
 @data_option
 @click.option("--recipe", type=click.Choice(RECIPES), help="What to train.  [default: alexnet]")
 @click.option("--epochs", type=AT_LEAST_1, help="Stop after this many epochs of the run.  [default: the recipe's]")

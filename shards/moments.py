@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 # 65,536 images are at most 65536 * 255 < 2**24, likewise.
 _BLOCK = 256
 _FLUSH = 65_536
+_PAIRS = ((0, 0), (0, 1), (0, 2), (1, 1), (1, 2), (2, 2))  # of channels
 
 
 @dataclass(frozen=True)
@@ -55,16 +56,17 @@ class Accumulator:
         self._flat = self._planes.reshape(3, -1)[:, : size * size]
         self._recent = np.zeros((3, size * size), np.float32)
         self._sums = np.zeros((3, size * size), np.int64)
-        self._products = np.zeros((3, 3))
+        # Per pair of channels and block. float64 holds integers up to 2**53: 5 * 10**8 images.
+        self._products = np.zeros((len(_PAIRS), blocks, 1, 1))
+        self._recent_products = np.empty((len(_PAIRS), blocks, 1, 1), np.float32)
 
     def add(self, image: NDArray[np.uint8]) -> None:
         """Adds one image, uint8 (3, S, S)."""
         self._flat[:] = image.reshape(3, -1)
         self._recent += self._flat
-        for i in range(3):
-            for j in range(i, 3):
-                # float64 holds integers up to 2**53: 2 million images of 256 x 256 before a flush, of 65,536 each.
-                self._products[i, j] += np.einsum("bk,bk->b", self._planes[i], self._planes[j]).sum(dtype=np.float64)
+        for (i, j), products in zip(_PAIRS, self._recent_products, strict=True):
+            np.matmul(self._planes[i][:, None, :], self._planes[j][:, :, None], out=products)
+        self._products += self._recent_products
         self._images += 1
         self._pending += 1
         if self._pending == _FLUSH:
@@ -73,9 +75,10 @@ class Accumulator:
     def moments(self) -> Moments:
         """All that was added so far."""
         self._flush()
-        upper = np.triu(self._products).astype(np.int64)
-        sums = self._sums.reshape(3, self._size, self._size).copy()
-        return Moments(self._images, sums, upper + np.triu(upper, 1).T)
+        products = np.zeros((3, 3), np.int64)
+        for (i, j), blocks in zip(_PAIRS, self._products.astype(np.int64), strict=True):
+            products[i, j] = products[j, i] = blocks.sum()
+        return Moments(self._images, self._sums.reshape(3, self._size, self._size).copy(), products)
 
     def _flush(self) -> None:
         self._sums += self._recent.astype(np.int64)
