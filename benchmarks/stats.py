@@ -12,9 +12,9 @@ from common import in_turns, report
 
 from alexprep.shards import stats
 from alexprep.shards.codec import Codec, Target
-from alexprep.shards.engines import one_thread
 from alexprep.shards.moments import Accumulator
 from alexprep.shards.read import Samples
+from alexprep.shards.worker import one_thread
 
 
 def main() -> None:

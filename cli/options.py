@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,11 +12,26 @@ import click
 FC = TypeVar("FC", bound=Callable[..., Any] | click.Command)
 
 
+class Folder(click.ParamType):  # type: ignore[type-arg]  # generic only for type checkers
+    """A folder on a disk, or a URL that fsspec understands."""
+
+    name = "folder"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        """A `Path`, or a `UPath` for a URL."""
+        from alexprep.shards.files import folder_at
+
+        folder = folder_at(value)
+        if folder.exists() and not folder.is_dir():
+            self.fail(f"{value} is a file, not a folder", param, ctx)
+        return folder
+
+
 def data_folder_option(name: str, text: str) -> Callable[[FC], FC]:
     """An option for the data set's folder, with its default and environment variable."""
     return click.option(
         name,
-        type=click.Path(path_type=Path, file_okay=False),
+        type=Folder(),
         default="alexprep-data",
         envvar="ALEXPREP_DATA",
         show_default=True,
@@ -40,9 +56,54 @@ threads_option = click.option(
 
 device_option = click.option("--device", help="cpu or cuda.  [default: cuda where there is a GPU]")
 
-workers_option = click.option(
-    "--workers", type=click.IntRange(min=1), default=None, help="Worker processes.  [default: one a core]"
+_ENGINE_OPTIONS = (
+    click.option(
+        "--workers", type=click.IntRange(min=1), help="Worker processes on this machine.  [default: one a core]"
+    ),
+    click.option(
+        "--engine",
+        "engine_name",
+        type=click.Choice(["local", "ray"]),
+        default="local",
+        show_default=True,
+        help="What runs the work: processes here, or a Ray cluster.",
+    ),
+    click.option("--ray-address", help="The cluster's address.  [default: $RAY_ADDRESS, or one on this machine]"),
+    click.option(
+        "--image-seconds",
+        type=click.FloatRange(min=0, min_open=True),
+        default=60.0,
+        show_default=True,
+        help="Longest time for one image before it is rejected.",
+    ),
 )
+
+
+def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Options that say what runs the work; the command receives an `engine`."""
+
+    @functools.wraps(command)
+    def with_engine(
+        *args: Any, workers: int | None, engine_name: str, ray_address: str | None, image_seconds: float, **kwargs: Any
+    ) -> Any:
+        from alexprep.shards.engines import LocalEngine, cores
+
+        if engine_name == "ray":
+            from alexprep.shards.ray_engine import RayEngine
+
+            if workers is not None:
+                raise click.UsageError(
+                    "--workers is for --engine local: a Ray cluster uses the CPUs that it was started with."
+                )
+            return command(*args, engine=RayEngine(ray_address, image_seconds), **kwargs)
+        if ray_address is not None:
+            raise click.UsageError("--ray-address needs --engine ray.")
+        return command(*args, engine=LocalEngine(workers or cores(), image_seconds), **kwargs)
+
+    for option in reversed(_ENGINE_OPTIONS):
+        with_engine = option(with_engine)
+    return with_engine
+
 
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON document as the last line of stdout."

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from alexprep.cli.options import data_option, json_option, workers_option
+from alexprep.cli.options import Folder, data_option, engine_options, json_option
+
+if TYPE_CHECKING:
+    from alexprep.shards.engines import Engine
 
 
 @click.command("pca-stats", short_help="Mean image and eigenpairs of the RGB covariance.")
-@click.argument("data_argument", metavar="[DATA]", type=click.Path(path_type=Path, file_okay=False), required=False)
+@click.argument("data_argument", metavar="[DATA]", type=Folder(), required=False)
 @data_option
 @click.option("--split", default="train", show_default=True, help="The split to describe.")
-@workers_option
+@engine_options
 @json_option
-def pca_stats(data_argument: Path | None, data: Path, split: str, workers: int | None, as_json: bool) -> None:
+def pca_stats(data_argument: Path | None, data: Path, split: str, engine: Engine, as_json: bool) -> None:
     """Compute the mean image and the eigenpairs of the RGB covariance of DATA, exactly.
 
     One pass; integer sums, so any number of workers gives the same bits. Results go to DATA/stats.
@@ -26,12 +30,11 @@ def pca_stats(data_argument: Path | None, data: Path, split: str, workers: int |
     from alexprep.cli import report
     from alexprep.pipeline.augment import Augmentation, noise_stdevs
     from alexprep.shards import stats
-    from alexprep.shards.engines import cores
     from alexprep.shards.layout import MEAN_PICTURE, STATISTICS
 
     folder = data_argument or data
     with report.progress("statistics") as show:
-        found = stats.compute(folder, split, workers or cores(), show)
+        found = stats.compute(folder, split, engine, show)
     stats.publish(found, folder, split)
 
     def numbers(values: object, digits: int = 2) -> str:

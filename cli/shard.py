@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from alexprep.cli.options import data_folder_option, json_option, workers_option
+from alexprep.cli.options import data_folder_option, engine_options, json_optionfrom alexprep.shards.sources import LAYOUTS
 
+if TYPE_CHECKING:
+    from alexprep.shards.engines import Engine
 
 @click.command(short_help="Images to resized webdataset shards.")
-@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("source")
 @data_folder_option("--out", "The data set's folder: made, or gone on with.")
+@click.option("--layout", type=click.Choice(list(LAYOUTS)), help="What SOURCE is.  [default: found by looking]")
+@click.option("--check-archive", is_flag=True, help="First compare the ILSVRC archives with their published MD5s.")
 @click.option("--size", type=int, default=256, show_default=True, help="Side of the square images, pixels.")
 @click.option(
     "--filter",
@@ -34,18 +39,28 @@ from alexprep.cli.options import data_folder_option, json_option, workers_option
 @click.option("--orient", is_flag=True, help="Apply the EXIF orientation (the original did not).")
 @click.option(
     "--labels",
-    default="sorted",
+    default="auto",
     show_default=True,
-    metavar="sorted|ilsvrc-id|FILE",
-    help="How classes are numbered: by sorted name, by the devkit's ID, or by a file with one class name a line.",
+    metavar="auto|sorted|ilsvrc-id|FILE",
+    help="How classes are numbered: as the source does, or by sorted name where it does not; by sorted name; by the "
+    "devkit's ID; by a file with one class name a line.",
+)
+@click.option(
+    "--device",
+    type=click.Choice(["cpu", "cuda"]),
+    default="cpu",
+    show_default=True,
+    help="What decodes, resizes and encodes; decoders differ by a grey level here and there.",
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the global shuffle before sharding.")
 @click.option("--shard-samples", type=int, default=None, help="Inputs a shard.  [default: 1024, fewer for small sets]")
 @click.option("--limit", type=int, default=None, help="At most so many inputs of each split, picked by the shuffle.")
-@workers_option
+@engine_options
 @json_option
 def shard(
-    source: Path,
+    source: str,
+    layout: str | None,
+    check_archive: bool,
     out: Path,
     size: int,
     filter_name: str,
@@ -58,13 +73,15 @@ def shard(
     seed: int,
     shard_samples: int | None,
     limit: int | None,
-    workers: int | None,
+    device: str,
+    engine: Engine,
     as_json: bool,
 ) -> None:
     """Turn the images under SOURCE into resized webdataset shards.
 
-    SOURCE holds train/, val/ and test/ folders of class folders, or is one tree of class folders. Images that cannot be
-    decoded are listed with their reasons and never stop the run. The same command again does only what is missing.
+    SOURCE is a folder, a file or a URL: class folders, the ILSVRC archives as downloaded, Kaggle's folders, tars, a
+    webdataset, a list in CSV or Parquet, CIFAR, MNIST or NORB (docs/sources.md). Images that cannot be decoded are listed
+    with their reasons and never stop the run. The same command again does only what is missing.
 
     \b
     Example: alexprep shard /imagenet --out /data/imagenet-256
@@ -72,14 +89,18 @@ def shard(
     from alexprep.cli import report
     from alexprep.shards.build import build
     from alexprep.shards.codec import Target
-    from alexprep.shards.engines import cores
     from alexprep.shards.plan import ShardOptions
+    from alexprep.shards.sources.find import find_source
+    from alexprep.shards.sources.ilsvrc import check_archives
 
-    target = Target(size, filter_name, image_format, reencode, quality, subsampling, orient)  # type: ignore[arg-type]
+    target = Target(size, filter_name, image_format, reencode, quality, subsampling, orient, device)  # type: ignore[arg-type]
     options = ShardOptions(target, seed, shard_samples, labels, limit)
+    found = find_source(source, layout)
+    if check_archive:
+        click.echo(f"MD5 as published: {', '.join(check_archives(found.files))}", err=True)
     with report.progress("sharding") as show:
-        done = build(source, out, options, workers or cores(), show)
-    rows = [("inputs", f"{done.inputs:,}")]
+        done = build(found, out, options, engine, show)
+    rows = [("layout of SOURCE", found.layout), ("inputs", f"{done.inputs:,}")]
     rows += [(f"{split} images", f"{count:,}") for split, count in done.samples.items()]
     rows += [("bytes kept as they were", f"{done.kept:,} images")] if done.kept else []
     rows += [("rejected", f"{done.rejected.total():,}")]
@@ -98,6 +119,7 @@ def shard(
     report.table("Sharded.", rows)
     report.json_line(
         {
+            "layout": found.layout,
             "inputs": done.inputs,
             "samples": done.samples,
             "written": done.written,

@@ -6,7 +6,7 @@ Pixels are uint8 (height, width, 3), RGB, 0-255. Only the region that the square
 from __future__ import annotations
 
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -39,6 +39,8 @@ class Target:
         quality: JPEG quality, 1-100; 95 as the original's make-data.
         subsampling: JPEG chroma subsampling, "420", "422" or "444".
         orient: whether the EXIF orientation is applied; neither the 2012 code nor torchvision's ImageFolder did.
+        device: what decodes, resizes and encodes, "cpu" or "cuda". It is part of the form, since decoders differ by a
+            grey level here and there.
     """
 
     size: int = 256
@@ -48,6 +50,7 @@ class Target:
     quality: int = 95
     subsampling: Literal["420", "422", "444"] = "420"
     orient: bool = False
+    device: Literal["cpu", "cuda"] = "cpu"
 
 
 @dataclass(frozen=True)
@@ -82,8 +85,26 @@ class Codec:
             chroma_subsampling=_SUBSAMPLING[target.subsampling],
         )
 
-    def convert(self, data: bytes) -> Converted | Refused:
-        """Brings one encoded image to the target form. Never raises for what `data` holds."""
+    def convert(self, data: bytes | NDArray[np.uint8]) -> Converted | Refused:
+        """Brings one image to the target form. Never raises for what `data` holds.
+
+        Args:
+            data: an encoded image, or pixels: uint8 (H, W, 3) RGB or (H, W) grey.
+        """
+        try:
+            return self._convert(data) if isinstance(data, bytes) else self._convert_pixels(data)
+        except MemoryError:
+            return Refused("needs more memory than a worker may have")
+
+    def _convert_pixels(self, pixels: NDArray[np.uint8]) -> Converted | Refused:
+        if pixels.ndim == 2:
+            pixels = np.repeat(pixels[:, :, None], 3, axis=2)
+        height, width = pixels.shape[:2]
+        resize = to_square(height, width, self.target.size, self.target.filter)
+        top, left, bottom, right = resize.region
+        return Converted(self._finish(pixels[top:bottom, left:right], resize), width, height, kept=False)
+
+    def _convert(self, data: bytes) -> Converted | Refused:
         if not data:
             return Refused("empty file")
         stream = self._parse(data)
@@ -101,11 +122,8 @@ class Codec:
         if isinstance(whole, Refused):
             return whole
         height, width = whole.shape[:2]
-        if self.target.orient:
-            whole = upright(whole, orientation)
-        resize = to_square(whole.shape[0], whole.shape[1], self.target.size, self.target.filter)
-        top, left, bottom, right = resize.region
-        return Converted(self._finish(whole[top:bottom, left:right], resize), width, height, kept=False)
+        square = self._convert_pixels(upright(whole, orientation) if self.target.orient else whole)
+        return replace(square, width=width, height=height)
 
     def encode(self, pixels: NDArray[np.uint8]) -> bytes:
         """Encodes uint8 (H, W, 3) RGB as the target's format says."""

@@ -1,33 +1,39 @@
-"""Runs independent tasks, one a shard, in worker processes."""
+"""Runs independent tasks, one a shard, in worker processes that may crash, hang or eat memory without harm to the rest."""
 
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
 import signal
+import socket
+import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from typing import Any, TypeVar
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from typing import Any, Protocol, TypeVar
 
 from alexprep.shards.errors import AlexprepError
+from alexprep.shards.worker import POLL_SECONDS, SLOT, map_slots
 
 Result = TypeVar("Result")
-_POLL_SECONDS = 0.2
+Progress = Callable[[int], None]
+# task(argument, condemned): `condemned` says which inputs must not be touched again, and why.
+Task = Callable[[Any, Mapping[int, str]], Result]
 
-# Set in each worker: the count of finished inputs that all workers share.
-_finished: Any = None
+IMAGE_SECONDS = 60.0  # the slowest legal image seen takes 3 s; a stalled file server gets a minute
+IMAGE_BYTES = 800 * 2**20  # 89 Mpx are 268 MB of RGB; with the worker's own 200 MB this stays within 1 GiB
+_STRIKES = 2  # an input is condemned when it ends a worker twice: the first time may have been chance
+_DEATHS = 8  # of one task, with no input to blame or always another one, until the engine gives up
 
 
-def tick() -> None:
-    """Counts one finished input, from inside a task."""
-    if _finished is not None:
-        with _finished.get_lock():
-            _finished.value += 1
+class Engine(Protocol):
+    """Something that runs tasks."""
+
+    def run(self, task: Task[Result], arguments: Sequence[Any], progress: Progress) -> Iterator[Result]:
+        """Runs task(argument, condemned) for each argument; yields results as they come, in any order."""
 
 
 def cores() -> int:
@@ -35,81 +41,165 @@ def cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def run_local(
-    task: Callable[[Any], Result],
-    arguments: Sequence[Any],
-    workers: int,
-    progress: Callable[[int], None] = lambda finished: None,
-) -> Iterator[Result]:
-    """Runs task(argument) for each argument in `workers` processes; yields results as they come, in any order.
+@dataclass
+class _Job:
+    """One task's argument on its way, with what is known of its inputs."""
 
-    `task` and the arguments must be importable and picklable: workers are spawned, never forked, since the parent may
-    hold threads. A worker leaves when its parent dies. Ctrl-C and exceptions end all workers at once.
+    argument: Any
+    condemned: dict[int, str] = field(default_factory=dict)
+    strikes: Counter[int] = field(default_factory=Counter)
+    deaths: int = 0
 
-    Args:
-        task: a module-level function; calls `tick` once an input.
-        arguments: one a task.
+
+@dataclass(frozen=True)
+class LocalEngine:
+    """Worker processes on this machine.
+
+    Workers are started afresh, never forked, since the parent may hold threads. A worker leaves when its parent dies.
+    One that crashes, or is at one input for longer than `image_seconds`, is replaced and its task done again; an input
+    that ends a worker twice is condemned: the task is told to leave it out, with the reason.
+
+    Attributes:
         workers: processes, at least 1.
-        progress: called a few times a second with the number of finished inputs.
-
-    Raises:
-        AlexprepError: from the task; or a worker was killed.
+        image_seconds: how long one input may take.
+        image_bytes: how much memory one input may need; 0 for no bound.
     """
-    if workers < 1:
-        raise AlexprepError(f"--workers {workers} is less than 1")
-    context = multiprocessing.get_context("spawn")
-    finished = context.Value("q", 0)
-    pool = ProcessPoolExecutor(
-        min(workers, max(1, len(arguments))), context, initializer=_start_worker, initargs=(os.getpid(), finished)
-    )
-    try:
-        pending = {pool.submit(task, argument) for argument in arguments}
-        while pending:
-            done, pending = wait(pending, timeout=_POLL_SECONDS, return_when=FIRST_COMPLETED)
-            progress(finished.value)
-            for future in done:
-                yield future.result()
-    except BrokenProcessPool:
-        raise AlexprepError(
-            "a worker process was killed (out of memory, or a decoder crashed): run the same command again, "
-            "with fewer --workers if memory is short; finished shards are kept"
-        ) from None
-    finally:
-        _end(pool)
+
+    workers: int
+    image_seconds: float = IMAGE_SECONDS
+    image_bytes: int = IMAGE_BYTES
+
+    def __post_init__(self) -> None:
+        """Refuses values out of bounds, with AlexprepError."""
+        if self.workers < 1:
+            raise AlexprepError(f"--workers {self.workers} is less than 1")
+        if self.image_seconds <= 0:
+            raise AlexprepError(f"--image-seconds {self.image_seconds} is not above 0")
+
+    def run(
+        self, task: Task[Result], arguments: Sequence[Any], progress: Progress = lambda finished: None
+    ) -> Iterator[Result]:
+        """See `Engine`. `task` and arguments must be importable and picklable; `task` works inside `worker.attending`.
+
+        Args:
+            task: a module-level function (or a partial of one).
+            arguments: one a task.
+            progress: called a few times a second with the number of finished inputs.
+
+        Raises:
+            AlexprepError: from a task; or workers died with no input to blame.
+        """
+        if not arguments:
+            return
+        with contextlib.closing(_Crew(self, min(self.workers, len(arguments)))) as crew:
+            yield from crew.run(task, arguments, progress)
 
 
-def _end(pool: ProcessPoolExecutor) -> None:
-    processes = list((pool._processes or {}).values())
-    pool.shutdown(wait=False, cancel_futures=True)
-    for process in processes:
-        with contextlib.suppress(Exception):  # it may have left already
-            process.terminate()
-    for process in processes:
-        process.join(timeout=10)
+class _Worker:
+    """One child process and the job that it has."""
+
+    def __init__(self, slots: int, count: int, index: int, memory_bytes: int) -> None:
+        mine, theirs = socket.socketpair()
+        arguments = (theirs.fileno(), slots, count, index, os.getpid(), memory_bytes)
+        boot = f"import sys; sys.path[:] = {sys.path!r}; from alexprep.shards.worker import serve; serve{arguments}"
+        with theirs:
+            self.process = subprocess.Popen([sys.executable, "-c", boot], pass_fds=(theirs.fileno(), slots))
+        self.connection: Connection[Any, Any] = Connection(mine.detach())
+        self.job: _Job | None = None
+
+    def end(self) -> int:
+        """Kills the process; returns how it ended, as `subprocess` tells it."""
+        self.connection.close()
+        self.process.kill()
+        return self.process.wait()
 
 
-def _start_worker(parent: int, finished: Any) -> None:
-    global _finished
-    _finished = finished
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
-    threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
-    # Decoders written in C report every bad image on descriptor 2; the ledger has the reason. Python's own words go on.
-    sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
-    null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, 2)
-    os.close(null)
-    one_thread()
+class _Crew:
+    """The workers of a run, and what is to be done."""
+
+    def __init__(self, engine: LocalEngine, count: int) -> None:
+        self._engine = engine
+        self._descriptor = os.memfd_create("alexprep")
+        os.ftruncate(self._descriptor, count * SLOT.itemsize)
+        self._slots = map_slots(self._descriptor, count)
+        self._workers = [self._start(index) for index in range(count)]
+
+    def _start(self, index: int) -> _Worker:
+        self._slots[index] = (-1, 0, 0)
+        return _Worker(self._descriptor, len(self._slots), index, self._engine.image_bytes)
+
+    def close(self) -> None:
+        """Ends all workers."""
+        for worker in self._workers:
+            worker.process.kill()
+        for worker in self._workers:
+            worker.end()
+        os.close(self._descriptor)
+
+    def run(self, task: Task[Result], arguments: Sequence[Any], progress: Progress) -> Iterator[Result]:
+        waiting = [_Job(argument) for argument in reversed(arguments)]
+        finished = 0
+        while True:
+            for worker in self._workers:
+                if worker.job is None and waiting:
+                    worker.job = waiting.pop()
+                    with contextlib.suppress(OSError):  # it died meanwhile: found out below
+                        worker.connection.send((task, worker.job.argument, worker.job.condemned))
+            busy = {worker.connection: index for index, worker in enumerate(self._workers) if worker.job is not None}
+            if not busy:
+                return
+            for connection in wait(list(busy), POLL_SECONDS):
+                index = busy[connection]  # type: ignore[index]
+                worker = self._workers[index]
+                try:
+                    good, answer = worker.connection.recv()
+                except (EOFError, OSError):
+                    waiting.append(self._replace(index, ""))
+                    continue
+                if not good:
+                    error, text = answer
+                    raise (
+                        error if isinstance(error, AlexprepError) else RuntimeError(f"in a worker:\n{text}")
+                    ) from error
+                worker.job = None
+                finished += int(self._slots[index]["finished"])
+                self._slots[index]["finished"] = 0
+                yield answer
+            now = time.monotonic_ns()
+            for index in busy.values():
+                began = int(self._slots[index]["began_ns"])
+                if began and now - began > self._engine.image_seconds * 1e9:
+                    waiting.append(self._replace(index, f"takes more than {self._engine.image_seconds:g} s"))
+            progress(finished + int(self._slots["finished"].sum()))
+
+    def _replace(self, index: int, reason: str) -> _Job:
+        """A new worker in place of one that died, or that is ended for `reason`; returns its job, to be done again."""
+        worker, row = self._workers[index], int(self._slots[index]["row"])
+        status = worker.end()
+        job = worker.job
+        assert job is not None
+        self._workers[index] = self._start(index)
+        job.deaths += 1
+        if row >= 0:
+            job.strikes[row] += 1
+            if job.strikes[row] >= _STRIKES:
+                job.condemned[row] = reason or f"ends the process that reads it ({_manner(status)})"
+                job.deaths = 0
+        if job.deaths >= _DEATHS:
+            raise AlexprepError(
+                f"a worker process ended {job.deaths} times in one shard ({_manner(status)}), never twice at the same "
+                "input: if memory is short, use fewer --workers; then run the same command again, finished shards are kept"
+            )
+        return job
 
 
-def one_thread() -> None:
-    """Keeps numpy's matrix products to one thread: parallel work here is by processes."""
-    import numpy  # noqa: F401  (its BLAS must be loaded before it can be limited)
-    from threadpoolctl import threadpool_limits
+def _manner(status: int) -> str:
+    """How a process ended, in words.
 
-    threadpool_limits(1)
-
-
-def _leave_with(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(_POLL_SECONDS)
-    os._exit(1)
+    >>> _manner(-11), _manner(3)
+    ('SIGSEGV', 'exit status 3')
+    """
+    if status < 0:
+        with contextlib.suppress(ValueError):
+            return signal.Signals(-status).name
+    return f"exit status {status}"

@@ -1,12 +1,18 @@
-"""Finished means renamed: files appear under their final name whole and on disk, or not at all."""
+"""Finished means renamed: files appear under their final name whole and on disk, or not at all.
+
+A folder is a path on a local disk or a `UPath` on a store that fsspec opens. Stores that cannot rename are written by one
+upload of the whole file, which object stores make visible only when it is complete.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import secrets
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -14,23 +20,41 @@ from typing import Any, BinaryIO
 TEMPORARY_MARK = ".tmp-"
 
 
+def folder_at(place: str | Path) -> Path:
+    """The folder of a path or URL: a `Path`, or a `UPath`, which has the same methods."""
+    if "://" not in str(place):
+        return Path(place)
+    from upath import UPath
+
+    return UPath(str(place))  # type: ignore[return-value]
+
+
+def is_local(path: Path) -> bool:
+    """Whether a path is on a local disk, where files can be renamed and mapped."""
+    return isinstance(path, Path)
+
+
 @contextlib.contextmanager
 def published(path: Path) -> Iterator[BinaryIO]:
     """A binary file to write to; it gets its name `path` only when the block ends without an exception.
 
-    The order is: write under a temporary name in the same folder, fsync the file, rename, fsync the folder.
-    After an exception the temporary file is removed and `path` is untouched.
+    The order is: write under a temporary name in the same folder, fsync the file, rename, fsync the folder. The lock that
+    is held meanwhile tells `remove_temporaries` that the writer lives. After an exception the temporary file is removed
+    and `path` is untouched. A file that has these very bytes already stays as it is.
     """
-    temporary = path.with_name(f".{path.name}{TEMPORARY_MARK}{os.getpid()}-{secrets.token_hex(4)}")
-    try:
-        with open(temporary, "xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.rename(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    if not is_local(path):
+        with tempfile.TemporaryFile() as spool:
+            yield spool
+            spool.seek(0)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(spool.read())
+        return
+    with _temporary(path) as (temporary, file):
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+        if not same_bytes(temporary, path):
+            os.rename(temporary, path)
     sync_folder(path.parent)
 
 
@@ -40,9 +64,72 @@ def publish_bytes(path: Path, data: bytes) -> None:
         file.write(data)
 
 
+def publish_first(path: Path, data: bytes) -> bytes:
+    """Writes `path` unless it exists; returns what it holds then. Of several writers exactly one wins.
+
+    (On stores that cannot link, two writers at the same instant may both believe that they won.)
+    """
+    if path.exists():
+        return path.read_bytes()
+    if not is_local(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+        return data
+    with _temporary(path) as (temporary, file):
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+        with contextlib.suppress(FileExistsError):
+            try:
+                os.link(temporary, path)
+            except PermissionError:  # what Linux answers where links are unknown (FAT, some network folders)
+                os.rename(temporary, path)
+    sync_folder(path.parent)
+    return path.read_bytes()
+
+
+@contextlib.contextmanager
+def _temporary(path: Path) -> Iterator[tuple[Path, BinaryIO]]:
+    """A new locked file beside `path`; what is left of it at the end is removed."""
+    while True:
+        temporary = path.with_name(f".{path.name}{TEMPORARY_MARK}{os.getpid()}-{secrets.token_hex(4)}")
+        try:
+            with open(temporary, "xb+") as file:
+                with contextlib.suppress(OSError):  # some file systems have no locks: see remove_temporaries
+                    fcntl.flock(file, fcntl.LOCK_EX)
+                if not temporary.exists():  # another writer tidied up in the instant before the lock
+                    continue
+                yield temporary, file
+                return
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def json_bytes(document: Any, indent: int | None = 1) -> bytes:
+    """A document as JSON with a final newline; NaN and infinity are refused (ValueError)."""
+    return (json.dumps(document, indent=indent, allow_nan=False) + "\n").encode()
+
+
 def publish_json(path: Path, document: Any, indent: int | None = 1) -> None:
-    """Writes `document` as JSON with a final newline, atomically and durably; NaN and infinity are refused (ValueError)."""
-    publish_bytes(path, (json.dumps(document, indent=indent, allow_nan=False) + "\n").encode())
+    """Writes `document` as JSON, atomically and durably."""
+    publish_bytes(path, json_bytes(document, indent))
+
+
+def same_bytes(one: Path, other: Path) -> bool:
+    """Whether both are files of the same content."""
+    with contextlib.suppress(FileNotFoundError):
+        if one.stat().st_size == other.stat().st_size:
+            return file_sha256(one) == file_sha256(other)
+    return False
+
+
+def file_sha256(path: Path) -> str:
+    """The sha256 of a file, hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def sync_folder(folder: Path) -> None:
@@ -54,10 +141,22 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def is_temporary(name: str) -> bool:
+    """Whether a file name is one that `published` gives to unfinished files."""
+    return name.startswith(".") and TEMPORARY_MARK in name
+
+
 def remove_temporaries(folder: Path) -> None:
-    """Deletes what interrupted writers left in `folder` (not below it)."""
+    """Deletes what interrupted writers left in `folder` (not below it); files of living writers are locked, and stay.
+
+    Where there are no locks nothing is deleted; a leftover takes room, but harms no reader.
+    """
+    if not is_local(folder):
+        return
     for leftover in folder.glob(f".*{TEMPORARY_MARK}*"):
-        leftover.unlink(missing_ok=True)
+        with contextlib.suppress(OSError), open(leftover, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            leftover.unlink(missing_ok=True)
 
 
 def digest_json(document: Any) -> str:

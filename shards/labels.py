@@ -2,48 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import io
 from pathlib import Path
 
 from alexprep.shards.errors import AlexprepError
+from alexprep.shards.sources.base import Source
 
+AUTO = "auto"
 SORTED = "sorted"
 ILSVRC_ID = "ilsvrc-id"
 
 
-def class_order(rule: str, present: Iterable[str], label_files: Iterable[Path]) -> list[str]:
+def class_order(rule: str, present: set[str], source: Source) -> list[str]:
     """The class names by label: label i is the i-th name.
 
     Args:
-        rule: "sorted" (ascending by bytes, as torchvision and Caffe number them), "ilsvrc-id" (the devkit's order, as the
-            2012 code did: label = ILSVRC ID - 1), or the path of a text file with one class name a line, in label order.
+        rule: "auto" (the source's own numbering, or sorted where it has none), "sorted" (ascending by bytes, as
+            torchvision and Caffe number them), "ilsvrc-id" (the devkit's order, as the 2012 code did: label = ILSVRC ID - 1),
+            or the path of a text file with one class name a line, in label order.
         present: the classes that the inputs have.
-        label_files: where a devkit's meta.mat may be.
+        source: where they come from, and where a devkit's meta.mat may be.
 
     Raises:
         AlexprepError: a class has no number, or the rule's file is missing or unreadable.
-
-    >>> class_order("sorted", ["n02", "n01"], [])
-    ['n01', 'n02']
     """
-    found = set(present)
+    if rule == AUTO:
+        return source.classes(present)
     if rule == SORTED:
-        return sorted(found, key=str.encode)
+        return sorted(present, key=str.encode)
     if rule == ILSVRC_ID:
-        source = next(iter(label_files), None)
-        if source is None:
+        devkit = source.devkit()
+        if devkit is None:
             raise AlexprepError(
-                "--labels ilsvrc-id needs the devkit: put ILSVRC2012_devkit_t12/data/meta.mat into SOURCE or beside it, "
+                "--labels ilsvrc-id needs the devkit: put ILSVRC2012_devkit_t12.tar.gz, or its meta.mat, into SOURCE, "
                 "or give --labels FILE with one class name a line"
             )
-        order = _devkit_order(source)
+        where, order = devkit[0], devkit_order(*devkit)
     else:
-        source = Path(rule)
-        order = _listed_order(source)
-    unknown = sorted(found - set(order))
+        where, order = rule, _listed_order(Path(rule))
+    unknown = sorted(present - set(order))
     if unknown:
         raise AlexprepError(
-            f"{source} has no number for {len(unknown)} of {len(found)} classes, among them {unknown[0]!r}"
+            f"{where} has no number for {len(unknown)} of {len(present)} classes, among them {unknown[0]!r}"
         )
     return order
 
@@ -53,7 +53,7 @@ def _listed_order(path: Path) -> list[str]:
         lines = path.read_text("utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise AlexprepError(
-            f"--labels {path} is neither sorted, ilsvrc-id, nor a text file that can be read ({error})"
+            f"--labels {path} is neither auto, sorted, ilsvrc-id, nor a text file that can be read ({error})"
         ) from None
     order = [line.strip() for line in lines if line.strip()]
     repeated = (
@@ -66,15 +66,19 @@ def _listed_order(path: Path) -> list[str]:
     return order
 
 
-def _devkit_order(path: Path) -> list[str]:
-    """The low-level synsets of a 2010 or 2012 devkit (facts in its readme.txt), by ID; IDs above them are ancestors."""
+def devkit_order(name: str, content: bytes) -> list[str]:
+    """The low-level synsets of a 2010 or 2012 devkit's meta.mat (see its readme.txt), by ID; IDs above are ancestors.
+
+    Raises:
+        AlexprepError: `content`, read from the file `name`, is none.
+    """
     from scipy.io import loadmat
 
     try:
-        synsets = loadmat(path, squeeze_me=True, struct_as_record=True)["synsets"]
+        synsets = loadmat(io.BytesIO(content), squeeze_me=True, struct_as_record=True)["synsets"]
         names = synsets.dtype.names
         identity = next(name for name in names if name.endswith("_ID"))
         leaves = [(int(s[identity]), str(s["WNID"])) for s in synsets if int(s["num_children"]) == 0]
     except Exception as error:  # noqa: BLE001  (scipy raises many kinds)
-        raise AlexprepError(f"{path} is not a devkit's meta.mat ({error}): give --labels FILE instead") from None
+        raise AlexprepError(f"{name} is not a devkit's meta.mat ({error}): give --labels FILE instead") from None
     return [wnid for _, wnid in sorted(leaves)]

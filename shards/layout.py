@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alexprep.shards.errors import AlexprepError
+from alexprep.shards.files import digest_json, is_local
 
 FORMAT_VERSION = 1
 
@@ -101,7 +102,11 @@ def read_index(data: Path, split: str) -> NDArray[np.void]:
     """
     path = data / split / INDEX
     try:
-        index: NDArray[np.void] = np.load(path, mmap_mode="r", allow_pickle=False)
+        index: NDArray[np.void] = (
+            np.load(path, mmap_mode="r", allow_pickle=False)
+            if is_local(path)
+            else np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
+        )
     except (OSError, ValueError) as error:
         raise AlexprepError(f"{path} cannot be read ({error}): run the same `alexprep shard` again") from None
     if index.dtype != INDEX_DTYPE or index.ndim != 1:
@@ -111,9 +116,5 @@ def read_index(data: Path, split: str) -> NDArray[np.void]:
 
 def data_digest(shards: dict[str, list[dict[str, Any]]], image: dict[str, Any], classes: list[str]) -> str:
     """The identity of a data set, hex sha256: every shard's bytes, the image form, and the meaning of the labels."""
-    document = {
-        "shards": {split: [record["sha256"] for record in records] for split, records in shards.items()},
-        "image": image,
-        "classes": classes,
-    }
-    return hashlib.sha256(json.dumps(document, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    digests = {split: [record["sha256"] for record in records] for split, records in shards.items()}
+    return digest_json({"shards": digests, "image": image, "classes": classes})

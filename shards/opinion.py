@@ -79,6 +79,8 @@ def second_opinion(data: bytes) -> NDArray[np.uint8] | Refused:
         return Refused(f"not an image of a known type (first bytes {data[:8].hex(' ')})")
     except Image.DecompressionBombError:
         return Refused(f"more pixels than the limit of {MAX_PIXELS:,}")
+    except MemoryError:
+        raise  # says nothing of the file: the caller knows the bound
     except Exception as error:  # noqa: BLE001  (Pillow raises many kinds for what a file holds)
         return Refused(f"cannot be decoded: {error}".splitlines()[0])
 

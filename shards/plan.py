@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import itertools
-import os
+import io
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,11 +14,12 @@ import pyarrow.parquet as pq
 from alexprep.shards import labels
 from alexprep.shards.codec import Target
 from alexprep.shards.errors import AlexprepError
-from alexprep.shards.files import digest_json, publish_json, published
+from alexprep.shards.files import digest_json, is_local, json_bytes, publish_first, published
 from alexprep.shards.layout import FORMAT_VERSION, PLAN, PLAN_TABLE, read_json
+from alexprep.shards.listing import list_inputs
 from alexprep.shards.permute import permutation
 from alexprep.shards.resample import FILTERS
-from alexprep.shards.sources.base import Source
+from alexprep.shards.sources.base import UNLABELLED, Location, Source
 from alexprep.shards.versions import versions
 
 # An ImageNet shard is then about 28 MB. Smaller sets get at least 16 shards of at least 64, so that workers can share them.
@@ -34,7 +33,10 @@ _TABLE = pa.schema(
         ("shard", pa.uint32()),
         ("row", pa.uint32()),
         ("label", pa.int32()),
-        ("location", pa.binary()),
+        ("path", pa.large_binary()),
+        ("member", pa.large_binary()),
+        ("offset", pa.int64()),
+        ("size", pa.int64()),
     ]
 )
 
@@ -54,7 +56,7 @@ class ShardOptions:
     target: Target = field(default_factory=Target)
     seed: int = 0
     shard_samples: int | None = None
-    labels: str = labels.SORTED
+    labels: str = labels.AUTO
     limit: int | None = None
 
     def __post_init__(self) -> None:
@@ -104,75 +106,72 @@ class Plan:
         ]
 
     def table(self) -> pq.ParquetFile:
-        """plan.parquet, one row group a shard, in the order of `shards()`."""
+        """plan.parquet, one row group a shard, in the order of `shards()`.
+
+        Raises:
+            AlexprepError: it cannot be read.
+        """
+        path = self.folder / PLAN_TABLE
         try:
-            return pq.ParquetFile(self.folder / PLAN_TABLE)
+            return pq.ParquetFile(path if is_local(path) else io.BytesIO(path.read_bytes()))
         except (OSError, pa.ArrowInvalid) as error:
-            raise AlexprepError(f"{self.folder / PLAN_TABLE} cannot be read ({error}): use a new --out") from None
+            raise AlexprepError(f"{path} cannot be read ({error}): delete it and run the same command again") from None
 
 
-def make_plan(source: Source, root: Path, options: ShardOptions, folder: Path) -> Plan:
+def make_plan(source: Source, options: ShardOptions, folder: Path) -> Plan:
     """The plan of `folder`: published if there is none, checked against the present one otherwise.
+
+    Of several that begin in one folder at the same time, one wins; the others go on with its plan, or are refused.
 
     Raises:
         AlexprepError: no input; or the folder has the plan of other inputs or options (the message says which differ).
     """
-    document, tables = _draw_up(source, root, options)
-    existing = folder / PLAN
-    if existing.exists():
-        old = read_json(existing, "use a new --out")
-        differences = _differences(old, document)
-        if differences:
-            raise AlexprepError(
-                f"{folder} was begun differently: {'; '.join(differences)}. Use the same options and inputs, or a new --out"
-            )
-        return Plan(folder, old)
+    document, tables = _draw_up(source, options)
     folder.mkdir(parents=True, exist_ok=True)
-    with published(folder / PLAN_TABLE) as file, pq.ParquetWriter(file, _TABLE, compression="zstd") as writer:
-        for table in tables:
-            writer.write_table(table, row_group_size=max(1, table.num_rows))
-    publish_json(existing, document)
+    if publish_first(folder / PLAN, json_bytes(document)) != json_bytes(document):
+        old = read_json(folder / PLAN, "use a new --out")
+        differences = _differences(old, document)
+        if differences or old != document:
+            raise AlexprepError(
+                f"{folder} was begun differently: {'; '.join(differences) or 'its plan was edited'}. "
+                "Use the same options and inputs, or a new --out"
+            )
+    if not (folder / PLAN_TABLE).exists():
+        with published(folder / PLAN_TABLE) as file, pq.ParquetWriter(file, _TABLE, compression="zstd") as writer:
+            for table in tables:
+                writer.write_table(table, row_group_size=max(1, table.num_rows))
     return Plan(folder, document)
 
 
-def _draw_up(source: Source, root: Path, options: ShardOptions) -> tuple[dict[str, Any], list[pa.Table]]:
-    listing: dict[str, tuple[list[str], list[bytes]]] = {}
-    inputs_digest = hashlib.sha256()
-    for split, class_name, location in source.inputs():
-        class_names, locations = listing.setdefault(split, ([], []))
-        class_names.append(class_name)
-        locations.append(location)
-        inputs_digest.update(b"%s\0%s\0%s\0" % (split.encode(), class_name.encode(), location))
+def _draw_up(source: Source, options: ShardOptions) -> tuple[dict[str, Any], list[pa.Table]]:
+    listing, names, inputs_digest = list_inputs(source.inputs())
     if not listing:
-        raise AlexprepError(f"SOURCE {root} holds no files in its class folders")
-    present = set(itertools.chain.from_iterable(class_names for class_names, _ in listing.values()))
-    classes = labels.class_order(options.labels, present, source.label_files())
-    number = {name: label for label, name in enumerate(classes)}
-    total = sum(min(len(locations), options.limit or len(locations)) for _, locations in listing.values())
+        raise AlexprepError(f"SOURCE {source.files.display()} holds no files where {source.layout!r} has its images")
+    classes = labels.class_order(options.labels, set(names) - {UNLABELLED}, source)
+    number = {name: label for label, name in enumerate(classes)} | {UNLABELLED: -1}
+    label_of = np.array([number[name] for name in names], np.int32)
+    total = sum(min(len(split), options.limit or len(split)) for split in listing.values())
     size = options.shard_samples or min(SHARD_SAMPLES, max(_FEW, -(-total // _MANY)))
     splits: dict[str, Any] = {}
     tables: list[pa.Table] = []
     for split in sorted(listing, key=_SPLIT_STREAM.__getitem__):
-        class_names, locations = listing[split]
-        order = permutation((options.seed, _SPLIT_STREAM[split]), len(locations))[: options.limit]
+        order = permutation((options.seed, _SPLIT_STREAM[split]), len(listing[split]))[: options.limit]
+        codes, columns = listing.pop(split).columns(order)
         count = len(order)
-        table = pa.table(
-            [
-                pa.array([split] * count),
-                pa.array(np.arange(count, dtype=np.uint32) // size, pa.uint32()),
-                pa.array(np.arange(count, dtype=np.uint32)),
-                pa.array(np.array([number[name] for name in class_names], np.int32)[order]),
-                pa.array(locations, pa.binary()).take(pa.array(order)),
-            ],
-            schema=_TABLE,
-        )
+        rows = {
+            "split": pa.repeat(split, count),
+            "shard": np.arange(count, dtype=np.uint32) // np.uint32(size),
+            "row": np.arange(count, dtype=np.uint32),
+            "label": label_of[codes],
+        }
+        table = pa.table(rows | columns, schema=_TABLE)
         tables += [table.slice(start, size) for start in range(0, count, size)]
         splits[split] = {"inputs": count, "shards": -(-count // size)}
     document = {
         "format": "alexprep plan",
         "format_version": FORMAT_VERSION,
         "layout": source.layout,
-        "inputs": inputs_digest.hexdigest(),
+        "inputs": inputs_digest,
         "options": {**asdict(options.target), "seed": options.seed, "labels": options.labels, "limit": options.limit},
         "shard_samples": size,
         "splits": splits,
@@ -180,6 +179,11 @@ def _draw_up(source: Source, root: Path, options: ShardOptions) -> tuple[dict[st
         "versions": versions("alexprep", "nvimgcodec", "pillow"),  # what decides the bytes of a shard
     }
     return document, tables
+
+
+def locations(rows: pa.Table) -> list[Location]:
+    """Where the source has the inputs of some rows of plan.parquet."""
+    return list(map(Location, *(rows.column(name).to_pylist() for name in Location._fields)))
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
@@ -201,8 +205,3 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
         if old.get(name) != new[name] and not words:
             words.append(f"{name} differs")
     return words
-
-
-def display_location(location: bytes) -> str:
-    """A location as text for ledgers and messages; bytes that are not UTF-8 are written as escapes."""
-    return os.fsencode(location).decode("utf-8", "backslashreplace")

@@ -6,7 +6,7 @@ import functools
 import hashlib
 import io
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from alexprep.shards.codec import Codec, Target
-from alexprep.shards.engines import run_local, tick
+from alexprep.shards.engines import Engine, LocalEngine
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.files import publish_bytes, publish_json, remove_temporaries
 from alexprep.shards.layout import (
@@ -31,6 +31,7 @@ from alexprep.shards.layout import (
 from alexprep.shards.moments import Accumulator, Moments
 from alexprep.shards.read import Samples
 from alexprep.shards.versions import versions
+from alexprep.shards.worker import attending
 
 # What shipped with the original code (cuda-convnet2, make-data/input_meta), rounded there: grey levels and unit columns.
 IMAGENET_STDEVS = (121.78, 37.09, 19.72)
@@ -73,42 +74,46 @@ class Statistics:
 
 
 def compute(
-    data: Path, split: str, workers: int, progress: Callable[[int, int], None] = lambda finished, total: None
+    data: Path,
+    split: str,
+    engine: Engine | int,
+    progress: Callable[[int, int], None] = lambda finished, total: None,
 ) -> Statistics:
     """One pass over a split: the same to the last bit for any number of workers.
 
     Args:
         data: a finished data set.
         split: usually "train" (section 2 of the paper: the mean over the training set).
-        workers: processes.
+        engine: runs the work, one task a shard; a number stands for so many worker processes on this machine.
         progress: called with (finished images, all images).
 
     Raises:
         AlexprepError: no such data, or an image that cannot be decoded (its shard and offset are named).
     """
+    engine = LocalEngine(engine) if isinstance(engine, int) else engine
     dataset = read_dataset(data)
     record = split_record(dataset, split, data)
     shards = [int(shard["name"].rpartition("-")[2]) for shard in record["shards"]]
     task = functools.partial(_shard_moments, data, split)
     total = record["samples"]
-    parts = run_local(task, shards, workers, lambda finished: progress(finished, total))
+    parts = engine.run(task, shards, lambda finished: progress(finished, total))
     moments = functools.reduce(Moments.__add__, parts)
     progress(total, total)
     return from_moments(moments, dataset["digest"])
 
 
-def _shard_moments(data: Path, split: str, shard: int) -> Moments:
+def _shard_moments(data: Path, split: str, shard: int, condemned: Mapping[int, str]) -> Moments:
     samples = _samples(data, split)
     image = samples.dataset["image"]
     accumulator = Accumulator(image["size"])
     for row in samples.rows_of(shard):
-        planes = _planes(samples.encoded(row), image)
-        if planes is None or planes.shape != (3, image["size"], image["size"]):
-            raise AlexprepError(
-                f"{samples.where(row)} holds no {image['size']}-pixel image: run `alexprep shard` into a new --out"
-            )
-        accumulator.add(planes)
-        tick()
+        with attending(row):
+            planes = None if row in condemned else _planes(samples.encoded(row), image)
+            if planes is None or planes.shape != (3, image["size"], image["size"]):
+                raise AlexprepError(
+                    f"{samples.where(row)} holds no {image['size']}-pixel image: `alexprep verify --decode` tells more"
+                )
+            accumulator.add(planes)
     return accumulator.moments()
 
 

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from alexprep.shards.codec import FORMATS, Codec
+import numpy as np
+from numpy.typing import NDArray
+
+from alexprep.shards.codec import FORMATS, Codec, Converted
 from alexprep.shards.errors import AlexprepError
-from alexprep.shards.files import publish_bytes, publish_json, published
+from alexprep.shards.files import file_sha256, json_bytes, publish_bytes, publish_first, published
 from alexprep.shards.layout import read_json, sample_key, shard_name
 from alexprep.shards.opinion import Refused
 from alexprep.shards.plan import Shard
-from alexprep.shards.sources.base import Source
+from alexprep.shards.sources.base import Location, Source
 from alexprep.shards.tar import TarWriter, dali_index
+from alexprep.shards.worker import attending
+
+_JOURNEYS = 16  # reads under way at once where each is a journey over a network
 
 
 class PlannedInput(NamedTuple):
@@ -22,7 +30,7 @@ class PlannedInput(NamedTuple):
 
     row: int
     label: int
-    location: bytes
+    location: Location
 
 
 def sidecar_path(data: Path, shard: Shard) -> Path:
@@ -34,10 +42,10 @@ def write_shard(
     data: Path,
     shard: Shard,
     plan_digest: str,
-    inputs: Iterable[PlannedInput],
+    inputs: Sequence[PlannedInput],
     source: Source,
     codec: Codec,
-    tick: Callable[[], None] = lambda: None,
+    condemned: Mapping[int, str] | None = None,
 ) -> None:
     """Makes one shard's tar, DALI index and sidecar, in this order, each complete or absent.
 
@@ -50,10 +58,10 @@ def write_shard(
         inputs: the plan's rows of this shard, in order.
         source: reads the inputs.
         codec: converts them.
-        tick: called after each input, for progress.
+        condemned: rows that are not to be touched, and why.
 
     Raises:
-        AlexprepError: the disk is full or another write failed.
+        AlexprepError: the disk is full or another write failed; or another writer made the same shard with other bytes.
     """
     name = shard_name(shard.split, shard.number)
     tar_path = data / shard.split / f"{name}.tar"
@@ -62,9 +70,8 @@ def write_shard(
     try:
         with published(tar_path) as file:
             tar = TarWriter(file)
-            for row, label, location in inputs:
+            for (row, label, _), result in _converted(inputs, source, codec, condemned or {}):
                 entry: dict[str, Any] = {"key": sample_key(row), "label": label}
-                result = _convert(source, location, codec)
                 entry |= {"width": result.width, "height": result.height}
                 if isinstance(result, Refused):
                     entry |= {"status": "rejected", "reason": result.reason}
@@ -73,8 +80,10 @@ def write_shard(
                     tar.add(f"{entry['key']}.cls", str(label).encode())
                     entry |= {"status": "written", "kept": result.kept}
                 ledger.append(entry)
-                tick()
             sha256 = tar.close()
+            other = read_sidecar(data, shard, plan_digest)
+            if other is not None and other["sha256"] != sha256 and other["sha256"] == file_sha256(tar_path):
+                raise _conflict(name, other["sha256"], sha256)
         if tar.members:
             publish_bytes(tar_path.with_suffix(".idx"), dali_index(tar.members).encode())
         else:
@@ -87,7 +96,12 @@ def write_shard(
             "members": [asdict(member) for member in tar.members],
             "inputs": ledger,
         }
-        publish_json(sidecar_path(data, shard), sidecar, indent=None)
+        wanted = json_bytes(sidecar, indent=None)
+        if publish_first(sidecar_path(data, shard), wanted) != wanted:
+            first = read_sidecar(data, shard, plan_digest)
+            if first is not None and first["sha256"] != sha256:
+                raise _conflict(name, first["sha256"], sha256)
+            publish_bytes(sidecar_path(data, shard), wanted)  # in place of a stale or damaged one
     except OSError as error:
         raise AlexprepError(
             f"shard {name} could not be written to {data / shard.split} ({error}): make room or mend the disk, "
@@ -111,9 +125,47 @@ def read_sidecar(data: Path, shard: Shard, plan_digest: str) -> dict[str, Any] |
     return sidecar
 
 
-def _convert(source: Source, location: bytes, codec: Codec) -> Any:
+def _conflict(name: str, first: str, second: str) -> AlexprepError:
+    return AlexprepError(
+        f"shard {name} was made twice with different bytes (sha256 {first[:16]}… and {second[:16]}…): the machines decode "
+        "differently, or an input changed meanwhile; the first one is kept. Use a new --out with one kind of machine"
+    )
+
+
+def _converted(
+    inputs: Sequence[PlannedInput], source: Source, codec: Codec, condemned: Mapping[int, str]
+) -> Iterator[tuple[PlannedInput, Converted | Refused]]:
+    """Every input with what became of it, in order."""
+    with ThreadPoolExecutor(_JOURNEYS) as threads:
+        wanted = (planned.location for planned in inputs if planned.row not in condemned)
+        ahead = _ahead(wanted, lambda location: _read(source, location), threads) if source.files.remote else None
+        for planned in inputs:
+            with attending(planned.row):
+                if planned.row in condemned:
+                    result: Converted | Refused = Refused(condemned[planned.row])
+                else:
+                    data = next(ahead) if ahead else _read(source, planned.location)
+                    result = data if isinstance(data, Refused) else codec.convert(data)
+            yield planned, result
+
+
+def _read(source: Source, location: Location) -> bytes | NDArray[np.uint8] | Refused:
     try:
-        encoded = source.read(location)
+        return source.read(location)
     except OSError as error:
         return Refused(f"cannot be read: {error.strerror or error}")
-    return codec.convert(encoded)
+    except MemoryError:
+        return Refused("cannot be read: out of memory")
+
+
+def _ahead(
+    locations: Iterable[Location], read: Callable[[Location], Any], threads: ThreadPoolExecutor
+) -> Iterator[Any]:
+    """The inputs' bytes in order, with several reads under way."""
+    pending: deque[Any] = deque()
+    for location in locations:
+        pending.append(threads.submit(read, location))
+        if len(pending) > _JOURNEYS:
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()

@@ -66,8 +66,8 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def data(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`photos` as a finished data set of 64-pixel images in shards of 7, with statistics. Not to be changed."""
     folder = tmp_path_factory.mktemp("data")
-    build(photos, folder, ShardOptions(Target(size=64), shard_samples=7), workers=1)
-    stats.publish(stats.compute(folder, "train", workers=1), folder, "train")
+    build(photos, folder, ShardOptions(Target(size=64), shard_samples=7), 1)
+    stats.publish(stats.compute(folder, "train", 1), folder, "train")
     return folder
 
 

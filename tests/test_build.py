@@ -6,7 +6,6 @@ import collections
 import gc
 import hashlib
 import json
-import math
 import os
 import random
 import shutil
@@ -24,7 +23,6 @@ import pytest
 
 from alexprep.shards.build import build
 from alexprep.shards.codec import Target
-from alexprep.shards.engines import run_local
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.layout import INDEX_DTYPE, read_dataset, read_index
 from alexprep.shards.plan import ShardOptions
@@ -201,16 +199,6 @@ def test_ctrl_c_ends_all_and_leaves_no_temporary(photos: Path, tmp_path: Path) -
     report = build(photos, out, ShardOptions(Target(size=64), shard_samples=4), 1)
     assert report.written == 68
     assert not [path for path in out.rglob("*") if ".tmp-" in path.name]
-
-
-def test_engine_passes_errors_on(tmp_path: Path) -> None:
-    assert sorted(run_local(math.isqrt, [0, 1, 4, 9], 2)) == [0, 1, 2, 3]
-    with pytest.raises(AlexprepError, match="make one with `alexprep shard SOURCE`"):
-        list(run_local(read_dataset, [tmp_path], 1))
-    with pytest.raises(AlexprepError, match="a worker process was killed"):
-        list(run_local(os._exit, [9, 9], 2))
-    with pytest.raises(AlexprepError, match="--workers 0"):
-        list(run_local(math.isqrt, [0], 0))
 
 
 def test_inputs_are_shuffled_globally(data: Path) -> None:

@@ -14,6 +14,8 @@ from alexprep.shards.errors import AlexprepError
 from alexprep.shards.labels import class_order
 from alexprep.shards.layout import read_dataset
 from alexprep.shards.plan import ShardOptions
+from alexprep.shards.sources.base import Source
+from alexprep.shards.sources.files import LocalFiles
 
 
 def _devkit(path: Path, leaves: list[str], ancestors: list[str]) -> None:
@@ -25,17 +27,21 @@ def _devkit(path: Path, leaves: list[str], ancestors: list[str]) -> None:
     savemat(path, {"synsets": np.array(rows, dtype=dtype).reshape(-1, 1)})
 
 
+def _source(folder: Path) -> Source:
+    return Source(LocalFiles(bytes(folder)))
+
+
 def test_ilsvrc_id_is_the_devkit_s_order(tmp_path: Path) -> None:
     _devkit(tmp_path / "meta.mat", ["n07711080", "n01440764", "n04554684"], ["n00001740"])
-    order = class_order("ilsvrc-id", ["n01440764", "n04554684"], [tmp_path / "meta.mat"])
+    order = class_order("ilsvrc-id", {"n01440764", "n04554684"}, _source(tmp_path))
     assert order == ["n07711080", "n01440764", "n04554684"]
     with pytest.raises(AlexprepError, match="no number for 1 of 1 classes, among them 'n00001740'"):
-        class_order("ilsvrc-id", ["n00001740"], [tmp_path / "meta.mat"])
+        class_order("ilsvrc-id", {"n00001740"}, _source(tmp_path))
     (tmp_path / "meta.mat").write_bytes(b"junk")
     with pytest.raises(AlexprepError, match="not a devkit"):
-        class_order("ilsvrc-id", ["n01440764"], [tmp_path / "meta.mat"])
+        class_order("ilsvrc-id", {"n01440764"}, _source(tmp_path))
     with pytest.raises(AlexprepError, match="needs the devkit"):
-        class_order("ilsvrc-id", ["n01440764"], [])
+        class_order("ilsvrc-id", {"n01440764"}, _source(tmp_path / "elsewhere"))
 
 
 def test_the_devkit_is_found_beside_the_source(photos: Path, tmp_path: Path) -> None:
@@ -52,13 +58,14 @@ def test_the_devkit_is_found_beside_the_source(photos: Path, tmp_path: Path) -> 
 def test_a_file_may_give_the_order(tmp_path: Path) -> None:
     listing = tmp_path / "classes.txt"
     listing.write_text("b\na\n\n")
-    assert class_order(str(listing), ["a"], []) == ["b", "a"]
+    assert class_order(str(listing), {"a"}, _source(tmp_path)) == ["b", "a"]
     listing.write_text("b\na\nb\n")
     with pytest.raises(AlexprepError, match="names class 'b' twice"):
-        class_order(str(listing), ["a"], [])
-    with pytest.raises(AlexprepError, match="neither sorted, ilsvrc-id, nor a text file"):
-        class_order("srted", ["a"], [])
+        class_order(str(listing), {"a"}, _source(tmp_path))
+    with pytest.raises(AlexprepError, match="neither auto, sorted, ilsvrc-id, nor a text file"):
+        class_order("srted", {"a"}, _source(tmp_path))
 
 
-def test_sorted_is_by_bytes() -> None:
-    assert class_order("sorted", ["é", "z", "Z", "n2", "n10"], []) == ["Z", "n10", "n2", "z", "é"]
+@pytest.mark.parametrize("rule", ["auto", "sorted"])
+def test_sorted_is_by_bytes(rule: str, tmp_path: Path) -> None:
+    assert class_order(rule, {"é", "z", "Z", "n2", "n10"}, _source(tmp_path)) == ["Z", "n10", "n2", "z", "é"]

@@ -31,7 +31,7 @@ def _images(data: Path, split: str) -> NDArray[np.uint8]:
 
 def test_equals_float64_over_all_pixels(data: Path) -> None:
     images = _images(data, "train").astype(np.float64)
-    found = stats.compute(data, "train", workers=1)
+    found = stats.compute(data, "train", 1)
     pixels = images.reshape(-1, 3)
     np.testing.assert_allclose(found.mean_HWC, images.mean(axis=0), rtol=1e-12)
     np.testing.assert_allclose(found.channel_means, pixels.mean(axis=0), rtol=1e-12)
@@ -44,7 +44,7 @@ def test_equals_float64_over_all_pixels(data: Path) -> None:
 
 
 def test_form_of_the_eigenpairs(data: Path) -> None:
-    found = stats.compute(data, "train", workers=1)
+    found = stats.compute(data, "train", 1)
     assert (np.diff(found.eigenvalues) < 0).all()
     np.testing.assert_allclose(found.eigenvectors.T @ found.eigenvectors, np.eye(3), atol=1e-12)
     np.testing.assert_allclose(

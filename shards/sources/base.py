@@ -1,12 +1,49 @@
-"""What a source is, and how one is found for a path."""
+"""What a source is: a list of inputs in a fixed order, each of which can be read on its own."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
-from pathlib import Path
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
 
-from alexprep.shards.errors import AlexprepError
+import numpy as np
+from numpy.typing import NDArray
+
+from alexprep.shards.sources.files import Files, inflated
+
+# What people call their splits, and what they are called in a data set.
+SPLITS = {
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "test": "test",
+}
+# The class name of images whose class nobody tells (the test images of ILSVRC 2012); their label is -1.
+UNLABELLED = ""
+
+
+class Location(NamedTuple):
+    """Where a source finds one input.
+
+    Attributes:
+        path: the file, below the source's root.
+        member: its name inside that file; empty where the input is the whole file.
+        offset: of the input's first byte in the file (after decompression, where it is gzipped).
+        size: its bytes; -1 for all to the end.
+    """
+
+    path: bytes
+    member: bytes = b""
+    offset: int = 0
+    size: int = -1
+
+    def __str__(self) -> str:
+        """For ledgers and messages; bytes that are not UTF-8 are written as escapes."""
+        whole = b"/".join(part for part in (self.path, self.member) if part)
+        return whole.decode("utf-8", "backslashreplace")
 
 
 class Input(NamedTuple):
@@ -14,39 +51,87 @@ class Input(NamedTuple):
 
     split: str
     class_name: str
-    location: bytes
+    location: Location
 
 
-class Source(Protocol):
-    """A place that images come from. It is sent to worker processes, so it holds paths and no open files."""
+@dataclass(frozen=True)
+class Source:
+    """A place that images come from; one subclass a layout. It is sent to worker processes, so it holds no open file.
 
-    @property
-    def layout(self) -> str:
-        """The name that the plan records."""
+    Attributes:
+        files: where its files lie.
+        layout: the name for `--layout`, recorded in the plan.
+        expects: what this layout looks like, for messages.
+    """
+
+    files: Files
+    layout: ClassVar[str]
+    expects: ClassVar[str]
 
     def inputs(self) -> Iterator[Input]:
-        """Every input once, ascending by (split, class, location) as bytes, so that any two listings agree."""
+        """Every input once, in an order that any two listings share: by split, class, and then name, as bytes.
 
-    def read(self, location: bytes) -> bytes:
-        """The encoded bytes of one input; OSError where they cannot be had."""
+        Raises:
+            AlexprepError: the source is damaged (the place is named) or its labels make no sense.
+        """
+        raise NotImplementedError
 
-    def covers(self, path: Path) -> bool:
-        """Whether files written below `path` would become inputs."""
+    def read(self, location: Location) -> bytes | NDArray[np.uint8]:
+        """One input: its encoded bytes, or its pixels, uint8 (H, W, 3) RGB or (H, W) grey; OSError where it cannot be had."""
+        return self.files.read(location.path, location.offset, location.size)
 
-    def label_files(self) -> Iterator[Path]:
-        """Files beside the images that may say how classes are numbered (a devkit's meta.mat)."""
+    def classes(self, present: set[str]) -> list[str]:
+        """The class names by label, by this source's own numbering; those `present` sorted as bytes where it has none."""
+        return sorted(present, key=str.encode)
+
+    def covers(self, target: str) -> bool:
+        """Whether files written below `target`, a path or URL, would become inputs."""
+        return False
+
+    def resident_bytes(self) -> int:
+        """Memory that reading keeps in each worker."""
+        return 0
+
+    def devkit(self) -> tuple[str, bytes] | None:
+        """The name and content of a devkit's meta.mat, where there is one beside the images."""
+        return find_meta_mat(self.files)
 
 
-def find_source(path: Path) -> Source:
-    """The source that understands `path`.
+def find_meta_mat(files: Files) -> tuple[str, bytes] | None:
+    """A devkit's meta.mat in the root or in a devkit there, unpacked or as downloaded."""
+    for entry in files.entries():
+        if entry.name == b"meta.mat":
+            return files.display(entry.name), files.read(entry.name)
+        if re.fullmatch(rb"ILSVRC20\d\d_devkit_\w+", entry.name) and entry.is_folder:
+            path = entry.name + b"/data/meta.mat"
+            try:
+                return files.display(path), files.read(path)
+            except OSError:
+                continue
+        if re.fullmatch(rb"ILSVRC20\d\d_devkit\w*([.-]\w+)*\.(tar|tgz|tar\.gz)", entry.name):
+            content = inflated(files, entry.name)
+            member = find_member(content, files.display(entry.name), rb"(^|/)meta\.mat$")
+            if member is not None:
+                return f"{files.display(entry.name)}/meta.mat", member
+    return None
 
-    Raises:
-        AlexprepError: there is nothing there, or nothing that is understood.
+
+def find_member(content: bytes, name: str, pattern: bytes) -> bytes | None:
+    """The first member of a tar in memory whose name matches `pattern`."""
+    from alexprep.shards.untar import members
+
+    for member in members(lambda offset, size: content[offset : offset + size], len(content), name):
+        if member.kind == "file" and re.search(pattern, member.name):
+            return content[member.offset : member.offset + member.size]
+    return None
+
+
+def split_of(name: bytes) -> str | None:
+    """The split that a folder or file named so stands for, by the word it begins or ends with or is.
+
+    >>> split_of(b"validation"), split_of(b"imagenet-train-000012.tar"), split_of(b"pictures")
+    ('val', 'train', None)
     """
-    from alexprep.shards.sources.folder import ClassFolders
-
-    if not path.exists():
-        raise AlexprepError(f"SOURCE {path} does not exist")
-    if not path.is_dir():
-        raise AlexprepError(f"SOURCE {path} is a file: name the folder that holds the class folders")
-    return ClassFolders.at(path)
+    words = re.split(r"[^a-z]+", name.decode("utf-8", "replace").lower())
+    found = {SPLITS[word] for word in words if word in SPLITS}
+    return found.pop() if len(found) == 1 else None

@@ -1,0 +1,56 @@
+"""The files inside tars, listed by one scan of the headers and then read in place; nothing is unpacked."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from alexprep.shards.sources.base import Location, Source
+from alexprep.shards.sources.files import Files
+from alexprep.shards.untar import members
+
+_NO_FILE = -1  # as an offset: a link or a device, which has no bytes in the archive
+
+
+class Packed(NamedTuple):
+    """A file in an archive: its name there, and where its bytes are."""
+
+    name: bytes
+    location: Location
+
+
+class ArchiveSource(Source):
+    """A source whose inputs may lie in archives."""
+
+    def read(self, location: Location) -> bytes:
+        """See `Source`."""
+        if location.offset == _NO_FILE:
+            raise OSError("a link or special file in an archive")
+        data = self.files.read(location.path, location.offset, location.size)
+        if 0 <= location.size != len(data):
+            raise OSError("the archive is shorter than it was when it was listed")
+        return data
+
+
+def packed_files(files: Files, path: bytes, within: Location | None = None, prefix: bytes = b"") -> Iterator[Packed]:
+    """Every member that is no folder and has no hidden name, in the archive's order.
+
+    Args:
+        files: where the archive lies.
+        path: the archive.
+        within: the part of the file that is the archive, where it lies in another one.
+        prefix: put before the names in the locations.
+
+    Raises:
+        AlexprepError: the archive is damaged; the place is named.
+    """
+    start, size = (0, files.size(path)) if within is None else (within.offset, within.size)
+    name = files.display(path) + (f"/{within.member.decode('utf-8', 'backslashreplace')}" if within else "")
+    with files.reading(path) as read:
+        for member in members(read, size, name, start):
+            clean = os.path.normpath(member.name.lstrip(b"/"))
+            if member.kind == "folder" or any(part.startswith(b".") for part in clean.split(b"/")):
+                continue
+            offset, length = (member.offset, member.size) if member.kind == "file" else (_NO_FILE, 0)
+            yield Packed(clean, Location(path, prefix + clean, offset, length))

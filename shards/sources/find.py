@@ -1,0 +1,50 @@
+"""Which layout a path has: found by looking, or named."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+
+from alexprep.shards.errors import AlexprepError
+from alexprep.shards.sources import LAYOUTS
+from alexprep.shards.sources.base import Source
+from alexprep.shards.sources.files import Files, files_at
+
+
+def find_source(place: str, layout: str | None = None) -> Source:
+    """The source at a path or URL.
+
+    Args:
+        place: a folder or a file.
+        layout: one of `LAYOUTS`; None to look.
+
+    Raises:
+        AlexprepError: there is nothing there, nothing that is understood, or not the layout that was named.
+    """
+    files, name = files_at(place)
+    for candidate in (layout,) if layout else LAYOUTS:
+        source = _finder(candidate)(files, name)
+        if source is not None:
+            return source
+    if layout:
+        raise AlexprepError(f"SOURCE {place} has not the layout {layout!r}: expected {_class(layout).expects}")
+    if name:
+        raise AlexprepError(
+            f"SOURCE {place} is a file of no known layout: name a folder, a tar, or a list ending in .csv, .tsv or .parquet"
+        )
+    raise AlexprepError(
+        f"SOURCE {place} holds no class folders and no other layout that is known: expected {_class('folders').expects}"
+    )
+
+
+def _finder(layout: str) -> Callable[[Files, bytes], Source | None]:
+    return _class(layout).at  # type: ignore[attr-defined,no-any-return]
+
+
+@functools.cache
+def _class(layout: str) -> type[Source]:
+    if layout not in LAYOUTS:
+        raise AlexprepError(f"--layout {layout} is not one of {', '.join(LAYOUTS)}")
+    module, _, name = LAYOUTS[layout].partition(".")
+    return getattr(importlib.import_module(f"alexprep.shards.sources.{module}"), name)  # type: ignore[no-any-return]

@@ -1,0 +1,114 @@
+"""ILSVRC 2010 and 2012 as downloaded: train is a tar with one tar a synset, val and test are flat tars."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from alexprep.shards.errors import AlexprepError
+from alexprep.shards.sources.archive import ArchiveSource, packed_files
+from alexprep.shards.sources.base import UNLABELLED, Input
+from alexprep.shards.sources.files import Files
+from alexprep.shards.sources.truth import find_truth
+
+_NAME = re.compile(rb"ILSVRC(20\d\d)_(?:img|images)_(train|val|test)(?:_v\d+)?\.tar")
+# The MD5s that the organisers publish for 2012 (as torchvision's ImageNet class and many scripts quote them).
+PUBLISHED_MD5 = {
+    "ILSVRC2012_img_train.tar": "1d675b47d978889d74fa0da5fadfb00e",
+    "ILSVRC2012_img_val.tar": "29b22e2961454d5413ddabcf34fc5622",
+    "ILSVRC2012_devkit_t12.tar.gz": "fa75699e90414af021442c21a62c3abf",
+}
+
+
+@dataclass(frozen=True)
+class IlsvrcArchives(ArchiveSource):
+    """The original archives, read in place.
+
+    Attributes:
+        archives: (split, file) in ascending order of the split.
+    """
+
+    archives: tuple[tuple[str, bytes], ...] = ()
+    layout = "ilsvrc"
+    expects = "a folder with ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz, or one of the tars"
+
+    @classmethod
+    def at(cls, files: Files, name: bytes) -> IlsvrcArchives | None:
+        """The archives in the root, or the one that is named.
+
+        Raises:
+            AlexprepError: two archives stand for one split.
+        """
+        found: dict[str, bytes] = {}
+        for file in [name] if name else [entry.name for entry in files.entries() if not entry.is_folder]:
+            match = _NAME.fullmatch(file)
+            if match is None:
+                continue
+            split = match[2].decode()
+            if split in found:
+                raise AlexprepError(
+                    f"{files.display()} holds {found[split].decode()} and {file.decode()}, both for {split!r}: "
+                    "name one of them as SOURCE, or move one away"
+                )
+            found[split] = file
+        return cls(files, tuple(sorted(found.items()))) if found else None
+
+    def inputs(self) -> Iterator[Input]:
+        """As from class folders: by split, class and name. Test images have classes only where a ground truth tells them."""
+        for split, path in self.archives:
+            yield from self._train(path) if split == "train" else self._flat(split, path)
+
+    def _train(self, path: bytes) -> Iterator[Input]:
+        for synset in sorted(packed_files(self.files, path)):
+            class_name, _, end = synset.name.rpartition(b".")
+            if end != b"tar" or synset.location.offset < 0:
+                raise AlexprepError(
+                    f"{self.files.display(path)} holds {synset.name.decode('utf-8', 'backslashreplace')}, expected one "
+                    "SYNSET.tar a class: for a tar of class folders use --layout tar"
+                )
+            inner = packed_files(self.files, path, synset.location, synset.name + b"/")
+            for _, location in sorted(inner):
+                yield Input("train", class_name.decode("utf-8", "backslashreplace"), location)
+
+    def _flat(self, split: str, path: bytes) -> Iterator[Input]:
+        packed = sorted(packed_files(self.files, path))
+        truth = find_truth(self.files, split, [name for name, _ in packed])
+        if truth is None and split != "test":
+            raise AlexprepError(
+                f"nothing beside {self.files.display(path)} tells the classes of its images: put "
+                "ILSVRC2012_devkit_t12.tar.gz (or its ground truth and meta.mat) there"
+            )
+        if truth is None:
+            yield from (Input(split, UNLABELLED, location) for _, location in packed)
+            return
+        where = dict(packed)
+        for class_name, name in truth.sorted(where):
+            yield Input(split, class_name, where[name])
+
+
+def check_archives(files: Files, wanted: dict[str, str] = PUBLISHED_MD5) -> list[str]:
+    """Compares the archives in the root with the published MD5s; returns the names of those that agree.
+
+    Raises:
+        AlexprepError: one differs, or there is none with a published MD5.
+    """
+    checked = []
+    for entry in files.entries():
+        name = entry.name.decode("utf-8", "replace")
+        if name not in wanted:
+            continue
+        digest, total = hashlib.md5(usedforsecurity=False), files.size(entry.name)
+        with files.reading(entry.name) as read:
+            for offset in range(0, total, 2**22):
+                digest.update(read(offset, min(2**22, total - offset)))
+        if digest.hexdigest() != wanted[name]:
+            raise AlexprepError(
+                f"{files.display(entry.name)} has the MD5 {digest.hexdigest()}, the published one is {wanted[name]}: "
+                "download it again"
+            )
+        checked.append(name)
+    if not checked:
+        raise AlexprepError(f"--check-archive: {files.display()} holds none of {', '.join(wanted)}")
+    return checked

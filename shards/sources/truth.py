@@ -1,0 +1,166 @@
+"""Files that tell the classes of images that lie in one flat folder or archive: Kaggle's CSV, Caffe's list, the devkit."""
+
+from __future__ import annotations
+
+import csv
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from alexprep.shards.errors import AlexprepError
+from alexprep.shards.sources.base import find_member, find_meta_mat
+from alexprep.shards.sources.files import Files, inflated
+
+_STEM_END = re.compile(rb"\.(jpe?g|png|bmp|gif|webp|tiff?)$", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Truth:
+    """The class of each image of one split.
+
+    Attributes:
+        origin: the file that says so, for messages.
+        classes: class name by the image's file name without folder and extension.
+    """
+
+    origin: str
+    classes: dict[bytes, str]
+
+    def sorted(self, names: Iterable[bytes]) -> list[tuple[str, bytes]]:
+        """(class, name) of each name, ascending.
+
+        Raises:
+            AlexprepError: some names have no class.
+        """
+        labelled, unknown = [], []
+        for name in names:
+            class_name = self.classes.get(stem(name))
+            if class_name is None:
+                unknown.append(name)
+            else:
+                labelled.append((class_name, name))
+        if unknown:
+            first = min(unknown).decode("utf-8", "backslashreplace")
+            raise AlexprepError(
+                f"{self.origin} gives no class to {len(unknown):,} of {len(unknown) + len(labelled):,} files, "
+                f"among them {first}: move them away, or use the list that belongs to these images"
+            )
+        return sorted(labelled, key=lambda pair: (pair[0].encode(), pair[1]))
+
+
+def stem(name: bytes) -> bytes:
+    """A file's name without folder and image extension.
+
+    >>> stem(b"val/ILSVRC2012_val_00000001.JPEG")
+    b'ILSVRC2012_val_00000001'
+    """
+    return _STEM_END.sub(b"", os.path.basename(name))
+
+
+def find_truth(files: Files, split: str, names: list[bytes], train_classes: list[str] | None = None) -> Truth | None:
+    """What tells the classes of the images `names` of a split, looked for in the root of `files`; None where nothing does.
+
+    Args:
+        files: where to look: LOC_val_solution.csv, val.txt, a devkit (folder or archive), a ground-truth file with meta.mat.
+        split: "val" or "test".
+        names: the images.
+        train_classes: the classes of the train split, for lists that number them in sorted order.
+
+    Raises:
+        AlexprepError: there is a file, but it makes no sense.
+    """
+    for entry in files.entries():
+        name = entry.name.decode("utf-8", "replace")
+        if entry.is_folder:
+            continue
+        if re.fullmatch(rf"LOC_{split}_solution\.csv", name):
+            return _kaggle(files, entry.name)
+        if name == f"{split}.txt":
+            return _listed(files, entry.name, train_classes)
+    word = {"val": "validation"}.get(split, split)
+    found = _ground_truth(files, rf"ILSVRC20\d\d_{word}_ground_truth\.txt".encode())
+    if found is None:
+        return None
+    return _numbered(files, *found, names)
+
+
+def _lines(content: bytes, origin: str) -> list[str]:
+    try:
+        return content.decode("utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise AlexprepError(f"{origin} is no text in UTF-8 ({error}): download it again") from None
+
+
+def _kaggle(files: Files, path: bytes) -> Truth:
+    """ImageId,PredictionString: the class is the first word of the second column, boxes follow."""
+    origin = files.display(path)
+    classes = {}
+    for number, row in enumerate(csv.reader(_lines(files.read(path), origin)), 1):
+        if number == 1 and row[:1] == ["ImageId"]:
+            continue
+        words = row[1].split() if len(row) == 2 else []
+        if not words:
+            raise AlexprepError(f"{origin}, line {number}: expected ImageId,PredictionString: download it again")
+        classes[stem(os.fsencode(row[0]))] = words[0]
+    return Truth(origin, classes)
+
+
+def _listed(files: Files, path: bytes, train_classes: list[str] | None) -> Truth:
+    """NAME CLASS a line; a CLASS that is a number counts the train classes in sorted order from 0, as Caffe's list does."""
+    origin = files.display(path)
+    pairs = [line.rsplit(None, 1) for line in _lines(files.read(path), origin) if line.strip()]
+    for number, pair in enumerate(pairs, 1):
+        if len(pair) != 2:
+            raise AlexprepError(f"{origin}, line {number}: expected NAME CLASS")
+    if all(value.isdecimal() for _, value in pairs):
+        highest = max((int(value) for _, value in pairs), default=-1)
+        if train_classes is None or highest >= len(train_classes):
+            # Kaggle's own val.txt counts images, not classes: its classes are in LOC_val_solution.csv.
+            raise AlexprepError(
+                f"{origin} numbers classes up to {highest}, but there are {len(train_classes or [])} train classes to "
+                "number: give class names, or put LOC_val_solution.csv into SOURCE"
+            )
+        pairs = [[name, train_classes[int(value)]] for name, value in pairs]
+    return Truth(origin, {stem(os.fsencode(name)): value for name, value in pairs})
+
+
+def _ground_truth(files: Files, pattern: bytes) -> tuple[str, bytes] | None:
+    """The name and content of the devkit's file of IDs: in the root, in a devkit's folder, or in its archive."""
+    for entry in files.entries():
+        if not entry.is_folder and re.fullmatch(pattern, entry.name):
+            return files.display(entry.name), files.read(entry.name)
+        if entry.is_folder and re.fullmatch(rb"ILSVRC20\d\d_devkit_\w+", entry.name):
+            for below in files.entries(entry.name + b"/data"):
+                if re.fullmatch(pattern, below.name):
+                    path = entry.name + b"/data/" + below.name
+                    return files.display(path), files.read(path)
+        elif re.fullmatch(rb"ILSVRC20\d\d_devkit[\w.-]*\.(tar|tgz|tar\.gz)", entry.name):
+            content = find_member(inflated(files, entry.name), files.display(entry.name), b"(^|/)" + pattern + b"$")
+            if content is not None:
+                return f"{files.display(entry.name)}/{pattern.decode()}", content
+    return None
+
+
+def _numbered(files: Files, origin: str, content: bytes, names: list[bytes]) -> Truth:
+    """One ILSVRC ID a line, in ascending order of the images' names; meta.mat tells the synset of an ID."""
+    from alexprep.shards.labels import devkit_order
+
+    devkit = find_meta_mat(files)
+    if devkit is None:
+        raise AlexprepError(
+            f"{origin} numbers classes by ILSVRC ID: put the devkit's meta.mat, or the devkit, beside it"
+        )
+    synsets = devkit_order(*devkit)
+    identities = [line.strip() for line in _lines(content, origin) if line.strip()]
+    images = sorted(stem(name) for name in names)
+    if len(identities) != len(images):
+        raise AlexprepError(
+            f"{origin} has {len(identities):,} lines for {len(images):,} images: the images are incomplete, or of another year"
+        )
+    classes = {}
+    for number, (image, identity) in enumerate(zip(images, identities, strict=True), 1):
+        if not identity.isdecimal() or not 1 <= int(identity) <= len(synsets):
+            raise AlexprepError(f"{origin}, line {number}: {identity!r} is no ID between 1 and {len(synsets)}")
+        classes[image] = synsets[int(identity) - 1]
+    return Truth(origin, classes)
