@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING
 
 import click
 
-from alexprep.cli.options import data_folder_option, engine_options, json_optionfrom alexprep.shards.sources import LAYOUTS
+from alexprep.cli.options import data_folder_option, engine_options, json_option
+from alexprep.shards.sources import LAYOUTS
 
 if TYPE_CHECKING:
     from alexprep.shards.engines import Engine
+
 
 @click.command(short_help="Images to resized webdataset shards.")
 @click.argument("source")

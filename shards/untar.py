@@ -20,7 +20,7 @@ MAX_PADDING_BYTES = 2**20  # zeros at the end; more are a download that was give
 ReadAt = Callable[[int, int], bytes]  # (offset, size) → exactly those bytes; fewer only where the file ends
 
 _BLOCK = 512
-_LEAST_READ, _MOST_READ = 4096, 65536  # 4 KiB cost as much as one header; many small members share the 64 KiB
+_LEAST_READ, _MOST_READ = 4096, 65536  # one holds a pax header and its member's, the other many small members
 _HEADER = struct.Struct("100s 24x 12s 12x 8s c 100x 8s 80x 155s 12x")  # name, size, checksum, type, magic, prefix
 _USTAR = {b"ustar\x0000", b"ustar\0  ", b"ustar\0\0\0"}
 _GNU = b"ustar  \0"

@@ -5,8 +5,9 @@ from __future__ import annotations
 import csv
 import gzip
 import io
+import itertools
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -23,7 +24,6 @@ SPLIT_COLUMNS = ("split", "set", "subset", "fold")
 MAX_LINE_BYTES = 2**20  # paths have at most 4,096, URLs seldom more; an endless line must not fill the memory
 _BATCH = 65_536
 _BUFFER = 2**20
-_Column = "pa.Array[Any]"
 
 
 class Row(NamedTuple):
@@ -59,27 +59,22 @@ def _text_rows(files: Files, name: bytes) -> tuple[bool, Iterator[Row]]:
     place, cells = first
     # No header: two cells of which the first can be a file's name and the second is no column's.
     if len(cells) == 2 and any(mark in cells[0] for mark in "./") and cells[1].strip().lower() not in LABELS:
-        return False, _chosen([first], table, (0, 1, None), 2, shown)
+        return False, _chosen(itertools.chain([first], table), (0, 1, None), 2, shown)
     columns = _columns(cells, f"{shown}, line {place}")
-    return columns[2] is not None, _chosen([], table, columns, len(cells), shown)
+    return columns[2] is not None, _chosen(table, columns, len(cells), shown)
 
 
 def _chosen(
-    first: list[tuple[int, list[str]]],
-    table: Iterator[tuple[int, list[str]]],
-    columns: tuple[int, int, int | None],
-    width: int,
-    shown: str,
+    table: Iterable[tuple[int, list[str]]], columns: tuple[int, int, int | None], width: int, shown: str
 ) -> Iterator[Row]:
     path, label, split = columns
-    for rows in (first, table):
-        for place, cells in rows:
-            if len(cells) != width:
-                raise AlexprepError(
-                    f"{shown}, line {place:,}: {len(cells)} cells, where the first line has {width}: put a cell that holds "
-                    "the separator in double quotes"
-                )
-            yield Row(place, cells[path], cells[label], None if split is None else cells[split])
+    for place, cells in table:
+        if len(cells) != width:
+            raise AlexprepError(
+                f"{shown}, line {place:,}: {len(cells)} cells, where the first line has {width}: put a cell that holds "
+                "the separator in double quotes"
+            )
+        yield Row(place, cells[path], cells[label], None if split is None else cells[split])
 
 
 def _columns(names: Sequence[str], shown: str) -> tuple[int, int, int | None]:
@@ -106,7 +101,7 @@ def _parsed(files: Files, name: bytes, shown: str) -> Iterator[tuple[int, list[s
     """Line number and cells of each row that is not empty."""
     reader = csv.reader(
         _lines(files, name, shown),
-        delimiter="\t" if b".tsv" in name.lower() else ",",
+        delimiter="\t" if name.lower().endswith((b".tsv", b".tsv.gz")) else ",",
         strict=True,
         skipinitialspace=True,
     )
@@ -141,12 +136,7 @@ def _lines(files: Files, name: bytes, shown: str) -> Iterator[str]:
             ) from None
 
 
-def parquet_columns(files: Files, name: bytes) -> tuple[pq.ParquetFile, tuple[int, int, int | None]]:
-    """An open Parquet file, and which of its columns are the path, the label and the split.
-
-    Raises:
-        AlexprepError: it is damaged or has no such columns.
-    """
+def _parquet_rows(files: Files, name: bytes) -> tuple[bool, Iterator[Row]]:
     shown = files.display(name)
     try:
         table = pq.ParquetFile(io.BufferedReader(_Reader(files, name), _BUFFER))
@@ -154,28 +144,25 @@ def parquet_columns(files: Files, name: bytes) -> tuple[pq.ParquetFile, tuple[in
         raise AlexprepError(f"{shown} is no Parquet file or damaged ({error}): check it, or get it again") from None
     columns = _columns(table.schema_arrow.names, shown)
     for what, column in zip(("path", "label", "split"), columns, strict=True):
-        field = table.schema_arrow.field(column) if column is not None else None
-        kind = (
-            field.type.value_type if field is not None and pa.types.is_dictionary(field.type) else field and field.type
-        )
-        if field is None or pa.types.is_string(kind) or pa.types.is_large_string(kind):
-            continue
-        if what == "label" and (pa.types.is_integer(kind) or pa.types.is_boolean(kind)):
-            continue
-        if what == "label" and (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
-            raise AlexprepError(
-                f"{shown}: the column {field.name!r} gives each image several labels ({kind}); one is needed"
-            )
+        if column is not None:
+            _check_type(table.schema_arrow.field(column), what, shown)
+    return columns[2] is not None, _from_batches(table, columns, shown)
+
+
+def _check_type(field: Any, what: str, shown: str) -> None:
+    """Refuses columns of which it is not plain what their values mean as a path, a label or a split."""
+    kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        return
+    if what == "label" and (pa.types.is_integer(kind) or pa.types.is_boolean(kind)):
+        return
+    if what == "label" and (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
         raise AlexprepError(
-            f"{shown}: the column {field.name!r} has the type {kind}: a {what} is a string"
-            + (" or a whole number" if what == "label" else "")
+            f"{shown}: the column {field.name!r} gives one image several labels ({kind}); one is needed"
         )
-    return table, columns
-
-
-def _parquet_rows(files: Files, name: bytes) -> tuple[bool, Iterator[Row]]:
-    table, columns = parquet_columns(files, name)
-    return columns[2] is not None, _from_batches(table, columns, files.display(name))
+    wanted = "a string or a whole number" if what == "label" else "a string"
+    inside = "; images inside a table are not read" if what == "path" else ""
+    raise AlexprepError(f"{shown}: the column {field.name!r} has the type {kind}, but a {what} is {wanted}{inside}")
 
 
 def _from_batches(table: pq.ParquetFile, columns: tuple[int, int, int | None], shown: str) -> Iterator[Row]:

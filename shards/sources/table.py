@@ -17,10 +17,11 @@ from numpy.typing import NDArray
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.sources.base import SPLITS, Input, Location, Source, split_of
 from alexprep.shards.sources.files import Files, LocalFiles, RemoteFiles
-from alexprep.shards.sources.rows import Row, parquet_columns, read_rows
+from alexprep.shards.sources.rows import Row, read_rows
 
 MAX_LABEL = 10**6  # the largest public sets have 203,094 classes; a larger number is an identity, not a label
 
+_MAX_NAME = 1000  # characters; the longest class name of ImageNet has 131
 _BATCH = 65_536
 _NUMBER = re.compile(r"0|[1-9][0-9]*")
 _URL = re.compile(rb"[A-Za-z][A-Za-z0-9+.:-]*://")
@@ -53,14 +54,10 @@ class Table(Source):
 
     @classmethod
     def at(cls, files: Files, name: bytes) -> Table | None:
-        """The named file, by its ending. Parquet files that hold the images themselves are another layout."""
+        """The named file, by its ending."""
         if not name.lower().endswith((b".csv", b".tsv", b".csv.gz", b".tsv.gz", b".parquet")):
             return None
         try:
-            if name.lower().endswith(b".parquet"):
-                schema = parquet_columns(files, name)[0].schema_arrow
-                if any(pa.types.is_struct(field.type) or pa.types.is_binary(field.type) for field in schema):
-                    return None
             first = next(read_rows(files, name)[1], None)
         except AlexprepError:  # told when the inputs are listed
             first = None
@@ -86,7 +83,7 @@ class Table(Source):
         return files.read(location.path)
 
     def classes(self, present: set[str]) -> list[str]:
-        """ "0" to the highest where all are numbers, otherwise sorted as bytes."""
+        """The numbers from "0" to the highest where all are numbers, otherwise sorted as bytes."""
         if present and all(map(_NUMBER.fullmatch, present)):
             return [str(label) for label in range(1 + max(map(int, present)))]
         return super().classes(present)
@@ -164,7 +161,7 @@ class _Listed:
         if "\0" in row.path:
             raise AlexprepError(f"{self._at(row.place)}: the path {row.path!r} holds a NUL, which no path can")
         path = row.path.encode()
-        if self._files.remote and path.startswith(b"/") and not isinstance(self._files, LocalFiles):
+        if path.startswith(b"/") and not isinstance(self._files, LocalFiles):
             raise AlexprepError(
                 f"{self._at(row.place)}: the path {row.path!r} is absolute, but the table lies at a URL: make it relative to "
                 "the table, or a URL"
@@ -222,6 +219,8 @@ def _problem(label: str) -> str:
     """What is wrong with a label by itself; empty if nothing."""
     if label in ("", "nan", "NaN"):
         return "the label is missing: fill it in, or delete the row"
+    if len(label) > _MAX_NAME:
+        return f"the label has {len(label):,} characters, more than {_MAX_NAME:,}: is this column the label?"
     parts = re.split(r"[\s,]+", label.strip("[]() "))
     if (
         re.search(r"[|;]", label)
