@@ -12,6 +12,7 @@ from alexprep.cli.evaluate import evaluate
 from alexprep.cli.pca_stats import pca_stats
 from alexprep.cli.shard import shard
 from alexprep.cli.train import train
+from alexprep.cli.verify import verify
 from alexprep.shards.errors import AlexprepError
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
@@ -25,12 +26,13 @@ def cli() -> None:
 
     \b
     alexprep shard /imagenet    resized webdataset shards in ./alexprep-data
+    alexprep verify             every byte of them checked
     alexprep pca-stats          the mean image and the RGB covariance's eigenpairs
     alexprep train              DALI pipelines and a torch training loop; results in ./runs
     """
 
 
-for command in (shard, pca_stats, train, evaluate, demo):
+for command in (shard, verify, pca_stats, train, evaluate, demo):
     cli.add_command(command)
 
 

@@ -180,3 +180,12 @@ class Codec:
         codec = {"jpg": "jpeg", "png": "png", "raw": None}[self.target.format]
         plain = stream.num_channels == 3 and stream.precision == 8
         return bool(stream.codec_name == codec and plain and stream.color_spec != nvimgcodec.ColorSpec.PALETTE)
+
+
+def read_raw(data: bytes) -> NDArray[np.uint8] | None:
+    """The pixels of a raw member (.npy); None where it holds no bytes."""
+    try:
+        pixels: NDArray[np.uint8] = np.load(io.BytesIO(data), allow_pickle=False)
+    except Exception:  # noqa: BLE001  (numpy parses the header as Python, and raises what that raises)
+        return None
+    return pixels if pixels.dtype == np.uint8 else None

@@ -100,6 +100,7 @@ class Description:
             "files": file_digests,
             "plan": self.plan.digest,
             "options": document["options"],
+            "shard_samples": document["shard_samples"],
             "source": {"layout": document["layout"], "inputs": document["inputs"]},
             "versions": document["versions"],
         }

@@ -91,8 +91,19 @@ class LocalEngine:
         """
         if not arguments:
             return
-        with contextlib.closing(_Crew(self, min(self.workers, len(arguments)))) as crew:
+        with contextlib.closing(Crew(self, min(self.workers, len(arguments)))) as crew:
             yield from crew.run(task, arguments, progress)
+
+
+class InProcessEngine:
+    """Runs tasks one after the other in this process, which then has their faults: for tests and debuggers."""
+
+    def run(
+        self, task: Task[Result], arguments: Sequence[Any], progress: Progress = lambda finished: None
+    ) -> Iterator[Result]:
+        """See `Engine`; there is no progress within a task."""
+        for argument in arguments:
+            yield task(argument, {})
 
 
 class _Worker:
@@ -114,10 +125,11 @@ class _Worker:
         return self.process.wait()
 
 
-class _Crew:
-    """The workers of a run, and what is to be done."""
+class Crew:
+    """Worker processes that outlive a run of tasks. After an exception it can only be closed: a task may still be on its way."""
 
     def __init__(self, engine: LocalEngine, count: int) -> None:
+        """Starts `count` workers under the bounds of `engine`."""
         self._engine = engine
         self._descriptor = os.memfd_create("alexprep")
         os.ftruncate(self._descriptor, count * SLOT.itemsize)
@@ -137,6 +149,7 @@ class _Crew:
         os.close(self._descriptor)
 
     def run(self, task: Task[Result], arguments: Sequence[Any], progress: Progress) -> Iterator[Result]:
+        """See `LocalEngine.run`; may be called again once it has yielded every result."""
         waiting = [_Job(argument) for argument in reversed(arguments)]
         finished = 0
         while True:

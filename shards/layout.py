@@ -107,7 +107,7 @@ def read_index(data: Path, split: str) -> NDArray[np.void]:
             if is_local(path)
             else np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
         )
-    except (OSError, ValueError) as error:
+    except Exception as error:  # noqa: BLE001  (numpy parses the header as Python, and raises what that raises)
         raise AlexprepError(f"{path} cannot be read ({error}): run the same `alexprep shard` again") from None
     if index.dtype != INDEX_DTYPE or index.ndim != 1:
         raise AlexprepError(f"{path} holds {index.dtype} of shape {index.shape}, not index records: shard again")

@@ -70,7 +70,7 @@ def predict(
         if len(probes) >= _PROBES:
             break
     (used,) = engine.run(functools.partial(_stored, source, make), [probes[:_PROBES]], lambda finished: None)
-    return round(float(sum(used)) / len(used) * inputs) + len(missing) * tarfile.RECORDSIZE // 2
+    return int(sum(used) / len(used) * inputs) + len(missing) * tarfile.RECORDSIZE // 2
 
 
 def _stored(

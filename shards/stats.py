@@ -6,7 +6,8 @@ import functools
 import hashlib
 import io
 import itertools
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from alexprep.shards.codec import Codec, Target
+from alexprep.shards.codec import Codec, Target, read_raw
 from alexprep.shards.engines import Engine, LocalEngine
 from alexprep.shards.errors import AlexprepError
-from alexprep.shards.files import publish_bytes, publish_json, remove_temporaries
+from alexprep.shards.files import digest_json, file_sha256, json_bytes, publish_bytes, publish_json, remove_temporaries
 from alexprep.shards.layout import (
     FORMAT_VERSION,
     MEAN_IMAGE,
@@ -32,6 +33,8 @@ from alexprep.shards.moments import Accumulator, Moments
 from alexprep.shards.read import Samples
 from alexprep.shards.versions import versions
 from alexprep.shards.worker import attending
+
+FILES = (STATISTICS, MEAN_IMAGE, MEAN_PICTURE)
 
 # What shipped with the original code (cuda-convnet2, make-data/input_meta), rounded there: grey levels and unit columns.
 IMAGENET_STDEVS = (121.78, 37.09, 19.72)
@@ -130,8 +133,8 @@ def _codec() -> Codec:
 def _planes(encoded: NDArray[np.uint8], image: dict[str, Any]) -> NDArray[np.uint8] | None:
     """uint8 (3, S, S), or None where it cannot be decoded."""
     if image["format"] == "raw":
-        pixels: NDArray[np.uint8] = np.load(io.BytesIO(encoded.tobytes()), allow_pickle=False)
-        return pixels.transpose(2, 0, 1)
+        pixels = read_raw(encoded.tobytes())
+        return None if pixels is None or pixels.ndim != 3 else pixels.transpose(2, 0, 1)
     return _codec().decode(encoded.tobytes(), planar=True)
 
 
@@ -182,9 +185,10 @@ def publish(statistics: Statistics, data: Path, split: str) -> None:
         "eigenvalues": statistics.eigenvalues.tolist(),
         "eigenvectors_in_columns": statistics.eigenvectors.tolist(),
         "mean_image_sha256": hashlib.sha256(buffer.getvalue()).hexdigest(),
+        "mean_picture_sha256": hashlib.sha256(picture.getvalue()).hexdigest(),
         "versions": versions("alexprep", "nvimgcodec", "numpy"),
     }
-    publish_json(data / STATISTICS, document)
+    publish_json(data / STATISTICS, document | {"digest": digest_json(document)})
 
 
 def read(data: Path, data_digest: str) -> Statistics:
@@ -199,6 +203,8 @@ def read(data: Path, data_digest: str) -> Statistics:
     """
     again = f"run `alexprep pca-stats` on {data}"
     document = read_json(data / STATISTICS, again)
+    if document.pop("digest", None) != digest_json(document):
+        raise AlexprepError(f"{data / STATISTICS} was changed since it was written: {again}")
     if document.get("data_digest") != data_digest:
         raise AlexprepError(f"{data / STATISTICS} describes other shards: {again}")
     try:
@@ -216,3 +222,25 @@ def read(data: Path, data_digest: str) -> Statistics:
         )
     except (OSError, KeyError, ValueError) as error:
         raise AlexprepError(f"{data / STATISTICS} or its mean image is damaged ({error}): {again}") from None
+
+
+def problems(data: Path, data_digest: str) -> Iterator[tuple[str, str, str]]:
+    """(file, "", what) for each file of the statistics that is not as `publish` wrote it; nothing where there are none."""
+    if not (data / STATISTICS).exists():
+        return
+    try:
+        raw = (data / STATISTICS).read_bytes()
+        document = json.loads(raw)
+        sound = json_bytes(document) == raw and document.pop("digest", None) == digest_json(document)
+    except (ValueError, AttributeError):
+        sound = False
+    if not sound:
+        yield str(STATISTICS), "", "was changed: run `alexprep pca-stats` again"
+        return
+    if document["data_digest"] != data_digest:
+        yield str(STATISTICS), "", "describes other shards: run `alexprep pca-stats` again"
+    for path, key in ((MEAN_IMAGE, "mean_image_sha256"), (MEAN_PICTURE, "mean_picture_sha256")):
+        if not (data / path).exists():
+            yield str(path), "", "is missing: run `alexprep pca-stats` again"
+        elif file_sha256(data / path) != document[key]:
+            yield str(path), "", "was changed: run `alexprep pca-stats` again"

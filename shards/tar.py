@@ -21,6 +21,24 @@ class Member:
     crc32: int
 
 
+def header(name: str, size: int) -> bytes:
+    """The header of a member: USTAR, mode 0444, time 0, owner 0."""
+    info = tarfile.TarInfo(name)
+    info.size, info.mode = size, 0o444
+    return info.tobuf(tarfile.USTAR_FORMAT, "ascii", "strict")
+
+
+def padding(size: int) -> bytes:
+    """What follows the data of a member, up to the next block."""
+    return bytes(-size % _BLOCK)
+
+
+def ending(position: int) -> bytes:
+    """Two empty blocks, and zeros up to a whole record as POSIX asks, for an archive whose last member ends at `position`."""
+    end = position + 2 * _BLOCK
+    return bytes(end + -end % tarfile.RECORDSIZE - position)
+
+
 class TarWriter:
     """Writes members one after the other, hashing the archive on the way.
 
@@ -36,19 +54,16 @@ class TarWriter:
 
     def add(self, name: str, data: bytes) -> Member:
         """Appends one member (mode 0444)."""
-        header = tarfile.TarInfo(name)
-        header.size, header.mode = len(data), 0o444
-        self._write(header.tobuf(tarfile.USTAR_FORMAT, "ascii", "strict"))
+        self._write(header(name, len(data)))
         member = Member(name, self.bytes, len(data), zlib.crc32(data))
         self._write(data)
-        self._write(bytes(-len(data) % _BLOCK))
+        self._write(padding(len(data)))
         self.members.append(member)
         return member
 
     def close(self) -> str:
-        """Writes two empty blocks, pads to a whole record as POSIX asks, and returns the archive's sha256 in hex."""
-        self._write(bytes(2 * _BLOCK))
-        self._write(bytes(-self.bytes % tarfile.RECORDSIZE))
+        """Writes the end of the archive, and returns the archive's sha256 in hex."""
+        self._write(ending(self.bytes))
         return self._sha256.hexdigest()
 
     def _write(self, data: bytes) -> None:

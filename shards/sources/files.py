@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 from alexprep.shards.errors import AlexprepError
 
@@ -130,100 +130,6 @@ class LocalFiles:
         return os.path.commonpath((there, here)) == here
 
 
-@dataclass(frozen=True)
-class RemoteFiles:
-    """Files behind a URL that fsspec understands: s3://, gs://, https://, memory://, …
-
-    Attributes:
-        url: of the root; empty where every path is a URL of its own.
-    """
-
-    url: str
-    remote = True
-
-    def entries(self, folder: bytes = b"") -> list[Entry]:
-        """See `Files`."""
-        system, root = _opened(self._url(folder))
-        try:
-            listed = system.ls(root, detail=True)
-        except (FileNotFoundError, NotADirectoryError):
-            return []
-        names = ((item["name"].rstrip("/").rpartition("/")[2], item["type"] == "directory") for item in listed)
-        here = root.rstrip("/").rpartition("/")[2]
-        return sorted(
-            Entry(name.encode(), is_folder)
-            for name, is_folder in names
-            if name and not name.startswith(".") and (is_folder or name != here)
-        )
-
-    def walk(self, folder: bytes) -> Iterator[bytes]:
-        """See `Files`."""
-        system, root = _opened(self._url(folder))
-        prefix = root.rstrip("/") + "/"
-        below = [path.removeprefix(prefix) for path in system.find(root)]
-        visible = (path for path in below if not any(part.startswith(".") for part in path.split("/")))
-        yield from sorted(os.path.join(folder, path.encode()) for path in visible)
-
-    def size(self, path: bytes) -> int:
-        """See `Files`."""
-        system, place = _opened(self._url(path))
-        size = system.size(place)
-        if size is None:
-            raise OSError(f"{self.display(path)}: the server does not tell its size")
-        return int(size)
-
-    def read(self, path: bytes, offset: int = 0, size: int = -1) -> bytes:
-        """See `Files`."""
-        system, place = _opened(self._url(path))
-        wanted = self.size(path) - offset if size < 0 else size
-        if wanted > MAX_FILE_BYTES:
-            raise OSError(f"{wanted:,} bytes are more than the limit of {MAX_FILE_BYTES:,}")
-        try:
-            data = system.cat_file(place, start=offset or None, end=None if size < 0 else offset + size)
-        except OSError:
-            raise
-        except Exception as error:
-            raise OSError(f"{type(error).__name__}: {error}") from error
-        return bytes(data)
-
-    @contextlib.contextmanager
-    def reading(self, path: bytes) -> Iterator[Callable[[int, int], bytes]]:
-        """See `Files`; reads ahead, so that neighbours need one journey."""
-        system, place = _opened(self._url(path))
-        with system.open(place, "rb", block_size=2**20) as file:
-
-            def read(offset: int, size: int) -> bytes:
-                file.seek(offset)
-                return bytes(file.read(size))
-
-            yield read
-
-    def display(self, path: bytes = b"") -> str:
-        """See `Files`."""
-        return self._url(path)
-
-    def covers(self, target: str, folder: bytes) -> bool:
-        """See `Files`."""
-        return f"{target.rstrip('/')}/".startswith(f"{self._url(folder).rstrip('/')}/")
-
-    def _url(self, path: bytes) -> str:
-        text = path.decode("utf-8", "surrogateescape")
-        return "/".join(part for part in (self.url.rstrip("/"), text) if part and part != ".")
-
-
-def _opened(url: str) -> tuple[Any, str]:
-    """The file system of a URL, which fsspec keeps for the next call, and the path inside it."""
-    import fsspec
-
-    try:
-        system, path = fsspec.core.url_to_fs(url)
-    except ImportError as error:
-        raise AlexprepError(f"{url}: {error}") from None
-    except ValueError as error:
-        raise AlexprepError(f"{url} is no place that fsspec can open ({error})") from None
-    return system, path
-
-
 def files_at(place: str) -> tuple[Files, bytes]:
     """The files of a path or URL: (files, b"") for a folder, (files of its folder, its name) for a file.
 
@@ -231,19 +137,9 @@ def files_at(place: str) -> tuple[Files, bytes]:
         AlexprepError: there is nothing there.
     """
     if "://" in place:
-        system, path = _opened(place)
-        if "{" in place.rpartition("/")[2]:  # a brace pattern
-            return RemoteFiles(place.rpartition("/")[0]), place.rpartition("/")[2].encode()
-        try:
-            if system.isdir(path):
-                return RemoteFiles(place.rstrip("/")), b""
-            found = system.exists(path)
-        except Exception as error:  # noqa: BLE001  (each store has its own kinds)
-            raise AlexprepError(f"SOURCE {place} cannot be reached ({type(error).__name__}: {error})") from None
-        if not found:
-            raise AlexprepError(f"SOURCE {place} does not exist")
-        folder, _, name = place.rpartition("/")
-        return RemoteFiles(folder), name.encode()
+        from alexprep.shards.sources.remote import remote_files_at
+
+        return remote_files_at(place)
     absolute = os.path.abspath(os.fsencode(place))
     if b"{" in os.path.basename(absolute) and not os.path.exists(absolute):  # a brace pattern
         folder_bytes, name_bytes = os.path.split(absolute)
@@ -266,13 +162,16 @@ def inflated(files: Files, path: bytes) -> bytes:
     data = files.read(path)
     if data[:2] != b"\x1f\x8b":
         return data
-    inflater = zlib.decompressobj(wbits=31)
-    try:
-        result = inflater.decompress(data, MAX_INFLATED_BYTES)
-    except zlib.error as error:
-        raise OSError(f"{files.display(path)} is a damaged gzip file ({error})") from None
-    if inflater.unconsumed_tail:
-        raise OSError(f"{files.display(path)} inflates to more than the limit of {MAX_INFLATED_BYTES:,} bytes")
-    if not inflater.eof:
-        raise OSError(f"{files.display(path)} is a gzip file that was cut short")
-    return result
+    parts: list[bytes] = []
+    while data:  # a gzip file may have several parts, one after the other
+        inflater = zlib.decompressobj(wbits=31)
+        try:
+            parts.append(inflater.decompress(data, MAX_INFLATED_BYTES + 1 - sum(map(len, parts))))
+        except zlib.error as error:
+            raise OSError(f"{files.display(path)} is a damaged gzip file ({error})") from None
+        if sum(map(len, parts)) > MAX_INFLATED_BYTES:
+            raise OSError(f"{files.display(path)} inflates to more than the limit of {MAX_INFLATED_BYTES:,} bytes")
+        if not inflater.eof:
+            raise OSError(f"{files.display(path)} is a gzip file that was cut short")
+        data = inflater.unused_data
+    return parts[0] if len(parts) == 1 else b"".join(parts)

@@ -57,13 +57,11 @@ class Mnist(Source):
             if any(b"images" in found for found in kinds.values()):
                 sets[prefix] = kinds
         if len(sets) > 1:
-            one = next(found[b"images"] for splits in sets.values() for found in splits.values() if b"images" in found)
-            listed = ", ".join(
-                prefix.strip(b"-_.").decode("utf-8", "backslashreplace") or "(no name)" for prefix in sets
-            )
+            images = [found[b"images"] for splits in sets.values() for found in splits.values() if b"images" in found]
+            names = [prefix.strip(b"-_.").decode("utf-8", "backslashreplace") or "(no name)" for prefix in sets]
             raise AlexprepError(
-                f"SOURCE {files.display()} holds {len(sets)} sets: {listed}. Name one of the image files as SOURCE, such as "
-                f"{files.display(one)}, for the set it belongs to"
+                f"SOURCE {files.display()} holds {len(sets)} sets: {', '.join(names)}. Name one of the image files as SOURCE, such as "
+                f"{files.display(images[0])}, for the set it belongs to"
             )
         pairs = []
         for splits in sets.values():

@@ -16,12 +16,13 @@ from numpy.typing import NDArray
 
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.sources.base import SPLITS, Input, Location, Source, split_of
-from alexprep.shards.sources.files import Files, LocalFiles, RemoteFiles
+from alexprep.shards.sources.files import Files, LocalFiles
+from alexprep.shards.sources.remote import RemoteFiles
 from alexprep.shards.sources.rows import Row, read_rows
 
-MAX_LABEL = 10**6  # the largest public sets have 203,094 classes; a larger number is an identity, not a label
+MAX_LABEL = 10**6  # far above what sets have (Google Landmarks v2: 203,094 classes); each number up to it takes a class
 
-_MAX_NAME = 1000  # characters; the longest class name of ImageNet has 131
+_MAX_NAME = 1000  # characters; beyond that it is prose
 _BATCH = 65_536
 _NUMBER = re.compile(r"0|[1-9][0-9]*")
 _URL = re.compile(rb"[A-Za-z][A-Za-z0-9+.:-]*://")

@@ -1,0 +1,120 @@
+"""How much damage `alexprep verify` finds, beside what a plain tar reader notices.
+
+    python benchmarks/verify.py PHOTOS [--flips 20000] [--save]
+
+A small data set is made of PHOTOS (class folders): 12 images of 32 pixels in 4 shards, and its statistics. Each case damages
+one file, verifies the whole set, and mends the file. A plain reader (Python's tarfile, streaming, as webdataset and Ray use
+it) reads the damaged tars: it "notices" where it raises an error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import random
+import tarfile
+import tempfile
+import time
+from pathlib import Path
+
+from common import save
+
+from alexprep.shards import stats
+from alexprep.shards.build import build
+from alexprep.shards.codec import Target
+from alexprep.shards.engines import InProcessEngine
+from alexprep.shards.errors import AlexprepError
+from alexprep.shards.plan import ShardOptions
+from alexprep.shards.verify import verify
+
+ENGINE = InProcessEngine()
+
+
+def named(data: Path, path: Path) -> bool | None:
+    """None where nothing was found; else whether the damaged file is named."""
+    try:
+        problems = verify(data, ENGINE).problems
+    except AlexprepError as error:
+        return path.name in str(error)
+    if not problems:
+        return None
+    name = str(path.relative_to(data))
+    return any(name == problem.file or name in problem.what for problem in problems)
+
+
+def plain_reader(path: Path) -> str:
+    """What a reader that trusts the tar makes of it."""
+    try:
+        with tarfile.open(path, "r|*") as tar:
+            members = [(member.name, tar.extractfile(member).read()) for member in tar]  # type: ignore[union-attr]
+    except (tarfile.TarError, OSError, EOFError, ValueError):
+        return "error"
+    return repr(members)
+
+
+def main() -> None:
+    """Runs the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("photos", type=Path)
+    parser.add_argument("--flips", type=int, default=20_000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--save", action="store_true", help="write benchmarks/results/verify.json")
+    arguments = parser.parse_args()
+    rng = random.Random(arguments.seed)
+    result: dict[str, object] = {"flips": arguments.flips, "seed": arguments.seed}
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder) / "data"
+        build(arguments.photos, data, ShardOptions(Target(size=32), shard_samples=3, limit=12), ENGINE)
+        stats.publish(stats.compute(data, "train", ENGINE), data, "train")
+        files = sorted(path for path in data.rglob("*") if path.is_file())
+        sizes = [path.stat().st_size for path in files]
+        result["bytes"] = sum(sizes)
+
+        alarms = sum(bool(verify(data, ENGINE, decode=n % 10 == 0).problems) for n in range(1000))
+        result["false_alarms_of_1000"] = alarms
+
+        start = time.monotonic()
+        found: collections.Counter[str] = collections.Counter()
+        plain: collections.Counter[str] = collections.Counter()
+        for n in range(arguments.flips):
+            # Every other one in a tar; the rest over all files, small ones too.
+            path = rng.choice([p for p in files if p.suffix == ".tar"]) if n % 2 else rng.choice(files)
+            good = path.read_bytes()
+            position = rng.randrange(len(good))
+            bad = bytearray(good)
+            bad[position] ^= 1 << rng.randrange(8)
+            whole = plain_reader(path) if path.suffix == ".tar" else ""
+            path.write_bytes(bad)
+            try:
+                verdict = named(data, path)
+                found["missed" if verdict is None else "named" if verdict else "found, another file named"] += 1
+                if verdict is not True:
+                    print(f"{path.relative_to(data)} byte {position}: {verdict}")
+                if whole:
+                    seen = plain_reader(path)
+                    plain["error" if seen == "error" else "silently other" if seen != whole else "the same"] += 1
+            finally:
+                path.write_bytes(good)
+        result["flip_seconds"] = round(time.monotonic() - start, 1)
+        result["flips_found"], result["flips_plain_reader"] = dict(found), dict(plain)
+
+        cuts: collections.Counter[str] = collections.Counter()
+        plain_cuts: collections.Counter[str] = collections.Counter()
+        for path in (p for p in files if p.suffix == ".tar"):
+            good, whole = path.read_bytes(), plain_reader(path)
+            for length in range(0, len(good), 512):
+                path.write_bytes(good[:length])
+                verdict = named(data, path)
+                cuts["missed" if verdict is None else "named" if verdict else "found, another file named"] += 1
+                seen = plain_reader(path)
+                plain_cuts["error" if seen == "error" else "silently other" if seen != whole else "the same"] += 1
+            path.write_bytes(good)
+        result["cuts_found"], result["cuts_plain_reader"] = dict(cuts), dict(plain_cuts)
+    for name, value in result.items():
+        print(f"{name:24} {value}")
+    if arguments.save:
+        save("verify", result)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""alexprep verify"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from alexprep.cli.options import Folder, data_option, engine_options, json_option
+
+if TYPE_CHECKING:
+    from alexprep.shards.check import Problem
+    from alexprep.shards.engines import Engine
+
+DAMAGED = 3  # exit status; 1 is an error, 2 a wrong argument
+_SHOWN = 20
+
+
+@click.command("verify", short_help="Check every byte of a data set.")
+@click.argument("data_argument", metavar="[DATA]", type=Folder(), required=False)
+@data_option
+@click.option("--decode", is_flag=True, help="Also decode every image.")
+@click.option("--repair", "repair_source", metavar="SOURCE", help="Make damaged shards again from SOURCE.")
+@engine_options
+@json_option
+def verify(
+    data_argument: Path | None, data: Path, decode: bool, repair_source: str | None, engine: Engine, as_json: bool
+) -> None:
+    """Check DATA against its plan and the checksums that were recorded when it was written.
+
+    Finds changed bits, cuts, missing, swapped, doubled and foreign files, stale indexes and edited labels, and names the
+    shard and the member. Exit status: 0 all is sound, 3 something is damaged, 1 it could not be checked.
+
+    \b
+    Example: alexprep verify /data/imagenet-256 --repair /imagenet
+    """
+    from alexprep.cli import report
+    from alexprep.shards.repair import repair
+    from alexprep.shards.sources.find import find_source
+    from alexprep.shards.verify import verify as check
+
+    folder = data_argument or data
+    with report.progress("verifying") as show:
+        found = check(folder, engine, decode, show)
+    problems, repaired = found.problems, 0
+    if problems and repair_source is not None:
+        _show(problems)
+        with report.progress("repairing") as show:
+            repaired = repair(folder, find_source(repair_source), problems, engine, show).made_inputs
+        with report.progress("verifying") as show:
+            found = check(folder, engine, decode, show)
+    _show(found.problems)
+    rows = [("shards", f"{found.shards:,}"), ("sound images", f"{found.samples:,}"), ("read", report.size(found.bytes))]
+    rows += [("made again", f"{repaired:,} inputs")] if repair_source is not None else []
+    rows += [("problems", f"{len(found.problems):,}"), ("this run", f"{found.seconds:.1f} s")]
+    report.table(f"{folder} is {'damaged' if found.problems else 'sound'}.", rows)
+    report.json_line(
+        {
+            "sound": not found.problems,
+            "shards": found.shards,
+            "samples": found.samples,
+            "problems": [problem._asdict() for problem in found.problems],
+            "repaired_inputs": repaired,
+            "seconds": round(found.seconds, 3),
+            "data": str(folder),
+        },
+        as_json,
+    )
+    if found.problems:
+        click.get_current_context().exit(DAMAGED)
+
+
+def _show(problems: list[Problem]) -> None:
+    for problem in problems[:_SHOWN]:
+        click.echo(str(problem), err=True)
+    if len(problems) > _SHOWN:
+        click.echo(f"… and {len(problems) - _SHOWN:,} more (--json lists all)", err=True)

@@ -1,0 +1,269 @@
+"""The codec on a GPU: plain JPEGs are decoded, resized and encoded there in batches, anything else on the CPU.
+
+Only JPEGs in YCbCr or grey go to the GPU, where each is decoded whole: nvJPEG before 13.2 refuses a region of an image
+with subsampled chroma as long as it interpolates chroma, as libjpeg does. The rest is what `Codec` does, on the CPU:
+headers, limits, every other kind of file, and whatever the GPU refuses, so that the ledger is the same.
+
+Order: one CUDA stream carries everything. nvImageCodec lets it wait for its own streams, torch launches on it, and both
+free their memory in its order; the host waits only for bytes.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from nvidia import nvimgcodec
+from torch.utils.dlpack import from_dlpack
+
+from alexprep.shards import resample
+from alexprep.shards.codec import Codec, Converted, Target
+from alexprep.shards.errors import AlexprepError
+from alexprep.shards.geometry import to_square
+from alexprep.shards.opinion import MAX_PIXELS, Refused
+from alexprep.shards.resample import Axis, Resize
+
+BATCH = 64  # images that a shard's writer hands over at once; more gains little and holds more memory
+_MATRICES = 512  # kept on the device, 0.4 MB each for photos of 500 pixels; sizes repeat within a data set
+_NO_NVJPEG = (
+    "--device cuda: nvImageCodec cannot decode or encode JPEGs on this GPU; is nvJPEG there (pip install "
+    "nvidia-nvjpeg-cu12, or -cu13 beside nvidia-nvimgcodec-cu13)? --device cpu does without"
+)
+
+
+class DeviceLost(Exception):
+    """CUDA failed in a way that only a new process mends."""
+
+
+class Resizer:
+    """`alexprep.shards.resample.Resize` in torch, on any device: the same pixels.
+
+    The weights are the same integers, as whole matrices: a GPU multiplies faster than it skips zeros. Zeros do not touch
+    the argument of `resample`: each product and each partial sum, in whatever order and fused or not, is an integer
+    below 2**24 (times a power of two) and so exact in float32. TF32 would round the weights to 11 bits, hence "ieee".
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        """Prepares for `device`; float32 products are IEEE's in this process from here on."""
+        torch.backends.cuda.matmul.fp32_precision = "ieee"
+        # A cache of its own: an evicted matrix is freed in the order of the one stream that reads it.
+        self._matrix = functools.lru_cache(maxsize=_MATRICES)(functools.partial(_matrix, device))
+
+    def __call__(self, pixels: torch.Tensor, resize: Resize) -> torch.Tensor:
+        """Resizes the region that `resize` reads.
+
+        Args:
+            pixels: uint8 (H, W, 3), the whole source.
+            resize: what to make of it.
+
+        Returns:
+            uint8 (vertical.count, horizontal.count, 3), contiguous.
+        """
+        top, left, bottom, right = resize.region
+        down = self._matrix(resize.vertical, resize.name, resample._COLUMN_BITS, top, bottom)
+        along = self._matrix(resize.horizontal, resize.name, resample._ROW_BITS, left, right)
+        region = pixels[top:bottom, left:right].permute(2, 0, 1)
+        planes = region.to(torch.float32, memory_format=torch.contiguous_format)
+        middle = (down @ planes).mul_(2.0**resample._MIDDLE_BITS).round_()  # halves to even, as numpy's rint
+        result = (middle @ along.T).mul_(2.0**-resample._MIDDLE_BITS).round_().clamp_(0, 255)
+        return result.to(torch.uint8).permute(1, 2, 0).contiguous()
+
+
+def _matrix(device: torch.device, axis: Axis, name: str, bits: int, low: int, high: int) -> torch.Tensor:
+    """float32 (axis.count, high - low): an axis' weights for the source pixels [low, high), multiples of 2**-bits."""
+    first, exact = resample.weights(axis, name)
+    source = np.clip(first[:, None] + np.arange(exact.shape[1]), 0, axis.source - 1)
+    fixed = resample._rounded(exact, bits)
+    output, tap = np.nonzero(fixed)
+    matrix = np.zeros((axis.count, high - low), np.float32)
+    np.add.at(matrix, (output, source[output, tap] - low), fixed[output, tap])
+    return torch.from_numpy(matrix * np.float32(2.0**-bits)).to(device)
+
+
+class _Work(NamedTuple):
+    """One image for the GPU; `kept` is the bytes of a source that already has the target form."""
+
+    source: Any  # a CodeStream, or pixels: uint8 (H, W, 3)
+    resize: Resize
+    height: int
+    width: int
+    kept: bytes | None
+
+
+class CudaCodec(Codec):
+    """`Codec` with a GPU. `convert_many` is the way to use it; `convert` is a batch of one. Not to be shared by threads.
+
+    An image's bytes do not depend on the images beside it, nor on how many there are.
+    """
+
+    def __init__(self, target: Target, device: str = "cuda") -> None:
+        """Opens the decoders and encoders for one `target`.
+
+        Args:
+            target: the form that images are brought to.
+            device: "cuda" or "cuda:N"; "cpu" takes the same steps with nvImageCodec's CPU decoder, for tests.
+
+        Raises:
+            AlexprepError: there is no such GPU, or its JPEG decoder is not to be had.
+        """
+        super().__init__(target)
+        self._device = torch.device(device)
+        if self._device.type == "cuda":
+            if not torch.cuda.is_available():
+                raise AlexprepError("--device cuda: torch finds no CUDA device here; use --device cpu")
+            torch.cuda.set_device(self._device)  # so that "cuda" means one and the same GPU to both libraries
+            self._stream: torch.cuda.Stream | None = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            self._handle = self._stream.cuda_stream
+            self._gpu_decoder, self._gpu_encoder = _open(torch.cuda.current_device())
+        else:
+            self._stream, self._handle = None, 0
+            self._gpu_decoder, self._gpu_encoder = self._decoder, self._encoder
+        self._resizer = Resizer(self._device)
+        probe = bytes(self._encoder.encode(nvimgcodec.as_image(np.zeros((64, 48, 3), np.uint8)), "jpeg"))
+        work = self._work(probe)
+        if work is None or self._tried([work]) == [None]:  # else every image would take the CPU's way, in silence
+            raise AlexprepError(_NO_NVJPEG)
+
+    def convert(self, data: bytes | NDArray[np.uint8]) -> Converted | Refused:
+        """As `Codec.convert`; see `convert_many` for the errors."""
+        return self.convert_many([data])[0]
+
+    def convert_many(self, inputs: Sequence[bytes | NDArray[np.uint8]]) -> list[Converted | Refused]:
+        """Brings images to the target form, each on its own: what one of them holds costs no other.
+
+        Args:
+            inputs: encoded images, or pixels: uint8 (H, W, 3) RGB or (H, W) grey; `BATCH` of them is a good number.
+
+        Returns:
+            What became of each, in order.
+
+        Raises:
+            DeviceLost: the GPU can no longer be used by this process.
+        """
+        works = [(n, work) for n, data in enumerate(inputs) if (work := self._work(data)) is not None]
+        done: dict[int, Converted] = {}
+        for batch in _batches(works):
+            encoded = self._tried([work for _, work in batch])
+            for (n, work), data in zip(batch, encoded, strict=True):
+                if data is not None:
+                    done[n] = Converted(data, work.width, work.height, work.kept is not None)
+        return [done.get(n) or Codec.convert(self, data) for n, data in enumerate(inputs)]
+
+    def _work(self, data: bytes | NDArray[np.uint8]) -> _Work | None:
+        """What the GPU is to do for an input; None where the CPU does it all."""
+        size, filter_name = self.target.size, self.target.filter
+        if not isinstance(data, bytes):
+            pixels = data if data.ndim == 3 else np.repeat(data[:, :, None], 3, axis=2)
+            height, width = pixels.shape[:2]
+            return _Work(pixels, to_square(height, width, size, filter_name), height, width, None)
+        stream = self._parse(data) if data else None
+        if stream is None or stream.height * stream.width > MAX_PIXELS or not _plain(stream, data):
+            return None
+        orientation = self._orientation(data, stream)
+        if self.target.orient and orientation != 1:
+            return None
+        kept = data if orientation == 1 and self._has_target_form(stream) else None
+        resize = to_square(stream.height, stream.width, size, filter_name)
+        return _Work(stream, resize, stream.height, stream.width, kept)
+
+    def _tried(self, works: list[_Work]) -> list[bytes | None]:
+        """`_encoded`; after an error, such as too little memory on the GPU, each image on its own."""
+        try:
+            return self._encoded(works)
+        except RuntimeError as error:  # of torch and of nvImageCodec, for whatever CUDA reports
+            if self._stream is not None:
+                _ensure_alive(error)
+        return [None] if len(works) == 1 else [data for work in works for data in self._tried([work])]
+
+    def _encoded(self, works: list[_Work]) -> list[bytes | None]:
+        """The bytes that images become; None for one that nvJPEG refuses. All on the one stream."""
+        with torch.cuda.stream(self._stream):  # no effect where it is None
+            streams = [work.source for work in works if not isinstance(work.source, np.ndarray)]
+            decode = functools.partial(self._gpu_decoder.decode, params=self._decode_params, cuda_stream=self._handle)
+            decoded = iter(decode(streams) if streams else ())
+            result = [work.kept for work in works]
+            squares: dict[int, torch.Tensor] = {}
+            for n, work in enumerate(works):
+                image = work.source if isinstance(work.source, np.ndarray) else next(decoded)
+                if image is None:
+                    result[n] = None
+                elif work.kept is None:
+                    squares[n] = self._square(image, work.resize)
+            for n, data in zip(squares, self._encode_many(list(squares.values())), strict=True):
+                result[n] = data
+        return result
+
+    def _square(self, image: Any, resize: Resize) -> torch.Tensor:
+        """uint8 (size, size, 3) of pixels or of a decoded image, which is not copied and lives as long as its tensor."""
+        if isinstance(image, np.ndarray):
+            pixels = torch.tensor(np.ascontiguousarray(image), device=self._device)
+        else:
+            pixels = torch.from_numpy(np.asarray(image)) if self._stream is None else from_dlpack(image)
+        size = self.target.size
+        done = (resize.vertical.source, resize.horizontal.source) == (size, size)
+        return pixels if done else self._resizer(pixels, resize)
+
+    def _encode_many(self, squares: list[torch.Tensor]) -> list[bytes | None]:
+        """Encodes uint8 (size, size, 3); None where nvJPEG refuses. PNG and raw are the CPU's."""
+        if not squares:
+            return []
+        if self.target.format != "jpg":
+            return [self.encode(pixels) for pixels in torch.stack(squares).cpu().numpy()]
+        buffers = [square.numpy() for square in squares] if self._stream is None else squares
+        images = nvimgcodec.as_images(buffers, self._handle)
+        streams = self._gpu_encoder.encode(images, "jpeg", params=self._encode_params, cuda_stream=self._handle)
+        return [None if stream is None else bytes(stream) for stream in streams]
+
+
+def _open(device_id: int) -> tuple[Any, Any]:
+    """nvImageCodec's decoder and encoder on a GPU.
+
+    The decoder is nvJPEG's that takes each image by itself. The GPU's JPEG engine, where there is one, takes batches: an
+    image could get other pixels for a damaged neighbour's sake, or on another model of GPU. A decoder on the CPU is not
+    allowed either, so that what nvJPEG refuses comes back.
+    """
+    try:
+        hybrid = nvimgcodec.Backend(nvimgcodec.BackendKind.HYBRID_CPU_GPU)
+        return nvimgcodec.Decoder(device_id=device_id, backends=[hybrid]), nvimgcodec.Encoder(device_id=device_id)
+    except RuntimeError as error:
+        raise AlexprepError(f"{_NO_NVJPEG} ({error})") from error
+
+
+def _ensure_alive(error: RuntimeError) -> None:
+    """Some errors (an illegal address, say) stay with the process: every later call fails, also for good images."""
+    try:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+    except RuntimeError:
+        raise DeviceLost(str(error)) from error
+
+
+def _plain(stream: Any, data: bytes) -> bool:
+    """Whether an image is a JPEG of 8 bits in grey or YCbCr.
+
+    nvImageCodec takes any three components for YCbCr. libjpeg knows the few in RGB by what they lack, a JFIF marker; and
+    nobody subsamples RGB.
+    """
+    if stream.codec_name != "jpeg" or stream.precision != 8:
+        return False
+    subsampled = stream.chroma_subsampling != nvimgcodec.ChromaSubsampling.CSS_444
+    return stream.num_channels == 1 or (stream.num_channels == 3 and (subsampled or data[6:11] == b"JFIF\0"))
+
+
+def _batches(works: list[tuple[int, _Work]]) -> Iterator[list[tuple[int, _Work]]]:
+    """Cuts a batch where its pixels would exceed the limit of one image, which bounds the GPU memory it takes."""
+    batch: list[tuple[int, _Work]] = []
+    pixels = 0
+    for n, work in works:
+        area = work.height * work.width
+        if batch and pixels + area > MAX_PIXELS:
+            yield batch
+            batch, pixels = [], 0
+        batch.append((n, work))
+        pixels += area
+    if batch:
+        yield batch

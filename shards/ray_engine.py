@@ -1,0 +1,198 @@
+"""Runs independent tasks, one a shard, on the machines of a Ray cluster.
+
+Ray brings tasks to machines and repeats those whose machine is lost. Inside each Ray worker the task runs in a supervised
+child, as it would locally, so an input that ends processes is found out there and Ray never hears of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import platform
+import secrets
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from alexprep.shards.engines import IMAGE_BYTES, IMAGE_SECONDS, Crew, LocalEngine, Progress, Result, Task, cores
+from alexprep.shards.errors import AlexprepError
+from alexprep.shards.worker import POLL_SECONDS
+
+_OLDEST = (2, 56)
+_RETRIES = 20  # of one task whose Ray worker or machine is lost; a shard is minutes of work, so this is many losses
+_STORE_BYTES = 128 * 2**20  # of a local Ray's object store; the largest results, moments of a shard, take 1.5 MB
+_GRACE_SECONDS = 10.0
+
+Outcome = tuple[bool, Any, int]  # whether it went well; the result, or what went wrong and where; finished inputs
+
+
+@dataclass(frozen=True)
+class RayEngine:
+    """One Ray task a shard, on every CPU of a cluster.
+
+    A task is repeated when its worker or its machine is lost, so it may be done more than once; what counts is the rename
+    that publishes its sidecar. Errors are not repeated. Paths must mean the same on all machines; relative ones are taken from
+    the working folder of the process that calls `run`.
+
+    Attributes:
+        address: of the cluster, as `ray.init` takes it; None for $RAY_ADDRESS, or else a Ray of its own on this machine, on
+            the loopback interface only. Where the process is connected to Ray already, that connection is used.
+        image_seconds: how long one input may take.
+        image_bytes: how much memory one input may need; 0 for no bound.
+    """
+
+    address: str | None = None
+    image_seconds: float = IMAGE_SECONDS
+    image_bytes: int = IMAGE_BYTES
+
+    def __post_init__(self) -> None:
+        """Refuses values out of bounds, with AlexprepError."""
+        LocalEngine(1, self.image_seconds, self.image_bytes)
+
+    def run(
+        self, task: Task[Result], arguments: Sequence[Any], progress: Progress = lambda finished: None
+    ) -> Iterator[Result]:
+        """See `Engine`. `progress` hears of a task's inputs when the task is done.
+
+        Raises:
+            AlexprepError: from a task; or Ray is missing, too old or not to be reached, or a machine lacks alexprep.
+        """
+        if not arguments:
+            return
+        ray = _ray()
+        with _connected(ray, self.address):
+            bounds = LocalEngine(1, self.image_seconds, self.image_bytes)
+            start = ray.remote(num_cpus=1, max_retries=_RETRIES)(_in_ray_worker).remote
+            shared = ray.put(task)
+            run = secrets.token_hex(8)
+            pending = [start(run, os.getcwd(), bounds, shared, argument) for argument in arguments]
+            finished = 0
+            try:
+                while pending:
+                    ready, pending = ray.wait(pending, num_returns=len(pending), timeout=POLL_SECONDS)
+                    for reference in ready:
+                        result, count = _outcome(ray, reference)
+                        finished += count
+                        yield result
+                    progress(finished)
+            finally:
+                _cancel(ray, pending)
+
+
+def _ray() -> Any:
+    """The module `ray`."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        import ray
+    except ImportError:
+        raise AlexprepError("--engine ray needs Ray: pip install 'alexprep[ray]'") from None
+    if tuple(int(part) for part in ray.__version__.split(".")[:2]) < _OLDEST:
+        oldest = ".".join(map(str, _OLDEST))
+        raise AlexprepError(
+            f"Ray {ray.__version__} is older than {oldest}, which closes known holes (CVE-2026-57516 among them): "
+            f"pip install 'ray>={oldest}' on every machine"
+        )
+    return ray
+
+
+@contextlib.contextmanager
+def _connected(ray: Any, address: str | None) -> Iterator[None]:
+    """A connection to Ray; one that was there before stays."""
+    if ray.is_initialized():
+        yield
+        return
+    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+    try:
+        try:
+            _start_here(ray, quiet) if address == "local" else ray.init(address=address, **quiet)
+        except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise AlexprepError(
+                f"--ray-address {address}: no connection ({reason}): look at `ray status` there; "
+                "on a machine of the cluster the address is auto"
+            ) from error
+        if not ray.cluster_resources().get("CPU"):
+            raise AlexprepError(f"the Ray cluster at {address} has no CPU to run tasks: add a machine with `ray start`")
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _start_here(ray: Any, quiet: dict[str, Any]) -> None:
+    """A Ray of this machine's cores that nobody outside can talk to, and from 2.59 on nobody inside without its token."""
+    from ray._private import ray_constants
+
+    # Ray replaces 127.0.0.1 by the machine's address, and then listens on every interface, unless it believes itself on a
+    # system where clusters are not supported. Should this switch go, tests/test_ray.py finds the open ports.
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        ray.init(
+            address="local",
+            num_cpus=cores(),
+            include_dashboard=False,
+            object_store_memory=_STORE_BYTES,
+            _node_ip_address="127.0.0.1",
+            **quiet,
+        )
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+def _outcome(ray: Any, reference: Any) -> tuple[Any, int]:
+    """A finished task's result, and how many inputs it worked on."""
+    try:
+        good, answer, count = ray.get(reference)
+    except ray.exceptions.RayError as error:
+        if "No module named 'alexprep" in str(error):
+            raise AlexprepError(
+                "a machine of the Ray cluster cannot import alexprep: pip install alexprep there, in the same version as here"
+            ) from error
+        if isinstance(error, ray.exceptions.RayTaskError):
+            raise RuntimeError(f"in a Ray worker:\n{error}") from error
+        raise AlexprepError(
+            f"Ray gave a shard up ({type(error).__name__}: {str(error).strip().partition(chr(10))[0]}): look at `ray status`, "
+            "then run the same command again; finished shards are kept"
+        ) from error
+    if not good:
+        words, machine = answer
+        raise AlexprepError(words if machine == platform.node() else f"{words} (on {machine})")
+    return answer, count
+
+
+def _cancel(ray: Any, pending: list[Any]) -> None:
+    """Ends what is under way, and waits for it: its temporary files can then be removed."""
+    with contextlib.suppress(ray.exceptions.RayError):
+        for reference in pending:
+            ray.cancel(reference)
+        if pending:
+            ray.wait(pending, num_returns=len(pending), timeout=_GRACE_SECONDS)
+
+
+# What follows runs in Ray's workers. Each has one child, kept from task to task: starting one takes half a second.
+_crews: dict[str, Crew] = {}
+
+
+def _in_ray_worker(run: str, folder: str, bounds: LocalEngine, task: Task[Any], argument: Any) -> Outcome:
+    counts = [0]
+    try:
+        if run not in _crews:  # the worker is new, or was left by an earlier run of the same program
+            _dismiss()
+            with contextlib.suppress(OSError):
+                os.chdir(folder)
+            _crews[run] = Crew(bounds, 1)
+        (answer,) = _crews[run].run(task, [argument], counts.append)
+    except AlexprepError as error:
+        _dismiss()
+        return False, (str(error), platform.node()), 0
+    except BaseException:  # a cancelled task gets KeyboardInterrupt
+        _dismiss()
+        raise
+    return True, answer, counts[-1]
+
+
+def _dismiss() -> None:
+    while _crews:
+        _crews.popitem()[1].close()

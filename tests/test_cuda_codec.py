@@ -1,0 +1,235 @@
+"""The codec in batches: its resize, its order and its fallbacks on the CPU; its pixels and its ledger on a GPU."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from alexprep.shards.codec import Codec, Converted, Target
+from alexprep.shards.cuda import CudaCodec, DeviceLost, Resizer, _batches, _ensure_alive
+from alexprep.shards.errors import AlexprepError
+from alexprep.shards.geometry import to_square
+from alexprep.shards.opinion import MAX_PIXELS, Refused
+from alexprep.shards.resample import FILTERS
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+SHAPES = [(375, 500), (500, 331), (301, 1203), (257, 256), (64, 97), (61, 40), (7, 1), (1, 7), (1031, 777)]
+
+
+@pytest.fixture(autouse=True)
+def _gpu(request: pytest.FixtureRequest) -> None:
+    if request.node.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+
+
+@pytest.fixture(scope="module")
+def images(photo, encoded) -> list[bytes | NDArray[np.uint8]]:
+    """Good and bad, for the GPU and not, in one batch."""
+    jpeg = encoded(photo(131, 97, seed=1), quality=90)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    damaged = bytearray(jpeg)
+    damaged[len(jpeg) // 2 :] = bytes(len(jpeg) - len(jpeg) // 2)
+    return [
+        jpeg,
+        jpeg[: len(jpeg) // 2],
+        encoded(photo(97, 200, seed=2), quality=90, subsampling=0),
+        bytes(damaged) + b"\xff\xd9",
+        encoded(photo(64, 64, seed=3)),  # has the target form
+        b"",
+        encoded(photo(80, 70, seed=4).convert("L")),
+        encoded(photo(80, 70, seed=5).convert("CMYK")),
+        encoded(photo(90, 60, seed=6), progressive=True, quality=90),
+        encoded(photo(131, 97, seed=7), "PNG"),
+        encoded(photo(90, 131, seed=8), quality=90, exif=exif),
+        b"hello, world",
+        np.asarray(photo(40, 33, seed=9)),
+        np.asarray(photo(28, 28, seed=10).convert("L")),
+        encoded(photo(33, 20, seed=11), quality=90, keep_rgb=True),
+        encoded(photo(33, 20, seed=12), quality=90),
+    ]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", FILTERS)
+def test_torch_resizes_to_the_same_pixels(name: str, device: str, seed: int) -> None:
+    """Enlarging and shrinking, odd and oblong: not one bit differs from numpy's products of blocks."""
+    rng = np.random.default_rng(seed)
+    resizer = Resizer(torch.device(device))
+    for shape in SHAPES:
+        noise = rng.integers(0, 256, (*shape, 3), dtype=np.uint8)
+        for pixels in (noise, (noise > 127).astype(np.uint8) * 255):  # the second overshoots the most
+            for size in (64, 96, 227):
+                resize = to_square(*shape, size, name)
+                top, left, bottom, right = resize.region
+                expected = resize(np.ascontiguousarray(pixels[top:bottom, left:right]))
+                got = resizer(torch.tensor(pixels, device=device), resize)
+                assert got.is_contiguous()
+                np.testing.assert_array_equal(got.cpu().numpy(), expected, err_msg=f"{shape} to {size}")
+
+
+@pytest.mark.parametrize("orient", [False, True])
+@pytest.mark.parametrize("reencode", ["needed", "always"])
+@pytest.mark.parametrize("form", ["jpg", "png", "raw"])
+def test_a_batch_is_what_the_codec_makes_of_each(form: Any, reencode: Any, orient: bool, images) -> None:
+    """The same steps with CPU decoders: byte by byte, in order, refusals included; and no batch at all."""
+    target = Target(size=64, format=form, reencode=reencode, orient=orient)
+    one, many = Codec(target), CudaCodec(target, "cpu")
+    expected = [one.convert(data) for data in images]
+    assert {type(result) for result in expected} == {Converted, Refused}
+    assert many.convert_many(images) == expected
+    assert [many.convert(data) for data in images] == expected
+    assert many.convert_many([]) == []
+
+
+def test_only_plain_jpegs_and_pixels_go_to_the_gpu(images) -> None:
+    codec = CudaCodec(Target(size=64), "cpu")
+    assert [n for n, data in enumerate(images) if codec._work(data) is not None] == [0, 2, 3, 4, 6, 8, 10, 12, 13, 15]
+    assert CudaCodec(Target(size=64, orient=True), "cpu")._work(images[10]) is None  # it is turned on the CPU
+
+
+class _Stub:
+    """Stands for a decoder or an encoder, and changes what it returns."""
+
+    def __init__(self, inner: Any, change: Callable[[list[Any]], list[Any]]) -> None:
+        self._inner, self._change = inner, change
+
+    def decode(self, streams: list[Any], **options: Any) -> list[Any]:
+        return self._change(self._inner.decode(streams, **options))
+
+    def encode(self, images: list[Any], *arguments: Any, **options: Any) -> list[Any]:
+        return self._change(self._inner.encode(images, *arguments, **options))
+
+
+def test_what_the_gpu_refuses_falls_back(images) -> None:
+    codec = CudaCodec(Target(size=64), "cpu")
+    expected = codec.convert_many(images)
+    decoder, encoder = codec._gpu_decoder, codec._gpu_encoder
+    codec._gpu_decoder = _Stub(decoder, lambda made: [None if n % 2 else image for n, image in enumerate(made)])
+    codec._gpu_encoder = _Stub(encoder, lambda made: [None, *made[1:]])
+    assert codec.convert_many(images) == expected
+    codec._gpu_decoder = _Stub(decoder, lambda made: [None] * len(made))
+    assert codec.convert_many(images) == expected
+
+
+def test_an_error_of_a_batch_is_each_image_s_own(images, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Too little memory for the batch, and for one image of it; then an error that stays with the process."""
+    codec = CudaCodec(Target(size=64), "cpu")
+    expected = codec.convert_many(images)
+    sizes = []
+
+    def scarce(made: list[Any]) -> list[Any]:
+        sizes.append(len(made))
+        if len(made) > 1 or len(sizes) == 4:
+            raise RuntimeError("CUDA error: out of memory")
+        return made
+
+    codec._gpu_decoder = _Stub(codec._gpu_decoder, scarce)
+    assert codec.convert_many(images) == expected
+    assert sizes == [8, *[1] * 8]
+
+    def broken() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", broken)
+    with pytest.raises(DeviceLost, match="out of memory"):
+        _ensure_alive(RuntimeError("CUDA error: out of memory"))
+
+
+def test_batches_are_bounded_by_their_pixels() -> None:
+    codec = CudaCodec(Target(size=64), "cpu")
+    work = codec._work(np.zeros((8, 8, 3), np.uint8))
+    assert work is not None
+    side = int((MAX_PIXELS / 2) ** 0.5)
+    works = [(n, work._replace(height=side, width=side)) for n in range(5)]
+    assert [[n for n, _ in batch] for batch in _batches(works)] == [[0, 1], [2, 3], [4]]
+    assert [len(batch) for batch in _batches([(0, work._replace(height=1, width=MAX_PIXELS)), *works[:1]])] == [1, 1]
+
+
+def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(AlexprepError, match="--device cuda: torch finds no CUDA device"):
+        CudaCodec(Target())
+
+
+# On a GPU.
+
+
+def _pixels(data: bytes) -> NDArray[np.int64]:
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).astype(np.int64)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", ["jpg", "png"])
+def test_gpu_pixels_are_within_a_grey_level_of_the_cpu_s(form: Any, images) -> None:
+    """The same fates, the same bytes for what never saw the GPU, a mean difference of at most 1 for the others."""
+    target = Target(size=64, format=form)
+    cpu, gpu = Codec(target), CudaCodec(target)
+    for n, (data, made) in enumerate(zip(images, gpu.convert_many(images), strict=True)):
+        expected = cpu.convert(data)
+        if n == 3:  # damaged: decoders may differ on what can still be read, not on what it costs the others
+            continue
+        assert type(made) is type(expected), f"{n}: {made}"
+        if isinstance(made, Refused) or isinstance(expected, Refused):
+            assert made == expected
+            continue
+        assert (made.width, made.height, made.kept) == (expected.width, expected.height, expected.kept)
+        if gpu._work(data) is None or made.kept:
+            assert made == expected
+        assert np.abs(_pixels(made.data) - _pixels(expected.data)).mean() <= 1.0, n
+
+
+@pytest.mark.gpu
+def test_gpu_bytes_do_not_depend_on_the_batch(images) -> None:
+    """Alone, in another order, twice, and beside a damaged image: the same bytes. The GPU did decode what it should."""
+    codec = CudaCodec(Target(size=64))
+    together = codec.convert_many(images)
+    assert [codec.convert(data) for data in images] == together
+    assert codec.convert_many(images[::-1]) == together[::-1]
+    assert codec.convert_many([*images, *images]) == [*together, *together]
+    works = [work for n, data in enumerate(images) if n != 3 and (work := codec._work(data)) is not None]
+    assert None not in codec._encoded(works)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("subsampling", ["420", "422", "444"])
+def test_gpu_jpeg_options_reach_the_encoder(subsampling: Any, photo, encoded) -> None:
+    target = Target(size=64, quality=83, subsampling=subsampling)
+    data = encoded(photo(131, 97, seed=20))
+    mine, theirs = (codec.convert(data) for codec in (CudaCodec(target), Codec(target)))
+    assert isinstance(mine, Converted) and isinstance(theirs, Converted)
+    both = [Image.open(io.BytesIO(made.data)) for made in (mine, theirs)]
+    assert both[0].quantization == both[1].quantization  # type: ignore[attr-defined]
+    assert both[0].layer == both[1].layer  # type: ignore[attr-defined]
+
+
+@pytest.mark.gpu
+def test_gpu_shards_have_the_cpu_s_ledger(photos: Path, tmp_path: Path) -> None:
+    """`alexprep shard --device cuda` with a corrupt file among the photos, beside --device cpu."""
+    import shutil
+
+    from alexprep.shards.build import build
+    from alexprep.shards.plan import ShardOptions
+    from alexprep.shards.read import Samples
+
+    source = tmp_path / "source"
+    shutil.copytree(photos, source)
+    good = (source / "train/class0/000.JPEG").read_bytes()
+    (source / "train/class1/cut.JPEG").write_bytes(good[: len(good) // 2])
+    samples = {}
+    for device in ("cpu", "cuda"):
+        options = ShardOptions(Target(size=64, device=device), shard_samples=30)
+        report = build(source, tmp_path / device, options, 1)
+        assert (report.inputs, report.written) == (69, 68)
+        samples[device] = Samples(tmp_path / device, "train")
+    for row in range(len(samples["cpu"])):
+        cpu, gpu = (_pixels(samples[device].encoded(row).tobytes()) for device in ("cpu", "cuda"))
+        assert np.abs(cpu - gpu).mean() <= 1.0, row

@@ -1,0 +1,255 @@
+"""`verify` finds any damage and names it; clean sets give no alarm; `--repair` makes exactly what is damaged."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from alexprep.cli.main import cli
+from alexprep.shards import stats
+from alexprep.shards.build import build
+from alexprep.shards.check import Problem
+from alexprep.shards.codec import Target
+from alexprep.shards.engines import InProcessEngine, LocalEngine
+from alexprep.shards.errors import AlexprepError
+from alexprep.shards.plan import ShardOptions
+from alexprep.shards.repair import repair
+from alexprep.shards.sources.find import find_source
+from alexprep.shards.verify import verify
+
+ENGINE = InProcessEngine()
+
+
+@pytest.fixture(scope="module")
+def small(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two shards with one reject, and statistics; damaged in place and mended again."""
+    root = tmp_path_factory.mktemp("small")
+    for n in range(5):
+        target = root / "source" / f"class{n % 2}" / f"{n}.jpg"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(photos / f"train/class{n % 4}/{n:03d}.JPEG", target)
+    (root / "source/class0/bad.jpg").write_bytes(b"no image")
+    build(root / "source", root / "data", ShardOptions(Target(size=24), shard_samples=3), ENGINE)
+    stats.publish(stats.compute(root / "data", "train", ENGINE), root / "data", "train")
+    return root / "data"
+
+
+def _files(data: Path) -> list[Path]:
+    return sorted(path for path in data.rglob("*") if path.is_file())
+
+
+def _found(data: Path, decode: bool = False) -> list[Problem]:
+    return verify(data, ENGINE, decode).problems
+
+
+@pytest.mark.parametrize("form", ["jpg", "png", "raw"])
+def test_a_clean_set_gives_no_alarm(form: str, photos: Path, data: Path, tmp_path: Path) -> None:
+    for decode in (False, True):
+        verdict = verify(data, LocalEngine(2), decode)
+        assert (verdict.problems, verdict.samples, verdict.shards) == ([], 68, 10)
+    build(photos, tmp_path, ShardOptions(Target(size=20, format=form), limit=6), ENGINE)
+    assert _found(tmp_path, decode=True) == []
+
+
+def test_every_flipped_bit_is_found_and_its_file_named(small: Path, seed: int) -> None:
+    """Random bits of every file. dataset.json and the file that it describes may each be named."""
+    rng = random.Random(seed)
+    assert _found(small) == []
+    for path in _files(small):
+        good = path.read_bytes()
+        for _ in range(25):
+            position, bit = rng.randrange(len(good)), rng.randrange(8)
+            bad = bytearray(good)
+            bad[position] ^= 1 << bit
+            path.write_bytes(bad)
+            problems, name = _found(small), str(path.relative_to(small))
+            # Of a file and the checksum of it, nobody can say which was changed: the message then names both.
+            assert any(name == p.file or name in p.what for p in problems), f"bit {bit} of byte {position} of {name}"
+        path.write_bytes(good)
+    assert _found(small) == []
+
+
+def test_a_flip_in_the_tar_names_the_member(small: Path) -> None:
+    tar = small / "train/train-000000.tar"
+    good = tar.read_bytes()
+    with tarfile.open(tar) as archive:
+        members = archive.getmembers()
+    for member in members:
+        for position, words in (
+            (member.offset + 3, "header"),
+            (member.offset_data + member.size // 2, "its bytes"),
+            (member.offset_data + member.size, "zeros behind it"),
+        ):
+            bad = bytearray(good)
+            bad[position] ^= 16
+            tar.write_bytes(bad)
+            (problem,) = _found(small)
+            assert problem.member == member.name and words in problem.what
+    tar.write_bytes(good)
+
+
+def test_every_cut_is_found(small: Path) -> None:
+    for path in (small / "train/train-000000.tar", small / "train/train-000001.tar"):
+        good = path.read_bytes()
+        for length in range(0, len(good), 512):
+            path.write_bytes(good[:length])
+            assert any(problem.file == str(path.relative_to(small)) for problem in _found(small)), length
+        path.write_bytes(good)
+    assert _found(small) == []
+
+
+def _swap(data: Path) -> None:
+    one, other = data / "train/train-000000.tar", data / "train/train-000001.tar"
+    one.rename(data / "t")
+    other.rename(one)
+    (data / "t").rename(other)
+
+
+def _swap_whole(data: Path) -> None:
+    for suffix in (".tar", ".idx", ".json"):
+        one, other = data / f"train/train-000000{suffix}", data / f"train/train-000001{suffix}"
+        one.rename(data / "t")
+        other.rename(one)
+        (data / "t").rename(other)
+
+
+def _edit_json(name: str, change: Callable[[dict], None]) -> Callable[[Path], None]:  # type: ignore[type-arg]
+    def edit(data: Path) -> None:
+        document = json.loads((data / name).read_bytes())
+        change(document)
+        text = json.dumps(document, indent=None if name.startswith("train/") else 1)
+        (data / name).write_text(text + "\n")
+
+    return edit
+
+
+def _edit_label(data: Path) -> None:
+    """As someone would who knows the format: sidecar, index and the member itself agree; the plan does not."""
+    tar = data / "train/train-000000.tar"
+    sidecar = json.loads(tar.with_suffix(".json").read_bytes())
+    entry = next(entry for entry in sidecar["inputs"] if entry["status"] == "written")
+    entry["label"] = 1 - entry["label"]
+    tar.with_suffix(".json").write_text(json.dumps(sidecar) + "\n")
+
+
+def _edit_index(data: Path) -> None:
+    index = np.load(data / "train/index.npy")
+    index["label"][2] ^= 1
+    np.save(data / "train/index.npy", index)
+
+
+def _edit_ledger(data: Path) -> None:
+    table = pq.read_table(data / "train/samples.parquet")
+    column = table.schema.get_field_index("width")
+    wrong = pa.array([999, *table["width"].to_pylist()[1:]], pa.int32())
+    pq.write_table(table.set_column(column, "width", wrong), data / "train/samples.parquet")
+
+
+@pytest.mark.parametrize(
+    ("damage", "file", "words"),
+    [
+        (lambda d: (d / "train/train-000001.tar").unlink(), "train/train-000001.tar", "is missing"),
+        (lambda d: (d / "train/train-000001.json").unlink(), "train/train-000001.json", "does not count"),
+        (lambda d: (d / "train/train-000001.idx").unlink(), "train/train-000001.idx", "is missing"),
+        (lambda d: (d / "train/index.npy").unlink(), "train/index.npy", "is missing"),
+        (lambda d: (d / "dataset.json").unlink(), "dataset.json", "unfinished"),
+        (lambda d: (d / "plan.json").unlink(), "plan.json", "is missing"),
+        (lambda d: (d / "plan.parquet").unlink(), "plan.parquet", "is missing"),
+        (lambda d: (d / "_info.json").unlink(), "_info.json", "is missing"),
+        (lambda d: (d / "stats/mean_image.npy").unlink(), "stats/mean_image.npy", "is missing"),
+        (_swap, "train/train-000000.tar", "is the tar of train-000001"),
+        (_swap_whole, "train/train-000000.json", "has the key"),
+        (
+            lambda d: shutil.copy(d / "train/train-000000.idx", d / "train/train-000001.idx"),
+            "train/train-000001.idx",
+            "not the index",
+        ),
+        (
+            lambda d: shutil.copy(d / "train/train-000000.tar", d / "train/train-000002.tar"),
+            "train/train-000002.tar",
+            "no file of this data set",
+        ),
+        (lambda d: (d / "train/.train-000000.tar.tmp-1-ab").touch(), "train/.train-000000.tar.tmp-1-ab", "interrupted"),
+        (lambda d: (d / "notes.txt").touch(), "notes.txt", "no file of this data set"),
+        (_edit_label, "train/train-000000.json", "the plan says"),
+        (_edit_index, "train/index.npy", "record 2"),
+        (_edit_ledger, "train/samples.parquet", "width 999"),
+        (_edit_json("dataset.json", lambda d: d["splits"]["train"].update(samples=4)), "dataset.json", "splits"),
+        (_edit_json("plan.json", lambda d: d["options"].update(quality=90)), "plan.json", "was changed"),
+        (_edit_json("stats/stats.json", lambda d: d["eigenvalues"].reverse()), "stats/stats.json", "was changed"),
+        (
+            _edit_json("train/train-000001.json", lambda d: d["inputs"][0].update(status="lost")),
+            "train/train-000001.json",
+            "status 'lost'",
+        ),
+    ],
+)
+def test_damage_is_named_and_repaired(
+    damage: Callable[[Path], object], file: str, words: str, small: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "data"
+    shutil.copytree(small, out)
+    good = {path.relative_to(out): path.read_bytes() for path in _files(out)}
+    damage(out)
+    problems = _found(out)
+    assert any(problem.file == file and words in str(problem) for problem in problems), problems
+    repair(out, find_source(str(small.parent / "source")), problems, ENGINE)
+    left = _found(out)
+    if file.startswith("stats") or "no file" in words or "interrupted" in words:  # not for repair to judge
+        assert {problem.file for problem in left} <= {file}
+    else:
+        assert left == []
+        assert {path.relative_to(out): path.read_bytes() for path in _files(out)} == good
+
+
+def test_decode_finds_what_checksums_cannot(small: Path, tmp_path: Path, encoded: Callable[..., bytes]) -> None:
+    """A shard that was written wrongly, and so has the right checksums."""
+
+    out = tmp_path / "data"
+    shutil.copytree(small.parent / "source", tmp_path / "source")
+    for path in (tmp_path / "source").rglob("*.jpg"):
+        path.write_bytes(encoded(Image.new("RGB", (16, 16))) if path.stem == "1" else b"")
+
+    build(tmp_path / "source", out, ShardOptions(Target(size=16)), ENGINE)
+    assert _found(out, decode=True) == []
+    plan = json.loads((out / "plan.json").read_bytes())
+    assert plan["options"]["size"] == 16
+    from alexprep.shards.check import _undecodable
+    from alexprep.shards.codec import Codec
+    from alexprep.shards.tar import Member
+
+    codec, options = Codec(Target(size=16)), {"format": "jpg", "size": 16}
+    for data, words in ((b"junk", "cannot be decoded"), (encoded(Image.new("RGB", (16, 17))), "not a square of 16")):
+        what = _undecodable(codec, memoryview(data), Member("a.jpg", 0, len(data), 0), options)
+        assert what is not None and words in what
+    what = _undecodable(codec, memoryview(b"junk"), Member("a.npy", 0, 4, 0), options | {"format": "raw"})
+    assert what is not None and "cannot be decoded" in what
+
+
+def test_the_command(small: Path, tmp_path: Path) -> None:
+    out, source = tmp_path / "data", str(small.parent / "source")
+    shutil.copytree(small, out)
+    run = CliRunner().invoke
+    result = run(cli, ["verify", str(out), "--workers", "1", "--json"])
+    assert result.exit_code == 0 and json.loads(result.stdout.splitlines()[-1])["sound"] is True
+    tar = out / "train/train-000001.tar"
+    tar.write_bytes(tar.read_bytes()[:-700])
+    result = run(cli, ["verify", str(out), "--workers", "1", "--json"])
+    document = json.loads(result.stdout.splitlines()[-1])
+    assert result.exit_code == 3 and document["problems"][0]["file"] == "train/train-000001.tar"
+    assert "train/train-000001.tar" in result.stderr
+    result = run(cli, ["verify", str(out), "--workers", "1", "--repair", source, "--json"])
+    assert result.exit_code == 0 and json.loads(result.stdout.splitlines()[-1])["repaired_inputs"] == 3
+    with pytest.raises(AlexprepError, match="holds no data set"):
+        verify(tmp_path, 1)
