@@ -17,7 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from common import save
+from common import report
 
 from alexprep.shards import stats
 from alexprep.shards.build import build
@@ -110,10 +110,7 @@ def main() -> None:
                 plain_cuts["error" if seen == "error" else "silently other" if seen != whole else "the same"] += 1
             path.write_bytes(good)
         result["cuts_found"], result["cuts_plain_reader"] = dict(cuts), dict(plain_cuts)
-    for name, value in result.items():
-        print(f"{name:24} {value}")
-    if arguments.save:
-        save("verify", result)
+    report("verify", result, arguments.save)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ from alexprep.shards.tar import Member, dali_index, ending, header, padding
 from alexprep.shards.worker import attending
 from alexprep.shards.write import sidecar_path
 
-
 _ENTRY = {"key": str, "label": int, "width": int, "height": int, "status": str}  # of each input in a sidecar
 
 

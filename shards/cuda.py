@@ -11,6 +11,7 @@ free their memory in its order; the host waits only for bytes.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -29,10 +30,6 @@ from alexprep.shards.resample import Axis, Resize
 
 BATCH = 64  # images that a shard's writer hands over at once; more gains little and holds more memory
 _MATRICES = 512  # kept on the device, 0.4 MB each for photos of 500 pixels; sizes repeat within a data set
-_NO_NVJPEG = (
-    "--device cuda: nvImageCodec cannot decode or encode JPEGs on this GPU; is nvJPEG there (pip install "
-    "nvidia-nvjpeg-cu12, or -cu13 beside nvidia-nvimgcodec-cu13)? --device cpu does without"
-)
 
 
 class DeviceLost(Exception):
@@ -112,21 +109,37 @@ class CudaCodec(Codec):
         """
         super().__init__(target)
         self._device = torch.device(device)
-        if self._device.type == "cuda":
-            if not torch.cuda.is_available():
-                raise AlexprepError("--device cuda: torch finds no CUDA device here; use --device cpu")
-            torch.cuda.set_device(self._device)  # so that "cuda" means one and the same GPU to both libraries
-            self._stream: torch.cuda.Stream | None = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-            self._handle = self._stream.cuda_stream
-            self._gpu_decoder, self._gpu_encoder = _open(torch.cuda.current_device())
-        else:
-            self._stream, self._handle = None, 0
-            self._gpu_decoder, self._gpu_encoder = self._decoder, self._encoder
+        self._stream: torch.cuda.Stream | None = None
+        self._handle, self._gpu_decoder, self._gpu_encoder = 0, self._decoder, self._encoder
         self._resizer = Resizer(self._device)
+        if self._device.type == "cuda":
+            self._open()
+
+    def _open(self) -> None:
+        """The decoder is nvJPEG's that takes each image by itself, and no other.
+
+        With the GPU's JPEG engine, where there is one, an image could get other pixels on account of a damaged neighbour,
+        or of the GPU's model. And what nvJPEG refuses shall come back, not go to a CPU decoder behind this one.
+        """
+        if not torch.cuda.is_available():
+            raise AlexprepError("--device cuda: torch finds no CUDA device here; use --device cpu")
+        torch.cuda.set_device(self._device)  # so that "cuda" means one and the same GPU to both libraries
+        self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        self._handle, number = self._stream.cuda_stream, torch.cuda.current_device()
         probe = bytes(self._encoder.encode(nvimgcodec.as_image(np.zeros((64, 48, 3), np.uint8)), "jpeg"))
-        work = self._work(probe)
-        if work is None or self._tried([work]) == [None]:  # else every image would take the CPU's way, in silence
-            raise AlexprepError(_NO_NVJPEG)
+        try:
+            hybrid = nvimgcodec.Backend(nvimgcodec.BackendKind.HYBRID_CPU_GPU)
+            self._gpu_decoder = nvimgcodec.Decoder(device_id=number, backends=[hybrid])
+            self._gpu_encoder = nvimgcodec.Encoder(device_id=number)
+            if isinstance(work := self._work(probe), _Work) and self._encoded([work]) != [None]:
+                return
+            reason = "it refuses a good one"  # as it would all, which would then take the CPU's way in silence
+        except RuntimeError as error:
+            reason = str(error)
+        raise AlexprepError(
+            f"--device cuda: nvJPEG does not decode and encode JPEGs here ({reason}); is it installed (pip install "
+            "nvidia-nvjpeg-cu12; -cu13 beside nvidia-nvimgcodec-cu13)? --device cpu does without"
+        )
 
     def convert(self, data: bytes | NDArray[np.uint8]) -> Converted | Refused:
         """As `Codec.convert`; see `convert_many` for the errors."""
@@ -219,20 +232,6 @@ class CudaCodec(Codec):
         return [None if stream is None else bytes(stream) for stream in streams]
 
 
-def _open(device_id: int) -> tuple[Any, Any]:
-    """nvImageCodec's decoder and encoder on a GPU.
-
-    The decoder is nvJPEG's that takes each image by itself. The GPU's JPEG engine, where there is one, takes batches: an
-    image could get other pixels for a damaged neighbour's sake, or on another model of GPU. A decoder on the CPU is not
-    allowed either, so that what nvJPEG refuses comes back.
-    """
-    try:
-        hybrid = nvimgcodec.Backend(nvimgcodec.BackendKind.HYBRID_CPU_GPU)
-        return nvimgcodec.Decoder(device_id=device_id, backends=[hybrid]), nvimgcodec.Encoder(device_id=device_id)
-    except RuntimeError as error:
-        raise AlexprepError(f"{_NO_NVJPEG} ({error})") from error
-
-
 def _ensure_alive(error: RuntimeError) -> None:
     """Some errors (an illegal address, say) stay with the process: every later call fails, also for good images."""
     try:
@@ -255,15 +254,7 @@ def _plain(stream: Any, data: bytes) -> bool:
 
 
 def _batches(works: list[tuple[int, _Work]]) -> Iterator[list[tuple[int, _Work]]]:
-    """Cuts a batch where its pixels would exceed the limit of one image, which bounds the GPU memory it takes."""
-    batch: list[tuple[int, _Work]] = []
-    pixels = 0
-    for n, work in works:
-        area = work.height * work.width
-        if batch and pixels + area > MAX_PIXELS:
-            yield batch
-            batch, pixels = [], 0
-        batch.append((n, work))
-        pixels += area
-    if batch:
-        yield batch
+    """Cuts a batch so that its pixels stay below twice the limit of one image, which bounds the GPU memory it takes."""
+    total = itertools.accumulate(work.height * work.width for _, work in works)
+    for _, group in itertools.groupby(zip(works, total, strict=True), key=lambda pair: pair[1] // MAX_PIXELS):
+        yield [pair[0] for pair in group]

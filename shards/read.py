@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alexprep.shards.errors import AlexprepError
+from alexprep.shards.files import is_local
 from alexprep.shards.layout import read_dataset, read_index, shard_name, split_record
 
 
@@ -76,7 +77,11 @@ class Samples:
         return self.data / self.split / f"{shard_name(self.split, shard)}.tar"
 
     def _map(self, shard: int) -> NDArray[np.uint8]:
+        path = self._path(shard)
         try:
+            if not is_local(path):  # one at a time: a shard is read from its first sample to its last
+                self._tars.clear()
+                return np.frombuffer(path.read_bytes(), np.uint8)
             return np.memmap(self._path(shard), dtype=np.uint8, mode="r")
         except (OSError, ValueError) as error:
             raise AlexprepError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -49,8 +48,10 @@ def packed_files(files: Files, path: bytes, within: Location | None = None, pref
     name = files.display(path) + (f"/{within.member.decode('utf-8', 'backslashreplace')}" if within else "")
     with files.reading(path) as read:
         for member in members(read, size, name, start):
-            clean = os.path.normpath(member.name.lstrip(b"/"))
-            if member.kind == "folder" or any(part.startswith(b".") for part in clean.split(b"/")):
+            # Where a name would lead to if it were unpacked does not matter here: "../x" and "/x" are x.
+            parts = [part for part in member.name.split(b"/") if part not in (b"", b".", b"..")]
+            if member.kind == "folder" or not parts or any(part.startswith(b".") for part in parts):
                 continue
+            clean = b"/".join(parts)
             offset, length = (member.offset, member.size) if member.kind == "file" else (_NO_FILE, 0)
             yield Packed(clean, Location(path, prefix + clean, offset, length))

@@ -46,7 +46,11 @@ class ClassFolders(Source):
             named[split] = folder
         if named:
             return cls(
-                files, tuple((split, named[split], _truth(files, split, named[split])) for split in sorted(named))
+                files,
+                tuple(
+                    (split, named[split], _truth(files, split, named[split], named.get("train")))
+                    for split in sorted(named)
+                ),
             )
         return cls(files, (("train", b"", None),)) if folders else None
 
@@ -76,12 +80,17 @@ class ClassFolders(Source):
         return found
 
 
-def _truth(files: Files, split: str, folder: bytes) -> Truth | None:
+def _truth(files: Files, split: str, folder: bytes, train: bytes | None) -> Truth | None:
     """None where `folder` holds class folders; otherwise what tells the classes of its images."""
     entries = files.entries(folder)
     if any(entry.is_folder for entry in entries):
         return None
-    truth = find_truth(files, split, [entry.name for entry in entries])
+    train_classes = (
+        [entry.name.decode("utf-8", "backslashreplace") for entry in files.entries(train) if entry.is_folder]
+        if train
+        else None
+    )
+    truth = find_truth(files, split, [entry.name for entry in entries], train_classes)
     if truth is None:
         flat = files.display(folder)
         raise AlexprepError(

@@ -26,7 +26,10 @@ class TarOfClassFolders(ArchiveSource):
     @classmethod
     def at(cls, files: Files, name: bytes) -> TarOfClassFolders | None:
         """The tar that is named, or those in the root."""
-        names = [name] if name else [entry.name for entry in files.entries() if not entry.is_folder]
+        entries = [] if name else files.entries()
+        if any(entry.is_folder for entry in entries):  # class folders, with some tars beside them
+            return None
+        names = [name] if name else [entry.name for entry in entries if b"_devkit" not in entry.name]
         tars = [file for file in names if file.endswith((b".tar", b".tar.gz", b".tgz", b".tar.bz2", b".tar.xz"))]
         return cls(files, tuple((split_of(tar), tar) for tar in tars)) if tars else None
 

@@ -1,0 +1,449 @@
+"""Every layout of images as files: the originals' archives, Kaggle, flat folders, tars, webdatasets, stores."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import hashlib
+import io
+import shutil
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.io import savemat
+
+from alexprep.shards.build import build
+from alexprep.shards.codec import Target
+from alexprep.shards.engines import InProcessEngine
+from alexprep.shards.errors import AlexprepError
+from alexprep.shards.layout import read_dataset, read_index
+from alexprep.shards.plan import ShardOptions
+from alexprep.shards.sources import ilsvrc
+from alexprep.shards.sources.base import Input, split_of
+from alexprep.shards.sources.files import files_at, inflated
+from alexprep.shards.sources.find import find_source
+
+OPTIONS = ShardOptions(Target(size=64), shard_samples=7)
+ENGINE = InProcessEngine()
+
+
+def _tar(path: Path, members: dict[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.GNU_FORMAT) as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    path.write_bytes(buffer.getvalue())
+    return buffer.getvalue()
+
+
+def _meta_mat(wnids: list[str]) -> bytes:
+    dtype = [("ILSVRC2012_ID", "O"), ("WNID", "O"), ("words", "O"), ("gloss", "O"), ("num_children", "O")]
+    rows = [(n + 1, wnid, "w", "g", 0) for n, wnid in enumerate(wnids)] + [(len(wnids) + 1, "n00001740", "w", "g", 2)]
+    buffer = io.BytesIO()
+    savemat(buffer, {"synsets": np.array(rows, dtype=dtype).reshape(-1, 1)})
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def val(photos: Path) -> list[tuple[str, str, bytes]]:
+    """(name, class, bytes) of the val images, named as in ILSVRC, classes in no order."""
+    images = sorted((photos / "val").rglob("*.JPEG"), key=lambda path: path.name)
+    return [
+        (f"ILSVRC2012_val_{n:08d}.JPEG", path.parent.name, path.read_bytes()) for n, path in enumerate(images, start=1)
+    ]
+
+
+@pytest.fixture(scope="module")
+def folders(photos: Path, val: list[tuple[str, str, bytes]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The reference: class folders, val sorted into them under the original names."""
+    root = tmp_path_factory.mktemp("folders")
+    shutil.copytree(photos / "train", root / "train")
+    for name, class_name, content in val:
+        (root / "val" / class_name).mkdir(parents=True, exist_ok=True)
+        (root / "val" / class_name / name).write_bytes(content)
+    return root
+
+
+@pytest.fixture(scope="module")
+def reference(folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("reference")
+    build(folders, out, OPTIONS, ENGINE)
+    return out
+
+
+def shards_of(data: Path) -> dict[str, str]:
+    """The sha256 of everything that training reads."""
+    files = [path for kind in ("*.tar", "*.idx", "index.npy") for path in data.glob(f"*/{kind}")]
+    return {str(path.relative_to(data)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def _train_archive(folders: Path, path: Path) -> None:
+    # Synsets and images in no order, as tar and the file system left them.
+    inner = {}
+    for folder in sorted((folders / "train").iterdir(), reverse=True):
+        images = {image.name: image.read_bytes() for image in sorted(folder.iterdir(), reverse=True)}
+        inner[f"{folder.name}.tar"] = _tar(path, images)
+    _tar(path, inner)
+
+
+def _ids(val: list[tuple[str, str, bytes]], wnids: list[str]) -> bytes:
+    return "".join(f"{wnids.index(class_name) + 1}\n" for _, class_name, _ in sorted(val)).encode()
+
+
+WNIDS = ["class2", "class0", "class3", "class1"]  # a devkit's IDs are not in the order of the names
+
+
+@pytest.fixture(scope="module")
+def archives(folders: Path, val: list[tuple[str, str, bytes]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As downloaded: train, val, test and devkit."""
+    root = tmp_path_factory.mktemp("archives")
+    _train_archive(folders, root / "ILSVRC2012_img_train.tar")
+    _tar(root / "ILSVRC2012_img_val.tar", {name: content for name, _, content in val[::-1]})
+    devkit = {
+        "ILSVRC2012_devkit_t12/data/meta.mat": _meta_mat(WNIDS),
+        "ILSVRC2012_devkit_t12/data/ILSVRC2012_validation_ground_truth.txt": _ids(val, WNIDS),
+    }
+    packed = _tar(root / "ILSVRC2012_devkit_t12.tar", devkit)
+    (root / "ILSVRC2012_devkit_t12.tar").unlink()
+    (root / "ILSVRC2012_devkit_t12.tar.gz").write_bytes(gzip.compress(packed))
+    return root
+
+
+def test_the_original_archives_give_the_same_shards(archives: Path, reference: Path, tmp_path: Path) -> None:
+    report = build(archives, tmp_path / "out", OPTIONS, 2)
+    assert report.samples == {"train": 48, "val": 20} and not report.rejected
+    assert shards_of(tmp_path / "out") == shards_of(reference)
+    dataset = read_dataset(tmp_path / "out")
+    assert dataset["source"]["layout"] == "ilsvrc" and dataset["digest"] == read_dataset(reference)["digest"]
+    sources = [str(entry.location) for entry in find_source(str(archives)).inputs()]
+    assert "ILSVRC2012_img_train.tar/class0.tar/000.JPEG" in sources
+    assert not [path for path in archives.iterdir() if not path.name.startswith("ILSVRC2012_")]  # nothing was unpacked
+
+
+def test_the_devkit_s_labels_from_its_archive(archives: Path, folders: Path, tmp_path: Path) -> None:
+    by_id = ShardOptions(Target(size=32), labels="ilsvrc-id", limit=4)
+    build(archives, tmp_path / "out", by_id, ENGINE)
+    assert read_dataset(tmp_path / "out")["classes"] == WNIDS
+
+
+def test_one_archive_alone_and_test_images_without_labels(
+    archives: Path, reference: Path, val: list[tuple[str, str, bytes]], tmp_path: Path
+) -> None:
+    one = build(archives / "ILSVRC2012_img_train.tar", tmp_path / "train", OPTIONS, ENGINE)
+    assert one.samples == {"train": 48}
+    _tar(tmp_path / "ILSVRC2012_img_test.tar", {name.replace("val", "test"): content for name, _, content in val})
+    build(tmp_path / "ILSVRC2012_img_test.tar", tmp_path / "test", OPTIONS, ENGINE)
+    assert set(read_index(tmp_path / "test", "test")["label"].tolist()) == {-1}
+    # 2010: the test images' labels were published.
+    (tmp_path / "old").mkdir()
+    _tar(
+        tmp_path / "old/ILSVRC2010_images_test.tar",
+        {f"test/{n.replace('2012_val', '2010_test')}": c for n, _, c in val},
+    )
+    (tmp_path / "old/ILSVRC2010_test_ground_truth.txt").write_bytes(_ids(val, WNIDS))
+    (tmp_path / "old/meta.mat").write_bytes(_meta_mat(WNIDS))
+    build(tmp_path / "old", tmp_path / "old-out", OPTIONS, ENGINE)
+    labels = read_index(tmp_path / "old-out", "test")["label"]
+    assert sorted(labels.tolist()) == sorted(read_index(reference, "val")["label"].tolist())
+
+
+def test_kaggle_s_folders_give_the_same_shards(
+    folders: Path, val: list[tuple[str, str, bytes]], reference: Path, tmp_path: Path
+) -> None:
+    images = tmp_path / "kaggle/ILSVRC/Data/CLS-LOC"
+    shutil.copytree(folders / "train", images / "train")
+    (images / "val").mkdir()
+    (images / "test").mkdir()
+    for name, _, content in val:
+        (images / "val" / name).write_bytes(content)
+        (images / "test" / name.replace("val", "test")).write_bytes(content)
+    with open(tmp_path / "kaggle/LOC_val_solution.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["ImageId", "PredictionString"])
+        writer.writerows([name.removesuffix(".JPEG"), f"{class_name} 1 2 30 40"] for name, class_name, _ in val)
+    report = build(tmp_path / "kaggle", tmp_path / "out", OPTIONS, ENGINE)
+    assert report.samples == {"train": 48, "val": 20, "test": 20}
+    made = {name: digest for name, digest in shards_of(tmp_path / "out").items() if not name.startswith("test")}
+    assert made == shards_of(reference)
+    (tmp_path / "kaggle/LOC_val_solution.csv").unlink()
+    with pytest.raises(AlexprepError, match=r"has no LOC_val_solution\.csv"):
+        build(tmp_path / "kaggle", tmp_path / "new", OPTIONS, ENGINE)
+
+
+@pytest.mark.parametrize("kind", ["csv", "names", "numbers", "devkit", "devkit archive"])
+def test_a_flat_val_folder_with_a_ground_truth(
+    kind: str, folders: Path, archives: Path, val: list[tuple[str, str, bytes]], reference: Path, tmp_path: Path
+) -> None:
+    root = tmp_path / "root"
+    shutil.copytree(folders / "train", root / "train")
+    (root / "val").mkdir()
+    for name, _, content in val:
+        (root / "val" / name).write_bytes(content)
+    with pytest.raises(AlexprepError, match="nothing beside it tells the classes"):
+        find_source(str(root))
+    classes = sorted({class_name for _, class_name, _ in val})
+    match kind:
+        case "csv":
+            lines = [f"{name.removesuffix('.JPEG')},{class_name} 1 1 1 1" for name, class_name, _ in val]
+            (root / "LOC_val_solution.csv").write_text("\n".join(["ImageId,PredictionString", *lines]))
+        case "names":
+            (root / "val.txt").write_text("".join(f"{name} {class_name}\n" for name, class_name, _ in val))
+        case "numbers":
+            (root / "val.txt").write_text("".join(f"{name} {classes.index(label)}\n" for name, label, _ in val))
+        case "devkit":
+            (root / "ILSVRC2012_devkit_t12/data").mkdir(parents=True)
+            (root / "ILSVRC2012_devkit_t12/data/meta.mat").write_bytes(_meta_mat(WNIDS))
+            truth = root / "ILSVRC2012_devkit_t12/data/ILSVRC2012_validation_ground_truth.txt"
+            truth.write_bytes(_ids(val, WNIDS))
+        case "devkit archive":
+            shutil.copy(archives / "ILSVRC2012_devkit_t12.tar.gz", root)
+    build(root, tmp_path / "out", OPTIONS, ENGINE)
+    assert shards_of(tmp_path / "out") == shards_of(reference)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("val.txt", "".join(f"a{n} {n + 1}\n" for n in range(20)), "numbers classes up to 20, but there are 4 train"),
+        ("val.txt", "ILSVRC2012_val_00000001.JPEG class0\n", "gives no class to 19 of 20 files"),
+        ("val.txt", "one\n", "line 1: expected NAME CLASS"),
+        ("LOC_val_solution.csv", "a,\n", "line 1: expected ImageId,PredictionString"),
+        ("ILSVRC2012_validation_ground_truth.txt", "1\n" * 20, "put the devkit's meta.mat"),
+        ("val.txt", b"\xff\xff 1", "no text in UTF-8"),
+    ],
+)
+def test_ground_truths_that_make_no_sense(
+    name: str, content: str | bytes, words: str, folders: Path, val: list[tuple[str, str, bytes]], tmp_path: Path
+) -> None:
+    shutil.copytree(folders / "train", tmp_path / "train")
+    (tmp_path / "val").mkdir()
+    for image, _, data in val:
+        (tmp_path / "val" / image).write_bytes(data)
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(AlexprepError, match=words):
+        list(find_source(str(tmp_path)).inputs())
+
+
+def test_archives_that_make_no_sense(archives: Path, tmp_path: Path) -> None:
+    def refused(words: str) -> None:
+        with pytest.raises(AlexprepError, match=words):
+            list(find_source(str(tmp_path)).inputs())
+
+    shutil.copy(archives / "ILSVRC2012_img_val.tar", tmp_path)
+    refused("nothing beside .*ILSVRC2012_img_val.tar tells the classes")
+    (tmp_path / "ILSVRC2012_validation_ground_truth.txt").write_text("1\n" * 19)
+    (tmp_path / "meta.mat").write_bytes(_meta_mat(WNIDS))
+    refused("19 lines for 20 images")
+    (tmp_path / "ILSVRC2012_validation_ground_truth.txt").write_text("1\n" * 19 + "5\n")
+    refused("line 20: '5' is no ID between 1 and 4")
+    (tmp_path / "ILSVRC2012_validation_ground_truth.txt").write_text("1\n" * 20)
+    raw = bytearray((archives / "ILSVRC2012_img_val.tar").read_bytes())
+    raw[0] ^= 1
+    (tmp_path / "ILSVRC2012_img_val.tar").write_bytes(raw)
+    refused("ILSVRC2012_img_val.tar.* byte 0")
+    shutil.copy(archives / "ILSVRC2012_img_val.tar", tmp_path / "ILSVRC2010_images_val.tar")
+    refused("both for 'val'")
+    for path in tmp_path.glob("*_val.tar"):
+        path.unlink()
+    _tar(tmp_path / "ILSVRC2012_img_train.tar", {"class0/a.jpg": b""})
+    refused("expected one SYNSET.tar a class")
+
+
+def test_published_checksums(archives: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files, _ = files_at(str(archives))
+    with pytest.raises(AlexprepError, match="the published one is"):
+        ilsvrc.check_archives(files)
+    name = "ILSVRC2012_img_val.tar"
+    wanted = {name: hashlib.md5((archives / name).read_bytes()).hexdigest()}
+    assert ilsvrc.check_archives(files, wanted) == [name]
+    with pytest.raises(AlexprepError, match=r"holds none of other\.tar"):
+        ilsvrc.check_archives(files, {"other.tar": ""})
+
+
+@pytest.mark.parametrize("shape", ["one tar", "inside a folder", "a tar a split"])
+def test_tars_of_class_folders_give_the_same_shards(shape: str, folders: Path, reference: Path, tmp_path: Path) -> None:
+    images = [path for path in sorted(folders.rglob("*.JPEG"), reverse=True)]
+    if shape == "a tar a split":
+        (tmp_path / "tars").mkdir()
+        for split in ("train", "val"):
+            below = {
+                str(p.relative_to(folders / split)): p.read_bytes() for p in images if folders / split in p.parents
+            }
+            _tar(tmp_path / "tars" / f"my-{split}.tar", below)
+        source = tmp_path / "tars"
+    else:
+        prefix = "imagenet/" if shape == "inside a folder" else "./"
+        source = tmp_path / "all.tar"
+        _tar(source, {prefix + str(p.relative_to(folders)): p.read_bytes() for p in images})
+    build(source, tmp_path / "out", OPTIONS, ENGINE)
+    assert shards_of(tmp_path / "out") == shards_of(reference)
+
+
+def test_odd_members_of_a_tar_are_rejected_each(photos: Path, tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "odd.tar", "w") as tar:
+        tar.add(photos / "train/class0/000.JPEG", "c/good.jpg")
+        for name, kind in (
+            ("c/link.jpg", tarfile.SYMTYPE),
+            ("c/hard.jpg", tarfile.LNKTYPE),
+            ("c/pipe", tarfile.FIFOTYPE),
+        ):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, "/etc/passwd"
+            tar.addfile(info)
+        tar.add(photos / "train/class0/000.JPEG", "../../c/up.jpg")
+        tar.add(photos / "train/class0/000.JPEG", "c/.hidden.jpg")
+    report = build(tmp_path / "odd.tar", tmp_path / "out", OPTIONS, ENGINE)
+    assert report.written == 2
+    assert dict(report.rejected) == {"cannot be read: a link or special file in an archive": 3}
+
+
+@pytest.mark.parametrize("form", ["ours", "theirs", "json", "brace pattern"])
+def test_webdatasets_are_sharded_anew(form: str, reference: Path, folders: Path, tmp_path: Path) -> None:
+    import webdataset as wds
+
+    source = tmp_path / "shards"
+    expected: list[tuple[str, int]] = []
+    index = sorted(find_source(str(folders)).inputs())
+    classes = sorted({entry.class_name for entry in index})
+    if form == "ours":
+        source = reference
+    else:
+        source.mkdir()
+        with wds.ShardWriter(str(source / "set-train-%04d.tar"), maxcount=9, verbose=0) as writer:
+            for n, entry in enumerate(entry for entry in index if entry.split == "train"):
+                label = classes.index(entry.class_name)
+                image = (folders / entry.location.path.decode()).read_bytes()
+                target = {"json": {"label": label, "caption": "x"}} if form == "json" else {"cls": label}
+                writer.write({"__key__": f"some/where.d/{n:04d}", "JPEG": image, **target})
+                expected.append((f"some/where.d/{n:04d}", label))
+    place = f"{source}/set-train-{{0000..0005}}.tar" if form == "brace pattern" else str(source)
+    found = find_source(place)
+    assert found.layout == "webdataset"
+    out = tmp_path / "out"
+    report = build(found, out, ShardOptions(Target(size=48), shard_samples=10), ENGINE)
+    if form == "ours":
+        assert report.samples == {"train": 48, "val": 20}
+        assert read_dataset(out)["classes"] == classes
+        assert sorted(read_index(out, "val")["label"]) == sorted(read_index(reference, "val")["label"])
+    else:
+        assert report.samples == {"train": 48}
+        assert read_dataset(out)["classes"] == ["0", "1", "2", "3"]
+        listed = [
+            (str(entry.location).rpartition(".tar/")[2].rpartition(".")[0], entry.class_name)
+            for entry in found.inputs()
+        ]
+        assert listed == [(key, str(label)) for key, label in expected]
+
+
+@pytest.mark.parametrize(
+    ("members", "words"),
+    [
+        ({"a.jpg": b"x", "a.cls": b"1", "b.jpg": b"x"}, "sample b has no label among jpg"),
+        ({"a.jpg": b"x", "a.cls": b"1", "b.txt": b"x", "b.cls": b"1"}, "sample b has 0 images among txt, cls"),
+        ({"a.jpg": b"x", "a.png": b"x", "a.cls": b"1"}, "sample a has 2 images"),
+        ({"a.jpg": b"x", "a.cls": b"1", "b.jpg": b"x", "b.cls": b"1", "a.txt": b""}, "sample a is scattered"),
+        ({"a.jpg": b"x", "a.JPG": b"x", "a.cls": b"1"}, "sample a has two .jpg"),
+        ({"a.jpg": b"x", "a.cls": b"-1"}, "label -1, not between 0 and"),
+        ({"a.jpg": b"x", "a.cls": b""}, "empty label"),
+        ({"a.jpg": b"x", "a.json": b'{"text": 1}'}, "no label in its .json"),
+        ({"a.jpg": b"x", "a.json": b'{"label": [1, 2]}'}, "several labels"),
+        ({"a.jpg": b"x", "a.cls": b"\xff\xfe"}, "no label in its .cls"),
+    ],
+)
+def test_samples_that_make_no_sense(members: dict[str, bytes], words: str, tmp_path: Path) -> None:
+    _tar(tmp_path / "set.tar", members)
+    with pytest.raises(AlexprepError, match=words):
+        list(find_source(str(tmp_path)).inputs())
+
+
+@pytest.mark.parametrize("layout", ["folders", "ilsvrc"])
+def test_stores_that_fsspec_opens(layout: str, folders: Path, archives: Path, reference: Path, tmp_path: Path) -> None:
+    """In this process, from and to fsspec's store in memory; by worker processes, through its file:// store."""
+    import fsspec
+    from upath import UPath
+
+    from alexprep.shards import stats
+    from alexprep.shards.verify import verify
+
+    source = folders if layout == "folders" else archives
+    store = fsspec.filesystem("memory")
+    store.put(str(source), f"/{layout}", recursive=True)
+    try:
+        build(f"memory://{layout}", "memory://out", OPTIONS, ENGINE)
+        made = UPath("memory://out")
+        got = {name: hashlib.sha256((made / name).read_bytes()).hexdigest() for name in shards_of(reference)}
+        assert got == shards_of(reference)
+        assert verify("memory://out", ENGINE, decode=True).problems == []
+        build(f"memory://{layout}", "memory://out", OPTIONS, ENGINE)  # nothing to do
+        there, here = (stats.compute(folder, "train", ENGINE) for folder in (made, reference))
+        assert (there.mean_HWC == here.mean_HWC).all() and (there.covariance == here.covariance).all()
+        if layout == "folders":
+            with pytest.raises(AlexprepError, match="lies among the images"):
+                build("memory://folders", "memory://folders/train/out", OPTIONS, ENGINE)
+    finally:
+        store.rm("/", recursive=True)
+    build(f"file://{source}", f"file://{tmp_path / 'out'}", OPTIONS, 2)
+    assert shards_of(tmp_path / "out") == shards_of(reference)
+    with pytest.raises(AlexprepError, match="does not exist"):
+        find_source("memory://nowhere")
+    with pytest.raises(AlexprepError, match="no place that fsspec can open"):
+        find_source("nosuchprotocol://x")
+
+
+def test_a_named_layout_is_taken_at_its_word(folders: Path, archives: Path) -> None:
+    assert find_source(str(folders), "folders").layout == "folders"
+    with pytest.raises(AlexprepError, match="has not the layout 'ilsvrc': expected a folder with ILSVRC2012_img_train"):
+        find_source(str(folders), "ilsvrc")
+    with pytest.raises(AlexprepError, match="--layout x is not one of"):
+        find_source(str(folders), "x")
+
+
+def test_a_source_lists_each_input_once_and_always_alike(folders: Path, archives: Path, reference: Path) -> None:
+    for place in (folders, archives, reference):
+        first, second = ([*find_source(str(place)).inputs()] for _ in range(2))
+        assert first == second and len(set(first)) == len(first) == 68
+        assert all(isinstance(entry, Input) for entry in first)
+
+
+def test_gzip_is_inflated_within_bounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from alexprep.shards.sources import files
+
+    monkeypatch.setattr(files, "MAX_INFLATED_BYTES", 10_000)
+    here, _ = files_at(str(tmp_path))
+    (tmp_path / "two.gz").write_bytes(gzip.compress(b"a" * 4000) + gzip.compress(b"b" * 4000))
+    assert inflated(here, b"two.gz") == b"a" * 4000 + b"b" * 4000
+    for name, content, words in (
+        ("bomb.gz", gzip.compress(bytes(10**6)), "more than the limit of 10,000"),
+        ("cut.gz", gzip.compress(b"abc" * 99)[:-9], "cut short"),
+        ("junk.gz", b"\x1f\x8b" + b"junk" * 9, "damaged gzip"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(OSError, match=words):
+            inflated(here, name.encode())
+
+
+def test_split_names() -> None:
+    names = (b"train", b"Validation", b"imagenet1k-test-0001.tar", b"train-val.tar", b"trainer")
+    assert [split_of(name) for name in names] == ["train", "val", "test", None, None]
+
+
+def test_real_photos_from_archives(sample_data: Path, tmp_path: Path) -> None:
+    """The original-tar layout of real photos gives the shards of the folders."""
+    source = sample_data / "imagenet-sample"
+    images = tmp_path / "tars"
+    images.mkdir()
+    _train_archive(source, images / "ILSVRC2012_img_train.tar")
+    build(source, tmp_path / "one", ShardOptions(), 2)
+    build(images, tmp_path / "two", ShardOptions(), 2)
+    assert shards_of(tmp_path / "one") == shards_of(tmp_path / "two")
+
+
+def test_real_cifar_from_its_tar(sample_data: Path, tmp_path: Path) -> None:
+    report = build(sample_data / "cifar10-jpeg.tar", tmp_path / "out", ShardOptions(Target(size=32), limit=2000), 2)
+    assert report.samples == {"train": 2000, "test": 2000}
+    classes = read_dataset(tmp_path / "out")["classes"]
+    assert classes == ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
