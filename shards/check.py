@@ -21,6 +21,7 @@ from alexprep.shards.tar import Member, dali_index, ending, header, padding
 from alexprep.shards.worker import attending
 from alexprep.shards.write import sidecar_path
 
+_SIDECAR = {"plan": str, "bytes": int, "sha256": str, "samples": int, "members": list, "inputs": list}
 _ENTRY = {"key": str, "label": int, "width": int, "height": int, "status": str}  # of each input in a sidecar
 
 
@@ -118,6 +119,9 @@ def _sidecar(
         sidecar = json.loads(bytes(raw))
         if json_bytes(sidecar, None) != raw:
             problem(".json", "was changed")
+            return None
+        if {key: type(value) for key, value in sidecar.items()} != _SIDECAR:
+            problem(".json", "has other fields than it was written with")
             return None
         if sidecar["plan"] != plan_digest:
             problem(".json", f"belongs to another plan ({str(sidecar['plan'])[:16]}…, not {plan_digest[:16]}…)")

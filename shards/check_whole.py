@@ -23,11 +23,10 @@ from alexprep.shards.plan import Plan
 
 def misplaced_tars(findings: list[Finding], dataset: dict[str, Any]) -> Iterator[Problem]:
     """Tars that hold the bytes of another shard, by what dataset.json recorded."""
-    recorded = {
-        record["sha256"]: record["name"]
-        for split in dataset.get("splits", {}).values()
-        for record in split.get("shards", ())
-    }
+    recorded = {}
+    with contextlib.suppress(KeyError, TypeError, AttributeError):  # it may be the damaged file
+        for split in dataset["splits"].values():
+            recorded.update({record["sha256"]: record["name"] for record in split["shards"]})
     for finding in findings:
         name = shard_name(finding.shard.split, finding.shard.number)
         other = recorded.get(finding.sha256 or "")

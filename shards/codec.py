@@ -14,10 +14,21 @@ from numpy.typing import NDArray
 from nvidia import nvimgcodec
 
 from alexprep.shards.geometry import to_square, upright
-from alexprep.shards.opinion import MAX_PIXELS, Refused, exif_orientation, has_end, second_opinion, too_large
+from alexprep.shards.opinion import (
+    MAX_PIXELS,
+    Refused,
+    exif_orientation,
+    has_end,
+    second_opinion,
+    too_large,
+    too_many_scans,
+)
 from alexprep.shards.resample import Resize
 
 FORMATS = {"jpg": "jpg", "png": "png", "raw": "npy"}  # --format → the member's extension
+
+# What nvImageCodec is trusted with. Its JPEG 2000 decoder was seen to crash on a damaged file; Pillow reads the other types.
+_CODECS = ("jpeg", "png", "webp", "bmp", "pnm")
 
 _SUBSAMPLING = {
     "420": nvimgcodec.ChromaSubsampling.CSS_420,
@@ -107,6 +118,8 @@ class Codec:
     def _convert(self, data: bytes) -> Converted | Refused:
         if not data:
             return Refused("empty file")
+        if refusal := too_many_scans(data):
+            return refusal
         stream = self._parse(data)
         if stream is not None and stream.height * stream.width > MAX_PIXELS:
             return too_large(stream.height, stream.width)
@@ -145,10 +158,10 @@ class Codec:
         return None if image is None else np.asarray(image.cpu())
 
     def _parse(self, data: bytes) -> nvimgcodec.CodeStream | None:
-        """The stream's header, or None where nvImageCodec cannot read it or the stream is not whole."""
+        """The stream's header, or None where nvImageCodec is not to decode it: another type, or not whole."""
         try:
             stream = nvimgcodec.CodeStream(data)
-            whole = stream.codec_name != "jpeg" or has_end(data)
+            whole = stream.codec_name in _CODECS and (stream.codec_name != "jpeg" or has_end(data))
             return stream if whole and stream.height > 0 and stream.width > 0 else None
         except RuntimeError:  # the header is not one it knows
             return None

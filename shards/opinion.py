@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +16,10 @@ from PIL import Image, UnidentifiedImageError
 
 # Pillow's own bound: 256 MiB of RGB. A header that promises more is refused before anything is allocated for it.
 MAX_PIXELS = 89_478_485
+# A progressive JPEG may have thousands of scans, each of which visits every block: a few kilobytes, minutes of work. Encoders
+# write about ten; nvImageCodec's first decoder stops at 256, the ones it then asks do not.
+MAX_SCANS = 256
+_START_OF_SCAN, _PROGRESSIVE = 0xDA, 0xC2
 # What the second opinion may open. A short list keeps rarely used parsers away from hostile files.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 _EXIF_ORIENTATION = 0x0112
@@ -29,6 +34,20 @@ class Refused:
     height: int = 0
 
 
+def _segments(data: bytes) -> Iterator[tuple[int, int]]:
+    """(marker, position) of a JPEG's segments up to its first scan."""
+    position = 2
+    while data[position : position + 1] == b"\xff" and position + 1 < len(data):
+        marker = data[position + 1]
+        if marker == 0xFF:  # a fill byte
+            position += 1
+            continue
+        yield marker, position
+        if marker == _START_OF_SCAN:
+            return
+        position += 2 + max(2, int.from_bytes(data[position + 2 : position + 4], "big"))
+
+
 def has_end(data: bytes) -> bool:
     """Whether a JPEG has an end-of-image marker behind its first scan's start: without one it was cut short.
 
@@ -37,16 +56,18 @@ def has_end(data: bytes) -> bool:
     """
     if data.endswith(b"\xff\xd9"):
         return True
-    position = 2
-    while data[position : position + 1] == b"\xff":
-        marker = data[position + 1 : position + 2]
-        if marker == b"\xff":  # a fill byte
-            position += 1
-        elif marker == b"\xda":  # start of scan; inside a scan ff is always followed by 00 or a restart marker
-            return data.find(b"\xff\xd9", position) >= 0
-        else:
-            position += 2 + max(2, int.from_bytes(data[position + 2 : position + 4], "big"))
-    return False
+    # Inside a scan ff is always followed by 00 or a restart marker.
+    return any(
+        marker == _START_OF_SCAN and data.find(b"\xff\xd9", position) >= 0 for marker, position in _segments(data)
+    )
+
+
+def too_many_scans(data: bytes) -> Refused | None:
+    """The refusal of a progressive JPEG with more than `MAX_SCANS`; None for all else."""
+    if not any(marker == _PROGRESSIVE for marker, _ in _segments(data)):
+        return None  # counting would cost more than a tenth of the decoding
+    scans = data.count(b"\xff\xda")
+    return Refused(f"{scans:,} scans are more than the limit of {MAX_SCANS}") if scans > MAX_SCANS else None
 
 
 def exif_orientation(data: bytes) -> int:

@@ -18,6 +18,7 @@ from alexprep.shards.build import build
 from alexprep.shards.codec import Target
 from alexprep.shards.engines import InProcessEngine
 from alexprep.shards.errors import AlexprepError
+from alexprep.shards.files import folder_at
 from alexprep.shards.layout import read_dataset, read_index
 from alexprep.shards.plan import ShardOptions
 from alexprep.shards.sources import ilsvrc
@@ -364,7 +365,6 @@ def test_samples_that_make_no_sense(members: dict[str, bytes], words: str, tmp_p
 def test_stores_that_fsspec_opens(layout: str, folders: Path, archives: Path, reference: Path, tmp_path: Path) -> None:
     """In this process, from and to fsspec's store in memory; by worker processes, through its file:// store."""
     import fsspec
-    from upath import UPath
 
     from alexprep.shards import stats
     from alexprep.shards.verify import verify
@@ -374,7 +374,7 @@ def test_stores_that_fsspec_opens(layout: str, folders: Path, archives: Path, re
     store.put(str(source), f"/{layout}", recursive=True)
     try:
         build(f"memory://{layout}", "memory://out", OPTIONS, ENGINE)
-        made = UPath("memory://out")
+        made = folder_at("memory://out")
         got = {name: hashlib.sha256((made / name).read_bytes()).hexdigest() for name in shards_of(reference)}
         assert got == shards_of(reference)
         assert verify("memory://out", ENGINE, decode=True).problems == []

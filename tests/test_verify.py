@@ -8,6 +8,7 @@ import shutil
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -54,7 +55,7 @@ def _found(data: Path, decode: bool = False) -> list[Problem]:
 
 
 @pytest.mark.parametrize("form", ["jpg", "png", "raw"])
-def test_a_clean_set_gives_no_alarm(form: str, photos: Path, data: Path, tmp_path: Path) -> None:
+def test_a_clean_set_gives_no_alarm(form: Literal["jpg", "png", "raw"], photos: Path, data: Path, tmp_path: Path) -> None:
     for decode in (False, True):
         verdict = verify(data, LocalEngine(2), decode)
         assert (verdict.problems, verdict.samples, verdict.shards) == ([], 68, 10)
@@ -124,7 +125,7 @@ def _swap_whole(data: Path) -> None:
         (data / "t").rename(other)
 
 
-def _edit_json(name: str, change: Callable[[dict], None]) -> Callable[[Path], None]:  # type: ignore[type-arg]
+def _edit_json(name: str, change: Callable[[dict[str, Any]], None]) -> Callable[[Path], None]:
     def edit(data: Path) -> None:
         document = json.loads((data / name).read_bytes())
         change(document)

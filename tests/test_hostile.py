@@ -1,0 +1,224 @@
+"""Files made to hurt: no crash, no hang, each in the ledger once, and the good ones as if they had been alone."""
+
+from __future__ import annotations
+
+import io
+import random
+import shutil
+import struct
+import tarfile
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from alexprep.shards.build import build
+from alexprep.shards.codec import Codec, Converted, Target
+from alexprep.shards.engines import LocalEngine
+from alexprep.shards.opinion import MAX_SCANS, Refused
+from alexprep.shards.plan import ShardOptions
+from alexprep.shards.read import Samples
+
+KINDS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "TGA", "JPEG2000", "ICO")
+
+
+def _png_chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def _png(width: int, height: int, body: bytes, more: bytes = b"") -> bytes:
+    header = _png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + more + _png_chunk(b"IDAT", body) + _png_chunk(b"IEND", b"")
+
+
+def made_to_hurt(photo: Callable[..., Image.Image], encoded: Callable[..., bytes]) -> Iterator[tuple[str, bytes]]:
+    """(name, bytes) of files each of which is a known trick."""
+    picture = photo(64, 48, 1)
+    jpeg = encoded(picture)
+    # Gigapixels promised by a header of a few hundred bytes.
+    yield "bomb.png", _png(60000, 60000, zlib.compress(bytes(10**6), 9))
+    yield "flat-bomb.png", _png(9000, 9000, zlib.compress(bytes(9000 * 27001), 9))  # legal: 81 Mpx of black in 236 kB
+    frame = jpeg.index(b"\xff\xc0")
+    yield "bomb.jpg", jpeg[: frame + 5] + b"\xff\xff\xff\xff" + jpeg[frame + 9 :]
+    yield "bomb.gif", b"GIF89a\xff\xff\xff\xff" + encoded(picture, "GIF")[10:]
+    yield "bomb.bmp", encoded(picture, "BMP")[:18] + struct.pack("<ii", 10**6, 10**6) + encoded(picture, "BMP")[26:]
+    yield "negative.bmp", encoded(picture, "BMP")[:18] + struct.pack("<ii", -64, -48) + encoded(picture, "BMP")[26:]
+    # Chunks and segments that claim more than there is, or far too much.
+    yield (
+        "text-bomb.png",
+        _png(8, 8, zlib.compress(bytes(200)), _png_chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(10**8)))),
+    )
+    yield (
+        "profile-bomb.png",
+        _png(8, 8, zlib.compress(bytes(200)), _png_chunk(b"iCCP", b"a\0\0" + zlib.compress(bytes(10**8)))),
+    )
+    yield "long-chunk.png", _png(8, 8, zlib.compress(bytes(200)))[:33] + b"\x7f\xff\xff\xffIDAT" + bytes(99)
+    yield "big-exif.jpg", jpeg[:2] + (b"\xff\xe1\xff\xffExif\0\0" + bytes(65527)) * 200 + jpeg[2:]
+    yield (
+        "exif-loop.jpg",
+        jpeg[:2] + b"\xff\xe1\x00\x20Exif\0\0II*\0\x08\0\0\0\x01\0\x69\x87\x04\0\x01\0\0\0\x08\0\0\0" + jpeg[2:],
+    )
+    # Thousands of scans, each of which visits every block.
+    buffer = io.BytesIO()
+    photo(700, 700, 2).save(buffer, "JPEG", progressive=True)
+    progressive = buffer.getvalue()
+    last = progressive.rindex(b"\xff\xda")
+    yield "scans.jpg", progressive[:-2] + progressive[last:-2] * 300 + b"\xff\xd9"
+    # Nothing behind a good beginning, and the wrong thing behind it.
+    yield "head.jpg", jpeg[:20]
+    yield "two.jpg", jpeg + jpeg
+    yield "zip.jpg", jpeg + b"PK\x03\x04" + bytes(999)
+    yield "html.jpg", b"<html><body>429 Too Many Requests</body></html>"
+    yield "null.jpg", bytes(4096)
+    yield "ff.jpg", b"\xff" * 65536
+    yield "restart.jpg", jpeg[:-2] + b"\xff\xd0" * 9999 + b"\xff\xd9"
+    yield "huge-tiff.tif", b"II*\0\x08\0\0\0\xff\xff" + b"\0\x01\x04\0\xff\xff\xff\xff\0\0\0\0" * 500
+    yield "tiff-loop.tif", b"II*\0\x08\0\0\0\0\0\x08\0\0\0"
+    yield "script.eps", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(/etc/passwd) (r) file\n"
+    yield "vector.svg", b'<svg xmlns="http://www.w3.org/2000/svg"><image href="file:///etc/passwd"/></svg>'
+    yield "layers.psd", b"8BPS\0\x01" + bytes(6) + b"\0\x03\0\0\x75\x30\0\0\x75\x30\0\x08\0\x03" + bytes(99)
+
+
+def damaged(
+    rng: random.Random, photo: Callable[..., Image.Image], encoded: Callable[..., bytes]
+) -> Iterator[tuple[str, bytes]]:
+    """(name, bytes) of good files of every kind after random damage: flips, cuts, splices, repeats."""
+    for n in range(560):
+        kind = KINDS[n % len(KINDS)]
+        good = encoded(
+            photo(rng.randrange(1, 90), rng.randrange(1, 90), n).convert(
+                "P" if n % 7 == 0 and kind in ("PNG", "GIF") else "RGB"
+            ),
+            kind,
+        )
+        bad = bytearray(good)
+        match n % 4:
+            case 0:
+                for _ in range(rng.randrange(1, 20)):
+                    bad[rng.randrange(len(bad))] = rng.randrange(256)
+            case 1:
+                del bad[rng.randrange(len(bad)) :]
+            case 2:
+                at = rng.randrange(len(bad))
+                bad[at:at] = bytes(rng.randrange(256) for _ in range(rng.randrange(1, 64)))
+            case 3:
+                at, length = rng.randrange(len(bad)), rng.randrange(1, 200)
+                bad[at:at] = bad[at : at + length]
+        yield f"{n:03d}.{kind.lower()}", bytes(bad)
+
+
+def test_hostile_files_change_nothing_for_the_good_ones(
+    photos: Path, photo: Callable[..., Image.Image], encoded: Callable[..., bytes], tmp_path: Path, seed: int
+) -> None:
+    hostile = dict([*made_to_hurt(photo, encoded), *damaged(random.Random(seed), photo, encoded)])
+    assert len(hostile) >= 580
+    shutil.copytree(photos, tmp_path / "source")
+    for name, content in hostile.items():
+        (tmp_path / "source/train/class1" / f"x{name}").write_bytes(content)
+    options = ShardOptions(Target(size=32), shard_samples=50)
+    report = build(tmp_path / "source", tmp_path / "out", options, LocalEngine(2, image_seconds=20))
+    build(photos, tmp_path / "alone", options, 1)
+    assert report.inputs == len(hostile) + 68
+    ledgers = {
+        folder: pq.read_table(tmp_path / folder / "train/samples.parquet").to_pylist() for folder in ("out", "alone")
+    }
+    sources = [row["source"] for row in ledgers["out"]]
+    assert len(sources) == len(set(sources)) == len(hostile) + 48
+    reasons = {row["source"].rpartition("/x")[2]: row["reason"] for row in ledgers["out"] if row["reason"]}
+    assert not [reason for reason in reasons.values() if "ends the process" in reason or "takes more" in reason], (
+        reasons
+    )
+    for name, words in (
+        ("bomb.png", "more than the limit"),
+        ("bomb.jpg", "more than the limit"),
+        ("bomb.gif", "than the limit"),
+        ("scans.jpg", f"more than the limit of {MAX_SCANS}"),
+        ("html.jpg", "not an image of a known type"),
+        ("script.eps", "not an image of a known type"),
+        ("vector.svg", "not an image of a known type"),
+        ("layers.psd", "not an image of a known type"),
+        ("null.jpg", "not an image of a known type"),
+    ):
+        assert words in reasons[name], (name, reasons[name])
+    images = {}
+    for folder, rows in ledgers.items():
+        samples = Samples(tmp_path / folder, "train")
+        written = [row["source"] for row in rows if row["status"] == "written"]
+        images[folder] = {source: samples.encoded(n).tobytes() for n, source in enumerate(written)}
+    assert {source: images["out"][source] for source in images["alone"]} == images["alone"]
+
+
+def test_what_is_taken_is_what_pillow_sees(
+    photo: Callable[..., Image.Image], encoded: Callable[..., bytes], seed: int
+) -> None:
+    """A damaged file that both accept gives the same picture, whole: never one that is grey from the damage on."""
+    codec = Codec(Target(size=32, format="raw"))
+    taken = agreed = 0
+    for _, content in damaged(random.Random(seed), photo, encoded):
+        result = codec.convert(content)
+        assert isinstance(result, Converted | Refused)
+        if isinstance(result, Refused):
+            continue
+        taken += 1
+        try:
+            with Image.open(io.BytesIO(content)) as image:
+                image.load()
+                theirs = codec.convert(np.asarray(image.convert("RGB")))
+        except Exception:  # noqa: BLE001, S112  (damage outside of the region that is read)
+            continue
+        assert isinstance(theirs, Converted)
+        ours, other = (np.load(io.BytesIO(r.data)).astype(int) for r in (result, theirs))
+        agreed += np.abs(ours - other).mean() <= 2
+    assert taken > 50 and agreed > 0.9 * taken
+
+
+@pytest.mark.parametrize("orient", [False, True])
+def test_real_exif_orientations(orient: bool, sample_data: Path, tmp_path: Path) -> None:
+    """Two photos, each stored in all eight orientations: --orient makes all alike, without it none is turned."""
+    files = sorted((sample_data / "exif-orientation").glob("*.jpg"))
+    codec = Codec(Target(size=64, orient=orient, format="raw"))
+    pixels = {}
+    for path in files:
+        result = codec.convert(path.read_bytes())
+        assert isinstance(result, Converted)
+        pixels[path.stem] = np.load(io.BytesIO(result.data)).astype(float)
+        with Image.open(path) as image:
+            from PIL import ImageOps
+
+            upright = ImageOps.exif_transpose(image) if orient else image
+            expected = codec.convert(np.asarray(upright.convert("RGB")))
+        assert isinstance(expected, Converted)
+        assert np.abs(pixels[path.stem] - np.load(io.BytesIO(expected.data))).mean() < 1, path.stem
+    for photo in ("Landscape", "Portrait"):
+        far = max(np.abs(pixels[f"{photo}_1"] - pixels[f"{photo}_{n}"]).mean() for n in range(2, 9))
+        assert far < 12 if orient else far > 20
+
+
+def test_real_malformed_jpegs(sample_data: Path, tmp_path: Path) -> None:
+    """2,136 of them among real photos: every file in the ledger once, the photos as if they had been alone."""
+    source = tmp_path / "source" / "malformed"
+    source.mkdir(parents=True)
+    with tarfile.open(sample_data / "malformed-jpegs.tar") as tar:
+        for n, member in enumerate(member for member in tar if member.isfile()):
+            content = tar.extractfile(member)
+            assert content is not None
+            (source / f"{n:05d}.jpg").write_bytes(content.read())
+    for folder in (sample_data / "imagenet-sample/train").iterdir():
+        (tmp_path / "source" / folder.name).symlink_to(folder)
+    report = build(tmp_path / "source", tmp_path / "out", ShardOptions(), 2)
+    ledger = pq.read_table(tmp_path / "out/train/samples.parquet").to_pylist()
+    assert report.inputs == len(ledger) == len({row["source"] for row in ledger}) == 2136 + 298
+    build(sample_data / "imagenet-sample", tmp_path / "alone", ShardOptions(), 2)
+    alone = pq.read_table(tmp_path / "alone/train/samples.parquet").to_pylist()
+    images: dict[str, bytes] = {}
+    for folder, rows in (("alone", alone), ("out", ledger)):
+        samples = Samples(tmp_path / folder, "train")
+        for n, row in enumerate(row for row in rows if row["status"] == "written"):
+            name = row["source"].rpartition("/")[2]
+            if not row["source"].startswith("malformed"):
+                assert images.setdefault(name, samples.encoded(n).tobytes()) == samples.encoded(n).tobytes()
+    assert len(images) == 298
