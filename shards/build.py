@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from alexprep.shards.codec import Codec, Target
+from alexprep.shards.codec import Codec, Target, open_codec
 from alexprep.shards.describe import Description
 from alexprep.shards.engines import Engine, LocalEngine
-from alexprep.shards.errors import AlexprepError
+from alexprep.shards.errors import AlexprepError, DeviceLostError
 from alexprep.shards.files import file_sha256, folder_at, is_local, json_bytes, publish_bytes, remove_temporaries
 from alexprep.shards.layout import DATASET, PLAN_TABLE, TIMM_INFO, shard_name
 from alexprep.shards.plan import Plan, Shard, ShardOptions, locations, make_plan
@@ -63,7 +63,7 @@ def build(
     options: ShardOptions,
     engine: Engine | int,
     progress: Progress = lambda finished, total: None,
-    make_codec: MakeCodec = Codec,
+    make_codec: MakeCodec = open_codec,
 ) -> Report:
     """Turns a source of images into a finished data set.
 
@@ -131,10 +131,14 @@ def _shard_task(
     if read_sidecar(plan.folder, shard, digest) is not None:  # another writer was quicker
         return
     codec = make()
-    limit_memory(source.resident_bytes())
+    if codec.target.device == "cpu":  # CUDA reserves address space far beyond what it uses
+        limit_memory(source.resident_bytes())
     rows = _table(plan.folder, digest).read_row_group(group)
     inputs = list(map(PlannedInput, rows.column("row").to_pylist(), rows.column("label").to_pylist(), locations(rows)))
-    write_shard(plan.folder, shard, digest, inputs, source, codec, condemned)
+    try:
+        write_shard(plan.folder, shard, digest, inputs, source, codec, condemned)
+    except DeviceLostError:
+        os.abort()  # the engine starts a new process, in which the GPU works again
 
 
 @functools.lru_cache(maxsize=1)

@@ -6,6 +6,7 @@ Pixels are uint8 (height, width, 3), RGB, 0-255. Only the region that the square
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -77,6 +78,8 @@ class Converted:
 class Codec:
     """Decodes, resizes and encodes on one core. Not to be shared by threads."""
 
+    batch = 1  # how many inputs `convert_many` is best given
+
     def __init__(self, target: Target) -> None:
         """Opens the decoder and the encoder for one `target`."""
         self.target = target
@@ -95,6 +98,10 @@ class Codec:
             quality_value=target.quality,
             chroma_subsampling=_SUBSAMPLING[target.subsampling],
         )
+
+    def convert_many(self, inputs: Sequence[bytes | NDArray[np.uint8]]) -> list[Converted | Refused]:
+        """`convert` of each."""
+        return [self.convert(data) for data in inputs]
 
     def convert(self, data: bytes | NDArray[np.uint8]) -> Converted | Refused:
         """Brings one image to the target form. Never raises for what `data` holds.
@@ -202,3 +209,12 @@ def read_raw(data: bytes) -> NDArray[np.uint8] | None:
     except Exception:  # noqa: BLE001  (numpy parses the header as Python, and raises what that raises)
         return None
     return pixels if pixels.dtype == np.uint8 else None
+
+
+def open_codec(target: Target) -> Codec:
+    """The codec of the target's device."""
+    if target.device == "cuda":
+        from alexprep.shards.cuda import CudaCodec
+
+        return CudaCodec(target)
+    return Codec(target)

@@ -10,7 +10,6 @@ free their memory in its order; the host waits only for bytes.
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -21,91 +20,37 @@ from numpy.typing import NDArray
 from nvidia import nvimgcodec
 from torch.utils.dlpack import from_dlpack
 
-from alexprep.shards import resample
 from alexprep.shards.codec import Codec, Converted, Target
-from alexprep.shards.errors import AlexprepError
+from alexprep.shards.errors import AlexprepError, DeviceLostError
 from alexprep.shards.geometry import to_square
-from alexprep.shards.opinion import MAX_PIXELS, Refused
-from alexprep.shards.resample import Axis, Resize
-
-BATCH = 64  # images that a shard's writer hands over at once; more gains little and holds more memory
-_MATRICES = 512  # kept on the device, 0.4 MB each for photos of 500 pixels; sizes repeat within a data set
-
-
-class DeviceLost(Exception):
-    """CUDA failed in a way that only a new process mends."""
-
-
-class Resizer:
-    """`alexprep.shards.resample.Resize` in torch, on any device: the same pixels.
-
-    The weights are the same integers, as whole matrices: a GPU multiplies faster than it skips zeros. Zeros do not touch
-    the argument of `resample`: each product and each partial sum, in whatever order and fused or not, is an integer
-    below 2**24 (times a power of two) and so exact in float32. TF32 would round the weights to 11 bits, hence "ieee".
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        """Prepares for `device`; float32 products are IEEE's in this process from here on."""
-        torch.backends.cuda.matmul.fp32_precision = "ieee"
-        # A cache of its own: an evicted matrix is freed in the order of the one stream that reads it.
-        self._matrix = functools.lru_cache(maxsize=_MATRICES)(functools.partial(_matrix, device))
-
-    def __call__(self, pixels: torch.Tensor, resize: Resize) -> torch.Tensor:
-        """Resizes the region that `resize` reads.
-
-        Args:
-            pixels: uint8 (H, W, 3), the whole source.
-            resize: what to make of it.
-
-        Returns:
-            uint8 (vertical.count, horizontal.count, 3), contiguous.
-        """
-        top, left, bottom, right = resize.region
-        down = self._matrix(resize.vertical, resize.name, resample._COLUMN_BITS, top, bottom)
-        along = self._matrix(resize.horizontal, resize.name, resample._ROW_BITS, left, right)
-        region = pixels[top:bottom, left:right].permute(2, 0, 1)
-        planes = region.to(torch.float32, memory_format=torch.contiguous_format)
-        middle = (down @ planes).mul_(2.0**resample._MIDDLE_BITS).round_()  # halves to even, as numpy's rint
-        result = (middle @ along.T).mul_(2.0**-resample._MIDDLE_BITS).round_().clamp_(0, 255)
-        return result.to(torch.uint8).permute(1, 2, 0).contiguous()
-
-
-def _matrix(device: torch.device, axis: Axis, name: str, bits: int, low: int, high: int) -> torch.Tensor:
-    """float32 (axis.count, high - low): an axis' weights for the source pixels [low, high), multiples of 2**-bits."""
-    first, exact = resample.weights(axis, name)
-    source = np.clip(first[:, None] + np.arange(exact.shape[1]), 0, axis.source - 1)
-    fixed = resample._rounded(exact, bits)
-    output, tap = np.nonzero(fixed)
-    matrix = np.zeros((axis.count, high - low), np.float32)
-    np.add.at(matrix, (output, source[output, tap] - low), fixed[output, tap])
-    return torch.from_numpy(matrix * np.float32(2.0**-bits)).to(device)
+from alexprep.shards.opinion import MAX_PIXELS, Refused, too_many_scans
+from alexprep.shards.resample import Resize
+from alexprep.shards.resize_torch import Resizer
 
 
 class _Work(NamedTuple):
-    """One image for the GPU; `kept` is the bytes of a source that already has the target form."""
+    """One image for the GPU."""
 
     source: Any  # a CodeStream, or pixels: uint8 (H, W, 3)
     resize: Resize
     height: int
     width: int
-    kept: bytes | None
+    kept: bytes | None  # the source's, where they have the target form already
 
 
 class CudaCodec(Codec):
     """`Codec` with a GPU. `convert_many` is the way to use it; `convert` is a batch of one. Not to be shared by threads.
 
-    An image's bytes do not depend on the images beside it, nor on how many there are.
+    The bytes of a sound image do not depend on the images beside it, nor on how many there are.
     """
 
-    def __init__(self, target: Target, device: str = "cuda") -> None:
-        """Opens the decoders and encoders for one `target`.
+    batch = 64  # more gains little and holds more memory
 
-        Args:
-            target: the form that images are brought to.
-            device: "cuda" or "cuda:N"; "cpu" takes the same steps with nvImageCodec's CPU decoder, for tests.
+    def __init__(self, target: Target, device: str = "cuda") -> None:
+        """Opens decoders and encoders; device "cpu" takes the same steps with nvImageCodec's CPU decoder, for tests.
 
         Raises:
-            AlexprepError: there is no such GPU, or its JPEG decoder is not to be had.
+            AlexprepError: there is no GPU, or nvJPEG does not work on it.
         """
         super().__init__(target)
         self._device = torch.device(device)
@@ -123,15 +68,16 @@ class CudaCodec(Codec):
         """
         if not torch.cuda.is_available():
             raise AlexprepError("--device cuda: torch finds no CUDA device here; use --device cpu")
-        torch.cuda.set_device(self._device)  # so that "cuda" means one and the same GPU to both libraries
+        number = torch.cuda.current_device() if self._device.index is None else self._device.index
+        torch.cuda.set_device(number)  # so that "cuda" means one and the same GPU to both libraries
         self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        self._handle, number = self._stream.cuda_stream, torch.cuda.current_device()
+        self._handle = self._stream.cuda_stream
         probe = bytes(self._encoder.encode(nvimgcodec.as_image(np.zeros((64, 48, 3), np.uint8)), "jpeg"))
         try:
             hybrid = nvimgcodec.Backend(nvimgcodec.BackendKind.HYBRID_CPU_GPU)
             self._gpu_decoder = nvimgcodec.Decoder(device_id=number, backends=[hybrid])
             self._gpu_encoder = nvimgcodec.Encoder(device_id=number)
-            if isinstance(work := self._work(probe), _Work) and self._encoded([work]) != [None]:
+            if (work := self._work(probe)) is not None and self._encoded([work]) != [None]:
                 return
             reason = "it refuses a good one"  # as it would all, which would then take the CPU's way in silence
         except RuntimeError as error:
@@ -142,20 +88,14 @@ class CudaCodec(Codec):
         )
 
     def convert(self, data: bytes | NDArray[np.uint8]) -> Converted | Refused:
-        """As `Codec.convert`; see `convert_many` for the errors."""
+        """As `Codec.convert`, with the errors of `convert_many`."""
         return self.convert_many([data])[0]
 
     def convert_many(self, inputs: Sequence[bytes | NDArray[np.uint8]]) -> list[Converted | Refused]:
-        """Brings images to the target form, each on its own: what one of them holds costs no other.
-
-        Args:
-            inputs: encoded images, or pixels: uint8 (H, W, 3) RGB or (H, W) grey; `BATCH` of them is a good number.
-
-        Returns:
-            What became of each, in order.
+        """Converts each of `inputs` (`batch` of what `convert` takes); what one of them holds costs no other.
 
         Raises:
-            DeviceLost: the GPU can no longer be used by this process.
+            DeviceLostError: the GPU can no longer be used by this process.
         """
         works = [(n, work) for n, data in enumerate(inputs) if (work := self._work(data)) is not None]
         done: dict[int, Converted] = {}
@@ -190,18 +130,21 @@ class CudaCodec(Codec):
         except RuntimeError as error:  # of torch and of nvImageCodec, for whatever CUDA reports
             if self._stream is not None:
                 _ensure_alive(error)
+        torch.cuda.empty_cache()  # torch keeps what it frees; here nvImageCodec may need it
         return [None] if len(works) == 1 else [data for work in works for data in self._tried([work])]
 
     def _encoded(self, works: list[_Work]) -> list[bytes | None]:
         """The bytes that images become; None for one that nvJPEG refuses. All on the one stream."""
         with torch.cuda.stream(self._stream):  # no effect where it is None
-            streams = [work.source for work in works if not isinstance(work.source, np.ndarray)]
-            decode = functools.partial(self._gpu_decoder.decode, params=self._decode_params, cuda_stream=self._handle)
-            decoded = iter(decode(streams) if streams else ())
+            sources = [work.source for work in works]
+            streams = [source for source in sources if not isinstance(source, np.ndarray)]
+            if streams:
+                options = {"params": self._decode_params, "cuda_stream": self._handle}
+                decoded = iter(self._gpu_decoder.decode(streams, **options))
+                sources = [source if isinstance(source, np.ndarray) else next(decoded) for source in sources]
             result = [work.kept for work in works]
             squares: dict[int, torch.Tensor] = {}
-            for n, work in enumerate(works):
-                image = work.source if isinstance(work.source, np.ndarray) else next(decoded)
+            for n, (image, work) in enumerate(zip(sources, works, strict=True)):
                 if image is None:
                     result[n] = None
                 elif work.kept is None:
@@ -236,18 +179,13 @@ def _ensure_alive(error: RuntimeError) -> None:
     """Some errors (an illegal address, say) stay with the process: every later call fails, also for good images."""
     try:
         torch.cuda.synchronize()
-        torch.cuda.empty_cache()
     except RuntimeError:
-        raise DeviceLost(str(error)) from error
+        raise DeviceLostError(str(error)) from error
 
 
 def _plain(stream: Any, data: bytes) -> bool:
-    """Whether an image is a JPEG of 8 bits in grey or YCbCr.
-
-    nvImageCodec takes any three components for YCbCr. libjpeg knows the few in RGB by what they lack, a JFIF marker; and
-    nobody subsamples RGB.
-    """
-    if stream.codec_name != "jpeg" or stream.precision != 8:
+    """Whether an image is a JPEG of 8 bits in grey or YCbCr: one in RGB has no JFIF marker and is never subsampled."""
+    if stream.codec_name != "jpeg" or stream.precision != 8 or too_many_scans(data):
         return False
     subsampled = stream.chroma_subsampling != nvimgcodec.ChromaSubsampling.CSS_444
     return stream.num_channels == 1 or (stream.num_channels == 3 and (subsampled or data[6:11] == b"JFIF\0"))

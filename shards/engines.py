@@ -137,7 +137,7 @@ class Crew:
         self._workers = [self._start(index) for index in range(count)]
 
     def _start(self, index: int) -> _Worker:
-        self._slots[index] = (-1, 0, 0)
+        self._slots[index] = (-1, 0, 0, 0)
         return _Worker(self._descriptor, len(self._slots), index, self._engine.image_bytes)
 
     def close(self) -> None:
@@ -153,9 +153,11 @@ class Crew:
         waiting = [_Job(argument) for argument in reversed(arguments)]
         finished = 0
         while True:
-            for worker in self._workers:
+            for index, worker in enumerate(self._workers):
                 if worker.job is None and waiting:
                     worker.job = waiting.pop()
+                    # A condemnation sets deaths back.
+                    self._slots[index]["deaths"] = worker.job.deaths + len(worker.job.condemned)
                     with contextlib.suppress(OSError):  # it died meanwhile: found out below
                         worker.connection.send((task, worker.job.argument, worker.job.condemned))
             busy = {worker.connection: index for index, worker in enumerate(self._workers) if worker.job is not None}

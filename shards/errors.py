@@ -6,3 +6,7 @@ class AlexprepError(Exception):
 
     The command line prints the message alone, without a traceback; any other exception is a bug.
     """
+
+
+class DeviceLostError(Exception):
+    """A GPU failed in a way that only a new process mends."""

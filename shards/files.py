@@ -101,6 +101,9 @@ def _temporary(path: Path) -> Iterator[tuple[Path, BinaryIO]]:
                     continue
                 yield temporary, file
                 return
+        except OSError as error:
+            error.filename = error.filename or str(path)  # a failed write or fsync does not say where
+            raise
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -137,6 +140,9 @@ def sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        error.filename = str(folder)
+        raise
     finally:
         os.close(descriptor)
 

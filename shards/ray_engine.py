@@ -7,10 +7,13 @@ child, as it would locally, so an input that ends processes is found out there a
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import os
 import platform
 import secrets
+import socket
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +25,11 @@ from alexprep.shards.worker import POLL_SECONDS
 _OLDEST = (2, 56)
 _RETRIES = 20  # of one task whose Ray worker or machine is lost; a shard is minutes of work, so this is many losses
 _STORE_BYTES = 128 * 2**20  # of a local Ray's object store; the largest results, moments of a shard, take 1.5 MB
-_GRACE_SECONDS = 10.0
+_GRACE_SECONDS = 5 * POLL_SECONDS
+_KNOCK_SECONDS = 10.0
+# Tasks under way for each CPU. No more, since there is no safe way to call them back: `ray.cancel` may abort the caller when a
+# task ends at that moment (2.60: "Tried to complete task that was not pending").
+_AHEAD = 4
 
 Outcome = tuple[bool, Any, int]  # whether it went well; the result, or what went wrong and where; finished inputs
 
@@ -66,18 +73,22 @@ class RayEngine:
             start = ray.remote(num_cpus=1, max_retries=_RETRIES)(_in_ray_worker).remote
             shared = ray.put(task)
             run = secrets.token_hex(8)
-            pending = [start(run, os.getcwd(), bounds, shared, argument) for argument in arguments]
-            finished = 0
-            try:
-                while pending:
-                    ready, pending = ray.wait(pending, num_returns=len(pending), timeout=POLL_SECONDS)
-                    for reference in ready:
-                        result, count = _outcome(ray, reference)
-                        finished += count
-                        yield result
-                    progress(finished)
-            finally:
-                _cancel(ray, pending)
+            waiting = iter(arguments)
+            pending: list[Any] = []
+            wanted = finished = 0
+            while True:
+                if len(pending) <= wanted // 2:
+                    wanted = _AHEAD * max(1, int(ray.cluster_resources().get("CPU", 0)))  # machines come and go
+                    some = itertools.islice(waiting, max(0, wanted - len(pending)))
+                    pending += [start(run, os.getcwd(), bounds, shared, argument) for argument in some]
+                if not pending:
+                    return
+                ready, pending = ray.wait(pending, timeout=POLL_SECONDS)
+                for reference in ready:
+                    result, count = _outcome(ray, reference)
+                    finished += count
+                    yield result
+                progress(finished)
 
 
 def _ray() -> Any:
@@ -106,16 +117,24 @@ def _connected(ray: Any, address: str | None) -> Iterator[None]:
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
         try:
-            _start_here(ray, quiet) if address == "local" else ray.init(address=address, **quiet)
+            if address == "local":
+                _start_here(ray, quiet)
+            else:
+                _knock(address)
+                ray.init(address=address, **quiet)
         except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-            reason = str(error).strip().partition("\n")[0]
             raise AlexprepError(
-                f"--ray-address {address}: no connection ({reason}): look at `ray status` there; "
+                f"--ray-address {address}: no connection ({_first_line(error)}): see `ray status` there; "
                 "on a machine of the cluster the address is auto"
             ) from error
         if not ray.cluster_resources().get("CPU"):
             raise AlexprepError(f"the Ray cluster at {address} has no CPU to run tasks: add a machine with `ray start`")
-        yield
+        try:
+            yield
+        except BaseException:  # Ctrl-C among them
+            ray.shutdown()  # ends the workers, and their children notice: then their unfinished files can be removed
+            time.sleep(_GRACE_SECONDS)
+            raise
     finally:
         ray.shutdown()
 
@@ -141,6 +160,19 @@ def _start_here(ray: Any, quiet: dict[str, Any]) -> None:
         ray_constants.ENABLE_RAY_CLUSTER = before
 
 
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
+def _knock(address: str) -> None:
+    """Raises OSError where nobody listens; Ray itself would try for minutes."""
+    if "://" in address:
+        raise OSError("Ray Client is not supported: give HOST:PORT, from a machine of the cluster")
+    host, _, port = address.rpartition(":")
+    if port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_KNOCK_SECONDS).close()
+
+
 def _outcome(ray: Any, reference: Any) -> tuple[Any, int]:
     """A finished task's result, and how many inputs it worked on."""
     try:
@@ -150,25 +182,17 @@ def _outcome(ray: Any, reference: Any) -> tuple[Any, int]:
             raise AlexprepError(
                 "a machine of the Ray cluster cannot import alexprep: pip install alexprep there, in the same version as here"
             ) from error
-        if isinstance(error, ray.exceptions.RayTaskError):
+        cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
+        if not isinstance(cause, ray.exceptions.RayError):
             raise RuntimeError(f"in a Ray worker:\n{error}") from error
         raise AlexprepError(
-            f"Ray gave a shard up ({type(error).__name__}: {str(error).strip().partition(chr(10))[0]}): look at `ray status`, "
-            "then run the same command again; finished shards are kept"
+            f"Ray gave a shard up ({type(cause).__name__}: {_first_line(cause)}): see `ray status`, and that RAY_AUTH_MODE and the "
+            "token are the same on every machine; then run the same command again, finished shards are kept"
         ) from error
     if not good:
         words, machine = answer
         raise AlexprepError(words if machine == platform.node() else f"{words} (on {machine})")
     return answer, count
-
-
-def _cancel(ray: Any, pending: list[Any]) -> None:
-    """Ends what is under way, and waits for it: its temporary files can then be removed."""
-    with contextlib.suppress(ray.exceptions.RayError):
-        for reference in pending:
-            ray.cancel(reference)
-        if pending:
-            ray.wait(pending, num_returns=len(pending), timeout=_GRACE_SECONDS)
 
 
 # What follows runs in Ray's workers. Each has one child, kept from task to task: starting one takes half a second.
@@ -187,7 +211,7 @@ def _in_ray_worker(run: str, folder: str, bounds: LocalEngine, task: Task[Any], 
     except AlexprepError as error:
         _dismiss()
         return False, (str(error), platform.node()), 0
-    except BaseException:  # a cancelled task gets KeyboardInterrupt
+    except BaseException:
         _dismiss()
         raise
     return True, answer, counts[-1]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -22,7 +23,14 @@ _COLUMN_BITS = 15  # fractional bits of the weights that mix rows of pixels
 _MIDDLE_BITS = 2  # fractional bits kept between the two products
 _ROW_BITS = 12  # fractional bits of the weights that mix columns
 # The absolute weights of an output sum to less than 1.6 (lanczos), so 255 * 1.6 * 2**15 and 255 * 1.6**2 * 2**14 < 2**24.
-_BLOCK = 8  # outputs computed by one product: wide enough for BLAS, narrow enough to skip the zeros (measured)
+_BLOCK = (
+    8  # outputs of one product: wide enough for BLAS, narrow enough to skip the zeros (measured); 8 bytes turn as one
+)
+_DOWN_GROUP, _ALONG_GROUP = (
+    4,
+    8,
+)  # products of one numpy call (measured): their inputs lie a whole number of pixels apart
+_KEPT = 2**22  # floats: larger working memory is given back after each image
 
 
 @dataclass(frozen=True)
@@ -63,81 +71,110 @@ def weights(axis: Axis, name: str) -> tuple[NDArray[np.int64], NDArray[np.float6
     """The weights of every output of an axis, before they are rounded.
 
     Returns:
-        `first`, int64 of shape (count,): the first source pixel that output i reads (may be negative), and
-        `w`, float64 of shape (count, taps): its weights, rows summing to 1; pixels outside the source count as the nearest
+        `first`, int64 (count,), ascending: the first source pixel that output i reads (may be negative), and
+        `w`, float64 (taps, count): its weights, columns summing to 1; pixels outside the source count as the nearest
         inside for "area" when enlarging (as OpenCV), and have weight 0 otherwise.
     """
     step = axis.source / axis.target  # source pixels an output pixel
-    i = np.arange(axis.offset, axis.offset + axis.count, dtype=np.float64)
+    i = np.arange(axis.offset, axis.offset + axis.count + 1, dtype=np.float64)
     if name == "area" and step >= 1:
         # The share of each source pixel that output i's interval [i * step, (i + 1) * step) covers.
-        begin, end = i * step, (i + 1) * step
-        first = np.floor(begin).astype(np.int64)
-        j = first[:, None] + np.arange(math.ceil(step) + 1)
-        w = np.clip(np.minimum(j + 1, end[:, None]) - np.maximum(j, begin[:, None]), 0.0, None)
+        i *= step
+        start = np.floor(i[:-1])
+        j = start + np.arange(math.ceil(step) + 1.0)[:, None]
+        w = np.minimum(j + 1, i[1:])
+        w -= np.maximum(j, i[:-1])
+        np.maximum(w, 0.0, out=w)
     else:
         radius, kernel = _KERNELS["enlarging" if name == "area" else name]
         spread = max(step, 1.0)  # antialias: the kernel widens with the shrink
-        centre = (i + 0.5) * step
-        first = np.floor(centre - radius * spread).astype(np.int64)
-        j = first[:, None] + np.arange(math.ceil(2 * radius * spread) + 1)
-        w = kernel((j + 0.5 - centre[:, None]) / spread)
-    if not (name == "area" and step < 1):
-        w = np.where((j >= 0) & (j < axis.source), w, 0.0)
-    return first, w / w.sum(axis=1, keepdims=True)
+        centre = (i[:-1] + 0.5) * step
+        start = np.floor(centre - radius * spread)
+        j = start + np.arange(math.ceil(2 * radius * spread) + 1.0)[:, None]
+        w = kernel((j + 0.5 - centre) / spread)
+    if not (name == "area" and step < 1) and (j[0, 0] < 0 or j[-1, -1] >= axis.source):
+        w[(j < 0) | (j >= axis.source)] = 0.0
+    w /= np.ascontiguousarray(w.T).sum(axis=1)  # in the order of summation that the pixels have had from the first
+    return start.astype(np.int64), w
 
 
-def _rounded(w: NDArray[np.float64], bits: int) -> NDArray[np.int64]:
-    """Weights as integers that sum to exactly 2**bits in each row: the rounded running sums' differences."""
-    sums: NDArray[np.int64] = np.rint(w.cumsum(axis=1) * 2**bits).astype(np.int64)
-    return np.diff(sums, axis=1, prepend=0)
-
-
-Blocks = tuple[tuple[int, int, NDArray[np.float32]], ...]
+def _rounded(w: NDArray[np.float64], bits: int) -> NDArray[np.float64]:
+    """Weights as multiples of 2**-bits that sum to exactly 1 in each column: the rounded running sums' differences."""
+    sums: NDArray[np.float64] = np.rint(w.cumsum(axis=0) * 2.0**bits)
+    sums[1:] -= sums[:-1].copy()
+    return sums * 2.0**-bits
 
 
 @dataclass(frozen=True)
 class Band:
-    """An axis' matrix, cut into dense blocks along its diagonal.
+    """An axis' matrix, cut into dense blocks of 8 outputs along its diagonal, and these into groups of equal distance.
+
+    An output and an input are one channel of a pixel: `channels` neighbours of each make a pixel.
 
     Attributes:
-        low: the first source pixel that the axis reads.
-        high: one past the last one.
-        outputs: int (blocks,), the first output of each block.
-        inputs: int (blocks,), the first input of each block, counted from `low`.
-        matrices: float32 (blocks, rows per block * channels, columns per block * channels), multiples of a power of two.
+        low, high: the half-open range of source pixels that the axis reads.
+        starts: by group, the first input of its first block, counted from `low`; may lie before it.
+        stride: from one block's first input to the next one's in a group, inputs.
+        before, after: how many inputs blocks reach out before `low` and behind `high`, where their weights are 0.
+        positive: whether no weight is negative, so that no output is out of range.
+        matrices: float32 (groups, blocks, 8 outputs, inputs), multiples of a power of two.
     """
 
     low: int
     high: int
-    outputs: list[int]
-    inputs: list[int]
+    starts: list[int]
+    stride: int
+    before: int
+    after: int
+    positive: bool
     matrices: NDArray[np.float32]
 
 
-@functools.lru_cache(maxsize=512)
-def _band(axis: Axis, name: str, bits: int, channels: int) -> Band:
-    """Cuts an axis' matrix at 2**-bits resolution; each weight is widened to a channels x channels identity."""
+@functools.lru_cache(maxsize=256)  # 50 kB each for the usual sizes, a fifth of a megabyte for sources of 3,000 pixels
+def _band(axis: Axis, name: str, bits: int, scale: float, channels: int, group: int) -> Band:
+    """Cuts an axis' matrix at 2**-bits resolution and multiplies it by `scale`."""
+    if axis.source > 8 * axis.target:
+        group = 1  # a large source: one block's inputs fill the cache
     first, exact = weights(axis, name)
-    fixed = _rounded(exact, bits)
-    j = np.clip(first[:, None] + np.arange(exact.shape[1]), 0, axis.source - 1)  # the source pixel behind each weight
-    used = exact != 0
-    begin, end = np.where(used, j, axis.source).min(axis=1), np.where(used, j, -1).max(axis=1) + 1
-    low, high = int(begin.min()), int(end.max())
-    rows = min(_BLOCK, axis.count)
-    starts = np.minimum(np.arange(0, axis.count, rows), axis.count - rows)  # the last block may overlap its neighbour
-    members = starts[:, None] + np.arange(rows)
-    columns = int((end[members].max(axis=1) - begin[members].min(axis=1)).max())
-    inputs = np.minimum(begin[members].min(axis=1), high - columns)
-    matrix = np.zeros((len(starts), rows, columns), np.float32)
-    b, r, t = np.nonzero(used[members])
-    np.add.at(matrix, (b, r, j[members][b, r, t] - inputs[b]), fixed[members][b, r, t])
-    matrix *= np.float32(2.0**-bits)
-    wide = np.zeros((len(starts), rows, channels, columns, channels), np.float32)
-    for channel in range(channels):
-        wide[:, :, channel, :, channel] = matrix
-    matrices = wide.reshape(len(starts), rows * channels, columns * channels)
-    return Band(low, high, starts.tolist(), (inputs - low).tolist(), matrices)
+    inputs = first + np.arange(len(exact))[:, None]  # the source pixel behind each weight
+    if first[0] < 0 or inputs[-1, -1] >= axis.source:
+        np.clip(inputs, 0, axis.source - 1, out=inputs)
+    read = inputs[exact != 0]
+    low, high = int(read.min()), int(read.max()) + 1
+    fixed, inputs = _rounded(exact, bits), (inputs - low) * channels
+    # Each block's first and last input, relative to the group's; blocks that only fill up the last group change neither.
+    count, ahead = axis.count * channels, np.arange(group) * (stride := round(_BLOCK * axis.source / axis.target))
+    groups = -(-count // (_BLOCK * group))
+    pixel, channel = np.divmod(outputs := np.arange(groups * group * _BLOCK), channels)
+    np.minimum(pixel, axis.count - 1, out=pixel)
+    begin = (inputs[0][pixel] + channel).reshape(groups, group, _BLOCK).min(axis=2) - ahead
+    end = (inputs[-1][pixel] + channel).reshape(groups, group, _BLOCK).max(axis=2) - ahead + 1
+    real = -(-count // _BLOCK) - (groups - 1) * group
+    begin[-1, real:], end[-1, real:] = begin[-1, 0], end[-1, 0]
+    starts = begin.min(axis=1)
+    columns = int((end - starts[:, None]).max())
+    # Where in the matrices each channel (first axis) of each weight goes.
+    places = outputs * columns + channel - (starts[:, None] + ahead).repeat(_BLOCK)
+    places = places[:count].reshape(-1, channels).T[:, None] + inputs
+    values = np.repeat(fixed[None] * scale, channels, axis=0)
+    matrices = np.bincount(places.ravel(), values.ravel(), len(outputs) * columns).astype(np.float32)
+    after = int(starts.max()) + (group - 1) * stride + columns - (high - low) * channels
+    matrices = matrices.reshape(groups, group, _BLOCK, columns)
+    before, positive = -int(starts.min()), bool(fixed.min() >= 0)
+    return Band(low, high, starts.tolist(), stride, max(0, before), max(0, after), positive, matrices)
+
+
+_memory, _NOTHING = threading.local(), np.zeros(0, np.float32)
+
+
+def _floats(use: str, size: int) -> NDArray[np.float32]:
+    """Working memory, (size,), of arbitrary but finite content: fresh pages for each image would cost a third of its time."""
+    held: NDArray[np.float32] = getattr(_memory, use, _NOTHING)
+    if len(held) < size:
+        held = np.zeros(size, np.float32)
+        if size <= _KEPT:
+            setattr(_memory, use, held)
+    return held[:size]
 
 
 @dataclass(frozen=True)
@@ -158,34 +195,56 @@ class Resize:
     @property
     def region(self) -> tuple[int, int, int, int]:
         """(top, left, bottom, right): the half-open box of source pixels that must be decoded."""
-        down = _band(self.vertical, self.name, _COLUMN_BITS, 1)
-        along = _band(self.horizontal, self.name, _ROW_BITS, 3)
+        down, along = self._bands()
         return down.low, along.low, down.high, along.high
 
-    def __call__(self, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """Resizes.
+    def _bands(self) -> tuple[Band, Band]:
+        down = _band(self.vertical, self.name, _COLUMN_BITS, 2.0**_MIDDLE_BITS, 1, _DOWN_GROUP)
+        return down, _band(self.horizontal, self.name, _ROW_BITS, 2.0**-_MIDDLE_BITS, 3, _ALONG_GROUP)
 
-        Args:
-            pixels: uint8, the box `region` of the source, (rows, columns, 3), C-contiguous.
+    def __call__(self, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """From `pixels`, the box `region` of the source as C-contiguous uint8 (rows, columns, 3), to as many as the axes count.
 
         Returns:
             uint8 (vertical.count, horizontal.count, 3).
         """
-        down = _band(self.vertical, self.name, _COLUMN_BITS, 1)
-        along = _band(self.horizontal, self.name, _ROW_BITS, 3)
-        source = pixels.reshape(len(pixels), -1)
-        height, width = down.matrices.shape[1], along.matrices.shape[1]
-        middle = np.empty((self.vertical.count, source.shape[1]), np.float32)
-        for output, start, matrix in zip(down.outputs, down.inputs, down.matrices, strict=True):
-            inputs = source[start : start + matrix.shape[1]].astype(np.float32)  # here, while it is in the cache
-            np.matmul(matrix, inputs, out=middle[output : output + height])
-        middle *= 2**_MIDDLE_BITS
-        np.rint(middle, out=middle)
-        result = np.empty((self.vertical.count, self.horizontal.count * 3), np.float32)
-        for output, start, matrix in zip(along.outputs, along.inputs, along.matrices, strict=True):
-            inputs = middle[:, start * 3 : start * 3 + matrix.shape[1]]
-            np.matmul(inputs, matrix.T, out=result[:, output * 3 : output * 3 + width])
-        result *= 2.0**-_MIDDLE_BITS
-        np.rint(result, out=result)
-        np.clip(result, 0, 255, out=result)
-        return result.astype(np.uint8).reshape(self.vertical.count, self.horizontal.count, 3)
+        (down, along), count = self._bands(), self.vertical.count
+        blocks = _rows(_columns(pixels.reshape(len(pixels), -1), down, along), count, along)
+        np.rint(blocks, out=blocks)
+        if not (down.positive and along.positive):
+            np.clip(blocks, 0, 255, out=blocks)
+        narrow = _floats("narrow", blocks.size // 4).view(np.uint8).reshape(blocks.shape)
+        np.copyto(narrow, blocks, casting="unsafe")
+        eights = narrow.view(np.uint64)[:, :count, 0].T  # a block's 8 outputs of a row move as one number
+        rows = np.ascontiguousarray(eights).view(np.uint8)[:, : self.horizontal.count * 3]
+        return np.ascontiguousarray(rows).reshape(count, self.horizontal.count, 3)
+
+
+def _columns(source: NDArray[np.uint8], down: Band, along: Band) -> NDArray[np.float32]:
+    """The intermediate, (rows, before + columns * 3 + after): a few rows at a time, which stay in the cache."""
+    width = source.shape[1]
+    groups, group, rows, taps = down.matrices.shape
+    span = (group - 1) * down.stride + taps
+    inputs = _floats("inputs", span * width).reshape(span, width)
+    windows = np.ndarray((group, taps, width), np.float32, inputs, 0, (4 * down.stride * width, 4 * width, 4))
+    padded = along.before + width + along.after
+    middle = _floats("middle", groups * group * rows * padded).reshape(groups, group, rows, padded)
+    inner = middle[..., along.before : along.before + width]
+    for matrices, start, part, whole in zip(down.matrices, down.starts, inner, middle, strict=True):
+        begin, end = max(start, 0), min(start + span, len(source))
+        inputs[begin - start : end - start] = source[begin:end]
+        np.matmul(matrices, windows, out=part)
+        np.rint(whole, out=whole)
+    return middle.reshape(-1, padded)
+
+
+def _rows(middle: NDArray[np.float32], count: int, along: Band) -> NDArray[np.float32]:
+    """The result before rounding, (blocks, count | 1, 8): an odd number of rows, so that columns of it do not share cache sets."""
+    padded = middle.shape[1]
+    groups, group, rows, taps = along.matrices.shape
+    blocks = _floats("blocks", groups * group * (count | 1) * rows).reshape(groups, group, count | 1, rows)
+    for matrices, start, part in zip(along.matrices, along.starts, blocks[:, :, :count], strict=True):
+        place = 4 * (along.before + start)
+        windows = np.ndarray((group, count, taps), np.float32, middle, place, (4 * along.stride, 4 * padded, 4))
+        np.matmul(windows, matrices.transpose(0, 2, 1), out=part)
+    return blocks.reshape(groups * group, count | 1, rows)

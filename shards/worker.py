@@ -20,21 +20,29 @@ from numpy.typing import NDArray
 
 POLL_SECONDS = 0.2
 # One record a worker, in memory that parent and workers share.
-SLOT = np.dtype([("row", "<i8"), ("began_ns", "<i8"), ("finished", "<i8")])
+SLOT = np.dtype([("row", "<i8"), ("began_ns", "<i8"), ("finished", "<i8"), ("deaths", "<i8")])
 
 _slot: Any = np.zeros(1, SLOT)[0]  # replaced by the shared one in a worker
 _memory_bytes: int | None = None
 
 
 @contextlib.contextmanager
-def attending(row: int) -> Iterator[None]:
-    """Around the work on input `row` of a task: should the process die or hang in it, this input is the suspect."""
-    _slot["row"] = row
+def attending(*rows: int) -> Iterator[None]:
+    """Around the work on inputs of a task: should the process die or hang in it, a single input is the suspect.
+
+    Of several none is: the task is done again, and is then to take them one at a time (see `again`).
+    """
+    _slot["row"] = rows[0] if len(rows) == 1 else -1
     _slot["began_ns"] = time.monotonic_ns()
     yield
     _slot["began_ns"] = 0
     _slot["row"] = -1
-    _slot["finished"] += 1
+    _slot["finished"] += len(rows)
+
+
+def again() -> bool:
+    """Whether a process has ended in the task at hand."""
+    return bool(_slot["deaths"])
 
 
 def limit_memory(extra_bytes: int = 0) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,9 +21,13 @@ from alexprep.shards.opinion import Refused
 from alexprep.shards.plan import Shard
 from alexprep.shards.sources.base import Location, Source
 from alexprep.shards.tar import TarWriter, dali_index
-from alexprep.shards.worker import attending
+from alexprep.shards.worker import again, attending
 
 _JOURNEYS = 16  # reads under way at once where each is a journey over a network
+
+
+class _EmptyError(Exception):
+    """Keeps a tar without members from being published."""
 
 
 class PlannedInput(NamedTuple):
@@ -68,7 +73,7 @@ def write_shard(
     extension = FORMATS[codec.target.format]
     ledger: list[dict[str, Any]] = []
     try:
-        with published(tar_path) as file:
+        with contextlib.suppress(_EmptyError), published(tar_path) as file:
             tar = TarWriter(file)
             for (row, label, _), result in _converted(inputs, source, codec, condemned or {}):
                 entry: dict[str, Any] = {"key": sample_key(row), "label": label}
@@ -82,12 +87,18 @@ def write_shard(
                 ledger.append(entry)
             sha256 = tar.close()
             other = read_sidecar(data, shard, plan_digest)
-            if other is not None and other["sha256"] != sha256 and other["sha256"] == file_sha256(tar_path):
+            if (
+                other is not None
+                and other["sha256"] != sha256
+                and (not other["samples"] or other["sha256"] == file_sha256(tar_path))
+            ):
                 raise _conflict(name, other["sha256"], sha256)
+            if not tar.members:
+                raise _EmptyError
         if tar.members:
             publish_bytes(tar_path.with_suffix(".idx"), dali_index(tar.members).encode())
         else:
-            tar_path.unlink()
+            tar_path.unlink(missing_ok=True)  # an earlier run's
         sidecar = {
             "plan": plan_digest,
             "bytes": tar.bytes if tar.members else 0,
@@ -136,17 +147,22 @@ def _converted(
     inputs: Sequence[PlannedInput], source: Source, codec: Codec, condemned: Mapping[int, str]
 ) -> Iterator[tuple[PlannedInput, Converted | Refused]]:
     """Every input with what became of it, in order."""
+    size = 1 if again() else codec.batch  # after a death each by itself, so that the culprit can be told
     with ThreadPoolExecutor(_JOURNEYS) as threads:
         wanted = (planned.location for planned in inputs if planned.row not in condemned)
         ahead = _ahead(wanted, lambda location: _read(source, location), threads) if source.files.remote else None
-        for planned in inputs:
-            with attending(planned.row):
-                if planned.row in condemned:
-                    result: Converted | Refused = Refused(condemned[planned.row])
-                else:
-                    data = next(ahead) if ahead else _read(source, planned.location)
-                    result = data if isinstance(data, Refused) else codec.convert(data)
-            yield planned, result
+        for at in range(0, len(inputs), size):
+            chunk = inputs[at : at + size]
+            with attending(*(planned.row for planned in chunk)):
+                read: list[bytes | NDArray[np.uint8] | Refused] = []
+                for planned in chunk:
+                    if planned.row in condemned:
+                        read.append(Refused(condemned[planned.row]))
+                    else:
+                        read.append(next(ahead) if ahead else _read(source, planned.location))
+                converted = iter(codec.convert_many([data for data in read if not isinstance(data, Refused)]))
+                results = [data if isinstance(data, Refused) else next(converted) for data in read]
+            yield from zip(chunk, results, strict=True)
 
 
 def _read(source: Source, location: Location) -> bytes | NDArray[np.uint8] | Refused:

@@ -14,11 +14,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from alexprep.shards.codec import Codec, Converted, Target
-from alexprep.shards.cuda import CudaCodec, DeviceLost, Resizer, _batches, _ensure_alive
-from alexprep.shards.errors import AlexprepError
+from alexprep.shards.cuda import CudaCodec, _batches, _ensure_alive
+from alexprep.shards.errors import AlexprepError, DeviceLostError
 from alexprep.shards.geometry import to_square
 from alexprep.shards.opinion import MAX_PIXELS, Refused
 from alexprep.shards.resample import FILTERS
+from alexprep.shards.resize_torch import Resizer
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 SHAPES = [(375, 500), (500, 331), (301, 1203), (257, 256), (64, 97), (61, 40), (7, 1), (1, 7), (1031, 777)]
@@ -94,6 +95,8 @@ def test_only_plain_jpegs_and_pixels_go_to_the_gpu(images) -> None:
     codec = CudaCodec(Target(size=64), "cpu")
     assert [n for n, data in enumerate(images) if codec._work(data) is not None] == [0, 2, 3, 4, 6, 8, 10, 12, 13, 15]
     assert CudaCodec(Target(size=64, orient=True), "cpu")._work(images[10]) is None  # it is turned on the CPU
+    progressive = images[8][:-2].replace(b"\xff\xc0", b"\xff\xc2", 1)
+    assert codec._work(progressive + b"\xff\xda" * 257 + b"\xff\xd9") is None
 
 
 class _Stub:
@@ -140,18 +143,20 @@ def test_an_error_of_a_batch_is_each_image_s_own(images, monkeypatch: pytest.Mon
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     monkeypatch.setattr(torch.cuda, "synchronize", broken)
-    with pytest.raises(DeviceLost, match="out of memory"):
+    with pytest.raises(DeviceLostError, match="out of memory"):
         _ensure_alive(RuntimeError("CUDA error: out of memory"))
 
 
 def test_batches_are_bounded_by_their_pixels() -> None:
-    codec = CudaCodec(Target(size=64), "cpu")
-    work = codec._work(np.zeros((8, 8, 3), np.uint8))
+    work = CudaCodec(Target(size=64), "cpu")._work(np.zeros((8, 8, 3), np.uint8))
     assert work is not None
     side = int((MAX_PIXELS / 2) ** 0.5)
-    works = [(n, work._replace(height=side, width=side)) for n in range(5)]
-    assert [[n for n, _ in batch] for batch in _batches(works)] == [[0, 1], [2, 3], [4]]
-    assert [len(batch) for batch in _batches([(0, work._replace(height=1, width=MAX_PIXELS)), *works[:1]])] == [1, 1]
+    for sides in ([side] * 5, [8, 2 * side // 3, side, 8, side, side // 2, side], [8] * 100, []):
+        works = [(n, work._replace(height=side, width=side)) for n, side in enumerate(sides)]
+        batches = list(_batches(works))
+        assert [pair for batch in batches for pair in batch] == works
+        assert all(sum(each.height * each.width for _, each in batch) < 2 * MAX_PIXELS for batch in batches)
+        assert len(batches) <= 1 + sum(side**2 for side in sides) // MAX_PIXELS
 
 
 def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,14 +194,16 @@ def test_gpu_pixels_are_within_a_grey_level_of_the_cpu_s(form: Any, images) -> N
 
 @pytest.mark.gpu
 def test_gpu_bytes_do_not_depend_on_the_batch(images) -> None:
-    """Alone, in another order, twice, and beside a damaged image: the same bytes. The GPU did decode what it should."""
+    """Alone, in another order, twice, and without the damaged one: the same bytes. The GPU did decode what it should."""
     codec = CudaCodec(Target(size=64))
-    together = codec.convert_many(images)
-    assert [codec.convert(data) for data in images] == together
-    assert codec.convert_many(images[::-1]) == together[::-1]
-    assert codec.convert_many([*images, *images]) == [*together, *together]
-    works = [work for n, data in enumerate(images) if n != 3 and (work := codec._work(data)) is not None]
-    assert None not in codec._encoded(works)
+    sound = [data for n, data in enumerate(images) if n != 3]
+    together = codec.convert_many(sound)
+    assert [codec.convert(data) for data in sound] == together
+    assert codec.convert_many(sound[::-1]) == together[::-1]
+    assert codec.convert_many([*sound, *sound]) == [*together, *together]
+    beside = codec.convert_many(images)
+    assert [*beside[:3], *beside[4:]] == together
+    assert None not in codec._encoded([work for data in sound if (work := codec._work(data)) is not None])
 
 
 @pytest.mark.gpu

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import re
 import shlex
 import shutil
+import struct
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -22,9 +26,52 @@ def _blocks(page: Path, language: str) -> list[str]:
     return [body for kind, body in _BLOCK.findall(page.read_text()) if kind == language]
 
 
+def _pack(path: Path, members: dict[str, bytes], mode: Literal["w", "w:gz"] = "w") -> bytes:
+    with tarfile.open(path, mode) as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path.read_bytes()
+
+
+def _stand_ins(root: Path, photos: Path) -> dict[str, str]:
+    """A few images in each layout of docs/sources.md, under the names that the page uses; those that need another path."""
+    images = {str(path.relative_to(photos)): path.read_bytes() for path in sorted(photos.rglob("*.JPEG"))}
+    _pack(root / "photos.tar", images)
+    synsets: dict[str, dict[str, bytes]] = {}
+    for name, content in images.items():
+        split, class_name, file = name.split("/")
+        if split == "train":
+            synsets.setdefault(f"{class_name}.tar", {})[file] = content
+    (root / "ilsvrc").mkdir()
+    packed = {name: _pack(root / "synset.tar", members) for name, members in synsets.items()}
+    _pack(root / "ilsvrc/ILSVRC2012_img_train.tar", packed)
+    shutil.copytree(photos / "train", root / "kaggle/ILSVRC/Data/CLS-LOC/train")
+    rows = [f"{photos / name},{name.split('/')[1]}" for name in images]
+    (root / "photos.csv").write_text("\n".join(["path,label", *rows]))
+    record = bytes([3]) + bytes(3072)
+    batches = [*(f"data_batch_{n}.bin" for n in range(1, 6)), "test_batch.bin"]
+    names = "\n".join(
+        ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+    ).encode()
+    cifar = {f"cifar-10-batches-bin/{batch}": record * 2 for batch in batches}
+    _pack(root / "cifar-10-binary.tar.gz", {**cifar, "cifar-10-batches-bin/batches.meta.txt": names}, "w:gz")
+    (root / "mnist").mkdir()
+    (root / "mnist/train-images-idx3-ubyte").write_bytes(struct.pack(">4I", 0x803, 2, 28, 28) + bytes(2 * 784))
+    (root / "mnist/train-labels-idx1-ubyte").write_bytes(struct.pack(">2I", 0x801, 2) + bytes([1, 0]))
+    (root / "norb").mkdir()
+    for part in ("training", "testing"):
+        base = f"norb/smallnorb-{'5x46789' if part == 'training' else '5x01235'}x9x18x6x2x96x96-{part}"
+        (root / f"{base}-dat.mat").write_bytes(struct.pack("<6I", 0x1E3D4C55, 4, 1, 2, 96, 96) + bytes(2 * 96 * 96))
+        (root / f"{base}-cat.mat").write_bytes(struct.pack("<5I", 0x1E3D4C54, 1, 1, 1, 1) + struct.pack("<I", 4))
+    return {"/imagenet": str(photos), "/downloads/ilsvrc": str(root / "ilsvrc"), "/kaggle": str(root / "kaggle")}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_run(page: Path, photos: Path, tmp_path: Path) -> None:
-    """Where a page says /imagenet, a small tree of photos stands; a training is cut to two steps."""
+    """Where a page names a source, a small one of its kind stands; a training is cut to two steps."""
+    stand_ins = _stand_ins(tmp_path, photos)
     lines = [line[2:] for block in _blocks(page, "console") for line in block.splitlines() if line.startswith("$ ")]
     make = (ROOT / "Makefile").read_text()
     for line in lines:
@@ -42,7 +89,7 @@ def test_commands_run(page: Path, photos: Path, tmp_path: Path) -> None:
                 assert option in done.stdout, line
             continue
         assert program == "alexprep", line
-        words = [str(photos) if word == "/imagenet" else word for word in words]
+        words = [stand_ins.get(word, word) for word in words]
         if words[0] == "train" and "--steps" not in words:
             words += ["--steps", "2", "--batch-size", "4"]
         done = subprocess.run(

@@ -26,12 +26,13 @@ MODULES = [
 FENCES = {
     "click": ("cli/",),
     "rich": ("cli/", "train/meter.py"),
-    "torch": ("train/", "pipeline/engine.py", "pipeline/loader.py"),
+    "torch": ("train/", "pipeline/engine.py", "pipeline/loader.py", "shards/cuda.py", "shards/resize_torch.py"),
     "nvidia.dali": ("pipeline/graph.py",),
     "webdataset": (),
     "sklearn": (),
     "pickle": (),
-    "subprocess": (),
+    "subprocess": ("shards/engines.py",),
+    "ray": ("shards/ray_engine.py",),
 }
 
 
