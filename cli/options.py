@@ -17,21 +17,27 @@ class Folder(click.ParamType):  # type: ignore[type-arg]  # generic only for typ
 
     name = "folder"
 
+    def __init__(self, local: bool = False) -> None:
+        """With `local`, URLs are refused."""
+        self._local = local
+
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
         """A `Path`, or a `UPath` for a URL."""
-        from alexprep.shards.files import folder_at
+        from alexprep.shards.files import folder_at, is_local
 
         folder = folder_at(value)
+        if self._local and not is_local(folder):
+            self.fail(f"{value} is no local folder: training maps shards into memory, so copy them to a disk", param, ctx)
         if folder.exists() and not folder.is_dir():
             self.fail(f"{value} is a file, not a folder", param, ctx)
         return folder
 
 
-def data_folder_option(name: str, text: str) -> Callable[[FC], FC]:
+def data_folder_option(name: str, text: str, local: bool = False) -> Callable[[FC], FC]:
     """An option for the data set's folder, with its default and environment variable."""
     return click.option(
         name,
-        type=Folder(),
+        type=Folder(local),
         default="alexprep-data",
         envvar="ALEXPREP_DATA",
         show_default=True,
@@ -41,6 +47,8 @@ def data_folder_option(name: str, text: str) -> Callable[[FC], FC]:
 
 
 data_option = data_folder_option("--data", "The data set's folder.")
+
+local_data_option = data_folder_option("--data", "The data set's folder.", local=True)
 
 runs_option = click.option(
     "--runs",

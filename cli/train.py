@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from alexprep.cli.options import data_option, device_option, json_option, runs_option, threads_option
+from alexprep.cli.options import device_option, json_option, local_data_option, runs_option, threads_option
 
 # The registry is alexprep.train.recipes.RECIPES, which this list must equal; importing it here would import torch for --help.
 RECIPES = ("alexnet", "cifar10-quick", "tiny")
@@ -14,7 +14,7 @@ AT_LEAST_1 = click.IntRange(min=1)
 
 
 @click.command("train", short_help="Train a network on shards.")
-@data_option
+@local_data_option
 @click.option("--recipe", type=click.Choice(RECIPES), help="What to train.  [default: alexnet]")
 @click.option("--epochs", type=AT_LEAST_1, help="Stop after this many epochs of the run.  [default: the recipe's]")
 @click.option("--steps", type=AT_LEAST_1, help="Stop after this many steps of the run.")

@@ -41,7 +41,7 @@ def made_to_hurt(photo: Callable[..., Image.Image], encoded: Callable[..., bytes
     jpeg = encoded(picture)
     # Gigapixels promised by a header of a few hundred bytes.
     yield "bomb.png", _png(60000, 60000, zlib.compress(bytes(10**6), 9))
-    yield "flat-bomb.png", _png(9000, 9000, zlib.compress(bytes(9000 * 27001), 9))  # legal: 81 Mpx of black in 236 kB
+    yield "flat-bomb.png", _png(3000, 3000, zlib.compress(bytes(3000 * 9001), 9))  # legal: 9 Mpx of black in 26 kB
     frame = jpeg.index(b"\xff\xc0")
     yield "bomb.jpg", jpeg[: frame + 5] + b"\xff\xff\xff\xff" + jpeg[frame + 9 :]
     yield "bomb.gif", b"GIF89a\xff\xff\xff\xff" + encoded(picture, "GIF")[10:]

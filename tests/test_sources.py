@@ -432,13 +432,23 @@ def test_split_names() -> None:
 
 
 def test_real_photos_from_archives(sample_data: Path, tmp_path: Path) -> None:
-    """The original-tar layout of real photos gives the shards of the folders."""
-    source = sample_data / "imagenet-sample"
-    images = tmp_path / "tars"
-    images.mkdir()
-    _train_archive(source, images / "ILSVRC2012_img_train.tar")
-    build(source, tmp_path / "one", ShardOptions(), 2)
-    build(images, tmp_path / "two", ShardOptions(), 2)
+    """Real photos as the original archives, with devkit and ground truth, give the shards of the folders."""
+    photos = sorted((sample_data / "imagenet-sample/train").rglob("*.JPEG"))
+    folders, tars = tmp_path / "folders", tmp_path / "tars"
+    val = [(f"ILSVRC2012_val_{n:08d}.JPEG", photo.parent.name, photo.read_bytes()) for n, photo in enumerate(photos, 1)]
+    for (name, class_name, content), photo in zip(val, photos, strict=True):
+        for path in (folders / "val" / class_name / name, folders / "train" / class_name / photo.name):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+    tars.mkdir()
+    _train_archive(folders, tars / "ILSVRC2012_img_train.tar")
+    _tar(tars / "ILSVRC2012_img_val.tar", {name: content for name, _, content in val[::-1]})
+    wnids = sorted({class_name for _, class_name, _ in val}, key=lambda wnid: wnid[::-1])
+    (tars / "meta.mat").write_bytes(_meta_mat(wnids))
+    (tars / "ILSVRC2012_validation_ground_truth.txt").write_bytes(_ids(val, wnids))
+    for source, out in ((folders, "one"), (tars, "two")):
+        report = build(source, tmp_path / out, ShardOptions(), 2)
+        assert report.samples == {"train": 298, "val": 298}
     assert shards_of(tmp_path / "one") == shards_of(tmp_path / "two")
 
 
