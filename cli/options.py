@@ -27,7 +27,9 @@ class Folder(click.ParamType):  # type: ignore[type-arg]  # generic only for typ
 
         folder = folder_at(value)
         if self._local and not is_local(folder):
-            self.fail(f"{value} is no local folder: training maps shards into memory, so copy them to a disk", param, ctx)
+            self.fail(
+                f"{value} is no local folder: training maps shards into memory, so copy them to a disk", param, ctx
+            )
         if folder.exists() and not folder.is_dir():
             self.fail(f"{value} is a file, not a folder", param, ctx)
         return folder
@@ -76,7 +78,10 @@ _ENGINE_OPTIONS = (
         show_default=True,
         help="What runs the work: processes here, or a Ray cluster.",
     ),
-    click.option("--ray-address", help="The cluster's address.  [default: $RAY_ADDRESS, or one on this machine]"),
+    click.option(
+        "--ray-address",
+        help="The cluster's address.  [default: $RAY_ADDRESS, or a Ray of its own for this command]",
+    ),
     click.option(
         "--image-seconds",
         type=click.FloatRange(min=0, min_open=True),

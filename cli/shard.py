@@ -91,12 +91,15 @@ def shard(
     from alexprep.cli import report
     from alexprep.shards.build import build
     from alexprep.shards.codec import Target
+    from alexprep.shards.engines import LocalEngine
     from alexprep.shards.plan import ShardOptions
     from alexprep.shards.sources.find import find_source
     from alexprep.shards.sources.ilsvrc import check_archives
 
     target = Target(size, filter_name, image_format, reencode, quality, subsampling, orient, device)  # type: ignore[arg-type]
     options = ShardOptions(target, seed, shard_samples, labels, limit)
+    if device == "cuda" and not isinstance(engine, LocalEngine):
+        raise click.UsageError("--device cuda is for --engine local: Ray tasks ask for CPUs only.")
     found = find_source(source, layout)
     if check_archive:
         click.echo(f"MD5 as published: {', '.join(check_archives(found.files))}", err=True)

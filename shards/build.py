@@ -23,11 +23,14 @@ from alexprep.shards.plan import Plan, Shard, ShardOptions, locations, make_plan
 from alexprep.shards.sources.base import Source
 from alexprep.shards.sources.find import find_source
 from alexprep.shards.space import check_space
+from alexprep.shards.witness import Witness
 from alexprep.shards.worker import limit_memory
 from alexprep.shards.write import PlannedInput, read_sidecar, write_shard
 
 Progress = Callable[[int, int], None]
 MakeCodec = Callable[[Target], Codec]
+
+_compared: set[str] = set()  # plans that this process has been found to see as their maker does
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,7 @@ def build(
         check_space(plan, source, make, [(shard, groups[shard]) for shard in missing], table, engine)
         turn = os.getpid() % len(missing)  # so that two writers seldom begin with the same shard
         arguments = [(shard, groups[shard]) for shard in missing[turn:] + missing[:turn]]
-        task = functools.partial(_shard_task, plan, digest, source, make)
+        task = functools.partial(_shard_task, plan, digest, source, make, Witness.here(plan, source, table))
         try:
             for _ in engine.run(task, arguments, lambda finished: progress(finished, total)):
                 pass
@@ -124,9 +127,13 @@ def _shard_task(
     digest: str,
     source: Source,
     make: Callable[[], Codec],
+    witness: Witness,
     argument: tuple[Shard, int],
     condemned: Mapping[int, str],
 ) -> None:
+    if digest not in _compared:  # once a process: it may run on another machine
+        witness.compare()
+        _compared.add(digest)
     shard, group = argument
     if read_sidecar(plan.folder, shard, digest) is not None:  # another writer was quicker
         return

@@ -7,6 +7,7 @@ child, as it would locally, so an input that ends processes is found out there a
 from __future__ import annotations
 
 import contextlib
+import importlib
 import itertools
 import logging
 import os
@@ -115,39 +116,51 @@ def _connected(ray: Any, address: str | None) -> Iterator[None]:
         return
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+    # Ray would print, on stdout, whatever befalls its machines.
+    with _switched("ray._private.worker", "_worker_logs_enabled", False):
+        try:
+            try:
+                if address == "local":
+                    _start_here(ray, quiet)
+                else:
+                    _knock(address)
+                    ray.init(address=address, **quiet)
+            except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+                raise AlexprepError(
+                    f"--ray-address {address}: no connection ({_first_line(error)}): see `ray status` there; "
+                    "on a machine of the cluster the address is auto"
+                ) from error
+            if not ray.cluster_resources().get("CPU"):
+                raise AlexprepError(
+                    f"the Ray cluster at {address} has no CPU to run tasks: add a machine with `ray start`"
+                )
+            try:
+                yield
+            except BaseException:  # Ctrl-C among them
+                ray.shutdown()  # ends the workers, and their children notice: then their unfinished files can be removed
+                time.sleep(_GRACE_SECONDS)
+                raise
+        finally:
+            ray.shutdown()
+
+
+@contextlib.contextmanager
+def _switched(module: str, name: str, value: bool) -> Iterator[None]:
+    """A switch of Ray's that has no public handle; without effect in a Ray that has no such switch."""
+    where = importlib.import_module(module)
+    before = getattr(where, name, None)
+    setattr(where, name, value)
     try:
-        try:
-            if address == "local":
-                _start_here(ray, quiet)
-            else:
-                _knock(address)
-                ray.init(address=address, **quiet)
-        except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-            raise AlexprepError(
-                f"--ray-address {address}: no connection ({_first_line(error)}): see `ray status` there; "
-                "on a machine of the cluster the address is auto"
-            ) from error
-        if not ray.cluster_resources().get("CPU"):
-            raise AlexprepError(f"the Ray cluster at {address} has no CPU to run tasks: add a machine with `ray start`")
-        try:
-            yield
-        except BaseException:  # Ctrl-C among them
-            ray.shutdown()  # ends the workers, and their children notice: then their unfinished files can be removed
-            time.sleep(_GRACE_SECONDS)
-            raise
+        yield
     finally:
-        ray.shutdown()
+        setattr(where, name, before)
 
 
 def _start_here(ray: Any, quiet: dict[str, Any]) -> None:
     """A Ray of this machine's cores that nobody outside can talk to, and from 2.59 on nobody inside without its token."""
-    from ray._private import ray_constants
-
     # Ray replaces 127.0.0.1 by the machine's address, and then listens on every interface, unless it believes itself on a
     # system where clusters are not supported. Should this switch go, tests/test_ray.py finds the open ports.
-    before = ray_constants.ENABLE_RAY_CLUSTER
-    ray_constants.ENABLE_RAY_CLUSTER = False
-    try:
+    with _switched("ray._private.ray_constants", "ENABLE_RAY_CLUSTER", False):
         ray.init(
             address="local",
             num_cpus=cores(),
@@ -156,8 +169,6 @@ def _start_here(ray: Any, quiet: dict[str, Any]) -> None:
             _node_ip_address="127.0.0.1",
             **quiet,
         )
-    finally:
-        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 def _first_line(error: BaseException) -> str:
@@ -183,7 +194,8 @@ def _outcome(ray: Any, reference: Any) -> tuple[Any, int]:
                 "a machine of the Ray cluster cannot import alexprep: pip install alexprep there, in the same version as here"
             ) from error
         cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
-        if not isinstance(cause, ray.exceptions.RayError):
+        ours = not isinstance(cause, ray.exceptions.RayError)
+        if ours:
             raise RuntimeError(f"in a Ray worker:\n{error}") from error
         raise AlexprepError(
             f"Ray gave a shard up ({type(cause).__name__}: {_first_line(cause)}): see `ray status`, and that RAY_AUTH_MODE and the "

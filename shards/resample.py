@@ -30,6 +30,7 @@ _DOWN_GROUP, _ALONG_GROUP = (
     4,
     8,
 )  # products of one numpy call (measured): their inputs lie a whole number of pixels apart
+_CACHED = 640  # pixels: matrices for more are not kept; the 512 that are have 21 MB for ImageNet, 65 MB at the most
 _KEPT = 2**22  # floats: larger working memory is given back after each image
 
 
@@ -130,11 +131,10 @@ class Band:
     matrices: NDArray[np.float32]
 
 
-@functools.lru_cache(maxsize=256)  # 50 kB each for the usual sizes, a fifth of a megabyte for sources of 3,000 pixels
+@functools.lru_cache(maxsize=512)
 def _band(axis: Axis, name: str, bits: int, scale: float, channels: int, group: int) -> Band:
     """Cuts an axis' matrix at 2**-bits resolution and multiplies it by `scale`."""
-    if axis.source > 8 * axis.target:
-        group = 1  # a large source: one block's inputs fill the cache
+    group = 1 if axis.source > 8 * axis.target else group  # one block's inputs of a large source fill the cache
     first, exact = weights(axis, name)
     inputs = first + np.arange(len(exact))[:, None]  # the source pixel behind each weight
     if first[0] < 0 or inputs[-1, -1] >= axis.source:
@@ -199,14 +199,15 @@ class Resize:
         return down.low, along.low, down.high, along.high
 
     def _bands(self) -> tuple[Band, Band]:
-        down = _band(self.vertical, self.name, _COLUMN_BITS, 2.0**_MIDDLE_BITS, 1, _DOWN_GROUP)
-        return down, _band(self.horizontal, self.name, _ROW_BITS, 2.0**-_MIDDLE_BITS, 3, _ALONG_GROUP)
+        most = max(axis.count * axis.source / axis.target for axis in (self.vertical, self.horizontal))
+        cut = _band if most <= _CACHED else _band.__wrapped__
+        down = cut(self.vertical, self.name, _COLUMN_BITS, 2.0**_MIDDLE_BITS, 1, _DOWN_GROUP)
+        return down, cut(self.horizontal, self.name, _ROW_BITS, 2.0**-_MIDDLE_BITS, 3, _ALONG_GROUP)
 
     def __call__(self, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """From `pixels`, the box `region` of the source as C-contiguous uint8 (rows, columns, 3), to as many as the axes count.
 
-        Returns:
-            uint8 (vertical.count, horizontal.count, 3).
+        Returns uint8 (vertical.count, horizontal.count, 3).
         """
         (down, along), count = self._bands(), self.vertical.count
         blocks = _rows(_columns(pixels.reshape(len(pixels), -1), down, along), count, along)
@@ -240,8 +241,7 @@ def _columns(source: NDArray[np.uint8], down: Band, along: Band) -> NDArray[np.f
 
 def _rows(middle: NDArray[np.float32], count: int, along: Band) -> NDArray[np.float32]:
     """The result before rounding, (blocks, count | 1, 8): an odd number of rows, so that columns of it do not share cache sets."""
-    padded = middle.shape[1]
-    groups, group, rows, taps = along.matrices.shape
+    (groups, group, rows, taps), padded = along.matrices.shape, middle.shape[1]
     blocks = _floats("blocks", groups * group * (count | 1) * rows).reshape(groups, group, count | 1, rows)
     for matrices, start, part in zip(along.matrices, along.starts, blocks[:, :, :count], strict=True):
         place = 4 * (along.before + start)

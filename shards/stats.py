@@ -7,6 +7,7 @@ import hashlib
 import io
 import itertools
 import json
+import platform
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,7 +98,7 @@ def compute(
     dataset = read_dataset(data)
     record = split_record(dataset, split, data)
     shards = [int(shard["name"].rpartition("-")[2]) for shard in record["shards"]]
-    task = functools.partial(_shard_moments, data, split)
+    task = functools.partial(_shard_moments, data, split, dataset["digest"])
     total = record["samples"]
     parts = engine.run(task, shards, lambda finished: progress(finished, total))
     moments = functools.reduce(Moments.__add__, parts)
@@ -105,8 +106,10 @@ def compute(
     return from_moments(moments, dataset["digest"])
 
 
-def _shard_moments(data: Path, split: str, shard: int, condemned: Mapping[int, str]) -> Moments:
+def _shard_moments(data: Path, split: str, digest: str, shard: int, condemned: Mapping[int, str]) -> Moments:
     samples = _samples(data, split)
+    if samples.dataset["digest"] != digest:  # an engine may run this on another machine
+        raise AlexprepError(f"{platform.node()} has another data set at {data}: DATA must be one folder that all share")
     image = samples.dataset["image"]
     accumulator = Accumulator(image["size"])
     for row in samples.rows_of(shard):

@@ -1,8 +1,8 @@
-"""Runs `build` in forked children with a fault at file-system call N, for every N; prints what came of it as JSON.
+"""Runs `build` with a fault at file-system call N, for every N; prints what came of each as JSON.
 
 python fault_driver.py MODE SOURCE WORK SEED      MODE: kill, error or power-cut
 
-A file of its own because a process that is forked must have no threads, and pytest's has.
+A program of its own because a process that is forked should have no threads, and pytest's has.
 """
 
 from __future__ import annotations
@@ -11,13 +11,12 @@ import builtins
 import errno
 import io
 import json
-import mmap
 import os
 import random
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,10 @@ from alexprep.shards.plan import ShardOptions
 
 KILLED = 77
 Call = tuple[str, Any]  # a call's name and its arguments
-Hook = Callable[[str, Any], Any]  # (name of the call, its arguments) → None, or how many bytes a write may take
+Hook = Callable[[str, Any], Any]  # sees every call before it is made; returns None, or how many bytes a write may take
+Files = dict[str, bytes]
+
+hook: Hook | None = None
 
 
 class Stub(Codec):
@@ -47,229 +49,229 @@ class InProcess:
     """An engine without processes."""
 
     def run(self, task: Any, arguments: Sequence[Any], progress: Any) -> Iterator[Any]:
-        condemned: Mapping[int, str] = {}
-        yield from (task(argument, condemned) for argument in arguments)
+        yield from (task(argument, {}) for argument in arguments)
 
 
-def run(source: Path, out: Path) -> None:
-    build(source, out, ShardOptions(Target(size=8), shard_samples=2), InProcess(), make_codec=Stub)
-
-
-def install(hook: Hook) -> None:
-    """Leads every call by which alexprep changes a file system through `hook`; fsync itself is left out, it only takes time."""
+def install() -> None:
+    """Leads every call by which alexprep changes a file system through `hook`; fsync is not done, it only takes time."""
 
     class Raw(io.FileIO):
         def write(self, data: Any, /) -> int:
-            limit = hook("write", (self.fileno(), bytes(data)))
+            limit = hook and hook("write", (self.fileno(), bytes(data)))
             return super().write(bytes(data)[:limit])
 
     def opened(path: Path, mode: str) -> Any:
-        if "x" not in mode:
+        if "x" not in mode or not hook:
             return builtins.open(path, mode)
         hook("open", (path,))
         raw = Raw(path, "x+")
-        hook("opened", (raw.fileno(), path))
-        return io.BufferedRandom(raw)  # type: ignore[arg-type]
+        hook("opened", (raw.fileno(), path))  # no call: tells the descriptor
+        return io.BufferedRandom(raw)
 
     def led(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any, **options: Any) -> Any:
-            hook(name, arguments)
+            if hook:
+                hook(name, arguments)
             return real(*arguments, **options)
 
         return call
 
     files.open = opened  # type: ignore[attr-defined]
-    os.fsync = lambda descriptor: hook("fsync", (descriptor, os.readlink(f"/proc/self/fd/{descriptor}")))
+    os.fsync = led("fsync", lambda descriptor: None)
     os.rename, os.link = led("rename", os.rename), led("link", os.link)
     Path.unlink, Path.mkdir = led("unlink", Path.unlink), led("mkdir", Path.mkdir)  # type: ignore[method-assign]
 
 
-def forked(work: Callable[[], None]) -> tuple[int, str]:
-    """Exit status and last words of `work` in a child; its words come through shared memory, since files may fail."""
-    words = mmap.mmap(-1, 4096)
-    child = os.fork()
-    if not child:
-        signal.alarm(30)
-        status = 0
-        try:
-            work()
-        except (AlexprepError, OSError) as error:
-            status = 1 if isinstance(error, AlexprepError) else 2
-            words.write(str(error).encode()[:4096])
-        except BaseException as error:  # noqa: BLE001
-            status = 3
-            words.write(repr(error).encode()[:4096])
-        os._exit(status)
-    _, wait_status = os.waitpid(child, 0)
-    return os.waitstatus_to_exitcode(wait_status), words[:].rstrip(b"\0").decode()
+def attempt(source: Path, out: Path, with_hook: Hook | None = None) -> tuple[int, str]:
+    """One run: 0, 1 (refused with words) or 2 (an OSError, which the command line words), and the words."""
+    global hook
+    hook = with_hook
+    try:
+        build(source, out, ShardOptions(Target(size=8), shard_samples=2), InProcess(), make_codec=Stub)
+    except AlexprepError as error:
+        return 1, str(error)
+    except OSError as error:
+        return 2, str(error)
+    finally:
+        hook = None
+    return 0, ""
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    """All finished files: those with their final names."""
+def finished(folder: Path) -> Files:
+    """All files with final names."""
     paths = (path for path in sorted(folder.rglob("*")) if path.is_file() and not files.is_temporary(path.name))
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
-def wrong(folder: Path, reference: dict[str, bytes]) -> list[str]:
-    """The finished files that are not the undisturbed run's."""
-    return [name for name, content in contents(folder).items() if reference.get(name) != content]
+def wrong(folder: Path, reference: Files) -> list[str]:
+    """The files with final names that are not the undisturbed run's."""
+    return [name for name, content in finished(folder).items() if reference.get(name) != content]
 
 
-def after(source: Path, out: Path, reference: dict[str, bytes]) -> bool:
-    """Whether the same command again ends with the undisturbed run's files and no others."""
-    status, _ = forked(lambda: run(source, out))
-    return status == 0 and contents(out) == reference and not [path for path in out.rglob("*.tmp-*")]
+def goes_on(source: Path, out: Path, reference: Files) -> bool:
+    """Whether the same run again ends with the undisturbed run's files and no others. Clears the folder."""
+    status, _ = attempt(source, out)
+    equal = status == 0 and finished(out) == reference and not [path for path in out.rglob("*.tmp-*")]
+    shutil.rmtree(out)
+    return equal
 
 
-def recorded(source: Path, out: Path) -> list[Call]:
-    """The calls of an undisturbed run. It takes place in this process, so it comes last."""
-    calls: list[Call] = []
-    install(lambda name, arguments: calls.append((name, arguments)))
-    run(source, out)
-    return calls
-
-
-def kill(source: Path, work: Path, reference: dict[str, bytes], seed: int) -> Iterator[dict[str, Any]]:
-    """The process ends at call N without a chance to tidy up; a second one, where it goes on, at a random call."""
+def kill(source: Path, work: Path, reference: Files, seed: int) -> Iterator[dict[str, Any]]:
+    """The process ends at call N without a chance to tidy up; every other time the run that goes on does too, early."""
     rng = random.Random(seed)
-    out, first, reached = work / "out", 0, True
+    out, number, reached = work / "out", 0, True
     while reached:
-        first += 1
-        status, _ = forked(lambda: _dying(source, out, first))
-        reached = status == KILLED
+        number += 1
+        reached = dies_at(number, source, out)
         bad = wrong(out, reference)
-        forked(lambda: _dying(source, out, rng.randint(1, 20)))
+        twice = number % 2 and dies_at(rng.randint(1, 30), source, out)
         bad += wrong(out, reference)
-        yield {"call": first, "status": status, "wrong": bad, "equal": after(source, out, reference)}
-        shutil.rmtree(out, ignore_errors=True)
+        yield {
+            "call": number,
+            "died": int(reached) + int(twice),
+            "wrong": bad,
+            "equal": goes_on(source, out, reference),
+        }
 
 
-def _dying(source: Path, out: Path, number: int) -> None:
+def dies_at(number: int, source: Path, out: Path) -> bool:
+    """Whether a run got as far as call `number`, where it was ended."""
     count = 0
 
-    def hook(name: str, arguments: Any) -> None:
+    def dying(name: str, arguments: Any) -> None:
         nonlocal count
         count += name != "opened"
         if count == number:
             os._exit(KILLED)
 
-    install(hook)
-    run(source, out)
+    child = os.fork()
+    if not child:
+        signal.alarm(30)
+        try:
+            os._exit(attempt(source, out, dying)[0])
+        finally:
+            os._exit(99)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert status in (0, KILLED), f"exit status {status}"
+    return status == KILLED
 
 
-def error(source: Path, work: Path, reference: dict[str, bytes], seed: int) -> Iterator[dict[str, Any]]:
-    """Call N fails, alone or with all that follow, by each error in turn; writes are also interrupted and cut short."""
+def error(source: Path, work: Path, reference: Files, seed: int) -> Iterator[dict[str, Any]]:
+    """Call N fails, alone or with all that follow, with each error in turn; writes are also interrupted and cut short."""
     kinds = [(code, forever) for code in (errno.ENOSPC, errno.EIO, errno.EDQUOT) for forever in (False, True)]
     kinds += [(errno.EINTR, False), (0, True)]
-    for turn in range(len(kinds) // 2):
-        number, reached = 0, True
-        while reached:
+    for turn in range(2):
+        number, call = 0, "?"
+        while call:
             number += 1
-            code, forever = kinds[(2 * turn + number % 2) % len(kinds)]
-            out, hit = work / "out", mmap.mmap(-1, 64)
-            status, words = forked(lambda: _failing(source, out, number, code, forever, hit))  # noqa: B023
-            call = hit[:].rstrip(b"\0").decode()
-            reached = bool(call)
+            code, forever = kinds[(number + 3 * turn) % len(kinds)]
+            call, status, words = fails_at(number, source, work / "out", code, forever)
             record = {"call": call, "error": errno.errorcode.get(code, "short write"), "forever": forever}
-            record |= {"status": status, "words": words, "wrong": wrong(out, reference)}
-            yield record | {"equal": after(source, out, reference)}
-            shutil.rmtree(out, ignore_errors=True)
+            record |= {"status": status, "words": words, "wrong": wrong(work / "out", reference)}
+            yield record | {"equal": goes_on(source, work / "out", reference)}
 
 
-def _failing(source: Path, out: Path, number: int, code: int, forever: bool, hit: mmap.mmap) -> None:
-    count = 0
+def fails_at(number: int, source: Path, out: Path, code: int, forever: bool) -> tuple[str, int, str]:
+    """The name of call `number` ("" where there is none that late), and how the run ended in which it failed."""
+    count, struck = 0, ""
 
-    def hook(name: str, arguments: Any) -> int | None:
-        nonlocal count
+    def failing(name: str, arguments: Any) -> int | None:
+        nonlocal count, struck
         count += name != "opened"
         if name == "opened" or count < number or (count > number and not forever):
             return None
-        if count == number:
-            hit.write(name.encode())
+        struck = struck or name
         if code in (0, errno.EINTR) and name != "write":
             return None
         if not code:
             return 1 + len(arguments[1]) // 2
-        raise OSError(code, os.strerror(code))
+        path = [] if name in ("write", "fsync") else [str(arguments[0])]  # as the system's calls do
+        raise OSError(code, os.strerror(code), *path)
 
-    install(hook)
-    run(source, out)
+    status, words = attempt(source, out, failing)
+    return struck, status, words
 
 
-def power_cut(source: Path, work: Path, reference: dict[str, bytes], seed: int) -> Iterator[dict[str, Any]]:
-    """What a disk may hold after a power cut behind call N; the same with a disk that takes no notice of fsync."""
+def power_cut(source: Path, work: Path, reference: Files, seed: int) -> Iterator[dict[str, Any]]:
+    """What a disk may hold after a power cut behind call N; then the same with a disk that takes no notice of fsync."""
     rng = random.Random(seed)
-    out, journal = work / "out", recorded(source, work / "whole")
+    out, journal = work / "out", []
+
+    def recording(name: str, arguments: Any) -> None:
+        is_folder = name == "fsync" and Path(f"/proc/self/fd/{arguments[0]}").is_dir()
+        journal.append((name, (Path(os.readlink(f"/proc/self/fd/{arguments[0]}")),) if is_folder else arguments))
+
+    attempt(source, work / "whole", recording)
     for honest in (True, False):
-        for cut in range(2, len(journal) + 1):
+        for cut in range(1, len(journal) + 1):
             remains(journal[:cut], work / "whole", out, rng, honest)
-            bad = [path.name for path in out.glob("*/*-*.json") if not _verifies(path)]
-            equal = after(source, out, reference) if honest else None
+            bad = [path.name for path in out.glob("*/*-*.json") if not verifies(path)]
+            equal = goes_on(source, out, reference) if honest else None
             yield {"call": cut, "honest": honest, "wrong": bad, "equal": equal}
-            shutil.rmtree(out)
+            shutil.rmtree(out, ignore_errors=True)
 
 
 def remains(journal: list[Call], root: Path, out: Path, rng: random.Random, honest: bool) -> None:
-    """Writes to `out` what may be left of `root`: all that was synced, and any part of the rest in any order."""
-    content: list[bytes] = []
-    synced: dict[int, int] = {}  # file → bytes that are certainly on disk
+    """Writes to `out` what may be left of `root`: what was synced, and any part of the rest, in any order, torn."""
+    contents: list[bytes] = []
+    synced: dict[int, int] = {}  # file → bytes that are on the disk for certain
     descriptors: dict[int, int] = {}
-    named: dict[Path, int] = {}
-    changes: list[tuple[Path, dict[Path, int | None]]] = []  # by folder: names that come (with their file) and go
-    done: set[int] = set()
+    names: dict[Path, int] = {}
+    changes: list[dict[Path, int | None]] = []  # names that come, with their file, or go; one folder each
+    certain: set[int] = set()
     for name, arguments in journal:
         change: dict[Path, int | None] = {}
-        if name == "opened":
-            descriptors[arguments[0]] = len(content)
-            change[arguments[1]] = len(content)
-            content.append(b"")
-        elif name == "write":
-            content[descriptors[arguments[0]]] += arguments[1]
-        elif name == "fsync" and honest:
-            folder = Path(arguments[1])
-            if folder == root or folder in {path.parent for path in named}:
-                done |= {n for n, (place, _) in enumerate(changes) if place == folder}
-            else:
-                synced[descriptors[arguments[0]]] = len(content[descriptors[arguments[0]]])
-        elif name in ("rename", "link") and not (name == "link" and arguments[1] in named):
-            change[arguments[1]] = named[arguments[0]]
-            if name == "rename":
+        match name:
+            case "opened":
+                descriptors[arguments[0]] = change[arguments[1]] = len(contents)
+                contents.append(b"")
+            case "write":
+                contents[descriptors[arguments[0]]] += arguments[1]
+            case "fsync" if honest and isinstance(arguments[0], Path):
+                certain |= {n for n, made in enumerate(changes) if next(iter(made)).parent == arguments[0]}
+            case "fsync" if honest:
+                synced[descriptors[arguments[0]]] = len(contents[descriptors[arguments[0]]])
+            case "rename":
+                change |= {arguments[1]: names[arguments[0]], arguments[0]: None}
+            case "link" if arguments[1] not in names:
+                change[arguments[1]] = names[arguments[0]]
+            case "unlink" if arguments[0] in names:
                 change[arguments[0]] = None
-        elif name == "unlink" and arguments[0] in named:
-            change[arguments[0]] = None
-        for path, file in change.items():
-            named.pop(path, None) if file is None else named.update({path: file})
-        changes += [(next(iter(change)).parent, change)] if change else []
+        _apply(change, names)
+        changes += [change] if change else []
     left: dict[Path, int] = {}
-    for n, (_, change) in enumerate(changes):
-        if n in done or rng.random() < 0.5:
-            for path, file in change.items():
-                left.pop(path, None) if file is None else left.update({path: file})
-    torn: dict[int, bytes] = {}
+    for n, change in enumerate(changes):
+        if n in certain or rng.random() < 0.5:
+            _apply(change, left)
+    out.mkdir()
     for path, file in left.items():
-        whole, sure = content[file], synced.get(file, 0)
+        whole, sure = contents[file], synced.get(file, 0)
         cut = rng.choice([sure, len(whole), rng.randint(sure, len(whole))])
-        torn.setdefault(file, whole[:cut] + rng.choice([b"", bytes(len(whole) - cut)]))
         target = out / path.relative_to(root)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(torn[file])
-    out.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(exist_ok=True)
+        target.write_bytes(whole[:cut] + rng.choice([b"", bytes(len(whole) - cut)]))
 
 
-def _verifies(sidecar: Path) -> bool:
-    """Whether a finished shard's tar is the one that its sidecar describes."""
+def _apply(change: dict[Path, int | None], names: dict[Path, int]) -> None:
+    for path, file in change.items():
+        names.pop(path, None) if file is None else names.update({path: file})
+
+
+def verifies(path: Path) -> bool:
+    """Whether a shard is what its sidecar says."""
     try:
-        digest = json.loads(sidecar.read_bytes())["sha256"]
-        return digest == files.file_sha256(sidecar.with_suffix(".tar"))
+        sidecar = json.loads(path.read_bytes())
+        tar = path.with_suffix(".tar")
+        return not sidecar["samples"] or files.file_sha256(tar) == sidecar["sha256"]
     except (ValueError, OSError):
         return False
 
 
 def main() -> None:
     mode, source, work, seed = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4])
-    assert forked(lambda: run(source, work / "reference"))[0] == 0
-    reference = contents(work / "reference")
-    print(json.dumps(list(MODES[mode](source, work, reference, seed))))  # noqa: T201
+    install()
+    assert attempt(source, work / "reference") == (0, "")
+    print(json.dumps(list(MODES[mode](source, work, finished(work / "reference"), seed))))  # noqa: T201
 
 
 MODES = {"kill": kill, "error": error, "power-cut": power_cut}

@@ -55,7 +55,9 @@ def _found(data: Path, decode: bool = False) -> list[Problem]:
 
 
 @pytest.mark.parametrize("form", ["jpg", "png", "raw"])
-def test_a_clean_set_gives_no_alarm(form: Literal["jpg", "png", "raw"], photos: Path, data: Path, tmp_path: Path) -> None:
+def test_a_clean_set_gives_no_alarm(
+    form: Literal["jpg", "png", "raw"], photos: Path, data: Path, tmp_path: Path
+) -> None:
     for decode in (False, True):
         verdict = verify(data, LocalEngine(2), decode)
         assert (verdict.problems, verdict.samples, verdict.shards) == ([], 68, 10)
