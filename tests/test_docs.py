@@ -52,9 +52,7 @@ def _stand_ins(root: Path, photos: Path) -> dict[str, str]:
     (root / "photos.csv").write_text("\n".join(["path,label", *rows]))
     record = bytes([3]) + bytes(3072)
     batches = [*(f"data_batch_{n}.bin" for n in range(1, 6)), "test_batch.bin"]
-    names = "\n".join(
-        ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
-    ).encode()
+    names = b"airplane\nautomobile\nbird\ncat\ndeer\ndog\nfrog\nhorse\nship\ntruck"
     cifar = {f"cifar-10-batches-bin/{batch}": record * 2 for batch in batches}
     _pack(root / "cifar-10-binary.tar.gz", {**cifar, "cifar-10-batches-bin/batches.meta.txt": names}, "w:gz")
     (root / "mnist").mkdir()

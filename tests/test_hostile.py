@@ -207,8 +207,8 @@ def test_real_malformed_jpegs(sample_data: Path, tmp_path: Path) -> None:
             content = tar.extractfile(member)
             assert content is not None
             (source / f"{n:05d}.jpg").write_bytes(content.read())
-    for folder in (sample_data / "imagenet-sample/train").iterdir():
-        (tmp_path / "source" / folder.name).symlink_to(folder)
+    for class_folder in (sample_data / "imagenet-sample/train").iterdir():
+        (tmp_path / "source" / class_folder.name).symlink_to(class_folder)
     report = build(tmp_path / "source", tmp_path / "out", ShardOptions(), 2)
     ledger = pq.read_table(tmp_path / "out/train/samples.parquet").to_pylist()
     assert report.inputs == len(ledger) == len({row["source"] for row in ledger}) == 2136 + 298
