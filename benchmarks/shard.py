@@ -1,101 +1,178 @@
-"""Sharding beside the sum of its codec stages, on one core and on two.
+"""Sharding beside img2dataset, a Pillow pool and FFCV's writer, and beside the sum of its own stages, on the same photos.
 
-python benchmarks/shard.py SOURCE [--save]      SOURCE: a tree of class folders, for example the ImageNet training set
+python benchmarks/shard.py SOURCE [--inputs 3000] [--contestants alexprep,pillow,img2dataset,ffcv] [--save]
+
+SOURCE: a tree of class folders, for example the ImageNet training set. Its files are linked as often as `--inputs` asks.
+All make 256 x 256 JPEGs of quality 95, 4:2:0, with an area filter, except where contestants/ says otherwise, and take turns
+with 1 and 2 processes. "whole" is from the command's start to its end; "steady" while its workers work; "a CPU second" counts
+what all its processes used, and so bears a busy machine. Environments for the others are made below build/benchmarks when
+they are first asked for.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
+import os
 import shutil
 import statistics
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from common import in_turns, report
+from processes import Environment, Missing, Run, interpreter, run
 
-from alexprep.shards.build import build
 from alexprep.shards.codec import Codec, Target
-from alexprep.shards.engines import one_thread
 from alexprep.shards.geometry import to_square
-from alexprep.shards.plan import ShardOptions
-from alexprep.shards.sources.base import find_source
+from alexprep.shards.resample import _band
+from alexprep.shards.sources.find import find_source
+from alexprep.shards.worker import one_thread
+
+PROCESSES = (1, 2)
+NEEDS = {  # by the name of the script in contestants/
+    "alexprep": ("alexprep_shard", Environment()),
+    "pillow": ("pillow_pool", Environment()),
+    "img2dataset": (  # it imports imghdr, which Python 3.13 no longer has
+        "img2dataset_tars",
+        Environment(("img2dataset", "opencv-python-headless<5", "setuptools<81"), python=(3, 12)),
+    ),
+    "ffcv": (
+        "ffcv_beton",
+        Environment(
+            (
+                *("setuptools<81", "wheel", "numba", "opencv-python-headless<5", "torch", "torchvision", "tqdm"),
+                *("pandas", "pytorch_pfn_extras", "fastargs", "assertpy", "psutil", "terminaltables"),
+            ),
+            bare=("ffcv",),
+            system=("opencv4", "libturbojpeg"),
+            python=(3, 12),
+        ),
+    ),
+}
 
 
 def main() -> None:
-    """Times decode, resize and encode alone, the codec whole, and the command with 1 and 2 workers."""
+    """Times the stages, then every contestant in turns."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path)
-    parser.add_argument("--limit", type=int, default=1000, help="images in the stages")
-    parser.add_argument("--repeat", type=int, default=10, help="how often the commands see each image, as links")
+    parser.add_argument("--inputs", type=int, default=3000, help="images that each contestant sees")
+    parser.add_argument("--limit", type=int, default=300, help="images in the stages")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--contestants", default="alexprep,pillow,img2dataset,ffcv")
+    parser.add_argument("--work", type=Path, help="a folder for links and output, below which everything is removed")
     parser.add_argument("--save", action="store_true")
     arguments = parser.parse_args()
+    figures: dict[str, Any] = {"inputs": arguments.inputs} | _stages(arguments.source, arguments.limit)
+    pythons = {}
+    for name in arguments.contestants.split(","):
+        try:
+            pythons[name] = interpreter(name, NEEDS[name][1])
+        except Missing as reason:
+            figures[f"{name}: left out"] = str(reason)
+    runs: dict[tuple[str, int], list[Run]] = {}
+    with tempfile.TemporaryDirectory(dir=arguments.work) as work:
+        source = Path(work) / "source"
+        _repeat(arguments.source, source, arguments.inputs)
+        for turn, name, processes in itertools.product(range(arguments.rounds), list(pythons), PROCESSES):
+            if name not in pythons:
+                continue
+            target = Path(work) / f"{turn}-{name}-{processes}"
+            try:
+                runs.setdefault((name, processes), []).append(
+                    run(pythons[name], NEEDS[name][0], source, target, processes)
+                )
+            except Missing as reason:
+                figures[f"{name}: left out"] = str(reason)
+                del pythons[name]
+    report(
+        "shard",
+        figures | _compared({key: held for key, held in runs.items() if key[0] in pythons}, figures),
+        arguments.save,
+    )
+
+
+def _compared(runs: dict[tuple[str, int], list[Run]], stages: dict[str, Any]) -> dict[str, Any]:
+    """Medians over the rounds, and the ratios that the goals are about."""
+    figures: dict[str, Any] = {}
+    middle = {
+        key: {field: statistics.median(getattr(run, field) for run in held) for field in vars(held[0])}
+        for key, held in runs.items()
+    }
+    for (name, processes), found in middle.items():
+        label = f"{name}, {processes} process{'es' * (processes > 1)}"
+        figures[f"{label}: whole, images/s"] = found["whole"]
+        figures[f"{label}: steady, images/s"] = found["steady"]
+        figures[f"{label}: images a CPU second"] = found["cpu"]
+        figures[f"{label}: largest process, early / late / peak MB"] = " / ".join(
+            f"{found[field]:.0f}" for field in ("early_mb", "late_mb", "peak_mb")
+        )
+    for name, processes in middle:
+        ours = middle.get(("alexprep", processes))
+        if ours and name != "alexprep":
+            for field in ("whole", "steady", "cpu"):
+                ratio = ours[field] / middle[name, processes][field]
+                figures[f"alexprep / {name}, {processes} process{'es' * (processes > 1)}, {field}"] = ratio
+    for name in dict(middle):
+        if name[1] == 1 and (name[0], 2) in middle:
+            for field in ("whole", "steady"):
+                figures[f"{name[0]}: 2 processes / 1, {field}"] = middle[name[0], 2][field] / middle[name][field]
+    if ("alexprep", 1) in middle:
+        for field in ("whole", "steady"):
+            figures[f"alexprep, 1 process, {field} / sum of the stages"] = (
+                middle["alexprep", 1][field] / stages["stages: sum, images/s"]
+            )
+    return figures
+
+
+def _stages(place: Path, limit: int) -> dict[str, Any]:
+    """Decode, resize and encode alone, their sum, and the codec whole, on one core, from memory."""
     one_thread()
-    source = find_source(arguments.source)
-    target = Target()
-    codec = Codec(target)
-    encoded = [source.read(item.location) for item, _ in zip(source.inputs(), range(arguments.limit), strict=False)]
-    streams = [(data, codec._parse(data)) for data in encoded]
+    source, codec, target = find_source(str(place)), Codec(Target()), Target()
+    read = (source.read(item.location) for item in itertools.islice(source.inputs(), limit))
+    streams = [(data, codec._parse(data)) for data in read if isinstance(data, bytes)]
     usable = [(data, stream) for data, stream in streams if stream is not None]
     resizes = [to_square(stream.height, stream.width, target.size, target.filter) for _, stream in usable]
     regions = [codec._decode(stream, resize.region) for (_, stream), resize in zip(usable, resizes, strict=True)]
     whole = [(resize, region) for resize, region in zip(resizes, regions, strict=True) if region is not None]
     squares = [resize(region) for resize, region in whole]
 
-    def decode() -> int:
-        for (data, _), resize in zip(usable, resizes, strict=True):
-            codec._decode(codec._parse(data), resize.region)
-        return len(usable)
-
-    def resize_all() -> int:
+    def resize(fresh: bool) -> int:
         for resize, region in whole:
+            if fresh:
+                _band.cache_clear()
             resize(region)
-        return len(usable)
+        return len(whole)
 
-    def encode() -> int:
-        for square in squares:
-            codec.encode(square)
-        return len(usable)
-
-    def convert() -> int:
-        for data, _ in usable:
-            codec.convert(data)
-        return len(usable)
-
-    rates = in_turns({"decode": decode, "resize": resize_all, "encode": encode, "codec": convert})
-    stages = 1 / sum(1 / rates[name] for name in ("decode", "resize", "encode"))
-    work = Path(tempfile.mkdtemp())
-    _repeat(arguments.source, work / "source", arguments.repeat)
-    commands: dict[int, list[float]] = {1: [], 2: []}
-    for turn in range(3):
-        for workers, command_rates in commands.items():
-            done = build(work / "source", work / f"{turn}-{workers}", ShardOptions(), workers)
-            command_rates.append(done.inputs / done.seconds)
-    shutil.rmtree(work)
-    shards = {workers: statistics.median(command_rates) for workers, command_rates in commands.items()}
-    figures = {
-        "images in the stages": len(usable),
-        "images in the commands": done.inputs,
-        "decode of the region, images/s": rates["decode"],
-        "resize (area), images/s": rates["resize"],
-        "encode, images/s": rates["encode"],
-        "sum of the stages, images/s": stages,
-        "codec, images/s": rates["codec"],
-        "codec / sum of the stages": rates["codec"] / stages,
-        "command, 1 worker, start included, images/s": shards[1],
-        "command, 2 workers, start included, images/s": shards[2],
-        "command / sum of the stages": shards[1] / stages,
-        "2 workers / 1 worker": shards[2] / shards[1],
+    stages = {
+        "decode of the region": lambda: len(
+            [codec._decode(s, r.region) for (_, s), r in zip(usable, resizes, strict=True)]
+        ),
+        "resize (area), shapes seen before": lambda: resize(False),
+        "encode": lambda: len([codec.encode(square) for square in squares]),
+        "codec": lambda: len([codec.convert(data) for data, _ in usable]),
     }
-    report("shard", figures, arguments.save)
+    rates = in_turns(stages)
+    total = 1 / sum(1 / rate for name, rate in rates.items() if name != "codec")
+    rates |= in_turns(
+        {"resize (area), each shape new": lambda: resize(True)}
+    )  # by itself: it empties the others' cache
+    figures: dict[str, Any] = {"stages: photos": len(usable)}
+    figures |= {f"stages: {name}, images/s": rate for name, rate in rates.items()}
+    return figures | {"stages: sum, images/s": total, "codec / sum of the stages": rates["codec"] / total}
 
 
-def _repeat(source: Path, target: Path, times: int) -> None:
-    """A tree with every file of `source` several times, so that starting the workers weighs little."""
-    for path in (path for path in source.rglob("*") if path.is_file()):
+def _repeat(source: Path, target: Path, inputs: int) -> None:
+    """A tree with links to the files of `source`, again and again until there are as many as `inputs`."""
+    paths = [path for path in sorted(source.rglob("*")) if path.is_file()]
+    for number, path in zip(range(inputs), itertools.cycle(paths), strict=False):
         folder = target / path.relative_to(source).parent
         folder.mkdir(parents=True, exist_ok=True)
-        for n in range(times):
-            (folder / f"{n}-{path.name}").symlink_to(path.resolve())
+        link = folder / f"{number // len(paths):06d}-{path.name}"
+        try:
+            os.link(path.resolve(), link)
+        except OSError:  # another file system
+            shutil.copyfile(path, link)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from alexprep.shards.codec import Codec, Target, open_codec
+from alexprep.shards.codec import Codec, Target, check_device, open_codec
 from alexprep.shards.describe import Description
 from alexprep.shards.engines import Engine, LocalEngine
 from alexprep.shards.errors import AlexprepError, DeviceLostError
@@ -92,6 +92,8 @@ def build(
         raise AlexprepError(
             f"--out {folder} lies among the images of SOURCE {source.files.display()}: name a folder elsewhere"
         )
+    if isinstance(engine, LocalEngine):  # before the folder is bound to it
+        check_device(options.target)
     plan = make_plan(source, options, folder)
     for split in plan.document["splits"]:
         if is_local(folder):

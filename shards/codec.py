@@ -211,6 +211,14 @@ def read_raw(data: bytes) -> NDArray[np.uint8] | None:
     return pixels if pixels.dtype == np.uint8 else None
 
 
+def check_device(target: Target) -> None:
+    """Raises AlexprepError where the target's device is not there."""
+    if target.device == "cuda":
+        from alexprep.shards.cuda import check_cuda
+
+        check_cuda()
+
+
 def open_codec(target: Target) -> Codec:
     """The codec of the target's device."""
     if target.device == "cuda":

@@ -66,8 +66,7 @@ class CudaCodec(Codec):
         With the GPU's JPEG engine, where there is one, an image could get other pixels on account of a damaged neighbour,
         or of the GPU's model. And what nvJPEG refuses shall come back, not go to a CPU decoder behind this one.
         """
-        if not torch.cuda.is_available():
-            raise AlexprepError("--device cuda: torch finds no CUDA device here; use --device cpu")
+        check_cuda()
         number = torch.cuda.current_device() if self._device.index is None else self._device.index
         torch.cuda.set_device(number)  # so that "cuda" means one and the same GPU to both libraries
         self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
@@ -173,6 +172,12 @@ class CudaCodec(Codec):
         images = nvimgcodec.as_images(buffers, self._handle)
         streams = self._gpu_encoder.encode(images, "jpeg", params=self._encode_params, cuda_stream=self._handle)
         return [None if stream is None else bytes(stream) for stream in streams]
+
+
+def check_cuda() -> None:
+    """Raises AlexprepError where there is no GPU."""
+    if not torch.cuda.is_available():
+        raise AlexprepError("--device cuda: torch finds no CUDA device here; use --device cpu")
 
 
 def _ensure_alive(error: RuntimeError) -> None:
