@@ -9,6 +9,10 @@ from dataclasses import dataclass
 from typing import BinaryIO
 
 _BLOCK = 512
+_BEFORE_SIZE = b"0000444\x000000000\x000000000\0"  # mode, owner, group
+_BEFORE_CHECKSUM = b"\x0000000000000\0"  # the end of the size; time
+_BEHIND_CHECKSUM = (b"0" + bytes(100) + b"ustar\x0000").ljust(356, b"\0")  # type, link, magic; owner names, prefix
+_TEMPLATE_SUM = sum(_BEFORE_SIZE + _BEFORE_CHECKSUM + b" " * 8 + _BEHIND_CHECKSUM)
 
 
 @dataclass(frozen=True)
@@ -22,10 +26,18 @@ class Member:
 
 
 def header(name: str, size: int) -> bytes:
-    """The header of a member: USTAR, mode 0444, time 0, owner 0."""
-    info = tarfile.TarInfo(name)
-    info.size, info.mode = size, 0o444
-    return info.tobuf(tarfile.USTAR_FORMAT, "ascii", "strict")
+    """The header of a member: USTAR, mode 0444, time 0, owner 0.
+
+    By hand, since `tarfile` takes 21 microseconds for one, twice an image. A name has at most 100 ASCII characters here.
+
+    >>> info = tarfile.TarInfo("00000042.jpg")
+    >>> info.size, info.mode = 123456, 0o444
+    >>> header("00000042.jpg", 123456) == info.tobuf(tarfile.USTAR_FORMAT)
+    True
+    """
+    named, sized = name.encode("ascii").ljust(100, b"\0"), b"%011o" % size
+    checksum = _TEMPLATE_SUM + sum(named) + sum(sized)
+    return b"%s%s%s%s%06o\0 %s" % (named, _BEFORE_SIZE, sized, _BEFORE_CHECKSUM, checksum, _BEHIND_CHECKSUM)
 
 
 def padding(size: int) -> bytes:
@@ -54,10 +66,9 @@ class TarWriter:
 
     def add(self, name: str, data: bytes) -> Member:
         """Appends one member (mode 0444)."""
-        self._write(header(name, len(data)))
-        member = Member(name, self.bytes, len(data), zlib.crc32(data))
-        self._write(data)
-        self._write(padding(len(data)))
+        before = header(name, len(data))
+        member = Member(name, self.bytes + len(before), len(data), zlib.crc32(data))
+        self._write(b"".join((before, data, padding(len(data)))))
         self.members.append(member)
         return member
 

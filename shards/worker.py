@@ -100,7 +100,7 @@ def serve(pipe: int, slots: int, count: int, index: int, parent: int, memory_byt
 
 
 def one_thread() -> None:
-    """Keeps numpy's matrix products to one thread: parallel work here is by processes."""
+    """Keeps numpy's matrix products to one thread: parallel work here is by processes. (numpy must be loaded, and is.)"""
     from threadpoolctl import threadpool_limits
 
     threadpool_limits(1)

@@ -98,19 +98,19 @@ class LocalFiles:
         """See `Files`."""
         # Non-blocking, since opening a named pipe would wait for ever.
         descriptor = os.open(os.path.join(self.root, path), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        with open(descriptor, "rb", buffering=0) as file:
+        try:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode):
                 raise OSError("not a regular file")
             wanted = max(0, status.st_size - offset) if size < 0 else size
             if wanted > MAX_FILE_BYTES:
                 raise OSError(f"{wanted:,} bytes are more than the limit of {MAX_FILE_BYTES:,}")
-            file.seek(offset)
-            parts = []
-            while wanted and (part := file.read(wanted)):  # a file that grows meanwhile is read to its old length
-                parts.append(part)
-                wanted -= len(part)
-            return parts[0] if len(parts) == 1 else b"".join(parts)
+            data = os.pread(descriptor, wanted, offset)
+            while 0 < len(data) < wanted and (more := os.pread(descriptor, wanted - len(data), offset + len(data))):
+                data += more  # a file that grows meanwhile is read to its old length
+            return data
+        finally:
+            os.close(descriptor)
 
     @contextlib.contextmanager
     def reading(self, path: bytes) -> Iterator[Callable[[int, int], bytes]]:
