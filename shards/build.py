@@ -17,7 +17,15 @@ from alexprep.shards.codec import Codec, Target, check_device, open_codec
 from alexprep.shards.describe import Description
 from alexprep.shards.engines import Engine, LocalEngine
 from alexprep.shards.errors import AlexprepError, DeviceLostError
-from alexprep.shards.files import file_sha256, folder_at, is_local, json_bytes, publish_bytes, remove_temporaries
+from alexprep.shards.files import (
+    file_sha256,
+    folder_at,
+    is_local,
+    json_bytes,
+    publish_bytes,
+    remove_temporaries,
+    sync_folder,
+)
 from alexprep.shards.layout import DATASET, PLAN_TABLE, TIMM_INFO, shard_name
 from alexprep.shards.plan import Plan, Shard, ShardOptions, locations, make_plan
 from alexprep.shards.sources.base import Source
@@ -84,10 +92,22 @@ def build(
     Raises:
         AlexprepError: nothing usable at the source, other options than those the folder was begun with, a full disk.
     """
-    start = time.monotonic()
     folder = folder_at(folder)
     source = source if isinstance(source, Source) else find_source(str(source))
     engine = LocalEngine(engine) if isinstance(engine, int) else engine
+    try:
+        return _build(source, folder, options, engine, progress, make_codec)
+    except OSError as error:
+        raise AlexprepError(
+            f"{error.filename or folder}: {error.strerror or error}: make room or mend the disk, then run the same command "
+            "again; what is finished is kept"
+        ) from error
+
+
+def _build(
+    source: Source, folder: Path, options: ShardOptions, engine: Engine, progress: Progress, make_codec: MakeCodec
+) -> Report:
+    start = time.monotonic()
     if source.covers(str(folder)):
         raise AlexprepError(
             f"--out {folder} lies among the images of SOURCE {source.files.display()}: name a folder elsewhere"
@@ -98,6 +118,7 @@ def build(
     for split in plan.document["splits"]:
         if is_local(folder):
             (folder / split).mkdir(exist_ok=True)
+            sync_folder(folder)
     _tidy(plan)
     digest = plan.digest
     groups = {shard: group for group, shard in enumerate(plan.shards())}
@@ -140,10 +161,10 @@ def _shard_task(
     if read_sidecar(plan.folder, shard, digest) is not None:  # another writer was quicker
         return
     codec = make()
-    if codec.target.device == "cpu":  # CUDA reserves address space far beyond what it uses
-        limit_memory(source.resident_bytes())
     rows = _table(plan.folder, digest).read_row_group(group)
     inputs = list(map(PlannedInput, rows.column("row").to_pylist(), rows.column("label").to_pylist(), locations(rows)))
+    if codec.target.device == "cpu":  # CUDA reserves address space far beyond what it uses
+        limit_memory(source.resident_bytes())
     try:
         write_shard(plan.folder, shard, digest, inputs, source, codec, condemned)
     except DeviceLostError:

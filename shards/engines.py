@@ -24,7 +24,7 @@ Progress = Callable[[int], None]
 Task = Callable[[Any, Mapping[int, str]], Result]
 
 IMAGE_SECONDS = 60.0  # the slowest legal image seen takes 3 s; a stalled file server gets a minute
-IMAGE_BYTES = 800 * 2**20  # 89 Mpx are 268 MB of RGB; with the worker's own 200 MB this stays within 1 GiB
+IMAGE_BYTES = 1800 * 2**20  # of address space, which is more than memory; the largest legal images take 1,250 MiB of it
 _STRIKES = 2  # an input is condemned when it ends a worker twice: the first time may have been chance
 _DEATHS = 8  # of one task, with no input to blame or always another one, until the engine gives up
 

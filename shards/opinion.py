@@ -14,8 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-# Pillow's own bound: 256 MiB of RGB. A header that promises more is refused before anything is allocated for it.
-MAX_PIXELS = 89_478_485
+# A header that promises more is refused before anything is allocated for it. The most that decoding takes, for a progressive
+# JPEG in CMYK or a GIF, is 12 bytes a pixel: so a worker stays within 1 GiB (measured: benchmarks/faults.py memory).
+MAX_PIXELS = 80_000_000
 # A progressive JPEG may have thousands of scans, each of which visits every block: a few kilobytes, minutes of work. Encoders
 # write about ten; nvImageCodec's first decoder stops at 256, the ones it then asks do not.
 MAX_SCANS = 256

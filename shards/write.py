@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +24,10 @@ from alexprep.shards.sources.base import Location, Source
 from alexprep.shards.tar import TarWriter, dali_index
 from alexprep.shards.worker import again, attending
 
+# What a failed read says of the file. Anything else may pass, and is tried again; a sector that stays bad (EIO) is the file's.
+_OF_THE_FILE = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG}
+_OF_THE_FILE |= {errno.EINVAL, errno.ENXIO, errno.ENODEV}
+_PAUSES = (0.1, 1.0)  # seconds before the second and the third try
 _JOURNEYS = 16  # reads under way at once where each is a journey over a network
 
 
@@ -104,7 +109,7 @@ def write_shard(
             "bytes": tar.bytes if tar.members else 0,
             "sha256": sha256,
             "samples": len(tar.members) // 2,
-            "members": [asdict(member) for member in tar.members],
+            "members": [vars(member) for member in tar.members],
             "inputs": ledger,
         }
         wanted = json_bytes(sidecar, indent=None)
@@ -166,12 +171,26 @@ def _converted(
 
 
 def _read(source: Source, location: Location) -> bytes | NDArray[np.uint8] | Refused:
-    try:
-        return source.read(location)
-    except OSError as error:
-        return Refused(f"cannot be read: {error.strerror or error}")
-    except MemoryError:
-        return Refused("cannot be read: out of memory")
+    """An input, or why it is left out: what is wrong with the file itself is, what is wrong with the way to it is not.
+
+    Raises:
+        AlexprepError: the disk or the network fails, and goes on to fail.
+    """
+    for pause in (*_PAUSES, None):
+        try:
+            return source.read(location)
+        except MemoryError:
+            return Refused("cannot be read: needs more memory than a worker may have")
+        except OSError as error:
+            if error.errno is None or error.errno in _OF_THE_FILE or (pause is None and error.errno == errno.EIO):
+                return Refused(f"cannot be read: {error.strerror or error}")
+            if pause is None:
+                raise AlexprepError(
+                    f"{source.files.display(location.path)} cannot be read ({error}): mend the disk or the network, then run "
+                    "the same command again; finished shards are kept"
+                ) from error
+            time.sleep(pause)
+    raise AssertionError  # the last pause is None
 
 
 def _ahead(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import errno
 import gc
 import hashlib
 import json
@@ -21,12 +22,15 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from alexprep.shards import write
 from alexprep.shards.build import build
 from alexprep.shards.codec import Target
+from alexprep.shards.engines import InProcessEngine
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.layout import INDEX_DTYPE, read_dataset, read_index
 from alexprep.shards.plan import ShardOptions
 from alexprep.shards.read import Samples
+from alexprep.shards.sources.files import LocalFiles
 
 OPTIONS = ShardOptions(Target(size=64), shard_samples=7)
 
@@ -199,6 +203,44 @@ def test_ctrl_c_ends_all_and_leaves_no_temporary(photos: Path, tmp_path: Path) -
     report = build(photos, out, ShardOptions(Target(size=64), shard_samples=4), 1)
     assert report.written == 68
     assert not [path for path in out.rglob("*") if ".tmp-" in path.name]
+
+
+@pytest.mark.parametrize(
+    ("code", "times", "outcome"),
+    [
+        (errno.EIO, 2, "written"),
+        (errno.ESTALE, 2, "written"),
+        (errno.EIO, 99, "rejected"),
+        (errno.ENOENT, 1, "rejected"),
+        (errno.ESTALE, 99, "stopped"),
+        (errno.ENOMEM, 99, "stopped"),
+    ],
+)
+def test_a_failing_disk_costs_no_image(
+    code: int, times: int, outcome: str, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What passes is waited for; what does not pass stops the run, unless it is the file's own fault."""
+    left = {b"train/class1/001.JPEG": times}
+    read = LocalFiles.read
+
+    def failing(self: LocalFiles, path: bytes, offset: int = 0, size: int = -1) -> bytes:
+        if left.get(path, 0):
+            left[path] -= 1
+            raise OSError(code, os.strerror(code))
+        return read(self, path, offset, size)
+
+    monkeypatch.setattr(LocalFiles, "read", failing)
+    monkeypatch.setattr(write, "_PAUSES", (0.0, 0.0))
+    if outcome == "stopped":
+        with pytest.raises(
+            AlexprepError, match=r"train/class1/001\.JPEG cannot be read .* mend the disk or the network"
+        ):
+            build(photos, tmp_path, OPTIONS, InProcessEngine())
+        left.clear()
+        assert build(photos, tmp_path, OPTIONS, InProcessEngine()).written == 68
+    else:
+        report = build(photos, tmp_path, OPTIONS, InProcessEngine())
+        assert (report.written, report.rejected.total()) == ((68, 0) if outcome == "written" else (67, 1))
 
 
 def test_inputs_are_shuffled_globally(data: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -62,10 +63,10 @@ class RemoteFiles:
             raise OSError(f"{wanted:,} bytes are more than the limit of {MAX_FILE_BYTES:,}")
         try:
             data = system.cat_file(place, start=offset or None, end=None if size < 0 else offset + size)
-        except OSError:
+        except (FileNotFoundError, PermissionError, IsADirectoryError):
             raise
         except Exception as error:
-            raise OSError(f"{type(error).__name__}: {error}") from error
+            raise OSError(errno.ECOMM, f"{type(error).__name__}: {error}") from error
         return bytes(data)
 
     @contextlib.contextmanager

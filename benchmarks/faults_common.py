@@ -1,0 +1,175 @@
+"""What the fault benchmarks share: sets to shard, runs of all kinds, and the comparison with an undisturbed run."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import mmap
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from alexprep.shards.build import build
+from alexprep.shards.codec import Codec, Converted, Target
+from alexprep.shards.errors import AlexprepError
+from alexprep.shards.files import is_temporary
+from alexprep.shards.plan import ShardOptions
+
+OPTIONS = ShardOptions(Target(size=64), shard_samples=8)
+SMALL = ("--size", "64", "--shard-samples", "8", "--workers", "1")  # the same, for the command
+DEADLINE = 120  # s, of any one run
+Fingerprint = dict[str, str]
+
+
+class InProcess:
+    """An engine without processes."""
+
+    def run(self, task: Any, arguments: Sequence[Any], progress: Any) -> Iterator[Any]:
+        """See `alexprep.shards.engines.Engine`."""
+        yield from (task(argument, {}) for argument in arguments)
+
+
+def small_set(folder: Path, count: int = 40) -> Path:
+    """Class folders with `count` pictures of about 64 pixels, a quarter of them for validation, 2 of them unreadable."""
+    rng = np.random.default_rng(0)
+    for n in range(count):
+        place = folder / ("val" if n % 4 == 3 else "train") / f"class{n % 3}"
+        place.mkdir(parents=True, exist_ok=True)
+        pixels = rng.integers(0, 256, (60 + n % 9, 64, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(place / f"{n:03d}.jpg", quality=85)
+        if n in (5, 21):
+            (place / f"{n:03d}.jpg").write_bytes(b"no image")
+    return folder
+
+
+def repeated(photos: Path, folder: Path, times: int) -> Path:
+    """A tree with every file of `photos` several times, as links."""
+    for path in (path for path in photos.rglob("*") if path.is_file()):
+        place = folder / path.relative_to(photos).parent
+        place.mkdir(parents=True, exist_ok=True)
+        for n in range(times):
+            (place / f"{n}-{path.name}").symlink_to(path.resolve())
+    return folder
+
+
+def command(source: Path, out: Path, *words: str) -> list[str]:
+    """`alexprep shard`."""
+    return [sys.executable, "-m", "alexprep.cli", "shard", str(source), "--out", str(out), *words]
+
+
+def start(words: Sequence[str]) -> subprocess.Popen[str]:
+    """A process in a group of its own, whose stderr can be read."""
+    return subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
+    """Its exit status and the last line of its stderr; past the deadline it is killed."""
+    try:
+        words = process.communicate(timeout=DEADLINE)[1]
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        return -1, f"took more than {DEADLINE} s"
+    return process.returncode, (words.strip().splitlines() or [""])[-1]
+
+
+class Cheap(Codec):
+    """A codec that opens no library."""
+
+    def __init__(self, target: Target) -> None:
+        """Takes what every codec takes."""
+        self.target = target
+
+    def convert(self, data: bytes | NDArray[np.uint8]) -> Converted:
+        """Keeps bytes as they are."""
+        return Converted(bytes(data), 1, 1, kept=True)
+
+
+def warm(source: Path, out: Path) -> None:
+    """Loads what a run loads lazily, so that forked children need not; each opens a codec of its own."""
+    build(source, out, OPTIONS, InProcess(), make_codec=Cheap)
+    shutil.rmtree(out)
+
+
+def build_here(source: Path, out: Path, options: ShardOptions = OPTIONS) -> None:
+    """A run without worker processes, always in the same order (a run begins at a shard that its pid decides)."""
+    os.getpid = lambda: 1
+    build(source, out, options, InProcess())
+
+
+def forked(work: Callable[[], None]) -> int:
+    """The pid of a child that does `work`: it ends with 0, with 1 (AlexprepError), 2 (OSError) or 3, never later than the
+    deadline. Use `ended` to wait for it; its last words are in `said`."""
+    child = os.fork()
+    if child:
+        return child
+    signal.alarm(DEADLINE)
+    status = 3
+    try:
+        work()
+        status = 0
+    except (AlexprepError, OSError) as error:
+        status = 1 if isinstance(error, AlexprepError) else 2
+        _say(str(error))
+    except BaseException as error:  # noqa: BLE001
+        _say(repr(error))
+    finally:
+        os._exit(status)
+
+
+_words = mmap.mmap(-1, 4096)  # shared with children, since their files may fail
+
+
+def _say(text: str) -> None:
+    _words[:] = text.encode()[:4096].ljust(4096, b"\0")
+
+
+def said() -> str:
+    """The last words of the child that ended last, and forgets them."""
+    text = _words[:].rstrip(b"\0").decode()
+    _say("")
+    return text
+
+
+def ended(child: int) -> int:
+    """A child's exit status, negative for a signal."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def fingerprint(folder: Path) -> Fingerprint:
+    """The sha256 of every file below a folder."""
+    paths = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+
+
+def wrong(folder: Path, reference: Fingerprint) -> list[str]:
+    """The files with final names that are not the undisturbed run's."""
+    found = {}
+    for name, digest in fingerprint(folder).items():
+        if not is_temporary(Path(name).name):
+            found[name] = digest
+    return [name for name, digest in found.items() if reference.get(name) != digest]
+
+
+def until(condition: Callable[[], Any], seconds: float = DEADLINE) -> bool:
+    """Waits for a condition; False where it did not come about in time."""
+    end = time.monotonic() + seconds
+    while not (met := condition()) and time.monotonic() < end:
+        time.sleep(0.001)
+    return bool(met)
+
+
+def kill_group(process: subprocess.Popen[str]) -> None:
+    """SIGKILL to a process and all that it started in its group."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.communicate(timeout=DEADLINE)
