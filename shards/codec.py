@@ -128,8 +128,8 @@ class Codec:
         if refusal := too_many_scans(data):
             return refusal
         stream = self._parse(data)
-        if stream is not None and stream.height * stream.width > MAX_PIXELS:
-            return too_large(stream.height, stream.width)
+        if stream is not None and (refusal := too_large(stream.height, stream.width, stream.num_channels)):
+            return refusal
         orientation = self._orientation(data, stream)
         if stream is not None and (orientation == 1 or not self.target.orient):
             resize = to_square(stream.height, stream.width, self.target.size, self.target.filter)

@@ -14,9 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-# A header that promises more is refused before anything is allocated for it. The most that decoding takes, for a progressive
-# JPEG in CMYK or a GIF, is 12 bytes a pixel: so a worker stays within 1 GiB (measured: benchmarks/faults.py memory).
+# Bounds that keep a worker within 1 GiB (measured: benchmarks/memory.py), checked before anything is allocated. The largest
+# photo of ILSVRC 2012 has 61 million pixels.
 MAX_PIXELS = 80_000_000
+MAX_SIDE = 65_535  # JPEG's own
+_MAX_CMYK_PIXELS = 60_000_000  # progressive, these take 12 bytes a pixel
+_MAX_BYTES = 850 * 2**20  # of what Pillow needs for a whole image
+_STORED = {"1": 1, "L": 1, "P": 1, "RGB": 4}  # bytes a pixel in Pillow, by mode; other modes are counted as 8
 # A progressive JPEG may have thousands of scans, each of which visits every block: a few kilobytes, minutes of work. Encoders
 # write about ten; nvImageCodec's first decoder stops at 256, the ones it then asks do not.
 MAX_SCANS = 256
@@ -89,8 +93,9 @@ def second_opinion(data: bytes) -> NDArray[np.uint8] | Refused:
             warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
                 width, height = image.size
-                if height * width > MAX_PIXELS:
-                    return too_large(height, width)
+                refusal = too_large(height, width) or _too_heavy(len(data), height, width, image.mode)
+                if refusal:
+                    return refusal
                 if image.mode.startswith("I;16"):  # Pillow's own conversion would clip at 255
                     grey = np.asarray(image, dtype=np.float64) * (255 / 65535)
                     return np.repeat(np.rint(grey).astype(np.uint8)[:, :, None], 3, axis=2)
@@ -107,6 +112,24 @@ def second_opinion(data: bytes) -> NDArray[np.uint8] | Refused:
         return Refused(f"cannot be decoded: {error}".splitlines()[0])
 
 
-def too_large(height: int, width: int) -> Refused:
-    """The refusal of an image with more than `MAX_PIXELS`."""
-    return Refused(f"{width}x{height} pixels are more than the limit of {MAX_PIXELS:,}", width, height)
+def too_large(height: int, width: int, channels: int = 3) -> Refused | None:
+    """The refusal of an image that is beyond the bounds; None for one that is not."""
+    limit = MAX_PIXELS if channels <= 3 else _MAX_CMYK_PIXELS
+    if height * width > limit:
+        return Refused(f"{width}x{height} pixels are more than the limit of {limit:,}", width, height)
+    if max(height, width) > MAX_SIDE:
+        return Refused(f"a side of {max(height, width):,} pixels is more than the limit of {MAX_SIDE:,}", width, height)
+    return None
+
+
+def _too_heavy(size: int, height: int, width: int, mode: str) -> Refused | None:
+    """The refusal of an image for which Pillow would need too much memory.
+
+    At worst it holds the file twice, the pixels as they are, those in RGB, and the array twice.
+    """
+    per_pixel = 24 if mode.startswith("I;16") else _STORED.get(mode, 8) + (0 if mode == "RGB" else 4) + 6
+    needed = 2 * size + height * width * per_pixel
+    if needed <= _MAX_BYTES:
+        return None
+    words = f"needs about {needed / 2**20:,.0f} MiB to decode, more than the limit of {_MAX_BYTES / 2**20:,.0f}"
+    return Refused(words, width, height)
