@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from PIL import Image
 
 from alexprep.shards.build import build
 from alexprep.shards.codec import Codec, Converted, Target
+from alexprep.shards.engines import InProcessEngine
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.files import is_temporary
 from alexprep.shards.plan import ShardOptions
@@ -29,14 +30,6 @@ OPTIONS = ShardOptions(Target(size=64), shard_samples=8)
 SMALL = ("--size", "64", "--shard-samples", "8", "--workers", "1")  # the same, for the command
 DEADLINE = 120  # s, of any one run
 Fingerprint = dict[str, str]
-
-
-class InProcess:
-    """An engine without processes."""
-
-    def run(self, task: Any, arguments: Sequence[Any], progress: Any) -> Iterator[Any]:
-        """See `alexprep.shards.engines.Engine`."""
-        yield from (task(argument, {}) for argument in arguments)
 
 
 def small_set(folder: Path, count: int = 40) -> Path:
@@ -96,14 +89,14 @@ class Cheap(Codec):
 
 def warm(source: Path, out: Path) -> None:
     """Loads what a run loads lazily, so that forked children need not; each opens a codec of its own."""
-    build(source, out, OPTIONS, InProcess(), make_codec=Cheap)
+    build(source, out, OPTIONS, InProcessEngine(), make_codec=Cheap)
     shutil.rmtree(out)
 
 
 def build_here(source: Path, out: Path, options: ShardOptions = OPTIONS) -> None:
     """A run without worker processes, always in the same order (a run begins at a shard that its pid decides)."""
     os.getpid = lambda: 1
-    build(source, out, options, InProcess())
+    build(source, out, options, InProcessEngine())
 
 
 def forked(work: Callable[[], None]) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import shutil
 import sys
-import textwrap
 import time
 from pathlib import Path
 from typing import Any
@@ -27,37 +26,11 @@ MISDEEDS = {
     "hoard": "needs more memory than a worker may have",
     "malloc": "ends the process that reads it (SIGABRT)",
 }
-_MODULE = """
-    import ctypes, os
-    from alexprep.shards.codec import Codec
-
-    class Planted(Codec):
-        def _convert(self, data):
-            word = data[-8:].strip(b".")
-            if word == b"segv":
-                ctypes.string_at(0)
-            if word == b"abort":
-                os.abort()
-            while word == b"hang":
-                pass
-            hoard = []
-            while word == b"hoard":
-                hoard.append(bytearray(2**26))
-            libc = ctypes.CDLL(None)
-            libc.malloc.restype = ctypes.c_void_p
-            while word == b"malloc":
-                place = libc.malloc(2**26)
-                if not place:
-                    os.abort()
-                ctypes.memset(place, 1, 2**26)
-            return super()._convert(data)
-"""
 
 
 def culprits(work: Path, rng: random.Random, count: int) -> dict[str, Any]:
     """`count` of 1,000 images end the process; the shards must be those of a set in which these images are empty files."""
-    (work / "planted.py").write_text(textwrap.dedent(_MODULE))
-    sys.path.insert(0, str(work))
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # workers inherit it
     from planted import Planted  # type: ignore[import-not-found]
 
     source = small_set(work / "source", 1000)

@@ -18,7 +18,6 @@ from faults_common import (
     OPTIONS,
     SMALL,
     Fingerprint,
-    InProcess,
     build_here,
     command,
     ended,
@@ -37,6 +36,7 @@ from faults_common import (
 
 from alexprep.shards.build import build
 from alexprep.shards.codec import Codec, Target
+from alexprep.shards.engines import InProcessEngine
 from alexprep.shards.plan import ShardOptions, make_plan
 from alexprep.shards.sources.find import find_source
 from alexprep.shards.space import predict
@@ -174,7 +174,7 @@ def _predictions(photos: Path, work: Path) -> dict[str, Any]:
         source, out, options = find_source(str(repeated(photos, place, times))), place / "out", ShardOptions(target)
         plan = make_plan(source, options, out)
         missing = [(shard, group) for group, shard in enumerate(plan.shards())]
-        said_bytes = predict(source, functools.partial(Codec, target), missing, plan.table(), InProcess())
+        said_bytes = predict(source, functools.partial(Codec, target), missing, plan.table(), InProcessEngine())
         before = _bytes(out)
         report = build(source, out, options, 2)
         name = f"prediction / size, {report.inputs:,} photos of {target.size} pixels, {target.format} {target.quality}"
@@ -240,4 +240,4 @@ def writers(work: Path, rng: random.Random, rounds: int) -> dict[str, Any]:
 
 def _behind(gate: Path, source: Path, out: Path, options: ShardOptions) -> None:
     until(gate.exists, 20)
-    build(source, out, options, InProcess())
+    build(source, out, options, InProcessEngine())

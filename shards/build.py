@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 
 from alexprep.shards.codec import Codec, Target, check_device, open_codec
 from alexprep.shards.describe import Description
-from alexprep.shards.engines import Engine, LocalEngine
-from alexprep.shards.errors import AlexprepError, DeviceLostError
+from alexprep.shards.engines import Engine, LocalEngine, as_engine
+from alexprep.shards.errors import AlexprepError
 from alexprep.shards.files import (
     file_sha256,
     folder_at,
@@ -27,13 +27,12 @@ from alexprep.shards.files import (
     sync_folder,
 )
 from alexprep.shards.layout import DATASET, PLAN_TABLE, TIMM_INFO, shard_name
-from alexprep.shards.plan import Plan, Shard, ShardOptions, locations, make_plan
+from alexprep.shards.plan import Plan, Shard, ShardOptions, kept_table, locations, make_plan
 from alexprep.shards.sources.base import Source
 from alexprep.shards.sources.find import find_source
 from alexprep.shards.space import check_space
 from alexprep.shards.witness import Witness
-from alexprep.shards.worker import limit_memory
-from alexprep.shards.write import PlannedInput, read_sidecar, write_shard
+from alexprep.shards.write import PlannedInput, bound_memory, read_sidecar, write_shard
 
 Progress = Callable[[int, int], None]
 MakeCodec = Callable[[Target], Codec]
@@ -94,7 +93,7 @@ def build(
     """
     folder = folder_at(folder)
     source = source if isinstance(source, Source) else find_source(str(source))
-    engine = LocalEngine(engine) if isinstance(engine, int) else engine
+    engine = as_engine(engine)
     try:
         return _build(source, folder, options, engine, progress, make_codec)
     except OSError as error:
@@ -115,10 +114,10 @@ def _build(
     if isinstance(engine, LocalEngine):  # before the folder is bound to it
         check_device(options.target)
     plan = make_plan(source, options, folder)
-    for split in plan.document["splits"]:
-        if is_local(folder):
+    if is_local(folder):
+        for split in plan.document["splits"]:
             (folder / split).mkdir(exist_ok=True)
-            sync_folder(folder)
+        sync_folder(folder)
     _tidy(plan)
     digest = plan.digest
     groups = {shard: group for group, shard in enumerate(plan.shards())}
@@ -161,20 +160,10 @@ def _shard_task(
     if read_sidecar(plan.folder, shard, digest) is not None:  # another writer was quicker
         return
     codec = make()
-    rows = _table(plan.folder, digest).read_row_group(group)
+    rows = kept_table(plan.folder, digest).read_row_group(group)
     inputs = list(map(PlannedInput, rows.column("row").to_pylist(), rows.column("label").to_pylist(), locations(rows)))
-    if codec.target.device == "cpu":  # CUDA reserves address space far beyond what it uses
-        limit_memory(source.resident_bytes())
-    try:
-        write_shard(plan.folder, shard, digest, inputs, source, codec, condemned)
-    except DeviceLostError:
-        os.abort()  # the engine starts a new process, in which the GPU works again
-
-
-@functools.lru_cache(maxsize=1)
-def _table(folder: Path, digest: str) -> pq.ParquetFile:
-    """One open plan a process: its footer grows with the number of shards."""
-    return Plan(folder, {}).table()
+    bound_memory(source, codec)
+    write_shard(plan.folder, shard, digest, inputs, source, codec, condemned)
 
 
 @functools.lru_cache(maxsize=1)
@@ -202,8 +191,8 @@ def _finish(plan: Plan, digest: str, table: pq.ParquetFile, made: int, start: fl
     if not written:
         worst = ", ".join(f"{reason} ({count})" for reason, count in rejected.most_common(3))
         raise AlexprepError(f"none of the {inputs:,} inputs is a usable image: {worst}")
-    files = description.files()
-    if fresh or not all((plan.folder / name).exists() for name in (*files, DATASET, TIMM_INFO)):
+    if fresh or not all((plan.folder / name).exists() for name in (*description.names(), DATASET, TIMM_INFO)):
+        files = description.files()
         for name, content in files.items():
             publish_bytes(plan.folder / name, content)
         digests = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}

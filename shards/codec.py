@@ -5,6 +5,7 @@ Pixels are uint8 (height, width, 3), RGB, 0-255. Only the region that the square
 
 from __future__ import annotations
 
+import functools
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -209,6 +210,12 @@ def read_raw(data: bytes) -> NDArray[np.uint8] | None:
     except Exception:  # noqa: BLE001  (numpy parses the header as Python, and raises what that raises)
         return None
     return pixels if pixels.dtype == np.uint8 else None
+
+
+@functools.lru_cache(maxsize=1)
+def kept_decoder() -> Codec:
+    """A codec for decoding only, one a process: opening one costs more than an image."""
+    return Codec(Target())
 
 
 def check_device(target: Target) -> None:

@@ -69,6 +69,10 @@ class Description:
         """Of all tars."""
         return sum(record["bytes"] for records in self._records.values() for record in records)
 
+    def names(self) -> list[str]:
+        """What `files` gives content to."""
+        return [f"{split}/{name}" for split in self._records for name in (INDEX, LEDGER)]
+
     def files(self) -> dict[str, bytes]:
         """The content of index and ledger of each split, by name below the data set's folder."""
         contents = {}
@@ -79,10 +83,6 @@ class Description:
             contents[f"{split}/{INDEX}"] = array.getvalue()
             contents[f"{split}/{LEDGER}"] = table.getvalue()
         return contents
-
-    def ledger_table(self, split: str) -> pa.Table:
-        """The rows of samples.parquet."""
-        return pa.concat_tables(self._ledgers[split])
 
     def dataset(self, file_digests: dict[str, str]) -> dict[str, Any]:
         """dataset.json, given the sha256 of the files beside it."""

@@ -106,6 +106,11 @@ class InProcessEngine:
             yield task(argument, {})
 
 
+def as_engine(engine: Engine | int) -> Engine:
+    """An engine as it is; for a number, so many worker processes on this machine."""
+    return LocalEngine(engine) if isinstance(engine, int) else engine
+
+
 class _Worker:
     """One child process and the job that it has."""
 

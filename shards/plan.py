@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -116,6 +117,12 @@ class Plan:
             return pq.ParquetFile(path if is_local(path) else io.BytesIO(path.read_bytes()))
         except (OSError, pa.ArrowInvalid) as error:
             raise AlexprepError(f"{path} cannot be read ({error}): delete it and run the same command again") from None
+
+
+@functools.lru_cache(maxsize=1)
+def kept_table(folder: Path, digest: str) -> pq.ParquetFile:
+    """plan.parquet, opened once a process and plan: its footer grows with the number of shards."""
+    return Plan(folder, {}).table()
 
 
 def make_plan(source: Source, options: ShardOptions, folder: Path) -> Plan:

@@ -18,7 +18,8 @@ from alexprep.shards.files import is_local
 from alexprep.shards.opinion import Refused
 from alexprep.shards.plan import Plan, Shard, locations
 from alexprep.shards.sources.base import Location, Source
-from alexprep.shards.worker import attending, limit_memory
+from alexprep.shards.worker import attending
+from alexprep.shards.write import bound_memory
 
 _BLOCK = 512
 _PROBES = 256  # JPEG sizes of photos spread by about 40 %, so the mean of 256 is within 10 % in 99.99 % of cases
@@ -78,8 +79,7 @@ def _stored(
 ) -> list[int]:
     """What each input takes: two members with their headers, padded to blocks, and its line in the sidecar."""
     codec = make()
-    if codec.target.device == "cpu":  # CUDA reserves address space far beyond what it uses
-        limit_memory(source.resident_bytes())
+    bound_memory(source, codec)
     used = []
     for row, location in enumerate(probes):
         with attending(row):

@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from alexprep.shards.codec import Codec, Target, read_raw
-from alexprep.shards.engines import Engine, LocalEngine
+from alexprep.shards.codec import kept_decoder, read_raw
+from alexprep.shards.engines import Engine, as_engine
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.files import digest_json, file_sha256, json_bytes, publish_bytes, publish_json, remove_temporaries
 from alexprep.shards.layout import (
@@ -94,7 +94,7 @@ def compute(
     Raises:
         AlexprepError: no such data, or an image that cannot be decoded (its shard and offset are named).
     """
-    engine = LocalEngine(engine) if isinstance(engine, int) else engine
+    engine = as_engine(engine)
     dataset = read_dataset(data)
     record = split_record(dataset, split, data)
     shards = [int(shard["name"].rpartition("-")[2]) for shard in record["shards"]]
@@ -128,17 +128,12 @@ def _samples(data: Path, split: str) -> Samples:
     return Samples(data, split)
 
 
-@functools.lru_cache(maxsize=1)
-def _codec() -> Codec:
-    return Codec(Target())
-
-
 def _planes(encoded: NDArray[np.uint8], image: dict[str, Any]) -> NDArray[np.uint8] | None:
     """uint8 (3, S, S), or None where it cannot be decoded."""
     if image["format"] == "raw":
         pixels = read_raw(encoded.tobytes())
         return None if pixels is None or pixels.ndim != 3 else pixels.transpose(2, 0, 1)
-    return _codec().decode(encoded.tobytes(), planar=True)
+    return kept_decoder().decode(encoded.tobytes(), planar=True)
 
 
 def from_moments(moments: Moments, data_digest: str) -> Statistics:

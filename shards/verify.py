@@ -16,12 +16,12 @@ import pyarrow.parquet as pq
 from alexprep.shards import stats
 from alexprep.shards.check import Finding, Problem, check_shard
 from alexprep.shards.check_whole import check_descriptions, foreign_files, misplaced_tars
-from alexprep.shards.codec import Codec, Target
-from alexprep.shards.engines import Engine, LocalEngine
+from alexprep.shards.codec import kept_decoder
+from alexprep.shards.engines import Engine, as_engine
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.files import file_sha256, folder_at, json_bytes
 from alexprep.shards.layout import DATASET, PLAN, PLAN_TABLE
-from alexprep.shards.plan import Plan, Shard
+from alexprep.shards.plan import Plan, Shard, kept_table
 from alexprep.shards.write import sidecar_path
 
 
@@ -65,7 +65,7 @@ def verify(
     """
     start = time.monotonic()
     folder = folder_at(folder)
-    engine = LocalEngine(engine) if isinstance(engine, int) else engine
+    engine = as_engine(engine)
     problems: list[Problem] = []
     plan, dataset = _documents(folder, problems)
     if plan is None:  # nothing can be held against it
@@ -98,20 +98,10 @@ def _check_task(
     plan: Plan, digest: str, decode: bool, with_table: bool, argument: tuple[int, Shard], condemned: Mapping[int, str]
 ) -> Finding:
     group, shard = argument
-    planned = _table(plan.folder, digest).read_row_group(group, columns=["label"]) if with_table else None
+    planned = kept_table(plan.folder, digest).read_row_group(group, columns=["label"]) if with_table else None
     return check_shard(
-        plan.folder, shard, digest, plan.document["options"], planned, _codec() if decode else None, condemned
+        plan.folder, shard, digest, plan.document["options"], planned, kept_decoder() if decode else None, condemned
     )
-
-
-@functools.lru_cache(maxsize=1)
-def _table(folder: Path, digest: str) -> pq.ParquetFile:
-    return Plan(folder, {}).table()
-
-
-@functools.lru_cache(maxsize=1)
-def _codec() -> Codec:
-    return Codec(Target())
 
 
 def _documents(folder: Path, problems: list[Problem]) -> tuple[Plan | None, dict[str, Any]]:

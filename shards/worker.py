@@ -19,6 +19,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from alexprep.shards.errors import DeviceLostError
+
 POLL_SECONDS = 0.2
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 # One record a worker, in memory that parent and workers share.
@@ -94,6 +96,8 @@ def serve(pipe: int, slots: int, count: int, index: int, parent: int, memory_byt
         _slot["row"], _slot["began_ns"], _slot["finished"] = -1, 0, 0
         try:
             answer = (True, task(argument, condemned))
+        except DeviceLostError:
+            os.abort()  # the engine starts a new process, in which the GPU works again
         except BaseException as error:  # noqa: BLE001  (it is raised again where it can be handled)
             answer = (False, (error, traceback.format_exc()))
         try:

@@ -22,7 +22,7 @@ from alexprep.shards.opinion import Refused
 from alexprep.shards.plan import Shard
 from alexprep.shards.sources.base import Location, Source
 from alexprep.shards.tar import TarWriter, dali_index
-from alexprep.shards.worker import again, attending
+from alexprep.shards.worker import again, attending, limit_memory
 
 # What a failed read says of the file. Anything else may pass, and is tried again; a sector that stays bad (EIO) is the file's.
 _OF_THE_FILE = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG}
@@ -146,6 +146,12 @@ def _conflict(name: str, first: str, second: str) -> AlexprepError:
         f"shard {name} was made twice with different bytes (sha256 {first[:16]}… and {second[:16]}…): the machines decode "
         "differently, or an input changed meanwhile; the first one is kept. Use a new --out with one kind of machine"
     )
+
+
+def bound_memory(source: Source, codec: Codec) -> None:
+    """Bounds a worker's memory, once its tools are loaded. Not with CUDA, which reserves address space far beyond its use."""
+    if codec.target.device == "cpu":
+        limit_memory(source.resident_bytes())
 
 
 def _converted(

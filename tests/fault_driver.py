@@ -16,13 +16,14 @@ import random
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from alexprep.shards import files
 from alexprep.shards.build import build
 from alexprep.shards.codec import Codec, Converted, Target
+from alexprep.shards.engines import InProcessEngine
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.opinion import Refused
 from alexprep.shards.plan import ShardOptions
@@ -43,13 +44,6 @@ class Stub(Codec):
 
     def convert(self, data: Any) -> Converted | Refused:
         return Converted(bytes(data), 1, 1, kept=True) if data else Refused("empty file")
-
-
-class InProcess:
-    """An engine without processes."""
-
-    def run(self, task: Any, arguments: Sequence[Any], progress: Any) -> Iterator[Any]:
-        yield from (task(argument, {}) for argument in arguments)
 
 
 def install() -> None:
@@ -87,7 +81,7 @@ def attempt(source: Path, out: Path, with_hook: Hook | None = None) -> tuple[int
     global hook
     hook = with_hook
     try:
-        build(source, out, ShardOptions(Target(size=8), shard_samples=2), InProcess(), make_codec=Stub)
+        build(source, out, ShardOptions(Target(size=8), shard_samples=2), InProcessEngine(), make_codec=Stub)
     except AlexprepError as error:
         return 1, str(error)
     except OSError as error:

@@ -12,7 +12,6 @@ import os
 import shutil
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -127,35 +126,6 @@ def test_a_file_that_is_tidied_away_before_it_is_locked_is_begun_again(
     assert calls == 3 and _finished(tmp_path) == {"new": b"whole"}
 
 
-PLANTED = '''
-    """A codec that misbehaves at inputs that end with a word."""
-
-    import ctypes, os
-    from alexprep.shards.codec import Codec
-
-    class Planted(Codec):
-        def _convert(self, data):
-            word = data[-8:].strip(b".")
-            if word == b"segv":
-                ctypes.string_at(0)
-            if word == b"abort":
-                os.abort()
-            if word == b"exit":
-                os._exit(3)
-            while word == b"hang":
-                pass
-            hoard = []
-            while word == b"hoard":
-                hoard.append(bytearray(2**26))
-            libc = ctypes.CDLL(None)
-            libc.malloc.restype = ctypes.c_void_p
-            while word == b"malloc":  # as a library in C does it
-                place = libc.malloc(2**26)
-                if not place:
-                    os.abort()
-                ctypes.memset(place, 1, 2**26)
-            return super()._convert(data)
-'''
 MISDEEDS = {
     "segv": "ends the process that reads it (SIGSEGV)",
     "abort": "ends the process that reads it (SIGABRT)",
@@ -170,8 +140,7 @@ def test_a_decoder_that_misbehaves_costs_just_its_image(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Six kinds of misdeed among 68 images; all else as if those images were empty."""
-    (tmp_path / "planted.py").write_text(textwrap.dedent(PLANTED))
-    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.syspath_prepend(Path(__file__).parent)  # workers inherit it
     from planted import Planted  # type: ignore[import-not-found]
 
     shutil.copytree(photos, tmp_path / "source")

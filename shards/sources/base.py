@@ -98,31 +98,40 @@ class Source:
 
 
 def find_meta_mat(files: Files) -> tuple[str, bytes] | None:
-    """A devkit's meta.mat in the root or in a devkit there, unpacked or as downloaded."""
+    """The name and content of a devkit's meta.mat; see `find_in_devkit`."""
+    return find_in_devkit(files, rb"meta\.mat")
+
+
+def find_in_devkit(files: Files, pattern: bytes) -> tuple[str, bytes] | None:
+    """The name and content of a file of the devkit: in the root, or in a devkit there, unpacked or as downloaded."""
     for entry in files.entries():
-        if entry.name == b"meta.mat":
+        if not entry.is_folder and re.fullmatch(pattern, entry.name):
             return files.display(entry.name), files.read(entry.name)
-        if re.fullmatch(rb"ILSVRC20\d\d_devkit_\w+", entry.name) and entry.is_folder:
-            path = entry.name + b"/data/meta.mat"
-            try:
-                return files.display(path), files.read(path)
-            except OSError:
-                continue
-        if re.fullmatch(rb"ILSVRC20\d\d_devkit\w*([.-]\w+)*\.(tar|tgz|tar\.gz)", entry.name):
-            content = inflated(files, entry.name)
-            member = find_member(content, files.display(entry.name), rb"(^|/)meta\.mat$")
-            if member is not None:
-                return f"{files.display(entry.name)}/meta.mat", member
+        if entry.is_folder and re.fullmatch(rb"ILSVRC20\d\d_devkit_\w+", entry.name):
+            for below in files.entries(entry.name + b"/data"):
+                if re.fullmatch(pattern, below.name):
+                    path = entry.name + b"/data/" + below.name
+                    return files.display(path), files.read(path)
+        elif re.fullmatch(rb"ILSVRC20\d\d_devkit\w*([.-]\w+)*\.(tar|tgz|tar\.gz)", entry.name):
+            found = find_member(inflated(files, entry.name), files.display(entry.name), b"(^|/)" + pattern + b"$")
+            if found is not None:
+                return f"{files.display(entry.name)}/{found[0]}", found[1]
     return None
 
 
-def find_member(content: bytes, name: str, pattern: bytes) -> bytes | None:
-    """The first member of a tar in memory whose name matches `pattern`."""
+def numbered_classes(present: set[str]) -> list[str]:
+    """The names "0" to the highest of `present`, all of which are numbers, in numeric order."""
+    return [str(label) for label in range(1 + max(map(int, present), default=-1))]
+
+
+def find_member(content: bytes, name: str, pattern: bytes) -> tuple[str, bytes] | None:
+    """The name and content of the first member of a tar in memory whose name matches `pattern`."""
     from alexprep.shards.untar import members
 
     for member in members(lambda offset, size: content[offset : offset + size], len(content), name):
         if member.kind == "file" and re.search(pattern, member.name):
-            return content[member.offset : member.offset + member.size]
+            shown = member.name.decode("utf-8", "backslashreplace")
+            return shown, content[member.offset : member.offset + member.size]
     return None
 
 

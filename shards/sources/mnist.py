@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alexprep.shards.errors import AlexprepError
-from alexprep.shards.sources.base import Input, Location, Source
+from alexprep.shards.sources.base import Input, Location, Source, numbered_classes
 from alexprep.shards.sources.files import Files
 from alexprep.shards.sources.records import Part, beginning, in_order, numbered, paired, record, resident, whole
 
@@ -110,7 +110,7 @@ class Mnist(Source):
 
     def classes(self, present: set[str]) -> list[str]:
         """The numbers from "0" to the highest label, in numeric order."""
-        return [str(label) for label in range(1 + max(map(int, present), default=-1))]
+        return numbered_classes(present)
 
     def resident_bytes(self) -> int:
         """What gzipped image files hold."""

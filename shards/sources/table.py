@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from alexprep.shards.errors import AlexprepError
-from alexprep.shards.sources.base import SPLITS, Input, Location, Source, split_of
+from alexprep.shards.sources.base import SPLITS, Input, Location, Source, numbered_classes, split_of
 from alexprep.shards.sources.files import Files, LocalFiles
 from alexprep.shards.sources.remote import RemoteFiles
 from alexprep.shards.sources.rows import Row, read_rows
@@ -86,7 +86,7 @@ class Table(Source):
     def classes(self, present: set[str]) -> list[str]:
         """The numbers from "0" to the highest where all are numbers, otherwise sorted as bytes."""
         if present and all(map(_NUMBER.fullmatch, present)):
-            return [str(label) for label in range(1 + max(map(int, present)))]
+            return numbered_classes(present)
         return super().classes(present)
 
 

@@ -9,8 +9,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from alexprep.shards.errors import AlexprepError
-from alexprep.shards.sources.base import find_member, find_meta_mat
-from alexprep.shards.sources.files import Files, inflated
+from alexprep.shards.sources.base import find_in_devkit, find_meta_mat
+from alexprep.shards.sources.files import Files
 
 _STEM_END = re.compile(rb"\.(jpe?g|png|bmp|gif|webp|tiff?)$", re.IGNORECASE)
 
@@ -79,7 +79,7 @@ def find_truth(files: Files, split: str, names: list[bytes], train_classes: list
         if name == f"{split}.txt":
             return _listed(files, entry.name, train_classes)
     word = {"val": "validation"}.get(split, split)
-    found = _ground_truth(files, rf"ILSVRC20\d\d_{word}_ground_truth\.txt".encode())
+    found = find_in_devkit(files, rf"ILSVRC20\d\d_{word}_ground_truth\.txt".encode())
     if found is None:
         return None
     return _numbered(files, *found, names)
@@ -123,23 +123,6 @@ def _listed(files: Files, path: bytes, train_classes: list[str] | None) -> Truth
             )
         pairs = [[name, train_classes[int(value)]] for name, value in pairs]
     return Truth(origin, {stem(os.fsencode(name)): value for name, value in pairs})
-
-
-def _ground_truth(files: Files, pattern: bytes) -> tuple[str, bytes] | None:
-    """The name and content of the devkit's file of IDs: in the root, in a devkit's folder, or in its archive."""
-    for entry in files.entries():
-        if not entry.is_folder and re.fullmatch(pattern, entry.name):
-            return files.display(entry.name), files.read(entry.name)
-        if entry.is_folder and re.fullmatch(rb"ILSVRC20\d\d_devkit_\w+", entry.name):
-            for below in files.entries(entry.name + b"/data"):
-                if re.fullmatch(pattern, below.name):
-                    path = entry.name + b"/data/" + below.name
-                    return files.display(path), files.read(path)
-        elif re.fullmatch(rb"ILSVRC20\d\d_devkit[\w.-]*\.(tar|tgz|tar\.gz)", entry.name):
-            content = find_member(inflated(files, entry.name), files.display(entry.name), b"(^|/)" + pattern + b"$")
-            if content is not None:
-                return f"{files.display(entry.name)}/{pattern.decode()}", content
-    return None
 
 
 def _numbered(files: Files, origin: str, content: bytes, names: list[bytes]) -> Truth:

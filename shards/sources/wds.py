@@ -13,7 +13,7 @@ from typing import NamedTuple
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.layout import DATASET
 from alexprep.shards.sources.archive import ArchiveSource, packed_files
-from alexprep.shards.sources.base import Input, Location, split_of
+from alexprep.shards.sources.base import Input, Location, numbered_classes, split_of
 from alexprep.shards.sources.files import Files
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm")
@@ -82,7 +82,7 @@ class Webdataset(ArchiveSource):
         if len(numbers) != len(present):
             odd = min(present - set(numbers))
             raise AlexprepError(f"{self.files.display()} has numbers as labels, but also {odd!r}: make them alike")
-        return [str(number) for number in range(max(map(int, numbers)) + 1)]
+        return numbered_classes(present)
 
     def covers(self, target: str) -> bool:
         """Whether `target` lies in a folder of shards."""
