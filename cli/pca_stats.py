@@ -28,7 +28,8 @@ def pca_stats(data_argument: Path | None, data: Path, split: str, engine: Engine
     Example: alexprep pca-stats /data/imagenet-256
     """
     from alexprep.cli import report
-    from alexprep.pipeline.augment import Augmentation, noise_stdevs
+    from alexprep.pipeline.augment import noise_stdevs
+    from alexprep.pipeline.augmentation import Augmentation
     from alexprep.shards import stats
     from alexprep.shards.layout import MEAN_PICTURE, STATISTICS
 

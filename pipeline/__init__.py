@@ -1,4 +1,4 @@
-"""The DALI pipelines: orders and draws as data, four deeds in numpy and in DALI, and a `Loader` for torch."""
+"""The DALI pipelines: orders and draws as data, the deeds in numpy and in DALI, and a `Loader` for torch."""
 
 from __future__ import annotations
 
@@ -6,16 +6,57 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from alexprep.pipeline.augment import Augmentation
+    from alexprep.pipeline.augmentation import PRESETS, Augmentation
+    from alexprep.pipeline.draws import Draws, draw
+    from alexprep.pipeline.graph import (
+        colour_noise,
+        decode_crop,
+        decode_window,
+        mirror,
+        resize_square,
+        subtract_mean_window,
+        to_tensor,
+    )
     from alexprep.pipeline.loader import Batch, Loader
+    from alexprep.pipeline.order import block_order, epoch_order, shuffle_quality
+    from alexprep.pipeline.tuning import Tuning
 
-__all__ = ["Augmentation", "Batch", "Loader"]
+__all__ = [
+    "PRESETS",
+    "Augmentation",
+    "Batch",
+    "Draws",
+    "Loader",
+    "Tuning",
+    "block_order",
+    "colour_noise",
+    "decode_crop",
+    "decode_window",
+    "draw",
+    "epoch_order",
+    "mirror",
+    "resize_square",
+    "shuffle_quality",
+    "subtract_mean_window",
+    "to_tensor",
+]
 
-_HOMES = {"Augmentation": "augment", "Batch": "loader", "Loader": "loader"}
+_HOMES = {
+    "augmentation": ("PRESETS", "Augmentation"),
+    "draws": ("Draws", "draw"),
+    "graph": (
+        *("colour_noise", "decode_crop", "decode_window", "mirror", "resize_square", "subtract_mean_window"),
+        "to_tensor",
+    ),
+    "loader": ("Batch", "Loader"),
+    "order": ("block_order", "epoch_order", "shuffle_quality"),
+    "tuning": ("Tuning",),
+}
 
 
 def __getattr__(name: str) -> Any:
     """Loads a public name when it is first asked for: DALI and torch take seconds to import, the numpy parts do not."""
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(importlib.import_module(f"{__name__}.{home}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

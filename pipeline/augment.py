@@ -1,4 +1,4 @@
-"""The four deeds in numpy: crop, subtract the mean, mirror, add colour noise. This is their definition; the DALI graph must
+"""The deeds in numpy: crop, resize, subtract the mean, mirror, add colour noise, divide. This is their definition; the DALI graph must
 equal it. Images are RGB, rows first, on the 0-255 scale; results are not clipped.
 
 Names end in their axes: N samples, H rows, W columns, C channels.
@@ -6,54 +6,12 @@ Names end in their axes: N samples, H rows, W columns, C channels.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
-
 import numpy as np
 from numpy.typing import NDArray
 
+from alexprep.pipeline.augmentation import IMAGENET_MEAN, IMAGENET_STD, Augmentation
 from alexprep.pipeline.draws import Draws
-from alexprep.shards.errors import AlexprepError
 from alexprep.shards.stats import Statistics
-
-
-@dataclass(frozen=True)
-class Augmentation:
-    """What is done to a training image. The defaults are the paper's.
-
-    Attributes:
-        crop: side of the square that the network sees, pixels; 224 in the paper (section 4.1).
-        mirror: whether half of the crops are reflected left to right.
-        mean: what is subtracted. "crop": the mean image at the crop's own window (the paper, section 2: from each pixel);
-            "centre": always the mean image's centre window, after the reflection (the 2012 code); "channel": the three
-            channel means; "none".
-        noise: how large the colour noise along each principal axis is, for α ~ N(0, noise_sigma²). "eigenvalue": α λ with
-            λ the eigenvalue on the 0-1 scale, times 255 (the paper's formula, section 4.1); "stdev": α √λ on the 0-255
-            scale (the 2012 code, whose further division of the image by 1.1 is not done); "none".
-        noise_sigma: 0.1 in the paper.
-    """
-
-    crop: int = 224
-    mirror: bool = True
-    mean: Literal["crop", "centre", "channel", "none"] = "crop"
-    noise: Literal["eigenvalue", "stdev", "none"] = "eigenvalue"
-    noise_sigma: float = 0.1
-
-    def __post_init__(self) -> None:
-        """Refuses values out of bounds, with AlexprepError."""
-        if self.crop < 1:
-            raise AlexprepError(f"crop {self.crop} is less than 1 pixel")
-        if self.mean not in ("crop", "centre", "channel", "none"):
-            raise AlexprepError(f"mean {self.mean!r} is not one of crop, centre, channel, none")
-        if self.noise not in ("eigenvalue", "stdev", "none"):
-            raise AlexprepError(f"noise {self.noise!r} is not one of eigenvalue, stdev, none")
-        if not 0 <= self.noise_sigma < 1e6:
-            raise AlexprepError(f"noise_sigma {self.noise_sigma} is not a number from 0 on")
-
-    @property
-    def needs_statistics(self) -> bool:
-        """Whether the mean image, channel means or eigenpairs are used."""
-        return self.mean != "none" or self.noise != "none"
 
 
 def noise_stdevs(statistics: Statistics, augmentation: Augmentation) -> NDArray[np.float64]:
@@ -72,24 +30,96 @@ def colour_shifts(
     return (alpha_N3 * noise_stdevs(statistics, augmentation)) @ statistics.eigenvectors.T
 
 
-def crop(image_HWC: NDArray[np.uint8], top: int, left: int, side: int) -> NDArray[np.uint8]:
-    """A square of `side` pixels."""
-    return image_HWC[top : top + side, left : left + side]
+def channel_means(statistics: Statistics | None, augmentation: Augmentation) -> NDArray[np.float64]:
+    """What is subtracted from all pixels of R, G and B: float64 (3,), grey levels; 0 where a window of the mean image is."""
+    if augmentation.mean == "channel" and statistics is not None:
+        return statistics.channel_means
+    return np.array(IMAGENET_MEAN) if augmentation.mean == "imagenet" else np.zeros(3)
 
 
-def subtract_mean(crop_HWC: NDArray[np.float64], mean_HWC: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Subtracts what was prepared for this crop: an image of its size, or three numbers."""
-    return crop_HWC - mean_HWC
+def channel_stdevs(statistics: Statistics | None, augmentation: Augmentation) -> NDArray[np.float64]:
+    """What R, G and B are divided by: float64 (3,), grey levels."""
+    if augmentation.std == "channel" and statistics is not None:
+        return statistics.channel_stdevs
+    return np.array(IMAGENET_STD) if augmentation.std == "imagenet" else np.ones(3)
 
 
-def reflect(crop_HWC: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Left becomes right."""
-    return crop_HWC[:, ::-1]
+def mean_corners(augmentation: Augmentation, windows_N4: NDArray[np.integer], mean_side: int) -> NDArray[np.int64]:
+    """Top row and left column of the mean image's windows that belong to crops' windows: int64 (N, 2)."""
+    if augmentation.mean == "crop":
+        return windows_N4[:, :2].astype(np.int64)
+    return (mean_side - windows_N4[:, 2:].astype(np.int64)) // 2
 
 
-def add_noise(crop_HWC: NDArray[np.float64], shift_3: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Adds one shift to all pixels."""
-    return crop_HWC + shift_3
+def cut(image_HWC: NDArray[np.uint8], window_4: NDArray[np.int64]) -> NDArray[np.uint8]:
+    """The pixels of (top, left, height, width)."""
+    top, left, height, width = window_4.tolist()
+    return image_HWC[top : top + height, left : left + width]
+
+
+def resize(image_HWC: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
+    """Resizes to a square of `side` pixels, by a triangle filter as wide as an output pixel (antialiased bilinear).
+
+    Beyond an edge its pixels are repeated, as DALI does; Pillow leaves those weights out, which differs near the edges.
+    """
+    vertical, horizontal = (_triangle(image_HWC.shape[axis], side) for axis in (0, 1))
+    exact = np.einsum("ih,hwc,jw->ijc", vertical, image_HWC.astype(np.float64), horizontal, optimize=True)
+    rounded: NDArray[np.uint8] = np.clip(np.rint(exact), 0, 255).astype(np.uint8)
+    return rounded
+
+
+def _triangle(source: int, target: int) -> NDArray[np.float64]:
+    """The filter's weights: float64 (target, source), rows of sum 1."""
+    ratio = source / target
+    radius = max(ratio, 1.0)
+    weights = np.zeros((target, source))
+    for n in range(target):
+        centre = (n + 0.5) * ratio
+        pixels = np.arange(np.floor(centre - radius), np.ceil(centre + radius) + 1)
+        taps = np.maximum(0.0, 1.0 - np.abs(pixels + 0.5 - centre) / radius)
+        np.add.at(weights[n], np.clip(pixels.astype(int), 0, source - 1), taps / taps.sum())
+    return weights
+
+
+def view(
+    image_HWC: NDArray[np.uint8],
+    window_4: NDArray[np.int64],
+    mirrored: bool,
+    shift_3: NDArray[np.float64],
+    augmentation: Augmentation,
+    statistics: Statistics | None,
+    noisy: bool = False,
+) -> NDArray[np.float64]:
+    """One view of an image.
+
+    Args:
+        image_HWC: uint8 (H, W, 3).
+        window_4: top, left, height, width.
+        mirrored: whether left becomes right.
+        shift_3: the colour noise, grey levels.
+        augmentation: what is done.
+        statistics: of the data set; None where `augmentation.needs_statistics` is false.
+        noisy: whether this epoch has noise, and so the division that goes with it.
+
+    Returns:
+        float64 (crop, crop, 3), grey levels about 0, or what `std` makes of them.
+    """
+    image = cut(image_HWC, window_4)
+    if augmentation.scale is not None and augmentation.crop is not None:
+        image = resize(image, augmentation.crop)
+    pixels: NDArray[np.float64] = image.astype(np.float64) - channel_means(statistics, augmentation)
+    mean_window: NDArray[np.float64] | None = None
+    if augmentation.windowed_mean and statistics is not None:
+        top, left = mean_corners(augmentation, window_4[None], len(statistics.mean_HWC))[0].tolist()
+        mean_window = statistics.mean_HWC[top : top + len(pixels), left : left + pixels.shape[1]]
+    if mean_window is not None and augmentation.mean == "crop":
+        pixels = pixels - mean_window
+    if mirrored:
+        pixels = pixels[:, ::-1]
+    if mean_window is not None and augmentation.mean == "centre":  # the 2012 code subtracts after the reflection
+        pixels = pixels - mean_window
+    pixels = (pixels + shift_3) / channel_stdevs(statistics, augmentation)
+    return pixels / augmentation.noise_rescale if noisy else pixels
 
 
 def augment(
@@ -98,44 +128,11 @@ def augment(
     n: int,
     augmentation: Augmentation,
     statistics: Statistics | None,
+    epoch: int = 0,
 ) -> NDArray[np.float64]:
-    """What becomes of one image.
-
-    Args:
-        image_HWC: uint8 (S, S, 3).
-        draws: of a batch.
-        n: which of the batch's samples this is.
-        augmentation: what is done.
-        statistics: of the data set; None where `augmentation.needs_statistics` is false.
-
-    Returns:
-        float64 (crop, crop, 3), grey levels about 0.
-    """
-    side = augmentation.crop
-    top, left = draws.offsets_N2[n].tolist()
-    image: NDArray[np.float64] = crop(image_HWC, top, left, side).astype(np.float64)
-    if statistics is not None and augmentation.mean == "crop":
-        image = subtract_mean(image, statistics.mean_HWC[top : top + side, left : left + side])
-    if draws.mirror_N[n] and augmentation.mirror:
-        image = reflect(image)
-    if statistics is not None and augmentation.mean == "centre":
-        middle = (len(image_HWC) - side) // 2
-        image = subtract_mean(image, statistics.mean_HWC[middle : middle + side, middle : middle + side])
-    if statistics is not None and augmentation.mean == "channel":
-        image = subtract_mean(image, statistics.channel_means)
-    if statistics is not None:
-        image = add_noise(image, colour_shifts(draws.alpha_N3[n : n + 1], statistics, augmentation)[0])
-    return image
-
-
-def ten_views(slack: int) -> list[tuple[int, int, bool]]:
-    """(top, left, mirrored) of the ten test views (paper, section 4.1): four corners and the centre, then their reflections.
-
-    The order is the 2012 code's.
-
-    >>> ten_views(32)[:5]
-    [(0, 0, False), (0, 32, False), (16, 16, False), (32, 0, False), (32, 32, False)]
-    """
-    middle = slack // 2
-    corners = [(0, 0), (0, slack), (middle, middle), (slack, 0), (slack, slack)]
-    return [(top, left, mirrored) for mirrored in (False, True) for top, left in corners]
+    """What becomes of one image in training: `view` of what was drawn for sample `n` of a batch."""
+    noisy = augmentation.noisy(epoch)
+    shift = np.zeros(3)
+    if noisy and statistics is not None:
+        shift = colour_shifts(draws.alpha_N3[n : n + 1], statistics, augmentation)[0]
+    return view(image_HWC, draws.windows_N4[n], bool(draws.mirror_N[n]), shift, augmentation, statistics, noisy)

@@ -1,114 +1,195 @@
-"""One DALI pipeline at work: rows of a split in, tensors out, in the order in which the rows were handed in."""
+"""DALI at work: steps of a split in, tensors out, in the order in which the steps were handed in."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import ctypes
+import os
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from alexprep.pipeline import graph
-from alexprep.pipeline.augment import Augmentation, colour_shifts
-from alexprep.pipeline.draws import centred, draw
-from alexprep.shards.codec import Codec, Target
+from alexprep.pipeline.assemble import probe_pipeline, single_view_pipeline, ten_view_pipeline
+from alexprep.pipeline.dataset import OnBad
+from alexprep.pipeline.feed import Feed, Inputs
 from alexprep.shards.errors import AlexprepError
-from alexprep.shards.read import Samples
-from alexprep.shards.stats import Statistics
-
-Views = Literal["random", "centre", "ten"]
+from alexprep.shards.read import TarSamples
 
 _RAW_HEADER_BYTES = 128  # of a .npy member, see docs/formats.md
 
 
+@dataclass
+class Step:
+    """A rank's part of one step on its way through the engine.
+
+    Attributes:
+        epoch: of the step.
+        number: of the step within its epoch.
+        rows: int64 (N,), of the samples.
+        positions: int64 (N,), their places in the epoch's order.
+        skipped: how many samples could not be decoded and were taken out of `rows` and `positions`.
+    """
+
+    epoch: int
+    number: int
+    rows: NDArray[np.int64]
+    positions: NDArray[np.int64]
+    skipped: int = 0
+    _fed: Any = field(default=None, repr=False)  # what DALI reads in place
+
+    def drop(self, bad: Sequence[bool]) -> None:
+        """Takes samples out."""
+        good = ~np.asarray(bad, bool)
+        self.skipped += len(self.rows) - int(good.sum())
+        self.rows, self.positions = self.rows[good], self.positions[good]
+
+
 class Engine:
-    """Decodes and augments batches ahead of their use."""
+    """Decodes and augments steps ahead of their use.
 
-    def __init__(
-        self,
-        samples: Samples,
-        statistics: Statistics | None,
-        augmentation: Augmentation,
-        views: Views,
-        seed: int,
-        device: torch.device,
-        dtype: graph.Dtype,
-        layout: graph.Layout,
-        batch_size: int,
-        threads: int,
-    ) -> None:
-        """Builds the pipeline for batches of at most `batch_size`; see `Loader` for the rest."""
-        self._samples, self._statistics, self._augmentation = samples, statistics, augmentation
-        self._views, self._seed, self._device = views, seed, device
-        self._dtype, self._layout = dtype, layout
-        image = samples.dataset["image"]
-        self._size, self._format = int(image["size"]), str(image["format"])
-        index = None
-        if device.type == "cuda":
-            index = torch.cuda.current_device() if device.index is None else device.index
-        settings = graph.Settings(self._size, self._format, batch_size, threads, device.type, index, dtype, layout)
-        make = graph.ten_view_pipeline if views == "ten" else graph.single_view_pipeline
-        self._pipeline = make(augmentation, statistics, settings)
+    DALI cannot leave out a sample that it fails to decode: the whole step fails. Then each of the step's samples is tried alone,
+    with the window that was drawn for it; those that fail are taken out, and the step and those behind it are done again. So
+    a sample is left out or not by its bytes and its draw alone, whoever its neighbours are.
+    """
 
-    def start(self, epoch: int, rows: NDArray[np.int64]) -> None:
-        """Hands a batch to DALI and returns at once. An empty batch, which DALI does not know, stays here."""
-        if not len(rows):
-            return
-        encoded = [self._samples.encoded(row) for row in rows.tolist()]
-        if self._format == "raw":
-            encoded = [pixels[_RAW_HEADER_BYTES:].reshape(self._size, self._size, 3) for pixels in encoded]
-        self._pipeline.feed_input("encoded", encoded)
-        if self._views != "ten":
-            for name, values in self._inputs(epoch, rows).items():
-                self._pipeline.feed_input(name, values)
-        self._pipeline.schedule_run()
+    def __init__(self, samples: TarSamples, sizes_N2: NDArray[np.integer], feed: Feed, on_bad: OnBad) -> None:
+        """Builds the pipeline.
 
-    def take(self, rows: NDArray[np.int64]) -> torch.Tensor:
-        """The images of the batch that was started first and not taken yet, which must be that of `rows`.
+        Args:
+            samples: what rows stand for.
+            sizes_N2: integer (samples, 2), heights and widths of the stored images, pixels.
+            feed: what is done to them.
+            on_bad: what becomes of a sample that cannot be decoded: "error" ends the work, "skip" leaves it out.
+        """
+        self._samples, self._sizes, self._feed, self._on_bad = samples, sizes_N2, feed, on_bad
+        self._steps: deque[Step] = deque()
+        self._suspects: set[int] = set()  # rows that could not be decoded before: they are tried alone first
+        self._process = os.getpid()
+        self._pipeline: Any = self._assembled()
+
+    def __len__(self) -> int:
+        """How many steps were started and not taken."""
+        return len(self._steps)
+
+    @property
+    def last(self) -> Step | None:
+        """The step that was started last and not taken yet."""
+        return self._steps[-1] if self._steps else None
+
+    @property
+    def usable(self) -> bool:
+        """Whether this is the process that made the engine: DALI's threads do not survive a fork."""
+        return self._process == os.getpid()
+
+    def start(self, step: Step) -> None:
+        """Hands a step to DALI and returns at once."""
+        self._steps.append(step)
+        self._submit(step)
+
+    def take(self) -> tuple[Step, torch.Tensor]:
+        """The step that was started first and not taken yet, and its images.
 
         Raises:
-            AlexprepError: an image could not be decoded. DALI cannot go on after that.
+            AlexprepError: an image could not be decoded. The engine cannot go on after that.
         """
-        if not len(rows):
-            side = self._augmentation.crop
-            shape = (3, side, side) if self._layout == "NCHW" else (side, side, 3)
-            views = (10,) if self._views == "ten" else ()
-            return torch.empty((0, *views, *shape), dtype=getattr(torch, self._dtype), device=self._device)
-        # On a GPU the result is bound to torch's stream: its memory is freed in that stream's order, so never under a
-        # kernel that still reads it.
-        stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
+        step = self._steps[0]
+        while True:
+            try:
+                images = self._outputs(step)
+                break
+            except RuntimeError as error:
+                bad = [not self._decodes(step, n) for n in range(len(step.rows))]
+                if not any(bad):
+                    raise AlexprepError(f"DALI could not make a batch: {error}") from error
+                if self._on_bad == "error":
+                    where = self._samples.where(int(step.rows[bad.index(True)]))
+                    raise AlexprepError(
+                        f"{where} holds an image that cannot be decoded: leave such images out with on_bad='skip', or make "
+                        "sound shards of them with `alexprep shard`"
+                    ) from error
+                self._suspects.update(step.rows[np.array(bad)].tolist())
+                self._pipeline = self._assembled()
+                for waiting in self._steps:
+                    self._submit(waiting)
+        self._steps.popleft()
+        return step, images
+
+    def close(self) -> None:
+        """Frees the pipeline's threads and memory."""
+        if not self.usable:  # its destructor would wait for threads that only the parent has
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._pipeline))
+        self._steps.clear()
+        del self._pipeline
+
+    def _assembled(self) -> Any:
+        make = ten_view_pipeline if self._feed.views == "ten" else single_view_pipeline
+        return make(self._feed.augmentation, self._feed.statistics, self._feed.settings)
+
+    def _submit(self, step: Step) -> None:
+        if not self._suspects.isdisjoint(step.rows.tolist()):
+            step.drop(
+                [row in self._suspects and not self._decodes(step, n) for n, row in enumerate(step.rows.tolist())]
+            )
+        if not len(step.rows):  # DALI knows no empty batch
+            return
+        encoded = [self._image(row) for row in step.rows.tolist()]
+        inputs = self._inputs(step)
+        self._pipeline.feed_input("encoded", encoded)
+        for name, values in inputs.items():
+            self._pipeline.feed_input(name, values)
+        step._fed = (encoded, inputs)
+        self._pipeline.schedule_run()
+
+    def _outputs(self, step: Step) -> torch.Tensor:
+        settings = self._feed.settings
+        device = torch.device(settings.device if settings.device_id is None else f"cuda:{settings.device_id}")
+        if not len(step.rows):
+            side = self._feed.augmentation.crop or settings.size or 0
+            shape = (3, side, side) if settings.layout == "NCHW" else (side, side, 3)
+            views = (10,) if self._feed.views == "ten" else ()
+            images = torch.empty((0, *views, *shape), dtype=getattr(torch, settings.dtype), device=device)
+        else:
+            # On a GPU the result is bound to torch's stream: its memory is freed in that stream's order, so never under a
+            # kernel that still reads it.
+            stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+            (output,) = self._pipeline.outputs(cuda_stream=stream)
+            images = torch.utils.dlpack.from_dlpack(output.as_tensor())
+        step._fed = None
+        return images.movedim(-1, -3) if settings.layout == "channels_last" else images
+
+    def _inputs(self, step: Step) -> Inputs:
+        return self._feed.inputs(step.epoch, step.rows, self._sizes[step.rows], step.positions)
+
+    def _image(self, row: int) -> NDArray[np.uint8]:
+        """What DALI is fed of a sample: its bytes, or its pixels where the shards are raw."""
+        encoded = self._samples.encoded(row)
+        if not self._feed.settings.raw:
+            return encoded
+        height, width = self._sizes[row].tolist()
+        if len(encoded) != _RAW_HEADER_BYTES + 3 * height * width:
+            raise AlexprepError(
+                f"{self._samples.where(row)} holds no {height} x {width} pixels: `alexprep verify` tells more"
+            )
+        return encoded[_RAW_HEADER_BYTES:].reshape(height, width, 3)
+
+    def _decodes(self, step: Step, n: int) -> bool:
+        """Whether sample `n` of a step can be decoded by itself, with the window drawn for it."""
+        settings = self._feed.settings
+        if settings.raw:
+            return True
+        alone = Step(step.epoch, step.number, step.rows[n : n + 1], step.positions[n : n + 1])
+        inputs = self._inputs(alone)
+        probe = probe_pipeline(self._feed.augmentation, settings, windowed="start" in inputs)
+        image = self._image(int(step.rows[n]))  # DALI reads it in place
+        probe.feed_input("encoded", [image])
+        for name in {"start", "shape"} & inputs.keys() if "start" in inputs else ():
+            probe.feed_input(name, inputs[name])
         try:
-            (images,) = self._pipeline.outputs(cuda_stream=stream)
-        except RuntimeError as error:
-            raise AlexprepError(f"DALI could not make a batch: {self._culprit(rows) or error}") from error
-        return torch.utils.dlpack.from_dlpack(images.as_tensor())
-
-    def _inputs(self, epoch: int, rows: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
-        """What the graph needs beside the bytes, drawn for these rows."""
-        side = self._augmentation.crop
-        slack = self._size - side
-        draws = draw(self._seed, epoch, rows, slack) if self._views == "random" else centred(len(rows), slack)
-        mirror = draws.mirror_N & self._augmentation.mirror
-        shift = np.zeros((len(rows), 3))
-        if self._statistics is not None:
-            shift += colour_shifts(draws.alpha_N3, self._statistics, self._augmentation)
-            if self._augmentation.mean == "channel":
-                shift -= self._statistics.channel_means
-        position = draws.offsets_N2.astype(np.float32) / max(1, slack)
-        inputs: dict[str, NDArray[Any]] = {
-            "x": np.ascontiguousarray(position[:, 1]),
-            "y": np.ascontiguousarray(position[:, 0]),
-            "mirror": mirror.astype(np.int32),
-            "shift": shift.astype(np.float32),
-        }
-        if self._augmentation.mean == "crop":
-            inputs["anchor"] = graph.mean_anchor(draws.offsets_N2, mirror, self._size, side)
-        return inputs
-
-    def _culprit(self, rows: NDArray[np.int64]) -> str | None:
-        """Names the first sample of a failed batch that cannot be decoded."""
-        codec = Codec(Target())
-        for row in rows.tolist():
-            if self._format != "raw" and codec.decode(self._samples.encoded(row).tobytes()) is None:
-                return f"{self._samples.where(row)} holds an image that cannot be decoded; run `alexprep shard` again"
-        return None
+            probe.run()
+        except RuntimeError:
+            return False
+        return True

@@ -2,35 +2,34 @@
 
 from __future__ import annotations
 
-import functools
-from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple, get_args
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from alexprep.pipeline.augment import Augmentation
-from alexprep.pipeline.engine import Engine, Views
+from alexprep.pipeline.augmentation import Augmentation, augmentation_named
+from alexprep.pipeline.dataset import OnBad, Source, open_dataset, statistics_for
+from alexprep.pipeline.engine import Engine, Step
+from alexprep.pipeline.feed import Feed, Views
 from alexprep.pipeline.graph import Dtype, Layout
-from alexprep.pipeline.order import epoch_order, rank_part, steps_per_epoch
-from alexprep.shards import stats
-from alexprep.shards.engines import cores
+from alexprep.pipeline.order import Order
+from alexprep.pipeline.plan import StepPlan
+from alexprep.pipeline.tuning import Tuning
 from alexprep.shards.errors import AlexprepError
-from alexprep.shards.read import Samples
+from alexprep.shards.stats import Statistics
 
-# Steps that DALI works on ahead of the one being consumed.
-_PREFETCH = 2
+_READ_AHEAD = 8  # steps whose samples are asked of the disk before they are decoded
 
 
 class Batch(NamedTuple):
     """A rank's part of one step.
 
     Attributes:
-        images: on the loader's device, (N, 3, H, W) or (N, H, W, 3); with views "ten" (N, 10, …). float32 or float16, grey levels.
+        images: on the loader's device, (N, 3, H, W) or (N, H, W, 3); with views "ten" (N, 10, …). Grey levels about 0, or what
+            the augmentation's `std` makes of them.
         labels: int64 (N,), on the loader's device.
         indices: int64 (N,), rows of the split's index, on the CPU.
     """
@@ -44,156 +43,153 @@ class Loader:
     """Yields the batches of a split, epoch after epoch.
 
     Step s of an epoch is the slice [s * batch_size, (s + 1) * batch_size) of the epoch's order, and a rank takes its part of
-    the slice; so the samples and their augmentation are the same on any number of ranks, threads and devices. The whole state
-    is {seed, epoch, step}. `for batch in loader` yields the rest of the current epoch; the next such loop, the next epoch.
-
-    A batch's tensors are the caller's: nothing writes to them later.
+    the slice; so the samples and their augmentation are the same on any number of ranks, threads and devices. `for batch in
+    loader` yields the rest of the current epoch; the next such loop, the next epoch. A batch's tensors are the caller's: nothing
+    writes to them later. In a forked process, and unpickled in another, a loader goes on from its state.
 
     Attributes:
         samples: samples in the split.
-        digest: identity of the data set, hex sha256.
+        digest: identity of the data, hex sha256.
         classes: class names by label.
-        epoch: of the next batch to be delivered.
-        step: of the next batch to be delivered, within its epoch.
+        bad: samples of other people's tars that the index has left out, with the reason.
+        skipped: samples that could not be decoded and are missing from the batches delivered so far.
+        epoch: of the next batch.
+        step: of the next batch, within its epoch.
     """
 
     def __init__(
         self,
-        data: str | Path,
+        data: Source,
         split: str = "train",
         *,
         batch_size: int,
-        augmentation: Augmentation | None = None,
+        augmentation: Augmentation | str = "paper",
         views: Views = "random",
-        shuffle: bool = True,
+        order: Order = "shuffle",
+        block_shards: int = 16,
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
         device: str | torch.device = "cpu",
         dtype: Dtype = "float32",
         layout: Layout = "NCHW",
+        on_bad: OnBad = "error",
+        statistics: Statistics | str | Path | None = None,
+        cache: Path | None = None,
         threads: int | None = None,
+        tuning: Tuning | None = None,
     ) -> None:
         """Opens a split; the DALI pipeline is built when the first batch is asked for.
 
         Args:
-            data: a finished data set.
+            data: a finished data set; or anyone's webdataset: a folder of tars, a tar, a pattern like "train-{000..146}.tar", or
+                several of these, which are indexed once.
             split: "train", "val" or "test".
             batch_size: samples a step over all ranks.
-            augmentation: what is done to the images; None for the paper's.
+            augmentation: what is done to the images, or the name of a preset: "paper", "2012-code", "resized", "none".
             views: "random" draws crop, mirror and noise; "centre" gives the centre crop, "ten" the paper's ten test views,
                 both without chance.
-            shuffle: a new global permutation each epoch, or ascending rows.
+            order: "shuffle", a new global permutation each epoch; "blocks", for slow disks and remote stores, permutes the shards
+                and then the samples of `block_shards` shards at a time; "sequential", as stored.
+            block_shards: see `order`.
             seed: of orders and draws.
             rank: of this process, in [0, world_size).
             world_size: how many processes share each step.
-            device: "cpu", or "cuda" with or without an index; decoding happens there as well.
-            dtype: "float32" or "float16".
-            layout: "NCHW" or "NHWC".
-            threads: of DALI; None for one a core.
+            device: "cpu", or "cuda" with or without an index.
+            dtype: "float32", "float16", or, where the augmentation neither subtracts nor divides, "uint8".
+            layout: "NCHW", "NHWC", or "channels_last": shaped as the first, in memory as the second, and on a CPU the fastest.
+            on_bad: "error" ends with the name of a damaged sample; "skip" leaves it out of its step, and moves no other.
+            statistics: of which data set, if not of `data`: its folder, or what `alexprep.shards.stats` made.
+            cache: where the index of other people's tars is kept; by default beside them or in the user's cache.
+            threads: of DALI; None for one a core. Short for `tuning`.
+            tuning: how the machine is used; `alexprep tune` finds good settings.
 
         Raises:
             AlexprepError: no such data, no statistics of it, or an argument out of its bounds.
         """
-        augmentation = augmentation or Augmentation()
-        for name, value, low, high in (
-            ("batch_size", batch_size, 1, 2**31),
-            ("world_size", world_size, 1, 2**31),
-            ("rank", rank, 0, world_size - 1),
-            ("seed", seed, 0, 2**63 - 1),
-            ("threads", 1 if threads is None else threads, 1, 4096),
-        ):
-            if not low <= value <= high:
-                raise AlexprepError(f"{name} {value} is not in [{low}, {high}]")
-        for name, choice, choices in (
-            ("views", views, get_args(Views)),
-            ("dtype", dtype, get_args(Dtype)),
-            ("layout", layout, get_args(Layout)),
-        ):
-            if choice not in choices:
-                raise AlexprepError(f"{name} {choice!r} is not one of {', '.join(choices)}")
-        images = Samples(Path(data), split)
-        size = images.dataset["image"]["size"]
-        if augmentation.crop > size:
-            raise AlexprepError(
-                f"a crop of {augmentation.crop} pixels does not fit the {size}-pixel images of {data}: "
-                f"choose a crop up to {size}, or shard again with --size {augmentation.crop} or more"
-            )
-        self.samples: int = len(images)
-        self.digest: str = images.dataset["digest"]
-        self.classes: list[str] = images.dataset["classes"]
-        self._labels = images.labels
-        self._batch_size, self._views, self._shuffle, self._seed = batch_size, views, shuffle, seed
-        self._rank, self._world_size = rank, world_size
-        self._device = torch.device(device)
-        self._make_engine = functools.partial(
-            Engine,
-            images,
-            stats.read(Path(data), self.digest) if augmentation.needs_statistics else None,
-            augmentation,
-            views,
-            seed,
-            self._device,
-            dtype,
-            layout,
-            -(-batch_size // world_size),
-            threads or cores(),
-        )
+        arguments = {
+            name: value for name, value in locals().items() if name not in ("self", "data", "split", "__class__")
+        }
+        self._made_by = ((data, split), arguments)
+        if isinstance(augmentation, str):
+            augmentation = augmentation_named(augmentation)
+        if threads is not None:
+            tuning = replace(tuning or Tuning(), threads=threads)
+        self._tuning = tuning or Tuning()
+        dataset = open_dataset(data, split, on_bad, cache)
+        dataset.samples.keep_shards = 2 * block_shards + 1
+        self._plan = StepPlan(dataset.samples.index["shard"], batch_size, order, block_shards, seed, rank, world_size)
+        if dataset.samples.remote and order == "shuffle":
+            raise AlexprepError(f"{data} is remote, where single images are slow to read: use order='blocks'")
+        chosen = statistics_for(dataset, statistics) if augmentation.needs_statistics else None
+        dataset.check(augmentation, chosen)
+        target = torch.device(device)
+        number = target.index if target.type == "cpu" or target.index is not None else torch.cuda.current_device()
+        settings = dataset.settings(self._plan.largest_part, target.type, number, dtype, layout, self._tuning)
+        self._feed = Feed(augmentation, chosen, views, seed, settings)
+        self._on_bad, self._dataset = on_bad, dataset
+        self.samples: int = len(dataset.samples)
+        self.digest, self.classes, self.bad = dataset.digest, dataset.classes, dataset.bad
+        self.skipped = 0
+        self.epoch = self.step = 0
         self._engine: Engine | None = None
-        self.epoch = 0
-        self.step = 0
-        # Steps handed to the engine and not yet delivered, in order: (epoch, step, rows).
-        self._ahead: deque[tuple[int, int, NDArray[np.int64]]] = deque()
-        self._order: tuple[int, NDArray[np.int64]] | None = None
+        self._upcoming = (0, 0)  # the step that the engine is handed next
+        self._loaded = False  # a state, since the last pass began
         self._closed = False
 
     def __len__(self) -> int:
         """Steps an epoch, the same on all ranks; the last one may be smaller."""
-        return steps_per_epoch(self.samples, self._batch_size)
+        return len(self._plan)
 
     def __iter__(self) -> Iterator[Batch]:
-        """The batches from the present step to the end of the epoch."""
-        if self._closed:
-            raise AlexprepError("this Loader is closed: make a new one")
+        """The batches from the present step to the end of the epoch.
+
+        An evaluation (views "centre" and "ten") begins anew where the last one was left early, unless its state was loaded.
+        """
+        if self._feed.views != "random" and self.step and not self._loaded:
+            self._abandon()
+            self.step = 0
+        self._loaded = False
         epoch = self.epoch
         while self.epoch == epoch:
-            engine = self._fill()
-            _, step, rows = self._ahead.popleft()
-            labels = torch.from_numpy(self._labels[rows]).to(self._device)
-            try:
-                batch = Batch(engine.take(rows), labels, torch.from_numpy(rows.copy()))
-            except AlexprepError:
-                self.close()
-                raise
-            self.epoch, self.step = (epoch, step + 1) if step + 1 < len(self) else (epoch + 1, 0)
-            self._fill()
-            yield batch
+            yield self._next()
 
     def state_dict(self) -> dict[str, int]:
-        """Where the next batch comes from: {"seed", "epoch", "step"}, all that a resume needs, on any number of ranks."""
-        return {"seed": self._seed, "epoch": self.epoch, "step": self.step}
+        """Where the next batch comes from: all that a resume needs, on any number of ranks; a few integers, JSON-serialisable.
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+        "seed", "epoch" and "step" say where; "batch_size" and "samples" are there to refuse a state that means something else.
+        """
+        plan = self._plan
+        return {
+            "seed": plan.seed,
+            "epoch": self.epoch,
+            "step": self.step,
+            "batch_size": plan.batch_size,
+            "samples": self.samples,
+        }
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Goes to a state that `state_dict` gave.
 
         Raises:
-            AlexprepError: the state is of another seed or lies outside an epoch.
+            AlexprepError: the state is of another seed, batch size or number of samples, or lies outside an epoch.
         """
-        if state["seed"] != self._seed:
-            raise AlexprepError(
-                f"the state has seed {state['seed']}, this Loader {self._seed}: make it with the state's seed"
-            )
+        own = self.state_dict()
+        for name in ("seed", "batch_size", "samples"):
+            if state[name] != own[name]:
+                raise AlexprepError(
+                    f"the state has {name} {state[name]}, this Loader {own[name]}: make it as the one that gave the state"
+                )
         if state["epoch"] < 0 or not 0 <= state["step"] < len(self):
             raise AlexprepError(f"epoch {state['epoch']}, step {state['step']} is not in an epoch of {len(self)} steps")
-        while self._ahead and self._engine:  # what DALI already works on is not wanted any more
-            self._engine.take(self._ahead.popleft()[2])
+        self._abandon()  # what DALI already works on is not wanted any more
         self.epoch, self.step = state["epoch"], state["step"]
+        self._loaded = True
 
     def close(self) -> None:
         """Frees the pipeline's threads and memory; delivered batches stay valid. Closing twice is fine."""
         self._closed = True
-        self._ahead.clear()
-        self._engine = None
+        self._abandon()
 
     def __enter__(self) -> Loader:
         """The loader itself."""
@@ -205,24 +201,51 @@ class Loader:
         """Closes the loader."""
         self.close()
 
-    def rows(self, epoch: int, step: int) -> NDArray[np.int64]:
-        """The rows that this rank gets in one step: int64 (N,)."""
-        if self._order is None or self._order[0] != epoch:
-            self._order = (epoch, epoch_order(self._seed, epoch, self.samples, self._shuffle))
-        first = step * self._batch_size
-        first, last = rank_part(first, min(first + self._batch_size, self.samples), self._rank, self._world_size)
-        return self._order[1][first:last]
+    def __reduce__(self) -> tuple[Callable[..., Loader], tuple[Any, ...]]:
+        """Pickled, a loader is its arguments and its state; the copy opens the data anew."""
+        return _again, (*self._made_by, self.state_dict())
 
-    def _fill(self) -> Engine:
-        """Starts steps until enough are under way. Training runs on into the next epoch, evaluation ends with its own."""
-        engine = self._engine = self._engine or self._make_engine()
-        while len(self._ahead) <= _PREFETCH:
-            epoch, step = (self._ahead[-1][0], self._ahead[-1][1] + 1) if self._ahead else (self.epoch, self.step)
-            if step == len(self):
-                if self._views != "random":
-                    break
-                epoch, step = epoch + 1, 0
-            rows = self.rows(epoch, step)
-            engine.start(epoch, rows)
-            self._ahead.append((epoch, step, rows))
-        return engine
+    def _next(self) -> Batch:
+        if self._closed:
+            raise AlexprepError("this Loader is closed: make a new one")
+        try:
+            engine = self._filled()
+            step, images = engine.take()
+            labels = torch.from_numpy(self._dataset.samples.labels[step.rows]).to(images.device)
+            self._filled()
+        except (
+            BaseException
+        ):  # also Ctrl-C: what is under way no longer fits the state, which still points at this batch
+            self._abandon()
+            raise
+        self.epoch, self.step = self._plan.after(step.epoch, step.number)
+        self.skipped += step.skipped
+        return Batch(images, labels, torch.from_numpy(step.rows.copy()))
+
+    def _filled(self) -> Engine:
+        """The engine with enough steps under way. Training runs on into the next epoch, evaluation ends with its own."""
+        if self._engine is None or not self._engine.usable:
+            self._abandon()
+            self._engine = Engine(self._dataset.samples, self._dataset.sizes_N2, self._feed, self._on_bad)
+            self._upcoming = (self.epoch, self.step)
+        while len(self._engine) <= self._tuning.prefetch:
+            epoch, number = self._upcoming
+            if self._feed.views != "random" and epoch != self.epoch:
+                break
+            self._engine.start(Step(epoch, number, *self._plan.part(epoch, number)))
+            self._upcoming = self._plan.after(epoch, number)
+            if number + _READ_AHEAD < len(self):
+                self._dataset.samples.expect(self._plan.part(epoch, number + _READ_AHEAD)[0])
+        return self._engine
+
+    def _abandon(self) -> None:
+        """Leaves the pipeline and what it works on; the next batch is started anew from the state."""
+        if self._engine is not None:
+            self._engine.close()
+        self._engine = None
+
+
+def _again(place: tuple[Source, str], arguments: dict[str, Any], state: dict[str, int]) -> Loader:
+    loader = Loader(*place, **arguments)
+    loader.load_state_dict(state)
+    return loader

@@ -1,7 +1,13 @@
-"""Random access to the encoded images of a finished split, without copies."""
+"""Random access to the encoded images of finished shards, ours or other people's."""
 
 from __future__ import annotations
 
+import contextlib
+import os
+import resource
+from collections import OrderedDict
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,56 +18,80 @@ from alexprep.shards.errors import AlexprepError
 from alexprep.shards.files import is_local
 from alexprep.shards.layout import read_dataset, read_index, shard_name, split_record
 
+_HEADER = 512  # of a tar member, right before its data
+_MOST_OPEN = 512  # files; a set has thousands of shards, a process is often allowed 1,024 files
+_FETCHES = 4  # remote shards on their way at the same time
 
-class Samples:
-    """The samples of one split, by row of its index.
+
+class TarSamples:
+    """Samples that lie in tars, by row.
+
+    Reading is by offset, without a shared file position and without mappings: threads and forked processes may read at the same
+    time, memory does not grow, and a shard that gets shorter is an error rather than a crash.
 
     Attributes:
-        data: the data set's folder.
-        split: the split's name.
-        dataset: dataset.json.
-        index: (samples,) records of `alexprep.shards.layout.INDEX_DTYPE`, memory-mapped.
+        index: (samples,) records with at least "shard", "offset", "size", "label", ascending by shard and offset.
         labels: int64 (samples,).
+        keep_shards: how many remote shards are held in memory; local ones are read in place.
     """
 
-    def __init__(self, data: Path, split: str) -> None:
-        """Opens the index; shards are mapped when they are first read.
+    def __init__(self, paths: Mapping[int, Path], index: NDArray[np.void]) -> None:
+        """Nothing is opened yet.
 
-        Raises:
-            AlexprepError: the data set is missing, unfinished, or has no sample in this split.
+        Args:
+            paths: the tar of each shard number.
+            index: see the attribute.
         """
-        self.data, self.split = data, split
-        self.dataset: dict[str, Any] = read_dataset(data)
-        record = split_record(self.dataset, split, data)
-        self.index = read_index(data, split)
-        if len(self.index) != record["samples"]:
-            raise AlexprepError(
-                f"{data / split} has an index of {len(self.index):,} samples, dataset.json says {record['samples']:,}: "
-                "run the same `alexprep shard` again"
-            )
-        self.labels: NDArray[np.int64] = self.index["label"].astype(np.int64)
-        self._tars: dict[int, NDArray[np.uint8]] = {}
+        self.index = index
+        self.labels: NDArray[np.int64] = index["label"].astype(np.int64)
+        self.keep_shards = 1
+        self._paths = paths
+        self._remote = any(not is_local(path) for path in paths.values())
+        self._files: OrderedDict[int, int] = OrderedDict()
+        self._most_open = min(_MOST_OPEN, max(8, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4))
+        self._fetched: OrderedDict[int, Future[NDArray[np.uint8]]] = OrderedDict()
+        self._pool: ThreadPoolExecutor | None = None
 
     def __len__(self) -> int:
         """The number of samples."""
         return len(self.index)
 
+    def __del__(self) -> None:
+        """Closes the files."""
+        for file in self._files.values() if hasattr(self, "_files") else ():
+            os.close(file)
+
+    @property
+    def remote(self) -> bool:
+        """Whether a shard lies elsewhere than in a local folder."""
+        return self._remote
+
     def encoded(self, row: int) -> NDArray[np.uint8]:
-        """The encoded image of one sample: uint8 (bytes,), a view into the mapped shard.
+        """The encoded image of one sample: uint8 (bytes,).
 
         Raises:
-            AlexprepError: the shard is missing or shorter than its index says.
+            AlexprepError: the shard is missing, cannot be read, or is shorter than its index says.
         """
-        shard, offset, size, _ = self.index[row].tolist()
-        tar = self._tars.get(shard)
-        if tar is None:
-            tar = self._tars[shard] = self._map(shard)
-        encoded = tar[offset : offset + size]
+        record = self.index[row]
+        shard, offset, size = int(record["shard"]), int(record["offset"]), int(record["size"])
+        encoded = self._bytes(shard, offset, size)
         if len(encoded) != size:
             raise AlexprepError(
-                f"{self._path(shard)} ends at byte {len(tar):,}, inside sample {row} of {self.split}: shard again"
+                f"{self._paths[shard]} ends inside the sample at byte {offset:,}, which has {size:,} bytes: "
+                "`alexprep verify` tells more"
             )
         return encoded
+
+    def expect(self, rows_N: NDArray[np.int64]) -> None:
+        """Says which rows will be asked for soon, so that a slow disk or a remote store can begin to deliver. Returns at once."""
+        records = self.index[rows_N]
+        if self._remote:
+            for shard in dict.fromkeys(records["shard"].tolist()):
+                self._fetch(shard)
+            return
+        for shard, offset, size in zip(*(records[name].tolist() for name in ("shard", "offset", "size")), strict=True):
+            with contextlib.suppress(AlexprepError, OSError):  # whoever reads the sample will say what is wrong
+                os.posix_fadvise(self._file(shard), offset, size, os.POSIX_FADV_WILLNEED)
 
     def rows_of(self, shard: int) -> range:
         """The rows that lie in one shard; they are contiguous."""
@@ -69,21 +99,81 @@ class Samples:
         return range(int(first), int(last))
 
     def where(self, row: int) -> str:
-        """Names a sample for messages: its shard and offset."""
+        """Names a sample for messages: its shard, its offset, and its member's name where it can be read."""
         record = self.index[row]
-        return f"{self._path(int(record['shard']))} at byte {int(record['offset']):,}"
+        shard, offset = int(record["shard"]), int(record["offset"])
+        name = ""
+        with contextlib.suppress(AlexprepError):
+            header = self._bytes(shard, offset - _HEADER, _HEADER).tobytes()
+            if header[257:262] == b"ustar":
+                name = f" ({header[:100].split(bytes(1))[0].decode('utf-8', 'backslashreplace')})"
+        return f"{self._paths[shard]} at byte {offset:,}{name}"
 
-    def _path(self, shard: int) -> Path:
-        return self.data / self.split / f"{shard_name(self.split, shard)}.tar"
-
-    def _map(self, shard: int) -> NDArray[np.uint8]:
-        path = self._path(shard)
+    def _bytes(self, shard: int, offset: int, size: int) -> NDArray[np.uint8]:
+        if self._remote:
+            return self._fetch(shard).result()[offset : offset + size]
         try:
-            if not is_local(path):  # one at a time: a shard is read from its first sample to its last
-                self._tars.clear()
-                return np.frombuffer(path.read_bytes(), np.uint8)
-            return np.memmap(self._path(shard), dtype=np.uint8, mode="r")
+            return np.frombuffer(os.pread(self._file(shard), size, offset), np.uint8)
+        except OSError as error:
+            raise self._unreadable(shard, error) from None
+
+    def _file(self, shard: int) -> int:
+        file = self._files.get(shard)
+        if file is not None:
+            self._files.move_to_end(shard)
+            return file
+        try:
+            file = os.open(self._paths[shard], os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise self._unreadable(shard, error) from None
+        self._files[shard] = file
+        if len(self._files) > self._most_open:
+            os.close(self._files.popitem(last=False)[1])
+        return file
+
+    def _fetch(self, shard: int) -> Future[NDArray[np.uint8]]:
+        future = self._fetched.get(shard)
+        if future is None:
+            self._pool = self._pool or ThreadPoolExecutor(_FETCHES, "alexprep-fetch")
+            future = self._fetched[shard] = self._pool.submit(self._download, shard)
+            while len(self._fetched) > self.keep_shards:
+                self._fetched.popitem(last=False)
+        self._fetched.move_to_end(shard)
+        return future
+
+    def _download(self, shard: int) -> NDArray[np.uint8]:
+        try:
+            return np.frombuffer(self._paths[shard].read_bytes(), np.uint8)
         except (OSError, ValueError) as error:
+            raise self._unreadable(shard, error) from None
+
+    def _unreadable(self, shard: int, error: Exception) -> AlexprepError:
+        return AlexprepError(f"{self._paths[shard]} cannot be read ({error}): `alexprep verify` tells more")
+
+
+class Samples(TarSamples):
+    """The samples of one split of a data set that `alexprep shard` made.
+
+    Attributes:
+        data: the data set's folder.
+        split: the split's name.
+        dataset: dataset.json.
+    """
+
+    def __init__(self, data: Path, split: str) -> None:
+        """Opens the index; shards are opened when they are first read.
+
+        Raises:
+            AlexprepError: the data set is missing, unfinished, or has no sample in this split.
+        """
+        self.data, self.split = data, split
+        self.dataset: dict[str, Any] = read_dataset(data)
+        record = split_record(self.dataset, split, data)
+        index = read_index(data, split)
+        if len(index) != record["samples"]:
             raise AlexprepError(
-                f"{self._path(shard)} cannot be read ({error}): run the same `alexprep shard` again"
-            ) from None
+                f"{data / split} has an index of {len(index):,} samples, dataset.json says {record['samples']:,}: "
+                "run the same `alexprep shard` again"
+            )
+        numbers = np.unique(index["shard"]).tolist()
+        super().__init__({n: data / split / f"{shard_name(split, n)}.tar" for n in numbers}, index)

@@ -69,6 +69,11 @@ class Statistics:
         """The principal standard deviations, grey levels, descending."""
         return np.sqrt(self.eigenvalues)
 
+    @property
+    def channel_stdevs(self) -> NDArray[np.float64]:
+        """The standard deviations of R, G and B about their means, grey levels."""
+        return np.sqrt(np.diag(self.covariance))
+
     def angles_to_imagenet(self) -> NDArray[np.float64]:
         """Degrees between each principal axis and that of the original ImageNet statistics; signs do not count."""
         axes = np.array(IMAGENET_AXES)

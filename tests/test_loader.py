@@ -7,6 +7,8 @@ import io
 import itertools
 import json
 import shutil
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,9 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from alexprep.pipeline.augment import Augmentation, augment, colour_shifts, noise_stdevs, ten_views
-from alexprep.pipeline.draws import Draws, centred, draw
+from alexprep.pipeline.augment import augment, channel_stdevs, colour_shifts, noise_stdevs, resize, view
+from alexprep.pipeline.augmentation import PRESETS, Augmentation
+from alexprep.pipeline.draws import Draws, centred, draw, ten_windows
 from alexprep.pipeline.loader import Batch, Loader
 from alexprep.shards import stats
 from alexprep.shards.build import build
@@ -44,11 +47,17 @@ def _decode(samples: Samples, row: int) -> NDArray[np.uint8]:
 
 
 def _reference(
-    data: Path, split: str, rows: list[int], draws: Draws, augmentation: Augmentation
+    data: Path, split: str, rows: list[int], draws: Draws, augmentation: Augmentation, epoch: int = 0
 ) -> NDArray[np.float64]:
     samples = Samples(data, split)
     found = stats.read(data, samples.dataset["digest"]) if augmentation.needs_statistics else None
-    return np.stack([augment(_decode(samples, row), draws, n, augmentation, found) for n, row in enumerate(rows)])
+    return np.stack(
+        [augment(_decode(samples, row), draws, n, augmentation, found, epoch) for n, row in enumerate(rows)]
+    )
+
+
+def _draw(augmentation: Augmentation, seed: int, epoch: int, rows: NDArray[np.int64], size: int = 64) -> Draws:
+    return draw(augmentation, seed, epoch, rows, np.full((len(rows), 2), size))
 
 
 def _nhwc(batch: Batch, layout: str) -> NDArray[np.float32]:
@@ -66,7 +75,7 @@ def test_pipeline_equals_numpy(mean: Any, noise: Any, layout: Any, device: str, 
     with Loader(data, batch_size=17, augmentation=augmentation, layout=layout, seed=3, device=device) as loader:
         for batch in loader:
             rows = batch.indices.tolist()
-            expected = _reference(data, "train", rows, draw(3, 0, batch.indices.numpy(), 13), augmentation)
+            expected = _reference(data, "train", rows, _draw(augmentation, 3, 0, batch.indices.numpy()), augmentation)
             difference = np.abs(_nhwc(batch, layout) - expected)
             assert batch.images.dtype == torch.float32 and difference.max() <= (1e-3 if device == "cpu" else 16)
             assert device == "cpu" or difference.mean() < 1
@@ -76,22 +85,88 @@ def test_mirror_can_be_off(data: Path) -> None:
     augmentation = Augmentation(crop=51, mirror=False, noise="none")
     with Loader(data, batch_size=48, augmentation=augmentation) as loader:
         batch = next(iter(loader))
-        draws = draw(0, 0, batch.indices.numpy(), 13)
-        assert draws.mirror_N.any()
+        draws = _draw(augmentation, 0, 0, batch.indices.numpy())
+        assert not draws.mirror_N.any()
         expected = _reference(data, "train", batch.indices.tolist(), draws, augmentation)
         assert np.abs(_nhwc(batch, "NCHW") - expected).max() <= 1e-3
 
 
-@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
-def test_float16_is_the_rounded_float32(layout: Any, data: Path) -> None:
-    loaders = [
-        Loader(data, batch_size=20, augmentation=ODD, layout=layout, dtype=dtype) for dtype in ("float32", "float16")
-    ]
+MORE = {
+    "std": Augmentation(crop=51, mean="crop", std="channel"),
+    "std-centre": Augmentation(crop=51, mean="centre", std="imagenet", noise="stdev"),
+    "channel": Augmentation(crop=51, mean="channel", std="channel", noise="none"),
+    "imagenet": Augmentation(crop=33, mean="imagenet", std="imagenet", noise="eigenvalue"),
+    "2012-code": replace(PRESETS["2012-code"], crop=51, share=5, noise_epochs=1),
+    "bytes": Augmentation(crop=51, mean="none", noise="none"),
+    "none": PRESETS["none"],
+    "resized": replace(PRESETS["resized"], crop=37),
+    "enlarged": Augmentation(
+        crop=71, scale=(0.3, 1), ratio=(0.5, 1.5), mean="channel", noise="stdev", noise_rescale=1.1
+    ),
+}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC", "channels_last"])
+@pytest.mark.parametrize("name", MORE)
+def test_every_convention_equals_numpy(name: str, layout: Any, device: str, data: Path) -> None:
+    """Two epochs, so that noise ends in one of them. A resize rounds to grey levels, so there one level may be one off."""
+    augmentation = MORE[name]
+    rounding = 1.01 / min(channel_stdevs(None, augmentation)) if augmentation.scale else 0
+    with Loader(data, batch_size=20, augmentation=augmentation, layout=layout, seed=6, device=device) as loader:
+        for _ in range(2):
+            place = 0
+            epoch = loader.epoch
+            for batch in loader:
+                rows = batch.indices.numpy()
+                draws = draw(
+                    augmentation, 6, epoch, rows, np.full((len(rows), 2), 64), np.arange(place, place + len(rows))
+                )
+                place += len(rows)
+                expected = _reference(data, "train", rows.tolist(), draws, augmentation, epoch)
+                difference = np.abs(_nhwc(batch, layout) - expected)
+                assert difference.max() <= (1e-3 + rounding if device == "cpu" else 16)
+                assert difference.mean() < (0.002 if device == "cpu" else 1)
+                if layout == "channels_last":
+                    assert batch.images.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC", "channels_last"])
+@pytest.mark.parametrize("views", ["random", "centre", "ten"])
+@pytest.mark.parametrize("name", ["paper", "2012-code", "imagenet", "resized"])
+def test_float16_is_the_rounded_float32(name: str, views: Any, layout: Any, device: str, data: Path) -> None:
+    augmentation = {**MORE, "paper": ODD}[name]
+    options: Any = {"batch_size": 20, "augmentation": augmentation, "layout": layout, "device": device, "views": views}
+    loaders = [Loader(data, dtype=dtype, **options) for dtype in ("float32", "float16")]
     for single, half in zip(*loaders, strict=True):
         assert half.images.dtype == torch.float16
         assert (single.images.half() - half.images).abs().max() <= 2**-3  # a unit in the last place below 256
     for loader in loaders:
         loader.close()
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC", "channels_last"])
+@pytest.mark.parametrize("views", ["random", "centre", "ten"])
+@pytest.mark.parametrize("name", ["bytes", "none", "resized"])
+def test_uint8_is_the_same_as_float32(name: str, views: Any, layout: Any, data: Path) -> None:
+    augmentation = replace(MORE[name], mean="none", std="none")
+    options: Any = {"batch_size": 20, "augmentation": augmentation, "layout": layout, "views": views}
+    with Loader(data, **options) as floats, Loader(data, dtype="uint8", **options) as integers:
+        for single, integer in zip(floats, integers, strict=True):
+            assert integer.images.dtype == torch.uint8
+            assert torch.equal(single.images, integer.images.float())
+
+
+def test_resize_is_antialiased_as_pillow_s(photo: Callable[..., Image.Image]) -> None:
+    """Away from the edges, which Pillow treats otherwise, the definition is Pillow's bilinear filter, which rounds twice."""
+    for height, width, side in ((40, 61, 23), (33, 20, 47), (90, 90, 31)):
+        image = np.asarray(photo(width, height, seed=height))
+        ours = resize(image, side).astype(int)
+        pillow = np.asarray(Image.fromarray(image).resize((side, side), Image.Resampling.BILINEAR)).astype(int)
+        edge = 2
+        inner = np.abs(ours - pillow)[edge:-edge, edge:-edge]
+        assert inner.max() <= 1 and (inner > 0).mean() < 0.25
 
 
 @pytest.mark.parametrize("image_format", ["jpg", "png", "raw"])
@@ -108,7 +183,10 @@ def test_every_format_gives_the_same_picture(image_format: Any, views: Any, phot
             expected = np.stack([_decode(Samples(tmp_path, "train"), row)[:37, :37] for row in rows])
             np.testing.assert_array_equal(first, expected)
         else:
-            draws = draw(0, 0, np.array(rows), 11) if views == "random" else centred(6, 11)
+            sizes = np.full((6, 2), 48)
+            draws = (
+                draw(augmentation, 0, 0, np.array(rows), sizes) if views == "random" else centred(augmentation, sizes)
+            )
             np.testing.assert_array_equal(
                 _nhwc(batch, "NCHW"), _reference(tmp_path, "train", rows, draws, augmentation)
             )
@@ -120,22 +198,25 @@ def test_ten_views(mean: Any, layout: Any, data: Path) -> None:
     """Corners and centre, then their reflections, each as the single-view reference makes it."""
     augmentation = Augmentation(crop=51, mean=mean, noise="none")
     with Loader(
-        data, "val", batch_size=8, augmentation=augmentation, views="ten", shuffle=False, layout=layout
+        data, "val", batch_size=8, augmentation=augmentation, views="ten", order="sequential", layout=layout
     ) as loader:
         assert [batch.indices.tolist() for batch in loader] == [list(range(8)), list(range(8, 16)), list(range(16, 20))]
         batch = next(iter(loader))
     got = _nhwc(batch, layout)
     assert got.shape == (8, 10, 51, 51, 3)
-    for n, (top, left, mirrored) in enumerate(ten_views(13)):
-        draws = Draws(np.tile([top, left], (8, 1)), np.full(8, mirrored), np.zeros((8, 3)))
-        expected = _reference(data, "val", batch.indices.tolist(), draws, augmentation)
-        assert np.abs(got[:, n] - expected).max() <= 1e-3
+    samples = Samples(data, "val")
+    found = stats.read(data, samples.dataset["digest"])
+    windows = ten_windows(augmentation, np.array([[64, 64]]))[0]
+    for n in range(10):
+        for k, row in enumerate(batch.indices.tolist()):
+            expected = view(_decode(samples, row), windows[n % 5], n >= 5, np.zeros(3), augmentation, found)
+            assert np.abs(got[k, n] - expected).max() <= 1e-3
 
 
 def test_centre_view_is_without_chance(data: Path) -> None:
-    with Loader(data, "val", batch_size=7, augmentation=ODD, views="centre", shuffle=False, seed=1) as loader:
+    with Loader(data, "val", batch_size=7, augmentation=ODD, views="centre", order="sequential", seed=1) as loader:
         epochs = [[batch for batch in loader] for _ in range(2)]
-        expected = _reference(data, "val", list(range(20)), centred(20, 13), ODD)
+        expected = _reference(data, "val", list(range(20)), centred(ODD, np.full((20, 2), 64)), ODD)
         for epoch in epochs:
             assert np.abs(np.concatenate([_nhwc(batch, "NCHW") for batch in epoch]) - expected).max() <= 1e-3
         assert torch.cat([batch.labels for batch in epochs[0]]).tolist() == Samples(data, "val").labels.tolist()
@@ -146,7 +227,9 @@ def test_crop_of_the_whole_image(data: Path) -> None:
     for views in ("random", "centre", "ten"):
         with Loader(data, batch_size=5, augmentation=whole, views=views) as loader:
             batch = next(iter(loader))
-            draws = draw(0, 0, batch.indices.numpy(), 0) if views == "random" else centred(5, 0)
+            draws = (
+                _draw(whole, 0, 0, batch.indices.numpy()) if views == "random" else centred(whole, np.full((5, 2), 64))
+            )
             images = batch._replace(images=batch.images[:, 0]) if views == "ten" else batch
             expected = _reference(data, "train", batch.indices.tolist(), draws, whole)
             assert np.abs(_nhwc(images, "NCHW") - expected).max() <= 1e-3
@@ -155,7 +238,7 @@ def test_crop_of_the_whole_image(data: Path) -> None:
 def test_noise_has_the_stated_covariance(data: Path) -> None:
     """Cov = sigma² V diag(s²) Vᵀ, with s the eigenvalue on the 0-1 scale times 255, or its square root on 0-255."""
     found = stats.read(data, Samples(data, "train").dataset["digest"])
-    alpha = draw(0, 0, np.arange(200_000), 0).alpha_N3
+    alpha = _draw(ODD, 0, 0, np.arange(200_000)).alpha_N3
     noise: Any
     for noise, scale in (("eigenvalue", found.eigenvalues / 255), ("stdev", np.sqrt(found.eigenvalues))):
         augmentation = Augmentation(noise=noise)
@@ -214,12 +297,12 @@ def test_resume_from_any_step(world_size: int, data: Path) -> None:
         return Loader(data, batch_size=15, augmentation=ODD, seed=4, rank=rank, world_size=world_size, threads=1)
 
     with Loader(data, batch_size=15, augmentation=ODD, seed=4) as loader:
-        states, rows, images = [], [], []
+        states, rows, images = [loader.state_dict()], [], []
         for batch in itertools.chain.from_iterable(iter(loader) for _ in range(2)):
             rows.append(batch.indices)
             images.append(batch.images)
             states.append(loader.state_dict())
-        states = [{"seed": 4, "epoch": 0, "step": 0}, *states[:-1]]
+        states.pop()
     for n, state in enumerate(states):
         assert json.loads(json.dumps(state)) == state
         for_ranks = []
@@ -245,12 +328,12 @@ def test_state_counts_only_what_was_delivered(data: Path) -> None:
             seen.append(batch.indices.tolist())
             if len(seen) == 2:
                 break
-        assert loader.state_dict() == {"seed": 0, "epoch": 0, "step": 2}
+        assert loader.state_dict() == {"seed": 0, "epoch": 0, "step": 2, "batch_size": 13, "samples": 48}
         seen += [rows for rows, _ in _stream(loader, 2)]
         assert seen == [rows for rows, _ in whole]
-        loader.load_state_dict({"seed": 0, "epoch": 1, "step": 3})
+        loader.load_state_dict({**loader.state_dict(), "epoch": 1, "step": 3})
         assert _stream(loader, 1) == whole[-1:]
-        loader.load_state_dict({"seed": 0, "epoch": 0, "step": 0})
+        loader.load_state_dict({**loader.state_dict(), "epoch": 0, "step": 0})
         assert _stream(loader, 2) == whole
 
 
@@ -305,7 +388,7 @@ def test_two_loaders_at_once(data: Path) -> None:
         Loader(data, "val", batch_size=9, augmentation=ODD, views="centre") as val,
     ):
         alone = _stream(train, 1)
-        train.load_state_dict({"seed": 0, "epoch": 0, "step": 0})
+        train.load_state_dict({**train.state_dict(), "epoch": 0, "step": 0})
         both = []
         for batch, _ in zip(train, itertools.cycle(val), strict=False):
             both.append((batch.indices.tolist(), batch.images.numpy().tobytes()))
@@ -350,7 +433,16 @@ def test_a_corrupt_image_is_named(data: Path, tmp_path: Path) -> None:
         ({"layout": "CHW"}, "layout 'CHW'"),
         ({"seed": -1}, "seed -1"),
         ({"split": "test"}, "no samples in split 'test'; it has train, val"),
-        ({"augmentation": Augmentation(crop=65)}, "a crop of 65 pixels does not fit the 64-pixel images"),
+        (
+            {"augmentation": Augmentation(crop=65)},
+            r"a crop of 65 pixels does not fit 48 of 48 images, .*\.tar at byte 512 \(0.*\.jpg\) with 64 x 64",
+        ),
+        ({"order": "random"}, "order 'random' is not one of shuffle, blocks, sequential"),
+        ({"on_bad": "warn"}, "on_bad 'warn' is not one of error, skip"),
+        ({"augmentation": "alexnet"}, "augmentation 'alexnet' is not one of paper, 2012-code, resized, none"),
+        ({"dtype": "uint8"}, "dtype uint8 holds grey levels as they are"),
+        ({"threads": 0}, r"threads 0 is not in \[1, "),
+        ({"statistics": "nowhere"}, "nowhere"),
     ],
 )
 def test_arguments_out_of_bounds(arguments: dict[str, Any], words: str, data: Path) -> None:
@@ -375,12 +467,14 @@ def test_augmentations_out_of_bounds(arguments: dict[str, Any], words: str) -> N
 def test_states_that_do_not_fit(data: Path) -> None:
     with Loader(data, batch_size=13, augmentation=ODD) as loader:
         for state, words in (
-            ({"seed": 1, "epoch": 0, "step": 0}, "seed 1"),
-            ({"seed": 0, "epoch": 0, "step": 4}, "an epoch of 4 steps"),
-            ({"seed": 0, "epoch": -1, "step": 0}, "epoch -1"),
+            ({"seed": 1}, "seed 1"),
+            ({"batch_size": 12}, "batch_size 12"),
+            ({"samples": 49}, "samples 49"),
+            ({"step": 4}, "an epoch of 4 steps"),
+            ({"epoch": -1}, "epoch -1"),
         ):
             with pytest.raises(AlexprepError, match=words):
-                loader.load_state_dict(state)
+                loader.load_state_dict({**loader.state_dict(), **state})
 
 
 def test_data_that_is_not_there(tmp_path: Path, data: Path) -> None:

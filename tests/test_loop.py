@@ -22,7 +22,7 @@ import pytest
 import torch
 from torch import nn
 
-from alexprep.pipeline.augment import Augmentation
+from alexprep.pipeline.augmentation import Augmentation
 from alexprep.shards.errors import AlexprepError
 from alexprep.train import recipes, runs
 from alexprep.train.alexnet import alexnet as alexnet_network
@@ -56,7 +56,7 @@ class MadeUpLoader:
         batch_size: int,
         augmentation: Augmentation | None = None,
         views: Views = "random",
-        shuffle: bool = True,
+        order: str = "shuffle",
         seed: int = 0,
         device: str = "cpu",
         layout: Literal["NCHW", "NHWC"] = "NCHW",
@@ -404,8 +404,8 @@ def test_evaluation_loader_is_asked_for_plain_views(data: Path) -> None:
         return MadeUpLoader(data, split, **options)
 
     train(config(data, epochs=1, threads=1), spying)
-    assert (asked["train"]["views"], asked["train"]["shuffle"]) == ("random", True)
-    assert (asked["val"]["views"], asked["val"]["shuffle"]) == ("centre", False)
+    assert (asked["train"]["views"], asked["train"]["order"]) == ("random", "shuffle")
+    assert (asked["val"]["views"], asked["val"]["order"]) == ("centre", "sequential")
     assert asked["train"]["augmentation"] == small_recipe().augmentation
     assert (asked["train"]["threads"], asked["train"]["layout"]) == (1, "NHWC")
 

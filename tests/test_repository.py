@@ -27,7 +27,7 @@ FENCES = {
     "click": ("cli/",),
     "rich": ("cli/", "train/meter.py"),
     "torch": ("train/", "pipeline/engine.py", "pipeline/loader.py", "shards/cuda.py", "shards/resize_torch.py"),
-    "nvidia.dali": ("pipeline/graph.py",),
+    "nvidia.dali": ("pipeline/graph.py", "pipeline/assemble.py"),
     "webdataset": (),
     "sklearn": (),
     "pickle": (),

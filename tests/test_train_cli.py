@@ -15,7 +15,7 @@ from click.testing import CliRunner
 
 from alexprep.cli.evaluate import evaluate
 from alexprep.cli.train import RECIPES, train
-from alexprep.pipeline.augment import Augmentation
+from alexprep.pipeline.augmentation import Augmentation
 from alexprep.shards.errors import AlexprepError
 from alexprep.train import recipes
 from alexprep.train.config import TrainConfig

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 
-from alexprep.pipeline.augment import Augmentation
+from alexprep.pipeline.augmentation import Augmentation
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.layout import read_dataset
 
@@ -60,7 +60,7 @@ class OpenLoader(Protocol):
         batch_size: int,
         augmentation: Augmentation = ...,
         views: Literal["random", "centre", "ten"] = ...,
-        shuffle: bool = ...,
+        order: Literal["shuffle", "blocks", "sequential"] = ...,
         seed: int = ...,
         device: str = ...,
         layout: Literal["NCHW", "NHWC"] = ...,

@@ -79,7 +79,7 @@ def evaluate_run(
         batch_size=batch_size if views == "centre" else max(1, batch_size // 10),
         augmentation=recipe.augmentation,
         views=views,
-        shuffle=False,
+        order="sequential",
         device=str(where),
         layout=layout_for(where),
         threads=threads,

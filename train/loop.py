@@ -144,7 +144,7 @@ def _open(job: Job, open_loader: OpenLoader, split: str) -> BatchSource:
         batch_size=job.recipe.batch_size,
         augmentation=job.recipe.augmentation,
         views="random" if training else "centre",
-        shuffle=training,
+        order="shuffle" if training else "sequential",
         seed=job.seed,
         device=str(job.device),
         layout=layout_for(job.device),

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 from torch import nn
 
-from alexprep.pipeline.augment import Augmentation
+from alexprep.pipeline.augmentation import Augmentation
 from alexprep.shards.errors import AlexprepError
 from alexprep.train.alexnet import alexnet as alexnet_network
 from alexprep.train.schedule import Plateau, Schedule, Steps, describe
@@ -76,14 +77,19 @@ class Recipe:
             if not low <= value <= high:
                 raise AlexprepError(f"{name} is {value} in recipe {self.name}: it must be within {low} to {high}")
         low_size, high_size = self.stored_sizes
-        if not self.augmentation.crop <= low_size <= high_size:
-            raise AlexprepError(
-                f"recipe {self.name} cuts {self.augmentation.crop} pixels out of stored sizes {self.stored_sizes}"
-            )
+        if not self.crop <= low_size <= high_size:
+            raise AlexprepError(f"recipe {self.name} cuts {self.crop} pixels out of stored sizes {self.stored_sizes}")
+
+    @property
+    def crop(self) -> int:
+        """Side of the square that the network sees, pixels."""
+        if self.augmentation.crop is None:
+            raise AlexprepError(f"recipe {self.name} has no crop: a network needs images of one size")
+        return self.augmentation.crop
 
     def make_network(self, classes: int, seed: int) -> nn.Module:
         """The network with its initial weights, on the CPU."""
-        return self.network(classes, self.augmentation.crop, seed=seed, width=self.width)
+        return self.network(classes, self.crop, seed=seed, width=self.width)
 
     def describe(self) -> dict[str, Any]:
         """Every field as JSON values: what a resumed run must have in common with the first part."""
@@ -91,7 +97,7 @@ class Recipe:
             "name": self.name,
             "network": self.network.__name__,
             "width": self.width,
-            "augmentation": asdict(self.augmentation),
+            "augmentation": json.loads(json.dumps(asdict(self.augmentation))),
             "schedule": describe(self.schedule),
             "batch_size": self.batch_size,
             "lr": self.lr,

@@ -1,0 +1,157 @@
+"""What a `Loader` reads: a data set that `alexprep shard` made, or anyone's webdataset tars, as one kind of thing."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Union, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from alexprep.pipeline.assemble import Settings
+from alexprep.pipeline.augmentation import Augmentation
+from alexprep.pipeline.graph import Dtype, Layout
+from alexprep.pipeline.tuning import Tuning
+from alexprep.shards import stats
+from alexprep.shards.errors import AlexprepError
+from alexprep.shards.files import folder_at
+from alexprep.shards.layout import DATASET, PLAN, read_dataset
+from alexprep.shards.read import Samples, TarSamples
+from alexprep.shards.stats import Statistics
+
+OnBad = Literal["error", "skip"]
+Source = Union[str, Path, Sequence[Union[str, Path]]]  # noqa: UP007  (evaluated, also by Python 3.10's typing)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Samples, and what is known of them.
+
+    Attributes:
+        samples: by row.
+        sizes_N2: integer (samples, 2), heights and widths of the stored images, pixels.
+        size: their side where all are squares of one side, else None.
+        raw: whether members are pixels rather than encoded images.
+        digest: the identity of the data, hex sha256.
+        classes: class names by label.
+        bad: samples of other people's tars that cannot be used, with the reason.
+        statistics_of: the data set's folder if it is one of ours.
+    """
+
+    samples: TarSamples
+    sizes_N2: NDArray[np.integer]
+    size: int | None
+    raw: bool
+    digest: str
+    classes: list[str]
+    bad: tuple[Any, ...]
+    statistics_of: Path | None
+
+    def check(self, augmentation: Augmentation, statistics: Statistics | None) -> None:
+        """Raises AlexprepError where these images cannot be augmented so."""
+        if augmentation.windowed_mean and (
+            self.size is None or statistics is None or len(statistics.mean_HWC) != self.size
+        ):
+            raise AlexprepError(
+                f"mean {augmentation.mean!r} subtracts a mean image of the images' own size, and these are "
+                f"{self.size or 'of several sizes'}: use mean 'channel' or 'imagenet', or shards made by `alexprep shard`"
+            )
+        if augmentation.crop is None and len(np.unique(self.sizes_N2, axis=0)) > 1:
+            raise AlexprepError(
+                "whole images of several sizes make no batch: choose a crop, and a scale to resize to it"
+            )
+        if augmentation.crop is not None and augmentation.scale is None:
+            small = np.flatnonzero(self.sizes_N2.min(axis=1) < augmentation.crop)
+            if len(small):
+                height, width = self.sizes_N2[small[0]].tolist()
+                raise AlexprepError(
+                    f"a crop of {augmentation.crop} pixels does not fit {len(small):,} of {len(self.samples):,} images, for "
+                    f"example {self.samples.where(int(small[0]))} with {width} x {height}: choose a smaller crop, resize "
+                    f"(augmentation 'resized'), or shard again with --size {augmentation.crop} or more"
+                )
+
+    def settings(
+        self, batch_size: int, device: str, device_id: int | None, dtype: Dtype, layout: Layout, tuning: Tuning
+    ) -> Settings:
+        """The settings of a pipeline for these images; see `Settings`."""
+        decode = tuning.decode or device if device == "cuda" else "cpu"
+        threads, load = tuning.dali_threads, tuning.hw_decoder_load
+        return Settings(
+            self.raw, self.size, batch_size, threads, device, device_id, decode, load, dtype=dtype, layout=layout
+        )
+
+
+def open_dataset(source: Source, split: str, on_bad: OnBad = "error", cache: Path | None = None) -> Dataset:
+    """Opens a split.
+
+    Args:
+        source: the folder of a finished data set; or tars, see `alexprep.shards.tar_index.index_tars`.
+        split: "train", "val" or "test".
+        on_bad: whether samples that cannot be used are an error, or left out ("skip").
+        cache: where the index of other people's tars is kept, see there.
+
+    Raises:
+        AlexprepError: there is no such data, or, unless told to skip them, there are samples in it that cannot be used.
+    """
+    if on_bad not in get_args(OnBad):
+        raise AlexprepError(f"on_bad {on_bad!r} is not one of {', '.join(get_args(OnBad))}")
+    if isinstance(source, str | os.PathLike):
+        folder = folder_at(str(source))
+        if (folder / DATASET).exists() or (folder / PLAN).exists() or not _holds_tars(str(source), folder):
+            return _ours(folder, split)
+    dataset = _others(source, split, cache)
+    if dataset.bad and on_bad == "error":
+        raise AlexprepError(
+            f"{len(dataset.bad):,} samples cannot be used, the first: {dataset.bad[0]}; leave such samples out with "
+            "on_bad='skip'"
+        )
+    return dataset
+
+
+def statistics_for(dataset: Dataset, chosen: Statistics | str | Path | None) -> Statistics:
+    """The statistics that were chosen, or the data set's own.
+
+    Raises:
+        AlexprepError: there are none.
+    """
+    if isinstance(chosen, Statistics):
+        return chosen
+    if chosen is not None:
+        folder = folder_at(str(chosen))
+        return stats.read(folder, read_dataset(folder)["digest"])
+    if dataset.statistics_of is None:
+        raise AlexprepError(
+            "these shards have no statistics: name a data set that has them (statistics=FOLDER), or use an augmentation "
+            "without, for example 'resized'"
+        )
+    return stats.read(dataset.statistics_of, dataset.digest)
+
+
+def _holds_tars(name: str, folder: Path) -> bool:
+    return name.endswith(".tar") or "{" in name or any(folder.glob("*.tar")) or any(folder.glob("*/*.tar"))
+
+
+def _ours(folder: Path, split: str) -> Dataset:
+    samples = Samples(folder, split)
+    image = samples.dataset["image"]
+    size = int(image["size"])
+    sizes = np.broadcast_to(np.array(size, np.int32), (len(samples), 2))
+    raw = image["format"] == "raw"
+    return Dataset(samples, sizes, size, raw, samples.dataset["digest"], samples.dataset["classes"], (), folder)
+
+
+def _others(source: Source, split: str, cache: Path | None) -> Dataset:
+    from alexprep.shards.tar_index import index_tars
+
+    found = index_tars(source, split, cache=cache)
+    samples = TarSamples(dict(enumerate(found.paths)), found.records)
+    if not len(samples):
+        raise AlexprepError(
+            f"no sample of {source} can be used; the first one: {found.bad[0] if found.bad else 'none'}"
+        )
+    sizes = np.stack([found.records["height"], found.records["width"]], axis=1).astype(np.int32)
+    size = int(sizes[0, 0]) if (sizes == sizes[0, 0]).all() else None
+    return Dataset(samples, sizes, size, False, found.digest, found.classes, found.bad, None)

@@ -1,0 +1,115 @@
+"""What the graph is fed: encoded images and, beside them, the draws as numbers."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from alexprep.pipeline.assemble import Settings
+from alexprep.pipeline.augment import channel_means, colour_shifts, mean_corners
+from alexprep.pipeline.augmentation import Augmentation
+from alexprep.pipeline.draws import Draws, centred, draw, ten_windows
+from alexprep.pipeline.graph import mean_anchor
+from alexprep.shards.errors import AlexprepError
+from alexprep.shards.stats import Statistics
+
+Views = Literal["random", "centre", "ten"]
+Inputs = dict[str, "NDArray[Any] | list[NDArray[np.float32]]"]
+
+_STRIP_BYTES = 128 * 2**20  # of windows of the mean image that are kept ready
+
+
+@dataclass(frozen=True)
+class Feed:
+    """Turns the rows of a step into what a pipeline of `alexprep.pipeline.assemble` takes, apart from the images.
+
+    Attributes:
+        augmentation: what is done.
+        statistics: of the data set, where they are needed.
+        views: "random" draws; "centre" and "ten" are without chance.
+        seed: of the draws.
+        settings: of the pipeline.
+    """
+
+    augmentation: Augmentation
+    statistics: Statistics | None
+    views: Views
+    seed: int
+    settings: Settings
+
+    def __post_init__(self) -> None:
+        """Refuses values that do not go together, with AlexprepError."""
+        if self.views not in get_args(Views):
+            raise AlexprepError(f"views {self.views!r} is not one of {', '.join(get_args(Views))}")
+        if self.settings.dtype == "uint8" and not self.augmentation.keeps_bytes:
+            raise AlexprepError("dtype uint8 holds grey levels as they are: it needs mean, std and noise 'none'")
+
+    def inputs(
+        self, epoch: int, rows: NDArray[np.int64], sizes: NDArray[np.integer], positions: NDArray[np.int64]
+    ) -> Inputs:
+        """The named inputs of a step, one entry a sample; for the arguments see `draws.draw`."""
+        if self.views == "ten":
+            windows = ten_windows(self.augmentation, sizes).astype(np.int32)
+            starts = {f"start{n}": np.ascontiguousarray(windows[:, n, :2]) for n in range(5)}
+            return {**starts, **self._shape(windows[:, 0])}
+        if self.views == "random":
+            draws = draw(self.augmentation, self.seed, epoch, rows, sizes, positions)
+        else:
+            draws = centred(self.augmentation, sizes)
+        return self._single(draws, self.views == "random" and self.augmentation.noisy(epoch))
+
+    def _single(self, draws: Draws, noisy: bool) -> Inputs:
+        augmentation, statistics = self.augmentation, self.statistics
+        windows = draws.windows_N4.astype(np.int32)
+        inputs: Inputs = {
+            "start": np.ascontiguousarray(windows[:, :2]),
+            "mirror": draws.mirror_N.astype(np.int32),
+            **self._shape(windows),
+        }
+        if augmentation.noise != "none" and statistics is not None:
+            shift = np.tile(-channel_means(statistics, augmentation), (len(windows), 1))
+            if noisy:
+                shift += colour_shifts(draws.alpha_N3, statistics, augmentation)
+            inputs["shift"] = shift.astype(np.float32)
+            if augmentation.noise_rescale != 1:
+                inputs["factor"] = np.full(len(windows), 1 / augmentation.noise_rescale if noisy else 1, np.float32)
+        if augmentation.windowed_mean and statistics is not None:
+            size = len(statistics.mean_HWC)
+            corners = mean_corners(augmentation, windows, size)
+            reflected = draws.mirror_N & (augmentation.mean == "crop")
+            if self.settings.feeds_windows:
+                inputs["window"] = self._mean_windows(corners, reflected)
+            else:
+                inputs["anchor"] = mean_anchor(corners, reflected, size, augmentation.crop or 0)
+        return inputs
+
+    def _shape(self, windows_N4: NDArray[np.int32]) -> dict[str, NDArray[np.int32]]:
+        fixed = self.augmentation.crop is not None and self.augmentation.scale is None
+        return {} if fixed else {"shape": np.ascontiguousarray(windows_N4[:, 2:])}
+
+    def _mean_windows(self, corners: NDArray[np.int64], reflected: NDArray[np.bool_]) -> list[NDArray[np.float32]]:
+        side = self.augmentation.crop or 0
+        strip = self._strip
+        return [
+            strip(left, flag)[top : top + side]
+            for (top, left), flag in zip(corners.tolist(), reflected.tolist(), strict=True)
+        ]
+
+    @functools.cached_property
+    def _strip(self) -> Any:
+        """The columns of the mean image from `left` on, as wide as a crop: float32, contiguous, so any window of them is."""
+        assert self.statistics is not None
+        mean = self.statistics.mean_HWC.astype(np.float32)
+        side = self.augmentation.crop or 0
+        kept = max(1, _STRIP_BYTES // (len(mean) * side * 3 * 4))
+
+        @functools.lru_cache(maxsize=kept)
+        def strip(left: int, reflected: bool) -> NDArray[np.float32]:
+            columns = mean[:, left : left + side]
+            return np.ascontiguousarray(columns[:, ::-1] if reflected else columns)
+
+        return strip
