@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Union, get_args
+from typing import Literal, Union, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,7 @@ from alexprep.shards.files import folder_at
 from alexprep.shards.layout import DATASET, PLAN, read_dataset
 from alexprep.shards.read import Samples, TarSamples
 from alexprep.shards.stats import Statistics
+from alexprep.shards.tar_index import Bad, index_tars
 
 OnBad = Literal["error", "skip"]
 Source = Union[str, Path, Sequence[Union[str, Path]]]  # noqa: UP007  (evaluated, also by Python 3.10's typing)
@@ -47,7 +48,7 @@ class Dataset:
     raw: bool
     digest: str
     classes: list[str]
-    bad: tuple[Any, ...]
+    bad: tuple[Bad, ...]
     statistics_of: Path | None
 
     def check(self, augmentation: Augmentation, statistics: Statistics | None) -> None:
@@ -144,8 +145,6 @@ def _ours(folder: Path, split: str) -> Dataset:
 
 
 def _others(source: Source, split: str, cache: Path | None) -> Dataset:
-    from alexprep.shards.tar_index import index_tars
-
     found = index_tars(source, split, cache=cache)
     samples = TarSamples(dict(enumerate(found.paths)), found.records)
     if not len(samples):

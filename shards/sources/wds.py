@@ -6,26 +6,26 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.layout import DATASET
 from alexprep.shards.sources.archive import ArchiveSource, packed_files
-from alexprep.shards.sources.base import Input, Location, numbered_classes, split_of
+from alexprep.shards.sources.base import Input, split_of
 from alexprep.shards.sources.files import Files
+from alexprep.shards.sources.samples import (
+    LABEL_EXTENSIONS,
+    BadSampleError,
+    class_names,
+    image_of,
+    label_of,
+    named_label,
+    samples_of,
+    split_name,
+)
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm")
-LABEL_EXTENSIONS = ("cls", "class", "label", "index", "json")  # in this order of preference
-_JSON_LABELS = ("label", "cls", "class", "class_id")
 _LOOK = 8  # members that are looked at to recognise a webdataset
-_MAX_LABEL_BYTES = 2**20
-
-
-class _Sample(NamedTuple):
-    key: bytes
-    parts: dict[str, Location]
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Webdataset(ArchiveSource):
         if name:
             found = [(split_of(os.path.basename(path)) or "train", path) for path in braces(name)]
         else:
-            found = list(_shards_below(files))
+            found = [(split or "train", path) for split, path in shards_below(files)]
         if not found or not all(path.endswith(b".tar") for _, path in found):
             return None
         try:
@@ -56,10 +56,7 @@ class Webdataset(ArchiveSource):
                 return None
         except FileNotFoundError:
             raise AlexprepError(f"SOURCE {files.display(found[0][1])} does not exist") from None
-        names: tuple[str, ...] = ()
-        if not name and any(entry.name == DATASET.encode() for entry in files.entries()):
-            names = tuple(json.loads(files.read(DATASET.encode())).get("classes", ()))
-        return cls(files, tuple(sorted(found)), names)
+        return cls(files, tuple(sorted(found)), () if name else recorded_classes(files))
 
     def inputs(self) -> Iterator[Input]:
         """Every sample in the order of the shards.
@@ -69,105 +66,38 @@ class Webdataset(ArchiveSource):
         """
         for split, path in self.shards:
             with self.files.reading(path) as read:
-                for sample in samples_of(self.files, path):
-                    yield Input(split, self._class(path, sample, read), self._image(path, sample))
+                for sample in samples_of(packed_files(self.files, path)):
+                    where = f"{self.files.display(path)}: sample {sample.key.decode('utf-8', 'backslashreplace')}"
+                    if sample.problem:
+                        raise AlexprepError(f"{where} {sample.problem}")
+                    try:
+                        image, label = image_of(sample), label_of(sample, read)
+                    except BadSampleError as bad:
+                        raise AlexprepError(f"{where} has {bad}") from None
+                    yield Input(split, named_label(label, self.names), image)
 
     def classes(self, present: set[str]) -> list[str]:
-        """The names of dataset.json; else the numbers up to the largest label; else the label texts, sorted."""
-        if self.names:
-            return list(self.names)
-        numbers = [name for name in present if name.isdecimal()]
-        if not numbers:
-            return super().classes(present)
-        if len(numbers) != len(present):
-            odd = min(present - set(numbers))
-            raise AlexprepError(f"{self.files.display()} has numbers as labels, but also {odd!r}: make them alike")
-        return numbered_classes(present)
+        """See `class_names`."""
+        return class_names(present, self.names, self.files.display())
 
     def covers(self, target: str) -> bool:
         """Whether `target` lies in a folder of shards."""
         return any(self.files.covers(target, folder) for folder in {os.path.dirname(path) for _, path in self.shards})
 
-    def _where(self, path: bytes, sample: _Sample) -> str:
-        return f"{self.files.display(path)}: sample {sample.key.decode('utf-8', 'backslashreplace')}"
 
-    def _image(self, path: bytes, sample: _Sample) -> Location:
-        images = [extension for extension in sample.parts if extension.rpartition(".")[2] in IMAGE_EXTENSIONS]
-        if len(images) != 1:
-            raise AlexprepError(
-                f"{self._where(path, sample)} has {len(images)} images among {', '.join(sample.parts)}, expected one"
-            )
-        return sample.parts[images[0]]
-
-    def _class(self, path: bytes, sample: _Sample, read: Callable[[int, int], bytes]) -> str:
-        extension = next((extension for extension in LABEL_EXTENSIONS if extension in sample.parts), None)
-        if extension is None:
-            raise AlexprepError(
-                f"{self._where(path, sample)} has no label among {', '.join(sample.parts)}: expected one of "
-                f"{', '.join(LABEL_EXTENSIONS)}"
-            )
-        _, _, offset, size = sample.parts[extension]
-        if size > _MAX_LABEL_BYTES:
-            raise AlexprepError(
-                f"{self._where(path, sample)} has a label of {size:,} bytes: the limit is {_MAX_LABEL_BYTES:,}"
-            )
-        try:
-            text = read(offset, size).decode("utf-8").strip()
-            if extension == "json":
-                document = json.loads(text)
-                label = next(document[key] for key in _JSON_LABELS if key in document)
-                if isinstance(label, list | dict):
-                    raise AlexprepError(f"{self._where(path, sample)} has several labels: one is needed")
-                text = str(label)
-        except (ValueError, TypeError, StopIteration):
-            raise AlexprepError(
-                f"{self._where(path, sample)} has no label in its .{extension}: expected a number or a name"
-                + (f" under {' or '.join(_JSON_LABELS)}" if extension == "json" else "")
-            ) from None
-        if text.lstrip("-").isdecimal():
-            if not 0 <= int(text) < 2**20:
-                raise AlexprepError(
-                    f"{self._where(path, sample)} has the label {text}, not between 0 and {2**20 - 1:,}"
-                )
-            text = str(int(text))
-        if not text:
-            raise AlexprepError(f"{self._where(path, sample)} has an empty label")
-        return self.names[int(text)] if text.isdecimal() and int(text) < len(self.names) else text
+def recorded_classes(files: Files) -> tuple[str, ...]:
+    """The class names by label that a dataset.json in the root tells; () where there is none."""
+    if all(entry.name != DATASET.encode() for entry in files.entries()):
+        return ()
+    return tuple(json.loads(files.read(DATASET.encode())).get("classes", ()))
 
 
-def samples_of(files: Files, path: bytes) -> Iterator[_Sample]:
-    """The samples of one shard: neighbouring members whose names agree up to the first dot of the file name.
-
-    Raises:
-        AlexprepError: the archive is damaged; a key comes back after others, or has two parts of one name.
-    """
-    seen: set[bytes] = set()
-    for key, group in itertools.groupby(packed_files(files, path), key=lambda packed: _split_name(packed.name)[0]):
-        where = f"{files.display(path)}: sample {key.decode('utf-8', 'backslashreplace')}"
-        if key in seen:
-            raise AlexprepError(f"{where} is scattered: its parts must be neighbours, or readers see two samples")
-        seen.add(key)
-        parts: dict[str, Location] = {}
-        for name, location in group:
-            extension = _split_name(name)[1]
-            if extension in parts:
-                raise AlexprepError(f"{where} has two .{extension}: remove one")
-            parts[extension] = location
-        yield _Sample(key, parts)
-
-
-def _split_name(name: bytes) -> tuple[bytes, str]:
-    """webdataset's rule: the extension begins at the first dot of the file name, whatever folders come before."""
-    folder, slash, file = name.rpartition(b"/")
-    first, _, rest = file.partition(b".")
-    return folder + slash + first, rest.decode("utf-8", "backslashreplace").lower()
-
-
-def _shards_below(files: Files) -> Iterator[tuple[str, bytes]]:
+def shards_below(files: Files) -> Iterator[tuple[str | None, bytes]]:
+    """(split, path) of the tars in the root and in its split folders; None where neither tar nor folder tells a split."""
     entries = files.entries()
     for entry in entries:
         if not entry.is_folder and entry.name.endswith(b".tar"):
-            yield split_of(entry.name) or "train", entry.name
+            yield split_of(entry.name), entry.name
     for entry in entries:
         if entry.is_folder and (split := split_of(entry.name)):
             for below in files.entries(entry.name):
@@ -180,7 +110,7 @@ def _is_webdataset(files: Files, path: bytes) -> bool:
     parts: dict[bytes, set[str]] = {}
     try:
         for packed in itertools.islice(packed_files(files, path), _LOOK):
-            key, extension = _split_name(packed.name)
+            key, extension = split_name(packed.name)
             parts.setdefault(key, set()).add(extension)
     except AlexprepError:
         if not parts:  # a damaged first header: whatever reads it will say so

@@ -1,0 +1,157 @@
+"""Other people's webdataset tars, and remote data sets, through `Loader`."""
+
+from __future__ import annotations
+
+import io
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import pytest
+import torch
+import webdataset as wds
+from PIL import Image
+
+from alexprep.pipeline.augment import augment
+from alexprep.pipeline.augmentation import Augmentation, augmentation_named
+from alexprep.pipeline.draws import draw
+from alexprep.pipeline.loader import Batch, Loader
+from alexprep.shards.build import build
+from alexprep.shards.codec import Target
+from alexprep.shards.engines import InProcessEngine
+from alexprep.shards.errors import AlexprepError
+from alexprep.shards.files import folder_at
+from alexprep.shards.plan import ShardOptions
+
+SIZES = ((90, 61), (61, 90), (64, 64), (57, 123), (200, 77), (75, 75), (333, 60))
+FREE = Augmentation(crop=51, mean="imagenet", std="imagenet", noise="none")
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def _write(
+    folder: Path, photo: Callable[..., Image.Image], encoded: Callable[..., bytes], spoil: bool = False
+) -> dict[int, bytes]:
+    """Four shards of 11 photos by webdataset's own writer, and each row's image; with `spoil`, one of each shard is damaged."""
+    folder.mkdir()
+    images = {}
+    with wds.ShardWriter(str(folder / "part-%04d.tar"), maxcount=11, verbose=0) as writer:
+        for n in range(44):
+            picture = photo(*SIZES[n % len(SIZES)], seed=n)
+            kind = "PNG" if n % 5 == 4 else "JPEG"
+            data = encoded(picture, kind)
+            if spoil and n % 11 == 6:  # half a file, or one without its header
+                data = data[: len(data) // 8] if n % 2 else bytes(100) + data[100:]
+            writer.write(
+                {"__key__": f"img{n:05d}", "png" if kind == "PNG" else "jpg": data, "cls": str(n % 3).encode()}
+            )
+            images[n] = data
+    return images
+
+
+def _all(loader: Loader, epochs: int) -> list[Batch]:
+    return list(itertools.chain.from_iterable(iter(loader) for _ in range(epochs)))
+
+
+@pytest.mark.parametrize("form", ["folder", "braces", "list", "one by one"])
+def test_webdataset_s_own_shards(form: str, photo: Any, encoded: Any, tmp_path: Path) -> None:
+    """Every pixel against numpy over two epochs, on photos of odd sizes; labels as webdataset reads them."""
+    images = _write(tmp_path / "wds", photo, encoded)
+    source: Any = {
+        "folder": tmp_path / "wds",
+        "braces": f"{tmp_path}/wds/part-{{0000..0003}}.tar",
+        "list": sorted((tmp_path / "wds").glob("*.tar")),
+        "one by one": [f"{tmp_path}/wds/part-{n:04d}.tar" for n in range(4)],
+    }[form]
+    with Loader(source, batch_size=10, augmentation=FREE, seed=4, layout="NHWC") as loader:
+        assert (loader.samples, len(loader), loader.classes) == (44, 5, ["0", "1", "2"])
+        for epoch in range(2):
+            seen = []
+            for batch in loader:
+                for n, row in enumerate(batch.indices.tolist()):
+                    picture = np.asarray(Image.open(io.BytesIO(images[row])).convert("RGB"))
+                    draws = draw(FREE, 4, epoch, np.array([row]), np.array([picture.shape[:2]]))
+                    expected = augment(picture, draws, 0, FREE, None)
+                    limit = (
+                        0.1 if "PNG" not in str(images[row][:4]) else 1e-4
+                    )  # Pillow's JPEG may differ by a level or two
+                    assert np.abs(batch.images[n].numpy() - expected).max() < limit
+                seen += batch.indices.tolist()
+                assert batch.labels.tolist() == [row % 3 for row in batch.indices.tolist()]
+            assert sorted(seen) == list(range(44))
+
+
+@pytest.mark.parametrize("name", ["resized", "none", "paper"])
+def test_augmentations_that_do_not_fit_say_what_does(
+    name: str, photo: Any, encoded: Any, data: Path, tmp_path: Path
+) -> None:
+    _write(tmp_path / "wds", photo, encoded)
+    if name == "resized":
+        with Loader(tmp_path / "wds", batch_size=9, augmentation=name, views="ten") as loader:
+            assert next(iter(loader)).images.shape == (9, 10, 3, 224, 224)
+        return
+    words = {"none": "whole images of several sizes", "paper": "these shards have no statistics"}
+    with pytest.raises(AlexprepError, match=words[name]):
+        Loader(tmp_path / "wds", batch_size=9, augmentation=name)
+    with pytest.raises(AlexprepError, match=r"mean 'crop' subtracts a mean image .* of several sizes"):
+        Loader(tmp_path / "wds", batch_size=9, augmentation=Augmentation(crop=51), statistics=data)
+    borrowed = Augmentation(crop=51, mean="channel", std="channel")
+    with Loader(tmp_path / "wds", batch_size=9, augmentation=borrowed, statistics=data) as loader:
+        assert abs(float(next(iter(loader)).images.mean())) < 3
+
+
+def test_one_corrupt_image_each_under_every_policy(photo: Any, encoded: Any, tmp_path: Path) -> None:
+    """Three epochs, all counts exact; the index finds those without a header, the decoder the rest."""
+    _write(tmp_path / "wds", photo, encoded, spoil=True)
+    resized = Augmentation(crop=33, scale=(0.2, 1), mean="none", noise="none")
+    options: Any = {"batch_size": 8, "augmentation": resized, "seed": 1}
+    with pytest.raises(AlexprepError, match=r"2 samples cannot be used, the first: .*part-0000\.tar: sample img00006 "):
+        Loader(tmp_path / "wds", **options)
+    with Loader(tmp_path / "wds", on_bad="skip", **options) as loader:
+        assert [bad.key for bad in loader.bad] == ["img00006", "img00028"]
+        assert (loader.samples, loader.skipped) == (42, 0)
+        for epoch in range(3):
+            rows = [row for batch in loader for row in batch.indices.tolist()]
+            assert len(rows) == len(set(rows)) == 40
+            assert loader.skipped == 2 * (epoch + 1)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_split_of_a_folder(split: str, photo: Any, encoded: Any, tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    for name, count in (("train", 1), ("val", 2)):
+        with wds.TarWriter(str(tmp_path / "set" / f"{name}-000.tar")) as tar:
+            for n in range(count):
+                tar.write({"__key__": f"{name}{n}", "jpg": encoded(photo(60, 60, seed=n)), "json": b'{"label": "cat"}'})
+    with Loader(tmp_path / "set", split, batch_size=4, augmentation=FREE) as loader:
+        assert (loader.samples, loader.classes) == ({"train": 1, "val": 2}[split], ["cat"])
+
+
+@pytest.mark.parametrize("order", ["blocks", "sequential"])
+def test_remote_data_sets(order: Any, data: Path, photos: Path) -> None:
+    """A set in a store gives what the same set on a disk gives; shards are fetched ahead and let go."""
+    store = f"memory://loader-{order}"
+    build(photos, folder_at(store), ShardOptions(Target(size=64), shard_samples=7), InProcessEngine())
+    plain = Augmentation(crop=51, mean="none", noise="none")
+    options: Any = {"batch_size": 5, "augmentation": plain, "order": order, "block_shards": 2}
+    with Loader(data, **options) as local, Loader(store, **options) as remote:
+        assert remote.digest == local.digest
+        for here, there in zip(_all(local, 2), _all(remote, 2), strict=True):
+            assert torch.equal(here.images, there.images)
+    with pytest.raises(AlexprepError, match="order='blocks'"):
+        Loader(store, batch_size=5, augmentation=plain)
+    fsspec.filesystem("memory").rm(f"/loader-{order}", recursive=True)
+
+
+def test_no_tars_at_all(tmp_path: Path) -> None:
+    with pytest.raises(AlexprepError, match="make one with `alexprep shard SOURCE`"):
+        Loader(tmp_path, batch_size=4)
+    with pytest.raises(AlexprepError, match=r"nothing-0\.tar"):
+        Loader(tmp_path / "nothing-{0..3}.tar", batch_size=4)
+    assert augmentation_named("none").crop is None
