@@ -38,14 +38,19 @@ def _spoil(data: Path, row: int, kind: str) -> None:
         _damage(shard, offset + 2, b"\xff\x01\xff\x02")
 
 
-@pytest.fixture(scope="module")
-def spoilt(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`data` with the images of rows `BAD` damaged in several ways. Not to be changed."""
-    copy = tmp_path_factory.mktemp("spoilt") / "data"
+def spoil_copy(data: Path, folder: Path) -> Path:
+    """A copy of `data` with the images of rows `BAD` damaged in several ways."""
+    copy = folder / "data"
     shutil.copytree(data, copy)
     for row, kind in zip(BAD, ("zeros", "zeros", "header", "zeros", "header"), strict=True):
         _spoil(copy, row, kind)
     return copy
+
+
+@pytest.fixture(scope="module")
+def spoilt(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Not to be changed."""
+    return spoil_copy(data, tmp_path_factory.mktemp("spoilt"))
 
 
 def _epochs(loader: Loader, count: int) -> list[Batch]:
