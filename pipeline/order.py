@@ -69,7 +69,8 @@ def shuffle_quality(order: NDArray[np.int64]) -> float:
     (distance modulo the number of rows, which a uniform permutation makes uniform) and in 256 classes of distance, divided by
     the 8 bits of a uniform distribution. It is taken both ways, and the lower one counts: how far apart those lay that are seen
     one after the other, and how far apart those are seen that lay side by side (blocks of shards from all over the set do well
-    in the first and badly in the second). A buffer of k rows gets about log2(512 k / N) / 8.
+    in the first and badly in the second). Neighbourhoods of k rows that are permuted each by itself get about
+    log2(512 k / N) / 8.
 
     Args:
         order: int (N,), rows as they are seen; N at least 2. Rows that are left out or come twice do no harm.

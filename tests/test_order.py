@@ -9,7 +9,8 @@ import math
 import numpy as np
 import pytest
 
-from alexprep.pipeline.order import block_order, epoch_order, rank_part, shuffle_quality, steps_per_epoch
+from alexprep.pipeline.order import Order, block_order, epoch_order, rank_part, shuffle_quality, steps_per_epoch
+from alexprep.pipeline.plan import StepPlan
 from alexprep.shards.permute import permutation
 
 
@@ -94,3 +95,24 @@ def test_shuffle_quality_tells_orders_apart() -> None:
     buffer = np.arange(100_000).reshape(-1, 1000)
     rng = np.random.default_rng(0)
     assert shuffle_quality(np.concatenate([rng.permutation(part) for part in buffer])) < 0.4
+
+
+@pytest.mark.parametrize("order", ["shuffle", "blocks", "sequential"])
+@pytest.mark.parametrize("world_size", range(1, 9))
+def test_each_sample_once_an_epoch_on_any_ranks(world_size: int, order: Order) -> None:
+    """All ranks count the same steps, their parts make the step of one rank, and the positions say where each row stands."""
+    for samples, batch_size in itertools.product((1, 7, 64, 101), (1, 2, 3, 8, 64, 128, 300)):
+        shards = np.arange(samples) // 10
+        alone = StepPlan(shards, batch_size, order, 3, 5, 0, 1)
+        ranks = [StepPlan(shards, batch_size, order, 3, 5, rank, world_size) for rank in range(world_size)]
+        for epoch in range(2):
+            rows: list[int] = []
+            for step in range(len(alone)):
+                parts = [rank.part(epoch, step) for rank in ranks]
+                whole, places = alone.part(epoch, step)
+                np.testing.assert_array_equal(np.concatenate([part for part, _ in parts]), whole)
+                np.testing.assert_array_equal(np.concatenate([place for _, place in parts]), places)
+                assert max(len(part) for part, _ in parts) <= ranks[0].largest_part
+                rows += whole.tolist()
+            assert sorted(rows) == list(range(samples))
+        assert {len(rank) for rank in ranks} == {len(alone)} == {-(-samples // batch_size)}
