@@ -1,156 +1,199 @@
-"""The loader beside decoding alone, beside DALI's own reader, and beside Pillow in a torch DataLoader.
+"""The loader beside FFCV, webdataset, torchvision, SPDL and DALI's own reader, and beside decoding alone: same images, same crops.
 
-python benchmarks/loader.py DATA [--device cuda] [--threads N] [--save]      DATA: shards and statistics of 256-pixel images
+python benchmarks/loader.py DATA [--threads 1 2] [--contestants full,ffcv-jpg,...] [--device cuda] [--pin] [--save]
 
-All give a global batch of 128 crops of 224 x 224. "decode alone" is DALI's region decoder fed from memory, uint8 on its device.
+DATA: shards of 256-pixel JPEGs. Their first images, again and again until there are --images, become shards (with the very same
+bytes), raw shards, files and, for FFCV, .beton files; all below build/benchmarks/loader-data, where they stay. Each contestant is
+a process, in an environment of its own where it needs one; all live at the same time and take turns, in which the others sleep.
+All give batches of 128 crops of 224 x 224, none pays for the end of an epoch, and a turn's first steps, which may have been made
+ahead, are not counted. N threads: N of the contestant's workers, and N for OpenMP, BLAS, numba and OpenCV; --pin also holds each
+contestant to N cores. What each does is told in the result, and in contestants/loader_*.py.
 """
 
 from __future__ import annotations
 
 import argparse
-import io
-import itertools
-from collections.abc import Callable
+import json
+import os
+import statistics
+import sys
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import numpy as np
-import torch
-from common import in_turns, report
-from numpy.typing import NDArray
-from nvidia.dali import Pipeline, fn
-from PIL import Image
+from common import report
+from contestants.live import Live, Turn
+from processes import ROOT, Environment, Missing, interpreter
+from shard import NEEDS
 
-from alexprep.pipeline import Augmentation, Loader
-from alexprep.pipeline.graph import decode_crop
 from alexprep.shards import stats
+from alexprep.shards.build import build
+from alexprep.shards.codec import Target
 from alexprep.shards.engines import cores
 from alexprep.shards.layout import read_dataset
+from alexprep.shards.plan import ShardOptions
 from alexprep.shards.read import Samples
 
-BATCH, SIDE, STEPS = 128, 224, 12
+
+@dataclass(frozen=True)
+class Contestant:
+    """Who takes part.
+
+    Attributes:
+        label: in the table.
+        script: in contestants/.
+        environment: its name below build/benchmarks; "" for that of alexprep itself.
+        devices: on which it can work.
+    """
+
+    label: str
+    script: str
+    environment: str = ""
+    devices: tuple[str, ...] = ("cpu",)
+
+
+_BOTH = ("cpu", "cuda")
+CONTESTANTS = {
+    "full": Contestant("Loader, the paper's augmentation, channels last", "loader_alexprep", devices=_BOTH),
+    "full-nchw": Contestant("Loader, the paper's augmentation, NCHW", "loader_alexprep", devices=_BOTH),
+    "half": Contestant("Loader, the paper's augmentation, float16", "loader_alexprep", devices=_BOTH),
+    "channel": Contestant("Loader, crop, mirror, channel means", "loader_alexprep", devices=_BOTH),
+    "uint8": Contestant("Loader, crop, mirror, uint8", "loader_alexprep", devices=_BOTH),
+    "raw": Contestant("Loader, raw shards, crop, mirror, channel means", "loader_alexprep", devices=_BOTH),
+    "decode": Contestant("decode of the crop alone (DALI)", "loader_dali", devices=_BOTH),
+    "dali": Contestant("DALI's own reader", "loader_dali", devices=_BOTH),
+    "ffcv-jpg": Contestant("FFCV, JPEG mode", "loader_ffcv", "ffcv"),
+    "ffcv-jpg-nchw": Contestant("FFCV, JPEG mode, NCHW", "loader_ffcv", "ffcv"),
+    "ffcv-raw": Contestant("FFCV, raw mode", "loader_ffcv", "ffcv"),
+    "webdataset": Contestant("webdataset and Pillow in a DataLoader", "loader_webdataset"),
+    "torchvision": Contestant("torchvision, files in a DataLoader", "loader_torchvision", "ffcv"),  # it is in there
+    "spdl": Contestant("SPDL, files", "loader_spdl", "spdl"),
+}
+ENVIRONMENTS = {
+    "": Environment(),
+    "ffcv": NEEDS["ffcv"][1],
+    "spdl": Environment(("spdl", "numpy", f"torch=={version('torch').partition('+')[0]}")),
+}
+RATIOS = (
+    *(("full", other) for other in ("ffcv-jpg", "webdataset", "torchvision", "spdl", "dali", "decode", "full-nchw")),
+    *(("channel", other) for other in ("ffcv-jpg", "webdataset", "torchvision", "spdl", "dali", "decode")),
+    ("full-nchw", "ffcv-jpg-nchw"),
+    ("raw", "ffcv-raw"),
+    ("uint8", "decode"),
+)
 
 
 def main() -> None:
-    """Times each contestant in turn."""
+    """Has the contestants take turns, and reports."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=cores())
+    parser.add_argument("--device", default="cpu", choices=_BOTH)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--contestants", default=",".join(CONTESTANTS))
+    parser.add_argument("--images", type=int, default=2048, help="that each contestant sees in an epoch")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=24, help="batches that are timed in a turn")
+    parser.add_argument("--skip", type=int, default=8, help="batches before them")
+    parser.add_argument("--pin", action="store_true", help="hold each contestant to as many cores as threads")
     parser.add_argument("--save", action="store_true")
     arguments = parser.parse_args()
-    data, device, threads = arguments.data, arguments.device, arguments.threads
-    torch.set_num_threads(threads)
-    plain = Augmentation(mean="channel", noise="none")
-    full = Loader(data, batch_size=BATCH, device=device, threads=threads)
-    rates = in_turns(
-        {
-            "decode": _decode_alone(data, device, threads),
-            "full": _steps(full),
-            "channel": _steps(Loader(data, batch_size=BATCH, augmentation=plain, device=device, threads=threads)),
-            "half": _steps(Loader(data, batch_size=BATCH, device=device, threads=threads, dtype="float16")),
-            "dali": _dali_reader(data, device, threads),
-            "pillow": _pillow(data, threads),
-        }
-    )
-    figures = {
-        "images": full.samples,
-        "threads": threads,
-        "device": device,
-        "decode of the crop alone, images/s": rates["decode"],
-        "Loader, the paper's augmentation, float32, images/s": rates["full"],
-        "Loader, the paper's augmentation, float16, images/s": rates["half"],
-        "Loader, crop, mirror and channel means, float32, images/s": rates["channel"],
-        "DALI's own reader, crop, mirror and channel means, images/s": rates["dali"],
-        "Pillow in a DataLoader, the paper's augmentation, images/s": rates["pillow"],
-        "full / decode alone": rates["full"] / rates["decode"],
-        "full / Pillow in a DataLoader": rates["full"] / rates["pillow"],
-    }
-    report(f"loader-{device}-{threads}", figures, arguments.save)
+    names = arguments.contestants.split(",")
+    if unknown := set(names) - set(CONTESTANTS):
+        parser.error(f"no such contestant: {', '.join(sorted(unknown))}")
+    folder = prepare(arguments.data, arguments.images)
+    for threads in arguments.threads:
+        figures: dict[str, Any] = {"images": arguments.images, "threads": threads, "device": arguments.device}
+        figures |= {"rounds": arguments.rounds, "steps": arguments.steps, "pinned": arguments.pin}
+        figures |= compare(names, folder, threads, arguments)
+        pinned = "-pinned" if arguments.pin else ""
+        report(f"loader-{arguments.device}-{threads}{pinned}", figures, arguments.save)
 
 
-def _steps(loader: Loader) -> Callable[[], int]:
-    batches = itertools.chain.from_iterable(iter(loader) for _ in itertools.count())
-
-    def run() -> int:
-        images = sum(len(batch.images) for batch in itertools.islice(batches, STEPS))
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return images
-
-    return run
-
-
-def _decode_alone(data: Path, device: str, threads: int) -> Callable[[], int]:
-    samples = Samples(data, "train")
-    encoded = [np.array(samples.encoded(row)) for row in range(min(len(samples), 2000))]
-    picks = itertools.cycle(range(len(encoded)))
-    pipeline = Pipeline(BATCH, threads, 0 if device == "cuda" else None, prefetch_queue_depth=3)
-    with pipeline:
-        source = fn.external_source(source=lambda: [encoded[next(picks)] for _ in range(BATCH)])
-        pipeline.set_outputs(decode_crop(source, SIDE, device=device))
-    return _run(pipeline)
-
-
-def _dali_reader(data: Path, device: str, threads: int) -> Callable[[], int]:
-    tars = sorted(str(path) for path in (data / "train").glob("*.tar"))
-    mean = stats.read(data, read_dataset(data)["digest"]).channel_means.tolist()
-    pipeline = Pipeline(BATCH, threads, 0 if device == "cuda" else None, prefetch_queue_depth=3)
-    with pipeline:
-        indexes = [tar.removesuffix(".tar") + ".idx" for tar in tars]
-        options: Any = {"index_paths": indexes, "ext": ["jpg", "cls"], "random_shuffle": True}
-        encoded, label = cast("Any", fn.readers.webdataset(paths=tars, **options))
-        x, y, mirror = fn.random.uniform(range=(0, 1)), fn.random.uniform(range=(0, 1)), fn.random.coin_flip()
-        image = decode_crop(encoded, SIDE, x, y, device)
-        pipeline.set_outputs(fn.crop_mirror_normalize(image, mirror=mirror, mean=mean, output_layout="CHW"), label)
-    return _run(pipeline)
+def compare(names: Iterable[str], folder: Path, threads: int, how: argparse.Namespace) -> dict[str, Any]:
+    """The figures of these contestants."""
+    alive: dict[str, Live] = {}
+    turns: dict[str, list[Turn]] = {}
+    about: dict[str, Any] = {}
+    try:
+        for name in names:
+            try:
+                alive[name] = _start(name, folder, threads, how)
+                about |= {f"{name}: {key}": value for key, value in alive[name].about.items()}
+            except Missing as reason:
+                about[f"{name}: left out"] = str(reason)
+        for number in range(how.rounds + 1):  # the first is not counted
+            for name, live in list(alive.items()):
+                try:
+                    turn = live.turn(how.skip, how.steps if number else 1)
+                    turns.setdefault(name, []).extend([turn] if number else [])
+                except Missing as reason:
+                    about[f"{name}: left out"] = str(reason)
+                    del alive[name]
+            print(f"{threads} threads: round {number} of {how.rounds}", file=sys.stderr)
+    finally:
+        for live in alive.values():
+            live.close()
+    return _table({name: turns[name] for name in alive}) | about
 
 
-def _run(pipeline: Any) -> Callable[[], int]:
-    def run() -> int:
-        for _ in range(STEPS):
-            pipeline.run()
-        return BATCH * STEPS
-
-    return run
-
-
-class _PillowImages(torch.utils.data.Dataset[tuple[torch.Tensor, int]]):
-    """What a careful user writes without DALI: Pillow, numpy, the paper's augmentation."""
-
-    def __init__(self, data: Path) -> None:
-        self._data = data
-        self._samples = Samples(data, "train")
-        found = stats.read(data, self._samples.dataset["digest"])
-        self._mean = found.mean_HWC.astype(np.float32)
-        self._axes = (found.eigenvectors * found.eigenvalues / 255).astype(np.float32)
-
-    def __len__(self) -> int:
-        return len(self._samples)
-
-    def __getitem__(self, row: int) -> tuple[torch.Tensor, int]:
-        image = np.asarray(Image.open(io.BytesIO(self._samples.encoded(row).tobytes())))
-        top, left = torch.randint(0, len(image) - SIDE + 1, (2,)).tolist()
-        crop: NDArray[np.float32] = (
-            image[top : top + SIDE, left : left + SIDE] - self._mean[top : top + SIDE, left : left + SIDE]
-        )
-        if torch.rand(()) < 0.5:
-            crop = crop[:, ::-1]
-        crop = crop + self._axes @ (0.1 * torch.randn(3)).numpy()
-        return torch.from_numpy(np.ascontiguousarray(crop.transpose(2, 0, 1))), int(self._samples.labels[row])
+def _start(name: str, folder: Path, threads: int, how: argparse.Namespace) -> Live:
+    contestant = CONTESTANTS[name]
+    if how.device not in contestant.devices:
+        raise Missing(f"works on {' and '.join(contestant.devices)} here")
+    python = interpreter(contestant.environment, ENVIRONMENTS[contestant.environment])
+    return Live(python, contestant.script, [str(folder), name, str(threads), how.device], threads, how.pin)
 
 
-def _pillow(data: Path, threads: int) -> Callable[[], int]:
-    dataset = _PillowImages(data)
-    loader = torch.utils.data.DataLoader(
-        dataset, BATCH, shuffle=True, num_workers=threads, persistent_workers=True, drop_last=False
-    )
-    batches = itertools.chain.from_iterable(iter(loader) for _ in itertools.count())
+def _table(turns: dict[str, list[Turn]]) -> dict[str, Any]:
+    """Medians over the rounds, and their ratios."""
+    figures: dict[str, Any] = {}
+    middle: dict[str, Turn] = {}
+    for name, held in turns.items():
+        rates = sorted(turn.rate for turn in held)
+        middle[name] = Turn(statistics.median(rates), statistics.median(turn.cpu for turn in held))
+        label = CONTESTANTS[name].label
+        figures[f"{label}: images/s"] = middle[name].rate
+        figures[f"{label}: images/s, lowest and highest round"] = f"{rates[0]:,.0f}, {rates[-1]:,.0f}"
+        figures[f"{label}: images a CPU second"] = middle[name].cpu
+    for ours, other in RATIOS:
+        if ours in middle and other in middle:
+            figures[f"{ours} / {other}"] = middle[ours].rate / middle[other].rate
+            figures[f"{ours} / {other}, a CPU second"] = middle[ours].cpu / middle[other].cpu
+    return figures
 
-    def run() -> int:
-        return sum(len(images) for images, _ in itertools.islice(batches, STEPS))
 
-    return run
+def prepare(data: Path, images: int) -> Path:
+    """The folder with jpg/, raw/, files/ and facts.json of `images` images of `data`, made if it is not there."""
+    dataset = read_dataset(data)
+    stored = dataset["image"]
+    if (stored["size"], stored["format"]) != (256, "jpg"):
+        raise SystemExit(f"{data} holds {stored['size']}-pixel {stored['format']}: this needs 256-pixel jpg")
+    folder = ROOT / "build" / "benchmarks" / "loader-data" / f"{dataset['digest'][:12]}-{images}"
+    if folder.exists():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as work:
+        making = Path(work) / "made"
+        samples = Samples(data, "train")
+        for number in range(images):
+            row = number % len(samples)
+            place = making / "files" / dataset["classes"][samples.labels[row]] / f"{number:07d}.jpg"
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_bytes(samples.encoded(row).tobytes())
+        for name, target in {"jpg": Target(), "raw": Target(format="raw")}.items():
+            done = build(making / "files", making / name, ShardOptions(target), cores())
+            if name == "jpg" and done.kept < images:
+                raise SystemExit(
+                    f"{data} has another form than `alexprep shard` makes by itself: its bytes would change"
+                )
+            found = stats.compute(making / name, "train", cores())
+            stats.publish(found, making / name, "train")
+            (making / "facts.json").write_text(json.dumps({"mean": found.channel_means.tolist()}))
+        os.rename(making, folder)
+    return folder
 
 
 if __name__ == "__main__":

@@ -112,7 +112,7 @@ def run(python: str, script: str, source: Path, target: Path, processes: int) ->
         )
         memory: list[int] = []
         while child.poll() is None:
-            memory.append(max((_resident(pid) for pid in _tree(child.pid)), default=0))
+            memory.append(max((_resident(pid) for pid in tree(child.pid)), default=0))
             time.sleep(_POLL_SECONDS)
         seconds = time.perf_counter() - start
         log.seek(0)
@@ -133,7 +133,7 @@ def _used() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def _tree(root: int) -> list[int]:
+def tree(root: int) -> list[int]:
     """A process and all below it."""
     found = [root]
     for pid in found:

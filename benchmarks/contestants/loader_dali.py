@@ -1,0 +1,70 @@
+"""DALI without alexprep's Loader: its own tar reader, and its decoder alone, fed from memory."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from contestants.serve import BATCH, SIDE, serve
+from nvidia.dali import Pipeline, fn, types
+
+from alexprep.pipeline.graph import decode_crop
+from alexprep.shards import stats
+from alexprep.shards.layout import read_dataset
+from alexprep.shards.read import Samples
+
+
+def decode_alone(data: Path, device: str) -> list[Any]:
+    """The centre crop's pixels, as they come."""
+    samples = Samples(data, "train")
+    encoded = [np.array(samples.encoded(row)) for row in range(len(samples))]
+    picks = itertools.cycle(range(len(encoded)))
+    source = fn.external_source(source=lambda: [encoded[next(picks)] for _ in range(BATCH)])
+    return [decode_crop(source, SIDE, device=device)]
+
+
+def tar_reader(data: Path, device: str) -> list[Any]:
+    """Images and labels from the shards."""
+    tars = sorted(str(path) for path in (data / "train").glob("*.tar"))
+    indexes = [tar.removesuffix(".tar") + ".idx" for tar in tars]
+    mean = stats.read(data, read_dataset(data)["digest"]).channel_means.tolist()
+    options: Any = {"index_paths": indexes, "ext": ["jpg", "cls"], "random_shuffle": True, "initial_fill": 1024}
+    encoded, label = cast("Any", fn.readers.webdataset(paths=tars, **options))
+    x, y = fn.random.uniform(range=(0, 1)), fn.random.uniform(range=(0, 1))
+    image = decode_crop(encoded, SIDE, x, y, device)
+    form: Any = {"dtype": types.FLOAT, "output_layout": "HWC"}
+    return [fn.crop_mirror_normalize(image, mirror=fn.random.coin_flip(), mean=mean, **form), label]
+
+
+VARIANTS = {
+    "decode": (decode_alone, "centre crop decoded from memory, nothing else; uint8, no order"),
+    "dali": (
+        tar_reader,
+        "DALI's reader of tars: crop decoded, mirror, channel means; float32; shuffled in a buffer of 1,024",
+    ),
+}
+
+
+def main(folder: str, variant: str, threads: str, device: str) -> None:
+    """Takes turns with one variant."""
+    make, work = VARIANTS[variant]
+    pipeline: Any = Pipeline(BATCH, int(threads), 0 if device == "cuda" else None, prefetch_queue_depth=3)
+    with pipeline:
+        pipeline.set_outputs(*make(Path(folder) / "jpg", device))
+
+    def step() -> Any:
+        images = pipeline.run()[0]
+        if variant == "decode":
+            return images
+        return torch.utils.dlpack.from_dlpack(images.as_tensor()).permute(0, 3, 1, 2)
+
+    finish = torch.cuda.synchronize if device == "cuda" else lambda: None
+    serve(step, work, ("nvidia-dali-cuda120", "nvidia-nvimgcodec-cu12"), finish)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
