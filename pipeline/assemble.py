@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any, get_args
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from nvidia.dali import Pipeline, fn, types
@@ -13,92 +13,63 @@ from alexprep.pipeline import graph
 from alexprep.pipeline.augment import channel_means, channel_stdevs, mean_corners
 from alexprep.pipeline.augmentation import Augmentation
 from alexprep.pipeline.draws import ten_windows
-from alexprep.shards.errors import AlexprepError
+from alexprep.pipeline.settings import Settings, fed
 from alexprep.shards.stats import Statistics
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the pipelines need to know beside the augmentation.
-
-    Attributes:
-        raw: whether samples come as pixels rather than as encoded images.
-        size: side of the stored images where all are squares of one side, pixels; otherwise None.
-        batch_size: the largest batch that will be fed.
-        threads: of DALI.
-        device: where images come out, "cpu" or "cuda".
-        device_id: which GPU; None for "cpu".
-        decode: where they are decoded, "cpu" or "cuda".
-        hw_decoder_load: see `graph.decode_crop`.
-        dtype: of the images that come out.
-        layout: of the images that come out; the N is the batch.
-    """
-
-    raw: bool
-    size: int | None
-    batch_size: int
-    threads: int
-    device: str
-    device_id: int | None
-    decode: str
-    hw_decoder_load: float
-    dtype: graph.Dtype
-    layout: graph.Layout
-
-    def __post_init__(self) -> None:
-        """Refuses values out of bounds, with AlexprepError."""
-        for name, choices in (("dtype", get_args(graph.Dtype)), ("layout", get_args(graph.Layout))):
-            if getattr(self, name) not in choices:
-                raise AlexprepError(f"{name} {getattr(self, name)!r} is not one of {', '.join(choices)}")
-
-    @property
-    def feeds_windows(self) -> bool:
-        """Whether windows of the mean image are fed rather than sliced: cheaper where they are contiguous in memory."""
-        return self.device == "cpu" and self.layout != "NCHW"
 
 
 def single_view_pipeline(augmentation: Augmentation, statistics: Statistics | None, settings: Settings) -> Pipeline:
     """The pipeline that gives one view of each image; the draws come from outside, so it serves training and evaluation.
 
-    Inputs to feed, one entry a sample: "encoded", uint8 bytes (of raw shards the pixels, HWC); "start" and, with `scale` or without
-    `crop`, "shape", int32 (2,), as in `graph.decode_window`; "mirror", int32; with noise "shift", float32 (3,), as in
-    `graph.to_tensor`; where noisy images are rescaled "factor", float32, what to multiply by; for a mean image "window",
-    float32 (crop, crop, 3), the window to subtract, or "anchor", int32 (2,): see `Settings.feeds_windows`.
-
     Returns:
-        A pipeline with one output: images of `dtype` and `layout`.
+        A pipeline with the inputs that `fed` names and one output: images of `dtype` and `layout`.
     """
-    layout, dtype = settings.layout, settings.dtype
-    means = channel_means(statistics, augmentation)
-    std = channel_stdevs(statistics, augmentation).tolist()
-    rescales = augmentation.noise != "none" and augmentation.noise_rescale != 1
+    names = fed(augmentation, settings)
     pipeline = _pipeline(settings)
     with pipeline:
         image = _window(augmentation, settings)
-        mirrored = _input(settings, "mirror")
-        shift = _input(settings, "shift") if augmentation.noise != "none" else (-means).tolist()
-        if augmentation.windowed_mean and settings.feeds_windows:
-            image = (
-                graph.mirror(image, mirrored)
-                if augmentation.noise == "none"
-                else graph.to_tensor(image, mirrored, shift, layout=layout)
-            )
-            image = graph.subtract_image(image, _input(settings, "window"))
-        elif augmentation.windowed_mean and statistics is not None and augmentation.crop is not None:
-            image = graph.to_tensor(image, mirrored, shift, layout=layout)
-            anchor, side = _input(settings, "anchor"), augmentation.crop
-            image = graph.subtract_mean_window(image, statistics.mean_HWC, anchor, side, layout, settings.device)
-        else:
-            early = "float32" if rescales else dtype
-            image = graph.to_tensor(image, mirrored, shift, std, layout, early)
-        if augmentation.windowed_mean and augmentation.std != "none":
-            image = image / _channels(std, layout, settings)
-        if rescales:
-            image = image * _input(settings, "factor")
-        if augmentation.windowed_mean or rescales:
-            image = graph.cast(image, dtype)
-        pipeline.set_outputs(image)
+        make = _by_rows if names & {"window", "minus"} else _by_pixels
+        pipeline.set_outputs(make(image, names, augmentation, statistics, settings))
     return pipeline
+
+
+def _by_rows(
+    image: DataNode,
+    names: frozenset[str],
+    augmentation: Augmentation,
+    statistics: Statistics | None,
+    settings: Settings,
+) -> DataNode:
+    image = graph.mirror(image, _input(settings, "mirror"))
+    if "window" in names:
+        image = graph.subtract_image(image, _input(settings, "window"))
+    if "minus" in names:
+        side = augmentation.crop or settings.size or 0
+        image = graph.subtract_rows(image, _input(settings, "minus"), _input(settings, "divisor"), side)
+    return graph.cast(image, settings.dtype)
+
+
+def _by_pixels(
+    image: DataNode,
+    names: frozenset[str],
+    augmentation: Augmentation,
+    statistics: Statistics | None,
+    settings: Settings,
+) -> DataNode:
+    layout = settings.layout
+    mirrored = _input(settings, "mirror")
+    std = channel_stdevs(statistics, augmentation).tolist()
+    shift = _input(settings, "shift") if "shift" in names else (-channel_means(statistics, augmentation)).tolist()
+    if not names & {"anchor", "factor"}:
+        return graph.to_tensor(image, mirrored, shift, std, layout, settings.dtype)
+    image = graph.to_tensor(image, mirrored, shift, layout=layout)
+    if "anchor" in names and statistics is not None and augmentation.crop is not None:
+        anchor, side = _input(settings, "anchor"), augmentation.crop
+        image = graph.subtract_mean_window(image, statistics.mean_HWC, anchor, side, layout, settings.device)
+    if augmentation.std != "none":
+        image = image / _channels(std, layout, settings)
+    if "factor" in names:
+        image = image * _input(settings, "factor")
+    return graph.cast(image, settings.dtype)
 
 
 def ten_view_pipeline(augmentation: Augmentation, statistics: Statistics | None, settings: Settings) -> Pipeline:

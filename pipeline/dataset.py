@@ -11,9 +11,9 @@ from typing import Literal, Union, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from alexprep.pipeline.assemble import Settings
 from alexprep.pipeline.augmentation import Augmentation
 from alexprep.pipeline.graph import Dtype, Layout
+from alexprep.pipeline.settings import Settings
 from alexprep.pipeline.tuning import Tuning
 from alexprep.shards import stats
 from alexprep.shards.errors import AlexprepError

@@ -9,11 +9,11 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from alexprep.pipeline.assemble import Settings
-from alexprep.pipeline.augment import channel_means, colour_shifts, mean_corners
+from alexprep.pipeline.augment import channel_means, channel_stdevs, colour_shifts, mean_corners
 from alexprep.pipeline.augmentation import Augmentation
 from alexprep.pipeline.draws import Draws, centred, draw, ten_windows
 from alexprep.pipeline.graph import mean_anchor
+from alexprep.pipeline.settings import Settings, fed
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.stats import Statistics
 
@@ -64,24 +64,31 @@ class Feed:
 
     def _single(self, draws: Draws, noisy: bool) -> Inputs:
         augmentation, statistics = self.augmentation, self.statistics
-        windows = draws.windows_N4.astype(np.int32)
+        windows, count = draws.windows_N4.astype(np.int32), len(draws.mirror_N)
+        names = fed(augmentation, self.settings)
         inputs: Inputs = {
             "start": np.ascontiguousarray(windows[:, :2]),
             "mirror": draws.mirror_N.astype(np.int32),
             **self._shape(windows),
         }
-        if augmentation.noise != "none" and statistics is not None:
-            shift = np.tile(-channel_means(statistics, augmentation), (len(windows), 1))
-            if noisy:
-                shift += colour_shifts(draws.alpha_N3, statistics, augmentation)
+        shift = np.tile(-channel_means(statistics, augmentation), (count, 1))
+        if noisy and statistics is not None:
+            shift += colour_shifts(draws.alpha_N3, statistics, augmentation)
+        rescale = augmentation.noise_rescale if noisy else 1.0
+        if "shift" in names:
             inputs["shift"] = shift.astype(np.float32)
-            if augmentation.noise_rescale != 1:
-                inputs["factor"] = np.full(len(windows), 1 / augmentation.noise_rescale if noisy else 1, np.float32)
-        if augmentation.windowed_mean and statistics is not None:
+        if "factor" in names:
+            inputs["factor"] = np.full(count, 1 / rescale, np.float32)
+        if "minus" in names:
+            side = augmentation.crop or self.settings.size or 0
+            divisor = channel_stdevs(statistics, augmentation) * rescale
+            inputs["minus"] = np.tile(-shift.astype(np.float32), (1, side))[:, None]
+            inputs["divisor"] = [np.tile(divisor.astype(np.float32), side)[None]] * count
+        if statistics is not None and names & {"window", "anchor"}:
             size = len(statistics.mean_HWC)
             corners = mean_corners(augmentation, windows, size)
             reflected = draws.mirror_N & (augmentation.mean == "crop")
-            if self.settings.feeds_windows:
+            if "window" in names:
                 inputs["window"] = self._mean_windows(corners, reflected)
             else:
                 inputs["anchor"] = mean_anchor(corners, reflected, size, augmentation.crop or 0)

@@ -193,6 +193,26 @@ def mean_anchor(corners_N2: NDArray[np.int64], mirror_N: NDArray[np.bool_], size
     return np.stack([top, np.where(mirror_N, 2 * size - side - left, left)], axis=1).astype(np.int32)
 
 
+def subtract_rows(image: DataNode, subtrahend: DataNode, divisor: DataNode, side: int) -> DataNode:
+    """Subtracts and divides with the same numbers in every row: channel means, noise and deviations, where axes stay HWC.
+
+    DALI's `crop_mirror_normalize`, which `to_tensor` is, takes twice the time for this on a CPU, three numbers at a time.
+
+    Args:
+        image: uint8 or float32 (side, side, 3).
+        subtrahend: float32 (1, 3 * side): R, G and B repeated for each pixel of a row, one a sample.
+        divisor: likewise.
+        side: of `image`, pixels.
+
+    Returns:
+        float32 (side, side, 3).
+    """
+    rows = fn.reshape(image, shape=(side, 3 * side))
+    return fn.reshape(
+        fn.normalize(rows, mean=subtrahend, stddev=divisor, axes=(0,)), shape=(side, side, 3), layout="HWC"
+    )
+
+
 def subtract_image(image: DataNode, subtrahend: DataNode) -> DataNode:
     """Subtracts float32 pixels of the same shape; of all ways that DALI has on a CPU, this one reads and writes least.
 

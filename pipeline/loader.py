@@ -159,14 +159,8 @@ class Loader:
 
         "seed", "epoch" and "step" say where; "batch_size" and "samples" are there to refuse a state that means something else.
         """
-        plan = self._plan
-        return {
-            "seed": plan.seed,
-            "epoch": self.epoch,
-            "step": self.step,
-            "batch_size": plan.batch_size,
-            "samples": self.samples,
-        }
+        place = {"seed": self._plan.seed, "epoch": self.epoch, "step": self.step}
+        return {**place, "batch_size": self._plan.batch_size, "samples": self.samples}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Goes to a state that `state_dict` gave.

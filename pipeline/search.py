@@ -13,7 +13,7 @@ from alexprep.shards.errors import AlexprepError
 
 ROUNDS = 3
 _MOST_TURN_SECONDS = 2.0
-_LEAST_SPREAD, _UNKNOWN_SPREAD = 0.01, 0.1  # relative
+_LEAST_SPREAD = 0.01  # a smaller difference is none
 _CHEAPER_MAY_COST = 0.05  # of the speed, however much a busy machine's rounds differ
 
 Measure = Callable[[Tuning, int, float], float]  # settings, batch size, seconds that it may take → images/s
@@ -24,7 +24,7 @@ class Dimension(NamedTuple):
     """One setting and the values that are tried; `ordered` values go from cheap to dear, and the cheaper one wins a tie."""
 
     name: str
-    values: list[dict[str, Any]]  # the fields of Tuning that change
+    values: dict[str, dict[str, Any]]  # what each is called → the fields of Tuning that change
     ordered: bool = True
 
 
@@ -34,12 +34,14 @@ class Trial:
 
     Attributes:
         dimension: what was compared.
+        value: this one's name.
         tuning: all settings.
         batch_size: images a step.
         rates: images/s of each round; 0 where it failed.
     """
 
     dimension: str
+    value: str
     tuning: Tuning
     batch_size: int
     rates: list[float] = field(default_factory=list)
@@ -53,6 +55,7 @@ class Trial:
         """JSON values."""
         return {
             "compared": self.dimension,
+            "value": self.value,
             "settings": asdict(self.tuning),
             "batch_size": self.batch_size,
             "images_per_second": round(self.rate, 1),
@@ -74,16 +77,19 @@ class Found:
 def dimensions(device: str, cores: int) -> list[Dimension]:
     """What is searched on "cpu" or "cuda", in this order.
 
-    >>> [value["threads"] for value in dimensions("cpu", 6)[0].values]
-    [1, 2, 4, 6]
+    >>> [dimension.name + " " + ", ".join(dimension.values) for dimension in dimensions("cpu", 6)]
+    ['threads 1, 2, 4, 6', 'prefetch 1, 2, 4']
     """
     counts = [2**power for power in range(cores.bit_length()) if 2**power < cores]
-    threads = Dimension("threads", [{"threads": count} for count in [*counts, cores]])
-    prefetch = Dimension("prefetch", [{"prefetch": steps} for steps in (1, 2, 4)])
-    loads = sorted({0.0, 0.25, 0.5, 0.65, 0.8, 0.9, 1.0, Tuning().hw_decoder_load})
-    on_gpu = [{"decode": "cuda", "hw_decoder_load": load} for load in loads]
-    decode = Dimension("decode", [{"decode": "cpu", "hw_decoder_load": Tuning().hw_decoder_load}, *on_gpu], False)
-    return [decode, threads, prefetch] if device == "cuda" else [threads, prefetch]
+    threads = Dimension("threads", {f"{count}": {"threads": count} for count in [*counts, cores]})
+    prefetch = Dimension("prefetch", {f"{steps}": {"prefetch": steps} for steps in (1, 2, 4)})
+    if device == "cpu":
+        return [threads, prefetch]
+    default = Tuning().hw_decoder_load
+    places = {"CPU": {"decode": "cpu", "hw_decoder_load": default}}
+    for load in sorted({0.0, 0.25, 0.5, 0.65, 0.8, 0.9, 1.0, default}):
+        places[f"GPU, {load:g} on JPEG engines"] = {"decode": "cuda", "hw_decoder_load": load}
+    return [Dimension("decode", places, ordered=False), threads, prefetch]
 
 
 def search(
@@ -118,18 +124,24 @@ def search(
     first_seconds = games.warm_up(start, batch_sizes[0])
     chosen, trials = start, []
     for dimension in searched:
-        tried = [Trial(dimension.name, replace(chosen, **value), batch_sizes[0]) for value in dimension.values]
+        tried = [
+            Trial(dimension.name, name, replace(chosen, **value), batch_sizes[0])
+            for name, value in dimension.values.items()
+        ]
         say(f"{dimension.name}: {len(tried)} values in turns")
         games.play(tried)
         trials += tried
         chosen = _settled(tried, chosen, dimension.ordered)
-    if not any(trial.rates for trial in trials):
+    if not any(trial.rates for trial in trials if trial.tuning == start):
         raise AlexprepError(
             f"--seconds {seconds:g} is too short to compare anything, the first turn took {first_seconds:.1f} s: "
             f"give at least {max(1, first_seconds * turns):.0f}"
         )
+    contenders = {"default": start} | ({"chosen": chosen} if chosen != start else {})
     curve = [
-        Trial("batch size", tuning, size) for size in batch_sizes for tuning in dict.fromkeys((start, chosen))
+        Trial("batch size", f"{size}, {name}", tuning, size)
+        for size in batch_sizes
+        for name, tuning in contenders.items()
     ]
     games.left = ROUNDS * len(curve)
     say(f"the default and the choice at {len(batch_sizes)} batch sizes" if len(batch_sizes) > 1 else "confirming")
@@ -160,7 +172,7 @@ class _Turns:
     def __init__(self, measure: Measure, seconds: float, turns: int, clock: Callable[[], float]) -> None:
         self._measure, self._clock, self._deadline = measure, clock, clock() + seconds
         self.left, self.done, self.cut = turns, 0, 0
-        self._least = 0.0  # seconds that a turn takes however few it is given
+        self._over: list[float] = []  # seconds that each turn took beyond what it was given: the last step, and closing
         self.notes: list[str] = []
 
     def warm_up(self, tuning: Tuning, batch_size: int) -> float:
@@ -173,7 +185,7 @@ class _Turns:
         """All rounds of some trials, as far as the time goes; every other round runs backwards."""
         for number in range(ROUNDS):
             for trial in reversed(trials) if number % 2 else trials:
-                if self._deadline - self._clock() < max(self._least, 1e-3):
+                if self._deadline - self._clock() < max(self._usual_over(), 1e-3):
                     self.cut += 1
                 else:
                     trial.rates.append(self._turn(trial))
@@ -190,17 +202,20 @@ class _Turns:
             self.notes += [words] if words not in self.notes else []
             return 0.0
         finally:
-            took = self._clock() - began
-            if took > 1.1 * share:
-                self._least = max(self._least, took)
+            self._over.append(self._clock() - began - share)
 
     def _share(self) -> float:
-        return max(0.0, min(_MOST_TURN_SECONDS, (self._deadline - self._clock()) / max(1, self.left)))
+        """Seconds for the next turn."""
+        each = (self._deadline - self._clock()) / max(1, self.left)
+        return max(0.0, min(_MOST_TURN_SECONDS, each - self._usual_over()))
+
+    def _usual_over(self) -> float:
+        return max(0.0, statistics.fmean(self._over[-8:])) if self._over else 0.0
 
 
 def _settled(trials: Sequence[Trial], present: Tuning, ordered: bool) -> Tuning:
-    """The settings that win a comparison."""
-    rated = [trial for trial in trials if trial.rates]
+    """The settings that win a comparison. What was measured only once does not count."""
+    rated = [trial for trial in trials if len(trial.rates) > 1]
     own = next((trial for trial in rated if trial.tuning == present), None)
     most = max((trial.rate for trial in rated), default=0.0)
     if own is None or most == 0:
@@ -218,6 +233,8 @@ def _settled(trials: Sequence[Trial], present: Tuning, ordered: bool) -> Tuning:
 
 
 def _spread(trials: Sequence[Trial]) -> float:
-    """How far the rounds of one trial lie apart, as a share of its rate: the median over the trials."""
-    ranges = [(max(trial.rates) - min(trial.rates)) / trial.rate for trial in trials if len(trial.rates) > 1 and trial.rate]
-    return max(_LEAST_SPREAD, statistics.median(ranges)) if ranges else _UNKNOWN_SPREAD
+    """How far the rounds of one trial lie apart, as a share of its rate: the median over the trials, or 0.01 if it is less."""
+    ranges = [
+        (max(trial.rates) - min(trial.rates)) / trial.rate for trial in trials if len(trial.rates) > 1 and trial.rate
+    ]
+    return max(_LEAST_SPREAD, statistics.median(ranges)) if ranges else _LEAST_SPREAD

@@ -21,7 +21,10 @@ from alexprep.shards.errors import AlexprepError
 from alexprep.shards.layout import STATISTICS
 from alexprep.shards.versions import versions
 
-BATCH_SIZES = {"cpu": (128,), "cuda": (128, 256, 512, 1024)}  # the first is the recipe's, and the one that is searched at
+BATCH_SIZES = {
+    "cpu": (128,),
+    "cuda": (128, 256, 512, 1024),
+}  # the first is the recipe's, and the one that is searched at
 _LEAST_STEPS = 3  # that are measured in a turn
 _BLOCK_SHARDS = 16  # as `Loader`'s default
 
@@ -87,7 +90,7 @@ def tune(
         batch_sizes: images a step, see `Tuned`; `BATCH_SIZES` by default.
         augmentation: a preset's name. By default the paper's, with a crop of 7/8 of the images' side (224 of 256), or "resized"
             where there are no statistics.
-        seconds: that it may take.
+        seconds: that measuring may take; to index other people's tars for the first time comes on top.
         say: is told what is measured now.
 
     Raises:
@@ -102,14 +105,18 @@ def tune(
         raise AlexprepError(f"batch size {min(sizes)}: it must be at least 1")
     meter = LoaderMeter(data, device, chosen, remote=dataset.samples.remote)
     start = Tuning(threads=machine.cores, decode="cuda" if machine.device == "cuda" else None)
-    qualities = _shuffle_qualities(dataset)
-    left = seconds - (time.monotonic() - began)
-    found = search(meter, dimensions(machine.device, machine.cores), sizes, left, start, say=say)
+    found = search(meter, dimensions(machine.device, machine.cores), sizes, seconds, start, say=say)
     if sizes[0] > len(dataset.samples):
         found.notes.append(f"there are only {len(dataset.samples):,} images: a step is smaller than {sizes[0]:,}")
-    memory = meter.memory.get((found.tuning, sizes[0]), {})
     return Tuned(
-        machine, found, sizes, chosen, len(dataset.samples), memory, qualities, seconds=time.monotonic() - began
+        machine=machine,
+        found=found,
+        batch_sizes=sizes,
+        augmentation=chosen,
+        samples=len(dataset.samples),
+        memory=meter.memory.get((found.tuning, sizes[0]), {}),
+        shuffle_quality=_shuffle_qualities(dataset),
+        seconds=time.monotonic() - began,
     )
 
 
@@ -207,5 +214,5 @@ def _host_memory() -> int | None:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
         return None
-    kilobytes = {name: int(value.split()[0]) for name, _, value in (line.partition(":") for line in lines) if "Rss" in name or name == "VmRSS"}
+    kilobytes = {line.split(":")[0]: int(line.split()[1]) for line in lines if line.endswith(" kB")}
     return 1024 * (kilobytes["VmRSS"] - kilobytes.get("RssFile", 0)) if "VmRSS" in kilobytes else None

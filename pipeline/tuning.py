@@ -191,7 +191,7 @@ def _settings(values: Mapping[str, Any]) -> Tuning:
     for field in fields(Tuning):
         value = values[field.name]
         if not isinstance(value, _KINDS[field.name]) or isinstance(value, bool):
-            raise ValueError(f"{field.name} is {value!r}")
+            raise TypeError(f"{field.name} is {value!r}")
     return Tuning(**{field.name: values[field.name] for field in fields(Tuning)})
 
 

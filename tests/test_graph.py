@@ -39,7 +39,9 @@ from alexprep.shards.read import Samples
 def _run(make: Any, batch_size: int = 3, **inputs: Any) -> list[NDArray[Any]]:
     """The first sample of each output of `make`, which is called in a pipeline with its inputs as nodes."""
 
-    @pipeline_def(batch_size=batch_size, num_threads=1, device_id=None, exec_dynamic=True)
+    @pipeline_def(  # type: ignore[untyped-decorator]
+        batch_size=batch_size, num_threads=1, device_id=None, exec_dynamic=True
+    )
     def pipeline() -> Any:
         nodes = {name: fn.external_source(name=name) for name in inputs}
         return make(**nodes)
@@ -138,7 +140,9 @@ def test_colour_noise_has_the_stated_covariance(data: Path) -> None:
     stdevs = noise_stdevs(found, Augmentation(noise="stdev"))
     count = 20_000
 
-    @pipeline_def(batch_size=count, num_threads=1, device_id=None, seed=12)
+    @pipeline_def(  # type: ignore[untyped-decorator]
+        batch_size=count, num_threads=1, device_id=None, seed=12
+    )
     def pipeline() -> Any:
         return colour_noise(stdevs, found.eigenvectors)
 
@@ -178,7 +182,7 @@ def test_the_gpu_agrees_but_for_its_decoder(decode: Any, views: Any, layout: Any
 
     for image_format in ("raw", "jpg"):
         folder = tmp_path / image_format
-        build(photos, folder, ShardOptions(Target(size=64, format=image_format)), 1)  # type: ignore[arg-type]
+        build(photos, folder, ShardOptions(Target(size=64, format=image_format)), 1)
         stats.publish(stats.compute(folder, "train", 1), folder, "train")
         for name, augmentation in {"paper": Augmentation(crop=51), **MORE}.items():
             options: Any = {"batch_size": 20, "augmentation": augmentation, "views": views, "layout": layout}
