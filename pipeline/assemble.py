@@ -135,7 +135,7 @@ def _window(augmentation: Augmentation, settings: Settings) -> DataNode:
     """uint8 (H, W, 3): what was drawn of each image, resized where it is to be."""
     start, shape = _input(settings, "start"), _shape(augmentation, settings)
     if settings.raw:
-        image = fn.slice(_pixels(settings), start=start, shape=shape, axes=(0, 1))
+        image = graph.cut(_pixels(settings), start, shape, settings.size)
     else:
         encoded = _input(settings, "encoded")
         image = _placed(graph.decode_window(encoded, start, shape, settings.decode, settings.hw_decoder_load), settings)

@@ -83,7 +83,7 @@ class Feed:
             side = augmentation.crop or self.settings.size or 0
             divisor = channel_stdevs(statistics, augmentation) * rescale
             inputs["minus"] = np.tile(-shift.astype(np.float32), (1, side))[:, None]
-            inputs["divisor"] = [np.tile(divisor.astype(np.float32), side)[None]] * count
+            inputs["divisor"] = np.tile(divisor.astype(np.float32), (count, 1, side))
         if statistics is not None and names & {"window", "anchor"}:
             size = len(statistics.mean_HWC)
             corners = mean_corners(augmentation, windows, size)

@@ -14,7 +14,8 @@ from alexprep.shards.errors import AlexprepError
 ROUNDS = 3
 _MOST_TURN_SECONDS = 2.0
 _LEAST_SPREAD = 0.01  # a smaller difference is none
-_CHEAPER_MAY_COST = 0.05  # of the speed, however much a busy machine's rounds differ
+_CHEAPER_MAY_COST = 0.05  # of the speed, however far the rounds of one value lie apart
+_BUSY = 0.15  # where they lie further apart than this, they do not show that a cheaper value is as fast
 
 Measure = Callable[[Tuning, int, float], float]  # settings, batch size, seconds that it may take → images/s
 Say = Callable[[str], None]
@@ -151,8 +152,10 @@ def search(
         chosen = start
     trials += curve
     spread = _spread(trials)
-    if spread > _CHEAPER_MAY_COST:
-        games.notes.append(f"rounds of the same settings differ by {100 * spread:.0f} %: was the machine busy?")
+    if spread > _BUSY:
+        games.notes.append(
+            f"rounds of the same settings differ by {100 * spread:.0f} %: try again when the machine is less busy"
+        )
     if games.cut:
         games.notes.append(
             f"{seconds:g} s were over before {games.cut} of {games.cut + games.done} turns: --seconds "
@@ -227,7 +230,7 @@ def _settled(trials: Sequence[Trial], present: Tuning, ordered: bool) -> Tuning:
         return next(trial.tuning for trial in better if trial.rate >= most * nearly)
     if better:
         return max(better, key=lambda trial: trial.rate).tuning
-    if not ordered:
+    if not ordered or spread > _BUSY:
         return present
     return next(trial.tuning for trial in rated if trial.rate >= own.rate * nearly)
 

@@ -140,6 +140,7 @@ class LoaderMeter:
 
     def __post_init__(self) -> None:
         """Notes what the GPU has free before anything is measured."""
+        self._on_cpu = self.device.startswith("cpu")
         self._free = self._gpu_free()
 
     def __call__(self, tuning: Tuning, batch_size: int, seconds: float) -> float:
@@ -152,7 +153,7 @@ class LoaderMeter:
             augmentation=self.augmentation,
             order="blocks" if self.remote else "shuffle",
             device=self.device,
-            layout="NHWC" if self.device == "cpu" else "NCHW",  # as in training
+            layout="NHWC" if self._on_cpu else "NCHW",  # as in training
             on_bad="skip",
             tuning=tuning,
         ) as loader:
@@ -174,12 +175,12 @@ class LoaderMeter:
 
     def _wait(self) -> None:
         """For the GPU, so that what was taken is also done."""
-        if self.device != "cpu":
+        if not self._on_cpu:
             torch.cuda.synchronize(torch.device(self.device))
 
     def _gpu_free(self) -> int | None:
         """Bytes; other processes' use counts too."""
-        return None if self.device == "cpu" else int(torch.cuda.mem_get_info(torch.device(self.device))[0])
+        return None if self._on_cpu else int(torch.cuda.mem_get_info(torch.device(self.device))[0])
 
 
 def _endless(loader: Loader) -> Iterator[Batch]:
