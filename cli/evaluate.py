@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
 from alexprep.cli.options import device_option, json_option, runs_option, threads_option
 
+if TYPE_CHECKING:
+    from alexprep.train.scores import ClassError, Scores
 
-@click.command("eval", short_help="Errors of a trained network.")
-@click.argument("run", required=False)
+SHOWN = 10  # classes at either end of the table
+ON_SCREEN = ""  # what --classes without a file gives
+
+
+@click.command("eval", short_help="Errors of trained networks, one by one and averaged.")
+@click.argument("nets", metavar="[RUN | RUN@STEP]...", nargs=-1)
 @click.option(
     "--views", type=click.Choice(["centre", "ten"]), default="centre", show_default=True, help="Crops an image."
 )
@@ -19,48 +25,204 @@ from alexprep.cli.options import device_option, json_option, runs_option, thread
 @click.option(
     "--data",
     type=click.Path(path_type=Path, file_okay=False),
-    help="The data set.  [default: the one it was trained on]",
+    help="The data set.  [default: the one they were trained on]",
 )
+@click.option(
+    "--weights", default="equal", show_default=True, help="Of several nets: equal, search, or numbers: 2,1,1."
+)
+@click.option("--weights-from", metavar="SPLIT", help="Where search looks.  [default: the evaluated split]")
+@click.option(
+    "--classes",
+    metavar="[FILE.csv]",
+    is_flag=False,
+    flag_value=ON_SCREEN,
+    help="Errors by class: the best and worst printed, or all of them in a file.",
+)
+@click.option("--submission", type=click.Path(path_type=Path, dir_okay=False), help="Write ILSVRC's file of guesses.")
 @runs_option
 @click.option("--batch-size", type=click.IntRange(min=1), default=128, show_default=True, help="Crops at a time.")
 @threads_option
 @device_option
 @json_option
 def evaluate(
-    run: str | None,
+    nets: tuple[str, ...],
     views: Literal["centre", "ten"],
     split: str | None,
     data: Path | None,
+    weights: str,
+    weights_from: str | None,
+    classes: str | None,
+    submission: Path | None,
     runs: Path,
     batch_size: int,
     threads: int | None,
     device: str | None,
     as_json: bool,
 ) -> None:
-    """Evaluate the newest checkpoint of RUN, a name in ./runs; the run last active by default.
+    """Evaluate the newest checkpoint of RUN, a name in ./runs, or that of STEP; the run last active by default.
 
-    Prints top-1 and top-5 error and cross-entropy; --views ten averages the softmax over the paper's ten views.
+    Prints top-1 and top-5 error and cross-entropy; --views ten averages the softmax over the paper's ten views. Several nets are
+    evaluated one by one and as the mean of their softmax outputs. The result is also written beside the runs, as eval-….json.
 
     \b
-    Example: alexprep eval alexnet --views ten
+    Example: alexprep eval alexnet alexnet-2 alexnet-3 --views ten
     """
     from alexprep.cli import report
-    from alexprep.train.evaluate_run import evaluate_run
-    from alexprep.train.runs import find_run
+    from alexprep.train import submission as ilsvrc
+    from alexprep.train.ensemble import parse_weights
+    from alexprep.train.evaluate_run import evaluate_nets
+    from alexprep.train.nets import place_named
 
-    result = evaluate_run(
-        find_run(runs, run), data=data, split=split, views=views, batch_size=batch_size, threads=threads, device=device
-    )
-    for sentence in result["skipped"]:
+    _check_files(classes, submission)
+    with report.progress("evaluating") as progress:
+        found = evaluate_nets(
+            [place_named(runs, text) for text in nets or [None]],
+            data=data,
+            split=split,
+            views=views,
+            weights=parse_weights(weights),
+            weights_from=weights_from,
+            batch_size=batch_size,
+            threads=threads,
+            device=device,
+            progress=progress,
+            check=ilsvrc.check if submission else None,
+        )
+    document = found.document
+    for sentence in [*document["skipped"], *document["notes"]]:
         click.echo(sentence, err=True)
+    _print(document)
+    if classes is not None and document["samples"]:
+        _classes(classes, found.scores, found.classes, document)
+    if submission:
+        _submit(submission, found.scores, document)
+    _publish(document, runs)
+    report.json_line(document, as_json)
+
+
+def _check_files(classes: str | None, submission: Path | None) -> None:
+    """Refuses files that could not be written in the end, before the work begins."""
+    from alexprep.shards.errors import AlexprepError
+
+    if classes and not classes.endswith(".csv"):
+        raise AlexprepError(
+            f"--classes {classes}: name a file that ends in .csv; to print the classes of the run {classes}, put --classes last"
+        )
+    for path in (Path(classes) if classes else None, submission):
+        if path and not path.parent.is_dir():
+            raise AlexprepError(f"{path} cannot be written: there is no folder {path.parent}")
+
+
+def _print(document: dict[str, Any]) -> None:
+    from alexprep.cli import report
+
+    nets, images = document["nets"], document["images"]
+    whose = f"{nets[0]['run']} after step {nets[0]['step']}" if len(nets) == 1 else f"{len(nets)} nets"
+    title = f"{whose}, {images:,} images of {document['split']!r} in {document['data']}"
+    labelled = [] if document["samples"] == images else [("with a label", f"{document['samples']:,}")]
+    if len(nets) > 1:
+        _print_nets(title, document)
+        title = "All as one, the mean of their softmax outputs"
     report.table(
-        f"{result['run']} after step {result['step']}, {result['samples']} images of {result['split']!r} in {result['data']}",
+        title,
         [
-            ("top-1 error", f"{result['top1_error']:.2f} %"),
-            ("top-5 error", f"{result['top5_error']:.2f} %"),
-            ("cross-entropy", f"{result['loss']:.4f} nats"),
-            ("views", views),
-            ("seconds", f"{result['seconds']:.1f} on {result['device']}"),
+            *labelled,
+            ("top-1 error", _error(document, "top1")),
+            ("top-5 error", _error(document, "top5")),
+            ("cross-entropy", "unknown" if document["loss"] is None else f"{document['loss']:.4f} nats"),
+            ("views", document["views"]),
+            (
+                "speed",
+                f"{document['images_per_second']:,.0f} images/s, {_waited(document)} % of the time waiting for data",
+            ),
+            ("seconds", f"{document['seconds']:.1f} on {document['device']}"),
         ],
     )
-    report.json_line(result, as_json)
+    if document["weights"] == "search":
+        where = document["weights_from"]
+        same = ", the very images that are measured: the error is flattered, see --weights-from"
+        click.echo(f"Weights chosen on {where!r}{same if where == document['split'] else ''}.")
+
+
+def _print_nets(title: str, document: dict[str, Any]) -> None:
+    click.echo(title)
+    names = [f"{Path(net['run']).name}@{net['step']}" for net in document["nets"]]
+    width = max(len("net"), *map(len, names))
+    click.echo(f"  {'net':<{width}}  weight  top-1 error  top-5 error  cross-entropy")
+    for name, net in zip(names, document["nets"], strict=True):
+        errors = [
+            f"{value:.2f} %" if value is not None else "unknown" for value in (net["top1_error"], net["top5_error"])
+        ]
+        loss = "unknown" if net["loss"] is None else f"{net['loss']:.4f} nats"
+        click.echo(f"  {name:<{width}}  {net['weight']:6.3f}  {errors[0]:>11}  {errors[1]:>11}  {loss:>13}")
+
+
+def _error(document: dict[str, Any], which: str) -> str:
+    if document[f"{which}_error"] is None:
+        return "unknown: no image has a label"
+    return f"{document[f'{which}_error']:.2f} % (standard error {document[f'{which}_standard_error']:.2f})"
+
+
+def _waited(document: dict[str, Any]) -> str:
+    wait, step = document["data_wait_ms"], document["step_ms"]
+    return f"{100 * wait / (wait + step):.0f}"
+
+
+def _classes(file: str, scores: Scores, names: list[str], document: dict[str, Any]) -> None:
+    """Prints the best and worst classes, or writes all; the most confused pairs are printed either way."""
+    from alexprep.shards.files import publish_bytes
+    from alexprep.train.scores import class_csv, ranked
+
+    table = scores.by_class(names)
+    if file:
+        publish_bytes(Path(file), class_csv(table))
+        document["classes_file"] = file
+        click.echo(f"Errors of {len(table):,} classes in {file}")
+    else:
+        _print_classes(ranked(table))
+    pairs = scores.confusions(names, SHOWN)
+    if pairs:
+        click.echo("Most often taken for another class")
+        for pair in pairs:
+            click.echo(f"  {pair.true} for {pair.guessed}: {pair.times:,} of {pair.images:,}")
+    document["confusions"] = [pair._asdict() for pair in pairs]
+
+
+def _print_classes(rows: list[ClassError]) -> None:
+    parts = [("All classes", rows)]
+    if len(rows) > 2 * SHOWN:
+        parts = [(f"Best {SHOWN} classes", rows[:SHOWN]), (f"Worst {SHOWN} classes", rows[: -SHOWN - 1 : -1])]
+    width = max(len(row.name) for _, part in parts for row in part)
+    for heading, part in parts:
+        click.echo(f"{heading:<{width + 2}}  images  top-1 error  top-5 error")
+        for row in part:
+            click.echo(f"  {row.name:<{width}}  {row.images:>6,}  {row.top1_error:>9.2f} %  {row.top5_error:>9.2f} %")
+
+
+def _submit(path: Path, scores: Scores, document: dict[str, Any]) -> None:
+    from alexprep.shards.files import publish_bytes
+    from alexprep.train.submission import submission
+
+    made = submission(Path(document["data"]), document["split"], scores.best, scores.rows)
+    publish_bytes(path, made.content)
+    document["submission_file"] = str(path)
+    click.echo(f"{made.lines:,} lines in {path}, from {made.first} to {made.last}")
+    if made.missing:
+        click.echo(
+            f"{len(made.missing):,} images could not be read when the set was made, among them {made.missing[0]}: their lines are "
+            "1 2 3 4 5",
+            err=True,
+        )
+
+
+def _publish(document: dict[str, Any], runs: Path) -> None:
+    """Writes the result; someone else's runs, which cannot be written to, can still be evaluated."""
+    from alexprep.train.evaluate_run import publish
+
+    try:
+        path = publish(document, runs)
+    except OSError as error:
+        click.echo(f"The result was not written ({error.strerror}: {error.filename}).", err=True)
+        return
+    document["result_file"] = str(path)
+    click.echo(f"Written to {path}")

@@ -12,6 +12,7 @@ from alexprep.cli.evaluate import evaluate
 from alexprep.cli.pca_stats import pca_stats
 from alexprep.cli.shard import shard
 from alexprep.cli.train import train
+from alexprep.cli.tune import tune
 from alexprep.cli.verify import verify
 from alexprep.shards.errors import AlexprepError
 
@@ -28,11 +29,12 @@ def cli() -> None:
     alexprep shard /imagenet    resized webdataset shards in ./alexprep-data
     alexprep verify             every byte of them checked
     alexprep pca-stats          the mean image and the RGB covariance's eigenpairs
+    alexprep tune               how this machine loads fastest; train uses it
     alexprep train              DALI pipelines and a torch training loop; results in ./runs
     """
 
 
-for command in (shard, verify, pca_stats, train, evaluate, demo):
+for command in (shard, verify, pca_stats, tune, train, evaluate, demo):
     cli.add_command(command)
 
 

@@ -66,8 +66,8 @@ def shuffle_quality(order: NDArray[np.int64]) -> float:
     """How far an order mixes what lies together on disk: 0 for rows as stored, near 1 for a uniform permutation.
 
     The entropy of the distances between neighbours, as MosaicML Streaming's simulator measures shuffles, here on a circle
-    (distance modulo the number of rows, which a uniform permutation makes uniform) and in 256 classes of distance, divided by
-    the 8 bits of a uniform distribution. It is taken both ways, and the lower one counts: how far apart those lay that are seen
+    (distance modulo the number of rows, which a uniform permutation makes uniform) and in classes of distance, 256 or one for
+    each 32 rows, divided by the bits of a uniform distribution over them. It is taken both ways, and the lower one counts: how far apart those lay that are seen
     one after the other, and how far apart those are seen that lay side by side (blocks of shards from all over the set do well
     in the first and badly in the second). Neighbourhoods of k rows that are permuted each by itself get about
     log2(512 k / N) / 8.
@@ -84,7 +84,7 @@ def shuffle_quality(order: NDArray[np.int64]) -> float:
 
 
 def _distance_entropy(places: NDArray[np.int64]) -> float:
-    classes = 256
+    classes = max(2, min(256, len(places) // 32))
     span = int(places.max()) + 1
     distances = np.diff(places) % span
     counts = np.bincount(distances * classes // span, minlength=classes)

@@ -17,7 +17,7 @@ from alexprep.shards import stats
 from alexprep.shards.check import Finding, Problem
 from alexprep.shards.describe import Description
 from alexprep.shards.files import is_temporary, json_bytes
-from alexprep.shards.layout import DATASET, INDEX, LEDGER, PLAN, PLAN_TABLE, TIMM_INFO, shard_name
+from alexprep.shards.layout import DATASET, INDEX, LEDGER, PLAN, PLAN_TABLE, TIMM_INFO, TUNING, shard_name
 from alexprep.shards.plan import Plan
 
 
@@ -118,7 +118,7 @@ def _ledger_difference(found: bytes, wanted: bytes) -> tuple[int, str, str] | No
 
 def foreign_files(folder: Path, plan: Plan, findings: list[Finding]) -> Iterator[Problem]:
     """What lies in the folder and belongs to nothing."""
-    expected = {PLAN, PLAN_TABLE, DATASET, TIMM_INFO, *map(str, stats.FILES)}
+    expected = {PLAN, PLAN_TABLE, DATASET, TIMM_INFO, TUNING, *map(str, stats.FILES)}
     for split in plan.document["splits"]:
         expected |= {f"{split}/{INDEX}", f"{split}/{LEDGER}"}
     for finding in findings:

@@ -21,6 +21,7 @@ DATASET = "dataset.json"
 TIMM_INFO = "_info.json"
 INDEX = "index.npy"
 LEDGER = "samples.parquet"
+TUNING = "tuning.json"  # of machines, not of the data: no digest depends on it
 STATISTICS = Path("stats") / "stats.json"
 MEAN_IMAGE = Path("stats") / "mean_image.npy"
 MEAN_PICTURE = Path("stats") / "mean_image.png"

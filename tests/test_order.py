@@ -84,10 +84,10 @@ def test_shuffle_quality_tells_orders_apart() -> None:
     for sequence in (order.tolist(), [place[row] for row in range(3000)]):
         counts: dict[int, int] = {}
         for a, b in itertools.pairwise(sequence):
-            kind = (b - a) % 3000 * 256 // 3000
+            kind = (b - a) % 3000 * 93 // 3000
             counts[kind] = counts.get(kind, 0) + 1
         shares = [count / 2999 for count in counts.values()]
-        entropies.append(-sum(share * math.log2(share) for share in shares) / 8)
+        entropies.append(-sum(share * math.log2(share) for share in shares) / math.log2(93))
     assert shuffle_quality(order) == pytest.approx(min(entropies))
     shards = np.arange(100_000) // 1000
     blocks = [shuffle_quality(block_order(0, 0, shards, count)) for count in (1, 4, 16)]

@@ -26,7 +26,10 @@ MODULES = [
 FENCES = {
     "click": ("cli/",),
     "rich": ("cli/", "train/meter.py"),
-    "torch": ("train/", "pipeline/engine.py", "pipeline/loader.py", "shards/cuda.py", "shards/resize_torch.py"),
+    "torch": (
+        *("train/", "pipeline/engine.py", "pipeline/loader.py", "pipeline/tune.py", "pipeline/tuning.py"),
+        *("shards/cuda.py", "shards/resize_torch.py"),
+    ),
     "nvidia.dali": ("pipeline/graph.py", "pipeline/assemble.py"),
     "webdataset": (),
     "sklearn": (),

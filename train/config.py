@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from alexprep.pipeline.tuning import Tuning, saved_tuning
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.files import publish_json
 from alexprep.shards.versions import versions
@@ -19,6 +20,7 @@ from alexprep.train.recipes import Recipe, recipe_named
 
 DEFAULT_RECIPE = "alexnet"
 OPTIONS = ("recipe", "seed", "batch_size", "lr")  # what a resumed run takes from its beginning
+DECODING = ("decode", "hw_decoder_load")  # likewise, see `_tuning`
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class TrainConfig:
         keep: checkpoints kept.
         checkpoint_steps: steps between checkpoints; one more is made at every epoch's end.
         log_steps: steps between records in log.jsonl.
-        threads: for decoding; the loader decides by default.
+        threads: for decoding; as `alexprep tune` found, or one a core, by default.
         device: "cpu" or "cuda"; the GPU if there is one by default.
 
     Raises:
@@ -82,6 +84,8 @@ class Job:
     seed: int
     facts: DataFacts
     device: torch.device
+    tuning: Tuning
+    notes: list[str]  # what to say about it
     identity: dict[str, Any]  # JSON values: what decides the result; a checkpoint of another identity is refused
 
 
@@ -93,11 +97,12 @@ def prepare(config: TrainConfig) -> Job:
     """
     device = choose_device(config.device)
     facts = data_facts(config.data)
-    run = None
+    run, began = None, None
     if config.resume:
         run = runs.find_run(config.runs, config.name)
         began = runs.read_config(run)["options"]
         config = replace(config, **{name: began[name] for name in OPTIONS if getattr(config, name) is None})
+    tuning, notes = _tuning(config, device, began)
     recipe = recipe_of({name: getattr(config, name) for name in OPTIONS})
     recipe.check_size(facts.size)
     seed = config.seed or 0
@@ -105,6 +110,7 @@ def prepare(config: TrainConfig) -> Job:
     if run is None:
         run = runs.create_run(config.runs, config.name, recipe.name)
         options = {"recipe": recipe.name, "seed": seed, "batch_size": recipe.batch_size, "lr": recipe.lr}
+        options |= {"decode": tuning.decode_on(device.type), "hw_decoder_load": tuning.hw_decoder_load}
         document = {
             "options": options,
             "data": str(config.data.resolve()),
@@ -112,7 +118,32 @@ def prepare(config: TrainConfig) -> Job:
             "versions": run_versions(),
         }
         publish_json(run / runs.CONFIG, document)
-    return Job(config, run, recipe, seed, facts, device, identity)
+    return Job(config, run, recipe, seed, facts, device, tuning, notes, identity)
+
+
+def _tuning(config: TrainConfig, device: torch.device, began: Mapping[str, Any] | None) -> tuple[Tuning, list[str]]:
+    """The loader's settings, and what to say about them.
+
+    Threads and steps ahead never show in the result. Where an image is decoded does, by a grey level here and there, so a resumed
+    run decodes as it began (`began` holds its options), whatever was tuned since.
+    """
+    saved = saved_tuning(config.data, str(device))
+    notes = [f"{problem}: `alexprep tune` makes it anew" for problem in saved.problems]
+    tuning, origin = saved.tuning or Tuning(), ["from alexprep tune"] if saved.tuning else []
+    if config.threads is not None:
+        tuning = replace(tuning, threads=config.threads)
+        origin += ["threads as given"] if saved.tuning else []
+    if began is not None:
+        where = str(device)
+        kept = replace(tuning, **{name: began.get(name, getattr(Tuning(), name)) for name in DECODING})
+        if (kept.decode_on(where), kept.hw_decoder_load) != (tuning.decode_on(where), tuning.hw_decoder_load):
+            origin += ["decoding as the run began"]
+        if device.type == "cpu" and kept.decode == "cuda":
+            notes += ["the run began with images decoded on a GPU: from here on pixels may differ by a grey level"]
+        tuning = kept
+    if origin:
+        notes += [f"loader settings: {tuning.words(str(device))}, {', '.join(origin)}"]
+    return tuning, notes
 
 
 def run_versions() -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -26,7 +27,7 @@ UNMEASURED = ("images_per_second", "data_wait_ms", "step_ms")
 EARLY_RECORDS = (1, 6)  # a first sign of life; then steps 2 to 6, after the slow first one, give the forecast
 
 
-def train(config: TrainConfig, open_loader: OpenLoader = Loader) -> dict[str, Any]:
+def train(config: TrainConfig, open_loader: OpenLoader | None = None) -> dict[str, Any]:
     """Trains one run, or goes on with it.
 
     Being killed at any moment costs at most the steps since the last checkpoint. On one CPU with the same versions, a run that was killed
@@ -34,7 +35,7 @@ def train(config: TrainConfig, open_loader: OpenLoader = Loader) -> dict[str, An
 
     Args:
         config: what to do.
-        open_loader: opens a split; `alexprep.pipeline.loader.Loader` or something with its behaviour.
+        open_loader: opens a split, as `alexprep.pipeline.loader.Loader` does; by default that, with the settings for this machine.
 
     Returns:
         The summary, which is also in the run's summary.json: run, recipe, device, steps, epochs, epoch_steps, train_loss (nats),
@@ -46,6 +47,7 @@ def train(config: TrainConfig, open_loader: OpenLoader = Loader) -> dict[str, An
     """
     started = time.monotonic()
     job = prepare(config)
+    open_loader = open_loader or functools.partial(Loader, tuning=job.tuning)
     if job.device.type == "cpu":
         keep_freed_memory()
     with contextlib.ExitStack() as stack:
@@ -59,7 +61,7 @@ def train(config: TrainConfig, open_loader: OpenLoader = Loader) -> dict[str, An
         position, epochs = state.position, job.config.epochs or job.recipe.epochs
         last_step = min(epochs * len(loader), job.config.steps or epochs * len(loader))
         meter = stack.enter_context(Meter(job.run / runs.LOG, step=position.step, total_steps=last_step))
-        for note in notes:
+        for note in [*job.notes, *notes]:
             meter.say(note)
         meter.say(
             f"{job.run}: {job.recipe.name} on {job.device}, {loader.samples} images in {job.facts.classes} classes, "
