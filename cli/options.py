@@ -61,7 +61,9 @@ runs_option = click.option(
 )
 
 threads_option = click.option(
-    "--threads", type=click.IntRange(min=1), help="Threads for decoding.  [default: one a core]"
+    "--threads",
+    type=click.IntRange(min=1),
+    help="Threads for decoding.  [default: as `alexprep tune` found, or one a core]",
 )
 
 device_option = click.option("--device", help="cpu or cuda.  [default: cuda where there is a GPU]")

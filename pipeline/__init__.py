@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     )
     from alexprep.pipeline.loader import Batch, Loader
     from alexprep.pipeline.order import block_order, epoch_order, shuffle_quality
-    from alexprep.pipeline.tuning import Tuning
+    from alexprep.pipeline.tuning import Tuning, tuning_for
 
 __all__ = [
     "PRESETS",
@@ -39,6 +39,7 @@ __all__ = [
     "shuffle_quality",
     "subtract_mean_window",
     "to_tensor",
+    "tuning_for",
 ]
 
 _HOMES = {
@@ -50,7 +51,7 @@ _HOMES = {
     ),
     "loader": ("Batch", "Loader"),
     "order": ("block_order", "epoch_order", "shuffle_quality"),
-    "tuning": ("Tuning",),
+    "tuning": ("Tuning", "tuning_for"),
 }
 
 
