@@ -68,7 +68,7 @@ def _stand_ins(root: Path, photos: Path) -> dict[str, str]:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_run(page: Path, photos: Path, tmp_path: Path) -> None:
-    """Where a page names a source, a small one of its kind stands; a training is cut to two steps."""
+    """Where a page names a source, a small one of its kind stands; a training is cut to two steps, a measurement to seconds."""
     stand_ins = _stand_ins(tmp_path, photos)
     lines = [line[2:] for block in _blocks(page, "console") for line in block.splitlines() if line.startswith("$ ")]
     make = (ROOT / "Makefile").read_text()
@@ -90,6 +90,8 @@ def test_commands_run(page: Path, photos: Path, tmp_path: Path) -> None:
         words = [stand_ins.get(word, word) for word in words]
         if words[0] == "train" and "--steps" not in words:
             words += ["--steps", "2", "--batch-size", "4"]
+        if words[0] == "tune":
+            words += ["--batch-size", "4", "--seconds", "8"]
         done = subprocess.run(
             [sys.executable, "-m", "alexprep.cli", *words],
             cwd=tmp_path,
