@@ -65,9 +65,9 @@ def tune(
     Example: alexprep tune --data /data/imagenet-256 --seconds 120
     """
     from alexprep.cli import report
+    from alexprep.pipeline.device import choose_device
     from alexprep.pipeline.tune import tune as measure
     from alexprep.pipeline.tuning import save_tuning
-    from alexprep.train.host import choose_device
 
     chosen = str(choose_device(device))
     tuned = measure(data, chosen, batch_sizes, augmentation, seconds, lambda line: click.echo(line, err=True))

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
-from alexprep.shards.errors import AlexprepError
+from alexprep.shards.errors import AlexprepError, number_within, whole_number
 
 Mean = Literal["crop", "centre", "channel", "imagenet", "none"]
 Std = Literal["channel", "imagenet", "none"]
@@ -61,21 +61,18 @@ class Augmentation:
         for name, choices in (("mean", Mean), ("std", Std), ("noise", Noise)):
             if getattr(self, name) not in get_args(choices):
                 raise AlexprepError(f"{name} {getattr(self, name)!r} is not one of {', '.join(get_args(choices))}")
-        for name, low, high in (
-            ("crop", 1, 65535),
-            ("share", 1, 2**31),
-            ("noise_sigma", 0, 1e6),
-            ("noise_rescale", 1e-3, 1e3),
-            ("noise_epochs", 0, 2**32),
-            ("evaluation_scale", 1e-3, 1),
-        ):
-            value = getattr(self, name)
-            if value is not None and not low <= value <= high:
-                raise AlexprepError(f"{name} {value} is not in [{low}, {high}]")
-        if self.scale is not None and not 0 < self.scale[0] <= self.scale[1] <= 1:
+        for name, low, high in (("crop", 1, 65535), ("share", 1, 2**31 - 1), ("noise_epochs", 0, 2**32 - 1)):
+            if getattr(self, name) is not None or name == "share":
+                whole_number(name, getattr(self, name), low, high)
+        number_within("noise_sigma", self.noise_sigma, 0, 1e6)
+        number_within("noise_rescale", self.noise_rescale, 1e-3, 1e3)
+        number_within("evaluation_scale", self.evaluation_scale, 1e-3, 1)
+        if not isinstance(self.mirror, bool):
+            raise AlexprepError(f"mirror {self.mirror!r} is not True or False")
+        if self.scale is not None and not _rising(self.scale, 1):
             raise AlexprepError(f"scale {self.scale} is not two shares of the area, 0 < a <= b <= 1")
-        if not 0 < self.ratio[0] <= self.ratio[1]:
-            raise AlexprepError(f"ratio {self.ratio} is not two bounds of width / height, 0 < a <= b")
+        if not _rising(self.ratio, 1e6):
+            raise AlexprepError(f"ratio {self.ratio} is not two bounds of width / height, 0 < a <= b <= 1,000,000")
         if self.crop is None and (self.scale is not None or self.windowed_mean):
             raise AlexprepError("scale, and mean crop or centre, need a crop: the side of the square that comes out")
         if self.scale is not None and self.windowed_mean:
@@ -103,6 +100,11 @@ class Augmentation:
         return self.noise != "none" and (self.noise_epochs is None or epoch < self.noise_epochs)
 
 
+def _rising(pair: Any, high: float) -> bool:
+    numbers = isinstance(pair, tuple | list) and len(pair) == 2 and all(isinstance(n, int | float) for n in pair)
+    return numbers and 0 < pair[0] <= pair[1] <= high
+
+
 PRESETS = {
     "paper": Augmentation(),
     "2012-code": Augmentation(share=32, mean="centre", noise="stdev", noise_rescale=1.1, noise_epochs=67),
@@ -120,6 +122,6 @@ def augmentation_named(name: str) -> Augmentation:
     >>> augmentation_named("2012-code").share
     32
     """
-    if name not in PRESETS:
+    if not isinstance(name, str) or name not in PRESETS:
         raise AlexprepError(f"augmentation {name!r} is not one of {', '.join(PRESETS)}")
     return PRESETS[name]

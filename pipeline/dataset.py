@@ -78,14 +78,14 @@ class Dataset:
         self, batch_size: int, device: str, device_id: int | None, dtype: Dtype, layout: Layout, tuning: Tuning
     ) -> Settings:
         """The settings of a pipeline for these images; see `Settings`."""
-        decode = tuning.decode or device if device == "cuda" else "cpu"
+        decode = tuning.decode_on(device)
         threads, load = tuning.dali_threads, tuning.hw_decoder_load
         return Settings(
             self.raw, self.size, batch_size, threads, device, device_id, decode, load, dtype=dtype, layout=layout
         )
 
 
-def open_dataset(source: Source, split: str, on_bad: OnBad = "error", cache: Path | None = None) -> Dataset:
+def open_dataset(source: Source, split: str, on_bad: OnBad = "error", cache: str | Path | None = None) -> Dataset:
     """Opens a split.
 
     Args:
@@ -99,11 +99,14 @@ def open_dataset(source: Source, split: str, on_bad: OnBad = "error", cache: Pat
     """
     if on_bad not in get_args(OnBad):
         raise AlexprepError(f"on_bad {on_bad!r} is not one of {', '.join(get_args(OnBad))}")
+    places = source if isinstance(source, Sequence) and not isinstance(source, str | bytes) else [source]
+    if not all(isinstance(place, str | os.PathLike) for place in places):
+        raise AlexprepError(f"data {source!r} is no path and no list of paths")
     if isinstance(source, str | os.PathLike):
         folder = folder_at(str(source))
         if (folder / DATASET).exists() or (folder / PLAN).exists() or not _holds_tars(str(source), folder):
             return _ours(folder, split)
-    dataset = _others(source, split, cache)
+    dataset = _others(source, split, None if cache is None else Path(cache))
     if dataset.bad and on_bad == "error":
         raise AlexprepError(
             f"{len(dataset.bad):,} samples cannot be used, the first: {dataset.bad[0]}; leave such samples out with "
@@ -121,6 +124,8 @@ def statistics_for(dataset: Dataset, chosen: Statistics | str | Path | None) -> 
     if isinstance(chosen, Statistics):
         return chosen
     if chosen is not None:
+        if not isinstance(chosen, str | os.PathLike):
+            raise AlexprepError(f"statistics {chosen!r} are neither a data set's folder nor statistics")
         folder = folder_at(str(chosen))
         return stats.read(folder, read_dataset(folder)["digest"])
     if dataset.statistics_of is None:

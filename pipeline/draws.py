@@ -198,5 +198,5 @@ def _centred_windows(sizes_N2: NDArray[np.int64], ratio: tuple[float, float]) ->
     height, width = sizes_N2.T
     tall = np.minimum(height, np.rint(width / ratio[0]).astype(np.int64))
     wide = np.minimum(width, np.rint(height * ratio[1]).astype(np.int64))
-    sides = np.stack([tall, wide], axis=1)
+    sides = np.maximum(1, np.stack([tall, wide], axis=1))
     return np.concatenate([(sizes_N2 - sides) // 2, sides], axis=1)

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from alexprep.pipeline.assemble import probe_pipeline, single_view_pipeline, ten_view_pipeline
 from alexprep.pipeline.dataset import OnBad
 from alexprep.pipeline.feed import Feed, Inputs
+from alexprep.shards.codec import header_size
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.read import TarSamples
 
@@ -53,7 +54,8 @@ class Engine:
 
     DALI cannot leave out a sample that it fails to decode: the whole step fails. Then each of the step's samples is tried alone,
     with the window that was drawn for it; those that fail are taken out, and the step and those behind it are done again. So
-    a sample is left out or not by its bytes and its draw alone, whoever its neighbours are.
+    a sample is left out or not by its bytes and its draw alone, whoever its neighbours are. DALI is never given a sample whose
+    header cannot be read: up to 2.4 it may crash on it when a batch is split among threads.
     """
 
     def __init__(self, samples: TarSamples, sizes_N2: NDArray[np.integer], feed: Feed, on_bad: OnBad) -> None:
@@ -74,11 +76,6 @@ class Engine:
     def __len__(self) -> int:
         """How many steps were started and not taken."""
         return len(self._steps)
-
-    @property
-    def last(self) -> Step | None:
-        """The step that was started last and not taken yet."""
-        return self._steps[-1] if self._steps else None
 
     @property
     def usable(self) -> bool:
@@ -105,13 +102,8 @@ class Engine:
                 bad = [not self._decodes(step, n) for n in range(len(step.rows))]
                 if not any(bad):
                     raise AlexprepError(f"DALI could not make a batch: {error}") from error
-                if self._on_bad == "error":
-                    where = self._samples.where(int(step.rows[bad.index(True)]))
-                    raise AlexprepError(
-                        f"{where} holds an image that cannot be decoded: leave such images out with on_bad='skip', or make "
-                        "sound shards of them with `alexprep shard`"
-                    ) from error
                 self._suspects.update(step.rows[np.array(bad)].tolist())
+                self._leave_out(step, bad)
                 self._pipeline = self._assembled()
                 for waiting in self._steps:
                     self._submit(waiting)
@@ -122,21 +114,25 @@ class Engine:
         """Frees the pipeline's threads and memory."""
         if not self.usable:  # its destructor would wait for threads that only the parent has
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._pipeline))
-        self._steps.clear()
         del self._pipeline
+        self._steps.clear()
 
     def _assembled(self) -> Any:
         make = ten_view_pipeline if self._feed.views == "ten" else single_view_pipeline
         return make(self._feed.augmentation, self._feed.statistics, self._feed.settings)
 
     def _submit(self, step: Step) -> None:
-        if not self._suspects.isdisjoint(step.rows.tolist()):
-            step.drop(
-                [row in self._suspects and not self._decodes(step, n) for n, row in enumerate(step.rows.tolist())]
-            )
+        rows = step.rows.tolist()
+        if not self._suspects.isdisjoint(rows):
+            self._leave_out(step, [row in self._suspects and not self._decodes(step, n) for n, row in enumerate(rows)])
+        encoded = [self._image(row) for row in step.rows.tolist()]
+        if not self._feed.settings.raw:
+            sizes = zip(encoded, self._sizes[step.rows].tolist(), strict=True)
+            unread = [header_size(image) != tuple(size) for image, size in sizes]
+            encoded = [image for image, bad in zip(encoded, unread, strict=True) if not bad]
+            self._leave_out(step, unread)
         if not len(step.rows):  # DALI knows no empty batch
             return
-        encoded = [self._image(row) for row in step.rows.tolist()]
         inputs = self._inputs(step)
         self._pipeline.feed_input("encoded", encoded)
         for name, values in inputs.items():
@@ -144,12 +140,22 @@ class Engine:
         step._fed = (encoded, inputs)
         self._pipeline.schedule_run()
 
+    def _leave_out(self, step: Step, bad: list[bool]) -> None:
+        """Takes samples out of a step, or ends the work, as `on_bad` says."""
+        if self._on_bad == "error" and any(bad):
+            raise AlexprepError(
+                f"{self._samples.where(int(step.rows[bad.index(True)]))} holds an image that cannot be decoded: leave such "
+                "images out with on_bad='skip', or make sound shards of them with `alexprep shard`"
+            )
+        step.drop(bad)
+
     def _outputs(self, step: Step) -> torch.Tensor:
         settings = self._feed.settings
         device = torch.device(settings.device if settings.device_id is None else f"cuda:{settings.device_id}")
         if not len(step.rows):
-            side = self._feed.augmentation.crop or settings.size or 0
-            shape = (3, side, side) if settings.layout == "NCHW" else (side, side, 3)
+            side = self._feed.augmentation.crop
+            height, width = self._sizes[0].tolist() if side is None else (side, side)
+            shape = (3, height, width) if settings.layout == "NCHW" else (height, width, 3)
             views = (10,) if self._feed.views == "ten" else ()
             images = torch.empty((0, *views, *shape), dtype=getattr(torch, settings.dtype), device=device)
         else:
@@ -186,8 +192,9 @@ class Engine:
         probe = probe_pipeline(self._feed.augmentation, settings, windowed="start" in inputs)
         image = self._image(int(step.rows[n]))  # DALI reads it in place
         probe.feed_input("encoded", [image])
-        for name in {"start", "shape"} & inputs.keys() if "start" in inputs else ():
-            probe.feed_input(name, inputs[name])
+        if "start" in inputs:
+            for name in {"start", "shape"} & inputs.keys():
+                probe.feed_input(name, inputs[name])
         try:
             probe.run()
         except RuntimeError:

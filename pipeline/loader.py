@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -12,13 +13,14 @@ import torch
 
 from alexprep.pipeline.augmentation import Augmentation, augmentation_named
 from alexprep.pipeline.dataset import OnBad, Source, open_dataset, statistics_for
+from alexprep.pipeline.device import choose_device
 from alexprep.pipeline.engine import Engine, Step
 from alexprep.pipeline.feed import Feed, Views
 from alexprep.pipeline.graph import Dtype, Layout
 from alexprep.pipeline.order import Order
 from alexprep.pipeline.plan import StepPlan
 from alexprep.pipeline.tuning import Tuning
-from alexprep.shards.errors import AlexprepError
+from alexprep.shards.errors import AlexprepError, whole_number
 from alexprep.shards.stats import Statistics
 
 _READ_AHEAD = 8  # steps whose samples are asked of the disk before they are decoded
@@ -75,7 +77,7 @@ class Loader:
         layout: Layout = "NCHW",
         on_bad: OnBad = "error",
         statistics: Statistics | str | Path | None = None,
-        cache: Path | None = None,
+        cache: str | Path | None = None,
         threads: int | None = None,
         tuning: Tuning | None = None,
     ) -> None:
@@ -111,20 +113,20 @@ class Loader:
             name: value for name, value in locals().items() if name not in ("self", "data", "split", "__class__")
         }
         self._made_by = ((data, split), arguments)
-        if isinstance(augmentation, str):
+        if not isinstance(augmentation, Augmentation):
             augmentation = augmentation_named(augmentation)
         if threads is not None:
             tuning = replace(tuning or Tuning(), threads=threads)
         self._tuning = tuning or Tuning()
         dataset = open_dataset(data, split, on_bad, cache)
-        dataset.samples.keep_shards = 2 * block_shards + 1
         self._plan = StepPlan(dataset.samples.index["shard"], batch_size, order, block_shards, seed, rank, world_size)
+        dataset.samples.keep_shards = self._plan.open_shards
         if dataset.samples.remote and order == "shuffle":
             raise AlexprepError(f"{data} is remote, where single images are slow to read: use order='blocks'")
         chosen = statistics_for(dataset, statistics) if augmentation.needs_statistics else None
         dataset.check(augmentation, chosen)
-        target = torch.device(device)
-        number = target.index if target.type == "cpu" or target.index is not None else torch.cuda.current_device()
+        target = choose_device(device or "cpu")
+        number = torch.cuda.current_device() if target.type == "cuda" and target.index is None else target.index
         settings = dataset.settings(self._plan.largest_part, target.type, number, dtype, layout, self._tuning)
         self._feed = Feed(augmentation, chosen, views, seed, settings)
         self._on_bad, self._dataset = on_bad, dataset
@@ -133,6 +135,7 @@ class Loader:
         self.skipped = 0
         self.epoch = self.step = 0
         self._engine: Engine | None = None
+        self._stream = zlib.crc32(f"{self.digest} {split} {self._plan.order_words}".encode())
         self._upcoming = (0, 0)  # the step that the engine is handed next
         self._loaded = False  # a state, since the last pass began
         self._closed = False
@@ -157,27 +160,29 @@ class Loader:
     def state_dict(self) -> dict[str, int]:
         """Where the next batch comes from: all that a resume needs, on any number of ranks; a few integers, JSON-serialisable.
 
-        "seed", "epoch" and "step" say where; "batch_size" and "samples" are there to refuse a state that means something else.
+        "seed", "epoch" and "step" say where; "batch_size" and "stream", which stands for the data and the order, are there to
+        refuse a state that means something else.
         """
         place = {"seed": self._plan.seed, "epoch": self.epoch, "step": self.step}
-        return {**place, "batch_size": self._plan.batch_size, "samples": self.samples}
+        return {**place, "batch_size": self._plan.batch_size, "stream": self._stream}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Goes to a state that `state_dict` gave.
 
         Raises:
-            AlexprepError: the state is of another seed, batch size or number of samples, or lies outside an epoch.
+            AlexprepError: the state is of another seed, batch size, data set or order, or lies outside an epoch.
         """
         own = self.state_dict()
-        for name in ("seed", "batch_size", "samples"):
-            if state[name] != own[name]:
+        for name in ("seed", "batch_size", "stream"):
+            if state.get(name) != own[name]:
                 raise AlexprepError(
-                    f"the state has {name} {state[name]}, this Loader {own[name]}: make it as the one that gave the state"
+                    f"the state has {name} {state.get(name)}, this Loader {own[name]}: make it as the one that gave the state "
+                    "(the stream stands for the data, the split and the order)"
                 )
-        if state["epoch"] < 0 or not 0 <= state["step"] < len(self):
-            raise AlexprepError(f"epoch {state['epoch']}, step {state['step']} is not in an epoch of {len(self)} steps")
+        epoch = whole_number("epoch", state.get("epoch"), 0, 2**32 - 1)
+        step = whole_number(f"in epochs of {len(self)} steps, step", state.get("step"), 0, len(self) - 1)
         self._abandon()  # what DALI already works on is not wanted any more
-        self.epoch, self.step = state["epoch"], state["step"]
+        self.epoch, self.step = epoch, step
         self._loaded = True
 
     def close(self) -> None:
@@ -234,9 +239,9 @@ class Loader:
 
     def _abandon(self) -> None:
         """Leaves the pipeline and what it works on; the next batch is started anew from the state."""
-        if self._engine is not None:
-            self._engine.close()
-        self._engine = None
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            engine.close()
 
 
 def _again(place: tuple[Source, str], arguments: dict[str, Any], state: dict[str, int]) -> Loader:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alexprep.pipeline.order import Order, block_order, epoch_order, rank_part, steps_per_epoch
-from alexprep.shards.errors import AlexprepError
+from alexprep.shards.errors import AlexprepError, whole_number
 
 
 @dataclass
@@ -38,17 +38,14 @@ class StepPlan:
 
     def __post_init__(self) -> None:
         """Refuses values out of bounds, with AlexprepError."""
-        for name, high in (
-            ("batch_size", 2**31),
-            ("block_shards", 2**31),
-            ("world_size", 2**31),
+        for name, low, high in (
+            ("batch_size", 1, 2**31 - 1),
+            ("block_shards", 1, 2**31 - 1),
+            ("world_size", 1, 2**31 - 1),
+            ("seed", 0, 2**63 - 1),
         ):
-            if not 1 <= getattr(self, name) <= high:
-                raise AlexprepError(f"{name} {getattr(self, name)} is not in [1, {high}]")
-        if not 0 <= self.rank < self.world_size:
-            raise AlexprepError(f"rank {self.rank} is not in [0, {self.world_size - 1}]")
-        if not 0 <= self.seed < 2**63:
-            raise AlexprepError(f"seed {self.seed} is not in [0, {2**63 - 1}]")
+            setattr(self, name, whole_number(name, getattr(self, name), low, high))
+        self.rank = whole_number("rank", self.rank, 0, self.world_size - 1)
         if self.order not in get_args(Order):
             raise AlexprepError(f"order {self.order!r} is not one of {', '.join(get_args(Order))}")
         self._kept: tuple[int, NDArray[np.int64]] | None = None
@@ -56,6 +53,16 @@ class StepPlan:
     def __len__(self) -> int:
         """Steps an epoch, the same on all ranks; the last one may be smaller."""
         return steps_per_epoch(len(self.shards_N), self.batch_size)
+
+    @property
+    def order_words(self) -> str:
+        """What the order depends on beside the seed."""
+        return f"blocks of {self.block_shards} shards" if self.order == "blocks" else self.order
+
+    @property
+    def open_shards(self) -> int:
+        """How many shards are being read at a time where not all are: two blocks' while one gives way to the next."""
+        return 2 * self.block_shards + 1 if self.order == "blocks" else 4
 
     @property
     def largest_part(self) -> int:

@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple
 
 from alexprep.pipeline.graph import HW_DECODER_LOAD
 from alexprep.shards.engines import cores
-from alexprep.shards.errors import AlexprepError
+from alexprep.shards.errors import AlexprepError, number_within, whole_number
 from alexprep.shards.files import folder_at, publish_json
 from alexprep.shards.layout import DATASET, TUNING
 
@@ -50,10 +50,10 @@ class Tuning:
 
     def __post_init__(self) -> None:
         """Refuses values out of bounds, with AlexprepError."""
-        for name, low, high in (("threads", 1, 4096), ("prefetch", 1, 64), ("hw_decoder_load", 0, 1)):
-            value = getattr(self, name)
-            if value is not None and not low <= value <= high:
-                raise AlexprepError(f"{name} {value} is not in [{low}, {high}]")
+        if self.threads is not None:
+            whole_number("threads", self.threads, 1, 4096)
+        whole_number("prefetch", self.prefetch, 1, 64)
+        number_within("hw_decoder_load", self.hw_decoder_load, 0, 1)
         if self.decode not in ("cpu", "cuda", None):
             raise AlexprepError(f"decode {self.decode!r} is not one of cpu, cuda")
 

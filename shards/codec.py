@@ -212,6 +212,15 @@ def read_raw(data: bytes) -> NDArray[np.uint8] | None:
     return pixels if pixels.dtype == np.uint8 else None
 
 
+def header_size(data: NDArray[np.uint8]) -> tuple[int, int] | None:
+    """Height and width that nvImageCodec, and so DALI, reads from an encoded image's header; None where it cannot."""
+    try:
+        stream = nvimgcodec.CodeStream(data)
+        return int(stream.height), int(stream.width)
+    except RuntimeError:
+        return None
+
+
 @functools.lru_cache(maxsize=1)
 def kept_decoder() -> Codec:
     """A codec for decoding only, one a process: opening one costs more than an image."""

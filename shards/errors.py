@@ -1,4 +1,9 @@
-"""The one exception that alexprep raises on purpose."""
+"""The one exception that alexprep raises on purpose, and a check that many places need."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
 
 
 class AlexprepError(Exception):
@@ -10,3 +15,27 @@ class AlexprepError(Exception):
 
 class DeviceLostError(Exception):
     """A GPU failed in a way that only a new process mends."""
+
+
+def whole_number(name: str, value: Any, low: int, high: int) -> int:
+    """`value` as an int.
+
+    Raises:
+        AlexprepError: it is no whole number from `low` to `high`.
+
+    >>> whole_number("batch_size", 128, 1, 1000)
+    128
+    """
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise AlexprepError(f"{name} {value!r} is not a whole number") from None
+    if isinstance(value, bool) or not low <= number <= high:
+        raise AlexprepError(f"{name} {value} is not in [{low}, {high}]")
+    return number
+
+
+def number_within(name: str, value: Any, low: float, high: float) -> None:
+    """Raises AlexprepError where `value` is no number from `low` to `high`."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        raise AlexprepError(f"{name} {value!r} is not a number in [{low}, {high}]")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import resource
 from collections import OrderedDict
@@ -26,8 +27,8 @@ _FETCHES = 4  # remote shards on their way at the same time
 class TarSamples:
     """Samples that lie in tars, by row.
 
-    Reading is by offset, without a shared file position and without mappings: threads and forked processes may read at the same
-    time, memory does not grow, and a shard that gets shorter is an error rather than a crash.
+    Reading is by offset, without a shared file position and without mappings: forked processes may read at the same time, memory does
+    not grow, and a shard that gets shorter is an error rather than a crash. Not to be shared by threads.
 
     Attributes:
         index: (samples,) records with at least "shard", "offset", "size", "label", ascending by shard and offset.
@@ -51,6 +52,7 @@ class TarSamples:
         self._most_open = min(_MOST_OPEN, max(8, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4))
         self._fetched: OrderedDict[int, Future[NDArray[np.uint8]]] = OrderedDict()
         self._pool: ThreadPoolExecutor | None = None
+        self._process = os.getpid()
 
     def __len__(self) -> int:
         """The number of samples."""
@@ -111,7 +113,11 @@ class TarSamples:
 
     def _bytes(self, shard: int, offset: int, size: int) -> NDArray[np.uint8]:
         if self._remote:
-            return self._fetch(shard).result()[offset : offset + size]
+            try:
+                return self._fetch(shard).result()[offset : offset + size]
+            except AlexprepError:
+                self._fetched.pop(shard, None)  # the next one to ask tries again
+                raise
         try:
             return np.frombuffer(os.pread(self._file(shard), size, offset), np.uint8)
         except OSError as error:
@@ -122,16 +128,25 @@ class TarSamples:
         if file is not None:
             self._files.move_to_end(shard)
             return file
-        try:
-            file = os.open(self._paths[shard], os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise self._unreadable(shard, error) from None
+        while file is None:
+            try:
+                file = os.open(self._paths[shard], os.O_RDONLY | os.O_CLOEXEC)
+            except OSError as error:
+                if error.errno != errno.EMFILE or not self._files:
+                    raise self._unreadable(shard, error) from None
+                self._close_one()  # this process may have no more files open: others have taken what was counted on
         self._files[shard] = file
         if len(self._files) > self._most_open:
-            os.close(self._files.popitem(last=False)[1])
+            self._close_one()
         return file
 
+    def _close_one(self) -> None:
+        os.close(self._files.popitem(last=False)[1])
+
     def _fetch(self, shard: int) -> Future[NDArray[np.uint8]]:
+        if self._process != os.getpid():  # threads, and what they were at, stay with the parent of a fork
+            self._pool, self._process = None, os.getpid()
+            self._fetched.clear()
         future = self._fetched.get(shard)
         if future is None:
             self._pool = self._pool or ThreadPoolExecutor(_FETCHES, "alexprep-fetch")

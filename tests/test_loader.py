@@ -328,7 +328,8 @@ def test_state_counts_only_what_was_delivered(data: Path) -> None:
             seen.append(batch.indices.tolist())
             if len(seen) == 2:
                 break
-        assert loader.state_dict() == {"seed": 0, "epoch": 0, "step": 2, "batch_size": 13, "samples": 48}
+        stream = loader.state_dict()["stream"]
+        assert loader.state_dict() == {"seed": 0, "epoch": 0, "step": 2, "batch_size": 13, "stream": stream}
         seen += [rows for rows, _ in _stream(loader, 2)]
         assert seen == [rows for rows, _ in whole]
         loader.load_state_dict({**loader.state_dict(), "epoch": 1, "step": 3})
@@ -441,6 +442,13 @@ def test_a_corrupt_image_is_named(data: Path, tmp_path: Path) -> None:
         ({"on_bad": "warn"}, "on_bad 'warn' is not one of error, skip"),
         ({"augmentation": "alexnet"}, "augmentation 'alexnet' is not one of paper, 2012-code, resized, none"),
         ({"dtype": "uint8"}, "dtype uint8 holds grey levels as they are"),
+        ({"batch_size": 2.5}, r"batch_size 2.5 is not a whole number"),
+        ({"rank": "0"}, r"rank '0' is not a whole number"),
+        ({"device": "cuda:99"}, "there is no cuda:99 here"),
+        ({"device": "gpu"}, "'gpu' is not a device"),
+        ({"device": "meta"}, "'meta' is not supported"),
+        ({"augmentation": 5}, "augmentation 5 is not one of"),
+        ({"statistics": 5}, "statistics 5 are neither"),
         ({"threads": 0}, r"threads 0 is not in \[1, "),
         ({"statistics": "nowhere"}, "nowhere"),
     ],
@@ -454,6 +462,15 @@ def test_arguments_out_of_bounds(arguments: dict[str, Any], words: str, data: Pa
     ("arguments", "words"),
     [
         ({"crop": 0}, "crop 0"),
+        ({"crop": 24.5}, "crop 24.5 is not a whole number"),
+        ({"share": None}, "share None"),
+        ({"mirror": "no"}, "mirror 'no'"),
+        ({"scale": 0.5, "mean": "none"}, "scale 0.5"),
+        ({"scale": (0.5, 0.1), "mean": "none"}, "scale"),
+        ({"ratio": (1, float("inf"))}, "ratio"),
+        ({"noise_rescale": None}, "noise_rescale None"),
+        ({"crop": None}, "need a crop"),
+        ({"scale": (0.1, 1)}, "mean 'crop' belongs to crops that are not resized"),
         ({"mean": "median"}, "mean 'median'"),
         ({"noise": "loud"}, "noise 'loud'"),
         ({"noise_sigma": -1}, "noise_sigma -1"),
@@ -469,12 +486,14 @@ def test_states_that_do_not_fit(data: Path) -> None:
         for state, words in (
             ({"seed": 1}, "seed 1"),
             ({"batch_size": 12}, "batch_size 12"),
-            ({"samples": 49}, "samples 49"),
-            ({"step": 4}, "an epoch of 4 steps"),
+            ({"stream": 49}, "stream 49"),
+            ({"step": 4}, r"in epochs of 4 steps, step 4 is not in \[0, 3\]"),
+            ({"step": 1.0}, "step 1.0 is not a whole number"),
+            ({"epoch": 2**32}, "epoch 4294967296"),
             ({"epoch": -1}, "epoch -1"),
         ):
             with pytest.raises(AlexprepError, match=words):
-                loader.load_state_dict({**loader.state_dict(), **state})
+                loader.load_state_dict({**loader.state_dict(), **state})  # type: ignore[dict-item]
 
 
 def test_data_that_is_not_there(tmp_path: Path, data: Path) -> None:
@@ -496,3 +515,38 @@ def test_data_that_is_not_there(tmp_path: Path, data: Path) -> None:
     (copy / "dataset.json").unlink()
     with pytest.raises(AlexprepError, match="unfinished data set"):
         Loader(copy, batch_size=4)
+
+
+def test_by_hand(photo: Callable[..., Image.Image], tmp_path: Path) -> None:
+    """The paper's and the 2012 code's augmentation of two images, pixel by pixel, from the formulas and without our numpy code."""
+    for n in range(2):
+        (tmp_path / "source" / f"class{n}").mkdir(parents=True)
+        photo(16, 16, seed=n).save(tmp_path / "source" / f"class{n}" / "a.png")
+    build(tmp_path / "source", tmp_path / "data", ShardOptions(Target(size=16, format="png")), 1)
+    mean = np.arange(16 * 16 * 3, dtype=np.float64).reshape(16, 16, 3) / 5
+    values, vectors = np.array([9000.0, 500.0, 80.0]), np.linalg.qr(np.array([[1.0, 2, 3], [0, 1, 4], [5, 6, 0]]))[0]
+    found = stats.Statistics("", 2, mean, mean.mean((0, 1)), vectors @ np.diag(values) @ vectors.T, values, vectors)
+    samples = Samples(tmp_path / "data", "train")
+    pictures = [_decode(samples, row).astype(float) for row in range(2)]
+    for name in ("paper", "2012-code"):
+        augmentation = replace(PRESETS[name], crop=11)
+        drawn = draw(augmentation, 1, 0, np.arange(2), np.full((2, 2), 16), np.arange(2))
+        with Loader(
+            tmp_path / "data", batch_size=2, augmentation=augmentation, seed=1, order="sequential", statistics=found
+        ) as loader:
+            images = next(iter(loader)).images
+        for n in range(2):
+            top, left, *_ = drawn.windows_N4[n].tolist()
+            for y in range(11):
+                for x in range(11):
+                    column = 10 - x if drawn.mirror_N[n] else x
+                    for c in range(3):
+                        pixel = pictures[n][top + y, left + column, c]
+                        alpha = 0.1 * drawn.alpha_N3[n]
+                        if name == "paper":  # the mean where the pixel was; p (α λ) with λ on the 0-1 scale, times 255
+                            noise = sum(vectors[c, k] * alpha[k] * values[k] / 255**2 * 255 for k in range(3))
+                            expected = pixel - mean[top + y, left + column, c] + noise
+                        else:  # the centre's mean after the reflection; p (α √λ), all divided by 1.1
+                            noise = sum(vectors[c, k] * alpha[k] * values[k] ** 0.5 for k in range(3))
+                            expected = (pixel - mean[2 + y, 2 + x, c] + noise) / 1.1
+                        assert abs(float(images[n, c, y, x]) - expected) < 1e-3

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +156,20 @@ def test_a_shard_cut_or_gone_while_in_use(data: Path, tmp_path: Path) -> None:
                 for _ in batches:
                     pass
             assert loader.step >= 5  # and what came before was delivered
+
+
+def test_headers_that_cannot_be_read_never_reach_dali(spoilt: Path) -> None:
+    """DALI 2.4 may crash on one in a batch that is split among its threads, hence a process of its own and large batches."""
+    program = (
+        "import sys\n"
+        "from alexprep.pipeline import Augmentation, Loader\n"
+        "plain = Augmentation(crop=51, mean='none', noise='none')\n"
+        "for seed in range(16):\n"
+        "    with Loader(sys.argv[1], batch_size=48, augmentation=plain, threads=2, seed=seed, on_bad='skip') as loader:\n"
+        "        assert sum(len(batch.images) for batch in loader) == 43\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program, spoilt], capture_output=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_raw_shards_of_the_wrong_size_are_named(data: Path) -> None:

@@ -14,8 +14,9 @@ import pytest
 import torch
 from rich.console import Console
 
+from alexprep.pipeline.device import choose_device
 from alexprep.shards.errors import AlexprepError
-from alexprep.train.host import Stopped, StopRequest, choose_device
+from alexprep.train.host import Stopped, StopRequest
 from alexprep.train.meter import Meter, duration, forecast
 from alexprep.train.sums import Means, Pace, Sums
 

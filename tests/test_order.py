@@ -81,17 +81,19 @@ def test_shuffle_quality_tells_orders_apart() -> None:
     order = epoch_order(0, 0, 3000)
     place = {row: n for n, row in enumerate(order.tolist())}
     entropies = []
-    for sequence in (order.tolist(), [place[row] for row in range(3000)]):
+    for sequence, lag in itertools.product((order.tolist(), [place[row] for row in range(3000)]), range(1, 17)):
         counts: dict[int, int] = {}
-        for a, b in itertools.pairwise(sequence):
+        for a, b in zip(sequence, sequence[lag:], strict=False):
             kind = (b - a) % 3000 * 93 // 3000
             counts[kind] = counts.get(kind, 0) + 1
-        shares = [count / 2999 for count in counts.values()]
+        shares = [count / (3000 - lag) for count in counts.values()]
         entropies.append(-sum(share * math.log2(share) for share in shares) / math.log2(93))
     assert shuffle_quality(order) == pytest.approx(min(entropies))
     shards = np.arange(100_000) // 1000
     blocks = [shuffle_quality(block_order(0, 0, shards, count)) for count in (1, 4, 16)]
     assert 0 == shuffle_quality(np.arange(100_000)) < blocks[0] < blocks[1] < blocks[2] < 0.9
+    dealt = np.stack([np.arange(0, 100_000, 2), np.random.default_rng(1).permutation(50_000) * 2 + 1], axis=1)
+    assert shuffle_quality(dealt.ravel()) < 0.6  # every other row as stored
     buffer = np.arange(100_000).reshape(-1, 1000)
     rng = np.random.default_rng(0)
     assert shuffle_quality(np.concatenate([rng.permutation(part) for part in buffer])) < 0.4

@@ -27,14 +27,21 @@ FENCES = {
     "click": ("cli/",),
     "rich": ("cli/", "train/meter.py"),
     "torch": (
-        *("train/", "pipeline/engine.py", "pipeline/loader.py", "pipeline/tune.py", "pipeline/tuning.py"),
+        *(
+            "train/",
+            "pipeline/device.py",
+            "pipeline/engine.py",
+            "pipeline/loader.py",
+            "pipeline/tune.py",
+            "pipeline/tuning.py",
+        ),
         *("shards/cuda.py", "shards/resize_torch.py"),
     ),
     "nvidia.dali": ("pipeline/graph.py", "pipeline/assemble.py"),
     "webdataset": (),
     "sklearn": (),
     "pickle": (),
-    "subprocess": ("shards/engines.py",),
+    "subprocess": ("shards/engines.py", "train/parallel/launch.py"),
     "ray": ("shards/ray_engine.py",),
 }
 

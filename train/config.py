@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
+from alexprep.pipeline.device import choose_device
 from alexprep.pipeline.tuning import Tuning, saved_tuning
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.files import publish_json
 from alexprep.shards.versions import versions
 from alexprep.train import runs
 from alexprep.train.data import DataFacts, data_facts
-from alexprep.train.host import choose_device
 from alexprep.train.recipes import Recipe, recipe_named
 
 DEFAULT_RECIPE = "alexnet"

@@ -11,10 +11,6 @@ from collections.abc import Iterable, Iterator
 from types import FrameType
 from typing import TypeVar
 
-import torch
-
-from alexprep.shards.errors import AlexprepError
-
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
 
 Item = TypeVar("Item")
@@ -61,28 +57,6 @@ class StopRequest:
             if self.signal is not None:
                 raise Stopped
             yield item
-
-
-def choose_device(name: str | None) -> torch.device:
-    """The named device, or by default the GPU where there is one.
-
-    Raises:
-        AlexprepError: there is no such device here.
-
-    >>> choose_device("cpu")
-    device(type='cpu')
-    """
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise AlexprepError(f"{name!r} is not a device: use cpu or cuda") from None
-    if device.type not in ("cpu", "cuda"):
-        raise AlexprepError(f"{name!r} is not supported: use cpu or cuda")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise AlexprepError(f"there is no {name} here, torch sees {torch.cuda.device_count()} GPUs: use --device cpu")
-    return device
 
 
 def keep_freed_memory() -> bool:

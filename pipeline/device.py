@@ -1,0 +1,29 @@
+"""Which device is meant."""
+
+from __future__ import annotations
+
+import torch
+
+from alexprep.shards.errors import AlexprepError
+
+
+def choose_device(name: str | torch.device | None) -> torch.device:
+    """The named device, or by default the GPU where there is one.
+
+    Raises:
+        AlexprepError: there is no such device here.
+
+    >>> choose_device("cpu:0")
+    device(type='cpu')
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except (RuntimeError, TypeError):
+        raise AlexprepError(f"{name!r} is not a device: use cpu or cuda") from None
+    if device.type not in ("cpu", "cuda"):
+        raise AlexprepError(f"{str(name)!r} is not supported: use cpu or cuda")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise AlexprepError(f"there is no {name} here, torch sees {torch.cuda.device_count()} GPUs: use --device cpu")
+    return device if device.type == "cuda" else torch.device("cpu")
