@@ -93,7 +93,7 @@ def test_shuffle_quality_tells_orders_apart() -> None:
     blocks = [shuffle_quality(block_order(0, 0, shards, count)) for count in (1, 4, 16)]
     assert 0 == shuffle_quality(np.arange(100_000)) < blocks[0] < blocks[1] < blocks[2] < 0.9
     dealt = np.stack([np.arange(0, 100_000, 2), np.random.default_rng(1).permutation(50_000) * 2 + 1], axis=1)
-    assert shuffle_quality(dealt.ravel()) < 0.6  # every other row as stored
+    assert shuffle_quality(dealt.ravel()) < 0.7  # every other row as stored
     buffer = np.arange(100_000).reshape(-1, 1000)
     rng = np.random.default_rng(0)
     assert shuffle_quality(np.concatenate([rng.permutation(part) for part in buffer])) < 0.4
