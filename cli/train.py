@@ -9,7 +9,10 @@ import click
 from alexprep.cli.options import device_option, json_option, local_data_option, runs_option, threads_option
 
 # The registry is alexprep.train.recipes.RECIPES, which this list must equal; importing it here would import torch for --help.
-RECIPES = ("alexnet", "cifar10-quick", "tiny")
+RECIPES = (
+    *("alexnet", "alexnet-2012", "alexnet-1gpu", "alexnet-6conv", "alexnet-6conv-tune", "alexnet-owt"),
+    *("cifar10-quick", "tiny"),
+)
 AT_LEAST_1 = click.IntRange(min=1)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,11 +13,37 @@ from numpy.typing import NDArray
 from torch import nn
 
 from alexprep.shards.errors import AlexprepError
-from alexprep.train.alexnet import alexnet
-from alexprep.train.layers import LocalResponseNorm, Overhang, PaperDropout
+from alexprep.train import layers
+from alexprep.train.alexnet import (
+    FAMILY,
+    AlexNet,
+    alexnet,
+    alexnet_1gpu,
+    alexnet_6conv,
+    alexnet_2012,
+    alexnet_owt,
+)
+from alexprep.train.layers import LocalResponseNorm, Overhang, PaperDropout, SpatialResponseNorm
 from alexprep.train.small_networks import cifar10_quick_net, tiny_net
 
-FULL = alexnet(1000)  # made once: 61 million random numbers
+# Written out from facts about layers-145.cfg, layers-145-half.cfg, layers-146-2012-2011.cfg and layers-imagenet-1gpu.cfg:
+# (kernels, maps that a kernel sees, its side) of each convolution, and the parameters in all.
+PUBLISHED = {
+    "alexnet": ([(96, 3, 11), (256, 48, 5), (384, 256, 3), (384, 192, 3), (256, 192, 3)], 60_965_224),
+    "alexnet-2012": ([(96, 3, 11), (256, 48, 5), (384, 256, 3), (384, 192, 3), (256, 192, 3)], 60_965_224),
+    "alexnet-1gpu": ([(48, 3, 11), (128, 48, 5), (192, 128, 3), (192, 192, 3), (256, 192, 3)], 59_798_312),
+    "alexnet-6conv": (
+        [(96, 3, 11), (256, 48, 5), (384, 256, 3), (384, 192, 3), (256, 192, 3), (256, 256, 3)],
+        61_555_304,
+    ),
+    "alexnet-owt": ([(64, 3, 11), (192, 64, 5), (384, 192, 3), (256, 384, 3), (256, 256, 3)], 61_100_840),
+}
+
+
+@pytest.fixture(scope="module", params=FAMILY, ids=lambda design: design.name)
+def full(request: pytest.FixtureRequest) -> tuple[AlexNet, nn.Sequential]:
+    """A network in its full width, made once, one at a time: 61 million random numbers."""
+    return request.param, request.param(1000).eval()
 
 
 def shapes(network: nn.Sequential, images: torch.Tensor) -> dict[str, tuple[int, ...]]:
@@ -28,51 +56,148 @@ def shapes(network: nn.Sequential, images: torch.Tensor) -> dict[str, tuple[int,
     return found
 
 
-def test_alexnet_has_the_papers_shapes_and_parameters() -> None:
-    found = shapes(FULL.eval(), torch.zeros(1, 3, 224, 224))
-    wanted = {
-        "conv1": (96, 55, 55),
-        "pool1": (96, 27, 27),
-        "conv2": (256, 27, 27),
-        "pool2": (256, 13, 13),
-        "conv3": (384, 13, 13),
-        "conv4": (384, 13, 13),
-        "conv5": (256, 13, 13),
-        "pool5": (256, 6, 6),
-        "fc6": (4096,),
-        "fc7": (4096,),
-        "fc8": (1000,),
+def test_shapes_and_parameters_are_the_published_ones(full: tuple[AlexNet, nn.Sequential]) -> None:
+    design, network = full
+    convolutions, parameters = PUBLISHED[design.name]
+    found = shapes(network, torch.zeros(1, 3, 224, 224))
+    sides = {1: 55, 2: 27, 3: 13, 4: 13, 5: 13, 6: 6}
+    for number, (kernels, inputs, side) in enumerate(convolutions, start=1):
+        layer = network.get_submodule(f"conv{number}")
+        assert isinstance(layer, nn.Conv2d)
+        assert layer.weight.shape == (kernels, inputs, side, side)
+        assert found[f"conv{number}"] == (kernels, sides[number], sides[number])
+    assert {name: found[name][1:] for name in ("pool1", "pool2", "pool5")} == {
+        "pool1": (27, 27),
+        "pool2": (13, 13),
+        "pool5": (6, 6),
     }
-    assert {name: found[name] for name in wanted} == wanted
-    kernels = {name: tuple(layer.weight.shape) for name, layer in FULL.named_children() if isinstance(layer, nn.Conv2d)}
-    assert kernels == {  # section 3.5: "48", "192" inputs where a kernel sees only its own tower
-        "conv1": (96, 3, 11, 11),
-        "conv2": (256, 48, 5, 5),
-        "conv3": (384, 256, 3, 3),
-        "conv4": (384, 192, 3, 3),
-        "conv5": (256, 192, 3, 3),
-    }
-    assert sum(parameter.numel() for parameter in FULL.parameters()) == 60_965_224
-    order = list(dict(FULL.named_children()))
-    assert order[1:5] == ["conv1", "relu1", "norm1", "pool1"]
-    assert order[5:9] == ["conv2", "relu2", "norm2", "pool2"]
+    assert [found[name] for name in ("flatten", "fc6", "fc7", "fc8")] == [(9216,), (4096,), (4096,), (1000,)]
+    counted = sum(kernels * (inputs * side * side + 1) for kernels, inputs, side in convolutions)
+    counted += 4096 * (9216 + 1) + 4096 * (4096 + 1) + 1000 * (4096 + 1)
+    assert counted == parameters
+    assert sum(parameter.numel() for parameter in network.parameters()) == parameters
+    assert ("conv6" in found) == (design is alexnet_6conv)
 
 
-def test_alexnet_starts_as_section_5_says() -> None:
-    for name, parameter in FULL.named_parameters():
+def test_initial_weights_and_biases(full: tuple[AlexNet, nn.Sequential]) -> None:
+    """Section 5; with 0.03 in the middle, and -7 in the last layer, where cuda-convnet has them."""
+    design, network = full
+    wide = design not in (alexnet, alexnet_1gpu)
+    for name, parameter in network.named_parameters():
         layer, _, kind = name.partition(".")
         if kind == "bias":
-            wanted = 1.0 if layer in ("conv2", "conv4", "conv5", "fc6", "fc7") else 0.0
+            ones = layer in ("conv2", "conv4", "conv5", "conv6", "fc6", "fc7")
+            wanted = 1.0 if ones else -7.0 if (layer, design) == ("fc8", alexnet_owt) else 0.0
             assert (parameter == wanted).all(), name
         else:
+            deviation = 0.03 if wide and layer in ("conv3", "conv4", "conv5", "conv6") else 0.01
             # Five standard errors of a mean and of a deviation.
-            error = 5 * 0.01 / parameter.numel() ** 0.5
+            error = 5 * deviation / parameter.numel() ** 0.5
             assert abs(parameter.mean().item()) < error, name
-            assert abs(parameter.std().item() - 0.01) < error, name
-            assert parameter.abs().max() > 0.03, name  # not a uniform distribution of this deviation
+            assert abs(parameter.std().item() - deviation) < error, name
+            assert parameter.abs().max() > 3 * deviation, name  # not a uniform distribution of this deviation
 
 
-@pytest.mark.parametrize("make", [alexnet, cifar10_quick_net, tiny_net])
+def order(design: AlexNet) -> list[str]:
+    """The names of a network's layers up to fc6, without the one that pads."""
+    names = [name for name, _ in design(3, 67, width=0.0625).named_children()]
+    return names[1 : names.index("flatten")]
+
+
+def test_order_of_layers() -> None:
+    third, fourth = ["conv3", "relu3"], ["conv4", "relu4"]
+    paper = [
+        *("conv1", "relu1", "norm1", "pool1", "conv2", "relu2", "norm2", "pool2"),
+        *(*third, *fourth, "conv5", "relu5", "pool5"),
+    ]
+    assert order(alexnet) == order(alexnet_1gpu) == paper
+    code = [
+        *("conv1", "norm1", "pool1", "relu1", "conv2", "relu2", "norm2", "spatial2", "pool2"),
+        *(*third, *fourth, "conv5", "pool5", "relu5"),
+    ]
+    assert order(alexnet_2012) == code
+    assert order(alexnet_6conv) == [*code, "conv6", "conv6_relu"]
+    assert order(alexnet_owt) == [name for name in code if name != "spatial2"]
+
+
+def test_norms_have_their_numbers() -> None:
+    for design in FAMILY:
+        alpha = 1e-4 if design in (alexnet, alexnet_1gpu) else 2e-5
+        norms = [layer for layer in design(3, 67, width=0.0625) if isinstance(layer, LocalResponseNorm)]
+        assert [(n.size, n.k, n.alpha, n.beta, n.towers) for n in norms] == [(5, 2.0, alpha, 0.75, design.towers)] * 2
+    spatial = alexnet_2012(3, 67, width=0.0625).get_submodule("spatial2")
+    assert isinstance(spatial, SpatialResponseNorm)
+    assert (spatial.size, spatial.k, spatial.alpha, spatial.beta) == (5, 1.0, 4e-5, 0.75)
+
+
+def test_relu_and_pool_may_change_places() -> None:
+    """What the 2012 code does after conv5, the paper does before the pool: to the same effect."""
+    here, there = AlexNet()(3, 67, width=0.0625), AlexNet(then5=("pool", "relu"))(3, 67, width=0.0625)
+    images = torch.randn(3, 3, 67, 67, generator=torch.Generator().manual_seed(0)) * 60
+    assert torch.equal(here.eval()(images), there.eval()(images))
+
+
+def test_pools_overlap_or_not() -> None:
+    overlapping = alexnet(3, 224, width=0.0625)
+    assert [overlapping.get_submodule(f"pool{n}").kernel_size for n in (1, 2, 5)] == [3, 3, 3]
+    apart = AlexNet(pool=2)(3, 224, width=0.0625)
+    found = shapes(apart.eval(), torch.zeros(1, 3, 224, 224))
+    assert [found[name][1:] for name in ("pool1", "pool2", "pool5")] == [(27, 27), (13, 13), (6, 6)]
+
+
+def test_norms_can_be_left_out() -> None:
+    """The nets that the paper compares with to say what normalisation is worth (section 3.3)."""
+    bare = AlexNet(then1=("relu", "pool"), then2=("relu", "pool"))
+    assert not [name for name in order(bare) if name.startswith("norm")]
+    with_relu = AlexNet(then2=("norm", "relu", "pool"))(3, 67, width=0.0625)
+    with_relu(torch.randn(2, 3, 67, 67)).sum().backward()  # what ReLU changes in place is not needed by the norm
+
+
+@pytest.mark.parametrize("design", FAMILY, ids=lambda design: design.name)
+def test_every_network_learns(design: AlexNet) -> None:
+    """Gradients reach every parameter, and those of a narrow network lower its loss."""
+    torch.manual_seed(1)
+    network = design(3, 67, width=0.125)
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if name.endswith("weight") and name != "conv1.weight":
+                parameter.mul_(4)  # so few inputs a neuron would stay silent
+    images, labels = torch.randn(6, 3, 67, 67) * 60, torch.tensor([0, 1, 2, 0, 1, 2])
+    network.eval()
+    loss = nn.functional.cross_entropy(network(images), labels)
+    loss.backward()  # type: ignore[no-untyped-call]
+    gradients = {name: parameter.grad for name, parameter in network.named_parameters()}
+    assert all(gradient is not None and gradient.abs().sum() > 0 for gradient in gradients.values())
+    with torch.no_grad():
+        for parameter in network.parameters():
+            assert parameter.grad is not None
+            parameter.sub_(parameter.grad / (1e-12 + parameter.grad.norm()), alpha=1e-3)
+    assert nn.functional.cross_entropy(network(images), labels) < loss
+
+
+def test_switches_tell_networks_apart() -> None:
+    told = [design.describe() for design in FAMILY]
+    assert [json.loads(json.dumps(one)) for one in told] == told
+    changed = replace(alexnet, norm_alpha=1e-3).describe()
+    assert changed != told[0] and changed | {"norm_alpha": 1e-4} == told[0]
+
+
+@pytest.mark.parametrize(
+    ("switches", "message"),
+    [
+        ({"then1": ("relu", "norm")}, "then1 is"),
+        ({"then2": ("relu", "relu", "pool")}, "then2 is"),
+        ({"then5": ("pool", "tanh")}, "then5 is"),
+        ({"towers": 3}, "not 3 and 3"),
+        ({"pool": 4}, "not 2 and 4"),
+    ],
+)
+def test_switches_without_such_a_position_are_refused(switches: dict, message: str) -> None:
+    with pytest.raises(AlexprepError, match=message):
+        AlexNet(**switches)
+
+
+@pytest.mark.parametrize("make", [*FAMILY, cifar10_quick_net, tiny_net])
 def test_weights_depend_on_the_seed_alone(make: Callable[..., nn.Module]) -> None:
     def weights(seed: int) -> torch.Tensor:
         return torch.cat([p.flatten() for p in make(5, 80, seed=seed, width=0.125).parameters()])
@@ -83,8 +208,9 @@ def test_weights_depend_on_the_seed_alone(make: Callable[..., nn.Module]) -> Non
     assert not torch.equal(first, weights(4))
 
 
-def test_towers_meet_only_at_conv3_and_above() -> None:
-    network = alexnet(3, 67, width=0.125)
+@pytest.mark.parametrize("design", [alexnet, alexnet_2012, alexnet_6conv], ids=lambda design: design.name)
+def test_towers_meet_only_at_conv3_and_above(design: AlexNet) -> None:
+    network = design(3, 67, width=0.125)
 
     def reach(layer: str) -> list[bool]:
         """Whether the first half of a layer's maps has a gradient in each half of conv1's kernels."""
@@ -101,6 +227,7 @@ def test_towers_meet_only_at_conv3_and_above() -> None:
 
     assert reach("norm1") == [True, False]
     assert reach("conv2") == [True, False]
+    assert reach("pool2") == [True, False]
     assert reach("conv3") == [True, True]
 
 
@@ -115,25 +242,56 @@ def test_the_last_filter_hangs_over_the_right_and_bottom_edge() -> None:
         for y in (0, 54)
         for x in (0, 54)
     }
-    layers = nn.Sequential(Overhang(224, kernel=11, stride=4), nn.Conv2d(3, 1, 11, stride=4, bias=False)).double()
+    both = nn.Sequential(Overhang(224, kernel=11, stride=4), nn.Conv2d(3, 1, 11, stride=4, bias=False)).double()
     with torch.no_grad():
-        layers[1].weight.copy_(torch.from_numpy(kernel)[None])  # type: ignore[operator]
-        out = layers(torch.from_numpy(pixels)[None])[0, 0]
+        both[1].weight.copy_(torch.from_numpy(kernel)[None])  # type: ignore[operator]
+        out = both(torch.from_numpy(pixels)[None])[0, 0]
     assert out.shape == (55, 55)
     for (y, x), value in corner.items():
         assert out[y, x].item() == pytest.approx(value, rel=1e-12)
 
 
-def reference_norm(a: NDArray[np.float64]) -> NDArray[np.float64]:
+def reference_norm(
+    a: NDArray[np.float64], size: int = 5, k: float = 2.0, alpha: float = 1e-4, beta: float = 0.75
+) -> NDArray[np.float64]:
     """Section 3.3 written out, one map at a time."""
     b = np.empty_like(a)
     maps = a.shape[1]
     for i in range(maps):
         total = np.zeros_like(a[:, 0])
-        for j in range(max(0, i - 2), min(maps - 1, i + 2) + 1):
+        for j in range(max(0, i - size // 2), min(maps - 1, i + size // 2) + 1):
             total += a[:, j] ** 2
-        b[:, i] = a[:, i] / (2 + 1e-4 * total) ** 0.75
+        b[:, i] = a[:, i] / (k + alpha * total) ** beta
     return b
+
+
+def reference_spatial(
+    a: NDArray[np.float64], size: int = 5, k: float = 1.0, alpha: float = 4e-5, beta: float = 0.75
+) -> NDArray[np.float64]:
+    """The same within a map, one pixel at a time."""
+    b = np.empty_like(a)
+    reach = size // 2
+    for y in range(a.shape[2]):
+        for x in range(a.shape[3]):
+            window = a[:, :, max(0, y - reach) : y + reach + 1, max(0, x - reach) : x + reach + 1]
+            b[:, :, y, x] = a[:, :, y, x] / (k + alpha * (window**2).sum(axis=(2, 3))) ** beta
+    return b
+
+
+def reference_gradient(
+    reference: Callable[..., NDArray[np.float64]],
+    a: NDArray[np.float64],
+    upstream: NDArray[np.float64],
+    **numbers: float,
+) -> NDArray[np.float64]:
+    """The gradient of sum(upstream · reference(a)) by central differences."""
+    gradient, step = np.empty_like(a), 1e-3
+    for index in np.ndindex(a.shape):
+        up, down = a.copy(), a.copy()
+        up[index] += step
+        down[index] -= step
+        gradient[index] = (upstream * (reference(up, **numbers) - reference(down, **numbers))).sum() / (2 * step)
+    return gradient
 
 
 def test_response_norm_keeps_towers_apart() -> None:
@@ -144,15 +302,70 @@ def test_response_norm_keeps_towers_apart() -> None:
 
 @pytest.mark.parametrize("maps", [1, 2, 4, 5, 13])
 @pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
-def test_response_norm_is_the_papers_formula(maps: int, memory: torch.memory_format) -> None:
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        {},
+        {"alpha": 2e-5},
+        {"size": 9, "k": 1.0, "alpha": 0.001 / 9},  # cuda-convnet's CIFAR-10 net
+        {"size": 1, "k": 0.5, "alpha": 0.01, "beta": 0.3},
+    ],
+)
+def test_response_norm_is_the_papers_formula(maps: int, memory: torch.memory_format, numbers: dict) -> None:
     a = np.random.default_rng(maps).normal(scale=200, size=(6, maps, 5, 3))  # 6 images: a whole chunk and a part of one
     values = torch.from_numpy(a).float().to(memory_format=memory)
-    out = LocalResponseNorm()(values)
+    out = LocalResponseNorm(**numbers)(values)
     assert out.is_contiguous(memory_format=memory)
-    np.testing.assert_allclose(out.numpy(), reference_norm(a), rtol=2e-6)
+    np.testing.assert_allclose(out.numpy(), reference_norm(a, **numbers), rtol=3e-6)
 
 
-def test_response_norm_has_the_formulas_gradient() -> None:
+@pytest.mark.parametrize("shape", [(6, 3, 27, 27), (1, 2, 5, 9), (5, 1, 1, 1), (2, 3, 2, 3), (4, 1, 13, 4)])
+@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("numbers", [{}, {"size": 3, "k": 2.0, "alpha": 5e-5, "beta": 0.5}])
+def test_spatial_norm_is_the_codes_formula(shape: tuple[int, ...], memory: torch.memory_format, numbers: dict) -> None:
+    a = np.random.default_rng(sum(shape)).normal(scale=200, size=shape)
+    values = torch.from_numpy(a).float().to(memory_format=memory)
+    out = SpatialResponseNorm(**numbers)(values)
+    assert out.is_contiguous(memory_format=memory)
+    np.testing.assert_allclose(out.numpy(), reference_spatial(a, **numbers), rtol=3e-6)
+
+
+def test_spatial_sums_are_the_same_by_pooling() -> None:
+    """On a GPU the window is summed by an average pool; on the CPU both ways can be compared."""
+    values = torch.randn(3, 4, 7, 9, dtype=torch.float64).square()
+    shifted = layers._sum_over_pixels(values, torch.empty_like(values), reach=2)
+    pooled = layers._sum_by_pooling(values, torch.empty_like(values), reach=2)
+    torch.testing.assert_close(shifted, pooled, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("layer", "reference", "numbers"),
+    [
+        (LocalResponseNorm(), reference_norm, {}),
+        (
+            LocalResponseNorm(size=3, k=1.0, alpha=0.02, beta=0.4),
+            reference_norm,
+            {"size": 3, "k": 1.0, "alpha": 0.02, "beta": 0.4},
+        ),
+        (SpatialResponseNorm(), reference_spatial, {}),
+        (SpatialResponseNorm(3, k=0.5, alpha=0.02), reference_spatial, {"size": 3, "k": 0.5, "alpha": 0.02}),
+    ],
+)
+@pytest.mark.parametrize("shape", [(5, 7, 1, 2), (1, 1, 3, 4), (2, 2, 5, 3)])
+def test_norms_have_their_formulas_gradient(
+    layer: nn.Module, reference: Callable, numbers: dict, shape: tuple[int, ...]
+) -> None:
+    rng = np.random.default_rng(3)
+    a, upstream = rng.normal(scale=50, size=shape), rng.normal(size=shape)
+    values = torch.from_numpy(a).requires_grad_()
+    layer(values).backward(torch.from_numpy(upstream))
+    assert values.grad is not None
+    np.testing.assert_allclose(
+        values.grad.numpy(), reference_gradient(reference, a, upstream, **numbers), rtol=1e-6, atol=1e-8
+    )
+
+
+def test_response_norm_has_torchs_gradient() -> None:
     torch.manual_seed(1)
     values = (torch.randn(6, 7, 2, 3, dtype=torch.float64) * 100).requires_grad_()
     for towers in (1, 7):
@@ -164,6 +377,13 @@ def test_response_norm_has_the_formulas_gradient() -> None:
         assert values.grad is not None
         both.append(values.grad.clone())
     torch.testing.assert_close(both[0], both[1], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("make", [LocalResponseNorm, SpatialResponseNorm])
+@pytest.mark.parametrize("numbers", [{"size": 4}, {"size": 0}, {"k": 0.0}, {"alpha": -1e-4}, {"beta": float("nan")}])
+def test_senseless_norms_are_refused(make: type[nn.Module], numbers: dict) -> None:
+    with pytest.raises(AlexprepError, match="response norm"):
+        make(**numbers)
 
 
 def test_dropout_scales_as_the_paper_does() -> None:

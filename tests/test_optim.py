@@ -1,4 +1,4 @@
-"""The update rule against float64 numpy, with a rate that changes on the way."""
+"""The update rule against float64 numpy, with rates that change on the way, together and one by one."""
 
 from __future__ import annotations
 
@@ -46,6 +46,57 @@ def test_update_is_section_5(dtype: torch.dtype, tolerance: float) -> None:
     np.testing.assert_allclose(got, wanted, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-14), (torch.float32, 1e-5)])
+def test_rates_of_their_own(dtype: torch.dtype, tolerance: float) -> None:
+    """A reference that knows one parameter at a time: its decay, and its rate at every step; at 0 nothing of it changes."""
+    rng = np.random.default_rng(6)
+    shapes = {"a.weight": (4, 3), "a.bias": (4,), "b.weight": (2, 2), "b.bias": (2,), "c.weight": (3,)}
+    rates = {
+        "a.weight": [0.1, 0.1, 0.0, 0.0, 0.05, 0.01],
+        "a.bias": [0.2, 0.2, 0.0, 0.0, 0.0, 0.0],
+        "b.weight": [0.1, 0.01, 0.01, 0.01, 0.001, 0.001],
+        "b.bias": [0.2] * 6,
+        "c.weight": [0.0, 0.0, 0.01, 0.01, 0.1, 0.1],
+    }
+    decays = {"a.weight": 0.3, "b.weight": 0.3, "c.weight": 0.02}  # in the order of the groups, biases last
+    start = {name: rng.normal(size=shape) for name, shape in shapes.items()}
+    weights = {name: nn.Parameter(torch.tensor(value, dtype=dtype)) for name, value in start.items()}
+    groups = [
+        {"params": [weights[name] for name in names], "names": names, "decay": decay}
+        for names, decay in ((["a.weight", "b.weight"], 0.3), (["c.weight"], 0.02), (["a.bias", "b.bias"], 0.0))
+    ]
+    optimizer = MomentumSGD(groups, lr=123.0)
+    w, v = {n: value.copy() for n, value in start.items()}, {n: np.zeros_like(value) for n, value in start.items()}
+    live = dict(zip([*decays, "a.bias", "b.bias"], optimizer.velocities(), strict=True))
+    for step in range(6):
+        optimizer.set_rates({name: rates[name][step] for name in shapes})
+        for name, weight in weights.items():
+            gradient = rng.normal(size=shapes[name])
+            weight.grad = torch.tensor(gradient, dtype=dtype)
+            epsilon = rates[name][step]
+            if epsilon:
+                v[name] = 0.9 * v[name] - decays.get(name, 0.0) * epsilon * w[name] - epsilon * gradient
+                w[name] = w[name] + v[name]
+        frozen = {name: (weights[name].clone(), live[name].clone()) for name in shapes if not rates[name][step]}
+        optimizer.step()
+        for name in shapes:
+            np.testing.assert_allclose(weights[name].detach().numpy(), w[name], rtol=tolerance, atol=tolerance)
+            np.testing.assert_allclose(live[name].numpy(), v[name], rtol=tolerance, atol=tolerance)
+        for name, (before, velocity) in frozen.items():
+            assert torch.equal(before, weights[name]) and torch.equal(velocity, live[name])
+
+
+def test_rates_of_their_own_need_names() -> None:
+    network = nn.Sequential(nn.Linear(2, 2))
+    named = MomentumSGD(parameter_groups(network, decay=0.0, layer_decay={}, bias_lr_factor=2.0), lr=0.1)
+    with pytest.raises(AlexprepError, match=r"no rate for 0\.bias"):
+        named.set_rates({"0.weight": 0.1})
+    with pytest.raises(AlexprepError, match="rate is -1"):
+        named.set_rates({"0.weight": -1.0, "0.bias": 0.1})
+    with pytest.raises(AlexprepError, match="without names"):
+        MomentumSGD([{"params": [nn.Parameter(torch.ones(1))]}], lr=0.1).set_rates({})
+
+
 def test_torch_sgd_agrees_until_the_rate_changes() -> None:
     start = torch.linspace(-1, 1, 7, dtype=torch.float64)
     ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
@@ -73,7 +124,7 @@ def test_parameters_without_gradient_stay() -> None:
     assert [v.tolist() for v in optimizer.velocities()][1] == [0.0, 0.0]
 
 
-def test_groups_split_weights_by_decay_and_free_biases_from_it() -> None:
+def test_weight_decay_spares_biases() -> None:
     network = nn.Sequential()
     for name in ("a", "b", "c"):
         network.add_module(name, nn.Linear(2, 2))
@@ -85,6 +136,9 @@ def test_groups_split_weights_by_decay_and_free_biases_from_it() -> None:
         (["b.weight"], 0.03, 1.0),
         (["a.bias", "b.bias", "c.bias"], 0.0, 2.0),
     ]
+    assert [group["names"] for group in groups] == [names for names, _, _ in found]
+    decayed = parameter_groups(network, decay=0.004, layer_decay={}, bias_lr_factor=1.0, bias_decay=0.001)
+    assert [group["decay"] for group in decayed] == [0.004, 0.001]
 
 
 @pytest.mark.parametrize(

@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from dataclasses import asdict
 
 import pytest
 
 from alexprep.shards.errors import AlexprepError
-from alexprep.train.schedule import Plateau, Schedule, ScheduleState, Steps, describe
+from alexprep.train.alexnet_recipes import RATES_145, RATES_146_TUNE
+from alexprep.train.schedule import (
+    ByHand,
+    DExp,
+    EarlyStop,
+    Plateau,
+    Schedule,
+    ScheduleState,
+    Steps,
+    describe,
+    unmatched_patterns,
+)
 
 
 def run(schedule: Schedule, errors: list[float]) -> list[tuple[int, bool]]:
@@ -69,9 +81,105 @@ def test_plateau_equals_a_rereading_of_the_history() -> None:
         assert run(schedule, errors) == wanted, f"seed {seed}: {schedule}"
 
 
+def test_falling_schedules_divide_every_rate() -> None:
+    for schedule in (Steps(after=(1,)), Plateau()):
+        for parameter in ("conv1.weight", "fc8.bias"):
+            rates = [schedule.rate(0.02, parameter, 7, ScheduleState(drops=drops)) for drops in range(4)]
+            assert rates == [0.02, 0.02 / 10, 0.02 / 10**2, 0.02 / 10**3]
+
+
+def test_dexp_is_cuda_convnets() -> None:
+    """Progress p through the training is in step floor(4 p); step 3 ends at a 250th of the first rate."""
+    schedule = DExp(epochs=90)
+    for epoch in range(90):
+        progress = epoch / 90
+        weight, bias = math.floor(progress * 4), math.floor(progress * 2)
+        assert schedule.rate(0.01, "fc6.weight", epoch, ScheduleState()) == pytest.approx(0.01 * 250 ** (-weight / 3))
+        assert schedule.rate(0.02, "fc6.bias", epoch, ScheduleState()) == (0.02, pytest.approx(0.002))[bias]
+    rates = [schedule.rate(0.01, "a.weight", epoch, ScheduleState()) for epoch in range(200)]
+    assert rates[89] == pytest.approx(0.00004) and set(rates[90:]) == {rates[89]}
+    assert [rates.count(rate) for rate in sorted(set(rates[:90]), reverse=True)] == [23, 22, 23, 132]
+    assert run(schedule, [50.0] * 3) == [(0, False)] * 3
+
+
+def by_epoch(schedule: Schedule, parameter: str, base: float, epochs: int) -> list[float]:
+    return [schedule.rate(base, parameter, epoch, ScheduleState()) for epoch in range(epochs)]
+
+
+def test_rates_of_net_145() -> None:
+    """The notes at the end of layer-params-145.cfg, written out as rates."""
+    weights = [0.01] * 25 + [0.001] * 26 + [0.0001] * 28 + [0.00001] * 12
+    assert by_epoch(RATES_145, "fc6.weight", 0.01, 91) == pytest.approx(weights)
+    first = [0.01] * 25 + [0.001] * 26 + [0.0001] * 16 + [0.00001] * 5
+    assert by_epoch(RATES_145, "conv1.weight", 0.01, 72) == pytest.approx(first)
+    assert by_epoch(RATES_145, "conv1.weight", 0.01, 91)[72:] == [0.0] * 19
+    assert by_epoch(RATES_145, "conv1.bias", 0.02, 91) == [0.02] * 72 + [0.0] * 19
+    assert by_epoch(RATES_145, "fc8.bias", 0.02, 91) == [0.02] * 91
+
+
+def test_rates_of_net_146_when_tuned() -> None:
+    """The notes at the end of layer-params-146-2012-2011.cfg."""
+    assert by_epoch(RATES_146_TUNE, "conv1.weight", 0.01, 54) == pytest.approx([1e-4] * 5 + [1e-5] * 2 + [0.0] * 47)
+    assert by_epoch(RATES_146_TUNE, "fc7.weight", 0.01, 54) == pytest.approx([1e-3] * 22 + [1e-4] * 20 + [1e-5] * 12)
+    assert by_epoch(RATES_146_TUNE, "fc8.weight", 0.01, 54) == pytest.approx(
+        [1e-2] * 9 + [1e-3] * 13 + [1e-4] * 20 + [1e-5] * 12
+    )
+    assert by_epoch(RATES_146_TUNE, "conv2.bias", 0.02, 54) == [0.02] * 54
+    assert by_epoch(RATES_146_TUNE, "conv1.bias", 0.02, 54) == [0.02] * 7 + [0.0] * 47
+
+
+def test_the_last_row_that_matches_holds() -> None:
+    rows = ByHand(((1, "*", 0.5), (1, "conv?.*", 0.25), (3, "*.bias", 0.1)))
+    assert by_epoch(rows, "conv1.weight", 1.0, 4) == [1.0, 0.25, 0.25, 0.25]
+    assert by_epoch(rows, "conv1.bias", 1.0, 4) == [1.0, 0.25, 0.25, 0.1]
+    assert by_epoch(rows, "fc6.weight", 1.0, 4) == [1.0, 0.5, 0.5, 0.5]
+
+
+def test_patterns_that_match_nothing_are_found() -> None:
+    rows = ByHand(((1, "conv1.*", 0.5), (2, "conv9.*", 0.0)))
+    for schedule in (rows, EarlyStop(rows)):
+        assert unmatched_patterns(schedule, ["conv1.weight", "conv1.bias"]) == ["conv9.*"]
+    assert unmatched_patterns(Plateau(), []) == []
+
+
+def test_early_stopping_equals_a_rereading_of_the_history() -> None:
+    rng = random.Random(8)
+    for _ in range(200):
+        inner = Steps(after=(2, 9))
+        stopping = EarlyStop(inner, patience=rng.randint(1, 4), margin=rng.choice([0.0, 0.3]))
+        errors = [rng.choice([50.0, 49.8, 49.5, 49.0]) - 0.1 * epoch * rng.random() for epoch in range(30)]
+        best, last_progress, finished, wanted = float("inf"), 0, False, []
+        for epoch, error in enumerate(errors):
+            if error < best - stopping.margin:
+                best, last_progress = error, epoch
+            finished = finished or epoch - last_progress >= stopping.patience
+            wanted.append(finished)
+        assert [end for _, end in run(stopping, errors)] == wanted
+        assert [drops for drops, _ in run(stopping, errors)] == [drops for drops, _ in run(inner, errors)]
+
+
+def test_early_stopping_leaves_the_rest_to_its_schedule() -> None:
+    plateau = Plateau(patience=2, drops=1)
+    assert run(EarlyStop(plateau, patience=99), [50.0] * 6) == run(plateau, [50.0] * 6)
+    assert run(EarlyStop(plateau, patience=99), [50.0] * 6)[-1] == (1, True)
+    assert EarlyStop(RATES_145).rate(0.01, "conv1.weight", 80, ScheduleState()) == 0.0
+
+
 def test_describe_tells_schedules_apart() -> None:
     assert describe(Plateau()) == {"kind": "Plateau", "patience": 5, "margin": 0.05, "drops": 3, "divisor": 10.0}
-    assert json.loads(json.dumps(describe(Steps(after=(8, 9))))) == describe(Steps(after=(8, 9)))
+    several: list[Schedule] = [
+        Steps(after=(8, 9)),
+        DExp(),
+        DExp(epochs=95),
+        RATES_145,
+        EarlyStop(RATES_145),
+        EarlyStop(Plateau()),
+    ]
+    told = [describe(schedule) for schedule in several]
+    assert [json.loads(json.dumps(one)) for one in told] == told
+    assert len({json.dumps(one) for one in told}) == len(several)
+    assert told[-1] == {"kind": "EarlyStop", "schedule": describe(Plateau()), "patience": 10, "margin": 0.0}
+    assert describe(RATES_145)["rows"][0] == [25, "*.weight", 0.1]
 
 
 @pytest.mark.parametrize(
@@ -83,6 +191,16 @@ def test_describe_tells_schedules_apart() -> None:
         lambda: Plateau(patience=0),
         lambda: Plateau(margin=float("nan")),
         lambda: Plateau(divisor=float("inf")),
+        lambda: DExp(epochs=0),
+        lambda: DExp(steps=1),
+        lambda: DExp(bias_steps=0),
+        lambda: DExp(factor=1.0),
+        lambda: ByHand(((3, "*", 0.1), (2, "*", 0.1))),
+        lambda: ByHand(((-1, "*", 0.1),)),
+        lambda: ByHand(((1, "*", -0.1),)),
+        lambda: ByHand(((1, "*", float("nan")),)),
+        lambda: EarlyStop(Plateau(), patience=0),
+        lambda: EarlyStop(Plateau(), margin=-1.0),
     ],
 )
 def test_senseless_schedules_are_refused(make: type) -> None:

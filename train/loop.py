@@ -180,7 +180,6 @@ def _train_epoch(
     epoch_steps, lr = len(loader), state.learning_rate(job.recipe)
     if position.epoch_step == epoch_steps:
         return None
-    state.optimizer.set_learning_rate(lr)
     recorded = sums.totals.clone()
     pace.lap()
     for images, labels in examples(loader, layout_for(job.device)):

@@ -1,12 +1,14 @@
-"""When the learning rate falls: a schedule looks at the validation error after every epoch. All of it is plain values.
+"""Learning rates over a training: a schedule names the rate of every parameter in every epoch, and may look at the validation error.
 
-The rate of an epoch is the recipe's rate divided by `divisor` to the power of `ScheduleState.drops`.
+All of it is plain values: a schedule is part of a run's identity (`describe`), its state part of a checkpoint. Rates are those of whole
+epochs, and epochs count from 0: "after 25 epochs" is from epoch 25 on.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, replace
+from fnmatch import fnmatchcase
 from typing import Any, Protocol
 
 from alexprep.shards.errors import AlexprepError
@@ -18,16 +20,24 @@ class ScheduleState:
 
     drops: int = 0  # how often the rate has fallen
     best_error: float | None = None  # percent; the lowest seen
-    epochs_without_progress: int = 0
+    epochs_without_progress: int = 0  # since the last drop
     finished: bool = False  # the schedule sees no use in further epochs
+    stop_best: float | None = None  # percent; the error that EarlyStop last took for progress
+    stop_waited: int = 0  # epochs since then
 
 
 class Schedule(Protocol):
-    """What the loop asks of a schedule."""
+    """What a training asks of a schedule."""
 
-    @property
-    def divisor(self) -> float:
-        """What each drop divides the rate by."""
+    def rate(self, base: float, parameter: str, epoch: int, state: ScheduleState) -> float:
+        """The rate of one parameter in one epoch.
+
+        Args:
+            base: of the recipe: its rate, for biases times its factor.
+            parameter: its name, LAYER.weight or LAYER.bias.
+            epoch: whole epochs done.
+            state: after them.
+        """
 
     def after_epoch(self, state: ScheduleState, epochs: int, error: float) -> ScheduleState:
         """The state after `epochs` whole epochs, the last of which ended with `error` percent."""
@@ -49,6 +59,10 @@ class Steps:
         if list(self.after) != sorted(set(self.after)) or any(epoch < 1 for epoch in self.after):
             raise AlexprepError(f"the rate cannot fall after epochs {self.after}: give rising numbers from 1")
         _check_divisor(self.divisor)
+
+    def rate(self, base: float, parameter: str, epoch: int, state: ScheduleState) -> float:
+        """See `Schedule`."""
+        return base / self.divisor**state.drops
 
     def after_epoch(self, state: ScheduleState, epochs: int, error: float) -> ScheduleState:
         """See `Schedule`."""
@@ -76,6 +90,10 @@ class Plateau:
             raise AlexprepError(f"{self} needs patience of at least 1, drops and margin of at least 0")
         _check_divisor(self.divisor)
 
+    def rate(self, base: float, parameter: str, epoch: int, state: ScheduleState) -> float:
+        """See `Schedule`."""
+        return base / self.divisor**state.drops
+
     def after_epoch(self, state: ScheduleState, epochs: int, error: float) -> ScheduleState:
         """See `Schedule`."""
         if state.best_error is None or error <= state.best_error - self.margin:
@@ -88,16 +106,133 @@ class Plateau:
         return replace(state, epochs_without_progress=waited, finished=True)
 
 
+@dataclass(frozen=True)
+class DExp:
+    """cuda-convnet's discretised exponential: equal times at rates that fall by equal factors, `factor` in all.
+
+    In `steps` equal parts of `epochs` epochs the rate is base · factor^(-part / (steps - 1)), parts counted from 0. A part that ends within
+    an epoch changes the rate after it. The defaults are those of layer-params-imagenet-1gpu.cfg and its command line.
+
+    >>> [round(DExp().rate(0.01, "conv1.weight", epoch, ScheduleState()), 6) for epoch in (0, 22, 23, 45, 68, 200)]
+    [0.01, 0.01, 0.001587, 0.000252, 4e-05, 4e-05]
+    >>> [round(DExp().rate(0.02, "conv1.bias", epoch, ScheduleState()), 6) for epoch in (0, 44, 45, 89)]
+    [0.02, 0.02, 0.002, 0.002]
+    """
+
+    epochs: int = 90  # that the fall is planned for; later epochs keep the last rate
+    factor: float = 250.0
+    steps: int = 4
+    bias_factor: float = 10.0
+    bias_steps: int = 2
+
+    def __post_init__(self) -> None:
+        """Refuses values out of bounds, with AlexprepError."""
+        if self.epochs < 1 or self.steps < 2 or self.bias_steps < 2:
+            raise AlexprepError(f"{self} needs at least 1 epoch and 2 steps")
+        _check_divisor(self.factor)
+        _check_divisor(self.bias_factor)
+
+    def rate(self, base: float, parameter: str, epoch: int, state: ScheduleState) -> float:
+        """See `Schedule`."""
+        bias = parameter.endswith(".bias")
+        factor, steps = (self.bias_factor, self.bias_steps) if bias else (self.factor, self.steps)
+        part = min(epoch * steps // self.epochs, steps - 1)
+        return base * math.pow(factor, -part / (steps - 1))
+
+    def after_epoch(self, state: ScheduleState, epochs: int, error: float) -> ScheduleState:
+        """See `Schedule`."""
+        return replace(state, best_error=_lower(state.best_error, error))
+
+
+@dataclass(frozen=True)
+class ByHand:
+    """Rates set by name, as the 2012 code's were: rows of (epochs done, pattern of parameter names, factor on the recipe's rate).
+
+    Of the rows whose time has come and whose pattern matches, the last one holds; before any, the factor is 1. A factor of 0 freezes: neither
+    weight nor velocity moves.
+
+    >>> frozen_late = ByHand(((25, "*.weight", 0.1), (72, "conv1.*", 0.0)))
+    >>> [frozen_late.rate(0.01, "conv1.weight", epoch, ScheduleState()) for epoch in (24, 25, 72)]
+    [0.01, 0.001, 0.0]
+    """
+
+    rows: tuple[tuple[int, str, float], ...]
+
+    def __post_init__(self) -> None:
+        """Refuses values out of bounds, with AlexprepError."""
+        epochs = [epoch for epoch, _, _ in self.rows]
+        if epochs != sorted(epochs) or any(epoch < 0 for epoch in epochs):
+            raise AlexprepError(f"rows of rates must be in order of their epochs, from 0; they are for {epochs}")
+        if wrong := [row for row in self.rows if not 0 <= row[2] < math.inf]:
+            raise AlexprepError(f"the rate cannot be multiplied by {wrong[0][2]}: give a number of at least 0")
+
+    def rate(self, base: float, parameter: str, epoch: int, state: ScheduleState) -> float:
+        """See `Schedule`."""
+        holding = [factor for begin, pattern, factor in self.rows if begin <= epoch and fnmatchcase(parameter, pattern)]
+        return base * (holding[-1] if holding else 1.0)
+
+    def after_epoch(self, state: ScheduleState, epochs: int, error: float) -> ScheduleState:
+        """See `Schedule`."""
+        return replace(state, best_error=_lower(state.best_error, error))
+
+
+@dataclass(frozen=True)
+class EarlyStop:
+    """Another schedule, and an end after `patience` epochs of which none was more than `margin` points below the lowest before.
+
+    >>> stopping, state = EarlyStop(Steps(after=()), patience=2), ScheduleState()
+    >>> for epochs, error in enumerate((50.0, 40.0, 45.0, 40.0), start=1):
+    ...     state = stopping.after_epoch(state, epochs, error)
+    >>> state.finished
+    True
+    """
+
+    schedule: Schedule
+    patience: int = 10
+    margin: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Refuses values out of bounds, with AlexprepError."""
+        if self.patience < 1 or not self.margin >= 0:
+            raise AlexprepError(f"{self} needs patience of at least 1 and a margin of at least 0")
+
+    def rate(self, base: float, parameter: str, epoch: int, state: ScheduleState) -> float:
+        """See `Schedule`."""
+        return self.schedule.rate(base, parameter, epoch, state)
+
+    def after_epoch(self, state: ScheduleState, epochs: int, error: float) -> ScheduleState:
+        """See `Schedule`."""
+        state = self.schedule.after_epoch(state, epochs, error)
+        if state.stop_best is None or error < state.stop_best - self.margin:
+            return replace(state, stop_best=error, stop_waited=0)
+        waited = state.stop_waited + 1
+        return replace(state, stop_waited=waited, finished=state.finished or waited >= self.patience)
+
+
 def describe(schedule: Schedule) -> dict[str, Any]:
     """A schedule's kind and numbers as JSON values, part of a run's identity.
 
     >>> describe(Steps(after=(8,)))
     {'kind': 'Steps', 'after': [8], 'divisor': 10.0}
     """
-    fields: dict[str, Any] = asdict(schedule)  # type: ignore[call-overload]
     return {"kind": type(schedule).__name__} | {
-        name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()
+        field.name: _plain(getattr(schedule, field.name))
+        for field in fields(schedule)  # type: ignore[arg-type]
     }
+
+
+def unmatched_patterns(schedule: Schedule, parameters: list[str]) -> list[str]:
+    """The patterns of a schedule that match no parameter: mistakes in writing, most likely."""
+    if isinstance(schedule, EarlyStop):
+        return unmatched_patterns(schedule.schedule, parameters)
+    patterns = [pattern for _, pattern, _ in schedule.rows] if isinstance(schedule, ByHand) else []
+    return [pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name in parameters)]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return describe(value) if hasattr(value, "after_epoch") else value
 
 
 def _check_divisor(divisor: float) -> None:

@@ -15,7 +15,7 @@ from alexprep.train.checkpoint import Checkpoint
 from alexprep.train.data import memory_format
 from alexprep.train.optim import MomentumSGD, parameter_groups
 from alexprep.train.recipes import Recipe
-from alexprep.train.schedule import ScheduleState
+from alexprep.train.schedule import ScheduleState, unmatched_patterns
 from alexprep.train.sums import Sums
 
 
@@ -42,21 +42,42 @@ class TrainingState:
             classes: outputs of the network.
             seed: of the initial weights and of dropout. torch's default generators are seeded with it.
             device: where it all lives.
+
+        Raises:
+            AlexprepError: the recipe's schedule or decays name a layer that its network does not have.
         """
         torch.manual_seed(seed)
         network = recipe.make_network(classes, seed)
         self.network: nn.Module = network.to(device=device, memory_format=memory_format(device))  # type: ignore[call-overload]
         groups = parameter_groups(
-            self.network, decay=recipe.decay, layer_decay=recipe.layer_decay, bias_lr_factor=recipe.bias_lr_factor
+            self.network,
+            decay=recipe.decay,
+            layer_decay=recipe.layer_decay,
+            bias_lr_factor=recipe.bias_lr_factor,
+            bias_decay=recipe.bias_decay,
         )
+        self._parameters = [name for name, _ in self.network.named_parameters()]
+        if unmatched := unmatched_patterns(recipe.schedule, self._parameters):
+            raise AlexprepError(f"the schedule names {', '.join(unmatched)}, which the network does not have")
         self.optimizer = MomentumSGD(groups, lr=recipe.lr, momentum=recipe.momentum, decay=recipe.decay)
+        self._rates_of: tuple[int, ScheduleState] | None = None  # the epoch that the optimizer last had the rates of
+        # The rates follow from the position alone, so nobody has to remember to set them.
+        self.optimizer.register_step_pre_hook(lambda *_: self.set_rates(recipe))
         self.sums = Sums(device)
         self.position = Position()
         self.device = device
 
     def learning_rate(self, recipe: Recipe) -> float:
-        """The rate of this epoch."""
-        return recipe.lr / recipe.schedule.divisor**self.position.schedule.drops
+        """The rate of this epoch: that of the weights whose layer has none of its own."""
+        return recipe.schedule.rate(recipe.lr, ".weight", self.position.epoch, self.position.schedule)
+
+    def set_rates(self, recipe: Recipe) -> None:
+        """Gives the optimizer this epoch's rate of every parameter. It happens by itself before every step."""
+        epoch = (self.position.epoch, self.position.schedule)
+        if self._rates_of != epoch:
+            self._rates = recipe.rates(self._parameters, *epoch)
+            self._rates_of = epoch
+        self.optimizer.set_rates(self._rates)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Everything for a checkpoint that is a tensor, live, by name.

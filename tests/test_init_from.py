@@ -1,0 +1,110 @@
+"""A network that begins with another's weights: what is taken, what is not, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from alexprep.shards.errors import AlexprepError
+from alexprep.train.alexnet import AlexNet, alexnet_6conv, alexnet_2012
+from alexprep.train.checkpoint import Checkpoint
+from alexprep.train.init_from import init_from, saved_weights
+
+ALL = ["conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8"]
+
+
+def narrow(design: AlexNet, classes: int, seed: int) -> nn.Sequential:
+    return design(classes, 67, seed=seed, width=0.0625)
+
+
+def equal_layers(one: nn.Module, other: dict[str, torch.Tensor]) -> list[str]:
+    """The layers of which every tensor is the same."""
+    tensors = one.state_dict()
+    layers = dict.fromkeys(name.rpartition(".")[0] for name in tensors)
+    return [
+        layer
+        for layer in layers
+        if all(
+            other.get(name) is not None and torch.equal(tensor, other[name])
+            for name, tensor in tensors.items()
+            if name.rpartition(".")[0] == layer and not name.endswith(".bias")
+        )
+    ]
+
+
+def test_fine_tuning_takes_all_but_the_classes() -> None:
+    """As net #146 went from 21,843 classes to 1,000."""
+    saved, network = narrow(alexnet_6conv, 9, seed=1).state_dict(), narrow(alexnet_6conv, 4, seed=2)
+    fresh = network.get_parameter("fc8.weight").clone()
+    report = init_from(network, saved)
+    assert report.taken == [*ALL[:5], "conv6", "fc6", "fc7"] == equal_layers(network, saved)
+    assert report.fresh == {"fc8": "saved 9x256, here 4x256"}
+    assert report.unused == []
+    assert torch.equal(network.get_parameter("fc8.weight"), fresh)
+    assert report.sentences()[1] == "fc8 begins fresh: saved 9x256, here 4x256"
+
+
+def test_a_layer_more_or_less() -> None:
+    """As net #146 began with the convolutions of #145."""
+    saved, network = narrow(alexnet_2012, 4, seed=1).state_dict(), narrow(alexnet_6conv, 4, seed=2)
+    report = init_from(network, saved, ["conv[1-5]"])
+    assert report.taken == ALL[:5] == equal_layers(network, saved)
+    assert report.fresh == dict.fromkeys(("conv6", "fc6", "fc7", "fc8"), "not asked for")
+    back = init_from(narrow(alexnet_2012, 4, seed=3), network.state_dict())
+    assert (back.taken, back.fresh, back.unused) == (ALL, {}, ["conv6"])
+    assert back.sentences()[-1] == "saved, but not in this network: conv6"
+    assert init_from(network, saved).fresh == {"conv6": "not saved"}
+
+
+def test_weights_come_out_of_a_checkpoint() -> None:
+    saved = narrow(alexnet_2012, 4, seed=1).state_dict()
+    tensors = {f"weight.{name}": tensor for name, tensor in saved.items()} | {"velocity.000": torch.ones(3)}
+    found = saved_weights(Checkpoint(7, tensors, {}))
+    assert found.keys() == saved.keys()
+    network = narrow(alexnet_2012, 4, seed=2)
+    assert init_from(network, found).taken == ALL == equal_layers(network, saved)
+
+
+def test_taken_weights_are_copies() -> None:
+    saved, network = narrow(alexnet_2012, 4, seed=1).state_dict(), narrow(alexnet_2012, 4, seed=2)
+    init_from(network, saved)
+    with torch.no_grad():
+        network.get_parameter("fc8.weight").zero_()
+    assert saved["fc8.weight"].abs().sum() > 0
+    assert all(parameter.requires_grad for parameter in network.parameters())
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        (["conv*", "fc8"], "fc8: saved 9x256, here 4x256"),
+        (["conv*", "conv9"], "conv9 matches no layer"),
+        (["conv6"], "conv6: not saved"),
+        ([], "do not fit"),
+    ],
+)
+def test_a_choice_that_cannot_be_had_is_refused(layers: list[str], message: str) -> None:
+    saved, network = narrow(alexnet_2012, 9, seed=1).state_dict(), narrow(alexnet_6conv, 4, seed=2)
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    with pytest.raises(AlexprepError, match=message):
+        init_from(network, saved, layers)
+    assert all(torch.equal(before[name], tensor) for name, tensor in network.state_dict().items())
+
+
+def test_strangers_and_spoilt_weights_are_refused() -> None:
+    network = narrow(alexnet_2012, 4, seed=2)
+    with pytest.raises(AlexprepError, match="do not fit"):
+        init_from(network, {"stem.weight": torch.ones(3)})
+    saved = narrow(alexnet_2012, 4, seed=1).state_dict()
+    saved["fc7.bias"][0] = float("nan")
+    before = network.get_parameter("conv1.weight").clone()
+    with pytest.raises(AlexprepError, match="NaN"):
+        init_from(network, saved)
+    assert torch.equal(network.get_parameter("conv1.weight"), before)
+
+
+def test_a_layer_without_its_bias_is_not_taken_in_part() -> None:
+    saved = {"0.weight": torch.ones(2, 2)}
+    with pytest.raises(AlexprepError, match="saved weight, here weight, bias"):
+        init_from(nn.Sequential(nn.Linear(2, 2)), saved)
