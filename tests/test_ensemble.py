@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,15 @@ from alexprep.train.state import TrainingState
 
 CPU = torch.device("cpu")
 Array = NDArray[np.float64]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """The work is so small that threads would only wait for each other, long where the machine is busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def make_run(runs: Path, name: str, data: Path, seed: int, steps: tuple[int, ...] = (2,), recipe: str = "tiny") -> Path:
@@ -167,6 +176,28 @@ def test_the_search_leaves_a_harmful_net_out() -> None:
         nothing.search()
 
 
+def test_the_search_keeps_little(images: int = 2000) -> None:
+    """7 nets with errors like AlexNet's on 1,000 classes; docs/evaluation.md quotes this for 50,000 images."""
+    generator = torch.Generator().manual_seed(1)
+    contest, whole, single = Contest(), Scores(), Scores()
+    for first in range(0, images, 100):
+        labels = torch.randint(0, 1000, (100,), generator=generator)
+        easy = 7.3 + 2.5 * torch.randn(100, 1, generator=generator)
+        logits = 1.6 * torch.randn(100, 1, 1000, generator=generator) + torch.randn(100, 7, 1000, generator=generator)
+        logits[torch.arange(100), :, labels] += easy
+        batch = Predicted(logits.double().log_softmax(dim=2), labels, torch.arange(first, first + 100))
+        contest.add(batch)
+        single.add(batch.logs[:, 0], batch)
+        whole.add(mixture(batch.logs, [1 / 7] * 7), batch)
+    one: dict[str, Any] = single.summary()
+    together: dict[str, Any] = whole.summary()
+    assert 30 < one["top1_error"] < 40 and 20 < one["top5_error"] < 26
+    assert len(contest._others) < 0.04 * images * 1000
+    assert contest.error([10] * 7) == pytest.approx(together["top5_error"] / 100, abs=1e-9)
+    found = contest.search()
+    assert contest.error(found) <= contest.error([10] * 7)
+
+
 def test_weights_searched_on_a_split(data: Path, tmp_path: Path) -> None:
     """On the evaluated split from the predictions kept on disk, on another from a pass of its own: as if given, up to rounding."""
     places = [Place(make_run(tmp_path, name, data, seed)) for name, seed in (("a", 1), ("b", 2))]
@@ -251,6 +282,10 @@ def test_ties_go_to_the_lower_label_in_guesses_and_are_shared_in_errors() -> Non
     scores.add(logs, Predicted(logs[:, None], torch.tensor([3]), torch.arange(1)))
     assert scores.best.tolist() == [[1, 2, 3, 0]]
     assert scores.summary()["top1_error"] == pytest.approx(100 * 2 / 3)
+    levels = np.random.default_rng(0).integers(0, 9, size=(400, 11)).astype(np.float64)
+    many = Scores(guesses=True)
+    many.add(torch.from_numpy(levels), Predicted(torch.zeros(400, 1, 11), torch.zeros(400).long(), torch.arange(400)))
+    np.testing.assert_array_equal(many.best, np.argsort(-levels, axis=1, kind="stable")[:, :5])
 
 
 def test_checkpoints_of_one_run(data: Path, tmp_path: Path) -> None:
@@ -290,9 +325,19 @@ def relatives(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Callabl
     return make
 
 
-def test_nets_that_do_not_go_together(
-    data: Path, relatives: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_recipe_may_change_in_what_an_evaluation_does_not_show(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    run, tiny = make_run(tmp_path, "a", data, 1), recipes.tiny()
+    noisier = replace(tiny, lr=1.0, decay=0.1, augmentation=replace(tiny.augmentation, noise_sigma=0.2))
+    monkeypatch.setitem(recipes.RECIPES, "tiny", lambda: noisier)
+    assert open_net(Place(run), CPU).step == 2
+    monkeypatch.setitem(recipes.RECIPES, "tiny", lambda: replace(tiny, width=0.5))
+    with pytest.raises(AlexprepError, match=r"recipe tiny has changed .*: width was 1.0, is now 0.5"):
+        open_net(Place(run), CPU)
+
+
+def test_nets_that_do_not_go_together(data: Path, relatives: Callable[[str], Path], tmp_path: Path) -> None:
     here, there = make_run(tmp_path, "a", data, 1), make_run(tmp_path, "b", relatives("other"), 2)
     with pytest.raises(AlexprepError, match=r"different data: data was .*--data"):
         evaluate_nets([Place(here), Place(there)])

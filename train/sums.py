@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from alexprep.train.evaluate import credit
+from alexprep.train.evaluate import TOP, credits
 
 
 class Means(NamedTuple):
@@ -37,7 +37,7 @@ class Sums:
     def add(self, loss: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> None:
         """Adds a batch: its mean loss (), logits (N, classes), labels int64 (N,)."""
         images = len(labels)
-        top1, top5 = credit(logits, labels, 1).sum(), credit(logits, labels, 5).sum()
+        top1, top5 = credits(logits, labels, (1, TOP)).sum(dim=1)
         self.totals += torch.stack([loss.double() * images, top1, top5, torch.full_like(top1, images)])
 
     def since(self, earlier: torch.Tensor) -> Means:

@@ -1,0 +1,197 @@
+"""Trained networks, ready to be evaluated: RUN or RUN@STEP → a network and what must be known of it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from alexprep.shards.errors import AlexprepError
+from alexprep.shards.layout import read_dataset
+from alexprep.train import checkpoint, runs
+from alexprep.train.config import recipe_of
+from alexprep.train.data import memory_format
+from alexprep.train.recipes import Recipe
+from alexprep.train.state import load_weights
+
+# The parts of a recipe that outputs of a trained network depend on; the others belong to the training that is over.
+NETWORK = ("network", "width")
+PIXELS = ("crop", "scale", "evaluation_scale", "mean", "std")
+
+
+class Place(NamedTuple):
+    """A checkpoint of a run."""
+
+    run: Path
+    step: int | None = None  # None: the newest valid one
+
+
+@dataclass(frozen=True)
+class Net:
+    """A trained network in evaluation mode.
+
+    Attributes:
+        run: its folder.
+        step: optimizer steps of its checkpoint.
+        epochs: whole epochs of it.
+        recipe: with which it was trained.
+        options: of its run, as config.json has them.
+        data: the data set that it was trained on, as its run says.
+        data_digest: of that data set, hex sha256.
+        classes: how many it tells apart.
+        network: on its device.
+        skipped: a sentence for every damaged checkpoint that is newer than the one used.
+    """
+
+    run: Path
+    step: int
+    epochs: int
+    recipe: Recipe
+    options: dict[str, Any]
+    data: Path
+    data_digest: str
+    classes: int
+    network: nn.Module
+    skipped: list[str]
+
+    @property
+    def name(self) -> str:
+        """RUN@STEP, as on the command line."""
+        return f"{self.run.name}@{self.step}"
+
+    def training_data(self) -> dict[str, Any] | None:
+        """dataset.json of the data that it was trained on; None where that is gone or has changed."""
+        try:
+            dataset = read_dataset(self.data)
+        except (AlexprepError, OSError):
+            return None
+        return dataset if dataset["digest"] == self.data_digest else None
+
+
+def place_named(folder: Path, text: str | None) -> Place:
+    """The checkpoint that RUN or RUN@STEP names in a folder of runs; None for the run last active.
+
+    Raises:
+        AlexprepError: there is no such run, or STEP is no number.
+    """
+    if text is None or "@" not in text:
+        return Place(runs.find_run(folder, text))
+    name, _, step = text.rpartition("@")
+    if not re.fullmatch(r"\d{1,18}", step):
+        raise AlexprepError(f"{text}: {step!r} is no step; write RUN@STEP, for example {name or 'alexnet'}@1000")
+    return Place(runs.find_run(folder, name), int(step))
+
+
+def open_net(place: Place, device: torch.device) -> Net:
+    """Reads a checkpoint and makes its network.
+
+    Raises:
+        AlexprepError: there is no such checkpoint, it is damaged, or its recipe is another by now.
+    """
+    run = place.run
+    config = runs.read_config(run)
+    saved, skipped = _checkpoint(place)
+    identity = saved.facts["identity"]
+    recipe = recipe_of(config["options"])
+    if changes := checkpoint.differences(_shown(identity["recipe"]), _shown(recipe.describe())):
+        raise AlexprepError(f"recipe {recipe.name} has changed since {run} was trained: {'; '.join(changes)}")
+    network = recipe.make_network(identity["classes"], seed=0)
+    load_weights(network, saved)
+    network.to(device=device, memory_format=memory_format(device))  # type: ignore[call-overload]
+    return Net(
+        run,
+        saved.step,
+        saved.facts["position"]["epoch"],
+        recipe,
+        config["options"],
+        Path(config["data"]),
+        identity["data_digest"],
+        identity["classes"],
+        network.eval(),
+        skipped,
+    )
+
+
+def data_of(nets: list[Net]) -> Path:
+    """The data set that all nets were trained on.
+
+    Raises:
+        AlexprepError: they were trained on different ones.
+    """
+    first = nets[0]
+    for net in nets[1:]:
+        if net.data_digest != first.data_digest:
+            raise AlexprepError(
+                f"{first.name} and {net.name} were trained on different data: data was {first.data}, is {net.data}; "
+                f"data_digest was {first.data_digest[:12]}…, is {net.data_digest[:12]}…. Name the data to evaluate on with --data"
+            )
+    return first.data
+
+
+def check_classes(net: Net, data: Path, dataset: dict[str, Any]) -> str | None:
+    """Makes sure that a net's outputs mean what the labels of a data set mean.
+
+    Args:
+        net: to be evaluated.
+        data: the folder of the data set to evaluate on, for messages.
+        dataset: its dataset.json.
+
+    Returns:
+        A sentence where it cannot be known: the data that the net was trained on is gone.
+
+    Raises:
+        AlexprepError: number or names of the classes differ.
+    """
+    classes = dataset["classes"]
+    if len(classes) != net.classes:
+        raise AlexprepError(
+            f"{data} has {len(classes)} classes, {net.run} was trained on {net.classes}: name its data with --data"
+        )
+    if dataset["digest"] == net.data_digest:
+        return None
+    trained = net.training_data()
+    if trained is None:
+        return (
+            f"{net.name} was trained on {net.data}, which is gone or has changed: it has as many classes as {data}, "
+            "whether they are the same ones cannot be told"
+        )
+    changed = [n for n, (old, new) in enumerate(zip(trained["classes"], classes, strict=True)) if old != new]
+    if changed:
+        old, new = trained["classes"][changed[0]], classes[changed[0]]
+        raise AlexprepError(
+            f"{data} has other classes than {net.data}, on which {net.run} was trained: {len(changed)} of {len(classes)} labels "
+            f"differ, classes[{changed[0]}] was {old!r}, is now {new!r}"
+        )
+    return None
+
+
+def _shown(recipe: dict[str, Any]) -> dict[str, Any]:
+    """What a described recipe says of its network and of the pixels that it is shown in an evaluation."""
+    augmentation = recipe.get("augmentation", {})
+    parts = {name: recipe.get(name) for name in NETWORK}
+    return parts | {"augmentation": {name: augmentation.get(name) for name in PIXELS}}
+
+
+def _checkpoint(place: Place) -> tuple[checkpoint.Checkpoint, list[str]]:
+    run, step = place
+    folder = run / runs.CHECKPOINTS
+    if step is None:
+        saved, skipped = checkpoint.newest(folder)
+        if saved is None:
+            raise AlexprepError(f"{run} has no valid checkpoint: {'; '.join(skipped) or 'none was saved yet'}")
+        return saved, skipped
+    matches = (checkpoint.MARK.fullmatch(path.name) for path in folder.glob("step-*.json"))
+    steps = {int(match[1]): folder / match[0] for match in matches if match}
+    if step not in steps:
+        there = ", ".join(map(str, sorted(steps))) or "none"
+        raise AlexprepError(
+            f"{run} has no checkpoint of step {step}: there are {there} (`--keep` says how many are kept)"
+        )
+    try:
+        return checkpoint.read(steps[step]), []
+    except checkpoint.Damaged as error:
+        raise AlexprepError(f"the checkpoint of step {step} of {run} is damaged: {error}") from None
