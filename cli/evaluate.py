@@ -71,7 +71,7 @@ def evaluate(
     from alexprep.train import submission as ilsvrc
     from alexprep.train.ensemble import parse_weights
     from alexprep.train.evaluate_run import evaluate_nets
-    from alexprep.train.nets import place_named
+    from alexprep.train.places import place_named
 
     _check_files(classes, submission)
     with report.progress("evaluating") as progress:

@@ -26,11 +26,32 @@ AT_LEAST_1 = click.IntRange(min=1)
 @click.option(
     "--seed", type=click.IntRange(min=0), help="Of initial weights, order, augmentation, dropout.  [default: 0]"
 )
+@click.option(
+    "--init-from", metavar="RUN", help="Begin with the weights of another run (RUN or RUN@STEP), for fine-tuning."
+)
+@click.option(
+    "--init-layers",
+    metavar="PATTERNS",
+    help="Which layers of it: names and patterns, such as conv*,fc6.  [default: all that match in shape]",
+)
 @runs_option
 @click.option("--name", help="The run's name.  [default: the recipe's name, with a number if it is taken]")
 @click.option("--resume", is_flag=True, help="Go on with the run --name, or with the one last active.")
 @click.option("--checkpoint-steps", type=AT_LEAST_1, default=1000, show_default=True, help="Steps between checkpoints.")
 @click.option("--keep", type=AT_LEAST_1, default=3, show_default=True, help="Checkpoints to keep.")
+@click.option(
+    "--gpus",
+    "ranks",
+    type=AT_LEAST_1,
+    default=1,
+    show_default=True,
+    help="Processes that share the run, one a GPU (or on CPUs).",
+)
+@click.option(
+    "--scheme",
+    type=click.Choice(["towers", "ddp", "hybrid"]),
+    help="How they share it.  [default: towers, the paper's, for two; ddp for more]",
+)
 @threads_option
 @device_option
 @json_option
@@ -45,9 +66,9 @@ def train(as_json: bool, **options: Any) -> None:
     """
     from alexprep.cli import report
     from alexprep.train.config import TrainConfig
-    from alexprep.train.loop import train as train_run
+    from alexprep.train.ranks import train_anyhow
 
-    summary = train_run(TrainConfig(**options))
+    summary = train_anyhow(TrainConfig(**options))
     report.table(f"Run {summary['run']}", _rows(summary))
     report.json_line(summary, as_json)
     if summary["stopped_by"]:

@@ -23,7 +23,8 @@ from alexprep.train.config import TrainConfig, prepare
 from alexprep.train.ensemble import Contest, mixture, parse_weights, shares
 from alexprep.train.evaluate import evaluate, figures
 from alexprep.train.evaluate_run import evaluate_nets, evaluate_run, publish
-from alexprep.train.nets import Place, open_net, place_named
+from alexprep.train.nets import open_net
+from alexprep.train.places import Place, place_named
 from alexprep.train.predictions import Predicted
 from alexprep.train.scores import Scores, class_csv, ranked
 from alexprep.train.state import TrainingState

@@ -24,7 +24,7 @@ from alexprep.shards.plan import ShardOptions
 from alexprep.train import checkpoint, submission
 from alexprep.train.config import TrainConfig, prepare
 from alexprep.train.evaluate_run import evaluate_nets
-from alexprep.train.nets import Place
+from alexprep.train.places import Place
 from alexprep.train.state import TrainingState
 
 WNIDS = ["n05", "n03", "n01", "n06", "n02", "n04"]  # by ILSVRC ID, from 1

@@ -37,7 +37,7 @@ def test_fine_tuning_takes_all_but_the_classes() -> None:
     """As net #146 went from 21,843 classes to 1,000."""
     saved, network = narrow(alexnet_6conv, 9, seed=1).state_dict(), narrow(alexnet_6conv, 4, seed=2)
     fresh = network.get_parameter("fc8.weight").clone()
-    report = init_from(network, saved)
+    report = init_from(network.state_dict(), saved)
     assert report.taken == [*ALL[:5], "conv6", "fc6", "fc7"] == equal_layers(network, saved)
     assert report.fresh == {"fc8": "saved 9x256, here 4x256"}
     assert report.unused == []
@@ -48,13 +48,13 @@ def test_fine_tuning_takes_all_but_the_classes() -> None:
 def test_a_layer_more_or_less() -> None:
     """As net #146 began with the convolutions of #145."""
     saved, network = narrow(alexnet_2012, 4, seed=1).state_dict(), narrow(alexnet_6conv, 4, seed=2)
-    report = init_from(network, saved, ["conv[1-5]"])
+    report = init_from(network.state_dict(), saved, ["conv[1-5]"])
     assert report.taken == ALL[:5] == equal_layers(network, saved)
     assert report.fresh == dict.fromkeys(("conv6", "fc6", "fc7", "fc8"), "not asked for")
-    back = init_from(narrow(alexnet_2012, 4, seed=3), network.state_dict())
+    back = init_from(narrow(alexnet_2012, 4, seed=3).state_dict(), network.state_dict())
     assert (back.taken, back.fresh, back.unused) == (ALL, {}, ["conv6"])
     assert back.sentences()[-1] == "saved, but not in this network: conv6"
-    assert init_from(network, saved).fresh == {"conv6": "not saved"}
+    assert init_from(network.state_dict(), saved).fresh == {"conv6": "not saved"}
 
 
 def test_weights_come_out_of_a_checkpoint() -> None:
@@ -63,12 +63,12 @@ def test_weights_come_out_of_a_checkpoint() -> None:
     found = saved_weights(Checkpoint(7, tensors, {}))
     assert found.keys() == saved.keys()
     network = narrow(alexnet_2012, 4, seed=2)
-    assert init_from(network, found).taken == ALL == equal_layers(network, saved)
+    assert init_from(network.state_dict(), found).taken == ALL == equal_layers(network, saved)
 
 
 def test_taken_weights_are_copies() -> None:
     saved, network = narrow(alexnet_2012, 4, seed=1).state_dict(), narrow(alexnet_2012, 4, seed=2)
-    init_from(network, saved)
+    init_from(network.state_dict(), saved)
     with torch.no_grad():
         network.get_parameter("fc8.weight").zero_()
     assert saved["fc8.weight"].abs().sum() > 0
@@ -88,23 +88,23 @@ def test_a_choice_that_cannot_be_had_is_refused(layers: list[str], message: str)
     saved, network = narrow(alexnet_2012, 9, seed=1).state_dict(), narrow(alexnet_6conv, 4, seed=2)
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     with pytest.raises(AlexprepError, match=message):
-        init_from(network, saved, layers)
+        init_from(network.state_dict(), saved, layers)
     assert all(torch.equal(before[name], tensor) for name, tensor in network.state_dict().items())
 
 
 def test_strangers_and_spoilt_weights_are_refused() -> None:
     network = narrow(alexnet_2012, 4, seed=2)
     with pytest.raises(AlexprepError, match="do not fit"):
-        init_from(network, {"stem.weight": torch.ones(3)})
+        init_from(network.state_dict(), {"stem.weight": torch.ones(3)})
     saved = narrow(alexnet_2012, 4, seed=1).state_dict()
     saved["fc7.bias"][0] = float("nan")
     before = network.get_parameter("conv1.weight").clone()
     with pytest.raises(AlexprepError, match="NaN"):
-        init_from(network, saved)
+        init_from(network.state_dict(), saved)
     assert torch.equal(network.get_parameter("conv1.weight"), before)
 
 
 def test_a_layer_without_its_bias_is_not_taken_in_part() -> None:
     saved = {"0.weight": torch.ones(2, 2)}
     with pytest.raises(AlexprepError, match="saved weight, here weight, bias"):
-        init_from(nn.Sequential(nn.Linear(2, 2)), saved)
+        init_from(nn.Sequential(nn.Linear(2, 2)).state_dict(), saved)

@@ -58,6 +58,8 @@ class MadeUpLoader:
         views: Views = "random",
         order: str = "shuffle",
         seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
         device: str = "cpu",
         layout: Literal["NCHW", "NHWC"] = "NCHW",
         threads: int | None = None,

@@ -16,8 +16,12 @@ from rich.console import Console
 
 from alexprep.pipeline.device import choose_device
 from alexprep.shards.errors import AlexprepError
+from alexprep.train.data import Examples
+from alexprep.train.fed import until_stopped
 from alexprep.train.host import Stopped, StopRequest
 from alexprep.train.meter import Meter, duration, forecast
+from alexprep.train.parallel.schemes import Parallel
+from alexprep.train.parallel.world import World
 from alexprep.train.sums import Means, Pace, Sums
 
 MEANS = Means(loss=1.5, top1_error=50.0, top5_error=10.0)
@@ -119,14 +123,16 @@ def test_devices() -> None:
 
 
 def test_the_second_signal_has_its_usual_effect() -> None:
+    parallel = Parallel(torch.nn.Sequential(torch.nn.Flatten()), "single", World.alone("cpu"))
+    batch = Examples(torch.zeros(1, 3, 2, 2), torch.zeros(1, dtype=torch.int64))
     with StopRequest().listening() as stop:
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.signal == signal.SIGINT
         with pytest.raises(Stopped):
-            next(stop.watch([1]))
+            next(until_stopped(parallel, iter([batch]), stop))
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
-    assert list(StopRequest().watch([1, 2])) == [1, 2]
+    assert list(until_stopped(parallel, iter([batch, batch]), StopRequest())) == [batch, batch]
 
 
 PAGE_FAULTS = """

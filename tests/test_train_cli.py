@@ -154,3 +154,28 @@ def test_a_recipe_refuses_senseless_numbers(changes: dict[str, Any]) -> None:
     assert Recipe(**fields).epochs == 1
     with pytest.raises(AlexprepError, match="x"):
         Recipe(**fields | changes)
+
+
+def test_begun_with_another_run_s_weights(data: Path, tmp_path: Path) -> None:
+    """The checkpoint meant is settled when the run begins; the run goes on with it, and with no other."""
+
+    def run(*words: str) -> Any:
+        options = ["--data", str(data), "--recipe", "tiny", "--runs", str(tmp_path), "--device", "cpu", *words]
+        return CliRunner().invoke(train, options)
+
+    assert run("--name", "a", "--steps", "1").exit_code == 0
+    result = run("--name", "b", "--steps", "1", "--init-from", "a", "--init-layers", "conv*, fc4")
+    assert result.exit_code == 0, result.output
+    assert "begun with the saved weights of conv1, conv2, conv3, fc4" in result.stderr
+    assert "fc5 begins fresh: not asked for" in result.stderr
+    assert json.loads((tmp_path / "b" / "config.json").read_text())["options"]["init_from"] == "a@1"
+    assert run("--name", "b", "--resume", "--steps", "2").exit_code == 0
+    refused = run("--name", "b", "--resume", "--steps", "3", "--init-layers", "conv1").exception
+    assert isinstance(refused, AlexprepError) and "init" in str(refused)
+    for words, reason in (
+        (["--init-from", "nobody"], "nobody"),
+        (["--init-from", "a@7"], "no checkpoint of step 7"),
+        (["--init-from", "a", "--init-layers", "conv9"], "conv9 matches no layer"),
+    ):
+        error = run("--name", "c", *words).exception
+        assert isinstance(error, AlexprepError) and reason in str(error)

@@ -16,10 +16,19 @@ from alexprep.shards.files import publish_json
 from alexprep.shards.versions import versions
 from alexprep.train import runs
 from alexprep.train.data import DataFacts, data_facts
+from alexprep.train.parallel.split import SCHEMES, Scheme
+from alexprep.train.places import place_named, saved_checkpoint
 from alexprep.train.recipes import Recipe, recipe_named
 
 DEFAULT_RECIPE = "alexnet"
-OPTIONS = ("recipe", "seed", "batch_size", "lr")  # what a resumed run takes from its beginning
+OPTIONS = (
+    "recipe",
+    "seed",
+    "batch_size",
+    "lr",
+    "init_from",
+    "init_layers",
+)  # what a resumed run takes from its beginning
 DECODING = ("decode", "hw_decoder_load")  # likewise, see `_tuning`
 
 
@@ -33,6 +42,8 @@ class TrainConfig:
         seed: of the initial weights, dropout, order and augmentation; 0 by default.
         batch_size: images a step.
         lr: learning rate of the first epoch.
+        init_from: run (RUN or RUN@STEP) whose weights the network begins with; its own initial weights by default.
+        init_layers: which layers of it, see `alexprep.train.init_from.init_from`; "matching" or patterns with commas.
         epochs: stop after this many, counted from the run's beginning.
         steps: stop after this many optimizer steps, counted from the run's beginning.
         runs: folder of all runs.
@@ -43,6 +54,8 @@ class TrainConfig:
         log_steps: steps between records in log.jsonl.
         threads: for decoding; as `alexprep tune` found, or one a core, by default.
         device: "cpu" or "cuda"; the GPU if there is one by default.
+        ranks: processes that share the run, one a GPU where there are any.
+        scheme: how they share it: "towers" as in the paper (the default for two), "ddp" (for more), "hybrid"; alone "single".
 
     Raises:
         AlexprepError: a number is out of its range.
@@ -53,6 +66,8 @@ class TrainConfig:
     seed: int | None = None
     batch_size: int | None = None
     lr: float | None = None
+    init_from: str | None = None
+    init_layers: str | None = None
     epochs: int | None = None
     steps: int | None = None
     runs: Path = Path("runs")
@@ -63,15 +78,28 @@ class TrainConfig:
     log_steps: int = 20
     threads: int | None = None
     device: str | None = None
+    ranks: int = 1
+    scheme: Scheme | None = None
 
     def __post_init__(self) -> None:
         """Refuses values out of bounds, with AlexprepError."""
-        for name in ("epochs", "steps", "keep", "checkpoint_steps", "log_steps", "threads"):
+        for name in ("epochs", "steps", "keep", "checkpoint_steps", "log_steps", "threads", "ranks"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise AlexprepError(f"{name} is {value}: it must be at least 1")
+        if self.scheme not in (None, *SCHEMES):
+            raise AlexprepError(f"scheme {self.scheme!r} is not one of {', '.join(SCHEMES)}")
+        if self.scheme is not None and (self.ranks == 1) != (self.scheme == "single"):
+            raise AlexprepError(
+                f"scheme {self.scheme} does not go with {self.ranks} ranks: one is single, more are not"
+            )
         if self.seed is not None and not 0 <= self.seed < 2**63:
             raise AlexprepError(f"seed is {self.seed}: it must be within 0 to 2^63 - 1")
+
+    @property
+    def chosen_scheme(self) -> Scheme:
+        """The scheme, or what fits the number of ranks: with two, the paper's."""
+        return self.scheme or {1: "single", 2: "towers"}.get(self.ranks, "ddp")  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)
@@ -84,32 +112,40 @@ class Job:
     seed: int
     facts: DataFacts
     device: torch.device
+    scheme: Scheme
     tuning: Tuning
     notes: list[str]  # what to say about it
     identity: dict[str, Any]  # JSON values: what decides the result; a checkpoint of another identity is refused
 
 
-def prepare(config: TrainConfig) -> Job:
-    """Reads the data set's facts, makes or finds the run's folder, and settles recipe and device.
+def prepare(config: TrainConfig, device: torch.device | None = None) -> Job:
+    """Reads the data set's facts, makes or finds the run's folder, and settles the recipe and, if not given, the device.
 
     Raises:
         AlexprepError: there is no such data, recipe, device or run, or the data does not suit the recipe.
     """
-    device = choose_device(config.device)
+    device = device or choose_device(config.device)
     facts = data_facts(config.data)
     run, began = None, None
     if config.resume:
         run = runs.find_run(config.runs, config.name)
         began = runs.read_config(run)["options"]
-        config = replace(config, **{name: began[name] for name in OPTIONS if getattr(config, name) is None})
+        config = replace(config, **{name: began.get(name) for name in OPTIONS if getattr(config, name) is None})
     tuning, notes = _tuning(config, device, began)
     recipe = recipe_of({name: getattr(config, name) for name in OPTIONS})
     recipe.check_size(facts.size)
     seed = config.seed or 0
     identity = {"recipe": recipe.describe(), "seed": seed, "classes": facts.classes, "data_digest": facts.digest}
+    if config.init_from is not None:
+        # Made sure of before the run's folder is there; "newest" is settled for good.
+        source = saved_checkpoint(place_named(config.runs, config.init_from))[0] if run is None else None
+        if source is not None and "@" not in config.init_from:
+            config = replace(config, init_from=f"{config.init_from}@{source.step}")
+        identity["init"] = f"{config.init_from}, layers {config.init_layers or 'matching'}"
     if run is None:
         run = runs.create_run(config.runs, config.name, recipe.name)
         options = {"recipe": recipe.name, "seed": seed, "batch_size": recipe.batch_size, "lr": recipe.lr}
+        options |= {"init_from": config.init_from, "init_layers": config.init_layers}
         options |= {"decode": tuning.decode_on(device.type), "hw_decoder_load": tuning.hw_decoder_load}
         document = {
             "options": options,
@@ -118,7 +154,7 @@ def prepare(config: TrainConfig) -> Job:
             "versions": run_versions(),
         }
         publish_json(run / runs.CONFIG, document)
-    return Job(config, run, recipe, seed, facts, device, tuning, notes, identity)
+    return Job(config, run, recipe, seed, facts, device, config.chosen_scheme, tuning, notes, identity)
 
 
 def _tuning(config: TrainConfig, device: torch.device, began: Mapping[str, Any] | None) -> tuple[Tuning, list[str]]:

@@ -62,6 +62,8 @@ class OpenLoader(Protocol):
         views: Literal["random", "centre", "ten"] = ...,
         order: Literal["shuffle", "blocks", "sequential"] = ...,
         seed: int = ...,
+        rank: int = ...,
+        world_size: int = ...,
         device: str = ...,
         layout: Literal["NCHW", "NHWC"] = ...,
         threads: int | None = ...,

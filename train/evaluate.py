@@ -75,7 +75,7 @@ def log_probabilities(network: nn.Module, images: torch.Tensor) -> torch.Tensor:
     logits = network(images.flatten(0, 1) if images.ndim == 5 else images)
     if not torch.isfinite(logits).all():
         raise AlexprepError("the network gives NaN or infinity: its training diverged, train again with a lower --lr")
-    logs: torch.Tensor = logits.double().log_softmax(dim=1).unflatten(0, (len(images), views))
+    logs: torch.Tensor = logits.double().log_softmax(dim=1).unflatten(0, (-1, views))
     return logs.logsumexp(dim=1) - math.log(views)
 
 

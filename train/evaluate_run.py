@@ -22,7 +22,8 @@ from alexprep.train.config import DECODING
 from alexprep.train.data import data_facts
 from alexprep.train.ensemble import Contest, Weights, mixture, shares
 from alexprep.train.host import keep_freed_memory
-from alexprep.train.nets import Net, Place, check_classes, data_of, open_net
+from alexprep.train.nets import Net, check_classes, data_of, open_net
+from alexprep.train.places import Place
 from alexprep.train.predictions import EvaluationViews, Kept, Predicted, open_readers, predictions
 from alexprep.train.scores import Scores
 from alexprep.train.sums import Pace

@@ -7,13 +7,10 @@ import ctypes
 import signal
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from types import FrameType
-from typing import TypeVar
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
-
-Item = TypeVar("Item")
 
 
 class Stopped(Exception):
@@ -50,13 +47,6 @@ class StopRequest:
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
-
-    def watch(self, items: Iterable[Item]) -> Iterator[Item]:
-        """The same items; raises `Stopped` instead of the next one when a stop was requested."""
-        for item in items:
-            if self.signal is not None:
-                raise Stopped
-            yield item
 
 
 def keep_freed_memory() -> bool:

@@ -8,7 +8,6 @@ from fnmatch import fnmatchcase
 from typing import Literal
 
 import torch
-from torch import nn
 
 from alexprep.shards.errors import AlexprepError
 from alexprep.train.checkpoint import Checkpoint
@@ -43,12 +42,14 @@ def saved_weights(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
 
 
 def init_from(
-    network: nn.Module, saved: Mapping[str, torch.Tensor], layers: Literal["matching"] | Sequence[str] = "matching"
+    weights: Mapping[str, torch.Tensor],
+    saved: Mapping[str, torch.Tensor],
+    layers: Literal["matching"] | Sequence[str] = "matching",
 ) -> InitReport:
-    """Copies saved weights into a network, layer by layer: all tensors of a layer or none. Velocities are not copied.
+    """Copies saved weights into a network's, layer by layer: all tensors of a layer or none. Velocities are not copied.
 
     Args:
-        network: changed in place, unless an error is raised.
+        weights: the network's, `state_dict()`; changed in place, unless an error is raised.
         saved: weights by name, as of `state_dict()` or `saved_weights`.
         layers: "matching": every layer that was saved with the same shapes. Otherwise patterns of layer names, such as
             ["conv*", "fc6"]: exactly the network's layers that match one, each of which must have been saved with the same shapes.
@@ -59,7 +60,7 @@ def init_from(
     Raises:
         AlexprepError: no layer would be taken, a pattern matches no layer, a layer asked for does not fit, or a weight is not finite.
     """
-    wanted, given = _by_layer(network.state_dict()), _by_layer(saved)
+    wanted, given = _by_layer(weights), _by_layer(saved)
     patterns = ["*"] if layers == "matching" else [layers] if isinstance(layers, str) else list(layers)
     if idle := [pattern for pattern in patterns if not any(fnmatchcase(layer, pattern) for layer in wanted)]:
         raise AlexprepError(f"{', '.join(idle)} matches no layer of the network: it has {', '.join(wanted)}")

@@ -11,15 +11,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from alexprep.pipeline.device import choose_device
 from alexprep.pipeline.loader import Loader
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.files import publish_json
 from alexprep.train import checkpoint, runs
 from alexprep.train.config import Job, TrainConfig, prepare, run_versions
-from alexprep.train.data import BatchSource, OpenLoader, examples, layout_for
+from alexprep.train.data import BatchSource, OpenLoader
 from alexprep.train.evaluate import evaluate
+from alexprep.train.fed import begin_with, loader_position, open_split, own_examples, until_stopped, where
 from alexprep.train.host import Stopped, StopRequest, keep_freed_memory
 from alexprep.train.meter import Meter, forecast
+from alexprep.train.parallel.world import World
 from alexprep.train.state import TrainingState, weights_digest
 from alexprep.train.sums import Means, Pace
 
@@ -27,7 +30,7 @@ UNMEASURED = ("images_per_second", "data_wait_ms", "step_ms")
 EARLY_RECORDS = (1, 6)  # a first sign of life; then steps 2 to 6, after the slow first one, give the forecast
 
 
-def train(config: TrainConfig, open_loader: OpenLoader | None = None) -> dict[str, Any]:
+def train(config: TrainConfig, open_loader: OpenLoader | None = None, world: World | None = None) -> dict[str, Any]:
     """Trains one run, or goes on with it.
 
     Being killed at any moment costs at most the steps since the last checkpoint. On one CPU with the same versions, a run that was killed
@@ -36,6 +39,8 @@ def train(config: TrainConfig, open_loader: OpenLoader | None = None) -> dict[st
     Args:
         config: what to do.
         open_loader: opens a split, as `alexprep.pipeline.loader.Loader` does; by default that, with the settings for this machine.
+        world: the ranks that share the run, each of which calls this, as `alexprep.train.ranks` arranges; None for a run in this
+            process alone.
 
     Returns:
         The summary, which is also in the run's summary.json: run, recipe, device, steps, epochs, epoch_steps, train_loss (nats),
@@ -46,25 +51,31 @@ def train(config: TrainConfig, open_loader: OpenLoader | None = None) -> dict[st
         AlexprepError: the data does not suit the recipe, the run began with other settings or data, or the loss is not finite.
     """
     started = time.monotonic()
-    job = prepare(config)
+    world = world or World.alone(choose_device(config.device))
+    job = prepare(config, world.device)
     open_loader = open_loader or functools.partial(Loader, tuning=job.tuning)
     if job.device.type == "cpu":
         keep_freed_memory()
     with contextlib.ExitStack() as stack:
-        stack.enter_context(runs.locked(job.run))
+        if world.leads:
+            stack.enter_context(runs.locked(job.run))
         stop = stack.enter_context(StopRequest().listening())
-        state, notes = _first_state(job)
-        loader = stack.enter_context(contextlib.closing(_open(job, open_loader, "train")))
+        state, notes = _first_state(job, world)
+        parallel = state.parallel
+        loader = stack.enter_context(contextlib.closing(open_split(job, open_loader, "train", parallel.shard)))
         split = job.facts.evaluation_split
-        validation = stack.enter_context(contextlib.closing(_open(job, open_loader, split))) if split else None
+        validation = None
+        if split:
+            validation = stack.enter_context(contextlib.closing(open_split(job, open_loader, split, parallel.shard)))
 
         position, epochs = state.position, job.config.epochs or job.recipe.epochs
         last_step = min(epochs * len(loader), job.config.steps or epochs * len(loader))
-        meter = stack.enter_context(Meter(job.run / runs.LOG, step=position.step, total_steps=last_step))
+        log = job.run / runs.LOG if world.leads else None
+        meter = stack.enter_context(Meter(log, step=position.step, total_steps=last_step))
         for note in [*job.notes, *notes]:
             meter.say(note)
         meter.say(
-            f"{job.run}: {job.recipe.name} on {job.device}, {loader.samples} images in {job.facts.classes} classes, "
+            f"{job.run}: {job.recipe.name} on {where(parallel)}, {loader.samples} images in {job.facts.classes} classes, "
             f"{len(loader)} steps of {job.recipe.batch_size} an epoch, from step {position.step} to at most {last_step}"
         )
         if validation is None:
@@ -74,35 +85,40 @@ def train(config: TrainConfig, open_loader: OpenLoader | None = None) -> dict[st
 
         def save() -> None:
             facts = {"identity": job.identity, "position": state.facts(), "versions": run_versions()}
-            checkpoint.save(job.run / runs.CHECKPOINTS, position.step, state.tensors(), facts, job.config.keep)
+            tensors = state.tensors()  # of all ranks
+            if world.leads:
+                checkpoint.save(job.run / runs.CHECKPOINTS, position.step, tensors, facts, job.config.keep)
 
         def measure() -> dict[str, Any] | None:
             if validation is None:
                 return None
             meter.say(f"evaluating on {validation.samples} images of {split}")
-            return {"split": split} | evaluate(state.network, stop.watch(examples(validation, layout_for(job.device))))
+            return {"split": split} | evaluate(
+                parallel.network, until_stopped(parallel, own_examples(job, validation), stop)
+            )
 
-        loader.load_state_dict(_loader_position(loader, state))
+        loader.load_state_dict(loader_position(loader, state))
         means, val = None, position.val
         with contextlib.suppress(Stopped):
             while position.epoch < epochs and position.step < last_step and not position.schedule.finished:
                 means = _train_epoch(job, state, loader, meter, stop, save, last_step) or means
-                if stop.signal is not None or position.epoch_step < len(loader):
+                if parallel.requested is not None or position.epoch_step < len(loader):
                     break
                 val = measure()
                 _end_epoch(job, state, meter, val)
                 save()
-            if stop.signal is None and position.epoch_step:  # --steps ended within an epoch
+            if parallel.requested is None and position.epoch_step:  # --steps ended within an epoch
                 save()
                 val = measure()
-        if stop.signal is not None:
+        if parallel.requested is not None:
             save()
             if position.epoch_step:
                 val = None  # the last epoch's was of other weights
-            meter.say(f"stopped by {stop.signal.name} after step {position.step}: go on with --resume")
+            meter.say(f"stopped by {parallel.requested.name} after step {position.step}: go on with --resume")
 
         return _finish(
             job,
+            world,
             {
                 "steps": position.step,
                 "epochs": position.epoch,
@@ -112,13 +128,13 @@ def train(config: TrainConfig, open_loader: OpenLoader | None = None) -> dict[st
                 **{f"val_{name}": None if val is None else val[name] for name in ("top1_error", "top5_error", "loss")},
                 **(meter.pace.since(Pace()) if meter.pace.steps else dict.fromkeys(UNMEASURED)),
                 "seconds": time.monotonic() - started,
-                "weights_sha256": weights_digest(state.network),
-                "stopped_by": None if stop.signal is None else stop.signal.name,
+                "weights_sha256": weights_digest(parallel.gather_state()),
+                "stopped_by": None if parallel.requested is None else parallel.requested.name,
             },
         )
 
 
-def _first_state(job: Job) -> tuple[TrainingState, list[str]]:
+def _first_state(job: Job, world: World) -> tuple[TrainingState, list[str]]:
     """The state to go on from, and what to say about it.
 
     Raises:
@@ -128,7 +144,9 @@ def _first_state(job: Job) -> tuple[TrainingState, list[str]]:
     began = runs.read_config(job.run)["identity"] if saved is None else saved.facts["identity"]
     if changes := checkpoint.differences(began, job.identity):
         raise AlexprepError(f"{job.run} cannot be resumed: {'; '.join(changes)}. Begin a new run without --resume")
-    state = TrainingState(job.recipe, job.facts.classes, job.seed, job.device)
+    state = TrainingState(job.recipe, job.facts.classes, job.seed, job.device, world, job.scheme)
+    if saved is None and job.config.init_from is not None:
+        notes += begin_with(state.parallel, job.config)
     if saved is not None:
         state.restore(saved)
         notes += [
@@ -136,30 +154,6 @@ def _first_state(job: Job) -> tuple[TrainingState, list[str]]:
             for change in checkpoint.differences(saved.facts["versions"], run_versions())
         ]
     return state, notes
-
-
-def _open(job: Job, open_loader: OpenLoader, split: str) -> BatchSource:
-    training = split == "train"
-    return open_loader(
-        job.config.data,
-        split,
-        batch_size=job.recipe.batch_size,
-        augmentation=job.recipe.augmentation,
-        views="random" if training else "centre",
-        order="shuffle" if training else "sequential",
-        seed=job.seed,
-        device=str(job.device),
-        layout=layout_for(job.device),
-        threads=job.config.threads,
-    )
-
-
-def _loader_position(loader: BatchSource, state: TrainingState) -> dict[str, int]:
-    """The loader's state at the training's position. After an epoch's last step it is the next epoch's beginning."""
-    epoch, step = state.position.epoch, state.position.epoch_step
-    return loader.state_dict() | (
-        {"epoch": epoch, "step": step} if step < len(loader) else {"epoch": epoch + 1, "step": 0}
-    )
 
 
 def _train_epoch(
@@ -182,17 +176,19 @@ def _train_epoch(
         return None
     recorded = sums.totals.clone()
     pace.lap()
-    for images, labels in examples(loader, layout_for(job.device)):
+    parallel = state.parallel
+    for images, labels in parallel.batches(own_examples(job, loader), lambda: stop.signal):
         wait_seconds = pace.lap()
         logits = state.network(images)
         loss = F.cross_entropy(logits, labels)  # the negative of the paper's objective, section 3.5
         state.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
+        parallel.sum_gradients()
         state.optimizer.step()
         sums.add(loss, logits, labels)
         position.step += 1
         position.epoch_step += 1
-        last = position.epoch_step == epoch_steps or position.step == last_step or stop.signal is not None
+        last = position.epoch_step == epoch_steps or position.step == last_step or parallel.requested is not None
         due = last or position.step % job.config.log_steps == 0 or pace.steps + 1 in EARLY_RECORDS
         means = sums.since(recorded) if due else None  # waits for a GPU, so that the lap below has its work in it
         busy_seconds = pace.lap()
@@ -232,8 +228,15 @@ def _end_epoch(job: Job, state: TrainingState, meter: Meter, val: dict[str, Any]
     state.sums.totals.zero_()
 
 
-def _finish(job: Job, figures: dict[str, Any]) -> dict[str, Any]:
+def _finish(job: Job, world: World, figures: dict[str, Any]) -> dict[str, Any]:
     """Publishes the summary."""
-    summary = {"run": str(job.run), "recipe": job.recipe.name, "device": str(job.device), **figures}
-    publish_json(job.run / runs.SUMMARY, summary)
+    summary = {
+        "run": str(job.run),
+        "recipe": job.recipe.name,
+        "device": str(job.device),
+        "ranks": world.size,
+        **figures,
+    }
+    if world.leads:
+        publish_json(job.run / runs.SUMMARY, summary)
     return summary

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import time
 from pathlib import Path
 from types import TracebackType
@@ -34,11 +35,12 @@ LINE_SECONDS = 10.0  # at most one plain line of progress in this time
 class Meter:
     """Logs and tells. Use it as a context manager; the log is open inside."""
 
-    def __init__(self, log: Path, *, step: int, total_steps: int, console: Console | None = None) -> None:
+    def __init__(self, log: Path | None, *, step: int, total_steps: int, console: Console | None = None) -> None:
         """Nothing is read or written yet.
 
         Args:
-            log: path of log.jsonl; records after `step` are dropped, so that a resumed run logs every step once.
+            log: path of log.jsonl; records after `step` are dropped, so that a resumed run logs every step once. None for a rank
+                for which another one speaks: nothing is written or shown.
             step: optimizer steps already done.
             total_steps: of the whole training, for the bar.
             console: where people read; by default stderr.
@@ -47,17 +49,18 @@ class Meter:
         self._logged_pace = Pace()
         self._logged_step = step
         self._last_line = -math.inf
-        self._console = console or Console(stderr=True)
-        self._log = log
         self._stack = contextlib.ExitStack()
+        self._console = console or Console(stderr=True, quiet=log is None)
+        self._log = log
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
         self._bar = Progress(*columns, console=self._console)
         self._task = self._bar.add_task("training", total=total_steps, completed=step)
 
     def __enter__(self) -> Meter:
         """Opens the log and, on a terminal, shows the bar."""
-        _keep_until(self._log, self._logged_step)
-        self._file = self._stack.enter_context(open(self._log, "a", encoding="utf-8"))
+        if self._log is not None:
+            _keep_until(self._log, self._logged_step)
+        self._file = self._stack.enter_context(open(self._log or os.devnull, "a", encoding="utf-8"))
         if self._console.is_terminal:
             self._stack.enter_context(self._bar)
         return self

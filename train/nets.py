@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,19 +14,13 @@ from alexprep.shards.layout import read_dataset
 from alexprep.train import checkpoint, runs
 from alexprep.train.config import recipe_of
 from alexprep.train.data import memory_format
+from alexprep.train.places import Place, saved_checkpoint
 from alexprep.train.recipes import Recipe
 from alexprep.train.state import load_weights
 
 # The parts of a recipe that outputs of a trained network depend on; the others belong to the training that is over.
 NETWORK = ("network", "width")
 PIXELS = ("crop", "scale", "evaluation_scale", "mean", "std")
-
-
-class Place(NamedTuple):
-    """A checkpoint of a run."""
-
-    run: Path
-    step: int | None = None  # None: the newest valid one
 
 
 @dataclass(frozen=True)
@@ -72,20 +65,6 @@ class Net:
         return dataset if dataset["digest"] == self.data_digest else None
 
 
-def place_named(folder: Path, text: str | None) -> Place:
-    """The checkpoint that RUN or RUN@STEP names in a folder of runs; None for the run last active.
-
-    Raises:
-        AlexprepError: there is no such run, or STEP is no number.
-    """
-    if text is None or "@" not in text:
-        return Place(runs.find_run(folder, text))
-    name, _, step = text.rpartition("@")
-    if not re.fullmatch(r"\d{1,18}", step):
-        raise AlexprepError(f"{text}: {step!r} is no step; write RUN@STEP, for example {name or 'alexnet'}@1000")
-    return Place(runs.find_run(folder, name), int(step))
-
-
 def open_net(place: Place, device: torch.device) -> Net:
     """Reads a checkpoint and makes its network.
 
@@ -94,7 +73,7 @@ def open_net(place: Place, device: torch.device) -> Net:
     """
     run = place.run
     config = runs.read_config(run)
-    saved, skipped = _checkpoint(place)
+    saved, skipped = saved_checkpoint(place)
     identity = saved.facts["identity"]
     recipe = recipe_of(config["options"])
     if changes := checkpoint.differences(_shown(identity["recipe"]), _shown(recipe.describe())):
@@ -174,24 +153,3 @@ def _shown(recipe: dict[str, Any]) -> dict[str, Any]:
     augmentation = recipe.get("augmentation", {})
     parts = {name: recipe.get(name) for name in NETWORK}
     return parts | {"augmentation": {name: augmentation.get(name) for name in PIXELS}}
-
-
-def _checkpoint(place: Place) -> tuple[checkpoint.Checkpoint, list[str]]:
-    run, step = place
-    folder = run / runs.CHECKPOINTS
-    if step is None:
-        saved, skipped = checkpoint.newest(folder)
-        if saved is None:
-            raise AlexprepError(f"{run} has no valid checkpoint: {'; '.join(skipped) or 'none was saved yet'}")
-        return saved, skipped
-    matches = (checkpoint.MARK.fullmatch(path.name) for path in folder.glob("step-*.json"))
-    steps = {int(match[1]): folder / match[0] for match in matches if match}
-    if step not in steps:
-        there = ", ".join(map(str, sorted(steps))) or "none"
-        raise AlexprepError(
-            f"{run} has no checkpoint of step {step}: there are {there} (`--keep` says how many are kept)"
-        )
-    try:
-        return checkpoint.read(steps[step]), []
-    except checkpoint.Damaged as error:
-        raise AlexprepError(f"the checkpoint of step {step} of {run} is damaged: {error}") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -13,7 +14,11 @@ from torch import nn
 from alexprep.shards.errors import AlexprepError
 from alexprep.train.checkpoint import Checkpoint
 from alexprep.train.data import memory_format
+from alexprep.train.init_from import saved_weights
 from alexprep.train.optim import MomentumSGD, parameter_groups
+from alexprep.train.parallel.schemes import Parallel
+from alexprep.train.parallel.split import Scheme
+from alexprep.train.parallel.world import World
 from alexprep.train.recipes import Recipe
 from alexprep.train.schedule import ScheduleState, unmatched_patterns
 from alexprep.train.sums import Sums
@@ -34,7 +39,15 @@ class Position:
 class TrainingState:
     """Network, velocity, random numbers, sums and position."""
 
-    def __init__(self, recipe: Recipe, classes: int, seed: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        classes: int,
+        seed: int,
+        device: torch.device,
+        world: World | None = None,
+        scheme: Scheme = "single",
+    ) -> None:
         """The state before the first step.
 
         Args:
@@ -42,13 +55,16 @@ class TrainingState:
             classes: outputs of the network.
             seed: of the initial weights and of dropout. torch's default generators are seeded with it.
             device: where it all lives.
+            world: the ranks that share the training; None for this process alone.
+            scheme: how they share it, see `alexprep.train.parallel.split.part_of`.
 
         Raises:
-            AlexprepError: the recipe's schedule or decays name a layer that its network does not have.
+            AlexprepError: the recipe's schedule or decays name a layer that its network does not have, or the network cannot be
+                shared so.
         """
         torch.manual_seed(seed)
         network = recipe.make_network(classes, seed)
-        self.network: nn.Module = network.to(device=device, memory_format=memory_format(device))  # type: ignore[call-overload]
+        self.parallel = Parallel(network, scheme, world or World.alone(device), memory_format=memory_format(device))
         groups = parameter_groups(
             self.network,
             decay=recipe.decay,
@@ -67,6 +83,11 @@ class TrainingState:
         self.position = Position()
         self.device = device
 
+    @property
+    def network(self) -> nn.Module:
+        """This rank's part of the network; alone, the whole."""
+        return self.parallel.network
+
     def learning_rate(self, recipe: Recipe) -> float:
         """The rate of this epoch: that of the weights whose layer has none of its own."""
         return recipe.schedule.rate(recipe.lr, ".weight", self.position.epoch, self.position.schedule)
@@ -80,12 +101,12 @@ class TrainingState:
         self.optimizer.set_rates(self._rates)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Everything for a checkpoint that is a tensor, live, by name.
+        """Everything for a checkpoint that is a tensor, by name, with no trace of the scheme. All ranks call it.
 
         Raises:
             AlexprepError: a weight is NaN or infinite.
         """
-        weights = self.network.state_dict()
+        weights = self.parallel.gather_state()
         spoilt = [name for name, weight in weights.items() if not torch.isfinite(weight).all()]
         if spoilt:
             raise AlexprepError(
@@ -97,7 +118,10 @@ class TrainingState:
             random["random.cuda"] = torch.cuda.get_rng_state(self.device)
         return (
             {f"weight.{name}": weight for name, weight in weights.items()}
-            | {f"velocity.{number:03d}": velocity for number, velocity in enumerate(self.optimizer.velocities())}
+            | {
+                f"velocity.{number:03d}": velocity
+                for number, velocity in enumerate(self.parallel.gather_velocities(self.optimizer))
+            }
             | random
             | {"sums": self.sums.totals}
         )
@@ -109,9 +133,9 @@ class TrainingState:
     def restore(self, checkpoint: Checkpoint) -> None:
         """Becomes what `tensors` and `facts` were taken from. The recipe and the classes must be the same; the caller checks."""
         tensors = checkpoint.tensors
-        load_weights(self.network, checkpoint)
-        for number, velocity in enumerate(self.optimizer.velocities()):
-            velocity.copy_(tensors[f"velocity.{number:03d}"])
+        self.parallel.scatter_state(saved_weights(checkpoint))
+        count = len(self.optimizer.velocities())
+        self.parallel.scatter_velocities(self.optimizer, [tensors[f"velocity.{number:03d}"] for number in range(count)])
         torch.set_rng_state(tensors["random.cpu"])
         if self.device.type == "cuda" and "random.cuda" in tensors:
             torch.cuda.set_rng_state(tensors["random.cuda"], self.device)
@@ -122,20 +146,17 @@ class TrainingState:
 
 def load_weights(network: nn.Module, checkpoint: Checkpoint) -> None:
     """Copies a checkpoint's weights into a network of the same recipe."""
-    prefix = "weight."
-    network.load_state_dict(
-        {name.removeprefix(prefix): tensor for name, tensor in checkpoint.tensors.items() if name.startswith(prefix)}
-    )
+    network.load_state_dict(saved_weights(checkpoint))
 
 
-def weights_digest(network: nn.Module) -> str:
+def weights_digest(weights: Mapping[str, torch.Tensor]) -> str:
     """The sha256, in hex, of all weights' names, shapes and bits: equal for networks that are equal to the last bit.
 
-    >>> weights_digest(nn.Linear(2, 1)) == weights_digest(nn.Linear(2, 1))
+    >>> weights_digest(nn.Linear(2, 1).state_dict()) == weights_digest(nn.Linear(2, 1).state_dict())
     False
     """
     digest = hashlib.sha256()
-    for name, weight in sorted(network.state_dict().items()):
+    for name, weight in sorted(weights.items()):
         array: np.ndarray[Any, Any] = weight.detach().cpu().contiguous().numpy()
         digest.update(f"{name} {array.dtype} {array.shape}".encode())
         digest.update(array.tobytes())

@@ -1,0 +1,132 @@
+"""A training shared by processes, through `alexprep train`: the run that it would be in one process, whoever goes on with it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from alexprep.shards.errors import AlexprepError
+from alexprep.train.config import TrainConfig
+
+SECONDS = 150
+
+
+def _command(data: Path, runs: Path, name: str, *words: str) -> list[str]:
+    options = ["--data", str(data), "--recipe", "tiny", "--runs", str(runs), "--name", name, "--device", "cpu"]
+    return [
+        sys.executable,
+        "-m",
+        "alexprep.cli",
+        "train",
+        *options,
+        "--batch-size",
+        "13",
+        "--checkpoint-steps",
+        "2",
+        *words,
+    ]
+
+
+def _train(data: Path, runs: Path, name: str, *words: str) -> dict[str, Any]:
+    done = subprocess.run(
+        [*_command(data, runs, name, *words), "--json"], capture_output=True, text=True, timeout=SECONDS, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    summary: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return summary
+
+
+def _weights(runs: Path, name: str) -> dict[str, torch.Tensor]:
+    newest = max((runs / name / "checkpoints").glob("*.safetensors"))
+    return {key: value for key, value in load_file(newest).items() if not key.startswith("random")}
+
+
+def _steps(runs: Path, name: str) -> list[int]:
+    lines = (runs / name / "log.jsonl").read_text().splitlines()
+    return [record["step"] for record in map(json.loads, lines) if record["kind"] == "steps"]
+
+
+@pytest.fixture(scope="module")
+def alone(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of six steps, in an epoch of four, in one process."""
+    runs = tmp_path_factory.mktemp("alone")
+    assert _train(data, runs, "one", "--steps", "6")["ranks"] == 1
+    return runs
+
+
+def _agree(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        scale = tensor.abs().max().item() + 1e-6
+        assert (tensor - theirs[name]).abs().max().item() < 2e-4 * scale, name
+
+
+def test_begun_on_two_ranks_and_gone_on_with_on_one_and_two(alone: Path, data: Path, tmp_path: Path) -> None:
+    """The same samples in the same order, the same weights but for rounding, one log and one kind of checkpoint throughout."""
+    first = _train(data, tmp_path, "run", "--gpus", "2", "--scheme", "towers", "--steps", "3")
+    assert (first["ranks"], first["steps"]) == (2, 3)
+    assert _train(data, tmp_path, "run", "--resume", "--steps", "5")["ranks"] == 1
+    last = _train(data, tmp_path, "run", "--resume", "--gpus", "2", "--scheme", "hybrid", "--steps", "6")
+    assert last["steps"] == 6
+    _agree(_weights(alone, "one"), _weights(tmp_path, "run"))
+    assert _steps(tmp_path, "run") == sorted(set(_steps(tmp_path, "run")))
+
+
+def test_ddp_over_an_epoch_that_does_not_divide(alone: Path, data: Path, tmp_path: Path) -> None:
+    _train(data, tmp_path, "run", "--gpus", "2", "--scheme", "ddp", "--steps", "6")
+    _agree(_weights(alone, "one"), _weights(tmp_path, "run"))
+
+
+def test_sigterm_lets_all_ranks_save_and_leave(data: Path, tmp_path: Path) -> None:
+    command = _command(data, tmp_path, "run", "--gpus", "2", "--epochs", "500")
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        end = time.monotonic() + SECONDS
+        log = tmp_path / "run" / "log.jsonl"
+        while (not log.exists() or log.read_text().count("\n") < 3) and time.monotonic() < end:
+            assert process.poll() is None, process.communicate()[1][-3000:]
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=SECONDS)
+    assert process.returncode == 128 + signal.SIGTERM, said[-3000:]
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["stopped_by"] == "SIGTERM" and f"stopped by SIGTERM after step {summary['steps']}" in said
+
+
+def test_torchrun_s_ranks_need_a_name(data: Path, tmp_path: Path) -> None:
+    environment = {**os.environ, "WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    words = ["train", "--data", str(data), "--recipe", "tiny", "--runs", str(tmp_path), "--device", "cpu"]
+    done = subprocess.run(
+        [sys.executable, "-m", "alexprep.cli", *words],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 1 and "give --name" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"ranks": 0}, "ranks is 0"),
+        ({"ranks": 2, "scheme": "single"}, "scheme single does not go with 2 ranks"),
+        ({"scheme": "towers"}, "scheme towers does not go with 1 ranks"),
+        ({"ranks": 2, "scheme": "pipeline"}, "scheme 'pipeline' is not one of"),
+    ],
+)
+def test_schemes_that_do_not_fit(options: Any, words: str, tmp_path: Path) -> None:
+    with pytest.raises(AlexprepError, match=words):
+        TrainConfig(tmp_path, **options)
+    assert TrainConfig(tmp_path, ranks=2).chosen_scheme == "towers"
+    assert TrainConfig(tmp_path, ranks=3).chosen_scheme == "ddp"

@@ -1,0 +1,77 @@
+"""What a rank's network is fed, and from which place on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from alexprep.train.config import Job, TrainConfig
+from alexprep.train.data import BatchSource, Examples, OpenLoader, examples, layout_for
+from alexprep.train.host import Stopped, StopRequest
+from alexprep.train.init_from import init_from, saved_weights
+from alexprep.train.parallel.schemes import Parallel
+from alexprep.train.places import place_named, saved_checkpoint
+from alexprep.train.state import TrainingState
+
+
+def open_split(job: Job, open_loader: OpenLoader, split: str, shard: tuple[int, int]) -> BatchSource:
+    """A rank's loader of a split; `shard` is its (rank, world_size)."""
+    training = split == "train"
+    return open_loader(
+        job.config.data,
+        split,
+        batch_size=job.recipe.batch_size,
+        augmentation=job.recipe.augmentation,
+        views="random" if training else "centre",
+        order="shuffle" if training else "sequential",
+        seed=job.seed,
+        rank=shard[0],
+        world_size=shard[1],
+        device=str(job.device),
+        layout=layout_for(job.device),
+        threads=job.config.threads,
+    )
+
+
+def loader_position(loader: BatchSource, state: TrainingState) -> dict[str, int]:
+    """The loader's state at the training's position. After an epoch's last step it is the next epoch's beginning."""
+    epoch, step = state.position.epoch, state.position.epoch_step
+    return loader.state_dict() | (
+        {"epoch": epoch, "step": step} if step < len(loader) else {"epoch": epoch + 1, "step": 0}
+    )
+
+
+def own_examples(job: Job, loader: BatchSource) -> Iterator[Examples]:
+    """What is left of the loader's epoch, as networks want it."""
+    return examples(loader, layout_for(job.device))
+
+
+def until_stopped(parallel: Parallel, batches: Iterator[Examples], stop: StopRequest) -> Iterator[Examples]:
+    """The ranks' batches; raises `Stopped` on all of them where one was asked to stop."""
+    for batch in parallel.batches(batches, lambda: stop.signal):
+        if parallel.requested is not None:
+            raise Stopped
+        yield batch
+
+
+def where(parallel: Parallel) -> str:
+    """The devices, for people."""
+    world = parallel.world
+    return str(world.device) if world.size == 1 else f"{world.size} ranks ({parallel.scheme}), {world.device.type}"
+
+
+def begin_with(parallel: Parallel, config: TrainConfig) -> list[str]:
+    """Gives a network the weights of another run; what to say about it. Every rank does the same to the whole state.
+
+    Raises:
+        AlexprepError: there is no such checkpoint, or it does not fit.
+    """
+    source, notes = saved_checkpoint(place_named(config.runs, config.init_from))
+    layers = config.init_layers or "matching"
+    whole = parallel.gather_state()
+    report = init_from(
+        whole,
+        saved_weights(source),
+        "matching" if layers == "matching" else [part.strip() for part in layers.split(",")],
+    )
+    parallel.scatter_state(whole)
+    return [*notes, *report.sentences()]

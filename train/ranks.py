@@ -1,0 +1,63 @@
+"""A training shared by several processes: ranks started here, or by torchrun."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from alexprep.shards.errors import AlexprepError
+from alexprep.train.config import TrainConfig, prepare
+from alexprep.train.loop import train
+from alexprep.train.parallel.launch import launch
+from alexprep.train.parallel.world import World, from_environment
+
+
+def train_anyhow(config: TrainConfig) -> dict[str, Any]:
+    """Trains in this process, in `config.ranks` processes of this machine, or as one of torchrun's ranks.
+
+    Returns:
+        The summary, see `alexprep.train.loop.train`.
+
+    Raises:
+        AlexprepError: see there; or a rank died or did not answer, which ends the others.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return _joined(config)
+    if config.ranks == 1:
+        return train(config)
+    # This process makes the run, and the ranks go on with it: so none of them has to tell the others its name.
+    job = prepare(config)
+    going_on = replace(config, data=config.data.resolve(), runs=config.runs.resolve(), name=job.run.name, resume=True)
+    arguments = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(going_on).items()}
+    results = launch("alexprep.train.ranks:train_rank", config.ranks, {"options": arguments}, device=config.device)
+    summary: dict[str, Any] = results[0]
+    return summary
+
+
+def train_rank(world: World, options: Mapping[str, Any]) -> dict[str, Any]:
+    """One rank's part; `options` are a `TrainConfig`'s as JSON values."""
+    paths = {name: Path(options[name]) for name in ("data", "runs")}
+    return train(TrainConfig(**{**options, **paths}), world=world)
+
+
+def _joined(config: TrainConfig) -> dict[str, Any]:
+    """torchrun's way: rank 0 makes the run, and all go on with it."""
+    if config.name is None:
+        raise AlexprepError("under torchrun the ranks need a common name for the run: give --name")
+    world = from_environment(config.device)
+    config = replace(config, ranks=world.size)
+    failure: AlexprepError | None = None
+    if world.leads and not config.resume:
+        try:
+            prepare(config, world.device)
+        except AlexprepError as error:
+            failure = error
+    if world.any(failure is not None):
+        raise failure or AlexprepError("rank 0 could not begin the run, see its message")
+    try:
+        return train(replace(config, resume=True), world=world)
+    finally:
+        world.close()
