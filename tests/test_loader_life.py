@@ -226,9 +226,9 @@ def test_memory_stays_flat(kind: str, data: Path, tmp_path: Path) -> None:
         data = spoil_copy(data, tmp_path)
         options["on_bad"] = "skip"
     with _open(data, **options) as loader:
-        _rest(loader, 100)
+        _rest(loader, 40)
         before = _resident_mib()
-        for _ in range(400 if kind == "good" else 100):
+        for _ in range(150 if kind == "good" else 50):
             for _batch in loader:
                 pass
         assert _resident_mib() < before + 8

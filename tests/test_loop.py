@@ -191,7 +191,9 @@ def test_it_learns_and_tells(data: Path, capsys: pytest.CaptureFixture[str]) -> 
     run = data.parent / "runs" / "small"
     assert summary["val_top1_error"] < 20
     assert summary == json.loads((run / "summary.json").read_text())
-    keys = "run recipe device steps epochs epoch_steps train_loss val_split val_top1_error val_top5_error val_loss"
+    keys = (
+        "run recipe device ranks steps epochs epoch_steps train_loss val_split val_top1_error val_top5_error val_loss"
+    )
     keys += " images_per_second data_wait_ms step_ms seconds weights_sha256 stopped_by"
     assert list(summary) == keys.split()
     assert (summary["steps"], summary["epochs"], summary["val_split"], summary["stopped_by"]) == (18, 3, "val", None)
