@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from alexprep.shards.versions import versions
+from alexprep.shards.versions import processor, versions
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -44,7 +44,7 @@ def report(name: str, figures: dict[str, Any], save: bool) -> None:
         "command": _command(),
         "commit": _commit(),
         "date": time.strftime("%Y-%m-%d"),
-        "machine": {"processor": _processor(), "cores": len(os.sched_getaffinity(0)), "gpu": _gpu()},
+        "machine": {"processor": processor(), "cores": len(os.sched_getaffinity(0)), "gpu": _gpu()},
         "versions": {"python": platform.python_version(), **versions("numpy", "torch", "dali", "nvimgcodec", "pillow")},
         "figures": {key: round(value, 4) if isinstance(value, float) else value for key, value in figures.items()},
     }
@@ -65,12 +65,6 @@ def _command() -> str:
 def _commit() -> str:
     done = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
     return done.stdout.strip() or "unknown"
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.machine()
 
 
 def _gpu() -> str | None:

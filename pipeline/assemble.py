@@ -153,9 +153,8 @@ def _whole(settings: Settings) -> DataNode:
 
 
 def _shape(augmentation: Augmentation, settings: Settings) -> DataNode | tuple[int, int]:
-    if augmentation.crop is None or augmentation.scale is not None:
-        return _input(settings, "shape")
-    return (augmentation.crop, augmentation.crop)
+    side = augmentation.crop
+    return _input(settings, "shape") if side is None or not augmentation.fixed_windows else (side, side)
 
 
 def _pixels(settings: Settings) -> DataNode:

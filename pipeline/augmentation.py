@@ -86,6 +86,11 @@ class Augmentation:
         return self.mean in ("crop", "centre")
 
     @property
+    def fixed_windows(self) -> bool:
+        """Whether all windows have one height and width, the crop's, whatever is drawn and however large the images are."""
+        return self.crop is not None and self.scale is None
+
+    @property
     def needs_statistics(self) -> bool:
         """Whether the data set's mean image, channel moments or eigenpairs are used."""
         return self.windowed_mean or "channel" in (self.mean, self.std) or self.noise != "none"

@@ -152,10 +152,6 @@ def _ours(folder: Path, split: str) -> Dataset:
 def _others(source: Source, split: str, cache: Path | None) -> Dataset:
     found = index_tars(source, split, cache=cache)
     samples = TarSamples(dict(enumerate(found.paths)), found.records)
-    if not len(samples):
-        raise AlexprepError(
-            f"no sample of {source} can be used; the first one: {found.bad[0] if found.bad else 'none'}"
-        )
     sizes = np.stack([found.records["height"], found.records["width"]], axis=1).astype(np.int32)
     size = int(sizes[0, 0]) if (sizes == sizes[0, 0]).all() else None
     return Dataset(samples, sizes, size, False, found.digest, found.classes, found.bad, None)

@@ -95,8 +95,7 @@ class Feed:
         return inputs
 
     def _shape(self, windows_N4: NDArray[np.int32]) -> dict[str, NDArray[np.int32]]:
-        fixed = self.augmentation.crop is not None and self.augmentation.scale is None
-        return {} if fixed else {"shape": np.ascontiguousarray(windows_N4[:, 2:])}
+        return {} if self.augmentation.fixed_windows else {"shape": np.ascontiguousarray(windows_N4[:, 2:])}
 
     def _mean_windows(self, corners: NDArray[np.int64], reflected: NDArray[np.bool_]) -> list[NDArray[np.float32]]:
         side = self.augmentation.crop or 0

@@ -18,7 +18,7 @@ from alexprep.pipeline.engine import Engine, Step
 from alexprep.pipeline.feed import Feed, Views
 from alexprep.pipeline.graph import Dtype, Layout
 from alexprep.pipeline.order import Order
-from alexprep.pipeline.plan import StepPlan
+from alexprep.pipeline.plan import BLOCK_SHARDS, StepPlan
 from alexprep.pipeline.tuning import Tuning
 from alexprep.shards.errors import AlexprepError, whole_number
 from alexprep.shards.stats import Statistics
@@ -68,7 +68,7 @@ class Loader:
         augmentation: Augmentation | str = "paper",
         views: Views = "random",
         order: Order = "shuffle",
-        block_shards: int = 16,
+        block_shards: int = BLOCK_SHARDS,
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
@@ -212,9 +212,8 @@ class Loader:
             step, images = engine.take()
             labels = torch.from_numpy(self._dataset.samples.labels[step.rows]).to(images.device)
             self._filled()
-        except (
-            BaseException
-        ):  # also Ctrl-C: what is under way no longer fits the state, which still points at this batch
+        except BaseException:
+            # Also after Ctrl-C: what is under way no longer fits the state, which still points at this batch.
             self._abandon()
             raise
         self.epoch, self.step = self._plan.after(step.epoch, step.number)

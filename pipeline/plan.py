@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 from alexprep.pipeline.order import Order, block_order, epoch_order, rank_part, steps_per_epoch
 from alexprep.shards.errors import AlexprepError, whole_number
 
+BLOCK_SHARDS = 16  # of a block, unless told otherwise
+
 
 @dataclass
 class StepPlan:

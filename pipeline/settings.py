@@ -59,7 +59,7 @@ def fed(augmentation: Augmentation, settings: Settings) -> frozenset[str]:
     """
     names = {"encoded", "start", "mirror"}
     noise = augmentation.noise != "none"
-    if augmentation.crop is None or augmentation.scale is not None:
+    if not augmentation.fixed_windows:
         names.add("shape")
     if settings.by_rows and (augmentation.crop or settings.size) and not augmentation.keeps_bytes:
         if augmentation.windowed_mean:

@@ -15,6 +15,7 @@ from alexprep.pipeline.augmentation import Augmentation, augmentation_named
 from alexprep.pipeline.dataset import Dataset, open_dataset
 from alexprep.pipeline.loader import Batch, Loader
 from alexprep.pipeline.order import block_order, epoch_order, shuffle_quality
+from alexprep.pipeline.plan import BLOCK_SHARDS
 from alexprep.pipeline.search import Found, Say, dimensions, search
 from alexprep.pipeline.tuning import Machine, Tuning, this_machine
 from alexprep.shards.errors import AlexprepError
@@ -26,7 +27,6 @@ BATCH_SIZES = {
     "cuda": (128, 256, 512, 1024),
 }  # the first is the recipe's, and the one that is searched at
 _LEAST_STEPS = 3  # that are measured in a turn
-_BLOCK_SHARDS = 16  # as `Loader`'s default
 
 
 @dataclass(frozen=True)
@@ -203,7 +203,7 @@ def _shuffle_qualities(dataset: Dataset) -> dict[str, float]:
         return {}
     orders = {
         "shuffle": epoch_order(0, 0, count),
-        "blocks": block_order(0, 0, shards_N, _BLOCK_SHARDS),
+        "blocks": block_order(0, 0, shards_N, BLOCK_SHARDS),
         "sequential": np.arange(count),
     }
     return {name: shuffle_quality(order) for name, order in orders.items()}

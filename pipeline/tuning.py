@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -20,15 +19,9 @@ from typing import Any, Literal, NamedTuple
 from alexprep.pipeline.graph import HW_DECODER_LOAD
 from alexprep.shards.engines import cores
 from alexprep.shards.errors import AlexprepError, number_within, whole_number
-from alexprep.shards.files import folder_at, publish_json
+from alexprep.shards.files import folder_at, publish_json, user_cache
 from alexprep.shards.layout import DATASET, TUNING
-
-_KINDS = {
-    "threads": (int, type(None)),
-    "prefetch": (int,),
-    "decode": (str, type(None)),
-    "hw_decoder_load": (int, float),
-}
+from alexprep.shards.versions import processor
 
 
 @dataclass(frozen=True)
@@ -154,7 +147,7 @@ def save_tuning(data: str | Path, machine: Machine, entry: Mapping[str, Any]) ->
 def this_machine(device: str) -> Machine:
     """The machine that this process runs on, as seen by a loader on `device`."""
     kind = device.partition(":")[0]
-    return Machine(_processor(), cores(), _gpu_name(device) if kind == "cuda" else None, kind)
+    return Machine(processor(), cores(), _gpu_name(device) if kind == "cuda" else None, kind)
 
 
 def is_ours(data: str | Path) -> bool:
@@ -165,11 +158,9 @@ def is_ours(data: str | Path) -> bool:
 def _places(data: str | Path, machine: Machine) -> dict[Path, str]:
     """Where settings may lie, the best place first, with the entry's name there."""
     places = {folder_at(data) / TUNING: str(machine)} if is_ours(data) else {}
-    caches = (Path(os.environ.get("XDG_CACHE_HOME", "")), Path(os.path.expanduser("~/.cache")))
-    cache = next((folder for folder in caches if folder.is_absolute()), None)
-    if cache is not None:
+    if cache := user_cache():
         where = str(data) if "://" in str(data) else os.path.abspath(data)
-        places[cache / "alexprep" / TUNING] = f"{machine}: {where}"
+        places[cache / TUNING] = f"{machine}: {where}"
     return places
 
 
@@ -188,20 +179,7 @@ def _machines(path: Path) -> tuple[dict[str, Any], str | None]:
 
 def _settings(values: Mapping[str, Any]) -> Tuning:
     """Settings as they stand in a file."""
-    for field in fields(Tuning):
-        value = values[field.name]
-        if not isinstance(value, _KINDS[field.name]) or isinstance(value, bool):
-            raise TypeError(f"{field.name} is {value!r}")
     return Tuning(**{field.name: values[field.name] for field in fields(Tuning)})
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.machine()
 
 
 def _gpu_name(device: str) -> str:

@@ -168,3 +168,9 @@ def remove_temporaries(folder: Path) -> None:
 def digest_json(document: Any) -> str:
     """The sha256, in hex, of a document's canonical JSON (sorted keys, no spaces)."""
     return hashlib.sha256(json.dumps(document, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def user_cache() -> Path | None:
+    """Where this user's caches of alexprep lie: in $XDG_CACHE_HOME or ~/.cache; None where neither is an absolute path."""
+    folders = (Path(os.environ.get("XDG_CACHE_HOME", "")), Path(os.path.expanduser("~/.cache")))
+    return next((folder / "alexprep" for folder in folders if folder.is_absolute()), None)

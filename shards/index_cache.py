@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alexprep.shards.errors import AlexprepError
-from alexprep.shards.files import json_bytes, published
+from alexprep.shards.files import json_bytes, published, user_cache
 from alexprep.shards.tar_scan import TAR_INDEX_DTYPE, Part
 
 WAIT_SECONDS = 3600.0  # for another process that scans the same folder
@@ -86,9 +86,8 @@ def _places(folder: Path, cache: Path | None) -> list[Path]:
     name = f"{hashlib.sha256(os.fsencode(folder)).hexdigest()[:24]}.npz"
     if cache is not None:
         return [cache / name]
-    users = (Path(os.environ.get("XDG_CACHE_HOME", "")), Path(os.path.expanduser("~/.cache")))
-    user = next((place / "alexprep" / name for place in users if place.is_absolute()), None)
-    return [folder / ".alexprep" / "tars.npz", *([user] if user else [])]
+    user = user_cache()
+    return [folder / ".alexprep" / "tars.npz", *([user / name] if user else [])]
 
 
 def _unchanged(folder: Path, names: Sequence[str], places: list[Path]) -> tuple[dict[str, Kept], dict[str, Stamp]]:

@@ -1,8 +1,10 @@
-"""Which software made something."""
+"""Which software made something, and on which processor."""
 
 from __future__ import annotations
 
 import importlib.metadata
+import platform
+from pathlib import Path
 
 # What a library is called → the distributions that may hold it, one per CUDA version.
 _DISTRIBUTIONS = {
@@ -27,3 +29,13 @@ def _version(name: str) -> str:
         except importlib.metadata.PackageNotFoundError:
             continue
     return "not installed"
+
+
+def processor() -> str:
+    """The processor's model, as the system names it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.machine()

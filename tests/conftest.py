@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from alexprep.shards import stats
@@ -86,3 +89,27 @@ def seed(request: pytest.FixtureRequest) -> Iterator[int]:
     value = 20_261_121
     yield value
     print(f"seed {value} in {request.node.name}")  # noqa: T201
+
+
+@pytest.fixture
+def deadline(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Ends a test that takes longer than its module's `SECONDS`."""
+    seconds: int = request.module.SECONDS
+
+    def late(number: int, frame: FrameType | None) -> None:
+        raise TimeoutError(f"not done in {seconds} seconds")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(seconds)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For work so small that torch's threads would only wait for each other, long where the machine is busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

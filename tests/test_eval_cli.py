@@ -5,14 +5,13 @@ from __future__ import annotations
 import csv
 import json
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import torch
 from scipy.io import savemat
 
 from alexprep.cli.main import main
@@ -31,13 +30,7 @@ WNIDS = ["n05", "n03", "n01", "n06", "n02", "n04"]  # by ILSVRC ID, from 1
 UNREADABLE = "ILSVRC2012_test_00000003.JPEG"
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """The work is so small that threads would only wait for each other, long where the machine is busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def untrained(runs: Path, name: str, data: Path, seed: int) -> None:

@@ -6,11 +6,10 @@ import importlib.util
 import json
 import re
 import runpy
-import signal
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -25,7 +24,7 @@ from alexprep.pipeline import Augmentation, Loader
 
 EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"
 SMALL = ["--crop", "48"]
-_DEADLINE_S = 120
+SECONDS = 120
 
 Script = Callable[..., str]
 
@@ -67,16 +66,7 @@ def _process(*words: str | Path) -> None:
     assert process.returncode == 0, output
 
 
-@pytest.fixture(autouse=True)
-def _deadline() -> Iterator[None]:
-    def late(*_: object) -> None:
-        raise TimeoutError(f"not done in {_DEADLINE_S} s")
-
-    before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(_DEADLINE_S)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
+pytestmark = pytest.mark.usefixtures("deadline")
 
 
 def test_every_example_is_run_here_and_says_how() -> None:

@@ -8,7 +8,6 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,18 +30,9 @@ FLOAT32 = ("alexnet", "tiny")
 SCHEMES = ("ddp", "towers", "hybrid")
 
 
-@pytest.fixture(autouse=True)
-def deadline() -> Iterator[None]:
-    """A test that waits fails, and does not hang."""
+SECONDS = 90  # for each test
 
-    def late(number: int, frame: Any) -> None:
-        raise TimeoutError("the test took longer than 90 s")
-
-    former = signal.signal(signal.SIGALRM, late)
-    signal.alarm(90)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, former)
+pytestmark = pytest.mark.usefixtures("deadline")
 
 
 @pytest.fixture(scope="module")

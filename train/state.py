@@ -14,7 +14,7 @@ from torch import nn
 from alexprep.shards.errors import AlexprepError
 from alexprep.train.checkpoint import Checkpoint
 from alexprep.train.data import memory_format
-from alexprep.train.init_from import saved_weights
+from alexprep.train.init_from import PREFIX, saved_weights
 from alexprep.train.optim import MomentumSGD, parameter_groups
 from alexprep.train.parallel.schemes import Parallel
 from alexprep.train.parallel.split import Scheme
@@ -117,7 +117,7 @@ class TrainingState:
         if self.device.type == "cuda":
             random["random.cuda"] = torch.cuda.get_rng_state(self.device)
         return (
-            {f"weight.{name}": weight for name, weight in weights.items()}
+            {f"{PREFIX}{name}": weight for name, weight in weights.items()}
             | {
                 f"velocity.{number:03d}": velocity
                 for number, velocity in enumerate(self.parallel.gather_velocities(self.optimizer))
