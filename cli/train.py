@@ -11,7 +11,7 @@ from alexprep.cli.options import device_option, json_option, local_data_option, 
 # The registry is alexprep.train.recipes.RECIPES, which this list must equal; importing it here would import torch for --help.
 RECIPES = (
     *("alexnet", "alexnet-2012", "alexnet-1gpu", "alexnet-6conv", "alexnet-6conv-tune", "alexnet-owt"),
-    *("cifar10-quick", "tiny"),
+    *("cifar10-quick", "cifar10-13pct", "cifar10-11pct", "cifar10-relu", "cifar10-tanh", "tiny"),
 )
 AT_LEAST_1 = click.IntRange(min=1)
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from alexprep.shards.errors import AlexprepError
+from alexprep.train.local import LocallyConnected2d
 
 _Window = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -142,7 +143,7 @@ def initialise(
     """Draws every weight from N(0, deviation²) and sets every bias to a constant, in place.
 
     Args:
-        network: its convolutions and linear layers are drawn in order of definition.
+        network: its convolutions, linear and locally connected layers are drawn in order of definition.
         seed: of a generator of its own: the same seed gives the same weights, whatever was drawn before.
         deviations: standard deviation by layer name.
         biases: what a layer's biases start at, by layer name; 0 for the others.
@@ -150,7 +151,7 @@ def initialise(
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, layer in network.named_modules():
-            if isinstance(layer, (nn.Conv2d, nn.Linear)) and layer.bias is not None:
+            if isinstance(layer, (nn.Conv2d, nn.Linear, LocallyConnected2d)) and layer.bias is not None:
                 layer.weight.normal_(0.0, deviations[name], generator=generator)
                 layer.bias.fill_(biases.get(name, 0.0))
 

@@ -1,4 +1,4 @@
-"""The recipes by name, and those for small images."""
+"""The recipes by name, and the one for trying things out."""
 
 from __future__ import annotations
 
@@ -14,30 +14,12 @@ from alexprep.train.alexnet_recipes import (
     alexnet_2012,
     alexnet_owt,
 )
+from alexprep.train.cifar_recipes import cifar10_11pct, cifar10_13pct, cifar10_quick, cifar10_relu, cifar10_tanh
 from alexprep.train.recipe import NetworkFactory, Recipe
 from alexprep.train.schedule import Steps
-from alexprep.train.small_networks import cifar10_quick_net, tiny_net
+from alexprep.train.small_networks import tiny_net
 
 __all__ = ["RECIPES", "NetworkFactory", "Recipe", "alexnet", "recipe_named"]
-
-
-def cifar10_quick() -> Recipe:
-    """cuda-convnet's fast CIFAR-10 net and its decays; mirrors, twice its rate and 15 epochs bring its 26 % error to 22 %.
-
-    The original (layer-params-80sec.cfg) has no augmentation, rate 0.001, divided by 10 after 8 epochs.
-    """
-    return Recipe(
-        name="cifar10-quick",
-        network=cifar10_quick_net,
-        augmentation=Augmentation(crop=32, mirror=True, mean="crop", noise="none"),
-        stored_sizes=(32, 32),
-        schedule=Steps(after=(12, 14)),
-        epochs=15,
-        lr=0.002,
-        decay=0.004,
-        layer_decay={"fc4": 0.03, "fc5": 0.03},
-        bias_lr_factor=2.0,
-    )
 
 
 def tiny() -> Recipe:
@@ -62,6 +44,10 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     "alexnet-6conv-tune": alexnet_6conv_tune,
     "alexnet-owt": alexnet_owt,
     "cifar10-quick": cifar10_quick,
+    "cifar10-13pct": cifar10_13pct,
+    "cifar10-11pct": cifar10_11pct,
+    "cifar10-relu": cifar10_relu,
+    "cifar10-tanh": cifar10_tanh,
     "tiny": tiny,
 }
 

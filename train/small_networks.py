@@ -34,8 +34,8 @@ def cifar10_quick_net(classes: int, crop: int = 32, *, seed: int = 0, width: flo
     >>> sum(parameter.numel() for parameter in cifar10_quick_net(10).parameters())
     145578
     """
-    c1, c2, c3, f4 = _kernels((32, 32, 64, 64), width, crop, smallest=8)
-    side = _pooled_up(_pooled_up(_pooled_up(crop)))
+    c1, c2, c3, f4 = kernel_counts((32, 32, 64, 64), width, crop, smallest=8)
+    side = pooled_up(pooled_up(pooled_up(crop)))
     layers: list[tuple[str, nn.Module]] = [
         ("conv1", nn.Conv2d(3, c1, 5, padding=2)),
         ("pool1", nn.MaxPool2d(3, 2, ceil_mode=True)),
@@ -71,8 +71,8 @@ def tiny_net(classes: int, crop: int = 56, *, seed: int = 0, width: float = 1.0)
     Raises:
         AlexprepError: crop or width is too small.
     """
-    c1, c2, c3, f4 = _kernels((32, 64, 64, 128), width, crop, smallest=16)
-    side = _pooled_up(_pooled_up(_pooled_up((crop - 1) // 2 + 1)))
+    c1, c2, c3, f4 = kernel_counts((32, 64, 64, 128), width, crop, smallest=16)
+    side = pooled_up(pooled_up(pooled_up((crop - 1) // 2 + 1)))
     layers: list[tuple[str, nn.Module]] = [
         ("scale", Scale(1 / PIXEL_DEVIATION)),
         ("conv1", nn.Conv2d(3, c1, 5, stride=2, padding=2)),
@@ -97,7 +97,7 @@ def tiny_net(classes: int, crop: int = 56, *, seed: int = 0, width: float = 1.0)
     return network
 
 
-def _kernels(counts: tuple[int, ...], width: float, crop: int, smallest: int) -> list[int]:
+def kernel_counts(counts: tuple[int, ...], width: float, crop: int, smallest: int) -> list[int]:
     """Kernel counts scaled by `width`, even so that they split into two towers."""
     if crop < smallest:
         raise AlexprepError(f"this network needs crops of at least {smallest} pixels, not {crop}")
@@ -106,6 +106,6 @@ def _kernels(counts: tuple[int, ...], width: float, crop: int, smallest: int) ->
     return [2 * max(1, round(count / 2 * width)) for count in counts]
 
 
-def _pooled_up(side: int) -> int:
+def pooled_up(side: int) -> int:
     """The side of a map after pooling 3 wide at stride 2, rounded up."""
     return -(-(side - 3) // 2) + 1
