@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from alexprep.cli.options import device_option, json_option, runs_option, threads_option
+from alexprep.cli.options import device_option, json_option, precision_option, runs_option, threads_option
 
 if TYPE_CHECKING:
+    from alexprep.train.precision import Precision
     from alexprep.train.scores import ClassError, Scores
 
 SHOWN = 10  # classes at either end of the table
@@ -39,8 +40,11 @@ ON_SCREEN = ""  # what --classes without a file gives
     help="Errors by class: the best and worst printed, or all of them in a file.",
 )
 @click.option("--submission", type=click.Path(path_type=Path, dir_okay=False), help="Write ILSVRC's file of guesses.")
+@click.option("--model", metavar="FILE.py:FUNCTION", help="Of a run with a network of your own: that network.")
+@click.option("--recipe", metavar="FILE.py:FUNCTION", help="Likewise of a recipe file.")
 @runs_option
 @click.option("--batch-size", type=click.IntRange(min=1), default=128, show_default=True, help="Crops at a time.")
+@precision_option
 @threads_option
 @device_option
 @json_option
@@ -53,8 +57,11 @@ def evaluate(
     weights_from: str | None,
     classes: str | None,
     submission: Path | None,
+    model: str | None,
+    recipe: str | None,
     runs: Path,
     batch_size: int,
+    precision: Precision | None,
     threads: int | None,
     device: str | None,
     as_json: bool,
@@ -83,10 +90,13 @@ def evaluate(
             weights=parse_weights(weights),
             weights_from=weights_from,
             batch_size=batch_size,
+            precision=precision or "fp32",  # also of nets that were trained in another
             threads=threads,
             device=device,
             progress=progress,
             check=ilsvrc.check if submission else None,
+            recipe=recipe,
+            model=model,
         )
     document = found.document
     for sentence in [*document["skipped"], *document["notes"]]:

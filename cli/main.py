@@ -7,17 +7,18 @@ import sys
 
 import click
 
+from alexprep.cli.bench import bench
 from alexprep.cli.demo import demo
 from alexprep.cli.evaluate import evaluate
 from alexprep.cli.pca_stats import pca_stats
+from alexprep.cli.recipes import recipes
 from alexprep.cli.shard import shard
 from alexprep.cli.train import train
 from alexprep.cli.tune import tune
 from alexprep.cli.verify import verify
-from alexprep.shards.errors import AlexprepError
+from alexprep.shards.errors import TRACEBACK, AlexprepError
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
-TRACEBACK = "ALEXPREP_TRACEBACK"  # environment variable: let unexpected errors through, for a bug report
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -34,7 +35,7 @@ def cli() -> None:
     """
 
 
-for command in (shard, verify, pca_stats, tune, train, evaluate, demo):
+for command in (shard, verify, pca_stats, tune, recipes, train, evaluate, bench, demo):
     cli.add_command(command)
 
 

@@ -66,6 +66,27 @@ threads_option = click.option(
     help="Threads for decoding.  [default: as `alexprep tune` found, or one a core]",
 )
 
+# alexprep.train.precision.PRECISIONS, which this list must equal; importing it here would import torch for --help.
+PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
+
+precision_option = click.option(
+    "--precision",
+    type=click.Choice(PRECISIONS),
+    help="Of the network's arithmetic: float32, TF32 (GPUs), or bfloat16 or float16 with float32 weights.  [default: fp32]",
+)
+
+channels_last_option = click.option(
+    "--channels-last/--no-channels-last",
+    default=None,
+    help="Whether the values of a pixel lie side by side in memory.  [default: on a CPU]",
+)
+
+compile_option = click.option(
+    "--compile/--no-compile",
+    default=None,
+    help="Compile the steps with torch.compile: a minute or two at the start. It needs g++; on a GPU triton and gcc.",
+)
+
 device_option = click.option("--device", help="cpu or cuda.  [default: cuda where there is a GPU]")
 
 _ENGINE_OPTIONS = (

@@ -6,7 +6,16 @@ from typing import Any
 
 import click
 
-from alexprep.cli.options import device_option, json_option, local_data_option, runs_option, threads_option
+from alexprep.cli.options import (
+    channels_last_option,
+    compile_option,
+    device_option,
+    json_option,
+    local_data_option,
+    precision_option,
+    runs_option,
+    threads_option,
+)
 
 # The registry is alexprep.train.recipes.RECIPES, which this list must equal; importing it here would import torch for --help.
 RECIPES = (
@@ -18,7 +27,12 @@ AT_LEAST_1 = click.IntRange(min=1)
 
 @click.command("train", short_help="Train a network on shards.")
 @local_data_option
-@click.option("--recipe", type=click.Choice(RECIPES), help="What to train.  [default: alexnet]")
+@click.option(
+    "--recipe",
+    metavar="NAME | FILE.py[:FUNCTION]",
+    help=f"What to train: {', '.join(RECIPES)}; or a recipe of your own.  [default: alexnet]",
+)
+@click.option("--model", metavar="FILE.py:FUNCTION", help="A network of your own, trained as the recipe says.")
 @click.option("--epochs", type=AT_LEAST_1, help="Stop after this many epochs of the run.  [default: the recipe's]")
 @click.option("--steps", type=AT_LEAST_1, help="Stop after this many steps of the run.")
 @click.option("--batch-size", type=AT_LEAST_1, help="Images a step.  [default: the recipe's]")
@@ -35,7 +49,9 @@ AT_LEAST_1 = click.IntRange(min=1)
     help="Which layers of it: names and patterns, such as conv*,fc6.  [default: all that match in shape]",
 )
 @runs_option
-@click.option("--name", help="The run's name.  [default: the recipe's name, with a number if it is taken]")
+@click.option(
+    "--name", help="The run's name.  [default: that of the recipe or of the model's file, with a number if it is taken]"
+)
 @click.option("--resume", is_flag=True, help="Go on with the run --name, or with the one last active.")
 @click.option("--checkpoint-steps", type=AT_LEAST_1, default=1000, show_default=True, help="Steps between checkpoints.")
 @click.option("--keep", type=AT_LEAST_1, default=3, show_default=True, help="Checkpoints to keep.")
@@ -50,8 +66,18 @@ AT_LEAST_1 = click.IntRange(min=1)
 @click.option(
     "--scheme",
     type=click.Choice(["towers", "ddp", "hybrid"]),
-    help="How they share it.  [default: towers, the paper's, for two; ddp for more]",
+    help="How they share it.  [default: towers, the paper's, for two; ddp for more, or with --model]",
 )
+@click.option(
+    "--trace",
+    metavar="STEPS",
+    type=click.IntRange(1, 200),
+    help="Record this many steps, after the first 10, for Perfetto or chrome://tracing: RUN/trace.",
+)
+@click.option("--tensorboard", is_flag=True, help="Write the log for TensorBoard too: RUN/tensorboard.")
+@precision_option
+@channels_last_option
+@compile_option
 @threads_option
 @device_option
 @json_option
@@ -66,11 +92,12 @@ def train(as_json: bool, **options: Any) -> None:
     """
     from alexprep.cli import report
     from alexprep.train.config import TrainConfig
-    from alexprep.train.ranks import train_anyhow
+    from alexprep.train.ranks import leads, train_anyhow
 
     summary = train_anyhow(TrainConfig(**options))
-    report.table(f"Run {summary['run']}", _rows(summary))
-    report.json_line(summary, as_json)
+    if leads():
+        report.table(f"Run {summary['run']}", _rows(summary))
+        report.json_line(summary, as_json)
     if summary["stopped_by"]:
         import signal
 

@@ -153,7 +153,7 @@ class LoaderMeter:
             augmentation=self.augmentation,
             order="blocks" if self.remote else "shuffle",
             device=self.device,
-            layout="NHWC" if self._on_cpu else "NCHW",  # as in training
+            layout="channels_last" if self._on_cpu else "NCHW",  # as in training
             on_bad="skip",
             tuning=tuning,
         ) as loader:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import operator
 from typing import Any
 
+TRACEBACK = "ALEXPREP_TRACEBACK"  # environment variable: let unexpected errors through, for a bug report
+
 
 class AlexprepError(Exception):
     """Something the caller can mend: the message names the value, the bound and the next step.

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
@@ -14,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
+from alexprep.pipeline.search import search
 from alexprep.shards import stats
 from alexprep.shards.build import build
 from alexprep.shards.codec import Target
@@ -23,6 +26,11 @@ from alexprep.shards.plan import ShardOptions
 SIZES = ((90, 61), (61, 90), (64, 64), (33, 47), (47, 33), (128, 65), (65, 200), (40, 40), (100, 75), (75, 100))
 
 Photo = Callable[..., Image.Image]
+
+# The nets of tests are so small that torch's threads would only wait for each other, long where the machine is busy.
+# Processes that tests start inherit it. OMP_NUM_THREADS=N in the environment asks for others.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 def make_photo(width: int, height: int, seed: int) -> Image.Image:
@@ -104,6 +112,20 @@ def deadline(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     signal.alarm(0)
     signal.signal(signal.SIGALRM, before)
+
+
+@pytest.fixture
+def patient_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`alexprep tune` has all its turns in half a second by its clock, of which no turn takes more than a small part, however late it is."""
+    shown, last = 0.0, time.monotonic()
+
+    def clock() -> float:
+        nonlocal shown, last
+        now = time.monotonic()
+        shown, last = shown + min(now - last, 0.012), now
+        return shown
+
+    monkeypatch.setattr("alexprep.pipeline.tune.search", functools.partial(search, clock=clock))
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,14 +24,14 @@ from alexprep.train.parallel.split import SCHEMES, Scheme
 from alexprep.train.parallel.world import World
 from alexprep.train.small_networks import cifar10_quick_net, tiny_net
 
-SIZES = (7, 5, 1, 8, 3)  # images of each step: odd, fewer than ranks, even
+SIZES = (7, 1, 8, 3)  # images of each step: odd, fewer than ranks, even
 CLASSES = 5  # do not divide either
 
 
 def network_named(name: str) -> tuple[nn.Sequential, int]:
-    """A net of the repository, small, and the side of its input; pools leave maps of odd sides."""
+    """A net of the repository, small, and the side of its input; pools leave maps of odd sides, alexnet's last of 2 x 2 pixels."""
     if name == "alexnet":
-        return alexnet(CLASSES, 131, seed=3, width=0.125), 131
+        return alexnet(CLASSES, 99, seed=3, width=0.0625), 99
     if name == "tiny":
         return tiny_net(CLASSES, 29, seed=3, width=0.25), 29
     if name == "quick":
@@ -71,7 +72,7 @@ def apart(found: torch.Tensor, right: torch.Tensor) -> float:
 def train(
     world: World, name: str, scheme: Scheme, share: bool = False, dtype: torch.dtype = torch.float32
 ) -> tuple[Parallel, MomentumSGD, dict[str, Any]]:
-    """Five steps of a scheme beside five on one device: how far apart losses and gradients are, and whether bytes are as predicted."""
+    """A few steps of a scheme beside as many on one device: how far apart losses and gradients are, and whether bytes are as predicted."""
     network, side = network_named(name)
     parallel = Parallel(network.to(dtype), scheme, world, share_batches=share)
     optimizer = optimizer_of(parallel.network)
@@ -171,7 +172,7 @@ def evaluation(world: World, scheme: Scheme) -> float:
 
 def schemes(world: World, names: list[str], float32: list[str]) -> dict[str, Any]:
     """Everything about every scheme: in float64 for all nets, in float32 too for some."""
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {"compiler": imports_compiler()}
     choices: tuple[Scheme, ...] = ("ddp", "towers", "hybrid")
     for name in names:
         for scheme in choices:
@@ -187,6 +188,16 @@ def schemes(world: World, names: list[str], float32: list[str]) -> dict[str, Any
         found["evaluation"] = {scheme: evaluation(world, scheme) for scheme in ("ddp", "towers", "hybrid")}
     found["refused"] = different_batches(world)
     return found
+
+
+def imports_compiler() -> bool:
+    """Whether a training step imports torch's compiler, as those of `torch.optim` do; it takes a second. To be asked first."""
+    network, side = network_named("tiny")
+    optimizer = optimizer_of(network)
+    optimizer.zero_grad()
+    network(batch(0, side)[0]).sum().backward()
+    optimizer.step()
+    return "torch._dynamo" in sys.modules
 
 
 def different_batches(world: World) -> str:
@@ -206,20 +217,13 @@ def alone_with_nccl(world: World) -> dict[str, Any]:
 
 
 def fault(world: World, kind: str, pids: str | None = None) -> str:
-    """Steps for ever; at the third, rank 1 comes to harm. With "signal", until a signal is agreed on."""
+    """Steps for ever; at the third, rank 1 comes to harm."""
     if pids is not None:
         Path(pids, str(world.rank)).write_text(str(os.getpid()))
-    requested: list[signal.Signals] = []
-    if kind == "signal":
-        signal.signal(signal.SIGTERM, lambda number, frame: requested.append(signal.Signals(number)))
-        Path(str(pids), f"ready-{world.rank}").touch()
     parallel = Parallel(nn.Sequential(nn.Linear(2, 4), nn.Linear(4, 2)), "towers", world)
     example = Examples(torch.zeros(3, 2), torch.zeros(3, dtype=torch.int64))
     endless = (example for _ in iter(int, 1))
-    batches = parallel.batches(endless, lambda: requested[0] if requested else None)
-    for step, (images, labels) in enumerate(batches, start=1):
-        if parallel.requested is not None:
-            return f"{parallel.requested.name} at the same step: {len(set(map(tuple, world.exchange([step])))) == 1}"
+    for step, (images, labels) in enumerate(parallel.batches(endless), start=1):
         F.cross_entropy(parallel.network(images), labels).backward()  # type: ignore[no-untyped-call]
         if step == 3 and world.rank == 1:
             if kind == "kill":
@@ -231,7 +235,5 @@ def fault(world: World, kind: str, pids: str | None = None) -> str:
             if kind == "raise":
                 print("the last words of rank 1", flush=True)  # noqa: T201
                 raise ValueError("a bad day")
-            if kind == "refuse":
-                raise AlexprepError("mend this")
         time.sleep(0.01)
     return "never"

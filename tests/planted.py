@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import time
 
 from alexprep.shards.codec import Codec
 
@@ -16,7 +17,7 @@ class Planted(Codec):
         if word == b"exit":
             os._exit(3)
         while word == b"hang":
-            pass
+            time.sleep(1)
         hoard = []
         while word == b"hoard":
             hoard.append(bytearray(2**26))

@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import re
+import runpy
 import shlex
 import shutil
 import struct
 import subprocess
 import sys
 import tarfile
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
+import click
 import pytest
 from click.testing import CliRunner
 
 from alexprep.cli.main import cli
+from alexprep.train import recipes
 
+SECONDS = 180  # for each test
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 _BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+pytestmark = pytest.mark.usefixtures("deadline")
 
 
 def _blocks(page: Path, language: str) -> list[str]:
@@ -64,12 +73,36 @@ def _stand_ins(root: Path, photos: Path) -> dict[str, str]:
         base = f"norb/smallnorb-{'5x46789' if part == 'training' else '5x01235'}x9x18x6x2x96x96-{part}"
         (root / f"{base}-dat.mat").write_bytes(struct.pack("<6I", 0x1E3D4C55, 4, 1, 2, 96, 96) + bytes(2 * 96 * 96))
         (root / f"{base}-cat.mat").write_bytes(struct.pack("<5I", 0x1E3D4C54, 1, 1, 1, 1) + struct.pack("<I", 4))
+    for example in (ROOT / "docs/examples/own_nets").glob("*.py"):
+        shutil.copy(example, root)
     return {"/imagenet": str(photos), "/downloads/ilsvrc": str(root / "ilsvrc"), "/kaggle": str(root / "kaggle")}
 
 
+@pytest.fixture
+def script_help(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[[Path], str]:
+    """What a program of benchmarks/ says to --help, in this process: most import torch, which takes long."""
+
+    def told(script: Path) -> str:
+        with monkeypatch.context() as patch, pytest.raises(SystemExit) as left:
+            patch.syspath_prepend(script.parent)
+            patch.setattr(sys, "argv", [str(script), "--help"])
+            runpy.run_path(str(script), run_name="__main__")
+        assert left.value.code == 0
+        return capsys.readouterr().out
+
+    return told
+
+
+@pytest.mark.usefixtures("patient_search")
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_commands_run(page: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where a page names a source, a small one of its kind stands; a training is cut to two steps, a measurement to seconds."""
+def test_commands_run(
+    page: Path, script_help: Callable[[Path], str], photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a page names a source, a small one of its kind stands; a training is cut to two steps, AlexNet to an eighth of its
+    kernels, a measurement to a second, and one worker does the work of as many as there are cores."""
+    narrow = replace(recipes.alexnet(), width=0.125)
+    monkeypatch.setitem(recipes.RECIPES, "alexnet", lambda: narrow)
+    monkeypatch.setattr("alexprep.shards.engines.cores", lambda: 1)
     stand_ins = _stand_ins(tmp_path, photos)
     monkeypatch.chdir(tmp_path)
     lines = [line[2:] for block in _blocks(page, "console") for line in block.splitlines() if line.startswith("$ ")]
@@ -80,20 +113,21 @@ def test_commands_run(page: Path, photos: Path, tmp_path: Path, monkeypatch: pyt
             assert re.search(rf"^{words[0]}:", make, re.MULTILINE), line
             continue
         if program == "python":
-            script = ROOT / words[0]
-            done = subprocess.run(
-                [sys.executable, script, "--help"], capture_output=True, text=True, timeout=60, check=False
-            )
-            assert done.returncode == 0, done.stderr
+            told = script_help(ROOT / words[0])
             for option in (word for word in words if word.startswith("--")):
-                assert option in done.stdout, line
+                assert option in told, line
+            continue
+        if program == "torchrun":
+            _under_torchrun(line, words, tmp_path)
             continue
         assert program == "alexprep", line
         words = [stand_ins.get(word, word) for word in words]
         if words[0] == "train" and "--steps" not in words:
             words += ["--steps", "2", "--batch-size", "4"]
         if words[0] == "tune":
-            words += ["--batch-size", "4", "--seconds", "4"]
+            words += ["--batch-size", "4", "--seconds", "0.5"]
+        if words[0] == "bench":
+            words += ["--batch-size", "4", "--steps", "2", "--rounds", "1"]
         if "ray" in words:  # Ray is for a process of its own
             command = [sys.executable, "-m", "alexprep.cli", *words]
             done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
@@ -103,18 +137,27 @@ def test_commands_run(page: Path, photos: Path, tmp_path: Path, monkeypatch: pyt
             assert result.exit_code == 0, f"{line}\n{result.output}\n{result.exception}"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_snippets_run(page: Path, data: Path, tmp_path: Path) -> None:
+def _under_torchrun(line: str, words: list[str], folder: Path) -> None:
+    """Two steps; only the first rank speaks."""
+    program = words.index("alexprep")
+    started = [*words[: program - 1], "-m", "alexprep.cli", *words[program + 1 :], "--steps", "2", "--batch-size", "4"]
+    assert words[program - 1] == "--no-python", line
+    command = [sys.executable, "-m", "torch.distributed.run", *started]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=150, check=False)
+    assert done.returncode == 0, f"{line}\n{done.stderr}"
+    assert done.stdout.count("weights sha256") == 1, done.stdout
+
+
+@pytest.mark.filterwarnings("ignore")  # as where a reader runs them
+@pytest.mark.parametrize("page", [page for page in PAGES if _blocks(page, "python")], ids=lambda page: page.name)
+def test_snippets_run(page: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A page's Python blocks, one after the other, beside a data set named alexprep-data."""
-    snippets = _blocks(page, "python")
-    if not snippets:
-        return
     shutil.copytree(data, tmp_path / "alexprep-data")
-    (tmp_path / "snippets.py").write_text("\n".join(snippets))
-    done = subprocess.run(
-        [sys.executable, "snippets.py"], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    (tmp_path / "snippets.py").write_text("\n".join(_blocks(page, "python")))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", "set again by a snippet")
+    runpy.run_path("snippets.py", run_name="__main__")
+    gc.collect()  # here, where what they left open is no error
 
 
 def test_links_lead_somewhere() -> None:
@@ -125,7 +168,9 @@ def test_links_lead_somewhere() -> None:
 
 def test_every_command_and_option_exists() -> None:
     """Options that the pages mention in backticks are options of some command."""
-    known = {option for command in cli.commands.values() for parameter in command.params for option in parameter.opts}
+    groups = [command for command in cli.commands.values() if isinstance(command, click.Group)]
+    commands = [*cli.commands.values(), *(command for group in groups for command in group.commands.values())]
+    known = {option for command in commands for parameter in command.params for option in parameter.opts}
     for page in PAGES:
         for option in re.findall(r"`(--[a-z0-9-]+)", page.read_text()):
             assert option in known, f"{page.name}: {option}"

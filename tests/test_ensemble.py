@@ -42,7 +42,7 @@ def make_run(runs: Path, name: str, data: Path, seed: int, steps: tuple[int, ...
     for step in steps:
         state = TrainingState(job.recipe, job.facts.classes, seed + 100 * step, CPU)
         state.position.step = step
-        facts = {"identity": job.identity, "position": state.facts(), "versions": {}}
+        facts = {"identity": job.identity, **state.facts(), "versions": {}}
         checkpoint.save(job.run / "checkpoints", step, state.tensors(), facts, keep=9)
     return job.run
 

@@ -37,7 +37,7 @@ def untrained(runs: Path, name: str, data: Path, seed: int) -> None:
     """A run with a checkpoint after no step."""
     job = prepare(TrainConfig(data=data, recipe="tiny", seed=seed, runs=runs, name=name, device="cpu"))
     state = TrainingState(job.recipe, job.facts.classes, seed, job.device)
-    facts = {"identity": job.identity, "position": state.facts(), "versions": {}}
+    facts = {"identity": job.identity, **state.facts(), "versions": {}}
     checkpoint.save(job.run / "checkpoints", 0, state.tensors(), facts, keep=1)
 
 
@@ -94,7 +94,7 @@ def test_two_nets_and_their_classes(runs: Path, told: Told) -> None:
     assert status == 0 and err == ""
     document = json.loads(out.splitlines()[-1])
     assert [net["weight"] for net in document["nets"]] == [0.75, 0.25]
-    assert document["weights"] == "given" and document["precision"] == "float32"
+    assert document["weights"] == "given" and document["precision"] == "fp32"
     assert min(document["images_per_second"], document["data_wait_ms"], document["step_ms"]) > 0
     assert "All as one, the mean of their softmax outputs" in out and "All classes" in out
     assert "of the time waiting for data" in out and "(standard error " in out

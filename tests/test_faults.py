@@ -85,7 +85,7 @@ def test_writers_at_the_same_time_share_the_work(photos: Path, data: Path, tmp_p
             subprocess.Popen([*command, "--shard-samples", size, "--workers", "1"], stderr=subprocess.PIPE, text=True)
             for size in sizes
         ]
-        ended = [process.communicate(timeout=60)[1] for process in started]
+        ended = [process.communicate(timeout=120)[1] for process in started]
         states = [process.returncode for process in started]
         if states[:2] == [0, 0]:
             assert _finished(out) == reference, ended
@@ -152,7 +152,7 @@ def test_a_decoder_that_misbehaves_costs_just_its_image(
             file.write(word.encode().rjust(8, b"."))
         (tmp_path / "empty" / path).write_bytes(b"")
     options = ShardOptions(Target(size=64), shard_samples=7)
-    engine = LocalEngine(2, image_seconds=2, image_bytes=400 * 2**20)
+    engine = LocalEngine(2, image_seconds=2, image_bytes=200 * 2**20)
     report = build(tmp_path / "source", tmp_path / "out", options, engine, make_codec=Planted)
     build(tmp_path / "empty", tmp_path / "without", options, 2)
     assert (report.written, report.rejected.total()) == (68 - 6, 6)

@@ -24,7 +24,8 @@ from torch import nn
 
 from alexprep.pipeline.augmentation import Augmentation
 from alexprep.shards.errors import AlexprepError
-from alexprep.train import recipes, runs
+from alexprep.shards.layout import INDEX_DTYPE
+from alexprep.train import checkpoint, recipes, runs
 from alexprep.train.alexnet import alexnet as alexnet_network
 from alexprep.train.config import TrainConfig
 from alexprep.train.evaluate_run import evaluate_run
@@ -61,7 +62,7 @@ class MadeUpLoader:
         rank: int = 0,
         world_size: int = 1,
         device: str = "cpu",
-        layout: Literal["NCHW", "NHWC"] = "NCHW",
+        layout: Literal["NCHW", "channels_last"] = "NCHW",
         threads: int | None = None,
     ) -> None:
         self.samples = SAMPLES if split == "train" else 20
@@ -87,9 +88,8 @@ class MadeUpLoader:
             if self.step == len(self):
                 self.epoch, self.step = self.epoch + 1, 0
             time.sleep(self.pause)
-            yield Batch(
-                pixels if self.layout == "NHWC" else pixels.movedim(-1, 1).contiguous(), torch.from_numpy(labels)
-            )
+            pixels = pixels.movedim(-1, 1)
+            yield Batch(pixels if self.layout == "channels_last" else pixels.contiguous(), torch.from_numpy(labels))
 
     def state_dict(self) -> dict[str, int]:
         return {"seed": self.seed, "epoch": self.epoch, "step": self.step}
@@ -191,10 +191,8 @@ def test_it_learns_and_tells(data: Path, capsys: pytest.CaptureFixture[str]) -> 
     run = data.parent / "runs" / "small"
     assert summary["val_top1_error"] < 20
     assert summary == json.loads((run / "summary.json").read_text())
-    keys = (
-        "run recipe device ranks steps epochs epoch_steps train_loss val_split val_top1_error val_top5_error val_loss"
-    )
-    keys += " images_per_second data_wait_ms step_ms seconds weights_sha256 stopped_by"
+    keys = "run recipe device precision ranks steps epochs epoch_steps train_loss val_split val_top1_error val_top5_error val_loss"
+    keys += " images_per_second data_wait_ms step_ms skipped_steps seconds weights_sha256 stopped_by"
     assert list(summary) == keys.split()
     assert (summary["steps"], summary["epochs"], summary["val_split"], summary["stopped_by"]) == (18, 3, "val", None)
     epochs = records(run, "epoch")
@@ -400,6 +398,38 @@ def test_without_a_validation_split_it_says_so(data: Path, capsys: pytest.Captur
     assert train(config(tested, epochs=1), MadeUpLoader)["val_split"] == "test"
 
 
+def test_an_evaluation_split_without_labels_is_skipped(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def labelled(split: str, *labels: int) -> None:
+        (data / split).mkdir(exist_ok=True)
+        np.save(data / split / "index.npy", np.array([(0, 0, 0, label) for label in labels], INDEX_DTYPE))
+
+    labelled("val", -1, -1)
+    summary = train(config(data, epochs=1), MadeUpLoader)
+    said = capsys.readouterr().err
+    assert "the split val is skipped: none of its images has a label" in said
+    assert "there is no val or test split with labels" in said
+    assert (summary["epochs"], summary["val_split"], summary["val_loss"]) == (1, None, None)
+    labelled("val", -1, 2)
+    assert train(config(data, epochs=1), MadeUpLoader)["val_split"] == "val"
+    both = write_data(data.parent / "both", splits=("train", "val", "test"))
+    (both / "val").mkdir()
+    np.save(both / "val" / "index.npy", np.array([(0, 0, 0, -1)], INDEX_DTYPE))
+    assert train(config(both, epochs=1), MadeUpLoader)["val_split"] == "test"
+
+
+def test_the_checkpoint_that_a_run_begins_with_is_read_once(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train(config(data, name="source", steps=1), MadeUpLoader)
+    read, paths = checkpoint.read, list[Path]()
+
+    def noted(mark: Path) -> checkpoint.Checkpoint:
+        paths.append(mark)
+        return read(mark)
+
+    monkeypatch.setattr(checkpoint, "read", noted)
+    train(config(data, name="begun", steps=1, init_from="source"), MadeUpLoader)
+    assert paths == [data.parent / "runs" / "source" / "checkpoints" / "step-00000001.json"]
+
+
 def test_evaluation_loader_is_asked_for_plain_views(data: Path) -> None:
     asked: dict[str, dict[str, Any]] = {}
 
@@ -411,7 +441,7 @@ def test_evaluation_loader_is_asked_for_plain_views(data: Path) -> None:
     assert (asked["train"]["views"], asked["train"]["order"]) == ("random", "shuffle")
     assert (asked["val"]["views"], asked["val"]["order"]) == ("centre", "sequential")
     assert asked["train"]["augmentation"] == small_recipe().augmentation
-    assert (asked["train"]["threads"], asked["train"]["layout"]) == (1, "NHWC")
+    assert (asked["train"]["threads"], asked["train"]["layout"]) == (1, "channels_last")
 
 
 def test_evaluate_run_gives_the_error_of_the_last_epoch(data: Path) -> None:

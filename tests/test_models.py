@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from torch import nn
 
 from alexprep.shards.errors import AlexprepError
-from alexprep.train import layers
 from alexprep.train.alexnet import (
     FAMILY,
     AlexNet,
@@ -24,6 +23,7 @@ from alexprep.train.alexnet import (
     alexnet_owt,
 )
 from alexprep.train.layers import LocalResponseNorm, Overhang, PaperDropout, SpatialResponseNorm
+from alexprep.train.response import Maps, Pixels
 from alexprep.train.small_networks import cifar10_quick_net, tiny_net
 
 # Written out from facts about layers-145.cfg, layers-145-half.cfg, layers-146-2012-2011.cfg and layers-imagenet-1gpu.cfg:
@@ -330,12 +330,12 @@ def test_spatial_norm_is_the_codes_formula(shape: tuple[int, ...], memory: torch
     np.testing.assert_allclose(out.numpy(), reference_spatial(a, **numbers), rtol=3e-6)
 
 
-def test_spatial_sums_are_the_same_by_pooling() -> None:
-    """On a GPU the window is summed by an average pool; on the CPU both ways can be compared."""
+def test_sums_are_the_same_in_one_kernel() -> None:
+    """The way of a GPU and of a compiler; on the CPU it can be compared with the CPU's own."""
     values = torch.randn(3, 4, 7, 9, dtype=torch.float64).square()
-    shifted = layers._sum_over_pixels(values, torch.empty_like(values), reach=2)
-    pooled = layers._sum_by_pooling(values, torch.empty_like(values), reach=2)
-    torch.testing.assert_close(shifted, pooled, rtol=1e-12, atol=0)
+    for window in (Pixels(2), Maps(2, towers=2), Maps(3)):
+        filled = window.fill(values, torch.empty_like(values))
+        torch.testing.assert_close(filled, window.sums(values), rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize(

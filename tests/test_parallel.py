@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import statistics
 import subprocess
 import sys
@@ -30,7 +28,7 @@ FLOAT32 = ("alexnet", "tiny")
 SCHEMES = ("ddp", "towers", "hybrid")
 
 
-SECONDS = 90  # for each test
+SECONDS = 150  # for each test
 
 pytestmark = pytest.mark.usefixtures("deadline")
 
@@ -43,11 +41,11 @@ def job() -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("run", [f"{name} {scheme}" for name in NAMES for scheme in SCHEMES] + ["alexnet shared"])
 def test_two_ranks_equal_one_device(run: str, job: list[dict[str, Any]]) -> None:
-    """Losses, all gradients and the weights over five steps of 7, 5, 1, 8, 3 images, with dropout; bytes; states bit for bit."""
+    """Losses, all gradients and the weights over four steps of 7, 1, 8, 3 images, with dropout; bytes; states bit for bit."""
     for rank in job:
         report = rank[f"{run} float64"]
         assert max(report["loss"], report["weights"], *report["gradients"]) < EXACT
-        assert report["form"] and report["bytes"] == [True] * 5 and not report.get("round_trips")
+        assert report["form"] and report["bytes"] == [True] * 4 and not report.get("round_trips")
     assert job[0][f"{run} float64"]["losses"] == job[1][f"{run} float64"]["losses"], "the same to the last bit"
 
 
@@ -57,12 +55,17 @@ def test_two_ranks_equal_one_device_in_float32(run: str, job: list[dict[str, Any
     for rank in job:
         report = rank[f"{run} float32"]
         assert report["loss"] < CLOSE and statistics.median(report["gradients"]) < CLOSE
-        assert report["bytes"] == [True] * 5
+        assert report["bytes"] == [True] * 4
 
 
 def test_evaluation_on_two_ranks(job: list[dict[str, Any]]) -> None:
     for rank in job:
         assert max(rank["evaluation"].values()) < CLOSE
+
+
+def test_training_does_not_wait_for_torch_s_compiler(job: list[dict[str, Any]]) -> None:
+    """Its import takes a second, in every rank."""
+    assert [rank["compiler"] for rank in job] == [False, False]
 
 
 def test_towers_with_different_batches_are_refused(job: list[dict[str, Any]]) -> None:
@@ -142,22 +145,25 @@ def test_a_process_that_is_no_rank_is_told(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize(
-    ("kind", "words"),
+    ("kind", "words", "timeout"),
     [
-        ("kill", "rank 1 was killed by SIGKILL"),
-        ("stop", "rank 1 is stopped .SIGSTOP."),
-        ("hang", r"rank 0 failed \(still running: 1\).*[Tt]imed out"),
-        ("raise", r"(?s)rank 1 failed.*ValueError: a bad day.*rank 1 \| the last words of rank 1"),
-        ("refuse", "^mend this$"),
+        ("kill", "rank 1 was killed by SIGKILL", 30),
+        ("stop", "rank 1 is stopped .SIGSTOP.", 2),
+        ("hang", r"rank 0 failed \(still running: 1\).*[Tt]imed out", 2),
+        ("raise", r"(?s)rank 1 failed.*ValueError: a bad day.*rank 1 \| the last words of rank 1", 30),
     ],
 )
-def test_a_dead_or_stuck_rank_ends_the_job(kind: str, words: str, tmp_path: Path) -> None:
-    arguments = {"kind": kind, "pids": str(tmp_path)}
-    with pytest.raises(AlexprepError, match=words) as caught:
-        launch(f"{RANKS}:fault", 2, arguments, device="cpu", timeout=2)
-    assert isinstance(caught.value, RankFailed) == (kind != "refuse")
+def test_a_dead_or_stuck_rank_ends_the_job(kind: str, words: str, timeout: float, tmp_path: Path) -> None:
+    with pytest.raises(RankFailed, match=words):
+        launch(f"{RANKS}:fault", 2, {"kind": kind, "pids": str(tmp_path)}, device="cpu", timeout=timeout)
     for rank in "01":
         assert not _lives(int((tmp_path / rank).read_text()))
+
+
+def test_words_of_a_rank_for_the_user_stay_as_they_are(tmp_path: Path) -> None:
+    with pytest.raises(AlexprepError, match=f"^there is no file {tmp_path}/nowhere.py") as caught:
+        launch(f"{tmp_path}/nowhere.py:function", 2, device="cpu")
+    assert not isinstance(caught.value, RankFailed)
 
 
 def _lives(pid: int) -> bool:
@@ -167,22 +173,19 @@ def _lives(pid: int) -> bool:
         return False
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_what_ends_the_parent_ends_the_ranks(number: signal.Signals, tmp_path: Path) -> None:
-    """SIGKILL: no orphans. SIGTERM: every rank hears it, all agree on a step, and leave."""
-    kind = "signal" if number == signal.SIGTERM else "none"
+def test_what_kills_the_parent_ends_the_ranks(tmp_path: Path) -> None:
+    """No orphans. What a SIGTERM does is in tests/test_ranks.py."""
+    arguments = {"kind": "none", "pids": str(tmp_path)}
     program = (
         "from alexprep.train.parallel.launch import launch\n"
-        f"print(launch({f'{RANKS}:fault'!r}, 2, {{'kind': {kind!r}, 'pids': {str(tmp_path)!r}}}, device='cpu'))"
+        f"launch({f'{RANKS}:fault'!r}, 2, {arguments!r}, device='cpu')"
     )
-    parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
-    files = [tmp_path / (f"ready-{rank}" if kind == "signal" else str(rank)) for rank in range(2)]
-    while not all(file.exists() and (kind == "signal" or file.read_text()) for file in files):
+    parent = subprocess.Popen([sys.executable, "-c", program])
+    files = [tmp_path / "0", tmp_path / "1"]
+    while not all(file.exists() and file.read_text() for file in files):
         time.sleep(0.02)
-    os.kill(parent.pid, number)
-    output, _ = parent.communicate()
-    if number == signal.SIGTERM:
-        assert output.strip() == str(["SIGTERM at the same step: True"] * 2)
+    parent.kill()
+    parent.wait()
     began = time.monotonic()
     pids = [int((tmp_path / rank).read_text()) for rank in "01"]
     while any(_lives(pid) for pid in pids):
@@ -216,7 +219,7 @@ def _check_on_gpus(job: list[dict[str, Any]]) -> None:
     """As on the CPU; in float32, convolutions of half the kernels may be done by other algorithms."""
     for rank in job:
         for run, report in rank.items():
-            if run != "refused":
+            if run not in ("refused", "compiler"):
                 close = EXACT if "float64" in run else 1e-4
                 assert report["loss"] < close and statistics.median(report["gradients"]) < close, run
-                assert report["bytes"] == [True] * 5 and not report.get("round_trips")
+                assert report["bytes"] == [True] * 4 and not report.get("round_trips")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -13,54 +12,47 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file
 
+from alexprep.cli.main import cli
 from alexprep.shards.errors import AlexprepError
 from alexprep.train.config import TrainConfig
+from alexprep.train.ranks import train_anyhow
 
-SECONDS = 150
+SECONDS = 150  # for each test
 
-
-def _command(data: Path, runs: Path, name: str, *words: str) -> list[str]:
-    options = ["--data", str(data), "--recipe", "tiny", "--runs", str(runs), "--name", name, "--device", "cpu"]
-    return [
-        sys.executable,
-        "-m",
-        "alexprep.cli",
-        "train",
-        *options,
-        "--batch-size",
-        "13",
-        "--checkpoint-steps",
-        "2",
-        *words,
-    ]
+pytestmark = pytest.mark.usefixtures("deadline")
 
 
-def _train(data: Path, runs: Path, name: str, *words: str) -> dict[str, Any]:
-    done = subprocess.run(
-        [*_command(data, runs, name, *words), "--json"], capture_output=True, text=True, timeout=SECONDS, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    summary: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+def _words(data: Path, runs: Path, *words: str) -> list[str]:
+    begin = ["train", "--data", str(data), "--recipe", "tiny", "--runs", str(runs), "--name", "run", "--device", "cpu"]
+    return [*begin, "--batch-size", "13", "--checkpoint-steps", "2", *words]
+
+
+def _train(data: Path, runs: Path, *words: str) -> dict[str, Any]:
+    """The command in this process, which has imported torch; ranks are processes of their own."""
+    result = CliRunner().invoke(cli, [*_words(data, runs, *words), "--json"])
+    assert result.exit_code == 0, f"{result.output}\n{result.exception}"
+    summary: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
     return summary
 
 
-def _weights(runs: Path, name: str) -> dict[str, torch.Tensor]:
-    newest = max((runs / name / "checkpoints").glob("*.safetensors"))
+def _weights(runs: Path) -> dict[str, torch.Tensor]:
+    newest = max((runs / "run" / "checkpoints").glob("*.safetensors"))
     return {key: value for key, value in load_file(newest).items() if not key.startswith("random")}
 
 
-def _steps(runs: Path, name: str) -> list[int]:
-    lines = (runs / name / "log.jsonl").read_text().splitlines()
+def _steps(runs: Path) -> list[int]:
+    lines = (runs / "run" / "log.jsonl").read_text().splitlines()
     return [record["step"] for record in map(json.loads, lines) if record["kind"] == "steps"]
 
 
 @pytest.fixture(scope="module")
 def alone(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run of six steps, in an epoch of four, in one process."""
+    """The folder of a run of nine steps, in epochs of four, the last of 9 images, in one process."""
     runs = tmp_path_factory.mktemp("alone")
-    assert _train(data, runs, "one", "--steps", "6")["ranks"] == 1
+    assert _train(data, runs, "--steps", "9")["ranks"] == 1
     return runs
 
 
@@ -73,22 +65,18 @@ def _agree(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> No
 
 def test_begun_on_two_ranks_and_gone_on_with_on_one_and_two(alone: Path, data: Path, tmp_path: Path) -> None:
     """The same samples in the same order, the same weights but for rounding, one log and one kind of checkpoint throughout."""
-    first = _train(data, tmp_path, "run", "--gpus", "2", "--scheme", "towers", "--steps", "3")
+    first = _train(data, tmp_path, "--gpus", "2", "--scheme", "towers", "--steps", "3")
     assert (first["ranks"], first["steps"]) == (2, 3)
-    assert _train(data, tmp_path, "run", "--resume", "--steps", "5")["ranks"] == 1
-    last = _train(data, tmp_path, "run", "--resume", "--gpus", "2", "--scheme", "hybrid", "--steps", "6")
-    assert last["steps"] == 6
-    _agree(_weights(alone, "one"), _weights(tmp_path, "run"))
-    assert _steps(tmp_path, "run") == sorted(set(_steps(tmp_path, "run")))
-
-
-def test_ddp_over_an_epoch_that_does_not_divide(alone: Path, data: Path, tmp_path: Path) -> None:
-    _train(data, tmp_path, "run", "--gpus", "2", "--scheme", "ddp", "--steps", "6")
-    _agree(_weights(alone, "one"), _weights(tmp_path, "run"))
+    assert _train(data, tmp_path, "--resume", "--steps", "5")["ranks"] == 1
+    last = _train(data, tmp_path, "--resume", "--gpus", "2", "--scheme", "ddp", "--steps", "9")
+    assert (last["epochs"], last["steps"]) == (2, 9)
+    _agree(_weights(alone), _weights(tmp_path))
+    assert _steps(tmp_path) == sorted(set(_steps(tmp_path)))
 
 
 def test_sigterm_lets_all_ranks_save_and_leave(data: Path, tmp_path: Path) -> None:
-    command = _command(data, tmp_path, "run", "--gpus", "2", "--epochs", "500")
+    words = _words(data, tmp_path, "--gpus", "2", "--scheme", "hybrid", "--epochs", "500")
+    command = [sys.executable, "-m", "alexprep.cli", *words]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         end = time.monotonic() + SECONDS
         log = tmp_path / "run" / "log.jsonl"
@@ -99,21 +87,16 @@ def test_sigterm_lets_all_ranks_save_and_leave(data: Path, tmp_path: Path) -> No
         _, said = process.communicate(timeout=SECONDS)
     assert process.returncode == 128 + signal.SIGTERM, said[-3000:]
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    newest = max(path.stem for path in (tmp_path / "run" / "checkpoints").glob("*.json"))
+    assert newest == f"step-{summary['steps']:08d}"
     assert summary["stopped_by"] == "SIGTERM" and f"stopped by SIGTERM after step {summary['steps']}" in said
 
 
-def test_torchrun_s_ranks_need_a_name(data: Path, tmp_path: Path) -> None:
-    environment = {**os.environ, "WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
-    words = ["train", "--data", str(data), "--recipe", "tiny", "--runs", str(tmp_path), "--device", "cpu"]
-    done = subprocess.run(
-        [sys.executable, "-m", "alexprep.cli", *words],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert done.returncode == 1 and "give --name" in done.stderr
+def test_torchrun_s_ranks_need_a_name(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(AlexprepError, match="give --name"):
+        train_anyhow(TrainConfig(data, "tiny", runs=tmp_path, device="cpu"))
 
 
 @pytest.mark.parametrize(

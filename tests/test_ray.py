@@ -244,7 +244,7 @@ def test_a_killed_driver_is_run_again(cluster: Any, many: tuple[Path, dict[str, 
     )
     wait_until(lambda: len(list(out.glob("train/*.json"))) > 10, "the first shards")
     driver.kill()
-    driver.wait(timeout=30)
+    driver.wait(timeout=60)
     assert not (out / "dataset.json").exists()
     report = build(source, out, MANY, RayEngine(cluster.address))
     assert 0 < report.made_inputs < 408
@@ -268,7 +268,7 @@ def test_ctrl_c_leaves_nothing_and_nobody_can_listen_in(many: tuple[Path, dict[s
     ours = processes(mark.encode(), "environ")
     addresses = listening(ours)
     os.killpg(driver.pid, signal.SIGINT)
-    _, errors = driver.communicate(timeout=60)
+    _, errors = driver.communicate(timeout=120)
     assert len(ours) > 5 and len(addresses) >= 4
     assert set(addresses) <= {"0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000"}
     assert driver.returncode == 130, errors

@@ -140,7 +140,7 @@ def test_resumed_rates_are_exact(cut: int) -> None:
     whole.position.schedule = ScheduleState(stop_best=40.0, stop_waited=1)
     steps(whole, cut)
     tensors = {name: tensor.clone() for name, tensor in whole.tensors().items()}
-    saved = checkpoint.Checkpoint(cut, tensors, json.loads(json.dumps({"position": whole.facts()})))
+    saved = checkpoint.Checkpoint(cut, tensors, json.loads(json.dumps(whole.facts())))
     steps(whole, 6 - cut)
     resumed = TrainingState(recipe, 3, 1, CPU)
     resumed.restore(saved)

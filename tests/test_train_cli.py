@@ -24,7 +24,7 @@ from alexprep.train.recipes import Recipe
 from alexprep.train.schedule import Steps
 from alexprep.train.small_networks import tiny_net
 
-DEADLINE = 60.0  # seconds
+DEADLINE = 120.0  # seconds
 
 
 def last_line(text: str) -> dict[str, Any]:

@@ -286,8 +286,9 @@ def run_tune(*arguments: object) -> Result:
     return CliRunner().invoke(tune_command, [str(argument) for argument in arguments])
 
 
+@pytest.mark.usefixtures("patient_search")
 def test_the_command(mine: Path, tmp_path: Path) -> None:
-    result = run_tune("--data", mine, "--device", "cpu", "--batch-size", 16, "--batch-size", 8, "--seconds", 1)
+    result = run_tune("--data", mine, "--device", "cpu", "--batch-size", 16, "--batch-size", 8, "--seconds", 0.5)
     assert result.exit_code == 0, (result.output, result.exception)
     for words in (
         f"48 images of 'train' in {mine}",
@@ -306,8 +307,9 @@ def test_the_command(mine: Path, tmp_path: Path) -> None:
     assert notes == [f"loader settings: {saved.words('cpu')}, from alexprep tune"]
 
 
+@pytest.mark.usefixtures("patient_search")
 def test_json_alone(mine: Path) -> None:
-    result = run_tune("--data", mine, "--device", "cpu", "--batch-size", 200, "--seconds", 1, "--json")
+    result = run_tune("--data", mine, "--device", "cpu", "--batch-size", 200, "--seconds", 0.5, "--json")
     assert result.exit_code == 0, (result.output, result.exception)
     document = json.loads(result.stdout)
     machines = json.loads((mine / "tuning.json").read_bytes())["machines"]
@@ -319,9 +321,10 @@ def test_json_alone(mine: Path) -> None:
     assert "there are only 48 images: a step is smaller than 200" in document["notes"]
 
 
+@pytest.mark.usefixtures("patient_search")
 def test_other_peoples_tars(mine: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(mine)
-    result = run_tune("--data", "train", "--device", "cpu", "--batch-size", 16, "--seconds", 1, "--json")
+    result = run_tune("--data", "train", "--device", "cpu", "--batch-size", 16, "--seconds", 0.5, "--json")
     assert result.exit_code == 0, (result.output, result.exception)
     document = json.loads(result.stdout)
     assert document["saved_to"] == str(cache / "tuning.json") and document["augmentation"]["scale"] == [0.08, 1.0]
@@ -330,9 +333,10 @@ def test_other_peoples_tars(mine: Path, cache: Path, monkeypatch: pytest.MonkeyP
     assert not (mine / "tuning.json").exists() and not (mine / "train" / "tuning.json").exists()
 
 
+@pytest.mark.usefixtures("patient_search")
 def test_no_place_to_write_is_no_error(mine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read_only(tmp_path, monkeypatch)
-    result = run_tune("--data", mine, "--device", "cpu", "--batch-size", 16, "--seconds", 1)
+    result = run_tune("--data", mine, "--device", "cpu", "--batch-size", 16, "--seconds", 0.5)
     assert result.exit_code == 0
     assert f"Note: {mine}/tuning.json cannot be written (Read-only file system)" in result.stderr
     assert "written to   nowhere" in result.stdout and "settings" in result.stdout

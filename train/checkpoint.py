@@ -21,11 +21,11 @@ from alexprep.shards.errors import AlexprepError
 from alexprep.shards.files import (
     TEMPORARY_MARK,
     digest_json,
-    publish_bytes,
-    publish_json,
+    json_bytes,
     remove_temporaries,
     sync_folder,
 )
+from alexprep.train.disk import publish, writing
 
 FORMAT_VERSION = 1
 MARK = re.compile(r"step-(\d{8,})\.json")
@@ -56,24 +56,23 @@ def save(folder: Path, step: int, tensors: dict[str, torch.Tensor], facts: dict[
         keep: at least 1.
 
     Raises:
-        AlexprepError: keep is below 1.
-        OSError: the disk is full or broken; earlier checkpoints are untouched.
+        AlexprepError: keep is below 1; or the disk is full or broken, and earlier checkpoints are untouched.
     """
     if keep < 1:
         raise AlexprepError(f"--keep is {keep}: it must be at least 1, or nothing could be resumed")
-    folder.mkdir(parents=True, exist_ok=True)
     data = safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
     sha256 = hashlib.sha256(data).hexdigest()
     file = f"step-{step:08d}-{sha256[:8]}.safetensors"
-    publish_bytes(folder / file, data)
+    publish(folder / file, data)
     document = {
         "format_version": FORMAT_VERSION,
         "step": step,
         "facts": facts,
         "tensors": {"file": file, "bytes": len(data), "sha256": sha256},
     }
-    publish_json(folder / f"step-{step:08d}.json", document | {"digest": digest_json(document)})
-    _prune(folder, step, keep)
+    publish(folder / f"step-{step:08d}.json", json_bytes(document | {"digest": digest_json(document)}))
+    with writing(folder):
+        _prune(folder, step, keep)
 
 
 def newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
@@ -126,6 +125,16 @@ def differences(saved: Any, wanted: Any, name: str = "") -> list[str]:
         lists = (differences(saved.get(key), wanted.get(key), f"{name}.{key}" if name else str(key)) for key in keys)
         return [sentence for sentences in lists for sentence in sentences]
     return [] if saved == wanted else [f"{name} was {saved!r}, is now {wanted!r}"]
+
+
+def some_of(differences: list[str], most: int = 6) -> str:
+    """The first of many differences as one sentence.
+
+    >>> some_of(["a was 1, is now 2", "b was 1, is now 2"], most=1)
+    'a was 1, is now 2; and 1 more'
+    """
+    more = [f"and {len(differences) - most} more"] if len(differences) > most else []
+    return "; ".join([*differences[:most], *more])
 
 
 def _marks(folder: Path) -> dict[int, Path]:

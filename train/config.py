@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,22 +14,30 @@ import torch
 from alexprep.pipeline.device import choose_device
 from alexprep.pipeline.tuning import Tuning, saved_tuning
 from alexprep.shards.errors import AlexprepError
-from alexprep.shards.files import publish_json
 from alexprep.shards.versions import versions
 from alexprep.train import runs
+from alexprep.train.board import writer_class
+from alexprep.train.checkpoint import Checkpoint
 from alexprep.train.data import DataFacts, data_facts
+from alexprep.train.own import OwnNetwork
+from alexprep.train.own_run import settle
 from alexprep.train.parallel.split import SCHEMES, Scheme
 from alexprep.train.places import place_named, saved_checkpoint
-from alexprep.train.recipes import Recipe, recipe_named
+from alexprep.train.precision import Arithmetic, Precision, arithmetic
+from alexprep.train.recipes import DEFAULT_RECIPE, Recipe, check_named, recipe_of, references
 
-DEFAULT_RECIPE = "alexnet"
+MOST_TRACED = 200  # steps
 OPTIONS = (
     "recipe",
+    "model",
     "seed",
     "batch_size",
     "lr",
     "init_from",
     "init_layers",
+    "precision",
+    "channels_last",
+    "compile",
 )  # what a resumed run takes from its beginning
 DECODING = ("decode", "hw_decoder_load")  # likewise, see `_tuning`
 
@@ -38,7 +48,8 @@ class TrainConfig:
 
     Args:
         data: folder of the data set.
-        recipe: name in the registry, "alexnet" by default.
+        recipe: name in the registry, "alexnet" by default; or a user's own: FILE.py, FILE.py:FUNCTION or MODULE:FUNCTION.
+        model: the user's own network in the recipe's stead, likewise; see `alexprep.train.own`.
         seed: of the initial weights, dropout, order and augmentation; 0 by default.
         batch_size: images a step.
         lr: learning rate of the first epoch.
@@ -47,7 +58,7 @@ class TrainConfig:
         epochs: stop after this many, counted from the run's beginning.
         steps: stop after this many optimizer steps, counted from the run's beginning.
         runs: folder of all runs.
-        name: of this run; the recipe's name, with a number if that is taken, by default.
+        name: of this run; that of the recipe or of the model's file, with a number if that is taken, by default.
         resume: continue the named run, or the one last active.
         keep: checkpoints kept.
         checkpoint_steps: steps between checkpoints; one more is made at every epoch's end.
@@ -55,7 +66,12 @@ class TrainConfig:
         threads: for decoding; as `alexprep tune` found, or one a core, by default.
         device: "cpu" or "cuda"; the GPU if there is one by default.
         ranks: processes that share the run, one a GPU where there are any.
+        precision: "fp32" by default, "tf32", "bf16" or "fp16": see `alexprep.train.precision`.
+        channels_last: whether the values of a pixel lie side by side in memory; by default on a CPU, where it is faster.
+        compile: whether steps are compiled by torch.compile; not by default.
         scheme: how they share it: "towers" as in the paper (the default for two), "ddp" (for more), "hybrid"; alone "single".
+        trace: steps to record for a trace viewer, see `alexprep.train.trace`.
+        tensorboard: whether the log's records are written for TensorBoard too, see `alexprep.train.board`.
 
     Raises:
         AlexprepError: a number is out of its range.
@@ -63,11 +79,15 @@ class TrainConfig:
 
     data: Path
     recipe: str | None = None
+    model: str | None = None
     seed: int | None = None
     batch_size: int | None = None
     lr: float | None = None
     init_from: str | None = None
     init_layers: str | None = None
+    precision: Precision | None = None
+    channels_last: bool | None = None
+    compile: bool | None = None
     epochs: int | None = None
     steps: int | None = None
     runs: Path = Path("runs")
@@ -80,13 +100,19 @@ class TrainConfig:
     device: str | None = None
     ranks: int = 1
     scheme: Scheme | None = None
+    trace: int | None = None
+    tensorboard: bool = False
 
     def __post_init__(self) -> None:
         """Refuses values out of bounds, with AlexprepError."""
-        for name in ("epochs", "steps", "keep", "checkpoint_steps", "log_steps", "threads", "ranks"):
+        for name in ("epochs", "steps", "keep", "checkpoint_steps", "log_steps", "threads", "ranks", "trace"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise AlexprepError(f"{name} is {value}: it must be at least 1")
+        if self.trace is not None and self.trace > MOST_TRACED:
+            raise AlexprepError(
+                f"trace is {self.trace}: at most {MOST_TRACED} steps are recorded, since all stay in memory until the last one"
+            )
         if self.scheme not in (None, *SCHEMES):
             raise AlexprepError(f"scheme {self.scheme!r} is not one of {', '.join(SCHEMES)}")
         if self.scheme is not None and (self.ranks == 1) != (self.scheme == "single"):
@@ -98,8 +124,9 @@ class TrainConfig:
 
     @property
     def chosen_scheme(self) -> Scheme:
-        """The scheme, or what fits the number of ranks: with two, the paper's."""
-        return self.scheme or {1: "single", 2: "towers"}.get(self.ranks, "ddp")  # type: ignore[return-value]
+        """The scheme, or what fits the number of ranks: with two, the paper's, but for a network of the user's own."""
+        usual = {1: "single", 2: "towers" if self.model is None else "ddp"}
+        return self.scheme or usual.get(self.ranks, "ddp")  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)
@@ -113,39 +140,69 @@ class Job:
     facts: DataFacts
     device: torch.device
     scheme: Scheme
+    computing: Arithmetic
     tuning: Tuning
     notes: list[str]  # what to say about it
     identity: dict[str, Any]  # JSON values: what decides the result; a checkpoint of another identity is refused
+    source: Checkpoint | None = None  # whose weights it begins with, where it was read already
+
+    def blamed(self) -> contextlib.AbstractContextManager[None]:
+        """Inside the block, an exception that comes by way of the user's own network becomes a sentence with its file and line."""
+        own = self.recipe.network
+        return own.blamed(only=True) if isinstance(own, OwnNetwork) else contextlib.nullcontext()
 
 
-def prepare(config: TrainConfig, device: torch.device | None = None) -> Job:
+def prepare(config: TrainConfig, device: torch.device | None = None, *, rehearsal: bool = False) -> Job:
     """Reads the data set's facts, makes or finds the run's folder, and settles the recipe and, if not given, the device.
+
+    A rehearsal, for measurements, has no folder: nothing is written, and the job's `run` is the null device.
 
     Raises:
         AlexprepError: there is no such data, recipe, device or run, or the data does not suit the recipe.
     """
     device = device or choose_device(config.device)
+    if config.tensorboard:
+        writer_class()  # made sure of before the run's folder is there
     facts = data_facts(config.data)
-    run, began = None, None
+    named, model = references(config.recipe, config.model)
+    config = replace(config, recipe=named, model=model)
+    run, began = Path(os.devnull) if rehearsal else None, None
     if config.resume:
         run = runs.find_run(config.runs, config.name)
         began = runs.read_config(run)["options"]
+        check_named(began, config.recipe, config.model, run)
         config = replace(config, **{name: began.get(name) for name in OPTIONS if getattr(config, name) is None})
     tuning, notes = _tuning(config, device, began)
+    notes += [f"the split {split} is skipped: none of its images has a label" for split in facts.unlabelled]
     recipe = recipe_of({name: getattr(config, name) for name in OPTIONS})
     recipe.check_size(facts.size)
+    computing = arithmetic(device, config.precision, config.channels_last, config.compile)
+    if computing.precision == "fp16" and device.type == "cpu":
+        notes += ["fp16 on a CPU: gradients of convolutions take hundreds of times as long as in bf16"]
     seed = config.seed or 0
     identity = {"recipe": recipe.describe(), "seed": seed, "classes": facts.classes, "data_digest": facts.digest}
+    identity["precision"] = computing.precision
+    if isinstance(recipe.network, OwnNetwork):
+        recipe, made, said = settle(recipe, recipe.network, facts.classes, seed, config.chosen_scheme, config.ranks)
+        identity |= {"recipe": recipe.describe(), "layers": made}
+        notes += said
+    source = None
     if config.init_from is not None:
-        # Made sure of before the run's folder is there; "newest" is settled for good.
-        source = saved_checkpoint(place_named(config.runs, config.init_from))[0] if run is None else None
-        if source is not None and "@" not in config.init_from:
-            config = replace(config, init_from=f"{config.init_from}@{source.step}")
+        if run is None:  # Made sure of before the run's folder is there; "newest" is settled for good.
+            source, skipped = saved_checkpoint(place_named(config.runs, config.init_from))
+            notes += skipped
+            if "@" not in config.init_from:
+                config = replace(config, init_from=f"{config.init_from}@{source.step}")
         identity["init"] = f"{config.init_from}, layers {config.init_layers or 'matching'}"
     if run is None:
-        run = runs.create_run(config.runs, config.name, recipe.name)
-        options = {"recipe": recipe.name, "seed": seed, "batch_size": recipe.batch_size, "lr": recipe.lr}
+        options: dict[str, Any] = {"recipe": config.recipe or DEFAULT_RECIPE, "model": config.model, "seed": seed}
+        options |= {"batch_size": recipe.batch_size, "lr": recipe.lr}
         options |= {"init_from": config.init_from, "init_layers": config.init_layers}
+        options |= {
+            "precision": computing.precision,
+            "channels_last": config.channels_last,
+            "compile": computing.compile,
+        }
         options |= {"decode": tuning.decode_on(device.type), "hw_decoder_load": tuning.hw_decoder_load}
         document = {
             "options": options,
@@ -153,8 +210,10 @@ def prepare(config: TrainConfig, device: torch.device | None = None) -> Job:
             "identity": identity,
             "versions": run_versions(),
         }
-        publish_json(run / runs.CONFIG, document)
-    return Job(config, run, recipe, seed, facts, device, config.chosen_scheme, tuning, notes, identity)
+        run = runs.create_run(config.runs, config.name, _usual_name(recipe, config.model), document)
+    return Job(
+        config, run, recipe, seed, facts, device, config.chosen_scheme, computing, tuning, notes, identity, source
+    )
 
 
 def _tuning(config: TrainConfig, device: torch.device, began: Mapping[str, Any] | None) -> tuple[Tuning, list[str]]:
@@ -187,12 +246,8 @@ def run_versions() -> dict[str, str]:
     return versions("alexprep", "torch", "numpy", "dali")
 
 
-def recipe_of(options: Mapping[str, Any]) -> Recipe:
-    """The recipe that options name, with their batch size and rate where they are not None.
-
-    >>> recipe_of({"recipe": "tiny", "batch_size": 8, "lr": None}).batch_size
-    8
-    """
-    recipe = recipe_named(options["recipe"] or DEFAULT_RECIPE)
-    changes = {name: options[name] for name in ("batch_size", "lr") if options[name] is not None}
-    return replace(recipe, **changes)
+def _usual_name(recipe: Recipe, model: str | None) -> str:
+    """What a run is called by default: as the recipe, or as the model's file."""
+    network = recipe.network
+    name = network.title.partition(":")[0].rpartition(".")[2] if model and isinstance(network, OwnNetwork) else ""
+    return name if runs.NAME.fullmatch(name) else recipe.name

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -10,9 +10,34 @@ import torch
 
 from alexprep.pipeline.augmentation import Augmentation
 from alexprep.shards.errors import AlexprepError
-from alexprep.shards.layout import read_dataset
+from alexprep.shards.layout import INDEX, read_dataset, read_index
 
-EVALUATION_SPLITS = ("val", "test")  # the first that has samples is evaluated on
+EVALUATION_SPLITS = ("val", "test")  # the first that has samples with labels is evaluated on
+
+
+Layout = Literal["NCHW", "channels_last"]
+
+
+class Memory(NamedTuple):
+    """How images, activations and kernels lie in memory. Their shapes are N C H W either way."""
+
+    layout: Layout  # what a loader is asked for
+    format: torch.memory_format  # of a network's weights
+
+    @property
+    def channels_last(self) -> bool:
+        """Whether the values of one pixel lie side by side."""
+        return self.layout == "channels_last"
+
+
+def memory(device: torch.device, channels_last: bool | None = None) -> Memory:
+    """The one asked for, or the one that suits the device: convolutions on a CPU are faster with the channels last.
+
+    >>> memory(torch.device("cpu")).layout
+    'channels_last'
+    """
+    last = device.type == "cpu" if channels_last is None else channels_last
+    return Memory("channels_last", torch.channels_last) if last else Memory("NCHW", torch.contiguous_format)
 
 
 class LoadedBatch(Protocol):
@@ -20,7 +45,7 @@ class LoadedBatch(Protocol):
 
     @property
     def images(self) -> torch.Tensor:
-        """Float32, the last three dimensions C H W or H W C as the loader was asked."""
+        """Float32 (N, C, H, W), or (N, 10, C, H, W) for ten views."""
 
     @property
     def labels(self) -> torch.Tensor:
@@ -65,7 +90,7 @@ class OpenLoader(Protocol):
         rank: int = ...,
         world_size: int = ...,
         device: str = ...,
-        layout: Literal["NCHW", "NHWC"] = ...,
+        layout: Layout = ...,
         threads: int | None = ...,
     ) -> BatchSource:
         """Opens `split` of the data set in `data`."""
@@ -84,11 +109,12 @@ class DataFacts(NamedTuple):
     digest: str
     classes: int
     size: int  # side of the stored images, pixels
-    evaluation_split: str | None
+    evaluation_split: str | None  # with samples and labels
+    unlabelled: list[str]  # splits that would have come first, but have no labels
 
 
 def data_facts(data: Path) -> DataFacts:
-    """Reads them from dataset.json.
+    """Reads them from dataset.json, and from the indexes whether splits have labels.
 
     Raises:
         AlexprepError: there is no finished data set in `data`, or it has fewer than two classes.
@@ -98,21 +124,11 @@ def data_facts(data: Path) -> DataFacts:
     if classes < 2:
         raise AlexprepError(f"{data} has {classes} classes: training needs at least 2; shard a source with more")
     filled = [split for split in EVALUATION_SPLITS if dataset["splits"].get(split, {}).get("samples")]
-    return DataFacts(dataset["digest"], classes, int(dataset["image"]["size"]), filled[0] if filled else None)
+    split = next((split for split in filled if _has_labels(data, split)), None)
+    unlabelled = filled[: filled.index(split)] if split else filled
+    return DataFacts(dataset["digest"], classes, int(dataset["image"]["size"]), split, unlabelled)
 
 
-def layout_for(device: torch.device) -> Literal["NCHW", "NHWC"]:
-    """How pixels should lie in memory: convolutions on a CPU are faster with the channels last."""
-    return "NHWC" if device.type == "cpu" else "NCHW"
-
-
-def memory_format(device: torch.device) -> torch.memory_format:
-    """The memory format of weights that goes with `layout_for`."""
-    return torch.channels_last if device.type == "cpu" else torch.contiguous_format
-
-
-def examples(batches: Iterable[LoadedBatch], layout: str) -> Iterator[Examples]:
-    """The same batches with the channels as third dimension from the end; a view, no pixel moves."""
-    for batch in batches:
-        images = batch.images
-        yield Examples(images.movedim(-1, -3) if layout == "NHWC" else images, batch.labels)
+def _has_labels(data: Path, split: str) -> bool:
+    """Whether any image of a split has a label; taken for granted where there is no index to tell."""
+    return not (data / split / INDEX).exists() or bool((read_index(data, split)["label"] >= 0).any())

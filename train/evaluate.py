@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 from alexprep.shards.errors import AlexprepError
+from alexprep.train.finite import NotFinite
+from alexprep.train.precision import Precision, logits
 
 TOP = 5  # guesses an image, in the error that ILSVRC ranks by
 NO_LABELS = "none of the images has a label, so there is no error to measure: name another --split"
@@ -27,7 +29,7 @@ class LabelledBatch(Protocol):
         """Int64 (N,); -1 where the class is unknown."""
 
 
-def evaluate(network: nn.Module, batches: Iterable[LabelledBatch]) -> dict[str, float]:
+def evaluate(network: nn.Module, batches: Iterable[LabelledBatch], precision: Precision = "fp32") -> dict[str, float]:
     """Runs the network over one pass of a loader.
 
     With ten views the softmax outputs are averaged over the views before anything is computed (section 4.1; the 2012 code did so too).
@@ -37,6 +39,7 @@ def evaluate(network: nn.Module, batches: Iterable[LabelledBatch]) -> dict[str, 
     Args:
         network: left in the mode, training or evaluation, that it came in.
         batches: with logits' device; at least one image with a label in all.
+        precision: that the network computes in; all the rest is float64.
 
     Returns:
         {"top1_error": percent, "top5_error": percent, "loss": nats, "samples": count}. Ties count in parts, see `credit`.
@@ -50,7 +53,9 @@ def evaluate(network: nn.Module, batches: Iterable[LabelledBatch]) -> dict[str, 
     network.eval()
     try:
         with torch.inference_mode():
-            columns.extend(figures(log_probabilities(network, batch.images), batch.labels) for batch in batches)
+            columns.extend(
+                figures(log_probabilities(network, batch.images, precision), batch.labels) for batch in batches
+            )
     finally:
         network.train(was_training)
     if not columns:
@@ -58,24 +63,25 @@ def evaluate(network: nn.Module, batches: Iterable[LabelledBatch]) -> dict[str, 
     return means(torch.cat(columns, dim=1).cpu())
 
 
-def log_probabilities(network: nn.Module, images: torch.Tensor) -> torch.Tensor:
+def log_probabilities(network: nn.Module, images: torch.Tensor, precision: Precision = "fp32") -> torch.Tensor:
     """The logarithm of what a network in evaluation mode gives each class; of the mean over the views, where there are views.
 
     Args:
         network: from (N, C, H, W) to logits (N, classes).
         images: (N, C, H, W) or (N, views, C, H, W).
+        precision: that the network computes in.
 
     Returns:
         float64 (N, classes), nats. Logarithms, because a sure network's small probabilities would be 0.
 
     Raises:
-        AlexprepError: the network gives NaN or infinity.
+        NotFinite: the network gives NaN or infinity.
     """
     views = images.shape[1] if images.ndim == 5 else 1
-    logits = network(images.flatten(0, 1) if images.ndim == 5 else images)
-    if not torch.isfinite(logits).all():
-        raise AlexprepError("the network gives NaN or infinity: its training diverged, train again with a lower --lr")
-    logs: torch.Tensor = logits.double().log_softmax(dim=1).unflatten(0, (-1, views))
+    found = logits(network, images.flatten(0, 1) if images.ndim == 5 else images, precision)
+    if not torch.isfinite(found).all():
+        raise NotFinite("the network gives NaN or infinity", "its training diverged, train again with a lower --lr")
+    logs: torch.Tensor = found.double().log_softmax(dim=1).reshape(-1, views, found.shape[1])
     return logs.logsumexp(dim=1) - math.log(views)
 
 

@@ -24,6 +24,7 @@ from alexprep.train.ensemble import Contest, Weights, mixture, shares
 from alexprep.train.host import keep_freed_memory
 from alexprep.train.nets import Net, check_classes, data_of, open_net
 from alexprep.train.places import Place
+from alexprep.train.precision import Precision, check_precision, float32_kernels
 from alexprep.train.predictions import EvaluationViews, Kept, Predicted, open_readers, predictions
 from alexprep.train.scores import Scores
 from alexprep.train.sums import Pace
@@ -73,15 +74,18 @@ def evaluate_nets(
     weights: Weights = "equal",
     weights_from: str | None = None,
     batch_size: int = 128,
+    precision: Precision = "fp32",
     threads: int | None = None,
     device: str | None = None,
     progress: Progress | None = None,
     open_loader: OpenSplit | None = None,
     check: Callable[[Path, str], None] | None = None,
+    recipe: str | None = None,
+    model: str | None = None,
 ) -> Evaluation:
     """Evaluates nets, each by itself and all as one: the weighted mean of their softmax outputs.
 
-    Every net sees the images as its own recipe cuts them, less the mean of the data that it was trained on, in float32; softmax and
+    Every net sees the images as its own recipe cuts them, less the mean of the data that it was trained on; softmax and
     averages are float64. All nets go through the split together, and of their outputs only the batch at hand is in memory.
 
     Args:
@@ -92,11 +96,14 @@ def evaluate_nets(
         weights: "equal"; a number a net; or "search", see `alexprep.train.ensemble`.
         weights_from: the split for "search"; the evaluated one by default, which flatters the ensemble.
         batch_size: crops at a time. It does not change the result beyond rounding.
+        precision: that the networks compute in, whatever they were trained in; see `alexprep.train.precision`.
         threads: for decoding; as `alexprep tune` found, or one a core, by default.
         device: "cpu" or "cuda"; the GPU if there is one by default.
         progress: called with images done and images in all.
         open_loader: opens a split, as `alexprep.pipeline.loader.Loader` does; by default that, with the settings for this machine.
         check: called with data and split, when both are known and before any image is read.
+        recipe: where the recipe file of nets that have one is now; where it was by default.
+        model: likewise the file of nets of the user's own.
 
     Returns:
         document: nets (a list of run, step, epochs, recipe, weight and the errors of each), data, data_digest, split, views, weights
@@ -109,11 +116,12 @@ def evaluate_nets(
         AlexprepError: a checkpoint is missing or damaged; the nets do not go together or with the data; there is no such split.
     """
     where = choose_device(device)
+    check_precision(precision, where)
     if where.type == "cpu":
         keep_freed_memory()
     began = time.monotonic()
     fixed = _fixed_weights(weights, weights_from, len(places))
-    nets = [open_net(place, where) for place in places]
+    nets = [open_net(place, where, recipe, model) for place in places]
     if len({(net.run, net.step) for net in nets}) < len(nets):
         raise AlexprepError(f"{', '.join(net.name for net in nets)}: one net is named twice")
     data = data or data_of(nets)
@@ -121,7 +129,7 @@ def evaluate_nets(
     notes = [note for net in nets if (note := check_classes(net, data, dataset))]
     for net in nets:
         net.recipe.check_size(facts.size)
-    split = split or facts.evaluation_split
+    split = split or facts.evaluation_split or next(iter(facts.unlabelled), None)
     if split is None:
         raise AlexprepError(f"{data} has no val or test split: name another with --split")
     if check is not None:
@@ -135,9 +143,10 @@ def evaluate_nets(
     def through(split: str, take: Callable[[Predicted], None]) -> None:
         with (
             torch.inference_mode(),
+            float32_kernels(precision),
             open_readers(nets, data, split, views, batch_size, threads, where, means, open_loader) as readers,
         ):
-            for predicted in predictions(nets, readers, where, pace, progress):
+            for predicted in predictions(nets, readers, precision, pace, progress):
                 take(predicted)
 
     def measure(predicted: Predicted) -> None:
@@ -172,7 +181,7 @@ def evaluate_nets(
         "samples": int((whole.labels >= 0).sum()),
         "images": whole.images,
         **whole.summary(),
-        "precision": "float32",
+        "precision": precision,
         **pace.since(Pace()),
         "seconds": time.monotonic() - began,
         "device": str(where),
@@ -186,10 +195,13 @@ def publish(document: dict[str, Any], runs: Path) -> Path:
     """Writes the document of an evaluation: into the run's folder, or for several nets beside the runs.
 
     Returns:
-        The file, eval-SPLIT-VIEWS-DIGEST.json; the digest is of nets, data and weights, so the same evaluation has the same name.
+        The file, eval-SPLIT-VIEWS-DIGEST.json; the digest is of nets, data, weights and precision, so the same evaluation has the same name.
     """
     nets = [(net["run"], net["step"], net["weight"]) for net in document["nets"]]
-    digest = digest_json([nets, document["data_digest"], document["weights"], document["weights_from"]])[:8]
+    asked = [nets, document["data_digest"], document["weights"], document["weights_from"]]
+    if document["precision"] != "fp32":
+        asked.append(document["precision"])
+    digest = digest_json(asked)[:8]
     folder = Path(document["run"]) if "run" in document else runs
     path = folder / f"eval-{document['split']}-{document['views']}-{digest}.json"
     publish_json(path, document)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
-from alexprep.train.config import Job, TrainConfig
-from alexprep.train.data import BatchSource, Examples, OpenLoader, examples, layout_for
+from alexprep.train.config import Job
+from alexprep.train.data import BatchSource, Examples, LoadedBatch, OpenLoader
 from alexprep.train.host import Stopped, StopRequest
 from alexprep.train.init_from import init_from, saved_weights
 from alexprep.train.parallel.schemes import Parallel
@@ -27,7 +27,7 @@ def open_split(job: Job, open_loader: OpenLoader, split: str, shard: tuple[int, 
         rank=shard[0],
         world_size=shard[1],
         device=str(job.device),
-        layout=layout_for(job.device),
+        layout=job.computing.memory.layout,
         threads=job.config.threads,
     )
 
@@ -40,12 +40,7 @@ def loader_position(loader: BatchSource, state: TrainingState) -> dict[str, int]
     )
 
 
-def own_examples(job: Job, loader: BatchSource) -> Iterator[Examples]:
-    """What is left of the loader's epoch, as networks want it."""
-    return examples(loader, layout_for(job.device))
-
-
-def until_stopped(parallel: Parallel, batches: Iterator[Examples], stop: StopRequest) -> Iterator[Examples]:
+def until_stopped(parallel: Parallel, batches: Iterable[LoadedBatch], stop: StopRequest) -> Iterator[Examples]:
     """The ranks' batches; raises `Stopped` on all of them where one was asked to stop."""
     for batch in parallel.batches(batches, lambda: stop.signal):
         if parallel.requested is not None:
@@ -53,20 +48,24 @@ def until_stopped(parallel: Parallel, batches: Iterator[Examples], stop: StopReq
         yield batch
 
 
-def where(parallel: Parallel) -> str:
-    """The devices, for people."""
+def where(job: Job, parallel: Parallel) -> str:
+    """The devices and what they compute in, for people."""
     world = parallel.world
-    return str(world.device) if world.size == 1 else f"{world.size} ranks ({parallel.scheme}), {world.device.type}"
+    devices = str(world.device) if world.size == 1 else f"{world.size} ranks ({parallel.scheme}), {world.device.type}"
+    return f"{devices} in {job.computing.precision}{', compiled' if job.computing.compile else ''}"
 
 
-def begin_with(parallel: Parallel, config: TrainConfig) -> list[str]:
+def begin_with(parallel: Parallel, job: Job) -> list[str]:
     """Gives a network the weights of another run; what to say about it. Every rank does the same to the whole state.
 
     Raises:
         AlexprepError: there is no such checkpoint, or it does not fit.
     """
-    source, notes = saved_checkpoint(place_named(config.runs, config.init_from))
-    layers = config.init_layers or "matching"
+    notes: list[str] = []
+    source = job.source
+    if source is None:
+        source, notes = saved_checkpoint(place_named(job.config.runs, job.config.init_from))
+    layers = job.config.init_layers or "matching"
     whole = parallel.gather_state()
     report = init_from(
         whole,

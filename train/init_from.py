@@ -11,6 +11,7 @@ import torch
 
 from alexprep.shards.errors import AlexprepError
 from alexprep.train.checkpoint import Checkpoint
+from alexprep.train.parameters import layer_and_kind
 
 PREFIX = "weight."  # of the network's tensors in a checkpoint
 
@@ -85,11 +86,11 @@ def init_from(
 
 
 def _by_layer(tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
-    """Tensors by layer and kind: LAYER.weight, LAYER.bias."""
+    """Tensors by layer and kind: LAYER.weight, LAYER.bias. One of the network itself is a layer of its own name."""
     layers: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in tensors.items():
-        layer, _, kind = name.rpartition(".")
-        layers.setdefault(layer, {})[kind] = tensor
+        layer, kind = layer_and_kind(name)
+        layers.setdefault(layer or kind, {})[kind] = tensor
     return layers
 
 

@@ -5,10 +5,8 @@ Shapes: N images, C maps, H W pixels.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,10 +14,7 @@ from torch import nn
 
 from alexprep.shards.errors import AlexprepError
 from alexprep.train.local import LocallyConnected2d
-
-_Window = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-
-CACHE_CHUNK = 4  # images a pass on the CPU: 4 x 96 x 55 x 55 floats stay in the cache, 2.5 times faster than one pass
+from alexprep.train.response import Maps, Pixels, normalised
 
 
 class LocalResponseNorm(nn.Module):
@@ -47,8 +42,7 @@ class LocalResponseNorm(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Float (N, C, H, W) -> the same shape, dtype and memory format; C is divisible by the number of towers."""
-        window = functools.partial(_sum_over_maps, reach=self.size // 2, towers=self.towers)
-        return _normalised(images, window, self.k, self.alpha, self.beta)
+        return normalised(images, Maps(self.size // 2, self.towers), self.k, self.alpha, self.beta)
 
     def extra_repr(self) -> str:
         """The numbers, for print(network)."""
@@ -79,8 +73,7 @@ class SpatialResponseNorm(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Float (N, C, H, W) -> the same shape, dtype and memory format."""
-        window = functools.partial(_sum_over_pixels, reach=self.size // 2)
-        return _normalised(images, window, self.k, self.alpha, self.beta)
+        return normalised(images, Pixels(self.size // 2), self.k, self.alpha, self.beta)
 
     def extra_repr(self) -> str:
         """The numbers, for print(network)."""
@@ -154,86 +147,6 @@ def initialise(
             if isinstance(layer, (nn.Conv2d, nn.Linear, LocallyConnected2d)) and layer.bias is not None:
                 layer.weight.normal_(0.0, deviations[name], generator=generator)
                 layer.bias.fill_(biases.get(name, 0.0))
-
-
-class _ResponseNorm(torch.autograd.Function):
-    """Forward and gradient with four elementary passes each and one saved intermediate, a few images at a time.
-
-    `window(values, out)` writes the sum over each value's neighbours, itself among them, into `out` and returns it. Neighbours are mutual,
-    so the same sum carries the gradient back.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, images: torch.Tensor, window: _Window, k: float, alpha: float, beta: float) -> torch.Tensor:
-        normalised, scale = torch.empty_like(images), torch.empty_like(images)
-        for a, b, s in _chunks(images, normalised, scale):
-            window(a * a, s).mul_(alpha).add_(k)
-            _inverse_power(s, beta, b).mul_(a)
-        ctx.save_for_backward(images, normalised, scale)
-        ctx.window, ctx.alpha, ctx.beta = window, alpha, beta
-        return normalised
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        images, normalised, scale = ctx.saved_tensors
-        result = torch.empty_like(images)
-        for a, b, s, gradient, out in _chunks(images, normalised, scale, gradients[0], result):
-            # d/da_j: g_j · s_j^-beta - 2 · alpha · beta · a_j · sum over the window of g_i · b_i / s_i
-            _inverse_power(s, ctx.beta, out).mul_(gradient)
-            crossed = torch.empty_like(a)
-            ctx.window((gradient * b).div_(s), crossed).mul_(a)
-            out.add_(crossed, alpha=-2 * ctx.alpha * ctx.beta)
-        return result, None, None, None, None
-
-
-def _normalised(images: torch.Tensor, window: _Window, k: float, alpha: float, beta: float) -> torch.Tensor:
-    result: torch.Tensor = _ResponseNorm.apply(images, window, k, alpha, beta)  # type: ignore[no-untyped-call]
-    return result
-
-
-def _inverse_power(scale: torch.Tensor, beta: float, out: torch.Tensor) -> torch.Tensor:
-    """scale^-beta into `out`; for the paper's 0.75 as s^-1/2 · s^-1/4, without a slow pow."""
-    if beta != 0.75:
-        return torch.pow(scale, -beta, out=out)
-    root = scale.rsqrt()
-    return torch.sqrt(root, out=out).mul_(root)
-
-
-def _chunks(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
-    """The same few images of every tensor; on a GPU all of them at once, since launches cost more than cache misses."""
-    size = CACHE_CHUNK if tensors[0].device.type == "cpu" else max(1, len(tensors[0]))
-    for first in range(0, len(tensors[0]), size):
-        yield tuple(tensor[first : first + size] for tensor in tensors)
-
-
-def _sum_over_maps(values: torch.Tensor, out: torch.Tensor, *, reach: int, towers: int) -> torch.Tensor:
-    """Sum over each map and `reach` neighbours on either side; maps beyond the ends of a tower count nothing."""
-    out.copy_(values)
-    for given, summed in zip(values.chunk(towers, dim=1), out.chunk(towers, dim=1), strict=True):
-        _add_neighbours(given, summed, 1, reach)
-    return out
-
-
-def _sum_over_pixels(values: torch.Tensor, out: torch.Tensor, *, reach: int) -> torch.Tensor:
-    """Sum over each pixel and its neighbours up to `reach` away in both directions; pixels beyond the edge count nothing."""
-    if values.device.type != "cpu":
-        return _sum_by_pooling(values, out, reach=reach)
-    rows = _add_neighbours(values, values.clone(), 3, reach)
-    return _add_neighbours(rows, out.copy_(rows), 2, reach)
-
-
-def _sum_by_pooling(values: torch.Tensor, out: torch.Tensor, *, reach: int) -> torch.Tensor:
-    """The same in one kernel; on a CPU it takes four times as long as the shifted sums."""
-    return out.copy_(F.avg_pool2d(values, 2 * reach + 1, 1, reach, divisor_override=1))
-
-
-def _add_neighbours(given: torch.Tensor, summed: torch.Tensor, dim: int, reach: int) -> torch.Tensor:
-    """Adds to `summed` what `given` holds 1 to `reach` places before and after along `dim`."""
-    length = given.shape[dim]
-    for distance in range(1, min(reach, length - 1) + 1):
-        summed.narrow(dim, distance, length - distance).add_(given.narrow(dim, 0, length - distance))
-        summed.narrow(dim, 0, length - distance).add_(given.narrow(dim, distance, length - distance))
-    return summed
 
 
 def _check_norm(size: int, k: float, alpha: float, beta: float) -> None:

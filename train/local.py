@@ -74,7 +74,7 @@ class LocallyConnected2d(nn.Module):
         seen = [pixels[i : i + down : self.stride, j : j + right : self.stride] for i, j in offsets]
         windows = torch.cat(seen, dim=3).flatten(0, 1)  # positions, images, values of a window
         products = torch.bmm(windows, self.weight.flatten(2, 4).flatten(0, 1))
-        return products.unflatten(0, (rows, columns)).permute(2, 3, 0, 1) + self.bias
+        return products.view(rows, columns, len(images), self.out_channels).permute(2, 3, 0, 1) + self.bias
 
     def extra_repr(self) -> str:
         """The numbers, for print(network)."""

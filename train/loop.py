@@ -5,29 +5,33 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
-
-import torch
-import torch.nn.functional as F
 
 from alexprep.pipeline.device import choose_device
 from alexprep.pipeline.loader import Loader
 from alexprep.shards.errors import AlexprepError
-from alexprep.shards.files import publish_json
+from alexprep.shards.files import json_bytes
 from alexprep.train import checkpoint, runs
+from alexprep.train.board import Board
 from alexprep.train.config import Job, TrainConfig, prepare, run_versions
-from alexprep.train.data import BatchSource, OpenLoader
+from alexprep.train.culprit import explained
+from alexprep.train.data import OpenLoader
+from alexprep.train.disk import publish
+from alexprep.train.epoch import end_epoch, train_epoch
 from alexprep.train.evaluate import evaluate
-from alexprep.train.fed import begin_with, loader_position, open_split, own_examples, until_stopped, where
+from alexprep.train.fed import begin_with, loader_position, open_split, until_stopped, where
 from alexprep.train.host import Stopped, StopRequest, keep_freed_memory
-from alexprep.train.meter import Meter, forecast
+from alexprep.train.meter import Meter
 from alexprep.train.parallel.world import World
+from alexprep.train.precision import float32_kernels
+from alexprep.train.spans import span
 from alexprep.train.state import TrainingState, weights_digest
-from alexprep.train.sums import Means, Pace
+from alexprep.train.sums import Pace
+from alexprep.train.trace import Trace
+from alexprep.train.tryout import comparable
 
 UNMEASURED = ("images_per_second", "data_wait_ms", "step_ms")
-EARLY_RECORDS = (1, 6)  # a first sign of life; then steps 2 to 6, after the slow first one, give the forecast
 
 
 def train(config: TrainConfig, open_loader: OpenLoader | None = None, world: World | None = None) -> dict[str, Any]:
@@ -57,10 +61,13 @@ def train(config: TrainConfig, open_loader: OpenLoader | None = None, world: Wor
     if job.device.type == "cpu":
         keep_freed_memory()
     with contextlib.ExitStack() as stack:
+        stack.enter_context(job.blamed())
         if world.leads:
             stack.enter_context(runs.locked(job.run))
+        stack.enter_context(float32_kernels(job.computing.precision))
         stop = stack.enter_context(StopRequest().listening())
         state, notes = _first_state(job, world)
+        job = replace(job, source=None)  # it has done its part, and takes memory
         parallel = state.parallel
         loader = stack.enter_context(contextlib.closing(open_split(job, open_loader, "train", parallel.shard)))
         split = job.facts.evaluation_split
@@ -71,41 +78,56 @@ def train(config: TrainConfig, open_loader: OpenLoader | None = None, world: Wor
         position, epochs = state.position, job.config.epochs or job.recipe.epochs
         last_step = min(epochs * len(loader), job.config.steps or epochs * len(loader))
         log = job.run / runs.LOG if world.leads else None
-        meter = stack.enter_context(Meter(log, step=position.step, total_steps=last_step))
+        board = None
+        if log is not None and job.config.tensorboard:
+            board = stack.enter_context(contextlib.closing(Board(job.run / runs.TENSORBOARD, position.step)))
+        meter = stack.enter_context(Meter(log, step=position.step, total_steps=last_step, board=board))
         for note in [*job.notes, *notes]:
             meter.say(note)
         meter.say(
-            f"{job.run}: {job.recipe.name} on {where(parallel)}, {loader.samples} images in {job.facts.classes} classes, "
+            f"{job.run}: {job.recipe.name} on {where(job, parallel)}, {loader.samples} images in {job.facts.classes} classes, "
             f"{len(loader)} steps of {job.recipe.batch_size} an epoch, from step {position.step} to at most {last_step}"
         )
         if validation is None:
             meter.say(
-                "there is no val or test split: no validation error is measured, the schedule looks at the training error"
+                "there is no val or test split with labels: no validation error is measured, the schedule looks at the "
+                "training error"
             )
 
         def save() -> None:
-            facts = {"identity": job.identity, "position": state.facts(), "versions": run_versions()}
-            tensors = state.tensors()  # of all ranks
-            if world.leads:
-                checkpoint.save(job.run / runs.CHECKPOINTS, position.step, tensors, facts, job.config.keep)
+            facts = {
+                "identity": job.identity,
+                **state.facts(),
+                "rounding": job.computing.rounding,
+                "versions": run_versions(),
+            }
+            with span("checkpoint"):
+                tensors = state.tensors()  # of all ranks
+                if world.leads:
+                    checkpoint.save(job.run / runs.CHECKPOINTS, position.step, tensors, facts, job.config.keep)
 
         def measure() -> dict[str, Any] | None:
             if validation is None:
                 return None
             meter.say(f"evaluating on {validation.samples} images of {split}")
-            return {"split": split} | evaluate(
-                parallel.network, until_stopped(parallel, own_examples(job, validation), stop)
-            )
+            with span("evaluate"):
+                found = evaluate(parallel.network, until_stopped(parallel, validation, stop), job.computing.precision)
+            return {"split": split} | found
 
         loader.load_state_dict(loader_position(loader, state))
+        trace = stack.enter_context(
+            Trace(job.run / runs.TRACE, job.config.trace, meter, world, step=position.step, last_step=last_step)
+        )
+        saved_state = functools.partial(_first_state, job, world)
+        stack.enter_context(explained(job, state, saved_state, loader, meter, stop))
         means, val = None, position.val
         with contextlib.suppress(Stopped):
             while position.epoch < epochs and position.step < last_step and not position.schedule.finished:
-                means = _train_epoch(job, state, loader, meter, stop, save, last_step) or means
+                means = train_epoch(job, state, loader, trace, meter, stop, save, last_step) or means
                 if parallel.requested is not None or position.epoch_step < len(loader):
                     break
                 val = measure()
-                _end_epoch(job, state, meter, val)
+                end_epoch(job, state, meter, val)
                 save()
             if parallel.requested is None and position.epoch_step:  # --steps ended within an epoch
                 save()
@@ -127,6 +149,7 @@ def train(config: TrainConfig, open_loader: OpenLoader | None = None, world: Wor
                 "val_split": split,
                 **{f"val_{name}": None if val is None else val[name] for name in ("top1_error", "top5_error", "loss")},
                 **(meter.pace.since(Pace()) if meter.pace.steps else dict.fromkeys(UNMEASURED)),
+                "skipped_steps": state.update.skipped,
                 "seconds": time.monotonic() - started,
                 "weights_sha256": weights_digest(parallel.gather_state()),
                 "stopped_by": None if parallel.requested is None else parallel.requested.name,
@@ -141,91 +164,26 @@ def _first_state(job: Job, world: World) -> tuple[TrainingState, list[str]]:
         AlexprepError: the run began with another identity.
     """
     saved, notes = checkpoint.newest(job.run / runs.CHECKPOINTS)
-    began = runs.read_config(job.run)["identity"] if saved is None else saved.facts["identity"]
-    if changes := checkpoint.differences(began, job.identity):
-        raise AlexprepError(f"{job.run} cannot be resumed: {'; '.join(changes)}. Begin a new run without --resume")
-    state = TrainingState(job.recipe, job.facts.classes, job.seed, job.device, world, job.scheme)
+    began = runs.read_config(job.run) if saved is None else saved.facts
+    made_with = began.get("versions", {})
+    then, now = (comparable(identity, made_with) for identity in (began["identity"], job.identity))
+    if changes := checkpoint.differences({"precision": "fp32"} | then, now):  # older runs do not say it
+        raise AlexprepError(
+            f"{job.run} cannot be resumed: {checkpoint.some_of(changes)}. Begin a new run without --resume"
+        )
+    state = TrainingState(job.recipe, job.facts.classes, job.seed, job.device, world, job.scheme, job.computing)
     if saved is None and job.config.init_from is not None:
-        notes += begin_with(state.parallel, job.config)
+        notes += begin_with(state.parallel, job)
     if saved is not None:
         state.restore(saved)
         notes += [
             f"{change}: the last bits may differ"
-            for change in checkpoint.differences(saved.facts["versions"], run_versions())
+            for change in [
+                *checkpoint.differences(saved.facts["versions"], run_versions()),
+                *checkpoint.differences(saved.facts.get("rounding", job.computing.rounding), job.computing.rounding),
+            ]
         ]
     return state, notes
-
-
-def _train_epoch(
-    job: Job,
-    state: TrainingState,
-    loader: BatchSource,
-    meter: Meter,
-    stop: StopRequest,
-    save: Callable[[], None],
-    last_step: int,
-) -> Means | None:
-    """Trains to the end of the epoch, to `last_step`, or until a stop is requested.
-
-    Returns:
-        Means over the epoch so far; None if there was nothing left to do.
-    """
-    position, pace, sums = state.position, meter.pace, state.sums
-    epoch_steps, lr = len(loader), state.learning_rate(job.recipe)
-    if position.epoch_step == epoch_steps:
-        return None
-    recorded = sums.totals.clone()
-    pace.lap()
-    parallel = state.parallel
-    for images, labels in parallel.batches(own_examples(job, loader), lambda: stop.signal):
-        wait_seconds = pace.lap()
-        logits = state.network(images)
-        loss = F.cross_entropy(logits, labels)  # the negative of the paper's objective, section 3.5
-        state.optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        parallel.sum_gradients()
-        state.optimizer.step()
-        sums.add(loss, logits, labels)
-        position.step += 1
-        position.epoch_step += 1
-        last = position.epoch_step == epoch_steps or position.step == last_step or parallel.requested is not None
-        due = last or position.step % job.config.log_steps == 0 or pace.steps + 1 in EARLY_RECORDS
-        means = sums.since(recorded) if due else None  # waits for a GPU, so that the lap below has its work in it
-        busy_seconds = pace.lap()
-        pace.count(len(labels), wait_seconds, busy_seconds)
-        position.epoch_seconds += wait_seconds + busy_seconds
-        if means is not None:
-            speed = meter.record_steps(means, step=position.step, epoch=position.epoch, lr=lr)
-            recorded = sums.totals.clone()
-            if pace.steps == EARLY_RECORDS[-1]:
-                epochs = job.config.epochs or job.recipe.epochs
-                meter.say(forecast(job.recipe.name, job.device, speed, epoch_steps, epochs))
-        if last:
-            break
-        if position.step % job.config.checkpoint_steps == 0:
-            save()
-            pace.lap()
-    else:
-        raise RuntimeError(f"the loader ended after {position.epoch_step} of {epoch_steps} steps")
-    return sums.since(torch.zeros_like(sums.totals))
-
-
-def _end_epoch(job: Job, state: TrainingState, meter: Meter, val: dict[str, Any] | None) -> None:
-    """Logs the epoch, asks the schedule, and moves the position to the next epoch."""
-    position = state.position
-    means = state.sums.since(torch.zeros_like(state.sums.totals))
-    meter.record_epoch(
-        means,
-        step=position.step,
-        epoch=position.epoch,
-        lr=state.learning_rate(job.recipe),
-        seconds=position.epoch_seconds,
-        val=val,
-    )
-    error = means.top1_error if val is None else float(val["top1_error"])
-    position.schedule = job.recipe.schedule.after_epoch(position.schedule, position.epoch + 1, error)
-    position.epoch, position.epoch_step, position.epoch_seconds, position.val = position.epoch + 1, 0, 0.0, val
-    state.sums.totals.zero_()
 
 
 def _finish(job: Job, world: World, figures: dict[str, Any]) -> dict[str, Any]:
@@ -234,9 +192,10 @@ def _finish(job: Job, world: World, figures: dict[str, Any]) -> dict[str, Any]:
         "run": str(job.run),
         "recipe": job.recipe.name,
         "device": str(job.device),
+        "precision": job.computing.precision,
         "ranks": world.size,
         **figures,
     }
     if world.leads:
-        publish_json(job.run / runs.SUMMARY, summary)
+        publish(job.run / runs.SUMMARY, json_bytes(summary))
     return summary

@@ -4,6 +4,8 @@ log.jsonl holds one JSON object a line:
 
     {"kind": "steps", "step", "epoch", "loss", "top1_error", "top5_error", "lr", "images_per_second", "data_wait_ms", "step_ms"}
     {"kind": "epoch", "step", "epoch", "loss", "top1_error", "top5_error", "lr", "seconds", "val": {…} or null}
+    {"kind": "skip", "step", "epoch", "loss_scale"}      a step that moved nothing since a gradient overflowed in fp16
+    {"kind": "not finite", "step", "epoch", "lr", "began": {"step", "what", "name", "value"} or null}      the end of the training
 
 `step` counts optimizer steps done, `epoch` whole epochs done before it; losses are in nats, errors in percent.
 A "steps" record is a mean over the steps since the record before; `step_ms` is a step without its wait for data.
@@ -25,8 +27,10 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from alexprep.shards.errors import AlexprepError
-from alexprep.shards.files import publish_bytes
+from alexprep.shards.files import json_bytes
+from alexprep.train.board import Board
+from alexprep.train.disk import publish, writing
+from alexprep.train.finite import NotFinite, Sight
 from alexprep.train.sums import Means, Pace
 
 LINE_SECONDS = 10.0  # at most one plain line of progress in this time
@@ -35,7 +39,15 @@ LINE_SECONDS = 10.0  # at most one plain line of progress in this time
 class Meter:
     """Logs and tells. Use it as a context manager; the log is open inside."""
 
-    def __init__(self, log: Path | None, *, step: int, total_steps: int, console: Console | None = None) -> None:
+    def __init__(
+        self,
+        log: Path | None,
+        *,
+        step: int,
+        total_steps: int,
+        console: Console | None = None,
+        board: Board | None = None,
+    ) -> None:
         """Nothing is read or written yet.
 
         Args:
@@ -44,6 +56,7 @@ class Meter:
             step: optimizer steps already done.
             total_steps: of the whole training, for the bar.
             console: where people read; by default stderr.
+            board: is given every record too.
         """
         self.pace = Pace()
         self._logged_pace = Pace()
@@ -51,7 +64,7 @@ class Meter:
         self._last_line = -math.inf
         self._stack = contextlib.ExitStack()
         self._console = console or Console(stderr=True, quiet=log is None)
-        self._log = log
+        self._log, self._board = log, board
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
         self._bar = Progress(*columns, console=self._console)
         self._task = self._bar.add_task("training", total=total_steps, completed=step)
@@ -60,7 +73,8 @@ class Meter:
         """Opens the log and, on a terminal, shows the bar."""
         if self._log is not None:
             _keep_until(self._log, self._logged_step)
-        self._file = self._stack.enter_context(open(self._log or os.devnull, "a", encoding="utf-8"))
+        # Without a buffer, so that a line which a full disk refused is not tried again when the file is closed.
+        self._file = self._stack.enter_context(open(self._log or os.devnull, "ab", buffering=0))
         if self._console.is_terminal:
             self._stack.enter_context(self._bar)
         return self
@@ -82,13 +96,10 @@ class Meter:
             Seconds a step.
 
         Raises:
-            AlexprepError: the loss is not finite.
+            NotFinite: the loss is not finite.
         """
         if not math.isfinite(means.loss):
-            raise AlexprepError(
-                f"the loss became {means.loss} within steps {self._logged_step + 1} to {step}, at learning rate {lr}: "
-                "nothing was saved since; train again with a lower --lr, or look at the data of these steps"
-            )
+            raise NotFinite(f"the loss became {means.loss} within steps {self._logged_step + 1} to {step}")
         pace = self.pace.since(self._logged_pace)
         self._logged_pace, self._logged_step = self.pace.copy(), step
         self._write({"kind": "steps", "step": step, "epoch": epoch, **means._asdict(), "lr": lr, **pace})
@@ -101,6 +112,16 @@ class Meter:
             self._last_line = time.monotonic()
             self.say(line)
         return (pace["data_wait_ms"] + pace["step_ms"]) / 1000
+
+    def record_skip(self, *, step: int, epoch: int, loss_scale: float) -> None:
+        """Logs a step that moved nothing since a gradient overflowed, and what the loss is multiplied by from now on."""
+        self._write({"kind": "skip", "step": step, "epoch": epoch, "loss_scale": loss_scale})
+        self.say(f"step {step} skipped: a gradient overflowed in fp16; the loss is now multiplied by {loss_scale:g}")
+
+    def record_not_finite(self, began: Sight | None, *, step: int, epoch: int, lr: float) -> None:
+        """Logs that a loss or a weight was not finite after `step`, and where it began, as far as that is known."""
+        seen = None if began is None else began._asdict()
+        self._write({"kind": "not finite", "step": step, "epoch": epoch, "lr": lr, "began": seen})
 
     def record_epoch(
         self, means: Means, *, step: int, epoch: int, lr: float, seconds: float, val: dict[str, Any] | None
@@ -118,8 +139,13 @@ class Meter:
         )
 
     def _write(self, record: dict[str, Any]) -> None:
-        self._file.write(json.dumps(record, allow_nan=False) + "\n")
-        self._file.flush()
+        line = json_bytes(record, indent=None)
+        if self._log is not None:
+            with writing(self._log, len(line)):
+                while line:  # a disk that has room for a part takes it
+                    line = line[self._file.write(line) :]
+        if self._board is not None:
+            self._board.write(record)
 
 
 def duration(seconds: float) -> str:
@@ -150,11 +176,12 @@ def _keep_until(log: Path, step: int) -> None:
     """Drops records of steps after `step`, and a last line that a kill cut short."""
     if not log.exists():
         return
-    kept = []
-    for line in log.read_bytes().splitlines(keepends=True):
+    kept, lines = [], log.read_bytes().splitlines(keepends=True)
+    for line in lines:
         try:
             if line.endswith(b"\n") and json.loads(line)["step"] <= step:
                 kept.append(line)
         except (ValueError, KeyError, TypeError):
             continue
-    publish_bytes(log, b"".join(kept))
+    if kept != lines:
+        publish(log, b"".join(kept))

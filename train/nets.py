@@ -12,11 +12,12 @@ from torch import nn
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.layout import read_dataset
 from alexprep.train import checkpoint, runs
-from alexprep.train.config import recipe_of
-from alexprep.train.data import memory_format
+from alexprep.train.data import memory
 from alexprep.train.places import Place, saved_checkpoint
-from alexprep.train.recipes import Recipe
+from alexprep.train.recipes import Recipe, check_named, recipe_of, references
 from alexprep.train.state import load_weights
+from alexprep.train.tryout import comparable, fitting_format, layers
+from alexprep.train.user_code import is_reference
 
 # The parts of a recipe that outputs of a trained network depend on; the others belong to the training that is over.
 NETWORK = ("network", "width")
@@ -65,8 +66,14 @@ class Net:
         return dataset if dataset["digest"] == self.data_digest else None
 
 
-def open_net(place: Place, device: torch.device) -> Net:
+def open_net(place: Place, device: torch.device, recipe: str | None = None, model: str | None = None) -> Net:
     """Reads a checkpoint and makes its network.
+
+    Args:
+        place: of the checkpoint.
+        device: for the network.
+        recipe: the user's own recipe, if its run has one.
+        model: likewise the user's own network.
 
     Raises:
         AlexprepError: there is no such checkpoint, it is damaged, or its recipe is another by now.
@@ -75,17 +82,19 @@ def open_net(place: Place, device: torch.device) -> Net:
     config = runs.read_config(run)
     saved, skipped = saved_checkpoint(place)
     identity = saved.facts["identity"]
-    recipe = recipe_of(config["options"])
-    if changes := checkpoint.differences(_shown(identity["recipe"]), _shown(recipe.describe())):
-        raise AlexprepError(f"recipe {recipe.name} has changed since {run} was trained: {'; '.join(changes)}")
-    network = recipe.make_network(identity["classes"], seed=0)
+    made_by = recipe_of(_named(run, config["options"], recipe, model))
+    if changes := checkpoint.differences(_shown(identity["recipe"]), _shown(made_by.describe())):
+        raise AlexprepError(f"recipe {made_by.name} has changed since {run} was trained: {checkpoint.some_of(changes)}")
+    network = made_by.make_network(identity["classes"], identity["seed"])
+    if "layers" in identity and (changes := _changed_layers(saved, network)):
+        raise AlexprepError(f"the network has changed since {run} was trained: {checkpoint.some_of(changes)}")
     load_weights(network, saved)
-    network.to(device=device, memory_format=memory_format(device))  # type: ignore[call-overload]
+    network.to(device=device, memory_format=fitting_format(network, memory(device).format))  # type: ignore[call-overload]
     return Net(
         run,
         saved.step,
         saved.facts["position"]["epoch"],
-        recipe,
+        made_by,
         config["options"],
         Path(config["data"]),
         identity["data_digest"],
@@ -146,6 +155,24 @@ def check_classes(net: Net, data: Path, dataset: dict[str, Any]) -> str | None:
             f"differ, classes[{changed[0]}] was {old!r}, is now {new!r}"
         )
     return None
+
+
+def _changed_layers(saved: checkpoint.Checkpoint, network: nn.Module) -> list[str]:
+    """Where a network of the user's own is not what it was."""
+    then, now = ({"layers": made} for made in (saved.facts["identity"]["layers"], layers(network)))
+    made_with = saved.facts["versions"]
+    return checkpoint.differences(comparable(then, made_with), comparable(now, made_with))
+
+
+def _named(run: Path, options: dict[str, Any], recipe: str | None, model: str | None) -> dict[str, Any]:
+    """A run's options with its user's own code as it is named now."""
+    check_named(options, recipe, model, run)
+    recipe, model = references(recipe, model)
+    own = {
+        "recipe": recipe if is_reference(options["recipe"]) else None,
+        "model": model if options.get("model") else None,
+    }
+    return options | {name: reference for name, reference in own.items() if reference is not None}
 
 
 def _shown(recipe: dict[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
@@ -10,8 +11,14 @@ from torch import nn
 from torch.optim import Optimizer
 
 from alexprep.shards.errors import AlexprepError
+from alexprep.train.parameters import is_bias, layer_and_kind
+from alexprep.train.recipe import Recipe
+from alexprep.train.schedule import unmatched_patterns
 
 VELOCITY = "velocity"
+# torch wraps these so that its compiler leaves them alone, and imports the compiler for that: a second of every process's start.
+_add_param_group = inspect.unwrap(Optimizer.add_param_group)
+_zero_grad = inspect.unwrap(Optimizer.zero_grad)
 
 
 class MomentumSGD(Optimizer):
@@ -75,6 +82,14 @@ class MomentumSGD(Optimizer):
                 raise AlexprepError(f"there is no rate for {', '.join(missing)}")
             group["rates"] = [_checked(rates[name]) for name in group["names"]]
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As `torch.optim.Optimizer` does it."""
+        _add_param_group(self, param_group)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As `torch.optim.Optimizer` does it."""
+        _zero_grad(self, set_to_none)
+
     def velocities(self) -> list[torch.Tensor]:
         """The velocity of every parameter, in the order of the groups; zeros before the first step. They are the live tensors."""
         return [self._velocity(weight) for group in self.param_groups for weight in group["params"]]
@@ -120,7 +135,7 @@ def parameter_groups(
     """Groups for `MomentumSGD`: weights by their decay, then all biases.
 
     Args:
-        network: parameters named LAYER.weight and LAYER.bias.
+        network: what is called `bias` in its layer is a bias, every other parameter a weight.
         decay: of the layers that `layer_decay` does not name.
         layer_decay: decay by layer name.
         bias_lr_factor: the biases' rate over the weights'; 1 in the paper, 2 in the 2012 code.
@@ -136,9 +151,9 @@ def parameter_groups(
     biases: dict[str, nn.Parameter] = {}
     unused = set(layer_decay)
     for name, parameter in network.named_parameters():
-        layer, _, kind = name.rpartition(".")
+        layer, _ = layer_and_kind(name)
         unused.discard(layer)
-        if kind == "bias":
+        if is_bias(name):
             biases[name] = parameter
         else:
             by_decay.setdefault(layer_decay.get(layer, decay), {})[name] = parameter
@@ -149,6 +164,24 @@ def parameter_groups(
         {"params": list(named.values()), "names": list(named), "decay": value, "lr_factor": factor}
         for named, value, factor in groups
     ]
+
+
+def optimizer_of(recipe: Recipe, network: nn.Module) -> MomentumSGD:
+    """The optimizer of a network with a recipe's decays and momentum.
+
+    Raises:
+        AlexprepError: the recipe's schedule or decays name a layer that the network does not have.
+    """
+    if unmatched := unmatched_patterns(recipe.schedule, [name for name, _ in network.named_parameters()]):
+        raise AlexprepError(f"the schedule names {', '.join(unmatched)}, which the network does not have")
+    groups = parameter_groups(
+        network,
+        decay=recipe.decay,
+        layer_decay=recipe.layer_decay,
+        bias_lr_factor=recipe.bias_lr_factor,
+        bias_decay=recipe.bias_decay,
+    )
+    return MomentumSGD(groups, lr=recipe.lr, momentum=recipe.momentum, decay=recipe.decay)
 
 
 def _checked(rate: float) -> float:

@@ -15,9 +15,10 @@ import torch
 from alexprep.pipeline.augmentation import Augmentation
 from alexprep.shards.errors import AlexprepError
 from alexprep.train.columns import Columns
-from alexprep.train.data import layout_for
+from alexprep.train.data import memory
 from alexprep.train.evaluate import log_probabilities
 from alexprep.train.nets import Net
+from alexprep.train.precision import Precision
 from alexprep.train.sums import Pace
 
 EvaluationViews = Literal["centre", "ten"]
@@ -83,7 +84,7 @@ def open_readers(
                 views=views,
                 order="sequential",
                 device=str(device),
-                layout=layout_for(device),
+                layout=memory(device).layout,
                 threads=threads,
                 **extra,
             )
@@ -94,7 +95,7 @@ def open_readers(
 def predictions(
     nets: Sequence[Net],
     readers: Sequence[Reader],
-    device: torch.device,
+    precision: Precision,
     pace: Pace,
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[Predicted]:
@@ -103,14 +104,14 @@ def predictions(
     Args:
         nets: in evaluation mode.
         readers: that together feed each of the nets.
-        device: of the nets.
+        precision: that they compute in.
         pace: counts images, the time waiting for data, and all other time (the caller's work on a batch included).
         progress: called with images done and images in all.
 
     Raises:
         AlexprepError: a net gives NaN, or the loaders do not give the same images.
     """
-    layout, done = layout_for(device), 0
+    done = 0
     passes = [iter(reader.loader) for reader in readers]
     pace.lap()
     while True:
@@ -121,9 +122,8 @@ def predictions(
             return
         logs: dict[int, torch.Tensor] = {}
         for batch, (_, members) in zip(batches, readers, strict=True):
-            images = batch.images.movedim(-1, -3) if layout == "NHWC" else batch.images
             for number in members:
-                logs[number] = _logs(nets[number], images)
+                logs[number] = _logs(nets[number], batch.images, precision)
         yield Predicted(torch.stack([logs[n] for n in range(len(nets))], dim=1), batches[0].labels, rows)
         done += len(rows)
         pace.count(len(rows), wait_seconds, pace.lap())
@@ -204,8 +204,8 @@ def _indices(batch: Any, done: int) -> torch.Tensor | None:
     return torch.arange(done, done + len(batch.labels)) if found is None else found
 
 
-def _logs(net: Net, images: torch.Tensor) -> torch.Tensor:
+def _logs(net: Net, images: torch.Tensor, precision: Precision) -> torch.Tensor:
     try:
-        return log_probabilities(net.network, images)
+        return log_probabilities(net.network, images, precision)
     except AlexprepError as error:
         raise AlexprepError(f"{net.name}: {error}") from None

@@ -24,17 +24,24 @@ def train_anyhow(config: TrainConfig) -> dict[str, Any]:
     Raises:
         AlexprepError: see there; or a rank died or did not answer, which ends the others.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if _among_torchruns():
         return _joined(config)
     if config.ranks == 1:
         return train(config)
     # This process makes the run, and the ranks go on with it: so none of them has to tell the others its name.
     job = prepare(config)
-    going_on = replace(config, data=config.data.resolve(), runs=config.runs.resolve(), name=job.run.name, resume=True)
+    going_on = replace(
+        job.config, data=config.data.resolve(), runs=config.runs.resolve(), name=job.run.name, resume=True
+    )
     arguments = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(going_on).items()}
     results = launch("alexprep.train.ranks:train_rank", config.ranks, {"options": arguments}, device=config.device)
     summary: dict[str, Any] = results[0]
     return summary
+
+
+def leads() -> bool:
+    """Whether it is for this process to tell the result: of torchrun's ranks only the first does."""
+    return not _among_torchruns() or os.environ.get("RANK") == "0"
 
 
 def train_rank(world: World, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -61,3 +68,7 @@ def _joined(config: TrainConfig) -> dict[str, Any]:
         return train(replace(config, resume=True), world=world)
     finally:
         world.close()
+
+
+def _among_torchruns() -> bool:
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1

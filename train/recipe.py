@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
@@ -11,6 +11,7 @@ from torch import nn
 
 from alexprep.pipeline.augmentation import Augmentation
 from alexprep.shards.errors import AlexprepError
+from alexprep.train.parameters import is_bias
 from alexprep.train.schedule import Schedule, ScheduleState, describe
 
 
@@ -27,7 +28,7 @@ class Recipe:
 
     Args:
         name: as on the command line.
-        network: makes the network.
+        network: makes the network; a `NetworkFactory`. In a recipe file any form will do that `alexprep.train.own.arguments` knows.
         augmentation: crop side, mirror, mean, noise.
         stored_sizes: sides of stored images, pixels, that the recipe is meant for: from, to.
         schedule: of the learning rates, and perhaps of the end.
@@ -46,7 +47,7 @@ class Recipe:
     """
 
     name: str
-    network: NetworkFactory
+    network: Callable[..., nn.Module]
     augmentation: Augmentation
     stored_sizes: tuple[int, int]
     schedule: Schedule
@@ -94,11 +95,11 @@ class Recipe:
         """The learning rate of every parameter.
 
         Args:
-            parameters: their names, LAYER.weight or LAYER.bias.
+            parameters: their names; those called `bias` in their layer are biases, all others weights.
             epoch: whole epochs done.
             state: of the schedule after them.
         """
-        bases = {name: self.lr * (self.bias_lr_factor if name.endswith(".bias") else 1) for name in parameters}
+        bases = {name: self.lr * (self.bias_lr_factor if is_bias(name) else 1) for name in parameters}
         return {name: self.schedule.rate(base, name, epoch, state) for name, base in bases.items()}
 
     def describe(self) -> dict[str, Any]:
@@ -139,6 +140,6 @@ class Recipe:
         )
 
 
-def _describe_network(network: NetworkFactory) -> Any:
+def _describe_network(network: Callable[..., nn.Module]) -> Any:
     describe = getattr(network, "describe", None)
     return getattr(network, "__name__", type(network).__name__) if describe is None else describe()

@@ -12,6 +12,7 @@ from fnmatch import fnmatchcase
 from typing import Any, Protocol
 
 from alexprep.shards.errors import AlexprepError
+from alexprep.train.parameters import is_bias, role
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Schedule(Protocol):
 
         Args:
             base: of the recipe: its rate, for biases times its factor.
-            parameter: its name, LAYER.weight or LAYER.bias.
+            parameter: its name, such as LAYER.weight or LAYER.bias; see `alexprep.train.parameters`.
             epoch: whole epochs done.
             state: after them.
         """
@@ -134,7 +135,7 @@ class DExp:
 
     def rate(self, base: float, parameter: str, epoch: int, state: ScheduleState) -> float:
         """See `Schedule`."""
-        bias = parameter.endswith(".bias")
+        bias = is_bias(parameter)
         factor, steps = (self.bias_factor, self.bias_steps) if bias else (self.factor, self.steps)
         part = min(epoch * steps // self.epochs, steps - 1)
         return base * math.pow(factor, -part / (steps - 1))
@@ -168,7 +169,7 @@ class ByHand:
 
     def rate(self, base: float, parameter: str, epoch: int, state: ScheduleState) -> float:
         """See `Schedule`."""
-        holding = [factor for begin, pattern, factor in self.rows if begin <= epoch and fnmatchcase(parameter, pattern)]
+        holding = [factor for begin, pattern, factor in self.rows if begin <= epoch and _matches(parameter, pattern)]
         return base * (holding[-1] if holding else 1.0)
 
     def after_epoch(self, state: ScheduleState, epochs: int, error: float) -> ScheduleState:
@@ -226,7 +227,12 @@ def unmatched_patterns(schedule: Schedule, parameters: list[str]) -> list[str]:
     if isinstance(schedule, EarlyStop):
         return unmatched_patterns(schedule.schedule, parameters)
     patterns = [pattern for _, pattern, _ in schedule.rows] if isinstance(schedule, ByHand) else []
-    return [pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name in parameters)]
+    return [pattern for pattern in patterns if not any(_matches(name, pattern) for name in parameters)]
+
+
+def _matches(parameter: str, pattern: str) -> bool:
+    """A pattern may name a parameter as it is called, or as the weight or bias of its layer."""
+    return fnmatchcase(parameter, pattern) or fnmatchcase(role(parameter), pattern)
 
 
 def _plain(value: Any) -> Any:

@@ -7,21 +7,23 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
-from alexprep.shards.errors import AlexprepError
 from alexprep.train.checkpoint import Checkpoint
-from alexprep.train.data import memory_format
+from alexprep.train.compiled import Compiled
+from alexprep.train.finite import NotFinite
 from alexprep.train.init_from import PREFIX, saved_weights
-from alexprep.train.optim import MomentumSGD, parameter_groups
+from alexprep.train.optim import optimizer_of
 from alexprep.train.parallel.schemes import Parallel
 from alexprep.train.parallel.split import Scheme
 from alexprep.train.parallel.world import World
+from alexprep.train.precision import Arithmetic, arithmetic, logits
 from alexprep.train.recipes import Recipe
-from alexprep.train.schedule import ScheduleState, unmatched_patterns
+from alexprep.train.schedule import ScheduleState
 from alexprep.train.sums import Sums
+from alexprep.train.tryout import fitting_format
+from alexprep.train.update import Update
 
 
 @dataclass
@@ -47,6 +49,7 @@ class TrainingState:
         device: torch.device,
         world: World | None = None,
         scheme: Scheme = "single",
+        computing: Arithmetic | None = None,
     ) -> None:
         """The state before the first step.
 
@@ -57,6 +60,7 @@ class TrainingState:
             device: where it all lives.
             world: the ranks that share the training; None for this process alone.
             scheme: how they share it, see `alexprep.train.parallel.split.part_of`.
+            computing: precision, memory, and whether steps on whole batches are compiled; by default float32 as suits the device.
 
         Raises:
             AlexprepError: the recipe's schedule or decays name a layer that its network does not have, or the network cannot be
@@ -64,21 +68,17 @@ class TrainingState:
         """
         torch.manual_seed(seed)
         network = recipe.make_network(classes, seed)
-        self.parallel = Parallel(network, scheme, world or World.alone(device), memory_format=memory_format(device))
-        groups = parameter_groups(
-            self.network,
-            decay=recipe.decay,
-            layer_decay=recipe.layer_decay,
-            bias_lr_factor=recipe.bias_lr_factor,
-            bias_decay=recipe.bias_decay,
-        )
+        computing = computing or arithmetic(device)
+        form = fitting_format(network, computing.memory.format)
+        self.parallel = Parallel(network, scheme, world or World.alone(device), memory_format=form)
         self._parameters = [name for name, _ in self.network.named_parameters()]
-        if unmatched := unmatched_patterns(recipe.schedule, self._parameters):
-            raise AlexprepError(f"the schedule names {', '.join(unmatched)}, which the network does not have")
-        self.optimizer = MomentumSGD(groups, lr=recipe.lr, momentum=recipe.momentum, decay=recipe.decay)
+        self.optimizer = optimizer_of(recipe, self.network)
         self._rates_of: tuple[int, ScheduleState] | None = None  # the epoch that the optimizer last had the rates of
         # The rates follow from the position alone, so nobody has to remember to set them.
         self.optimizer.register_step_pre_hook(lambda *_: self.set_rates(recipe))
+        self.precision = computing.precision
+        self.update = Update(self.parallel, self.optimizer, self.precision)
+        self.compiled = Compiled(self.network, self.parallel.rows_of(recipe.batch_size)) if computing.compile else None
         self.sums = Sums(device)
         self.position = Position()
         self.device = device
@@ -87,6 +87,10 @@ class TrainingState:
     def network(self) -> nn.Module:
         """This rank's part of the network; alone, the whole."""
         return self.parallel.network
+
+    def logits(self, images: torch.Tensor) -> torch.Tensor:
+        """What the network gives for this rank's images, computed in the training's precision: float32 (N, classes)."""
+        return logits(self.compiled or self.network, images, self.precision)
 
     def learning_rate(self, recipe: Recipe) -> float:
         """The rate of this epoch: that of the weights whose layer has none of its own."""
@@ -104,31 +108,24 @@ class TrainingState:
         """Everything for a checkpoint that is a tensor, by name, with no trace of the scheme. All ranks call it.
 
         Raises:
-            AlexprepError: a weight is NaN or infinite.
+            NotFinite: a weight, a velocity or the summed loss is NaN or infinite.
         """
-        weights = self.parallel.gather_state()
-        spoilt = [name for name, weight in weights.items() if not torch.isfinite(weight).all()]
-        if spoilt:
-            raise AlexprepError(
-                f"after step {self.position.step} {', '.join(spoilt)} hold NaN or infinity, so nothing is saved: "
-                "continue from the last checkpoint with --resume, or train again with a lower --lr"
-            )
-        random = {"random.cpu": torch.get_rng_state()}
+        found = {f"{PREFIX}{name}": weight for name, weight in self.parallel.gather_state().items()}
+        found |= {
+            f"velocity.{number:03d}": velocity
+            for number, velocity in enumerate(self.parallel.gather_velocities(self.optimizer))
+        }
+        found["sums"] = self.sums.totals
+        if not all(torch.isfinite(tensor).all() for tensor in found.values()):
+            raise NotFinite(f"after step {self.position.step} there is NaN or infinity in what would be saved")
+        found["random.cpu"] = torch.get_rng_state()
         if self.device.type == "cuda":
-            random["random.cuda"] = torch.cuda.get_rng_state(self.device)
-        return (
-            {f"{PREFIX}{name}": weight for name, weight in weights.items()}
-            | {
-                f"velocity.{number:03d}": velocity
-                for number, velocity in enumerate(self.parallel.gather_velocities(self.optimizer))
-            }
-            | random
-            | {"sums": self.sums.totals}
-        )
+            found["random.cuda"] = torch.cuda.get_rng_state(self.device)
+        return found
 
     def facts(self) -> dict[str, Any]:
         """Everything for a checkpoint that is a JSON value."""
-        return asdict(self.position)
+        return {"position": asdict(self.position), "update": self.update.state_dict()}
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Becomes what `tensors` and `facts` were taken from. The recipe and the classes must be the same; the caller checks."""
@@ -140,6 +137,8 @@ class TrainingState:
         if self.device.type == "cuda" and "random.cuda" in tensors:
             torch.cuda.set_rng_state(tensors["random.cuda"], self.device)
         self.sums.totals.copy_(tensors["sums"])
+        if "update" in checkpoint.facts:  # older ones have none: they are of fp32
+            self.update.load_state_dict(checkpoint.facts["update"])
         position = checkpoint.facts["position"]
         self.position = Position(**{**position, "schedule": ScheduleState(**position["schedule"])})
 
@@ -157,7 +156,7 @@ def weights_digest(weights: Mapping[str, torch.Tensor]) -> str:
     """
     digest = hashlib.sha256()
     for name, weight in sorted(weights.items()):
-        array: np.ndarray[Any, Any] = weight.detach().cpu().contiguous().numpy()
-        digest.update(f"{name} {array.dtype} {array.shape}".encode())
-        digest.update(array.tobytes())
+        digest.update(f"{name} {str(weight.dtype).removeprefix('torch.')} {tuple(weight.shape)}".encode())
+        values = weight.detach().cpu().contiguous().reshape(-1)
+        digest.update(values.view(torch.uint8).numpy().tobytes())  # as bytes, since numpy knows no bfloat16
     return digest.hexdigest()

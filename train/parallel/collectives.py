@@ -35,13 +35,16 @@ def gathered(
 def scattered_sum(
     world: World, whole: torch.Tensor, dim: int, sizes: Sequence[int], label: tuple[str, Phase] | None = None
 ) -> torch.Tensor:
-    """This rank's part, along `dim`, of the sum of the ranks' tensors, which are of one shape. Added up in order of the ranks."""
+    """This rank's part, along `dim`, of the sum of the ranks' tensors, which are of one shape and dtype.
+
+    Added up in order of the ranks; what travels as bfloat16 or float16 is added up in float32.
+    """
     parts = [part.contiguous() for part in torch.split(whole, list(sizes), dim)]
     received = _swap(world, parts, [parts[world.rank].shape] * world.size, label)
-    total = received[0]
+    total = received[0] if whole.dtype.itemsize >= torch.float32.itemsize else received[0].float()
     for part in received[1:]:
         total = total + part
-    return total
+    return total.to(whole.dtype)
 
 
 class Pending(NamedTuple):

@@ -52,6 +52,9 @@ class Gather(nn.Module):
                 f"before {self.layer}: {values.shape[self.dim]} rows where {sizes[self.world.rank]} were announced: "
                 "take batches from Parallel.batches"
             )
+        kind = values.device.type
+        if values.dtype == torch.float32 and torch.is_autocast_enabled(kind):
+            values = values.to(torch.get_autocast_dtype(kind))  # as the layer that reads them would do
         joined: torch.Tensor = _Gather.apply(values, self, sizes)  # type: ignore[no-untyped-call]
         if values.ndim == 4 and not values.is_contiguous():
             joined = joined.contiguous(memory_format=torch.channels_last)

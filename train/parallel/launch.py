@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -169,7 +170,7 @@ def _reason(processes: list[subprocess.Popen[bytes]], folder: Path, timeout: flo
     told: dict[int, dict[str, Any]] = {}
     for rank in range(len(codes)):
         file = folder / f"failure-{rank}.json"
-        if file.exists():
+        with contextlib.suppress(FileNotFoundError, ValueError):  # it may be cut off by a full disk
             told[rank] = json.loads(file.read_text())
     silent = [rank for rank, code in enumerate(codes) if code and rank not in told]
     stopped = [rank for rank, code in enumerate(codes) if code is None and _state(processes[rank].pid) in ("T", "t")]

@@ -13,6 +13,7 @@ from alexprep.train.parallel.exchange import Gather
 from alexprep.train.parallel.split import DROPOUTS, LOGITS, Scheme, divide, part_of
 from alexprep.train.parallel.traffic import Bytes, Traffic, ring_bytes
 from alexprep.train.parallel.world import World
+from alexprep.train.precision import HALF, Precision
 
 LABEL = 8  # bytes
 
@@ -27,6 +28,7 @@ def predicted_bytes(
     rank: int = 0,
     share_batches: bool = False,
     itemsize: int = 4,
+    precision: Precision = "fp32",
 ) -> Bytes:
     """What a rank sends to the others in one training step, as `Traffic` counts it.
 
@@ -38,24 +40,26 @@ def predicted_bytes(
         image: (C, H, W).
         rank: whose bytes.
         share_batches: as in `Parallel`.
-        itemsize: bytes of a pixel, an activation and a weight.
+        itemsize: bytes of a pixel, a weight and, but for bf16 and fp16, an activation.
+        precision: of the training.
 
     >>> predicted_bytes(nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 2)), "towers", 2, 10, image=(8,))
     {('1', 'forward'): 80, ('1', 'backward'): 80, ('logits', 'forward'): 40}
     """
     sent = Traffic()
+    activation = HALF[precision].itemsize if precision in HALF else itemsize
     shapes, learnt = _inputs(network, batch, image)
     rows = divide(batch, ranks)
     part = part_of(network, scheme, World(rank, ranks, torch.device("cpu")))
     for gather in [module for module in part.network.modules() if isinstance(module, Gather)]:
-        whole = shapes[gather.layer].numel() * itemsize
+        whole = shapes[gather.layer].numel() * activation
         parts = gather.sizes if gather.dim else rows
         own = whole * parts[rank] // sum(parts)
         sent.add(gather.layer, "forward", own * (ranks - 1))
         if not gather.replicated and gather.layer in learnt:
             sent.add(gather.layer, "backward", whole - own)
     if scheme == "ddp":  # its gather is a hook, no module
-        own = shapes[LOGITS].numel() * itemsize * rows[rank] // batch
+        own = shapes[LOGITS].numel() * activation * rows[rank] // batch
         sent.add(LOGITS, "forward", own * (ranks - 1))
     if part.rows is not None or share_batches:
         sent.add("labels", "forward", rows[rank] * LABEL * (ranks - 1))

@@ -7,19 +7,16 @@ from __future__ import annotations
 
 import ctypes
 import faulthandler
-import importlib
-import importlib.util
 import json
 import os
 import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from alexprep.shards.errors import AlexprepError
+from alexprep.train.user_code import load
 
 PARENT = "ALEXPREP_PARENT"  # process id of the launcher
 PR_SET_PDEATHSIG = 1  # sys/prctl.h
@@ -34,7 +31,7 @@ def main() -> None:
     try:
         job = json.loads((folder / "job.json").read_text())
         sys.path[:] = job["path"]
-        function = _load(job["target"])
+        function = load(job["target"], "target").value
         from alexprep.train.parallel.world import (
             from_environment,  # imports torch: seconds, in which the parent may die
         )
@@ -51,7 +48,10 @@ def main() -> None:
         if not isinstance(error, AlexprepError):
             traceback.print_exc()
         reason = {"time": time.time(), "kind": type(error).__name__, "message": str(error)}
-        (folder / f"failure-{rank}.json").write_text(json.dumps(reason))
+        try:
+            (folder / f"failure-{rank}.json").write_text(json.dumps(reason))
+        except OSError:  # the disk that it failed for may be this one too
+            print(f"Error in rank {rank}: {error}", file=sys.stderr)  # noqa: T201
         _leave(1)
 
 
@@ -68,22 +68,6 @@ def _leave(code: int) -> None:
     sys.stderr.flush()
     sys.stdout.flush()
     os._exit(code)
-
-
-def _load(target: str) -> Callable[..., Any]:
-    """A function by "module:name" or "/path/to/file.py:name"."""
-    place, _, name = target.rpartition(":")
-    if place.endswith(".py"):
-        spec = importlib.util.spec_from_file_location(Path(place).stem, place)
-        if spec is None or spec.loader is None:
-            raise AlexprepError(f"{place} is no Python file")
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module
-        spec.loader.exec_module(module)
-    else:
-        module = importlib.import_module(place)
-    function: Callable[..., Any] = getattr(module, name)
-    return function
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from alexprep.train.parallel.collectives import Pending, gathered, start_sum
 from alexprep.train.parallel.exchange import Rows
 from alexprep.train.parallel.split import Scheme, part_of
 from alexprep.train.parallel.world import World
+from alexprep.train.spans import span
 
 
 class Parallel:
@@ -75,6 +76,8 @@ class Parallel:
         if world.group is not None:
             summed = dict(self.network.named_parameters())
             for name in self._part.summed:
+                if not summed[name].requires_grad:
+                    continue
                 hook = functools.partial(self._start_sum, name.rpartition(".")[0])
                 summed[name].register_post_accumulate_grad_hook(hook)
 
@@ -108,14 +111,20 @@ class Parallel:
             first = False
             if not same_rows:
                 counts = [count for count, _, _ in heard]
-                labels = gathered(self.world, labels, 0, counts, ("labels", "forward"))
-                if self._share is not None:
-                    images = gathered(self.world, images, 0, counts, ("images", "forward"))
-                else:
+                with span("exchange"):
+                    labels = gathered(self.world, labels, 0, counts, ("labels", "forward"))
+                    if self._share is not None:
+                        images = gathered(self.world, images, 0, counts, ("images", "forward"))
+                if self._share is None:
                     views = images.shape[1] if images.ndim == 5 else 1
                     assert self._part.rows is not None
                     self._part.rows.sizes = [count * views for count in counts]
             yield Examples(images, labels)
+
+    def rows_of(self, batch: int) -> int:
+        """How many images of a batch of this size this rank computes on."""
+        rank, ranks = (self.world.rank, self.world.size) if self._part.rows is not None else (0, 1)
+        return (rank + 1) * batch // ranks - rank * batch // ranks
 
     def sum_gradients(self) -> None:
         """Between `backward`, of which there is one a step, and the optimizer's step: waits for the sums that `backward` began.

@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from alexprep.shards.errors import AlexprepError
 from alexprep.train.parallel.traffic import Traffic
+from alexprep.train.spans import span
 
 TIMEOUT = 60.0  # seconds until a rank that does not answer ends the job
 START = timedelta(minutes=5)  # for all ranks to have started: to import torch from a slow disk, on hosts that boot
@@ -61,7 +62,8 @@ class World:
         if self.control is None:
             return [own.tolist()]
         heard = [torch.empty_like(own) for _ in range(self.size)]
-        dist.all_gather(heard, own, group=self.control)
+        with span("wait for ranks"):
+            dist.all_gather(heard, own, group=self.control)
         return [tensor.tolist() for tensor in heard]
 
     def any(self, flag: bool) -> bool:

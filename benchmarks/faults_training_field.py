@@ -1,0 +1,208 @@
+"""Runs of two ranks, one after another, each harmed until it is done, and held against one that nobody harmed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from faults_common import DEADLINE, OPTIONS, small_set, until
+
+from alexprep.shards import stats
+from alexprep.shards.build import build
+from alexprep.shards.files import is_temporary
+from alexprep.train import checkpoint, runs
+from alexprep.train.parallel.rank import PARENT
+
+JOB = str(Path(__file__).with_name("faults_training_job.py"))
+IMAGES, BATCH = 120, 8  # 90 of them for training, less two that cannot be read: 11 steps an epoch
+EVERY = 4  # steps between checkpoints
+TIMEOUT = 10.0  # s that ranks wait for one another, where a fault makes them wait
+Curve = list[dict[str, Any]]
+
+
+class End(NamedTuple):
+    """How a process ended."""
+
+    status: int
+    seconds: float  # since the harm
+    words: str  # its last ones
+    lost: int  # steps that were logged and are in no checkpoint
+
+
+class Field:
+    """Where runs are harmed.
+
+    Attributes:
+        counts: of what came about.
+        run: the folder of the present run.
+        options: of `TrainConfig`, the same for all runs.
+    """
+
+    def __init__(self, work: Path, rng: random.Random, steps: int) -> None:
+        """Makes the data set, and the run that is not harmed."""
+        self.work, self.rng, self.counts = work, rng, Counter[str]()
+        data = work / "data"
+        if not data.exists():
+            build(small_set(work / "source", IMAGES), data, OPTIONS, 1)
+            stats.publish(stats.compute(data, "train", 1), data, "train")
+        self.options: dict[str, Any] = {"data": str(data), "recipe": "tiny", "batch_size": BATCH, "device": "cpu"}
+        self.options |= {"steps": steps, "epochs": steps, "log_steps": 1, "checkpoint_steps": EVERY, "ranks": 2}
+        self.options |= {"runs": str(work / "runs"), "threads": 1}
+        self.run, self._before = work / "runs" / "whole", b""
+        began = time.monotonic()
+        process = self.start()
+        assert until(lambda: self.logged() or process.poll() is not None)
+        self.start_seconds = time.monotonic() - began
+        end = self.end(process, {}, time.monotonic())
+        assert end.status == 0, end.words
+        self.reference = self.result()
+        self.next_run()
+
+    def next_run(self) -> None:
+        """A new one, with a number of its own."""
+        self.counts["runs"] += 1
+        self.run = self.work / "runs" / f"run-{len(list(self.run.parent.iterdir()))}"
+
+    def start(self, **fault: Any) -> subprocess.Popen[bytes]:
+        """The present run begins, or goes on, in a session of its own."""
+        begun = (self.run / runs.CONFIG).exists()
+        self._before = self._log()
+        job: dict[str, Any] = {"options": {**self.options, "runs": str(self.run.parent), "name": self.run.name}}
+        job["options"]["resume"] = begun
+        if fault:
+            job |= {"fault": fault, "timeout": TIMEOUT}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(self.work)}
+        with open(self.work / "said", "wb") as said:
+            return subprocess.Popen(
+                [sys.executable, JOB, json.dumps(job)],
+                stdout=subprocess.DEVNULL,
+                stderr=said,
+                env=environment,
+                start_new_session=True,
+            )
+
+    def end(self, process: subprocess.Popen[bytes], ranks: dict[int, int], since: float) -> End:
+        """Waits until the command and its ranks are gone; counts those that outlive it, and what is left on disk."""
+        try:
+            status = process.wait(DEADLINE)
+        except subprocess.TimeoutExpired:
+            self.counts["hung"] += 1
+            ranks |= ranks_of(process.pid)
+            process.kill()
+            status = process.wait()
+        gone = until(lambda: not any(lives(pid) for pid in ranks.values()), 10)
+        seconds = time.monotonic() - since
+        self.counts["orphans"] += not gone
+        saved, damage = checkpoint.newest(self.run / runs.CHECKPOINTS)
+        self.counts["damaged checkpoints"] += len(damage)
+        self.counts["unfinished files left by a kill"] += any(map(is_temporary, self.files()))
+        moved = self._log() != self._before  # else what the log holds is of an earlier round
+        lost = self.logged() - (saved.step if saved else 0) if moved else 0
+        words = (self.work / "said").read_text(errors="replace").strip().splitlines()
+        return End(status, seconds, "\n".join(words[-20:]), lost)
+
+    def finished(self, end: End) -> bool:
+        """Whether the run is done; then it is compared, and the next one begins."""
+        if end.status != 0:
+            return False
+        self.counts["equal"] += self.result() == self.reference
+        self.next_run()
+        return True
+
+    def finish(self) -> None:
+        """The present run goes on to its end, unharmed."""
+        while not self.finished(self.end(self.start(), {}, time.monotonic())):
+            self.counts["unharmed runs that failed"] += 1
+            assert self.counts["unharmed runs that failed"] < 3, (self.work / "said").read_text()
+
+    def result(self) -> tuple[str, Curve]:
+        """Digest of the final weights, and the losses and errors of all steps and epochs."""
+        return json.loads((self.run / runs.SUMMARY).read_text())["weights_sha256"], curve(self.run)
+
+    def wait_for(self, process: subprocess.Popen[bytes], moment: str) -> bool:
+        """Waits for a random moment of a kind: "start", "step" or "save"; False where the process ended before."""
+        if moment == "start":
+            time.sleep(self.rng.uniform(0, self.start_seconds))
+            return process.poll() is None
+        until(lambda: self._log() != self._before or process.poll() is not None)
+        if moment == "save":
+            for _ in range(self.rng.randint(1, 3)):
+                until(lambda: not any(map(is_temporary, self.files())) or process.poll() is not None)
+                until(lambda: any(map(is_temporary, self.files())) or process.poll() is not None)
+            time.sleep(self.rng.uniform(0, 0.003))
+        else:
+            goal = self._log().count(b"\n") + self.rng.randint(0, 10)
+            until(lambda: self._log().count(b"\n") >= goal or process.poll() is not None)
+            time.sleep(self.rng.uniform(0, 0.1))
+        return process.poll() is None
+
+    def ranks_once_there(self, process: subprocess.Popen[bytes]) -> dict[int, int]:
+        """The process ids of both ranks, by rank; of fewer where the command ends before."""
+        found: dict[int, int] = {}
+        while process.poll() is None and len(found) < self.options["ranks"]:
+            found = ranks_of(process.pid)
+            time.sleep(0.05)
+        return found
+
+    def files(self) -> list[str]:
+        """Names in the folder of checkpoints."""
+        with contextlib.suppress(FileNotFoundError):
+            return os.listdir(self.run / runs.CHECKPOINTS)
+        return []
+
+    def logged(self) -> int:
+        """The last step in the log."""
+        found = re.findall(rb'"kind": "steps", "step": (\d+)', self._log())
+        return int(found[-1]) if found else 0
+
+    def saved(self) -> int:
+        """The step of the newest checkpoint."""
+        saved, _ = checkpoint.newest(self.run / runs.CHECKPOINTS)
+        return saved.step if saved else 0
+
+    def _log(self) -> bytes:
+        with contextlib.suppress(FileNotFoundError):
+            return (self.run / runs.LOG).read_bytes()
+        return b""
+
+
+def curve(run: Path) -> Curve:
+    """The records of a log without times."""
+    records = [json.loads(line) for line in (run / runs.LOG).read_text().splitlines()]
+    kept = ("kind", "step", "epoch", "loss", "top1_error", "top5_error", "lr", "val")
+    return [{name: record[name] for name in kept if name in record} for record in records]
+
+
+def ranks_of(parent: int) -> dict[int, int]:
+    """The process ids of a command's ranks, by rank."""
+    found = {}
+    for folder in Path("/proc").iterdir():
+        with contextlib.suppress(OSError, ValueError):
+            pairs = (folder / "environ").read_bytes().split(b"\0")
+            environment = dict(pair.split(b"=", 1) for pair in pairs if b"=" in pair)
+            if environment.get(PARENT.encode()) == str(parent).encode():
+                found[int(environment[b"RANK"])] = int(folder.name)
+    return found
+
+
+def lives(pid: int) -> bool:
+    """Whether a process is there, and no zombie."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    return False
+
+
+def send(pid: int, number: signal.Signals) -> None:
+    """A signal, to a process that may have ended."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)

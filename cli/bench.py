@@ -1,0 +1,113 @@
+"""alexprep bench"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from alexprep.cli.options import (
+    channels_last_option,
+    compile_option,
+    device_option,
+    json_option,
+    local_data_option,
+    precision_option,
+    threads_option,
+)
+
+if TYPE_CHECKING:
+    from alexprep.train.overlap import Overlap
+
+AT_LEAST_1 = click.IntRange(min=1)
+INTERRUPTED = 130  # as the shell says it: 128 + SIGINT
+
+
+@click.group("bench", short_help="Measure on this machine, in turns.")
+def bench() -> None:
+    """Measure something on this machine and this data set. Contestants take turns in one process; nothing is written.
+
+    \b
+    Example: alexprep bench overlap --data /data/imagenet-256
+    """
+
+
+@bench.command("overlap", short_help="How well loading hides behind training.")
+@local_data_option
+@click.option(
+    "--recipe",
+    metavar="NAME | FILE.py[:FUNCTION]",
+    help="Whose network and augmentation, as for `alexprep train`.  [default: alexnet]",
+)
+@click.option("--model", metavar="FILE.py:FUNCTION", help="A network of your own in place of the recipe's.")
+@click.option("--batch-size", type=AT_LEAST_1, help="Images a step.  [default: the recipe's]")
+@click.option("--steps", type=AT_LEAST_1, help="Steps a turn.  [default: as many as take 2 seconds, at least 5]")
+@click.option("--rounds", type=AT_LEAST_1, default=3, show_default=True, help="Rounds of three turns.")
+@precision_option
+@channels_last_option
+@compile_option
+@threads_option
+@device_option
+@json_option
+def overlap(data: Path, steps: int | None, rounds: int, as_json: bool, **options: Any) -> None:
+    """Compare training with data, the same steps on one batch, and the loader alone; say which holds the other up.
+
+    The overlap is the first over the second, in images/s: 1 where loading is hidden behind training altogether. On a GPU 0.98
+    or more is aimed at; on a CPU both share the cores, and the table tells what one after the other would give.
+
+    \b
+    Example: alexprep bench overlap --data /data/cifar10 --recipe cifar10-quick
+    """
+    from alexprep.cli import report
+    from alexprep.train.config import TrainConfig
+    from alexprep.train.overlap import measure
+
+    try:
+        found = measure(
+            TrainConfig(data=data, **options),
+            steps=steps,
+            rounds=rounds,
+            say=lambda line: click.echo(line, err=True),
+        )
+    except KeyboardInterrupt:
+        click.echo("Interrupted: nothing was measured, and nothing was written.", err=True)
+        click.get_current_context().exit(INTERRUPTED)
+    _show(found)
+    report.json_line(found.describe(), as_json)
+
+
+def _show(found: Overlap) -> None:
+    from alexprep.cli import report
+    from alexprep.train.overlap import BUSY
+
+    def rate(kind: Any) -> str:
+        slowest, fastest = found.spread(kind)
+        return f"{found.rate(kind):>9,.0f} images/s  ({slowest:,.0f} to {fastest:,.0f})"
+
+    wait, rest = found.milliseconds()
+    rows = [
+        ("training with data", rate("training")),
+        ("the same steps on one batch", rate("cached_batch")),
+        ("the loader alone", rate("loader")),
+        ("one after the other", f"{found.serial_rate:>9,.0f} images/s  (1 / (1 / one batch + 1 / loader))"),
+        ("overlap", f"{found.overlap:>9.3f}  ({min(found.ratios):.3f} to {max(found.ratios):.3f})"),
+        ("a step", f"{wait:.1f} ms for data + {rest:.1f} ms"),
+    ]
+    if found.gpu_memory_bytes is not None:
+        memory = {name: report.size(count) for name, count in found.gpu_memory_bytes.items()}
+        rows.append(("GPU memory", f"{memory['torch_peak']} by torch at most, {memory['all']} with DALI's"))
+    about = found.about
+    report.table(
+        f"{about['recipe']}, batches of {about['batch_size']}, {about['precision']}, on {about['machine']}; medians of "
+        f"{about['rounds']} rounds of {about['steps']['training']} steps.",
+        rows,
+    )
+    click.echo(found.bottleneck())
+    if found.on_cpu:
+        click.echo(
+            "On a CPU loader and step share the cores, so the overlap stays below 1: one after the other, each with all "
+            f"cores, would give {found.serial_rate / found.rate('cached_batch'):.3f}."
+        )
+    if found.differing > BUSY:
+        click.echo(f"Rounds differ by up to {100 * found.differing:.0f} %: try again when the machine is less busy.")

@@ -1,0 +1,58 @@
+"""alexprep recipes"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from alexprep.cli.options import json_option
+
+if TYPE_CHECKING:
+    from alexprep.train.recipe import Recipe
+
+
+@click.command(short_help="What can be trained, and how.")
+@click.argument("recipe", metavar="[NAME | FILE.py[:FUNCTION]]", required=False)
+@json_option
+def recipes(recipe: str | None, as_json: bool) -> None:
+    """List the recipes; or all that one of them says, by its name or, for one of your own, by its file.
+
+    \b
+    Example: alexprep recipes alexnet-2012
+    """
+    from alexprep.cli import report
+    from alexprep.train.recipes import RECIPES, recipe_named
+
+    if recipe is not None:
+        told = _told(recipe_named(recipe))
+        report.table(f"Recipe {told['name']}", _rows(told))
+        report.json_line(told, as_json)
+        return
+    known = [make() for make in RECIPES.values()]
+    width = max(len(one.name) for one in known)
+    click.echo(f"{'recipe':<{width}}  stored, pixels  crop  batch   rate  epochs  schedule")
+    for one in known:
+        low, high = one.stored_sizes
+        sizes = f"{low}" if low == high else f"{low}-{high}"
+        schedule = type(one.schedule).__name__
+        click.echo(
+            f"{one.name:<{width}}  {sizes:>14}  {one.crop:>4}  {one.batch_size:>5}  {one.lr:>5g}  {one.epochs:>6}  {schedule}"
+        )
+    report.json_line({one.name: _told(one) for one in known}, as_json)
+
+
+def _told(recipe: Recipe) -> dict[str, Any]:
+    """Every field as JSON values."""
+    return recipe.describe() | {"epochs": recipe.epochs, "stored_sizes": list(recipe.stored_sizes)}
+
+
+def _rows(told: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Nested fields as names with dots."""
+    rows = []
+    for name, value in told.items():
+        if isinstance(value, dict) and value:
+            rows += _rows(value, f"{prefix}{name}.")
+        else:
+            rows.append((prefix + name, "none" if value in (None, {}) else str(value)))
+    return rows

@@ -1,0 +1,210 @@
+"""`alexprep bench overlap`: what its turns do, with loaders whose speed is known, and what its figures mean."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from alexprep.cli.main import cli
+from alexprep.pipeline.loader import Batch, Loader
+from alexprep.shards.errors import AlexprepError
+from alexprep.train import overlap
+from alexprep.train.config import TrainConfig
+from alexprep.train.data import memory
+from alexprep.train.overlap import Overlap, measure
+from alexprep.train.recipes import recipe_named
+from alexprep.train.state import TrainingState
+from alexprep.train.turns import KINDS, Bench, Turn
+
+PAUSE = 0.05  # seconds
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def options(data: Path, **changes: Any) -> TrainConfig:
+    settings: dict[str, Any] = {"recipe": "tiny", "batch_size": 8, "device": "cpu"}
+    return TrainConfig(data=data, **settings | changes)
+
+
+class Slow(Loader):
+    """Takes at least `PAUSE` a batch, and does nothing ahead."""
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in super().__iter__():
+            time.sleep(PAUSE)
+            yield batch
+
+
+def test_a_slow_loader_is_the_bottleneck(data: Path) -> None:
+    """The step takes a fraction of the pause, so the overlap is small and the wait is the pause."""
+    found = measure(options(data), steps=3, rounds=3, open_loader=Slow)
+    wait, rest = found.milliseconds()
+    assert wait >= 1000 * PAUSE and rest > 0
+    assert found.rate("training") <= 8 / PAUSE and found.rate("loader") <= 8 / PAUSE
+    assert found.overlap < 0.8
+    assert found.bottleneck().startswith("The loader is the bottleneck: alone the step takes ")
+    assert [len(found.turns[kind]) for kind in KINDS] == [3, 3, 3]
+
+
+def test_what_each_turn_does(data: Path) -> None:
+    """Asks the loader for as many batches as it says, and moves the weights only where it trains; each begins with the same ones."""
+    asked = []
+
+    class Counted(Loader):
+        def __iter__(self) -> Iterator[Batch]:
+            for batch in super().__iter__():
+                asked.append(len(batch.labels))
+                yield batch
+
+    recipe = replace(recipe_named("tiny"), batch_size=20)
+    with Counted(
+        data, batch_size=20, augmentation=recipe.augmentation, layout=memory(torch.device("cpu")).layout
+    ) as loader:
+        state = TrainingState(recipe, 4, 0, torch.device("cpu"))
+        initial = {name: weight.clone() for name, weight in state.network.state_dict().items()}
+        bench = Bench(state, loader, ahead=3)
+        after: dict[str, list[bool]] = {}
+        for kind in (*KINDS, *KINDS):
+            asked.clear()
+            turn = bench.turn(kind, 3)
+            assert len(asked) == (0 if kind == "cached_batch" else 3 + 3)
+            assert turn.images == (60 if kind == "cached_batch" else sum(asked[-3:]))
+            assert turn.steps == 3 and 0 < turn.seconds and 0 <= turn.wait_seconds <= turn.seconds
+            weights = state.network.state_dict()
+            moved = any(not torch.equal(weights[name], initial[name]) for name in initial)
+            after.setdefault(kind, []).append(moved)
+            velocity = sum(float(velocity.abs().sum()) for velocity in state.optimizer.velocities())
+            assert (velocity > 0) == moved
+        assert after == {"training": [True] * 2, "cached_batch": [True] * 2, "loader": [False] * 2}
+
+
+def made_up(device: str, training: list[float], cached: list[float], loader: list[float]) -> Overlap:
+    """Rounds of 10 steps of 10 images, at some images/s."""
+    rates = {"training": training, "cached_batch": cached, "loader": loader}
+    turns = {
+        kind: [Turn(100, 10, 100 / rate, 0.25 * 100 / rate if kind != "cached_batch" else 0.0) for rate in rates[kind]]
+        for kind in KINDS
+    }
+    return Overlap({"device": device}, turns, None)
+
+
+def test_the_figures() -> None:
+    found = made_up("cpu", [90, 60, 110], [100, 120, 150], [300, 300, 450])
+    assert found.rate("training") == pytest.approx(90)
+    assert found.spread("cached_batch") == pytest.approx((100, 150))
+    assert found.ratios == pytest.approx([0.9, 0.5, 11 / 15]) and found.overlap == pytest.approx(11 / 15)
+    assert found.serial_rate == pytest.approx(600 / 7)  # 1/120 s + 1/300 s an image
+    assert found.milliseconds() == pytest.approx((0.25 * 1000 / 9, 0.75 * 1000 / 9))
+    assert found.differing == pytest.approx(50 / 90)
+    document = json.loads(json.dumps(found.describe()))
+    assert document["serial_overlap"] == pytest.approx(5 / 7)
+    assert document["images_per_second"] == pytest.approx({"training": 90, "cached_batch": 120, "loader": 300})
+
+
+@pytest.mark.parametrize(
+    ("device", "training", "cached", "loader", "words"),
+    [
+        (
+            "cuda",
+            985,
+            1000,
+            3000,
+            "The step is the bottleneck, loading is hidden behind it: alone the step takes 1,000",
+        ),
+        ("cuda", 480, 1000, 500, "The loader is the bottleneck: alone the step takes 1,000 images/s and the loader"),
+        ("cuda", 800, 1000, 3000, "Loader and step are in one another's way"),
+        (
+            "cpu",
+            750,
+            1000,
+            3000,
+            "The step is the bottleneck: alone the step takes 1,000 images/s and the loader gives 3,000",
+        ),
+        ("cpu", 750, 3000, 1000, "The loader is the bottleneck: "),
+    ],
+)
+def test_the_sentence(device: str, training: float, cached: float, loader: float, words: str) -> None:
+    assert made_up(device, [training], [cached], [loader]).bottleneck().startswith(words)
+
+
+def test_the_command(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It writes nothing, neither here nor in the data set."""
+    monkeypatch.chdir(tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in data.rglob("*")}
+    words = ["bench", "overlap", "--data", str(data), "--recipe", "tiny", "--batch-size", "16", "--steps", "2"]
+    result = CliRunner().invoke(cli, [*words, "--rounds", "2", "--device", "cpu", "--threads", "1", "--json"])
+    assert result.exit_code == 0, result.output
+    *table, last = result.stdout.splitlines()
+    found = json.loads(last)
+    assert found["recipe"] == "tiny" and found["batch_size"] == 16 and found["gpu_memory_bytes"] is None
+    assert found["steps"] == dict.fromkeys(KINDS, 2) and found["rounds"] == 2
+    assert all(len(found["rounds_images_per_second"][kind]) == 2 for kind in KINDS)
+    ratio = [
+        fed / cached
+        for fed, cached in zip(*(found["rounds_images_per_second"][kind] for kind in KINDS[:2]), strict=True)
+    ]
+    assert found["rounds_overlap"] == pytest.approx(ratio)
+    assert found["bottleneck"] in table
+    assert any(line.startswith("On a CPU loader and step share the cores") for line in table)
+    assert not list(tmp_path.iterdir())
+    assert before == {path: path.stat().st_mtime_ns for path in data.rglob("*")}
+
+
+def test_without_a_number_of_steps_turns_take_their_time(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(overlap, "TURN_SECONDS", 10 * PAUSE)
+    steps = measure(options(data), rounds=1, open_loader=Slow).about["steps"]
+    assert 5 <= steps["loader"] <= 10 and 5 <= steps["training"] <= 10 <= steps["cached_batch"]
+
+
+def test_ctrl_c_leaves_at_once(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*arguments: object) -> Turn:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Bench, "turn", interrupted)
+    words = ["bench", "overlap", "--data", str(data), "--recipe", "tiny", "--device", "cpu", "--steps", "1"]
+    result = CliRunner().invoke(cli, words)
+    assert result.exit_code == 130 and result.stdout == ""
+    assert result.stderr.endswith("Interrupted: nothing was measured, and nothing was written.\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "reason"),
+    [
+        (["--steps", "0"], 2, "0 is not in the range x>=1"),
+        (["--rounds", "0"], 2, "0 is not in the range x>=1"),
+        (["--batch-size", "-1"], 2, "-1 is not in the range x>=1"),
+        (["--recipe", "vgg"], 1, "no recipe 'vgg'"),
+        (["--recipe", "alexnet"], 1, "the stored images have a side of 64 pixels"),
+        (["--device", "tpu"], 1, "'tpu' is not a device"),
+    ],
+)
+def test_wrong_values_are_refused(data: Path, words: list[str], status: int, reason: str) -> None:
+    result = CliRunner().invoke(cli, ["bench", "overlap", "--data", str(data), "--device", "cpu", *words])
+    assert (result.exit_code, result.stdout) == (status, "")
+    said = result.stderr if status == 2 else str(result.exception)
+    assert reason in said and (status == 2 or isinstance(result.exception, AlexprepError))
+
+
+@pytest.mark.parametrize("name", ["steps", "rounds"])
+def test_so_does_the_library(data: Path, name: str) -> None:
+    arguments: dict[str, Any] = {name: 0}
+    with pytest.raises(AlexprepError, match=f"{name} is 0"):
+        measure(options(data), **arguments)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_on_a_gpu_its_memory_is_told(data: Path) -> None:
+    found = measure(options(data, device="cuda", batch_size=16), steps=4, rounds=2)
+    assert found.gpu_memory_bytes is not None
+    assert 0 < found.gpu_memory_bytes["torch_peak"] < torch.cuda.get_device_properties(0).total_memory
+    assert found.gpu_memory_bytes["all"] >= 0
+    assert 0 < found.overlap and found.rate("cached_batch") > 0

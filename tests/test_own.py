@@ -1,0 +1,734 @@
+"""Networks and recipes of a user's own: every form that is taken, every mistake told in one sentence before anything is begun."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from click.testing import CliRunner
+from safetensors.torch import load_file
+from torch import nn
+
+from alexprep.cli.evaluate import evaluate
+from alexprep.cli.recipes import recipes as recipes_command
+from alexprep.cli.train import train as train_command
+from alexprep.shards.errors import AlexprepError
+from alexprep.shards.versions import versions
+from alexprep.train.config import Job, TrainConfig, prepare
+from alexprep.train.data import Layout
+from alexprep.train.evaluate_run import evaluate_run
+from alexprep.train.init_from import init_from
+from alexprep.train.loop import train
+from alexprep.train.nets import open_net
+from alexprep.train.own import OwnNetwork, arguments, own_network, own_recipe
+from alexprep.train.own_run import fitted
+from alexprep.train.places import Place
+from alexprep.train.ranks import train_anyhow
+from alexprep.train.recipes import RECIPES, recipe_named
+from alexprep.train.schedule import ByHand, DExp, EarlyStop, ScheduleState
+from alexprep.train.state import weights_digest
+from alexprep.train.user_code import load, resolved
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "docs" / "examples" / "own_nets"
+CPU = torch.device("cpu")
+CLASSES, SAMPLES, BATCH, CROP = 3, 30, 8, 8  # 4 steps an epoch, the last of 6 images
+
+RECIPE = f"""
+from alexprep.pipeline.augmentation import Augmentation
+from alexprep.train.recipes import Recipe
+from alexprep.train.schedule import Steps
+from nets import make
+
+def recipe(**changes):
+    fields = dict(name="small", network=make, stored_sizes=({CROP}, {CROP}), schedule=Steps(after=(9,)), epochs=3, batch_size={BATCH})
+    return Recipe(augmentation=Augmentation(crop={CROP}, noise="none"), lr=0.01, **fields | changes)
+"""
+# Batch normalisation, an attention layer's names, a parameter of the network itself, one that is frozen, and a layer that nobody asks.
+NETS = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, classes):
+        super().__init__()
+        self.scale = nn.Parameter(torch.full((1,), 1 / 64))
+        self.shift = nn.Parameter(torch.ones(3, 1, 1), requires_grad=False)
+        self.conv = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(8)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.drop = nn.Dropout(0.2)
+        self.dead = nn.Linear(2, 2)
+        self.out = nn.Linear(8, classes)
+
+    def forward(self, images):
+        maps = torch.relu(self.norm(self.conv(images * self.scale + self.shift)))
+        words = maps.flatten(2).transpose(1, 2)
+        read, _ = self.attention(words, words, words, need_weights=False)
+        return self.out(self.drop((words + read).mean(1)))
+
+make = Net
+"""
+LINEAR = """
+from torch import nn
+
+def make(classes, side):
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * side * side, classes))
+"""
+
+
+class Batch(NamedTuple):
+    images: torch.Tensor
+    labels: torch.Tensor
+
+
+class MadeUpLoader:
+    """Noise around one colour a class, from (seed, epoch, step) alone; the epoch rises when its last batch is delivered."""
+
+    digest = "made up"
+    samples = SAMPLES
+
+    def __init__(
+        self, data: Any, split: str = "train", *, seed: int = 0, layout: Layout = "NCHW", **options: Any
+    ) -> None:
+        self.seed, self.split = seed, split
+        self.form = torch.channels_last if layout == "channels_last" else torch.contiguous_format
+        self.epoch = self.step = 0
+
+    def __len__(self) -> int:
+        return (SAMPLES + BATCH - 1) // BATCH
+
+    def __iter__(self) -> Iterator[Batch]:
+        epoch = self.epoch
+        while self.epoch == epoch:
+            rng = np.random.default_rng((self.seed, self.epoch * (self.split == "train"), self.step))
+            labels = rng.integers(0, CLASSES, min(BATCH, SAMPLES - self.step * BATCH))
+            images = rng.normal(scale=30, size=(len(labels), 3, CROP, CROP))
+            images[np.arange(len(labels)), labels] += 60
+            self.step += 1
+            if self.step == len(self):
+                self.epoch, self.step = self.epoch + 1, 0
+            pixels = torch.from_numpy(images.astype(np.float32)).contiguous(memory_format=self.form)
+            yield Batch(pixels, torch.from_numpy(labels))
+
+    def state_dict(self) -> dict[str, int]:
+        return {"seed": self.seed, "epoch": self.epoch, "step": self.step}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.epoch, self.step = state["epoch"], state["step"]
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture(autouse=True)
+def own_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Folders of the user's code that a test adds to Python's path go with it."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder: nets.py, recipe.py, and in `data` a data set's facts without its images."""
+    (tmp_path / "data").mkdir()
+    document = {
+        "format_version": 1,
+        "digest": "made up",
+        "classes": [f"class{n}" for n in range(CLASSES)],
+        "image": {"size": CROP},
+        "splits": {
+            "train": {"samples": SAMPLES, "labelled": SAMPLES},
+            "val": {"samples": SAMPLES, "labelled": SAMPLES},
+        },
+    }
+    (tmp_path / "data" / "dataset.json").write_text(json.dumps(document))
+    (tmp_path / "nets.py").write_text(NETS)
+    (tmp_path / "recipe.py").write_text(RECIPE)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+NAMED: dict[str, Any] = {"recipe": "recipe.py", "model": "nets.py:make"}
+
+
+def config(**changes: Any) -> TrainConfig:
+    """Settings for a run in the current folder."""
+    settings: dict[str, Any] = {"data": Path("data"), "recipe": "recipe.py", "device": "cpu", "log_steps": 4}
+    return TrainConfig(**settings | changes)
+
+
+def begun(**changes: Any) -> Job:
+    """A run that is ready to begin, of the network in nets.py."""
+    return prepare(config(**changes))
+
+
+def refused(**changes: Any) -> str:
+    """What is said instead of beginning; nothing is left behind."""
+    with pytest.raises(AlexprepError) as error:
+        begun(**changes)
+    assert not Path("runs").exists()
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+# Forms of factories.
+
+
+class Shaped:
+    """A factory that is an object, with switches that it tells."""
+
+    def __call__(self, classes: int, *, seed: int) -> None:
+        pass
+
+    def describe(self) -> dict[str, int]:
+        return {"depth": 3}
+
+
+@pytest.mark.parametrize(
+    ("factory", "positional", "named"),
+    [
+        (lambda classes: None, [], {"classes": 10}),
+        (lambda number: None, [], {"number": 10}),
+        (lambda number=1000: None, [], {"number": 10}),
+        (lambda classes, crop: None, [], {"classes": 10, "crop": 32}),
+        (lambda number, side: None, [], {"number": 10, "side": 32}),
+        (lambda number, depth=18: None, [], {"number": 10}),
+        (lambda depth=18, num_classes=1000: None, [], {"num_classes": 10}),
+        (lambda crop, number: None, [], {"crop": 32, "number": 10}),
+        (lambda classes, crop, *, seed, width: None, [], {"classes": 10, "crop": 32, "seed": 7, "width": 1.0}),
+        (lambda classes, width=64: None, [], {"classes": 10}),  # its own width, no scale
+        (lambda classes, /, crop=8, *rest: None, [10], {"crop": 32}),
+        (lambda: None, [], {}),
+        (lambda *, weights=None, **others: None, [], {"num_classes": 10}),  # torchvision's form
+        (functools.partial(lambda depth, classes: None, 18), [], {"classes": 10}),
+        (nn.Identity().forward, [], {"input": 10}),
+        (Shaped(), [], {"classes": 10, "seed": 7}),
+    ],
+)
+def test_forms_of_factories(factory: Callable[..., Any], positional: list[Any], named: dict[str, Any]) -> None:
+    assert arguments(factory, 10, 32, 7, 1.0) == (positional, named)
+
+
+def test_forms_that_cannot_be_called() -> None:
+    with pytest.raises(
+        AlexprepError, match="'depth' without a default, which nobody fills: a factory is called as make"
+    ):
+        arguments(lambda classes, crop, depth: None, 10, 32, 7, 1.0)
+    with pytest.raises(
+        AlexprepError, match=r"scales its network by 0.5, and the factory has no parameter called width"
+    ):
+        arguments(lambda classes: None, 10, 32, 7, 0.5)
+    assert arguments(lambda classes, width=1.0: None, 10, 32, 7, 0.5)[1] == {"classes": 10, "width": 0.5}
+    with pytest.raises(AlexprepError, match="cannot be read"):
+        arguments(type, 10, 32, 7, 1.0)
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
+def test_initial_weights_depend_on_the_seed_alone() -> None:
+    """Lazy layers too, and dropout goes on as if no network had been made."""
+
+    def lazy(classes: int) -> nn.Module:
+        return nn.Sequential(nn.LazyConv2d(4, 3), nn.Dropout(), nn.Flatten(), nn.LazyLinear(classes))
+
+    own = OwnNetwork(lazy, "here:lazy", "here")
+    digests = []
+    for before, seed in ((0, 3), (1, 3), (0, 4)):
+        torch.manual_seed(before)
+        state = torch.get_rng_state()
+        network = own(CLASSES, CROP, seed=seed, width=1.0)
+        assert torch.equal(state, torch.get_rng_state()) and network.training
+        digests.append(weights_digest(network.state_dict()))
+    assert digests[0] == digests[1] != digests[2]
+    assert own.describe() == {"factory": "here:lazy"}
+    assert OwnNetwork(Shaped(), "here:Shaped", "here").describe() == {"factory": "here:Shaped", "options": {"depth": 3}}
+
+
+# Where code is found.
+
+
+def test_a_module_of_this_folder_is_its_file(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    full = f"{here / 'nets.py'}:make"
+    assert resolved("nets:make", "--model") == resolved("nets.py:make", "--model") == resolved(full, "--model") == full
+    (here / "sub").mkdir()
+    monkeypatch.chdir(here / "sub")
+    assert resolved("../nets.py", "--model") == str(here / "nets.py")
+    assert resolved("torch.nn:Linear", "--model") == "torch.nn:Linear"
+    assert load("torch.nn:Linear", "--model").value is nn.Linear
+    assert own_network(full).title == "nets:make"
+
+
+def test_files_find_what_lies_beside_them_and_nothing_else(here: Path) -> None:
+    """Two folders with modules of one name, one of them called as Python's own; packages with relative imports; quick edits."""
+    for number in (1, 2):
+        folder = here / f"net{number}"
+        folder.mkdir()
+        (folder / "blocks.py").write_text(f"number = {number}")
+        (folder / "random.py").write_text(
+            "from blocks import number\ndef make(classes):\n    import blocks\n    return number"
+        )
+    assert [load(f"net{number}/random.py:make", "--model").value(3) for number in (1, 2)] == [1, 2]
+    (here / "net1" / "blocks.py").write_text("number = 3")  # within a second of the first
+    assert load("net1/random.py:make", "--model").value(3) == 3
+    assert not hasattr(sys.modules["random"], "make")
+    assert not list(here.glob("**/__pycache__"))
+
+    package = here / "package" / "inner"
+    package.mkdir(parents=True)
+    for folder in (package, package.parent):
+        (folder / "__init__.py").write_text("")
+    (package.parent / "parts.py").write_text("number = 4")
+    (package / "nets.py").write_text(
+        "from ..parts import number\nclass Maker:\n    @staticmethod\n    def make(classes):\n        return number"
+    )
+    found = load(resolved("package.inner.nets:Maker.make", "--model"), "--model")
+    assert (found.value(3), found.title, found.folder) == (4, "package.inner.nets:Maker.make", here)
+
+
+def test_which_function_is_meant(here: Path) -> None:
+    (here / "one.py").write_text("from math import sin\ndef only(classes):\n    return 1")
+    assert load("one.py", "--model", "make").title == "one:only"
+    (here / "two.py").write_text("def first(classes): ...\ndef make(classes): ...")
+    assert load("two.py", "--model", "make").title == "two:make"
+    with pytest.raises(AlexprepError, match="say which function is meant, after a colon: there are first, make"):
+        load("two.py", "--recipe", "recipe")
+
+
+@pytest.mark.parametrize(
+    ("code", "name", "words"),
+    [
+        ("def make(c:", "make", r"wrong.py, line 1: SyntaxError: '\(' was never closed"),
+        (
+            "\nimport no_such_library",
+            "make",
+            "wrong.py, line 2: ModuleNotFoundError: No module named 'no_such_library'",
+        ),
+        ("raise SystemExit(2)", "make", "wrong.py, line 1: SystemExit: 2"),
+        ("def make(classes): ...", "mak", "has no 'mak': perhaps make is meant"),
+        ("def make(classes):\n    raise ValueError('one\\ntwo')", "make", "wrong.py, line 2: ValueError: one$"),
+        (
+            "def make(classes):\n    return helper(classes)\ndef helper(n):\n    return [][n]",
+            "make",
+            "wrong.py, line 4: IndexError",
+        ),
+        ("def make(classes): ...", "make", "wrong.py:make: it returned a NoneType, not a torch.nn.Module"),
+        (
+            "from torch import nn\nnet = nn.Linear(1, 1)",
+            "net",
+            "net is a Linear, not a function: a factory is called as",
+        ),
+        (
+            "import torch\ndef make(n): return torch.nn.Conv2d(4, 2, 1)",
+            "make",
+            r"shown images \(2, 3, 8, 8\): RuntimeError: Given",
+        ),
+        (
+            "import torch\ndef make(n): return torch.nn.Flatten()",
+            "make",
+            r"gives float32 \(2, 192\), not logits \(2, 3\)",
+        ),
+        (
+            "import torch\nclass make(torch.nn.Module):\n  def __init__(self, n): super().__init__()\n  def forward(self, x): return x, x",
+            "make",
+            "gives a tuple, not a tensor of logits",
+        ),
+        (
+            "from torch import nn\ndef make(n):\n  net = nn.Sequential(nn.Flatten(), nn.Linear(192, n))\n  net[1].bias.data /= 0\n  return net",
+            "make",
+            "NaN or infinity for pixels of deviation 64",
+        ),
+        (
+            "from torch import nn\ndef make(n): return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())",
+            "make",
+            "nothing in the network can",
+        ),
+        (
+            "from torch import nn\ndef make(n): return nn.Linear(1, 1, device='meta')",
+            "make",
+            "weights are on meta: leave them on the CPU",
+        ),
+    ],
+)
+def test_mistakes_are_told_before_a_run_is_begun(here: Path, code: str, name: str, words: str) -> None:
+    (here / "wrong.py").write_text(code)
+    said = refused(model=f"wrong.py:{name}")
+    assert re.search(words, said), said
+
+
+def test_mistakes_of_a_reference(here: Path) -> None:
+    assert f"there is no file {here}/gone.py: say where it is with --model FILE.py:FUNCTION" in refused(
+        model="gone.py:make"
+    )
+    assert "No module named 'nowhere'" in refused(model="nowhere:make")
+    for odd in ("nets/make", "nets.py:", "nets.py:a b", "a-b:make"):
+        assert "names no Python code: write FILE.py:FUNCTION or MODULE:FUNCTION" in refused(model=odd)
+    wrong = refused(recipe="alexnt")
+    assert "there is no recipe 'alexnt', perhaps alexnet is meant: choose one of alexnet, alexnet-2012" in wrong
+
+
+def test_a_traceback_for_those_who_ask(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (here / "wrong.py").write_text("def make(classes): return 1 / 0")
+    monkeypatch.setenv("ALEXPREP_TRACEBACK", "1")
+    with pytest.raises(ZeroDivisionError):
+        begun(model="wrong.py:make")
+
+
+# A network that has what alexprep's own have not.
+
+
+def _reference(steps: int) -> tuple[nn.Module, float]:
+    """Net, trained by torch's own optimizer, and the loss of the last step: what alexprep says of biases and decay, and nothing else."""
+    torch.manual_seed(0)
+    network = own_network("nets.py:make")(CLASSES, CROP, seed=0, width=1.0).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    named = [(name, weight) for name, weight in network.named_parameters() if weight.requires_grad]
+    groups = [
+        {"params": [weight for name, weight in named if not name.endswith(".bias")], "weight_decay": 0.0005},
+        {"params": [weight for name, weight in named if name.endswith(".bias")], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.SGD(groups, lr=0.01, momentum=0.9)
+    loader, loss = MadeUpLoader("data", layout="channels_last"), torch.zeros(())
+    for step in range(steps):
+        for images, labels in loader:
+            loss = F.cross_entropy(network(images), labels)
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            step += 1
+            break
+    return network, float(loss.detach())
+
+
+def test_a_net_with_batch_norm_trains_as_with_torch(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Running means, an integer among them; dropout; parameters of any name, frozen, unused, of the network itself."""
+    summary = train(config(epochs=2, log_steps=1), MadeUpLoader)
+    expected, loss = _reference(8)
+    tensors = load_file(max(Path(summary["run"]).glob("checkpoints/*.safetensors")))
+    saved = {name.removeprefix("weight."): tensor for name, tensor in tensors.items() if name.startswith("weight.")}
+    assert saved.keys() == expected.state_dict().keys()
+    for name, tensor in expected.state_dict().items():
+        torch.testing.assert_close(saved[name], tensor, rtol=1e-3, atol=1e-5, msg=name)
+    assert saved["norm.num_batches_tracked"].dtype == torch.int64 and saved["norm.num_batches_tracked"] == 8
+    records = [json.loads(line) for line in Path(summary["run"], "log.jsonl").read_text().splitlines()]
+    assert [record["loss"] for record in records if record["kind"] == "steps"][-1] == pytest.approx(loss, rel=1e-4)
+    said = capsys.readouterr().err
+    assert "dead.weight, dead.bias of the network had no part in its outputs" in said
+    assert "the network is recipe:Net, " in said
+    fresh = own_network("nets.py:make")(CLASSES, CROP, seed=0, width=1.0).state_dict()
+    for name in ("dead.weight", "shift"):  # not even decayed
+        assert torch.equal(saved[name], fresh[name])
+
+
+def test_resumed_anywhere_it_ends_with_the_same_bits(here: Path) -> None:
+    whole = train(config(name="whole"), MadeUpLoader)
+    for step in (1, 4, 6):
+        train(config(name=f"part{step}", steps=step), MadeUpLoader)
+        rest = train(config(name=f"part{step}", resume=True), MadeUpLoader)
+        assert rest["weights_sha256"] == whole["weights_sha256"], f"stopped after step {step}"
+    found = evaluate_run(Path(whole["run"]), batch_size=BATCH, device="cpu", open_loader=MadeUpLoader, **NAMED)
+    assert (found["top1_error"], found["loss"]) == (whole["val_top1_error"], whole["val_loss"])
+
+
+def test_a_net_that_views_its_maps_gets_contiguous_ones(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With the channels last in memory `view` fails; it is trained nevertheless, to the bits of one that flattens so."""
+    code = (
+        "import torch\nfrom torch import nn\nclass make(nn.Module):\n  def __init__(self, n):\n    super().__init__()\n"
+    )
+    code += "    self.conv, self.fc = nn.Conv2d(3, 4, 3, padding=1), nn.Linear(256, n)\n  def forward(self, x):\n    return "
+    (here / "views.py").write_text(code + "self.fc(self.conv(x / 64).view(-1, 256))")
+    (here / "flattens.py").write_text(code + "self.fc(self.conv(x / 64).flatten(1))")
+    runs = [train(config(model=f"{name}.py:make", epochs=1), MadeUpLoader) for name in ("views", "flattens")]
+    assert [Path(run["run"]).name for run in runs] == ["views", "flattens"]
+    assert runs[0]["val_loss"] == pytest.approx(runs[1]["val_loss"], rel=1e-5)
+    assert capsys.readouterr().err.count("cannot take images with the channels last in memory") == 1
+    net = open_net(Place(Path(runs[0]["run"])), CPU, "recipe.py", "views.py:make")
+    images = next(iter(MadeUpLoader("data", layout="channels_last"))).images
+    assert net.network(images).shape == (BATCH, CLASSES)
+    viewing: dict[str, Any] = {"recipe": "recipe.py", "model": "views.py:make"}
+    found = evaluate_run(Path(runs[0]["run"]), device="cpu", open_loader=MadeUpLoader, **viewing)
+    assert found["loss"] == pytest.approx(runs[0]["val_loss"], rel=1e-5)
+
+
+def test_an_error_in_mid_training_names_its_line(here: Path) -> None:
+    (here / "late.py").write_text(
+        NETS.replace(
+            "    def forward(self, images):", "    steps = 0\n    def forward(self, images):\n        self.late()"
+        )
+        + "\ndef late(self):\n    self.steps += self.training\n    if self.steps > 3: raise KeyError('late')\nNet.late = late"
+    )
+    with pytest.raises(AlexprepError, match=r"--model .*/late.py:make: .*/late.py, line \d+: KeyError: 'late'"):
+        train(config(model="late.py:make"), MadeUpLoader)
+
+
+def test_rates_and_decays_know_weights_and_biases_by_any_name() -> None:
+    names = ["scale", "bias", "attention.in_proj_weight", "norm.bias", "conv.weight"]
+    falling = ByHand(((0, "*.weight", 0.1), (0, "scale", 0.5), (0, "*.bias", 2.0)))
+    recipe = replace(recipe_named("tiny"), lr=1.0, bias_lr_factor=3.0, schedule=falling)
+    rates = recipe.rates(names, 0, ScheduleState())
+    assert rates == {"scale": 0.5, "bias": 6.0, "attention.in_proj_weight": 0.1, "norm.bias": 6.0, "conv.weight": 0.1}
+    assert (
+        DExp().rate(0.02, "bias", 45, ScheduleState())
+        == DExp().rate(0.02, "fc8.bias", 45, ScheduleState())
+        == pytest.approx(0.002)
+    )
+
+
+def test_what_a_recipe_says_of_layers_that_are_not_there_is_left_out() -> None:
+    recipe = recipe_named("alexnet-2012")
+    stopping = replace(recipe, schedule=EarlyStop(recipe.schedule), layer_decay={"fc8": 0.1, "conv": 0.2})
+    found, (note,) = fitted(stopping, ["conv.weight", "conv.bias"])
+    assert found.layer_decay == {"conv": 0.2} and isinstance(found.schedule, EarlyStop)
+    assert isinstance(found.schedule.schedule, ByHand)
+    assert [row[1] for row in found.schedule.schedule.rows] == ["*.weight"] * 3
+    assert note.startswith("the network has no fc8, conv1.weight, conv1.*: what recipe alexnet-2012 says")
+    assert fitted(recipe, ["conv1.weight", "conv1.bias"]) == (recipe, [])
+
+
+def test_weights_of_the_network_itself_can_be_begun_with() -> None:
+    saved = {"scale": torch.ones(1), "fc.weight": torch.ones(2, 2)}
+    weights = {name: torch.zeros_like(tensor) for name, tensor in saved.items()}
+    assert init_from(weights, saved, ["scale"]).taken == ["scale"]
+    assert (float(weights["scale"]), float(weights["fc.weight"].sum())) == (1, 0)
+
+
+def test_digests_of_every_type_of_tensor() -> None:
+    values = torch.tensor([1.0, 2.0])
+    digests = {
+        weights_digest({"x": values.to(kind)}) for kind in (torch.float32, torch.bfloat16, torch.int64, torch.bool)
+    }
+    assert len(digests | {weights_digest({"x": values[0]}), weights_digest({"x": values[:1]})}) == 6
+
+
+# What a run remembers.
+
+
+def test_another_network_is_refused_and_a_comment_is_not(here: Path) -> None:
+    summary = train(config(steps=1), MadeUpLoader)
+    nets = here / "nets.py"
+    nets.write_text(f"# A comment.\n{NETS}")
+    assert train(config(resume=True, steps=2), MadeUpLoader)["steps"] == 2
+    for old, new, words in (
+        ("nn.Dropout(0.2)", "nn.Dropout(0.3)", "layers.drop.settings was 'p=0.2, inplace=False', is now 'p=0.3"),
+        (
+            "nn.Linear(2, 2)",
+            "nn.Linear(2, 3)",
+            "layers.dead.tensors was 'weight 2x2, bias 2', is now 'weight 3x2, bias 3'",
+        ),
+        ("self.dead =", "self.more = nn.ReLU()\n        self.dead =", "layers.more was None, is now {'kind': 'ReLU'"),
+        (
+            "make = Net",
+            "Net.__qualname__ = 'Other'\nmake = Net",
+            "network.factory was 'recipe:Net', is now 'recipe:Other'",
+        ),
+    ):
+        nets.write_text(NETS.replace(old, new))
+        with pytest.raises(AlexprepError, match=re.escape(words)):
+            train(config(resume=True, steps=3), MadeUpLoader)
+        with pytest.raises(AlexprepError, match=re.escape(words)):
+            open_net(Place(Path(summary["run"])), CPU, **NAMED)
+    nets.write_text(NETS.replace("self.", "self.a_"))
+    with pytest.raises(AlexprepError, match=r"; and \d+ more\. Begin"):
+        train(config(resume=True, steps=3), MadeUpLoader)
+
+
+def test_another_torch_may_describe_layers_in_other_words(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it did when batch normalisation got a `bias`: names and shapes still count."""
+    run = Path(train(config(steps=1), MadeUpLoader)["run"])
+    monkeypatch.setattr(nn.Dropout, "extra_repr", lambda layer: f"probability={layer.p}")
+    with pytest.raises(
+        AlexprepError, match=r"layers.drop.settings was 'p=0.2, inplace=False', is now 'probability=0.2'"
+    ):
+        train(config(resume=True, steps=2), MadeUpLoader)
+    newer = versions("torch") | {"torch": "99.0"}
+    monkeypatch.setattr("alexprep.train.tryout.versions", lambda *names: newer)
+    assert train(config(resume=True, steps=2), MadeUpLoader)["steps"] == 2
+    assert open_net(Place(run), CPU, **NAMED).step == 2
+    (here / "nets.py").write_text(NETS.replace("nn.Linear(2, 2)", "nn.Linear(2, 3)"))
+    with pytest.raises(AlexprepError, match=r"layers.dead.tensors was"):
+        train(config(resume=True, steps=3), MadeUpLoader)
+
+
+def test_code_is_run_only_where_it_is_named(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """config.json says where it was; the files may have moved, and a stranger's run cannot start anything by itself."""
+    summary = train(config(model="nets:make", steps=1), MadeUpLoader)
+    run = (here / summary["run"]).resolve()
+    options = json.loads((run / "config.json").read_text())["options"]
+    assert (options["recipe"], options["model"]) == (str(here / "recipe.py"), f"{here / 'nets.py'}:make")
+    (here / "elsewhere").mkdir()
+    monkeypatch.chdir(here / "elsewhere")
+    for name in ("nets.py", "recipe.py"):
+        (here / name).rename(here / "elsewhere" / name)
+    going_on: dict[str, Any] = {"data": here / "data", "runs": here / "runs", "resume": True, "steps": 3}
+    for unnamed, other in (("recipe", "model"), ("model", "recipe")):
+        named: dict[str, Any] = {other: NAMED[other], unnamed: None}
+        words = re.escape(f"{run} was trained with --{unnamed} {here}")
+        with pytest.raises(AlexprepError, match=f"{words}.*only run where you name it"):
+            train(config(**going_on, **named), MadeUpLoader)
+        with pytest.raises(AlexprepError, match=words):
+            evaluate_run(run, **named, device="cpu", open_loader=MadeUpLoader)
+    assert train(config(**going_on, **NAMED), MadeUpLoader)["steps"] == 3
+    assert evaluate_run(run, **NAMED, device="cpu", open_loader=MadeUpLoader)["step"] == 3
+
+
+# Recipes.
+
+
+def test_a_recipe_file(here: Path) -> None:
+    assert begun().run.name == "small"
+    assert begun(recipe="recipe:recipe", batch_size=4).recipe.batch_size == 4
+    (here / "recipe.py").write_text(f"{RECIPE}\ndef longer():\n    return recipe(epochs=7, name='longer')")
+    job = begun(recipe="recipe.py:longer")
+    assert (job.recipe.epochs, job.run.name, job.identity["recipe"]["network"]) == (
+        7,
+        "longer",
+        {"factory": "recipe:Net"},
+    )
+    (here / "plain.py").write_text(
+        "from dataclasses import replace\nfrom alexprep.train.recipes import recipe_named\n"
+        "def recipe():\n    return replace(recipe_named('alexnet'), epochs=5)"
+    )
+    plain = own_recipe("plain.py")
+    assert plain == replace(RECIPES["alexnet"](), epochs=5)  # alexprep's own network, as it is
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("def recipe(**changes):", "def recipe(depth):", "TypeError: recipe.. missing 1 required positional argument"),
+        ("    return Recipe(", "    return dict(", "gives a dict, not an alexprep.train.recipes.Recipe"),
+        ("epochs=3", "epochs=0", "recipe.py, line 9: epochs is 0 in recipe small"),
+        ("network=make", "network=make(3)", "its network is a Net, not a function"),
+        ("network=make", "network=None", "its network is a NoneType, not a function"),
+        ("Steps(after=(9,))", "object()", "cannot be written as JSON"),
+        ("lr=0.01", "lr=make", "TypeError"),
+        ('name="small"', 'name="../small"', "'../small' cannot name a run"),
+        (
+            'name="small"',
+            'name="small", layer_decay={"fc9": 0.1}',
+            "layer_decay names fc9, which the network does not have",
+        ),
+        ('name="small"', 'name="small", width=0.5', "scales its network by 0.5"),
+        ("schedule=Steps(after=(9,))", "schedule=ByHand(((1, 'fc9.*', 0.1),))", "schedule names fc9"),
+    ],
+)
+def test_mistakes_in_recipe_files(here: Path, old: str, new: str, words: str) -> None:
+    changed = RECIPE.replace("import Steps", "import ByHand, Steps").replace(old, new)
+    assert changed != RECIPE
+    (here / "recipe.py").write_text(changed)
+    said = refused()
+    assert re.search(words, said), said
+
+
+# Several ranks.
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "scheme", "words"),
+    [
+        ("", "", "ddp", "on 2 ranks: norm normalises over the images of a rank, not of the batch"),
+        (
+            "nn.BatchNorm2d(8)",
+            "nn.InstanceNorm2d(8, track_running_stats=True)",
+            "ddp",
+            "its own norm.running_mean, norm.running_var",
+        ),
+        (
+            "nn.BatchNorm2d(8)",
+            "nn.Dropout2d()",
+            "ddp",
+            "draws random numbers in training, each rank its own: use nn.Dropout",
+        ),
+        ("nn.Dropout(0.2)", "nn.BatchNorm1d(8)", "ddp", "on 2 ranks: drop normalises over the images of a rank"),
+        ("nn.BatchNorm2d(8)", "nn.GroupNorm(2, 8)", "towers", "towers needs an nn.Sequential, not Net: use ddp"),
+        ("maps.flatten(2)", "maps.reshape(len(maps), 8, -1)", "ddp", "cannot take an empty batch .*torch.flatten"),
+    ],
+)
+def test_what_ranks_cannot_share_is_refused(here: Path, old: str, new: str, scheme: str, words: str) -> None:
+    code = NETS if "Norm" in old or not old else NETS.replace("nn.BatchNorm2d(8)", "nn.GroupNorm(2, 8)")
+    (here / "nets.py").write_text(code.replace(old, new))
+    said = refused(ranks=2, scheme=scheme)
+    assert re.search(words, said), said
+
+
+def test_the_scheme_for_two_ranks() -> None:
+    """The paper's is for the paper's nets."""
+    assert TrainConfig(Path("data"), ranks=2).chosen_scheme == "towers"
+    assert TrainConfig(Path("data"), ranks=2, model="nets.py:make").chosen_scheme == "ddp"
+
+
+def test_two_ranks_train_as_one(data: Path, here: Path) -> None:
+    """From another folder, with a layer that has no gradient and a frozen weight; 13 images on two ranks do not divide."""
+    (here / "nets.py").write_text(NETS.replace("nn.BatchNorm2d(8)", "nn.GroupNorm(2, 8)"))
+    settings: dict[str, Any] = {"data": data, "recipe": "tiny", "model": "nets:make", "batch_size": 13, "steps": 2}
+    runs = [train_anyhow(config(**settings, ranks=ranks, name=f"ranks{ranks}")) for ranks in (1, 2)]
+    weights = [load_file(max(Path(run["run"]).glob("checkpoints/*.safetensors"))) for run in runs]
+    assert [run["ranks"] for run in runs] == [1, 2]
+    for name, tensor in weights[0].items():
+        if not name.startswith("random"):
+            torch.testing.assert_close(weights[1][name], tensor, rtol=1e-4, atol=1e-6, msg=name)
+
+
+# The command line and the page.
+
+
+def test_from_the_command_line(data: Path, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The example of the page, gone on with and evaluated from another folder; then by its new name, for it has moved."""
+    code = (EXAMPLES / "ten_lines.py").read_text()
+    assert f"```python\n{code}```" in (ROOT / "docs" / "own-nets.md").read_text()
+    assert len([line for line in code.splitlines() if line and not line.lstrip().startswith('"""')]) <= 10
+    (here / "ten_lines.py").write_text(code)
+    runs = ["--runs", str(here / "runs"), "--device", "cpu", "--json"]
+    words = ["--data", str(data), "--recipe", "tiny", "--batch-size", "12", *runs]
+    invoke = CliRunner().invoke
+    done = invoke(train_command, [*words, "--model", "ten_lines.py:make", "--epochs", "2"], catch_exceptions=False)
+    assert json.loads(done.stdout.splitlines()[-1])["run"] == str(here / "runs" / "ten_lines")
+    (here / "elsewhere").mkdir()
+    monkeypatch.chdir(here / "elsewhere")
+    more = ["--data", str(data), *runs, "--resume", "--epochs", "3", "--model"]
+    resumed = invoke(train_command, [*more, str(here / "ten_lines.py")], catch_exceptions=False)
+    assert json.loads(resumed.stdout.splitlines()[-1])["epochs"] == 3
+    (here / "ten_lines.py").rename("ten_lines.py")
+    assert isinstance(invoke(evaluate, runs).exception, AlexprepError)
+    found = invoke(evaluate, [*runs, "--model", "ten_lines.py:make"], catch_exceptions=False)
+    assert json.loads(found.stdout.splitlines()[-1])["samples"] == 20
+
+
+def test_the_residual_example_learns(data: Path, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(EXAMPLES)
+    summary = train(TrainConfig(data, "residual.py", runs=here / "runs", device="cpu", epochs=2, batch_size=16))
+    logged = [json.loads(line) for line in (Path(summary["run"]) / "log.jsonl").read_text().splitlines()]
+    losses = [record["loss"] for record in logged if record["kind"] == "epoch"]
+    assert losses[1] < losses[0]
+
+
+def test_recipes_are_listed(here: Path) -> None:
+    listed = CliRunner().invoke(recipes_command, ["--json"], catch_exceptions=False).stdout.splitlines()
+    assert [line.split()[0] for line in listed[1:-1]] == list(RECIPES) == list(json.loads(listed[-1]))
+    line = next(line for line in listed if line.startswith("cifar10-quick "))
+    assert line.split() == ["cifar10-quick", "32", "32", "128", "0.002", "15", "Steps"]
+    mine = CliRunner().invoke(recipes_command, ["recipe.py"], catch_exceptions=False).stdout
+    assert re.search(r"network.factory +recipe:Net\n", mine) and re.search(r"epochs +3\n", mine)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_on_a_gpu_and_on_without_it(here: Path) -> None:
+    """Weights, running means and counters go from one to the other."""
+
+    class OnGpu(MadeUpLoader):
+        def __iter__(self) -> Iterator[Batch]:
+            for images, labels in super().__iter__():
+                yield Batch(images.cuda(), labels.cuda())
+
+    gpu = train(config(device="cuda", steps=4), OnGpu)
+    cpu = train(config(steps=4, name="cpu"), MadeUpLoader)
+    assert gpu["train_loss"] == pytest.approx(cpu["train_loss"], rel=0.2)  # dropout draws differ
+    assert train(config(resume=True, name="small", steps=6), MadeUpLoader)["steps"] == 6

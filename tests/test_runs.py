@@ -1,0 +1,109 @@
+"""Names of runs: who gets one when several want it, and what a kill leaves behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from alexprep.shards import files
+from alexprep.shards.errors import AlexprepError
+from alexprep.train import runs
+from alexprep.train.runs import create_run, locked, read_config
+
+CONFIG = {"options": {}, "data": "somewhere", "identity": {}}
+
+
+class Killed(BaseException):
+    """The process ends here."""
+
+
+@pytest.mark.parametrize("call", ["fsync", "rename"])
+def test_a_name_is_free_again_after_a_kill_before_the_run_was_there(
+    call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder is there, with a lock that nobody holds, and the temporary file that a real kill would leave."""
+
+    def die(*arguments: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, die)
+        with pytest.raises(Killed):
+            create_run(tmp_path, "mine", "tiny", CONFIG)
+    left = tmp_path / "mine" / f".config.json{files.TEMPORARY_MARK}1-2"
+    left.write_text("{")
+    assert not (tmp_path / "mine" / "config.json").exists()
+    assert create_run(tmp_path, "mine", "tiny", CONFIG) == tmp_path / "mine"
+    assert read_config(tmp_path / "mine") == CONFIG
+    assert not left.exists()
+    with pytest.raises(AlexprepError, match="there is already a run"):
+        create_run(tmp_path, "mine", "tiny", CONFIG)
+
+
+def test_an_empty_folder_may_be_used_and_another_may_not(tmp_path: Path) -> None:
+    for name, content in (("empty", None), ("notes", "a.txt"), ("old", "checkpoints")):
+        (tmp_path / name).mkdir()
+        if content:
+            (tmp_path / name / content).write_text("kept")
+    (tmp_path / "file").write_text("kept")
+    assert create_run(tmp_path, "empty", "tiny", CONFIG) == tmp_path / "empty"
+    for name in ("notes", "old", "file"):
+        with pytest.raises(AlexprepError, match="choose another --name"):
+            create_run(tmp_path, name, "tiny", CONFIG)
+        assert len(list((tmp_path / name).glob("*"))) <= 1  # nothing was added, no lock either
+    assert create_run(tmp_path, None, "notes", CONFIG) == tmp_path / "notes-2"
+
+
+def test_of_several_that_want_a_name_one_gets_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them have seen an empty folder before the first one has the lock."""
+    rivals, original = 6, runs._vacant
+    for number in range(10):
+        start = threading.Barrier(rivals)
+        folder, seen = tmp_path / str(number), threading.local()
+
+        def first_look_together(run: Path) -> bool:
+            vacant = original(run)
+            if not hasattr(seen, "once"):  # noqa: B023
+                seen.once = True  # noqa: B023
+                start.wait(20)  # noqa: B023
+            return vacant
+
+        def claim(rival: int) -> str:
+            try:
+                create_run(folder, "wanted", "tiny", {**CONFIG, "rival": rival})  # noqa: B023
+                return "mine"
+            except AlexprepError as error:
+                return str(error)
+
+        with monkeypatch.context() as patch, ThreadPoolExecutor(rivals) as pool:
+            patch.setattr(runs, "_vacant", first_look_together)
+            said = list(pool.map(claim, range(rivals)))
+        assert said.count("mine") == 1 and sum("choose another --name" in words for words in said) == rivals - 1
+        assert json.loads((folder / "wanted" / "config.json").read_text())["rival"] == said.index("mine")
+
+
+def test_of_several_without_a_name_each_gets_its_own(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(lambda _: create_run(tmp_path, None, "tiny", CONFIG).name, range(16)))
+    assert len(set(made)) == 16 and "tiny" in made
+
+
+def test_a_run_that_is_being_made_is_taken(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    with locked(tmp_path / "mine"):
+        with pytest.raises(AlexprepError, match="choose another --name"):
+            create_run(tmp_path, "mine", "tiny", CONFIG)
+        assert create_run(tmp_path, None, "mine", CONFIG) == tmp_path / "mine-2"
+
+
+def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("no folder")
+    with pytest.raises(
+        AlexprepError, match=r"config.json cannot be written \(Not a directory\): mend that and run the same"
+    ):
+        create_run(tmp_path / "runs", None, "tiny", CONFIG)

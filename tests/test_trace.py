@@ -1,0 +1,262 @@
+"""Traces of real trainings on real shards, read back as JSON: what a step shows, and what becomes of a trace that is cut short."""
+
+from __future__ import annotations
+
+import gzip
+import itertools
+import json
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from alexprep.pipeline.loader import Batch, Loader
+from alexprep.shards.errors import AlexprepError
+from alexprep.train import spans
+from alexprep.train.config import TrainConfig
+from alexprep.train.loop import train
+from alexprep.train.meter import Meter
+from alexprep.train.parallel.world import World
+from alexprep.train.trace import COUNTER, Trace, dali_nanoseconds
+
+PARTS = ["wait for data", "forward", "backward", "gradient sums", "update"]  # of every step, in this order
+EPOCH_STEPS = 12  # of 4 images
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def config(data: Path, folder: Path, **changes: Any) -> TrainConfig:
+    settings: dict[str, Any] = {"recipe": "tiny", "runs": folder, "batch_size": 4, "epochs": 2, "device": "cpu"}
+    return TrainConfig(data=data, **settings | changes)
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    with gzip.open(path) as file:
+        document: dict[str, Any] = json.load(file)
+    events: list[dict[str, Any]] = document["traceEvents"]
+    return events
+
+
+def ranges(events: list[dict[str, Any]], category: str = "user_annotation") -> dict[str, list[tuple[float, float]]]:
+    """When each range begins and ends, microseconds, by its name."""
+    found: dict[str, list[tuple[float, float]]] = {}
+    for event in sorted((event for event in events if event.get("cat") == category), key=lambda event: event["ts"]):
+        found.setdefault(event["name"], []).append((event["ts"], event["ts"] + event["dur"]))
+    return found
+
+
+def within(inner: tuple[float, float], outer: tuple[float, float]) -> bool:
+    return outer[0] <= inner[0] and inner[1] <= outer[1]
+
+
+def test_a_trace_shows_what_each_step_did(data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Steps 11 to 13: after the second of them an epoch ends with its evaluation and its checkpoint."""
+    traced = train(config(data, tmp_path, steps=16, trace=3, name="traced"))
+    told = capfd.readouterr().err
+    path = tmp_path / "traced" / "trace" / "steps-00000011-00000013.json.gz"
+    assert f"trace of steps 11 to 13: {path}; open it at https://ui.perfetto.dev" in told.replace("\n", "")
+    assert "USDT" not in told  # the profiler's own lines
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+    events = read(path)
+    found = ranges(events)
+    steps = [found[f"ProfilerStep#{number}"][0] for number in (11, 12, 13)]
+    assert sum(name.startswith("ProfilerStep#") for name in found) == 3
+    assert all(earlier[1] <= later[0] for earlier, later in itertools.pairwise(steps))
+    for number, step in enumerate(steps):
+        parts = [found[name][number] for name in PARTS]
+        assert all(len(found[name]) == 3 and within(part, step) for name, part in zip(PARTS, parts, strict=True))
+        assert all(earlier[1] <= later[0] for earlier, later in itertools.pairwise(parts))
+    (evaluation,), (checkpoint,) = found["evaluate"], found["checkpoint"]
+    assert within(evaluation, steps[1]) and within(checkpoint, steps[1])
+    assert found["update"][1][1] <= evaluation[0] <= evaluation[1] <= checkpoint[0]
+
+    operators = ranges(events, "cpu_op")
+    outside = [part for part in operators["aten::conv2d"] if not within(part, evaluation)]
+    layers = len(outside) // 3
+    assert layers >= 1 and all(within(part, found["forward"][n // layers]) for n, part in enumerate(outside))
+
+    busy = [event for event in events if event["name"] == COUNTER]
+    assert [event["ph"] for event in busy] == ["C"] * 4
+    cores = [event["args"]["cores busy"] for event in busy]
+    assert cores[-1] == 0 and all(core >= 0 for core in cores) and sum(cores) > 0
+    for event, step in zip(busy, steps, strict=False):
+        assert abs(event["ts"] - step[0]) < 1e6, "the counter's clock is not the ranges'"
+
+    plain = train(config(data, tmp_path, steps=16, name="plain"))
+    assert plain["weights_sha256"] == traced["weights_sha256"]
+    assert not (tmp_path / "plain" / "trace").exists()
+
+
+def test_nothing_is_recorded_without_a_trace(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And of a training with one, outside of the steps that were asked for."""
+    made: list[str] = []
+
+    class Counted(torch.autograd.profiler.record_function):
+        def __init__(self, name: str) -> None:
+            made.append(name)
+            super().__init__(name)
+
+    monkeypatch.setattr(spans, "record_function", Counted)
+    train(config(data, tmp_path, steps=4))
+    assert made == []
+    train(config(data, tmp_path, steps=EPOCH_STEPS, trace=1, name="traced"))
+    assert made == PARTS  # the run's last checkpoint and evaluation come after the epoch's end, and the trace's
+
+
+class Sent(Loader):
+    """Real batches; before one of them something happens."""
+
+    at: int
+    deed: Callable[[], None]
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in super().__iter__():
+            if self.epoch * len(self) + self.step == self.at + 1:
+                type(self).deed()
+            yield batch
+
+
+def sent(step: int, deed: Callable[[], None]) -> type[Sent]:
+    """A loader that does something when the batch of a step is asked for; steps are counted from 1."""
+    return type("Sent", (Sent,), {"at": step - 1, "deed": staticmethod(deed)})
+
+
+def test_a_training_that_is_stopped_keeps_the_steps_so_far(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    opened = sent(12, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    summary = train(config(data, tmp_path, trace=9, name="stopped"), opened)
+    assert (summary["steps"], summary["stopped_by"]) == (12, "SIGTERM")
+    (path,) = (tmp_path / "stopped" / "trace").iterdir()
+    assert path.name == "steps-00000011-00000012.json.gz"
+    assert [len(ranges(read(path))[name]) for name in PARTS] == [2] * 5
+    assert "trace of steps 11 to 12 (of 9 asked for)" in capsys.readouterr().err
+
+    # Going on with another one: the first ten steps of the process are again not recorded.
+    train(config(data, tmp_path, name="stopped", resume=True, trace=1))
+    again = ranges(read(tmp_path / "stopped" / "trace" / "steps-00000023-00000023.json.gz"))
+    assert [name for name in again if name.startswith("ProfilerStep")] == ["ProfilerStep#23"]
+
+
+@pytest.mark.parametrize("step", [5, 12], ids=["before", "among"])
+def test_a_training_that_is_broken_off_leaves_no_trace(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], step: int
+) -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(config(data, tmp_path, trace=4), sent(step, interrupt))
+    assert "the trace is dropped, nothing of it is left" in capsys.readouterr().err
+    assert not (tmp_path / "tiny" / "trace").exists()
+    assert not spans.recording
+    train(config(data, tmp_path, steps=14, trace=2, name="after"))  # torch's profiler can be used again
+    assert (tmp_path / "after" / "trace" / "steps-00000011-00000012.json.gz").exists()
+
+
+@pytest.mark.parametrize(
+    ("steps", "trace", "files", "words"),
+    [
+        (5, 5, ["steps-00000002-00000005.json.gz"], "trace of steps 2 to 5 (of 5 asked for)"),
+        (8, 3, ["steps-00000006-00000008.json.gz"], "trace of steps 6 to 8: "),
+        (1, 3, [], "nothing is traced: fewer than two steps are left"),
+    ],
+)
+def test_short_trainings_are_traced_as_far_as_they_go(
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    steps: int,
+    trace: int,
+    files: list[str],
+    words: str,
+) -> None:
+    train(config(data, tmp_path, steps=steps, trace=trace))
+    folder = tmp_path / "tiny" / "trace"
+    assert ([file.name for file in folder.iterdir()] if folder.exists() else []) == files
+    assert words in capsys.readouterr().err.replace("\n", "")
+
+
+def test_stopped_before_the_first_step_of_the_trace(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(config(data, tmp_path, trace=4), sent(3, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+    assert "nothing is traced: the training ended before step 11" in capsys.readouterr().err
+    assert not (tmp_path / "tiny" / "trace").exists()
+
+
+def steps_of(trace: Trace, count: int) -> None:
+    """Some steps without a training."""
+    with trace:
+        for number, _ in enumerate(trace.steps(iter(range(1000)))):
+            with spans.span("forward"):
+                torch.ones(3).sum()
+            if number + 1 == count:
+                break
+
+
+def test_every_rank_has_a_file(tmp_path: Path) -> None:
+    for rank in (0, 1):
+        with Meter(None, step=0, total_steps=20) as meter:
+            world = World(rank, 2, torch.device("cpu"))
+            steps_of(Trace(tmp_path / "trace", 2, meter, world, step=100, last_step=120), 20)
+    names = sorted(file.name for file in (tmp_path / "trace").iterdir())
+    assert names == [f"steps-00000111-00000112-rank{rank}.json.gz" for rank in (0, 1)]
+
+
+def test_the_meter_s_clock_leaves_the_trace_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it takes to start, to stop and to write is no waiting for data."""
+    laps = []
+
+    def lap() -> float:
+        laps.append(1)
+        return 0.0
+
+    with Meter(None, step=0, total_steps=20) as meter:
+        monkeypatch.setattr(meter.pace, "lap", lap)
+        steps_of(Trace(tmp_path / "trace", 2, meter, World.alone("cpu"), step=0, last_step=20), 20)
+    assert len(laps) == 13  # at the beginning of each step until the file is written
+
+
+def test_a_trace_that_cannot_be_written_stops_no_training(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def in_the_way() -> None:
+        (tmp_path / "tiny" / "trace").write_text("a file")
+
+    summary = train(config(data, tmp_path, steps=14, trace=2), sent(2, in_the_way))
+    assert summary["steps"] == 14
+    assert "the trace could not be written, the training goes on" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("trace", "words"), [(0, "trace is 0"), (201, "trace is 201: at most 200")])
+def test_how_long_a_trace_may_be(data: Path, tmp_path: Path, trace: int, words: str) -> None:
+    with pytest.raises(AlexprepError, match=words):
+        config(data, tmp_path, trace=trace)
+
+
+def test_dali_s_threads_are_counted(data: Path) -> None:
+    with Loader(data, "train", batch_size=16, augmentation="none") as loader:
+        before = dali_nanoseconds()
+        for _ in range(3):
+            list(loader)
+        assert 0 < dali_nanoseconds() - before < 60e9
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_trace_on_a_gpu_shows_its_kernels(data: Path, tmp_path: Path) -> None:
+    """Within the time from the first recorded step's beginning to the end of the file; and ranges on the GPU's own rows."""
+    train(config(data, tmp_path, steps=16, trace=3, device="cuda"))
+    (path,) = (tmp_path / "tiny" / "trace").iterdir()
+    events = read(path)
+    kernels = [event for event in events if event.get("cat") == "kernel"]
+    assert kernels
+    begin = ranges(events)["ProfilerStep#11"][0][0]
+    assert min(event["ts"] for event in kernels) >= begin
+    assert set(PARTS[1:3]) <= {event["name"] for event in events if event.get("cat") == "gpu_user_annotation"}

@@ -1,0 +1,114 @@
+"""The arithmetic of a network: four precisions, and what each means on a processor and on a GPU."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+
+from alexprep.shards.errors import AlexprepError
+from alexprep.train.data import Memory, memory
+
+Precision = Literal["fp32", "tf32", "bf16", "fp16"]
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+
+# Convolutions and matrix products take their inputs in these, add up in float32 and give back these. Weights, their gradients,
+# velocities and the loss stay float32; layers whose sums would suffer choose float32 by themselves (torch.autocast, response norms).
+HALF: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
+TENSOR_CORES = (8, 0)  # compute capability from which a GPU computes in bfloat16 and TF32 (Ampere)
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """How a training computes.
+
+    Attributes:
+        precision: decides results; part of a run's identity.
+        memory: how images and weights lie; results differ by rounding.
+        compile: whether steps are compiled by torch.compile; likewise.
+    """
+
+    precision: Precision
+    memory: Memory
+    compile: bool = False
+
+    @property
+    def rounding(self) -> dict[str, bool]:
+        """As JSON values, what decides no more than the last bits."""
+        return {"channels_last": self.memory.channels_last, "compile": self.compile}
+
+
+def arithmetic(
+    device: torch.device,
+    precision: Precision | None = None,
+    channels_last: bool | None = None,
+    compile: bool | None = None,
+) -> Arithmetic:
+    """The arithmetic asked for; None for float32, for what suits the device, and for no compilation.
+
+    Raises:
+        AlexprepError: the device does not compute in this precision.
+    """
+    check_precision(precision or "fp32", device)
+    return Arithmetic(precision or "fp32", memory(device, channels_last), bool(compile))
+
+
+def check_precision(precision: str, device: torch.device) -> None:
+    """Makes sure that a device computes in a precision.
+
+    Raises:
+        AlexprepError: it does not, or there is no such precision.
+    """
+    if precision not in PRECISIONS:
+        raise AlexprepError(f"precision {precision!r} is not one of {', '.join(PRECISIONS)}")
+    if precision == "tf32" and device.type != "cuda":
+        raise AlexprepError(f"precision tf32 is a GPU's, this is {device}: use fp32, or bf16")
+    if precision in ("tf32", "bf16") and device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        if capability < TENSOR_CORES:
+            raise AlexprepError(
+                f"precision {precision} needs a GPU of compute capability 8.0, {torch.cuda.get_device_name(device)} has "
+                f"{capability[0]}.{capability[1]}: use fp16 or fp32"
+            )
+
+
+@contextlib.contextmanager
+def float32_kernels(precision: Precision) -> Iterator[None]:
+    """Inside the block, what a GPU computes in float32 it computes with 10 bits of fraction (tf32), or with all 23 (any other).
+
+    torch by itself leaves TF32 on for convolutions and off for matrix products. Processors are not affected.
+    """
+    places = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)  # type: ignore[attr-defined]
+    before = [place.fp32_precision for place in places]
+    try:
+        for place in places:
+            place.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+        yield
+    finally:
+        for place, value in zip(places, before, strict=True):
+            place.fp32_precision = value
+
+
+def logits(network: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor, precision: Precision) -> torch.Tensor:
+    """What a network gives, computed in a precision.
+
+    Args:
+        network: with float32 weights.
+        images: float32.
+        precision: one of `PRECISIONS`.
+
+    Returns:
+        float32, whatever it was computed in. Its gradient reaches the weights as float32 too.
+
+    >>> layer = torch.nn.Linear(1, 1, bias=False)
+    >>> _ = torch.nn.init.constant_(layer.weight, 1 + 2**-9)  # bfloat16 has 7 bits of fraction
+    >>> [logits(layer, torch.ones(1, 1), precision).item() for precision in ("fp32", "bf16")]
+    [1.001953125, 1.0]
+    """
+    if precision not in HALF:
+        return network(images)
+    with torch.autocast(images.device.type, dtype=HALF[precision]):
+        return network(images).float()

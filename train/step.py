@@ -1,0 +1,27 @@
+"""One step of a training: forward, loss, backward, update."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from alexprep.train.spans import span
+from alexprep.train.state import TrainingState
+
+
+def take_step(state: TrainingState, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Changes weights, velocities and random numbers; the position is the caller's to move. All ranks call it.
+
+    Args:
+        state: of the training.
+        images: this rank's, float32 (n, C, H, W).
+        labels: of the whole batch, int64 (N,).
+
+    Returns:
+        The mean loss (), nats, and the logits (N, classes), both of the whole batch, from before the update.
+    """
+    with span("forward"):
+        logits = state.logits(images)
+        loss = F.cross_entropy(logits, labels)  # the negative of the paper's objective, section 3.5
+    state.update(loss)
+    return loss, logits
