@@ -7,11 +7,14 @@ kills       SIGKILL to a rank, to both, to the command, at random moments and in
 culprits    a rank that is stopped, hangs, raises, leaves, or has no memory
 signals     SIGTERM and Ctrl-C at random moments, some of them twice
 full-disk   disks that are too small for the checkpoints (root, for tmpfs)
+
+Without modes all are run; with modes, the results keep the figures of the others.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import random
 import shutil
@@ -24,7 +27,7 @@ from typing import Any
 
 import faults_training_job
 import torch
-from common import report
+from common import RESULTS, report
 from faults_training_field import Field, curve
 from faults_training_harm import STEPS, Figures, common_figures, culprits, kills, signals
 from safetensors.torch import load_file
@@ -120,8 +123,11 @@ def main() -> None:
     parser.add_argument("--save", action="store_true")
     arguments = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"  # nothing here is large enough for two
-    figures: Figures = {}
-    for mode in arguments.modes or MODES:
+    chosen = arguments.modes or list(MODES)
+    results = RESULTS / "faults-training.json"
+    figures: Figures = json.loads(results.read_text())["figures"] if results.exists() and arguments.modes else {}
+    figures = {name: value for name, value in figures.items() if name.partition(":")[0] not in chosen}
+    for mode in chosen:
         rounds, function = MODES[mode]
         work = Path(tempfile.mkdtemp(prefix="faults-training-"))
         began = time.monotonic()
@@ -131,7 +137,8 @@ def main() -> None:
             shutil.rmtree(work, ignore_errors=True)
         figures |= {f"{mode}: {name}": value for name, value in found.items()}
         figures[f"{mode}: minutes"] = (time.monotonic() - began) / 60
-        report("faults-training", {**figures, "seed": arguments.seed}, arguments.save)
+        figures[f"{mode}: seed"] = arguments.seed
+        report("faults-training", figures, arguments.save)
 
 
 if __name__ == "__main__":

@@ -122,7 +122,7 @@ def main() -> None:
             found = contest.gradients(way)
             apart[way] = max(float((found[name] - right[name]).norm() / right[name].norm()) for name in right)
         steps = {way: max(1, round(options.turn_seconds / contest.turn(way, 1)[0])) for way in ways}
-        turns: dict[Any, list[Any]] = {way: [] for way in ways}
+        turns: dict[Way, list[tuple[float, float]]] = {way: [] for way in ways}
         for _ in range(options.rounds):
             for way in ways:
                 turns[way].append(contest.turn(way, steps[way]))

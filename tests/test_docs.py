@@ -166,11 +166,16 @@ def test_links_lead_somewhere() -> None:
             assert target.startswith("https://") or (page.parent / target).exists(), f"{page.name}: {target}"
 
 
+def _names(parameter: click.Parameter) -> list[str]:
+    """Of an option, also those that turn it off."""
+    return [*parameter.opts, *parameter.secondary_opts]
+
+
 def test_every_command_and_option_exists() -> None:
     """Options that the pages mention in backticks are options of some command."""
     groups = [command for command in cli.commands.values() if isinstance(command, click.Group)]
     commands = [*cli.commands.values(), *(command for group in groups for command in group.commands.values())]
-    known = {option for command in commands for parameter in command.params for option in parameter.opts}
+    known = {option for command in commands for parameter in command.params for option in _names(parameter)}
     for page in PAGES:
         for option in re.findall(r"`(--[a-z0-9-]+)", page.read_text()):
             assert option in known, f"{page.name}: {option}"

@@ -47,9 +47,10 @@ def train(config: TrainConfig, open_loader: OpenLoader | None = None, world: Wor
             process alone.
 
     Returns:
-        The summary, which is also in the run's summary.json: run, recipe, device, steps, epochs, epoch_steps, train_loss (nats),
-        val_split, val_top1_error and val_top5_error (percent), val_loss, images_per_second, data_wait_ms, step_ms, seconds (of this
-        process), weights_sha256, stopped_by ("SIGTERM", "SIGINT" or None). What was not measured is None.
+        The summary, which is also in the run's summary.json: run, recipe, device, precision, ranks, steps, epochs, epoch_steps, train_loss
+        (nats), val_split, val_top1_error and val_top5_error (percent), val_loss, images_per_second, data_wait_ms, step_ms, skipped_steps
+        (of the whole run, in fp16), seconds (of this process), weights_sha256, stopped_by ("SIGTERM", "SIGINT" or None). What was not
+        measured is None.
 
     Raises:
         AlexprepError: the data does not suit the recipe, the run began with other settings or data, or the loss is not finite.
@@ -149,7 +150,7 @@ def train(config: TrainConfig, open_loader: OpenLoader | None = None, world: Wor
                 "val_split": split,
                 **{f"val_{name}": None if val is None else val[name] for name in ("top1_error", "top5_error", "loss")},
                 **(meter.pace.since(Pace()) if meter.pace.steps else dict.fromkeys(UNMEASURED)),
-                "skipped_steps": state.update.skipped,
+                "skipped_steps": state.update.skipped if job.computing.precision == "fp16" else None,
                 "seconds": time.monotonic() - started,
                 "weights_sha256": weights_digest(parallel.gather_state()),
                 "stopped_by": None if parallel.requested is None else parallel.requested.name,
