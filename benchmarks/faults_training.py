@@ -32,8 +32,8 @@ from faults_training_field import Field, curve
 from faults_training_harm import STEPS, Figures, common_figures, culprits, kills, signals
 from safetensors.torch import load_file
 
-from alexprep.train import runs
 from alexprep.train.parallel.launch import launch
+from alexprep.train.saved import runs
 
 
 def resume(work: Path, rng: random.Random, steps: int) -> Figures:

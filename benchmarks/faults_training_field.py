@@ -20,8 +20,8 @@ from faults_common import DEADLINE, OPTIONS, small_set, until
 from alexprep.shards import stats
 from alexprep.shards.build import build
 from alexprep.shards.files import is_temporary
-from alexprep.train import checkpoint, runs
 from alexprep.train.parallel.rank import PARENT
+from alexprep.train.saved import checkpoint, runs
 
 JOB = str(Path(__file__).with_name("faults_training_job.py"))
 IMAGES, BATCH = 120, 8  # 90 of them for training, less two that cannot be read: 11 steps an epoch

@@ -21,11 +21,12 @@ import torch
 
 from alexprep.pipeline.loader import Batch, Loader
 from alexprep.shards.errors import AlexprepError
-from alexprep.train import ranks, runs
+from alexprep.train import ranks
 from alexprep.train.config import TrainConfig
 from alexprep.train.loop import train
 from alexprep.train.parallel.launch import launch
 from alexprep.train.parallel.world import World
+from alexprep.train.saved import runs
 
 CGROUP = Path("/sys/fs/cgroup/memory")  # of version 1; where it is missing, no memory kill is tried
 Options = dict[str, Any]

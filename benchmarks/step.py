@@ -21,7 +21,7 @@ from common import report
 from alexprep.train.compiled import Compiled
 from alexprep.train.host import keep_freed_memory
 from alexprep.train.precision import PRECISIONS, Precision, arithmetic, float32_kernels
-from alexprep.train.recipes import recipe_named
+from alexprep.train.recipes.registry import recipe_named
 from alexprep.train.state import TrainingState
 from alexprep.train.step import take_step
 from alexprep.train.update import Update

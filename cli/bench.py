@@ -18,7 +18,7 @@ from alexprep.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from alexprep.train.overlap import Overlap
+    from alexprep.train.watching.overlap import Overlap
 
 AT_LEAST_1 = click.IntRange(min=1)
 INTERRUPTED = 130  # as the shell says it: 128 + SIGINT
@@ -61,7 +61,7 @@ def overlap(data: Path, steps: int | None, rounds: int, as_json: bool, **options
     """
     from alexprep.cli import report
     from alexprep.train.config import TrainConfig
-    from alexprep.train.overlap import measure
+    from alexprep.train.watching.overlap import measure
 
     try:
         found = measure(
@@ -79,7 +79,7 @@ def overlap(data: Path, steps: int | None, rounds: int, as_json: bool, **options
 
 def _show(found: Overlap) -> None:
     from alexprep.cli import report
-    from alexprep.train.overlap import BUSY
+    from alexprep.train.watching.overlap import BUSY
 
     def rate(kind: Any) -> str:
         slowest, fastest = found.spread(kind)

@@ -10,8 +10,8 @@ import click
 from alexprep.cli.options import device_option, json_option, precision_option, runs_option, threads_option
 
 if TYPE_CHECKING:
+    from alexprep.train.evaluation.scores import ClassError, Scores
     from alexprep.train.precision import Precision
-    from alexprep.train.scores import ClassError, Scores
 
 SHOWN = 10  # classes at either end of the table
 ON_SCREEN = ""  # what --classes without a file gives
@@ -75,10 +75,10 @@ def evaluate(
     Example: alexprep eval alexnet alexnet-2 alexnet-3 --views ten
     """
     from alexprep.cli import report
-    from alexprep.train import submission as ilsvrc
-    from alexprep.train.ensemble import parse_weights
-    from alexprep.train.evaluate_run import evaluate_nets
-    from alexprep.train.places import place_named
+    from alexprep.train.evaluation import submission as ilsvrc
+    from alexprep.train.evaluation.ensemble import parse_weights
+    from alexprep.train.evaluation.run import evaluate_nets
+    from alexprep.train.saved.places import place_named
 
     _check_files(classes, submission)
     with report.progress("evaluating") as progress:
@@ -181,7 +181,7 @@ def _waited(document: dict[str, Any]) -> str:
 def _classes(file: str, scores: Scores, names: list[str], document: dict[str, Any]) -> None:
     """Prints the best and worst classes, or writes all; the most confused pairs are printed either way."""
     from alexprep.shards.files import publish_bytes
-    from alexprep.train.scores import class_csv, ranked
+    from alexprep.train.evaluation.scores import class_csv, ranked
 
     table = scores.by_class(names)
     if file:
@@ -211,7 +211,7 @@ def _print_classes(rows: list[ClassError]) -> None:
 
 def _submit(path: Path, scores: Scores, document: dict[str, Any]) -> None:
     from alexprep.shards.files import publish_bytes
-    from alexprep.train.submission import submission
+    from alexprep.train.evaluation.submission import submission
 
     made = submission(Path(document["data"]), document["split"], scores.best, scores.rows)
     publish_bytes(path, made.content)
@@ -227,7 +227,7 @@ def _submit(path: Path, scores: Scores, document: dict[str, Any]) -> None:
 
 def _publish(document: dict[str, Any], runs: Path) -> None:
     """Writes the result; someone else's runs, which cannot be written to, can still be evaluated."""
-    from alexprep.train.evaluate_run import publish
+    from alexprep.train.evaluation.run import publish
 
     try:
         path = publish(document, runs)

@@ -22,10 +22,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from alexprep.pipeline.loader import Batch, Loader
 from alexprep.shards.errors import AlexprepError
-from alexprep.train.board import Board
 from alexprep.train.config import TrainConfig
 from alexprep.train.data import OpenLoader
 from alexprep.train.loop import train
+from alexprep.train.watching.board import Board
 
 DEADLINE = 60.0  # seconds
 Series = dict[str, list[tuple[int, float]]]  # step and value of each event, by tag

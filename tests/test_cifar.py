@@ -12,15 +12,15 @@ from numpy.typing import NDArray
 from torch import nn
 
 from alexprep.shards.errors import AlexprepError
-from alexprep.train.conv_local import (
+from alexprep.train.networks.conv_local import (
     ConvLocal,
     conv_local_11pct,
     conv_local_13pct,
     conv_local_13pct_tanh,
 )
-from alexprep.train.layers import LocalResponseNorm
-from alexprep.train.local import LocallyConnected2d
-from alexprep.train.recipes import recipe_named
+from alexprep.train.networks.layers import LocalResponseNorm
+from alexprep.train.networks.local import LocallyConnected2d
+from alexprep.train.recipes.registry import recipe_named
 
 # in_channels, out_channels, (height, width), kernel_size, stride, padding
 SIZES = [(3, 5, (7, 4), 3, 1, 1), (1, 2, (5, 9), 2, 2, 0), (4, 1, (6, 6), 5, 3, 2), (2, 3, (1, 3), 1, 1, 0)]

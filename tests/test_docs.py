@@ -22,7 +22,7 @@ import pytest
 from click.testing import CliRunner
 
 from alexprep.cli.main import cli
-from alexprep.train import recipes
+from alexprep.train.recipes import registry as recipes
 
 SECONDS = 180  # for each test
 ROOT = Path(__file__).parents[1]

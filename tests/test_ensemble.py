@@ -18,15 +18,17 @@ from alexprep.shards.build import build
 from alexprep.shards.codec import Target
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.plan import ShardOptions
-from alexprep.train import checkpoint, recipes
-from alexprep.train.config import TrainConfig, prepare
-from alexprep.train.ensemble import Contest, mixture, parse_weights, shares
-from alexprep.train.evaluate import evaluate, figures
-from alexprep.train.evaluate_run import evaluate_nets, evaluate_run, publish
-from alexprep.train.nets import open_net
-from alexprep.train.places import Place, place_named
-from alexprep.train.predictions import Predicted
-from alexprep.train.scores import Scores, class_csv, ranked
+from alexprep.train.config import TrainConfig
+from alexprep.train.evaluation.ensemble import Contest, mixture, parse_weights, shares
+from alexprep.train.evaluation.error import evaluate, figures
+from alexprep.train.evaluation.nets import open_net
+from alexprep.train.evaluation.predictions import Predicted
+from alexprep.train.evaluation.run import evaluate_nets, evaluate_run, publish
+from alexprep.train.evaluation.scores import Scores, class_csv, ranked
+from alexprep.train.job import prepare
+from alexprep.train.recipes import registry as recipes
+from alexprep.train.saved import checkpoint
+from alexprep.train.saved.places import Place, place_named
 from alexprep.train.state import TrainingState
 
 CPU = torch.device("cpu")

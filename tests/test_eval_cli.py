@@ -20,10 +20,12 @@ from alexprep.shards.build import build
 from alexprep.shards.codec import Target
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.plan import ShardOptions
-from alexprep.train import checkpoint, submission
-from alexprep.train.config import TrainConfig, prepare
-from alexprep.train.evaluate_run import evaluate_nets
-from alexprep.train.places import Place
+from alexprep.train.config import TrainConfig
+from alexprep.train.evaluation import submission
+from alexprep.train.evaluation.run import evaluate_nets
+from alexprep.train.job import prepare
+from alexprep.train.saved import checkpoint
+from alexprep.train.saved.places import Place
 from alexprep.train.state import TrainingState
 
 WNIDS = ["n05", "n03", "n01", "n06", "n02", "n04"]  # by ILSVRC ID, from 1
@@ -195,13 +197,13 @@ def test_ctrl_c_and_runs_that_cannot_be_written(runs: Path, told: Told, monkeypa
         raise PermissionError(13, "Permission denied", "runs/a/eval-val.json")
 
     with monkeypatch.context() as patch:
-        patch.setattr("alexprep.train.evaluate_run.publish_json", full)
+        patch.setattr("alexprep.train.evaluation.run.publish_json", full)
         status, out, err = told("a")
         assert status == 0 and "top-1 error" in out and "was not written (Permission denied" in err
 
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("alexprep.train.evaluate_run.predictions", interrupted)
+    monkeypatch.setattr("alexprep.train.evaluation.run.predictions", interrupted)
     status, out, err = told("a")
     assert status == 130 and out == "" and not list(runs.glob("**/eval-*"))

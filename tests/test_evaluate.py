@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from alexprep.shards.errors import AlexprepError
-from alexprep.train.evaluate import credit, evaluate
+from alexprep.train.evaluation.error import credit, evaluate
 
 
 class Batch(NamedTuple):

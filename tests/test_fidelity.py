@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from alexprep.train import init_from, schedule
-from alexprep.train.alexnet import AlexNet
-from alexprep.train.recipes import RECIPES, Recipe
+from alexprep.train.networks.alexnet import AlexNet
+from alexprep.train.recipes import schedule
+from alexprep.train.recipes.recipe import Recipe
+from alexprep.train.recipes.registry import RECIPES
+from alexprep.train.saved import init_from
 
 ROOT = Path(__file__).parents[1]
 SECTION = (ROOT / "docs/fidelity.md").read_text().partition("## Network and training")[2]
@@ -27,7 +29,7 @@ TESTS = {
     if isinstance(node, ast.FunctionDef)
 }
 FIELDS = {f"{kind.__name__}.{field.name}" for kind in (AlexNet, Recipe) for field in dataclasses.fields(kind)}
-KNOWN = FIELDS | set(RECIPES) | {"init_from", "alexprep.train.init_from"}
+KNOWN = FIELDS | set(RECIPES) | {"init_from", "alexprep.train.saved.init_from"}
 # What is no switch: names, and what follows from the network or is shared by all of them.
 NOT_IN_THE_TABLE = {"AlexNet.name", "Recipe.name", "Recipe.network", "Recipe.augmentation", "Recipe.stored_sizes"}
 NOT_IN_THE_TABLE |= {"Recipe.lr", "Recipe.width"}

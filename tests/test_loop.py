@@ -25,13 +25,14 @@ from torch import nn
 from alexprep.pipeline.augmentation import Augmentation
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.layout import INDEX_DTYPE
-from alexprep.train import checkpoint, recipes, runs
-from alexprep.train.alexnet import alexnet as alexnet_network
 from alexprep.train.config import TrainConfig
-from alexprep.train.evaluate_run import evaluate_run
+from alexprep.train.evaluation.run import evaluate_run
 from alexprep.train.loop import train
-from alexprep.train.recipes import Recipe
-from alexprep.train.schedule import Plateau, Steps
+from alexprep.train.networks.alexnet import alexnet as alexnet_network
+from alexprep.train.recipes import registry as recipes
+from alexprep.train.recipes.recipe import Recipe
+from alexprep.train.recipes.schedule import Plateau, Steps
+from alexprep.train.saved import checkpoint, runs
 
 DEADLINE = 60.0  # seconds, for everything that waits
 Views = Literal["random", "centre", "ten"]

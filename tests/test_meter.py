@@ -17,12 +17,12 @@ from rich.console import Console
 from alexprep.pipeline.device import choose_device
 from alexprep.shards.errors import AlexprepError
 from alexprep.train.data import Examples
+from alexprep.train.evaluation.sums import Means, Pace, Sums
 from alexprep.train.fed import until_stopped
 from alexprep.train.host import Stopped, StopRequest
-from alexprep.train.meter import Meter, duration, forecast
 from alexprep.train.parallel.schemes import Parallel
 from alexprep.train.parallel.world import World
-from alexprep.train.sums import Means, Pace, Sums
+from alexprep.train.watching.meter import Meter, duration, forecast
 
 MEANS = Means(loss=1.5, top1_error=50.0, top5_error=10.0)
 

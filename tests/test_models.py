@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from alexprep.shards.errors import AlexprepError
-from alexprep.train.alexnet import (
+from alexprep.train.networks.alexnet import (
     FAMILY,
     AlexNet,
     alexnet,
@@ -22,9 +22,9 @@ from alexprep.train.alexnet import (
     alexnet_2012,
     alexnet_owt,
 )
-from alexprep.train.layers import LocalResponseNorm, Overhang, PaperDropout, SpatialResponseNorm
-from alexprep.train.response import Maps, Pixels
-from alexprep.train.small_networks import cifar10_quick_net, tiny_net
+from alexprep.train.networks.layers import LocalResponseNorm, Overhang, PaperDropout, SpatialResponseNorm
+from alexprep.train.networks.response import Maps, Pixels
+from alexprep.train.networks.small import cifar10_quick_net, tiny_net
 
 # Written out from facts about layers-145.cfg, layers-145-half.cfg, layers-146-2012-2011.cfg and layers-imagenet-1gpu.cfg:
 # (kernels, maps that a kernel sees, its side) of each convolution, and the parameters in all.

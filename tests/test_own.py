@@ -24,20 +24,21 @@ from alexprep.cli.recipes import recipes as recipes_command
 from alexprep.cli.train import train as train_command
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.versions import versions
-from alexprep.train.config import Job, TrainConfig, prepare
+from alexprep.train.config import TrainConfig
 from alexprep.train.data import Layout
-from alexprep.train.evaluate_run import evaluate_run
-from alexprep.train.init_from import init_from
+from alexprep.train.evaluation.nets import open_net
+from alexprep.train.evaluation.run import evaluate_run
+from alexprep.train.job import Job, prepare
 from alexprep.train.loop import train
-from alexprep.train.nets import open_net
-from alexprep.train.own import OwnNetwork, arguments, own_network, own_recipe
-from alexprep.train.own_run import fitted
-from alexprep.train.places import Place
+from alexprep.train.own.network import OwnNetwork, arguments, own_network, own_recipe
+from alexprep.train.own.settle import fitted
+from alexprep.train.own.user_code import load, resolved
 from alexprep.train.ranks import train_anyhow
-from alexprep.train.recipes import RECIPES, recipe_named
-from alexprep.train.schedule import ByHand, DExp, EarlyStop, ScheduleState
+from alexprep.train.recipes.registry import RECIPES, recipe_named
+from alexprep.train.recipes.schedule import ByHand, DExp, EarlyStop, ScheduleState
+from alexprep.train.saved.init_from import init_from
+from alexprep.train.saved.places import Place
 from alexprep.train.state import weights_digest
-from alexprep.train.user_code import load, resolved
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "docs" / "examples" / "own_nets"
@@ -46,8 +47,8 @@ CLASSES, SAMPLES, BATCH, CROP = 3, 30, 8, 8  # 4 steps an epoch, the last of 6 i
 
 RECIPE = f"""
 from alexprep.pipeline.augmentation import Augmentation
-from alexprep.train.recipes import Recipe
-from alexprep.train.schedule import Steps
+from alexprep.train.recipes.recipe import Recipe
+from alexprep.train.recipes.schedule import Steps
 from nets import make
 
 def recipe(**changes):
@@ -548,7 +549,7 @@ def test_another_torch_may_describe_layers_in_other_words(here: Path, monkeypatc
     ):
         train(config(resume=True, steps=2), MadeUpLoader)
     newer = versions("torch") | {"torch": "99.0"}
-    monkeypatch.setattr("alexprep.train.tryout.versions", lambda *names: newer)
+    monkeypatch.setattr("alexprep.train.own.tryout.versions", lambda *names: newer)
     assert train(config(resume=True, steps=2), MadeUpLoader)["steps"] == 2
     assert open_net(Place(run), CPU, **NAMED).step == 2
     (here / "nets.py").write_text(NETS.replace("nn.Linear(2, 2)", "nn.Linear(2, 3)"))
@@ -592,7 +593,7 @@ def test_a_recipe_file(here: Path) -> None:
         {"factory": "recipe:Net"},
     )
     (here / "plain.py").write_text(
-        "from dataclasses import replace\nfrom alexprep.train.recipes import recipe_named\n"
+        "from dataclasses import replace\nfrom alexprep.train.recipes.registry import recipe_named\n"
         "def recipe():\n    return replace(recipe_named('alexnet'), epochs=5)"
     )
     plain = own_recipe("plain.py")
@@ -603,7 +604,7 @@ def test_a_recipe_file(here: Path) -> None:
     ("old", "new", "words"),
     [
         ("def recipe(**changes):", "def recipe(depth):", "TypeError: recipe.. missing 1 required positional argument"),
-        ("    return Recipe(", "    return dict(", "gives a dict, not an alexprep.train.recipes.Recipe"),
+        ("    return Recipe(", "    return dict(", "gives a dict, not an alexprep.train.recipes.recipe.Recipe"),
         ("epochs=3", "epochs=0", "recipe.py, line 9: epochs is 0 in recipe small"),
         ("network=make", "network=make(3)", "its network is a Net, not a function"),
         ("network=make", "network=None", "its network is a NoneType, not a function"),

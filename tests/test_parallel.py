@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from alexprep.shards.errors import AlexprepError
-from alexprep.train.alexnet import FAMILY, alexnet, alexnet_6conv
+from alexprep.train.networks.alexnet import FAMILY, alexnet, alexnet_6conv
 from alexprep.train.parallel.launch import RankFailed, launch
 from alexprep.train.parallel.prediction import predicted_bytes
 from alexprep.train.parallel.schemes import Parallel

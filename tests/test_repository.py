@@ -25,7 +25,7 @@ MODULES = [
 # Each heavy or fenced library, and the only places that may import it.
 FENCES = {
     "click": ("cli/",),
-    "rich": ("cli/", "train/meter.py"),
+    "rich": ("cli/", "train/watching/meter.py"),
     "torch": (
         *(
             "train/",

@@ -12,8 +12,8 @@ import pytest
 
 from alexprep.shards import files
 from alexprep.shards.errors import AlexprepError
-from alexprep.train import runs
-from alexprep.train.runs import create_run, locked, read_config
+from alexprep.train.saved import runs
+from alexprep.train.saved.runs import create_run, locked, read_config
 
 CONFIG = {"options": {}, "data": "somewhere", "identity": {}}
 

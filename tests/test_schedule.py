@@ -10,8 +10,8 @@ from dataclasses import asdict
 import pytest
 
 from alexprep.shards.errors import AlexprepError
-from alexprep.train.alexnet_recipes import RATES_145, RATES_146_TUNE
-from alexprep.train.schedule import (
+from alexprep.train.recipes.alexnet import RATES_145, RATES_146_TUNE
+from alexprep.train.recipes.schedule import (
     ByHand,
     DExp,
     EarlyStop,

@@ -17,12 +17,12 @@ from alexprep.cli.evaluate import evaluate
 from alexprep.cli.train import RECIPES, train
 from alexprep.pipeline.augmentation import Augmentation
 from alexprep.shards.errors import AlexprepError
-from alexprep.train import recipes
 from alexprep.train.config import TrainConfig
 from alexprep.train.loop import train as train_run
-from alexprep.train.recipes import Recipe
-from alexprep.train.schedule import Steps
-from alexprep.train.small_networks import tiny_net
+from alexprep.train.networks.small import tiny_net
+from alexprep.train.recipes import registry as recipes
+from alexprep.train.recipes.recipe import Recipe
+from alexprep.train.recipes.schedule import Steps
 
 DEADLINE = 120.0  # seconds
 

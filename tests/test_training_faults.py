@@ -20,11 +20,14 @@ from torch import nn
 
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.files import TEMPORARY_MARK, is_temporary
-from alexprep.train import checkpoint, culprit, meter, recipes
+from alexprep.train import culprit
 from alexprep.train.finite import Watch
 from alexprep.train.loop import train
 from alexprep.train.parallel.launch import RankFailed, launch
 from alexprep.train.parallel.world import World
+from alexprep.train.recipes import registry as recipes
+from alexprep.train.saved import checkpoint
+from alexprep.train.watching import meter
 
 SECONDS = 120  # for each test
 RANKS = Path(__file__).with_name("training_ranks.py")

@@ -24,7 +24,8 @@ from alexprep.shards import files
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.layout import read_dataset
 from alexprep.shards.verify import verify
-from alexprep.train.config import TrainConfig, prepare
+from alexprep.train.config import TrainConfig
+from alexprep.train.job import prepare
 from alexprep.train.loop import train
 
 CPU = Tuning(threads=8)
@@ -411,7 +412,7 @@ def test_a_damaged_file_does_not_stop_training(mine: Path, tmp_path: Path) -> No
 def test_a_run_decodes_as_it_began(mine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is tuned later: the decoders differ by a grey level here and there."""
     monkeypatch.setattr(tuning_module, "_gpu_name", lambda device: "NVIDIA H200")
-    monkeypatch.setattr("alexprep.train.config.choose_device", lambda name: torch.device(name))
+    monkeypatch.setattr("alexprep.train.job.choose_device", lambda name: torch.device(name))
     on_gpu = replace(config(mine, tmp_path), device="cuda")
     began = Tuning(8, 2, "cuda", 0.8)
     save_tuning(mine, this_machine("cuda"), entry(began))
@@ -435,7 +436,7 @@ def test_a_run_of_before_decodes_as_the_default(mine: Path, tmp_path: Path, monk
         del document["options"][name]
     path.write_text(json.dumps(document))
     monkeypatch.setattr(tuning_module, "_gpu_name", lambda device: "NVIDIA H200")
-    monkeypatch.setattr("alexprep.train.config.choose_device", lambda name: torch.device(name))
+    monkeypatch.setattr("alexprep.train.job.choose_device", lambda name: torch.device(name))
     save_tuning(mine, this_machine("cuda"), entry(Tuning(8, 2, "cpu")))
     job = prepare(replace(config(mine, tmp_path, name="old", resume=True), device="cuda"))
     assert job.tuning == Tuning(8, 2)

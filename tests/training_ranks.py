@@ -17,14 +17,16 @@ from torch import nn
 from alexprep.pipeline.augmentation import Augmentation
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.files import TEMPORARY_MARK
-from alexprep.train import checkpoint, recipes
-from alexprep.train.alexnet import alexnet
-from alexprep.train.config import TrainConfig, prepare
-from alexprep.train.disk import publish
+from alexprep.train.config import TrainConfig
+from alexprep.train.job import prepare
 from alexprep.train.loop import train
+from alexprep.train.networks.alexnet import alexnet
 from alexprep.train.parallel.world import World
-from alexprep.train.recipe import Recipe
-from alexprep.train.schedule import Steps
+from alexprep.train.recipes import registry as recipes
+from alexprep.train.recipes.recipe import Recipe
+from alexprep.train.recipes.schedule import Steps
+from alexprep.train.saved import checkpoint
+from alexprep.train.saved.disk import publish
 
 CLASSES, BATCH, STEPS, CROP = 3, 8, 6, 67  # steps an epoch
 EVERY = 2  # steps between checkpoints

@@ -8,14 +8,14 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 
 from alexprep.shards.errors import AlexprepError
-from alexprep.train.config import Job
 from alexprep.train.data import BatchSource
 from alexprep.train.fed import loader_position
 from alexprep.train.finite import NotFinite, Sight, Watch
 from alexprep.train.host import StopRequest
-from alexprep.train.meter import Meter, duration
+from alexprep.train.job import Job
 from alexprep.train.state import TrainingState
 from alexprep.train.step import take_step
+from alexprep.train.watching.meter import Meter, duration
 
 SECONDS = 300.0  # that a search may take; beyond that the training is over sooner without it
 NAMED = 3  # of the weights that are not finite
@@ -80,10 +80,9 @@ def _hindrance(state: TrainingState, before: TrainingState, meter: Meter) -> str
 
 def _first_sight(state: TrainingState, before: TrainingState, loader: BatchSource, stop: StopRequest) -> Sight | None:
     """Goes from `before` to where `state` stands, and looks at everything on the way."""
-    before.compiled = None  # a compiled network has no layers to look at; without, results differ by rounding
     loader.load_state_dict(loader_position(loader, before))
     watch = Watch(before.parallel.world)
-    before.compiled = None  # only layers that run one by one can be watched
+    before.compiled = None  # only layers that run one by one can be watched; without, results differ by rounding
     for images, labels in before.parallel.batches(loader, lambda: stop.signal):
         before.position.step += 1
         skipped = before.update.skipped
@@ -115,12 +114,12 @@ def _present(weights: Mapping[str, torch.Tensor], why: str) -> str:
     """What the weights are now, and why there is no more to tell."""
     spoilt = [name for name, weight in weights.items() if not torch.isfinite(weight).all()]
     more = f" and {len(spoilt) - NAMED} more" if len(spoilt) > NAMED else ""
-    largest = max(weights, key=lambda name: float(weights[name].abs().max()))
-    now = (
-        f"now {', '.join(spoilt[:NAMED])}{more} are not finite"
-        if spoilt
-        else f"every weight is finite, the largest is {float(weights[largest].abs().max()):.2g}, in {largest}"
-    )
+    if spoilt:
+        now = f"now {', '.join(spoilt[:NAMED])}{more} are not finite"
+    else:
+        sizes = {name: float(weight.double().abs().max()) for name, weight in weights.items() if weight.numel()}
+        largest = max(sizes, key=sizes.__getitem__)
+        now = f"every weight is finite, the largest is {sizes[largest]:.2g}, in {largest}"
     return f"{now} (where it began is not known: {why or 'it did not happen again'})"
 
 

@@ -15,7 +15,7 @@ from alexprep.shards.engines import cores
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.plan import ShardOptions
 from alexprep.train.config import TrainConfig
-from alexprep.train.evaluate_run import evaluate_run
+from alexprep.train.evaluation.run import evaluate_run
 from alexprep.train.loop import train
 from alexprep.train.photos import SHAPES, make_photos
 

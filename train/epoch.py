@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 
-from alexprep.train.config import Job
 from alexprep.train.data import BatchSource
+from alexprep.train.evaluation.sums import Means
 from alexprep.train.host import StopRequest
-from alexprep.train.meter import Meter, forecast
+from alexprep.train.job import Job
 from alexprep.train.state import TrainingState
 from alexprep.train.step import take_step
-from alexprep.train.sums import Means
-from alexprep.train.trace import Trace
+from alexprep.train.watching.meter import Meter, forecast
+from alexprep.train.watching.trace import Trace
 
 EARLY_RECORDS = (1, 6)  # a first sign of life; then steps 2 to 6, after the slow first one, give the forecast
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from alexprep.train.config import Job
 from alexprep.train.data import BatchSource, Examples, LoadedBatch, OpenLoader
 from alexprep.train.host import Stopped, StopRequest
-from alexprep.train.init_from import init_from, saved_weights
+from alexprep.train.job import Job
 from alexprep.train.parallel.schemes import Parallel
-from alexprep.train.places import place_named, saved_checkpoint
+from alexprep.train.saved.init_from import init_from, saved_weights
+from alexprep.train.saved.places import place_named, saved_checkpoint
 from alexprep.train.state import TrainingState
 
 

@@ -12,24 +12,25 @@ from alexprep.pipeline.device import choose_device
 from alexprep.pipeline.loader import Loader
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.files import json_bytes
-from alexprep.train import checkpoint, runs
-from alexprep.train.board import Board
-from alexprep.train.config import Job, TrainConfig, prepare, run_versions
+from alexprep.train.config import TrainConfig
 from alexprep.train.culprit import explained
 from alexprep.train.data import OpenLoader
-from alexprep.train.disk import publish
 from alexprep.train.epoch import end_epoch, train_epoch
-from alexprep.train.evaluate import evaluate
+from alexprep.train.evaluation.error import evaluate
+from alexprep.train.evaluation.sums import Pace
 from alexprep.train.fed import begin_with, loader_position, open_split, until_stopped, where
 from alexprep.train.host import Stopped, StopRequest, keep_freed_memory
-from alexprep.train.meter import Meter
+from alexprep.train.job import Job, prepare, run_versions
+from alexprep.train.own.tryout import comparable
 from alexprep.train.parallel.world import World
 from alexprep.train.precision import float32_kernels
-from alexprep.train.spans import span
+from alexprep.train.saved import checkpoint, runs
+from alexprep.train.saved.disk import publish
 from alexprep.train.state import TrainingState, weights_digest
-from alexprep.train.sums import Pace
-from alexprep.train.trace import Trace
-from alexprep.train.tryout import comparable
+from alexprep.train.watching.board import Board
+from alexprep.train.watching.meter import Meter
+from alexprep.train.watching.spans import span
+from alexprep.train.watching.trace import Trace
 
 UNMEASURED = ("images_per_second", "data_wait_ms", "step_ms")
 

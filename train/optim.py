@@ -12,8 +12,8 @@ from torch.optim import Optimizer
 
 from alexprep.shards.errors import AlexprepError
 from alexprep.train.parameters import is_bias, layer_and_kind
-from alexprep.train.recipe import Recipe
-from alexprep.train.schedule import unmatched_patterns
+from alexprep.train.recipes.recipe import Recipe
+from alexprep.train.recipes.schedule import unmatched_patterns
 
 VELOCITY = "velocity"
 # torch wraps these so that its compiler leaves them alone, and imports the compiler for that: a second of every process's start.

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from alexprep.shards.errors import AlexprepError
-from alexprep.train.config import TrainConfig, prepare
+from alexprep.train.config import TrainConfig
+from alexprep.train.job import prepare
 from alexprep.train.loop import train
 from alexprep.train.parallel.launch import launch
 from alexprep.train.parallel.world import World, from_environment

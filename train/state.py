@@ -10,19 +10,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from alexprep.train.checkpoint import Checkpoint
 from alexprep.train.compiled import Compiled
+from alexprep.train.evaluation.sums import Sums
 from alexprep.train.finite import NotFinite
-from alexprep.train.init_from import PREFIX, saved_weights
 from alexprep.train.optim import optimizer_of
+from alexprep.train.own.tryout import fitting_format
 from alexprep.train.parallel.schemes import Parallel
 from alexprep.train.parallel.split import Scheme
 from alexprep.train.parallel.world import World
 from alexprep.train.precision import Arithmetic, arithmetic, logits
-from alexprep.train.recipes import Recipe
-from alexprep.train.schedule import ScheduleState
-from alexprep.train.sums import Sums
-from alexprep.train.tryout import fitting_format
+from alexprep.train.recipes.recipe import Recipe
+from alexprep.train.recipes.schedule import ScheduleState
+from alexprep.train.saved.checkpoint import Checkpoint
+from alexprep.train.saved.init_from import PREFIX, saved_weights
 from alexprep.train.update import Update
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from alexprep.train.spans import span
 from alexprep.train.state import TrainingState
+from alexprep.train.watching.spans import span
 
 
 def take_step(state: TrainingState, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

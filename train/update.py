@@ -11,7 +11,7 @@ from alexprep.shards.errors import AlexprepError
 from alexprep.train.optim import MomentumSGD
 from alexprep.train.parallel.schemes import Parallel
 from alexprep.train.precision import Precision
-from alexprep.train.spans import span
+from alexprep.train.watching.spans import span
 
 LEAST_SCALE = 1.0  # of the loss, in fp16: gradients that overflow without any scaling are no matter of scaling
 

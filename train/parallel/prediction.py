@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from alexprep.train.layers import LocalResponseNorm
+from alexprep.train.networks.layers import LocalResponseNorm
 from alexprep.train.parallel.exchange import Gather
 from alexprep.train.parallel.split import DROPOUTS, LOGITS, Scheme, divide, part_of
 from alexprep.train.parallel.traffic import Bytes, Traffic, ring_bytes

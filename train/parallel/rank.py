@@ -16,7 +16,7 @@ import traceback
 from pathlib import Path
 
 from alexprep.shards.errors import AlexprepError
-from alexprep.train.user_code import load
+from alexprep.train.own.user_code import load
 
 PARENT = "ALEXPREP_PARENT"  # process id of the launcher
 PR_SET_PDEATHSIG = 1  # sys/prctl.h

@@ -18,7 +18,7 @@ from alexprep.train.parallel.collectives import Pending, gathered, start_sum
 from alexprep.train.parallel.exchange import Rows
 from alexprep.train.parallel.split import Scheme, part_of
 from alexprep.train.parallel.world import World
-from alexprep.train.spans import span
+from alexprep.train.watching.spans import span
 
 
 class Parallel:

@@ -15,7 +15,7 @@ from typing import Literal, get_args
 from torch import nn
 
 from alexprep.shards.errors import AlexprepError
-from alexprep.train.layers import LocalResponseNorm, Overhang, PaperDropout, Scale
+from alexprep.train.networks.layers import LocalResponseNorm, Overhang, PaperDropout, Scale
 from alexprep.train.parallel.exchange import Gather, Rows, Take, WholeDraw
 from alexprep.train.parallel.world import World
 

@@ -1,0 +1,1 @@
+"""Error, predictions and scores of trained networks."""

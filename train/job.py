@@ -1,0 +1,151 @@
+"""A run that is ready to begin or to go on: its folder, its recipe, and its identity."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from alexprep.pipeline.device import choose_device
+from alexprep.pipeline.tuning import Tuning, saved_tuning
+from alexprep.shards.versions import versions
+from alexprep.train.config import DECODING, OPTIONS, TrainConfig
+from alexprep.train.data import DataFacts, data_facts
+from alexprep.train.own.network import OwnNetwork
+from alexprep.train.own.settle import settle
+from alexprep.train.parallel.split import Scheme
+from alexprep.train.precision import Arithmetic, arithmetic
+from alexprep.train.recipes.recipe import Recipe
+from alexprep.train.recipes.registry import DEFAULT_RECIPE, check_named, recipe_of, references
+from alexprep.train.saved import runs
+from alexprep.train.saved.checkpoint import Checkpoint
+from alexprep.train.saved.places import place_named, saved_checkpoint
+from alexprep.train.watching.board import writer_class
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run that is ready to begin or to go on."""
+
+    config: TrainConfig
+    run: Path  # its folder
+    recipe: Recipe
+    seed: int
+    facts: DataFacts
+    device: torch.device
+    scheme: Scheme
+    computing: Arithmetic
+    tuning: Tuning
+    notes: list[str]  # what to say about it
+    identity: dict[str, Any]  # JSON values: what decides the result; a checkpoint of another identity is refused
+    source: Checkpoint | None = None  # whose weights it begins with, where it was read already
+
+    def blamed(self) -> contextlib.AbstractContextManager[None]:
+        """Inside the block, an exception that comes by way of the user's own network becomes a sentence with its file and line."""
+        own = self.recipe.network
+        return own.blamed(only=True) if isinstance(own, OwnNetwork) else contextlib.nullcontext()
+
+
+def prepare(config: TrainConfig, device: torch.device | None = None, *, rehearsal: bool = False) -> Job:
+    """Reads the data set's facts, makes or finds the run's folder, and settles the recipe and, if not given, the device.
+
+    A rehearsal, for measurements, has no folder: nothing is written, and the job's `run` is the null device.
+
+    Raises:
+        AlexprepError: there is no such data, recipe, device or run, or the data does not suit the recipe.
+    """
+    device = device or choose_device(config.device)
+    if config.tensorboard:
+        writer_class()  # made sure of before the run's folder is there
+    facts = data_facts(config.data)
+    named, model = references(config.recipe, config.model)
+    config = replace(config, recipe=named, model=model)
+    run, began = Path(os.devnull) if rehearsal else None, None
+    if config.resume:
+        run = runs.find_run(config.runs, config.name)
+        began = runs.read_config(run)["options"]
+        check_named(began, config.recipe, config.model, run)
+        config = replace(config, **{name: began.get(name) for name in OPTIONS if getattr(config, name) is None})
+    tuning, notes = _tuning(config, device, began)
+    notes += [f"the split {split} is skipped: none of its images has a label" for split in facts.unlabelled]
+    recipe = recipe_of({name: getattr(config, name) for name in OPTIONS})
+    recipe.check_size(facts.size)
+    computing = arithmetic(device, config.precision, config.channels_last, config.compile)
+    if computing.precision == "fp16" and device.type == "cpu":
+        notes += ["fp16 on a CPU: gradients of convolutions take hundreds of times as long as in bf16"]
+    seed = config.seed or 0
+    identity = {"recipe": recipe.describe(), "seed": seed, "classes": facts.classes, "data_digest": facts.digest}
+    identity["precision"] = computing.precision
+    if isinstance(recipe.network, OwnNetwork):
+        recipe, made, said = settle(recipe, recipe.network, facts.classes, seed, config.chosen_scheme, config.ranks)
+        identity |= {"recipe": recipe.describe(), "layers": made}
+        notes += said
+    source = None
+    if config.init_from is not None:
+        if run is None:  # Made sure of before the run's folder is there; "newest" is settled for good.
+            source, skipped = saved_checkpoint(place_named(config.runs, config.init_from))
+            notes += skipped
+            if "@" not in config.init_from:
+                config = replace(config, init_from=f"{config.init_from}@{source.step}")
+        identity["init"] = f"{config.init_from}, layers {config.init_layers or 'matching'}"
+    scheme = config.chosen_scheme
+    job = Job(config, run or Path(), recipe, seed, facts, device, scheme, computing, tuning, notes, identity, source)
+    return job if run else replace(job, run=_begin(job))
+
+
+def run_versions() -> dict[str, str]:
+    """The versions that results depend on, down to the last bit."""
+    return versions("alexprep", "torch", "numpy", "dali")
+
+
+def _begin(job: Job) -> Path:
+    """Makes the run's folder, with a config.json that says all that a resumed run takes from its beginning."""
+    chosen = {name: getattr(job.config, name) for name in OPTIONS}
+    settled: dict[str, Any] = {"recipe": job.config.recipe or DEFAULT_RECIPE, "seed": job.seed}
+    settled |= {"batch_size": job.recipe.batch_size, "lr": job.recipe.lr}
+    settled |= {"precision": job.computing.precision, "compile": job.computing.compile}
+    settled |= {"decode": job.tuning.decode_on(job.device.type), "hw_decoder_load": job.tuning.hw_decoder_load}
+    document = {
+        "options": chosen | settled,
+        "data": str(job.config.data.resolve()),
+        "identity": job.identity,
+        "versions": run_versions(),
+    }
+    return runs.create_run(job.config.runs, job.config.name, _usual_name(job.recipe, job.config.model), document)
+
+
+def _tuning(config: TrainConfig, device: torch.device, began: Mapping[str, Any] | None) -> tuple[Tuning, list[str]]:
+    """The loader's settings, and what to say about them.
+
+    Threads and steps ahead never show in the result. Where an image is decoded does, by a grey level here and there, so a resumed
+    run decodes as it began (`began` holds its options), whatever was tuned since.
+    """
+    saved = saved_tuning(config.data, str(device))
+    notes = [f"{problem}: `alexprep tune` makes it anew" for problem in saved.problems]
+    tuning, origin = saved.tuning or Tuning(), ["from alexprep tune"] if saved.tuning else []
+    if config.threads is not None:
+        tuning = replace(tuning, threads=config.threads)
+        origin += ["threads as given"] if saved.tuning else []
+    if began is not None:
+        where = str(device)
+        kept = replace(tuning, **{name: began.get(name, getattr(Tuning(), name)) for name in DECODING})
+        if (kept.decode_on(where), kept.hw_decoder_load) != (tuning.decode_on(where), tuning.hw_decoder_load):
+            origin += ["decoding as the run began"]
+        if device.type == "cpu" and kept.decode == "cuda":
+            notes += ["the run began with images decoded on a GPU: from here on pixels may differ by a grey level"]
+        tuning = kept
+    if origin:
+        notes += [f"loader settings: {tuning.words(str(device))}, {', '.join(origin)}"]
+    return tuning, notes
+
+
+def _usual_name(recipe: Recipe, model: str | None) -> str:
+    """What a run is called by default: as the recipe, or as the model's file."""
+    network = recipe.network
+    name = network.title.partition(":")[0].rpartition(".")[2] if model and isinstance(network, OwnNetwork) else ""
+    return name if runs.NAME.fullmatch(name) else recipe.name
