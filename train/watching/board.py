@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,9 @@ class Board:
         Raises:
             AlexprepError: the package tensorboard is missing.
         """
+        # TensorBoard reads files in the order of their names, which begin with the second in which they were opened.
+        while any(folder.glob(f"events.out.tfevents.{int(time.time())}.*")):
+            time.sleep(0.02)
         self._writer = writer_class()(str(folder), purge_step=step + 1)
 
     def write(self, record: dict[str, Any]) -> None:
