@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PACKAGES := shards pipeline train cli
+# As many processes as there are cores, four at most: many tests start processes of their own.
+TEST := $(BIN)/pytest -q -n auto --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test check format wheel-check clean
@@ -29,13 +31,13 @@ demo: .venv/installed
 	$(BIN)/alexprep demo
 
 test: .venv/installed
-	$(BIN)/pytest -q
+	$(TEST)
 
 check: .venv/installed build/types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/pytest -q
+	$(TEST)
 
 format: .venv/installed
 	$(BIN)/ruff format .

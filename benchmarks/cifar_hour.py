@@ -20,4 +20,4 @@ def thirteen() -> Recipe:
 
 def eleven() -> Recipe:
     """With it."""
-    return replace(recipe_named("cifar10-11pct"), name="eleven", lr=0.002, schedule=Steps(after=(48, 56)), epochs=60)
+    return replace(recipe_named("cifar10-11pct"), name="eleven", lr=0.002, schedule=Steps(after=(37, 42)), epochs=45)

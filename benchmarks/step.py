@@ -57,7 +57,7 @@ class Contest:
             computing = arithmetic(device, channels_last=last)
             self.states[last] = TrainingState(self.recipe, classes, 0, device, computing=computing)
             self.images[last] = images.to(device).contiguous(memory_format=computing.memory.format)
-            self.compiled[last] = Compiled(self.states[last].network, shape[0])
+            self.compiled[last] = Compiled(self.states[last].network)
 
     def prepared(self, way: Way) -> TrainingState:
         """The state, computing in this way."""
@@ -72,7 +72,7 @@ class Contest:
         torch.manual_seed(1)
         state.optimizer.zero_grad()
         with float32_kernels(way.precision):
-            F.cross_entropy(state.logits(self.images[way.channels_last]), self.labels).backward()  # type: ignore[no-untyped-call]
+            F.cross_entropy(state.logits(self.images[way.channels_last], len(self.labels)), self.labels).backward()  # type: ignore[no-untyped-call]
         named = state.network.named_parameters()
         return {name: weight.grad.double().cpu() for name, weight in named if weight.grad is not None}
 

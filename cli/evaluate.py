@@ -102,11 +102,16 @@ def evaluate(
     for sentence in [*document["skipped"], *document["notes"]]:
         click.echo(sentence, err=True)
     _print(document)
-    if classes is not None and document["samples"]:
-        _classes(classes, found.scores, found.classes, document)
-    if submission:
-        _submit(submission, found.scores, document)
-    _publish(document, runs)
+    if classes is not None:
+        if document["samples"]:
+            _classes(classes, found.scores, found.classes, document)
+        else:
+            click.echo("None of the images has a label: there are no errors by class to show.", err=True)
+    try:
+        if submission:
+            _submit(submission, found.scores, document)
+    finally:  # hours of work are not lost to a disk that the submission finds full
+        _publish(document, runs)
     report.json_line(document, as_json)
 
 

@@ -66,7 +66,14 @@ AT_LEAST_1 = click.IntRange(min=1)
 @click.option(
     "--scheme",
     type=click.Choice(["towers", "ddp", "hybrid"]),
-    help="How they share it.  [default: towers, the paper's, for two; ddp for more, or with --model]",
+    help="How they share it.  [default: towers, the paper's, for two, if the network can be split so; else ddp]",
+)
+@click.option(
+    "--rank-seconds",
+    type=click.FloatRange(min=0, min_open=True),
+    default=60,
+    show_default=True,
+    help="How long they wait for one another; saving a checkpoint must not take longer.",
 )
 @click.option(
     "--trace",
@@ -91,6 +98,9 @@ def train(as_json: bool, **options: Any) -> None:
     Example: alexprep train --recipe cifar10-quick --data /data/cifar10
     """
     from alexprep.cli import report
+    from alexprep.shards.layout import read_dataset
+
+    read_dataset(options["data"])  # a wrong folder is told at once: what follows loads torch, which takes seconds
     from alexprep.train.config import TrainConfig
     from alexprep.train.ranks import leads, train_anyhow
 

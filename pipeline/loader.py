@@ -210,8 +210,10 @@ class Loader:
         try:
             engine = self._filled()
             step, images = engine.take()
-            labels = torch.from_numpy(self._dataset.samples.labels[step.rows]).to(images.device)
             self._filled()
+            labels = torch.from_numpy(self._dataset.samples.labels[step.rows])
+            if images.is_cuda:  # from pageable memory, the copy would wait for all that the GPU still has to do
+                labels = labels.pin_memory().to(images.device, non_blocking=True)
         except BaseException:
             # Also after Ctrl-C: what is under way no longer fits the state, which still points at this batch.
             self._abandon()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
+import shutil
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +21,7 @@ from alexprep.shards import stats
 from alexprep.shards.build import build
 from alexprep.shards.codec import Target
 from alexprep.shards.errors import AlexprepError
+from alexprep.shards.files import publish_bytes
 from alexprep.shards.plan import ShardOptions
 from alexprep.train.config import TrainConfig
 from alexprep.train.evaluation import submission
@@ -167,6 +170,32 @@ def test_a_submission_must_mean_something(data: Path, ilsvrc: Path, tmp_path: Pa
     submission.check(ilsvrc, "test")
     with pytest.raises(AlexprepError, match="lists 8 images, 7 were predicted"):
         submission.submission(ilsvrc, "test", np.zeros((7, 5), np.int32), np.arange(7))
+    twice = tmp_path / "twice"
+    shutil.copytree(ilsvrc, twice)
+    ledger = pq.read_table(twice / "test" / "samples.parquet")
+    names = ["one/same.JPEG", "other/same.JPEG", *ledger["source"].to_pylist()[2:]]
+    pq.write_table(
+        ledger.set_column(ledger.column_names.index("source"), "source", [names]), twice / "test" / "samples.parquet"
+    )
+    with pytest.raises(AlexprepError, match=r"two images named same\.JPEG"):
+        submission.check(twice, "test")
+
+
+def test_a_submission_that_fails_costs_no_result(
+    ilsvrc: Path, told: Told, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    untrained(tmp_path / "runs", "a", ilsvrc, 7)
+
+    def full(path: Path, content: bytes) -> None:
+        if path.name == "guesses.txt":
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        publish_bytes(path, content)
+
+    monkeypatch.setattr("alexprep.shards.files.publish_bytes", full)
+    status, _, err = told("a", "--split", "test", "--submission", "guesses.txt", "--classes", "classes.csv")
+    assert status == 1 and "guesses.txt" in err and "there are no errors by class to show" in err
+    assert len(list(tmp_path.glob("runs/a/eval-*.json"))) == 1 and not Path("classes.csv").exists()
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from torch import nn
 
 from alexprep.shards.errors import AlexprepError
 from alexprep.train.evaluation.error import credit, evaluate
+from alexprep.train.precision import Precision
 
 
 class Batch(NamedTuple):
@@ -111,7 +112,9 @@ def test_tiny_probabilities_do_not_overflow() -> None:
 
 
 def test_divergence_and_emptiness_are_told() -> None:
-    with pytest.raises(AlexprepError, match="NaN or infinity"):
-        evaluate(Table(np.array([[1.0, np.nan]])), batches(np.array([0]), 1))
+    told: dict[Precision, str] = {"fp32": "a lower --lr", "fp16": "try --precision bf16"}
+    for precision, advice in told.items():
+        with pytest.raises(AlexprepError, match=f"NaN or infinity.*{advice}"):
+            evaluate(Table(np.array([[1.0, np.nan]])), batches(np.array([0]), 1), precision)
     with pytest.raises(AlexprepError, match="no image to evaluate"):
         evaluate(Table(np.zeros((1, 2))), [])

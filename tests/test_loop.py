@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -226,12 +227,13 @@ def test_a_steps_record_is_the_mean_since_the_last(data: Path) -> None:
 
 def test_resuming_from_any_step_ends_with_the_same_bits(data: Path) -> None:
     """Grain's rule: a checkpoint after every step, each of them continued to the end."""
-    whole = train(config(data, name="whole"), MadeUpLoader)
+    whole = train(config(data, name="whole", checkpoint_steps=1, keep=20), MadeUpLoader)
     run = data.parent / "runs" / "whole"
     logged = records(run, "epoch")
     for step in range(1, whole["steps"]):
-        part = train(config(data, name=f"part{step}", steps=step), MadeUpLoader)
-        assert part["steps"] == step
+        part = shutil.copytree(run, run.with_name(f"part{step}"))
+        for later in range(step + 1, whole["steps"] + 1):
+            (part / f"checkpoints/step-{later:08d}.json").unlink()
         rest = train(config(data, name=f"part{step}", resume=True), MadeUpLoader)
         assert rest["weights_sha256"] == whole["weights_sha256"], f"stopped after step {step}"
         same = ("val_top1_error", "val_loss", "train_loss", "epochs")
@@ -319,6 +321,15 @@ def test_resuming_a_finished_run_says_what_it_had(data: Path) -> None:
     same = ("steps", "epochs", "val_top1_error", "val_loss", "weights_sha256")
     assert {key: again[key] for key in same} == {key: whole[key] for key in same}
     assert (again["images_per_second"], again["step_ms"], again["train_loss"]) == (None, None, None)
+
+
+def test_a_gpu_without_enough_memory_is_told(data: Path) -> None:
+    class Large(MadeUpLoader):
+        def __iter__(self) -> Iterator[Batch]:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore words.")
+
+    with pytest.raises(AlexprepError, match=r"allocate 2\.00 GiB\. Take a smaller --batch-size, or --precision bf16$"):
+        train(config(data), Large)
 
 
 def test_more_epochs_can_be_added(data: Path) -> None:

@@ -170,7 +170,7 @@ def config(**changes: Any) -> TrainConfig:
 
 def begun(**changes: Any) -> Job:
     """A run that is ready to begin, of the network in nets.py."""
-    return prepare(config(**changes))
+    return prepare(config(**changes), made_up=True)
 
 
 def refused(**changes: Any) -> str:
@@ -659,10 +659,11 @@ def test_what_ranks_cannot_share_is_refused(here: Path, old: str, new: str, sche
     assert re.search(words, said), said
 
 
-def test_the_scheme_for_two_ranks() -> None:
+def test_the_scheme_for_two_ranks(here: Path) -> None:
     """The paper's is for the paper's nets."""
-    assert TrainConfig(Path("data"), ranks=2).chosen_scheme == "towers"
-    assert TrainConfig(Path("data"), ranks=2, model="nets.py:make").chosen_scheme == "ddp"
+    (here / "nets.py").write_text(NETS.replace("nn.BatchNorm2d(8)", "nn.GroupNorm(2, 8)"))
+    assert begun(model="nets.py:make", ranks=2).scheme == "ddp"
+    assert begun(ranks=2).scheme == "ddp"
 
 
 def test_two_ranks_train_as_one(data: Path, here: Path) -> None:

@@ -20,7 +20,7 @@ from alexprep.cli.options import PRECISIONS as OFFERED
 from alexprep.pipeline.augmentation import Augmentation
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.files import digest_json
-from alexprep.train.compiled import Compiled
+from alexprep.train.compiled import Compiled, compiler_blamed
 from alexprep.train.config import TrainConfig
 from alexprep.train.data import Examples
 from alexprep.train.evaluation.run import evaluate_run
@@ -544,6 +544,15 @@ def _counted(state: TrainingState) -> list[int]:
     return sizes
 
 
+def test_a_smaller_batch_is_compiled_on_no_rank() -> None:
+    """A rank's share of it may be that of a whole one; and ranks add up gradients as they come, which compiling changes."""
+    state = TrainingState(recipe(), 3, 0, CPU)
+    state.compiled = lambda images: images.new_zeros(len(images), 3)  # type: ignore[assignment]
+    images = torch.ones(4, 3, MadeUpLoader.side, MadeUpLoader.side)
+    assert state.logits(images, 7).any()
+    assert not state.logits(images[:3], 8).any()
+
+
 def without_kernels(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
     """Compilation as far as to a graph of the step (and with aot_eager of its gradient): to make kernels takes ten seconds more."""
     compile_ = torch.compile
@@ -563,7 +572,7 @@ def test_what_lies_between_exchanges_is_compiled(scheme: Scheme, monkeypatch: py
     """A part with its exchanges, in a world of one rank, which has nobody to exchange with."""
     without_kernels(monkeypatch, "eager")
     parallel = Parallel(recipe().make_network(3, seed=0), scheme, World.alone(CPU))
-    compiled = Compiled(parallel.network, 8)
+    compiled = Compiled(parallel.network)
     batch = next(iter(MadeUpLoader("", layout="NCHW", device="cpu")))
     gradients = []
     for forward in (parallel.network, compiled):
@@ -580,7 +589,7 @@ def test_a_pool_over_the_edge_is_compiled_right(monkeypatch: pytest.MonkeyPatch)
     """What torch 2.13 compiles a wrong gradient of is put in other words, which mean the same to the last bit."""
     without_kernels(monkeypatch, "eager")
     networks = [pooled_network(3, MadeUpLoader.side, seed=0, width=1) for _ in range(2)]
-    Compiled(networks[1], 8)
+    Compiled(networks[1])
     images, gradients = torch.randn(2, 3, MadeUpLoader.side, MadeUpLoader.side), []
     for network in networks:
         network.eval()(images).square().sum().backward()
@@ -604,7 +613,10 @@ def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         raise TorchDynamoException("InvalidCxxCompiler: No working C++ compiler found\n\nand much more")
 
     monkeypatch.setattr(torch, "compile", lambda network, **options: failing)
-    with pytest.raises(
-        AlexprepError, match=r"^--compile: InvalidCxxCompiler: No working C\+\+ compiler found. It needs .*g\+\+"
+    with (
+        pytest.raises(
+            AlexprepError, match=r"^--compile: InvalidCxxCompiler: No working C\+\+ compiler found. It needs .*g\+\+"
+        ),
+        compiler_blamed(CPU),
     ):
-        Compiled(nn.Linear(2, 2), 1)(torch.zeros(1, 2))
+        Compiled(nn.Linear(2, 2))(torch.zeros(1, 2))

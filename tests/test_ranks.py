@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,10 @@ from safetensors.torch import load_file
 from alexprep.cli.main import cli
 from alexprep.shards.errors import AlexprepError
 from alexprep.train.config import TrainConfig
+from alexprep.train.job import prepare
+from alexprep.train.networks.conv_local import conv_local_13pct
 from alexprep.train.ranks import train_anyhow
+from alexprep.train.recipes.registry import RECIPES, recipe_named
 
 SECONDS = 150  # for each test
 
@@ -106,10 +111,49 @@ def test_torchrun_s_ranks_need_a_name(data: Path, tmp_path: Path, monkeypatch: p
         ({"ranks": 2, "scheme": "single"}, "scheme single does not go with 2 ranks"),
         ({"scheme": "towers"}, "scheme towers does not go with 1 ranks"),
         ({"ranks": 2, "scheme": "pipeline"}, "scheme 'pipeline' is not one of"),
+        ({"ranks": 3, "scheme": "towers"}, "has 2 groups, which do not divide among 3 ranks"),
+        ({"ranks": 2, "rank_seconds": 0.0}, "rank_seconds is 0.0"),
     ],
 )
-def test_schemes_that_do_not_fit(options: Any, words: str, tmp_path: Path) -> None:
+def test_schemes_that_do_not_fit(options: dict[str, Any], words: str, data: Path, tmp_path: Path) -> None:
+    """No run is begun, so no name is taken."""
     with pytest.raises(AlexprepError, match=words):
-        TrainConfig(tmp_path, **options)
-    assert TrainConfig(tmp_path, ranks=2).chosen_scheme == "towers"
-    assert TrainConfig(tmp_path, ranks=3).chosen_scheme == "ddp"
+        train_anyhow(TrainConfig(data, "tiny", runs=tmp_path / "runs", device="cpu", **options))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_scheme_unless_one_is_chosen(data: Path, tmp_path: Path) -> None:
+    """The paper's for two ranks, where the network can be split so."""
+    assert prepare(TrainConfig(data, "tiny", runs=tmp_path, device="cpu")).scheme == "single"
+    assert prepare(TrainConfig(data, "tiny", runs=tmp_path, device="cpu", ranks=2)).scheme == "towers"
+    assert prepare(TrainConfig(data, "tiny", runs=tmp_path, device="cpu", ranks=3)).scheme == "ddp"
+    unsplit = replace(recipe_named("tiny"), network=conv_local_13pct, layer_decay={})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(RECIPES, "unsplit", lambda: unsplit)
+        assert prepare(TrainConfig(data, "unsplit", runs=tmp_path, device="cpu", ranks=2)).scheme == "ddp"
+
+
+@pytest.mark.parametrize(
+    ("device", "words"), [("cuda", "2 ranks need a GPU each, torch sees 1"), ("cuda:0", "2 ranks cannot share cuda:0")]
+)
+def test_each_rank_needs_a_gpu(
+    device: str, words: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(AlexprepError, match=words):
+        train_anyhow(TrainConfig(data, "tiny", runs=tmp_path / "runs", device=device, ranks=2))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_what_fails_at_once_takes_no_name(data: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    shutil.copytree(data, bare, ignore=shutil.ignore_patterns("stats"))
+    runs = tmp_path / "runs"
+    with pytest.raises(AlexprepError, match="pca-stats"):
+        train_anyhow(TrainConfig(bare, "tiny", runs=runs, device="cpu"))
+    assert not runs.exists()
+    _train(data, runs, "--steps", "1")
+    tune = ["train", "--data", str(data), "--recipe", "tiny", "--runs", str(runs), "--init-from", "run"]
+    result = CliRunner().invoke(cli, [*tune, "--init-layers", "conv9", "--name", "tuned"])
+    assert isinstance(result.exception, AlexprepError) and "conv9 matches no layer" in str(result.exception)
+    assert [path.name for path in runs.iterdir()] == ["run"]

@@ -402,6 +402,13 @@ def test_threads_that_are_given_win(mine: Path, tmp_path: Path) -> None:
     assert job.notes == ["loader settings: 3 threads, 4 steps ahead, from alexprep tune, threads as given"]
 
 
+def test_ranks_of_one_host_share_its_cores(mine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_tuning(mine, this_machine("cpu"), entry(Tuning(9, 1)))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert prepare(config(mine, tmp_path)).tuning == Tuning(2, 1)
+    assert prepare(config(mine, tmp_path, threads=9)).tuning == Tuning(9, 1)
+
+
 def test_a_damaged_file_does_not_stop_training(mine: Path, tmp_path: Path) -> None:
     (mine / "tuning.json").write_bytes(b"{")
     job = prepare(config(mine, tmp_path))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from alexprep.shards.errors import AlexprepError
 from alexprep.train.parallel.split import SCHEMES, Scheme
+from alexprep.train.parallel.world import TIMEOUT
 from alexprep.train.precision import Precision
 
 MOST_TRACED = 200  # steps
@@ -52,7 +53,9 @@ class TrainConfig:
         precision: "fp32" by default, "tf32", "bf16" or "fp16": see `alexprep.train.precision`.
         channels_last: whether the values of a pixel lie side by side in memory; by default on a CPU, where it is faster.
         compile: whether steps are compiled by torch.compile; not by default.
-        scheme: how they share it: "towers" as in the paper (the default for two), "ddp" (for more), "hybrid"; alone "single".
+        rank_seconds: that ranks wait for one another: no step, evaluation's step or checkpoint may take one of them longer.
+        scheme: how they share it: "towers" as in the paper (the default for two, where it can split the network), "ddp" (the default
+            otherwise), "hybrid"; alone "single".
         trace: steps to record for a trace viewer, see `alexprep.train.watching.trace`.
         tensorboard: whether the log's records are written for TensorBoard too, see `alexprep.train.watching.board`.
 
@@ -82,6 +85,7 @@ class TrainConfig:
     threads: int | None = None
     device: str | None = None
     ranks: int = 1
+    rank_seconds: float = TIMEOUT
     scheme: Scheme | None = None
     trace: int | None = None
     tensorboard: bool = False
@@ -96,17 +100,9 @@ class TrainConfig:
             raise AlexprepError(
                 f"trace is {self.trace}: at most {MOST_TRACED} steps are recorded, since all stay in memory until the last one"
             )
+        if not self.rank_seconds > 0:
+            raise AlexprepError(f"rank_seconds is {self.rank_seconds}: it must be above 0")
         if self.scheme not in (None, *SCHEMES):
             raise AlexprepError(f"scheme {self.scheme!r} is not one of {', '.join(SCHEMES)}")
-        if self.scheme is not None and (self.ranks == 1) != (self.scheme == "single"):
-            raise AlexprepError(
-                f"scheme {self.scheme} does not go with {self.ranks} ranks: one is single, more are not"
-            )
         if self.seed is not None and not 0 <= self.seed < 2**63:
             raise AlexprepError(f"seed is {self.seed}: it must be within 0 to 2^63 - 1")
-
-    @property
-    def chosen_scheme(self) -> Scheme:
-        """The scheme, or what fits the number of ranks: with two, the paper's, but for a network of the user's own."""
-        usual = {1: "single", 2: "towers" if self.model is None else "ddp"}
-        return self.scheme or usual.get(self.ranks, "ddp")  # type: ignore[return-value]

@@ -57,7 +57,7 @@ def explained(
             if not why:
                 meter.say(f"{error.what}: doing the steps since step {saved_step} again, to find where it began")
                 sight = _first_sight(state, before, loader, stop)
-        except (AlexprepError, OSError) as failure:
+        except (AlexprepError, OSError, torch.OutOfMemoryError) as failure:
             why = str(failure)
         meter.record_not_finite(sight, step=position.step, epoch=position.epoch, lr=lr)
         found = sight.sentence() if sight else _present(state.parallel.gather_state(), why)

@@ -8,7 +8,7 @@ from alexprep.train.data import BatchSource, Examples, LoadedBatch, OpenLoader
 from alexprep.train.host import Stopped, StopRequest
 from alexprep.train.job import Job
 from alexprep.train.parallel.schemes import Parallel
-from alexprep.train.saved.init_from import init_from, saved_weights
+from alexprep.train.saved.init_from import init_from, saved_weights, wanted_layers
 from alexprep.train.saved.places import place_named, saved_checkpoint
 from alexprep.train.state import TrainingState
 
@@ -65,12 +65,7 @@ def begin_with(parallel: Parallel, job: Job) -> list[str]:
     source = job.source
     if source is None:
         source, notes = saved_checkpoint(place_named(job.config.runs, job.config.init_from))
-    layers = job.config.init_layers or "matching"
     whole = parallel.gather_state()
-    report = init_from(
-        whole,
-        saved_weights(source),
-        "matching" if layers == "matching" else [part.strip() for part in layers.split(",")],
-    )
+    report = init_from(whole, saved_weights(source), wanted_layers(job.config.init_layers))
     parallel.scatter_state(whole)
     return [*notes, *report.sentences()]

@@ -1,4 +1,4 @@
-"""The machine a training runs on: its device, how it keeps memory, and requests to stop."""
+"""The machine a training runs on: how it keeps memory, that there is enough, and requests to stop."""
 
 from __future__ import annotations
 
@@ -9,6 +9,10 @@ import sys
 import threading
 from collections.abc import Iterator
 from types import FrameType
+
+import torch
+
+from alexprep.shards.errors import AlexprepError
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
 
@@ -47,6 +51,19 @@ class StopRequest:
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def enough_memory() -> Iterator[None]:
+    """Inside the block, a GPU that is out of memory becomes a sentence.
+
+    Raises:
+        AlexprepError: in place of torch's error.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise AlexprepError(f"{str(error).splitlines()[0]} Take a smaller --batch-size, or --precision bf16") from error
 
 
 def keep_freed_memory() -> bool:

@@ -13,19 +13,26 @@ import torch
 
 from alexprep.pipeline.device import choose_device
 from alexprep.pipeline.tuning import Tuning, saved_tuning
+from alexprep.shards import stats
+from alexprep.shards.errors import AlexprepError
 from alexprep.shards.versions import versions
 from alexprep.train.config import DECODING, OPTIONS, TrainConfig
 from alexprep.train.data import DataFacts, data_facts
 from alexprep.train.own.network import OwnNetwork
 from alexprep.train.own.settle import settle
-from alexprep.train.parallel.split import Scheme
+from alexprep.train.parallel.split import Scheme, part_of
+from alexprep.train.parallel.world import World
 from alexprep.train.precision import Arithmetic, arithmetic
 from alexprep.train.recipes.recipe import Recipe
 from alexprep.train.recipes.registry import DEFAULT_RECIPE, check_named, recipe_of, references
 from alexprep.train.saved import runs
 from alexprep.train.saved.checkpoint import Checkpoint
+from alexprep.train.saved.init_from import init_from, saved_weights, wanted_layers
 from alexprep.train.saved.places import place_named, saved_checkpoint
 from alexprep.train.watching.board import writer_class
+
+TWO_RANKS: tuple[Scheme, ...] = ("towers", "ddp")
+ANY_RANKS: tuple[Scheme, ...] = ("ddp",)
 
 
 @dataclass(frozen=True)
@@ -51,10 +58,16 @@ class Job:
         return own.blamed(only=True) if isinstance(own, OwnNetwork) else contextlib.nullcontext()
 
 
-def prepare(config: TrainConfig, device: torch.device | None = None, *, rehearsal: bool = False) -> Job:
+def prepare(
+    config: TrainConfig, device: torch.device | None = None, *, rehearsal: bool = False, made_up: bool = False
+) -> Job:
     """Reads the data set's facts, makes or finds the run's folder, and settles the recipe and, if not given, the device.
 
-    A rehearsal, for measurements, has no folder: nothing is written, and the job's `run` is the null device.
+    Args:
+        config: what to do.
+        device: of the training; by default as `config` says.
+        rehearsal: for measurements: there is no folder, nothing is written, and the job's `run` is the null device.
+        made_up: the images do not come from the data set, so it need not have statistics.
 
     Raises:
         AlexprepError: there is no such data, recipe, device or run, or the data does not suit the recipe.
@@ -81,19 +94,24 @@ def prepare(config: TrainConfig, device: torch.device | None = None, *, rehearsa
     seed = config.seed or 0
     identity = {"recipe": recipe.describe(), "seed": seed, "classes": facts.classes, "data_digest": facts.digest}
     identity["precision"] = computing.precision
+    scheme = _scheme(config, recipe, facts.classes, seed)
     if isinstance(recipe.network, OwnNetwork):
-        recipe, made, said = settle(recipe, recipe.network, facts.classes, seed, config.chosen_scheme, config.ranks)
+        recipe, made, said = settle(recipe, recipe.network, facts.classes, seed, scheme, config.ranks)
         identity |= {"recipe": recipe.describe(), "layers": made}
         notes += said
     source = None
+    # A beginning that would fail at once, as far as that can be known, fails here: before it has a folder and a name.
+    if run is None and recipe.augmentation.needs_statistics and not made_up:
+        stats.read(config.data, facts.digest)
     if config.init_from is not None:
-        if run is None:  # Made sure of before the run's folder is there; "newest" is settled for good.
+        if run is None:
             source, skipped = saved_checkpoint(place_named(config.runs, config.init_from))
             notes += skipped
+            network = recipe.make_network(facts.classes, seed)
+            init_from(network.state_dict(), saved_weights(source), wanted_layers(config.init_layers))
             if "@" not in config.init_from:
                 config = replace(config, init_from=f"{config.init_from}@{source.step}")
         identity["init"] = f"{config.init_from}, layers {config.init_layers or 'matching'}"
-    scheme = config.chosen_scheme
     job = Job(config, run or Path(), recipe, seed, facts, device, scheme, computing, tuning, notes, identity, source)
     return job if run else replace(job, run=_begin(job))
 
@@ -101,6 +119,29 @@ def prepare(config: TrainConfig, device: torch.device | None = None, *, rehearsa
 def run_versions() -> dict[str, str]:
     """The versions that results depend on, down to the last bit."""
     return versions("alexprep", "torch", "numpy", "dali")
+
+
+def _scheme(config: TrainConfig, recipe: Recipe, classes: int, seed: int) -> Scheme:
+    """How ranks share the network: as chosen; else two as the paper's towers, if it can be split so, and all others by ddp.
+
+    Raises:
+        AlexprepError: the scheme is not one for that many ranks, or cannot share this network.
+    """
+    ranks, scheme = config.ranks, config.scheme
+    if scheme is not None and (ranks == 1) != (scheme == "single"):
+        raise AlexprepError(f"scheme {scheme} does not go with {ranks} ranks: one is single, more are not")
+    if ranks == 1:
+        return "single"
+    if isinstance(recipe.network, OwnNetwork) or (scheme is not None and config.resume):
+        return scheme or "ddp"
+    for tried in [scheme] if scheme is not None else TWO_RANKS if ranks == 2 else ANY_RANKS:
+        try:
+            part_of(recipe.make_network(classes, seed), tried, World(0, ranks, torch.device("cpu")))
+            break
+        except AlexprepError:
+            if tried in ("ddp", scheme):
+                raise
+    return tried
 
 
 def _begin(job: Job) -> Path:
@@ -128,9 +169,12 @@ def _tuning(config: TrainConfig, device: torch.device, began: Mapping[str, Any] 
     saved = saved_tuning(config.data, str(device))
     notes = [f"{problem}: `alexprep tune` makes it anew" for problem in saved.problems]
     tuning, origin = saved.tuning or Tuning(), ["from alexprep tune"] if saved.tuning else []
+    together = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # ranks on this host
     if config.threads is not None:
         tuning = replace(tuning, threads=config.threads)
         origin += ["threads as given"] if saved.tuning else []
+    elif together > 1:
+        tuning = replace(tuning, threads=max(1, tuning.dali_threads // together))
     if began is not None:
         where = str(device)
         kept = replace(tuning, **{name: began.get(name, getattr(Tuning(), name)) for name in DECODING})

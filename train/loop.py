@@ -19,7 +19,7 @@ from alexprep.train.epoch import end_epoch, train_epoch
 from alexprep.train.evaluation.error import evaluate
 from alexprep.train.evaluation.sums import Pace
 from alexprep.train.fed import begin_with, loader_position, open_split, until_stopped, where
-from alexprep.train.host import Stopped, StopRequest, keep_freed_memory
+from alexprep.train.host import Stopped, StopRequest, enough_memory, keep_freed_memory
 from alexprep.train.job import Job, prepare, run_versions
 from alexprep.train.own.tryout import comparable
 from alexprep.train.parallel.world import World
@@ -58,12 +58,13 @@ def train(config: TrainConfig, open_loader: OpenLoader | None = None, world: Wor
     """
     started = time.monotonic()
     world = world or World.alone(choose_device(config.device))
-    job = prepare(config, world.device)
+    job = prepare(config, world.device, made_up=open_loader is not None)
     open_loader = open_loader or functools.partial(Loader, tuning=job.tuning)
     if job.device.type == "cpu":
         keep_freed_memory()
     with contextlib.ExitStack() as stack:
         stack.enter_context(job.blamed())
+        stack.enter_context(enough_memory())
         if world.leads:
             stack.enter_context(runs.locked(job.run))
         stack.enter_context(float32_kernels(job.computing.precision))

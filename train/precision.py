@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -81,7 +81,8 @@ def float32_kernels(precision: Precision) -> Iterator[None]:
 
     torch by itself leaves TF32 on for convolutions and off for matrix products. Processors are not affected.
     """
-    places = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)  # type: ignore[attr-defined]
+    cudnn = torch.backends.cudnn  # rnn too: torch refuses to tell what cuDNN does where its parts differ
+    places: tuple[Any, ...] = (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn)  # type: ignore[attr-defined]
     before = [place.fp32_precision for place in places]
     try:
         for place in places:

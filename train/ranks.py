@@ -8,6 +8,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from alexprep.pipeline.device import choose_device
 from alexprep.shards.errors import AlexprepError
 from alexprep.train.config import TrainConfig
 from alexprep.train.job import prepare
@@ -29,14 +32,25 @@ def train_anyhow(config: TrainConfig) -> dict[str, Any]:
         return _joined(config)
     if config.ranks == 1:
         return train(config)
+    _check_gpus(config)
     # This process makes the run, and the ranks go on with it: so none of them has to tell the others its name.
     job = prepare(config)
     going_on = replace(
-        job.config, data=config.data.resolve(), runs=config.runs.resolve(), name=job.run.name, resume=True
+        job.config,
+        data=config.data.resolve(),
+        runs=config.runs.resolve(),
+        name=job.run.name,
+        resume=True,
+        scheme=job.scheme,
     )
     arguments = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(going_on).items()}
-    results = launch("alexprep.train.ranks:train_rank", config.ranks, {"options": arguments}, device=config.device)
-    summary: dict[str, Any] = results[0]
+    summary: dict[str, Any] = launch(
+        "alexprep.train.ranks:train_rank",
+        config.ranks,
+        {"options": arguments},
+        device=config.device,
+        timeout=config.rank_seconds,
+    )[0]
     return summary
 
 
@@ -55,20 +69,36 @@ def _joined(config: TrainConfig) -> dict[str, Any]:
     """torchrun's way: rank 0 makes the run, and all go on with it."""
     if config.name is None:
         raise AlexprepError("under torchrun the ranks need a common name for the run: give --name")
-    world = from_environment(config.device)
+    world = from_environment(config.device, timeout=config.rank_seconds)
     config = replace(config, ranks=world.size)
-    failure: AlexprepError | None = None
+    failure: AlexprepError | OSError | None = None
     if world.leads and not config.resume:
         try:
             prepare(config, world.device)
-        except AlexprepError as error:
+        except (AlexprepError, OSError) as error:
             failure = error
     if world.any(failure is not None):
         raise failure or AlexprepError("rank 0 could not begin the run, see its message")
-    try:
-        return train(replace(config, resume=True), world=world)
-    finally:
-        world.close()
+    summary = train(replace(config, resume=True), world=world)
+    world.close()  # only after a good end: else others may still wait in the groups, and closing would wait with them
+    return summary
+
+
+def _check_gpus(config: TrainConfig) -> None:
+    """Makes sure, before the run has a folder, that each rank on this machine gets a GPU of its own.
+
+    Raises:
+        AlexprepError: there are too few, or one is named for all.
+    """
+    device = choose_device(config.device)
+    if device.type != "cuda":
+        return
+    if device.index is not None:
+        raise AlexprepError(f"{config.ranks} ranks cannot share {device}: name just cuda, for a GPU each")
+    if config.ranks > torch.cuda.device_count():
+        raise AlexprepError(
+            f"{config.ranks} ranks need a GPU each, torch sees {torch.cuda.device_count()} here: start fewer, or take --device cpu"
+        )
 
 
 def _among_torchruns() -> bool:

@@ -78,7 +78,8 @@ class TrainingState:
         self.optimizer.register_step_pre_hook(lambda *_: self.set_rates(recipe))
         self.precision = computing.precision
         self.update = Update(self.parallel, self.optimizer, self.precision)
-        self.compiled = Compiled(self.network, self.parallel.rows_of(recipe.batch_size)) if computing.compile else None
+        self.compiled = Compiled(self.network) if computing.compile else None
+        self._whole_batch = recipe.batch_size
         self.sums = Sums(device)
         self.position = Position()
         self.device = device
@@ -88,9 +89,18 @@ class TrainingState:
         """This rank's part of the network; alone, the whole."""
         return self.parallel.network
 
-    def logits(self, images: torch.Tensor) -> torch.Tensor:
-        """What the network gives for this rank's images, computed in the training's precision: float32 (N, classes)."""
-        return logits(self.compiled or self.network, images, self.precision)
+    def logits(self, images: torch.Tensor, batch: int) -> torch.Tensor:
+        """What the network gives, computed in the training's precision.
+
+        Args:
+            images: this rank's, float32 (n, C, H, W).
+            batch: size of the whole batch. An epoch's last one, where it is smaller, is not compiled: on no rank, whatever its share.
+
+        Returns:
+            Float32 (batch, classes).
+        """
+        whole = self.compiled is not None and batch == self._whole_batch
+        return logits(self.compiled if whole else self.network, images, self.precision)  # type: ignore[arg-type]
 
     def learning_rate(self, recipe: Recipe) -> float:
         """The rate of this epoch: that of the weights whose layer has none of its own."""

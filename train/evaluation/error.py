@@ -80,7 +80,9 @@ def log_probabilities(network: nn.Module, images: torch.Tensor, precision: Preci
     views = images.shape[1] if images.ndim == 5 else 1
     found = logits(network, images.flatten(0, 1) if images.ndim == 5 else images, precision)
     if not torch.isfinite(found).all():
-        raise NotFinite("the network gives NaN or infinity", "its training diverged, train again with a lower --lr")
+        too_small = "in fp16 nothing may exceed 65,504: try --precision bf16"
+        diverged = "its training diverged, train again with a lower --lr"
+        raise NotFinite("the network gives NaN or infinity", too_small if precision == "fp16" else diverged)
     logs: torch.Tensor = found.double().log_softmax(dim=1).reshape(-1, views, found.shape[1])
     return logs.logsumexp(dim=1) - math.log(views)
 

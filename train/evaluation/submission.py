@@ -29,10 +29,10 @@ class Submission(NamedTuple):
 
 
 def check(data: Path, split: str) -> None:
-    """Makes sure that labels are ILSVRC IDs less 1 and that the split is whole, before hours of work.
+    """Makes sure that labels are ILSVRC IDs less 1, that the split is whole, and its names are all different, before hours of work.
 
     Raises:
-        AlexprepError: they are not, or it is not.
+        AlexprepError: they are not, it is not, or its ledger cannot be read.
     """
     dataset = read_dataset(data)
     if dataset["labels"] != ILSVRC_ID:
@@ -46,6 +46,8 @@ def check(data: Path, split: str) -> None:
         raise AlexprepError(
             f"--submission needs every image of {split!r}, {data} was made with --limit {dataset['options']['limit']}"
         )
+    names, _ = _ledger(data, split)
+    _in_order(data, split, names)
 
 
 def submission(data: Path, split: str, best: NDArray[np.int32], rows: NDArray[np.int64]) -> Submission:
@@ -68,6 +70,19 @@ def submission(data: Path, split: str, best: NDArray[np.int32], rows: NDArray[np
         )
     guesses = np.tile(np.arange(TOP, dtype=np.int64), (len(names), 1))  # 1 2 3 4 5 where an image was rejected
     guesses[places[rows]] = best
+    order = _in_order(data, split, names)
+    content = "".join(" ".join(map(str, row)) + "\n" for row in (guesses[order] + 1).tolist())
+    missing = [names[place] for place in order if not written[place]]
+    first, last = (PurePosixPath(names[order[place]]).name for place in (0, -1))
+    return Submission(content.encode(), len(order), first, last, missing)
+
+
+def _in_order(data: Path, split: str, names: list[str]) -> list[int]:
+    """The places of the images in the order of their file names.
+
+    Raises:
+        AlexprepError: two have the same.
+    """
     files = [PurePosixPath(name).name for name in names]
     order = sorted(range(len(files)), key=files.__getitem__)
     for one, other in itertools.pairwise(order):
@@ -76,9 +91,7 @@ def submission(data: Path, split: str, best: NDArray[np.int32], rows: NDArray[np
                 f"{data} has two images named {files[one]} in {split!r} ({names[one]}, {names[other]}): a submission is in the "
                 "order of the names, so each must be there once"
             )
-    content = "".join(" ".join(map(str, row)) + "\n" for row in (guesses[order] + 1).tolist())
-    missing = [names[place] for place in order if not written[place]]
-    return Submission(content.encode(), len(order), files[order[0]], files[order[-1]], missing)
+    return order
 
 
 def _ledger(data: Path, split: str) -> tuple[list[str], NDArray[np.bool_]]:

@@ -165,7 +165,10 @@ def _watch(processes: list[subprocess.Popen[bytes]], folder: Path, timeout: floa
 
 
 def _reason(processes: list[subprocess.Popen[bytes]], folder: Path, timeout: float) -> AlexprepError:
-    """Why the job failed: a rank killed by a signal, else one that is stopped, else the first that raised."""
+    """Why the job failed: a rank that is stopped, else one killed by a signal, else the first that raised.
+
+    In this order, since NCCL's watchdog kills the ranks that waited for a stopped one.
+    """
     codes = [process.poll() for process in processes]
     told: dict[int, dict[str, Any]] = {}
     for rank in range(len(codes)):
@@ -174,12 +177,12 @@ def _reason(processes: list[subprocess.Popen[bytes]], folder: Path, timeout: flo
             told[rank] = json.loads(file.read_text())
     silent = [rank for rank, code in enumerate(codes) if code and rank not in told]
     stopped = [rank for rank, code in enumerate(codes) if code is None and _state(processes[rank].pid) in ("T", "t")]
+    if stopped:
+        return RankFailed(f"rank {stopped[0]} is stopped (SIGSTOP) and did not answer for {timeout:g} s")
     if silent:
         code = codes[silent[0]] or 0
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit status {code}"
         return RankFailed(f"rank {silent[0]} {how}{_output(folder, silent[0])}")
-    if stopped:
-        return RankFailed(f"rank {stopped[0]} is stopped (SIGSTOP) and did not answer for {timeout:g} s")
     rank = min(told, key=lambda number: float(told[number]["time"]))
     kind, message = told[rank]["kind"], told[rank]["message"]
     if kind == AlexprepError.__name__:

@@ -121,11 +121,6 @@ class Parallel:
                     self._part.rows.sizes = [count * views for count in counts]
             yield Examples(images, labels)
 
-    def rows_of(self, batch: int) -> int:
-        """How many images of a batch of this size this rank computes on."""
-        rank, ranks = (self.world.rank, self.world.size) if self._part.rows is not None else (0, 1)
-        return (rank + 1) * batch // ranks - rank * batch // ranks
-
     def sum_gradients(self) -> None:
         """Between `backward`, of which there is one a step, and the optimizer's step: waits for the sums that `backward` began.
 

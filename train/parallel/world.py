@@ -83,7 +83,7 @@ def from_environment(device: str | None = None, backend: str | None = None, time
     Args:
         device: "cpu", "cuda" for the GPU numbered LOCAL_RANK, or one by its number; by default a GPU where there are any.
         backend: "nccl" or "gloo"; by default nccl for GPUs. With gloo several ranks may share a GPU.
-        timeout: seconds until a collective without an answer raises (gloo) or ends the process (NCCL's watchdog).
+        timeout: seconds until a collective without an answer raises (gloo); after twice that NCCL's watchdog ends the process.
 
     Raises:
         AlexprepError: the process was not started as a rank, or there are fewer GPUs than ranks here.
@@ -96,6 +96,8 @@ def from_environment(device: str | None = None, backend: str | None = None, time
     backend = backend or ("nccl" if chosen.type == "cuda" and dist.is_nccl_available() else "gloo")
     if backend not in ("nccl", "gloo") or (backend == "nccl" and chosen.type != "cuda"):
         raise AlexprepError(f"backend {backend} does not go with {chosen}: use nccl on GPUs, gloo anywhere")
+    if backend == "nccl" and size > 1 and device is not None and torch.device(device).index is not None:
+        raise AlexprepError(f"{size} ranks cannot share {device}: name just cuda, for a GPU each, or use gloo")
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     limit = timedelta(seconds=timeout)
@@ -104,7 +106,7 @@ def from_environment(device: str | None = None, backend: str | None = None, time
         store=_meet(rank, size),
         rank=rank,
         world_size=size,
-        timeout=limit,
+        timeout=2 * limit if backend == "nccl" else limit,  # the control group's words come first: they name the cause
         device_id=chosen if backend == "nccl" else None,
     )
     group = dist.group.WORLD

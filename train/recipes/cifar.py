@@ -72,7 +72,7 @@ def cifar10_relu() -> Recipe:
         stored_sizes=STORED,
         schedule=Steps(after=()),
         epochs=40,
-        lr=0.001,
+        lr=0.002,
         decay=0.0,
         bias_lr_factor=2.0,
     )
@@ -80,4 +80,4 @@ def cifar10_relu() -> Recipe:
 
 def cifar10_tanh() -> Recipe:
     """Fig. 1's dashed line: the same with tanh, and the fastest rate of its own."""
-    return replace(cifar10_relu(), name="cifar10-tanh", network=networks.conv_local_13pct_tanh)
+    return replace(cifar10_relu(), name="cifar10-tanh", network=networks.conv_local_13pct_tanh, lr=0.016)

@@ -42,6 +42,15 @@ def saved_weights(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     return {name.removeprefix(PREFIX): tensor for name, tensor in checkpoint.tensors.items() if name.startswith(PREFIX)}
 
 
+def wanted_layers(patterns: str | None) -> Literal["matching"] | list[str]:
+    """What `init_from` is asked for by `--init-layers`, patterns with commas; by default all that match."""
+    return (
+        "matching"
+        if patterns is None or patterns == "matching"
+        else [pattern.strip() for pattern in patterns.split(",")]
+    )
+
+
 def init_from(
     weights: Mapping[str, torch.Tensor],
     saved: Mapping[str, torch.Tensor],
