@@ -27,3 +27,9 @@ def choose_device(name: str | torch.device | None) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise AlexprepError(f"there is no {name} here, torch sees {torch.cuda.device_count()} GPUs: use --device cpu")
     return device if device.type == "cuda" else torch.device("cpu")
+
+
+def moved(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor in the CPU's memory, on `device`; the caller does not wait for what that device still has to do."""
+    # From pageable memory the copy would.
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values

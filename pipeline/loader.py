@@ -13,7 +13,7 @@ import torch
 
 from alexprep.pipeline.augmentation import Augmentation, augmentation_named
 from alexprep.pipeline.dataset import OnBad, Source, open_dataset, statistics_for
-from alexprep.pipeline.device import choose_device
+from alexprep.pipeline.device import choose_device, moved
 from alexprep.pipeline.engine import Engine, Step
 from alexprep.pipeline.feed import Feed, Views
 from alexprep.pipeline.graph import Dtype, Layout
@@ -211,9 +211,7 @@ class Loader:
             engine = self._filled()
             step, images = engine.take()
             self._filled()
-            labels = torch.from_numpy(self._dataset.samples.labels[step.rows])
-            if images.is_cuda:  # from pageable memory, the copy would wait for all that the GPU still has to do
-                labels = labels.pin_memory().to(images.device, non_blocking=True)
+            labels = moved(torch.from_numpy(self._dataset.samples.labels[step.rows]), images.device)
         except BaseException:
             # Also after Ctrl-C: what is under way no longer fits the state, which still points at this batch.
             self._abandon()

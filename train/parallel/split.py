@@ -14,6 +14,7 @@ from typing import Literal, get_args
 
 from torch import nn
 
+from alexprep.pipeline.order import rank_part
 from alexprep.shards.errors import AlexprepError
 from alexprep.train.networks.layers import LocalResponseNorm, Overhang, PaperDropout, Scale
 from alexprep.train.parallel.exchange import Gather, Rows, Take, WholeDraw
@@ -51,7 +52,8 @@ def divide(count: int, ranks: int) -> list[int]:
     >>> divide(5, 2)
     [2, 3]
     """
-    return [(rank + 1) * count // ranks - rank * count // ranks for rank in range(ranks)]
+    parts = (rank_part(0, count, rank, ranks) for rank in range(ranks))
+    return [last - first for first, last in parts]
 
 
 def part_of(network: nn.Module, scheme: Scheme, world: World) -> Part:
