@@ -104,7 +104,7 @@ def _show(tuned: Tuned, data: str, saved: str | None) -> None:
         [
             ("settings", found.tuning.words(tuned.machine.device)),
             ("speed", f"{found.rate:,.0f} images/s, {found.rate / found.default_rate:.2f} × the default's"),
-            *((f"{name} memory", report.size(count)) for name, count in memory.items()),
+            *((f"{name} memory, at most so far", report.size(count)) for name, count in memory.items()),
             ("this run", f"{tuned.seconds:.1f} s"),
             ("written to", saved or "nowhere: `alexprep train` uses its defaults"),
         ],

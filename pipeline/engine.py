@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from alexprep.pipeline.assemble import probe_pipeline, single_view_pipeline, ten_view_pipeline
+from alexprep.pipeline.assemble import single_view_pipeline, ten_view_pipeline
 from alexprep.pipeline.dataset import OnBad
 from alexprep.pipeline.feed import Feed, Inputs
+from alexprep.pipeline.probe import decodes, decodes_a_sound_image
 from alexprep.shards.codec import header_size
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.read import TarSamples
@@ -70,6 +71,7 @@ class Engine:
         self._samples, self._sizes, self._feed, self._on_bad = samples, sizes_N2, feed, on_bad
         self._steps: deque[Step] = deque()
         self._suspects: set[int] = set()  # rows that could not be decoded before: they are tried alone first
+        self._copied: deque[tuple[torch.cuda.Event, Any]] = deque()  # DALI's buffers until torch has their pixels
         self._process = os.getpid()
         self._pipeline: Any = self._assembled()
 
@@ -99,6 +101,8 @@ class Engine:
                 images = self._outputs(step)
                 break
             except RuntimeError as error:
+                if not decodes_a_sound_image(self._feed):
+                    raise AlexprepError(f"DALI could not make a batch: {error}") from error
                 bad = [not self._decodes(step, n) for n in range(len(step.rows))]
                 if not any(bad):
                     raise AlexprepError(f"DALI could not make a batch: {error}") from error
@@ -115,11 +119,17 @@ class Engine:
         if not self.usable:  # its destructor would wait for threads that only the parent has
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._pipeline))
         del self._pipeline
+        self._copied.clear()
         self._steps.clear()
 
     def _assembled(self) -> Any:
         make = ten_view_pipeline if self._feed.views == "ten" else single_view_pipeline
-        return make(self._feed.augmentation, self._feed.statistics, self._feed.settings)
+        pipeline = make(self._feed.augmentation, self._feed.statistics, self._feed.settings)
+        try:
+            pipeline.build()
+        except RuntimeError as error:  # a GPU without memory, an old driver
+            raise AlexprepError(f"DALI cannot build its pipeline: {error}") from error
+        return pipeline
 
     def _submit(self, step: Step) -> None:
         rows = step.rows.tolist()
@@ -159,13 +169,31 @@ class Engine:
             views = (10,) if self._feed.views == "ten" else ()
             images = torch.empty((0, *views, *shape), dtype=getattr(torch, settings.dtype), device=device)
         else:
-            # On a GPU the result is bound to torch's stream: its memory is freed in that stream's order, so never under a
-            # kernel that still reads it.
-            stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
-            (output,) = self._pipeline.outputs(cuda_stream=stream)
-            images = torch.utils.dlpack.from_dlpack(output.as_tensor())
+            images = self._on_gpu(device) if device.type == "cuda" else self._on_cpu()
         step._fed = None
         return images.movedim(-1, -3) if settings.layout == "channels_last" else images
+
+    def _on_cpu(self) -> torch.Tensor:
+        """DALI's own buffer: it is ours until the tensor is gone."""
+        (output,) = self._pipeline.outputs()
+        return torch.utils.dlpack.from_dlpack(output.as_tensor())
+
+    def _on_gpu(self, device: torch.device) -> torch.Tensor:
+        """A copy: DALI takes a buffer back in the order of its own stream, so perhaps under a kernel of torch's that still reads it."""
+        while self._copied and self._copied[0][0].query():  # type: ignore[no-untyped-call]
+            self._copied.popleft()
+        with torch.cuda.device(device):
+            stream = torch.cuda.current_stream()
+            (output,) = self._pipeline.outputs(cuda_stream=stream)
+            made = output.as_tensor()
+            images = torch.empty(made.shape(), dtype=getattr(torch, self._feed.settings.dtype), device=device)
+            made.copy_to_external(
+                ctypes.c_void_p(images.data_ptr()), ctypes.c_void_p(stream.cuda_stream), non_blocking=True
+            )
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record(stream)
+        self._copied.append((event, output))
+        return images
 
     def _inputs(self, step: Step) -> Inputs:
         return self._feed.inputs(step.epoch, step.rows, self._sizes[step.rows], step.positions)
@@ -184,19 +212,5 @@ class Engine:
 
     def _decodes(self, step: Step, n: int) -> bool:
         """Whether sample `n` of a step can be decoded by itself, with the window drawn for it."""
-        settings = self._feed.settings
-        if settings.raw:
-            return True
         alone = Step(step.epoch, step.number, step.rows[n : n + 1], step.positions[n : n + 1])
-        inputs = self._inputs(alone)
-        probe = probe_pipeline(self._feed.augmentation, settings, windowed="start" in inputs)
-        image = self._image(int(step.rows[n]))  # DALI reads it in place
-        probe.feed_input("encoded", [image])
-        if "start" in inputs:
-            for name in {"start", "shape"} & inputs.keys():
-                probe.feed_input(name, inputs[name])
-        try:
-            probe.run()
-        except RuntimeError:
-            return False
-        return True
+        return decodes(self._feed, self._image(int(step.rows[n])), self._inputs(alone))

@@ -35,7 +35,7 @@ def decode_crop(
     device: str = "cpu",
     hw_decoder_load: float = HW_DECODER_LOAD,
 ) -> DataNode:
-    """Decodes a square of an image, or all of it; only what the square needs is decoded.
+    """Decodes a square of an image, or all of it; on a CPU only what the square needs is decoded.
 
     Args:
         encoded: uint8 (bytes,), an encoded image, on the CPU.
@@ -49,8 +49,9 @@ def decode_crop(
         uint8 (side, side, 3), layout HWC. An EXIF orientation is not applied; chroma is upsampled alike on both devices.
     """
     options = _decoding(device, hw_decoder_load)
-    if side is None:
-        return fn.decoders.image(encoded, **options)
+    if side is None or device != "cpu":
+        whole = fn.decoders.image(encoded, **options)
+        return whole if side is None else fn.crop(whole, crop=(side, side), crop_pos_x=x, crop_pos_y=y)
     return fn.decoders.image_crop(encoded, crop=(side, side), crop_pos_x=x, crop_pos_y=y, **options)
 
 
@@ -61,7 +62,7 @@ def decode_window(
     device: str = "cpu",
     hw_decoder_load: float = HW_DECODER_LOAD,
 ) -> DataNode:
-    """Decodes a window given in pixels.
+    """Decodes a window given in pixels; on a GPU the whole image, for nvJPEG before 13.2 has no windows of subsampled chroma.
 
     Args:
         encoded: as in `decode_crop`.
@@ -73,7 +74,10 @@ def decode_window(
     Returns:
         uint8 (height, width, 3), layout HWC.
     """
-    return fn.decoders.image_slice(encoded, start=start, shape=shape, axes=(0, 1), **_decoding(device, hw_decoder_load))
+    options = _decoding(device, hw_decoder_load)
+    if device != "cpu":
+        return cut(fn.decoders.image(encoded, **options), start, shape)
+    return fn.decoders.image_slice(encoded, start=start, shape=shape, axes=(0, 1), **options)
 
 
 def _decoding(device: str, hw_decoder_load: float) -> dict[str, Any]:

@@ -120,7 +120,7 @@ class Loader:
         self._tuning = tuning or Tuning()
         dataset = open_dataset(data, split, on_bad, cache)
         self._plan = StepPlan(dataset.samples.index["shard"], batch_size, order, block_shards, seed, rank, world_size)
-        dataset.samples.keep_shards = self._plan.open_shards
+        dataset.samples.keep_shards = self._plan.open_shards(_READ_AHEAD + self._tuning.prefetch + 1)
         if dataset.samples.remote and order == "shuffle":
             raise AlexprepError(f"{data} is remote, where single images are slow to read: use order='blocks'")
         chosen = statistics_for(dataset, statistics) if augmentation.needs_statistics else None

@@ -61,10 +61,12 @@ class StepPlan:
         """What the order depends on beside the seed."""
         return f"blocks of {self.block_shards} shards" if self.order == "blocks" else self.order
 
-    @property
-    def open_shards(self) -> int:
-        """How many shards are being read at a time where not all are: two blocks' while one gives way to the next."""
-        return 2 * self.block_shards + 1 if self.order == "blocks" else 4
+    def open_shards(self, steps: int) -> int:
+        """How many shards `steps` steps in a row are read from, where these are not all: whole blocks, or a few shards in turn."""
+        shards = -(-steps * self.batch_size * (int(self.shards_N[-1]) + 1) // max(1, len(self.shards_N)))
+        if self.order != "blocks":
+            return shards + 2
+        return self.block_shards * (-(-shards // self.block_shards) + 1) + 1
 
     @property
     def largest_part(self) -> int:

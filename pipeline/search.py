@@ -166,6 +166,10 @@ def search(
         same = [trial.rate for trial in trials if (trial.tuning, trial.batch_size) == (tuning, batch_sizes[0])]
         return next((rate for rate in reversed(same) if rate), 0.0)
 
+    if not latest(start):
+        raise AlexprepError(
+            f"the default settings do not work: {games.notes[0] if games.notes else 'no turn ended well'}"
+        )
     return Found(chosen, latest(chosen), latest(start), trials, games.notes)
 
 

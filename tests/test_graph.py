@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from nvidia.dali import fn, pipeline_def
+from nvidia.dali import Pipeline, fn, pipeline_def
 from PIL import Image
 
 import alexprep.pipeline
@@ -167,6 +167,24 @@ def test_the_front_is_small_and_documented() -> None:
             assert all(part.annotation is not part.empty for part in hints.parameters.values()), name
     with pytest.raises(AttributeError, match="Engine"):
         _ = front.Engine
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_gpu_decodes_whole_images(device: str) -> None:
+    """nvJPEG refuses regions of images with subsampled chroma: they would all be decoded on the CPU."""
+    with Pipeline(batch_size=1, num_threads=1, device_id=None if device == "cpu" else 0):
+        encoded, start = fn.external_source(name="encoded"), fn.external_source(name="start")
+        nodes = [decode_window(encoded, start, (4, 4), device), decode_crop(encoded, 4, device=device)]
+        nodes.append(decode_crop(encoded, device=device))
+    operators = []
+    for node in nodes:
+        names = []
+        while node.source.name not in ("encoded", "start"):
+            names.append(node.source.name.strip("_").partition("_")[0])
+            node = node.source.inputs[0]
+        operators.append(names)
+    regions = [["ImageSlice"], ["ImageCrop"]] if device == "cpu" else [["Slice", "Image"], ["Crop", "Image"]]
+    assert operators == [*regions, ["Image"]]
 
 
 @pytest.mark.gpu

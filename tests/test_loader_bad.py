@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from alexprep.pipeline.augmentation import PRESETS, Augmentation
+from alexprep.pipeline.engine import Engine
 from alexprep.pipeline.loader import Batch, Loader
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.layout import INDEX
@@ -176,3 +177,18 @@ def test_raw_shards_of_the_wrong_size_are_named(data: Path) -> None:
     samples = Samples(data, "train")
     assert "(00000000.jpg)" in samples.where(0)
     assert np.array_equal(samples.encoded(0)[:2], [0xFF, 0xD8])
+
+
+def test_images_are_not_blamed_where_nothing_can_be_decoded(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU without memory left, say: nothing may be left out for that."""
+
+    def failing(*_: object, **__: object) -> torch.Tensor:
+        raise RuntimeError("CUDA runtime API error cudaErrorMemoryAllocation (2)")
+
+    monkeypatch.setattr(Engine, "_outputs", failing)
+    monkeypatch.setattr("alexprep.pipeline.probe.probe_pipeline", failing)
+    with (
+        Loader(data, batch_size=48, augmentation=PLAIN, on_bad="skip") as loader,
+        pytest.raises(AlexprepError, match="DALI could not make a batch: CUDA runtime"),
+    ):
+        next(iter(loader))

@@ -25,6 +25,7 @@ from alexprep.shards.engines import InProcessEngine
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.files import folder_at
 from alexprep.shards.plan import ShardOptions
+from alexprep.shards.read import TarSamples
 
 SIZES = ((90, 61), (61, 90), (64, 64), (57, 123), (200, 77), (75, 75), (333, 60))
 FREE = Augmentation(crop=51, mean="imagenet", std="imagenet", noise="none")
@@ -147,6 +148,27 @@ def test_remote_data_sets(order: Any, data: Path, photos: Path) -> None:
     with pytest.raises(AlexprepError, match="order='blocks'"):
         Loader(store, batch_size=5, augmentation=plain)
     fsspec.filesystem("memory").rm(f"/loader-{order}", recursive=True)
+
+
+def test_each_remote_shard_is_fetched_once(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where eight steps ahead lie in more shards than one step."""
+    store = "memory://loader-once"
+    build(photos, folder_at(store), ShardOptions(Target(size=64), shard_samples=2), InProcessEngine())
+    fetched: list[int] = []
+    download = TarSamples._download
+
+    def counted(samples: TarSamples, shard: int) -> Any:
+        fetched.append(shard)
+        return download(samples, shard)
+
+    monkeypatch.setattr(TarSamples, "_download", counted)
+    plain = Augmentation(crop=51, mean="none", noise="none")
+    for order in ("sequential", "blocks"):
+        fetched.clear()
+        with Loader(store, batch_size=5, augmentation=plain, views="centre", order=order, block_shards=2) as remote:
+            _all(remote, 1)
+        assert sorted(fetched) == list(range(24))
+    fsspec.filesystem("memory").rm("/loader-once", recursive=True)
 
 
 def test_no_tars_at_all(tmp_path: Path) -> None:

@@ -175,6 +175,20 @@ def test_what_fails_is_told_and_not_chosen() -> None:
     assert found.notes == ["4 threads, 4 steps ahead failed at batches of 128: out of memory"]
 
 
+def test_defaults_that_fail_are_told() -> None:
+    """They passed the warm-up, and then never again."""
+    calls = []
+
+    def speed(tuning: Tuning, size: int) -> float:
+        calls.append(tuning)
+        if len(calls) > 1 and tuning == calls[0]:
+            raise RuntimeError("out of memory")
+        return hill(tuning, size)
+
+    with pytest.raises(AlexprepError, match=r"the default settings do not work: .* failed at batches of 128"):
+        Machine(speed).searched()
+
+
 def test_the_default_stays_where_the_choice_is_slower_after_all() -> None:
     def speed(tuning: Tuning, size: int) -> float:
         late = len(machine.asked) > 21
@@ -300,7 +314,7 @@ def test_the_command(mine: Path, tmp_path: Path) -> None:
         "8, default",
     ):
         assert words in result.stdout
-    for words in ("sequential  0.000", "× the default's", "host memory", f"written to   {mine}/tuning.json"):
+    for words in ("sequential  0.000", "× the default's", "host memory", f"{mine}/tuning.json"):
         assert words in result.stdout
     saved = saved_tuning(mine, "cpu").tuning
     assert saved is not None and saved.words("cpu") in result.stdout
@@ -340,7 +354,7 @@ def test_no_place_to_write_is_no_error(mine: Path, tmp_path: Path, monkeypatch: 
     result = run_tune("--data", mine, "--device", "cpu", "--batch-size", 16, "--seconds", 0.5)
     assert result.exit_code == 0
     assert f"Note: {mine}/tuning.json cannot be written (Read-only file system)" in result.stderr
-    assert "written to   nowhere" in result.stdout and "settings" in result.stdout
+    assert "nowhere: `alexprep train` uses its defaults" in result.stdout and "settings" in result.stdout
 
 
 def test_interrupted_it_leaves_nothing(mine: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
