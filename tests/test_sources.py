@@ -23,7 +23,7 @@ from alexprep.shards.labels import class_order
 from alexprep.shards.layout import read_dataset, read_index
 from alexprep.shards.plan import ShardOptions
 from alexprep.shards.sources import ilsvrc
-from alexprep.shards.sources.base import Input, split_of
+from alexprep.shards.sources.base import UNLABELLED, Input, split_of
 from alexprep.shards.sources.files import files_at, inflated
 from alexprep.shards.sources.find import find_source
 
@@ -475,7 +475,10 @@ def test_webdatasets_are_sharded_anew(form: str, reference: Path, folders: Path,
         ({"a.jpg": b"x", "a.cls": b"-1"}, "label -1, not between 0 and"),
         ({"a.jpg": b"x", "a.cls": b""}, "empty label"),
         ({"a.jpg": b"x", "a.json": b'{"text": 1}'}, "no label in its .json"),
+        ({"a.jpg": b"x", "a.json": b'{"label": null}'}, "no label in its .json"),
+        ({"a.jpg": b"x", "a.json": b"[1]"}, "no label in its .json"),
         ({"a.jpg": b"x", "a.json": b'{"label": [1, 2]}'}, "several labels"),
+        ({"a.npy": b"x", "a.cls": b"1"}, "0 images among npy, cls, expected one; .npy counts only below the dataset"),
         ({"a.jpg": b"x", "a.cls": b"\xff\xfe"}, "no label in its .cls"),
     ],
 )
@@ -483,6 +486,59 @@ def test_samples_that_make_no_sense(members: dict[str, bytes], words: str, tmp_p
     _tar(tmp_path / "set.tar", members)
     with pytest.raises(AlexprepError, match=words):
         list(find_source(str(tmp_path)).inputs())
+
+
+@pytest.mark.parametrize("form", ["jpg", "raw"])
+def test_our_own_shards_with_unknown_classes_and_raw_pixels(
+    form: str, archives: Path, val: list[tuple[str, str, bytes]], tmp_path: Path
+) -> None:
+    (tmp_path / "source").mkdir()
+    _tar(
+        tmp_path / "source/ILSVRC2012_img_test.tar",
+        {name.replace("val", "test"): content for name, _, content in val[:5]},
+    )
+    first, again = tmp_path / "first", tmp_path / "again"
+    build(tmp_path / "source", first, ShardOptions(Target(size=64, format=form)), ENGINE)
+    source = find_source(str(first))
+    assert {entry.class_name for entry in source.inputs()} == {UNLABELLED}
+    report = build(source, again, ShardOptions(Target(size=64, format="raw")), ENGINE)
+    assert report.samples == {"test": 5} and not report.rejected
+    assert read_index(again, "test")["label"].tolist() == [-1] * 5 and read_dataset(again)["classes"] == []
+    if form == "raw":  # nothing is lost on the way
+        pixels = [
+            sorted(find_source(str(d)).read(i.location).tobytes() for i in find_source(str(d)).inputs())
+            for d in (first, again)
+        ]
+        assert pixels[0] == pixels[1]
+        tar = next(first.glob("test/*.tar"))
+        tar.write_bytes(tar.read_bytes().replace(b"'descr': '|u1'", b"'descr': '|i1'"))
+        with pytest.raises(OSError, match=r"no \.npy of uint8 pixels"):
+            source.read(next(iter(source.inputs())).location)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ('{"name": "mine", "version": 3}', ["1", "x"]),
+        ("{broken", ["1", "x"]),
+        ("[1, 2]", ["1", "x"]),
+        ('{"format": "theirs", "classes": ["a"], "like": "alexprep data set"}', ["1", "x"]),
+        ('{"format": "alexprep data set", "classes": ["a", "b", "x"]}', ["b", "x"]),
+        ('{"format": "alexprep data set", "classes": ["a"]}', "the label 1, none of the 1 classes of the dataset.json"),
+        ('{"format": "alexprep data set", "classes": ["a", "b"]}', "the label 'x', none of the 2 classes"),
+        ('{"format": "alexprep data set", "classes": [1]}', "dataset.json is damaged .*no text"),
+        ('{"format": "alexprep data set"}', "dataset.json is damaged"),
+        ('{"format": "alexprep data set", ', "dataset.json is damaged .* run the `alexprep shard` that made it again"),
+    ],
+)
+def test_only_our_own_dataset_json_names_classes(content: str, expected: str | list[str], tmp_path: Path) -> None:
+    _tar(tmp_path / "set.tar", {"a.jpg": b"", "a.cls": b"1", "b.jpg": b"", "b.cls": b"x"})
+    (tmp_path / "dataset.json").write_text(content)
+    if isinstance(expected, str):
+        with pytest.raises(AlexprepError, match=expected):
+            list(find_source(str(tmp_path)).inputs())
+    else:
+        assert [entry.class_name for entry in find_source(str(tmp_path)).inputs()] == expected
 
 
 @pytest.mark.parametrize("layout", ["folders", "ilsvrc"])
