@@ -9,6 +9,7 @@ import io
 import shutil
 import tarfile
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -348,6 +349,27 @@ def test_archives_that_make_no_sense(archives: Path, tmp_path: Path) -> None:
     refused("expected one SYNSET.tar a class")
 
 
+def test_archives_packed_otherwise(tmp_path: Path) -> None:
+    """Synsets' tars below a folder, and members that occur twice: each is an input."""
+    inner = _tar(tmp_path / "x", {"b.JPEG": b"", "a.JPEG": b""})
+    (tmp_path / "x").unlink()
+    _tar(tmp_path / "ILSVRC2012_img_train.tar", {"z/n1.tar": inner, "train/n2.tar": inner, "n0.tar": inner})
+    names = [f"ILSVRC2012_val_{n}.JPEG" for n in (1, 2)]
+    with tarfile.open(tmp_path / "ILSVRC2012_img_val.tar", "w") as tar:
+        for name in (*names, names[0]):
+            tar.addfile(tarfile.TarInfo(name))
+    (tmp_path / "ILSVRC2012_validation_ground_truth.txt").write_text("2\n1\n")
+    (tmp_path / "meta.mat").write_bytes(_meta_mat(["n1", "n2"]))
+    _tar(tmp_path / "ILSVRC2012_img_test.tar", {"ILSVRC2012_test_1.JPEG": b"", "ILSVRC2012_test_2.JPEG": b""})
+    (tmp_path / "test.txt").write_text("ILSVRC2012_test_1.JPEG 0\nILSVRC2012_test_2.JPEG 0\n")  # Caffe's
+    inputs = list(find_source(str(tmp_path)).inputs())
+    assert [entry.class_name for entry in inputs if entry.split == "train"] == ["n0", "n0", "n1", "n1", "n2", "n2"]
+    val = [(entry.class_name, entry.location.member.decode()) for entry in inputs if entry.split == "val"]
+    assert val == [("n1", names[1]), ("n2", names[0]), ("n2", names[0])]
+    assert [entry.class_name for entry in inputs if entry.split == "test"] == [UNLABELLED] * 2
+    assert len(set(inputs)) == len(inputs)
+
+
 def test_published_checksums(archives: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files, _ = files_at(str(archives))
     with pytest.raises(AlexprepError, match="the published one is"):
@@ -490,7 +512,7 @@ def test_samples_that_make_no_sense(members: dict[str, bytes], words: str, tmp_p
 
 @pytest.mark.parametrize("form", ["jpg", "raw"])
 def test_our_own_shards_with_unknown_classes_and_raw_pixels(
-    form: str, archives: Path, val: list[tuple[str, str, bytes]], tmp_path: Path
+    form: Literal["jpg", "raw"], archives: Path, val: list[tuple[str, str, bytes]], tmp_path: Path
 ) -> None:
     (tmp_path / "source").mkdir()
     _tar(
@@ -505,11 +527,9 @@ def test_our_own_shards_with_unknown_classes_and_raw_pixels(
     assert report.samples == {"test": 5} and not report.rejected
     assert read_index(again, "test")["label"].tolist() == [-1] * 5 and read_dataset(again)["classes"] == []
     if form == "raw":  # nothing is lost on the way
-        pixels = [
-            sorted(find_source(str(d)).read(i.location).tobytes() for i in find_source(str(d)).inputs())
-            for d in (first, again)
-        ]
-        assert pixels[0] == pixels[1]
+        other = find_source(str(again))
+        pixels = [{np.asarray(s.read(entry.location)).tobytes() for entry in s.inputs()} for s in (source, other)]
+        assert pixels[0] == pixels[1] and {len(image) for image in pixels[0]} == {64 * 64 * 3}
         tar = next(first.glob("test/*.tar"))
         tar.write_bytes(tar.read_bytes().replace(b"'descr': '|u1'", b"'descr': '|i1'"))
         with pytest.raises(OSError, match=r"no \.npy of uint8 pixels"):

@@ -28,7 +28,7 @@ class Answer(Exception):
         self.status = status
 
 
-class Shaky(MemoryFileSystem):
+class Shaky(MemoryFileSystem):  # type: ignore[misc]  # fsspec is untyped
     """A store in memory that fails as it is told: `failures` maps a deed and a path to what is raised, in turn."""
 
     protocol = "shaky"

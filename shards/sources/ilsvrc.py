@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.sources.archive import ArchiveSource, packed_files
-from alexprep.shards.sources.base import UNLABELLED, Input
+from alexprep.shards.sources.base import UNLABELLED, Input, Location
 from alexprep.shards.sources.devkit import find_meta_mat, year_of
 from alexprep.shards.sources.files import Files
 from alexprep.shards.sources.truth import find_truth
@@ -66,8 +67,9 @@ class IlsvrcArchives(ArchiveSource):
         return find_meta_mat(self.files, year_of(path for _, path in self.archives))
 
     def _train(self, path: bytes) -> Iterator[Input]:
-        for synset in sorted(packed_files(self.files, path)):
-            class_name, _, end = synset.name.rpartition(b".")
+        synsets = ((os.path.basename(synset.name), synset) for synset in packed_files(self.files, path))
+        for file, synset in sorted(synsets):
+            class_name, _, end = file.rpartition(b".")
             if end != b"tar" or synset.location.offset < 0:
                 raise AlexprepError(
                     f"{self.files.display(path)} holds {synset.name.decode('utf-8', 'backslashreplace')}, expected one "
@@ -89,9 +91,11 @@ class IlsvrcArchives(ArchiveSource):
         if truth is None:
             yield from (Input(split, UNLABELLED, location) for _, location in packed)
             return
-        where = dict(packed)
+        where: dict[bytes, list[Location]] = {}
+        for name, location in packed:  # a name may occur twice, and each of its files is an input
+            where.setdefault(name, []).append(location)
         for class_name, name in truth.sorted(where):
-            yield Input(split, class_name, where[name])
+            yield from (Input(split, class_name, location) for location in where[name])
 
 
 def check_archives(files: Files, wanted: dict[str, str] = PUBLISHED_MD5) -> list[str]:

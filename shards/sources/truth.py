@@ -87,9 +87,12 @@ def find_truth(
             return _kaggle(files, entry.name)
         if name == f"{split}.txt":
             try:
-                return _listed(files, entry.name, train_classes)
+                truth = _listed(files, entry.name, split, train_classes)
             except _NumbersNothingError as error:
                 numbers = error
+            else:
+                if truth is not None:
+                    return truth
     found = find_ground_truth(files, split, year or year_of(names))
     if found is not None:
         return _numbered(*found, names)
@@ -123,13 +126,19 @@ def _kaggle(files: Files, path: bytes) -> Truth:
     return Truth(origin, classes)
 
 
-def _listed(files: Files, path: bytes, train_classes: list[str] | None) -> Truth:
-    """NAME CLASS a line; a CLASS that is a number counts the train classes in sorted order from 0, as Caffe's list does."""
+def _listed(files: Files, path: bytes, split: str, train_classes: list[str] | None) -> Truth | None:
+    """NAME CLASS a line; a CLASS that is a number counts the train classes in sorted order from 0, as Caffe's list does.
+
+    None for a list that tells nothing: Caffe's test.txt has a 0 for every image.
+    """
     origin = files.display(path)
     pairs = [line.rsplit(None, 1) for line in _lines(files.read(path), origin) if line.strip()]
     for number, pair in enumerate(pairs, 1):
         if len(pair) != 2:
             raise AlexprepError(f"{origin}, line {number}: expected NAME CLASS")
+    values = {value for _, value in pairs}
+    if split == "test" and len(pairs) > 1 and values == {"0"}:
+        return None
     if pairs and all(value.isdecimal() for _, value in pairs):
         pairs = _counted(origin, pairs, train_classes or [])
     return Truth(origin, {stem(os.fsencode(name)): value for name, value in pairs})
@@ -167,7 +176,7 @@ def _numbered(truth: DevkitFile, devkit: DevkitFile | None, names: list[bytes]) 
         )
     synsets = devkit_order(devkit.origin, devkit.content)
     identities = [line.strip() for line in _lines(truth.content, origin) if line.strip()]
-    images = sorted(stem(name) for name in names)
+    images = sorted({stem(name) for name in names})
     if len(identities) != len(images):
         raise AlexprepError(
             f"{origin} has {len(identities):,} lines for {len(images):,} images: the images are incomplete, or of another year"
