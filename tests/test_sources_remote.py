@@ -175,6 +175,6 @@ def test_http(served: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     gone = RemoteFiles("http://127.0.0.1:9")  # nobody listens there
     with pytest.raises(OSError, match="ClientConnectorError") as caught:
         gone.read(b"a.jpg")
-    assert caught.value.errno == errno.ECOMM
+    assert caught.value.errno == errno.ECOMM and caught.value.filename == "http://127.0.0.1:9/a.jpg"
     with pytest.raises(AlexprepError, match=r"a\.tar cannot be read .*ClientConnectorError"):
         gone.size(b"a.tar")

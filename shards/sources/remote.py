@@ -93,7 +93,8 @@ class RemoteFiles:
         _check_limit(size)
         if size == 0:
             return b""
-        data = bytes(_asked(lambda: system.cat_file(place, offset or None, None if size < 0 else offset + size)))
+        end = None if size < 0 else offset + size
+        data = bytes(_asked(lambda: system.cat_file(place, offset or None, end), self.display(path)))
         _check_limit(len(data))
         if 0 < size < len(data):
             raise self._without_ranges(path)
@@ -108,9 +109,8 @@ class RemoteFiles:
         """
         system, place = _opened(self._url(path))
         with self._patiently(lambda: system.open(place, "rb", block_size=_AHEAD), path, "read") as file:
-            if (
-                getattr(file, "size", 0) is None
-            ):  # a stream, which fsspec opens where the server says that it has no ranges
+            # A stream, which fsspec opens where the server says that it has no ranges.
+            if getattr(file, "size", 0) is None:
                 raise self._without_ranges(path)
 
             def take(offset: int, size: int) -> bytes:
@@ -133,7 +133,7 @@ class RemoteFiles:
         """
         for pause in (*_PAUSES, None):
             try:
-                return _asked(ask)
+                return _asked(ask, self.display(path))
             except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
                 raise
             except OSError as error:
@@ -144,8 +144,8 @@ class RemoteFiles:
 
     def _unreadable(self, path: bytes, error: OSError, deed: str) -> AlexprepError:
         return AlexprepError(
-            f"{self.display(path)} cannot be {deed} ({error}): see to the network and the permissions, then run the same "
-            "command again"
+            f"{self.display(path)} cannot be {deed} ({error.strerror or error}): see to the network and the permissions, "
+            "then run the same command again"
         )
 
     def _without_ranges(self, path: bytes) -> AlexprepError:
@@ -167,8 +167,8 @@ class RemoteFiles:
         return "/".join(part for part in (self.url.rstrip("/"), text) if part and part != ".")
 
 
-def _asked(ask: Callable[[], _Answer]) -> _Answer:
-    """What a store answers; OSError with errno ECOMM for every failure that says nothing of the file itself."""
+def _asked(ask: Callable[[], _Answer], where: str) -> _Answer:
+    """What a store answers; OSError with errno ECOMM, which names `where`, for failures that say nothing of the file itself."""
     try:
         return ask()
     except (PermissionError, IsADirectoryError, NotADirectoryError, MemoryError, AlexprepError):
@@ -179,14 +179,14 @@ def _asked(ask: Callable[[], _Answer]) -> _Answer:
         cause = error.__cause__ if isinstance(error, FileNotFoundError) else error
         if getattr(cause, "status", None) in _ABSENT:
             raise FileNotFoundError(str(error)) from error
-        raise OSError(errno.ECOMM, f"{type(cause).__name__}: {cause}") from error
+        raise OSError(errno.ECOMM, f"{type(cause).__name__}: {cause}", where) from error
 
 
 def _is_absent(error: FileNotFoundError) -> bool:
     """Whether the store says that there is no such file. fsspec's http calls whatever goes wrong so, and tells the cause."""
     cause = error.__cause__
     if cause is None or isinstance(cause, FileNotFoundError):
-        return True
+        return cause is None or _is_absent(cause)
     status = getattr(cause, "status", None)  # aiohttp's; what has a response has been looked into, as by s3fs
     return status in _ABSENT if status is not None else getattr(cause, "response", None) is not None
 
