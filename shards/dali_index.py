@@ -6,16 +6,14 @@ v1.1 has no NAME.
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable
-from zlib import adler32
 
 from alexprep.shards.sources.archive import Packed
 from alexprep.shards.sources.base import Location
+from alexprep.shards.tar_header import number_of_bytes, read_header_block
 
 _FIELDS = {"v1.1": 3, "v1.2": 4}
 _BLOCK = 512
-_HEADER = struct.Struct("100s 24x 12s 12x 8s c 100x 6s 82x 155s 12x")  # name, size, checksum, type, magic, prefix
 _MOST_BETWEEN = 16_384  # bytes of headers before a member's own: a pax header, a long name, a folder
 _BESIDES = b"xLK5"  # types of headers that are no member for DALI: extensions and folders
 _NOT_PLAIN = (b" size=", b" GNU.sparse.")  # in a pax header: the data are not what the header itself says
@@ -89,17 +87,11 @@ def _checked_name(headers: bytes, size: int, given: bytes) -> bytes | None:
 
 
 def _read_block(block: bytes) -> tuple[bytes, bytes, int] | None:
-    """Name, type and size by a header whose checksum is right."""
-    if len(block) != _BLOCK:
+    """Name, type and size by a header whose checksum is right and whose size is a number from 0 up."""
+    header = read_header_block(block) if len(block) == _BLOCK else None
+    length = number_of_bytes(header.size) if header else None
+    if header is None or length is None:
         return None
-    name, size, checksum, flag, magic, prefix = _HEADER.unpack(block)
-    total = (adler32(block[:256], 0) & 0xFFFF) + (adler32(block[256:], 0) & 0xFFFF)  # see `untar`
-    try:
-        if int(checksum.rstrip(b"\0 "), 8) != total + 8 * ord(" ") - (adler32(checksum, 0) & 0xFFFF):
-            return None
-        length = int(size.rstrip(b"\0 "), 8)
-    except ValueError:
-        return None
-    stored = name.rstrip(b"\0")
-    folder = prefix.partition(b"\0")[0] if magic == b"ustar\0" else b""
-    return (folder + b"/" + stored if folder else stored), flag, length
+    stored = header.name.rstrip(b"\0")
+    folder = header.prefix.partition(b"\0")[0] if header.magic[:6] == b"ustar\0" else b""
+    return (folder + b"/" + stored if folder else stored), header.flag, length

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from alexprep.shards.codec import FORMATS
 from alexprep.shards.errors import AlexprepError
-from alexprep.shards.layout import FORMAT_VERSION, INDEX, INDEX_DTYPE, LEDGER, data_digest, shard_name
+from alexprep.shards.layout import DATASET_FORMAT, FORMAT_VERSION, INDEX, INDEX_DTYPE, LEDGER, data_digest, shard_name
 from alexprep.shards.plan import Plan, Shard, locations
 
 Sidecar = dict[str, Any]
@@ -90,7 +90,7 @@ class Description:
         keys = ("size", "filter", "format", "quality", "subsampling", "orient", "device")
         image = {key: document["options"][key] for key in keys}
         return {
-            "format": "alexprep data set",
+            "format": DATASET_FORMAT,
             "format_version": FORMAT_VERSION,
             "digest": data_digest(self._records, image, document["classes"]),
             "image": image | {"extension": FORMATS[image["format"]]},

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.sources.base import Source
+from alexprep.shards.sources.devkit import devkit_order
 
 AUTO = "auto"
 SORTED = "sorted"
@@ -64,21 +64,3 @@ def _listed_order(path: Path) -> list[str]:
     if repeated is not None:
         raise AlexprepError(f"--labels {path} names class {repeated!r} twice: name each once")
     return order
-
-
-def devkit_order(name: str, content: bytes) -> list[str]:
-    """The low-level synsets of a 2010 or 2012 devkit's meta.mat (see its readme.txt), by ID; IDs above are ancestors.
-
-    Raises:
-        AlexprepError: `content`, read from the file `name`, is none.
-    """
-    from scipy.io import loadmat
-
-    try:
-        synsets = loadmat(io.BytesIO(content), squeeze_me=True, struct_as_record=True)["synsets"]
-        names = synsets.dtype.names
-        identity = next(name for name in names if name.endswith("_ID"))
-        leaves = [(int(s[identity]), str(s["WNID"])) for s in synsets if int(s["num_children"]) == 0]
-    except Exception as error:  # noqa: BLE001  (scipy raises many kinds)
-        raise AlexprepError(f"{name} is not a devkit's meta.mat ({error}): give --labels FILE instead") from None
-    return [wnid for _, wnid in sorted(leaves)]

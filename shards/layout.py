@@ -18,6 +18,7 @@ FORMAT_VERSION = 1
 PLAN = "plan.json"
 PLAN_TABLE = "plan.parquet"
 DATASET = "dataset.json"
+DATASET_FORMAT = "alexprep data set"  # its "format", by which it is told from anybody else's file of that name
 TIMM_INFO = "_info.json"
 INDEX = "index.npy"
 LEDGER = "samples.parquet"

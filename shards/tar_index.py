@@ -5,7 +5,7 @@ Rules:
   * A sample is a run of neighbouring members with the same name up to the first dot of the file name. Its image is the one
     member with an image extension; its label is .cls, .class, .label, .index, or a field of .json, in this order.
   * Labels that are numbers stay what they are, and the classes are "0" to the largest. Labels that are names are sorted and
-    numbered. Both at once are an error. A dataset.json beside the shards gives the class names.
+    numbered. Both at once are an error. The dataset.json of `alexprep shard` gives the class names.
   * What cannot be used is left out and listed with the reason: no image or label, two of one, a label that makes no sense,
     an image that is empty, too large, of another type than JPEG, PNG, WebP, BMP or PNM, or whose header cannot be read, and
     what comes of a key that was there before. A sample that is listed may still prove damaged when it is decoded.
@@ -180,7 +180,7 @@ def _found(source: str | Path | Sequence[str | Path], split: str) -> tuple[list[
         if os.path.isdir(place):
             files = LocalFiles(os.path.realpath(os.fsencode(place)))
             paths += [Path(os.fsdecode(os.path.join(files.root, path))) for path in _of_split(files, split)]
-            named |= {recorded_classes(files)} - {()}
+            named |= {recorded_classes(files) or ()} - {()}
         else:
             there = os.path.exists(place)
             texts = [os.fsencode(place)] if there else braces(os.fsencode(place))

@@ -7,12 +7,11 @@ size and allocates what a header claims; here these, and all that two programs w
 from __future__ import annotations
 
 import re
-import struct
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, NoReturn
-from zlib import adler32
+from typing import NamedTuple, NoReturn
 
 from alexprep.shards.errors import AlexprepError
+from alexprep.shards.tar_header import Header, number_of_bytes, read_header_block
 
 MAX_EXTENSION_BYTES = 2**20  # of a long name or a pax header; real ones have a few hundred
 MAX_PADDING_BYTES = 2**20  # zeros at the end; more are a download that was given its disk space before its data
@@ -21,7 +20,6 @@ ReadAt = Callable[[int, int], bytes]  # (offset, size) → exactly those bytes; 
 
 _BLOCK = 512
 _LEAST_READ, _MOST_READ = 4096, 65536  # one holds a pax header and its member's, the other many small members
-_HEADER = struct.Struct("100s 24x 12s 12x 8s c 100x 8s 80x 155s 12x")  # name, size, checksum, type, magic, prefix
 _USTAR = {b"ustar\x0000", b"ustar\0  ", b"ustar\0\0\0"}
 _GNU = b"ustar  \0"
 _MAGICS = _USTAR | {_GNU, bytes(8)}
@@ -35,9 +33,7 @@ _COMPRESSED = {
     b"\xfd7zXZ\0": ("xz", "unxz"),
     b"\x28\xb5\x2f\xfd": ("zstd", "unzstd"),
 }
-_octal = re.compile(rb" *([0-7]+)[ \0]*").fullmatch
 _pax_length = re.compile(rb"([1-9][0-9]{0,6}) ").match
-_LOW_BYTES = bytes(range(128))
 _DAMAGED = "the archive is damaged: download it again"
 _CUT = "the archive was cut short: download it again"
 _ODD = "download it again, or unpack it and pack it anew with GNU tar"
@@ -79,7 +75,7 @@ def members(read: ReadAt, size: int, name: str, start: int = 0) -> Iterator[Memb
     before: dict[bytes, bytes] = {}  # what extension headers say of the next member
     while (header := archive.header(at)) is not None:
         stored_name, stored_size, flag, magic, prefix = header
-        length = _number(stored_size)
+        length = number_of_bytes(stored_size)
         if length is None:
             archive.fail(at, f"the size {stored_size!r} is no number of bytes", _DAMAGED)
         if flag in _EXTENSIONS:
@@ -135,28 +131,23 @@ class _Archive:
                 self.fail(at, f"of {wanted:,} bytes {len(self._buffer):,} can be read", _CUT)
         return self._buffer[begin : begin + size]
 
-    def header(self, at: int) -> tuple[Any, ...] | None:
-        """Name, size, type, magic and prefix of the header at `at`; None for the empty block that ends the archive."""
+    def header(self, at: int) -> Header | None:
+        """The header at `at`; None for the empty block that ends the archive."""
         block = self._get(at, _BLOCK)
         if block == bytes(_BLOCK):
             return None
         if len(block) < _BLOCK:
             self._check_compressed(at, block)
             self.fail(at, "the file ends before the empty block that ends an archive", _CUT)
-        name, size, checksum, flag, magic, prefix = _HEADER.unpack(block)
-        # The lower half of Adler-32, begun at 0, is the sum of up to 257 bytes: far faster than sum(block).
-        total = (adler32(block[:256], 0) & 0xFFFF) + (adler32(block[256:], 0) & 0xFFFF)
-        total += 8 * ord(" ") - (adler32(checksum, 0) & 0xFFFF)  # the checksum itself counts as spaces
-        digits = _octal(checksum)
-        excess = total - int(digits[1], 8) if digits else -1
-        if excess and excess != 256 * len(block.translate(None, _LOW_BYTES)):  # old tars summed signed bytes
+        header = read_header_block(block)
+        if header is None:
             self._check_compressed(at, block)
             if at == self._start:
                 self.fail(at, "this is no tar archive, or its first header is damaged", "download it again")
             self.fail(at, "a header's checksum is wrong", _DAMAGED)
-        if magic not in _MAGICS:
-            self.fail(at, f"the kind of tar {magic!r} is not known", _ODD)
-        return name, size, flag, magic, prefix
+        if header.magic not in _MAGICS:
+            self.fail(at, f"the kind of tar {header.magic!r} is not known", _ODD)
+        return header
 
     def _check_compressed(self, at: int, block: bytes) -> None:
         for magic, (method, program) in _COMPRESSED.items():
@@ -238,11 +229,3 @@ class _Archive:
         if self.end - at > MAX_PADDING_BYTES:
             problem = f"the file ends in {self.end - at:,} bytes of which the first {MAX_PADDING_BYTES:,} are zero"
             self.fail(at, problem, "the download did not end: download it again")
-
-
-def _number(field: bytes) -> int | None:
-    """A size in octal digits, or as GNU's signed big-endian number behind a set bit; None for neither and below 0."""
-    digits = _octal(field)
-    if digits:
-        return int(digits[1], 8)
-    return int.from_bytes(field, "big") - 2**95 if field[0] & 0xC0 == 0x80 else None

@@ -9,6 +9,7 @@ import io
 import shutil
 import tarfile
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -19,10 +20,11 @@ from alexprep.shards.codec import Target
 from alexprep.shards.engines import InProcessEngine
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.files import folder_at
+from alexprep.shards.labels import class_order
 from alexprep.shards.layout import read_dataset, read_index
 from alexprep.shards.plan import ShardOptions
 from alexprep.shards.sources import ilsvrc
-from alexprep.shards.sources.base import Input, split_of
+from alexprep.shards.sources.base import UNLABELLED, Input, split_of
 from alexprep.shards.sources.files import files_at, inflated
 from alexprep.shards.sources.find import find_source
 
@@ -41,8 +43,8 @@ def _tar(path: Path, members: dict[str, bytes]) -> bytes:
     return buffer.getvalue()
 
 
-def _meta_mat(wnids: list[str]) -> bytes:
-    dtype = [("ILSVRC2012_ID", "O"), ("WNID", "O"), ("words", "O"), ("gloss", "O"), ("num_children", "O")]
+def _meta_mat(wnids: list[str], year: int = 2012) -> bytes:
+    dtype = [(f"ILSVRC{year}_ID", "O"), ("WNID", "O"), ("words", "O"), ("gloss", "O"), ("num_children", "O")]
     rows = [(n + 1, wnid, "w", "g", 0) for n, wnid in enumerate(wnids)] + [(len(wnids) + 1, "n00001740", "w", "g", 2)]
     buffer = io.BytesIO()
     savemat(buffer, {"synsets": np.array(rows, dtype=dtype).reshape(-1, 1)})
@@ -146,7 +148,7 @@ def test_one_archive_alone_and_test_images_without_labels(
         {f"test/{n.replace('2012_val', '2010_test')}": c for n, _, c in val},
     )
     (tmp_path / "old/ILSVRC2010_test_ground_truth.txt").write_bytes(_ids(val, WNIDS))
-    (tmp_path / "old/meta.mat").write_bytes(_meta_mat(WNIDS))
+    (tmp_path / "old/meta.mat").write_bytes(_meta_mat(WNIDS, 2010))
     build(tmp_path / "old", tmp_path / "old-out", OPTIONS, ENGINE)
     labels = read_index(tmp_path / "old-out", "test")["label"]
     assert sorted(labels.tolist()) == sorted(read_index(reference, "val")["label"].tolist())
@@ -206,9 +208,102 @@ def test_a_flat_val_folder_with_a_ground_truth(
     assert shards_of(tmp_path / "out") == shards_of(reference)
 
 
+OLD_WNIDS = ["class0", "class1", "class2", "class3"]  # the IDs of 2010, say
+
+
+@pytest.fixture
+def two_years(archives: Path, val: list[tuple[str, str, bytes]], tmp_path: Path) -> Path:
+    """A folder with the devkits of 2010, unpacked, and 2012."""
+    data = tmp_path / "two/ILSVRC2010_devkit-1.0/data"
+    data.mkdir(parents=True)
+    (data / "meta.mat").write_bytes(_meta_mat(OLD_WNIDS, 2010))
+    (data / "ILSVRC2010_validation_ground_truth.txt").write_bytes(b"1\n" * len(val))
+    shutil.copy(archives / "ILSVRC2012_devkit_t12.tar.gz", tmp_path / "two")
+    return tmp_path / "two"
+
+
+def test_of_two_years_devkits_the_images_own_counts(
+    two_years: Path, archives: Path, val: list[tuple[str, str, bytes]]
+) -> None:
+    truth = {(class_name, name) for name, class_name, _ in val}
+    shutil.copy(archives / "ILSVRC2012_img_val.tar", two_years)
+    source = find_source(str(two_years))
+    assert {(i.class_name, i.location.member.decode()) for i in source.inputs()} == truth
+    assert class_order("ilsvrc-id", set(WNIDS), source) == WNIDS
+    # As folders: by the images' names, also below class folders. The wrong devkit alone counts for nothing.
+    (two_years / "ILSVRC2012_img_val.tar").unlink()
+    (two_years / "val").mkdir()
+    for name, _, content in val:
+        (two_years / "val" / name).write_bytes(content)
+    source = find_source(str(two_years), "folders")
+    assert {(i.class_name, i.location.path.decode().removeprefix("val/")) for i in source.inputs()} == truth
+    assert class_order("ilsvrc-id", set(WNIDS), source) == WNIDS
+    (two_years / "ILSVRC2012_devkit_t12.tar.gz").unlink()
+    with pytest.raises(AlexprepError, match="nothing beside it tells the classes"):
+        find_source(str(two_years), "folders")
+    # A loose meta.mat tells its year by the name of its IDs.
+    (two_years / "ILSVRC2012_validation_ground_truth.txt").write_bytes(_ids(val, WNIDS))
+    (two_years / "meta.mat").write_bytes(_meta_mat(OLD_WNIDS, 2010))
+    with pytest.raises(AlexprepError, match=r"put the devkit's meta\.mat of 2012"):
+        find_source(str(two_years), "folders")
+    (two_years / "meta.mat").write_bytes(_meta_mat(WNIDS))
+    assert {i.class_name for i in find_source(str(two_years), "folders").inputs()} == set(WNIDS)
+
+
+def test_devkits_of_two_years_and_names_that_tell_none(two_years: Path, val: list[tuple[str, str, bytes]]) -> None:
+    (two_years / "val").mkdir()
+    for name, _, content in val:
+        (two_years / "val" / name.removeprefix("ILSVRC2012_")).write_bytes(content)
+    with pytest.raises(AlexprepError, match=r"holds devkits of 2010 and 2012 .* move the other devkits away"):
+        find_source(str(two_years))
+    (two_years / "val/class0").mkdir()
+    with pytest.raises(AlexprepError, match="holds devkits of 2010 and 2012"):
+        class_order("ilsvrc-id", set(WNIDS), find_source(str(two_years)))
+    shutil.move(two_years / "ILSVRC2010_devkit-1.0", two_years / "devkit-1.0")  # as its archive has it
+    (two_years / "ILSVRC2012_devkit_t12.tar.gz").unlink()
+    assert class_order("ilsvrc-id", {"class0"}, find_source(str(two_years))) == OLD_WNIDS
+    (two_years / "val/class0").rmdir()
+    assert {i.class_name for i in find_source(str(two_years)).inputs()} == {"class0"}
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        ("v02.jpg 2", None),  # the class "2", or the third of "0", "1", "10", "11", "2", …
+        ("v02.jpg 0\nv03.jpg 1", {"0", "1"}),  # the same by both
+        ("v02.jpg 2\nv03.jpg 40", {"2", "40"}),  # there is no class number 40
+        ("v02.jpg 3", {"11"}),  # there is no class named 3
+    ],
+)
+def test_numbers_that_are_names_of_classes_too(lines: str, expected: set[str] | None, tmp_path: Path) -> None:
+    for name in ("0", "1", "2", "10", "11", "40"):
+        (tmp_path / "train" / name).mkdir(parents=True)
+    (tmp_path / "val").mkdir()
+    for line in lines.splitlines():
+        (tmp_path / "val" / line.split()[0]).write_bytes(b"")
+    (tmp_path / "val.txt").write_text(lines)
+    if expected is None:
+        with pytest.raises(AlexprepError, match=r"may mean the class named '2', or number 2 of .* which is '10': sort"):
+            find_source(str(tmp_path))
+    else:
+        assert {i.class_name for i in find_source(str(tmp_path)).inputs()} == expected
+
+
+def test_a_numbered_list_where_there_is_nothing_to_count(
+    archives: Path, val: list[tuple[str, str, bytes]], tmp_path: Path
+) -> None:
+    shutil.copy(archives / "ILSVRC2012_img_val.tar", tmp_path)
+    (tmp_path / "val.txt").write_text("".join(f"{name} 0\n" for name, _, _ in val))
+    with pytest.raises(AlexprepError, match=r"there are 0 train classes.* or the devkit into SOURCE"):
+        list(find_source(str(tmp_path)).inputs())
+    shutil.copy(archives / "ILSVRC2012_devkit_t12.tar.gz", tmp_path)
+    assert sorted(i.class_name for i in find_source(str(tmp_path)).inputs()) == sorted(label for _, label, _ in val)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
+        ("LOC_val_solution.csv", "a," + "b" * 200_000, "line 1: field larger than field limit"),
         ("val.txt", "".join(f"a{n} {n + 1}\n" for n in range(20)), "numbers classes up to 20, but there are 4 train"),
         ("val.txt", "ILSVRC2012_val_00000001.JPEG class0\n", "gives no class to 19 of 20 files"),
         ("val.txt", "one\n", "line 1: expected NAME CLASS"),
@@ -254,6 +349,27 @@ def test_archives_that_make_no_sense(archives: Path, tmp_path: Path) -> None:
     refused("expected one SYNSET.tar a class")
 
 
+def test_archives_packed_otherwise(tmp_path: Path) -> None:
+    """Synsets' tars below a folder, and members that occur twice: each is an input."""
+    inner = _tar(tmp_path / "x", {"b.JPEG": b"", "a.JPEG": b""})
+    (tmp_path / "x").unlink()
+    _tar(tmp_path / "ILSVRC2012_img_train.tar", {"z/n1.tar": inner, "train/n2.tar": inner, "n0.tar": inner})
+    names = [f"ILSVRC2012_val_{n}.JPEG" for n in (1, 2)]
+    with tarfile.open(tmp_path / "ILSVRC2012_img_val.tar", "w") as tar:
+        for name in (*names, names[0]):
+            tar.addfile(tarfile.TarInfo(name))
+    (tmp_path / "ILSVRC2012_validation_ground_truth.txt").write_text("2\n1\n")
+    (tmp_path / "meta.mat").write_bytes(_meta_mat(["n1", "n2"]))
+    _tar(tmp_path / "ILSVRC2012_img_test.tar", {"ILSVRC2012_test_1.JPEG": b"", "ILSVRC2012_test_2.JPEG": b""})
+    (tmp_path / "test.txt").write_text("ILSVRC2012_test_1.JPEG 0\nILSVRC2012_test_2.JPEG 0\n")  # Caffe's
+    inputs = list(find_source(str(tmp_path)).inputs())
+    assert [entry.class_name for entry in inputs if entry.split == "train"] == ["n0", "n0", "n1", "n1", "n2", "n2"]
+    val = [(entry.class_name, entry.location.member.decode()) for entry in inputs if entry.split == "val"]
+    assert val == [("n1", names[1]), ("n2", names[0]), ("n2", names[0])]
+    assert [entry.class_name for entry in inputs if entry.split == "test"] == [UNLABELLED] * 2
+    assert len(set(inputs)) == len(inputs)
+
+
 def test_published_checksums(archives: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files, _ = files_at(str(archives))
     with pytest.raises(AlexprepError, match="the published one is"):
@@ -282,6 +398,36 @@ def test_tars_of_class_folders_give_the_same_shards(shape: str, folders: Path, r
         _tar(source, {prefix + str(p.relative_to(folders)): p.read_bytes() for p in images})
     build(source, tmp_path / "out", OPTIONS, ENGINE)
     assert shards_of(tmp_path / "out") == shards_of(reference)
+
+
+@pytest.mark.parametrize(
+    ("names", "splits"),
+    [
+        (["val/c0/a.jpg", "val/c1/b.jpg"], {"val": {"c0", "c1"}}),
+        (["set/val/c0/a.jpg"], {"val": {"c0"}}),
+        (["Test/c0/deep/a.jpg", "Test/c1/a.jpg"], {"test": {"c0", "c1"}}),
+        (["train/val/c0/a.jpg", "train/test/c0/b.jpg"], {"val": {"c0"}, "test": {"c0"}}),
+        (["val/test/a.jpg", "val/test/b.jpg"], {"val": {"test"}}),
+        (["set/c0/a.jpg", "set/c1/b.jpg"], {"train": {"c0", "c1"}}),
+    ],
+)
+def test_a_tar_of_one_split_s_folder(names: list[str], splits: dict[str, set[str]], tmp_path: Path) -> None:
+    _tar(tmp_path / "photos.tar", dict.fromkeys(names, b""))
+    found: dict[str, set[str]] = {}
+    for entry in find_source(str(tmp_path / "photos.tar")).inputs():
+        found.setdefault(entry.split, set()).add(entry.class_name)
+    assert found == splits
+
+
+def test_a_data_set_made_among_tars_is_none_of_them(folders: Path, tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        images = sorted((folders / split).rglob("*.JPEG"))[:2]
+        _tar(tmp_path / f"{split}.tar", {str(p.relative_to(folders / split)): p.read_bytes() for p in images})
+    for _ in range(2):  # the second run finds the first one's folder
+        report = build(tmp_path, tmp_path / "alexprep-data", OPTIONS, ENGINE)
+        assert report.samples == {"train": 2, "val": 2}
+    (tmp_path / "class0").mkdir()
+    assert find_source(str(tmp_path)).layout == "folders"
 
 
 def test_odd_members_of_a_tar_are_rejected_each(photos: Path, tmp_path: Path) -> None:
@@ -351,7 +497,10 @@ def test_webdatasets_are_sharded_anew(form: str, reference: Path, folders: Path,
         ({"a.jpg": b"x", "a.cls": b"-1"}, "label -1, not between 0 and"),
         ({"a.jpg": b"x", "a.cls": b""}, "empty label"),
         ({"a.jpg": b"x", "a.json": b'{"text": 1}'}, "no label in its .json"),
+        ({"a.jpg": b"x", "a.json": b'{"label": null}'}, "no label in its .json"),
+        ({"a.jpg": b"x", "a.json": b"[1]"}, "no label in its .json"),
         ({"a.jpg": b"x", "a.json": b'{"label": [1, 2]}'}, "several labels"),
+        ({"a.npy": b"x", "a.cls": b"1"}, "0 images among npy, cls, expected one; .npy counts only below the dataset"),
         ({"a.jpg": b"x", "a.cls": b"\xff\xfe"}, "no label in its .cls"),
     ],
 )
@@ -359,6 +508,57 @@ def test_samples_that_make_no_sense(members: dict[str, bytes], words: str, tmp_p
     _tar(tmp_path / "set.tar", members)
     with pytest.raises(AlexprepError, match=words):
         list(find_source(str(tmp_path)).inputs())
+
+
+@pytest.mark.parametrize("form", ["jpg", "raw"])
+def test_our_own_shards_with_unknown_classes_and_raw_pixels(
+    form: Literal["jpg", "raw"], archives: Path, val: list[tuple[str, str, bytes]], tmp_path: Path
+) -> None:
+    (tmp_path / "source").mkdir()
+    _tar(
+        tmp_path / "source/ILSVRC2012_img_test.tar",
+        {name.replace("val", "test"): content for name, _, content in val[:5]},
+    )
+    first, again = tmp_path / "first", tmp_path / "again"
+    build(tmp_path / "source", first, ShardOptions(Target(size=64, format=form)), ENGINE)
+    source = find_source(str(first))
+    assert {entry.class_name for entry in source.inputs()} == {UNLABELLED}
+    report = build(source, again, ShardOptions(Target(size=64, format="raw")), ENGINE)
+    assert report.samples == {"test": 5} and not report.rejected
+    assert read_index(again, "test")["label"].tolist() == [-1] * 5 and read_dataset(again)["classes"] == []
+    if form == "raw":  # nothing is lost on the way
+        other = find_source(str(again))
+        pixels = [{np.asarray(s.read(entry.location)).tobytes() for entry in s.inputs()} for s in (source, other)]
+        assert pixels[0] == pixels[1] and {len(image) for image in pixels[0]} == {64 * 64 * 3}
+        tar = next(first.glob("test/*.tar"))
+        tar.write_bytes(tar.read_bytes().replace(b"'descr': '|u1'", b"'descr': '|i1'"))
+        with pytest.raises(OSError, match=r"no \.npy of uint8 pixels"):
+            source.read(next(iter(source.inputs())).location)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ('{"name": "mine", "version": 3}', ["1", "x"]),
+        ("{broken", ["1", "x"]),
+        ("[1, 2]", ["1", "x"]),
+        ('{"format": "theirs", "classes": ["a"], "like": "alexprep data set"}', ["1", "x"]),
+        ('{"format": "alexprep data set", "classes": ["a", "b", "x"]}', ["b", "x"]),
+        ('{"format": "alexprep data set", "classes": ["a"]}', "the label 1, none of the 1 classes of the dataset.json"),
+        ('{"format": "alexprep data set", "classes": ["a", "b"]}', "the label 'x', none of the 2 classes"),
+        ('{"format": "alexprep data set", "classes": [1]}', "dataset.json is damaged .*no text"),
+        ('{"format": "alexprep data set"}', "dataset.json is damaged"),
+        ('{"format": "alexprep data set", ', "dataset.json is damaged .* run the `alexprep shard` that made it again"),
+    ],
+)
+def test_only_our_own_dataset_json_names_classes(content: str, expected: str | list[str], tmp_path: Path) -> None:
+    _tar(tmp_path / "set.tar", {"a.jpg": b"", "a.cls": b"1", "b.jpg": b"", "b.cls": b"x"})
+    (tmp_path / "dataset.json").write_text(content)
+    if isinstance(expected, str):
+        with pytest.raises(AlexprepError, match=expected):
+            list(find_source(str(tmp_path)).inputs())
+    else:
+        assert [entry.class_name for entry in find_source(str(tmp_path)).inputs()] == expected
 
 
 @pytest.mark.parametrize("layout", ["folders", "ilsvrc"])

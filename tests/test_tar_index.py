@@ -177,7 +177,9 @@ def test_class_names_of_a_dataset_json(jpg: bytes, tmp_path: Path) -> None:
     labels = [b"2", b"crane", b"1", b"3", b"stork", b"0"]
     members = {f"{n}.{e}": c for n, label in enumerate(labels) for e, c in (("jpg", jpg), ("cls", label))}
     write_tar(tmp_path / "train" / "0.tar", members)
-    (tmp_path / "dataset.json").write_text(json.dumps({"classes": ["crane", "heron", "crane"]}))
+    (tmp_path / "dataset.json").write_text(
+        json.dumps({"format": "alexprep data set", "classes": ["crane", "heron", "crane"]})
+    )
     found = index_tars(tmp_path)
     assert found.classes == ["crane", "heron", "crane"]  # ImageNet has such a pair
     assert found.records["label"].tolist() == [2, 0, 1, 0]

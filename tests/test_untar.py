@@ -16,6 +16,7 @@ from typing import Literal
 
 import pytest
 
+from alexprep.shards.dali_index import packed_by_index
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.untar import MAX_PADDING_BYTES, Member, members
 
@@ -411,3 +412,15 @@ def test_random_headers_end_well(seed: int) -> None:
         ends = [0, *(place for m in found for place in (m.offset, m.offset + m.size)), len(data) - 512]
         assert ends == sorted(ends) and all(m.name and b"\0" not in m.name for m in found)
     assert 1000 < listings < 19_000
+
+
+@pytest.mark.parametrize("size", [b"-0000001000", b"-1", b"\xff" * 12, b"0o10", b"1_0", b"+1"])
+def test_an_index_over_a_header_whose_size_is_none(size: bytes) -> None:
+    """A negative size before a member would lead back to its own header, for ever."""
+    data = block(b"pax", size, b"x") + block(b"a.jpg") + bytes(1024)
+    index = b"v1.2 1\njpg 1024 0 a.jpg\n"
+    with pytest.raises(ValueError, match="line 2 does not tell what the tar has at byte 1,024"):
+        packed_by_index(index, lambda offset, size: data[offset : offset + size], b"x.tar")
+    sound = block(b"pax", 0, b"x") + data[512:]
+    (found,) = packed_by_index(index, lambda offset, size: sound[offset : offset + size], b"x.tar")
+    assert found.name == b"a.jpg"

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from alexprep.shards.sources.base import Location, Source
 from alexprep.shards.sources.files import Files
 from alexprep.shards.untar import members
@@ -22,14 +25,19 @@ class Packed(NamedTuple):
 class ArchiveSource(Source):
     """A source whose inputs may lie in archives."""
 
-    def read(self, location: Location) -> bytes:
+    def read(self, location: Location) -> bytes | NDArray[np.uint8]:
         """See `Source`."""
-        if location.offset == _NO_FILE:
-            raise OSError("a link or special file in an archive")
-        data = self.files.read(location.path, location.offset, location.size)
-        if 0 <= location.size != len(data):
-            raise OSError("the archive is shorter than it was when it was listed")
-        return data
+        return read_packed(self.files, location)
+
+
+def read_packed(files: Files, location: Location) -> bytes:
+    """The bytes of a member; OSError where it has none, or the archive has become shorter."""
+    if location.offset == _NO_FILE:
+        raise OSError("a link or special file in an archive")
+    data = files.read(location.path, location.offset, location.size)
+    if 0 <= location.size != len(data):
+        raise OSError("the archive is shorter than it was when it was listed")
+    return data
 
 
 def packed_files(files: Files, path: bytes, within: Location | None = None, prefix: bytes = b"") -> Iterator[Packed]:

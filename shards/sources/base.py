@@ -10,7 +10,8 @@ from typing import ClassVar, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from alexprep.shards.sources.files import Files, inflated
+from alexprep.shards.sources.devkit import find_meta_mat
+from alexprep.shards.sources.files import Files
 
 # What people call their splits, and what they are called in a data set.
 SPLITS = {
@@ -93,30 +94,12 @@ class Source:
         return 0
 
     def devkit(self) -> tuple[str, bytes] | None:
-        """The name and content of a devkit's meta.mat, where there is one beside the images."""
-        return find_meta_mat(self.files)
+        """The name and content of a devkit's meta.mat, where there is one beside the images.
 
-
-def find_meta_mat(files: Files) -> tuple[str, bytes] | None:
-    """The name and content of a devkit's meta.mat; see `find_in_devkit`."""
-    return find_in_devkit(files, rb"meta\.mat")
-
-
-def find_in_devkit(files: Files, pattern: bytes) -> tuple[str, bytes] | None:
-    """The name and content of a file of the devkit: in the root, or in a devkit there, unpacked or as downloaded."""
-    for entry in files.entries():
-        if not entry.is_folder and re.fullmatch(pattern, entry.name):
-            return files.display(entry.name), files.read(entry.name)
-        if entry.is_folder and re.fullmatch(rb"ILSVRC20\d\d_devkit_\w+", entry.name):
-            for below in files.entries(entry.name + b"/data"):
-                if re.fullmatch(pattern, below.name):
-                    path = entry.name + b"/data/" + below.name
-                    return files.display(path), files.read(path)
-        elif re.fullmatch(rb"ILSVRC20\d\d_devkit\w*([.-]\w+)*\.(tar|tgz|tar\.gz)", entry.name):
-            found = find_member(inflated(files, entry.name), files.display(entry.name), b"(^|/)" + pattern + b"$")
-            if found is not None:
-                return f"{files.display(entry.name)}/{found[0]}", found[1]
-    return None
+        Raises:
+            AlexprepError: there are some of several years, and the images' names do not tell theirs.
+        """
+        return find_meta_mat(self.files, "")
 
 
 def numbered_classes(present: set[str]) -> list[str]:

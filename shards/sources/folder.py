@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from alexprep.shards.errors import AlexprepError
-from alexprep.shards.sources.base import SPLITS, Input, Location, Source, find_meta_mat
+from alexprep.shards.sources.base import SPLITS, Input, Location, Source
+from alexprep.shards.sources.devkit import find_meta_mat, year_of
 from alexprep.shards.sources.files import Files, LocalFiles
 from alexprep.shards.sources.truth import Truth, find_truth
 
@@ -73,11 +74,19 @@ class ClassFolders(Source):
         return any(self.files.covers(target, folder) for _, folder, _ in self.splits)
 
     def devkit(self) -> tuple[str, bytes] | None:
-        """Also beside the root, where people unpack it."""
-        found = find_meta_mat(self.files)
+        """Also beside the root, where people unpack it; that of the images' year, where a name tells it."""
+        year = year_of(name for _, folder, _ in self.splits for name in self._some(folder))
+        found = find_meta_mat(self.files, year)
         if found is None and isinstance(self.files, LocalFiles):
-            found = find_meta_mat(LocalFiles(os.path.dirname(self.files.root)))
+            found = find_meta_mat(LocalFiles(os.path.dirname(self.files.root)), year)
         return found
+
+    def _some(self, folder: bytes) -> list[bytes]:
+        """Names of images: those in a flat folder, or those in the first class folder."""
+        entries = self.files.entries(folder)
+        first = next((entry.name for entry in entries if entry.is_folder), None)
+        below = entries if first is None else self.files.entries(os.path.join(folder, first))
+        return [entry.name for entry in below]
 
 
 def _truth(files: Files, split: str, folder: bytes, train: bytes | None) -> Truth | None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.sources.archive import ArchiveSource, packed_files
-from alexprep.shards.sources.base import UNLABELLED, Input
+from alexprep.shards.sources.base import UNLABELLED, Input, Location
+from alexprep.shards.sources.devkit import find_meta_mat, year_of
 from alexprep.shards.sources.files import Files
 from alexprep.shards.sources.truth import find_truth
 
@@ -60,9 +62,14 @@ class IlsvrcArchives(ArchiveSource):
         for split, path in self.archives:
             yield from self._train(path) if split == "train" else self._flat(split, path)
 
+    def devkit(self) -> tuple[str, bytes] | None:
+        """That of the archives' year."""
+        return find_meta_mat(self.files, year_of(path for _, path in self.archives))
+
     def _train(self, path: bytes) -> Iterator[Input]:
-        for synset in sorted(packed_files(self.files, path)):
-            class_name, _, end = synset.name.rpartition(b".")
+        synsets = ((os.path.basename(synset.name), synset) for synset in packed_files(self.files, path))
+        for file, synset in sorted(synsets):
+            class_name, _, end = file.rpartition(b".")
             if end != b"tar" or synset.location.offset < 0:
                 raise AlexprepError(
                     f"{self.files.display(path)} holds {synset.name.decode('utf-8', 'backslashreplace')}, expected one "
@@ -74,18 +81,21 @@ class IlsvrcArchives(ArchiveSource):
 
     def _flat(self, split: str, path: bytes) -> Iterator[Input]:
         packed = sorted(packed_files(self.files, path))
-        truth = find_truth(self.files, split, [name for name, _ in packed])
+        year = year_of([path])
+        truth = find_truth(self.files, split, [name for name, _ in packed], year=year)
         if truth is None and split != "test":
             raise AlexprepError(
-                f"nothing beside {self.files.display(path)} tells the classes of its images: put "
-                "ILSVRC2012_devkit_t12.tar.gz (or its ground truth and meta.mat) there"
+                f"nothing beside {self.files.display(path)} tells the classes of its images: put the devkit of {year} "
+                "(as ILSVRC2012_devkit_t12.tar.gz), or its ground truth and meta.mat, there"
             )
         if truth is None:
             yield from (Input(split, UNLABELLED, location) for _, location in packed)
             return
-        where = dict(packed)
+        where: dict[bytes, list[Location]] = {}
+        for name, location in packed:  # a name may occur twice, and each of its files is an input
+            where.setdefault(name, []).append(location)
         for class_name, name in truth.sorted(where):
-            yield Input(split, class_name, where[name])
+            yield from (Input(split, class_name, location) for location in where[name])
 
 
 def check_archives(files: Files, wanted: dict[str, str] = PUBLISHED_MD5) -> list[str]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.sources.base import UNLABELLED, Input, Location, Source
+from alexprep.shards.sources.devkit import find_meta_mat
 from alexprep.shards.sources.files import Files
 from alexprep.shards.sources.truth import find_truth
 
@@ -39,7 +40,7 @@ class Kaggle(Source):
                         yield Input("train", entry.name.decode("utf-8", "backslashreplace"), Location(path))
         if b"val" in present:
             names = self._flat(b"val")
-            truth = find_truth(self.files, "val", names)
+            truth = find_truth(self.files, "val", names, year="2012")
             if truth is None:
                 raise AlexprepError(
                     f"{self.files.display()} has no LOC_val_solution.csv, which tells the classes of the val images: "
@@ -47,6 +48,10 @@ class Kaggle(Source):
                 )
             for class_name, name in truth.sorted(names):
                 yield Input("val", class_name, Location(os.path.join(_IMAGES, b"val", name)))
+
+    def devkit(self) -> tuple[str, bytes] | None:
+        """That of 2012, whose images the competition has."""
+        return find_meta_mat(self.files, "2012")
 
     def covers(self, target: str) -> bool:
         """Whether `target` lies among the images."""

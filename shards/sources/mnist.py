@@ -53,7 +53,10 @@ class Mnist(Source):
             return None
         sets: dict[bytes, dict[str, dict[bytes, bytes]]] = {}
         for prefix, splits in paired(files, name, _NAME).items():
-            kinds = {split: {kind[:6]: file for kind, file in found.items()} for split, found in splits.items()}
+            kinds: dict[str, dict[bytes, bytes]] = {split: {} for split in splits}
+            for split, by_kind in splits.items():
+                for kind, file in by_kind.items():  # the one to be preferred first
+                    kinds[split].setdefault(kind[:6], file)
             if any(b"images" in found for found in kinds.values()):
                 sets[prefix] = kinds
         if len(sets) > 1:

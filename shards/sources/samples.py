@@ -5,14 +5,15 @@ from __future__ import annotations
 import itertools
 import json
 import operator
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from typing import NamedTuple
 
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.sources.archive import Packed
-from alexprep.shards.sources.base import Location, numbered_classes
+from alexprep.shards.sources.base import UNLABELLED, Location, numbered_classes
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm")
+RAW_EXTENSION = "npy"  # of pixels in our own shards; in others' it may be anything
 LABEL_EXTENSIONS = ("cls", "class", "label", "index", "json")  # in this order of preference
 _JSON_LABELS = ("label", "cls", "class", "class_id")
 _MAX_LABEL_BYTES = 2**20
@@ -61,24 +62,33 @@ def split_name(name: bytes) -> tuple[bytes, str]:
     return folder + slash + first, rest.decode("utf-8", "backslashreplace").lower()
 
 
-def image_of(sample: Sample) -> Location:
+def image_of(sample: Sample, extensions: Container[str] = IMAGE_EXTENSIONS) -> Location:
     """The one image of a sample.
+
+    Args:
+        sample: of a shard.
+        extensions: of images, in lower case.
 
     Raises:
         BadSampleError: it has none, or several.
     """
-    images = [extension for extension in sample.parts if extension.rpartition(".")[2] in IMAGE_EXTENSIONS]
+    images = [extension for extension in sample.parts if extension.rpartition(".")[2] in extensions]
     if len(images) != 1:
-        raise BadSampleError(f"{len(images)} images among {', '.join(sample.parts)}, expected one")
+        raw = RAW_EXTENSION in sample.parts and not images
+        raise BadSampleError(
+            f"{len(images)} images among {', '.join(sample.parts)}, expected one"
+            + ("; .npy counts only below the dataset.json of `alexprep shard`: name its folder" if raw else "")
+        )
     return sample.parts[images[0]]
 
 
-def label_of(sample: Sample, read: Callable[[int, int], bytes]) -> str:
-    """The label of a sample: a number from 0 to 2**20 - 1 without leading zeros, or a name.
+def label_of(sample: Sample, read: Callable[[int, int], bytes], ours: bool = False) -> str:
+    """The label of a sample: a number from 0 to 2**20 - 1 without leading zeros, or a name; `UNLABELLED` for -1 in our shards.
 
     Args:
         sample: of a shard.
         read: (offset, size) → those bytes of the shard.
+        ours: whether `alexprep shard` made the shards, to which -1 means that nobody knows the class.
 
     Raises:
         BadSampleError: it has none, several, or one that makes no sense.
@@ -95,15 +105,17 @@ def label_of(sample: Sample, read: Callable[[int, int], bytes]) -> str:
         text = read(offset, size).decode("utf-8").strip()
         if extension == "json":
             document = json.loads(text)
-            label = next(document[key] for key in _JSON_LABELS if key in document)
+            label = next(document[key] for key in _JSON_LABELS if document.get(key) is not None)
             if isinstance(label, list | dict):
                 raise BadSampleError("several labels: one is needed")
             text = str(label)
-    except (ValueError, TypeError, StopIteration, RecursionError):
+    except (ValueError, AttributeError, StopIteration, RecursionError):
         raise BadSampleError(
             f"no label in its .{extension}: expected a number or a name"
             + (f" under {' or '.join(_JSON_LABELS)}" if extension == "json" else "")
         ) from None
+    if ours and text == "-1":
+        return UNLABELLED
     if text.removeprefix("-").isdecimal():
         if len(text) > 30 or not 0 <= int(text) < 2**20:
             raise BadSampleError(f"the label {text[:30]}, not between 0 and {2**20 - 1:,}")
@@ -114,8 +126,18 @@ def label_of(sample: Sample, read: Callable[[int, int], bytes]) -> str:
 
 
 def named_label(label: str, names: tuple[str, ...]) -> str:
-    """The class name of a label: by number where there are names, else the label itself."""
-    return names[int(label)] if label.isdecimal() and int(label) < len(names) else label
+    """The class name of a label, which is a number, one of the names, or `UNLABELLED`.
+
+    Raises:
+        BadSampleError: it is none of them.
+    """
+    if label.isdecimal() and int(label) < len(names):
+        return names[int(label)]
+    if label != UNLABELLED and label not in names:
+        raise BadSampleError(
+            f"the label {label[:30] if label.isdecimal() else repr(label[:30])}, none of the {len(names):,} classes of the dataset.json there"
+        )
+    return label
 
 
 def class_names(present: set[str], names: tuple[str, ...], place: str) -> list[str]:

@@ -9,10 +9,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from alexprep.shards.errors import AlexprepError
-from alexprep.shards.sources.base import find_in_devkit, find_meta_mat
+from alexprep.shards.sources.devkit import DevkitFile, devkit_order, find_ground_truth, year_of
 from alexprep.shards.sources.files import Files
 
+_DOWNLOAD = "download it again"
 _STEM_END = re.compile(rb"\.(jpe?g|png|bmp|gif|webp|tiff?)$", re.IGNORECASE)
+
+
+class _NumbersNothingError(AlexprepError):
+    """A list has numbers where there are no classes that they could count."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,9 @@ def stem(name: bytes) -> bytes:
     return _STEM_END.sub(b"", os.path.basename(name))
 
 
-def find_truth(files: Files, split: str, names: list[bytes], train_classes: list[str] | None = None) -> Truth | None:
+def find_truth(
+    files: Files, split: str, names: list[bytes], train_classes: list[str] | None = None, year: str = ""
+) -> Truth | None:
     """What tells the classes of the images `names` of a split, looked for in the root of `files`; None where nothing does.
 
     Args:
@@ -66,10 +73,12 @@ def find_truth(files: Files, split: str, names: list[bytes], train_classes: list
         split: "val" or "test".
         names: the images.
         train_classes: the classes of the train split, for lists that number them in sorted order.
+        year: whose devkit is meant; empty for the year that the images' names tell.
 
     Raises:
-        AlexprepError: there is a file, but it makes no sense.
+        AlexprepError: there is a file, but it makes no sense; or the devkits of two years, and nothing tells which counts.
     """
+    numbers: _NumbersNothingError | None = None
     for entry in files.entries():
         name = entry.name.decode("utf-8", "replace")
         if entry.is_folder:
@@ -77,66 +86,97 @@ def find_truth(files: Files, split: str, names: list[bytes], train_classes: list
         if re.fullmatch(rf"LOC_{split}_solution\.csv", name):
             return _kaggle(files, entry.name)
         if name == f"{split}.txt":
-            return _listed(files, entry.name, train_classes)
-    word = {"val": "validation"}.get(split, split)
-    found = find_in_devkit(files, rf"ILSVRC20\d\d_{word}_ground_truth\.txt".encode())
-    if found is None:
-        return None
-    return _numbered(files, *found, names)
+            try:
+                truth = _listed(files, entry.name, split, train_classes)
+            except _NumbersNothingError as error:
+                numbers = error
+            else:
+                if truth is not None:
+                    return truth
+    found = find_ground_truth(files, split, year or year_of(names))
+    if found is not None:
+        return _numbered(*found, names)
+    if numbers is not None:
+        raise numbers
+    return None
 
 
 def _lines(content: bytes, origin: str) -> list[str]:
     try:
         return content.decode("utf-8").splitlines()
     except UnicodeDecodeError as error:
-        raise AlexprepError(f"{origin} is no text in UTF-8 ({error}): download it again") from None
+        raise AlexprepError(f"{origin} is no text in UTF-8 ({error}): {_DOWNLOAD}") from None
 
 
 def _kaggle(files: Files, path: bytes) -> Truth:
     """ImageId,PredictionString: the class is the first word of the second column, boxes follow."""
     origin = files.display(path)
     classes = {}
-    for number, row in enumerate(csv.reader(_lines(files.read(path), origin)), 1):
-        if number == 1 and row[:1] == ["ImageId"]:
-            continue
-        words = row[1].split() if len(row) == 2 else []
-        if not words:
-            raise AlexprepError(f"{origin}, line {number}: expected ImageId,PredictionString: download it again")
-        classes[stem(os.fsencode(row[0]))] = words[0]
+    rows = csv.reader(_lines(files.read(path), origin))
+    try:
+        for row in rows:
+            if rows.line_num == 1 and row[:1] == ["ImageId"]:
+                continue
+            words = row[1].split() if len(row) == 2 else []
+            if not words:
+                raise AlexprepError(f"{origin}, line {rows.line_num}: expected ImageId,PredictionString: {_DOWNLOAD}")
+            classes[stem(os.fsencode(row[0]))] = words[0]
+    except csv.Error as error:
+        raise AlexprepError(f"{origin}, line {rows.line_num}: {error}: {_DOWNLOAD}") from None
     return Truth(origin, classes)
 
 
-def _listed(files: Files, path: bytes, train_classes: list[str] | None) -> Truth:
-    """NAME CLASS a line; a CLASS that is a number counts the train classes in sorted order from 0, as Caffe's list does."""
+def _listed(files: Files, path: bytes, split: str, train_classes: list[str] | None) -> Truth | None:
+    """NAME CLASS a line; a CLASS that is a number counts the train classes in sorted order from 0, as Caffe's list does.
+
+    None for a list that tells nothing: Caffe's test.txt has a 0 for every image.
+    """
     origin = files.display(path)
     pairs = [line.rsplit(None, 1) for line in _lines(files.read(path), origin) if line.strip()]
     for number, pair in enumerate(pairs, 1):
         if len(pair) != 2:
             raise AlexprepError(f"{origin}, line {number}: expected NAME CLASS")
-    if all(value.isdecimal() for _, value in pairs):
-        highest = max((int(value) for _, value in pairs), default=-1)
-        if train_classes is None or highest >= len(train_classes):
-            # Kaggle's own val.txt counts images, not classes: its classes are in LOC_val_solution.csv.
-            raise AlexprepError(
-                f"{origin} numbers classes up to {highest}, but there are {len(train_classes or [])} train classes to "
-                "number: give class names, or put LOC_val_solution.csv into SOURCE"
-            )
-        pairs = [[name, train_classes[int(value)]] for name, value in pairs]
+    values = {value for _, value in pairs}
+    if split == "test" and len(pairs) > 1 and values == {"0"}:
+        return None
+    if pairs and all(value.isdecimal() for _, value in pairs):
+        pairs = _counted(origin, pairs, train_classes or [])
     return Truth(origin, {stem(os.fsencode(name)): value for name, value in pairs})
 
 
-def _numbered(files: Files, origin: str, content: bytes, names: list[bytes]) -> Truth:
-    """One ILSVRC ID a line, in ascending order of the images' names; meta.mat tells the synset of an ID."""
-    from alexprep.shards.labels import devkit_order
+def _counted(origin: str, pairs: list[list[str]], train_classes: list[str]) -> list[list[str]]:
+    """The pairs with class names in place of numbers, which count the train classes, or are their very names."""
+    values = {value for _, value in pairs}
+    highest = max(map(int, values))
+    named = values <= set(train_classes)
+    if highest >= len(train_classes):
+        if named:
+            return pairs
+        # Kaggle's own val.txt counts images, not classes: its classes are in LOC_val_solution.csv.
+        raise _NumbersNothingError(
+            f"{origin} numbers classes up to {highest}, but there are {len(train_classes)} train classes to "
+            "number: give class names, or put LOC_val_solution.csv or the devkit into SOURCE"
+        )
+    other = next((pair for pair in pairs if train_classes[int(pair[1])] != pair[1]), None)
+    if named and other:
+        raise AlexprepError(
+            f"{origin}: '{other[0]} {other[1]}' may mean the class named {other[1]!r}, or number {other[1]} of the sorted "
+            f"train classes, which is {train_classes[int(other[1])]!r}: sort the images into class folders, or give the "
+            "names in a file of ImageId,PredictionString, LOC_val_solution.csv for val"
+        )
+    return [[name, train_classes[int(value)]] for name, value in pairs]
 
-    devkit = find_meta_mat(files)
+
+def _numbered(truth: DevkitFile, devkit: DevkitFile | None, names: list[bytes]) -> Truth:
+    """One ILSVRC ID a line, in ascending order of the images' names; meta.mat tells the synset of an ID."""
+    origin = truth.origin
     if devkit is None:
         raise AlexprepError(
-            f"{origin} numbers classes by ILSVRC ID: put the devkit's meta.mat, or the devkit, beside it"
+            f"{origin} numbers classes by ILSVRC ID: put the devkit's meta.mat of {truth.year}, or that devkit, beside it"
         )
-    synsets = devkit_order(*devkit)
-    identities = [line.strip() for line in _lines(content, origin) if line.strip()]
-    images = sorted(stem(name) for name in names)
+    synsets = devkit_order(devkit.origin, devkit.content)
+    identities = [line.strip() for line in _lines(truth.content, origin) if line.strip()]
+    images = sorted({stem(name) for name in names})
     if len(identities) != len(images):
         raise AlexprepError(
             f"{origin} has {len(identities):,} lines for {len(images):,} images: the images are incomplete, or of another year"

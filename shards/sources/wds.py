@@ -9,13 +9,18 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from alexprep.shards.errors import AlexprepError
-from alexprep.shards.layout import DATASET
-from alexprep.shards.sources.archive import ArchiveSource, packed_files
-from alexprep.shards.sources.base import Input, split_of
+from alexprep.shards.layout import DATASET, DATASET_FORMAT
+from alexprep.shards.sources.archive import ArchiveSource, packed_files, read_packed
+from alexprep.shards.sources.base import Input, Location, split_of
 from alexprep.shards.sources.files import Files
 from alexprep.shards.sources.samples import (
+    IMAGE_EXTENSIONS,
     LABEL_EXTENSIONS,
+    RAW_EXTENSION,
     BadSampleError,
     class_names,
     image_of,
@@ -34,11 +39,11 @@ class Webdataset(ArchiveSource):
 
     Attributes:
         shards: (split, file), in ascending order.
-        names: the class names by label, where a dataset.json tells them.
+        names: the class names by label, where the dataset.json of `alexprep shard` tells them.
     """
 
     shards: tuple[tuple[str, bytes], ...] = ()
-    names: tuple[str, ...] = ()
+    names: tuple[str, ...] | None = None
     layout = "webdataset"
     expects = "tars of KEY.jpg and KEY.cls, in SOURCE or in SOURCE/train and SOURCE/val"
 
@@ -56,7 +61,7 @@ class Webdataset(ArchiveSource):
                 return None
         except FileNotFoundError:
             raise AlexprepError(f"SOURCE {files.display(found[0][1])} does not exist") from None
-        return cls(files, tuple(sorted(found)), () if name else recorded_classes(files))
+        return cls(files, tuple(sorted(found)), None if name else recorded_classes(files))
 
     def inputs(self) -> Iterator[Input]:
         """Every sample in the order of the shards.
@@ -64,6 +69,8 @@ class Webdataset(ArchiveSource):
         Raises:
             AlexprepError: a shard is damaged, or a sample lacks its image or its label, or has two of them.
         """
+        ours = self.names is not None
+        images = (*IMAGE_EXTENSIONS, RAW_EXTENSION) if ours else IMAGE_EXTENSIONS
         for split, path in self.shards:
             with self.files.reading(path) as read:
                 for sample in samples_of(packed_files(self.files, path)):
@@ -71,25 +78,57 @@ class Webdataset(ArchiveSource):
                     if sample.problem:
                         raise AlexprepError(f"{where} {sample.problem}")
                     try:
-                        image, label = image_of(sample), label_of(sample, read)
+                        image, label = image_of(sample, images), label_of(sample, read, ours)
+                        class_name = label if self.names is None else named_label(label, self.names)
                     except BadSampleError as bad:
                         raise AlexprepError(f"{where} has {bad}") from None
-                    yield Input(split, named_label(label, self.names), image)
+                    yield Input(split, class_name, image)
 
     def classes(self, present: set[str]) -> list[str]:
         """See `class_names`."""
-        return class_names(present, self.names, self.files.display())
+        return class_names(present, self.names or (), self.files.display())
+
+    def read(self, location: Location) -> bytes | NDArray[np.uint8]:
+        """See `Source`; pixels where the shards are our own of `--format raw`."""
+        data = read_packed(self.files, location)
+        if not location.member.lower().endswith(b"." + RAW_EXTENSION.encode()):
+            return data
+        from alexprep.shards.codec import read_raw
+
+        pixels = read_raw(data)
+        if pixels is None or pixels.ndim != 3 or pixels.shape[2] != 3 or not pixels.size:
+            raise OSError("no .npy of uint8 pixels (height, width, 3)")
+        return pixels
 
     def covers(self, target: str) -> bool:
         """Whether `target` lies in a folder of shards."""
         return any(self.files.covers(target, folder) for folder in {os.path.dirname(path) for _, path in self.shards})
 
 
-def recorded_classes(files: Files) -> tuple[str, ...]:
-    """The class names by label that a dataset.json in the root tells; () where there is none."""
+def recorded_classes(files: Files) -> tuple[str, ...] | None:
+    """The class names by label that our dataset.json in the root tells; None where there is none, or somebody else's.
+
+    Raises:
+        AlexprepError: it is ours, and damaged.
+    """
     if all(entry.name != DATASET.encode() for entry in files.entries()):
-        return ()
-    return tuple(json.loads(files.read(DATASET.encode())).get("classes", ()))
+        return None
+    content = files.read(DATASET.encode())
+    if DATASET_FORMAT.encode() not in content:
+        return None
+    try:
+        document = json.loads(content)
+        if document["format"] != DATASET_FORMAT:
+            return None
+        classes = tuple(document["classes"])
+        if not all(isinstance(name, str) for name in classes):
+            raise ValueError("a class name is no text")
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise AlexprepError(
+            f"{files.display(DATASET.encode())} is damaged ({error!r}): run the `alexprep shard` that made it again, or "
+            "delete it if the class names do not matter"
+        ) from None
+    return classes
 
 
 def shards_below(files: Files) -> Iterator[tuple[str | None, bytes]]:

@@ -1,0 +1,180 @@
+"""Stores that fail: what is wrong with the way to a file is never held against the file."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import http.server
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+
+from alexprep.shards.errors import AlexprepError
+from alexprep.shards.sources import remote
+from alexprep.shards.sources.find import find_source
+from alexprep.shards.sources.remote import RemoteFiles
+
+
+class Answer(Exception):
+    """As aiohttp's ClientResponseError."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(f"status {status}")
+        self.status = status
+
+
+class Shaky(MemoryFileSystem):  # type: ignore[misc]  # fsspec is untyped
+    """A store in memory that fails as it is told: `failures` maps a deed and a path to what is raised, in turn."""
+
+    protocol = "shaky"
+    store: dict[str, Any] = {}  # noqa: RUF012  (fsspec's memory store is shared by design)
+    pseudo_dirs = [""]  # noqa: RUF012
+    failures: dict[tuple[str, str], list[BaseException]] = {}  # noqa: RUF012
+    asked: list[str] = []  # noqa: RUF012
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return str(super()._strip_protocol(path.replace("shaky://", "memory://")))
+
+    def _fail(self, deed: str, path: str) -> None:
+        self.asked.append(deed)
+        waiting = self.failures.get((deed, self._strip_protocol(path)))
+        if waiting:
+            raise waiting.pop(0)
+
+    def ls(self, path: str, detail: bool = True, **kwargs: Any) -> Any:
+        self._fail("ls", path)
+        return super().ls(path, detail, **kwargs)
+
+    def info(self, path: str, **kwargs: Any) -> Any:
+        self._fail("info", path)
+        return super().info(path, **kwargs)
+
+    def cat_file(self, path: str, start: int | None = None, end: int | None = None, **kwargs: Any) -> Any:
+        self._fail("cat_file", path)
+        return super().cat_file(path, start, end, **kwargs)
+
+
+@pytest.fixture
+def store(monkeypatch: pytest.MonkeyPatch) -> Shaky:
+    fsspec.register_implementation("shaky", Shaky, clobber=True)
+    monkeypatch.setattr(remote, "_PAUSES", (0, 0))
+    for name, value in (("store", {}), ("pseudo_dirs", [""]), ("failures", {}), ("asked", [])):
+        monkeypatch.setattr(Shaky, name, value)
+    system = Shaky()
+    for name in ("train/a/1.jpg", "train/a/deep/2.jpg", "train/b/3.jpg"):
+        system.pipe_file(f"/set/{name}", name.encode())
+    system.asked.clear()
+    return system
+
+
+def not_found(cause: BaseException | None) -> FileNotFoundError:
+    error = FileNotFoundError("/set/train/a/1.jpg")
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    ("failure", "expected"),
+    [
+        (not_found(None), FileNotFoundError),
+        (not_found(Answer(404)), FileNotFoundError),
+        (Answer(410), FileNotFoundError),
+        (not_found(Answer(403)), errno.ECOMM),
+        (not_found(Answer(503)), errno.ECOMM),
+        (not_found(ConnectionRefusedError("refused")), errno.ECOMM),
+        (not_found(TimeoutError()), errno.ECOMM),
+        (Answer(503), errno.ECOMM),
+        (PermissionError("no"), PermissionError),
+        (MemoryError(), MemoryError),
+    ],
+)
+def test_only_the_store_s_own_word_makes_a_file_absent(failure: Exception, expected: Any, store: Shaky) -> None:
+    store.failures["cat_file", "/set/train/a/1.jpg"] = [failure]
+    files = RemoteFiles("shaky://set")
+    kind = OSError if isinstance(expected, int) else expected
+    with pytest.raises(kind) as caught:
+        files.read(b"train/a/1.jpg")
+    assert caught.value.errno == expected if isinstance(expected, int) else type(caught.value) is expected
+    assert files.read(b"train/a/1.jpg") == b"train/a/1.jpg"
+    assert "info" not in store.asked  # one journey a file
+    assert files.read(b"train/a/1.jpg", 6, 1) == b"a" and files.read(b"train/a/1.jpg", 6, 0) == b""
+
+
+def test_a_listing_that_fails_is_tried_again_and_never_leaves_out_a_folder(store: Shaky) -> None:
+    wanted = [str(entry.location) for entry in find_source("shaky://set").inputs()]
+    assert wanted == ["train/a/1.jpg", "train/a/deep/2.jpg", "train/b/3.jpg"]
+    for place in ("/set", "/set/train", "/set/train/a", "/set/train/a/deep"):
+        for once in (TimeoutError(), not_found(Answer(503))):
+            store.failures["ls", place] = [once, once]
+            assert [str(entry.location) for entry in find_source("shaky://set").inputs()] == wanted
+        store.failures["ls", place] = [TimeoutError("late")] * 99
+        with pytest.raises(AlexprepError, match=f"{place}.* (cannot be listed|cannot be reached) .*TimeoutError: late"):
+            list(find_source("shaky://set").inputs())
+        store.failures.clear()
+    for refusal in (not_found(None), PermissionError("not yours")):
+        store.failures["ls", "/set/train/a/deep"] = [refusal]
+        with pytest.raises(AlexprepError, match="shaky://set/train/a/deep cannot be listed"):
+            list(find_source("shaky://set").inputs())
+
+
+def test_a_size_that_fails_is_tried_again(store: Shaky) -> None:
+    files = RemoteFiles("shaky://set")
+    store.failures["info", "/set/train/b/3.jpg"] = [not_found(Answer(500)), not_found(OSError("reset"))]
+    assert files.size(b"train/b/3.jpg") == 13
+    store.failures["info", "/set/train/b/3.jpg"] = [not_found(OSError("reset"))] * 3
+    with pytest.raises(AlexprepError, match=r"cannot be read .*OSError: reset.*see to the network"):
+        files.size(b"train/b/3.jpg")
+    with pytest.raises(FileNotFoundError):
+        files.size(b"train/b/4.jpg")
+
+
+class _Quiet(http.server.SimpleHTTPRequestHandler):
+    """Python's own server, which knows no range requests."""
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[str]:
+    """`tmp_path` behind http."""
+    pytest.importorskip("aiohttp")
+    handler = functools.partial(_Quiet, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+def test_http(served: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "_PAUSES", (0, 0))
+    (tmp_path / "train/a").mkdir(parents=True)
+    content = bytes(range(256)) * 8192
+    (tmp_path / "train/a/1.jpg").write_bytes(content)
+    source = find_source(served)
+    assert [str(entry.location) for entry in source.inputs()] == ["train/a/1.jpg"]
+    assert source.files.read(b"train/a/1.jpg") == content
+    for deed in (source.files.read, source.files.size):
+        with pytest.raises(FileNotFoundError):
+            deed(b"train/a/2.jpg")
+    assert source.files.entries(b"nowhere") == []
+    with pytest.raises(AlexprepError, match=r"1\.jpg: the server does not answer range requests"):
+        source.files.read(b"train/a/1.jpg", 512, 10)
+    with source.files.reading(b"train/a/1.jpg") as read:
+        assert read(0, 4) == content[:4]
+        with pytest.raises(AlexprepError, match="does not answer range requests"):
+            read(1_500_000, 10)
+    gone = RemoteFiles("http://127.0.0.1:9")  # nobody listens there
+    with pytest.raises(OSError, match="ClientConnectorError") as caught:
+        gone.read(b"a.jpg")
+    assert caught.value.errno == errno.ECOMM and caught.value.filename == "http://127.0.0.1:9/a.jpg"
+    with pytest.raises(AlexprepError, match=r"a\.tar cannot be read .*ClientConnectorError"):
+        gone.size(b"a.tar")
