@@ -300,6 +300,58 @@ def test_output_among_the_inputs_is_refused(photos: Path, tmp_path: Path) -> Non
         assert build(tmp_path / "source", tmp_path / "source" / "alexprep-data", OPTIONS, 1).inputs == 68
 
 
+def test_a_source_s_own_shards_are_never_written_over(photos: Path, data: Path, tmp_path: Path) -> None:
+    """A webdataset in train/ and val/, and class folders with a flat val, into the folder that holds them."""
+    shutil.copytree(data, tmp_path / "wds", ignore=shutil.ignore_patterns("*.json", "*.idx", "*.parquet", "*.npy"))
+    shutil.copytree(photos / "train", tmp_path / "flat/train")
+    (tmp_path / "flat/val").mkdir()
+    shutil.copy(photos / "val/class0/000.JPEG", tmp_path / "flat/val/000.JPEG")
+    (tmp_path / "flat/val.txt").write_text("000.JPEG 0\n")
+    for name in ("wds", "flat"):
+        before = fingerprint(tmp_path / name)
+        with pytest.raises(AlexprepError, match=f"would put shards into .*{name}/train, which lies among the images"):
+            build(tmp_path / name, tmp_path / name, OPTIONS, 1)
+        assert fingerprint(tmp_path / name) == before
+    assert build(tmp_path / "wds", tmp_path / "wds/alexprep-data", OPTIONS, InProcessEngine()).inputs == 68
+
+
+def test_a_plan_table_with_other_rows_is_never_worked_on(photos: Path, data: Path, tmp_path: Path) -> None:
+    """It is written anew while no shard counts; afterwards nobody can tell what the shards were made from."""
+    out, table = tmp_path / "out", tmp_path / "out/plan.parquet"
+    shutil.copytree(data, out, ignore=shutil.ignore_patterns("stats"))
+    good = fingerprint(out)
+    with pq.ParquetFile(table) as file, pq.ParquetWriter(tmp_path / "flipped", file.schema_arrow) as writer:
+        for group in range(file.num_row_groups):
+            rows = file.read_row_group(group)
+            labels = rows["label"].to_numpy() ^ (group == 3)
+            writer.write_table(rows.set_column(3, rows.schema.field(3), [labels]))
+    shutil.copy(tmp_path / "flipped", table)
+    with pytest.raises(AlexprepError, match=r"plan\.parquet has other rows .* mend it with `alexprep verify"):
+        build(photos, out, OPTIONS, 1)
+    (out / "dataset.json").unlink()
+    with pytest.raises(AlexprepError, match="shards may have been made from it: shard again into a new --out"):
+        build(photos, out, OPTIONS, 1)
+    for sidecar in out.glob("*/*-*.json"):
+        sidecar.unlink()
+    build(photos, out, OPTIONS, InProcessEngine())
+    assert fingerprint(out) == good
+
+
+def test_a_plan_table_without_its_plan_is_replaced(photos: Path, data: Path, tmp_path: Path) -> None:
+    """Someone deletes plan.json alone and starts again with other inputs; or an unreadable table is all there is."""
+    out = tmp_path / "out"
+    shutil.copytree(data, out, ignore=shutil.ignore_patterns("stats"))
+    (out / "plan.json").unlink()
+    report = build(photos, out, ShardOptions(Target(size=64), shard_samples=7, seed=1), InProcessEngine())
+    assert report.made_inputs == 68
+    build(photos, tmp_path / "new", ShardOptions(Target(size=64), shard_samples=7, seed=1), InProcessEngine())
+    assert fingerprint(out) == fingerprint(tmp_path / "new")
+    (tmp_path / "third").mkdir()
+    (tmp_path / "third/plan.parquet").write_bytes(b"PAR1 nothing PAR1")
+    build(photos, tmp_path / "third", OPTIONS, InProcessEngine())
+    assert pq.read_table(tmp_path / "third/plan.parquet").equals(pq.read_table(data / "plan.parquet"))
+
+
 @pytest.mark.parametrize(
     ("values", "words"),
     [
