@@ -23,6 +23,7 @@ class Folder(click.ParamType):  # type: ignore[type-arg]  # generic only for typ
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
         """A `Path`, or a `UPath` for a URL."""
+        from alexprep.shards.errors import AlexprepError
         from alexprep.shards.files import folder_at, is_local
 
         folder = folder_at(value)
@@ -30,7 +31,16 @@ class Folder(click.ParamType):  # type: ignore[type-arg]  # generic only for typ
             self.fail(
                 f"{value} is no local folder: training maps shards into memory, so copy them to a disk", param, ctx
             )
-        if folder.exists() and not folder.is_dir():
+        try:
+            is_file = folder.exists() and not folder.is_dir()
+        except Exception as error:
+            if is_local(folder):
+                raise
+            words = f"{type(error).__name__}: {error}".partition("\n")[0]  # each store has its own kinds
+            raise AlexprepError(
+                f"{value} cannot be reached ({words}): check the URL, the credentials and the network"
+            ) from None
+        if is_file:
             self.fail(f"{value} is a file, not a folder", param, ctx)
         return folder
 
