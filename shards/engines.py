@@ -142,7 +142,7 @@ class Crew:
         self._workers = [self._start(index) for index in range(count)]
 
     def _start(self, index: int) -> _Worker:
-        self._slots[index] = (-1, 0, 0, 0)
+        self._slots[index] = (-1, 0, 0, 0, b"")
         return _Worker(self._descriptor, len(self._slots), index, self._engine.image_bytes)
 
     def close(self) -> None:
@@ -178,18 +178,23 @@ class Crew:
                     continue
                 if not good:
                     error, text = answer
-                    raise (
-                        error if isinstance(error, AlexprepError) else RuntimeError(f"in a worker:\n{text}")
-                    ) from error
+                    raise error or RuntimeError(f"in a worker: {text}")
                 worker.job = None
                 finished += int(self._slots[index]["finished"])
                 self._slots[index]["finished"] = 0
                 yield answer
             now = time.monotonic_ns()
             for index in busy.values():
-                began = int(self._slots[index]["began_ns"])
-                if began and now - began > self._engine.image_seconds * 1e9:
-                    waiting.append(self._replace(index, f"takes more than {self._engine.image_seconds:g} s"))
+                place = bytes(self._slots[index]["reading"])  # before the time, which the worker sets first
+                began, seconds = int(self._slots[index]["began_ns"]), self._engine.image_seconds
+                if not began or now - began <= seconds * 1e9:
+                    continue
+                if place:  # the way to the images is blocked, so the next one would wait as long
+                    raise AlexprepError(
+                        f"{place.decode('utf-8', 'replace')} could not be read within {seconds:g} s: mend the disk or the "
+                        "network, or raise --image-seconds, then run the same command again; finished shards are kept"
+                    )
+                waiting.append(self._replace(index, f"takes more than {seconds:g} s"))
             progress(finished + int(self._slots["finished"].sum()))
 
     def _replace(self, index: int, reason: str) -> _Job:

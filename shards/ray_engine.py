@@ -196,7 +196,7 @@ def _outcome(ray: Any, reference: Any) -> tuple[Any, int]:
         cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
         ours = not isinstance(cause, ray.exceptions.RayError)
         if ours:
-            raise RuntimeError(f"in a Ray worker:\n{error}") from error
+            raise RuntimeError(f"in a Ray worker: {type(cause).__name__}: {_first_line(cause)}\n{error}") from error
         raise AlexprepError(
             f"Ray gave a shard up ({type(cause).__name__}: {_first_line(cause)}): see `ray status`, and that RAY_AUTH_MODE and the "
             "token are the same on every machine; then run the same command again, finished shards are kept"

@@ -17,7 +17,7 @@ from alexprep.shards.opinion import Refused
 from alexprep.shards.plan import Plan, Shard, locations
 from alexprep.shards.plan_table import PlanTable
 from alexprep.shards.sources.base import Location, Source
-from alexprep.shards.worker import attending
+from alexprep.shards.worker import attending, reading
 from alexprep.shards.write import bound_memory
 
 _BLOCK = 512
@@ -85,7 +85,9 @@ def _stored(
             size = 0
             if row not in condemned:
                 with contextlib.suppress(OSError):
-                    result = codec.convert(source.read(location))
+                    with reading(source.files.display(location.path)):
+                        data = source.read(location)
+                    result = codec.convert(data)
                     if not isinstance(result, Refused):
                         size = 3 * _BLOCK + -(-len(result.data) // _BLOCK) * _BLOCK
             used.append(size + _LINE_BYTES)

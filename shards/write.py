@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -21,10 +22,12 @@ from alexprep.shards.layout import read_json, sample_key, shard_name
 from alexprep.shards.opinion import Refused
 from alexprep.shards.plan import Shard
 from alexprep.shards.sources.base import Location, Source
+from alexprep.shards.sources.files import LocalFiles
 from alexprep.shards.tar import TarWriter, dali_index
-from alexprep.shards.worker import again, attending, limit_memory
+from alexprep.shards.worker import again, attending, limit_memory, reading
 
-# What a failed read says of the file. Anything else may pass, and is tried again; a sector that stays bad (EIO) is the file's.
+# What a failed read says of the file. Anything else may pass, and is tried again; a sector that stays bad (EIO) is the
+# file's, and so is a name that has vanished (ENOENT), while its neighbours are there.
 _OF_THE_FILE = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG}
 _OF_THE_FILE |= {errno.EINVAL, errno.ENXIO, errno.ENODEV}
 _PAUSES = (0.1, 1.0)  # seconds before the second and the third try
@@ -170,7 +173,8 @@ def _converted(
                     if planned.row in condemned:
                         read.append(Refused(condemned[planned.row]))
                     else:
-                        read.append(next(ahead) if ahead else _read(source, planned.location))
+                        with reading(source.files.display(planned.location.path)):
+                            read.append(next(ahead) if ahead else _read(source, planned.location))
                 converted = iter(codec.convert_many([data for data in read if not isinstance(data, Refused)]))
                 results = [data if isinstance(data, Refused) else next(converted) for data in read]
             yield from zip(chunk, results, strict=True)
@@ -188,7 +192,8 @@ def _read(source: Source, location: Location) -> bytes | NDArray[np.uint8] | Ref
         except MemoryError:
             return Refused("cannot be read: needs more memory than a worker may have")
         except OSError as error:
-            if error.errno is None or error.errno in _OF_THE_FILE or (pause is None and error.errno == errno.EIO):
+            own = error.errno is None or error.errno in _OF_THE_FILE or (pause is None and error.errno == errno.EIO)
+            if own and not (error.errno == errno.ENOENT and _has_gone(source, location)):
                 return Refused(f"cannot be read: {error.strerror or error}")
             if pause is None:
                 raise AlexprepError(
@@ -197,6 +202,22 @@ def _read(source: Source, location: Location) -> bytes | NDArray[np.uint8] | Ref
                 ) from error
             time.sleep(pause)
     raise AssertionError  # the last pause is None
+
+
+def _has_gone(source: Source, location: Location) -> bool:
+    """Whether more is missing than one file: the archive of many inputs, or a disk, which leaves an empty folder behind."""
+    if not isinstance(source.files, LocalFiles):
+        return False
+    if location.size >= 0 or not os.path.exists(source.files.root):
+        return True
+    folder = os.path.dirname(os.path.join(source.files.root, location.path))
+    while not os.path.lexists(folder):
+        folder = os.path.dirname(folder)
+    try:
+        with os.scandir(folder) as entries:
+            return next(entries, None) is None
+    except OSError:  # among them a link to where nothing is any more
+        return True
 
 
 def _ahead(

@@ -251,6 +251,78 @@ def test_a_failing_disk_costs_no_image(
         assert (report.written, report.rejected.total()) == ((68, 0) if outcome == "written" else (67, 1))
 
 
+@pytest.mark.parametrize("gone", ["root", "all below the root", "a mount point", "a linked folder", "the archive"])
+def test_a_source_that_goes_away_costs_no_image(
+    gone: str, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ENOENT is the file's own fault only while its folder is there. When the source is back, the run goes on."""
+    monkeypatch.setattr(write, "_PAUSES", (0.0, 0.0))
+    source, away = tmp_path / "source", tmp_path / "away"
+    shutil.copytree(photos, source)
+    hidden = [source]
+    match gone:
+        case "all below the root":
+            hidden = [source / "train", source / "val"]
+        case "a mount point":
+            hidden = list((source / "train").iterdir())
+        case "a linked folder":
+            (source / "train/class1").rename(tmp_path / "disk")
+            (source / "train/class1").symlink_to(tmp_path / "disk")
+            hidden = [tmp_path / "disk"]
+        case "the archive":
+            with tarfile.open(tmp_path / "photos.tar", "w") as tar:
+                tar.add(source, "photos")
+            shutil.rmtree(source)
+            source = tmp_path / "photos.tar"
+            hidden = [source]
+    read, left = LocalFiles.read, [20]
+
+    def vanishing(self: LocalFiles, path: bytes, offset: int = 0, size: int = -1) -> bytes:
+        left[0] -= 1
+        if not left[0]:
+            away.mkdir()
+            for n, path_there in enumerate(hidden):
+                path_there.rename(away / str(n))
+        return read(self, path, offset, size)
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalFiles, "read", vanishing)
+        with pytest.raises(AlexprepError, match=r"cannot be read .*No such file.* mend the disk or the network"):
+            build(source, out, OPTIONS, InProcessEngine())
+    for n, path_there in enumerate(hidden):
+        (away / str(n)).rename(path_there)
+    assert build(source, out, OPTIONS, InProcessEngine()).written == 68
+
+
+def test_a_listed_file_that_never_was_is_rejected(photos: Path, tmp_path: Path) -> None:
+    """Also with its folder: a list may name anything."""
+    shutil.copytree(photos / "train/class0", tmp_path / "source/there")
+    names = sorted(path.name for path in (tmp_path / "source/there").iterdir())
+    rows = ["path,label", *(f"there/{name},a" for name in names), "there/never.jpg,a", "nowhere/never.jpg,a"]
+    (tmp_path / "source/list.csv").write_text("\n".join(rows) + "\n")
+    report = build(tmp_path / "source/list.csv", tmp_path / "out", OPTIONS, InProcessEngine())
+    assert (report.written, report.rejected.total()) == (len(names), 2)
+
+
+def test_each_writer_begins_at_a_shard_of_its_own(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Containers on many machines all have the same process id."""
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    first = []
+
+    class Looking(InProcessEngine):
+        def run(self, task: Any, arguments: Any, progress: Any = None) -> Any:
+            first.append(arguments[0][0])
+            raise InterruptedError("enough")
+
+    for _ in range(20):
+        with pytest.raises(AlexprepError, match="enough"):
+            build(photos, tmp_path / "out", ShardOptions(Target(size=64), shard_samples=1), Looking())
+    assert len(set(first)) > 5
+
+
 def test_inputs_are_shuffled_globally(data: Path) -> None:
     """No shard holds the classes in the order of the folders, and each split has its own order."""
     labels = read_index(data, "train")["label"]

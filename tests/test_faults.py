@@ -6,10 +6,12 @@ The long forms, with the system's own kills and errors, are in benchmarks/faults
 from __future__ import annotations
 
 import collections
+import errno
 import fcntl
 import json
 import os
 import shutil
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +23,8 @@ import pytest
 from alexprep.shards.build import build
 from alexprep.shards.codec import Target
 from alexprep.shards.engines import LocalEngine
-from alexprep.shards.files import published, remove_temporaries
+from alexprep.shards.errors import AlexprepError
+from alexprep.shards.files import publish_first, published, remove_temporaries
 from alexprep.shards.layout import read_dataset
 from alexprep.shards.plan import ShardOptions
 
@@ -124,6 +127,83 @@ def test_a_file_that_is_tidied_away_before_it_is_locked_is_begun_again(
     with published(tmp_path / "new") as file:
         file.write(b"whole")
     assert calls == 3 and _finished(tmp_path) == {"new": b"whole"}
+
+
+def test_tidying_up_works_where_only_writers_may_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on NFS, which answers EBADF to an exclusive lock on a file that is open for reading."""
+    real = fcntl.flock
+
+    def strict(file: Any, how: int) -> None:
+        if fcntl.fcntl(file, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        real(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", strict)
+    (tmp_path / ".old.tmp-1-abcd").write_bytes(b"left")
+    remove_temporaries(tmp_path)
+    assert _finished(tmp_path) == {}
+
+
+@pytest.mark.parametrize("code", [errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EIO])
+def test_a_rename_stands_in_for_a_link(code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the file system has no links; an error of the disk is no such case. Who comes second finds the first's bytes."""
+
+    def link(*arguments: object, **options: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "link", link)
+    if code == errno.EIO:
+        with pytest.raises(OSError, match="Input/output error"):
+            publish_first(tmp_path / "plan", b"one")
+        assert _finished(tmp_path) == {}
+        return
+    assert publish_first(tmp_path / "plan", b"one") == b"one"
+    answers = iter([False, True])  # it is not there yet, then another writer is quicker
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "exists", lambda path: next(answers) if path.name == "plan" else os.path.lexists(path))
+        assert publish_first(tmp_path / "plan", b"two") == b"one"
+    assert _finished(tmp_path) == {"plan": b"one"}
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP, errno.EIO])
+def test_a_folder_that_cannot_be_synced_is_no_fault_of_the_disk(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(code, os.strerror(code))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    if code == errno.EIO:
+        with pytest.raises(OSError, match="Input/output error"):
+            publish_first(tmp_path / "plan", b"one")
+    else:
+        assert publish_first(tmp_path / "plan", b"one") == b"one"
+
+
+def test_a_file_server_that_stalls_condemns_no_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parent)  # workers inherit it
+    import planted  # type: ignore[import-not-found]
+
+    engine = LocalEngine(1, image_seconds=1)
+    assert list(engine.run(planted.slow, [0])) == ["fine"]
+    with pytest.raises(
+        AlexprepError, match=r"/server/n01/a\.jpg could not be read within 1 s: mend the disk or the network"
+    ):
+        list(engine.run(planted.stalled, [0]))
+
+
+def test_an_unexpected_error_in_a_worker_is_told_in_the_first_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parent)
+    import planted
+
+    with pytest.raises(RuntimeError) as caught:
+        list(LocalEngine(1).run(planted.odd, [0]))
+    lines = str(caught.value).splitlines()
+    assert lines[0] == "in a worker: OddError: 1 is not 2" and "raise OddError(1, 2)" in str(caught.value)
 
 
 MISDEEDS = {
