@@ -24,6 +24,7 @@ from alexprep.shards.versions import versions
 # An ImageNet shard is then about 28 MB. Smaller sets get at least 16 shards of at least 64, so that workers can share them.
 SHARD_SAMPLES = 1024
 _MANY, _FEW = 16, 64
+_DECIDES_BYTES, _ON_A_GPU = ("alexprep", "nvimgcodec", "pillow"), ("nvjpeg", "torch")
 _SPLIT_STREAM = {"train": 0, "val": 1, "test": 2}
 
 
@@ -138,7 +139,7 @@ def draw_up(source: Source, options: ShardOptions) -> tuple[dict[str, Any], list
         "shard_samples": size,
         "splits": splits,
         "classes": classes,
-        "versions": versions("alexprep", "nvimgcodec", "pillow"),  # what decides the bytes of a shard
+        "versions": versions(*_DECIDES_BYTES, *(_ON_A_GPU if options.target.device == "cuda" else ())),
     }
     return document, tables
 
