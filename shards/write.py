@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import time
 from collections import deque
@@ -80,7 +81,9 @@ def write_shard(
     tar_path = data / shard.split / f"{name}.tar"
     extension = FORMATS[codec.target.format]
     ledger: list[dict[str, Any]] = []
+    mark = sidecar_path(data, shard)
     try:
+        before = mark.read_bytes() if mark.exists() else b""
         with contextlib.suppress(_EmptyError), published(tar_path) as file:
             tar = TarWriter(file)
             for (row, label, _), result in _converted(inputs, source, codec, condemned or {}):
@@ -100,7 +103,7 @@ def write_shard(
                 and other["sha256"] != sha256
                 and (not other["samples"] or other["sha256"] == file_sha256(tar_path))
             ):
-                raise _conflict(name, other["sha256"], sha256)
+                raise _conflict(name, other["sha256"], sha256, "The first one is kept")
             if not tar.members:
                 raise _EmptyError
         if tar.members:
@@ -116,11 +119,12 @@ def write_shard(
             "inputs": ledger,
         }
         wanted = json_bytes(sidecar, indent=None)
-        if publish_first(sidecar_path(data, shard), wanted) != wanted:
-            first = read_sidecar(data, shard, plan_digest)
-            if first is not None and first["sha256"] != sha256:
-                raise _conflict(name, first["sha256"], sha256)
-            publish_bytes(sidecar_path(data, shard), wanted)  # in place of a stale or damaged one
+        found = publish_first(mark, wanted)
+        if found != wanted:
+            if found != before and (first := _sha256_of(found, plan_digest)) not in (None, sha256):
+                mark.unlink(missing_ok=True)  # our tar or index may lie over theirs, which it describes
+                raise _conflict(name, str(first), sha256, "Neither counts, so the next run makes it again")
+            publish_bytes(mark, wanted)  # in place of a stale or damaged one
     except OSError as error:
         raise AlexprepError(
             f"shard {name} could not be written to {data / shard.split} ({error}): make room or mend the disk, "
@@ -144,10 +148,18 @@ def read_sidecar(data: Path, shard: Shard, plan_digest: str) -> dict[str, Any] |
     return sidecar
 
 
-def _conflict(name: str, first: str, second: str) -> AlexprepError:
+def _sha256_of(sidecar: bytes, plan_digest: str) -> str | None:
+    """The sha256 that a sidecar names; None for a damaged one, or another plan's."""
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        document = json.loads(sidecar)
+        return str(document["sha256"]) if document["plan"] == plan_digest else None
+    return None
+
+
+def _conflict(name: str, first: str, second: str, outcome: str) -> AlexprepError:
     return AlexprepError(
         f"shard {name} was made twice with different bytes (sha256 {first[:16]}… and {second[:16]}…): the machines decode "
-        "differently, or an input changed meanwhile; the first one is kept. Use a new --out with one kind of machine"
+        f"differently, or an input changed meanwhile. {outcome}. Use a new --out with one kind of machine"
     )
 
 

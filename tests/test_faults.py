@@ -14,19 +14,22 @@ import shutil
 import stat
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 
+from alexprep.shards import write
 from alexprep.shards.build import build
-from alexprep.shards.codec import Target
-from alexprep.shards.engines import LocalEngine
+from alexprep.shards.codec import Codec, Target
+from alexprep.shards.engines import InProcessEngine, LocalEngine
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.files import publish_first, published, remove_temporaries
 from alexprep.shards.layout import read_dataset
 from alexprep.shards.plan import ShardOptions
+from alexprep.shards.verify import verify
 
 DRIVER = Path(__file__).with_name("fault_driver.py")
 
@@ -97,6 +100,36 @@ def test_writers_at_the_same_time_share_the_work(photos: Path, data: Path, tmp_p
         for state, words in zip(states, ended, strict=True):
             assert state == 0 or (state == 1 and "was begun differently" in words and "Traceback" not in words), words
         assert len({size for size, state in zip(sizes, states, strict=True) if state == 0}) == 1, ended
+
+
+@pytest.mark.parametrize("moment", ["before the tar", "before the index", "before the sidecar"])
+def test_a_sidecar_never_describes_another_writer_s_tar(
+    moment: str, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two writers that decode differently meet at a shard: the second one stops, and what counts is whole."""
+    out, options = tmp_path / "out", ShardOptions(Target(size=16), shard_samples=100, limit=5)
+
+    def other(target: Target) -> Codec:
+        return Codec(replace(target, quality=50))
+
+    def meets(name: str) -> None:
+        real, met = getattr(write, name), []
+
+        def first(*arguments: Any, **more: Any) -> Any:
+            if not met:
+                met.append(1)
+                build(photos, out, options, InProcessEngine())
+            return real(*arguments, **more)
+
+        monkeypatch.setattr(write, name, first)
+
+    meets({"before the tar": "published", "before the index": "publish_bytes"}.get(moment, "publish_first"))
+    words = "The first one is kept" if moment == "before the tar" else "Neither counts"
+    with pytest.raises(AlexprepError, match=f"made twice with different bytes .*{words}"):
+        build(photos, out, options, InProcessEngine(), make_codec=other)
+    report = build(photos, out, options, InProcessEngine())
+    assert report.made_inputs == (0 if moment == "before the tar" else 5)
+    assert verify(out, InProcessEngine()).problems == []
 
 
 def test_tidying_up_spares_the_files_of_living_writers(tmp_path: Path) -> None:
