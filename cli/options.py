@@ -26,11 +26,11 @@ class Folder(click.ParamType):  # type: ignore[type-arg]  # generic only for typ
         from alexprep.shards.errors import AlexprepError
         from alexprep.shards.files import folder_at, is_local
 
-        folder = folder_at(value)
-        if self._local and not is_local(folder):
+        if self._local and "://" in str(value):
             self.fail(
                 f"{value} is no local folder: training maps shards into memory, so copy them to a disk", param, ctx
             )
+        folder = folder_at(value)
         try:
             is_file = folder.exists() and not folder.is_dir()
         except Exception as error:
@@ -120,7 +120,7 @@ _ENGINE_OPTIONS = (
         type=click.FloatRange(min=0, min_open=True),
         default=60.0,
         show_default=True,
-        help="Longest time for one image before it is rejected.",
+        help="Longest time for one image: then it is rejected, or the run stops where the image cannot even be read.",
     ),
 )
 

@@ -52,9 +52,11 @@ def reading(place: str) -> Iterator[None]:
     """
     _slot["began_ns"] = time.monotonic_ns()
     _slot["reading"] = place.encode("utf-8", "backslashreplace")
-    yield
-    _slot["began_ns"] = time.monotonic_ns()
-    _slot["reading"] = b""
+    try:
+        yield
+    finally:
+        _slot["began_ns"] = time.monotonic_ns()
+        _slot["reading"] = b""
 
 
 def again() -> bool:
