@@ -113,7 +113,8 @@ def test_a_sidecar_never_describes_another_writer_s_tar(
         return Codec(replace(target, quality=50))
 
     def meets(name: str) -> None:
-        real, met = getattr(write, name), []
+        real = getattr(write, name)
+        met: list[int] = []
 
         def first(*arguments: Any, **more: Any) -> Any:
             if not met:
@@ -254,7 +255,7 @@ def test_a_decoder_that_misbehaves_costs_just_its_image(
 ) -> None:
     """Six kinds of misdeed among 68 images; all else as if those images were empty."""
     monkeypatch.syspath_prepend(Path(__file__).parent)  # workers inherit it
-    from planted import Planted  # type: ignore[import-not-found]
+    from planted import Planted
 
     shutil.copytree(photos, tmp_path / "source")
     shutil.copytree(photos, tmp_path / "empty")
