@@ -34,10 +34,11 @@ from faults_common import (
     wrong,
 )
 
+from alexprep.shards.begin import make_plan
 from alexprep.shards.build import build
 from alexprep.shards.codec import Codec, Target
 from alexprep.shards.engines import InProcessEngine
-from alexprep.shards.plan import ShardOptions, make_plan
+from alexprep.shards.plan import ShardOptions
 from alexprep.shards.sources.find import find_source
 from alexprep.shards.space import predict
 

@@ -17,8 +17,9 @@ from pathlib import Path
 
 from common import report
 
+from alexprep.shards.begin import make_plan
 from alexprep.shards.layout import PLAN, PLAN_TABLE
-from alexprep.shards.plan import Plan, ShardOptions, make_plan
+from alexprep.shards.plan import Plan, ShardOptions
 from alexprep.shards.sources.base import Input, Location, Source
 from alexprep.shards.sources.files import LocalFiles
 

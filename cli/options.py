@@ -23,14 +23,24 @@ class Folder(click.ParamType):  # type: ignore[type-arg]  # generic only for typ
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
         """A `Path`, or a `UPath` for a URL."""
+        from alexprep.shards.errors import AlexprepError
         from alexprep.shards.files import folder_at, is_local
 
-        folder = folder_at(value)
-        if self._local and not is_local(folder):
+        if self._local and "://" in str(value):
             self.fail(
                 f"{value} is no local folder: training maps shards into memory, so copy them to a disk", param, ctx
             )
-        if folder.exists() and not folder.is_dir():
+        folder = folder_at(value)
+        try:
+            is_file = folder.exists() and not folder.is_dir()
+        except Exception as error:
+            if is_local(folder):
+                raise
+            words = f"{type(error).__name__}: {error}".partition("\n")[0]  # each store has its own kinds
+            raise AlexprepError(
+                f"{value} cannot be reached ({words}): check the URL, the credentials and the network"
+            ) from None
+        if is_file:
             self.fail(f"{value} is a file, not a folder", param, ctx)
         return folder
 
@@ -110,7 +120,7 @@ _ENGINE_OPTIONS = (
         type=click.FloatRange(min=0, min_open=True),
         default=60.0,
         show_default=True,
-        help="Longest time for one image before it is rejected.",
+        help="Longest time for one image: then it is rejected, or the run stops where the image cannot even be read.",
     ),
 )
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import os
+import secrets
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import pyarrow.parquet as pq
-
+from alexprep.shards.begin import make_plan
 from alexprep.shards.codec import Codec, Target, check_device, open_codec
 from alexprep.shards.describe import Description
 from alexprep.shards.engines import Engine, LocalEngine, as_engine
@@ -27,7 +26,8 @@ from alexprep.shards.files import (
     sync_folder,
 )
 from alexprep.shards.layout import DATASET, PLAN_TABLE, TIMM_INFO, shard_name
-from alexprep.shards.plan import Plan, Shard, ShardOptions, kept_table, locations, make_plan
+from alexprep.shards.plan import Plan, Shard, ShardOptions, locations
+from alexprep.shards.plan_table import PlanTable, kept_table
 from alexprep.shards.sources.base import Source
 from alexprep.shards.sources.find import find_source
 from alexprep.shards.space import check_space
@@ -107,10 +107,6 @@ def _build(
     source: Source, folder: Path, options: ShardOptions, engine: Engine, progress: Progress, make_codec: MakeCodec
 ) -> Report:
     start = time.monotonic()
-    if source.covers(str(folder)):
-        raise AlexprepError(
-            f"--out {folder} lies among the images of SOURCE {source.files.display()}: name a folder elsewhere"
-        )
     if isinstance(engine, LocalEngine):  # before the folder is bound to it
         check_device(options.target)
     plan = make_plan(source, options, folder)
@@ -123,11 +119,11 @@ def _build(
     groups = {shard: group for group, shard in enumerate(plan.shards())}
     missing = [shard for shard in groups if read_sidecar(folder, shard, digest) is None]
     table = plan.table()
-    total = sum(table.metadata.row_group(groups[shard]).num_rows for shard in missing)
+    total = sum(table.rows(groups[shard]) for shard in missing)
     if missing:
         make = functools.partial(_codec, make_codec, options.target)
         check_space(plan, source, make, [(shard, groups[shard]) for shard in missing], table, engine)
-        turn = os.getpid() % len(missing)  # so that two writers seldom begin with the same shard
+        turn = secrets.randbelow(len(missing))  # so that two writers seldom begin with the same shard
         arguments = [(shard, groups[shard]) for shard in missing[turn:] + missing[:turn]]
         task = functools.partial(_shard_task, plan, digest, source, make, Witness.here(plan, source, table))
         try:
@@ -172,7 +168,7 @@ def _codec(make_codec: MakeCodec, target: Target) -> Codec:
     return make_codec(target)
 
 
-def _finish(plan: Plan, digest: str, table: pq.ParquetFile, made: int, start: float, fresh: bool) -> Report:
+def _finish(plan: Plan, digest: str, table: PlanTable, made: int, start: float, fresh: bool) -> Report:
     """Reads every sidecar, checks that each input is accounted for once, and publishes what describes the whole."""
     description = Description(plan)
     for group, shard in enumerate(plan.shards()):

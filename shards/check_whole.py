@@ -19,6 +19,7 @@ from alexprep.shards.describe import Description
 from alexprep.shards.files import is_temporary, json_bytes
 from alexprep.shards.layout import DATASET, INDEX, LEDGER, PLAN, PLAN_TABLE, TIMM_INFO, TUNING, shard_name
 from alexprep.shards.plan import Plan
+from alexprep.shards.plan_table import PlanTable
 
 
 def misplaced_tars(findings: list[Finding], dataset: dict[str, Any]) -> Iterator[Problem]:
@@ -35,7 +36,7 @@ def misplaced_tars(findings: list[Finding], dataset: dict[str, Any]) -> Iterator
 
 
 def check_descriptions(
-    plan: Plan, table: pq.ParquetFile, findings: list[Finding], dataset: dict[str, Any]
+    plan: Plan, table: PlanTable, findings: list[Finding], dataset: dict[str, Any]
 ) -> Iterator[Problem]:
     """Index, ledger, _info.json and dataset.json, against those that follow from the sidecars, which must all be sound."""
     description = Description(plan)

@@ -11,7 +11,7 @@ free their memory in its order; the host waits only for bytes.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,6 +26,9 @@ from alexprep.shards.geometry import to_square
 from alexprep.shards.opinion import MAX_PIXELS, Refused, too_many_scans
 from alexprep.shards.resample import Resize
 from alexprep.shards.resize_torch import Resizer
+
+_MEMORY_WORDS = ("out of memory", "memoryallocation", "allocator", "alloc failed")
+_ROOM = 64 * 2**20  # bytes that nvJPEG's own tables and buffers may take
 
 
 class _Work(NamedTuple):
@@ -55,6 +58,7 @@ class CudaCodec(Codec):
         super().__init__(target)
         self._device = torch.device(device)
         self._stream: torch.cuda.Stream | None = None
+        self._free_memory: Callable[[], int] | None = None
         self._handle, self._gpu_decoder, self._gpu_encoder = 0, self._decoder, self._encoder
         self._resizer = Resizer(self._device)
         if self._device.type == "cuda":
@@ -71,19 +75,22 @@ class CudaCodec(Codec):
         torch.cuda.set_device(number)  # so that "cuda" means one and the same GPU to both libraries
         self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         self._handle = self._stream.cuda_stream
+        self._free_memory = lambda: int(torch.cuda.mem_get_info()[0])
         probe = bytes(self._encoder.encode(nvimgcodec.as_image(np.zeros((64, 48, 3), np.uint8)), "jpeg"))
         try:
             hybrid = nvimgcodec.Backend(nvimgcodec.BackendKind.HYBRID_CPU_GPU)
-            self._gpu_decoder = nvimgcodec.Decoder(device_id=number, backends=[hybrid])
-            self._gpu_encoder = nvimgcodec.Encoder(device_id=number)
+            self._gpu_decoder = nvimgcodec.Decoder(device_id=number, backends=[hybrid], max_num_cpu_threads=1)
+            self._gpu_encoder = nvimgcodec.Encoder(device_id=number, max_num_cpu_threads=1)
             if (work := self._work(probe)) is not None and self._encoded([work]) != [None]:
                 return
             reason = "it refuses a good one"  # as it would all, which would then take the CPU's way in silence
         except RuntimeError as error:
+            if _out_of_memory(error):
+                raise _too_little_memory("to begin", error) from error
             reason = str(error)
         raise AlexprepError(
             f"--device cuda: nvJPEG does not decode and encode JPEGs here ({reason}); is it installed (pip install "
-            "nvidia-nvjpeg-cu12; -cu13 beside nvidia-nvimgcodec-cu13)? --device cpu does without"
+            "nvidia-nvjpeg-cu12; nvidia-nvjpeg beside nvidia-nvimgcodec-cu13)? --device cpu does without"
         )
 
     def convert(self, data: bytes | NDArray[np.uint8]) -> Converted | Refused:
@@ -94,6 +101,8 @@ class CudaCodec(Codec):
         """Converts each of `inputs` (`batch` of what `convert` takes); what one of them holds costs no other.
 
         Raises:
+            AlexprepError: the GPU has too little free memory for one image by itself. The CPU's pixels differ, so it
+                cannot stand in: bytes would depend on who else uses the GPU.
             DeviceLostError: the GPU can no longer be used by this process.
         """
         works = [(n, work) for n, data in enumerate(inputs) if (work := self._work(data)) is not None]
@@ -122,15 +131,29 @@ class CudaCodec(Codec):
         resize = to_square(stream.height, stream.width, size, filter_name)
         return _Work(stream, resize, stream.height, stream.width, kept)
 
-    def _tried(self, works: list[_Work]) -> list[bytes | None]:
-        """`_encoded`; after an error, such as too little memory on the GPU, each image on its own."""
+    def _tried(self, works: list[_Work], last: bool = False) -> list[bytes | None]:
+        """`_encoded`; after an error, such as too little memory on the GPU, each image on its own and for the last time."""
+        failed = False
         try:
-            return self._encoded(works)
+            done = self._encoded(works)
         except RuntimeError as error:  # of torch and of nvImageCodec, for whatever CUDA reports
             if self._stream is not None:
                 _ensure_alive(error)
+            if last and _out_of_memory(error):
+                raise _too_little_memory(f"for an image of {works[0].width} x {works[0].height}", error) from error
+            done, failed = [None] * len(works), True
+        refused = None in done and self._free_memory is not None  # on a GPU that may also be for want of memory
+        if not failed and not refused:
+            return done
+        if last:
+            if self._free_memory is not None and (free := self._free_memory()) < _needed(works[0]):
+                raise _too_little_memory(
+                    f"for an image of {works[0].width} x {works[0].height}", f"{free:,} bytes free"
+                )
+            return done
         torch.cuda.empty_cache()  # torch keeps what it frees; here nvImageCodec may need it
-        return [None] if len(works) == 1 else [data for work in works for data in self._tried([work])]
+        pairs = zip(works, done, strict=True)
+        return [self._tried([work], last=True)[0] if data is None else data for work, data in pairs]
 
     def _encoded(self, works: list[_Work]) -> list[bytes | None]:
         """The bytes that images become; None for one that nvJPEG refuses. All on the one stream."""
@@ -186,6 +209,25 @@ def _ensure_alive(error: RuntimeError) -> None:
         torch.cuda.synchronize()
     except RuntimeError:
         raise DeviceLostError(str(error)) from error
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    """Whether an error of torch, of nvImageCodec or of nvJPEG says that the GPU's memory did not suffice."""
+    text = str(error).lower()
+    return isinstance(error, torch.OutOfMemoryError) or any(word in text for word in _MEMORY_WORDS)
+
+
+def _too_little_memory(purpose: str, why: object) -> AlexprepError:
+    reason = str(why).partition("\n")[0]
+    return AlexprepError(
+        f"--device cuda: the GPU has too little free memory {purpose} ({reason}): end what else uses it (nvidia-smi lists it) or "
+        "use fewer --workers, then run the same command again; finished shards are kept"
+    )
+
+
+def _needed(work: _Work) -> int:
+    """GPU memory with which one image is never refused for want of it."""
+    return _ROOM + 16 * work.height * work.width  # coefficients of 2 bytes, planes and pixels, for three channels
 
 
 def _plain(stream: Any, data: bytes) -> bool:

@@ -23,8 +23,9 @@ Progress = Callable[[int], None]
 # task(argument, condemned): `condemned` says which inputs must not be touched again, and why.
 Task = Callable[[Any, Mapping[int, str]], Result]
 
-IMAGE_SECONDS = 60.0  # the slowest legal image seen takes 3 s; a stalled file server gets a minute
+IMAGE_SECONDS = 60.0  # the slowest legal image seen takes 3 s; a file server that stalls gets as long for each file
 IMAGE_BYTES = 1800 * 2**20  # of address space, which is more than memory; the largest legal images take 1,250 MiB of it
+IN_A_WORKER = "in a worker: "  # begins the words of an unexpected error there; its type and text follow
 _STRIKES = 2  # an input is condemned when it ends a worker twice: the first time may have been chance
 _DEATHS = 8  # of one task, with no input to blame or always another one, until the engine gives up
 
@@ -57,7 +58,8 @@ class LocalEngine:
 
     Workers are started afresh, never forked, since the parent may hold threads. A worker leaves when its parent dies.
     One that crashes, or is at one input for longer than `image_seconds`, is replaced and its task done again; an input
-    that ends a worker twice is condemned: the task is told to leave it out, with the reason.
+    that ends a worker twice is condemned: the task is told to leave it out, with the reason. Where it is the reading that
+    takes too long, the run stops: the way to the inputs is to blame.
 
     Attributes:
         workers: processes, at least 1.
@@ -87,7 +89,7 @@ class LocalEngine:
             progress: called a few times a second with the number of finished inputs.
 
         Raises:
-            AlexprepError: from a task; or workers died with no input to blame.
+            AlexprepError: from a task; or workers died with no input to blame; or an input cannot be read in time.
         """
         if not arguments:
             return
@@ -142,7 +144,7 @@ class Crew:
         self._workers = [self._start(index) for index in range(count)]
 
     def _start(self, index: int) -> _Worker:
-        self._slots[index] = (-1, 0, 0, 0)
+        self._slots[index] = (-1, 0, 0, 0, b"")
         return _Worker(self._descriptor, len(self._slots), index, self._engine.image_bytes)
 
     def close(self) -> None:
@@ -178,18 +180,23 @@ class Crew:
                     continue
                 if not good:
                     error, text = answer
-                    raise (
-                        error if isinstance(error, AlexprepError) else RuntimeError(f"in a worker:\n{text}")
-                    ) from error
+                    raise error or RuntimeError(IN_A_WORKER + text)
                 worker.job = None
                 finished += int(self._slots[index]["finished"])
                 self._slots[index]["finished"] = 0
                 yield answer
             now = time.monotonic_ns()
             for index in busy.values():
-                began = int(self._slots[index]["began_ns"])
-                if began and now - began > self._engine.image_seconds * 1e9:
-                    waiting.append(self._replace(index, f"takes more than {self._engine.image_seconds:g} s"))
+                place = bytes(self._slots[index]["reading"])  # before the time, which the worker sets first
+                began, seconds = int(self._slots[index]["began_ns"]), self._engine.image_seconds
+                if not began or now - began <= seconds * 1e9:
+                    continue
+                if place:  # the way to the images is blocked, so the next one would wait as long
+                    raise AlexprepError(
+                        f"{place.decode('utf-8', 'replace')} could not be read within {seconds:g} s: mend the disk or the "
+                        "network, or raise --image-seconds, then run the same command again; finished shards are kept"
+                    )
+                waiting.append(self._replace(index, f"takes more than {seconds:g} s"))
             progress(finished + int(self._slots["finished"].sum()))
 
     def _replace(self, index: int, reason: str) -> _Job:

@@ -7,6 +7,7 @@ upload of the whole file, which object stores make visible only when it is compl
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -17,16 +18,37 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from alexprep.shards.errors import AlexprepError
+
 TEMPORARY_MARK = ".tmp-"
+
+# What systems answer where hard links are unknown: FAT, FUSE, SMB, some network folders.
+_NO_LINKS = {errno.EPERM, errno.EACCES, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS}
+# And where a folder cannot be synced: its renames are as durable as the file system makes them.
+_NO_FOLDER_SYNC = {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS}
 
 
 def folder_at(place: str | Path) -> Path:
-    """The folder of a path or URL: a `Path`, or a `UPath`, which has the same methods."""
+    """The folder of a path or URL: a `Path`, or a `UPath`, which has the same methods.
+
+    Raises:
+        AlexprepError: the URL is of no kind that fsspec knows, or what opens it is not installed.
+    """
     if "://" not in str(place):
         return Path(place)
     from upath import UPath
 
-    return UPath(str(place))  # type: ignore[return-value]
+    try:
+        folder = UPath(str(place))
+        folder.fs  # noqa: B018  (imports what opens it)
+    except ImportError as error:
+        raise AlexprepError(f"{place} needs a package that is not installed: {error}") from None
+    except Exception as error:  # noqa: BLE001  (each store has its own kinds)
+        words = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise AlexprepError(
+            f"{place} is no place that fsspec can open ({words}): name a folder, or a URL such as s3://…"
+        ) from None
+    return folder  # type: ignore[return-value]
 
 
 def is_local(path: Path) -> bool:
@@ -82,8 +104,11 @@ def publish_first(path: Path, data: bytes) -> bytes:
         with contextlib.suppress(FileExistsError):
             try:
                 os.link(temporary, path)
-            except PermissionError:  # what Linux answers where links are unknown (FAT, some network folders)
-                os.rename(temporary, path)
+            except OSError as error:
+                if error.errno not in _NO_LINKS:
+                    raise
+                if not path.exists():
+                    os.rename(temporary, path)
     sync_folder(path.parent)
     return path.read_bytes()
 
@@ -136,13 +161,14 @@ def file_sha256(path: Path) -> str:
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes renames inside `folder` survive a power cut."""
+    """Makes renames inside `folder` survive a power cut, as far as its file system can promise that."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        error.filename = str(folder)
-        raise
+        if error.errno not in _NO_FOLDER_SYNC:
+            error.filename = str(folder)
+            raise
     finally:
         os.close(descriptor)
 
@@ -155,12 +181,13 @@ def is_temporary(name: str) -> bool:
 def remove_temporaries(folder: Path) -> None:
     """Deletes what interrupted writers left in `folder` (not below it); files of living writers are locked, and stay.
 
-    Where there are no locks nothing is deleted; a leftover takes room, but harms no reader.
+    Where there are no locks nothing is deleted; a leftover takes room, but harms no reader. Files are opened for writing,
+    since NFS gives an exclusive lock on nothing else.
     """
     if not is_local(folder):
         return
     for leftover in folder.glob(f".*{TEMPORARY_MARK}*"):
-        with contextlib.suppress(OSError), open(leftover, "rb") as file:
+        with contextlib.suppress(OSError), open(leftover, "rb+") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             leftover.unlink(missing_ok=True)
 

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import functools
-import io
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from alexprep.shards import labels
 from alexprep.shards.codec import Target
 from alexprep.shards.errors import AlexprepError
-from alexprep.shards.files import digest_json, is_local, json_bytes, publish_first, published
-from alexprep.shards.layout import FORMAT_VERSION, PLAN, PLAN_TABLE, read_json
+from alexprep.shards.files import digest_json
+from alexprep.shards.layout import FORMAT_VERSION, PLAN_TABLE
 from alexprep.shards.listing import list_inputs
 from alexprep.shards.permute import permutation
+from alexprep.shards.plan_table import TABLE, PlanTable
 from alexprep.shards.resample import FILTERS
 from alexprep.shards.sources.base import UNLABELLED, Location, Source
 from alexprep.shards.versions import versions
@@ -26,20 +24,8 @@ from alexprep.shards.versions import versions
 # An ImageNet shard is then about 28 MB. Smaller sets get at least 16 shards of at least 64, so that workers can share them.
 SHARD_SAMPLES = 1024
 _MANY, _FEW = 16, 64
+_DECIDES_BYTES, _ON_A_GPU = ("alexprep", "nvimgcodec", "pillow"), ("nvjpeg", "torch")
 _SPLIT_STREAM = {"train": 0, "val": 1, "test": 2}
-
-_TABLE = pa.schema(
-    [
-        ("split", pa.string()),
-        ("shard", pa.uint32()),
-        ("row", pa.uint32()),
-        ("label", pa.int32()),
-        ("path", pa.large_binary()),
-        ("member", pa.large_binary()),
-        ("offset", pa.int64()),
-        ("size", pa.int64()),
-    ]
-)
 
 
 @dataclass(frozen=True)
@@ -97,6 +83,14 @@ class Plan:
         """The plan's identity, hex sha256."""
         return digest_json(self.document)
 
+    def table(self) -> PlanTable:
+        """plan.parquet.
+
+        Raises:
+            AlexprepError: it cannot be read.
+        """
+        return PlanTable(self.folder / PLAN_TABLE)
+
     def shards(self) -> list[Shard]:
         """All shards, in order."""
         size = self.document["shard_samples"]
@@ -106,51 +100,13 @@ class Plan:
             for number in range(record["shards"])
         ]
 
-    def table(self) -> pq.ParquetFile:
-        """plan.parquet, one row group a shard, in the order of `shards()`.
 
-        Raises:
-            AlexprepError: it cannot be read.
-        """
-        path = self.folder / PLAN_TABLE
-        try:
-            return pq.ParquetFile(path if is_local(path) else io.BytesIO(path.read_bytes()))
-        except (OSError, pa.ArrowInvalid) as error:
-            raise AlexprepError(f"{path} cannot be read ({error}): delete it and run the same command again") from None
-
-
-@functools.lru_cache(maxsize=1)
-def kept_table(folder: Path, digest: str) -> pq.ParquetFile:
-    """plan.parquet, opened once a process and plan: its footer grows with the number of shards."""
-    return Plan(folder, {}).table()
-
-
-def make_plan(source: Source, options: ShardOptions, folder: Path) -> Plan:
-    """The plan of `folder`: published if there is none, checked against the present one otherwise.
-
-    Of several that begin in one folder at the same time, one wins; the others go on with its plan, or are refused.
+def draw_up(source: Source, options: ShardOptions) -> tuple[dict[str, Any], list[pa.Table]]:
+    """The plan that inputs and options give: plan.json's document and the rows of each shard. Nothing is written.
 
     Raises:
-        AlexprepError: no input; or the folder has the plan of other inputs or options (the message says which differ).
+        AlexprepError: no input, or labels that make no sense.
     """
-    document, tables = _draw_up(source, options)
-    folder.mkdir(parents=True, exist_ok=True)
-    if publish_first(folder / PLAN, json_bytes(document)) != json_bytes(document):
-        old = read_json(folder / PLAN, "use a new --out")
-        differences = _differences(old, document)
-        if differences or old != document:
-            raise AlexprepError(
-                f"{folder} was begun differently: {'; '.join(differences) or 'its plan was edited'}. "
-                "Use the same options and inputs, or a new --out"
-            )
-    if not (folder / PLAN_TABLE).exists():
-        with published(folder / PLAN_TABLE) as file, pq.ParquetWriter(file, _TABLE, compression="zstd") as writer:
-            for table in tables:
-                writer.write_table(table, row_group_size=max(1, table.num_rows))
-    return Plan(folder, document)
-
-
-def _draw_up(source: Source, options: ShardOptions) -> tuple[dict[str, Any], list[pa.Table]]:
     listing, names, inputs_digest = list_inputs(source.inputs())
     if not listing:
         raise AlexprepError(f"SOURCE {source.files.display()} holds no files where {source.layout!r} has its images")
@@ -171,7 +127,7 @@ def _draw_up(source: Source, options: ShardOptions) -> tuple[dict[str, Any], lis
             "row": np.arange(count, dtype=np.uint32),
             "label": label_of[codes],
         }
-        table = pa.table(rows | columns, schema=_TABLE)
+        table = pa.table(rows | columns, schema=TABLE)
         tables += [table.slice(start, size) for start in range(0, count, size)]
         splits[split] = {"inputs": count, "shards": -(-count // size)}
     document = {
@@ -183,7 +139,7 @@ def _draw_up(source: Source, options: ShardOptions) -> tuple[dict[str, Any], lis
         "shard_samples": size,
         "splits": splits,
         "classes": classes,
-        "versions": versions("alexprep", "nvimgcodec", "pillow"),  # what decides the bytes of a shard
+        "versions": versions(*_DECIDES_BYTES, *(_ON_A_GPU if options.target.device == "cuda" else ())),
     }
     return document, tables
 
@@ -193,8 +149,8 @@ def locations(rows: pa.Table) -> list[Location]:
     return list(map(Location, *(rows.column(name).to_pylist() for name in Location._fields)))
 
 
-def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """What keeps `new` from going on with `old`, in words."""
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """What keeps a plan's document `new` from going on with `old`, in words."""
     words = []
     before, now = old.get("options", {}), new["options"]
     for name in [*now, *(name for name in before if name not in now)]:

@@ -19,7 +19,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from alexprep.shards.engines import IMAGE_BYTES, IMAGE_SECONDS, Crew, LocalEngine, Progress, Result, Task, cores
+from alexprep.shards.engines import (
+    IMAGE_BYTES,
+    IMAGE_SECONDS,
+    IN_A_WORKER,
+    Crew,
+    LocalEngine,
+    Progress,
+    Result,
+    Task,
+    cores,
+)
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.worker import POLL_SECONDS
 
@@ -196,7 +206,11 @@ def _outcome(ray: Any, reference: Any) -> tuple[Any, int]:
         cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
         ours = not isinstance(cause, ray.exceptions.RayError)
         if ours:
-            raise RuntimeError(f"in a Ray worker:\n{error}") from error
+            line = _first_line(cause)
+            words = (
+                line.removeprefix(IN_A_WORKER) if line.startswith(IN_A_WORKER) else f"{type(cause).__name__}: {line}"
+            )
+            raise RuntimeError(f"in a Ray worker: {words}\n{error}") from error
         raise AlexprepError(
             f"Ray gave a shard up ({type(cause).__name__}: {_first_line(cause)}): see `ray status`, and that RAY_AUTH_MODE and the "
             "token are the same on every machine; then run the same command again, finished shards are kept"

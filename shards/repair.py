@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from alexprep.shards.begin import begin, check_apart
 from alexprep.shards.build import Report, build
 from alexprep.shards.check import Problem
 from alexprep.shards.codec import Target
@@ -15,9 +18,11 @@ from alexprep.shards.engines import Engine
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.files import digest_json
 from alexprep.shards.layout import DATASET, INDEX, LEDGER, PLAN, PLAN_TABLE, TIMM_INFO
-from alexprep.shards.plan import ShardOptions, make_plan
+from alexprep.shards.plan import ShardOptions, differences, draw_up
 from alexprep.shards.sources.base import SPLITS, Source
 from alexprep.shards.write import sidecar_path
+
+_LOOK = 64  # sidecars that tell which plan the shards were made by
 
 
 def repair(
@@ -39,12 +44,18 @@ def repair(
         progress: called with (finished inputs, inputs to do).
 
     Raises:
-        AlexprepError: the source has other inputs now, or nothing tells the options of the data set any more.
+        AlexprepError: the source does not give the plan of the data set (nothing is touched then), or nothing tells the
+            options of the data set any more.
     """
     options, damaged = _options(folder), {problem.file for problem in problems}
-    for name in {PLAN, PLAN_TABLE} & damaged:
-        (folder / name).unlink(missing_ok=True)
-    for shard in make_plan(source, options, folder).shards():
+    check_apart(source, folder)
+    document, tables = draw_up(source, options)
+    _compare(folder, document, source)
+    if PLAN in damaged:
+        (folder / PLAN).unlink(missing_ok=True)
+    if damaged & {PLAN, PLAN_TABLE}:  # with a plan that nobody can tell goes what was beside it
+        (folder / PLAN_TABLE).unlink(missing_ok=True)
+    for shard in begin(folder, document, tables).shards():
         sidecar = sidecar_path(folder, shard)
         files = [sidecar, sidecar.with_suffix(".idx"), sidecar.with_suffix(".tar")]
         if damaged & {str(file.relative_to(folder)) for file in files}:
@@ -53,6 +64,33 @@ def repair(
     for name in (DATASET, TIMM_INFO, *(f"{split}/{name}" for split in SPLITS.values() for name in (INDEX, LEDGER))):
         (folder / name).unlink(missing_ok=True)
     return build(source, folder, options, engine, progress)
+
+
+def _compare(folder: Path, document: dict[str, Any], source: Source) -> None:
+    """Raises AlexprepError where the plan that the source gives now is not the one that the shards were made by."""
+    digest, dataset = digest_json(document), _read(folder / DATASET)
+    named = Counter(str(sidecar.get("plan")) for sidecar in map(_read, _some_sidecars(folder)) if sidecar)
+    known = {dataset["plan"]} if isinstance(dataset.get("plan"), str) else set()
+    known |= {plan for plan, _ in named.most_common(1)}
+    if not known or digest in known:  # where nothing was finished, plan.json alone decides
+        return
+    what = []
+    with contextlib.suppress(KeyError, TypeError, AttributeError):  # it may be the damaged file
+        source_then = dataset["source"]
+        what = differences({**dataset, "layout": source_then["layout"], "inputs": source_then["inputs"]}, document)
+    raise AlexprepError(
+        f"SOURCE {source.files.display()} does not give the plan that the shards in {folder} were made by: "
+        f"{'; '.join(what) or 'its inputs, the options or the versions differ'}. Nothing was touched: name the SOURCE that they "
+        "were made from, with all its files"
+    )
+
+
+def _some_sidecars(folder: Path) -> list[Path]:
+    """Sidecars from all over the data set, as many as are read in a moment."""
+    found = [
+        path for split in dict.fromkeys(SPLITS.values()) for path in sorted((folder / split).glob(f"{split}-*.json"))
+    ]
+    return found[:: max(1, len(found) // _LOOK)]
 
 
 def _options(folder: Path) -> ShardOptions:

@@ -9,16 +9,15 @@ import tarfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import pyarrow.parquet as pq
-
 from alexprep.shards.codec import Codec
 from alexprep.shards.engines import Engine
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.files import is_local
 from alexprep.shards.opinion import Refused
 from alexprep.shards.plan import Plan, Shard, locations
+from alexprep.shards.plan_table import PlanTable
 from alexprep.shards.sources.base import Location, Source
-from alexprep.shards.worker import attending
+from alexprep.shards.worker import attending, reading
 from alexprep.shards.write import bound_memory
 
 _BLOCK = 512
@@ -31,7 +30,7 @@ def check_space(
     source: Source,
     make: Callable[[], Codec],
     missing: list[tuple[Shard, int]],
-    table: pq.ParquetFile,
+    table: PlanTable,
     engine: Engine,
 ) -> None:
     """Compares the room that the missing shards need with what is free.
@@ -43,7 +42,7 @@ def check_space(
     """
     if not is_local(plan.folder):
         return  # a store has no free space to ask for
-    inputs = sum(table.metadata.row_group(group).num_rows for _, group in missing)
+    inputs = sum(table.rows(group) for _, group in missing)
     free = shutil.disk_usage(plan.folder).free
     side = plan.document["options"]["size"]
     if inputs * (3 * side * side + 4096) < free:  # no encoding is larger than the pixels
@@ -60,11 +59,11 @@ def predict(
     source: Source,
     make: Callable[[], Codec],
     missing: list[tuple[Shard, int]],
-    table: pq.ParquetFile,
+    table: PlanTable,
     engine: Engine,
 ) -> int:
     """The bytes that the `missing` shards (each with its row group), their indexes and sidecars will take, about."""
-    inputs = sum(table.metadata.row_group(group).num_rows for _, group in missing)
+    inputs = sum(table.rows(group) for _, group in missing)
     probes: list[Location] = []
     for _, group in missing:
         probes += locations(table.read_row_group(group, columns=list(Location._fields)))
@@ -86,7 +85,9 @@ def _stored(
             size = 0
             if row not in condemned:
                 with contextlib.suppress(OSError):
-                    result = codec.convert(source.read(location))
+                    with reading(source.files.display(location.path)):
+                        data = source.read(location)
+                    result = codec.convert(data)
                     if not isinstance(result, Refused):
                         size = 3 * _BLOCK + -(-len(result.data) // _BLOCK) * _BLOCK
             used.append(size + _LINE_BYTES)

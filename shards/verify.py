@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
-
 from alexprep.shards import stats
 from alexprep.shards.check import Finding, Problem, check_shard
 from alexprep.shards.check_whole import check_descriptions, foreign_files, misplaced_tars
@@ -21,7 +19,8 @@ from alexprep.shards.engines import Engine, as_engine
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.files import file_sha256, folder_at, json_bytes
 from alexprep.shards.layout import DATASET, PLAN, PLAN_TABLE
-from alexprep.shards.plan import Plan, Shard, kept_table
+from alexprep.shards.plan import Plan, Shard
+from alexprep.shards.plan_table import PlanTable, kept_table
 from alexprep.shards.write import sidecar_path
 
 
@@ -153,7 +152,7 @@ def _document(folder: Path, name: str, problems: list[Problem]) -> dict[str, Any
     return None
 
 
-def _plan_table(plan: Plan, dataset: dict[str, Any], problems: list[Problem]) -> pq.ParquetFile | None:
+def _plan_table(plan: Plan, dataset: dict[str, Any], problems: list[Problem]) -> PlanTable | None:
     """plan.parquet, where it is the one that the shards were made from."""
     wanted = dataset.get("files", {}).get(PLAN_TABLE)
     try:

@@ -10,6 +10,7 @@ from pathlib import Path
 _DISTRIBUTIONS = {
     "dali": ("nvidia-dali-cuda120", "nvidia-dali-cuda130"),
     "nvimgcodec": ("nvidia-nvimgcodec-cu12", "nvidia-nvimgcodec-cu13"),
+    "nvjpeg": ("nvidia-nvjpeg-cu12", "nvidia-nvjpeg-cu13", "nvidia-nvjpeg"),
 }
 
 

@@ -7,12 +7,11 @@ import platform
 from dataclasses import dataclass
 from pathlib import Path
 
-import pyarrow.parquet as pq
-
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.files import digest_json, is_local
 from alexprep.shards.layout import PLAN
 from alexprep.shards.plan import Plan, locations
+from alexprep.shards.plan_table import PlanTable
 from alexprep.shards.sources.base import Source
 from alexprep.shards.versions import versions
 
@@ -40,7 +39,7 @@ class Witness:
     versions: tuple[tuple[str, str], ...]
 
     @classmethod
-    def here(cls, plan: Plan, source: Source, table: pq.ParquetFile) -> Witness:
+    def here(cls, plan: Plan, source: Source, table: PlanTable) -> Witness:
         """What this machine sees; the inputs are those of the first shard, a random choice."""
         sizes: dict[bytes, int] = {}
         for location in locations(table.read_row_group(0))[:_TRIED]:

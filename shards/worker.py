@@ -19,12 +19,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from alexprep.shards.errors import DeviceLostError
+from alexprep.shards.errors import AlexprepError, DeviceLostError
 
 POLL_SECONDS = 0.2
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 # One record a worker, in memory that parent and workers share.
-SLOT = np.dtype([("row", "<i8"), ("began_ns", "<i8"), ("finished", "<i8"), ("deaths", "<i8")])
+SLOT = np.dtype([("row", "<i8"), ("began_ns", "<i8"), ("finished", "<i8"), ("deaths", "<i8"), ("reading", "S400")])
 
 _slot: Any = np.zeros(1, SLOT)[0]  # replaced by the shared one in a worker
 _memory_bytes: int | None = None
@@ -42,6 +42,21 @@ def attending(*rows: int) -> Iterator[None]:
     _slot["began_ns"] = 0
     _slot["row"] = -1
     _slot["finished"] += len(rows)
+
+
+@contextlib.contextmanager
+def reading(place: str) -> Iterator[None]:
+    """Around the reading of one input, inside `attending`: if it takes too long, `place` is to blame, and not the input.
+
+    The time that is left for the input itself begins afterwards.
+    """
+    _slot["began_ns"] = time.monotonic_ns()
+    _slot["reading"] = place.encode("utf-8", "backslashreplace")
+    try:
+        yield
+    finally:
+        _slot["began_ns"] = time.monotonic_ns()
+        _slot["reading"] = b""
 
 
 def again() -> bool:
@@ -93,17 +108,21 @@ def serve(pipe: int, slots: int, count: int, index: int, parent: int, memory_byt
             task, argument, condemned = connection.recv()
         except EOFError:
             return
-        _slot["row"], _slot["began_ns"], _slot["finished"] = -1, 0, 0
+        _slot["row"], _slot["began_ns"], _slot["finished"], _slot["reading"] = -1, 0, 0, b""
         try:
             answer = (True, task(argument, condemned))
         except DeviceLostError:
             os.abort()  # the engine starts a new process, in which the GPU works again
-        except BaseException as error:  # noqa: BLE001  (it is raised again where it can be handled)
-            answer = (False, (error, traceback.format_exc()))
+        except AlexprepError as error:
+            answer = (False, (error, ""))
+        except BaseException as error:  # noqa: BLE001  (it is told where it can be handled, in words: not all can be sent)
+            answer = (False, (None, f"{type(error).__name__}: {error}\n{traceback.format_exc()}"))
         try:
             connection.send(answer)
-        except (TypeError, AttributeError, ValueError) as error:  # what cannot be sent
-            connection.send((False, (RuntimeError(f"{error}: {answer[1]!r}"), "")))
+        except OSError:  # the parent has gone
+            raise
+        except Exception as error:  # noqa: BLE001  (what cannot be sent; pickle raises many kinds)
+            connection.send((False, (None, f"{type(error).__name__}: {error}: {answer[1]!r}")))
 
 
 def one_thread() -> None:

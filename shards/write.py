@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -21,10 +23,12 @@ from alexprep.shards.layout import read_json, sample_key, shard_name
 from alexprep.shards.opinion import Refused
 from alexprep.shards.plan import Shard
 from alexprep.shards.sources.base import Location, Source
+from alexprep.shards.sources.files import LocalFiles
 from alexprep.shards.tar import TarWriter, dali_index
-from alexprep.shards.worker import again, attending, limit_memory
+from alexprep.shards.worker import again, attending, limit_memory, reading
 
-# What a failed read says of the file. Anything else may pass, and is tried again; a sector that stays bad (EIO) is the file's.
+# What a failed read says of the file. Anything else may pass, and is tried again; a sector that stays bad (EIO) is the
+# file's, and so is a name that has vanished (ENOENT), while its neighbours are there.
 _OF_THE_FILE = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG}
 _OF_THE_FILE |= {errno.EINVAL, errno.ENXIO, errno.ENODEV}
 _PAUSES = (0.1, 1.0)  # seconds before the second and the third try
@@ -77,7 +81,9 @@ def write_shard(
     tar_path = data / shard.split / f"{name}.tar"
     extension = FORMATS[codec.target.format]
     ledger: list[dict[str, Any]] = []
+    mark = sidecar_path(data, shard)
     try:
+        before = mark.read_bytes() if mark.exists() else b""
         with contextlib.suppress(_EmptyError), published(tar_path) as file:
             tar = TarWriter(file)
             for (row, label, _), result in _converted(inputs, source, codec, condemned or {}):
@@ -97,7 +103,7 @@ def write_shard(
                 and other["sha256"] != sha256
                 and (not other["samples"] or other["sha256"] == file_sha256(tar_path))
             ):
-                raise _conflict(name, other["sha256"], sha256)
+                raise _conflict(name, other["sha256"], sha256, "The first one is kept")
             if not tar.members:
                 raise _EmptyError
         if tar.members:
@@ -113,11 +119,12 @@ def write_shard(
             "inputs": ledger,
         }
         wanted = json_bytes(sidecar, indent=None)
-        if publish_first(sidecar_path(data, shard), wanted) != wanted:
-            first = read_sidecar(data, shard, plan_digest)
-            if first is not None and first["sha256"] != sha256:
-                raise _conflict(name, first["sha256"], sha256)
-            publish_bytes(sidecar_path(data, shard), wanted)  # in place of a stale or damaged one
+        found = publish_first(mark, wanted)
+        if found != wanted:
+            if found != before and (first := _sha256_of(found, plan_digest)) not in (None, sha256):
+                mark.unlink(missing_ok=True)  # our tar or index may lie over theirs, which it describes
+                raise _conflict(name, str(first), sha256, "Neither counts, so the next run makes it again")
+            publish_bytes(mark, wanted)  # in place of a stale or damaged one
     except OSError as error:
         raise AlexprepError(
             f"shard {name} could not be written to {data / shard.split} ({error}): make room or mend the disk, "
@@ -141,10 +148,18 @@ def read_sidecar(data: Path, shard: Shard, plan_digest: str) -> dict[str, Any] |
     return sidecar
 
 
-def _conflict(name: str, first: str, second: str) -> AlexprepError:
+def _sha256_of(sidecar: bytes, plan_digest: str) -> str | None:
+    """The sha256 that a sidecar names; None for a damaged one, or another plan's."""
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        document = json.loads(sidecar)
+        return str(document["sha256"]) if document["plan"] == plan_digest else None
+    return None
+
+
+def _conflict(name: str, first: str, second: str, outcome: str) -> AlexprepError:
     return AlexprepError(
         f"shard {name} was made twice with different bytes (sha256 {first[:16]}… and {second[:16]}…): the machines decode "
-        "differently, or an input changed meanwhile; the first one is kept. Use a new --out with one kind of machine"
+        f"differently, or an input changed meanwhile. {outcome}. Use a new --out with one kind of machine"
     )
 
 
@@ -170,7 +185,8 @@ def _converted(
                     if planned.row in condemned:
                         read.append(Refused(condemned[planned.row]))
                     else:
-                        read.append(next(ahead) if ahead else _read(source, planned.location))
+                        with reading(source.files.display(planned.location.path)):
+                            read.append(next(ahead) if ahead else _read(source, planned.location))
                 converted = iter(codec.convert_many([data for data in read if not isinstance(data, Refused)]))
                 results = [data if isinstance(data, Refused) else next(converted) for data in read]
             yield from zip(chunk, results, strict=True)
@@ -188,7 +204,8 @@ def _read(source: Source, location: Location) -> bytes | NDArray[np.uint8] | Ref
         except MemoryError:
             return Refused("cannot be read: needs more memory than a worker may have")
         except OSError as error:
-            if error.errno is None or error.errno in _OF_THE_FILE or (pause is None and error.errno == errno.EIO):
+            own = error.errno is None or error.errno in _OF_THE_FILE or (pause is None and error.errno == errno.EIO)
+            if own and not (error.errno == errno.ENOENT and _has_gone(source, location)):
                 return Refused(f"cannot be read: {error.strerror or error}")
             if pause is None:
                 raise AlexprepError(
@@ -197,6 +214,22 @@ def _read(source: Source, location: Location) -> bytes | NDArray[np.uint8] | Ref
                 ) from error
             time.sleep(pause)
     raise AssertionError  # the last pause is None
+
+
+def _has_gone(source: Source, location: Location) -> bool:
+    """Whether more is missing than one file: the archive of many inputs, or a disk, which leaves an empty folder behind."""
+    if not isinstance(source.files, LocalFiles):
+        return False
+    if location.size >= 0 or not os.path.exists(source.files.root):
+        return True
+    folder = os.path.dirname(os.path.join(source.files.root, location.path))
+    while not os.path.lexists(folder):
+        folder = os.path.dirname(folder)
+    try:
+        with os.scandir(folder) as entries:
+            return next(entries, None) is None
+    except OSError:  # among them a link to where nothing is any more
+        return True
 
 
 def _ahead(

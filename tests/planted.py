@@ -1,10 +1,12 @@
-"""A codec that misbehaves at inputs that end with a word."""
+"""A codec that misbehaves at inputs that end with a word, and tasks that misbehave as a whole: for workers to import."""
 
 import ctypes
 import os
 import time
+from collections.abc import Mapping
 
 from alexprep.shards.codec import Codec
+from alexprep.shards.worker import attending, reading
 
 
 class Planted(Codec):
@@ -29,3 +31,30 @@ class Planted(Codec):
                 os.abort()
             ctypes.memset(place, 1, 2**26)
         return super()._convert(data)
+
+
+def stalled(argument: int, condemned: Mapping[int, str]) -> None:
+    """Reads for ever, as from a file server that went away."""
+    with attending(argument), reading("/server/n01/a.jpg"):
+        time.sleep(60)
+
+
+def slow(argument: int, condemned: Mapping[int, str]) -> str:
+    """Each phase takes most of the time that an input has."""
+    with attending(argument):
+        for _ in range(2):
+            with reading("/server/n01/a.jpg"):
+                time.sleep(0.6)
+        time.sleep(0.6)
+    return condemned.get(argument, "fine")
+
+
+class OddError(Exception):
+    """Cannot be made again from what pickle keeps of it."""
+
+    def __init__(self, one: int, other: int) -> None:
+        super().__init__(f"{one} is not {other}\nat all")
+
+
+def odd(argument: int, condemned: Mapping[int, str]) -> None:
+    raise OddError(1, 2)

@@ -251,6 +251,78 @@ def test_a_failing_disk_costs_no_image(
         assert (report.written, report.rejected.total()) == ((68, 0) if outcome == "written" else (67, 1))
 
 
+@pytest.mark.parametrize("gone", ["root", "all below the root", "a mount point", "a linked folder", "the archive"])
+def test_a_source_that_goes_away_costs_no_image(
+    gone: str, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ENOENT is the file's own fault only while its folder is there. When the source is back, the run goes on."""
+    monkeypatch.setattr(write, "_PAUSES", (0.0, 0.0))
+    source, away = tmp_path / "source", tmp_path / "away"
+    shutil.copytree(photos, source)
+    hidden = [source]
+    match gone:
+        case "all below the root":
+            hidden = [source / "train", source / "val"]
+        case "a mount point":
+            hidden = list((source / "train").iterdir())
+        case "a linked folder":
+            (source / "train/class1").rename(tmp_path / "disk")
+            (source / "train/class1").symlink_to(tmp_path / "disk")
+            hidden = [tmp_path / "disk"]
+        case "the archive":
+            with tarfile.open(tmp_path / "photos.tar", "w") as tar:
+                tar.add(source, "photos")
+            shutil.rmtree(source)
+            source = tmp_path / "photos.tar"
+            hidden = [source]
+    read, left = LocalFiles.read, [20]
+
+    def vanishing(self: LocalFiles, path: bytes, offset: int = 0, size: int = -1) -> bytes:
+        left[0] -= 1
+        if not left[0]:
+            away.mkdir()
+            for n, path_there in enumerate(hidden):
+                path_there.rename(away / str(n))
+        return read(self, path, offset, size)
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalFiles, "read", vanishing)
+        with pytest.raises(AlexprepError, match=r"cannot be read .*No such file.* mend the disk or the network"):
+            build(source, out, OPTIONS, InProcessEngine())
+    for n, path_there in enumerate(hidden):
+        (away / str(n)).rename(path_there)
+    assert build(source, out, OPTIONS, InProcessEngine()).written == 68
+
+
+def test_a_listed_file_that_never_was_is_rejected(photos: Path, tmp_path: Path) -> None:
+    """Also with its folder: a list may name anything."""
+    shutil.copytree(photos / "train/class0", tmp_path / "source/there")
+    names = sorted(path.name for path in (tmp_path / "source/there").iterdir())
+    rows = ["path,label", *(f"there/{name},a" for name in names), "there/never.jpg,a", "nowhere/never.jpg,a"]
+    (tmp_path / "source/list.csv").write_text("\n".join(rows) + "\n")
+    report = build(tmp_path / "source/list.csv", tmp_path / "out", OPTIONS, InProcessEngine())
+    assert (report.written, report.rejected.total()) == (len(names), 2)
+
+
+def test_each_writer_begins_at_a_shard_of_its_own(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Containers on many machines all have the same process id."""
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    first = []
+
+    class Looking(InProcessEngine):
+        def run(self, task: Any, arguments: Any, progress: Any = None) -> Any:
+            first.append(arguments[0][0])
+            raise InterruptedError("enough")
+
+    for _ in range(20):
+        with pytest.raises(AlexprepError, match="enough"):
+            build(photos, tmp_path / "out", ShardOptions(Target(size=64), shard_samples=1), Looking())
+    assert len(set(first)) > 5
+
+
 def test_inputs_are_shuffled_globally(data: Path) -> None:
     """No shard holds the classes in the order of the folders, and each split has its own order."""
     labels = read_index(data, "train")["label"]
@@ -298,6 +370,58 @@ def test_output_among_the_inputs_is_refused(photos: Path, tmp_path: Path) -> Non
             build(tmp_path / source, tmp_path / out, OPTIONS, 1)
     for _ in range(2):
         assert build(tmp_path / "source", tmp_path / "source" / "alexprep-data", OPTIONS, 1).inputs == 68
+
+
+def test_a_source_s_own_shards_are_never_written_over(photos: Path, data: Path, tmp_path: Path) -> None:
+    """A webdataset in train/ and val/, and class folders with a flat val, into the folder that holds them."""
+    shutil.copytree(data, tmp_path / "wds", ignore=shutil.ignore_patterns("*.json", "*.idx", "*.parquet", "*.npy"))
+    shutil.copytree(photos / "train", tmp_path / "flat/train")
+    (tmp_path / "flat/val").mkdir()
+    shutil.copy(photos / "val/class0/000.JPEG", tmp_path / "flat/val/000.JPEG")
+    (tmp_path / "flat/val.txt").write_text("000.JPEG 0\n")
+    for name in ("wds", "flat"):
+        before = fingerprint(tmp_path / name)
+        with pytest.raises(AlexprepError, match=f"would put shards into .*{name}/train, which lies among the images"):
+            build(tmp_path / name, tmp_path / name, OPTIONS, 1)
+        assert fingerprint(tmp_path / name) == before
+    assert build(tmp_path / "wds", tmp_path / "wds/alexprep-data", OPTIONS, InProcessEngine()).inputs == 68
+
+
+def test_a_plan_table_with_other_rows_is_never_worked_on(photos: Path, data: Path, tmp_path: Path) -> None:
+    """It is written anew while no shard counts; afterwards nobody can tell what the shards were made from."""
+    out, table = tmp_path / "out", tmp_path / "out/plan.parquet"
+    shutil.copytree(data, out, ignore=shutil.ignore_patterns("stats"))
+    good = fingerprint(out)
+    with pq.ParquetFile(table) as file, pq.ParquetWriter(tmp_path / "flipped", file.schema_arrow) as writer:
+        for group in range(file.num_row_groups):
+            rows = file.read_row_group(group)
+            labels = rows["label"].to_numpy() ^ (group == 3)
+            writer.write_table(rows.set_column(3, rows.schema.field(3), [labels]))
+    shutil.copy(tmp_path / "flipped", table)
+    with pytest.raises(AlexprepError, match=r"plan\.parquet has other rows .* mend it with `alexprep verify"):
+        build(photos, out, OPTIONS, 1)
+    (out / "dataset.json").unlink()
+    with pytest.raises(AlexprepError, match="shards may have been made from it: shard again into a new --out"):
+        build(photos, out, OPTIONS, 1)
+    for sidecar in out.glob("*/*-*.json"):
+        sidecar.unlink()
+    build(photos, out, OPTIONS, InProcessEngine())
+    assert fingerprint(out) == good
+
+
+def test_a_plan_table_without_its_plan_is_replaced(photos: Path, data: Path, tmp_path: Path) -> None:
+    """Someone deletes plan.json alone and starts again with other inputs; or an unreadable table is all there is."""
+    out = tmp_path / "out"
+    shutil.copytree(data, out, ignore=shutil.ignore_patterns("stats"))
+    (out / "plan.json").unlink()
+    report = build(photos, out, ShardOptions(Target(size=64), shard_samples=7, seed=1), InProcessEngine())
+    assert report.made_inputs == 68
+    build(photos, tmp_path / "new", ShardOptions(Target(size=64), shard_samples=7, seed=1), InProcessEngine())
+    assert fingerprint(out) == fingerprint(tmp_path / "new")
+    (tmp_path / "third").mkdir()
+    (tmp_path / "third/plan.parquet").write_bytes(b"PAR1 nothing PAR1")
+    build(photos, tmp_path / "third", OPTIONS, InProcessEngine())
+    assert pq.read_table(tmp_path / "third/plan.parquet").equals(pq.read_table(data / "plan.parquet"))
 
 
 @pytest.mark.parametrize(

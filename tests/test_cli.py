@@ -107,6 +107,18 @@ def test_the_data_folder_can_come_from_the_environment(
     assert (tmp_path / "elsewhere" / "stats" / "stats.json").exists()
 
 
+def test_a_store_that_cannot_be_reached_is_one_line(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each store raises errors of its own kind."""
+
+    def fail(*arguments: object, **options: object) -> None:
+        raise LookupError("no credentials\nsee the manual")
+
+    monkeypatch.setattr("fsspec.implementations.memory.MemoryFileSystem.exists", fail)
+    status, _, error = command("shard", ".", "--out", "memory://bucket/data")
+    assert status == 1 and len(error.splitlines()) == 1
+    assert "memory://bucket/data cannot be reached (LookupError: no credentials): check the URL" in error
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "words"),
     [
@@ -114,6 +126,8 @@ def test_the_data_folder_can_come_from_the_environment(
         (["shard"], 2, "Missing argument 'SOURCE'"),
         (["shard", ".", "--size", "-3"], 1, "--size -3 is not between 1 and 8,192"),
         (["shard", ".", "--filter", "box"], 2, "'box' is not one of"),
+        (["shard", ".", "--out", "s3://bucket/data"], 1, "s3://bucket/data needs a package that is not installed"),
+        (["shard", ".", "--out", "nfs://server/data"], 1, "nfs://server/data is no place that fsspec can open"),
         (["pca-stats"], 1, "make one with `alexprep shard SOURCE`"),
         (["pca-stats", "nowhere"], 1, "nowhere/dataset.json does not exist"),
         (["train"], 1, "make one with `alexprep shard SOURCE`"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -124,15 +125,17 @@ def test_what_the_gpu_refuses_falls_back(images) -> None:
 
 
 def test_an_error_of_a_batch_is_each_image_s_own(images, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Too little memory for the batch, and for one image of it; then an error that stays with the process."""
+    """Too little memory for the batch, and a damaged image in it; then an error that stays with the process."""
     codec = CudaCodec(Target(size=64), "cpu")
     expected = codec.convert_many(images)
     sizes = []
 
     def scarce(made: list[Any]) -> list[Any]:
         sizes.append(len(made))
-        if len(made) > 1 or len(sizes) == 4:
+        if len(made) > 1:
             raise RuntimeError("CUDA error: out of memory")
+        if len(sizes) == 4:
+            raise RuntimeError("nvJPEG error: bad JPEG")
         return made
 
     codec._gpu_decoder = _Stub(codec._gpu_decoder, scarce)
@@ -145,6 +148,46 @@ def test_an_error_of_a_batch_is_each_image_s_own(images, monkeypatch: pytest.Mon
     monkeypatch.setattr(torch.cuda, "synchronize", broken)
     with pytest.raises(DeviceLostError, match="out of memory"):
         _ensure_alive(RuntimeError("CUDA error: out of memory"))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB"),
+        RuntimeError("cudaErrorMemoryAllocation (2)"),
+        RuntimeError("nvJPEG: device allocator failed"),
+        None,
+    ],
+)
+def test_an_image_never_goes_to_the_cpu_for_want_of_gpu_memory(error: RuntimeError | None, images) -> None:
+    """The pixels would differ. nvImageCodec may raise, or just refuse the image."""
+    codec = CudaCodec(Target(size=64), "cpu")
+    expected = codec.convert_many(images)
+    inner = codec._gpu_decoder
+
+    def full(made: list[Any]) -> list[Any]:
+        if error is not None:
+            raise error
+        return [None] * len(made)
+
+    codec._gpu_decoder = _Stub(inner, full)
+    codec._free_memory = lambda: 2**20
+    words = r"--device cuda: the GPU has too little free memory for an image of 131 x 97 .* fewer --workers"
+    with pytest.raises(AlexprepError, match=words):
+        codec.convert_many(images)
+    if error is None:  # with memory to spare it was the image
+        codec._free_memory = lambda: 2**30
+        assert codec.convert_many(images) == expected
+
+
+def test_a_plan_names_what_decides_bytes_on_a_gpu(photos: Path) -> None:
+    from alexprep.shards.plan import ShardOptions, draw_up
+    from alexprep.shards.sources.find import find_source
+
+    for device, names in (("cpu", set()), ("cuda", {"nvjpeg", "torch"})):
+        target = Target(size=64, device=device)  # type: ignore[arg-type]
+        document, _ = draw_up(find_source(str(photos)), ShardOptions(target))
+        assert document["versions"].keys() == {"alexprep", "nvimgcodec", "pillow"} | names
 
 
 def test_batches_are_bounded_by_their_pixels() -> None:
@@ -163,6 +206,27 @@ def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(AlexprepError, match="--device cuda: torch finds no CUDA device"):
         CudaCodec(Target())
+
+
+@pytest.mark.parametrize(
+    ("words", "told"), [("CUDA error: out of memory", "memory to begin"), ("x", "is it installed")]
+)
+def test_what_keeps_the_gpu_s_codec_from_opening(words: str, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[dict[str, Any]] = []
+
+    def fails(**options: Any) -> None:
+        made.append(options)
+        raise RuntimeError(words)
+
+    codec = CudaCodec(Target(), "cpu")
+    codec._device = torch.device("cuda", 0)
+    for name, value in (("is_available", lambda: True), ("set_device", lambda number: None)):
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: SimpleNamespace(cuda_stream=0))
+    monkeypatch.setattr("alexprep.shards.cuda.nvimgcodec.Decoder", fails)
+    with pytest.raises(AlexprepError, match=told):
+        codec._open()
+    assert made[0]["max_num_cpu_threads"] == 1
 
 
 # On a GPU.

@@ -6,24 +6,30 @@ The long forms, with the system's own kills and errors, are in benchmarks/faults
 from __future__ import annotations
 
 import collections
+import errno
 import fcntl
 import json
 import os
 import shutil
+import stat
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 
+from alexprep.shards import write
 from alexprep.shards.build import build
-from alexprep.shards.codec import Target
-from alexprep.shards.engines import LocalEngine
-from alexprep.shards.files import published, remove_temporaries
+from alexprep.shards.codec import Codec, Target
+from alexprep.shards.engines import InProcessEngine, LocalEngine
+from alexprep.shards.errors import AlexprepError
+from alexprep.shards.files import publish_first, published, remove_temporaries
 from alexprep.shards.layout import read_dataset
 from alexprep.shards.plan import ShardOptions
+from alexprep.shards.verify import verify
 
 DRIVER = Path(__file__).with_name("fault_driver.py")
 
@@ -96,6 +102,37 @@ def test_writers_at_the_same_time_share_the_work(photos: Path, data: Path, tmp_p
         assert len({size for size, state in zip(sizes, states, strict=True) if state == 0}) == 1, ended
 
 
+@pytest.mark.parametrize("moment", ["before the tar", "before the index", "before the sidecar"])
+def test_a_sidecar_never_describes_another_writer_s_tar(
+    moment: str, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two writers that decode differently meet at a shard: the second one stops, and what counts is whole."""
+    out, options = tmp_path / "out", ShardOptions(Target(size=16), shard_samples=100, limit=5)
+
+    def other(target: Target) -> Codec:
+        return Codec(replace(target, quality=50))
+
+    def meets(name: str) -> None:
+        real = getattr(write, name)
+        met: list[int] = []
+
+        def first(*arguments: Any, **more: Any) -> Any:
+            if not met:
+                met.append(1)
+                build(photos, out, options, InProcessEngine())
+            return real(*arguments, **more)
+
+        monkeypatch.setattr(write, name, first)
+
+    meets({"before the tar": "published", "before the index": "publish_bytes"}.get(moment, "publish_first"))
+    words = "The first one is kept" if moment == "before the tar" else "Neither counts"
+    with pytest.raises(AlexprepError, match=f"made twice with different bytes .*{words}"):
+        build(photos, out, options, InProcessEngine(), make_codec=other)
+    report = build(photos, out, options, InProcessEngine())
+    assert report.made_inputs == (0 if moment == "before the tar" else 5)
+    assert verify(out, InProcessEngine()).problems == []
+
+
 def test_tidying_up_spares_the_files_of_living_writers(tmp_path: Path) -> None:
     dead = tmp_path / ".old.tmp-1-abcd"
     dead.write_bytes(b"left")
@@ -126,6 +163,83 @@ def test_a_file_that_is_tidied_away_before_it_is_locked_is_begun_again(
     assert calls == 3 and _finished(tmp_path) == {"new": b"whole"}
 
 
+def test_tidying_up_works_where_only_writers_may_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on NFS, which answers EBADF to an exclusive lock on a file that is open for reading."""
+    real = fcntl.flock
+
+    def strict(file: Any, how: int) -> None:
+        if fcntl.fcntl(file, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        real(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", strict)
+    (tmp_path / ".old.tmp-1-abcd").write_bytes(b"left")
+    remove_temporaries(tmp_path)
+    assert _finished(tmp_path) == {}
+
+
+@pytest.mark.parametrize("code", [errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EIO])
+def test_a_rename_stands_in_for_a_link(code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the file system has no links; an error of the disk is no such case. Who comes second finds the first's bytes."""
+
+    def link(*arguments: object, **options: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "link", link)
+    if code == errno.EIO:
+        with pytest.raises(OSError, match="Input/output error"):
+            publish_first(tmp_path / "plan", b"one")
+        assert _finished(tmp_path) == {}
+        return
+    assert publish_first(tmp_path / "plan", b"one") == b"one"
+    answers = iter([False, True])  # it is not there yet, then another writer is quicker
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "exists", lambda path: next(answers) if path.name == "plan" else os.path.lexists(path))
+        assert publish_first(tmp_path / "plan", b"two") == b"one"
+    assert _finished(tmp_path) == {"plan": b"one"}
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP, errno.EIO])
+def test_a_folder_that_cannot_be_synced_is_no_fault_of_the_disk(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(code, os.strerror(code))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    if code == errno.EIO:
+        with pytest.raises(OSError, match="Input/output error"):
+            publish_first(tmp_path / "plan", b"one")
+    else:
+        assert publish_first(tmp_path / "plan", b"one") == b"one"
+
+
+def test_a_file_server_that_stalls_condemns_no_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parent)  # workers inherit it
+    import planted  # type: ignore[import-not-found]
+
+    engine = LocalEngine(1, image_seconds=1)
+    assert list(engine.run(planted.slow, [0])) == ["fine"]
+    with pytest.raises(
+        AlexprepError, match=r"/server/n01/a\.jpg could not be read within 1 s: mend the disk or the network"
+    ):
+        list(engine.run(planted.stalled, [0]))
+
+
+def test_an_unexpected_error_in_a_worker_is_told_in_the_first_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parent)
+    import planted
+
+    with pytest.raises(RuntimeError) as caught:
+        list(LocalEngine(1).run(planted.odd, [0]))
+    lines = str(caught.value).splitlines()
+    assert lines[0] == "in a worker: OddError: 1 is not 2" and "raise OddError(1, 2)" in str(caught.value)
+
+
 MISDEEDS = {
     "segv": "ends the process that reads it (SIGSEGV)",
     "abort": "ends the process that reads it (SIGABRT)",
@@ -141,7 +255,7 @@ def test_a_decoder_that_misbehaves_costs_just_its_image(
 ) -> None:
     """Six kinds of misdeed among 68 images; all else as if those images were empty."""
     monkeypatch.syspath_prepend(Path(__file__).parent)  # workers inherit it
-    from planted import Planted  # type: ignore[import-not-found]
+    from planted import Planted
 
     shutil.copytree(photos, tmp_path / "source")
     shutil.copytree(photos, tmp_path / "empty")

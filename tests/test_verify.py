@@ -216,6 +216,27 @@ def test_damage_is_named_and_repaired(
         assert {path.relative_to(out): path.read_bytes() for path in _files(out)} == good
 
 
+@pytest.mark.parametrize("told_by", ["dataset.json", "sidecars"])
+def test_repair_from_another_source_touches_nothing(told_by: str, small: Path, tmp_path: Path) -> None:
+    """Files are missing from SOURCE, and plan.json, which would tell, is the damaged file."""
+    out, source = tmp_path / "data", tmp_path / "source"
+    shutil.copytree(small, out)
+    shutil.copytree(small.parent / "source", source)
+    (source / "class0/2.jpg").unlink()
+    if told_by == "sidecars":
+        (out / "dataset.json").unlink()
+        _edit_json("plan.json", lambda d: d.update(inputs="0" * 64))(out)
+    else:
+        (out / "plan.json").write_bytes(b"{")
+    before = {path: path.read_bytes() for path in _files(out)}
+    problems = _found(out)
+    assert problems
+    words = "6 inputs then, 5 now" if told_by == "dataset.json" else "the options or the versions differ"
+    with pytest.raises(AlexprepError, match=words + r".*Nothing was touched"):
+        repair(out, find_source(str(source)), problems, ENGINE)
+    assert {path: path.read_bytes() for path in _files(out)} == before
+
+
 def test_decode_finds_what_checksums_cannot(small: Path, tmp_path: Path, encoded: Callable[..., bytes]) -> None:
     """A shard that was written wrongly, and so has the right checksums."""
 

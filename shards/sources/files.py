@@ -16,6 +16,8 @@ from alexprep.shards.errors import AlexprepError
 
 MAX_FILE_BYTES = 2**30  # no photo is that large; an endless file is
 MAX_INFLATED_BYTES = 2**31  # of a gzipped file that is read as a whole: the largest known (EMNIST) has 640 MB
+# Bytes of a gzip part that are inflated at once. What lies behind its end is copied each time, so the first step is small.
+_FIRST_STEP, _STEP = 1024, 2**20
 
 
 class Entry(NamedTuple):
@@ -163,15 +165,20 @@ def inflated(files: Files, path: bytes) -> bytes:
     if data[:2] != b"\x1f\x8b":
         return data
     parts: list[bytes] = []
-    while data:  # a gzip file may have several parts, one after the other
-        inflater = zlib.decompressobj(wbits=31)
-        try:
-            parts.append(inflater.decompress(data, MAX_INFLATED_BYTES + 1 - sum(map(len, parts))))
-        except zlib.error as error:
-            raise OSError(f"{files.display(path)} is a damaged gzip file ({error})") from None
-        if sum(map(len, parts)) > MAX_INFLATED_BYTES:
-            raise OSError(f"{files.display(path)} inflates to more than the limit of {MAX_INFLATED_BYTES:,} bytes")
-        if not inflater.eof:
-            raise OSError(f"{files.display(path)} is a gzip file that was cut short")
-        data = inflater.unused_data
+    total, at, view = 0, 0, memoryview(data)
+    while at < len(data):  # a gzip file may have several parts, one after the other
+        inflater, step = zlib.decompressobj(wbits=31), _FIRST_STEP
+        while not inflater.eof:
+            if at == len(data):
+                raise OSError(f"{files.display(path)} is a gzip file that was cut short")
+            try:
+                part = inflater.decompress(view[at : at + step], MAX_INFLATED_BYTES + 1 - total)
+            except zlib.error as error:
+                raise OSError(f"{files.display(path)} is a damaged gzip file ({error})") from None
+            total += len(part)
+            if total > MAX_INFLATED_BYTES:
+                raise OSError(f"{files.display(path)} inflates to more than the limit of {MAX_INFLATED_BYTES:,} bytes")
+            parts += [part] if part else []
+            at = min(at + step, len(data)) - len(inflater.unused_data)
+            step = min(4 * step, _STEP)
     return parts[0] if len(parts) == 1 else b"".join(parts)
