@@ -108,8 +108,8 @@ def test_torchrun_s_ranks_need_a_name(data: Path, tmp_path: Path, monkeypatch: p
     ("options", "words"),
     [
         ({"ranks": 0}, "ranks is 0"),
-        ({"ranks": 2, "scheme": "single"}, "scheme single does not go with 2 ranks"),
-        ({"scheme": "towers"}, "scheme towers does not go with 1 ranks"),
+        ({"ranks": 2, "scheme": "single"}, "scheme single is for one rank, there are 2"),
+        ({"scheme": "towers"}, "scheme towers is for several ranks: add --gpus 2"),
         ({"ranks": 2, "scheme": "pipeline"}, "scheme 'pipeline' is not one of"),
         ({"ranks": 3, "scheme": "towers"}, "has 2 groups, which do not divide among 3 ranks"),
         ({"ranks": 2, "rank_seconds": 0.0}, "rank_seconds is 0.0"),

@@ -128,10 +128,12 @@ def _scheme(config: TrainConfig, recipe: Recipe, classes: int, seed: int) -> Sch
         AlexprepError: the scheme is not one for that many ranks, or cannot share this network.
     """
     ranks, scheme = config.ranks, config.scheme
-    if scheme is not None and (ranks == 1) != (scheme == "single"):
-        raise AlexprepError(f"scheme {scheme} does not go with {ranks} ranks: one is single, more are not")
     if ranks == 1:
+        if scheme not in (None, "single"):
+            raise AlexprepError(f"scheme {scheme} is for several ranks: add --gpus 2 or more")
         return "single"
+    if scheme == "single":
+        raise AlexprepError(f"scheme single is for one rank, there are {ranks}: use towers, ddp or hybrid")
     if isinstance(recipe.network, OwnNetwork) or (scheme is not None and config.resume):
         return scheme or "ddp"
     for tried in [scheme] if scheme is not None else TWO_RANKS if ranks == 2 else ANY_RANKS:
