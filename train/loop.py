@@ -125,7 +125,12 @@ def train(config: TrainConfig, open_loader: OpenLoader | None = None, world: Wor
         stack.enter_context(explained(job, state, saved_state, loader, meter, stop))
         means, val = None, position.val
         with contextlib.suppress(Stopped):
-            while position.epoch < epochs and position.step < last_step and not position.schedule.finished:
+            # An epoch whose last step is done may still lack its evaluation, where a signal came meanwhile.
+            while (
+                position.epoch < epochs
+                and (position.step < last_step or position.epoch_step == len(loader))
+                and not position.schedule.finished
+            ):
                 means = train_epoch(job, state, loader, trace, meter, stop, save, last_step) or means
                 if parallel.requested is not None or position.epoch_step < len(loader):
                     break
