@@ -58,6 +58,7 @@ class Contest:
             self.states[last] = TrainingState(self.recipe, classes, 0, device, computing=computing)
             self.images[last] = images.to(device).contiguous(memory_format=computing.memory.format)
             self.compiled[last] = Compiled(self.states[last].network)
+            self.compiled[last].checked = True  # how far its gradients lie from others is among the figures
 
     def prepared(self, way: Way) -> TrainingState:
         """The state, computing in this way."""

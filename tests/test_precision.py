@@ -9,7 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple, cast, get_args
 
 import pytest
 import torch
@@ -21,6 +21,7 @@ from alexprep.pipeline.augmentation import Augmentation
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.files import digest_json
 from alexprep.train.compiled import Compiled, compiler_blamed
+from alexprep.train.compiled_check import check_compiled as check_compiled_gradients
 from alexprep.train.config import TrainConfig
 from alexprep.train.data import Examples
 from alexprep.train.evaluation.run import evaluate_run
@@ -525,7 +526,7 @@ def check_compiled(device: torch.device) -> None:
             torch.manual_seed(step)
             losses.append(take_step(state, *batch)[0])
         assert apart(losses[1], losses[0]) < 1e-5
-    assert calls == [8, 8, 8]
+    assert calls == [8, 8, 8, 8]  # the first is the check
     weights = [state.parallel.gather_state() for state in states]
     assert max(apart(weights[1][name], weights[0][name]) for name in weights[0]) < 1e-5
 
@@ -551,6 +552,41 @@ def test_a_smaller_batch_is_compiled_on_no_rank() -> None:
     images = torch.ones(4, 3, MadeUpLoader.side, MadeUpLoader.side)
     assert state.logits(images, 7).any()
     assert not state.logits(images[:3], 8).any()
+
+
+def test_a_wrong_gradient_is_never_trained_with(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch 2.13 compiles none at all for what lies below a max pool before a flatten, in contiguous memory on a CPU."""
+
+    def wrong(network: nn.Module, **options: object) -> Callable[[torch.Tensor], torch.Tensor]:
+        return lambda images: network(images).detach() + network[-1].bias
+
+    monkeypatch.setattr(torch, "compile", wrong)
+    with pytest.raises(AlexprepError, match=r"a wrong gradient of first\S+: it differs .* by 1 times its length"):
+        train(
+            TrainConfig(data, "small", runs=data / "runs", device="cpu", compile=True, channels_last=False),
+            MadeUpLoader,
+        )
+    assert not list((data / "runs" / "small" / "checkpoints").glob("*"))
+
+
+def test_the_check_leaves_no_trace() -> None:
+    """Neither in random numbers nor in buffers, nor in gradients."""
+    state = TrainingState(recipe(network=normalised_network), 3, 0, CPU)
+    state.compiled = cast(Compiled, state.network)
+    before = state.tensors()
+    images = torch.randn(8, 3, MadeUpLoader.side, MadeUpLoader.side, generator=torch.Generator().manual_seed(0))
+    check_compiled_gradients(state, images, torch.arange(8) % 3)
+    after = state.tensors()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert all(weight.grad is None or not weight.grad.any() for weight in state.network.parameters())
+
+
+def normalised_network(classes: int, crop: int, *, seed: int, width: float) -> nn.Module:
+    """Batch normalisation, whose running means a training step changes, and dropout."""
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(3 * crop * crop, 4), nn.BatchNorm1d(4), PaperDropout(), nn.Linear(4, classes)
+    )
 
 
 def without_kernels(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:

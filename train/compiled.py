@@ -26,6 +26,7 @@ class Compiled:
 
     def __init__(self, network: nn.Module) -> None:
         """Nothing is compiled before the first call; `network` is in training mode then."""
+        self.checked = False  # against the network as written
         _leave_exchanges_out()
         for layer in network.modules():
             # Without padding this says the same; but with the default, torch 2.13 compiles a wrong gradient for windows that hang over the

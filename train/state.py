@@ -79,6 +79,7 @@ class TrainingState:
         self.precision = computing.precision
         self.update = Update(self.parallel, self.optimizer, self.precision)
         self.compiled = Compiled(self.network) if computing.compile else None
+        self.channels_last = form == torch.channels_last
         self._whole_batch = recipe.batch_size
         self.sums = Sums(device)
         self.position = Position()
@@ -99,8 +100,12 @@ class TrainingState:
         Returns:
             Float32 (batch, classes).
         """
-        whole = self.compiled is not None and batch == self._whole_batch
-        return logits(self.compiled if whole else self.network, images, self.precision)  # type: ignore[arg-type]
+        network = self.compiled if self.compiled is not None and self.compiles(batch) else self.network
+        return logits(network, images, self.precision)
+
+    def compiles(self, batch: int) -> bool:
+        """Whether a batch of this size is computed by the compiled network."""
+        return self.compiled is not None and batch == self._whole_batch
 
     def learning_rate(self, recipe: Recipe) -> float:
         """The rate of this epoch: that of the weights whose layer has none of its own."""
