@@ -557,7 +557,7 @@ def test_a_smaller_batch_is_compiled_on_no_rank() -> None:
 def test_a_wrong_gradient_is_never_trained_with(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """torch 2.13 compiles none at all for what lies below a max pool before a flatten, in contiguous memory on a CPU."""
 
-    def wrong(network: nn.Module, **options: object) -> Callable[[torch.Tensor], torch.Tensor]:
+    def wrong(network: nn.Sequential, **options: object) -> Callable[[torch.Tensor], torch.Tensor]:
         return lambda images: network(images).detach() + network[-1].bias
 
     monkeypatch.setattr(torch, "compile", wrong)
