@@ -8,20 +8,18 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from alexprep.cli.options import (
-    channels_last_option,
-    compile_option,
+    AT_LEAST_1,
+    INTERRUPTED,
+    batch_size_option,
+    computing_options,
     device_option,
     json_option,
     local_data_option,
-    precision_option,
     threads_option,
 )
 
 if TYPE_CHECKING:
     from alexprep.train.watching.overlap import Overlap
-
-AT_LEAST_1 = click.IntRange(min=1)
-INTERRUPTED = 130  # as the shell says it: 128 + SIGINT
 
 
 @click.group("bench", short_help="Measure on this machine, in turns.")
@@ -41,12 +39,10 @@ def bench() -> None:
     help="Whose network and augmentation, as for `alexprep train`.  [default: alexnet]",
 )
 @click.option("--model", metavar="FILE.py:FUNCTION", help="A network of your own in place of the recipe's.")
-@click.option("--batch-size", type=AT_LEAST_1, help="Images a step.  [default: the recipe's]")
+@batch_size_option
 @click.option("--steps", type=AT_LEAST_1, help="Steps a turn.  [default: as many as take 2 seconds, at least 5]")
 @click.option("--rounds", type=AT_LEAST_1, default=3, show_default=True, help="Rounds of three turns.")
-@precision_option
-@channels_last_option
-@compile_option
+@computing_options
 @threads_option
 @device_option
 @json_option

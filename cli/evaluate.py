@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from alexprep.cli.options import device_option, json_option, precision_option, runs_option, threads_option
+from alexprep.cli.options import AT_LEAST_1, device_option, json_option, precision_option, runs_option, threads_option
 
 if TYPE_CHECKING:
     from alexprep.train.evaluation.scores import ClassError, Scores
@@ -43,7 +43,7 @@ ON_SCREEN = ""  # what --classes without a file gives
 @click.option("--model", metavar="FILE.py:FUNCTION", help="Of a run with a network of your own: that network.")
 @click.option("--recipe", metavar="FILE.py:FUNCTION", help="Likewise of a recipe file.")
 @runs_option
-@click.option("--batch-size", type=click.IntRange(min=1), default=128, show_default=True, help="Crops at a time.")
+@click.option("--batch-size", type=AT_LEAST_1, default=128, show_default=True, help="Crops at a time.")
 @precision_option
 @threads_option
 @device_option

@@ -10,6 +10,7 @@ import click
 from alexprep.cli.bench import bench
 from alexprep.cli.demo import demo
 from alexprep.cli.evaluate import evaluate
+from alexprep.cli.options import INTERRUPTED
 from alexprep.cli.pca_stats import pca_stats
 from alexprep.cli.recipes import recipes
 from alexprep.cli.shard import shard
@@ -17,8 +18,6 @@ from alexprep.cli.train import train
 from alexprep.cli.tune import tune
 from alexprep.cli.verify import verify
 from alexprep.shards.errors import TRACEBACK, AlexprepError
-
-INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

@@ -70,9 +70,14 @@ runs_option = click.option(
     help="Folder of runs.",
 )
 
+AT_LEAST_1 = click.IntRange(min=1)
+INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+
+batch_size_option = click.option("--batch-size", type=AT_LEAST_1, help="Images a step.  [default: the recipe's]")
+
 threads_option = click.option(
     "--threads",
-    type=click.IntRange(min=1),
+    type=AT_LEAST_1,
     help="Threads for decoding.  [default: as `alexprep tune` found, or one a core]",
 )
 
@@ -85,24 +90,24 @@ precision_option = click.option(
     help="Of the network's arithmetic: float32, TF32 (GPUs), or bfloat16 or float16 with float32 weights.  [default: fp32]",
 )
 
-channels_last_option = click.option(
-    "--channels-last/--no-channels-last",
-    default=None,
-    help="Whether the values of a pixel lie side by side in memory.  [default: on a CPU]",
-)
-
-compile_option = click.option(
-    "--compile/--no-compile",
-    default=None,
-    help="Compile the steps with torch.compile: a minute or two at the start. It needs g++; on a GPU triton and gcc.",
+_COMPUTING_OPTIONS = (
+    precision_option,
+    click.option(
+        "--channels-last/--no-channels-last",
+        default=None,
+        help="Whether the values of a pixel lie side by side in memory.  [default: on a CPU]",
+    ),
+    click.option(
+        "--compile/--no-compile",
+        default=None,
+        help="Compile the steps with torch.compile: a minute or two at the start. It needs g++; on a GPU triton and gcc.",
+    ),
 )
 
 device_option = click.option("--device", help="cpu or cuda.  [default: cuda where there is a GPU]")
 
 _ENGINE_OPTIONS = (
-    click.option(
-        "--workers", type=click.IntRange(min=1), help="Worker processes on this machine.  [default: one a core]"
-    ),
+    click.option("--workers", type=AT_LEAST_1, help="Worker processes on this machine.  [default: one a core]"),
     click.option(
         "--engine",
         "engine_name",
@@ -154,3 +159,10 @@ def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON document as the last line of stdout."
 )
+
+
+def computing_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """How a training computes: precision, channels_last and compile, each None unless given."""
+    for option in reversed(_COMPUTING_OPTIONS):
+        command = option(command)
+    return command

@@ -7,12 +7,12 @@ from typing import Any
 import click
 
 from alexprep.cli.options import (
-    channels_last_option,
-    compile_option,
+    AT_LEAST_1,
+    batch_size_option,
+    computing_options,
     device_option,
     json_option,
     local_data_option,
-    precision_option,
     runs_option,
     threads_option,
 )
@@ -22,7 +22,6 @@ RECIPES = (
     *("alexnet", "alexnet-2012", "alexnet-1gpu", "alexnet-6conv", "alexnet-6conv-tune", "alexnet-owt"),
     *("cifar10-quick", "cifar10-13pct", "cifar10-11pct", "cifar10-relu", "cifar10-tanh", "tiny"),
 )
-AT_LEAST_1 = click.IntRange(min=1)
 
 
 @click.command("train", short_help="Train a network on shards.")
@@ -35,7 +34,7 @@ AT_LEAST_1 = click.IntRange(min=1)
 @click.option("--model", metavar="FILE.py:FUNCTION", help="A network of your own, trained as the recipe says.")
 @click.option("--epochs", type=AT_LEAST_1, help="Stop after this many epochs of the run.  [default: the recipe's]")
 @click.option("--steps", type=AT_LEAST_1, help="Stop after this many steps of the run.")
-@click.option("--batch-size", type=AT_LEAST_1, help="Images a step.  [default: the recipe's]")
+@batch_size_option
 @click.option("--lr", type=click.FloatRange(min=0), help="First learning rate.  [default: the recipe's]")
 @click.option(
     "--seed", type=click.IntRange(min=0), help="Of initial weights, order, augmentation, dropout.  [default: 0]"
@@ -82,9 +81,7 @@ AT_LEAST_1 = click.IntRange(min=1)
     help="Record this many steps, after the first 10, for Perfetto or chrome://tracing: RUN/trace.",
 )
 @click.option("--tensorboard", is_flag=True, help="Write the log for TensorBoard too: RUN/tensorboard.")
-@precision_option
-@channels_last_option
-@compile_option
+@computing_options
 @threads_option
 @device_option
 @json_option

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from alexprep.cli.options import device_option, json_option
+from alexprep.cli.options import AT_LEAST_1, device_option, json_option
 from alexprep.pipeline.augmentation import PRESETS
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ _BAR = 30  # characters
 @click.option(
     "--batch-size",
     "batch_sizes",
-    type=click.IntRange(min=1),
+    type=AT_LEAST_1,
     multiple=True,
     help="Images a step; give several for a curve, the first is searched at.  [default: 128, on a GPU 256, 512 and 1024 too]",
 )

@@ -1,4 +1,4 @@
-"""Which device is meant."""
+"""Devices: which one is meant, how values get there, when it is done, what room it has."""
 
 from __future__ import annotations
 
@@ -33,3 +33,14 @@ def moved(values: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A tensor in the CPU's memory, on `device`; the caller does not wait for what that device still has to do."""
     # From pageable memory the copy would.
     return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values
+
+
+def wait_for(device: torch.device) -> None:
+    """Returns when a GPU has done all that it was given; at once for the CPU, which works while it is called."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Bytes of a GPU's memory that nobody uses, other processes included; None for the CPU."""
+    return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else None

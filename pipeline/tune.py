@@ -13,6 +13,7 @@ import torch
 
 from alexprep.pipeline.augmentation import Augmentation, augmentation_named
 from alexprep.pipeline.dataset import Dataset, open_dataset
+from alexprep.pipeline.device import free_bytes, wait_for
 from alexprep.pipeline.loader import Batch, Loader
 from alexprep.pipeline.order import block_order, epoch_order, shuffle_quality
 from alexprep.pipeline.plan import BLOCK_SHARDS
@@ -141,7 +142,7 @@ class LoaderMeter:
     def __post_init__(self) -> None:
         """Notes what the GPU has free before anything is measured."""
         self._on_cpu = self.device.startswith("cpu")
-        self._free = self._gpu_free()
+        self._free = free_bytes(torch.device(self.device))
 
     def __call__(self, tuning: Tuning, batch_size: int, seconds: float) -> float:
         """Opens a loader, lets it fill its queue, and measures for what is left of `seconds`, at least a few steps."""
@@ -160,27 +161,18 @@ class LoaderMeter:
             batches = _endless(loader)
             for _ in range(tuning.prefetch + 2):
                 next(batches)
-            self._wait()
+            wait_for(torch.device(self.device))
             start = time.monotonic()
             images = steps = 0
             while steps < _LEAST_STEPS or time.monotonic() < until:
                 images += len(next(batches).indices)
                 steps += 1
-            self._wait()
+            wait_for(torch.device(self.device))
             elapsed = time.monotonic() - start
-            free = self._gpu_free()
+            free = free_bytes(torch.device(self.device))
             used = None if free is None or self._free is None else max(0, self._free - free)
             self.memory[tuning, batch_size] = {"host": _host_memory(), "gpu": used}
         return images / elapsed
-
-    def _wait(self) -> None:
-        """For the GPU, so that what was taken is also done."""
-        if not self._on_cpu:
-            torch.cuda.synchronize(torch.device(self.device))
-
-    def _gpu_free(self) -> int | None:
-        """Bytes; other processes' use counts too."""
-        return None if self._on_cpu else int(torch.cuda.mem_get_info(torch.device(self.device))[0])
 
 
 def _endless(loader: Loader) -> Iterator[Batch]:

@@ -23,7 +23,7 @@ from alexprep.shards.layout import read_json, sample_key, shard_name
 from alexprep.shards.opinion import Refused
 from alexprep.shards.plan import Shard
 from alexprep.shards.sources.base import Location, Source
-from alexprep.shards.sources.files import LocalFiles
+from alexprep.shards.sources.files import PAUSES, LocalFiles
 from alexprep.shards.tar import TarWriter, dali_index
 from alexprep.shards.worker import again, attending, limit_memory, reading
 
@@ -31,7 +31,6 @@ from alexprep.shards.worker import again, attending, limit_memory, reading
 # file's, and so is a name that has vanished (ENOENT), while its neighbours are there.
 _OF_THE_FILE = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG}
 _OF_THE_FILE |= {errno.EINVAL, errno.ENXIO, errno.ENODEV}
-_PAUSES = (0.1, 1.0)  # seconds before the second and the third try
 _JOURNEYS = 16  # reads under way at once where each is a journey over a network
 
 
@@ -198,7 +197,7 @@ def _read(source: Source, location: Location) -> bytes | NDArray[np.uint8] | Ref
     Raises:
         AlexprepError: the disk or the network fails, and goes on to fail.
     """
-    for pause in (*_PAUSES, None):
+    for pause in (*PAUSES, None):
         try:
             return source.read(location)
         except MemoryError:

@@ -238,7 +238,7 @@ def test_a_failing_disk_costs_no_image(
         return read(self, path, offset, size)
 
     monkeypatch.setattr(LocalFiles, "read", failing)
-    monkeypatch.setattr(write, "_PAUSES", (0.0, 0.0))
+    monkeypatch.setattr(write, "PAUSES", (0.0, 0.0))
     if outcome == "stopped":
         with pytest.raises(
             AlexprepError, match=r"train/class1/001\.JPEG cannot be read .* mend the disk or the network"
@@ -256,7 +256,7 @@ def test_a_source_that_goes_away_costs_no_image(
     gone: str, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """ENOENT is the file's own fault only while its folder is there. When the source is back, the run goes on."""
-    monkeypatch.setattr(write, "_PAUSES", (0.0, 0.0))
+    monkeypatch.setattr(write, "PAUSES", (0.0, 0.0))
     source, away = tmp_path / "source", tmp_path / "away"
     shutil.copytree(photos, source)
     hidden = [source]

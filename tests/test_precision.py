@@ -9,7 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, cast, get_args
+from typing import Any, NamedTuple, get_args
 
 import pytest
 import torch
@@ -572,10 +572,9 @@ def test_a_wrong_gradient_is_never_trained_with(data: Path, monkeypatch: pytest.
 def test_the_check_leaves_no_trace() -> None:
     """Neither in random numbers nor in buffers, nor in gradients."""
     state = TrainingState(recipe(network=normalised_network), 3, 0, CPU)
-    state.compiled = cast(Compiled, state.network)
     before = state.tensors()
     images = torch.randn(8, 3, MadeUpLoader.side, MadeUpLoader.side, generator=torch.Generator().manual_seed(0))
-    check_compiled_gradients(state, images, torch.arange(8) % 3)
+    check_compiled_gradients(state, state.network, images, torch.arange(8) % 3)
     after = state.tensors()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert all(weight.grad is None or not weight.grad.any() for weight in state.network.parameters())

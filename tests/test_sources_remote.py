@@ -63,7 +63,7 @@ class Shaky(MemoryFileSystem):  # type: ignore[misc]  # fsspec is untyped
 @pytest.fixture
 def store(monkeypatch: pytest.MonkeyPatch) -> Shaky:
     fsspec.register_implementation("shaky", Shaky, clobber=True)
-    monkeypatch.setattr(remote, "_PAUSES", (0, 0))
+    monkeypatch.setattr(remote, "PAUSES", (0, 0))
     for name, value in (("store", {}), ("pseudo_dirs", [""]), ("failures", {}), ("asked", [])):
         monkeypatch.setattr(Shaky, name, value)
     system = Shaky()
@@ -155,7 +155,7 @@ def served(tmp_path: Path) -> Iterator[str]:
 
 
 def test_http(served: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "_PAUSES", (0, 0))
+    monkeypatch.setattr(remote, "PAUSES", (0, 0))
     (tmp_path / "train/a").mkdir(parents=True)
     content = bytes(range(256)) * 8192
     (tmp_path / "train/a/1.jpg").write_bytes(content)

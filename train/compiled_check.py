@@ -16,21 +16,27 @@ from alexprep.train.state import TrainingState
 MOST_APART, MOST_APART_IN_HALF = 0.1, 0.8
 
 
-def check_compiled(state: TrainingState, images: torch.Tensor, labels: torch.Tensor) -> None:
+def check_compiled(
+    state: TrainingState,
+    compiled: Callable[[torch.Tensor], torch.Tensor],
+    images: torch.Tensor,
+    labels: torch.Tensor,
+) -> None:
     """Computes the gradients of a batch in both ways. Weights, buffers and random numbers stay as they are; all ranks call it.
 
     Args:
-        state: of a training that is compiled.
+        state: of the training.
+        compiled: its network, compiled.
         images: this rank's part of a whole batch.
         labels: of the whole batch.
 
     Raises:
         AlexprepError: the gradients of a layer differ by more than rounding.
     """
-    assert state.compiled is not None
     right = _gradients(state, state.network, images, labels)
-    found = _gradients(state, state.compiled, images, labels)
+    found = _gradients(state, compiled, images, labels)
     state.optimizer.zero_grad()
+    last = images.is_contiguous(memory_format=torch.channels_last)
     most = MOST_APART_IN_HALF if state.precision in HALF else MOST_APART
     for name, gradient in right.items():
         other = found.get(name, torch.zeros_like(gradient))
@@ -39,7 +45,7 @@ def check_compiled(state: TrainingState, images: torch.Tensor, labels: torch.Ten
             raise AlexprepError(
                 f"--compile: torch {torch.__version__} compiles a wrong gradient of {name}: it differs from that of the network as "
                 f"written by {apart / length if length else apart:.2g} times its length. Nothing was trained with it: go on with "
-                f"--resume --no-compile{'' if state.channels_last else ', or with --channels-last'}"
+                f"--resume --no-compile{'' if last else ', or with --channels-last'}"
             )
 
 

@@ -17,7 +17,7 @@ from alexprep.train.culprit import explained
 from alexprep.train.data import OpenLoader
 from alexprep.train.epoch import end_epoch, train_epoch
 from alexprep.train.evaluation.error import evaluate
-from alexprep.train.evaluation.sums import Pace
+from alexprep.train.evaluation.sums import SPEED, Pace
 from alexprep.train.fed import begin_with, loader_position, open_split, until_stopped, where
 from alexprep.train.host import Stopped, StopRequest, enough_memory, keep_freed_memory
 from alexprep.train.job import Job, prepare, run_versions
@@ -31,8 +31,6 @@ from alexprep.train.watching.board import Board
 from alexprep.train.watching.meter import Meter
 from alexprep.train.watching.spans import span
 from alexprep.train.watching.trace import Trace
-
-UNMEASURED = ("images_per_second", "data_wait_ms", "step_ms")
 
 
 def train(config: TrainConfig, open_loader: OpenLoader | None = None, world: World | None = None) -> dict[str, Any]:
@@ -156,7 +154,7 @@ def train(config: TrainConfig, open_loader: OpenLoader | None = None, world: Wor
                 "train_loss": None if means is None else means.loss,
                 "val_split": split,
                 **{f"val_{name}": None if val is None else val[name] for name in ("top1_error", "top5_error", "loss")},
-                **(meter.pace.since(Pace()) if meter.pace.steps else dict.fromkeys(UNMEASURED)),
+                **(meter.pace.since(Pace()) if meter.pace.steps else dict.fromkeys(SPEED)),
                 "skipped_steps": state.update.skipped if job.computing.precision == "fp16" else None,
                 "seconds": time.monotonic() - started,
                 "weights_sha256": weights_digest(parallel.gather_state()),

@@ -79,7 +79,6 @@ class TrainingState:
         self.precision = computing.precision
         self.update = Update(self.parallel, self.optimizer, self.precision)
         self.compiled = Compiled(self.network) if computing.compile else None
-        self.channels_last = form == torch.channels_last
         self._whole_batch = recipe.batch_size
         self.sums = Sums(device)
         self.position = Position()
@@ -100,12 +99,11 @@ class TrainingState:
         Returns:
             Float32 (batch, classes).
         """
-        network = self.compiled if self.compiled is not None and self.compiles(batch) else self.network
-        return logits(network, images, self.precision)
+        return logits(self.called_for(batch), images, self.precision)
 
-    def compiles(self, batch: int) -> bool:
-        """Whether a batch of this size is computed by the compiled network."""
-        return self.compiled is not None and batch == self._whole_batch
+    def called_for(self, batch: int) -> Compiled | nn.Module:
+        """What computes a batch of this size: the compiled network, if there is one, for whole batches."""
+        return self.network if self.compiled is None or batch != self._whole_batch else self.compiled
 
     def learning_rate(self, recipe: Recipe) -> float:
         """The rate of this epoch: that of the weights whose layer has none of its own."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from alexprep.train.compiled import compiler_blamed
+from alexprep.train.compiled import Compiled, compiler_blamed
 from alexprep.train.compiled_check import check_compiled
 from alexprep.train.state import TrainingState
 from alexprep.train.watching.spans import span
@@ -23,9 +23,10 @@ def take_step(state: TrainingState, images: torch.Tensor, labels: torch.Tensor) 
         The mean loss (), nats, and the logits (N, classes), both of the whole batch, from before the update.
     """
     with compiler_blamed(state.device):
-        if state.compiled is not None and state.compiles(len(labels)) and not state.compiled.checked:
-            check_compiled(state, images, labels)
-            state.compiled.checked = True
+        network = state.called_for(len(labels))
+        if isinstance(network, Compiled) and not network.checked:
+            check_compiled(state, network, images, labels)
+            network.checked = True
         with span("forward"):
             logits = state.logits(images, len(labels))
             loss = F.cross_entropy(logits, labels)  # the negative of the paper's objective, section 3.5

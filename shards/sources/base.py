@@ -93,29 +93,22 @@ class Source:
         """Memory that reading keeps in each worker."""
         return 0
 
+    def year(self) -> str:
+        """Of ILSVRC's images, as "2012", whose devkit is meant; empty where nothing tells it."""
+        return ""
+
     def devkit(self) -> tuple[str, bytes] | None:
         """The name and content of a devkit's meta.mat, where there is one beside the images.
 
         Raises:
             AlexprepError: there are some of several years, and the images' names do not tell theirs.
         """
-        return find_meta_mat(self.files, "")
+        return find_meta_mat(self.files, self.year())
 
 
 def numbered_classes(present: set[str]) -> list[str]:
     """The names "0" to the highest of `present`, all of which are numbers, in numeric order."""
     return [str(label) for label in range(1 + max(map(int, present), default=-1))]
-
-
-def find_member(content: bytes, name: str, pattern: bytes) -> tuple[str, bytes] | None:
-    """The name and content of the first member of a tar in memory whose name matches `pattern`."""
-    from alexprep.shards.untar import members
-
-    for member in members(lambda offset, size: content[offset : offset + size], len(content), name):
-        if member.kind == "file" and re.search(pattern, member.name):
-            shown = member.name.decode("utf-8", "backslashreplace")
-            return shown, content[member.offset : member.offset + member.size]
-    return None
 
 
 def split_of(name: bytes) -> str | None:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.sources.files import Files, inflated
+from alexprep.shards.untar import members
 
 _FOLDER = re.compile(rb"(?:ILSVRC(20\d\d)_)?devkit[\w.-]*")
 _ARCHIVE = re.compile(rb"(?:ILSVRC(20\d\d)_)?devkit[\w.-]*\.(?:tar|tgz|tar\.gz)")
@@ -101,8 +102,6 @@ def _meta_mats(files: Files, year: str) -> Iterator[DevkitFile]:
 
 def _held(files: Files, pattern: bytes, year: str) -> Iterator[DevkitFile]:
     """The files of that name in the root and in the devkits there, but for devkits whose name tells another year."""
-    from alexprep.shards.sources.base import find_member
-
     for entry in files.entries():
         place = (_FOLDER if entry.is_folder else _ARCHIVE).fullmatch(entry.name)
         if place and year and place[1] and place[1].decode() != year:
@@ -118,10 +117,19 @@ def _held(files: Files, pattern: bytes, year: str) -> Iterator[DevkitFile]:
             yield DevkitFile(b"", year_of([entry.name]), files.display(entry.name), files.read(entry.name))
         elif place:
             shown = files.display(entry.name)
-            found = find_member(inflated(files, entry.name), shown, b"(^|/)" + pattern + b"$")
+            found = _member(inflated(files, entry.name), shown, b"(^|/)" + pattern + b"$")
             if found is not None:
                 own = year_of([found[0].encode()]) or told
                 yield DevkitFile(entry.name, own, f"{shown}/{found[0]}", found[1])
+
+
+def _member(content: bytes, name: str, pattern: bytes) -> tuple[str, bytes] | None:
+    """The name and content of the first member of a tar in memory whose name matches `pattern`."""
+    for member in members(lambda offset, size: content[offset : offset + size], len(content), name):
+        if member.kind == "file" and re.search(pattern, member.name):
+            shown = member.name.decode("utf-8", "backslashreplace")
+            return shown, content[member.offset : member.offset + member.size]
+    return None
 
 
 def devkit_order(name: str, content: bytes) -> list[str]:

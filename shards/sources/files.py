@@ -15,6 +15,7 @@ from typing import NamedTuple, Protocol
 from alexprep.shards.errors import AlexprepError
 
 MAX_FILE_BYTES = 2**30  # no photo is that large; an endless file is
+PAUSES = (0.1, 1.0)  # seconds before a read that failed is tried for the second and for the third time
 MAX_INFLATED_BYTES = 2**31  # of a gzipped file that is read as a whole: the largest known (EMNIST) has 640 MB
 # Bytes of a gzip part that are inflated at once. What lies behind its end is copied each time, so the first step is small.
 _FIRST_STEP, _STEP = 1024, 2**20

@@ -73,12 +73,15 @@ class ClassFolders(Source):
         """Whether `target` lies in a split's folder."""
         return any(self.files.covers(target, folder) for _, folder, _ in self.splits)
 
+    def year(self) -> str:
+        """As some of the images' names tell it."""
+        return year_of(name for _, folder, _ in self.splits for name in self._some(folder))
+
     def devkit(self) -> tuple[str, bytes] | None:
-        """Also beside the root, where people unpack it; that of the images' year, where a name tells it."""
-        year = year_of(name for _, folder, _ in self.splits for name in self._some(folder))
-        found = find_meta_mat(self.files, year)
+        """Also beside the root, where people unpack it."""
+        found = super().devkit()
         if found is None and isinstance(self.files, LocalFiles):
-            found = find_meta_mat(LocalFiles(os.path.dirname(self.files.root)), year)
+            found = find_meta_mat(LocalFiles(os.path.dirname(self.files.root)), self.year())
         return found
 
     def _some(self, folder: bytes) -> list[bytes]:

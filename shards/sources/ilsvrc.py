@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.sources.archive import ArchiveSource, packed_files
 from alexprep.shards.sources.base import UNLABELLED, Input, Location
-from alexprep.shards.sources.devkit import find_meta_mat, year_of
+from alexprep.shards.sources.devkit import year_of
 from alexprep.shards.sources.files import Files
 from alexprep.shards.sources.truth import find_truth
 
@@ -62,9 +62,9 @@ class IlsvrcArchives(ArchiveSource):
         for split, path in self.archives:
             yield from self._train(path) if split == "train" else self._flat(split, path)
 
-    def devkit(self) -> tuple[str, bytes] | None:
-        """That of the archives' year."""
-        return find_meta_mat(self.files, year_of(path for _, path in self.archives))
+    def year(self) -> str:
+        """As the archives' names tell it."""
+        return year_of(path for _, path in self.archives)
 
     def _train(self, path: bytes) -> Iterator[Input]:
         synsets = ((os.path.basename(synset.name), synset) for synset in packed_files(self.files, path))

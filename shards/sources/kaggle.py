@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.sources.base import UNLABELLED, Input, Location, Source
-from alexprep.shards.sources.devkit import find_meta_mat
 from alexprep.shards.sources.files import Files
 from alexprep.shards.sources.truth import find_truth
 
@@ -40,7 +39,7 @@ class Kaggle(Source):
                         yield Input("train", entry.name.decode("utf-8", "backslashreplace"), Location(path))
         if b"val" in present:
             names = self._flat(b"val")
-            truth = find_truth(self.files, "val", names, year="2012")
+            truth = find_truth(self.files, "val", names, year=self.year())
             if truth is None:
                 raise AlexprepError(
                     f"{self.files.display()} has no LOC_val_solution.csv, which tells the classes of the val images: "
@@ -49,9 +48,9 @@ class Kaggle(Source):
             for class_name, name in truth.sorted(names):
                 yield Input("val", class_name, Location(os.path.join(_IMAGES, b"val", name)))
 
-    def devkit(self) -> tuple[str, bytes] | None:
-        """That of 2012, whose images the competition has."""
-        return find_meta_mat(self.files, "2012")
+    def year(self) -> str:
+        """The competition has the images of 2012."""
+        return "2012"
 
     def covers(self, target: str) -> bool:
         """Whether `target` lies among the images."""

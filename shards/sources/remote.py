@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from alexprep.shards.errors import AlexprepError
-from alexprep.shards.sources.files import MAX_FILE_BYTES, Entry
+from alexprep.shards.sources.files import MAX_FILE_BYTES, PAUSES, Entry
 
-_PAUSES = (0.1, 1.0)  # seconds before the second and the third try
 _AHEAD = 2**20  # bytes that are read at once where many small reads are to come
 _ABSENT = (404, 410)  # HTTP: not found, gone
 _Answer = TypeVar("_Answer")
@@ -131,7 +130,7 @@ class RemoteFiles:
             AlexprepError: it goes on to fail, or the store refuses.
             FileNotFoundError: there is no such file; NotADirectoryError, IsADirectoryError: it is of the other kind.
         """
-        for pause in (*_PAUSES, None):
+        for pause in (*PAUSES, None):
             try:
                 return _asked(ask, self.display(path))
             except (FileNotFoundError, NotADirectoryError, IsADirectoryError):

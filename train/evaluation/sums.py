@@ -9,6 +9,8 @@ import torch
 
 from alexprep.train.evaluation.error import TOP, credits
 
+SPEED = ("images_per_second", "data_wait_ms", "step_ms")  # what `Pace.since` tells
+
 
 class Means(NamedTuple):
     """Averages over some training images: nats, percent, percent."""
@@ -79,8 +81,5 @@ class Pace:
         """Images a second, and milliseconds a step waiting for data and working, after `earlier`. At least one step lies between."""
         steps = self.steps - earlier.steps
         wait, busy = self.wait_seconds - earlier.wait_seconds, self.busy_seconds - earlier.busy_seconds
-        return {
-            "images_per_second": (self.images - earlier.images) / (wait + busy),
-            "data_wait_ms": 1000 * wait / steps,
-            "step_ms": 1000 * busy / steps,
-        }
+        rate = (self.images - earlier.images) / (wait + busy)
+        return dict(zip(SPEED, (rate, 1000 * wait / steps, 1000 * busy / steps), strict=True))

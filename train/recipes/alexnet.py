@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from alexprep.pipeline.augmentation import Augmentation, augmentation_named
+from alexprep.pipeline.augmentation import augmentation_named
 from alexprep.train.networks import alexnet as networks
 from alexprep.train.recipes.recipe import Recipe
 from alexprep.train.recipes.schedule import ByHand, DExp, Plateau
@@ -46,7 +46,7 @@ def alexnet() -> Recipe:
     return Recipe(
         name="alexnet",
         network=networks.alexnet,
-        augmentation=Augmentation(crop=224, mirror=True, mean="crop", noise="eigenvalue", noise_sigma=0.1),
+        augmentation=augmentation_named("paper"),
         stored_sizes=STORED,
         schedule=Plateau(),
         epochs=90,
@@ -68,14 +68,7 @@ def alexnet_2012() -> Recipe:
 
 def alexnet_1gpu() -> Recipe:
     """The paper's network for one GPU (footnote 2), trained like the one for two."""
-    return Recipe(
-        name="alexnet-1gpu",
-        network=networks.alexnet_1gpu,
-        augmentation=augmentation_named("paper"),
-        stored_sizes=STORED,
-        schedule=Plateau(),
-        epochs=90,
-    )
+    return replace(alexnet(), name="alexnet-1gpu", network=networks.alexnet_1gpu)
 
 
 def alexnet_6conv() -> Recipe:
@@ -93,14 +86,12 @@ def alexnet_6conv() -> Recipe:
 
 def alexnet_6conv_tune() -> Recipe:
     """The second half of net #146: from weights of `alexnet-6conv`, all layers but fc8, to the paper's "1 CNN*", 39.0 % and 16.6 %."""
-    return Recipe(
+    return replace(
+        alexnet_6conv(),
         name="alexnet-6conv-tune",
-        network=networks.alexnet_6conv,
         augmentation=replace(augmentation_named("2012-code"), noise_epochs=38),
-        stored_sizes=STORED,
         schedule=RATES_146_TUNE,
         epochs=54,
-        bias_lr_factor=2.0,
     )
 
 

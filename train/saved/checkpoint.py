@@ -28,7 +28,7 @@ from alexprep.shards.files import (
 from alexprep.train.saved.disk import publish, writing
 
 FORMAT_VERSION = 1
-MARK = re.compile(r"step-(\d{8,})\.json")
+_MARK = re.compile(r"step-(\d{8,})\.json")
 
 
 class Checkpoint(NamedTuple):
@@ -82,12 +82,18 @@ def newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
         None when there is no valid one.
     """
     damage: list[str] = []
-    for step, mark in sorted(_marks(folder).items(), reverse=True):
+    for step, mark in sorted(marks(folder).items(), reverse=True):
         try:
             return read(mark), damage
         except Damaged as error:
             damage.append(f"skipped the checkpoint of step {step}: {error}")
     return None, damage
+
+
+def marks(folder: Path) -> dict[int, Path]:
+    """The commit marks in a run's folder of checkpoints, by step, damaged ones too."""
+    matches = ((_MARK.fullmatch(path.name), path) for path in folder.glob("step-*.json"))
+    return {int(match[1]): path for match, path in matches if match}
 
 
 def read(mark: Path) -> Checkpoint:
@@ -137,20 +143,14 @@ def some_of(differences: list[str], most: int = 6) -> str:
     return "; ".join([*differences[:most], *more])
 
 
-def _marks(folder: Path) -> dict[int, Path]:
-    """The commit marks in `folder` by step."""
-    matches = ((MARK.fullmatch(path.name), path) for path in folder.glob("step-*.json"))
-    return {int(match[1]): path for match, path in matches if match}
-
-
 def _prune(folder: Path, step: int, keep: int) -> None:
     """Deletes later and superfluous checkpoints: the mark before its tensors, so that no mark lacks them."""
-    marks = _marks(folder)
-    kept = sorted((other for other in marks if other <= step), reverse=True)[:keep]
-    for other in marks.keys() - set(kept):
-        marks[other].unlink()
+    found = marks(folder)
+    kept = sorted((other for other in found if other <= step), reverse=True)[:keep]
+    for other in found.keys() - set(kept):
+        found[other].unlink()
     sync_folder(folder)
-    referenced = {_tensors_file(marks[other]) for other in kept}
+    referenced = {_tensors_file(found[other]) for other in kept}
     for path in folder.glob("step-*.safetensors"):
         if path.name not in referenced and TEMPORARY_MARK not in path.name:
             path.unlink()

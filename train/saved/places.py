@@ -44,14 +44,13 @@ def saved_checkpoint(place: Place) -> tuple[checkpoint.Checkpoint, list[str]]:
         if saved is None:
             raise AlexprepError(f"{run} has no valid checkpoint: {'; '.join(skipped) or 'none was saved yet'}")
         return saved, skipped
-    matches = (checkpoint.MARK.fullmatch(path.name) for path in folder.glob("step-*.json"))
-    steps = {int(match[1]): folder / match[0] for match in matches if match}
-    if step not in steps:
-        there = ", ".join(map(str, sorted(steps))) or "none"
+    marks = checkpoint.marks(folder)
+    if step not in marks:
+        there = ", ".join(map(str, sorted(marks))) or "none"
         raise AlexprepError(
             f"{run} has no checkpoint of step {step}: there are {there} (`--keep` says how many are kept)"
         )
     try:
-        return checkpoint.read(steps[step]), []
+        return checkpoint.read(marks[step]), []
     except checkpoint.Damaged as error:
         raise AlexprepError(f"the checkpoint of step {step} of {run} is damaged: {error}") from None

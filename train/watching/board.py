@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alexprep.shards.errors import AlexprepError
+from alexprep.train.evaluation.sums import SPEED, Means
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-SPEED = ("images_per_second", "data_wait_ms", "step_ms")
-QUALITY = ("loss", "top1_error", "top5_error")
+QUALITY = Means._fields
 
 
 class Board:

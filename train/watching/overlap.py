@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from alexprep.pipeline.device import free_bytes
 from alexprep.pipeline.loader import Loader
 from alexprep.pipeline.tuning import this_machine
 from alexprep.shards.errors import AlexprepError
@@ -148,7 +149,9 @@ def measure(
     open_loader = open_loader or functools.partial(Loader, tuning=job.tuning)
     if job.device.type == "cpu":
         keep_freed_memory()
-    free = _free_bytes(job.device)
+    if job.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(job.device)
+    free = free_bytes(job.device)
     with (
         float32_kernels(job.computing.precision),
         contextlib.closing(open_split(job, open_loader, "train", (0, 1))) as loader,
@@ -184,15 +187,8 @@ def measure(
         return Overlap(about, turns, _gpu_memory(job.device, free))
 
 
-def _free_bytes(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 0
-    torch.cuda.reset_peak_memory_stats(device)
-    return torch.cuda.mem_get_info(device)[0]
-
-
-def _gpu_memory(device: torch.device, free_before: int) -> dict[str, int] | None:
-    if device.type != "cuda":
+def _gpu_memory(device: torch.device, free_before: int | None) -> dict[str, int] | None:
+    free = free_bytes(device)
+    if free is None or free_before is None:
         return None
-    free, _ = torch.cuda.mem_get_info(device)
     return {"torch_peak": torch.cuda.max_memory_allocated(device), "all": max(0, free_before - free)}

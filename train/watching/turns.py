@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple, get_args
 
 import torch
 
+from alexprep.pipeline.device import wait_for
 from alexprep.train.data import BatchSource, Examples, LoadedBatch
 from alexprep.train.state import TrainingState
 from alexprep.train.step import take_step
@@ -74,7 +75,7 @@ class Bench:
     def _timed(self, kind: Kind, steps: int) -> Turn:
         device = self._state.device
         images, wait_seconds = 0, 0.0
-        _synchronise(device)
+        wait_for(device)
         start = time.perf_counter()
         for _ in range(steps):
             before = time.perf_counter()
@@ -83,7 +84,7 @@ class Bench:
             images += len(batch.labels)
             if kind != "loader":
                 self._step(batch)
-        _synchronise(device)
+        wait_for(device)
         return Turn(images, steps, time.perf_counter() - start, wait_seconds)
 
     def _step(self, batch: Examples) -> None:
@@ -95,8 +96,3 @@ class Bench:
 def _endless(loader: BatchSource) -> Iterator[LoadedBatch]:
     while True:
         yield from loader
-
-
-def _synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
