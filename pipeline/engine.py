@@ -118,6 +118,9 @@ class Engine:
         """Frees the pipeline's threads and memory."""
         if not self.usable:  # its destructor would wait for threads that only the parent has
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._pipeline))
+        else:
+            for event, _ in self._copied:  # DALI gets no buffer back that is still being copied from
+                event.synchronize()
         del self._pipeline
         self._copied.clear()
         self._steps.clear()

@@ -224,3 +224,20 @@ def test_memory_stays_flat(kind: str, data: Path, tmp_path: Path) -> None:
                     pass
             resident.append(_resident_mib())
         assert resident[1] < resident[0] + 8
+
+
+def test_closing_waits_for_what_a_gpu_still_copies(data: Path) -> None:
+    """DALI would give a buffer to another use; the event stands in for a GPU's."""
+
+    class Event:
+        waited = False
+
+        def synchronize(self) -> None:
+            self.waited = True
+
+    with _open(data) as loader:
+        next(iter(loader))
+        event = Event()
+        assert loader._engine is not None
+        loader._engine._copied.append((event, None))  # type: ignore[arg-type]
+    assert event.waited
