@@ -34,6 +34,7 @@ class Step:
         rows: int64 (N,), of the samples.
         positions: int64 (N,), their places in the epoch's order.
         skipped: how many samples could not be decoded and were taken out of `rows` and `positions`.
+        failure: why the step cannot be made; raised when its turn comes, after the steps before it.
     """
 
     epoch: int
@@ -41,6 +42,7 @@ class Step:
     rows: NDArray[np.int64]
     positions: NDArray[np.int64]
     skipped: int = 0
+    failure: AlexprepError | None = None
     _fed: Any = field(default=None, repr=False)  # what DALI reads in place
 
     def drop(self, bad: Sequence[bool]) -> None:
@@ -85,7 +87,7 @@ class Engine:
         return self._process == os.getpid()
 
     def start(self, step: Step) -> None:
-        """Hands a step to DALI and returns at once."""
+        """Hands a step to DALI and returns at once. What is wrong with it, `take` raises."""
         self._steps.append(step)
         self._submit(step)
 
@@ -93,10 +95,12 @@ class Engine:
         """The step that was started first and not taken yet, and its images.
 
         Raises:
-            AlexprepError: an image could not be decoded. The engine cannot go on after that.
+            AlexprepError: an image could not be read or decoded. The engine cannot go on after that.
         """
         step = self._steps[0]
         while True:
+            if step.failure is not None:
+                raise step.failure
             try:
                 images = self._outputs(step)
                 break
@@ -135,6 +139,12 @@ class Engine:
         return pipeline
 
     def _submit(self, step: Step) -> None:
+        try:
+            self._feed_dali(step)
+        except AlexprepError as error:
+            step.failure = error
+
+    def _feed_dali(self, step: Step) -> None:
         rows = step.rows.tolist()
         if not self._suspects.isdisjoint(rows):
             self._leave_out(step, [row in self._suspects and not self._decodes(step, n) for n, row in enumerate(rows)])

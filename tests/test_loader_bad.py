@@ -16,6 +16,7 @@ import torch
 from alexprep.pipeline.augmentation import PRESETS, Augmentation
 from alexprep.pipeline.engine import Engine
 from alexprep.pipeline.loader import Batch, Loader
+from alexprep.pipeline.tuning import Tuning
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.layout import INDEX
 from alexprep.shards.read import Samples
@@ -68,6 +69,27 @@ def test_error_names_the_member(spoilt: Path) -> None:
         ),
     ):
         list(loader)
+
+
+@pytest.mark.parametrize("kind", ["zeros", "header", "gone"])
+def test_an_error_comes_with_its_own_batch(kind: str, data: Path, tmp_path: Path) -> None:
+    """The batches before it are delivered, however far the work had gone on ahead."""
+    copy = tmp_path / "data"
+    shutil.copytree(data, copy)
+    if kind == "gone":
+        shard = int(Samples(copy, "train").index[37]["shard"])
+        first = Samples(copy, "train").rows_of(shard)[0]
+        (copy / "train" / f"train-{shard:06d}.tar").unlink()
+    else:
+        _spoil(copy, first := 37, kind)
+    delivered: list[int] = []
+    with (
+        Loader(copy, batch_size=5, augmentation=PLAIN, order="sequential", tuning=Tuning(prefetch=4)) as loader,
+        pytest.raises(AlexprepError),
+    ):
+        for batch in loader:
+            delivered += batch.indices.tolist()
+    assert delivered == list(range(first // 5 * 5))
 
 
 @pytest.mark.parametrize("views", ["random", "centre", "ten"])
