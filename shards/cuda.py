@@ -131,29 +131,34 @@ class CudaCodec(Codec):
         resize = to_square(stream.height, stream.width, size, filter_name)
         return _Work(stream, resize, stream.height, stream.width, kept)
 
-    def _tried(self, works: list[_Work], last: bool = False) -> list[bytes | None]:
-        """`_encoded`; after an error, such as too little memory on the GPU, each image on its own and for the last time."""
-        failed = False
+    def _tried(self, works: list[_Work]) -> list[bytes | None]:
+        """`_encoded`; after an error, such as too little memory on the GPU, and for those it refused, each image by itself."""
         try:
             done = self._encoded(works)
+            final = self._free_memory is None  # a GPU may also refuse for want of memory
         except RuntimeError as error:  # of torch and of nvImageCodec, for whatever CUDA reports
             if self._stream is not None:
                 _ensure_alive(error)
-            if last and _out_of_memory(error):
-                raise _too_little_memory(f"for an image of {works[0].width} x {works[0].height}", error) from error
-            done, failed = [None] * len(works), True
-        refused = None in done and self._free_memory is not None  # on a GPU that may also be for want of memory
-        if not failed and not refused:
-            return done
-        if last:
-            if self._free_memory is not None and (free := self._free_memory()) < _needed(works[0]):
-                raise _too_little_memory(
-                    f"for an image of {works[0].width} x {works[0].height}", f"{free:,} bytes free"
-                )
+            done, final = [None] * len(works), False
+        if final or None not in done:
             return done
         torch.cuda.empty_cache()  # torch keeps what it frees; here nvImageCodec may need it
-        pairs = zip(works, done, strict=True)
-        return [self._tried([work], last=True)[0] if data is None else data for work, data in pairs]
+        return [self._alone(work) if data is None else data for work, data in zip(works, done, strict=True)]
+
+    def _alone(self, work: _Work) -> bytes | None:
+        """One image's bytes; None where it is the image that cannot be done, and not the GPU's memory that is too small."""
+        purpose = f"for an image of {work.width} x {work.height}"
+        try:
+            (data,) = self._encoded([work])
+        except RuntimeError as error:
+            if self._stream is not None:
+                _ensure_alive(error)
+            if _out_of_memory(error):
+                raise _too_little_memory(purpose, error) from error
+            data = None
+        if data is None and self._free_memory is not None and (free := self._free_memory()) < _needed(work):
+            raise _too_little_memory(purpose, f"{free:,} bytes free")
+        return data
 
     def _encoded(self, works: list[_Work]) -> list[bytes | None]:
         """The bytes that images become; None for one that nvJPEG refuses. All on the one stream."""
