@@ -102,15 +102,15 @@ def evaluate(
     for sentence in [*document["skipped"], *document["notes"]]:
         click.echo(sentence, err=True)
     _print(document)
-    if classes is not None:
-        if document["samples"]:
-            _classes(classes, found.scores, found.classes, document)
-        else:
-            click.echo("None of the images has a label: there are no errors by class to show.", err=True)
     try:
+        if classes is not None:
+            if document["samples"]:
+                _classes(classes, found.scores, found.classes, document)
+            else:
+                click.echo("None of the images has a label: there are no errors by class to show.", err=True)
         if submission:
             _submit(submission, found.scores, document)
-    finally:  # hours of work are not lost to a disk that the submission finds full
+    finally:  # hours of work are not lost to a disk that one of the files finds full
         _publish(document, runs)
     report.json_line(document, as_json)
 
@@ -126,6 +126,8 @@ def _check_files(classes: str | None, submission: Path | None) -> None:
     for path in (Path(classes) if classes else None, submission):
         if path and not path.parent.is_dir():
             raise AlexprepError(f"{path} cannot be written: there is no folder {path.parent}")
+        if path and path.is_dir():
+            raise AlexprepError(f"{path} is a folder: name a file in it")
 
 
 def _print(document: dict[str, Any]) -> None:

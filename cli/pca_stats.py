@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 @click.command("pca-stats", short_help="Mean image and eigenpairs of the RGB covariance.")
 @click.argument("data_argument", metavar="[DATA]", type=Folder(), required=False)
 @data_option
-@click.option("--split", default="train", show_default=True, help="The split to describe.")
+@click.option(
+    "--split", default="train", show_default=True, help="The split to describe; training reads only those of train."
+)
 @engine_options
 @json_option
 def pca_stats(data_argument: Path | None, data: Path, split: str, engine: Engine, as_json: bool) -> None:

@@ -14,20 +14,20 @@ _LOG_SECONDS = 10.0
 
 
 @contextlib.contextmanager
-def progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """Shows how far a job is: yields a function to be called with (finished, total)."""
+def progress(what: str, unit: str = "images") -> Iterator[Callable[[int, int], None]]:
+    """Shows how far a job is: yields a function to be called with (finished, total), both in `unit`."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield _Lines(what)
+        yield _Lines(what, unit)
         return
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]} images/s"),
+        TextColumn(f"{{task.fields[rate]}} {unit}/s"),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console, transient=True) as bar:
@@ -44,8 +44,8 @@ def progress(what: str) -> Iterator[Callable[[int, int], None]]:
 class _Lines:
     """A line every few seconds, for logs."""
 
-    def __init__(self, what: str) -> None:
-        self._what = what
+    def __init__(self, what: str, unit: str) -> None:
+        self._what, self._unit = what, unit
         self._start = self._last = time.monotonic()
 
     def __call__(self, finished: int, total: int) -> None:
@@ -55,7 +55,7 @@ class _Lines:
         self._last = now
         rate = finished / (now - self._start)
         left = f", {(total - finished) / rate:,.0f} s left" if rate else ""
-        click.echo(f"{self._what}: {finished:,} of {total:,}, {rate:,.0f} images/s{left}", err=True)
+        click.echo(f"{self._what}: {finished:,} of {total:,}, {rate:,.0f} {self._unit}/s{left}", err=True)
 
 
 def table(title: str, rows: list[tuple[str, str]]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,14 +42,15 @@ def verify(
     from alexprep.shards.verify import verify as check
 
     folder = data_argument or data
-    with report.progress("verifying") as show:
+    checking = functools.partial(report.progress, "verifying", "images" if decode else "shards")
+    with checking() as show:
         found = check(folder, engine, decode, show)
     problems, repaired = found.problems, 0
     if problems and repair_source is not None:
         _show(problems)
         with report.progress("repairing") as show:
             repaired = repair(folder, find_source(repair_source), problems, engine, show).made_inputs
-        with report.progress("verifying") as show:
+        with checking() as show:
             found = check(folder, engine, decode, show)
     _show(found.problems)
     rows = [("shards", f"{found.shards:,}"), ("sound images", f"{found.samples:,}"), ("read", report.size(found.bytes))]

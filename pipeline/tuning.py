@@ -185,4 +185,6 @@ def _settings(values: Mapping[str, Any]) -> Tuning:
 def _gpu_name(device: str) -> str:
     import torch
 
-    return torch.cuda.get_device_name(torch.device(device))
+    from alexprep.pipeline.device import choose_device
+
+    return torch.cuda.get_device_name(choose_device(device))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import hashlib
+import os
 import secrets
 import time
 from collections import Counter
@@ -35,6 +37,7 @@ from alexprep.shards.witness import Witness
 from alexprep.shards.write import PlannedInput, bound_memory, read_sidecar, write_shard
 
 Progress = Callable[[int, int], None]
+_FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 MakeCodec = Callable[[Target], Codec]
 
 _compared: set[str] = set()  # plans that this process has been found to see as their maker does
@@ -97,9 +100,10 @@ def build(
     try:
         return _build(source, folder, options, engine, progress, make_codec)
     except OSError as error:
+        place = os.fsdecode(error.filename) if error.filename else folder
+        step = "see to its permissions" if error.errno in _FORBIDDEN else "make room or mend the disk"
         raise AlexprepError(
-            f"{error.filename or folder}: {error.strerror or error}: make room or mend the disk, then run the same command "
-            "again; what is finished is kept"
+            f"{place}: {error.strerror or error}: {step}, then run the same command again; what is finished is kept"
         ) from error
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import zlib
@@ -14,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from alexprep.shards.codec import FORMATS, Codec, read_raw
-from alexprep.shards.files import is_local, json_bytes
+from alexprep.shards.files import content, json_bytes
 from alexprep.shards.layout import sample_key, shard_name
 from alexprep.shards.plan import Shard
 from alexprep.shards.tar import Member, dali_index, ending, header, padding
@@ -79,16 +78,16 @@ def check_shard(
     def problem(suffix: str, what: str, member: str = "") -> None:
         problems.append(Problem(f"{base}{suffix}", member, what))
 
-    tar = _bytes(data / shard.split / f"{name}.tar")
+    tar, tar_trouble = content(data / shard.split / f"{name}.tar")
     sha256 = None if tar is None else hashlib.sha256(tar).hexdigest()
     sidecar = _sidecar(sidecar_path(data, shard), shard, plan_digest, FORMATS[options["format"]], planned, problem)
     if sidecar is None:
         return Finding(shard, problems, None, sha256)
     members = [Member(**member) for member in sidecar["members"]]
-    _check_tar(tar, sha256, members, sidecar, problem)
-    idx = _bytes(data / shard.split / f"{name}.idx")
-    if (None if idx is None else bytes(idx)) != (dali_index(members).encode() if members else None):
-        problem(".idx", "is missing" if idx is None else "is not the index of this shard")
+    _check_tar(tar, tar_trouble, sha256, members, sidecar, problem)
+    idx, idx_trouble = content(data / shard.split / f"{name}.idx")
+    if idx != (dali_index(members).encode() if members else None):
+        problem(".idx", idx_trouble or "is not the index of this shard")
     if codec is not None and tar is not None and not problems:
         for position, member in enumerate(members[::2]):
             with attending(position):
@@ -98,25 +97,16 @@ def check_shard(
     return Finding(shard, problems, sidecar, sha256)
 
 
-def _bytes(path: Path) -> memoryview | None:
-    """A file's content; None where there is none."""
-    with contextlib.suppress(FileNotFoundError):
-        if not is_local(path):
-            return memoryview(path.read_bytes())
-        return np.memmap(path, np.uint8, "r").data if path.stat().st_size else memoryview(b"")
-    return None
-
-
 def _sidecar(
     path: Path, shard: Shard, plan_digest: str, extension: str, planned: pa.Table | None, problem: Any
 ) -> dict[str, Any] | None:
     """The sidecar, where every line of it agrees with the plan and with the others."""
-    raw = _bytes(path)
+    raw, trouble = content(path)
     if raw is None:
-        problem(".json", "is missing, so the shard does not count")
+        problem(".json", f"{trouble}, so the shard does not count")
         return None
     try:
-        sidecar = json.loads(bytes(raw))
+        sidecar = json.loads(raw)
         if json_bytes(sidecar, None) != raw:
             problem(".json", "was changed")
             return None
@@ -172,11 +162,16 @@ def _disagreement(sidecar: dict[str, Any], shard: Shard, extension: str, planned
 
 
 def _check_tar(
-    tar: memoryview | None, sha256: str | None, members: list[Member], sidecar: dict[str, Any], problem: Any
+    tar: bytes | None,
+    trouble: str,
+    sha256: str | None,
+    members: list[Member],
+    sidecar: dict[str, Any],
+    problem: Any,
 ) -> None:
     if tar is None or not members:
         if members:
-            problem(".tar", "is missing")
+            problem(".tar", trouble)
         elif tar is not None:
             problem(".tar", "exists, though every input of this shard was rejected")
         return
@@ -204,7 +199,7 @@ def _per_member(sidecar: dict[str, Any]) -> list[dict[str, Any]]:
     return [entry for entry in written for _ in range(2)]
 
 
-def _damage(tar: memoryview, member: Member, label: int) -> str | None:
+def _damage(tar: bytes, member: Member, label: int) -> str | None:
     """What is wrong with the bytes of one member."""
     start, end = member.offset - 512, member.offset + member.size
     if end > len(tar):
@@ -221,7 +216,7 @@ def _damage(tar: memoryview, member: Member, label: int) -> str | None:
     return None
 
 
-def _undecodable(codec: Codec, tar: memoryview, member: Member, options: dict[str, Any]) -> str | None:
+def _undecodable(codec: Codec, tar: bytes, member: Member, options: dict[str, Any]) -> str | None:
     """Why an image is not a square of the right size; None where it is."""
     data = bytes(tar[member.offset : member.offset + member.size])
     size = options["size"]

@@ -13,11 +13,23 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from alexprep.shards import stats
 from alexprep.shards.check import Finding, Problem
 from alexprep.shards.describe import Description
-from alexprep.shards.files import is_temporary, json_bytes
-from alexprep.shards.layout import DATASET, INDEX, LEDGER, PLAN, PLAN_TABLE, TIMM_INFO, TUNING, shard_name
+from alexprep.shards.files import content, digest_json, is_temporary, json_bytes
+from alexprep.shards.layout import (
+    DATASET,
+    INDEX,
+    LEDGER,
+    MEAN_IMAGE,
+    MEAN_PICTURE,
+    PLAN,
+    PLAN_TABLE,
+    STATISTICS,
+    TAR_INDEXES,
+    TIMM_INFO,
+    TUNING,
+    shard_name,
+)
 from alexprep.shards.plan import Plan
 from alexprep.shards.plan_table import PlanTable
 
@@ -44,33 +56,56 @@ def check_descriptions(
         assert finding.sidecar is not None
         description.add(finding.shard, table.read_row_group(group), finding.sidecar)
     recorded = dataset.get("files", {})
-    for name, content in description.files().items():
-        try:
-            found = (plan.folder / name).read_bytes()
-        except FileNotFoundError:
-            yield Problem(name, "", "is missing")
+    for name, wanted in description.files().items():
+        found, trouble = content(plan.folder / name)
+        if found is None:
+            yield Problem(name, "", trouble)
             continue
         differs = _index_difference if name.endswith(INDEX) else _ledger_difference
-        what, recorded_sha256 = differs(found, content), recorded.get(name)
+        what, recorded_sha256 = differs(found, wanted), recorded.get(name)
         if what and hashlib.sha256(found).hexdigest() == recorded_sha256:
             yield Problem(*_blamed(name, *what))
         elif what:
             yield Problem(name, what[1], what[2])
         elif recorded and hashlib.sha256(found).hexdigest() != recorded_sha256:
             # The very bytes that we would write: then the record is wrong. Another pyarrow writes other bytes.
-            if found == content:
+            if found == wanted:
                 yield Problem(DATASET, "", f"has another sha256 for {name} than the file, which is as it must be")
             else:
                 yield Problem(name, "", "was changed (or its sha256 in dataset.json)")
-    with contextlib.suppress(FileNotFoundError):
-        if (plan.folder / TIMM_INFO).read_bytes() != json_bytes(description.timm_info()):
-            yield Problem(TIMM_INFO, "", "does not describe these shards")
-    if not (plan.folder / TIMM_INFO).exists():
-        yield Problem(TIMM_INFO, "", "is missing")
-    wanted = json.loads(json_bytes(description.dataset(recorded)))
-    if dataset and dataset.get("plan") == wanted["plan"] and dataset != wanted:
-        keys = [key for key in {**wanted, **dataset} if dataset.get(key) != wanted.get(key)]
+    info, trouble = content(plan.folder / TIMM_INFO)
+    if info != json_bytes(description.timm_info()):
+        yield Problem(TIMM_INFO, "", trouble or "does not describe these shards")
+    expected = json.loads(json_bytes(description.dataset(recorded)))
+    if dataset and dataset.get("plan") == expected["plan"] and dataset != expected:
+        keys = [key for key in {**expected, **dataset} if dataset.get(key) != expected.get(key)]
         yield Problem(DATASET, "", f"does not describe these shards (in {', '.join(keys)})")
+
+
+def check_statistics(folder: Path, data_digest: str) -> Iterator[Problem]:
+    """The files of the statistics, each as it was written; nothing where there are none."""
+    again = "run `alexprep pca-stats` again"
+    if not (folder / STATISTICS).exists():
+        return
+    raw, trouble = content(folder / STATISTICS)
+    if raw is None:
+        yield Problem(str(STATISTICS), "", f"{trouble}: {again}")
+        return
+    try:
+        document = json.loads(raw)
+        if json_bytes(document) != raw or document.pop("digest", None) != digest_json(document):
+            raise ValueError
+        hashes = {MEAN_IMAGE: document["mean_image_sha256"], MEAN_PICTURE: document["mean_picture_sha256"]}
+        of_these_shards = document["data_digest"] == data_digest
+    except (ValueError, KeyError, TypeError, AttributeError):
+        yield Problem(str(STATISTICS), "", f"was changed: {again}")
+        return
+    if not of_these_shards:
+        yield Problem(str(STATISTICS), "", f"describes other shards: {again}")
+    for path, sha256 in hashes.items():
+        found, trouble = content(folder / path)
+        if found is None or hashlib.sha256(found).hexdigest() != sha256:
+            yield Problem(str(path), "", f"{trouble or 'was changed'}: {again}")
 
 
 def _blamed(name: str, shard: int, member: str, what: str) -> tuple[str, str, str]:
@@ -84,7 +119,7 @@ def _index_difference(found: bytes, wanted: bytes) -> tuple[int, str, str] | Non
     if found == wanted:
         return None
     try:
-        have, want = (np.load(io.BytesIO(content), allow_pickle=False) for content in (found, wanted))
+        have, want = (np.load(io.BytesIO(file), allow_pickle=False) for file in (found, wanted))
     except Exception as error:  # noqa: BLE001  (numpy parses the header as Python, and raises what that raises)
         return 0, "", f"cannot be read ({error})"
     if have.dtype != want.dtype or have.shape != want.shape:
@@ -102,7 +137,7 @@ def _index_difference(found: bytes, wanted: bytes) -> tuple[int, str, str] | Non
 def _ledger_difference(found: bytes, wanted: bytes) -> tuple[int, str, str] | None:
     """The shard of the first difference, its key, and what differs."""
     try:
-        have, want = (pq.read_table(io.BytesIO(content)) for content in (found, wanted))
+        have, want = (pq.read_table(io.BytesIO(file)) for file in (found, wanted))
         if have.equals(want):
             return None
         if have.schema != want.schema or have.num_rows != want.num_rows:
@@ -119,7 +154,7 @@ def _ledger_difference(found: bytes, wanted: bytes) -> tuple[int, str, str] | No
 
 def foreign_files(folder: Path, plan: Plan, findings: list[Finding]) -> Iterator[Problem]:
     """What lies in the folder and belongs to nothing."""
-    expected = {PLAN, PLAN_TABLE, DATASET, TIMM_INFO, TUNING, *map(str, stats.FILES)}
+    expected = {PLAN, PLAN_TABLE, DATASET, TIMM_INFO, TUNING, *map(str, (STATISTICS, MEAN_IMAGE, MEAN_PICTURE))}
     for split in plan.document["splits"]:
         expected |= {f"{split}/{INDEX}", f"{split}/{LEDGER}"}
     for finding in findings:
@@ -127,6 +162,6 @@ def foreign_files(folder: Path, plan: Plan, findings: list[Finding]) -> Iterator
         expected |= {f"{base}{suffix}" for suffix in (".tar", ".idx", ".json")}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
-        if name not in expected and not path.is_dir():
+        if name not in expected and TAR_INDEXES not in path.parts and not path.is_dir():
             unfinished = is_temporary(path.name)
             yield Problem(name, "", "is left from an interrupted run" if unfinished else "is no file of this data set")

@@ -127,7 +127,8 @@ def _temporary(path: Path) -> Iterator[tuple[Path, BinaryIO]]:
                 yield temporary, file
                 return
         except OSError as error:
-            error.filename = error.filename or str(path)  # a failed write or fsync does not say where
+            if str(error.filename or temporary) == str(temporary):  # a failed write or fsync does not say where
+                error.filename, error.filename2 = str(path), None
             raise
         finally:
             temporary.unlink(missing_ok=True)
@@ -149,6 +150,19 @@ def same_bytes(one: Path, other: Path) -> bool:
         if one.stat().st_size == other.stat().st_size:
             return file_sha256(one) == file_sha256(other)
     return False
+
+
+def content(path: Path) -> tuple[bytes | None, str]:
+    """A file's content and ""; or None and what is wrong with it.
+
+    It is read, not mapped: a bad sector below a mapping would end the process.
+    """
+    try:
+        return path.read_bytes(), ""
+    except FileNotFoundError:
+        return None, "is missing"
+    except OSError as error:
+        return None, f"cannot be read ({error.strerror or error})"
 
 
 def file_sha256(path: Path) -> str:

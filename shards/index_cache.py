@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.files import json_bytes, published, user_cache
+from alexprep.shards.layout import TAR_INDEXES
 from alexprep.shards.tar_scan import TAR_INDEX_DTYPE, Part
 
 WAIT_SECONDS = 3600.0  # for another process that scans the same folder
@@ -87,7 +88,7 @@ def _places(folder: Path, cache: Path | None) -> list[Path]:
     if cache is not None:
         return [cache / name]
     user = user_cache()
-    return [folder / ".alexprep" / "tars.npz", *([user / name] if user else [])]
+    return [folder / TAR_INDEXES / "tars.npz", *([user / name] if user else [])]
 
 
 def _unchanged(folder: Path, names: Sequence[str], places: list[Path]) -> tuple[dict[str, Kept], dict[str, Stamp]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from alexprep.shards.errors import AlexprepError
@@ -11,15 +12,21 @@ from alexprep.shards.sources.devkit import devkit_order
 AUTO = "auto"
 SORTED = "sorted"
 ILSVRC_ID = "ilsvrc-id"
+LISTED = "listed"  # what a plan says of an order that was given class by class
 
 
-def class_order(rule: str, present: set[str], source: Source) -> list[str]:
+def recorded(rule: str | Sequence[str]) -> str:
+    """What a plan says of a rule: not where a list lay, which may have moved, since the plan holds the names."""
+    return rule if isinstance(rule, str) and rule in (AUTO, SORTED, ILSVRC_ID) else LISTED
+
+
+def class_order(rule: str | Sequence[str], present: set[str], source: Source) -> list[str]:
     """The class names by label: label i is the i-th name.
 
     Args:
         rule: "auto" (the source's own numbering, or sorted where it has none), "sorted" (ascending by bytes, as
             torchvision and Caffe number them), "ilsvrc-id" (the devkit's order, as the 2012 code did: label = ILSVRC ID - 1),
-            or the path of a text file with one class name a line, in label order.
+            or the path of a text file with one class name a line, in label order; or these names themselves.
         present: the classes that the inputs have.
         source: where they come from, and where a devkit's meta.mat may be.
 
@@ -38,8 +45,10 @@ def class_order(rule: str, present: set[str], source: Source) -> list[str]:
                 "or give --labels FILE with one class name a line"
             )
         where, order = devkit[0], devkit_order(*devkit)
-    else:
+    elif isinstance(rule, str):
         where, order = rule, _listed_order(Path(rule))
+    else:
+        where, order = "the list of classes", list(rule)
     unknown = sorted(present - set(order))
     if unknown:
         raise AlexprepError(

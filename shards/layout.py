@@ -22,6 +22,7 @@ DATASET_FORMAT = "alexprep data set"  # its "format", by which it is told from a
 TIMM_INFO = "_info.json"
 INDEX = "index.npy"
 LEDGER = "samples.parquet"
+TAR_INDEXES = ".alexprep"  # a folder beside tars that were read as other people's
 TUNING = "tuning.json"  # of machines, not of the data: no digest depends on it
 STATISTICS = Path("stats") / "stats.json"
 MEAN_IMAGE = Path("stats") / "mean_image.npy"

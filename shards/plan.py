@@ -43,7 +43,7 @@ class ShardOptions:
     target: Target = field(default_factory=Target)
     seed: int = 0
     shard_samples: int | None = None
-    labels: str = labels.AUTO
+    labels: str | tuple[str, ...] = labels.AUTO
     limit: int | None = None
 
     def __post_init__(self) -> None:
@@ -135,7 +135,12 @@ def draw_up(source: Source, options: ShardOptions) -> tuple[dict[str, Any], list
         "format_version": FORMAT_VERSION,
         "layout": source.layout,
         "inputs": inputs_digest,
-        "options": {**asdict(options.target), "seed": options.seed, "labels": options.labels, "limit": options.limit},
+        "options": {
+            **asdict(options.target),
+            "seed": options.seed,
+            "labels": labels.recorded(options.labels),
+            "limit": options.limit,
+        },
         "shard_samples": size,
         "splits": splits,
         "classes": classes,

@@ -17,6 +17,7 @@ from alexprep.shards.codec import Target
 from alexprep.shards.engines import Engine
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.files import digest_json
+from alexprep.shards.labels import LISTED
 from alexprep.shards.layout import DATASET, INDEX, LEDGER, PLAN, PLAN_TABLE, TIMM_INFO
 from alexprep.shards.plan import ShardOptions, differences, draw_up
 from alexprep.shards.sources.base import SPLITS, Source
@@ -100,6 +101,8 @@ def _options(folder: Path) -> ShardOptions:
     try:
         options = dict(trusted["options"])
         target = Target(**{field.name: options.pop(field.name) for field in fields(Target)})
+        if options["labels"] == LISTED:
+            options["labels"] = tuple(trusted["classes"])
         return ShardOptions(target, shard_samples=trusted["shard_samples"], **options)
     except (KeyError, TypeError):
         raise AlexprepError(

@@ -45,7 +45,7 @@ def check_space(
     inputs = sum(table.rows(group) for _, group in missing)
     free = shutil.disk_usage(plan.folder).free
     side = plan.document["options"]["size"]
-    if inputs * (3 * side * side + 4096) < free:  # no encoding is larger than the pixels
+    if inputs * (3 * side * side + 4096) < free:  # no encoding is larger than the pixels; metadata in kept bytes may be
         return
     needed = predict(source, make, missing, table, engine)
     if needed > free:

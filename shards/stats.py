@@ -6,9 +6,8 @@ import functools
 import hashlib
 import io
 import itertools
-import json
 import platform
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from PIL import Image
 from alexprep.shards.codec import kept_decoder, read_raw
 from alexprep.shards.engines import Engine, as_engine
 from alexprep.shards.errors import AlexprepError
-from alexprep.shards.files import digest_json, file_sha256, json_bytes, publish_bytes, publish_json, remove_temporaries
+from alexprep.shards.files import digest_json, publish_bytes, publish_json, remove_temporaries
 from alexprep.shards.layout import (
     FORMAT_VERSION,
     MEAN_IMAGE,
@@ -35,7 +34,7 @@ from alexprep.shards.read import Samples
 from alexprep.shards.versions import versions
 from alexprep.shards.worker import attending
 
-FILES = (STATISTICS, MEAN_IMAGE, MEAN_PICTURE)
+TRAINING = "train"  # section 2 of the paper: the mean over the training set is subtracted, whatever is read
 
 # What shipped with the original code (cuda-convnet2, make-data/input_meta), rounded there: grey levels and unit columns.
 IMAGENET_STDEVS = (121.78, 37.09, 19.72)
@@ -195,14 +194,14 @@ def publish(statistics: Statistics, data: Path, split: str) -> None:
 
 
 def read(data: Path, data_digest: str) -> Statistics:
-    """The statistics in a data set's folder.
+    """The statistics of the training split in a data set's folder.
 
     Args:
         data: the data set's folder.
         data_digest: what they must describe.
 
     Raises:
-        AlexprepError: there are none, they are damaged, or they describe other shards.
+        AlexprepError: there are none, they are damaged, or they describe other shards or another split than "train".
     """
     again = f"run `alexprep pca-stats` on {data}"
     document = read_json(data / STATISTICS, again)
@@ -210,6 +209,11 @@ def read(data: Path, data_digest: str) -> Statistics:
         raise AlexprepError(f"{data / STATISTICS} was changed since it was written: {again}")
     if document.get("data_digest") != data_digest:
         raise AlexprepError(f"{data / STATISTICS} describes other shards: {again}")
+    if document.get("split") != TRAINING:
+        raise AlexprepError(
+            f"{data / STATISTICS} describes the split {document.get('split')!r}, not {TRAINING!r}, whose mean all splits have "
+            f"subtracted: {again}"
+        )
     try:
         raw = (data / MEAN_IMAGE).read_bytes()
         if hashlib.sha256(raw).hexdigest() != document["mean_image_sha256"]:
@@ -225,25 +229,3 @@ def read(data: Path, data_digest: str) -> Statistics:
         )
     except (OSError, KeyError, ValueError) as error:
         raise AlexprepError(f"{data / STATISTICS} or its mean image is damaged ({error}): {again}") from None
-
-
-def problems(data: Path, data_digest: str) -> Iterator[tuple[str, str, str]]:
-    """(file, "", what) for each file of the statistics that is not as `publish` wrote it; nothing where there are none."""
-    if not (data / STATISTICS).exists():
-        return
-    try:
-        raw = (data / STATISTICS).read_bytes()
-        document = json.loads(raw)
-        sound = json_bytes(document) == raw and document.pop("digest", None) == digest_json(document)
-    except (ValueError, AttributeError):
-        sound = False
-    if not sound:
-        yield str(STATISTICS), "", "was changed: run `alexprep pca-stats` again"
-        return
-    if document["data_digest"] != data_digest:
-        yield str(STATISTICS), "", "describes other shards: run `alexprep pca-stats` again"
-    for path, key in ((MEAN_IMAGE, "mean_image_sha256"), (MEAN_PICTURE, "mean_picture_sha256")):
-        if not (data / path).exists():
-            yield str(path), "", "is missing: run `alexprep pca-stats` again"
-        elif file_sha256(data / path) != document[key]:
-            yield str(path), "", "was changed: run `alexprep pca-stats` again"

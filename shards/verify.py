@@ -11,13 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from alexprep.shards import stats
 from alexprep.shards.check import Finding, Problem, check_shard
-from alexprep.shards.check_whole import check_descriptions, foreign_files, misplaced_tars
+from alexprep.shards.check_whole import check_descriptions, check_statistics, foreign_files, misplaced_tars
 from alexprep.shards.codec import kept_decoder
 from alexprep.shards.engines import Engine, as_engine
 from alexprep.shards.errors import AlexprepError
-from alexprep.shards.files import file_sha256, folder_at, json_bytes
+from alexprep.shards.files import content, file_sha256, folder_at, json_bytes
 from alexprep.shards.layout import DATASET, PLAN, PLAN_TABLE
 from alexprep.shards.plan import Plan, Shard
 from alexprep.shards.plan_table import PlanTable, kept_table
@@ -74,7 +73,8 @@ def verify(
     task = functools.partial(_check_task, plan, digest, decode, table is not None)
     findings: list[Finding] = []
     total = sum(split["inputs"] for split in plan.document["splits"].values())
-    for finding in engine.run(task, list(enumerate(shards)), lambda finished: progress(finished, total)):
+    show = (lambda finished: progress(finished, total)) if decode else (lambda finished: None)
+    for finding in engine.run(task, list(enumerate(shards)), show):
         findings.append(finding)
         if not decode:
             progress(len(findings), len(shards))
@@ -86,7 +86,7 @@ def verify(
     if table is not None and all(finding.sidecar is not None for finding in findings):
         problems += check_descriptions(plan, table, findings, dataset)
     if dataset:
-        problems += [Problem(*what) for what in stats.problems(folder, str(dataset.get("digest")))]
+        problems += check_statistics(folder, str(dataset.get("digest")))
     problems += foreign_files(folder, plan, findings)
     good = [finding.sidecar for finding in findings if finding.sidecar is not None and not finding.problems]
     samples, size = (sum(sidecar[key] for sidecar in good) for key in ("samples", "bytes"))
@@ -136,17 +136,19 @@ def _sidecars(folder: Path, shards: list[Shard]) -> Iterator[dict[str, Any]]:
 
 
 def _document(folder: Path, name: str, problems: list[Problem]) -> dict[str, Any] | None:
+    raw, trouble = content(folder / name)
+    if raw is None:
+        missing = name == DATASET and not (folder / name).exists()
+        unfinished = ": the data set is unfinished, run the same `alexprep shard` again" if missing else ""
+        problems.append(Problem(name, "", trouble + unfinished))
+        return None
     try:
-        raw = (folder / name).read_bytes()
         document = json.loads(raw)
         if isinstance(document, dict):
             if json_bytes(document) != raw:
                 problems.append(Problem(name, "", "was changed"))
             return document
         problems.append(Problem(name, "", "holds no JSON object"))
-    except FileNotFoundError:
-        unfinished = ": the data set is unfinished, run the same `alexprep shard` again" if name == DATASET else ""
-        problems.append(Problem(name, "", f"is missing{unfinished}"))
     except ValueError as error:
         problems.append(Problem(name, "", f"was changed ({error})"))
     return None
@@ -166,8 +168,8 @@ def _plan_table(plan: Plan, dataset: dict[str, Any], problems: list[Problem]) ->
             )
             return None
         return table
-    except FileNotFoundError:
-        problems.append(Problem(PLAN_TABLE, "", "is missing"))
+    except OSError:
+        problems.append(Problem(PLAN_TABLE, "", content(plan.folder / PLAN_TABLE)[1]))
     except AlexprepError as error:
         problems.append(Problem(PLAN_TABLE, "", str(error)))
     return None

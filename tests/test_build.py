@@ -531,3 +531,18 @@ def test_timm_s_info_names_every_shard(data: Path) -> None:
             with tarfile.open(data / name) as tar:
                 stems = collections.Counter(member.name.partition(".")[0] for member in tar)
             assert len(stems) == length and set(stems.values()) == {2}
+
+
+@pytest.mark.parametrize(
+    ("number", "step"), [(errno.EACCES, "see to its permissions"), (errno.ENOSPC, "make room or mend the disk")]
+)
+def test_what_fails_is_named_with_what_helps(
+    number: int, step: str, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise OSError(number, os.strerror(number), b"/photos/train/\xe4")
+
+    monkeypatch.setattr("alexprep.shards.build.make_plan", fails)
+    words = rf"^/photos/train/\udce4: {os.strerror(number)}: {step}, then run the same command again"
+    with pytest.raises(AlexprepError, match=words):
+        build(photos, tmp_path / "out", ShardOptions(), 1)

@@ -198,6 +198,19 @@ def test_a_submission_that_fails_costs_no_result(
     assert len(list(tmp_path.glob("runs/a/eval-*.json"))) == 1 and not Path("classes.csv").exists()
 
 
+def test_a_table_of_classes_that_fails_costs_no_result(runs: Path, told: Told, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, content: bytes) -> None:
+        if path.name == "classes.csv":
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        publish_bytes(path, content)
+
+    monkeypatch.setattr("alexprep.shards.files.publish_bytes", full)
+    before = set(runs.rglob("eval-*.json"))
+    status, _, err = told("a", "--classes", "classes.csv")
+    assert status == 1 and "classes.csv" in err
+    assert len(set(runs.rglob("eval-*.json")) - before) == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "words"),
     [
@@ -209,6 +222,7 @@ def test_a_submission_that_fails_costs_no_result(
         (["a", "b", "--weights-from", "val"], 1, "is the split for --weights search"),
         (["--classes", "a"], 1, "name a file that ends in .csv"),
         (["a", "--classes", "no/where.csv"], 1, "there is no folder no"),
+        (["a", "--classes", "folder.csv"], 1, "folder.csv is a folder: name a file in it"),
         (["a", "--submission", "guesses.txt"], 1, "needs labels that are ILSVRC IDs less 1"),
         (["a", "--split", "test"], 1, "no samples in split 'test'"),
         (["a", "--views", "five"], 2, "'five' is not one of"),
@@ -216,6 +230,7 @@ def test_a_submission_that_fails_costs_no_result(
     ],
 )
 def test_what_is_wrong_is_said(arguments: list[str], status: int, words: str, runs: Path, told: Told) -> None:
+    Path("folder.csv").mkdir()
     found, out, err = told(*arguments)
     assert found == status and words in err and out == ""
     assert not list(runs.glob("**/eval-*"))

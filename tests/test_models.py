@@ -22,7 +22,7 @@ from alexprep.train.networks.alexnet import (
     alexnet_2012,
     alexnet_owt,
 )
-from alexprep.train.networks.layers import LocalResponseNorm, Overhang, PaperDropout, SpatialResponseNorm
+from alexprep.train.networks.layers import LocalResponseNorm, Overhang, PaperDropout, SpatialResponseNorm, initialise
 from alexprep.train.networks.response import Maps, Pixels
 from alexprep.train.networks.small import cifar10_quick_net, tiny_net
 
@@ -436,3 +436,12 @@ def test_alexnet_takes_any_crop_from_67(crop: int) -> None:
 def test_senseless_sizes_are_refused(make: Callable[..., nn.Module], crop: int, width: float, message: str) -> None:
     with pytest.raises(AlexprepError, match=message):
         make(10, crop, width=width)
+
+
+def test_layers_without_a_bias_are_drawn_too() -> None:
+    first, last = nn.Conv2d(3, 4, 3, bias=False), nn.Linear(4, 2)
+    initialise(nn.Sequential(first, nn.Flatten(), last), 1, {"0": 0.5, "2": 0.25}, {"2": 1.0})
+    generator = torch.Generator().manual_seed(1)
+    for weight, deviation in ((first.weight, 0.5), (last.weight, 0.25)):
+        assert torch.equal(weight, torch.empty_like(weight).normal_(0.0, deviation, generator=generator))
+    assert torch.equal(last.bias, torch.ones(2))

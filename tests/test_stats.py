@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from sklearn.decomposition import PCA
 
+from alexprep.pipeline.augmentation import Augmentation
+from alexprep.pipeline.loader import Loader
 from alexprep.shards import stats
 from alexprep.shards.build import build
 from alexprep.shards.codec import Target
@@ -143,6 +145,14 @@ def test_statistics_of_other_shards_are_refused(data: Path, tmp_path: Path) -> N
     (copy / "stats" / "stats.json").unlink()
     with pytest.raises(AlexprepError, match=r"does not exist: run `alexprep pca-stats`"):
         stats.read(copy, digest)
+
+
+def test_statistics_of_another_split_are_refused(data: Path, tmp_path: Path) -> None:
+    shutil.copytree(data, tmp_path / "copy")
+    copy = tmp_path / "copy"
+    stats.publish(stats.compute(copy, "val", 1), copy, "val")
+    with pytest.raises(AlexprepError, match="describes the split 'val', not 'train'"):
+        Loader(copy, "val", batch_size=4, augmentation=Augmentation(crop=48))
 
 
 def test_a_damaged_image_is_named(data: Path, tmp_path: Path) -> None:

@@ -423,6 +423,12 @@ def test_ranks_of_one_host_share_its_cores(mine: Path, tmp_path: Path, monkeypat
     assert prepare(config(mine, tmp_path, threads=9)).tuning == Tuning(9, 1)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_gpu_that_is_not_there_is_named(mine: Path) -> None:
+    with pytest.raises(AlexprepError, match="there is no cuda here, torch sees 0 GPUs"):
+        tuning_for(mine, "cuda")
+
+
 def test_a_damaged_file_does_not_stop_training(mine: Path, tmp_path: Path) -> None:
     (mine / "tuning.json").write_bytes(b"{")
     job = prepare(config(mine, tmp_path))

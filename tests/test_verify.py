@@ -27,6 +27,7 @@ from alexprep.shards.errors import AlexprepError
 from alexprep.shards.plan import ShardOptions
 from alexprep.shards.repair import repair
 from alexprep.shards.sources.find import find_source
+from alexprep.shards.tar_index import index_tars
 from alexprep.shards.verify import verify
 
 ENGINE = InProcessEngine()
@@ -255,10 +256,62 @@ def test_decode_finds_what_checksums_cannot(small: Path, tmp_path: Path, encoded
 
     codec, options = Codec(Target(size=16)), {"format": "jpg", "size": 16}
     for data, words in ((b"junk", "cannot be decoded"), (encoded(Image.new("RGB", (16, 17))), "not a square of 16")):
-        what = _undecodable(codec, memoryview(data), Member("a.jpg", 0, len(data), 0), options)
+        what = _undecodable(codec, data, Member("a.jpg", 0, len(data), 0), options)
         assert what is not None and words in what
-    what = _undecodable(codec, memoryview(b"junk"), Member("a.npy", 0, 4, 0), options | {"format": "raw"})
+    what = _undecodable(codec, b"junk", Member("a.npy", 0, 4, 0), options | {"format": "raw"})
     assert what is not None and "cannot be decoded" in what
+
+
+EVERY_FILE = [
+    *("plan.json", "plan.parquet", "dataset.json", "_info.json", "train/index.npy", "train/samples.parquet"),
+    *("train/train-000000.tar", "train/train-000000.idx", "train/train-000000.json"),
+    *("stats/stats.json", "stats/mean_image.npy", "stats/mean_image.png"),
+]
+
+
+@pytest.mark.parametrize("name", EVERY_FILE)
+def test_a_file_that_cannot_be_read_is_named(name: str, small: Path, tmp_path: Path) -> None:
+    """A folder in its place gives an error on reading, as a bad sector does; the rest is checked all the same."""
+    out = tmp_path / "data"
+    shutil.copytree(small, out)
+    (out / name).unlink()
+    (out / name).mkdir()
+    (out / "train/train-000001.tar").write_bytes(b"")
+    problems = _found(out)
+    assert any(problem.file == name and "cannot be read (Is a directory)" in problem.what for problem in problems)
+    assert name == "plan.json" or any(problem.file == "train/train-000001.tar" for problem in problems)
+
+
+@pytest.mark.parametrize(("decode", "total"), [(False, 2), (True, 6)], ids=["shards", "images"])
+def test_progress_counts_what_is_checked(decode: bool, total: int, small: Path) -> None:
+    shown: list[tuple[int, int]] = []
+    verify(small, LocalEngine(1), decode, lambda *pair: shown.append(pair))
+    assert {pair[1] for pair in shown} == {total} and shown == sorted(shown)
+
+
+def test_an_index_of_tars_belongs_to_their_readers(small: Path, tmp_path: Path) -> None:
+    """Reading our shards as other people's tars leaves an index beside them."""
+    out = tmp_path / "data"
+    shutil.copytree(small, out)
+    index_tars(out / "train", "train")
+    assert (out / "train/.alexprep/tars.npz").exists() and _found(out) == []
+
+
+@pytest.mark.parametrize("given", ["a file", "names"])
+def test_repair_needs_no_list_of_classes(
+    given: str, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The plan has the names: the file that gave them may be anywhere, or gone."""
+    source, listing = find_source(str(small.parent / "source")), tmp_path / "classes.txt"
+    listing.write_text("class1\nclass0\n")
+    monkeypatch.chdir(tmp_path)
+    labels = "classes.txt" if given == "a file" else ("class1", "class0")
+    build(source, tmp_path / "data", ShardOptions(Target(size=24), labels=labels, shard_samples=3), ENGINE)
+    before = {path: path.read_bytes() for path in _files(tmp_path / "data")}
+    (tmp_path / "data/train/train-000001.tar").write_bytes(b"")
+    listing.unlink()
+    repair(tmp_path / "data", source, _found(tmp_path / "data"), ENGINE)
+    assert {path: path.read_bytes() for path in _files(tmp_path / "data")} == before
 
 
 def test_the_command(small: Path, tmp_path: Path) -> None:

@@ -49,16 +49,20 @@ def explained(
         yield
     except NotFinite as error:
         position, lr = state.position, state.learning_rate(job.recipe)
-        saved_step, sight, why = 0, None, ""
+        saved_step, sight, before, why = 0, None, None, ""
         try:
             before, _ = saved_state()
             saved_step = before.position.step
-            why = _hindrance(state, before, meter)
-            if not why:
-                meter.say(f"{error.what}: doing the steps since step {saved_step} again, to find where it began")
-                sight = _first_sight(state, before, loader, stop)
         except (AlexprepError, OSError, torch.OutOfMemoryError) as failure:
             why = str(failure)
+        if state.parallel.world.any(before is None):  # from here on all ranks do the same
+            why = why or "another rank has no such state"
+        elif before is not None and not (why := _hindrance(state, before, meter)):
+            meter.say(f"{error.what}: doing the steps since step {saved_step} again, to find where it began")
+            try:
+                sight = _first_sight(state, before, loader, stop)
+            except (AlexprepError, OSError, torch.OutOfMemoryError) as failure:
+                why = str(failure)
         meter.record_not_finite(sight, step=position.step, epoch=position.epoch, lr=lr)
         found = sight.sentence() if sight else _present(state.parallel.gather_state(), why)
         next_step = _next_step(job.run.name, saved_step, sight)

@@ -26,6 +26,7 @@ def decoders() -> dict[str, Callable[[bytes], Any]]:
     import cv2  # type: ignore[import-not-found]
     import imagecodecs  # type: ignore[import-not-found]
     import numpy as np
+    import PIL
     import simplejpeg  # type: ignore[import-not-found]
     from kornia_rs import io as kornia  # type: ignore[import-not-found]
     from nvidia import nvimgcodec
@@ -48,7 +49,7 @@ def decoders() -> dict[str, Callable[[bytes], Any]]:
         f"OpenCV {cv2.__version__}": lambda data: cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR),
         "kornia-rs (zune-jpeg)": kornia.decode_image_jpeg,
         f"PyAV {av.__version__}, planes as stored": lambda data: frames.decode(av.Packet(data)),
-        f"Pillow {Image.__version__}": lambda data: Image.open(io.BytesIO(data)).convert("RGB"),
+        f"Pillow {PIL.__version__}": lambda data: Image.open(io.BytesIO(data)).convert("RGB"),
         "simplejpeg, fast DCT, no smooth chroma": lambda data: simplejpeg.decode_jpeg(
             data, fastdct=True, fastupsample=True
         ),

@@ -144,9 +144,10 @@ def initialise(
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, layer in network.named_modules():
-            if isinstance(layer, (nn.Conv2d, nn.Linear, LocallyConnected2d)) and layer.bias is not None:
+            if isinstance(layer, (nn.Conv2d, nn.Linear, LocallyConnected2d)):
                 layer.weight.normal_(0.0, deviations[name], generator=generator)
-                layer.bias.fill_(biases.get(name, 0.0))
+                if layer.bias is not None:
+                    layer.bias.fill_(biases.get(name, 0.0))
 
 
 def _check_norm(size: int, k: float, alpha: float, beta: float) -> None:
