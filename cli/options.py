@@ -28,7 +28,9 @@ class Folder(click.ParamType):  # type: ignore[type-arg]  # generic only for typ
 
         if self._local and "://" in str(value):
             self.fail(
-                f"{value} is no local folder: training maps shards into memory, so copy them to a disk", param, ctx
+                f"{value} is no local folder: training reads single images in random order, so copy the shards to a disk",
+                param,
+                ctx,
             )
         folder = folder_at(value)
         try:

@@ -27,18 +27,14 @@ def single_view_pipeline(augmentation: Augmentation, statistics: Statistics | No
     pipeline = _pipeline(settings)
     with pipeline:
         image = _window(augmentation, settings)
-        make = _by_rows if names & {"window", "minus"} else _by_pixels
-        pipeline.set_outputs(make(image, names, augmentation, statistics, settings))
+        if names & {"window", "minus"}:
+            pipeline.set_outputs(_by_rows(image, names, augmentation, settings))
+        else:
+            pipeline.set_outputs(_by_pixels(image, names, augmentation, statistics, settings))
     return pipeline
 
 
-def _by_rows(
-    image: DataNode,
-    names: frozenset[str],
-    augmentation: Augmentation,
-    statistics: Statistics | None,
-    settings: Settings,
-) -> DataNode:
+def _by_rows(image: DataNode, names: frozenset[str], augmentation: Augmentation, settings: Settings) -> DataNode:
     image = graph.mirror(image, _input(settings, "mirror"))
     if "window" in names:
         image = graph.subtract_image(image, _input(settings, "window"))

@@ -15,7 +15,7 @@ ROUNDS = 3
 _MOST_TURN_SECONDS = 2.0
 _LEAST_SPREAD = 0.01  # a smaller difference is none
 _CHEAPER_MAY_COST = 0.05  # of the speed, however far the rounds of one value lie apart
-_BUSY = 0.15  # where they lie further apart than this, they do not show that a cheaper value is as fast
+BUSY = 0.15  # where they lie further apart than this, something else uses the machine, and they do not show what is as fast
 
 Measure = Callable[[Tuning, int, float], float]  # settings, batch size, seconds that it may take → images/s
 Say = Callable[[str], None]
@@ -152,7 +152,7 @@ def search(
         chosen = start
     trials += curve
     spread = _spread(trials)
-    if spread > _BUSY:
+    if spread > BUSY:
         games.notes.append(
             f"rounds of the same settings differ by {100 * spread:.0f} %: try again when the machine is less busy"
         )
@@ -234,7 +234,7 @@ def _settled(trials: Sequence[Trial], present: Tuning, ordered: bool) -> Tuning:
         return next(trial.tuning for trial in better if trial.rate >= most * nearly)
     if better:
         return max(better, key=lambda trial: trial.rate).tuning
-    if not ordered or spread > _BUSY:
+    if not ordered or spread > BUSY:
         return present
     return next(trial.tuning for trial in rated if trial.rate >= own.rate * nearly)
 

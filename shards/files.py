@@ -139,9 +139,9 @@ def json_bytes(document: Any, indent: int | None = 1) -> bytes:
     return (json.dumps(document, indent=indent, allow_nan=False) + "\n").encode()
 
 
-def publish_json(path: Path, document: Any, indent: int | None = 1) -> None:
+def publish_json(path: Path, document: Any) -> None:
     """Writes `document` as JSON, atomically and durably."""
-    publish_bytes(path, json_bytes(document, indent))
+    publish_bytes(path, json_bytes(document))
 
 
 def same_bytes(one: Path, other: Path) -> bool:

@@ -42,7 +42,6 @@ __all__ = ["TAR_INDEX_DTYPE", "Bad", "TarIndex", "index_tars"]
 # Fewer bytes of shards are scanned before worker processes have started (0.5 s).
 _ALONE_BYTES = 2**28
 _log = logging.getLogger("alexprep")
-_Scanned = Iterator[tuple[str, Part]]
 
 
 class Bad(NamedTuple):

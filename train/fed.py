@@ -62,7 +62,7 @@ def begin_with(parallel: Parallel, job: Job) -> list[str]:
         AlexprepError: there is no such checkpoint, or it does not fit.
     """
     notes: list[str] = []
-    source = job.source
+    source = job.began_from
     if source is None:
         source, notes = saved_checkpoint(place_named(job.config.runs, job.config.init_from))
     whole = parallel.gather_state()

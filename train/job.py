@@ -50,7 +50,7 @@ class Job:
     tuning: Tuning
     notes: list[str]  # what to say about it
     identity: dict[str, Any]  # JSON values: what decides the result; a checkpoint of another identity is refused
-    source: Checkpoint | None = None  # whose weights it begins with, where it was read already
+    began_from: Checkpoint | None = None  # whose weights it begins with, where it was read already
 
     def blamed(self) -> contextlib.AbstractContextManager[None]:
         """Inside the block, an exception that comes by way of the user's own network becomes a sentence with its file and line."""

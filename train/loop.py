@@ -68,7 +68,7 @@ def train(config: TrainConfig, open_loader: OpenLoader | None = None, world: Wor
         stack.enter_context(float32_kernels(job.computing.precision))
         stop = stack.enter_context(StopRequest().listening())
         state, notes = _first_state(job, world)
-        job = replace(job, source=None)  # it has done its part, and takes memory
+        job = replace(job, began_from=None)  # it has done its part, and takes memory
         parallel = state.parallel
         loader = stack.enter_context(contextlib.closing(open_split(job, open_loader, "train", parallel.shard)))
         split = job.facts.evaluation_split

@@ -24,6 +24,7 @@ MAX_LABEL = 10**6  # far above what sets have (Google Landmarks v2: 203,094 clas
 
 _MAX_NAME = 1000  # characters; beyond that it is prose
 _BATCH = 65_536
+_SPLIT_NAMES = sorted(set(SPLITS.values()))
 _NUMBER = re.compile(r"0|[1-9][0-9]*")
 _URL = re.compile(rb"[A-Za-z][A-Za-z0-9+.:-]*://")
 
@@ -105,7 +106,6 @@ class _Listed:
 
     def read(self) -> None:
         """Reads and checks every row."""
-        split_names = sorted(set(SPLITS.values()))
         split_codes: dict[str | None, int] = {}
         codes: dict[str | None, int] = {}  # by the cell as it stands
         paths: list[bytes] = []
@@ -115,7 +115,7 @@ class _Listed:
                 code = codes[row.label] = self._code(row)
             split = split_codes.get(row.split)
             if split is None:
-                split = split_codes[row.split] = split_names.index(self._split_of(row))
+                split = split_codes[row.split] = _SPLIT_NAMES.index(self._split_of(row))
             self._codes.append(code)
             self._splits.append(split)
             self._places.append(row.place)
@@ -146,12 +146,11 @@ class _Listed:
         key += rank[np.frombuffer(self._codes, np.int32)]
         key = key[order]
         order = np.argsort(key, kind="stable")
-        split_names = sorted(set(SPLITS.values()))
         for start in range(0, len(order), _BATCH):
             some = order[start : start + _BATCH]
             for where, path in zip(key[some].tolist(), paths.take(pa.array(some)).to_pylist(), strict=True):
                 split, code = divmod(where, len(names))
-                yield Input(split_names[split], names[code], Location(path))
+                yield Input(_SPLIT_NAMES[split], names[code], Location(path))
 
     def _at(self, place: int) -> str:
         return f"{self._shown}, {'line' if self._text else 'row'} {place:,}"

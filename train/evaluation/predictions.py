@@ -59,7 +59,7 @@ def open_readers(
         split: of it.
         views: one centre crop, or the paper's ten views.
         batch_size: crops at a time.
-        threads: for decoding, of all loaders together; None for what the loader takes.
+        threads: of each loader, for decoding; None for what the loader takes.
         device: of the nets.
         statistics: a net: the data set whose mean it is shown images without; None for `data`'s own.
         open_loader: opens a split.

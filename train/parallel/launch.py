@@ -18,6 +18,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from alexprep.shards.engines import cores
 from alexprep.shards.errors import AlexprepError
 from alexprep.train.parallel.forward import Forwarded
 from alexprep.train.parallel.rank import PARENT
@@ -105,7 +106,7 @@ def _start(folder: Path, rank: int, ranks: int, port: int) -> subprocess.Popen[b
     """One rank, in a session of its own: a Ctrl-C of the terminal reaches it through this process alone."""
     environment = {
         "OMP_NUM_THREADS": str(
-            max(1, len(os.sched_getaffinity(0)) // ranks)
+            max(1, cores() // ranks)
         ),  # torch's threads; all of the machine's for each would be slower
         **({"GLOO_SOCKET_IFNAME": "lo"} if "lo" in {name for _, name in socket.if_nameindex()} else {}),
         **os.environ,

@@ -26,7 +26,6 @@ from alexprep.train.state import TrainingState
 from alexprep.train.watching.turns import KINDS, Bench, Kind, Turn
 
 GOAL = 0.98  # of the overlap on a GPU: docs/performance.md
-BUSY = 0.15  # where rounds lie further apart than this, something else was using the machine
 TURN_SECONDS, LEAST_STEPS = 2.0, 5  # a turn, unless its steps are given
 
 
