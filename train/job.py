@@ -52,6 +52,11 @@ class Job:
     identity: dict[str, Any]  # JSON values: what decides the result; a checkpoint of another identity is refused
     began_from: Checkpoint | None = None  # whose weights it begins with, where it was read already
 
+    @property
+    def epochs(self) -> int:
+        """At most so many are trained."""
+        return self.config.epochs or self.recipe.epochs
+
     def blamed(self) -> contextlib.AbstractContextManager[None]:
         """Inside the block, an exception that comes by way of the user's own network becomes a sentence with its file and line."""
         own = self.recipe.network

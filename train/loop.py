@@ -1,4 +1,4 @@
-"""The training loop: batch, step, count; at an epoch's end evaluate, let the schedule look, save."""
+"""One run from beginning to end: everything is opened, the state is found, the training goes on, the summary is written."""
 
 from __future__ import annotations
 
@@ -15,11 +15,9 @@ from alexprep.shards.files import json_bytes
 from alexprep.train.config import TrainConfig
 from alexprep.train.culprit import explained
 from alexprep.train.data import OpenLoader
-from alexprep.train.epoch import end_epoch, train_epoch
-from alexprep.train.evaluation.error import evaluate
 from alexprep.train.evaluation.sums import SPEED, Pace
-from alexprep.train.fed import begin_with, loader_position, open_split, until_stopped, where
-from alexprep.train.host import Stopped, StopRequest, enough_memory, keep_freed_memory
+from alexprep.train.fed import begin_with, loader_position, open_split, where
+from alexprep.train.host import StopRequest, enough_memory, keep_freed_memory
 from alexprep.train.job import Job, prepare, run_versions
 from alexprep.train.own.tryout import comparable
 from alexprep.train.parallel.world import World
@@ -27,9 +25,9 @@ from alexprep.train.precision import float32_kernels
 from alexprep.train.saved import checkpoint, runs
 from alexprep.train.saved.disk import publish
 from alexprep.train.state import TrainingState, weights_digest
+from alexprep.train.training import Training
 from alexprep.train.watching.board import Board
 from alexprep.train.watching.meter import Meter
-from alexprep.train.watching.spans import span
 from alexprep.train.watching.trace import Trace
 
 
@@ -76,8 +74,9 @@ def train(config: TrainConfig, open_loader: OpenLoader | None = None, world: Wor
         if split:
             validation = stack.enter_context(contextlib.closing(open_split(job, open_loader, split, parallel.shard)))
 
-        position, epochs = state.position, job.config.epochs or job.recipe.epochs
-        last_step = min(epochs * len(loader), job.config.steps or epochs * len(loader))
+        position = state.position
+        steps = job.epochs * len(loader)
+        last_step = min(steps, job.config.steps or steps)
         log = job.run / runs.LOG if world.leads else None
         board = None
         if log is not None and job.config.tensorboard:
@@ -94,73 +93,34 @@ def train(config: TrainConfig, open_loader: OpenLoader | None = None, world: Wor
                 "there is no val or test split with labels: no validation error is measured, the schedule looks at the "
                 "training error"
             )
-
-        def save() -> None:
-            facts = {
-                "identity": job.identity,
-                **state.facts(),
-                "rounding": job.computing.rounding,
-                "versions": run_versions(),
-            }
-            with span("checkpoint"):
-                tensors = state.tensors()  # of all ranks
-                if world.leads:
-                    checkpoint.save(job.run / runs.CHECKPOINTS, position.step, tensors, facts, job.config.keep)
-
-        def measure() -> dict[str, Any] | None:
-            if validation is None:
-                return None
-            meter.say(f"evaluating on {validation.samples} images of {split}")
-            with span("evaluate"):
-                found = evaluate(parallel.network, until_stopped(parallel, validation, stop), job.computing.precision)
-            return {"split": split} | found
-
         loader.load_state_dict(loader_position(loader, state))
         trace = stack.enter_context(
             Trace(job.run / runs.TRACE, job.config.trace, meter, world, step=position.step, last_step=last_step)
         )
         saved_state = functools.partial(_first_state, job, world)
         stack.enter_context(explained(job, state, saved_state, loader, meter, stop))
-        means, val = None, position.val
-        with contextlib.suppress(Stopped):
-            # An epoch whose last step is done may still lack its evaluation, where a signal came meanwhile.
-            while (
-                position.epoch < epochs
-                and (position.step < last_step or position.epoch_step == len(loader))
-                and not position.schedule.finished
-            ):
-                means = train_epoch(job, state, loader, trace, meter, stop, save, last_step) or means
-                if parallel.requested is not None or position.epoch_step < len(loader):
-                    break
-                val = measure()
-                end_epoch(job, state, meter, val)
-                save()
-            if parallel.requested is None and position.epoch_step:  # --steps ended within an epoch
-                save()
-                val = measure()
-        if parallel.requested is not None:
-            save()
-            if position.epoch_step:
-                val = None  # the last epoch's was of other weights
-            meter.say(f"stopped by {parallel.requested.name} after step {position.step}: go on with --resume")
-
-        return _finish(
-            job,
-            world,
-            {
-                "steps": position.step,
-                "epochs": position.epoch,
-                "epoch_steps": len(loader),
-                "train_loss": None if means is None else means.loss,
-                "val_split": split,
-                **{f"val_{name}": None if val is None else val[name] for name in ("top1_error", "top5_error", "loss")},
-                **(meter.pace.since(Pace()) if meter.pace.steps else dict.fromkeys(SPEED)),
-                "skipped_steps": state.update.skipped if job.computing.precision == "fp16" else None,
-                "seconds": time.monotonic() - started,
-                "weights_sha256": weights_digest(parallel.gather_state()),
-                "stopped_by": None if parallel.requested is None else parallel.requested.name,
-            },
-        )
+        means, val = Training(job, state, loader, validation, meter, trace, stop, last_step).to_the_end()
+        summary = {
+            "run": str(job.run),
+            "recipe": job.recipe.name,
+            "device": str(job.device),
+            "precision": job.computing.precision,
+            "ranks": world.size,
+            "steps": position.step,
+            "epochs": position.epoch,
+            "epoch_steps": len(loader),
+            "train_loss": None if means is None else means.loss,
+            "val_split": split,
+            **{f"val_{name}": None if val is None else val[name] for name in ("top1_error", "top5_error", "loss")},
+            **(meter.pace.since(Pace()) if meter.pace.steps else dict.fromkeys(SPEED)),
+            "skipped_steps": state.update.skipped if job.computing.precision == "fp16" else None,
+            "seconds": time.monotonic() - started,
+            "weights_sha256": weights_digest(parallel.gather_state()),
+            "stopped_by": None if parallel.requested is None else parallel.requested.name,
+        }
+        if world.leads:
+            publish(job.run / runs.SUMMARY, json_bytes(summary))
+        return summary
 
 
 def _first_state(job: Job, world: World) -> tuple[TrainingState, list[str]]:
@@ -190,18 +150,3 @@ def _first_state(job: Job, world: World) -> tuple[TrainingState, list[str]]:
             ]
         ]
     return state, notes
-
-
-def _finish(job: Job, world: World, figures: dict[str, Any]) -> dict[str, Any]:
-    """Publishes the summary."""
-    summary = {
-        "run": str(job.run),
-        "recipe": job.recipe.name,
-        "device": str(job.device),
-        "precision": job.computing.precision,
-        "ranks": world.size,
-        **figures,
-    }
-    if world.leads:
-        publish(job.run / runs.SUMMARY, json_bytes(summary))
-    return summary
