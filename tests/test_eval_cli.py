@@ -248,6 +248,6 @@ def test_ctrl_c_and_runs_that_cannot_be_written(runs: Path, told: Told, monkeypa
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("alexprep.train.evaluation.run.predictions", interrupted)
+    monkeypatch.setattr("alexprep.train.evaluation.passes.predictions", interrupted)
     status, out, err = told("a")
     assert status == 130 and out == "" and not list(runs.glob("**/eval-*"))

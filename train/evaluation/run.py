@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import time
 from collections.abc import Callable, Sequence
@@ -20,17 +19,15 @@ from alexprep.shards.files import digest_json, publish_json
 from alexprep.shards.layout import read_dataset
 from alexprep.train.config import DECODING
 from alexprep.train.data import data_facts
-from alexprep.train.evaluation.ensemble import Contest, Weights, mixture, shares
+from alexprep.train.evaluation.ensemble import Weights, shares
 from alexprep.train.evaluation.nets import Net, check_classes, data_of, open_net
-from alexprep.train.evaluation.predictions import EvaluationViews, Kept, Predicted, open_readers, predictions
+from alexprep.train.evaluation.passes import OpenSplit, Passes, Progress
+from alexprep.train.evaluation.predictions import EvaluationViews
 from alexprep.train.evaluation.scores import Scores
 from alexprep.train.evaluation.sums import Pace
 from alexprep.train.host import keep_freed_memory
-from alexprep.train.precision import Precision, check_precision, float32_kernels
+from alexprep.train.precision import Precision, check_precision
 from alexprep.train.saved.places import Place
-
-Progress = Callable[[int, int], None]
-OpenSplit = Callable[..., Any]  # as `alexprep.pipeline.loader.Loader`
 
 
 @dataclass(frozen=True)
@@ -137,41 +134,11 @@ def evaluate_nets(
     means = [_mean_of(net, dataset, notes) for net in nets]
     open_loader = open_loader or functools.partial(Loader, tuning=_tuning(nets, data, where))
 
-    pace, contest, kept = Pace(), Contest(), Kept()
-    single, whole = [Scores() for _ in nets], Scores(guesses=True)
-
-    def through(split: str, take: Callable[[Predicted], None]) -> None:
-        with (
-            torch.inference_mode(),
-            float32_kernels(precision),
-            open_readers(nets, data, split, views, batch_size, threads, where, means, open_loader) as readers,
-        ):
-            for predicted in predictions(nets, readers, precision, pace, progress):
-                take(predicted)
-
-    def measure(predicted: Predicted) -> None:
-        for number, scores in enumerate(single):
-            scores.add(predicted.logs[:, number], predicted)
-        if fixed is None:
-            kept.add(predicted)
-            contest.add(predicted)
-        else:
-            whole.add(mixture(predicted.logs, fixed), predicted)
-
-    with contextlib.closing(kept):
-        if fixed is None and weights_from not in (None, split):
-            through(str(weights_from), contest.add)
-            fixed = contest.search()
-        through(split, measure)
-        if not whole.images and not single[0].images:
-            raise AlexprepError("there is no image to evaluate on: name another --split")
-        if fixed is None:
-            fixed = contest.search()
-            for predicted in kept:
-                whole.add(mixture(predicted.logs, fixed), predicted)
+    passes = Passes(nets, means, data, views, batch_size, threads, where, precision, open_loader, progress)
+    whole, single, used = passes.scores(split, fixed, weights_from or split)
     document = {
         **_one(nets),
-        "nets": [_describe(*each) for each in zip(nets, fixed, single, strict=True)],
+        "nets": [_describe(*each) for each in zip(nets, used, single, strict=True)],
         "data": str(data),
         "data_digest": facts.digest,
         "split": split,
@@ -182,7 +149,7 @@ def evaluate_nets(
         "images": whole.images,
         **whole.summary(),
         "precision": precision,
-        **pace.since(Pace()),
+        **passes.pace.since(Pace()),
         "seconds": time.monotonic() - began,
         "device": str(where),
         "notes": notes,
