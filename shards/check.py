@@ -16,7 +16,8 @@ from alexprep.shards.codec import FORMATS, Codec, read_raw
 from alexprep.shards.files import content, json_bytes
 from alexprep.shards.layout import sample_key, shard_name
 from alexprep.shards.plan import Shard
-from alexprep.shards.tar import Member, dali_index, ending, header, padding
+from alexprep.shards.tar import Member, dali_index, ending, header
+from alexprep.shards.tar_header import BLOCK, padded
 from alexprep.shards.worker import attending
 from alexprep.shards.write import sidecar_path
 
@@ -153,9 +154,9 @@ def _disagreement(sidecar: dict[str, Any], shard: Shard, extension: str, planned
     if [member.name for member in members] != names or sidecar["samples"] != len(names) // 2:
         return "lists members that are not those of its samples"
     for member, size in zip(members, sizes, strict=True):
-        if member.offset != position + 512 or size not in (None, member.size):
+        if member.offset != position + BLOCK or size not in (None, member.size):
             return f"gives {member.name} the place {member.offset} and the size {member.size}, which cannot be"
-        position = member.offset + member.size + len(padding(member.size))
+        position = member.offset + padded(member.size)
     if sidecar["bytes"] != (position + len(ending(position)) if members else 0):
         return f"says {sidecar['bytes']} bytes, its members make another number"
     return None
@@ -176,7 +177,7 @@ def _check_tar(
             problem(".tar", "exists, though every input of this shard was rejected")
         return
     if len(tar) != sidecar["bytes"]:
-        first = next((m.name for m in members if m.offset + m.size + len(padding(m.size)) > len(tar)), "")
+        first = next((m.name for m in members if m.offset + padded(m.size) > len(tar)), "")
         problem(".tar", f"has {len(tar):,} bytes instead of {sidecar['bytes']:,}", first)
     damaged = 0
     for member, entry in zip(members, _per_member(sidecar), strict=True):
@@ -187,7 +188,7 @@ def _check_tar(
             problem(".tar", what, member.name)
         damaged += bool(what)
     end = sidecar["bytes"]
-    last = members[-1].offset + members[-1].size + len(padding(members[-1].size))
+    last = members[-1].offset + padded(members[-1].size)
     if len(tar) >= end and any(tar[last:end]):
         problem(".tar", f"has other bytes than zeros in its end, from byte {last:,} on")
     elif sha256 != sidecar["sha256"] and not damaged and len(tar) == end:
@@ -201,7 +202,7 @@ def _per_member(sidecar: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _damage(tar: bytes, member: Member, label: int) -> str | None:
     """What is wrong with the bytes of one member."""
-    start, end = member.offset - 512, member.offset + member.size
+    start, end = member.offset - BLOCK, member.offset + member.size
     if end > len(tar):
         return "lies behind the end of the tar" if start >= len(tar) else "is cut off by the end of the tar"
     if tar[start : member.offset] != header(member.name, member.size):
@@ -211,7 +212,7 @@ def _damage(tar: bytes, member: Member, label: int) -> str | None:
         return "its bytes were changed"
     if member.name.endswith(".cls") and bytes(data) != str(label).encode():
         return f"says {bytes(data[:20])!r}, the label is {label}"
-    if any(tar[end : end + len(padding(member.size))]):
+    if any(tar[end : member.offset + padded(member.size)]):
         return "the zeros behind it were changed"
     return None
 

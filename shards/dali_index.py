@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from alexprep.shards.sources.archive import Packed
+from alexprep.shards.sources.archive import Packed, shown_name
 from alexprep.shards.sources.base import Location
-from alexprep.shards.tar_header import number_of_bytes, read_header_block
+from alexprep.shards.tar_header import BLOCK, number_of_bytes, padded, read_header_block
 
 _FIELDS = {"v1.1": 3, "v1.2": 4}
-_BLOCK = 512
 _MOST_BETWEEN = 16_384  # bytes of headers before a member's own: a pax header, a long name, a folder
 _BESIDES = b"xLK5"  # types of headers that are no member for DALI: extensions and folders
 _NOT_PLAIN = (b" size=", b" GNU.sparse.")  # in a pax header: the data are not what the header itself says
@@ -52,12 +51,10 @@ def packed_by_index(index: bytes, read: Callable[[int, int], bytes], path: bytes
             name = _checked_name(read(end, offset - end) if 0 < offset - end <= _MOST_BETWEEN else b"", size, given)
             if name is None or not name.lower().endswith(fields[at].encode("utf-8", "surrogateescape").lower()):
                 raise ValueError(f"line {number} does not tell what the tar has at byte {offset:,}")
-            end = offset + (size + _BLOCK - 1) // _BLOCK * _BLOCK
-            parts = [part for part in name.split(b"/") if part not in (b"", b".", b"..")]
-            if parts and not any(part.startswith(b".") for part in parts):  # as `packed_files` leaves hidden names out
-                clean = b"/".join(parts)
+            end = offset + padded(size)
+            if clean := shown_name(name):
                 found.append(Packed(clean, Location(path, clean, offset, size)))
-    if read(end, _BLOCK) != bytes(_BLOCK):
+    if read(end, BLOCK) != bytes(BLOCK):
         raise ValueError(f"the tar goes on, or is cut, at byte {end:,}, where the last member ends")
     return found
 
@@ -71,12 +68,12 @@ def _checked_name(headers: bytes, size: int, given: bytes) -> bytes | None:
         given: the name by the index; empty for none.
     """
     at, renamed = 0, False
-    while at < len(headers) - _BLOCK:
-        before = _read_block(headers[at : at + _BLOCK])
+    while at < len(headers) - BLOCK:
+        before = _read_block(headers[at : at + BLOCK])
         if before is None or before[1] not in _BESIDES:
             return None
         renamed |= before[1] == b"L"
-        at += _BLOCK + (before[2] + _BLOCK - 1) // _BLOCK * _BLOCK
+        at += BLOCK + padded(before[2])
     last = _read_block(headers[at:])
     stored, extended = last[0] if last else b"", headers[:at]
     if last is None or last[1] not in b"0\0" or last[2] != size or any(word in extended for word in _NOT_PLAIN):
@@ -88,7 +85,7 @@ def _checked_name(headers: bytes, size: int, given: bytes) -> bytes | None:
 
 def _read_block(block: bytes) -> tuple[bytes, bytes, int] | None:
     """Name, type and size by a header whose checksum is right and whose size is a number from 0 up."""
-    header = read_header_block(block) if len(block) == _BLOCK else None
+    header = read_header_block(block) if len(block) == BLOCK else None
     length = number_of_bytes(header.size) if header else None
     if header is None or length is None:
         return None

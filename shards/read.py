@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.files import is_local
 from alexprep.shards.layout import read_dataset, read_index, shard_name, split_record
+from alexprep.shards.tar_header import BLOCK
 
-_HEADER = 512  # of a tar member, right before its data
 _MOST_OPEN = 512  # files; a set has thousands of shards, a process is often allowed 1,024 files
 _FETCHES = 4  # remote shards on their way at the same time
 
@@ -106,7 +106,7 @@ class TarSamples:
         shard, offset = int(record["shard"]), int(record["offset"])
         name = ""
         with contextlib.suppress(AlexprepError):
-            header = self._bytes(shard, offset - _HEADER, _HEADER).tobytes()
+            header = self._bytes(shard, offset - BLOCK, BLOCK).tobytes()
             if header[257:262] == b"ustar":
                 name = f" ({header[:100].split(bytes(1))[0].decode('utf-8', 'backslashreplace')})"
         return f"{self._paths[shard]} at byte {offset:,}{name}"

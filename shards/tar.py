@@ -8,7 +8,8 @@ import zlib
 from dataclasses import dataclass
 from typing import BinaryIO
 
-_BLOCK = 512
+from alexprep.shards.tar_header import BLOCK, padded
+
 _BEFORE_SIZE = b"0000444\x000000000\x000000000\0"  # mode, owner, group
 _BEFORE_CHECKSUM = b"\x0000000000000\0"  # the end of the size; time
 _BEHIND_CHECKSUM = (b"0" + bytes(100) + b"ustar\x0000").ljust(356, b"\0")  # type, link, magic; owner names, prefix
@@ -40,14 +41,9 @@ def header(name: str, size: int) -> bytes:
     return b"%s%s%s%s%06o\0 %s" % (named, _BEFORE_SIZE, sized, _BEFORE_CHECKSUM, checksum, _BEHIND_CHECKSUM)
 
 
-def padding(size: int) -> bytes:
-    """What follows the data of a member, up to the next block."""
-    return bytes(-size % _BLOCK)
-
-
 def ending(position: int) -> bytes:
     """Two empty blocks, and zeros up to a whole record as POSIX asks, for an archive whose last member ends at `position`."""
-    end = position + 2 * _BLOCK
+    end = position + 2 * BLOCK
     return bytes(end + -end % tarfile.RECORDSIZE - position)
 
 
@@ -68,7 +64,7 @@ class TarWriter:
         """Appends one member (mode 0444)."""
         before = header(name, len(data))
         member = Member(name, self.bytes + len(before), len(data), zlib.crc32(data))
-        self._write(b"".join((before, data, padding(len(data)))))
+        self._write(b"".join((before, data.ljust(padded(len(data)), b"\0"))))
         self.members.append(member)
         return member
 

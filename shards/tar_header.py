@@ -1,4 +1,4 @@
-"""The 512-byte header of a tar member, as far as it can be read by itself."""
+"""Blocks of a tar, and the header of a member as far as it can be read by itself."""
 
 from __future__ import annotations
 
@@ -7,9 +7,19 @@ import struct
 from typing import NamedTuple
 from zlib import adler32
 
+BLOCK = 512  # bytes: a header is one, and data are filled up to whole ones
 _HEADER = struct.Struct("100s 24x 12s 12x 8s c 100x 8s 80x 155s 12x")  # name, size, checksum, type, magic, prefix
 _LOW_BYTES = bytes(range(128))
 _octal = re.compile(rb" *([0-7]+)[ \0]*").fullmatch
+
+
+def padded(size: int) -> int:
+    """The bytes that data of `size` take in a tar.
+
+    >>> padded(0), padded(1), padded(512)
+    (0, 512, 512)
+    """
+    return -(-size // BLOCK) * BLOCK
 
 
 class Header(NamedTuple):
@@ -23,7 +33,7 @@ class Header(NamedTuple):
 
 
 def read_header_block(block: bytes) -> Header | None:
-    """The header in 512 bytes; None where its checksum is wrong."""
+    """The header in a block; None where its checksum is wrong."""
     name, size, checksum, flag, magic, prefix = _HEADER.unpack(block)
     # The lower half of Adler-32, begun at 0, is the sum of up to 257 bytes: far faster than sum(block).
     total = (adler32(block[:256], 0) & 0xFFFF) + (adler32(block[256:], 0) & 0xFFFF)

@@ -11,14 +11,13 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple, NoReturn
 
 from alexprep.shards.errors import AlexprepError
-from alexprep.shards.tar_header import Header, number_of_bytes, read_header_block
+from alexprep.shards.tar_header import BLOCK, Header, number_of_bytes, padded, read_header_block
 
 MAX_EXTENSION_BYTES = 2**20  # of a long name or a pax header; real ones have a few hundred
 MAX_PADDING_BYTES = 2**20  # zeros at the end; more are a download that was given its disk space before its data
 
 ReadAt = Callable[[int, int], bytes]  # (offset, size) → exactly those bytes; fewer only where the file ends
 
-_BLOCK = 512
 _LEAST_READ, _MOST_READ = 4096, 65536  # one holds a pax header and its member's, the other many small members
 _USTAR = {b"ustar\x0000", b"ustar\0  ", b"ustar\0\0\0"}
 _GNU = b"ustar  \0"
@@ -80,12 +79,12 @@ def members(read: ReadAt, size: int, name: str, start: int = 0) -> Iterator[Memb
             archive.fail(at, f"the size {stored_size!r} is no number of bytes", _DAMAGED)
         if flag in _EXTENSIONS:
             archive.extend(before, flag, at, length)
-            at += _BLOCK + (length + 511 & -512)
+            at += BLOCK + padded(length)
             continue
         kind = _KINDS.get(flag)
         if kind is None or (flag == b"S" and magic != _GNU):
             archive.fail(at, f"members of type {flag!r} are not known", _ODD)
-        data = at + _BLOCK if flag != b"S" else archive.behind_sparse_map(at)
+        data = at + BLOCK if flag != b"S" else archive.behind_sparse_map(at)
         member = before.get(b"path") or stored_name.rstrip(b"\0")
         if magic in _USTAR and prefix[0] and member and b"path" not in before:
             member = prefix.partition(b"\0")[0] + b"/" + member  # behind the NUL, star keeps times
@@ -101,7 +100,7 @@ def members(read: ReadAt, size: int, name: str, start: int = 0) -> Iterator[Memb
             archive.fail(at, f"a folder, link or device has {length:,} bytes, which programs read differently", _ODD)
         if data + length > archive.end:
             archive.fail(at, f"a member's {length:,} bytes go beyond the archive's end at byte {archive.end:,}", _CUT)
-        at = data + (length + 511 & -512)
+        at = data + padded(length)
         yield Member(member, data, length, kind)
     if before:
         archive.fail(at, "a long name or pax header has no member behind it", _DAMAGED)
@@ -133,10 +132,10 @@ class _Archive:
 
     def header(self, at: int) -> Header | None:
         """The header at `at`; None for the empty block that ends the archive."""
-        block = self._get(at, _BLOCK)
-        if block == bytes(_BLOCK):
+        block = self._get(at, BLOCK)
+        if block == bytes(BLOCK):
             return None
-        if len(block) < _BLOCK:
+        if len(block) < BLOCK:
             self._check_compressed(at, block)
             self.fail(at, "the file ends before the empty block that ends an archive", _CUT)
         header = read_header_block(block)
@@ -161,8 +160,8 @@ class _Archive:
             self.fail(at, f"a {what} has {length:,} bytes; at most {MAX_EXTENSION_BYTES:,} are sensible", _DAMAGED)
         if before and (flag in b"xg" or flag in before or b"x" in before):
             self.fail(at, f"a {what} follows another header for the same member", _ODD)
-        blocks = self._get(at + _BLOCK, length + 511 & -512)
-        if len(blocks) % _BLOCK or len(blocks) < length:
+        blocks = self._get(at + BLOCK, padded(length))
+        if len(blocks) % BLOCK or len(blocks) < length:
             self.fail(at, f"a {what} of {length:,} bytes goes beyond the archive's end at byte {self.end:,}", _CUT)
         if blocks[length:].strip(b"\0"):  # programs read a long name to its size or to the next NUL
             self.fail(at, f"more than zeros follow a {what} of {length:,} bytes", _DAMAGED)
@@ -210,14 +209,14 @@ class _Archive:
 
     def behind_sparse_map(self, at: int) -> int:
         """Where the data of an old GNU sparse file begin: its map may go on in blocks of its own."""
-        more = self._get(at, _BLOCK)[482]
+        more = self._get(at, BLOCK)[482]
         while more:
-            at += _BLOCK
-            block = self._get(at, _BLOCK)
-            if len(block) < _BLOCK:
+            at += BLOCK
+            block = self._get(at, BLOCK)
+            if len(block) < BLOCK:
                 self.fail(at, "the map of a sparse file goes beyond the end of the archive", _CUT)
             more = block[504]
-        return at + _BLOCK
+        return at + BLOCK
 
     def check_padding(self, at: int) -> None:
         """Sees to it that only zeros follow the end of the archive at `at`."""

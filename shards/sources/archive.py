@@ -40,6 +40,18 @@ def read_packed(files: Files, location: Location) -> bytes:
     return data
 
 
+def shown_name(name: bytes) -> bytes:
+    """A member's name without what leads elsewhere; empty for a hidden one.
+
+    Where it would lead to if it were unpacked does not matter here: "../x" and "/x" are x.
+
+    >>> shown_name(b"./train//../a/1.jpg"), shown_name(b"train/.DS_Store"), shown_name(b"./")
+    (b'train/a/1.jpg', b'', b'')
+    """
+    parts = [part for part in name.split(b"/") if part not in (b"", b".", b"..")]
+    return b"" if any(part.startswith(b".") for part in parts) else b"/".join(parts)
+
+
 def packed_files(files: Files, path: bytes, within: Location | None = None, prefix: bytes = b"") -> Iterator[Packed]:
     """Every member that is no folder and has no hidden name, in the archive's order.
 
@@ -56,10 +68,8 @@ def packed_files(files: Files, path: bytes, within: Location | None = None, pref
     name = files.display(path) + (f"/{within.member.decode('utf-8', 'backslashreplace')}" if within else "")
     with files.reading(path) as read:
         for member in members(read, size, name, start):
-            # Where a name would lead to if it were unpacked does not matter here: "../x" and "/x" are x.
-            parts = [part for part in member.name.split(b"/") if part not in (b"", b".", b"..")]
-            if member.kind == "folder" or not parts or any(part.startswith(b".") for part in parts):
+            clean = shown_name(member.name)
+            if member.kind == "folder" or not clean:
                 continue
-            clean = b"/".join(parts)
             offset, length = (member.offset, member.size) if member.kind == "file" else (_NO_FILE, 0)
             yield Packed(clean, Location(path, prefix + clean, offset, length))
