@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import functools
 import hashlib
+import json
 import os
 import secrets
 import time
@@ -19,6 +20,7 @@ from alexprep.shards.describe import Description
 from alexprep.shards.engines import Engine, LocalEngine, as_engine
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.files import (
+    content,
     file_sha256,
     folder_at,
     is_local,
@@ -30,14 +32,19 @@ from alexprep.shards.files import (
 from alexprep.shards.layout import DATASET, PLAN_TABLE, TIMM_INFO, shard_name
 from alexprep.shards.plan import Plan, Shard, ShardOptions, locations
 from alexprep.shards.plan_table import PlanTable, kept_table
+from alexprep.shards.sidecar import read_sidecar
 from alexprep.shards.sources.base import Source
 from alexprep.shards.sources.find import find_source
 from alexprep.shards.space import check_space
 from alexprep.shards.witness import Witness
-from alexprep.shards.write import PlannedInput, bound_memory, read_sidecar, write_shard
+from alexprep.shards.write import PlannedInput, bound_memory, write_shard
 
 Progress = Callable[[int, int], None]
-_FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
+_NEXT_STEPS = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO), "make room or mend the disk"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "see to its permissions"),
+    **dict.fromkeys((errno.EMFILE, errno.ENFILE), "allow more open files (ulimit -n)"),
+}
 MakeCodec = Callable[[Target], Codec]
 
 _compared: set[str] = set()  # plans that this process has been found to see as their maker does
@@ -101,7 +108,7 @@ def build(
         return _build(source, folder, options, engine, progress, make_codec)
     except OSError as error:
         place = os.fsdecode(error.filename) if error.filename else folder
-        step = "see to its permissions" if error.errno in _FORBIDDEN else "make room or mend the disk"
+        step = _NEXT_STEPS.get(error.errno or 0, "see what is there")
         raise AlexprepError(
             f"{place}: {error.strerror or error}: {step}, then run the same command again; what is finished is kept"
         ) from error
@@ -128,7 +135,8 @@ def _build(
         make = functools.partial(_codec, make_codec, options.target)
         check_space(plan, source, make, [(shard, groups[shard]) for shard in missing], table, engine)
         turn = secrets.randbelow(len(missing))  # so that two writers seldom begin with the same shard
-        arguments = [(shard, groups[shard]) for shard in missing[turn:] + missing[:turn]]
+        recorded = _recorded(folder, digest)
+        arguments = [(shard, groups[shard], recorded(shard)) for shard in missing[turn:] + missing[:turn]]
         task = functools.partial(_shard_task, plan, digest, source, make, Witness.here(plan, source, table))
         try:
             for _ in engine.run(task, arguments, lambda finished: progress(finished, total)):
@@ -136,12 +144,28 @@ def _build(
         finally:
             _tidy(plan)
         progress(total, total)
-    return _finish(plan, digest, table, total, start, fresh=bool(missing))
+    return _finish(plan, digest, table, total, start)
 
 
 def _tidy(plan: Plan) -> None:
     for folder in (plan.folder, *(plan.folder / split for split in plan.document["splits"])):
         remove_temporaries(folder)
+
+
+def _recorded(folder: Path, digest: str) -> Callable[[Shard], str | None]:
+    """What a finished data set says of a shard's sha256, for `write_shard`: what is made again must be the same."""
+    raw, _ = content(folder / DATASET)
+    try:
+        dataset = json.loads(raw or b"{}")
+        if dataset.get("plan") == digest:
+            known = {
+                split: {shard["name"]: str(shard["sha256"]) for shard in record["shards"]}
+                for split, record in dataset["splits"].items()
+            }
+            return lambda shard: known[shard.split].get(shard_name(shard.split, shard.number), "")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        pass  # `verify` will say what is wrong with it
+    return lambda shard: None
 
 
 def _shard_task(
@@ -150,20 +174,20 @@ def _shard_task(
     source: Source,
     make: Callable[[], Codec],
     witness: Witness,
-    argument: tuple[Shard, int],
+    argument: tuple[Shard, int, str | None],
     condemned: Mapping[int, str],
 ) -> None:
     if digest not in _compared:  # once a process: it may run on another machine
         witness.compare()
         _compared.add(digest)
-    shard, group = argument
+    shard, group, recorded = argument
     if read_sidecar(plan.folder, shard, digest) is not None:  # another writer was quicker
         return
     codec = make()
     rows = kept_table(plan.folder, digest).read_row_group(group)
     inputs = list(map(PlannedInput, rows.column("row").to_pylist(), rows.column("label").to_pylist(), locations(rows)))
     bound_memory(source, codec)
-    write_shard(plan.folder, shard, digest, inputs, source, codec, condemned)
+    write_shard(plan.folder, shard, digest, inputs, source, codec, condemned, recorded)
 
 
 @functools.lru_cache(maxsize=1)
@@ -172,14 +196,20 @@ def _codec(make_codec: MakeCodec, target: Target) -> Codec:
     return make_codec(target)
 
 
-def _finish(plan: Plan, digest: str, table: PlanTable, made: int, start: float, fresh: bool) -> Report:
+def _finish(plan: Plan, digest: str, table: PlanTable, made: int, start: float) -> Report:
     """Reads every sidecar, checks that each input is accounted for once, and publishes what describes the whole."""
     description = Description(plan)
     for group, shard in enumerate(plan.shards()):
         sidecar = read_sidecar(plan.folder, shard, digest)
         if sidecar is None:
             raise AlexprepError(f"shard {shard_name(shard.split, shard.number)} vanished during the run: run again")
-        description.add(shard, table.read_row_group(group), sidecar)
+        try:
+            description.add(shard, table.read_row_group(group), sidecar)
+        except (KeyError, TypeError, ValueError) as error:
+            name = shard_name(shard.split, shard.number)
+            raise AlexprepError(
+                f"{name}.json is damaged ({error!r}): `alexprep verify --repair SOURCE` mends it"
+            ) from error
     inputs = sum(split["inputs"] for split in plan.document["splits"].values())
     samples, rejected = description.samples, description.reasons
     written = sum(samples.values())
@@ -191,14 +221,14 @@ def _finish(plan: Plan, digest: str, table: PlanTable, made: int, start: float, 
     if not written:
         worst = ", ".join(f"{reason} ({count})" for reason, count in rejected.most_common(3))
         raise AlexprepError(f"none of the {inputs:,} inputs is a usable image: {worst}")
-    if fresh or not all((plan.folder / name).exists() for name in (*description.names(), DATASET, TIMM_INFO)):
-        files = description.files()
-        for name, content in files.items():
-            publish_bytes(plan.folder / name, content)
-        digests = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
-        digests[PLAN_TABLE] = file_sha256(plan.folder / PLAN_TABLE)
-        publish_bytes(plan.folder / TIMM_INFO, json_bytes(description.timm_info()))
-        publish_bytes(plan.folder / DATASET, json_bytes(description.dataset(digests)))
+    files = description.files()
+    digests = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+    digests[PLAN_TABLE] = file_sha256(plan.folder / PLAN_TABLE)
+    files[TIMM_INFO] = json_bytes(description.timm_info())
+    files[DATASET] = json_bytes(description.dataset(digests))  # comes last
+    for name, data in files.items():
+        if content(plan.folder / name)[0] != data:  # a finished set may be read-only
+            publish_bytes(plan.folder / name, data)
     seconds = time.monotonic() - start
     return Report(
         plan.folder, inputs, written, rejected, description.kept, description.tar_bytes, made, seconds, samples

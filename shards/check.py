@@ -16,12 +16,11 @@ from alexprep.shards.codec import FORMATS, Codec, read_raw
 from alexprep.shards.files import content, json_bytes
 from alexprep.shards.layout import sample_key, shard_name
 from alexprep.shards.plan import Shard
+from alexprep.shards.sidecar import SIDECAR, sidecar_path
 from alexprep.shards.tar import Member, dali_index, ending, header
 from alexprep.shards.tar_header import BLOCK, padded
 from alexprep.shards.worker import attending
-from alexprep.shards.write import sidecar_path
 
-_SIDECAR = {"plan": str, "bytes": int, "sha256": str, "samples": int, "members": list, "inputs": list}
 _ENTRY = {"key": str, "label": int, "width": int, "height": int, "status": str}  # of each input in a sidecar
 
 
@@ -111,7 +110,7 @@ def _sidecar(
         if json_bytes(sidecar, None) != raw:
             problem(".json", "was changed")
             return None
-        if {key: type(value) for key, value in sidecar.items()} != _SIDECAR:
+        if {key: type(value) for key, value in sidecar.items()} != SIDECAR:
             problem(".json", "has other fields than it was written with")
             return None
         if sidecar["plan"] != plan_digest:

@@ -34,11 +34,17 @@ from alexprep.shards.plan import Plan
 from alexprep.shards.plan_table import PlanTable
 
 
-def misplaced_tars(findings: list[Finding], dataset: dict[str, Any]) -> Iterator[Problem]:
+def recorded_files(dataset: dict[str, Any] | None) -> dict[str, Any]:
+    """The sha256 of files that a dataset.json records, by name; of a damaged one none."""
+    files = (dataset or {}).get("files")
+    return files if isinstance(files, dict) else {}
+
+
+def misplaced_tars(findings: list[Finding], dataset: dict[str, Any] | None) -> Iterator[Problem]:
     """Tars that hold the bytes of another shard, by what dataset.json recorded."""
     recorded = {}
     with contextlib.suppress(KeyError, TypeError, AttributeError):  # it may be the damaged file
-        for split in dataset["splits"].values():
+        for split in (dataset or {})["splits"].values():
             recorded.update({record["sha256"]: record["name"] for record in split["shards"]})
     for finding in findings:
         name = shard_name(finding.shard.split, finding.shard.number)
@@ -48,14 +54,14 @@ def misplaced_tars(findings: list[Finding], dataset: dict[str, Any]) -> Iterator
 
 
 def check_descriptions(
-    plan: Plan, table: PlanTable, findings: list[Finding], dataset: dict[str, Any]
+    plan: Plan, table: PlanTable, findings: list[Finding], dataset: dict[str, Any] | None
 ) -> Iterator[Problem]:
     """Index, ledger, _info.json and dataset.json, against those that follow from the sidecars, which must all be sound."""
     description = Description(plan)
     for group, finding in enumerate(findings):
         assert finding.sidecar is not None
         description.add(finding.shard, table.read_row_group(group), finding.sidecar)
-    recorded = dataset.get("files", {})
+    recorded = recorded_files(dataset)
     for name, wanted in description.files().items():
         found, trouble = content(plan.folder / name)
         if found is None:
@@ -77,7 +83,7 @@ def check_descriptions(
     if info != json_bytes(description.timm_info()):
         yield Problem(TIMM_INFO, "", trouble or "does not describe these shards")
     expected = json.loads(json_bytes(description.dataset(recorded)))
-    if dataset and dataset.get("plan") == expected["plan"] and dataset != expected:
+    if dataset is not None and dataset.get("plan") == expected["plan"] and dataset != expected:
         keys = [key for key in {**expected, **dataset} if dataset.get(key) != expected.get(key)]
         yield Problem(DATASET, "", f"does not describe these shards (in {', '.join(keys)})")
 
@@ -136,8 +142,11 @@ def _index_difference(found: bytes, wanted: bytes) -> tuple[int, str, str] | Non
 
 def _ledger_difference(found: bytes, wanted: bytes) -> tuple[int, str, str] | None:
     """The shard of the first difference, its key, and what differs."""
+    if found == wanted:
+        return None
     try:
-        have, want = (pq.read_table(io.BytesIO(file)) for file in (found, wanted))
+        # In this thread alone: a thread of pyarrow's that still reads when the process ends would abort it.
+        have, want = (pq.read_table(io.BytesIO(file), use_threads=False, pre_buffer=False) for file in (found, wanted))
         if have.equals(want):
             return None
         if have.schema != want.schema or have.num_rows != want.num_rows:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -91,14 +92,16 @@ class Plan:
         """
         return PlanTable(self.folder / PLAN_TABLE)
 
+    def each_shard(self) -> Iterator[Shard]:
+        """One shard after the other, in order."""
+        size = self.document["shard_samples"]
+        for split, record in self.document["splits"].items():
+            for number in range(record["shards"]):
+                yield Shard(split, number, number * size)
+
     def shards(self) -> list[Shard]:
         """All shards, in order."""
-        size = self.document["shard_samples"]
-        return [
-            Shard(split, number, number * size)
-            for split, record in self.document["splits"].items()
-            for number in range(record["shards"])
-        ]
+        return list(self.each_shard())
 
 
 def draw_up(source: Source, options: ShardOptions) -> tuple[dict[str, Any], list[pa.Table]]:

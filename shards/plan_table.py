@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -44,7 +45,10 @@ class PlanTable:
         """
         self.path = path
         try:
-            self._file = pq.ParquetFile(path if is_local(path) else io.BytesIO(path.read_bytes()))
+            # Not by name, which pyarrow would take for a URL where it has a colon.
+            self._file = pq.ParquetFile(
+                pa.OSFile(os.fsencode(path)) if is_local(path) else io.BytesIO(path.read_bytes())
+            )
         except (OSError, pa.ArrowException) as error:
             raise self._unreadable(error) from None
         self.num_row_groups: int = self._file.num_row_groups

@@ -18,10 +18,10 @@ from alexprep.shards.engines import Engine
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.files import digest_json
 from alexprep.shards.labels import LISTED
-from alexprep.shards.layout import DATASET, INDEX, LEDGER, PLAN, PLAN_TABLE, TIMM_INFO
+from alexprep.shards.layout import DATASET, PLAN, PLAN_TABLE
 from alexprep.shards.plan import ShardOptions, differences, draw_up
+from alexprep.shards.sidecar import sidecar_path
 from alexprep.shards.sources.base import SPLITS, Source
-from alexprep.shards.write import sidecar_path
 
 _LOOK = 64  # sidecars that tell which plan the shards were made by
 
@@ -45,8 +45,8 @@ def repair(
         progress: called with (finished inputs, inputs to do).
 
     Raises:
-        AlexprepError: the source does not give the plan of the data set (nothing is touched then), or nothing tells the
-            options of the data set any more.
+        AlexprepError: the source does not give the plan of the data set (nothing is touched then), or other bytes for a damaged
+            shard (which is missing then); or nothing tells the options of the data set any more.
     """
     options, damaged = _options(folder), {problem.file for problem in problems}
     check_apart(source, folder)
@@ -62,8 +62,8 @@ def repair(
         if damaged & {str(file.relative_to(folder)) for file in files}:
             for file in files:  # the commit mark first: interrupted here, the shard does not count
                 file.unlink(missing_ok=True)
-    for name in (DATASET, TIMM_INFO, *(f"{split}/{name}" for split in SPLITS.values() for name in (INDEX, LEDGER))):
-        (folder / name).unlink(missing_ok=True)
+    if DATASET in damaged:  # it can no longer say what a shard must become
+        (folder / DATASET).unlink(missing_ok=True)
     return build(source, folder, options, engine, progress)
 
 
@@ -97,17 +97,17 @@ def _some_sidecars(folder: Path) -> list[Path]:
 def _options(folder: Path) -> ShardOptions:
     """The options that a data set was made with: as its plan says, or dataset.json where the plan was changed."""
     plan, dataset = (_read(folder / name) for name in (PLAN, DATASET))
-    trusted = plan if plan and dataset.get("plan", digest_json(plan)) == digest_json(plan) else dataset
-    try:
-        options = dict(trusted["options"])
-        target = Target(**{field.name: options.pop(field.name) for field in fields(Target)})
-        if options["labels"] == LISTED:
-            options["labels"] = tuple(trusted["classes"])
-        return ShardOptions(target, shard_samples=trusted["shard_samples"], **options)
-    except (KeyError, TypeError):
-        raise AlexprepError(
-            f"neither {folder / PLAN} nor {DATASET} tells the options any more: shard again into a new --out"
-        ) from None
+    agree = dataset.get("plan", digest_json(plan)) == digest_json(plan)
+    for trusted in (plan, dataset) if agree else (dataset, plan):
+        with contextlib.suppress(KeyError, TypeError):
+            options = dict(trusted["options"])
+            target = Target(**{field.name: options.pop(field.name) for field in fields(Target)})
+            if options["labels"] == LISTED:
+                options["labels"] = tuple(trusted["classes"])
+            return ShardOptions(target, shard_samples=trusted["shard_samples"], **options)
+    raise AlexprepError(
+        f"neither {folder / PLAN} nor {DATASET} tells the options any more: shard again into a new --out"
+    )
 
 
 def _read(path: Path) -> dict[str, Any]:

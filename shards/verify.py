@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -12,7 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from alexprep.shards.check import Finding, Problem, check_shard
-from alexprep.shards.check_whole import check_descriptions, check_statistics, foreign_files, misplaced_tars
+from alexprep.shards.check_whole import (
+    check_descriptions,
+    check_statistics,
+    foreign_files,
+    misplaced_tars,
+    recorded_files,
+)
 from alexprep.shards.codec import kept_decoder
 from alexprep.shards.engines import Engine, as_engine
 from alexprep.shards.errors import AlexprepError
@@ -20,7 +27,7 @@ from alexprep.shards.files import content, file_sha256, folder_at, json_bytes
 from alexprep.shards.layout import DATASET, PLAN, PLAN_TABLE
 from alexprep.shards.plan import Plan, Shard
 from alexprep.shards.plan_table import PlanTable, kept_table
-from alexprep.shards.write import sidecar_path
+from alexprep.shards.sidecar import sidecar_path
 
 
 @dataclass(frozen=True)
@@ -85,7 +92,7 @@ def verify(
     problems += misplaced_tars(findings, dataset)
     if table is not None and all(finding.sidecar is not None for finding in findings):
         problems += check_descriptions(plan, table, findings, dataset)
-    if dataset:
+    if dataset is not None:
         problems += check_statistics(folder, str(dataset.get("digest")))
     problems += foreign_files(folder, plan, findings)
     good = [finding.sidecar for finding in findings if finding.sidecar is not None and not finding.problems]
@@ -103,26 +110,27 @@ def _check_task(
     )
 
 
-def _documents(folder: Path, problems: list[Problem]) -> tuple[Plan | None, dict[str, Any]]:
+def _documents(folder: Path, problems: list[Problem]) -> tuple[Plan | None, dict[str, Any] | None]:
     """The plan and dataset.json; what is unsound about them goes to `problems`, and a plan that was changed is None."""
     if not (folder / PLAN).exists() and not (folder / DATASET).exists():
         raise AlexprepError(
             f"{folder} holds no data set: name another folder, or make one with `alexprep shard SOURCE`"
         )
-    document, dataset = _document(folder, PLAN, problems), _document(folder, DATASET, problems) or {}
+    document, dataset = _document(folder, PLAN, problems), _document(folder, DATASET, problems)
     if document is None:
         return None, dataset
     plan = Plan(folder, document)
     try:
-        shards = plan.shards()
-        named = {str(sidecar.get("plan")) for sidecar in _sidecars(folder, shards[:3])}
+        first = list(itertools.islice(plan.each_shard(), 3))  # of a changed plan there may be too many to list
+        named = {str(sidecar.get("plan")) for sidecar in _sidecars(folder, first)}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         problems.append(Problem(PLAN, "", f"was changed ({type(error).__name__}: {error})"))
         return None, dataset
-    if plan.digest not in named and (dataset.get("plan") in named or dataset.get("plan", plan.digest) != plan.digest):
+    by_dataset = plan.digest if dataset is None else dataset.get("plan", plan.digest)
+    if plan.digest not in named and (by_dataset in named or by_dataset != plan.digest):
         problems.append(Problem(PLAN, "", "was changed: dataset.json or the sidecars name another plan"))
         return None, dataset
-    if dataset and dataset.get("plan") != plan.digest:
+    if dataset is not None and dataset.get("plan") != plan.digest:
         problems.append(Problem(DATASET, "", "names another plan than plan.json and the sidecars"))
     return plan, dataset
 
@@ -154,9 +162,9 @@ def _document(folder: Path, name: str, problems: list[Problem]) -> dict[str, Any
     return None
 
 
-def _plan_table(plan: Plan, dataset: dict[str, Any], problems: list[Problem]) -> PlanTable | None:
+def _plan_table(plan: Plan, dataset: dict[str, Any] | None, problems: list[Problem]) -> PlanTable | None:
     """plan.parquet, where it is the one that the shards were made from."""
-    wanted = dataset.get("files", {}).get(PLAN_TABLE)
+    wanted = recorded_files(dataset).get(PLAN_TABLE)
     try:
         if wanted is not None and file_sha256(plan.folder / PLAN_TABLE) != wanted:
             problems.append(Problem(PLAN_TABLE, "", "was changed (or its sha256 in dataset.json)"))

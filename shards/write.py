@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import os
 import time
 from collections import deque
@@ -18,10 +17,11 @@ from numpy.typing import NDArray
 
 from alexprep.shards.codec import FORMATS, Codec, Converted
 from alexprep.shards.errors import AlexprepError
-from alexprep.shards.files import file_sha256, json_bytes, publish_bytes, publish_first, published
-from alexprep.shards.layout import read_json, sample_key, shard_name
+from alexprep.shards.files import file_sha256, publish_bytes, published
+from alexprep.shards.layout import DATASET, sample_key, shard_name
 from alexprep.shards.opinion import Refused
 from alexprep.shards.plan import Shard
+from alexprep.shards.sidecar import commit, conflict, read_sidecar, sidecar_path
 from alexprep.shards.sources.base import Location, Source
 from alexprep.shards.sources.files import PAUSES, LocalFiles
 from alexprep.shards.tar import TarWriter, dali_index
@@ -46,11 +46,6 @@ class PlannedInput(NamedTuple):
     location: Location
 
 
-def sidecar_path(data: Path, shard: Shard) -> Path:
-    """Where a shard's commit mark lies."""
-    return data / shard.split / f"{shard_name(shard.split, shard.number)}.json"
-
-
 def write_shard(
     data: Path,
     shard: Shard,
@@ -59,6 +54,7 @@ def write_shard(
     source: Source,
     codec: Codec,
     condemned: Mapping[int, str] | None = None,
+    recorded: str | None = None,
 ) -> None:
     """Makes one shard's tar, DALI index and sidecar, in this order, each complete or absent.
 
@@ -72,37 +68,31 @@ def write_shard(
         source: reads the inputs.
         codec: converts them.
         condemned: rows that are not to be touched, and why.
+        recorded: the sha256 that the shard had when the data set was finished, "" where it had no tar; None where that is not known.
 
     Raises:
-        AlexprepError: the disk is full or another write failed; or another writer made the same shard with other bytes.
+        AlexprepError: the disk is full or another write failed; another writer made the same shard with other bytes; or it no longer
+            becomes what was recorded. Nothing is published then.
     """
     name = shard_name(shard.split, shard.number)
     tar_path = data / shard.split / f"{name}.tar"
-    extension = FORMATS[codec.target.format]
-    ledger: list[dict[str, Any]] = []
     mark = sidecar_path(data, shard)
     try:
         before = mark.read_bytes() if mark.exists() else b""
         with contextlib.suppress(_EmptyError), published(tar_path) as file:
-            tar = TarWriter(file)
-            for (row, label, _), result in _converted(inputs, source, codec, condemned or {}):
-                entry: dict[str, Any] = {"key": sample_key(row), "label": label}
-                entry |= {"width": result.width, "height": result.height}
-                if isinstance(result, Refused):
-                    entry |= {"status": "rejected", "reason": result.reason}
-                else:
-                    tar.add(f"{entry['key']}.{extension}", result.data)
-                    tar.add(f"{entry['key']}.cls", str(label).encode())
-                    entry |= {"status": "written", "kept": result.kept}
-                ledger.append(entry)
+            tar, ledger = TarWriter(file), []
+            for planned, result in _converted(inputs, source, codec, condemned or {}):
+                ledger.append(_added(tar, planned, result, FORMATS[codec.target.format]))
             sha256 = tar.close()
+            if recorded is not None and recorded != (sha256 if tar.members else ""):
+                raise _changed(name, data)
             other = read_sidecar(data, shard, plan_digest)
             if (
                 other is not None
                 and other["sha256"] != sha256
                 and (not other["samples"] or other["sha256"] == file_sha256(tar_path))
             ):
-                raise _conflict(name, other["sha256"], sha256, "The first one is kept")
+                raise conflict(name, other["sha256"], sha256, "The first one is kept")
             if not tar.members:
                 raise _EmptyError
         if tar.members:
@@ -117,13 +107,7 @@ def write_shard(
             "members": [vars(member) for member in tar.members],
             "inputs": ledger,
         }
-        wanted = json_bytes(sidecar, indent=None)
-        found = publish_first(mark, wanted)
-        if found != wanted:
-            if found != before and (first := _sha256_of(found, plan_digest)) not in (None, sha256):
-                mark.unlink(missing_ok=True)  # our tar or index may lie over theirs, which it describes
-                raise _conflict(name, str(first), sha256, "Neither counts, so the next run makes it again")
-            publish_bytes(mark, wanted)  # in place of a stale or damaged one
+        commit(mark, sidecar, before, name)
     except OSError as error:
         raise AlexprepError(
             f"shard {name} could not be written to {data / shard.split} ({error}): make room or mend the disk, "
@@ -131,34 +115,21 @@ def write_shard(
         ) from error
 
 
-def read_sidecar(data: Path, shard: Shard, plan_digest: str) -> dict[str, Any] | None:
-    """A shard's sidecar; None where the shard is not finished: no sidecar, another plan's, or a tar of another length."""
-    path = sidecar_path(data, shard)
-    if not path.exists():
-        return None
-    sidecar = read_json(path, "delete it and run the same `alexprep shard` again")
-    if sidecar.get("plan") != plan_digest:
-        return None
-    tar = path.with_suffix(".tar")
-    if sidecar["samples"] and not (
-        path.with_suffix(".idx").exists() and tar.exists() and tar.stat().st_size == sidecar["bytes"]
-    ):
-        return None
-    return sidecar
+def _added(tar: TarWriter, planned: PlannedInput, result: Converted | Refused, extension: str) -> dict[str, Any]:
+    """An input's line in the sidecar; its image and label are put into the tar, unless it is refused."""
+    entry: dict[str, Any] = {"key": sample_key(planned.row), "label": planned.label}
+    entry |= {"width": result.width, "height": result.height}
+    if isinstance(result, Refused):
+        return entry | {"status": "rejected", "reason": result.reason}
+    tar.add(f"{entry['key']}.{extension}", result.data)
+    tar.add(f"{entry['key']}.cls", str(planned.label).encode())
+    return entry | {"status": "written", "kept": result.kept}
 
 
-def _sha256_of(sidecar: bytes, plan_digest: str) -> str | None:
-    """The sha256 that a sidecar names; None for a damaged one, or another plan's."""
-    with contextlib.suppress(ValueError, KeyError, TypeError):
-        document = json.loads(sidecar)
-        return str(document["sha256"]) if document["plan"] == plan_digest else None
-    return None
-
-
-def _conflict(name: str, first: str, second: str, outcome: str) -> AlexprepError:
+def _changed(name: str, data: Path) -> AlexprepError:
     return AlexprepError(
-        f"shard {name} was made twice with different bytes (sha256 {first[:16]}… and {second[:16]}…): the machines decode "
-        f"differently, or an input changed meanwhile. {outcome}. Use a new --out with one kind of machine"
+        f"shard {name} does not become what {data / DATASET} records: the images in SOURCE have changed since, or this machine decodes "
+        "differently. Nothing of it was written: name the SOURCE that the data set was made from, or use a new --out"
     )
 
 

@@ -31,6 +31,7 @@ from alexprep.shards.layout import INDEX_DTYPE, read_dataset, read_index
 from alexprep.shards.plan import ShardOptions
 from alexprep.shards.read import Samples
 from alexprep.shards.sources.files import LocalFiles
+from alexprep.shards.verify import verify
 
 OPTIONS = ShardOptions(Target(size=64), shard_samples=7)
 
@@ -89,7 +90,12 @@ def _touched(folder: Path) -> dict[Path, tuple[int, int, int]]:
     return {path: (status.st_ino, status.st_mtime_ns, status.st_size) for path, status in stats}
 
 
-@pytest.mark.parametrize("damage", ["no sidecar", "no tar", "short tar", "no index", "no dataset.json", "no index.npy"])
+SHARD_DAMAGE = ("no sidecar", "no tar", "short tar", "no index")
+
+
+@pytest.mark.parametrize(
+    "damage", [*SHARD_DAMAGE, "no dataset.json", "no index.npy", "cut dataset.json", "cut index.npy"]
+)
 def test_a_rerun_does_only_what_is_missing(damage: str, photos: Path, data: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     shutil.copytree(data, out)
@@ -109,9 +115,30 @@ def test_a_rerun_does_only_what_is_missing(damage: str, photos: Path, data: Path
             (out / "dataset.json").unlink()
         case "no index.npy":
             (out / "train" / "index.npy").unlink()
+        case "cut dataset.json":
+            os.truncate(out / "dataset.json", 40)
+        case "cut index.npy":
+            os.truncate(out / "train" / "index.npy", 40)
     report = build(photos, out, OPTIONS, 1)
-    assert report.made_inputs == (0 if damage in ("no dataset.json", "no index.npy") else 7)
+    assert report.made_inputs == (7 if damage in SHARD_DAMAGE else 0)
     assert fingerprint(out) == good
+
+
+@pytest.mark.parametrize("change", [{"samples": None}, {"members": {}}, {"inputs": [1]}, {"more": 1}, {"inputs": []}])
+def test_a_damaged_sidecar_is_named(change: dict[str, Any], photos: Path, data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(data, out)
+    mark = out / "train" / "train-000003.json"
+    mark.write_text(json.dumps(json.loads(mark.read_text()) | change))
+    with pytest.raises(AlexprepError, match=r"train-000003\.json (has other fields|is damaged|lists [01] of 7)"):
+        build(photos, out, OPTIONS, 1)
+
+
+def test_a_colon_in_a_name_makes_no_url(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("imagenet:256", "data-2026-11-21T20:58"):
+        build(photos, Path(name), ShardOptions(Target(size=16), limit=2), 1)
+        assert verify(Path(name), 1).problems == []
 
 
 def test_other_options_are_refused_and_named(photos: Path, data: Path) -> None:

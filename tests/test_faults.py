@@ -21,7 +21,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from alexprep.shards import write
+from alexprep.shards import sidecar, write
 from alexprep.shards.build import build
 from alexprep.shards.codec import Codec, Target
 from alexprep.shards.engines import InProcessEngine, LocalEngine
@@ -113,7 +113,8 @@ def test_a_sidecar_never_describes_another_writer_s_tar(
         return Codec(replace(target, quality=50))
 
     def meets(name: str) -> None:
-        real = getattr(write, name)
+        module = sidecar if name == "publish_first" else write
+        real = getattr(module, name)
         met: list[int] = []
 
         def first(*arguments: Any, **more: Any) -> Any:
@@ -122,7 +123,7 @@ def test_a_sidecar_never_describes_another_writer_s_tar(
                 build(photos, out, options, InProcessEngine())
             return real(*arguments, **more)
 
-        monkeypatch.setattr(write, name, first)
+        monkeypatch.setattr(module, name, first)
 
     meets({"before the tar": "published", "before the index": "publish_bytes"}.get(moment, "publish_first"))
     words = "The first one is kept" if moment == "before the tar" else "Neither counts"

@@ -282,6 +282,38 @@ def test_a_file_that_cannot_be_read_is_named(name: str, small: Path, tmp_path: P
     assert name == "plan.json" or any(problem.file == "train/train-000001.tar" for problem in problems)
 
 
+@pytest.mark.parametrize("content", ["{}", '{"files": null}', '{"plan": "x", "splits": 3}', "[]", "null"])
+def test_a_dataset_json_of_another_shape_is_named(content: str, small: Path, tmp_path: Path) -> None:
+    out = tmp_path / "data"
+    shutil.copytree(small, out)
+    (out / "dataset.json").write_text(content)
+    assert "dataset.json" in {problem.file for problem in _found(out)}
+    repair(out, find_source(str(small.parent / "source")), _found(out), ENGINE)
+    assert _found(out) == []
+
+
+@pytest.mark.parametrize("again", ["repair", "shard"])
+def test_a_shard_is_never_made_of_other_images(again: str, small: Path, tmp_path: Path) -> None:
+    """The same names, other pixels: a set of both would pass for sound."""
+    out, source = tmp_path / "data", tmp_path / "source"
+    shutil.copytree(small, out)
+    shutil.copytree(small.parent / "source", source)
+    photos = sorted(source.rglob("[0-9].jpg"))
+    for path, other in zip(photos, photos[::-1], strict=True):
+        shutil.copy(small.parent / "source" / other.relative_to(source), path)
+    for suffix in (".tar", ".idx", ".json"):
+        (out / f"train/train-000001{suffix}").unlink()
+    before = {path: path.read_bytes() for path in _files(out)}
+    options = ShardOptions(Target(size=24), shard_samples=3)
+    with pytest.raises(AlexprepError, match=r"train-000001 does not become what .*dataset\.json records"):
+        repair(out, find_source(str(source)), _found(out), ENGINE) if again == "repair" else build(
+            source, out, options, ENGINE
+        )
+    assert {path: path.read_bytes() for path in _files(out)} == before
+    build(small.parent / "source", out, options, ENGINE)
+    assert _found(out) == []
+
+
 @pytest.mark.parametrize(("decode", "total"), [(False, 2), (True, 6)], ids=["shards", "images"])
 def test_progress_counts_what_is_checked(decode: bool, total: int, small: Path) -> None:
     shown: list[tuple[int, int]] = []
