@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 from alexprep.shards.errors import AlexprepError
-from alexprep.shards.files import file_sha256, json_bytes, publish_first
+from alexprep.shards.files import file_sha256, json_bytes, make_folder, publish_first
 from alexprep.shards.layout import DATASET, PLAN, PLAN_TABLE, read_json
 from alexprep.shards.plan import Plan, ShardOptions, differences, draw_up
 from alexprep.shards.plan_table import PlanTable, publish_table
@@ -42,7 +42,7 @@ def check_apart(source: Source, folder: Path) -> None:
 
 def begin(folder: Path, document: dict[str, Any], tables: Sequence[pa.Table]) -> Plan:
     """As `make_plan`, for what `draw_up` returned."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     if publish_first(folder / PLAN, json_bytes(document)) != json_bytes(document):
         old = read_json(folder / PLAN, "use a new --out")
         differing = differences(old, document)

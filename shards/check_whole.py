@@ -173,4 +173,8 @@ def foreign_files(folder: Path, plan: Plan, findings: list[Finding]) -> Iterator
         name = str(path.relative_to(folder))
         if name not in expected and TAR_INDEXES not in path.parts and not path.is_dir():
             unfinished = is_temporary(path.name)
-            yield Problem(name, "", "is left from an interrupted run" if unfinished else "is no file of this data set")
+            yield Problem(
+                name,
+                "",
+                "is being written, or left from an interrupted run" if unfinished else "is no file of this data set",
+            )

@@ -75,7 +75,7 @@ class LocalEngine:
         """Refuses values out of bounds, with AlexprepError."""
         if self.workers < 1:
             raise AlexprepError(f"--workers {self.workers} is less than 1")
-        if self.image_seconds <= 0:
+        if not self.image_seconds > 0:  # NaN included
             raise AlexprepError(f"--image-seconds {self.image_seconds} is not above 0")
 
     def run(
@@ -121,7 +121,12 @@ class _Worker:
         arguments = (theirs.fileno(), slots, count, index, os.getpid(), memory_bytes)
         boot = f"import sys; sys.path[:] = {sys.path!r}; from alexprep.shards.worker import serve; serve{arguments}"
         with theirs:
-            self.process = subprocess.Popen([sys.executable, "-c", boot], pass_fds=(theirs.fileno(), slots))
+            # Ctrl-C reaches the whole group: a worker holds it back until it can ignore it, which is after numpy is imported.
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+            try:
+                self.process = subprocess.Popen([sys.executable, "-c", boot], pass_fds=(theirs.fileno(), slots))
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
         self.connection: Connection[Any, Any] = Connection(mine.detach())
         self.job: _Job | None = None
 

@@ -68,8 +68,7 @@ def published(path: Path) -> Iterator[BinaryIO]:
         with tempfile.TemporaryFile() as spool:
             yield spool
             spool.seek(0)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(spool.read())
+            _store(path, spool.read())
         return
     with _temporary(path) as (temporary, file):
         yield file
@@ -94,8 +93,7 @@ def publish_first(path: Path, data: bytes) -> bytes:
     if path.exists():
         return path.read_bytes()
     if not is_local(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
+        _store(path, data)
         return data
     with _temporary(path) as (temporary, file):
         file.write(data)
@@ -111,6 +109,33 @@ def publish_first(path: Path, data: bytes) -> bytes:
                     os.rename(temporary, path)
     sync_folder(path.parent)
     return path.read_bytes()
+
+
+def _store(path: Path, data: bytes) -> None:
+    """One upload."""
+    make_folder(path.parent)
+    with _writable(path):
+        path.write_bytes(data)
+
+
+def make_folder(folder: Path) -> None:
+    """Makes a folder with those above it, unless it is there.
+
+    Raises:
+        AlexprepError: it is on a store that cannot be written.
+    """
+    with _writable(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+
+
+@contextlib.contextmanager
+def _writable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except NotImplementedError as error:
+        raise AlexprepError(
+            f"{path} cannot be written: this kind of store is only read; name a folder, or a URL such as s3://…"
+        ) from error
 
 
 @contextlib.contextmanager

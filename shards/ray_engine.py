@@ -7,14 +7,10 @@ child, as it would locally, so an input that ends processes is found out there a
 from __future__ import annotations
 
 import contextlib
-import importlib
 import itertools
-import logging
 import os
 import platform
 import secrets
-import socket
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,16 +24,12 @@ from alexprep.shards.engines import (
     Progress,
     Result,
     Task,
-    cores,
 )
 from alexprep.shards.errors import AlexprepError
+from alexprep.shards.ray_connection import connected, first_line, ray_module
 from alexprep.shards.worker import POLL_SECONDS
 
-_OLDEST = (2, 56)
 _RETRIES = 20  # of one task whose Ray worker or machine is lost; a shard is minutes of work, so this is many losses
-_STORE_BYTES = 128 * 2**20  # of a local Ray's object store; the largest results, moments of a shard, take 1.5 MB
-_GRACE_SECONDS = 5 * POLL_SECONDS
-_KNOCK_SECONDS = 10.0
 # Tasks under way for each CPU. No more, since there is no safe way to call them back: `ray.cancel` may abort the caller when a
 # task ends at that moment (2.60: "Tried to complete task that was not pending").
 _AHEAD = 4
@@ -78,8 +70,8 @@ class RayEngine:
         """
         if not arguments:
             return
-        ray = _ray()
-        with _connected(ray, self.address):
+        ray = ray_module()
+        with connected(ray, self.address):
             bounds = LocalEngine(1, self.image_seconds, self.image_bytes)
             start = ray.remote(num_cpus=1, max_retries=_RETRIES)(_in_ray_worker).remote
             shared = ray.put(task)
@@ -102,98 +94,6 @@ class RayEngine:
                 progress(finished)
 
 
-def _ray() -> Any:
-    """The module `ray`."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    try:
-        import ray
-    except ImportError:
-        raise AlexprepError("--engine ray needs Ray: pip install 'alexprep[ray]'") from None
-    if tuple(int(part) for part in ray.__version__.split(".")[:2]) < _OLDEST:
-        oldest = ".".join(map(str, _OLDEST))
-        raise AlexprepError(
-            f"Ray {ray.__version__} is older than {oldest}, which closes known holes (CVE-2026-57516 among them): "
-            f"pip install 'ray>={oldest}' on every machine"
-        )
-    return ray
-
-
-@contextlib.contextmanager
-def _connected(ray: Any, address: str | None) -> Iterator[None]:
-    """A connection to Ray; one that was there before stays."""
-    if ray.is_initialized():
-        yield
-        return
-    address = address or os.environ.get("RAY_ADDRESS") or "local"
-    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
-    # Ray would print, on stdout, whatever befalls its machines.
-    with _switched("ray._private.worker", "_worker_logs_enabled", False):
-        try:
-            try:
-                if address == "local":
-                    _start_here(ray, quiet)
-                else:
-                    _knock(address)
-                    ray.init(address=address, **quiet)
-            except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-                raise AlexprepError(
-                    f"--ray-address {address}: no connection ({_first_line(error)}): see `ray status` there; "
-                    "on a machine of the cluster the address is auto"
-                ) from error
-            if not ray.cluster_resources().get("CPU"):
-                raise AlexprepError(
-                    f"the Ray cluster at {address} has no CPU to run tasks: add a machine with `ray start`"
-                )
-            try:
-                yield
-            except BaseException:  # Ctrl-C among them
-                ray.shutdown()  # ends the workers, and their children notice: then their unfinished files can be removed
-                time.sleep(_GRACE_SECONDS)
-                raise
-        finally:
-            ray.shutdown()
-
-
-@contextlib.contextmanager
-def _switched(module: str, name: str, value: bool) -> Iterator[None]:
-    """A switch of Ray's that has no public handle; without effect in a Ray that has no such switch."""
-    where = importlib.import_module(module)
-    before = getattr(where, name, None)
-    setattr(where, name, value)
-    try:
-        yield
-    finally:
-        setattr(where, name, before)
-
-
-def _start_here(ray: Any, quiet: dict[str, Any]) -> None:
-    """A Ray of this machine's cores that nobody outside can talk to, and from 2.59 on nobody inside without its token."""
-    # Ray replaces 127.0.0.1 by the machine's address, and then listens on every interface, unless it believes itself on a
-    # system where clusters are not supported. Should this switch go, tests/test_ray.py finds the open ports.
-    with _switched("ray._private.ray_constants", "ENABLE_RAY_CLUSTER", False):
-        ray.init(
-            address="local",
-            num_cpus=cores(),
-            include_dashboard=False,
-            object_store_memory=_STORE_BYTES,
-            _node_ip_address="127.0.0.1",
-            **quiet,
-        )
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0]
-
-
-def _knock(address: str) -> None:
-    """Raises OSError where nobody listens; Ray itself would try for minutes."""
-    if "://" in address:
-        raise OSError("Ray Client is not supported: give HOST:PORT, from a machine of the cluster")
-    host, _, port = address.rpartition(":")
-    if port.isdecimal():
-        socket.create_connection((host.strip("[]"), int(port)), timeout=_KNOCK_SECONDS).close()
-
-
 def _outcome(ray: Any, reference: Any) -> tuple[Any, int]:
     """A finished task's result, and how many inputs it worked on."""
     try:
@@ -206,13 +106,13 @@ def _outcome(ray: Any, reference: Any) -> tuple[Any, int]:
         cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
         ours = not isinstance(cause, ray.exceptions.RayError)
         if ours:
-            line = _first_line(cause)
+            line = first_line(cause)
             words = (
                 line.removeprefix(IN_A_WORKER) if line.startswith(IN_A_WORKER) else f"{type(cause).__name__}: {line}"
             )
             raise RuntimeError(f"in a Ray worker: {words}\n{error}") from error
         raise AlexprepError(
-            f"Ray gave a shard up ({type(cause).__name__}: {_first_line(cause)}): see `ray status`, and that RAY_AUTH_MODE and the "
+            f"Ray gave a shard up ({type(cause).__name__}: {first_line(cause)}): see `ray status`, and that RAY_AUTH_MODE and the "
             "token are the same on every machine; then run the same command again, finished shards are kept"
         ) from error
     if not good:

@@ -19,7 +19,7 @@ from PIL import Image
 from alexprep.shards.codec import kept_decoder, read_raw
 from alexprep.shards.engines import Engine, as_engine
 from alexprep.shards.errors import AlexprepError
-from alexprep.shards.files import digest_json, publish_bytes, publish_json, remove_temporaries
+from alexprep.shards.files import digest_json, make_folder, publish_bytes, publish_json, remove_temporaries
 from alexprep.shards.layout import (
     FORMAT_VERSION,
     MEAN_IMAGE,
@@ -165,7 +165,7 @@ def from_moments(moments: Moments, data_digest: str) -> Statistics:
 
 def publish(statistics: Statistics, data: Path, split: str) -> None:
     """Writes stats/ of a data set; stats.json comes last and holds the mean image's hash."""
-    (data / STATISTICS).parent.mkdir(exist_ok=True)
+    make_folder((data / STATISTICS).parent)
     remove_temporaries((data / STATISTICS).parent)
     buffer = io.BytesIO()
     np.save(buffer, statistics.mean_HWC, allow_pickle=False)

@@ -94,6 +94,7 @@ def serve(pipe: int, slots: int, count: int, index: int, parent: int, memory_byt
     _slot = map_slots(slots, count)[index : index + 1][0]
     _memory_bytes = memory_bytes or None
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
     # Decoders written in C report every bad image on descriptor 2; the ledger has the reason. Python's own words go on.
     sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import errno
 import gc
 import hashlib
 import json
+import math
 import os
 import random
 import shutil
@@ -25,7 +27,7 @@ import pytest
 from alexprep.shards import write
 from alexprep.shards.build import build
 from alexprep.shards.codec import Target
-from alexprep.shards.engines import InProcessEngine
+from alexprep.shards.engines import Crew, InProcessEngine, LocalEngine
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.layout import INDEX_DTYPE, read_dataset, read_index
 from alexprep.shards.plan import ShardOptions
@@ -573,3 +575,24 @@ def test_what_fails_is_named_with_what_helps(
     words = rf"^/photos/train/\udce4: {os.strerror(number)}: {step}, then run the same command again"
     with pytest.raises(AlexprepError, match=words):
         build(photos, tmp_path / "out", ShardOptions(), 1)
+
+
+def _echo(argument: int, condemned: object) -> int:
+    return argument
+
+
+def test_ctrl_c_never_reaches_a_worker(capfd: pytest.CaptureFixture[str]) -> None:
+    """Not even one that has not yet imported what it needs, when its own words would be a traceback."""
+    with contextlib.closing(Crew(LocalEngine(2), 2)) as crew:
+        for _ in range(20):
+            for worker in crew._workers:
+                worker.process.send_signal(signal.SIGINT)
+            time.sleep(0.02)
+        assert sorted(crew.run(_echo, [1, 2, 3], lambda finished: None)) == [1, 2, 3]
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("seconds", [0.0, -1.0, math.nan])
+def test_seconds_that_are_none_are_refused(seconds: float) -> None:
+    with pytest.raises(AlexprepError, match=r"--image-seconds .* is not above 0"):
+        LocalEngine(1, image_seconds=seconds)
