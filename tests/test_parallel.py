@@ -30,8 +30,6 @@ SCHEMES = ("ddp", "towers", "hybrid")
 
 SECONDS = 150  # for each test
 
-pytestmark = pytest.mark.usefixtures("deadline")
-
 
 @pytest.fixture(scope="module")
 def job() -> list[dict[str, Any]]:
@@ -182,10 +180,14 @@ def test_what_kills_the_parent_ends_the_ranks(tmp_path: Path) -> None:
     )
     parent = subprocess.Popen([sys.executable, "-c", program])
     files = [tmp_path / "0", tmp_path / "1"]
-    while not all(file.exists() and file.read_text() for file in files):
-        time.sleep(0.02)
-    parent.kill()
-    parent.wait()
+    try:
+        end = time.monotonic() + SECONDS / 2
+        while not all(file.exists() and file.read_text() for file in files):
+            assert parent.poll() is None and time.monotonic() < end, "the ranks did not begin"
+            time.sleep(0.02)
+    finally:
+        parent.kill()
+        parent.wait(timeout=10)
     began = time.monotonic()
     pids = [int((tmp_path / rank).read_text()) for rank in "01"]
     while any(_lives(pid) for pid in pids):

@@ -49,7 +49,7 @@ CPU = torch.device("cpu")
 ROUNDOFF = {"fp32": 2.0**-24, "tf32": 2.0**-11, "bf16": 2.0**-8, "fp16": 2.0**-11}
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
-pytestmark = [pytest.mark.usefixtures("deadline"), pytest.mark.usefixtures("one_thread")]
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def apart(found: torch.Tensor, right: torch.Tensor) -> float:

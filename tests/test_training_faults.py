@@ -34,8 +34,6 @@ RANKS = Path(__file__).with_name("training_ranks.py")
 ALONE = World.alone("cpu")
 KINDS = ("pixel", "rate", "gradient", "weight")
 
-pytestmark = pytest.mark.usefixtures("deadline")
-
 
 def _module() -> ModuleType:
     spec = importlib.util.spec_from_file_location("training_ranks", RANKS)
