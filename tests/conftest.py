@@ -8,6 +8,7 @@ import functools
 import io
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,6 +34,9 @@ SECONDS = 180  # for a test; its module may have another `SECONDS`
 FIXTURE_SECONDS = 600  # for fixtures, some of which many tests share
 GRACE = 60  # seconds more, for what is late to be ended
 _stderr = 2
+
+# For `from tests.made_up import …`, also in ranks, which inherit it.
+sys.path.append(str(Path(__file__).parents[1]))
 
 # The nets of tests are so small that torch's threads would only wait for each other, long where the machine is busy.
 # Processes that tests start inherit it. OMP_NUM_THREADS=N in the environment asks for others.

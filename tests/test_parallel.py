@@ -14,13 +14,15 @@ import torch
 from torch import nn
 
 from alexprep.shards.errors import AlexprepError
-from alexprep.train.networks.alexnet import FAMILY, alexnet, alexnet_6conv
+from alexprep.train.networks.alexnet import alexnet, alexnet_6conv
 from alexprep.train.parallel.launch import RankFailed, launch
 from alexprep.train.parallel.prediction import predicted_bytes
 from alexprep.train.parallel.schemes import Parallel
 from alexprep.train.parallel.split import Scheme, part_of
 from alexprep.train.parallel.world import World, from_environment
+from tests.made_up import FAMILY
 
+ROOT = Path(__file__).parents[1]
 RANKS = str(Path(__file__).with_name("parallel_ranks.py"))
 EXACT, CLOSE = 1e-12, 1e-5  # relative
 NAMES = (*(network.name for network in FAMILY), "tiny", "quick")
@@ -178,7 +180,7 @@ def test_what_kills_the_parent_ends_the_ranks(tmp_path: Path) -> None:
         "from alexprep.train.parallel.launch import launch\n"
         f"launch({f'{RANKS}:fault'!r}, 2, {arguments!r}, device='cpu')"
     )
-    parent = subprocess.Popen([sys.executable, "-c", program])
+    parent = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT)
     files = [tmp_path / "0", tmp_path / "1"]
     try:
         end = time.monotonic() + SECONDS / 2
