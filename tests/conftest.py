@@ -1,11 +1,14 @@
-"""What many tests share: small sets of photo-like images, and data sets made of them."""
+"""What many tests share: small sets of photo-like images, data sets made of them, and a deadline for each."""
 
 from __future__ import annotations
 
+import contextlib
+import faulthandler
 import functools
 import io
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,10 +30,64 @@ SIZES = ((90, 61), (61, 90), (64, 64), (33, 47), (47, 33), (128, 65), (65, 200),
 
 Photo = Callable[..., Image.Image]
 
+SECONDS = 180  # for a test; its module may have another `SECONDS`
+FIXTURE_SECONDS = 600  # for fixtures, some of which many tests share
+GRACE = 60  # seconds more, for what is late to be ended
+_stderr = 2
+
+# For `from tests.made_up import …`, also in ranks, which inherit it.
+sys.path.append(str(Path(__file__).parents[1]))
+
 # The nets of tests are so small that torch's threads would only wait for each other, long where the machine is busy.
 # Processes that tests start inherit it. OMP_NUM_THREADS=N in the environment asks for others.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+def pytest_configure() -> None:
+    """Keeps the real descriptor 2: but for this moment, pytest holds back what is written there."""
+    global _stderr
+    _stderr = os.dup(2)
+
+
+@contextlib.contextmanager
+def deadline(what: str, seconds: int) -> Iterator[None]:
+    """Fails a test, or its fixtures, that hang.
+
+    The failure is no `Exception`, so that the code under test does not take it for its own, and comes again where something
+    still waits on the way out. What Python cannot interrupt, C code that waits, ends the process: with the stacks of all threads.
+    """
+
+    def late(number: int, frame: FrameType | None) -> None:
+        pytest.fail(f"{what}: not done in {seconds} seconds")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, seconds, GRACE / 4)
+    faulthandler.dump_traceback_later(seconds + GRACE, exit=True, file=_stderr)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        faulthandler.cancel_dump_traceback_later()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item: pytest.Item) -> Iterator[None]:
+    with deadline(f"what is made for {item.nodeid}", FIXTURE_SECONDS):
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    with deadline(item.nodeid, getattr(getattr(item, "module", None), "SECONDS", SECONDS)):
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item) -> Iterator[None]:
+    with deadline(f"what is put away after {item.nodeid}", FIXTURE_SECONDS):
+        return (yield)
 
 
 def make_photo(width: int, height: int, seed: int) -> Image.Image:
@@ -97,21 +154,6 @@ def seed(request: pytest.FixtureRequest) -> Iterator[int]:
     value = 20_261_121
     yield value
     print(f"seed {value} in {request.node.name}")  # noqa: T201
-
-
-@pytest.fixture
-def deadline(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Ends a test that takes longer than its module's `SECONDS`."""
-    seconds: int = request.module.SECONDS
-
-    def late(number: int, frame: FrameType | None) -> None:
-        raise TimeoutError(f"not done in {seconds} seconds")
-
-    before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(seconds)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
 
 
 @pytest.fixture

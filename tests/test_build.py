@@ -588,6 +588,7 @@ def test_ctrl_c_never_reaches_a_worker(capfd: pytest.CaptureFixture[str]) -> Non
             for worker in crew._workers:
                 worker.process.send_signal(signal.SIGINT)
             time.sleep(0.02)
+        assert [worker.process.poll() for worker in crew._workers] == [None, None]
         assert sorted(crew.run(_echo, [1, 2, 3], lambda finished: None)) == [1, 2, 3]
     assert capfd.readouterr().err == ""
 

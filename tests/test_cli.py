@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any, get_args, get_type_hints
 
 import click
 import pytest
 
 from alexprep.cli.main import cli, main
+from alexprep.pipeline.tune import tune
+from alexprep.shards.codec import FORMATS, Target
+from alexprep.shards.engines import IMAGE_SECONDS
+from alexprep.shards.plan import ShardOptions
+from alexprep.shards.resample import FILTERS
+from alexprep.train.config import MOST_TRACED, TrainConfig
+from alexprep.train.evaluation.predictions import EvaluationViews
+from alexprep.train.evaluation.run import evaluate_nets
+from alexprep.train.parallel.split import SCHEMES
+from alexprep.train.parallel.world import TIMEOUT
+from alexprep.train.watching.overlap import measure
 
 
 def _run(*arguments: str, cwd: Path, check: int = 0) -> subprocess.CompletedProcess[str]:
@@ -54,6 +68,76 @@ def test_every_command_has_help_and_an_example() -> None:
         for parameter in command.params:
             if isinstance(parameter, click.Option):
                 assert parameter.help or parameter.show_default, f"{name} {parameter.name}"
+
+
+# The library's defaults, choices and bounds, which commands repeat: to import them would take seconds at every --help.
+
+
+def _command(name: str) -> click.Command:
+    found: click.Command = cli
+    for word in name.split():
+        assert isinstance(found, click.Group)
+        found = found.commands[word]
+    return found
+
+
+def _defaults(name: str) -> dict[str, Any]:
+    """What a command is called with where nothing is said."""
+    return _command(name).make_context(name, [], resilient_parsing=True).params
+
+
+def _signature(function: Callable[..., Any]) -> dict[str, Any]:
+    return {name: parameter.default for name, parameter in inspect.signature(function).parameters.items()}
+
+
+def test_train_s_defaults_are_the_library_s() -> None:
+    chosen = _defaults("train")
+    del chosen["as_json"]
+    assert TrainConfig(**chosen) == TrainConfig(chosen["data"])
+    assert chosen["rank_seconds"] == TIMEOUT
+
+
+def test_shard_s_defaults_are_the_library_s() -> None:
+    chosen = _defaults("shard")
+    fields = {"filter": chosen["filter_name"], "format": chosen["image_format"]}
+    fields |= {name: chosen[name] for name in ("size", "reencode", "quality", "subsampling", "orient", "device")}
+    more = {name: chosen[name] for name in ("seed", "shard_samples", "labels", "limit")}
+    assert asdict(ShardOptions()) == {"target": fields, **more}
+    assert chosen["image_seconds"] == IMAGE_SECONDS
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "function"),
+    [
+        *(("eval", option, evaluate_nets) for option in ("views", "split", "weights", "weights_from", "batch_size")),
+        ("tune", "seconds", tune),
+        ("bench overlap", "rounds", measure),
+    ],
+)
+def test_defaults_are_the_library_s(name: str, option: str, function: Callable[..., Any]) -> None:
+    assert _defaults(name)[option] == _signature(function)[option]
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "choices"),
+    [
+        ("shard", "filter_name", FILTERS),
+        ("shard", "filter_name", get_args(get_type_hints(Target)["filter"])),
+        ("shard", "image_format", get_args(get_type_hints(Target)["format"])),
+        ("shard", "image_format", tuple(FORMATS)),
+        *(("shard", each, get_args(get_type_hints(Target)[each])) for each in ("reencode", "subsampling", "device")),
+        ("train", "scheme", tuple(scheme for scheme in SCHEMES if scheme != "single")),  # which one process is
+        ("eval", "views", get_args(EvaluationViews)),
+    ],
+)
+def test_choices_are_the_library_s(name: str, option: str, choices: tuple[str, ...]) -> None:
+    (found,) = (parameter.type for parameter in _command(name).params if parameter.name == option)
+    assert isinstance(found, click.Choice) and sorted(found.choices) == sorted(choices)
+
+
+def test_the_longest_trace_is_the_library_s() -> None:
+    (found,) = (parameter.type for parameter in _command("train").params if parameter.name == "trace")
+    assert isinstance(found, click.IntRange) and (found.min, found.max) == (1, MOST_TRACED)
 
 
 def test_the_three_commands(photos: Path, tmp_path: Path) -> None:

@@ -24,12 +24,9 @@ from click.testing import CliRunner
 from alexprep.cli.main import cli
 from alexprep.train.recipes import registry as recipes
 
-SECONDS = 180  # for each test
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 _BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
-
-pytestmark = pytest.mark.usefixtures("deadline")
 
 
 def _blocks(page: Path, language: str) -> list[str]:

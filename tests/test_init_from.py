@@ -15,7 +15,14 @@ ALL = ["conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8"]
 
 
 def narrow(design: AlexNet, classes: int, seed: int) -> nn.Sequential:
-    return design(classes, 67, seed=seed, width=0.0625)
+    """With random biases: those that networks begin with are constants, equal in all of them."""
+    network = design(classes, 67, seed=seed, width=0.0625)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if name.endswith(".bias"):
+                parameter.normal_(generator=generator)
+    return network
 
 
 def equal_layers(one: nn.Module, other: dict[str, torch.Tensor]) -> list[str]:
@@ -28,7 +35,7 @@ def equal_layers(one: nn.Module, other: dict[str, torch.Tensor]) -> list[str]:
         if all(
             other.get(name) is not None and torch.equal(tensor, other[name])
             for name, tensor in tensors.items()
-            if name.rpartition(".")[0] == layer and not name.endswith(".bias")
+            if name.rpartition(".")[0] == layer
         )
     ]
 

@@ -12,13 +12,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from alexprep.pipeline.augmentation import PRESETS, Augmentation
+from alexprep.pipeline.dataset import OnBad
 from alexprep.pipeline.engine import Engine
 from alexprep.pipeline.loader import Batch, Loader
 from alexprep.pipeline.tuning import Tuning
+from alexprep.shards.build import build
+from alexprep.shards.codec import Codec, Target
+from alexprep.shards.engines import InProcessEngine
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.layout import INDEX
+from alexprep.shards.plan import ShardOptions
 from alexprep.shards.read import Samples
 
 PLAIN = Augmentation(crop=51, mean="none", noise="none")
@@ -195,10 +201,25 @@ def test_headers_that_cannot_be_read_never_reach_dali(spoilt: Path) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-def test_raw_shards_of_the_wrong_size_are_named(data: Path) -> None:
-    samples = Samples(data, "train")
-    assert "(00000000.jpg)" in samples.where(0)
-    assert np.array_equal(samples.encoded(0)[:2], [0xFF, 0xD8])
+@pytest.mark.parametrize("on_bad", ["error", "skip"])
+def test_raw_shards_of_the_wrong_size_are_named(on_bad: OnBad, photos: Path, tmp_path: Path) -> None:
+    """Pixels have no header that DALI could judge by; and what holds other images than it says is no bad sample to be skipped."""
+
+    class Careless(Codec):
+        def encode(self, pixels: NDArray[np.uint8]) -> bytes:
+            return super().encode(pixels[:-1])
+
+    build(
+        photos, tmp_path, ShardOptions(Target(size=64, format="raw"), limit=5), InProcessEngine(), make_codec=Careless
+    )
+    with (
+        Loader(tmp_path, batch_size=2, augmentation=PLAIN, order="sequential", on_bad=on_bad) as loader,
+        pytest.raises(
+            AlexprepError,
+            match=r"train-000000\.tar at byte 512 \(\d+\.npy\) holds no 64 x 64 pixels: `alexprep verify`",
+        ),
+    ):
+        next(iter(loader))
 
 
 def test_images_are_not_blamed_where_nothing_can_be_decoded(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:

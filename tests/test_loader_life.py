@@ -27,9 +27,6 @@ ODD = Augmentation(crop=51)
 SECONDS = 120
 
 
-pytestmark = pytest.mark.usefixtures("deadline")
-
-
 def _open(data: Path, **options: Any) -> Loader:
     return Loader(data, **{"batch_size": 7, "augmentation": ODD, "seed": 3, **options})
 

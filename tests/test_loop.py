@@ -14,119 +14,26 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
-from alexprep.pipeline.augmentation import Augmentation
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.layout import INDEX_DTYPE
 from alexprep.train.config import TrainConfig
 from alexprep.train.evaluation.run import evaluate_run
 from alexprep.train.loop import train
-from alexprep.train.networks.alexnet import alexnet as alexnet_network
 from alexprep.train.recipes import registry as recipes
-from alexprep.train.recipes.recipe import Recipe
-from alexprep.train.recipes.schedule import Plateau, Steps
+from alexprep.train.recipes.schedule import Plateau
 from alexprep.train.saved import checkpoint, runs
+from tests.made_up import BATCH, Batch, MadeUpLoader, small_recipe, write_data
 
 DEADLINE = 60.0  # seconds, for everything that waits
-Views = Literal["random", "centre", "ten"]
-CLASSES, SAMPLES, BATCH, CROP = 3, 46, 8, 67  # 6 steps an epoch, the last of 6 images
-EPOCH_STEPS = 6
-
-
-class Batch(NamedTuple):
-    images: torch.Tensor
-    labels: torch.Tensor
-
-
-class MadeUpLoader:
-    """Noise around one colour a class, from (seed, epoch, step) alone; the epoch rises when its last batch is delivered."""
-
-    digest = "made up"
-
-    def __init__(
-        self,
-        data: str | Path,
-        split: str = "train",
-        *,
-        batch_size: int,
-        augmentation: Augmentation | None = None,
-        views: Views = "random",
-        order: str = "shuffle",
-        seed: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-        device: str = "cpu",
-        layout: Literal["NCHW", "channels_last"] = "NCHW",
-        threads: int | None = None,
-    ) -> None:
-        self.samples = SAMPLES if split == "train" else 20
-        self.seed, self.layout, self.batch_size = seed, layout, batch_size
-        self.split = split
-        self.epoch = self.step = 0
-        self.pause = float(os.environ.get("PAUSE", "0"))
-
-    def __len__(self) -> int:
-        return (self.samples + self.batch_size - 1) // self.batch_size
-
-    def __iter__(self) -> Iterator[Batch]:
-        epoch = self.epoch
-        while self.epoch == epoch:
-            fixed = self.split != "train"
-            rng = np.random.default_rng((self.seed, 0 if fixed else self.epoch, self.step, fixed))
-            count = min(self.batch_size, self.samples - self.step * self.batch_size)
-            labels = rng.integers(0, CLASSES, count)
-            images = rng.normal(scale=30, size=(count, CROP, CROP, 3))
-            images[np.arange(count), :, :, labels] += 60
-            pixels = torch.from_numpy(images.astype(np.float32))
-            self.step += 1
-            if self.step == len(self):
-                self.epoch, self.step = self.epoch + 1, 0
-            time.sleep(self.pause)
-            pixels = pixels.movedim(-1, 1)
-            yield Batch(pixels if self.layout == "channels_last" else pixels.contiguous(), torch.from_numpy(labels))
-
-    def state_dict(self) -> dict[str, int]:
-        return {"seed": self.seed, "epoch": self.epoch, "step": self.step}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        assert state["seed"] == self.seed
-        assert 0 <= state["step"] < len(self)
-        self.epoch, self.step = state["epoch"], state["step"]
-
-    def close(self) -> None:
-        pass
-
-
-def small_alexnet(classes: int, crop: int, *, seed: int, width: float) -> nn.Module:
-    """AlexNet, narrow, dropout included; larger weights, since its few inputs a neuron would stay silent with 0.01."""
-    network = alexnet_network(classes, crop, seed=seed, width=width)
-    with torch.no_grad():
-        for name, parameter in network.named_parameters():
-            if name.endswith("weight") and not name.startswith("conv1."):
-                parameter.mul_(8)
-    return network
-
-
-def small_recipe(**changes: Any) -> Recipe:
-    recipe = Recipe(
-        name="small",
-        network=small_alexnet,
-        augmentation=Augmentation(crop=CROP, noise="none"),
-        stored_sizes=(CROP, CROP),
-        schedule=Steps(after=(2,)),
-        epochs=3,
-        batch_size=BATCH,
-        width=0.125,
-    )
-    return replace(recipe, **changes)
+ROOT = Path(__file__).parents[1]
+EPOCH_STEPS = 6  # of the made-up loader
 
 
 @pytest.fixture
@@ -134,19 +41,6 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A data set's facts without its images, and the recipe "small" in the registry."""
     monkeypatch.setitem(recipes.RECIPES, "small", small_recipe)
     return write_data(tmp_path / "data")
-
-
-def write_data(folder: Path, splits: tuple[str, ...] = ("train", "val"), **changes: Any) -> Path:
-    folder.mkdir()
-    document = {
-        "format_version": 1,
-        "digest": "made up",
-        "classes": [f"class{n}" for n in range(CLASSES)],
-        "image": {"size": CROP},
-        "splits": {split: {"samples": 20} for split in splits},
-    }
-    (folder / "dataset.json").write_text(json.dumps(document | changes))
-    return folder
 
 
 def config(folder: Path, **changes: Any) -> TrainConfig:
@@ -169,8 +63,9 @@ def records(run: Path, kind: str) -> list[dict[str, Any]]:
 def child(data: Path, **settings: Any) -> subprocess.Popen[str]:
     """Trains in a process of its own."""
     environment = os.environ | {"PAUSE": str(settings.pop("pause", 0))}
-    command = [sys.executable, __file__, json.dumps({"data": str(data), **settings})]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, "-m", "tests.test_loop", json.dumps({"data": str(data), **settings})]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, env=environment, cwd=ROOT, **pipes)
 
 
 def finished(process: subprocess.Popen[str]) -> tuple[dict[str, Any], str]:
@@ -519,22 +414,26 @@ def test_senseless_settings_are_refused(tmp_path: Path, changes: dict[str, int])
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_the_same_loop_trains_on_a_gpu(data: Path) -> None:
-    class OnGpu(MadeUpLoader):
-        def __iter__(self) -> Iterator[Batch]:
-            for images, labels in super().__iter__():
-                yield Batch(images.cuda(), labels.cuda())
-
-    gpu = train(config(data, device="cuda", epochs=1, name="gpu"), OnGpu)
+    gpu = train(config(data, device="cuda", epochs=1, name="gpu"), MadeUpLoader)
     cpu = train(config(data, epochs=1, name="cpu"), MadeUpLoader)
     first = [records(data.parent / "runs" / name, "steps")[0]["loss"] for name in ("gpu", "cpu")]
     assert first[0] == pytest.approx(first[1], rel=0.05)  # dropout draws differ, the weights and the images do not
     assert gpu["device"] == "cuda"
     assert cpu["device"] == "cpu"
-    train(config(data, device="cuda", steps=4, name="part"), OnGpu)
-    assert train(config(data, device="cuda", epochs=1, name="part", resume=True), OnGpu)["steps"] == 6
+    train(config(data, device="cuda", steps=4, name="part"), MadeUpLoader)
+    assert train(config(data, device="cuda", epochs=1, name="part", resume=True), MadeUpLoader)["steps"] == 6
+
+
+class Slow(MadeUpLoader):
+    """Leaves a parent the time to disturb its training."""
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in super().__iter__():
+            time.sleep(float(os.environ["PAUSE"]))
+            yield batch
 
 
 if __name__ == "__main__":
     recipes.RECIPES["small"] = small_recipe
     settings = json.loads(sys.argv[1])
-    print(json.dumps(train(config(Path(settings.pop("data")), **settings), MadeUpLoader)))  # noqa: T201
+    print(json.dumps(train(config(Path(settings.pop("data")), **settings), Slow)))  # noqa: T201

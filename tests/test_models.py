@@ -14,7 +14,6 @@ from torch import nn
 
 from alexprep.shards.errors import AlexprepError
 from alexprep.train.networks.alexnet import (
-    FAMILY,
     AlexNet,
     alexnet,
     alexnet_1gpu,
@@ -25,6 +24,7 @@ from alexprep.train.networks.alexnet import (
 from alexprep.train.networks.layers import LocalResponseNorm, Overhang, PaperDropout, SpatialResponseNorm, initialise
 from alexprep.train.networks.response import Maps, Pixels
 from alexprep.train.networks.small import cifar10_quick_net, tiny_net
+from tests.made_up import FAMILY
 
 # Written out from facts about layers-145.cfg, layers-145-half.cfg, layers-146-2012-2011.cfg and layers-imagenet-1gpu.cfg:
 # (kernels, maps that a kernel sees, its side) of each convolution, and the parameters in all.

@@ -6,12 +6,11 @@ import functools
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -25,7 +24,6 @@ from alexprep.cli.train import train as train_command
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.versions import versions
 from alexprep.train.config import TrainConfig
-from alexprep.train.data import Layout
 from alexprep.train.evaluation.nets import open_net
 from alexprep.train.evaluation.run import evaluate_run
 from alexprep.train.job import Job, prepare
@@ -39,11 +37,13 @@ from alexprep.train.recipes.schedule import ByHand, DExp, EarlyStop, ScheduleSta
 from alexprep.train.saved.init_from import init_from
 from alexprep.train.saved.places import Place
 from alexprep.train.state import weights_digest
+from tests import made_up
+from tests.made_up import BATCH, CLASSES
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "docs" / "examples" / "own_nets"
 CPU = torch.device("cpu")
-CLASSES, SAMPLES, BATCH, CROP = 3, 30, 8, 8  # 4 steps an epoch, the last of 6 images
+SAMPLES, CROP = 30, 8  # 4 steps an epoch, the last of 6 images
 
 RECIPE = f"""
 from alexprep.pipeline.augmentation import Augmentation
@@ -80,56 +80,10 @@ class Net(nn.Module):
 
 make = Net
 """
-LINEAR = """
-from torch import nn
-
-def make(classes, side):
-    return nn.Sequential(nn.Flatten(), nn.Linear(3 * side * side, classes))
-"""
 
 
-class Batch(NamedTuple):
-    images: torch.Tensor
-    labels: torch.Tensor
-
-
-class MadeUpLoader:
-    """Noise around one colour a class, from (seed, epoch, step) alone; the epoch rises when its last batch is delivered."""
-
-    digest = "made up"
-    samples = SAMPLES
-
-    def __init__(
-        self, data: Any, split: str = "train", *, seed: int = 0, layout: Layout = "NCHW", **options: Any
-    ) -> None:
-        self.seed, self.split = seed, split
-        self.form = torch.channels_last if layout == "channels_last" else torch.contiguous_format
-        self.epoch = self.step = 0
-
-    def __len__(self) -> int:
-        return (SAMPLES + BATCH - 1) // BATCH
-
-    def __iter__(self) -> Iterator[Batch]:
-        epoch = self.epoch
-        while self.epoch == epoch:
-            rng = np.random.default_rng((self.seed, self.epoch * (self.split == "train"), self.step))
-            labels = rng.integers(0, CLASSES, min(BATCH, SAMPLES - self.step * BATCH))
-            images = rng.normal(scale=30, size=(len(labels), 3, CROP, CROP))
-            images[np.arange(len(labels)), labels] += 60
-            self.step += 1
-            if self.step == len(self):
-                self.epoch, self.step = self.epoch + 1, 0
-            pixels = torch.from_numpy(images.astype(np.float32)).contiguous(memory_format=self.form)
-            yield Batch(pixels, torch.from_numpy(labels))
-
-    def state_dict(self) -> dict[str, int]:
-        return {"seed": self.seed, "epoch": self.epoch, "step": self.step}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.epoch, self.step = state["epoch"], state["step"]
-
-    def close(self) -> None:
-        pass
+class MadeUpLoader(made_up.MadeUpLoader):
+    side, training, others = CROP, SAMPLES, SAMPLES
 
 
 @pytest.fixture(autouse=True)
@@ -141,18 +95,7 @@ def own_path(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The current folder: nets.py, recipe.py, and in `data` a data set's facts without its images."""
-    (tmp_path / "data").mkdir()
-    document = {
-        "format_version": 1,
-        "digest": "made up",
-        "classes": [f"class{n}" for n in range(CLASSES)],
-        "image": {"size": CROP},
-        "splits": {
-            "train": {"samples": SAMPLES, "labelled": SAMPLES},
-            "val": {"samples": SAMPLES, "labelled": SAMPLES},
-        },
-    }
-    (tmp_path / "data" / "dataset.json").write_text(json.dumps(document))
+    made_up.write_data(tmp_path / "data", MadeUpLoader)
     (tmp_path / "nets.py").write_text(NETS)
     (tmp_path / "recipe.py").write_text(RECIPE)
     monkeypatch.chdir(tmp_path)
@@ -724,13 +667,7 @@ def test_recipes_are_listed(here: Path) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_on_a_gpu_and_on_without_it(here: Path) -> None:
     """Weights, running means and counters go from one to the other."""
-
-    class OnGpu(MadeUpLoader):
-        def __iter__(self) -> Iterator[Batch]:
-            for images, labels in super().__iter__():
-                yield Batch(images.cuda(), labels.cuda())
-
-    gpu = train(config(device="cuda", steps=4), OnGpu)
+    gpu = train(config(device="cuda", steps=4), MadeUpLoader)
     cpu = train(config(steps=4, name="cpu"), MadeUpLoader)
     assert gpu["train_loss"] == pytest.approx(cpu["train_loss"], rel=0.2)  # dropout draws differ
     assert train(config(resume=True, name="small", steps=6), MadeUpLoader)["steps"] == 6

@@ -14,13 +14,15 @@ import torch
 from torch import nn
 
 from alexprep.shards.errors import AlexprepError
-from alexprep.train.networks.alexnet import FAMILY, alexnet, alexnet_6conv
+from alexprep.train.networks.alexnet import alexnet, alexnet_6conv
 from alexprep.train.parallel.launch import RankFailed, launch
 from alexprep.train.parallel.prediction import predicted_bytes
 from alexprep.train.parallel.schemes import Parallel
 from alexprep.train.parallel.split import Scheme, part_of
 from alexprep.train.parallel.world import World, from_environment
+from tests.made_up import FAMILY
 
+ROOT = Path(__file__).parents[1]
 RANKS = str(Path(__file__).with_name("parallel_ranks.py"))
 EXACT, CLOSE = 1e-12, 1e-5  # relative
 NAMES = (*(network.name for network in FAMILY), "tiny", "quick")
@@ -29,8 +31,6 @@ SCHEMES = ("ddp", "towers", "hybrid")
 
 
 SECONDS = 150  # for each test
-
-pytestmark = pytest.mark.usefixtures("deadline")
 
 
 @pytest.fixture(scope="module")
@@ -180,12 +180,16 @@ def test_what_kills_the_parent_ends_the_ranks(tmp_path: Path) -> None:
         "from alexprep.train.parallel.launch import launch\n"
         f"launch({f'{RANKS}:fault'!r}, 2, {arguments!r}, device='cpu')"
     )
-    parent = subprocess.Popen([sys.executable, "-c", program])
+    parent = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT)
     files = [tmp_path / "0", tmp_path / "1"]
-    while not all(file.exists() and file.read_text() for file in files):
-        time.sleep(0.02)
-    parent.kill()
-    parent.wait()
+    try:
+        end = time.monotonic() + SECONDS / 2
+        while not all(file.exists() and file.read_text() for file in files):
+            assert parent.poll() is None and time.monotonic() < end, "the ranks did not begin"
+            time.sleep(0.02)
+    finally:
+        parent.kill()
+        parent.wait(timeout=10)
     began = time.monotonic()
     pids = [int((tmp_path / rank).read_text()) for rank in "01"]
     while any(_lives(pid) for pid in pids):

@@ -6,10 +6,10 @@ import functools
 import json
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -42,6 +42,7 @@ from alexprep.train.recipes.schedule import Steps
 from alexprep.train.state import TrainingState
 from alexprep.train.step import take_step
 from alexprep.train.update import Update
+from tests import made_up
 
 SECONDS = 120  # for each test
 CPU = torch.device("cpu")
@@ -49,7 +50,7 @@ CPU = torch.device("cpu")
 ROUNDOFF = {"fp32": 2.0**-24, "tf32": 2.0**-11, "bf16": 2.0**-8, "fp16": 2.0**-11}
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
-pytestmark = [pytest.mark.usefixtures("deadline"), pytest.mark.usefixtures("one_thread")]
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def apart(found: torch.Tensor, right: torch.Tensor) -> float:
@@ -312,43 +313,10 @@ def test_an_overflow_on_one_rank_is_skipped_by_all(job: list[dict[str, Any]]) ->
 # Runs
 
 
-class Batch(NamedTuple):
-    images: torch.Tensor
-    labels: torch.Tensor
+class MadeUpLoader(made_up.MadeUpLoader):
+    """Four steps of eight images an epoch, the last of five."""
 
-
-class MadeUpLoader:
-    """Noise around one grey a class, from (split, epoch, step) alone: four steps of eight images an epoch, the last of five."""
-
-    digest, samples, side = "made up", 29, 24
-
-    def __init__(self, data: str | Path, split: str = "train", **options: Any) -> None:
-        self.split, self.layout, self.device, self.epoch, self.step = split, options["layout"], options["device"], 0, 0
-
-    def __len__(self) -> int:
-        return 4
-
-    def __iter__(self) -> Iterator[Batch]:
-        epoch = self.epoch
-        while self.epoch == epoch:
-            generator = torch.Generator().manual_seed(100 * self.epoch * (self.split == "train") + self.step)
-            count = 5 if self.step == 3 else 8
-            labels = torch.randint(3, (count,), generator=generator)
-            images = 30 * torch.randn(count, 3, self.side, self.side, generator=generator) + 40 * (
-                labels[:, None, None, None] - 1
-            )
-            form = torch.channels_last if self.layout == "channels_last" else torch.contiguous_format
-            self.epoch, self.step = (self.epoch + 1, 0) if self.step == 3 else (self.epoch, self.step + 1)
-            yield Batch(images.contiguous(memory_format=form).to(self.device), labels.to(self.device))
-
-    def state_dict(self) -> dict[str, int]:
-        return {"seed": 0, "epoch": self.epoch, "step": self.step}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.epoch, self.step = state["epoch"], state["step"]
-
-    def close(self) -> None:
-        pass
+    side, training, others = 24, 29, 29
 
 
 def small_network(classes: int, crop: int, *, seed: int, width: float) -> nn.Module:
@@ -379,13 +347,7 @@ def recipe(**changes: Any) -> Recipe:
 def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A data set's facts without its images, and the recipe "small" in the registry."""
     monkeypatch.setitem(recipes.RECIPES, "small", recipe)
-    folder = tmp_path / "data"
-    folder.mkdir()
-    facts = {"format_version": 1, "digest": "made up", "classes": ["a", "b", "c"], "image": {"size": MadeUpLoader.side}}
-    (folder / "dataset.json").write_text(
-        json.dumps(facts | {"splits": {name: {"samples": 29} for name in ("train", "val")}})
-    )
-    return folder
+    return made_up.write_data(tmp_path / "data", MadeUpLoader)
 
 
 def run(data: Path, name: str, device: str = "cpu", **options: Any) -> dict[str, Any]:

@@ -27,8 +27,6 @@ from alexprep.train.recipes.registry import RECIPES, recipe_named
 
 SECONDS = 150  # for each test
 
-pytestmark = pytest.mark.usefixtures("deadline")
-
 
 def _words(data: Path, runs: Path, *words: str) -> list[str]:
     begin = ["train", "--data", str(data), "--recipe", "tiny", "--runs", str(runs), "--name", "run", "--device", "cpu"]

@@ -73,12 +73,24 @@ def wait_until(condition: Callable[[], Any], what: str, seconds: float = 120) ->
 
 
 def processes(word: bytes, file: str) -> list[int]:
-    """Processes with `word` in /proc/PID/`file`."""
+    """Processes of the whole machine with `word` in /proc/PID/`file`."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             if word in (folder / file).read_bytes():
                 found.append(int(folder.name))
+    return found
+
+
+def descendants() -> set[int]:
+    """Processes that this one started, and those that they started."""
+    parents = {}
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            parents[int(file.parent.name)] = int(file.read_text().rpartition(")")[2].split()[1])
+    found, generation = set[int](), {os.getpid()}
+    while generation := {process for process, parent in parents.items() if parent in generation}:
+        found |= generation
     return found
 
 
@@ -188,10 +200,12 @@ def test_a_worker_and_a_node_are_lost(
     out = tmp_path / "out"
     lost = []
 
+    def workers() -> list[int]:
+        return sorted(descendants().intersection(processes(b"ray::_in_ray_worker", "cmdline")))
+
     def disturb() -> None:
         wait_until(lambda: len(list(out.glob("train/*.json"))) > 5, "the first shards")
-        worker = rng.choice(wait_until(lambda: processes(b"ray::_in_ray_worker", "cmdline"), "a worker at work"))
-        os.kill(worker, signal.SIGKILL)
+        os.kill(rng.choice(wait_until(workers, "a worker at work")), signal.SIGKILL)
         lost.append("worker")
         finished = len(list(out.glob("train/*.json")))
         wait_until(lambda: len(list(out.glob("train/*.json"))) > finished + 5, "more shards")

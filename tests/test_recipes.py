@@ -12,12 +12,13 @@ import torch.nn.functional as F
 
 from alexprep.pipeline.augmentation import Augmentation, augmentation_named
 from alexprep.shards.errors import AlexprepError
-from alexprep.train.networks.alexnet import FAMILY, alexnet_6conv
+from alexprep.train.networks.alexnet import alexnet_6conv
 from alexprep.train.recipes.recipe import Recipe
 from alexprep.train.recipes.registry import RECIPES, recipe_named
 from alexprep.train.recipes.schedule import ByHand, DExp, EarlyStop, Plateau, ScheduleState, Steps
 from alexprep.train.saved import checkpoint
 from alexprep.train.state import TrainingState
+from tests.made_up import FAMILY
 
 NAMES = [name for name in RECIPES if name.startswith("alexnet")]
 CPU = torch.device("cpu")

@@ -151,7 +151,8 @@ def served(tmp_path: Path) -> Iterator[str]:
         thread.start()
         yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
-        thread.join()
+        thread.join(60)
+        assert not thread.is_alive()
 
 
 def test_http(served: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

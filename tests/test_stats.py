@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,8 @@ from alexprep.shards import stats
 from alexprep.shards.build import build
 from alexprep.shards.codec import Target
 from alexprep.shards.errors import AlexprepError
+from alexprep.shards.files import digest_json, file_sha256, publish_json
+from alexprep.shards.layout import MEAN_IMAGE, STATISTICS
 from alexprep.shards.moments import Accumulator
 from alexprep.shards.plan import ShardOptions
 from alexprep.shards.read import Samples
@@ -127,24 +130,41 @@ def test_read_gives_back_what_was_published(data: Path) -> None:
     assert (read.mean_HWC == computed.mean_HWC).all() and (read.eigenvectors == computed.eigenvectors).all()
 
 
-def test_statistics_of_other_shards_are_refused(data: Path, tmp_path: Path) -> None:
-    shutil.copytree(data, tmp_path / "copy")
-    copy, digest = tmp_path / "copy", Samples(data, "train").dataset["digest"]
-    with pytest.raises(AlexprepError, match="describes other shards"):
-        stats.read(copy, "0" * 64)
-    mean = copy / "stats" / "mean_image.npy"
-    mean.write_bytes(mean.read_bytes()[:-1] + b"\x7f")
-    with pytest.raises(AlexprepError, match="not the file"):
-        stats.read(copy, digest)
-    document = json.loads((copy / "stats" / "stats.json").read_text())
-    del document["eigenvalues"]
-    document["mean_image_sha256"] = hashlib.sha256(mean.read_bytes()).hexdigest()
-    (copy / "stats" / "stats.json").write_text(json.dumps(document))
-    with pytest.raises(AlexprepError, match="pca-stats"):
-        stats.read(copy, digest)
-    (copy / "stats" / "stats.json").unlink()
-    with pytest.raises(AlexprepError, match=r"does not exist: run `alexprep pca-stats`"):
-        stats.read(copy, digest)
+def _edit(data: Path, key: str, value: object, signed: bool = True) -> None:
+    """Changes stats.json, or takes `key` out where `value` is None; `signed` also brings its digest up to date."""
+    document = json.loads((data / STATISTICS).read_bytes())
+    digest = document.pop("digest")
+    document = {name: old for name, old in document.items() if name != key} | ({} if value is None else {key: value})
+    publish_json(data / STATISTICS, document | {"digest": digest_json(document) if signed else digest})
+
+
+def _cut_mean(data: Path) -> None:
+    """A mean image that is half there, as stats.json says."""
+    mean = data / MEAN_IMAGE
+    mean.write_bytes(mean.read_bytes()[: mean.stat().st_size // 2])
+    _edit(data, "mean_image_sha256", file_sha256(mean))
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda data: _edit(data, "data_digest", "0" * 64), r"stats\.json describes other shards"),
+        (lambda data: _edit(data, "images", 3, signed=False), r"stats\.json was changed since it was written"),
+        (lambda data: (data / MEAN_IMAGE).write_bytes(b""), r"mean_image\.npy is not the file that stats\.json"),
+        (lambda data: _edit(data, "eigenvalues", None), r"or its mean image is damaged \('eigenvalues'\)"),
+        (_cut_mean, r"or its mean image is damaged \(.*array"),
+        (lambda data: (data / MEAN_IMAGE).unlink(), r"or its mean image is damaged \(.*No such file"),
+        (lambda data: (data / STATISTICS).unlink(), r"stats\.json does not exist"),
+    ],
+)
+def test_statistics_that_cannot_be_used_are_refused(
+    damage: Callable[[Path], object], words: str, data: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(data, copy)
+    damage(copy)
+    with pytest.raises(AlexprepError, match=rf"{words}.*: run `alexprep pca-stats`"):
+        stats.read(copy, Samples(data, "train").dataset["digest"])
 
 
 def test_statistics_of_another_split_are_refused(data: Path, tmp_path: Path) -> None:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import errno
-import importlib.util
 import json
 import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -28,24 +26,13 @@ from alexprep.train.parallel.world import World
 from alexprep.train.recipes import registry as recipes
 from alexprep.train.saved import checkpoint
 from alexprep.train.watching import meter
+from tests import training_ranks as ranks
+from tests.made_up import Batch, write_data
 
 SECONDS = 120  # for each test
-RANKS = Path(__file__).with_name("training_ranks.py")
+RANKS = ranks.__file__
 ALONE = World.alone("cpu")
 KINDS = ("pixel", "rate", "gradient", "weight")
-
-pytestmark = pytest.mark.usefixtures("deadline")
-
-
-def _module() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("training_ranks", RANKS)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-ranks = _module()
 
 
 @pytest.fixture
@@ -53,15 +40,13 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A data set's facts, with the recipes in the registry."""
     monkeypatch.setattr(recipes, "RECIPES", dict(recipes.RECIPES))
     ranks.register()
-    folder: Path = ranks.write_data(tmp_path / "data")
-    return folder
+    return write_data(tmp_path / "data", ranks.MadeUp)
 
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data set's facts, for runs of two ranks."""
-    folder: Path = ranks.write_data(tmp_path_factory.mktemp("shared") / "data")
-    return folder
+    return write_data(tmp_path_factory.mktemp("shared") / "data", ranks.MadeUp)
 
 
 @pytest.fixture(scope="module")
@@ -134,15 +119,15 @@ def test_a_training_that_is_well_is_not_watched(data: Path, monkeypatch: pytest.
 
 
 def test_what_does_not_happen_again_is_told_by_what_is_left(data: Path) -> None:
-    class Once(ranks.MadeUp):  # type: ignore[name-defined, misc]
+    class Once(ranks.MadeUp):
         times = 0
 
-        def __iter__(self) -> Iterator[Any]:
+        def __iter__(self) -> Iterator[Batch]:
             for images, labels in super().__iter__():
                 if self.split == "train" and self.step == 3:
                     Once.times += 1
                     images = images * (float("nan") if Once.times == 1 else 1.0)
-                yield ranks.Batch(images, labels)
+                yield Batch(images, labels)
 
     words = r"now conv1.weight, conv1.bias, conv2.weight and 13 more are not finite .*did not happen again"
     with pytest.raises(AlexprepError, match=words):

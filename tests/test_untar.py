@@ -148,7 +148,7 @@ def test_same_as_gnu_tar(format: str, tmp_path: Path) -> None:
         (deep / ("n" * 90)).write_bytes(b"y")
         (deep / ("l" * (250 if format != "ustar" else 95))).symlink_to("1.JPEG")
     command = ["tar", f"--format={format}", "--sort=name", "-C", str(tmp_path), "-cf", "-", "photos"]
-    data = subprocess.run(command, capture_output=True, check=True).stdout
+    data = subprocess.run(command, capture_output=True, timeout=60, check=True).stdout
     assert same(listed(data), listed_by_tarfile(data)) and len(listed(data)) >= 6
 
 
@@ -162,7 +162,7 @@ def test_sparse_files_are_no_files(options: list[str], tmp_path: Path) -> None:
             file.write(b"x")
     (tmp_path / "b").write_bytes(b"y")
     command = ["tar", f"--format={options[0]}", *options[1:], "--sparse", "-C", str(tmp_path), "-cf", "-", "a", "b"]
-    data = subprocess.run(command, capture_output=True, check=True).stdout
+    data = subprocess.run(command, capture_output=True, timeout=60, check=True).stdout
     sparse, plain = listed(data)
     if sparse.size > 10**6:
         pytest.skip("this file system keeps no holes")

@@ -7,23 +7,27 @@ import random
 import shutil
 import tarfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
+from unittest.mock import ANY
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
+from numpy.typing import NDArray
 from PIL import Image
 
 from alexprep.cli.main import cli
 from alexprep.shards import stats
 from alexprep.shards.build import build
 from alexprep.shards.check import Problem
-from alexprep.shards.codec import Target
+from alexprep.shards.codec import FORMATS, Codec, Converted, Target
 from alexprep.shards.engines import InProcessEngine, LocalEngine
 from alexprep.shards.errors import AlexprepError
+from alexprep.shards.opinion import Refused
 from alexprep.shards.plan import ShardOptions
 from alexprep.shards.repair import repair
 from alexprep.shards.sources.find import find_source
@@ -113,6 +117,12 @@ def test_every_cut_is_found(small: Path) -> None:
     assert _found(small) == []
 
 
+def _sidecar(data: Path) -> dict[str, Any]:
+    """Of the first shard."""
+    sidecar: dict[str, Any] = json.loads((data / "train/train-000000.json").read_bytes())
+    return sidecar
+
+
 def _swap(data: Path) -> None:
     one, other = data / "train/train-000000.tar", data / "train/train-000001.tar"
     one.rename(data / "t")
@@ -140,11 +150,10 @@ def _edit_json(name: str, change: Callable[[dict[str, Any]], None]) -> Callable[
 
 def _edit_label(data: Path) -> None:
     """As someone would who knows the format: sidecar, index and the member itself agree; the plan does not."""
-    tar = data / "train/train-000000.tar"
-    sidecar = json.loads(tar.with_suffix(".json").read_bytes())
+    sidecar = _sidecar(data)
     entry = next(entry for entry in sidecar["inputs"] if entry["status"] == "written")
     entry["label"] = 1 - entry["label"]
-    tar.with_suffix(".json").write_text(json.dumps(sidecar) + "\n")
+    (data / "train/train-000000.json").write_text(json.dumps(sidecar) + "\n")
 
 
 def _edit_index(data: Path) -> None:
@@ -238,28 +247,34 @@ def test_repair_from_another_source_touches_nothing(told_by: str, small: Path, t
     assert {path: path.read_bytes() for path in _files(out)} == before
 
 
-def test_decode_finds_what_checksums_cannot(small: Path, tmp_path: Path, encoded: Callable[..., bytes]) -> None:
-    """A shard that was written wrongly, and so has the right checksums."""
+@pytest.mark.parametrize("form", ["jpg", "png", "raw"])
+@pytest.mark.parametrize(
+    ("side", "words"), [(0, "cannot be decoded"), (17, "uint8 of shape (17, 17, 3), not a square of 16")]
+)
+def test_decode_finds_what_checksums_cannot(
+    side: int, words: str, form: Literal["jpg", "png", "raw"], tmp_path: Path, encoded: Callable[..., bytes]
+) -> None:
+    """One image was written wrongly, so all that is recorded of the shard agrees with it."""
+    for n in range(3):
+        path = tmp_path / "source" / f"class{n % 2}" / f"{n}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encoded(Image.new("RGB", (20, 20 + n)), "PNG"))
+
+    class Careless(Codec):
+        def convert(self, data: bytes | NDArray[np.uint8]) -> Converted | Refused:
+            made = super().convert(data)
+            assert isinstance(made, Converted)
+            wrong = self.encode(np.zeros((side, side, 3), np.uint8)) if side else b"no image"
+            return replace(made, data=wrong) if made.height == 21 else made
 
     out = tmp_path / "data"
-    shutil.copytree(small.parent / "source", tmp_path / "source")
-    for path in (tmp_path / "source").rglob("*.jpg"):
-        path.write_bytes(encoded(Image.new("RGB", (16, 16))) if path.stem == "1" else b"")
-
-    build(tmp_path / "source", out, ShardOptions(Target(size=16)), ENGINE)
-    assert _found(out, decode=True) == []
-    plan = json.loads((out / "plan.json").read_bytes())
-    assert plan["options"]["size"] == 16
-    from alexprep.shards.check import _undecodable
-    from alexprep.shards.codec import Codec
-    from alexprep.shards.tar import Member
-
-    codec, options = Codec(Target(size=16)), {"format": "jpg", "size": 16}
-    for data, words in ((b"junk", "cannot be decoded"), (encoded(Image.new("RGB", (16, 17))), "not a square of 16")):
-        what = _undecodable(codec, data, Member("a.jpg", 0, len(data), 0), options)
-        assert what is not None and words in what
-    what = _undecodable(codec, b"junk", Member("a.npy", 0, 4, 0), options | {"format": "raw"})
-    assert what is not None and "cannot be decoded" in what
+    build(tmp_path / "source", out, ShardOptions(Target(size=16, format=form)), ENGINE, make_codec=Careless)
+    (key,) = (entry["key"] for entry in _sidecar(out)["inputs"] if entry["height"] == 21)
+    assert _found(out) == []
+    assert _found(out, decode=True) == [Problem("train/train-000000.tar", f"{key}.{FORMATS[form]}", ANY)]
+    assert words in _found(out, decode=True)[0].what
+    command = ["verify", str(out), "--workers", "1"]
+    assert [CliRunner().invoke(cli, [*command, *more]).exit_code for more in ([], ["--decode"])] == [0, 3]
 
 
 EVERY_FILE = [

@@ -2,33 +2,29 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
-from alexprep.pipeline.augmentation import Augmentation
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.files import TEMPORARY_MARK
 from alexprep.train.config import TrainConfig
 from alexprep.train.job import prepare
 from alexprep.train.loop import train
-from alexprep.train.networks.alexnet import alexnet
 from alexprep.train.parallel.world import World
 from alexprep.train.recipes import registry as recipes
-from alexprep.train.recipes.recipe import Recipe
 from alexprep.train.recipes.schedule import Steps
 from alexprep.train.saved import checkpoint
 from alexprep.train.saved.disk import publish
+from tests.made_up import BATCH, Batch, MadeUpLoader, small_alexnet, small_recipe
 
-CLASSES, BATCH, STEPS, CROP = 3, 8, 6, 67  # steps an epoch
+STEPS = 6  # an epoch
 EVERY = 2  # steps between checkpoints
 BAD_STEP = 4
 # What is wrong, settings that go with it, and the words that tell.
@@ -40,52 +36,18 @@ POISONS: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-class Batch(NamedTuple):
-    images: torch.Tensor
-    labels: torch.Tensor
-
-
-class MadeUp:
-    """Noise around one colour a class, from (epoch, step) alone; `poison` is added to one pixel of one step."""
-
-    digest = "made up"
-    poison = 0.0
-
-    def __init__(self, data: str | Path, split: str = "train", *, seed: int = 0, **options: Any) -> None:
-        self.seed, self.split, self.last = seed, split, options["layout"] == "channels_last"
-        self.steps = STEPS if split == "train" else 1
-        self.samples, self.epoch, self.step = BATCH * self.steps, 0, 0
-
-    def __len__(self) -> int:
-        return self.steps
-
-    def __iter__(self) -> Iterator[Batch]:
-        epoch = self.epoch
-        while self.epoch == epoch:
-            rng = np.random.default_rng((self.epoch, self.step) if self.split == "train" else 0)
-            self.step += 1
-            labels = rng.integers(0, CLASSES, BATCH)
-            images = rng.normal(scale=30, size=(BATCH, CROP, CROP, 3)).astype(np.float32)
-            images[np.arange(BATCH), :, :, labels] += 60
-            if self.split == "train" and (self.epoch, self.step) == (0, BAD_STEP):
-                images[BATCH // 2, 1, CROP - 1, 0] += self.poison
-            if self.step == len(self):
-                self.epoch, self.step = self.epoch + 1, 0
-            pixels = torch.from_numpy(images).movedim(-1, 1)
-            yield Batch(pixels if self.last else pixels.contiguous(), torch.from_numpy(labels))
-
-    def state_dict(self) -> dict[str, int]:
-        return {"seed": self.seed, "epoch": self.epoch, "step": self.step}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.epoch, self.step = state["epoch"], state["step"]
-
-    def close(self) -> None:
-        pass
+class MadeUp(MadeUpLoader):
+    training, others = BATCH * STEPS, BATCH
 
 
 class Poisoned(MadeUp):
-    poison = float("nan")
+    """One pixel of one step is no number."""
+
+    def __iter__(self) -> Iterator[Batch]:
+        for images, labels in super().__iter__():
+            if self.split == "train" and (self.epoch, self.step) == (0, BAD_STEP):
+                images[BATCH // 2, 0, 1, -1] = float("nan")
+            yield Batch(images, labels)
 
 
 class Kink(nn.Module):
@@ -97,18 +59,8 @@ class Kink(nn.Module):
         return values + 0 * values.abs().sqrt()
 
 
-def narrow(classes: int, crop: int, *, seed: int, width: float) -> nn.Sequential:
-    """AlexNet, narrow, dropout included; larger weights, since its few inputs a neuron would stay silent with 0.01."""
-    network = alexnet(classes, crop, seed=seed, width=width)
-    with torch.no_grad():
-        for name, parameter in network.named_parameters():
-            if name.endswith("weight") and not name.startswith("conv1."):
-                parameter.mul_(8)
-    return network
-
-
 def with_infinity(classes: int, crop: int, *, seed: int, width: float) -> nn.Sequential:
-    network = narrow(classes, crop, seed=seed, width=width)
+    network = small_alexnet(classes, crop, seed=seed, width=width)
     with torch.no_grad():
         network.get_parameter("conv3.bias")[-1] = float("inf")  # the second tower's
     return network
@@ -116,7 +68,7 @@ def with_infinity(classes: int, crop: int, *, seed: int, width: float) -> nn.Seq
 
 def with_kink(classes: int, crop: int, *, seed: int, width: float) -> nn.Sequential:
     """The first logit is 0 for any image."""
-    network = narrow(classes, crop, seed=seed, width=width)
+    network = small_alexnet(classes, crop, seed=seed, width=width)
     with torch.no_grad():
         network.get_parameter("fc8.weight")[0] = 0
         network.get_parameter("fc8.bias")[0] = 0
@@ -126,32 +78,9 @@ def with_kink(classes: int, crop: int, *, seed: int, width: float) -> nn.Sequent
 
 def register() -> None:
     """Puts the recipes of these trainings into the registry."""
-    for name, network in {"narrow": narrow, "weight": with_infinity, "gradient": with_kink}.items():
-        recipe = Recipe(
-            name=name,
-            network=network,
-            augmentation=Augmentation(crop=CROP, noise="none"),
-            stored_sizes=(CROP, CROP),
-            schedule=Steps(after=()),
-            epochs=1,
-            batch_size=BATCH,
-            width=0.125,
-        )
+    for name, network in {"narrow": small_alexnet, "weight": with_infinity, "gradient": with_kink}.items():
+        recipe = small_recipe(name=name, network=network, schedule=Steps(after=()), epochs=1)
         recipes.RECIPES[name] = lambda recipe=recipe: recipe  # type: ignore[misc]
-
-
-def write_data(folder: Path, splits: tuple[str, ...] = ("train", "val")) -> Path:
-    """A data set's facts without its images."""
-    folder.mkdir()
-    document = {
-        "format_version": 1,
-        "digest": MadeUp.digest,
-        "classes": [f"class{n}" for n in range(CLASSES)],
-        "image": {"size": CROP},
-        "splits": {split: {"samples": BATCH} for split in splits},
-    }
-    (folder / "dataset.json").write_text(json.dumps(document))
-    return folder
 
 
 def config(data: Path, **changes: Any) -> TrainConfig:

@@ -185,5 +185,3 @@ alexnet_owt = AlexNet(
     middle_deviation=0.03,
     last_bias=-7.0,
 )
-
-FAMILY = (alexnet, alexnet_2012, alexnet_1gpu, alexnet_6conv, alexnet_owt)

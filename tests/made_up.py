@@ -1,0 +1,130 @@
+"""What trainings in tests do without: a data set, its loader, a large network. Also for processes that tests start."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+from alexprep.pipeline.augmentation import Augmentation
+from alexprep.train.data import Layout
+from alexprep.train.networks import alexnet as networks
+from alexprep.train.recipes.recipe import Recipe
+from alexprep.train.recipes.schedule import Steps
+
+DIGEST = "made up"
+CLASSES, BATCH, CROP = 3, 8, 67
+FAMILY = tuple(value for value in vars(networks).values() if isinstance(value, networks.AlexNet))  # a new one too
+
+
+class Batch(NamedTuple):
+    images: torch.Tensor
+    labels: torch.Tensor
+
+
+class MadeUpLoader:
+    """Noise around one colour a class, from (seed, epoch) alone; the epoch rises when its last batch is delivered.
+
+    Attributes:
+        side: of the images, pixels; for subclasses to change.
+        training: samples of the training split, likewise: six steps, the last of six images.
+        others: samples of each other split, likewise.
+    """
+
+    digest = DIGEST
+    side, training, others = CROP, 46, 20
+
+    def __init__(
+        self,
+        data: str | Path,
+        split: str = "train",
+        *,
+        batch_size: int = BATCH,
+        seed: int = 0,
+        layout: Layout = "NCHW",
+        device: str = "cpu",
+        **options: Any,
+    ) -> None:
+        self.split, self.batch_size, self.seed, self.device = split, batch_size, seed, device
+        self.form = torch.channels_last if layout == "channels_last" else torch.contiguous_format
+        self.samples = self.training if split == "train" else self.others
+        self.epoch = self.step = 0
+
+    def __len__(self) -> int:
+        return math.ceil(self.samples / self.batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        epoch = self.epoch
+        rng = np.random.default_rng((self.seed, epoch, 0) if self.split == "train" else (self.seed, 0, 1))
+        labels = rng.integers(0, CLASSES, self.samples)
+        pixels = rng.normal(scale=30, size=(self.samples, 3, self.side, self.side))
+        pixels[np.arange(self.samples), labels] += 60
+        images = torch.from_numpy(pixels.astype(np.float32))
+        while self.epoch == epoch:
+            rows = slice(self.step * self.batch_size, (self.step + 1) * self.batch_size)
+            self.step += 1
+            if self.step == len(self):
+                self.epoch, self.step = epoch + 1, 0
+            own = images[rows].clone(memory_format=self.form)
+            yield Batch(own.to(self.device), torch.from_numpy(labels[rows]).to(self.device))
+
+    def state_dict(self) -> dict[str, int]:
+        return {"seed": self.seed, "epoch": self.epoch, "step": self.step}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        assert state["seed"] == self.seed
+        assert 0 <= state["step"] < len(self)
+        self.epoch, self.step = state["epoch"], state["step"]
+
+    def close(self) -> None:
+        pass
+
+
+def write_data(
+    folder: Path,
+    loader: type[MadeUpLoader] = MadeUpLoader,
+    splits: tuple[str, ...] = ("train", "val"),
+    **changes: Any,
+) -> Path:
+    """What dataset.json would say of a loader's images, in a new folder."""
+    folder.mkdir()
+    document = {
+        "format_version": 1,
+        "digest": DIGEST,
+        "classes": [f"class{n}" for n in range(CLASSES)],
+        "image": {"size": loader.side},
+        "splits": {split: {"samples": loader(folder, split).samples} for split in splits},
+    }
+    (folder / "dataset.json").write_text(json.dumps(document | changes))
+    return folder
+
+
+def small_alexnet(classes: int, crop: int, *, seed: int, width: float) -> nn.Sequential:
+    """AlexNet, narrow, dropout included; larger weights, since its few inputs a neuron would stay silent with 0.01."""
+    network = networks.alexnet(classes, crop, seed=seed, width=width)
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if name.endswith("weight") and not name.startswith("conv1."):
+                parameter.mul_(8)
+    return network
+
+
+def small_recipe(**changes: Any) -> Recipe:
+    recipe = Recipe(
+        name="small",
+        network=small_alexnet,
+        augmentation=Augmentation(crop=CROP, noise="none"),
+        stored_sizes=(CROP, CROP),
+        schedule=Steps(after=(2,)),
+        epochs=3,
+        batch_size=BATCH,
+        width=0.125,
+    )
+    return replace(recipe, **changes)
