@@ -85,13 +85,11 @@ def draw(
         The draws, in the order of `rows_N`. Corners and mirrors are exact on any machine; normals, and the windows of
         `augmentation.scale`, depend on the platform's log, exp and cos in their last bit.
     """
-    rows = np.asarray(rows_N, np.int64)
-    if augmentation.share == 1:
-        geometry = _words(seed, epoch, rows, _GEOMETRY)
-    else:
+    keys = rows = np.asarray(rows_N, np.int64)
+    if augmentation.share > 1:
         assert positions_N is not None
-        rows_or_groups = np.asarray(positions_N, np.int64) // augmentation.share
-        geometry = _words(seed, epoch, rows_or_groups, _SHARED)
+        keys = np.asarray(positions_N, np.int64) // augmentation.share
+    geometry = _words(seed, epoch, keys, _GEOMETRY if augmentation.share == 1 else _SHARED)
     sizes = np.asarray(sizes_N2, np.int64)
     if augmentation.crop is None:
         windows = _whole(sizes)
@@ -100,7 +98,7 @@ def draw(
         corners = (_below(geometry[n], sizes[:, n] - side + 1) for n in range(2))
         windows = np.stack([*corners, side, side], axis=1)
     else:
-        windows = _resized_windows(augmentation, seed, epoch, rows, sizes)
+        windows = _resized_windows(augmentation, seed, epoch, keys, sizes)
     mirror = (geometry[2] >> np.uint64(31)).astype(bool) & augmentation.mirror
     return Draws(windows, mirror, _normals(_words(seed, epoch, rows, _NOISE)))
 
@@ -172,16 +170,19 @@ def _whole(sizes_N2: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def _resized_windows(
-    augmentation: Augmentation, seed: int, epoch: int, rows: NDArray[np.int64], sizes: NDArray[np.int64]
+    augmentation: Augmentation, seed: int, epoch: int, keys: NDArray[np.int64], sizes: NDArray[np.int64]
 ) -> NDArray[np.int64]:
-    """torchvision's rule: ten attempts at an area and a ratio, at a uniform place; then the largest centred window."""
+    """torchvision's rule: ten attempts at an area and a ratio, at a uniform place; then the largest centred window.
+
+    Samples of the same key have the same attempts, each in the size of its own image.
+    """
     assert augmentation.scale is not None
     windows = _centred_windows(sizes, augmentation.ratio)
     low, high = augmentation.scale
     logs = np.log(np.array(augmentation.ratio))
-    open_rows = np.arange(len(rows))
+    open_rows = np.arange(len(keys))
     for attempt in range(_ATTEMPTS):
-        words = _words(seed, epoch, rows[open_rows], _ATTEMPT + attempt)
+        words = _words(seed, epoch, keys[open_rows], _ATTEMPT + attempt)
         left = sizes[open_rows]
         area = left.prod(axis=1) * (low + (high - low) * _unit(words[0]))
         ratio = np.exp(logs[0] + (logs[1] - logs[0]) * _unit(words[1]))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import functools
+import io
 import os
 from collections import deque
 from collections.abc import Sequence
@@ -20,8 +22,6 @@ from alexprep.pipeline.probe import decodes, decodes_a_sound_image
 from alexprep.shards.codec import header_size
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.read import TarSamples
-
-_RAW_HEADER_BYTES = 128  # of a .npy member, see docs/formats.md
 
 
 @dataclass
@@ -69,7 +69,16 @@ class Engine:
             sizes_N2: integer (samples, 2), heights and widths of the stored images, pixels.
             feed: what is done to them.
             on_bad: what becomes of a sample that cannot be decoded: "error" ends the work, "skip" leaves it out.
+
+        Raises:
+            AlexprepError: DALI cannot build the pipeline; or this is one of several workers of a DataLoader.
         """
+        worker = torch.utils.data.get_worker_info()
+        if worker is not None and worker.num_workers > 1:
+            raise AlexprepError(
+                f"each of the {worker.num_workers} workers of a DataLoader would give every sample: iterate over the Loader itself, "
+                "which decodes in threads of its own, or give them different ranks"
+            )
         self._samples, self._sizes, self._feed, self._on_bad = samples, sizes_N2, feed, on_bad
         self._steps: deque[Step] = deque()
         self._suspects: set[int] = set()  # rows that could not be decoded before: they are tried alone first
@@ -217,13 +226,22 @@ class Engine:
         if not self._feed.settings.raw:
             return encoded
         height, width = self._sizes[row].tolist()
-        if len(encoded) != _RAW_HEADER_BYTES + 3 * height * width:
+        header = _raw_header(height, width)
+        if encoded[: len(header)].tobytes() != header or len(encoded) != len(header) + 3 * height * width:
             raise AlexprepError(
                 f"{self._samples.where(row)} holds no {height} x {width} pixels: `alexprep verify` tells more"
             )
-        return encoded[_RAW_HEADER_BYTES:].reshape(height, width, 3)
+        return encoded[len(header) :].reshape(height, width, 3)
 
     def _decodes(self, step: Step, n: int) -> bool:
         """Whether sample `n` of a step can be decoded by itself, with the window drawn for it."""
         alone = Step(step.epoch, step.number, step.rows[n : n + 1], step.positions[n : n + 1])
         return decodes(self._feed, self._image(int(step.rows[n])), self._inputs(alone))
+
+
+@functools.lru_cache(maxsize=16)
+def _raw_header(height: int, width: int) -> bytes:
+    """How a raw member begins: a .npy file of version 1.0."""
+    buffer = io.BytesIO()
+    np.lib.format.write_array_header_1_0(buffer, {"descr": "|u1", "fortran_order": False, "shape": (height, width, 3)})
+    return buffer.getvalue()

@@ -172,7 +172,7 @@ class Loader:
         Raises:
             AlexprepError: the state is of another seed, batch size, data set or order, or lies outside an epoch.
         """
-        own = self.state_dict()
+        own, state = self.state_dict(), state if isinstance(state, Mapping) else {}
         for name in ("seed", "batch_size", "stream"):
             if state.get(name) != own[name]:
                 raise AlexprepError(

@@ -1,8 +1,8 @@
 """Keeps the indexes of a folder's tars, so that each tar is scanned once; numpy's .npz with a checksum, never a pickle.
 
 A folder has one file for all its tars: FOLDER/.alexprep/tars.npz, or, where that cannot be written, a file named after the
-folder's path in $XDG_CACHE_HOME/alexprep or ~/.cache/alexprep. A tar counts as unchanged while its size and time of
-modification are. Of several processes one scans and the others wait for it.
+folder's path in $XDG_CACHE_HOME/alexprep or ~/.cache/alexprep. A tar counts as unchanged while its size and times of
+modification and change are. Of several processes one scans and the others wait for it.
 """
 
 from __future__ import annotations
@@ -29,15 +29,19 @@ from alexprep.shards.tar_scan import TAR_INDEX_DTYPE, Part
 
 WAIT_SECONDS = 3600.0  # for another process that scans the same folder
 _POLL_SECONDS = 0.1
-_VERSION = 1
+_VERSION = 2
 _log = logging.getLogger("alexprep")
 
 
 class Stamp(NamedTuple):
-    """What tells that a file is still the same: bytes, and nanoseconds."""
+    """What tells that a file is still the same: bytes, and nanoseconds.
+
+    Tars of equal size are common, and copying tools set the time of modification; that of the last change they cannot set.
+    """
 
     size: int
     mtime_ns: int
+    ctime_ns: int
 
 
 class Kept(NamedTuple):
@@ -108,7 +112,7 @@ def _stamp(path: Path) -> Stamp:
         raise AlexprepError(f"{path} cannot be read ({error.strerror}): name shards that are there") from None
     if not stat.S_ISREG(status.st_mode):
         raise AlexprepError(f"{path} is no regular file: name shards that are files")
-    return Stamp(status.st_size, status.st_mtime_ns)
+    return Stamp(status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
 def _load(place: Path) -> dict[str, Kept]:
@@ -120,15 +124,15 @@ def _load(place: Path) -> dict[str, Kept]:
         if document["version"] != _VERSION:
             return {}
         shards, labels = document["shards"], document["labels"]
-        ends = np.cumsum([0, *(shard[3] for shard in shards)])
+        ends = np.cumsum([0, *(shard[-1] for shard in shards)])
         if records.dtype != TAR_INDEX_DTYPE or records.shape != (ends[-1],):
             raise ValueError(f"{records.dtype} of shape {records.shape}")
         bad: list[list[tuple[str, str]]] = [[] for _ in shards]
         for number, key, reason in document["bad"]:
             bad[number].append((key, reason))
         return {
-            name: Kept(Stamp(size, mtime_ns), Part(records[ends[n] : ends[n + 1]], labels, bad[n]))
-            for n, (name, size, mtime_ns, _) in enumerate(shards)
+            name: Kept(Stamp(*stamp), Part(records[ends[n] : ends[n + 1]], labels, bad[n]))
+            for n, (name, *stamp, _) in enumerate(shards)
         }
     except (FileNotFoundError, NotADirectoryError):
         return {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -114,6 +115,14 @@ def test_shared_draws() -> None:
     assert len(np.unique(draws.alpha_N3, axis=0)) == 960
     corners = groups[:, 0, :2]
     assert corners.min() >= 0 and corners.max() <= 32
+
+
+def test_shared_windows_of_resized_crops() -> None:
+    """Neighbours that share a draw cut the same part of images of the same size."""
+    augmentation = replace(RESIZED, share=8)
+    draws = draw(augmentation, 5, 2, np.arange(240)[::-1], np.full((240, 2), 256), np.arange(240))
+    groups = np.column_stack([draws.windows_N4, draws.mirror_N]).reshape(30, 8, 5)
+    assert (groups == groups[:, :1]).all() and len(np.unique(groups[:, 0], axis=0)) == 30
 
 
 # Random resized crops.

@@ -201,13 +201,16 @@ def test_headers_that_cannot_be_read_never_reach_dali(spoilt: Path) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+@pytest.mark.parametrize("shape", [(63, 64, 3), (32, 128, 3)], ids=["smaller", "as many bytes"])
 @pytest.mark.parametrize("on_bad", ["error", "skip"])
-def test_raw_shards_of_the_wrong_size_are_named(on_bad: OnBad, photos: Path, tmp_path: Path) -> None:
+def test_raw_shards_of_the_wrong_size_are_named(
+    shape: tuple[int, int, int], on_bad: OnBad, photos: Path, tmp_path: Path
+) -> None:
     """Pixels have no header that DALI could judge by; and what holds other images than it says is no bad sample to be skipped."""
 
     class Careless(Codec):
         def encode(self, pixels: NDArray[np.uint8]) -> bytes:
-            return super().encode(pixels[:-1])
+            return super().encode(np.resize(pixels, shape))
 
     build(
         photos, tmp_path, ShardOptions(Target(size=64, format="raw"), limit=5), InProcessEngine(), make_codec=Careless

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -22,6 +23,7 @@ import torch
 
 from alexprep.pipeline.augmentation import Augmentation
 from alexprep.pipeline.loader import Batch, Loader
+from alexprep.shards.errors import AlexprepError
 
 ODD = Augmentation(crop=51)
 SECONDS = 120
@@ -238,3 +240,22 @@ def test_closing_waits_for_what_a_gpu_still_copies(data: Path) -> None:
         assert loader._engine is not None
         loader._engine._copied.append((event, None))  # type: ignore[arg-type]
     assert event.waited
+
+
+class _Fed(torch.utils.data.IterableDataset[torch.Tensor]):
+    """What people write who are used to DataLoader."""
+
+    def __init__(self, loader: Loader) -> None:
+        self.loader = loader
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return (batch.indices for batch in self.loader)
+
+
+def test_workers_of_a_dataloader_never_double_samples(data: Path) -> None:
+    with _open(data) as loader:
+        one = torch.utils.data.DataLoader(_Fed(loader), batch_size=None, num_workers=1, timeout=60)
+        assert sorted(torch.cat(list(one)).tolist()) == list(range(48))
+        two = torch.utils.data.DataLoader(_Fed(loader), batch_size=None, num_workers=2, timeout=60)
+        with pytest.raises(AlexprepError, match="each of the 2 workers of a DataLoader would give every sample"):
+            list(two)

@@ -425,6 +425,23 @@ def test_only_what_is_new_is_scanned(images: list[tuple[str, bytes]], tmp_path: 
     assert [path.name for path in (folder / ".alexprep").glob("*.tmp*")] == []
 
 
+def test_a_tar_of_the_same_size_and_time_is_read_again(jpg: bytes, tmp_path: Path, scanned: list[str]) -> None:
+    """As tools leave it that copy times: `rsync -a`, `cp -p`."""
+    tar = tmp_path / "set" / "0.tar"
+    for labels in ((0, 1), (1, 0)):
+        write_tar(
+            tar,
+            [
+                (f"{n}.{kind}", data)
+                for n, label in enumerate(labels)
+                for kind, data in (("jpg", jpg), ("cls", b"%d" % label))
+            ],
+        )
+        os.utime(tar, ns=(10**18, 10**18))
+        assert index_tars(tmp_path / "set").records["label"].tolist() == list(labels)
+    assert scanned == ["0.tar", "0.tar"]
+
+
 def test_a_moved_folder_keeps_its_index_and_its_digest(jpg: bytes, tmp_path: Path, scanned: list[str]) -> None:
     write_tar(tmp_path / "here" / "0.tar", {"a.jpg": jpg, "a.cls": b"1"})
     first = index_tars(tmp_path / "here")
