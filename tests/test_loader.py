@@ -494,9 +494,10 @@ def test_states_that_do_not_fit(data: Path) -> None:
         ):
             with pytest.raises(AlexprepError, match=words):
                 loader.load_state_dict({**loader.state_dict(), **state})  # type: ignore[dict-item]
+        nothing: Any
         for nothing in (None, []):
             with pytest.raises(AlexprepError, match="the state has seed None"):
-                loader.load_state_dict(nothing)  # type: ignore[arg-type]
+                loader.load_state_dict(nothing)
 
 
 def test_data_that_is_not_there(tmp_path: Path, data: Path) -> None:
