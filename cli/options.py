@@ -3,13 +3,30 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
 FC = TypeVar("FC", bound=Callable[..., Any] | click.Command)
+
+
+class Seconds(click.FloatRange):
+    """A time above 0; not NaN, which is in no range and outside of none, and no more than a year."""
+
+    def __init__(self) -> None:
+        """The bounds."""
+        super().__init__(min=0, max=3.2e7, min_open=True)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """A float."""
+        seconds = super().convert(value, param, ctx)
+        if math.isnan(seconds):
+            self.fail(f"{value} is no number of seconds", param, ctx)
+        return seconds
 
 
 class Folder(click.ParamType):  # type: ignore[type-arg]  # generic only for type checkers
@@ -32,6 +49,8 @@ class Folder(click.ParamType):  # type: ignore[type-arg]  # generic only for typ
                 param,
                 ctx,
             )
+        if not str(value):
+            self.fail("the name is empty: name a folder, . for this one", param, ctx)
         folder = folder_at(value)
         try:
             is_file = folder.exists() and not folder.is_dir()
@@ -60,7 +79,19 @@ def data_folder_option(name: str, text: str, local: bool = False) -> Callable[[F
     )
 
 
-data_option = data_folder_option("--data", "The data set's folder.")
+def data_folder(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The data set's folder as an argument, or as an option with an environment variable; the command receives it as `data`."""
+
+    @functools.wraps(command)
+    def with_data(*args: Any, data_argument: Path | None, data: Path, **kwargs: Any) -> Any:
+        given = click.get_current_context().get_parameter_source("data") is ParameterSource.COMMANDLINE
+        if data_argument is not None and given:
+            raise click.UsageError(f"DATA {data_argument} and --data {data} are both given: give one.")
+        return command(*args, data=data_argument or data, **kwargs)
+
+    with_data = data_folder_option("--data", "The data set's folder.")(with_data)
+    return click.argument("data_argument", metavar="[DATA]", type=Folder(), required=False)(with_data)
+
 
 local_data_option = data_folder_option("--data", "The data set's folder.", local=True)
 
@@ -124,7 +155,7 @@ _ENGINE_OPTIONS = (
     ),
     click.option(
         "--image-seconds",
-        type=click.FloatRange(min=0, min_open=True),
+        type=Seconds(),
         default=60.0,
         show_default=True,
         help="Longest time for one image: then it is rejected, or the run stops where the image cannot even be read.",

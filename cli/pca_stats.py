@@ -7,21 +7,20 @@ from typing import TYPE_CHECKING
 
 import click
 
-from alexprep.cli.options import Folder, data_option, engine_options, json_option
+from alexprep.cli.options import data_folder, engine_options, json_option
 
 if TYPE_CHECKING:
     from alexprep.shards.engines import Engine
 
 
 @click.command("pca-stats", short_help="Mean image and eigenpairs of the RGB covariance.")
-@click.argument("data_argument", metavar="[DATA]", type=Folder(), required=False)
-@data_option
+@data_folder
 @click.option(
     "--split", default="train", show_default=True, help="The split to describe; training reads only those of train."
 )
 @engine_options
 @json_option
-def pca_stats(data_argument: Path | None, data: Path, split: str, engine: Engine, as_json: bool) -> None:
+def pca_stats(data: Path, split: str, engine: Engine, as_json: bool) -> None:
     """Compute the mean image and the eigenpairs of the RGB covariance of DATA, exactly.
 
     One pass; integer sums, so any number of workers gives the same bits. Results go to DATA/stats.
@@ -35,17 +34,16 @@ def pca_stats(data_argument: Path | None, data: Path, split: str, engine: Engine
     from alexprep.shards import stats
     from alexprep.shards.layout import MEAN_PICTURE, STATISTICS
 
-    folder = data_argument or data
     with report.progress("statistics") as show:
-        found = stats.compute(folder, split, engine, show)
-    stats.publish(found, folder, split)
+        found = stats.compute(data, split, engine, show)
+    stats.publish(found, data, split)
 
     def numbers(values: object, digits: int = 2) -> str:
         return "  ".join(f"{value:,.{digits}f}" for value in values)  # type: ignore[attr-defined]
 
     eigenvalue, stdev = (noise_stdevs(found, Augmentation(noise=name)) for name in ("eigenvalue", "stdev"))
     report.table(
-        f"Statistics of {found.images:,} images of {split!r} in {folder}.",
+        f"Statistics of {found.images:,} images of {split!r} in {data}.",
         [
             ("channel means R G B, grey levels", numbers(found.channel_means)),
             ("eigenvalues of the RGB covariance, (0-255)²", numbers(found.eigenvalues)),
@@ -56,7 +54,7 @@ def pca_stats(data_argument: Path | None, data: Path, split: str, engine: Engine
             ("colour noise along the axes, σ = 0.1, grey levels:", ""),
             ("  α λ, the paper (train's default)", numbers(eigenvalue)),
             ("  α √λ, the 2012 code", numbers(stdev)),
-            ("written to", f"{folder / STATISTICS}, {folder / MEAN_PICTURE}"),
+            ("written to", f"{data / STATISTICS}, {data / MEAN_PICTURE}"),
         ],
     )
     report.json_line(
@@ -68,7 +66,7 @@ def pca_stats(data_argument: Path | None, data: Path, split: str, engine: Engine
             "eigenvectors_in_columns": found.eigenvectors.tolist(),
             "stdevs": found.stdevs.tolist(),
             "angles_to_imagenet_degrees": found.angles_to_imagenet().tolist(),
-            "data": str(folder),
+            "data": str(data),
         },
         as_json,
     )

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from alexprep.cli.options import AT_LEAST_1, device_option, json_option
+from alexprep.cli.options import AT_LEAST_1, Seconds, device_option, json_option
 from alexprep.pipeline.augmentation import PRESETS
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ _BAR = 30  # characters
 )
 @click.option(
     "--seconds",
-    type=click.FloatRange(min=0, min_open=True),
+    type=Seconds(),
     default=60.0,
     show_default=True,
     help="How long measuring may take.",
@@ -59,7 +59,7 @@ def tune(
 
     Threads, steps ahead and, on a GPU, the share of its JPEG engines, one after the other. The settings go to DATA/tuning.json,
     one entry a kind of machine; where DATA is other people's or cannot be written, to ~/.cache/alexprep. With --json
-    nothing else is printed.
+    nothing else goes to stdout.
 
     \b
     Example: alexprep tune --data /data/imagenet-256 --seconds 120

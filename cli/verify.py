@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from alexprep.cli.options import Folder, data_option, engine_options, json_option
+from alexprep.cli.options import data_folder, engine_options, json_option
 
 if TYPE_CHECKING:
     from alexprep.shards.check import Problem
@@ -19,15 +19,12 @@ _SHOWN = 20
 
 
 @click.command("verify", short_help="Check every byte of a data set.")
-@click.argument("data_argument", metavar="[DATA]", type=Folder(), required=False)
-@data_option
+@data_folder
 @click.option("--decode", is_flag=True, help="Also decode every image.")
 @click.option("--repair", "repair_source", metavar="SOURCE", help="Make damaged shards again from SOURCE.")
 @engine_options
 @json_option
-def verify(
-    data_argument: Path | None, data: Path, decode: bool, repair_source: str | None, engine: Engine, as_json: bool
-) -> None:
+def verify(data: Path, decode: bool, repair_source: str | None, engine: Engine, as_json: bool) -> None:
     """Check DATA against its plan and the checksums that were recorded when it was written.
 
     Finds changed bits, cuts, missing, swapped, doubled and foreign files, stale indexes and edited labels, and names the
@@ -41,22 +38,21 @@ def verify(
     from alexprep.shards.sources.find import find_source
     from alexprep.shards.verify import verify as check
 
-    folder = data_argument or data
     checking = functools.partial(report.progress, "verifying", "images" if decode else "shards")
     with checking() as show:
-        found = check(folder, engine, decode, show)
+        found = check(data, engine, decode, show)
     problems, repaired = found.problems, 0
     if problems and repair_source is not None:
         _show(problems)
         with report.progress("repairing") as show:
-            repaired = repair(folder, find_source(repair_source), problems, engine, show).made_inputs
+            repaired = repair(data, find_source(repair_source), problems, engine, show).made_inputs
         with checking() as show:
-            found = check(folder, engine, decode, show)
+            found = check(data, engine, decode, show)
     _show(found.problems)
     rows = [("shards", f"{found.shards:,}"), ("sound images", f"{found.samples:,}"), ("read", report.size(found.bytes))]
     rows += [("made again", f"{repaired:,} inputs")] if repair_source is not None else []
     rows += [("problems", f"{len(found.problems):,}"), ("this run", f"{found.seconds:.1f} s")]
-    report.table(f"{folder} is {'damaged' if found.problems else 'sound'}.", rows)
+    report.table(f"{data} is {'damaged' if found.problems else 'sound'}.", rows)
     report.json_line(
         {
             "sound": not found.problems,
@@ -65,7 +61,7 @@ def verify(
             "problems": [problem._asdict() for problem in found.problems],
             "repaired_inputs": repaired,
             "seconds": round(found.seconds, 3),
-            "data": str(folder),
+            "data": str(data),
         },
         as_json,
     )

@@ -375,7 +375,7 @@ def test_interrupted_it_leaves_nothing(mine: Path, cache: Path, monkeypatch: pyt
 @pytest.mark.parametrize(
     ("arguments", "status", "words"),
     [
-        (["--seconds", "0"], 2, "0.0 is not in the range x>0"),
+        (["--seconds", "0"], 2, "0.0 is not in the range 0<x<=32000000.0"),
         (["--batch-size", "0"], 2, "0 is not in the range x>=1"),
         (["--augmentation", "box"], 2, "'box' is not one of 'paper', '2012-code', 'resized', 'none'"),
         (["--device", "tpu"], 1, "'tpu' is not a device: use cpu or cuda"),
