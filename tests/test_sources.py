@@ -193,8 +193,8 @@ def test_a_flat_val_folder_with_a_ground_truth(
         case "csv":
             lines = [f"{name.removesuffix('.JPEG')},{class_name} 1 1 1 1" for name, class_name, _ in val]
             (root / "LOC_val_solution.csv").write_text("\n".join(["ImageId,PredictionString", *lines]))
-        case "names":
-            (root / "val.txt").write_text("".join(f"{name} {class_name}\n" for name, class_name, _ in val))
+        case "names":  # with a byte order mark, as some editors write
+            (root / "val.txt").write_text("".join(f"{n} {class_name}\n" for n, class_name, _ in val), "utf-8-sig")
         case "numbers":
             (root / "val.txt").write_text("".join(f"{name} {classes.index(label)}\n" for name, label, _ in val))
         case "devkit":
@@ -310,6 +310,12 @@ def test_a_numbered_list_where_there_is_nothing_to_count(
         ("LOC_val_solution.csv", "a,\n", "line 1: expected ImageId,PredictionString"),
         ("ILSVRC2012_validation_ground_truth.txt", "1\n" * 20, "put the devkit's meta.mat"),
         ("val.txt", b"\xff\xff 1", "no text in UTF-8"),
+        (
+            "val.txt",
+            "a.JPEG cat\nval/a.JPEG dog\n",
+            r"val\.txt names val/a\.JPEG twice, with the classes 'cat' and 'dog'",
+        ),
+        ("LOC_val_solution.csv", "a,cat 1 1 2 2\na,dog\n", r"csv names a twice, with the classes 'cat' and 'dog'"),
     ],
 )
 def test_ground_truths_that_make_no_sense(
