@@ -572,7 +572,7 @@ def test_only_our_own_dataset_json_names_classes(content: str, expected: str | l
 
 @pytest.mark.parametrize("layout", ["folders", "ilsvrc"])
 def test_stores_that_fsspec_opens(layout: str, folders: Path, archives: Path, reference: Path, tmp_path: Path) -> None:
-    """In this process, from and to fsspec's store in memory; by worker processes, through its file:// store."""
+    """In this process, from and to fsspec's store in memory; by worker processes, to its file:// store."""
     import fsspec
 
     from alexprep.shards import stats
@@ -592,7 +592,7 @@ def test_stores_that_fsspec_opens(layout: str, folders: Path, archives: Path, re
         assert (there.mean_HWC == here.mean_HWC).all() and (there.covariance == here.covariance).all()
         if layout == "folders":
             with pytest.raises(AlexprepError, match="lies among the images"):
-                build("memory://folders", "memory://folders/train/out", OPTIONS, ENGINE)
+                build("memory://folders", "memory:///folders/train/out", OPTIONS, ENGINE)
     finally:
         store.rm("/", recursive=True)
     build(f"file://{source}", f"file://{tmp_path / 'out'}", OPTIONS, 2)

@@ -101,8 +101,14 @@ class Webdataset(ArchiveSource):
         return pixels
 
     def covers(self, target: str) -> bool:
-        """Whether `target` lies in a folder of shards."""
-        return any(self.files.covers(target, folder) for folder in {os.path.dirname(path) for _, path in self.shards})
+        """Whether `target` lies in a folder of shards, or in one that would be looked into."""
+        below = self.files.below(target)
+        if below and split_of(below[0]):
+            return True
+        return any(
+            self.files.below(target, folder) is not None
+            for folder in {os.path.dirname(path) for _, path in self.shards}
+        )
 
 
 def recorded_classes(files: Files) -> tuple[str, ...] | None:
