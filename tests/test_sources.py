@@ -547,6 +547,33 @@ def test_our_own_shards_with_unknown_classes_and_raw_pixels(
             source.read(next(iter(source.inputs())).location)
 
 
+def test_a_data_set_of_ours_is_sharded_anew_only_whole(reference: Path, tmp_path: Path) -> None:
+    def refused(words: str) -> None:
+        with pytest.raises(AlexprepError, match=words):
+            find_source(str(data))
+
+    data = tmp_path / "data"
+    shutil.copytree(reference, data)
+    shutil.copy(data / "train/train-000000.tar", data / "train/train-000099.tar")
+    refused(r"train-000099\.tar is none of those that dataset\.json names: move it away")
+    (data / "train/train-000099.tar").unlink()
+    assert len(list(find_source(str(data)).inputs())) == 68
+    for ending in ("tar", "idx", "json"):
+        (data / f"train/train-000001.{ending}").unlink()
+    refused(r"train-000001\.tar is missing, but dataset\.json names it: mend it with `alexprep verify .* --repair IMAGES`")
+    shutil.rmtree(data / "train")
+    refused(r"train-000000\.tar is missing")
+    (data / "dataset.json").write_text('{"format": "alexprep data set", "classes": [], "splits": {"train": 1}}')
+    refused(r"dataset\.json is damaged")
+    (data / "dataset.json").unlink()
+    refused("holds an unfinished data set: run the `alexprep shard` that began it again")
+    assert len(list(find_source(f"{data}/val/val-00000{{0..2}}.tar").inputs())) == 20  # the very tars that are meant
+    (data / "plan.json").write_text('{"format": "alexprep plan", ')
+    refused(r"plan\.json is damaged")
+    (data / "plan.json").write_text('{"tasks": "of another program"}')
+    assert len(list(find_source(str(data)).inputs())) == 20
+
+
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
