@@ -17,6 +17,8 @@ _is_paper = re.compile(
     rb"(readme|licen[cs]e|copying|.*\.(txt|md|csv|tsv|json|xml|html?|pdf|ya?ml))", re.IGNORECASE
 ).fullmatch
 
+_Chain = tuple[bytes, ...]  # the names that lead to a file or folder
+
 
 @dataclass(frozen=True)
 class TarOfClassFolders(ArchiveSource):
@@ -66,8 +68,9 @@ class TarOfClassFolders(ArchiveSource):
             )
         found.sort(key=lambda item: (item[0], item[1], item[2]))
         known: dict[str, bytes] = {}
+        shown = self.files.display()
         for split, folder, file in found:
-            yield Input(split, class_name_of(folder, known, self.files.display()), file.location)
+            yield Input(split, class_name_of(folder, known, shown), file.location)
 
     def covers(self, target: str) -> bool:
         """Whether a data set in `target` would hide the tars: in the root, or deeper than the folders that are passed over."""
@@ -80,10 +83,11 @@ class TarOfClassFolders(ArchiveSource):
         packed = list(each_once(self.files, packed_files(self.files, path)))
         parts = [tuple(file.name.split(b"/")) for file in packed]
         shown = self.files.display(path)
-        skip = _wrapping(parts, shown)
-        folders = split_folders({part[skip] for part in parts if len(part) > skip + 1}, shown)
+        holding = {part[:-1] for part in parts}
+        skip = _wrapping(holding, parts, shown)
+        folders = split_folders({chain[skip] for chain in holding if len(chain) > skip}, shown)
         for folder in folders.values():
-            if not any(part[skip] == folder for part in parts if len(part) > skip + 2):
+            if not any(chain[skip] == folder for chain in holding if len(chain) > skip + 1):
                 raise AlexprepError(
                     f"{shown} holds {folder.decode()}/, which means a split, without class folders in it: pack the images as "
                     f"{folder.decode()}/CLASS/IMAGE; where it is a class, pack all classes into one folder train/ or val/"
@@ -105,22 +109,27 @@ def _is_data_set(files: Files, folder: bytes) -> bool:
     return any(entry.name == PLAN.encode() for entry in files.entries(folder))
 
 
-def _wrapping(parts: list[tuple[bytes, ...]], shown: str) -> int:
+def _wrapping(holding: set[_Chain], files: list[_Chain], shown: str) -> int:
     """How many folders wrap the class folders or the splits, and tell nothing: a tar is often made of one, as CIFAR/train/….
 
     A split's folder does tell something, also where the tar holds no other split.
+
+    Args:
+        holding: the folders that hold files, each as the names that lead to it.
+        files: the files, likewise.
+        shown: the tar, for messages.
     """
     skip = 0
     while True:
-        inside = [part for part in parts if len(part) > skip + 1]
-        below = {part[skip + 1] for part in inside if len(part) > skip + 2}
-        if not below or len({part[skip] for part in inside}) != 1:
+        inside = [chain for chain in holding if len(chain) > skip]
+        below = {chain[skip + 1] for chain in inside if len(chain) > skip + 1}
+        if not below or len({chain[skip] for chain in inside}) != 1:
             return skip
         splits = split_folders(below, shown)
         if split_folders([inside[0][skip]], shown):
-            wraps = len(splits) == len(below) and all(len(part) > skip + 3 for part in inside)
+            wraps = len(splits) == len(below) and all(len(chain) > skip + 2 for chain in inside)
         else:
-            wraps = bool(splits) or all(len(part) > skip + 2 or _is_paper(part[-1]) for part in inside)
+            wraps = bool(splits) or all(len(file) != skip + 2 or _is_paper(file[-1]) for file in files)
         if not wraps:
             return skip
         skip += 1
