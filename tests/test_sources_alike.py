@@ -143,10 +143,14 @@ def test_a_url_of_this_disk_is_the_path(photos: Path, tmp_path: Path) -> None:
         find_source(f"file://{tmp_path}/nowhere")
 
 
-def test_names_in_a_store_are_no_chains_of_stores() -> None:
+def test_names_in_a_store_are_no_chains_of_stores_nor_patterns(tmp_path: Path) -> None:
     memory = fsspec.filesystem("memory")
     for name in ("a::b/c::d.jpg", "file::/e.jpg", "x{1}/f.jpg"):
         memory.pipe_file(f"/chains{{0}}/{name}", name.encode())
+    tar = packed(tmp_path / "{0..3}.tar", "a.jpg", "a.cls", content=b"0")
+    memory.pipe_file("/tars/{0..3}.tar", tar.read_bytes())
+    for place in ("memory://tars", str(tmp_path)):
+        assert listed(find_source(place + "/{0..3}.tar")) == [("train", "0", b"a.jpg")]
     source = find_source("memory://chains{0}")
     assert [class_name for _, class_name, _ in listed(source)] == ["a::b", "file::", "x{1}"]
     for entry in source.inputs():

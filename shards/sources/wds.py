@@ -18,7 +18,7 @@ from alexprep.shards.errors import AlexprepError
 from alexprep.shards.layout import DATASET, DATASET_FORMAT, PLAN
 from alexprep.shards.sources.archive import ArchiveSource, packed_files, read_packed
 from alexprep.shards.sources.base import Input, Location, split_of
-from alexprep.shards.sources.files import Files
+from alexprep.shards.sources.files import Entry, Files
 from alexprep.shards.sources.samples import (
     IMAGE_EXTENSIONS,
     LABEL_EXTENSIONS,
@@ -54,7 +54,8 @@ class Webdataset(ArchiveSource):
     def at(cls, files: Files, name: bytes) -> Webdataset | None:
         """The shards in the root and its split folders, or those that `name` (a tar, or a brace pattern) stands for."""
         if name:
-            found = [(split_of(os.path.basename(path)) or "train", path) for path in braces(name)]
+            meant = braces(name) if b"{" in name and Entry(name, False) not in files.entries() else [name]
+            found = [(split_of(os.path.basename(path)) or "train", path) for path in meant]
         else:
             found = [(split or "train", path) for split, path in shards_below(files)]
             _check_complete(files, [path for _, path in found])
@@ -153,7 +154,10 @@ def _check_complete(files: Files, tars: list[bytes]) -> None:
         return
     present = {os.path.basename(path) for path in tars}
     for odd, words in (
-        (wanted - present, f"is missing, but dataset.json names it: mend it with `alexprep verify {shown} --repair IMAGES`"),
+        (
+            wanted - present,
+            f"is missing, but dataset.json names it: mend it with `alexprep verify {shown} --repair IMAGES`",
+        ),
         (present - wanted, "is none of those that dataset.json names: move it away"),
     ):
         if odd:
