@@ -560,7 +560,9 @@ def test_a_data_set_of_ours_is_sharded_anew_only_whole(reference: Path, tmp_path
     assert len(list(find_source(str(data)).inputs())) == 68
     for ending in ("tar", "idx", "json"):
         (data / f"train/train-000001.{ending}").unlink()
-    refused(r"train-000001\.tar is missing, but dataset\.json names it: mend it with `alexprep verify .* --repair IMAGES`")
+    refused(
+        r"train-000001\.tar is missing, but dataset\.json names it: mend it with `alexprep verify .* --repair IMAGES`"
+    )
     shutil.rmtree(data / "train")
     refused(r"train-000000\.tar is missing")
     (data / "dataset.json").write_text('{"format": "alexprep data set", "classes": [], "splits": {"train": 1}}')

@@ -79,7 +79,7 @@ class TarOfClassFolders(ArchiveSource):
         return below is not None and len(below) != 1 and not split_s_own
 
     def _in_classes(self, named: str, path: bytes) -> Iterator[tuple[str, bytes, Packed]]:
-        """(split, class, file) of each file of an archive, by the rules of `ClassFolders`; `named` where no folder tells the split."""
+        """(split, class, file) of each file, by the rules of `ClassFolders`; `named` where no folder tells the split."""
         packed = list(each_once(self.files, packed_files(self.files, path)))
         parts = [tuple(file.name.split(b"/")) for file in packed]
         shown = self.files.display(path)
