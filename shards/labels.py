@@ -59,12 +59,12 @@ def class_order(rule: str | Sequence[str], present: set[str], source: Source) ->
 
 def _listed_order(path: Path) -> list[str]:
     try:
-        lines = path.read_text("utf-8").split("\n")
+        lines = path.read_text("utf-8-sig").split("\n")  # text mode: "\r\n" has become "\n"
     except (OSError, UnicodeDecodeError) as error:
         raise AlexprepError(
             f"--labels {path} is neither auto, sorted, ilsvrc-id, nor a text file that can be read ({error})"
         ) from None
-    order = [line.strip() for line in lines if line.strip()]
+    order = [line for line in lines if line.strip()]
     repeated = (
         next((name for i, name in enumerate(order) if name in order[:i]), None)
         if len(set(order)) < len(order)

@@ -59,6 +59,8 @@ def test_a_file_may_give_the_order(tmp_path: Path) -> None:
     listing = tmp_path / "classes.txt"
     listing.write_text("b\na\n\n")
     assert class_order(str(listing), {"a"}, _source(tmp_path)) == ["b", "a"]
+    listing.write_bytes(b"\xef\xbb\xbfb\r\n a \r\n\r\n")  # as Windows writes it; folders may begin or end in a space
+    assert class_order(str(listing), {" a ", "b"}, _source(tmp_path)) == ["b", " a "]
     listing.write_text("b\na\nb\n")
     with pytest.raises(AlexprepError, match="names class 'b' twice"):
         class_order(str(listing), {"a"}, _source(tmp_path))

@@ -193,8 +193,8 @@ def test_a_flat_val_folder_with_a_ground_truth(
         case "csv":
             lines = [f"{name.removesuffix('.JPEG')},{class_name} 1 1 1 1" for name, class_name, _ in val]
             (root / "LOC_val_solution.csv").write_text("\n".join(["ImageId,PredictionString", *lines]))
-        case "names":
-            (root / "val.txt").write_text("".join(f"{name} {class_name}\n" for name, class_name, _ in val))
+        case "names":  # with a byte order mark, as some editors write
+            (root / "val.txt").write_text("".join(f"{n} {class_name}\n" for n, class_name, _ in val), "utf-8-sig")
         case "numbers":
             (root / "val.txt").write_text("".join(f"{name} {classes.index(label)}\n" for name, label, _ in val))
         case "devkit":
@@ -310,6 +310,12 @@ def test_a_numbered_list_where_there_is_nothing_to_count(
         ("LOC_val_solution.csv", "a,\n", "line 1: expected ImageId,PredictionString"),
         ("ILSVRC2012_validation_ground_truth.txt", "1\n" * 20, "put the devkit's meta.mat"),
         ("val.txt", b"\xff\xff 1", "no text in UTF-8"),
+        (
+            "val.txt",
+            "a.JPEG cat\nval/a.JPEG dog\n",
+            r"val\.txt names val/a\.JPEG twice, with the classes 'cat' and 'dog'",
+        ),
+        ("LOC_val_solution.csv", "a,cat 1 1 2 2\na,dog\n", r"csv names a twice, with the classes 'cat' and 'dog'"),
     ],
 )
 def test_ground_truths_that_make_no_sense(
@@ -350,14 +356,12 @@ def test_archives_that_make_no_sense(archives: Path, tmp_path: Path) -> None:
 
 
 def test_archives_packed_otherwise(tmp_path: Path) -> None:
-    """Synsets' tars below a folder, and members that occur twice: each is an input."""
+    """Synsets' tars below a folder, and test images without labels."""
     inner = _tar(tmp_path / "x", {"b.JPEG": b"", "a.JPEG": b""})
     (tmp_path / "x").unlink()
     _tar(tmp_path / "ILSVRC2012_img_train.tar", {"z/n1.tar": inner, "train/n2.tar": inner, "n0.tar": inner})
     names = [f"ILSVRC2012_val_{n}.JPEG" for n in (1, 2)]
-    with tarfile.open(tmp_path / "ILSVRC2012_img_val.tar", "w") as tar:
-        for name in (*names, names[0]):
-            tar.addfile(tarfile.TarInfo(name))
+    _tar(tmp_path / "ILSVRC2012_img_val.tar", dict.fromkeys(names, b""))
     (tmp_path / "ILSVRC2012_validation_ground_truth.txt").write_text("2\n1\n")
     (tmp_path / "meta.mat").write_bytes(_meta_mat(["n1", "n2"]))
     _tar(tmp_path / "ILSVRC2012_img_test.tar", {"ILSVRC2012_test_1.JPEG": b"", "ILSVRC2012_test_2.JPEG": b""})
@@ -365,9 +369,13 @@ def test_archives_packed_otherwise(tmp_path: Path) -> None:
     inputs = list(find_source(str(tmp_path)).inputs())
     assert [entry.class_name for entry in inputs if entry.split == "train"] == ["n0", "n0", "n1", "n1", "n2", "n2"]
     val = [(entry.class_name, entry.location.member.decode()) for entry in inputs if entry.split == "val"]
-    assert val == [("n1", names[1]), ("n2", names[0]), ("n2", names[0])]
+    assert val == [("n1", names[1]), ("n2", names[0])]
     assert [entry.class_name for entry in inputs if entry.split == "test"] == [UNLABELLED] * 2
-    assert len(set(inputs)) == len(inputs)
+    with tarfile.open(tmp_path / "ILSVRC2012_img_val.tar", "w") as tar:
+        for name in (*names, names[0]):
+            tar.addfile(tarfile.TarInfo(name))
+    with pytest.raises(AlexprepError, match=rf"ILSVRC2012_img_val\.tar holds {names[0]} twice"):
+        list(find_source(str(tmp_path)).inputs())
 
 
 def test_published_checksums(archives: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -499,6 +507,9 @@ def test_webdatasets_are_sharded_anew(form: str, reference: Path, folders: Path,
         ({"a.jpg": b"x", "a.json": b'{"text": 1}'}, "no label in its .json"),
         ({"a.jpg": b"x", "a.json": b'{"label": null}'}, "no label in its .json"),
         ({"a.jpg": b"x", "a.json": b"[1]"}, "no label in its .json"),
+        ({"a.jpg": b"x", "a.json": b'{"label": "\\ud800"}'}, "sample a has no label in its .json"),
+        ({"a.jpg": b"x", "a.json": b'{"label": NaN}'}, "sample a has no label in its .json"),
+        ({"a.jpg": b"x", "a.json": b'{"label": -Infinity}'}, "sample a has no label in its .json"),
         ({"a.jpg": b"x", "a.json": b'{"label": [1, 2]}'}, "several labels"),
         ({"a.npy": b"x", "a.cls": b"1"}, "0 images among npy, cls, expected one; .npy counts only below the dataset"),
         ({"a.jpg": b"x", "a.cls": b"\xff\xfe"}, "no label in its .cls"),
@@ -536,6 +547,35 @@ def test_our_own_shards_with_unknown_classes_and_raw_pixels(
             source.read(next(iter(source.inputs())).location)
 
 
+def test_a_data_set_of_ours_is_sharded_anew_only_whole(reference: Path, tmp_path: Path) -> None:
+    def refused(words: str) -> None:
+        with pytest.raises(AlexprepError, match=words):
+            find_source(str(data))
+
+    data = tmp_path / "data"
+    shutil.copytree(reference, data)
+    shutil.copy(data / "train/train-000000.tar", data / "train/train-000099.tar")
+    refused(r"train-000099\.tar is none of those that dataset\.json names: move it away")
+    (data / "train/train-000099.tar").unlink()
+    assert len(list(find_source(str(data)).inputs())) == 68
+    for ending in ("tar", "idx", "json"):
+        (data / f"train/train-000001.{ending}").unlink()
+    refused(
+        r"train-000001\.tar is missing, but dataset\.json names it: mend it with `alexprep verify .* --repair IMAGES`"
+    )
+    shutil.rmtree(data / "train")
+    refused(r"train-000000\.tar is missing")
+    (data / "dataset.json").write_text('{"format": "alexprep data set", "classes": [], "splits": {"train": 1}}')
+    refused(r"dataset\.json is damaged")
+    (data / "dataset.json").unlink()
+    refused("holds an unfinished data set: run the `alexprep shard` that began it again")
+    assert len(list(find_source(f"{data}/val/val-00000{{0..2}}.tar").inputs())) == 20  # the very tars that are meant
+    (data / "plan.json").write_text('{"format": "alexprep plan", ')
+    refused(r"plan\.json is damaged")
+    (data / "plan.json").write_text('{"tasks": "of another program"}')
+    assert len(list(find_source(str(data)).inputs())) == 20
+
+
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
@@ -563,7 +603,7 @@ def test_only_our_own_dataset_json_names_classes(content: str, expected: str | l
 
 @pytest.mark.parametrize("layout", ["folders", "ilsvrc"])
 def test_stores_that_fsspec_opens(layout: str, folders: Path, archives: Path, reference: Path, tmp_path: Path) -> None:
-    """In this process, from and to fsspec's store in memory; by worker processes, through its file:// store."""
+    """In this process, from and to fsspec's store in memory; by worker processes, to its file:// store."""
     import fsspec
 
     from alexprep.shards import stats
@@ -583,7 +623,7 @@ def test_stores_that_fsspec_opens(layout: str, folders: Path, archives: Path, re
         assert (there.mean_HWC == here.mean_HWC).all() and (there.covariance == here.covariance).all()
         if layout == "folders":
             with pytest.raises(AlexprepError, match="lies among the images"):
-                build("memory://folders", "memory://folders/train/out", OPTIONS, ENGINE)
+                build("memory://folders", "memory:///folders/train/out", OPTIONS, ENGINE)
     finally:
         store.rm("/", recursive=True)
     build(f"file://{source}", f"file://{tmp_path / 'out'}", OPTIONS, 2)

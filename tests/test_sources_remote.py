@@ -14,7 +14,10 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
+from alexprep.shards.build import build
+from alexprep.shards.engines import InProcessEngine
 from alexprep.shards.errors import AlexprepError
+from alexprep.shards.plan import ShardOptions, draw_up
 from alexprep.shards.sources import remote
 from alexprep.shards.sources.find import find_source
 from alexprep.shards.sources.remote import RemoteFiles
@@ -179,3 +182,61 @@ def test_http(served: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert caught.value.errno == errno.ECOMM and caught.value.filename == "http://127.0.0.1:9/a.jpg"
     with pytest.raises(AlexprepError, match=r"a\.tar cannot be read .*ClientConnectorError"):
         gone.size(b"a.tar")
+
+
+def same_plan(one: str, other: str) -> None:
+    """Both places must give the same plan, and the same bytes for each input of it."""
+    sources = [find_source(one), find_source(other)]
+    (document, tables), again = (draw_up(source, ShardOptions()) for source in sources)
+    assert (document, tables) == again and document["splits"]["train"]["inputs"] > 0
+    for entry in sources[0].inputs():
+        assert sources[0].read(entry.location) == sources[1].read(entry.location)
+
+
+def test_names_that_a_url_must_escape_are_the_same_over_http(served: str, tmp_path: Path) -> None:
+    names = (
+        "p%41.jpg",
+        "h#2.jpg",
+        "q?x=1.jpg",
+        "ü ö.jpg",
+        "a&b;c=d.jpg",
+        "&amp;.jpg",
+        "s::t.jpg",
+        "br{1}.jpg",
+        "+@,'.jpg",
+    )
+    classes = ("has space", "é", "%C3%A9", "50%", "c#", "w?t", "a&lt;b")
+    for class_name in classes:
+        (tmp_path / "set" / class_name).mkdir(parents=True)
+        for name in names:
+            (tmp_path / "set" / class_name / name).write_bytes(f"{class_name}/{name}".encode())
+    same_plan(str(tmp_path / "set"), f"{served}/set")
+    rows = [f'"{class_name}/{name}",{number % 3}' for number, class_name in enumerate(classes) for name in names]
+    (tmp_path / "set/l#st.csv").write_text("path,label\n" + "\n".join(rows))
+    same_plan(str(tmp_path / "set/l#st.csv"), f"{served}/set/l%23st.csv")
+
+
+def test_links_of_a_page_that_are_no_files_of_its_folder_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Page:
+        """As fsspec lists Apache's page of a folder: with links that sort it, and what the page links besides."""
+
+        def ls(self, place: str, detail: bool) -> list[dict[str, str]]:
+            links = ("?C=N;O=D", "a.jpg#top", "./b&#39;.jpg", "c&amp;d.jpg", "deep/e.jpg", "f%2Fg.jpg", ".hidden", "h/")
+            return [{"name": f"{place}/{link}", "type": "directory" if link[-1] == "/" else "file"} for link in links]
+
+    monkeypatch.setattr(remote, "_opened", lambda url: (Page(), url))
+    entries = RemoteFiles("http://nowhere/x").entries(b"y z")
+    assert [name for name, _ in entries] == [b"b'.jpg", b"c&d.jpg", b"h"] and entries[-1].is_folder
+
+
+def test_rows_that_a_server_has_not_are_rejected_with_one_reason(served: str, tmp_path: Path) -> None:
+    rows = "".join(f"{served}/gone/{number}.jpg,x\n" for number in range(3))
+    (tmp_path / "list.csv").write_text(f"url,label\n{rows}")
+    for place in (str(tmp_path / "list.csv"), f"{served}/list.csv"):
+        source = find_source(place)
+        paths = [entry.location.path for entry in source.inputs()]
+        assert [source.files.display(path) for path in paths] == [path.decode() for path in paths]
+        with pytest.raises(
+            AlexprepError, match=r"none of the 3 inputs is a usable image: cannot be read: not found \(3\)"
+        ):
+            build(source, tmp_path / f"out{len(place)}", ShardOptions(), InProcessEngine())

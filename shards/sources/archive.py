@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from alexprep.shards.errors import AlexprepError
 from alexprep.shards.sources.base import Location, Source
 from alexprep.shards.sources.files import Files
 from alexprep.shards.untar import members
@@ -73,3 +74,22 @@ def packed_files(files: Files, path: bytes, within: Location | None = None, pref
                 continue
             offset, length = (member.offset, member.size) if member.kind == "file" else (_NO_FILE, 0)
             yield Packed(clean, Location(path, prefix + clean, offset, length))
+
+
+def each_once(files: Files, packed: Iterable[Packed]) -> Iterator[Packed]:
+    """The same members. Of two with one name, programs that unpack keep the last and others read both: so none is taken.
+
+    Raises:
+        AlexprepError: a name occurs twice, also where one is written ./a and the other a; archive and member are named.
+    """
+    seen: set[bytes] = set()
+    for file in packed:
+        if file.name in seen:
+            where = (
+                f"{files.display(file.location.path)} holds {file.location.member.decode('utf-8', 'backslashreplace')}"
+            )
+            raise AlexprepError(
+                f"{where} twice, which programs read differently: pack the archive anew, with each file once"
+            )
+        seen.add(file.name)
+        yield file

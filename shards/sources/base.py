@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from alexprep.shards.errors import AlexprepError
 from alexprep.shards.sources.devkit import find_meta_mat
 from alexprep.shards.sources.files import Files
 
@@ -109,6 +110,43 @@ class Source:
 def numbered_classes(present: set[str]) -> list[str]:
     """The names "0" to the highest of `present`, all of which are numbers, in numeric order."""
     return [str(label) for label in range(1 + max(map(int, present), default=-1))]
+
+
+def class_name_of(folder: bytes, known: dict[str, bytes], place: str) -> str:
+    """The name of a class folder as text; bytes that are not UTF-8 are written as escapes.
+
+    Args:
+        folder: its name.
+        known: the folders so far, by class name; this one is added.
+        place: where it lies, for messages.
+
+    Raises:
+        AlexprepError: another folder has that name already, written out as such escapes.
+    """
+    name = folder.decode("utf-8", "backslashreplace")
+    if known.setdefault(name, folder) != folder:
+        raise AlexprepError(
+            f"{place} holds the folders {known[name]!r} and {folder!r}, both the class {name}: rename one"
+        )
+    return name
+
+
+def split_folders(folders: Iterable[bytes], place: str) -> dict[str, bytes]:
+    """The folder of each split, where there are any; what else lies beside them in `place` is then none of the data.
+
+    Raises:
+        AlexprepError: two folders stand for one split.
+    """
+    found: dict[str, bytes] = {}
+    for folder in sorted(folders):
+        split = SPLITS.get(folder.decode("utf-8", "replace").lower())
+        if split is None:
+            continue
+        if split in found:
+            both = f"{found[split].decode()} and {folder.decode()}"
+            raise AlexprepError(f"SOURCE {place} holds {both}, which both mean {split!r}: move one of them away")
+        found[split] = folder
+    return found
 
 
 def split_of(name: bytes) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import os
 import stat
@@ -19,6 +20,9 @@ PAUSES = (0.1, 1.0)  # seconds before a read that failed is tried for the second
 MAX_INFLATED_BYTES = 2**31  # of a gzipped file that is read as a whole: the largest known (EMNIST) has 640 MB
 # Bytes of a gzip part that are inflated at once. What lies behind its end is copied each time, so the first step is small.
 _FIRST_STEP, _STEP = 1024, 2**20
+# What systems answer of a link that leads nowhere or where nobody may look. Others speak of the disk, not of the link.
+_OF_THE_LINK = {errno.ELOOP, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EACCES, errno.EPERM}
+_LOCAL_SCHEMES = ("file://", "local://")
 
 
 class Entry(NamedTuple):
@@ -53,8 +57,8 @@ class Files(Hashable, Protocol):
     def display(self, path: bytes = b"") -> str:
         """A path for messages."""
 
-    def covers(self, target: str, folder: bytes) -> bool:
-        """Whether a file written below `target` (a path or URL) would lie in `folder`."""
+    def below(self, target: str, folder: bytes = b"") -> tuple[bytes, ...] | None:
+        """The names that lead from a folder to `target` (a path or URL), links followed; None where it lies elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,7 @@ class LocalFiles:
         """See `Files`."""
         try:
             with os.scandir(os.path.join(self.root, folder)) as found:
-                return sorted(Entry(e.name, e.is_dir()) for e in found if not e.name.startswith(b"."))
+                return sorted(Entry(e.name, _is_folder(e)) for e in found if not e.name.startswith(b"."))
         except (FileNotFoundError, NotADirectoryError):
             return []
 
@@ -89,7 +93,7 @@ class LocalFiles:
                     path = os.path.join(here, entry.name)
                     if entry.is_dir(follow_symlinks=False):
                         pending.append(path)
-                    elif not entry.is_dir():
+                    elif not _is_folder(entry):
                         found.append(path)
         yield from sorted(found)
 
@@ -125,12 +129,35 @@ class LocalFiles:
         """See `Files`."""
         return os.path.join(self.root, path).rstrip(b"/").decode("utf-8", "backslashreplace")
 
-    def covers(self, target: str, folder: bytes) -> bool:
+    def below(self, target: str, folder: bytes = b"") -> tuple[bytes, ...] | None:
         """See `Files`."""
-        if "://" in target:
+        path = local_path(target)
+        if path is None:
+            return None
+        there, here = os.path.realpath(os.fsencode(path)), os.path.realpath(os.path.join(self.root, folder))
+        if os.path.commonpath((there, here)) != here:
+            return None
+        return tuple(part for part in there[len(here) :].split(b"/") if part)
+
+
+def _is_folder(entry: os.DirEntry[bytes]) -> bool:
+    """Whether an entry is a folder or a link to one. A link that leads nowhere is none: whoever reads it learns why."""
+    try:
+        return entry.is_dir()
+    except OSError as error:
+        if error.errno in _OF_THE_LINK:
             return False
-        there, here = os.path.realpath(os.fsencode(target)), os.path.realpath(os.path.join(self.root, folder))
-        return os.path.commonpath((there, here)) == here
+        raise
+
+
+def local_path(place: str) -> str | None:
+    """A path as it is, the path of a URL of this machine's disks, None for any other URL.
+
+    >>> local_path("a/b"), local_path("file:///a/b"), local_path("s3://a/b")
+    ('a/b', '/a/b', None)
+    """
+    scheme = next((scheme for scheme in _LOCAL_SCHEMES if place.startswith(scheme)), "")
+    return None if "://" in place and not scheme else place.removeprefix(scheme)
 
 
 def files_at(place: str) -> tuple[Files, bytes]:
@@ -139,11 +166,12 @@ def files_at(place: str) -> tuple[Files, bytes]:
     Raises:
         AlexprepError: there is nothing there.
     """
-    if "://" in place:
+    path = local_path(place)
+    if path is None:
         from alexprep.shards.sources.remote import remote_files_at
 
         return remote_files_at(place)
-    absolute = os.path.abspath(os.fsencode(place))
+    absolute = os.path.abspath(os.fsencode(path))
     if b"{" in os.path.basename(absolute) and not os.path.exists(absolute):  # a brace pattern
         folder_bytes, name_bytes = os.path.split(absolute)
         return LocalFiles(os.path.realpath(folder_bytes)), name_bytes

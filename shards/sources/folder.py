@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from alexprep.shards.errors import AlexprepError
-from alexprep.shards.sources.base import SPLITS, Input, Location, Source
+from alexprep.shards.sources.base import SPLITS, Input, Location, Source, class_name_of, split_folders
 from alexprep.shards.sources.devkit import find_meta_mat, year_of
 from alexprep.shards.sources.files import Files, LocalFiles
 from alexprep.shards.sources.truth import Truth, find_truth
@@ -34,17 +34,7 @@ class ClassFolders(Source):
             AlexprepError: two folders stand for one split, or the images of one have no classes.
         """
         folders = [] if name else [entry.name for entry in files.entries() if entry.is_folder]
-        named: dict[str, bytes] = {}
-        for folder in folders:
-            split = SPLITS.get(os.fsdecode(folder).lower())
-            if split is None:
-                continue
-            if split in named:
-                both = f"{os.fsdecode(named[split])} and {os.fsdecode(folder)}"
-                raise AlexprepError(
-                    f"SOURCE {files.display()} holds {both}, which both mean {split!r}: move one of them away"
-                )
-            named[split] = folder
+        named = split_folders(folders, files.display())
         if named:
             return cls(
                 files,
@@ -57,6 +47,7 @@ class ClassFolders(Source):
 
     def inputs(self) -> Iterator[Input]:
         """Every file below a class folder that is not hidden, of whatever kind; what is no image is rejected later."""
+        known: dict[str, bytes] = {}
         for split, folder, truth in self.splits:
             if truth is not None:
                 names = [entry.name for entry in self.files.entries(folder) if not entry.is_folder]
@@ -65,13 +56,16 @@ class ClassFolders(Source):
                 continue
             for entry in self.files.entries(folder):
                 if entry.is_folder:
-                    class_name = entry.name.decode("utf-8", "backslashreplace")
+                    class_name = class_name_of(entry.name, known, self.files.display())
                     for path in self.files.walk(os.path.join(folder, entry.name)):
                         yield Input(split, class_name, Location(path))
 
     def covers(self, target: str) -> bool:
-        """Whether `target` lies in a split's folder."""
-        return any(self.files.covers(target, folder) for _, folder, _ in self.splits)
+        """Whether `target` lies in a split's folder, or in one that would be taken for it."""
+        below = self.files.below(target)
+        if below and below[0].decode("utf-8", "replace").lower() in SPLITS:
+            return True
+        return any(self.files.below(target, folder) is not None for _, folder, _ in self.splits)
 
     def year(self) -> str:
         """As some of the images' names tell it."""

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from alexprep.shards.errors import AlexprepError
-from alexprep.shards.sources.archive import ArchiveSource, packed_files
-from alexprep.shards.sources.base import UNLABELLED, Input, Location
+from alexprep.shards.sources.archive import ArchiveSource, each_once, packed_files
+from alexprep.shards.sources.base import UNLABELLED, Input, class_name_of
 from alexprep.shards.sources.devkit import year_of
 from alexprep.shards.sources.files import Files
 from alexprep.shards.sources.truth import find_truth
@@ -67,20 +67,24 @@ class IlsvrcArchives(ArchiveSource):
         return year_of(path for _, path in self.archives)
 
     def _train(self, path: bytes) -> Iterator[Input]:
-        synsets = ((os.path.basename(synset.name), synset) for synset in packed_files(self.files, path))
+        synsets = (
+            (os.path.basename(file.name), file) for file in each_once(self.files, packed_files(self.files, path))
+        )
+        known: dict[str, bytes] = {}
         for file, synset in sorted(synsets):
-            class_name, _, end = file.rpartition(b".")
+            class_folder, _, end = file.rpartition(b".")
             if end != b"tar" or synset.location.offset < 0:
                 raise AlexprepError(
                     f"{self.files.display(path)} holds {synset.name.decode('utf-8', 'backslashreplace')}, expected one "
                     "SYNSET.tar a class: for a tar of class folders use --layout tar"
                 )
+            class_name = class_name_of(class_folder, known, self.files.display(path))
             inner = packed_files(self.files, path, synset.location, synset.name + b"/")
-            for _, location in sorted(inner):
-                yield Input("train", class_name.decode("utf-8", "backslashreplace"), location)
+            for _, location in sorted(each_once(self.files, inner)):
+                yield Input("train", class_name, location)
 
     def _flat(self, split: str, path: bytes) -> Iterator[Input]:
-        packed = sorted(packed_files(self.files, path))
+        packed = sorted(each_once(self.files, packed_files(self.files, path)))
         year = year_of([path])
         truth = find_truth(self.files, split, [name for name, _ in packed], year=year)
         if truth is None and split != "test":
@@ -91,11 +95,9 @@ class IlsvrcArchives(ArchiveSource):
         if truth is None:
             yield from (Input(split, UNLABELLED, location) for _, location in packed)
             return
-        where: dict[bytes, list[Location]] = {}
-        for name, location in packed:  # a name may occur twice, and each of its files is an input
-            where.setdefault(name, []).append(location)
+        where = dict(packed)
         for class_name, name in truth.sorted(where):
-            yield from (Input(split, class_name, location) for location in where[name])
+            yield Input(split, class_name, where[name])
 
 
 def check_archives(files: Files, wanted: dict[str, str] = PUBLISHED_MD5) -> list[str]:

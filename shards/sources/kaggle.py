@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from alexprep.shards.errors import AlexprepError
-from alexprep.shards.sources.base import UNLABELLED, Input, Location, Source
+from alexprep.shards.sources.base import UNLABELLED, Input, Location, Source, class_name_of
 from alexprep.shards.sources.files import Files
 from alexprep.shards.sources.truth import find_truth
 
@@ -33,10 +33,12 @@ class Kaggle(Source):
             for name in self._flat(b"test"):
                 yield Input("test", UNLABELLED, Location(os.path.join(_IMAGES, b"test", name)))
         if b"train" in present:
+            known: dict[str, bytes] = {}
             for entry in self.files.entries(_IMAGES + b"/train"):
                 if entry.is_folder:
+                    class_name = class_name_of(entry.name, known, self.files.display())
                     for path in self.files.walk(os.path.join(_IMAGES, b"train", entry.name)):
-                        yield Input("train", entry.name.decode("utf-8", "backslashreplace"), Location(path))
+                        yield Input("train", class_name, Location(path))
         if b"val" in present:
             names = self._flat(b"val")
             truth = find_truth(self.files, "val", names, year=self.year())
@@ -54,7 +56,7 @@ class Kaggle(Source):
 
     def covers(self, target: str) -> bool:
         """Whether `target` lies among the images."""
-        return self.files.covers(target, _IMAGES)
+        return self.files.below(target, _IMAGES) is not None
 
     def _flat(self, split: bytes) -> list[bytes]:
         return [entry.name for entry in self.files.entries(os.path.join(_IMAGES, split)) if not entry.is_folder]

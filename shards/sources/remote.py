@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import html
 import os
+import re
 import time
+import urllib.parse
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from alexprep.shards.errors import AlexprepError
-from alexprep.shards.sources.files import MAX_FILE_BYTES, PAUSES, Entry
+from alexprep.shards.sources.answers import Answer, asked
+from alexprep.shards.sources.files import MAX_FILE_BYTES, PAUSES, Entry, local_path
 
 _AHEAD = 2**20  # bytes that are read at once where many small reads are to come
-_ABSENT = (404, 410)  # HTTP: not found, gone
-_Answer = TypeVar("_Answer")
+_HTTP = ("http://", "https://")
+is_url = re.compile(rb"[A-Za-z][A-Za-z0-9+.:-]*://").match
 
 
 @dataclass(frozen=True)
@@ -23,7 +27,7 @@ class RemoteFiles:
     """Files behind a URL that fsspec understands: s3://, gs://, https://, memory://, …
 
     Attributes:
-        url: of the root; empty where every path is a URL of its own.
+        url: of the root; empty where every path is a URL of its own. A path that is a URL is taken as it stands.
     """
 
     url: str
@@ -60,12 +64,13 @@ class RemoteFiles:
 
     def _listed(self, folder: bytes) -> list[Entry]:
         """As `entries`; FileNotFoundError or NotADirectoryError where there is no such folder."""
-        system, root = _opened(self._url(folder))
-        listed = self._patiently(lambda: system.ls(root, detail=True), folder, "listed")
-        own = root.rstrip("/")  # which some stores list as if it were inside itself
+        system, place = self._opened(folder)
+        listed = self._patiently(lambda: system.ls(place, detail=True), folder, "listed")
+        own = place.rstrip("/")  # which some stores list as if it were inside itself
         paths = ((item["name"].rstrip("/"), item["type"] == "directory") for item in listed)
-        names = ((path.rpartition("/")[2], is_folder) for path, is_folder in paths if path != own)
-        return sorted(Entry(name.encode(), is_folder) for name, is_folder in names if name and not name.startswith("."))
+        name_of = _linked_name if self.url.startswith(_HTTP) else _stored_name
+        names = ((name_of(path, own), is_folder) for path, is_folder in paths if path != own)
+        return sorted(Entry(name, is_folder) for name, is_folder in names if name and not name.startswith(b"."))
 
     def size(self, path: bytes) -> int:
         """See `Files`.
@@ -73,7 +78,7 @@ class RemoteFiles:
         Raises:
             AlexprepError: the store cannot be reached, or does not tell it.
         """
-        system, place = _opened(self._url(path))
+        system, place = self._opened(path)
         size = self._patiently(lambda: system.size(place), path, "read")
         if size is None:
             raise AlexprepError(
@@ -88,12 +93,12 @@ class RemoteFiles:
         Raises:
             AlexprepError: the server sends whole files where parts are asked for.
         """
-        system, place = _opened(self._url(path))
+        system, place = self._opened(path)
         _check_limit(size)
         if size == 0:
             return b""
         end = None if size < 0 else offset + size
-        data = bytes(_asked(lambda: system.cat_file(place, offset or None, end), self.display(path)))
+        data = bytes(asked(lambda: system.cat_file(place, offset or None, end), self.display(path)))
         _check_limit(len(data))
         if 0 < size < len(data):
             raise self._without_ranges(path)
@@ -106,7 +111,7 @@ class RemoteFiles:
         Raises:
             AlexprepError: the store cannot be reached, or sends whole files where parts are asked for.
         """
-        system, place = _opened(self._url(path))
+        system, place = self._opened(path)
         with self._patiently(lambda: system.open(place, "rb", block_size=_AHEAD), path, "read") as file:
             # A stream, which fsspec opens where the server says that it has no ranges.
             if getattr(file, "size", 0) is None:
@@ -123,7 +128,7 @@ class RemoteFiles:
 
             yield lambda offset, size: self._patiently(lambda: take(offset, size), path, "read")
 
-    def _patiently(self, ask: Callable[[], _Answer], path: bytes, deed: str) -> _Answer:
+    def _patiently(self, ask: Callable[[], Answer], path: bytes, deed: str) -> Answer:
         """What `ask` returns, tried again where the network fails.
 
         Raises:
@@ -132,7 +137,7 @@ class RemoteFiles:
         """
         for pause in (*PAUSES, None):
             try:
-                return _asked(ask, self.display(path))
+                return asked(ask, self.display(path))
             except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
                 raise
             except OSError as error:
@@ -155,39 +160,52 @@ class RemoteFiles:
 
     def display(self, path: bytes = b"") -> str:
         """See `Files`."""
-        return self._url(path)
+        if not self.url or is_url(path):
+            return path.decode("utf-8", "backslashreplace")
+        return (
+            _joined(self.url, self._inner(path)).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+        )
 
-    def covers(self, target: str, folder: bytes) -> bool:
+    def below(self, target: str, folder: bytes = b"") -> tuple[bytes, ...] | None:
         """See `Files`."""
-        return f"{target.rstrip('/')}/".startswith(f"{self._url(folder).rstrip('/')}/")
+        if local_path(target) is not None:
+            return None
+        opened = (self._opened(folder), _opened(target))  # or memory://x and memory:///x would be two places
+        here, there = (f"{path.rstrip('/')}/" for _, path in opened)
+        if opened[0][0] != opened[1][0] or not there.startswith(here):
+            return None
+        return tuple(part.encode("utf-8", "surrogateescape") for part in there[len(here) :].split("/") if part)
 
-    def _url(self, path: bytes) -> str:
-        text = path.decode("utf-8", "surrogateescape")
-        return "/".join(part for part in (self.url.rstrip("/"), text) if part and part != ".")
+    def _opened(self, path: bytes) -> tuple[Any, str]:
+        """The file system, and the path inside it. fsspec takes "::" in a URL for a chain of stores, so names go into none."""
+        if not self.url or is_url(path):
+            return _opened(path.decode("utf-8", "surrogateescape"))
+        system, root = _opened(self.url)
+        return system, _joined(root, self._inner(path))
+
+    def _inner(self, path: bytes) -> str:
+        """A path as the store writes it: a web server wants what has a meaning in a URL escaped."""
+        return (
+            urllib.parse.quote(path, safe="/!'()*")
+            if self.url.startswith(_HTTP)
+            else path.decode("utf-8", "surrogateescape")
+        )
 
 
-def _asked(ask: Callable[[], _Answer], where: str) -> _Answer:
-    """What a store answers; OSError with errno ECOMM, which names `where`, for failures that say nothing of the file itself."""
-    try:
-        return ask()
-    except (PermissionError, IsADirectoryError, NotADirectoryError, MemoryError, AlexprepError):
-        raise
-    except Exception as error:
-        if isinstance(error, FileNotFoundError) and _is_absent(error):
-            raise
-        cause = error.__cause__ if isinstance(error, FileNotFoundError) else error
-        if getattr(cause, "status", None) in _ABSENT:
-            raise FileNotFoundError(str(error)) from error
-        raise OSError(errno.ECOMM, f"{type(cause).__name__}: {cause}", where) from error
+def _joined(root: str, inner: str) -> str:
+    return "/".join(part for part in (root.rstrip("/"), inner) if part and part != ".")
 
 
-def _is_absent(error: FileNotFoundError) -> bool:
-    """Whether the store says that there is no such file. fsspec's http calls whatever goes wrong so, and tells the cause."""
-    cause = error.__cause__
-    if cause is None or isinstance(cause, FileNotFoundError):
-        return cause is None or _is_absent(cause)
-    status = getattr(cause, "status", None)  # aiohttp's; what has a response has been looked into, as by s3fs
-    return status in _ABSENT if status is not None else getattr(cause, "response", None) is not None
+def _stored_name(path: str, own: str) -> bytes:
+    """The name of what a store lists."""
+    return path.rpartition("/")[2].encode("utf-8", "surrogateescape")
+
+
+def _linked_name(path: str, own: str) -> bytes:
+    """The name of what a web page links, as it is on the server's disk; empty for what is no file of the folder `own`."""
+    link = html.unescape(path).removeprefix(f"{own}/").removeprefix("./")
+    name = b"" if re.search(r"[/?#]", link) else urllib.parse.unquote_to_bytes(link)
+    return b"" if b"/" in name else name
 
 
 def _check_limit(size: int) -> None:
@@ -215,15 +233,14 @@ def remote_files_at(place: str) -> tuple[RemoteFiles, bytes]:
         AlexprepError: it cannot be reached, or there is nothing there.
     """
     system, path = _opened(place)
-    if "{" in place.rpartition("/")[2]:  # a brace pattern
-        return RemoteFiles(place.rpartition("/")[0]), place.rpartition("/")[2].encode()
+    folder, _, name = place.rpartition("/")
     try:
         if system.isdir(path):
             return RemoteFiles(place.rstrip("/")), b""
         found = system.exists(path)
     except Exception as error:  # noqa: BLE001  (each store has its own kinds)
         raise AlexprepError(f"SOURCE {place} cannot be reached ({type(error).__name__}: {error})") from None
-    if not found:
+    if not found and "{" not in name:  # else a brace pattern
         raise AlexprepError(f"SOURCE {place} does not exist")
-    folder, _, name = place.rpartition("/")
-    return RemoteFiles(folder), name.encode()
+    told = urllib.parse.unquote_to_bytes(name) if place.startswith(_HTTP) else name.encode("utf-8", "surrogateescape")
+    return RemoteFiles(folder), told

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import operator
 from collections.abc import Callable, Container, Iterable, Iterator
 from typing import NamedTuple
@@ -108,7 +109,10 @@ def label_of(sample: Sample, read: Callable[[int, int], bytes], ours: bool = Fal
             label = next(document[key] for key in _JSON_LABELS if document.get(key) is not None)
             if isinstance(label, list | dict):
                 raise BadSampleError("several labels: one is needed")
+            if isinstance(label, float) and not math.isfinite(label):
+                raise ValueError
             text = str(label)
+            text.encode()  # JSON can write half a character, which no file can
     except (ValueError, AttributeError, StopIteration, RecursionError):
         raise BadSampleError(
             f"no label in its .{extension}: expected a number or a name"

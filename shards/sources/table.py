@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,24 +15,38 @@ from numpy.typing import NDArray
 
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.sources.base import SPLITS, Input, Location, Source, numbered_classes, split_of
+from alexprep.shards.sources.cells import NUMBER, label_problem, located, several
 from alexprep.shards.sources.files import Files, LocalFiles
-from alexprep.shards.sources.remote import RemoteFiles
+from alexprep.shards.sources.remote import RemoteFiles, is_url
 from alexprep.shards.sources.rows import Row, read_rows
 
 MAX_LABEL = 10**6  # far above what sets have (Google Landmarks v2: 203,094 classes); each number up to it takes a class
 
-_MAX_NAME = 1000  # characters; beyond that it is prose
 _BATCH = 65_536
 _SPLIT_NAMES = sorted(set(SPLITS.values()))
-_NUMBER = re.compile(r"0|[1-9][0-9]*")
-_URL = re.compile(rb"[A-Za-z][A-Za-z0-9+.:-]*://")
 
 
 @dataclass(frozen=True)
-class LocalAndRemote(LocalFiles):
-    """A disk, for a table whose rows are URLs: several reads are to be under way at once."""
+class LocalOrRemote(LocalFiles):
+    """A disk, for a table whose rows may be URLs.
 
-    remote = True
+    Attributes:
+        remote: whether they are, as the first one tells: several reads are to be under way at once.
+    """
+
+    remote: bool = False
+
+    def size(self, path: bytes) -> int:
+        """See `Files`."""
+        return RemoteFiles("").size(path) if is_url(path) else super().size(path)
+
+    def read(self, path: bytes, offset: int = 0, size: int = -1) -> bytes:
+        """See `Files`."""
+        return RemoteFiles("").read(path, offset, size) if is_url(path) else super().read(path, offset, size)
+
+    def display(self, path: bytes = b"") -> str:
+        """See `Files`."""
+        return RemoteFiles("").display(path) if is_url(path) else super().display(path)
 
 
 @dataclass(frozen=True)
@@ -63,8 +76,8 @@ class Table(Source):
             first = next(read_rows(files, name)[1], None)
         except AlexprepError:  # told when the inputs are listed
             first = None
-        if first and first.path and _URL.match(first.path.encode()) and isinstance(files, LocalFiles):
-            files = LocalAndRemote(files.root)
+        if isinstance(files, LocalFiles):
+            files = LocalOrRemote(files.root, bool(first and first.path and is_url(located(first.path))))
         return cls(files, name)
 
     def inputs(self) -> Iterator[Input]:
@@ -77,16 +90,16 @@ class Table(Source):
         """
         listed = _Listed(self.files, self.table)
         listed.read()
+        if not len(listed):
+            raise AlexprepError(
+                f"{self.files.display(self.table)} has no row below its header: it needs one for each image, with its path and "
+                "its label"
+            )
         yield from listed.in_order()
-
-    def read(self, location: Location) -> bytes:
-        """One file's bytes."""
-        files = RemoteFiles("") if _URL.match(location.path) else self.files
-        return files.read(location.path)
 
     def classes(self, present: set[str]) -> list[str]:
         """The numbers from "0" to the highest where all are numbers, otherwise sorted as bytes."""
-        if present and all(map(_NUMBER.fullmatch, present)):
+        if present and all(map(NUMBER.fullmatch, present)):
             return numbered_classes(present)
         return super().classes(present)
 
@@ -152,6 +165,9 @@ class _Listed:
                 split, code = divmod(where, len(names))
                 yield Input(_SPLIT_NAMES[split], names[code], Location(path))
 
+    def __len__(self) -> int:
+        return len(self._codes)
+
     def _at(self, place: int) -> str:
         return f"{self._shown}, {'line' if self._text else 'row'} {place:,}"
 
@@ -160,7 +176,7 @@ class _Listed:
             raise AlexprepError(f"{self._at(row.place)}: the path is missing: fill it in, or delete the row")
         if "\0" in row.path:
             raise AlexprepError(f"{self._at(row.place)}: the path {row.path!r} holds a NUL, which no path can")
-        path = row.path.encode()
+        path = located(row.path)
         if path.startswith(b"/") and not isinstance(self._files, LocalFiles):
             raise AlexprepError(
                 f"{self._at(row.place)}: the path {row.path!r} is absolute, but the table lies at a URL: make it relative to "
@@ -182,7 +198,7 @@ class _Listed:
     def _code(self, row: Row) -> int:
         """The code of a label that has not been seen before."""
         label = (row.label or "").strip()
-        problem = _problem(label)
+        problem = label_problem(label)
         if problem:
             raise AlexprepError(f"{self._at(row.place)}: {problem}")
         if label not in self._classes:
@@ -192,7 +208,7 @@ class _Listed:
 
     def _check_labels(self) -> None:
         """What can only be said of all labels together."""
-        if self._classes and all(map(_NUMBER.fullmatch, self._classes)):
+        if self._classes and all(map(NUMBER.fullmatch, self._classes)):
             highest = max(self._classes, key=int)
             if int(highest) > MAX_LABEL:
                 raise AlexprepError(
@@ -202,7 +218,7 @@ class _Listed:
         for label, code in self._classes.items():
             parts = [part.strip() for part in label.split(",")]
             if len(parts) > 1 and all(part in self._classes for part in parts):
-                raise AlexprepError(f"{self._at(self._first_rows[code])}: {_several(label)}")
+                raise AlexprepError(f"{self._at(self._first_rows[code])}: {several(label)}")
 
     def _fail_twice(self, path: bytes, first: int, second: int) -> None:
         lines = f"{'lines' if self._text else 'rows'} {self._places[first]:,} and {self._places[second]:,}"
@@ -213,29 +229,3 @@ class _Listed:
             what += " and in two splits"
         shown = path.decode("utf-8", "backslashreplace")
         raise AlexprepError(f"{self._shown}: {lines} both name {shown!r}, with {what}: delete one")
-
-
-def _problem(label: str) -> str:
-    """What is wrong with a label by itself; empty if nothing."""
-    if label in ("", "nan", "NaN"):
-        return "the label is missing: fill it in, or delete the row"
-    if len(label) > _MAX_NAME:
-        return f"the label has {len(label):,} characters, more than {_MAX_NAME:,}: is this column the label?"
-    parts = re.split(r"[\s,]+", label.strip("[]() "))
-    if (
-        re.search(r"[|;]", label)
-        or re.fullmatch(r"\[.*\]", label)
-        or (len(parts) > 1 and all(map(_NUMBER.fullmatch, parts)))
-    ):
-        return _several(label)
-    if re.fullmatch(r"-[0-9]+", label):
-        return f"the label {label} is below 0: number the classes from 0"
-    if re.fullmatch(r"[+-]?[0-9]*\.[0-9]*", label):
-        return f"the label {label} is no whole number: write it without a point"
-    if any(ord(character) < 32 for character in label):
-        return f"the label {label!r} holds a control character"
-    return ""
-
-
-def _several(label: str) -> str:
-    return f"the cell {label!r} gives one image several labels; one is needed: keep one, or write one without | ; and ,"

@@ -103,7 +103,7 @@ def find_truth(
 
 def _lines(content: bytes, origin: str) -> list[str]:
     try:
-        return content.decode("utf-8").splitlines()
+        return content.decode("utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise AlexprepError(f"{origin} is no text in UTF-8 ({error}): {_DOWNLOAD}") from None
 
@@ -111,7 +111,7 @@ def _lines(content: bytes, origin: str) -> list[str]:
 def _kaggle(files: Files, path: bytes) -> Truth:
     """ImageId,PredictionString: the class is the first word of the second column, boxes follow."""
     origin = files.display(path)
-    classes = {}
+    pairs = []
     rows = csv.reader(_lines(files.read(path), origin))
     try:
         for row in rows:
@@ -120,10 +120,10 @@ def _kaggle(files: Files, path: bytes) -> Truth:
             words = row[1].split() if len(row) == 2 else []
             if not words:
                 raise AlexprepError(f"{origin}, line {rows.line_num}: expected ImageId,PredictionString: {_DOWNLOAD}")
-            classes[stem(os.fsencode(row[0]))] = words[0]
+            pairs.append([row[0], words[0]])
     except csv.Error as error:
         raise AlexprepError(f"{origin}, line {rows.line_num}: {error}: {_DOWNLOAD}") from None
-    return Truth(origin, classes)
+    return Truth(origin, _each_once(origin, pairs))
 
 
 def _listed(files: Files, path: bytes, split: str, train_classes: list[str] | None) -> Truth | None:
@@ -141,7 +141,21 @@ def _listed(files: Files, path: bytes, split: str, train_classes: list[str] | No
         return None
     if pairs and all(value.isdecimal() for _, value in pairs):
         pairs = _counted(origin, pairs, train_classes or [])
-    return Truth(origin, {stem(os.fsencode(name)): value for name, value in pairs})
+    return Truth(origin, _each_once(origin, pairs))
+
+
+def _each_once(origin: str, pairs: list[list[str]]) -> dict[bytes, str]:
+    """The class of each image by its stem, of pairs of name and class.
+
+    Raises:
+        AlexprepError: an image has two classes.
+    """
+    classes: dict[bytes, str] = {}
+    for name, value in pairs:
+        other = classes.setdefault(stem(os.fsencode(name)), value)
+        if other != value:
+            raise AlexprepError(f"{origin} names {name} twice, with the classes {other!r} and {value!r}: delete one")
+    return classes
 
 
 def _counted(origin: str, pairs: list[list[str]], train_classes: list[str]) -> list[list[str]]:

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from alexprep.shards.errors import AlexprepError
-from alexprep.shards.layout import DATASET, DATASET_FORMAT
+from alexprep.shards.layout import DATASET, DATASET_FORMAT, PLAN
 from alexprep.shards.sources.archive import ArchiveSource, packed_files, read_packed
 from alexprep.shards.sources.base import Input, Location, split_of
-from alexprep.shards.sources.files import Files
+from alexprep.shards.sources.files import Entry, Files
 from alexprep.shards.sources.samples import (
     IMAGE_EXTENSIONS,
     LABEL_EXTENSIONS,
@@ -30,6 +32,7 @@ from alexprep.shards.sources.samples import (
     split_name,
 )
 
+_PLAN_FORMAT = "alexprep plan"  # the "format" of a plan.json of ours
 _LOOK = 8  # members that are looked at to recognise a webdataset
 
 
@@ -51,9 +54,11 @@ class Webdataset(ArchiveSource):
     def at(cls, files: Files, name: bytes) -> Webdataset | None:
         """The shards in the root and its split folders, or those that `name` (a tar, or a brace pattern) stands for."""
         if name:
-            found = [(split_of(os.path.basename(path)) or "train", path) for path in braces(name)]
+            meant = braces(name) if b"{" in name and Entry(name, False) not in files.entries() else [name]
+            found = [(split_of(os.path.basename(path)) or "train", path) for path in meant]
         else:
             found = [(split or "train", path) for split, path in shards_below(files)]
+            _check_complete(files, [path for _, path in found])
         if not found or not all(path.endswith(b".tar") for _, path in found):
             return None
         try:
@@ -101,8 +106,14 @@ class Webdataset(ArchiveSource):
         return pixels
 
     def covers(self, target: str) -> bool:
-        """Whether `target` lies in a folder of shards."""
-        return any(self.files.covers(target, folder) for folder in {os.path.dirname(path) for _, path in self.shards})
+        """Whether `target` lies in a folder of shards, or in one that would be looked into."""
+        below = self.files.below(target)
+        if below and split_of(below[0]):
+            return True
+        return any(
+            self.files.below(target, folder) is not None
+            for folder in {os.path.dirname(path) for _, path in self.shards}
+        )
 
 
 def recorded_classes(files: Files) -> tuple[str, ...] | None:
@@ -111,24 +122,69 @@ def recorded_classes(files: Files) -> tuple[str, ...] | None:
     Raises:
         AlexprepError: it is ours, and damaged.
     """
-    if all(entry.name != DATASET.encode() for entry in files.entries()):
-        return None
-    content = files.read(DATASET.encode())
-    if DATASET_FORMAT.encode() not in content:
-        return None
-    try:
-        document = json.loads(content)
-        if document["format"] != DATASET_FORMAT:
+    with _reading_ours(files, DATASET):
+        document = _ours(files, DATASET, DATASET_FORMAT)
+        if document is None:
             return None
         classes = tuple(document["classes"])
         if not all(isinstance(name, str) for name in classes):
             raise ValueError("a class name is no text")
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        return classes
+
+
+def _check_complete(files: Files, tars: list[bytes]) -> None:
+    """Sees to it that a data set of ours in the root has the tars that it was finished with: others hold other images.
+
+    Raises:
+        AlexprepError: it is unfinished or damaged, lacks a tar, or has one too many.
+    """
+    shown = files.display()
+    with _reading_ours(files, DATASET):
+        document = _ours(files, DATASET, DATASET_FORMAT)
+        splits = {} if document is None else document.get("splits", {})
+        wanted = {record["name"].encode() + b".tar" for split in splits.values() for record in split["shards"]}
+    if document is None:
+        with _reading_ours(files, PLAN):
+            if _ours(files, PLAN, _PLAN_FORMAT) is not None:
+                raise AlexprepError(
+                    f"SOURCE {shown} holds an unfinished data set: run the `alexprep shard` that began it again to finish it, or "
+                    "name the tars that are meant by a pattern such as 'train-{000000..000007}.tar'"
+                )
+    if not splits:
+        return
+    present = {os.path.basename(path) for path in tars}
+    for odd, words in (
+        (
+            wanted - present,
+            f"is missing, but dataset.json names it: mend it with `alexprep verify {shown} --repair IMAGES`",
+        ),
+        (present - wanted, "is none of those that dataset.json names: move it away"),
+    ):
+        if odd:
+            raise AlexprepError(f"SOURCE {shown}: {min(odd).decode('utf-8', 'backslashreplace')} {words}")
+
+
+@contextlib.contextmanager
+def _reading_ours(files: Files, name: str) -> Iterator[None]:
+    """Around what takes a document of ours at its word."""
+    try:
+        yield
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise AlexprepError(
-            f"{files.display(DATASET.encode())} is damaged ({error!r}): run the `alexprep shard` that made it again, or "
+            f"{files.display(name.encode())} is damaged ({error!r}): run the `alexprep shard` that made it again, or "
             "delete it if the class names do not matter"
         ) from None
-    return classes
+
+
+def _ours(files: Files, name: str, form: str) -> dict[str, Any] | None:
+    """A JSON document in the root that says to be of our format `form`; None for anybody else's, or none."""
+    if all(entry.name != name.encode() for entry in files.entries()):
+        return None
+    content = files.read(name.encode())
+    if form.encode() not in content:
+        return None
+    document: dict[str, Any] = json.loads(content)
+    return document if document["format"] == form else None
 
 
 def shards_below(files: Files) -> Iterator[tuple[str | None, bytes]]:
