@@ -26,8 +26,9 @@ from torch import nn
 from alexprep.pipeline.augmentation import Augmentation
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.layout import INDEX_DTYPE
-from alexprep.train.config import TrainConfig
+from alexprep.train.config import CHECKPOINT_STEPS, KEEP, REMEMBERED, TrainConfig
 from alexprep.train.evaluation.run import evaluate_run
+from alexprep.train.job import prepare
 from alexprep.train.loop import train
 from alexprep.train.networks.alexnet import alexnet as alexnet_network
 from alexprep.train.recipes import registry as recipes
@@ -103,6 +104,16 @@ class MadeUpLoader:
 
     def close(self) -> None:
         pass
+
+
+class Stopping(MadeUpLoader):
+    """SIGTERM comes before the fifth step of the first epoch, which is still taken."""
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in super().__iter__():
+            if self.split == "train" and (self.epoch, self.step) == (0, 5):
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
 
 
 def small_alexnet(classes: int, crop: int, *, seed: int, width: float) -> nn.Module:
@@ -325,6 +336,87 @@ def test_resuming_a_finished_run_says_what_it_had(data: Path) -> None:
     same = ("steps", "epochs", "val_top1_error", "val_loss", "weights_sha256")
     assert {key: again[key] for key in same} == {key: whole[key] for key in same}
     assert (again["images_per_second"], again["step_ms"], again["train_loss"]) == (None, None, None)
+
+
+def _options(run: Path) -> dict[str, Any]:
+    options: dict[str, Any] = json.loads((run / "config.json").read_text())["options"]
+    return options
+
+
+def _saved(run: Path) -> list[int]:
+    return sorted(checkpoint.marks(run / "checkpoints"))
+
+
+def test_a_bare_resume_goes_on_as_the_run_began(data: Path) -> None:
+    """With its data, its length, and as many checkpoints as often."""
+    run = data.parent / "runs" / "small"
+    train(config(data, epochs=2, keep=6, checkpoint_steps=2), Stopping)
+    assert _saved(run) == [2, 4, 5]
+    bare = TrainConfig(runs=run.parent, device="cpu", resume=True)
+    assert train(bare, MadeUpLoader)["epochs"] == 2
+    assert _saved(run) == [4, 5, 6, 8, 10, 12]
+    assert json.loads((run / "config.json").read_text())["data"] == str(data)
+
+
+def test_what_is_given_on_resuming_holds_from_then_on(data: Path) -> None:
+    """Epochs and steps are one choice: either takes the place of both."""
+    run = data.parent / "runs" / "small"
+    bare = TrainConfig(runs=run.parent, device="cpu", resume=True)
+    assert train(config(data, epochs=1, keep=1), MadeUpLoader)["steps"] == 6
+    assert train(replace(bare, steps=8, keep=2, checkpoint_steps=1), MadeUpLoader)["steps"] == 8
+    assert {name: _options(run)[name] for name in REMEMBERED} == {
+        "epochs": None,
+        "steps": 8,
+        "keep": 2,
+        "checkpoint_steps": 1,
+    }
+    assert train(bare, MadeUpLoader)["steps"] == 8
+    assert train(replace(bare, epochs=2), MadeUpLoader)["steps"] == 12
+    assert _saved(run) == [11, 12]
+    assert train(bare, MadeUpLoader)["steps"] == 12
+    assert (
+        train(replace(bare, epochs=3), MadeUpLoader)["weights_sha256"]
+        == (train(config(data, name="whole"), MadeUpLoader)["weights_sha256"])
+    )
+
+
+def test_an_older_run_that_remembers_less_goes_on(data: Path) -> None:
+    train(config(data, steps=2, keep=5), MadeUpLoader)
+    file = data.parent / "runs" / "small" / "config.json"
+    document = json.loads(file.read_text())
+    document["options"] = {name: value for name, value in document["options"].items() if name not in REMEMBERED}
+    file.write_text(json.dumps(document))
+    assert train(config(data, resume=True), MadeUpLoader)["epochs"] == 3
+    options = _options(file.parent)
+    assert (options["keep"], options["checkpoint_steps"]) == (KEEP, CHECKPOINT_STEPS) == (3, 1000)
+
+
+def test_data_that_moved_is_told_and_found_again(data: Path) -> None:
+    run = data.parent / "runs" / "small"
+    train(config(data, steps=1), MadeUpLoader)
+    moved = data.rename(data.with_name("moved"))
+    bare = TrainConfig(runs=run.parent, device="cpu", resume=True, steps=2)
+    words = rf"small was trained on {data}, which holds no data set now: say with --data where it is"
+    with pytest.raises(AlexprepError, match=words):
+        train(bare, MadeUpLoader)
+    with pytest.raises(AlexprepError, match=words):
+        evaluate_run(run, device="cpu", open_loader=MadeUpLoader)
+    assert train(replace(bare, data=moved), MadeUpLoader)["steps"] == 2
+    assert train(replace(bare, steps=3), MadeUpLoader)["steps"] == 3
+    assert evaluate_run(run, device="cpu", open_loader=MadeUpLoader)["step"] == 3
+
+
+def test_a_beginning_needs_data() -> None:
+    with pytest.raises(AlexprepError, match="data is None: name the folder"):
+        TrainConfig(recipe="small")
+
+
+def test_a_stopped_run_says_what_goes_on_with_it(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(config(data), Stopping)
+    told = f"stopped by SIGTERM after step 5: go on with --resume --runs {data.parent / 'runs'} --device cpu\n"
+    assert told in capsys.readouterr().err
+    job = prepare(config(data, name="two", ranks=2, scheme="ddp", runs=Path("runs"), device=None), rehearsal=True)
+    assert job.go_on() == "--resume --gpus 2 --scheme ddp"
 
 
 def test_a_gpu_without_enough_memory_is_told(data: Path) -> None:

@@ -13,10 +13,12 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from alexprep.cli import train as command
 from alexprep.cli.evaluate import evaluate
 from alexprep.cli.train import RECIPES, train
 from alexprep.pipeline.augmentation import Augmentation
 from alexprep.shards.errors import AlexprepError
+from alexprep.train import config
 from alexprep.train.config import TrainConfig
 from alexprep.train.loop import train as train_run
 from alexprep.train.networks.small import tiny_net
@@ -179,3 +181,20 @@ def test_begun_with_another_run_s_weights(data: Path, tmp_path: Path) -> None:
     ):
         error = run("--name", "c", *words).exception
         assert isinstance(error, AlexprepError) and reason in str(error)
+
+
+def test_a_bare_resume_takes_the_run_s_data(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the default nor what the environment names."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ALEXPREP_DATA", "elsewhere")
+    begun = ["--data", str(data), "--recipe", "tiny", "--steps", "1", "--keep", "1", "--device", "cpu"]
+    assert CliRunner().invoke(train, begun).exit_code == 0
+    more = CliRunner().invoke(train, ["--resume", "--steps", "2", "--device", "cpu", "--json"], catch_exceptions=False)
+    assert last_line(more.stdout)["steps"] == 2
+    assert len(list(tmp_path.glob("runs/tiny/checkpoints/*.json"))) == 1
+    told = CliRunner().invoke(train, ["--resume", "--data", "nowhere"]).exception
+    assert isinstance(told, AlexprepError) and "nowhere/dataset.json does not exist" in str(told)
+
+
+def test_the_defaults_that_help_tells() -> None:
+    assert (command.KEEP, command.CHECKPOINT_STEPS) == (config.KEEP, config.CHECKPOINT_STEPS)

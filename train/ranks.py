@@ -37,7 +37,7 @@ def train_anyhow(config: TrainConfig) -> dict[str, Any]:
     job = prepare(config)
     going_on = replace(
         job.config,
-        data=config.data.resolve(),
+        data=job.data.resolve(),
         runs=config.runs.resolve(),
         name=job.run.name,
         resume=True,

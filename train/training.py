@@ -71,7 +71,9 @@ class Training:
             self.save()
             if position.epoch_step:
                 val = None  # the last epoch's was of other weights
-            self.meter.say(f"stopped by {parallel.requested.name} after step {position.step}: go on with --resume")
+            self.meter.say(
+                f"stopped by {parallel.requested.name} after step {position.step}: go on with {self.job.go_on()}"
+            )
         return means, val
 
     def save(self) -> None:
@@ -86,7 +88,7 @@ class Training:
         with span("checkpoint"):
             tensors = state.tensors()  # of all ranks
             if state.parallel.world.leads:
-                checkpoint.save(job.run / runs.CHECKPOINTS, state.position.step, tensors, facts, job.config.keep)
+                checkpoint.save(job.run / runs.CHECKPOINTS, state.position.step, tensors, facts, job.keep)
 
     def _goes_on(self) -> bool:
         position = self.state.position
@@ -131,7 +133,7 @@ class Training:
                     meter.say(forecast(job.recipe.name, job.device, speed, epoch_steps, self.job.epochs))
             if last:
                 break
-            if position.step % job.config.checkpoint_steps == 0:
+            if position.step % job.checkpoint_steps == 0:
                 self.save()
                 pace.lap()
         else:

@@ -12,8 +12,8 @@ from typing import Any
 
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.files import is_temporary, json_bytes, publish_bytes, remove_temporaries
-from alexprep.shards.layout import read_json
-from alexprep.train.saved.disk import writing
+from alexprep.shards.layout import DATASET, read_json
+from alexprep.train.saved.disk import publish, writing
 
 CONFIG, LOG, SUMMARY, CHECKPOINTS = "config.json", "log.jsonl", "summary.json", "checkpoints"
 LOCK = ".lock"
@@ -77,6 +77,30 @@ def read_config(run: Path) -> dict[str, Any]:
     if not {"options", "data", "identity"} <= config.keys():
         raise AlexprepError(f"{run / CONFIG} lacks options, data or identity: {next_step}")
     return config
+
+
+def data_of(run: Path, config: Mapping[str, Any]) -> Path:
+    """The data set that a run was trained on.
+
+    Raises:
+        AlexprepError: it is not where it was.
+    """
+    data = Path(config["data"])
+    if not (data / DATASET).exists():
+        raise AlexprepError(f"{run} was trained on {data}, which holds no data set now: say with --data where it is")
+    return data
+
+
+def remember(run: Path, options: Mapping[str, Any], data: Path) -> None:
+    """Notes in config.json what a run goes on with from now on. The caller holds the run's lock.
+
+    Raises:
+        AlexprepError: the disk is full or broken.
+    """
+    config = read_config(run)
+    changed = config | {"options": config["options"] | options, "data": str(data.resolve())}
+    if changed != config:
+        publish(run / CONFIG, json_bytes(changed))
 
 
 @contextlib.contextmanager
