@@ -321,13 +321,55 @@ def test_the_newest_damaged_checkpoint_is_skipped_with_a_word(data: Path, capsys
     assert evaluate_run(run, device="cpu", open_loader=MadeUpLoader)["step"] == 18
 
 
-def test_a_run_without_checkpoint_begins_again(data: Path) -> None:
+@pytest.mark.parametrize("last", ["none", "steps", "epoch"])
+def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(data: Path, last: str) -> None:
+    """The records of a step are logged before its checkpoint is saved."""
     whole = train(config(data), MadeUpLoader)
     run = data.parent / "runs" / "small"
-    for path in (run / "checkpoints").iterdir():
-        path.unlink()
-    assert train(config(data, resume=True), MadeUpLoader)["weights_sha256"] == whole["weights_sha256"]
+    shutil.rmtree(run / "checkpoints")
+    (run / "summary.json").unlink()
+    lines = (run / "log.jsonl").read_text().splitlines(keepends=True)
+    kinds = [json.loads(line)["kind"] for line in lines]
+    count = {"none": 0, "steps": kinds.index("epoch"), "epoch": kinds.index("epoch") + 1}[last]
+    (run / "log.jsonl").write_text("".join(lines[:count]) + '{"kind": "st')
+    assert (
+        train(config(data, resume=True, checkpoint_steps=1), MadeUpLoader)["weights_sha256"]
+        == (whole["weights_sha256"])
+    )
     assert [record["step"] for record in records(run, "epoch")] == [6, 12, 18]
+
+
+@pytest.mark.parametrize("gone", ["moved", "emptied", "damaged"])
+@pytest.mark.parametrize("summary", [True, False])
+@pytest.mark.parametrize("every", [2, 1000])
+def test_a_run_whose_checkpoints_are_out_of_sight_is_not_begun_again(
+    data: Path, gone: str, summary: bool, every: int
+) -> None:
+    """The summary tells of them, or a log that goes on after the first one."""
+    train(config(data, steps=3 if every == 2 else 8, log_steps=1, checkpoint_steps=every), MadeUpLoader)
+    run = data.parent / "runs" / "small"
+    folder = run / "checkpoints"
+    if gone == "moved":
+        folder.rename(data.parent / "elsewhere")
+    for path in folder.glob("*.safetensors"):
+        path.write_bytes(b"x") if gone == "damaged" else path.unlink()
+    for path in folder.glob("*.json") if gone == "emptied" else ():
+        path.unlink()
+    if not summary:
+        (run / "summary.json").unlink()
+    log = (run / "log.jsonl").read_text()
+    with pytest.raises(
+        AlexprepError, match=rf"small had checkpoints \(.*\), but in {folder} there is none .*bring the"
+    ):
+        train(config(data, resume=True), MadeUpLoader)
+    assert (run / "log.jsonl").read_text() == log
+    if gone == "moved":
+        (data.parent / "elsewhere").rename(folder)
+        assert train(config(data, resume=True, epochs=3), MadeUpLoader)["steps"] == 18
+    else:
+        for path in (run / "log.jsonl", run / "summary.json", *folder.iterdir()):
+            path.unlink(missing_ok=True)
+        assert train(config(data, resume=True, epochs=3), MadeUpLoader)["steps"] == 18
 
 
 def test_resuming_a_finished_run_says_what_it_had(data: Path) -> None:

@@ -24,6 +24,7 @@ from alexprep.train.parallel.world import World
 from alexprep.train.precision import float32_kernels
 from alexprep.train.saved import checkpoint, runs
 from alexprep.train.saved.disk import publish
+from alexprep.train.saved.places import check_unsaved
 from alexprep.train.state import TrainingState, weights_digest
 from alexprep.train.training import Training
 from alexprep.train.watching.board import Board
@@ -129,9 +130,11 @@ def _first_state(job: Job, world: World) -> tuple[TrainingState, list[str]]:
     """The state to go on from, and what to say about it.
 
     Raises:
-        AlexprepError: the run began with another identity.
+        AlexprepError: the run began with another identity; or it has no checkpoint, though it had one.
     """
     saved, notes = checkpoint.newest(job.run / runs.CHECKPOINTS)
+    if saved is None:
+        check_unsaved(job.run, notes)
     began = runs.read_config(job.run) if saved is None else saved.facts
     made_with = began.get("versions", {})
     then, now = (comparable(identity, made_with) for identity in (began["identity"], job.identity))
