@@ -372,12 +372,32 @@ def test_a_run_whose_checkpoints_are_out_of_sight_is_not_begun_again(
         assert train(config(data, resume=True, epochs=3), MadeUpLoader)["steps"] == 18
 
 
-def test_resuming_a_finished_run_says_what_it_had(data: Path) -> None:
+def test_resuming_a_finished_run_says_what_it_had(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     whole = train(config(data), MadeUpLoader)
     again = train(config(data, resume=True), MadeUpLoader)
-    same = ("steps", "epochs", "val_top1_error", "val_loss", "weights_sha256")
-    assert {key: again[key] for key in same} == {key: whole[key] for key in same}
-    assert (again["images_per_second"], again["step_ms"], again["train_loss"]) == (None, None, None)
+    assert again == whole == json.loads((data.parent / "runs/small/summary.json").read_text())
+    said = capsys.readouterr().err
+    assert (
+        "nothing left to do: step 18 is done, which --epochs 3 does not go beyond; --resume with more --epochs or --steps"
+        in said
+    )
+    train(config(data, name="part", steps=8), MadeUpLoader)
+    saved = list((data.parent / "runs/part/checkpoints").iterdir())
+    assert train(config(data, name="part", resume=True), MadeUpLoader)["step_ms"] is not None
+    assert "nothing left to do: step 8 is done, which --steps 8 does not go beyond" in capsys.readouterr().err
+    assert list((data.parent / "runs/part/checkpoints").iterdir()) == saved
+
+
+def test_a_run_that_was_killed_before_its_summary_has_one_in_the_end(data: Path) -> None:
+    whole = train(config(data, steps=8), MadeUpLoader)
+    summary = data.parent / "runs/small/summary.json"
+    for left in (None, whole | {"steps": 6}, whole | {"stopped_by": "SIGTERM"}):
+        summary.unlink()
+        if left:
+            summary.write_text(json.dumps(left))
+        again = train(config(data, resume=True), MadeUpLoader)
+        assert (again["steps"], again["val_loss"], again["stopped_by"]) == (8, whole["val_loss"], None)
+        assert again == json.loads(summary.read_text())
 
 
 def _options(run: Path) -> dict[str, Any]:

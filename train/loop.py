@@ -6,12 +6,14 @@ import contextlib
 import functools
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from alexprep.pipeline.device import choose_device
 from alexprep.pipeline.loader import Loader
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.files import json_bytes
+from alexprep.shards.layout import read_json
 from alexprep.train.config import TrainConfig
 from alexprep.train.culprit import explained
 from alexprep.train.data import OpenLoader
@@ -48,7 +50,7 @@ def train(config: TrainConfig, open_loader: OpenLoader | None = None, world: Wor
         The summary, which is also in the run's summary.json: run, recipe, device, precision, ranks, steps, epochs, epoch_steps, train_loss
         (nats), val_split, val_top1_error and val_top5_error (percent), val_loss, images_per_second, data_wait_ms, step_ms, skipped_steps
         (of the whole run, in fp16), seconds (of this process), weights_sha256, stopped_by ("SIGTERM", "SIGINT" or None). What was not
-        measured is None.
+        measured is None. Where nothing was left to do, it is the one that was there.
 
     Raises:
         AlexprepError: the data does not suit the recipe, the run began with other settings or data, or the loss is not finite.
@@ -102,7 +104,13 @@ def train(config: TrainConfig, open_loader: OpenLoader | None = None, world: Wor
         )
         saved_state = functools.partial(_first_state, job, world)
         stack.enter_context(explained(job, state, saved_state, loader, meter, stop))
-        means, val = Training(job, state, loader, validation, meter, trace, stop, last_step).to_the_end()
+        training = Training(job, state, loader, validation, meter, trace, stop, last_step)
+        if not training.goes_on():
+            meter.say(f"nothing left to do: {training.why_ended()}")
+            ended = _summary_of(job.run, position.step, weights_digest(parallel.gather_state()))
+            if world.any(ended is not None):
+                return ended or {}
+        means, val = training.to_the_end()
         summary = {
             "run": str(job.run),
             "recipe": job.recipe.name,
@@ -124,6 +132,16 @@ def train(config: TrainConfig, open_loader: OpenLoader | None = None, world: Wor
         if world.leads:
             publish(job.run / runs.SUMMARY, json_bytes(summary))
         return summary
+
+
+def _summary_of(run: Path, step: int, digest: str) -> dict[str, Any] | None:
+    """The summary of a run that came to its end with these very weights; None where there is no such summary."""
+    try:
+        summary = read_json(run / runs.SUMMARY, "")
+    except AlexprepError:
+        return None
+    then = [summary.get(name) for name in ("steps", "weights_sha256", "stopped_by")]
+    return {**summary, "run": str(run)} if then == [step, digest, None] else None
 
 
 def _first_state(job: Job, world: World) -> tuple[TrainingState, list[str]]:

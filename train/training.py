@@ -57,7 +57,7 @@ class Training:
         position, parallel = self.state.position, self.state.parallel
         means, val = None, position.val
         with contextlib.suppress(Stopped):
-            while self._goes_on():
+            while self.goes_on():
                 means = self._epoch() or means
                 if parallel.requested is not None or position.epoch_step < len(self.loader):
                     break
@@ -90,7 +90,18 @@ class Training:
             if state.parallel.world.leads:
                 checkpoint.save(job.run / runs.CHECKPOINTS, state.position.step, tensors, facts, job.keep)
 
-    def _goes_on(self) -> bool:
+    def why_ended(self) -> str:
+        """Why there is no step left to take, and how there would be."""
+        position, steps = self.state.position, self.job.config.steps
+        if position.schedule.finished:
+            return f"the schedule ended the training after step {position.step}"
+        bound = (
+            f"--steps {steps}" if position.step < self.job.epochs * len(self.loader) else f"--epochs {self.job.epochs}"
+        )
+        return f"step {position.step} is done, which {bound} does not go beyond; --resume with more --epochs or --steps goes on"
+
+    def goes_on(self) -> bool:
+        """Whether there is a step or an evaluation left to do."""
         position = self.state.position
         # An epoch whose last step is done may still lack its evaluation, where a signal came meanwhile.
         steps_left = position.step < self.last_step or position.epoch_step == len(self.loader)
