@@ -98,7 +98,7 @@ KEEP, CHECKPOINT_STEPS = 3, 1000  # likewise those of alexprep.train.config
 def train(as_json: bool, **options: Any) -> None:
     """Train a network on a data set made by `alexprep shard` and `alexprep pca-stats`.
 
-    Writes ./runs/NAME: config.json, log.jsonl, checkpoints, summary.json. Ctrl-C or SIGTERM finishes the step and saves;
+    Writes ./runs/NAME: config.json, log.jsonl, checkpoints, summary.json. Ctrl-C, SIGTERM or a closed terminal (SIGHUP) finishes the step and saves;
     after a kill, --resume goes on from the last checkpoint. On a CPU the result is the same to the last bit. A run remembers its data and
     its options, but for --gpus, --scheme, --device, and how it is watched; what is given with --resume holds from then on.
 

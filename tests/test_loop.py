@@ -28,9 +28,11 @@ from alexprep.shards.errors import AlexprepError
 from alexprep.shards.layout import INDEX_DTYPE
 from alexprep.train.config import CHECKPOINT_STEPS, KEEP, REMEMBERED, TrainConfig
 from alexprep.train.evaluation.run import evaluate_run
+from alexprep.train.host import StopRequest
 from alexprep.train.job import prepare
 from alexprep.train.loop import train
 from alexprep.train.networks.alexnet import alexnet as alexnet_network
+from alexprep.train.parallel.forward import Forwarded
 from alexprep.train.recipes import registry as recipes
 from alexprep.train.recipes.recipe import Recipe
 from alexprep.train.recipes.schedule import Plateau, Steps
@@ -273,7 +275,9 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(data: Path) -> None
     assert steps == [6, 12, 18]
 
 
-@pytest.mark.parametrize(("number", "name"), [(signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "SIGINT")])
+@pytest.mark.parametrize(
+    ("number", "name"), [(number, number.name) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)]
+)
 def test_a_signal_saves_and_leaves(data: Path, number: signal.Signals, name: str) -> None:
     process = child(data, name="asked", checkpoint_steps=3, pause=0.03)
     wait_for(data.parent / "runs" / "asked" / "checkpoints", "step-00000003.json", process)
@@ -286,6 +290,40 @@ def test_a_signal_saves_and_leaves(data: Path, number: signal.Signals, name: str
     assert f"stopped by {name} after step {summary['steps']}" in said
     resumed = train(config(data, name="asked", resume=True), MadeUpLoader)
     assert resumed["weights_sha256"] == train(config(data, name="whole"), MadeUpLoader)["weights_sha256"]
+
+
+def test_a_closing_terminal_s_signals_are_one_request() -> None:
+    """Under nohup, which ignores them, they are none."""
+    before = signal.getsignal(signal.SIGHUP)
+    for caught in (StopRequest(), Forwarded([])):
+        with caught.listening() if isinstance(caught, StopRequest) else caught:
+            for _ in range(3):
+                signal.raise_signal(signal.SIGHUP)
+        assert (caught.signal if isinstance(caught, StopRequest) else caught.sent) == signal.SIGHUP
+        assert signal.getsignal(signal.SIGHUP) == before
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequest().listening() as stop, Forwarded([]) as forwarded:
+            signal.raise_signal(signal.SIGHUP)
+        assert (stop.signal, forwarded.sent) == (None, None)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("place", ["pipe", "full"])
+def test_words_that_nobody_can_read_cost_no_step(data: Path, place: str) -> None:
+    """The pipe is closed after a line, as by `head`; the disk that stderr goes to is full."""
+    whole = train(config(data), MadeUpLoader)["weights_sha256"]
+    command = [sys.executable, __file__, json.dumps({"data": str(data), "name": place})]
+    with open("/dev/full", "w") as full:
+        stderr = full if place == "full" else subprocess.PIPE
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True)
+        if process.stderr:
+            process.stderr.readline()
+            process.stderr.close()
+        out, _ = process.communicate(timeout=DEADLINE)
+    assert process.returncode == 0
+    assert json.loads(out.splitlines()[-1])["weights_sha256"] == whole
 
 
 @pytest.mark.parametrize("evaluation", [0, 2])

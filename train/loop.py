@@ -49,7 +49,7 @@ def train(config: TrainConfig, open_loader: OpenLoader | None = None, world: Wor
     Returns:
         The summary, which is also in the run's summary.json: run, recipe, device, precision, ranks, steps, epochs, epoch_steps, train_loss
         (nats), val_split, val_top1_error and val_top5_error (percent), val_loss, images_per_second, data_wait_ms, step_ms, skipped_steps
-        (of the whole run, in fp16), seconds (of this process), weights_sha256, stopped_by ("SIGTERM", "SIGINT" or None). What was not
+        (of the whole run, in fp16), seconds (of this process), weights_sha256, stopped_by ("SIGTERM", "SIGINT", "SIGHUP" or None). What was not
         measured is None. Where nothing was left to do, it is the one that was there.
 
     Raises:
