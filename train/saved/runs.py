@@ -18,6 +18,7 @@ from alexprep.train.saved.disk import publish, writing
 CONFIG, LOG, SUMMARY, CHECKPOINTS = "config.json", "log.jsonl", "summary.json", "checkpoints"
 LOCK = ".lock"
 TRACE, TENSORBOARD = "trace", "tensorboard"  # folders that are there if asked for
+PARTS = {"options": dict, "data": str, "identity": dict}  # of config.json; it also has versions
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -72,10 +73,13 @@ def read_config(run: Path) -> dict[str, Any]:
     Raises:
         AlexprepError: it cannot be read.
     """
-    next_step = f"{run} is no run of `alexprep train` that can be used; begin a new one"
+    next_step = "mend that, or begin a new run"
     config = read_json(run / CONFIG, next_step)
-    if not {"options", "data", "identity"} <= config.keys():
-        raise AlexprepError(f"{run / CONFIG} lacks options, data or identity: {next_step}")
+    lacking = [name for name, kind in PARTS.items() if not isinstance(config.get(name), kind)]
+    if not lacking and not isinstance(config["options"].get("recipe"), str):
+        lacking = ["options.recipe"]
+    if lacking:
+        raise AlexprepError(f"{run / CONFIG} has no {' and no '.join(lacking)} as a run's has: {next_step}")
     return config
 
 
@@ -119,12 +123,14 @@ def locked(run: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def _lock(run: Path) -> Iterator[bool]:
     """Holds the run's lock inside the block, unless another process does; tells which."""
-    with open(run / LOCK, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            ours = True
-        except BlockingIOError:
-            ours = False
+    with contextlib.ExitStack() as stack:
+        with writing(run / LOCK, next_step="run the same command again"):
+            file = stack.enter_context(open(run / LOCK, "w"))
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                ours = True
+            except BlockingIOError:
+                ours = False
         yield ours
 
 

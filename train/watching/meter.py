@@ -72,10 +72,12 @@ class Meter:
 
     def __enter__(self) -> Meter:
         """Opens the log and, on a terminal, shows the bar."""
-        if self._log is not None:
-            _keep_until(self._log, self._logged_step)
-        # Without a buffer, so that a line which a full disk refused is not tried again when the file is closed.
-        self._file = self._stack.enter_context(open(self._log or os.devnull, "ab", buffering=0))
+        log = self._log or Path(os.devnull)
+        with writing(log):
+            if self._log is not None:
+                _keep_until(log, self._logged_step)
+            # Without a buffer, so that a line which a full disk refused is not tried again when the file is closed.
+            self._file = self._stack.enter_context(open(log, "ab", buffering=0))
         if self._console.is_terminal:
             self._stack.enter_context(self._bar)
         return self
