@@ -79,7 +79,7 @@ KEEP, CHECKPOINT_STEPS = 3, 1000  # likewise those of alexprep.train.config
 )
 @click.option(
     "--rank-seconds",
-    type=click.FloatRange(min=0, min_open=True),
+    type=click.FloatRange(min=0, min_open=True, max=1_000_000),
     default=60,
     show_default=True,
     help="How long they wait for one another; saving a checkpoint must not take longer.",

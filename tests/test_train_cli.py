@@ -137,6 +137,12 @@ def test_alexnets_recipe_is_the_papers() -> None:
     "changes",
     [
         {"epochs": 0},
+        {"epochs": 1.5},
+        {"epochs": 100_001},
+        {"batch_size": 32.0},
+        {"batch_size": "32"},
+        {"batch_size": True},
+        {"momentum": "0.9"},
         {"batch_size": 0},
         {"lr": -1.0},
         {"lr": float("nan")},
@@ -178,6 +184,8 @@ def test_begun_with_another_run_s_weights(data: Path, tmp_path: Path) -> None:
         (["--init-from", "nobody"], "nobody"),
         (["--init-from", "a@7"], "no checkpoint of step 7"),
         (["--init-from", "a", "--init-layers", "conv9"], "conv9 matches no layer"),
+        (["--init-layers", "conv1"], "--init-layers conv1 says which layers of another run: name it with --init-from"),
+        (["--epochs", "100001"], "epochs is 100001: it must be at most 100000"),
     ):
         error = run("--name", "c", *words).exception
         assert isinstance(error, AlexprepError) and reason in str(error)

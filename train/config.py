@@ -11,8 +11,12 @@ from alexprep.shards.errors import AlexprepError
 from alexprep.train.parallel.split import SCHEMES, Scheme
 from alexprep.train.parallel.world import TIMEOUT
 from alexprep.train.precision import Precision
+from alexprep.train.recipes.recipe import MOST_EPOCHS
 
 MOST_TRACED = 200  # steps
+MOST_SECONDS = (
+    1_000_000  # that ranks wait for one another: eleven days; the system's clocks take no more than some 10^9
+)
 KEEP, CHECKPOINT_STEPS = 3, 1000  # unless the run began with others
 OPTIONS = (
     "recipe",
@@ -101,18 +105,20 @@ class TrainConfig:
             raise AlexprepError("data is None: name the folder of a data set; only a resumed run has one of its own")
         for name in ("epochs", "steps", "keep", "checkpoint_steps", "log_steps", "threads", "ranks", "trace"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise AlexprepError(f"{name} is {value}: it must be at least 1")
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise AlexprepError(f"{name} is {value!r}: it must be a whole number, at least 1")
+        if self.epochs is not None and self.epochs > MOST_EPOCHS:
+            raise AlexprepError(f"epochs is {self.epochs}: it must be at most {MOST_EPOCHS}")
         if self.trace is not None and self.trace > MOST_TRACED:
             raise AlexprepError(
                 f"trace is {self.trace}: at most {MOST_TRACED} steps are recorded, since all stay in memory until the last one"
             )
-        if not self.rank_seconds > 0:
-            raise AlexprepError(f"rank_seconds is {self.rank_seconds}: it must be above 0")
+        if not 0 < self.rank_seconds <= MOST_SECONDS:
+            raise AlexprepError(f"rank_seconds is {self.rank_seconds}: it must be above 0, and at most {MOST_SECONDS}")
         if self.scheme not in (None, *SCHEMES):
             raise AlexprepError(f"scheme {self.scheme!r} is not one of {', '.join(SCHEMES)}")
-        if self.seed is not None and not 0 <= self.seed < 2**63:
-            raise AlexprepError(f"seed is {self.seed}: it must be within 0 to 2^63 - 1")
+        if self.seed is not None and not (isinstance(self.seed, int) and 0 <= self.seed < 2**63):
+            raise AlexprepError(f"seed is {self.seed!r}: it must be a whole number within 0 to 2^63 - 1")
 
 
 def resumed(config: TrainConfig, began: Mapping[str, Any], data: Path) -> TrainConfig:

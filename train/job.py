@@ -138,6 +138,10 @@ def prepare(
         recipe, made, said = settle(recipe, recipe.network, facts.classes, seed, scheme, config.ranks)
         identity |= {"recipe": recipe.describe(), "layers": made}
         notes += said
+    if config.init_layers is not None and config.init_from is None:
+        raise AlexprepError(
+            f"--init-layers {config.init_layers} says which layers of another run: name it with --init-from"
+        )
     source = None
     # A beginning that would fail at once, as far as that can be known, fails here: before it has a folder and a name.
     if run is None and recipe.augmentation.needs_statistics and not made_up:

@@ -29,6 +29,10 @@ def train_anyhow(config: TrainConfig) -> dict[str, Any]:
         AlexprepError: see there; or a rank died or did not answer, which ends the others.
     """
     if _among_torchruns():
+        if config.ranks not in (1, size := int(os.environ["WORLD_SIZE"])):
+            raise AlexprepError(
+                f"--gpus {config.ranks}, but torchrun started {size} ranks: leave --gpus out, torchrun's own options say how many"
+            )
         return _joined(config)
     if config.ranks == 1:
         return train(config)
