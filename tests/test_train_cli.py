@@ -7,12 +7,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
 
+from alexprep.cli import main
 from alexprep.cli import train as command
 from alexprep.cli.evaluate import evaluate
 from alexprep.cli.train import RECIPES, train
@@ -206,3 +208,51 @@ def test_a_bare_resume_takes_the_run_s_data(data: Path, tmp_path: Path, monkeypa
 
 def test_the_defaults_that_help_tells() -> None:
     assert (command.KEEP, command.CHECKPOINT_STEPS) == (config.KEEP, config.CHECKPOINT_STEPS)
+
+
+def wrapped() -> None:
+    """As a library in C that is being imported hands on a Ctrl-C."""
+    try:
+        raise KeyboardInterrupt
+    except KeyboardInterrupt as error:
+        raise ImportError("initialization failed") from error
+
+
+def hidden() -> None:
+    """As a check for a package would tell it."""
+    try:
+        wrapped()
+    except ImportError:
+        raise AlexprepError("it needs a package") from None
+
+
+def plain() -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("interrupt", [plain, wrapped, hidden])
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("shard", "Finished work is kept: run the same command again to go on."),
+        ("pca-stats", "Finished work is kept: run the same command again to go on."),
+        (
+            "train",
+            "Checkpoints that were saved are kept: if the run has one, `alexprep train --resume` goes on from it.",
+        ),
+        ("eval", "Interrupted before there was a result: run the same command again."),
+        ("tune", "Interrupted before there was a result: run the same command again."),
+    ],
+)
+def test_an_interrupted_command_says_what_it_leaves(
+    name: str,
+    words: str,
+    interrupt: Callable[[], None],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(main.cli, "main", lambda **options: interrupt())
+    monkeypatch.setattr(sys, "argv", ["alexprep", name, "--json"])
+    with pytest.raises(SystemExit, match="130"):
+        main.main()
+    assert capsys.readouterr().err.endswith(f"{words}\n")
