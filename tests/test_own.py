@@ -689,7 +689,7 @@ def test_a_recipe_file(here: Path) -> None:
         ("network=make", "network=make(3)", "its network is a Net, not a function"),
         ("network=make", "network=None", "its network is a NoneType, not a function"),
         ("Steps(after=(9,))", "object()", "cannot be written as JSON"),
-        ("lr=0.01", "lr=make", "TypeError"),
+        ("lr=0.01", "lr=make", "lr is <class .* it must be a number within 0 to 100"),
         ('name="small"', 'name="../small"', "'../small' cannot name a run"),
         (
             'name="small"',
