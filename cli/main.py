@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 
@@ -18,6 +19,14 @@ from alexprep.cli.train import train
 from alexprep.cli.tune import tune
 from alexprep.cli.verify import verify
 from alexprep.shards.errors import TRACEBACK, AlexprepError
+
+_SHARDS = "Interrupted. Finished work is kept: run the same command again to go on."
+# What an interrupted command leaves. A training that is under way is not interrupted by the first Ctrl-C: it saves and ends.
+LEAVES = {
+    "shard": _SHARDS,
+    "pca-stats": _SHARDS,
+    "train": "Interrupted. Checkpoints that were saved are kept: if the run has one, `alexprep train --resume` goes on from it.",
+}
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -42,23 +51,46 @@ def main() -> None:
     """Runs the command line: an error is a line on stderr and exit status 1, never a traceback."""
     try:
         status = cli.main(standalone_mode=False)
-    except AlexprepError as error:
-        click.echo(f"Error: {error}", err=True)
-        status = 1
+    except (click.Abort, KeyboardInterrupt):
+        status = _interrupted()
     except click.ClickException as error:
         error.show()
         status = error.exit_code
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        click.echo(f"Error: {where}{error.strerror or error}", err=True)
-        status = 1
-    except (click.Abort, KeyboardInterrupt):
-        click.echo("Interrupted. Finished work is kept: run the same command again to go on.", err=True)
-        status = INTERRUPTED
     except Exception as error:
-        if os.environ.get(TRACEBACK):
+        if _began_with_interrupt(error):
+            status = _interrupted()
+        elif isinstance(error, AlexprepError):
+            status = _failed(f"Error: {error}")
+        elif isinstance(error, OSError):
+            where = f"{error.filename}: " if error.filename else ""
+            status = _failed(f"Error: {where}{error.strerror or error}")
+        elif os.environ.get(TRACEBACK):
             raise
-        words = f"{type(error).__name__}: {error}".splitlines()[0]
-        click.echo(f"Error: {words}\nThis may be a bug in alexprep; {TRACEBACK}=1 shows where it happened.", err=True)
-        status = 1
+        else:
+            words = f"{type(error).__name__}: {error}".splitlines()[0]
+            status = _failed(f"Error: {words}\nThis may be a bug in alexprep; {TRACEBACK}=1 shows where it happened.")
     sys.exit(status if isinstance(status, int) else 0)
+
+
+def _began_with_interrupt(error: BaseException) -> bool:
+    """Whether an error is what became of a Ctrl-C: a library in C that is being imported turns it into an ImportError."""
+    reasons: list[BaseException | None] = [error]
+    for reason in reasons:  # grows on the way; what led to what has no loops
+        if isinstance(reason, KeyboardInterrupt):
+            return True
+        if reason is not None:
+            reasons += [reason.__cause__, reason.__context__]
+    return False
+
+
+def _interrupted() -> int:
+    command = next(iter(sys.argv[1:]), "")
+    _failed(LEAVES.get(command, "Interrupted before there was a result: run the same command again."))
+    return INTERRUPTED
+
+
+def _failed(words: str) -> int:
+    """Says why, where anybody can still hear it."""
+    with contextlib.suppress(OSError):
+        click.echo(words, err=True)
+    return 1

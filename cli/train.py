@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from alexprep.cli.options import (
     AT_LEAST_1,
@@ -22,6 +23,7 @@ RECIPES = (
     *("alexnet", "alexnet-2012", "alexnet-1gpu", "alexnet-6conv", "alexnet-6conv-tune", "alexnet-owt"),
     *("cifar10-quick", "cifar10-13pct", "cifar10-11pct", "cifar10-relu", "cifar10-tanh", "tiny"),
 )
+KEEP, CHECKPOINT_STEPS = 3, 1000  # likewise those of alexprep.train.config
 
 
 @click.command("train", short_help="Train a network on shards.")
@@ -33,7 +35,11 @@ RECIPES = (
 )
 @click.option("--model", metavar="FILE.py:FUNCTION", help="A network of your own, trained as the recipe says.")
 @click.option("--epochs", type=AT_LEAST_1, help="Stop after this many epochs of the run.  [default: the recipe's]")
-@click.option("--steps", type=AT_LEAST_1, help="Stop after this many steps of the run.")
+@click.option(
+    "--steps",
+    type=AT_LEAST_1,
+    help="Stop after this many steps of the run. With --resume, --epochs or --steps take the place of both.",
+)
 @batch_size_option
 @click.option("--lr", type=click.FloatRange(min=0), help="First learning rate.  [default: the recipe's]")
 @click.option(
@@ -51,9 +57,13 @@ RECIPES = (
 @click.option(
     "--name", help="The run's name.  [default: that of the recipe or of the model's file, with a number if it is taken]"
 )
-@click.option("--resume", is_flag=True, help="Go on with the run --name, or with the one last active.")
-@click.option("--checkpoint-steps", type=AT_LEAST_1, default=1000, show_default=True, help="Steps between checkpoints.")
-@click.option("--keep", type=AT_LEAST_1, default=3, show_default=True, help="Checkpoints to keep.")
+@click.option(
+    "--resume",
+    is_flag=True,
+    help="Go on with the run --name, or with the one last active, on its data and as it began.",
+)
+@click.option("--checkpoint-steps", type=AT_LEAST_1, help=f"Steps between checkpoints.  [default: {CHECKPOINT_STEPS}]")
+@click.option("--keep", type=AT_LEAST_1, help=f"Checkpoints to keep.  [default: {KEEP}]")
 @click.option(
     "--gpus",
     "ranks",
@@ -69,7 +79,7 @@ RECIPES = (
 )
 @click.option(
     "--rank-seconds",
-    type=click.FloatRange(min=0, min_open=True),
+    type=click.FloatRange(min=0, min_open=True, max=1_000_000),
     default=60,
     show_default=True,
     help="How long they wait for one another; saving a checkpoint must not take longer.",
@@ -88,8 +98,9 @@ RECIPES = (
 def train(as_json: bool, **options: Any) -> None:
     """Train a network on a data set made by `alexprep shard` and `alexprep pca-stats`.
 
-    Writes ./runs/NAME: config.json, log.jsonl, checkpoints, summary.json. Ctrl-C or SIGTERM finishes the step and saves;
-    after a kill, --resume goes on from the last checkpoint. On a CPU the result is the same to the last bit.
+    Writes ./runs/NAME: config.json, log.jsonl, checkpoints, summary.json. Ctrl-C, SIGTERM or a closed terminal (SIGHUP) finishes the step and saves;
+    after a kill, --resume goes on from the last checkpoint. On a CPU the result is the same to the last bit. A run remembers its data and
+    its options, but for --gpus, --scheme, --device, and how it is watched; what is given with --resume holds from then on.
 
     \b
     Example: alexprep train --recipe cifar10-quick --data /data/cifar10
@@ -97,7 +108,13 @@ def train(as_json: bool, **options: Any) -> None:
     from alexprep.cli import report
     from alexprep.shards.layout import read_dataset
 
-    read_dataset(options["data"])  # a wrong folder is told at once: what follows loads torch, which takes seconds
+    if (
+        options["resume"]
+        and click.get_current_context().get_parameter_source("data") is not ParameterSource.COMMANDLINE
+    ):
+        options["data"] = None  # the run's own, whatever the default
+    else:
+        read_dataset(options["data"])  # a wrong folder is told at once: what follows loads torch, which takes seconds
     from alexprep.train.config import TrainConfig
     from alexprep.train.ranks import leads, train_anyhow
 

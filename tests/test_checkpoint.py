@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fnmatch
 import json
 import os
 import random
@@ -12,6 +14,7 @@ import pytest
 import torch
 
 from alexprep.shards.errors import AlexprepError
+from alexprep.shards.files import digest_json
 from alexprep.train.saved import checkpoint
 from alexprep.train.saved.checkpoint import Damaged, differences, newest, read, save
 
@@ -199,3 +202,66 @@ def test_differences_name_the_fields() -> None:
         "new was None, is now [2]",
     ]
     assert differences(saved, json.loads(json.dumps(saved))) == []
+
+
+def failing_reads(monkeypatch: pytest.MonkeyPatch, name: str, code: int) -> None:
+    """Reads of files of this name fail as the system has them fail."""
+    read_bytes = Path.read_bytes
+
+    def failing(path: Path) -> bytes:
+        if fnmatch.fnmatch(path.name, name):
+            raise OSError(code, os.strerror(code), str(path))
+        return read_bytes(path)
+
+    monkeypatch.setattr(Path, "read_bytes", failing)
+
+
+@pytest.mark.parametrize("name", ["step-00000002.json", "step-00000002-*.safetensors"])
+@pytest.mark.parametrize("code", [errno.EIO, errno.EACCES, errno.ESTALE, errno.EMFILE])
+def test_what_cannot_be_read_just_now_is_not_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, code: int
+) -> None:
+    """It is told by its name, and nothing older takes its place."""
+    save_steps(tmp_path, 1, 2)
+    with monkeypatch.context() as patch:
+        failing_reads(patch, name, code)
+        with pytest.raises(
+            AlexprepError, match=rf"{name[:13]}.* cannot be read \({os.strerror(code)}\): .*nothing was"
+        ):
+            newest(tmp_path)
+    assert_is(newest(tmp_path)[0], 2)
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ENOENT])
+def test_no_tensors_go_while_a_mark_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    """The save itself is done; the next one tidies up."""
+    save_steps(tmp_path, 1, 2, 3)
+    with monkeypatch.context() as patch:
+        failing_reads(patch, "step-00000003.json", code)
+        save_steps(tmp_path, 4, keep=2)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 4
+    assert_is(read(tmp_path / "step-00000003.json"), 3)
+    save_steps(tmp_path, 5, keep=2)
+    assert [name[:13] for name in files(tmp_path)] == ["step-00000004"] * 2 + ["step-00000005"] * 2
+
+
+def test_a_folder_that_cannot_be_read_is_not_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_steps(tmp_path, 1)
+
+    def refuse(folder: Path) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(AlexprepError, match=rf"{tmp_path} cannot be read \(Permission denied\)"):
+        newest(tmp_path)
+
+
+def test_a_checkpoint_of_another_format_is_refused(tmp_path: Path) -> None:
+    """It is no damage: an older one is not trained on in its stead, and overwritten."""
+    save_steps(tmp_path, 1, 2)
+    mark = tmp_path / "step-00000002.json"
+    document = json.loads(mark.read_text()) | {"format_version": 2}
+    del document["digest"]
+    mark.write_text(json.dumps(document | {"digest": digest_json(document)}))
+    with pytest.raises(AlexprepError, match=r"step-00000002.json has format version 2, this alexprep reads 1: use"):
+        newest(tmp_path)

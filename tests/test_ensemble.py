@@ -371,3 +371,8 @@ def test_loaders_that_disagree_are_noticed(data: Path, tmp_path: Path, wide_and_
 
     with pytest.raises(AlexprepError, match="give different ones"):
         evaluate_nets(places, threads=1, device="cpu", open_loader=Other)
+
+
+def test_weights_may_be_as_large_and_as_small_as_a_float_can_be() -> None:
+    assert shares([1e308, 1e308, 0], 3) == [0.5, 0.5, 0]
+    assert shares([5e-324, 5e-324], 2) == [0.5, 0.5]

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,12 @@ import torch
 
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.layout import INDEX_DTYPE
-from alexprep.train.config import TrainConfig
+from alexprep.train.config import CHECKPOINT_STEPS, KEEP, REMEMBERED, TrainConfig
 from alexprep.train.evaluation.run import evaluate_run
+from alexprep.train.host import StopRequest
+from alexprep.train.job import prepare
 from alexprep.train.loop import train
+from alexprep.train.parallel.forward import Forwarded
 from alexprep.train.recipes import registry as recipes
 from alexprep.train.recipes.schedule import Plateau
 from alexprep.train.saved import checkpoint, runs
@@ -34,6 +38,16 @@ from tests.made_up import BATCH, Batch, MadeUpLoader, small_recipe, write_data
 DEADLINE = 60.0  # seconds, for everything that waits
 ROOT = Path(__file__).parents[1]
 EPOCH_STEPS = 6  # of the made-up loader
+
+
+class Stopping(MadeUpLoader):
+    """SIGTERM comes before the fifth step of the first epoch, which is still taken."""
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in super().__iter__():
+            if self.split == "train" and (self.epoch, self.step) == (0, 5):
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
 
 
 @pytest.fixture
@@ -60,12 +74,11 @@ def records(run: Path, kind: str) -> list[dict[str, Any]]:
     return [line for line in lines if line["kind"] == kind]
 
 
-def child(data: Path, **settings: Any) -> subprocess.Popen[str]:
+def child(data: Path, stderr: Any = subprocess.PIPE, **settings: Any) -> subprocess.Popen[str]:
     """Trains in a process of its own."""
     environment = os.environ | {"PAUSE": str(settings.pop("pause", 0))}
     command = [sys.executable, "-m", "tests.test_loop", json.dumps({"data": str(data), **settings})]
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, env=environment, cwd=ROOT, **pipes)
+    return subprocess.Popen(command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=stderr, text=True)
 
 
 def finished(process: subprocess.Popen[str]) -> tuple[dict[str, Any], str]:
@@ -157,7 +170,9 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(data: Path) -> None
     assert steps == [6, 12, 18]
 
 
-@pytest.mark.parametrize(("number", "name"), [(signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "SIGINT")])
+@pytest.mark.parametrize(
+    ("number", "name"), [(number, number.name) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)]
+)
 def test_a_signal_saves_and_leaves(data: Path, number: signal.Signals, name: str) -> None:
     process = child(data, name="asked", checkpoint_steps=3, pause=0.03)
     wait_for(data.parent / "runs" / "asked" / "checkpoints", "step-00000003.json", process)
@@ -170,6 +185,42 @@ def test_a_signal_saves_and_leaves(data: Path, number: signal.Signals, name: str
     assert f"stopped by {name} after step {summary['steps']}" in said
     resumed = train(config(data, name="asked", resume=True), MadeUpLoader)
     assert resumed["weights_sha256"] == train(config(data, name="whole"), MadeUpLoader)["weights_sha256"]
+
+
+def test_a_closing_terminal_s_signals_are_one_request() -> None:
+    """Under nohup, which ignores them, they are none."""
+    heard: list[int] = []
+    before = signal.signal(signal.SIGHUP, lambda number, _: heard.append(number))
+    try:
+        with StopRequest().listening() as stop:
+            for _ in range(3):
+                signal.raise_signal(signal.SIGHUP)
+        with Forwarded([]) as forwarded:
+            for _ in range(3):
+                signal.raise_signal(signal.SIGHUP)
+        assert stop.signal == forwarded.sent == signal.SIGHUP and not heard
+        signal.raise_signal(signal.SIGHUP)
+        assert heard  # whoever listened before listens again
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        with StopRequest().listening() as stop, Forwarded([]) as forwarded:
+            signal.raise_signal(signal.SIGHUP)
+        assert (stop.signal, forwarded.sent) == (None, None)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("place", ["pipe", "full"])
+def test_words_that_nobody_can_read_cost_no_step(data: Path, place: str) -> None:
+    """The pipe is closed after a line, as by `head`; the disk that stderr goes to is full."""
+    whole = train(config(data), MadeUpLoader)["weights_sha256"]
+    with open("/dev/full", "w") as full:
+        process = child(data, full if place == "full" else subprocess.PIPE, name=place)
+        if process.stderr:
+            process.stderr.readline()
+            process.stderr.close()
+        out, _ = process.communicate(timeout=DEADLINE)
+    assert process.returncode == 0
+    assert json.loads(out.splitlines()[-1])["weights_sha256"] == whole
 
 
 @pytest.mark.parametrize("evaluation", [0, 2])
@@ -205,21 +256,164 @@ def test_the_newest_damaged_checkpoint_is_skipped_with_a_word(data: Path, capsys
     assert evaluate_run(run, device="cpu", open_loader=MadeUpLoader)["step"] == 18
 
 
-def test_a_run_without_checkpoint_begins_again(data: Path) -> None:
+@pytest.mark.parametrize("last", ["none", "steps", "epoch"])
+def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(data: Path, last: str) -> None:
+    """The records of a step are logged before its checkpoint is saved."""
     whole = train(config(data), MadeUpLoader)
     run = data.parent / "runs" / "small"
-    for path in (run / "checkpoints").iterdir():
-        path.unlink()
-    assert train(config(data, resume=True), MadeUpLoader)["weights_sha256"] == whole["weights_sha256"]
+    shutil.rmtree(run / "checkpoints")
+    (run / "summary.json").unlink()
+    lines = (run / "log.jsonl").read_text().splitlines(keepends=True)
+    kinds = [json.loads(line)["kind"] for line in lines]
+    count = {"none": 0, "steps": kinds.index("epoch"), "epoch": kinds.index("epoch") + 1}[last]
+    (run / "log.jsonl").write_text("".join(lines[:count]) + '{"kind": "st')
+    assert (
+        train(config(data, resume=True, checkpoint_steps=1), MadeUpLoader)["weights_sha256"]
+        == (whole["weights_sha256"])
+    )
     assert [record["step"] for record in records(run, "epoch")] == [6, 12, 18]
 
 
-def test_resuming_a_finished_run_says_what_it_had(data: Path) -> None:
+@pytest.mark.parametrize("gone", ["moved", "emptied", "damaged"])
+@pytest.mark.parametrize("summary", [True, False])
+@pytest.mark.parametrize("every", [2, 1000])
+def test_a_run_whose_checkpoints_are_out_of_sight_is_not_begun_again(
+    data: Path, gone: str, summary: bool, every: int
+) -> None:
+    """The summary tells of them, or a log that goes on after the first one."""
+    train(config(data, steps=3 if every == 2 else 8, log_steps=1, checkpoint_steps=every), MadeUpLoader)
+    run = data.parent / "runs" / "small"
+    folder = run / "checkpoints"
+    if gone == "moved":
+        folder.rename(data.parent / "elsewhere")
+    for path in folder.glob("*.safetensors"):
+        path.write_bytes(b"x") if gone == "damaged" else path.unlink()
+    for path in folder.glob("*.json") if gone == "emptied" else ():
+        path.unlink()
+    if not summary:
+        (run / "summary.json").unlink()
+    log = (run / "log.jsonl").read_text()
+    with pytest.raises(
+        AlexprepError, match=rf"small had checkpoints \(.*\), but in {folder} there is none .*bring the"
+    ):
+        train(config(data, resume=True), MadeUpLoader)
+    assert (run / "log.jsonl").read_text() == log
+    if gone == "moved":
+        (data.parent / "elsewhere").rename(folder)
+        assert train(config(data, resume=True, epochs=3), MadeUpLoader)["steps"] == 18
+    else:
+        for path in (run / "log.jsonl", run / "summary.json", *folder.iterdir()):
+            path.unlink(missing_ok=True)
+        assert train(config(data, resume=True, epochs=3), MadeUpLoader)["steps"] == 18
+
+
+def test_resuming_a_finished_run_says_what_it_had(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     whole = train(config(data), MadeUpLoader)
     again = train(config(data, resume=True), MadeUpLoader)
-    same = ("steps", "epochs", "val_top1_error", "val_loss", "weights_sha256")
-    assert {key: again[key] for key in same} == {key: whole[key] for key in same}
-    assert (again["images_per_second"], again["step_ms"], again["train_loss"]) == (None, None, None)
+    assert again == whole == json.loads((data.parent / "runs/small/summary.json").read_text())
+    said = capsys.readouterr().err
+    assert (
+        "nothing left to do: step 18 is done, which --epochs 3 does not go beyond; --resume with more --epochs or --steps"
+        in said
+    )
+    train(config(data, name="part", steps=8), MadeUpLoader)
+    saved = list((data.parent / "runs/part/checkpoints").iterdir())
+    assert train(config(data, name="part", resume=True), MadeUpLoader)["step_ms"] is not None
+    assert "nothing left to do: step 8 is done, which --steps 8 does not go beyond" in capsys.readouterr().err
+    assert list((data.parent / "runs/part/checkpoints").iterdir()) == saved
+
+
+def test_a_run_that_was_killed_before_its_summary_has_one_in_the_end(data: Path) -> None:
+    whole = train(config(data, steps=8), MadeUpLoader)
+    summary = data.parent / "runs/small/summary.json"
+    for left in (None, whole | {"steps": 6}, whole | {"stopped_by": "SIGTERM"}):
+        summary.unlink()
+        if left:
+            summary.write_text(json.dumps(left))
+        again = train(config(data, resume=True), MadeUpLoader)
+        assert (again["steps"], again["val_loss"], again["stopped_by"]) == (8, whole["val_loss"], None)
+        assert again == json.loads(summary.read_text())
+
+
+def _options(run: Path) -> dict[str, Any]:
+    options: dict[str, Any] = json.loads((run / "config.json").read_text())["options"]
+    return options
+
+
+def _saved(run: Path) -> list[int]:
+    return sorted(checkpoint.marks(run / "checkpoints"))
+
+
+def test_a_bare_resume_goes_on_as_the_run_began(data: Path) -> None:
+    """With its data, its length, and as many checkpoints as often."""
+    run = data.parent / "runs" / "small"
+    train(config(data, epochs=2, keep=6, checkpoint_steps=2), Stopping)
+    assert _saved(run) == [2, 4, 5]
+    bare = TrainConfig(runs=run.parent, device="cpu", resume=True)
+    assert train(bare, MadeUpLoader)["epochs"] == 2
+    assert _saved(run) == [4, 5, 6, 8, 10, 12]
+    assert json.loads((run / "config.json").read_text())["data"] == str(data)
+
+
+def test_what_is_given_on_resuming_holds_from_then_on(data: Path) -> None:
+    """Epochs and steps are one choice: either takes the place of both."""
+    run = data.parent / "runs" / "small"
+    bare = TrainConfig(runs=run.parent, device="cpu", resume=True)
+    assert train(config(data, epochs=1, keep=1), MadeUpLoader)["steps"] == 6
+    assert train(replace(bare, steps=8, keep=2, checkpoint_steps=1), MadeUpLoader)["steps"] == 8
+    assert {name: _options(run)[name] for name in REMEMBERED} == {
+        "epochs": None,
+        "steps": 8,
+        "keep": 2,
+        "checkpoint_steps": 1,
+    }
+    assert train(bare, MadeUpLoader)["steps"] == 8
+    assert train(replace(bare, epochs=2), MadeUpLoader)["steps"] == 12
+    assert _saved(run) == [11, 12]
+    assert train(bare, MadeUpLoader)["steps"] == 12
+    assert (
+        train(replace(bare, epochs=3), MadeUpLoader)["weights_sha256"]
+        == (train(config(data, name="whole"), MadeUpLoader)["weights_sha256"])
+    )
+
+
+def test_an_older_run_that_remembers_less_goes_on(data: Path) -> None:
+    train(config(data, steps=2, keep=5), MadeUpLoader)
+    file = data.parent / "runs" / "small" / "config.json"
+    document = json.loads(file.read_text())
+    document["options"] = {name: value for name, value in document["options"].items() if name not in REMEMBERED}
+    file.write_text(json.dumps(document))
+    assert train(config(data, resume=True), MadeUpLoader)["epochs"] == 3
+    options = _options(file.parent)
+    assert (options["keep"], options["checkpoint_steps"]) == (KEEP, CHECKPOINT_STEPS) == (3, 1000)
+
+
+def test_data_that_moved_is_told_and_found_again(data: Path) -> None:
+    run = data.parent / "runs" / "small"
+    train(config(data, steps=1), MadeUpLoader)
+    moved = data.rename(data.with_name("moved"))
+    bare = TrainConfig(runs=run.parent, device="cpu", resume=True, steps=2)
+    words = rf"small was trained on {data}, which holds no data set now: say with --data where it is"
+    with pytest.raises(AlexprepError, match=words):
+        train(bare, MadeUpLoader)
+    with pytest.raises(AlexprepError, match=words):
+        evaluate_run(run, device="cpu", open_loader=MadeUpLoader)
+    assert train(replace(bare, data=moved), MadeUpLoader)["steps"] == 2
+    assert train(replace(bare, steps=3), MadeUpLoader)["steps"] == 3
+    assert evaluate_run(run, device="cpu", open_loader=MadeUpLoader)["step"] == 3
+
+
+def test_a_beginning_needs_data() -> None:
+    with pytest.raises(AlexprepError, match="data is None: name the folder"):
+        TrainConfig(recipe="small")
+
+
+def test_a_stopped_run_says_what_goes_on_with_it(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(config(data), Stopping)
+    told = f"stopped by SIGTERM after step 5: go on with --resume --runs {data.parent / 'runs'} --device cpu\n"
+    assert told in capsys.readouterr().err
+    job = prepare(config(data, name="two", ranks=2, scheme="ddp", runs=Path("runs"), device=None), rehearsal=True)
+    assert job.go_on() == "--resume --gpus 2 --scheme ddp"
 
 
 def test_a_gpu_without_enough_memory_is_told(data: Path) -> None:

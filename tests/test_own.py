@@ -6,7 +6,7 @@ import functools
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ from alexprep.train.saved.init_from import init_from
 from alexprep.train.saved.places import Place
 from alexprep.train.state import weights_digest
 from tests import made_up
-from tests.made_up import BATCH, CLASSES
+from tests.made_up import BATCH, CLASSES, Batch
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "docs" / "examples" / "own_nets"
@@ -375,10 +375,90 @@ def test_resumed_anywhere_it_ends_with_the_same_bits(here: Path) -> None:
     whole = train(config(name="whole"), MadeUpLoader)
     for step in (1, 4, 6):
         train(config(name=f"part{step}", steps=step), MadeUpLoader)
-        rest = train(config(name=f"part{step}", resume=True), MadeUpLoader)
+        rest = train(config(name=f"part{step}", resume=True, epochs=3), MadeUpLoader)
         assert rest["weights_sha256"] == whole["weights_sha256"], f"stopped after step {step}"
     found = evaluate_run(Path(whole["run"]), batch_size=BATCH, device="cpu", open_loader=MadeUpLoader, **NAMED)
     assert (found["top1_error"], found["loss"]) == (whole["val_top1_error"], whole["val_loss"])
+
+
+KEEPING = """
+import torch
+from torch import nn
+
+class make(nn.Module):
+    def __init__(self, classes, crop):
+        super().__init__()
+        self.out = nn.Linear(3 * crop * crop, classes)
+        BUFFER
+
+    def forward(self, images):
+        words = images.flatten(1) / 64
+        STEP
+        return self.out(words)
+"""
+
+
+def keeping(buffer: str, step: str = "pass", more: str = "") -> None:
+    """A network with a buffer and what its forward pass does with it."""
+    Path("keeping.py").write_text(KEEPING.replace("BUFFER", buffer).replace("STEP", step) + more)
+
+
+@pytest.mark.parametrize(
+    ("buffer", "step", "more", "words"),
+    [
+        (
+            "self.register_buffer('mean', torch.zeros(()), persistent=False)",
+            "self.mean += 0.1 * words.detach().mean() * self.training; words = words - self.mean",
+            "",
+            "training changes the buffer mean, which no checkpoint would hold, .*without persistent=False",
+        ),
+        (
+            "self.seen = 0",
+            "self.seen += 1",
+            "\n    def get_extra_state(self):\n        return {'seen': self.seen}\n    def set_extra_state(self, state): pass\n",
+            r"state_dict\(\) holds _extra_state, which is neither a parameter nor a buffer.*register_buffer",
+        ),
+        (
+            "self.seen = 0",
+            "self.seen += 1",
+            "\n    def get_extra_state(self):\n        return torch.tensor(self.seen)\n    def set_extra_state(self, state): pass\n",
+            "holds _extra_state",
+        ),
+    ],
+)
+def test_what_a_checkpoint_would_not_hold_is_refused(here: Path, buffer: str, step: str, more: str, words: str) -> None:
+    keeping(buffer, step, more)
+    assert re.search(words, refused(model="keeping.py"))
+
+
+def test_a_buffer_that_stays_as_it_is_need_not_be_saved(here: Path) -> None:
+    keeping(
+        "self.register_buffer('mask', torch.tensor([float('nan'), -float('inf'), 1.0]), persistent=False); "
+        "self.register_buffer('seen', torch.zeros((), dtype=torch.int64))",
+        "self.seen += 1",
+    )
+    assert begun(model="keeping.py").recipe.epochs == 3
+
+
+def test_a_mask_of_infinities_is_trained_and_saved(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As causal attention has one. Another run may begin with it, and NaN elsewhere is still found."""
+    mask = "self.register_buffer('mask', torch.full((crop, crop), -float('inf')).triu(1))"
+    keeping(mask, "words = words + self.mask.exp().sum() / 1e6")
+    whole = train(config(model="keeping.py", name="whole", checkpoint_steps=3), MadeUpLoader)
+    train(config(model="keeping.py", name="part", steps=3), MadeUpLoader)
+    rest = train(config(model="keeping.py", name="part", resume=True, epochs=3), MadeUpLoader)
+    assert rest["weights_sha256"] == whole["weights_sha256"]
+    taken = train(config(model="keeping.py", name="tuned", init_from="whole", steps=1), MadeUpLoader)
+    assert taken["steps"] == 1
+
+    class Poisoned(MadeUpLoader):
+        def __iter__(self) -> Iterator[Batch]:
+            for images, labels in super().__iter__():
+                yield Batch(images * float("nan"), labels)
+
+    monkeypatch.setattr("alexprep.train.culprit.SECONDS", 0.0)
+    with pytest.raises(AlexprepError, match=r"now out.weight, out.bias are not finite"):
+        train(config(model="keeping.py", name="wild"), Poisoned)
 
 
 def test_a_net_that_views_its_maps_gets_contiguous_ones(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -552,7 +632,7 @@ def test_a_recipe_file(here: Path) -> None:
         ("network=make", "network=make(3)", "its network is a Net, not a function"),
         ("network=make", "network=None", "its network is a NoneType, not a function"),
         ("Steps(after=(9,))", "object()", "cannot be written as JSON"),
-        ("lr=0.01", "lr=make", "TypeError"),
+        ("lr=0.01", "lr=make", "lr is <class .* it must be a number within 0 to 100"),
         ('name="small"', 'name="../small"', "'../small' cannot name a run"),
         (
             'name="small"',

@@ -102,6 +102,14 @@ def test_torchrun_s_ranks_need_a_name(data: Path, tmp_path: Path, monkeypatch: p
         train_anyhow(TrainConfig(data, "tiny", runs=tmp_path, device="cpu"))
 
 
+def test_torchrun_and_gpus_agree(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(AlexprepError, match="--gpus 4, but torchrun started 2 ranks: leave --gpus out"):
+        train_anyhow(TrainConfig(data, "tiny", runs=tmp_path, device="cpu", ranks=4))
+    with pytest.raises(AlexprepError, match="give --name"):
+        train_anyhow(TrainConfig(data, "tiny", runs=tmp_path, device="cpu", ranks=2))
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -111,6 +119,9 @@ def test_torchrun_s_ranks_need_a_name(data: Path, tmp_path: Path, monkeypatch: p
         ({"ranks": 2, "scheme": "pipeline"}, "scheme 'pipeline' is not one of"),
         ({"ranks": 3, "scheme": "towers"}, "has 2 groups, which do not divide among 3 ranks"),
         ({"ranks": 2, "rank_seconds": 0.0}, "rank_seconds is 0.0"),
+        ({"ranks": 2, "rank_seconds": float("inf")}, "rank_seconds is inf: it must be above 0, and at most 1000000"),
+        ({"ranks": 2, "rank_seconds": 1e300}, "rank_seconds is 1e"),
+        ({"ranks": 2, "rank_seconds": float("nan")}, "rank_seconds is nan"),
     ],
 )
 def test_schemes_that_do_not_fit(options: dict[str, Any], words: str, data: Path, tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ FENCES = {
     "sklearn": (),
     "pickle": (),
     "subprocess": ("shards/engines.py", "train/parallel/launch.py"),
-    "ray": ("shards/ray_engine.py",),
+    "ray": ("shards/ray_connection.py",),
 }
 
 

@@ -14,8 +14,9 @@ from alexprep.shards import files
 from alexprep.shards.errors import AlexprepError
 from alexprep.train.saved import runs
 from alexprep.train.saved.runs import create_run, locked, read_config
+from alexprep.train.watching.meter import Meter
 
-CONFIG = {"options": {}, "data": "somewhere", "identity": {}}
+CONFIG: dict[str, object] = {"options": {"recipe": "tiny"}, "data": "somewhere", "identity": {}}
 
 
 class Killed(BaseException):
@@ -107,3 +108,38 @@ def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
         AlexprepError, match=r"config.json cannot be written \(Not a directory\): mend that and run the same"
     ):
         create_run(tmp_path / "runs", None, "tiny", CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"options": {}}, "has no options.recipe as"),
+        ({"options": {"recipe": 3}}, "has no options.recipe as"),
+        ({"options": []}, "has no options as"),
+        ({"data": None, "identity": "x"}, "has no data and no identity as a run's has: mend that, or begin a new run"),
+    ],
+)
+def test_a_config_that_was_cut_by_hand_is_refused(change: dict[str, object], words: str, tmp_path: Path) -> None:
+    run = create_run(tmp_path, "mine", "tiny", CONFIG)
+    (run / "config.json").write_text(json.dumps({**CONFIG, **change}))
+    with pytest.raises(AlexprepError, match=words):
+        read_config(run)
+
+
+def test_files_that_cannot_be_opened_are_told(tmp_path: Path) -> None:
+    run = create_run(tmp_path, "mine", "tiny", CONFIG)
+    for name in ("config.json", ".lock", "log.jsonl"):
+        (run / name).unlink(missing_ok=True)
+        (run / name).mkdir()
+    with pytest.raises(AlexprepError, match=r"config.json cannot be read \(.*Is a directory.*: mend that, or begin"):
+        read_config(run)
+    with (
+        pytest.raises(AlexprepError, match=r".lock cannot be written \(Is a directory\): mend that and run the same"),
+        locked(run),
+    ):
+        pass
+    with (
+        pytest.raises(AlexprepError, match=r"log.jsonl cannot be written \(Is a directory\): mend that and go on"),
+        Meter(run / "log.jsonl", step=0, total_steps=1),
+    ):
+        pass

@@ -7,16 +7,20 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
 
+from alexprep.cli import main
+from alexprep.cli import train as command
 from alexprep.cli.evaluate import evaluate
 from alexprep.cli.train import RECIPES, train
 from alexprep.pipeline.augmentation import Augmentation
 from alexprep.shards.errors import AlexprepError
+from alexprep.train import config
 from alexprep.train.config import TrainConfig
 from alexprep.train.loop import train as train_run
 from alexprep.train.networks.small import tiny_net
@@ -135,6 +139,12 @@ def test_alexnets_recipe_is_the_papers() -> None:
     "changes",
     [
         {"epochs": 0},
+        {"epochs": 1.5},
+        {"epochs": 100_001},
+        {"batch_size": 32.0},
+        {"batch_size": "32"},
+        {"batch_size": True},
+        {"momentum": "0.9"},
         {"batch_size": 0},
         {"lr": -1.0},
         {"lr": float("nan")},
@@ -176,6 +186,73 @@ def test_begun_with_another_run_s_weights(data: Path, tmp_path: Path) -> None:
         (["--init-from", "nobody"], "nobody"),
         (["--init-from", "a@7"], "no checkpoint of step 7"),
         (["--init-from", "a", "--init-layers", "conv9"], "conv9 matches no layer"),
+        (["--init-layers", "conv1"], "--init-layers conv1 says which layers of another run: name it with --init-from"),
+        (["--epochs", "100001"], "epochs is 100001: it must be at most 100000"),
     ):
         error = run("--name", "c", *words).exception
         assert isinstance(error, AlexprepError) and reason in str(error)
+
+
+def test_a_bare_resume_takes_the_run_s_data(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the default nor what the environment names."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ALEXPREP_DATA", "elsewhere")
+    begun = ["--data", str(data), "--recipe", "tiny", "--steps", "1", "--keep", "1", "--device", "cpu"]
+    assert CliRunner().invoke(train, begun).exit_code == 0
+    more = CliRunner().invoke(train, ["--resume", "--steps", "2", "--device", "cpu", "--json"], catch_exceptions=False)
+    assert last_line(more.stdout)["steps"] == 2
+    assert len(list(tmp_path.glob("runs/tiny/checkpoints/*.json"))) == 1
+    told = CliRunner().invoke(train, ["--resume", "--data", "nowhere"]).exception
+    assert isinstance(told, AlexprepError) and "nowhere/dataset.json does not exist" in str(told)
+
+
+def test_the_defaults_that_help_tells() -> None:
+    assert (command.KEEP, command.CHECKPOINT_STEPS) == (config.KEEP, config.CHECKPOINT_STEPS)
+
+
+def wrapped() -> None:
+    """As a library in C that is being imported hands on a Ctrl-C."""
+    try:
+        raise KeyboardInterrupt
+    except KeyboardInterrupt as error:
+        raise ImportError("initialization failed") from error
+
+
+def hidden() -> None:
+    """As a check for a package would tell it."""
+    try:
+        wrapped()
+    except ImportError:
+        raise AlexprepError("it needs a package") from None
+
+
+def plain() -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("interrupt", [plain, wrapped, hidden])
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("shard", "Finished work is kept: run the same command again to go on."),
+        ("pca-stats", "Finished work is kept: run the same command again to go on."),
+        (
+            "train",
+            "Checkpoints that were saved are kept: if the run has one, `alexprep train --resume` goes on from it.",
+        ),
+        ("eval", "Interrupted before there was a result: run the same command again."),
+        ("tune", "Interrupted before there was a result: run the same command again."),
+    ],
+)
+def test_an_interrupted_command_says_what_it_leaves(
+    name: str,
+    words: str,
+    interrupt: Callable[[], None],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(main.cli, "main", lambda **options: interrupt())
+    monkeypatch.setattr(sys, "argv", ["alexprep", name, "--json"])
+    with pytest.raises(SystemExit, match="130"):
+        main.main()
+    assert capsys.readouterr().err.endswith(f"{words}\n")

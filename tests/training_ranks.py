@@ -105,8 +105,8 @@ def begun(world: World, data: Path, loader: type[MadeUp] = MadeUp, **settings: A
 
 
 def gone_on(world: World, data: Path, name: str) -> dict[str, Any]:
-    """A training that is resumed."""
-    return train(config(data, name=name, ranks=world.size, resume=True), MadeUp, world)
+    """A training that is resumed, to the end."""
+    return train(config(data, name=name, ranks=world.size, resume=True, epochs=1), MadeUp, world)
 
 
 def poisoned(world: World, data: Path, kind: str) -> str:

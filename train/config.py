@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from alexprep.shards.errors import AlexprepError
 from alexprep.train.parallel.split import SCHEMES, Scheme
 from alexprep.train.parallel.world import TIMEOUT
 from alexprep.train.precision import Precision
+from alexprep.train.recipes.recipe import MOST_EPOCHS
 
 MOST_TRACED = 200  # steps
+MOST_SECONDS = (
+    1_000_000  # that ranks wait for one another: eleven days; the system's clocks take no more than some 10^9
+)
+KEEP, CHECKPOINT_STEPS = 3, 1000  # unless the run began with others
 OPTIONS = (
     "recipe",
     "model",
@@ -23,6 +30,8 @@ OPTIONS = (
     "channels_last",
     "compile",
 )  # what a resumed run takes from its beginning
+LENGTH = ("epochs", "steps")
+REMEMBERED = (*LENGTH, "keep", "checkpoint_steps")  # likewise; what is given on resuming holds from then on
 DECODING = ("decode", "hw_decoder_load")  # likewise, as it was tuned then
 
 
@@ -31,7 +40,7 @@ class TrainConfig:
     """What a caller may choose. None means: as the recipe has it, or when resuming, as the run began.
 
     Args:
-        data: folder of the data set.
+        data: folder of the data set; only a resumed run has one of its own.
         recipe: name in the registry, "alexnet" by default; or a user's own: FILE.py, FILE.py:FUNCTION or MODULE:FUNCTION.
         model: the user's own network in the recipe's stead, likewise; see `alexprep.train.own.network`.
         seed: of the initial weights, dropout, order and augmentation; 0 by default.
@@ -40,12 +49,12 @@ class TrainConfig:
         init_from: run (RUN or RUN@STEP) whose weights the network begins with; its own initial weights by default.
         init_layers: which layers of it, see `alexprep.train.saved.init_from.init_from`; "matching" or patterns with commas.
         epochs: stop after this many, counted from the run's beginning.
-        steps: stop after this many optimizer steps, counted from the run's beginning.
+        steps: stop after this many optimizer steps, likewise. On resuming, epochs or steps take the place of both.
         runs: folder of all runs.
         name: of this run; that of the recipe or of the model's file, with a number if that is taken, by default.
         resume: continue the named run, or the one last active.
-        keep: checkpoints kept.
-        checkpoint_steps: steps between checkpoints; one more is made at every epoch's end.
+        keep: checkpoints kept, 3 by default.
+        checkpoint_steps: steps between checkpoints, 1000 by default; one more is made at every epoch's end.
         log_steps: steps between records in log.jsonl.
         threads: for decoding; as `alexprep tune` found, or one a core, by default.
         device: "cpu" or "cuda"; the GPU if there is one by default.
@@ -63,7 +72,7 @@ class TrainConfig:
         AlexprepError: a number is out of its range.
     """
 
-    data: Path
+    data: Path | None = None
     recipe: str | None = None
     model: str | None = None
     seed: int | None = None
@@ -79,8 +88,8 @@ class TrainConfig:
     runs: Path = Path("runs")
     name: str | None = None
     resume: bool = False
-    keep: int = 3
-    checkpoint_steps: int = 1000
+    keep: int | None = None
+    checkpoint_steps: int | None = None
     log_steps: int = 20
     threads: int | None = None
     device: str | None = None
@@ -92,17 +101,38 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Refuses values out of bounds, with AlexprepError."""
+        if self.data is None and not self.resume:
+            raise AlexprepError("data is None: name the folder of a data set; only a resumed run has one of its own")
         for name in ("epochs", "steps", "keep", "checkpoint_steps", "log_steps", "threads", "ranks", "trace"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise AlexprepError(f"{name} is {value}: it must be at least 1")
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise AlexprepError(f"{name} is {value!r}: it must be a whole number, at least 1")
+        if self.epochs is not None and self.epochs > MOST_EPOCHS:
+            raise AlexprepError(f"epochs is {self.epochs}: it must be at most {MOST_EPOCHS}")
         if self.trace is not None and self.trace > MOST_TRACED:
             raise AlexprepError(
                 f"trace is {self.trace}: at most {MOST_TRACED} steps are recorded, since all stay in memory until the last one"
             )
-        if not self.rank_seconds > 0:
-            raise AlexprepError(f"rank_seconds is {self.rank_seconds}: it must be above 0")
+        if not 0 < self.rank_seconds <= MOST_SECONDS:
+            raise AlexprepError(f"rank_seconds is {self.rank_seconds}: it must be above 0, and at most {MOST_SECONDS}")
         if self.scheme not in (None, *SCHEMES):
             raise AlexprepError(f"scheme {self.scheme!r} is not one of {', '.join(SCHEMES)}")
-        if self.seed is not None and not 0 <= self.seed < 2**63:
-            raise AlexprepError(f"seed is {self.seed}: it must be within 0 to 2^63 - 1")
+        if self.seed is not None and not (isinstance(self.seed, int) and 0 <= self.seed < 2**63):
+            raise AlexprepError(f"seed is {self.seed!r}: it must be a whole number within 0 to 2^63 - 1")
+
+
+def resumed(config: TrainConfig, began: Mapping[str, Any], data: Path) -> TrainConfig:
+    """What a run goes on with: what is given now, else what held before.
+
+    Epochs and steps are one choice, how long to train: a run of 3 epochs that is given 10,000 steps now has no other end.
+
+    Args:
+        config: as given now.
+        began: the run's options, see `alexprep.train.saved.runs.read_config`; older ones lack some.
+        data: the run's.
+    """
+    unless_given = [*OPTIONS, *REMEMBERED]
+    if config.epochs is not None or config.steps is not None:
+        unless_given = [name for name in unless_given if name not in LENGTH]
+    taken: dict[str, Any] = {name: began.get(name) for name in unless_given if getattr(config, name) is None}
+    return replace(config, data=data, **taken)

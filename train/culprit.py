@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -64,7 +64,7 @@ def explained(
             except (AlexprepError, OSError, torch.OutOfMemoryError) as failure:
                 why = str(failure)
         meter.record_not_finite(sight, step=position.step, epoch=position.epoch, lr=lr)
-        found = sight.sentence() if sight else _present(state.parallel.gather_state(), why)
+        found = sight.sentence() if sight else _present(state, why)
         next_step = _next_step(job.run.name, saved_step, sight)
         raise AlexprepError(f"{error.what}, at learning rate {lr}; {found}. {next_step}") from None
 
@@ -114,14 +114,16 @@ def _watched_step(state: TrainingState, images: torch.Tensor, labels: torch.Tens
         watch.see("update", name, weight)
 
 
-def _present(weights: Mapping[str, torch.Tensor], why: str) -> str:
-    """What the weights are now, and why there is no more to tell."""
-    spoilt = [name for name, weight in weights.items() if not torch.isfinite(weight).all()]
+def _present(state: TrainingState, why: str) -> str:
+    """What the weights are now, and why there is no more to tell. All ranks call it."""
+    weights = state.parallel.gather_state()
+    spoilt = state.spoilt(weights)
     more = f" and {len(spoilt) - NAMED} more" if len(spoilt) > NAMED else ""
     if spoilt:
         now = f"now {', '.join(spoilt[:NAMED])}{more} are not finite"
     else:
-        sizes = {name: float(weight.double().abs().max()) for name, weight in weights.items() if weight.numel()}
+        finite = {name: weight[weight.isfinite()] for name, weight in weights.items()}
+        sizes = {name: float(weight.double().abs().max()) for name, weight in finite.items() if weight.numel()}
         largest = max(sizes, key=sizes.__getitem__)
         now = f"every weight is finite, the largest is {sizes[largest]:.2g}, in {largest}"
     return f"{now} (where it began is not known: {why or 'it did not happen again'})"

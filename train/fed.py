@@ -17,7 +17,7 @@ def open_split(job: Job, open_loader: OpenLoader, split: str, shard: tuple[int, 
     """A rank's loader of a split; `shard` is its (rank, world_size)."""
     training = split == "train"
     return open_loader(
-        job.config.data,
+        job.data,
         split,
         batch_size=job.recipe.batch_size,
         augmentation=job.recipe.augmentation,

@@ -13,6 +13,7 @@ from types import FrameType
 import torch
 
 from alexprep.shards.errors import AlexprepError
+from alexprep.train.parallel.forward import stop_signals
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
 
@@ -22,8 +23,9 @@ class Stopped(Exception):
 
 
 class StopRequest:
-    """Whether SIGTERM or SIGINT arrived: the first only sets `signal`, a second one has its usual effect.
+    """Whether SIGTERM, SIGINT or SIGHUP arrived: the first only sets `signal`, a second one has its usual effect.
 
+    A second SIGHUP has none: a terminal that closes sends several, of which the last would end the process while it saves.
     Signals can be caught in the main thread only; elsewhere nothing is ever requested.
     """
 
@@ -37,12 +39,12 @@ class StopRequest:
         if threading.current_thread() is not threading.main_thread():
             yield self
             return
-        previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        previous = {number: signal.getsignal(number) for number in stop_signals()}
 
         def remember(number: int, frame: FrameType | None) -> None:
             self.signal = signal.Signals(number)
             for caught, handler in previous.items():
-                signal.signal(caught, handler)
+                signal.signal(caught, signal.SIG_IGN if caught == signal.SIGHUP else handler)
 
         for number in previous:
             signal.signal(number, remember)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,10 +17,11 @@ from alexprep.pipeline.tuning import Tuning, saved_tuning
 from alexprep.shards import stats
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.versions import versions
-from alexprep.train.config import DECODING, OPTIONS, TrainConfig
+from alexprep.train.config import CHECKPOINT_STEPS, DECODING, KEEP, OPTIONS, REMEMBERED, TrainConfig, resumed
 from alexprep.train.data import DataFacts, data_facts
-from alexprep.train.own.network import OwnNetwork
+from alexprep.train.own.network import MODEL, RECIPE, OwnNetwork
 from alexprep.train.own.settle import settle
+from alexprep.train.own.user_code import is_reference
 from alexprep.train.parallel.split import Scheme, part_of
 from alexprep.train.parallel.world import World
 from alexprep.train.precision import Arithmetic, arithmetic
@@ -41,6 +43,7 @@ class Job:
 
     config: TrainConfig
     run: Path  # its folder
+    data: Path  # folder of the data set
     recipe: Recipe
     seed: int
     facts: DataFacts
@@ -56,6 +59,35 @@ class Job:
     def epochs(self) -> int:
         """At most so many are trained."""
         return self.config.epochs or self.recipe.epochs
+
+    @property
+    def keep(self) -> int:
+        """Checkpoints kept."""
+        return self.config.keep or KEEP
+
+    @property
+    def checkpoint_steps(self) -> int:
+        """Steps between checkpoints."""
+        return self.config.checkpoint_steps or CHECKPOINT_STEPS
+
+    def remembered(self) -> dict[str, Any]:
+        """What a bare --resume goes on with, though it is no part of the identity."""
+        return {name: getattr(self.config, name) for name in REMEMBERED} | {
+            "keep": self.keep,
+            "checkpoint_steps": self.checkpoint_steps,
+        }
+
+    def go_on(self) -> str:
+        """Options that go on with this run as it is trained now: --resume, and those that a run does not remember."""
+        config, words = self.config, ["--resume"]
+        if config.runs.resolve() != TrainConfig.runs.resolve():
+            words += ["--runs", str(config.runs)]
+        for option, reference in ((RECIPE, config.recipe), (MODEL, config.model)):
+            if reference is not None and is_reference(reference):
+                words += [option, reference]
+        if config.ranks > 1:
+            words += ["--gpus", str(config.ranks), "--scheme", self.scheme]
+        return shlex.join([*words, *(["--device", config.device] if config.device else [])])
 
     def blamed(self) -> contextlib.AbstractContextManager[None]:
         """Inside the block, an exception that comes by way of the user's own network becomes a sentence with its file and line."""
@@ -80,16 +112,18 @@ def prepare(
     device = device or choose_device(config.device)
     if config.tensorboard:
         writer_class()  # made sure of before the run's folder is there
-    facts = data_facts(config.data)
     named, model = references(config.recipe, config.model)
     config = replace(config, recipe=named, model=model)
     run, began = Path(os.devnull) if rehearsal else None, None
     if config.resume:
         run = runs.find_run(config.runs, config.name)
-        began = runs.read_config(run)["options"]
+        document = runs.read_config(run)
+        began = document["options"]
         check_named(began, config.recipe, config.model, run)
-        config = replace(config, **{name: began.get(name) for name in OPTIONS if getattr(config, name) is None})
-    tuning, notes = _tuning(config, device, began)
+        config = resumed(config, began, config.data or runs.data_of(run, document))
+    data = config.data or Path()  # there is one: only a resumed run's may be None, and it is found by now
+    facts = data_facts(data)
+    tuning, notes = _tuning(config, data, device, began)
     notes += [f"the split {split} is skipped: none of its images has a label" for split in facts.unlabelled]
     recipe = recipe_of({name: getattr(config, name) for name in OPTIONS})
     recipe.check_size(facts.size)
@@ -104,10 +138,14 @@ def prepare(
         recipe, made, said = settle(recipe, recipe.network, facts.classes, seed, scheme, config.ranks)
         identity |= {"recipe": recipe.describe(), "layers": made}
         notes += said
+    if config.init_layers is not None and config.init_from is None:
+        raise AlexprepError(
+            f"--init-layers {config.init_layers} says which layers of another run: name it with --init-from"
+        )
     source = None
     # A beginning that would fail at once, as far as that can be known, fails here: before it has a folder and a name.
     if run is None and recipe.augmentation.needs_statistics and not made_up:
-        stats.read(config.data, facts.digest)
+        stats.read(data, facts.digest)
     if config.init_from is not None:
         if run is None:
             source, skipped = saved_checkpoint(place_named(config.runs, config.init_from))
@@ -117,7 +155,9 @@ def prepare(
             if "@" not in config.init_from:
                 config = replace(config, init_from=f"{config.init_from}@{source.step}")
         identity["init"] = f"{config.init_from}, layers {config.init_layers or 'matching'}"
-    job = Job(config, run or Path(), recipe, seed, facts, device, scheme, computing, tuning, notes, identity, source)
+    job = Job(
+        config, run or Path(), data, recipe, seed, facts, device, scheme, computing, tuning, notes, identity, source
+    )
     return job if run else replace(job, run=_begin(job))
 
 
@@ -159,21 +199,23 @@ def _begin(job: Job) -> Path:
     settled |= {"precision": job.computing.precision, "compile": job.computing.compile}
     settled |= {"decode": job.tuning.decode_on(job.device.type), "hw_decoder_load": job.tuning.hw_decoder_load}
     document = {
-        "options": chosen | settled,
-        "data": str(job.config.data.resolve()),
+        "options": chosen | settled | job.remembered(),
+        "data": str(job.data.resolve()),
         "identity": job.identity,
         "versions": run_versions(),
     }
     return runs.create_run(job.config.runs, job.config.name, _usual_name(job.recipe, job.config.model), document)
 
 
-def _tuning(config: TrainConfig, device: torch.device, began: Mapping[str, Any] | None) -> tuple[Tuning, list[str]]:
+def _tuning(
+    config: TrainConfig, data: Path, device: torch.device, began: Mapping[str, Any] | None
+) -> tuple[Tuning, list[str]]:
     """The loader's settings, and what to say about them.
 
     Threads and steps ahead never show in the result. Where an image is decoded does, by a grey level here and there, so a resumed
     run decodes as it began (`began` holds its options), whatever was tuned since.
     """
-    saved = saved_tuning(config.data, str(device))
+    saved = saved_tuning(data, str(device))
     notes = [f"{problem}: `alexprep tune` makes it anew" for problem in saved.problems]
     tuning, origin = saved.tuning or Tuning(), ["from alexprep tune"] if saved.tuning else []
     together = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # ranks on this host

@@ -6,12 +6,14 @@ import contextlib
 import functools
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from alexprep.pipeline.device import choose_device
 from alexprep.pipeline.loader import Loader
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.files import json_bytes
+from alexprep.shards.layout import read_json
 from alexprep.train.config import TrainConfig
 from alexprep.train.culprit import explained
 from alexprep.train.data import OpenLoader
@@ -24,6 +26,7 @@ from alexprep.train.parallel.world import World
 from alexprep.train.precision import float32_kernels
 from alexprep.train.saved import checkpoint, runs
 from alexprep.train.saved.disk import publish
+from alexprep.train.saved.places import check_unsaved
 from alexprep.train.state import TrainingState, weights_digest
 from alexprep.train.training import Training
 from alexprep.train.watching.board import Board
@@ -46,8 +49,8 @@ def train(config: TrainConfig, open_loader: OpenLoader | None = None, world: Wor
     Returns:
         The summary, which is also in the run's summary.json: run, recipe, device, precision, ranks, steps, epochs, epoch_steps, train_loss
         (nats), val_split, val_top1_error and val_top5_error (percent), val_loss, images_per_second, data_wait_ms, step_ms, skipped_steps
-        (of the whole run, in fp16), seconds (of this process), weights_sha256, stopped_by ("SIGTERM", "SIGINT" or None). What was not
-        measured is None.
+        (of the whole run, in fp16), seconds (of this process), weights_sha256, stopped_by ("SIGTERM", "SIGINT", "SIGHUP" or None). What was not
+        measured is None. Where nothing was left to do, it is the one that was there.
 
     Raises:
         AlexprepError: the data does not suit the recipe, the run began with other settings or data, or the loss is not finite.
@@ -82,6 +85,8 @@ def train(config: TrainConfig, open_loader: OpenLoader | None = None, world: Wor
         if log is not None and job.config.tensorboard:
             board = stack.enter_context(contextlib.closing(Board(job.run / runs.TENSORBOARD, position.step)))
         meter = stack.enter_context(Meter(log, step=position.step, total_steps=last_step, board=board))
+        if world.leads and config.resume:
+            runs.remember(job.run, job.remembered(), job.data)
         for note in [*job.notes, *notes]:
             meter.say(note)
         meter.say(
@@ -99,7 +104,13 @@ def train(config: TrainConfig, open_loader: OpenLoader | None = None, world: Wor
         )
         saved_state = functools.partial(_first_state, job, world)
         stack.enter_context(explained(job, state, saved_state, loader, meter, stop))
-        means, val = Training(job, state, loader, validation, meter, trace, stop, last_step).to_the_end()
+        training = Training(job, state, loader, validation, meter, trace, stop, last_step)
+        if not training.goes_on():
+            meter.say(f"nothing left to do: {training.why_ended()}")
+            ended = _summary_of(job.run, position.step, weights_digest(parallel.gather_state()))
+            if world.any(ended is not None):
+                return ended or {}
+        means, val = training.to_the_end()
         summary = {
             "run": str(job.run),
             "recipe": job.recipe.name,
@@ -123,13 +134,25 @@ def train(config: TrainConfig, open_loader: OpenLoader | None = None, world: Wor
         return summary
 
 
+def _summary_of(run: Path, step: int, digest: str) -> dict[str, Any] | None:
+    """The summary of a run that came to its end with these very weights; None where there is no such summary."""
+    try:
+        summary = read_json(run / runs.SUMMARY, "")
+    except AlexprepError:
+        return None
+    then = [summary.get(name) for name in ("steps", "weights_sha256", "stopped_by")]
+    return {**summary, "run": str(run)} if then == [step, digest, None] else None
+
+
 def _first_state(job: Job, world: World) -> tuple[TrainingState, list[str]]:
     """The state to go on from, and what to say about it.
 
     Raises:
-        AlexprepError: the run began with another identity.
+        AlexprepError: the run began with another identity; or it has no checkpoint, though it had one.
     """
     saved, notes = checkpoint.newest(job.run / runs.CHECKPOINTS)
+    if saved is None:
+        check_unsaved(job.run, notes)
     began = runs.read_config(job.run) if saved is None else saved.facts
     made_with = began.get("versions", {})
     then, now = (comparable(identity, made_with) for identity in (began["identity"], job.identity))

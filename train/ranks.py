@@ -29,6 +29,10 @@ def train_anyhow(config: TrainConfig) -> dict[str, Any]:
         AlexprepError: see there; or a rank died or did not answer, which ends the others.
     """
     if _among_torchruns():
+        if config.ranks not in (1, size := int(os.environ["WORLD_SIZE"])):
+            raise AlexprepError(
+                f"--gpus {config.ranks}, but torchrun started {size} ranks: leave --gpus out, torchrun's own options say how many"
+            )
         return _joined(config)
     if config.ranks == 1:
         return train(config)
@@ -37,7 +41,7 @@ def train_anyhow(config: TrainConfig) -> dict[str, Any]:
     job = prepare(config)
     going_on = replace(
         job.config,
-        data=config.data.resolve(),
+        data=job.data.resolve(),
         runs=config.runs.resolve(),
         name=job.run.name,
         resume=True,

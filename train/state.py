@@ -70,6 +70,10 @@ class TrainingState:
         network = recipe.make_network(classes, seed)
         computing = computing or arithmetic(device)
         form = fitting_format(network, computing.memory.format)
+        # A mask of -inf is as it should be. Weights that begin so are not: training would spoil all others.
+        self._never_finite = {
+            name for name, buffer in network.named_buffers(remove_duplicate=False) if not _finite(buffer)
+        }
         self.parallel = Parallel(network, scheme, world or World.alone(device), memory_format=form)
         self._parameters = [name for name, _ in self.network.named_parameters()]
         self.optimizer = optimizer_of(recipe, self.network)
@@ -121,20 +125,25 @@ class TrainingState:
         """Everything for a checkpoint that is a tensor, by name, with no trace of the scheme. All ranks call it.
 
         Raises:
-            NotFinite: a weight, a velocity or the summed loss is NaN or infinite.
+            NotFinite: a weight, a velocity or the summed loss is NaN or infinite; or a buffer, unless it was so from the beginning.
         """
-        found = {f"{PREFIX}{name}": weight for name, weight in self.parallel.gather_state().items()}
-        found |= {
+        weights = self.parallel.gather_state()
+        found = {
             f"velocity.{number:03d}": velocity
             for number, velocity in enumerate(self.parallel.gather_velocities(self.optimizer))
         }
         found["sums"] = self.sums.totals
-        if not all(torch.isfinite(tensor).all() for tensor in found.values()):
+        if self.spoilt(weights) or not all(map(_finite, found.values())):
             raise NotFinite(f"after step {self.position.step} there is NaN or infinity in what would be saved")
+        found |= {f"{PREFIX}{name}": weight for name, weight in weights.items()}
         found["random.cpu"] = torch.get_rng_state()
         if self.device.type == "cuda":
             found["random.cuda"] = torch.cuda.get_rng_state(self.device)
         return found
+
+    def spoilt(self, weights: Mapping[str, torch.Tensor]) -> list[str]:
+        """The names of those in the whole network's `state_dict` that are NaN or infinite, and must not be."""
+        return [name for name, tensor in weights.items() if name not in self._never_finite and not _finite(tensor)]
 
     def facts(self) -> dict[str, Any]:
         """Everything for a checkpoint that is a JSON value."""
@@ -154,6 +163,10 @@ class TrainingState:
             self.update.load_state_dict(checkpoint.facts["update"])
         position = checkpoint.facts["position"]
         self.position = Position(**{**position, "schedule": ScheduleState(**position["schedule"])})
+
+
+def _finite(tensor: torch.Tensor) -> bool:
+    return bool(torch.isfinite(tensor).all())
 
 
 def load_weights(network: nn.Module, checkpoint: Checkpoint) -> None:

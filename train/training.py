@@ -57,7 +57,7 @@ class Training:
         position, parallel = self.state.position, self.state.parallel
         means, val = None, position.val
         with contextlib.suppress(Stopped):
-            while self._goes_on():
+            while self.goes_on():
                 means = self._epoch() or means
                 if parallel.requested is not None or position.epoch_step < len(self.loader):
                     break
@@ -71,7 +71,9 @@ class Training:
             self.save()
             if position.epoch_step:
                 val = None  # the last epoch's was of other weights
-            self.meter.say(f"stopped by {parallel.requested.name} after step {position.step}: go on with --resume")
+            self.meter.say(
+                f"stopped by {parallel.requested.name} after step {position.step}: go on with {self.job.go_on()}"
+            )
         return means, val
 
     def save(self) -> None:
@@ -86,9 +88,20 @@ class Training:
         with span("checkpoint"):
             tensors = state.tensors()  # of all ranks
             if state.parallel.world.leads:
-                checkpoint.save(job.run / runs.CHECKPOINTS, state.position.step, tensors, facts, job.config.keep)
+                checkpoint.save(job.run / runs.CHECKPOINTS, state.position.step, tensors, facts, job.keep)
 
-    def _goes_on(self) -> bool:
+    def why_ended(self) -> str:
+        """Why there is no step left to take, and how there would be."""
+        position, steps = self.state.position, self.job.config.steps
+        if position.schedule.finished:
+            return f"the schedule ended the training after step {position.step}"
+        bound = (
+            f"--steps {steps}" if position.step < self.job.epochs * len(self.loader) else f"--epochs {self.job.epochs}"
+        )
+        return f"step {position.step} is done, which {bound} does not go beyond; --resume with more --epochs or --steps goes on"
+
+    def goes_on(self) -> bool:
+        """Whether there is a step or an evaluation left to do."""
         position = self.state.position
         # An epoch whose last step is done may still lack its evaluation, where a signal came meanwhile.
         steps_left = position.step < self.last_step or position.epoch_step == len(self.loader)
@@ -131,7 +144,7 @@ class Training:
                     meter.say(forecast(job.recipe.name, job.device, speed, epoch_steps, self.job.epochs))
             if last:
                 break
-            if position.step % job.config.checkpoint_steps == 0:
+            if position.step % job.checkpoint_steps == 0:
                 self.save()
                 pace.lap()
         else:

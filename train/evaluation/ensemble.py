@@ -58,8 +58,11 @@ def shares(weights: Sequence[float], nets: int) -> list[float]:
         raise AlexprepError(f"--weights {given} are {len(weights)} numbers for {nets} nets: give one a net")
     if not all(0 <= weight < math.inf for weight in weights) or not sum(weights) > 0:
         raise AlexprepError(f"--weights {given}: they must be 0 or more, and not all 0")
-    total = math.fsum(weights)
-    return [weight / total for weight in weights]
+    exponent = math.frexp(max(weights))[
+        1
+    ]  # without it the sum of large ones is infinite; a power of two rounds nothing
+    parts = [math.ldexp(weight, -exponent) for weight in weights]
+    return [part / math.fsum(parts) for part in parts]
 
 
 def mixture(logs: torch.Tensor, weights: Sequence[float]) -> torch.Tensor:

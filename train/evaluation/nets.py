@@ -109,7 +109,7 @@ def data_of(nets: list[Net]) -> Path:
     """The data set that all nets were trained on.
 
     Raises:
-        AlexprepError: they were trained on different ones.
+        AlexprepError: they were trained on different ones, or it is not where it was.
     """
     first = nets[0]
     for net in nets[1:]:
@@ -118,7 +118,7 @@ def data_of(nets: list[Net]) -> Path:
                 f"{first.name} and {net.name} were trained on different data: data was {first.data}, is {net.data}; "
                 f"data_digest was {first.data_digest[:12]}…, is {net.data_digest[:12]}…. Name the data to evaluate on with --data"
             )
-    return first.data
+    return runs.data_of(first.run, {"data": first.data})
 
 
 def check_classes(net: Net, data: Path, dataset: dict[str, Any]) -> str | None:

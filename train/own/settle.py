@@ -9,7 +9,7 @@ import torch
 
 from alexprep.train.optim import optimizer_of
 from alexprep.train.own.network import OwnNetwork
-from alexprep.train.own.tryout import check_sharing, fitting_format, layers, shape_of_images, try_step
+from alexprep.train.own.tryout import check_saved, check_sharing, fitting_format, layers, shape_of_images, try_step
 from alexprep.train.parallel.split import Scheme
 from alexprep.train.parameters import layer_and_kind
 from alexprep.train.recipes.recipe import Recipe
@@ -46,6 +46,8 @@ def settle(recipe: Recipe, own: OwnNetwork, classes: int, seed: int, scheme: Sch
         optimizer_of(recipe, network)
     with own.blamed(f", in a training step on images {shape_of_images(recipe.crop)}"):
         trial = try_step(network, classes, recipe.crop)
+    with own.blamed():
+        check_saved(network, trial)
     with own.blamed(f", on {ranks} ranks"):
         check_sharing(network, trial, scheme, ranks, recipe.crop)
     if trial.idle:

@@ -104,9 +104,29 @@ def try_step(network: nn.Module, classes: int, crop: int) -> Trial:
         F.cross_entropy(logits, torch.arange(IMAGES) % classes).backward()  # type: ignore[no-untyped-call]
     idle = [name for name, weight in network.named_parameters() if weight.requires_grad and weight.grad is None]
     changed = [
-        name for name, buffer in network.named_buffers() if name not in before or not torch.equal(buffer, before[name])
+        name for name, buffer in network.named_buffers() if name not in before or not _equal(buffer, before[name])
     ]
     return Trial(idle, changed, draws)
+
+
+def check_saved(network: nn.Module, trial: Trial) -> None:
+    """Makes sure that a checkpoint, which is `state_dict()`, holds all that training changes, and nothing that cannot be put back.
+
+    Raises:
+        AlexprepError: it does not; the message names the first of what is in the way.
+    """
+    saved = network.state_dict()
+    tensors = [*network.named_parameters(remove_duplicate=False), *network.named_buffers(remove_duplicate=False)]
+    if foreign := list(saved.keys() - dict(tensors).keys()):
+        raise AlexprepError(
+            f"state_dict() holds {min(foreign)}, which is neither a parameter nor a buffer, so a checkpoint cannot hold it: keep it as a "
+            "tensor, with register_buffer()"
+        )
+    if lost := [name for name in trial.changed if name not in saved]:
+        raise AlexprepError(
+            f"training changes the buffer {lost[0]}, which no checkpoint would hold, so a resumed run would differ: register it without "
+            "persistent=False"
+        )
 
 
 def fitting_format(network: nn.Module, wanted: torch.memory_format) -> torch.memory_format:
@@ -187,6 +207,11 @@ def _check(outputs: object, classes: int) -> None:
         raise AlexprepError(
             f"the network gives NaN or infinity for pixels of deviation {PIXEL_DEVIATION:g}: divide them by that first, or begin with smaller weights"
         )
+
+
+def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two buffers are the same; NaN, which some have where nothing may be read, equals itself."""
+    return one.shape == other.shape and bool(((one == other) | (one.isnan() & other.isnan())).all())
 
 
 def _pixels(crop: int) -> torch.Tensor:

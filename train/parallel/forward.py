@@ -9,7 +9,11 @@ from collections.abc import Sequence
 from types import FrameType, TracebackType
 from typing import Any, Protocol
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+def stop_signals() -> tuple[signal.Signals, ...]:
+    """What asks a training to stop: SIGHUP too, which a closing terminal sends, unless it is ignored, as under nohup."""
+    asked = signal.SIGTERM, signal.SIGINT
+    return asked if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else (*asked, signal.SIGHUP)
 
 
 class Process(Protocol):
@@ -23,8 +27,9 @@ class Process(Protocol):
 
 
 class Forwarded:
-    """Inside the block, the first SIGTERM or SIGINT goes to every rank; a second ends them and has its usual effect.
+    """Inside the block, the first SIGTERM, SIGINT or SIGHUP goes to every rank; a second ends them and has its usual effect.
 
+    A second SIGHUP has none: a terminal that closes sends several.
     Signals can be caught in the main thread only; elsewhere nothing is forwarded.
     """
 
@@ -37,7 +42,7 @@ class Forwarded:
     def __enter__(self) -> Forwarded:
         """Begins to catch."""
         if threading.current_thread() is threading.main_thread():
-            for number in SIGNALS:
+            for number in stop_signals():
                 self._previous[number] = signal.signal(number, self._forward)
         return self
 
@@ -55,7 +60,8 @@ class Forwarded:
 
     def _forward(self, number: int, frame: FrameType | None) -> None:
         if self.sent is not None:
-            self._usual(self.sent)
+            if number != signal.SIGHUP:
+                self._usual(self.sent)
             return
         self.sent = signal.Signals(number)
         for process in self.processes:

@@ -44,7 +44,7 @@ def launch(
 ) -> list[Any]:
     """Calls a function in `ranks` fresh processes of this machine, and waits for them.
 
-    Rank 0 has this process's output; what others print is kept for the reason of a failure. SIGTERM and Ctrl-C go to every rank once,
+    Rank 0 has this process's output; what others print is kept for the reason of a failure. SIGTERM, SIGHUP and Ctrl-C go to every rank once,
     so that they can save and leave; a second one ends them and has its usual effect here. Ranks end when this process does.
 
     Args:

@@ -14,6 +14,9 @@ from alexprep.shards.errors import AlexprepError
 from alexprep.train.parameters import is_bias
 from alexprep.train.recipes.schedule import Schedule, ScheduleState, describe
 
+MOST_EPOCHS = 100_000
+_WHOLE = ("epochs", "batch_size")
+
 
 class NetworkFactory(Protocol):
     """Makes a network with its initial weights: a function, or an object with switches and a `describe` that tells them."""
@@ -64,7 +67,7 @@ class Recipe:
     def __post_init__(self) -> None:
         """Refuses values out of bounds, with AlexprepError."""
         bounds = {
-            "epochs": (1, 100_000),
+            "epochs": (1, MOST_EPOCHS),
             "batch_size": (1, 1_000_000),
             "lr": (0, 100),
             "momentum": (0, 0.9999),
@@ -74,8 +77,11 @@ class Recipe:
         }
         for name, (low, high) in bounds.items():
             value = getattr(self, name)
-            if not low <= value <= high:
-                raise AlexprepError(f"{name} is {value} in recipe {self.name}: it must be within {low} to {high}")
+            kind, words = (int, "a whole number") if name in _WHOLE else (int | float, "a number")
+            if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:
+                raise AlexprepError(
+                    f"{name} is {value!r} in recipe {self.name}: it must be {words} within {low} to {high}"
+                )
         low_size, high_size = self.stored_sizes
         if not self.crop <= low_size <= high_size:
             raise AlexprepError(f"recipe {self.name} cuts {self.crop} pixels out of stored sizes {self.stored_sizes}")

@@ -4,12 +4,15 @@
     checkpoints/step-00001000.json                    the commit mark: facts, and the size and sha256 of the tensors file
 
 Both appear by rename, on disk when they appear. A checkpoint is valid when the JSON's own digest and the tensors' sha256 are right.
+Only what is missing, cut or changed counts as damaged. A file that cannot be read just now (a broken cable, a file server that is
+away, no permission) may be sound: it ends the command with words, and nothing is deleted on the strength of it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +31,7 @@ from alexprep.shards.files import (
 from alexprep.train.saved.disk import publish, writing
 
 FORMAT_VERSION = 1
+UNREAD = "it may be sound, and nothing was deleted: mend that and run the same command again"
 _MARK = re.compile(r"step-(\d{8,})\.json")
 
 
@@ -80,6 +84,9 @@ def newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
 
     Returns:
         None when there is no valid one.
+
+    Raises:
+        AlexprepError: the folder or a file cannot be read, or is of another format.
     """
     damage: list[str] = []
     for step, mark in sorted(marks(folder).items(), reverse=True):
@@ -91,9 +98,19 @@ def newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
 
 
 def marks(folder: Path) -> dict[int, Path]:
-    """The commit marks in a run's folder of checkpoints, by step, damaged ones too."""
-    matches = ((_MARK.fullmatch(path.name), path) for path in folder.glob("step-*.json"))
-    return {int(match[1]): path for match, path in matches if match}
+    """The commit marks in a run's folder of checkpoints, by step, damaged ones too.
+
+    Raises:
+        AlexprepError: the folder cannot be read; one that does not exist has none.
+    """
+    try:
+        with os.scandir(folder) as entries:  # `glob` would pass over a folder that it may not read
+            matches = [_MARK.fullmatch(entry.name) for entry in entries]
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise _unread(folder, error) from error
+    return {int(match[1]): folder / match[0] for match in matches if match}
 
 
 def read(mark: Path) -> Checkpoint:
@@ -101,17 +118,20 @@ def read(mark: Path) -> Checkpoint:
 
     Raises:
         Damaged: anything is missing, truncated or changed.
+        AlexprepError: a file cannot be read, or the checkpoint is of another format.
     """
     try:
-        document = json.loads(mark.read_bytes())
-        digest = document.pop("digest")
-        if digest != digest_json(document) or document["format_version"] != FORMAT_VERSION:
-            raise Damaged(f"{mark.name} was changed or is of another format")
+        document = json.loads(_content(mark))
+        if document.pop("digest") != digest_json(document):
+            raise Damaged(f"{mark.name} was changed")
+        if document["format_version"] != FORMAT_VERSION:
+            raise AlexprepError(
+                f"{mark} has format version {document['format_version']!r}, this alexprep reads {FORMAT_VERSION}: use the "
+                "alexprep that wrote it"
+            )
         record = document["tensors"]
-        data = (mark.parent / record["file"]).read_bytes()
-    except FileNotFoundError as error:
-        raise Damaged(f"{Path(str(error.filename)).name} is missing") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        data = _content(mark.parent / record["file"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise Damaged(f"{mark.name} cannot be read ({error})") from None
     if len(data) != record["bytes"]:
         raise Damaged(f"{record['file']} has {len(data)} of {record['bytes']} bytes")
@@ -144,22 +164,39 @@ def some_of(differences: list[str], most: int = 6) -> str:
 
 
 def _prune(folder: Path, step: int, keep: int) -> None:
-    """Deletes later and superfluous checkpoints: the mark before its tensors, so that no mark lacks them."""
+    """Deletes later and superfluous checkpoints: the mark before its tensors, so that no mark lacks them.
+
+    Where a mark that stays does not say which tensors are its own, all tensors stay until a save that can tell.
+    """
     found = marks(folder)
     kept = sorted((other for other in found if other <= step), reverse=True)[:keep]
     for other in found.keys() - set(kept):
         found[other].unlink()
     sync_folder(folder)
-    referenced = {_tensors_file(found[other]) for other in kept}
+    try:
+        referenced = {json.loads(found[other].read_bytes())["tensors"]["file"] for other in kept}
+    except (OSError, ValueError, KeyError, TypeError):
+        referenced = None
     for path in folder.glob("step-*.safetensors"):
-        if path.name not in referenced and TEMPORARY_MARK not in path.name:
+        if referenced is not None and path.name not in referenced and TEMPORARY_MARK not in path.name:
             path.unlink()
     remove_temporaries(folder)
 
 
-def _tensors_file(mark: Path) -> str | None:
-    """The tensors file that a mark names; None for a damaged mark, whose tensors are of no use either."""
+def _content(path: Path) -> bytes:
+    """A file's bytes.
+
+    Raises:
+        Damaged: there is no such file.
+        AlexprepError: it cannot be read.
+    """
     try:
-        return str(json.loads(mark.read_bytes())["tensors"]["file"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise Damaged(f"{path.name} is missing") from None
+    except OSError as error:
+        raise _unread(path, error) from error
+
+
+def _unread(path: Path, error: OSError) -> AlexprepError:
+    return AlexprepError(f"{path} cannot be read ({error.strerror or error}): {UNREAD}")

@@ -12,12 +12,13 @@ from typing import Any
 
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.files import is_temporary, json_bytes, publish_bytes, remove_temporaries
-from alexprep.shards.layout import read_json
-from alexprep.train.saved.disk import writing
+from alexprep.shards.layout import DATASET, read_json
+from alexprep.train.saved.disk import publish, writing
 
 CONFIG, LOG, SUMMARY, CHECKPOINTS = "config.json", "log.jsonl", "summary.json", "checkpoints"
 LOCK = ".lock"
 TRACE, TENSORBOARD = "trace", "tensorboard"  # folders that are there if asked for
+PARTS = {"options": dict, "data": str, "identity": dict}  # of config.json; it also has versions
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -72,11 +73,38 @@ def read_config(run: Path) -> dict[str, Any]:
     Raises:
         AlexprepError: it cannot be read.
     """
-    next_step = f"{run} is no run of `alexprep train` that can be used; begin a new one"
+    next_step = "mend that, or begin a new run"
     config = read_json(run / CONFIG, next_step)
-    if not {"options", "data", "identity"} <= config.keys():
-        raise AlexprepError(f"{run / CONFIG} lacks options, data or identity: {next_step}")
+    lacking = [name for name, kind in PARTS.items() if not isinstance(config.get(name), kind)]
+    if not lacking and not isinstance(config["options"].get("recipe"), str):
+        lacking = ["options.recipe"]
+    if lacking:
+        raise AlexprepError(f"{run / CONFIG} has no {' and no '.join(lacking)} as a run's has: {next_step}")
     return config
+
+
+def data_of(run: Path, config: Mapping[str, Any]) -> Path:
+    """The data set that a run was trained on.
+
+    Raises:
+        AlexprepError: it is not where it was.
+    """
+    data = Path(config["data"])
+    if not (data / DATASET).exists():
+        raise AlexprepError(f"{run} was trained on {data}, which holds no data set now: say with --data where it is")
+    return data
+
+
+def remember(run: Path, options: Mapping[str, Any], data: Path) -> None:
+    """Notes in config.json what a run goes on with from now on. The caller holds the run's lock.
+
+    Raises:
+        AlexprepError: the disk is full or broken.
+    """
+    config = read_config(run)
+    changed = config | {"options": config["options"] | options, "data": str(data.resolve())}
+    if changed != config:
+        publish(run / CONFIG, json_bytes(changed))
 
 
 @contextlib.contextmanager
@@ -95,12 +123,14 @@ def locked(run: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def _lock(run: Path) -> Iterator[bool]:
     """Holds the run's lock inside the block, unless another process does; tells which."""
-    with open(run / LOCK, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            ours = True
-        except BlockingIOError:
-            ours = False
+    with contextlib.ExitStack() as stack:
+        with writing(run / LOCK, next_step="run the same command again"):
+            file = stack.enter_context(open(run / LOCK, "w"))
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                ours = True
+            except BlockingIOError:
+                ours = False
         yield ours
 
 

@@ -18,10 +18,11 @@ import contextlib
 import json
 import math
 import os
+import sys
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 from rich.console import Console
@@ -63,7 +64,7 @@ class Meter:
         self._logged_step = step
         self._last_line = -math.inf
         self._stack = contextlib.ExitStack()
-        self._console = console or Console(stderr=True, quiet=log is None)
+        self._console = console or Console(file=_stderr(), stderr=True, quiet=log is None)
         self._log, self._board = log, board
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
         self._bar = Progress(*columns, console=self._console)
@@ -71,10 +72,12 @@ class Meter:
 
     def __enter__(self) -> Meter:
         """Opens the log and, on a terminal, shows the bar."""
-        if self._log is not None:
-            _keep_until(self._log, self._logged_step)
-        # Without a buffer, so that a line which a full disk refused is not tried again when the file is closed.
-        self._file = self._stack.enter_context(open(self._log or os.devnull, "ab", buffering=0))
+        log = self._log or Path(os.devnull)
+        with writing(log):
+            if self._log is not None:
+                _keep_until(log, self._logged_step)
+            # Without a buffer, so that a line which a full disk refused is not tried again when the file is closed.
+            self._file = self._stack.enter_context(open(log, "ab", buffering=0))
         if self._console.is_terminal:
             self._stack.enter_context(self._bar)
         return self
@@ -146,6 +149,33 @@ class Meter:
                     line = line[self._file.write(line) :]
         if self._board is not None:
             self._board.write(record)
+
+
+class _Stderr:
+    """stderr, but words that it cannot take (the pipe or terminal is closed, the disk full) are lost: no reason to end a training."""
+
+    def write(self, text: str) -> int:
+        """Writes if it can."""
+        with contextlib.suppress(OSError):
+            self._stream().write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flushes if it can."""
+        with contextlib.suppress(OSError):
+            self._stream().flush()
+
+    def __getattr__(self, name: str) -> Any:
+        """All else as it is: its encoding, whether it is a terminal."""
+        return getattr(self._stream(), name)
+
+    def _stream(self) -> Any:
+        """That of this moment; not what stands in for it while a bar is shown, which writes to this one."""
+        return getattr(sys.stderr, "rich_proxied_file", sys.stderr)
+
+
+def _stderr() -> IO[str] | None:
+    return cast(IO[str], _Stderr()) if sys.stderr else None  # None where the process began without one
 
 
 def duration(seconds: float) -> str:

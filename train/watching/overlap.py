@@ -178,7 +178,7 @@ def measure(
             "device": str(job.device),
             "machine": str(this_machine(str(job.device))),
             "loader": job.tuning.words(str(job.device)),
-            "data": str(config.data),
+            "data": str(job.data),
             "samples": loader.samples,
             "steps": counts,
             "rounds": rounds,
