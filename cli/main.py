@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import sys
 
@@ -49,6 +50,9 @@ for command in (shard, verify, pca_stats, tune, recipes, train, evaluate, bench,
 
 def main() -> None:
     """Runs the command line: an error is a line on stderr and exit status 1, never a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a letter that the terminal lacks costs no result
     try:
         status = cli.main(standalone_mode=False)
     except (click.Abort, KeyboardInterrupt):
@@ -62,24 +66,35 @@ def main() -> None:
         elif isinstance(error, AlexprepError):
             status = _failed(f"Error: {error}")
         elif isinstance(error, OSError):
-            where = f"{error.filename}: " if error.filename else ""
+            where = f"{os.fsdecode(error.filename)}: " if error.filename else ""
             status = _failed(f"Error: {where}{error.strerror or error}")
         elif os.environ.get(TRACEBACK):
             raise
         else:
             words = f"{type(error).__name__}: {error}".splitlines()[0]
             status = _failed(f"Error: {words}\nThis may be a bug in alexprep; {TRACEBACK}=1 shows where it happened.")
-    sys.exit(status if isinstance(status, int) else 0)
+    status = status if isinstance(status, int) else 0
+    if (
+        status == INTERRUPTED and "ray" in sys.modules
+    ):  # Ray's threads may crash the end of an interpreter that was interrupted
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def _began_with_interrupt(error: BaseException) -> bool:
     """Whether an error is what became of a Ctrl-C: a library in C that is being imported turns it into an ImportError."""
-    reasons: list[BaseException | None] = [error]
-    for reason in reasons:  # grows on the way; what led to what has no loops
+    reasons = {id(error): error}
+    waiting = [error]
+    while waiting:
+        reason = waiting.pop()
         if isinstance(reason, KeyboardInterrupt):
             return True
-        if reason is not None:
-            reasons += [reason.__cause__, reason.__context__]
+        for other in (reason.__cause__, reason.__context__):
+            if other is not None and id(other) not in reasons:  # a cause is mostly the context too
+                reasons[id(other)] = other
+                waiting.append(other)
     return False
 
 

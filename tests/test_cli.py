@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,7 +16,7 @@ from typing import Any, get_args, get_type_hints
 import click
 import pytest
 
-from alexprep.cli.main import cli, main
+from alexprep.cli.main import _began_with_interrupt, cli, main
 from alexprep.pipeline.tune import tune
 from alexprep.shards.codec import FORMATS, Target
 from alexprep.shards.engines import IMAGE_SECONDS
@@ -227,3 +229,27 @@ def test_a_store_that_cannot_be_reached_is_one_line(command: Command, monkeypatc
 def test_errors_name_the_next_step(arguments: list[str], status: int, words: str, command: Command) -> None:
     found, told, error = command(*arguments)
     assert (found, told) == (status, "") and words in error and "Traceback" not in error
+
+
+def test_letters_that_the_terminal_lacks_cost_no_result(data: Path, tmp_path: Path) -> None:
+    shutil.copytree(data, tmp_path / "data")
+    program = "import sys; sys.argv[0] = 'alexprep'; from alexprep.cli.main import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", program, "pca-stats", str(tmp_path / "data"), "--workers", "1", "--json"],
+        capture_output=True,
+        env=os.environ | {"PYTHONIOENCODING": "latin-1"},
+        timeout=100,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["images"] == 48
+
+
+def test_an_interrupt_is_found_behind_any_chain_of_errors() -> None:
+    """Each error is both cause and context of the next: the ways to the first one double with each."""
+    error: BaseException = KeyboardInterrupt()
+    for _ in range(200):
+        later = ImportError("initialization failed")
+        later.__cause__ = later.__context__ = error
+        error = later
+    assert _began_with_interrupt(error) and not _began_with_interrupt(ImportError())
