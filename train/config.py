@@ -14,9 +14,7 @@ from alexprep.train.precision import Precision
 from alexprep.train.recipes.recipe import MOST_EPOCHS
 
 MOST_TRACED = 200  # steps
-MOST_SECONDS = (
-    1_000_000  # that ranks wait for one another: eleven days; the system's clocks take no more than some 10^9
-)
+MOST_SECONDS = 1_000_000  # that ranks wait for one another: eleven days; system clocks take no more than some 10^9
 KEEP, CHECKPOINT_STEPS = 3, 1000  # unless the run began with others
 OPTIONS = (
     "recipe",

@@ -58,9 +58,8 @@ def shares(weights: Sequence[float], nets: int) -> list[float]:
         raise AlexprepError(f"--weights {given} are {len(weights)} numbers for {nets} nets: give one a net")
     if not all(0 <= weight < math.inf for weight in weights) or not sum(weights) > 0:
         raise AlexprepError(f"--weights {given}: they must be 0 or more, and not all 0")
-    exponent = math.frexp(max(weights))[
-        1
-    ]  # without it the sum of large ones is infinite; a power of two rounds nothing
+    # Scaled, or the sum of large ones is infinite; a power of two rounds nothing.
+    _, exponent = math.frexp(max(weights))
     parts = [math.ldexp(weight, -exponent) for weight in weights]
     return [part / math.fsum(parts) for part in parts]
 
