@@ -23,13 +23,11 @@ _COLUMN_BITS = 15  # fractional bits of the weights that mix rows of pixels
 _MIDDLE_BITS = 2  # fractional bits kept between the two products
 _ROW_BITS = 12  # fractional bits of the weights that mix columns
 # The absolute weights of an output sum to less than 1.6 (lanczos), so 255 * 1.6 * 2**15 and 255 * 1.6**2 * 2**14 < 2**24.
-_BLOCK = (
-    8  # outputs of one product: wide enough for BLAS, narrow enough to skip the zeros (measured); 8 bytes turn as one
-)
-_DOWN_GROUP, _ALONG_GROUP = (
-    4,
-    8,
-)  # products of one numpy call (measured): their inputs lie a whole number of pixels apart
+
+# Outputs of one product: wide enough for BLAS, narrow enough to skip the zeros (measured); 8 bytes turn as one.
+_BLOCK = 8
+# Products of one numpy call (measured): their inputs lie a whole number of pixels apart.
+_DOWN_GROUP, _ALONG_GROUP = 4, 8
 _CACHED = 640  # pixels: matrices for more are not kept; the 512 that are have 21 MB for ImageNet, 65 MB at the most
 _KEPT = 2**22  # floats: larger working memory is given back after each image
 

@@ -12,9 +12,8 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 
-CACHED = (
-    2**18
-)  # values a pass on a CPU: 1 MiB as float32, so that a pass finds what the one before it left in the cache
+# Values a pass on a CPU: 1 MiB as float32, so that a pass finds what the one before it left in the cache.
+CACHED = 2**18
 
 
 class Window(Protocol):
