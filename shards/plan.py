@@ -112,7 +112,10 @@ def draw_up(source: Source, options: ShardOptions) -> tuple[dict[str, Any], list
     """
     listing, names, inputs_digest = list_inputs(source.inputs())
     if not listing:
-        raise AlexprepError(f"SOURCE {source.files.display()} holds no files where {source.layout!r} has its images")
+        raise AlexprepError(
+            f"SOURCE {source.files.display()} holds no files where {source.layout!r} has its images: name the folder that holds them, "
+            "or say with --layout what it is (docs/sources.md)"
+        )
     classes = labels.class_order(options.labels, set(names) - {UNLABELLED}, source)
     number = {name: label for label, name in enumerate(classes)} | {UNLABELLED: -1}
     label_of = np.array([number[name] for name in names], np.int32)
