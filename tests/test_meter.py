@@ -93,6 +93,21 @@ def test_a_resumed_log_drops_what_will_be_logged_again(tmp_path: Path) -> None:
         assert [json.loads(line) for line in log.read_text().splitlines()] == kept
 
 
+def test_an_epoch_that_still_lacks_its_evaluation_is_logged_once(tmp_path: Path) -> None:
+    """Stopped after its last step, gone on with, and killed between its record and its checkpoint."""
+    log = tmp_path / "log.jsonl"
+    records = [
+        {"kind": "epoch", "step": 3, "epoch": 0},
+        {"kind": "steps", "step": 6},
+        {"kind": "epoch", "step": 6, "epoch": 1},
+    ]
+    log.write_text("".join(json.dumps(record) + "\n" for record in records))
+    for epoch, kept in ((2, records), (1, records[:2])):
+        with Meter(log, step=6, total_steps=10, epoch=epoch, console=Console(quiet=True)):
+            pass
+        assert [json.loads(line) for line in log.read_text().splitlines()] == kept
+
+
 def test_a_loss_that_is_no_number_is_told_with_its_steps(tmp_path: Path) -> None:
     with Meter(tmp_path / "log.jsonl", step=20, total_steps=99, console=Console(quiet=True)) as meter:
         meter.pace.count(8, 0.1, 0.1)

@@ -84,7 +84,9 @@ def train(config: TrainConfig, open_loader: OpenLoader | None = None, world: Wor
         board = None
         if log is not None and job.config.tensorboard:
             board = stack.enter_context(contextlib.closing(Board(job.run / runs.TENSORBOARD, position.step)))
-        meter = stack.enter_context(Meter(log, step=position.step, total_steps=last_step, board=board))
+        meter = stack.enter_context(
+            Meter(log, step=position.step, total_steps=last_step, epoch=position.epoch, board=board)
+        )
         if world.leads and config.resume:
             runs.remember(job.run, job.remembered(), job.data)
         for note in [*job.notes, *notes]:

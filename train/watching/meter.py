@@ -46,6 +46,7 @@ class Meter:
         *,
         step: int,
         total_steps: int,
+        epoch: int | None = None,
         console: Console | None = None,
         board: Board | None = None,
     ) -> None:
@@ -56,12 +57,13 @@ class Meter:
                 for which another one speaks: nothing is written or shown.
             step: optimizer steps already done.
             total_steps: of the whole training, for the bar.
+            epoch: whole epochs already done, with their evaluation; records of later ones are dropped too.
             console: where people read; by default stderr.
             board: is given every record too.
         """
         self.pace = Pace()
         self._logged_pace = Pace()
-        self._logged_step = step
+        self._logged_step, self._epoch = step, epoch
         self._last_line = -math.inf
         self._stack = contextlib.ExitStack()
         self._console = console or Console(file=_stderr(), stderr=True, quiet=log is None)
@@ -75,7 +77,7 @@ class Meter:
         log = self._log or Path(os.devnull)
         with writing(log):
             if self._log is not None:
-                _keep_until(log, self._logged_step)
+                _keep_until(log, self._logged_step, self._epoch)
             # Without a buffer, so that a line which a full disk refused is not tried again when the file is closed.
             self._file = self._stack.enter_context(open(log, "ab", buffering=0))
         if self._console.is_terminal:
@@ -202,14 +204,19 @@ def forecast(recipe: str, device: torch.device, step_seconds: float, epoch_steps
     return f"{recipe} on this {where}: about {duration(epoch)} an epoch, {duration(epoch * epochs)} for {epochs} epochs{advice}"
 
 
-def _keep_until(log: Path, step: int) -> None:
-    """Drops records of steps after `step`, and a last line that a kill cut short."""
+def _keep_until(log: Path, step: int, epoch: int | None) -> None:
+    """Drops records of what comes after a position, and a last line that a kill cut short.
+
+    After an epoch's last step the epoch itself may still be to come, with its evaluation.
+    """
     if not log.exists():
         return
     kept, lines = [], log.read_bytes().splitlines(keepends=True)
     for line in lines:
         try:
-            if line.endswith(b"\n") and json.loads(line)["step"] <= step:
+            record = json.loads(line)
+            to_come = record["kind"] == "epoch" and epoch is not None and record["epoch"] >= epoch
+            if line.endswith(b"\n") and record["step"] <= step and not to_come:
                 kept.append(line)
         except (ValueError, KeyError, TypeError):
             continue
