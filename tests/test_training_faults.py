@@ -202,7 +202,7 @@ def test_a_full_disk_costs_no_checkpoint(data: Path, tmp_path: Path, monkeypatch
 
 def test_a_log_that_finds_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Linux's /dev/full refuses every byte; closing the log does not try again."""
-    monkeypatch.setattr(meter, "_keep_until", lambda log, step: None)
+    monkeypatch.setattr(meter, "_keep_until", lambda log, step, epoch: None)
     words = r"/dev/full cannot be written \(No space left on device\): it needs 59 bytes"
     with pytest.raises(AlexprepError, match=words), meter.Meter(Path("/dev/full"), step=0, total_steps=1) as log:
         log.record_skip(step=1, epoch=0, loss_scale=2.0)
