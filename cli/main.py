@@ -73,14 +73,7 @@ def main() -> None:
         else:
             words = f"{type(error).__name__}: {error}".splitlines()[0]
             status = _failed(f"Error: {words}\nThis may be a bug in alexprep; {TRACEBACK}=1 shows where it happened.")
-    status = status if isinstance(status, int) else 0
-    if (
-        status == INTERRUPTED and "ray" in sys.modules
-    ):  # Ray's threads may crash the end of an interpreter that was interrupted
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-    sys.exit(status)
+    sys.exit(status if isinstance(status, int) else 0)
 
 
 def _began_with_interrupt(error: BaseException) -> bool:
