@@ -79,13 +79,17 @@ def data_folder_option(name: str, text: str, local: bool = False) -> Callable[[F
     )
 
 
+def on_command_line(name: str) -> bool:
+    """Whether an option of the present command was given, not taken from the environment or its default."""
+    return click.get_current_context().get_parameter_source(name) is ParameterSource.COMMANDLINE
+
+
 def data_folder(command: Callable[..., Any]) -> Callable[..., Any]:
     """The data set's folder as an argument, or as an option with an environment variable; the command receives it as `data`."""
 
     @functools.wraps(command)
     def with_data(*args: Any, data_argument: Path | None, data: Path, **kwargs: Any) -> Any:
-        given = click.get_current_context().get_parameter_source("data") is ParameterSource.COMMANDLINE
-        if data_argument is not None and given:
+        if data_argument is not None and on_command_line("data"):
             raise click.UsageError(f"DATA {data_argument} and --data {data} are both given: give one.")
         return command(*args, data=data_argument or data, **kwargs)
 

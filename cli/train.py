@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import click
-from click.core import ParameterSource
 
 from alexprep.cli.options import (
     AT_LEAST_1,
@@ -14,6 +13,7 @@ from alexprep.cli.options import (
     device_option,
     json_option,
     local_data_option,
+    on_command_line,
     runs_option,
     threads_option,
 )
@@ -108,10 +108,7 @@ def train(as_json: bool, **options: Any) -> None:
     from alexprep.cli import report
     from alexprep.shards.layout import read_dataset
 
-    if (
-        options["resume"]
-        and click.get_current_context().get_parameter_source("data") is not ParameterSource.COMMANDLINE
-    ):
+    if options["resume"] and not on_command_line("data"):
         options["data"] = None  # the run's own, whatever the default
     else:
         read_dataset(options["data"])  # a wrong folder is told at once: what follows loads torch, which takes seconds

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import functools
-import io
 import os
 from collections import deque
 from collections.abc import Sequence
@@ -19,7 +17,7 @@ from alexprep.pipeline.assemble import single_view_pipeline, ten_view_pipeline
 from alexprep.pipeline.dataset import OnBad
 from alexprep.pipeline.feed import Feed, Inputs
 from alexprep.pipeline.probe import decodes, decodes_a_sound_image
-from alexprep.shards.codec import header_size
+from alexprep.shards.codec import header_size, raw_header
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.read import TarSamples
 
@@ -226,7 +224,7 @@ class Engine:
         if not self._feed.settings.raw:
             return encoded
         height, width = self._sizes[row].tolist()
-        header = _raw_header(height, width)
+        header = raw_header(height, width)
         if encoded[: len(header)].tobytes() != header or len(encoded) != len(header) + 3 * height * width:
             raise AlexprepError(
                 f"{self._samples.where(row)} holds no {height} x {width} pixels: `alexprep verify` tells more"
@@ -237,11 +235,3 @@ class Engine:
         """Whether sample `n` of a step can be decoded by itself, with the window drawn for it."""
         alone = Step(step.epoch, step.number, step.rows[n : n + 1], step.positions[n : n + 1])
         return decodes(self._feed, self._image(int(step.rows[n])), self._inputs(alone))
-
-
-@functools.lru_cache(maxsize=16)
-def _raw_header(height: int, width: int) -> bytes:
-    """How a raw member begins: a .npy file of version 1.0."""
-    buffer = io.BytesIO()
-    np.lib.format.write_array_header_1_0(buffer, {"descr": "|u1", "fortran_order": False, "shape": (height, width, 3)})
-    return buffer.getvalue()

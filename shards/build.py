@@ -29,7 +29,7 @@ from alexprep.shards.files import (
     remove_temporaries,
     sync_folder,
 )
-from alexprep.shards.layout import DATASET, PLAN_TABLE, TIMM_INFO, shard_name
+from alexprep.shards.layout import DATASET, PLAN_TABLE, TIMM_INFO, recorded_shards, shard_name
 from alexprep.shards.plan import Plan, Shard, ShardOptions, locations
 from alexprep.shards.plan_table import PlanTable, kept_table
 from alexprep.shards.sidecar import read_sidecar
@@ -158,11 +158,8 @@ def _recorded(folder: Path, digest: str) -> Callable[[Shard], str | None]:
     try:
         dataset = json.loads(raw or b"{}")
         if dataset.get("plan") == digest:
-            known = {
-                split: {shard["name"]: str(shard["sha256"]) for shard in record["shards"]}
-                for split, record in dataset["splits"].items()
-            }
-            return lambda shard: known[shard.split].get(shard_name(shard.split, shard.number), "")
+            known = {record["name"]: str(record["sha256"]) for record in recorded_shards(dataset)}
+            return lambda shard: known.get(shard_name(shard.split, shard.number), "")
     except (ValueError, KeyError, TypeError, AttributeError):
         pass  # `verify` will say what is wrong with it
     return lambda shard: None

@@ -209,8 +209,8 @@ def _damage(tar: bytes, member: Member, label: int) -> str | None:
     data = tar[member.offset : end]
     if zlib.crc32(data) != member.crc32:
         return "its bytes were changed"
-    if member.name.endswith(".cls") and bytes(data) != str(label).encode():
-        return f"says {bytes(data[:20])!r}, the label is {label}"
+    if member.name.endswith(".cls") and data != str(label).encode():
+        return f"says {data[:20]!r}, the label is {label}"
     if any(tar[end : member.offset + padded(member.size)]):
         return "the zeros behind it were changed"
     return None
@@ -218,7 +218,7 @@ def _damage(tar: bytes, member: Member, label: int) -> str | None:
 
 def _undecodable(codec: Codec, tar: bytes, member: Member, options: dict[str, Any]) -> str | None:
     """Why an image is not a square of the right size; None where it is."""
-    data = bytes(tar[member.offset : member.offset + member.size])
+    data = tar[member.offset : member.offset + member.size]
     size = options["size"]
     pixels = read_raw(data) if options["format"] == "raw" else codec.decode(data)
     if pixels is None:

@@ -28,6 +28,7 @@ from alexprep.shards.layout import (
     TAR_INDEXES,
     TIMM_INFO,
     TUNING,
+    recorded_shards,
     shard_name,
 )
 from alexprep.shards.plan import Plan
@@ -44,8 +45,8 @@ def misplaced_tars(findings: list[Finding], dataset: dict[str, Any] | None) -> I
     """Tars that hold the bytes of another shard, by what dataset.json recorded."""
     recorded = {}
     with contextlib.suppress(KeyError, TypeError, AttributeError):  # it may be the damaged file
-        for split in (dataset or {})["splits"].values():
-            recorded.update({record["sha256"]: record["name"] for record in split["shards"]})
+        for record in recorded_shards(dataset or {}):
+            recorded[record["sha256"]] = record["name"]
     for finding in findings:
         name = shard_name(finding.shard.split, finding.shard.number)
         other = recorded.get(finding.sha256 or "")

@@ -149,9 +149,7 @@ class Codec:
     def encode(self, pixels: NDArray[np.uint8]) -> bytes:
         """Encodes uint8 (H, W, 3) RGB as the target's format says."""
         if self.target.format == "raw":
-            buffer = io.BytesIO()
-            np.lib.format.write_array(buffer, np.ascontiguousarray(pixels), version=(1, 0), allow_pickle=False)
-            return buffer.getvalue()
+            return raw_header(*pixels.shape[:2]) + np.ascontiguousarray(pixels).tobytes()
         image = nvimgcodec.as_image(np.ascontiguousarray(pixels))
         if self.target.format == "png":
             return bytes(self._encoder.encode(image, "png"))
@@ -201,6 +199,14 @@ class Codec:
         codec = {"jpg": "jpeg", "png": "png", "raw": None}[self.target.format]
         plain = stream.num_channels == 3 and stream.precision == 8
         return bool(stream.codec_name == codec and plain and stream.color_spec != nvimgcodec.ColorSpec.PALETTE)
+
+
+@functools.lru_cache(maxsize=16)
+def raw_header(height: int, width: int) -> bytes:
+    """How a raw member begins, before its pixels: a .npy file of version 1.0."""
+    buffer = io.BytesIO()
+    np.lib.format.write_array_header_1_0(buffer, {"descr": "|u1", "fortran_order": False, "shape": (height, width, 3)})
+    return buffer.getvalue()
 
 
 def read_raw(data: bytes) -> NDArray[np.uint8] | None:

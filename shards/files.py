@@ -184,10 +184,13 @@ def content(path: Path) -> tuple[bytes | None, str]:
     """
     try:
         return path.read_bytes(), ""
-    except FileNotFoundError:
-        return None, "is missing"
     except OSError as error:
-        return None, f"cannot be read ({error.strerror or error})"
+        return None, trouble(error)
+
+
+def trouble(error: OSError) -> str:
+    """What is wrong with a file that was to be read."""
+    return "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror or error})"
 
 
 def file_sha256(path: Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from alexprep.shards.files import digest_json, is_local
 FORMAT_VERSION = 1
 
 PLAN = "plan.json"
+PLAN_FORMAT = "alexprep plan"  # its "format"
 PLAN_TABLE = "plan.parquet"
 DATASET = "dataset.json"
 DATASET_FORMAT = "alexprep data set"  # its "format", by which it is told from anybody else's file of that name
@@ -82,6 +84,16 @@ def read_dataset(data: Path) -> dict[str, Any]:
             "use the alexprep that wrote it, or shard again"
         )
     return dataset
+
+
+def recorded_shards(dataset: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """What a dataset.json says of each shard that has a tar: name, samples, bytes, sha256.
+
+    Raises:
+        KeyError, TypeError, AttributeError: it is damaged.
+    """
+    for record in dataset["splits"].values():
+        yield from record["shards"]
 
 
 def split_record(dataset: dict[str, Any], split: str, data: Path) -> dict[str, Any]:

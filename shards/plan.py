@@ -14,7 +14,7 @@ from alexprep.shards import labels
 from alexprep.shards.codec import Target
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.files import digest_json
-from alexprep.shards.layout import FORMAT_VERSION, PLAN_TABLE
+from alexprep.shards.layout import FORMAT_VERSION, PLAN_FORMAT, PLAN_TABLE
 from alexprep.shards.listing import list_inputs
 from alexprep.shards.permute import permutation
 from alexprep.shards.plan_table import TABLE, PlanTable
@@ -137,7 +137,7 @@ def draw_up(source: Source, options: ShardOptions) -> tuple[dict[str, Any], list
         tables += [table.slice(start, size) for start in range(0, count, size)]
         splits[split] = {"inputs": count, "shards": -(-count // size)}
     document = {
-        "format": "alexprep plan",
+        "format": PLAN_FORMAT,
         "format_version": FORMAT_VERSION,
         "layout": source.layout,
         "inputs": inputs_digest,

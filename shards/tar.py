@@ -64,7 +64,7 @@ class TarWriter:
         """Appends one member (mode 0444)."""
         before = header(name, len(data))
         member = Member(name, self.bytes + len(before), len(data), zlib.crc32(data))
-        self._write(b"".join((before, data.ljust(padded(len(data)), b"\0"))))
+        self._write(b"".join((before, data, bytes(padded(len(data)) - len(data)))))
         self.members.append(member)
         return member
 

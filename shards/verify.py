@@ -23,7 +23,7 @@ from alexprep.shards.check_whole import (
 from alexprep.shards.codec import kept_decoder
 from alexprep.shards.engines import Engine, as_engine
 from alexprep.shards.errors import AlexprepError
-from alexprep.shards.files import content, file_sha256, folder_at, json_bytes
+from alexprep.shards.files import content, file_sha256, folder_at, json_bytes, trouble
 from alexprep.shards.layout import DATASET, PLAN, PLAN_TABLE
 from alexprep.shards.plan import Plan, Shard
 from alexprep.shards.plan_table import PlanTable, kept_table
@@ -144,11 +144,11 @@ def _sidecars(folder: Path, shards: list[Shard]) -> Iterator[dict[str, Any]]:
 
 
 def _document(folder: Path, name: str, problems: list[Problem]) -> dict[str, Any] | None:
-    raw, trouble = content(folder / name)
+    raw, what = content(folder / name)
     if raw is None:
         missing = name == DATASET and not (folder / name).exists()
         unfinished = ": the data set is unfinished, run the same `alexprep shard` again" if missing else ""
-        problems.append(Problem(name, "", trouble + unfinished))
+        problems.append(Problem(name, "", what + unfinished))
         return None
     try:
         document = json.loads(raw)
@@ -176,8 +176,8 @@ def _plan_table(plan: Plan, dataset: dict[str, Any] | None, problems: list[Probl
             )
             return None
         return table
-    except OSError:
-        problems.append(Problem(PLAN_TABLE, "", content(plan.folder / PLAN_TABLE)[1]))
+    except OSError as error:
+        problems.append(Problem(PLAN_TABLE, "", trouble(error)))
     except AlexprepError as error:
         problems.append(Problem(PLAN_TABLE, "", str(error)))
     return None

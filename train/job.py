@@ -120,7 +120,7 @@ def prepare(
         document = runs.read_config(run)
         began = document["options"]
         check_named(began, config.recipe, config.model, run)
-        config = resumed(config, began, config.data or runs.data_of(run, document))
+        config = resumed(config, began, config.data or runs.still_there(run, Path(document["data"])))
     data = config.data or Path()  # there is one: only a resumed run's may be None, and it is found by now
     facts = data_facts(data)
     tuning, notes = _tuning(config, data, device, began)

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alexprep.shards.errors import AlexprepError
-from alexprep.shards.layout import DATASET, DATASET_FORMAT, PLAN
+from alexprep.shards.layout import DATASET, DATASET_FORMAT, PLAN, PLAN_FORMAT, recorded_shards
 from alexprep.shards.sources.archive import ArchiveSource, packed_files, read_packed
 from alexprep.shards.sources.base import Input, Location, split_of
 from alexprep.shards.sources.files import Entry, Files
@@ -32,7 +32,6 @@ from alexprep.shards.sources.samples import (
     split_name,
 )
 
-_PLAN_FORMAT = "alexprep plan"  # the "format" of a plan.json of ours
 _LOOK = 8  # members that are looked at to recognise a webdataset
 
 
@@ -141,16 +140,17 @@ def _check_complete(files: Files, tars: list[bytes]) -> None:
     shown = files.display()
     with _reading_ours(files, DATASET):
         document = _ours(files, DATASET, DATASET_FORMAT)
-        splits = {} if document is None else document.get("splits", {})
-        wanted = {record["name"].encode() + b".tar" for split in splits.values() for record in split["shards"]}
+        wanted = None
+        if document is not None and document.get("splits"):
+            wanted = {record["name"].encode() + b".tar" for record in recorded_shards(document)}
     if document is None:
         with _reading_ours(files, PLAN):
-            if _ours(files, PLAN, _PLAN_FORMAT) is not None:
+            if _ours(files, PLAN, PLAN_FORMAT) is not None:
                 raise AlexprepError(
                     f"SOURCE {shown} holds an unfinished data set: run the `alexprep shard` that began it again to finish it, or "
                     "name the tars that are meant by a pattern such as 'train-{000000..000007}.tar'"
                 )
-    if not splits:
+    if wanted is None:
         return
     present = {os.path.basename(path) for path in tars}
     for odd, words in (

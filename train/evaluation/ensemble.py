@@ -61,7 +61,8 @@ def shares(weights: Sequence[float], nets: int) -> list[float]:
     # Scaled, or the sum of large ones is infinite; a power of two rounds nothing.
     _, exponent = math.frexp(max(weights))
     parts = [math.ldexp(weight, -exponent) for weight in weights]
-    return [part / math.fsum(parts) for part in parts]
+    total = math.fsum(parts)
+    return [part / total for part in parts]
 
 
 def mixture(logs: torch.Tensor, weights: Sequence[float]) -> torch.Tensor:

@@ -118,7 +118,7 @@ def data_of(nets: list[Net]) -> Path:
                 f"{first.name} and {net.name} were trained on different data: data was {first.data}, is {net.data}; "
                 f"data_digest was {first.data_digest[:12]}…, is {net.data_digest[:12]}…. Name the data to evaluate on with --data"
             )
-    return runs.data_of(first.run, {"data": first.data})
+    return runs.still_there(first.run, first.data)
 
 
 def check_classes(net: Net, data: Path, dataset: dict[str, Any]) -> str | None:

@@ -83,13 +83,12 @@ def read_config(run: Path) -> dict[str, Any]:
     return config
 
 
-def data_of(run: Path, config: Mapping[str, Any]) -> Path:
-    """The data set that a run was trained on.
+def still_there(run: Path, data: Path) -> Path:
+    """The data set that a run was trained on, `data`.
 
     Raises:
         AlexprepError: it is not where it was.
     """
-    data = Path(config["data"])
     if not (data / DATASET).exists():
         raise AlexprepError(f"{run} was trained on {data}, which holds no data set now: say with --data where it is")
     return data
