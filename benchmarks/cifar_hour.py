@@ -19,9 +19,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from alexprep.train.lr_schedule import Steps
 from alexprep.train.recipes.recipe import Recipe
 from alexprep.train.recipes.registry import recipe_named
-from alexprep.train.recipes.schedule import Steps
 
 
 def thirteen() -> Recipe:
@@ -38,8 +38,8 @@ def measured(data: Path, runs: Path, recipe: Callable[[], Recipe]) -> dict[str, 
     """Trains and evaluates."""
     from alexprep.train.config import TrainConfig
     from alexprep.train.evaluation.run import evaluate_nets
-    from alexprep.train.loop import train
     from alexprep.train.saved.places import Place
+    from alexprep.train.trainer import train
 
     name = recipe.__name__
     reference, run = f"{Path(__file__).resolve()}:{name}", runs / name

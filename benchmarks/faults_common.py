@@ -20,12 +20,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from alexprep.shards.build import build
-from alexprep.shards.codec import Codec, Converted, Target
-from alexprep.shards.engines import InProcessEngine
+from alexprep.shards.conversion import build
 from alexprep.shards.errors import AlexprepError
-from alexprep.shards.files import is_temporary
+from alexprep.shards.image_codec import Codec, Converted, Target
 from alexprep.shards.plan import ShardOptions
+from alexprep.shards.storage import is_temporary
+from alexprep.shards.worker_pool import InProcessEngine
 
 OPTIONS = ShardOptions(Target(size=64), shard_samples=8)
 SMALL = ("--size", "64", "--shard-samples", "8", "--workers", "1")  # the same, for the command

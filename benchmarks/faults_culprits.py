@@ -12,11 +12,11 @@ from typing import Any
 import pyarrow.parquet as pq
 from faults_common import small_set
 
-from alexprep.shards.build import build
-from alexprep.shards.codec import Target
-from alexprep.shards.engines import LocalEngine
-from alexprep.shards.layout import read_dataset
+from alexprep.shards.conversion import build
+from alexprep.shards.dataset_format import read_dataset
+from alexprep.shards.image_codec import Target
 from alexprep.shards.plan import ShardOptions
+from alexprep.shards.worker_pool import LocalEngine
 
 # What is appended to an image, and how its end is told.
 MISDEEDS = {

@@ -35,12 +35,12 @@ from faults_common import (
 )
 
 from alexprep.shards.begin import make_plan
-from alexprep.shards.build import build
-from alexprep.shards.codec import Codec, Target
-from alexprep.shards.engines import InProcessEngine
+from alexprep.shards.conversion import build
+from alexprep.shards.image_codec import Codec, Target
 from alexprep.shards.plan import ShardOptions
-from alexprep.shards.sources.find import find_source
+from alexprep.shards.sources.detection import find_source
 from alexprep.shards.space import predict
+from alexprep.shards.worker_pool import InProcessEngine
 
 
 def random_kills(work: Path, rng: random.Random, kills: int, photos: Path) -> dict[str, Any]:

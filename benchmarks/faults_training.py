@@ -32,8 +32,8 @@ from faults_training_field import Field, curve
 from faults_training_harm import STEPS, Figures, common_figures, culprits, kills, signals
 from safetensors.torch import load_file
 
-from alexprep.train.parallel.launch import launch
-from alexprep.train.saved import runs
+from alexprep.train import run_dir
+from alexprep.train.launch import launch
 
 
 def resume(work: Path, rng: random.Random, steps: int) -> Figures:
@@ -69,7 +69,7 @@ def resume(work: Path, rng: random.Random, steps: int) -> Figures:
 
 
 def _weights(run: Path) -> dict[str, torch.Tensor]:
-    newest = max((run / runs.CHECKPOINTS).glob("*.safetensors"))
+    newest = max((run / run_dir.CHECKPOINTS).glob("*.safetensors"))
     return {name: value for name, value in load_file(newest).items() if name.startswith("weight.")}
 
 

@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 
 from faults_common import DEADLINE, OPTIONS, small_set, until
 
-from alexprep.shards import stats
-from alexprep.shards.build import build
-from alexprep.shards.files import is_temporary
+from alexprep.shards import rgb_statistics
+from alexprep.shards.conversion import build
+from alexprep.shards.storage import is_temporary
+from alexprep.train import checkpoint, run_dir
 from alexprep.train.parallel.rank import PARENT
-from alexprep.train.saved import checkpoint, runs
 
 JOB = str(Path(__file__).with_name("faults_training_job.py"))
 IMAGES, BATCH = 120, 8  # 90 of them for training, less two that cannot be read: 11 steps an epoch
@@ -54,7 +54,7 @@ class Field:
         data = work / "data"
         if not data.exists():
             build(small_set(work / "source", IMAGES), data, OPTIONS, 1)
-            stats.publish(stats.compute(data, "train", 1), data, "train")
+            rgb_statistics.publish(rgb_statistics.compute(data, "train", 1), data, "train")
         self.options: dict[str, Any] = {"data": str(data), "recipe": "tiny", "batch_size": BATCH, "device": "cpu"}
         self.options |= {"steps": steps, "epochs": steps, "log_steps": 1, "checkpoint_steps": EVERY, "ranks": 2}
         self.options |= {"runs": str(work / "runs"), "threads": 1}
@@ -75,7 +75,7 @@ class Field:
 
     def start(self, **fault: Any) -> subprocess.Popen[bytes]:
         """The present run begins, or goes on, in a session of its own."""
-        begun = (self.run / runs.CONFIG).exists()
+        begun = (self.run / run_dir.CONFIG).exists()
         self._before = self._log()
         job: dict[str, Any] = {"options": {**self.options, "runs": str(self.run.parent), "name": self.run.name}}
         job["options"]["resume"] = begun
@@ -103,7 +103,7 @@ class Field:
         gone = until(lambda: not any(lives(pid) for pid in ranks.values()), 10)
         seconds = time.monotonic() - since
         self.counts["orphans"] += not gone
-        saved, damage = checkpoint.newest(self.run / runs.CHECKPOINTS)
+        saved, damage = checkpoint.newest(self.run / run_dir.CHECKPOINTS)
         self.counts["damaged checkpoints"] += len(damage)
         self.counts["unfinished files left by a kill"] += any(map(is_temporary, self.files()))
         moved = self._log() != self._before  # else what the log holds is of an earlier round
@@ -127,7 +127,7 @@ class Field:
 
     def result(self) -> tuple[str, Curve]:
         """Digest of the final weights, and the losses and errors of all steps and epochs."""
-        return json.loads((self.run / runs.SUMMARY).read_text())["weights_sha256"], curve(self.run)
+        return json.loads((self.run / run_dir.SUMMARY).read_text())["weights_sha256"], curve(self.run)
 
     def wait_for(self, process: subprocess.Popen[bytes], moment: str) -> bool:
         """Waits for a random moment of a kind: "start", "step" or "save"; False where the process ended before."""
@@ -157,7 +157,7 @@ class Field:
     def files(self) -> list[str]:
         """Names in the folder of checkpoints."""
         with contextlib.suppress(FileNotFoundError):
-            return os.listdir(self.run / runs.CHECKPOINTS)
+            return os.listdir(self.run / run_dir.CHECKPOINTS)
         return []
 
     def logged(self) -> int:
@@ -167,18 +167,18 @@ class Field:
 
     def saved(self) -> int:
         """The step of the newest checkpoint."""
-        saved, _ = checkpoint.newest(self.run / runs.CHECKPOINTS)
+        saved, _ = checkpoint.newest(self.run / run_dir.CHECKPOINTS)
         return saved.step if saved else 0
 
     def _log(self) -> bytes:
         with contextlib.suppress(FileNotFoundError):
-            return (self.run / runs.LOG).read_bytes()
+            return (self.run / run_dir.LOG).read_bytes()
         return b""
 
 
 def curve(run: Path) -> Curve:
     """The records of a log without times."""
-    records = [json.loads(line) for line in (run / runs.LOG).read_text().splitlines()]
+    records = [json.loads(line) for line in (run / run_dir.LOG).read_text().splitlines()]
     kept = ("kind", "step", "epoch", "loss", "top1_error", "top5_error", "lr", "val")
     return [{name: record[name] for name in kept if name in record} for record in records]
 

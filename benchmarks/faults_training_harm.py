@@ -12,7 +12,7 @@ from typing import Any
 import faults_training_job
 from faults_training_field import EVERY, TIMEOUT, Field, ranks_of, send
 
-from alexprep.shards.files import is_temporary
+from alexprep.shards.storage import is_temporary
 
 STEPS = 66  # six epochs
 Figures = dict[str, Any]

@@ -21,12 +21,11 @@ import torch
 
 from alexprep.pipeline.loader import Batch, Loader
 from alexprep.shards.errors import AlexprepError
-from alexprep.train import ranks
+from alexprep.train import ranks, run_dir
 from alexprep.train.config import TrainConfig
-from alexprep.train.loop import train
-from alexprep.train.parallel.launch import launch
-from alexprep.train.parallel.world import World
-from alexprep.train.saved import runs
+from alexprep.train.distributed.world import World
+from alexprep.train.launch import launch
+from alexprep.train.trainer import train
 
 CGROUP = Path("/sys/fs/cgroup/memory")  # of version 1; where it is missing, no memory kill is tried
 Options = dict[str, Any]
@@ -141,10 +140,10 @@ def from_every_step(world: World, options: Options, whole: str, folder: str, ste
     for step in range(1, steps):
         run = Path(folder) / f"{world.size}-{step}"
         if world.leads:
-            shutil.copytree(whole, run, ignore=shutil.ignore_patterns(runs.CHECKPOINTS, runs.SUMMARY))
-            (run / runs.CHECKPOINTS).mkdir()
-            for path in Path(whole, runs.CHECKPOINTS).glob(f"step-{step:08d}*"):
-                shutil.copy(path, run / runs.CHECKPOINTS)
+            shutil.copytree(whole, run, ignore=shutil.ignore_patterns(run_dir.CHECKPOINTS, run_dir.SUMMARY))
+            (run / run_dir.CHECKPOINTS).mkdir()
+            for path in Path(whole, run_dir.CHECKPOINTS).glob(f"step-{step:08d}*"):
+                shutil.copy(path, run / run_dir.CHECKPOINTS)
         world.any(False)
         Recording.samples_of.clear()
         chosen = {**options, "runs": folder, "name": run.name, "resume": True, "ranks": world.size, "steps": steps}

@@ -25,7 +25,7 @@ def errors(data: Path, runs: Path, activation: str, rate: float, epochs: int) ->
     """Training errors of the epochs so far, percent, of the run with this rate after at least `epochs`; diverged ones count 100."""
     from alexprep.shards.errors import AlexprepError
     from alexprep.train.config import TrainConfig
-    from alexprep.train.loop import train
+    from alexprep.train.trainer import train
 
     run = runs / f"{activation}-{rate:g}"
     resume = (run / "config.json").exists()

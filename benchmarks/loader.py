@@ -29,13 +29,13 @@ from contestants.live import Live, Turn
 from processes import ROOT, Environment, Missing, interpreter
 from shard import NEEDS
 
-from alexprep.shards import stats
-from alexprep.shards.build import build
-from alexprep.shards.codec import Target
-from alexprep.shards.engines import cores
-from alexprep.shards.layout import read_dataset
+from alexprep.shards import rgb_statistics
+from alexprep.shards.conversion import build
+from alexprep.shards.dataset_format import read_dataset
+from alexprep.shards.image_codec import Target
 from alexprep.shards.plan import ShardOptions
-from alexprep.shards.read import Samples
+from alexprep.shards.reader import Samples
+from alexprep.shards.worker_pool import cores
 
 
 @dataclass(frozen=True)
@@ -189,8 +189,8 @@ def prepare(data: Path, images: int) -> Path:
                 raise SystemExit(
                     f"{data} has another form than `alexprep shard` makes by itself: its bytes would change"
                 )
-            found = stats.compute(making / name, "train", cores())
-            stats.publish(found, making / name, "train")
+            found = rgb_statistics.compute(making / name, "train", cores())
+            rgb_statistics.publish(found, making / name, "train")
             (making / "facts.json").write_text(json.dumps({"mean": found.channel_means.tolist()}))
         os.rename(making, folder)
     return folder

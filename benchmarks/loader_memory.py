@@ -17,7 +17,7 @@ from typing import Any
 from common import report
 
 from alexprep.pipeline import Loader
-from alexprep.shards.read import Samples
+from alexprep.shards.reader import Samples
 
 BATCH = 8
 

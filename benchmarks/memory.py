@@ -24,9 +24,9 @@ from common import report
 from PIL import Image
 
 from alexprep.shards import worker
-from alexprep.shards.codec import Codec, Converted, Target
-from alexprep.shards.engines import IMAGE_BYTES
+from alexprep.shards.image_codec import Codec, Converted, Target
 from alexprep.shards.opinion import MAX_PIXELS
+from alexprep.shards.worker_pool import IMAGE_BYTES
 
 SIDE = int(MAX_PIXELS**0.5)
 ORDERS = 3

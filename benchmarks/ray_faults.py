@@ -24,10 +24,10 @@ from typing import Any
 
 from common import report
 
-from alexprep.shards.build import build
-from alexprep.shards.engines import Progress, Result, Task
+from alexprep.shards.conversion import build
 from alexprep.shards.plan import ShardOptions
-from alexprep.shards.ray_engine import RayEngine
+from alexprep.shards.ray_runner import RayEngine
+from alexprep.shards.worker_pool import Progress, Result, Task
 
 OPTIONS = ShardOptions(shard_samples=32)
 NODES = 2

@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from nvidia import nvimgcodec
 from PIL import Image
 
-from alexprep.shards.codec import Codec, Converted, Target
-from alexprep.shards.cuda import CudaCodec
+from alexprep.shards.image_codec import Codec, Converted, Target
+from alexprep.shards.image_codec_cuda import CudaCodec
 from alexprep.shards.opinion import Refused
-from alexprep.shards.sources.find import find_source
+from alexprep.shards.sources.detection import find_source
 from alexprep.shards.worker import one_thread
 
 

@@ -16,7 +16,7 @@ from common import report
 from numpy.typing import NDArray
 from nvidia.dali import Pipeline, fn
 
-from alexprep.pipeline.order import block_order, epoch_order, shuffle_quality
+from alexprep.pipeline.sampler import block_order, epoch_order, shuffle_quality
 
 SHARD_SAMPLES, BATCH = 1000, 1000
 

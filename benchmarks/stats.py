@@ -10,10 +10,10 @@ from pathlib import Path
 
 from common import in_turns, report
 
-from alexprep.shards import stats
-from alexprep.shards.codec import Codec, Target
+from alexprep.shards import rgb_statistics
+from alexprep.shards.image_codec import Codec, Target
 from alexprep.shards.moments import Accumulator
-from alexprep.shards.read import Samples
+from alexprep.shards.reader import Samples
 from alexprep.shards.worker import one_thread
 
 
@@ -45,7 +45,7 @@ def main() -> None:
     def both() -> int:
         accumulator = Accumulator(size)
         for row in range(len(encoded)):
-            image = stats._planes(samples.encoded(row), samples.dataset["image"])
+            image = rgb_statistics._planes(samples.encoded(row), samples.dataset["image"])
             assert image is not None
             accumulator.add(image)
         return len(encoded)

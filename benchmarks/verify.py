@@ -19,13 +19,13 @@ from pathlib import Path
 
 from common import report
 
-from alexprep.shards import stats
-from alexprep.shards.build import build
-from alexprep.shards.codec import Target
-from alexprep.shards.engines import InProcessEngine
+from alexprep.shards import rgb_statistics
+from alexprep.shards.conversion import build
 from alexprep.shards.errors import AlexprepError
+from alexprep.shards.image_codec import Target
 from alexprep.shards.plan import ShardOptions
-from alexprep.shards.verify import verify
+from alexprep.shards.verification import verify
+from alexprep.shards.worker_pool import InProcessEngine
 
 ENGINE = InProcessEngine()
 
@@ -65,7 +65,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "data"
         build(arguments.photos, data, ShardOptions(Target(size=32), shard_samples=3, limit=12), ENGINE)
-        stats.publish(stats.compute(data, "train", ENGINE), data, "train")
+        rgb_statistics.publish(rgb_statistics.compute(data, "train", ENGINE), data, "train")
         files = sorted(path for path in data.rglob("*") if path.is_file())
         sizes = [path.stat().st_size for path in files]
         result["bytes"] = sum(sizes)

@@ -19,7 +19,7 @@ from alexprep.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from alexprep.train.watching.overlap import Overlap
+    from alexprep.train.overlap import Overlap
 
 
 @click.group("bench", short_help="Measure on this machine, in turns.")
@@ -55,9 +55,9 @@ def overlap(data: Path, steps: int | None, rounds: int, as_json: bool, **options
     \b
     Example: alexprep bench overlap --data /data/cifar10 --recipe cifar10-quick
     """
-    from alexprep.cli import report
+    from alexprep.cli import output
     from alexprep.train.config import TrainConfig
-    from alexprep.train.watching.overlap import measure
+    from alexprep.train.overlap import measure
 
     try:
         found = measure(
@@ -70,11 +70,11 @@ def overlap(data: Path, steps: int | None, rounds: int, as_json: bool, **options
         click.echo("Interrupted: nothing was measured, and nothing was written.", err=True)
         click.get_current_context().exit(INTERRUPTED)
     _show(found)
-    report.json_line(found.describe(), as_json)
+    output.json_line(found.describe(), as_json)
 
 
 def _show(found: Overlap) -> None:
-    from alexprep.cli import report
+    from alexprep.cli import output
     from alexprep.pipeline.search import BUSY
 
     def rate(kind: Any) -> str:
@@ -91,10 +91,10 @@ def _show(found: Overlap) -> None:
         ("a step", f"{wait:.1f} ms for data + {rest:.1f} ms"),
     ]
     if found.gpu_memory_bytes is not None:
-        memory = {name: report.size(count) for name, count in found.gpu_memory_bytes.items()}
+        memory = {name: output.size(count) for name, count in found.gpu_memory_bytes.items()}
         rows.append(("GPU memory", f"{memory['torch_peak']} by torch at most, {memory['all']} with DALI's"))
     about = found.about
-    report.table(
+    output.table(
         f"{about['recipe']}, batches of {about['batch_size']}, {about['precision']}, on {about['machine']}; medians of "
         f"{about['rounds']} rounds of {about['steps']['training']} steps.",
         rows,

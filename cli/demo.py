@@ -24,7 +24,7 @@ def demo(out: Path, as_json: bool) -> None:
     \b
     Example: alexprep demo --out /tmp/demo
     """
-    from alexprep.cli import report
+    from alexprep.cli import output
     from alexprep.train.demo import run_demo
 
-    report.json_line(run_demo(out, click.echo), as_json)
+    output.json_line(run_demo(out, click.echo), as_json)

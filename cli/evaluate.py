@@ -74,14 +74,14 @@ def evaluate(
     \b
     Example: alexprep eval alexnet alexnet-2 alexnet-3 --views ten
     """
-    from alexprep.cli import report
+    from alexprep.cli import output
+    from alexprep.train.ensemble import parse_weights
     from alexprep.train.evaluation import submission as ilsvrc
-    from alexprep.train.evaluation.ensemble import parse_weights
     from alexprep.train.evaluation.run import evaluate_nets
     from alexprep.train.saved.places import place_named
 
     _check_files(classes, submission)
-    with report.progress("evaluating") as progress:
+    with output.progress("evaluating") as progress:
         found = evaluate_nets(
             [place_named(runs, text) for text in nets or [None]],
             data=data,
@@ -112,7 +112,7 @@ def evaluate(
             _submit(submission, found.scores, document)
     finally:  # hours of work are not lost to a disk that one of the files finds full
         _publish(document, runs)
-    report.json_line(document, as_json)
+    output.json_line(document, as_json)
 
 
 def _check_files(classes: str | None, submission: Path | None) -> None:
@@ -131,7 +131,7 @@ def _check_files(classes: str | None, submission: Path | None) -> None:
 
 
 def _print(document: dict[str, Any]) -> None:
-    from alexprep.cli import report
+    from alexprep.cli import output
 
     nets, images = document["nets"], document["images"]
     whose = f"{nets[0]['run']} after step {nets[0]['step']}" if len(nets) == 1 else f"{len(nets)} nets"
@@ -140,7 +140,7 @@ def _print(document: dict[str, Any]) -> None:
     if len(nets) > 1:
         _print_nets(title, document)
         title = "All as one, the mean of their softmax outputs"
-    report.table(
+    output.table(
         title,
         [
             *labelled,
@@ -187,7 +187,7 @@ def _waited(document: dict[str, Any]) -> str:
 
 def _classes(file: str, scores: Scores, names: list[str], document: dict[str, Any]) -> None:
     """Prints the best and worst classes, or writes all; the most confused pairs are printed either way."""
-    from alexprep.shards.files import publish_bytes
+    from alexprep.shards.storage import publish_bytes
     from alexprep.train.evaluation.scores import class_csv, ranked
 
     table = scores.by_class(names)
@@ -217,7 +217,7 @@ def _print_classes(rows: list[ClassError]) -> None:
 
 
 def _submit(path: Path, scores: Scores, document: dict[str, Any]) -> None:
-    from alexprep.shards.files import publish_bytes
+    from alexprep.shards.storage import publish_bytes
     from alexprep.train.evaluation.submission import submission
 
     made = submission(Path(document["data"]), document["split"], scores.best, scores.rows)

@@ -41,7 +41,7 @@ class Folder(click.ParamType):  # type: ignore[type-arg]  # generic only for typ
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
         """A `Path`, or a `UPath` for a URL."""
         from alexprep.shards.errors import AlexprepError
-        from alexprep.shards.files import folder_at, is_local
+        from alexprep.shards.storage import folder_at, is_local
 
         if self._local and "://" in str(value):
             self.fail(
@@ -174,10 +174,10 @@ def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
     def with_engine(
         *args: Any, workers: int | None, engine_name: str, ray_address: str | None, image_seconds: float, **kwargs: Any
     ) -> Any:
-        from alexprep.shards.engines import LocalEngine, cores
+        from alexprep.shards.worker_pool import LocalEngine, cores
 
         if engine_name == "ray":
-            from alexprep.shards.ray_engine import RayEngine
+            from alexprep.shards.ray_runner import RayEngine
 
             if workers is not None:
                 raise click.UsageError(

@@ -10,7 +10,7 @@ import click
 from alexprep.cli.options import data_folder, engine_options, json_option
 
 if TYPE_CHECKING:
-    from alexprep.shards.engines import Engine
+    from alexprep.shards.worker_pool import Engine
 
 
 @click.command("pca-stats", short_help="Mean image and eigenpairs of the RGB covariance.")
@@ -28,28 +28,28 @@ def pca_stats(data: Path, split: str, engine: Engine, as_json: bool) -> None:
     \b
     Example: alexprep pca-stats /data/imagenet-256
     """
-    from alexprep.cli import report
+    from alexprep.cli import output
     from alexprep.pipeline.augment import noise_stdevs
     from alexprep.pipeline.augmentation import Augmentation
-    from alexprep.shards import stats
-    from alexprep.shards.layout import MEAN_PICTURE, STATISTICS
+    from alexprep.shards import rgb_statistics
+    from alexprep.shards.dataset_format import MEAN_PICTURE, STATISTICS
 
-    with report.progress("statistics") as show:
-        found = stats.compute(data, split, engine, show)
-    stats.publish(found, data, split)
+    with output.progress("statistics") as show:
+        found = rgb_statistics.compute(data, split, engine, show)
+    rgb_statistics.publish(found, data, split)
 
     def numbers(values: object, digits: int = 2) -> str:
         return "  ".join(f"{value:,.{digits}f}" for value in values)  # type: ignore[attr-defined]
 
     eigenvalue, stdev = (noise_stdevs(found, Augmentation(noise=name)) for name in ("eigenvalue", "stdev"))
-    report.table(
+    output.table(
         f"Statistics of {found.images:,} images of {split!r} in {data}.",
         [
             ("channel means R G B, grey levels", numbers(found.channel_means)),
             ("eigenvalues of the RGB covariance, (0-255)²", numbers(found.eigenvalues)),
             ("  the same on the 0-1 scale", numbers(found.eigenvalues / 255**2, 4)),
             ("principal standard deviations, grey levels", numbers(found.stdevs)),
-            ("  those of the original ImageNet statistics", numbers(stats.IMAGENET_STDEVS)),
+            ("  those of the original ImageNet statistics", numbers(rgb_statistics.IMAGENET_STDEVS)),
             ("angles to the original principal axes, degrees", numbers(found.angles_to_imagenet())),
             ("colour noise along the axes, σ = 0.1, grey levels:", ""),
             ("  α λ, the paper (train's default)", numbers(eigenvalue)),
@@ -57,7 +57,7 @@ def pca_stats(data: Path, split: str, engine: Engine, as_json: bool) -> None:
             ("written to", f"{data / STATISTICS}, {data / MEAN_PICTURE}"),
         ],
     )
-    report.json_line(
+    output.json_line(
         {
             "images": found.images,
             "split": split,

@@ -21,13 +21,13 @@ def recipes(recipe: str | None, as_json: bool) -> None:
     \b
     Example: alexprep recipes alexnet-2012
     """
-    from alexprep.cli import report
+    from alexprep.cli import output
     from alexprep.train.recipes.registry import RECIPES, recipe_named
 
     if recipe is not None:
         told = _told(recipe_named(recipe))
-        report.table(f"Recipe {told['name']}", _rows(told))
-        report.json_line(told, as_json)
+        output.table(f"Recipe {told['name']}", _rows(told))
+        output.json_line(told, as_json)
         return
     known = [make() for make in RECIPES.values()]
     width = max(len(one.name) for one in known)
@@ -39,7 +39,7 @@ def recipes(recipe: str | None, as_json: bool) -> None:
         click.echo(
             f"{one.name:<{width}}  {sizes:>14}  {one.crop:>4}  {one.batch_size:>5}  {one.lr:>5g}  {one.epochs:>6}  {schedule}"
         )
-    report.json_line({one.name: _told(one) for one in known}, as_json)
+    output.json_line({one.name: _told(one) for one in known}, as_json)
 
 
 def _told(recipe: Recipe) -> dict[str, Any]:

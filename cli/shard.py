@@ -11,7 +11,7 @@ from alexprep.cli.options import data_folder_option, engine_options, json_option
 from alexprep.shards.sources import LAYOUTS
 
 if TYPE_CHECKING:
-    from alexprep.shards.engines import Engine
+    from alexprep.shards.worker_pool import Engine
 
 
 @click.command(short_help="Images to resized webdataset shards.")
@@ -88,13 +88,13 @@ def shard(
     \b
     Example: alexprep shard /imagenet --out /data/imagenet-256
     """
-    from alexprep.cli import report
-    from alexprep.shards.build import build
-    from alexprep.shards.codec import Target
-    from alexprep.shards.engines import LocalEngine
+    from alexprep.cli import output
+    from alexprep.shards.conversion import build
+    from alexprep.shards.image_codec import Target
     from alexprep.shards.plan import ShardOptions
-    from alexprep.shards.sources.find import find_source
+    from alexprep.shards.sources.detection import find_source
     from alexprep.shards.sources.ilsvrc import check_archives
+    from alexprep.shards.worker_pool import LocalEngine
 
     target = Target(size, filter_name, image_format, reencode, quality, subsampling, orient, device)  # type: ignore[arg-type]
     options = ShardOptions(target, seed, shard_samples, labels, limit)
@@ -103,14 +103,14 @@ def shard(
     found = find_source(source, layout)
     if check_archive:
         click.echo(f"MD5 as published: {', '.join(check_archives(found.files))}", err=True)
-    with report.progress("sharding") as show:
+    with output.progress("sharding") as show:
         done = build(found, out, options, engine, show)
     rows = [("layout of SOURCE", found.layout), ("inputs", f"{done.inputs:,}")]
     rows += [(f"{split} images", f"{count:,}") for split, count in done.samples.items()]
     rows += [("bytes kept as they were", f"{done.kept:,} images")] if done.kept else []
     rows += [("rejected", f"{done.rejected.total():,}")]
     rows += [(f"  {count:,}", reason) for reason, count in done.rejected.most_common(10)]
-    rows += [("shards", report.size(done.bytes))]
+    rows += [("shards", output.size(done.bytes))]
     if done.made_inputs:
         rows += [
             (
@@ -121,8 +121,8 @@ def shard(
     else:
         rows += [("this run", "nothing was missing")]
     rows += [("data set", str(out)), ("every input's fate", str(out / "*" / "samples.parquet"))]
-    report.table("Sharded.", rows)
-    report.json_line(
+    output.table("Sharded.", rows)
+    output.json_line(
         {
             "layout": found.layout,
             "inputs": done.inputs,

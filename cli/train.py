@@ -105,8 +105,8 @@ def train(as_json: bool, **options: Any) -> None:
     \b
     Example: alexprep train --recipe cifar10-quick --data /data/cifar10
     """
-    from alexprep.cli import report
-    from alexprep.shards.layout import read_dataset
+    from alexprep.cli import output
+    from alexprep.shards.dataset_format import read_dataset
 
     if options["resume"] and not on_command_line("data"):
         options["data"] = None  # the run's own, whatever the default
@@ -117,8 +117,8 @@ def train(as_json: bool, **options: Any) -> None:
 
     summary = train_anyhow(TrainConfig(**options))
     if leads():
-        report.table(f"Run {summary['run']}", _rows(summary))
-        report.json_line(summary, as_json)
+        output.table(f"Run {summary['run']}", _rows(summary))
+        output.json_line(summary, as_json)
     if summary["stopped_by"]:
         import signal
 

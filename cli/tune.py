@@ -10,9 +10,9 @@ from alexprep.cli.options import AT_LEAST_1, Seconds, device_option, json_option
 from alexprep.pipeline.augmentation import PRESETS
 
 if TYPE_CHECKING:
+    from alexprep.pipeline.autotune import Tuned
+    from alexprep.pipeline.loader_settings import Tuning
     from alexprep.pipeline.search import Trial
-    from alexprep.pipeline.tune import Tuned
-    from alexprep.pipeline.tuning import Tuning
 
 _BAR = 30  # characters
 
@@ -64,10 +64,10 @@ def tune(
     \b
     Example: alexprep tune --data /data/imagenet-256 --seconds 120
     """
-    from alexprep.cli import report
+    from alexprep.cli import output
+    from alexprep.pipeline.autotune import tune as measure
     from alexprep.pipeline.device import choose_device
-    from alexprep.pipeline.tune import tune as measure
-    from alexprep.pipeline.tuning import save_tuning
+    from alexprep.pipeline.loader_settings import save_tuning
 
     chosen = str(choose_device(device))
     tuned = measure(data, chosen, batch_sizes, augmentation, seconds, lambda line: click.echo(line, err=True))
@@ -78,12 +78,12 @@ def tune(
     saved = str(path) if path else None
     if not as_json:
         _show(tuned, data, saved)
-    report.json_line({**entry, "data": data, "saved_to": saved, "notes": [*tuned.found.notes, *notes]}, as_json)
+    output.json_line({**entry, "data": data, "saved_to": saved, "notes": [*tuned.found.notes, *notes]}, as_json)
 
 
 def _show(tuned: Tuned, data: str, saved: str | None) -> None:
     """The curves and the choice."""
-    from alexprep.cli import report
+    from alexprep.cli import output
 
     found, size = tuned.found, tuned.batch_sizes[0]
     click.echo(f"{tuned.samples:,} images of 'train' in {data}, on {tuned.machine}.")
@@ -94,17 +94,17 @@ def _show(tuned: Tuned, data: str, saved: str | None) -> None:
         fastest = max(trial.rate for trial in trials)
         at = "" if name == "batch size" else f", batches of {size}"
         rows = [(trial.value, (_bar(trial, fastest) + _mark(trial, found.tuning)).rstrip()) for trial in trials]
-        report.table(f"{_TITLES[name]}{at}:", rows)
+        output.table(f"{_TITLES[name]}{at}:", rows)
     if tuned.shuffle_quality:
         rows = [(order, f"{quality:.3f}") for order, quality in tuned.shuffle_quality.items()]
-        report.table("How well each order shuffles an epoch, 1 is a uniform permutation:", rows)
+        output.table("How well each order shuffles an epoch, 1 is a uniform permutation:", rows)
     memory = {name: count for name, count in tuned.memory.items() if count is not None}
-    report.table(
+    output.table(
         "Chosen.",
         [
             ("settings", found.tuning.words(tuned.machine.device)),
             ("speed", f"{found.rate:,.0f} images/s, {found.rate / found.default_rate:.2f} × the default's"),
-            *((f"{name} memory, at most so far", report.size(count)) for name, count in memory.items()),
+            *((f"{name} memory, at most so far", output.size(count)) for name, count in memory.items()),
             ("this run", f"{tuned.seconds:.1f} s"),
             ("written to", saved or "nowhere: `alexprep train` uses its defaults"),
         ],

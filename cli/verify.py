@@ -12,7 +12,7 @@ from alexprep.cli.options import data_folder, engine_options, json_option
 
 if TYPE_CHECKING:
     from alexprep.shards.check import Problem
-    from alexprep.shards.engines import Engine
+    from alexprep.shards.worker_pool import Engine
 
 DAMAGED = 3  # exit status; 1 is an error, 2 a wrong argument
 _SHOWN = 20
@@ -33,27 +33,27 @@ def verify(data: Path, decode: bool, repair_source: str | None, engine: Engine, 
     \b
     Example: alexprep verify /data/imagenet-256 --repair /imagenet
     """
-    from alexprep.cli import report
+    from alexprep.cli import output
     from alexprep.shards.repair import repair
-    from alexprep.shards.sources.find import find_source
-    from alexprep.shards.verify import verify as check
+    from alexprep.shards.sources.detection import find_source
+    from alexprep.shards.verification import verify as check
 
-    checking = functools.partial(report.progress, "verifying", "images" if decode else "shards")
+    checking = functools.partial(output.progress, "verifying", "images" if decode else "shards")
     with checking() as show:
         found = check(data, engine, decode, show)
     problems, repaired = found.problems, 0
     if problems and repair_source is not None:
         _show(problems)
-        with report.progress("repairing") as show:
+        with output.progress("repairing") as show:
             repaired = repair(data, find_source(repair_source), problems, engine, show).made_inputs
         with checking() as show:
             found = check(data, engine, decode, show)
     _show(found.problems)
-    rows = [("shards", f"{found.shards:,}"), ("sound images", f"{found.samples:,}"), ("read", report.size(found.bytes))]
+    rows = [("shards", f"{found.shards:,}"), ("sound images", f"{found.samples:,}"), ("read", output.size(found.bytes))]
     rows += [("made again", f"{repaired:,} inputs")] if repair_source is not None else []
     rows += [("problems", f"{len(found.problems):,}"), ("this run", f"{found.seconds:.1f} s")]
-    report.table(f"{data} is {'damaged' if found.problems else 'sound'}.", rows)
-    report.json_line(
+    output.table(f"{data} is {'damaged' if found.problems else 'sound'}.", rows)
+    output.json_line(
         {
             "sound": not found.problems,
             "shards": found.shards,

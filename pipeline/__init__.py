@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from alexprep.pipeline.augmentation import PRESETS, Augmentation
-    from alexprep.pipeline.draws import Draws, draw
-    from alexprep.pipeline.graph import (
+    from alexprep.pipeline.dali_ops import (
         colour_noise,
         decode_crop,
         decode_window,
@@ -17,9 +16,10 @@ if TYPE_CHECKING:
         subtract_mean_window,
         to_tensor,
     )
+    from alexprep.pipeline.draws import Draws, draw
     from alexprep.pipeline.loader import Batch, Loader
-    from alexprep.pipeline.order import block_order, epoch_order, shuffle_quality
-    from alexprep.pipeline.tuning import Tuning, tuning_for
+    from alexprep.pipeline.loader_settings import Tuning, tuning_for
+    from alexprep.pipeline.sampler import block_order, epoch_order, shuffle_quality
 
 __all__ = [
     "PRESETS",
@@ -45,13 +45,13 @@ __all__ = [
 _HOMES = {
     "augmentation": ("PRESETS", "Augmentation"),
     "draws": ("Draws", "draw"),
-    "graph": (
+    "dali_ops": (
         *("colour_noise", "decode_crop", "decode_window", "mirror", "resize_square", "subtract_mean_window"),
         "to_tensor",
     ),
     "loader": ("Batch", "Loader"),
-    "order": ("block_order", "epoch_order", "shuffle_quality"),
-    "tuning": ("Tuning", "tuning_for"),
+    "sampler": ("block_order", "epoch_order", "shuffle_quality"),
+    "loader_settings": ("Tuning", "tuning_for"),
 }
 
 

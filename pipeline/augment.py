@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from alexprep.pipeline.augmentation import IMAGENET_MEAN, IMAGENET_STD, Augmentation
 from alexprep.pipeline.draws import Draws
-from alexprep.shards.stats import Statistics
+from alexprep.shards.rgb_statistics import Statistics
 
 
 def noise_stdevs(statistics: Statistics, augmentation: Augmentation) -> NDArray[np.float64]:

@@ -12,16 +12,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alexprep.pipeline.augmentation import Augmentation
-from alexprep.pipeline.graph import Dtype, Layout
+from alexprep.pipeline.dali_ops import Dtype, Layout
+from alexprep.pipeline.loader_settings import Tuning
 from alexprep.pipeline.settings import Settings
-from alexprep.pipeline.tuning import Tuning
-from alexprep.shards import stats
+from alexprep.shards import rgb_statistics
+from alexprep.shards.dataset_format import DATASET, PLAN, read_dataset
 from alexprep.shards.errors import AlexprepError
-from alexprep.shards.files import folder_at
-from alexprep.shards.layout import DATASET, PLAN, read_dataset
-from alexprep.shards.read import Samples, TarSamples
-from alexprep.shards.stats import Statistics
-from alexprep.shards.tar_index import Bad, index_tars
+from alexprep.shards.reader import Samples, TarSamples
+from alexprep.shards.rgb_statistics import Statistics
+from alexprep.shards.storage import folder_at
+from alexprep.shards.webdataset_index import Bad, index_tars
 
 OnBad = Literal["error", "skip"]
 Source = Union[str, Path, Sequence[Union[str, Path]]]  # noqa: UP007  (evaluated, also by Python 3.10's typing)
@@ -89,7 +89,7 @@ def open_dataset(source: Source, split: str, on_bad: OnBad = "error", cache: str
     """Opens a split.
 
     Args:
-        source: the folder of a finished data set; or tars, see `alexprep.shards.tar_index.index_tars`.
+        source: the folder of a finished data set; or tars, see `alexprep.shards.webdataset_index.index_tars`.
         split: "train", "val" or "test".
         on_bad: whether samples that cannot be used are an error, or left out ("skip").
         cache: where the index of other people's tars is kept, see there.
@@ -127,13 +127,13 @@ def statistics_for(dataset: Dataset, chosen: Statistics | str | Path | None) -> 
         if not isinstance(chosen, str | os.PathLike):
             raise AlexprepError(f"statistics {chosen!r} are neither a data set's folder nor statistics")
         folder = folder_at(str(chosen))
-        return stats.read(folder, read_dataset(folder)["digest"])
+        return rgb_statistics.read(folder, read_dataset(folder)["digest"])
     if dataset.statistics_of is None:
         raise AlexprepError(
             "these shards have no statistics: name a data set that has them (statistics=FOLDER), or use an augmentation "
             "without, for example 'resized'"
         )
-    return stats.read(dataset.statistics_of, dataset.digest)
+    return rgb_statistics.read(dataset.statistics_of, dataset.digest)
 
 
 def _holds_tars(name: str, folder: Path) -> bool:

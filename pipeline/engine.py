@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from alexprep.pipeline.assemble import single_view_pipeline, ten_view_pipeline
+from alexprep.pipeline.dali_graph import single_view_pipeline, ten_view_pipeline
 from alexprep.pipeline.dataset import OnBad
 from alexprep.pipeline.feed import Feed, Inputs
 from alexprep.pipeline.probe import decodes, decodes_a_sound_image
-from alexprep.shards.codec import header_size, raw_header
 from alexprep.shards.errors import AlexprepError
-from alexprep.shards.read import TarSamples
+from alexprep.shards.image_codec import header_size, raw_header
+from alexprep.shards.reader import TarSamples
 
 
 @dataclass

@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 
 from alexprep.pipeline.augment import channel_means, channel_stdevs, colour_shifts, mean_corners
 from alexprep.pipeline.augmentation import Augmentation
+from alexprep.pipeline.dali_ops import mean_anchor
 from alexprep.pipeline.draws import Draws, centred, draw, ten_windows
-from alexprep.pipeline.graph import mean_anchor
 from alexprep.pipeline.settings import Settings, fed
 from alexprep.shards.errors import AlexprepError
-from alexprep.shards.stats import Statistics
+from alexprep.shards.rgb_statistics import Statistics
 
 Views = Literal["random", "centre", "ten"]
 Inputs = dict[str, "NDArray[Any] | list[NDArray[np.float32]]"]
@@ -25,7 +25,7 @@ _STRIP_BYTES = 128 * 2**20  # of windows of the mean image that are kept ready
 
 @dataclass(frozen=True)
 class Feed:
-    """Turns the rows of a step into what a pipeline of `alexprep.pipeline.assemble` takes, apart from the images.
+    """Turns the rows of a step into what a pipeline of `alexprep.pipeline.dali_graph` takes, apart from the images.
 
     Attributes:
         augmentation: what is done.

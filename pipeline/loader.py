@@ -12,16 +12,16 @@ from typing import Any, NamedTuple
 import torch
 
 from alexprep.pipeline.augmentation import Augmentation, augmentation_named
+from alexprep.pipeline.dali_ops import Dtype, Layout
 from alexprep.pipeline.dataset import OnBad, Source, open_dataset, statistics_for
 from alexprep.pipeline.device import choose_device, moved
 from alexprep.pipeline.engine import Engine, Step
 from alexprep.pipeline.feed import Feed, Views
-from alexprep.pipeline.graph import Dtype, Layout
-from alexprep.pipeline.order import Order
+from alexprep.pipeline.loader_settings import Tuning
 from alexprep.pipeline.plan import BLOCK_SHARDS, StepPlan
-from alexprep.pipeline.tuning import Tuning
+from alexprep.pipeline.sampler import Order
 from alexprep.shards.errors import AlexprepError, whole_number
-from alexprep.shards.stats import Statistics
+from alexprep.shards.rgb_statistics import Statistics
 
 _READ_AHEAD = 8  # steps whose samples are asked of the disk before they are decoded
 
@@ -101,7 +101,7 @@ class Loader:
             dtype: "float32", "float16", or, where the augmentation neither subtracts nor divides, "uint8".
             layout: "NCHW", "NHWC", or "channels_last": shaped as the first, in memory as the second, and on a CPU the fastest.
             on_bad: "error" ends with the name of a damaged sample; "skip" leaves it out of its step, and moves no other.
-            statistics: of which data set, if not of `data`: its folder, or what `alexprep.shards.stats` made.
+            statistics: of which data set, if not of `data`: its folder, or what `alexprep.shards.rgb_statistics` made.
             cache: where the index of other people's tars is kept; by default beside them or in the user's cache.
             threads: of DALI; None for one a core. Short for `tuning`.
             tuning: how the machine is used; `alexprep tune` finds good settings.

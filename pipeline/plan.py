@@ -8,7 +8,7 @@ from typing import get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from alexprep.pipeline.order import Order, block_order, epoch_order, rank_part, steps_per_epoch
+from alexprep.pipeline.sampler import Order, block_order, epoch_order, rank_part, steps_per_epoch
 from alexprep.shards.errors import AlexprepError, whole_number
 
 BLOCK_SHARDS = 16  # of a block, unless told otherwise

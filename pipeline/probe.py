@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from alexprep.pipeline.assemble import probe_pipeline
+from alexprep.pipeline.dali_graph import probe_pipeline
 from alexprep.pipeline.feed import Feed, Inputs
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
-from alexprep.pipeline.tuning import Tuning
+from alexprep.pipeline.loader_settings import Tuning
 from alexprep.shards.errors import AlexprepError
 
 ROUNDS = 3

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import get_args
 
 from alexprep.pipeline.augmentation import Augmentation
-from alexprep.pipeline.graph import Dtype, Layout
+from alexprep.pipeline.dali_ops import Dtype, Layout
 from alexprep.shards.errors import AlexprepError
 
 

@@ -8,13 +8,13 @@ from typing import Any
 
 import pyarrow as pa
 
+from alexprep.shards.dataset_format import DATASET, PLAN, PLAN_TABLE, read_json
 from alexprep.shards.errors import AlexprepError
-from alexprep.shards.files import file_sha256, json_bytes, make_folder, publish_first
-from alexprep.shards.layout import DATASET, PLAN, PLAN_TABLE, read_json
 from alexprep.shards.plan import Plan, ShardOptions, differences, draw_up
 from alexprep.shards.plan_table import PlanTable, publish_table
 from alexprep.shards.sidecar import read_sidecar
 from alexprep.shards.sources.base import SPLITS, Source
+from alexprep.shards.storage import file_sha256, json_bytes, make_folder, publish_first
 
 
 def make_plan(source: Source, options: ShardOptions, folder: Path) -> Plan:

@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from alexprep.shards.codec import FORMATS, Codec, read_raw
-from alexprep.shards.files import content, json_bytes
-from alexprep.shards.layout import sample_key, shard_name
+from alexprep.shards.dataset_format import sample_key, shard_name
+from alexprep.shards.image_codec import FORMATS, Codec, read_raw
 from alexprep.shards.plan import Shard
 from alexprep.shards.sidecar import SIDECAR, sidecar_path
+from alexprep.shards.storage import content, json_bytes
 from alexprep.shards.tar import Member, dali_index, ending, header
 from alexprep.shards.tar_header import BLOCK, padded
 from alexprep.shards.worker import attending

@@ -14,9 +14,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from alexprep.shards.check import Finding, Problem
-from alexprep.shards.describe import Description
-from alexprep.shards.files import content, digest_json, is_temporary, json_bytes
-from alexprep.shards.layout import (
+from alexprep.shards.dataset_format import (
     DATASET,
     INDEX,
     LEDGER,
@@ -31,8 +29,10 @@ from alexprep.shards.layout import (
     recorded_shards,
     shard_name,
 )
+from alexprep.shards.manifest import Description
 from alexprep.shards.plan import Plan
 from alexprep.shards.plan_table import PlanTable
+from alexprep.shards.storage import content, digest_json, is_temporary, json_bytes
 
 
 def recorded_files(dataset: dict[str, Any] | None) -> dict[str, Any]:

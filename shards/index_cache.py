@@ -22,9 +22,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from alexprep.shards.dataset_format import TAR_INDEXES
 from alexprep.shards.errors import AlexprepError
-from alexprep.shards.files import json_bytes, published, user_cache
-from alexprep.shards.layout import TAR_INDEXES
+from alexprep.shards.storage import json_bytes, published, user_cache
 from alexprep.shards.tar_scan import TAR_INDEX_DTYPE, Part
 
 WAIT_SECONDS = 3600.0  # for another process that scans the same folder

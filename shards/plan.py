@@ -11,15 +11,15 @@ import numpy as np
 import pyarrow as pa
 
 from alexprep.shards import labels
-from alexprep.shards.codec import Target
+from alexprep.shards.dataset_format import FORMAT_VERSION, PLAN_FORMAT, PLAN_TABLE
 from alexprep.shards.errors import AlexprepError
-from alexprep.shards.files import digest_json
-from alexprep.shards.layout import FORMAT_VERSION, PLAN_FORMAT, PLAN_TABLE
+from alexprep.shards.image_codec import Target
 from alexprep.shards.listing import list_inputs
 from alexprep.shards.permute import permutation
 from alexprep.shards.plan_table import TABLE, PlanTable
 from alexprep.shards.resample import FILTERS
 from alexprep.shards.sources.base import UNLABELLED, Location, Source
+from alexprep.shards.storage import digest_json
 from alexprep.shards.versions import versions
 
 # An ImageNet shard is then about 28 MB. Smaller sets get at least 16 shards of at least 64, so that workers can share them.

@@ -11,9 +11,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from alexprep.shards.dataset_format import PLAN_TABLE
 from alexprep.shards.errors import AlexprepError
-from alexprep.shards.files import is_local, published
-from alexprep.shards.layout import PLAN_TABLE
+from alexprep.shards.storage import is_local, published
 
 TABLE = pa.schema(
     [

@@ -14,9 +14,9 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from alexprep.shards.engines import cores
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.worker import POLL_SECONDS
+from alexprep.shards.worker_pool import cores
 
 _OLDEST = (2, 56)
 _STORE_BYTES = 128 * 2**20  # of a local Ray's object store; the largest results, moments of a shard, take 1.5 MB

@@ -11,17 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from alexprep.shards.begin import begin, check_apart
-from alexprep.shards.build import Report, build
 from alexprep.shards.check import Problem
-from alexprep.shards.codec import Target
-from alexprep.shards.engines import Engine
+from alexprep.shards.conversion import Report, build
+from alexprep.shards.dataset_format import DATASET, PLAN, PLAN_TABLE
 from alexprep.shards.errors import AlexprepError
-from alexprep.shards.files import digest_json
+from alexprep.shards.image_codec import Target
 from alexprep.shards.labels import LISTED
-from alexprep.shards.layout import DATASET, PLAN, PLAN_TABLE
 from alexprep.shards.plan import ShardOptions, differences, draw_up
 from alexprep.shards.sidecar import sidecar_path
 from alexprep.shards.sources.base import SPLITS, Source
+from alexprep.shards.storage import digest_json
+from alexprep.shards.worker_pool import Engine
 
 _LOOK = 64  # sidecars that tell which plan the shards were made by
 
@@ -40,7 +40,7 @@ def repair(
     Args:
         folder: the data set.
         source: what it was made from.
-        problems: what `alexprep.shards.verify.verify` found.
+        problems: what `alexprep.shards.verification.verify` found.
         engine: runs the work, one task a shard.
         progress: called with (finished inputs, inputs to do).
 

@@ -7,10 +7,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from alexprep.shards.dataset_format import read_json, shard_name
 from alexprep.shards.errors import AlexprepError
-from alexprep.shards.files import json_bytes, publish_bytes, publish_first
-from alexprep.shards.layout import read_json, shard_name
 from alexprep.shards.plan import Shard
+from alexprep.shards.storage import json_bytes, publish_bytes, publish_first
 
 SIDECAR = {"plan": str, "bytes": int, "sha256": str, "samples": int, "members": list, "inputs": list}
 

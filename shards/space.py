@@ -9,16 +9,16 @@ import tarfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from alexprep.shards.codec import Codec
-from alexprep.shards.engines import Engine
 from alexprep.shards.errors import AlexprepError
-from alexprep.shards.files import is_local
+from alexprep.shards.image_codec import Codec
 from alexprep.shards.opinion import Refused
 from alexprep.shards.plan import Plan, Shard, locations
 from alexprep.shards.plan_table import PlanTable
 from alexprep.shards.sources.base import Location, Source
+from alexprep.shards.storage import is_local
 from alexprep.shards.tar_header import BLOCK, padded
 from alexprep.shards.worker import attending, reading
+from alexprep.shards.worker_pool import Engine
 from alexprep.shards.write import bound_memory
 
 _PROBES = 256  # JPEG sizes of photos spread by about 40 %, so the mean of 256 is within 10 % in 99.99 % of cases

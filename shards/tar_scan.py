@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alexprep.shards.dali_index import packed_by_index
+from alexprep.shards.dataset_format import INDEX_DTYPE
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.image_header import read_header
-from alexprep.shards.layout import INDEX_DTYPE
 from alexprep.shards.opinion import Refused
 from alexprep.shards.sources.archive import Packed, packed_files
 from alexprep.shards.sources.files import MAX_FILE_BYTES, LocalFiles

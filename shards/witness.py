@@ -7,12 +7,12 @@ import platform
 from dataclasses import dataclass
 from pathlib import Path
 
+from alexprep.shards.dataset_format import PLAN
 from alexprep.shards.errors import AlexprepError
-from alexprep.shards.files import digest_json, is_local
-from alexprep.shards.layout import PLAN
 from alexprep.shards.plan import Plan, locations
 from alexprep.shards.plan_table import PlanTable
 from alexprep.shards.sources.base import Source
+from alexprep.shards.storage import digest_json, is_local
 from alexprep.shards.versions import versions
 
 _WANTED, _TRIED = 3, 16

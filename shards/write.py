@@ -15,15 +15,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from alexprep.shards.codec import FORMATS, Codec, Converted
+from alexprep.shards.dataset_format import DATASET, sample_key, shard_name
 from alexprep.shards.errors import AlexprepError
-from alexprep.shards.files import file_sha256, publish_bytes, published
-from alexprep.shards.layout import DATASET, sample_key, shard_name
+from alexprep.shards.image_codec import FORMATS, Codec, Converted
 from alexprep.shards.opinion import Refused
 from alexprep.shards.plan import Shard
 from alexprep.shards.sidecar import commit, conflict, read_sidecar, sidecar_path
 from alexprep.shards.sources.base import Location, Source
 from alexprep.shards.sources.files import PAUSES, LocalFiles
+from alexprep.shards.storage import file_sha256, publish_bytes, published
 from alexprep.shards.tar import TarWriter, dali_index
 from alexprep.shards.worker import again, attending, limit_memory, reading
 

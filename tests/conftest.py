@@ -20,9 +20,9 @@ import torch
 from PIL import Image
 
 from alexprep.pipeline.search import search
-from alexprep.shards import stats
-from alexprep.shards.build import build
-from alexprep.shards.codec import Target
+from alexprep.shards import rgb_statistics
+from alexprep.shards.conversion import build
+from alexprep.shards.image_codec import Target
 from alexprep.shards.plan import ShardOptions
 
 # Sizes as photos have them and as they should not: oblong both ways, odd, smaller than the target, exactly the target.
@@ -135,7 +135,7 @@ def data(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`photos` as a finished data set of 64-pixel images in shards of 7, with statistics. Not to be changed."""
     folder = tmp_path_factory.mktemp("data")
     build(photos, folder, ShardOptions(Target(size=64), shard_samples=7), 1)
-    stats.publish(stats.compute(folder, "train", 1), folder, "train")
+    rgb_statistics.publish(rgb_statistics.compute(folder, "train", 1), folder, "train")
     return folder
 
 
@@ -167,7 +167,7 @@ def patient_search(monkeypatch: pytest.MonkeyPatch) -> None:
         shown, last = shown + min(now - last, 0.012), now
         return shown
 
-    monkeypatch.setattr("alexprep.pipeline.tune.search", functools.partial(search, clock=clock))
+    monkeypatch.setattr("alexprep.pipeline.autotune.search", functools.partial(search, clock=clock))
 
 
 @pytest.fixture

@@ -20,13 +20,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from alexprep.shards import files
-from alexprep.shards.build import build
-from alexprep.shards.codec import Codec, Converted, Target
-from alexprep.shards.engines import InProcessEngine
+from alexprep.shards import storage
+from alexprep.shards.conversion import build
 from alexprep.shards.errors import AlexprepError
+from alexprep.shards.image_codec import Codec, Converted, Target
 from alexprep.shards.opinion import Refused
 from alexprep.shards.plan import ShardOptions
+from alexprep.shards.worker_pool import InProcessEngine
 
 KILLED = 77
 Call = tuple[str, Any]  # a call's name and its arguments
@@ -70,7 +70,7 @@ def install() -> None:
 
         return call
 
-    files.open = opened  # type: ignore[attr-defined]
+    storage.open = opened  # type: ignore[attr-defined]
     os.fsync = led("fsync", lambda descriptor: None)
     os.rename, os.link = led("rename", os.rename), led("link", os.link)
     Path.unlink, Path.mkdir = led("unlink", Path.unlink), led("mkdir", Path.mkdir)  # type: ignore[method-assign]
@@ -93,7 +93,7 @@ def attempt(source: Path, out: Path, with_hook: Hook | None = None) -> tuple[int
 
 def finished(folder: Path) -> Files:
     """All files with final names."""
-    paths = (path for path in sorted(folder.rglob("*")) if path.is_file() and not files.is_temporary(path.name))
+    paths = (path for path in sorted(folder.rglob("*")) if path.is_file() and not storage.is_temporary(path.name))
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
@@ -256,7 +256,7 @@ def verifies(path: Path) -> bool:
     try:
         sidecar = json.loads(path.read_bytes())
         tar = path.with_suffix(".tar")
-        return not sidecar["samples"] or files.file_sha256(tar) == sidecar["sha256"]
+        return not sidecar["samples"] or storage.file_sha256(tar) == sidecar["sha256"]
     except (ValueError, OSError):
         return False
 

@@ -16,13 +16,13 @@ from torch import nn
 
 from alexprep.shards.errors import AlexprepError
 from alexprep.train.data import Examples
-from alexprep.train.networks.alexnet import alexnet
+from alexprep.train.distributed.parallel import Parallel
+from alexprep.train.distributed.tensor_parallel import SCHEMES, Scheme
+from alexprep.train.distributed.world import World
+from alexprep.train.models.alexnet import alexnet
 from alexprep.train.networks.small import cifar10_quick_net, tiny_net
-from alexprep.train.optim import MomentumSGD, parameter_groups
+from alexprep.train.optimizer import MomentumSGD, parameter_groups
 from alexprep.train.parallel.prediction import predicted_bytes
-from alexprep.train.parallel.schemes import Parallel
-from alexprep.train.parallel.split import SCHEMES, Scheme
-from alexprep.train.parallel.world import World
 from tests.made_up import FAMILY
 
 SIZES = (7, 1, 8, 3)  # images of each step: odd, fewer than ranks, even

@@ -5,7 +5,7 @@ import os
 import time
 from collections.abc import Mapping
 
-from alexprep.shards.codec import Codec
+from alexprep.shards.image_codec import Codec
 from alexprep.shards.worker import attending, reading
 
 

@@ -24,7 +24,7 @@ from alexprep.pipeline.loader import Batch, Loader
 from alexprep.shards.errors import AlexprepError
 from alexprep.train.config import TrainConfig
 from alexprep.train.data import OpenLoader
-from alexprep.train.loop import train
+from alexprep.train.trainer import train
 from alexprep.train.watching.board import Board
 
 DEADLINE = 60.0  # seconds

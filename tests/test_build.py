@@ -25,15 +25,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from alexprep.shards import write
-from alexprep.shards.build import build
-from alexprep.shards.codec import Target
-from alexprep.shards.engines import Crew, InProcessEngine, LocalEngine
+from alexprep.shards.conversion import build
+from alexprep.shards.dataset_format import INDEX_DTYPE, read_dataset, read_index
 from alexprep.shards.errors import AlexprepError
-from alexprep.shards.layout import INDEX_DTYPE, read_dataset, read_index
+from alexprep.shards.image_codec import Target
 from alexprep.shards.plan import ShardOptions
-from alexprep.shards.read import Samples
+from alexprep.shards.reader import Samples
 from alexprep.shards.sources.files import LocalFiles
-from alexprep.shards.verify import verify
+from alexprep.shards.verification import verify
+from alexprep.shards.worker_pool import Crew, InProcessEngine, LocalEngine
 
 OPTIONS = ShardOptions(Target(size=64), shard_samples=7)
 
@@ -571,7 +571,7 @@ def test_what_fails_is_named_with_what_helps(
     def fails(*_: object) -> None:
         raise OSError(number, os.strerror(number), b"/photos/train/\xe4")
 
-    monkeypatch.setattr("alexprep.shards.build.make_plan", fails)
+    monkeypatch.setattr("alexprep.shards.conversion.make_plan", fails)
     words = rf"^/photos/train/\udce4: {os.strerror(number)}: {step}, then run the same command again"
     with pytest.raises(AlexprepError, match=words):
         build(photos, tmp_path / "out", ShardOptions(), 1)

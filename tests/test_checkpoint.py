@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from alexprep.shards.errors import AlexprepError
-from alexprep.shards.files import digest_json
-from alexprep.train.saved import checkpoint
-from alexprep.train.saved.checkpoint import Damaged, differences, newest, read, save
+from alexprep.shards.storage import digest_json
+from alexprep.train import checkpoint
+from alexprep.train.checkpoint import Damaged, differences, newest, read, save
 
 
 def tensors(step: int) -> dict[str, torch.Tensor]:

@@ -12,13 +12,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from alexprep.shards.errors import AlexprepError
-from alexprep.train.networks.conv_local import (
-    ConvLocal,
-    conv_local_11pct,
-    conv_local_13pct,
-    conv_local_13pct_tanh,
-)
-from alexprep.train.networks.layers import LocalResponseNorm
+from alexprep.train.models.cifar import ConvLocal, conv_local_11pct, conv_local_13pct, conv_local_13pct_tanh
+from alexprep.train.models.layers import LocalResponseNorm
 from alexprep.train.networks.local import LocallyConnected2d
 from alexprep.train.recipes.registry import recipe_named
 

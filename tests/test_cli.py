@@ -17,17 +17,17 @@ import click
 import pytest
 
 from alexprep.cli.main import _began_with_interrupt, cli, main
-from alexprep.pipeline.tune import tune
-from alexprep.shards.codec import FORMATS, Target
-from alexprep.shards.engines import IMAGE_SECONDS
+from alexprep.pipeline.autotune import tune
+from alexprep.shards.image_codec import FORMATS, Target
 from alexprep.shards.plan import ShardOptions
 from alexprep.shards.resample import FILTERS
+from alexprep.shards.worker_pool import IMAGE_SECONDS
 from alexprep.train.config import MOST_TRACED, TrainConfig
-from alexprep.train.evaluation.predictions import EvaluationViews
+from alexprep.train.distributed.tensor_parallel import SCHEMES
+from alexprep.train.distributed.world import TIMEOUT
 from alexprep.train.evaluation.run import evaluate_nets
-from alexprep.train.parallel.split import SCHEMES
-from alexprep.train.parallel.world import TIMEOUT
-from alexprep.train.watching.overlap import measure
+from alexprep.train.overlap import measure
+from alexprep.train.predictions import EvaluationViews
 
 
 def _run(*arguments: str, cwd: Path, check: int = 0) -> subprocess.CompletedProcess[str]:

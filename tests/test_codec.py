@@ -11,8 +11,8 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from alexprep.shards.codec import Codec, Converted, Target
 from alexprep.shards.geometry import resized, to_square, upright
+from alexprep.shards.image_codec import Codec, Converted, Target
 from alexprep.shards.opinion import MAX_PIXELS, Refused, has_end
 
 

@@ -14,10 +14,10 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from alexprep.shards.codec import Codec, Converted, Target
-from alexprep.shards.cuda import CudaCodec, _batches, _ensure_alive
 from alexprep.shards.errors import AlexprepError, DeviceLostError
 from alexprep.shards.geometry import to_square
+from alexprep.shards.image_codec import Codec, Converted, Target
+from alexprep.shards.image_codec_cuda import CudaCodec, _batches, _ensure_alive
 from alexprep.shards.opinion import MAX_PIXELS, Refused
 from alexprep.shards.resample import FILTERS
 from alexprep.shards.resize_torch import Resizer
@@ -182,7 +182,7 @@ def test_an_image_never_goes_to_the_cpu_for_want_of_gpu_memory(error: RuntimeErr
 
 def test_a_plan_names_what_decides_bytes_on_a_gpu(photos: Path) -> None:
     from alexprep.shards.plan import ShardOptions, draw_up
-    from alexprep.shards.sources.find import find_source
+    from alexprep.shards.sources.detection import find_source
 
     for device, names in (("cpu", set()), ("cuda", {"nvjpeg", "torch"})):
         target = Target(size=64, device=device)  # type: ignore[arg-type]
@@ -223,7 +223,7 @@ def test_what_keeps_the_gpu_s_codec_from_opening(words: str, told: str, monkeypa
     for name, value in (("is_available", lambda: True), ("set_device", lambda number: None)):
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(torch.cuda, "Stream", lambda: SimpleNamespace(cuda_stream=0))
-    monkeypatch.setattr("alexprep.shards.cuda.nvimgcodec.Decoder", fails)
+    monkeypatch.setattr("alexprep.shards.image_codec_cuda.nvimgcodec.Decoder", fails)
     with pytest.raises(AlexprepError, match=told):
         codec._open()
     assert made[0]["max_num_cpu_threads"] == 1
@@ -287,9 +287,9 @@ def test_gpu_shards_have_the_cpu_s_ledger(photos: Path, tmp_path: Path) -> None:
     """`alexprep shard --device cuda` with a corrupt file among the photos, beside --device cpu."""
     import shutil
 
-    from alexprep.shards.build import build
+    from alexprep.shards.conversion import build
     from alexprep.shards.plan import ShardOptions
-    from alexprep.shards.read import Samples
+    from alexprep.shards.reader import Samples
 
     source = tmp_path / "source"
     shutil.copytree(photos, source)

@@ -99,7 +99,7 @@ def test_commands_run(
     kernels, a measurement to a second, and one worker does the work of as many as there are cores."""
     narrow = replace(recipes.RECIPES["alexnet"](), width=0.125)
     monkeypatch.setitem(recipes.RECIPES, "alexnet", lambda: narrow)
-    monkeypatch.setattr("alexprep.shards.engines.cores", lambda: 1)
+    monkeypatch.setattr("alexprep.shards.worker_pool.cores", lambda: 1)
     stand_ins = _stand_ins(tmp_path, photos)
     monkeypatch.chdir(tmp_path)
     lines = [line[2:] for block in _blocks(page, "console") for line in block.splitlines() if line.startswith("$ ")]

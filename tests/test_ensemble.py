@@ -13,23 +13,23 @@ import torch
 from numpy.typing import NDArray
 
 from alexprep.pipeline.loader import Loader
-from alexprep.shards import stats
-from alexprep.shards.build import build
-from alexprep.shards.codec import Target
+from alexprep.shards import rgb_statistics
+from alexprep.shards.conversion import build
 from alexprep.shards.errors import AlexprepError
+from alexprep.shards.image_codec import Target
 from alexprep.shards.plan import ShardOptions
+from alexprep.train import checkpoint
 from alexprep.train.config import TrainConfig
-from alexprep.train.evaluation.ensemble import Contest, mixture, parse_weights, shares
-from alexprep.train.evaluation.error import evaluate, figures
+from alexprep.train.ensemble import Contest, mixture, parse_weights, shares
 from alexprep.train.evaluation.nets import open_net
-from alexprep.train.evaluation.predictions import Predicted
 from alexprep.train.evaluation.run import evaluate_nets, evaluate_run, publish
 from alexprep.train.evaluation.scores import Scores, class_csv, ranked
 from alexprep.train.job import prepare
+from alexprep.train.metrics import evaluate, figures
+from alexprep.train.predictions import Predicted
 from alexprep.train.recipes import registry as recipes
-from alexprep.train.saved import checkpoint
 from alexprep.train.saved.places import Place, place_named
-from alexprep.train.state import TrainingState
+from alexprep.train.training_state import TrainingState
 
 CPU = torch.device("cpu")
 Array = NDArray[np.float64]
@@ -316,7 +316,7 @@ def relatives(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Callabl
             names = {"same": [0, 1, 2, 3], "other": [1, 0, 2, 3]}[kind]
             (root / f"{kind}.txt").write_text("\n".join(f"class{n}" for n in names))
             build(photos, out, ShardOptions(Target(size=64), limit=8, seed=5, labels=str(root / f"{kind}.txt")), 1)
-            stats.publish(stats.compute(out, "train", 1), out, "train")
+            rgb_statistics.publish(rgb_statistics.compute(out, "train", 1), out, "train")
         return out
 
     return make

@@ -17,19 +17,19 @@ import pytest
 from scipy.io import savemat
 
 from alexprep.cli.main import main
-from alexprep.shards import stats
-from alexprep.shards.build import build
-from alexprep.shards.codec import Target
+from alexprep.shards import rgb_statistics
+from alexprep.shards.conversion import build
 from alexprep.shards.errors import AlexprepError
-from alexprep.shards.files import publish_bytes
+from alexprep.shards.image_codec import Target
 from alexprep.shards.plan import ShardOptions
+from alexprep.shards.storage import publish_bytes
+from alexprep.train import checkpoint
 from alexprep.train.config import TrainConfig
 from alexprep.train.evaluation import submission
 from alexprep.train.evaluation.run import evaluate_nets
 from alexprep.train.job import prepare
-from alexprep.train.saved import checkpoint
 from alexprep.train.saved.places import Place
-from alexprep.train.state import TrainingState
+from alexprep.train.training_state import TrainingState
 
 WNIDS = ["n05", "n03", "n01", "n06", "n02", "n04"]  # by ILSVRC ID, from 1
 UNREADABLE = "ILSVRC2012_test_00000003.JPEG"
@@ -73,7 +73,7 @@ def ilsvrc(photo: Any, encoded: Any, tmp_path_factory: pytest.TempPathFactory) -
     (source / "ILSVRC2012_devkit_t12/data").mkdir(parents=True)
     savemat(source / "ILSVRC2012_devkit_t12/data/meta.mat", {"synsets": synsets.reshape(-1, 1)})
     build(source, out, ShardOptions(Target(size=64), shard_samples=4, labels="ilsvrc-id"), 1)
-    stats.publish(stats.compute(out, "train", 1), out, "train")
+    rgb_statistics.publish(rgb_statistics.compute(out, "train", 1), out, "train")
     return out
 
 
@@ -192,7 +192,7 @@ def test_a_submission_that_fails_costs_no_result(
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
         publish_bytes(path, content)
 
-    monkeypatch.setattr("alexprep.shards.files.publish_bytes", full)
+    monkeypatch.setattr("alexprep.shards.storage.publish_bytes", full)
     status, _, err = told("a", "--split", "test", "--submission", "guesses.txt", "--classes", "classes.csv")
     assert status == 1 and "guesses.txt" in err and "there are no errors by class to show" in err
     assert len(list(tmp_path.glob("runs/a/eval-*.json"))) == 1 and not Path("classes.csv").exists()
@@ -204,7 +204,7 @@ def test_a_table_of_classes_that_fails_costs_no_result(runs: Path, told: Told, m
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
         publish_bytes(path, content)
 
-    monkeypatch.setattr("alexprep.shards.files.publish_bytes", full)
+    monkeypatch.setattr("alexprep.shards.storage.publish_bytes", full)
     before = set(runs.rglob("eval-*.json"))
     status, _, err = told("a", "--classes", "classes.csv")
     assert status == 1 and "classes.csv" in err

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from alexprep.shards.errors import AlexprepError
-from alexprep.train.evaluation.error import credit, evaluate
+from alexprep.train.metrics import credit, evaluate
 from alexprep.train.precision import Precision
 
 

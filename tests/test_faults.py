@@ -22,14 +22,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from alexprep.shards import sidecar, write
-from alexprep.shards.build import build
-from alexprep.shards.codec import Codec, Target
-from alexprep.shards.engines import InProcessEngine, LocalEngine
+from alexprep.shards.conversion import build
+from alexprep.shards.dataset_format import read_dataset
 from alexprep.shards.errors import AlexprepError
-from alexprep.shards.files import publish_first, published, remove_temporaries
-from alexprep.shards.layout import read_dataset
+from alexprep.shards.image_codec import Codec, Target
 from alexprep.shards.plan import ShardOptions
-from alexprep.shards.verify import verify
+from alexprep.shards.storage import publish_first, published, remove_temporaries
+from alexprep.shards.verification import verify
+from alexprep.shards.worker_pool import InProcessEngine, LocalEngine
 
 DRIVER = Path(__file__).with_name("fault_driver.py")
 

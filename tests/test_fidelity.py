@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from alexprep.train.networks.alexnet import AlexNet
-from alexprep.train.recipes import schedule
+from alexprep.train import lr_schedule
+from alexprep.train.models.alexnet import AlexNet
 from alexprep.train.recipes.recipe import Recipe
 from alexprep.train.recipes.registry import RECIPES
 from alexprep.train.saved import init_from
@@ -41,13 +41,15 @@ def test_a_row_has_its_test_and_its_switches(row: list[str]) -> None:
     (test,) = re.findall(r"`(\w+)`", row[4])
     assert test in TESTS, f"{test} does not exist"
     for word in re.findall(r"`([^`]+)`", row[3]):
-        assert word in KNOWN or hasattr(schedule, word) or hasattr(init_from, word), f"{word} does not exist"
+        assert word in KNOWN or hasattr(lr_schedule, word) or hasattr(init_from, word), f"{word} does not exist"
 
 
 def test_every_switch_has_a_row() -> None:
     assert len(ROWS) > 20
     named = {word for row in ROWS for word in re.findall(r"`([^`]+)`", row[3])}
     assert FIELDS - named == NOT_IN_THE_TABLE
-    kinds = {name for name, kind in vars(schedule).items() if dataclasses.is_dataclass(kind) and hasattr(kind, "rate")}
+    kinds = {
+        name for name, kind in vars(lr_schedule).items() if dataclasses.is_dataclass(kind) and hasattr(kind, "rate")
+    }
     assert kinds == {"Plateau", "Steps", "ByHand", "DExp", "EarlyStop"} <= named
     assert {name for name in RECIPES if name.startswith("alexnet-")} <= named

@@ -17,7 +17,7 @@ from PIL import Image
 import alexprep.pipeline
 from alexprep.pipeline.augment import noise_stdevs, resize
 from alexprep.pipeline.augmentation import Augmentation
-from alexprep.pipeline.graph import (
+from alexprep.pipeline.dali_ops import (
     colour_noise,
     decode_crop,
     decode_window,
@@ -29,11 +29,11 @@ from alexprep.pipeline.graph import (
     to_tensor,
 )
 from alexprep.pipeline.loader import Loader
-from alexprep.shards import stats
-from alexprep.shards.build import build
-from alexprep.shards.codec import Target
+from alexprep.shards import rgb_statistics
+from alexprep.shards.conversion import build
+from alexprep.shards.image_codec import Target
 from alexprep.shards.plan import ShardOptions
-from alexprep.shards.read import Samples
+from alexprep.shards.reader import Samples
 
 
 def _run(make: Any, batch_size: int = 3, **inputs: Any) -> list[NDArray[Any]]:
@@ -136,7 +136,7 @@ def test_mean_windows(layout: Any) -> None:
 
 def test_colour_noise_has_the_stated_covariance(data: Path) -> None:
     """The sample covariance of 20,000 draws lies within five standard errors of V diag(s²) Vᵀ in every entry."""
-    found = stats.read(data, Samples(data, "train").dataset["digest"])
+    found = rgb_statistics.read(data, Samples(data, "train").dataset["digest"])
     stdevs = noise_stdevs(found, Augmentation(noise="stdev"))
     count = 20_000
 
@@ -195,13 +195,13 @@ def test_the_gpu_agrees_but_for_its_decoder(decode: Any, views: Any, layout: Any
     """Raw shards, which nobody decodes, to rounding for every convention; JPEGs, where decoders differ, within bounds."""
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    from alexprep.pipeline.tuning import Tuning
+    from alexprep.pipeline.loader_settings import Tuning
     from tests.test_loader import MORE
 
     for image_format in ("raw", "jpg"):
         folder = tmp_path / image_format
         build(photos, folder, ShardOptions(Target(size=64, format=image_format)), 1)
-        stats.publish(stats.compute(folder, "train", 1), folder, "train")
+        rgb_statistics.publish(rgb_statistics.compute(folder, "train", 1), folder, "train")
         for name, augmentation in {"paper": Augmentation(crop=51), **MORE}.items():
             options: Any = {"batch_size": 20, "augmentation": augmentation, "views": views, "layout": layout}
             with (

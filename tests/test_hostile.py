@@ -16,12 +16,12 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from alexprep.shards.build import build
-from alexprep.shards.codec import Codec, Converted, Target
-from alexprep.shards.engines import LocalEngine
+from alexprep.shards.conversion import build
+from alexprep.shards.image_codec import Codec, Converted, Target
 from alexprep.shards.opinion import MAX_SCANS, Refused
 from alexprep.shards.plan import ShardOptions
-from alexprep.shards.read import Samples
+from alexprep.shards.reader import Samples
+from alexprep.shards.worker_pool import LocalEngine
 
 KINDS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "TGA", "JPEG2000", "ICO")
 

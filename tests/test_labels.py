@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from scipy.io import savemat
 
-from alexprep.shards.build import build
-from alexprep.shards.codec import Target
+from alexprep.shards.conversion import build
+from alexprep.shards.dataset_format import read_dataset
 from alexprep.shards.errors import AlexprepError
+from alexprep.shards.image_codec import Target
 from alexprep.shards.labels import class_order
-from alexprep.shards.layout import read_dataset
 from alexprep.shards.plan import ShardOptions
 from alexprep.shards.sources.base import Source
 from alexprep.shards.sources.files import LocalFiles

@@ -22,12 +22,12 @@ from alexprep.pipeline.augment import augment, channel_stdevs, colour_shifts, no
 from alexprep.pipeline.augmentation import PRESETS, Augmentation
 from alexprep.pipeline.draws import Draws, centred, draw, ten_windows
 from alexprep.pipeline.loader import Batch, Loader
-from alexprep.shards import stats
-from alexprep.shards.build import build
-from alexprep.shards.codec import Target
+from alexprep.shards import rgb_statistics
+from alexprep.shards.conversion import build
 from alexprep.shards.errors import AlexprepError
+from alexprep.shards.image_codec import Target
 from alexprep.shards.plan import ShardOptions
-from alexprep.shards.read import Samples
+from alexprep.shards.reader import Samples
 
 ODD = Augmentation(crop=51)  # of 64: odd, and a slack that is not a power of two
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -50,7 +50,7 @@ def _reference(
     data: Path, split: str, rows: list[int], draws: Draws, augmentation: Augmentation, epoch: int = 0
 ) -> NDArray[np.float64]:
     samples = Samples(data, split)
-    found = stats.read(data, samples.dataset["digest"]) if augmentation.needs_statistics else None
+    found = rgb_statistics.read(data, samples.dataset["digest"]) if augmentation.needs_statistics else None
     return np.stack(
         [augment(_decode(samples, row), draws, n, augmentation, found, epoch) for n, row in enumerate(rows)]
     )
@@ -205,7 +205,7 @@ def test_ten_views(mean: Any, layout: Any, data: Path) -> None:
     got = _nhwc(batch, layout)
     assert got.shape == (8, 10, 51, 51, 3)
     samples = Samples(data, "val")
-    found = stats.read(data, samples.dataset["digest"])
+    found = rgb_statistics.read(data, samples.dataset["digest"])
     windows = ten_windows(augmentation, np.array([[64, 64]]))[0]
     for n in range(10):
         for k, row in enumerate(batch.indices.tolist()):
@@ -237,7 +237,7 @@ def test_crop_of_the_whole_image(data: Path) -> None:
 
 def test_noise_has_the_stated_covariance(data: Path) -> None:
     """Cov = sigma² V diag(s²) Vᵀ, with s the eigenvalue on the 0-1 scale times 255, or its square root on 0-255."""
-    found = stats.read(data, Samples(data, "train").dataset["digest"])
+    found = rgb_statistics.read(data, Samples(data, "train").dataset["digest"])
     alpha = _draw(ODD, 0, 0, np.arange(200_000)).alpha_N3
     noise: Any
     for noise, scale in (("eigenvalue", found.eigenvalues / 255), ("stdev", np.sqrt(found.eigenvalues))):
@@ -250,8 +250,8 @@ def test_noise_has_the_stated_covariance(data: Path) -> None:
 
 def test_imagenet_s_noise_is_the_published_one() -> None:
     """With the original's eigenvalues: 5.8, 0.54, 0.15 grey levels by the paper's formula, 12.18, 3.71, 1.97 by the code's."""
-    eigenvalues = np.array(stats.IMAGENET_STDEVS) ** 2
-    found = stats.Statistics("", 1, np.zeros((1, 1, 3)), np.zeros(3), np.eye(3), eigenvalues, np.eye(3))
+    eigenvalues = np.array(rgb_statistics.IMAGENET_STDEVS) ** 2
+    found = rgb_statistics.Statistics("", 1, np.zeros((1, 1, 3)), np.zeros(3), np.eye(3), eigenvalues, np.eye(3))
     np.testing.assert_allclose(noise_stdevs(found, Augmentation(noise="eigenvalue")), [5.816, 0.539, 0.1525], rtol=1e-3)
     np.testing.assert_allclose(noise_stdevs(found, Augmentation(noise="stdev")), [12.178, 3.709, 1.972], rtol=1e-3)
 
@@ -529,7 +529,9 @@ def test_by_hand(photo: Callable[..., Image.Image], tmp_path: Path) -> None:
     build(tmp_path / "source", tmp_path / "data", ShardOptions(Target(size=16, format="png")), 1)
     mean = np.arange(16 * 16 * 3, dtype=np.float64).reshape(16, 16, 3) / 5
     values, vectors = np.array([9000.0, 500.0, 80.0]), np.linalg.qr(np.array([[1.0, 2, 3], [0, 1, 4], [5, 6, 0]]))[0]
-    found = stats.Statistics("", 2, mean, mean.mean((0, 1)), vectors @ np.diag(values) @ vectors.T, values, vectors)
+    found = rgb_statistics.Statistics(
+        "", 2, mean, mean.mean((0, 1)), vectors @ np.diag(values) @ vectors.T, values, vectors
+    )
     samples = Samples(tmp_path / "data", "train")
     pictures = [_decode(samples, row).astype(float) for row in range(2)]
     for name in ("paper", "2012-code"):

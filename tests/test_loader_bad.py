@@ -18,14 +18,14 @@ from alexprep.pipeline.augmentation import PRESETS, Augmentation
 from alexprep.pipeline.dataset import OnBad
 from alexprep.pipeline.engine import Engine
 from alexprep.pipeline.loader import Batch, Loader
-from alexprep.pipeline.tuning import Tuning
-from alexprep.shards.build import build
-from alexprep.shards.codec import Codec, Target
-from alexprep.shards.engines import InProcessEngine
+from alexprep.pipeline.loader_settings import Tuning
+from alexprep.shards.conversion import build
+from alexprep.shards.dataset_format import INDEX
 from alexprep.shards.errors import AlexprepError
-from alexprep.shards.layout import INDEX
+from alexprep.shards.image_codec import Codec, Target
 from alexprep.shards.plan import ShardOptions
-from alexprep.shards.read import Samples
+from alexprep.shards.reader import Samples
+from alexprep.shards.worker_pool import InProcessEngine
 
 PLAIN = Augmentation(crop=51, mean="none", noise="none")
 BAD = (3, 20, 21, 22, 47)

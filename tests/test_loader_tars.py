@@ -19,13 +19,13 @@ from alexprep.pipeline.augment import augment
 from alexprep.pipeline.augmentation import Augmentation, augmentation_named
 from alexprep.pipeline.draws import draw
 from alexprep.pipeline.loader import Batch, Loader
-from alexprep.shards.build import build
-from alexprep.shards.codec import Target
-from alexprep.shards.engines import InProcessEngine
+from alexprep.shards.conversion import build
 from alexprep.shards.errors import AlexprepError
-from alexprep.shards.files import folder_at
+from alexprep.shards.image_codec import Target
 from alexprep.shards.plan import ShardOptions
-from alexprep.shards.read import TarSamples
+from alexprep.shards.reader import TarSamples
+from alexprep.shards.storage import folder_at
+from alexprep.shards.worker_pool import InProcessEngine
 
 SIZES = ((90, 61), (61, 90), (64, 64), (57, 123), (200, 77), (75, 75), (333, 60))
 FREE = Augmentation(crop=51, mean="imagenet", std="imagenet", noise="none")

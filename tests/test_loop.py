@@ -22,17 +22,17 @@ import numpy as np
 import pytest
 import torch
 
+from alexprep.shards.dataset_format import INDEX_DTYPE
 from alexprep.shards.errors import AlexprepError
-from alexprep.shards.layout import INDEX_DTYPE
+from alexprep.train import checkpoint, run_dir
 from alexprep.train.config import CHECKPOINT_STEPS, KEEP, REMEMBERED, TrainConfig
 from alexprep.train.evaluation.run import evaluate_run
-from alexprep.train.host import StopRequest
 from alexprep.train.job import prepare
-from alexprep.train.loop import train
+from alexprep.train.lr_schedule import Plateau
 from alexprep.train.parallel.forward import Forwarded
 from alexprep.train.recipes import registry as recipes
-from alexprep.train.recipes.schedule import Plateau
-from alexprep.train.saved import checkpoint, runs
+from alexprep.train.runtime import StopRequest
+from alexprep.train.trainer import train
 from tests.made_up import BATCH, Batch, MadeUpLoader, small_recipe, write_data
 
 DEADLINE = 60.0  # seconds, for everything that waits
@@ -566,7 +566,7 @@ def test_runs_are_named_and_found(data: Path) -> None:
     assert names == ["small", "small-2", "small-3"]
     assert train(config(data, resume=True, steps=2), MadeUpLoader)["run"] == str(folder / "small-3")
     assert train(config(data, resume=True, steps=3, name="small"), MadeUpLoader)["run"] == str(folder / "small")
-    assert runs.find_run(folder, None) == folder / "small"  # active last
+    assert run_dir.find_run(folder, None) == folder / "small"  # active last
     with pytest.raises(AlexprepError, match="already a run"):
         train(config(data, name="small"), MadeUpLoader)
     with pytest.raises(AlexprepError, match=r"there is no run .*nowhere: there are small, small-2, small-3"):

@@ -17,12 +17,12 @@ from rich.console import Console
 from alexprep.pipeline.device import choose_device
 from alexprep.shards.errors import AlexprepError
 from alexprep.train.data import Examples
+from alexprep.train.distributed.parallel import Parallel
+from alexprep.train.distributed.world import World
 from alexprep.train.evaluation.sums import Means, Pace, Sums
 from alexprep.train.fed import until_stopped
-from alexprep.train.host import Stopped, StopRequest
-from alexprep.train.parallel.schemes import Parallel
-from alexprep.train.parallel.world import World
-from alexprep.train.watching.meter import Meter, duration, forecast
+from alexprep.train.logger import Meter, duration, forecast
+from alexprep.train.runtime import Stopped, StopRequest
 
 MEANS = Means(loss=1.5, top1_error=50.0, top5_error=10.0)
 
@@ -152,7 +152,7 @@ def test_the_second_signal_has_its_usual_effect() -> None:
 
 PAGE_FAULTS = """
 import resource, torch
-from alexprep.train.host import keep_freed_memory
+from alexprep.train.runtime import keep_freed_memory
 def step():
     return [torch.ones(10_000_000) for _ in range(2)]
 def faults():

@@ -13,15 +13,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from alexprep.shards.errors import AlexprepError
-from alexprep.train.networks.alexnet import (
-    AlexNet,
-    alexnet,
-    alexnet_1gpu,
-    alexnet_6conv,
-    alexnet_2012,
-    alexnet_owt,
-)
-from alexprep.train.networks.layers import LocalResponseNorm, Overhang, PaperDropout, SpatialResponseNorm, initialise
+from alexprep.train.models.alexnet import AlexNet, alexnet, alexnet_1gpu, alexnet_6conv, alexnet_2012, alexnet_owt
+from alexprep.train.models.layers import LocalResponseNorm, Overhang, PaperDropout, SpatialResponseNorm, initialise
 from alexprep.train.networks.response import Maps, Pixels
 from alexprep.train.networks.small import cifar10_quick_net, tiny_net
 from tests.made_up import FAMILY

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from alexprep.shards.errors import AlexprepError
-from alexprep.train.optim import MomentumSGD, parameter_groups
+from alexprep.train.optimizer import MomentumSGD, parameter_groups
 
 RATES = [0.1] * 5 + [0.01] * 5 + [0.05] * 3
 

@@ -9,8 +9,8 @@ import math
 import numpy as np
 import pytest
 
-from alexprep.pipeline.order import Order, block_order, epoch_order, rank_part, shuffle_quality, steps_per_epoch
 from alexprep.pipeline.plan import StepPlan
+from alexprep.pipeline.sampler import Order, block_order, epoch_order, rank_part, shuffle_quality, steps_per_epoch
 from alexprep.shards.permute import permutation
 
 

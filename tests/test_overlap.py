@@ -16,12 +16,12 @@ from click.testing import CliRunner
 from alexprep.cli.main import cli
 from alexprep.pipeline.loader import Batch, Loader
 from alexprep.shards.errors import AlexprepError
+from alexprep.train import overlap
 from alexprep.train.config import TrainConfig
 from alexprep.train.data import memory
+from alexprep.train.overlap import Overlap, measure
 from alexprep.train.recipes.registry import recipe_named
-from alexprep.train.state import TrainingState
-from alexprep.train.watching import overlap
-from alexprep.train.watching.overlap import Overlap, measure
+from alexprep.train.training_state import TrainingState
 from alexprep.train.watching.turns import KINDS, Bench, Turn
 
 PAUSE = 0.05  # seconds

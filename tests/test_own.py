@@ -27,16 +27,16 @@ from alexprep.train.config import TrainConfig
 from alexprep.train.evaluation.nets import open_net
 from alexprep.train.evaluation.run import evaluate_run
 from alexprep.train.job import Job, prepare
-from alexprep.train.loop import train
+from alexprep.train.lr_schedule import ByHand, DExp, EarlyStop, ScheduleState
 from alexprep.train.own.network import OwnNetwork, arguments, own_network, own_recipe
 from alexprep.train.own.settle import fitted
-from alexprep.train.own.user_code import load, resolved
 from alexprep.train.ranks import train_anyhow
 from alexprep.train.recipes.registry import RECIPES, recipe_named
-from alexprep.train.recipes.schedule import ByHand, DExp, EarlyStop, ScheduleState
 from alexprep.train.saved.init_from import init_from
 from alexprep.train.saved.places import Place
-from alexprep.train.state import weights_digest
+from alexprep.train.trainer import train
+from alexprep.train.training_state import weights_digest
+from alexprep.train.user_code import load, resolved
 from tests import made_up
 from tests.made_up import BATCH, CLASSES, Batch
 
@@ -48,7 +48,7 @@ SAMPLES, CROP = 30, 8  # 4 steps an epoch, the last of 6 images
 RECIPE = f"""
 from alexprep.pipeline.augmentation import Augmentation
 from alexprep.train.recipes.recipe import Recipe
-from alexprep.train.recipes.schedule import Steps
+from alexprep.train.lr_schedule import Steps
 from nets import make
 
 def recipe(**changes):

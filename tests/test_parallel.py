@@ -14,12 +14,12 @@ import torch
 from torch import nn
 
 from alexprep.shards.errors import AlexprepError
-from alexprep.train.networks.alexnet import alexnet, alexnet_6conv
-from alexprep.train.parallel.launch import RankFailed, launch
+from alexprep.train.distributed.parallel import Parallel
+from alexprep.train.distributed.tensor_parallel import Scheme, part_of
+from alexprep.train.distributed.world import World, from_environment
+from alexprep.train.launch import RankFailed, launch
+from alexprep.train.models.alexnet import alexnet, alexnet_6conv
 from alexprep.train.parallel.prediction import predicted_bytes
-from alexprep.train.parallel.schemes import Parallel
-from alexprep.train.parallel.split import Scheme, part_of
-from alexprep.train.parallel.world import World, from_environment
 from tests.made_up import FAMILY
 
 ROOT = Path(__file__).parents[1]
@@ -176,10 +176,7 @@ def _lives(pid: int) -> bool:
 def test_what_kills_the_parent_ends_the_ranks(tmp_path: Path) -> None:
     """No orphans. What a SIGTERM does is in tests/test_ranks.py."""
     arguments = {"kind": "none", "pids": str(tmp_path)}
-    program = (
-        "from alexprep.train.parallel.launch import launch\n"
-        f"launch({f'{RANKS}:fault'!r}, 2, {arguments!r}, device='cpu')"
-    )
+    program = f"from alexprep.train.launch import launch\nlaunch({f'{RANKS}:fault'!r}, 2, {arguments!r}, device='cpu')"
     parent = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT)
     files = [tmp_path / "0", tmp_path / "1"]
     try:

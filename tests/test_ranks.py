@@ -21,7 +21,7 @@ from alexprep.cli.main import cli
 from alexprep.shards.errors import AlexprepError
 from alexprep.train.config import TrainConfig
 from alexprep.train.job import prepare
-from alexprep.train.networks.conv_local import conv_local_13pct
+from alexprep.train.models.cifar import conv_local_13pct
 from alexprep.train.ranks import train_anyhow
 from alexprep.train.recipes.registry import RECIPES, recipe_named
 

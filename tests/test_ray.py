@@ -21,12 +21,12 @@ from typing import Any
 
 import pytest
 
-from alexprep.shards import stats
-from alexprep.shards.build import build
-from alexprep.shards.codec import Target
+from alexprep.shards import rgb_statistics
+from alexprep.shards.conversion import build
 from alexprep.shards.errors import AlexprepError
+from alexprep.shards.image_codec import Target
 from alexprep.shards.plan import ShardOptions
-from alexprep.shards.ray_engine import RayEngine
+from alexprep.shards.ray_runner import RayEngine
 
 ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'alexprep[ray]'")
 # Ray leaves sockets and processes to the garbage collector.
@@ -146,7 +146,7 @@ def test_the_same_bytes_as_locally(cluster: Any, photos: Path, data: Path, tmp_p
 
 
 def test_statistics_have_the_same_bits(cluster: Any, data: Path) -> None:
-    one, other = (stats.compute(data, "train", engine) for engine in (1, RayEngine(cluster.address)))
+    one, other = (rgb_statistics.compute(data, "train", engine) for engine in (1, RayEngine(cluster.address)))
     assert one.data_digest == other.data_digest
     for name in ("mean_HWC", "covariance", "eigenvalues", "eigenvectors"):
         assert getattr(one, name).tobytes() == getattr(other, name).tobytes()
@@ -188,7 +188,7 @@ def test_a_machine_without_alexprep_is_named(cluster: Any, data: Path, tmp_path:
     environment = {"env_vars": {"PYTHONPATH": str(tmp_path)}}
     ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR", runtime_env=environment)
     with pytest.raises(AlexprepError, match="cannot import alexprep: pip install alexprep there"):
-        stats.compute(data, "train", RayEngine())
+        rgb_statistics.compute(data, "train", RayEngine())
     ray.shutdown()
 
 
@@ -307,16 +307,16 @@ def listening(processes: list[int]) -> list[str]:
 )
 def test_nobody_at_the_address(address: str, words: str, data: Path) -> None:
     with pytest.raises(AlexprepError, match=rf"--ray-address {address}: no connection \(.*{words}"):
-        stats.compute(data, "train", RayEngine(address))
+        rgb_statistics.compute(data, "train", RayEngine(address))
 
 
 def test_versions_with_holes_are_refused(monkeypatch: pytest.MonkeyPatch, data: Path) -> None:
     monkeypatch.setattr(ray, "__version__", "2.55.1")
     with pytest.raises(AlexprepError, match=r"Ray 2\.55\.1 is older than 2\.56.*pip install 'ray>=2\.56'"):
-        stats.compute(data, "train", RayEngine())
+        rgb_statistics.compute(data, "train", RayEngine())
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(AlexprepError, match=re.escape("pip install 'alexprep[ray]'")):
-        stats.compute(data, "train", RayEngine())
+        rgb_statistics.compute(data, "train", RayEngine())
     with pytest.raises(AlexprepError, match="--image-seconds 0 is not above 0"):
         RayEngine(image_seconds=0)
 
@@ -338,8 +338,8 @@ def test_a_folder_that_a_worker_does_not_see_is_named(photos: Path, tmp_path: Pa
 
 def unseen(source: Path, descriptor: int) -> Any:
     """The source below a folder that only this process has."""
+    from alexprep.shards.sources.detection import find_source
     from alexprep.shards.sources.files import LocalFiles
-    from alexprep.shards.sources.find import find_source
 
     there = LocalFiles(f"/proc/self/fd/{descriptor}/source".encode())
     return dataclasses.replace(find_source(str(source)), files=there)

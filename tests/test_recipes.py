@@ -12,12 +12,12 @@ import torch.nn.functional as F
 
 from alexprep.pipeline.augmentation import Augmentation, augmentation_named
 from alexprep.shards.errors import AlexprepError
-from alexprep.train.networks.alexnet import alexnet_6conv
+from alexprep.train import checkpoint
+from alexprep.train.lr_schedule import ByHand, DExp, EarlyStop, Plateau, ScheduleState, Steps
+from alexprep.train.models.alexnet import alexnet_6conv
 from alexprep.train.recipes.recipe import Recipe
 from alexprep.train.recipes.registry import RECIPES, recipe_named
-from alexprep.train.recipes.schedule import ByHand, DExp, EarlyStop, Plateau, ScheduleState, Steps
-from alexprep.train.saved import checkpoint
-from alexprep.train.state import TrainingState
+from alexprep.train.training_state import TrainingState
 from tests.made_up import FAMILY
 
 NAMES = [name for name in RECIPES if name.startswith("alexnet")]

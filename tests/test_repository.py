@@ -34,23 +34,23 @@ MODULES = [
 # Each heavy or fenced library, and the only places that may import it.
 FENCES = {
     "click": ("cli/",),
-    "rich": ("cli/", "train/watching/meter.py"),
+    "rich": ("cli/", "train/logger.py"),
     "torch": (
         *(
             "train/",
             "pipeline/device.py",
             "pipeline/engine.py",
             "pipeline/loader.py",
-            "pipeline/tune.py",
-            "pipeline/tuning.py",
+            "pipeline/autotune.py",
+            "pipeline/loader_settings.py",
         ),
-        *("shards/cuda.py", "shards/resize_torch.py"),
+        *("shards/image_codec_cuda.py", "shards/resize_torch.py"),
     ),
-    "nvidia.dali": ("pipeline/graph.py", "pipeline/assemble.py"),
+    "nvidia.dali": ("pipeline/dali_ops.py", "pipeline/dali_graph.py"),
     "webdataset": (),
     "sklearn": (),
     "pickle": (),
-    "subprocess": ("shards/engines.py", "train/parallel/launch.py"),
+    "subprocess": ("shards/worker_pool.py", "train/launch.py"),
     "ray": ("shards/ray_connection.py",),
 }
 

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from alexprep.shards import files
+from alexprep.shards import storage
 from alexprep.shards.errors import AlexprepError
-from alexprep.train.saved import runs
-from alexprep.train.saved.runs import create_run, locked, read_config
-from alexprep.train.watching.meter import Meter
+from alexprep.train import run_dir
+from alexprep.train.logger import Meter
+from alexprep.train.run_dir import create_run, locked, read_config
 
 CONFIG: dict[str, object] = {"options": {"recipe": "tiny"}, "data": "somewhere", "identity": {}}
 
@@ -36,7 +36,7 @@ def test_a_name_is_free_again_after_a_kill_before_the_run_was_there(
         patch.setattr(os, call, die)
         with pytest.raises(Killed):
             create_run(tmp_path, "mine", "tiny", CONFIG)
-    left = tmp_path / "mine" / f".config.json{files.TEMPORARY_MARK}1-2"
+    left = tmp_path / "mine" / f".config.json{storage.TEMPORARY_MARK}1-2"
     left.write_text("{")
     assert not (tmp_path / "mine" / "config.json").exists()
     assert create_run(tmp_path, "mine", "tiny", CONFIG) == tmp_path / "mine"
@@ -62,7 +62,7 @@ def test_an_empty_folder_may_be_used_and_another_may_not(tmp_path: Path) -> None
 
 def test_of_several_that_want_a_name_one_gets_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All of them have seen an empty folder before the first one has the lock."""
-    rivals, original = 6, runs._vacant
+    rivals, original = 6, run_dir._vacant
     for number in range(10):
         start = threading.Barrier(rivals)
         folder, seen = tmp_path / str(number), threading.local()
@@ -82,7 +82,7 @@ def test_of_several_that_want_a_name_one_gets_it(tmp_path: Path, monkeypatch: py
                 return str(error)
 
         with monkeypatch.context() as patch, ThreadPoolExecutor(rivals) as pool:
-            patch.setattr(runs, "_vacant", first_look_together)
+            patch.setattr(run_dir, "_vacant", first_look_together)
             said = list(pool.map(claim, range(rivals)))
         assert said.count("mine") == 1 and sum("choose another --name" in words for words in said) == rivals - 1
         assert json.loads((folder / "wanted" / "config.json").read_text())["rival"] == said.index("mine")

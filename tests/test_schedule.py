@@ -10,8 +10,7 @@ from dataclasses import asdict
 import pytest
 
 from alexprep.shards.errors import AlexprepError
-from alexprep.train.recipes.alexnet import RATES_145, RATES_146_TUNE
-from alexprep.train.recipes.schedule import (
+from alexprep.train.lr_schedule import (
     ByHand,
     DExp,
     EarlyStop,
@@ -22,6 +21,7 @@ from alexprep.train.recipes.schedule import (
     describe,
     unmatched_patterns,
 )
+from alexprep.train.recipes.alexnet import RATES_145, RATES_146_TUNE
 
 
 def run(schedule: Schedule, errors: list[float]) -> list[tuple[int, bool]]:

@@ -15,18 +15,18 @@ import numpy as np
 import pytest
 from scipy.io import savemat
 
-from alexprep.shards.build import build
-from alexprep.shards.codec import Target
-from alexprep.shards.engines import InProcessEngine
+from alexprep.shards.conversion import build
+from alexprep.shards.dataset_format import read_dataset, read_index
 from alexprep.shards.errors import AlexprepError
-from alexprep.shards.files import folder_at
+from alexprep.shards.image_codec import Target
 from alexprep.shards.labels import class_order
-from alexprep.shards.layout import read_dataset, read_index
 from alexprep.shards.plan import ShardOptions
 from alexprep.shards.sources import ilsvrc
 from alexprep.shards.sources.base import UNLABELLED, Input, split_of
+from alexprep.shards.sources.detection import find_source
 from alexprep.shards.sources.files import files_at, inflated
-from alexprep.shards.sources.find import find_source
+from alexprep.shards.storage import folder_at
+from alexprep.shards.worker_pool import InProcessEngine
 
 OPTIONS = ShardOptions(Target(size=64), shard_samples=7)
 ENGINE = InProcessEngine()
@@ -606,8 +606,8 @@ def test_stores_that_fsspec_opens(layout: str, folders: Path, archives: Path, re
     """In this process, from and to fsspec's store in memory; by worker processes, to its file:// store."""
     import fsspec
 
-    from alexprep.shards import stats
-    from alexprep.shards.verify import verify
+    from alexprep.shards import rgb_statistics
+    from alexprep.shards.verification import verify
 
     source = folders if layout == "folders" else archives
     store = fsspec.filesystem("memory")
@@ -619,7 +619,7 @@ def test_stores_that_fsspec_opens(layout: str, folders: Path, archives: Path, re
         assert got == shards_of(reference)
         assert verify("memory://out", ENGINE, decode=True).problems == []
         build(f"memory://{layout}", "memory://out", OPTIONS, ENGINE)  # nothing to do
-        there, here = (stats.compute(folder, "train", ENGINE) for folder in (made, reference))
+        there, here = (rgb_statistics.compute(folder, "train", ENGINE) for folder in (made, reference))
         assert (there.mean_HWC == here.mean_HWC).all() and (there.covariance == here.covariance).all()
         if layout == "folders":
             with pytest.raises(AlexprepError, match="lies among the images"):

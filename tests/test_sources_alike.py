@@ -10,14 +10,14 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from alexprep.shards.build import build
-from alexprep.shards.codec import Target
-from alexprep.shards.engines import InProcessEngine
+from alexprep.shards.conversion import build
 from alexprep.shards.errors import AlexprepError
+from alexprep.shards.image_codec import Target
 from alexprep.shards.plan import ShardOptions
 from alexprep.shards.sources.base import Source
+from alexprep.shards.sources.detection import find_source
 from alexprep.shards.sources.files import LocalFiles
-from alexprep.shards.sources.find import find_source
+from alexprep.shards.worker_pool import InProcessEngine
 
 OPTIONS = ShardOptions(Target(size=32))
 ENGINE = InProcessEngine()

@@ -15,15 +15,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from alexprep.shards.build import build
-from alexprep.shards.codec import Target
-from alexprep.shards.engines import LocalEngine
+from alexprep.shards.conversion import build
+from alexprep.shards.dataset_format import read_dataset
 from alexprep.shards.errors import AlexprepError
-from alexprep.shards.layout import read_dataset
+from alexprep.shards.image_codec import Target
 from alexprep.shards.plan import ShardOptions
-from alexprep.shards.read import Samples
+from alexprep.shards.reader import Samples
 from alexprep.shards.sources.base import Input, Source
-from alexprep.shards.sources.find import find_source
+from alexprep.shards.sources.detection import find_source
+from alexprep.shards.worker_pool import LocalEngine
 
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 CIFAR100 = tuple(f"fine{n * 37 % 100}" for n in range(100))

@@ -14,13 +14,13 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from alexprep.shards.build import build
-from alexprep.shards.engines import InProcessEngine
+from alexprep.shards.conversion import build
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.plan import ShardOptions, draw_up
 from alexprep.shards.sources import remote
-from alexprep.shards.sources.find import find_source
+from alexprep.shards.sources.detection import find_source
 from alexprep.shards.sources.remote import RemoteFiles
+from alexprep.shards.worker_pool import InProcessEngine
 
 
 class Answer(Exception):

@@ -23,11 +23,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from alexprep.shards import index_cache, tar_index, tar_scan
+from alexprep.shards import index_cache, tar_scan, webdataset_index
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.image_header import Header, read_header
 from alexprep.shards.opinion import Refused
-from alexprep.shards.tar_index import TAR_INDEX_DTYPE, TarIndex, index_tars
+from alexprep.shards.webdataset_index import TAR_INDEX_DTYPE, TarIndex, index_tars
 
 FORMATS: dict[str, Literal[0, 1, 2]] = {
     "ustar": tarfile.USTAR_FORMAT,
@@ -129,7 +129,7 @@ def scanned(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         names.append(path.name)
         return tar_scan.scan(path)
 
-    monkeypatch.setattr(tar_index, "scan", counting)
+    monkeypatch.setattr(webdataset_index, "scan", counting)
     yield names
 
 
@@ -525,8 +525,8 @@ def test_workers_find_the_same(
     for n in range(3):
         write_tar(tmp_path / f"{n}.tar", pairs(images, f"{n}-{{:03d}}"))
     here = index_tars(tmp_path, cache=tmp_path / "one", engine=2)
-    monkeypatch.setattr(tar_index, "_ALONE_BYTES", 0)
-    monkeypatch.setattr(tar_index, "scan", lambda path: pytest.fail("scanned in this process"))
+    monkeypatch.setattr(webdataset_index, "_ALONE_BYTES", 0)
+    monkeypatch.setattr(webdataset_index, "scan", lambda path: pytest.fail("scanned in this process"))
     there = index_tars(tmp_path, cache=tmp_path / "two", engine=2)
     assert (there.records == here.records).all() and there.digest == here.digest
 
@@ -578,7 +578,7 @@ def header_of(data: bytes) -> Header | Refused:
 
 
 def test_headers_agree_with_the_decoder(images: list[tuple[str, bytes]], encoded: Encode) -> None:
-    from alexprep.shards.codec import Codec, Target
+    from alexprep.shards.image_codec import Codec, Target
 
     codec = Codec(Target())
     pixels = np.random.default_rng(5).integers(0, 256, (17, 31, 3), dtype=np.uint8)
@@ -636,7 +636,7 @@ def test_hostile_headers(encoded: Encode, photo: Callable[..., Image.Image], see
 
 def test_headers_of_real_photos_and_of_malformed_ones(sample_data: Path) -> None:
     """Of every photo, and of every malformed file that the decoder makes pixels of, the header is read as it reads it."""
-    from alexprep.shards.codec import Codec, Target
+    from alexprep.shards.image_codec import Codec, Target
 
     codec, decoded = Codec(Target()), 0
     for path in sorted(sample_data.glob("imagenet-sample/train/*/*.JPEG")):

@@ -16,12 +16,12 @@ import torch
 
 from alexprep.pipeline.loader import Batch, Loader
 from alexprep.shards.errors import AlexprepError
+from alexprep.train import spans
 from alexprep.train.config import TrainConfig
-from alexprep.train.loop import train
-from alexprep.train.parallel.world import World
-from alexprep.train.watching import spans
-from alexprep.train.watching.meter import Meter
-from alexprep.train.watching.trace import COUNTER, Trace, dali_nanoseconds
+from alexprep.train.distributed.world import World
+from alexprep.train.logger import Meter
+from alexprep.train.profiler import COUNTER, Trace, dali_nanoseconds
+from alexprep.train.trainer import train
 
 PARTS = ["wait for data", "forward", "backward", "gradient sums", "update"]  # of every step, in this order
 EPOCH_STEPS = 12  # of 4 images

@@ -22,11 +22,11 @@ from alexprep.pipeline.augmentation import Augmentation
 from alexprep.shards.errors import AlexprepError
 from alexprep.train import config
 from alexprep.train.config import TrainConfig
-from alexprep.train.loop import train as train_run
+from alexprep.train.lr_schedule import Steps
 from alexprep.train.networks.small import tiny_net
 from alexprep.train.recipes import registry as recipes
 from alexprep.train.recipes.recipe import Recipe
-from alexprep.train.recipes.schedule import Steps
+from alexprep.train.trainer import train as train_run
 
 DEADLINE = 120.0  # seconds
 

@@ -17,15 +17,13 @@ from safetensors.numpy import load_file
 from torch import nn
 
 from alexprep.shards.errors import AlexprepError
-from alexprep.shards.files import TEMPORARY_MARK, is_temporary
-from alexprep.train import culprit
-from alexprep.train.finite import Watch
-from alexprep.train.loop import train
-from alexprep.train.parallel.launch import RankFailed, launch
-from alexprep.train.parallel.world import World
+from alexprep.shards.storage import TEMPORARY_MARK, is_temporary
+from alexprep.train import checkpoint, culprit, logger
+from alexprep.train.distributed.world import World
+from alexprep.train.launch import RankFailed, launch
+from alexprep.train.nonfinite import Watch
 from alexprep.train.recipes import registry as recipes
-from alexprep.train.saved import checkpoint
-from alexprep.train.watching import meter
+from alexprep.train.trainer import train
 from tests import training_ranks as ranks
 from tests.made_up import Batch, write_data
 
@@ -154,7 +152,7 @@ def test_an_infinite_sum_of_losses_is_not_saved(data: Path, monkeypatch: pytest.
     monkeypatch.setattr(nn.functional, "cross_entropy", lambda logits, labels: loss(logits, labels) + float("inf"))
     words = "after step 2 there is NaN or infinity in what would be saved.* in step 1, where the loss became inf"
     monkeypatch.setattr(math, "isfinite", lambda value: True)  # as if no record were due
-    monkeypatch.setattr(meter.Meter, "_write", lambda *_: None)
+    monkeypatch.setattr(logger.Meter, "_write", lambda *_: None)
     with pytest.raises(AlexprepError, match=words):
         train(ranks.config(data, checkpoint_steps=2), ranks.MadeUp)
     assert not (data.parent / "runs" / "narrow" / "checkpoints").exists()
@@ -202,9 +200,9 @@ def test_a_full_disk_costs_no_checkpoint(data: Path, tmp_path: Path, monkeypatch
 
 def test_a_log_that_finds_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Linux's /dev/full refuses every byte; closing the log does not try again."""
-    monkeypatch.setattr(meter, "_keep_until", lambda log, step, epoch: None)
+    monkeypatch.setattr(logger, "_keep_until", lambda log, step, epoch: None)
     words = r"/dev/full cannot be written \(No space left on device\): it needs 59 bytes"
-    with pytest.raises(AlexprepError, match=words), meter.Meter(Path("/dev/full"), step=0, total_steps=1) as log:
+    with pytest.raises(AlexprepError, match=words), logger.Meter(Path("/dev/full"), step=0, total_steps=1) as log:
         log.record_skip(step=1, epoch=0, loss_scale=2.0)
 
 

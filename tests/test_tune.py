@@ -15,18 +15,18 @@ import torch
 from click.testing import CliRunner, Result
 
 from alexprep.cli.tune import tune as tune_command
+from alexprep.pipeline import loader_settings as tuning_module
 from alexprep.pipeline import search as search_module
-from alexprep.pipeline import tuning as tuning_module
+from alexprep.pipeline.autotune import LoaderMeter, tune
+from alexprep.pipeline.loader_settings import Tuning, save_tuning, saved_tuning, this_machine, tuning_for
 from alexprep.pipeline.search import Found, dimensions, search
-from alexprep.pipeline.tune import LoaderMeter, tune
-from alexprep.pipeline.tuning import Tuning, save_tuning, saved_tuning, this_machine, tuning_for
-from alexprep.shards import files
+from alexprep.shards import storage
+from alexprep.shards.dataset_format import read_dataset
 from alexprep.shards.errors import AlexprepError
-from alexprep.shards.layout import read_dataset
-from alexprep.shards.verify import verify
+from alexprep.shards.verification import verify
 from alexprep.train.config import TrainConfig
 from alexprep.train.job import prepare
-from alexprep.train.loop import train
+from alexprep.train.trainer import train
 
 CPU = Tuning(threads=8)
 CUDA = Tuning(threads=8, decode="cuda")
@@ -272,9 +272,9 @@ def read_only(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def publish(path: Path, document: Any) -> None:
         if path.is_relative_to(folder):
             raise OSError(errno.EROFS, "Read-only file system", str(path))
-        files.publish_json(path, document)
+        storage.publish_json(path, document)
 
-    monkeypatch.setattr("alexprep.pipeline.tuning.publish_json", publish)
+    monkeypatch.setattr("alexprep.pipeline.loader_settings.publish_json", publish)
 
 
 def test_of_a_read_only_data_set_the_users_cache_knows(

@@ -18,7 +18,7 @@ import pytest
 
 from alexprep.shards.dali_index import packed_by_index
 from alexprep.shards.errors import AlexprepError
-from alexprep.shards.untar import MAX_PADDING_BYTES, Member, members
+from alexprep.shards.tar_format import MAX_PADDING_BYTES, Member, members
 
 FORMATS: dict[str, Literal[0, 1, 2]] = {
     "ustar": tarfile.USTAR_FORMAT,

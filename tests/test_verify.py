@@ -21,18 +21,18 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from alexprep.cli.main import cli
-from alexprep.shards import stats
-from alexprep.shards.build import build
+from alexprep.shards import rgb_statistics
 from alexprep.shards.check import Problem
-from alexprep.shards.codec import FORMATS, Codec, Converted, Target
-from alexprep.shards.engines import InProcessEngine, LocalEngine
+from alexprep.shards.conversion import build
 from alexprep.shards.errors import AlexprepError
+from alexprep.shards.image_codec import FORMATS, Codec, Converted, Target
 from alexprep.shards.opinion import Refused
 from alexprep.shards.plan import ShardOptions
 from alexprep.shards.repair import repair
-from alexprep.shards.sources.find import find_source
-from alexprep.shards.tar_index import index_tars
-from alexprep.shards.verify import verify
+from alexprep.shards.sources.detection import find_source
+from alexprep.shards.verification import verify
+from alexprep.shards.webdataset_index import index_tars
+from alexprep.shards.worker_pool import InProcessEngine, LocalEngine
 
 ENGINE = InProcessEngine()
 
@@ -47,7 +47,7 @@ def small(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copy(photos / f"train/class{n % 4}/{n:03d}.JPEG", target)
     (root / "source/class0/bad.jpg").write_bytes(b"no image")
     build(root / "source", root / "data", ShardOptions(Target(size=24), shard_samples=3), ENGINE)
-    stats.publish(stats.compute(root / "data", "train", ENGINE), root / "data", "train")
+    rgb_statistics.publish(rgb_statistics.compute(root / "data", "train", ENGINE), root / "data", "train")
     return root / "data"
 
 

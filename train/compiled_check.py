@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from alexprep.shards.errors import AlexprepError
 from alexprep.train.precision import HALF, logits
-from alexprep.train.state import TrainingState
+from alexprep.train.training_state import TrainingState
 
 # Length of the difference over length, in one layer. Rounding alone makes 0.004 of it in AlexNet's float32, and in bf16 0.4.
 MOST_APART, MOST_APART_IN_HALF = 0.1, 0.8

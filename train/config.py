@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from alexprep.shards.errors import AlexprepError
-from alexprep.train.parallel.split import SCHEMES, Scheme
-from alexprep.train.parallel.world import TIMEOUT
+from alexprep.train.distributed.tensor_parallel import SCHEMES, Scheme
+from alexprep.train.distributed.world import TIMEOUT
 from alexprep.train.precision import Precision
 from alexprep.train.recipes.recipe import MOST_EPOCHS
 
@@ -63,7 +63,7 @@ class TrainConfig:
         rank_seconds: that ranks wait for one another: no step, evaluation's step or checkpoint may take one of them longer.
         scheme: how they share it: "towers" as in the paper (the default for two, where it can split the network), "ddp" (the default
             otherwise), "hybrid"; alone "single".
-        trace: steps to record for a trace viewer, see `alexprep.train.watching.trace`.
+        trace: steps to record for a trace viewer, see `alexprep.train.profiler`.
         tensorboard: whether the log's records are written for TensorBoard too, see `alexprep.train.watching.board`.
 
     Raises:
@@ -126,7 +126,7 @@ def resumed(config: TrainConfig, began: Mapping[str, Any], data: Path) -> TrainC
 
     Args:
         config: as given now.
-        began: the run's options, see `alexprep.train.saved.runs.read_config`; older ones lack some.
+        began: the run's options, see `alexprep.train.run_dir.read_config`; older ones lack some.
         data: the run's.
     """
     unless_given = [*OPTIONS, *REMEMBERED]

@@ -10,12 +10,12 @@ import torch
 from alexprep.shards.errors import AlexprepError
 from alexprep.train.data import BatchSource
 from alexprep.train.fed import loader_position
-from alexprep.train.finite import NotFinite, Sight, Watch
-from alexprep.train.host import StopRequest
 from alexprep.train.job import Job
-from alexprep.train.state import TrainingState
+from alexprep.train.logger import Meter, duration
+from alexprep.train.nonfinite import NotFinite, Sight, Watch
+from alexprep.train.runtime import StopRequest
 from alexprep.train.step import take_step
-from alexprep.train.watching.meter import Meter, duration
+from alexprep.train.training_state import TrainingState
 
 SECONDS = 300.0  # that a search may take; beyond that the training is over sooner without it
 NAMED = 3  # of the weights that are not finite

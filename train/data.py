@@ -9,8 +9,8 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 
 from alexprep.pipeline.augmentation import Augmentation
+from alexprep.shards.dataset_format import INDEX, read_dataset, read_index
 from alexprep.shards.errors import AlexprepError
-from alexprep.shards.layout import INDEX, read_dataset, read_index
 
 EVALUATION_SPLITS = ("val", "test")  # the first that has samples with labels is evaluated on
 

@@ -8,16 +8,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from alexprep.shards import stats
-from alexprep.shards.build import build
-from alexprep.shards.codec import Target
-from alexprep.shards.engines import cores
+from alexprep.shards import rgb_statistics
+from alexprep.shards.conversion import build
 from alexprep.shards.errors import AlexprepError
+from alexprep.shards.image_codec import Target
 from alexprep.shards.plan import ShardOptions
+from alexprep.shards.worker_pool import cores
 from alexprep.train.config import TrainConfig
 from alexprep.train.evaluation.run import evaluate_run
-from alexprep.train.loop import train
 from alexprep.train.photos import SHAPES, make_photos
+from alexprep.train.trainer import train
 
 _SIZE = 64
 _MARK = "made-by-alexprep-demo"
@@ -57,8 +57,8 @@ def run_demo(folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
     )
     say(f"   {_SIZE}-pixel shards in {data}, every input's fate in {data}/*/samples.parquet")
 
-    found = stats.compute(data, "train", cores())
-    stats.publish(found, data, "train")
+    found = rgb_statistics.compute(data, "train", cores())
+    rgb_statistics.publish(found, data, "train")
     deviations = "  ".join(f"{value:.1f}" for value in found.stdevs)
     say(
         f"3. alexprep pca-stats: principal standard deviations {deviations} grey levels; look at {data}/stats/mean_image.png"

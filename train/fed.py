@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from alexprep.train.data import BatchSource, Examples, LoadedBatch, OpenLoader
-from alexprep.train.host import Stopped, StopRequest
+from alexprep.train.distributed.parallel import Parallel
 from alexprep.train.job import Job
-from alexprep.train.parallel.schemes import Parallel
+from alexprep.train.runtime import Stopped, StopRequest
 from alexprep.train.saved.init_from import init_from, saved_weights, wanted_layers
 from alexprep.train.saved.places import place_named, saved_checkpoint
-from alexprep.train.state import TrainingState
+from alexprep.train.training_state import TrainingState
 
 
 def open_split(job: Job, open_loader: OpenLoader, split: str, shard: tuple[int, int]) -> BatchSource:

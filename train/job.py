@@ -13,24 +13,24 @@ from typing import Any
 import torch
 
 from alexprep.pipeline.device import choose_device
-from alexprep.pipeline.tuning import Tuning, saved_tuning
-from alexprep.shards import stats
+from alexprep.pipeline.loader_settings import Tuning, saved_tuning
+from alexprep.shards import rgb_statistics
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.versions import versions
+from alexprep.train import run_dir
+from alexprep.train.checkpoint import Checkpoint
 from alexprep.train.config import CHECKPOINT_STEPS, DECODING, KEEP, OPTIONS, REMEMBERED, TrainConfig, resumed
 from alexprep.train.data import DataFacts, data_facts
+from alexprep.train.distributed.tensor_parallel import Scheme, part_of
+from alexprep.train.distributed.world import World
 from alexprep.train.own.network import MODEL, RECIPE, OwnNetwork
 from alexprep.train.own.settle import settle
-from alexprep.train.own.user_code import is_reference
-from alexprep.train.parallel.split import Scheme, part_of
-from alexprep.train.parallel.world import World
 from alexprep.train.precision import Arithmetic, arithmetic
 from alexprep.train.recipes.recipe import Recipe
 from alexprep.train.recipes.registry import DEFAULT_RECIPE, check_named, recipe_of, references
-from alexprep.train.saved import runs
-from alexprep.train.saved.checkpoint import Checkpoint
 from alexprep.train.saved.init_from import init_from, saved_weights, wanted_layers
 from alexprep.train.saved.places import place_named, saved_checkpoint
+from alexprep.train.user_code import is_reference
 from alexprep.train.watching.board import writer_class
 
 TWO_RANKS: tuple[Scheme, ...] = ("towers", "ddp")
@@ -116,11 +116,11 @@ def prepare(
     config = replace(config, recipe=named, model=model)
     run, began = Path(os.devnull) if rehearsal else None, None
     if config.resume:
-        run = runs.find_run(config.runs, config.name)
-        document = runs.read_config(run)
+        run = run_dir.find_run(config.runs, config.name)
+        document = run_dir.read_config(run)
         began = document["options"]
         check_named(began, config.recipe, config.model, run)
-        config = resumed(config, began, config.data or runs.still_there(run, Path(document["data"])))
+        config = resumed(config, began, config.data or run_dir.still_there(run, Path(document["data"])))
     data = config.data or Path()  # there is one: only a resumed run's may be None, and it is found by now
     facts = data_facts(data)
     tuning, notes = _tuning(config, data, device, began)
@@ -145,7 +145,7 @@ def prepare(
     source = None
     # A beginning that would fail at once, as far as that can be known, fails here: before it has a folder and a name.
     if run is None and recipe.augmentation.needs_statistics and not made_up:
-        stats.read(data, facts.digest)
+        rgb_statistics.read(data, facts.digest)
     if config.init_from is not None:
         if run is None:
             source, skipped = saved_checkpoint(place_named(config.runs, config.init_from))
@@ -204,7 +204,7 @@ def _begin(job: Job) -> Path:
         "identity": job.identity,
         "versions": run_versions(),
     }
-    return runs.create_run(job.config.runs, job.config.name, _usual_name(job.recipe, job.config.model), document)
+    return run_dir.create_run(job.config.runs, job.config.name, _usual_name(job.recipe, job.config.model), document)
 
 
 def _tuning(
@@ -241,4 +241,4 @@ def _usual_name(recipe: Recipe, model: str | None) -> str:
     """What a run is called by default: as the recipe, or as the model's file."""
     network = recipe.network
     name = network.title.partition(":")[0].rpartition(".")[2] if model and isinstance(network, OwnNetwork) else ""
-    return name if runs.NAME.fullmatch(name) else recipe.name
+    return name if run_dir.NAME.fullmatch(name) else recipe.name

@@ -13,17 +13,17 @@ import torch
 from alexprep.pipeline.device import choose_device
 from alexprep.shards.errors import AlexprepError
 from alexprep.train.config import TrainConfig
+from alexprep.train.distributed.world import World, from_environment
 from alexprep.train.job import prepare
-from alexprep.train.loop import train
-from alexprep.train.parallel.launch import launch
-from alexprep.train.parallel.world import World, from_environment
+from alexprep.train.launch import launch
+from alexprep.train.trainer import train
 
 
 def train_anyhow(config: TrainConfig) -> dict[str, Any]:
     """Trains in this process, in `config.ranks` processes of this machine, or as one of torchrun's ranks.
 
     Returns:
-        The summary, see `alexprep.train.loop.train`.
+        The summary, see `alexprep.train.trainer.train`.
 
     Raises:
         AlexprepError: see there; or a rank died or did not answer, which ends the others.

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 
 from alexprep.train.compiled import Compiled, compiler_blamed
 from alexprep.train.compiled_check import check_compiled
-from alexprep.train.state import TrainingState
-from alexprep.train.watching.spans import span
+from alexprep.train.spans import span
+from alexprep.train.training_state import TrainingState
 
 
 def take_step(state: TrainingState, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

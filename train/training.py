@@ -8,18 +8,18 @@ from typing import Any
 
 import torch
 
+from alexprep.train import checkpoint, run_dir
 from alexprep.train.data import BatchSource
-from alexprep.train.evaluation.error import evaluate
 from alexprep.train.evaluation.sums import Means
 from alexprep.train.fed import until_stopped
-from alexprep.train.host import Stopped, StopRequest
 from alexprep.train.job import Job, run_versions
-from alexprep.train.saved import checkpoint, runs
-from alexprep.train.state import TrainingState
+from alexprep.train.logger import Meter, forecast
+from alexprep.train.metrics import evaluate
+from alexprep.train.profiler import Trace
+from alexprep.train.runtime import Stopped, StopRequest
+from alexprep.train.spans import span
 from alexprep.train.step import take_step
-from alexprep.train.watching.meter import Meter, forecast
-from alexprep.train.watching.spans import span
-from alexprep.train.watching.trace import Trace
+from alexprep.train.training_state import TrainingState
 
 EARLY_RECORDS = (1, 6)  # a first sign of life; then steps 2 to 6, after the slow first one, give the forecast
 
@@ -88,7 +88,7 @@ class Training:
         with span("checkpoint"):
             tensors = state.tensors()  # of all ranks
             if state.parallel.world.leads:
-                checkpoint.save(job.run / runs.CHECKPOINTS, state.position.step, tensors, facts, job.keep)
+                checkpoint.save(job.run / run_dir.CHECKPOINTS, state.position.step, tensors, facts, job.keep)
 
     def why_ended(self) -> str:
         """Why there is no step left to take, and how there would be."""

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from alexprep.shards.errors import AlexprepError
-from alexprep.train.optim import MomentumSGD
-from alexprep.train.parallel.schemes import Parallel
+from alexprep.train.distributed.parallel import Parallel
+from alexprep.train.optimizer import MomentumSGD
 from alexprep.train.precision import Precision
-from alexprep.train.watching.spans import span
+from alexprep.train.spans import span
 
 LEAST_SCALE = 1.0  # of the loss, in fp16: gradients that overflow without any scaling are no matter of scaling
 

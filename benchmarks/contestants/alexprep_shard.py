@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from alexprep.shards.build import build
+from alexprep.shards.conversion import build
 from alexprep.shards.plan import ShardOptions
 
 

@@ -12,10 +12,10 @@ import torch
 from contestants.serve import BATCH, SIDE, serve
 from nvidia.dali import Pipeline, fn, types
 
-from alexprep.pipeline.graph import decode_crop
-from alexprep.shards import stats
-from alexprep.shards.layout import read_dataset
-from alexprep.shards.read import Samples
+from alexprep.pipeline.dali_ops import decode_crop
+from alexprep.shards import rgb_statistics
+from alexprep.shards.dataset_format import read_dataset
+from alexprep.shards.reader import Samples
 
 
 def decode_alone(data: Path, device: str) -> list[Any]:
@@ -31,7 +31,7 @@ def tar_reader(data: Path, device: str) -> list[Any]:
     """Images and labels from the shards."""
     tars = sorted(str(path) for path in (data / "train").glob("*.tar"))
     indexes = [tar.removesuffix(".tar") + ".idx" for tar in tars]
-    mean = stats.read(data, read_dataset(data)["digest"]).channel_means.tolist()
+    mean = rgb_statistics.read(data, read_dataset(data)["digest"]).channel_means.tolist()
     options: Any = {"index_paths": indexes, "ext": ["jpg", "cls"], "random_shuffle": True, "initial_fill": 1024}
     encoded, label = cast("Any", fn.readers.webdataset(paths=tars, **options))
     x, y = fn.random.uniform(range=(0, 1)), fn.random.uniform(range=(0, 1))

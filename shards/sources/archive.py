@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.sources.base import Location, Source
 from alexprep.shards.sources.files import Files
-from alexprep.shards.untar import members
+from alexprep.shards.tar_format import members
 
 _NO_FILE = -1  # as an offset: a link or a device, which has no bytes in the archive
 

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.sources.base import Input, Location, Source
+from alexprep.shards.sources.binary import Part, in_order, is_gzipped, listing, numbered, record, resident, whole
 from alexprep.shards.sources.files import Files
-from alexprep.shards.sources.records import Part, in_order, is_gzipped, listing, numbered, record, resident, whole
 
 _SIDE = 32
 _PIXELS = 3 * _SIDE * _SIDE
@@ -180,7 +180,7 @@ def _fetched(source: Cifar, names: list[bytes]) -> Iterator[tuple[bytes, tuple[b
             path = os.path.join(source.folder, name)
             yield name, (path, b"", 0, whole(files, path))
         return
-    from alexprep.shards.untar import members
+    from alexprep.shards.tar_format import members
 
     shown = files.display(archive)
     with listing(files, archive):

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.sources.files import Files, inflated
-from alexprep.shards.untar import members
+from alexprep.shards.tar_format import members
 
 _FOLDER = re.compile(rb"(?:ILSVRC(20\d\d)_)?devkit[\w.-]*")
 _ARCHIVE = re.compile(rb"(?:ILSVRC(20\d\d)_)?devkit[\w.-]*\.(?:tar|tgz|tar\.gz)")

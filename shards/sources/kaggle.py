@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.sources.base import UNLABELLED, Input, Location, Source, class_name_of
 from alexprep.shards.sources.files import Files
-from alexprep.shards.sources.truth import find_truth
+from alexprep.shards.sources.ground_truth import find_truth
 
 _IMAGES = b"ILSVRC/Data/CLS-LOC"
 

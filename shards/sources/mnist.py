@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.sources.base import Input, Location, Source, numbered_classes
+from alexprep.shards.sources.binary import Part, beginning, in_order, numbered, paired, record, resident, whole
 from alexprep.shards.sources.files import Files
-from alexprep.shards.sources.records import Part, beginning, in_order, numbered, paired, record, resident, whole
 
 _NAME = re.compile(
     rb"(?i:(?P<set>(?:.*[-_.])?)(?P<split>train|t10k|test|val)[-_](?P<kind>images[-.]idx3|labels[-.]idx1)-ubyte(?:\.gz)?)"

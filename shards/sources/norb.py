@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.sources.base import Input, Location, Source
+from alexprep.shards.sources.binary import Part, beginning, in_order, numbered, paired, record, resident, whole
 from alexprep.shards.sources.files import Files
-from alexprep.shards.sources.records import Part, beginning, in_order, numbered, paired, record, resident, whole
 
 CLASSES = ("animal", "human", "airplane", "truck", "car")  # by label, as the page above numbers them
 

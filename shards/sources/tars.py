@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from alexprep.shards.dataset_format import PLAN
 from alexprep.shards.errors import AlexprepError
-from alexprep.shards.layout import PLAN
 from alexprep.shards.sources.archive import ArchiveSource, Packed, each_once, packed_files
 from alexprep.shards.sources.base import SPLITS, Input, class_name_of, split_folders, split_of
 from alexprep.shards.sources.files import Files

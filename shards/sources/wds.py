@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from alexprep.shards.dataset_format import DATASET, DATASET_FORMAT, PLAN, PLAN_FORMAT, recorded_shards
 from alexprep.shards.errors import AlexprepError
-from alexprep.shards.layout import DATASET, DATASET_FORMAT, PLAN, PLAN_FORMAT, recorded_shards
 from alexprep.shards.sources.archive import ArchiveSource, packed_files, read_packed
 from alexprep.shards.sources.base import Input, Location, split_of
 from alexprep.shards.sources.files import Entry, Files
@@ -97,7 +97,7 @@ class Webdataset(ArchiveSource):
         data = read_packed(self.files, location)
         if not location.member.lower().endswith(b"." + RAW_EXTENSION.encode()):
             return data
-        from alexprep.shards.codec import read_raw
+        from alexprep.shards.image_codec import read_raw
 
         pixels = read_raw(data)
         if pixels is None or pixels.ndim != 3 or pixels.shape[2] != 3 or not pixels.size:

@@ -9,16 +9,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from alexprep.shards.dataset_format import read_dataset
 from alexprep.shards.errors import AlexprepError
-from alexprep.shards.layout import read_dataset
+from alexprep.train import checkpoint, run_dir
 from alexprep.train.data import memory
 from alexprep.train.own.tryout import comparable, fitting_format, layers
-from alexprep.train.own.user_code import is_reference
 from alexprep.train.recipes.recipe import Recipe
 from alexprep.train.recipes.registry import check_named, recipe_of, references
-from alexprep.train.saved import checkpoint, runs
 from alexprep.train.saved.places import Place, saved_checkpoint
-from alexprep.train.state import load_weights
+from alexprep.train.training_state import load_weights
+from alexprep.train.user_code import is_reference
 
 # The parts of a recipe that outputs of a trained network depend on; the others belong to the training that is over.
 NETWORK = ("network", "width")
@@ -80,7 +80,7 @@ def open_net(place: Place, device: torch.device, recipe: str | None = None, mode
         AlexprepError: there is no such checkpoint, it is damaged, or its recipe is another by now.
     """
     run = place.run
-    config = runs.read_config(run)
+    config = run_dir.read_config(run)
     saved, skipped = saved_checkpoint(place)
     identity = saved.facts["identity"]
     made_by = recipe_of(_named(run, config["options"], recipe, model))
@@ -118,7 +118,7 @@ def data_of(nets: list[Net]) -> Path:
                 f"{first.name} and {net.name} were trained on different data: data was {first.data}, is {net.data}; "
                 f"data_digest was {first.data_digest[:12]}…, is {net.data_digest[:12]}…. Name the data to evaluate on with --data"
             )
-    return runs.still_there(first.run, first.data)
+    return run_dir.still_there(first.run, first.data)
 
 
 def check_classes(net: Net, data: Path, dataset: dict[str, Any]) -> str | None:

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 
 from alexprep.shards.errors import AlexprepError
-from alexprep.train.evaluation.ensemble import Contest, mixture
+from alexprep.train.ensemble import Contest, mixture
 from alexprep.train.evaluation.nets import Net
-from alexprep.train.evaluation.predictions import EvaluationViews, Kept, Predicted, open_readers, predictions
 from alexprep.train.evaluation.scores import Scores
 from alexprep.train.evaluation.sums import Pace
 from alexprep.train.precision import Precision, float32_kernels
+from alexprep.train.predictions import EvaluationViews, Kept, Predicted, open_readers, predictions
 
 Progress = Callable[[int, int], None]
 OpenSplit = Callable[..., Any]  # as `alexprep.pipeline.loader.Loader`

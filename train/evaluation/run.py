@@ -13,20 +13,20 @@ import torch
 
 from alexprep.pipeline.device import choose_device
 from alexprep.pipeline.loader import Loader
-from alexprep.pipeline.tuning import Tuning, tuning_for
+from alexprep.pipeline.loader_settings import Tuning, tuning_for
+from alexprep.shards.dataset_format import read_dataset
 from alexprep.shards.errors import AlexprepError
-from alexprep.shards.files import digest_json, publish_json
-from alexprep.shards.layout import read_dataset
+from alexprep.shards.storage import digest_json, publish_json
 from alexprep.train.config import DECODING
 from alexprep.train.data import data_facts
-from alexprep.train.evaluation.ensemble import Weights, shares
+from alexprep.train.ensemble import Weights, shares
 from alexprep.train.evaluation.nets import Net, check_classes, data_of, open_net
 from alexprep.train.evaluation.passes import OpenSplit, Passes, Progress
-from alexprep.train.evaluation.predictions import EvaluationViews
 from alexprep.train.evaluation.scores import Scores
 from alexprep.train.evaluation.sums import Pace
-from alexprep.train.host import keep_freed_memory
 from alexprep.train.precision import Precision, check_precision
+from alexprep.train.predictions import EvaluationViews
+from alexprep.train.runtime import keep_freed_memory
 from alexprep.train.saved.places import Place
 
 
@@ -90,7 +90,7 @@ def evaluate_nets(
         data: the data set; the one they were trained on by default.
         split: "val" or else "test" by default.
         views: one centre crop, or the mean of the softmax over ten views: corners and centre, mirrored and not (section 4.1).
-        weights: "equal"; a number a net; or "search", see `alexprep.train.evaluation.ensemble`.
+        weights: "equal"; a number a net; or "search", see `alexprep.train.ensemble`.
         weights_from: the split for "search"; the evaluated one by default, which flatters the ensemble.
         batch_size: crops at a time. It does not change the result beyond rounding.
         precision: that the networks compute in, whatever they were trained in; see `alexprep.train.precision`.

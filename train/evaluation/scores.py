@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from alexprep.shards.errors import AlexprepError
 from alexprep.train.evaluation.columns import Columns
-from alexprep.train.evaluation.error import TOP, figures, means
-from alexprep.train.evaluation.predictions import Predicted
+from alexprep.train.metrics import TOP, figures, means
+from alexprep.train.predictions import Predicted
 
 
 class ClassError(NamedTuple):

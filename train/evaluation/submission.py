@@ -12,10 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from alexprep.shards.dataset_format import LEDGER, read_dataset
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.labels import ILSVRC_ID
-from alexprep.shards.layout import LEDGER, read_dataset
-from alexprep.train.evaluation.error import TOP
+from alexprep.train.metrics import TOP
 
 
 class Submission(NamedTuple):

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from alexprep.train.evaluation.error import TOP, credits
+from alexprep.train.metrics import TOP, credits
 
 SPEED = ("images_per_second", "data_wait_ms", "step_ms")  # what `Pace.since` tells
 

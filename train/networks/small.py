@@ -7,7 +7,7 @@ from collections import OrderedDict
 from torch import nn
 
 from alexprep.shards.errors import AlexprepError
-from alexprep.train.networks.layers import LocalResponseNorm, Scale, initialise
+from alexprep.train.models.layers import LocalResponseNorm, Scale, initialise
 
 # cuda-convnet's example-layers/layers-80sec.cfg; the first layer is tiny because its input is on the 0-255 scale.
 QUICK_DEVIATIONS = {"conv1": 1e-4, "conv2": 1e-2, "conv3": 1e-2, "fc4": 0.1, "fc5": 0.1}

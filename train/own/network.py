@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from alexprep.shards.errors import AlexprepError
-from alexprep.train.own import blame, user_code
+from alexprep.train import user_code
+from alexprep.train.own import blame
 from alexprep.train.own.tryout import check_network, dry_run, shape_of_images
 from alexprep.train.recipes.recipe import Recipe
 

@@ -7,13 +7,13 @@ from typing import NamedTuple
 
 import torch
 
-from alexprep.train.optim import optimizer_of
+from alexprep.train.distributed.tensor_parallel import Scheme
+from alexprep.train.lr_schedule import ByHand, EarlyStop, Schedule, unmatched_patterns
+from alexprep.train.optimizer import optimizer_of
 from alexprep.train.own.network import OwnNetwork
 from alexprep.train.own.tryout import check_saved, check_sharing, fitting_format, layers, shape_of_images, try_step
-from alexprep.train.parallel.split import Scheme
 from alexprep.train.parameters import layer_and_kind
 from alexprep.train.recipes.recipe import Recipe
-from alexprep.train.recipes.schedule import ByHand, EarlyStop, Schedule, unmatched_patterns
 
 
 class Settled(NamedTuple):

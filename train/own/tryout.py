@@ -12,9 +12,9 @@ from torch.nn.parameter import UninitializedParameter
 
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.versions import versions
+from alexprep.train.distributed.tensor_parallel import DROPOUTS, Scheme, part_of
+from alexprep.train.distributed.world import World
 from alexprep.train.networks.small import PIXEL_DEVIATION
-from alexprep.train.parallel.split import DROPOUTS, Scheme, part_of
-from alexprep.train.parallel.world import World
 
 IMAGES = 2  # of a trial
 CONTIGUOUS = "alexprep_needs_contiguous"  # attribute of a network that cannot take images with the channels last

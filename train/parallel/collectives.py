@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
+from alexprep.train.distributed.world import World
 from alexprep.train.parallel.traffic import Phase, ring_bytes
-from alexprep.train.parallel.world import World
 
 
 def gathered(

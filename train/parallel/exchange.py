@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from alexprep.shards.errors import AlexprepError
+from alexprep.train.distributed.world import World
 from alexprep.train.parallel.collectives import gathered, scattered_sum
-from alexprep.train.parallel.world import World
 
 
 class Rows:

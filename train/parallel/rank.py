@@ -16,7 +16,7 @@ import traceback
 from pathlib import Path
 
 from alexprep.shards.errors import AlexprepError
-from alexprep.train.own.user_code import load
+from alexprep.train.user_code import load
 
 PARENT = "ALEXPREP_PARENT"  # process id of the launcher
 PR_SET_PDEATHSIG = 1  # sys/prctl.h
@@ -32,9 +32,7 @@ def main() -> None:
         job = json.loads((folder / "job.json").read_text())
         sys.path[:] = job["path"]
         function = load(job["target"], "target").value
-        from alexprep.train.parallel.world import (
-            from_environment,  # imports torch: seconds, in which the parent may die
-        )
+        from alexprep.train.distributed.world import from_environment
 
         world = from_environment(job["device"], job["backend"], job["timeout"])
         result = function(world, **job["arguments"])

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from alexprep.train.optim import MomentumSGD
+from alexprep.train.distributed.tensor_parallel import Part
+from alexprep.train.distributed.world import World
+from alexprep.train.optimizer import MomentumSGD
 from alexprep.train.parallel.collectives import gathered
-from alexprep.train.parallel.split import Part
-from alexprep.train.parallel.world import World
 
 
 def gather_state(part: Part, world: World) -> dict[str, torch.Tensor]:

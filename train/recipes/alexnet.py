@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from alexprep.pipeline.augmentation import augmentation_named
-from alexprep.train.networks import alexnet as networks
+from alexprep.train.lr_schedule import ByHand, DExp, Plateau
+from alexprep.train.models import alexnet as networks
 from alexprep.train.recipes.recipe import Recipe
-from alexprep.train.recipes.schedule import ByHand, DExp, Plateau
 
 STORED = (256, 256)  # section 2
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 from alexprep.pipeline.augmentation import Augmentation
-from alexprep.train.networks import conv_local as networks
+from alexprep.train.lr_schedule import Steps
+from alexprep.train.models import cifar as networks
 from alexprep.train.networks.small import cifar10_quick_net
 from alexprep.train.recipes.recipe import Recipe
-from alexprep.train.recipes.schedule import Steps
 
 WHOLE = Augmentation(crop=32, mirror=False, mean="crop", noise="none")
 STORED = (32, 32)

@@ -11,8 +11,8 @@ from torch import nn
 
 from alexprep.pipeline.augmentation import Augmentation
 from alexprep.shards.errors import AlexprepError
+from alexprep.train.lr_schedule import Schedule, ScheduleState, describe
 from alexprep.train.parameters import is_bias
-from alexprep.train.recipes.schedule import Schedule, ScheduleState, describe
 
 MOST_EPOCHS = 100_000
 _WHOLE = ("epochs", "batch_size")

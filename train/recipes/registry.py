@@ -10,9 +10,9 @@ from typing import Any
 
 from alexprep.pipeline.augmentation import Augmentation
 from alexprep.shards.errors import AlexprepError
+from alexprep.train.lr_schedule import Steps
 from alexprep.train.networks.small import tiny_net
 from alexprep.train.own.network import MODEL, RECIPE, own_network, own_recipe
-from alexprep.train.own.user_code import is_reference, resolved
 from alexprep.train.recipes.alexnet import (
     alexnet,
     alexnet_1gpu,
@@ -23,7 +23,7 @@ from alexprep.train.recipes.alexnet import (
 )
 from alexprep.train.recipes.cifar import cifar10_11pct, cifar10_13pct, cifar10_quick, cifar10_relu, cifar10_tanh
 from alexprep.train.recipes.recipe import Recipe
-from alexprep.train.recipes.schedule import Steps
+from alexprep.train.user_code import is_reference, resolved
 
 DEFAULT_RECIPE = "alexnet"
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from alexprep.shards.errors import AlexprepError
-from alexprep.shards.files import publish_bytes
+from alexprep.shards.storage import publish_bytes
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 GO_ON = "go on with --resume; checkpoints that were saved before are untouched"

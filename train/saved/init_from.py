@@ -10,8 +10,8 @@ from typing import Literal
 import torch
 
 from alexprep.shards.errors import AlexprepError
+from alexprep.train.checkpoint import Checkpoint
 from alexprep.train.parameters import layer_and_kind
-from alexprep.train.saved.checkpoint import Checkpoint
 
 PREFIX = "weight."  # of the network's tensors in a checkpoint
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from alexprep.shards.errors import AlexprepError
-from alexprep.train.saved import checkpoint, runs
+from alexprep.train import checkpoint, run_dir
 
 
 class Place(NamedTuple):
@@ -27,11 +27,11 @@ def place_named(folder: Path, text: str | None) -> Place:
         AlexprepError: there is no such run, or STEP is no number.
     """
     if text is None or "@" not in text:
-        return Place(runs.find_run(folder, text))
+        return Place(run_dir.find_run(folder, text))
     name, _, step = text.rpartition("@")
     if not re.fullmatch(r"\d{1,18}", step):
         raise AlexprepError(f"{text}: {step!r} is no step; write RUN@STEP, for example {name or 'alexnet'}@1000")
-    return Place(runs.find_run(folder, name), int(step))
+    return Place(run_dir.find_run(folder, name), int(step))
 
 
 def saved_checkpoint(place: Place) -> tuple[checkpoint.Checkpoint, list[str]]:
@@ -41,7 +41,7 @@ def saved_checkpoint(place: Place) -> tuple[checkpoint.Checkpoint, list[str]]:
         AlexprepError: there is none, or the one named is damaged.
     """
     run, step = place
-    folder = run / runs.CHECKPOINTS
+    folder = run / run_dir.CHECKPOINTS
     if step is None:
         saved, skipped = checkpoint.newest(folder)
         if saved is None:
@@ -69,7 +69,7 @@ def check_unsaved(run: Path, damaged: Sequence[str]) -> None:
     Raises:
         AlexprepError: it had one: the folder of checkpoints was moved, is not mounted, or all in it are damaged.
     """
-    folder = run / runs.CHECKPOINTS
+    folder = run / run_dir.CHECKPOINTS
     told = "damaged ones are there" if damaged else _told_of(run)
     if told is None:
         return
@@ -77,7 +77,7 @@ def check_unsaved(run: Path, damaged: Sequence[str]) -> None:
     raise AlexprepError(
         f"{run} had checkpoints ({told}), but in {folder} there is none to go on from ({state}): bring the folder back and run the "
         f"same command again, or begin a new run without --resume. To train {run.name} again from its beginning, delete "
-        f"{runs.LOG}, {runs.SUMMARY} and {runs.CHECKPOINTS} in it"
+        f"{run_dir.LOG}, {run_dir.SUMMARY} and {run_dir.CHECKPOINTS} in it"
     )
 
 
@@ -86,15 +86,15 @@ def _told_of(run: Path) -> str | None:
 
     A checkpoint is saved every so many steps and after each epoch, after the records of that step: a later record means that it was.
     """
-    if (run / runs.SUMMARY).exists():
-        return f"{runs.SUMMARY} is written after one"
-    records = _records(run / runs.LOG)
+    if (run / run_dir.SUMMARY).exists():
+        return f"{run_dir.SUMMARY} is written after one"
+    records = _records(run / run_dir.LOG)
     saved = [record["step"] for record in records if record.get("kind") == "epoch"]
-    if every := runs.read_config(run)["options"].get("checkpoint_steps"):  # older runs do not say it
+    if every := run_dir.read_config(run)["options"].get("checkpoint_steps"):  # older runs do not say it
         saved.append(every)
     last = max((record["step"] for record in records), default=0)
     return (
-        f"{runs.LOG} goes on to step {last} after one of step {min(saved)}" if last > min(saved, default=last) else None
+        f"{run_dir.LOG} goes on to step {last} after one of step {min(saved)}" if last > min(saved, default=last) else None
     )
 
 

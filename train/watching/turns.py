@@ -10,8 +10,8 @@ import torch
 
 from alexprep.pipeline.device import wait_for
 from alexprep.train.data import BatchSource, Examples, LoadedBatch
-from alexprep.train.state import TrainingState
 from alexprep.train.step import take_step
+from alexprep.train.training_state import TrainingState
 
 Kind = Literal["training", "cached_batch", "loader"]
 KINDS: tuple[Kind, ...] = get_args(Kind)

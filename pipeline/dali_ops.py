@@ -1,0 +1,250 @@
+"""The deeds as functions over DALI nodes. Device "cpu" and "cuda" are one graph; `alexprep.pipeline.dali_graph` puts them together.
+
+Each function takes and returns `nvidia.dali.data_node.DataNode`s and can be used inside any `@pipeline_def`. Images are RGB on the
+0-255 scale. Arguments that are drawn per sample stay on the CPU, as DALI wants them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+# DALI frees and asks for the same tens of megabytes at each step, and without a pool the system clears fresh pages each time:
+# a fifth of the CPU pipeline's time. Read when DALI first allocates; whoever set it knows better.
+os.environ.setdefault("DALI_MALLOC_POOL_THRESHOLD", "1M")
+
+from nvidia.dali import fn, types
+from nvidia.dali.data_node import DataNode
+
+Layout = Literal["NCHW", "NHWC", "channels_last"]
+Dtype = Literal["float32", "float16", "uint8"]
+HW_DECODER_LOAD = 0.65  # DALI's own default: the share of a batch that a GPU's JPEG engines get
+
+_TYPES = {"float32": types.FLOAT, "float16": types.FLOAT16, "uint8": types.UINT8}
+
+
+def decode_crop(
+    encoded: DataNode,
+    side: int | None = None,
+    x: DataNode | float = 0.5,
+    y: DataNode | float = 0.5,
+    device: str = "cpu",
+    hw_decoder_load: float = HW_DECODER_LOAD,
+) -> DataNode:
+    """Decodes a square of an image, or all of it; on a CPU only what the square needs is decoded.
+
+    Args:
+        encoded: uint8 (bytes,), an encoded image, on the CPU.
+        side: pixels; None for the whole image.
+        x: left column / (width - side), float32 in 0-1, one a sample; 0.5 is the centre.
+        y: top row / (height - side), likewise.
+        device: where the pixels are wanted, "cpu" or "cuda".
+        hw_decoder_load: on "cuda", the share of a batch that goes to the JPEG engines, 0-1, where the GPU has them.
+
+    Returns:
+        uint8 (side, side, 3), layout HWC. An EXIF orientation is not applied; chroma is upsampled alike on both devices.
+    """
+    options = _decoding(device, hw_decoder_load)
+    if side is None or device != "cpu":
+        whole = fn.decoders.image(encoded, **options)
+        return whole if side is None else fn.crop(whole, crop=(side, side), crop_pos_x=x, crop_pos_y=y)
+    return fn.decoders.image_crop(encoded, crop=(side, side), crop_pos_x=x, crop_pos_y=y, **options)
+
+
+def decode_window(
+    encoded: DataNode,
+    start: DataNode,
+    shape: DataNode | Sequence[int],
+    device: str = "cpu",
+    hw_decoder_load: float = HW_DECODER_LOAD,
+) -> DataNode:
+    """Decodes a window given in pixels; on a GPU the whole image, for nvJPEG before 13.2 has no windows of subsampled chroma.
+
+    Args:
+        encoded: as in `decode_crop`.
+        start: int32 (2,), top row and left column, one pair a sample.
+        shape: int32 (2,), height and width, one pair a sample or one for all.
+        device: as in `decode_crop`.
+        hw_decoder_load: as in `decode_crop`.
+
+    Returns:
+        uint8 (height, width, 3), layout HWC.
+    """
+    options = _decoding(device, hw_decoder_load)
+    if device != "cpu":
+        return cut(fn.decoders.image(encoded, **options), start, shape)
+    return fn.decoders.image_slice(encoded, start=start, shape=shape, axes=(0, 1), **options)
+
+
+def _decoding(device: str, hw_decoder_load: float) -> dict[str, Any]:
+    options: dict[str, Any] = {
+        "device": "cpu" if device == "cpu" else "mixed",
+        "output_type": types.RGB,
+        "adjust_orientation": False,
+        "jpeg_fancy_upsampling": True,
+    }
+    return options if device == "cpu" else {**options, "hw_decoder_load": hw_decoder_load}
+
+
+def cut(image: DataNode, start: DataNode, shape: DataNode | Sequence[int], size: int | None = None) -> DataNode:
+    """Cuts a window out of pixels.
+
+    Args:
+        image: uint8 (H, W, 3), layout HWC.
+        start: as in `decode_window`.
+        shape: as in `decode_window`.
+        size: H and W where all images have this side; with one `shape` for all, rows are then copied whole, six times as fast.
+
+    Returns:
+        uint8 (height, width, 3), layout HWC.
+    """
+    if size is None or isinstance(shape, DataNode):
+        return fn.slice(image, start=start, shape=shape, axes=(0, 1))
+    height, width = shape
+    rows = fn.reshape(image, shape=(size, 3 * size), layout="HW")
+    part = fn.slice(rows, start=start * np.array([1, 3], np.int32), shape=(height, 3 * width), axes=(0, 1))
+    return fn.reshape(part, shape=(height, width, 3), layout="HWC")
+
+
+def resize_square(image: DataNode, side: int) -> DataNode:
+    """Resizes uint8 (H, W, 3) to uint8 (side, side, 3) by an antialiased bilinear filter, as `augment.resize` defines it."""
+    return fn.resize(image, size=(side, side), interp_type=types.INTERP_LINEAR, antialias=True)
+
+
+def mirror(image: DataNode, mirrored: DataNode | int) -> DataNode:
+    """Reflects (H, W, 3) left to right where `mirrored`, int32, is 1."""
+    return fn.flip(image, horizontal=mirrored, vertical=0)
+
+
+def colour_noise(stdevs: NDArray[np.floating[Any]], eigenvectors: NDArray[np.floating[Any]]) -> DataNode:
+    """Draws the paper's colour noise (section 4.1) with DALI's own generator, for pipelines without `alexprep`'s draws.
+
+    Args:
+        stdevs: (3,), of the noise along each principal axis, grey levels: `augment.noise_stdevs` gives them.
+        eigenvectors: (3, 3), the axes as columns: `Statistics.eigenvectors`.
+
+    Returns:
+        float32 (3,), a shift of R, G and B in grey levels, another one for each sample: a `shift` for `to_tensor`.
+    """
+    axes = np.asarray(eigenvectors * stdevs, np.float32)
+    alpha = fn.random.normal(shape=(3,))
+    return alpha[0] * axes[:, 0] + alpha[1] * axes[:, 1] + alpha[2] * axes[:, 2]
+
+
+def to_tensor(
+    image: DataNode,
+    mirrored: DataNode | int = 0,
+    shift: DataNode | Sequence[float] = (0.0, 0.0, 0.0),
+    std: Sequence[float] = (1.0, 1.0, 1.0),
+    layout: Layout = "NCHW",
+    dtype: Dtype = "float32",
+) -> DataNode:
+    """Mirrors, shifts the colours, divides, converts and orders the axes, in one pass over the pixels.
+
+    Args:
+        image: uint8 (H, W, 3), layout HWC.
+        mirrored: int32, 1 to reflect left to right, one a sample.
+        shift: float32 (3,), grey levels added to R, G and B: colour noise less the means; one triple a sample or one for all.
+        std: what R, G and B are divided by, grey levels.
+        layout: of the result; the N is the batch. "channels_last" lies in memory as "NHWC" does.
+        dtype: of the result; "uint8" keeps grey levels as they are, and takes no shift and no std.
+
+    Returns:
+        (3, H, W) or (H, W, 3).
+    """
+    if dtype == "uint8" and layout != "NCHW":
+        return mirror(image, mirrored)
+    minus = -shift if isinstance(shift, DataNode) else [-value for value in shift]
+    return fn.crop_mirror_normalize(
+        image,
+        mirror=mirrored,
+        mean=minus,
+        std=list(std),
+        dtype=_TYPES[dtype],
+        output_layout="CHW" if layout == "NCHW" else "HWC",
+    )
+
+
+def cast(image: DataNode, dtype: Dtype) -> DataNode:
+    """Converts float32 to `dtype`."""
+    return image if dtype == "float32" else fn.cast(image, dtype=_TYPES[dtype])
+
+
+def subtract_mean_window(
+    image: DataNode,
+    mean_HWC: NDArray[np.floating[Any]],
+    anchor: DataNode | Sequence[int],
+    side: int,
+    layout: Layout = "NCHW",
+    device: str = "cpu",
+) -> DataNode:
+    """Subtracts a window of the mean image or of its reflection, another one for each sample.
+
+    Args:
+        image: float32, a result of `to_tensor`.
+        mean_HWC: (S, S, 3), grey levels.
+        anchor: int32 (2,), from `mean_anchor`: which window, and whether reflected.
+        side: of `image`, pixels.
+        layout: of `image`.
+        device: of `image`.
+
+    Returns:
+        Like `image`.
+    """
+    # The mean and its reflection side by side: one slice finds either.
+    both = np.concatenate([mean_HWC, mean_HWC[:, ::-1]], axis=1)
+    axes = (1, 2) if layout == "NCHW" else (0, 1)
+    if layout == "NCHW":
+        both = both.transpose(2, 0, 1)
+    constant = types.Constant(np.ascontiguousarray(both, np.float32), device="cpu" if device == "cpu" else "gpu")
+    return image - fn.slice(constant, start=anchor, shape=(side, side), axes=axes)
+
+
+def mean_anchor(corners_N2: NDArray[np.int64], mirror_N: NDArray[np.bool_], size: int, side: int) -> NDArray[np.int32]:
+    """Where `subtract_mean_window` finds the window that a mirrored crop needs: int32 (N, 2).
+
+    Args:
+        corners_N2: int (N, 2), the window's top row and left column in the mean image.
+        mirror_N: bool (N,), whether it is reflected.
+        size: S, the mean image's side.
+        side: the window's side.
+    """
+    top, left = corners_N2[:, 0], corners_N2[:, 1]
+    return np.stack([top, np.where(mirror_N, 2 * size - side - left, left)], axis=1).astype(np.int32)
+
+
+def subtract_rows(image: DataNode, subtrahend: DataNode, divisor: DataNode, side: int) -> DataNode:
+    """Subtracts and divides with the same numbers in every row: channel means, noise and deviations, where axes stay HWC.
+
+    DALI's `crop_mirror_normalize`, which `to_tensor` is, takes twice the time for this on a CPU, three numbers at a time.
+
+    Args:
+        image: uint8 or float32 (side, side, 3).
+        subtrahend: float32 (1, 3 * side): R, G and B repeated for each pixel of a row, one a sample.
+        divisor: likewise.
+        side: of `image`, pixels.
+
+    Returns:
+        float32 (side, side, 3).
+    """
+    rows = fn.reshape(image, shape=(side, 3 * side))
+    return fn.reshape(
+        fn.normalize(rows, mean=subtrahend, stddev=divisor, axes=(0,)), shape=(side, side, 3), layout="HWC"
+    )
+
+
+def subtract_image(image: DataNode, subtrahend: DataNode) -> DataNode:
+    """Subtracts float32 pixels of the same shape; of all ways that DALI has on a CPU, this one reads and writes least.
+
+    Args:
+        image: uint8 or float32.
+        subtrahend: float32, one a sample.
+
+    Returns:
+        float32, like `image`.
+    """
+    return fn.normalize(image, mean=subtrahend, stddev=1.0)

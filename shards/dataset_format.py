@@ -1,0 +1,135 @@
+"""The on-disk contract: every name and record of a data set folder, defined once. docs/formats.md describes it in words."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from alexprep.shards.errors import AlexprepError
+from alexprep.shards.storage import digest_json, is_local
+
+FORMAT_VERSION = 1
+
+PLAN = "plan.json"
+PLAN_FORMAT = "alexprep plan"  # its "format"
+PLAN_TABLE = "plan.parquet"
+DATASET = "dataset.json"
+DATASET_FORMAT = "alexprep data set"  # its "format", by which it is told from anybody else's file of that name
+TIMM_INFO = "_info.json"
+INDEX = "index.npy"
+LEDGER = "samples.parquet"
+TAR_INDEXES = ".alexprep"  # a folder beside tars that were read as other people's
+TUNING = "tuning.json"  # of machines, not of the data: no digest depends on it
+STATISTICS = Path("stats") / "stats.json"
+MEAN_IMAGE = Path("stats") / "mean_image.npy"
+MEAN_PICTURE = Path("stats") / "mean_image.png"
+
+# One record a sample, in the order of the shards: where its encoded image lies, and its class.
+INDEX_DTYPE = np.dtype([("shard", "<u4"), ("offset", "<u8"), ("size", "<u4"), ("label", "<i4")])
+
+
+def shard_name(split: str, number: int) -> str:
+    """The name of a shard's files without their extension.
+
+    >>> shard_name("train", 7)
+    'train-000007'
+    """
+    return f"{split}-{number:06d}"
+
+
+def sample_key(row: int) -> str:
+    """The webdataset key of the input in row `row` of its split's plan: fixed width, no dot.
+
+    >>> sample_key(42)
+    '00000042'
+    """
+    return f"{row:08d}"
+
+
+def read_json(path: Path, purpose: str) -> dict[str, Any]:
+    """A JSON object from `path`.
+
+    Raises:
+        AlexprepError: it is missing or is no JSON object; the message ends with `purpose`, the next step.
+    """
+    try:
+        document = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise AlexprepError(f"{path} does not exist: {purpose}") from None
+    except (OSError, ValueError) as error:
+        raise AlexprepError(f"{path} cannot be read ({error}): {purpose}") from None
+    if not isinstance(document, dict):
+        raise AlexprepError(f"{path} holds no JSON object: {purpose}")
+    return document
+
+
+def read_dataset(data: Path) -> dict[str, Any]:
+    """dataset.json of a finished data set.
+
+    Raises:
+        AlexprepError: the folder holds no finished data set, or one of a later format.
+    """
+    if not (data / DATASET).exists() and (data / PLAN).exists():
+        raise AlexprepError(f"{data} holds an unfinished data set: run the same `alexprep shard` again to finish it")
+    dataset = read_json(data / DATASET, "make one with `alexprep shard SOURCE`, or name another folder with --data")
+    if dataset.get("format_version") != FORMAT_VERSION:
+        raise AlexprepError(
+            f"{data / DATASET} has format version {dataset.get('format_version')!r}, this alexprep reads {FORMAT_VERSION}: "
+            "use the alexprep that wrote it, or shard again"
+        )
+    return dataset
+
+
+def recorded_shards(dataset: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """What a dataset.json says of each shard that has a tar: name, samples, bytes, sha256.
+
+    Raises:
+        KeyError, TypeError, AttributeError: it is damaged.
+    """
+    for record in dataset["splits"].values():
+        yield from record["shards"]
+
+
+def split_record(dataset: dict[str, Any], split: str, data: Path) -> dict[str, Any]:
+    """What dataset.json says of one split.
+
+    Raises:
+        AlexprepError: there is no such split, or it holds no sample.
+    """
+    record = dataset["splits"].get(split)
+    if record is None or not record["samples"]:
+        filled = [name for name, other in dataset["splits"].items() if other["samples"]]
+        raise AlexprepError(f"{data} has no samples in split {split!r}; it has {', '.join(filled) or 'none at all'}")
+    return dict(record)
+
+
+def read_index(data: Path, split: str) -> NDArray[np.void]:
+    """index.npy of a split, memory-mapped: (samples,) of `INDEX_DTYPE`.
+
+    Raises:
+        AlexprepError: it is missing or is not such an array.
+    """
+    path = data / split / INDEX
+    try:
+        index: NDArray[np.void] = (
+            np.load(path, mmap_mode="r", allow_pickle=False)
+            if is_local(path)
+            else np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
+        )
+    except Exception as error:  # noqa: BLE001  (numpy parses the header as Python, and raises what that raises)
+        raise AlexprepError(f"{path} cannot be read ({error}): run the same `alexprep shard` again") from None
+    if index.dtype != INDEX_DTYPE or index.ndim != 1:
+        raise AlexprepError(f"{path} holds {index.dtype} of shape {index.shape}, not index records: shard again")
+    return index
+
+
+def data_digest(shards: dict[str, list[dict[str, Any]]], image: dict[str, Any], classes: list[str]) -> str:
+    """The identity of a data set, hex sha256: every shard's bytes, the image form, and the meaning of the labels."""
+    digests = {split: [record["sha256"] for record in records] for split, records in shards.items()}
+    return digest_json({"shards": digests, "image": image, "classes": classes})

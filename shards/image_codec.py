@@ -1,0 +1,250 @@
+"""Bytes of any image in, bytes of a square RGB image out. A refused image is a reason, not an exception.
+
+Pixels are uint8 (height, width, 3), RGB, 0-255. Only the region that the square needs is decoded.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from nvidia import nvimgcodec
+
+from alexprep.shards.geometry import to_square, upright
+from alexprep.shards.opinion import (
+    MAX_PIXELS,
+    Refused,
+    exif_orientation,
+    has_end,
+    second_opinion,
+    too_large,
+    too_many_scans,
+)
+from alexprep.shards.resample import Resize
+
+FORMATS = {"jpg": "jpg", "png": "png", "raw": "npy"}  # --format → the member's extension
+
+# What nvImageCodec is trusted with. Its JPEG 2000 decoder was seen to crash on a damaged file; Pillow reads the other types.
+_CODECS = ("jpeg", "png", "webp", "bmp", "pnm")
+
+_SUBSAMPLING = {
+    "420": nvimgcodec.ChromaSubsampling.CSS_420,
+    "422": nvimgcodec.ChromaSubsampling.CSS_422,
+    "444": nvimgcodec.ChromaSubsampling.CSS_444,
+}
+
+
+@dataclass(frozen=True)
+class Target:
+    """The form that images are brought to.
+
+    Attributes:
+        size: side of the square, pixels. 256 in the paper (section 2).
+        filter: one of `alexprep.shards.resample.FILTERS`; "area" is what the 2012 data had (area when shrinking, cubic
+            when enlarging).
+        format: "jpg", "png" or "raw" (a .npy member).
+        reencode: "needed" keeps the bytes of a source that already has this form; "always" does not.
+        quality: JPEG quality, 1-100; 95 as the original's make-data.
+        subsampling: JPEG chroma subsampling, "420", "422" or "444".
+        orient: whether the EXIF orientation is applied; neither the 2012 code nor torchvision's ImageFolder did.
+        device: what decodes, resizes and encodes, "cpu" or "cuda". It is part of the form, since decoders differ by a
+            grey level here and there.
+    """
+
+    size: int = 256
+    filter: Literal["area", "bilinear", "bicubic", "lanczos"] = "area"
+    format: Literal["jpg", "png", "raw"] = "jpg"
+    reencode: Literal["needed", "always"] = "needed"
+    quality: int = 95
+    subsampling: Literal["420", "422", "444"] = "420"
+    orient: bool = False
+    device: Literal["cpu", "cuda"] = "cpu"
+
+
+@dataclass(frozen=True)
+class Converted:
+    """An image in the target form; `kept` says that its bytes are the source's own."""
+
+    data: bytes
+    width: int
+    height: int
+    kept: bool
+
+
+class Codec:
+    """Decodes, resizes and encodes on one core. Not to be shared by threads."""
+
+    batch = 1  # how many inputs `convert_many` is best given
+
+    def __init__(self, target: Target) -> None:
+        """Opens the decoder and the encoder for one `target`."""
+        self.target = target
+        cpu = {
+            "device_id": nvimgcodec.NVIMGCODEC_DEVICE_CPU_ONLY,
+            "max_num_cpu_threads": 1,
+            "backends": [nvimgcodec.Backend(nvimgcodec.BackendKind.CPU_ONLY)],
+        }
+        self._decoder = nvimgcodec.Decoder(**cpu)
+        self._encoder = nvimgcodec.Encoder(**cpu)
+        plain = {"apply_exif_orientation": False, "color_spec": nvimgcodec.ColorSpec.SRGB}
+        self._decode_params = nvimgcodec.DecodeParams(**plain)
+        self._planar_params = nvimgcodec.DecodeParams(**plain, sample_format=nvimgcodec.SampleFormat.P_RGB)
+        self._encode_params = nvimgcodec.EncodeParams(
+            quality_type=nvimgcodec.QualityType.QUALITY,
+            quality_value=target.quality,
+            chroma_subsampling=_SUBSAMPLING[target.subsampling],
+        )
+
+    def convert_many(self, inputs: Sequence[bytes | NDArray[np.uint8]]) -> list[Converted | Refused]:
+        """`convert` of each."""
+        return [self.convert(data) for data in inputs]
+
+    def convert(self, data: bytes | NDArray[np.uint8]) -> Converted | Refused:
+        """Brings one image to the target form. Never raises for what `data` holds.
+
+        Args:
+            data: an encoded image, or pixels: uint8 (H, W, 3) RGB or (H, W) grey.
+        """
+        try:
+            return self._convert(data) if isinstance(data, bytes) else self._convert_pixels(data)
+        except MemoryError:
+            return Refused("needs more memory than a worker may have")
+
+    def _convert_pixels(self, pixels: NDArray[np.uint8]) -> Converted | Refused:
+        if pixels.ndim == 2:
+            pixels = np.repeat(pixels[:, :, None], 3, axis=2)
+        height, width = pixels.shape[:2]
+        resize = to_square(height, width, self.target.size, self.target.filter)
+        top, left, bottom, right = resize.region
+        return Converted(self._finish(pixels[top:bottom, left:right], resize), width, height, kept=False)
+
+    def _convert(self, data: bytes) -> Converted | Refused:
+        if not data:
+            return Refused("empty file")
+        if refusal := too_many_scans(data):
+            return refusal
+        stream = self._parse(data)
+        if stream is not None and (refusal := too_large(stream.height, stream.width, stream.num_channels)):
+            return refusal
+        orientation = self._orientation(data, stream)
+        if stream is not None and (orientation == 1 or not self.target.orient):
+            resize = to_square(stream.height, stream.width, self.target.size, self.target.filter)
+            region = self._decode(stream, resize.region)
+            if region is not None:
+                keep = orientation == 1 and self._has_target_form(stream)
+                encoded = data if keep else self._finish(region, resize)
+                return Converted(encoded, stream.width, stream.height, keep)
+        whole = second_opinion(data)
+        if isinstance(whole, Refused):
+            return whole
+        height, width = whole.shape[:2]
+        square = self._convert_pixels(upright(whole, orientation) if self.target.orient else whole)
+        return replace(square, width=width, height=height)
+
+    def encode(self, pixels: NDArray[np.uint8]) -> bytes:
+        """Encodes uint8 (H, W, 3) RGB as the target's format says."""
+        if self.target.format == "raw":
+            return raw_header(*pixels.shape[:2]) + np.ascontiguousarray(pixels).tobytes()
+        image = nvimgcodec.as_image(np.ascontiguousarray(pixels))
+        if self.target.format == "png":
+            return bytes(self._encoder.encode(image, "png"))
+        return bytes(self._encoder.encode(image, "jpeg", params=self._encode_params))
+
+    def decode(self, data: bytes, planar: bool = False) -> NDArray[np.uint8] | None:
+        """All pixels of a whole image: uint8 (H, W, 3), or (3, H, W) if `planar`; None where it is refused."""
+        stream = self._parse(data)
+        if stream is None or stream.height * stream.width > MAX_PIXELS:
+            return None
+        image = self._decoder.decode(stream, params=self._planar_params if planar else self._decode_params)
+        return None if image is None else np.asarray(image.cpu())
+
+    def _parse(self, data: bytes) -> nvimgcodec.CodeStream | None:
+        """The stream's header, or None where nvImageCodec is not to decode it: another type, or not whole."""
+        try:
+            stream = nvimgcodec.CodeStream(data)
+            whole = stream.codec_name in _CODECS and (stream.codec_name != "jpeg" or has_end(data))
+            return stream if whole and stream.height > 0 and stream.width > 0 else None
+        except RuntimeError:  # the header is not one it knows
+            return None
+
+    def _orientation(self, data: bytes, stream: nvimgcodec.CodeStream | None) -> int:
+        """The EXIF orientation where it matters: to turn the image, or to know whether its bytes may be kept."""
+        wanted = self.target.orient or (
+            self.target.reencode == "needed"
+            and stream is not None
+            and stream.height == stream.width == self.target.size
+        )
+        return exif_orientation(data) if wanted else 1
+
+    def _decode(self, stream: nvimgcodec.CodeStream, box: tuple[int, int, int, int]) -> NDArray[np.uint8] | None:
+        """The pixels of (top, left, bottom, right); None where the decoder refuses the image."""
+        if box != (0, 0, stream.height, stream.width):
+            stream = stream.get_sub_code_stream(region=nvimgcodec.Region(*box))
+        image = self._decoder.decode(stream, params=self._decode_params)
+        return None if image is None else np.asarray(image.cpu())
+
+    def _finish(self, region: NDArray[np.uint8], resize: Resize) -> bytes:
+        size = self.target.size
+        done = (resize.vertical.source, resize.horizontal.source) == (size, size)
+        return self.encode(region if done else resize(np.ascontiguousarray(region)))
+
+    def _has_target_form(self, stream: nvimgcodec.CodeStream) -> bool:
+        if self.target.reencode == "always" or not stream.height == stream.width == self.target.size:
+            return False
+        codec = {"jpg": "jpeg", "png": "png", "raw": None}[self.target.format]
+        plain = stream.num_channels == 3 and stream.precision == 8
+        return bool(stream.codec_name == codec and plain and stream.color_spec != nvimgcodec.ColorSpec.PALETTE)
+
+
+@functools.lru_cache(maxsize=16)
+def raw_header(height: int, width: int) -> bytes:
+    """How a raw member begins, before its pixels: a .npy file of version 1.0."""
+    buffer = io.BytesIO()
+    np.lib.format.write_array_header_1_0(buffer, {"descr": "|u1", "fortran_order": False, "shape": (height, width, 3)})
+    return buffer.getvalue()
+
+
+def read_raw(data: bytes) -> NDArray[np.uint8] | None:
+    """The pixels of a raw member (.npy); None where it holds no bytes."""
+    try:
+        pixels: NDArray[np.uint8] = np.load(io.BytesIO(data), allow_pickle=False)
+    except Exception:  # noqa: BLE001  (numpy parses the header as Python, and raises what that raises)
+        return None
+    return pixels if pixels.dtype == np.uint8 else None
+
+
+def header_size(data: NDArray[np.uint8]) -> tuple[int, int] | None:
+    """Height and width that nvImageCodec, and so DALI, reads from an encoded image's header; None where it cannot."""
+    try:
+        stream = nvimgcodec.CodeStream(data)
+        return int(stream.height), int(stream.width)
+    except RuntimeError:
+        return None
+
+
+@functools.lru_cache(maxsize=1)
+def kept_decoder() -> Codec:
+    """A codec for decoding only, one a process: opening one costs more than an image."""
+    return Codec(Target())
+
+
+def check_device(target: Target) -> None:
+    """Raises AlexprepError where the target's device is not there."""
+    if target.device == "cuda":
+        from alexprep.shards.image_codec_cuda import check_cuda
+
+        check_cuda()
+
+
+def open_codec(target: Target) -> Codec:
+    """The codec of the target's device."""
+    if target.device == "cuda":
+        from alexprep.shards.image_codec_cuda import CudaCodec
+
+        return CudaCodec(target)
+    return Codec(target)

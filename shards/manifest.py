@@ -1,0 +1,182 @@
+"""What describes a whole data set, computed from the plan and the sidecars: index, ledger, _info.json, dataset.json.
+
+`build` publishes these; `verify` computes them again and compares.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from alexprep.shards.dataset_format import (
+    DATASET_FORMAT,
+    FORMAT_VERSION,
+    INDEX,
+    INDEX_DTYPE,
+    LEDGER,
+    data_digest,
+    shard_name,
+)
+from alexprep.shards.errors import AlexprepError
+from alexprep.shards.image_codec import FORMATS
+from alexprep.shards.plan import Plan, Shard, locations
+
+Sidecar = dict[str, Any]
+
+
+@dataclass
+class Description:
+    """Takes in one shard after the other, in the plan's order."""
+
+    plan: Plan
+    reasons: Counter[str] = field(default_factory=Counter)
+    kept: int = 0
+    _records: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    _indexes: dict[str, list[NDArray[Any]]] = field(default_factory=dict)
+    _ledgers: dict[str, list[pa.Table]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Every split of the plan is described, also one without a sample."""
+        for split in self.plan.document["splits"]:
+            self._records[split], self._indexes[split], self._ledgers[split] = [], [], []
+
+    def add(self, shard: Shard, planned: pa.Table, sidecar: Sidecar) -> None:
+        """Takes in a finished shard.
+
+        Args:
+            shard: which.
+            planned: its rows of plan.parquet.
+            sidecar: its sidecar.
+
+        Raises:
+            AlexprepError: the sidecar does not account for each planned input once.
+        """
+        name = shard_name(shard.split, shard.number)
+        self._ledgers[shard.split].append(ledger(name, planned, sidecar))
+        self._indexes[shard.split].append(index(shard, sidecar))
+        self.reasons.update(_general(entry["reason"]) for entry in sidecar["inputs"] if entry["status"] == "rejected")
+        self.kept += sum(entry.get("kept", False) for entry in sidecar["inputs"])
+        if sidecar["samples"]:
+            self._records[shard.split].append({"name": name} | {k: sidecar[k] for k in ("samples", "bytes", "sha256")})
+
+    @property
+    def samples(self) -> dict[str, int]:
+        """Written images by split."""
+        return {split: sum(record["samples"] for record in records) for split, records in self._records.items()}
+
+    @property
+    def tar_bytes(self) -> int:
+        """Of all tars."""
+        return sum(record["bytes"] for records in self._records.values() for record in records)
+
+    def names(self) -> list[str]:
+        """What `files` gives content to."""
+        return [f"{split}/{name}" for split in self._records for name in (INDEX, LEDGER)]
+
+    def files(self) -> dict[str, bytes]:
+        """The content of index and ledger of each split, by name below the data set's folder."""
+        contents = {}
+        for split in self._records:
+            array, table = io.BytesIO(), io.BytesIO()
+            np.save(array, np.concatenate(self._indexes[split]), allow_pickle=False)
+            pq.write_table(pa.concat_tables(self._ledgers[split]), table, compression="zstd")
+            contents[f"{split}/{INDEX}"] = array.getvalue()
+            contents[f"{split}/{LEDGER}"] = table.getvalue()
+        return contents
+
+    def dataset(self, file_digests: dict[str, str]) -> dict[str, Any]:
+        """dataset.json, given the sha256 of the files beside it."""
+        document = self.plan.document
+        keys = ("size", "filter", "format", "quality", "subsampling", "orient", "device")
+        image = {key: document["options"][key] for key in keys}
+        return {
+            "format": DATASET_FORMAT,
+            "format_version": FORMAT_VERSION,
+            "digest": data_digest(self._records, image, document["classes"]),
+            "image": image | {"extension": FORMATS[image["format"]]},
+            "labels": document["options"]["labels"],
+            "classes": document["classes"],
+            "splits": {split: self._split(split) for split in self._records},
+            "files": file_digests,
+            "plan": self.plan.digest,
+            "options": document["options"],
+            "shard_samples": document["shard_samples"],
+            "source": {"layout": document["layout"], "inputs": document["inputs"]},
+            "versions": document["versions"],
+        }
+
+    def timm_info(self) -> dict[str, Any]:
+        """_info.json, as timm's webdataset reader wants it."""
+        samples = self.samples
+        return {
+            "splits": {
+                split: {
+                    "name": split,
+                    "num_samples": samples[split],
+                    "filenames": [f"{split}/{record['name']}.tar" for record in records],
+                    "shard_lengths": [record["samples"] for record in records],
+                }
+                for split, records in self._records.items()
+                if samples[split]
+            }
+        }
+
+    def _split(self, split: str) -> dict[str, Any]:
+        inputs, samples = self.plan.document["splits"][split]["inputs"], self.samples[split]
+        return {
+            "inputs": inputs,
+            "samples": samples,
+            "rejected": inputs - samples,
+            "bytes": sum(record["bytes"] for record in self._records[split]),
+            "shards": self._records[split],
+        }
+
+
+def ledger(name: str, planned: pa.Table, sidecar: Sidecar) -> pa.Table:
+    """The ledger's rows of one shard: every planned input, in order, with what became of it.
+
+    Raises:
+        AlexprepError: the sidecar lists another number of inputs.
+    """
+    entries = sidecar["inputs"]
+    if len(entries) != planned.num_rows:
+        raise AlexprepError(f"{name}.json lists {len(entries)} of {planned.num_rows} inputs: run `alexprep verify`")
+    return pa.table(
+        {
+            "key": pa.array([entry["key"] for entry in entries], pa.string()),
+            "shard": planned["shard"],
+            "label": planned["label"],
+            "source": pa.array(list(map(str, locations(planned))), pa.string()),
+            "width": pa.array([entry["width"] for entry in entries], pa.int32()),
+            "height": pa.array([entry["height"] for entry in entries], pa.int32()),
+            "status": pa.array([entry["status"] for entry in entries], pa.string()),
+            "kept": pa.array([entry.get("kept", False) for entry in entries], pa.bool_()),
+            "reason": pa.array([entry.get("reason") for entry in entries], pa.string()),
+        }
+    )
+
+
+def index(shard: Shard, sidecar: Sidecar) -> NDArray[Any]:
+    """The index records of one shard: (samples,) of `INDEX_DTYPE`."""
+    written = [entry for entry in sidecar["inputs"] if entry["status"] == "written"]
+    images = sidecar["members"][::2]
+    return np.array(
+        [(shard.number, m["offset"], m["size"], e["label"]) for m, e in zip(images, written, strict=True)], INDEX_DTYPE
+    )
+
+
+def _general(reason: str) -> str:
+    """A reason without its particulars, so that like ones are counted together.
+
+    >>> _general("cannot be decoded: image file is truncated (17 bytes not processed)")
+    'cannot be decoded: image file is truncated (N bytes not processed)'
+    """
+    return re.sub(r"\d[\d,]*", "N", reason.split(" (first bytes ")[0])

@@ -1,0 +1,194 @@
+"""Random access to the encoded images of finished shards, ours or other people's."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import resource
+from collections import OrderedDict
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from alexprep.shards.dataset_format import read_dataset, read_index, shard_name, split_record
+from alexprep.shards.errors import AlexprepError
+from alexprep.shards.storage import is_local
+from alexprep.shards.tar_header import BLOCK
+
+_MOST_OPEN = 512  # files; a set has thousands of shards, a process is often allowed 1,024 files
+_FETCHES = 4  # remote shards on their way at the same time
+
+
+class TarSamples:
+    """Samples that lie in tars, by row.
+
+    Reading is by offset, without a shared file position and without mappings: forked processes may read at the same time, memory does
+    not grow, and a shard that gets shorter is an error rather than a crash. Not to be shared by threads.
+
+    Attributes:
+        index: (samples,) records with at least "shard", "offset", "size", "label", ascending by shard and offset.
+        labels: int64 (samples,).
+        keep_shards: how many remote shards are held in memory; local ones are read in place.
+    """
+
+    def __init__(self, paths: Mapping[int, Path], index: NDArray[np.void]) -> None:
+        """Nothing is opened yet.
+
+        Args:
+            paths: the tar of each shard number.
+            index: see the attribute.
+        """
+        self.index = index
+        self.labels: NDArray[np.int64] = index["label"].astype(np.int64)
+        self.keep_shards = 1
+        self._paths = paths
+        self._remote = any(not is_local(path) for path in paths.values())
+        self._files: OrderedDict[int, int] = OrderedDict()
+        self._most_open = min(_MOST_OPEN, max(8, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4))
+        self._fetched: OrderedDict[int, Future[NDArray[np.uint8]]] = OrderedDict()
+        self._pool: ThreadPoolExecutor | None = None
+        self._process = os.getpid()
+
+    def __len__(self) -> int:
+        """The number of samples."""
+        return len(self.index)
+
+    def __del__(self) -> None:
+        """Closes the files."""
+        for file in self._files.values() if hasattr(self, "_files") else ():
+            os.close(file)
+
+    @property
+    def remote(self) -> bool:
+        """Whether a shard lies elsewhere than in a local folder."""
+        return self._remote
+
+    def encoded(self, row: int) -> NDArray[np.uint8]:
+        """The encoded image of one sample: uint8 (bytes,).
+
+        Raises:
+            AlexprepError: the shard is missing, cannot be read, or is shorter than its index says.
+        """
+        record = self.index[row]
+        shard, offset, size = int(record["shard"]), int(record["offset"]), int(record["size"])
+        encoded = self._bytes(shard, offset, size)
+        if len(encoded) != size:
+            raise AlexprepError(
+                f"{self._paths[shard]} ends inside the sample at byte {offset:,}, which has {size:,} bytes: "
+                "`alexprep verify` tells more"
+            )
+        return encoded
+
+    def expect(self, rows_N: NDArray[np.int64]) -> None:
+        """Says which rows will be asked for soon, so that a slow disk or a remote store can begin to deliver. Returns at once."""
+        records = self.index[rows_N]
+        if self._remote:
+            for shard in dict.fromkeys(records["shard"].tolist()):
+                self._fetch(shard)
+            return
+        for shard, offset, size in zip(*(records[name].tolist() for name in ("shard", "offset", "size")), strict=True):
+            with contextlib.suppress(AlexprepError, OSError):  # whoever reads the sample will say what is wrong
+                os.posix_fadvise(self._file(shard), offset, size, os.POSIX_FADV_WILLNEED)
+
+    def rows_of(self, shard: int) -> range:
+        """The rows that lie in one shard; they are contiguous."""
+        first, last = np.searchsorted(self.index["shard"], [shard, shard + 1])
+        return range(int(first), int(last))
+
+    def where(self, row: int) -> str:
+        """Names a sample for messages: its shard, its offset, and its member's name where it can be read."""
+        record = self.index[row]
+        shard, offset = int(record["shard"]), int(record["offset"])
+        name = ""
+        with contextlib.suppress(AlexprepError):
+            header = self._bytes(shard, offset - BLOCK, BLOCK).tobytes()
+            if header[257:262] == b"ustar":
+                name = f" ({header[:100].split(bytes(1))[0].decode('utf-8', 'backslashreplace')})"
+        return f"{self._paths[shard]} at byte {offset:,}{name}"
+
+    def _bytes(self, shard: int, offset: int, size: int) -> NDArray[np.uint8]:
+        if self._remote:
+            try:
+                return self._fetch(shard).result()[offset : offset + size]
+            except AlexprepError:
+                self._fetched.pop(shard, None)  # the next one to ask tries again
+                raise
+        try:
+            return np.frombuffer(os.pread(self._file(shard), size, offset), np.uint8)
+        except OSError as error:
+            raise self._unreadable(shard, error) from None
+
+    def _file(self, shard: int) -> int:
+        file = self._files.get(shard)
+        if file is not None:
+            self._files.move_to_end(shard)
+            return file
+        while file is None:
+            try:
+                file = os.open(self._paths[shard], os.O_RDONLY | os.O_CLOEXEC)
+            except OSError as error:
+                if error.errno != errno.EMFILE or not self._files:
+                    raise self._unreadable(shard, error) from None
+                self._close_one()  # this process may have no more files open: others have taken what was counted on
+        self._files[shard] = file
+        if len(self._files) > self._most_open:
+            self._close_one()
+        return file
+
+    def _close_one(self) -> None:
+        os.close(self._files.popitem(last=False)[1])
+
+    def _fetch(self, shard: int) -> Future[NDArray[np.uint8]]:
+        if self._process != os.getpid():  # threads, and what they were at, stay with the parent of a fork
+            self._pool, self._process = None, os.getpid()
+            self._fetched.clear()
+        future = self._fetched.get(shard)
+        if future is None:
+            self._pool = self._pool or ThreadPoolExecutor(_FETCHES, "alexprep-fetch")
+            future = self._fetched[shard] = self._pool.submit(self._download, shard)
+            while len(self._fetched) > self.keep_shards:
+                self._fetched.popitem(last=False)
+        self._fetched.move_to_end(shard)
+        return future
+
+    def _download(self, shard: int) -> NDArray[np.uint8]:
+        try:
+            return np.frombuffer(self._paths[shard].read_bytes(), np.uint8)
+        except (OSError, ValueError) as error:
+            raise self._unreadable(shard, error) from None
+
+    def _unreadable(self, shard: int, error: Exception) -> AlexprepError:
+        return AlexprepError(f"{self._paths[shard]} cannot be read ({error}): `alexprep verify` tells more")
+
+
+class Samples(TarSamples):
+    """The samples of one split of a data set that `alexprep shard` made.
+
+    Attributes:
+        data: the data set's folder.
+        split: the split's name.
+        dataset: dataset.json.
+    """
+
+    def __init__(self, data: Path, split: str) -> None:
+        """Opens the index; shards are opened when they are first read.
+
+        Raises:
+            AlexprepError: the data set is missing, unfinished, or has no sample in this split.
+        """
+        self.data, self.split = data, split
+        self.dataset: dict[str, Any] = read_dataset(data)
+        record = split_record(self.dataset, split, data)
+        index = read_index(data, split)
+        if len(index) != record["samples"]:
+            raise AlexprepError(
+                f"{data / split} has an index of {len(index):,} samples, dataset.json says {record['samples']:,}: "
+                "run the same `alexprep shard` again"
+            )
+        numbers = np.unique(index["shard"]).tolist()
+        super().__init__({n: data / split / f"{shard_name(split, n)}.tar" for n in numbers}, index)

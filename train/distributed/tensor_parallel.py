@@ -1,0 +1,221 @@
+"""A rank's part of a network, made from the whole network by walking its layers: no scheme has a network of its own.
+
+Two things are tracked from layer to layer: whether a rank has all rows (images) of the batch, and whether it has all maps. A layer that
+is split keeps this rank's kernels. Before a layer that reads maps which other ranks have, and only there, a `Gather` is put.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+from torch import nn
+
+from alexprep.pipeline.sampler import rank_part
+from alexprep.shards.errors import AlexprepError
+from alexprep.train.distributed.world import World
+from alexprep.train.models.layers import LocalResponseNorm, Overhang, PaperDropout, Scale
+from alexprep.train.parallel.exchange import Gather, Rows, Take, WholeDraw
+
+Scheme = Literal["single", "ddp", "towers", "hybrid"]
+SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
+LOGITS = "logits"  # counts as a layer: what the loss reads
+
+# Layers that treat each map by itself, so that a rank applies them to its own. Others say so with `mixes_maps = False`.
+MAPWISE = (nn.ReLU, nn.Tanh, nn.Sigmoid, nn.Softplus, nn.Identity, nn.MaxPool2d, nn.AvgPool2d, Overhang, Scale)
+DROPOUTS = (PaperDropout, nn.Dropout)
+
+
+@dataclass
+class Part:
+    """What one rank holds.
+
+    Attributes:
+        network: from the rank's images to the logits of the whole batch; parameters are named as in the whole network.
+        split: the kernels that each rank holds (dimension 0), by the name of the parameter; others are whole on every rank.
+        summed: parameters whose gradients must be added up over the ranks, since each rank has only some of the rows.
+        rows: how the batch is split, None if every rank has all of it.
+    """
+
+    network: nn.Module
+    split: dict[str, list[int]] = field(default_factory=dict)
+    summed: list[str] = field(default_factory=list)
+    rows: Rows | None = None
+
+
+def divide(count: int, ranks: int) -> list[int]:
+    """Sizes of the parts of `count` things, differing by one at most.
+
+    >>> divide(5, 2)
+    [2, 3]
+    """
+    parts = (rank_part(0, count, rank, ranks) for rank in range(ranks))
+    return [last - first for first, last in parts]
+
+
+def part_of(network: nn.Module, scheme: Scheme, world: World) -> Part:
+    """The part of a network that a rank holds.
+
+    Args:
+        network: the whole one, with its weights. "towers" and "hybrid" need an `nn.Sequential`, which may be nested; "ddp" changes the
+            network itself.
+        scheme: "single": all of it on one rank. "ddp": all of it on each rank, which has some of the rows. "towers": each rank has all
+            rows and its kernels of every layer. "hybrid": convolutions as in ddp, linear layers as in towers.
+        world: the ranks.
+
+    Raises:
+        AlexprepError: the network cannot be split like this; the message names the layer and what to do.
+    """
+    if scheme not in SCHEMES:
+        raise AlexprepError(f"there is no scheme {scheme!r}: use one of {', '.join(SCHEMES)}")
+    if scheme == "single":
+        if world.size > 1:
+            raise AlexprepError(f"the scheme single is for one rank, there are {world.size}: use towers, ddp or hybrid")
+        return Part(network)
+    if scheme == "ddp":
+        return _replica(network, world)
+    walk = _Walk(scheme, world)
+    if not isinstance(network, nn.Sequential):
+        raise AlexprepError(f"{scheme} needs an nn.Sequential, not {type(network).__name__}: use ddp")
+    layers = walk.layers(network, "")
+    if walk.part.rows is not None and not walk.gathered_rows:
+        raise AlexprepError("hybrid splits linear layers and this network has none: use ddp")
+    if walk.maps is not None:
+        layers[f"gather_{LOGITS}"] = Gather(LOGITS, 1, walk.maps, world, replicated=True)
+    walk.part.network = nn.Sequential(layers)
+    return walk.part
+
+
+def _replica(network: nn.Module, world: World) -> Part:
+    """The network itself; its dropout draws for the whole batch and its logits are gathered."""
+    rows = Rows(world.size)
+    for name, layer in list(network.named_modules()):
+        _refuse_batch_norm(name, layer)
+        for child_name, child in layer.named_children():
+            if isinstance(child, DROPOUTS):
+                setattr(layer, child_name, WholeDraw(child, rows, None, world))
+    gather = Gather(LOGITS, 0, rows, world, replicated=True)
+    network.register_forward_hook(lambda module, given, logits: gather(logits))
+    return Part(network, {}, [name for name, _ in network.named_parameters()], rows)
+
+
+class _Walk:
+    """From layer to layer, with what a rank has at that point."""
+
+    def __init__(self, scheme: Scheme, world: World) -> None:
+        self.scheme, self.world, self.ranks = scheme, world, world.size
+        self.part = Part(nn.Identity(), rows=Rows(world.size) if scheme == "hybrid" else None)
+        self.gathered_rows = False
+        self.maps: list[int] | None = None  # of each rank; None: a rank has all
+
+    def layers(self, network: nn.Sequential, prefix: str) -> OrderedDict[str, nn.Module]:
+        """The rank's layers, in order, with what is put between them."""
+        made: OrderedDict[str, nn.Module] = OrderedDict()
+        for name, layer in network.named_children():
+            for role, module in self._layer(prefix + name, layer):
+                made[f"{role}_{name}" if role else name] = module
+        return made
+
+    def _layer(self, name: str, layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        _refuse_batch_norm(name, layer)
+        if isinstance(layer, nn.Sequential):
+            yield "", nn.Sequential(self.layers(layer, name + "."))
+        elif type(layer) is nn.Linear or (type(layer) is nn.Conv2d and self.scheme == "towers"):
+            yield from self._kernels(name, layer)
+        elif isinstance(layer, DROPOUTS):
+            rows = None if self.gathered_rows else self.part.rows
+            whole = rows is None and self.maps is None
+            yield "", layer if whole else WholeDraw(layer, rows, self.maps, self.world)
+        elif isinstance(layer, LocalResponseNorm) and self.maps is not None:
+            yield from self._response_norm(name, layer)
+        elif isinstance(layer, nn.Flatten) and self.maps is not None and (layer.start_dim, layer.end_dim) != (1, -1):
+            raise AlexprepError(f"{name} must flatten from dimension 1 to the last where maps are split: use ddp")
+        else:
+            known = isinstance(layer, (*MAPWISE, nn.Flatten)) or not getattr(layer, "mixes_maps", True)
+            weights = [parameter for parameter, _ in layer.named_parameters()]
+            if self.maps is not None and (weights or not known):
+                raise AlexprepError(
+                    f"{self.scheme} cannot split {name}, a {type(layer).__name__}: use ddp (a layer without weights that treats each "
+                    "map by itself may say so with mixes_maps = False)"
+                )
+            self._count_rows(name, weights)
+            yield "", layer
+
+    def _count_rows(self, name: str, weights: list[str]) -> None:
+        """Notes the parameters of a layer that every rank holds whole."""
+        if not weights:
+            return
+        if self.part.rows is None or self.gathered_rows:
+            raise AlexprepError(f"{self.scheme} has no way to split {name}: use ddp")
+        self.part.summed += [f"{name}.{weight}" for weight in weights]
+
+    def _kernels(self, name: str, layer: nn.Linear | nn.Conv2d) -> Iterator[tuple[str, nn.Module]]:
+        """This rank's kernels of a layer; before them an exchange, if they read what other ranks have."""
+        if self.part.rows is not None and not self.gathered_rows:
+            yield "gather_rows", Gather(name, 0, self.part.rows, self.world)
+            self.gathered_rows = True
+        groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
+        inputs = layer.in_channels if isinstance(layer, nn.Conv2d) else layer.in_features
+        if groups == 1 and self.maps is not None:
+            each = inputs // sum(self.maps)  # after Flatten a map is many units, side by side
+            yield "gather", Gather(name, 1, [each * maps for maps in self.maps], self.world)
+        elif groups > 1:
+            if groups % self.ranks:
+                raise AlexprepError(
+                    f"{name} has {groups} groups, which do not divide among {self.ranks} ranks: start {groups} ranks, or use ddp"
+                )
+            if self.maps is None:
+                yield "take", Take(divide(inputs, self.ranks), self.world)
+        outputs = layer.out_channels if isinstance(layer, nn.Conv2d) else layer.out_features
+        self.maps = divide(outputs, self.ranks)
+        if not min(self.maps):
+            raise AlexprepError(f"{name} has {outputs} kernels for {self.ranks} ranks: start fewer ranks")
+        for weight, _ in layer.named_parameters():
+            self.part.split[f"{name}.{weight}"] = self.maps
+        yield "", _sliced(layer, self.maps, self.world.rank, groups > 1)
+
+    def _response_norm(self, name: str, layer: LocalResponseNorm) -> Iterator[tuple[str, nn.Module]]:
+        """On a rank's own maps where the towers are its own; else on all maps, of which it goes on with its own."""
+        assert self.maps is not None
+        if layer.towers % self.ranks == 0:
+            own = copy.deepcopy(layer)
+            own.towers //= self.ranks
+            yield "", own
+        else:
+            yield "gather", Gather(name, 1, self.maps, self.world)
+            yield "", layer
+            yield "take", Take(self.maps, self.world)
+
+
+def _sliced(layer: nn.Linear | nn.Conv2d, sizes: list[int], rank: int, grouped: bool) -> nn.Module:
+    """A layer with the kernels of one rank."""
+    made: nn.Linear | nn.Conv2d
+    bias = layer.bias is not None
+    if isinstance(layer, nn.Linear):
+        made = nn.Linear(layer.in_features, sizes[rank], bias, device="meta")
+    else:
+        made = nn.Conv2d(
+            layer.in_channels // len(sizes) if grouped else layer.in_channels,
+            sizes[rank],
+            layer.kernel_size,  # type: ignore[arg-type]
+            layer.stride,  # type: ignore[arg-type]
+            layer.padding,  # type: ignore[arg-type]
+            layer.dilation,  # type: ignore[arg-type]
+            layer.groups // len(sizes) if grouped else 1,
+            bias,
+            layer.padding_mode,
+            device="meta",
+        )
+    for name, weight in layer.named_parameters():
+        own = weight.detach().narrow(0, sum(sizes[:rank]), sizes[rank]).clone()
+        setattr(made, name, nn.Parameter(own, weight.requires_grad))
+    made.train(layer.training)
+    return made
+
+
+def _refuse_batch_norm(name: str, layer: nn.Module) -> None:
+    if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+        raise AlexprepError(f"{name} normalises over the images of a rank, not of the batch: train on one device")

@@ -1,0 +1,176 @@
+"""Several nets as one: the weighted mean of their probabilities, and weights that a labelled split chooses.
+
+The search is the one of the 2012 code's avg-valid script: one coefficient a net, all at 0.5 in the beginning; each in turn tries
+0, 0.05, … 1 and keeps what has the lowest top-5 error; again, until nothing falls. Ours breaks equal errors by the cross-entropy,
+and shares places among ties as everywhere (that script gives them to the lowest label).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from alexprep.shards.errors import AlexprepError
+from alexprep.train.evaluation.columns import Columns
+from alexprep.train.metrics import NO_LABELS, TOP
+from alexprep.train.predictions import Predicted
+
+GRID = 20  # a coefficient is a number of twentieths
+START = 10
+_NOISE = 1e-12  # what rounding may do to an error or a loss
+
+Weights = Literal["equal", "search"] | Sequence[float]
+
+
+def parse_weights(text: str) -> Weights:
+    """What `--weights` says: "equal", "search", or numbers.
+
+    Raises:
+        AlexprepError: it is none of these.
+
+    >>> parse_weights("2,1,1")
+    [2.0, 1.0, 1.0]
+    """
+    if text in ("equal", "search"):
+        return text  # type: ignore[return-value]
+    try:
+        return [float(number) for number in text.split(",")]
+    except ValueError:
+        raise AlexprepError(f"--weights {text} is neither equal, search, nor numbers like 2,1,1") from None
+
+
+def shares(weights: Sequence[float], nets: int) -> list[float]:
+    """Weights divided by their sum.
+
+    Raises:
+        AlexprepError: there is not one for each net, one is negative or not finite, or all are 0.
+
+    >>> shares([2, 1, 1], 3)
+    [0.5, 0.25, 0.25]
+    """
+    given = ",".join(f"{weight:g}" for weight in weights)
+    if len(weights) != nets:
+        raise AlexprepError(f"--weights {given} are {len(weights)} numbers for {nets} nets: give one a net")
+    if not all(0 <= weight < math.inf for weight in weights) or not sum(weights) > 0:
+        raise AlexprepError(f"--weights {given}: they must be 0 or more, and not all 0")
+    # Scaled, or the sum of large ones is infinite; a power of two rounds nothing.
+    _, exponent = math.frexp(max(weights))
+    parts = [math.ldexp(weight, -exponent) for weight in weights]
+    total = math.fsum(parts)
+    return [part / total for part in parts]
+
+
+def mixture(logs: torch.Tensor, weights: Sequence[float]) -> torch.Tensor:
+    """The logarithm of the weighted mean of probabilities.
+
+    Args:
+        logs: float64 (N, K, classes), logarithms of probabilities.
+        weights: K, with sum 1.
+
+    Returns:
+        float64 (N, classes).
+    """
+    if logs.shape[1] == 1:
+        return logs[:, 0]
+    return torch.logsumexp(logs + torch.tensor(weights, dtype=logs.dtype, device=logs.device).log()[:, None], dim=1)
+
+
+class Contest:
+    """All that decides top-5 error and cross-entropy for every possible weighting, and nothing else.
+
+    A class that every net puts above the label, or every net below it, is there whatever the weights. Only the others are kept, and only
+    of images where they matter: for trained nets a few in a hundred of all probabilities. In the worst case (untrained nets) it is all
+    of them, as float32.
+    """
+
+    def __init__(self) -> None:
+        """No image yet."""
+        self._settled = self._images = 0
+        self._label_logs = Columns(np.float64)  # (K, N)
+        self._above = Columns(
+            np.int64
+        )  # (I,): of each contested image, the classes that are above the label in any case
+        self._own = Columns(np.float32)  # (K, I): the label's probability over the largest one of the image
+        self._owners = Columns(np.int64)  # (M,): of each undecided class, the contested image
+        self._others = Columns(np.float32)  # (K, M): its probability, likewise
+
+    def add(self, predicted: Predicted) -> None:
+        """Takes in a batch; images without a label do not count."""
+        known = predicted.labels >= 0
+        logs, labels = predicted.logs[known], predicted.labels[known]
+        own = logs.gather(2, labels[:, None, None].expand(-1, logs.shape[1], 1))  # (N, K, 1)
+        above, below = (logs > own).all(dim=1), (logs < own).all(dim=1)
+        undecided = ~(above | below)
+        undecided.scatter_(1, labels[:, None], False)
+        sure = above.sum(dim=1)
+        most = sure + undecided.sum(dim=1)
+        contested = (sure < TOP) & (most >= TOP)
+        self._settled += int((most < TOP).sum())
+        self._images += len(labels)
+        self._label_logs.add(own[:, :, 0].T.cpu().numpy())
+
+        images, classes = undecided[contested].nonzero(as_tuple=True)
+        rivals = logs[contested][images, :, classes]  # (M, K)
+        mine = own[contested][:, :, 0]  # (I, K)
+        largest = mine.amax(dim=1).scatter_reduce(0, images, rivals.amax(dim=1), "amax")
+        self._owners.add(images.cpu().numpy() + len(self._above))
+        self._above.add(sure[contested].cpu().numpy())
+        self._own.add((mine - largest[:, None]).exp().T.cpu().numpy())
+        self._others.add((rivals - largest[images, None]).exp().T.cpu().numpy())
+
+    def search(self) -> list[float]:
+        """Weights with sum 1 whose top-5 error no change of one coefficient lowers.
+
+        Raises:
+            AlexprepError: no image has a label.
+        """
+        if not self._images:
+            raise AlexprepError(NO_LABELS)
+        coefficients = [START] * len(self._label_logs.array)
+        best = self.error(coefficients), self.loss(coefficients)
+        improved = True
+        while improved:
+            improved = False
+            for net in range(len(coefficients)):
+                for tried in range(GRID + 1):
+                    trial = [*coefficients[:net], tried, *coefficients[net + 1 :]]
+                    if tried == coefficients[net] or not any(trial):
+                        continue
+                    error = self.error(trial)
+                    if error > best[0] + _NOISE:
+                        continue
+                    loss = self.loss(trial)
+                    if error < best[0] - _NOISE or loss < best[1] - _NOISE:
+                        coefficients, best, improved = trial, (error, loss), True
+        return shares(coefficients, len(coefficients))
+
+    def error(self, coefficients: Sequence[float]) -> float:
+        """The top-5 error, 0 to 1."""
+        own, others = (_weighted(values.array, coefficients) for values in (self._own, self._others))
+        owners = self._owners.array
+        higher = np.bincount(owners, others > own[owners], minlength=len(own))
+        tied = np.bincount(owners, others == own[owners], minlength=len(own))
+        credit = np.clip((TOP - self._above.array - higher) / (1 + tied), 0, 1)
+        return 1 - (self._settled + math.fsum(credit.tolist())) / self._images
+
+    def loss(self, coefficients: Sequence[float]) -> float:
+        """The mean cross-entropy, nats, likewise."""
+        logs = self._label_logs.array
+        with np.errstate(divide="ignore"):
+            weighted = logs + np.log(shares(coefficients, len(coefficients)))[:, None]
+        largest = weighted.max(axis=0)
+        return float(-(np.log(np.exp(weighted - largest).sum(axis=0)) + largest).mean())
+
+
+def _weighted(values: NDArray[np.float32], coefficients: Sequence[float]) -> NDArray[np.float64]:
+    """The sum over nets, added in the same order for every entry, so that what ties in each net ties in the sum."""
+    total = np.zeros(values.shape[1])
+    for row, coefficient in zip(values, coefficients, strict=True):
+        if coefficient:
+            total += row.astype(np.float64) * coefficient
+    return total

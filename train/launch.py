@@ -1,0 +1,210 @@
+"""Starts the ranks of a job on this machine and watches them: one that dies or hangs ends the job, with its reason."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from alexprep.shards.errors import AlexprepError
+from alexprep.shards.worker_pool import cores
+from alexprep.train.distributed.world import STORE, TIMEOUT
+from alexprep.train.parallel.forward import Forwarded
+from alexprep.train.parallel.rank import PARENT
+
+POLL = 0.05  # seconds between looks at the ranks
+SETTLE = 0.3  # after a failure, for others that fell at the same moment
+LAST_LINES = 15  # of a failed rank's output, in the reason
+
+
+class RankFailed(AlexprepError):
+    """A rank died or stopped answering; the others were ended. The message says which, and why."""
+
+
+def launch(
+    target: str,
+    ranks: int,
+    arguments: Mapping[str, Any] | None = None,
+    *,
+    device: str | None = None,
+    backend: str | None = None,
+    timeout: float = TIMEOUT,
+) -> list[Any]:
+    """Calls a function in `ranks` fresh processes of this machine, and waits for them.
+
+    Rank 0 has this process's output; what others print is kept for the reason of a failure. SIGTERM, SIGHUP and Ctrl-C go to every rank once,
+    so that they can save and leave; a second one ends them and has its usual effect here. Ranks end when this process does.
+
+    Args:
+        target: "module:function" or "/path/file.py:function"; called as function(world, **arguments).
+        ranks: at least 1.
+        arguments: JSON values.
+        device: of every rank, see `from_environment`: a GPU each, where there are any.
+        backend: "nccl", "gloo" or None.
+        timeout: seconds that ranks wait for one another: no step, evaluation's step or checkpoint may take one rank longer.
+
+    Returns:
+        What each rank's function returned, by rank: JSON values.
+
+    Raises:
+        AlexprepError: a rank raised it: the same words.
+        RankFailed: a rank raised something else, was killed, or did not answer.
+    """
+    if ranks < 1:
+        raise AlexprepError(f"{ranks} ranks: there must be at least 1")
+    job = {
+        "target": target,
+        "arguments": dict(arguments or {}),
+        "device": device,
+        "backend": backend,
+        "timeout": timeout,
+        "path": sys.path,
+    }
+    with tempfile.TemporaryDirectory(prefix="alexprep-job-") as name:
+        folder = Path(name)
+        (folder / "job.json").write_text(json.dumps(job))
+        store, port = _store(timeout)
+        processes: list[subprocess.Popen[bytes]] = []
+        try:
+            with Forwarded(processes) as forwarded:
+                for rank in range(ranks):
+                    processes.append(_start(folder, rank, ranks, port))
+                _watch(processes, folder, timeout, forwarded)
+        finally:
+            for process in processes:
+                process.kill()
+            for process in processes:
+                process.wait()
+            del store
+        return [json.loads((folder / f"result-{rank}.json").read_text()) for rank in range(ranks)]
+
+
+def _store(timeout: float) -> tuple[Any, int]:
+    """Where the ranks find one another: in this process, which outlives any rank, on a free port that only this machine can reach."""
+    listener = socket.create_server(("127.0.0.1", 0), backlog=128)
+    port: int = listener.getsockname()[1]
+    limit = timedelta(seconds=timeout)
+    store = dist.TCPStore(  # type: ignore[attr-defined]
+        "127.0.0.1", port, None, True, limit, False, master_listen_fd=listener.detach()
+    )
+    return store, port
+
+
+def _start(folder: Path, rank: int, ranks: int, port: int) -> subprocess.Popen[bytes]:
+    """One rank, in a session of its own: a Ctrl-C of the terminal reaches it through this process alone."""
+    environment = {
+        "OMP_NUM_THREADS": str(
+            max(1, cores() // ranks)
+        ),  # torch's threads; all of the machine's for each would be slower
+        **({"GLOO_SOCKET_IFNAME": "lo"} if "lo" in {name for _, name in socket.if_nameindex()} else {}),
+        **os.environ,
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        STORE: "1",
+        PARENT: str(os.getpid()),
+    }
+    output = None if rank == 0 else (folder / f"output-{rank}").open("wb")
+    try:
+        return subprocess.Popen(
+            [sys.executable, "-m", "alexprep.train.parallel.rank", str(folder)],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=None if output is None else subprocess.STDOUT,
+            start_new_session=True,
+        )
+    finally:
+        if output is not None:
+            output.close()
+
+
+def _watch(processes: list[subprocess.Popen[bytes]], folder: Path, timeout: float, forwarded: Forwarded) -> None:
+    """Returns when every rank has ended well.
+
+    Raises:
+        AlexprepError, RankFailed: one has not.
+    """
+    stopped_since: dict[int, float] = {}
+    first_end: float | None = None
+    while True:
+        codes = [process.poll() for process in processes]
+        if any(codes):
+            time.sleep(SETTLE)
+            forwarded.check([process.poll() for process in processes])
+            raise _reason(processes, folder, timeout)
+        if all(code == 0 for code in codes):
+            return
+        now = time.monotonic()
+        running = [rank for rank, code in enumerate(codes) if code is None]
+        if len(running) < len(codes):
+            first_end = first_end or now
+            if now - first_end > timeout:
+                raise RankFailed(f"rank {running[0]} still runs {timeout:g} s after others had ended")
+        for rank in running:
+            if _state(processes[rank].pid) in ("T", "t"):
+                if now - stopped_since.setdefault(rank, now) > timeout:
+                    raise RankFailed(f"rank {rank} is stopped (SIGSTOP) and did not answer for {timeout:g} s")
+            else:
+                stopped_since.pop(rank, None)
+        time.sleep(POLL)
+
+
+def _reason(processes: list[subprocess.Popen[bytes]], folder: Path, timeout: float) -> AlexprepError:
+    """Why the job failed: a rank that is stopped, else one killed by a signal, else the first that raised.
+
+    In this order, since NCCL's watchdog kills the ranks that waited for a stopped one.
+    """
+    codes = [process.poll() for process in processes]
+    told: dict[int, dict[str, Any]] = {}
+    for rank in range(len(codes)):
+        file = folder / f"failure-{rank}.json"
+        with contextlib.suppress(FileNotFoundError, ValueError):  # it may be cut off by a full disk
+            told[rank] = json.loads(file.read_text())
+    silent = [rank for rank, code in enumerate(codes) if code and rank not in told]
+    stopped = [rank for rank, code in enumerate(codes) if code is None and _state(processes[rank].pid) in ("T", "t")]
+    if stopped:
+        return RankFailed(f"rank {stopped[0]} is stopped (SIGSTOP) and did not answer for {timeout:g} s")
+    if silent:
+        code = codes[silent[0]] or 0
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit status {code}"
+        return RankFailed(f"rank {silent[0]} {how}{_output(folder, silent[0])}")
+    rank = min(told, key=lambda number: float(told[number]["time"]))
+    kind, message = told[rank]["kind"], told[rank]["message"]
+    if kind == AlexprepError.__name__:
+        return AlexprepError(message)
+    waiting = [other for other, code in enumerate(codes) if code is None]
+    others = f" (still running: {', '.join(map(str, waiting))})" if waiting else ""
+    return RankFailed(f"rank {rank} failed{others}: {kind}: {message}{_output(folder, rank)}")
+
+
+def _output(folder: Path, rank: int) -> str:
+    """The last lines that a rank printed; rank 0's are on the terminal."""
+    file = folder / f"output-{rank}"
+    if not file.exists():
+        return ""
+    lines = file.read_bytes()[-10_000:].decode(errors="replace").splitlines()[-LAST_LINES:]
+    return "".join(f"\n  rank {rank} | {line}" for line in lines)
+
+
+def _state(pid: int) -> str:
+    """The letter of a process's state in Linux's /proc; "" elsewhere."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (OSError, IndexError):
+        return ""

@@ -1,0 +1,149 @@
+"""Error of a network over a split: top-1 and top-5 in percent, mean cross-entropy, from one centre crop or ten views."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from alexprep.shards.errors import AlexprepError
+from alexprep.train.nonfinite import NotFinite
+from alexprep.train.precision import Precision, logits
+
+TOP = 5  # guesses an image, in the error that ILSVRC ranks by
+NO_LABELS = "none of the images has a label, so there is no error to measure: name another --split"
+
+
+class LabelledBatch(Protocol):
+    """What is read of a loader's `Batch`."""
+
+    @property
+    def images(self) -> torch.Tensor:
+        """Float (N, C, H, W), or (N, 10, C, H, W) for ten views."""
+
+    @property
+    def labels(self) -> torch.Tensor:
+        """Int64 (N,); -1 where the class is unknown."""
+
+
+def evaluate(network: nn.Module, batches: Iterable[LabelledBatch], precision: Precision = "fp32") -> dict[str, float]:
+    """Runs the network over one pass of a loader.
+
+    With ten views the softmax outputs are averaged over the views before anything is computed (section 4.1; the 2012 code did so too).
+    Figures are kept an image and added with one rounding, so they do not depend on where batches end. Images without a label are
+    left out.
+
+    Args:
+        network: left in the mode, training or evaluation, that it came in.
+        batches: with logits' device; at least one image with a label in all.
+        precision: that the network computes in; all the rest is float64.
+
+    Returns:
+        {"top1_error": percent, "top5_error": percent, "loss": nats, "samples": count}. Ties count in parts, see `credit`.
+        With fewer than five classes the top-5 error is 0.
+
+    Raises:
+        AlexprepError: there is no image, none has a label, or the network gives NaN or infinity.
+    """
+    columns: list[torch.Tensor] = []
+    was_training = network.training
+    network.eval()
+    try:
+        with torch.inference_mode():
+            columns.extend(
+                figures(log_probabilities(network, batch.images, precision), batch.labels) for batch in batches
+            )
+    finally:
+        network.train(was_training)
+    if not columns:
+        raise AlexprepError("there is no image to evaluate on: name another --split")
+    return means(torch.cat(columns, dim=1).cpu())
+
+
+def log_probabilities(network: nn.Module, images: torch.Tensor, precision: Precision = "fp32") -> torch.Tensor:
+    """The logarithm of what a network in evaluation mode gives each class; of the mean over the views, where there are views.
+
+    Args:
+        network: from (N, C, H, W) to logits (N, classes).
+        images: (N, C, H, W) or (N, views, C, H, W).
+        precision: that the network computes in.
+
+    Returns:
+        float64 (N, classes), nats. Logarithms, because a sure network's small probabilities would be 0.
+
+    Raises:
+        NotFinite: the network gives NaN or infinity.
+    """
+    views = images.shape[1] if images.ndim == 5 else 1
+    found = logits(network, images.flatten(0, 1) if images.ndim == 5 else images, precision)
+    if not torch.isfinite(found).all():
+        too_small = "in fp16 nothing may exceed 65,504: try --precision bf16"
+        diverged = "its training diverged, train again with a lower --lr"
+        raise NotFinite("the network gives NaN or infinity", too_small if precision == "fp16" else diverged)
+    logs: torch.Tensor = found.double().log_softmax(dim=1).reshape(-1, views, found.shape[1])
+    return logs.logsumexp(dim=1) - math.log(views)
+
+
+def figures(logs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy (nats), top-1 credit and top-5 credit of each image.
+
+    Args:
+        logs: float64 (N, classes), of probabilities.
+        labels: int64 (N,); -1 where unknown.
+
+    Returns:
+        float64 (3, N); NaN where the label is unknown.
+    """
+    unknown = labels < 0
+    labels = labels.clamp(min=0)
+    losses = -logs.gather(1, labels[:, None]).squeeze(1)
+    return torch.cat([losses[None], credits(logs, labels, (1, TOP))]).masked_fill(unknown, math.nan)
+
+
+def means(columns: torch.Tensor) -> dict[str, float]:
+    """What `evaluate` returns, from the columns of `figures` on the CPU.
+
+    Raises:
+        AlexprepError: no image has a label.
+    """
+    known = columns[:, ~columns[0].isnan()]
+    samples = known.shape[1]
+    if not samples:
+        raise AlexprepError(NO_LABELS)
+    losses, top1, top5 = known.tolist()
+    return {
+        "top1_error": 100 * (samples - math.fsum(top1)) / samples,
+        "top5_error": 100 * (samples - math.fsum(top5)) / samples,
+        "loss": math.fsum(losses) / samples,
+        "samples": samples,
+    }
+
+
+def credit(scores: torch.Tensor, labels: torch.Tensor, k: int) -> torch.Tensor:
+    """How far each label is among the `k` best scores, as in the 2012 code.
+
+    1 where it is, 0 where it is not. Where it ties with others for the last places, the places left over the number of those that tie.
+
+    Args:
+        scores: (N, classes), finite.
+        labels: int64 (N,), at least 0.
+        k: at least 1.
+
+    Returns:
+        float64 (N,) within 0 to 1.
+
+    >>> credit(torch.tensor([[3.0, 3.0, 1.0], [3.0, 2.0, 1.0]]), torch.tensor([0, 1]), 1).tolist()
+    [0.5, 0.0]
+    """
+    return credits(scores, labels, (k,))[0]
+
+
+def credits(scores: torch.Tensor, labels: torch.Tensor, ks: Sequence[int]) -> torch.Tensor:
+    """`credit` for several `ks`: float64 (len(ks), N)."""
+    own = scores.gather(1, labels[:, None])
+    better = torch.count_nonzero(scores > own, dim=1)  # three times as fast as a sum of truths
+    equal = torch.count_nonzero(scores == own, dim=1)
+    return torch.stack([((k - better).double() / equal).clamp(0.0, 1.0) for k in ks])

@@ -1,0 +1,187 @@
+"""AlexNet and its relatives in one process: one description, a switch for everything in which they differ.
+
+        kernels     from           output       then
+conv1   96 11x11/4  both           55x55x96     ReLU, response norm, pool
+conv2   256 5x5     own tower      27x27x256    ReLU, response norm, pool
+conv3   384 3x3     both           13x13x384    ReLU
+conv4   384 3x3     own tower      13x13x384    ReLU
+conv5   256 3x3     own tower      13x13x256    ReLU, pool
+fc6     4096        both, 6x6x256               ReLU, dropout
+fc7     4096        both                        ReLU, dropout
+fc8     classes     both                        (softmax in the loss)
+
+The two towers of section 3.2 are the two groups of grouped layers.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from alexprep.shards.errors import AlexprepError
+from alexprep.train.models.layers import LocalResponseNorm, Overhang, PaperDropout, SpatialResponseNorm, initialise
+
+SMALLEST_CROP = 67  # below it nothing is left after the third pool
+BIASES = dict.fromkeys(("conv2", "conv4", "conv5", "conv6", "fc6", "fc7"), 1.0)  # section 5; the others start at 0
+DEVIATION = 0.01  # section 5, and in the 2012 code for the layers that `middle_deviation` does not govern
+MIDDLE = ("conv3", "conv4", "conv5", "conv6")
+STEPS = ("relu", "norm", "spatial", "pool")  # what may follow a convolution
+
+
+@dataclass(frozen=True)
+class AlexNet:
+    """A network of the family; calling it makes one with its initial weights. The defaults are the paper's.
+
+    Attributes:
+        name: of the network.
+        kernels: of conv1 to conv5, all towers together (section 3.5).
+        hidden: neurons of fc6 and fc7.
+        towers: 2: conv2, conv4 and conv5 see the maps of their own half only, and so do the norms (section 3.2); 1: one column.
+        then1: what follows conv1, in this order: words of "relu", "norm" (across maps), "spatial" (within a map), "pool".
+        then2: what follows conv2.
+        then5: what follows conv5.
+        norm_alpha: of the norms across maps, not divided by their window of 5 (section 3.3).
+        norm_k: likewise.
+        pool: side of the pools' windows, at stride 2: 3 overlap (section 3.4), 2 do not.
+        middle_deviation: of the initial weights of conv3 to conv6.
+        last_bias: what fc8's biases start at.
+        sixth: whether conv6 follows the last pool: as many kernels as conv5 has, 3 wide, fed by all towers (section 6 mentions it,
+            layers-146-2011.cfg defines it).
+
+    Raises:
+        AlexprepError: a switch has no such position.
+
+    >>> sum(parameter.numel() for parameter in AlexNet()(1000).parameters())
+    60965224
+    """
+
+    name: str = "alexnet"
+    kernels: tuple[int, int, int, int, int] = (96, 256, 384, 384, 256)
+    hidden: tuple[int, int] = (4096, 4096)
+    towers: int = 2
+    then1: tuple[str, ...] = ("relu", "norm", "pool")
+    then2: tuple[str, ...] = ("relu", "norm", "pool")
+    then5: tuple[str, ...] = ("relu", "pool")
+    norm_alpha: float = 1e-4
+    norm_k: float = 2.0
+    pool: int = 3
+    middle_deviation: float = DEVIATION
+    last_bias: float = 0.0
+    sixth: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuses positions that a switch does not have, with AlexprepError."""
+        for field in ("then1", "then2", "then5"):
+            words = getattr(self, field)
+            if "pool" not in words or len(set(words)) != len(words) or not set(words) <= set(STEPS):
+                raise AlexprepError(f"{field} is {words}: a pool, and each other of {', '.join(STEPS)} at most once")
+        if self.towers not in (1, 2) or self.pool not in (2, 3):
+            raise AlexprepError(f"AlexNet has 1 or 2 towers and pools 2 or 3 wide, not {self.towers} and {self.pool}")
+
+    def __call__(self, classes: int, crop: int = 224, *, seed: int = 0, width: float = 1.0) -> nn.Sequential:
+        """The network with its initial weights.
+
+        Args:
+            classes: outputs of fc8.
+            crop: side of the input, pixels; 224 in the paper, any side from 67 works.
+            seed: of the initial weights.
+            width: scales the kernels of every layer but the last, to even numbers; 1 is the network itself.
+
+        Returns:
+            A network from float32 (N, 3, crop, crop), mean subtracted, on the 0-255 scale, to logits (N, classes).
+
+        Raises:
+            AlexprepError: crop or width is too small.
+        """
+        if crop < SMALLEST_CROP:
+            raise AlexprepError(
+                f"AlexNet needs crops of at least {SMALLEST_CROP} pixels, not {crop}: train the recipe tiny"
+            )
+        if not 1 / 16 <= width <= 4:
+            raise AlexprepError(f"width {width} of AlexNet is not within 1/16 to 4")
+        network = nn.Sequential(OrderedDict(self._layers(classes, crop, width)))
+        deviations = {name: DEVIATION for name, _ in network.named_children()}
+        deviations |= dict.fromkeys(MIDDLE, self.middle_deviation)
+        initialise(network, seed, deviations, BIASES | {"fc8": self.last_bias})
+        return network
+
+    def describe(self) -> dict[str, Any]:
+        """Every switch as JSON values, part of a run's identity."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+    def _layers(self, classes: int, crop: int, width: float) -> Iterator[tuple[str, nn.Module]]:
+        c1, c2, c3, c4, c5, f6, f7 = (2 * max(1, round(n / 2 * width)) for n in (*self.kernels, *self.hidden))
+        side = -(-(crop - 11) // 4) + 1
+        for _ in range(3):
+            side = (side - self.pool) // 2 + 1
+        yield "overhang1", Overhang(crop, kernel=11, stride=4)
+        yield "conv1", nn.Conv2d(3, c1, 11, stride=4)
+        yield from self._then(1, self.then1)
+        yield "conv2", nn.Conv2d(c1, c2, 5, padding=2, groups=self.towers)
+        yield from self._then(2, self.then2)
+        yield "conv3", nn.Conv2d(c2, c3, 3, padding=1)
+        yield from self._then(3, ("relu",))
+        yield "conv4", nn.Conv2d(c3, c4, 3, padding=1, groups=self.towers)
+        yield from self._then(4, ("relu",))
+        yield "conv5", nn.Conv2d(c4, c5, 3, padding=1, groups=self.towers)
+        yield from self._then(5, self.then5)
+        if self.sixth:
+            yield "conv6", nn.Conv2d(c5, c5, 3, padding=1)
+            yield "conv6_relu", nn.ReLU(inplace=True)  # relu6 follows fc6, which keeps its name in every network
+        yield "flatten", nn.Flatten()
+        yield "fc6", nn.Linear(c5 * side * side, f6)
+        yield "relu6", nn.ReLU(inplace=True)
+        yield "drop6", PaperDropout()
+        yield "fc7", nn.Linear(f6, f7)
+        yield "relu7", nn.ReLU(inplace=True)
+        yield "drop7", PaperDropout()
+        yield "fc8", nn.Linear(f7, classes)
+
+    def _then(self, number: int, words: tuple[str, ...]) -> Iterator[tuple[str, nn.Module]]:
+        """What follows a convolution, each named by its word and the convolution's number."""
+        for before, word in zip(("", *words), words, strict=False):
+            layer: nn.Module
+            if word == "relu":
+                layer = nn.ReLU(inplace=before not in ("norm", "spatial"))  # a norm's gradient needs its output
+            elif word == "norm":
+                layer = LocalResponseNorm(self.towers, k=self.norm_k, alpha=self.norm_alpha)
+            elif word == "spatial":
+                layer = SpatialResponseNorm()
+            else:
+                layer = nn.MaxPool2d(self.pool, 2)
+            yield f"{word}{number}", layer
+
+
+alexnet = AlexNet()
+
+# Net #145 of the released code (layers-145.cfg, layer-params-145.cfg), the one whose error the paper's Table 2 gives as "1 CNN".
+alexnet_2012 = AlexNet(
+    name="alexnet-2012",
+    then1=("norm", "pool", "relu"),
+    then2=("relu", "norm", "spatial", "pool"),
+    then5=("pool", "relu"),
+    norm_alpha=1e-4 / 5,
+    middle_deviation=0.03,
+)
+
+# Footnote 2 of the paper: one column, but conv5 and the layers above it as wide as in two (layers-145-half.cfg has these numbers).
+alexnet_1gpu = AlexNet(name="alexnet-1gpu", kernels=(48, 128, 192, 192, 256), towers=1)
+
+# Net #146: #145 with conv6 (layers-146-2012-2011.cfg).
+alexnet_6conv = replace(alexnet_2012, name="alexnet-6conv", sixth=True)
+
+# cuda-convnet2's network for one GPU (layers-imagenet-1gpu.cfg), whose widths torchvision took over.
+alexnet_owt = AlexNet(
+    name="alexnet-owt",
+    kernels=(64, 192, 384, 256, 256),
+    towers=1,
+    then1=("norm", "pool", "relu"),
+    then5=("pool", "relu"),
+    norm_alpha=1e-4 / 5,
+    middle_deviation=0.03,
+    last_bias=-7.0,
+)

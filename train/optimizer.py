@@ -1,0 +1,190 @@
+"""The paper's update rule, section 5, as a torch optimizer."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from alexprep.shards.errors import AlexprepError
+from alexprep.train.lr_schedule import unmatched_patterns
+from alexprep.train.parameters import is_bias, layer_and_kind
+from alexprep.train.recipes.recipe import Recipe
+
+VELOCITY = "velocity"
+# torch wraps these so that its compiler leaves them alone, and imports the compiler for that: a second of every process's start.
+_add_param_group = inspect.unwrap(Optimizer.add_param_group)
+_zero_grad = inspect.unwrap(Optimizer.zero_grad)
+
+
+class MomentumSGD(Optimizer):
+    """v <- momentum · v - decay · lr · w - lr · gradient, then w <- w + v: section 5.
+
+    The learning rate is inside the velocity. `torch.optim.SGD` keeps it outside, so a lower rate there shrinks the whole running step at
+    once, here only what is added from now on. At a constant rate the two agree.
+
+    At a rate of 0 the rule would still carry a weight on by its velocity. Here, as in the 2012 code (src/weights.cu), such a weight is
+    frozen: neither it nor its velocity changes, and when the rate is raised again it goes on with the velocity that it had.
+
+    >>> weight = torch.nn.Parameter(torch.tensor([1.0]))
+    >>> optimizer = MomentumSGD([{"params": [weight]}], lr=0.5, decay=0.0)
+    >>> weight.grad = torch.tensor([0.25])
+    >>> optimizer.step()
+    >>> weight.tolist()
+    [0.875]
+    """
+
+    def __init__(
+        self, groups: list[dict[str, Any]], *, lr: float, momentum: float = 0.9, decay: float = 0.0005
+    ) -> None:
+        """Groups of parameters and their rates.
+
+        Args:
+            groups: dictionaries of `params`, and optionally of `names` of these, `lr_factor` (times the rate) and `decay`; see
+                `parameter_groups`.
+            lr: the learning rate; change it with `set_learning_rate` or `set_rates`.
+            momentum: 0.9 in the paper.
+            decay: weight decay of the groups that name none, 0.0005 in the paper.
+
+        Raises:
+            AlexprepError: a number is out of its range.
+        """
+        if not 0 <= momentum < 1:
+            raise AlexprepError(f"the momentum is {momentum}, it must be at least 0 and below 1")
+        if not decay >= 0:
+            raise AlexprepError(f"the weight decay is {decay}, it must be 0 or more")
+        super().__init__(groups, {"names": None, "momentum": momentum, "decay": decay, "lr_factor": 1.0, "rates": None})
+        self.set_learning_rate(lr)
+
+    def set_learning_rate(self, lr: float) -> None:
+        """Sets the rate of every parameter: this one times its group's `lr_factor`.
+
+        Raises:
+            AlexprepError: the rate is negative or not a number.
+        """
+        for group in self.param_groups:
+            group["rates"] = [_checked(lr) * group["lr_factor"]] * len(group["params"])
+
+    def set_rates(self, rates: Mapping[str, float]) -> None:
+        """Sets the rate of every parameter by its name; the groups' `lr_factor` has no part in it.
+
+        Raises:
+            AlexprepError: a rate is negative or not a number, a parameter has no name, or a name no rate.
+        """
+        for group in self.param_groups:
+            if group["names"] is None:
+                raise AlexprepError("parameters without names have no rates of their own: use set_learning_rate")
+            if missing := [name for name in group["names"] if name not in rates]:
+                raise AlexprepError(f"there is no rate for {', '.join(missing)}")
+            group["rates"] = [_checked(rates[name]) for name in group["names"]]
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As `torch.optim.Optimizer` does it."""
+        _add_param_group(self, param_group)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As `torch.optim.Optimizer` does it."""
+        _zero_grad(self, set_to_none)
+
+    def velocities(self) -> list[torch.Tensor]:
+        """The velocity of every parameter, in the order of the groups; zeros before the first step. They are the live tensors."""
+        return [self._velocity(weight) for group in self.param_groups for weight in group["params"]]
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Moves every parameter that has a gradient and a rate above 0.
+
+        Raises:
+            AlexprepError: a closure was given: the rule evaluates the gradient once.
+        """
+        if closure is not None:
+            raise AlexprepError("MomentumSGD takes no closure: call backward() first, then step()")
+        for group in self.param_groups:
+            by_rate: dict[float, list[torch.Tensor]] = {}
+            for weight, rate in zip(group["params"], group["rates"], strict=True):
+                if weight.grad is not None and rate > 0:
+                    by_rate.setdefault(rate, []).append(weight)
+            for lr, weights in by_rate.items():
+                velocities = [self._velocity(weight) for weight in weights]
+                # One call for all of them, not one a tensor: on a GPU it is also one kernel.
+                torch._foreach_mul_(velocities, group["momentum"])
+                if group["decay"]:
+                    torch._foreach_add_(velocities, weights, alpha=-group["decay"] * lr)
+                torch._foreach_add_(velocities, [cast(torch.Tensor, weight.grad) for weight in weights], alpha=-lr)
+                torch._foreach_add_(weights, velocities)
+
+    def _velocity(self, weight: torch.Tensor) -> torch.Tensor:
+        state = self.state[weight]
+        if VELOCITY not in state:
+            state[VELOCITY] = torch.zeros_like(weight)
+        return cast(torch.Tensor, state[VELOCITY])
+
+
+def parameter_groups(
+    network: nn.Module,
+    *,
+    decay: float,
+    layer_decay: Mapping[str, float],
+    bias_lr_factor: float,
+    bias_decay: float = 0.0,
+) -> list[dict[str, Any]]:
+    """Groups for `MomentumSGD`: weights by their decay, then all biases.
+
+    Args:
+        network: what is called `bias` in its layer is a bias, every other parameter a weight.
+        decay: of the layers that `layer_decay` does not name.
+        layer_decay: decay by layer name.
+        bias_lr_factor: the biases' rate over the weights'; 1 in the paper, 2 in the 2012 code.
+        bias_decay: of the biases; they have none in the 2012 code.
+
+    Returns:
+        Dictionaries of `params`, their `names`, `decay` and `lr_factor`.
+
+    Raises:
+        AlexprepError: `layer_decay` names a layer that the network does not have.
+    """
+    by_decay: dict[float, dict[str, nn.Parameter]] = {}
+    biases: dict[str, nn.Parameter] = {}
+    unused = set(layer_decay)
+    for name, parameter in network.named_parameters():
+        layer, _ = layer_and_kind(name)
+        unused.discard(layer)
+        if is_bias(name):
+            biases[name] = parameter
+        else:
+            by_decay.setdefault(layer_decay.get(layer, decay), {})[name] = parameter
+    if unused:
+        raise AlexprepError(f"layer_decay names {', '.join(sorted(unused))}, which the network does not have")
+    groups = [(weights, value, 1.0) for value, weights in by_decay.items()] + [(biases, bias_decay, bias_lr_factor)]
+    return [
+        {"params": list(named.values()), "names": list(named), "decay": value, "lr_factor": factor}
+        for named, value, factor in groups
+    ]
+
+
+def optimizer_of(recipe: Recipe, network: nn.Module) -> MomentumSGD:
+    """The optimizer of a network with a recipe's decays and momentum.
+
+    Raises:
+        AlexprepError: the recipe's schedule or decays name a layer that the network does not have.
+    """
+    if unmatched := unmatched_patterns(recipe.schedule, [name for name, _ in network.named_parameters()]):
+        raise AlexprepError(f"the schedule names {', '.join(unmatched)}, which the network does not have")
+    groups = parameter_groups(
+        network,
+        decay=recipe.decay,
+        layer_decay=recipe.layer_decay,
+        bias_lr_factor=recipe.bias_lr_factor,
+        bias_decay=recipe.bias_decay,
+    )
+    return MomentumSGD(groups, lr=recipe.lr, momentum=recipe.momentum, decay=recipe.decay)
+
+
+def _checked(rate: float) -> float:
+    if not rate >= 0:
+        raise AlexprepError(f"the learning rate is {rate}, it must be 0 or more")
+    return rate

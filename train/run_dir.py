@@ -1,0 +1,168 @@
+"""Run folders: `runs/NAME/` with config.json, log.jsonl, checkpoints/ and, at the end, summary.json."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import itertools
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from alexprep.shards.dataset_format import DATASET, read_json
+from alexprep.shards.errors import AlexprepError
+from alexprep.shards.storage import is_temporary, json_bytes, publish_bytes, remove_temporaries
+from alexprep.train.saved.disk import publish, writing
+
+CONFIG, LOG, SUMMARY, CHECKPOINTS = "config.json", "log.jsonl", "summary.json", "checkpoints"
+LOCK = ".lock"
+TRACE, TENSORBOARD = "trace", "tensorboard"  # folders that are there if asked for
+PARTS = {"options": dict, "data": str, "identity": dict}  # of config.json; it also has versions
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+def create_run(runs: Path, name: str | None, recipe: str, config: Mapping[str, Any]) -> Path:
+    """Makes the folder of a new run, and in it config.json, which is what makes it a run.
+
+    A folder of that name without config.json, as a kill at this moment leaves it, is taken if it holds nothing else either. Of several
+    processes that want one name at once, one gets it.
+
+    Args:
+        runs: the folder of all runs; made if missing.
+        name: of the run; by default the recipe's name, or the first free one of recipe-2, recipe-3, …
+        recipe: the recipe's name.
+        config: the document, see `read_config`.
+
+    Raises:
+        AlexprepError: the name is taken or is not a plain file name; the disk is full or broken.
+    """
+    if name is None:
+        candidates: Iterator[str] = itertools.chain(
+            [_checked(recipe)], (f"{recipe}-{number}" for number in itertools.count(2))
+        )
+    else:
+        candidates = iter([_checked(name)])
+    for candidate in candidates:
+        if _claimed(runs / candidate, json_bytes(config)):
+            return runs / candidate
+    raise AlexprepError(
+        f"there is already a run {runs / str(name)}: continue it with --resume, or choose another --name"
+    )
+
+
+def find_run(runs: Path, name: str | None) -> Path:
+    """The folder of a run: the named one, or the one that was last active.
+
+    Raises:
+        AlexprepError: there is no such run.
+    """
+    if name is not None:
+        run = runs / _checked(name)
+        if not (run / CONFIG).exists():
+            raise AlexprepError(f"there is no run {run}: there are {', '.join(_names(runs)) or 'none'}")
+        return run
+    if not _names(runs):
+        raise AlexprepError(f"there is no run in {runs}: start one with `alexprep train`")
+    return max((runs / candidate for candidate in _names(runs)), key=_last_active)
+
+
+def read_config(run: Path) -> dict[str, Any]:
+    """config.json of a run: {"options", "data", "identity", "versions"}.
+
+    Raises:
+        AlexprepError: it cannot be read.
+    """
+    next_step = "mend that, or begin a new run"
+    config = read_json(run / CONFIG, next_step)
+    lacking = [name for name, kind in PARTS.items() if not isinstance(config.get(name), kind)]
+    if not lacking and not isinstance(config["options"].get("recipe"), str):
+        lacking = ["options.recipe"]
+    if lacking:
+        raise AlexprepError(f"{run / CONFIG} has no {' and no '.join(lacking)} as a run's has: {next_step}")
+    return config
+
+
+def still_there(run: Path, data: Path) -> Path:
+    """The data set that a run was trained on, `data`.
+
+    Raises:
+        AlexprepError: it is not where it was.
+    """
+    if not (data / DATASET).exists():
+        raise AlexprepError(f"{run} was trained on {data}, which holds no data set now: say with --data where it is")
+    return data
+
+
+def remember(run: Path, options: Mapping[str, Any], data: Path) -> None:
+    """Notes in config.json what a run goes on with from now on. The caller holds the run's lock.
+
+    Raises:
+        AlexprepError: the disk is full or broken.
+    """
+    config = read_config(run)
+    changed = config | {"options": config["options"] | options, "data": str(data.resolve())}
+    if changed != config:
+        publish(run / CONFIG, json_bytes(changed))
+
+
+@contextlib.contextmanager
+def locked(run: Path) -> Iterator[None]:
+    """Keeps other processes from training the same run inside the block; the kernel lets go when the process ends.
+
+    Raises:
+        AlexprepError: another process trains it.
+    """
+    with _lock(run) as ours:
+        if not ours:
+            raise AlexprepError(f"another process is training {run}: wait for it, or start a new run without --resume")
+        yield
+
+
+@contextlib.contextmanager
+def _lock(run: Path) -> Iterator[bool]:
+    """Holds the run's lock inside the block, unless another process does; tells which."""
+    with contextlib.ExitStack() as stack:
+        with writing(run / LOCK, next_step="run the same command again"):
+            file = stack.enter_context(open(run / LOCK, "w"))
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                ours = True
+            except BlockingIOError:
+                ours = False
+        yield ours
+
+
+def _claimed(run: Path, config: bytes) -> bool:
+    """Makes a folder a run, unless it is one already, holds something else, or another process is at it."""
+    file = run / CONFIG
+    with writing(file, len(config), "run the same command again"):
+        with contextlib.suppress(FileExistsError):  # what a folder of that name holds is looked at below
+            run.mkdir(parents=True)
+        if not _vacant(run):
+            return False
+        with _lock(run) as ours:
+            if not ours or not _vacant(run):
+                return False
+            publish_bytes(file, config)
+            remove_temporaries(run)
+    return True
+
+
+def _vacant(run: Path) -> bool:
+    """Whether a folder holds nothing but what a process leaves that is killed before it has published config.json."""
+    return run.is_dir() and all(path.name == LOCK or is_temporary(path.name) for path in run.iterdir())
+
+
+def _checked(name: str) -> str:
+    if not NAME.fullmatch(name):
+        raise AlexprepError(f"{name!r} cannot name a run: use up to 100 letters, digits, dots, dashes and underscores")
+    return name
+
+
+def _names(runs: Path) -> list[str]:
+    return sorted(config.parent.name for config in runs.glob(f"*/{CONFIG}"))
+
+
+def _last_active(run: Path) -> int:
+    return max((run / name).stat().st_mtime_ns for name in (CONFIG, LOG) if (run / name).exists())
