@@ -37,8 +37,8 @@ def eleven() -> Recipe:
 def measured(data: Path, runs: Path, recipe: Callable[[], Recipe]) -> dict[str, Any]:
     """Trains and evaluates."""
     from alexprep.train.config import TrainConfig
-    from alexprep.train.evaluation.run import evaluate_nets
-    from alexprep.train.saved.places import Place
+    from alexprep.train.evaluation import evaluate_nets
+    from alexprep.train.run_dir import Place
     from alexprep.train.trainer import train
 
     name = recipe.__name__

@@ -34,12 +34,10 @@ from faults_common import (
     wrong,
 )
 
-from alexprep.shards.begin import make_plan
-from alexprep.shards.conversion import build
+from alexprep.shards.conversion import build, make_plan, predict
 from alexprep.shards.image_codec import Codec, Target
 from alexprep.shards.plan import ShardOptions
 from alexprep.shards.sources.detection import find_source
-from alexprep.shards.space import predict
 from alexprep.shards.worker_pool import InProcessEngine
 
 
@@ -167,7 +165,7 @@ def _fill(path: Path) -> None:
 
 
 def _predictions(photos: Path, work: Path) -> dict[str, Any]:
-    """What `alexprep.shards.space.predict` says, over what the finished folder takes."""
+    """What `alexprep.shards.conversion.predict` says, over what the finished folder takes."""
     figures: dict[str, Any] = {}
     forms = [(4, Target(256)), (4, Target(128)), (4, Target(64, quality=75)), (12, Target(256, quality=60))]
     for times, target in [*forms, (1, Target(256)), (1, Target(96, format="png"))]:

@@ -21,7 +21,7 @@ from alexprep.shards import rgb_statistics
 from alexprep.shards.conversion import build
 from alexprep.shards.storage import is_temporary
 from alexprep.train import checkpoint, run_dir
-from alexprep.train.parallel.rank import PARENT
+from alexprep.train.launch import PARENT
 
 JOB = str(Path(__file__).with_name("faults_training_job.py"))
 IMAGES, BATCH = 120, 8  # 90 of them for training, less two that cannot be read: 11 steps an epoch

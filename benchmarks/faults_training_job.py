@@ -21,7 +21,8 @@ import torch
 
 from alexprep.pipeline.loader import Batch, Loader
 from alexprep.shards.errors import AlexprepError
-from alexprep.train import ranks, run_dir
+from alexprep.train import launch as launching
+from alexprep.train import run_dir
 from alexprep.train.config import TrainConfig
 from alexprep.train.distributed.world import World
 from alexprep.train.launch import launch
@@ -40,9 +41,9 @@ def main() -> None:
             arguments |= {"fault": job["fault"]}
             return launch(f"{__file__}:faulty_rank", count, arguments, device=device, timeout=job["timeout"])
 
-        vars(ranks)["launch"] = with_fault
+        vars(launching)["launch"] = with_fault
     try:
-        summary = ranks.train_anyhow(config(job["options"]))
+        summary = launching.train_anyhow(config(job["options"]))
     except AlexprepError as error:
         sys.exit(f"Error: {error}")
     if summary["stopped_by"]:

@@ -2,7 +2,7 @@
 
     python benchmarks/memory.py [--save]
 
-Images of just under the limit of their kind (alexprep.shards.opinion) are made in sixteen forms, a wide one too. One process converts all of them, in several orders
+Images of just under the limit of their kind (alexprep.shards.image_codec) are made in sixteen forms, a wide one too. One process converts all of them, in several orders
 (memory that one leaves behind must not decide about the next), under the same bound as a worker. Printed: how many are
 accepted, and the peak resident memory of the process.
 """
@@ -23,9 +23,8 @@ import numpy as np
 from common import report
 from PIL import Image
 
-from alexprep.shards import worker
-from alexprep.shards.image_codec import Codec, Converted, Target
-from alexprep.shards.opinion import MAX_PIXELS
+from alexprep.shards import worker_pool
+from alexprep.shards.image_codec import MAX_PIXELS, Codec, Converted, Target
 from alexprep.shards.worker_pool import IMAGE_BYTES
 
 SIDE = int(MAX_PIXELS**0.5)
@@ -64,11 +63,11 @@ def largest() -> Iterator[tuple[str, bytes]]:
 
 def convert(paths: list[str]) -> None:
     """In a process of its own: converts files as a worker does, and prints the refusals and the peak memory."""
-    worker.one_thread()
-    worker._reuse_memory()
+    worker_pool.one_thread()
+    worker_pool._reuse_memory()
     codec = Codec(Target())
-    worker._memory_bytes = IMAGE_BYTES
-    worker.limit_memory()
+    worker_pool._memory_bytes = IMAGE_BYTES
+    worker_pool.limit_memory()
     refused = {}
     for path in paths:
         result = codec.convert(Path(path).read_bytes())

@@ -17,11 +17,11 @@ from pathlib import Path
 
 from common import report
 
-from alexprep.shards.begin import make_plan
+from alexprep.shards.conversion import make_plan
 from alexprep.shards.dataset_format import PLAN, PLAN_TABLE
 from alexprep.shards.plan import Plan, ShardOptions
 from alexprep.shards.sources.base import Input, Location, Source
-from alexprep.shards.sources.files import LocalFiles
+from alexprep.shards.storage import LocalFiles
 
 
 @dataclass(frozen=True)

@@ -23,11 +23,10 @@ from typing import Any
 from common import in_turns, report
 from processes import Environment, Missing, Run, interpreter, run
 
-from alexprep.shards.geometry import to_square
-from alexprep.shards.image_codec import Codec, Target
+from alexprep.shards.image_codec import Codec, Target, to_square
 from alexprep.shards.resample import _band
 from alexprep.shards.sources.detection import find_source
-from alexprep.shards.worker import one_thread
+from alexprep.shards.worker_pool import one_thread
 
 PROCESSES = (1, 2)
 NEEDS = {  # by the name of the script in contestants/

@@ -12,9 +12,9 @@ from common import in_turns, report
 
 from alexprep.shards import rgb_statistics
 from alexprep.shards.image_codec import Codec, Target
-from alexprep.shards.moments import Accumulator
 from alexprep.shards.reader import Samples
-from alexprep.shards.worker import one_thread
+from alexprep.shards.rgb_statistics import Accumulator
+from alexprep.shards.worker_pool import one_thread
 
 
 def main() -> None:

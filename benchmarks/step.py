@@ -18,13 +18,10 @@ import torch
 import torch.nn.functional as F
 from common import report
 
-from alexprep.train.compiled import Compiled
 from alexprep.train.precision import PRECISIONS, Precision, arithmetic, float32_kernels
 from alexprep.train.recipes.registry import recipe_named
 from alexprep.train.runtime import keep_freed_memory
-from alexprep.train.step import take_step
-from alexprep.train.training_state import TrainingState
-from alexprep.train.update import Update
+from alexprep.train.training_state import Compiled, TrainingState, Update, take_step
 
 CLASSES = {"alexnet": 1000}  # others: 10
 

@@ -75,7 +75,7 @@ def overlap(data: Path, steps: int | None, rounds: int, as_json: bool, **options
 
 def _show(found: Overlap) -> None:
     from alexprep.cli import output
-    from alexprep.pipeline.search import BUSY
+    from alexprep.pipeline.autotune import BUSY
 
     def rate(kind: Any) -> str:
         slowest, fastest = found.spread(kind)

@@ -10,7 +10,7 @@ import click
 from alexprep.cli.options import AT_LEAST_1, device_option, json_option, precision_option, runs_option, threads_option
 
 if TYPE_CHECKING:
-    from alexprep.train.evaluation.scores import ClassError, Scores
+    from alexprep.train.ensemble import ClassError, Scores
     from alexprep.train.precision import Precision
 
 SHOWN = 10  # classes at either end of the table
@@ -75,10 +75,10 @@ def evaluate(
     Example: alexprep eval alexnet alexnet-2 alexnet-3 --views ten
     """
     from alexprep.cli import output
+    from alexprep.train import evaluation as ilsvrc
     from alexprep.train.ensemble import parse_weights
-    from alexprep.train.evaluation import submission as ilsvrc
-    from alexprep.train.evaluation.run import evaluate_nets
-    from alexprep.train.saved.places import place_named
+    from alexprep.train.evaluation import evaluate_nets
+    from alexprep.train.run_dir import place_named
 
     _check_files(classes, submission)
     with output.progress("evaluating") as progress:
@@ -188,7 +188,7 @@ def _waited(document: dict[str, Any]) -> str:
 def _classes(file: str, scores: Scores, names: list[str], document: dict[str, Any]) -> None:
     """Prints the best and worst classes, or writes all; the most confused pairs are printed either way."""
     from alexprep.shards.storage import publish_bytes
-    from alexprep.train.evaluation.scores import class_csv, ranked
+    from alexprep.train.ensemble import class_csv, ranked
 
     table = scores.by_class(names)
     if file:
@@ -218,7 +218,7 @@ def _print_classes(rows: list[ClassError]) -> None:
 
 def _submit(path: Path, scores: Scores, document: dict[str, Any]) -> None:
     from alexprep.shards.storage import publish_bytes
-    from alexprep.train.evaluation.submission import submission
+    from alexprep.train.evaluation import submission
 
     made = submission(Path(document["data"]), document["split"], scores.best, scores.rows)
     publish_bytes(path, made.content)
@@ -234,7 +234,7 @@ def _submit(path: Path, scores: Scores, document: dict[str, Any]) -> None:
 
 def _publish(document: dict[str, Any], runs: Path) -> None:
     """Writes the result; someone else's runs, which cannot be written to, can still be evaluated."""
-    from alexprep.train.evaluation.run import publish
+    from alexprep.train.evaluation import publish
 
     try:
         path = publish(document, runs)

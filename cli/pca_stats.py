@@ -29,8 +29,7 @@ def pca_stats(data: Path, split: str, engine: Engine, as_json: bool) -> None:
     Example: alexprep pca-stats /data/imagenet-256
     """
     from alexprep.cli import output
-    from alexprep.pipeline.augment import noise_stdevs
-    from alexprep.pipeline.augmentation import Augmentation
+    from alexprep.pipeline.augmentation import Augmentation, noise_stdevs
     from alexprep.shards import rgb_statistics
     from alexprep.shards.dataset_format import MEAN_PICTURE, STATISTICS
 

@@ -113,7 +113,7 @@ def train(as_json: bool, **options: Any) -> None:
     else:
         read_dataset(options["data"])  # a wrong folder is told at once: what follows loads torch, which takes seconds
     from alexprep.train.config import TrainConfig
-    from alexprep.train.ranks import leads, train_anyhow
+    from alexprep.train.launch import leads, train_anyhow
 
     summary = train_anyhow(TrainConfig(**options))
     if leads():

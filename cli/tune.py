@@ -7,12 +7,10 @@ from typing import TYPE_CHECKING
 import click
 
 from alexprep.cli.options import AT_LEAST_1, Seconds, device_option, json_option
-from alexprep.pipeline.augmentation import PRESETS
 
 if TYPE_CHECKING:
-    from alexprep.pipeline.autotune import Tuned
+    from alexprep.pipeline.autotune import Trial, Tuned
     from alexprep.pipeline.loader_settings import Tuning
-    from alexprep.pipeline.search import Trial
 
 _BAR = 30  # characters
 
@@ -36,7 +34,7 @@ _BAR = 30  # characters
 )
 @click.option(
     "--augmentation",
-    type=click.Choice(list(PRESETS)),
+    type=click.Choice(["paper", "2012-code", "resized", "none"]),
     help="What is done to the images.  [default: as in training; resized for other people's tars]",
 )
 @click.option(

@@ -11,7 +11,7 @@ import click
 from alexprep.cli.options import data_folder, engine_options, json_option
 
 if TYPE_CHECKING:
-    from alexprep.shards.check import Problem
+    from alexprep.shards.verification import Problem
     from alexprep.shards.worker_pool import Engine
 
 DAMAGED = 3  # exit status; 1 is an error, 2 a wrong argument
@@ -34,8 +34,8 @@ def verify(data: Path, decode: bool, repair_source: str | None, engine: Engine, 
     Example: alexprep verify /data/imagenet-256 --repair /imagenet
     """
     from alexprep.cli import output
-    from alexprep.shards.repair import repair
     from alexprep.shards.sources.detection import find_source
+    from alexprep.shards.verification import repair
     from alexprep.shards.verification import verify as check
 
     checking = functools.partial(output.progress, "verifying", "images" if decode else "shards")

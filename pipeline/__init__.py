@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from alexprep.pipeline.augmentation import PRESETS, Augmentation
+    from alexprep.pipeline.augmentation import PRESETS, Augmentation, Draws, draw
     from alexprep.pipeline.dali_ops import (
         colour_noise,
         decode_crop,
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
         subtract_mean_window,
         to_tensor,
     )
-    from alexprep.pipeline.draws import Draws, draw
     from alexprep.pipeline.loader import Batch, Loader
     from alexprep.pipeline.loader_settings import Tuning, tuning_for
     from alexprep.pipeline.sampler import block_order, epoch_order, shuffle_quality
@@ -43,8 +42,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "augmentation": ("PRESETS", "Augmentation"),
-    "draws": ("Draws", "draw"),
+    "augmentation": ("PRESETS", "Augmentation", "Draws", "draw"),
     "dali_ops": (
         *("colour_noise", "decode_crop", "decode_window", "mirror", "resize_square", "subtract_mean_window"),
         "to_tensor",

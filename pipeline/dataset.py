@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alexprep.pipeline.augmentation import Augmentation
+from alexprep.pipeline.dali_graph import Settings
 from alexprep.pipeline.dali_ops import Dtype, Layout
 from alexprep.pipeline.loader_settings import Tuning
-from alexprep.pipeline.settings import Settings
 from alexprep.shards import rgb_statistics
 from alexprep.shards.dataset_format import DATASET, PLAN, read_dataset
 from alexprep.shards.errors import AlexprepError

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from alexprep.shards.dataset_format import read_dataset, read_index, shard_name, split_record
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.storage import is_local
-from alexprep.shards.tar_header import BLOCK
+from alexprep.shards.tar_format import BLOCK
 
 _MOST_OPEN = 512  # files; a set has thousands of shards, a process is often allowed 1,024 files
 _FETCHES = 4  # remote shards on their way at the same time

@@ -19,7 +19,7 @@ import pytest
 import torch
 from PIL import Image
 
-from alexprep.pipeline.search import search
+from alexprep.pipeline.autotune import search
 from alexprep.shards import rgb_statistics
 from alexprep.shards.conversion import build
 from alexprep.shards.image_codec import Target

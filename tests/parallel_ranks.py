@@ -20,7 +20,7 @@ from alexprep.train.distributed.parallel import Parallel
 from alexprep.train.distributed.tensor_parallel import SCHEMES, Scheme
 from alexprep.train.distributed.world import World
 from alexprep.train.models.alexnet import alexnet
-from alexprep.train.networks.small import cifar10_quick_net, tiny_net
+from alexprep.train.models.cifar import cifar10_quick_net, tiny_net
 from alexprep.train.optimizer import MomentumSGD, parameter_groups
 from alexprep.train.parallel.prediction import predicted_bytes
 from tests.made_up import FAMILY

@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping
 
 from alexprep.shards.image_codec import Codec
-from alexprep.shards.worker import attending, reading
+from alexprep.shards.worker_pool import attending, reading
 
 
 class Planted(Codec):

@@ -24,8 +24,8 @@ from alexprep.pipeline.loader import Batch, Loader
 from alexprep.shards.errors import AlexprepError
 from alexprep.train.config import TrainConfig
 from alexprep.train.data import OpenLoader
+from alexprep.train.logger import Board
 from alexprep.train.trainer import train
-from alexprep.train.watching.board import Board
 
 DEADLINE = 60.0  # seconds
 Series = dict[str, list[tuple[int, float]]]  # step and value of each event, by tag

@@ -24,14 +24,14 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from alexprep.shards import write
+from alexprep.shards import conversion
 from alexprep.shards.conversion import build
 from alexprep.shards.dataset_format import INDEX_DTYPE, read_dataset, read_index
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.image_codec import Target
 from alexprep.shards.plan import ShardOptions
 from alexprep.shards.reader import Samples
-from alexprep.shards.sources.files import LocalFiles
+from alexprep.shards.storage import LocalFiles
 from alexprep.shards.verification import verify
 from alexprep.shards.worker_pool import Crew, InProcessEngine, LocalEngine
 
@@ -267,7 +267,7 @@ def test_a_failing_disk_costs_no_image(
         return read(self, path, offset, size)
 
     monkeypatch.setattr(LocalFiles, "read", failing)
-    monkeypatch.setattr(write, "PAUSES", (0.0, 0.0))
+    monkeypatch.setattr(conversion, "PAUSES", (0.0, 0.0))
     if outcome == "stopped":
         with pytest.raises(
             AlexprepError, match=r"train/class1/001\.JPEG cannot be read .* mend the disk or the network"
@@ -285,7 +285,7 @@ def test_a_source_that_goes_away_costs_no_image(
     gone: str, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """ENOENT is the file's own fault only while its folder is there. When the source is back, the run goes on."""
-    monkeypatch.setattr(write, "PAUSES", (0.0, 0.0))
+    monkeypatch.setattr(conversion, "PAUSES", (0.0, 0.0))
     source, away = tmp_path / "source", tmp_path / "away"
     shutil.copytree(photos, source)
     hidden = [source]

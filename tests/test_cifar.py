@@ -13,8 +13,7 @@ from torch import nn
 
 from alexprep.shards.errors import AlexprepError
 from alexprep.train.models.cifar import ConvLocal, conv_local_11pct, conv_local_13pct, conv_local_13pct_tanh
-from alexprep.train.models.layers import LocalResponseNorm
-from alexprep.train.networks.local import LocallyConnected2d
+from alexprep.train.models.layers import LocallyConnected2d, LocalResponseNorm
 from alexprep.train.recipes.registry import recipe_named
 
 # in_channels, out_channels, (height, width), kernel_size, stride, padding

@@ -17,6 +17,7 @@ import click
 import pytest
 
 from alexprep.cli.main import _began_with_interrupt, cli, main
+from alexprep.pipeline.augmentation import PRESETS
 from alexprep.pipeline.autotune import tune
 from alexprep.shards.image_codec import FORMATS, Target
 from alexprep.shards.plan import ShardOptions
@@ -25,7 +26,7 @@ from alexprep.shards.worker_pool import IMAGE_SECONDS
 from alexprep.train.config import MOST_TRACED, TrainConfig
 from alexprep.train.distributed.tensor_parallel import SCHEMES
 from alexprep.train.distributed.world import TIMEOUT
-from alexprep.train.evaluation.run import evaluate_nets
+from alexprep.train.evaluation import evaluate_nets
 from alexprep.train.overlap import measure
 from alexprep.train.predictions import EvaluationViews
 
@@ -130,6 +131,7 @@ def test_defaults_are_the_library_s(name: str, option: str, function: Callable[.
         *(("shard", each, get_args(get_type_hints(Target)[each])) for each in ("reencode", "subsampling", "device")),
         ("train", "scheme", tuple(scheme for scheme in SCHEMES if scheme != "single")),  # which one process is
         ("eval", "views", get_args(EvaluationViews)),
+        ("tune", "augmentation", tuple(PRESETS)),
     ],
 )
 def test_choices_are_the_library_s(name: str, option: str, choices: tuple[str, ...]) -> None:

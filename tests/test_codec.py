@@ -11,9 +11,17 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from alexprep.shards.geometry import resized, to_square, upright
-from alexprep.shards.image_codec import Codec, Converted, Target
-from alexprep.shards.opinion import MAX_PIXELS, Refused, has_end
+from alexprep.shards.image_codec import (
+    MAX_PIXELS,
+    Codec,
+    Converted,
+    Refused,
+    Target,
+    has_end,
+    resized,
+    to_square,
+    upright,
+)
 
 
 def _pixels(data: bytes) -> NDArray[np.uint8]:

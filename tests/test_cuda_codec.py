@@ -15,12 +15,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from alexprep.shards.errors import AlexprepError, DeviceLostError
-from alexprep.shards.geometry import to_square
-from alexprep.shards.image_codec import Codec, Converted, Target
-from alexprep.shards.image_codec_cuda import CudaCodec, _batches, _ensure_alive
-from alexprep.shards.opinion import MAX_PIXELS, Refused
+from alexprep.shards.image_codec import MAX_PIXELS, Codec, Converted, Refused, Target, to_square
+from alexprep.shards.image_codec_cuda import CudaCodec, Resizer, _batches, _ensure_alive
 from alexprep.shards.resample import FILTERS
-from alexprep.shards.resize_torch import Resizer
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 SHAPES = [(375, 500), (500, 331), (301, 1203), (257, 256), (64, 97), (61, 40), (7, 1), (1, 7), (1031, 777)]

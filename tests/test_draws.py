@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from alexprep.pipeline.augmentation import PRESETS, Augmentation
-from alexprep.pipeline.draws import Draws, centred, draw, philox, ten_windows
+from alexprep.pipeline.augmentation import PRESETS, Augmentation, Draws, centred, draw, philox, ten_windows
 
 RESIZED = PRESETS["resized"]
 

@@ -23,12 +23,10 @@ from alexprep.shards.errors import AlexprepError
 from alexprep.shards.image_codec import Target
 from alexprep.shards.plan import ShardOptions
 from alexprep.shards.storage import publish_bytes
-from alexprep.train import checkpoint
-from alexprep.train.config import TrainConfig
-from alexprep.train.evaluation import submission
-from alexprep.train.evaluation.run import evaluate_nets
-from alexprep.train.job import prepare
-from alexprep.train.saved.places import Place
+from alexprep.train import checkpoint, evaluation
+from alexprep.train.config import TrainConfig, prepare
+from alexprep.train.evaluation import evaluate_nets
+from alexprep.train.run_dir import Place
 from alexprep.train.training_state import TrainingState
 
 WNIDS = ["n05", "n03", "n01", "n06", "n02", "n04"]  # by ILSVRC ID, from 1
@@ -166,10 +164,10 @@ def test_a_submission_is_in_the_order_of_the_file_names(
 
 def test_a_submission_must_mean_something(data: Path, ilsvrc: Path, tmp_path: Path) -> None:
     with pytest.raises(AlexprepError, match=r"those of .* are 'auto': shard with `--labels ilsvrc-id`"):
-        submission.check(data, "val")
-    submission.check(ilsvrc, "test")
+        evaluation.check(data, "val")
+    evaluation.check(ilsvrc, "test")
     with pytest.raises(AlexprepError, match="lists 8 images, 7 were predicted"):
-        submission.submission(ilsvrc, "test", np.zeros((7, 5), np.int32), np.arange(7))
+        evaluation.submission(ilsvrc, "test", np.zeros((7, 5), np.int32), np.arange(7))
     twice = tmp_path / "twice"
     shutil.copytree(ilsvrc, twice)
     ledger = pq.read_table(twice / "test" / "samples.parquet")
@@ -178,7 +176,7 @@ def test_a_submission_must_mean_something(data: Path, ilsvrc: Path, tmp_path: Pa
         ledger.set_column(ledger.column_names.index("source"), "source", [names]), twice / "test" / "samples.parquet"
     )
     with pytest.raises(AlexprepError, match=r"two images named same\.JPEG"):
-        submission.check(twice, "test")
+        evaluation.check(twice, "test")
 
 
 def test_a_submission_that_fails_costs_no_result(
@@ -241,13 +239,13 @@ def test_ctrl_c_and_runs_that_cannot_be_written(runs: Path, told: Told, monkeypa
         raise PermissionError(13, "Permission denied", "runs/a/eval-val.json")
 
     with monkeypatch.context() as patch:
-        patch.setattr("alexprep.train.evaluation.run.publish_json", full)
+        patch.setattr("alexprep.train.evaluation.publish_json", full)
         status, out, err = told("a")
         assert status == 0 and "top-1 error" in out and "was not written (Permission denied" in err
 
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("alexprep.train.evaluation.passes.predictions", interrupted)
+    monkeypatch.setattr("alexprep.train.ensemble.predictions", interrupted)
     status, out, err = told("a")
     assert status == 130 and out == "" and not list(runs.glob("**/eval-*"))

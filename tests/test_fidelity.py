@@ -9,11 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from alexprep.train import lr_schedule
+from alexprep.train import checkpoint, lr_schedule
 from alexprep.train.models.alexnet import AlexNet
 from alexprep.train.recipes.recipe import Recipe
 from alexprep.train.recipes.registry import RECIPES
-from alexprep.train.saved import init_from
 
 ROOT = Path(__file__).parents[1]
 SECTION = (ROOT / "docs/fidelity.md").read_text().partition("## Network and training")[2]
@@ -29,7 +28,7 @@ TESTS = {
     if isinstance(node, ast.FunctionDef)
 }
 FIELDS = {f"{kind.__name__}.{field.name}" for kind in (AlexNet, Recipe) for field in dataclasses.fields(kind)}
-KNOWN = FIELDS | set(RECIPES) | {"init_from", "alexprep.train.saved.init_from"}
+KNOWN = FIELDS | set(RECIPES) | {"init_from", "alexprep.train.checkpoint"}
 # What is no switch: names, and what follows from the network or is shared by all of them.
 NOT_IN_THE_TABLE = {"AlexNet.name", "Recipe.name", "Recipe.network", "Recipe.augmentation", "Recipe.stored_sizes"}
 NOT_IN_THE_TABLE |= {"Recipe.lr", "Recipe.width"}
@@ -41,7 +40,7 @@ def test_a_row_has_its_test_and_its_switches(row: list[str]) -> None:
     (test,) = re.findall(r"`(\w+)`", row[4])
     assert test in TESTS, f"{test} does not exist"
     for word in re.findall(r"`([^`]+)`", row[3]):
-        assert word in KNOWN or hasattr(lr_schedule, word) or hasattr(init_from, word), f"{word} does not exist"
+        assert word in KNOWN or hasattr(lr_schedule, word) or hasattr(checkpoint, word), f"{word} does not exist"
 
 
 def test_every_switch_has_a_row() -> None:

@@ -15,8 +15,7 @@ from nvidia.dali import Pipeline, fn, pipeline_def
 from PIL import Image
 
 import alexprep.pipeline
-from alexprep.pipeline.augment import noise_stdevs, resize
-from alexprep.pipeline.augmentation import Augmentation
+from alexprep.pipeline.augmentation import Augmentation, noise_stdevs, resize
 from alexprep.pipeline.dali_ops import (
     colour_noise,
     decode_crop,

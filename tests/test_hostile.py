@@ -17,8 +17,7 @@ import pytest
 from PIL import Image
 
 from alexprep.shards.conversion import build
-from alexprep.shards.image_codec import Codec, Converted, Target
-from alexprep.shards.opinion import MAX_SCANS, Refused
+from alexprep.shards.image_codec import MAX_SCANS, Codec, Converted, Refused, Target
 from alexprep.shards.plan import ShardOptions
 from alexprep.shards.reader import Samples
 from alexprep.shards.worker_pool import LocalEngine

@@ -7,9 +7,8 @@ import torch
 from torch import nn
 
 from alexprep.shards.errors import AlexprepError
-from alexprep.train.checkpoint import Checkpoint
+from alexprep.train.checkpoint import Checkpoint, init_from, saved_weights
 from alexprep.train.models.alexnet import AlexNet, alexnet_6conv, alexnet_2012
-from alexprep.train.saved.init_from import init_from, saved_weights
 
 ALL = ["conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8"]
 

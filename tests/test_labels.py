@@ -12,10 +12,9 @@ from alexprep.shards.conversion import build
 from alexprep.shards.dataset_format import read_dataset
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.image_codec import Target
-from alexprep.shards.labels import class_order
-from alexprep.shards.plan import ShardOptions
+from alexprep.shards.plan import ShardOptions, class_order
 from alexprep.shards.sources.base import Source
-from alexprep.shards.sources.files import LocalFiles
+from alexprep.shards.storage import LocalFiles
 
 
 def _devkit(path: Path, leaves: list[str], ancestors: list[str]) -> None:

@@ -18,9 +18,20 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from alexprep.pipeline.augment import augment, channel_stdevs, colour_shifts, noise_stdevs, resize, view
-from alexprep.pipeline.augmentation import PRESETS, Augmentation
-from alexprep.pipeline.draws import Draws, centred, draw, ten_windows
+from alexprep.pipeline.augmentation import (
+    PRESETS,
+    Augmentation,
+    Draws,
+    augment,
+    centred,
+    channel_stdevs,
+    colour_shifts,
+    draw,
+    noise_stdevs,
+    resize,
+    ten_windows,
+    view,
+)
 from alexprep.pipeline.loader import Batch, Loader
 from alexprep.shards import rgb_statistics
 from alexprep.shards.conversion import build

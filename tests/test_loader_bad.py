@@ -16,8 +16,7 @@ from numpy.typing import NDArray
 
 from alexprep.pipeline.augmentation import PRESETS, Augmentation
 from alexprep.pipeline.dataset import OnBad
-from alexprep.pipeline.engine import Engine
-from alexprep.pipeline.loader import Batch, Loader
+from alexprep.pipeline.loader import Batch, Engine, Loader
 from alexprep.pipeline.loader_settings import Tuning
 from alexprep.shards.conversion import build
 from alexprep.shards.dataset_format import INDEX
@@ -232,7 +231,7 @@ def test_images_are_not_blamed_where_nothing_can_be_decoded(data: Path, monkeypa
         raise RuntimeError("CUDA runtime API error cudaErrorMemoryAllocation (2)")
 
     monkeypatch.setattr(Engine, "_outputs", failing)
-    monkeypatch.setattr("alexprep.pipeline.probe.probe_pipeline", failing)
+    monkeypatch.setattr("alexprep.pipeline.loader.probe_pipeline", failing)
     with (
         Loader(data, batch_size=48, augmentation=PLAIN, on_bad="skip") as loader,
         pytest.raises(AlexprepError, match="DALI could not make a batch: CUDA runtime"),

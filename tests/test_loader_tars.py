@@ -15,9 +15,7 @@ import torch
 import webdataset as wds
 from PIL import Image
 
-from alexprep.pipeline.augment import augment
-from alexprep.pipeline.augmentation import Augmentation, augmentation_named
-from alexprep.pipeline.draws import draw
+from alexprep.pipeline.augmentation import Augmentation, augment, augmentation_named, draw
 from alexprep.pipeline.loader import Batch, Loader
 from alexprep.shards.conversion import build
 from alexprep.shards.errors import AlexprepError

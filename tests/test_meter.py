@@ -19,10 +19,10 @@ from alexprep.shards.errors import AlexprepError
 from alexprep.train.data import Examples
 from alexprep.train.distributed.parallel import Parallel
 from alexprep.train.distributed.world import World
-from alexprep.train.evaluation.sums import Means, Pace, Sums
-from alexprep.train.fed import until_stopped
 from alexprep.train.logger import Meter, duration, forecast
+from alexprep.train.metrics import Means, Pace, Sums
 from alexprep.train.runtime import Stopped, StopRequest
+from alexprep.train.trainer import until_stopped
 
 MEANS = Means(loss=1.5, top1_error=50.0, top5_error=10.0)
 

@@ -14,9 +14,16 @@ from torch import nn
 
 from alexprep.shards.errors import AlexprepError
 from alexprep.train.models.alexnet import AlexNet, alexnet, alexnet_1gpu, alexnet_6conv, alexnet_2012, alexnet_owt
-from alexprep.train.models.layers import LocalResponseNorm, Overhang, PaperDropout, SpatialResponseNorm, initialise
-from alexprep.train.networks.response import Maps, Pixels
-from alexprep.train.networks.small import cifar10_quick_net, tiny_net
+from alexprep.train.models.cifar import cifar10_quick_net, tiny_net
+from alexprep.train.models.layers import (
+    LocalResponseNorm,
+    Maps,
+    Overhang,
+    PaperDropout,
+    Pixels,
+    SpatialResponseNorm,
+    initialise,
+)
 from tests.made_up import FAMILY
 
 # Written out from facts about layers-145.cfg, layers-145-half.cfg, layers-146-2012-2011.cfg and layers-imagenet-1gpu.cfg:

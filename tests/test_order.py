@@ -9,9 +9,16 @@ import math
 import numpy as np
 import pytest
 
-from alexprep.pipeline.plan import StepPlan
-from alexprep.pipeline.sampler import Order, block_order, epoch_order, rank_part, shuffle_quality, steps_per_epoch
-from alexprep.shards.permute import permutation
+from alexprep.pipeline.sampler import (
+    Order,
+    StepPlan,
+    block_order,
+    epoch_order,
+    rank_part,
+    shuffle_quality,
+    steps_per_epoch,
+)
+from alexprep.shards.plan import permutation
 
 
 def test_orders_stay_as_they_are() -> None:

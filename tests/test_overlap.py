@@ -19,10 +19,9 @@ from alexprep.shards.errors import AlexprepError
 from alexprep.train import overlap
 from alexprep.train.config import TrainConfig
 from alexprep.train.data import memory
-from alexprep.train.overlap import Overlap, measure
+from alexprep.train.overlap import KINDS, Bench, Overlap, Turn, measure
 from alexprep.train.recipes.registry import recipe_named
 from alexprep.train.training_state import TrainingState
-from alexprep.train.watching.turns import KINDS, Bench, Turn
 
 PAUSE = 0.05  # seconds
 

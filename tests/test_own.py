@@ -23,17 +23,16 @@ from alexprep.cli.recipes import recipes as recipes_command
 from alexprep.cli.train import train as train_command
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.versions import versions
-from alexprep.train.config import TrainConfig
-from alexprep.train.evaluation.nets import open_net
-from alexprep.train.evaluation.run import evaluate_run
-from alexprep.train.job import Job, prepare
+from alexprep.train.checkpoint import init_from
+from alexprep.train.config import Job, TrainConfig, prepare
+from alexprep.train.evaluation import evaluate_run
+from alexprep.train.launch import train_anyhow
 from alexprep.train.lr_schedule import ByHand, DExp, EarlyStop, ScheduleState
 from alexprep.train.own.network import OwnNetwork, arguments, own_network, own_recipe
 from alexprep.train.own.settle import fitted
-from alexprep.train.ranks import train_anyhow
+from alexprep.train.predictions import open_net
 from alexprep.train.recipes.registry import RECIPES, recipe_named
-from alexprep.train.saved.init_from import init_from
-from alexprep.train.saved.places import Place
+from alexprep.train.run_dir import Place
 from alexprep.train.trainer import train
 from alexprep.train.training_state import weights_digest
 from alexprep.train.user_code import load, resolved
@@ -456,7 +455,7 @@ def test_a_mask_of_infinities_is_trained_and_saved(here: Path, monkeypatch: pyte
             for images, labels in super().__iter__():
                 yield Batch(images * float("nan"), labels)
 
-    monkeypatch.setattr("alexprep.train.culprit.SECONDS", 0.0)
+    monkeypatch.setattr("alexprep.train.trainer.SECONDS", 0.0)
     with pytest.raises(AlexprepError, match=r"now out.weight, out.bias are not finite"):
         train(config(model="keeping.py", name="wild"), Poisoned)
 

@@ -20,28 +20,25 @@ from alexprep.cli.options import PRECISIONS as OFFERED
 from alexprep.pipeline.augmentation import Augmentation
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.storage import digest_json
-from alexprep.train.compiled import Compiled, compiler_blamed
-from alexprep.train.compiled_check import check_compiled as check_compiled_gradients
 from alexprep.train.config import TrainConfig
 from alexprep.train.data import Examples
 from alexprep.train.distributed.parallel import Parallel
 from alexprep.train.distributed.tensor_parallel import SCHEMES, Scheme
 from alexprep.train.distributed.world import World
-from alexprep.train.evaluation.run import evaluate_run
+from alexprep.train.evaluation import evaluate_run
 from alexprep.train.launch import launch
 from alexprep.train.lr_schedule import Steps
 from alexprep.train.models.alexnet import alexnet_2012
+from alexprep.train.models.cifar import cifar10_quick_net, tiny_net
 from alexprep.train.models.layers import LocalResponseNorm, PaperDropout, SpatialResponseNorm
-from alexprep.train.networks.small import cifar10_quick_net, tiny_net
 from alexprep.train.optimizer import MomentumSGD
 from alexprep.train.parallel.prediction import predicted_bytes
 from alexprep.train.precision import PRECISIONS, Precision, arithmetic, check_precision, float32_kernels, logits
 from alexprep.train.recipes import registry as recipes
 from alexprep.train.recipes.recipe import Recipe
-from alexprep.train.step import take_step
 from alexprep.train.trainer import train
-from alexprep.train.training_state import TrainingState
-from alexprep.train.update import Update
+from alexprep.train.training_state import Compiled, TrainingState, Update, compiler_blamed, take_step
+from alexprep.train.training_state import check_compiled as check_compiled_gradients
 from tests import made_up
 
 SECONDS = 120  # for each test

@@ -19,10 +19,9 @@ from safetensors.torch import load_file
 
 from alexprep.cli.main import cli
 from alexprep.shards.errors import AlexprepError
-from alexprep.train.config import TrainConfig
-from alexprep.train.job import prepare
+from alexprep.train.config import TrainConfig, prepare
+from alexprep.train.launch import train_anyhow
 from alexprep.train.models.cifar import conv_local_13pct
-from alexprep.train.ranks import train_anyhow
 from alexprep.train.recipes.registry import RECIPES, recipe_named
 
 SECONDS = 150  # for each test

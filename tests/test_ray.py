@@ -40,7 +40,7 @@ MARK = "ALEXPREP_TEST_RAY"
 TASKS = """
 import os
 from alexprep.shards.errors import AlexprepError
-from alexprep.shards.worker import attending
+from alexprep.shards.worker_pool import attending
 
 def fragile(argument, condemned):
     for row in range(4):
@@ -339,7 +339,7 @@ def test_a_folder_that_a_worker_does_not_see_is_named(photos: Path, tmp_path: Pa
 def unseen(source: Path, descriptor: int) -> Any:
     """The source below a folder that only this process has."""
     from alexprep.shards.sources.detection import find_source
-    from alexprep.shards.sources.files import LocalFiles
+    from alexprep.shards.storage import LocalFiles
 
     there = LocalFiles(f"/proc/self/fd/{descriptor}/source".encode())
     return dataclasses.replace(find_source(str(source)), files=there)

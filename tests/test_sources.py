@@ -19,13 +19,11 @@ from alexprep.shards.conversion import build
 from alexprep.shards.dataset_format import read_dataset, read_index
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.image_codec import Target
-from alexprep.shards.labels import class_order
-from alexprep.shards.plan import ShardOptions
+from alexprep.shards.plan import ShardOptions, class_order
 from alexprep.shards.sources import ilsvrc
 from alexprep.shards.sources.base import UNLABELLED, Input, split_of
 from alexprep.shards.sources.detection import find_source
-from alexprep.shards.sources.files import files_at, inflated
-from alexprep.shards.storage import folder_at
+from alexprep.shards.storage import files_at, folder_at, inflated
 from alexprep.shards.worker_pool import InProcessEngine
 
 OPTIONS = ShardOptions(Target(size=64), shard_samples=7)
@@ -650,9 +648,9 @@ def test_a_source_lists_each_input_once_and_always_alike(folders: Path, archives
 
 
 def test_gzip_is_inflated_within_bounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from alexprep.shards.sources import files
+    from alexprep.shards import storage
 
-    monkeypatch.setattr(files, "MAX_INFLATED_BYTES", 10_000)
+    monkeypatch.setattr(storage, "MAX_INFLATED_BYTES", 10_000)
     here, _ = files_at(str(tmp_path))
     (tmp_path / "two.gz").write_bytes(gzip.compress(b"a" * 4000) + gzip.compress(b"b" * 4000))
     assert inflated(here, b"two.gz") == b"a" * 4000 + b"b" * 4000

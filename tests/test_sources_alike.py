@@ -16,7 +16,7 @@ from alexprep.shards.image_codec import Target
 from alexprep.shards.plan import ShardOptions
 from alexprep.shards.sources.base import Source
 from alexprep.shards.sources.detection import find_source
-from alexprep.shards.sources.files import LocalFiles
+from alexprep.shards.storage import LocalFiles
 from alexprep.shards.worker_pool import InProcessEngine
 
 OPTIONS = ShardOptions(Target(size=32))

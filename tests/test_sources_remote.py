@@ -14,12 +14,12 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
+from alexprep.shards import storage
 from alexprep.shards.conversion import build
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.plan import ShardOptions, draw_up
-from alexprep.shards.sources import remote
 from alexprep.shards.sources.detection import find_source
-from alexprep.shards.sources.remote import RemoteFiles
+from alexprep.shards.storage import RemoteFiles
 from alexprep.shards.worker_pool import InProcessEngine
 
 
@@ -66,7 +66,7 @@ class Shaky(MemoryFileSystem):  # type: ignore[misc]  # fsspec is untyped
 @pytest.fixture
 def store(monkeypatch: pytest.MonkeyPatch) -> Shaky:
     fsspec.register_implementation("shaky", Shaky, clobber=True)
-    monkeypatch.setattr(remote, "PAUSES", (0, 0))
+    monkeypatch.setattr(storage, "PAUSES", (0, 0))
     for name, value in (("store", {}), ("pseudo_dirs", [""]), ("failures", {}), ("asked", [])):
         monkeypatch.setattr(Shaky, name, value)
     system = Shaky()
@@ -159,7 +159,7 @@ def served(tmp_path: Path) -> Iterator[str]:
 
 
 def test_http(served: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "PAUSES", (0, 0))
+    monkeypatch.setattr(storage, "PAUSES", (0, 0))
     (tmp_path / "train/a").mkdir(parents=True)
     content = bytes(range(256)) * 8192
     (tmp_path / "train/a/1.jpg").write_bytes(content)
@@ -224,7 +224,7 @@ def test_links_of_a_page_that_are_no_files_of_its_folder_are_left_out(monkeypatc
             links = ("?C=N;O=D", "a.jpg#top", "./b&#39;.jpg", "c&amp;d.jpg", "deep/e.jpg", "f%2Fg.jpg", ".hidden", "h/")
             return [{"name": f"{place}/{link}", "type": "directory" if link[-1] == "/" else "file"} for link in links]
 
-    monkeypatch.setattr(remote, "_opened", lambda url: (Page(), url))
+    monkeypatch.setattr(storage, "_opened", lambda url: (Page(), url))
     entries = RemoteFiles("http://nowhere/x").entries(b"y z")
     assert [name for name, _ in entries] == [b"b'.jpg", b"c&d.jpg", b"h"] and entries[-1].is_folder
 

@@ -22,9 +22,9 @@ from alexprep.shards.conversion import build
 from alexprep.shards.dataset_format import MEAN_IMAGE, STATISTICS
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.image_codec import Target
-from alexprep.shards.moments import Accumulator
 from alexprep.shards.plan import ShardOptions
 from alexprep.shards.reader import Samples
+from alexprep.shards.rgb_statistics import Accumulator
 from alexprep.shards.storage import digest_json, file_sha256, publish_json
 
 

@@ -23,10 +23,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from alexprep.shards import index_cache, tar_scan, webdataset_index
+from alexprep.shards import webdataset_index
 from alexprep.shards.errors import AlexprepError
-from alexprep.shards.image_header import Header, read_header
-from alexprep.shards.opinion import Refused
+from alexprep.shards.image_codec import Header, Refused, read_header
 from alexprep.shards.webdataset_index import TAR_INDEX_DTYPE, TarIndex, index_tars
 
 FORMATS: dict[str, Literal[0, 1, 2]] = {
@@ -124,10 +123,11 @@ def make_idx(tar: Path, version: str = "v1.2") -> Path:
 def scanned(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """The names of the tars that are scanned, as they are."""
     names: list[str] = []
+    scan = webdataset_index.scan
 
     def counting(path: Path) -> Any:
         names.append(path.name)
-        return tar_scan.scan(path)
+        return scan(path)
 
     monkeypatch.setattr(webdataset_index, "scan", counting)
     yield names
@@ -287,7 +287,9 @@ def test_a_dali_index_changes_nothing(
     tar = write_tar(tmp_path / "x.tar", pairs(images, "some/{:03d}"), form)
     by_scan = index_tars(tar, cache=tmp_path / "one")
     make_idx(tar, version)
-    monkeypatch.setattr(tar_scan, "packed_files", lambda *_: pytest.fail("the tar was listed although it has an index"))
+    monkeypatch.setattr(
+        webdataset_index, "packed_files", lambda *_: pytest.fail("the tar was listed although it has an index")
+    )
     by_index = index_tars(tar, cache=tmp_path / "two")
     assert (by_index.records == by_scan.records).all() and by_index.digest == by_scan.digest and not caplog.records
 
@@ -559,7 +561,7 @@ def test_of_several_processes_one_scans(images: list[tuple[str, bytes]], tmp_pat
 def test_waiting_has_an_end(jpg: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scanned: list[str]) -> None:
     write_tar(tmp_path / "0.tar", {"a.jpg": jpg, "a.cls": b"1"})
     (tmp_path / ".alexprep").mkdir()
-    monkeypatch.setattr(index_cache, "WAIT_SECONDS", 0.3)
+    monkeypatch.setattr(webdataset_index, "WAIT_SECONDS", 0.3)
     with open(tmp_path / ".alexprep" / "tars.lock", "ab") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(AlexprepError, match=r"scanning the shards for more than 0\.3 s \(it holds .+tars\.lock\)"):

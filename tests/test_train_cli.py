@@ -23,7 +23,7 @@ from alexprep.shards.errors import AlexprepError
 from alexprep.train import config
 from alexprep.train.config import TrainConfig
 from alexprep.train.lr_schedule import Steps
-from alexprep.train.networks.small import tiny_net
+from alexprep.train.models.cifar import tiny_net
 from alexprep.train.recipes import registry as recipes
 from alexprep.train.recipes.recipe import Recipe
 from alexprep.train.trainer import train as train_run

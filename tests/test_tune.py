@@ -15,17 +15,15 @@ import torch
 from click.testing import CliRunner, Result
 
 from alexprep.cli.tune import tune as tune_command
+from alexprep.pipeline import autotune as search_module
 from alexprep.pipeline import loader_settings as tuning_module
-from alexprep.pipeline import search as search_module
-from alexprep.pipeline.autotune import LoaderMeter, tune
+from alexprep.pipeline.autotune import Found, LoaderMeter, dimensions, search, tune
 from alexprep.pipeline.loader_settings import Tuning, save_tuning, saved_tuning, this_machine, tuning_for
-from alexprep.pipeline.search import Found, dimensions, search
 from alexprep.shards import storage
 from alexprep.shards.dataset_format import read_dataset
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.verification import verify
-from alexprep.train.config import TrainConfig
-from alexprep.train.job import prepare
+from alexprep.train.config import TrainConfig, prepare
 from alexprep.train.trainer import train
 
 CPU = Tuning(threads=8)
@@ -439,7 +437,7 @@ def test_a_damaged_file_does_not_stop_training(mine: Path, tmp_path: Path) -> No
 def test_a_run_decodes_as_it_began(mine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is tuned later: the decoders differ by a grey level here and there."""
     monkeypatch.setattr(tuning_module, "_gpu_name", lambda device: "NVIDIA H200")
-    monkeypatch.setattr("alexprep.train.job.choose_device", lambda name: torch.device(name))
+    monkeypatch.setattr("alexprep.train.config.choose_device", lambda name: torch.device(name))
     on_gpu = replace(config(mine, tmp_path), device="cuda")
     began = Tuning(8, 2, "cuda", 0.8)
     save_tuning(mine, this_machine("cuda"), entry(began))
@@ -463,7 +461,7 @@ def test_a_run_of_before_decodes_as_the_default(mine: Path, tmp_path: Path, monk
         del document["options"][name]
     path.write_text(json.dumps(document))
     monkeypatch.setattr(tuning_module, "_gpu_name", lambda device: "NVIDIA H200")
-    monkeypatch.setattr("alexprep.train.job.choose_device", lambda name: torch.device(name))
+    monkeypatch.setattr("alexprep.train.config.choose_device", lambda name: torch.device(name))
     save_tuning(mine, this_machine("cuda"), entry(Tuning(8, 2, "cpu")))
     job = prepare(replace(config(mine, tmp_path, name="old", resume=True), device="cuda"))
     assert job.tuning == Tuning(8, 2)

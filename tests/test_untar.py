@@ -16,9 +16,9 @@ from typing import Literal
 
 import pytest
 
-from alexprep.shards.dali_index import packed_by_index
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.tar_format import MAX_PADDING_BYTES, Member, members
+from alexprep.shards.webdataset_index import packed_by_index
 
 FORMATS: dict[str, Literal[0, 1, 2]] = {
     "ustar": tarfile.USTAR_FORMAT,

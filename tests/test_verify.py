@@ -22,15 +22,12 @@ from PIL import Image
 
 from alexprep.cli.main import cli
 from alexprep.shards import rgb_statistics
-from alexprep.shards.check import Problem
 from alexprep.shards.conversion import build
 from alexprep.shards.errors import AlexprepError
-from alexprep.shards.image_codec import FORMATS, Codec, Converted, Target
-from alexprep.shards.opinion import Refused
+from alexprep.shards.image_codec import FORMATS, Codec, Converted, Refused, Target
 from alexprep.shards.plan import ShardOptions
-from alexprep.shards.repair import repair
 from alexprep.shards.sources.detection import find_source
-from alexprep.shards.verification import verify
+from alexprep.shards.verification import Problem, repair, verify
 from alexprep.shards.webdataset_index import index_tars
 from alexprep.shards.worker_pool import InProcessEngine, LocalEngine
 

@@ -2,16 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from alexprep.pipeline.device import choose_device
+from alexprep.pipeline.loader_settings import Tuning, saved_tuning
+from alexprep.shards import rgb_statistics
 from alexprep.shards.errors import AlexprepError
-from alexprep.train.distributed.tensor_parallel import SCHEMES, Scheme
-from alexprep.train.distributed.world import TIMEOUT
-from alexprep.train.precision import Precision
-from alexprep.train.recipes.recipe import MOST_EPOCHS
+from alexprep.shards.versions import versions
+from alexprep.train import run_dir
+from alexprep.train.checkpoint import Checkpoint, init_from, saved_weights, wanted_layers
+from alexprep.train.data import DataFacts, data_facts
+from alexprep.train.distributed.tensor_parallel import SCHEMES, Scheme, part_of
+from alexprep.train.distributed.world import TIMEOUT, World
+from alexprep.train.logger import writer_class
+from alexprep.train.own.network import MODEL, RECIPE, OwnNetwork
+from alexprep.train.own.settle import settle
+from alexprep.train.precision import Arithmetic, Precision, arithmetic
+from alexprep.train.recipes.recipe import MOST_EPOCHS, Recipe
+from alexprep.train.recipes.registry import DEFAULT_RECIPE, check_named, recipe_of, references
+from alexprep.train.run_dir import place_named, saved_checkpoint
+from alexprep.train.user_code import is_reference
+
+# -------------------- What a caller chooses for a training.
+
 
 MOST_TRACED = 200  # steps
 MOST_SECONDS = 1_000_000  # that ranks wait for one another: eleven days; system clocks take no more than some 10^9
@@ -45,7 +66,7 @@ class TrainConfig:
         batch_size: images a step.
         lr: learning rate of the first epoch.
         init_from: run (RUN or RUN@STEP) whose weights the network begins with; its own initial weights by default.
-        init_layers: which layers of it, see `alexprep.train.saved.init_from.init_from`; "matching" or patterns with commas.
+        init_layers: which layers of it, see `alexprep.train.checkpoint.init_from`; "matching" or patterns with commas.
         epochs: stop after this many, counted from the run's beginning.
         steps: stop after this many optimizer steps, likewise. On resuming, epochs or steps take the place of both.
         runs: folder of all runs.
@@ -64,7 +85,7 @@ class TrainConfig:
         scheme: how they share it: "towers" as in the paper (the default for two, where it can split the network), "ddp" (the default
             otherwise), "hybrid"; alone "single".
         trace: steps to record for a trace viewer, see `alexprep.train.profiler`.
-        tensorboard: whether the log's records are written for TensorBoard too, see `alexprep.train.watching.board`.
+        tensorboard: whether the log's records are written for TensorBoard too, see `alexprep.train.logger`.
 
     Raises:
         AlexprepError: a number is out of its range.
@@ -134,3 +155,217 @@ def resumed(config: TrainConfig, began: Mapping[str, Any], data: Path) -> TrainC
         unless_given = [name for name in unless_given if name not in LENGTH]
     taken: dict[str, Any] = {name: began.get(name) for name in unless_given if getattr(config, name) is None}
     return replace(config, data=data, **taken)
+
+
+# -------------------- A run that is ready to begin or to go on: its folder, its recipe, and its identity.
+
+
+TWO_RANKS: tuple[Scheme, ...] = ("towers", "ddp")
+ANY_RANKS: tuple[Scheme, ...] = ("ddp",)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run that is ready to begin or to go on."""
+
+    config: TrainConfig
+    run: Path  # its folder
+    data: Path  # folder of the data set
+    recipe: Recipe
+    seed: int
+    facts: DataFacts
+    device: torch.device
+    scheme: Scheme
+    computing: Arithmetic
+    tuning: Tuning
+    notes: list[str]  # what to say about it
+    identity: dict[str, Any]  # JSON values: what decides the result; a checkpoint of another identity is refused
+    began_from: Checkpoint | None = None  # whose weights it begins with, where it was read already
+
+    @property
+    def epochs(self) -> int:
+        """At most so many are trained."""
+        return self.config.epochs or self.recipe.epochs
+
+    @property
+    def keep(self) -> int:
+        """Checkpoints kept."""
+        return self.config.keep or KEEP
+
+    @property
+    def checkpoint_steps(self) -> int:
+        """Steps between checkpoints."""
+        return self.config.checkpoint_steps or CHECKPOINT_STEPS
+
+    def remembered(self) -> dict[str, Any]:
+        """What a bare --resume goes on with, though it is no part of the identity."""
+        return {name: getattr(self.config, name) for name in REMEMBERED} | {
+            "keep": self.keep,
+            "checkpoint_steps": self.checkpoint_steps,
+        }
+
+    def go_on(self) -> str:
+        """Options that go on with this run as it is trained now: --resume, and those that a run does not remember."""
+        config, words = self.config, ["--resume"]
+        if config.runs.resolve() != TrainConfig.runs.resolve():
+            words += ["--runs", str(config.runs)]
+        for option, reference in ((RECIPE, config.recipe), (MODEL, config.model)):
+            if reference is not None and is_reference(reference):
+                words += [option, reference]
+        if config.ranks > 1:
+            words += ["--gpus", str(config.ranks), "--scheme", self.scheme]
+        return shlex.join([*words, *(["--device", config.device] if config.device else [])])
+
+    def blamed(self) -> contextlib.AbstractContextManager[None]:
+        """Inside the block, an exception that comes by way of the user's own network becomes a sentence with its file and line."""
+        own = self.recipe.network
+        return own.blamed(only=True) if isinstance(own, OwnNetwork) else contextlib.nullcontext()
+
+
+def prepare(
+    config: TrainConfig, device: torch.device | None = None, *, rehearsal: bool = False, made_up: bool = False
+) -> Job:
+    """Reads the data set's facts, makes or finds the run's folder, and settles the recipe and, if not given, the device.
+
+    Args:
+        config: what to do.
+        device: of the training; by default as `config` says.
+        rehearsal: for measurements: there is no folder, nothing is written, and the job's `run` is the null device.
+        made_up: the images do not come from the data set, so it need not have statistics.
+
+    Raises:
+        AlexprepError: there is no such data, recipe, device or run, or the data does not suit the recipe.
+    """
+    device = device or choose_device(config.device)
+    if config.tensorboard:
+        writer_class()  # made sure of before the run's folder is there
+    named, model = references(config.recipe, config.model)
+    config = replace(config, recipe=named, model=model)
+    run, began = Path(os.devnull) if rehearsal else None, None
+    if config.resume:
+        run = run_dir.find_run(config.runs, config.name)
+        document = run_dir.read_config(run)
+        began = document["options"]
+        check_named(began, config.recipe, config.model, run)
+        config = resumed(config, began, config.data or run_dir.still_there(run, Path(document["data"])))
+    data = config.data or Path()  # there is one: only a resumed run's may be None, and it is found by now
+    facts = data_facts(data)
+    tuning, notes = _tuning(config, data, device, began)
+    notes += [f"the split {split} is skipped: none of its images has a label" for split in facts.unlabelled]
+    recipe = recipe_of({name: getattr(config, name) for name in OPTIONS})
+    recipe.check_size(facts.size)
+    computing = arithmetic(device, config.precision, config.channels_last, config.compile)
+    if computing.precision == "fp16" and device.type == "cpu":
+        notes += ["fp16 on a CPU: gradients of convolutions take hundreds of times as long as in bf16"]
+    seed = config.seed or 0
+    identity = {"recipe": recipe.describe(), "seed": seed, "classes": facts.classes, "data_digest": facts.digest}
+    identity["precision"] = computing.precision
+    scheme = _scheme(config, recipe, facts.classes, seed)
+    if isinstance(recipe.network, OwnNetwork):
+        recipe, made, said = settle(recipe, recipe.network, facts.classes, seed, scheme, config.ranks)
+        identity |= {"recipe": recipe.describe(), "layers": made}
+        notes += said
+    if config.init_layers is not None and config.init_from is None:
+        raise AlexprepError(
+            f"--init-layers {config.init_layers} says which layers of another run: name it with --init-from"
+        )
+    source = None
+    # A beginning that would fail at once, as far as that can be known, fails here: before it has a folder and a name.
+    if run is None and recipe.augmentation.needs_statistics and not made_up:
+        rgb_statistics.read(data, facts.digest)
+    if config.init_from is not None:
+        if run is None:
+            source, skipped = saved_checkpoint(place_named(config.runs, config.init_from))
+            notes += skipped
+            network = recipe.make_network(facts.classes, seed)
+            init_from(network.state_dict(), saved_weights(source), wanted_layers(config.init_layers))
+            if "@" not in config.init_from:
+                config = replace(config, init_from=f"{config.init_from}@{source.step}")
+        identity["init"] = f"{config.init_from}, layers {config.init_layers or 'matching'}"
+    job = Job(
+        config, run or Path(), data, recipe, seed, facts, device, scheme, computing, tuning, notes, identity, source
+    )
+    return job if run else replace(job, run=_begin(job))
+
+
+def run_versions() -> dict[str, str]:
+    """The versions that results depend on, down to the last bit."""
+    return versions("alexprep", "torch", "numpy", "dali")
+
+
+def _scheme(config: TrainConfig, recipe: Recipe, classes: int, seed: int) -> Scheme:
+    """How ranks share the network: as chosen; else two as the paper's towers, if it can be split so, and all others by ddp.
+
+    Raises:
+        AlexprepError: the scheme is not one for that many ranks, or cannot share this network.
+    """
+    ranks, scheme = config.ranks, config.scheme
+    if ranks == 1:
+        if scheme not in (None, "single"):
+            raise AlexprepError(f"scheme {scheme} is for several ranks: add --gpus 2 or more")
+        return "single"
+    if scheme == "single":
+        raise AlexprepError(f"scheme single is for one rank, there are {ranks}: use towers, ddp or hybrid")
+    if isinstance(recipe.network, OwnNetwork) or (scheme is not None and config.resume):
+        return scheme or "ddp"
+    for tried in [scheme] if scheme is not None else TWO_RANKS if ranks == 2 else ANY_RANKS:
+        try:
+            part_of(recipe.make_network(classes, seed), tried, World(0, ranks, torch.device("cpu")))
+            break
+        except AlexprepError:
+            if tried in ("ddp", scheme):
+                raise
+    return tried
+
+
+def _begin(job: Job) -> Path:
+    """Makes the run's folder, with a config.json that says all that a resumed run takes from its beginning."""
+    chosen = {name: getattr(job.config, name) for name in OPTIONS}
+    settled: dict[str, Any] = {"recipe": job.config.recipe or DEFAULT_RECIPE, "seed": job.seed}
+    settled |= {"batch_size": job.recipe.batch_size, "lr": job.recipe.lr}
+    settled |= {"precision": job.computing.precision, "compile": job.computing.compile}
+    settled |= {"decode": job.tuning.decode_on(job.device.type), "hw_decoder_load": job.tuning.hw_decoder_load}
+    document = {
+        "options": chosen | settled | job.remembered(),
+        "data": str(job.data.resolve()),
+        "identity": job.identity,
+        "versions": run_versions(),
+    }
+    return run_dir.create_run(job.config.runs, job.config.name, _usual_name(job.recipe, job.config.model), document)
+
+
+def _tuning(
+    config: TrainConfig, data: Path, device: torch.device, began: Mapping[str, Any] | None
+) -> tuple[Tuning, list[str]]:
+    """The loader's settings, and what to say about them.
+
+    Threads and steps ahead never show in the result. Where an image is decoded does, by a grey level here and there, so a resumed
+    run decodes as it began (`began` holds its options), whatever was tuned since.
+    """
+    saved = saved_tuning(data, str(device))
+    notes = [f"{problem}: `alexprep tune` makes it anew" for problem in saved.problems]
+    tuning, origin = saved.tuning or Tuning(), ["from alexprep tune"] if saved.tuning else []
+    together = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # ranks on this host
+    if config.threads is not None:
+        tuning = replace(tuning, threads=config.threads)
+        origin += ["threads as given"] if saved.tuning else []
+    elif together > 1:
+        tuning = replace(tuning, threads=max(1, tuning.dali_threads // together))
+    if began is not None:
+        where = str(device)
+        kept = replace(tuning, **{name: began.get(name, getattr(Tuning(), name)) for name in DECODING})
+        if (kept.decode_on(where), kept.hw_decoder_load) != (tuning.decode_on(where), tuning.hw_decoder_load):
+            origin += ["decoding as the run began"]
+        if device.type == "cpu" and kept.decode == "cuda":
+            notes += ["the run began with images decoded on a GPU: from here on pixels may differ by a grey level"]
+        tuning = kept
+    if origin:
+        notes += [f"loader settings: {tuning.words(str(device))}, {', '.join(origin)}"]
+    return tuning, notes
+
+
+def _usual_name(recipe: Recipe, model: str | None) -> str:
+    """What a run is called by default: as the recipe, or as the model's file."""
+    network = recipe.network
+    name = network.title.partition(":")[0].rpartition(".")[2] if model and isinstance(network, OwnNetwork) else ""
+    return name if run_dir.NAME.fullmatch(name) else recipe.name

@@ -2,28 +2,166 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
-from collections.abc import Mapping
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from alexprep.train.checkpoint import Checkpoint
-from alexprep.train.compiled import Compiled
+from alexprep.shards.errors import AlexprepError
+from alexprep.train.checkpoint import PREFIX, Checkpoint, saved_weights
 from alexprep.train.distributed.parallel import Parallel
-from alexprep.train.distributed.tensor_parallel import Scheme
+from alexprep.train.distributed.tensor_parallel import Gather, Scheme, WholeDraw
 from alexprep.train.distributed.world import World
-from alexprep.train.evaluation.sums import Sums
 from alexprep.train.lr_schedule import ScheduleState
+from alexprep.train.metrics import Sums
 from alexprep.train.nonfinite import NotFinite
-from alexprep.train.optimizer import optimizer_of
+from alexprep.train.optimizer import MomentumSGD, optimizer_of
 from alexprep.train.own.tryout import fitting_format
-from alexprep.train.precision import Arithmetic, arithmetic, logits
+from alexprep.train.precision import HALF, Arithmetic, Precision, arithmetic, logits
 from alexprep.train.recipes.recipe import Recipe
-from alexprep.train.saved.init_from import PREFIX, saved_weights
-from alexprep.train.update import Update
+from alexprep.train.spans import span
+
+# -------------------- A network compiled by torch.compile for batches of one size.
+
+
+class Compiled:
+    """Calls a network.
+
+    Random numbers are drawn as without compilation; results differ by rounding. The network's modules and the names of its weights stay
+    as they are. What ranks exchange in the middle of it is left out of the compilation, which makes several pieces of the rest.
+
+    It is for whole batches: another size would take a minute to compile. All ranks must use it for the same ones, for gradients come in
+    another order than without, and ranks add them up as they come.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        """Nothing is compiled before the first call; `network` is in training mode then."""
+        self.checked = False  # against the network as written
+        _leave_exchanges_out()
+        for layer in network.modules():
+            # Without padding this says the same; but with the default, torch 2.13 compiles a wrong gradient for windows that hang over the
+            # edge (pytorch issue 198119).
+            if isinstance(layer, (nn.AvgPool1d, nn.AvgPool2d)) and layer.padding in (0, (0,), (0, 0)):
+                layer.count_include_pad = False
+        self._whole: Callable[[torch.Tensor], torch.Tensor] = torch.compile(
+            network, dynamic=False, options={"fallback_random": True}
+        )
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """Images (N, C, H, W) -> logits."""
+        return self._whole(images)
+
+
+@contextlib.contextmanager
+def compiler_blamed(device: torch.device) -> Iterator[None]:
+    """Inside the block, in which a compiled network is called and its gradient computed, what the compiler raises becomes a sentence.
+
+    Raises:
+        AlexprepError: the compiler is missing or cannot do it.
+    """
+    try:
+        yield
+    except Exception as error:
+        dynamo = sys.modules.get("torch._dynamo.exc")  # a second to import; whoever compiles has it
+        if dynamo is None or not isinstance(error, dynamo.TorchDynamoException):
+            raise
+        needed = "a C++ compiler (g++)" if device.type == "cpu" else "triton and a C compiler (gcc)"
+        raise AlexprepError(
+            f"--compile: {str(error).strip().splitlines()[0]}. It needs {needed} and Python's headers: install what is "
+            "missing, or go on with --resume --no-compile"
+        ) from None
+
+
+@functools.cache
+def _leave_exchanges_out() -> None:
+    """Tells the compiler, once, to call what ranks exchange as it is written."""
+    for exchange in (Gather, WholeDraw):
+        exchange.forward = torch.compiler.disable(exchange.forward)  # type: ignore[method-assign, no-untyped-call]
+
+
+# -------------------- From a loss to moved weights: gradients, their sum over the ranks, and the optimizer's step.
+
+
+LEAST_SCALE = 1.0  # of the loss, in fp16: gradients that overflow without any scaling are no matter of scaling
+
+
+class Update:
+    """Moves the weights of one network with one optimizer; all ranks call it together.
+
+    In fp16 the loss is multiplied before gradients are computed, so that small ones do not vanish, and the gradients are divided after
+    their sum over the ranks: `torch.amp.GradScaler`. Where one is infinite or NaN on any rank, no rank moves a weight, and the factor is
+    halved on all.
+
+    Attributes:
+        skipped: steps, also before the state that was loaded, that moved nothing because a gradient overflowed.
+    """
+
+    def __init__(self, parallel: Parallel, optimizer: MomentumSGD, precision: Precision = "fp32") -> None:
+        """For the network of `parallel`."""
+        self._parallel, self._optimizer = parallel, optimizer
+        self._scaler = torch.amp.GradScaler(parallel.world.device.type, enabled=precision == "fp16")
+        self.skipped = 0
+
+    @property
+    def loss_scale(self) -> float:
+        """What the loss is multiplied by at present; 1 in every precision but fp16. On a GPU this waits for the queue."""
+        return float(self._scaler.get_scale())
+
+    def __call__(self, loss: torch.Tensor) -> None:
+        """Moves the weights once, down the gradient of a mean loss, float32 (), of the whole batch.
+
+        Raises:
+            AlexprepError: in fp16, gradients overflow even where the loss is not multiplied any more.
+        """
+        self._optimizer.zero_grad()
+        with span("backward"):
+            self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        with span("gradient sums"):
+            self._parallel.sum_gradients()
+        with span("update"):
+            if self._scaler.is_enabled():
+                self._step_scaled()
+            else:
+                self._optimizer.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON values: {"skipped", "scaler"}; the latter is empty in every precision but fp16."""
+        return {"skipped": self.skipped, "scaler": self._scaler.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from what `state_dict` gave in the same precision."""
+        self.skipped = state["skipped"]
+        if self._scaler.is_enabled():
+            self._scaler.load_state_dict(state["scaler"])
+
+    def _step_scaled(self) -> None:
+        """The optimizer's step, if every gradient of every rank is finite."""
+        world = self._parallel.world
+        if world.size > 1:
+            gradients = [w.grad for w in self._parallel.network.parameters() if w.grad is not None]
+            if world.any(not torch.stack([gradient.isfinite().all() for gradient in gradients]).all()):
+                gradients[0].fill_(math.inf)  # so that this rank's scaler finds it too
+        before = self.loss_scale
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
+        if self.loss_scale < before:
+            self.skipped += 1
+            if self.loss_scale < LEAST_SCALE:
+                raise AlexprepError(
+                    f"gradients overflow in fp16 with the loss multiplied by only {before:g}: nothing was saved since the last "
+                    "checkpoint; train with --precision bf16, or with a lower --lr"
+                )
+
+
+# -------------------- All that a training is between two steps, and its way into a checkpoint and back, bit for bit.
 
 
 @dataclass
@@ -186,3 +324,97 @@ def weights_digest(weights: Mapping[str, torch.Tensor]) -> str:
         values = weight.detach().cpu().contiguous().reshape(-1)
         digest.update(values.view(torch.uint8).numpy().tobytes())  # as bytes, since numpy knows no bfloat16
     return digest.hexdigest()
+
+
+# -------------------- A compiled network's gradients are held against those of the network as written: torch's compiler has silently given wrong ones.
+
+
+# Length of the difference over length, in one layer. Rounding alone makes 0.004 of it in AlexNet's float32, and in bf16 0.4.
+MOST_APART, MOST_APART_IN_HALF = 0.1, 0.8
+
+
+def check_compiled(
+    state: TrainingState,
+    compiled: Callable[[torch.Tensor], torch.Tensor],
+    images: torch.Tensor,
+    labels: torch.Tensor,
+) -> None:
+    """Computes the gradients of a batch in both ways. Weights, buffers and random numbers stay as they are; all ranks call it.
+
+    Args:
+        state: of the training.
+        compiled: its network, compiled.
+        images: this rank's part of a whole batch.
+        labels: of the whole batch.
+
+    Raises:
+        AlexprepError: the gradients of a layer differ by more than rounding.
+    """
+    right = _gradients(state, state.network, images, labels)
+    found = _gradients(state, compiled, images, labels)
+    state.optimizer.zero_grad()
+    last = images.is_contiguous(memory_format=torch.channels_last)
+    most = MOST_APART_IN_HALF if state.precision in HALF else MOST_APART
+    for name, gradient in right.items():
+        other = found.get(name, torch.zeros_like(gradient))
+        apart, length = float((other - gradient).norm()), float(gradient.norm())
+        if not apart <= most * length:
+            raise AlexprepError(
+                f"--compile: torch {torch.__version__} compiles a wrong gradient of {name}: it differs from that of the network as "
+                f"written by {apart / length if length else apart:.2g} times its length. Nothing was trained with it: go on with "
+                f"--resume --no-compile{'' if last else ', or with --channels-last'}"
+            )
+
+
+def _gradients(
+    state: TrainingState,
+    network: Callable[[torch.Tensor], torch.Tensor],
+    images: torch.Tensor,
+    labels: torch.Tensor,
+) -> dict[str, torch.Tensor]:
+    """Of the mean loss, by parameter, in float32, times the factor that fp16 needs."""
+    state.optimizer.zero_grad()
+    with _left_alone(state):
+        loss = F.cross_entropy(logits(network, images, state.precision), labels)
+        (loss * state.update.loss_scale).backward()  # type: ignore[no-untyped-call]
+        state.parallel.sum_gradients()
+    named = state.network.named_parameters()
+    return {name: weight.grad.clone() for name, weight in named if weight.grad is not None}
+
+
+@contextlib.contextmanager
+def _left_alone(state: TrainingState) -> Iterator[None]:
+    """After the block random numbers and buffers are as before."""
+    devices = [state.device] if state.device.type == "cuda" else []
+    buffers = {name: buffer.clone() for name, buffer in state.network.named_buffers()}
+    with torch.random.fork_rng(devices):
+        yield
+    with torch.no_grad():
+        for name, buffer in state.network.named_buffers():
+            buffer.copy_(buffers[name])
+
+
+# -------------------- One step of a training: forward, loss, backward, update.
+
+
+def take_step(state: TrainingState, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Changes weights, velocities and random numbers; the position is the caller's to move. All ranks call it.
+
+    Args:
+        state: of the training.
+        images: this rank's, float32 (n, C, H, W).
+        labels: of the whole batch, int64 (N,).
+
+    Returns:
+        The mean loss (), nats, and the logits (N, classes), both of the whole batch, from before the update.
+    """
+    with compiler_blamed(state.device):
+        network = state.called_for(len(labels))
+        if isinstance(network, Compiled) and not network.checked:
+            check_compiled(state, network, images, labels)
+            network.checked = True
+        with span("forward"):
+            logits = state.logits(images, len(labels))
+            loss = F.cross_entropy(logits, labels)  # the negative of the paper's objective, section 3.5
+        state.update(loss)
+    return loss, logits

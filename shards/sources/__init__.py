@@ -3,12 +3,12 @@
 # Layout → module and class. In the order of looking: the more particular first. Each is imported only when it is its turn.
 LAYOUTS = {
     "ilsvrc": "ilsvrc.IlsvrcArchives",
-    "kaggle": "kaggle.Kaggle",
+    "kaggle": "folders.Kaggle",
     "cifar": "cifar.Cifar",
-    "mnist": "mnist.Mnist",
-    "norb": "norb.SmallNorb",
+    "mnist": "binary.Mnist",
+    "norb": "binary.SmallNorb",
     "table": "table.Table",
     "webdataset": "wds.Webdataset",
     "tar": "tars.TarOfClassFolders",
-    "folders": "folder.ClassFolders",
+    "folders": "folders.ClassFolders",
 }

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alexprep.shards.errors import AlexprepError
-from alexprep.shards.sources.devkit import find_meta_mat
-from alexprep.shards.sources.files import Files
+from alexprep.shards.sources.ground_truth import find_meta_mat
+from alexprep.shards.storage import Files
 
 # What people call their splits, and what they are called in a data set.
 SPLITS = {

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.sources.base import Input, Location, Source
 from alexprep.shards.sources.binary import Part, in_order, is_gzipped, listing, numbered, record, resident, whole
-from alexprep.shards.sources.files import Files
+from alexprep.shards.storage import Files
 
 _SIDE = 32
 _PIXELS = 3 * _SIDE * _SIDE

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.sources import LAYOUTS
 from alexprep.shards.sources.base import Source
-from alexprep.shards.sources.files import Files, files_at
+from alexprep.shards.storage import Files, files_at
 
 
 def find_source(place: str, layout: str | None = None) -> Source:

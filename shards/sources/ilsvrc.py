@@ -9,11 +9,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from alexprep.shards.errors import AlexprepError
-from alexprep.shards.sources.archive import ArchiveSource, each_once, packed_files
 from alexprep.shards.sources.base import UNLABELLED, Input, class_name_of
-from alexprep.shards.sources.devkit import year_of
-from alexprep.shards.sources.files import Files
-from alexprep.shards.sources.ground_truth import find_truth
+from alexprep.shards.sources.ground_truth import find_truth, year_of
+from alexprep.shards.sources.tars import ArchiveSource, each_once, packed_files
+from alexprep.shards.storage import Files
 
 _NAME = re.compile(rb"ILSVRC(20\d\d)_(?:img|images)_(train|val|test)(?:_v\d+)?\.tar")
 # The MD5s that the organisers publish for 2012 (as torchvision's ImageNet class and many scripts quote them).

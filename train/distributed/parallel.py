@@ -12,13 +12,62 @@ from torch import nn
 
 from alexprep.shards.errors import AlexprepError
 from alexprep.train.data import Examples, LoadedBatch
-from alexprep.train.distributed.tensor_parallel import Scheme, part_of
+from alexprep.train.distributed.tensor_parallel import Part, Pending, Rows, Scheme, gathered, part_of, start_sum
 from alexprep.train.distributed.world import World
 from alexprep.train.optimizer import MomentumSGD
-from alexprep.train.parallel import state
-from alexprep.train.parallel.collectives import Pending, gathered, start_sum
-from alexprep.train.parallel.exchange import Rows
 from alexprep.train.spans import span
+
+# -------------------- Weights and velocities: from the ranks' parts to one whole state that knows nothing of the scheme, and back, bit for bit.
+
+
+def gather_state(part: Part, world: World) -> dict[str, torch.Tensor]:
+    """The whole network's `state_dict`, on the CPU of every rank. All ranks call it."""
+    return {name: _gather(name, tensor, part, world) for name, tensor in part.network.state_dict().items()}
+
+
+def scatter_state(part: Part, world: World, state: Mapping[str, torch.Tensor]) -> None:
+    """Copies a whole `state_dict` into the rank's part.
+
+    Raises:
+        KeyError: a tensor of the network is not in the state.
+    """
+    for name, tensor in part.network.state_dict().items():
+        tensor.copy_(_own(name, state[name], part, world))
+
+
+def gather_velocities(part: Part, world: World, optimizer: MomentumSGD) -> list[torch.Tensor]:
+    """`optimizer.velocities()` as the whole network's would be, in the same order, on the CPU of every rank. All ranks call it."""
+    named = zip(_names(part, optimizer), optimizer.velocities(), strict=True)
+    return [_gather(name, velocity, part, world) for name, velocity in named]
+
+
+def scatter_velocities(part: Part, world: World, optimizer: MomentumSGD, velocities: Sequence[torch.Tensor]) -> None:
+    """Copies the whole network's velocities into the optimizer of the rank's part."""
+    for name, own, whole in zip(_names(part, optimizer), optimizer.velocities(), velocities, strict=True):
+        own.copy_(_own(name, whole, part, world))
+
+
+def _names(part: Part, optimizer: MomentumSGD) -> list[str]:
+    """The parameters' names in the order of the optimizer's groups."""
+    names = {id(parameter): name for name, parameter in part.network.named_parameters()}
+    return [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
+
+
+@torch.no_grad()
+def _gather(name: str, tensor: torch.Tensor, part: Part, world: World) -> torch.Tensor:
+    if name in part.split:
+        tensor = gathered(world, tensor.detach(), 0, part.split[name])
+    return tensor.detach().cpu().clone() if tensor.device.type == "cpu" else tensor.detach().cpu()
+
+
+def _own(name: str, whole: torch.Tensor, part: Part, world: World) -> torch.Tensor:
+    if name not in part.split:
+        return whole
+    sizes = part.split[name]
+    return whole.narrow(0, sum(sizes[: world.rank]), sizes[world.rank])
+
+
+# -------------------- What a training loop needs of several devices: a network, its batches, the sums of its gradients, its whole state.
 
 
 class Parallel:
@@ -132,19 +181,19 @@ class Parallel:
 
     def gather_state(self) -> dict[str, torch.Tensor]:
         """The whole network's `state_dict`, on the CPU of every rank, with no trace of the scheme. All ranks call it."""
-        return state.gather_state(self._part, self.world)
+        return gather_state(self._part, self.world)
 
     def scatter_state(self, whole: Mapping[str, torch.Tensor]) -> None:
         """Copies a whole `state_dict`, of any scheme, into this rank's part."""
-        state.scatter_state(self._part, self.world, whole)
+        scatter_state(self._part, self.world, whole)
 
     def gather_velocities(self, optimizer: MomentumSGD) -> list[torch.Tensor]:
         """The whole network's velocities in the order of `optimizer`, which has this rank's. All ranks call it."""
-        return state.gather_velocities(self._part, self.world, optimizer)
+        return gather_velocities(self._part, self.world, optimizer)
 
     def scatter_velocities(self, optimizer: MomentumSGD, whole: Sequence[torch.Tensor]) -> None:
         """Copies the whole network's velocities, of any scheme, into this rank's optimizer."""
-        state.scatter_velocities(self._part, self.world, optimizer, whole)
+        scatter_velocities(self._part, self.world, optimizer, whole)
 
     def _start_sum(self, layer: str, parameter: torch.Tensor) -> None:
         assert parameter.grad is not None

@@ -16,7 +16,6 @@ from torch import nn
 
 from alexprep.shards.errors import AlexprepError
 from alexprep.train import user_code
-from alexprep.train.own import blame
 from alexprep.train.own.tryout import check_network, dry_run, shape_of_images
 from alexprep.train.recipes.recipe import Recipe
 
@@ -68,8 +67,8 @@ class OwnNetwork:
 
     @contextlib.contextmanager
     def blamed(self, when: str = "", only: bool = False) -> Iterator[None]:
-        """See `alexprep.train.own.blame.blamed`."""
-        with blame.blamed(f"{self.said}{when}", self.folder, only):
+        """See `alexprep.train.user_code.blamed`."""
+        with user_code.blamed(f"{self.said}{when}", self.folder, only):
             yield
 
 
@@ -95,7 +94,7 @@ def own_recipe(reference: str) -> Recipe:
     """
     found = user_code.load(reference, RECIPE, "recipe")
     said = f"{RECIPE} {reference}"
-    with blame.blamed(said, found.folder):
+    with user_code.blamed(said, found.folder):
         recipe = found.value() if callable(found.value) else found.value
     if not isinstance(recipe, Recipe):
         raise AlexprepError(

@@ -14,7 +14,7 @@ from alexprep.shards.errors import AlexprepError
 from alexprep.shards.versions import versions
 from alexprep.train.distributed.tensor_parallel import DROPOUTS, Scheme, part_of
 from alexprep.train.distributed.world import World
-from alexprep.train.networks.small import PIXEL_DEVIATION
+from alexprep.train.models.cifar import PIXEL_DEVIATION
 
 IMAGES = 2  # of a trial
 CONTIGUOUS = "alexprep_needs_contiguous"  # attribute of a network that cannot take images with the channels last

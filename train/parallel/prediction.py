@@ -8,11 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from alexprep.train.distributed.tensor_parallel import DROPOUTS, LOGITS, Scheme, divide, part_of
-from alexprep.train.distributed.world import World
+from alexprep.train.distributed.tensor_parallel import DROPOUTS, LOGITS, Gather, Scheme, divide, part_of
+from alexprep.train.distributed.world import Bytes, Traffic, World, ring_bytes
 from alexprep.train.models.layers import LocalResponseNorm
-from alexprep.train.parallel.exchange import Gather
-from alexprep.train.parallel.traffic import Bytes, Traffic, ring_bytes
 from alexprep.train.precision import HALF, Precision
 
 LABEL = 8  # bytes

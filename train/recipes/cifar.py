@@ -7,7 +7,7 @@ from dataclasses import replace
 from alexprep.pipeline.augmentation import Augmentation
 from alexprep.train.lr_schedule import Steps
 from alexprep.train.models import cifar as networks
-from alexprep.train.networks.small import cifar10_quick_net
+from alexprep.train.models.cifar import cifar10_quick_net
 from alexprep.train.recipes.recipe import Recipe
 
 WHOLE = Augmentation(crop=32, mirror=False, mean="crop", noise="none")

@@ -11,7 +11,7 @@ from typing import Any
 from alexprep.pipeline.augmentation import Augmentation
 from alexprep.shards.errors import AlexprepError
 from alexprep.train.lr_schedule import Steps
-from alexprep.train.networks.small import tiny_net
+from alexprep.train.models.cifar import tiny_net
 from alexprep.train.own.network import MODEL, RECIPE, own_network, own_recipe
 from alexprep.train.recipes.alexnet import (
     alexnet,

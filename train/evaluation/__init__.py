@@ -1,1 +1,0 @@
-"""Error, predictions and scores of trained networks."""

@@ -1,1 +1,0 @@
-"""The networks and the layers that torch does not have."""
