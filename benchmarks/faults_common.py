@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from alexprep.shards.conversion import build
+from alexprep.shards.conversion import convert
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.image_codec import Codec, Converted, Target
 from alexprep.shards.plan import ShardOptions
@@ -90,14 +90,14 @@ class Cheap(Codec):
 
 def warm(source: Path, out: Path) -> None:
     """Loads what a run loads lazily, so that forked children need not; each opens a codec of its own."""
-    build(source, out, OPTIONS, InProcessEngine(), make_codec=Cheap)
+    convert(source, out, OPTIONS, InProcessEngine(), make_codec=Cheap)
     shutil.rmtree(out)
 
 
 def build_here(source: Path, out: Path, options: ShardOptions = OPTIONS) -> None:
     """A run without worker processes, always in the same order (a run begins at a shard picked at random)."""
     secrets.randbelow = lambda exclusive_upper_bound: 0
-    build(source, out, options, InProcessEngine())
+    convert(source, out, options, InProcessEngine())
 
 
 def forked(work: Callable[[], None]) -> int:

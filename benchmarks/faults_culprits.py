@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow.parquet as pq
 from faults_common import small_set
 
-from alexprep.shards.conversion import build
+from alexprep.shards.conversion import convert
 from alexprep.shards.dataset_format import read_dataset
 from alexprep.shards.image_codec import Target
 from alexprep.shards.plan import ShardOptions
@@ -43,9 +43,9 @@ def culprits(work: Path, rng: random.Random, count: int) -> dict[str, Any]:
         (work / "empty" / path).write_bytes(b"")
     options = ShardOptions(Target(size=64), shard_samples=64)
     start = time.monotonic()
-    build(source, work / "out", options, LocalEngine(2, image_seconds=5, image_bytes=300 * 2**20), make_codec=Planted)
+    convert(source, work / "out", options, LocalEngine(2, image_seconds=5, image_bytes=300 * 2**20), make_codec=Planted)
     seconds = time.monotonic() - start
-    build(work / "empty", work / "without", options, 2)
+    convert(work / "empty", work / "without", options, 2)
     rows = [row for table in (work / "out").glob("*/samples.parquet") for row in pq.read_table(table).to_pylist()]
     reasons = {row["source"]: row["reason"] for row in rows if row["status"] == "rejected"}
     expected = {str(path): MISDEEDS[word] for path, word in chosen.items()}

@@ -34,7 +34,7 @@ from faults_common import (
     wrong,
 )
 
-from alexprep.shards.conversion import build, make_plan, predict
+from alexprep.shards.conversion import convert, make_plan, predict
 from alexprep.shards.image_codec import Codec, Target
 from alexprep.shards.plan import ShardOptions
 from alexprep.shards.sources.detection import find_source
@@ -175,7 +175,7 @@ def _predictions(photos: Path, work: Path) -> dict[str, Any]:
         missing = [(shard, group) for group, shard in enumerate(plan.shards())]
         said_bytes = predict(source, functools.partial(Codec, target), missing, plan.table(), InProcessEngine())
         before = _bytes(out)
-        report = build(source, out, options, 2)
+        report = convert(source, out, options, 2)
         name = f"prediction / size, {report.inputs:,} photos of {target.size} pixels, {target.format} {target.quality}"
         figures[name] = said_bytes / (_bytes(out) - before)
     return figures
@@ -239,4 +239,4 @@ def writers(work: Path, rng: random.Random, rounds: int) -> dict[str, Any]:
 
 def _behind(gate: Path, source: Path, out: Path, options: ShardOptions) -> None:
     until(gate.exists, 20)
-    build(source, out, options, InProcessEngine())
+    convert(source, out, options, InProcessEngine())

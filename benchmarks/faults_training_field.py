@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from faults_common import DEADLINE, OPTIONS, small_set, until
 
 from alexprep.shards import rgb_statistics
-from alexprep.shards.conversion import build
+from alexprep.shards.conversion import convert
 from alexprep.shards.storage import is_temporary
 from alexprep.train import checkpoint, run_dir
 from alexprep.train.launch import PARENT
@@ -53,8 +53,8 @@ class Field:
         self.work, self.rng, self.counts = work, rng, Counter[str]()
         data = work / "data"
         if not data.exists():
-            build(small_set(work / "source", IMAGES), data, OPTIONS, 1)
-            rgb_statistics.publish(rgb_statistics.compute(data, "train", 1), data, "train")
+            convert(small_set(work / "source", IMAGES), data, OPTIONS, 1)
+            rgb_statistics.publish_statistics(rgb_statistics.pca_stats(data, "train", 1), data, "train")
         self.options: dict[str, Any] = {"data": str(data), "recipe": "tiny", "batch_size": BATCH, "device": "cpu"}
         self.options |= {"steps": steps, "epochs": steps, "log_steps": 1, "checkpoint_steps": EVERY, "ranks": 2}
         self.options |= {"runs": str(work / "runs"), "threads": 1}

@@ -30,7 +30,7 @@ from processes import ROOT, Environment, Missing, interpreter
 from shard import NEEDS
 
 from alexprep.shards import rgb_statistics
-from alexprep.shards.conversion import build
+from alexprep.shards.conversion import convert
 from alexprep.shards.dataset_format import read_dataset
 from alexprep.shards.image_codec import Target
 from alexprep.shards.plan import ShardOptions
@@ -184,13 +184,13 @@ def prepare(data: Path, images: int) -> Path:
             place.parent.mkdir(parents=True, exist_ok=True)
             place.write_bytes(samples.encoded(row).tobytes())
         for name, target in {"jpg": Target(), "raw": Target(format="raw")}.items():
-            done = build(making / "files", making / name, ShardOptions(target), cores())
+            done = convert(making / "files", making / name, ShardOptions(target), cores())
             if name == "jpg" and done.kept < images:
                 raise SystemExit(
                     f"{data} has another form than `alexprep shard` makes by itself: its bytes would change"
                 )
-            found = rgb_statistics.compute(making / name, "train", cores())
-            rgb_statistics.publish(found, making / name, "train")
+            found = rgb_statistics.pca_stats(making / name, "train", cores())
+            rgb_statistics.publish_statistics(found, making / name, "train")
             (making / "facts.json").write_text(json.dumps({"mean": found.channel_means.tolist()}))
         os.rename(making, folder)
     return folder

@@ -24,7 +24,7 @@ from typing import Any
 
 from common import report
 
-from alexprep.shards.conversion import build
+from alexprep.shards.conversion import convert
 from alexprep.shards.plan import ShardOptions
 from alexprep.shards.ray_runner import RayEngine
 from alexprep.shards.worker_pool import Progress, Result, Task
@@ -76,7 +76,7 @@ def main() -> None:
     rng = random.Random(arguments.seed)
     work = Path(tempfile.mkdtemp())
     images = _repeat(arguments.source, work / "source", arguments.repeat)
-    undisturbed = build(work / "source", work / "reference", OPTIONS, NODES)
+    undisturbed = convert(work / "source", work / "reference", OPTIONS, NODES)
     reference = _fingerprint(work / "reference")
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     for _ in range(NODES):
@@ -89,7 +89,7 @@ def main() -> None:
         engine = Counting(RayEngine(cluster.address), log)
         disturber = threading.Thread(target=_disturb, args=(cluster, out, undisturbed.inputs, rng, kills), daemon=True)
         disturber.start()
-        seconds.append(build(work / "source", out, OPTIONS, engine).seconds)
+        seconds.append(convert(work / "source", out, OPTIONS, engine).seconds)
         disturber.join(timeout=60)
         while len(cluster.worker_nodes) < NODES:
             cluster.add_node(num_cpus=1)

@@ -20,7 +20,7 @@ from pathlib import Path
 from common import report
 
 from alexprep.shards import rgb_statistics
-from alexprep.shards.conversion import build
+from alexprep.shards.conversion import convert
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.image_codec import Target
 from alexprep.shards.plan import ShardOptions
@@ -64,8 +64,8 @@ def main() -> None:
     result: dict[str, object] = {"flips": arguments.flips, "seed": arguments.seed}
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "data"
-        build(arguments.photos, data, ShardOptions(Target(size=32), shard_samples=3, limit=12), ENGINE)
-        rgb_statistics.publish(rgb_statistics.compute(data, "train", ENGINE), data, "train")
+        convert(arguments.photos, data, ShardOptions(Target(size=32), shard_samples=3, limit=12), ENGINE)
+        rgb_statistics.publish_statistics(rgb_statistics.pca_stats(data, "train", ENGINE), data, "train")
         files = sorted(path for path in data.rglob("*") if path.is_file())
         sizes = [path.stat().st_size for path in files]
         result["bytes"] = sum(sizes)

@@ -34,8 +34,8 @@ def pca_stats(data: Path, split: str, engine: Engine, as_json: bool) -> None:
     from alexprep.shards.dataset_format import MEAN_PICTURE, STATISTICS
 
     with output.progress("statistics") as show:
-        found = rgb_statistics.compute(data, split, engine, show)
-    rgb_statistics.publish(found, data, split)
+        found = rgb_statistics.pca_stats(data, split, engine, show)
+    rgb_statistics.publish_statistics(found, data, split)
 
     def numbers(values: object, digits: int = 2) -> str:
         return "  ".join(f"{value:,.{digits}f}" for value in values)  # type: ignore[attr-defined]

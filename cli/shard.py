@@ -89,7 +89,7 @@ def shard(
     Example: alexprep shard /imagenet --out /data/imagenet-256
     """
     from alexprep.cli import output
-    from alexprep.shards.conversion import build
+    from alexprep.shards.conversion import convert
     from alexprep.shards.image_codec import Target
     from alexprep.shards.plan import ShardOptions
     from alexprep.shards.sources.detection import find_source
@@ -104,7 +104,7 @@ def shard(
     if check_archive:
         click.echo(f"MD5 as published: {', '.join(check_archives(found.files))}", err=True)
     with output.progress("sharding") as show:
-        done = build(found, out, options, engine, show)
+        done = convert(found, out, options, engine, show)
     rows = [("layout of SOURCE", found.layout), ("inputs", f"{done.inputs:,}")]
     rows += [(f"{split} images", f"{count:,}") for split, count in done.samples.items()]
     rows += [("bytes kept as they were", f"{done.kept:,} images")] if done.kept else []

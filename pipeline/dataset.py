@@ -127,13 +127,13 @@ def statistics_for(dataset: Dataset, chosen: Statistics | str | Path | None) -> 
         if not isinstance(chosen, str | os.PathLike):
             raise AlexprepError(f"statistics {chosen!r} are neither a data set's folder nor statistics")
         folder = folder_at(str(chosen))
-        return rgb_statistics.read(folder, read_dataset(folder)["digest"])
+        return rgb_statistics.read_statistics(folder, read_dataset(folder)["digest"])
     if dataset.statistics_of is None:
         raise AlexprepError(
             "these shards have no statistics: name a data set that has them (statistics=FOLDER), or use an augmentation "
             "without, for example 'resized'"
         )
-    return rgb_statistics.read(dataset.statistics_of, dataset.digest)
+    return rgb_statistics.read_statistics(dataset.statistics_of, dataset.digest)
 
 
 def _holds_tars(name: str, folder: Path) -> bool:

@@ -423,7 +423,7 @@ _compared: set[str] = set()  # plans that this process has been found to see as 
 
 @dataclass(frozen=True)
 class Report:
-    """What a run of `build` did.
+    """What a run of `convert` did.
 
     Attributes:
         folder: the data set.
@@ -448,7 +448,7 @@ class Report:
     samples: dict[str, int] = field(default_factory=dict)
 
 
-def build(
+def convert(
     source: Source | Path | str,
     folder: Path | str,
     options: ShardOptions,
@@ -476,7 +476,7 @@ def build(
     source = source if isinstance(source, Source) else find_source(str(source))
     engine = as_engine(engine)
     try:
-        return _build(source, folder, options, engine, progress, make_codec)
+        return _convert(source, folder, options, engine, progress, make_codec)
     except OSError as error:
         place = os.fsdecode(error.filename) if error.filename else folder
         step = _NEXT_STEPS.get(error.errno or 0, "see what is there")
@@ -485,7 +485,7 @@ def build(
         ) from error
 
 
-def _build(
+def _convert(
     source: Source, folder: Path, options: ShardOptions, engine: Engine, progress: Progress, make_codec: MakeCodec
 ) -> Report:
     start = time.monotonic()

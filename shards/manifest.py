@@ -1,6 +1,6 @@
 """What describes a whole data set, computed from the plan and the sidecars: index, ledger, _info.json, dataset.json.
 
-`build` publishes these; `verify` computes them again and compares.
+`convert` publishes these; `verify` computes them again and compares.
 """
 
 from __future__ import annotations

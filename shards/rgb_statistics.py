@@ -164,7 +164,7 @@ class Statistics:
         return degrees
 
 
-def compute(
+def pca_stats(
     data: Path,
     split: str,
     engine: Engine | int,
@@ -246,7 +246,7 @@ def from_moments(moments: Moments, data_digest: str) -> Statistics:
     )
 
 
-def publish(statistics: Statistics, data: Path, split: str) -> None:
+def publish_statistics(statistics: Statistics, data: Path, split: str) -> None:
     """Writes stats/ of a data set; stats.json comes last and holds the mean image's hash."""
     make_folder((data / STATISTICS).parent)
     remove_temporaries((data / STATISTICS).parent)
@@ -276,7 +276,7 @@ def publish(statistics: Statistics, data: Path, split: str) -> None:
     publish_json(data / STATISTICS, document | {"digest": digest_json(document)})
 
 
-def read(data: Path, data_digest: str) -> Statistics:
+def read_statistics(data: Path, data_digest: str) -> Statistics:
     """The statistics of the training split in a data set's folder.
 
     Args:

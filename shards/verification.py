@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from alexprep.shards.conversion import Report, begin, build, check_apart
+from alexprep.shards.conversion import Report, begin, check_apart, convert
 from alexprep.shards.dataset_format import (
     DATASET,
     INDEX,
@@ -605,7 +605,7 @@ def repair(
                 file.unlink(missing_ok=True)
     if DATASET in damaged:  # it can no longer say what a shard must become
         (folder / DATASET).unlink(missing_ok=True)
-    return build(source, folder, options, engine, progress)
+    return convert(source, folder, options, engine, progress)
 
 
 def _compare(folder: Path, document: dict[str, Any], source: Source) -> None:

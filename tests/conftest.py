@@ -21,7 +21,7 @@ from PIL import Image
 
 from alexprep.pipeline.autotune import search
 from alexprep.shards import rgb_statistics
-from alexprep.shards.conversion import build
+from alexprep.shards.conversion import convert
 from alexprep.shards.image_codec import Target
 from alexprep.shards.plan import ShardOptions
 
@@ -134,8 +134,8 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def data(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`photos` as a finished data set of 64-pixel images in shards of 7, with statistics. Not to be changed."""
     folder = tmp_path_factory.mktemp("data")
-    build(photos, folder, ShardOptions(Target(size=64), shard_samples=7), 1)
-    rgb_statistics.publish(rgb_statistics.compute(folder, "train", 1), folder, "train")
+    convert(photos, folder, ShardOptions(Target(size=64), shard_samples=7), 1)
+    rgb_statistics.publish_statistics(rgb_statistics.pca_stats(folder, "train", 1), folder, "train")
     return folder
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from alexprep.shards import storage
-from alexprep.shards.conversion import build
+from alexprep.shards.conversion import convert
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.image_codec import Codec, Converted, Refused, Target
 from alexprep.shards.plan import ShardOptions
@@ -80,7 +80,7 @@ def attempt(source: Path, out: Path, with_hook: Hook | None = None) -> tuple[int
     global hook
     hook = with_hook
     try:
-        build(source, out, ShardOptions(Target(size=8), shard_samples=2), InProcessEngine(), make_codec=Stub)
+        convert(source, out, ShardOptions(Target(size=8), shard_samples=2), InProcessEngine(), make_codec=Stub)
     except AlexprepError as error:
         return 1, str(error)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""What the ranks of tests/test_parallel.py do: functions for `launch`, each called as function(world, **arguments)."""
+"""What the ranks of tests/test_tensor_parallel.py do: functions for `launch`, each called as function(world, **arguments)."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from alexprep.pipeline.loader import Loader
 from alexprep.shards import rgb_statistics
-from alexprep.shards.conversion import build
+from alexprep.shards.conversion import convert
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.image_codec import Target
 from alexprep.shards.plan import ShardOptions
@@ -312,8 +312,8 @@ def relatives(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Callabl
         if not out.exists():
             names = {"same": [0, 1, 2, 3], "other": [1, 0, 2, 3]}[kind]
             (root / f"{kind}.txt").write_text("\n".join(f"class{n}" for n in names))
-            build(photos, out, ShardOptions(Target(size=64), limit=8, seed=5, labels=str(root / f"{kind}.txt")), 1)
-            rgb_statistics.publish(rgb_statistics.compute(out, "train", 1), out, "train")
+            convert(photos, out, ShardOptions(Target(size=64), limit=8, seed=5, labels=str(root / f"{kind}.txt")), 1)
+            rgb_statistics.publish_statistics(rgb_statistics.pca_stats(out, "train", 1), out, "train")
         return out
 
     return make

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from alexprep.shards import conversion, manifest
-from alexprep.shards.conversion import build
+from alexprep.shards.conversion import convert
 from alexprep.shards.dataset_format import read_dataset
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.image_codec import Codec, Target
@@ -120,7 +120,7 @@ def test_a_sidecar_never_describes_another_writer_s_tar(
         def first(*arguments: Any, **more: Any) -> Any:
             if not met:
                 met.append(1)
-                build(photos, out, options, InProcessEngine())
+                convert(photos, out, options, InProcessEngine())
             return real(*arguments, **more)
 
         monkeypatch.setattr(module, name, first)
@@ -128,8 +128,8 @@ def test_a_sidecar_never_describes_another_writer_s_tar(
     meets({"before the tar": "published", "before the index": "publish_bytes"}.get(moment, "publish_first"))
     words = "The first one is kept" if moment == "before the tar" else "Neither counts"
     with pytest.raises(AlexprepError, match=f"made twice with different bytes .*{words}"):
-        build(photos, out, options, InProcessEngine(), make_codec=other)
-    report = build(photos, out, options, InProcessEngine())
+        convert(photos, out, options, InProcessEngine(), make_codec=other)
+    report = convert(photos, out, options, InProcessEngine())
     assert report.made_inputs == (0 if moment == "before the tar" else 5)
     assert verify(out, InProcessEngine()).problems == []
 
@@ -268,8 +268,8 @@ def test_a_decoder_that_misbehaves_costs_just_its_image(
         (tmp_path / "empty" / path).write_bytes(b"")
     options = ShardOptions(Target(size=64), shard_samples=7)
     engine = LocalEngine(2, image_seconds=2, image_bytes=200 * 2**20)
-    report = build(tmp_path / "source", tmp_path / "out", options, engine, make_codec=Planted)
-    build(tmp_path / "empty", tmp_path / "without", options, 2)
+    report = convert(tmp_path / "source", tmp_path / "out", options, engine, make_codec=Planted)
+    convert(tmp_path / "empty", tmp_path / "without", options, 2)
     assert (report.written, report.rejected.total()) == (68 - 6, 6)
     rows = [row for table in (tmp_path / "out").glob("*/samples.parquet") for row in pq.read_table(table).to_pylist()]
     reasons = {row["source"]: row["reason"] for row in rows if row["status"] == "rejected"}

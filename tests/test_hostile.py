@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from alexprep.shards.conversion import build
+from alexprep.shards.conversion import convert
 from alexprep.shards.image_codec import MAX_SCANS, Codec, Converted, Refused, Target
 from alexprep.shards.plan import ShardOptions
 from alexprep.shards.reader import Samples
@@ -119,8 +119,8 @@ def test_hostile_files_change_nothing_for_the_good_ones(
     for name, content in hostile.items():
         (tmp_path / "source/train/class1" / f"x{name}").write_bytes(content)
     options = ShardOptions(Target(size=32), shard_samples=50)
-    report = build(tmp_path / "source", tmp_path / "out", options, LocalEngine(2, image_seconds=20))
-    build(photos, tmp_path / "alone", options, 1)
+    report = convert(tmp_path / "source", tmp_path / "out", options, LocalEngine(2, image_seconds=20))
+    convert(photos, tmp_path / "alone", options, 1)
     assert report.inputs == len(hostile) + 68
     ledgers = {
         folder: pq.read_table(tmp_path / folder / "train/samples.parquet").to_pylist() for folder in ("out", "alone")
@@ -208,10 +208,10 @@ def test_real_malformed_jpegs(sample_data: Path, tmp_path: Path) -> None:
             (source / f"{n:05d}.jpg").write_bytes(content.read())
     for class_folder in (sample_data / "imagenet-sample/train").iterdir():
         (tmp_path / "source" / class_folder.name).symlink_to(class_folder)
-    report = build(tmp_path / "source", tmp_path / "out", ShardOptions(), 2)
+    report = convert(tmp_path / "source", tmp_path / "out", ShardOptions(), 2)
     ledger = pq.read_table(tmp_path / "out/train/samples.parquet").to_pylist()
     assert report.inputs == len(ledger) == len({row["source"] for row in ledger}) == 2136 + 298
-    build(sample_data / "imagenet-sample", tmp_path / "alone", ShardOptions(), 2)
+    convert(sample_data / "imagenet-sample", tmp_path / "alone", ShardOptions(), 2)
     alone = pq.read_table(tmp_path / "alone/train/samples.parquet").to_pylist()
     images: dict[str, bytes] = {}
     for folder, rows in (("alone", alone), ("out", ledger)):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.io import savemat
 
-from alexprep.shards.conversion import build
+from alexprep.shards.conversion import convert
 from alexprep.shards.dataset_format import read_dataset
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.image_codec import Target
@@ -49,7 +49,7 @@ def test_the_devkit_is_found_beside_the_source(photos: Path, tmp_path: Path) -> 
     for split in ("train", "val"):
         (source / split).symlink_to(photos / split)
     _devkit(tmp_path / "ILSVRC2012_devkit_t12" / "data" / "meta.mat", ["class3", "class1", "class0", "class2"], [])
-    build(source, tmp_path / "out", ShardOptions(Target(size=64), labels="ilsvrc-id", limit=4), 1)
+    convert(source, tmp_path / "out", ShardOptions(Target(size=64), labels="ilsvrc-id", limit=4), 1)
     dataset = read_dataset(tmp_path / "out")
     assert dataset["classes"] == ["class3", "class1", "class0", "class2"] and dataset["labels"] == "ilsvrc-id"
 

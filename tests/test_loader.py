@@ -34,7 +34,7 @@ from alexprep.pipeline.augmentation import (
 )
 from alexprep.pipeline.loader import Batch, Loader
 from alexprep.shards import rgb_statistics
-from alexprep.shards.conversion import build
+from alexprep.shards.conversion import convert
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.image_codec import Target
 from alexprep.shards.plan import ShardOptions
@@ -61,7 +61,7 @@ def _reference(
     data: Path, split: str, rows: list[int], draws: Draws, augmentation: Augmentation, epoch: int = 0
 ) -> NDArray[np.float64]:
     samples = Samples(data, split)
-    found = rgb_statistics.read(data, samples.dataset["digest"]) if augmentation.needs_statistics else None
+    found = rgb_statistics.read_statistics(data, samples.dataset["digest"]) if augmentation.needs_statistics else None
     return np.stack(
         [augment(_decode(samples, row), draws, n, augmentation, found, epoch) for n, row in enumerate(rows)]
     )
@@ -184,7 +184,7 @@ def test_resize_is_antialiased_as_pillow_s(photo: Callable[..., Image.Image]) ->
 @pytest.mark.parametrize("views", ["random", "centre", "ten"])
 def test_every_format_gives_the_same_picture(image_format: Any, views: Any, photos: Path, tmp_path: Path) -> None:
     target = Target(size=48, format=image_format, subsampling="444", quality=100)
-    build(photos, tmp_path, ShardOptions(target, limit=6), 1)
+    convert(photos, tmp_path, ShardOptions(target, limit=6), 1)
     augmentation = Augmentation(crop=37, mean="none", noise="none")
     with Loader(tmp_path, batch_size=6, augmentation=augmentation, views=views) as loader:
         batch = next(iter(loader))
@@ -216,7 +216,7 @@ def test_ten_views(mean: Any, layout: Any, data: Path) -> None:
     got = _nhwc(batch, layout)
     assert got.shape == (8, 10, 51, 51, 3)
     samples = Samples(data, "val")
-    found = rgb_statistics.read(data, samples.dataset["digest"])
+    found = rgb_statistics.read_statistics(data, samples.dataset["digest"])
     windows = ten_windows(augmentation, np.array([[64, 64]]))[0]
     for n in range(10):
         for k, row in enumerate(batch.indices.tolist()):
@@ -248,7 +248,7 @@ def test_crop_of_the_whole_image(data: Path) -> None:
 
 def test_noise_has_the_stated_covariance(data: Path) -> None:
     """Cov = sigma² V diag(s²) Vᵀ, with s the eigenvalue on the 0-1 scale times 255, or its square root on 0-255."""
-    found = rgb_statistics.read(data, Samples(data, "train").dataset["digest"])
+    found = rgb_statistics.read_statistics(data, Samples(data, "train").dataset["digest"])
     alpha = _draw(ODD, 0, 0, np.arange(200_000)).alpha_N3
     noise: Any
     for noise, scale in (("eigenvalue", found.eigenvalues / 255), ("stdev", np.sqrt(found.eigenvalues))):
@@ -537,7 +537,7 @@ def test_by_hand(photo: Callable[..., Image.Image], tmp_path: Path) -> None:
     for n in range(2):
         (tmp_path / "source" / f"class{n}").mkdir(parents=True)
         photo(16, 16, seed=n).save(tmp_path / "source" / f"class{n}" / "a.png")
-    build(tmp_path / "source", tmp_path / "data", ShardOptions(Target(size=16, format="png")), 1)
+    convert(tmp_path / "source", tmp_path / "data", ShardOptions(Target(size=16, format="png")), 1)
     mean = np.arange(16 * 16 * 3, dtype=np.float64).reshape(16, 16, 3) / 5
     values, vectors = np.array([9000.0, 500.0, 80.0]), np.linalg.qr(np.array([[1.0, 2, 3], [0, 1, 4], [5, 6, 0]]))[0]
     found = rgb_statistics.Statistics(

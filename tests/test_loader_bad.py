@@ -18,7 +18,7 @@ from alexprep.pipeline.augmentation import PRESETS, Augmentation
 from alexprep.pipeline.dataset import OnBad
 from alexprep.pipeline.loader import Batch, Engine, Loader
 from alexprep.pipeline.loader_settings import Tuning
-from alexprep.shards.conversion import build
+from alexprep.shards.conversion import convert
 from alexprep.shards.dataset_format import INDEX
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.image_codec import Codec, Target
@@ -211,7 +211,7 @@ def test_raw_shards_of_the_wrong_size_are_named(
         def encode(self, pixels: NDArray[np.uint8]) -> bytes:
             return super().encode(np.resize(pixels, shape))
 
-    build(
+    convert(
         photos, tmp_path, ShardOptions(Target(size=64, format="raw"), limit=5), InProcessEngine(), make_codec=Careless
     )
     with (

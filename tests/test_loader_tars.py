@@ -17,7 +17,7 @@ from PIL import Image
 
 from alexprep.pipeline.augmentation import Augmentation, augment, augmentation_named, draw
 from alexprep.pipeline.loader import Batch, Loader
-from alexprep.shards.conversion import build
+from alexprep.shards.conversion import convert
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.image_codec import Target
 from alexprep.shards.plan import ShardOptions
@@ -136,7 +136,7 @@ def test_a_split_of_a_folder(split: str, photo: Any, encoded: Any, tmp_path: Pat
 def test_remote_data_sets(order: Any, data: Path, photos: Path) -> None:
     """A set in a store gives what the same set on a disk gives; shards are fetched ahead and let go."""
     store = f"memory://loader-{order}"
-    build(photos, folder_at(store), ShardOptions(Target(size=64), shard_samples=7), InProcessEngine())
+    convert(photos, folder_at(store), ShardOptions(Target(size=64), shard_samples=7), InProcessEngine())
     plain = Augmentation(crop=51, mean="none", noise="none")
     options: Any = {"batch_size": 5, "augmentation": plain, "order": order, "block_shards": 2}
     with Loader(data, **options) as local, Loader(store, **options) as remote:
@@ -151,7 +151,7 @@ def test_remote_data_sets(order: Any, data: Path, photos: Path) -> None:
 def test_each_remote_shard_is_fetched_once(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where eight steps ahead lie in more shards than one step."""
     store = "memory://loader-once"
-    build(photos, folder_at(store), ShardOptions(Target(size=64), shard_samples=2), InProcessEngine())
+    convert(photos, folder_at(store), ShardOptions(Target(size=64), shard_samples=2), InProcessEngine())
     fetched: list[int] = []
     download = TarSamples._download
 

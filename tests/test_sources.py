@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from scipy.io import savemat
 
-from alexprep.shards.conversion import build
+from alexprep.shards.conversion import convert
 from alexprep.shards.dataset_format import read_dataset, read_index
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.image_codec import Target
@@ -72,7 +72,7 @@ def folders(photos: Path, val: list[tuple[str, str, bytes]], tmp_path_factory: p
 @pytest.fixture(scope="module")
 def reference(folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("reference")
-    build(folders, out, OPTIONS, ENGINE)
+    convert(folders, out, OPTIONS, ENGINE)
     return out
 
 
@@ -115,7 +115,7 @@ def archives(folders: Path, val: list[tuple[str, str, bytes]], tmp_path_factory:
 
 
 def test_the_original_archives_give_the_same_shards(archives: Path, reference: Path, tmp_path: Path) -> None:
-    report = build(archives, tmp_path / "out", OPTIONS, 2)
+    report = convert(archives, tmp_path / "out", OPTIONS, 2)
     assert report.samples == {"train": 48, "val": 20} and not report.rejected
     assert shards_of(tmp_path / "out") == shards_of(reference)
     dataset = read_dataset(tmp_path / "out")
@@ -127,17 +127,17 @@ def test_the_original_archives_give_the_same_shards(archives: Path, reference: P
 
 def test_the_devkit_s_labels_from_its_archive(archives: Path, folders: Path, tmp_path: Path) -> None:
     by_id = ShardOptions(Target(size=32), labels="ilsvrc-id", limit=4)
-    build(archives, tmp_path / "out", by_id, ENGINE)
+    convert(archives, tmp_path / "out", by_id, ENGINE)
     assert read_dataset(tmp_path / "out")["classes"] == WNIDS
 
 
 def test_one_archive_alone_and_test_images_without_labels(
     archives: Path, reference: Path, val: list[tuple[str, str, bytes]], tmp_path: Path
 ) -> None:
-    one = build(archives / "ILSVRC2012_img_train.tar", tmp_path / "train", OPTIONS, ENGINE)
+    one = convert(archives / "ILSVRC2012_img_train.tar", tmp_path / "train", OPTIONS, ENGINE)
     assert one.samples == {"train": 48}
     _tar(tmp_path / "ILSVRC2012_img_test.tar", {name.replace("val", "test"): content for name, _, content in val})
-    build(tmp_path / "ILSVRC2012_img_test.tar", tmp_path / "test", OPTIONS, ENGINE)
+    convert(tmp_path / "ILSVRC2012_img_test.tar", tmp_path / "test", OPTIONS, ENGINE)
     assert set(read_index(tmp_path / "test", "test")["label"].tolist()) == {-1}
     # 2010: the test images' labels were published.
     (tmp_path / "old").mkdir()
@@ -147,7 +147,7 @@ def test_one_archive_alone_and_test_images_without_labels(
     )
     (tmp_path / "old/ILSVRC2010_test_ground_truth.txt").write_bytes(_ids(val, WNIDS))
     (tmp_path / "old/meta.mat").write_bytes(_meta_mat(WNIDS, 2010))
-    build(tmp_path / "old", tmp_path / "old-out", OPTIONS, ENGINE)
+    convert(tmp_path / "old", tmp_path / "old-out", OPTIONS, ENGINE)
     labels = read_index(tmp_path / "old-out", "test")["label"]
     assert sorted(labels.tolist()) == sorted(read_index(reference, "val")["label"].tolist())
 
@@ -166,13 +166,13 @@ def test_kaggle_s_folders_give_the_same_shards(
         writer = csv.writer(file)
         writer.writerow(["ImageId", "PredictionString"])
         writer.writerows([name.removesuffix(".JPEG"), f"{class_name} 1 2 30 40"] for name, class_name, _ in val)
-    report = build(tmp_path / "kaggle", tmp_path / "out", OPTIONS, ENGINE)
+    report = convert(tmp_path / "kaggle", tmp_path / "out", OPTIONS, ENGINE)
     assert report.samples == {"train": 48, "val": 20, "test": 20}
     made = {name: digest for name, digest in shards_of(tmp_path / "out").items() if not name.startswith("test")}
     assert made == shards_of(reference)
     (tmp_path / "kaggle/LOC_val_solution.csv").unlink()
     with pytest.raises(AlexprepError, match=r"has no LOC_val_solution\.csv"):
-        build(tmp_path / "kaggle", tmp_path / "new", OPTIONS, ENGINE)
+        convert(tmp_path / "kaggle", tmp_path / "new", OPTIONS, ENGINE)
 
 
 @pytest.mark.parametrize("kind", ["csv", "names", "numbers", "devkit", "devkit archive"])
@@ -202,7 +202,7 @@ def test_a_flat_val_folder_with_a_ground_truth(
             truth.write_bytes(_ids(val, WNIDS))
         case "devkit archive":
             shutil.copy(archives / "ILSVRC2012_devkit_t12.tar.gz", root)
-    build(root, tmp_path / "out", OPTIONS, ENGINE)
+    convert(root, tmp_path / "out", OPTIONS, ENGINE)
     assert shards_of(tmp_path / "out") == shards_of(reference)
 
 
@@ -402,7 +402,7 @@ def test_tars_of_class_folders_give_the_same_shards(shape: str, folders: Path, r
         prefix = "imagenet/" if shape == "inside a folder" else "./"
         source = tmp_path / "all.tar"
         _tar(source, {prefix + str(p.relative_to(folders)): p.read_bytes() for p in images})
-    build(source, tmp_path / "out", OPTIONS, ENGINE)
+    convert(source, tmp_path / "out", OPTIONS, ENGINE)
     assert shards_of(tmp_path / "out") == shards_of(reference)
 
 
@@ -430,7 +430,7 @@ def test_a_data_set_made_among_tars_is_none_of_them(folders: Path, tmp_path: Pat
         images = sorted((folders / split).rglob("*.JPEG"))[:2]
         _tar(tmp_path / f"{split}.tar", {str(p.relative_to(folders / split)): p.read_bytes() for p in images})
     for _ in range(2):  # the second run finds the first one's folder
-        report = build(tmp_path, tmp_path / "alexprep-data", OPTIONS, ENGINE)
+        report = convert(tmp_path, tmp_path / "alexprep-data", OPTIONS, ENGINE)
         assert report.samples == {"train": 2, "val": 2}
     (tmp_path / "class0").mkdir()
     assert find_source(str(tmp_path)).layout == "folders"
@@ -449,7 +449,7 @@ def test_odd_members_of_a_tar_are_rejected_each(photos: Path, tmp_path: Path) ->
             tar.addfile(info)
         tar.add(photos / "train/class0/000.JPEG", "../../c/up.jpg")
         tar.add(photos / "train/class0/000.JPEG", "c/.hidden.jpg")
-    report = build(tmp_path / "odd.tar", tmp_path / "out", OPTIONS, ENGINE)
+    report = convert(tmp_path / "odd.tar", tmp_path / "out", OPTIONS, ENGINE)
     assert report.written == 2
     assert dict(report.rejected) == {"cannot be read: a link or special file in an archive": 3}
 
@@ -477,7 +477,7 @@ def test_webdatasets_are_sharded_anew(form: str, reference: Path, folders: Path,
     found = find_source(place)
     assert found.layout == "webdataset"
     out = tmp_path / "out"
-    report = build(found, out, ShardOptions(Target(size=48), shard_samples=10), ENGINE)
+    report = convert(found, out, ShardOptions(Target(size=48), shard_samples=10), ENGINE)
     if form == "ours":
         assert report.samples == {"train": 48, "val": 20}
         assert read_dataset(out)["classes"] == classes
@@ -529,10 +529,10 @@ def test_our_own_shards_with_unknown_classes_and_raw_pixels(
         {name.replace("val", "test"): content for name, _, content in val[:5]},
     )
     first, again = tmp_path / "first", tmp_path / "again"
-    build(tmp_path / "source", first, ShardOptions(Target(size=64, format=form)), ENGINE)
+    convert(tmp_path / "source", first, ShardOptions(Target(size=64, format=form)), ENGINE)
     source = find_source(str(first))
     assert {entry.class_name for entry in source.inputs()} == {UNLABELLED}
-    report = build(source, again, ShardOptions(Target(size=64, format="raw")), ENGINE)
+    report = convert(source, again, ShardOptions(Target(size=64, format="raw")), ENGINE)
     assert report.samples == {"test": 5} and not report.rejected
     assert read_index(again, "test")["label"].tolist() == [-1] * 5 and read_dataset(again)["classes"] == []
     if form == "raw":  # nothing is lost on the way
@@ -611,20 +611,20 @@ def test_stores_that_fsspec_opens(layout: str, folders: Path, archives: Path, re
     store = fsspec.filesystem("memory")
     store.put(str(source), f"/{layout}", recursive=True)
     try:
-        build(f"memory://{layout}", "memory://out", OPTIONS, ENGINE)
+        convert(f"memory://{layout}", "memory://out", OPTIONS, ENGINE)
         made = folder_at("memory://out")
         got = {name: hashlib.sha256((made / name).read_bytes()).hexdigest() for name in shards_of(reference)}
         assert got == shards_of(reference)
         assert verify("memory://out", ENGINE, decode=True).problems == []
-        build(f"memory://{layout}", "memory://out", OPTIONS, ENGINE)  # nothing to do
-        there, here = (rgb_statistics.compute(folder, "train", ENGINE) for folder in (made, reference))
+        convert(f"memory://{layout}", "memory://out", OPTIONS, ENGINE)  # nothing to do
+        there, here = (rgb_statistics.pca_stats(folder, "train", ENGINE) for folder in (made, reference))
         assert (there.mean_HWC == here.mean_HWC).all() and (there.covariance == here.covariance).all()
         if layout == "folders":
             with pytest.raises(AlexprepError, match="lies among the images"):
-                build("memory://folders", "memory:///folders/train/out", OPTIONS, ENGINE)
+                convert("memory://folders", "memory:///folders/train/out", OPTIONS, ENGINE)
     finally:
         store.rm("/", recursive=True)
-    build(f"file://{source}", f"file://{tmp_path / 'out'}", OPTIONS, 2)
+    convert(f"file://{source}", f"file://{tmp_path / 'out'}", OPTIONS, 2)
     assert shards_of(tmp_path / "out") == shards_of(reference)
     with pytest.raises(AlexprepError, match="does not exist"):
         find_source("memory://nowhere")
@@ -688,13 +688,13 @@ def test_real_photos_from_archives(sample_data: Path, tmp_path: Path) -> None:
     (tars / "meta.mat").write_bytes(_meta_mat(wnids))
     (tars / "ILSVRC2012_validation_ground_truth.txt").write_bytes(_ids(val, wnids))
     for source, out in ((folders, "one"), (tars, "two")):
-        report = build(source, tmp_path / out, ShardOptions(), 2)
+        report = convert(source, tmp_path / out, ShardOptions(), 2)
         assert report.samples == {"train": 298, "val": 298}
     assert shards_of(tmp_path / "one") == shards_of(tmp_path / "two")
 
 
 def test_real_cifar_from_its_tar(sample_data: Path, tmp_path: Path) -> None:
-    report = build(sample_data / "cifar10-jpeg.tar", tmp_path / "out", ShardOptions(Target(size=32), limit=2000), 2)
+    report = convert(sample_data / "cifar10-jpeg.tar", tmp_path / "out", ShardOptions(Target(size=32), limit=2000), 2)
     assert report.samples == {"train": 2000, "test": 2000}
     classes = read_dataset(tmp_path / "out")["classes"]
     assert classes == ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]

@@ -10,7 +10,7 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from alexprep.shards.conversion import build
+from alexprep.shards.conversion import convert
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.image_codec import Target
 from alexprep.shards.plan import ShardOptions
@@ -131,14 +131,14 @@ def test_a_url_of_this_disk_is_the_path(photos: Path, tmp_path: Path) -> None:
     for place in (f"file://{odd}", f"local://{odd}"):
         source = find_source(place)
         assert source == find_source(str(odd)) and len(listed(source)) == 3
-    assert build(f"file://{odd}", tmp_path / "out", OPTIONS, ENGINE).written == 3
+    assert convert(f"file://{odd}", tmp_path / "out", OPTIONS, ENGINE).written == 3
     for source_place, out in (
         (str(odd), f"file://{odd}/a::b/out"),
         (f"file://{odd}", f"{odd}/a::b/out"),
         (f"local://{odd}", f"file://{odd}/out"),
     ):
         with pytest.raises(AlexprepError, match="lies among the images"):
-            build(source_place, out, OPTIONS, ENGINE)
+            convert(source_place, out, OPTIONS, ENGINE)
     with pytest.raises(AlexprepError, match="does not exist"):
         find_source(f"file://{tmp_path}/nowhere")
 
@@ -165,7 +165,7 @@ def test_links_that_lead_nowhere_are_rejected_each(photos: Path, tmp_path: Path)
         for name, target in (("loop", loop), ("file", root / below_a_file), ("long", long), ("gone", nothing)):
             (folder / name).symlink_to(target)
     assert {entry.name for entry in LocalFiles(bytes(root / "train")).entries() if entry.is_folder} == {b"cat", b"dog"}
-    report = build(root, tmp_path / "out", OPTIONS, ENGINE)
+    report = convert(root, tmp_path / "out", OPTIONS, ENGINE)
     assert report.written == 2 and report.rejected.total() == 4
     assert all(reason.startswith("cannot be read: ") for reason in report.rejected)
     find_source(str(root)).devkit()  # which looks at the folder above too
@@ -193,7 +193,7 @@ def test_shards_never_hide_the_source_they_are_made_of(photos: Path, tmp_path: P
         (folders, folders / "training/cat/out"),
     ):
         with pytest.raises(AlexprepError, match="among the images of SOURCE"):
-            build(source, out, OPTIONS, ENGINE)
+            convert(source, out, OPTIONS, ENGINE)
     for source, out in (
         (tars, tars / "out"),
         (folders, folders / "out"),
@@ -201,7 +201,7 @@ def test_shards_never_hide_the_source_they_are_made_of(photos: Path, tmp_path: P
         (tars / "train.tar", tars),
     ):
         for _ in range(2):  # the second run finds what it began
-            assert build(source, out, OPTIONS, ENGINE).written == 1
+            assert convert(source, out, OPTIONS, ENGINE).written == 1
 
 
 def test_one_file_under_two_spellings_in_a_table(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from alexprep.shards.conversion import build
+from alexprep.shards.conversion import convert
 from alexprep.shards.dataset_format import read_dataset
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.image_codec import Target
@@ -661,7 +661,7 @@ def test_a_build_keeps_every_pixel_and_the_numbering(
     root.mkdir()
     make(root)
     source = find_source(str(root))
-    report = build(source, out, ShardOptions(Target(size=side, format="raw"), labels="auto"), LocalEngine(1))
+    report = convert(source, out, ShardOptions(Target(size=side, format="raw"), labels="auto"), LocalEngine(1))
     assert report.samples == samples and not report.rejected
     assert read_dataset(out)["classes"] == classes
     for split in samples:

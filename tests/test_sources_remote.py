@@ -15,7 +15,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from alexprep.shards import storage
-from alexprep.shards.conversion import build
+from alexprep.shards.conversion import convert
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.plan import ShardOptions, draw_up
 from alexprep.shards.sources.detection import find_source
@@ -239,4 +239,4 @@ def test_rows_that_a_server_has_not_are_rejected_with_one_reason(served: str, tm
         with pytest.raises(
             AlexprepError, match=r"none of the 3 inputs is a usable image: cannot be read: not found \(3\)"
         ):
-            build(source, tmp_path / f"out{len(place)}", ShardOptions(), InProcessEngine())
+            convert(source, tmp_path / f"out{len(place)}", ShardOptions(), InProcessEngine())

@@ -272,7 +272,7 @@ def prepare(
     source = None
     # A beginning that would fail at once, as far as that can be known, fails here: before it has a folder and a name.
     if run is None and recipe.augmentation.needs_statistics and not made_up:
-        rgb_statistics.read(data, facts.digest)
+        rgb_statistics.read_statistics(data, facts.digest)
     if config.init_from is not None:
         if run is None:
             source, skipped = saved_checkpoint(place_named(config.runs, config.init_from))

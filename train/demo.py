@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 from alexprep.shards import rgb_statistics
-from alexprep.shards.conversion import build
+from alexprep.shards.conversion import convert
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.image_codec import Target
 from alexprep.shards.plan import ShardOptions
@@ -175,15 +175,15 @@ def run_demo(folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
         f"1. {count:,} pictures of {len(SHAPES)} classes in {photos}, five of them odd: grey, CMYK, PNG, truncated, empty"
     )
 
-    done = build(photos, data, ShardOptions(Target(size=_SIZE)), cores())
+    done = convert(photos, data, ShardOptions(Target(size=_SIZE)), cores())
     refused = "; ".join(f"{count} of: {reason}" for reason, count in done.rejected.items())
     say(
         f"2. alexprep shard: {done.inputs:,} inputs = {done.written:,} written + {done.rejected.total()} rejected ({refused})"
     )
     say(f"   {_SIZE}-pixel shards in {data}, every input's fate in {data}/*/samples.parquet")
 
-    found = rgb_statistics.compute(data, "train", cores())
-    rgb_statistics.publish(found, data, "train")
+    found = rgb_statistics.pca_stats(data, "train", cores())
+    rgb_statistics.publish_statistics(found, data, "train")
     deviations = "  ".join(f"{value:.1f}" for value in found.stdevs)
     say(
         f"3. alexprep pca-stats: principal standard deviations {deviations} grey levels; look at {data}/stats/mean_image.png"

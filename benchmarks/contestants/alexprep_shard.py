@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from alexprep.shards.conversion import build
+from alexprep.shards.conversion import convert
 from alexprep.shards.plan import ShardOptions
 
 
@@ -19,7 +19,7 @@ def main(source: str, target: str, processes: str) -> None:
         if finished and (not seen or finished > seen[-1][1]):
             seen.append((time.perf_counter(), finished))
 
-    done = build(source, Path(target), ShardOptions(), int(processes), progress)
+    done = convert(source, Path(target), ShardOptions(), int(processes), progress)
     (begin, first), (end, last) = seen[0], seen[-1]
     print(json.dumps({"images": done.written, "steady": (last - first) / (end - begin)}))
 

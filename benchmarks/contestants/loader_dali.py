@@ -31,7 +31,7 @@ def tar_reader(data: Path, device: str) -> list[Any]:
     """Images and labels from the shards."""
     tars = sorted(str(path) for path in (data / "train").glob("*.tar"))
     indexes = [tar.removesuffix(".tar") + ".idx" for tar in tars]
-    mean = rgb_statistics.read(data, read_dataset(data)["digest"]).channel_means.tolist()
+    mean = rgb_statistics.read_statistics(data, read_dataset(data)["digest"]).channel_means.tolist()
     options: Any = {"index_paths": indexes, "ext": ["jpg", "cls"], "random_shuffle": True, "initial_fill": 1024}
     encoded, label = cast("Any", fn.readers.webdataset(paths=tars, **options))
     x, y = fn.random.uniform(range=(0, 1)), fn.random.uniform(range=(0, 1))

@@ -18,7 +18,7 @@ from scipy.io import savemat
 
 from alexprep.cli.main import main
 from alexprep.shards import rgb_statistics
-from alexprep.shards.conversion import build
+from alexprep.shards.conversion import convert
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.image_codec import Target
 from alexprep.shards.plan import ShardOptions
@@ -70,8 +70,8 @@ def ilsvrc(photo: Any, encoded: Any, tmp_path_factory: pytest.TempPathFactory) -
     synsets = np.array([(n + 1, wnid, "w", "g", 0) for n, wnid in enumerate(WNIDS)], dtype=fields)
     (source / "ILSVRC2012_devkit_t12/data").mkdir(parents=True)
     savemat(source / "ILSVRC2012_devkit_t12/data/meta.mat", {"synsets": synsets.reshape(-1, 1)})
-    build(source, out, ShardOptions(Target(size=64), shard_samples=4, labels="ilsvrc-id"), 1)
-    rgb_statistics.publish(rgb_statistics.compute(out, "train", 1), out, "train")
+    convert(source, out, ShardOptions(Target(size=64), shard_samples=4, labels="ilsvrc-id"), 1)
+    rgb_statistics.publish_statistics(rgb_statistics.pca_stats(out, "train", 1), out, "train")
     return out
 
 

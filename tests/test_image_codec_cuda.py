@@ -284,7 +284,7 @@ def test_gpu_shards_have_the_cpu_s_ledger(photos: Path, tmp_path: Path) -> None:
     """`alexprep shard --device cuda` with a corrupt file among the photos, beside --device cpu."""
     import shutil
 
-    from alexprep.shards.conversion import build
+    from alexprep.shards.conversion import convert
     from alexprep.shards.plan import ShardOptions
     from alexprep.shards.reader import Samples
 
@@ -295,7 +295,7 @@ def test_gpu_shards_have_the_cpu_s_ledger(photos: Path, tmp_path: Path) -> None:
     samples = {}
     for device in ("cpu", "cuda"):
         options = ShardOptions(Target(size=64, device=device), shard_samples=30)
-        report = build(source, tmp_path / device, options, 1)
+        report = convert(source, tmp_path / device, options, 1)
         assert (report.inputs, report.written) == (69, 68)
         samples[device] = Samples(tmp_path / device, "train")
     for row in range(len(samples["cpu"])):

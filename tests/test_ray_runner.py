@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 
 from alexprep.shards import rgb_statistics
-from alexprep.shards.conversion import build
+from alexprep.shards.conversion import convert
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.image_codec import Target
 from alexprep.shards.plan import ShardOptions
@@ -130,13 +130,13 @@ def many(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
         folder.mkdir(parents=True, exist_ok=True)
         for n in range(6):
             (folder / f"{n}-{path.name}").symlink_to(path)
-    build(root / "source", root / "out", MANY, 2)
+    convert(root / "source", root / "out", MANY, 2)
     return root / "source", fingerprint(root / "out")
 
 
 def test_the_same_bytes_as_locally(cluster: Any, photos: Path, data: Path, tmp_path: Path) -> None:
     heard: list[tuple[int, int]] = []
-    report = build(
+    report = convert(
         photos, tmp_path / "out", OPTIONS, RayEngine(cluster.address), lambda *progress: heard.append(progress)
     )
     assert fingerprint(tmp_path / "out") == fingerprint(data)
@@ -146,7 +146,7 @@ def test_the_same_bytes_as_locally(cluster: Any, photos: Path, data: Path, tmp_p
 
 
 def test_statistics_have_the_same_bits(cluster: Any, data: Path) -> None:
-    one, other = (rgb_statistics.compute(data, "train", engine) for engine in (1, RayEngine(cluster.address)))
+    one, other = (rgb_statistics.pca_stats(data, "train", engine) for engine in (1, RayEngine(cluster.address)))
     assert one.data_digest == other.data_digest
     for name in ("mean_HWC", "covariance", "eigenvalues", "eigenvectors"):
         assert getattr(one, name).tobytes() == getattr(other, name).tobytes()
@@ -188,7 +188,7 @@ def test_a_machine_without_alexprep_is_named(cluster: Any, data: Path, tmp_path:
     environment = {"env_vars": {"PYTHONPATH": str(tmp_path)}}
     ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR", runtime_env=environment)
     with pytest.raises(AlexprepError, match="cannot import alexprep: pip install alexprep there"):
-        rgb_statistics.compute(data, "train", RayEngine())
+        rgb_statistics.pca_stats(data, "train", RayEngine())
     ray.shutdown()
 
 
@@ -214,7 +214,7 @@ def test_a_worker_and_a_node_are_lost(
         lost.append("node" if not (out / "dataset.json").exists() else "nothing")
 
     with ThreadThatRaises(disturb):
-        build(source, out, MANY, RayEngine(cluster.address))
+        convert(source, out, MANY, RayEngine(cluster.address))
     assert capfd.readouterr().out == ""
     cluster.add_node(num_cpus=1)
     assert lost == ["worker", "node"]
@@ -260,7 +260,7 @@ def test_a_killed_driver_is_run_again(cluster: Any, many: tuple[Path, dict[str, 
     driver.kill()
     driver.wait(timeout=60)
     assert not (out / "dataset.json").exists()
-    report = build(source, out, MANY, RayEngine(cluster.address))
+    report = convert(source, out, MANY, RayEngine(cluster.address))
     assert 0 < report.made_inputs < 408
     assert fingerprint(out) == reference
 
@@ -307,16 +307,16 @@ def listening(processes: list[int]) -> list[str]:
 )
 def test_nobody_at_the_address(address: str, words: str, data: Path) -> None:
     with pytest.raises(AlexprepError, match=rf"--ray-address {address}: no connection \(.*{words}"):
-        rgb_statistics.compute(data, "train", RayEngine(address))
+        rgb_statistics.pca_stats(data, "train", RayEngine(address))
 
 
 def test_versions_with_holes_are_refused(monkeypatch: pytest.MonkeyPatch, data: Path) -> None:
     monkeypatch.setattr(ray, "__version__", "2.55.1")
     with pytest.raises(AlexprepError, match=r"Ray 2\.55\.1 is older than 2\.56.*pip install 'ray>=2\.56'"):
-        rgb_statistics.compute(data, "train", RayEngine())
+        rgb_statistics.pca_stats(data, "train", RayEngine())
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(AlexprepError, match=re.escape("pip install 'alexprep[ray]'")):
-        rgb_statistics.compute(data, "train", RayEngine())
+        rgb_statistics.pca_stats(data, "train", RayEngine())
     with pytest.raises(AlexprepError, match="--image-seconds 0 is not above 0"):
         RayEngine(image_seconds=0)
 
@@ -326,12 +326,12 @@ def test_a_folder_that_a_worker_does_not_see_is_named(photos: Path, tmp_path: Pa
     descriptor = os.open(tmp_path, os.O_RDONLY)
     try:
         with pytest.raises(AlexprepError, match=f"does not see /proc/self/fd/{descriptor}/out/plan.json as .* does"):
-            build(photos, Path(f"/proc/self/fd/{descriptor}/out"), OPTIONS, 1)
+            convert(photos, Path(f"/proc/self/fd/{descriptor}/out"), OPTIONS, 1)
         shutil.copytree(photos, tmp_path / "source")
         with pytest.raises(
             AlexprepError, match=r"does not see /.*JPEG as .* does \(\d+ bytes there, FileNotFoundError"
         ):
-            build(unseen(tmp_path / "source", descriptor), tmp_path / "out", OPTIONS, 1)
+            convert(unseen(tmp_path / "source", descriptor), tmp_path / "out", OPTIONS, 1)
     finally:
         os.close(descriptor)
 

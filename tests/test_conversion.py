@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from alexprep.shards import conversion
-from alexprep.shards.conversion import build
+from alexprep.shards.conversion import convert
 from alexprep.shards.dataset_format import INDEX_DTYPE, read_dataset, read_index
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.image_codec import Target
@@ -72,7 +72,7 @@ def mixed(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("workers", [2, 3])
 def test_bytes_do_not_depend_on_the_number_of_workers(workers: int, photos: Path, data: Path, tmp_path: Path) -> None:
     """`data` was made by one."""
-    build(photos, tmp_path / "out", OPTIONS, workers)
+    convert(photos, tmp_path / "out", OPTIONS, workers)
     made = fingerprint(tmp_path / "out")
     reference = {name: digest for name, digest in fingerprint(data).items() if not name.startswith("stats")}
     assert made == reference
@@ -80,9 +80,9 @@ def test_bytes_do_not_depend_on_the_number_of_workers(workers: int, photos: Path
 
 def test_a_finished_set_is_left_alone(photos: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    build(photos, out, OPTIONS, 1)
+    convert(photos, out, OPTIONS, 1)
     before = _touched(out)
-    report = build(photos, out, OPTIONS, 1)
+    report = convert(photos, out, OPTIONS, 1)
     assert report.made_inputs == 0
     assert _touched(out) == before
 
@@ -121,7 +121,7 @@ def test_a_rerun_does_only_what_is_missing(damage: str, photos: Path, data: Path
             os.truncate(out / "dataset.json", 40)
         case "cut index.npy":
             os.truncate(out / "train" / "index.npy", 40)
-    report = build(photos, out, OPTIONS, 1)
+    report = convert(photos, out, OPTIONS, 1)
     assert report.made_inputs == (7 if damage in SHARD_DAMAGE else 0)
     assert fingerprint(out) == good
 
@@ -133,13 +133,13 @@ def test_a_damaged_sidecar_is_named(change: dict[str, Any], photos: Path, data: 
     mark = out / "train" / "train-000003.json"
     mark.write_text(json.dumps(json.loads(mark.read_text()) | change))
     with pytest.raises(AlexprepError, match=r"train-000003\.json (has other fields|is damaged|lists [01] of 7)"):
-        build(photos, out, OPTIONS, 1)
+        convert(photos, out, OPTIONS, 1)
 
 
 def test_a_colon_in_a_name_makes_no_url(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("imagenet:256", "data-2026-11-21T20:58"):
-        build(photos, Path(name), ShardOptions(Target(size=16), limit=2), 1)
+        convert(photos, Path(name), ShardOptions(Target(size=16), limit=2), 1)
         assert verify(Path(name), 1).problems == []
 
 
@@ -152,20 +152,20 @@ def test_other_options_are_refused_and_named(photos: Path, data: Path) -> None:
         (ShardOptions(Target(size=64), shard_samples=7, limit=3), "--limit was None, now is 3"),
     ):
         with pytest.raises(AlexprepError, match=words):
-            build(photos, data, options, 1)
+            convert(photos, data, options, 1)
 
 
 def test_another_source_is_refused(photos: Path, data: Path, tmp_path: Path) -> None:
     shutil.copytree(photos, tmp_path / "more")
     shutil.copy(tmp_path / "more/train/class0/000.JPEG", tmp_path / "more/train/class0/999.JPEG")
     with pytest.raises(AlexprepError, match="68 inputs then, 69 now"):
-        build(tmp_path / "more", data, OPTIONS, 1)
+        convert(tmp_path / "more", data, OPTIONS, 1)
 
 
 def test_every_input_is_accounted_for(mixed: Path, tmp_path: Path) -> None:
     """Written or rejected with a reason, each once; what is rejected changes nothing for the others."""
     out = tmp_path / "out"
-    report = build(mixed, out, OPTIONS, 2)
+    report = convert(mixed, out, OPTIONS, 2)
     ledger = pq.read_table(out / "train" / "samples.parquet").to_pylist()
     ledger += pq.read_table(out / "val" / "samples.parquet").to_pylist()
     assert report.inputs == len(ledger) == 68 + 17
@@ -191,9 +191,9 @@ def test_a_shard_of_rejects_only_has_no_tar(tmp_path: Path, photos: Path) -> Non
     for n in range(9):
         (source / f"{n}.jpg").write_bytes(b"junk")
     with pytest.raises(AlexprepError, match="none of the 9 inputs is a usable image"):
-        build(tmp_path / "source", tmp_path / "nothing", OPTIONS, 1)
+        convert(tmp_path / "source", tmp_path / "nothing", OPTIONS, 1)
     shutil.copy(photos / "train/class0/000.JPEG", source)
-    report = build(tmp_path / "source", tmp_path / "one", ShardOptions(Target(size=64), shard_samples=1), 1)
+    report = convert(tmp_path / "source", tmp_path / "one", ShardOptions(Target(size=64), shard_samples=1), 1)
     assert (report.written, report.rejected.total()) == (1, 9)
     assert len(list((tmp_path / "one/train").glob("*.tar"))) == 1
     assert len(list((tmp_path / "one/train").glob("train-*.json"))) == 10
@@ -237,7 +237,7 @@ def test_ctrl_c_ends_all_and_leaves_no_temporary(photos: Path, tmp_path: Path) -
     _, errors = process.communicate(timeout=60)
     assert process.returncode in (130, 0), errors  # 0 if it was done just then
     assert b"Traceback" not in errors
-    report = build(photos, out, ShardOptions(Target(size=64), shard_samples=4), 1)
+    report = convert(photos, out, ShardOptions(Target(size=64), shard_samples=4), 1)
     assert report.written == 68
     assert not [path for path in out.rglob("*") if ".tmp-" in path.name]
 
@@ -272,11 +272,11 @@ def test_a_failing_disk_costs_no_image(
         with pytest.raises(
             AlexprepError, match=r"train/class1/001\.JPEG cannot be read .* mend the disk or the network"
         ):
-            build(photos, tmp_path, OPTIONS, InProcessEngine())
+            convert(photos, tmp_path, OPTIONS, InProcessEngine())
         left.clear()
-        assert build(photos, tmp_path, OPTIONS, InProcessEngine()).written == 68
+        assert convert(photos, tmp_path, OPTIONS, InProcessEngine()).written == 68
     else:
-        report = build(photos, tmp_path, OPTIONS, InProcessEngine())
+        report = convert(photos, tmp_path, OPTIONS, InProcessEngine())
         assert (report.written, report.rejected.total()) == ((68, 0) if outcome == "written" else (67, 1))
 
 
@@ -318,10 +318,10 @@ def test_a_source_that_goes_away_costs_no_image(
     with monkeypatch.context() as patch:
         patch.setattr(LocalFiles, "read", vanishing)
         with pytest.raises(AlexprepError, match=r"cannot be read .*No such file.* mend the disk or the network"):
-            build(source, out, OPTIONS, InProcessEngine())
+            convert(source, out, OPTIONS, InProcessEngine())
     for n, path_there in enumerate(hidden):
         (away / str(n)).rename(path_there)
-    assert build(source, out, OPTIONS, InProcessEngine()).written == 68
+    assert convert(source, out, OPTIONS, InProcessEngine()).written == 68
 
 
 def test_a_listed_file_that_never_was_is_rejected(photos: Path, tmp_path: Path) -> None:
@@ -330,7 +330,7 @@ def test_a_listed_file_that_never_was_is_rejected(photos: Path, tmp_path: Path) 
     names = sorted(path.name for path in (tmp_path / "source/there").iterdir())
     rows = ["path,label", *(f"there/{name},a" for name in names), "there/never.jpg,a", "nowhere/never.jpg,a"]
     (tmp_path / "source/list.csv").write_text("\n".join(rows) + "\n")
-    report = build(tmp_path / "source/list.csv", tmp_path / "out", OPTIONS, InProcessEngine())
+    report = convert(tmp_path / "source/list.csv", tmp_path / "out", OPTIONS, InProcessEngine())
     assert (report.written, report.rejected.total()) == (len(names), 2)
 
 
@@ -348,7 +348,7 @@ def test_each_writer_begins_at_a_shard_of_its_own(
 
     for _ in range(20):
         with pytest.raises(AlexprepError, match="enough"):
-            build(photos, tmp_path / "out", ShardOptions(Target(size=64), shard_samples=1), Looking())
+            convert(photos, tmp_path / "out", ShardOptions(Target(size=64), shard_samples=1), Looking())
     assert len(set(first)) > 5
 
 
@@ -361,12 +361,12 @@ def test_inputs_are_shuffled_globally(data: Path) -> None:
 
 
 def test_limit_takes_a_subset(photos: Path, tmp_path: Path) -> None:
-    report = build(photos, tmp_path / "out", ShardOptions(Target(size=64), limit=5), 1)
+    report = convert(photos, tmp_path / "out", ShardOptions(Target(size=64), limit=5), 1)
     assert report.samples == {"train": 5, "val": 5}
 
 
 def test_one_tree_becomes_train(photos: Path, tmp_path: Path) -> None:
-    report = build(photos / "val", tmp_path / "out", OPTIONS, 1)
+    report = convert(photos / "val", tmp_path / "out", OPTIONS, 1)
     assert report.samples == {"train": 20}
     assert read_dataset(tmp_path / "out")["classes"] == ["class0", "class1", "class2", "class3"]
 
@@ -388,7 +388,7 @@ def test_sources_that_make_no_sense(tmp_path: Path) -> None:
         ("both", "val and validation, which both mean 'val'"),
     ):
         with pytest.raises(AlexprepError, match=words):
-            build(tmp_path / name, tmp_path / "out", OPTIONS, 1)
+            convert(tmp_path / name, tmp_path / "out", OPTIONS, 1)
 
 
 def test_output_among_the_inputs_is_refused(photos: Path, tmp_path: Path) -> None:
@@ -396,9 +396,9 @@ def test_output_among_the_inputs_is_refused(photos: Path, tmp_path: Path) -> Non
     shutil.copytree(photos, tmp_path / "source")
     for source, out in (("source", "source/train/out"), ("source/val", "source/val"), ("source/val", "source/val/a/b")):
         with pytest.raises(AlexprepError, match="lies among the images"):
-            build(tmp_path / source, tmp_path / out, OPTIONS, 1)
+            convert(tmp_path / source, tmp_path / out, OPTIONS, 1)
     for _ in range(2):
-        assert build(tmp_path / "source", tmp_path / "source" / "alexprep-data", OPTIONS, 1).inputs == 68
+        assert convert(tmp_path / "source", tmp_path / "source" / "alexprep-data", OPTIONS, 1).inputs == 68
 
 
 def test_a_source_s_own_shards_are_never_written_over(photos: Path, data: Path, tmp_path: Path) -> None:
@@ -411,9 +411,9 @@ def test_a_source_s_own_shards_are_never_written_over(photos: Path, data: Path, 
     for name in ("wds", "flat"):
         before = fingerprint(tmp_path / name)
         with pytest.raises(AlexprepError, match=f"would put shards into .*{name}/train, which lies among the images"):
-            build(tmp_path / name, tmp_path / name, OPTIONS, 1)
+            convert(tmp_path / name, tmp_path / name, OPTIONS, 1)
         assert fingerprint(tmp_path / name) == before
-    assert build(tmp_path / "wds", tmp_path / "wds/alexprep-data", OPTIONS, InProcessEngine()).inputs == 68
+    assert convert(tmp_path / "wds", tmp_path / "wds/alexprep-data", OPTIONS, InProcessEngine()).inputs == 68
 
 
 def test_a_plan_table_with_other_rows_is_never_worked_on(photos: Path, data: Path, tmp_path: Path) -> None:
@@ -428,13 +428,13 @@ def test_a_plan_table_with_other_rows_is_never_worked_on(photos: Path, data: Pat
             writer.write_table(rows.set_column(3, rows.schema.field(3), [labels]))
     shutil.copy(tmp_path / "flipped", table)
     with pytest.raises(AlexprepError, match=r"plan\.parquet has other rows .* mend it with `alexprep verify"):
-        build(photos, out, OPTIONS, 1)
+        convert(photos, out, OPTIONS, 1)
     (out / "dataset.json").unlink()
     with pytest.raises(AlexprepError, match="shards may have been made from it: shard again into a new --out"):
-        build(photos, out, OPTIONS, 1)
+        convert(photos, out, OPTIONS, 1)
     for sidecar in out.glob("*/*-*.json"):
         sidecar.unlink()
-    build(photos, out, OPTIONS, InProcessEngine())
+    convert(photos, out, OPTIONS, InProcessEngine())
     assert fingerprint(out) == good
 
 
@@ -443,13 +443,13 @@ def test_a_plan_table_without_its_plan_is_replaced(photos: Path, data: Path, tmp
     out = tmp_path / "out"
     shutil.copytree(data, out, ignore=shutil.ignore_patterns("stats"))
     (out / "plan.json").unlink()
-    report = build(photos, out, ShardOptions(Target(size=64), shard_samples=7, seed=1), InProcessEngine())
+    report = convert(photos, out, ShardOptions(Target(size=64), shard_samples=7, seed=1), InProcessEngine())
     assert report.made_inputs == 68
-    build(photos, tmp_path / "new", ShardOptions(Target(size=64), shard_samples=7, seed=1), InProcessEngine())
+    convert(photos, tmp_path / "new", ShardOptions(Target(size=64), shard_samples=7, seed=1), InProcessEngine())
     assert fingerprint(out) == fingerprint(tmp_path / "new")
     (tmp_path / "third").mkdir()
     (tmp_path / "third/plan.parquet").write_bytes(b"PAR1 nothing PAR1")
-    build(photos, tmp_path / "third", OPTIONS, InProcessEngine())
+    convert(photos, tmp_path / "third", OPTIONS, InProcessEngine())
     assert pq.read_table(tmp_path / "third/plan.parquet").equals(pq.read_table(data / "plan.parquet"))
 
 
@@ -574,7 +574,7 @@ def test_what_fails_is_named_with_what_helps(
     monkeypatch.setattr("alexprep.shards.conversion.make_plan", fails)
     words = rf"^/photos/train/\udce4: {os.strerror(number)}: {step}, then run the same command again"
     with pytest.raises(AlexprepError, match=words):
-        build(photos, tmp_path / "out", ShardOptions(), 1)
+        convert(photos, tmp_path / "out", ShardOptions(), 1)
 
 
 def _echo(argument: int, condemned: object) -> int:

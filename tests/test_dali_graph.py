@@ -29,7 +29,7 @@ from alexprep.pipeline.dali_ops import (
 )
 from alexprep.pipeline.loader import Loader
 from alexprep.shards import rgb_statistics
-from alexprep.shards.conversion import build
+from alexprep.shards.conversion import convert
 from alexprep.shards.image_codec import Target
 from alexprep.shards.plan import ShardOptions
 from alexprep.shards.reader import Samples
@@ -135,7 +135,7 @@ def test_mean_windows(layout: Any) -> None:
 
 def test_colour_noise_has_the_stated_covariance(data: Path) -> None:
     """The sample covariance of 20,000 draws lies within five standard errors of V diag(s²) Vᵀ in every entry."""
-    found = rgb_statistics.read(data, Samples(data, "train").dataset["digest"])
+    found = rgb_statistics.read_statistics(data, Samples(data, "train").dataset["digest"])
     stdevs = noise_stdevs(found, Augmentation(noise="stdev"))
     count = 20_000
 
@@ -199,8 +199,8 @@ def test_the_gpu_agrees_but_for_its_decoder(decode: Any, views: Any, layout: Any
 
     for image_format in ("raw", "jpg"):
         folder = tmp_path / image_format
-        build(photos, folder, ShardOptions(Target(size=64, format=image_format)), 1)
-        rgb_statistics.publish(rgb_statistics.compute(folder, "train", 1), folder, "train")
+        convert(photos, folder, ShardOptions(Target(size=64, format=image_format)), 1)
+        rgb_statistics.publish_statistics(rgb_statistics.pca_stats(folder, "train", 1), folder, "train")
         for name, augmentation in {"paper": Augmentation(crop=51), **MORE}.items():
             options: Any = {"batch_size": 20, "augmentation": augmentation, "views": views, "layout": layout}
             with (

@@ -22,7 +22,7 @@ from PIL import Image
 
 from alexprep.cli.main import cli
 from alexprep.shards import rgb_statistics
-from alexprep.shards.conversion import build
+from alexprep.shards.conversion import convert
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.image_codec import FORMATS, Codec, Converted, Refused, Target
 from alexprep.shards.plan import ShardOptions
@@ -43,8 +43,8 @@ def small(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(photos / f"train/class{n % 4}/{n:03d}.JPEG", target)
     (root / "source/class0/bad.jpg").write_bytes(b"no image")
-    build(root / "source", root / "data", ShardOptions(Target(size=24), shard_samples=3), ENGINE)
-    rgb_statistics.publish(rgb_statistics.compute(root / "data", "train", ENGINE), root / "data", "train")
+    convert(root / "source", root / "data", ShardOptions(Target(size=24), shard_samples=3), ENGINE)
+    rgb_statistics.publish_statistics(rgb_statistics.pca_stats(root / "data", "train", ENGINE), root / "data", "train")
     return root / "data"
 
 
@@ -63,7 +63,7 @@ def test_a_clean_set_gives_no_alarm(
     for decode in (False, True):
         verdict = verify(data, LocalEngine(2), decode)
         assert (verdict.problems, verdict.samples, verdict.shards) == ([], 68, 10)
-    build(photos, tmp_path, ShardOptions(Target(size=20, format=form), limit=6), ENGINE)
+    convert(photos, tmp_path, ShardOptions(Target(size=20, format=form), limit=6), ENGINE)
     assert _found(tmp_path, decode=True) == []
 
 
@@ -265,7 +265,7 @@ def test_decode_finds_what_checksums_cannot(
             return replace(made, data=wrong) if made.height == 21 else made
 
     out = tmp_path / "data"
-    build(tmp_path / "source", out, ShardOptions(Target(size=16, format=form)), ENGINE, make_codec=Careless)
+    convert(tmp_path / "source", out, ShardOptions(Target(size=16, format=form)), ENGINE, make_codec=Careless)
     (key,) = (entry["key"] for entry in _sidecar(out)["inputs"] if entry["height"] == 21)
     assert _found(out) == []
     assert _found(out, decode=True) == [Problem("train/train-000000.tar", f"{key}.{FORMATS[form]}", ANY)]
@@ -318,11 +318,11 @@ def test_a_shard_is_never_made_of_other_images(again: str, small: Path, tmp_path
     before = {path: path.read_bytes() for path in _files(out)}
     options = ShardOptions(Target(size=24), shard_samples=3)
     with pytest.raises(AlexprepError, match=r"train-000001 does not become what .*dataset\.json records"):
-        repair(out, find_source(str(source)), _found(out), ENGINE) if again == "repair" else build(
+        repair(out, find_source(str(source)), _found(out), ENGINE) if again == "repair" else convert(
             source, out, options, ENGINE
         )
     assert {path: path.read_bytes() for path in _files(out)} == before
-    build(small.parent / "source", out, options, ENGINE)
+    convert(small.parent / "source", out, options, ENGINE)
     assert _found(out) == []
 
 
@@ -350,7 +350,7 @@ def test_repair_needs_no_list_of_classes(
     listing.write_text("class1\nclass0\n")
     monkeypatch.chdir(tmp_path)
     labels = "classes.txt" if given == "a file" else ("class1", "class0")
-    build(source, tmp_path / "data", ShardOptions(Target(size=24), labels=labels, shard_samples=3), ENGINE)
+    convert(source, tmp_path / "data", ShardOptions(Target(size=24), labels=labels, shard_samples=3), ENGINE)
     before = {path: path.read_bytes() for path in _files(tmp_path / "data")}
     (tmp_path / "data/train/train-000001.tar").write_bytes(b"")
     listing.unlink()

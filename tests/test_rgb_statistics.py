@@ -18,7 +18,7 @@ from sklearn.decomposition import PCA
 from alexprep.pipeline.augmentation import Augmentation
 from alexprep.pipeline.loader import Loader
 from alexprep.shards import rgb_statistics
-from alexprep.shards.conversion import build
+from alexprep.shards.conversion import convert
 from alexprep.shards.dataset_format import MEAN_IMAGE, STATISTICS
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.image_codec import Target
@@ -36,7 +36,7 @@ def _images(data: Path, split: str) -> NDArray[np.uint8]:
 
 def test_equals_float64_over_all_pixels(data: Path) -> None:
     images = _images(data, "train").astype(np.float64)
-    found = rgb_statistics.compute(data, "train", 1)
+    found = rgb_statistics.pca_stats(data, "train", 1)
     pixels = images.reshape(-1, 3)
     np.testing.assert_allclose(found.mean_HWC, images.mean(axis=0), rtol=1e-12)
     np.testing.assert_allclose(found.channel_means, pixels.mean(axis=0), rtol=1e-12)
@@ -49,7 +49,7 @@ def test_equals_float64_over_all_pixels(data: Path) -> None:
 
 
 def test_form_of_the_eigenpairs(data: Path) -> None:
-    found = rgb_statistics.compute(data, "train", 1)
+    found = rgb_statistics.pca_stats(data, "train", 1)
     assert (np.diff(found.eigenvalues) < 0).all()
     np.testing.assert_allclose(found.eigenvectors.T @ found.eigenvectors, np.eye(3), atol=1e-12)
     np.testing.assert_allclose(
@@ -62,7 +62,9 @@ def test_form_of_the_eigenpairs(data: Path) -> None:
 @pytest.mark.parametrize("workers", [2, 3])
 def test_bits_do_not_depend_on_the_number_of_workers(workers: int, data: Path, tmp_path: Path) -> None:
     shutil.copytree(data, tmp_path / "copy")
-    rgb_statistics.publish(rgb_statistics.compute(tmp_path / "copy", "train", workers), tmp_path / "copy", "train")
+    rgb_statistics.publish_statistics(
+        rgb_statistics.pca_stats(tmp_path / "copy", "train", workers), tmp_path / "copy", "train"
+    )
     for name in ("stats.json", "mean_image.npy", "mean_image.png"):
         one, many = (
             hashlib.sha256((folder / "stats" / name).read_bytes()).hexdigest() for folder in (data, tmp_path / "copy")
@@ -72,8 +74,8 @@ def test_bits_do_not_depend_on_the_number_of_workers(workers: int, data: Path, t
 
 def test_bits_do_not_depend_on_the_sharding(photos: Path, data: Path, tmp_path: Path) -> None:
     """Other shards, another order, the same images: the same numbers."""
-    build(photos, tmp_path / "other", ShardOptions(Target(size=64), shard_samples=48, seed=5), 1)
-    one, other = (rgb_statistics.compute(folder, "train", 1) for folder in (data, tmp_path / "other"))
+    convert(photos, tmp_path / "other", ShardOptions(Target(size=64), shard_samples=48, seed=5), 1)
+    one, other = (rgb_statistics.pca_stats(folder, "train", 1) for folder in (data, tmp_path / "other"))
     assert one.data_digest != other.data_digest
     assert (one.mean_HWC == other.mean_HWC).all() and (one.covariance == other.covariance).all()
 
@@ -108,9 +110,9 @@ def test_many_images_do_not_overflow() -> None:
 def test_other_formats(image_format: str, photos: Path, tmp_path: Path) -> None:
     """The pixels of lossless shards are the same, whatever holds them."""
     target = Target(size=32, format=image_format)  # type: ignore[arg-type]
-    build(photos, tmp_path / "out", ShardOptions(target), 1)
-    found = rgb_statistics.compute(tmp_path / "out", "val", 1)
-    build(photos, tmp_path / "png", ShardOptions(Target(size=32, format="png")), 1)
+    convert(photos, tmp_path / "out", ShardOptions(target), 1)
+    found = rgb_statistics.pca_stats(tmp_path / "out", "val", 1)
+    convert(photos, tmp_path / "png", ShardOptions(Target(size=32, format="png")), 1)
     pixels = _images(tmp_path / "png", "val").reshape(-1, 3).astype(np.float64)
     np.testing.assert_allclose(found.covariance, np.cov(pixels, rowvar=False, bias=True), rtol=1e-10)
 
@@ -119,14 +121,14 @@ def test_one_colour_has_no_variance(tmp_path: Path, encoded) -> None:
     (tmp_path / "source" / "grey").mkdir(parents=True)
     for n in range(3):
         (tmp_path / "source" / "grey" / f"{n}.png").write_bytes(encoded(Image.new("RGB", (40, 30), (9, 9, 9)), "PNG"))
-    build(tmp_path / "source", tmp_path / "out", ShardOptions(Target(size=16, format="png")), 1)
-    found = rgb_statistics.compute(tmp_path / "out", "train", 1)
+    convert(tmp_path / "source", tmp_path / "out", ShardOptions(Target(size=16, format="png")), 1)
+    found = rgb_statistics.pca_stats(tmp_path / "out", "train", 1)
     assert (found.eigenvalues == 0).all() and np.isfinite(found.eigenvectors).all()
 
 
 def test_read_gives_back_what_was_published(data: Path) -> None:
     digest = Samples(data, "train").dataset["digest"]
-    read, computed = rgb_statistics.read(data, digest), rgb_statistics.compute(data, "train", 1)
+    read, computed = rgb_statistics.read_statistics(data, digest), rgb_statistics.pca_stats(data, "train", 1)
     assert (read.mean_HWC == computed.mean_HWC).all() and (read.eigenvectors == computed.eigenvectors).all()
 
 
@@ -164,13 +166,13 @@ def test_statistics_that_cannot_be_used_are_refused(
     shutil.copytree(data, copy)
     damage(copy)
     with pytest.raises(AlexprepError, match=rf"{words}.*: run `alexprep pca-stats`"):
-        rgb_statistics.read(copy, Samples(data, "train").dataset["digest"])
+        rgb_statistics.read_statistics(copy, Samples(data, "train").dataset["digest"])
 
 
 def test_statistics_of_another_split_are_refused(data: Path, tmp_path: Path) -> None:
     shutil.copytree(data, tmp_path / "copy")
     copy = tmp_path / "copy"
-    rgb_statistics.publish(rgb_statistics.compute(copy, "val", 1), copy, "val")
+    rgb_statistics.publish_statistics(rgb_statistics.pca_stats(copy, "val", 1), copy, "val")
     with pytest.raises(AlexprepError, match="describes the split 'val', not 'train'"):
         Loader(copy, "val", batch_size=4, augmentation=Augmentation(crop=48))
 
@@ -183,11 +185,11 @@ def test_a_damaged_image_is_named(data: Path, tmp_path: Path) -> None:
     raw[512:1024] = bytes(512)
     shard.write_bytes(raw)
     with pytest.raises(AlexprepError, match=r"train-000002\.tar at byte 512"):
-        rgb_statistics.compute(copy, "train", 1)
+        rgb_statistics.pca_stats(copy, "train", 1)
 
 
 def test_real_photos_have_imagenet_s_axes(sample_data: Path, tmp_path: Path) -> None:
-    report = build(sample_data / "imagenet-sample", tmp_path / "out", ShardOptions(), 2)
+    report = convert(sample_data / "imagenet-sample", tmp_path / "out", ShardOptions(), 2)
     assert report.inputs == 298 == report.written + report.rejected.total()
-    found = rgb_statistics.compute(tmp_path / "out", "train", 2)
+    found = rgb_statistics.pca_stats(tmp_path / "out", "train", 2)
     assert (found.angles_to_imagenet() < 5).all()

@@ -174,7 +174,7 @@ def _lives(pid: int) -> bool:
 
 
 def test_what_kills_the_parent_ends_the_ranks(tmp_path: Path) -> None:
-    """No orphans. What a SIGTERM does is in tests/test_ranks.py."""
+    """No orphans. What a SIGTERM does is in tests/test_launch.py."""
     arguments = {"kind": "none", "pids": str(tmp_path)}
     program = f"from alexprep.train.launch import launch\nlaunch({f'{RANKS}:fault'!r}, 2, {arguments!r}, device='cpu')"
     parent = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT)
