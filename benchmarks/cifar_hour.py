@@ -20,18 +20,17 @@ from pathlib import Path
 from typing import Any
 
 from alexprep.train.lr_schedule import Steps
-from alexprep.train.recipes.recipe import Recipe
-from alexprep.train.recipes.registry import recipe_named
+from alexprep.train.recipes import Recipe, recipe
 
 
 def thirteen() -> Recipe:
     """Without normalisation."""
-    return replace(recipe_named("cifar10-13pct"), name="thirteen", lr=0.002, schedule=Steps(after=(72, 84)), epochs=90)
+    return replace(recipe("cifar10-13pct"), name="thirteen", lr=0.002, schedule=Steps(after=(72, 84)), epochs=90)
 
 
 def eleven() -> Recipe:
     """With it."""
-    return replace(recipe_named("cifar10-11pct"), name="eleven", lr=0.002, schedule=Steps(after=(37, 42)), epochs=45)
+    return replace(recipe("cifar10-11pct"), name="eleven", lr=0.002, schedule=Steps(after=(37, 42)), epochs=45)
 
 
 def measured(data: Path, runs: Path, recipe: Callable[[], Recipe]) -> dict[str, Any]:

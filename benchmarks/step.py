@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from common import report
 
 from alexprep.train.precision import PRECISIONS, Precision, arithmetic, float32_kernels
-from alexprep.train.recipes.registry import recipe_named
+from alexprep.train.recipes import recipe as recipe_named
 from alexprep.train.runtime import keep_freed_memory
 from alexprep.train.training_state import Compiled, TrainingState, Update, take_step
 

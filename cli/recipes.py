@@ -9,7 +9,7 @@ import click
 from alexprep.cli.options import json_option
 
 if TYPE_CHECKING:
-    from alexprep.train.recipes.recipe import Recipe
+    from alexprep.train.recipes import Recipe
 
 
 @click.command(short_help="What can be trained, and how.")
@@ -22,7 +22,8 @@ def recipes(recipe: str | None, as_json: bool) -> None:
     Example: alexprep recipes alexnet-2012
     """
     from alexprep.cli import output
-    from alexprep.train.recipes.registry import RECIPES, recipe_named
+    from alexprep.train.recipes import RECIPES
+    from alexprep.train.recipes import recipe as recipe_named
 
     if recipe is not None:
         told = _told(recipe_named(recipe))

@@ -18,7 +18,7 @@ from alexprep.cli.options import (
     threads_option,
 )
 
-# The registry is alexprep.train.recipes.registry.RECIPES, which this list must equal; importing it here would import torch for --help.
+# The registry is alexprep.train.recipes.RECIPES, which this list must equal; importing it here would import torch for --help.
 RECIPES = (
     *("alexnet", "alexnet-2012", "alexnet-1gpu", "alexnet-6conv", "alexnet-6conv-tune", "alexnet-owt"),
     *("cifar10-quick", "cifar10-13pct", "cifar10-11pct", "cifar10-relu", "cifar10-tanh", "tiny"),

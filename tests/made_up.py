@@ -17,7 +17,7 @@ from alexprep.pipeline.augmentation import Augmentation
 from alexprep.train.data import Layout
 from alexprep.train.lr_schedule import Steps
 from alexprep.train.models import alexnet as networks
-from alexprep.train.recipes.recipe import Recipe
+from alexprep.train.recipes import Recipe
 
 DIGEST = "made up"
 CLASSES, BATCH, CROP = 3, 8, 67

@@ -14,7 +14,7 @@ from torch import nn
 from alexprep.shards.errors import AlexprepError
 from alexprep.train.models.cifar import ConvLocal, conv_local_11pct, conv_local_13pct, conv_local_13pct_tanh
 from alexprep.train.models.layers import LocallyConnected2d, LocalResponseNorm
-from alexprep.train.recipes.registry import recipe_named
+from alexprep.train.recipes import recipe_named
 
 # in_channels, out_channels, (height, width), kernel_size, stride, padding
 SIZES = [(3, 5, (7, 4), 3, 1, 1), (1, 2, (5, 9), 2, 2, 0), (4, 1, (6, 6), 5, 3, 2), (2, 3, (1, 3), 1, 1, 0)]

@@ -22,7 +22,7 @@ import pytest
 from click.testing import CliRunner
 
 from alexprep.cli.main import cli
-from alexprep.train.recipes import registry as recipes
+from alexprep.train import recipes
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

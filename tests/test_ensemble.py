@@ -18,13 +18,12 @@ from alexprep.shards.conversion import convert
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.image_codec import Target
 from alexprep.shards.plan import ShardOptions
-from alexprep.train import checkpoint
+from alexprep.train import checkpoint, recipes
 from alexprep.train.config import TrainConfig, prepare
 from alexprep.train.ensemble import Contest, Scores, class_csv, mixture, parse_weights, ranked, shares
 from alexprep.train.evaluation import evaluate_nets, evaluate_run, publish
 from alexprep.train.metrics import evaluate, figures
 from alexprep.train.predictions import Predicted, open_net
-from alexprep.train.recipes import registry as recipes
 from alexprep.train.run_dir import Place, place_named
 from alexprep.train.training_state import TrainingState
 

@@ -11,8 +11,7 @@ import pytest
 
 from alexprep.train import checkpoint, lr_schedule
 from alexprep.train.models.alexnet import AlexNet
-from alexprep.train.recipes.recipe import Recipe
-from alexprep.train.recipes.registry import RECIPES
+from alexprep.train.recipes import RECIPES, Recipe
 
 ROOT = Path(__file__).parents[1]
 SECTION = (ROOT / "docs/fidelity.md").read_text().partition("## Network and training")[2]

@@ -22,7 +22,7 @@ from alexprep.shards.errors import AlexprepError
 from alexprep.train.config import TrainConfig, prepare
 from alexprep.train.launch import train_anyhow
 from alexprep.train.models.cifar import conv_local_13pct
-from alexprep.train.recipes.registry import RECIPES, recipe_named
+from alexprep.train.recipes import RECIPES, recipe
 
 SECONDS = 150  # for each test
 
@@ -135,7 +135,7 @@ def test_the_scheme_unless_one_is_chosen(data: Path, tmp_path: Path) -> None:
     assert prepare(TrainConfig(data, "tiny", runs=tmp_path, device="cpu")).scheme == "single"
     assert prepare(TrainConfig(data, "tiny", runs=tmp_path, device="cpu", ranks=2)).scheme == "towers"
     assert prepare(TrainConfig(data, "tiny", runs=tmp_path, device="cpu", ranks=3)).scheme == "ddp"
-    unsplit = replace(recipe_named("tiny"), network=conv_local_13pct, layer_decay={})
+    unsplit = replace(recipe("tiny"), network=conv_local_13pct, layer_decay={})
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(RECIPES, "unsplit", lambda: unsplit)
         assert prepare(TrainConfig(data, "unsplit", runs=tmp_path, device="cpu", ranks=2)).scheme == "ddp"

@@ -21,7 +21,7 @@ from alexprep.train.lr_schedule import (
     describe,
     unmatched_patterns,
 )
-from alexprep.train.recipes.alexnet import RATES_145, RATES_146_TUNE
+from alexprep.train.recipes import RATES_145, RATES_146_TUNE
 
 
 def run(schedule: Schedule, errors: list[float]) -> list[tuple[int, bool]]:

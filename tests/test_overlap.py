@@ -20,7 +20,7 @@ from alexprep.train import overlap
 from alexprep.train.config import TrainConfig
 from alexprep.train.data import memory
 from alexprep.train.overlap import KINDS, Bench, Overlap, Turn, measure
-from alexprep.train.recipes.registry import recipe_named
+from alexprep.train.recipes import recipe as recipe_named
 from alexprep.train.training_state import TrainingState
 
 PAUSE = 0.05  # seconds

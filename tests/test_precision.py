@@ -20,6 +20,7 @@ from alexprep.cli.options import PRECISIONS as OFFERED
 from alexprep.pipeline.augmentation import Augmentation
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.storage import digest_json
+from alexprep.train import recipes
 from alexprep.train.config import TrainConfig
 from alexprep.train.data import Examples
 from alexprep.train.distributed.parallel import Parallel
@@ -34,8 +35,7 @@ from alexprep.train.models.layers import LocalResponseNorm, PaperDropout, Spatia
 from alexprep.train.optimizer import MomentumSGD
 from alexprep.train.parallel.prediction import predicted_bytes
 from alexprep.train.precision import PRECISIONS, Precision, arithmetic, check_precision, float32_kernels, logits
-from alexprep.train.recipes import registry as recipes
-from alexprep.train.recipes.recipe import Recipe
+from alexprep.train.recipes import Recipe
 from alexprep.train.trainer import train
 from alexprep.train.training_state import Compiled, TrainingState, Update, compiler_blamed, take_step
 from alexprep.train.training_state import check_compiled as check_compiled_gradients

@@ -15,8 +15,7 @@ from alexprep.shards.errors import AlexprepError
 from alexprep.train import checkpoint
 from alexprep.train.lr_schedule import ByHand, DExp, EarlyStop, Plateau, ScheduleState, Steps
 from alexprep.train.models.alexnet import alexnet_6conv
-from alexprep.train.recipes.recipe import Recipe
-from alexprep.train.recipes.registry import RECIPES, recipe_named
+from alexprep.train.recipes import RECIPES, Recipe, recipe_named
 from alexprep.train.training_state import TrainingState
 from tests.made_up import FAMILY
 

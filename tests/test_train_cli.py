@@ -20,12 +20,11 @@ from alexprep.cli.evaluate import evaluate
 from alexprep.cli.train import RECIPES, train
 from alexprep.pipeline.augmentation import Augmentation
 from alexprep.shards.errors import AlexprepError
-from alexprep.train import config
+from alexprep.train import config, recipes
 from alexprep.train.config import TrainConfig
 from alexprep.train.lr_schedule import Steps
 from alexprep.train.models.cifar import tiny_net
-from alexprep.train.recipes import registry as recipes
-from alexprep.train.recipes.recipe import Recipe
+from alexprep.train.recipes import Recipe
 from alexprep.train.trainer import train as train_run
 
 DEADLINE = 120.0  # seconds
@@ -122,14 +121,14 @@ def test_missing_data_and_runs_are_told(tmp_path: Path) -> None:
 def test_the_command_offers_every_recipe() -> None:
     assert tuple(recipes.RECIPES) == RECIPES
     for name in RECIPES:
-        assert recipes.recipe_named(name).name == name
-        json.dumps(recipes.recipe_named(name).describe())  # JSON values only
+        assert recipes.recipe(name).name == name
+        json.dumps(recipes.recipe(name).describe())  # JSON values only
     with pytest.raises(AlexprepError, match="no recipe 'vgg': choose one of alexnet, alexnet-2012, "):
-        recipes.recipe_named("vgg")
+        recipes.recipe("vgg")
 
 
 def test_alexnets_recipe_is_the_papers() -> None:
-    recipe = recipes.recipe_named("alexnet")
+    recipe = recipes.recipe("alexnet")
     assert (recipe.batch_size, recipe.lr, recipe.momentum, recipe.decay) == (128, 0.01, 0.9, 0.0005)  # section 5
     assert (recipe.bias_lr_factor, recipe.epochs, recipe.stored_sizes) == (1.0, 90, (256, 256))
     assert recipe.augmentation == Augmentation(crop=224, mirror=True, mean="crop", noise="eigenvalue", noise_sigma=0.1)

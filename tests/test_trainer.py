@@ -24,11 +24,10 @@ import torch
 
 from alexprep.shards.dataset_format import INDEX_DTYPE
 from alexprep.shards.errors import AlexprepError
-from alexprep.train import checkpoint, run_dir
+from alexprep.train import checkpoint, recipes, run_dir
 from alexprep.train.config import CHECKPOINT_STEPS, KEEP, REMEMBERED, TrainConfig, prepare
 from alexprep.train.evaluation import evaluate_run
 from alexprep.train.lr_schedule import Plateau
-from alexprep.train.recipes import registry as recipes
 from alexprep.train.runtime import Forwarded, StopRequest
 from alexprep.train.trainer import train
 from tests.made_up import BATCH, Batch, MadeUpLoader, small_recipe, write_data

@@ -18,11 +18,10 @@ from torch import nn
 
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.storage import TEMPORARY_MARK, is_temporary
-from alexprep.train import checkpoint, logger, trainer
+from alexprep.train import checkpoint, logger, recipes, trainer
 from alexprep.train.distributed.world import World
 from alexprep.train.launch import RankFailed, launch
 from alexprep.train.nonfinite import Watch
-from alexprep.train.recipes import registry as recipes
 from alexprep.train.trainer import train
 from tests import training_ranks as ranks
 from tests.made_up import Batch, write_data

@@ -31,7 +31,7 @@ from alexprep.train.lr_schedule import ByHand, DExp, EarlyStop, ScheduleState
 from alexprep.train.own.network import OwnNetwork, arguments, own_network, own_recipe
 from alexprep.train.own.settle import fitted
 from alexprep.train.predictions import open_net
-from alexprep.train.recipes.registry import RECIPES, recipe_named
+from alexprep.train.recipes import RECIPES, recipe_named
 from alexprep.train.run_dir import Place
 from alexprep.train.trainer import train
 from alexprep.train.training_state import weights_digest
@@ -46,7 +46,7 @@ SAMPLES, CROP = 30, 8  # 4 steps an epoch, the last of 6 images
 
 RECIPE = f"""
 from alexprep.pipeline.augmentation import Augmentation
-from alexprep.train.recipes.recipe import Recipe
+from alexprep.train.recipes import Recipe
 from alexprep.train.lr_schedule import Steps
 from nets import make
 
@@ -615,7 +615,7 @@ def test_a_recipe_file(here: Path) -> None:
         {"factory": "recipe:Net"},
     )
     (here / "plain.py").write_text(
-        "from dataclasses import replace\nfrom alexprep.train.recipes.registry import recipe_named\n"
+        "from dataclasses import replace\nfrom alexprep.train.recipes import recipe_named\n"
         "def recipe():\n    return replace(recipe_named('alexnet'), epochs=5)"
     )
     plain = own_recipe("plain.py")

@@ -14,12 +14,11 @@ from torch import nn
 
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.storage import TEMPORARY_MARK
-from alexprep.train import checkpoint
+from alexprep.train import checkpoint, recipes
 from alexprep.train.checkpoint import publish
 from alexprep.train.config import TrainConfig, prepare
 from alexprep.train.distributed.world import World
 from alexprep.train.lr_schedule import Steps
-from alexprep.train.recipes import registry as recipes
 from alexprep.train.trainer import train
 from tests.made_up import BATCH, Batch, MadeUpLoader, small_alexnet, small_recipe
 

@@ -23,13 +23,10 @@ from alexprep.train.data import DataFacts, data_facts
 from alexprep.train.distributed.tensor_parallel import SCHEMES, Scheme, part_of
 from alexprep.train.distributed.world import TIMEOUT, World
 from alexprep.train.logger import writer_class
-from alexprep.train.own.network import MODEL, RECIPE, OwnNetwork
-from alexprep.train.own.settle import settle
 from alexprep.train.precision import Arithmetic, Precision, arithmetic
-from alexprep.train.recipes.recipe import MOST_EPOCHS, Recipe
-from alexprep.train.recipes.registry import DEFAULT_RECIPE, check_named, recipe_of, references
+from alexprep.train.recipes import DEFAULT_RECIPE, MOST_EPOCHS, Recipe, recipe_of, try_user_network
 from alexprep.train.run_dir import place_named, saved_checkpoint
-from alexprep.train.user_code import is_reference
+from alexprep.train.user_code import MODEL, RECIPE, UserNetwork, check_named, is_reference, references
 
 # -------------------- What a caller chooses for a training.
 
@@ -61,7 +58,7 @@ class TrainConfig:
     Args:
         data: folder of the data set; only a resumed run has one of its own.
         recipe: name in the registry, "alexnet" by default; or a user's own: FILE.py, FILE.py:FUNCTION or MODULE:FUNCTION.
-        model: the user's own network in the recipe's stead, likewise; see `alexprep.train.own.network`.
+        model: the user's own network in the recipe's stead, likewise; see `alexprep.train.user_code`.
         seed: of the initial weights, dropout, order and augmentation; 0 by default.
         batch_size: images a step.
         lr: learning rate of the first epoch.
@@ -219,7 +216,7 @@ class Job:
     def blamed(self) -> contextlib.AbstractContextManager[None]:
         """Inside the block, an exception that comes by way of the user's own network becomes a sentence with its file and line."""
         own = self.recipe.network
-        return own.blamed(only=True) if isinstance(own, OwnNetwork) else contextlib.nullcontext()
+        return own.errors(only_own=True) if isinstance(own, UserNetwork) else contextlib.nullcontext()
 
 
 def prepare(
@@ -261,8 +258,8 @@ def prepare(
     identity = {"recipe": recipe.describe(), "seed": seed, "classes": facts.classes, "data_digest": facts.digest}
     identity["precision"] = computing.precision
     scheme = _scheme(config, recipe, facts.classes, seed)
-    if isinstance(recipe.network, OwnNetwork):
-        recipe, made, said = settle(recipe, recipe.network, facts.classes, seed, scheme, config.ranks)
+    if isinstance(recipe.network, UserNetwork):
+        recipe, made, said = try_user_network(recipe, recipe.network, facts.classes, seed, scheme, config.ranks)
         identity |= {"recipe": recipe.describe(), "layers": made}
         notes += said
     if config.init_layers is not None and config.init_from is None:
@@ -306,7 +303,7 @@ def _scheme(config: TrainConfig, recipe: Recipe, classes: int, seed: int) -> Sch
         return "single"
     if scheme == "single":
         raise AlexprepError(f"scheme single is for one rank, there are {ranks}: use towers, ddp or hybrid")
-    if isinstance(recipe.network, OwnNetwork) or (scheme is not None and config.resume):
+    if isinstance(recipe.network, UserNetwork) or (scheme is not None and config.resume):
         return scheme or "ddp"
     for tried in [scheme] if scheme is not None else TWO_RANKS if ranks == 2 else ANY_RANKS:
         try:
@@ -367,5 +364,5 @@ def _tuning(
 def _usual_name(recipe: Recipe, model: str | None) -> str:
     """What a run is called by default: as the recipe, or as the model's file."""
     network = recipe.network
-    name = network.title.partition(":")[0].rpartition(".")[2] if model and isinstance(network, OwnNetwork) else ""
+    name = network.title.partition(":")[0].rpartition(".")[2] if model and isinstance(network, UserNetwork) else ""
     return name if run_dir.NAME.fullmatch(name) else recipe.name

@@ -1,7 +1,10 @@
-"""Learning rates over a training: a schedule names the rate of every parameter in every epoch, and may look at the validation error.
+"""Learning rates over a training: a schedule says the rate of every parameter in every epoch, and may look at the validation error.
 
-All of it is plain values: a schedule is part of a run's identity (`describe`), its state part of a checkpoint. Rates are those of whole
-epochs, and epochs count from 0: "after 25 epochs" is from epoch 25 on.
+A schedule is a frozen dataclass with two methods, `rate` and `after_epoch`; `Schedule` says what they take and give. To add one, write one
+class here, nothing else: its fields are what a run remembers of it (`describe`), `ScheduleState` is what a checkpoint does. A recipe
+(`alexprep.train.recipes`) chooses a schedule; the optimizer (`alexprep.train.optimizer`) knows none.
+
+Rates are those of whole epochs, and epochs count from 0: "after 25 epochs" is from epoch 25 on.
 """
 
 from __future__ import annotations
@@ -228,6 +231,15 @@ def unmatched_patterns(schedule: Schedule, parameters: list[str]) -> list[str]:
         return unmatched_patterns(schedule.schedule, parameters)
     patterns = [pattern for _, pattern, _ in schedule.rows] if isinstance(schedule, ByHand) else []
     return [pattern for pattern in patterns if not any(_matches(name, pattern) for name in parameters)]
+
+
+def without_patterns(schedule: Schedule, patterns: list[str]) -> Schedule:
+    """A schedule without what it says of these patterns."""
+    if isinstance(schedule, EarlyStop):
+        return replace(schedule, schedule=without_patterns(schedule.schedule, patterns))
+    if isinstance(schedule, ByHand):
+        return ByHand(tuple(row for row in schedule.rows if row[1] not in patterns))
+    return schedule
 
 
 def _matches(parameter: str, pattern: str) -> bool:

@@ -1,4 +1,7 @@
-"""The paper's update rule, section 5, as a torch optimizer."""
+"""The paper's update rule, section 5, as a torch optimizer, and its groups of parameters.
+
+What the rates are at a time is a schedule's to say (`alexprep.train.lr_schedule`); `Recipe.make_optimizer` puts both together.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from alexprep.shards.errors import AlexprepError
-from alexprep.train.lr_schedule import unmatched_patterns
 from alexprep.train.parameters import is_bias, layer_and_kind
-from alexprep.train.recipes.recipe import Recipe
 
 VELOCITY = "velocity"
 # torch wraps these so that its compiler leaves them alone, and imports the compiler for that: a second of every process's start.
@@ -164,24 +165,6 @@ def parameter_groups(
         {"params": list(named.values()), "names": list(named), "decay": value, "lr_factor": factor}
         for named, value, factor in groups
     ]
-
-
-def optimizer_of(recipe: Recipe, network: nn.Module) -> MomentumSGD:
-    """The optimizer of a network with a recipe's decays and momentum.
-
-    Raises:
-        AlexprepError: the recipe's schedule or decays name a layer that the network does not have.
-    """
-    if unmatched := unmatched_patterns(recipe.schedule, [name for name, _ in network.named_parameters()]):
-        raise AlexprepError(f"the schedule names {', '.join(unmatched)}, which the network does not have")
-    groups = parameter_groups(
-        network,
-        decay=recipe.decay,
-        layer_decay=recipe.layer_decay,
-        bias_lr_factor=recipe.bias_lr_factor,
-        bias_decay=recipe.bias_decay,
-    )
-    return MomentumSGD(groups, lr=recipe.lr, momentum=recipe.momentum, decay=recipe.decay)
 
 
 def _checked(rate: float) -> float:

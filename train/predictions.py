@@ -21,13 +21,18 @@ from alexprep.shards.errors import AlexprepError
 from alexprep.train import checkpoint, run_dir
 from alexprep.train.data import memory
 from alexprep.train.metrics import Pace, log_probabilities
-from alexprep.train.own.tryout import comparable, fitting_format, layers
 from alexprep.train.precision import Precision
-from alexprep.train.recipes.recipe import Recipe
-from alexprep.train.recipes.registry import check_named, recipe_of, references
+from alexprep.train.recipes import Recipe, recipe_of
 from alexprep.train.run_dir import Place, saved_checkpoint
 from alexprep.train.training_state import load_weights
-from alexprep.train.user_code import is_reference
+from alexprep.train.user_code import (
+    check_named,
+    comparable,
+    describe_layers,
+    is_reference,
+    memory_format_of,
+    references,
+)
 
 # -------------------- An array that grows by columns.
 
@@ -144,7 +149,7 @@ def open_net(place: Place, device: torch.device, recipe: str | None = None, mode
     if "layers" in identity and (changes := _changed_layers(saved, network)):
         raise AlexprepError(f"the network has changed since {run} was trained: {checkpoint.some_of(changes)}")
     load_weights(network, saved)
-    network.to(device=device, memory_format=fitting_format(network, memory(device).format))  # type: ignore[call-overload]
+    network.to(device=device, memory_format=memory_format_of(network, memory(device).format))  # type: ignore[call-overload]
     return Net(
         run,
         saved.step,
@@ -214,7 +219,7 @@ def check_classes(net: Net, data: Path, dataset: dict[str, Any]) -> str | None:
 
 def _changed_layers(saved: checkpoint.Checkpoint, network: nn.Module) -> list[str]:
     """Where a network of the user's own is not what it was."""
-    then, now = ({"layers": made} for made in (saved.facts["identity"]["layers"], layers(network)))
+    then, now = ({"layers": made} for made in (saved.facts["identity"]["layers"], describe_layers(network)))
     made_with = saved.facts["versions"]
     return checkpoint.differences(comparable(then, made_with), comparable(now, made_with))
 

@@ -26,13 +26,13 @@ from alexprep.train.distributed.world import World
 from alexprep.train.logger import Board, Meter, duration, forecast
 from alexprep.train.metrics import SPEED, Means, Pace, evaluate
 from alexprep.train.nonfinite import NotFinite, Sight, Watch
-from alexprep.train.own.tryout import comparable
 from alexprep.train.precision import float32_kernels
 from alexprep.train.profiler import Trace
 from alexprep.train.run_dir import check_unsaved, place_named, saved_checkpoint
 from alexprep.train.runtime import Stopped, StopRequest, enough_memory, keep_freed_memory
 from alexprep.train.spans import span
 from alexprep.train.training_state import TrainingState, take_step, weights_digest
+from alexprep.train.user_code import comparable
 
 # -------------------- What a rank's network is fed, and from which place on.
 

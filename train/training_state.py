@@ -23,11 +23,11 @@ from alexprep.train.distributed.world import World
 from alexprep.train.lr_schedule import ScheduleState
 from alexprep.train.metrics import Sums
 from alexprep.train.nonfinite import NotFinite
-from alexprep.train.optimizer import MomentumSGD, optimizer_of
-from alexprep.train.own.tryout import fitting_format
+from alexprep.train.optimizer import MomentumSGD
 from alexprep.train.precision import HALF, Arithmetic, Precision, arithmetic, logits
-from alexprep.train.recipes.recipe import Recipe
+from alexprep.train.recipes import Recipe
 from alexprep.train.spans import span
+from alexprep.train.user_code import memory_format_of
 
 # -------------------- A network compiled by torch.compile for batches of one size.
 
@@ -207,14 +207,14 @@ class TrainingState:
         torch.manual_seed(seed)
         network = recipe.make_network(classes, seed)
         computing = computing or arithmetic(device)
-        form = fitting_format(network, computing.memory.format)
+        form = memory_format_of(network, computing.memory.format)
         # A mask of -inf is as it should be. Weights that begin so are not: training would spoil all others.
         self._never_finite = {
             name for name, buffer in network.named_buffers(remove_duplicate=False) if not _finite(buffer)
         }
         self.parallel = Parallel(network, scheme, world or World.alone(device), memory_format=form)
         self._parameters = [name for name, _ in self.network.named_parameters()]
-        self.optimizer = optimizer_of(recipe, self.network)
+        self.optimizer = recipe.make_optimizer(self.network)
         self._rates_of: tuple[int, ScheduleState] | None = None  # the epoch that the optimizer last had the rates of
         # The rates follow from the position alone, so nobody has to remember to set them.
         self.optimizer.register_step_pre_hook(lambda *_: self.set_rates(recipe))

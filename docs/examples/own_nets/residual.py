@@ -5,9 +5,8 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from alexprep.train.lr_schedule import Steps
-from alexprep.train.recipes.recipe import Recipe
-from alexprep.train.recipes.registry import recipe_named
+from alexprep.train import Recipe, Steps
+from alexprep.train import recipe as recipe_named
 
 
 class Block(nn.Module):

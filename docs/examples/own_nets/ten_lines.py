@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from alexprep.train.models.layers import Scale
+from alexprep.train import Scale
 
 
 def make(classes: int) -> nn.Module:

@@ -1,0 +1,517 @@
+"""What is trained and how: the `Recipe` type, the recipes that come with alexprep, and a recipe by its name.
+
+A new recipe is one function here and its entry in `RECIPES`. Networks are in `alexprep.train.models`, learning rates over time in
+`alexprep.train.lr_schedule`; how code of the user's own is found and called is in `alexprep.train.user_code`.
+
+Numbers without a source are, of the AlexNet family, the paper's (section 5); of the nets for CIFAR-10, cuda-convnet's
+(example-layers/layer-params-*.cfg).
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from alexprep.pipeline.augmentation import Augmentation, augmentation_named
+from alexprep.shards.errors import AlexprepError
+from alexprep.train.distributed.tensor_parallel import Scheme
+from alexprep.train.lr_schedule import (
+    ByHand,
+    DExp,
+    Plateau,
+    Schedule,
+    ScheduleState,
+    Steps,
+    describe,
+    unmatched_patterns,
+    without_patterns,
+)
+from alexprep.train.models import alexnet as alexnets
+from alexprep.train.models import cifar as cifar_nets
+from alexprep.train.optimizer import MomentumSGD, parameter_groups
+from alexprep.train.parameters import is_bias, layer_and_kind
+from alexprep.train.user_code import (
+    RECIPE,
+    UserNetwork,
+    describe_layers,
+    errors_in_one_sentence,
+    is_reference,
+    load,
+    memory_format_of,
+    user_network,
+)
+
+DEFAULT_RECIPE = "alexnet"
+MOST_EPOCHS = 100_000
+_WHOLE = ("epochs", "batch_size")
+
+
+class NetworkFactory(Protocol):
+    """Makes a network with its initial weights: a function, or an object with switches and a `describe` that tells them."""
+
+    def __call__(self, classes: int, crop: int, *, seed: int, width: float) -> nn.Module:
+        """A network from float32 (N, 3, crop, crop) to logits (N, classes)."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One way of training: everything that decides its result but the data and the seed.
+
+    Args:
+        name: as on the command line.
+        network: makes the network; a `NetworkFactory`. In a recipe file any form will do that `alexprep.train.user_code.call_factory` knows.
+        augmentation: crop side, mirror, mean, noise.
+        stored_sizes: sides of stored images, pixels, that the recipe is meant for: from, to.
+        schedule: of the learning rates, and perhaps of the end.
+        epochs: at most.
+        batch_size: images a step.
+        lr: learning rate of the first epoch; the schedule may have layers begin at another.
+        momentum: of the update rule.
+        decay: weight decay of the layers that `layer_decay` does not name.
+        layer_decay: weight decay by layer name.
+        bias_decay: of the biases.
+        bias_lr_factor: the biases' rate over the weights'.
+        width: scales the network's kernels.
+
+    Raises:
+        AlexprepError: a number is out of its range; the message names it.
+    """
+
+    name: str
+    network: Callable[..., nn.Module]
+    augmentation: Augmentation
+    stored_sizes: tuple[int, int]
+    schedule: Schedule
+    epochs: int
+    batch_size: int = 128
+    lr: float = 0.01
+    momentum: float = 0.9
+    decay: float = 0.0005
+    layer_decay: Mapping[str, float] = field(default_factory=dict)
+    bias_decay: float = 0.0
+    bias_lr_factor: float = 1.0
+    width: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Refuses values out of bounds, with AlexprepError."""
+        bounds = {
+            "epochs": (1, MOST_EPOCHS),
+            "batch_size": (1, 1_000_000),
+            "lr": (0, 100),
+            "momentum": (0, 0.9999),
+            "decay": (0, 1),
+            "bias_decay": (0, 1),
+            "bias_lr_factor": (0, 100),
+        }
+        for name, (low, high) in bounds.items():
+            value = getattr(self, name)
+            kind, words = (int, "a whole number") if name in _WHOLE else (int | float, "a number")
+            if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:
+                raise AlexprepError(
+                    f"{name} is {value!r} in recipe {self.name}: it must be {words} within {low} to {high}"
+                )
+        low_size, high_size = self.stored_sizes
+        if not self.crop <= low_size <= high_size:
+            raise AlexprepError(f"recipe {self.name} cuts {self.crop} pixels out of stored sizes {self.stored_sizes}")
+
+    @property
+    def crop(self) -> int:
+        """Side of the square that the network sees, pixels."""
+        if self.augmentation.crop is None:
+            raise AlexprepError(f"recipe {self.name} has no crop: a network needs images of one size")
+        return self.augmentation.crop
+
+    def make_network(self, classes: int, seed: int) -> nn.Module:
+        """The network with its initial weights, on the CPU."""
+        return self.network(classes, self.crop, seed=seed, width=self.width)
+
+    def make_optimizer(self, network: nn.Module) -> MomentumSGD:
+        """The optimizer of this recipe's network, or of a rank's part of it, with its decays and momentum.
+
+        Raises:
+            AlexprepError: the schedule or `layer_decay` names a layer that the network does not have.
+        """
+        if unmatched := unmatched_patterns(self.schedule, [name for name, _ in network.named_parameters()]):
+            raise AlexprepError(f"the schedule names {', '.join(unmatched)}, which the network does not have")
+        groups = parameter_groups(
+            network,
+            decay=self.decay,
+            layer_decay=self.layer_decay,
+            bias_lr_factor=self.bias_lr_factor,
+            bias_decay=self.bias_decay,
+        )
+        return MomentumSGD(groups, lr=self.lr, momentum=self.momentum, decay=self.decay)
+
+    def rates(self, parameters: Iterable[str], epoch: int, state: ScheduleState) -> dict[str, float]:
+        """The learning rate of every parameter.
+
+        Args:
+            parameters: their names; those called `bias` in their layer are biases, all others weights.
+            epoch: whole epochs done.
+            state: of the schedule after them.
+        """
+        bases = {name: self.lr * (self.bias_lr_factor if is_bias(name) else 1) for name in parameters}
+        return {name: self.schedule.rate(base, name, epoch, state) for name, base in bases.items()}
+
+    def describe(self) -> dict[str, Any]:
+        """Every field as JSON values: what a resumed run must have in common with the first part."""
+        own = getattr(self.network, "describe", None)
+        return {
+            "name": self.name,
+            "network": getattr(self.network, "__name__", type(self.network).__name__) if own is None else own(),
+            "width": self.width,
+            "augmentation": json.loads(json.dumps(asdict(self.augmentation))),
+            "schedule": describe(self.schedule),
+            "batch_size": self.batch_size,
+            "lr": self.lr,
+            "momentum": self.momentum,
+            "decay": self.decay,
+            "layer_decay": dict(self.layer_decay),
+            "bias_decay": self.bias_decay,
+            "bias_lr_factor": self.bias_lr_factor,
+        }
+
+    def check_size(self, stored: int) -> None:
+        """Makes sure that images stored with side `stored` suit this recipe.
+
+        Raises:
+            AlexprepError: they do not; the message names a recipe that suits them, or the `--size` to shard with.
+        """
+        low, high = self.stored_sizes
+        if low <= stored <= high:
+            return
+        sizes = {name: make().stored_sizes for name, make in RECIPES.items()}
+        suitable = [name for name, (smallest, largest) in sizes.items() if smallest <= stored <= largest]
+        other = f"train with --recipe {suitable[0]}, or " if suitable else ""
+        wanted = f"{low}" if low == high else f"{low} to {high}"
+        raise AlexprepError(
+            f"the stored images have a side of {stored} pixels, recipe {self.name} is for {wanted}: {other}shard again with --size {low}"
+        )
+
+
+def recipe(name: str) -> Recipe:
+    """A recipe by its name in `RECIPES`, or one of the user's own: FILE.py, FILE.py:FUNCTION or MODULE:FUNCTION.
+
+    Raises:
+        AlexprepError: there is none of this name, or the user's code fails.
+
+    >>> recipe("cifar10-quick").batch_size
+    128
+    """
+    if is_reference(name):
+        return user_recipe(name)
+    if name not in RECIPES:
+        near = difflib.get_close_matches(name, RECIPES, 1)
+        hint = f", perhaps {near[0]} is meant" if near else ""
+        raise AlexprepError(
+            f"there is no recipe {name!r}{hint}: choose one of {', '.join(RECIPES)}; or FILE.py:FUNCTION, a recipe of your own"
+        )
+    return RECIPES[name]()
+
+
+def recipe_of(options: Mapping[str, Any]) -> Recipe:
+    """The recipe that options name, with their network, batch size and rate where they are not None.
+
+    >>> recipe_of({"recipe": "tiny", "batch_size": 8, "lr": None}).batch_size
+    8
+    """
+    named = recipe(options["recipe"] or DEFAULT_RECIPE)
+    changes: dict[str, Any] = {name: options[name] for name in ("batch_size", "lr") if options[name] is not None}
+    if options.get("model") is not None:
+        changes["network"] = user_network(options["model"])
+    return replace(named, **changes)
+
+
+# The AlexNet family.
+
+STORED = (256, 256)  # section 2
+
+# layer-params-145.cfg, as its notes tell it. Biases stayed at 0.02, but for those of conv1, frozen with its weights.
+RATES_145 = ByHand(
+    (
+        (25, "*.weight", 1e-1),
+        (51, "*.weight", 1e-2),
+        (67, "conv1.weight", 1e-3),
+        (72, "conv1.*", 0.0),
+        (79, "*.weight", 1e-3),
+        (79, "conv1.*", 0.0),
+    )
+)
+
+# layer-params-146-2012-2011.cfg, likewise: factors on 0.01. fc8 had the others' 0.001 for its first 300 steps, here never. The file ends
+# with 0.022 for conv6's biases and 0.02 for the others'; conv1's are 0 there, here from when its weights are.
+RATES_146_TUNE = ByHand(
+    (
+        (0, "*.weight", 1e-1),
+        (0, "conv1.weight", 1e-2),
+        (0, "fc8.weight", 1.0),
+        (5, "conv1.weight", 1e-3),
+        (7, "conv1.*", 0.0),
+        (9, "fc8.weight", 1e-1),
+        (22, "*.weight", 1e-2),
+        (22, "conv1.*", 0.0),
+        (42, "*.weight", 1e-3),
+        (42, "conv1.*", 0.0),
+    )
+)
+
+
+def alexnet() -> Recipe:
+    """The paper's: section 5 for the numbers, section 4.1 for the augmentation."""
+    return Recipe(
+        name="alexnet",
+        network=alexnets.alexnet,
+        augmentation=augmentation_named("paper"),
+        stored_sizes=STORED,
+        schedule=Plateau(),
+        epochs=90,
+    )
+
+
+def alexnet_2012() -> Recipe:
+    """Net #145 of the released code, whose error on the validation set of 2012 is the paper's 40.7 % and 18.2 %."""
+    return Recipe(
+        name="alexnet-2012",
+        network=alexnets.alexnet_2012,
+        augmentation=augmentation_named("2012-code"),
+        stored_sizes=STORED,
+        schedule=RATES_145,
+        epochs=91,
+        bias_lr_factor=2.0,  # layer-params-126-2012-full.cfg: epsB 0.02 beside epsW 0.01
+    )
+
+
+def alexnet_1gpu() -> Recipe:
+    """The paper's network for one GPU (footnote 2), trained like the one for two."""
+    return replace(alexnet(), name="alexnet-1gpu", network=alexnets.alexnet_1gpu)
+
+
+def alexnet_6conv() -> Recipe:
+    """Net #146, to be trained on more classes than one is after. Its rates were set by hand there; here the paper's rule sets them."""
+    return Recipe(
+        name="alexnet-6conv",
+        network=alexnets.alexnet_6conv,
+        augmentation=augmentation_named("2012-code"),
+        stored_sizes=STORED,
+        schedule=Plateau(),
+        epochs=90,
+        bias_lr_factor=2.0,
+    )
+
+
+def alexnet_6conv_tune() -> Recipe:
+    """The second half of net #146: from weights of `alexnet-6conv`, all layers but fc8, to the paper's "1 CNN*", 39.0 % and 16.6 %."""
+    return replace(
+        alexnet_6conv(),
+        name="alexnet-6conv-tune",
+        augmentation=replace(augmentation_named("2012-code"), noise_epochs=38),
+        schedule=RATES_146_TUNE,
+        epochs=54,
+    )
+
+
+def alexnet_owt() -> Recipe:
+    """cuda-convnet2's example for one GPU: 42.5 % and 19.8 % in the centre, 40.4 % and 18.2 % over ten views (its wiki).
+
+    Its crops and mirrors were drawn for each image (src/jpeg.cpp), its noise never ended; the rest of the augmentation is the 2012 code's.
+    """
+    return Recipe(
+        name="alexnet-owt",
+        network=alexnets.alexnet_owt,
+        augmentation=replace(augmentation_named("2012-code"), share=1, noise_epochs=None),
+        stored_sizes=STORED,
+        schedule=DExp(),
+        epochs=90,
+        bias_lr_factor=2.0,
+    )
+
+
+# The nets for CIFAR-10.
+
+WHOLE = Augmentation(crop=32, mirror=False, mean="crop", noise="none")
+CIFAR_STORED = (32, 32)
+
+
+def cifar10_quick() -> Recipe:
+    """cuda-convnet's fast CIFAR-10 net and its decays; mirrors, twice its rate and 15 epochs bring its 26 % error to 22 %.
+
+    The original (layer-params-80sec.cfg) has no augmentation, rate 0.001, divided by 10 after 8 epochs.
+    """
+    return Recipe(
+        name="cifar10-quick",
+        network=cifar_nets.cifar10_quick_net,
+        augmentation=replace(WHOLE, mirror=True),
+        stored_sizes=CIFAR_STORED,
+        schedule=Steps(after=(12, 14)),
+        epochs=15,
+        lr=0.002,
+        decay=0.004,
+        layer_decay={"fc4": 0.03, "fc5": 0.03},
+        bias_lr_factor=2.0,
+    )
+
+
+def cifar10_13pct() -> Recipe:
+    """The paper's four-layer net without normalisation, whose error on CIFAR-10 is 13 % (section 3.3).
+
+    There (notes in layer-params-conv-local-11pct.cfg) 350 epochs were on four fifths of the images and 150 on all of them, then 10 at a
+    tenth of the rate and 10 at a hundredth; here all 520 are on all images.
+    """
+    return Recipe(
+        name="cifar10-13pct",
+        network=cifar_nets.conv_local_13pct,
+        augmentation=Augmentation(crop=24, mirror=True, mean="crop", noise="none"),
+        stored_sizes=CIFAR_STORED,
+        schedule=Steps(after=(500, 510)),
+        epochs=520,
+        lr=0.001,
+        decay=0.0,
+        layer_decay={"local3": 0.004, "local4": 0.004, "fc5": 0.004},
+        bias_lr_factor=2.0,
+    )
+
+
+def cifar10_11pct() -> Recipe:
+    """The same with response normalisation, for the paper's 11 %."""
+    return replace(
+        cifar10_13pct(),
+        name="cifar10-11pct",
+        network=cifar_nets.conv_local_11pct,
+        layer_decay={"local3": 0.004, "local4": 0.004, "fc5": 0.01},
+    )
+
+
+def cifar10_relu() -> Recipe:
+    """Fig. 1's solid line: the four-layer net on whole images, "no regularization of any kind"; the rate is the fastest of those tried."""
+    return Recipe(
+        name="cifar10-relu",
+        network=cifar_nets.conv_local_13pct,
+        augmentation=WHOLE,
+        stored_sizes=CIFAR_STORED,
+        schedule=Steps(after=()),
+        epochs=40,
+        lr=0.002,
+        decay=0.0,
+        bias_lr_factor=2.0,
+    )
+
+
+def cifar10_tanh() -> Recipe:
+    """Fig. 1's dashed line: the same with tanh, and the fastest rate of its own."""
+    return replace(cifar10_relu(), name="cifar10-tanh", network=cifar_nets.conv_local_13pct_tanh, lr=0.016)
+
+
+def tiny() -> Recipe:
+    """For trying things out: images of about 64 pixels, a few classes, seconds an epoch on a laptop."""
+    return Recipe(
+        name="tiny",
+        network=cifar_nets.tiny_net,
+        augmentation=Augmentation(crop=56, mirror=True, mean="crop", noise="eigenvalue", noise_sigma=0.1),
+        stored_sizes=(56, 96),
+        schedule=Steps(after=(9,)),
+        epochs=12,
+        batch_size=32,
+        lr=0.02,
+    )
+
+
+RECIPES: dict[str, Callable[[], Recipe]] = {
+    "alexnet": alexnet,
+    "alexnet-2012": alexnet_2012,
+    "alexnet-1gpu": alexnet_1gpu,
+    "alexnet-6conv": alexnet_6conv,
+    "alexnet-6conv-tune": alexnet_6conv_tune,
+    "alexnet-owt": alexnet_owt,
+    "cifar10-quick": cifar10_quick,
+    "cifar10-13pct": cifar10_13pct,
+    "cifar10-11pct": cifar10_11pct,
+    "cifar10-relu": cifar10_relu,
+    "cifar10-tanh": cifar10_tanh,
+    "tiny": tiny,
+}
+
+
+# Recipes and networks of the user's own.
+
+
+def user_recipe(reference: str) -> Recipe:
+    """The recipe that a user's function returns: FILE.py, FILE.py:FUNCTION or MODULE:FUNCTION.
+
+    Raises:
+        AlexprepError: there is no such function, or it returns no `Recipe` that a run can begin with.
+    """
+    found = load(reference, RECIPE, "recipe")
+    said = f"{RECIPE} {reference}"
+    with errors_in_one_sentence(said, found.folder):
+        made = found.value() if callable(found.value) else found.value
+    if not isinstance(made, Recipe):
+        raise AlexprepError(f"{said}: {found.title} gives a {type(made).__name__}, not an alexprep.train.Recipe")
+    factory = made.network
+    if (getattr(factory, "__module__", None) or "").partition(".")[0] != "alexprep":
+        name = getattr(factory, "__qualname__", type(factory).__name__)
+        title = f"{found.title.partition(':')[0]}:{name}"
+        made = replace(made, network=UserNetwork(factory, title, f"{said}: its network", found.folder))
+    try:
+        json.dumps(made.describe(), allow_nan=False)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise AlexprepError(
+            f"{said}: what a run has to remember of the recipe cannot be written as JSON ({error}): use plain numbers and texts, and a "
+            "frozen dataclass for a schedule of your own"
+        ) from error
+    return made
+
+
+def try_user_network(
+    tried: Recipe, own: UserNetwork, classes: int, seed: int, scheme: Scheme, ranks: int
+) -> tuple[Recipe, dict[str, dict[str, str]], list[str]]:
+    """Makes a user's network, takes a training step with it, and fits the recipe to it, before a run begins.
+
+    Returns:
+        The recipe without what it says of layers that the network does not have; the network's layers, part of the run's identity; and
+        notes about them for the user.
+
+    Raises:
+        AlexprepError: it cannot be trained so; the message says why, and where it can, in which line.
+    """
+    network = tried.make_network(classes, seed)
+    layers = describe_layers(network)
+    count = sum(weight.numel() for weight in network.parameters())
+    notes = [f"the network is {own.title}, {count:,} parameters"]
+    if memory_format_of(network, torch.channels_last) != torch.channels_last:
+        notes.append(
+            f"{own.title} cannot take images with the channels last in memory, which is faster on a CPU: a view() may be to blame, "
+            "flatten() and reshape() are not"
+        )
+    if own.any_recipe:
+        tried, left_out = fitted(tried, [name for name, _ in network.named_parameters()])
+        notes += left_out
+    with own.errors():
+        tried.make_optimizer(network)
+    if idle := own.try_training(network, classes, tried.crop, scheme, ranks):
+        notes.append(
+            f"{', '.join(idle)} of the network had no part in its outputs: without a gradient they stay as they are"
+        )
+    return tried, layers, notes
+
+
+def fitted(made: Recipe, parameters: list[str]) -> tuple[Recipe, list[str]]:
+    """A recipe without decays and rates of single layers that a network lacks, and what to say about it.
+
+    Args:
+        made: for another network.
+        parameters: of the network, by name.
+    """
+    there = {layer_and_kind(name)[0] for name in parameters}
+    decays = {layer: decay for layer, decay in made.layer_decay.items() if layer in there}
+    patterns = unmatched_patterns(made.schedule, parameters)
+    missing = [layer for layer in made.layer_decay if layer not in there] + patterns
+    if not missing:
+        return made, []
+    note = f"the network has no {', '.join(dict.fromkeys(missing))}: what recipe {made.name} says of them alone is left out"
+    return replace(made, layer_decay=decays, schedule=without_patterns(made.schedule, patterns)), [note]
