@@ -1,4 +1,4 @@
-"""alexprep recipes"""
+"""alexprep recipes: lists the recipes, or shows all that one of them says."""
 
 from __future__ import annotations
 
@@ -13,34 +13,33 @@ if TYPE_CHECKING:
 
 
 @click.command(short_help="What can be trained, and how.")
-@click.argument("recipe", metavar="[NAME | FILE.py[:FUNCTION]]", required=False)
+@click.argument("name", metavar="[NAME | FILE.py[:FUNCTION]]", required=False)
 @json_option
-def recipes(recipe: str | None, as_json: bool) -> None:
+def recipes(name: str | None, as_json: bool) -> None:
     """List the recipes; or all that one of them says, by its name or, for one of your own, by its file.
 
     \b
     Example: alexprep recipes alexnet-2012
     """
     from alexprep.cli import output
-    from alexprep.train.recipes import RECIPES
-    from alexprep.train.recipes import recipe as recipe_named
+    from alexprep.train import recipes as known
 
-    if recipe is not None:
-        told = _told(recipe_named(recipe))
+    if name is not None:
+        told = _told(known.recipe(name))
         output.table(f"Recipe {told['name']}", _rows(told))
         output.json_line(told, as_json)
         return
-    known = [make() for make in RECIPES.values()]
-    width = max(len(one.name) for one in known)
+    listed = [make() for make in known.RECIPES.values()]
+    width = max(len(one.name) for one in listed)
     click.echo(f"{'recipe':<{width}}  stored, pixels  crop  batch   rate  epochs  schedule")
-    for one in known:
+    for one in listed:
         low, high = one.stored_sizes
         sizes = f"{low}" if low == high else f"{low}-{high}"
         schedule = type(one.schedule).__name__
         click.echo(
             f"{one.name:<{width}}  {sizes:>14}  {one.crop:>4}  {one.batch_size:>5}  {one.lr:>5g}  {one.epochs:>6}  {schedule}"
         )
-    output.json_line({one.name: _told(one) for one in known}, as_json)
+    output.json_line({one.name: _told(one) for one in listed}, as_json)
 
 
 def _told(recipe: Recipe) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The update rule against float64 numpy, with rates that change on the way, together and one by one."""
+"""The update rule against float64 numpy, with rates that change on the way, and the groups of parameters."""
 
 from __future__ import annotations
 
@@ -10,44 +10,9 @@ from torch import nn
 from alexprep.shards.errors import AlexprepError
 from alexprep.train.optimizer import MomentumSGD, parameter_groups
 
-RATES = [0.1] * 5 + [0.01] * 5 + [0.05] * 3
-
-
-def trajectory(dtype: torch.dtype) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Weights after every step: of the optimizer, and of section 5's rule in float64 numpy. Gradients are random."""
-    rng = np.random.default_rng(5)
-    start = [rng.normal(size=(4, 3)), rng.normal(size=5), rng.normal(size=(2, 2))]
-    decays, factors = [0.3, 0.0, 0.02], [1.0, 2.0, 1.0]
-    weights = [nn.Parameter(torch.tensor(value, dtype=dtype)) for value in start]
-    groups = [
-        {"params": [weight], "decay": decay, "lr_factor": factor}
-        for weight, decay, factor in zip(weights, decays, factors, strict=True)
-    ]
-    optimizer = MomentumSGD(groups, lr=RATES[0], momentum=0.9)
-    w, v = [value.copy() for value in start], [np.zeros_like(value) for value in start]
-    got, wanted = [], []
-    for rate in RATES:
-        optimizer.set_learning_rate(rate)
-        for i, weight in enumerate(weights):
-            gradient = rng.normal(size=w[i].shape)
-            weight.grad = torch.tensor(gradient, dtype=dtype)
-            epsilon = rate * factors[i]
-            v[i] = 0.9 * v[i] - decays[i] * epsilon * w[i] - epsilon * gradient
-            w[i] = w[i] + v[i]
-        optimizer.step()
-        got.append(np.concatenate([weight.detach().double().numpy().ravel() for weight in weights]))
-        wanted.append(np.concatenate([value.ravel() for value in w]))
-    return got, wanted
-
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-14), (torch.float32, 1e-5)])
 def test_update_is_section_5(dtype: torch.dtype, tolerance: float) -> None:
-    got, wanted = trajectory(dtype)
-    np.testing.assert_allclose(got, wanted, rtol=tolerance, atol=tolerance)
-
-
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-14), (torch.float32, 1e-5)])
-def test_rates_of_their_own(dtype: torch.dtype, tolerance: float) -> None:
     """A reference that knows one parameter at a time: its decay, and its rate at every step; at 0 nothing of it changes."""
     rng = np.random.default_rng(6)
     shapes = {"a.weight": (4, 3), "a.bias": (4,), "b.weight": (2, 2), "b.bias": (2,), "c.weight": (3,)}
@@ -100,12 +65,12 @@ def test_rates_of_their_own_need_names() -> None:
 def test_torch_sgd_agrees_until_the_rate_changes() -> None:
     start = torch.linspace(-1, 1, 7, dtype=torch.float64)
     ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
-    paper = MomentumSGD([{"params": [ours]}], lr=0.1, momentum=0.9, decay=0.01)
+    paper = MomentumSGD([{"params": [ours], "names": ["ours"]}], lr=0.1, momentum=0.9, decay=0.01)
     sgd = torch.optim.SGD([theirs], lr=0.1, momentum=0.9, weight_decay=0.01)
     for step in range(8):
         if step == 5:
             torch.testing.assert_close(ours, theirs, rtol=1e-13, atol=1e-13)
-            paper.set_learning_rate(0.01)
+            paper.set_rates({"ours": 0.01})
             sgd.param_groups[0]["lr"] = 0.01
         for weight in (ours, theirs):
             weight.grad = torch.cos(weight.detach() * (step + 1))
@@ -124,7 +89,7 @@ def test_parameters_without_gradient_stay() -> None:
     assert [v.tolist() for v in optimizer.velocities()][1] == [0.0, 0.0]
 
 
-def test_weight_decay_spares_biases() -> None:
+def test_groups_of_parameters() -> None:
     network = nn.Sequential()
     for name in ("a", "b", "c"):
         network.add_module(name, nn.Linear(2, 2))
@@ -137,6 +102,8 @@ def test_weight_decay_spares_biases() -> None:
         (["a.bias", "b.bias", "c.bias"], 0.0, 2.0),
     ]
     assert [group["names"] for group in groups] == [names for names, _, _ in found]
+    rates = [group["rates"] for group in MomentumSGD(groups, lr=0.25).param_groups]
+    assert rates == [[0.25, 0.25], [0.25], [0.5, 0.5, 0.5]]
     decayed = parameter_groups(network, decay=0.004, layer_decay={}, bias_lr_factor=1.0, bias_decay=0.001)
     assert [group["decay"] for group in decayed] == [0.004, 0.001]
 

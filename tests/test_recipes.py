@@ -1,36 +1,41 @@
-"""The recipes of the AlexNet family: their numbers, their identity, and that their rates reach the weights."""
+"""Recipes: their numbers, their identity, that their rates reach the weights, and what is left out for a network of the user's own."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from click.testing import CliRunner
 
+from alexprep.cli.recipes import recipes as recipes_command
 from alexprep.pipeline.augmentation import Augmentation, augmentation_named
 from alexprep.shards.errors import AlexprepError
-from alexprep.train import checkpoint
-from alexprep.train.lr_schedule import ByHand, DExp, EarlyStop, Plateau, ScheduleState, Steps
+from alexprep.train import checkpoint, recipes
+from alexprep.train.lr_schedule import ByHand, DExp, EarlyStop, Plateau, ScheduleState
 from alexprep.train.models.alexnet import alexnet_6conv
-from alexprep.train.recipes import RECIPES, Recipe, recipe_named
+from alexprep.train.recipes import RECIPES, Recipe, fitted
 from alexprep.train.training_state import TrainingState
 from tests.made_up import FAMILY
 
 NAMES = [name for name in RECIPES if name.startswith("alexnet")]
 CPU = torch.device("cpu")
+RESIDUAL = Path(__file__).parents[1] / "docs" / "examples" / "own_nets" / "residual.py"
 
 
 def test_every_network_has_its_recipe() -> None:
-    assert {recipe_named(design.name).network for design in FAMILY} == set(FAMILY)
-    assert recipe_named("alexnet-6conv-tune").network == alexnet_6conv
+    assert {recipes.recipe(design.name).network for design in FAMILY} == set(FAMILY)
+    assert recipes.recipe("alexnet-6conv-tune").network == alexnet_6conv
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_recipes_of_the_family(name: str) -> None:
-    recipe = recipe_named(name)
+    recipe = recipes.recipe(name)
     assert recipe.name == name
     assert (recipe.crop, recipe.stored_sizes, recipe.batch_size, recipe.lr) == (224, (256, 256), 128, 0.01)
     assert (recipe.momentum, recipe.decay, recipe.layer_decay, recipe.bias_decay) == (0.9, 0.0005, {}, 0.0)
@@ -48,17 +53,17 @@ def test_recipes_of_the_family(name: str) -> None:
 
 def test_epochs_and_augmentation_of_the_released_nets() -> None:
     code = augmentation_named("2012-code")
-    assert (recipe_named("alexnet-2012").augmentation, recipe_named("alexnet-2012").epochs) == (code, 91)
-    tuned = recipe_named("alexnet-6conv-tune")
+    assert (recipes.recipe("alexnet-2012").augmentation, recipes.recipe("alexnet-2012").epochs) == (code, 91)
+    tuned = recipes.recipe("alexnet-6conv-tune")
     assert (tuned.augmentation, tuned.epochs) == (replace(code, noise_epochs=38), 54)
-    later = recipe_named("alexnet-owt")
+    later = recipes.recipe("alexnet-owt")
     assert (later.schedule, later.epochs) == (DExp(epochs=90, factor=250, steps=4, bias_factor=10, bias_steps=2), 90)
     assert (later.augmentation.share, later.augmentation.noise_epochs) == (1, None)
 
 
 def test_identities_differ() -> None:
-    assert len({json.dumps(recipe_named(name).describe()) for name in RECIPES}) == len(RECIPES)
-    recipe = recipe_named("alexnet")
+    assert len({json.dumps(recipes.recipe(name).describe()) for name in RECIPES}) == len(RECIPES)
+    recipe = recipes.recipe("alexnet")
     changes: list[dict[str, object]] = [
         {"network": replace(FAMILY[0], last_bias=-7.0)},
         {"schedule": EarlyStop(Plateau())},
@@ -73,15 +78,54 @@ def test_identities_differ() -> None:
         assert checkpoint.differences(recipe.describe(), changed.describe()), change
 
 
-def test_plain_functions_are_networks_too() -> None:
-    assert recipe_named("tiny").describe()["network"] == "tiny_net"
+def test_recipes_for_cifar_are_cuda_convnets() -> None:
+    """layer-params-conv-local-13pct.cfg and -11pct.cfg: epsW 0.001, epsB 0.002, wc of the convolutions 0."""
+    for name, last in (("cifar10-13pct", 0.004), ("cifar10-11pct", 0.01)):
+        recipe = recipes.recipe(name)
+        assert (recipe.crop, recipe.augmentation.mirror, recipe.augmentation.mean) == (24, True, "crop")
+        assert (recipe.momentum, recipe.bias_lr_factor, recipe.decay) == (0.9, 2.0, 0.0)
+        assert recipe.layer_decay == {"local3": 0.004, "local4": 0.004, "fc5": last}
+    for name in ("cifar10-relu", "cifar10-tanh"):
+        recipe = recipes.recipe(name)
+        assert (recipe.crop, recipe.augmentation.mirror, recipe.augmentation.noise) == (32, False, "none")
+        assert (recipe.decay, recipe.layer_decay, recipe.bias_decay) == (0.0, {}, 0.0)
+
+
+def test_recipes_are_listed() -> None:
+    listed = CliRunner().invoke(recipes_command, ["--json"], catch_exceptions=False).stdout.splitlines()
+    assert [line.split()[0] for line in listed[1:-1]] == list(RECIPES) == list(json.loads(listed[-1]))
+    line = next(line for line in listed if line.startswith("cifar10-quick "))
+    assert line.split() == ["cifar10-quick", "32", "32", "128", "0.002", "15", "Steps"]
+    mine = CliRunner().invoke(recipes_command, [str(RESIDUAL)], catch_exceptions=False).stdout
+    assert re.search(r"network.factory +residual:make\n", mine) and re.search(r"epochs +10\n", mine)
+    assert recipes.recipe("tiny").describe()["network"] == "tiny_net"  # a plain function
+
+
+def test_rates_know_weights_and_biases_by_any_name() -> None:
+    names = ["scale", "bias", "attention.in_proj_weight", "norm.bias", "conv.weight"]
+    falling = ByHand(((0, "*.weight", 0.1), (0, "scale", 0.5), (0, "*.bias", 2.0)))
+    recipe = replace(recipes.recipe("tiny"), lr=1.0, bias_lr_factor=3.0, schedule=falling)
+    rates = recipe.rates(names, 0, ScheduleState())
+    assert rates == {"scale": 0.5, "bias": 6.0, "attention.in_proj_weight": 0.1, "norm.bias": 6.0, "conv.weight": 0.1}
+    assert DExp().rate(0.02, "bias", 45, ScheduleState()) == pytest.approx(0.002)
+
+
+def test_what_a_recipe_says_of_layers_that_are_not_there_is_left_out() -> None:
+    recipe = recipes.recipe("alexnet-2012")
+    stopping = replace(recipe, schedule=EarlyStop(recipe.schedule), layer_decay={"fc8": 0.1, "conv": 0.2})
+    found, (note,) = fitted(stopping, ["conv.weight", "conv.bias"])
+    assert found.layer_decay == {"conv": 0.2} and isinstance(found.schedule, EarlyStop)
+    assert isinstance(found.schedule.schedule, ByHand)
+    assert [row[1] for row in found.schedule.schedule.rows] == ["*.weight"] * 3
+    assert note.startswith("the network has no fc8, conv1.weight, conv1.*: what recipe alexnet-2012 says")
+    assert fitted(recipe, ["conv1.weight", "conv1.bias"]) == (recipe, [])
 
 
 def small(**changes: object) -> Recipe:
     """`alexnet-2012`, narrow; conv1 falls after one epoch and is frozen after two."""
     rows = ByHand(((1, "*.weight", 0.1), (1, "conv1.weight", 0.01), (2, "conv1.*", 0.0)))
     recipe = replace(
-        recipe_named("alexnet-2012"),
+        recipes.recipe("alexnet-2012"),
         augmentation=Augmentation(crop=67),
         stored_sizes=(67, 67),
         schedule=rows,
@@ -118,7 +162,7 @@ def test_rates_follow_the_epoch_and_a_frozen_layer_stays() -> None:
     for epoch in range(3):
         before = {name: weight.clone() for name, weight in state.network.state_dict().items()}
         velocities = [velocity.clone() for velocity in state.optimizer.velocities()]
-        state.optimizer.set_learning_rate(0.5)  # of no effect: the position decides
+        state.optimizer.set_rates(dict.fromkeys(state.network.state_dict(), 0.5))  # of no effect: the position decides
         steps(state, 2)
         assert [dict(rates(state))[name] for name in names] == pytest.approx(wanted[epoch])
         after = state.network.state_dict()
@@ -158,7 +202,6 @@ def test_schedules_that_name_no_layer_are_refused() -> None:
 
 
 def test_decay_of_biases_is_a_switch() -> None:
-    state = TrainingState(small(bias_decay=0.25, schedule=Steps(after=())), 3, 0, CPU)
-    assert {group["decay"] for group in state.optimizer.param_groups} == {0.0005, 0.25}
-    state = TrainingState(small(bias_decay=0.0), 3, 0, CPU)
-    assert {group["decay"] for group in state.optimizer.param_groups} == {0.0005, 0.0}
+    for decay in (0.25, 0.0):
+        groups = TrainingState(small(bias_decay=decay), 3, 0, CPU).optimizer.param_groups
+        assert {group["decay"] for group in groups} == {0.0005, decay}

@@ -17,9 +17,6 @@ from alexprep.shards.errors import AlexprepError
 from alexprep.train.parameters import is_bias, layer_and_kind
 
 VELOCITY = "velocity"
-# torch wraps these so that its compiler leaves them alone, and imports the compiler for that: a second of every process's start.
-_add_param_group = inspect.unwrap(Optimizer.add_param_group)
-_zero_grad = inspect.unwrap(Optimizer.zero_grad)
 
 
 class MomentumSGD(Optimizer):
@@ -39,6 +36,10 @@ class MomentumSGD(Optimizer):
     [0.875]
     """
 
+    # torch wraps these so that its compiler leaves them alone, and imports the compiler for that: a second of every process's start.
+    add_param_group = inspect.unwrap(Optimizer.add_param_group)
+    zero_grad = inspect.unwrap(Optimizer.zero_grad)
+
     def __init__(
         self, groups: list[dict[str, Any]], *, lr: float, momentum: float = 0.9, decay: float = 0.0005
     ) -> None:
@@ -47,7 +48,7 @@ class MomentumSGD(Optimizer):
         Args:
             groups: dictionaries of `params`, and optionally of `names` of these, `lr_factor` (times the rate) and `decay`; see
                 `parameter_groups`.
-            lr: the learning rate; change it with `set_learning_rate` or `set_rates`.
+            lr: the learning rate of all parameters, times their group's `lr_factor`, until `set_rates` sets others.
             momentum: 0.9 in the paper.
             decay: weight decay of the groups that name none, 0.0005 in the paper.
 
@@ -59,37 +60,21 @@ class MomentumSGD(Optimizer):
         if not decay >= 0:
             raise AlexprepError(f"the weight decay is {decay}, it must be 0 or more")
         super().__init__(groups, {"names": None, "momentum": momentum, "decay": decay, "lr_factor": 1.0, "rates": None})
-        self.set_learning_rate(lr)
-
-    def set_learning_rate(self, lr: float) -> None:
-        """Sets the rate of every parameter: this one times its group's `lr_factor`.
-
-        Raises:
-            AlexprepError: the rate is negative or not a number.
-        """
         for group in self.param_groups:
             group["rates"] = [_checked(lr) * group["lr_factor"]] * len(group["params"])
 
     def set_rates(self, rates: Mapping[str, float]) -> None:
-        """Sets the rate of every parameter by its name; the groups' `lr_factor` has no part in it.
+        """Sets the rate of every parameter by its name, whatever its group's `lr_factor`.
 
         Raises:
             AlexprepError: a rate is negative or not a number, a parameter has no name, or a name no rate.
         """
         for group in self.param_groups:
             if group["names"] is None:
-                raise AlexprepError("parameters without names have no rates of their own: use set_learning_rate")
+                raise AlexprepError("parameters without names have no rates of their own: give their groups names")
             if missing := [name for name in group["names"] if name not in rates]:
                 raise AlexprepError(f"there is no rate for {', '.join(missing)}")
             group["rates"] = [_checked(rates[name]) for name in group["names"]]
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As `torch.optim.Optimizer` does it."""
-        _add_param_group(self, param_group)
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """As `torch.optim.Optimizer` does it."""
-        _zero_grad(self, set_to_none)
 
     def velocities(self) -> list[torch.Tensor]:
         """The velocity of every parameter, in the order of the groups; zeros before the first step. They are the live tensors."""

@@ -1,4 +1,4 @@
-"""What a parameter is by its name: the bias of a layer, or a weight."""
+"""Tells from a parameter's name which layer it is of, and whether it is that layer's bias or a weight."""
 
 from __future__ import annotations
 

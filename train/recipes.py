@@ -13,7 +13,7 @@ import difflib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -49,14 +49,6 @@ from alexprep.train.user_code import (
 
 DEFAULT_RECIPE = "alexnet"
 MOST_EPOCHS = 100_000
-_WHOLE = ("epochs", "batch_size")
-
-
-class NetworkFactory(Protocol):
-    """Makes a network with its initial weights: a function, or an object with switches and a `describe` that tells them."""
-
-    def __call__(self, classes: int, crop: int, *, seed: int, width: float) -> nn.Module:
-        """A network from float32 (N, 3, crop, crop) to logits (N, classes)."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +57,9 @@ class Recipe:
 
     Args:
         name: as on the command line.
-        network: makes the network; a `NetworkFactory`. In a recipe file any form will do that `alexprep.train.user_code.call_factory` knows.
+        network: makes the network, from float32 (N, 3, crop, crop) to logits (N, classes), with its initial weights: a function of
+            (classes, crop, *, seed, width), or an object with switches that is called so and whose `describe` tells them. In a user's
+            recipe file, any form that docs/own-nets.md lists.
         augmentation: crop side, mirror, mean, noise.
         stored_sizes: sides of stored images, pixels, that the recipe is meant for: from, to.
         schedule: of the learning rates, and perhaps of the end.
@@ -111,7 +105,8 @@ class Recipe:
         }
         for name, (low, high) in bounds.items():
             value = getattr(self, name)
-            kind, words = (int, "a whole number") if name in _WHOLE else (int | float, "a number")
+            whole = name in ("epochs", "batch_size")
+            kind, words = (int, "a whole number") if whole else (int | float, "a number")
             if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:
                 raise AlexprepError(
                     f"{name} is {value!r} in recipe {self.name}: it must be {words} within {low} to {high}"
@@ -488,7 +483,7 @@ def try_user_network(
             f"{own.title} cannot take images with the channels last in memory, which is faster on a CPU: a view() may be to blame, "
             "flatten() and reshape() are not"
         )
-    if own.any_recipe:
+    if own.for_any_recipe:
         tried, left_out = fitted(tried, [name for name, _ in network.named_parameters()])
         notes += left_out
     with own.errors():
@@ -501,12 +496,7 @@ def try_user_network(
 
 
 def fitted(made: Recipe, parameters: list[str]) -> tuple[Recipe, list[str]]:
-    """A recipe without decays and rates of single layers that a network lacks, and what to say about it.
-
-    Args:
-        made: for another network.
-        parameters: of the network, by name.
-    """
+    """A recipe made for another network, without decays and rates of single layers that lack among these parameters; and what to say of it."""
     there = {layer_and_kind(name)[0] for name in parameters}
     decays = {layer: decay for layer, decay in made.layer_decay.items() if layer in there}
     patterns = unmatched_patterns(made.schedule, parameters)

@@ -52,7 +52,7 @@ class UserNetwork:
         title: MODULE:NAME.
         said: how it was named, for messages.
         folder: of the user's code; None for an installed library.
-        any_recipe: whether the recipe was made for another network, so that what it says of layers that this one lacks is left out.
+        for_any_recipe: whether what a recipe says of layers that the network lacks is left out, since it was made for another network.
 
     Raises:
         AlexprepError: the factory cannot be called.
@@ -62,7 +62,7 @@ class UserNetwork:
     title: str
     said: str
     folder: Path | None = None
-    any_recipe: bool = False
+    for_any_recipe: bool = False
 
     def __post_init__(self) -> None:
         """Refuses what is no function, with AlexprepError."""
@@ -95,11 +95,11 @@ class UserNetwork:
         Raises:
             AlexprepError: the step fails, a checkpoint would not hold all that it changes, or the ranks would not train as one device.
         """
+        network.train()
+        for layer in network.modules():
+            if isinstance(layer, DROPOUTS):
+                layer.eval()  # ranks share its random numbers, and no others
         with self.errors(f", in a training step on images {(IMAGES, 3, crop, crop)}"):
-            network.train()
-            for layer in network.modules():
-                if isinstance(layer, DROPOUTS):
-                    layer.eval()  # its masks are known to be drawn alike everywhere
             before = {name: buffer.clone() for name, buffer in network.named_buffers()}
             with torch.random.fork_rng(devices=[]):
                 state = torch.get_rng_state()
@@ -130,7 +130,7 @@ class UserNetwork:
 def user_network(reference: str) -> UserNetwork:
     """The factory that `--model` names; AlexprepError where there is none."""
     found = load(reference, MODEL, "make")
-    return UserNetwork(found.value, found.title, f"{MODEL} {reference}", found.folder, any_recipe=True)
+    return UserNetwork(found.value, found.title, f"{MODEL} {reference}", found.folder, for_any_recipe=True)
 
 
 def call_factory(factory: Callable[..., Any], classes: int, crop: int, seed: int, width: float) -> Any:
@@ -314,19 +314,15 @@ def check_named(began: Mapping[str, Any], recipe: str | None, model: str | None,
 
 
 class Named(NamedTuple):
-    """An object that was named, and where it is from."""
+    """An object that was named, its MODULE:NAME wherever that lies, and the folder of the code (None: it has no file)."""
 
     value: Any
-    title: str  # MODULE:NAME, without the folder: the same wherever the file lies
-    folder: Path | None  # of the user's code; None for an installed library
+    title: str
+    folder: Path | None
 
 
 def is_reference(text: str) -> bool:
-    """Whether a text names code, and is no plain name.
-
-    >>> [is_reference(text) for text in ("alexnet", "nets.py", "nets:make", "~/nets.py:make")]
-    [False, True, True, True]
-    """
+    """Whether a text names code (FILE.py, FILE.py:NAME, MODULE:NAME) and is no plain name."""
     return ":" in text or text.endswith(".py")
 
 
@@ -340,12 +336,8 @@ def references(recipe: str | None, model: str | None) -> tuple[str | None, str |
 def resolved(reference: str, option: str) -> str:
     """The same reference, understood from any folder: a file's path is made absolute, a module in this folder becomes its file.
 
-    Args:
-        reference: FILE.py, FILE.py:NAME, MODULE or MODULE:NAME.
-        option: that it was given with, for messages.
-
     Raises:
-        AlexprepError: it is none of these, or there is no such file.
+        AlexprepError: it is none of FILE.py, FILE.py:NAME, MODULE and MODULE:NAME, or there is no such file; the message names `option`.
     """
     place, name = _parts(reference, option)
     if not place.endswith(".py"):
@@ -406,15 +398,10 @@ def load(reference: str, option: str, default: str | None = None) -> Named:
 
 @contextlib.contextmanager
 def errors_in_one_sentence(what: str, folder: Path | None, only_own: bool = False) -> Iterator[None]:
-    """Inside the block, an exception of the user's code becomes one sentence: what failed, in which file and line, and how.
+    """Inside the block, an exception becomes an AlexprepError of one sentence: `what`, the file and line in the user's `folder`, and how.
 
-    Args:
-        what: the sentence's beginning.
-        folder: of the user's code; None for an installed library.
-        only_own: leave exceptions alone that did not come by way of a file in `folder`.
-
-    Raises:
-        AlexprepError: instead of any other exception, unless the environment variable ALEXPREP_TRACEBACK is set.
+    With `only_own`, exceptions that did not come by way of a file in that folder are left alone; and all are where the environment
+    variable ALEXPREP_TRACEBACK is set.
     """
     try:
         yield
@@ -428,14 +415,14 @@ def errors_in_one_sentence(what: str, folder: Path | None, only_own: bool = Fals
 
 
 def _place(error: BaseException, folder: Path | None) -> str | None:
-    """File and line of the user's code that an exception last came by; code installed in `folder`, Python's and alexprep's is not the user's."""
+    """File and line of the user's code that an exception last came by; what is installed below its folder is not the user's own."""
     if isinstance(error, SyntaxError) and error.filename:
         return f"{error.filename}, line {error.lineno}"
     place = None
-    for frame, line in traceback.walk_tb(error.__traceback__ if folder else None):
+    for frame, line in traceback.walk_tb(error.__traceback__):
         file, module = frame.f_code.co_filename, frame.f_globals.get("__name__", "").partition(".")[0]
         foreign = "site-packages" in file or module == "alexprep" or module in sys.stdlib_module_names
-        if not foreign and Path(file).is_relative_to(folder or ""):
+        if folder is not None and not foreign and Path(file).is_relative_to(folder):
             place = f"{file}, line {line}"
     return place
 

@@ -1,1 +1,1 @@
-"""The networks and the layers that torch does not have."""
+"""The networks that come with alexprep, and the layers that they are made of."""

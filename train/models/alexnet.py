@@ -1,4 +1,6 @@
-"""AlexNet and its relatives in one process: one description, a switch for everything in which they differ.
+"""The AlexNet family: one class that makes each of its networks, with a switch for everything in which they differ.
+
+A network is whole here, on one device; `alexprep.train.distributed` splits it among ranks, `alexprep.train.recipes` says how it is trained.
 
         kernels     from           output       then
 conv1   96 11x11/4  both           55x55x96     ReLU, response norm, pool

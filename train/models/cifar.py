@@ -1,4 +1,9 @@
-"""The paper's networks for CIFAR-10: two convolutions, two locally connected layers, a linear one."""
+"""Networks for small images: the nets for CIFAR-10 of the paper and of its code, and one that learns toy data sets in seconds.
+
+Each is called with the number of classes; `crop`, the side of the input in pixels; the `seed` of its initial weights; and `width`, which
+scales the kernels of every layer but the last. It is then a network from float32 (N, 3, crop, crop), mean subtracted, on the 0-255 scale,
+to logits (N, classes). A crop or width that is too small is refused with AlexprepError.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +16,13 @@ from torch import nn
 from alexprep.shards.errors import AlexprepError
 from alexprep.train.models.layers import LocallyConnected2d, LocalResponseNorm, Scale, initialise
 
-# -------------------- Two networks for small images: cuda-convnet's fast CIFAR-10 net, and one that learns toy sets in seconds.
+Activation = Literal["relu", "tanh"]
+ACTIVATIONS: dict[Activation, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh}
 
-
-# cuda-convnet's example-layers/layers-80sec.cfg; the first layer is tiny because its input is on the 0-255 scale.
+# Of the initial weights: cuda-convnet's example-layers/layers-80sec.cfg; the first layer is tiny because its input is on the 0-255 scale.
 QUICK_DEVIATIONS = {"conv1": 1e-4, "conv2": 1e-2, "conv3": 1e-2, "fc4": 0.1, "fc5": 0.1}
+# cuda-convnet's example-layers/layers-conv-local-13pct.cfg, and -11pct.cfg.
+DEVIATIONS = {"conv1": 1e-4, "conv2": 1e-2, "local3": 0.04, "local4": 0.04, "fc5": 0.01}
 PIXEL_DEVIATION = 64.0  # about that of a photograph on the 0-255 scale, mean subtracted
 
 
@@ -24,23 +31,11 @@ def cifar10_quick_net(classes: int, crop: int = 32, *, seed: int = 0, width: flo
 
     Pools are 3 wide at stride 2 and rounded up, as there: 32 -> 16 -> 8 -> 4.
 
-    Args:
-        classes: outputs of the last layer.
-        crop: side of the input, pixels.
-        seed: of the initial weights.
-        width: scales the kernels of every layer but the last.
-
-    Returns:
-        A network from float32 (N, 3, crop, crop), mean subtracted, on the 0-255 scale, to logits (N, classes).
-
-    Raises:
-        AlexprepError: crop or width is too small.
-
     >>> sum(parameter.numel() for parameter in cifar10_quick_net(10).parameters())
     145578
     """
-    c1, c2, c3, f4 = kernel_counts((32, 32, 64, 64), width, crop, smallest=8)
-    side = pooled_up(pooled_up(pooled_up(crop)))
+    c1, c2, c3, f4 = _kernel_counts((32, 32, 64, 64), width, crop, smallest=8)
+    side = _pooled_up(_pooled_up(_pooled_up(crop)))
     layers: list[tuple[str, nn.Module]] = [
         ("conv1", nn.Conv2d(3, c1, 5, padding=2)),
         ("pool1", nn.MaxPool2d(3, 2, ceil_mode=True)),
@@ -62,22 +57,9 @@ def cifar10_quick_net(classes: int, crop: int = 32, *, seed: int = 0, width: flo
 
 
 def tiny_net(classes: int, crop: int = 56, *, seed: int = 0, width: float = 1.0) -> nn.Sequential:
-    """AlexNet's building blocks in small: a strided and a grouped convolution, response norm, overlapping pools.
-
-    Args:
-        classes: outputs of the last layer.
-        crop: side of the input, pixels.
-        seed: of the initial weights.
-        width: scales the kernels of every layer but the last.
-
-    Returns:
-        A network from float32 (N, 3, crop, crop), mean subtracted, on the 0-255 scale, to logits (N, classes).
-
-    Raises:
-        AlexprepError: crop or width is too small.
-    """
-    c1, c2, c3, f4 = kernel_counts((32, 64, 64, 128), width, crop, smallest=16)
-    side = pooled_up(pooled_up(pooled_up((crop - 1) // 2 + 1)))
+    """AlexNet's building blocks in small: a strided and a grouped convolution, response norm, overlapping pools."""
+    c1, c2, c3, f4 = _kernel_counts((32, 64, 64, 128), width, crop, smallest=16)
+    side = _pooled_up(_pooled_up(_pooled_up((crop - 1) // 2 + 1)))
     layers: list[tuple[str, nn.Module]] = [
         ("scale", Scale(1 / PIXEL_DEVIATION)),
         ("conv1", nn.Conv2d(3, c1, 5, stride=2, padding=2)),
@@ -102,33 +84,9 @@ def tiny_net(classes: int, crop: int = 56, *, seed: int = 0, width: float = 1.0)
     return network
 
 
-def kernel_counts(counts: tuple[int, ...], width: float, crop: int, smallest: int) -> list[int]:
-    """Kernel counts scaled by `width`, even so that they split into two towers."""
-    if crop < smallest:
-        raise AlexprepError(f"this network needs crops of at least {smallest} pixels, not {crop}")
-    if not 1 / 16 <= width <= 16:
-        raise AlexprepError(f"width {width} of this network is not within 1/16 to 16")
-    return [2 * max(1, round(count / 2 * width)) for count in counts]
-
-
-def pooled_up(side: int) -> int:
-    """The side of a map after pooling 3 wide at stride 2, rounded up."""
-    return -(-(side - 3) // 2) + 1
-
-
-# -------------------- The paper's networks for CIFAR-10: two convolutions, two locally connected layers, a linear one.
-
-
-Activation = Literal["relu", "tanh"]
-ACTIVATIONS: dict[Activation, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh}
-
-# cuda-convnet's example-layers/layers-conv-local-13pct.cfg, and -11pct.cfg. The input is on the 0-255 scale.
-DEVIATIONS = {"conv1": 1e-4, "conv2": 1e-2, "local3": 0.04, "local4": 0.04, "fc5": 0.01}
-
-
 @dataclass(frozen=True)
 class ConvLocal:
-    """A four-layer network of section 3.3 with its switches; called as a `NetworkFactory`.
+    """A four-layer network of section 3.3 with its switches: two convolutions, two locally connected layers, a linear one.
 
     Attributes:
         name: as `describe` tells it.
@@ -159,23 +117,11 @@ class ConvLocal:
         Pools are 3 wide at stride 2 and rounded up, as in the code: 24 -> 12 -> 6. The activation stands after the first pool instead
         of before it: both rise, so the result is the same, from a quarter of the values.
 
-        Args:
-            classes: outputs of the last layer.
-            crop: side of the input, pixels; 24 there.
-            seed: of the initial weights.
-            width: scales the kernels of every layer but the last.
-
-        Returns:
-            A network from float32 (N, 3, crop, crop), mean subtracted, on the 0-255 scale, to logits (N, classes).
-
-        Raises:
-            AlexprepError: crop or width is too small.
-
         >>> sum(weight.numel() for weight in ConvLocal("conv-local-13pct")(10).parameters())
         1116490
         """
-        c1, c2, l3, l4 = kernel_counts((64, 64, 64 if self.norm else 32, 32), width, crop, smallest=8)
-        side = pooled_up(pooled_up(crop))
+        c1, c2, l3, l4 = _kernel_counts((64, 64, 64 if self.norm else 32, 32), width, crop, smallest=8)
+        side = _pooled_up(_pooled_up(crop))
         inplace = {"inplace": True} if self.activation == "relu" else {}
         active = ACTIVATIONS[self.activation]
         layers: list[tuple[str, nn.Module]] = [
@@ -199,11 +145,25 @@ class ConvLocal:
         return network
 
 
+conv_local_13pct = ConvLocal("conv-local-13pct")
+conv_local_13pct_tanh = ConvLocal("conv-local-13pct-tanh", activation="tanh")
+conv_local_11pct = ConvLocal("conv-local-11pct", norm=True)
+
+
 def _norm() -> LocalResponseNorm:
     """Type cmrnorm there: size 9, scale 0.001, which its parser divides by the size, pow 0.75, and its k of 1."""
     return LocalResponseNorm(size=9, k=1.0, alpha=0.001 / 9, beta=0.75)
 
 
-conv_local_13pct = ConvLocal("conv-local-13pct")
-conv_local_13pct_tanh = ConvLocal("conv-local-13pct-tanh", activation="tanh")
-conv_local_11pct = ConvLocal("conv-local-11pct", norm=True)
+def _kernel_counts(counts: tuple[int, ...], width: float, crop: int, smallest: int) -> list[int]:
+    """Kernel counts scaled by `width`, even so that they split into two towers."""
+    if crop < smallest:
+        raise AlexprepError(f"this network needs crops of at least {smallest} pixels, not {crop}")
+    if not 1 / 16 <= width <= 16:
+        raise AlexprepError(f"width {width} of this network is not within 1/16 to 16")
+    return [2 * max(1, round(count / 2 * width)) for count in counts]
+
+
+def _pooled_up(side: int) -> int:
+    """The side of a map after pooling 3 wide at stride 2, rounded up."""
+    return -(-(side - 3) // 2) + 1
