@@ -89,7 +89,7 @@ def test_parameters_without_gradient_stay() -> None:
     assert [v.tolist() for v in optimizer.velocities()][1] == [0.0, 0.0]
 
 
-def test_groups_of_parameters() -> None:
+def test_weight_decay_spares_biases() -> None:
     network = nn.Sequential()
     for name in ("a", "b", "c"):
         network.add_module(name, nn.Linear(2, 2))
