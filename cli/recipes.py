@@ -25,9 +25,9 @@ def recipes(name: str | None, as_json: bool) -> None:
     from alexprep.train import recipes as known
 
     if name is not None:
-        told = _told(known.recipe(name))
-        output.table(f"Recipe {told['name']}", _rows(told))
-        output.json_line(told, as_json)
+        document = _document(known.recipe(name))
+        output.table(f"Recipe {document['name']}", _rows(document))
+        output.json_line(document, as_json)
         return
     listed = [make() for make in known.RECIPES.values()]
     width = max(len(one.name) for one in listed)
@@ -39,18 +39,18 @@ def recipes(name: str | None, as_json: bool) -> None:
         click.echo(
             f"{one.name:<{width}}  {sizes:>14}  {one.crop:>4}  {one.batch_size:>5}  {one.lr:>5g}  {one.epochs:>6}  {schedule}"
         )
-    output.json_line({one.name: _told(one) for one in listed}, as_json)
+    output.json_line({one.name: _document(one) for one in listed}, as_json)
 
 
-def _told(recipe: Recipe) -> dict[str, Any]:
+def _document(recipe: Recipe) -> dict[str, Any]:
     """Every field as JSON values."""
     return recipe.describe() | {"epochs": recipe.epochs, "stored_sizes": list(recipe.stored_sizes)}
 
 
-def _rows(told: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+def _rows(document: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     """Nested fields as names with dots."""
     rows = []
-    for name, value in told.items():
+    for name, value in document.items():
         if isinstance(value, dict) and value:
             rows += _rows(value, f"{prefix}{name}.")
         else:

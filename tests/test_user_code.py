@@ -75,6 +75,8 @@ class Net(nn.Module):
 
 make = Net
 """
+NN = "from torch import nn\n"
+MEANS = "nn.AdaptiveAvgPool2d(1), nn.Flatten()"  # of an image's three channels
 SHARED = NETS.replace("nn.BatchNorm2d(8)", "nn.GroupNorm(2, 8)")  # ranks can train it
 NAMED: dict[str, Any] = {"recipe": "recipe.py", "model": "nets.py:make"}
 
@@ -239,24 +241,12 @@ def test_which_function_is_meant(here: Path) -> None:
         ("def make(classes):\n  return h(classes)\ndef h(n):\n  return [][n]", "wrong.py, line 4: IndexError"),
         ("def make(classes, crop, depth): ...", "TypeError: .*missing 1 required positional argument: 'depth'"),
         ("def make(classes): ...", "wrong.py:make: it returned a NoneType, not a torch.nn.Module"),
-        ("from torch import nn\nmake = nn.Linear(1, 1)", "make is a Linear, not a function: a factory is called as"),
-        (
-            "from torch import nn\ndef make(n): return nn.Conv2d(4, 2, 1)",
-            r"shown images \(2, 3, 8, 8\): RuntimeError: Given",
-        ),
-        ("from torch import nn\ndef make(n): return nn.Flatten()", r"gives float32 \(2, 192\), not logits \(2, 3\)"),
-        (
-            "from torch import nn\nclass make(nn.Module):\n  def __init__(self, n): super().__init__()\n  def forward(self, x): return x, x",
-            r"gives a tuple, not logits \(2, 3\)",
-        ),
-        (
-            "from torch import nn\ndef make(n):\n  net = nn.Sequential(nn.Flatten(), nn.Linear(192, n))\n  net[1].bias.data /= 0\n  return net",
-            "NaN or infinity for pixels of deviation 64",
-        ),
-        (
-            "from torch import nn\ndef make(n): return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())",
-            r"in a training step on images \(2, 3, 8, 8\): RuntimeError: .*does not require grad",
-        ),
+        (f"{NN}make = nn.Linear(1, 1)", "make is a Linear, not a function: a factory is called as"),
+        (f"{NN}def make(n): return nn.Conv2d(4, 2, 1)", r"shown images \(2, 3, 8, 8\): RuntimeError: Given"),
+        (f"{NN}def make(n): return nn.Flatten()", r"gives float32 \(2, 192\), not logits \(2, 3\)"),
+        (f"{NN}def make(n): return nn.AdaptiveMaxPool2d(1, return_indices=True)", r"a tuple, not logits \(2, 3\)"),
+        (f"{NN}def make(n): return nn.Sequential({MEANS}, nn.Softplus(1e-40))", "NaN or infinity for pixels of"),
+        (f"{NN}def make(n): return nn.Sequential({MEANS})", r"in a training step .*: RuntimeError: .* require grad"),
     ],
 )
 def test_mistakes_are_told_before_a_run_is_begun(here: Path, code: str, words: str) -> None:

@@ -50,7 +50,7 @@ class UserNetwork:
     Attributes:
         factory: a function or class; see `call_factory` for its forms.
         title: MODULE:NAME.
-        said: how it was named, for messages.
+        name: how the user named it, for messages.
         folder: of the user's code; None for an installed library.
         for_any_recipe: whether what a recipe says of layers that the network lacks is left out, since it was made for another network.
 
@@ -60,14 +60,14 @@ class UserNetwork:
 
     factory: Callable[..., Any]
     title: str
-    said: str
+    name: str
     folder: Path | None = None
     for_any_recipe: bool = False
 
     def __post_init__(self) -> None:
         """Refuses what is no function, with AlexprepError."""
         if not callable(self.factory) or isinstance(self.factory, nn.Module):
-            raise AlexprepError(f"{self.said} is a {type(self.factory).__name__}, not a function: {FORMS}")
+            raise AlexprepError(f"{self.name} is a {type(self.factory).__name__}, not a function: {FORMS}")
 
     def __call__(self, classes: int, crop: int, *, seed: int, width: float) -> nn.Module:
         """The network on the CPU, with initial weights that depend on the seed alone; torch's random numbers go on as if it had not been made.
@@ -124,7 +124,7 @@ class UserNetwork:
 
     def errors(self, when: str = "", only_own: bool = False) -> contextlib.AbstractContextManager[None]:
         """Inside the block, errors become one sentence about this network; see `errors_in_one_sentence`."""
-        return errors_in_one_sentence(f"{self.said}{when}", self.folder, only_own)
+        return errors_in_one_sentence(f"{self.name}{when}", self.folder, only_own)
 
 
 def user_network(reference: str) -> UserNetwork:
