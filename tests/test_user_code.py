@@ -306,9 +306,8 @@ def test_a_net_with_batch_norm_trains_as_with_torch(here: Path, capsys: pytest.C
     fresh = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     biases = [weight for name, weight in network.named_parameters() if name.endswith(".bias")]
     weights = [weight for name, weight in network.named_parameters() if not name.endswith(".bias")]
-    optimizer = torch.optim.SGD(
-        [{"params": weights, "weight_decay": 0.0005}, {"params": biases}], lr=0.01, momentum=0.9
-    )
+    groups: list[dict[str, Any]] = [{"params": weights, "weight_decay": 0.0005}, {"params": biases}]
+    optimizer = torch.optim.SGD(groups, lr=0.01, momentum=0.9)
     loader, loss = MadeUpLoader("data", layout="channels_last"), torch.zeros(())
     for images, labels in [*loader, *loader]:
         loss = F.cross_entropy(network(images), labels)

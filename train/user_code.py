@@ -340,40 +340,32 @@ def resolved(reference: str, option: str) -> str:
         AlexprepError: it is none of FILE.py, FILE.py:NAME, MODULE and MODULE:NAME, or there is no such file; the message names `option`.
     """
     place, name = _parts(reference, option)
-    if not place.endswith(".py"):
+    if isinstance(place, str):
         stem = Path.cwd().joinpath(*place.split("."))
         files = [file for file in (stem.with_name(f"{stem.name}.py"), stem / "__init__.py") if file.is_file()]
         if not files:
             return reference
-        place = str(files[0])
-    file = _file(place, option)
-    return f"{file.parent.resolve() / file.name}{name and ':'}{name}"
+        place = files[0]
+    return f"{place.parent.resolve() / place.name}{name and ':'}{name}"
 
 
 def load(reference: str, option: str, default: str | None = None) -> Named:
     """Runs the named file or imports the named module, and takes the named object out of it.
 
     A file is run anew each time, with its folder first among those that it imports from; one inside a package (a folder with
-    `__init__.py`) is imported as part of it.
-
-    Args:
-        reference: see `resolved`.
-        option: that it was given with, for messages.
-        default: the object's name where the reference has none; failing that, the only function that the file defines.
+    `__init__.py`) is imported as part of it. Where the reference names no object, it is `default`, or the only function there is.
 
     Raises:
-        AlexprepError: there is no such file, module or object, or running it failed; the message says in which line. With the
-            environment variable ALEXPREP_TRACEBACK an error of the user's code comes through as it is.
+        AlexprepError: there is no such file, module or object, or running it failed; the message begins with `option`.
     """
     place, name = _parts(reference, option)
-    said, folder, dotted = f"{option} {reference}", None, place
-    if place.endswith(".py"):
-        file = _file(place, option)
-        folder, dotted = _package(file)
+    said, folder = f"{option} {reference}", None
+    if isinstance(place, Path):
+        folder, dotted = _package(place)
         with errors_in_one_sentence(said, folder):
-            module = _run(file, folder, dotted)
+            module = _run(place, folder, dotted)
     else:
-        spec = find_spec(place.partition(".")[0])
+        spec, dotted = find_spec(place.partition(".")[0]), place
         folder = Path(spec.origin).parent if spec is not None and spec.origin else None
         with errors_in_one_sentence(said, folder):
             module = importlib.import_module(place)
@@ -391,7 +383,7 @@ def load(reference: str, option: str, default: str | None = None) -> Named:
     found: Any = module
     for part in name.split("."):
         if not hasattr(found, part):
-            raise AlexprepError(f"{said}: {place} has no {name!r}: {there}")
+            raise AlexprepError(f"{said}: {dotted} has no {name!r}: {there}")
         found = getattr(found, part)
     return Named(found, f"{dotted}:{name}", folder)
 
@@ -427,21 +419,20 @@ def _place(error: BaseException, folder: Path | None) -> str | None:
     return place
 
 
-def _parts(reference: str, option: str) -> tuple[str, str]:
-    """Place and name, "" where there is none."""
+def _parts(reference: str, option: str) -> tuple[Path | str, str]:
+    """The file or module, and the name of what is meant in it, "" where there is none."""
     whole = ":" not in reference or reference.endswith(".py")
     place, name = (reference, "") if whole else reference.rsplit(":", 1)
-    words = [*([] if place.endswith(".py") else place.split(".")), *([] if whole else name.split("."))]
+    is_file = place.endswith(".py")
+    words = [*([] if is_file else place.split(".")), *([] if whole else name.split("."))]
     if not all(word.isidentifier() for word in words):
         raise AlexprepError(f"{option} {reference!r} names no Python code: write FILE.py:FUNCTION or MODULE:FUNCTION")
-    return place, name
-
-
-def _file(place: str, option: str) -> Path:
+    if not is_file:
+        return place, name
     file = Path(place).expanduser().absolute()
     if not file.is_file():
         raise AlexprepError(f"there is no file {file}: say where it is with {option} FILE.py:FUNCTION")
-    return file
+    return file, name
 
 
 def _package(file: Path) -> tuple[Path, str]:

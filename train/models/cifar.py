@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from torch import nn
 
@@ -29,7 +29,8 @@ PIXEL_DEVIATION = 64.0  # about that of a photograph on the 0-255 scale, mean su
 def cifar10_quick_net(classes: int, crop: int = 32, *, seed: int = 0, width: float = 1.0) -> nn.Sequential:
     """The "26 %" net that came with cuda-convnet: three 5x5 convolutions, one max and two average pools, two linear layers.
 
-    Pools are 3 wide at stride 2 and rounded up, as there: 32 -> 16 -> 8 -> 4.
+    From float32 (N, 3, crop, crop) to logits (N, classes); AlexprepError where crop or width is too small. Pools are 3 wide
+    at stride 2 and rounded up, as there: 32 -> 16 -> 8 -> 4.
 
     >>> sum(parameter.numel() for parameter in cifar10_quick_net(10).parameters())
     145578
@@ -57,7 +58,10 @@ def cifar10_quick_net(classes: int, crop: int = 32, *, seed: int = 0, width: flo
 
 
 def tiny_net(classes: int, crop: int = 56, *, seed: int = 0, width: float = 1.0) -> nn.Sequential:
-    """AlexNet's building blocks in small: a strided and a grouped convolution, response norm, overlapping pools."""
+    """AlexNet's building blocks in small: a strided and a grouped convolution, response norm, overlapping pools.
+
+    From float32 (N, 3, crop, crop) to logits (N, classes); AlexprepError where crop or width is too small.
+    """
     c1, c2, c3, f4 = _kernel_counts((32, 64, 64, 128), width, crop, smallest=16)
     side = _pooled_up(_pooled_up(_pooled_up((crop - 1) // 2 + 1)))
     layers: list[tuple[str, nn.Module]] = [
@@ -104,15 +108,15 @@ class ConvLocal:
 
     def __post_init__(self) -> None:
         """Refuses other activations, with AlexprepError."""
-        if self.activation not in get_args(Activation):
-            raise AlexprepError(f"activation {self.activation!r} is not one of {', '.join(get_args(Activation))}")
+        if self.activation not in ACTIVATIONS:
+            raise AlexprepError(f"activation {self.activation!r} is not one of {', '.join(ACTIVATIONS)}")
 
     def describe(self) -> dict[str, Any]:
         """The switches, as JSON values."""
         return asdict(self)
 
     def __call__(self, classes: int, crop: int = 24, *, seed: int = 0, width: float = 1.0) -> nn.Sequential:
-        """The network with its initial weights.
+        """The network with its initial weights, from float32 (N, 3, crop, crop) to logits (N, classes).
 
         Pools are 3 wide at stride 2 and rounded up, as in the code: 24 -> 12 -> 6. The activation stands after the first pool instead
         of before it: both rise, so the result is the same, from a quarter of the values.

@@ -120,10 +120,10 @@ class Overhang(nn.Module):
 
 
 class Scale(nn.Module):
-    """Multiplies by a constant."""
+    """Multiplies by a constant: `Scale(1 / 64)` makes pixels on the 0-255 scale, their mean subtracted, as small as networks like them."""
 
     def __init__(self, factor: float) -> None:
-        """By `factor`."""
+        """By `factor`, any number."""
         super().__init__()
         self.factor = factor
 
