@@ -26,10 +26,10 @@ from alexprep.train.models.cifar import (
 from alexprep.train.models.layers import (
     LocallyConnected2d,
     LocalResponseNorm,
-    Maps,
+    MapWindow,
     Overhang,
     PaperDropout,
-    Pixels,
+    PixelWindow,
     SpatialResponseNorm,
     initialise,
 )
@@ -352,7 +352,7 @@ def test_spatial_norm_is_the_codes_formula(shape: tuple[int, ...], memory: torch
 def test_sums_are_the_same_in_one_kernel() -> None:
     """The way of a GPU and of a compiler; on the CPU it can be compared with the CPU's own."""
     values = torch.randn(3, 4, 7, 9, dtype=torch.float64).square()
-    for window in (Pixels(2), Maps(2, towers=2), Maps(3)):
+    for window in (PixelWindow(2), MapWindow(2, towers=2), MapWindow(3)):
         filled = window.sum_into(values, torch.empty_like(values))
         torch.testing.assert_close(filled, window.sum(values), rtol=1e-12, atol=0)
 

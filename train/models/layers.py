@@ -47,7 +47,7 @@ class LocalResponseNorm(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Float (N, C, H, W) -> the same shape, dtype and memory format; C is divisible by the number of towers."""
-        return normalised(images, Maps(self.size // 2, self.towers), self.k, self.alpha, self.beta)
+        return normalised(images, MapWindow(self.size // 2, self.towers), self.k, self.alpha, self.beta)
 
     def extra_repr(self) -> str:
         """The numbers, for print(network)."""
@@ -78,7 +78,7 @@ class SpatialResponseNorm(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Float (N, C, H, W) -> the same shape, dtype and memory format."""
-        return normalised(images, Pixels(self.size // 2), self.k, self.alpha, self.beta)
+        return normalised(images, PixelWindow(self.size // 2), self.k, self.alpha, self.beta)
 
     def extra_repr(self) -> str:
         """The numbers, for print(network)."""
@@ -230,7 +230,7 @@ def initialise(
 
 
 @dataclass(frozen=True)
-class Maps:
+class MapWindow:
     """What a value is normalised by: its map and `reach` neighbours on either side; maps beyond the ends of a tower count nothing.
 
     Neighbours are mutual, so the same sum over them carries gradients back.
@@ -258,24 +258,26 @@ class Maps:
 
 
 @dataclass(frozen=True)
-class Pixels:
+class PixelWindow:
     """Likewise: a pixel and those up to `reach` away in both directions, of the same map; pixels beyond the edge count nothing."""
 
     reach: int
 
     def sum_into(self, values: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        """See `Maps`."""
+        """See `MapWindow`."""
         if values.device.type != "cpu":
             return out.copy_(self.sum(values))
         rows = _add_neighbours(values, values.clone(), 3, self.reach)
         return _add_neighbours(rows, out.copy_(rows), 2, self.reach)
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """See `Maps`; one kernel, which on a CPU takes four times as long as `sum_into`."""
+        """See `MapWindow`; one kernel, which on a CPU takes four times as long as `sum_into`."""
         return F.avg_pool2d(values, 2 * self.reach + 1, 1, self.reach, divisor_override=1)
 
 
-def normalised(images: torch.Tensor, window: Maps | Pixels, k: float, alpha: float, beta: float) -> torch.Tensor:
+def normalised(
+    images: torch.Tensor, window: MapWindow | PixelWindow, k: float, alpha: float, beta: float
+) -> torch.Tensor:
     """Float (N, C, H, W) -> the same shape, dtype and memory format; so is the gradient."""
     if torch.compiler.is_compiling():  # which makes one pass of all this by itself, and its gradient
         values = images.to(_wide(images.dtype))
@@ -291,7 +293,7 @@ class _ResponseNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, images: torch.Tensor, window: Maps | Pixels, k: float, alpha: float, beta: float
+        ctx: Any, images: torch.Tensor, window: MapWindow | PixelWindow, k: float, alpha: float, beta: float
     ) -> torch.Tensor:
         normalised, scale = torch.empty_like(images), torch.empty_like(images, dtype=_wide(images.dtype))
         for given, out, s in _chunks(images, normalised, scale):
