@@ -226,6 +226,8 @@ def test_which_function_is_meant(here: Path) -> None:
     assert load("one.py", "--model", "make").title == "one:only"
     (here / "two.py").write_text("def first(classes): ...\ndef make(classes): ...")
     assert load("two.py", "--model", "make").title == "two:make"
+    (here / "three.py").write_text("from alexprep.train import recipe\ndef mine():\n    return recipe('tiny')")
+    assert user_recipe("three.py") == RECIPES["tiny"]()  # what the file only imported is not meant
     with pytest.raises(AlexprepError, match="say which function is meant, after a colon: it defines first, make"):
         load("two.py", "--recipe", "recipe")
 

@@ -376,7 +376,9 @@ def load(reference: str, option: str, default: str | None = None) -> Named:
     ]
     there = f"it defines {', '.join(functions) or 'no function'}"
     if not name:
-        choices = [default] if default is not None and hasattr(module, default) else functions
+        usual = getattr(module, default or "", None)
+        imported = inspect.isfunction(usual) and usual.__module__.startswith("alexprep.")  # alexprep.train.recipe, say
+        choices = [default] if default and usual is not None and not imported else functions
         if len(choices) != 1:
             raise AlexprepError(f"{said}: say which function is meant, after a colon: {there}")
         name = choices[0]

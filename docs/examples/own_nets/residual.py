@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from alexprep.train import Recipe, Steps
-from alexprep.train import recipe as recipe_named
+from alexprep.train import recipe as recipe_named  # the one below has its name
 
 
 class Block(nn.Module):
