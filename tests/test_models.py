@@ -357,7 +357,7 @@ def test_norms_have_the_gradient_of_what_they_give(layer: nn.Module, shape: tupl
 def test_response_norm_has_torchs_gradient() -> None:
     generator = torch.Generator().manual_seed(1)
     values = (torch.randn(6, 7, 2, 3, dtype=torch.float64, generator=generator) * 100).requires_grad_()
-    gradients = []
+    gradients: list[torch.Tensor] = []
     for layer in (LocalResponseNorm(), nn.LocalResponseNorm(5, 5e-4, 0.75, 2.0)):
         gradients += torch.autograd.grad(layer(values).square().sum(), values)
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-9, atol=1e-9)
