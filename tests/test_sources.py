@@ -23,7 +23,7 @@ from alexprep.shards.plan import ShardOptions, class_order
 from alexprep.shards.sources import ilsvrc
 from alexprep.shards.sources.base import UNLABELLED, Input, split_of
 from alexprep.shards.sources.detection import find_source
-from alexprep.shards.storage import files_at, folder_at, inflated
+from alexprep.shards.storage import files_at, folder_at, read_inflated
 from alexprep.shards.worker_pool import InProcessEngine
 
 OPTIONS = ShardOptions(Target(size=64), shard_samples=7)
@@ -653,7 +653,7 @@ def test_gzip_is_inflated_within_bounds(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(storage, "MAX_INFLATED_BYTES", 10_000)
     here, _ = files_at(str(tmp_path))
     (tmp_path / "two.gz").write_bytes(gzip.compress(b"a" * 4000) + gzip.compress(b"b" * 4000))
-    assert inflated(here, b"two.gz") == b"a" * 4000 + b"b" * 4000
+    assert read_inflated(here, b"two.gz") == b"a" * 4000 + b"b" * 4000
     for name, content, words in (
         ("bomb.gz", gzip.compress(bytes(10**6)), "more than the limit of 10,000"),
         ("cut.gz", gzip.compress(b"abc" * 99)[:-9], "cut short"),
@@ -661,10 +661,10 @@ def test_gzip_is_inflated_within_bounds(tmp_path: Path, monkeypatch: pytest.Monk
     ):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(OSError, match=words):
-            inflated(here, name.encode())
+            read_inflated(here, name.encode())
     many = gzip.compress(b"ab") + gzip.compress(b"") * 50_000 + gzip.compress(bytes(5000), 0) + gzip.compress(b"c")
     (tmp_path / "many.gz").write_bytes(many)  # 1 MB; copying the rest for each part would move 25 GB
-    assert inflated(here, b"many.gz") == b"ab" + bytes(5000) + b"c"
+    assert read_inflated(here, b"many.gz") == b"ab" + bytes(5000) + b"c"
 
 
 def test_split_names() -> None:

@@ -286,7 +286,7 @@ def test_damaged_idx_files_are_refused(ending: str, tmp_path: Path) -> None:
         (plain + b"\0", f"has {len(plain) + 1:,} bytes"),
         (plain[:4] + struct.pack(">I", 2**32 - 1) + plain[8:], "with the 4,294,967,295 records"),
         (plain[:8] + bytes(8), "states images of 0 pixels"),
-        (plain[:4] + struct.pack(">I", 22) + plain[8:-area], "holds 22 images"),
+        (plain[:4] + struct.pack(">I", 22) + plain[8:-area], "holds 22 records"),
     ):
         write(images, damaged)
         fails(tmp_path, words)
@@ -403,17 +403,17 @@ def test_damaged_norb_is_refused(tmp_path: Path) -> None:
     for damaged, words in (
         (b"", "begins with the bytes (none), a matrix of its kind with 55 4c 3d 1e"),
         (good_cat, "begins with the bytes 54 4c 3d 1e"),
-        (good_dat[:-1], "with the dimensions (13, 2, 96, 96) it would have 239,640"),
+        (good_dat[:-1], "with the 13 records of 18,432 bytes that it states it would have 239,640"),
         (good_dat[:4] + struct.pack("<I", 2**31) + good_dat[8:], "states 2,147,483,648 dimensions"),
         (good_dat[:22], "states 4 dimensions"),
         (matrix(truth["test"][0][:, :1]), "states the dimensions (13, 1, 96, 96), not (pairs, 2, height, width)"),
-        (matrix(truth["test"][0][:12]), "holds 12 pairs"),
+        (matrix(truth["test"][0][:12]), "holds 12 records"),
     ):
         dat.write_bytes(damaged)
         fails(tmp_path, words)
     dat.write_bytes(good_dat)
     for damaged, words in (
-        (good_cat + b"\0", "states 13 labels and has 73 bytes; it would have 72"),
+        (good_cat + b"\0", "has 73 bytes; with the 13 records of 4 bytes that it states it would have 72"),
         (good_cat[:-4] + struct.pack("<i", 5), "record 12: the label 5 is not between 0 and 4"),
         (good_cat[:20] + struct.pack("<i", -1) + good_cat[24:], "record 0: the label -1 is not between 0 and 4"),
         (good_dat, "a matrix of its kind with 54 4c 3d 1e"),

@@ -224,7 +224,7 @@ def test_links_of_a_page_that_are_no_files_of_its_folder_are_left_out(monkeypatc
             links = ("?C=N;O=D", "a.jpg#top", "./b&#39;.jpg", "c&amp;d.jpg", "deep/e.jpg", "f%2Fg.jpg", ".hidden", "h/")
             return [{"name": f"{place}/{link}", "type": "directory" if link[-1] == "/" else "file"} for link in links]
 
-    monkeypatch.setattr(storage, "_opened", lambda url: (Page(), url))
+    monkeypatch.setattr(storage, "_open_store", lambda url: (Page(), url))
     entries = RemoteFiles("http://nowhere/x").entries(b"y z")
     assert [name for name, _ in entries] == [b"b'.jpg", b"c&d.jpg", b"h"] and entries[-1].is_folder
 

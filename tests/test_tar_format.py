@@ -17,7 +17,7 @@ from typing import Literal
 import pytest
 
 from alexprep.shards.errors import AlexprepError
-from alexprep.shards.tar_format import MAX_PADDING_BYTES, Member, members
+from alexprep.shards.tar_format import MAX_PADDING_BYTES, ListedMember, members
 from alexprep.shards.webdataset_index import packed_by_index
 
 FORMATS: dict[str, Literal[0, 1, 2]] = {
@@ -31,7 +31,7 @@ NAMES = [b"a", b"./n01440764/x y.JPEG", "é/漢.png".encode(), b"\xff\xfe.jpg", 
 LONG_NAMES = [b"g" * 101, b"h/" * 200 + b"i", b"\xff" * 300]
 
 
-def listed(data: bytes, start: int = 0, size: int | None = None) -> list[Member]:
+def listed(data: bytes, start: int = 0, size: int | None = None) -> list[ListedMember]:
     end = len(data) - start if size is None else size
     return list(members(lambda offset, size: data[offset : offset + size], end, "x.tar", start))
 
@@ -42,10 +42,10 @@ def refused(data: bytes, **place: int) -> str:
     return str(caught.value)
 
 
-def listed_by_tarfile(data: bytes) -> list[Member]:
+def listed_by_tarfile(data: bytes) -> list[ListedMember]:
     with tarfile.open(fileobj=io.BytesIO(data), mode="r:", encoding="utf-8", errors="surrogateescape") as archive:
         return [
-            Member(os.fsencode(m.name), m.offset_data, m.size if m.isreg() else 0, _kind(m))
+            ListedMember(os.fsencode(m.name), m.offset_data, m.size if m.isreg() else 0, _kind(m))
             for m in archive.getmembers()
         ]
 
@@ -58,7 +58,7 @@ def _kind(member: tarfile.TarInfo) -> str:
     return "file" if member.isreg() and not member.issparse() else "other"
 
 
-def same(ours: list[Member], theirs: list[Member]) -> bool:
+def same(ours: list[ListedMember], theirs: list[ListedMember]) -> bool:
     """Equal but for the slash that tarfile takes from folders."""
     return [m._replace(name=m.name.rstrip(b"/")) for m in ours] == theirs
 
@@ -172,15 +172,17 @@ def test_sparse_files_are_no_files(options: list[str], tmp_path: Path) -> None:
 
 def test_rarer_forms() -> None:
     zero = padded(b"z" * 600)
-    assert listed(block(magic=bytes(8), kind=b"\0") + END) == [Member(b"a", 512, 0, "file")]
-    assert listed(block(b"v/", magic=bytes(8), kind=b"\0") + END) == [Member(b"v/", 512, 0, "folder")]
-    assert listed(block(size=600, kind=b"7") + zero + END) == [Member(b"a", 512, 600, "file")]
-    assert listed(block(size=b"\x80" + (600).to_bytes(11, "big")) + zero + END) == [Member(b"a", 512, 600, "file")]
-    assert listed(block(size=b"       1130 ") + zero + END) == [Member(b"a", 512, 600, "file")]
-    assert listed(summed(block(b"\xff\xfe"), signed=True) + END) == [Member(b"\xff\xfe", 512, 0, "file")]
+    assert listed(block(magic=bytes(8), kind=b"\0") + END) == [ListedMember(b"a", 512, 0, "file")]
+    assert listed(block(b"v/", magic=bytes(8), kind=b"\0") + END) == [ListedMember(b"v/", 512, 0, "folder")]
+    assert listed(block(size=600, kind=b"7") + zero + END) == [ListedMember(b"a", 512, 600, "file")]
+    assert listed(block(size=b"\x80" + (600).to_bytes(11, "big")) + zero + END) == [
+        ListedMember(b"a", 512, 600, "file")
+    ]
+    assert listed(block(size=b"       1130 ") + zero + END) == [ListedMember(b"a", 512, 600, "file")]
+    assert listed(summed(block(b"\xff\xfe"), signed=True) + END) == [ListedMember(b"\xff\xfe", 512, 0, "file")]
     assert listed(extension(b"g", record(b"comment", b"1")) + END) == []
     star = block(_345=ord("p"), _476=ord("1"), _508=ord("t"), _509=ord("a"), _510=ord("r"))
-    assert listed(star + END) == [Member(b"p/a", 512, 0, "file")]
+    assert listed(star + END) == [ListedMember(b"p/a", 512, 0, "file")]
     longer = extension(b"x", record(b"path", b"long")) + block(_345=ord("p")) + block(b"b") + END
     assert [m.name for m in listed(longer)] == [b"long", b"b"]
     assert listed(extension(b"K", b"l\0") + extension(b"L", b"m\0") + block() + END)[0].name == b"m"
@@ -199,7 +201,7 @@ def test_huge_members(format: str, length: int) -> None:
     def read(offset: int, size: int) -> bytes:
         return b"".join(whole.get(place, bytes(512)) for place in range(offset, offset + size, 512))
 
-    expected = [Member(b"a", len(head), length, "file"), Member(b"b", tail + 512, 0, "file")]
+    expected = [ListedMember(b"a", len(head), length, "file"), ListedMember(b"b", tail + 512, 0, "file")]
     assert list(members(read, tail + 512 + 1024, "x.tar")) == expected
     with pytest.raises(AlexprepError, match="cut short"):
         list(members(read, tail, "x.tar"))

@@ -123,13 +123,13 @@ def make_idx(tar: Path, version: str = "v1.2") -> Path:
 def scanned(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """The names of the tars that are scanned, as they are."""
     names: list[str] = []
-    scan = webdataset_index.scan
+    scan = webdataset_index.scan_tar
 
     def counting(path: Path) -> Any:
         names.append(path.name)
         return scan(path)
 
-    monkeypatch.setattr(webdataset_index, "scan", counting)
+    monkeypatch.setattr(webdataset_index, "scan_tar", counting)
     yield names
 
 
@@ -527,23 +527,23 @@ def test_workers_find_the_same(
     for n in range(3):
         write_tar(tmp_path / f"{n}.tar", pairs(images, f"{n}-{{:03d}}"))
     here = index_tars(tmp_path, cache=tmp_path / "one", engine=2)
-    monkeypatch.setattr(webdataset_index, "_ALONE_BYTES", 0)
-    monkeypatch.setattr(webdataset_index, "scan", lambda path: pytest.fail("scanned in this process"))
+    monkeypatch.setattr(webdataset_index, "_FEW_BYTES", 0)
+    monkeypatch.setattr(webdataset_index, "scan_tar", lambda path: pytest.fail("scanned in this process"))
     there = index_tars(tmp_path, cache=tmp_path / "two", engine=2)
     assert (there.records == here.records).all() and there.digest == here.digest
 
 
 PROCESS = """
 import sys, time
-from alexprep.shards import tar_index
-scan = tar_index.scan
+from alexprep.shards import webdataset_index
+scan = webdataset_index.scan_tar
 def slow(path):
     with open(sys.argv[2], "a") as log:
         log.write("scanned\\n")
     time.sleep(0.2)
     return scan(path)
-tar_index.scan = slow
-sys.stdout.write(tar_index.index_tars(sys.argv[1]).digest)
+webdataset_index.scan_tar = slow
+sys.stdout.write(webdataset_index.index_tars(sys.argv[1]).digest)
 """
 
 
