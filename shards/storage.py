@@ -101,7 +101,7 @@ def files_at(place: str) -> tuple[Files, bytes]:
         if os.path.isdir(absolute):
             return LocalFiles(os.path.realpath(absolute)), b""
         folder, name = os.path.split(absolute)
-        found: bool = os.path.exists(absolute)
+        found = os.path.exists(absolute)
         files: Files = LocalFiles(os.path.realpath(folder))
     else:
         system, inside = _open_store(place)
@@ -112,10 +112,8 @@ def files_at(place: str) -> tuple[Files, bytes]:
         except Exception as error:  # noqa: BLE001  (each store has its own kinds)
             raise AlexprepError(f"SOURCE {place} cannot be reached ({type(error).__name__}: {error})") from None
         url, _, last = place.rpartition("/")
-        files, name = (
-            RemoteFiles(url),
-            urllib.parse.unquote_to_bytes(last) if url.startswith(_HTTP) else _as_bytes(last),
-        )
+        files = RemoteFiles(url)
+        name = urllib.parse.unquote_to_bytes(last) if url.startswith(_HTTP) else _as_bytes(last)
     if not found and b"{" not in name:
         raise AlexprepError(f"SOURCE {place} does not exist")
     return files, name
@@ -148,24 +146,33 @@ def _open_store(url: str) -> tuple[Any, str]:
 
 
 @contextlib.contextmanager
-def published(path: Path) -> Iterator[BinaryIO]:
+def published(path: Path, first: bool = False) -> Iterator[BinaryIO]:
     """A binary file to write to; it gets its name `path` only when the block ends without an exception.
 
     The order is: write under a temporary name in the same folder, fsync the file, rename, fsync the folder. The lock that
     is held meanwhile tells `remove_temporaries` that the writer lives. After an exception the temporary file is removed
     and `path` is untouched. A file that has these very bytes already stays as it is. Stores that cannot rename are written
     by one upload of the whole, which object stores make visible only when it is complete.
+
+    Args:
+        path: the final name, in a folder that exists.
+        first: whether a file that is there stays, whatever it holds.
     """
     if not is_local(path):
         with tempfile.TemporaryFile() as spool:
             yield spool
             spool.seek(0)
-            _upload(path, spool.read())
+            make_folder(path.parent)
+            with _writable(path):
+                path.write_bytes(spool.read())
         return
     with _temporary(path) as (temporary, file):
         yield file
-        _sync(file)
-        if not _same_content(temporary, path):
+        file.flush()
+        os.fsync(file.fileno())
+        if first:
+            _link(temporary, path)
+        elif not _same_content(temporary, path):
             os.rename(temporary, path)
     sync_folder(path.parent)
 
@@ -188,22 +195,9 @@ def publish_first(path: Path, data: bytes) -> bytes:
     """
     if path.exists():
         return path.read_bytes()
-    if not is_local(path):
-        _upload(path, data)
-        return data
-    with _temporary(path) as (temporary, file):
+    with published(path, first=True) as file:
         file.write(data)
-        _sync(file)
-        with contextlib.suppress(FileExistsError):
-            try:
-                os.link(temporary, path)
-            except OSError as error:
-                if error.errno not in _NO_LINKS:
-                    raise
-                if not path.exists():
-                    os.rename(temporary, path)
-    sync_folder(path.parent)
-    return path.read_bytes()
+    return path.read_bytes() if is_local(path) else data
 
 
 def make_folder(folder: Path) -> None:
@@ -269,21 +263,23 @@ def _temporary(path: Path) -> Iterator[tuple[Path, BinaryIO]]:
             temporary.unlink(missing_ok=True)
 
 
-def _sync(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
+def _link(temporary: Path, path: Path) -> None:
+    """Gives a file its name unless it is taken."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        return
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        if not path.exists():
+            os.rename(temporary, path)
 
 
 def _same_content(one: Path, other: Path) -> bool:
     with contextlib.suppress(FileNotFoundError):
         return one.stat().st_size == other.stat().st_size and file_sha256(one) == file_sha256(other)
     return False
-
-
-def _upload(path: Path, data: bytes) -> None:
-    make_folder(path.parent)
-    with _writable(path):
-        path.write_bytes(data)
 
 
 @contextlib.contextmanager
