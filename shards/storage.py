@@ -363,7 +363,7 @@ class Files(ABC):
     """Files below a root, to be read; a path is bytes, below the root. Sent to worker processes, so it holds no open file.
 
     Attributes:
-        remote: whether every read is a journey, so that several should be under way at once.
+        remote: whether every read crosses a network, so that several should be under way at once.
     """
 
     remote: bool
@@ -548,7 +548,7 @@ class RemoteFiles(Files):
 
     @contextlib.contextmanager
     def reading(self, path: bytes) -> Iterator[Callable[[int, int], bytes]]:
-        """See `Files`; reads ahead, so that neighbours need one journey."""
+        """See `Files`; reads ahead, so that neighbours need one request."""
         system, place = self._opened(path)
         with self._patiently(lambda: system.open(place, "rb", block_size=_AHEAD_BYTES), path, "read") as file:
             # A stream, which fsspec opens where the server says that it has no ranges.

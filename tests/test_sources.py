@@ -1,4 +1,4 @@
-"""Every layout of images as files: the originals' archives, Kaggle, flat folders, tars, webdatasets, stores."""
+"""Sources of image files: the originals' archives, Kaggle, folders, tars, webdatasets, stores. The same images are the same inputs."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import csv
 import gzip
 import hashlib
 import io
+import os
 import shutil
 import tarfile
 from pathlib import Path
 from typing import Literal
 
+import fsspec
 import numpy as np
 import pytest
 from scipy.io import savemat
@@ -21,24 +23,46 @@ from alexprep.shards.errors import AlexprepError
 from alexprep.shards.image_codec import Target
 from alexprep.shards.plan import ShardOptions, class_order
 from alexprep.shards.sources import ilsvrc
-from alexprep.shards.sources.base import UNLABELLED, Input, split_of
+from alexprep.shards.sources.base import UNLABELLED, Input, Source, split_of
 from alexprep.shards.sources.detection import find_source
-from alexprep.shards.storage import files_at, folder_at, read_inflated
+from alexprep.shards.storage import LocalFiles, files_at, folder_at
 from alexprep.shards.worker_pool import InProcessEngine
 
 OPTIONS = ShardOptions(Target(size=64), shard_samples=7)
 ENGINE = InProcessEngine()
 
 
-def _tar(path: Path, members: dict[str, bytes]) -> bytes:
+def _tar(path: Path, members: dict[str, bytes] | list[tuple[str, bytes]]) -> bytes:
+    """Writes a tar with these members, in this order."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.GNU_FORMAT) as tar:
-        for name, content in members.items():
+        for name, content in members.items() if isinstance(members, dict) else members:
             info = tarfile.TarInfo(name)
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
     path.write_bytes(buffer.getvalue())
     return buffer.getvalue()
+
+
+def packed(path: Path, *names: str, content: bytes = b"") -> Path:
+    """A tar with members of these names."""
+    _tar(path, [(name, content) for name in names])
+    return path
+
+
+def unpacked(root: Path, *names: str | bytes, content: bytes = b"") -> Path:
+    """A folder with these files."""
+    for name in names:
+        path = os.path.join(bytes(root), os.fsencode(name))
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "wb") as file:
+            file.write(content)
+    return root
+
+
+def listed(source: Source) -> list[tuple[str, str, bytes]]:
+    """(split, class, name below the root or in the archive) of each input."""
+    return [(split, class_name, at.member or at.path) for split, class_name, at in source.inputs()]
 
 
 def _meta_mat(wnids: list[str], year: int = 2012) -> bytes:
@@ -369,9 +393,7 @@ def test_archives_packed_otherwise(tmp_path: Path) -> None:
     val = [(entry.class_name, entry.location.member.decode()) for entry in inputs if entry.split == "val"]
     assert val == [("n1", names[1]), ("n2", names[0])]
     assert [entry.class_name for entry in inputs if entry.split == "test"] == [UNLABELLED] * 2
-    with tarfile.open(tmp_path / "ILSVRC2012_img_val.tar", "w") as tar:
-        for name in (*names, names[0]):
-            tar.addfile(tarfile.TarInfo(name))
+    packed(tmp_path / "ILSVRC2012_img_val.tar", *names, names[0])
     with pytest.raises(AlexprepError, match=rf"ILSVRC2012_img_val\.tar holds {names[0]} twice"):
         list(find_source(str(tmp_path)).inputs())
 
@@ -500,6 +522,7 @@ def test_webdatasets_are_sharded_anew(form: str, reference: Path, folders: Path,
         ({"a.jpg": b"x", "a.png": b"x", "a.cls": b"1"}, "sample a has 2 images"),
         ({"a.jpg": b"x", "a.cls": b"1", "b.jpg": b"x", "b.cls": b"1", "a.txt": b""}, "sample a is scattered"),
         ({"a.jpg": b"x", "a.JPG": b"x", "a.cls": b"1"}, "sample a has two .jpg"),
+        ({"a.jpg": b"x", "a.cls": b"1", "a.CLS": b"2"}, "sample a has two .cls"),
         ({"a.jpg": b"x", "a.cls": b"-1"}, "label -1, not between 0 and"),
         ({"a.jpg": b"x", "a.cls": b""}, "empty label"),
         ({"a.jpg": b"x", "a.json": b'{"text": 1}'}, "no label in its .json"),
@@ -599,11 +622,191 @@ def test_only_our_own_dataset_json_names_classes(content: str, expected: str | l
         assert [entry.class_name for entry in find_source(str(tmp_path)).inputs()] == expected
 
 
+def test_a_named_layout_is_taken_at_its_word(folders: Path, archives: Path) -> None:
+    assert find_source(str(folders), "folders").layout == "folders"
+    with pytest.raises(AlexprepError, match="has not the layout 'ilsvrc': expected a folder with ILSVRC2012_img_train"):
+        find_source(str(folders), "ilsvrc")
+    with pytest.raises(AlexprepError, match="--layout x is not one of"):
+        find_source(str(folders), "x")
+
+
+def test_a_source_lists_each_input_once_and_always_alike(folders: Path, archives: Path, reference: Path) -> None:
+    for place in (folders, archives, reference):
+        first, second = ([*find_source(str(place)).inputs()] for _ in range(2))
+        assert first == second and len(set(first)) == len(first) == 68
+        assert all(isinstance(entry, Input) for entry in first)
+
+
+def test_split_names() -> None:
+    names = (b"train", b"Validation", b"imagenet1k-test-0001.tar", b"train-val.tar", b"trainer")
+    assert [split_of(name) for name in names] == ["train", "val", "test", None, None]
+
+
+def test_real_cifar_from_its_tar(sample_data: Path, tmp_path: Path) -> None:
+    report = convert(sample_data / "cifar10-jpeg.tar", tmp_path / "out", ShardOptions(Target(size=32), limit=2000), 2)
+    assert report.samples == {"train": 2000, "test": 2000}
+    classes = read_dataset(tmp_path / "out")["classes"]
+    assert classes == ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+
+
+# What could be read in two ways is refused; the same images are the same inputs, packed or not, by path or by URL
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("cat/a.jpg", "dog/b.jpg", "dog/deep/c.jpg"),
+        ("train/cat/a.jpg", "docs/cat/b.jpg", "cover.jpg"),
+        ("train/cat/a.jpg", "train/notes.txt", "Validation/cat/b.jpg", "pictures/dog/c.jpg"),
+        ("train/val/a.jpg", "train/cat/b.jpg"),
+        ("README", "cat/a.jpg", "dog/b.jpg"),
+    ],
+)
+def test_a_tar_has_the_splits_and_classes_of_its_folder(names: tuple[str, ...], tmp_path: Path) -> None:
+    inputs = listed(find_source(str(packed(tmp_path / "photos.tar", *names))))
+    assert inputs == listed(find_source(str(unpacked(tmp_path / "photos", *names)))) and inputs
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (("train/a.jpg", "val/b.jpg"), "holds (no class folders|train/, which means a split, without class folders)"),
+        (("train/cat/a.jpg", "val/b.jpg"), "holds (no class folders|val/, which means a split, without class folders)"),
+        (("train/a.jpg", "cat/b.jpg"), "holds (no class folders|train/, which means a split, without class folders)"),
+        (("train/cat/a.jpg", "training/cat/b.jpg"), "holds train and training, which both mean 'train': move one"),
+        (("Train/cat/a.jpg", "train/cat/b.jpg"), "holds Train and train, which both mean 'train': move one"),
+    ],
+)
+def test_a_tar_is_refused_as_its_folder_is(names: tuple[str, ...], words: str, tmp_path: Path) -> None:
+    for place in (packed(tmp_path / "photos.tar", *names), unpacked(tmp_path / "photos", *names)):
+        with pytest.raises(AlexprepError, match=words):
+            listed(find_source(str(place)))
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("set/noise.csv", "set/train/cat/a.jpg", "set/val/cat/b.jpg"),  # as Imagenette
+        ("set/LICENSE.txt", "set/daisy/a.jpg", "set/rose/b.jpg"),  # as the TensorFlow flowers
+        ("README.md", "set/docs/b.jpg", "set/train/cat/a.jpg"),
+    ],
+)
+def test_a_folder_that_wraps_all_others_may_hold_papers(names: tuple[str, ...], tmp_path: Path) -> None:
+    inputs = listed(find_source(str(packed(tmp_path / "set.tar", *names))))
+    inside = listed(find_source(str(unpacked(tmp_path, *names) / "set")))
+    assert inputs == [(split, class_name, b"set/" + name) for split, class_name, name in inside] and inputs
+
+
+def test_images_of_a_tar_in_no_class_folder_are_refused(tmp_path: Path) -> None:
+    for names in (("a.jpg", "cat/b.jpg"), ("train/a.jpg", "train/cat/b.jpg"), ("0a1f", "cat/b.jpg")):
+        with pytest.raises(AlexprepError, match=rf"photos\.tar/{names[0]} lies in no class folder"):
+            listed(find_source(str(packed(tmp_path / "photos.tar", *names))))
+
+
+@pytest.mark.parametrize("again", ["cat/a.jpg", "./cat/a.jpg", "/cat//a.jpg"])
+def test_a_member_that_is_there_twice_is_refused(again: str, tmp_path: Path) -> None:
+    with pytest.raises(AlexprepError, match=r"photos\.tar holds cat/a\.jpg twice"):
+        listed(find_source(str(packed(tmp_path / "photos.tar", "cat/a.jpg", "dog/a.jpg", again))))
+
+
+def test_an_empty_tar_and_a_table_of_a_header_are_named(tmp_path: Path) -> None:
+    (tmp_path / "list.csv").write_text("path,label\n")
+    for place, words in (
+        (packed(tmp_path / "empty.tar"), r"empty\.tar holds no images: expected a tar of CLASS/IMAGE"),
+        (packed(tmp_path / "hidden.tar", "cat/.a.jpg"), r"hidden\.tar holds no images"),
+        (tmp_path / "list.csv", r"list\.csv has no row below its header: it needs one for each image"),
+    ):
+        with pytest.raises(AlexprepError, match=words):
+            listed(find_source(str(place)))
+
+
+def test_two_folders_are_never_one_class(tmp_path: Path) -> None:
+    escaped = unpacked(tmp_path / "both", "\\xff/a.jpg", b"\xff/b.jpg")
+    tar = packed(tmp_path / "both.tar", "\\xff/a.jpg", os.fsdecode(b"\xff/b.jpg"))
+    splits = unpacked(tmp_path / "splits", "train/\\xff/a.jpg", b"val/\xff/b.jpg")
+    for place in (escaped, tar, splits):
+        with pytest.raises(AlexprepError, match=r"the folders b'.*' and b'.*', both the class \\xff: rename one"):
+            listed(find_source(str(place)))
+
+
+def test_shards_never_hide_the_source_they_are_made_of(photos: Path, tmp_path: Path) -> None:
+    content = (photos / "train/class0/000.JPEG").read_bytes()
+    tars = tmp_path / "tars"
+    tars.mkdir()
+    packed(tars / "train.tar", "cat/a.jpg", content=content)
+    folders = unpacked(tmp_path / "folders", "training/cat/a.jpg", content=content)
+    shards = tmp_path / "shards"
+    (shards / "training").mkdir(parents=True)
+    _tar(shards / "training/0.tar", {"a.jpg": content, "a.cls": b"0"})
+    for source, out in (
+        (shards, shards),
+        (tars, tars),
+        (tars, tars / "a/b"),
+        (folders, folders),
+        (folders, folders / "Validation"),
+        (folders, folders / "training/cat/out"),
+    ):
+        with pytest.raises(AlexprepError, match="among the images of SOURCE"):
+            convert(source, out, OPTIONS, ENGINE)
+    for source, out in (
+        (tars, tars / "out"),
+        (folders, folders / "out"),
+        (shards, shards / "out"),
+        (tars / "train.tar", tars),
+    ):
+        for _ in range(2):  # the second run finds what it began
+            assert convert(source, out, OPTIONS, ENGINE).written == 1
+
+
+def test_a_url_of_this_disk_is_the_path(photos: Path, tmp_path: Path) -> None:
+    content = (photos / "train/class0/000.JPEG").read_bytes()
+    odd = unpacked(tmp_path / "br{1}", "a::b/c::d.jpg", b"a::b/\xff.jpg", "file::/e.jpg", content=content)
+    for place in (f"file://{odd}", f"local://{odd}"):
+        source = find_source(place)
+        assert source == find_source(str(odd)) and len(listed(source)) == 3
+    assert convert(f"file://{odd}", tmp_path / "out", OPTIONS, ENGINE).written == 3
+    for source_place, out in (
+        (str(odd), f"file://{odd}/a::b/out"),
+        (f"file://{odd}", f"{odd}/a::b/out"),
+        (f"local://{odd}", f"file://{odd}/out"),
+    ):
+        with pytest.raises(AlexprepError, match="lies among the images"):
+            convert(source_place, out, OPTIONS, ENGINE)
+    with pytest.raises(AlexprepError, match="does not exist"):
+        find_source(f"file://{tmp_path}/nowhere")
+
+
+def test_names_in_a_store_are_no_chains_of_stores_nor_patterns(tmp_path: Path) -> None:
+    memory = fsspec.filesystem("memory")
+    for name in ("a::b/c::d.jpg", "file::/e.jpg", "x{1}/f.jpg"):
+        memory.pipe_file(f"/chains{{0}}/{name}", name.encode())
+    tar = packed(tmp_path / "{0..3}.tar", "a.jpg", "a.cls", content=b"0")
+    memory.pipe_file("/tars/{0..3}.tar", tar.read_bytes())
+    for place in ("memory://tars", str(tmp_path)):
+        assert listed(find_source(place + "/{0..3}.tar")) == [("train", "0", b"a.jpg")]
+    source = find_source("memory://chains{0}")
+    assert [class_name for _, class_name, _ in listed(source)] == ["a::b", "file::", "x{1}"]
+    for entry in source.inputs():
+        assert source.read(entry.location) == entry.location.path
+
+
+def test_links_that_lead_nowhere_are_rejected_each(photos: Path, tmp_path: Path) -> None:
+    root = tmp_path / "source"
+    unpacked(root, "train/cat/a.jpg", "train/dog/b.jpg", content=(photos / "train/class0/000.JPEG").read_bytes())
+    loop, below_a_file, long, nothing = "loop", "train/cat/a.jpg/x", "x" * 300, "nowhere"
+    for folder in (tmp_path, root, root / "train", root / "train/cat"):
+        for name, target in (("loop", loop), ("file", root / below_a_file), ("long", long), ("gone", nothing)):
+            (folder / name).symlink_to(target)
+    assert {entry.name for entry in LocalFiles(bytes(root / "train")).entries() if entry.is_folder} == {b"cat", b"dog"}
+    report = convert(root, tmp_path / "out", OPTIONS, ENGINE)
+    assert report.written == 2 and report.rejected.total() == 4
+    assert all(reason.startswith("cannot be read: ") for reason in report.rejected)
+    find_source(str(root)).devkit()  # which looks at the folder above too
+
+
 @pytest.mark.parametrize("layout", ["folders", "ilsvrc"])
 def test_stores_that_fsspec_opens(layout: str, folders: Path, archives: Path, reference: Path, tmp_path: Path) -> None:
     """In this process, from and to fsspec's store in memory; by worker processes, to its file:// store."""
-    import fsspec
-
     from alexprep.shards import rgb_statistics
     from alexprep.shards.verification import verify
 
@@ -630,71 +833,3 @@ def test_stores_that_fsspec_opens(layout: str, folders: Path, archives: Path, re
         find_source("memory://nowhere")
     with pytest.raises(AlexprepError, match="no place that fsspec can open"):
         find_source("nosuchprotocol://x")
-
-
-def test_a_named_layout_is_taken_at_its_word(folders: Path, archives: Path) -> None:
-    assert find_source(str(folders), "folders").layout == "folders"
-    with pytest.raises(AlexprepError, match="has not the layout 'ilsvrc': expected a folder with ILSVRC2012_img_train"):
-        find_source(str(folders), "ilsvrc")
-    with pytest.raises(AlexprepError, match="--layout x is not one of"):
-        find_source(str(folders), "x")
-
-
-def test_a_source_lists_each_input_once_and_always_alike(folders: Path, archives: Path, reference: Path) -> None:
-    for place in (folders, archives, reference):
-        first, second = ([*find_source(str(place)).inputs()] for _ in range(2))
-        assert first == second and len(set(first)) == len(first) == 68
-        assert all(isinstance(entry, Input) for entry in first)
-
-
-def test_gzip_is_inflated_within_bounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from alexprep.shards import storage
-
-    monkeypatch.setattr(storage, "MAX_INFLATED_BYTES", 10_000)
-    here, _ = files_at(str(tmp_path))
-    (tmp_path / "two.gz").write_bytes(gzip.compress(b"a" * 4000) + gzip.compress(b"b" * 4000))
-    assert read_inflated(here, b"two.gz") == b"a" * 4000 + b"b" * 4000
-    for name, content, words in (
-        ("bomb.gz", gzip.compress(bytes(10**6)), "more than the limit of 10,000"),
-        ("cut.gz", gzip.compress(b"abc" * 99)[:-9], "cut short"),
-        ("junk.gz", b"\x1f\x8b" + b"junk" * 9, "damaged gzip"),
-    ):
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(OSError, match=words):
-            read_inflated(here, name.encode())
-    many = gzip.compress(b"ab") + gzip.compress(b"") * 50_000 + gzip.compress(bytes(5000), 0) + gzip.compress(b"c")
-    (tmp_path / "many.gz").write_bytes(many)  # 1 MB; copying the rest for each part would move 25 GB
-    assert read_inflated(here, b"many.gz") == b"ab" + bytes(5000) + b"c"
-
-
-def test_split_names() -> None:
-    names = (b"train", b"Validation", b"imagenet1k-test-0001.tar", b"train-val.tar", b"trainer")
-    assert [split_of(name) for name in names] == ["train", "val", "test", None, None]
-
-
-def test_real_photos_from_archives(sample_data: Path, tmp_path: Path) -> None:
-    """Real photos as the original archives, with devkit and ground truth, give the shards of the folders."""
-    photos = sorted((sample_data / "imagenet-sample/train").rglob("*.JPEG"))
-    folders, tars = tmp_path / "folders", tmp_path / "tars"
-    val = [(f"ILSVRC2012_val_{n:08d}.JPEG", photo.parent.name, photo.read_bytes()) for n, photo in enumerate(photos, 1)]
-    for (name, class_name, content), photo in zip(val, photos, strict=True):
-        for path in (folders / "val" / class_name / name, folders / "train" / class_name / photo.name):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(content)
-    tars.mkdir()
-    _train_archive(folders, tars / "ILSVRC2012_img_train.tar")
-    _tar(tars / "ILSVRC2012_img_val.tar", {name: content for name, _, content in val[::-1]})
-    wnids = sorted({class_name for _, class_name, _ in val}, key=lambda wnid: wnid[::-1])
-    (tars / "meta.mat").write_bytes(_meta_mat(wnids))
-    (tars / "ILSVRC2012_validation_ground_truth.txt").write_bytes(_ids(val, wnids))
-    for source, out in ((folders, "one"), (tars, "two")):
-        report = convert(source, tmp_path / out, ShardOptions(), 2)
-        assert report.samples == {"train": 298, "val": 298}
-    assert shards_of(tmp_path / "one") == shards_of(tmp_path / "two")
-
-
-def test_real_cifar_from_its_tar(sample_data: Path, tmp_path: Path) -> None:
-    report = convert(sample_data / "cifar10-jpeg.tar", tmp_path / "out", ShardOptions(Target(size=32), limit=2000), 2)
-    assert report.samples == {"train": 2000, "test": 2000}
-    classes = read_dataset(tmp_path / "out")["classes"]
-    assert classes == ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]

@@ -223,18 +223,19 @@ def test_headers_alone_are_read(size: int, reads: int, share: float) -> None:
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_any_flipped_bit_of_a_header_is_found(format: str) -> None:
-    """Legal outcomes: an error; in the checksum's own field, which has several right spellings, also the same listing."""
+def test_a_flipped_bit_of_a_header_is_found(format: str, seed: int) -> None:
+    """One of every byte. Legal outcomes: an error; in the checksum's own field, which has several spellings, the same listing."""
+    draw = random.Random(seed)
     data = packed(format, [b"\xe9" * 101] if format == "gnu" else [b"a.JPEG"])
     good = listed(data)
     assert (good[0].offset > 512) == (format != "ustar")  # an extension header comes first
     heads = {0, *(m.offset - 512 for m in good)}
     for place in (head + n for head in heads for n in range(512)):
-        for bit in range(8):
-            try:
-                assert listed(_flipped(data, place, bit)) == good and place % 512 in range(148, 156), (place, bit)
-            except AlexprepError:
-                continue
+        bit = draw.randrange(8)
+        try:
+            assert listed(_flipped(data, place, bit)) == good and place % 512 in range(148, 156), (place, bit)
+        except AlexprepError:
+            continue
 
 
 def test_any_flipped_bit_of_a_pax_header_is_found_or_seen() -> None:
@@ -392,7 +393,7 @@ def _nudge(draw: random.Random, raw: bytearray) -> None:
 
 
 def test_random_headers_end_well(seed: int) -> None:
-    """20,000 archives, most with checksums put right: an error, or members that ascend within the archive."""
+    """5,000 archives, most with checksums put right: an error, or members that ascend within the archive."""
     draw = random.Random(seed)
     mutations: list[Callable[[random.Random, bytearray], None]] = [_fill, _nudge]
     whole = [extension(b"x", record(b"path", b"p")) + block(size=3) + padded(b"abc") + block(b"b") + END]
@@ -400,7 +401,7 @@ def test_random_headers_end_well(seed: int) -> None:
         extension(b"L", b"long\0", magic=b"ustar  \0") + block(magic=b"ustar  \0") + block(b"c/", kind=b"5") + END
     ]
     listings = 0
-    for _ in range(20_000):
+    for _ in range(5000):
         data = draw.choice(whole)
         for place in draw.sample(range(0, len(data) - 1024, 512), draw.choice([1, 1, 2])):
             raw = bytearray(data[place : place + 512])
@@ -413,7 +414,7 @@ def test_random_headers_end_well(seed: int) -> None:
         listings += 1
         ends = [0, *(place for m in found for place in (m.offset, m.offset + m.size)), len(data) - 512]
         assert ends == sorted(ends) and all(m.name and b"\0" not in m.name for m in found)
-    assert 1000 < listings < 19_000
+    assert 250 < listings < 4750
 
 
 @pytest.mark.parametrize("size", [b"-0000001000", b"-1", b"\xff" * 12, b"0o10", b"1_0", b"+1"])
