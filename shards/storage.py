@@ -375,7 +375,7 @@ class Files(ABC):
             AlexprepError: the store cannot be reached, or refuses to list the folder.
         """
         try:
-            return sorted(self._listed(folder, links=True))
+            return sorted(map(Entry._make, self._listed(folder, links=True)))
         except (FileNotFoundError, NotADirectoryError):
             return []
 
@@ -405,8 +405,8 @@ class Files(ABC):
         yield from sorted(found)
 
     @abstractmethod
-    def _listed(self, folder: bytes, *, links: bool) -> Iterable[Entry]:
-        """What is in a folder but hidden names, in any order; `links` tells whether links to folders are listed."""
+    def _listed(self, folder: bytes, *, links: bool) -> Iterable[tuple[bytes, bool]]:
+        """Each name in a folder that is not hidden, and whether it is a folder's; `links` tells whether links to some count."""
 
     @abstractmethod
     def size(self, path: bytes) -> int:
@@ -435,29 +435,32 @@ class Files(ABC):
 
 @dataclass(frozen=True)
 class LocalFiles(Files):
-    """Files on a disk.
+    """Files on a disk. A path that is a URL, as a table may give it, is taken as it stands.
 
     Attributes:
         root: absolute path, as bytes.
+        remote: whether most paths are URLs.
     """
 
     root: bytes
-    remote = False
+    remote: bool = False
 
-    def _listed(self, folder: bytes, *, links: bool) -> Iterator[Entry]:
+    def _listed(self, folder: bytes, *, links: bool) -> Iterator[tuple[bytes, bool]]:
         with os.scandir(os.path.join(self.root, folder)) as found:
             for entry in found:
                 if not entry.name.startswith(b"."):
                     is_folder = _is_folder(entry)
                     if links or not (is_folder and entry.is_symlink()):
-                        yield Entry(entry.name, is_folder)
+                        yield entry.name, is_folder
 
     def size(self, path: bytes) -> int:
         """See `Files`."""
-        return os.stat(os.path.join(self.root, path)).st_size
+        return _anywhere.size(path) if is_url(path) else os.stat(os.path.join(self.root, path)).st_size
 
     def read(self, path: bytes, offset: int = 0, size: int = -1) -> bytes:
         """See `Files`."""
+        if is_url(path):
+            return _anywhere.read(path, offset, size)
         # Non-blocking, since opening a named pipe would wait for ever.
         descriptor = os.open(os.path.join(self.root, path), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
@@ -481,7 +484,7 @@ class LocalFiles(Files):
 
     def display(self, path: bytes = b"") -> str:
         """See `Files`."""
-        return as_text(os.path.join(self.root, path).rstrip(b"/"))
+        return as_text(path if is_url(path) else os.path.join(self.root, path).rstrip(b"/"))
 
     def below(self, target: str, folder: bytes = b"") -> tuple[bytes, ...] | None:
         """See `Files`."""
@@ -507,7 +510,7 @@ class RemoteFiles(Files):
     url: str
     remote = True
 
-    def _listed(self, folder: bytes, *, links: bool) -> Iterator[Entry]:
+    def _listed(self, folder: bytes, *, links: bool) -> Iterator[tuple[bytes, bool]]:
         system, place = self._opened(folder)
         try:
             listed = self._patiently(lambda: system.ls(place, detail=True), folder, "listed")
@@ -520,7 +523,7 @@ class RemoteFiles(Files):
             path = item["name"].rstrip("/")
             name = b"" if path == own else self._name(path, own)
             if name and not name.startswith(b"."):
-                yield Entry(name, item["type"] == "directory")
+                yield name, item["type"] == "directory"
 
     def size(self, path: bytes) -> int:
         """See `Files`."""
@@ -629,6 +632,9 @@ class RemoteFiles(Files):
             f"{self.display(path)}: the server does not answer range requests, so no part of a file can be read: copy it "
             "to a disk, or to a server that does"
         )
+
+
+_anywhere = RemoteFiles("")
 
 
 def ask_store(ask: Callable[[], Result], where: str) -> Result:

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.sources.base import SPLITS, Input, Location, Source, numbered_classes, split_of
-from alexprep.shards.storage import Files, LocalFiles, RemoteFiles, as_text, is_url, local_path
+from alexprep.shards.storage import Files, LocalFiles, as_text, is_url, local_path
 
 # Column names in lower case; where a table has several of one kind, the first in this order counts.
 PATHS = ("path", "file", "filename", "image", "image_path", "filepath", "url")
@@ -39,29 +39,6 @@ _BATCH = 65_536  # rows
 _BUFFER_BYTES = 2**20
 _SPLIT_NAMES = sorted(set(SPLITS.values()))
 _whole_number = re.compile(r"0|[1-9][0-9]*").fullmatch
-
-
-@dataclass(frozen=True)
-class LocalFilesAndUrls(LocalFiles):
-    """A disk, for a table whose rows may be URLs.
-
-    Attributes:
-        remote: whether they are, as the first one tells: several reads are to be under way at once.
-    """
-
-    remote: bool = False
-
-    def size(self, path: bytes) -> int:
-        """See `Files`."""
-        return RemoteFiles("").size(path) if is_url(path) else super().size(path)
-
-    def read(self, path: bytes, offset: int = 0, size: int = -1) -> bytes:
-        """See `Files`."""
-        return RemoteFiles("").read(path, offset, size) if is_url(path) else super().read(path, offset, size)
-
-    def display(self, path: bytes = b"") -> str:
-        """See `Files`."""
-        return RemoteFiles("").display(path) if is_url(path) else super().display(path)
 
 
 @dataclass(frozen=True)
@@ -92,7 +69,7 @@ class Table(Source):
         except AlexprepError:  # told when the inputs are listed
             first = None
         if isinstance(files, LocalFiles):
-            files = LocalFilesAndUrls(files.root, bool(first and first.path and is_url(path_in(first.path))))
+            files = LocalFiles(files.root, remote=bool(first and first.path and is_url(path_in(first.path))))
         return cls(files, name)
 
     def inputs(self) -> Iterator[Input]:
