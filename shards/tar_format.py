@@ -99,21 +99,18 @@ def members(read: ReadAt, size: int, name: str, start: int = 0) -> Iterator[List
     at = start
     before: dict[bytes, bytes] = {}  # what extension headers say of the next member
     while (header := archive.header(at)) is not None:
-        stored_name, stored_size, flag, magic, prefix = header
-        length = number_of_bytes(stored_size)
+        flag, length = header.flag, number_of_bytes(header.size)
         if length is None:
-            archive.fail(at, f"the size {stored_size!r} is no number of bytes", _DAMAGED)
+            archive.fail(at, f"the size {header.size!r} is no number of bytes", _DAMAGED)
         if flag in _EXTENSIONS:
             archive.extend(before, flag, at, length)
             at += BLOCK + padded(length)
             continue
         kind = _KINDS.get(flag)
-        if kind is None or (flag == b"S" and magic != _GNU):
+        if kind is None or (flag == b"S" and header.magic != _GNU):
             archive.fail(at, f"members of type {flag!r} are not known", _ODD)
         data = at + BLOCK if flag != b"S" else archive.behind_sparse_map(at)
-        member = before.get(b"path") or stored_name.rstrip(b"\0")
-        if magic in _USTAR and prefix[0] and member and b"path" not in before:
-            member = prefix.partition(b"\0")[0] + b"/" + member  # behind the NUL, star keeps times
+        member = before.get(b"path") or header.path()
         if not member or b"\0" in member:
             archive.fail(at, "a name is empty or holds a NUL byte", _DAMAGED)
         if before:
@@ -146,6 +143,13 @@ class HeaderFields(NamedTuple):
     flag: bytes
     magic: bytes
     prefix: bytes
+
+    def path(self) -> bytes:
+        """The name with USTAR's prefix before it; behind a NUL in the prefix, star keeps times."""
+        name = self.name.rstrip(b"\0")
+        if self.magic in _USTAR and self.prefix[0] and name:
+            return self.prefix.partition(b"\0")[0] + b"/" + name
+        return name
 
 
 def read_header_block(block: bytes) -> HeaderFields | None:

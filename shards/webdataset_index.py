@@ -378,30 +378,23 @@ def _checked_name(headers: bytes, size: int, given: bytes) -> bytes | None:
         given: the name by the index; empty for none.
     """
     at, renamed = 0, False
-    while at < len(headers) - BLOCK:
-        before = _read_block(headers[at : at + BLOCK])
-        if before is None or before[1] not in _BESIDES:
+    while True:
+        header = read_header_block(headers[at : at + BLOCK]) if at + BLOCK <= len(headers) else None
+        length = number_of_bytes(header.size) if header else None
+        if header is None or length is None:
             return None
-        renamed |= before[1] == b"L"
-        at += BLOCK + padded(before[2])
-    last = _read_block(headers[at:])
-    stored, extended = last[0] if last else b"", headers[:at]
-    if last is None or last[1] not in b"0\0" or last[2] != size or any(word in extended for word in _NOT_PLAIN):
+        if at + BLOCK == len(headers):  # the member's own
+            break
+        if header.flag not in _BESIDES:
+            return None
+        renamed |= header.flag == b"L"
+        at += BLOCK + padded(length)
+    stored, extended = header.path(), headers[:at]
+    if header.flag not in b"0\0" or length != size or any(word in extended for word in _NOT_PLAIN):
         return None
     if given:
         return given if given == stored or given in extended else None
     return None if renamed or b" path=" in extended else stored
-
-
-def _read_block(block: bytes) -> tuple[bytes, bytes, int] | None:
-    """Name, type and size by a header whose checksum is right and whose size is a number from 0 up."""
-    header = read_header_block(block) if len(block) == BLOCK else None
-    length = number_of_bytes(header.size) if header else None
-    if header is None or length is None:
-        return None
-    stored = header.name.rstrip(b"\0")
-    folder = header.prefix.partition(b"\0")[0] if header.magic[:6] == b"ustar\0" else b""
-    return (folder + b"/" + stored if folder else stored), header.flag, length
 
 
 # The cache: one file for the tars of a folder, numpy's .npz with a checksum, never a pickle
