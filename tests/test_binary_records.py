@@ -222,17 +222,11 @@ def test_of_several_sets_one_is_named(tmp_path: Path) -> None:
     check_mnist(found(tmp_path / "train-images-idx3-ubyte.gz", "mnist"), plain)
 
 
-def test_of_two_names_for_one_idx_file_the_one_with_a_dash_counts(tmp_path: Path) -> None:
+@pytest.mark.parametrize("other", [("-idx", ".idx"), ("ubyte", "ubyte.gz")], ids=["with a point", "gzipped"])
+def test_an_idx_file_with_a_dash_and_unpacked_goes_before_its_copies(other: tuple[str, str], tmp_path: Path) -> None:
     truth = mnist(tmp_path, "{split}-{kind}-idx{d}-ubyte")
     for file in list(tmp_path.iterdir()):
-        (tmp_path / file.name.replace("-idx", ".idx")).write_bytes(b"junk")
-    check_mnist(found(tmp_path, "mnist"), truth)
-
-
-def test_an_unpacked_idx_file_goes_before_its_gzipped_copy(tmp_path: Path) -> None:
-    truth = mnist(tmp_path, "{split}-{kind}-idx{d}-ubyte")
-    for file in list(tmp_path.iterdir()):
-        (tmp_path / f"{file.name}.gz").write_bytes(b"junk")
+        (tmp_path / file.name.replace(*other)).write_bytes(b"junk")
     check_mnist(found(tmp_path, "mnist"), truth)
 
 

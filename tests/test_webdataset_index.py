@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import io
 import json
 import logging
@@ -442,6 +441,7 @@ def test_a_moved_folder_keeps_its_index_and_its_digest(jpg: bytes, tmp_path: Pat
     first = index_tars(tmp_path / "here")
     (tmp_path / "here").rename(tmp_path / "there")
     assert index_tars(tmp_path / "there").digest == first.digest and len(scanned) == 1
+    assert index_tars(tmp_path / "there" / "0.tar").digest == first.digest and len(bytes.fromhex(first.digest)) == 32
     write_tar(tmp_path / "other" / "0.tar", {"a.jpg": jpg, "a.cls": b"2"})
     assert index_tars(tmp_path / "other").digest != first.digest
 
@@ -488,18 +488,6 @@ def test_places_to_keep_an_index_in(
     for _ in range(2):
         index_tars(tmp_path / "set")
     assert len(scanned) == 4 and "no place to keep the index in" in caplog.text
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_folder_that_cannot_be_written(jpg: bytes, tmp_path: Path, scanned: list[str]) -> None:
-    write_tar(tmp_path / "set" / "0.tar", {"a.jpg": jpg, "a.cls": b"1"})
-    (tmp_path / "set").chmod(0o555)
-    try:
-        for _ in range(2):
-            index_tars(tmp_path / "set")
-    finally:
-        (tmp_path / "set").chmod(0o755)
-    assert len(scanned) == 1 and len(list((tmp_path / "user-cache" / "alexprep").glob("*.npz"))) == 1
 
 
 def test_a_full_disk_costs_the_cache_alone(
@@ -645,13 +633,3 @@ def test_headers_of_real_photos_and_of_malformed_ones(sample_data: Path) -> None
             decoded += pixels is not None
             assert pixels is None or (isinstance(found, Header) and found[:2] == pixels.shape[:2])
     assert decoded > 50
-
-
-def test_digest_is_what_it_says(jpg: bytes, tmp_path: Path) -> None:
-    tar = write_tar(tmp_path / "x.tar", {"a.jpg": jpg, "a.cls": b"1"})
-    found = index_tars(tar)
-    assert (
-        found.digest == index_tars(tmp_path).digest and len(bytes.fromhex(found.digest)) == hashlib.sha256().digest_size
-    )
-    write_tar(tar, {"a.jpg": jpg, "a.cls": b"0"})
-    assert index_tars(tar).digest != found.digest
