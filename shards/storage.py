@@ -81,9 +81,11 @@ def folder_at(place: str | Path) -> Path:
         return Path(place)
     from upath import UPath
 
-    with _opening(str(place)):
+    try:
         folder = UPath(str(place))
         folder.fs  # noqa: B018  (imports what opens it)
+    except Exception as error:  # noqa: BLE001  (each store has its own kinds)
+        raise _not_opened(str(place), error) from None
     return folder  # type: ignore[return-value]
 
 
@@ -113,33 +115,28 @@ def files_at(place: str) -> tuple[Files, bytes]:
             raise AlexprepError(f"SOURCE {place} cannot be reached ({type(error).__name__}: {error})") from None
         url, _, last = place.rpartition("/")
         files = RemoteFiles(url)
-        name = urllib.parse.unquote_to_bytes(last) if url.startswith(_HTTP) else _as_bytes(last)
+        name = urllib.parse.unquote_to_bytes(last) if place.startswith(_HTTP) else _as_bytes(last)
     if not found and b"{" not in name:
         raise AlexprepError(f"SOURCE {place} does not exist")
     return files, name
-
-
-@contextlib.contextmanager
-def _opening(url: str) -> Iterator[None]:
-    """Around what imports and makes the file system of a URL."""
-    try:
-        yield
-    except ImportError as error:
-        raise AlexprepError(f"{url} needs a package that is not installed: {error}") from None
-    except Exception as error:  # noqa: BLE001  (each store has its own kinds)
-        words = f"{type(error).__name__}: {error}".partition("\n")[0]
-        raise AlexprepError(
-            f"{url} is no place that fsspec can open ({words}): name a folder, or a URL such as s3://…"
-        ) from None
 
 
 def _open_store(url: str) -> tuple[Any, str]:
     """The file system of a URL, which fsspec keeps for the next call, and the path inside it."""
     import fsspec
 
-    with _opening(url):
+    try:
         system, path = fsspec.core.url_to_fs(url)
+    except (ImportError, ValueError) as error:
+        raise _not_opened(url, error) from None
     return system, path
+
+
+def _not_opened(url: str, error: Exception) -> AlexprepError:
+    if isinstance(error, ImportError):
+        return AlexprepError(f"{url} needs a package that is not installed: {error}")
+    words = f"{type(error).__name__}: {error}".partition("\n")[0]
+    return AlexprepError(f"{url} is no place that fsspec can open ({words}): name a folder, or a URL such as s3://…")
 
 
 # Writing: whole files under their final names

@@ -310,7 +310,7 @@ def _files_by_dali_index(files: LocalFiles, name: bytes, read: ReadAt) -> tuple[
     """The files by DALI's index, None where there is none that fits; and a warning where it does not fit."""
     index = name.removesuffix(b".tar") + b".idx"
     try:
-        return packed_by_index(files.read(index), read, name), ""
+        return read_dali_index(files.read(index), read, name), ""
     except FileNotFoundError:
         return None, ""
     except (OSError, ValueError) as error:
@@ -328,8 +328,8 @@ _BESIDES = b"xLK5"  # types of headers that are no member for DALI: extensions a
 _NOT_PLAIN = (b" size=", b" GNU.sparse.")  # in a pax header: the data are not what the header itself says
 
 
-def packed_by_index(index: bytes, read: ReadAt, path: bytes) -> list[PackedFile]:
-    """What `packed_files` would list, by the index: each member's header is read, but no header of another kind.
+def read_dali_index(index: bytes, read: ReadAt, path: bytes) -> list[PackedFile]:
+    """The files of a tar by its DALI index, as `packed_files` would list them.
 
     Every listed member must have a header with a right checksum, its name and its size; nothing but extension headers and
     folders may lie between two members; and the end of the archive must follow the last one.

@@ -18,7 +18,7 @@ import pytest
 
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.tar_format import MAX_PADDING_BYTES, ListedMember, members
-from alexprep.shards.webdataset_index import packed_by_index
+from alexprep.shards.webdataset_index import read_dali_index
 
 FORMATS: dict[str, Literal[0, 1, 2]] = {
     "ustar": tarfile.USTAR_FORMAT,
@@ -423,7 +423,7 @@ def test_an_index_over_a_header_whose_size_is_none(size: bytes) -> None:
     data = block(b"pax", size, b"x") + block(b"a.jpg") + bytes(1024)
     index = b"v1.2 1\njpg 1024 0 a.jpg\n"
     with pytest.raises(ValueError, match="line 2 does not tell what the tar has at byte 1,024"):
-        packed_by_index(index, lambda offset, size: data[offset : offset + size], b"x.tar")
+        read_dali_index(index, lambda offset, size: data[offset : offset + size], b"x.tar")
     sound = block(b"pax", 0, b"x") + data[512:]
-    (found,) = packed_by_index(index, lambda offset, size: sound[offset : offset + size], b"x.tar")
+    (found,) = read_dali_index(index, lambda offset, size: sound[offset : offset + size], b"x.tar")
     assert found.name == b"a.jpg"

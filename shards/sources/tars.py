@@ -166,11 +166,11 @@ class TarOfClassFolders(ArchiveSource):
         packed = list(self.packed(path))
         parts = [tuple(file.name.split(b"/")) for file in packed]
         shown = self.files.display(path)
-        holding = {part[:-1] for part in parts}
-        skip = _wrapping(holding, parts, shown)
-        folders = split_folders({chain[skip] for chain in holding if len(chain) > skip}, shown)
+        folders_with_files = {part[:-1] for part in parts}
+        skip = _wrapping(folders_with_files, parts, shown)
+        folders = split_folders({names[skip] for names in folders_with_files if len(names) > skip}, shown)
         for folder in folders.values():
-            if not any(chain[skip] == folder for chain in holding if len(chain) > skip + 1):
+            if not any(names[skip] == folder for names in folders_with_files if len(names) > skip + 1):
                 raise AlexprepError(
                     f"{shown} holds {folder.decode()}/, which means a split, without class folders in it: pack the images as "
                     f"{folder.decode()}/CLASS/IMAGE; where it is a class, pack all classes into one folder train/ or val/"
@@ -186,25 +186,25 @@ class TarOfClassFolders(ArchiveSource):
                 raise AlexprepError(f"{shown}/{as_text(file.name)} lies in no class folder: expected {self.expects}")
 
 
-def _wrapping(holding: set[_Names], files: list[_Names], shown: str) -> int:
+def _wrapping(folders_with_files: set[_Names], files: list[_Names], shown: str) -> int:
     """How many folders wrap the class folders or the splits, and tell nothing: a tar is often made of one, as CIFAR/train/….
 
     A split's folder does tell something, also where the tar holds no other split.
 
     Args:
-        holding: the folders that hold files, each as the names that lead to it.
+        folders_with_files: the folders that hold files, each as the names that lead to it.
         files: the files, likewise.
         shown: the tar, for messages.
     """
     skip = 0
     while True:
-        inside = [chain for chain in holding if len(chain) > skip]
-        below = {chain[skip + 1] for chain in inside if len(chain) > skip + 1}
-        if not below or len({chain[skip] for chain in inside}) != 1:
+        inside = [names for names in folders_with_files if len(names) > skip]
+        below = {names[skip + 1] for names in inside if len(names) > skip + 1}
+        if not below or len({names[skip] for names in inside}) != 1:
             return skip
         splits = split_folders(below, shown)
         if split_folders([inside[0][skip]], shown):
-            wraps = len(splits) == len(below) and all(len(chain) > skip + 2 for chain in inside)
+            wraps = len(splits) == len(below) and all(len(names) > skip + 2 for names in inside)
         else:
             wraps = bool(splits) or all(len(file) != skip + 2 or _is_paper(file[-1]) for file in files)
         if not wraps:
