@@ -21,7 +21,7 @@ from alexprep.shards.errors import AlexprepError
 from alexprep.shards.reader import Samples, TarSamples
 from alexprep.shards.rgb_statistics import Statistics
 from alexprep.shards.storage import folder_at
-from alexprep.shards.webdataset_index import Bad, index_tars
+from alexprep.shards.webdataset_index import UnusableSample, index_tars
 
 OnBad = Literal["error", "skip"]
 Source = Union[str, Path, Sequence[Union[str, Path]]]  # noqa: UP007  (evaluated, also by Python 3.10's typing)
@@ -48,7 +48,7 @@ class Dataset:
     raw: bool
     digest: str
     classes: list[str]
-    bad: tuple[Bad, ...]
+    bad: tuple[UnusableSample, ...]
     statistics_of: Path | None
 
     def check(self, augmentation: Augmentation, statistics: Statistics | None) -> None:

@@ -1,4 +1,7 @@
-"""The one exception that alexprep raises on purpose, and a check that many places need."""
+"""What alexprep raises on purpose, and the checks of numbers that many places need.
+
+Where an error is shown to the user is the business of `alexprep.cli`.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ class DeviceLostError(Exception):
 
 
 def whole_number(name: str, value: Any, low: int, high: int) -> int:
-    """`value` as an int.
+    """Returns `value` as an int, after checking that it is one.
 
     Raises:
         AlexprepError: it is no whole number from `low` to `high`.

@@ -1,4 +1,7 @@
-"""Random access to the encoded images of finished shards, ours or other people's."""
+"""Reads the encoded images of finished shards at random: of our data sets, and of other people's tars by their index.
+
+Decoding and the order of an epoch are the business of `alexprep.pipeline`; indexing other people's tars that of `webdataset_index`.
+"""
 
 from __future__ import annotations
 
@@ -25,10 +28,10 @@ _FETCHES = 4  # remote shards on their way at the same time
 
 
 class TarSamples:
-    """Samples that lie in tars, by row.
+    """Samples that lie in tars, each read by the number of its row in an index.
 
-    Reading is by offset, without a shared file position and without mappings: forked processes may read at the same time, memory does
-    not grow, and a shard that gets shorter is an error rather than a crash. Not to be shared by threads.
+    Reading is by offset, without a shared file position and without mappings: forked processes may read at the same time, memory
+    does not grow, and a shard that gets shorter is an error rather than a crash. Not to be shared by threads.
 
     Attributes:
         index: (samples,) records with at least "shard", "offset", "size", "label", ascending by shard and offset.

@@ -1,7 +1,11 @@
-"""Lists the members of a tar by its headers alone: nothing is unpacked, and what members hold is not looked at.
+"""Reads and writes tars: lists the members of anyone's archive by its headers alone, and writes archives of our own.
 
-Archives may be damaged or hostile. Python's tarfile takes a damaged header for the end of the archive, loops on a negative
-size and allocates what a header claims; here these, and all that two programs would read differently, are refused.
+Archives that are read may be damaged or hostile. Python's tarfile takes a damaged header for the end of the archive, loops on a
+negative size and allocates what a header claims; here these, and all that two programs would read differently, are refused.
+Nothing is unpacked, no link is followed, and what members hold is not looked at: samples and class folders are told in
+`sources.wds` and `sources.tars`.
+
+Archives that are written are as webdataset wants them and the same on any machine: USTAR, time 0, owner 0.
 """
 
 from __future__ import annotations
@@ -18,13 +22,11 @@ from zlib import adler32
 
 from alexprep.shards.errors import AlexprepError
 
-# -------------------- Blocks of a tar, and the header of a member as far as it can be read by itself.
-
-
 BLOCK = 512  # bytes: a header is one, and data are filled up to whole ones
-_HEADER = struct.Struct("100s 24x 12s 12x 8s c 100x 8s 80x 155s 12x")  # name, size, checksum, type, magic, prefix
-_LOW_BYTES = bytes(range(128))
-_octal = re.compile(rb" *([0-7]+)[ \0]*").fullmatch
+MAX_EXTENSION_BYTES = 2**20  # of a long name or a pax header; real ones have a few hundred
+MAX_PADDING_BYTES = 2**20  # zeros at the end; more are a download that was given its disk space before its data
+
+ReadAt = Callable[[int, int], bytes]  # (offset, size) → exactly those bytes; fewer only where the file ends
 
 
 def padded(size: int) -> int:
@@ -36,45 +38,12 @@ def padded(size: int) -> int:
     return -(-size // BLOCK) * BLOCK
 
 
-class Header(NamedTuple):
-    """The fields that matter, as stored."""
-
-    name: bytes
-    size: bytes
-    flag: bytes
-    magic: bytes
-    prefix: bytes
+# Reading
 
 
-def read_header_block(block: bytes) -> Header | None:
-    """The header in a block; None where its checksum is wrong."""
-    name, size, checksum, flag, magic, prefix = _HEADER.unpack(block)
-    # The lower half of Adler-32, begun at 0, is the sum of up to 257 bytes: far faster than sum(block).
-    total = (adler32(block[:256], 0) & 0xFFFF) + (adler32(block[256:], 0) & 0xFFFF)
-    total += 8 * ord(" ") - (adler32(checksum, 0) & 0xFFFF)  # the checksum itself counts as spaces
-    digits = _octal(checksum)
-    excess = total - int(digits[1], 8) if digits else -1
-    if excess and excess != 256 * len(block.translate(None, _LOW_BYTES)):  # old tars summed signed bytes
-        return None
-    return Header(name, size, flag, magic, prefix)
-
-
-def number_of_bytes(field: bytes) -> int | None:
-    """A size in octal digits, or as GNU's signed big-endian number behind a set bit; None for neither and below 0."""
-    digits = _octal(field)
-    if digits:
-        return int(digits[1], 8)
-    return int.from_bytes(field, "big") - 2**95 if field[0] & 0xC0 == 0x80 else None
-
-
-# -------------------- Lists the members of a tar by its headers alone: nothing is unpacked, and what members hold is not looked at.
-
-
-MAX_EXTENSION_BYTES = 2**20  # of a long name or a pax header; real ones have a few hundred
-MAX_PADDING_BYTES = 2**20  # zeros at the end; more are a download that was given its disk space before its data
-
-ReadAt = Callable[[int, int], bytes]  # (offset, size) → exactly those bytes; fewer only where the file ends
-
+_HEADER = struct.Struct("100s 24x 12s 12x 8s c 100x 8s 80x 155s 12x")  # name, size, checksum, type, magic, prefix
+_LOW_BYTES = bytes(range(128))
+_octal = re.compile(rb" *([0-7]+)[ \0]*").fullmatch
 _LEAST_READ, _MOST_READ = 4096, 65536  # one holds a pax header and its member's, the other many small members
 _USTAR = {b"ustar\x0000", b"ustar\0  ", b"ustar\0\0\0"}
 _GNU = b"ustar  \0"
@@ -95,8 +64,8 @@ _CUT = "the archive was cut short: download it again"
 _ODD = "download it again, or unpack it and pack it anew with GNU tar"
 
 
-class Member(NamedTuple):
-    """One entry of an archive.
+class ListedMember(NamedTuple):
+    """One entry of an archive that is read.
 
     Attributes:
         name: as stored, never empty, without NUL; it may be any path: "../x", "/x", "./x", "x/".
@@ -111,7 +80,7 @@ class Member(NamedTuple):
     kind: str
 
 
-def members(read: ReadAt, size: int, name: str, start: int = 0) -> Iterator[Member]:
+def members(read: ReadAt, size: int, name: str, start: int = 0) -> Iterator[ListedMember]:
     """The members of a V7, USTAR, GNU or pax archive, in the order in which it has them.
 
     Damage is found when the listing reaches it: the members are to be trusted once all have been listed. Memory stays
@@ -130,21 +99,18 @@ def members(read: ReadAt, size: int, name: str, start: int = 0) -> Iterator[Memb
     at = start
     before: dict[bytes, bytes] = {}  # what extension headers say of the next member
     while (header := archive.header(at)) is not None:
-        stored_name, stored_size, flag, magic, prefix = header
-        length = number_of_bytes(stored_size)
+        flag, length = header.flag, number_of_bytes(header.size)
         if length is None:
-            archive.fail(at, f"the size {stored_size!r} is no number of bytes", _DAMAGED)
+            archive.fail(at, f"the size {header.size!r} is no number of bytes", _DAMAGED)
         if flag in _EXTENSIONS:
             archive.extend(before, flag, at, length)
             at += BLOCK + padded(length)
             continue
         kind = _KINDS.get(flag)
-        if kind is None or (flag == b"S" and magic != _GNU):
+        if kind is None or (flag == b"S" and header.magic != _GNU):
             archive.fail(at, f"members of type {flag!r} are not known", _ODD)
         data = at + BLOCK if flag != b"S" else archive.behind_sparse_map(at)
-        member = before.get(b"path") or stored_name.rstrip(b"\0")
-        if magic in _USTAR and prefix[0] and member and b"path" not in before:
-            member = prefix.partition(b"\0")[0] + b"/" + member  # behind the NUL, star keeps times
+        member = before.get(b"path") or header.path()
         if not member or b"\0" in member:
             archive.fail(at, "a name is empty or holds a NUL byte", _DAMAGED)
         if before:
@@ -158,10 +124,53 @@ def members(read: ReadAt, size: int, name: str, start: int = 0) -> Iterator[Memb
         if data + length > archive.end:
             archive.fail(at, f"a member's {length:,} bytes go beyond the archive's end at byte {archive.end:,}", _CUT)
         at = data + padded(length)
-        yield Member(member, data, length, kind)
+        yield ListedMember(member, data, length, kind)
     if before:
         archive.fail(at, "a long name or pax header has no member behind it", _DAMAGED)
     archive.check_padding(at)
+
+
+def reader_of(archive: bytes) -> ReadAt:
+    """What `members` reads an archive in memory with."""
+    return lambda offset, size: archive[offset : offset + size]
+
+
+class HeaderFields(NamedTuple):
+    """The fields of a header that matter for reading, as stored."""
+
+    name: bytes
+    size: bytes
+    flag: bytes
+    magic: bytes
+    prefix: bytes
+
+    def path(self) -> bytes:
+        """The name with USTAR's prefix before it; behind a NUL in the prefix, star keeps times."""
+        name = self.name.rstrip(b"\0")
+        if self.magic in _USTAR and self.prefix[0] and name:
+            return self.prefix.partition(b"\0")[0] + b"/" + name
+        return name
+
+
+def read_header_block(block: bytes) -> HeaderFields | None:
+    """The header in a block; None where its checksum is wrong."""
+    name, size, checksum, flag, magic, prefix = _HEADER.unpack(block)
+    # The lower half of Adler-32, begun at 0, is the sum of up to 257 bytes: far faster than sum(block).
+    total = (adler32(block[:256], 0) & 0xFFFF) + (adler32(block[256:], 0) & 0xFFFF)
+    total += 8 * ord(" ") - (adler32(checksum, 0) & 0xFFFF)  # the checksum itself counts as spaces
+    digits = _octal(checksum)
+    excess = total - int(digits[1], 8) if digits else -1
+    if excess and excess != 256 * len(block.translate(None, _LOW_BYTES)):  # old tars summed signed bytes
+        return None
+    return HeaderFields(name, size, flag, magic, prefix)
+
+
+def number_of_bytes(field: bytes) -> int | None:
+    """A size in octal digits, or as GNU's signed big-endian number behind a set bit; None for neither and below 0."""
+    digits = _octal(field)
+    if digits:
+        return int(digits[1], 8)
+    return int.from_bytes(field, "big") - 2**95 if field[0] & 0xC0 == 0x80 else None
 
 
 class _Archive:
@@ -187,7 +196,7 @@ class _Archive:
                 self.fail(at, f"of {wanted:,} bytes {len(self._buffer):,} can be read", _CUT)
         return self._buffer[begin : begin + size]
 
-    def header(self, at: int) -> Header | None:
+    def header(self, at: int) -> HeaderFields | None:
         """The header at `at`; None for the empty block that ends the archive."""
         block = self._get(at, BLOCK)
         if block == bytes(BLOCK):
@@ -287,7 +296,7 @@ class _Archive:
             self.fail(at, problem, "the download did not end: download it again")
 
 
-# -------------------- Tar members as webdataset wants them and as any two machines write them: USTAR, time 0, owner 0, contiguous keys.
+# Writing
 
 
 _BEFORE_SIZE = b"0000444\x000000000\x000000000\0"  # mode, owner, group
@@ -298,33 +307,12 @@ _TEMPLATE_SUM = sum(_BEFORE_SIZE + _BEFORE_CHECKSUM + b" " * 8 + _BEHIND_CHECKSU
 
 @dataclass(frozen=True)
 class WrittenMember:
-    """One file of a tar: its name, where its bytes begin, how many there are, and their CRC-32."""
+    """One file of a tar that was written: its name, where its bytes begin, how many there are, and their CRC-32."""
 
     name: str
     offset: int
     size: int
     crc32: int
-
-
-def header(name: str, size: int) -> bytes:
-    """The header of a member: USTAR, mode 0444, time 0, owner 0.
-
-    By hand, since `tarfile` takes 21 microseconds for one, twice an image. A name has at most 100 ASCII characters here.
-
-    >>> info = tarfile.TarInfo("00000042.jpg")
-    >>> info.size, info.mode = 123456, 0o444
-    >>> header("00000042.jpg", 123456) == info.tobuf(tarfile.USTAR_FORMAT)
-    True
-    """
-    named, sized = name.encode("ascii").ljust(100, b"\0"), b"%011o" % size
-    checksum = _TEMPLATE_SUM + sum(named) + sum(sized)
-    return b"%s%s%s%s%06o\0 %s" % (named, _BEFORE_SIZE, sized, _BEFORE_CHECKSUM, checksum, _BEHIND_CHECKSUM)
-
-
-def ending(position: int) -> bytes:
-    """Two empty blocks, and zeros up to a whole record as POSIX asks, for an archive whose last member ends at `position`."""
-    end = position + 2 * BLOCK
-    return bytes(end + -end % tarfile.RECORDSIZE - position)
 
 
 class TarWriter:
@@ -342,9 +330,9 @@ class TarWriter:
 
     def add(self, name: str, data: bytes) -> WrittenMember:
         """Appends one member (mode 0444)."""
-        before = header(name, len(data))
-        member = WrittenMember(name, self.bytes + len(before), len(data), zlib.crc32(data))
-        self._write(b"".join((before, data, bytes(padded(len(data)) - len(data)))))
+        header = member_header(name, len(data))
+        member = WrittenMember(name, self.bytes + len(header), len(data), zlib.crc32(data))
+        self._write(b"".join((header, data, bytes(padded(len(data)) - len(data)))))
         self.members.append(member)
         return member
 
@@ -357,6 +345,27 @@ class TarWriter:
         self._file.write(data)
         self._sha256.update(data)
         self.bytes += len(data)
+
+
+def member_header(name: str, size: int) -> bytes:
+    """The header of a member: USTAR, mode 0444, time 0, owner 0.
+
+    By hand, since `tarfile` takes 21 microseconds for one, twice an image. A name has at most 100 ASCII characters here.
+
+    >>> info = tarfile.TarInfo("00000042.jpg")
+    >>> info.size, info.mode = 123456, 0o444
+    >>> member_header("00000042.jpg", 123456) == info.tobuf(tarfile.USTAR_FORMAT)
+    True
+    """
+    named, sized = name.encode("ascii").ljust(100, b"\0"), b"%011o" % size
+    checksum = _TEMPLATE_SUM + sum(named) + sum(sized)
+    return b"%s%s%s%s%06o\0 %s" % (named, _BEFORE_SIZE, sized, _BEFORE_CHECKSUM, checksum, _BEHIND_CHECKSUM)
+
+
+def ending(position: int) -> bytes:
+    """Two empty blocks, and zeros up to a whole record as POSIX asks, for an archive whose last member ends at `position`."""
+    end = position + 2 * BLOCK
+    return bytes(end + -end % tarfile.RECORDSIZE - position)
 
 
 def dali_index(members: list[WrittenMember]) -> str:

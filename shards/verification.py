@@ -43,7 +43,7 @@ from alexprep.shards.manifest import SIDECAR, Description, sidecar_path
 from alexprep.shards.plan import LISTED, Plan, PlanTable, Shard, ShardOptions, differences, draw_up, kept_table
 from alexprep.shards.sources.base import SPLITS, Source
 from alexprep.shards.storage import content, digest_json, file_sha256, folder_at, is_temporary, json_bytes, trouble
-from alexprep.shards.tar_format import BLOCK, WrittenMember, dali_index, ending, header, padded
+from alexprep.shards.tar_format import BLOCK, WrittenMember, dali_index, ending, member_header, padded
 from alexprep.shards.worker_pool import Engine, as_engine, attending
 
 # -------------------- One shard held against its sidecar and the plan: every byte of the tar, the index, every line of the sidecar.
@@ -232,7 +232,7 @@ def _damage(tar: bytes, member: WrittenMember, label: int) -> str | None:
     start, end = member.offset - BLOCK, member.offset + member.size
     if end > len(tar):
         return "lies behind the end of the tar" if start >= len(tar) else "is cut off by the end of the tar"
-    if tar[start : member.offset] != header(member.name, member.size):
+    if tar[start : member.offset] != member_header(member.name, member.size):
         return "its header was changed"
     data = tar[member.offset : end]
     if zlib.crc32(data) != member.crc32:

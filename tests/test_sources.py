@@ -1,4 +1,4 @@
-"""Every layout of images as files: the originals' archives, Kaggle, flat folders, tars, webdatasets, stores."""
+"""Sources of image files: the originals' archives, Kaggle, folders, tars, webdatasets, stores. The same images are the same inputs."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import csv
 import gzip
 import hashlib
 import io
+import os
 import shutil
 import tarfile
 from pathlib import Path
 from typing import Literal
 
+import fsspec
 import numpy as np
 import pytest
 from scipy.io import savemat
@@ -21,24 +23,53 @@ from alexprep.shards.errors import AlexprepError
 from alexprep.shards.image_codec import Target
 from alexprep.shards.plan import ShardOptions, class_order
 from alexprep.shards.sources import ilsvrc
-from alexprep.shards.sources.base import UNLABELLED, Input, split_of
+from alexprep.shards.sources.base import UNLABELLED, Input, Source, split_of
 from alexprep.shards.sources.detection import find_source
-from alexprep.shards.storage import files_at, folder_at, inflated
+from alexprep.shards.storage import LocalFiles, files_at, folder_at
 from alexprep.shards.worker_pool import InProcessEngine
 
+Images = list[tuple[str, str, bytes]]  # name, class, content
 OPTIONS = ShardOptions(Target(size=64), shard_samples=7)
 ENGINE = InProcessEngine()
 
 
-def _tar(path: Path, members: dict[str, bytes]) -> bytes:
+def _tar(path: Path, members: dict[str, bytes] | list[tuple[str, bytes]]) -> bytes:
+    """Writes a tar with these members, in this order."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.GNU_FORMAT) as tar:
-        for name, content in members.items():
+        for name, content in members.items() if isinstance(members, dict) else members:
             info = tarfile.TarInfo(name)
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
     path.write_bytes(buffer.getvalue())
     return buffer.getvalue()
+
+
+def packed(path: Path, *names: str, content: bytes = b"") -> Path:
+    """A tar with members of these names."""
+    _tar(path, [(name, content) for name in names])
+    return path
+
+
+def unpacked(root: Path, *names: str | bytes, content: bytes = b"") -> Path:
+    """A folder with these files."""
+    for name in names:
+        path = os.path.join(bytes(root), os.fsencode(name))
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "wb") as file:
+            file.write(content)
+    return root
+
+
+def listed(source: Source) -> Images:
+    """(split, class, name below the root or in the archive) of each input."""
+    return [(split, class_name, at.member or at.path) for split, class_name, at in source.inputs()]
+
+
+def refused(place: Path | str, words: str, layout: str | None = None) -> None:
+    """Finding the source or listing its inputs must fail with these words."""
+    with pytest.raises(AlexprepError, match=words):
+        list(find_source(str(place), layout).inputs())
 
 
 def _meta_mat(wnids: list[str], year: int = 2012) -> bytes:
@@ -50,7 +81,7 @@ def _meta_mat(wnids: list[str], year: int = 2012) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def val(photos: Path) -> list[tuple[str, str, bytes]]:
+def val(photos: Path) -> Images:
     """(name, class, bytes) of the val images, named as in ILSVRC, classes in no order."""
     images = sorted((photos / "val").rglob("*.JPEG"), key=lambda path: path.name)
     return [
@@ -59,7 +90,7 @@ def val(photos: Path) -> list[tuple[str, str, bytes]]:
 
 
 @pytest.fixture(scope="module")
-def folders(photos: Path, val: list[tuple[str, str, bytes]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folders(photos: Path, val: Images, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The reference: class folders, val sorted into them under the original names."""
     root = tmp_path_factory.mktemp("folders")
     shutil.copytree(photos / "train", root / "train")
@@ -91,7 +122,7 @@ def _train_archive(folders: Path, path: Path) -> None:
     _tar(path, inner)
 
 
-def _ids(val: list[tuple[str, str, bytes]], wnids: list[str]) -> bytes:
+def _ids(val: Images, wnids: list[str]) -> bytes:
     return "".join(f"{wnids.index(class_name) + 1}\n" for _, class_name, _ in sorted(val)).encode()
 
 
@@ -99,7 +130,7 @@ WNIDS = ["class2", "class0", "class3", "class1"]  # a devkit's IDs are not in th
 
 
 @pytest.fixture(scope="module")
-def archives(folders: Path, val: list[tuple[str, str, bytes]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def archives(folders: Path, val: Images, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """As downloaded: train, val, test and devkit."""
     root = tmp_path_factory.mktemp("archives")
     _train_archive(folders, root / "ILSVRC2012_img_train.tar")
@@ -132,7 +163,7 @@ def test_the_devkit_s_labels_from_its_archive(archives: Path, folders: Path, tmp
 
 
 def test_one_archive_alone_and_test_images_without_labels(
-    archives: Path, reference: Path, val: list[tuple[str, str, bytes]], tmp_path: Path
+    archives: Path, reference: Path, val: Images, tmp_path: Path
 ) -> None:
     one = convert(archives / "ILSVRC2012_img_train.tar", tmp_path / "train", OPTIONS, ENGINE)
     assert one.samples == {"train": 48}
@@ -152,9 +183,7 @@ def test_one_archive_alone_and_test_images_without_labels(
     assert sorted(labels.tolist()) == sorted(read_index(reference, "val")["label"].tolist())
 
 
-def test_kaggle_s_folders_give_the_same_shards(
-    folders: Path, val: list[tuple[str, str, bytes]], reference: Path, tmp_path: Path
-) -> None:
+def test_kaggle_s_folders_give_the_same_shards(folders: Path, val: Images, reference: Path, tmp_path: Path) -> None:
     images = tmp_path / "kaggle/ILSVRC/Data/CLS-LOC"
     shutil.copytree(folders / "train", images / "train")
     (images / "val").mkdir()
@@ -177,15 +206,14 @@ def test_kaggle_s_folders_give_the_same_shards(
 
 @pytest.mark.parametrize("kind", ["csv", "names", "numbers", "devkit", "devkit archive"])
 def test_a_flat_val_folder_with_a_ground_truth(
-    kind: str, folders: Path, archives: Path, val: list[tuple[str, str, bytes]], reference: Path, tmp_path: Path
+    kind: str, folders: Path, archives: Path, val: Images, reference: Path, tmp_path: Path
 ) -> None:
     root = tmp_path / "root"
     shutil.copytree(folders / "train", root / "train")
     (root / "val").mkdir()
     for name, _, content in val:
         (root / "val" / name).write_bytes(content)
-    with pytest.raises(AlexprepError, match="nothing beside it tells the classes"):
-        find_source(str(root))
+    refused(root, "nothing beside it tells the classes")
     classes = sorted({class_name for _, class_name, _ in val})
     match kind:
         case "csv":
@@ -210,7 +238,7 @@ OLD_WNIDS = ["class0", "class1", "class2", "class3"]  # the IDs of 2010, say
 
 
 @pytest.fixture
-def two_years(archives: Path, val: list[tuple[str, str, bytes]], tmp_path: Path) -> Path:
+def two_years(archives: Path, val: Images, tmp_path: Path) -> Path:
     """A folder with the devkits of 2010, unpacked, and 2012."""
     data = tmp_path / "two/ILSVRC2010_devkit-1.0/data"
     data.mkdir(parents=True)
@@ -220,9 +248,7 @@ def two_years(archives: Path, val: list[tuple[str, str, bytes]], tmp_path: Path)
     return tmp_path / "two"
 
 
-def test_of_two_years_devkits_the_images_own_counts(
-    two_years: Path, archives: Path, val: list[tuple[str, str, bytes]]
-) -> None:
+def test_of_two_years_devkits_the_images_own_counts(two_years: Path, archives: Path, val: Images) -> None:
     truth = {(class_name, name) for name, class_name, _ in val}
     shutil.copy(archives / "ILSVRC2012_img_val.tar", two_years)
     source = find_source(str(two_years))
@@ -237,23 +263,20 @@ def test_of_two_years_devkits_the_images_own_counts(
     assert {(i.class_name, i.location.path.decode().removeprefix("val/")) for i in source.inputs()} == truth
     assert class_order("ilsvrc-id", set(WNIDS), source) == WNIDS
     (two_years / "ILSVRC2012_devkit_t12.tar.gz").unlink()
-    with pytest.raises(AlexprepError, match="nothing beside it tells the classes"):
-        find_source(str(two_years), "folders")
+    refused(two_years, "nothing beside it tells the classes", "folders")
     # A loose meta.mat tells its year by the name of its IDs.
     (two_years / "ILSVRC2012_validation_ground_truth.txt").write_bytes(_ids(val, WNIDS))
     (two_years / "meta.mat").write_bytes(_meta_mat(OLD_WNIDS, 2010))
-    with pytest.raises(AlexprepError, match=r"put the devkit's meta\.mat of 2012"):
-        find_source(str(two_years), "folders")
+    refused(two_years, r"put the devkit's meta\.mat of 2012", "folders")
     (two_years / "meta.mat").write_bytes(_meta_mat(WNIDS))
     assert {i.class_name for i in find_source(str(two_years), "folders").inputs()} == set(WNIDS)
 
 
-def test_devkits_of_two_years_and_names_that_tell_none(two_years: Path, val: list[tuple[str, str, bytes]]) -> None:
+def test_devkits_of_two_years_and_names_that_tell_none(two_years: Path, val: Images) -> None:
     (two_years / "val").mkdir()
     for name, _, content in val:
         (two_years / "val" / name.removeprefix("ILSVRC2012_")).write_bytes(content)
-    with pytest.raises(AlexprepError, match=r"holds devkits of 2010 and 2012 .* move the other devkits away"):
-        find_source(str(two_years))
+    refused(two_years, r"holds devkits of 2010 and 2012 .* move the other devkits away")
     (two_years / "val/class0").mkdir()
     with pytest.raises(AlexprepError, match="holds devkits of 2010 and 2012"):
         class_order("ilsvrc-id", set(WNIDS), find_source(str(two_years)))
@@ -281,19 +304,15 @@ def test_numbers_that_are_names_of_classes_too(lines: str, expected: set[str] | 
         (tmp_path / "val" / line.split()[0]).write_bytes(b"")
     (tmp_path / "val.txt").write_text(lines)
     if expected is None:
-        with pytest.raises(AlexprepError, match=r"may mean the class named '2', or number 2 of .* which is '10': sort"):
-            find_source(str(tmp_path))
+        refused(tmp_path, r"may mean the class named '2', or number 2 of .* which is '10': sort")
     else:
         assert {i.class_name for i in find_source(str(tmp_path)).inputs()} == expected
 
 
-def test_a_numbered_list_where_there_is_nothing_to_count(
-    archives: Path, val: list[tuple[str, str, bytes]], tmp_path: Path
-) -> None:
+def test_a_numbered_list_where_there_is_nothing_to_count(archives: Path, val: Images, tmp_path: Path) -> None:
     shutil.copy(archives / "ILSVRC2012_img_val.tar", tmp_path)
     (tmp_path / "val.txt").write_text("".join(f"{name} 0\n" for name, _, _ in val))
-    with pytest.raises(AlexprepError, match=r"there are 0 train classes.* or the devkit into SOURCE"):
-        list(find_source(str(tmp_path)).inputs())
+    refused(tmp_path, r"there are 0 train classes.* or the devkit into SOURCE")
     shutil.copy(archives / "ILSVRC2012_devkit_t12.tar.gz", tmp_path)
     assert sorted(i.class_name for i in find_source(str(tmp_path)).inputs()) == sorted(label for _, label, _ in val)
 
@@ -317,40 +336,35 @@ def test_a_numbered_list_where_there_is_nothing_to_count(
     ],
 )
 def test_ground_truths_that_make_no_sense(
-    name: str, content: str | bytes, words: str, folders: Path, val: list[tuple[str, str, bytes]], tmp_path: Path
+    name: str, content: str | bytes, words: str, folders: Path, val: Images, tmp_path: Path
 ) -> None:
     shutil.copytree(folders / "train", tmp_path / "train")
     (tmp_path / "val").mkdir()
     for image, _, data in val:
         (tmp_path / "val" / image).write_bytes(data)
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(AlexprepError, match=words):
-        list(find_source(str(tmp_path)).inputs())
+    refused(tmp_path, words)
 
 
 def test_archives_that_make_no_sense(archives: Path, tmp_path: Path) -> None:
-    def refused(words: str) -> None:
-        with pytest.raises(AlexprepError, match=words):
-            list(find_source(str(tmp_path)).inputs())
-
     shutil.copy(archives / "ILSVRC2012_img_val.tar", tmp_path)
-    refused("nothing beside .*ILSVRC2012_img_val.tar tells the classes")
+    refused(tmp_path, "nothing beside .*ILSVRC2012_img_val.tar tells the classes")
     (tmp_path / "ILSVRC2012_validation_ground_truth.txt").write_text("1\n" * 19)
     (tmp_path / "meta.mat").write_bytes(_meta_mat(WNIDS))
-    refused("19 lines for 20 images")
+    refused(tmp_path, "19 lines for 20 images")
     (tmp_path / "ILSVRC2012_validation_ground_truth.txt").write_text("1\n" * 19 + "5\n")
-    refused("line 20: '5' is no ID between 1 and 4")
+    refused(tmp_path, "line 20: '5' is no ID between 1 and 4")
     (tmp_path / "ILSVRC2012_validation_ground_truth.txt").write_text("1\n" * 20)
     raw = bytearray((archives / "ILSVRC2012_img_val.tar").read_bytes())
     raw[0] ^= 1
     (tmp_path / "ILSVRC2012_img_val.tar").write_bytes(raw)
-    refused("ILSVRC2012_img_val.tar.* byte 0")
+    refused(tmp_path, "ILSVRC2012_img_val.tar.* byte 0")
     shutil.copy(archives / "ILSVRC2012_img_val.tar", tmp_path / "ILSVRC2010_images_val.tar")
-    refused("both for 'val'")
+    refused(tmp_path, "both for 'val'")
     for path in tmp_path.glob("*_val.tar"):
         path.unlink()
     _tar(tmp_path / "ILSVRC2012_img_train.tar", {"class0/a.jpg": b""})
-    refused("expected one SYNSET.tar a class")
+    refused(tmp_path, "expected one SYNSET.tar a class")
 
 
 def test_archives_packed_otherwise(tmp_path: Path) -> None:
@@ -369,11 +383,8 @@ def test_archives_packed_otherwise(tmp_path: Path) -> None:
     val = [(entry.class_name, entry.location.member.decode()) for entry in inputs if entry.split == "val"]
     assert val == [("n1", names[1]), ("n2", names[0])]
     assert [entry.class_name for entry in inputs if entry.split == "test"] == [UNLABELLED] * 2
-    with tarfile.open(tmp_path / "ILSVRC2012_img_val.tar", "w") as tar:
-        for name in (*names, names[0]):
-            tar.addfile(tarfile.TarInfo(name))
-    with pytest.raises(AlexprepError, match=rf"ILSVRC2012_img_val\.tar holds {names[0]} twice"):
-        list(find_source(str(tmp_path)).inputs())
+    packed(tmp_path / "ILSVRC2012_img_val.tar", *names, names[0])
+    refused(tmp_path, rf"ILSVRC2012_img_val\.tar holds {names[0]} twice")
 
 
 def test_published_checksums(archives: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -500,6 +511,7 @@ def test_webdatasets_are_sharded_anew(form: str, reference: Path, folders: Path,
         ({"a.jpg": b"x", "a.png": b"x", "a.cls": b"1"}, "sample a has 2 images"),
         ({"a.jpg": b"x", "a.cls": b"1", "b.jpg": b"x", "b.cls": b"1", "a.txt": b""}, "sample a is scattered"),
         ({"a.jpg": b"x", "a.JPG": b"x", "a.cls": b"1"}, "sample a has two .jpg"),
+        ({"a.jpg": b"x", "a.cls": b"1", "a.CLS": b"2"}, "sample a has two .cls"),
         ({"a.jpg": b"x", "a.cls": b"-1"}, "label -1, not between 0 and"),
         ({"a.jpg": b"x", "a.cls": b""}, "empty label"),
         ({"a.jpg": b"x", "a.json": b'{"text": 1}'}, "no label in its .json"),
@@ -515,13 +527,12 @@ def test_webdatasets_are_sharded_anew(form: str, reference: Path, folders: Path,
 )
 def test_samples_that_make_no_sense(members: dict[str, bytes], words: str, tmp_path: Path) -> None:
     _tar(tmp_path / "set.tar", members)
-    with pytest.raises(AlexprepError, match=words):
-        list(find_source(str(tmp_path)).inputs())
+    refused(tmp_path, words)
 
 
 @pytest.mark.parametrize("form", ["jpg", "raw"])
 def test_our_own_shards_with_unknown_classes_and_raw_pixels(
-    form: Literal["jpg", "raw"], archives: Path, val: list[tuple[str, str, bytes]], tmp_path: Path
+    form: Literal["jpg", "raw"], archives: Path, val: Images, tmp_path: Path
 ) -> None:
     (tmp_path / "source").mkdir()
     _tar(
@@ -546,30 +557,27 @@ def test_our_own_shards_with_unknown_classes_and_raw_pixels(
 
 
 def test_a_data_set_of_ours_is_sharded_anew_only_whole(reference: Path, tmp_path: Path) -> None:
-    def refused(words: str) -> None:
-        with pytest.raises(AlexprepError, match=words):
-            find_source(str(data))
-
     data = tmp_path / "data"
     shutil.copytree(reference, data)
     shutil.copy(data / "train/train-000000.tar", data / "train/train-000099.tar")
-    refused(r"train-000099\.tar is none of those that dataset\.json names: move it away")
+    refused(data, r"train-000099\.tar is none of those that dataset\.json names: move it away")
     (data / "train/train-000099.tar").unlink()
     assert len(list(find_source(str(data)).inputs())) == 68
     for ending in ("tar", "idx", "json"):
         (data / f"train/train-000001.{ending}").unlink()
     refused(
-        r"train-000001\.tar is missing, but dataset\.json names it: mend it with `alexprep verify .* --repair IMAGES`"
+        data,
+        r"train-000001\.tar is missing, but dataset\.json names it: mend it with `alexprep verify .* --repair IMAGES`",
     )
     shutil.rmtree(data / "train")
-    refused(r"train-000000\.tar is missing")
+    refused(data, r"train-000000\.tar is missing")
     (data / "dataset.json").write_text('{"format": "alexprep data set", "classes": [], "splits": {"train": 1}}')
-    refused(r"dataset\.json is damaged")
+    refused(data, r"dataset\.json is damaged")
     (data / "dataset.json").unlink()
-    refused("holds an unfinished data set: run the `alexprep shard` that began it again")
+    refused(data, "holds an unfinished data set: run the `alexprep shard` that began it again")
     assert len(list(find_source(f"{data}/val/val-00000{{0..2}}.tar").inputs())) == 20  # the very tars that are meant
     (data / "plan.json").write_text('{"format": "alexprep plan", ')
-    refused(r"plan\.json is damaged")
+    refused(data, r"plan\.json is damaged")
     (data / "plan.json").write_text('{"tasks": "of another program"}')
     assert len(list(find_source(str(data)).inputs())) == 20
 
@@ -593,17 +601,188 @@ def test_only_our_own_dataset_json_names_classes(content: str, expected: str | l
     _tar(tmp_path / "set.tar", {"a.jpg": b"", "a.cls": b"1", "b.jpg": b"", "b.cls": b"x"})
     (tmp_path / "dataset.json").write_text(content)
     if isinstance(expected, str):
-        with pytest.raises(AlexprepError, match=expected):
-            list(find_source(str(tmp_path)).inputs())
+        refused(tmp_path, expected)
     else:
         assert [entry.class_name for entry in find_source(str(tmp_path)).inputs()] == expected
+
+
+def test_a_named_layout_is_taken_at_its_word(folders: Path, archives: Path) -> None:
+    assert find_source(str(folders), "folders").layout == "folders"
+    refused(folders, "has not the layout 'ilsvrc': expected a folder with ILSVRC2012_img_train", "ilsvrc")
+    refused(folders, "--layout x is not one of", "x")
+
+
+def test_a_source_lists_each_input_once_and_always_alike(folders: Path, archives: Path, reference: Path) -> None:
+    for place in (folders, archives, reference):
+        first, second = ([*find_source(str(place)).inputs()] for _ in range(2))
+        assert first == second and len(set(first)) == len(first) == 68
+        assert all(isinstance(entry, Input) for entry in first)
+
+
+def test_split_names() -> None:
+    names = (b"train", b"Validation", b"imagenet1k-test-0001.tar", b"train-val.tar", b"trainer")
+    assert [split_of(name) for name in names] == ["train", "val", "test", None, None]
+
+
+def test_real_cifar_from_its_tar(sample_data: Path, tmp_path: Path) -> None:
+    report = convert(sample_data / "cifar10-jpeg.tar", tmp_path / "out", ShardOptions(Target(size=32), limit=2000), 2)
+    assert report.samples == {"train": 2000, "test": 2000}
+    classes = read_dataset(tmp_path / "out")["classes"]
+    assert classes == ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+
+
+# What could be read in two ways is refused; the same images are the same inputs, packed or not, by path or by URL
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("cat/a.jpg", "dog/b.jpg", "dog/deep/c.jpg"),
+        ("train/cat/a.jpg", "docs/cat/b.jpg", "cover.jpg"),
+        ("train/cat/a.jpg", "train/notes.txt", "Validation/cat/b.jpg", "pictures/dog/c.jpg"),
+        ("train/val/a.jpg", "train/cat/b.jpg"),
+        ("README", "cat/a.jpg", "dog/b.jpg"),
+    ],
+)
+def test_a_tar_has_the_splits_and_classes_of_its_folder(names: tuple[str, ...], tmp_path: Path) -> None:
+    inputs = listed(find_source(str(packed(tmp_path / "photos.tar", *names))))
+    assert inputs == listed(find_source(str(unpacked(tmp_path / "photos", *names)))) and inputs
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (("train/a.jpg", "val/b.jpg"), "holds (no class folders|train/, which means a split, without class folders)"),
+        (("train/cat/a.jpg", "val/b.jpg"), "holds (no class folders|val/, which means a split, without class folders)"),
+        (("train/a.jpg", "cat/b.jpg"), "holds (no class folders|train/, which means a split, without class folders)"),
+        (("train/cat/a.jpg", "training/cat/b.jpg"), "holds train and training, which both mean 'train': move one"),
+        (("Train/cat/a.jpg", "train/cat/b.jpg"), "holds Train and train, which both mean 'train': move one"),
+    ],
+)
+def test_a_tar_is_refused_as_its_folder_is(names: tuple[str, ...], words: str, tmp_path: Path) -> None:
+    for place in (packed(tmp_path / "photos.tar", *names), unpacked(tmp_path / "photos", *names)):
+        refused(place, words)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("set/noise.csv", "set/train/cat/a.jpg", "set/val/cat/b.jpg"),  # as Imagenette
+        ("set/LICENSE.txt", "set/daisy/a.jpg", "set/rose/b.jpg"),  # as the TensorFlow flowers
+        ("README.md", "set/docs/b.jpg", "set/train/cat/a.jpg"),
+    ],
+)
+def test_a_folder_that_wraps_all_others_may_hold_papers(names: tuple[str, ...], tmp_path: Path) -> None:
+    inputs = listed(find_source(str(packed(tmp_path / "set.tar", *names))))
+    inside = listed(find_source(str(unpacked(tmp_path, *names) / "set")))
+    assert inputs == [(split, class_name, b"set/" + name) for split, class_name, name in inside] and inputs
+
+
+def test_images_of_a_tar_in_no_class_folder_are_refused(tmp_path: Path) -> None:
+    for names in (("a.jpg", "cat/b.jpg"), ("train/a.jpg", "train/cat/b.jpg"), ("0a1f", "cat/b.jpg")):
+        refused(packed(tmp_path / "photos.tar", *names), rf"photos\.tar/{names[0]} lies in no class folder")
+
+
+@pytest.mark.parametrize("again", ["cat/a.jpg", "./cat/a.jpg", "/cat//a.jpg"])
+def test_a_member_that_is_there_twice_is_refused(again: str, tmp_path: Path) -> None:
+    refused(packed(tmp_path / "photos.tar", "cat/a.jpg", "dog/a.jpg", again), r"photos\.tar holds cat/a\.jpg twice")
+
+
+def test_an_empty_tar_and_a_table_of_a_header_are_named(tmp_path: Path) -> None:
+    (tmp_path / "list.csv").write_text("path,label\n")
+    for place, words in (
+        (packed(tmp_path / "empty.tar"), r"empty\.tar holds no images: expected a tar of CLASS/IMAGE"),
+        (packed(tmp_path / "hidden.tar", "cat/.a.jpg"), r"hidden\.tar holds no images"),
+        (tmp_path / "list.csv", r"list\.csv has no row below its header: it needs one for each image"),
+    ):
+        refused(place, words)
+
+
+def test_two_folders_are_never_one_class(tmp_path: Path) -> None:
+    escaped = unpacked(tmp_path / "both", "\\xff/a.jpg", b"\xff/b.jpg")
+    tar = packed(tmp_path / "both.tar", "\\xff/a.jpg", os.fsdecode(b"\xff/b.jpg"))
+    splits = unpacked(tmp_path / "splits", "train/\\xff/a.jpg", b"val/\xff/b.jpg")
+    for place in (escaped, tar, splits):
+        refused(place, r"the folders b'.*' and b'.*', both the class \\xff: rename one")
+
+
+def test_shards_never_hide_the_source_they_are_made_of(photos: Path, tmp_path: Path) -> None:
+    content = (photos / "train/class0/000.JPEG").read_bytes()
+    tars = tmp_path / "tars"
+    tars.mkdir()
+    packed(tars / "train.tar", "cat/a.jpg", content=content)
+    folders = unpacked(tmp_path / "folders", "training/cat/a.jpg", content=content)
+    shards = tmp_path / "shards"
+    (shards / "training").mkdir(parents=True)
+    _tar(shards / "training/0.tar", {"a.jpg": content, "a.cls": b"0"})
+    for source, out in (
+        (shards, shards),
+        (tars, tars),
+        (tars, tars / "a/b"),
+        (folders, folders),
+        (folders, folders / "Validation"),
+        (folders, folders / "training/cat/out"),
+    ):
+        with pytest.raises(AlexprepError, match="among the images of SOURCE"):
+            convert(source, out, OPTIONS, ENGINE)
+    for source, out in (
+        (tars, tars / "out"),
+        (folders, folders / "out"),
+        (shards, shards / "out"),
+        (tars / "train.tar", tars),
+    ):
+        for _ in range(2):  # the second run finds what it began
+            assert convert(source, out, OPTIONS, ENGINE).written == 1
+
+
+def test_a_url_of_this_disk_is_the_path(photos: Path, tmp_path: Path) -> None:
+    content = (photos / "train/class0/000.JPEG").read_bytes()
+    odd = unpacked(tmp_path / "br{1}", "a::b/c::d.jpg", b"a::b/\xff.jpg", "file::/e.jpg", content=content)
+    for place in (f"file://{odd}", f"local://{odd}"):
+        source = find_source(place)
+        assert source == find_source(str(odd)) and len(listed(source)) == 3
+    assert convert(f"file://{odd}", tmp_path / "out", OPTIONS, ENGINE).written == 3
+    for source_place, out in (
+        (str(odd), f"file://{odd}/a::b/out"),
+        (f"file://{odd}", f"{odd}/a::b/out"),
+        (f"local://{odd}", f"file://{odd}/out"),
+    ):
+        with pytest.raises(AlexprepError, match="lies among the images"):
+            convert(source_place, out, OPTIONS, ENGINE)
+    refused(f"file://{tmp_path}/nowhere", "does not exist")
+
+
+def test_names_in_a_store_are_no_chains_of_stores_nor_patterns(tmp_path: Path) -> None:
+    memory = fsspec.filesystem("memory")
+    for name in ("a::b/c::d.jpg", "file::/e.jpg", "x{1}/f.jpg"):
+        memory.pipe_file(f"/chains{{0}}/{name}", name.encode())
+    tar = packed(tmp_path / "{0..3}.tar", "a.jpg", "a.cls", content=b"0")
+    memory.pipe_file("/tars/{0..3}.tar", tar.read_bytes())
+    for place in ("memory://tars", str(tmp_path)):
+        assert listed(find_source(place + "/{0..3}.tar")) == [("train", "0", b"a.jpg")]
+    source = find_source("memory://chains{0}")
+    assert [class_name for _, class_name, _ in listed(source)] == ["a::b", "file::", "x{1}"]
+    for entry in source.inputs():
+        assert source.read(entry.location) == entry.location.path
+
+
+def test_links_that_lead_nowhere_are_rejected_each(photos: Path, tmp_path: Path) -> None:
+    root = tmp_path / "source"
+    unpacked(root, "train/cat/a.jpg", "train/dog/b.jpg", content=(photos / "train/class0/000.JPEG").read_bytes())
+    loop, below_a_file, long, nothing = "loop", "train/cat/a.jpg/x", "x" * 300, "nowhere"
+    for folder in (tmp_path, root, root / "train", root / "train/cat"):
+        for name, target in (("loop", loop), ("file", root / below_a_file), ("long", long), ("gone", nothing)):
+            (folder / name).symlink_to(target)
+    assert {entry.name for entry in LocalFiles(bytes(root / "train")).entries() if entry.is_folder} == {b"cat", b"dog"}
+    report = convert(root, tmp_path / "out", OPTIONS, ENGINE)
+    assert report.written == 2 and report.rejected.total() == 4
+    assert all(reason.startswith("cannot be read: ") for reason in report.rejected)
+    find_source(str(root)).devkit()  # which looks at the folder above too
 
 
 @pytest.mark.parametrize("layout", ["folders", "ilsvrc"])
 def test_stores_that_fsspec_opens(layout: str, folders: Path, archives: Path, reference: Path, tmp_path: Path) -> None:
     """In this process, from and to fsspec's store in memory; by worker processes, to its file:// store."""
-    import fsspec
-
     from alexprep.shards import rgb_statistics
     from alexprep.shards.verification import verify
 
@@ -626,75 +805,5 @@ def test_stores_that_fsspec_opens(layout: str, folders: Path, archives: Path, re
         store.rm("/", recursive=True)
     convert(f"file://{source}", f"file://{tmp_path / 'out'}", OPTIONS, 2)
     assert shards_of(tmp_path / "out") == shards_of(reference)
-    with pytest.raises(AlexprepError, match="does not exist"):
-        find_source("memory://nowhere")
-    with pytest.raises(AlexprepError, match="no place that fsspec can open"):
-        find_source("nosuchprotocol://x")
-
-
-def test_a_named_layout_is_taken_at_its_word(folders: Path, archives: Path) -> None:
-    assert find_source(str(folders), "folders").layout == "folders"
-    with pytest.raises(AlexprepError, match="has not the layout 'ilsvrc': expected a folder with ILSVRC2012_img_train"):
-        find_source(str(folders), "ilsvrc")
-    with pytest.raises(AlexprepError, match="--layout x is not one of"):
-        find_source(str(folders), "x")
-
-
-def test_a_source_lists_each_input_once_and_always_alike(folders: Path, archives: Path, reference: Path) -> None:
-    for place in (folders, archives, reference):
-        first, second = ([*find_source(str(place)).inputs()] for _ in range(2))
-        assert first == second and len(set(first)) == len(first) == 68
-        assert all(isinstance(entry, Input) for entry in first)
-
-
-def test_gzip_is_inflated_within_bounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from alexprep.shards import storage
-
-    monkeypatch.setattr(storage, "MAX_INFLATED_BYTES", 10_000)
-    here, _ = files_at(str(tmp_path))
-    (tmp_path / "two.gz").write_bytes(gzip.compress(b"a" * 4000) + gzip.compress(b"b" * 4000))
-    assert inflated(here, b"two.gz") == b"a" * 4000 + b"b" * 4000
-    for name, content, words in (
-        ("bomb.gz", gzip.compress(bytes(10**6)), "more than the limit of 10,000"),
-        ("cut.gz", gzip.compress(b"abc" * 99)[:-9], "cut short"),
-        ("junk.gz", b"\x1f\x8b" + b"junk" * 9, "damaged gzip"),
-    ):
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(OSError, match=words):
-            inflated(here, name.encode())
-    many = gzip.compress(b"ab") + gzip.compress(b"") * 50_000 + gzip.compress(bytes(5000), 0) + gzip.compress(b"c")
-    (tmp_path / "many.gz").write_bytes(many)  # 1 MB; copying the rest for each part would move 25 GB
-    assert inflated(here, b"many.gz") == b"ab" + bytes(5000) + b"c"
-
-
-def test_split_names() -> None:
-    names = (b"train", b"Validation", b"imagenet1k-test-0001.tar", b"train-val.tar", b"trainer")
-    assert [split_of(name) for name in names] == ["train", "val", "test", None, None]
-
-
-def test_real_photos_from_archives(sample_data: Path, tmp_path: Path) -> None:
-    """Real photos as the original archives, with devkit and ground truth, give the shards of the folders."""
-    photos = sorted((sample_data / "imagenet-sample/train").rglob("*.JPEG"))
-    folders, tars = tmp_path / "folders", tmp_path / "tars"
-    val = [(f"ILSVRC2012_val_{n:08d}.JPEG", photo.parent.name, photo.read_bytes()) for n, photo in enumerate(photos, 1)]
-    for (name, class_name, content), photo in zip(val, photos, strict=True):
-        for path in (folders / "val" / class_name / name, folders / "train" / class_name / photo.name):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(content)
-    tars.mkdir()
-    _train_archive(folders, tars / "ILSVRC2012_img_train.tar")
-    _tar(tars / "ILSVRC2012_img_val.tar", {name: content for name, _, content in val[::-1]})
-    wnids = sorted({class_name for _, class_name, _ in val}, key=lambda wnid: wnid[::-1])
-    (tars / "meta.mat").write_bytes(_meta_mat(wnids))
-    (tars / "ILSVRC2012_validation_ground_truth.txt").write_bytes(_ids(val, wnids))
-    for source, out in ((folders, "one"), (tars, "two")):
-        report = convert(source, tmp_path / out, ShardOptions(), 2)
-        assert report.samples == {"train": 298, "val": 298}
-    assert shards_of(tmp_path / "one") == shards_of(tmp_path / "two")
-
-
-def test_real_cifar_from_its_tar(sample_data: Path, tmp_path: Path) -> None:
-    report = convert(sample_data / "cifar10-jpeg.tar", tmp_path / "out", ShardOptions(Target(size=32), limit=2000), 2)
-    assert report.samples == {"train": 2000, "test": 2000}
-    classes = read_dataset(tmp_path / "out")["classes"]
-    assert classes == ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+    refused("memory://nowhere", "does not exist")
+    refused("nosuchprotocol://x", "no place that fsspec can open")

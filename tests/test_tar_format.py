@@ -17,8 +17,8 @@ from typing import Literal
 import pytest
 
 from alexprep.shards.errors import AlexprepError
-from alexprep.shards.tar_format import MAX_PADDING_BYTES, Member, members
-from alexprep.shards.webdataset_index import packed_by_index
+from alexprep.shards.tar_format import MAX_PADDING_BYTES, ListedMember, members
+from alexprep.shards.webdataset_index import read_dali_index
 
 FORMATS: dict[str, Literal[0, 1, 2]] = {
     "ustar": tarfile.USTAR_FORMAT,
@@ -31,7 +31,7 @@ NAMES = [b"a", b"./n01440764/x y.JPEG", "é/漢.png".encode(), b"\xff\xfe.jpg", 
 LONG_NAMES = [b"g" * 101, b"h/" * 200 + b"i", b"\xff" * 300]
 
 
-def listed(data: bytes, start: int = 0, size: int | None = None) -> list[Member]:
+def listed(data: bytes, start: int = 0, size: int | None = None) -> list[ListedMember]:
     end = len(data) - start if size is None else size
     return list(members(lambda offset, size: data[offset : offset + size], end, "x.tar", start))
 
@@ -42,10 +42,10 @@ def refused(data: bytes, **place: int) -> str:
     return str(caught.value)
 
 
-def listed_by_tarfile(data: bytes) -> list[Member]:
+def listed_by_tarfile(data: bytes) -> list[ListedMember]:
     with tarfile.open(fileobj=io.BytesIO(data), mode="r:", encoding="utf-8", errors="surrogateescape") as archive:
         return [
-            Member(os.fsencode(m.name), m.offset_data, m.size if m.isreg() else 0, _kind(m))
+            ListedMember(os.fsencode(m.name), m.offset_data, m.size if m.isreg() else 0, _kind(m))
             for m in archive.getmembers()
         ]
 
@@ -58,7 +58,7 @@ def _kind(member: tarfile.TarInfo) -> str:
     return "file" if member.isreg() and not member.issparse() else "other"
 
 
-def same(ours: list[Member], theirs: list[Member]) -> bool:
+def same(ours: list[ListedMember], theirs: list[ListedMember]) -> bool:
     """Equal but for the slash that tarfile takes from folders."""
     return [m._replace(name=m.name.rstrip(b"/")) for m in ours] == theirs
 
@@ -172,15 +172,17 @@ def test_sparse_files_are_no_files(options: list[str], tmp_path: Path) -> None:
 
 def test_rarer_forms() -> None:
     zero = padded(b"z" * 600)
-    assert listed(block(magic=bytes(8), kind=b"\0") + END) == [Member(b"a", 512, 0, "file")]
-    assert listed(block(b"v/", magic=bytes(8), kind=b"\0") + END) == [Member(b"v/", 512, 0, "folder")]
-    assert listed(block(size=600, kind=b"7") + zero + END) == [Member(b"a", 512, 600, "file")]
-    assert listed(block(size=b"\x80" + (600).to_bytes(11, "big")) + zero + END) == [Member(b"a", 512, 600, "file")]
-    assert listed(block(size=b"       1130 ") + zero + END) == [Member(b"a", 512, 600, "file")]
-    assert listed(summed(block(b"\xff\xfe"), signed=True) + END) == [Member(b"\xff\xfe", 512, 0, "file")]
+    assert listed(block(magic=bytes(8), kind=b"\0") + END) == [ListedMember(b"a", 512, 0, "file")]
+    assert listed(block(b"v/", magic=bytes(8), kind=b"\0") + END) == [ListedMember(b"v/", 512, 0, "folder")]
+    assert listed(block(size=600, kind=b"7") + zero + END) == [ListedMember(b"a", 512, 600, "file")]
+    assert listed(block(size=b"\x80" + (600).to_bytes(11, "big")) + zero + END) == [
+        ListedMember(b"a", 512, 600, "file")
+    ]
+    assert listed(block(size=b"       1130 ") + zero + END) == [ListedMember(b"a", 512, 600, "file")]
+    assert listed(summed(block(b"\xff\xfe"), signed=True) + END) == [ListedMember(b"\xff\xfe", 512, 0, "file")]
     assert listed(extension(b"g", record(b"comment", b"1")) + END) == []
     star = block(_345=ord("p"), _476=ord("1"), _508=ord("t"), _509=ord("a"), _510=ord("r"))
-    assert listed(star + END) == [Member(b"p/a", 512, 0, "file")]
+    assert listed(star + END) == [ListedMember(b"p/a", 512, 0, "file")]
     longer = extension(b"x", record(b"path", b"long")) + block(_345=ord("p")) + block(b"b") + END
     assert [m.name for m in listed(longer)] == [b"long", b"b"]
     assert listed(extension(b"K", b"l\0") + extension(b"L", b"m\0") + block() + END)[0].name == b"m"
@@ -199,7 +201,7 @@ def test_huge_members(format: str, length: int) -> None:
     def read(offset: int, size: int) -> bytes:
         return b"".join(whole.get(place, bytes(512)) for place in range(offset, offset + size, 512))
 
-    expected = [Member(b"a", len(head), length, "file"), Member(b"b", tail + 512, 0, "file")]
+    expected = [ListedMember(b"a", len(head), length, "file"), ListedMember(b"b", tail + 512, 0, "file")]
     assert list(members(read, tail + 512 + 1024, "x.tar")) == expected
     with pytest.raises(AlexprepError, match="cut short"):
         list(members(read, tail, "x.tar"))
@@ -221,18 +223,19 @@ def test_headers_alone_are_read(size: int, reads: int, share: float) -> None:
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_any_flipped_bit_of_a_header_is_found(format: str) -> None:
-    """Legal outcomes: an error; in the checksum's own field, which has several right spellings, also the same listing."""
+def test_a_flipped_bit_of_a_header_is_found(format: str, seed: int) -> None:
+    """One of every byte. Legal outcomes: an error; in the checksum's own field, which has several spellings, the same listing."""
+    draw = random.Random(seed)
     data = packed(format, [b"\xe9" * 101] if format == "gnu" else [b"a.JPEG"])
     good = listed(data)
     assert (good[0].offset > 512) == (format != "ustar")  # an extension header comes first
     heads = {0, *(m.offset - 512 for m in good)}
     for place in (head + n for head in heads for n in range(512)):
-        for bit in range(8):
-            try:
-                assert listed(_flipped(data, place, bit)) == good and place % 512 in range(148, 156), (place, bit)
-            except AlexprepError:
-                continue
+        bit = draw.randrange(8)
+        try:
+            assert listed(_flipped(data, place, bit)) == good and place % 512 in range(148, 156), (place, bit)
+        except AlexprepError:
+            continue
 
 
 def test_any_flipped_bit_of_a_pax_header_is_found_or_seen() -> None:
@@ -390,7 +393,7 @@ def _nudge(draw: random.Random, raw: bytearray) -> None:
 
 
 def test_random_headers_end_well(seed: int) -> None:
-    """20,000 archives, most with checksums put right: an error, or members that ascend within the archive."""
+    """5,000 archives, most with checksums put right: an error, or members that ascend within the archive."""
     draw = random.Random(seed)
     mutations: list[Callable[[random.Random, bytearray], None]] = [_fill, _nudge]
     whole = [extension(b"x", record(b"path", b"p")) + block(size=3) + padded(b"abc") + block(b"b") + END]
@@ -398,7 +401,7 @@ def test_random_headers_end_well(seed: int) -> None:
         extension(b"L", b"long\0", magic=b"ustar  \0") + block(magic=b"ustar  \0") + block(b"c/", kind=b"5") + END
     ]
     listings = 0
-    for _ in range(20_000):
+    for _ in range(5000):
         data = draw.choice(whole)
         for place in draw.sample(range(0, len(data) - 1024, 512), draw.choice([1, 1, 2])):
             raw = bytearray(data[place : place + 512])
@@ -411,7 +414,7 @@ def test_random_headers_end_well(seed: int) -> None:
         listings += 1
         ends = [0, *(place for m in found for place in (m.offset, m.offset + m.size)), len(data) - 512]
         assert ends == sorted(ends) and all(m.name and b"\0" not in m.name for m in found)
-    assert 1000 < listings < 19_000
+    assert 250 < listings < 4750
 
 
 @pytest.mark.parametrize("size", [b"-0000001000", b"-1", b"\xff" * 12, b"0o10", b"1_0", b"+1"])
@@ -420,7 +423,7 @@ def test_an_index_over_a_header_whose_size_is_none(size: bytes) -> None:
     data = block(b"pax", size, b"x") + block(b"a.jpg") + bytes(1024)
     index = b"v1.2 1\njpg 1024 0 a.jpg\n"
     with pytest.raises(ValueError, match="line 2 does not tell what the tar has at byte 1,024"):
-        packed_by_index(index, lambda offset, size: data[offset : offset + size], b"x.tar")
+        read_dali_index(index, lambda offset, size: data[offset : offset + size], b"x.tar")
     sound = block(b"pax", 0, b"x") + data[512:]
-    (found,) = packed_by_index(index, lambda offset, size: sound[offset : offset + size], b"x.tar")
+    (found,) = read_dali_index(index, lambda offset, size: sound[offset : offset + size], b"x.tar")
     assert found.name == b"a.jpg"

@@ -1,12 +1,15 @@
-"""Where images come from, one layout a module. A source lists its inputs in a fixed order and reads one by its location."""
+"""Where images come from: one source a file.
+
+To add one, write a module with a subclass of `base.Source`, whose docstring says what it needs, and add a line to `LAYOUTS`.
+"""
 
 # Layout → module and class. In the order of looking: the more particular first. Each is imported only when it is its turn.
 LAYOUTS = {
     "ilsvrc": "ilsvrc.IlsvrcArchives",
     "kaggle": "folders.Kaggle",
     "cifar": "cifar.Cifar",
-    "mnist": "binary.Mnist",
-    "norb": "binary.SmallNorb",
+    "mnist": "mnist.Mnist",
+    "norb": "norb.SmallNorb",
     "table": "table.Table",
     "webdataset": "wds.Webdataset",
     "tar": "tars.TarOfClassFolders",

@@ -1,4 +1,14 @@
-"""What a source is: a list of inputs in a fixed order, each of which can be read on its own."""
+"""What a source is: a list of inputs in a fixed order, each of which can be read on its own.
+
+A new source is a new module beside this one, with a subclass of `Source` and a line in `LAYOUTS`. It needs three things:
+
+1. `at`: recognises its own form by evidence that fits nothing else, and returns the source, or None;
+2. `inputs`: lists every image once, in an order that any two listings share;
+3. `read`: gives one of them, as encoded bytes or as pixels; by default the bytes at the input's location.
+
+`classes`, `covers` and `resident_bytes` are overridden where the defaults do not hold. Turning images into shards is no matter
+of a source: see `conversion`.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +22,7 @@ from numpy.typing import NDArray
 
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.sources.ground_truth import find_meta_mat
-from alexprep.shards.storage import Files
+from alexprep.shards.storage import Files, as_text
 
 # What people call their splits, and what they are called in a data set.
 SPLITS = {
@@ -44,12 +54,11 @@ class Location(NamedTuple):
 
     def __str__(self) -> str:
         """For ledgers and messages; bytes that are not UTF-8 are written as escapes."""
-        whole = b"/".join(part for part in (self.path, self.member) if part)
-        return whole.decode("utf-8", "backslashreplace")
+        return as_text(b"/".join(part for part in (self.path, self.member) if part))
 
 
 class Input(NamedTuple):
-    """One image to be: the split and class it belongs to, and where its source finds it."""
+    """One image to be converted: the split and class it belongs to, and where its source finds it."""
 
     split: str
     class_name: str
@@ -69,6 +78,15 @@ class Source:
     files: Files
     layout: ClassVar[str]
     expects: ClassVar[str]
+
+    @classmethod
+    def at(cls, files: Files, name: bytes) -> Source | None:
+        """The source of this layout in the root of `files`, or that the file `name` there is or stands for; None for none.
+
+        Raises:
+            AlexprepError: it is of this layout, and damaged, incomplete, or to be understood in two ways.
+        """
+        raise NotImplementedError
 
     def inputs(self) -> Iterator[Input]:
         """Every input once, in an order that any two listings share: by split, class, and then name, as bytes.
@@ -123,7 +141,7 @@ def class_name_of(folder: bytes, known: dict[str, bytes], place: str) -> str:
     Raises:
         AlexprepError: another folder has that name already, written out as such escapes.
     """
-    name = folder.decode("utf-8", "backslashreplace")
+    name = as_text(folder)
     if known.setdefault(name, folder) != folder:
         raise AlexprepError(
             f"{place} holds the folders {known[name]!r} and {folder!r}, both the class {name}: rename one"
@@ -150,7 +168,7 @@ def split_folders(folders: Iterable[bytes], place: str) -> dict[str, bytes]:
 
 
 def split_of(name: bytes) -> str | None:
-    """The split that a folder or file named so stands for, by the word it begins or ends with or is.
+    """The split that a folder or file named so stands for, by the one word of its name that means a split.
 
     >>> split_of(b"validation"), split_of(b"imagenet-train-000012.tar"), split_of(b"pictures")
     ('val', 'train', None)

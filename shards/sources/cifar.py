@@ -1,7 +1,8 @@
 """CIFAR-10 and CIFAR-100 in the binary version of https://www.cs.toronto.edu/~kriz/cifar.html, unpacked or as downloaded.
 
 A record is one label byte (CIFAR-100: the coarse label, then the fine one) and 3 × 1,024 bytes: the red, green and blue plane of
-32 × 32 pixels, row by row.
+32 × 32 pixels, row by row. What it shares with other files of records is in `binary_records`; CIFAR as images in class folders, or
+as a tar of them, is no matter of this source.
 """
 
 from __future__ import annotations
@@ -18,12 +19,22 @@ from numpy.typing import NDArray
 
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.sources.base import Input, Location, Source
-from alexprep.shards.sources.binary import Part, in_order, is_gzipped, listing, numbered, record, resident, whole
-from alexprep.shards.storage import Files
+from alexprep.shards.sources.binary_records import (
+    AGAIN,
+    RecordFile,
+    inflated_bytes,
+    inputs_by_class,
+    is_gzipped,
+    needed,
+    read_record,
+    read_whole,
+    record_name,
+)
+from alexprep.shards.storage import Files, as_text
+from alexprep.shards.tar_format import members, reader_of
 
 _SIDE = 32
 _PIXELS = 3 * _SIDE * _SIDE
-_AGAIN = "download it again"
 
 
 class _Kind(NamedTuple):
@@ -76,8 +87,8 @@ class Cifar(Source):
     expects = "cifar-10-binary.tar.gz, cifar-100-binary.tar.gz, or the folder that they unpack to"
 
     @classmethod
-    def at(cls, files: Files, name: bytes) -> Cifar | None:
-        """The binary version that is named, that the root is, or that lies in the root; unpacked before packed.
+    def at(cls, files: Files, name: bytes) -> Source | None:
+        """See `Source`: the binary version that is named, that the root is, or that lies in the root; unpacked before packed.
 
         Raises:
             AlexprepError: another version of CIFAR, or both CIFAR-10 and CIFAR-100.
@@ -86,9 +97,7 @@ class Cifar(Source):
             _refuse_other(files, name)
             archive = _ARCHIVE.fullmatch(name)
             return cls(files, int(archive[1]), archive=name) if archive else None
-        entries = files.entries()
-        folders = {entry.name for entry in entries if entry.is_folder}
-        plain = [entry.name for entry in entries if not entry.is_folder]
+        folders, plain = files.folder_names(), files.file_names()
         for count, kind in _KINDS.items():
             if kind.names in plain and any(file in plain for file in kind.splits["train"]):
                 return cls(files, count)
@@ -104,9 +113,9 @@ class Cifar(Source):
                 if others <= set(plain):
                     _refuse_other(files, b"", count)
             # Beside other folders such a one says little: SOURCE may be class folders.
-            if all(entry.name.startswith(b"cifar-") for entry in entries):
-                for entry in entries:
-                    _refuse_other(files, entry.name)
+            if all(entry.startswith(b"cifar-") for entry in (*folders, *plain)):
+                for entry in (*folders, *plain):
+                    _refuse_other(files, entry)
         return next(iter(found.values()), None)
 
     def inputs(self) -> Iterator[Input]:
@@ -117,11 +126,12 @@ class Cifar(Source):
         """
         names, batches = _contents(self)
         for split in _KINDS[self.count].splits:
-            yield from in_order(split, names, [Part(b.labels, b.locate) for b in batches if b.split == split])
+            files = [RecordFile(batch.labels, batch.locate) for batch in batches if batch.split == split]
+            yield from inputs_by_class(split, names, files)
 
     def read(self, location: Location) -> NDArray[np.uint8]:
         """One image, uint8 (32, 32, 3) RGB."""
-        planes = np.frombuffer(record(self.files, location), np.uint8)[-_PIXELS:].reshape(3, _SIDE, _SIDE)
+        planes = np.frombuffer(read_record(self.files, location), np.uint8)[-_PIXELS:].reshape(3, _SIDE, _SIDE)
         return np.ascontiguousarray(planes.transpose(1, 2, 0))
 
     def classes(self, present: set[str]) -> list[str]:
@@ -130,84 +140,77 @@ class Cifar(Source):
 
     def resident_bytes(self) -> int:
         """What a gzipped archive holds."""
-        return resident(self.files, [self.archive] if self.archive else [])
+        return inflated_bytes(self.files, [self.archive] if self.archive else [])
 
 
 class _Batch(NamedTuple):
-    """One file of records: where it begins, in which file, and its labels."""
+    """One file of records: where it is, and its labels."""
 
     split: str
-    path: bytes
-    member: bytes
-    offset: int
+    file: Location
     record_bytes: int
     labels: NDArray[np.uint8]
 
-    def locate(self, n: int) -> tuple[Location]:
-        member = self.member + numbered(n, len(self.labels))
-        return (Location(self.path, member, self.offset + n * self.record_bytes, self.record_bytes),)
+    def locate(self, record: int) -> tuple[Location]:
+        path, member, offset, _ = self.file
+        name = member + record_name(record, len(self.labels))
+        return (Location(path, name, offset + record * self.record_bytes, self.record_bytes),)
 
 
 @functools.lru_cache(maxsize=2)
 def _contents(source: Cifar) -> tuple[tuple[str, ...], list[_Batch]]:
     """Class names and batches, without pixels; kept, since a gzipped archive takes seconds."""
     kind = _KINDS[source.count]
-    files = {kind.names: ""}
-    for split, batch_names in kind.splits.items():
-        files |= dict.fromkeys(batch_names, split)
+    splits = {kind.names: ""} | {name: split for split, batches in kind.splits.items() for name in batches}
     names: tuple[str, ...] = ()
     batches = []
-    for name, (path, member, offset, content) in _fetched(source, list(files)):
-        shown = source.files.display(path) + (f"/{member.decode('utf-8', 'backslashreplace')}" if member else "")
+    for name, location, content in _binary_files(source, list(splits)):
+        shown = source.files.display(location.path) + (f"/{as_text(location.member)}" if location.member else "")
         if name == kind.names:
             names = _class_names(content, source.count, shown)
         else:
             labels = _labels(content, kind.bounds, shown)
-            batches.append(_Batch(files[name], path, member, offset, len(kind.bounds) + _PIXELS, labels))
+            batches.append(_Batch(splits[name], location, len(kind.bounds) + _PIXELS, labels))
     return names, batches
 
 
-def _fetched(source: Cifar, names: list[bytes]) -> Iterator[tuple[bytes, tuple[bytes, bytes, int, bytes]]]:
-    """Each file's path, name in an archive, first byte there, and content, in the order of `names`."""
+def _binary_files(source: Cifar, names: list[bytes]) -> Iterator[tuple[bytes, Location, bytes]]:
+    """Where each file is and what it holds, in the order of `names`."""
     files, archive = source.files, source.archive
     if not archive:
-        present = {entry.name for entry in files.entries(source.folder) if not entry.is_folder}
+        present = files.file_names(source.folder)
         for name in names:
             if name not in present:
                 raise AlexprepError(
                     f"{files.display(source.folder)} has no {name.decode()}: download and unpack it again"
                 )
             path = os.path.join(source.folder, name)
-            yield name, (path, b"", 0, whole(files, path))
+            yield name, Location(path), read_whole(files, path)
         return
-    from alexprep.shards.tar_format import members
-
     shown = files.display(archive)
-    with listing(files, archive):
-        size = files.size(archive)
-        content = whole(files, archive) if is_gzipped(archive) else None
-
-        def read(offset: int, size: int) -> bytes:
-            return files.read(archive, offset, size) if content is None else content[offset : offset + size]
-
-        found: dict[bytes, tuple[bytes, int, int]] = {}
-        for member in members(read, size if content is None else len(content), shown):
+    with needed(files, archive):
+        if is_gzipped(archive):
+            content = read_whole(files, archive)
+            read, size = reader_of(content), len(content)
+        else:
+            read, size = (lambda offset, size: files.read(archive, offset, size)), files.size(archive)
+        found: dict[bytes, Location] = {}
+        for member in members(read, size, shown):
             name = os.path.basename(member.name)
             if member.kind == "file" and name in names:
                 if name in found:
-                    raise AlexprepError(f"{shown} holds {name.decode()} twice: {_AGAIN}")
-                found[name] = (member.name, member.offset, member.size)
+                    raise AlexprepError(f"{shown} holds {name.decode()} twice: {AGAIN}")
+                found[name] = Location(archive, member.name, member.offset, member.size)
         for name in names:
             if name not in found:
-                raise AlexprepError(f"{shown} has no {name.decode()}: {_AGAIN}")
-            path, offset, size = found[name]
-            yield name, (archive, path, offset, read(offset, size))
+                raise AlexprepError(f"{shown} has no {name.decode()}: {AGAIN}")
+            yield name, found[name], read(found[name].offset, found[name].size)
 
 
 def _class_names(content: bytes, count: int, shown: str) -> tuple[str, ...]:
     names = tuple(line.strip() for line in content.decode("utf-8", "replace").split("\n") if line.strip())
     if len(set(names)) != count or len(names) != count or "\ufffd" in "".join(names):
-        raise AlexprepError(f"{shown} has {len(set(names))} class names in {len(names)} lines, not {count}: {_AGAIN}")
+        raise AlexprepError(f"{shown} has {len(set(names))} class names in {len(names)} lines, not {count}: {AGAIN}")
     return names
 
 
@@ -218,14 +221,14 @@ def _labels(content: bytes, bounds: tuple[int, ...], shown: str) -> NDArray[np.u
     if rest or not count:
         raise AlexprepError(
             f"{shown} has {len(content):,} bytes, no multiple of the {size:,} of a record: it ends within record {count:,}; "
-            f"{_AGAIN}"
+            f"{AGAIN}"
         )
     labels = np.frombuffer(content, np.uint8).reshape(count, size)[:, : len(bounds)]
     wrong = np.argwhere(labels >= np.array(bounds, np.uint8))
     if wrong.size:
         row, column = wrong[0]
         raise AlexprepError(
-            f"{shown}, record {row:,}: the label {labels[row, column]} is above {bounds[column] - 1}; {_AGAIN}"
+            f"{shown}, record {row:,}: the label {labels[row, column]} is above {bounds[column] - 1}; {AGAIN}"
         )
     return labels[:, -1].copy()
 

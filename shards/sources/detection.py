@@ -1,15 +1,17 @@
-"""Which layout a path has: found by looking, or named."""
+"""Finds out which source a path or URL is, by asking each in turn; or takes the one that is named.
+
+What a layout looks like is known to its source alone, in `Source.at`.
+"""
 
 from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable
 
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.sources import LAYOUTS
 from alexprep.shards.sources.base import Source
-from alexprep.shards.storage import Files, files_at
+from alexprep.shards.storage import files_at
 
 
 def find_source(place: str, layout: str | None = None) -> Source:
@@ -24,26 +26,22 @@ def find_source(place: str, layout: str | None = None) -> Source:
     """
     files, name = files_at(place)
     for candidate in (layout,) if layout else LAYOUTS:
-        source = _finder(candidate)(files, name)
+        source = _source_class(candidate).at(files, name)
         if source is not None:
             return source
     if layout:
-        raise AlexprepError(f"SOURCE {place} has not the layout {layout!r}: expected {_class(layout).expects}")
+        raise AlexprepError(f"SOURCE {place} has not the layout {layout!r}: expected {_source_class(layout).expects}")
     if name:
         raise AlexprepError(
             f"SOURCE {place} is a file of no known layout: name a folder, a tar, or a list ending in .csv, .tsv or .parquet"
         )
     raise AlexprepError(
-        f"SOURCE {place} holds no class folders and no other layout that is known: expected {_class('folders').expects}"
+        f"SOURCE {place} holds no class folders and no other layout that is known: expected {_source_class('folders').expects}"
     )
 
 
-def _finder(layout: str) -> Callable[[Files, bytes], Source | None]:
-    return _class(layout).at  # type: ignore[attr-defined,no-any-return]
-
-
 @functools.cache
-def _class(layout: str) -> type[Source]:
+def _source_class(layout: str) -> type[Source]:
     if layout not in LAYOUTS:
         raise AlexprepError(f"--layout {layout} is not one of {', '.join(LAYOUTS)}")
     module, _, name = LAYOUTS[layout].partition(".")

@@ -1,4 +1,7 @@
-"""ILSVRC 2010 and 2012 as downloaded: train is a tar with one tar a synset, val and test are flat tars."""
+"""ILSVRC 2010 and 2012 as downloaded: train is a tar with one tar a synset, val and test are flat tars.
+
+As Kaggle packs it, see `folders`; how the devkit tells the classes of val, see `ground_truth`.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from alexprep.shards.errors import AlexprepError
-from alexprep.shards.sources.base import UNLABELLED, Input, class_name_of
-from alexprep.shards.sources.ground_truth import find_truth, year_of
-from alexprep.shards.sources.tars import ArchiveSource, each_once, packed_files
-from alexprep.shards.storage import Files
+from alexprep.shards.sources.base import UNLABELLED, Input, Source, class_name_of
+from alexprep.shards.sources.ground_truth import find_ground_truth, year_of
+from alexprep.shards.sources.tars import ArchiveSource
+from alexprep.shards.storage import Files, as_text
 
 _NAME = re.compile(rb"ILSVRC(20\d\d)_(?:img|images)_(train|val|test)(?:_v\d+)?\.tar")
 # The MD5s that the organisers publish for 2012 (as torchvision's ImageNet class and many scripts quote them).
@@ -36,14 +39,10 @@ class IlsvrcArchives(ArchiveSource):
     expects = "a folder with ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz, or one of the tars"
 
     @classmethod
-    def at(cls, files: Files, name: bytes) -> IlsvrcArchives | None:
-        """The archives in the root, or the one that is named.
-
-        Raises:
-            AlexprepError: two archives stand for one split.
-        """
+    def at(cls, files: Files, name: bytes) -> Source | None:
+        """See `Source`: the archives in the root, or the one that is named. Refused: two for one split."""
         found: dict[str, bytes] = {}
-        for file in [name] if name else [entry.name for entry in files.entries() if not entry.is_folder]:
+        for file in [name] if name else files.file_names():
             match = _NAME.fullmatch(file)
             if match is None:
                 continue
@@ -66,26 +65,22 @@ class IlsvrcArchives(ArchiveSource):
         return year_of(path for _, path in self.archives)
 
     def _train(self, path: bytes) -> Iterator[Input]:
-        synsets = (
-            (os.path.basename(file.name), file) for file in each_once(self.files, packed_files(self.files, path))
-        )
         known: dict[str, bytes] = {}
-        for file, synset in sorted(synsets):
+        for file, synset in sorted((os.path.basename(file.name), file) for file in self.packed(path)):
             class_folder, _, end = file.rpartition(b".")
             if end != b"tar" or synset.location.offset < 0:
                 raise AlexprepError(
-                    f"{self.files.display(path)} holds {synset.name.decode('utf-8', 'backslashreplace')}, expected one "
+                    f"{self.files.display(path)} holds {as_text(synset.name)}, expected one "
                     "SYNSET.tar a class: for a tar of class folders use --layout tar"
                 )
             class_name = class_name_of(class_folder, known, self.files.display(path))
-            inner = packed_files(self.files, path, synset.location, synset.name + b"/")
-            for _, location in sorted(each_once(self.files, inner)):
+            for _, location in sorted(self.packed(path, synset.location)):
                 yield Input("train", class_name, location)
 
     def _flat(self, split: str, path: bytes) -> Iterator[Input]:
-        packed = sorted(each_once(self.files, packed_files(self.files, path)))
+        packed = sorted(self.packed(path))
         year = year_of([path])
-        truth = find_truth(self.files, split, [name for name, _ in packed], year=year)
+        truth = find_ground_truth(self.files, split, [name for name, _ in packed], year=year)
         if truth is None and split != "test":
             raise AlexprepError(
                 f"nothing beside {self.files.display(path)} tells the classes of its images: put the devkit of {year} "

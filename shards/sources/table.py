@@ -1,4 +1,7 @@
-"""A list of images as SOURCE: CSV, TSV (both also gzipped) or Parquet, with a column of paths and one of labels."""
+"""A list of images as SOURCE: CSV, TSV (both also gzipped) or Parquet, with a column of paths and one of labels.
+
+Images inside a table are not read. Lists that tell the classes of the images beside them, as Kaggle's, are in `ground_truth`.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ import os
 import re
 import zlib
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -22,71 +25,203 @@ from numpy.typing import NDArray
 
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.sources.base import SPLITS, Input, Location, Source, numbered_classes, split_of
-from alexprep.shards.storage import Files, LocalFiles, RemoteFiles, is_url, local_path
-
-# -------------------- What a table's cells mean: where a path points, and what is wrong with a label.
-
-
-NUMBER = re.compile(r"0|[1-9][0-9]*")
-_MAX_NAME = 1000  # characters; beyond that it is prose
-
-
-def located(cell: str) -> bytes:
-    """Where the cell of a path points, in one spelling: a/./b, a//b and file:///a/b are a/b and /a/b; other URLs as they are."""
-    local = local_path(cell)
-    if local is None:
-        return cell.encode()
-    if not re.search(r"(^|/)(\./|/)", local):
-        return local.encode()
-    parts = [part for part in local.split("/") if part not in ("", ".")]
-    return ("/" * local.startswith("/") + "/".join(parts)).encode()
-
-
-def label_problem(label: str) -> str:
-    """What is wrong with a label by itself; empty if nothing."""
-    if label in ("", "nan", "NaN"):
-        return "the label is missing: fill it in, or delete the row"
-    if len(label) > _MAX_NAME:
-        return f"the label has {len(label):,} characters, more than {_MAX_NAME:,}: is this column the label?"
-    parts = re.split(r"[\s,]+", label.strip("[]() "))
-    if (
-        re.search(r"[|;]", label)
-        or re.fullmatch(r"\[.*\]", label)
-        or (len(parts) > 1 and all(map(NUMBER.fullmatch, parts)))
-    ):
-        return several(label)
-    if re.fullmatch(r"-[0-9]+", label):
-        return f"the label {label} is below 0: number the classes from 0"
-    if re.fullmatch(r"[+-]?[0-9]*\.[0-9]*", label):
-        return f"the label {label} is no whole number: write it without a point"
-    if any(ord(character) < 32 for character in label):
-        return f"the label {label!r} holds a control character"
-    return ""
-
-
-def several(label: str) -> str:
-    """What is wrong with a label that is more than one."""
-    return f"the cell {label!r} gives one image several labels; one is needed: keep one, or write one without | ; and ,"
-
-
-# -------------------- Rows of a CSV, TSV or Parquet file: the path, label and split of each, and where it stands. Nothing is held but a batch.
-
+from alexprep.shards.storage import Files, LocalFiles, as_text, is_url, local_path
 
 # Column names in lower case; where a table has several of one kind, the first in this order counts.
 PATHS = ("path", "file", "filename", "image", "image_path", "filepath", "url")
 LABELS = ("label", "class", "wnid", "target", "category", "y")
 SPLIT_COLUMNS = ("split", "set", "subset", "fold")
 
+MAX_LABEL = 10**6  # far above what sets have (Google Landmarks v2: 203,094 classes); each number up to it takes a class
 MAX_LINE_BYTES = 2**20  # paths have at most 4,096, URLs seldom more; an endless line must not fill the memory
-_BATCH = 65_536
-_BUFFER = 2**20
+_MAX_NAME = 1000  # characters of a label; beyond that it is prose
+_BATCH = 65_536  # rows
+_BUFFER_BYTES = 2**20
+_SPLIT_NAMES = sorted(set(SPLITS.values()))
+_whole_number = re.compile(r"0|[1-9][0-9]*").fullmatch
+
+
+@dataclass(frozen=True)
+class Table(Source):
+    """Rows of path and label. Paths are relative to the table's folder, absolute, or URLs that fsspec understands.
+
+    The split is that of the row where there is such a column, otherwise the one that the table's name tells (val.csv),
+    otherwise "train". If every label is a whole number, it is the label itself and the classes are named "0" to the highest;
+    otherwise labels are the names of classes. A row has one label. Several are refused: a cell with "|" or ";", a cell in
+    square brackets, several whole numbers, and a cell with commas all of whose parts are labels of other rows. (A comma or a
+    space alone says nothing: "tench, Tinca tinca" is one class.)
+
+    Attributes:
+        table: the table's name in the root.
+    """
+
+    table: bytes = b""
+    layout = "table"
+    expects = "a file ending in .csv, .tsv (or .csv.gz, .tsv.gz) or .parquet, with columns such as path and label"
+
+    @classmethod
+    def at(cls, files: Files, name: bytes) -> Source | None:
+        """See `Source`: the named file, by its ending."""
+        if not name.lower().endswith((b".csv", b".tsv", b".csv.gz", b".tsv.gz", b".parquet")):
+            return None
+        try:
+            first = next(read_rows(files, name), None)
+        except AlexprepError:  # told when the inputs are listed
+            first = None
+        if isinstance(files, LocalFiles):
+            files = LocalFiles(files.root, remote=bool(first and first.path and is_url(path_in(first.path))))
+        return cls(files, name)
+
+    def inputs(self) -> Iterator[Input]:
+        """By split, class and path, as bytes.
+
+        15 million rows need about 2.5 times the bytes of their paths and 60 bytes a row: 3 GB for paths of 60 bytes.
+
+        Raises:
+            AlexprepError: a cell is missing or makes no sense, or a path occurs twice; the line is named.
+        """
+        yield from _Rows(self.files, self.table).in_order()
+
+    def classes(self, present: set[str]) -> list[str]:
+        """The numbers from "0" to the highest where all are numbers, otherwise sorted as bytes."""
+        if present and all(map(_whole_number, present)):
+            return numbered_classes(present)
+        return super().classes(present)
+
+
+class _Rows:
+    """A table's rows as columns: split and class as codes, in 9 bytes a row beside the path and the line."""
+
+    def __init__(self, files: Files, name: bytes) -> None:
+        """Reads and checks every row."""
+        self._files, self._shown = files, files.display(name)
+        self._text = not name.lower().endswith(b".parquet")
+        self._split = split_of(os.path.splitext(name)[0]) or "train"
+        self._classes: dict[str, int] = {}
+        self._first_rows: list[int] = []  # of each class
+        self._codes, self._places, self._splits = array("i"), array("q"), array("b")
+        self._paths: list[Any] = []
+        split_codes: dict[str | None, int] = {}
+        codes: dict[str | None, int] = {}  # by the cell as it stands
+        paths: list[bytes] = []
+        for row in read_rows(files, name):
+            code = codes.get(row.label)
+            if code is None:
+                code = codes[row.label] = self._code(row)
+            split = split_codes.get(row.split)
+            if split is None:
+                split = split_codes[row.split] = _SPLIT_NAMES.index(self._split_of(row))
+            self._codes.append(code)
+            self._splits.append(split)
+            self._places.append(row.place)
+            paths.append(self._path(row))
+            if len(paths) == _BATCH:
+                self._paths.append(pa.array(paths, pa.large_binary()))
+                paths = []
+        self._paths.append(pa.array(paths, pa.large_binary()))
+        if not self._codes:
+            raise AlexprepError(
+                f"{self._shown} has no row below its header: it needs one for each image, with its path and its label"
+            )
+        self._check_labels()
+
+    def in_order(self) -> Iterator[Input]:
+        """The inputs by split, class and path.
+
+        Raises:
+            AlexprepError: a path occurs twice.
+        """
+        paths = pa.concat_arrays(self._paths)
+        self._paths.clear()
+        by_path = pc.sort_indices(paths)  # stable, and by bytes
+        paths = paths.take(by_path)
+        order: NDArray[np.int64] = by_path.to_numpy().astype(np.int64)
+        if len(paths) > 1 and (same := pc.index(pc.equal(paths[:-1], paths[1:]), True).as_py()) >= 0:
+            self._fail_twice(paths[same].as_py(), int(order[same]), int(order[same + 1]))
+        names = sorted(self._classes, key=str.encode)
+        rank = np.empty(len(names), np.int64)
+        rank[[self._classes[name] for name in names]] = np.arange(len(names))
+        key = np.frombuffer(self._splits, np.int8).astype(np.int64) * len(names)
+        key += rank[np.frombuffer(self._codes, np.int32)]
+        key = key[order]
+        order = np.argsort(key, kind="stable")
+        for start in range(0, len(order), _BATCH):
+            some = order[start : start + _BATCH]
+            for where, path in zip(key[some].tolist(), paths.take(pa.array(some)).to_pylist(), strict=True):
+                split, code = divmod(where, len(names))
+                yield Input(_SPLIT_NAMES[split], names[code], Location(path))
+
+    def _at(self, place: int) -> str:
+        return f"{self._shown}, {'line' if self._text else 'row'} {place:,}"
+
+    def _path(self, row: Row) -> bytes:
+        if not row.path:
+            raise AlexprepError(f"{self._at(row.place)}: the path is missing: fill it in, or delete the row")
+        if "\0" in row.path:
+            raise AlexprepError(f"{self._at(row.place)}: the path {row.path!r} holds a NUL, which no path can")
+        path = path_in(row.path)
+        if path.startswith(b"/") and not isinstance(self._files, LocalFiles):
+            raise AlexprepError(
+                f"{self._at(row.place)}: the path {row.path!r} is absolute, but the table lies at a URL: make it relative to "
+                "the table, or a URL"
+            )
+        return path
+
+    def _split_of(self, row: Row) -> str:
+        if row.split is None:
+            return self._split
+        split = SPLITS.get(row.split.strip().lower())
+        if split is None:
+            raise AlexprepError(
+                f"{self._at(row.place)}: the split {row.split!r} is not one of {', '.join(SPLITS)}: change it, or rename "
+                "the column if it is none of splits"
+            )
+        return split
+
+    def _code(self, row: Row) -> int:
+        """The code of a label that has not been seen before."""
+        label = (row.label or "").strip()
+        problem = label_problem(label)
+        if problem:
+            raise AlexprepError(f"{self._at(row.place)}: {problem}")
+        if label not in self._classes:
+            self._classes[label] = len(self._classes)
+            self._first_rows.append(row.place)
+        return self._classes[label]
+
+    def _check_labels(self) -> None:
+        """What can only be said of all labels together."""
+        if all(map(_whole_number, self._classes)):
+            highest = max(self._classes, key=int)
+            if int(highest) > MAX_LABEL:
+                raise AlexprepError(
+                    f"{self._at(self._first_rows[self._classes[highest]])}: the label {highest} is above {MAX_LABEL:,}: number "
+                    "the classes from 0, or give them names"
+                )
+        for label, code in self._classes.items():
+            parts = [part.strip() for part in label.split(",")]
+            if len(parts) > 1 and all(part in self._classes for part in parts):
+                raise AlexprepError(f"{self._at(self._first_rows[code])}: {several(label)}")
+
+    def _fail_twice(self, path: bytes, first: int, second: int) -> None:
+        lines = f"{'lines' if self._text else 'rows'} {self._places[first]:,} and {self._places[second]:,}"
+        names = list(self._classes)
+        labels = [names[self._codes[row]] for row in (first, second)]
+        what = "the same label" if labels[0] == labels[1] else f"the labels {labels[0]!r} and {labels[1]!r}"
+        if self._splits[first] != self._splits[second]:
+            what += " and in two splits"
+        raise AlexprepError(f"{self._shown}: {lines} both name {as_text(path)!r}, with {what}: delete one")
+
+
+# Rows: nothing is held but a batch
 
 
 class Row(NamedTuple):
-    """One row; None and "" stand for a missing cell, also for a table without splits.
+    """One row; a cell that is missing is None or "".
 
     Attributes:
         place: line of a text (the last one of a row that goes over several), or row of a Parquet file; the first is 1.
+        split: None in a table without splits, and there alone.
     """
 
     place: int
@@ -95,35 +230,28 @@ class Row(NamedTuple):
     split: str | None
 
 
-def read_rows(files: Files, name: bytes) -> tuple[bool, Iterator[Row]]:
-    """Whether the table has a column of splits, and its rows.
+def read_rows(files: Files, name: bytes) -> Iterator[Row]:
+    """The rows of a table.
 
     Raises:
-        AlexprepError: damaged, not UTF-8, or without the columns; from the iterator too.
+        AlexprepError: damaged, not UTF-8, or without the columns.
     """
-    if name.lower().endswith(b".parquet"):
-        return _parquet_rows(files, name)
-    return _text_rows(files, name)
+    return (_parquet_rows if name.lower().endswith(b".parquet") else _text_rows)(files, name)
 
 
-def _text_rows(files: Files, name: bytes) -> tuple[bool, Iterator[Row]]:
+def _text_rows(files: Files, name: bytes) -> Iterator[Row]:
     shown = files.display(name)
     table = _parsed(files, name, shown)
-    first = next(table, None)
-    if first is None:
+    place, cells = next(table, (0, []))
+    if not cells:
         raise AlexprepError(f"{shown} is empty: it needs a row for each image, with its path and its label")
-    place, cells = first
+    width = len(cells)
     # No header: two cells of which the first can be a file's name and the second is no column's.
-    if len(cells) == 2 and any(mark in cells[0] for mark in "./") and cells[1].strip().lower() not in LABELS:
-        return False, _chosen(itertools.chain([first], table), (0, 1, None), 2, shown)
-    columns = _columns(cells, f"{shown}, line {place}")
-    return columns[2] is not None, _chosen(table, columns, len(cells), shown)
-
-
-def _chosen(
-    table: Iterable[tuple[int, list[str]]], columns: tuple[int, int, int | None], width: int, shown: str
-) -> Iterator[Row]:
-    path, label, split = columns
+    if width == 2 and any(mark in cells[0] for mark in "./") and cells[1].strip().lower() not in LABELS:
+        path, label, split = 0, 1, None
+        table = itertools.chain([(place, cells)], table)
+    else:
+        path, label, split = _columns(cells, f"{shown}, line {place}")
     for place, cells in table:
         if len(cells) != width:
             raise AlexprepError(
@@ -174,9 +302,9 @@ def _parsed(files: Files, name: bytes, shown: str) -> Iterator[tuple[int, list[s
 
 
 def _lines(files: Files, name: bytes, shown: str) -> Iterator[str]:
-    stream = io.BufferedReader(_Reader(files, name), _BUFFER)
+    stream = io.BufferedReader(_Reader(files, name), _BUFFER_BYTES)
     if stream.peek(2)[:2] == b"\x1f\x8b":
-        stream = io.BufferedReader(gzip.GzipFile(fileobj=stream), _BUFFER)  # type: ignore[arg-type]
+        stream = io.BufferedReader(gzip.GzipFile(fileobj=stream), _BUFFER_BYTES)  # type: ignore[arg-type]
     number = 0
     while line := stream.readline(MAX_LINE_BYTES + 1):
         number += 1
@@ -192,17 +320,27 @@ def _lines(files: Files, name: bytes, shown: str) -> Iterator[str]:
             ) from None
 
 
-def _parquet_rows(files: Files, name: bytes) -> tuple[bool, Iterator[Row]]:
+def _parquet_rows(files: Files, name: bytes) -> Iterator[Row]:
     shown = files.display(name)
     try:
-        table = pq.ParquetFile(io.BufferedReader(_Reader(files, name), _BUFFER))
+        table = pq.ParquetFile(io.BufferedReader(_Reader(files, name), _BUFFER_BYTES))
     except (pa.ArrowException, OSError) as error:
         raise AlexprepError(f"{shown} is no Parquet file or damaged ({error}): check it, or get it again") from None
-    columns = _columns(table.schema_arrow.names, shown)
-    for what, column in zip(("path", "label", "split"), columns, strict=True):
-        if column is not None:
-            _check_type(table.schema_arrow.field(column), what, shown)
-    return columns[2] is not None, _from_batches(table, columns, shown)
+    schema = table.schema_arrow
+    columns = [schema.names[n] for n in _columns(schema.names, shown) if n is not None]
+    for what, column in zip(("path", "label", "split"), columns, strict=False):
+        _check_type(schema.field(column), what, shown)
+    done = 0
+    try:
+        for batch in table.iter_batches(_BATCH, columns=columns):
+            places = range(done + 1, done + 1 + len(batch))
+            paths, labels, *splits = (_texts(batch.column(column), done, shown) for column in columns)
+            yield from map(
+                Row, places, paths, labels, [cell or "" for cell in splits[0]] if splits else [None] * len(batch)
+            )
+            done += len(batch)
+    except (pa.ArrowException, OSError) as error:
+        raise AlexprepError(f"{shown} cannot be read after row {done:,} ({error}): check it, or get it again") from None
 
 
 def _check_type(field: Any, what: str, shown: str) -> None:
@@ -219,19 +357,6 @@ def _check_type(field: Any, what: str, shown: str) -> None:
     wanted = "a string or a whole number" if what == "label" else "a string"
     inside = "; images inside a table are not read" if what == "path" else ""
     raise AlexprepError(f"{shown}: the column {field.name!r} has the type {kind}, but a {what} is {wanted}{inside}")
-
-
-def _from_batches(table: pq.ParquetFile, columns: tuple[int, int, int | None], shown: str) -> Iterator[Row]:
-    names = [None if column is None else table.schema_arrow.names[column] for column in columns]
-    done = 0
-    try:
-        for batch in table.iter_batches(_BATCH, columns=[name for name in names if name is not None]):
-            places = range(done + 1, done + 1 + len(batch))
-            cells = [[None] * len(batch) if name is None else _texts(batch.column(name), done, shown) for name in names]
-            yield from map(Row, places, *cells)
-            done += len(batch)
-    except (pa.ArrowException, OSError) as error:
-        raise AlexprepError(f"{shown} cannot be read after row {done:,} ({error}): check it, or get it again") from None
 
 
 def _texts(column: Any, before: int, shown: str) -> list[str | None]:
@@ -272,215 +397,42 @@ class _Reader(io.RawIOBase):
         return len(data)
 
 
-# -------------------- A list of images as SOURCE: CSV, TSV (both also gzipped) or Parquet, with a column of paths and one of labels.
+# What cells mean
 
 
-MAX_LABEL = 10**6  # far above what sets have (Google Landmarks v2: 203,094 classes); each number up to it takes a class
-
-_LISTED_BATCH = 65_536
-_SPLIT_NAMES = sorted(set(SPLITS.values()))
-
-
-@dataclass(frozen=True)
-class LocalOrRemote(LocalFiles):
-    """A disk, for a table whose rows may be URLs.
-
-    Attributes:
-        remote: whether they are, as the first one tells: several reads are to be under way at once.
-    """
-
-    remote: bool = False
-
-    def size(self, path: bytes) -> int:
-        """See `Files`."""
-        return RemoteFiles("").size(path) if is_url(path) else super().size(path)
-
-    def read(self, path: bytes, offset: int = 0, size: int = -1) -> bytes:
-        """See `Files`."""
-        return RemoteFiles("").read(path, offset, size) if is_url(path) else super().read(path, offset, size)
-
-    def display(self, path: bytes = b"") -> str:
-        """See `Files`."""
-        return RemoteFiles("").display(path) if is_url(path) else super().display(path)
+def path_in(cell: str) -> bytes:
+    """Where the cell of a path points, in one spelling: a/./b, a//b and file:///a/b are a/b and /a/b; other URLs as they are."""
+    local = local_path(cell)
+    if local is None:
+        return cell.encode()
+    if not re.search(r"(^|/)(\./|/)", local):
+        return local.encode()
+    parts = [part for part in local.split("/") if part not in ("", ".")]
+    return ("/" * local.startswith("/") + "/".join(parts)).encode()
 
 
-@dataclass(frozen=True)
-class Table(Source):
-    """Rows of path and label. Paths are relative to the table's folder, absolute, or URLs that fsspec understands.
-
-    The split is that of the row where there is such a column, otherwise the one that the table's name tells (val.csv),
-    otherwise "train". If every label is a whole number, it is the label itself and the classes are named "0" to the highest;
-    otherwise labels are the names of classes. A row has one label. Several are refused: a cell with "|" or ";", a cell in
-    square brackets, several whole numbers, and a cell with commas all of whose parts are labels of other rows. (A comma or a
-    space alone says nothing: "tench, Tinca tinca" is one class.)
-
-    Attributes:
-        table: the table's name in the root.
-    """
-
-    table: bytes = b""
-    layout = "table"
-    expects = "a file ending in .csv, .tsv (or .csv.gz, .tsv.gz) or .parquet, with columns such as path and label"
-
-    @classmethod
-    def at(cls, files: Files, name: bytes) -> Table | None:
-        """The named file, by its ending."""
-        if not name.lower().endswith((b".csv", b".tsv", b".csv.gz", b".tsv.gz", b".parquet")):
-            return None
-        try:
-            first = next(read_rows(files, name)[1], None)
-        except AlexprepError:  # told when the inputs are listed
-            first = None
-        if isinstance(files, LocalFiles):
-            files = LocalOrRemote(files.root, bool(first and first.path and is_url(located(first.path))))
-        return cls(files, name)
-
-    def inputs(self) -> Iterator[Input]:
-        """By split, class and path, as bytes.
-
-        15 million rows need about 2.5 times the bytes of their paths and 60 bytes a row: 3 GB for paths of 60 bytes.
-
-        Raises:
-            AlexprepError: a cell is missing or makes no sense, or a path occurs twice; the line is named.
-        """
-        listed = _Listed(self.files, self.table)
-        listed.read()
-        if not len(listed):
-            raise AlexprepError(
-                f"{self.files.display(self.table)} has no row below its header: it needs one for each image, with its path and "
-                "its label"
-            )
-        yield from listed.in_order()
-
-    def classes(self, present: set[str]) -> list[str]:
-        """The numbers from "0" to the highest where all are numbers, otherwise sorted as bytes."""
-        if present and all(map(NUMBER.fullmatch, present)):
-            return numbered_classes(present)
-        return super().classes(present)
+def label_problem(label: str) -> str:
+    """What is wrong with a label by itself; empty if nothing."""
+    if label in ("", "nan", "NaN"):
+        return "the label is missing: fill it in, or delete the row"
+    if len(label) > _MAX_NAME:
+        return f"the label has {len(label):,} characters, more than {_MAX_NAME:,}: is this column the label?"
+    parts = re.split(r"[\s,]+", label.strip("[]() "))
+    if (
+        re.search(r"[|;]", label)
+        or re.fullmatch(r"\[.*\]", label)
+        or (len(parts) > 1 and all(map(_whole_number, parts)))
+    ):
+        return several(label)
+    if re.fullmatch(r"-[0-9]+", label):
+        return f"the label {label} is below 0: number the classes from 0"
+    if re.fullmatch(r"[+-]?[0-9]*\.[0-9]*", label):
+        return f"the label {label} is no whole number: write it without a point"
+    if any(ord(character) < 32 for character in label):
+        return f"the label {label!r} holds a control character"
+    return ""
 
 
-class _Listed:
-    """A table's rows as columns: split and class as codes, in 9 bytes a row beside the path and the line."""
-
-    def __init__(self, files: Files, name: bytes) -> None:
-        self._files, self._shown = files, files.display(name)
-        self._text = not name.lower().endswith(b".parquet")
-        self._has_splits, self._rows = read_rows(files, name)
-        self._split = split_of(os.path.splitext(name)[0]) or "train"
-        self._classes: dict[str, int] = {}
-        self._first_rows: list[int] = []  # of each class
-        self._codes, self._places, self._splits = array("i"), array("q"), array("b")
-        self._paths: list[Any] = []
-
-    def read(self) -> None:
-        """Reads and checks every row."""
-        split_codes: dict[str | None, int] = {}
-        codes: dict[str | None, int] = {}  # by the cell as it stands
-        paths: list[bytes] = []
-        for row in self._rows:
-            code = codes.get(row.label)
-            if code is None:
-                code = codes[row.label] = self._code(row)
-            split = split_codes.get(row.split)
-            if split is None:
-                split = split_codes[row.split] = _SPLIT_NAMES.index(self._split_of(row))
-            self._codes.append(code)
-            self._splits.append(split)
-            self._places.append(row.place)
-            paths.append(self._path(row))
-            if len(paths) == _LISTED_BATCH:
-                self._paths.append(pa.array(paths, pa.large_binary()))
-                paths = []
-        self._paths.append(pa.array(paths, pa.large_binary()))
-        self._check_labels()
-
-    def in_order(self) -> Iterator[Input]:
-        """The inputs by split, class and path.
-
-        Raises:
-            AlexprepError: a path occurs twice.
-        """
-        paths = pa.concat_arrays(self._paths)
-        self._paths.clear()
-        by_path = pc.sort_indices(paths)  # stable, and by bytes
-        paths = paths.take(by_path)
-        order: NDArray[np.int64] = by_path.to_numpy().astype(np.int64)
-        if len(paths) > 1 and (same := pc.index(pc.equal(paths[:-1], paths[1:]), True).as_py()) >= 0:
-            self._fail_twice(paths[same].as_py(), int(order[same]), int(order[same + 1]))
-        names = sorted(self._classes, key=str.encode)
-        rank = np.empty(len(names), np.int64)
-        rank[[self._classes[name] for name in names]] = np.arange(len(names))
-        key = np.frombuffer(self._splits, np.int8).astype(np.int64) * len(names)
-        key += rank[np.frombuffer(self._codes, np.int32)]
-        key = key[order]
-        order = np.argsort(key, kind="stable")
-        for start in range(0, len(order), _LISTED_BATCH):
-            some = order[start : start + _LISTED_BATCH]
-            for where, path in zip(key[some].tolist(), paths.take(pa.array(some)).to_pylist(), strict=True):
-                split, code = divmod(where, len(names))
-                yield Input(_SPLIT_NAMES[split], names[code], Location(path))
-
-    def __len__(self) -> int:
-        return len(self._codes)
-
-    def _at(self, place: int) -> str:
-        return f"{self._shown}, {'line' if self._text else 'row'} {place:,}"
-
-    def _path(self, row: Row) -> bytes:
-        if not row.path:
-            raise AlexprepError(f"{self._at(row.place)}: the path is missing: fill it in, or delete the row")
-        if "\0" in row.path:
-            raise AlexprepError(f"{self._at(row.place)}: the path {row.path!r} holds a NUL, which no path can")
-        path = located(row.path)
-        if path.startswith(b"/") and not isinstance(self._files, LocalFiles):
-            raise AlexprepError(
-                f"{self._at(row.place)}: the path {row.path!r} is absolute, but the table lies at a URL: make it relative to "
-                "the table, or a URL"
-            )
-        return path
-
-    def _split_of(self, row: Row) -> str:
-        if not self._has_splits:
-            return self._split
-        split = SPLITS.get((row.split or "").strip().lower())
-        if split is None:
-            raise AlexprepError(
-                f"{self._at(row.place)}: the split {row.split or ''!r} is not one of {', '.join(SPLITS)}: change it, or rename "
-                "the column if it is none of splits"
-            )
-        return split
-
-    def _code(self, row: Row) -> int:
-        """The code of a label that has not been seen before."""
-        label = (row.label or "").strip()
-        problem = label_problem(label)
-        if problem:
-            raise AlexprepError(f"{self._at(row.place)}: {problem}")
-        if label not in self._classes:
-            self._classes[label] = len(self._classes)
-            self._first_rows.append(row.place)
-        return self._classes[label]
-
-    def _check_labels(self) -> None:
-        """What can only be said of all labels together."""
-        if self._classes and all(map(NUMBER.fullmatch, self._classes)):
-            highest = max(self._classes, key=int)
-            if int(highest) > MAX_LABEL:
-                raise AlexprepError(
-                    f"{self._at(self._first_rows[self._classes[highest]])}: the label {highest} is above {MAX_LABEL:,}: number "
-                    "the classes from 0, or give them names"
-                )
-        for label, code in self._classes.items():
-            parts = [part.strip() for part in label.split(",")]
-            if len(parts) > 1 and all(part in self._classes for part in parts):
-                raise AlexprepError(f"{self._at(self._first_rows[code])}: {several(label)}")
-
-    def _fail_twice(self, path: bytes, first: int, second: int) -> None:
-        lines = f"{'lines' if self._text else 'rows'} {self._places[first]:,} and {self._places[second]:,}"
-        names = list(self._classes)
-        labels = [names[self._codes[row]] for row in (first, second)]
-        what = "the same label" if labels[0] == labels[1] else f"the labels {labels[0]!r} and {labels[1]!r}"
-        if self._splits[first] != self._splits[second]:
-            what += " and in two splits"
-        shown = path.decode("utf-8", "backslashreplace")
-        raise AlexprepError(f"{self._shown}: {lines} both name {shown!r}, with {what}: delete one")
+def several(label: str) -> str:
+    """What is wrong with a label that is more than one."""
+    return f"the cell {label!r} gives one image several labels; one is needed: keep one, or write one without | ; and ,"

@@ -1,9 +1,13 @@
-"""Tars of class folders: one tar with [train|val|test/]CLASS/**/FILE, or a folder with train.tar, val.tar and so on."""
+"""Files inside tars, read in place; and tars of class folders as a source.
+
+That is one tar with [train|val|test/]CLASS/**/FILE, or a folder with train.tar, val.tar and so on. Archives are listed by one scan
+of their headers, and nothing is unpacked. What a header means is told in `tar_format`; tars of samples are in `wds`.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,28 +17,22 @@ from numpy.typing import NDArray
 from alexprep.shards.dataset_format import PLAN
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.sources.base import SPLITS, Input, Location, Source, class_name_of, split_folders, split_of
-from alexprep.shards.storage import Files
+from alexprep.shards.storage import Files, as_text
 from alexprep.shards.tar_format import members
 
-# -------------------- The files inside tars, listed by one scan of the headers and then read in place; nothing is unpacked.
-
-
+# What lies beside the folders of many published sets, and is surely no image.
+_is_paper = re.compile(
+    rb"(readme|licen[cs]e|copying|.*\.(txt|md|csv|tsv|json|xml|html?|pdf|ya?ml))", re.IGNORECASE
+).fullmatch
 _NO_FILE = -1  # as an offset: a link or a device, which has no bytes in the archive
+_Names = tuple[bytes, ...]  # that lead to a file or folder
 
 
-class Packed(NamedTuple):
+class PackedFile(NamedTuple):
     """A file in an archive: its name there, and where its bytes are."""
 
     name: bytes
     location: Location
-
-
-class ArchiveSource(Source):
-    """A source whose inputs may lie in archives."""
-
-    def read(self, location: Location) -> bytes | NDArray[np.uint8]:
-        """See `Source`."""
-        return read_packed(self.files, location)
 
 
 def read_packed(files: Files, location: Location) -> bytes:
@@ -47,69 +45,63 @@ def read_packed(files: Files, location: Location) -> bytes:
     return data
 
 
-def shown_name(name: bytes) -> bytes:
+def plain_name(name: bytes) -> bytes:
     """A member's name without what leads elsewhere; empty for a hidden one.
 
     Where it would lead to if it were unpacked does not matter here: "../x" and "/x" are x.
 
-    >>> shown_name(b"./train//../a/1.jpg"), shown_name(b"train/.DS_Store"), shown_name(b"./")
+    >>> plain_name(b"./train//../a/1.jpg"), plain_name(b"train/.DS_Store"), plain_name(b"./")
     (b'train/a/1.jpg', b'', b'')
     """
     parts = [part for part in name.split(b"/") if part not in (b"", b".", b"..")]
     return b"" if any(part.startswith(b".") for part in parts) else b"/".join(parts)
 
 
-def packed_files(files: Files, path: bytes, within: Location | None = None, prefix: bytes = b"") -> Iterator[Packed]:
+def packed_files(files: Files, path: bytes, within: Location | None = None) -> Iterator[PackedFile]:
     """Every member that is no folder and has no hidden name, in the archive's order.
 
     Args:
         files: where the archive lies.
         path: the archive.
-        within: the part of the file that is the archive, where it lies in another one.
-        prefix: put before the names in the locations.
+        within: the archive in that archive which is meant; its name there goes before the names of its members.
 
     Raises:
         AlexprepError: the archive is damaged; the place is named.
     """
     start, size = (0, files.size(path)) if within is None else (within.offset, within.size)
-    name = files.display(path) + (f"/{within.member.decode('utf-8', 'backslashreplace')}" if within else "")
+    prefix = b"" if within is None else within.member + b"/"
+    name = files.display(path) + (f"/{as_text(within.member)}" if within else "")
     with files.reading(path) as read:
         for member in members(read, size, name, start):
-            clean = shown_name(member.name)
+            clean = plain_name(member.name)
             if member.kind == "folder" or not clean:
                 continue
             offset, length = (member.offset, member.size) if member.kind == "file" else (_NO_FILE, 0)
-            yield Packed(clean, Location(path, prefix + clean, offset, length))
+            yield PackedFile(clean, Location(path, prefix + clean, offset, length))
 
 
-def each_once(files: Files, packed: Iterable[Packed]) -> Iterator[Packed]:
-    """The same members. Of two with one name, programs that unpack keep the last and others read both: so none is taken.
+class ArchiveSource(Source):
+    """A source whose inputs may lie in archives."""
 
-    Raises:
-        AlexprepError: a name occurs twice, also where one is written ./a and the other a; archive and member are named.
-    """
-    seen: set[bytes] = set()
-    for file in packed:
-        if file.name in seen:
-            where = (
-                f"{files.display(file.location.path)} holds {file.location.member.decode('utf-8', 'backslashreplace')}"
-            )
-            raise AlexprepError(
-                f"{where} twice, which programs read differently: pack the archive anew, with each file once"
-            )
-        seen.add(file.name)
-        yield file
+    def read(self, location: Location) -> bytes | NDArray[np.uint8]:
+        """See `Source`."""
+        return read_packed(self.files, location)
 
+    def packed(self, path: bytes, within: Location | None = None) -> Iterator[PackedFile]:
+        """As `packed_files`. Of two files with one name, programs that unpack keep the last, others read both: none is taken.
 
-# -------------------- Tars of class folders: one tar with [train|val|test/]CLASS/**/FILE, or a folder with train.tar, val.tar and so on.
-
-
-# What lies beside the folders of many published sets, and is surely no image.
-_is_paper = re.compile(
-    rb"(readme|licen[cs]e|copying|.*\.(txt|md|csv|tsv|json|xml|html?|pdf|ya?ml))", re.IGNORECASE
-).fullmatch
-
-_Chain = tuple[bytes, ...]  # the names that lead to a file or folder
+        Raises:
+            AlexprepError: a name occurs twice, also where one is written ./a and the other a; archive and member are named.
+        """
+        seen: set[bytes] = set()
+        for file in packed_files(self.files, path, within):
+            if file.name in seen:
+                raise AlexprepError(
+                    f"{self.files.display(path)} holds {as_text(file.location.member)} twice, which programs read "
+                    "differently: pack the archive anew, with each file once"
+                )
+            seen.add(file.name)
+            yield file
 
 
 @dataclass(frozen=True)
@@ -127,14 +119,12 @@ class TarOfClassFolders(ArchiveSource):
     expects = "a tar of CLASS/IMAGE or train/CLASS/IMAGE, or a folder with train.tar and val.tar"
 
     @classmethod
-    def at(cls, files: Files, name: bytes) -> TarOfClassFolders | None:
-        """The tar that is named, or those in the root."""
-        entries = [] if name else files.entries()
-        folders = [entry.name for entry in entries if entry.is_folder]
-        if not all(_is_data_set(files, folder) for folder in folders):  # class folders, with some tars beside them
+    def at(cls, files: Files, name: bytes) -> Source | None:
+        """See `Source`: the tar that is named, or those in the root."""
+        # A folder is what an earlier run made of the tars, or there are class folders, with some tars beside them.
+        if not name and not all(PLAN.encode() in files.file_names(folder) for folder in files.folder_names()):
             return None
-        beside = [entry.name for entry in entries if not entry.is_folder and b"devkit" not in entry.name]
-        names = [name] if name else beside
+        names = [name] if name else [file for file in files.file_names() if b"devkit" not in file]
         tars = [file for file in names if file.endswith((b".tar", b".tar.gz", b".tgz", b".tar.bz2", b".tar.xz"))]
         return cls(files, tuple((split_of(tar), tar) for tar in tars), not name) if tars else None
 
@@ -144,7 +134,7 @@ class TarOfClassFolders(ArchiveSource):
         Raises:
             AlexprepError: an archive is damaged, holds a file twice, or one in no class folder.
         """
-        found: list[tuple[str, bytes, Packed]] = []
+        found: list[tuple[str, bytes, PackedFile]] = []
         for named, path in self.archives:
             found += self._in_classes(named or "train", path)
         if not found:
@@ -167,19 +157,20 @@ class TarOfClassFolders(ArchiveSource):
     def covers(self, target: str) -> bool:
         """Whether a data set in `target` would hide the tars: in the root, or deeper than the folders that are passed over."""
         below = self.files.below(target) if self.listed else None
-        split_s_own = below is not None and len(below) == 2 and below[1].decode("utf-8", "replace") in SPLITS.values()
-        return below is not None and len(below) != 1 and not split_s_own
+        if below is None or len(below) == 1:
+            return False
+        return len(below) != 2 or below[1].decode("utf-8", "replace") not in SPLITS.values()
 
-    def _in_classes(self, named: str, path: bytes) -> Iterator[tuple[str, bytes, Packed]]:
+    def _in_classes(self, named: str, path: bytes) -> Iterator[tuple[str, bytes, PackedFile]]:
         """(split, class, file) of each file, by the rules of `ClassFolders`; `named` where no folder tells the split."""
-        packed = list(each_once(self.files, packed_files(self.files, path)))
+        packed = list(self.packed(path))
         parts = [tuple(file.name.split(b"/")) for file in packed]
         shown = self.files.display(path)
-        holding = {part[:-1] for part in parts}
-        skip = _wrapping(holding, parts, shown)
-        folders = split_folders({chain[skip] for chain in holding if len(chain) > skip}, shown)
+        folders_with_files = {part[:-1] for part in parts}
+        skip = _wrapping(folders_with_files, parts, shown)
+        folders = split_folders({names[skip] for names in folders_with_files if len(names) > skip}, shown)
         for folder in folders.values():
-            if not any(chain[skip] == folder for chain in holding if len(chain) > skip + 1):
+            if not any(names[skip] == folder for names in folders_with_files if len(names) > skip + 1):
                 raise AlexprepError(
                     f"{shown} holds {folder.decode()}/, which means a split, without class folders in it: pack the images as "
                     f"{folder.decode()}/CLASS/IMAGE; where it is a class, pack all classes into one folder train/ or val/"
@@ -192,34 +183,28 @@ class TarOfClassFolders(ArchiveSource):
             if len(part) > depth + 1:
                 yield splits.get(part[skip], named), part[depth], file
             elif not _is_paper(part[-1]):
-                where = f"{shown}/{file.name.decode('utf-8', 'backslashreplace')}"
-                raise AlexprepError(f"{where} lies in no class folder: expected {self.expects}")
+                raise AlexprepError(f"{shown}/{as_text(file.name)} lies in no class folder: expected {self.expects}")
 
 
-def _is_data_set(files: Files, folder: bytes) -> bool:
-    """Whether a folder is what an earlier run made of these tars, where it lies among them."""
-    return any(entry.name == PLAN.encode() for entry in files.entries(folder))
-
-
-def _wrapping(holding: set[_Chain], files: list[_Chain], shown: str) -> int:
+def _wrapping(folders_with_files: set[_Names], files: list[_Names], shown: str) -> int:
     """How many folders wrap the class folders or the splits, and tell nothing: a tar is often made of one, as CIFAR/train/….
 
     A split's folder does tell something, also where the tar holds no other split.
 
     Args:
-        holding: the folders that hold files, each as the names that lead to it.
+        folders_with_files: the folders that hold files, each as the names that lead to it.
         files: the files, likewise.
         shown: the tar, for messages.
     """
     skip = 0
     while True:
-        inside = [chain for chain in holding if len(chain) > skip]
-        below = {chain[skip + 1] for chain in inside if len(chain) > skip + 1}
-        if not below or len({chain[skip] for chain in inside}) != 1:
+        inside = [names for names in folders_with_files if len(names) > skip]
+        below = {names[skip + 1] for names in inside if len(names) > skip + 1}
+        if not below or len({names[skip] for names in inside}) != 1:
             return skip
         splits = split_folders(below, shown)
         if split_folders([inside[0][skip]], shown):
-            wraps = len(splits) == len(below) and all(len(chain) > skip + 2 for chain in inside)
+            wraps = len(splits) == len(below) and all(len(names) > skip + 2 for names in inside)
         else:
             wraps = bool(splits) or all(len(file) != skip + 2 or _is_paper(file[-1]) for file in files)
         if not wraps:

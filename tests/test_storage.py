@@ -1,9 +1,10 @@
-"""Stores that fail: what is wrong with the way to a file is never held against the file."""
+"""Stores that fail: what is wrong with the way to a file is never held against the file. What is published: see test_faults."""
 
 from __future__ import annotations
 
 import errno
 import functools
+import gzip
 import http.server
 import threading
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from alexprep.shards.conversion import convert
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.plan import ShardOptions, draw_up
 from alexprep.shards.sources.detection import find_source
-from alexprep.shards.storage import RemoteFiles
+from alexprep.shards.storage import RemoteFiles, files_at, read_inflated
 from alexprep.shards.worker_pool import InProcessEngine
 
 
@@ -224,7 +225,7 @@ def test_links_of_a_page_that_are_no_files_of_its_folder_are_left_out(monkeypatc
             links = ("?C=N;O=D", "a.jpg#top", "./b&#39;.jpg", "c&amp;d.jpg", "deep/e.jpg", "f%2Fg.jpg", ".hidden", "h/")
             return [{"name": f"{place}/{link}", "type": "directory" if link[-1] == "/" else "file"} for link in links]
 
-    monkeypatch.setattr(storage, "_opened", lambda url: (Page(), url))
+    monkeypatch.setattr(storage, "_open_store", lambda url: (Page(), url))
     entries = RemoteFiles("http://nowhere/x").entries(b"y z")
     assert [name for name, _ in entries] == [b"b'.jpg", b"c&d.jpg", b"h"] and entries[-1].is_folder
 
@@ -240,3 +241,21 @@ def test_rows_that_a_server_has_not_are_rejected_with_one_reason(served: str, tm
             AlexprepError, match=r"none of the 3 inputs is a usable image: cannot be read: not found \(3\)"
         ):
             convert(source, tmp_path / f"out{len(place)}", ShardOptions(), InProcessEngine())
+
+
+def test_gzip_is_inflated_within_bounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "MAX_INFLATED_BYTES", 10_000)
+    here, _ = files_at(str(tmp_path))
+    (tmp_path / "two.gz").write_bytes(gzip.compress(b"a" * 4000) + gzip.compress(b"b" * 4000))
+    assert read_inflated(here, b"two.gz") == b"a" * 4000 + b"b" * 4000
+    for name, content, words in (
+        ("bomb.gz", gzip.compress(bytes(10**6)), "more than the limit of 10,000"),
+        ("cut.gz", gzip.compress(b"abc" * 99)[:-9], "cut short"),
+        ("junk.gz", b"\x1f\x8b" + b"junk" * 9, "damaged gzip"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(OSError, match=words):
+            read_inflated(here, name.encode())
+    many = gzip.compress(b"ab") + gzip.compress(b"") * 50_000 + gzip.compress(bytes(5000), 0) + gzip.compress(b"c")
+    (tmp_path / "many.gz").write_bytes(many)  # 1 MB; copying the rest for each part would move 25 GB
+    assert read_inflated(here, b"many.gz") == b"ab" + bytes(5000) + b"c"
