@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from alexprep.cli.main import cli
 from alexprep.shards.errors import AlexprepError
 from alexprep.train.config import TrainConfig, prepare
-from alexprep.train.launch import train_anyhow
+from alexprep.train.launch import launch_training
 from alexprep.train.models.cifar import conv_local_13pct
 from alexprep.train.recipes.registry import RECIPES, recipe_named
 
@@ -98,15 +98,15 @@ def test_torchrun_s_ranks_need_a_name(data: Path, tmp_path: Path, monkeypatch: p
     for name, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(AlexprepError, match="give --name"):
-        train_anyhow(TrainConfig(data, "tiny", runs=tmp_path, device="cpu"))
+        launch_training(TrainConfig(data, "tiny", runs=tmp_path, device="cpu"))
 
 
 def test_torchrun_and_gpus_agree(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(AlexprepError, match="--gpus 4, but torchrun started 2 ranks: leave --gpus out"):
-        train_anyhow(TrainConfig(data, "tiny", runs=tmp_path, device="cpu", ranks=4))
+        launch_training(TrainConfig(data, "tiny", runs=tmp_path, device="cpu", ranks=4))
     with pytest.raises(AlexprepError, match="give --name"):
-        train_anyhow(TrainConfig(data, "tiny", runs=tmp_path, device="cpu", ranks=2))
+        launch_training(TrainConfig(data, "tiny", runs=tmp_path, device="cpu", ranks=2))
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def test_torchrun_and_gpus_agree(data: Path, tmp_path: Path, monkeypatch: pytest
 def test_schemes_that_do_not_fit(options: dict[str, Any], words: str, data: Path, tmp_path: Path) -> None:
     """No run is begun, so no name is taken."""
     with pytest.raises(AlexprepError, match=words):
-        train_anyhow(TrainConfig(data, "tiny", runs=tmp_path / "runs", device="cpu", **options))
+        launch_training(TrainConfig(data, "tiny", runs=tmp_path / "runs", device="cpu", **options))
     assert not (tmp_path / "runs").exists()
 
 
@@ -149,7 +149,7 @@ def test_each_rank_needs_a_gpu(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(AlexprepError, match=words):
-        train_anyhow(TrainConfig(data, "tiny", runs=tmp_path / "runs", device=device, ranks=2))
+        launch_training(TrainConfig(data, "tiny", runs=tmp_path / "runs", device=device, ranks=2))
     assert not (tmp_path / "runs").exists()
 
 
@@ -158,7 +158,7 @@ def test_what_fails_at_once_takes_no_name(data: Path, tmp_path: Path) -> None:
     shutil.copytree(data, bare, ignore=shutil.ignore_patterns("stats"))
     runs = tmp_path / "runs"
     with pytest.raises(AlexprepError, match="pca-stats"):
-        train_anyhow(TrainConfig(bare, "tiny", runs=runs, device="cpu"))
+        launch_training(TrainConfig(bare, "tiny", runs=runs, device="cpu"))
     assert not runs.exists()
     _train(data, runs, "--steps", "1")
     tune = ["train", "--data", str(data), "--recipe", "tiny", "--runs", str(runs), "--init-from", "run"]

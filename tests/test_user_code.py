@@ -26,7 +26,7 @@ from alexprep.shards.versions import versions
 from alexprep.train.checkpoint import init_from
 from alexprep.train.config import Job, TrainConfig, prepare
 from alexprep.train.evaluation import evaluate_run
-from alexprep.train.launch import train_anyhow
+from alexprep.train.launch import launch_training
 from alexprep.train.lr_schedule import ByHand, DExp, EarlyStop, ScheduleState
 from alexprep.train.own.network import OwnNetwork, arguments, own_network, own_recipe
 from alexprep.train.own.settle import fitted
@@ -692,7 +692,7 @@ def test_two_ranks_train_as_one(data: Path, here: Path) -> None:
     """From another folder, with a layer that has no gradient and a frozen weight; 13 images on two ranks do not divide."""
     (here / "nets.py").write_text(NETS.replace("nn.BatchNorm2d(8)", "nn.GroupNorm(2, 8)"))
     settings: dict[str, Any] = {"data": data, "recipe": "tiny", "model": "nets:make", "batch_size": 13, "steps": 2}
-    runs = [train_anyhow(config(**settings, ranks=ranks, name=f"ranks{ranks}")) for ranks in (1, 2)]
+    runs = [launch_training(config(**settings, ranks=ranks, name=f"ranks{ranks}")) for ranks in (1, 2)]
     weights = [load_file(max(Path(run["run"]).glob("checkpoints/*.safetensors"))) for run in runs]
     assert [run["ranks"] for run in runs] == [1, 2]
     for name, tensor in weights[0].items():

@@ -18,7 +18,7 @@ from torch import nn
 from alexprep.shards.errors import AlexprepError
 from alexprep.train.checkpoint import PREFIX, Checkpoint, saved_weights
 from alexprep.train.distributed.parallel import Parallel
-from alexprep.train.distributed.tensor_parallel import Gather, Scheme, WholeDraw
+from alexprep.train.distributed.tensor_parallel import Gather, Scheme, SharedDropout
 from alexprep.train.distributed.world import World
 from alexprep.train.lr_schedule import ScheduleState
 from alexprep.train.metrics import Sums
@@ -83,7 +83,7 @@ def compiler_blamed(device: torch.device) -> Iterator[None]:
 @functools.cache
 def _leave_exchanges_out() -> None:
     """Tells the compiler, once, to call what ranks exchange as it is written."""
-    for exchange in (Gather, WholeDraw):
+    for exchange in (Gather, SharedDropout):
         exchange.forward = torch.compiler.disable(exchange.forward)  # type: ignore[method-assign, no-untyped-call]
 
 
