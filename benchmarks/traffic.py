@@ -57,9 +57,11 @@ def sent_in_a_step(network: nn.Module, scheme: Scheme, ranks: int, batch: int, p
     group: Any = object()
     parallel = Parallel(network, scheme, Ring(0, ranks, torch.device("cpu"), group))
     for gather in [module for module in parallel.network.modules() if isinstance(module, Gather)]:
-        gather.register_forward_pre_hook(lambda module, given: place.__setitem__(slice(2), [module.layer, "forward"]))
+        gather.register_forward_pre_hook(
+            lambda module, given: place.__setitem__(slice(2), [str(module.layer), "forward"])
+        )
         gather.register_full_backward_pre_hook(
-            lambda module, given: place.__setitem__(slice(2), [module.layer, "backward"])
+            lambda module, given: place.__setitem__(slice(2), [str(module.layer), "backward"])
         )
     rows = batch if parallel.shard[1] == 1 else batch // ranks
     example = Examples(torch.randn(rows, 3, CROP, CROP), torch.zeros(rows, dtype=torch.int64))

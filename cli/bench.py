@@ -1,4 +1,4 @@
-"""alexprep bench"""
+"""`alexprep bench`: measurements on this machine, printed; they are made in `alexprep.train.overlap`."""
 
 from __future__ import annotations
 

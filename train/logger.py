@@ -1,4 +1,4 @@
-"""What a training says: a JSON-lines log, a live line on a terminal, plain lines elsewhere.
+"""Tells how a training goes: a JSON-lines log, a live line on a terminal (plain lines elsewhere), and TensorBoard's events if asked for.
 
 log.jsonl holds one JSON object a line:
 
@@ -31,21 +31,178 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.storage import json_bytes
 from alexprep.train.checkpoint import publish, writing
-from alexprep.train.metrics import SPEED, Means, Pace
+from alexprep.train.metrics import SPEED, Means, StepTimer
 from alexprep.train.nonfinite import NotFinite, Sight
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-
-# -------------------- The records of a training's log as TensorBoard events.
-
-
+LINE_SECONDS = 10.0  # at most one plain line of progress in this time
 QUALITY = Means._fields
 
 
+class Meter:
+    """Writes the log and tells people. Use it as a context manager; the log is open inside."""
+
+    def __init__(
+        self,
+        log: Path | None,
+        *,
+        step: int,
+        total_steps: int,
+        epoch: int | None = None,
+        console: Console | None = None,
+        board: Board | None = None,
+    ) -> None:
+        """Nothing is read or written yet.
+
+        Args:
+            log: path of log.jsonl; records after `step` are dropped, so that a resumed run logs every step once. None for a rank
+                for which another one speaks: nothing is written or shown.
+            step: optimizer steps already done.
+            total_steps: of the whole training, for the bar.
+            epoch: whole epochs already done, with their evaluation; records of later ones are dropped too.
+            console: where people read; by default stderr.
+            board: is given every record too.
+        """
+        self.timer = StepTimer()
+        self._logged = StepTimer()
+        self._logged_step, self._epoch = step, epoch
+        self._last_line = -math.inf
+        self._stack = contextlib.ExitStack()
+        self._console = console or Console(file=_stderr(), stderr=True, quiet=log is None)
+        self._log, self._board = log, board
+        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+        self._bar = Progress(*columns, console=self._console)
+        self._task = self._bar.add_task("training", total=total_steps, completed=step)
+
+    def __enter__(self) -> Meter:
+        """Opens the log and, on a terminal, shows the bar."""
+        log = self._log or Path(os.devnull)
+        with writing(log):
+            if self._log is not None:
+                _keep_until(log, self._logged_step, self._epoch)
+            # Without a buffer, so that a line which a full disk refused is not tried again when the file is closed.
+            self._file = self._stack.enter_context(open(log, "ab", buffering=0))
+        if self._console.is_terminal:
+            self._stack.enter_context(self._bar)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Closes both."""
+        self._stack.close()
+
+    def say(self, line: str) -> None:
+        """A line for people."""
+        self._console.print(line, soft_wrap=True, markup=False, highlight=False)
+
+    def record_steps(self, means: Means, *, step: int, epoch: int, lr: float) -> float:
+        """Logs the steps since the last record, of which there is at least one.
+
+        Returns:
+            Seconds a step.
+
+        Raises:
+            NotFinite: the loss is not finite.
+        """
+        if not math.isfinite(means.loss):
+            raise NotFinite(f"the loss became {means.loss} within steps {self._logged_step + 1} to {step}")
+        speed = self.timer.since(self._logged)
+        self._logged, self._logged_step = self.timer.copy(), step
+        self._write({"kind": "steps", "step": step, "epoch": epoch, **means._asdict(), "lr": lr, **speed})
+        line = (
+            f"epoch {epoch + 1} step {step}: loss {means.loss:.4f}, top-1 error {means.top1_error:.1f} %, "
+            f"{speed['images_per_second']:.0f} images/s, {speed['data_wait_ms']:.1f} ms for data + {speed['step_ms']:.1f} ms a step"
+        )
+        self._bar.update(self._task, completed=step, description=line)
+        if not self._console.is_terminal and time.monotonic() - self._last_line >= LINE_SECONDS:
+            self._last_line = time.monotonic()
+            self.say(line)
+        return (speed["data_wait_ms"] + speed["step_ms"]) / 1000
+
+    def record_skip(self, *, step: int, epoch: int, loss_scale: float) -> None:
+        """Logs a step that moved nothing since a gradient overflowed, and what the loss is multiplied by from now on."""
+        self._write({"kind": "skip", "step": step, "epoch": epoch, "loss_scale": loss_scale})
+        self.say(f"step {step} skipped: a gradient overflowed in fp16; the loss is now multiplied by {loss_scale:g}")
+
+    def record_not_finite(self, began: Sight | None, *, step: int, epoch: int, lr: float) -> None:
+        """Logs that a loss or a weight was not finite after `step`, and where it began, as far as that is known."""
+        seen = None if began is None else began._asdict()
+        self._write({"kind": "not finite", "step": step, "epoch": epoch, "lr": lr, "began": seen})
+
+    def record_epoch(
+        self, means: Means, *, step: int, epoch: int, lr: float, seconds: float, val: dict[str, Any] | None
+    ) -> None:
+        """Logs a whole epoch: `means` over its training images, `val` from `validate`."""
+        self._write(
+            {"kind": "epoch", "step": step, "epoch": epoch, **means._asdict(), "lr": lr, "seconds": seconds, "val": val}
+        )
+        validation = (
+            f"; {val['split']}: top-1 error {val['top1_error']:.2f} %, top-5 {val['top5_error']:.2f} %" if val else ""
+        )
+        self.say(
+            f"epoch {epoch + 1} in {duration(seconds)} at rate {lr:g}: loss {means.loss:.4f}, "
+            f"top-1 error {means.top1_error:.2f} %{validation}"
+        )
+
+    def _write(self, record: dict[str, Any]) -> None:
+        line = json_bytes(record, indent=None)
+        if self._log is not None:
+            with writing(self._log, len(line)):
+                while line:  # a disk that has room for a part takes it
+                    line = line[self._file.write(line) :]
+        if self._board is not None:
+            self._board.write(record)
+
+
+def _keep_until(log: Path, step: int, epoch: int | None) -> None:
+    """Drops records of what comes after a position, and a last line that a kill cut short.
+
+    After an epoch's last step the epoch itself may still be to come, with its evaluation.
+    """
+    if not log.exists():
+        return
+    kept, lines = [], log.read_bytes().splitlines(keepends=True)
+    for line in lines:
+        try:
+            record = json.loads(line)
+            to_come = record["kind"] == "epoch" and epoch is not None and record["epoch"] >= epoch
+            if line.endswith(b"\n") and record["step"] <= step and not to_come:
+                kept.append(line)
+        except (ValueError, KeyError, TypeError):
+            continue
+    if kept != lines:
+        publish(log, b"".join(kept))
+
+
+def duration(seconds: float) -> str:
+    """A length of time for people.
+
+    >>> duration(42.4), duration(340), duration(3 * 3600), duration(41 * 86400)
+    ('42 s', '6 minutes', '3.0 hours', '41.0 days')
+    """
+    for unit, length, digits in (("days", 86400, 1), ("hours", 3600, 1), ("minutes", 60, 0)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.{digits}f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def forecast(recipe: str, device: torch.device, step_seconds: float, epoch_steps: int, epochs: int) -> str:
+    """What the whole training will take at the speed of its first steps.
+
+    >>> forecast("alexnet", torch.device("cpu"), 3.2, 10010, 90)
+    'alexnet on this CPU: about 8.9 hours an epoch, 33.4 days for 90 epochs; use --steps to try it, or a GPU'
+    """
+    epoch = step_seconds * epoch_steps
+    where = "CPU" if device.type == "cpu" else "GPU"
+    advice = "; use --steps to try it, or a GPU" if where == "CPU" and epoch * epochs > 86400 else ""
+    return f"{recipe} on this {where}: about {duration(epoch)} an epoch, {duration(epoch * epochs)} for {epochs} epochs{advice}"
+
+
 class Board:
-    """Writes each record of log.jsonl as scalars of its step; as float32, which is all that TensorBoard keeps.
+    """Writes each record of log.jsonl for TensorBoard, as scalars of its step; as float32, which is all that TensorBoard keeps.
 
     Tags: train/loss, train/top1_error, train/top5_error, train/learning_rate, speed/images_per_second, speed/data_wait_ms and
     speed/step_ms, means since the record before; train/loss_scale where a step was skipped; epoch/… and val/… (loss and both errors), of
@@ -110,128 +267,6 @@ def writer_class() -> type[SummaryWriter]:
     return SummaryWriter
 
 
-# -------------------- What a training says: a JSON-lines log, a live line on a terminal, plain lines elsewhere.
-
-
-LINE_SECONDS = 10.0  # at most one plain line of progress in this time
-
-
-class Meter:
-    """Logs and tells. Use it as a context manager; the log is open inside."""
-
-    def __init__(
-        self,
-        log: Path | None,
-        *,
-        step: int,
-        total_steps: int,
-        epoch: int | None = None,
-        console: Console | None = None,
-        board: Board | None = None,
-    ) -> None:
-        """Nothing is read or written yet.
-
-        Args:
-            log: path of log.jsonl; records after `step` are dropped, so that a resumed run logs every step once. None for a rank
-                for which another one speaks: nothing is written or shown.
-            step: optimizer steps already done.
-            total_steps: of the whole training, for the bar.
-            epoch: whole epochs already done, with their evaluation; records of later ones are dropped too.
-            console: where people read; by default stderr.
-            board: is given every record too.
-        """
-        self.pace = Pace()
-        self._logged_pace = Pace()
-        self._logged_step, self._epoch = step, epoch
-        self._last_line = -math.inf
-        self._stack = contextlib.ExitStack()
-        self._console = console or Console(file=_stderr(), stderr=True, quiet=log is None)
-        self._log, self._board = log, board
-        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-        self._bar = Progress(*columns, console=self._console)
-        self._task = self._bar.add_task("training", total=total_steps, completed=step)
-
-    def __enter__(self) -> Meter:
-        """Opens the log and, on a terminal, shows the bar."""
-        log = self._log or Path(os.devnull)
-        with writing(log):
-            if self._log is not None:
-                _keep_until(log, self._logged_step, self._epoch)
-            # Without a buffer, so that a line which a full disk refused is not tried again when the file is closed.
-            self._file = self._stack.enter_context(open(log, "ab", buffering=0))
-        if self._console.is_terminal:
-            self._stack.enter_context(self._bar)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Closes both."""
-        self._stack.close()
-
-    def say(self, line: str) -> None:
-        """A line for people."""
-        self._console.print(line, soft_wrap=True, markup=False, highlight=False)
-
-    def record_steps(self, means: Means, *, step: int, epoch: int, lr: float) -> float:
-        """Logs the steps since the last record, of which there is at least one.
-
-        Returns:
-            Seconds a step.
-
-        Raises:
-            NotFinite: the loss is not finite.
-        """
-        if not math.isfinite(means.loss):
-            raise NotFinite(f"the loss became {means.loss} within steps {self._logged_step + 1} to {step}")
-        pace = self.pace.since(self._logged_pace)
-        self._logged_pace, self._logged_step = self.pace.copy(), step
-        self._write({"kind": "steps", "step": step, "epoch": epoch, **means._asdict(), "lr": lr, **pace})
-        line = (
-            f"epoch {epoch + 1} step {step}: loss {means.loss:.4f}, top-1 error {means.top1_error:.1f} %, "
-            f"{pace['images_per_second']:.0f} images/s, {pace['data_wait_ms']:.1f} ms for data + {pace['step_ms']:.1f} ms a step"
-        )
-        self._bar.update(self._task, completed=step, description=line)
-        if not self._console.is_terminal and time.monotonic() - self._last_line >= LINE_SECONDS:
-            self._last_line = time.monotonic()
-            self.say(line)
-        return (pace["data_wait_ms"] + pace["step_ms"]) / 1000
-
-    def record_skip(self, *, step: int, epoch: int, loss_scale: float) -> None:
-        """Logs a step that moved nothing since a gradient overflowed, and what the loss is multiplied by from now on."""
-        self._write({"kind": "skip", "step": step, "epoch": epoch, "loss_scale": loss_scale})
-        self.say(f"step {step} skipped: a gradient overflowed in fp16; the loss is now multiplied by {loss_scale:g}")
-
-    def record_not_finite(self, began: Sight | None, *, step: int, epoch: int, lr: float) -> None:
-        """Logs that a loss or a weight was not finite after `step`, and where it began, as far as that is known."""
-        seen = None if began is None else began._asdict()
-        self._write({"kind": "not finite", "step": step, "epoch": epoch, "lr": lr, "began": seen})
-
-    def record_epoch(
-        self, means: Means, *, step: int, epoch: int, lr: float, seconds: float, val: dict[str, Any] | None
-    ) -> None:
-        """Logs a whole epoch: `means` over its training images, `val` from `evaluate`."""
-        self._write(
-            {"kind": "epoch", "step": step, "epoch": epoch, **means._asdict(), "lr": lr, "seconds": seconds, "val": val}
-        )
-        validation = (
-            f"; {val['split']}: top-1 error {val['top1_error']:.2f} %, top-5 {val['top5_error']:.2f} %" if val else ""
-        )
-        self.say(
-            f"epoch {epoch + 1} in {duration(seconds)} at rate {lr:g}: loss {means.loss:.4f}, "
-            f"top-1 error {means.top1_error:.2f} %{validation}"
-        )
-
-    def _write(self, record: dict[str, Any]) -> None:
-        line = json_bytes(record, indent=None)
-        if self._log is not None:
-            with writing(self._log, len(line)):
-                while line:  # a disk that has room for a part takes it
-                    line = line[self._file.write(line) :]
-        if self._board is not None:
-            self._board.write(record)
-
-
 class _Stderr:
     """stderr, but words that it cannot take (the pipe or terminal is closed, the disk full) are lost: no reason to end a training."""
 
@@ -257,47 +292,3 @@ class _Stderr:
 
 def _stderr() -> IO[str] | None:
     return cast(IO[str], _Stderr()) if sys.stderr else None  # None where the process began without one
-
-
-def duration(seconds: float) -> str:
-    """A length of time for people.
-
-    >>> duration(42.4), duration(340), duration(3 * 3600), duration(41 * 86400)
-    ('42 s', '6 minutes', '3.0 hours', '41.0 days')
-    """
-    for unit, length, digits in (("days", 86400, 1), ("hours", 3600, 1), ("minutes", 60, 0)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.{digits}f} {unit}"
-    return f"{seconds:.0f} s"
-
-
-def forecast(recipe: str, device: torch.device, step_seconds: float, epoch_steps: int, epochs: int) -> str:
-    """What the whole training will take at the speed of its first steps.
-
-    >>> forecast("alexnet", torch.device("cpu"), 3.2, 10010, 90)
-    'alexnet on this CPU: about 8.9 hours an epoch, 33.4 days for 90 epochs; use --steps to try it, or a GPU'
-    """
-    epoch = step_seconds * epoch_steps
-    where = "CPU" if device.type == "cpu" else "GPU"
-    advice = "; use --steps to try it, or a GPU" if where == "CPU" and epoch * epochs > 86400 else ""
-    return f"{recipe} on this {where}: about {duration(epoch)} an epoch, {duration(epoch * epochs)} for {epochs} epochs{advice}"
-
-
-def _keep_until(log: Path, step: int, epoch: int | None) -> None:
-    """Drops records of what comes after a position, and a last line that a kill cut short.
-
-    After an epoch's last step the epoch itself may still be to come, with its evaluation.
-    """
-    if not log.exists():
-        return
-    kept, lines = [], log.read_bytes().splitlines(keepends=True)
-    for line in lines:
-        try:
-            record = json.loads(line)
-            to_come = record["kind"] == "epoch" and epoch is not None and record["epoch"] >= epoch
-            if line.endswith(b"\n") and record["step"] <= step and not to_come:
-                kept.append(line)
-        except (ValueError, KeyError, TypeError):
-            continue
-    if kept != lines:
-        publish(log, b"".join(kept))

@@ -1,4 +1,7 @@
-"""What several nets say of the same images: one pass over a split, all nets in step, nothing kept but the batch at hand."""
+"""Opens trained networks and asks them about the images of a split: one pass, all nets in step, only the batch at hand in memory.
+
+What becomes of their predictions (means, errors, weights) is in `alexprep.train.evaluation` and `alexprep.train.ensemble`.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +18,11 @@ import torch
 from numpy.typing import DTypeLike, NDArray
 from torch import nn
 
-from alexprep.pipeline.augmentation import Augmentation
 from alexprep.shards.dataset_format import read_dataset
 from alexprep.shards.errors import AlexprepError
 from alexprep.train import checkpoint, run_dir
 from alexprep.train.data import memory
-from alexprep.train.metrics import Pace, log_probabilities
+from alexprep.train.metrics import StepTimer, log_probabilities
 from alexprep.train.own.tryout import comparable, fitting_format, layers
 from alexprep.train.precision import Precision
 from alexprep.train.recipes.recipe import Recipe
@@ -29,54 +31,10 @@ from alexprep.train.run_dir import Place, saved_checkpoint
 from alexprep.train.training_state import load_weights
 from alexprep.train.user_code import is_reference
 
-# -------------------- An array that grows by columns.
-
-
-class Columns:
-    """What a pass over images leaves of each, in one piece of memory.
-
-    A list with an array a batch would do as well, were it not for the allocator: those small arrays settle between the large ones of the
-    networks and keep their memory from being used again, a gigabyte in 50,000 images.
-
-    >>> columns = Columns(np.int64)
-    >>> columns.add(np.arange(3)), columns.add(np.arange(2))
-    (None, None)
-    >>> columns.array.tolist(), len(columns)
-    ([0, 1, 2, 0, 1], 5)
-    """
-
-    def __init__(self, dtype: DTypeLike) -> None:
-        """No column yet; the first ones added decide how many rows there are."""
-        self._dtype = dtype
-        self._space: NDArray[Any] = np.empty(0, dtype)
-        self._count = 0
-
-    def __len__(self) -> int:
-        """How many columns."""
-        return self._count
-
-    @property
-    def array(self) -> NDArray[Any]:
-        """(…, columns); it is valid until columns are added."""
-        return self._space[..., : self._count]
-
-    def add(self, columns: NDArray[Any]) -> None:
-        """Appends (…, n): all dimensions but the last are the same each time."""
-        end = self._count + columns.shape[-1]
-        if end > self._space.shape[-1] or not self._count:
-            space = np.empty((*columns.shape[:-1], max(4096, end + end // 2)), self._dtype)
-            space[..., : self._count] = self.array
-            self._space = space
-        self._space[..., self._count : end] = columns
-        self._count = end
-
-
-# -------------------- Trained networks, ready to be evaluated: RUN or RUN@STEP → a network and what must be known of it.
-
-
 # The parts of a recipe that outputs of a trained network depend on; the others belong to the training that is over.
 NETWORK = ("network", "width")
 PIXELS = ("crop", "scale", "evaluation_scale", "mean", "std")
+EvaluationViews = Literal["centre", "ten"]
 
 
 @dataclass(frozen=True)
@@ -237,12 +195,6 @@ def _shown(recipe: dict[str, Any]) -> dict[str, Any]:
     return parts | {"augmentation": {name: augmentation.get(name) for name in PIXELS}}
 
 
-# -------------------- What several nets say of the same images: one pass over a split, all nets in step, nothing kept but the batch at hand.
-
-
-EvaluationViews = Literal["centre", "ten"]
-
-
 class Predicted(NamedTuple):
     """What K nets say of N images, on the nets' device."""
 
@@ -251,15 +203,15 @@ class Predicted(NamedTuple):
     rows: torch.Tensor  # int64 (N,), on the CPU: rows of the split's index
 
 
-class Reader(NamedTuple):
-    """A loader, and the nets that see what it gives."""
+class SharedLoader(NamedTuple):
+    """A loader, and the numbers of the nets that see what it gives."""
 
     loader: Any  # with the behaviour of `alexprep.pipeline.loader.Loader`
     nets: list[int]
 
 
 @contextlib.contextmanager
-def open_readers(
+def open_loaders(
     nets: Sequence[Net],
     data: Path,
     split: str,
@@ -269,7 +221,7 @@ def open_readers(
     device: torch.device,
     statistics: Sequence[Path | None],
     open_loader: Callable[..., Any],
-) -> Iterator[list[Reader]]:
+) -> Iterator[list[SharedLoader]]:
     """A loader for each augmentation among the nets: those that see the same pixels share the decoding.
 
     Args:
@@ -283,17 +235,13 @@ def open_readers(
         statistics: a net: the data set whose mean it is shown images without; None for `data`'s own.
         open_loader: opens a split.
     """
-    shared: list[tuple[tuple[Augmentation, Path | None], list[int]]] = []
-    for number, net in enumerate(nets):
-        seen = net.recipe.augmentation, statistics[number]
-        members = next((members for other, members in shared if other == seen), None)
-        if members is None:
-            shared.append((seen, [number]))
-        else:
-            members.append(number)
+    seen = [(net.recipe.augmentation, source) for net, source in zip(nets, statistics, strict=True)]
+    first = [seen.index(pixels) for pixels in seen]  # the first net that sees the same
     with contextlib.ExitStack() as stack:
-        readers = []
-        for (augmentation, source), members in shared:
+        loaders = []
+        for number in sorted(set(first)):
+            augmentation, source = seen[number]
+            members = [net for net, other in enumerate(first) if other == number]
             extra = {} if source is None else {"statistics": source}
             loader = open_loader(
                 data,
@@ -307,51 +255,51 @@ def open_readers(
                 threads=threads,
                 **extra,
             )
-            readers.append(Reader(stack.enter_context(contextlib.closing(loader)), members))
-        yield readers
+            loaders.append(SharedLoader(stack.enter_context(contextlib.closing(loader)), members))
+        yield loaders
 
 
 def predictions(
     nets: Sequence[Net],
-    readers: Sequence[Reader],
+    loaders: Sequence[SharedLoader],
     precision: Precision,
-    pace: Pace,
+    timer: StepTimer,
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[Predicted]:
-    """One pass: batch after batch, what every net says of it.
+    """Goes through a split once, all nets in step: batch after batch, what every net says of it.
 
     Args:
         nets: in evaluation mode.
-        readers: that together feed each of the nets.
+        loaders: that together show each of the nets every image.
         precision: that they compute in.
-        pace: counts images, the time waiting for data, and all other time (the caller's work on a batch included).
+        timer: counts images, the time waiting for data, and all other time (the caller's work on a batch included).
         progress: called with images done and images in all.
 
     Raises:
         AlexprepError: a net gives NaN, or the loaders do not give the same images.
     """
     done = 0
-    passes = [iter(reader.loader) for reader in readers]
-    pace.lap()
+    sources = [iter(shared.loader) for shared in loaders]
+    timer.lap()
     while True:
-        batches: list[Any] = [next(one, None) for one in passes]
-        wait_seconds = pace.lap()
+        batches: list[Any] = [next(source, None) for source in sources]
+        wait_seconds = timer.lap()
         rows = _rows(batches, done)
         if rows is None:
             return
         logs: dict[int, torch.Tensor] = {}
-        for batch, (_, members) in zip(batches, readers, strict=True):
+        for batch, (_, members) in zip(batches, loaders, strict=True):
             for number in members:
                 logs[number] = _logs(nets[number], batch.images, precision)
         yield Predicted(torch.stack([logs[n] for n in range(len(nets))], dim=1), batches[0].labels, rows)
         done += len(rows)
-        pace.count(len(rows), wait_seconds, pace.lap())
+        timer.count(len(rows), wait_seconds, timer.lap())
         if progress is not None:
-            progress(done, readers[0].loader.samples)
+            progress(done, loaders[0].loader.samples)
 
 
-class Kept:
-    """Predictions on disk, float32 in a file without a name, to be gone through again: 1.4 GB for 7 nets on 50,000 images of ImageNet.
+class StoredPredictions:
+    """Keeps predictions on disk, float32 in a file without a name, to go through them again: 1.4 GB for 7 nets on 50,000 images of ImageNet.
 
     The rounding is 6e-8 of a log-probability. The file lies in the system's folder for such files ($TMPDIR).
     """
@@ -359,7 +307,7 @@ class Kept:
     def __init__(self) -> None:
         """Nothing is kept yet."""
         self._file = tempfile.TemporaryFile()  # noqa: SIM115  (`close` closes it)
-        self._labels, self._rows = Columns(np.int64), Columns(np.int64)
+        self._labels, self._rows = GrowingArray(np.int64), GrowingArray(np.int64)
         self._sizes: list[int] = []
         self._shape: tuple[int, ...] = ()
 
@@ -389,9 +337,9 @@ class Kept:
         for size in self._sizes:
             first, end = end, end + size
             shape = (size, *self._shape)
-            values = np.frombuffer(self._file.read(4 * int(np.prod(shape))), np.float32).reshape(shape)
-            labels, rows = (torch.from_numpy(columns.array[first:end]) for columns in (self._labels, self._rows))
-            yield Predicted(torch.from_numpy(values.astype(np.float64)), labels, rows)
+            logs = np.frombuffer(self._file.read(4 * int(np.prod(shape))), np.float32).reshape(shape)
+            labels, rows = (torch.from_numpy(values.array[first:end]) for values in (self._labels, self._rows))
+            yield Predicted(torch.from_numpy(logs.astype(np.float64)), labels, rows)
 
     def close(self) -> None:
         """Gives the disk back."""
@@ -428,3 +376,42 @@ def _logs(net: Net, images: torch.Tensor, precision: Precision) -> torch.Tensor:
         return log_probabilities(net.network, images, precision)
     except AlexprepError as error:
         raise AlexprepError(f"{net.name}: {error}") from None
+
+
+class GrowingArray:
+    """An array that grows along its last dimension: what going through images leaves of each, in one piece of memory.
+
+    A list with an array a batch would do as well, were it not for the allocator: those small arrays settle between the large ones of the
+    networks and keep their memory from being used again, a gigabyte in 50,000 images.
+
+    >>> labels = GrowingArray(np.int64)
+    >>> labels.add(np.arange(3)), labels.add(np.arange(2))
+    (None, None)
+    >>> labels.array.tolist(), len(labels)
+    ([0, 1, 2, 0, 1], 5)
+    """
+
+    def __init__(self, dtype: DTypeLike) -> None:
+        """Nothing yet; what is added first decides the other dimensions."""
+        self._dtype = dtype
+        self._space: NDArray[Any] = np.empty(0, dtype)
+        self._count = 0
+
+    def __len__(self) -> int:
+        """Of the last dimension."""
+        return self._count
+
+    @property
+    def array(self) -> NDArray[Any]:
+        """(…, length); it is valid until more is added."""
+        return self._space[..., : self._count]
+
+    def add(self, values: NDArray[Any]) -> None:
+        """Appends (…, n): all dimensions but the last are the same each time."""
+        end = self._count + values.shape[-1]
+        if end > self._space.shape[-1] or not self._count:
+            space = np.empty((*values.shape[:-1], max(4096, end + end // 2)), self._dtype)
+            space[..., : self._count] = self.array
+            self._space = space
+        self._space[..., self._count : end] = values
+        self._count = end

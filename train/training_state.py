@@ -21,7 +21,7 @@ from alexprep.train.distributed.parallel import Parallel
 from alexprep.train.distributed.tensor_parallel import Gather, Scheme, SharedDropout
 from alexprep.train.distributed.world import World
 from alexprep.train.lr_schedule import ScheduleState
-from alexprep.train.metrics import Sums
+from alexprep.train.metrics import RunningTotals
 from alexprep.train.nonfinite import NotFinite
 from alexprep.train.optimizer import MomentumSGD, optimizer_of
 from alexprep.train.own.tryout import fitting_format
@@ -222,7 +222,7 @@ class TrainingState:
         self.update = Update(self.parallel, self.optimizer, self.precision)
         self.compiled = Compiled(self.network) if computing.compile else None
         self._whole_batch = recipe.batch_size
-        self.sums = Sums(device)
+        self.sums = RunningTotals(device)
         self.position = Position()
         self.device = device
 
