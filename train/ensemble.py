@@ -122,7 +122,7 @@ class WeightSearch:
         self._own.add((mine - largest[:, None]).exp().T.cpu().numpy())
         self._others.add((rivals - largest[images, None]).exp().T.cpu().numpy())
 
-    def search(self) -> list[float]:
+    def best_weights(self) -> list[float]:
         """Weights with sum 1 whose top-5 error no change of one coefficient lowers.
 
         Raises:

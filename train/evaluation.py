@@ -243,12 +243,12 @@ def _scores(
 
         if fixed is None and weights_from != split:
             go_through(weights_from, search.add)
-            fixed = search.search()
+            fixed = search.best_weights()
         go_through(split, measure)
         if not single[0].images:
             raise AlexprepError("there is no image to evaluate on: name another --split")
         if fixed is None:
-            fixed = search.search()
+            fixed = search.best_weights()
             for predicted in stored:
                 whole.add(mixture(predicted.logs, fixed), predicted)
     return whole, single, fixed
