@@ -32,6 +32,7 @@ from tests.made_up import FAMILY
 SIZES = (7, 1, 8, 3)  # images of each step: odd, fewer than ranks, even
 CLASSES = 5  # do not divide either
 SPLIT: tuple[Scheme, ...] = SCHEMES[1:]
+EXACTLY: tuple[Precision, ...] = ("fp32", "bf16")
 
 
 def network_named(name: str) -> tuple[nn.Sequential, int]:
@@ -56,10 +57,6 @@ def own_rows(parallel: Parallel, count: int) -> slice:
     """As a loader of `parallel.shard` would take them."""
     rank, ranks = parallel.shard
     return slice(rank * count // ranks, (rank + 1) * count // ranks)
-
-
-def own_part(parallel: Parallel, name: str, whole: torch.Tensor) -> torch.Tensor:
-    return parallel._own(name, whole)
 
 
 def own_batches(parallel: Parallel, side: int, device: torch.device, dtype: torch.dtype) -> Iterator[Examples]:
@@ -112,7 +109,7 @@ def train(world: World, name: str, scheme: Scheme, dtype: torch.dtype) -> tuple[
         weights = dict(single.named_parameters())
         own = dict(parallel.network.named_parameters())
         gradients.append(
-            max(apart(own[key].grad, own_part(parallel, key, weights[key].grad)) for key in own)  # type: ignore[arg-type]
+            max(apart(own[key].grad, parallel._own(key, weights[key].grad)) for key in own)  # type: ignore[arg-type]
         )
         optimizer.step()
         single_optimizer.step()
@@ -220,27 +217,18 @@ def exact(world: World, scheme: Scheme, precision: Precision) -> dict[str, Any]:
     parallel = Parallel(exact_network(), scheme, world)
     rows = own_rows(parallel, len(images))
     torch.manual_seed(8)
-    types: list[torch.dtype] = []
-    with mock.patch.object(dist, "all_to_all_single", noting(types, dist.all_to_all_single)):
+    with mock.patch.object(dist, "all_to_all_single", wraps=dist.all_to_all_single) as exchanges:
         ((own, _),) = parallel.batches([Examples(images[rows], torch.arange(len(images))[rows])])
         found = logits(parallel.network, own, precision)
         gradients = gradients_of(parallel.network, (found * signs).sum())
     parallel.sum_gradients()
-    different = [name for name in gradients if not torch.equal(gradients[name], own_part(parallel, name, right[name]))]
+    different = [name for name in gradients if not torch.equal(gradients[name], parallel._own(name, right[name]))]
     return {
         "different": different if torch.equal(found, expected) else ["logits", *different],
         "largest": max(largest),
         "zero": [name for name, gradient in right.items() if not gradient.any()],
-        "sent": sorted({str(kind) for kind in types} - {"torch.int64"}),
+        "sent": sorted({str(call.args[1].dtype) for call in exchanges.call_args_list} - {"torch.int64"}),
     }
-
-
-def noting(types: list[torch.dtype], function: Any) -> Any:
-    def call(received: torch.Tensor, given: torch.Tensor, *sizes: Any, **options: Any) -> Any:
-        types.append(given.dtype)
-        return function(received, given, *sizes, **options)
-
-    return call
 
 
 def errors(world: World, name: str, scheme: Scheme, precision: Precision) -> dict[str, tuple[float, float]]:
@@ -264,8 +252,8 @@ def errors(world: World, name: str, scheme: Scheme, precision: Precision) -> dic
     found["loss"] = loss
     return {
         key: (
-            apart(value, own_part(parallel, key, right[key])),
-            apart(own_part(parallel, key, single[key]), own_part(parallel, key, right[key])),
+            apart(value, parallel._own(key, right[key])),
+            apart(parallel._own(key, single[key]), parallel._own(key, right[key])),
         )
         for key, value in found.items()
     }
@@ -318,15 +306,14 @@ def everything(world: World, names: list[str]) -> dict[str, Any]:
     found: dict[str, Any] = {"compiler": imports_compiler(), "overflow": overflow_on_one(world)}
     for scheme in SPLIT:
         for name in names:
-            parallel, optimizer, report = train(world, name, scheme, torch.float64)
-            whole = {key: weight.float() for key, weight in parallel.gather_state().items()}
-            velocities = [velocity.float() for velocity in parallel.gather_velocities(optimizer)]
-            found[f"{name} {scheme}"] = {**report, "round_trips": round_trips(world, name, whole, velocities)}
+            parallel, optimizer, found[f"{name} {scheme}"] = train(world, name, scheme, torch.float64)
+            if scheme == "towers":
+                whole = {key: weight.float() for key, weight in parallel.gather_state().items()}
+                velocities = [velocity.float() for velocity in parallel.gather_velocities(optimizer)]
+                found[f"round trips {name}"] = round_trips(world, name, whole, velocities)
         found[f"evaluation {scheme}"] = evaluation(world, scheme)
-        for precision in ("fp32", "bf16"):
-            found[f"exact {scheme} {precision}"] = exact(world, scheme, precision)  # type: ignore[arg-type]
-        for name in ("tiny", "quick"):
-            found[f"errors {scheme} {name}"] = errors(world, name, scheme, "bf16")
+        found |= {f"exact {scheme} {precision}": exact(world, scheme, precision) for precision in EXACTLY}
+        found |= {f"errors {scheme} {name}": errors(world, name, scheme, "bf16") for name in ("tiny", "quick")}
     found["refused"] = different_batches(world)
     return found
 

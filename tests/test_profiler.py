@@ -218,7 +218,7 @@ def test_the_meter_s_clock_leaves_the_trace_out(tmp_path: Path, monkeypatch: pyt
         return 0.0
 
     with Meter(None, step=0, total_steps=20) as meter:
-        monkeypatch.setattr(meter.pace, "lap", lap)
+        monkeypatch.setattr(meter.timer, "lap", lap)
         steps_of(Trace(tmp_path / "trace", 2, meter, World.alone("cpu"), step=0, last_step=20), 20)
     assert len(laps) == 13  # at the beginning of each step until the file is written
 

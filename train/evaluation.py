@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from alexprep.pipeline.augmentation import Augmentation
 from alexprep.pipeline.device import choose_device
 from alexprep.pipeline.loader import Loader
 from alexprep.pipeline.loader_settings import Tuning, tuning_for
@@ -28,7 +29,7 @@ from alexprep.shards.dataset_format import read_dataset
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.storage import digest_json, publish_json
 from alexprep.train.config import DECODING
-from alexprep.train.data import data_facts
+from alexprep.train.data import data_facts, memory
 from alexprep.train.ensemble import Weights, WeightSearch, mixture, shares
 from alexprep.train.metrics import TOP, StepTimer, image_errors, mean_errors
 from alexprep.train.precision import Precision, check_precision, float32_kernels
@@ -40,7 +41,6 @@ from alexprep.train.predictions import (
     StoredPredictions,
     check_classes,
     data_of,
-    open_loaders,
     open_net,
     predictions,
 )
@@ -153,17 +153,27 @@ def evaluate(
     if check is not None:
         check(data, split)
     means = [_mean_of(net, dataset, notes) for net in nets]
-    open_loader = open_loader or functools.partial(Loader, tuning=_tuning(nets, data, where))
-
+    open_split: OpenSplit = open_loader or functools.partial(Loader, tuning=_tuning(nets, data, where))
     timer = StepTimer()
 
+    def open_with(split: str, augmentation: Augmentation, mean: Path | None) -> Any:
+        return open_split(
+            data,
+            split,
+            batch_size=batch_size if views == "centre" else max(1, batch_size // 10),
+            augmentation=augmentation,
+            views=views,
+            order="sequential",
+            device=str(where),
+            layout=memory(where).layout,
+            threads=threads,
+            **({} if mean is None else {"statistics": mean}),
+        )
+
     def go_through(split: str, use: Callable[[Predicted], None]) -> None:
-        with (
-            torch.inference_mode(),
-            float32_kernels(precision),
-            open_loaders(nets, data, split, views, batch_size, threads, where, means, open_loader) as loaders,
-        ):
-            for predicted in predictions(nets, loaders, precision, timer, progress):
+        found = predictions(nets, means, functools.partial(open_with, split), precision, timer, progress)
+        with torch.inference_mode(), float32_kernels(precision), contextlib.closing(found):
+            for predicted in found:
                 use(predicted)
 
     whole, single, used = _scores(len(nets), go_through, split, fixed, weights_from or split)
@@ -355,21 +365,15 @@ class Scores:
 
         All None where no image has a label.
         """
+        names = ("top1_error", "top5_error", "loss", "top1_standard_error", "top5_standard_error")
         errors = torch.from_numpy(self._errors.array)
         known = errors[:, ~errors[0].isnan()]
         count = known.shape[1]
         if not count:
-            names = ("top1_error", "top5_error", "loss", "top1_standard_error", "top5_standard_error")
             return dict.fromkeys(names)
-        found = mean_errors(errors)
-        spread = known.std(dim=1, correction=0) / math.sqrt(count)
-        return {
-            "top1_error": found["top1_error"],
-            "top5_error": found["top5_error"],
-            "loss": found["loss"],
-            "top1_standard_error": 100 * float(spread[1]),
-            "top5_standard_error": 100 * float(spread[2]),
-        }
+        means = mean_errors(known)
+        spread = 100 * (known[1:].std(dim=1, correction=0) / math.sqrt(count))
+        return dict(zip(names, [*(means[name] for name in names[:3]), *spread.tolist()], strict=True))
 
     def by_class(self, names: list[str]) -> list[ClassError]:
         """Every class, by label, with the errors of its images."""
@@ -410,10 +414,7 @@ def _best(logs: torch.Tensor) -> torch.Tensor:
 def ranked(table: list[ClassError]) -> list[ClassError]:
     """The classes that have images, lowest top-1 error first, then lowest top-5 error, then label."""
 
-    def key(row: ClassError) -> tuple[Any, ...]:
-        return row.top1_error, row.top5_error, row.label
-
-    return sorted((row for row in table if row.images), key=key)
+    return sorted((row for row in table if row.images), key=lambda row: (row.top1_error, row.top5_error, row.label))
 
 
 def class_csv(table: list[ClassError]) -> bytes:

@@ -209,9 +209,7 @@ def _store(timeout: float) -> tuple[Any, int]:
 def _start(folder: Path, rank: int, ranks: int, port: int) -> subprocess.Popen[bytes]:
     """One rank, in a session of its own: a Ctrl-C of the terminal reaches it through this process alone."""
     environment = {
-        "OMP_NUM_THREADS": str(
-            max(1, cores() // ranks)
-        ),  # torch's threads; all of the machine's for each would be slower
+        "OMP_NUM_THREADS": str(max(1, cores() // ranks)),  # torch's; all of the machine's for each would be slower
         **({"GLOO_SOCKET_IFNAME": "lo"} if "lo" in {name for _, name in socket.if_nameindex()} else {}),
         **os.environ,
         "RANK": str(rank),
@@ -261,11 +259,10 @@ def _watch(processes: list[subprocess.Popen[bytes]], folder: Path, timeout: floa
             if now - first_end > timeout:
                 raise RankFailed(f"rank {running[0]} still runs {timeout:g} s after others had ended")
         for rank in running:
-            if _state(processes[rank].pid) in ("T", "t"):
-                if now - stopped_since.setdefault(rank, now) > timeout:
-                    raise RankFailed(f"rank {rank} is stopped (SIGSTOP) and did not answer for {timeout:g} s")
-            else:
+            if not _is_stopped(processes[rank]):
                 stopped_since.pop(rank, None)
+            elif now - stopped_since.setdefault(rank, now) > timeout:
+                raise _stopped(rank, timeout)
         time.sleep(POLL_SECONDS)
 
 
@@ -281,9 +278,9 @@ def _reason(processes: list[subprocess.Popen[bytes]], folder: Path, timeout: flo
         with contextlib.suppress(FileNotFoundError, ValueError):  # it may be cut off by a full disk
             told[rank] = json.loads(file.read_text())
     silent = [rank for rank, code in enumerate(codes) if code and rank not in told]
-    stopped = [rank for rank, code in enumerate(codes) if code is None and _state(processes[rank].pid) in ("T", "t")]
+    stopped = [rank for rank, code in enumerate(codes) if code is None and _is_stopped(processes[rank])]
     if stopped:
-        return RankFailed(f"rank {stopped[0]} is stopped (SIGSTOP) and did not answer for {timeout:g} s")
+        return _stopped(stopped[0], timeout)
     if silent:
         code = codes[silent[0]] or 0
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit status {code}"
@@ -297,6 +294,10 @@ def _reason(processes: list[subprocess.Popen[bytes]], folder: Path, timeout: flo
     return RankFailed(f"rank {rank} failed{others}: {kind}: {message}{_output(folder, rank)}")
 
 
+def _stopped(rank: int, timeout: float) -> RankFailed:
+    return RankFailed(f"rank {rank} is stopped (SIGSTOP) and did not answer for {timeout:g} s")
+
+
 def _output(folder: Path, rank: int) -> str:
     """The last lines that a rank printed; rank 0's are on the terminal."""
     file = folder / f"output-{rank}"
@@ -306,12 +307,12 @@ def _output(folder: Path, rank: int) -> str:
     return "".join(f"\n  rank {rank} | {line}" for line in lines)
 
 
-def _state(pid: int) -> str:
-    """The letter of a process's state in Linux's /proc; "" elsewhere."""
+def _is_stopped(process: subprocess.Popen[bytes]) -> bool:
+    """Whether a SIGSTOP holds a process, by Linux's /proc; elsewhere nobody is known to be stopped."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        return Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] in ("T", "t")
     except (OSError, IndexError):
-        return ""
+        return False
 
 
 def run_rank() -> None:

@@ -20,6 +20,7 @@ import math
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, cast
@@ -110,7 +111,7 @@ class Meter:
         if not math.isfinite(means.loss):
             raise NotFinite(f"the loss became {means.loss} within steps {self._logged_step + 1} to {step}")
         speed = self.timer.since(self._logged)
-        self._logged, self._logged_step = self.timer.copy(), step
+        self._logged, self._logged_step = replace(self.timer), step
         self._write({"kind": "steps", "step": step, "epoch": epoch, **means._asdict(), "lr": lr, **speed})
         line = (
             f"epoch {epoch + 1} step {step}: loss {means.loss:.4f}, top-1 error {means.top1_error:.1f} %, "

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -174,17 +175,18 @@ class RunningTotals:
         return Means(loss / images, 100 * (images - top1) / images, 100 * (images - top5) / images)
 
 
+@dataclass
 class StepTimer:
     """Counts images, steps and seconds, waiting for data and working apart."""
 
-    def __init__(self) -> None:
-        """Nothing counted yet; the first lap begins."""
-        self.images = self.steps = 0
-        self.wait_seconds = self.busy_seconds = 0.0
-        self._last = time.perf_counter()
+    images: int = 0
+    steps: int = 0
+    wait_seconds: float = 0.0
+    busy_seconds: float = 0.0
+    _last: float = field(default_factory=time.perf_counter)
 
     def lap(self) -> float:
-        """Seconds since the last lap."""
+        """Seconds since the last lap, or since the timer was made."""
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
         return seconds
@@ -196,15 +198,8 @@ class StepTimer:
         self.wait_seconds += wait_seconds
         self.busy_seconds += busy_seconds
 
-    def copy(self) -> StepTimer:
-        """The counts so far, to be given to `since` later."""
-        other = StepTimer()
-        other.images, other.steps = self.images, self.steps
-        other.wait_seconds, other.busy_seconds = self.wait_seconds, self.busy_seconds
-        return other
-
     def since(self, earlier: StepTimer) -> dict[str, float]:
-        """Images a second, and milliseconds a step waiting for data and working, after `earlier`. At least one step lies between."""
+        """Images a second, and milliseconds a step waiting for data and working, after a copy was made. At least one step lies between."""
         steps = self.steps - earlier.steps
         wait, busy = self.wait_seconds - earlier.wait_seconds, self.busy_seconds - earlier.busy_seconds
         rate = (self.images - earlier.images) / (wait + busy)

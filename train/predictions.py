@@ -6,9 +6,9 @@ What becomes of their predictions (means, errors, weights) is in `alexprep.train
 from __future__ import annotations
 
 import contextlib
-import itertools
+import io
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -18,6 +18,7 @@ import torch
 from numpy.typing import DTypeLike, NDArray
 from torch import nn
 
+from alexprep.pipeline.augmentation import Augmentation
 from alexprep.shards.dataset_format import read_dataset
 from alexprep.shards.errors import AlexprepError
 from alexprep.train import checkpoint, run_dir
@@ -203,99 +204,73 @@ class Predicted(NamedTuple):
     rows: torch.Tensor  # int64 (N,), on the CPU: rows of the split's index
 
 
-class SharedLoader(NamedTuple):
-    """A loader, and the numbers of the nets that see what it gives."""
-
-    loader: Any  # with the behaviour of `alexprep.pipeline.loader.Loader`
-    nets: list[int]
-
-
-@contextlib.contextmanager
-def open_loaders(
-    nets: Sequence[Net],
-    data: Path,
-    split: str,
-    views: EvaluationViews,
-    batch_size: int,
-    threads: int | None,
-    device: torch.device,
-    statistics: Sequence[Path | None],
-    open_loader: Callable[..., Any],
-) -> Iterator[list[SharedLoader]]:
-    """A loader for each augmentation among the nets: those that see the same pixels share the decoding.
-
-    Args:
-        nets: each sees images as its own recipe cuts them.
-        data: the data set's folder.
-        split: of it.
-        views: one centre crop, or the paper's ten views.
-        batch_size: crops at a time.
-        threads: of each loader, for decoding; None for what the loader takes.
-        device: of the nets.
-        statistics: a net: the data set whose mean it is shown images without; None for `data`'s own.
-        open_loader: opens a split.
-    """
-    seen = [(net.recipe.augmentation, source) for net, source in zip(nets, statistics, strict=True)]
-    first = [seen.index(pixels) for pixels in seen]  # the first net that sees the same
-    with contextlib.ExitStack() as stack:
-        loaders = []
-        for number in sorted(set(first)):
-            augmentation, source = seen[number]
-            members = [net for net, other in enumerate(first) if other == number]
-            extra = {} if source is None else {"statistics": source}
-            loader = open_loader(
-                data,
-                split,
-                batch_size=batch_size if views == "centre" else max(1, batch_size // 10),
-                augmentation=augmentation,
-                views=views,
-                order="sequential",
-                device=str(device),
-                layout=memory(device).layout,
-                threads=threads,
-                **extra,
-            )
-            loaders.append(SharedLoader(stack.enter_context(contextlib.closing(loader)), members))
-        yield loaders
-
-
 def predictions(
     nets: Sequence[Net],
-    loaders: Sequence[SharedLoader],
+    means: Sequence[Path | None],
+    open_loader: Callable[[Augmentation, Path | None], Any],
     precision: Precision,
     timer: StepTimer,
     progress: Callable[[int, int], None] | None = None,
-) -> Iterator[Predicted]:
-    """Goes through a split once, all nets in step: batch after batch, what every net says of it.
+) -> Generator[Predicted, None, None]:
+    """Goes through a split once, all nets in step: batch after batch, what every net says of it. To be closed if left early.
 
     Args:
-        nets: in evaluation mode.
-        loaders: that together show each of the nets every image.
-        precision: that they compute in.
+        nets: in evaluation mode. Those that see the same pixels share a loader.
+        means: a net: the data set whose mean it is shown images without; None for that of the split.
+        open_loader: opens the split, with an augmentation and less a mean.
+        precision: that the nets compute in.
         timer: counts images, the time waiting for data, and all other time (the caller's work on a batch included).
         progress: called with images done and images in all.
 
     Raises:
         AlexprepError: a net gives NaN, or the loaders do not give the same images.
     """
+    seen = [(net.recipe.augmentation, mean) for net, mean in zip(nets, means, strict=True)]
+    same = [seen.index(pixels) for pixels in seen]  # the first net that sees the same
     done = 0
-    sources = [iter(shared.loader) for shared in loaders]
-    timer.lap()
-    while True:
-        batches: list[Any] = [next(source, None) for source in sources]
-        wait_seconds = timer.lap()
-        rows = _rows(batches, done)
-        if rows is None:
-            return
-        logs: dict[int, torch.Tensor] = {}
-        for batch, (_, members) in zip(batches, loaders, strict=True):
-            for number in members:
-                logs[number] = _logs(nets[number], batch.images, precision)
-        yield Predicted(torch.stack([logs[n] for n in range(len(nets))], dim=1), batches[0].labels, rows)
-        done += len(rows)
-        timer.count(len(rows), wait_seconds, timer.lap())
-        if progress is not None:
-            progress(done, loaders[0].loader.samples)
+    with contextlib.ExitStack() as stack:
+        loaders = {n: stack.enter_context(contextlib.closing(open_loader(*seen[n]))) for n in dict.fromkeys(same)}
+        sources = {n: iter(loader) for n, loader in loaders.items()}
+        timer.lap()
+        while True:
+            batches: dict[int, Any] = {n: next(source, None) for n, source in sources.items()}
+            wait_seconds = timer.lap()
+            rows = _rows(list(batches.values()), done)
+            if rows is None:
+                return
+            logs = [_logs(net, batches[n].images, precision) for net, n in zip(nets, same, strict=True)]
+            yield Predicted(torch.stack(logs, dim=1), batches[0].labels, rows)
+            done += len(rows)
+            timer.count(len(rows), wait_seconds, timer.lap())
+            if progress is not None:
+                progress(done, loaders[0].samples)
+
+
+def _rows(batches: list[Any], done: int) -> torch.Tensor | None:
+    """The rows of the batches, None at the end, after making sure that all loaders gave the same images."""
+    if all(batch is None for batch in batches):
+        return None
+    seen = [None if batch is None else (_indices(batch, done), batch.labels.cpu()) for batch in batches]
+    for other in seen[1:]:
+        if seen[0] is None or other is None or not all(map(torch.equal, seen[0], other)):
+            raise AlexprepError(
+                f"after {done} images the loaders of two nets give different ones: is the data set being changed? "
+                "`alexprep verify` tells"
+            )
+    assert seen[0] is not None
+    return seen[0][0]
+
+
+def _indices(batch: Any, done: int) -> torch.Tensor:
+    found: torch.Tensor | None = getattr(batch, "indices", None)
+    return torch.arange(done, done + len(batch.labels)) if found is None else found
+
+
+def _logs(net: Net, images: torch.Tensor, precision: Precision) -> torch.Tensor:
+    try:
+        return log_probabilities(net.network, images, precision)
+    except AlexprepError as error:
+        raise AlexprepError(f"{net.name}: {error}") from None
 
 
 class StoredPredictions:
@@ -307,9 +282,7 @@ class StoredPredictions:
     def __init__(self) -> None:
         """Nothing is kept yet."""
         self._file = tempfile.TemporaryFile()  # noqa: SIM115  (`close` closes it)
-        self._labels, self._rows = GrowingArray(np.int64), GrowingArray(np.int64)
-        self._sizes: list[int] = []
-        self._shape: tuple[int, ...] = ()
+        self._batches = 0
 
     def add(self, predicted: Predicted) -> None:
         """Takes in a batch.
@@ -317,65 +290,29 @@ class StoredPredictions:
         Raises:
             AlexprepError: the disk is full.
         """
-        self._labels.add(predicted.labels.cpu().numpy())
-        self._rows.add(predicted.rows.numpy())
-        self._sizes.append(len(predicted.rows))
-        self._shape = tuple(predicted.logs.shape[1:])
+        packed = io.BytesIO()
+        for tensor in predicted._replace(logs=predicted.logs.float()):
+            np.save(packed, tensor.cpu().numpy(), allow_pickle=False)
         try:
-            self._file.write(predicted.logs.float().cpu().numpy().tobytes())
+            self._file.write(packed.getbuffer())
             self._file.flush()
         except OSError as error:
             raise AlexprepError(
                 f"predictions cannot be kept in {tempfile.gettempdir()} ({error.strerror}): point TMPDIR at a disk with more "
                 "room, or find the weights on another split with --weights-from"
             ) from None
+        self._batches += 1
 
     def __iter__(self) -> Iterator[Predicted]:
         """The batches again, on the CPU."""
         self._file.seek(0)
-        end = 0
-        for size in self._sizes:
-            first, end = end, end + size
-            shape = (size, *self._shape)
-            logs = np.frombuffer(self._file.read(4 * int(np.prod(shape))), np.float32).reshape(shape)
-            labels, rows = (torch.from_numpy(values.array[first:end]) for values in (self._labels, self._rows))
-            yield Predicted(torch.from_numpy(logs.astype(np.float64)), labels, rows)
+        for _ in range(self._batches):
+            logs, labels, rows = (torch.from_numpy(np.load(self._file, allow_pickle=False)) for _ in range(3))
+            yield Predicted(logs.double(), labels, rows)
 
     def close(self) -> None:
         """Gives the disk back."""
         self._file.close()
-
-
-def _rows(batches: list[Any], done: int) -> torch.Tensor | None:
-    """The rows of the batches, None at the end, after making sure that all loaders gave the same images."""
-    if all(batch is None for batch in batches):
-        return None
-    rows = [_indices(batch, done) for batch in batches]
-    if len(batches) == 1:
-        return rows[0]
-    labels = [None if batch is None else batch.labels.cpu() for batch in batches]
-    for (one_row, one_label), (other_row, other_label) in itertools.pairwise(zip(rows, labels, strict=True)):
-        same = one_row is not None and other_row is not None and torch.equal(one_row, other_row)
-        if not same or one_label is None or other_label is None or not torch.equal(one_label, other_label):
-            raise AlexprepError(
-                f"after {done} images the loaders of two nets give different ones: is the data set being changed? "
-                "`alexprep verify` tells"
-            )
-    return rows[0]
-
-
-def _indices(batch: Any, done: int) -> torch.Tensor | None:
-    if batch is None:
-        return None
-    found: torch.Tensor | None = getattr(batch, "indices", None)
-    return torch.arange(done, done + len(batch.labels)) if found is None else found
-
-
-def _logs(net: Net, images: torch.Tensor, precision: Precision) -> torch.Tensor:
-    try:
-        return log_probabilities(net.network, images, precision)
-    except AlexprepError as error:
-        raise AlexprepError(f"{net.name}: {error}") from None
 
 
 class GrowingArray:

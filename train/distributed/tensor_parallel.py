@@ -195,29 +195,19 @@ def divide(count: int, ranks: int) -> list[int]:
 
 
 def _sliced(layer: nn.Linear | nn.Conv2d, sizes: list[int], rank: int, grouped: bool) -> nn.Module:
-    """A layer with the kernels of one rank."""
-    made: nn.Linear | nn.Conv2d
-    bias = layer.bias is not None
-    if isinstance(layer, nn.Linear):
-        made = nn.Linear(layer.in_features, sizes[rank], bias, device="meta")
-    else:
-        made = nn.Conv2d(
-            layer.in_channels // len(sizes) if grouped else layer.in_channels,
-            sizes[rank],
-            layer.kernel_size,  # type: ignore[arg-type]
-            layer.stride,  # type: ignore[arg-type]
-            layer.padding,  # type: ignore[arg-type]
-            layer.dilation,  # type: ignore[arg-type]
-            layer.groups // len(sizes) if grouped else 1,
-            bias,
-            layer.padding_mode,
-            device="meta",
-        )
+    """A layer with the kernels of one rank; with its groups, where they are shared out."""
+    own = copy.deepcopy(layer, {id(weight): weight for weight in layer.parameters()})
     for name, weight in layer.named_parameters():
-        own = weight.detach().narrow(0, sum(sizes[:rank]), sizes[rank]).clone()
-        setattr(made, name, nn.Parameter(own, weight.requires_grad))
-    made.train(layer.training)
-    return made
+        kernels = weight.detach().narrow(0, sum(sizes[:rank]), sizes[rank]).clone()
+        setattr(own, name, nn.Parameter(kernels, weight.requires_grad))
+    if isinstance(own, nn.Linear):
+        own.out_features = sizes[rank]
+        return own
+    own.out_channels = sizes[rank]
+    if grouped:
+        own.in_channels //= len(sizes)
+        own.groups //= len(sizes)
+    return own
 
 
 def _refuse_batch_norm(name: str, layer: nn.Module) -> None:
@@ -271,10 +261,6 @@ class Gather(nn.Module):
         if values.ndim == 4 and not values.is_contiguous():
             joined = joined.contiguous(memory_format=torch.channels_last)
         return joined
-
-    def extra_repr(self) -> str:
-        """For print(network)."""
-        return f"before={self.layer}, dim={self.dim}, replicated={self.replicated}"
 
 
 class Take(nn.Module):
