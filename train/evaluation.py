@@ -101,7 +101,7 @@ def evaluate(
     recipe: str | None = None,
     model: str | None = None,
 ) -> Evaluation:
-    """Evaluates nets, each by itself and all as one: the weighted mean of their softmax outputs.
+    """Evaluates trained networks, each by itself and all as one: the weighted mean of their softmax outputs.
 
     Every net sees the images as its own recipe cuts them, less the mean of the data that it was trained on; softmax and
     averages are float64. All nets go through the split together, and of their outputs only the batch at hand is in memory.
@@ -153,32 +153,19 @@ def evaluate(
     if check is not None:
         check(data, split)
     means = [_mean_of(net, dataset, notes) for net in nets]
-    open_split: OpenSplit = open_loader or functools.partial(Loader, tuning=_tuning(nets, data, where))
+    open_loader = open_loader or functools.partial(Loader, tuning=_tuning(nets, data, where))
+    open_split = functools.partial(_open_split, open_loader, data, views, batch_size, threads, where)
     timer = StepTimer()
 
-    def open_with(split: str, augmentation: Augmentation, mean: Path | None) -> Any:
-        return open_split(
-            data,
-            split,
-            batch_size=batch_size if views == "centre" else max(1, batch_size // 10),
-            augmentation=augmentation,
-            views=views,
-            order="sequential",
-            device=str(where),
-            layout=memory(where).layout,
-            threads=threads,
-            **({} if mean is None else {"statistics": mean}),
-        )
-
     def go_through(split: str, use: Callable[[Predicted], None]) -> None:
-        found = predictions(nets, means, functools.partial(open_with, split), precision, timer, progress)
+        found = predictions(nets, means, functools.partial(open_split, split), precision, timer, progress)
         with torch.inference_mode(), float32_kernels(precision), contextlib.closing(found):
             for predicted in found:
                 use(predicted)
 
     whole, single, used = _scores(len(nets), go_through, split, fixed, weights_from or split)
     document = {
-        **_place(nets),
+        **_place_of(nets),
         "nets": [_describe(*each) for each in zip(nets, used, single, strict=True)],
         "data": str(data),
         "data_digest": facts.digest,
@@ -214,6 +201,31 @@ def publish(document: dict[str, Any], runs: Path) -> Path:
     path = folder / f"eval-{document['split']}-{document['views']}-{digest}.json"
     publish_json(path, document)
     return path
+
+
+def _open_split(
+    open_loader: OpenSplit,
+    data: Path,
+    views: EvaluationViews,
+    batch_size: int,
+    threads: int | None,
+    device: torch.device,
+    split: str,
+    augmentation: Augmentation,
+    mean: Path | None,
+) -> Any:
+    return open_loader(
+        data,
+        split,
+        batch_size=batch_size if views == "centre" else max(1, batch_size // 10),
+        augmentation=augmentation,
+        views=views,
+        order="sequential",
+        device=str(device),
+        layout=memory(device).layout,
+        threads=threads,
+        **({} if mean is None else {"statistics": mean}),
+    )
 
 
 def _scores(
@@ -293,7 +305,7 @@ def _mean_of(net: Net, dataset: dict[str, Any], notes: list[str]) -> Path | None
     return None
 
 
-def _place(nets: list[Net]) -> dict[str, Any]:
+def _place_of(nets: list[Net]) -> dict[str, Any]:
     return {"run": str(nets[0].run), "step": nets[0].step, "epochs": nets[0].epochs} if len(nets) == 1 else {}
 
 

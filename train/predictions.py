@@ -318,7 +318,7 @@ class StoredPredictions:
 class GrowingArray:
     """An array that grows along its last dimension: what going through images leaves of each, in one piece of memory.
 
-    A list with an array a batch would do as well, were it not for the allocator: those small arrays settle between the large ones of the
+    A list with an array a batch would do as well, were it not for the allocator: those small arrays come to lie between the large ones of the
     networks and keep their memory from being used again, a gigabyte in 50,000 images.
 
     >>> labels = GrowingArray(np.int64)

@@ -93,16 +93,16 @@ class Parallel:
         for batch in batches:
             images, labels = batch.images, batch.labels
             asked = stop() if stop is not None else None
-            heard = self.world.exchange([len(labels), asked or 0, _fingerprint(labels) if to_compare else 0])
-            requests = [number for _, number, _ in heard if number]
+            received = self.world.exchange([len(labels), asked or 0, _fingerprint(labels) if to_compare else 0])
+            requests = [signal_ for _, signal_, _ in received if signal_]
             self.requested = signal.Signals(requests[0]) if requests else None
-            if to_compare and len({(count, print_) for count, _, print_ in heard}) > 1:
+            if to_compare and len({(count, digest) for count, _, digest in received}) > 1:
                 raise AlexprepError(
                     "the ranks were given different batches: with towers, every rank's loader takes `shard`"
                 )
             to_compare = False
             if rows is not None:
-                counts = [count for count, _, _ in heard]
+                counts = [count for count, _, _ in received]
                 with span("exchange"):
                     labels = gathered(self.world, labels, 0, counts)
                 views = images.shape[1] if images.ndim == 5 else 1

@@ -61,10 +61,10 @@ class World:
         own = torch.tensor(list(values), dtype=torch.int64)
         if self.control is None:
             return [own.tolist()]
-        heard = [torch.empty_like(own) for _ in range(self.size)]
+        received = [torch.empty_like(own) for _ in range(self.size)]
         with span("wait for ranks"):
-            dist.all_gather(heard, own, group=self.control)
-        return [tensor.tolist() for tensor in heard]
+            dist.all_gather(received, own, group=self.control)
+        return [tensor.tolist() for tensor in received]
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is up on any rank: the same answer on all, so that all take the same decision."""
