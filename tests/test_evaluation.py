@@ -153,20 +153,9 @@ def test_images_without_a_label_are_left_out_of_errors(seed: int) -> None:
 
 
 def test_classes_and_confusions() -> None:
-    guesses = [
-        (0, 0),
-        (0, 1),
-        (0, 1),
-        (1, 1),
-        (1, 1),
-        (3, 0),
-        (3, 1),
-        (-1, 2),
-    ]  # (label, best guess); no image of class 2
+    labels = np.array([0, 0, 0, 1, 1, 3, 3, -1])  # no image of class 2
     p = np.full((8, 4), 0.1)
-    for row, (_, guess) in enumerate(guesses):
-        p[row, guess] = 0.7
-    labels = np.array([label for label, _ in guesses])
+    p[np.arange(8), [0, 1, 1, 1, 1, 0, 1, 2]] = 0.7
     scores = Scores(guesses=True)
     scores.add(
         torch.from_numpy(np.log(p)),
@@ -422,34 +411,25 @@ def test_a_submission_must_mean_something(data: Path, ilsvrc: Path, tmp_path: Pa
         check_submission(twice, "test")
 
 
-def test_a_submission_that_fails_costs_no_result(
-    ilsvrc: Path, told: Told, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("full", ["guesses.txt", "classes.csv"])
+def test_a_file_that_cannot_be_written_costs_no_result(
+    full: str, ilsvrc: Path, told: Told, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     make_run(tmp_path / "runs", "a", ilsvrc, 7, steps=(0,))
 
-    def full(path: Path, content: bytes) -> None:
-        if path.name == "guesses.txt":
+    def write(path: Path, content: bytes) -> None:
+        if path.name == full:
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
         publish_bytes(path, content)
 
-    monkeypatch.setattr("alexprep.shards.storage.publish_bytes", full)
-    status, _, err = told("a", "--split", "test", "--submission", "guesses.txt", "--classes", "classes.csv")
-    assert status == 1 and "guesses.txt" in err and "there are no errors by class to show" in err
-    assert len(list(tmp_path.glob("runs/a/eval-*.json"))) == 1 and not Path("classes.csv").exists()
-
-
-def test_a_table_of_classes_that_fails_costs_no_result(runs: Path, told: Told, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(path: Path, content: bytes) -> None:
-        if path.name == "classes.csv":
-            raise OSError(errno.ENOSPC, "No space left on device", str(path))
-        publish_bytes(path, content)
-
-    monkeypatch.setattr("alexprep.shards.storage.publish_bytes", full)
-    before = set(runs.rglob("eval-*.json"))
-    status, _, err = told("a", "--classes", "classes.csv")
-    assert status == 1 and "classes.csv" in err
-    assert len(set(runs.rglob("eval-*.json")) - before) == 1
+    monkeypatch.setattr("alexprep.shards.storage.publish_bytes", write)
+    status, _, err = told("a", "--split", "val", "--submission", "guesses.txt", "--classes", "classes.csv")
+    assert status == 1 and full in err
+    assert len(list(tmp_path.glob("runs/a/eval-*.json"))) == 1
+    if full == "guesses.txt":
+        status, _, err = told("a", "--split", "test", "--submission", full, "--classes", "others.csv")
+        assert status == 1 and "there are no errors by class to show" in err and not Path("others.csv").exists()
 
 
 @pytest.mark.parametrize(

@@ -1,16 +1,11 @@
-"""What a training says: log.jsonl, a terminal, and TensorBoard's events, which say what log.jsonl says, also of a run that was killed
-and resumed. Run as a program, this file trains until it is killed.
-"""
+"""What a training says: log.jsonl, a terminal, and TensorBoard's events, which say what log.jsonl says, also of a run that went on."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import io
 import json
-import os
-import signal
 import struct
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,7 +26,6 @@ from alexprep.train.trainer import train
 
 MEANS = Means(loss=1.5, top1_error=50.0, top5_error=10.0)
 ERRORS = ("top1_error", "top5_error")
-DEADLINE = 60.0  # seconds
 Series = dict[str, list[tuple[int, float]]]  # step and value of each event, by tag
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -122,15 +116,10 @@ def test_forecast_is_honest_about_a_cpu() -> None:
 # TensorBoard
 
 
-def settings(data: Path, folder: Path, **changes: Any) -> dict[str, Any]:
+def run(data: Path, folder: Path, open_loader: OpenLoader | None = None, **changes: Any) -> dict[str, Any]:
     """Six steps an epoch."""
-    usual = {"data": str(data), "runs": str(folder), "recipe": "tiny", "batch_size": 8, "log_steps": 2, "device": "cpu"}
-    return {**usual, "tensorboard": True, **changes}
-
-
-def run(options: dict[str, Any], open_loader: OpenLoader | None = None) -> dict[str, Any]:
-    paths = {name: Path(options[name]) for name in ("data", "runs")}
-    return train(TrainConfig(**options | paths), open_loader)
+    usual: dict[str, Any] = {"recipe": "tiny", "batch_size": 8, "log_steps": 2, "device": "cpu", "tensorboard": True}
+    return train(TrainConfig(data, runs=folder, **usual | changes), open_loader)
 
 
 def shown(folder: Path) -> Series:
@@ -158,16 +147,24 @@ def logged(log: Path) -> Series:
     return series
 
 
-def test_a_killed_and_resumed_run_has_every_point_once(data: Path, tmp_path: Path) -> None:
-    """Killed after step 10 was logged, with its last checkpoint at step 7: steps 8 to 10 come twice, and are shown once."""
-    options = settings(data, tmp_path, epochs=3, checkpoint_steps=7)
-    command = [sys.executable, __file__, json.dumps(options)]
-    killed = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE, check=False)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+class BrokenOff(Loader):
+    """Leaves the training at once when it is asked for the batch of step 11."""
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in super().__iter__():
+            if self.epoch * len(self) + self.step == 11:
+                raise KeyboardInterrupt
+            yield batch
+
+
+def test_a_run_that_was_broken_off_and_resumed_has_every_point_once(data: Path, tmp_path: Path) -> None:
+    """After step 10 was logged, with its last checkpoint at step 7: steps 8 to 10 come twice, and are shown once."""
+    options: dict[str, Any] = {"epochs": 3, "checkpoint_steps": 7}
+    with pytest.raises(KeyboardInterrupt):
+        run(data, tmp_path, BrokenOff, **options)
     events = tmp_path / "tiny" / "tensorboard"
-    before = shown(events)
-    assert [step for step, _ in before["train/loss"]] == [1, 2, 4, 6, 8, 10]  # nothing was lost by the kill
-    summary = run(options | {"resume": True})
+    assert [step for step, _ in shown(events)["train/loss"]] == [1, 2, 4, 6, 8, 10]
+    summary = run(data, tmp_path, **options, resume=True)
     assert summary["steps"] == 18
     found, expected = shown(events), logged(tmp_path / "tiny" / "log.jsonl")
     assert [step for step, _ in expected["train/loss"]] == [1, 2, 4, 6, 8, 10, 12, 13, 14, 16, 18]
@@ -177,16 +174,16 @@ def test_a_killed_and_resumed_run_has_every_point_once(data: Path, tmp_path: Pat
 
 
 def test_a_shorter_run_that_goes_on(data: Path, tmp_path: Path) -> None:
-    """Without any kill nothing is dropped, whether or not an epoch ends there."""
+    """Nothing is dropped, whether or not an epoch ends there."""
     for steps in (5, 6, 9):
-        run(settings(data, tmp_path, steps=steps, resume=steps > 5))
+        run(data, tmp_path, steps=steps, resume=steps > 5)
     found = shown(tmp_path / "tiny" / "tensorboard")
     assert found == logged(tmp_path / "tiny" / "log.jsonl")
     assert [step for step, _ in found["val/loss"]] == [6]
 
 
 def test_skipped_steps_show_their_loss_scale(tmp_path: Path) -> None:
-    """Every event has left the process when `write` returns."""
+    """Every event has left the process when `write` returns, so that a kill loses none."""
     board = Board(tmp_path, 0)
     for step in range(1, 31):
         board.write({"kind": "skip", "step": step, "epoch": 0, "loss_scale": 2.0**-step})
@@ -197,7 +194,7 @@ def test_skipped_steps_show_their_loss_scale(tmp_path: Path) -> None:
 
 
 def test_no_events_unless_asked_for(data: Path, tmp_path: Path) -> None:
-    run(settings(data, tmp_path, steps=1, tensorboard=False))
+    run(data, tmp_path, steps=1, tensorboard=False)
     assert not (tmp_path / "tiny" / "tensorboard").exists()
 
 
@@ -206,7 +203,7 @@ def test_a_missing_package_is_told_before_the_run_is_made(
 ) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(AlexprepError, match=r'pip install "alexprep\[tensorboard\]"'):
-        run(settings(data, tmp_path / "runs"))
+        run(data, tmp_path / "runs")
     assert not (tmp_path / "runs").exists()
 
 
@@ -214,18 +211,3 @@ def test_the_extra_installs_it_and_no_tensorflow() -> None:
     extra = [line for line in importlib.metadata.requires("alexprep") or () if 'extra == "tensorboard"' in line]
     assert len(extra) == 1 and extra[0].startswith("tensorboard>=")
     assert not any(line.startswith("tensorflow") for line in importlib.metadata.requires("tensorboard") or ())
-
-
-class Killing(Loader):
-    """Kills the process when it is asked for the batch of step 11."""
-
-    def __iter__(self) -> Iterator[Batch]:
-        for batch in super().__iter__():
-            if self.epoch * len(self) + self.step == 11:
-                os.kill(os.getpid(), signal.SIGKILL)
-            yield batch
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    run(json.loads(sys.argv[1]), Killing)

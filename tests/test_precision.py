@@ -108,10 +108,8 @@ def check_precision_of(device: torch.device, precision: Precision) -> None:
     right, found = first_step(CPU, "fp32", torch.float64), first_step(device, precision)
     assert {tensor.dtype for tensor in found.values()} == {torch.float32}
     for name in ("logits", "fc5.weight", "fc4.weight"):
-        bound = (100 if precision == "fp32" else 10) * ROUNDOFF[
-            precision
-        ]  # sums of hundreds of terms in float32 themselves
-        assert apart(found[name], right[name]) < bound, name
+        roundings = 100 if precision == "fp32" else 10  # sums of hundreds of terms in float32 themselves
+        assert apart(found[name], right[name]) < roundings * ROUNDOFF[precision], name
     assert apart(found["logits"], right["logits"]) > ROUNDOFF[precision] / 10  # it is not a finer one
 
 
@@ -481,7 +479,7 @@ def test_what_lies_between_exchanges_is_compiled(scheme: Scheme, monkeypatch: py
         torch.manual_seed(0)
         parallel.network.zero_grad()
         ((own, _),) = parallel.batches([Examples(images, torch.arange(len(images)))])
-        (logits(forward, own, "bf16") * signs).sum().backward()
+        (logits(forward, own, "bf16") * signs).sum().backward()  # type: ignore[no-untyped-call]
         gradients.append([weight.grad for weight in parallel.network.parameters()])
     assert all(torch.equal(other, one) for one, other in zip(*gradients, strict=True))  # nothing is rounded in this net
 
