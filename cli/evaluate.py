@@ -234,10 +234,10 @@ def _submit(path: Path, scores: Scores, document: dict[str, Any]) -> None:
 
 def _publish(document: dict[str, Any], runs: Path) -> None:
     """Writes the result; someone else's runs, which cannot be written to, can still be evaluated."""
-    from alexprep.train.evaluation import publish
+    from alexprep.train.evaluation import publish_evaluation
 
     try:
-        path = publish(document, runs)
+        path = publish_evaluation(document, runs)
     except OSError as error:
         click.echo(f"The result was not written ({error.strerror}: {error.filename}).", err=True)
         return

@@ -29,7 +29,7 @@ from alexprep.shards.plan import ShardOptions
 from alexprep.shards.storage import publish_bytes
 from alexprep.train import checkpoint
 from alexprep.train.config import TrainConfig, prepare
-from alexprep.train.evaluation import Scores, class_csv, evaluate, evaluate_run, publish, ranked
+from alexprep.train.evaluation import Scores, class_csv, evaluate, evaluate_run, publish_evaluation, ranked
 from alexprep.train.ilsvrc_submission import check_submission, make_submission
 from alexprep.train.predictions import Predicted, open_net
 from alexprep.train.recipes import registry as recipes
@@ -191,7 +191,7 @@ def test_checkpoints_of_one_run(data: Path, tmp_path: Path) -> None:
     assert evaluate_run(run, threads=1)["step"] == 6
     found = evaluate([Place(run, 4), Place(run)], threads=1)
     assert [net["step"] for net in found.document["nets"]] == [4, 6]
-    assert "run" not in found.document and publish(found.document, tmp_path).parent == tmp_path
+    assert "run" not in found.document and publish_evaluation(found.document, tmp_path).parent == tmp_path
     for text, words in (("a@x", "'x' is no step"), ("a@", "'' is no step"), ("b@2", "there is no run")):
         with pytest.raises(AlexprepError, match=words):
             place_named(tmp_path, text)

@@ -103,14 +103,12 @@ def test_a_loss_that_is_no_number_is_told_with_its_steps(tmp_path: Path) -> None
 
 
 def test_forecast_is_honest_about_a_cpu() -> None:
-    assert (
-        forecast("tiny", torch.device("cpu"), 0.02, 50, 12)
-        == "tiny on this CPU: about 1 s an epoch, 12 s for 12 epochs"
-    )
-    assert "or a GPU" in forecast("alexnet", torch.device("cpu"), 3.2, 10010, 90)
-    assert "or a GPU" not in forecast("alexnet", torch.device("cuda"), 3.2, 10010, 90)
-    assert duration(119) == "119 s"
-    assert duration(120) == "2 minutes"
+    days = (0.1 * 86400 / 10010, 10010, 30)  # seconds a step, steps an epoch, epochs
+    assert "about 2.4 hours an epoch, 3.0 days" in forecast("alexnet", torch.device("cpu"), *days)
+    advised = [(device, "or a GPU" in forecast("alexnet", torch.device(device), *days)) for device in ("cpu", "cuda")]
+    assert advised == [("cpu", True), ("cuda", False)]
+    assert "or a GPU" not in forecast("tiny", torch.device("cpu"), 0.02, 50, 12)
+    assert (duration(119), duration(120)) == ("119 s", "2 minutes")
 
 
 # TensorBoard

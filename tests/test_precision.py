@@ -169,6 +169,7 @@ def linear(seed: int = 0) -> tuple[nn.Sequential, MomentumSGD]:
 
 def test_scaling_changes_no_bit_and_keeps_what_would_vanish() -> None:
     """The scale is a power of two: only what float16 cannot hold without it becomes different, here gradients near 1e-8."""
+    torch.manual_seed(1)
     images, labels = torch.randn(4, 6), torch.tensor([0, 1, 2, 0])
     for shrink, same in ((1.0, True), (2.0**-20, False)):
         network, _ = linear()
@@ -225,11 +226,7 @@ class MadeUpLoader(made_up.MadeUpLoader):
 def small_network(classes: int, crop: int, *, seed: int, width: float) -> nn.Module:
     """An average pool that hangs over the edge, a norm, dropout."""
     return nn.Sequential(
-        OrderedDict(
-            first=tiny_net(8, crop, seed=seed, width=0.25),
-            drop=PaperDropout(),
-            last=nn.Linear(8, classes),
-        )
+        OrderedDict(first=tiny_net(8, crop, seed=seed, width=0.25), drop=PaperDropout(), last=nn.Linear(8, classes))
     )
 
 

@@ -163,13 +163,7 @@ def test_a_training_that_is_broken_off_leaves_no_trace(
     ],
 )
 def test_short_trainings_are_traced_as_far_as_they_go(
-    data: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    steps: int,
-    trace: int,
-    files: list[str],
-    words: str,
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], steps: int, trace: int, files: list[str], words: str
 ) -> None:
     train(config(data, tmp_path, steps=steps, trace=trace))
     folder = tmp_path / "tiny" / "trace"

@@ -186,7 +186,7 @@ def evaluate(
     return Evaluation(document, whole, dataset["classes"])
 
 
-def publish(document: dict[str, Any], runs: Path) -> Path:
+def publish_evaluation(document: dict[str, Any], runs: Path) -> Path:
     """Writes the document of an evaluation: into the run's folder, or for several nets beside the runs.
 
     Returns:
