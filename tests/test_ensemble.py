@@ -88,7 +88,7 @@ def test_the_search_leaves_a_harmful_net_out() -> None:
         nothing.best_weights()
 
 
-def test_the_search_keeps_little(images: int = 2000) -> None:
+def test_the_search_keeps_little(images: int = 1000) -> None:
     """7 nets with errors like AlexNet's on 1,000 classes; docs/evaluation.md quotes this for 50,000 images."""
     generator = torch.Generator().manual_seed(1)
     search, whole, single = WeightSearch(), Scores(), Scores()

@@ -176,7 +176,7 @@ def faulty_jobs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Pat
     with ThreadPoolExecutor(len(FAULTS)) as pool:
         for kind in FAULTS:
             arguments = {"kind": kind, "folder": str(folder := tmp_path_factory.mktemp(kind))}
-            timeout = 60 if kind in ("kill", "raise") else 5
+            timeout = 60 if kind in ("kill", "raise") else 8  # seconds
             jobs[kind] = (
                 folder,
                 pool.submit(launch_ranks, f"{RANKS}:fault", 2, arguments, device="cpu", timeout=timeout),
