@@ -2,7 +2,8 @@
 
 The search is the one of the 2012 code's avg-valid script: one coefficient a net, all at 0.5 in the beginning; each in turn tries
 0, 0.05, … 1 and keeps what has the lowest top-5 error; again, until nothing falls. Ours breaks equal errors by the cross-entropy,
-and shares places among ties as everywhere (that script gives them to the lowest label).
+and shares places among ties as everywhere (that script gives them to the lowest label). Where the predictions come from, and what is
+reported of them, is not decided here: see `predictions` and `evaluation`.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ Weights = Literal["equal", "search"] | Sequence[float]
 
 
 def parse_weights(text: str) -> Weights:
-    """What `--weights` says: "equal", "search", or numbers.
+    """Reads what `--weights` says: "equal", "search", or numbers.
 
     Raises:
         AlexprepError: it is none of these.
@@ -44,7 +45,7 @@ def parse_weights(text: str) -> Weights:
 
 
 def shares(weights: Sequence[float], nets: int) -> list[float]:
-    """Weights divided by their sum.
+    """Divides weights by their sum.
 
     Raises:
         AlexprepError: there is not one for each net, one is negative or not finite, or all are 0.
@@ -65,7 +66,7 @@ def shares(weights: Sequence[float], nets: int) -> list[float]:
 
 
 def mixture(logs: torch.Tensor, weights: Sequence[float]) -> torch.Tensor:
-    """The logarithm of the weighted mean of probabilities.
+    """Averages the probabilities of several nets, with weights, and gives the logarithm.
 
     Args:
         logs: float64 (N, K, classes), logarithms of probabilities.
@@ -89,11 +90,9 @@ class WeightSearch:
 
     def __init__(self) -> None:
         """No image yet."""
-        self._settled = self._images = 0
+        self._certain = self._images = 0
         self._label_logs = GrowingArray(np.float64)  # (K, N)
-        self._above = GrowingArray(
-            np.int64
-        )  # (I,): of each contested image, the classes that are above the label in any case
+        self._above = GrowingArray(np.int64)  # (I,): of contested images, the classes above the label in any case
         self._own = GrowingArray(np.float32)  # (K, I): the label's probability over the largest one of the image
         self._owners = GrowingArray(np.int64)  # (M,): of each undecided class, the contested image
         self._others = GrowingArray(np.float32)  # (K, M): its probability, likewise
@@ -109,7 +108,7 @@ class WeightSearch:
         sure = above.sum(dim=1)
         most = sure + undecided.sum(dim=1)
         contested = (sure < TOP) & (most >= TOP)
-        self._settled += int((most < TOP).sum())
+        self._certain += int((most < TOP).sum())
         self._images += len(labels)
         self._label_logs.add(own[:, :, 0].T.cpu().numpy())
 
@@ -155,7 +154,7 @@ class WeightSearch:
         higher = np.bincount(owners, others > own[owners], minlength=len(own))
         tied = np.bincount(owners, others == own[owners], minlength=len(own))
         credit = np.clip((TOP - self._above.array - higher) / (1 + tied), 0, 1)
-        return 1 - (self._settled + math.fsum(credit.tolist())) / self._images
+        return 1 - (self._certain + math.fsum(credit.tolist())) / self._images
 
     def loss(self, coefficients: Sequence[float]) -> float:
         """The mean cross-entropy, nats, likewise."""

@@ -53,7 +53,7 @@ OpenSplit = Callable[..., Any]  # as `alexprep.pipeline.loader.Loader`
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was found.
+    """Holds what an evaluation found.
 
     Attributes:
         document: JSON values; see `evaluate`.
@@ -424,13 +424,13 @@ def _best(logs: torch.Tensor) -> torch.Tensor:
 
 
 def ranked(table: list[ClassError]) -> list[ClassError]:
-    """The classes that have images, lowest top-1 error first, then lowest top-5 error, then label."""
+    """Sorts the classes that have images: lowest top-1 error first, then lowest top-5 error, then label."""
 
     return sorted((row for row in table if row.images), key=lambda row: (row.top1_error, row.top5_error, row.label))
 
 
 def class_csv(table: list[ClassError]) -> bytes:
-    """The table as CSV with a header: label, class, images, top1_error, top5_error (percent, empty where there is no image).
+    """Writes the table as CSV with a header: label, class, images, top1_error, top5_error (percent, empty where there is no image).
 
     Raises:
         AlexprepError: no image has a label.

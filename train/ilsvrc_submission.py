@@ -1,4 +1,7 @@
-"""Writes what nets say of a split as a submission to ILSVRC: a line an image in the order of the file names, five ILSVRC IDs, best first."""
+"""Makes a submission to ILSVRC of what nets say of a split: a line an image in the order of the file names, five ILSVRC IDs, best first.
+
+It asks no network: the guesses come from `alexprep.train.evaluation`.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +54,7 @@ def check_submission(data: Path, split: str) -> None:
 
 
 def make_submission(data: Path, split: str, best: NDArray[np.int32], rows: NDArray[np.int64]) -> Submission:
-    """The submission for a split; file names come from its ledger.
+    """Makes the submission for a split; file names come from its ledger.
 
     Args:
         data: the data set's folder.

@@ -87,12 +87,12 @@ def launch_training(config: TrainConfig) -> dict[str, Any]:
 
 
 def leads() -> bool:
-    """Whether it is for this process to tell the result: of torchrun's ranks only the first does."""
+    """Tells whether it is for this process to print the result: of torchrun's ranks only the first does."""
     return not _under_torchrun() or os.environ.get("RANK") == "0"
 
 
 def train_rank(world: World, options: Mapping[str, Any]) -> dict[str, Any]:
-    """One rank's part; `options` are a `TrainConfig`'s as JSON values."""
+    """Trains as one of the ranks that `launch_training` started; `options` are a `TrainConfig`'s as JSON values."""
     paths = {name: Path(options[name]) for name in ("data", "runs")}
     return train(TrainConfig(**{**options, **paths}), world=world)
 

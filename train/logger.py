@@ -9,7 +9,7 @@ log.jsonl holds one JSON object a line:
 
 `step` counts optimizer steps done, `epoch` whole epochs done before it; losses are in nats, errors in percent.
 A "steps" record is a mean over the steps since the record before; `step_ms` is a step without its wait for data.
-On a GPU the wait is an upper bound: the GPU may still be computing meanwhile.
+On a GPU the wait is an upper bound: the GPU may still be computing meanwhile. What happens within a step is in no log: see `profiler`.
 """
 
 from __future__ import annotations
@@ -179,7 +179,7 @@ def _keep_until(log: Path, step: int, epoch: int | None) -> None:
 
 
 def duration(seconds: float) -> str:
-    """A length of time for people.
+    """Writes a length of time for people.
 
     >>> duration(42.4), duration(340), duration(3 * 3600), duration(41 * 86400)
     ('42 s', '6 minutes', '3.0 hours', '41.0 days')
@@ -191,7 +191,7 @@ def duration(seconds: float) -> str:
 
 
 def forecast(recipe: str, device: torch.device, step_seconds: float, epoch_steps: int, epochs: int) -> str:
-    """What the whole training will take at the speed of its first steps.
+    """Tells what the whole training will take at the speed of its first steps.
 
     >>> forecast("alexnet", torch.device("cpu"), 3.2, 10010, 90)
     'alexnet on this CPU: about 8.9 hours an epoch, 33.4 days for 90 epochs; use --steps to try it, or a GPU'
@@ -237,7 +237,7 @@ class Board:
 
 
 def scalars(record: dict[str, Any]) -> dict[str, float]:
-    """The values of a record by tag.
+    """Gives the values of a record by their tags in TensorBoard.
 
     >>> scalars({"kind": "epoch", "step": 9, "loss": 2.0, "top1_error": 70.0, "top5_error": 20.0, "lr": 0.01, "val": None})
     {'epoch/loss': 2.0, 'epoch/top1_error': 70.0, 'epoch/top5_error': 20.0}
@@ -254,7 +254,7 @@ def scalars(record: dict[str, Any]) -> dict[str, float]:
 
 
 def writer_class() -> type[SummaryWriter]:
-    """torch's writer of events.
+    """Imports torch's writer of events.
 
     Raises:
         AlexprepError: the package tensorboard, which it needs, is missing.

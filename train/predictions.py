@@ -119,7 +119,7 @@ def open_net(place: Place, device: torch.device, recipe: str | None = None, mode
 
 
 def data_of(nets: list[Net]) -> Path:
-    """The data set that all nets were trained on.
+    """Finds the data set that all nets were trained on.
 
     Raises:
         AlexprepError: they were trained on different ones, or it is not where it was.
@@ -316,7 +316,7 @@ class StoredPredictions:
 
 
 class GrowingArray:
-    """An array that grows along its last dimension: what going through images leaves of each, in one piece of memory.
+    """Grows along its last dimension: an array of what going through images leaves of each, in one piece of memory.
 
     A list with an array a batch would do as well, were it not for the allocator: those small arrays come to lie between the large ones of the
     networks and keep their memory from being used again, a gigabyte in 50,000 images.

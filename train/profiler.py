@@ -192,7 +192,7 @@ class Trace:
 
 
 def dali_nanoseconds() -> int:
-    """CPU time that DALI's threads in this process have used so far; 0 where the system does not tell."""
+    """Adds up the CPU time that DALI's threads in this process have used so far; 0 where the system does not tell."""
     total = 0
     for task in _TASKS.glob("*"):
         try:

@@ -14,7 +14,7 @@ _NOTHING = contextlib.nullcontext()
 
 
 def span(name: str) -> contextlib.AbstractContextManager[object]:
-    """A named range in the trace; while none is recorded, nothing, at the cost of a call.
+    """Opens a named range in the trace; while none is recorded it does nothing, at the cost of a call.
 
     >>> with span("forward") as nothing:
     ...     print(nothing)

@@ -35,7 +35,7 @@ DROPOUTS = (PaperDropout, nn.Dropout)
 
 @dataclass
 class NetworkPart:
-    """What one rank holds.
+    """Holds what one rank has of a network.
 
     Attributes:
         network: from the rank's images to the logits of the whole batch; parameters are named as in the whole network.
@@ -51,7 +51,7 @@ class NetworkPart:
 
 
 def part_of(network: nn.Module, scheme: Scheme, world: World) -> NetworkPart:
-    """The part of a network that a rank holds.
+    """Makes the part of a network that a rank holds.
 
     Args:
         network: the whole one, with its weights. "towers" and "hybrid" need an `nn.Sequential`, which may be nested; "ddp" changes the
@@ -185,7 +185,7 @@ class _Splitter:
 
 
 def divide(count: int, ranks: int) -> list[int]:
-    """Sizes of the parts of `count` things, differing by one at most.
+    """Divides `count` things among ranks: the sizes of the parts, which differ by one at most.
 
     >>> divide(5, 2)
     [2, 3]
@@ -277,7 +277,7 @@ class Take(nn.Module):
 
 
 class SharedDropout(nn.Module):
-    """Dropout whose masks are those of one device: each rank draws for the whole batch and all units, and uses its part.
+    """Drops units by the masks of one device: each rank draws for the whole batch and all units, and uses its part.
 
     With the default generators of all ranks in the same state, masks are those of one device, and the generators stay in step. A rank
     draws R times what it needs: for AlexNet at batch 128 a million numbers a step in all.
@@ -336,7 +336,7 @@ class _Gather(torch.autograd.Function):
 
 
 def gathered(world: World, own: torch.Tensor, dim: int, sizes: Sequence[int]) -> torch.Tensor:
-    """The ranks' tensors in one, joined along `dim`.
+    """Gathers the ranks' tensors into one, joined along `dim`.
 
     Args:
         world: whose ranks all call this.
@@ -349,7 +349,7 @@ def gathered(world: World, own: torch.Tensor, dim: int, sizes: Sequence[int]) ->
 
 
 def scattered_sum(world: World, whole: torch.Tensor, dim: int, sizes: Sequence[int]) -> torch.Tensor:
-    """This rank's part, along `dim`, of the sum of the ranks' tensors, which are of one shape and dtype.
+    """Adds up the ranks' tensors, of one shape and dtype, and gives this rank its part of the sum along `dim`.
 
     Added up in order of the ranks; what travels as bfloat16 or float16 is added up in float32.
     """

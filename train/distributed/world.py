@@ -24,7 +24,7 @@ STORE = "ALEXPREP_STORE"  # set by `launch`, whose process holds the store at MA
 
 @dataclass
 class World:
-    """A rank among `size` ranks.
+    """Is one rank among `size`, and how it talks to the others.
 
     Attributes:
         rank: in [0, size).
@@ -78,7 +78,7 @@ class World:
 
 
 def from_environment(device: str | None = None, backend: str | None = None, timeout: float = TIMEOUT) -> World:
-    """Joins the job that `launch` or torchrun started this process for: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT.
+    """Joins the job that `launch_ranks` or torchrun started this process for: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT.
 
     Args:
         device: "cpu", "cuda" for the GPU numbered LOCAL_RANK, or one by its number; by default a GPU where there are any.
