@@ -24,7 +24,7 @@ STORE = "ALEXPREP_STORE"  # set by `launch`, whose process holds the store at MA
 
 @dataclass
 class World:
-    """Is one rank among `size`, and how it talks to the others.
+    """A rank among `size` ranks, and how it talks to the others.
 
     Attributes:
         rank: in [0, size).
