@@ -21,7 +21,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from alexprep.pipeline.augmentation import Augmentation
 from alexprep.pipeline.device import choose_device
 from alexprep.pipeline.loader import Loader
 from alexprep.pipeline.loader_settings import Tuning, tuning_for
@@ -154,7 +153,9 @@ def evaluate(
         check(data, split)
     means = [_mean_of(net, dataset, notes) for net in nets]
     open_loader = open_loader or functools.partial(Loader, tuning=_tuning(nets, data, where))
-    open_split = functools.partial(_open_split, open_loader, data, views, batch_size, threads, where)
+    shown = {"views": views, "order": "sequential", "device": str(where), "layout": memory(where).layout}
+    images = batch_size if views == "centre" else max(1, batch_size // 10)
+    open_split = functools.partial(open_loader, data, batch_size=images, threads=threads, **shown)
     timer = StepTimer()
 
     def go_through(split: str, use: Callable[[Predicted], None]) -> None:
@@ -201,31 +202,6 @@ def publish_evaluation(document: dict[str, Any], runs: Path) -> Path:
     path = folder / f"eval-{document['split']}-{document['views']}-{digest}.json"
     publish_json(path, document)
     return path
-
-
-def _open_split(
-    open_loader: OpenSplit,
-    data: Path,
-    views: EvaluationViews,
-    batch_size: int,
-    threads: int | None,
-    device: torch.device,
-    split: str,
-    augmentation: Augmentation,
-    mean: Path | None,
-) -> Any:
-    return open_loader(
-        data,
-        split,
-        batch_size=batch_size if views == "centre" else max(1, batch_size // 10),
-        augmentation=augmentation,
-        views=views,
-        order="sequential",
-        device=str(device),
-        layout=memory(device).layout,
-        threads=threads,
-        **({} if mean is None else {"statistics": mean}),
-    )
 
 
 def _scores(

@@ -18,7 +18,6 @@ import torch
 from numpy.typing import DTypeLike, NDArray
 from torch import nn
 
-from alexprep.pipeline.augmentation import Augmentation
 from alexprep.shards.dataset_format import read_dataset
 from alexprep.shards.errors import AlexprepError
 from alexprep.train import checkpoint, run_dir
@@ -207,7 +206,7 @@ class Predicted(NamedTuple):
 def predictions(
     nets: Sequence[Net],
     means: Sequence[Path | None],
-    open_loader: Callable[[Augmentation, Path | None], Any],
+    open_loader: Callable[..., Any],
     precision: Precision,
     timer: StepTimer,
     progress: Callable[[int, int], None] | None = None,
@@ -217,7 +216,7 @@ def predictions(
     Args:
         nets: in evaluation mode. Those that see the same pixels share a loader.
         means: a net: the data set whose mean it is shown images without; None for that of the split.
-        open_loader: opens the split, with an augmentation and less a mean.
+        open_loader: opens the split, given `augmentation` and, for another mean than that of the split, `statistics`.
         precision: that the nets compute in.
         timer: counts images, the time waiting for data, and all other time (the caller's work on a batch included).
         progress: called with images done and images in all.
@@ -225,11 +224,14 @@ def predictions(
     Raises:
         AlexprepError: a net gives NaN, or the loaders do not give the same images.
     """
-    seen = [(net.recipe.augmentation, mean) for net, mean in zip(nets, means, strict=True)]
+    seen = [
+        {"augmentation": net.recipe.augmentation} | ({} if mean is None else {"statistics": mean})
+        for net, mean in zip(nets, means, strict=True)
+    ]
     same = [seen.index(pixels) for pixels in seen]  # the first net that sees the same
     done = 0
     with contextlib.ExitStack() as stack:
-        loaders = {n: stack.enter_context(contextlib.closing(open_loader(*seen[n]))) for n in dict.fromkeys(same)}
+        loaders = {n: stack.enter_context(contextlib.closing(open_loader(**seen[n]))) for n in dict.fromkeys(same)}
         sources = {n: iter(loader) for n, loader in loaders.items()}
         timer.lap()
         while True:
