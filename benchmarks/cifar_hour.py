@@ -36,7 +36,7 @@ def eleven() -> Recipe:
 def measured(data: Path, runs: Path, recipe: Callable[[], Recipe]) -> dict[str, Any]:
     """Trains and evaluates."""
     from alexprep.train.config import TrainConfig
-    from alexprep.train.evaluation import evaluate_nets
+    from alexprep.train.evaluation import evaluate
     from alexprep.train.run_dir import Place
     from alexprep.train.trainer import train
 
@@ -52,7 +52,7 @@ def measured(data: Path, runs: Path, recipe: Callable[[], Recipe]) -> dict[str, 
         "seconds an epoch, the quickest": min(record["seconds"] for record in epochs),
     }
     for views in ("centre", "ten"):
-        document = evaluate_nets([Place(run)], data=data, views=views, recipe=reference).document
+        document = evaluate([Place(run)], data=data, views=views, recipe=reference).document
         found[f"test error, percent, views {views}"] = document["top1_error"]
     found["test error of each epoch, percent"] = [record["val"]["top1_error"] for record in epochs]
     found["training error of each epoch, percent"] = [record["top1_error"] for record in epochs]

@@ -33,7 +33,7 @@ from faults_training_harm import STEPS, Figures, common_figures, culprits, kills
 from safetensors.torch import load_file
 
 from alexprep.train import run_dir
-from alexprep.train.launch import launch
+from alexprep.train.launch import launch_ranks
 
 
 def resume(work: Path, rng: random.Random, steps: int) -> Figures:
@@ -46,7 +46,7 @@ def resume(work: Path, rng: random.Random, steps: int) -> Figures:
     rows: dict[int, list[dict[str, Any]]] = {}
     for ranks in (2, 1):
         arguments = {"options": field.options, "whole": str(whole), "folder": str(work / "resumed"), "steps": steps}
-        rows[ranks] = launch(f"{faults_training_job.__file__}:from_every_step", ranks, arguments, device="cpu")[0]
+        rows[ranks] = launch_ranks(f"{faults_training_job.__file__}:from_every_step", ranks, arguments, device="cpu")[0]
     reference = _weights(whole)
     samples = rows[2][0]["samples"]
     curves = {ranks: [curve(Path(row["run"])) for row in found] for ranks, found in rows.items()}

@@ -25,7 +25,7 @@ from alexprep.train import launch as launching
 from alexprep.train import run_dir
 from alexprep.train.config import TrainConfig
 from alexprep.train.distributed.world import World
-from alexprep.train.launch import launch
+from alexprep.train.launch import launch_ranks
 from alexprep.train.trainer import train
 
 CGROUP = Path("/sys/fs/cgroup/memory")  # of version 1; where it is missing, no memory kill is tried
@@ -39,11 +39,11 @@ def main() -> None:
 
         def with_fault(target: str, count: int, arguments: Options, device: str | None) -> list[Any]:
             arguments |= {"fault": job["fault"]}
-            return launch(f"{__file__}:faulty_rank", count, arguments, device=device, timeout=job["timeout"])
+            return launch_ranks(f"{__file__}:faulty_rank", count, arguments, device=device, timeout=job["timeout"])
 
-        vars(launching)["launch"] = with_fault
+        vars(launching)["launch_ranks"] = with_fault
     try:
-        summary = launching.train_anyhow(config(job["options"]))
+        summary = launching.launch_training(config(job["options"]))
     except AlexprepError as error:
         sys.exit(f"Error: {error}")
     if summary["stopped_by"]:

@@ -1,4 +1,4 @@
-"""alexprep bench"""
+"""`alexprep bench`: measurements on this machine, printed; they are made in `alexprep.train.overlap`."""
 
 from __future__ import annotations
 
@@ -61,10 +61,7 @@ def overlap(data: Path, steps: int | None, rounds: int, as_json: bool, **options
 
     try:
         found = measure(
-            TrainConfig(data=data, **options),
-            steps=steps,
-            rounds=rounds,
-            say=lambda line: click.echo(line, err=True),
+            TrainConfig(data=data, **options), steps=steps, rounds=rounds, say=lambda line: click.echo(line, err=True)
         )
     except KeyboardInterrupt:
         click.echo("Interrupted: nothing was measured, and nothing was written.", err=True)

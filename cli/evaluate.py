@@ -1,4 +1,4 @@
-"""alexprep eval"""
+"""`alexprep eval`: the errors of trained networks, printed and written; they are computed in `alexprep.train.evaluation`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import click
 from alexprep.cli.options import AT_LEAST_1, device_option, json_option, precision_option, runs_option, threads_option
 
 if TYPE_CHECKING:
-    from alexprep.train.ensemble import ClassError, Scores
+    from alexprep.train.evaluation import ClassError, Scores
     from alexprep.train.precision import Precision
 
 SHOWN = 10  # classes at either end of the table
@@ -75,14 +75,14 @@ def evaluate(
     Example: alexprep eval alexnet alexnet-2 alexnet-3 --views ten
     """
     from alexprep.cli import output
-    from alexprep.train import evaluation as ilsvrc
+    from alexprep.train import evaluation
     from alexprep.train.ensemble import parse_weights
-    from alexprep.train.evaluation import evaluate_nets
+    from alexprep.train.ilsvrc_submission import check_submission
     from alexprep.train.run_dir import place_named
 
     _check_files(classes, submission)
     with output.progress("evaluating") as progress:
-        found = evaluate_nets(
+        found = evaluation.evaluate(
             [place_named(runs, text) for text in nets or [None]],
             data=data,
             split=split,
@@ -94,7 +94,7 @@ def evaluate(
             threads=threads,
             device=device,
             progress=progress,
-            check=ilsvrc.check if submission else None,
+            check=check_submission if submission else None,
             recipe=recipe,
             model=model,
         )
@@ -188,7 +188,7 @@ def _waited(document: dict[str, Any]) -> str:
 def _classes(file: str, scores: Scores, names: list[str], document: dict[str, Any]) -> None:
     """Prints the best and worst classes, or writes all; the most confused pairs are printed either way."""
     from alexprep.shards.storage import publish_bytes
-    from alexprep.train.ensemble import class_csv, ranked
+    from alexprep.train.evaluation import class_csv, ranked
 
     table = scores.by_class(names)
     if file:
@@ -218,9 +218,9 @@ def _print_classes(rows: list[ClassError]) -> None:
 
 def _submit(path: Path, scores: Scores, document: dict[str, Any]) -> None:
     from alexprep.shards.storage import publish_bytes
-    from alexprep.train.evaluation import submission
+    from alexprep.train.ilsvrc_submission import make_submission
 
-    made = submission(Path(document["data"]), document["split"], scores.best, scores.rows)
+    made = make_submission(Path(document["data"]), document["split"], scores.best, scores.rows)
     publish_bytes(path, made.content)
     document["submission_file"] = str(path)
     click.echo(f"{made.lines:,} lines in {path}, from {made.first} to {made.last}")
@@ -234,10 +234,10 @@ def _submit(path: Path, scores: Scores, document: dict[str, Any]) -> None:
 
 def _publish(document: dict[str, Any], runs: Path) -> None:
     """Writes the result; someone else's runs, which cannot be written to, can still be evaluated."""
-    from alexprep.train.evaluation import publish
+    from alexprep.train.evaluation import publish_evaluation
 
     try:
-        path = publish(document, runs)
+        path = publish_evaluation(document, runs)
     except OSError as error:
         click.echo(f"The result was not written ({error.strerror}: {error.filename}).", err=True)
         return

@@ -113,9 +113,9 @@ def train(as_json: bool, **options: Any) -> None:
     else:
         read_dataset(options["data"])  # a wrong folder is told at once: what follows loads torch, which takes seconds
     from alexprep.train.config import TrainConfig
-    from alexprep.train.launch import leads, train_anyhow
+    from alexprep.train.launch import launch_training, leads
 
-    summary = train_anyhow(TrainConfig(**options))
+    summary = launch_training(TrainConfig(**options))
     if leads():
         output.table(f"Run {summary['run']}", _rows(summary))
         output.json_line(summary, as_json)

@@ -1,4 +1,4 @@
-"""What the ranks of tests/test_tensor_parallel.py do: functions for `launch`, each called as function(world, **arguments)."""
+"""What the ranks of tests/test_tensor_parallel.py do: functions for `launch_ranks`, each called as function(world, **arguments)."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
@@ -21,12 +23,16 @@ from alexprep.train.distributed.tensor_parallel import SCHEMES, Scheme
 from alexprep.train.distributed.world import World
 from alexprep.train.models.alexnet import alexnet
 from alexprep.train.models.cifar import cifar10_quick_net, tiny_net
+from alexprep.train.models.layers import PaperDropout
 from alexprep.train.optimizer import MomentumSGD, parameter_groups
-from alexprep.train.parallel.prediction import predicted_bytes
+from alexprep.train.precision import Precision, logits
+from alexprep.train.training_state import Update
 from tests.made_up import FAMILY
 
 SIZES = (7, 1, 8, 3)  # images of each step: odd, fewer than ranks, even
 CLASSES = 5  # do not divide either
+SPLIT: tuple[Scheme, ...] = SCHEMES[1:]
+EXACTLY: tuple[Precision, ...] = ("fp32", "bf16")
 
 
 def network_named(name: str) -> tuple[nn.Sequential, int]:
@@ -47,12 +53,16 @@ def batch(step: int, side: int) -> tuple[torch.Tensor, torch.Tensor]:
     return images, torch.randint(CLASSES, (SIZES[step],), generator=generator)
 
 
-def own_batches(parallel: Parallel, side: int, device: torch.device, dtype: torch.dtype) -> Iterator[Examples]:
-    """As a loader of `parallel.shard` would give them."""
+def own_rows(parallel: Parallel, count: int) -> slice:
+    """As a loader of `parallel.shard` would take them."""
     rank, ranks = parallel.shard
+    return slice(rank * count // ranks, (rank + 1) * count // ranks)
+
+
+def own_batches(parallel: Parallel, side: int, device: torch.device, dtype: torch.dtype) -> Iterator[Examples]:
     for step, size in enumerate(SIZES):
         images, labels = batch(step, side)
-        rows = slice(rank * size // ranks, (rank + 1) * size // ranks)
+        rows = own_rows(parallel, size)
         odd = step % 2 and dtype == torch.float64  # other arithmetic, whose rounding turns near-ties in float32
         layout = torch.channels_last if odd else torch.contiguous_format
         yield Examples(images[rows].to(device, dtype, memory_format=layout), labels[rows].to(device))
@@ -70,69 +80,47 @@ def apart(found: torch.Tensor, right: torch.Tensor) -> float:
     return float((found - right).norm()) / length if length else float(found.norm())
 
 
-def train(
-    world: World, name: str, scheme: Scheme, share: bool = False, dtype: torch.dtype = torch.float32
-) -> tuple[Parallel, MomentumSGD, dict[str, Any]]:
-    """A few steps of a scheme beside as many on one device: how far apart losses and gradients are, and whether bytes are as predicted."""
+def train(world: World, name: str, scheme: Scheme, dtype: torch.dtype) -> tuple[Parallel, MomentumSGD, dict[str, Any]]:
+    """A few steps of a scheme beside as many on one device: how far apart losses and gradients are."""
     network, side = network_named(name)
-    parallel = Parallel(network.to(dtype), scheme, world, share_batches=share)
+    parallel = Parallel(network.to(dtype), scheme, world)
     optimizer = optimizer_of(parallel.network)
     single = network_named(name)[0].to(world.device, dtype)
     single_optimizer = optimizer_of(single)
-    worst, losses, bytes_equal = {"loss": 0.0}, [], []
-    gradients: list[float] = []
+    losses, apart_losses, gradients = [], [], []
     torch.manual_seed(5)
-    world.traffic.since_last()
     batches = parallel.batches(own_batches(parallel, side, world.device, dtype))
     for step in range(len(SIZES)):
         images, labels = (tensor.to(world.device) for tensor in batch(step, side))
-        images = images.to(dtype)
-        random = torch.get_rng_state()
-        on_gpu = torch.cuda.get_rng_state() if world.device.type == "cuda" else None
-        right = F.cross_entropy(single(images), labels)
-        single_optimizer.zero_grad()
-        right.backward()  # type: ignore[no-untyped-call]
-        after = torch.get_rng_state()
-        torch.set_rng_state(random)
-        if on_gpu is not None:
-            torch.cuda.set_rng_state(on_gpu)
-
+        with torch.random.fork_rng(devices=[world.device] if world.device.type == "cuda" else []):
+            right = F.cross_entropy(single(images.to(dtype)), labels)
+            single_optimizer.zero_grad()
+            right.backward()  # type: ignore[no-untyped-call]
+            after = torch.get_rng_state()
         own_images, own_labels = next(batches)
         assert torch.equal(own_labels, labels), "the labels of the whole batch, in order"
         loss = F.cross_entropy(parallel.network(own_images), own_labels)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         parallel.sum_gradients()
-        assert torch.equal(torch.get_rng_state(), after), "as many random numbers as on one device"
-        predicted = predicted_bytes(
-            network_named(name)[0],
-            scheme,
-            world.size,
-            SIZES[step],
-            (3, side, side),
-            rank=world.rank,
-            share_batches=share,
-            itemsize=dtype.itemsize,
-        )
-        bytes_equal.append(world.traffic.since_last() == predicted)
+        assert torch.equal(torch.get_rng_state(), after), "random numbers are those of one device"
         losses.append(loss.item())
-        worst["loss"] = max(worst["loss"], apart(loss, right))
+        apart_losses.append(apart(loss, right))
         weights = dict(single.named_parameters())
-        gradients.append(0.0)
-        for key, parameter in parallel.network.named_parameters():
-            whole = weights[key].grad
-            assert whole is not None and parameter.grad is not None
-            sizes = parallel._part.split.get(key, [len(whole)])
-            rank = world.rank if key in parallel._part.split else 0
-            own = whole.narrow(0, sum(sizes[:rank]), sizes[rank])
-            gradients[-1] = max(gradients[-1], apart(parameter.grad, own))
+        own = dict(parallel.network.named_parameters())
+        gradients.append(
+            max(apart(own[key].grad, parallel._own(key, weights[key].grad)) for key in own)  # type: ignore[arg-type]
+        )
         optimizer.step()
         single_optimizer.step()
-    whole_state = parallel.gather_state()
-    worst["weights"] = max(apart(whole_state[key], weight) for key, weight in single.state_dict().items())
-    names_and_shapes = [(key, weight.shape) for key, weight in whole_state.items()]
-    same_form = names_and_shapes == [(key, weight.shape) for key, weight in single.state_dict().items()]
-    report = {"losses": losses, "bytes": bytes_equal, "form": same_form, "gradients": gradients, **worst}
+    whole, expected = parallel.gather_state(), single.state_dict()
+    report = {
+        "losses": losses,
+        "loss": max(apart_losses),
+        "gradients": gradients,
+        "weights": max(apart(whole[key], weight) for key, weight in expected.items()),
+        "form": [(key, w.shape) for key, w in whole.items()] == [(key, w.shape) for key, w in expected.items()],
+    }
     return parallel, optimizer, report
 
 
@@ -155,50 +143,141 @@ def round_trips(world: World, name: str, whole: dict[str, torch.Tensor], velocit
 def evaluation(world: World, scheme: Scheme) -> float:
     """How far the logits of ten views are from one device's, in evaluation mode, with fewer images than ranks at last."""
     network, side = network_named("alexnet")
-    parallel = Parallel(network, scheme, world)
+    parallel = Parallel(network.double(), scheme, world)
     parallel.network.eval()
-    single = network_named("alexnet")[0].eval()
-    rank, ranks = parallel.shard
-    views = [64 * torch.randn(n, 2, 3, side, side, generator=torch.Generator().manual_seed(n)) for n in (3, 1)]
-    rows = [slice(rank * len(v) // ranks, (rank + 1) * len(v) // ranks) for v in views]
+    single = network_named("alexnet")[0].double().eval()
+    generator = torch.Generator().manual_seed(1)
+    views = [64 * torch.randn(n, 2, 3, side, side, generator=generator, dtype=torch.float64) for n in (3, 1)]
+    rows = [own_rows(parallel, len(v)) for v in views]
     own = [Examples(v[r], torch.zeros(len(v), dtype=torch.int64)[r]) for v, r in zip(views, rows, strict=True)]
     worst = 0.0
     with torch.inference_mode():
         for (images, labels), whole in zip(parallel.batches(own), views, strict=True):
-            logits = parallel.network(images.flatten(0, 1))
+            found = parallel.network(images.flatten(0, 1))
             assert len(labels) == len(whole)
-            worst = max(worst, apart(logits, single(whole.flatten(0, 1))))
+            worst = max(worst, apart(found, single(whole.flatten(0, 1))))
     return worst
 
 
-def schemes(world: World, names: list[str], float32: list[str]) -> dict[str, Any]:
-    """Everything about every scheme: in float64 for all nets, in float32 too for some."""
-    found: dict[str, Any] = {"compiler": imports_compiler()}
-    choices: tuple[Scheme, ...] = ("ddp", "towers", "hybrid")
-    for name in names:
-        for scheme in choices:
-            parallel, optimizer, report = train(world, name, scheme, False, torch.float64)
-            whole = {key: weight.float() for key, weight in parallel.gather_state().items()}
-            velocities = [velocity.float() for velocity in parallel.gather_velocities(optimizer)]
-            report["round_trips"] = round_trips(world, name, whole, velocities)
-            found[f"{name} {scheme} float64"] = report
-            if name in float32:
-                found[f"{name} {scheme} float32"] = train(world, name, scheme)[2]
-    found[f"{names[0]} shared float64"] = train(world, names[0], "towers", True, torch.float64)[2]
-    if world.device.type == "cpu":
-        found["evaluation"] = {scheme: evaluation(world, scheme) for scheme in ("ddp", "towers", "hybrid")}
-    found["refused"] = different_batches(world)
-    return found
+def gradients_of(network: nn.Module, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    loss.backward()  # type: ignore[no-untyped-call]
+    return {name: weight.grad for name, weight in network.named_parameters() if weight.grad is not None}
 
 
-def imports_compiler() -> bool:
-    """Whether a training step imports torch's compiler, as those of `torch.optim` do; it takes a second. To be asked first."""
-    network, side = network_named("tiny")
-    optimizer = optimizer_of(network)
-    optimizer.zero_grad()
-    network(batch(0, side)[0]).sum().backward()
-    optimizer.step()
-    return "torch._dynamo" in sys.modules
+# Exact arithmetic: integers below 256 are what they are in bfloat16 too, so that no order of adding them up makes a difference.
+
+
+def exact_network() -> nn.Sequential:
+    """Convolutions in groups and over all maps, pools, dropout and linear layers, of weights -1, 0 and 1, most of them 0."""
+    network = nn.Sequential(
+        nn.Conv2d(3, 4, 3),
+        nn.ReLU(),
+        nn.MaxPool2d(3, 2),
+        nn.Conv2d(4, 6, 3, groups=2),
+        nn.Conv2d(6, 6, 3),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(6 * 2 * 2, 10),
+        PaperDropout(),
+        nn.Linear(10, CLASSES),
+    )
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for weight in network.parameters():
+            values = torch.randint(-1, 2, weight.shape, generator=generator)
+            weight.copy_(values * (torch.rand(weight.shape, generator=generator) < 0.25))
+    return network
+
+
+def exact_batch() -> tuple[torch.Tensor, torch.Tensor]:
+    """Seven images, and the loss's gradient: that of the sum of some logits less others."""
+    generator = torch.Generator().manual_seed(6)
+    images = torch.randint(-1, 2, (7, 3, 19, 19), generator=generator).float()
+    return images, torch.randint(-1, 2, (7, CLASSES), generator=generator).float()
+
+
+def exact(world: World, scheme: Scheme, precision: Precision) -> dict[str, Any]:
+    """Whether a step of two ranks is one device's to the last bit; the largest value in it; and in what types it was sent."""
+    images, signs = exact_batch()
+    single, largest = exact_network(), [0.0]
+
+    def look(*values: torch.Tensor) -> None:
+        largest.extend(float(value.abs().max()) for value in values)
+
+    for layer in single:
+        layer.register_forward_hook(lambda module, given, made: look(made.detach()))
+        if layer is not single[0]:
+            layer.register_full_backward_hook(lambda module, to_inputs, to_outputs: look(*to_inputs))
+    torch.manual_seed(8)
+    expected = logits(single, images, precision)
+    right = gradients_of(single, (expected * signs).sum())
+    look(*right.values())
+
+    parallel = Parallel(exact_network(), scheme, world)
+    rows = own_rows(parallel, len(images))
+    torch.manual_seed(8)
+    with mock.patch.object(dist, "all_to_all_single", wraps=dist.all_to_all_single) as exchanges:
+        ((own, _),) = parallel.batches([Examples(images[rows], torch.arange(len(images))[rows])])
+        found = logits(parallel.network, own, precision)
+        gradients = gradients_of(parallel.network, (found * signs).sum())
+    parallel.sum_gradients()
+    different = [name for name in gradients if not torch.equal(gradients[name], parallel._own(name, right[name]))]
+    return {
+        "different": different if torch.equal(found, expected) else ["logits", *different],
+        "largest": max(largest),
+        "zero": [name for name, gradient in right.items() if not gradient.any()],
+        "sent": sorted({str(call.args[1].dtype) for call in exchanges.call_args_list} - {"torch.int64"}),
+    }
+
+
+def errors(world: World, name: str, scheme: Scheme, precision: Precision) -> dict[str, tuple[float, float]]:
+    """Of the loss and each gradient: how far this scheme is from float64, and how far one device is."""
+    images, labels = batch(0, network_named(name)[1])
+
+    def one_device(dtype: torch.dtype, precision: Precision) -> dict[str, torch.Tensor]:
+        network = network_named(name)[0].to(dtype)
+        torch.manual_seed(8)
+        loss = F.cross_entropy(logits(network, images.to(dtype), precision), labels)
+        return {**gradients_of(network, loss), "loss": loss}
+
+    right, single = one_device(torch.float64, "fp32"), one_device(torch.float32, precision)
+    parallel = Parallel(network_named(name)[0], scheme, world)
+    rows = own_rows(parallel, len(images))
+    torch.manual_seed(8)
+    ((own, all_labels),) = parallel.batches([Examples(images[rows], labels[rows])])
+    loss = F.cross_entropy(logits(parallel.network, own, precision), all_labels)
+    found = gradients_of(parallel.network, loss)
+    parallel.sum_gradients()
+    found["loss"] = loss
+    return {
+        key: (
+            apart(value, parallel._own(key, right[key])),
+            apart(parallel._own(key, single[key]), parallel._own(key, right[key])),
+        )
+        for key, value in found.items()
+    }
+
+
+def overflow_on_one(world: World) -> list[Any]:
+    """Towers of one layer: rank 1's classes have no share in the loss, so only rank 0 has gradients that overflow."""
+    layer = nn.Linear(3, 4)
+    nn.init.zeros_(layer.weight)
+    layer.bias = nn.Parameter(torch.tensor([0.0, 0.0, -1e4, -1e4]))
+    parallel = Parallel(nn.Sequential(layer), "towers", world)
+    part = dict(parallel.network.named_parameters())["0.weight"]
+    optimizer = MomentumSGD([{"params": list(parallel.network.parameters())}], lr=0.1)
+    update = Update(parallel, optimizer, "fp16")
+    before = parallel.gather_state()
+    finite, moved = [], []
+    for _ in range(3):
+        loss = F.cross_entropy(logits(parallel.network, torch.full((1, 3), 4.0), "fp16"), torch.tensor([0]))
+        (own,) = torch.autograd.grad(loss * update.loss_scale, part, retain_graph=True)
+        finite.append(bool(own.isfinite().all()))
+        update(loss)
+        after = parallel.gather_state()
+        moved.append(not all(torch.equal(before[key], after[key]) for key in before))
+    return [finite, moved, update.skipped, update.loss_scale]
 
 
 def different_batches(world: World) -> str:
@@ -212,15 +291,51 @@ def different_batches(world: World) -> str:
     return "accepted"
 
 
+def imports_compiler() -> bool:
+    """Whether a training step imports torch's compiler, as those of `torch.optim` do; it takes a second. To be asked first."""
+    network, side = network_named("tiny")
+    optimizer = optimizer_of(network)
+    optimizer.zero_grad()
+    network(batch(0, side)[0]).sum().backward()
+    optimizer.step()
+    return "torch._dynamo" in sys.modules
+
+
+def everything(world: World, names: list[str]) -> dict[str, Any]:
+    """All that two ranks on a CPU are asked."""
+    found: dict[str, Any] = {"compiler": imports_compiler(), "overflow": overflow_on_one(world)}
+    for scheme in SPLIT:
+        for name in names:
+            parallel, optimizer, found[f"{name} {scheme}"] = train(world, name, scheme, torch.float64)
+            if scheme == "towers":
+                whole = {key: weight.float() for key, weight in parallel.gather_state().items()}
+                velocities = [velocity.float() for velocity in parallel.gather_velocities(optimizer)]
+                found[f"round trips {name}"] = round_trips(world, name, whole, velocities)
+        found[f"evaluation {scheme}"] = evaluation(world, scheme)
+        found |= {f"exact {scheme} {precision}": exact(world, scheme, precision) for precision in EXACTLY}
+        found |= {f"errors {scheme} {name}": errors(world, name, scheme, "bf16") for name in ("tiny", "quick")}
+    found["refused"] = different_batches(world)
+    return found
+
+
+def on_gpus(world: World, names: list[str]) -> dict[str, Any]:
+    """Trainings in float64 and in float32."""
+    return {
+        f"{name} {scheme} {dtype}": train(world, name, scheme, dtype)[2]
+        for name in names
+        for scheme in SPLIT
+        for dtype in (torch.float64, torch.float32)
+    }
+
+
 def alone_with_nccl(world: World) -> dict[str, Any]:
     """A world of one GPU: NCCL's group, and sums through it."""
-    return {"backend": torch.distributed.get_backend(world.group), "report": train(world, "alexnet", "ddp")[2]}
+    return {"backend": dist.get_backend(world.group), "report": train(world, "alexnet", "ddp", torch.float32)[2]}
 
 
-def fault(world: World, kind: str, pids: str | None = None) -> str:
+def fault(world: World, kind: str, folder: str) -> str:
     """Steps for ever; at the third, rank 1 comes to harm."""
-    if pids is not None:
-        Path(pids, str(world.rank)).write_text(str(os.getpid()))
+    Path(folder, str(world.rank)).write_text(str(os.getpid()))
     parallel = Parallel(nn.Sequential(nn.Linear(2, 4), nn.Linear(4, 2)), "towers", world)
     example = Examples(torch.zeros(3, 2), torch.zeros(3, dtype=torch.int64))
     endless = (example for _ in iter(int, 1))

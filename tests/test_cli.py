@@ -26,7 +26,7 @@ from alexprep.shards.worker_pool import IMAGE_SECONDS
 from alexprep.train.config import MOST_TRACED, TrainConfig
 from alexprep.train.distributed.tensor_parallel import SCHEMES
 from alexprep.train.distributed.world import TIMEOUT
-from alexprep.train.evaluation import evaluate_nets
+from alexprep.train.evaluation import evaluate
 from alexprep.train.overlap import measure
 from alexprep.train.predictions import EvaluationViews
 
@@ -112,7 +112,7 @@ def test_shard_s_defaults_are_the_library_s() -> None:
 @pytest.mark.parametrize(
     ("name", "option", "function"),
     [
-        *(("eval", option, evaluate_nets) for option in ("views", "split", "weights", "weights_from", "batch_size")),
+        *(("eval", option, evaluate) for option in ("views", "split", "weights", "weights_from", "batch_size")),
         ("tune", "seconds", tune),
         ("bench overlap", "rounds", measure),
     ],

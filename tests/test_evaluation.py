@@ -1,4 +1,4 @@
-"""`alexprep eval` from the command line: several nets, classes, submissions, words for what is wrong."""
+"""Nets evaluated alone and as one, against plain numpy in float64; and `alexprep eval`: classes, submissions, words for what is wrong."""
 
 from __future__ import annotations
 
@@ -8,27 +8,36 @@ import json
 import shutil
 import tarfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
+from numpy.typing import NDArray
 from scipy.io import savemat
 
 from alexprep.cli.main import main
+from alexprep.pipeline.loader import Loader
 from alexprep.shards import rgb_statistics
 from alexprep.shards.conversion import convert
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.image_codec import Target
 from alexprep.shards.plan import ShardOptions
 from alexprep.shards.storage import publish_bytes
-from alexprep.train import checkpoint, evaluation
+from alexprep.train import checkpoint
 from alexprep.train.config import TrainConfig, prepare
-from alexprep.train.evaluation import evaluate_nets
-from alexprep.train.run_dir import Place
+from alexprep.train.evaluation import Scores, class_csv, evaluate, evaluate_run, publish_evaluation, ranked
+from alexprep.train.ilsvrc_submission import check_submission, make_submission
+from alexprep.train.predictions import Predicted, open_net
+from alexprep.train.recipes import registry as recipes
+from alexprep.train.run_dir import Place, place_named
 from alexprep.train.training_state import TrainingState
 
+CPU = torch.device("cpu")
+Array = NDArray[np.float64]
 WNIDS = ["n05", "n03", "n01", "n06", "n02", "n04"]  # by ILSVRC ID, from 1
 UNREADABLE = "ILSVRC2012_test_00000003.JPEG"
 
@@ -36,12 +45,235 @@ UNREADABLE = "ILSVRC2012_test_00000003.JPEG"
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def untrained(runs: Path, name: str, data: Path, seed: int) -> None:
-    """A run with a checkpoint after no step."""
-    job = prepare(TrainConfig(data=data, recipe="tiny", seed=seed, runs=runs, name=name, device="cpu"))
-    state = TrainingState(job.recipe, job.facts.classes, seed, job.device)
-    facts = {"identity": job.identity, **state.facts(), "versions": {}}
-    checkpoint.save(job.run / "checkpoints", 0, state.tensors(), facts, keep=1)
+def make_run(runs: Path, name: str, data: Path, seed: int, steps: tuple[int, ...] = (2,), recipe: str = "tiny") -> Path:
+    """A run with untrained checkpoints, each of other weights."""
+    job = prepare(TrainConfig(data=data, recipe=recipe, seed=seed, runs=runs, name=name, device="cpu"))
+    for step in steps:
+        state = TrainingState(job.recipe, job.facts.classes, seed + 100 * step, CPU)
+        state.position.step = step
+        facts = {"identity": job.identity, **state.facts(), "versions": {}}
+        checkpoint.save(job.run / "checkpoints", step, state.tensors(), facts, keep=9)
+    return job.run
+
+
+@pytest.fixture
+def wide_and_narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`tiny`, and a recipe that cuts its images otherwise."""
+    tiny = recipes.tiny()
+    narrow = replace(tiny, name="narrow", augmentation=replace(tiny.augmentation, crop=48), stored_sizes=(48, 96))
+    monkeypatch.setitem(recipes.RECIPES, "narrow", lambda: narrow)
+
+
+def softmax(logits: Array) -> Array:
+    exponentials = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    total: Array = exponentials / exponentials.sum(axis=-1, keepdims=True)
+    return total
+
+
+def probabilities(run: Path, data: Path, views: Any) -> tuple[Array, NDArray[np.int64]]:
+    """Float64 numpy from a net's float32 logits: the softmax, its mean over the views; and the labels."""
+    net = open_net(Place(run), CPU)
+    rows, labels = [], []
+    with Loader(
+        data, "val", batch_size=7, augmentation=net.recipe.augmentation, views=views, order="sequential"
+    ) as loader:
+        for batch in loader:
+            images = batch.images if views == "ten" else batch.images[:, None]
+            with torch.inference_mode():
+                logits = torch.stack([net.network(images[:, view]) for view in range(images.shape[1])], dim=1)
+            rows.append(softmax(logits.double().numpy()).mean(axis=1))
+            labels.append(batch.labels.numpy())
+    return np.concatenate(rows), np.concatenate(labels)
+
+
+def numpy_errors(p: Array, labels: NDArray[np.int64], k: int) -> tuple[float, float]:
+    """Error in percent among the k best, and the mean cross-entropy; for probabilities without ties."""
+    best = np.argsort(-p, axis=1)[:, :k]
+    error = 100 * float(np.mean(~(best == labels[:, None]).any(axis=1)))
+    return error, float(-np.log(p[np.arange(len(labels)), labels]).mean())
+
+
+@pytest.mark.parametrize("views", ["centre", "ten"])
+def test_an_ensemble_equals_numpy(views: Any, data: Path, tmp_path: Path, wide_and_narrow: None) -> None:
+    """Three nets, one of which sees smaller crops; weights 3, 2, 1; image_errors of each and of all."""
+    made = [
+        make_run(tmp_path, name, data, seed, recipe=recipe)
+        for name, seed, recipe in (("a", 1, "tiny"), ("b", 2, "narrow"), ("c", 3, "tiny"))
+    ]
+    each = [probabilities(run, data, views) for run in made]
+    labels = each[0][1]
+    whole = np.tensordot(np.array([3, 2, 1]) / 6, np.stack([p for p, _ in each]), axes=1)
+    found = evaluate(
+        [Place(run) for run in made], views=views, weights=[3, 2, 1], batch_size=60, threads=1, device="cpu"
+    )
+    for document, p in zip([*found.document["nets"], found.document], [*(p for p, _ in each), whole], strict=True):
+        error, loss = numpy_errors(p, labels, 1)
+        assert document["top1_error"] == pytest.approx(error)
+        assert document["loss"] == pytest.approx(loss, rel=1e-5)  # other batch sizes round convolutions otherwise
+        share = error / 100
+        assert document["top1_standard_error"] == pytest.approx(100 * np.sqrt(share * (1 - share) / len(labels)))
+    assert found.document["top5_error"] == 0  # of four classes
+    np.testing.assert_array_equal(found.scores.best, np.argsort(-whole, axis=1))
+    assert (found.document["images"], found.document["samples"]) == (20, 20)
+    assert [net["weight"] for net in found.document["nets"]] == [1 / 2, 1 / 3, 1 / 6]
+
+
+def test_weights_searched_on_a_split(data: Path, tmp_path: Path) -> None:
+    """On the evaluated split from the predictions kept on disk, on another from a pass of its own: as if given, up to rounding."""
+    places = [Place(make_run(tmp_path, name, data, seed)) for name, seed in (("a", 1), ("b", 2))]
+
+    def found(**options: Any) -> dict[str, Any]:
+        return evaluate(places, threads=1, device="cpu", batch_size=16, **options).document
+
+    same, other = found(weights="search"), found(weights="search", weights_from="train")
+    assert (same["weights_from"], other["weights_from"]) == ("val", "train")
+    for document in (same, other):
+        weights = [net["weight"] for net in document["nets"]]
+        given = found(weights=weights)
+        assert document["loss"] == pytest.approx(given["loss"], rel=1e-6)
+        assert document["top1_error"] == pytest.approx(given["top1_error"])
+    assert same["loss"] <= found()["loss"] + 1e-6
+    assert other["images"] == 20
+
+
+def test_images_without_a_label_are_left_out_of_errors(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    logs = torch.from_numpy(np.log(softmax(rng.normal(size=(40, 9)))))
+    labels = torch.from_numpy(rng.integers(-1, 9, size=40))
+    known = labels >= 0
+    scores, reference = Scores(guesses=True), Scores()
+    scores.add(logs, Predicted(logs[:, None], labels, torch.arange(40)))
+    reference.add(logs[known], Predicted(logs[known][:, None], labels[known], torch.arange(int(known.sum()))))
+    assert scores.summary() == reference.summary() and scores.images == 40 and len(scores.best) == 40
+    unknown = Scores()
+    unknown.add(logs, Predicted(logs[:, None], torch.full((40,), -1), torch.arange(40)))
+    assert set(unknown.summary().values()) == {None}
+    with pytest.raises(AlexprepError, match="no errors by class"):
+        class_csv(unknown.by_class(list("abcdefghi")))
+
+
+def test_classes_and_confusions() -> None:
+    labels = np.array([0, 0, 0, 1, 1, 3, 3, -1])  # no image of class 2
+    p = np.full((8, 4), 0.1)
+    p[np.arange(8), [0, 1, 1, 1, 1, 0, 1, 2]] = 0.7
+    scores = Scores(guesses=True)
+    scores.add(
+        torch.from_numpy(np.log(p)),
+        Predicted(torch.from_numpy(np.log(p[:, None])), torch.from_numpy(labels), torch.arange(8)),
+    )
+    names = ["cat", "dog", "emu, grey", "fox"]
+    table = scores.by_class(names)
+    assert [row.images for row in table] == [3, 2, 0, 2]
+    assert [row.top1_error for row in table] == [pytest.approx(200 / 3), 0, None, 100]
+    assert [row.name for row in ranked(table)] == ["dog", "cat", "fox"]
+    assert scores.confusions(names)[0] == ("cat", "dog", 2, 3)
+    assert [pair[:3] for pair in scores.confusions(names)[1:]] == [("fox", "cat", 1), ("fox", "dog", 1)]
+    lines = class_csv(table).decode().splitlines()
+    assert lines[0] == "label,class,images,top1_error,top5_error" and lines[3] == '2,"emu, grey",0,,'
+    assert lines[1] == "0,cat,3,66.6667,0.0000"
+
+
+def test_ties_go_to_the_lower_label_in_guesses_and_are_shared_in_errors() -> None:
+    logs = torch.log(torch.tensor([[0.1, 0.3, 0.3, 0.3]], dtype=torch.float64))
+    scores = Scores(guesses=True)
+    scores.add(logs, Predicted(logs[:, None], torch.tensor([3]), torch.arange(1)))
+    assert scores.best.tolist() == [[1, 2, 3, 0]]
+    assert scores.summary()["top1_error"] == pytest.approx(100 * 2 / 3)
+    levels = np.random.default_rng(0).integers(0, 9, size=(400, 11)).astype(np.float64)
+    many = Scores(guesses=True)
+    many.add(torch.from_numpy(levels), Predicted(torch.zeros(400, 1, 11), torch.zeros(400).long(), torch.arange(400)))
+    np.testing.assert_array_equal(many.best, np.argsort(-levels, axis=1, kind="stable")[:, :5])
+
+
+def test_checkpoints_of_one_run(data: Path, tmp_path: Path) -> None:
+    run = make_run(tmp_path, "a", data, 1, steps=(2, 4, 6))
+    assert place_named(tmp_path, "a@4") == (run, 4) and place_named(tmp_path, None) == (run, None)
+    assert evaluate_run(run, threads=1)["step"] == 6
+    found = evaluate([Place(run, 4), Place(run)], threads=1)
+    assert [net["step"] for net in found.document["nets"]] == [4, 6]
+    assert "run" not in found.document and publish_evaluation(found.document, tmp_path).parent == tmp_path
+    for text, words in (("a@x", "'x' is no step"), ("a@", "'' is no step"), ("b@2", "there is no run")):
+        with pytest.raises(AlexprepError, match=words):
+            place_named(tmp_path, text)
+    with pytest.raises(AlexprepError, match="no checkpoint of step 5: there are 2, 4, 6"):
+        evaluate_run(run, 5)
+    with pytest.raises(AlexprepError, match="named twice"):
+        evaluate([Place(run), Place(run, 6)])
+    file = next((run / "checkpoints").glob("step-00000004-*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(AlexprepError, match=r"checkpoint of step 4 .* is damaged"):
+        evaluate_run(run, 4)
+
+
+@pytest.fixture(scope="module")
+def relatives(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Sets like `data`: of the same classes, of others, of fewer."""
+    root = tmp_path_factory.mktemp("relatives")
+
+    def make(kind: str) -> Path:
+        out = root / kind
+        if not out.exists():
+            names = {"same": [0, 1, 2, 3], "other": [1, 0, 2, 3]}[kind]
+            (root / f"{kind}.txt").write_text("\n".join(f"class{n}" for n in names))
+            convert(photos, out, ShardOptions(Target(size=64), limit=8, seed=5, labels=str(root / f"{kind}.txt")), 1)
+            rgb_statistics.publish_statistics(rgb_statistics.pca_stats(out, "train", 1), out, "train")
+        return out
+
+    return make
+
+
+def test_a_recipe_may_change_in_what_an_evaluation_does_not_show(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, tiny = make_run(tmp_path, "a", data, 1), recipes.tiny()
+    noisier = replace(tiny, lr=1.0, decay=0.1, augmentation=replace(tiny.augmentation, noise_sigma=0.2))
+    monkeypatch.setitem(recipes.RECIPES, "tiny", lambda: noisier)
+    assert open_net(Place(run), CPU).step == 2
+    monkeypatch.setitem(recipes.RECIPES, "tiny", lambda: replace(tiny, width=0.5))
+    with pytest.raises(AlexprepError, match=r"recipe tiny has changed .*: width was 1.0, is now 0.5"):
+        open_net(Place(run), CPU)
+
+
+def test_nets_that_do_not_go_together(data: Path, relatives: Callable[[str], Path], tmp_path: Path) -> None:
+    here, there = make_run(tmp_path, "a", data, 1), make_run(tmp_path, "b", relatives("other"), 2)
+    with pytest.raises(AlexprepError, match=r"different data: data was .*--data"):
+        evaluate([Place(here), Place(there)])
+    with pytest.raises(AlexprepError, match=r"2 of 4 labels differ, classes\[0\] was 'class1', is now 'class0'"):
+        evaluate([Place(here), Place(there)], data=data)
+    assert not list(tmp_path.glob("*.json"))
+
+
+def test_another_data_set_of_the_same_classes_is_seen_less_the_mean_of_the_training(
+    data: Path, relatives: Callable[[str], Path], tmp_path: Path
+) -> None:
+    run = make_run(tmp_path, "a", data, 1)
+    asked: list[dict[str, Any]] = []
+
+    def spying(*place: Any, **options: Any) -> Loader:
+        asked.append(options)
+        return Loader(*place, **options)
+
+    found = evaluate_run(run, data=relatives("same"), threads=1, device="cpu", open_loader=spying)
+    assert asked[0]["statistics"] == data and found["notes"] == [] and found["images"] == 8
+    (run / "config.json").write_text((run / "config.json").read_text().replace(str(data), str(data / "gone")))
+    found = evaluate_run(run, data=relatives("same"), threads=1, device="cpu", open_loader=spying)
+    assert "statistics" not in asked[1]
+    assert ["cannot be told" in found["notes"][0], "less their own mean" in found["notes"][1]] == [True, True]
+
+
+def test_loaders_that_disagree_are_noticed(data: Path, tmp_path: Path, wide_and_narrow: None) -> None:
+    places = [Place(make_run(tmp_path, f"r{n}", data, n, recipe=recipe)) for n, recipe in enumerate(("tiny", "narrow"))]
+
+    class Other(Loader):
+        def __init__(self, *place: Any, **options: Any) -> None:
+            late = options["augmentation"].crop == 48
+            super().__init__(*place, **(options | {"order": "shuffle" if late else "sequential"}))
+
+    with pytest.raises(AlexprepError, match="give different ones"):
+        evaluate(places, threads=1, device="cpu", open_loader=Other)
+
+
+# The command
 
 
 @pytest.fixture
@@ -49,7 +281,7 @@ def runs(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Two runs on `data`, in ./runs."""
     monkeypatch.chdir(tmp_path)
     for name, seed in (("a", 1), ("b", 2)):
-        untrained(tmp_path / "runs", name, data, seed)
+        make_run(tmp_path / "runs", name, data, seed, steps=(0,))
     return tmp_path / "runs"
 
 
@@ -131,7 +363,7 @@ def test_a_submission_is_in_the_order_of_the_file_names(
 ) -> None:
     """Each line is held against the plan (key -> file name) and the shards (row -> key), independently of the ledger."""
     monkeypatch.chdir(tmp_path)
-    untrained(tmp_path / "runs", "a", ilsvrc, 7)
+    make_run(tmp_path / "runs", "a", ilsvrc, 7, steps=(0,))
     status, out, err = told("a", "--split", "test", "--submission", "guesses.txt", "--json", "--classes")
     document = json.loads(out.splitlines()[-1])
     assert status == 0, err
@@ -146,7 +378,7 @@ def test_a_submission_is_in_the_order_of_the_file_names(
             keys += [int(name[:8]) for name in tar.getnames() if name.endswith(".jpg")]
     plan = pq.read_table(ilsvrc / "plan.parquet").to_pylist()
     names = {row["row"]: row["path"].decode().rsplit("/", 1)[1] for row in plan if row["split"] == "test"}
-    best = evaluate_nets([Place(tmp_path / "runs/a")], split="test", threads=1, device="cpu").scores.best
+    best = evaluate([Place(tmp_path / "runs/a")], split="test", threads=1, device="cpu").scores.best
     wanted = {names[key]: [label + 1 for label in row] for key, row in zip(keys, best.tolist(), strict=True)}
     wanted[UNREADABLE] = [1, 2, 3, 4, 5]
     lines = Path("guesses.txt").read_text().splitlines()
@@ -155,7 +387,7 @@ def test_a_submission_is_in_the_order_of_the_file_names(
 
     status, _, err = told("a", "a@0", "--split", "test")
     assert status == 1 and "one net is named twice" in err
-    untrained(tmp_path / "runs", "b", ilsvrc, 8)
+    make_run(tmp_path / "runs", "b", ilsvrc, 8, steps=(0,))
     status, _, err = told("a", "b", "--split", "test", "--weights", "search")
     assert status == 1 and "none of the images has a label" in err
     status, out, _ = told("a", "b", "--split", "test", "--weights", "search", "--weights-from", "val")
@@ -164,10 +396,10 @@ def test_a_submission_is_in_the_order_of_the_file_names(
 
 def test_a_submission_must_mean_something(data: Path, ilsvrc: Path, tmp_path: Path) -> None:
     with pytest.raises(AlexprepError, match=r"those of .* are 'auto': shard with `--labels ilsvrc-id`"):
-        evaluation.check(data, "val")
-    evaluation.check(ilsvrc, "test")
+        check_submission(data, "val")
+    check_submission(ilsvrc, "test")
     with pytest.raises(AlexprepError, match="lists 8 images, 7 were predicted"):
-        evaluation.submission(ilsvrc, "test", np.zeros((7, 5), np.int32), np.arange(7))
+        make_submission(ilsvrc, "test", np.zeros((7, 5), np.int32), np.arange(7))
     twice = tmp_path / "twice"
     shutil.copytree(ilsvrc, twice)
     ledger = pq.read_table(twice / "test" / "samples.parquet")
@@ -176,37 +408,28 @@ def test_a_submission_must_mean_something(data: Path, ilsvrc: Path, tmp_path: Pa
         ledger.set_column(ledger.column_names.index("source"), "source", [names]), twice / "test" / "samples.parquet"
     )
     with pytest.raises(AlexprepError, match=r"two images named same\.JPEG"):
-        evaluation.check(twice, "test")
+        check_submission(twice, "test")
 
 
-def test_a_submission_that_fails_costs_no_result(
-    ilsvrc: Path, told: Told, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("full", ["guesses.txt", "classes.csv"])
+def test_a_file_that_cannot_be_written_costs_no_result(
+    full: str, ilsvrc: Path, told: Told, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    untrained(tmp_path / "runs", "a", ilsvrc, 7)
+    make_run(tmp_path / "runs", "a", ilsvrc, 7, steps=(0,))
 
-    def full(path: Path, content: bytes) -> None:
-        if path.name == "guesses.txt":
+    def write(path: Path, content: bytes) -> None:
+        if path.name == full:
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
         publish_bytes(path, content)
 
-    monkeypatch.setattr("alexprep.shards.storage.publish_bytes", full)
-    status, _, err = told("a", "--split", "test", "--submission", "guesses.txt", "--classes", "classes.csv")
-    assert status == 1 and "guesses.txt" in err and "there are no errors by class to show" in err
-    assert len(list(tmp_path.glob("runs/a/eval-*.json"))) == 1 and not Path("classes.csv").exists()
-
-
-def test_a_table_of_classes_that_fails_costs_no_result(runs: Path, told: Told, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(path: Path, content: bytes) -> None:
-        if path.name == "classes.csv":
-            raise OSError(errno.ENOSPC, "No space left on device", str(path))
-        publish_bytes(path, content)
-
-    monkeypatch.setattr("alexprep.shards.storage.publish_bytes", full)
-    before = set(runs.rglob("eval-*.json"))
-    status, _, err = told("a", "--classes", "classes.csv")
-    assert status == 1 and "classes.csv" in err
-    assert len(set(runs.rglob("eval-*.json")) - before) == 1
+    monkeypatch.setattr("alexprep.shards.storage.publish_bytes", write)
+    status, _, err = told("a", "--split", "val", "--submission", "guesses.txt", "--classes", "classes.csv")
+    assert status == 1 and full in err
+    assert len(list(tmp_path.glob("runs/a/eval-*.json"))) == 1
+    if full == "guesses.txt":
+        status, _, err = told("a", "--split", "test", "--submission", full, "--classes", "others.csv")
+        assert status == 1 and "there are no errors by class to show" in err and not Path("others.csv").exists()
 
 
 @pytest.mark.parametrize(
@@ -246,6 +469,6 @@ def test_ctrl_c_and_runs_that_cannot_be_written(runs: Path, told: Told, monkeypa
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("alexprep.train.ensemble.predictions", interrupted)
+    monkeypatch.setattr("alexprep.train.evaluation.predictions", interrupted)
     status, out, err = told("a")
     assert status == 130 and out == "" and not list(runs.glob("**/eval-*"))

@@ -20,16 +20,36 @@ from safetensors.torch import load_file
 from alexprep.cli.main import cli
 from alexprep.shards.errors import AlexprepError
 from alexprep.train.config import TrainConfig, prepare
-from alexprep.train.launch import train_anyhow
+from alexprep.train.launch import launch_training
 from alexprep.train.models.cifar import conv_local_13pct
 from alexprep.train.recipes import RECIPES, recipe
 
 SECONDS = 150  # for each test
+# Without kinks: rounding, which differs between schemes, stays as small as it is, where a max pool or a rectifier may turn it into a step.
+SMOOTH = """
+from torch import nn
+from alexprep.train.models.layers import Scale
+
+def make(classes, crop):
+    side = ((crop - 5) // 4 + 1) // 2 - 2
+    return nn.Sequential(
+        Scale(1 / 64), nn.Conv2d(3, 4, 5, 4), nn.Tanh(), nn.AvgPool2d(2), nn.Conv2d(4, 6, 3, groups=2), nn.Tanh(),
+        nn.Flatten(), nn.Linear(6 * side**2, 10), nn.Tanh(), nn.Dropout(), nn.Linear(10, classes),
+    )
+"""
 
 
 def _words(data: Path, runs: Path, *words: str) -> list[str]:
     begin = ["train", "--data", str(data), "--recipe", "tiny", "--runs", str(runs), "--name", "run", "--device", "cpu"]
     return [*begin, "--batch-size", "13", "--checkpoint-steps", "2", *words]
+
+
+@pytest.fixture(scope="module")
+def smooth(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """What --model takes."""
+    file = tmp_path_factory.mktemp("smooth") / "smooth.py"
+    file.write_text(SMOOTH)
+    return f"{file}:make"
 
 
 def _train(data: Path, runs: Path, *words: str) -> dict[str, Any]:
@@ -50,30 +70,20 @@ def _steps(runs: Path) -> list[int]:
     return [record["step"] for record in map(json.loads, lines) if record["kind"] == "steps"]
 
 
-@pytest.fixture(scope="module")
-def alone(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run of nine steps, in epochs of four, the last of 9 images, in one process."""
-    runs = tmp_path_factory.mktemp("alone")
-    assert _train(data, runs, "--steps", "9")["ranks"] == 1
-    return runs
-
-
-def _agree(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+def test_begun_on_two_ranks_and_gone_on_with_on_one_and_two(data: Path, tmp_path: Path, smooth: str) -> None:
+    """Nine steps in epochs of four, the last of 9 images: the same weights as in one process but for rounding, one log throughout."""
+    alone, shared = tmp_path / "alone", tmp_path / "shared"
+    assert _train(data, alone, "--model", smooth, "--steps", "9")["ranks"] == 1
+    first = _train(data, shared, "--model", smooth, "--gpus", "2", "--scheme", "towers", "--steps", "3")
+    assert (first["ranks"], first["steps"]) == (2, 3)
+    assert _train(data, shared, "--model", smooth, "--resume", "--steps", "5")["ranks"] == 1
+    last = _train(data, shared, "--model", smooth, "--resume", "--gpus", "2", "--scheme", "ddp", "--steps", "9")
+    assert (last["epochs"], last["steps"]) == (2, 9)
+    ours, theirs = _weights(alone), _weights(shared)
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
-        scale = tensor.abs().max().item() + 1e-6
-        assert (tensor - theirs[name]).abs().max().item() < 2e-4 * scale, name
-
-
-def test_begun_on_two_ranks_and_gone_on_with_on_one_and_two(alone: Path, data: Path, tmp_path: Path) -> None:
-    """The same samples in the same order, the same weights but for rounding, one log and one kind of checkpoint throughout."""
-    first = _train(data, tmp_path, "--gpus", "2", "--scheme", "towers", "--steps", "3")
-    assert (first["ranks"], first["steps"]) == (2, 3)
-    assert _train(data, tmp_path, "--resume", "--steps", "5")["ranks"] == 1
-    last = _train(data, tmp_path, "--resume", "--gpus", "2", "--scheme", "ddp", "--steps", "9")
-    assert (last["epochs"], last["steps"]) == (2, 9)
-    _agree(_weights(alone), _weights(tmp_path))
-    assert _steps(tmp_path) == sorted(set(_steps(tmp_path)))
+        assert (tensor - theirs[name]).norm() <= 1e-4 * tensor.norm(), name
+    assert _steps(shared) == sorted(set(_steps(shared)))
 
 
 def test_sigterm_lets_all_ranks_save_and_leave(data: Path, tmp_path: Path) -> None:
@@ -94,19 +104,13 @@ def test_sigterm_lets_all_ranks_save_and_leave(data: Path, tmp_path: Path) -> No
     assert summary["stopped_by"] == "SIGTERM" and f"stopped by SIGTERM after step {summary['steps']}" in said
 
 
-def test_torchrun_s_ranks_need_a_name(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(AlexprepError, match="give --name"):
-        train_anyhow(TrainConfig(data, "tiny", runs=tmp_path, device="cpu"))
-
-
-def test_torchrun_and_gpus_agree(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torchrun_says_how_many_and_needs_a_name(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(AlexprepError, match="--gpus 4, but torchrun started 2 ranks: leave --gpus out"):
-        train_anyhow(TrainConfig(data, "tiny", runs=tmp_path, device="cpu", ranks=4))
-    with pytest.raises(AlexprepError, match="give --name"):
-        train_anyhow(TrainConfig(data, "tiny", runs=tmp_path, device="cpu", ranks=2))
+        launch_training(TrainConfig(data, "tiny", runs=tmp_path, device="cpu", ranks=4))
+    for ranks in (1, 2):
+        with pytest.raises(AlexprepError, match="give --name"):
+            launch_training(TrainConfig(data, "tiny", runs=tmp_path, device="cpu", ranks=ranks))
 
 
 @pytest.mark.parametrize(
@@ -126,7 +130,7 @@ def test_torchrun_and_gpus_agree(data: Path, tmp_path: Path, monkeypatch: pytest
 def test_schemes_that_do_not_fit(options: dict[str, Any], words: str, data: Path, tmp_path: Path) -> None:
     """No run is begun, so no name is taken."""
     with pytest.raises(AlexprepError, match=words):
-        train_anyhow(TrainConfig(data, "tiny", runs=tmp_path / "runs", device="cpu", **options))
+        launch_training(TrainConfig(data, "tiny", runs=tmp_path / "runs", device="cpu", **options))
     assert not (tmp_path / "runs").exists()
 
 
@@ -149,7 +153,7 @@ def test_each_rank_needs_a_gpu(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(AlexprepError, match=words):
-        train_anyhow(TrainConfig(data, "tiny", runs=tmp_path / "runs", device=device, ranks=2))
+        launch_training(TrainConfig(data, "tiny", runs=tmp_path / "runs", device=device, ranks=2))
     assert not (tmp_path / "runs").exists()
 
 
@@ -158,7 +162,7 @@ def test_what_fails_at_once_takes_no_name(data: Path, tmp_path: Path) -> None:
     shutil.copytree(data, bare, ignore=shutil.ignore_patterns("stats"))
     runs = tmp_path / "runs"
     with pytest.raises(AlexprepError, match="pca-stats"):
-        train_anyhow(TrainConfig(bare, "tiny", runs=runs, device="cpu"))
+        launch_training(TrainConfig(bare, "tiny", runs=runs, device="cpu"))
     assert not runs.exists()
     _train(data, runs, "--steps", "1")
     tune = ["train", "--data", str(data), "--recipe", "tiny", "--runs", str(runs), "--init-from", "run"]

@@ -1,50 +1,34 @@
-"""What a training says, the machine it runs on, and the sums in between."""
+"""What a training says: log.jsonl, a terminal, and TensorBoard's events, which say what log.jsonl says, also of a run that went on."""
 
 from __future__ import annotations
 
+import importlib.metadata
 import io
 import json
-import os
-import signal
-import subprocess
+import struct
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from alexprep.pipeline.device import choose_device
+from alexprep.pipeline.loader import Batch, Loader
 from alexprep.shards.errors import AlexprepError
-from alexprep.train.data import Examples
-from alexprep.train.distributed.parallel import Parallel
-from alexprep.train.distributed.world import World
-from alexprep.train.logger import Meter, duration, forecast
-from alexprep.train.metrics import Means, Pace, Sums
-from alexprep.train.runtime import Stopped, StopRequest
-from alexprep.train.trainer import until_stopped
+from alexprep.train.config import TrainConfig
+from alexprep.train.data import OpenLoader
+from alexprep.train.logger import Board, Meter, duration, forecast
+from alexprep.train.metrics import Means
+from alexprep.train.trainer import train
 
 MEANS = Means(loss=1.5, top1_error=50.0, top5_error=10.0)
+ERRORS = ("top1_error", "top5_error")
+Series = dict[str, list[tuple[int, float]]]  # step and value of each event, by tag
 
-
-def test_sums_are_means_of_what_was_added() -> None:
-    sums = Sums(torch.device("cpu"))
-    logits = torch.tensor([[2.0, 1.0, 0.0], [0.0, 2.0, 1.0], [0.0, 0.0, 2.0]])
-    sums.add(torch.tensor(3.0), logits, torch.tensor([0, 0, 2]))  # one of three wrong
-    earlier = sums.totals.clone()
-    sums.add(torch.tensor(1.0), logits[:1], torch.tensor([1]))  # wrong
-    assert sums.since(earlier) == Means(1.0, 100.0, 0.0)
-    assert sums.since(torch.zeros(4)) == Means(2.5, 50.0, 0.0)
-
-
-def test_pace_tells_waiting_from_working() -> None:
-    pace = Pace()
-    pace.count(10, 1.0, 3.0)
-    earlier = pace.copy()
-    for _ in range(4):
-        pace.count(8, 0.25, 0.75)
-    assert pace.since(earlier) == {"images_per_second": 8.0, "data_wait_ms": 250.0, "step_ms": 750.0}
-    assert pace.since(Pace())["images_per_second"] == 42 / 8
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("terminal", [True, False])
@@ -53,7 +37,7 @@ def test_meter_logs_on_a_terminal_and_elsewhere(tmp_path: Path, terminal: bool) 
     console = Console(file=screen, force_terminal=terminal, width=200)
     with Meter(tmp_path / "log.jsonl", step=0, total_steps=10, console=console) as meter:
         for step in (1, 2, 3):
-            meter.pace.count(8, 0.01, 0.03)
+            meter.timer.count(8, 0.01, 0.03)
             assert meter.record_steps(MEANS, step=step, epoch=0, lr=0.01) == pytest.approx(0.04)
         val = {"split": "val", "top1_error": 40.0, "top5_error": 5.0, "loss": 1.0}
         meter.record_epoch(MEANS, step=3, epoch=0, lr=0.01, seconds=90.0, val=val)
@@ -110,7 +94,7 @@ def test_an_epoch_that_still_lacks_its_evaluation_is_logged_once(tmp_path: Path)
 
 def test_a_loss_that_is_no_number_is_told_with_its_steps(tmp_path: Path) -> None:
     with Meter(tmp_path / "log.jsonl", step=20, total_steps=99, console=Console(quiet=True)) as meter:
-        meter.pace.count(8, 0.1, 0.1)
+        meter.timer.count(8, 0.1, 0.1)
         meter.record_steps(MEANS, step=40, epoch=0, lr=0.5)
         for loss in (float("nan"), float("inf")):
             with pytest.raises(AlexprepError, match=f"loss became {loss} within steps 41 to 60$"):
@@ -119,58 +103,109 @@ def test_a_loss_that_is_no_number_is_told_with_its_steps(tmp_path: Path) -> None
 
 
 def test_forecast_is_honest_about_a_cpu() -> None:
-    assert (
-        forecast("tiny", torch.device("cpu"), 0.02, 50, 12)
-        == "tiny on this CPU: about 1 s an epoch, 12 s for 12 epochs"
-    )
-    assert "or a GPU" in forecast("alexnet", torch.device("cpu"), 3.2, 10010, 90)
-    assert "or a GPU" not in forecast("alexnet", torch.device("cuda"), 3.2, 10010, 90)
-    assert duration(119) == "119 s"
-    assert duration(120) == "2 minutes"
+    days = (0.1 * 86400 / 10010, 10010, 30)  # seconds a step, steps an epoch, epochs
+    assert "about 2.4 hours an epoch, 3.0 days" in forecast("alexnet", torch.device("cpu"), *days)
+    advised = [(device, "or a GPU" in forecast("alexnet", torch.device(device), *days)) for device in ("cpu", "cuda")]
+    assert advised == [("cpu", True), ("cuda", False)]
+    assert "or a GPU" not in forecast("tiny", torch.device("cpu"), 0.02, 50, 12)
+    assert (duration(119), duration(120)) == ("119 s", "2 minutes")
 
 
-def test_devices() -> None:
-    assert choose_device("cpu").type == "cpu"
-    assert choose_device(None).type == ("cuda" if torch.cuda.is_available() else "cpu")
-    for name, message in (("tpu", "not a device"), ("meta", "not supported"), ("cuda:99", "torch sees")):
-        with pytest.raises(AlexprepError, match=message):
-            choose_device(name)
+# TensorBoard
 
 
-def test_the_second_signal_has_its_usual_effect() -> None:
-    parallel = Parallel(torch.nn.Sequential(torch.nn.Flatten()), "single", World.alone("cpu"))
-    batch = Examples(torch.zeros(1, 3, 2, 2), torch.zeros(1, dtype=torch.int64))
-    with StopRequest().listening() as stop:
-        os.kill(os.getpid(), signal.SIGINT)
-        assert stop.signal == signal.SIGINT
-        with pytest.raises(Stopped):
-            next(until_stopped(parallel, iter([batch]), stop))
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-    assert list(until_stopped(parallel, iter([batch, batch]), StopRequest())) == [batch, batch]
+def run(data: Path, folder: Path, open_loader: OpenLoader | None = None, **changes: Any) -> dict[str, Any]:
+    """Six steps an epoch."""
+    usual: dict[str, Any] = {"recipe": "tiny", "batch_size": 8, "log_steps": 2, "device": "cpu", "tensorboard": True}
+    return train(TrainConfig(data, runs=folder, **usual | changes), open_loader)
 
 
-PAGE_FAULTS = """
-import resource, torch
-from alexprep.train.runtime import keep_freed_memory
-def step():
-    return [torch.ones(10_000_000) for _ in range(2)]
-def faults():
-    for _ in range(5):
-        step()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(10):
-        step()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-print(faults(), keep_freed_memory(), faults())
-"""
+def shown(folder: Path) -> Series:
+    """What TensorBoard shows."""
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    events.Reload()
+    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc only")
-def test_kept_memory_is_not_cleared_again() -> None:
-    command = [sys.executable, "-c", PAGE_FAULTS]
-    many, kept, few = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout.split()
-    if kept == "False":
-        pytest.skip("this malloc has no mallopt")
-    # 40 MB, above the largest size that glibc would come to keep by itself: 10,000 pages each.
-    assert int(few) * 10 < int(many)
+def logged(log: Path) -> Series:
+    """What the log says, in the precision of TensorBoard."""
+    series: Series = {}
+    for line in log.read_text().splitlines():
+        record = json.loads(line)
+        kind = record["kind"]
+        values = {f"{'train' if kind == 'steps' else 'epoch'}/{name}": record[name] for name in ("loss", *ERRORS)}
+        if kind == "steps":
+            values["train/learning_rate"] = record["lr"]
+            values |= {f"speed/{name}": record[name] for name in ("images_per_second", "data_wait_ms", "step_ms")}
+        else:
+            values |= {f"val/{name}": record["val"][name] for name in ("loss", *ERRORS)}
+        for tag, value in values.items():
+            (single,) = struct.unpack("f", struct.pack("f", value))
+            series.setdefault(tag, []).append((record["step"], single))
+    return series
+
+
+class BrokenOff(Loader):
+    """Leaves the training at once when it is asked for the batch of step 11."""
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in super().__iter__():
+            if self.epoch * len(self) + self.step == 11:
+                raise KeyboardInterrupt
+            yield batch
+
+
+def test_a_run_that_was_broken_off_and_resumed_has_every_point_once(data: Path, tmp_path: Path) -> None:
+    """After step 10 was logged, with its last checkpoint at step 7: steps 8 to 10 come twice, and are shown once."""
+    options: dict[str, Any] = {"epochs": 3, "checkpoint_steps": 7}
+    with pytest.raises(KeyboardInterrupt):
+        run(data, tmp_path, BrokenOff, **options)
+    events = tmp_path / "tiny" / "tensorboard"
+    assert [step for step, _ in shown(events)["train/loss"]] == [1, 2, 4, 6, 8, 10]
+    summary = run(data, tmp_path, **options, resume=True)
+    assert summary["steps"] == 18
+    found, expected = shown(events), logged(tmp_path / "tiny" / "log.jsonl")
+    assert [step for step, _ in expected["train/loss"]] == [1, 2, 4, 6, 8, 10, 12, 13, 14, 16, 18]
+    assert found == expected
+    assert len(list(events.iterdir())) == 2
+    assert "tensorflow" not in sys.modules
+
+
+def test_a_shorter_run_that_goes_on(data: Path, tmp_path: Path) -> None:
+    """Nothing is dropped, whether or not an epoch ends there."""
+    for steps in (5, 6, 9):
+        run(data, tmp_path, steps=steps, resume=steps > 5)
+    found = shown(tmp_path / "tiny" / "tensorboard")
+    assert found == logged(tmp_path / "tiny" / "log.jsonl")
+    assert [step for step, _ in found["val/loss"]] == [6]
+
+
+def test_skipped_steps_show_their_loss_scale(tmp_path: Path) -> None:
+    """Every event has left the process when `write` returns, so that a kill loses none."""
+    board = Board(tmp_path, 0)
+    for step in range(1, 31):
+        board.write({"kind": "skip", "step": step, "epoch": 0, "loss_scale": 2.0**-step})
+    board.write({"kind": "not finite", "step": 31, "epoch": 0, "lr": 0.01, "began": None})  # nothing to draw
+    found = shown(tmp_path)
+    board.close()
+    assert found == {"train/loss_scale": [(step, 2.0**-step) for step in range(1, 31)]}
+
+
+def test_no_events_unless_asked_for(data: Path, tmp_path: Path) -> None:
+    run(data, tmp_path, steps=1, tensorboard=False)
+    assert not (tmp_path / "tiny" / "tensorboard").exists()
+
+
+def test_a_missing_package_is_told_before_the_run_is_made(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(AlexprepError, match=r'pip install "alexprep\[tensorboard\]"'):
+        run(data, tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_extra_installs_it_and_no_tensorflow() -> None:
+    extra = [line for line in importlib.metadata.requires("alexprep") or () if 'extra == "tensorboard"' in line]
+    assert len(extra) == 1 and extra[0].startswith("tensorboard>=")
+    assert not any(line.startswith("tensorflow") for line in importlib.metadata.requires("tensorboard") or ())

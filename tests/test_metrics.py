@@ -1,7 +1,8 @@
-"""Evaluation against plain numpy on the same logits, and the 2012 code's rule for ties."""
+"""Errors against plain numpy on the same logits, the 2012 code's rule for ties, and the means and times of an epoch."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from alexprep.shards.errors import AlexprepError
-from alexprep.train.metrics import credit, evaluate
+from alexprep.train.metrics import Means, RunningTotals, StepTimer, top_k_credit, validate
 from alexprep.train.precision import Precision
 
 
@@ -57,13 +58,14 @@ def test_credit_shares_places_among_ties(seed: int) -> None:
     rng = np.random.default_rng(seed)
     scores = rng.integers(0, 4, size=(500, 9)).astype(np.float64)
     labels = rng.integers(0, 9, size=500)
-    for k in (1, 2, 5, 9, 12):
-        wanted = [reference_credit(row, label, k) for row, label in zip(scores, labels, strict=True)]
-        np.testing.assert_allclose(credit(torch.from_numpy(scores), torch.from_numpy(labels), k), wanted, rtol=1e-15)
+    ks = (1, 2, 5, 9, 12)
+    wanted = [[reference_credit(row, label, k) for row, label in zip(scores, labels, strict=True)] for k in ks]
+    found = top_k_credit(torch.from_numpy(scores), torch.from_numpy(labels), ks)
+    np.testing.assert_allclose(found, wanted, rtol=1e-15)
 
 
 def test_an_all_equal_network_is_as_good_as_chance() -> None:
-    result = evaluate(Table(np.zeros((1000, 1000))), batches(np.arange(1000), 64))
+    result = validate(Table(np.zeros((1000, 1000))), batches(np.arange(1000), 64))
     assert result["top1_error"] == pytest.approx(99.9, abs=1e-9)
     assert result["top5_error"] == pytest.approx(99.5, abs=1e-9)
     assert result["loss"] == pytest.approx(np.log(1000))
@@ -75,7 +77,7 @@ def test_single_view_equals_numpy(seed: int) -> None:
     order = np.argsort(-logits, axis=1)
     logs = logits.astype(np.float64) - np.log(np.exp(logits.astype(np.float64)).sum(axis=1, keepdims=True))
     network = Table(logits.astype(np.float64))
-    result = evaluate(network, batches(labels, 50))
+    result = validate(network, batches(labels, 50))
     assert result["samples"] == 301
     assert result["top1_error"] == pytest.approx(100 * np.mean(order[:, 0] != labels))
     assert result["top5_error"] == pytest.approx(100 * np.mean(~(order[:, :5] == labels[:, None]).any(axis=1)))
@@ -90,7 +92,7 @@ def test_ten_views_average_the_softmax(seed: int) -> None:
     softmax = exponentials / exponentials.sum(axis=1, keepdims=True)
     mean = softmax.reshape(57, 10, 8).mean(axis=1)
     order = np.argsort(-mean, axis=1)
-    result = evaluate(Table(logits.astype(np.float64)), batches(labels, 6, views=10))
+    result = validate(Table(logits.astype(np.float64)), batches(labels, 6, views=10))
     assert result["top1_error"] == pytest.approx(100 * np.mean(order[:, 0] != labels))
     assert result["top5_error"] == pytest.approx(100 * np.mean(~(order[:, :5] == labels[:, None]).any(axis=1)))
     assert result["loss"] == pytest.approx(-np.log(mean[np.arange(57), labels]).mean(), rel=1e-12)
@@ -102,19 +104,41 @@ def test_result_does_not_depend_on_batches(seed: int) -> None:
     rng = np.random.default_rng(seed)
     network = Table(rng.integers(-30, 30, size=(400, 9)) / 7)
     labels = rng.integers(0, 9, size=400)
-    results = [evaluate(network, batches(labels, size)) for size in (1, 3, 64, 399, 400)]
+    results = [validate(network, batches(labels, size)) for size in (1, 3, 64, 399, 400)]
     assert all(result == results[0] for result in results)
 
 
 def test_tiny_probabilities_do_not_overflow() -> None:
     logits = np.array([[0.0, -2000.0], [0.0, -2000.0]])
-    assert evaluate(Table(logits), batches(np.array([1, 1]), 2))["loss"] == 2000.0
+    assert validate(Table(logits), batches(np.array([1, 1]), 2))["loss"] == 2000.0
 
 
 def test_divergence_and_emptiness_are_told() -> None:
     told: dict[Precision, str] = {"fp32": "a lower --lr", "fp16": "try --precision bf16"}
     for precision, advice in told.items():
         with pytest.raises(AlexprepError, match=f"NaN or infinity.*{advice}"):
-            evaluate(Table(np.array([[1.0, np.nan]])), batches(np.array([0]), 1), precision)
+            validate(Table(np.array([[1.0, np.nan]])), batches(np.array([0]), 1), precision)
     with pytest.raises(AlexprepError, match="no image to evaluate"):
-        evaluate(Table(np.zeros((1, 2))), [])
+        validate(Table(np.zeros((1, 2))), [])
+    with pytest.raises(AlexprepError, match="none of the images has a label"):
+        validate(Table(np.zeros((2, 2))), batches(np.array([-1, -1]), 2))
+
+
+def test_means_of_what_was_added() -> None:
+    totals = RunningTotals(torch.device("cpu"))
+    logits = torch.tensor([[2.0, 1.0, 0.0], [0.0, 2.0, 1.0], [0.0, 0.0, 2.0]])
+    totals.add(torch.tensor(3.0), logits, torch.tensor([0, 0, 2]))  # one of three wrong
+    earlier = totals.totals.clone()
+    totals.add(torch.tensor(1.0), logits[:1], torch.tensor([1]))  # wrong
+    assert totals.since(earlier) == Means(1.0, 100.0, 0.0)
+    assert totals.since(torch.zeros(4)) == Means(2.5, 50.0, 0.0)
+
+
+def test_the_timer_tells_waiting_from_working() -> None:
+    timer = StepTimer()
+    timer.count(10, 1.0, 3.0)
+    earlier = replace(timer)
+    for _ in range(4):
+        timer.count(8, 0.25, 0.75)
+    assert timer.since(earlier) == {"images_per_second": 8.0, "data_wait_ms": 250.0, "step_ms": 750.0}
+    assert timer.since(StepTimer())["images_per_second"] == 42 / 8

@@ -1,9 +1,8 @@
-"""`alexprep bench overlap`: what its turns do, with loaders whose speed is known, and what its figures mean."""
+"""`alexprep bench overlap`: what its turns do, by a clock that the test sets, and what its figures mean."""
 
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,11 +18,11 @@ from alexprep.shards.errors import AlexprepError
 from alexprep.train import overlap
 from alexprep.train.config import TrainConfig
 from alexprep.train.data import memory
-from alexprep.train.overlap import KINDS, Bench, Overlap, Turn, measure
+from alexprep.train.overlap import KINDS, Bench, Overlap, Timing, measure
 from alexprep.train.recipes import recipe as recipe_named
-from alexprep.train.training_state import TrainingState
+from alexprep.train.training_state import TrainingState, take_step
 
-PAUSE = 0.05  # seconds
+PAUSE, STEP = 0.25, 0.125  # seconds, by the clock below, for a batch and for a step
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -33,24 +32,57 @@ def options(data: Path, **changes: Any) -> TrainConfig:
     return TrainConfig(data=data, **settings | changes)
 
 
-class Slow(Loader):
-    """Takes at least `PAUSE` a batch, and does nothing ahead."""
+class Clock:
+    """In place of the module `time`: stands still, but for who sleeps, asks for a batch or takes a step."""
 
-    def __iter__(self) -> Iterator[Batch]:
-        for batch in super().__iter__():
-            time.sleep(PAUSE)
-            yield batch
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
 
 
-def test_a_slow_loader_is_the_bottleneck(data: Path) -> None:
-    """The step takes a fraction of the pause, so the overlap is small and the wait is the pause."""
-    found = measure(options(data), steps=3, rounds=3, open_loader=Slow)
-    wait, rest = found.milliseconds()
-    assert wait >= 1000 * PAUSE and rest > 0
-    assert found.rate("training") <= 8 / PAUSE and found.rate("loader") <= 8 / PAUSE
-    assert found.overlap < 0.8
-    assert found.bottleneck().startswith("The loader is the bottleneck: alone the step takes ")
-    assert [len(found.turns[kind]) for kind in KINDS] == [3, 3, 3]
+@pytest.fixture
+def slow_loader(monkeypatch: pytest.MonkeyPatch) -> type[Loader]:
+    """Takes `PAUSE` a batch, and does nothing ahead; a step takes `STEP`."""
+    clock = Clock()
+
+    class Slow(Loader):
+        def __iter__(self) -> Iterator[Batch]:
+            for batch in super().__iter__():
+                clock.sleep(PAUSE)
+                yield batch
+
+    def step(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        clock.sleep(STEP)
+        return take_step(*arguments)
+
+    monkeypatch.setattr(overlap, "time", clock)
+    monkeypatch.setattr(overlap, "take_step", step)
+    return Slow
+
+
+def test_a_slow_loader_is_the_bottleneck(data: Path, slow_loader: type[Loader]) -> None:
+    found = measure(options(data), steps=6, rounds=3, open_loader=slow_loader)  # an epoch a turn
+    assert [found.rate(kind) for kind in KINDS] == [8 / (PAUSE + STEP), 8 / STEP, 8 / PAUSE]
+    assert found.milliseconds() == (1000 * PAUSE, 1000 * STEP)
+    assert found.overlap == STEP / (PAUSE + STEP) and found.differing == 0
+    assert found.bottleneck().startswith(
+        "The loader is the bottleneck: alone the step takes 64 images/s and the loader"
+    )
+    assert [len(found.timings[kind]) for kind in KINDS] == [3, 3, 3]
+
+
+@pytest.mark.parametrize(("seconds", "steps"), [(2.0, (8, 16, 8)), (0.5, (5, 5, 5))])
+def test_without_a_number_of_steps_turns_take_their_time(
+    seconds: float, steps: tuple[int, ...], data: Path, slow_loader: type[Loader], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(overlap, "TURN_SECONDS", seconds)
+    found = measure(options(data), rounds=1, open_loader=slow_loader)
+    assert found.about["steps"] == dict(zip(KINDS, steps, strict=True))
 
 
 def test_what_each_turn_does(data: Path) -> None:
@@ -88,11 +120,13 @@ def test_what_each_turn_does(data: Path) -> None:
 def made_up(device: str, training: list[float], cached: list[float], loader: list[float]) -> Overlap:
     """Rounds of 10 steps of 10 images, at some images/s."""
     rates = {"training": training, "cached_batch": cached, "loader": loader}
-    turns = {
-        kind: [Turn(100, 10, 100 / rate, 0.25 * 100 / rate if kind != "cached_batch" else 0.0) for rate in rates[kind]]
+    timings = {
+        kind: [
+            Timing(100, 10, 100 / rate, 0.25 * 100 / rate if kind != "cached_batch" else 0.0) for rate in rates[kind]
+        ]
         for kind in KINDS
     }
-    return Overlap({"device": device}, turns, None)
+    return Overlap({"device": device}, timings, None)
 
 
 def test_the_figures() -> None:
@@ -157,14 +191,8 @@ def test_the_command(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert before == {path: path.stat().st_mtime_ns for path in data.rglob("*")}
 
 
-def test_without_a_number_of_steps_turns_take_their_time(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(overlap, "TURN_SECONDS", 10 * PAUSE)
-    steps = measure(options(data), rounds=1, open_loader=Slow).about["steps"]
-    assert 1 <= steps["loader"] <= 10 and 1 <= steps["training"] <= 10 and steps["cached_batch"] >= 1
-
-
 def test_ctrl_c_leaves_at_once(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(*arguments: object) -> Turn:
+    def interrupted(*arguments: object) -> Timing:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Bench, "turn", interrupted)

@@ -108,28 +108,23 @@ def test_nothing_is_recorded_without_a_trace(data: Path, tmp_path: Path, monkeyp
     assert made == PARTS  # the run's last checkpoint and evaluation come after the epoch's end, and the trace's
 
 
-class Sent(Loader):
-    """Real batches; before one of them something happens."""
+def interrupted(step: int, action: Callable[[], None]) -> type[Loader]:
+    """Real batches; when that of a step is asked for, something happens. Steps are counted from 1."""
 
-    at: int
-    deed: Callable[[], None]
+    class Interrupted(Loader):
+        def __iter__(self) -> Iterator[Batch]:
+            for batch in super().__iter__():
+                if self.epoch * len(self) + self.step == step:
+                    action()
+                yield batch
 
-    def __iter__(self) -> Iterator[Batch]:
-        for batch in super().__iter__():
-            if self.epoch * len(self) + self.step == self.at + 1:
-                type(self).deed()
-            yield batch
-
-
-def sent(step: int, deed: Callable[[], None]) -> type[Sent]:
-    """A loader that does something when the batch of a step is asked for; steps are counted from 1."""
-    return type("Sent", (Sent,), {"at": step - 1, "deed": staticmethod(deed)})
+    return Interrupted
 
 
 def test_a_training_that_is_stopped_keeps_the_steps_so_far(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    opened = sent(12, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    opened = interrupted(12, lambda: os.kill(os.getpid(), signal.SIGTERM))
     summary = train(config(data, tmp_path, trace=9, name="stopped"), opened)
     assert (summary["steps"], summary["stopped_by"]) == (12, "SIGTERM")
     (path,) = (tmp_path / "stopped" / "trace").iterdir()
@@ -151,7 +146,7 @@ def test_a_training_that_is_broken_off_leaves_no_trace(
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train(config(data, tmp_path, trace=4), sent(step, interrupt))
+        train(config(data, tmp_path, trace=4), interrupted(step, interrupt))
     assert "the trace is dropped, nothing of it is left" in capsys.readouterr().err
     assert not (tmp_path / "tiny" / "trace").exists()
     assert not spans.recording
@@ -168,13 +163,7 @@ def test_a_training_that_is_broken_off_leaves_no_trace(
     ],
 )
 def test_short_trainings_are_traced_as_far_as_they_go(
-    data: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    steps: int,
-    trace: int,
-    files: list[str],
-    words: str,
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], steps: int, trace: int, files: list[str], words: str
 ) -> None:
     train(config(data, tmp_path, steps=steps, trace=trace))
     folder = tmp_path / "tiny" / "trace"
@@ -185,7 +174,7 @@ def test_short_trainings_are_traced_as_far_as_they_go(
 def test_stopped_before_the_first_step_of_the_trace(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    train(config(data, tmp_path, trace=4), sent(3, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+    train(config(data, tmp_path, trace=4), interrupted(3, lambda: os.kill(os.getpid(), signal.SIGTERM)))
     assert "nothing is traced: the training ended before step 11" in capsys.readouterr().err
     assert not (tmp_path / "tiny" / "trace").exists()
 
@@ -218,7 +207,7 @@ def test_the_meter_s_clock_leaves_the_trace_out(tmp_path: Path, monkeypatch: pyt
         return 0.0
 
     with Meter(None, step=0, total_steps=20) as meter:
-        monkeypatch.setattr(meter.pace, "lap", lap)
+        monkeypatch.setattr(meter.timer, "lap", lap)
         steps_of(Trace(tmp_path / "trace", 2, meter, World.alone("cpu"), step=0, last_step=20), 20)
     assert len(laps) == 13  # at the beginning of each step until the file is written
 
@@ -229,7 +218,7 @@ def test_a_trace_that_cannot_be_written_stops_no_training(
     def in_the_way() -> None:
         (tmp_path / "tiny" / "trace").write_text("a file")
 
-    summary = train(config(data, tmp_path, steps=14, trace=2), sent(2, in_the_way))
+    summary = train(config(data, tmp_path, steps=14, trace=2), interrupted(2, in_the_way))
     assert summary["steps"] == 14
     assert "the trace could not be written, the training goes on" in capsys.readouterr().err
 

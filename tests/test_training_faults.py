@@ -20,7 +20,7 @@ from alexprep.shards.errors import AlexprepError
 from alexprep.shards.storage import TEMPORARY_MARK, is_temporary
 from alexprep.train import checkpoint, logger, recipes, trainer
 from alexprep.train.distributed.world import World
-from alexprep.train.launch import RankFailed, launch
+from alexprep.train.launch import RankFailed, launch_ranks
 from alexprep.train.nonfinite import Watch
 from alexprep.train.trainer import train
 from tests import training_ranks as ranks
@@ -50,12 +50,12 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def job(shared: Path) -> list[dict[str, Any]]:
     """What two gloo ranks found, each; after others of which the first was killed in mid-save."""
     with pytest.raises(RankFailed, match="rank 0 was killed by SIGKILL"):
-        launch(f"{RANKS}:killed", 2, {"data": str(shared), "step": 4}, device="cpu")
+        launch_ranks(f"{RANKS}:killed", 2, {"data": str(shared), "step": 4}, device="cpu")
     folder = shared.parent / "runs" / "killed" / "checkpoints"
     assert [path.name for path in folder.glob(f".step-00000004*{TEMPORARY_MARK}*")]
     saved, damage = checkpoint.newest(folder)
     assert saved is not None and saved.step == 2 and not damage
-    return launch(f"{RANKS}:everything", 2, {"data": str(shared)}, device="cpu")
+    return launch_ranks(f"{RANKS}:everything", 2, {"data": str(shared)}, device="cpu")
 
 
 def _events(run: Path) -> list[dict[str, Any]]:

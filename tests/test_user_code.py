@@ -25,7 +25,7 @@ from alexprep.shards.versions import versions
 from alexprep.train.checkpoint import init_from
 from alexprep.train.config import Job, TrainConfig, prepare
 from alexprep.train.evaluation import evaluate_run
-from alexprep.train.launch import train_anyhow
+from alexprep.train.launch import launch_training
 from alexprep.train.predictions import open_net
 from alexprep.train.recipes import RECIPES, user_recipe
 from alexprep.train.run_dir import Place
@@ -522,7 +522,7 @@ def test_two_ranks_train_as_one(data: Path, here: Path, capfd: pytest.CaptureFix
     """From another folder, with a layer that has no gradient and a frozen weight; 13 images on two ranks do not divide."""
     (here / "nets.py").write_text(SHARED.replace("(images * ", "(images[..., ::8, ::8] * "))
     settings: dict[str, Any] = {"data": data, "recipe": "tiny", "model": "nets:make", "batch_size": 13, "steps": 2}
-    runs = [train_anyhow(config(**settings, ranks=ranks, name=f"ranks{ranks}")) for ranks in (1, 2)]
+    runs = [launch_training(config(**settings, ranks=ranks, name=f"ranks{ranks}")) for ranks in (1, 2)]
     weights = [load_file(max(Path(run["run"]).glob("checkpoints/*.safetensors"))) for run in runs]
     assert "tiny on 2 ranks (ddp)" in capfd.readouterr().err  # towers are for the paper's nets
     for name, tensor in weights[0].items():

@@ -1,137 +1,61 @@
-"""The errors of a run's checkpoint, or of several nets as one, on a split."""
+"""Evaluates trained networks on a split: each checkpoint by itself, and several as one.
+
+The error that a training measures of itself, epoch after epoch, is `alexprep.train.metrics`; searching weights for several nets is
+`alexprep.train.ensemble`; a file for ILSVRC's server is `alexprep.train.ilsvrc_submission`.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import csv
 import functools
 import io
-import itertools
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 
 from alexprep.pipeline.device import choose_device
 from alexprep.pipeline.loader import Loader
 from alexprep.pipeline.loader_settings import Tuning, tuning_for
-from alexprep.shards.dataset_format import LEDGER, read_dataset
+from alexprep.shards.dataset_format import read_dataset
 from alexprep.shards.errors import AlexprepError
-from alexprep.shards.plan import ILSVRC_ID
 from alexprep.shards.storage import digest_json, publish_json
 from alexprep.train.config import DECODING
-from alexprep.train.data import data_facts
-from alexprep.train.ensemble import OpenSplit, Passes, Progress, Scores, Weights, shares
-from alexprep.train.metrics import TOP, Pace
-from alexprep.train.precision import Precision, check_precision
-from alexprep.train.predictions import EvaluationViews, Net, check_classes, data_of, open_net
+from alexprep.train.data import data_facts, memory
+from alexprep.train.ensemble import Weights, WeightSearch, mixture, shares
+from alexprep.train.metrics import TOP, StepTimer, image_errors, mean_errors
+from alexprep.train.precision import Precision, check_precision, float32_kernels
+from alexprep.train.predictions import (
+    EvaluationViews,
+    GrowingArray,
+    Net,
+    Predicted,
+    StoredPredictions,
+    check_classes,
+    data_of,
+    open_net,
+    predictions,
+)
 from alexprep.train.run_dir import Place
 from alexprep.train.runtime import keep_freed_memory
 
-# -------------------- A submission in the form of ILSVRC: a line an image in the order of the file names, five ILSVRC IDs, the best guess first.
-
-
-class Submission(NamedTuple):
-    """A file's content and what to say of it."""
-
-    content: bytes
-    lines: int
-    first: str  # file name of the first line's image
-    last: str
-    missing: list[str]  # images without a prediction, whose lines are a placeholder
-
-
-def check(data: Path, split: str) -> None:
-    """Makes sure that labels are ILSVRC IDs less 1, that the split is whole, and its names are all different, before hours of work.
-
-    Raises:
-        AlexprepError: they are not, it is not, or its ledger cannot be read.
-    """
-    dataset = read_dataset(data)
-    if dataset["labels"] != ILSVRC_ID:
-        raise AlexprepError(
-            f"--submission needs labels that are ILSVRC IDs less 1, those of {data} are {dataset['labels']!r}: shard with "
-            f"`--labels {ILSVRC_ID}`, and train on that"
-        )
-    if len(dataset["classes"]) < TOP:
-        raise AlexprepError(f"--submission needs {TOP} guesses an image, {data} has {len(dataset['classes'])} classes")
-    if dataset["options"]["limit"] is not None:
-        raise AlexprepError(
-            f"--submission needs every image of {split!r}, {data} was made with --limit {dataset['options']['limit']}"
-        )
-    names, _ = _ledger(data, split)
-    _in_order(data, split, names)
-
-
-def submission(data: Path, split: str, best: NDArray[np.int32], rows: NDArray[np.int64]) -> Submission:
-    """The submission for a split; file names come from its ledger.
-
-    Args:
-        data: the data set's folder.
-        split: of it.
-        best: (N, 5), labels, the best guess first.
-        rows: (N,), the rows of the split's index that they belong to.
-
-    Raises:
-        AlexprepError: the ledger cannot be read, does not go with the predictions, or has two images of one name.
-    """
-    names, written = _ledger(data, split)
-    places = np.flatnonzero(written)
-    if len(rows) != len(places) or not np.array_equal(np.sort(rows), np.arange(len(places))):
-        raise AlexprepError(
-            f"{data / split / LEDGER} lists {len(places)} images, {len(rows)} were predicted: run `alexprep verify`"
-        )
-    guesses = np.tile(np.arange(TOP, dtype=np.int64), (len(names), 1))  # 1 2 3 4 5 where an image was rejected
-    guesses[places[rows]] = best
-    order = _in_order(data, split, names)
-    content = "".join(" ".join(map(str, row)) + "\n" for row in (guesses[order] + 1).tolist())
-    missing = [names[place] for place in order if not written[place]]
-    first, last = (PurePosixPath(names[order[place]]).name for place in (0, -1))
-    return Submission(content.encode(), len(order), first, last, missing)
-
-
-def _in_order(data: Path, split: str, names: list[str]) -> list[int]:
-    """The places of the images in the order of their file names.
-
-    Raises:
-        AlexprepError: two have the same.
-    """
-    files = [PurePosixPath(name).name for name in names]
-    order = sorted(range(len(files)), key=files.__getitem__)
-    for one, other in itertools.pairwise(order):
-        if files[one] == files[other]:
-            raise AlexprepError(
-                f"{data} has two images named {files[one]} in {split!r} ({names[one]}, {names[other]}): a submission is in the "
-                "order of the names, so each must be there once"
-            )
-    return order
-
-
-def _ledger(data: Path, split: str) -> tuple[list[str], NDArray[np.bool_]]:
-    """The source of every input, in the order of the index, and whether it became a sample."""
-    path = data / split / LEDGER
-    try:
-        table = pq.read_table(io.BytesIO(path.read_bytes()), columns=["source", "status"])
-    except (OSError, pa.ArrowInvalid) as error:
-        raise AlexprepError(f"{path} cannot be read ({error}): run the same `alexprep shard` again") from None
-    written = np.array([status == "written" for status in table["status"].to_pylist()], np.bool_)
-    return table["source"].to_pylist(), written
-
-
-# -------------------- The errors of a run's checkpoint, or of several nets as one, on a split.
+Progress = Callable[[int, int], None]
+OpenSplit = Callable[..., Any]  # as `alexprep.pipeline.loader.Loader`
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was found.
+    """Holds what an evaluation found.
 
     Attributes:
-        document: JSON values; see `evaluate_nets`.
+        document: JSON values; see `evaluate`.
         scores: of the ensemble, image by image, with the best guesses.
         classes: their names, by label.
     """
@@ -147,18 +71,18 @@ def evaluate_run(run: Path, step: int | None = None, **options: Any) -> dict[str
     Args:
         run: its folder.
         step: of the checkpoint; None for the newest valid one.
-        options: of `evaluate_nets`.
+        options: of `evaluate`.
 
     Returns:
-        The document of `evaluate_nets`, with run, step and epochs.
+        The document of `evaluate`, with run, step and epochs.
 
     Raises:
         AlexprepError: as there.
     """
-    return evaluate_nets([Place(run, step)], **options).document
+    return evaluate([Place(run, step)], **options).document
 
 
-def evaluate_nets(
+def evaluate(
     places: Sequence[Place],
     *,
     data: Path | None = None,
@@ -176,7 +100,7 @@ def evaluate_nets(
     recipe: str | None = None,
     model: str | None = None,
 ) -> Evaluation:
-    """Evaluates nets, each by itself and all as one: the weighted mean of their softmax outputs.
+    """Evaluates trained networks, each by itself and all as one: the weighted mean of their softmax outputs.
 
     Every net sees the images as its own recipe cuts them, less the mean of the data that it was trained on; softmax and
     averages are float64. All nets go through the split together, and of their outputs only the batch at hand is in memory.
@@ -229,11 +153,20 @@ def evaluate_nets(
         check(data, split)
     means = [_mean_of(net, dataset, notes) for net in nets]
     open_loader = open_loader or functools.partial(Loader, tuning=_tuning(nets, data, where))
+    shown = {"views": views, "order": "sequential", "device": str(where), "layout": memory(where).layout}
+    images = batch_size if views == "centre" else max(1, batch_size // 10)
+    open_split = functools.partial(open_loader, data, batch_size=images, threads=threads, **shown)
+    timer = StepTimer()
 
-    passes = Passes(nets, means, data, views, batch_size, threads, where, precision, open_loader, progress)
-    whole, single, used = passes.scores(split, fixed, weights_from or split)
+    def go_through(split: str, use: Callable[[Predicted], None]) -> None:
+        found = predictions(nets, means, functools.partial(open_split, split), precision, timer, progress)
+        with torch.inference_mode(), float32_kernels(precision), contextlib.closing(found):
+            for predicted in found:
+                use(predicted)
+
+    whole, single, used = _scores(len(nets), go_through, split, fixed, weights_from or split)
     document = {
-        **_one(nets),
+        **_place_of(nets),
         "nets": [_describe(*each) for each in zip(nets, used, single, strict=True)],
         "data": str(data),
         "data_digest": facts.digest,
@@ -245,7 +178,7 @@ def evaluate_nets(
         "images": whole.images,
         **whole.summary(),
         "precision": precision,
-        **passes.pace.since(Pace()),
+        **timer.since(StepTimer()),
         "seconds": time.monotonic() - began,
         "device": str(where),
         "notes": notes,
@@ -254,7 +187,7 @@ def evaluate_nets(
     return Evaluation(document, whole, dataset["classes"])
 
 
-def publish(document: dict[str, Any], runs: Path) -> Path:
+def publish_evaluation(document: dict[str, Any], runs: Path) -> Path:
     """Writes the document of an evaluation: into the run's folder, or for several nets beside the runs.
 
     Returns:
@@ -269,6 +202,54 @@ def publish(document: dict[str, Any], runs: Path) -> Path:
     path = folder / f"eval-{document['split']}-{document['views']}-{digest}.json"
     publish_json(path, document)
     return path
+
+
+def _scores(
+    nets: int,
+    go_through: Callable[[str, Callable[[Predicted], None]], None],
+    split: str,
+    fixed: list[float] | None,
+    weights_from: str,
+) -> tuple[Scores, list[Scores], list[float]]:
+    """Goes through a split, and through the one to search weights on.
+
+    Args:
+        nets: how many there are.
+        go_through: hands all predictions for a split to a function.
+        split: of the images that count.
+        fixed: a net's weight; None to search for the best ones.
+        weights_from: the split to search on; where it is `split`, one pass does for both.
+
+    Returns:
+        Scores of all nets as one, with the best guesses; scores of each; the weights.
+
+    Raises:
+        AlexprepError: there is no image.
+    """
+    search, whole = WeightSearch(), Scores(guesses=True)
+    single = [Scores() for _ in range(nets)]
+    with contextlib.closing(StoredPredictions()) as stored:
+
+        def measure(predicted: Predicted) -> None:
+            for number, scores in enumerate(single):
+                scores.add(predicted.logs[:, number], predicted)
+            if fixed is None:
+                stored.add(predicted)
+                search.add(predicted)
+            else:
+                whole.add(mixture(predicted.logs, fixed), predicted)
+
+        if fixed is None and weights_from != split:
+            go_through(weights_from, search.add)
+            fixed = search.best_weights()
+        go_through(split, measure)
+        if not single[0].images:
+            raise AlexprepError("there is no image to evaluate on: name another --split")
+        if fixed is None:
+            fixed = search.best_weights()
+            for predicted in stored:
+                whole.add(mixture(predicted.logs, fixed), predicted)
+    return whole, single, fixed
 
 
 def _fixed_weights(weights: Weights, weights_from: str | None, nets: int) -> list[float] | None:
@@ -300,10 +281,142 @@ def _mean_of(net: Net, dataset: dict[str, Any], notes: list[str]) -> Path | None
     return None
 
 
-def _one(nets: list[Net]) -> dict[str, Any]:
+def _place_of(nets: list[Net]) -> dict[str, Any]:
     return {"run": str(nets[0].run), "step": nets[0].step, "epochs": nets[0].epochs} if len(nets) == 1 else {}
 
 
 def _describe(net: Net, weight: float, scores: Scores) -> dict[str, Any]:
     about = {"run": str(net.run), "step": net.step, "epochs": net.epochs, "recipe": net.recipe.name, "weight": weight}
     return about | scores.summary()
+
+
+class ClassError(NamedTuple):
+    """A class and its errors, percent; None where it has no image."""
+
+    label: int
+    name: str
+    images: int
+    top1_error: float | None
+    top5_error: float | None
+
+
+class Confusion(NamedTuple):
+    """How often images of one class have another one as their best guess."""
+
+    true: str
+    guessed: str
+    times: int
+    images: int  # of the true class
+
+
+class Scores:
+    """Collects the errors of each image, batch by batch, on the CPU: 40 bytes an image, 60 with guesses."""
+
+    def __init__(self, guesses: bool = False) -> None:
+        """No image yet; with `guesses`, the best classes are kept as well."""
+        self._guesses = guesses
+        self._errors = GrowingArray(np.float64)  # (3, N), see `image_errors`
+        self._labels = GrowingArray(np.int64)
+        self._rows = GrowingArray(np.int64)
+        self._best = GrowingArray(np.int32)  # (5, N)
+
+    def add(self, logs: torch.Tensor, predicted: Predicted) -> None:
+        """Takes in a batch: `logs`, float64 (N, classes), of the images of `predicted`."""
+        self._errors.add(image_errors(logs, predicted.labels).cpu().numpy())
+        self._labels.add(predicted.labels.cpu().numpy())
+        self._rows.add(predicted.rows.numpy())
+        if self._guesses:
+            self._best.add(_best(logs).T.cpu().numpy())
+
+    @property
+    def images(self) -> int:
+        """Images seen, with or without a label."""
+        return len(self._labels)
+
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        """(N,); -1 where unknown."""
+        return self._labels.array
+
+    @property
+    def rows(self) -> NDArray[np.int64]:
+        """(N,): rows of the split's index."""
+        return self._rows.array
+
+    @property
+    def best(self) -> NDArray[np.int32]:
+        """(N, 5), or fewer where there are fewer classes: the best classes, best first; among equals the lower label first."""
+        return self._best.array.T
+
+    def summary(self) -> dict[str, float | None]:
+        """top1_error, top5_error (percent), loss (nats), and top1_standard_error, top5_standard_error (points: of the mean over such images).
+
+        All None where no image has a label.
+        """
+        names = ("top1_error", "top5_error", "loss", "top1_standard_error", "top5_standard_error")
+        errors = torch.from_numpy(self._errors.array)
+        known = errors[:, ~errors[0].isnan()]
+        count = known.shape[1]
+        if not count:
+            return dict.fromkeys(names)
+        means = mean_errors(known)
+        spread = 100 * (known[1:].std(dim=1, correction=0) / math.sqrt(count))
+        return dict(zip(names, [*(means[name] for name in names[:3]), *spread.tolist()], strict=True))
+
+    def by_class(self, names: list[str]) -> list[ClassError]:
+        """Every class, by label, with the errors of its images."""
+        labels = self.labels
+        known = labels >= 0
+        credit = self._errors.array[1:, known]
+        counts = np.bincount(labels[known], minlength=len(names))
+        credits = [np.bincount(labels[known], row, minlength=len(names)) for row in credit]
+        table = []
+        for label, (name, images) in enumerate(zip(names, counts.tolist(), strict=True)):
+            errors = [100 * (1 - float(total[label]) / images) if images else None for total in credits]
+            table.append(ClassError(label, name, images, *errors))
+        return table
+
+    def confusions(self, names: list[str], most: int = 10) -> list[Confusion]:
+        """The pairs of classes that are taken for one another most often: the best guess instead of the true class."""
+        labels, guesses = self.labels, self.best[:, 0].astype(np.int64)
+        wrong = (labels >= 0) & (guesses != labels)
+        pairs, times = np.unique(labels[wrong] * len(names) + guesses[wrong], return_counts=True)
+        order = np.argsort(-times, kind="stable")[:most]
+        counts = np.bincount(labels[labels >= 0], minlength=len(names))
+        return [
+            Confusion(names[true], names[guess], int(n), int(counts[true]))
+            for true, guess, n in zip(*np.divmod(pairs[order], len(names)), times[order], strict=True)
+        ]
+
+
+def _best(logs: torch.Tensor) -> torch.Tensor:
+    """The best classes of each image, at most five, int64; of equal ones the lower label first, which `topk` alone does not promise."""
+    count = min(TOP, logs.shape[1])
+    values, classes = logs.topk(count, dim=1)
+    ties = (values[:, 1:] == values[:, :-1]).any(dim=1)
+    ties |= torch.count_nonzero(logs >= values[:, -1:], dim=1) > count
+    classes[ties] = logs[ties].argsort(dim=1, descending=True, stable=True)[:, :count]
+    return classes
+
+
+def ranked(table: list[ClassError]) -> list[ClassError]:
+    """Sorts the classes that have images: lowest top-1 error first, then lowest top-5 error, then label."""
+
+    return sorted((row for row in table if row.images), key=lambda row: (row.top1_error, row.top5_error, row.label))
+
+
+def class_csv(table: list[ClassError]) -> bytes:
+    """Writes the table as CSV with a header: label, class, images, top1_error, top5_error (percent, empty where there is no image).
+
+    Raises:
+        AlexprepError: no image has a label.
+    """
+    if not any(row.images for row in table):
+        raise AlexprepError("none of the images has a label, so there are no errors by class: leave --classes out")
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["label", "class", "images", "top1_error", "top5_error"])
+    for row in table:
+        errors = ["" if error is None else f"{error:.4f}" for error in row[3:]]
+        writer.writerow([row.label, row.name, row.images, *errors])
+    return text.getvalue().encode()

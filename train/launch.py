@@ -1,4 +1,8 @@
-"""Starts the ranks of a job on this machine and watches them: one that dies or hangs ends the job, with its reason."""
+"""Starts the processes of a training, watches them, and ends them all where one dies or hangs, with its reason.
+
+`launch_training` is what `alexprep train` calls: it trains in this process, in ranks that it starts, or as one of torchrun's.
+`launch_ranks` runs any function in ranks on this machine. What a rank sees of the others is in `alexprep.train.distributed.world`.
+"""
 
 from __future__ import annotations
 
@@ -32,68 +36,10 @@ from alexprep.train.runtime import Forwarded
 from alexprep.train.trainer import train
 from alexprep.train.user_code import load
 
-# -------------------- A rank started by `launch`: joins the job, calls the function, leaves its result or its reason for the parent.
-
-
 PARENT = "ALEXPREP_PARENT"  # process id of the launcher
 PR_SET_PDEATHSIG = 1  # sys/prctl.h
-
-
-def main() -> None:
-    """Runs one rank; ends the process with 1 if the function raised."""
-    _die_with_parent()
-    faulthandler.enable()
-    folder = Path(sys.argv[1])
-    rank = os.environ["RANK"]
-    try:
-        job = json.loads((folder / "job.json").read_text())
-        sys.path[:] = job["path"]
-        function = load(job["target"], "target").value
-        from alexprep.train.distributed.world import from_environment
-
-        world = from_environment(job["device"], job["backend"], job["timeout"])
-        result = function(world, **job["arguments"])
-        (folder / f"result-{rank}.json").write_text(json.dumps(result))
-        world.close()
-        _leave(0)
-    except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        signal.raise_signal(signal.SIGINT)  # so that the parent sees what ended it
-    except BaseException as error:  # noqa: BLE001 also SystemExit: a rank that leaves early is a failure
-        if not isinstance(error, AlexprepError):
-            traceback.print_exc()
-        reason = {"time": time.time(), "kind": type(error).__name__, "message": str(error)}
-        try:
-            (folder / f"failure-{rank}.json").write_text(json.dumps(reason))
-        except OSError:  # the disk that it failed for may be this one too
-            print(f"Error in rank {rank}: {error}", file=sys.stderr)  # noqa: T201
-        _leave(1)
-
-
-def _die_with_parent() -> None:
-    """The kernel kills this process when the launcher ends, however it ends."""
-    if sys.platform.startswith("linux"):
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != int(os.environ[PARENT]):
-        os._exit(1)  # it ended before that
-
-
-def _leave(code: int) -> None:
-    """Ends the process, but not by way of destructors: they may wait for ranks that are gone, and gloo's now and then abort."""
-    sys.stderr.flush()
-    sys.stdout.flush()
-    os._exit(code)
-
-
-if __name__ == "__main__":
-    main()
-
-
-# -------------------- Starts the ranks of a job on this machine and watches them: one that dies or hangs ends the job, with its reason.
-
-
-POLL = 0.05  # seconds between looks at the ranks
-SETTLE = 0.3  # after a failure, for others that fell at the same moment
+POLL_SECONDS = 0.05  # seconds between looks at the ranks
+GRACE_SECONDS = 0.3  # after a failure, for others that fell at the same moment
 LAST_LINES = 15  # of a failed rank's output, in the reason
 
 
@@ -101,7 +47,97 @@ class RankFailed(AlexprepError):
     """A rank died or stopped answering; the others were ended. The message says which, and why."""
 
 
-def launch(
+def launch_training(config: TrainConfig) -> dict[str, Any]:
+    """Trains in this process, in `config.ranks` processes of this machine, or as one of torchrun's ranks.
+
+    Returns:
+        The summary, see `alexprep.train.trainer.train`.
+
+    Raises:
+        AlexprepError: see there; or a rank died or did not answer, which ends the others.
+    """
+    if _under_torchrun():
+        if config.ranks not in (1, size := int(os.environ["WORLD_SIZE"])):
+            raise AlexprepError(
+                f"--gpus {config.ranks}, but torchrun started {size} ranks: leave --gpus out, torchrun's own options say how many"
+            )
+        return _train_under_torchrun(config)
+    if config.ranks == 1:
+        return train(config)
+    _check_gpus(config)
+    # This process makes the run, and the ranks go on with it: so none of them has to tell the others its name.
+    job = prepare(config)
+    going_on = replace(
+        job.config,
+        data=job.data.resolve(),
+        runs=config.runs.resolve(),
+        name=job.run.name,
+        resume=True,
+        scheme=job.scheme,
+    )
+    arguments = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(going_on).items()}
+    summary: dict[str, Any] = launch_ranks(
+        "alexprep.train.launch:train_rank",
+        config.ranks,
+        {"options": arguments},
+        device=config.device,
+        timeout=config.rank_seconds,
+    )[0]
+    return summary
+
+
+def leads() -> bool:
+    """Tells whether it is for this process to print the result: of torchrun's ranks only the first does."""
+    return not _under_torchrun() or os.environ.get("RANK") == "0"
+
+
+def train_rank(world: World, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Trains as one of the ranks that `launch_training` started; `options` are a `TrainConfig`'s as JSON values."""
+    paths = {name: Path(options[name]) for name in ("data", "runs")}
+    return train(TrainConfig(**{**options, **paths}), world=world)
+
+
+def _train_under_torchrun(config: TrainConfig) -> dict[str, Any]:
+    """torchrun's way: rank 0 makes the run, and all go on with it."""
+    if config.name is None:
+        raise AlexprepError("under torchrun the ranks need a common name for the run: give --name")
+    world = from_environment(config.device, timeout=config.rank_seconds)
+    config = replace(config, ranks=world.size)
+    failure: AlexprepError | OSError | None = None
+    if world.leads and not config.resume:
+        try:
+            prepare(config, world.device)
+        except (AlexprepError, OSError) as error:
+            failure = error
+    if world.any(failure is not None):
+        raise failure or AlexprepError("rank 0 could not begin the run, see its message")
+    summary = train(replace(config, resume=True), world=world)
+    world.close()  # only after a good end: else others may still wait in the groups, and closing would wait with them
+    return summary
+
+
+def _check_gpus(config: TrainConfig) -> None:
+    """Makes sure, before the run has a folder, that each rank on this machine gets a GPU of its own.
+
+    Raises:
+        AlexprepError: there are too few, or one is named for all.
+    """
+    device = choose_device(config.device)
+    if device.type != "cuda":
+        return
+    if device.index is not None:
+        raise AlexprepError(f"{config.ranks} ranks cannot share {device}: name just cuda, for a GPU each")
+    if config.ranks > torch.cuda.device_count():
+        raise AlexprepError(
+            f"{config.ranks} ranks need a GPU each, torch sees {torch.cuda.device_count()} here: start fewer, or take --device cpu"
+        )
+
+
+def _under_torchrun() -> bool:
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def launch_ranks(
     target: str,
     ranks: int,
     arguments: Mapping[str, Any] | None = None,
@@ -173,9 +209,7 @@ def _store(timeout: float) -> tuple[Any, int]:
 def _start(folder: Path, rank: int, ranks: int, port: int) -> subprocess.Popen[bytes]:
     """One rank, in a session of its own: a Ctrl-C of the terminal reaches it through this process alone."""
     environment = {
-        "OMP_NUM_THREADS": str(
-            max(1, cores() // ranks)
-        ),  # torch's threads; all of the machine's for each would be slower
+        "OMP_NUM_THREADS": str(max(1, cores() // ranks)),  # torch's; all of the machine's for each would be slower
         **({"GLOO_SOCKET_IFNAME": "lo"} if "lo" in {name for _, name in socket.if_nameindex()} else {}),
         **os.environ,
         "RANK": str(rank),
@@ -213,7 +247,7 @@ def _watch(processes: list[subprocess.Popen[bytes]], folder: Path, timeout: floa
     while True:
         codes = [process.poll() for process in processes]
         if any(codes):
-            time.sleep(SETTLE)
+            time.sleep(GRACE_SECONDS)
             forwarded.check([process.poll() for process in processes])
             raise _reason(processes, folder, timeout)
         if all(code == 0 for code in codes):
@@ -225,12 +259,11 @@ def _watch(processes: list[subprocess.Popen[bytes]], folder: Path, timeout: floa
             if now - first_end > timeout:
                 raise RankFailed(f"rank {running[0]} still runs {timeout:g} s after others had ended")
         for rank in running:
-            if _state(processes[rank].pid) in ("T", "t"):
-                if now - stopped_since.setdefault(rank, now) > timeout:
-                    raise RankFailed(f"rank {rank} is stopped (SIGSTOP) and did not answer for {timeout:g} s")
-            else:
+            if not _is_stopped(processes[rank]):
                 stopped_since.pop(rank, None)
-        time.sleep(POLL)
+            elif now - stopped_since.setdefault(rank, now) > timeout:
+                raise _stopped(rank, timeout)
+        time.sleep(POLL_SECONDS)
 
 
 def _reason(processes: list[subprocess.Popen[bytes]], folder: Path, timeout: float) -> AlexprepError:
@@ -245,9 +278,9 @@ def _reason(processes: list[subprocess.Popen[bytes]], folder: Path, timeout: flo
         with contextlib.suppress(FileNotFoundError, ValueError):  # it may be cut off by a full disk
             told[rank] = json.loads(file.read_text())
     silent = [rank for rank, code in enumerate(codes) if code and rank not in told]
-    stopped = [rank for rank, code in enumerate(codes) if code is None and _state(processes[rank].pid) in ("T", "t")]
+    stopped = [rank for rank, code in enumerate(codes) if code is None and _is_stopped(processes[rank])]
     if stopped:
-        return RankFailed(f"rank {stopped[0]} is stopped (SIGSTOP) and did not answer for {timeout:g} s")
+        return _stopped(stopped[0], timeout)
     if silent:
         code = codes[silent[0]] or 0
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit status {code}"
@@ -261,6 +294,10 @@ def _reason(processes: list[subprocess.Popen[bytes]], folder: Path, timeout: flo
     return RankFailed(f"rank {rank} failed{others}: {kind}: {message}{_output(folder, rank)}")
 
 
+def _stopped(rank: int, timeout: float) -> RankFailed:
+    return RankFailed(f"rank {rank} is stopped (SIGSTOP) and did not answer for {timeout:g} s")
+
+
 def _output(folder: Path, rank: int) -> str:
     """The last lines that a rank printed; rank 0's are on the terminal."""
     file = folder / f"output-{rank}"
@@ -270,102 +307,60 @@ def _output(folder: Path, rank: int) -> str:
     return "".join(f"\n  rank {rank} | {line}" for line in lines)
 
 
-def _state(pid: int) -> str:
-    """The letter of a process's state in Linux's /proc; "" elsewhere."""
+def _is_stopped(process: subprocess.Popen[bytes]) -> bool:
+    """Whether a SIGSTOP holds a process, by Linux's /proc; elsewhere nobody is known to be stopped."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        return Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] in ("T", "t")
     except (OSError, IndexError):
-        return ""
+        return False
 
 
-# -------------------- A training shared by several processes: ranks started here, or by torchrun.
+def run_rank() -> None:
+    """Is one rank that `launch_ranks` started: joins the job, calls the function, leaves its result or its reason for the parent.
 
-
-def train_anyhow(config: TrainConfig) -> dict[str, Any]:
-    """Trains in this process, in `config.ranks` processes of this machine, or as one of torchrun's ranks.
-
-    Returns:
-        The summary, see `alexprep.train.trainer.train`.
-
-    Raises:
-        AlexprepError: see there; or a rank died or did not answer, which ends the others.
+    The process ends with 0, or with 1 if the function raised.
     """
-    if _among_torchruns():
-        if config.ranks not in (1, size := int(os.environ["WORLD_SIZE"])):
-            raise AlexprepError(
-                f"--gpus {config.ranks}, but torchrun started {size} ranks: leave --gpus out, torchrun's own options say how many"
-            )
-        return _joined(config)
-    if config.ranks == 1:
-        return train(config)
-    _check_gpus(config)
-    # This process makes the run, and the ranks go on with it: so none of them has to tell the others its name.
-    job = prepare(config)
-    going_on = replace(
-        job.config,
-        data=job.data.resolve(),
-        runs=config.runs.resolve(),
-        name=job.run.name,
-        resume=True,
-        scheme=job.scheme,
-    )
-    arguments = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(going_on).items()}
-    summary: dict[str, Any] = launch(
-        "alexprep.train.launch:train_rank",
-        config.ranks,
-        {"options": arguments},
-        device=config.device,
-        timeout=config.rank_seconds,
-    )[0]
-    return summary
-
-
-def leads() -> bool:
-    """Whether it is for this process to tell the result: of torchrun's ranks only the first does."""
-    return not _among_torchruns() or os.environ.get("RANK") == "0"
-
-
-def train_rank(world: World, options: Mapping[str, Any]) -> dict[str, Any]:
-    """One rank's part; `options` are a `TrainConfig`'s as JSON values."""
-    paths = {name: Path(options[name]) for name in ("data", "runs")}
-    return train(TrainConfig(**{**options, **paths}), world=world)
-
-
-def _joined(config: TrainConfig) -> dict[str, Any]:
-    """torchrun's way: rank 0 makes the run, and all go on with it."""
-    if config.name is None:
-        raise AlexprepError("under torchrun the ranks need a common name for the run: give --name")
-    world = from_environment(config.device, timeout=config.rank_seconds)
-    config = replace(config, ranks=world.size)
-    failure: AlexprepError | OSError | None = None
-    if world.leads and not config.resume:
+    _die_with_parent()
+    faulthandler.enable()
+    folder = Path(sys.argv[1])
+    rank = os.environ["RANK"]
+    try:
+        job = json.loads((folder / "job.json").read_text())
+        sys.path[:] = job["path"]
+        function = load(job["target"], "target").value
+        world = from_environment(job["device"], job["backend"], job["timeout"])
+        result = function(world, **job["arguments"])
+        (folder / f"result-{rank}.json").write_text(json.dumps(result))
+        world.close()
+        _leave(0)
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.raise_signal(signal.SIGINT)  # so that the parent sees what ended it
+    except BaseException as error:  # noqa: BLE001 also SystemExit: a rank that leaves early is a failure
+        if not isinstance(error, AlexprepError):
+            traceback.print_exc()
+        reason = {"time": time.time(), "kind": type(error).__name__, "message": str(error)}
         try:
-            prepare(config, world.device)
-        except (AlexprepError, OSError) as error:
-            failure = error
-    if world.any(failure is not None):
-        raise failure or AlexprepError("rank 0 could not begin the run, see its message")
-    summary = train(replace(config, resume=True), world=world)
-    world.close()  # only after a good end: else others may still wait in the groups, and closing would wait with them
-    return summary
+            (folder / f"failure-{rank}.json").write_text(json.dumps(reason))
+        except OSError:  # the disk that it failed for may be this one too
+            print(f"Error in rank {rank}: {error}", file=sys.stderr)  # noqa: T201
+        _leave(1)
 
 
-def _check_gpus(config: TrainConfig) -> None:
-    """Makes sure, before the run has a folder, that each rank on this machine gets a GPU of its own.
-
-    Raises:
-        AlexprepError: there are too few, or one is named for all.
-    """
-    device = choose_device(config.device)
-    if device.type != "cuda":
-        return
-    if device.index is not None:
-        raise AlexprepError(f"{config.ranks} ranks cannot share {device}: name just cuda, for a GPU each")
-    if config.ranks > torch.cuda.device_count():
-        raise AlexprepError(
-            f"{config.ranks} ranks need a GPU each, torch sees {torch.cuda.device_count()} here: start fewer, or take --device cpu"
-        )
+def _die_with_parent() -> None:
+    """The kernel kills this process when the launcher ends, however it ends."""
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != int(os.environ[PARENT]):
+        os._exit(1)  # it ended before that
 
 
-def _among_torchruns() -> bool:
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+def _leave(code: int) -> None:
+    """Ends the process, but not by way of destructors: they may wait for ranks that are gone, and gloo's now and then abort."""
+    sys.stderr.flush()
+    sys.stdout.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    run_rank()

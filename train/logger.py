@@ -1,4 +1,4 @@
-"""What a training says: a JSON-lines log, a live line on a terminal, plain lines elsewhere.
+"""Tells how a training goes: a JSON-lines log, a live line on a terminal (plain lines elsewhere), and TensorBoard's events if asked for.
 
 log.jsonl holds one JSON object a line:
 
@@ -9,7 +9,7 @@ log.jsonl holds one JSON object a line:
 
 `step` counts optimizer steps done, `epoch` whole epochs done before it; losses are in nats, errors in percent.
 A "steps" record is a mean over the steps since the record before; `step_ms` is a step without its wait for data.
-On a GPU the wait is an upper bound: the GPU may still be computing meanwhile.
+On a GPU the wait is an upper bound: the GPU may still be computing meanwhile. What happens within a step is in no log: see `profiler`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import math
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, cast
@@ -31,93 +32,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.storage import json_bytes
 from alexprep.train.checkpoint import publish, writing
-from alexprep.train.metrics import SPEED, Means, Pace
+from alexprep.train.metrics import SPEED, Means, StepTimer
 from alexprep.train.nonfinite import NotFinite, Sight
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-
-# -------------------- The records of a training's log as TensorBoard events.
-
-
+LINE_SECONDS = 10.0  # at most one plain line of progress in this time
 QUALITY = Means._fields
 
 
-class Board:
-    """Writes each record of log.jsonl as scalars of its step; as float32, which is all that TensorBoard keeps.
-
-    Tags: train/loss, train/top1_error, train/top5_error, train/learning_rate, speed/images_per_second, speed/data_wait_ms and
-    speed/step_ms, means since the record before; train/loss_scale where a step was skipped; epoch/… and val/… (loss and both errors), of
-    whole epochs and their evaluations.
-    """
-
-    def __init__(self, folder: Path, step: int) -> None:
-        """Opens another file of events.
-
-        Args:
-            folder: of the event files, made if missing.
-            step: optimizer steps already done: what earlier files hold of later steps is no longer shown.
-
-        Raises:
-            AlexprepError: the package tensorboard is missing.
-        """
-        # TensorBoard reads files in the order of their names, which begin with the second in which they were opened.
-        while any(folder.glob(f"events.out.tfevents.{int(time.time())}.*")):
-            time.sleep(0.02)
-        self._writer = writer_class()(str(folder), purge_step=step + 1)
-
-    def write(self, record: dict[str, Any]) -> None:
-        """Adds a record, and hands it to the system, so that killing the process loses none."""
-        for tag, value in scalars(record).items():
-            self._writer.add_scalar(tag, value, record["step"])
-        self._writer.flush()
-
-    def close(self) -> None:
-        """Closes the file."""
-        self._writer.close()
-
-
-def scalars(record: dict[str, Any]) -> dict[str, float]:
-    """The values of a record by tag.
-
-    >>> scalars({"kind": "epoch", "step": 9, "loss": 2.0, "top1_error": 70.0, "top5_error": 20.0, "lr": 0.01, "val": None})
-    {'epoch/loss': 2.0, 'epoch/top1_error': 70.0, 'epoch/top5_error': 20.0}
-    """
-    if record["kind"] == "steps":
-        found = {f"train/{name}": record[name] for name in QUALITY} | {"train/learning_rate": record["lr"]}
-        return found | {f"speed/{name}": record[name] for name in SPEED}
-    if record["kind"] == "skip":
-        return {"train/loss_scale": record["loss_scale"]}
-    if record["kind"] != "epoch":
-        return {}  # words, not numbers
-    found = {f"epoch/{name}": record[name] for name in QUALITY}
-    return found | {f"val/{name}": record["val"][name] for name in QUALITY if record["val"]}
-
-
-def writer_class() -> type[SummaryWriter]:
-    """torch's writer of events.
-
-    Raises:
-        AlexprepError: the package tensorboard, which it needs, is missing.
-    """
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise AlexprepError(
-            f'--tensorboard needs the package tensorboard ({error}): pip install "alexprep[tensorboard]"'
-        ) from None
-    return SummaryWriter
-
-
-# -------------------- What a training says: a JSON-lines log, a live line on a terminal, plain lines elsewhere.
-
-
-LINE_SECONDS = 10.0  # at most one plain line of progress in this time
-
-
 class Meter:
-    """Logs and tells. Use it as a context manager; the log is open inside."""
+    """Writes the log and tells people. Use it as a context manager; the log is open inside."""
 
     def __init__(
         self,
@@ -140,8 +66,8 @@ class Meter:
             console: where people read; by default stderr.
             board: is given every record too.
         """
-        self.pace = Pace()
-        self._logged_pace = Pace()
+        self.timer = StepTimer()
+        self._logged = StepTimer()
         self._logged_step, self._epoch = step, epoch
         self._last_line = -math.inf
         self._stack = contextlib.ExitStack()
@@ -184,18 +110,18 @@ class Meter:
         """
         if not math.isfinite(means.loss):
             raise NotFinite(f"the loss became {means.loss} within steps {self._logged_step + 1} to {step}")
-        pace = self.pace.since(self._logged_pace)
-        self._logged_pace, self._logged_step = self.pace.copy(), step
-        self._write({"kind": "steps", "step": step, "epoch": epoch, **means._asdict(), "lr": lr, **pace})
+        speed = self.timer.since(self._logged)
+        self._logged, self._logged_step = replace(self.timer), step
+        self._write({"kind": "steps", "step": step, "epoch": epoch, **means._asdict(), "lr": lr, **speed})
         line = (
             f"epoch {epoch + 1} step {step}: loss {means.loss:.4f}, top-1 error {means.top1_error:.1f} %, "
-            f"{pace['images_per_second']:.0f} images/s, {pace['data_wait_ms']:.1f} ms for data + {pace['step_ms']:.1f} ms a step"
+            f"{speed['images_per_second']:.0f} images/s, {speed['data_wait_ms']:.1f} ms for data + {speed['step_ms']:.1f} ms a step"
         )
         self._bar.update(self._task, completed=step, description=line)
         if not self._console.is_terminal and time.monotonic() - self._last_line >= LINE_SECONDS:
             self._last_line = time.monotonic()
             self.say(line)
-        return (pace["data_wait_ms"] + pace["step_ms"]) / 1000
+        return (speed["data_wait_ms"] + speed["step_ms"]) / 1000
 
     def record_skip(self, *, step: int, epoch: int, loss_scale: float) -> None:
         """Logs a step that moved nothing since a gradient overflowed, and what the loss is multiplied by from now on."""
@@ -210,7 +136,7 @@ class Meter:
     def record_epoch(
         self, means: Means, *, step: int, epoch: int, lr: float, seconds: float, val: dict[str, Any] | None
     ) -> None:
-        """Logs a whole epoch: `means` over its training images, `val` from `evaluate`."""
+        """Logs a whole epoch: `means` over its training images, `val` from `validate`."""
         self._write(
             {"kind": "epoch", "step": step, "epoch": epoch, **means._asdict(), "lr": lr, "seconds": seconds, "val": val}
         )
@@ -230,6 +156,116 @@ class Meter:
                     line = line[self._file.write(line) :]
         if self._board is not None:
             self._board.write(record)
+
+
+def _keep_until(log: Path, step: int, epoch: int | None) -> None:
+    """Drops records of what comes after a position, and a last line that a kill cut short.
+
+    After an epoch's last step the epoch itself may still be to come, with its evaluation.
+    """
+    if not log.exists():
+        return
+    kept, lines = [], log.read_bytes().splitlines(keepends=True)
+    for line in lines:
+        try:
+            record = json.loads(line)
+            to_come = record["kind"] == "epoch" and epoch is not None and record["epoch"] >= epoch
+            if line.endswith(b"\n") and record["step"] <= step and not to_come:
+                kept.append(line)
+        except (ValueError, KeyError, TypeError):
+            continue
+    if kept != lines:
+        publish(log, b"".join(kept))
+
+
+def duration(seconds: float) -> str:
+    """Writes a length of time for people.
+
+    >>> duration(42.4), duration(340), duration(3 * 3600), duration(41 * 86400)
+    ('42 s', '6 minutes', '3.0 hours', '41.0 days')
+    """
+    for unit, length, digits in (("days", 86400, 1), ("hours", 3600, 1), ("minutes", 60, 0)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.{digits}f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def forecast(recipe: str, device: torch.device, step_seconds: float, epoch_steps: int, epochs: int) -> str:
+    """Tells what the whole training will take at the speed of its first steps.
+
+    >>> forecast("alexnet", torch.device("cpu"), 3.2, 10010, 90)
+    'alexnet on this CPU: about 8.9 hours an epoch, 33.4 days for 90 epochs; use --steps to try it, or a GPU'
+    """
+    epoch = step_seconds * epoch_steps
+    where = "CPU" if device.type == "cpu" else "GPU"
+    advice = "; use --steps to try it, or a GPU" if where == "CPU" and epoch * epochs > 86400 else ""
+    return f"{recipe} on this {where}: about {duration(epoch)} an epoch, {duration(epoch * epochs)} for {epochs} epochs{advice}"
+
+
+class Board:
+    """Writes each record of log.jsonl for TensorBoard, as scalars of its step; as float32, which is all that TensorBoard keeps.
+
+    Tags: train/loss, train/top1_error, train/top5_error, train/learning_rate, speed/images_per_second, speed/data_wait_ms and
+    speed/step_ms, means since the record before; train/loss_scale where a step was skipped; epoch/… and val/… (loss and both errors), of
+    whole epochs and their evaluations.
+    """
+
+    def __init__(self, folder: Path, step: int) -> None:
+        """Opens another file of events.
+
+        Args:
+            folder: of the event files, made if missing.
+            step: optimizer steps already done: what earlier files hold of later steps is no longer shown.
+
+        Raises:
+            AlexprepError: the package tensorboard is missing.
+        """
+        # TensorBoard reads files in the order of their names, which begin with the second in which they were opened.
+        while any(folder.glob(f"events.out.tfevents.{int(time.time())}.*")):
+            time.sleep(0.02)
+        self._writer = writer_class()(str(folder), purge_step=step + 1)
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Adds a record, and hands it to the system, so that killing the process loses none."""
+        for tag, value in scalars(record).items():
+            self._writer.add_scalar(tag, value, record["step"])
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._writer.close()
+
+
+def scalars(record: dict[str, Any]) -> dict[str, float]:
+    """Gives the values of a record by their tags in TensorBoard.
+
+    >>> scalars({"kind": "epoch", "step": 9, "loss": 2.0, "top1_error": 70.0, "top5_error": 20.0, "lr": 0.01, "val": None})
+    {'epoch/loss': 2.0, 'epoch/top1_error': 70.0, 'epoch/top5_error': 20.0}
+    """
+    if record["kind"] == "steps":
+        found = {f"train/{name}": record[name] for name in QUALITY} | {"train/learning_rate": record["lr"]}
+        return found | {f"speed/{name}": record[name] for name in SPEED}
+    if record["kind"] == "skip":
+        return {"train/loss_scale": record["loss_scale"]}
+    if record["kind"] != "epoch":
+        return {}  # words, not numbers
+    found = {f"epoch/{name}": record[name] for name in QUALITY}
+    return found | {f"val/{name}": record["val"][name] for name in QUALITY if record["val"]}
+
+
+def writer_class() -> type[SummaryWriter]:
+    """Imports torch's writer of events.
+
+    Raises:
+        AlexprepError: the package tensorboard, which it needs, is missing.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise AlexprepError(
+            f'--tensorboard needs the package tensorboard ({error}): pip install "alexprep[tensorboard]"'
+        ) from None
+    return SummaryWriter
 
 
 class _Stderr:
@@ -257,47 +293,3 @@ class _Stderr:
 
 def _stderr() -> IO[str] | None:
     return cast(IO[str], _Stderr()) if sys.stderr else None  # None where the process began without one
-
-
-def duration(seconds: float) -> str:
-    """A length of time for people.
-
-    >>> duration(42.4), duration(340), duration(3 * 3600), duration(41 * 86400)
-    ('42 s', '6 minutes', '3.0 hours', '41.0 days')
-    """
-    for unit, length, digits in (("days", 86400, 1), ("hours", 3600, 1), ("minutes", 60, 0)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.{digits}f} {unit}"
-    return f"{seconds:.0f} s"
-
-
-def forecast(recipe: str, device: torch.device, step_seconds: float, epoch_steps: int, epochs: int) -> str:
-    """What the whole training will take at the speed of its first steps.
-
-    >>> forecast("alexnet", torch.device("cpu"), 3.2, 10010, 90)
-    'alexnet on this CPU: about 8.9 hours an epoch, 33.4 days for 90 epochs; use --steps to try it, or a GPU'
-    """
-    epoch = step_seconds * epoch_steps
-    where = "CPU" if device.type == "cpu" else "GPU"
-    advice = "; use --steps to try it, or a GPU" if where == "CPU" and epoch * epochs > 86400 else ""
-    return f"{recipe} on this {where}: about {duration(epoch)} an epoch, {duration(epoch * epochs)} for {epochs} epochs{advice}"
-
-
-def _keep_until(log: Path, step: int, epoch: int | None) -> None:
-    """Drops records of what comes after a position, and a last line that a kill cut short.
-
-    After an epoch's last step the epoch itself may still be to come, with its evaluation.
-    """
-    if not log.exists():
-        return
-    kept, lines = [], log.read_bytes().splitlines(keepends=True)
-    for line in lines:
-        try:
-            record = json.loads(line)
-            to_come = record["kind"] == "epoch" and epoch is not None and record["epoch"] >= epoch
-            if line.endswith(b"\n") and record["step"] <= step and not to_come:
-                kept.append(line)
-        except (ValueError, KeyError, TypeError):
-            continue
-    if kept != lines:
-        publish(log, b"".join(kept))

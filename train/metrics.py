@@ -1,40 +1,31 @@
-"""Error of a network over a split: top-1 and top-5 in percent, mean cross-entropy, from one centre crop or ten views."""
+"""What a training measures: errors of a network over a split, running means over an epoch, and where the time of a step goes.
+
+This is what the training loop calls. Evaluating finished runs, alone or several as one, is in `alexprep.train.evaluation`.
+"""
 
 from __future__ import annotations
 
 import math
 import time
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from alexprep.shards.errors import AlexprepError
+from alexprep.train.data import LoadedBatch
 from alexprep.train.nonfinite import NotFinite
 from alexprep.train.precision import Precision, logits
 
-# -------------------- Error of a network over a split: top-1 and top-5 in percent, mean cross-entropy, from one centre crop or ten views.
-
-
 TOP = 5  # guesses an image, in the error that ILSVRC ranks by
 NO_LABELS = "none of the images has a label, so there is no error to measure: name another --split"
+SPEED = ("images_per_second", "data_wait_ms", "step_ms")  # what `StepTimer.since` tells
 
 
-class LabelledBatch(Protocol):
-    """What is read of a loader's `Batch`."""
-
-    @property
-    def images(self) -> torch.Tensor:
-        """Float (N, C, H, W), or (N, 10, C, H, W) for ten views."""
-
-    @property
-    def labels(self) -> torch.Tensor:
-        """Int64 (N,); -1 where the class is unknown."""
-
-
-def evaluate(network: nn.Module, batches: Iterable[LabelledBatch], precision: Precision = "fp32") -> dict[str, float]:
-    """Runs the network over one pass of a loader.
+def validate(network: nn.Module, batches: Iterable[LoadedBatch], precision: Precision = "fp32") -> dict[str, float]:
+    """Measures the error of a network over one pass of a loader.
 
     With ten views the softmax outputs are averaged over the views before anything is computed (section 4.1; the 2012 code did so too).
     Figures are kept an image and added with one rounding, so they do not depend on where batches end. Images without a label are
@@ -42,33 +33,33 @@ def evaluate(network: nn.Module, batches: Iterable[LabelledBatch], precision: Pr
 
     Args:
         network: left in the mode, training or evaluation, that it came in.
-        batches: with logits' device; at least one image with a label in all.
+        batches: on the network's device; labels are -1 where the class is unknown.
         precision: that the network computes in; all the rest is float64.
 
     Returns:
-        {"top1_error": percent, "top5_error": percent, "loss": nats, "samples": count}. Ties count in parts, see `credit`.
+        {"top1_error": percent, "top5_error": percent, "loss": nats, "samples": count}. Ties count in parts, see `top_k_credit`.
         With fewer than five classes the top-5 error is 0.
 
     Raises:
         AlexprepError: there is no image, none has a label, or the network gives NaN or infinity.
     """
-    columns: list[torch.Tensor] = []
+    measured: list[torch.Tensor] = []
     was_training = network.training
     network.eval()
     try:
         with torch.inference_mode():
-            columns.extend(
-                figures(log_probabilities(network, batch.images, precision), batch.labels) for batch in batches
+            measured.extend(
+                image_errors(log_probabilities(network, batch.images, precision), batch.labels) for batch in batches
             )
     finally:
         network.train(was_training)
-    if not columns:
+    if not measured:
         raise AlexprepError("there is no image to evaluate on: name another --split")
-    return means(torch.cat(columns, dim=1).cpu())
+    return mean_errors(torch.cat(measured, dim=1).cpu())
 
 
 def log_probabilities(network: nn.Module, images: torch.Tensor, precision: Precision = "fp32") -> torch.Tensor:
-    """The logarithm of what a network in evaluation mode gives each class; of the mean over the views, where there are views.
+    """Asks a network in evaluation mode for the probability of each class: its logarithm, of the mean over the views.
 
     Args:
         network: from (N, C, H, W) to logits (N, classes).
@@ -91,8 +82,8 @@ def log_probabilities(network: nn.Module, images: torch.Tensor, precision: Preci
     return logs.logsumexp(dim=1) - math.log(views)
 
 
-def figures(logs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy (nats), top-1 credit and top-5 credit of each image.
+def image_errors(logs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Measures each image by itself: cross-entropy (nats), top-1 credit and top-5 credit.
 
     Args:
         logs: float64 (N, classes), of probabilities.
@@ -104,16 +95,16 @@ def figures(logs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     unknown = labels < 0
     labels = labels.clamp(min=0)
     losses = -logs.gather(1, labels[:, None]).squeeze(1)
-    return torch.cat([losses[None], credits(logs, labels, (1, TOP))]).masked_fill(unknown, math.nan)
+    return torch.cat([losses[None], top_k_credit(logs, labels, (1, TOP))]).masked_fill(unknown, math.nan)
 
 
-def means(columns: torch.Tensor) -> dict[str, float]:
-    """What `evaluate` returns, from the columns of `figures` on the CPU.
+def mean_errors(errors: torch.Tensor) -> dict[str, float]:
+    """Averages what `image_errors` gave, on the CPU, into what `validate` returns.
 
     Raises:
         AlexprepError: no image has a label.
     """
-    known = columns[:, ~columns[0].isnan()]
+    known = errors[:, ~errors[0].isnan()]
     samples = known.shape[1]
     if not samples:
         raise AlexprepError(NO_LABELS)
@@ -126,37 +117,26 @@ def means(columns: torch.Tensor) -> dict[str, float]:
     }
 
 
-def credit(scores: torch.Tensor, labels: torch.Tensor, k: int) -> torch.Tensor:
-    """How far each label is among the `k` best scores, as in the 2012 code.
+def top_k_credit(scores: torch.Tensor, labels: torch.Tensor, ks: Sequence[int]) -> torch.Tensor:
+    """Tells how far each label is among the k best scores, as in the 2012 code.
 
     1 where it is, 0 where it is not. Where it ties with others for the last places, the places left over the number of those that tie.
 
     Args:
         scores: (N, classes), finite.
         labels: int64 (N,), at least 0.
-        k: at least 1.
+        ks: each at least 1.
 
     Returns:
-        float64 (N,) within 0 to 1.
+        float64 (len(ks), N) within 0 to 1.
 
-    >>> credit(torch.tensor([[3.0, 3.0, 1.0], [3.0, 2.0, 1.0]]), torch.tensor([0, 1]), 1).tolist()
-    [0.5, 0.0]
+    >>> top_k_credit(torch.tensor([[3.0, 3.0, 1.0], [3.0, 2.0, 1.0]]), torch.tensor([0, 1]), (1, 2)).tolist()
+    [[0.5, 0.0], [1.0, 1.0]]
     """
-    return credits(scores, labels, (k,))[0]
-
-
-def credits(scores: torch.Tensor, labels: torch.Tensor, ks: Sequence[int]) -> torch.Tensor:
-    """`credit` for several `ks`: float64 (len(ks), N)."""
     own = scores.gather(1, labels[:, None])
     better = torch.count_nonzero(scores > own, dim=1)  # three times as fast as a sum of truths
     equal = torch.count_nonzero(scores == own, dim=1)
     return torch.stack([((k - better).double() / equal).clamp(0.0, 1.0) for k in ks])
-
-
-# -------------------- Loss and errors of an epoch so far, and the clock that goes with them.
-
-
-SPEED = ("images_per_second", "data_wait_ms", "step_ms")  # what `Pace.since` tells
 
 
 class Means(NamedTuple):
@@ -167,14 +147,14 @@ class Means(NamedTuple):
     top5_error: float
 
 
-class Sums:
-    """Loss and errors added up on the device, so that no step waits for the GPU.
+class RunningTotals:
+    """Adds up loss and errors of an epoch on the device, so that no step waits for the GPU.
 
     `totals` is float64 (4,): summed loss, top-1 credit, top-5 credit, images. Saved and restored with a checkpoint.
 
-    >>> sums = Sums(torch.device("cpu"))
-    >>> sums.add(torch.tensor(0.5), torch.eye(4), torch.tensor([0, 1, 2, 0]))
-    >>> sums.since(torch.zeros(4))
+    >>> totals = RunningTotals(torch.device("cpu"))
+    >>> totals.add(torch.tensor(0.5), torch.eye(4), torch.tensor([0, 1, 2, 0]))
+    >>> totals.since(torch.zeros(4))
     Means(loss=0.5, top1_error=25.0, top5_error=0.0)
     """
 
@@ -186,7 +166,7 @@ class Sums:
     def add(self, loss: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> None:
         """Adds a batch: its mean loss (), logits (N, classes), labels int64 (N,)."""
         images = len(labels)
-        top1, top5 = credits(logits, labels, (1, TOP)).sum(dim=1)
+        top1, top5 = top_k_credit(logits, labels, (1, TOP)).sum(dim=1)
         self.totals += torch.stack([loss.double() * images, top1, top5, torch.full_like(top1, images)])
 
     def since(self, earlier: torch.Tensor) -> Means:
@@ -195,17 +175,18 @@ class Sums:
         return Means(loss / images, 100 * (images - top1) / images, 100 * (images - top5) / images)
 
 
-class Pace:
-    """Images, steps and seconds of the training in this process."""
+@dataclass
+class StepTimer:
+    """Counts images, steps and seconds, waiting for data and working apart."""
 
-    def __init__(self) -> None:
-        """Nothing counted yet; the first lap begins."""
-        self.images = self.steps = 0
-        self.wait_seconds = self.busy_seconds = 0.0
-        self._last = time.perf_counter()
+    images: int = 0
+    steps: int = 0
+    wait_seconds: float = 0.0
+    busy_seconds: float = 0.0
+    _last: float = field(default_factory=time.perf_counter)
 
     def lap(self) -> float:
-        """Seconds since the last lap."""
+        """Seconds since the last lap, or since the timer was made."""
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
         return seconds
@@ -217,15 +198,8 @@ class Pace:
         self.wait_seconds += wait_seconds
         self.busy_seconds += busy_seconds
 
-    def copy(self) -> Pace:
-        """The counts so far, to be given to `since` later."""
-        other = Pace()
-        other.images, other.steps = self.images, self.steps
-        other.wait_seconds, other.busy_seconds = self.wait_seconds, self.busy_seconds
-        return other
-
-    def since(self, earlier: Pace) -> dict[str, float]:
-        """Images a second, and milliseconds a step waiting for data and working, after `earlier`. At least one step lies between."""
+    def since(self, earlier: StepTimer) -> dict[str, float]:
+        """Images a second, and milliseconds a step waiting for data and working, after a copy was made. At least one step lies between."""
         steps = self.steps - earlier.steps
         wait, busy = self.wait_seconds - earlier.wait_seconds, self.busy_seconds - earlier.busy_seconds
         rate = (self.images - earlier.images) / (wait + busy)

@@ -1,4 +1,8 @@
-"""How well loading hides behind training: steps with data, steps on one batch, and the loader alone, in turns on one network."""
+"""Measures how well loading hides behind training: steps with data, the same steps on one batch, and the loader alone.
+
+They take turns in one process, on one network and one loader. What is not measured here: the loader against others, and a step in its
+parts (`benchmarks/`, `--trace`).
+"""
 
 from __future__ import annotations
 
@@ -24,188 +28,11 @@ from alexprep.train.runtime import keep_freed_memory
 from alexprep.train.trainer import open_split
 from alexprep.train.training_state import TrainingState, take_step
 
-# -------------------- Turns of steps with data, of steps on one batch, and of the loader alone, on one network and one loader.
-
-
 Kind = Literal["training", "cached_batch", "loader"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 _FIRST_STEPS = 3  # memory is allocated and kernels are chosen in them
-
-
-class Turn(NamedTuple):
-    """Some steps of one kind: their images, seconds in all, and seconds of these waiting for data."""
-
-    images: int
-    steps: int
-    seconds: float
-    wait_seconds: float
-
-    @property
-    def rate(self) -> float:
-        """Images/s."""
-        return self.images / self.seconds
-
-
-class Bench:
-    """One network and one loader, and turns of each kind."""
-
-    def __init__(self, state: TrainingState, loader: BatchSource, ahead: int) -> None:
-        """Takes the first batch.
-
-        Args:
-            state: before its first step; every turn begins with these weights.
-            loader: of the training split.
-            ahead: batches that the loader has ready or works on at most.
-        """
-        self._state, self._ahead = state, ahead
-        self._batches = state.parallel.batches(_endless(loader))
-        self._cached = next(self._batches)
-        self._kept = [*state.network.state_dict().values(), *state.optimizer.velocities()]
-        self._initial = [tensor.clone() for tensor in self._kept]
-        self._queue_seconds = 0.0  # that the loader needs at most for what it was asked ahead
-
-    def warm_up(self) -> dict[Kind, float]:
-        """The first steps of each kind, which do not count; returns about what one takes, seconds."""
-        self._timed("loader", self._ahead)
-        loader = self._timed("loader", self._ahead).seconds / self._ahead
-        self._queue_seconds = self._ahead * loader
-        self._timed("training", _FIRST_STEPS)
-        time.sleep(self._queue_seconds)
-        step = self._timed("cached_batch", _FIRST_STEPS).seconds / _FIRST_STEPS
-        return {"training": max(step, loader), "cached_batch": step, "loader": loader}
-
-    def turn(self, kind: Kind, steps: int) -> Turn:
-        """The steps of a turn, after some that do not count."""
-        with torch.no_grad():
-            for tensor, value in zip(self._kept, self._initial, strict=True):
-                tensor.copy_(value)
-        if kind == "cached_batch":
-            time.sleep(self._queue_seconds)
-            self._timed(kind, 1)
-        else:
-            self._timed(kind, self._ahead)
-        return self._timed(kind, steps)
-
-    def _timed(self, kind: Kind, steps: int) -> Turn:
-        device = self._state.device
-        images, wait_seconds = 0, 0.0
-        wait_for(device)
-        start = time.perf_counter()
-        for _ in range(steps):
-            before = time.perf_counter()
-            batch = self._cached if kind == "cached_batch" else next(self._batches)
-            wait_seconds += time.perf_counter() - before
-            images += len(batch.labels)
-            if kind != "loader":
-                self._step(batch)
-        wait_for(device)
-        return Turn(images, steps, time.perf_counter() - start, wait_seconds)
-
-    def _step(self, batch: Examples) -> None:
-        """What the training loop does with a batch; what it logs every so many steps aside."""
-        loss, logits = take_step(self._state, *batch)
-        self._state.sums.add(loss, logits, batch.labels)
-
-
-def _endless(loader: BatchSource) -> Iterator[LoadedBatch]:
-    while True:
-        yield from loader
-
-
-# -------------------- How well loading hides behind training: steps with data, steps on one batch, and the loader alone, in turns on one network.
-
-
 GOAL = 0.98  # of the overlap on a GPU: docs/performance.md
 TURN_SECONDS, LEAST_STEPS = 2.0, 5  # a turn, unless its steps are given
-
-
-@dataclass(frozen=True)
-class Overlap:
-    """What `measure` found.
-
-    Attributes:
-        about: JSON values: recipe, batch_size, precision, device, machine, data, steps and rounds.
-        turns: of each kind, one a round.
-        gpu_memory_bytes: "torch_peak", allocated by torch, and "all", what the GPU has less free than before, with DALI's pools; None
-            on a CPU.
-    """
-
-    about: dict[str, Any]
-    turns: dict[Kind, list[Turn]]
-    gpu_memory_bytes: dict[str, int] | None
-
-    def rate(self, kind: Kind) -> float:
-        """Images/s, the median of the rounds."""
-        return statistics.median(turn.rate for turn in self.turns[kind])
-
-    def spread(self, kind: Kind) -> tuple[float, float]:
-        """Images/s of the slowest and of the fastest round."""
-        rates = [turn.rate for turn in self.turns[kind]]
-        return min(rates), max(rates)
-
-    @property
-    def ratios(self) -> list[float]:
-        """Of each round: images/s with data over images/s on one batch."""
-        pairs = zip(self.turns["training"], self.turns["cached_batch"], strict=True)
-        return [fed.rate / cached.rate for fed, cached in pairs]
-
-    @property
-    def overlap(self) -> float:
-        """Their median: 1 where loading is hidden altogether."""
-        return statistics.median(self.ratios)
-
-    @property
-    def serial_rate(self) -> float:
-        """Images/s if every batch were first loaded and then trained on, with all that the machine has."""
-        return 1 / (1 / self.rate("cached_batch") + 1 / self.rate("loader"))
-
-    def milliseconds(self) -> tuple[float, float]:
-        """Of a step with data: waiting for them, and the rest; medians of the rounds."""
-        turns = self.turns["training"]
-        wait = statistics.median(turn.wait_seconds / turn.steps for turn in turns)
-        rest = statistics.median((turn.seconds - turn.wait_seconds) / turn.steps for turn in turns)
-        return 1000 * wait, 1000 * rest
-
-    @property
-    def on_cpu(self) -> bool:
-        """Whether loader and step share the processor."""
-        return torch.device(self.about["device"]).type == "cpu"
-
-    @property
-    def differing(self) -> float:
-        """How far the rounds of one kind lie apart at most, as a share of its rate."""
-        return max((fastest - slowest) / self.rate(kind) for kind in KINDS for slowest, fastest in [self.spread(kind)])
-
-    def bottleneck(self) -> str:
-        """Which of both holds the other up, in a sentence."""
-        step, loader = self.rate("cached_batch"), self.rate("loader")
-        alone = f"alone the step takes {step:,.0f} images/s and the loader gives {loader:,.0f}"
-        if self.on_cpu:
-            slower = "step" if step < loader else "loader"
-            return f"The {slower} is the bottleneck: {alone}, each with all cores."
-        if self.overlap >= GOAL:
-            return f"The step is the bottleneck, loading is hidden behind it: {alone}."
-        if loader < step:
-            return f"The loader is the bottleneck: {alone}."
-        return f"Loader and step are in one another's way, on the host's cores or on the GPU: {alone}."
-
-    def describe(self) -> dict[str, Any]:
-        """JSON values."""
-        wait, rest = self.milliseconds()
-        return {
-            **self.about,
-            "images_per_second": {kind: self.rate(kind) for kind in KINDS},
-            "rounds_images_per_second": {kind: [turn.rate for turn in self.turns[kind]] for kind in KINDS},
-            "overlap": self.overlap,
-            "rounds_overlap": self.ratios,
-            "serial_images_per_second": self.serial_rate,
-            "serial_overlap": self.serial_rate / self.rate("cached_batch"),
-            "data_wait_ms": wait,
-            "step_ms": rest,
-            "gpu_memory_bytes": self.gpu_memory_bytes,
-            "bottleneck": self.bottleneck(),
-            "versions": run_versions(),
-        }
 
 
 def measure(
@@ -216,7 +43,7 @@ def measure(
     open_loader: OpenLoader | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Overlap:
-    """Takes turns, in one process and on one network; nothing is written.
+    """Lets the three kinds take turns, in one process and on one network; nothing is written.
 
     Every turn begins with the same weights, and with steps that do not count, in which what the turn before has left (a full queue, work
     that the loader still has) is used up. On a GPU only the ends of turns wait for its queue.
@@ -256,11 +83,11 @@ def measure(
             kind: steps or max(LEAST_STEPS, math.ceil(TURN_SECONDS / seconds))
             for kind, seconds in bench.warm_up().items()
         }
-        turns: dict[Kind, list[Turn]] = {kind: [] for kind in KINDS}
+        timings: dict[Kind, list[Timing]] = {kind: [] for kind in KINDS}
         for number in range(rounds):
             say(f"round {number + 1} of {rounds}: training with data, on one batch, the loader alone")
             for kind in reversed(KINDS) if number % 2 else KINDS:
-                turns[kind].append(bench.turn(kind, counts[kind]))
+                timings[kind].append(bench.turn(kind, counts[kind]))
         about = {
             "recipe": job.recipe.name,
             "batch_size": job.recipe.batch_size,
@@ -273,7 +100,7 @@ def measure(
             "steps": counts,
             "rounds": rounds,
         }
-        return Overlap(about, turns, _gpu_memory(job.device, free))
+        return Overlap(about, timings, _gpu_memory(job.device, free))
 
 
 def _gpu_memory(device: torch.device, free_before: int | None) -> dict[str, int] | None:
@@ -281,3 +108,172 @@ def _gpu_memory(device: torch.device, free_before: int | None) -> dict[str, int]
     if free is None or free_before is None:
         return None
     return {"torch_peak": torch.cuda.max_memory_allocated(device), "all": max(0, free_before - free)}
+
+
+class Timing(NamedTuple):
+    """How long some steps of one kind took: seconds in all, and seconds of these waiting for data."""
+
+    images: int
+    steps: int
+    seconds: float
+    wait_seconds: float
+
+    @property
+    def rate(self) -> float:
+        """Images/s."""
+        return self.images / self.seconds
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """What `measure` found, and what follows from it.
+
+    Attributes:
+        about: JSON values: recipe, batch_size, precision, device, machine, data, steps and rounds.
+        timings: of each kind, one a round.
+        gpu_memory_bytes: "torch_peak", allocated by torch, and "all", what the GPU has less free than before, with DALI's pools; None
+            on a CPU.
+    """
+
+    about: dict[str, Any]
+    timings: dict[Kind, list[Timing]]
+    gpu_memory_bytes: dict[str, int] | None
+
+    def rate(self, kind: Kind) -> float:
+        """Images/s, the median of the rounds."""
+        return statistics.median(timing.rate for timing in self.timings[kind])
+
+    def spread(self, kind: Kind) -> tuple[float, float]:
+        """Images/s of the slowest and of the fastest round."""
+        rates = [timing.rate for timing in self.timings[kind]]
+        return min(rates), max(rates)
+
+    @property
+    def ratios(self) -> list[float]:
+        """Of each round: images/s with data over images/s on one batch."""
+        pairs = zip(self.timings["training"], self.timings["cached_batch"], strict=True)
+        return [training.rate / cached.rate for training, cached in pairs]
+
+    @property
+    def overlap(self) -> float:
+        """Their median: 1 where loading is hidden altogether."""
+        return statistics.median(self.ratios)
+
+    @property
+    def serial_rate(self) -> float:
+        """Images/s if every batch were first loaded and then trained on, with all that the machine has."""
+        return 1 / (1 / self.rate("cached_batch") + 1 / self.rate("loader"))
+
+    def milliseconds(self) -> tuple[float, float]:
+        """Of a step with data: waiting for them, and the rest; medians of the rounds."""
+        timings = self.timings["training"]
+        wait = statistics.median(timing.wait_seconds / timing.steps for timing in timings)
+        rest = statistics.median((timing.seconds - timing.wait_seconds) / timing.steps for timing in timings)
+        return 1000 * wait, 1000 * rest
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether loader and step share the processor."""
+        return torch.device(self.about["device"]).type == "cpu"
+
+    @property
+    def differing(self) -> float:
+        """How far the rounds of one kind lie apart at most, as a share of its rate."""
+        return max((fastest - slowest) / self.rate(kind) for kind in KINDS for slowest, fastest in [self.spread(kind)])
+
+    def bottleneck(self) -> str:
+        """Which of both holds the other up, in a sentence."""
+        step, loader = self.rate("cached_batch"), self.rate("loader")
+        alone = f"alone the step takes {step:,.0f} images/s and the loader gives {loader:,.0f}"
+        if self.on_cpu:
+            slower = "step" if step < loader else "loader"
+            return f"The {slower} is the bottleneck: {alone}, each with all cores."
+        if self.overlap >= GOAL:
+            return f"The step is the bottleneck, loading is hidden behind it: {alone}."
+        if loader < step:
+            return f"The loader is the bottleneck: {alone}."
+        return f"Loader and step are in one another's way, on the host's cores or on the GPU: {alone}."
+
+    def describe(self) -> dict[str, Any]:
+        """JSON values."""
+        wait, rest = self.milliseconds()
+        return {
+            **self.about,
+            "images_per_second": {kind: self.rate(kind) for kind in KINDS},
+            "rounds_images_per_second": {kind: [timing.rate for timing in self.timings[kind]] for kind in KINDS},
+            "overlap": self.overlap,
+            "rounds_overlap": self.ratios,
+            "serial_images_per_second": self.serial_rate,
+            "serial_overlap": self.serial_rate / self.rate("cached_batch"),
+            "data_wait_ms": wait,
+            "step_ms": rest,
+            "gpu_memory_bytes": self.gpu_memory_bytes,
+            "bottleneck": self.bottleneck(),
+            "versions": run_versions(),
+        }
+
+
+class Bench:
+    """Times steps of each kind, on one network and one loader."""
+
+    def __init__(self, state: TrainingState, loader: BatchSource, ahead: int) -> None:
+        """Takes the first batch.
+
+        Args:
+            state: before its first step; every turn begins with these weights.
+            loader: of the training split.
+            ahead: batches that the loader has ready or works on at most.
+        """
+        self._state, self._ahead = state, ahead
+        self._batches = state.parallel.batches(_endless(loader))
+        self._cached = next(self._batches)
+        self._kept = [*state.network.state_dict().values(), *state.optimizer.velocities()]
+        self._initial = [tensor.clone() for tensor in self._kept]
+        self._queue_seconds = 0.0  # that the loader needs at most for what it was asked ahead
+
+    def warm_up(self) -> dict[Kind, float]:
+        """Takes the first steps of each kind, which do not count; returns about how many seconds one takes."""
+        self._timed("loader", self._ahead)
+        loader = self._timed("loader", self._ahead).seconds / self._ahead
+        self._queue_seconds = self._ahead * loader
+        self._timed("training", _FIRST_STEPS)
+        time.sleep(self._queue_seconds)
+        step = self._timed("cached_batch", _FIRST_STEPS).seconds / _FIRST_STEPS
+        return {"training": max(step, loader), "cached_batch": step, "loader": loader}
+
+    def turn(self, kind: Kind, steps: int) -> Timing:
+        """Times some steps, after others that do not count, from the initial weights on."""
+        with torch.no_grad():
+            for tensor, value in zip(self._kept, self._initial, strict=True):
+                tensor.copy_(value)
+        if kind == "cached_batch":
+            time.sleep(self._queue_seconds)
+            self._timed(kind, 1)
+        else:
+            self._timed(kind, self._ahead)
+        return self._timed(kind, steps)
+
+    def _timed(self, kind: Kind, steps: int) -> Timing:
+        device = self._state.device
+        images, wait_seconds = 0, 0.0
+        wait_for(device)
+        start = time.perf_counter()
+        for _ in range(steps):
+            before = time.perf_counter()
+            batch = self._cached if kind == "cached_batch" else next(self._batches)
+            wait_seconds += time.perf_counter() - before
+            images += len(batch.labels)
+            if kind != "loader":
+                self._step(batch)
+        wait_for(device)
+        return Timing(images, steps, time.perf_counter() - start, wait_seconds)
+
+    def _step(self, batch: Examples) -> None:
+        """What the training loop does with a batch; what it logs every so many steps aside."""
+        loss, logits = take_step(self._state, *batch)
+        self._state.sums.add(loss, logits, batch.labels)
+
+
+def _endless(loader: BatchSource) -> Iterator[LoadedBatch]:
+    while True:
+        yield from loader

@@ -1,11 +1,14 @@
-"""What several nets say of the same images: one pass over a split, all nets in step, nothing kept but the batch at hand."""
+"""Opens trained networks and asks them about the images of a split: one pass, all nets in step, only the batch at hand in memory.
+
+What becomes of their predictions (means, errors, weights) is in `alexprep.train.evaluation` and `alexprep.train.ensemble`.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import itertools
+import io
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -15,12 +18,11 @@ import torch
 from numpy.typing import DTypeLike, NDArray
 from torch import nn
 
-from alexprep.pipeline.augmentation import Augmentation
 from alexprep.shards.dataset_format import read_dataset
 from alexprep.shards.errors import AlexprepError
 from alexprep.train import checkpoint, run_dir
 from alexprep.train.data import memory
-from alexprep.train.metrics import Pace, log_probabilities
+from alexprep.train.metrics import StepTimer, log_probabilities
 from alexprep.train.precision import Precision
 from alexprep.train.recipes import Recipe, recipe_of
 from alexprep.train.run_dir import Place, saved_checkpoint
@@ -34,54 +36,10 @@ from alexprep.train.user_code import (
     references,
 )
 
-# -------------------- An array that grows by columns.
-
-
-class Columns:
-    """What a pass over images leaves of each, in one piece of memory.
-
-    A list with an array a batch would do as well, were it not for the allocator: those small arrays settle between the large ones of the
-    networks and keep their memory from being used again, a gigabyte in 50,000 images.
-
-    >>> columns = Columns(np.int64)
-    >>> columns.add(np.arange(3)), columns.add(np.arange(2))
-    (None, None)
-    >>> columns.array.tolist(), len(columns)
-    ([0, 1, 2, 0, 1], 5)
-    """
-
-    def __init__(self, dtype: DTypeLike) -> None:
-        """No column yet; the first ones added decide how many rows there are."""
-        self._dtype = dtype
-        self._space: NDArray[Any] = np.empty(0, dtype)
-        self._count = 0
-
-    def __len__(self) -> int:
-        """How many columns."""
-        return self._count
-
-    @property
-    def array(self) -> NDArray[Any]:
-        """(…, columns); it is valid until columns are added."""
-        return self._space[..., : self._count]
-
-    def add(self, columns: NDArray[Any]) -> None:
-        """Appends (…, n): all dimensions but the last are the same each time."""
-        end = self._count + columns.shape[-1]
-        if end > self._space.shape[-1] or not self._count:
-            space = np.empty((*columns.shape[:-1], max(4096, end + end // 2)), self._dtype)
-            space[..., : self._count] = self.array
-            self._space = space
-        self._space[..., self._count : end] = columns
-        self._count = end
-
-
-# -------------------- Trained networks, ready to be evaluated: RUN or RUN@STEP → a network and what must be known of it.
-
-
 # The parts of a recipe that outputs of a trained network depend on; the others belong to the training that is over.
 NETWORK = ("network", "width")
 PIXELS = ("crop", "scale", "evaluation_scale", "mean", "std")
+EvaluationViews = Literal["centre", "ten"]
 
 
 @dataclass(frozen=True)
@@ -165,7 +123,7 @@ def open_net(place: Place, device: torch.device, recipe: str | None = None, mode
 
 
 def data_of(nets: list[Net]) -> Path:
-    """The data set that all nets were trained on.
+    """Finds the data set that all nets were trained on.
 
     Raises:
         AlexprepError: they were trained on different ones, or it is not where it was.
@@ -242,12 +200,6 @@ def _shown(recipe: dict[str, Any]) -> dict[str, Any]:
     return parts | {"augmentation": {name: augmentation.get(name) for name in PIXELS}}
 
 
-# -------------------- What several nets say of the same images: one pass over a split, all nets in step, nothing kept but the batch at hand.
-
-
-EvaluationViews = Literal["centre", "ten"]
-
-
 class Predicted(NamedTuple):
     """What K nets say of N images, on the nets' device."""
 
@@ -256,174 +208,67 @@ class Predicted(NamedTuple):
     rows: torch.Tensor  # int64 (N,), on the CPU: rows of the split's index
 
 
-class Reader(NamedTuple):
-    """A loader, and the nets that see what it gives."""
-
-    loader: Any  # with the behaviour of `alexprep.pipeline.loader.Loader`
-    nets: list[int]
-
-
-@contextlib.contextmanager
-def open_readers(
-    nets: Sequence[Net],
-    data: Path,
-    split: str,
-    views: EvaluationViews,
-    batch_size: int,
-    threads: int | None,
-    device: torch.device,
-    statistics: Sequence[Path | None],
-    open_loader: Callable[..., Any],
-) -> Iterator[list[Reader]]:
-    """A loader for each augmentation among the nets: those that see the same pixels share the decoding.
-
-    Args:
-        nets: each sees images as its own recipe cuts them.
-        data: the data set's folder.
-        split: of it.
-        views: one centre crop, or the paper's ten views.
-        batch_size: crops at a time.
-        threads: of each loader, for decoding; None for what the loader takes.
-        device: of the nets.
-        statistics: a net: the data set whose mean it is shown images without; None for `data`'s own.
-        open_loader: opens a split.
-    """
-    shared: list[tuple[tuple[Augmentation, Path | None], list[int]]] = []
-    for number, net in enumerate(nets):
-        seen = net.recipe.augmentation, statistics[number]
-        members = next((members for other, members in shared if other == seen), None)
-        if members is None:
-            shared.append((seen, [number]))
-        else:
-            members.append(number)
-    with contextlib.ExitStack() as stack:
-        readers = []
-        for (augmentation, source), members in shared:
-            extra = {} if source is None else {"statistics": source}
-            loader = open_loader(
-                data,
-                split,
-                batch_size=batch_size if views == "centre" else max(1, batch_size // 10),
-                augmentation=augmentation,
-                views=views,
-                order="sequential",
-                device=str(device),
-                layout=memory(device).layout,
-                threads=threads,
-                **extra,
-            )
-            readers.append(Reader(stack.enter_context(contextlib.closing(loader)), members))
-        yield readers
-
-
 def predictions(
     nets: Sequence[Net],
-    readers: Sequence[Reader],
+    means: Sequence[Path | None],
+    open_loader: Callable[..., Any],
     precision: Precision,
-    pace: Pace,
+    timer: StepTimer,
     progress: Callable[[int, int], None] | None = None,
-) -> Iterator[Predicted]:
-    """One pass: batch after batch, what every net says of it.
+) -> Generator[Predicted, None, None]:
+    """Goes through a split once, all nets in step: batch after batch, what every net says of it. To be closed if left early.
 
     Args:
-        nets: in evaluation mode.
-        readers: that together feed each of the nets.
-        precision: that they compute in.
-        pace: counts images, the time waiting for data, and all other time (the caller's work on a batch included).
+        nets: in evaluation mode. Those that see the same pixels share a loader.
+        means: a net: the data set whose mean it is shown images without; None for that of the split.
+        open_loader: opens the split, given `augmentation` and, for another mean than that of the split, `statistics`.
+        precision: that the nets compute in.
+        timer: counts images, the time waiting for data, and all other time (the caller's work on a batch included).
         progress: called with images done and images in all.
 
     Raises:
         AlexprepError: a net gives NaN, or the loaders do not give the same images.
     """
+    seen = [
+        {"augmentation": net.recipe.augmentation} | ({} if mean is None else {"statistics": mean})
+        for net, mean in zip(nets, means, strict=True)
+    ]
+    same = [seen.index(pixels) for pixels in seen]  # the first net that sees the same
     done = 0
-    passes = [iter(reader.loader) for reader in readers]
-    pace.lap()
-    while True:
-        batches: list[Any] = [next(one, None) for one in passes]
-        wait_seconds = pace.lap()
-        rows = _rows(batches, done)
-        if rows is None:
-            return
-        logs: dict[int, torch.Tensor] = {}
-        for batch, (_, members) in zip(batches, readers, strict=True):
-            for number in members:
-                logs[number] = _logs(nets[number], batch.images, precision)
-        yield Predicted(torch.stack([logs[n] for n in range(len(nets))], dim=1), batches[0].labels, rows)
-        done += len(rows)
-        pace.count(len(rows), wait_seconds, pace.lap())
-        if progress is not None:
-            progress(done, readers[0].loader.samples)
-
-
-class Kept:
-    """Predictions on disk, float32 in a file without a name, to be gone through again: 1.4 GB for 7 nets on 50,000 images of ImageNet.
-
-    The rounding is 6e-8 of a log-probability. The file lies in the system's folder for such files ($TMPDIR).
-    """
-
-    def __init__(self) -> None:
-        """Nothing is kept yet."""
-        self._file = tempfile.TemporaryFile()  # noqa: SIM115  (`close` closes it)
-        self._labels, self._rows = Columns(np.int64), Columns(np.int64)
-        self._sizes: list[int] = []
-        self._shape: tuple[int, ...] = ()
-
-    def add(self, predicted: Predicted) -> None:
-        """Takes in a batch.
-
-        Raises:
-            AlexprepError: the disk is full.
-        """
-        self._labels.add(predicted.labels.cpu().numpy())
-        self._rows.add(predicted.rows.numpy())
-        self._sizes.append(len(predicted.rows))
-        self._shape = tuple(predicted.logs.shape[1:])
-        try:
-            self._file.write(predicted.logs.float().cpu().numpy().tobytes())
-            self._file.flush()
-        except OSError as error:
-            raise AlexprepError(
-                f"predictions cannot be kept in {tempfile.gettempdir()} ({error.strerror}): point TMPDIR at a disk with more "
-                "room, or find the weights on another split with --weights-from"
-            ) from None
-
-    def __iter__(self) -> Iterator[Predicted]:
-        """The batches again, on the CPU."""
-        self._file.seek(0)
-        end = 0
-        for size in self._sizes:
-            first, end = end, end + size
-            shape = (size, *self._shape)
-            values = np.frombuffer(self._file.read(4 * int(np.prod(shape))), np.float32).reshape(shape)
-            labels, rows = (torch.from_numpy(columns.array[first:end]) for columns in (self._labels, self._rows))
-            yield Predicted(torch.from_numpy(values.astype(np.float64)), labels, rows)
-
-    def close(self) -> None:
-        """Gives the disk back."""
-        self._file.close()
+    with contextlib.ExitStack() as stack:
+        loaders = {n: stack.enter_context(contextlib.closing(open_loader(**seen[n]))) for n in dict.fromkeys(same)}
+        sources = {n: iter(loader) for n, loader in loaders.items()}
+        timer.lap()
+        while True:
+            batches: dict[int, Any] = {n: next(source, None) for n, source in sources.items()}
+            wait_seconds = timer.lap()
+            rows = _rows(list(batches.values()), done)
+            if rows is None:
+                return
+            logs = [_logs(net, batches[n].images, precision) for net, n in zip(nets, same, strict=True)]
+            yield Predicted(torch.stack(logs, dim=1), batches[0].labels, rows)
+            done += len(rows)
+            timer.count(len(rows), wait_seconds, timer.lap())
+            if progress is not None:
+                progress(done, loaders[0].samples)
 
 
 def _rows(batches: list[Any], done: int) -> torch.Tensor | None:
     """The rows of the batches, None at the end, after making sure that all loaders gave the same images."""
     if all(batch is None for batch in batches):
         return None
-    rows = [_indices(batch, done) for batch in batches]
-    if len(batches) == 1:
-        return rows[0]
-    labels = [None if batch is None else batch.labels.cpu() for batch in batches]
-    for (one_row, one_label), (other_row, other_label) in itertools.pairwise(zip(rows, labels, strict=True)):
-        same = one_row is not None and other_row is not None and torch.equal(one_row, other_row)
-        if not same or one_label is None or other_label is None or not torch.equal(one_label, other_label):
+    seen = [None if batch is None else (_indices(batch, done), batch.labels.cpu()) for batch in batches]
+    for other in seen[1:]:
+        if seen[0] is None or other is None or not all(map(torch.equal, seen[0], other)):
             raise AlexprepError(
                 f"after {done} images the loaders of two nets give different ones: is the data set being changed? "
                 "`alexprep verify` tells"
             )
-    return rows[0]
+    assert seen[0] is not None
+    return seen[0][0]
 
 
-def _indices(batch: Any, done: int) -> torch.Tensor | None:
-    if batch is None:
-        return None
+def _indices(batch: Any, done: int) -> torch.Tensor:
     found: torch.Tensor | None = getattr(batch, "indices", None)
     return torch.arange(done, done + len(batch.labels)) if found is None else found
 
@@ -433,3 +278,84 @@ def _logs(net: Net, images: torch.Tensor, precision: Precision) -> torch.Tensor:
         return log_probabilities(net.network, images, precision)
     except AlexprepError as error:
         raise AlexprepError(f"{net.name}: {error}") from None
+
+
+class StoredPredictions:
+    """Keeps predictions on disk, float32 in a file without a name, to go through them again: 1.4 GB for 7 nets on 50,000 images of ImageNet.
+
+    The rounding is 6e-8 of a log-probability. The file lies in the system's folder for such files ($TMPDIR).
+    """
+
+    def __init__(self) -> None:
+        """Nothing is kept yet."""
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115  (`close` closes it)
+        self._batches = 0
+
+    def add(self, predicted: Predicted) -> None:
+        """Takes in a batch.
+
+        Raises:
+            AlexprepError: the disk is full.
+        """
+        packed = io.BytesIO()
+        for tensor in predicted._replace(logs=predicted.logs.float()):
+            np.save(packed, tensor.cpu().numpy(), allow_pickle=False)
+        try:
+            self._file.write(packed.getbuffer())
+            self._file.flush()
+        except OSError as error:
+            raise AlexprepError(
+                f"predictions cannot be kept in {tempfile.gettempdir()} ({error.strerror}): point TMPDIR at a disk with more "
+                "room, or find the weights on another split with --weights-from"
+            ) from None
+        self._batches += 1
+
+    def __iter__(self) -> Iterator[Predicted]:
+        """The batches again, on the CPU."""
+        self._file.seek(0)
+        for _ in range(self._batches):
+            logs, labels, rows = (torch.from_numpy(np.load(self._file, allow_pickle=False)) for _ in range(3))
+            yield Predicted(logs.double(), labels, rows)
+
+    def close(self) -> None:
+        """Gives the disk back."""
+        self._file.close()
+
+
+class GrowingArray:
+    """Grows along its last dimension: an array of what going through images leaves of each, in one piece of memory.
+
+    A list with an array a batch would do as well, were it not for the allocator: those small arrays come to lie between the large ones of the
+    networks and keep their memory from being used again, a gigabyte in 50,000 images.
+
+    >>> labels = GrowingArray(np.int64)
+    >>> labels.add(np.arange(3)), labels.add(np.arange(2))
+    (None, None)
+    >>> labels.array.tolist(), len(labels)
+    ([0, 1, 2, 0, 1], 5)
+    """
+
+    def __init__(self, dtype: DTypeLike) -> None:
+        """Nothing yet; what is added first decides the other dimensions."""
+        self._dtype = dtype
+        self._space: NDArray[Any] = np.empty(0, dtype)
+        self._count = 0
+
+    def __len__(self) -> int:
+        """Of the last dimension."""
+        return self._count
+
+    @property
+    def array(self) -> NDArray[Any]:
+        """(…, length); it is valid until more is added."""
+        return self._space[..., : self._count]
+
+    def add(self, values: NDArray[Any]) -> None:
+        """Appends (…, n): all dimensions but the last are the same each time."""
+        end = self._count + values.shape[-1]
+        if end > self._space.shape[-1] or not self._count:
+            space = np.empty((*values.shape[:-1], max(4096, end + end // 2)), self._dtype)
+            space[..., : self._count] = self.array
+            self._space = space
+        self._space[..., self._count : end] = values
+        self._count = end

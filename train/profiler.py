@@ -1,4 +1,4 @@
-"""Some steps of a training as a Chrome trace: what the host, a GPU and the loader's threads did, and when.
+"""Records some steps of a training as a Chrome trace: what the host, a GPU and the loader's threads did, and when.
 
 The file opens at https://ui.perfetto.dev and in chrome://tracing. It holds what torch's profiler sees: the ranges that `span` names,
 torch's operators, and on a GPU every kernel and copy of the process, DALI's among them. The profiler does not see DALI's own threads;
@@ -117,7 +117,7 @@ class Trace:
             self._tick()
         if self._begun == self._skipped + self._steps + 1:
             self._end()
-        self._meter.pace.lap()
+        self._meter.timer.lap()
 
     def _start(self) -> None:
         # Beyond its highest level: else each start and stop of the profiler is a line on the terminal.
@@ -192,7 +192,7 @@ class Trace:
 
 
 def dali_nanoseconds() -> int:
-    """CPU time that DALI's threads in this process have used so far; 0 where the system does not tell."""
+    """Adds up the CPU time that DALI's threads in this process have used so far; 0 where the system does not tell."""
     total = 0
     for task in _TASKS.glob("*"):
         try:

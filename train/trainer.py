@@ -24,7 +24,7 @@ from alexprep.train.data import BatchSource, Examples, LoadedBatch, OpenLoader
 from alexprep.train.distributed.parallel import Parallel
 from alexprep.train.distributed.world import World
 from alexprep.train.logger import Board, Meter, duration, forecast
-from alexprep.train.metrics import SPEED, Means, Pace, evaluate
+from alexprep.train.metrics import SPEED, Means, StepTimer, validate
 from alexprep.train.nonfinite import NotFinite, Sight, Watch
 from alexprep.train.precision import float32_kernels
 from alexprep.train.profiler import Trace
@@ -157,7 +157,7 @@ def _hindrance(state: TrainingState, before: TrainingState, meter: Meter) -> str
         return "no step was taken since the last checkpoint"
     if state.position.epoch != before.position.epoch:
         return f"the last checkpoint, of step {before.position.step}, is of another epoch"
-    seconds = steps * (meter.pace.wait_seconds + meter.pace.busy_seconds) / max(meter.pace.steps, 1)
+    seconds = steps * (meter.timer.wait_seconds + meter.timer.busy_seconds) / max(meter.timer.steps, 1)
     if state.parallel.world.any(seconds > SECONDS):
         return f"to do the {steps} steps since the last checkpoint again would take {duration(seconds)}"
     return ""
@@ -316,7 +316,7 @@ class Training:
             Means over the epoch so far; None if there was nothing left to do.
         """
         job, state, meter, parallel = self.job, self.state, self.meter, self.state.parallel
-        position, pace, sums = state.position, meter.pace, state.sums
+        position, pace, sums = state.position, meter.timer, state.sums
         epoch_steps, lr = len(self.loader), state.learning_rate(job.recipe)
         if position.epoch_step == epoch_steps:
             return None
@@ -361,7 +361,7 @@ class Training:
         self.meter.say(f"evaluating on {self.validation.samples} images of {split}")
         with span("evaluate"):
             batches = until_stopped(parallel, self.validation, self.stop)
-            return {"split": split} | evaluate(parallel.network, batches, self.job.computing.precision)
+            return {"split": split} | validate(parallel.network, batches, self.job.computing.precision)
 
     def _end_epoch(self, val: dict[str, Any] | None) -> None:
         """Logs the epoch, asks the schedule, and moves the position to the next epoch."""
@@ -476,7 +476,7 @@ def train(config: TrainConfig, open_loader: OpenLoader | None = None, world: Wor
             "train_loss": None if means is None else means.loss,
             "val_split": split,
             **{f"val_{name}": None if val is None else val[name] for name in ("top1_error", "top5_error", "loss")},
-            **(meter.pace.since(Pace()) if meter.pace.steps else dict.fromkeys(SPEED)),
+            **(meter.timer.since(StepTimer()) if meter.timer.steps else dict.fromkeys(SPEED)),
             "skipped_steps": state.update.skipped if job.computing.precision == "fp16" else None,
             "seconds": time.monotonic() - started,
             "weights_sha256": weights_digest(parallel.gather_state()),

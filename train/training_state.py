@@ -18,10 +18,10 @@ from torch import nn
 from alexprep.shards.errors import AlexprepError
 from alexprep.train.checkpoint import PREFIX, Checkpoint, saved_weights
 from alexprep.train.distributed.parallel import Parallel
-from alexprep.train.distributed.tensor_parallel import Gather, Scheme, WholeDraw
+from alexprep.train.distributed.tensor_parallel import Gather, Scheme, SharedDropout
 from alexprep.train.distributed.world import World
 from alexprep.train.lr_schedule import ScheduleState
-from alexprep.train.metrics import Sums
+from alexprep.train.metrics import RunningTotals
 from alexprep.train.nonfinite import NotFinite
 from alexprep.train.optimizer import MomentumSGD
 from alexprep.train.precision import HALF, Arithmetic, Precision, arithmetic, logits
@@ -83,7 +83,7 @@ def compiler_blamed(device: torch.device) -> Iterator[None]:
 @functools.cache
 def _leave_exchanges_out() -> None:
     """Tells the compiler, once, to call what ranks exchange as it is written."""
-    for exchange in (Gather, WholeDraw):
+    for exchange in (Gather, SharedDropout):
         exchange.forward = torch.compiler.disable(exchange.forward)  # type: ignore[method-assign, no-untyped-call]
 
 
@@ -222,7 +222,7 @@ class TrainingState:
         self.update = Update(self.parallel, self.optimizer, self.precision)
         self.compiled = Compiled(self.network) if computing.compile else None
         self._whole_batch = recipe.batch_size
-        self.sums = Sums(device)
+        self.sums = RunningTotals(device)
         self.position = Position()
         self.device = device
 

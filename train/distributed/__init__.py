@@ -1,1 +1,1 @@
-"""One network on several devices: schemes, the exchange between ranks, the processes. Explained in docs/parallel.md."""
+"""One network on several devices: the processes, how a network is split among them, and what they exchange (docs/parallel.md)."""

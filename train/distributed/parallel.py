@@ -1,8 +1,10 @@
-"""What a training loop needs of several devices: a network, its batches, the sums of its gradients, its whole state."""
+"""What a training loop needs of several devices: the network, its batches, the sums of its gradients, its whole state.
+
+How a network is split is in `tensor_parallel`, what a rank is in `world`.
+"""
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -12,66 +14,14 @@ from torch import nn
 
 from alexprep.shards.errors import AlexprepError
 from alexprep.train.data import Examples, LoadedBatch
-from alexprep.train.distributed.tensor_parallel import Part, Pending, Rows, Scheme, gathered, part_of, start_sum
+from alexprep.train.distributed.tensor_parallel import PendingSum, Scheme, gathered, part_of, start_sum
 from alexprep.train.distributed.world import World
 from alexprep.train.optimizer import MomentumSGD
 from alexprep.train.spans import span
 
-# -------------------- Weights and velocities: from the ranks' parts to one whole state that knows nothing of the scheme, and back, bit for bit.
-
-
-def gather_state(part: Part, world: World) -> dict[str, torch.Tensor]:
-    """The whole network's `state_dict`, on the CPU of every rank. All ranks call it."""
-    return {name: _gather(name, tensor, part, world) for name, tensor in part.network.state_dict().items()}
-
-
-def scatter_state(part: Part, world: World, state: Mapping[str, torch.Tensor]) -> None:
-    """Copies a whole `state_dict` into the rank's part.
-
-    Raises:
-        KeyError: a tensor of the network is not in the state.
-    """
-    for name, tensor in part.network.state_dict().items():
-        tensor.copy_(_own(name, state[name], part, world))
-
-
-def gather_velocities(part: Part, world: World, optimizer: MomentumSGD) -> list[torch.Tensor]:
-    """`optimizer.velocities()` as the whole network's would be, in the same order, on the CPU of every rank. All ranks call it."""
-    named = zip(_names(part, optimizer), optimizer.velocities(), strict=True)
-    return [_gather(name, velocity, part, world) for name, velocity in named]
-
-
-def scatter_velocities(part: Part, world: World, optimizer: MomentumSGD, velocities: Sequence[torch.Tensor]) -> None:
-    """Copies the whole network's velocities into the optimizer of the rank's part."""
-    for name, own, whole in zip(_names(part, optimizer), optimizer.velocities(), velocities, strict=True):
-        own.copy_(_own(name, whole, part, world))
-
-
-def _names(part: Part, optimizer: MomentumSGD) -> list[str]:
-    """The parameters' names in the order of the optimizer's groups."""
-    names = {id(parameter): name for name, parameter in part.network.named_parameters()}
-    return [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
-
-
-@torch.no_grad()
-def _gather(name: str, tensor: torch.Tensor, part: Part, world: World) -> torch.Tensor:
-    if name in part.split:
-        tensor = gathered(world, tensor.detach(), 0, part.split[name])
-    return tensor.detach().cpu().clone() if tensor.device.type == "cpu" else tensor.detach().cpu()
-
-
-def _own(name: str, whole: torch.Tensor, part: Part, world: World) -> torch.Tensor:
-    if name not in part.split:
-        return whole
-    sizes = part.split[name]
-    return whole.narrow(0, sum(sizes[: world.rank]), sizes[world.rank])
-
-
-# -------------------- What a training loop needs of several devices: a network, its batches, the sums of its gradients, its whole state.
-
 
 class Parallel:
-    """A network over the ranks of a world: every rank makes one, from the same whole network, and takes the same steps.
+    """A network shared by the ranks of a world: every rank makes one, from the same whole network, and takes the same steps.
 
         for images, labels in parallel.batches(loader_of_this_rank):
             logits = parallel.network(images)             # of the whole batch, on every rank
@@ -86,7 +36,7 @@ class Parallel:
 
     Attributes:
         network: this rank's part, on its device. Parameters are named as in the whole network, those of split layers hold some kernels.
-        scheme: see `alexprep.train.distributed.tensor_parallel.part_of`.
+        scheme: see `part_of` in `tensor_parallel`.
         world: the ranks.
         shard: (rank, world_size) for this rank's `Loader`.
         requested: the signal by which a stop was asked of any rank before the present batch: the same on every rank.
@@ -99,7 +49,6 @@ class Parallel:
         world: World,
         *,
         memory_format: torch.memory_format = torch.contiguous_format,
-        share_batches: bool = False,
     ) -> None:
         """Splits a network.
 
@@ -108,8 +57,6 @@ class Parallel:
             scheme: "single", "ddp", "towers" or "hybrid".
             world: of this process.
             memory_format: of the part's weights.
-            share_batches: with towers, each rank loads (and decodes) only its share of the images and gets the others' by exchange,
-                instead of loading all.
 
         Raises:
             AlexprepError: the network cannot be split like this.
@@ -117,18 +64,14 @@ class Parallel:
         self._part = part_of(network, scheme, world)
         self.scheme, self.world = scheme, world
         self.network: nn.Module = self._part.network.to(device=world.device, memory_format=memory_format)  # type: ignore[call-overload]
-        self._share = Rows(world.size) if share_batches and scheme == "towers" else None
-        splits_rows = self._part.rows is not None or self._share is not None
-        self.shard = (world.rank, world.size) if splits_rows else (0, 1)
+        self.shard = (0, 1) if self._part.rows is None else (world.rank, world.size)
         self.requested: signal.Signals | None = None
-        self._pending: list[Pending] = []
+        self._pending: list[PendingSum] = []
         if world.group is not None:
-            summed = dict(self.network.named_parameters())
+            parameters = dict(self.network.named_parameters())
             for name in self._part.summed:
-                if not summed[name].requires_grad:
-                    continue
-                hook = functools.partial(self._start_sum, name.rpartition(".")[0])
-                summed[name].register_post_accumulate_grad_hook(hook)
+                if parameters[name].requires_grad:
+                    parameters[name].register_post_accumulate_grad_hook(self._start_sum)
 
     def batches(
         self, batches: Iterable[LoadedBatch], stop: Callable[[], signal.Signals | None] | None = None
@@ -145,29 +88,25 @@ class Parallel:
         Raises:
             AlexprepError: the ranks' first batches have different labels where they must be the same.
         """
-        same_rows = self._part.rows is None and self._share is None
-        first = same_rows and self.world.size > 1
+        rows = self._part.rows
+        to_compare = rows is None and self.world.size > 1
         for batch in batches:
             images, labels = batch.images, batch.labels
             asked = stop() if stop is not None else None
-            heard = self.world.exchange([len(labels), asked or 0, _fingerprint(labels) if first else 0])
-            requests = [number for _, number, _ in heard if number]
+            received = self.world.exchange([len(labels), asked or 0, _fingerprint(labels) if to_compare else 0])
+            requests = [signal_ for _, signal_, _ in received if signal_]
             self.requested = signal.Signals(requests[0]) if requests else None
-            if first and len({(count, print_) for count, _, print_ in heard}) > 1:
+            if to_compare and len({(count, digest) for count, _, digest in received}) > 1:
                 raise AlexprepError(
                     "the ranks were given different batches: with towers, every rank's loader takes `shard`"
                 )
-            first = False
-            if not same_rows:
-                counts = [count for count, _, _ in heard]
+            to_compare = False
+            if rows is not None:
+                counts = [count for count, _, _ in received]
                 with span("exchange"):
-                    labels = gathered(self.world, labels, 0, counts, ("labels", "forward"))
-                    if self._share is not None:
-                        images = gathered(self.world, images, 0, counts, ("images", "forward"))
-                if self._share is None:
-                    views = images.shape[1] if images.ndim == 5 else 1
-                    assert self._part.rows is not None
-                    self._part.rows.sizes = [count * views for count in counts]
+                    labels = gathered(self.world, labels, 0, counts)
+                views = images.shape[1] if images.ndim == 5 else 1
+                rows.sizes = [count * views for count in counts]
             yield Examples(images, labels)
 
     def sum_gradients(self) -> None:
@@ -181,23 +120,49 @@ class Parallel:
 
     def gather_state(self) -> dict[str, torch.Tensor]:
         """The whole network's `state_dict`, on the CPU of every rank, with no trace of the scheme. All ranks call it."""
-        return gather_state(self._part, self.world)
+        return {name: self._whole(name, tensor) for name, tensor in self.network.state_dict().items()}
 
     def scatter_state(self, whole: Mapping[str, torch.Tensor]) -> None:
-        """Copies a whole `state_dict`, of any scheme, into this rank's part."""
-        scatter_state(self._part, self.world, whole)
+        """Copies a whole `state_dict`, of any scheme, into this rank's part.
+
+        Raises:
+            KeyError: a tensor of the network is not in the state.
+        """
+        for name, tensor in self.network.state_dict().items():
+            tensor.copy_(self._own(name, whole[name]))
 
     def gather_velocities(self, optimizer: MomentumSGD) -> list[torch.Tensor]:
         """The whole network's velocities in the order of `optimizer`, which has this rank's. All ranks call it."""
-        return gather_velocities(self._part, self.world, optimizer)
+        named = zip(self._names(optimizer), optimizer.velocities(), strict=True)
+        return [self._whole(name, velocity) for name, velocity in named]
 
     def scatter_velocities(self, optimizer: MomentumSGD, whole: Sequence[torch.Tensor]) -> None:
         """Copies the whole network's velocities, of any scheme, into this rank's optimizer."""
-        scatter_velocities(self._part, self.world, optimizer, whole)
+        for name, own, velocity in zip(self._names(optimizer), optimizer.velocities(), whole, strict=True):
+            own.copy_(self._own(name, velocity))
 
-    def _start_sum(self, layer: str, parameter: torch.Tensor) -> None:
+    def _start_sum(self, parameter: torch.Tensor) -> None:
         assert parameter.grad is not None
-        self._pending.append(start_sum(self.world, parameter.grad, layer))
+        self._pending.append(start_sum(self.world, parameter.grad))
+
+    def _names(self, optimizer: MomentumSGD) -> list[str]:
+        """The parameters' names in the order of the optimizer's groups."""
+        names = {id(parameter): name for name, parameter in self.network.named_parameters()}
+        return [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
+
+    @torch.no_grad()
+    def _whole(self, name: str, own: torch.Tensor) -> torch.Tensor:
+        """What all ranks have of a parameter or of what goes with it, in one, on the CPU and in memory of its own."""
+        if name in self._part.split:
+            own = gathered(self.world, own.detach(), 0, self._part.split[name])
+        return own.detach().cpu().clone() if own.device.type == "cpu" else own.detach().cpu()
+
+    def _own(self, name: str, whole: torch.Tensor) -> torch.Tensor:
+        """This rank's part of a whole tensor."""
+        if name not in self._part.split:
+            return whole
+        sizes, rank = self._part.split[name], self.world.rank
+        return whole.narrow(0, sum(sizes[:rank]), sizes[rank])
 
 
 def _fingerprint(labels: torch.Tensor) -> int:

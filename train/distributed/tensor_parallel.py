@@ -1,7 +1,9 @@
-"""A rank's part of a network, made from the whole network by walking its layers: no scheme has a network of its own.
+"""Splits a network over ranks: from the whole network, and a scheme, to the part that one rank holds and computes.
 
-Two things are tracked from layer to layer: whether a rank has all rows (images) of the batch, and whether it has all maps. A layer that
-is split keeps this rank's kernels. Before a layer that reads maps which other ranks have, and only there, a `Gather` is put.
+No scheme has a network of its own: a part is made by walking the whole network's layers. Two things are tracked on the way: whether a
+rank has all rows (images) of the batch, and whether it has all maps. A layer that is split keeps this rank's kernels. Before a layer
+that reads maps which other ranks have, and only there, a `Gather` is put. Below the split stand the modules that it adds, and the two
+collectives that these are made of. What a training loop does with a part is in `parallel`.
 """
 
 from __future__ import annotations
@@ -19,215 +21,12 @@ from torch import nn
 
 from alexprep.pipeline.sampler import rank_part
 from alexprep.shards.errors import AlexprepError
-from alexprep.train.distributed.world import Phase, World, ring_bytes
+from alexprep.train.distributed.world import World
 from alexprep.train.models.layers import LocalResponseNorm, Overhang, PaperDropout, Scale
-
-# -------------------- Tensors between ranks: what each has for the others in one exchange, and sums over the ranks.
-
-
-def gathered(
-    world: World, own: torch.Tensor, dim: int, sizes: Sequence[int], label: tuple[str, Phase] | None = None
-) -> torch.Tensor:
-    """The ranks' tensors in one, joined along `dim`.
-
-    Args:
-        world: whose ranks all call this.
-        own: this rank's part, `sizes[rank]` long in `dim` and of the same shape elsewhere.
-        dim: dimension that is split.
-        sizes: of every rank's part.
-        label: what to count the bytes under.
-    """
-    shapes = [(*own.shape[:dim], size, *own.shape[dim + 1 :]) for size in sizes]
-    return torch.cat(_swap(world, [own] * world.size, shapes, label), dim)
-
-
-def scattered_sum(
-    world: World, whole: torch.Tensor, dim: int, sizes: Sequence[int], label: tuple[str, Phase] | None = None
-) -> torch.Tensor:
-    """This rank's part, along `dim`, of the sum of the ranks' tensors, which are of one shape and dtype.
-
-    Added up in order of the ranks; what travels as bfloat16 or float16 is added up in float32.
-    """
-    parts = [part.contiguous() for part in torch.split(whole, list(sizes), dim)]
-    received = _swap(world, parts, [parts[world.rank].shape] * world.size, label)
-    total = received[0] if whole.dtype.itemsize >= torch.float32.itemsize else received[0].float()
-    for part in received[1:]:
-        total = total + part
-    return total.to(whole.dtype)
-
-
-class Pending(NamedTuple):
-    """A sum under way."""
-
-    work: dist.Work
-    sent: torch.Tensor  # contiguous, where the sum arrives
-    tensor: torch.Tensor  # where it belongs
-
-    def wait(self) -> None:
-        """Until the sum is in its tensor; on a GPU, until what is queued from now on sees it there."""
-        self.work.wait()
-        if self.sent is not self.tensor:
-            self.tensor.copy_(self.sent)
-
-
-def start_sum(world: World, tensor: torch.Tensor, layer: str) -> Pending:
-    """Begins to replace a tensor by its sum over the ranks."""
-    sent = tensor.contiguous()
-    if world.staged:
-        sent = sent.cpu()
-    world.traffic.add(layer, "gradients", ring_bytes(sent.nbytes, world.size))
-    work = dist.all_reduce(sent, group=world.group, async_op=True)
-    assert work is not None
-    return Pending(work, sent, tensor)
-
-
-def _swap(
-    world: World, parts: Sequence[torch.Tensor], shapes: Sequence[Sequence[int]], label: tuple[str, Phase] | None
-) -> list[torch.Tensor]:
-    """Sends `parts[r]` to rank r; returns what each rank sent here, of the shapes given, this rank's own part among them."""
-    if world.size == 1:
-        return list(parts)
-    counts = [0 if r == world.rank else parts[r].numel() for r in range(world.size)]
-    expected = [0 if r == world.rank else math.prod(shapes[r]) for r in range(world.size)]
-    flat = [parts[r].reshape(-1) for r in range(world.size) if r != world.rank]
-    outgoing = flat[0] if len(flat) == 1 else torch.cat(flat)
-    if world.staged:
-        outgoing = outgoing.cpu()
-    incoming = outgoing.new_empty(sum(expected))
-    dist.all_to_all_single(incoming, outgoing, expected, counts, group=world.group)
-    if label is not None:
-        world.traffic.add(*label, outgoing.nbytes)
-    pieces = torch.split(incoming.to(parts[0].device), expected)
-    return [parts[r] if r == world.rank else pieces[r].reshape(tuple(shapes[r])) for r in range(world.size)]
-
-
-# -------------------- Modules that a rank's part of a network has and the whole network has not: gather, take, and dropout as the whole network draws it.
-
-
-class Rows:
-    """How the rows of the present batch are split: set before each step, read by the modules."""
-
-    def __init__(self, ranks: int) -> None:
-        """No rows yet."""
-        self.sizes = [0] * ranks
-
-
-class Gather(nn.Module):
-    """This rank's part of a layer's values -> the values of all ranks, on every rank.
-
-    The gradient of what a rank reads is only its share, so the shares are added up on the way back and each rank gets its part of the
-    sum. Where every rank goes on to compute the same (`replicated`: the loss), each has the whole gradient and takes its part.
-    """
-
-    def __init__(
-        self, layer: str, dim: int, sizes: Sequence[int] | Rows, world: World, *, replicated: bool = False
-    ) -> None:
-        """Before the layer of this name, along `dim`, where the ranks have `sizes`."""
-        super().__init__()
-        self.layer, self.dim, self.world, self.replicated = layer, dim, world, replicated
-        self._sizes = sizes
-
-    @property
-    def sizes(self) -> list[int]:
-        """Of every rank's part, now."""
-        return self._sizes.sizes if isinstance(self._sizes, Rows) else list(self._sizes)
-
-    def forward(self, values: torch.Tensor) -> torch.Tensor:
-        """(…, part, …) -> (…, whole, …), in the memory format that came in."""
-        sizes = self.sizes
-        if values.shape[self.dim] != sizes[self.world.rank]:
-            raise AlexprepError(
-                f"before {self.layer}: {values.shape[self.dim]} rows where {sizes[self.world.rank]} were announced: "
-                "take batches from Parallel.batches"
-            )
-        kind = values.device.type
-        if values.dtype == torch.float32 and torch.is_autocast_enabled(kind):
-            values = values.to(torch.get_autocast_dtype(kind))  # as the layer that reads them would do
-        joined: torch.Tensor = _Gather.apply(values, self, sizes)  # type: ignore[no-untyped-call]
-        if values.ndim == 4 and not values.is_contiguous():
-            joined = joined.contiguous(memory_format=torch.channels_last)
-        return joined
-
-    def extra_repr(self) -> str:
-        """For print(network)."""
-        return f"before={self.layer}, dim={self.dim}, replicated={self.replicated}"
-
-
-class Take(nn.Module):
-    """All maps -> this rank's: of a layer that every rank computes whole, or of the input."""
-
-    def __init__(self, sizes: Sequence[int], world: World) -> None:
-        """Where the ranks have `sizes` maps."""
-        super().__init__()
-        self.first, self.count = sum(sizes[: world.rank]), sizes[world.rank]
-
-    def forward(self, values: torch.Tensor) -> torch.Tensor:
-        """(N, C, …) -> (N, part of C, …)."""
-        return values.narrow(1, self.first, self.count)
-
-
-class WholeDraw(nn.Module):
-    """A dropout layer that draws for the whole batch and all units, as one device does, and uses this rank's part.
-
-    With the default generators of all ranks in the same state, masks are those of one device, and the generators stay in step. A rank
-    draws R times what it needs: for AlexNet at batch 128 a million numbers a step in all.
-    """
-
-    def __init__(self, layer: nn.Module, rows: Rows | None, sizes: Sequence[int] | None, world: World) -> None:
-        """For a layer that multiplies by random numbers.
-
-        Args:
-            layer: the whole network's.
-            rows: how the batch is split; None where each rank has all of it.
-            sizes: how the maps are split, None likewise.
-            world: the ranks.
-        """
-        super().__init__()
-        self.layer, self.rows, self.sizes, self.rank = layer, rows, sizes, world.rank
-
-    def forward(self, values: torch.Tensor) -> torch.Tensor:
-        """Any float tensor (N, C, …) -> the same shape."""
-        if not self.training:
-            result: torch.Tensor = self.layer(values)
-            return result
-        shape = list(values.shape)
-        places = []
-        for dim, sizes in ((0, None if self.rows is None else self.rows.sizes), (1, self.sizes)):
-            if sizes is not None:
-                each = shape[dim] // sizes[self.rank] if sizes[self.rank] else 1  # after Flatten a map is many units
-                places.append((dim, each * sum(sizes[: self.rank]), shape[dim]))
-                shape[dim] = each * sum(sizes)
-        ones = torch.ones(shape, dtype=values.dtype, device=values.device)
-        if values.ndim == 4 and not values.is_contiguous():  # numbers are drawn in the order of memory
-            ones = ones.contiguous(memory_format=torch.channels_last)
-        mask = self.layer(ones)
-        for place in places:
-            mask = mask.narrow(*place)
-        masked: torch.Tensor = values * mask
-        return masked
-
-
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, values: torch.Tensor, place: Gather, sizes: list[int]) -> torch.Tensor:
-        ctx.place, ctx.sizes = place, sizes
-        return gathered(place.world, values, place.dim, sizes, (place.layer, "forward"))
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        place, sizes, world = ctx.place, ctx.sizes, ctx.place.world
-        if place.replicated:
-            first = sum(sizes[: world.rank])
-            return gradients[0].narrow(place.dim, first, sizes[world.rank]), None, None
-        return scattered_sum(world, gradients[0], place.dim, sizes, (place.layer, "backward")), None, None
-
-
-# -------------------- A rank's part of a network, made from the whole network by walking its layers: no scheme has a network of its own.
-
 
 Scheme = Literal["single", "ddp", "towers", "hybrid"]
 SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
-LOGITS = "logits"  # counts as a layer: what the loss reads
+LOGITS = "logits"  # stands for a layer: what the loss reads
 
 # Layers that treat each map by itself, so that a rank applies them to its own. Others say so with `mixes_maps = False`.
 MAPWISE = (nn.ReLU, nn.Tanh, nn.Sigmoid, nn.Softplus, nn.Identity, nn.MaxPool2d, nn.AvgPool2d, Overhang, Scale)
@@ -235,8 +34,8 @@ DROPOUTS = (PaperDropout, nn.Dropout)
 
 
 @dataclass
-class Part:
-    """What one rank holds.
+class NetworkPart:
+    """Holds what one rank has of a network.
 
     Attributes:
         network: from the rank's images to the logits of the whole batch; parameters are named as in the whole network.
@@ -248,21 +47,11 @@ class Part:
     network: nn.Module
     split: dict[str, list[int]] = field(default_factory=dict)
     summed: list[str] = field(default_factory=list)
-    rows: Rows | None = None
+    rows: RowSplit | None = None
 
 
-def divide(count: int, ranks: int) -> list[int]:
-    """Sizes of the parts of `count` things, differing by one at most.
-
-    >>> divide(5, 2)
-    [2, 3]
-    """
-    parts = (rank_part(0, count, rank, ranks) for rank in range(ranks))
-    return [last - first for first, last in parts]
-
-
-def part_of(network: nn.Module, scheme: Scheme, world: World) -> Part:
-    """The part of a network that a rank holds.
+def part_of(network: nn.Module, scheme: Scheme, world: World) -> NetworkPart:
+    """Makes the part of a network that a rank holds.
 
     Args:
         network: the whole one, with its weights. "towers" and "hybrid" need an `nn.Sequential`, which may be nested; "ddp" changes the
@@ -279,40 +68,40 @@ def part_of(network: nn.Module, scheme: Scheme, world: World) -> Part:
     if scheme == "single":
         if world.size > 1:
             raise AlexprepError(f"the scheme single is for one rank, there are {world.size}: use towers, ddp or hybrid")
-        return Part(network)
+        return NetworkPart(network)
     if scheme == "ddp":
-        return _replica(network, world)
-    walk = _Walk(scheme, world)
+        return _replicated(network, world)
+    splitter = _Splitter(scheme, world)
     if not isinstance(network, nn.Sequential):
         raise AlexprepError(f"{scheme} needs an nn.Sequential, not {type(network).__name__}: use ddp")
-    layers = walk.layers(network, "")
-    if walk.part.rows is not None and not walk.gathered_rows:
+    layers = splitter.layers(network, "")
+    if splitter.part.rows is not None and not splitter.gathered_rows:
         raise AlexprepError("hybrid splits linear layers and this network has none: use ddp")
-    if walk.maps is not None:
-        layers[f"gather_{LOGITS}"] = Gather(LOGITS, 1, walk.maps, world, replicated=True)
-    walk.part.network = nn.Sequential(layers)
-    return walk.part
+    if splitter.maps is not None:
+        layers[f"gather_{LOGITS}"] = Gather(LOGITS, 1, splitter.maps, world, replicated=True)
+    splitter.part.network = nn.Sequential(layers)
+    return splitter.part
 
 
-def _replica(network: nn.Module, world: World) -> Part:
+def _replicated(network: nn.Module, world: World) -> NetworkPart:
     """The network itself; its dropout draws for the whole batch and its logits are gathered."""
-    rows = Rows(world.size)
+    rows = RowSplit(world.size)
     for name, layer in list(network.named_modules()):
         _refuse_batch_norm(name, layer)
         for child_name, child in layer.named_children():
             if isinstance(child, DROPOUTS):
-                setattr(layer, child_name, WholeDraw(child, rows, None, world))
+                setattr(layer, child_name, SharedDropout(child, rows, None, world))
     gather = Gather(LOGITS, 0, rows, world, replicated=True)
     network.register_forward_hook(lambda module, given, logits: gather(logits))
-    return Part(network, {}, [name for name, _ in network.named_parameters()], rows)
+    return NetworkPart(network, {}, [name for name, _ in network.named_parameters()], rows)
 
 
-class _Walk:
-    """From layer to layer, with what a rank has at that point."""
+class _Splitter:
+    """Walks from layer to layer, and knows what a rank has at that point."""
 
     def __init__(self, scheme: Scheme, world: World) -> None:
         self.scheme, self.world, self.ranks = scheme, world, world.size
-        self.part = Part(nn.Identity(), rows=Rows(world.size) if scheme == "hybrid" else None)
+        self.part = NetworkPart(nn.Identity(), rows=RowSplit(world.size) if scheme == "hybrid" else None)
         self.gathered_rows = False
         self.maps: list[int] | None = None  # of each rank; None: a rank has all
 
@@ -333,7 +122,7 @@ class _Walk:
         elif isinstance(layer, DROPOUTS):
             rows = None if self.gathered_rows else self.part.rows
             whole = rows is None and self.maps is None
-            yield "", layer if whole else WholeDraw(layer, rows, self.maps, self.world)
+            yield "", layer if whole else SharedDropout(layer, rows, self.maps, self.world)
         elif isinstance(layer, LocalResponseNorm) and self.maps is not None:
             yield from self._response_norm(name, layer)
         elif isinstance(layer, nn.Flatten) and self.maps is not None and (layer.start_dim, layer.end_dim) != (1, -1):
@@ -395,32 +184,218 @@ class _Walk:
             yield "take", Take(self.maps, self.world)
 
 
+def divide(count: int, ranks: int) -> list[int]:
+    """Divides `count` things among ranks: the sizes of the parts, which differ by one at most.
+
+    >>> divide(5, 2)
+    [2, 3]
+    """
+    parts = (rank_part(0, count, rank, ranks) for rank in range(ranks))
+    return [last - first for first, last in parts]
+
+
 def _sliced(layer: nn.Linear | nn.Conv2d, sizes: list[int], rank: int, grouped: bool) -> nn.Module:
-    """A layer with the kernels of one rank."""
-    made: nn.Linear | nn.Conv2d
-    bias = layer.bias is not None
-    if isinstance(layer, nn.Linear):
-        made = nn.Linear(layer.in_features, sizes[rank], bias, device="meta")
-    else:
-        made = nn.Conv2d(
-            layer.in_channels // len(sizes) if grouped else layer.in_channels,
-            sizes[rank],
-            layer.kernel_size,  # type: ignore[arg-type]
-            layer.stride,  # type: ignore[arg-type]
-            layer.padding,  # type: ignore[arg-type]
-            layer.dilation,  # type: ignore[arg-type]
-            layer.groups // len(sizes) if grouped else 1,
-            bias,
-            layer.padding_mode,
-            device="meta",
-        )
+    """A layer with the kernels of one rank; with its groups, where they are shared out."""
+    own = copy.deepcopy(layer, {id(weight): weight for weight in layer.parameters()})
     for name, weight in layer.named_parameters():
-        own = weight.detach().narrow(0, sum(sizes[:rank]), sizes[rank]).clone()
-        setattr(made, name, nn.Parameter(own, weight.requires_grad))
-    made.train(layer.training)
-    return made
+        kernels = weight.detach().narrow(0, sum(sizes[:rank]), sizes[rank]).clone()
+        setattr(own, name, nn.Parameter(kernels, weight.requires_grad))
+    if isinstance(own, nn.Linear):
+        own.out_features = sizes[rank]
+        return own
+    own.out_channels = sizes[rank]
+    if grouped:
+        own.in_channels //= len(sizes)
+        own.groups //= len(sizes)
+    return own
 
 
 def _refuse_batch_norm(name: str, layer: nn.Module) -> None:
     if isinstance(layer, nn.modules.batchnorm._BatchNorm):
         raise AlexprepError(f"{name} normalises over the images of a rank, not of the batch: train on one device")
+
+
+# Modules that a part has and the whole network has not
+
+
+class RowSplit:
+    """How many rows of the present batch each rank has: set before each step, read by the modules."""
+
+    def __init__(self, ranks: int) -> None:
+        """No batch yet."""
+        self.sizes = [0] * ranks
+
+
+class Gather(nn.Module):
+    """Gives every rank the values of all ranks, where each came with its part.
+
+    The gradient of what a rank reads is only its share, so the shares are added up on the way back and each rank gets its part of the
+    sum. Where every rank goes on to compute the same (`replicated`: the loss), each has the whole gradient and takes its part.
+    """
+
+    def __init__(
+        self, layer: str, dim: int, sizes: Sequence[int] | RowSplit, world: World, *, replicated: bool = False
+    ) -> None:
+        """Before the layer of this name, along `dim`, where the ranks have `sizes`."""
+        super().__init__()
+        self.layer, self.dim, self.world, self.replicated = layer, dim, world, replicated
+        self._sizes = sizes
+
+    @property
+    def sizes(self) -> list[int]:
+        """Of every rank's part, now."""
+        return self._sizes.sizes if isinstance(self._sizes, RowSplit) else list(self._sizes)
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        """(…, part, …) -> (…, whole, …), in the memory format that came in."""
+        sizes = self.sizes
+        if values.shape[self.dim] != sizes[self.world.rank]:
+            raise AlexprepError(
+                f"before {self.layer}: {values.shape[self.dim]} rows where {sizes[self.world.rank]} were announced: "
+                "take batches from Parallel.batches"
+            )
+        kind = values.device.type
+        if values.dtype == torch.float32 and torch.is_autocast_enabled(kind):
+            values = values.to(torch.get_autocast_dtype(kind))  # as the layer that reads them would do
+        joined: torch.Tensor = _Gather.apply(values, self, sizes)  # type: ignore[no-untyped-call]
+        if values.ndim == 4 and not values.is_contiguous():
+            joined = joined.contiguous(memory_format=torch.channels_last)
+        return joined
+
+
+class Take(nn.Module):
+    """Goes on with this rank's maps of a layer that every rank computes whole, or of the input."""
+
+    def __init__(self, sizes: Sequence[int], world: World) -> None:
+        """Where the ranks have `sizes` maps."""
+        super().__init__()
+        self.first, self.count = sum(sizes[: world.rank]), sizes[world.rank]
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        """(N, C, …) -> (N, part of C, …)."""
+        return values.narrow(1, self.first, self.count)
+
+
+class SharedDropout(nn.Module):
+    """Drops units by the masks of one device: each rank draws for the whole batch and all units, and uses its part.
+
+    With the default generators of all ranks in the same state, masks are those of one device, and the generators stay in step. A rank
+    draws R times what it needs: for AlexNet at batch 128 a million numbers a step in all.
+    """
+
+    def __init__(self, layer: nn.Module, rows: RowSplit | None, sizes: Sequence[int] | None, world: World) -> None:
+        """For a layer that multiplies by random numbers.
+
+        Args:
+            layer: the whole network's.
+            rows: how the batch is split; None where each rank has all of it.
+            sizes: how the maps are split, None likewise.
+            world: the ranks.
+        """
+        super().__init__()
+        self.layer, self.rows, self.sizes, self.rank = layer, rows, sizes, world.rank
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        """Any float tensor (N, C, …) -> the same shape."""
+        if not self.training:
+            result: torch.Tensor = self.layer(values)
+            return result
+        shape = list(values.shape)
+        places = []
+        for dim, sizes in ((0, None if self.rows is None else self.rows.sizes), (1, self.sizes)):
+            if sizes is not None:
+                each = shape[dim] // sizes[self.rank] if sizes[self.rank] else 1  # after Flatten a map is many units
+                places.append((dim, each * sum(sizes[: self.rank]), shape[dim]))
+                shape[dim] = each * sum(sizes)
+        ones = torch.ones(shape, dtype=values.dtype, device=values.device)
+        if values.ndim == 4 and not values.is_contiguous():  # numbers are drawn in the order of memory
+            ones = ones.contiguous(memory_format=torch.channels_last)
+        mask = self.layer(ones)
+        for place in places:
+            mask = mask.narrow(*place)
+        masked: torch.Tensor = values * mask
+        return masked
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: torch.Tensor, place: Gather, sizes: list[int]) -> torch.Tensor:
+        ctx.place, ctx.sizes = place, sizes
+        return gathered(place.world, values, place.dim, sizes)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        place, sizes, world = ctx.place, ctx.sizes, ctx.place.world
+        if place.replicated:
+            first = sum(sizes[: world.rank])
+            return gradients[0].narrow(place.dim, first, sizes[world.rank]), None, None
+        return scattered_sum(world, gradients[0], place.dim, sizes), None, None
+
+
+# What the ranks send one another
+
+
+def gathered(world: World, own: torch.Tensor, dim: int, sizes: Sequence[int]) -> torch.Tensor:
+    """Gathers the ranks' tensors into one, joined along `dim`.
+
+    Args:
+        world: whose ranks all call this.
+        own: this rank's part, `sizes[rank]` long in `dim` and of the same shape elsewhere.
+        dim: dimension that is split.
+        sizes: of every rank's part.
+    """
+    shapes = [(*own.shape[:dim], size, *own.shape[dim + 1 :]) for size in sizes]
+    return torch.cat(_swap(world, [own] * world.size, shapes), dim)
+
+
+def scattered_sum(world: World, whole: torch.Tensor, dim: int, sizes: Sequence[int]) -> torch.Tensor:
+    """Adds up the ranks' tensors, of one shape and dtype, and gives this rank its part of the sum along `dim`.
+
+    Added up in order of the ranks; what travels as bfloat16 or float16 is added up in float32.
+    """
+    parts = [part.contiguous() for part in torch.split(whole, list(sizes), dim)]
+    received = _swap(world, parts, [parts[world.rank].shape] * world.size)
+    total = received[0] if whole.dtype.itemsize >= torch.float32.itemsize else received[0].float()
+    for part in received[1:]:
+        total = total + part
+    return total.to(whole.dtype)
+
+
+class PendingSum(NamedTuple):
+    """A sum over the ranks that is still travelling."""
+
+    work: dist.Work
+    sent: torch.Tensor  # contiguous, where the sum arrives
+    tensor: torch.Tensor  # where it belongs
+
+    def wait(self) -> None:
+        """Until the sum is in its tensor; on a GPU, until what is queued from now on sees it there."""
+        self.work.wait()
+        if self.sent is not self.tensor:
+            self.tensor.copy_(self.sent)
+
+
+def start_sum(world: World, tensor: torch.Tensor) -> PendingSum:
+    """Begins to replace a tensor by its sum over the ranks."""
+    sent = tensor.contiguous()
+    if world.staged:
+        sent = sent.cpu()
+    work = dist.all_reduce(sent, group=world.group, async_op=True)
+    assert work is not None
+    return PendingSum(work, sent, tensor)
+
+
+def _swap(world: World, parts: Sequence[torch.Tensor], shapes: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+    """Sends `parts[r]` to rank r; returns what each rank sent here, of the shapes given, this rank's own part among them."""
+    if world.size == 1:
+        return list(parts)
+    counts = [0 if r == world.rank else parts[r].numel() for r in range(world.size)]
+    expected = [0 if r == world.rank else math.prod(shapes[r]) for r in range(world.size)]
+    flat = [parts[r].reshape(-1) for r in range(world.size) if r != world.rank]
+    outgoing = flat[0] if len(flat) == 1 else torch.cat(flat)
+    if world.staged:
+        outgoing = outgoing.cpu()
+    incoming = outgoing.new_empty(sum(expected))
+    dist.all_to_all_single(incoming, outgoing, expected, counts, group=world.group)
+    pieces = torch.split(incoming.to(parts[0].device), expected)
+    return [parts[r] if r == world.rank else pieces[r].reshape(tuple(shapes[r])) for r in range(world.size)]

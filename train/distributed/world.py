@@ -1,66 +1,21 @@
-"""The processes of a job, as one of them sees them: its rank, its device, the groups it talks through."""
+"""The processes of a job as one of them sees them: its rank, its device, and the groups through which it talks to the others.
+
+`from_environment` joins a job that somebody has started; starting and watching ranks is in `alexprep.train.launch`.
+"""
 
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from alexprep.shards.errors import AlexprepError
 from alexprep.train.spans import span
-
-# -------------------- Bytes that a rank sends to others, counted where they are sent.
-
-
-Phase = Literal["forward", "backward", "gradients"]
-Bytes = dict[tuple[str, Phase], int]  # by layer ("logits", "labels" and "images" too) and phase
-
-
-class Traffic:
-    """What this rank has sent, by layer and phase. Zeros are left out, control messages (24 bytes a step) not counted.
-
-    forward: activations that a layer reads and another rank has; backward: their gradients on the way back; gradients: of weights that
-    every rank holds, by what a ring needs, 2 (R - 1) / R of their size.
-
-    >>> traffic = Traffic()
-    >>> traffic.add("conv3", "forward", 100)
-    >>> traffic.since_last(), traffic.since_last()
-    ({('conv3', 'forward'): 100}, {})
-    """
-
-    def __init__(self) -> None:
-        """Nothing was sent yet."""
-        self.sent: Counter[tuple[str, Phase]] = Counter()
-
-    def add(self, layer: str, phase: Phase, size: int) -> None:
-        """Counts `size` bytes."""
-        if size:
-            self.sent[layer, phase] += size
-
-    def since_last(self) -> Bytes:
-        """What was sent since this was last asked."""
-        sent = dict(self.sent)
-        self.sent.clear()
-        return sent
-
-
-def ring_bytes(size: int, ranks: int) -> int:
-    """Bytes that each rank sends when `ranks` ranks add up `size` bytes in a ring.
-
-    >>> ring_bytes(1000, 2), ring_bytes(1000, 4)
-    (1000, 1500)
-    """
-    return 2 * (ranks - 1) * size // ranks
-
-
-# -------------------- The processes of a job, as one of them sees them: its rank, its device, the groups it talks through.
-
 
 TIMEOUT = 60.0  # seconds until a rank that does not answer ends the job
 START = timedelta(minutes=5)  # for all ranks to have started: to import torch from a slow disk, on hosts that boot
@@ -69,7 +24,7 @@ STORE = "ALEXPREP_STORE"  # set by `launch`, whose process holds the store at MA
 
 @dataclass
 class World:
-    """A rank among `size` ranks.
+    """A rank among `size` ranks, and how it talks to the others.
 
     Attributes:
         rank: in [0, size).
@@ -78,7 +33,6 @@ class World:
         group: for tensors; None in a world of one that needs no communication.
         control: for a few integers between hosts' processors, always gloo, so that it has timeouts of its own beside a GPU's.
         staged: tensors travel through the CPU, since gloo cannot send a GPU's.
-        traffic: bytes sent so far.
     """
 
     rank: int
@@ -87,7 +41,6 @@ class World:
     group: dist.ProcessGroup | None = None
     control: dist.ProcessGroup | None = None
     staged: bool = False
-    traffic: Traffic = field(default_factory=Traffic)
 
     @staticmethod
     def alone(device: torch.device | str) -> World:
@@ -108,10 +61,10 @@ class World:
         own = torch.tensor(list(values), dtype=torch.int64)
         if self.control is None:
             return [own.tolist()]
-        heard = [torch.empty_like(own) for _ in range(self.size)]
+        received = [torch.empty_like(own) for _ in range(self.size)]
         with span("wait for ranks"):
-            dist.all_gather(heard, own, group=self.control)
-        return [tensor.tolist() for tensor in heard]
+            dist.all_gather(received, own, group=self.control)
+        return [tensor.tolist() for tensor in received]
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is up on any rank: the same answer on all, so that all take the same decision."""
@@ -125,7 +78,7 @@ class World:
 
 
 def from_environment(device: str | None = None, backend: str | None = None, timeout: float = TIMEOUT) -> World:
-    """Joins the job that `launch` or torchrun started this process for: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT.
+    """Joins the job that `launch_ranks` or torchrun started this process for: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT.
 
     Args:
         device: "cpu", "cuda" for the GPU numbered LOCAL_RANK, or one by its number; by default a GPU where there are any.
