@@ -178,7 +178,7 @@ def philox(counter: NDArray[np.uint64], key: tuple[int, int]) -> NDArray[np.uint
 
 @dataclass(frozen=True)
 class Draws:
-    """What is drawn for N samples.
+    """The random parameters of N samples.
 
     Attributes:
         windows_N4: int64 (N, 4), what is cut out of each image: top row, left column, height, width, pixels.
@@ -189,6 +189,10 @@ class Draws:
     windows_N4: NDArray[np.int64]
     mirror_N: NDArray[np.bool_]
     alpha_N3: NDArray[np.float64]
+
+    def only(self, chosen: NDArray[np.bool_] | list[int]) -> Draws:
+        """Those of some samples, in the order in which they are chosen."""
+        return Draws(self.windows_N4[chosen], self.mirror_N[chosen], self.alpha_N3[chosen])
 
 
 def draw(

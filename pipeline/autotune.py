@@ -395,7 +395,7 @@ class LoaderMeter:
             augmentation=self.augmentation,
             order="blocks" if self.remote else "shuffle",
             device=self.device,
-            layout="channels_last" if self._on_cpu else "NCHW",  # as in training
+            memory_format="channels_last" if self._on_cpu else "NCHW",  # as in training
             on_bad="skip",
             tuning=tuning,
         ) as loader:

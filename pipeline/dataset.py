@@ -1,4 +1,7 @@
-"""What a `Loader` reads: a data set that `alexprep shard` made, or anyone's webdataset tars, as one kind of thing."""
+"""Opens what a `Loader` reads: a data set that `alexprep shard` made, or anyone's webdataset tars, as one kind of thing.
+
+The bytes themselves are read by `alexprep.shards.reader`; other people's tars are indexed by `alexprep.shards.webdataset_index`.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alexprep.pipeline.augmentation import Augmentation
-from alexprep.pipeline.dali_graph import Settings
-from alexprep.pipeline.dali_ops import Dtype, Layout
-from alexprep.pipeline.loader_settings import Tuning
-from alexprep.shards import rgb_statistics
 from alexprep.shards.dataset_format import DATASET, PLAN, read_dataset
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.reader import Samples, TarSamples
-from alexprep.shards.rgb_statistics import Statistics
+from alexprep.shards.rgb_statistics import Statistics, read_statistics
 from alexprep.shards.storage import folder_at
 from alexprep.shards.webdataset_index import Bad, index_tars
 
@@ -74,16 +73,6 @@ class Dataset:
                     f"(augmentation 'resized'), or shard again with --size {augmentation.crop} or more"
                 )
 
-    def settings(
-        self, batch_size: int, device: str, device_id: int | None, dtype: Dtype, layout: Layout, tuning: Tuning
-    ) -> Settings:
-        """The settings of a pipeline for these images; see `Settings`."""
-        decode = tuning.decode_on(device)
-        threads, load = tuning.dali_threads, tuning.hw_decoder_load
-        return Settings(
-            self.raw, self.size, batch_size, threads, device, device_id, decode, load, dtype=dtype, layout=layout
-        )
-
 
 def open_dataset(source: Source, split: str, on_bad: OnBad = "error", cache: str | Path | None = None) -> Dataset:
     """Opens a split.
@@ -106,7 +95,7 @@ def open_dataset(source: Source, split: str, on_bad: OnBad = "error", cache: str
         folder = folder_at(str(source))
         if (folder / DATASET).exists() or (folder / PLAN).exists() or not _holds_tars(str(source), folder):
             return _ours(folder, split)
-    dataset = _others(source, split, None if cache is None else Path(cache))
+    dataset = _foreign(source, split, None if cache is None else Path(cache))
     if dataset.bad and on_bad == "error":
         raise AlexprepError(
             f"{len(dataset.bad):,} samples cannot be used, the first: {dataset.bad[0]}; leave such samples out with "
@@ -127,13 +116,13 @@ def statistics_for(dataset: Dataset, chosen: Statistics | str | Path | None) -> 
         if not isinstance(chosen, str | os.PathLike):
             raise AlexprepError(f"statistics {chosen!r} are neither a data set's folder nor statistics")
         folder = folder_at(str(chosen))
-        return rgb_statistics.read_statistics(folder, read_dataset(folder)["digest"])
+        return read_statistics(folder, read_dataset(folder)["digest"])
     if dataset.statistics_of is None:
         raise AlexprepError(
             "these shards have no statistics: name a data set that has them (statistics=FOLDER), or use an augmentation "
             "without, for example 'resized'"
         )
-    return rgb_statistics.read_statistics(dataset.statistics_of, dataset.digest)
+    return read_statistics(dataset.statistics_of, dataset.digest)
 
 
 def _holds_tars(name: str, folder: Path) -> bool:
@@ -149,7 +138,7 @@ def _ours(folder: Path, split: str) -> Dataset:
     return Dataset(samples, sizes, size, raw, samples.dataset["digest"], samples.dataset["classes"], (), folder)
 
 
-def _others(source: Source, split: str, cache: Path | None) -> Dataset:
+def _foreign(source: Source, split: str, cache: Path | None) -> Dataset:
     found = index_tars(source, split, cache=cache)
     samples = TarSamples(dict(enumerate(found.paths)), found.records)
     sizes = np.stack([found.records["height"], found.records["width"]], axis=1).astype(np.int32)

@@ -78,15 +78,15 @@ def test_decoding(png: Any, image: Any) -> None:
     np.testing.assert_array_equal(window, image[30:37, 4:13])
 
 
-@pytest.mark.parametrize("layout", ["NCHW", "NHWC", "channels_last"])
-def test_to_tensor_and_mirror(layout: Any, image: Any) -> None:
+@pytest.mark.parametrize("memory_format", ["NCHW", "NHWC", "channels_last"])
+def test_to_tensor_and_mirror(memory_format: Any, image: Any) -> None:
     shift, std = np.array([3.5, -100.25, 7], np.float32), [2.0, 0.5, 4.0]
     floats, halves, integers, plain, turned = _run(
         lambda image, shift, flag: (
-            to_tensor(image, flag, shift, std, layout),
-            to_tensor(image, flag, shift, std, layout, "float16"),
-            to_tensor(image, flag, layout=layout, dtype="uint8"),
-            to_tensor(image, 0, [1.0, 2.0, 3.0], layout=layout),
+            to_tensor(image, flag, shift, std, memory_format),
+            to_tensor(image, flag, shift, std, memory_format, "float16"),
+            to_tensor(image, flag, memory_format=memory_format, dtype="uint8"),
+            to_tensor(image, 0, [1.0, 2.0, 3.0], memory_format=memory_format),
             mirror(image, flag),
         ),
         image=image,
@@ -94,7 +94,7 @@ def test_to_tensor_and_mirror(layout: Any, image: Any) -> None:
         flag=np.array(1, np.int32),
     )
     expected = (image[:, ::-1].astype(np.float64) + shift) / std
-    axes = (2, 0, 1) if layout == "NCHW" else (0, 1, 2)
+    axes = (2, 0, 1) if memory_format == "NCHW" else (0, 1, 2)
     assert floats.dtype == np.float32
     np.testing.assert_allclose(floats, expected.transpose(axes), atol=1e-4)
     np.testing.assert_array_equal(halves, floats.astype(np.float16))
@@ -111,18 +111,18 @@ def test_resize(image: Any) -> None:
         assert difference.max() <= 1 and (difference > 0).mean() < 0.01
 
 
-@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
-def test_mean_windows(layout: Any) -> None:
+@pytest.mark.parametrize("memory_format", ["NCHW", "NHWC"])
+def test_mean_windows(memory_format: Any) -> None:
     rng = np.random.default_rng(1)
     mean, image = rng.uniform(0, 255, (24, 24, 3)), rng.uniform(0, 255, (15, 15, 3)).astype(np.float32)
-    axes = (2, 0, 1) if layout == "NCHW" else (0, 1, 2)
+    axes = (2, 0, 1) if memory_format == "NCHW" else (0, 1, 2)
     for top, left, mirrored in ((0, 0, False), (9, 2, False), (3, 9, True), (5, 0, True)):
         anchor = mean_anchor(np.array([[top, left]]), np.array([mirrored]), 24, 15)[0]
         window = mean[top : top + 15, left : left + 15]
         window = (window[:, ::-1] if mirrored else window).astype(np.float32)
         sliced, fed = _run(
             lambda image, anchor, window: (
-                subtract_mean_window(image, mean, anchor, 15, layout),
+                subtract_mean_window(image, mean, anchor, 15, memory_format),
                 subtract_image(image, window),
             ),
             image=np.ascontiguousarray(image.transpose(axes)),
@@ -164,8 +164,8 @@ def test_the_front_is_small_and_documented() -> None:
             hints = inspect.signature(thing)
             assert hints.return_annotation is not inspect.Signature.empty, name
             assert all(part.annotation is not part.empty for part in hints.parameters.values()), name
-    with pytest.raises(AttributeError, match="Engine"):
-        _ = front.Engine
+    with pytest.raises(AttributeError, match="PipelineRunner"):
+        _ = front.PipelineRunner
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -187,10 +187,12 @@ def test_a_gpu_decodes_whole_images(device: str) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("layout", ["NCHW", "NHWC", "channels_last"])
+@pytest.mark.parametrize("memory_format", ["NCHW", "NHWC", "channels_last"])
 @pytest.mark.parametrize("views", ["random", "centre", "ten"])
 @pytest.mark.parametrize("decode", ["cpu", "cuda"])
-def test_the_gpu_agrees_but_for_its_decoder(decode: Any, views: Any, layout: Any, photos: Path, tmp_path: Path) -> None:
+def test_the_gpu_agrees_but_for_its_decoder(
+    decode: Any, views: Any, memory_format: Any, photos: Path, tmp_path: Path
+) -> None:
     """Raw shards, which nobody decodes, to rounding for every convention; JPEGs, where decoders differ, within bounds."""
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
@@ -202,7 +204,12 @@ def test_the_gpu_agrees_but_for_its_decoder(decode: Any, views: Any, layout: Any
         convert(photos, folder, ShardOptions(Target(size=64, format=image_format)), 1)
         rgb_statistics.publish_statistics(rgb_statistics.pca_stats(folder, "train", 1), folder, "train")
         for name, augmentation in {"paper": Augmentation(crop=51), **MORE}.items():
-            options: Any = {"batch_size": 20, "augmentation": augmentation, "views": views, "layout": layout}
+            options: Any = {
+                "batch_size": 20,
+                "augmentation": augmentation,
+                "views": views,
+                "memory_format": memory_format,
+            }
             with (
                 Loader(folder, **options) as cpu,
                 Loader(folder, device="cuda", tuning=Tuning(decode=decode), **options) as gpu,

@@ -71,23 +71,25 @@ def _draw(augmentation: Augmentation, seed: int, epoch: int, rows: NDArray[np.in
     return draw(augmentation, seed, epoch, rows, np.full((len(rows), 2), size))
 
 
-def _nhwc(batch: Batch, layout: str) -> NDArray[np.float32]:
+def _nhwc(batch: Batch, memory_format: str) -> NDArray[np.float32]:
     images = batch.images.float().cpu()
-    return np.asarray(images if layout == "NHWC" else images.movedim(-3, -1))
+    return np.asarray(images if memory_format == "NHWC" else images.movedim(-3, -1))
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+@pytest.mark.parametrize("memory_format", ["NCHW", "NHWC"])
 @pytest.mark.parametrize("noise", ["eigenvalue", "stdev", "none"])
 @pytest.mark.parametrize("mean", ["crop", "centre", "channel", "none"])
-def test_pipeline_equals_numpy(mean: Any, noise: Any, layout: Any, device: str, data: Path) -> None:
+def test_pipeline_equals_numpy(mean: Any, noise: Any, memory_format: Any, device: str, data: Path) -> None:
     """At most 1e-3 grey level apart on the CPU; on a GPU the decoder may differ by a few levels, which is bounded apart."""
     augmentation = Augmentation(crop=51, mean=mean, noise=noise)
-    with Loader(data, batch_size=17, augmentation=augmentation, layout=layout, seed=3, device=device) as loader:
+    with Loader(
+        data, batch_size=17, augmentation=augmentation, memory_format=memory_format, seed=3, device=device
+    ) as loader:
         for batch in loader:
             rows = batch.indices.tolist()
             expected = _reference(data, "train", rows, _draw(augmentation, 3, 0, batch.indices.numpy()), augmentation)
-            difference = np.abs(_nhwc(batch, layout) - expected)
+            difference = np.abs(_nhwc(batch, memory_format) - expected)
             assert batch.images.dtype == torch.float32 and difference.max() <= (1e-3 if device == "cpu" else 16)
             assert device == "cpu" or difference.mean() < 1
 
@@ -118,13 +120,15 @@ MORE = {
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("layout", ["NCHW", "NHWC", "channels_last"])
+@pytest.mark.parametrize("memory_format", ["NCHW", "NHWC", "channels_last"])
 @pytest.mark.parametrize("name", MORE)
-def test_every_convention_equals_numpy(name: str, layout: Any, device: str, data: Path) -> None:
+def test_every_convention_equals_numpy(name: str, memory_format: Any, device: str, data: Path) -> None:
     """Two epochs, so that noise ends in one of them. A resize rounds to grey levels, so there one level may be one off."""
     augmentation = MORE[name]
     rounding = 1.01 / min(channel_stdevs(None, augmentation)) if augmentation.scale else 0
-    with Loader(data, batch_size=20, augmentation=augmentation, layout=layout, seed=6, device=device) as loader:
+    with Loader(
+        data, batch_size=20, augmentation=augmentation, memory_format=memory_format, seed=6, device=device
+    ) as loader:
         for _ in range(2):
             place = 0
             epoch = loader.epoch
@@ -135,20 +139,26 @@ def test_every_convention_equals_numpy(name: str, layout: Any, device: str, data
                 )
                 place += len(rows)
                 expected = _reference(data, "train", rows.tolist(), draws, augmentation, epoch)
-                difference = np.abs(_nhwc(batch, layout) - expected)
+                difference = np.abs(_nhwc(batch, memory_format) - expected)
                 assert difference.max() <= (1e-3 + rounding if device == "cpu" else 16)
                 assert difference.mean() < (0.002 if device == "cpu" else 1)
-                if layout == "channels_last":
+                if memory_format == "channels_last":
                     assert batch.images.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("layout", ["NCHW", "NHWC", "channels_last"])
+@pytest.mark.parametrize("memory_format", ["NCHW", "NHWC", "channels_last"])
 @pytest.mark.parametrize("views", ["random", "centre", "ten"])
 @pytest.mark.parametrize("name", ["paper", "2012-code", "imagenet", "resized"])
-def test_float16_is_the_rounded_float32(name: str, views: Any, layout: Any, device: str, data: Path) -> None:
+def test_float16_is_the_rounded_float32(name: str, views: Any, memory_format: Any, device: str, data: Path) -> None:
     augmentation = {**MORE, "paper": ODD}[name]
-    options: Any = {"batch_size": 20, "augmentation": augmentation, "layout": layout, "device": device, "views": views}
+    options: Any = {
+        "batch_size": 20,
+        "augmentation": augmentation,
+        "memory_format": memory_format,
+        "device": device,
+        "views": views,
+    }
     loaders = [Loader(data, dtype=dtype, **options) for dtype in ("float32", "float16")]
     for single, half in zip(*loaders, strict=True):
         assert half.images.dtype == torch.float16
@@ -157,12 +167,12 @@ def test_float16_is_the_rounded_float32(name: str, views: Any, layout: Any, devi
         loader.close()
 
 
-@pytest.mark.parametrize("layout", ["NCHW", "NHWC", "channels_last"])
+@pytest.mark.parametrize("memory_format", ["NCHW", "NHWC", "channels_last"])
 @pytest.mark.parametrize("views", ["random", "centre", "ten"])
 @pytest.mark.parametrize("name", ["bytes", "none", "resized"])
-def test_uint8_is_the_same_as_float32(name: str, views: Any, layout: Any, data: Path) -> None:
+def test_uint8_is_the_same_as_float32(name: str, views: Any, memory_format: Any, data: Path) -> None:
     augmentation = replace(MORE[name], mean="none", std="none")
-    options: Any = {"batch_size": 20, "augmentation": augmentation, "layout": layout, "views": views}
+    options: Any = {"batch_size": 20, "augmentation": augmentation, "memory_format": memory_format, "views": views}
     with Loader(data, **options) as floats, Loader(data, dtype="uint8", **options) as integers:
         for single, integer in zip(floats, integers, strict=True):
             assert integer.images.dtype == torch.uint8
@@ -204,16 +214,22 @@ def test_every_format_gives_the_same_picture(image_format: Any, views: Any, phot
 
 
 @pytest.mark.parametrize("mean", ["crop", "centre", "channel", "none"])
-@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
-def test_ten_views(mean: Any, layout: Any, data: Path) -> None:
+@pytest.mark.parametrize("memory_format", ["NCHW", "NHWC"])
+def test_ten_views(mean: Any, memory_format: Any, data: Path) -> None:
     """Corners and centre, then their reflections, each as the single-view reference makes it."""
     augmentation = Augmentation(crop=51, mean=mean, noise="none")
     with Loader(
-        data, "val", batch_size=8, augmentation=augmentation, views="ten", order="sequential", layout=layout
+        data,
+        "val",
+        batch_size=8,
+        augmentation=augmentation,
+        views="ten",
+        order="sequential",
+        memory_format=memory_format,
     ) as loader:
         assert [batch.indices.tolist() for batch in loader] == [list(range(8)), list(range(8, 16)), list(range(16, 20))]
         batch = next(iter(loader))
-    got = _nhwc(batch, layout)
+    got = _nhwc(batch, memory_format)
     assert got.shape == (8, 10, 51, 51, 3)
     samples = Samples(data, "val")
     found = rgb_statistics.read_statistics(data, samples.dataset["digest"])
@@ -442,7 +458,7 @@ def test_a_corrupt_image_is_named(data: Path, tmp_path: Path) -> None:
         ({"rank": 2, "world_size": 2}, r"rank 2 is not in \[0, 1\]"),
         ({"views": "both"}, "views 'both'"),
         ({"dtype": "float64"}, "dtype 'float64'"),
-        ({"layout": "CHW"}, "layout 'CHW'"),
+        ({"memory_format": "CHW"}, "memory_format 'CHW'"),
         ({"seed": -1}, "seed -1"),
         ({"split": "test"}, "no samples in split 'test'; it has train, val"),
         (

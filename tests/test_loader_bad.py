@@ -15,8 +15,9 @@ import torch
 from numpy.typing import NDArray
 
 from alexprep.pipeline.augmentation import PRESETS, Augmentation
+from alexprep.pipeline.dali_graph import Graph
 from alexprep.pipeline.dataset import OnBad
-from alexprep.pipeline.loader import Batch, Engine, Loader
+from alexprep.pipeline.loader import Batch, Loader, PipelineRunner
 from alexprep.pipeline.loader_settings import Tuning
 from alexprep.shards.conversion import convert
 from alexprep.shards.dataset_format import INDEX
@@ -141,7 +142,7 @@ def test_a_step_of_bad_samples_only_is_empty(data: Path, tmp_path: Path) -> None
     shutil.copytree(data, copy)
     for row in range(48):
         _spoil(copy, row, "zeros")
-    with Loader(copy, batch_size=20, augmentation=PLAIN, on_bad="skip", layout="channels_last") as loader:
+    with Loader(copy, batch_size=20, augmentation=PLAIN, on_bad="skip", memory_format="channels_last") as loader:
         batches = list(loader)
     assert [tuple(batch.images.shape) for batch in batches] == [(0, 3, 51, 51)] * 3
     assert loader.skipped == 48
@@ -230,8 +231,8 @@ def test_images_are_not_blamed_where_nothing_can_be_decoded(data: Path, monkeypa
     def failing(*_: object, **__: object) -> torch.Tensor:
         raise RuntimeError("CUDA runtime API error cudaErrorMemoryAllocation (2)")
 
-    monkeypatch.setattr(Engine, "_outputs", failing)
-    monkeypatch.setattr("alexprep.pipeline.loader.probe_pipeline", failing)
+    monkeypatch.setattr(PipelineRunner, "_outputs", failing)
+    monkeypatch.setattr(Graph, "decoding_pipeline", failing)
     with (
         Loader(data, batch_size=48, augmentation=PLAIN, on_bad="skip") as loader,
         pytest.raises(AlexprepError, match="DALI could not make a batch: CUDA runtime"),

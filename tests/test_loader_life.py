@@ -237,8 +237,8 @@ def test_closing_waits_for_what_a_gpu_still_copies(data: Path) -> None:
     with _open(data) as loader:
         next(iter(loader))
         event = Event()
-        assert loader._engine is not None
-        loader._engine._copied.append((event, None))  # type: ignore[arg-type]
+        assert loader._runner is not None
+        loader._runner._copied.append((event, None))  # type: ignore[arg-type]
     assert event.waited
 
 

@@ -68,7 +68,7 @@ def test_webdataset_s_own_shards(form: str, photo: Any, encoded: Any, tmp_path: 
         "list": sorted((tmp_path / "wds").glob("*.tar")),
         "one by one": [f"{tmp_path}/wds/part-{n:04d}.tar" for n in range(4)],
     }[form]
-    with Loader(source, batch_size=10, augmentation=FREE, seed=4, layout="NHWC") as loader:
+    with Loader(source, batch_size=10, augmentation=FREE, seed=4, memory_format="NHWC") as loader:
         assert (loader.samples, len(loader), loader.classes) == (44, 5, ["0", "1", "2"])
         for epoch in range(2):
             seen = []

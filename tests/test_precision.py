@@ -479,7 +479,7 @@ def check_compiled(device: torch.device) -> None:
     states = [TrainingState(made, 3, 0, device, computing=arithmetic(device, compile=flag)) for flag in (False, True)]
     assert list(states[0].tensors()) == list(states[1].tensors())
     calls = _counted(states[1])
-    for step, batch in enumerate(MadeUpLoader("", layout="channels_last", device=str(device))):
+    for step, batch in enumerate(MadeUpLoader("", memory_format="channels_last", device=str(device))):
         losses = []
         for state in states:
             torch.manual_seed(step)
@@ -567,7 +567,7 @@ def test_what_lies_between_exchanges_is_compiled(scheme: Scheme, monkeypatch: py
     without_kernels(monkeypatch, "eager")
     parallel = Parallel(recipe().make_network(3, seed=0), scheme, World.alone(CPU))
     compiled = Compiled(parallel.network)
-    batch = next(iter(MadeUpLoader("", layout="NCHW", device="cpu")))
+    batch = next(iter(MadeUpLoader("", memory_format="NCHW", device="cpu")))
     gradients = []
     for forward in (parallel.network, compiled):
         torch.manual_seed(0)

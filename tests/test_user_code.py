@@ -338,7 +338,7 @@ def _reference(steps: int) -> tuple[nn.Module, float]:
         {"params": [weight for name, weight in named if name.endswith(".bias")], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.SGD(groups, lr=0.01, momentum=0.9)
-    loader, loss = MadeUpLoader("data", layout="channels_last"), torch.zeros(())
+    loader, loss = MadeUpLoader("data", memory_format="channels_last"), torch.zeros(())
     for step in range(steps):
         for images, labels in loader:
             loss = F.cross_entropy(network(images), labels)
@@ -473,7 +473,7 @@ def test_a_net_that_views_its_maps_gets_contiguous_ones(here: Path, capsys: pyte
     assert runs[0]["val_loss"] == pytest.approx(runs[1]["val_loss"], rel=1e-5)
     assert capsys.readouterr().err.count("cannot take images with the channels last in memory") == 1
     net = open_net(Place(Path(runs[0]["run"])), CPU, "recipe.py", "views.py:make")
-    images = next(iter(MadeUpLoader("data", layout="channels_last"))).images
+    images = next(iter(MadeUpLoader("data", memory_format="channels_last"))).images
     assert net.network(images).shape == (BATCH, CLASSES)
     viewing: dict[str, Any] = {"recipe": "recipe.py", "model": "views.py:make"}
     found = evaluate_run(Path(runs[0]["run"]), device="cpu", open_loader=MadeUpLoader, **viewing)

@@ -303,7 +303,7 @@ def open_readers(
                 views=views,
                 order="sequential",
                 device=str(device),
-                layout=memory(device).layout,
+                memory_format=memory(device).memory_format,
                 threads=threads,
                 **extra,
             )
