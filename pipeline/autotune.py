@@ -204,8 +204,8 @@ def search(
         trials.extend(tried)
         for number in range(ROUNDS):
             for trial in reversed(tried) if number % 2 else tried:
-                if share() > 1e-4:
-                    trial.rounds.append(_rate(measure, trial, share(), notes))
+                if (turn := share()) > 1e-4:
+                    trial.rounds.append(_rate(measure, trial, turn, notes))
                 else:
                     cut += 1
                 left -= 1

@@ -92,16 +92,16 @@ class StepPlan:
         return (epoch, step + 1) if step + 1 < len(self) else (epoch + 1, 0)
 
     def _epoch(self, epoch: int) -> NDArray[np.int64]:
+        """The epoch's order: int64 (samples,). The one asked for last is kept."""
         if self._kept is None or self._kept[0] != epoch:
-            self._kept = (epoch, self._ordered(epoch))
+            if self.order == "shuffle":
+                order = epoch_order(self.seed, epoch, len(self.shards_N))
+            elif self.order == "blocks":
+                order = block_order(self.seed, epoch, self.shards_N, self.block_shards)
+            else:
+                order = np.arange(len(self.shards_N))
+            self._kept = epoch, order
         return self._kept[1]
-
-    def _ordered(self, epoch: int) -> NDArray[np.int64]:
-        if self.order == "shuffle":
-            return epoch_order(self.seed, epoch, len(self.shards_N))
-        if self.order == "blocks":
-            return block_order(self.seed, epoch, self.shards_N, self.block_shards)
-        return np.arange(len(self.shards_N))
 
 
 def rank_part(first: int, last: int, rank: int, world_size: int) -> tuple[int, int]:

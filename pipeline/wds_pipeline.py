@@ -97,7 +97,8 @@ def webdataset_pipeline(
         place = whole_number("rank", rank, 0, ranks - 1), ranks
     member = FORMATS[dataset["image"]["format"]]
     seed, buffer = whole_number("seed", seed, 0, 2**63 - 1), whole_number("buffer", buffer, 0, 2**31 - 1)
-    epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers that are already running see it change
+    # Workers that are already running see it change.
+    epoch: torch.Tensor = torch.zeros((), dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
     source = _EncodedSamples(folder, split, (f".{member}", ".cls"), shuffle, buffer, seed, even, place, epoch)
     decode = _Decode(member, image, transform, tuple(parts))
     return EpochPipeline(source, webdataset.map(decode), epoch=epoch)
