@@ -42,9 +42,9 @@ class Augmentation:
         share: how many neighbours in the epoch's order share one draw of corner and mirror: 1 in the paper, 32 in the 2012
             code.
         mean: what is subtracted. "crop": the mean image at the crop's own window (the paper, section 2: from each pixel);
-            "centre": always the mean image's centre window, after the reflection (the 2012 code); "channel": the data set's
+            "centre": always the mean image's centre window, after the reflection (the 2012 code); "channel": the dataset's
             three channel means; "imagenet": `IMAGENET_MEAN`; "none".
-        std: what is divided by: "channel", the data set's three channel standard deviations; "imagenet": `IMAGENET_STD`; "none".
+        std: what is divided by: "channel", the dataset's three channel standard deviations; "imagenet": `IMAGENET_STD`; "none".
         noise: how large the colour noise along each principal axis is, for α ~ N(0, noise_sigma²). "eigenvalue": α λ with
             λ the eigenvalue on the 0-1 scale, times 255 (the paper's formula, section 4.1); "stdev": α √λ on the 0-255
             scale (the 2012 code); "none".
@@ -102,7 +102,7 @@ class Augmentation:
 
     @property
     def needs_statistics(self) -> bool:
-        """Whether the data set's mean image, channel moments or eigenpairs are used."""
+        """Whether the dataset's mean image, channel moments or eigenpairs are used."""
         return self.windowed_mean or "channel" in (self.mean, self.std) or self.noise != "none"
 
     @property
@@ -245,7 +245,7 @@ def augment(
         draws: of a batch, from `draw`.
         n: which sample of the batch this is.
         augmentation: what is done, and what was drawn for.
-        statistics: of the data set; None where `augmentation.needs_statistics` is false.
+        statistics: of the dataset; None where `augmentation.needs_statistics` is false.
         epoch: some augmentations lose their noise after some epochs.
 
     Returns:
@@ -275,7 +275,7 @@ def view(
         mirrored: whether left becomes right.
         shift_3: the colour noise, grey levels.
         augmentation: what is done.
-        statistics: of the data set; None where `augmentation.needs_statistics` is false.
+        statistics: of the dataset; None where `augmentation.needs_statistics` is false.
         noisy: whether this epoch has noise, and so the division that goes with it.
 
     Returns:

@@ -34,9 +34,8 @@ _CHEAPER_MAY_COST = 0.05  # of the speed, however far the rounds of one value li
 
 Measure = Callable[[Tuning, int, float], float]  # settings, batch size, seconds that it may take → images/s
 Say = Callable[[str], None]
-Dimensions = dict[
-    str, dict[str, dict[str, Any]]
-]  # setting → what each of its values is called → what changes in Tuning
+# Setting → what each of its values is called → what changes in Tuning.
+Dimensions = dict[str, dict[str, dict[str, Any]]]
 
 
 @dataclass
@@ -73,9 +72,7 @@ def tune(
     seconds: float = 60.0,
     say: Say = lambda line: None,
 ) -> tuple[Found, dict[str, Any]]:
-    """Measures the training split of a data set, or tars.
-
-    Every turn reads the same images, which by then lie in the system's cache: what is compared is the work, not the disk.
+    """Measures the training split of a dataset, or tars: the work, not the disk, for every turn reads the same images.
 
     Args:
         data: as for `Loader`.
@@ -179,35 +176,23 @@ def search(
     The values of a setting are measured in turns, so that a drifting machine hits all alike. Another value is chosen if it is
     faster than the present one by more than the rounds of one value differ, or if it is cheaper and as fast.
 
-    Args:
-        measure: gives images/s; it should take as long as it is told, and may take longer.
-        searched: the settings.
-        batch_sizes: images a step.
-        seconds: after which no further turn begins.
-        start: the defaults.
-        clock: monotonic seconds.
-        say: is told what is measured now.
-
-    Raises:
-        AlexprepError: the defaults do not work, or `seconds` is too short to compare anything.
+    `start` are the defaults. After `seconds` by `clock` no further turn begins; `measure` may take longer than it is told. Raises
+    AlexprepError where the defaults do not work, or `seconds` is too short to compare anything.
     """
     began, notes, trials, chosen = clock(), list[str](), list[Trial](), start
     planned = left = ROUNDS * (sum(map(len, searched.values())) + 2 * len(batch_sizes))
-    cut = 0
 
     def share() -> float:
         return min(_MOST_TURN_SECONDS, (began + seconds - clock()) / max(1, left))
 
     def compare(tried: list[Trial]) -> None:
         """All rounds, as far as the time goes; every other round runs backwards."""
-        nonlocal left, cut
+        nonlocal left
         trials.extend(tried)
         for number in range(ROUNDS):
             for trial in reversed(tried) if number % 2 else tried:
                 if (turn := share()) > 1e-4:
                     trial.rounds.append(_rate(measure, trial, turn, notes))
-                else:
-                    cut += 1
                 left -= 1
 
     say(f"warming up: {start.words('cuda' if start.decode else 'cpu')}")
@@ -235,12 +220,10 @@ def search(
         notes.append(
             f"rounds of the same settings differ by {100 * spread:.0f} %: try again when the machine is less busy"
         )
-    if cut:
-        turns = ROUNDS * len(trials)
-        enough = seconds * turns / (turns - cut)
-        notes.append(
-            f"{seconds:g} s were over before {cut} of {turns} turns: --seconds {enough:.0f} or more compares everything"
-        )
+    turns, done = ROUNDS * len(trials), sum(len(trial.rounds) for trial in trials)
+    if done < turns:
+        over = f"{seconds:g} s were over before {turns - done} of {turns} turns"
+        notes.append(f"{over}: --seconds {seconds * turns / done:.0f} or more compares everything")
 
     def latest(settings: Tuning) -> float:
         same = [trial.rate for trial in trials if (trial.settings, trial.batch_size) == (settings, batch_sizes[0])]

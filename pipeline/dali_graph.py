@@ -77,7 +77,7 @@ class Graph:
 
     Attributes:
         augmentation: what is done.
-        statistics: of the data set, where they are needed.
+        statistics: of the dataset, where they are needed.
         views: "random", of random parameters, or "centre": one view of each image; "ten": the paper's ten test views.
         settings: what it is built for.
     """

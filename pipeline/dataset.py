@@ -1,4 +1,4 @@
-"""Opens what a `Loader` reads: a data set that `alexprep shard` made, or anyone's webdataset tars, as one kind of thing.
+"""Opens what a `Loader` reads: a dataset that `alexprep shard` made, or anyone's webdataset tars, as one kind of thing.
 
 The bytes themselves are read by `alexprep.shards.reader`; other people's tars are indexed by `alexprep.shards.webdataset_index`.
 """
@@ -38,7 +38,7 @@ class Dataset:
         digest: the identity of the data, hex sha256.
         classes: class names by label.
         bad: samples of other people's tars that cannot be used, with the reason.
-        statistics_of: the data set's folder if it is one of ours.
+        statistics_of: the dataset's folder if it is one of ours.
     """
 
     samples: TarSamples
@@ -78,7 +78,7 @@ def open_dataset(source: Source, split: str, on_bad: OnBad = "error", cache: str
     """Opens a split.
 
     Args:
-        source: the folder of a finished data set; or tars, see `alexprep.shards.webdataset_index.index_tars`.
+        source: the folder of a finished dataset; or tars, see `alexprep.shards.webdataset_index.index_tars`.
         split: "train", "val" or "test".
         on_bad: whether samples that cannot be used are an error, or left out ("skip").
         cache: where the index of other people's tars is kept, see there.
@@ -105,7 +105,7 @@ def open_dataset(source: Source, split: str, on_bad: OnBad = "error", cache: str
 
 
 def statistics_for(dataset: Dataset, chosen: Statistics | str | Path | None) -> Statistics:
-    """The statistics that were chosen, or the data set's own.
+    """The statistics that were chosen, or the dataset's own.
 
     Raises:
         AlexprepError: there are none.
@@ -114,12 +114,12 @@ def statistics_for(dataset: Dataset, chosen: Statistics | str | Path | None) -> 
         return chosen
     if chosen is not None:
         if not isinstance(chosen, str | os.PathLike):
-            raise AlexprepError(f"statistics {chosen!r} are neither a data set's folder nor statistics")
+            raise AlexprepError(f"statistics {chosen!r} are neither a dataset's folder nor statistics")
         folder = folder_at(str(chosen))
         return read_statistics(folder, read_dataset(folder)["digest"])
     if dataset.statistics_of is None:
         raise AlexprepError(
-            "these shards have no statistics: name a data set that has them (statistics=FOLDER), or use an augmentation "
+            "these shards have no statistics: name a dataset that has them (statistics=FOLDER), or use an augmentation "
             "without, for example 'resized'"
         )
     return read_statistics(dataset.statistics_of, dataset.digest)

@@ -95,7 +95,7 @@ class Loader:
         """Opens a split; the DALI pipeline is built when the first batch is asked for.
 
         Args:
-            data: a finished data set; or anyone's webdataset: a folder of tars, a tar, a pattern like "train-{000..146}.tar", or
+            data: a finished dataset; or anyone's webdataset: a folder of tars, a tar, a pattern like "train-{000..146}.tar", or
                 several of these, which are indexed once.
             split: "train", "val" or "test".
             batch_size: samples a step over all ranks.
@@ -113,7 +113,7 @@ class Loader:
             memory_format: "NCHW", "NHWC", or "channels_last": shaped as the first, in memory as the second, and on a CPU the
                 fastest.
             on_bad: "error" ends with the name of a damaged sample; "skip" leaves it out of its step, and moves no other.
-            statistics: of which data set, if not of `data`: its folder, or what `alexprep.shards.read_statistics` gave.
+            statistics: of which dataset, if not of `data`: its folder, or what `alexprep.shards.read_statistics` gave.
             cache: where the index of other people's tars is kept; by default beside them or in the user's cache.
             threads: of DALI; None for one a core. Short for `tuning`.
             tuning: how the machine is used; `alexprep tune` finds good settings.
@@ -221,7 +221,7 @@ class Loader:
         """Goes to a state that `state_dict` gave.
 
         Raises:
-            AlexprepError: the state is of another seed, batch size, data set or order, or lies outside an epoch.
+            AlexprepError: the state is of another seed, batch size, dataset or order, or lies outside an epoch.
         """
         own, state = self.state_dict(), state if isinstance(state, Mapping) else {}
         for name in ("seed", "batch_size", "stream"):

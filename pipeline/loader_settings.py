@@ -2,7 +2,7 @@
 
     tuning.json    {"machines": {"AMD EPYC 7763, 8 cores, NVIDIA H200, cuda": {"settings": {…}, …}, …}}
 
-It lies in the data set's folder, one entry a kind of machine, since several may share the folder. For other people's tars, and
+It lies in the dataset's folder, one entry a kind of machine, since several may share the folder. For other people's tars, and
 where the folder cannot be written, it lies in $XDG_CACHE_HOME/alexprep or ~/.cache/alexprep; there an entry's name ends with the
 data's path. The settings are found by `alexprep.pipeline.autotune`.
 """
@@ -148,7 +148,7 @@ def _gpu_name(device: str) -> str:
 
 
 def _places(data: str | Path, machine: str) -> dict[Path, str]:
-    """Where settings may lie, the best place first, with the entry's name there: a data set of ours, then the user's cache."""
+    """Where settings may lie, the best place first, with the entry's name there: a dataset of ours, then the user's cache."""
     folder = folder_at(data)
     places = {folder / TUNING: machine} if (folder / DATASET).exists() else {}
     if cache := user_cache():

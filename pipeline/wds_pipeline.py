@@ -1,4 +1,4 @@
-"""Reads a finished data set with plain torch through webdataset, for programs that do without DALI.
+"""Reads a finished dataset with plain torch through webdataset, for programs that do without DALI.
 
 Images come out as they are stored, one sample at a time, for torchvision or a `transform` of one's own. Augmentation as the paper has it,
 exact resume and decoding on a GPU are `alexprep.pipeline.loader`'s. Nothing here can unpickle or start a process: only local tars are
@@ -50,7 +50,7 @@ def webdataset_pipeline(
     rank: int | None = None,
     world_size: int | None = None,
 ) -> EpochPipeline:
-    """A webdataset pipeline over one split of a finished data set: an `IterableDataset` for `torch.utils.data.DataLoader`.
+    """A webdataset pipeline over one split of a finished dataset: an `IterableDataset` for `torch.utils.data.DataLoader`.
 
     One iteration is one epoch. The epoch's order is cut into contiguous parts, one a rank, and these again, one a DataLoader worker:
     by samples and not by shards, of which there may be fewer than workers. So each sample comes once, from one worker of one rank.
@@ -58,7 +58,7 @@ def webdataset_pipeline(
     torch's DistributedSampler, or all epochs have the order of epoch 0. It reaches workers that are already running.
 
     Args:
-        data: a finished data set in a local folder.
+        data: a finished dataset in a local folder.
         split: "train", "val" or "test".
         parts: what a sample consists of, in this order: "image"; "label", an int, -1 where there is none; "key", a str.
         image: "numpy", uint8 (H, W, 3); "torch", a uint8 tensor (3, H, W); "pil", a `PIL.Image.Image`. RGB, 0-255.

@@ -176,5 +176,5 @@ def test_data_that_is_not_there(tmp_path: Path, data: Path) -> None:
     ):
         list(loader)
     (copy / "dataset.json").unlink()
-    with pytest.raises(AlexprepError, match="unfinished data set"):
+    with pytest.raises(AlexprepError, match=r"unfinished data ?set"):
         Loader(copy, batch_size=4)
