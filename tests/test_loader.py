@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -63,6 +64,15 @@ def _epochs(loader: Loader, count: int) -> list[Batch]:
     return list(itertools.chain.from_iterable(iter(loader) for _ in range(count)))
 
 
+def _check_ranks(ranks: list[Loader], batches: list[Batch], epochs: int) -> None:
+    """From where they stand on, the ranks' parts together make these batches."""
+    for whole, parts in zip(batches, zip(*(_epochs(rank, epochs) for rank in ranks), strict=True), strict=True):
+        for name, tensor in whole._asdict().items():
+            assert torch.equal(torch.cat([getattr(part, name) for part in parts]), tensor)
+    for rank in ranks:
+        rank.close()
+
+
 def test_two_epochs_hold_each_sample_once(data: Path) -> None:
     with Loader(data, batch_size=13, augmentation=ODD) as loader:
         assert len(loader) == 4
@@ -74,47 +84,28 @@ def test_two_epochs_hold_each_sample_once(data: Path) -> None:
 @pytest.mark.parametrize("world_size", [2, 3, 8])
 @pytest.mark.parametrize("batch_size", [1, 13, 300])
 def test_ranks_see_the_same_global_batches(world_size: int, batch_size: int, data: Path) -> None:
-    with Loader(data, batch_size=batch_size, augmentation=ODD, seed=8) as loader:
+    with _open(data, batch_size=batch_size) as loader:
         alone = list(loader)
-    loaders = [
-        Loader(data, batch_size=batch_size, augmentation=ODD, seed=8, rank=r, world_size=world_size)
-        for r in range(world_size)
-    ]
-    for whole, *parts in zip(alone, *loaders, strict=True):
-        assert torch.equal(torch.cat([part.images for part in parts]), whole.images)
-        assert torch.equal(torch.cat([part.labels for part in parts]), whole.labels)
-        assert torch.equal(torch.cat([part.indices for part in parts]), whole.indices)
-    for loader in loaders:
-        loader.close()
+    ranks = [_open(data, batch_size=batch_size, rank=rank, world_size=world_size) for rank in range(world_size)]
+    _check_ranks(ranks, alone, 1)
 
 
 @pytest.mark.parametrize("world_size", [1, 3])
 def test_resume_from_any_step(world_size: int, data: Path) -> None:
     """The state before every batch of two epochs, each restored into a fresh loader: the remaining stream is the same."""
-
-    def fresh(rank: int) -> Loader:
-        return Loader(data, batch_size=15, augmentation=ODD, seed=4, rank=rank, world_size=world_size, threads=1)
-
-    with Loader(data, batch_size=15, augmentation=ODD, seed=4) as loader:
-        states, rows, images = [loader.state_dict()], [], []
+    batches, states = [], []
+    with _open(data, batch_size=15) as loader:
+        states.append(loader.state_dict())
         for batch in itertools.chain.from_iterable(iter(loader) for _ in range(2)):
-            rows.append(batch.indices)
-            images.append(batch.images)
+            batches.append(batch)
             states.append(loader.state_dict())
-        states.pop()
-    for n, state in enumerate(states):
+    for n, state in enumerate(states[:-1]):
         assert json.loads(json.dumps(state)) == state
-        for_ranks = []
-        for rank in range(world_size):
-            with fresh(rank) as loader:
-                loader.load_state_dict(state)
-                assert loader.state_dict() == state
-                epochs = itertools.chain.from_iterable(iter(loader) for _ in range(2 - state["epoch"]))
-                for_ranks.append([(batch.indices, batch.images) for batch in epochs])
-        assert len(for_ranks[0]) == len(states) - n
-        for k, parts in enumerate(zip(*for_ranks, strict=True)):
-            assert torch.equal(torch.cat([part[0] for part in parts]), rows[n + k])
-            assert torch.equal(torch.cat([part[1] for part in parts]), images[n + k])
+        ranks = [_open(data, batch_size=15, rank=r, world_size=world_size, threads=1) for r in range(world_size)]
+        for rank in ranks:
+            rank.load_state_dict(state)
+            assert rank.state_dict() == state
+        _check_ranks(ranks, batches[n:], 2 - state["epoch"])
 
 
 def test_state_counts_only_what_was_delivered(data: Path) -> None:
@@ -228,21 +219,12 @@ def test_states_that_do_not_fit(data: Path) -> None:
 # Samples that cannot be decoded.
 
 
-def _damage(shard: Path, offset: int, content: bytes) -> None:
-    with shard.open("r+b") as file:
-        file.seek(offset)
-        file.write(content)
-
-
 def _spoil(data: Path, row: int, kind: str) -> None:
     """Makes one image undecodable: zeros, or a broken marker in its header."""
     record = Samples(data, "train").index[row]
-    offset, size = int(record["offset"]), int(record["size"])
-    shard = data / "train" / f"train-{record['shard']:06d}.tar"
-    if kind == "zeros":
-        _damage(shard, offset, bytes(size))
-    else:
-        _damage(shard, offset + 2, b"\xff\x01\xff\x02")
+    with (data / "train" / f"train-{record['shard']:06d}.tar").open("r+b") as shard:
+        shard.seek(int(record["offset"]) + (0 if kind == "zeros" else 2))
+        shard.write(bytes(int(record["size"])) if kind == "zeros" else b"\xff\x01\xff\x02")
 
 
 @pytest.fixture(scope="module")
@@ -265,14 +247,12 @@ def test_an_error_comes_with_its_own_batch(kind: str, data: Path, tmp_path: Path
     else:
         _spoil(copy, first := 37, kind)
     delivered: list[int] = []
-    words = (
-        r" cannot be read"
-        if kind == "gone"
-        else r" at byte [0-9,]+ \(0+37\.jpg\) holds an image that cannot be decoded"
-    )
+    undecodable = r" at byte [0-9,]+ \(0+37\.jpg\) holds an image that cannot be decoded"
     with (
         Loader(copy, batch_size=5, augmentation=PLAIN, order="sequential", tuning=Tuning(prefetch=4)) as loader,
-        pytest.raises(AlexprepError, match=r"train-00000\d\.tar" + words),
+        pytest.raises(
+            AlexprepError, match=r"train-00000\d\.tar" + (" cannot be read" if kind == "gone" else undecodable)
+        ),
     ):
         for batch in loader:
             delivered += batch.indices.tolist()
@@ -280,7 +260,9 @@ def test_an_error_comes_with_its_own_batch(kind: str, data: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("views", ["random", "centre", "ten"])
-@pytest.mark.parametrize("augmentation", [PLAIN, PRESETS["resized"], PRESETS["none"]], ids=["crop", "resized", "none"])
+@pytest.mark.parametrize(
+    "augmentation", [PLAIN, replace(PRESETS["resized"], crop=37), PRESETS["none"]], ids=["crop", "resized", "none"]
+)
 def test_skip_moves_no_other_sample(augmentation: Augmentation, views: Any, data: Path, spoilt: Path) -> None:
     """Two epochs: each step holds what it holds in the sound set, less the bad ones, pixel by pixel."""
     options: Any = {"batch_size": 7, "augmentation": augmentation, "views": views, "seed": 5}
@@ -298,24 +280,14 @@ def test_skip_moves_no_other_sample(augmentation: Augmentation, views: Any, data
 @pytest.mark.parametrize("world_size", [1, 2, 5])
 def test_skip_keeps_ranks_and_resume_exact(world_size: int, spoilt: Path) -> None:
     """Steps count alike on all ranks, some of which get nothing; from any state the rest is the same."""
-    options: Any = {"batch_size": 6, "augmentation": PLAIN, "on_bad": "skip", "seed": 2}
-    with Loader(spoilt, **options) as loader:
-        states, batches = [], []
-        for _ in range(2):
-            states.append(loader.state_dict())
-            for batch in loader:
-                batches.append(batch)
-                states.append(loader.state_dict())
-    ranks = [Loader(spoilt, rank=rank, world_size=world_size, **options) for rank in range(world_size)]
+    options: Any = {"batch_size": 6, "augmentation": PLAIN, "on_bad": "skip"}
+    with _open(spoilt, **options) as loader:
+        start, batches = loader.state_dict(), _epochs(loader, 2)
     for first in (0, 3, 7, 8, 12):
+        ranks = [_open(spoilt, rank=rank, world_size=world_size, **options) for rank in range(world_size)]
         for rank in ranks:
-            rank.load_state_dict({**states[0], "epoch": first // 8, "step": first % 8})
-        parts = zip(*(_epochs(rank, 2 - first // 8) for rank in ranks), strict=True)
-        for whole, part in zip(batches[first:], parts, strict=True):
-            assert torch.equal(torch.cat([batch.images for batch in part]), whole.images)
-            assert torch.equal(torch.cat([batch.indices for batch in part]), whole.indices)
-    for rank in ranks:
-        rank.close()
+            rank.load_state_dict({**start, "epoch": first // 8, "step": first % 8})
+        _check_ranks(ranks, batches[first:], 2 - first // 8)
 
 
 def test_a_step_of_bad_samples_only_is_empty(data: Path, tmp_path: Path) -> None:
@@ -339,7 +311,7 @@ def test_a_cut_image_is_judged_by_its_window(data: Path, tmp_path: Path) -> None
         with Loader(
             copy, batch_size=batch_size, augmentation=Augmentation(crop=20, mean="none", noise="none"), on_bad="skip"
         ) as loader:
-            batches = _epochs(loader, 2)
+            batches = list(loader)
         kept.append([(batch.indices.tolist(), batch.images.sum((1, 2, 3)).tolist()) for batch in batches])
         assert 0 < loader.skipped < 48
     flat = [[pair for rows, sums in run for pair in zip(rows, sums, strict=True)] for run in kept]
@@ -467,18 +439,6 @@ def test_closing_waits_for_what_a_gpu_still_copies(data: Path) -> None:
     assert event.waited
 
 
-def test_an_exception_in_the_loop_harms_nothing(data: Path) -> None:
-    with _open(data) as whole, _open(data) as loader:
-        expected = _stream(whole, 1)
-        seen = []
-        with pytest.raises(ZeroDivisionError):
-            for batch in loader:
-                seen.append((batch.indices.tolist(), batch.images.numpy().tobytes()))
-                if len(seen) == 3:
-                    1 / 0  # noqa: B018
-        assert seen + _stream(loader, 1) == expected
-
-
 def test_interrupted_at_any_moment(data: Path) -> None:
     """Ctrl-C again and again: what is delivered is always the batch that the state tells."""
     with _open(data) as loader:
@@ -513,14 +473,6 @@ def test_interrupted_at_any_moment(data: Path) -> None:
     finally:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         signal.signal(signal.SIGVTALRM, before)
-
-
-def test_pickled_in_mid_epoch(data: Path) -> None:
-    with _open(data) as loader:
-        next(iter(loader))
-        with pickle.loads(pickle.dumps(loader)) as copy:
-            assert copy.state_dict() == loader.state_dict()
-            assert _stream(copy, 2) == _stream(loader, 2)
 
 
 def _report_rest(loader: Loader, connection: Any) -> None:
@@ -559,7 +511,7 @@ def test_in_a_new_process(data: Path, spoilt: Path) -> None:
         "digest = hashlib.sha256()\n"
         "for batch in loader: digest.update(batch.images.numpy().tobytes())\n"
         "plain = Augmentation(crop=51, mean='none', noise='none')\n"
-        "for seed in range(16):\n"
+        "for seed in range(8):\n"
         "    with Loader(sys.argv[1], batch_size=48, augmentation=plain, threads=2, seed=seed, on_bad='skip') as loader:\n"
         "        assert sum(len(batch.images) for batch in loader) == 43\n"
         "print(digest.hexdigest())\n"
@@ -608,12 +560,11 @@ def _resident_mib() -> float:
 
 @pytest.mark.parametrize("kind", ["good", "bad"])
 def test_memory_stays_flat(kind: str, data: Path, spoilt: Path) -> None:
-    """Hundreds of batches, of which two dozen would be seen if they stayed, with and without images that cannot be decoded; 10,000 are
-    measured in benchmarks/."""
+    """160 batches, of which two dozen would be seen if they stayed; with and without images that cannot be decoded."""
     bad: dict[str, Any] = {"on_bad": "skip"} if kind == "bad" else {}
     with _open(spoilt if bad else data, batch_size=12, **bad) as loader:
         resident = []
-        for epochs in (40, 80 if kind == "good" else 30):
+        for epochs in (20, 40):
             for _ in range(epochs):
                 for _batch in loader:
                     pass
