@@ -185,10 +185,16 @@ def draw(
     Returns:
         The parameters, in the order of `rows_N`. Corners and mirrors are exact on any machine; normals, and the windows of
         `augmentation.scale`, depend on the platform's log, exp and cos in their last bit.
+
+    Raises:
+        AlexprepError: `augmentation.share` is above 1, and there are no positions.
     """
     keys = rows = np.asarray(rows_N, np.int64)
     if augmentation.share > 1:
-        assert positions_N is not None
+        if positions_N is None:
+            raise AlexprepError(
+                f"share {augmentation.share} needs the samples' places in the epoch's order: give positions_N"
+            )
         keys = np.asarray(positions_N, np.int64) // augmentation.share
     geometry = _words(seed, epoch, keys, _GEOMETRY if augmentation.share == 1 else _SHARED)
     sizes = np.asarray(sizes_N2, np.int64)
@@ -205,14 +211,14 @@ def draw(
 
 
 def centred(augmentation: Augmentation, sizes_N2: NDArray[np.integer]) -> Draws:
-    """No chance at all: the centre window, not mirrored, without noise; for evaluation. For the arguments see `draw`."""
+    """Gives an evaluation's parameters, without chance: the centre window, no mirror, no noise. For the arguments see `draw`."""
     sizes = np.asarray(sizes_N2, np.int64)
     windows = _in_the_centre(sizes, _evaluation_sides(augmentation, sizes))
     return Draws(windows, np.zeros(len(sizes), bool), np.zeros((len(sizes), 3)))
 
 
 def ten_windows(augmentation: Augmentation, sizes_N2: NDArray[np.integer]) -> NDArray[np.int64]:
-    """The windows of the paper's ten test views (section 4.1): the four corners and the centre.
+    """Gives the windows of the paper's ten test views (section 4.1): the four corners and the centre.
 
     Each is seen as it is, then all five once more reflected. The order is the 2012 code's.
 
@@ -250,7 +256,14 @@ def augment(
 
     Returns:
         float64 (crop, crop, 3), grey levels about 0, or what `augmentation.std` makes of them.
+
+    Raises:
+        AlexprepError: statistics are needed and there are none.
     """
+    if statistics is None and augmentation.needs_statistics:
+        raise AlexprepError(
+            "this augmentation needs statistics: give those of the dataset, from alexprep.shards.read_statistics"
+        )
     noisy = augmentation.noisy(epoch)
     shift = np.zeros(3)
     if noisy and statistics is not None:

@@ -50,7 +50,7 @@ def webdataset_pipeline(
     rank: int | None = None,
     world_size: int | None = None,
 ) -> EpochPipeline:
-    """A webdataset pipeline over one split of a finished dataset: an `IterableDataset` for `torch.utils.data.DataLoader`.
+    """Makes a webdataset pipeline over one split of a finished dataset: an `IterableDataset` for torch's `DataLoader`.
 
     One iteration is one epoch. The epoch's order is cut into contiguous parts, one a rank, and these again, one a DataLoader worker:
     by samples and not by shards, of which there may be fewer than workers. So each sample comes once, from one worker of one rank.
@@ -70,7 +70,7 @@ def webdataset_pipeline(
         even: whether all ranks get the same number of samples, and so of batches: up to `world_size` - 1 samples of an epoch are
             left out, other ones each epoch. False: none is left out, and ranks' numbers differ by one at most.
         rank: of this process, in [0, world_size). Together with `world_size`; by default what torchrun's environment or
-            `torch.distributed` says.
+            `torch.distributed` says when the pipeline is made.
         world_size: how many processes share an epoch.
 
     Returns:
@@ -91,15 +91,17 @@ def webdataset_pipeline(
         raise AlexprepError(f"image {image!r} is not one of {', '.join(get_args(ImageKind))}")
     if (rank is None) != (world_size is None):
         raise AlexprepError(f"rank {rank} and world_size {world_size} go together: give both or none")
-    place = None
-    if rank is not None:
-        ranks = whole_number("world_size", world_size, 1, 2**31 - 1)
-        place = whole_number("rank", rank, 0, ranks - 1), ranks
+    if rank is None:
+        rank, world_size, _, _ = pytorch_worker_info()  # now: worker processes know nothing of torch.distributed
+    world_size = whole_number("world_size", world_size, 1, 2**31 - 1)
+    rank = whole_number("rank", rank, 0, world_size - 1)
     member = FORMATS[dataset["image"]["format"]]
     seed, buffer = whole_number("seed", seed, 0, 2**63 - 1), whole_number("buffer", buffer, 0, 2**31 - 1)
     # Workers that are already running see it change.
     epoch: torch.Tensor = torch.zeros((), dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
-    source = _EncodedSamples(folder, split, (f".{member}", ".cls"), shuffle, buffer, seed, even, place, epoch)
+    source = _EncodedSamples(
+        folder, split, (f".{member}", ".cls"), shuffle, buffer, seed, even, rank, world_size, epoch
+    )
     decode = _Decode(member, image, transform, tuple(parts))
     return EpochPipeline(source, webdataset.map(decode), epoch=epoch)
 
@@ -128,22 +130,22 @@ class _EncodedSamples:
     buffer: int
     seed: int
     even: bool
-    place: tuple[int, int] | None  # rank and world size, where they were given
+    rank: int
+    world_size: int
     epoch: torch.Tensor
 
     def __call__(self) -> Iterator[dict[str, Any]]:
         """One epoch."""
-        rank, world_size, worker, workers = pytorch_worker_info()
-        rank, world_size = self.place or (rank, world_size)
+        _, _, worker, workers = pytorch_worker_info()
         index, epoch = read_index(self.folder, self.split), int(self.epoch)
-        count = len(index) - len(index) % world_size * self.even
-        part = rank_part(*rank_part(0, count, rank, world_size), worker, workers)
+        count = len(index) - len(index) % self.world_size * self.even
+        part = rank_part(*rank_part(0, count, self.rank, self.world_size), worker, workers)
         samples = itertools.chain.from_iterable(
             self._span(*span) for span in _spans(index, part, (self.seed, epoch) if self.shuffle else None)
         )
         if not self.shuffle or self.buffer < 2:
             return samples
-        rng = random.Random(f"{self.seed} {epoch} {rank} {worker}")
+        rng = random.Random(f"{self.seed} {epoch} {self.rank} {worker}")
         drawn: Iterator[dict[str, Any]] = webdataset.shuffle(self.buffer, initial=self.buffer, rng=rng)(samples)
         return drawn
 

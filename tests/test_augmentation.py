@@ -17,6 +17,7 @@ from alexprep.pipeline.augmentation import (
     PRESETS,
     Augmentation,
     Draws,
+    augment,
     centred,
     colour_shifts,
     draw,
@@ -241,3 +242,10 @@ def test_imagenet_s_noise_is_the_published_one() -> None:
 def test_augmentations_out_of_bounds(arguments: dict[str, Any], words: str) -> None:
     with pytest.raises(AlexprepError, match=words):
         Augmentation(**arguments)
+
+
+def test_what_is_missing_is_named() -> None:
+    with pytest.raises(AlexprepError, match="share 32 needs the samples' places"):
+        draw(PRESETS["2012-code"], 0, 0, np.arange(2), np.full((2, 2), 256))
+    with pytest.raises(AlexprepError, match="this augmentation needs statistics"):
+        augment(np.zeros((256, 256, 3), np.uint8), _draw(0, 0, np.arange(1), 32), 0, Augmentation(), None)
