@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from alexprep.pipeline.augmentation import Augmentation, augmentation_named
+from alexprep.pipeline.dali_ops import HW_DECODER_LOAD
 from alexprep.pipeline.dataset import Dataset, open_dataset
 from alexprep.pipeline.device import wait_for
 from alexprep.pipeline.loader import Loader
@@ -113,13 +114,13 @@ def tune(
             for _ in range(settings.prefetch + 2):
                 next(batches)
             wait_for(torch.device(device))
-            start = time.monotonic()
+            full = time.monotonic()
             images = steps = 0
             while steps < _LEAST_STEPS or time.monotonic() < until:
                 images += len(next(batches).indices)
                 steps += 1
             wait_for(torch.device(device))
-            return images / (time.monotonic() - start)
+            return images / (time.monotonic() - full)
 
     start = Tuning(threads=cores(), decode=None if on_cpu else "cuda")
     found = search(measure, searched, sizes, seconds, start, say=say)
@@ -155,9 +156,8 @@ def dimensions(device: str, most_threads: int) -> Dimensions:
     }
     if device == "cpu":
         return searched
-    default = Tuning().hw_decoder_load
-    places = {"CPU": {"decode": "cpu", "hw_decoder_load": default}}
-    for load in sorted({0.0, 0.25, 0.5, 0.65, 0.8, 0.9, 1.0, default}):
+    places = {"CPU": {"decode": "cpu", "hw_decoder_load": HW_DECODER_LOAD}}
+    for load in (0.0, 0.25, 0.5, HW_DECODER_LOAD, 0.8, 0.9, 1.0):
         places[f"GPU, {load:g} on JPEG engines"] = {"decode": "cuda", "hw_decoder_load": load}
     return {"decode": places, **searched}
 

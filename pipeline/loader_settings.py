@@ -110,15 +110,10 @@ def saved_tuning(data: str | Path, device: str) -> Saved:
 
 
 def save_tuning(data: str | Path, machine: str, entry: Mapping[str, Any]) -> tuple[Path | None, list[str]]:
-    """Publishes the entry of one machine; those of other machines stay.
+    """Publishes the entry of one machine, as `this_machine` names it; those of other machines stay.
 
-    Args:
-        data: as for `Loader`.
-        machine: that was measured, see `this_machine`.
-        entry: JSON values, among them "settings", the fields of `Tuning`, and "measured_at", a UTC time that sorts as text.
-
-    Returns:
-        Where it was written, or None where no place can be written; and a sentence for everything that was not as it should be.
+    `entry` holds JSON values, among them "settings", the fields of `Tuning`, and "measured_at", a UTC time that sorts as text.
+    Returns where it was written, None where no place can be written; and a sentence for each thing that was not as it should be.
     """
     notes = []
     for path, name in _places(data, machine).items():
