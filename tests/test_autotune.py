@@ -357,12 +357,6 @@ def test_threads_that_are_given_win_and_ranks_share(
     assert prepare(config(mine, tmp_path, threads=9)).tuning == Tuning(9, 4)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_a_gpu_that_is_not_there_is_named(mine: Path) -> None:
-    with pytest.raises(AlexprepError, match="there is no cuda here, torch sees 0 GPUs"):
-        tuning_for(mine, "cuda")
-
-
 def test_a_run_decodes_as_it_began(mine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is tuned later: the decoders differ by a grey level here and there."""
     monkeypatch.setattr(loader_settings, "_gpu_name", lambda device: "NVIDIA H200")

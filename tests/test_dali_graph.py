@@ -66,6 +66,7 @@ CONVENTIONS = {
     "bytes": Augmentation(crop=51, mean="none", noise="none"),
     "none": PRESETS["none"],
     "resized": replace(PRESETS["resized"], crop=37),
+    "resized-bytes": replace(PRESETS["resized"], crop=37, mean="none", std="none"),
     "enlarged": Augmentation(
         crop=71, scale=(0.3, 1), ratio=(0.5, 1.5), mean="channel", noise="stdev", noise_rescale=1.1
     ),
@@ -279,7 +280,7 @@ def test_every_convention_equals_numpy(name: str, memory_format: Any, device: st
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("memory_format", FORMATS)
 @pytest.mark.parametrize("views", ["random", "centre", "ten"])
-@pytest.mark.parametrize("name", ["paper", "2012-code", "imagenet", "resized", "bytes", "none"])
+@pytest.mark.parametrize("name", ["paper", "2012-code", "imagenet", "resized", "resized-bytes", "bytes", "none"])
 def test_other_dtypes_hold_the_same_values(name: str, views: Any, memory_format: Any, device: str, data: Path) -> None:
     """float16 is the rounded float32; where grey levels stay as they are, uint8 is the same."""
     augmentation = CONVENTIONS[name]
