@@ -37,7 +37,7 @@ _STRIP_BYTES = 128 * 2**20  # of windows of the mean image that are kept ready
 
 
 @dataclass(frozen=True)
-class Settings:
+class GraphSettings:
     """What a graph is built for, beside the augmentation.
 
     Attributes:
@@ -85,7 +85,7 @@ class Graph:
     augmentation: Augmentation
     statistics: Statistics | None
     views: Views
-    settings: Settings
+    settings: GraphSettings
 
     def __post_init__(self) -> None:
         """Refuses values that do not go together, with AlexprepError."""

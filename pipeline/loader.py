@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from alexprep.pipeline.augmentation import Augmentation, Draws, augmentation_named, centred, draw
-from alexprep.pipeline.dali_graph import Graph, Settings, Views
+from alexprep.pipeline.dali_graph import Graph, GraphSettings, Views
 from alexprep.pipeline.dali_ops import Dtype, MemoryFormat
 from alexprep.pipeline.dataset import Dataset, OnBad, Source, open_dataset, statistics_for
 from alexprep.pipeline.device import choose_device, moved
@@ -136,7 +136,7 @@ class Loader:
         chosen = statistics_for(dataset, statistics) if augmentation.needs_statistics else None
         dataset.check(augmentation, chosen)
         target = choose_device(device or "cpu")
-        settings = Settings(
+        settings = GraphSettings(
             raw=dataset.raw,
             size=dataset.size,
             batch_size=self._plan.largest_part,
@@ -175,20 +175,24 @@ class Loader:
         self._loaded = False
         epoch = self.epoch
         while self.epoch == epoch:
-            try:
-                runner = self._running()
-                self._feed_ahead(runner)
-                step, images = runner.take()
-                self._feed_ahead(runner)  # before the caller works on this batch
-                labels = moved(torch.from_numpy(self._dataset.samples.labels[step.rows]), images.device)
-                following = self._plan.after(step.epoch, step.number)
-            except BaseException:
-                # Also after Ctrl-C: what is under way no longer fits the state, which still points at this batch.
-                self._abandon()
-                raise
-            self.epoch, self.step = following
-            self.skipped += step.skipped
-            yield Batch(images, labels, torch.from_numpy(step.rows.copy()))
+            yield self._next_batch()  # which is then the caller's alone
+
+    def _next_batch(self) -> Batch:
+        try:
+            runner = self._running()
+            self._feed_ahead(runner)
+            step, images = runner.take()
+            self._feed_ahead(runner)  # before the caller works on this batch
+            labels = moved(torch.from_numpy(self._dataset.samples.labels[step.rows]), images.device)
+            batch = Batch(images, labels, torch.from_numpy(step.rows.copy()))
+            following = self._plan.after(step.epoch, step.number)
+        except BaseException:
+            # Also after Ctrl-C: what is under way no longer fits the state, which still points at this batch.
+            self._abandon()
+            raise
+        self.epoch, self.step = following
+        self.skipped += step.skipped
+        return batch
 
     def _feed_ahead(self, runner: PipelineRunner) -> None:
         """Keeps enough steps under way. Training runs on into the next epoch, evaluation ends with its own."""
