@@ -126,7 +126,7 @@ class Recording(Loader):
     def __iter__(self) -> Iterator[Batch]:
         """As `Loader`."""
         for batch in super().__iter__():
-            if self._feed.views == "random":
+            if self._graph.views == "random":
                 self.samples_of[self.epoch * len(self) + self.step] = batch.indices.tolist()
             yield batch
 

@@ -42,7 +42,7 @@ def main() -> None:
 def _watch(name: str, data: Path, batches: int) -> dict[str, Any]:
     marks = {batches // 20: "5 %", batches // 2: "50 %", batches: "100 %"}
     found: dict[str, Any] = {}
-    with Loader(data, batch_size=BATCH, on_bad="skip", layout="channels_last") as loader:
+    with Loader(data, batch_size=BATCH, on_bad="skip", memory_format="channels_last") as loader:
         endless = itertools.chain.from_iterable(iter(loader) for _ in itertools.count())
         for n, _ in enumerate(itertools.islice(endless, batches), 1):
             if n in marks:

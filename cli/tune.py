@@ -9,10 +9,15 @@ import click
 from alexprep.cli.options import AT_LEAST_1, Seconds, device_option, json_option
 
 if TYPE_CHECKING:
-    from alexprep.pipeline.autotune import Trial, Tuned
-    from alexprep.pipeline.loader_settings import Tuning
+    from alexprep.pipeline.autotune import Found
 
 _BAR = 30  # characters
+_TITLES = {
+    "decode": "Where images are decoded",
+    "threads": "Threads",
+    "prefetch": "Steps worked on ahead",
+    "batch size": "The default and the choice by batch size",
+}
 
 
 @click.command("tune", short_help="Measure how this machine loads fastest.")
@@ -68,62 +73,38 @@ def tune(
     from alexprep.pipeline.loader_settings import save_tuning
 
     chosen = str(choose_device(device))
-    tuned = measure(data, chosen, batch_sizes, augmentation, seconds, lambda line: click.echo(line, err=True))
-    entry = tuned.entry()
-    path, notes = save_tuning(data, tuned.machine, entry)
-    for note in [*tuned.found.notes, *notes]:
+    found, entry = measure(data, chosen, batch_sizes, augmentation, seconds, lambda line: click.echo(line, err=True))
+    path, notes = save_tuning(data, entry["machine"], entry)
+    notes = [*found.notes, *notes]
+    for note in notes:
         click.echo(f"Note: {note}", err=True)
     saved = str(path) if path else None
     if not as_json:
-        _show(tuned, data, saved)
-    output.json_line({**entry, "data": data, "saved_to": saved, "notes": [*tuned.found.notes, *notes]}, as_json)
+        click.echo(f"{entry['samples']:,} images of 'train' in {data}, on {entry['machine']}.")
+        _show_curves(found, entry["batch_size"])
+        rows = [
+            ("settings", found.settings.words(chosen)),
+            ("speed", f"{found.rate:,.0f} images/s, {found.rate / found.default_rate:.2f} × the default's"),
+            ("this run", f"{entry['seconds']:.1f} s"),
+            ("written to", saved or "nowhere: `alexprep train` uses its defaults"),
+        ]
+        output.table("Chosen.", rows)
+    output.json_line({**entry, "data": data, "saved_to": saved, "notes": notes}, as_json)
 
 
-def _show(tuned: Tuned, data: str, saved: str | None) -> None:
-    """The curves and the choice."""
+def _show_curves(found: Found, batch_size: int) -> None:
+    """A table for each setting: its values' rates, with bars as long as their share of the fastest one."""
     from alexprep.cli import output
 
-    found, size = tuned.found, tuned.batch_sizes[0]
-    click.echo(f"{tuned.samples:,} images of 'train' in {data}, on {tuned.machine}.")
-    compared: dict[str, list[Trial]] = {}
-    for trial in found.trials:
-        compared.setdefault(trial.dimension, []).append(trial)
-    for name, trials in compared.items():
-        fastest = max(trial.rate for trial in trials)
-        at = "" if name == "batch size" else f", batches of {size}"
-        rows = [(trial.value, (_bar(trial, fastest) + _mark(trial, found.tuning)).rstrip()) for trial in trials]
-        output.table(f"{_TITLES[name]}{at}:", rows)
-    if tuned.shuffle_quality:
-        rows = [(order, f"{quality:.3f}") for order, quality in tuned.shuffle_quality.items()]
-        output.table("How well each order shuffles an epoch, 1 is a uniform permutation:", rows)
-    memory = {name: count for name, count in tuned.memory.items() if count is not None}
-    output.table(
-        "Chosen.",
-        [
-            ("settings", found.tuning.words(tuned.machine.device)),
-            ("speed", f"{found.rate:,.0f} images/s, {found.rate / found.default_rate:.2f} × the default's"),
-            *((f"{name} memory, at most so far", output.size(count)) for name, count in memory.items()),
-            ("this run", f"{tuned.seconds:.1f} s"),
-            ("written to", saved or "nowhere: `alexprep train` uses its defaults"),
-        ],
-    )
-
-
-def _bar(trial: Trial, fastest: float) -> str:
-    """A rate, and a bar as long as its share of the fastest one."""
-    if not trial.rates:
-        return "not measured"
-    share = trial.rate / fastest if fastest else 0.0
-    return f"{trial.rate:>8,.0f} images/s  {'█' * round(_BAR * share):<{_BAR}}"
-
-
-def _mark(trial: Trial, chosen: Tuning) -> str:
-    return "  chosen" if trial.tuning == chosen and trial.dimension != "batch size" else ""
-
-
-_TITLES = {
-    "decode": "Where images are decoded",
-    "threads": "Threads",
-    "prefetch": "Steps worked on ahead",
-    "batch size": "The default and the choice by batch size",
-}
+    for compared, title in _TITLES.items():
+        trials = [trial for trial in found.trials if trial.compared == compared]
+        fastest = max((trial.rate for trial in trials), default=0.0) or 1.0
+        rows = []
+        for trial in trials:
+            bar = f"{'█' * round(_BAR * trial.rate / fastest):<{_BAR}}"
+            mark = "  chosen" if trial.settings == found.settings and compared != "batch size" else ""
+            row = f"{trial.rate:>8,.0f} images/s  {bar}{mark}" if trial.rounds else "not measured"
+            rows.append((trial.value, row.rstrip()))
+        if rows:
+            at = "" if compared == "batch size" else f", batches of {batch_size}"
+            output.table(f"{title}{at}:", rows)

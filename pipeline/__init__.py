@@ -1,4 +1,8 @@
-"""The DALI pipelines: orders and draws as data, the deeds in numpy and in DALI, and a `Loader` for torch."""
+"""Loads shards into a training: batches for torch by DALI or plain torch, and the single parts for a pipeline of one's own.
+
+Everything public is importable from here and nowhere deeper. Names are loaded when they are first asked for: DALI and torch take seconds
+to import, the numpy parts do not.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from alexprep.pipeline.augmentation import PRESETS, Augmentation, Draws, draw
+    from alexprep.pipeline.augmentation import PRESETS, Augmentation, Draws, augment, draw, noise_stdevs
     from alexprep.pipeline.dali_ops import (
         colour_noise,
         decode_crop,
@@ -16,9 +20,11 @@ if TYPE_CHECKING:
         subtract_mean_window,
         to_tensor,
     )
+    from alexprep.pipeline.device import choose_device
     from alexprep.pipeline.loader import Batch, Loader
     from alexprep.pipeline.loader_settings import Tuning, tuning_for
     from alexprep.pipeline.sampler import block_order, epoch_order, shuffle_quality
+    from alexprep.pipeline.wds_pipeline import webdataset_pipeline
 
 __all__ = [
     "PRESETS",
@@ -27,35 +33,51 @@ __all__ = [
     "Draws",
     "Loader",
     "Tuning",
+    "augment",
     "block_order",
+    "choose_device",
     "colour_noise",
     "decode_crop",
     "decode_window",
     "draw",
     "epoch_order",
     "mirror",
+    "noise_stdevs",
     "resize_square",
     "shuffle_quality",
     "subtract_mean_window",
     "to_tensor",
     "tuning_for",
+    "webdataset_pipeline",
 ]
 
 _HOMES = {
-    "augmentation": ("PRESETS", "Augmentation", "Draws", "draw"),
+    "augmentation": ("PRESETS", "Augmentation", "Draws", "augment", "draw", "noise_stdevs"),
     "dali_ops": (
-        *("colour_noise", "decode_crop", "decode_window", "mirror", "resize_square", "subtract_mean_window"),
+        "colour_noise",
+        "decode_crop",
+        "decode_window",
+        "mirror",
+        "resize_square",
+        "subtract_mean_window",
         "to_tensor",
     ),
+    "device": ("choose_device",),
     "loader": ("Batch", "Loader"),
-    "sampler": ("block_order", "epoch_order", "shuffle_quality"),
     "loader_settings": ("Tuning", "tuning_for"),
+    "sampler": ("block_order", "epoch_order", "shuffle_quality"),
+    "wds_pipeline": ("webdataset_pipeline",),
 }
 
 
 def __getattr__(name: str) -> Any:
-    """Loads a public name when it is first asked for: DALI and torch take seconds to import, the numpy parts do not."""
+    """Loads a public name when it is first asked for."""
     for home, names in _HOMES.items():
         if name in names:
             return getattr(importlib.import_module(f"{__name__}.{home}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """The public names."""
+    return __all__

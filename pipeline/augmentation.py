@@ -1,4 +1,8 @@
-"""What is done to an image, every convention by name, and the combinations that have a name of their own."""
+"""Defines the augmentations: their options and presets, the random parameters of a sample, and the operations in numpy.
+
+The DALI graph (`alexprep.pipeline.dali_ops`, `alexprep.pipeline.dali_graph`) must give what `augment` gives. This module decodes nothing and
+imports neither DALI nor torch: the order of samples is `alexprep.pipeline.sampler`'s, reading them `alexprep.pipeline.loader`'s.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +16,6 @@ from alexprep.shards.errors import AlexprepError, number_within, whole_number
 
 if TYPE_CHECKING:
     from alexprep.shards.rgb_statistics import Statistics
-
-# -------------------- What is done to an image, every convention by name, and the combinations that have a name of their own.
-
 
 Mean = Literal["crop", "centre", "channel", "imagenet", "none"]
 Std = Literal["channel", "imagenet", "none"]
@@ -41,9 +42,9 @@ class Augmentation:
         share: how many neighbours in the epoch's order share one draw of corner and mirror: 1 in the paper, 32 in the 2012
             code.
         mean: what is subtracted. "crop": the mean image at the crop's own window (the paper, section 2: from each pixel);
-            "centre": always the mean image's centre window, after the reflection (the 2012 code); "channel": the data set's
+            "centre": always the mean image's centre window, after the reflection (the 2012 code); "channel": the dataset's
             three channel means; "imagenet": `IMAGENET_MEAN`; "none".
-        std: what is divided by: "channel", the data set's three channel standard deviations; "imagenet": `IMAGENET_STD`; "none".
+        std: what is divided by: "channel", the dataset's three channel standard deviations; "imagenet": `IMAGENET_STD`; "none".
         noise: how large the colour noise along each principal axis is, for α ~ N(0, noise_sigma²). "eigenvalue": α λ with
             λ the eigenvalue on the 0-1 scale, times 255 (the paper's formula, section 4.1); "stdev": α √λ on the 0-255
             scale (the 2012 code); "none".
@@ -101,7 +102,7 @@ class Augmentation:
 
     @property
     def needs_statistics(self) -> bool:
-        """Whether the data set's mean image, channel moments or eigenpairs are used."""
+        """Whether the dataset's mean image, channel moments or eigenpairs are used."""
         return self.windowed_mean or "channel" in (self.mean, self.std) or self.noise != "none"
 
     @property
@@ -141,44 +142,9 @@ def augmentation_named(name: str) -> Augmentation:
     return PRESETS[name]
 
 
-# -------------------- The random numbers of a sample: a pure function of (seed, epoch, sample), so that they do not depend on who computes them.
-
-
-_MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
-_WEYL = (0x9E3779B9, 0xBB67AE85)
-_ROUNDS = 10
-_LOW = np.uint64(0xFFFFFFFF)
-_SHIFT = np.uint64(32)
-
-# Tells the uses of a sample's numbers apart: the counter's last word.
-_GEOMETRY, _NOISE, _SHARED, _ATTEMPT = 0, 1, 2, 16
-_ATTEMPTS = 10  # at a window that fits; torchvision's number
-
-
-def philox(counter: NDArray[np.uint64], key: tuple[int, int]) -> NDArray[np.uint64]:
-    """Philox 4x32-10.
-
-    Args:
-        counter: uint64 (4, N), each entry below 2**32.
-        key: two integers below 2**32.
-
-    Returns:
-        uint64 (4, N), uniform on [0, 2**32).
-
-    >>> [hex(word) for word in philox(np.zeros((4, 1), np.uint64), (0, 0))[:, 0].tolist()]  # Random123's known answer
-    ['0x6627e8d5', '0xe169c58d', '0xbc57ac4c', '0x9b00dbd8']
-    """
-    a, b, c, d = counter
-    for turn in range(_ROUNDS):
-        k0, k1 = (np.uint64((key[i] + turn * _WEYL[i]) & 0xFFFFFFFF) for i in range(2))
-        left, right = _MULTIPLIERS[0] * a, _MULTIPLIERS[1] * c
-        a, b, c, d = (right >> _SHIFT) ^ b ^ k0, right & _LOW, (left >> _SHIFT) ^ d ^ k1, left & _LOW
-    return np.stack([a, b, c, d])
-
-
 @dataclass(frozen=True)
 class Draws:
-    """What is drawn for N samples.
+    """The random parameters of N samples.
 
     Attributes:
         windows_N4: int64 (N, 4), what is cut out of each image: top row, left column, height, width, pixels.
@@ -190,6 +156,10 @@ class Draws:
     mirror_N: NDArray[np.bool_]
     alpha_N3: NDArray[np.float64]
 
+    def only(self, chosen: NDArray[np.bool_] | list[int]) -> Draws:
+        """Those of some samples, in the order in which they are chosen."""
+        return Draws(self.windows_N4[chosen], self.mirror_N[chosen], self.alpha_N3[chosen])
+
 
 def draw(
     augmentation: Augmentation,
@@ -199,7 +169,7 @@ def draw(
     sizes_N2: NDArray[np.integer],
     positions_N: NDArray[np.int64] | None = None,
 ) -> Draws:
-    """Draws for samples of an epoch.
+    """Draws the random parameters of samples: a pure function of (seed, epoch, row), whoever computes it and with which others.
 
     A crop's corner is uniform over all positions: 33 x 33 for 224 of 256 pixels, as in the 2012 code (section 4.1 of the paper
     says "2048 x", for 32 x 32 x 2).
@@ -210,20 +180,26 @@ def draw(
         epoch: 0 to 2**32 - 1.
         rows_N: int64 (N,), the samples' rows.
         sizes_N2: integer (N, 2), their images' heights and widths, pixels, at least the crop's where nothing is resized.
-        positions_N: int64 (N,), their places in the epoch's order; needed where draws are shared.
+        positions_N: int64 (N,), their places in the epoch's order; needed with `augmentation.share`.
 
     Returns:
-        The draws, in the order of `rows_N`. Corners and mirrors are exact on any machine; normals, and the windows of
+        The parameters, in the order of `rows_N`. Corners and mirrors are exact on any machine; normals, and the windows of
         `augmentation.scale`, depend on the platform's log, exp and cos in their last bit.
+
+    Raises:
+        AlexprepError: `augmentation.share` is above 1, and there are no positions.
     """
     keys = rows = np.asarray(rows_N, np.int64)
     if augmentation.share > 1:
-        assert positions_N is not None
+        if positions_N is None:
+            raise AlexprepError(
+                f"share {augmentation.share} needs the samples' places in the epoch's order: give positions_N"
+            )
         keys = np.asarray(positions_N, np.int64) // augmentation.share
     geometry = _words(seed, epoch, keys, _GEOMETRY if augmentation.share == 1 else _SHARED)
     sizes = np.asarray(sizes_N2, np.int64)
     if augmentation.crop is None:
-        windows = _whole(sizes)
+        windows = np.concatenate([np.zeros_like(sizes), sizes], axis=1)
     elif augmentation.scale is None:
         side = np.full(len(rows), augmentation.crop)
         corners = (_below(geometry[n], sizes[:, n] - side + 1) for n in range(2))
@@ -235,16 +211,16 @@ def draw(
 
 
 def centred(augmentation: Augmentation, sizes_N2: NDArray[np.integer]) -> Draws:
-    """No chance at all: the centre window, not mirrored, without noise; for evaluation. For the arguments see `draw`."""
+    """Gives an evaluation's parameters, without chance: the centre window, no mirror, no noise. For the arguments see `draw`."""
     sizes = np.asarray(sizes_N2, np.int64)
-    sides = evaluation_sides(augmentation, sizes)
-    windows = np.concatenate([(sizes - sides) // 2, sides], axis=1)
+    windows = _in_the_centre(sizes, _evaluation_sides(augmentation, sizes))
     return Draws(windows, np.zeros(len(sizes), bool), np.zeros((len(sizes), 3)))
 
 
 def ten_windows(augmentation: Augmentation, sizes_N2: NDArray[np.integer]) -> NDArray[np.int64]:
-    """The windows of the paper's ten test views (section 4.1): the four corners and the centre; each is seen as it is, then all
-    five once more reflected. The order is the 2012 code's.
+    """Gives the windows of the paper's ten test views (section 4.1): the four corners and the centre.
+
+    Each is seen as it is, then all five once more reflected. The order is the 2012 code's.
 
     Returns:
         int64 (N, 5, 4), otherwise as `Draws.windows_N4`.
@@ -253,92 +229,103 @@ def ten_windows(augmentation: Augmentation, sizes_N2: NDArray[np.integer]) -> ND
     [[0, 0], [0, 32], [16, 16], [32, 0], [32, 32]]
     """
     sizes = np.asarray(sizes_N2, np.int64)
-    sides = evaluation_sides(augmentation, sizes)
+    sides = _evaluation_sides(augmentation, sizes)
     slack = sizes - sides
     places = [(0, 0), (0, 2), (1, 1), (2, 0), (2, 2)]  # in halves of the slack
     corners = [np.stack([slack[:, n] * place[n] // 2 for n in range(2)], axis=1) for place in places]
     return np.stack([np.concatenate([corner, sides], axis=1) for corner in corners], axis=1)
 
 
-def evaluation_sides(augmentation: Augmentation, sizes_N2: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Height and width of the windows that evaluation cuts: int64 (N, 2)."""
-    if augmentation.crop is None:
-        return sizes_N2.astype(np.int64)
-    if augmentation.scale is None:
-        return np.full_like(sizes_N2, augmentation.crop)
-    sides = np.rint(sizes_N2.min(axis=1) * augmentation.evaluation_scale).astype(np.int64)
-    squares: NDArray[np.int64] = np.maximum(1, np.stack([sides, sides], axis=1))
-    return squares
+def augment(
+    image_HWC: NDArray[np.uint8],
+    draws: Draws,
+    n: int,
+    augmentation: Augmentation,
+    statistics: Statistics | None,
+    epoch: int = 0,
+) -> NDArray[np.float64]:
+    """What becomes of one image in training: the definition, which the DALI graph equals.
 
+    Args:
+        image_HWC: uint8 (H, W, 3), RGB, the decoded image.
+        draws: of a batch, from `draw`.
+        n: which sample of the batch this is.
+        augmentation: what is done, and what was drawn for.
+        statistics: of the dataset; None where `augmentation.needs_statistics` is false.
+        epoch: some augmentations lose their noise after some epochs.
 
-def _words(seed: int, epoch: int, keys_N: NDArray[np.int64], purpose: int) -> NDArray[np.uint64]:
-    keys = keys_N.astype(np.uint64)
-    counter = np.stack([keys & _LOW, keys >> _SHIFT, np.full_like(keys, epoch), np.full_like(keys, purpose)])
-    return philox(counter, (seed & 0xFFFFFFFF, seed >> 32))
+    Returns:
+        float64 (crop, crop, 3), grey levels about 0, or what `augmentation.std` makes of them.
 
-
-def _below(words: NDArray[np.uint64], bounds: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Uniform on [0, bound). Multiply and shift: a value of n has probability within n / 2**32 of 1 / n."""
-    scaled: NDArray[np.uint64] = (words * bounds.astype(np.uint64)) >> _SHIFT
-    return scaled.astype(np.int64)
-
-
-def _unit(words: NDArray[np.uint64]) -> NDArray[np.float64]:
-    """Uniform on (0, 1): the halves keep off both ends."""
-    return (words.astype(np.float64) + 0.5) / 2**32
-
-
-def _normals(words: NDArray[np.uint64]) -> NDArray[np.float64]:
-    """Box and Muller: two uniforms make two normals, of which the fourth is not needed."""
-    uniform = _unit(words)
-    radius = np.sqrt(-2.0 * np.log(uniform[:2]))
-    angle = 2.0 * np.pi * uniform[2:]
-    return np.stack([radius[0] * np.cos(angle[0]), radius[0] * np.sin(angle[0]), radius[1] * np.cos(angle[1])]).T
-
-
-def _whole(sizes_N2: NDArray[np.int64]) -> NDArray[np.int64]:
-    return np.concatenate([np.zeros_like(sizes_N2), sizes_N2], axis=1)
-
-
-def _resized_windows(
-    augmentation: Augmentation, seed: int, epoch: int, keys: NDArray[np.int64], sizes: NDArray[np.int64]
-) -> NDArray[np.int64]:
-    """torchvision's rule: ten attempts at an area and a ratio, at a uniform place; then the largest centred window.
-
-    Samples of the same key have the same attempts, each in the size of its own image.
+    Raises:
+        AlexprepError: statistics are needed and there are none.
     """
-    assert augmentation.scale is not None
-    windows = _centred_windows(sizes, augmentation.ratio)
-    low, high = augmentation.scale
-    logs = np.log(np.array(augmentation.ratio))
-    open_rows = np.arange(len(keys))
-    for attempt in range(_ATTEMPTS):
-        words = _words(seed, epoch, keys[open_rows], _ATTEMPT + attempt)
-        left = sizes[open_rows]
-        area = left.prod(axis=1) * (low + (high - low) * _unit(words[0]))
-        ratio = np.exp(logs[0] + (logs[1] - logs[0]) * _unit(words[1]))
-        height, width = (np.rint(np.sqrt(part)).astype(np.int64) for part in (area / ratio, area * ratio))
-        fits = (height > 0) & (height <= left[:, 0]) & (width > 0) & (width <= left[:, 1])
-        slack = np.maximum(1, left - np.stack([height, width], axis=1) + 1)
-        found = np.stack([_below(words[2], slack[:, 0]), _below(words[3], slack[:, 1]), height, width], axis=1)
-        windows[open_rows[fits]] = found[fits]
-        open_rows = open_rows[~fits]
-    return windows
+    if statistics is None and augmentation.needs_statistics:
+        raise AlexprepError(
+            "this augmentation needs statistics: give those of the dataset, from alexprep.shards.read_statistics"
+        )
+    noisy = augmentation.noisy(epoch)
+    shift = np.zeros(3)
+    if noisy and statistics is not None:
+        shift = colour_shifts(draws.alpha_N3[n : n + 1], statistics, augmentation)[0]
+    return view(image_HWC, draws.windows_N4[n], bool(draws.mirror_N[n]), shift, augmentation, statistics, noisy)
 
 
-def _centred_windows(sizes_N2: NDArray[np.int64], ratio: tuple[float, float]) -> NDArray[np.int64]:
-    height, width = sizes_N2.T
-    tall = np.minimum(height, np.rint(width / ratio[0]).astype(np.int64))
-    wide = np.minimum(width, np.rint(height * ratio[1]).astype(np.int64))
-    sides = np.maximum(1, np.stack([tall, wide], axis=1))
-    return np.concatenate([(sizes_N2 - sides) // 2, sides], axis=1)
+def view(
+    image_HWC: NDArray[np.uint8],
+    window_4: NDArray[np.int64],
+    mirrored: bool,
+    shift_3: NDArray[np.float64],
+    augmentation: Augmentation,
+    statistics: Statistics | None,
+    noisy: bool = False,
+) -> NDArray[np.float64]:
+    """One view of an image: cut (and resized), the mean subtracted, mirrored, shifted by the noise, divided.
+
+    Args:
+        image_HWC: uint8 (H, W, 3).
+        window_4: top, left, height, width.
+        mirrored: whether left becomes right.
+        shift_3: the colour noise, grey levels.
+        augmentation: what is done.
+        statistics: of the dataset; None where `augmentation.needs_statistics` is false.
+        noisy: whether this epoch has noise, and so the division that goes with it.
+
+    Returns:
+        float64 (crop, crop, 3), grey levels about 0, or what `std` makes of them.
+    """
+    top, left, height, width = window_4.tolist()
+    image = image_HWC[top : top + height, left : left + width]
+    if augmentation.scale is not None and augmentation.crop is not None:
+        image = resize(image, augmentation.crop)
+    pixels: NDArray[np.float64] = image.astype(np.float64) - channel_means(statistics, augmentation)
+    mean_window: NDArray[np.float64] | None = None
+    if augmentation.windowed_mean and statistics is not None:
+        top, left = mean_corners(augmentation, window_4[None], len(statistics.mean_HWC))[0].tolist()
+        mean_window = statistics.mean_HWC[top : top + len(pixels), left : left + pixels.shape[1]]
+    if mean_window is not None and augmentation.mean == "crop":
+        pixels = pixels - mean_window
+    if mirrored:
+        pixels = pixels[:, ::-1]
+    if mean_window is not None and augmentation.mean == "centre":  # the 2012 code subtracts after the reflection
+        pixels = pixels - mean_window
+    pixels = (pixels + shift_3) / channel_stdevs(statistics, augmentation)
+    return pixels / augmentation.noise_rescale if noisy else pixels
 
 
-# -------------------- The deeds in numpy: crop, resize, subtract the mean, mirror, add colour noise, divide. This is their definition; the DALI graph must
+def resize(image_HWC: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
+    """Resizes to a square of `side` pixels, by a triangle filter as wide as an output pixel (antialiased bilinear).
+
+    Beyond an edge its pixels are repeated, as DALI does; Pillow leaves those weights out, which differs near the edges.
+    """
+    vertical, horizontal = (_triangle(image_HWC.shape[axis], side) for axis in (0, 1))
+    exact = np.einsum("ih,hwc,jw->ijc", vertical, image_HWC.astype(np.float64), horizontal, optimize=True)
+    rounded: NDArray[np.uint8] = np.clip(np.rint(exact), 0, 255).astype(np.uint8)
+    return rounded
 
 
 def noise_stdevs(statistics: Statistics, augmentation: Augmentation) -> NDArray[np.float64]:
-    """The colour noise's standard deviation along each principal axis: float64 (3,), grey levels."""
+    """The colour noise's standard deviation along each principal axis: float64 (3,), grey levels; 0 where there is no noise."""
     if augmentation.noise == "none":
         return np.zeros(3)
     if augmentation.noise == "stdev":
@@ -374,21 +361,105 @@ def mean_corners(augmentation: Augmentation, windows_N4: NDArray[np.integer], me
     return (mean_side - windows_N4[:, 2:].astype(np.int64)) // 2
 
 
-def cut(image_HWC: NDArray[np.uint8], window_4: NDArray[np.int64]) -> NDArray[np.uint8]:
-    """The pixels of (top, left, height, width)."""
-    top, left, height, width = window_4.tolist()
-    return image_HWC[top : top + height, left : left + width]
+_MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+_ROUNDS = 10
+_LOW = np.uint64(0xFFFFFFFF)
+_SHIFT = np.uint64(32)
+
+# Tells the uses of a sample's numbers apart: the counter's last word.
+_GEOMETRY, _NOISE, _SHARED, _ATTEMPT = 0, 1, 2, 16
+_ATTEMPTS = 10  # at a window that fits; torchvision's number
 
 
-def resize(image_HWC: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
-    """Resizes to a square of `side` pixels, by a triangle filter as wide as an output pixel (antialiased bilinear).
+def philox(counter: NDArray[np.uint64], key: tuple[int, int]) -> NDArray[np.uint64]:
+    """Philox 4x32-10.
 
-    Beyond an edge its pixels are repeated, as DALI does; Pillow leaves those weights out, which differs near the edges.
+    Args:
+        counter: uint64 (4, N), each entry below 2**32.
+        key: two integers below 2**32.
+
+    Returns:
+        uint64 (4, N), uniform on [0, 2**32).
+
+    >>> [hex(word) for word in philox(np.zeros((4, 1), np.uint64), (0, 0))[:, 0].tolist()]  # Random123's known answer
+    ['0x6627e8d5', '0xe169c58d', '0xbc57ac4c', '0x9b00dbd8']
     """
-    vertical, horizontal = (_triangle(image_HWC.shape[axis], side) for axis in (0, 1))
-    exact = np.einsum("ih,hwc,jw->ijc", vertical, image_HWC.astype(np.float64), horizontal, optimize=True)
-    rounded: NDArray[np.uint8] = np.clip(np.rint(exact), 0, 255).astype(np.uint8)
-    return rounded
+    a, b, c, d = counter
+    for turn in range(_ROUNDS):
+        k0, k1 = (np.uint64((key[i] + turn * _WEYL[i]) & 0xFFFFFFFF) for i in range(2))
+        left, right = _MULTIPLIERS[0] * a, _MULTIPLIERS[1] * c
+        a, b, c, d = (right >> _SHIFT) ^ b ^ k0, right & _LOW, (left >> _SHIFT) ^ d ^ k1, left & _LOW
+    return np.stack([a, b, c, d])
+
+
+def _words(seed: int, epoch: int, keys_N: NDArray[np.int64], purpose: int) -> NDArray[np.uint64]:
+    keys = keys_N.astype(np.uint64)
+    counter = np.stack([keys & _LOW, keys >> _SHIFT, np.full_like(keys, epoch), np.full_like(keys, purpose)])
+    return philox(counter, (seed & 0xFFFFFFFF, seed >> 32))
+
+
+def _below(words: NDArray[np.uint64], bounds: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Uniform on [0, bound). Multiply and shift: a value of n has probability within n / 2**32 of 1 / n."""
+    scaled: NDArray[np.uint64] = (words * bounds.astype(np.uint64)) >> _SHIFT
+    return scaled.astype(np.int64)
+
+
+def _unit(words: NDArray[np.uint64]) -> NDArray[np.float64]:
+    """Uniform on (0, 1): the halves keep off both ends."""
+    return (words.astype(np.float64) + 0.5) / 2**32
+
+
+def _normals(words: NDArray[np.uint64]) -> NDArray[np.float64]:
+    """Box and Muller: two uniforms make two normals, of which the fourth is not needed."""
+    uniform = _unit(words)
+    radius = np.sqrt(-2.0 * np.log(uniform[:2]))
+    angle = 2.0 * np.pi * uniform[2:]
+    return np.stack([radius[0] * np.cos(angle[0]), radius[0] * np.sin(angle[0]), radius[1] * np.cos(angle[1])]).T
+
+
+def _evaluation_sides(augmentation: Augmentation, sizes_N2: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Height and width of the windows that evaluation cuts: int64 (N, 2)."""
+    if augmentation.crop is None:
+        return sizes_N2.astype(np.int64)
+    if augmentation.scale is None:
+        return np.full_like(sizes_N2, augmentation.crop)
+    sides = np.rint(sizes_N2.min(axis=1) * augmentation.evaluation_scale).astype(np.int64)
+    squares: NDArray[np.int64] = np.maximum(1, np.stack([sides, sides], axis=1))
+    return squares
+
+
+def _in_the_centre(sizes_N2: NDArray[np.int64], sides_N2: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Windows of these sides: int64 (N, 4)."""
+    return np.concatenate([(sizes_N2 - sides_N2) // 2, sides_N2], axis=1)
+
+
+def _resized_windows(
+    augmentation: Augmentation, seed: int, epoch: int, keys: NDArray[np.int64], sizes: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """torchvision's rule: ten attempts at an area and a ratio, at a uniform place; then the largest centred window.
+
+    Samples of the same key have the same attempts, each in the size of its own image.
+    """
+    assert augmentation.scale is not None
+    low, high = augmentation.scale
+    logs = np.log(np.array(augmentation.ratio))
+    tallest = np.minimum(sizes[:, 0], np.rint(sizes[:, 1] / augmentation.ratio[0]).astype(np.int64))
+    widest = np.minimum(sizes[:, 1], np.rint(sizes[:, 0] * augmentation.ratio[1]).astype(np.int64))
+    windows = _in_the_centre(sizes, np.maximum(1, np.stack([tallest, widest], axis=1)))
+    open_rows = np.arange(len(keys))
+    for attempt in range(_ATTEMPTS):
+        words = _words(seed, epoch, keys[open_rows], _ATTEMPT + attempt)
+        left = sizes[open_rows]
+        area = left.prod(axis=1) * (low + (high - low) * _unit(words[0]))
+        ratio = np.exp(logs[0] + (logs[1] - logs[0]) * _unit(words[1]))
+        height, width = (np.rint(np.sqrt(part)).astype(np.int64) for part in (area / ratio, area * ratio))
+        fits = (height > 0) & (height <= left[:, 0]) & (width > 0) & (width <= left[:, 1])
+        slack = np.maximum(1, left - np.stack([height, width], axis=1) + 1)
+        found = np.stack([_below(words[2], slack[:, 0]), _below(words[3], slack[:, 1]), height, width], axis=1)
+        windows[open_rows[fits]] = found[fits]
+        open_rows = open_rows[~fits]
+    return windows
 
 
 def _triangle(source: int, target: int) -> NDArray[np.float64]:
@@ -402,60 +473,3 @@ def _triangle(source: int, target: int) -> NDArray[np.float64]:
         taps = np.maximum(0.0, 1.0 - np.abs(pixels + 0.5 - centre) / radius)
         np.add.at(weights[n], np.clip(pixels.astype(int), 0, source - 1), taps / taps.sum())
     return weights
-
-
-def view(
-    image_HWC: NDArray[np.uint8],
-    window_4: NDArray[np.int64],
-    mirrored: bool,
-    shift_3: NDArray[np.float64],
-    augmentation: Augmentation,
-    statistics: Statistics | None,
-    noisy: bool = False,
-) -> NDArray[np.float64]:
-    """One view of an image.
-
-    Args:
-        image_HWC: uint8 (H, W, 3).
-        window_4: top, left, height, width.
-        mirrored: whether left becomes right.
-        shift_3: the colour noise, grey levels.
-        augmentation: what is done.
-        statistics: of the data set; None where `augmentation.needs_statistics` is false.
-        noisy: whether this epoch has noise, and so the division that goes with it.
-
-    Returns:
-        float64 (crop, crop, 3), grey levels about 0, or what `std` makes of them.
-    """
-    image = cut(image_HWC, window_4)
-    if augmentation.scale is not None and augmentation.crop is not None:
-        image = resize(image, augmentation.crop)
-    pixels: NDArray[np.float64] = image.astype(np.float64) - channel_means(statistics, augmentation)
-    mean_window: NDArray[np.float64] | None = None
-    if augmentation.windowed_mean and statistics is not None:
-        top, left = mean_corners(augmentation, window_4[None], len(statistics.mean_HWC))[0].tolist()
-        mean_window = statistics.mean_HWC[top : top + len(pixels), left : left + pixels.shape[1]]
-    if mean_window is not None and augmentation.mean == "crop":
-        pixels = pixels - mean_window
-    if mirrored:
-        pixels = pixels[:, ::-1]
-    if mean_window is not None and augmentation.mean == "centre":  # the 2012 code subtracts after the reflection
-        pixels = pixels - mean_window
-    pixels = (pixels + shift_3) / channel_stdevs(statistics, augmentation)
-    return pixels / augmentation.noise_rescale if noisy else pixels
-
-
-def augment(
-    image_HWC: NDArray[np.uint8],
-    draws: Draws,
-    n: int,
-    augmentation: Augmentation,
-    statistics: Statistics | None,
-    epoch: int = 0,
-) -> NDArray[np.float64]:
-    """What becomes of one image in training: `view` of what was drawn for sample `n` of a batch."""
-    noisy = augmentation.noisy(epoch)
-    shift = np.zeros(3)
-    if noisy and statistics is not None:
-        shift = colour_shifts(draws.alpha_N3[n : n + 1], statistics, augmentation)[0]
-    return view(image_HWC, draws.windows_N4[n], bool(draws.mirror_N[n]), shift, augmentation, statistics, noisy)

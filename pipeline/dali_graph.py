@@ -1,9 +1,14 @@
-"""The pipelines that `Loader` runs: the functions of `alexprep.pipeline.dali_ops`, put together as an `Augmentation` says."""
+"""The assembled DALI graph of a `Loader`: how it is built of single operations, which inputs it takes, and what is fed to them.
+
+The operations lie in `alexprep.pipeline.dali_ops`, their definition and the random parameters in `alexprep.pipeline.augmentation`; a graph
+is run, batch after batch, by `alexprep.pipeline.loader`.
+"""
 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -15,24 +20,25 @@ from alexprep.pipeline import dali_ops
 from alexprep.pipeline.augmentation import (
     Augmentation,
     Draws,
-    centred,
     channel_means,
     channel_stdevs,
     colour_shifts,
-    draw,
     mean_corners,
     ten_windows,
 )
-from alexprep.pipeline.dali_ops import Dtype, Layout, mean_anchor
+from alexprep.pipeline.dali_ops import Dtype, MemoryFormat
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.rgb_statistics import Statistics
 
-# -------------------- What a pipeline is built for, and which inputs it takes.
+Views = Literal["random", "centre", "ten"]
+Inputs = dict[str, "NDArray[Any] | list[NDArray[np.float32]]"]
+
+_STRIP_BYTES = 128 * 2**20  # of windows of the mean image that are kept ready
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What the pipelines need to know beside the augmentation.
+class GraphSettings:
+    """What a graph is built for, beside the augmentation.
 
     Attributes:
         raw: whether samples come as pixels rather than as encoded images.
@@ -42,9 +48,9 @@ class Settings:
         device: where images come out, "cpu" or "cuda".
         device_id: which GPU; None for "cpu".
         decode: where they are decoded, "cpu" or "cuda".
-        hw_decoder_load: see `graph.decode_crop`.
+        hw_decoder_load: see `dali_ops.decode_crop`.
         dtype: of the images that come out.
-        layout: of the images that come out; the N is the batch.
+        memory_format: of the images that come out; the N is the batch.
     """
 
     raw: bool
@@ -56,241 +62,30 @@ class Settings:
     decode: str
     hw_decoder_load: float
     dtype: Dtype
-    layout: Layout
+    memory_format: MemoryFormat
 
     def __post_init__(self) -> None:
         """Refuses values out of bounds, with AlexprepError."""
-        for name, choices in (("dtype", get_args(Dtype)), ("layout", get_args(Layout))):
+        for name, choices in (("dtype", get_args(Dtype)), ("memory_format", get_args(MemoryFormat))):
             if getattr(self, name) not in choices:
                 raise AlexprepError(f"{name} {getattr(self, name)!r} is not one of {', '.join(choices)}")
 
-    @property
-    def by_rows(self) -> bool:
-        """Whether numbers are fed as rows and windows of pixels, for passes that read and write least: on a CPU, axes HWC."""
-        return self.device == "cpu" and self.layout != "NCHW" and self.dtype != "uint8"
-
-
-def fed(augmentation: Augmentation, settings: Settings) -> frozenset[str]:
-    """The inputs of `single_view_pipeline`, one entry a sample.
-
-    "encoded": uint8 bytes; of raw shards the pixels, HWC. "start", "shape": int32 (2,), see `graph.decode_window`. "mirror": int32.
-    By rows, "window", "minus" and "divisor": see `graph.subtract_image` and `graph.subtract_rows`. Otherwise "shift", float32 (3,),
-    see `graph.to_tensor`; "anchor", int32 (2,), see `graph.subtract_mean_window`; "factor", float32, to multiply by at the end.
-    """
-    names = {"encoded", "start", "mirror"}
-    noise = augmentation.noise != "none"
-    if not augmentation.fixed_windows:
-        names.add("shape")
-    if settings.by_rows and (augmentation.crop or settings.size) and not augmentation.keeps_bytes:
-        if augmentation.windowed_mean:
-            names.add("window")
-        if noise or augmentation.std != "none" or not augmentation.windowed_mean:
-            names |= {"minus", "divisor"}
-    else:
-        names |= {"shift"} if noise else set()
-        names |= {"anchor"} if augmentation.windowed_mean else set()
-        names |= {"factor"} if noise and augmentation.noise_rescale != 1 else set()
-    return frozenset(names)
-
-
-# -------------------- The pipelines that `Loader` runs: the functions of `alexprep.pipeline.dali_ops`, put together as an `Augmentation` says.
-
-
-def single_view_pipeline(augmentation: Augmentation, statistics: Statistics | None, settings: Settings) -> Pipeline:
-    """The pipeline that gives one view of each image; the draws come from outside, so it serves training and evaluation.
-
-    Returns:
-        A pipeline with the inputs that `fed` names and one output: images of `dtype` and `layout`.
-    """
-    names = fed(augmentation, settings)
-    pipeline = _pipeline(settings)
-    with pipeline:
-        image = _window(augmentation, settings)
-        if names & {"window", "minus"}:
-            pipeline.set_outputs(_by_rows(image, names, augmentation, settings))
-        else:
-            pipeline.set_outputs(_by_pixels(image, names, augmentation, statistics, settings))
-    return pipeline
-
-
-def _by_rows(image: DataNode, names: frozenset[str], augmentation: Augmentation, settings: Settings) -> DataNode:
-    image = dali_ops.mirror(image, _input(settings, "mirror"))
-    if "window" in names:
-        image = dali_ops.subtract_image(image, _input(settings, "window"))
-    if "minus" in names:
-        side = augmentation.crop or settings.size or 0
-        image = dali_ops.subtract_rows(image, _input(settings, "minus"), _input(settings, "divisor"), side)
-    return dali_ops.cast(image, settings.dtype)
-
-
-def _by_pixels(
-    image: DataNode,
-    names: frozenset[str],
-    augmentation: Augmentation,
-    statistics: Statistics | None,
-    settings: Settings,
-) -> DataNode:
-    layout = settings.layout
-    mirrored = _input(settings, "mirror")
-    std = channel_stdevs(statistics, augmentation).tolist()
-    shift = _input(settings, "shift") if "shift" in names else (-channel_means(statistics, augmentation)).tolist()
-    if not names & {"anchor", "factor"}:
-        return dali_ops.to_tensor(image, mirrored, shift, std, layout, settings.dtype)
-    image = dali_ops.to_tensor(image, mirrored, shift, layout=layout)
-    if "anchor" in names and statistics is not None and augmentation.crop is not None:
-        anchor, side = _input(settings, "anchor"), augmentation.crop
-        image = dali_ops.subtract_mean_window(image, statistics.mean_HWC, anchor, side, layout, settings.device)
-    if augmentation.std != "none":
-        image = image / _channels(std, layout, settings)
-    if "factor" in names:
-        image = image * _input(settings, "factor")
-    return dali_ops.cast(image, settings.dtype)
-
-
-def ten_view_pipeline(augmentation: Augmentation, statistics: Statistics | None, settings: Settings) -> Pipeline:
-    """The pipeline of the paper's test: ten views of each image, stacked before the other axes: five windows, then their reflections.
-
-    Inputs to feed: "encoded", "start0" to "start4" and, with `scale` or without `crop`, "shape", as in `single_view_pipeline`. The mean
-    is subtracted as in training.
-    """
-    layout = settings.layout
-    means = (-channel_means(statistics, augmentation)).tolist()
-    std = channel_stdevs(statistics, augmentation).tolist()
-    pipeline = _pipeline(settings)
-    with pipeline:
-        whole = _whole(settings)
-        shape = _shape(augmentation, settings)
-        plain: list[DataNode] = []
-        reflected: list[DataNode] = []
-        for n in range(5):
-            window = fn.slice(whole, start=_input(settings, f"start{n}"), shape=shape, axes=(0, 1))
-            if augmentation.scale is not None and augmentation.crop is not None:
-                window = dali_ops.resize_square(window, augmentation.crop)
-            for mirrored, views in ((False, plain), (True, reflected)):
-                if augmentation.windowed_mean and statistics is not None and augmentation.crop is not None:
-                    view = dali_ops.to_tensor(window, int(mirrored), layout=layout)
-                    view = view - _mean_window(augmentation, statistics, n, mirrored, settings)
-                    if augmentation.std != "none":
-                        view = view / _channels(std, layout, settings)
-                    view = dali_ops.cast(view, settings.dtype)
-                else:
-                    view = dali_ops.to_tensor(window, int(mirrored), means, std, layout, settings.dtype)
-                views.append(view)
-        pipeline.set_outputs(fn.stack(*plain, *reflected))
-    return pipeline
-
-
-def probe_pipeline(augmentation: Augmentation, settings: Settings, windowed: bool) -> Pipeline:
-    """The decoding alone of one image, with the inputs "encoded" and, if `windowed`, those of `single_view_pipeline`'s window."""
-    alone = replace(settings, batch_size=1, threads=1)
-    pipeline = _pipeline(alone)
-    with pipeline:
-        pipeline.set_outputs(_window(augmentation, alone) if windowed else _whole(alone))
-    return pipeline
-
-
-def _pipeline(settings: Settings) -> Pipeline:
-    # The dynamic executor owns each output by reference: DALI never writes into a buffer that a tensor still views.
-    # At depth 1 each schedule_run starts one step, so the caller alone decides how many are under way.
-    return Pipeline(
-        batch_size=settings.batch_size,
-        num_threads=settings.threads,
-        device_id=settings.device_id,
-        prefetch_queue_depth=1,
-        exec_dynamic=True,
-    )
-
-
-def _input(settings: Settings, name: str, **options: Any) -> DataNode:
-    # On a CPU what is fed is read in place: the engine keeps it until the step is done.
-    return fn.external_source(name=name, no_copy=settings.device == "cpu" and settings.decode == "cpu", **options)
-
-
-def _window(augmentation: Augmentation, settings: Settings) -> DataNode:
-    """uint8 (H, W, 3): what was drawn of each image, resized where it is to be."""
-    start, shape = _input(settings, "start"), _shape(augmentation, settings)
-    if settings.raw:
-        image = dali_ops.cut(_pixels(settings), start, shape, settings.size)
-    else:
-        encoded = _input(settings, "encoded")
-        image = _placed(
-            dali_ops.decode_window(encoded, start, shape, settings.decode, settings.hw_decoder_load), settings
-        )
-    if augmentation.scale is not None and augmentation.crop is not None:
-        return dali_ops.resize_square(image, augmentation.crop)
-    return image
-
-
-def _whole(settings: Settings) -> DataNode:
-    if settings.raw:
-        return _pixels(settings)
-    encoded = _input(settings, "encoded")
-    image = dali_ops.decode_crop(encoded, device=settings.decode, hw_decoder_load=settings.hw_decoder_load)
-    return _placed(image, settings)
-
-
-def _shape(augmentation: Augmentation, settings: Settings) -> DataNode | tuple[int, int]:
-    side = augmentation.crop
-    return _input(settings, "shape") if side is None or not augmentation.fixed_windows else (side, side)
-
-
-def _pixels(settings: Settings) -> DataNode:
-    pixels = _input(settings, "encoded", layout="HWC", ndim=3, dtype=types.UINT8)
-    return pixels if settings.device == "cpu" else pixels.gpu()
-
-
-def _placed(image: DataNode, settings: Settings) -> DataNode:
-    return image.gpu() if settings.device != "cpu" and settings.decode == "cpu" else image
-
-
-def _channels(values: list[float], layout: dali_ops.Layout, settings: Settings) -> DataNode:
-    shape = (3, 1, 1) if layout == "NCHW" else (1, 1, 3)
-    array = np.array(values, np.float32).reshape(shape)
-    return types.Constant(array, device="cpu" if settings.device == "cpu" else "gpu")
-
-
-def _mean_window(
-    augmentation: Augmentation, statistics: Statistics, n: int, mirrored: bool, settings: Settings
-) -> DataNode:
-    """What is subtracted from view `n` or its reflection. Mean images go with stored squares of one size, so it is a constant."""
-    size = len(statistics.mean_HWC)
-    window = ten_windows(augmentation, np.array([[size, size]]))[:, n]
-    top, left = mean_corners(augmentation, window, size)[0].tolist()
-    mean = statistics.mean_HWC[top : top + window[0, 2], left : left + window[0, 3]]
-    if mirrored and augmentation.mean == "crop":
-        mean = mean[:, ::-1]
-    if settings.layout == "NCHW":
-        mean = mean.transpose(2, 0, 1)
-    array = np.ascontiguousarray(mean, np.float32)
-    return types.Constant(array, device="cpu" if settings.device == "cpu" else "gpu")
-
-
-# -------------------- What the graph is fed: encoded images and, beside them, the draws as numbers.
-
-
-Views = Literal["random", "centre", "ten"]
-Inputs = dict[str, "NDArray[Any] | list[NDArray[np.float32]]"]
-
-_STRIP_BYTES = 128 * 2**20  # of windows of the mean image that are kept ready
-
 
 @dataclass(frozen=True)
-class Feed:
-    """Turns the rows of a step into what a pipeline of `alexprep.pipeline.dali_graph` takes, apart from the images.
+class Graph:
+    """What is done to the images of a `Loader`, as a DALI pipeline and the inputs that it is fed beside the images.
 
     Attributes:
         augmentation: what is done.
-        statistics: of the data set, where they are needed.
-        views: "random" draws; "centre" and "ten" are without chance.
-        seed: of the draws.
-        settings: of the pipeline.
+        statistics: of the dataset, where they are needed.
+        views: "random", of random parameters, or "centre": one view of each image; "ten": the paper's ten test views.
+        settings: what it is built for.
     """
 
     augmentation: Augmentation
     statistics: Statistics | None
     views: Views
-    seed: int
-    settings: Settings
+    settings: GraphSettings
 
     def __post_init__(self) -> None:
         """Refuses values that do not go together, with AlexprepError."""
@@ -299,29 +94,66 @@ class Feed:
         if self.settings.dtype == "uint8" and not self.augmentation.keeps_bytes:
             raise AlexprepError("dtype uint8 holds grey levels as they are: it needs mean, std and noise 'none'")
 
-    def inputs(
-        self, epoch: int, rows: NDArray[np.int64], sizes: NDArray[np.integer], positions: NDArray[np.int64]
-    ) -> Inputs:
-        """The named inputs of a step, one entry a sample; for the arguments see `draws.draw`."""
-        if self.views == "ten":
-            windows = ten_windows(self.augmentation, sizes).astype(np.int32)
-            starts = {f"start{n}": np.ascontiguousarray(windows[:, n, :2]) for n in range(5)}
-            return {**starts, **self._shape(windows[:, 0])}
-        if self.views == "random":
-            draws = draw(self.augmentation, self.seed, epoch, rows, sizes, positions)
-        else:
-            draws = centred(self.augmentation, sizes)
-        return self._single(draws, self.views == "random" and self.augmentation.noisy(epoch))
+    def pipeline(self) -> Pipeline:
+        """The pipeline, not yet built. It takes the images as "encoded" and what `inputs` makes; its one output is the views.
 
-    def _single(self, draws: Draws, noisy: bool) -> Inputs:
-        augmentation, statistics = self.augmentation, self.statistics
+        Ten views are stacked before the other axes: five windows, then their reflections.
+        """
+        pipeline = self._empty_pipeline(self.settings.batch_size, self.settings.threads)
+        with pipeline:
+            pipeline.set_outputs(self._ten_views() if self.views == "ten" else self._one_view())
+        return pipeline
+
+    def decoding_pipeline(self, windowed: bool) -> Pipeline:
+        """The decoding alone, of one image, with the inputs "encoded" and, if `windowed`, "start" and "shape"."""
+        pipeline = self._empty_pipeline(batch_size=1, threads=1)
+        with pipeline:
+            pipeline.set_outputs(self._window() if windowed else self._whole())
+        return pipeline
+
+    @functools.cached_property
+    def input_names(self) -> frozenset[str]:
+        """The inputs of one view beside "encoded", one entry a sample.
+
+        "start", "shape": int32 (2,), see `dali_ops.decode_window`. "mirror": int32. By rows, that is where passes over whole rows read and
+        write least (on a CPU, axes HWC), "window", "minus" and "divisor": see `dali_ops.subtract_image` and `dali_ops.subtract_rows`.
+        Otherwise "shift", float32 (3,), see `dali_ops.to_tensor`; "anchor", int32 (2,), see `dali_ops.subtract_mean_window`; "factor",
+        float32, to multiply by at the end.
+        """
+        augmentation, settings = self.augmentation, self.settings
+        noise = augmentation.noise != "none"
+        names = {"start", "mirror"} | (set() if augmentation.fixed_windows else {"shape"})
+        rows_pay = settings.device == "cpu" and settings.memory_format != "NCHW" and settings.dtype != "uint8"
+        if rows_pay and self._side and not augmentation.keeps_bytes:
+            names |= {"window"} if augmentation.windowed_mean else set()
+            if noise or augmentation.std != "none" or not augmentation.windowed_mean:
+                names |= {"minus", "divisor"}
+        else:
+            names |= {"shift"} if noise else set()
+            names |= {"anchor"} if augmentation.windowed_mean else set()
+            names |= {"factor"} if noise and augmentation.noise_rescale != 1 else set()
+        return frozenset(names)
+
+    def inputs(self, epoch: int, draws: Draws, sizes_N2: NDArray[np.integer]) -> Inputs:
+        """The inputs of a batch beside "encoded", one entry a sample.
+
+        Args:
+            epoch: of the batch; some augmentations lose their noise after some epochs.
+            draws: the samples' random parameters, or without chance; ten views need none.
+            sizes_N2: integer (N, 2), their images' heights and widths, pixels.
+        """
+        if self.views == "ten":
+            windows = ten_windows(self.augmentation, sizes_N2).astype(np.int32)
+            starts = {f"start{n}": np.ascontiguousarray(windows[:, n, :2]) for n in range(5)}
+            return {**starts, **self._shape_input(windows[:, 0])}
+        augmentation, statistics, names = self.augmentation, self.statistics, self.input_names
         windows, count = draws.windows_N4.astype(np.int32), len(draws.mirror_N)
-        names = fed(augmentation, self.settings)
         inputs: Inputs = {
             "start": np.ascontiguousarray(windows[:, :2]),
             "mirror": draws.mirror_N.astype(np.int32),
-            **self._shape(windows),
+            **self._shape_input(windows),
         }
+        noisy = self.views == "random" and augmentation.noisy(epoch)
         shift = np.tile(-channel_means(statistics, augmentation), (count, 1))
         if noisy and statistics is not None:
             shift += colour_shifts(draws.alpha_N3, statistics, augmentation)
@@ -331,42 +163,153 @@ class Feed:
         if "factor" in names:
             inputs["factor"] = np.full(count, 1 / rescale, np.float32)
         if "minus" in names:
-            side = augmentation.crop or self.settings.size or 0
             divisor = channel_stdevs(statistics, augmentation) * rescale
-            inputs["minus"] = np.tile(-shift.astype(np.float32), (1, side))[:, None]
-            inputs["divisor"] = np.tile(divisor.astype(np.float32), (count, 1, side))
+            inputs["minus"] = np.tile(-shift.astype(np.float32), (1, self._side))[:, None]
+            inputs["divisor"] = np.tile(divisor.astype(np.float32), (count, 1, self._side))
         if statistics is not None and names & {"window", "anchor"}:
             size = len(statistics.mean_HWC)
             corners = mean_corners(augmentation, windows, size)
             reflected = draws.mirror_N & (augmentation.mean == "crop")
             if "window" in names:
-                inputs["window"] = self._mean_windows(corners, reflected)
+                places = zip(corners.tolist(), reflected.tolist(), strict=True)
+                inputs["window"] = [
+                    self._mean_strip(left, flag)[top : top + self._side] for (top, left), flag in places
+                ]
             else:
-                inputs["anchor"] = mean_anchor(corners, reflected, size, augmentation.crop or 0)
+                inputs["anchor"] = dali_ops.mean_anchor(corners, reflected, size, self._side)
         return inputs
 
-    def _shape(self, windows_N4: NDArray[np.int32]) -> dict[str, NDArray[np.int32]]:
+    def _shape_input(self, windows_N4: NDArray[np.int32]) -> dict[str, NDArray[np.int32]]:
         return {} if self.augmentation.fixed_windows else {"shape": np.ascontiguousarray(windows_N4[:, 2:])}
 
-    def _mean_windows(self, corners: NDArray[np.int64], reflected: NDArray[np.bool_]) -> list[NDArray[np.float32]]:
-        side = self.augmentation.crop or 0
-        strip = self._strip
-        return [
-            strip(left, flag)[top : top + side]
-            for (top, left), flag in zip(corners.tolist(), reflected.tolist(), strict=True)
-        ]
-
     @functools.cached_property
-    def _strip(self) -> Any:
+    def _mean_strip(self) -> Callable[[int, bool], NDArray[np.float32]]:
         """The columns of the mean image from `left` on, as wide as a crop: float32, contiguous, so any window of them is."""
         assert self.statistics is not None
-        mean = self.statistics.mean_HWC.astype(np.float32)
-        side = self.augmentation.crop or 0
-        kept = max(1, _STRIP_BYTES // (len(mean) * side * 3 * 4))
+        mean, side = self.statistics.mean_HWC.astype(np.float32), self._side
 
-        @functools.lru_cache(maxsize=kept)
+        @functools.lru_cache(maxsize=max(1, _STRIP_BYTES // (len(mean) * side * 3 * 4)))
         def strip(left: int, reflected: bool) -> NDArray[np.float32]:
             columns = mean[:, left : left + side]
             return np.ascontiguousarray(columns[:, ::-1] if reflected else columns)
 
         return strip
+
+    @property
+    def _side(self) -> int:
+        """Of the views, pixels; 0 where whole images of several sizes come out."""
+        return self.augmentation.crop or self.settings.size or 0
+
+    def _empty_pipeline(self, batch_size: int, threads: int) -> Pipeline:
+        # The dynamic executor owns each output by reference: DALI never writes into a buffer that a tensor still views.
+        # At depth 1 each schedule_run starts one step, so the caller alone decides how many are under way.
+        return Pipeline(
+            batch_size=batch_size,
+            num_threads=threads,
+            device_id=self.settings.device_id,
+            prefetch_queue_depth=1,
+            exec_dynamic=True,
+        )
+
+    def _input(self, name: str, **options: Any) -> DataNode:
+        # On a CPU what is fed is read in place: whoever feeds it keeps it until the step is done.
+        no_copy = self.settings.device == "cpu" and self.settings.decode == "cpu"
+        return fn.external_source(name=name, no_copy=no_copy, **options)
+
+    def _one_view(self) -> DataNode:
+        names, image, mirrored = self.input_names, self._window(), self._input("mirror")
+        if names & {"window", "minus"}:
+            image = dali_ops.mirror(image, mirrored)
+            if "window" in names:
+                image = dali_ops.subtract_image(image, self._input("window"))
+            if "minus" in names:
+                image = dali_ops.subtract_rows(image, self._input("minus"), self._input("divisor"), self._side)
+            return dali_ops.cast(image, self.settings.dtype)
+        shift = self._input("shift") if "shift" in names else self._minus_means()
+        subtract = self._subtract_window if "anchor" in names else None
+        return self._tensor(image, mirrored, shift, subtract, self._input("factor") if "factor" in names else None)
+
+    def _ten_views(self) -> DataNode:
+        whole, shape = self._whole(), self._shape()
+        views: dict[bool, list[DataNode]] = {False: [], True: []}
+        for n in range(5):
+            start = self._input(f"start{n}")
+            window = self._resized(fn.slice(whole, start=start, shape=shape, axes=(0, 1)))
+            for mirrored in (False, True):
+                mean = self._constant_window(n, mirrored) if self.augmentation.windowed_mean else None
+                subtract = None if mean is None else lambda image, mean=mean: image - mean
+                views[mirrored].append(self._tensor(window, int(mirrored), self._minus_means(), subtract))
+        return fn.stack(*views[False], *views[True])
+
+    def _tensor(
+        self,
+        image: DataNode,
+        mirrored: DataNode | int,
+        shift: DataNode | list[float],
+        subtract: Callable[[DataNode], DataNode] | None,
+        factor: DataNode | None = None,
+    ) -> DataNode:
+        """Mirrors, shifts, subtracts a window of the mean image, divides and multiplies; in one pass where that is possible."""
+        form, dtype = self.settings.memory_format, self.settings.dtype
+        std = channel_stdevs(self.statistics, self.augmentation).tolist()
+        if subtract is None and factor is None:
+            return dali_ops.to_tensor(image, mirrored, shift, std, form, dtype)
+        image = dali_ops.to_tensor(image, mirrored, shift, memory_format=form)
+        if subtract is not None:
+            image = subtract(image)
+        if self.augmentation.std != "none":
+            image = image / self._constant(np.array(std).reshape(1, 1, 3))
+        return dali_ops.cast(image if factor is None else image * factor, dtype)
+
+    def _subtract_window(self, image: DataNode) -> DataNode:
+        assert self.statistics is not None
+        mean, anchor = self.statistics.mean_HWC, self._input("anchor")
+        form, device = self.settings.memory_format, self.settings.device
+        return dali_ops.subtract_mean_window(image, mean, anchor, self._side, form, device)
+
+    def _constant_window(self, n: int, mirrored: bool) -> DataNode:
+        """What is subtracted from view `n` or its reflection. Mean images go with stored squares of one size, so it is a constant."""
+        assert self.statistics is not None
+        mean = self.statistics.mean_HWC
+        window = ten_windows(self.augmentation, np.array([mean.shape[:2]]))[:, n]
+        top, left = mean_corners(self.augmentation, window, len(mean))[0].tolist()
+        part = mean[top : top + window[0, 2], left : left + window[0, 3]]
+        return self._constant(part[:, ::-1] if mirrored and self.augmentation.mean == "crop" else part)
+
+    def _constant(self, values_HWC: NDArray[np.floating[Any]]) -> DataNode:
+        values = values_HWC.transpose(2, 0, 1) if self.settings.memory_format == "NCHW" else values_HWC
+        device = "cpu" if self.settings.device == "cpu" else "gpu"
+        return types.Constant(np.ascontiguousarray(values, np.float32), device=device)
+
+    def _minus_means(self) -> list[float]:
+        means: list[float] = (-channel_means(self.statistics, self.augmentation)).tolist()
+        return means
+
+    def _window(self) -> DataNode:
+        """uint8 (H, W, 3): the chosen window of each image, resized where it is to be."""
+        settings, start, shape = self.settings, self._input("start"), self._shape()
+        if settings.raw:
+            return self._resized(dali_ops.cut(self._pixels(), start, shape, settings.size))
+        encoded = self._input("encoded")
+        window = dali_ops.decode_window(encoded, start, shape, settings.decode, settings.hw_decoder_load)
+        return self._resized(self._on_device(window))
+
+    def _whole(self) -> DataNode:
+        """uint8 (H, W, 3): all of each image."""
+        if self.settings.raw:
+            return self._pixels()
+        encoded, load = self._input("encoded"), self.settings.hw_decoder_load
+        return self._on_device(dali_ops.decode_crop(encoded, device=self.settings.decode, hw_decoder_load=load))
+
+    def _shape(self) -> DataNode | tuple[int, int]:
+        return (self._side, self._side) if self.augmentation.fixed_windows else self._input("shape")
+
+    def _resized(self, window: DataNode) -> DataNode:
+        return window if self.augmentation.scale is None else dali_ops.resize_square(window, self._side)
+
+    def _pixels(self) -> DataNode:
+        pixels = self._input("encoded", layout="HWC", ndim=3, dtype=types.UINT8)
+        return pixels if self.settings.device == "cpu" else pixels.gpu()
+
+    def _on_device(self, image: DataNode) -> DataNode:
+        return image.gpu() if self.settings.device != "cpu" and self.settings.decode == "cpu" else image

@@ -1,7 +1,8 @@
-"""The deeds as functions over DALI nodes. Device "cpu" and "cuda" are one graph; `alexprep.pipeline.dali_graph` puts them together.
+"""The operations of an augmentation as functions over DALI nodes, for use inside any DALI pipeline.
 
-Each function takes and returns `nvidia.dali.data_node.DataNode`s and can be used inside any `@pipeline_def`. Images are RGB on the
-0-255 scale. Arguments that are drawn per sample stay on the CPU, as DALI wants them.
+Each takes and returns `nvidia.dali.data_node.DataNode`s and can be called inside any `@pipeline_def`, on device "cpu" and "cuda" alike.
+Images are RGB on the 0-255 scale. Arguments of each sample stay on the CPU, as DALI wants them. What the operations mean is defined in
+numpy in `alexprep.pipeline.augmentation`; `alexprep.pipeline.dali_graph` puts them together for a `Loader`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ os.environ.setdefault("DALI_MALLOC_POOL_THRESHOLD", "1M")
 from nvidia.dali import fn, types
 from nvidia.dali.data_node import DataNode
 
-Layout = Literal["NCHW", "NHWC", "channels_last"]
+MemoryFormat = Literal["NCHW", "NHWC", "channels_last"]
 Dtype = Literal["float32", "float16", "uint8"]
 HW_DECODER_LOAD = 0.65  # DALI's own default: the share of a batch that a GPU's JPEG engines get
 
@@ -46,7 +47,7 @@ def decode_crop(
         hw_decoder_load: on "cuda", the share of a batch that goes to the JPEG engines, 0-1, where the GPU has them.
 
     Returns:
-        uint8 (side, side, 3), layout HWC. An EXIF orientation is not applied; chroma is upsampled alike on both devices.
+        uint8 (side, side, 3), HWC. An EXIF orientation is not applied; chroma is upsampled alike on both devices.
     """
     options = _decoding(device, hw_decoder_load)
     if side is None or device != "cpu":
@@ -72,7 +73,7 @@ def decode_window(
         hw_decoder_load: as in `decode_crop`.
 
     Returns:
-        uint8 (height, width, 3), layout HWC.
+        uint8 (height, width, 3).
     """
     options = _decoding(device, hw_decoder_load)
     if device != "cpu":
@@ -94,13 +95,13 @@ def cut(image: DataNode, start: DataNode, shape: DataNode | Sequence[int], size:
     """Cuts a window out of pixels.
 
     Args:
-        image: uint8 (H, W, 3), layout HWC.
+        image: uint8 (H, W, 3), HWC.
         start: as in `decode_window`.
         shape: as in `decode_window`.
         size: H and W where all images have this side; with one `shape` for all, rows are then copied whole, six times as fast.
 
     Returns:
-        uint8 (height, width, 3), layout HWC.
+        uint8 (height, width, 3).
     """
     if size is None or isinstance(shape, DataNode):
         return fn.slice(image, start=start, shape=shape, axes=(0, 1))
@@ -111,7 +112,7 @@ def cut(image: DataNode, start: DataNode, shape: DataNode | Sequence[int], size:
 
 
 def resize_square(image: DataNode, side: int) -> DataNode:
-    """Resizes uint8 (H, W, 3) to uint8 (side, side, 3) by an antialiased bilinear filter, as `augment.resize` defines it."""
+    """Resizes uint8 (H, W, 3) to uint8 (side, side, 3) by an antialiased bilinear filter, as `augmentation.resize` defines it."""
     return fn.resize(image, size=(side, side), interp_type=types.INTERP_LINEAR, antialias=True)
 
 
@@ -121,10 +122,10 @@ def mirror(image: DataNode, mirrored: DataNode | int) -> DataNode:
 
 
 def colour_noise(stdevs: NDArray[np.floating[Any]], eigenvectors: NDArray[np.floating[Any]]) -> DataNode:
-    """Draws the paper's colour noise (section 4.1) with DALI's own generator, for pipelines without `alexprep`'s draws.
+    """Draws the paper's colour noise (section 4.1) with DALI's own generator, for pipelines without `alexprep`'s random parameters.
 
     Args:
-        stdevs: (3,), of the noise along each principal axis, grey levels: `augment.noise_stdevs` gives them.
+        stdevs: (3,), of the noise along each principal axis, grey levels: `noise_stdevs` gives them.
         eigenvectors: (3, 3), the axes as columns: `Statistics.eigenvectors`.
 
     Returns:
@@ -140,23 +141,23 @@ def to_tensor(
     mirrored: DataNode | int = 0,
     shift: DataNode | Sequence[float] = (0.0, 0.0, 0.0),
     std: Sequence[float] = (1.0, 1.0, 1.0),
-    layout: Layout = "NCHW",
+    memory_format: MemoryFormat = "NCHW",
     dtype: Dtype = "float32",
 ) -> DataNode:
     """Mirrors, shifts the colours, divides, converts and orders the axes, in one pass over the pixels.
 
     Args:
-        image: uint8 (H, W, 3), layout HWC.
+        image: uint8 (H, W, 3), HWC.
         mirrored: int32, 1 to reflect left to right, one a sample.
         shift: float32 (3,), grey levels added to R, G and B: colour noise less the means; one triple a sample or one for all.
         std: what R, G and B are divided by, grey levels.
-        layout: of the result; the N is the batch. "channels_last" lies in memory as "NHWC" does.
+        memory_format: of the result; the N is the batch. "channels_last" lies in memory as "NHWC" does.
         dtype: of the result; "uint8" keeps grey levels as they are, and takes no shift and no std.
 
     Returns:
         (3, H, W) or (H, W, 3).
     """
-    if dtype == "uint8" and layout != "NCHW":
+    if dtype == "uint8" and memory_format != "NCHW":
         return mirror(image, mirrored)
     minus = -shift if isinstance(shift, DataNode) else [-value for value in shift]
     return fn.crop_mirror_normalize(
@@ -165,7 +166,7 @@ def to_tensor(
         mean=minus,
         std=list(std),
         dtype=_TYPES[dtype],
-        output_layout="CHW" if layout == "NCHW" else "HWC",
+        output_layout="CHW" if memory_format == "NCHW" else "HWC",
     )
 
 
@@ -179,7 +180,7 @@ def subtract_mean_window(
     mean_HWC: NDArray[np.floating[Any]],
     anchor: DataNode | Sequence[int],
     side: int,
-    layout: Layout = "NCHW",
+    memory_format: MemoryFormat = "NCHW",
     device: str = "cpu",
 ) -> DataNode:
     """Subtracts a window of the mean image or of its reflection, another one for each sample.
@@ -189,7 +190,7 @@ def subtract_mean_window(
         mean_HWC: (S, S, 3), grey levels.
         anchor: int32 (2,), from `mean_anchor`: which window, and whether reflected.
         side: of `image`, pixels.
-        layout: of `image`.
+        memory_format: of `image`.
         device: of `image`.
 
     Returns:
@@ -197,8 +198,8 @@ def subtract_mean_window(
     """
     # The mean and its reflection side by side: one slice finds either.
     both = np.concatenate([mean_HWC, mean_HWC[:, ::-1]], axis=1)
-    axes = (1, 2) if layout == "NCHW" else (0, 1)
-    if layout == "NCHW":
+    axes = (1, 2) if memory_format == "NCHW" else (0, 1)
+    if memory_format == "NCHW":
         both = both.transpose(2, 0, 1)
     constant = types.Constant(np.ascontiguousarray(both, np.float32), device="cpu" if device == "cpu" else "gpu")
     return image - fn.slice(constant, start=anchor, shape=(side, side), axes=axes)

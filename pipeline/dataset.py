@@ -1,4 +1,7 @@
-"""What a `Loader` reads: a data set that `alexprep shard` made, or anyone's webdataset tars, as one kind of thing."""
+"""Opens what a `Loader` reads: a dataset that `alexprep shard` made, or anyone's webdataset tars, as one kind of thing.
+
+The bytes themselves are read by `alexprep.shards.reader`; other people's tars are indexed by `alexprep.shards.webdataset_index`.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alexprep.pipeline.augmentation import Augmentation
-from alexprep.pipeline.dali_graph import Settings
-from alexprep.pipeline.dali_ops import Dtype, Layout
-from alexprep.pipeline.loader_settings import Tuning
-from alexprep.shards import rgb_statistics
 from alexprep.shards.dataset_format import DATASET, PLAN, read_dataset
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.reader import Samples, TarSamples
-from alexprep.shards.rgb_statistics import Statistics
+from alexprep.shards.rgb_statistics import Statistics, read_statistics
 from alexprep.shards.storage import folder_at
 from alexprep.shards.webdataset_index import UnusableSample, index_tars
 
@@ -39,7 +38,7 @@ class Dataset:
         digest: the identity of the data, hex sha256.
         classes: class names by label.
         bad: samples of other people's tars that cannot be used, with the reason.
-        statistics_of: the data set's folder if it is one of ours.
+        statistics_of: the dataset's folder if it is one of ours.
     """
 
     samples: TarSamples
@@ -74,22 +73,12 @@ class Dataset:
                     f"(augmentation 'resized'), or shard again with --size {augmentation.crop} or more"
                 )
 
-    def settings(
-        self, batch_size: int, device: str, device_id: int | None, dtype: Dtype, layout: Layout, tuning: Tuning
-    ) -> Settings:
-        """The settings of a pipeline for these images; see `Settings`."""
-        decode = tuning.decode_on(device)
-        threads, load = tuning.dali_threads, tuning.hw_decoder_load
-        return Settings(
-            self.raw, self.size, batch_size, threads, device, device_id, decode, load, dtype=dtype, layout=layout
-        )
-
 
 def open_dataset(source: Source, split: str, on_bad: OnBad = "error", cache: str | Path | None = None) -> Dataset:
     """Opens a split.
 
     Args:
-        source: the folder of a finished data set; or tars, see `alexprep.shards.webdataset_index.index_tars`.
+        source: the folder of a finished dataset; or tars, see `alexprep.shards.webdataset_index.index_tars`.
         split: "train", "val" or "test".
         on_bad: whether samples that cannot be used are an error, or left out ("skip").
         cache: where the index of other people's tars is kept, see there.
@@ -106,7 +95,7 @@ def open_dataset(source: Source, split: str, on_bad: OnBad = "error", cache: str
         folder = folder_at(str(source))
         if (folder / DATASET).exists() or (folder / PLAN).exists() or not _holds_tars(str(source), folder):
             return _ours(folder, split)
-    dataset = _others(source, split, None if cache is None else Path(cache))
+    dataset = _foreign(source, split, None if cache is None else Path(cache))
     if dataset.bad and on_bad == "error":
         raise AlexprepError(
             f"{len(dataset.bad):,} samples cannot be used, the first: {dataset.bad[0]}; leave such samples out with "
@@ -116,7 +105,7 @@ def open_dataset(source: Source, split: str, on_bad: OnBad = "error", cache: str
 
 
 def statistics_for(dataset: Dataset, chosen: Statistics | str | Path | None) -> Statistics:
-    """The statistics that were chosen, or the data set's own.
+    """The statistics that were chosen, or the dataset's own.
 
     Raises:
         AlexprepError: there are none.
@@ -125,15 +114,15 @@ def statistics_for(dataset: Dataset, chosen: Statistics | str | Path | None) -> 
         return chosen
     if chosen is not None:
         if not isinstance(chosen, str | os.PathLike):
-            raise AlexprepError(f"statistics {chosen!r} are neither a data set's folder nor statistics")
+            raise AlexprepError(f"statistics {chosen!r} are neither a dataset's folder nor statistics")
         folder = folder_at(str(chosen))
-        return rgb_statistics.read_statistics(folder, read_dataset(folder)["digest"])
+        return read_statistics(folder, read_dataset(folder)["digest"])
     if dataset.statistics_of is None:
         raise AlexprepError(
-            "these shards have no statistics: name a data set that has them (statistics=FOLDER), or use an augmentation "
+            "these shards have no statistics: name a dataset that has them (statistics=FOLDER), or use an augmentation "
             "without, for example 'resized'"
         )
-    return rgb_statistics.read_statistics(dataset.statistics_of, dataset.digest)
+    return read_statistics(dataset.statistics_of, dataset.digest)
 
 
 def _holds_tars(name: str, folder: Path) -> bool:
@@ -149,7 +138,7 @@ def _ours(folder: Path, split: str) -> Dataset:
     return Dataset(samples, sizes, size, raw, samples.dataset["digest"], samples.dataset["classes"], (), folder)
 
 
-def _others(source: Source, split: str, cache: Path | None) -> Dataset:
+def _foreign(source: Source, split: str, cache: Path | None) -> Dataset:
     found = index_tars(source, split, cache=cache)
     samples = TarSamples(dict(enumerate(found.paths)), found.records)
     sizes = np.stack([found.records["height"], found.records["width"]], axis=1).astype(np.int32)

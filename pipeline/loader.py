@@ -1,4 +1,9 @@
-"""Batches for torch, epoch after epoch: which rows come when, and the state that a resume needs."""
+"""Batches of a split for torch, epoch after epoch, decoded and augmented by DALI some steps ahead of their use.
+
+`Loader` is the page to read: which samples a step holds, what is drawn for them, and the state that a resume needs. `PipelineRunner` below
+keeps DALI at work. The order of samples is made in `alexprep.pipeline.sampler`, the graph in `alexprep.pipeline.dali_graph`; for plain
+torch without DALI there is `alexprep.pipeline.wds_pipeline`.
+"""
 
 from __future__ import annotations
 
@@ -18,270 +23,16 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from alexprep.pipeline.augmentation import Augmentation, augmentation_named
-from alexprep.pipeline.dali_graph import Feed, Inputs, Views, probe_pipeline, single_view_pipeline, ten_view_pipeline
-from alexprep.pipeline.dali_ops import Dtype, Layout
-from alexprep.pipeline.dataset import OnBad, Source, open_dataset, statistics_for
+from alexprep.pipeline.augmentation import Augmentation, Draws, augmentation_named, centred, draw
+from alexprep.pipeline.dali_graph import Graph, GraphSettings, Views
+from alexprep.pipeline.dali_ops import Dtype, MemoryFormat
+from alexprep.pipeline.dataset import Dataset, OnBad, Source, open_dataset, statistics_for
 from alexprep.pipeline.device import choose_device, moved
 from alexprep.pipeline.loader_settings import Tuning
 from alexprep.pipeline.sampler import BLOCK_SHARDS, Order, StepPlan
 from alexprep.shards.errors import AlexprepError, whole_number
 from alexprep.shards.image_codec import header_size, raw_header
-from alexprep.shards.reader import TarSamples
 from alexprep.shards.rgb_statistics import Statistics
-
-# -------------------- Which image of a step DALI cannot decode: it does not say, so each is tried alone.
-
-
-def decodes(feed: Feed, image: NDArray[np.uint8], inputs: Inputs) -> bool:
-    """Whether an image can be decoded by itself.
-
-    Args:
-        feed: of the pipeline that failed.
-        image: uint8 (bytes,), encoded.
-        inputs: for this image alone: with a window, only that is decoded where a window can be.
-    """
-    if feed.settings.raw:
-        return True
-    try:
-        probe = probe_pipeline(feed.augmentation, feed.settings, windowed="start" in inputs)
-        probe.feed_input("encoded", [image])  # DALI reads it in place
-        if "start" in inputs:
-            for name in {"start", "shape"} & inputs.keys():
-                probe.feed_input(name, inputs[name])
-        probe.run()
-    except RuntimeError:
-        return False
-    return True
-
-
-def decodes_a_sound_image(feed: Feed) -> bool:
-    """Whether there is a decoder that works: if not, for lack of a GPU's memory say, images are not to blame."""
-    buffer = io.BytesIO()
-    Image.new("RGB", (16, 16)).save(buffer, "JPEG")
-    return decodes(feed, np.frombuffer(buffer.getvalue(), np.uint8), {})
-
-
-# -------------------- DALI at work: steps of a split in, tensors out, in the order in which the steps were handed in.
-
-
-@dataclass
-class Step:
-    """A rank's part of one step on its way through the engine.
-
-    Attributes:
-        epoch: of the step.
-        number: of the step within its epoch.
-        rows: int64 (N,), of the samples.
-        positions: int64 (N,), their places in the epoch's order.
-        skipped: how many samples could not be decoded and were taken out of `rows` and `positions`.
-        failure: why the step cannot be made; raised when its turn comes, after the steps before it.
-    """
-
-    epoch: int
-    number: int
-    rows: NDArray[np.int64]
-    positions: NDArray[np.int64]
-    skipped: int = 0
-    failure: AlexprepError | None = None
-    _fed: Any = field(default=None, repr=False)  # what DALI reads in place
-
-    def drop(self, bad: Sequence[bool]) -> None:
-        """Takes samples out."""
-        good = ~np.asarray(bad, bool)
-        self.skipped += len(self.rows) - int(good.sum())
-        self.rows, self.positions = self.rows[good], self.positions[good]
-
-
-class Engine:
-    """Decodes and augments steps ahead of their use.
-
-    DALI cannot leave out a sample that it fails to decode: the whole step fails. Then each of the step's samples is tried alone,
-    with the window that was drawn for it; those that fail are taken out, and the step and those behind it are done again. So
-    a sample is left out or not by its bytes and its draw alone, whoever its neighbours are. DALI is never given a sample whose
-    header cannot be read: up to 2.4 it may crash on it when a batch is split among threads.
-    """
-
-    def __init__(self, samples: TarSamples, sizes_N2: NDArray[np.integer], feed: Feed, on_bad: OnBad) -> None:
-        """Builds the pipeline.
-
-        Args:
-            samples: what rows stand for.
-            sizes_N2: integer (samples, 2), heights and widths of the stored images, pixels.
-            feed: what is done to them.
-            on_bad: what becomes of a sample that cannot be decoded: "error" ends the work, "skip" leaves it out.
-
-        Raises:
-            AlexprepError: DALI cannot build the pipeline; or this is one of several workers of a DataLoader.
-        """
-        worker = torch.utils.data.get_worker_info()
-        if worker is not None and worker.num_workers > 1:
-            raise AlexprepError(
-                f"each of the {worker.num_workers} workers of a DataLoader would give every sample: iterate over the Loader itself, "
-                "which decodes in threads of its own, or give them different ranks"
-            )
-        self._samples, self._sizes, self._feed, self._on_bad = samples, sizes_N2, feed, on_bad
-        self._steps: deque[Step] = deque()
-        self._suspects: set[int] = set()  # rows that could not be decoded before: they are tried alone first
-        self._copied: deque[tuple[torch.cuda.Event, Any]] = deque()  # DALI's buffers until torch has their pixels
-        self._process = os.getpid()
-        self._pipeline: Any = self._assembled()
-
-    def __len__(self) -> int:
-        """How many steps were started and not taken."""
-        return len(self._steps)
-
-    @property
-    def usable(self) -> bool:
-        """Whether this is the process that made the engine: DALI's threads do not survive a fork."""
-        return self._process == os.getpid()
-
-    def start(self, step: Step) -> None:
-        """Hands a step to DALI and returns at once. What is wrong with it, `take` raises."""
-        self._steps.append(step)
-        self._submit(step)
-
-    def take(self) -> tuple[Step, torch.Tensor]:
-        """The step that was started first and not taken yet, and its images.
-
-        Raises:
-            AlexprepError: an image could not be read or decoded. The engine cannot go on after that.
-        """
-        step = self._steps[0]
-        while True:
-            if step.failure is not None:
-                raise step.failure
-            try:
-                images = self._outputs(step)
-                break
-            except RuntimeError as error:
-                if not decodes_a_sound_image(self._feed):
-                    raise AlexprepError(f"DALI could not make a batch: {error}") from error
-                bad = [not self._decodes(step, n) for n in range(len(step.rows))]
-                if not any(bad):
-                    raise AlexprepError(f"DALI could not make a batch: {error}") from error
-                self._suspects.update(step.rows[np.array(bad)].tolist())
-                self._leave_out(step, bad)
-                self._pipeline = self._assembled()
-                for waiting in self._steps:
-                    self._submit(waiting)
-        self._steps.popleft()
-        return step, images
-
-    def close(self) -> None:
-        """Frees the pipeline's threads and memory."""
-        if not self.usable:  # its destructor would wait for threads that only the parent has
-            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._pipeline))
-        else:
-            for event, _ in self._copied:  # DALI gets no buffer back that is still being copied from
-                event.synchronize()
-        del self._pipeline
-        self._copied.clear()
-        self._steps.clear()
-
-    def _assembled(self) -> Any:
-        make = ten_view_pipeline if self._feed.views == "ten" else single_view_pipeline
-        pipeline = make(self._feed.augmentation, self._feed.statistics, self._feed.settings)
-        try:
-            pipeline.build()
-        except RuntimeError as error:  # a GPU without memory, an old driver
-            raise AlexprepError(f"DALI cannot build its pipeline: {error}") from error
-        return pipeline
-
-    def _submit(self, step: Step) -> None:
-        try:
-            self._feed_dali(step)
-        except AlexprepError as error:
-            step.failure = error
-
-    def _feed_dali(self, step: Step) -> None:
-        rows = step.rows.tolist()
-        if not self._suspects.isdisjoint(rows):
-            self._leave_out(step, [row in self._suspects and not self._decodes(step, n) for n, row in enumerate(rows)])
-        encoded = [self._image(row) for row in step.rows.tolist()]
-        if not self._feed.settings.raw:
-            sizes = zip(encoded, self._sizes[step.rows].tolist(), strict=True)
-            unread = [header_size(image) != tuple(size) for image, size in sizes]
-            encoded = [image for image, bad in zip(encoded, unread, strict=True) if not bad]
-            self._leave_out(step, unread)
-        if not len(step.rows):  # DALI knows no empty batch
-            return
-        inputs = self._inputs(step)
-        self._pipeline.feed_input("encoded", encoded)
-        for name, values in inputs.items():
-            self._pipeline.feed_input(name, values)
-        step._fed = (encoded, inputs)
-        self._pipeline.schedule_run()
-
-    def _leave_out(self, step: Step, bad: list[bool]) -> None:
-        """Takes samples out of a step, or ends the work, as `on_bad` says."""
-        if self._on_bad == "error" and any(bad):
-            raise AlexprepError(
-                f"{self._samples.where(int(step.rows[bad.index(True)]))} holds an image that cannot be decoded: leave such "
-                "images out with on_bad='skip', or make sound shards of them with `alexprep shard`"
-            )
-        step.drop(bad)
-
-    def _outputs(self, step: Step) -> torch.Tensor:
-        settings = self._feed.settings
-        device = torch.device(settings.device if settings.device_id is None else f"cuda:{settings.device_id}")
-        if not len(step.rows):
-            side = self._feed.augmentation.crop
-            height, width = self._sizes[0].tolist() if side is None else (side, side)
-            shape = (3, height, width) if settings.layout == "NCHW" else (height, width, 3)
-            views = (10,) if self._feed.views == "ten" else ()
-            images = torch.empty((0, *views, *shape), dtype=getattr(torch, settings.dtype), device=device)
-        else:
-            images = self._on_gpu(device) if device.type == "cuda" else self._on_cpu()
-        step._fed = None
-        return images.movedim(-1, -3) if settings.layout == "channels_last" else images
-
-    def _on_cpu(self) -> torch.Tensor:
-        """DALI's own buffer: it is ours until the tensor is gone."""
-        (output,) = self._pipeline.outputs()
-        return torch.utils.dlpack.from_dlpack(output.as_tensor())
-
-    def _on_gpu(self, device: torch.device) -> torch.Tensor:
-        """A copy: DALI takes a buffer back in the order of its own stream, so perhaps under a kernel of torch's that still reads it."""
-        while self._copied and self._copied[0][0].query():  # type: ignore[no-untyped-call]
-            self._copied.popleft()
-        with torch.cuda.device(device):
-            stream = torch.cuda.current_stream()
-            (output,) = self._pipeline.outputs(cuda_stream=stream)
-            made = output.as_tensor()
-            images = torch.empty(made.shape(), dtype=getattr(torch, self._feed.settings.dtype), device=device)
-            made.copy_to_external(
-                ctypes.c_void_p(images.data_ptr()), ctypes.c_void_p(stream.cuda_stream), non_blocking=True
-            )
-            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            event.record(stream)
-        self._copied.append((event, output))
-        return images
-
-    def _inputs(self, step: Step) -> Inputs:
-        return self._feed.inputs(step.epoch, step.rows, self._sizes[step.rows], step.positions)
-
-    def _image(self, row: int) -> NDArray[np.uint8]:
-        """What DALI is fed of a sample: its bytes, or its pixels where the shards are raw."""
-        encoded = self._samples.encoded(row)
-        if not self._feed.settings.raw:
-            return encoded
-        height, width = self._sizes[row].tolist()
-        header = raw_header(height, width)
-        if encoded[: len(header)].tobytes() != header or len(encoded) != len(header) + 3 * height * width:
-            raise AlexprepError(
-                f"{self._samples.where(row)} holds no {height} x {width} pixels: `alexprep verify` tells more"
-            )
-        return encoded[len(header) :].reshape(height, width, 3)
-
-    def _decodes(self, step: Step, n: int) -> bool:
-        """Whether sample `n` of a step can be decoded by itself, with the window drawn for it."""
-        alone = Step(step.epoch, step.number, step.rows[n : n + 1], step.positions[n : n + 1])
-        return decodes(self._feed, self._image(int(step.rows[n])), self._inputs(alone))
-
-
-# -------------------- Batches for torch, epoch after epoch: which rows come when, and the state that a resume needs.
-
 
 _READ_AHEAD = 8  # steps whose samples are asked of the disk before they are decoded
 
@@ -334,7 +85,7 @@ class Loader:
         world_size: int = 1,
         device: str | torch.device = "cpu",
         dtype: Dtype = "float32",
-        layout: Layout = "NCHW",
+        memory_format: MemoryFormat = "NCHW",
         on_bad: OnBad = "error",
         statistics: Statistics | str | Path | None = None,
         cache: str | Path | None = None,
@@ -344,7 +95,7 @@ class Loader:
         """Opens a split; the DALI pipeline is built when the first batch is asked for.
 
         Args:
-            data: a finished data set; or anyone's webdataset: a folder of tars, a tar, a pattern like "train-{000..146}.tar", or
+            data: a finished dataset; or anyone's webdataset: a folder of tars, a tar, a pattern like "train-{000..146}.tar", or
                 several of these, which are indexed once.
             split: "train", "val" or "test".
             batch_size: samples a step over all ranks.
@@ -354,14 +105,15 @@ class Loader:
             order: "shuffle", a new global permutation each epoch; "blocks", for slow disks and remote stores, permutes the shards
                 and then the samples of `block_shards` shards at a time; "sequential", as stored.
             block_shards: see `order`.
-            seed: of orders and draws.
+            seed: of orders and random parameters.
             rank: of this process, in [0, world_size).
             world_size: how many processes share each step.
             device: "cpu", or "cuda" with or without an index.
             dtype: "float32", "float16", or, where the augmentation neither subtracts nor divides, "uint8".
-            layout: "NCHW", "NHWC", or "channels_last": shaped as the first, in memory as the second, and on a CPU the fastest.
+            memory_format: "NCHW", "NHWC", or "channels_last": shaped as the first, in memory as the second, and on a CPU the
+                fastest.
             on_bad: "error" ends with the name of a damaged sample; "skip" leaves it out of its step, and moves no other.
-            statistics: of which data set, if not of `data`: its folder, or what `alexprep.shards.rgb_statistics` made.
+            statistics: of which dataset, if not of `data`: its folder, or what `alexprep.shards.read_statistics` gave.
             cache: where the index of other people's tars is kept; by default beside them or in the user's cache.
             threads: of DALI; None for one a core. Short for `tuning`.
             tuning: how the machine is used; `alexprep tune` finds good settings.
@@ -369,35 +121,43 @@ class Loader:
         Raises:
             AlexprepError: no such data, no statistics of it, or an argument out of its bounds.
         """
-        arguments = {
-            name: value for name, value in locals().items() if name not in ("self", "data", "split", "__class__")
-        }
+        arguments = {name: value for name, value in locals().items() if name not in ("self", "data", "split")}
         self._made_by = ((data, split), arguments)
         if not isinstance(augmentation, Augmentation):
             augmentation = augmentation_named(augmentation)
         if threads is not None:
             tuning = replace(tuning or Tuning(), threads=threads)
-        self._tuning = tuning or Tuning()
+        self._tuning = tuning = tuning or Tuning()
         dataset = open_dataset(data, split, on_bad, cache)
         self._plan = StepPlan(dataset.samples.index["shard"], batch_size, order, block_shards, seed, rank, world_size)
-        dataset.samples.keep_shards = self._plan.open_shards(_READ_AHEAD + self._tuning.prefetch + 1)
+        dataset.samples.keep_shards = self._plan.open_shards(_READ_AHEAD + tuning.prefetch + 1)
         if dataset.samples.remote and order == "shuffle":
             raise AlexprepError(f"{data} is remote, where single images are slow to read: use order='blocks'")
         chosen = statistics_for(dataset, statistics) if augmentation.needs_statistics else None
         dataset.check(augmentation, chosen)
         target = choose_device(device or "cpu")
-        number = torch.cuda.current_device() if target.type == "cuda" and target.index is None else target.index
-        settings = dataset.settings(self._plan.largest_part, target.type, number, dtype, layout, self._tuning)
-        self._feed = Feed(augmentation, chosen, views, seed, settings)
+        settings = GraphSettings(
+            raw=dataset.raw,
+            size=dataset.size,
+            batch_size=self._plan.largest_part,
+            threads=tuning.dali_threads,
+            device=target.type,
+            device_id=torch.cuda.current_device() if target.type == "cuda" and target.index is None else target.index,
+            decode=tuning.decode_on(target.type),
+            hw_decoder_load=tuning.hw_decoder_load,
+            dtype=dtype,
+            memory_format=memory_format,
+        )
+        self._graph = Graph(augmentation, chosen, views, settings)
         self._on_bad, self._dataset = on_bad, dataset
         self.samples: int = len(dataset.samples)
         self.digest, self.classes, self.bad = dataset.digest, dataset.classes, dataset.bad
         self.skipped = 0
         self.epoch = self.step = 0
-        self._engine: Engine | None = None
+        self._runner: PipelineRunner | None = None
         self._stream = zlib.crc32(f"{self.digest} {split} {self._plan.order_words}".encode())
-        self._upcoming = (0, 0)  # the step that the engine is handed next
-        self._loaded = False  # a state, since the last pass began
+        self._upcoming = (0, 0)  # the step that the runner is handed next
+        self._loaded = False  # a state, since the last loop began
         self._closed = False
 
     def __len__(self) -> int:
@@ -409,13 +169,48 @@ class Loader:
 
         An evaluation (views "centre" and "ten") begins anew where the last one was left early, unless its state was loaded.
         """
-        if self._feed.views != "random" and self.step and not self._loaded:
+        if self._graph.views != "random" and self.step and not self._loaded:
             self._abandon()
             self.step = 0
         self._loaded = False
         epoch = self.epoch
         while self.epoch == epoch:
-            yield self._next()
+            yield self._next_batch()  # which is then the caller's alone
+
+    def _next_batch(self) -> Batch:
+        try:
+            runner = self._running()
+            self._feed_ahead(runner)
+            step, images = runner.take()
+            self._feed_ahead(runner)  # before the caller works on this batch
+            labels = moved(torch.from_numpy(self._dataset.samples.labels[step.rows]), images.device)
+            batch = Batch(images, labels, torch.from_numpy(step.rows.copy()))
+            following = self._plan.after(step.epoch, step.number)
+        except BaseException:
+            # Also after Ctrl-C: what is under way no longer fits the state, which still points at this batch.
+            self._abandon()
+            raise
+        self.epoch, self.step = following
+        self.skipped += step.skipped
+        return batch
+
+    def _feed_ahead(self, runner: PipelineRunner) -> None:
+        """Keeps enough steps under way. Training runs on into the next epoch, evaluation ends with its own."""
+        graph, plan, samples = self._graph, self._plan, self._dataset.samples
+        while len(runner) <= self._tuning.prefetch:
+            epoch, number = self._upcoming
+            if graph.views != "random" and epoch != self.epoch:
+                break
+            rows, positions = plan.part(epoch, number)
+            sizes = self._dataset.sizes_N2[rows]
+            if graph.views == "random":
+                draws = draw(graph.augmentation, plan.seed, epoch, rows, sizes, positions)
+            else:
+                draws = centred(graph.augmentation, sizes)
+            runner.feed(Step(epoch, number, rows, draws))
+            self._upcoming = plan.after(epoch, number)
+            if number + _READ_AHEAD < len(self):
+                samples.expect(plan.part(epoch, number + _READ_AHEAD)[0])
 
     def state_dict(self) -> dict[str, int]:
         """Where the next batch comes from: all that a resume needs, on any number of ranks; a few integers, JSON-serialisable.
@@ -430,7 +225,7 @@ class Loader:
         """Goes to a state that `state_dict` gave.
 
         Raises:
-            AlexprepError: the state is of another seed, batch size, data set or order, or lies outside an epoch.
+            AlexprepError: the state is of another seed, batch size, dataset or order, or lies outside an epoch.
         """
         own, state = self.state_dict(), state if isinstance(state, Mapping) else {}
         for name in ("seed", "batch_size", "stream"):
@@ -462,48 +257,256 @@ class Loader:
 
     def __reduce__(self) -> tuple[Callable[..., Loader], tuple[Any, ...]]:
         """Pickled, a loader is its arguments and its state; the copy opens the data anew."""
-        return _again, (*self._made_by, self.state_dict())
+        return _reopened, (*self._made_by, self.state_dict())
 
-    def _next(self) -> Batch:
+    def _running(self) -> PipelineRunner:
         if self._closed:
             raise AlexprepError("this Loader is closed: make a new one")
-        try:
-            engine = self._filled()
-            step, images = engine.take()
-            self._filled()
-            labels = moved(torch.from_numpy(self._dataset.samples.labels[step.rows]), images.device)
-        except BaseException:
-            # Also after Ctrl-C: what is under way no longer fits the state, which still points at this batch.
+        if self._runner is None or not self._runner.usable:
             self._abandon()
-            raise
-        self.epoch, self.step = self._plan.after(step.epoch, step.number)
-        self.skipped += step.skipped
-        return Batch(images, labels, torch.from_numpy(step.rows.copy()))
-
-    def _filled(self) -> Engine:
-        """The engine with enough steps under way. Training runs on into the next epoch, evaluation ends with its own."""
-        if self._engine is None or not self._engine.usable:
-            self._abandon()
-            self._engine = Engine(self._dataset.samples, self._dataset.sizes_N2, self._feed, self._on_bad)
+            self._runner = PipelineRunner(self._dataset, self._graph, self._on_bad)
             self._upcoming = (self.epoch, self.step)
-        while len(self._engine) <= self._tuning.prefetch:
-            epoch, number = self._upcoming
-            if self._feed.views != "random" and epoch != self.epoch:
-                break
-            self._engine.start(Step(epoch, number, *self._plan.part(epoch, number)))
-            self._upcoming = self._plan.after(epoch, number)
-            if number + _READ_AHEAD < len(self):
-                self._dataset.samples.expect(self._plan.part(epoch, number + _READ_AHEAD)[0])
-        return self._engine
+        return self._runner
 
     def _abandon(self) -> None:
         """Leaves the pipeline and what it works on; the next batch is started anew from the state."""
-        engine, self._engine = self._engine, None
-        if engine is not None:
-            engine.close()
+        runner, self._runner = self._runner, None
+        if runner is not None:
+            runner.close()
 
 
-def _again(place: tuple[Source, str], arguments: dict[str, Any], state: dict[str, int]) -> Loader:
+def _reopened(place: tuple[Source, str], arguments: dict[str, Any], state: dict[str, int]) -> Loader:
     loader = Loader(*place, **arguments)
     loader.load_state_dict(state)
     return loader
+
+
+@dataclass
+class Step:
+    """A rank's part of one step on its way through DALI.
+
+    Attributes:
+        epoch: of the step.
+        number: of the step within its epoch.
+        rows: int64 (N,), of the samples.
+        draws: the samples' random parameters.
+        skipped: how many samples could not be decoded and were taken out of `rows` and `draws`.
+        failure: why the step cannot be made; raised when its turn comes, after the steps before it.
+    """
+
+    epoch: int
+    number: int
+    rows: NDArray[np.int64]
+    draws: Draws
+    skipped: int = 0
+    failure: AlexprepError | None = None
+    _read_in_place: Any = field(default=None, repr=False)  # by DALI, until the step is done
+
+    def drop(self, bad: Sequence[bool]) -> None:
+        """Takes samples out."""
+        good = ~np.asarray(bad, bool)
+        self.skipped += len(self.rows) - int(good.sum())
+        self.rows, self.draws = self.rows[good], self.draws.only(good)
+
+
+class PipelineRunner:
+    """Keeps a DALI pipeline at work: steps in, tensors out, in the order in which the steps were handed in.
+
+    DALI cannot leave out a sample that it fails to decode: the whole step fails. Then each of the step's samples is tried alone,
+    with the window that was drawn for it; those that fail are taken out, and the step and those behind it are done again. So
+    a sample is left out or not by its bytes and its window alone, whoever its neighbours are. DALI is never given a sample whose
+    header cannot be read: up to 2.4 it may crash on it when a batch is split among threads.
+    """
+
+    def __init__(self, dataset: Dataset, graph: Graph, on_bad: OnBad) -> None:
+        """Builds the pipeline.
+
+        Args:
+            dataset: what rows stand for.
+            graph: what is done to the images.
+            on_bad: what becomes of a sample that cannot be decoded: "error" ends the work, "skip" leaves it out.
+
+        Raises:
+            AlexprepError: DALI cannot build the pipeline; or this is one of several workers of a DataLoader.
+        """
+        worker = torch.utils.data.get_worker_info()
+        if worker is not None and worker.num_workers > 1:
+            raise AlexprepError(
+                f"each of the {worker.num_workers} workers of a DataLoader would give every sample: iterate over the Loader itself, "
+                "which decodes in threads of its own, or give them different ranks"
+            )
+        self._samples, self._sizes, self._graph, self._on_bad = dataset.samples, dataset.sizes_N2, graph, on_bad
+        self._steps: deque[Step] = deque()
+        self._suspects: set[int] = set()  # rows that could not be decoded before: they are tried alone first
+        self._copied: deque[tuple[torch.cuda.Event, Any]] = deque()  # DALI's buffers until torch has their pixels
+        self._process = os.getpid()
+        self._pipeline: Any = self._built()
+
+    def __len__(self) -> int:
+        """How many steps were fed and not taken."""
+        return len(self._steps)
+
+    @property
+    def usable(self) -> bool:
+        """Whether this is the process that built the pipeline: DALI's threads do not survive a fork."""
+        return self._process == os.getpid()
+
+    def feed(self, step: Step) -> None:
+        """Hands a step to DALI and returns at once. What is wrong with it, `take` raises."""
+        self._steps.append(step)
+        self._submit(step)
+
+    def take(self) -> tuple[Step, torch.Tensor]:
+        """The step that was fed first and not taken yet, and its images.
+
+        Raises:
+            AlexprepError: an image could not be read or decoded. The runner cannot go on after that.
+        """
+        step = self._steps[0]
+        while True:
+            if step.failure is not None:
+                raise step.failure
+            try:
+                images = self._outputs(step)
+                break
+            except RuntimeError as error:
+                # Without a working decoder, for lack of a GPU's memory say, images are not to blame.
+                bad = (
+                    [not self._decodes(step, n) for n in range(len(step.rows))] if self._decodes_a_sound_image() else []
+                )
+                if not any(bad):
+                    raise AlexprepError(f"DALI could not make a batch: {error}") from error
+                self._suspects.update(step.rows[np.array(bad)].tolist())
+                self._leave_out(step, bad)
+                self._pipeline = self._built()
+                for waiting in self._steps:
+                    self._submit(waiting)
+        self._steps.popleft()
+        return step, images
+
+    def close(self) -> None:
+        """Frees the pipeline's threads and memory."""
+        if not self.usable:  # its destructor would wait for threads that only the parent has
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._pipeline))
+        else:
+            for event, _ in self._copied:  # DALI gets no buffer back that is still being copied from
+                event.synchronize()
+        del self._pipeline
+        self._copied.clear()
+        self._steps.clear()
+
+    def _built(self) -> Any:
+        pipeline = self._graph.pipeline()
+        try:
+            pipeline.build()
+        except RuntimeError as error:  # a GPU without memory, an old driver
+            raise AlexprepError(f"DALI cannot build its pipeline: {error}") from error
+        return pipeline
+
+    def _submit(self, step: Step) -> None:
+        try:
+            self._submit_sound(step)
+        except AlexprepError as error:
+            step.failure = error
+
+    def _submit_sound(self, step: Step) -> None:
+        """Hands a step to DALI without the samples that are known to be bad."""
+        rows = step.rows.tolist()
+        if not self._suspects.isdisjoint(rows):
+            self._leave_out(step, [row in self._suspects and not self._decodes(step, n) for n, row in enumerate(rows)])
+        encoded = [self._image(row) for row in step.rows.tolist()]
+        if not self._graph.settings.raw:
+            sizes = zip(encoded, self._sizes[step.rows].tolist(), strict=True)
+            unread = [header_size(image) != tuple(size) for image, size in sizes]
+            encoded = [image for image, bad in zip(encoded, unread, strict=True) if not bad]
+            self._leave_out(step, unread)
+        if not len(step.rows):  # DALI knows no empty batch
+            return
+        inputs = self._graph.inputs(step.epoch, step.draws, self._sizes[step.rows])
+        self._pipeline.feed_input("encoded", encoded)
+        for name, values in inputs.items():
+            self._pipeline.feed_input(name, values)
+        step._read_in_place = (encoded, inputs)
+        self._pipeline.schedule_run()
+
+    def _leave_out(self, step: Step, bad: list[bool]) -> None:
+        """Takes samples out of a step, or ends the work, as `on_bad` says."""
+        if self._on_bad == "error" and any(bad):
+            raise AlexprepError(
+                f"{self._samples.where(int(step.rows[bad.index(True)]))} holds an image that cannot be decoded: leave such "
+                "images out with on_bad='skip', or make sound shards of them with `alexprep shard`"
+            )
+        step.drop(bad)
+
+    def _image(self, row: int) -> NDArray[np.uint8]:
+        """What DALI gets of a sample: its bytes, or its pixels where the shards are raw."""
+        encoded = self._samples.encoded(row)
+        if not self._graph.settings.raw:
+            return encoded
+        height, width = self._sizes[row].tolist()
+        header = raw_header(height, width)
+        if encoded[: len(header)].tobytes() != header or len(encoded) != len(header) + 3 * height * width:
+            raise AlexprepError(
+                f"{self._samples.where(row)} holds no {height} x {width} pixels: `alexprep verify` tells more"
+            )
+        return encoded[len(header) :].reshape(height, width, 3)
+
+    def _decodes(self, step: Step, n: int) -> bool:
+        """Whether sample `n` of a step can be decoded by itself, with the window drawn for it."""
+        inputs = self._graph.inputs(step.epoch, step.draws.only([n]), self._sizes[step.rows[n : n + 1]])
+        return self._graph.settings.raw or self._decodes_alone(self._image(int(step.rows[n])), inputs)
+
+    def _decodes_a_sound_image(self) -> bool:
+        """Whether there is a decoder that works."""
+        buffer = io.BytesIO()
+        Image.new("RGB", (16, 16)).save(buffer, "JPEG")
+        return self._graph.settings.raw or self._decodes_alone(np.frombuffer(buffer.getvalue(), np.uint8), {})
+
+    def _decodes_alone(self, image: NDArray[np.uint8], inputs: Mapping[str, Any]) -> bool:
+        """Whether one encoded image can be decoded; with a window among `inputs`, only that where a window can be."""
+        try:
+            pipeline = self._graph.decoding_pipeline(windowed="start" in inputs)
+            pipeline.feed_input("encoded", [image])  # DALI reads it in place
+            if "start" in inputs:
+                for name in {"start", "shape"} & inputs.keys():
+                    pipeline.feed_input(name, inputs[name])
+            pipeline.run()
+        except RuntimeError:
+            return False
+        return True
+
+    def _outputs(self, step: Step) -> torch.Tensor:
+        settings = self._graph.settings
+        device = torch.device(settings.device if settings.device_id is None else f"cuda:{settings.device_id}")
+        if not len(step.rows):
+            side = self._graph.augmentation.crop
+            height, width = self._sizes[0].tolist() if side is None else (side, side)
+            shape = (3, height, width) if settings.memory_format == "NCHW" else (height, width, 3)
+            views = (10,) if self._graph.views == "ten" else ()
+            images = torch.empty((0, *views, *shape), dtype=getattr(torch, settings.dtype), device=device)
+        else:
+            images = self._on_gpu(device) if device.type == "cuda" else self._on_cpu()
+        step._read_in_place = None
+        return images.movedim(-1, -3) if settings.memory_format == "channels_last" else images
+
+    def _on_cpu(self) -> torch.Tensor:
+        """DALI's own buffer: it is ours until the tensor is gone."""
+        (output,) = self._pipeline.outputs()
+        return torch.utils.dlpack.from_dlpack(output.as_tensor())
+
+    def _on_gpu(self, device: torch.device) -> torch.Tensor:
+        """A copy: DALI takes a buffer back in the order of its own stream, so perhaps under a kernel of torch's that still reads it."""
+        while self._copied and self._copied[0][0].query():  # type: ignore[no-untyped-call]
+            self._copied.popleft()
+        with torch.cuda.device(device):
+            stream = torch.cuda.current_stream()
+            (output,) = self._pipeline.outputs(cuda_stream=stream)
+            made = output.as_tensor()
+            images = torch.empty(made.shape(), dtype=getattr(torch, self._graph.settings.dtype), device=device)
+            made.copy_to_external(
+                ctypes.c_void_p(images.data_ptr()), ctypes.c_void_p(stream.cuda_stream), non_blocking=True
+            )
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record(stream)
+        self._copied.append((event, output))
+        return images

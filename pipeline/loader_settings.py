@@ -1,10 +1,10 @@
-"""How a machine is used: settings that change speed and memory, not results; and where `alexprep tune` keeps the good ones.
+"""How a `Loader` uses the machine: settings that change speed and memory but no result, and the file where they are kept.
 
     tuning.json    {"machines": {"AMD EPYC 7763, 8 cores, NVIDIA H200, cuda": {"settings": {…}, …}, …}}
 
-It lies in the data set's folder, one entry a kind of machine, since several may share the folder. For other people's tars, and
+It lies in the dataset's folder, one entry a kind of machine, since several may share the folder. For other people's tars, and
 where the folder cannot be written, it lies in $XDG_CACHE_HOME/alexprep or ~/.cache/alexprep; there an entry's name ends with the
-data's path.
+data's path. The settings are found by `alexprep.pipeline.autotune`.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from alexprep.shards.worker_pool import cores
 
 @dataclass(frozen=True)
 class Tuning:
-    """Settings that `alexprep tune` finds for a machine.
+    """Settings of a `Loader` for a machine, as `alexprep tune` finds them. Values out of bounds raise AlexprepError.
 
     Attributes:
-        threads: of DALI; None for one a core.
-        prefetch: steps that are worked on ahead of the one being consumed.
+        threads: of DALI, 1 to 4,096; None for one a core.
+        prefetch: steps that are worked on ahead of the one being consumed, 1 to 64.
         decode: where images are decoded: "cpu", "cuda", or None for the loader's device. What comes after happens on the
             device. The two decoders differ by a grey level here and there.
         hw_decoder_load: the share of a batch that a GPU's JPEG engines get, 0-1, where it has them.
@@ -73,19 +73,6 @@ class Tuning:
         return f"{words}, decode on {'the CPU' if self.decode_on(device) == 'cpu' else on_gpu}"
 
 
-class Machine(NamedTuple):
-    """What settings depend on. As text it is an entry's name in tuning.json."""
-
-    processor: str
-    cores: int  # that this process may use
-    gpu: str | None  # None for device "cpu"
-    device: str  # "cpu" or "cuda"
-
-    def __str__(self) -> str:
-        """A line for people and files."""
-        return ", ".join(filter(None, (self.processor, f"{self.cores} cores", self.gpu, self.device)))
-
-
 class Saved(NamedTuple):
     """What was found for this machine."""
 
@@ -94,42 +81,39 @@ class Saved(NamedTuple):
 
 
 def tuning_for(data: str | Path, device: str = "cpu") -> Tuning:
-    """The settings that `alexprep tune` found for this data on this machine, or the defaults.
+    """The settings that `alexprep tune` found for this data on this machine, or the defaults; a damaged file counts as none.
 
     Args:
         data: as for `Loader`.
         device: "cpu", or "cuda" with or without an index.
+
+    Raises:
+        AlexprepError: there is no such device.
     """
     return saved_tuning(data, device).tuning or Tuning()
 
 
 def saved_tuning(data: str | Path, device: str) -> Saved:
     """The newest settings that were saved for this data and this machine; arguments as for `tuning_for`."""
-    machine = this_machine(device)
     found: list[tuple[str, Tuning]] = []
     problems = []
-    for path, name in _places(data, machine).items():
+    for path, name in _places(data, this_machine(device)).items():
         machines, problem = _machines(path)
         try:
             if name in machines:
-                found.append((str(machines[name].get("measured_at")), _settings(machines[name]["settings"])))
+                settings = {field.name: machines[name]["settings"][field.name] for field in fields(Tuning)}
+                found.append((str(machines[name].get("measured_at")), Tuning(**settings)))
         except (AlexprepError, AttributeError, KeyError, TypeError, ValueError) as error:
             problem = problem or f"{path} has no usable settings for this machine ({error})"
         problems += [problem] if problem else []
     return Saved(max(found, key=lambda pair: pair[0])[1] if found else None, problems)
 
 
-def save_tuning(data: str | Path, machine: Machine, entry: Mapping[str, Any]) -> tuple[Path | None, list[str]]:
-    """Publishes the entry of one machine; those of other machines stay.
+def save_tuning(data: str | Path, machine: str, entry: Mapping[str, Any]) -> tuple[Path | None, list[str]]:
+    """Publishes the entry of one machine, as `this_machine` names it; those of other machines stay.
 
-    Args:
-        data: as for `Loader`.
-        machine: that was measured.
-        entry: JSON values: "settings", the fields of `Tuning`; "measured_at", a UTC time that sorts as text; and what there is
-            to know beside.
-
-    Returns:
-        Where it was written, or None where no place can be written; and a sentence for everything that was not as it should be.
+    `entry` holds JSON values, among them "settings", the fields of `Tuning`, and "measured_at", a UTC time that sorts as text.
+    Returns where it was written, None where no place can be written; and a sentence for each thing that was not as it should be.
     """
     notes = []
     for path, name in _places(data, machine).items():
@@ -144,20 +128,24 @@ def save_tuning(data: str | Path, machine: Machine, entry: Mapping[str, Any]) ->
     return None, notes
 
 
-def this_machine(device: str) -> Machine:
-    """The machine that this process runs on, as seen by a loader on `device`."""
+def this_machine(device: str) -> str:
+    """What settings depend on, seen by a loader on `device`: the processor, the cores that this process may use, the GPU."""
     kind = device.partition(":")[0]
-    return Machine(processor(), cores(), _gpu_name(device) if kind == "cuda" else None, kind)
+    return ", ".join([processor(), f"{cores()} cores", *([_gpu_name(device)] if kind == "cuda" else []), kind])
 
 
-def is_ours(data: str | Path) -> bool:
-    """Whether this is the folder of a data set that `alexprep shard` made, rather than other people's tars."""
-    return (folder_at(data) / DATASET).exists()
+def _gpu_name(device: str) -> str:
+    import torch
+
+    from alexprep.pipeline.device import choose_device
+
+    return torch.cuda.get_device_name(choose_device(device))
 
 
-def _places(data: str | Path, machine: Machine) -> dict[Path, str]:
-    """Where settings may lie, the best place first, with the entry's name there."""
-    places = {folder_at(data) / TUNING: str(machine)} if is_ours(data) else {}
+def _places(data: str | Path, machine: str) -> dict[Path, str]:
+    """Where settings may lie, the best place first, with the entry's name there: a dataset of ours, then the user's cache."""
+    folder = folder_at(data)
+    places = {folder / TUNING: machine} if (folder / DATASET).exists() else {}
     if cache := user_cache():
         where = str(data) if "://" in str(data) else os.path.abspath(data)
         places[cache / TUNING] = f"{machine}: {where}"
@@ -175,16 +163,3 @@ def _machines(path: Path) -> tuple[dict[str, Any], str | None]:
     except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
         return {}, f"{path} is damaged ({type(error).__name__}: {error})"
     return machines, None
-
-
-def _settings(values: Mapping[str, Any]) -> Tuning:
-    """Settings as they stand in a file."""
-    return Tuning(**{field.name: values[field.name] for field in fields(Tuning)})
-
-
-def _gpu_name(device: str) -> str:
-    import torch
-
-    from alexprep.pipeline.device import choose_device
-
-    return torch.cuda.get_device_name(choose_device(device))

@@ -1,4 +1,8 @@
-"""The order of an epoch, and a rank's part of a step: pure functions, so that nothing needs to be stored or sent."""
+"""Says which samples come when: the order of an epoch, its steps, and a rank's part of each.
+
+All of it follows from a few numbers (seed, epoch, step), so nothing needs to be stored or sent. What is done to the samples is
+drawn in `alexprep.pipeline.augmentation`.
+"""
 
 from __future__ import annotations
 
@@ -11,120 +15,11 @@ from numpy.typing import NDArray
 from alexprep.shards.errors import AlexprepError, whole_number
 from alexprep.shards.plan import permutation
 
-# -------------------- The order of an epoch, and a rank's part of a step: pure functions, so that nothing needs to be stored or sent.
-
-
 Order = Literal["shuffle", "blocks", "sequential"]
+BLOCK_SHARDS = 16  # of a block, unless told otherwise
 
 # Tell these uses of the seed from others (the shuffle before sharding has no such word in its key).
 _ORDER, _BLOCKS = 0x6F72_6465, 0x626C_6F63
-
-
-def epoch_order(seed: int, epoch: int, samples: int) -> NDArray[np.int64]:
-    """The rows of an epoch in the order in which they are seen: a uniform permutation of all rows, another one each epoch.
-
-    Args:
-        seed: of the run, at least 0.
-        epoch: from 0.
-        samples: how many rows there are.
-
-    Returns:
-        int64 (samples,), each row once.
-
-    >>> sorted(epoch_order(0, 3, 10).tolist()) == list(range(10))
-    True
-    """
-    return permutation((seed, epoch, _ORDER), samples)
-
-
-def block_order(seed: int, epoch: int, shards_N: NDArray[np.integer], block_shards: int) -> NDArray[np.int64]:
-    """An order that reads few shards at a time, for disks and stores where reading here and there is slow.
-
-    The shards are permuted and dealt out in blocks of `block_shards`; the rows of a block are permuted as one. So at most
-    `block_shards` shards are being read (two blocks' while one gives way to the next), and a row can meet those of its block.
-
-    Args:
-        seed: of the run, at least 0.
-        epoch: from 0.
-        shards_N: (samples,), the shard in which each row lies, ascending.
-        block_shards: shards of a block, at least 1.
-
-    Returns:
-        int64 (samples,), each row once.
-
-    >>> order = block_order(0, 0, np.array([0, 0, 1, 1, 2, 2]), 1)
-    >>> [sorted(pair) in ([0, 1], [2, 3], [4, 5]) for pair in order.reshape(3, 2).tolist()]
-    [True, True, True]
-    """
-    starts = np.flatnonzero(np.diff(shards_N, prepend=-1))
-    ends = np.append(starts[1:], len(shards_N))
-    shuffled = permutation((seed, epoch, _BLOCKS), len(starts))
-    blocks = []
-    # Counted from 1: numpy's keys end in zeros that do not count, and 0 would repeat the shards' own permutation.
-    for block, first in enumerate(range(0, len(starts), block_shards)):
-        members = shuffled[first : first + block_shards]
-        rows = np.concatenate([np.arange(starts[shard], ends[shard]) for shard in members])
-        blocks.append(rows[permutation((seed, epoch, _BLOCKS, 1 + block), len(rows))])
-    return np.concatenate(blocks)
-
-
-def shuffle_quality(order: NDArray[np.int64]) -> float:
-    """How far an order mixes what lies together on disk: 0 for rows as stored, near 1 for a uniform permutation.
-
-    The entropy of the distances between neighbours, as MosaicML Streaming's simulator measures shuffles, here on a circle
-    (distance modulo the number of rows, which a uniform permutation makes uniform) and in classes of distance, 256 or one for
-    each 32 rows, divided by the bits of a uniform distribution over them. It is taken both ways: how far apart those lay that are
-    seen one after the other, and how far apart those are seen that lay side by side (blocks of shards from all over the set do
-    well in the first and badly in the second); and for the next to the sixteenth neighbour (streams that are dealt out in turn do
-    well in the next). The lowest of all counts.
-
-    Args:
-        order: int (N,), rows as they are seen; N at least 2. Rows that are left out or come twice do no harm.
-
-    >>> shuffle_quality(np.arange(10_000))
-    0.0
-    >>> shuffle_quality(np.random.default_rng(0).permutation(100_000)) > 0.999
-    True
-    """
-    places = np.argsort(order, kind="stable")
-    lags = range(1, min(17, len(order)))
-    return min(_distance_entropy(sequence, lag) for sequence in (order, places) for lag in lags)
-
-
-def _distance_entropy(places: NDArray[np.int64], lag: int) -> float:
-    classes = max(2, min(256, len(places) // 32))
-    span = int(places.max()) + 1
-    distances = (places[lag:] - places[:-lag]) % span
-    counts = np.bincount(distances * classes // span, minlength=classes)
-    shares = counts[counts > 0] / counts.sum()
-    return float(abs((shares * np.log2(shares)).sum()) / np.log2(classes))
-
-
-def steps_per_epoch(samples: int, batch_size: int) -> int:
-    """Steps of an epoch; the last one is smaller where `batch_size` does not divide `samples`.
-
-    >>> steps_per_epoch(10, 4)
-    3
-    """
-    return -(-samples // batch_size)
-
-
-def rank_part(first: int, last: int, rank: int, world_size: int) -> tuple[int, int]:
-    """The part of the half-open range [first, last) that a rank takes: contiguous, sizes differing by one at most.
-
-    Ranks in order give back the range, whatever `world_size` is.
-
-    >>> [rank_part(0, 7, rank, 3) for rank in range(3)]
-    [(0, 2), (2, 4), (4, 7)]
-    """
-    count = last - first
-    return first + rank * count // world_size, first + (rank + 1) * count // world_size
-
-
-# -------------------- Which rows a rank gets in which step: a pure function of a few numbers.
-
-
-BLOCK_SHARDS = 16  # of a block, unless told otherwise
 
 
 @dataclass
@@ -167,7 +62,7 @@ class StepPlan:
 
     def __len__(self) -> int:
         """Steps an epoch, the same on all ranks; the last one may be smaller."""
-        return steps_per_epoch(len(self.shards_N), self.batch_size)
+        return (len(self.shards_N) + self.batch_size - 1) // self.batch_size
 
     @property
     def order_words(self) -> str:
@@ -197,13 +92,110 @@ class StepPlan:
         return (epoch, step + 1) if step + 1 < len(self) else (epoch + 1, 0)
 
     def _epoch(self, epoch: int) -> NDArray[np.int64]:
+        """The epoch's order: int64 (samples,). The one asked for last is kept."""
         if self._kept is None or self._kept[0] != epoch:
-            self._kept = (epoch, self._ordered(epoch))
+            if self.order == "shuffle":
+                order = epoch_order(self.seed, epoch, len(self.shards_N))
+            elif self.order == "blocks":
+                order = block_order(self.seed, epoch, self.shards_N, self.block_shards)
+            else:
+                order = np.arange(len(self.shards_N))
+            self._kept = epoch, order
         return self._kept[1]
 
-    def _ordered(self, epoch: int) -> NDArray[np.int64]:
-        if self.order == "shuffle":
-            return epoch_order(self.seed, epoch, len(self.shards_N))
-        if self.order == "blocks":
-            return block_order(self.seed, epoch, self.shards_N, self.block_shards)
-        return np.arange(len(self.shards_N))
+
+def rank_part(first: int, last: int, rank: int, world_size: int) -> tuple[int, int]:
+    """The part of the half-open range [first, last) that a rank takes: contiguous, sizes differing by one at most.
+
+    Ranks in order give back the range, whatever `world_size` is.
+
+    >>> [rank_part(0, 7, rank, 3) for rank in range(3)]
+    [(0, 2), (2, 4), (4, 7)]
+    """
+    count = last - first
+    return first + rank * count // world_size, first + (rank + 1) * count // world_size
+
+
+def epoch_order(seed: int, epoch: int, samples: int) -> NDArray[np.int64]:
+    """The rows of an epoch in the order in which they are seen: a uniform permutation of all rows, another one each epoch.
+
+    Args:
+        seed: of the run, at least 0.
+        epoch: from 0.
+        samples: how many rows there are.
+
+    Returns:
+        int64 (samples,), each row once.
+
+    >>> sorted(epoch_order(0, 3, 10).tolist()) == list(range(10))
+    True
+    """
+    return permutation((seed, epoch, _ORDER), samples)
+
+
+def shard_order(seed: int, epoch: int, shards: int) -> NDArray[np.int64]:
+    """The shards of an epoch in the order in which they are read: int64 (shards,), another permutation each epoch."""
+    return permutation((seed, epoch, _BLOCKS), shards)
+
+
+def block_order(seed: int, epoch: int, shards_N: NDArray[np.integer], block_shards: int) -> NDArray[np.int64]:
+    """An order that reads few shards at a time, for disks and stores where reading here and there is slow.
+
+    The shards are permuted and dealt out in blocks of `block_shards`; the rows of a block are permuted as one. So at most
+    `block_shards` shards are being read (two blocks' while one gives way to the next), and a row can meet those of its block.
+
+    Args:
+        seed: of the run, at least 0.
+        epoch: from 0.
+        shards_N: (samples,), the shard in which each row lies, ascending.
+        block_shards: shards of a block, at least 1.
+
+    Returns:
+        int64 (samples,), each row once.
+
+    >>> order = block_order(0, 0, np.array([0, 0, 1, 1, 2, 2]), 1)
+    >>> [sorted(pair) in ([0, 1], [2, 3], [4, 5]) for pair in order.reshape(3, 2).tolist()]
+    [True, True, True]
+    """
+    starts = np.flatnonzero(np.diff(shards_N, prepend=-1))
+    ends = np.append(starts[1:], len(shards_N))
+    shuffled = shard_order(seed, epoch, len(starts))
+    blocks = []
+    # Counted from 1: numpy's keys end in zeros that do not count, and 0 would repeat the shards' own permutation.
+    for block, first in enumerate(range(0, len(starts), block_shards)):
+        members = shuffled[first : first + block_shards]
+        rows = np.concatenate([np.arange(starts[shard], ends[shard]) for shard in members])
+        blocks.append(rows[permutation((seed, epoch, _BLOCKS, 1 + block), len(rows))])
+    return np.concatenate(blocks)
+
+
+def shuffle_quality(order: NDArray[np.int64]) -> float:
+    """How far an order mixes what lies together on disk: 0 for rows as stored, near 1 for a uniform permutation.
+
+    The entropy of the distances between neighbours, as MosaicML Streaming's simulator measures shuffles, here on a circle
+    (distance modulo the number of rows, which a uniform permutation makes uniform) and in classes of distance, 256 or one for
+    each 32 rows, divided by the bits of a uniform distribution over them. It is taken both ways: how far apart those lay that are
+    seen one after the other, and how far apart those are seen that lay side by side (blocks of shards from all over the set do
+    well in the first and badly in the second); and for the next to the sixteenth neighbour (streams that are dealt out in turn do
+    well in the next). The lowest of all counts.
+
+    Args:
+        order: int (N,), rows as they are seen; N at least 2. Rows that are left out or come twice do no harm.
+
+    >>> shuffle_quality(np.arange(10_000))
+    0.0
+    >>> shuffle_quality(np.random.default_rng(0).permutation(100_000)) > 0.999
+    True
+    """
+    places = np.argsort(order, kind="stable")
+    lags = range(1, min(17, len(order)))
+    return min(_distance_entropy(sequence, lag) for sequence in (order, places) for lag in lags)
+
+
+def _distance_entropy(places: NDArray[np.int64], lag: int) -> float:
+    classes = max(2, min(256, len(places) // 32))
+    span = int(places.max()) + 1
+    distances = (places[lag:] - places[:-lag]) % span
+    counts = np.bincount(distances * classes // span, minlength=classes)
+    shares = counts[counts > 0] / counts.sum()
+    return float(abs((shares * np.log2(shares)).sum()) / np.log2(classes))

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from alexprep.pipeline.augmentation import Augmentation
-from alexprep.train.data import Layout
+from alexprep.train.data import MemoryFormat
 from alexprep.train.lr_schedule import Steps
 from alexprep.train.models import alexnet as networks
 from alexprep.train.recipes import Recipe
@@ -48,12 +48,12 @@ class MadeUpLoader:
         *,
         batch_size: int = BATCH,
         seed: int = 0,
-        layout: Layout = "NCHW",
+        memory_format: MemoryFormat = "NCHW",
         device: str = "cpu",
         **options: Any,
     ) -> None:
         self.split, self.batch_size, self.seed, self.device = split, batch_size, seed, device
-        self.form = torch.channels_last if layout == "channels_last" else torch.contiguous_format
+        self.form = torch.channels_last if memory_format == "channels_last" else torch.contiguous_format
         self.samples = self.training if split == "train" else self.others
         self.epoch = self.step = 0
 

@@ -1,15 +1,34 @@
-"""Draws: pure, uniform, of the stated distributions, the same on every machine."""
+"""Random parameters: pure, uniform, of the stated distributions, the same on every machine; the operations in numpy."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from PIL import Image
 
-from alexprep.pipeline.augmentation import PRESETS, Augmentation, Draws, centred, draw, philox, ten_windows
+from alexprep.pipeline.augmentation import (
+    PRESETS,
+    Augmentation,
+    Draws,
+    augment,
+    centred,
+    colour_shifts,
+    draw,
+    noise_stdevs,
+    philox,
+    resize,
+    ten_windows,
+)
+from alexprep.shards.dataset_format import read_dataset
+from alexprep.shards.errors import AlexprepError
+from alexprep.shards.rgb_statistics import IMAGENET_STDEVS, Statistics, read_statistics
 
 RESIZED = PRESETS["resized"]
 
@@ -41,10 +60,7 @@ def test_draws_stay_as_they_are() -> None:
     draws = _draw(7, 3, np.array([0, 41]), 32)
     assert draws.windows_N4.tolist() == [[19, 4, 224, 224], [4, 20, 224, 224]]
     resized = draw(RESIZED, 7, 3, np.array([0, 41]), np.array([[256, 256], [300, 500]]))
-    assert resized.windows_N4.tolist() == STAY
-
-
-STAY = [[125, 97, 110, 98], [130, 185, 134, 179]]
+    assert resized.windows_N4.tolist() == [[125, 97, 110, 98], [130, 185, 134, 179]]
 
 
 @pytest.mark.parametrize(
@@ -105,26 +121,15 @@ def test_no_slack_and_no_chance() -> None:
     assert whole.windows_N4.tolist() == [[0, 0, 20, 31]]
 
 
-def test_shared_draws() -> None:
-    """32 neighbours in the order have one corner and mirror, each its own noise; the next 32 others."""
-    draws = draw(PRESETS["2012-code"], 5, 2, np.arange(960)[::-1], np.full((960, 2), 256), np.arange(960))
+@pytest.mark.parametrize("augmentation", [PRESETS["2012-code"], replace(RESIZED, share=32)], ids=["2012", "resized"])
+def test_shared_draws(augmentation: Augmentation) -> None:
+    """32 neighbours in the order have one window and mirror, each its own noise; the next 32 others."""
+    draws = draw(augmentation, 5, 2, np.arange(960)[::-1], np.full((960, 2), 256), np.arange(960))
     groups = np.column_stack([draws.windows_N4, draws.mirror_N]).reshape(30, 32, 5)
     assert (groups == groups[:, :1]).all()
     assert len(np.unique(groups[:, 0], axis=0)) > 25
     assert len(np.unique(draws.alpha_N3, axis=0)) == 960
-    corners = groups[:, 0, :2]
-    assert corners.min() >= 0 and corners.max() <= 32
-
-
-def test_shared_windows_of_resized_crops() -> None:
-    """Neighbours that share a draw cut the same part of images of the same size."""
-    augmentation = replace(RESIZED, share=8)
-    draws = draw(augmentation, 5, 2, np.arange(240)[::-1], np.full((240, 2), 256), np.arange(240))
-    groups = np.column_stack([draws.windows_N4, draws.mirror_N]).reshape(30, 8, 5)
-    assert (groups == groups[:, :1]).all() and len(np.unique(groups[:, 0], axis=0)) == 30
-
-
-# Random resized crops.
+    assert groups[:, 0, :2].min() >= 0 and (groups[:, 0, :2] + groups[:, 0, 2:4]).max() <= 256
 
 
 def _scalar_window(seed: int, epoch: int, row: int, height: int, width: int) -> list[int]:
@@ -182,3 +187,65 @@ def test_evaluation_of_resized_crops() -> None:
     windows = ten_windows(RESIZED, sizes)[1]
     assert windows[:, :2].tolist() == [[0, 0], [0, 238], [19, 119], [38, 0], [38, 238]]
     assert (windows[:, 2:] == 262).all()
+
+
+def test_resize_is_antialiased_as_pillow_s(photo: Callable[..., Image.Image]) -> None:
+    """Away from the edges, which Pillow treats otherwise, the definition is Pillow's bilinear filter, which rounds twice."""
+    for height, width, side in ((40, 61, 23), (33, 20, 47), (90, 90, 31)):
+        image = np.asarray(photo(width, height, seed=height))
+        ours = resize(image, side).astype(int)
+        pillow = np.asarray(Image.fromarray(image).resize((side, side), Image.Resampling.BILINEAR)).astype(int)
+        edge = 2
+        inner = np.abs(ours - pillow)[edge:-edge, edge:-edge]
+        assert inner.max() <= 1 and (inner > 0).mean() < 0.25
+
+
+def test_noise_has_the_stated_covariance(data: Path) -> None:
+    """Cov = sigma² V diag(s²) Vᵀ, with s the eigenvalue on the 0-1 scale times 255, or its square root on 0-255."""
+    found = read_statistics(data, read_dataset(data)["digest"])
+    alpha = _draw(0, 0, np.arange(200_000), 0).alpha_N3
+    noise: Any
+    for noise, scale in (("eigenvalue", found.eigenvalues / 255), ("stdev", np.sqrt(found.eigenvalues))):
+        augmentation = Augmentation(noise=noise)
+        np.testing.assert_allclose(noise_stdevs(found, augmentation), 0.1 * scale)
+        shifts = colour_shifts(alpha, found, augmentation)
+        expected = found.eigenvectors @ np.diag((0.1 * scale) ** 2) @ found.eigenvectors.T
+        np.testing.assert_allclose(np.cov(shifts.T), expected, rtol=0.03, atol=0.02 * np.abs(expected).max())
+
+
+def test_imagenet_s_noise_is_the_published_one() -> None:
+    """With the original's eigenvalues: 5.8, 0.54, 0.15 grey levels by the paper's formula, 12.18, 3.71, 1.97 by the code's."""
+    eigenvalues = np.array(IMAGENET_STDEVS) ** 2
+    found = Statistics("", 1, np.zeros((1, 1, 3)), np.zeros(3), np.eye(3), eigenvalues, np.eye(3))
+    np.testing.assert_allclose(noise_stdevs(found, Augmentation(noise="eigenvalue")), [5.816, 0.539, 0.1525], rtol=1e-3)
+    np.testing.assert_allclose(noise_stdevs(found, Augmentation(noise="stdev")), [12.178, 3.709, 1.972], rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"crop": 0}, "crop 0"),
+        ({"crop": 24.5}, "crop 24.5 is not a whole number"),
+        ({"share": None}, "share None"),
+        ({"mirror": "no"}, "mirror 'no'"),
+        ({"scale": 0.5, "mean": "none"}, "scale 0.5"),
+        ({"scale": (0.5, 0.1), "mean": "none"}, "scale"),
+        ({"ratio": (1, float("inf"))}, "ratio"),
+        ({"noise_rescale": None}, "noise_rescale None"),
+        ({"crop": None}, "need a crop"),
+        ({"scale": (0.1, 1)}, "mean 'crop' belongs to crops that are not resized"),
+        ({"mean": "median"}, "mean 'median'"),
+        ({"noise": "loud"}, "noise 'loud'"),
+        ({"noise_sigma": -1}, "noise_sigma -1"),
+    ],
+)
+def test_augmentations_out_of_bounds(arguments: dict[str, Any], words: str) -> None:
+    with pytest.raises(AlexprepError, match=words):
+        Augmentation(**arguments)
+
+
+def test_what_is_missing_is_named() -> None:
+    with pytest.raises(AlexprepError, match="share 32 needs the samples' places"):
+        draw(PRESETS["2012-code"], 0, 0, np.arange(2), np.full((2, 2), 256))
+    with pytest.raises(AlexprepError, match="this augmentation needs statistics"):
+        augment(np.zeros((256, 256, 3), np.uint8), _draw(0, 0, np.arange(1), 32), 0, Augmentation(), None)

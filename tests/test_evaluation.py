@@ -27,12 +27,11 @@ from alexprep.shards.errors import AlexprepError
 from alexprep.shards.image_codec import Target
 from alexprep.shards.plan import ShardOptions
 from alexprep.shards.storage import publish_bytes
-from alexprep.train import checkpoint
+from alexprep.train import checkpoint, recipes
 from alexprep.train.config import TrainConfig, prepare
 from alexprep.train.evaluation import Scores, class_csv, evaluate, evaluate_run, publish_evaluation, ranked
 from alexprep.train.ilsvrc_submission import check_submission, make_submission
 from alexprep.train.predictions import Predicted, open_net
-from alexprep.train.recipes import registry as recipes
 from alexprep.train.run_dir import Place, place_named
 from alexprep.train.training_state import TrainingState
 

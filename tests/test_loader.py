@@ -1,47 +1,48 @@
-"""The DALI graph against its definition in numpy; the loader's promises on order, ranks, resume and lifetimes."""
+"""The loader's promises: order, ranks, resume, samples that cannot be decoded, lifetimes of processes, threads and memory."""
 
 from __future__ import annotations
 
 import gc
-import io
+import hashlib
 import itertools
 import json
+import multiprocessing
+import os
+import pickle
+import random
 import shutil
-from collections.abc import Callable
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 
-from alexprep.pipeline.augmentation import (
-    PRESETS,
-    Augmentation,
-    Draws,
-    augment,
-    centred,
-    channel_stdevs,
-    colour_shifts,
-    draw,
-    noise_stdevs,
-    resize,
-    ten_windows,
-    view,
-)
-from alexprep.pipeline.loader import Batch, Loader
-from alexprep.shards import rgb_statistics
+from alexprep.pipeline.augmentation import PRESETS, Augmentation
+from alexprep.pipeline.dali_graph import Graph
+from alexprep.pipeline.dataset import OnBad
+from alexprep.pipeline.loader import Batch, Loader, PipelineRunner
+from alexprep.pipeline.loader_settings import Tuning
 from alexprep.shards.conversion import convert
+from alexprep.shards.dataset_format import INDEX
 from alexprep.shards.errors import AlexprepError
-from alexprep.shards.image_codec import Target
+from alexprep.shards.image_codec import Codec, Target
 from alexprep.shards.plan import ShardOptions
 from alexprep.shards.reader import Samples
+from alexprep.shards.worker_pool import InProcessEngine
 
 ODD = Augmentation(crop=51)  # of 64: odd, and a slack that is not a power of two
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+PLAIN = Augmentation(crop=51, mean="none", noise="none")
+BAD = (3, 20, 21, 22, 47)
+SECONDS = 120
 
 
 @pytest.fixture(autouse=True)
@@ -50,229 +51,26 @@ def _gpu(request: pytest.FixtureRequest) -> None:
         pytest.skip("no CUDA device")
 
 
-def _decode(samples: Samples, row: int) -> NDArray[np.uint8]:
-    encoded = samples.encoded(row).tobytes()
-    if samples.dataset["image"]["format"] == "raw":
-        return np.asarray(np.load(io.BytesIO(encoded), allow_pickle=False))
-    return np.asarray(Image.open(io.BytesIO(encoded)))
-
-
-def _reference(
-    data: Path, split: str, rows: list[int], draws: Draws, augmentation: Augmentation, epoch: int = 0
-) -> NDArray[np.float64]:
-    samples = Samples(data, split)
-    found = rgb_statistics.read_statistics(data, samples.dataset["digest"]) if augmentation.needs_statistics else None
-    return np.stack(
-        [augment(_decode(samples, row), draws, n, augmentation, found, epoch) for n, row in enumerate(rows)]
-    )
-
-
-def _draw(augmentation: Augmentation, seed: int, epoch: int, rows: NDArray[np.int64], size: int = 64) -> Draws:
-    return draw(augmentation, seed, epoch, rows, np.full((len(rows), 2), size))
-
-
-def _nhwc(batch: Batch, layout: str) -> NDArray[np.float32]:
-    images = batch.images.float().cpu()
-    return np.asarray(images if layout == "NHWC" else images.movedim(-3, -1))
-
-
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
-@pytest.mark.parametrize("noise", ["eigenvalue", "stdev", "none"])
-@pytest.mark.parametrize("mean", ["crop", "centre", "channel", "none"])
-def test_pipeline_equals_numpy(mean: Any, noise: Any, layout: Any, device: str, data: Path) -> None:
-    """At most 1e-3 grey level apart on the CPU; on a GPU the decoder may differ by a few levels, which is bounded apart."""
-    augmentation = Augmentation(crop=51, mean=mean, noise=noise)
-    with Loader(data, batch_size=17, augmentation=augmentation, layout=layout, seed=3, device=device) as loader:
-        for batch in loader:
-            rows = batch.indices.tolist()
-            expected = _reference(data, "train", rows, _draw(augmentation, 3, 0, batch.indices.numpy()), augmentation)
-            difference = np.abs(_nhwc(batch, layout) - expected)
-            assert batch.images.dtype == torch.float32 and difference.max() <= (1e-3 if device == "cpu" else 16)
-            assert device == "cpu" or difference.mean() < 1
-
-
-def test_mirror_can_be_off(data: Path) -> None:
-    augmentation = Augmentation(crop=51, mirror=False, noise="none")
-    with Loader(data, batch_size=48, augmentation=augmentation) as loader:
-        batch = next(iter(loader))
-        draws = _draw(augmentation, 0, 0, batch.indices.numpy())
-        assert not draws.mirror_N.any()
-        expected = _reference(data, "train", batch.indices.tolist(), draws, augmentation)
-        assert np.abs(_nhwc(batch, "NCHW") - expected).max() <= 1e-3
-
-
-MORE = {
-    "std": Augmentation(crop=51, mean="crop", std="channel"),
-    "std-centre": Augmentation(crop=51, mean="centre", std="imagenet", noise="stdev"),
-    "channel": Augmentation(crop=51, mean="channel", std="channel", noise="none"),
-    "imagenet": Augmentation(crop=33, mean="imagenet", std="imagenet", noise="eigenvalue"),
-    "2012-code": replace(PRESETS["2012-code"], crop=51, share=5, noise_epochs=1),
-    "bytes": Augmentation(crop=51, mean="none", noise="none"),
-    "none": PRESETS["none"],
-    "resized": replace(PRESETS["resized"], crop=37),
-    "enlarged": Augmentation(
-        crop=71, scale=(0.3, 1), ratio=(0.5, 1.5), mean="channel", noise="stdev", noise_rescale=1.1
-    ),
-}
-
-
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("layout", ["NCHW", "NHWC", "channels_last"])
-@pytest.mark.parametrize("name", MORE)
-def test_every_convention_equals_numpy(name: str, layout: Any, device: str, data: Path) -> None:
-    """Two epochs, so that noise ends in one of them. A resize rounds to grey levels, so there one level may be one off."""
-    augmentation = MORE[name]
-    rounding = 1.01 / min(channel_stdevs(None, augmentation)) if augmentation.scale else 0
-    with Loader(data, batch_size=20, augmentation=augmentation, layout=layout, seed=6, device=device) as loader:
-        for _ in range(2):
-            place = 0
-            epoch = loader.epoch
-            for batch in loader:
-                rows = batch.indices.numpy()
-                draws = draw(
-                    augmentation, 6, epoch, rows, np.full((len(rows), 2), 64), np.arange(place, place + len(rows))
-                )
-                place += len(rows)
-                expected = _reference(data, "train", rows.tolist(), draws, augmentation, epoch)
-                difference = np.abs(_nhwc(batch, layout) - expected)
-                assert difference.max() <= (1e-3 + rounding if device == "cpu" else 16)
-                assert difference.mean() < (0.002 if device == "cpu" else 1)
-                if layout == "channels_last":
-                    assert batch.images.is_contiguous(memory_format=torch.channels_last)
-
-
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("layout", ["NCHW", "NHWC", "channels_last"])
-@pytest.mark.parametrize("views", ["random", "centre", "ten"])
-@pytest.mark.parametrize("name", ["paper", "2012-code", "imagenet", "resized"])
-def test_float16_is_the_rounded_float32(name: str, views: Any, layout: Any, device: str, data: Path) -> None:
-    augmentation = {**MORE, "paper": ODD}[name]
-    options: Any = {"batch_size": 20, "augmentation": augmentation, "layout": layout, "device": device, "views": views}
-    loaders = [Loader(data, dtype=dtype, **options) for dtype in ("float32", "float16")]
-    for single, half in zip(*loaders, strict=True):
-        assert half.images.dtype == torch.float16
-        assert (single.images.half() - half.images).abs().max() <= 2**-3  # a unit in the last place below 256
-    for loader in loaders:
-        loader.close()
-
-
-@pytest.mark.parametrize("layout", ["NCHW", "NHWC", "channels_last"])
-@pytest.mark.parametrize("views", ["random", "centre", "ten"])
-@pytest.mark.parametrize("name", ["bytes", "none", "resized"])
-def test_uint8_is_the_same_as_float32(name: str, views: Any, layout: Any, data: Path) -> None:
-    augmentation = replace(MORE[name], mean="none", std="none")
-    options: Any = {"batch_size": 20, "augmentation": augmentation, "layout": layout, "views": views}
-    with Loader(data, **options) as floats, Loader(data, dtype="uint8", **options) as integers:
-        for single, integer in zip(floats, integers, strict=True):
-            assert integer.images.dtype == torch.uint8
-            assert torch.equal(single.images, integer.images.float())
-
-
-def test_resize_is_antialiased_as_pillow_s(photo: Callable[..., Image.Image]) -> None:
-    """Away from the edges, which Pillow treats otherwise, the definition is Pillow's bilinear filter, which rounds twice."""
-    for height, width, side in ((40, 61, 23), (33, 20, 47), (90, 90, 31)):
-        image = np.asarray(photo(width, height, seed=height))
-        ours = resize(image, side).astype(int)
-        pillow = np.asarray(Image.fromarray(image).resize((side, side), Image.Resampling.BILINEAR)).astype(int)
-        edge = 2
-        inner = np.abs(ours - pillow)[edge:-edge, edge:-edge]
-        assert inner.max() <= 1 and (inner > 0).mean() < 0.25
-
-
-@pytest.mark.parametrize("image_format", ["jpg", "png", "raw"])
-@pytest.mark.parametrize("views", ["random", "centre", "ten"])
-def test_every_format_gives_the_same_picture(image_format: Any, views: Any, photos: Path, tmp_path: Path) -> None:
-    target = Target(size=48, format=image_format, subsampling="444", quality=100)
-    convert(photos, tmp_path, ShardOptions(target, limit=6), 1)
-    augmentation = Augmentation(crop=37, mean="none", noise="none")
-    with Loader(tmp_path, batch_size=6, augmentation=augmentation, views=views) as loader:
-        batch = next(iter(loader))
-        rows = batch.indices.tolist()
-        if views == "ten":
-            first = np.asarray(batch.images[:, 0].movedim(1, -1))
-            expected = np.stack([_decode(Samples(tmp_path, "train"), row)[:37, :37] for row in rows])
-            np.testing.assert_array_equal(first, expected)
-        else:
-            sizes = np.full((6, 2), 48)
-            draws = (
-                draw(augmentation, 0, 0, np.array(rows), sizes) if views == "random" else centred(augmentation, sizes)
-            )
-            np.testing.assert_array_equal(
-                _nhwc(batch, "NCHW"), _reference(tmp_path, "train", rows, draws, augmentation)
-            )
-
-
-@pytest.mark.parametrize("mean", ["crop", "centre", "channel", "none"])
-@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
-def test_ten_views(mean: Any, layout: Any, data: Path) -> None:
-    """Corners and centre, then their reflections, each as the single-view reference makes it."""
-    augmentation = Augmentation(crop=51, mean=mean, noise="none")
-    with Loader(
-        data, "val", batch_size=8, augmentation=augmentation, views="ten", order="sequential", layout=layout
-    ) as loader:
-        assert [batch.indices.tolist() for batch in loader] == [list(range(8)), list(range(8, 16)), list(range(16, 20))]
-        batch = next(iter(loader))
-    got = _nhwc(batch, layout)
-    assert got.shape == (8, 10, 51, 51, 3)
-    samples = Samples(data, "val")
-    found = rgb_statistics.read_statistics(data, samples.dataset["digest"])
-    windows = ten_windows(augmentation, np.array([[64, 64]]))[0]
-    for n in range(10):
-        for k, row in enumerate(batch.indices.tolist()):
-            expected = view(_decode(samples, row), windows[n % 5], n >= 5, np.zeros(3), augmentation, found)
-            assert np.abs(got[k, n] - expected).max() <= 1e-3
-
-
-def test_centre_view_is_without_chance(data: Path) -> None:
-    with Loader(data, "val", batch_size=7, augmentation=ODD, views="centre", order="sequential", seed=1) as loader:
-        epochs = [[batch for batch in loader] for _ in range(2)]
-        expected = _reference(data, "val", list(range(20)), centred(ODD, np.full((20, 2), 64)), ODD)
-        for epoch in epochs:
-            assert np.abs(np.concatenate([_nhwc(batch, "NCHW") for batch in epoch]) - expected).max() <= 1e-3
-        assert torch.cat([batch.labels for batch in epochs[0]]).tolist() == Samples(data, "val").labels.tolist()
-
-
-def test_crop_of_the_whole_image(data: Path) -> None:
-    whole = Augmentation(crop=64, noise="none")
-    for views in ("random", "centre", "ten"):
-        with Loader(data, batch_size=5, augmentation=whole, views=views) as loader:
-            batch = next(iter(loader))
-            draws = (
-                _draw(whole, 0, 0, batch.indices.numpy()) if views == "random" else centred(whole, np.full((5, 2), 64))
-            )
-            images = batch._replace(images=batch.images[:, 0]) if views == "ten" else batch
-            expected = _reference(data, "train", batch.indices.tolist(), draws, whole)
-            assert np.abs(_nhwc(images, "NCHW") - expected).max() <= 1e-3
-
-
-def test_noise_has_the_stated_covariance(data: Path) -> None:
-    """Cov = sigma² V diag(s²) Vᵀ, with s the eigenvalue on the 0-1 scale times 255, or its square root on 0-255."""
-    found = rgb_statistics.read_statistics(data, Samples(data, "train").dataset["digest"])
-    alpha = _draw(ODD, 0, 0, np.arange(200_000)).alpha_N3
-    noise: Any
-    for noise, scale in (("eigenvalue", found.eigenvalues / 255), ("stdev", np.sqrt(found.eigenvalues))):
-        augmentation = Augmentation(noise=noise)
-        np.testing.assert_allclose(noise_stdevs(found, augmentation), 0.1 * scale)
-        shifts = colour_shifts(alpha, found, augmentation)
-        expected = found.eigenvectors @ np.diag((0.1 * scale) ** 2) @ found.eigenvectors.T
-        np.testing.assert_allclose(np.cov(shifts.T), expected, rtol=0.03, atol=0.02 * np.abs(expected).max())
-
-
-def test_imagenet_s_noise_is_the_published_one() -> None:
-    """With the original's eigenvalues: 5.8, 0.54, 0.15 grey levels by the paper's formula, 12.18, 3.71, 1.97 by the code's."""
-    eigenvalues = np.array(rgb_statistics.IMAGENET_STDEVS) ** 2
-    found = rgb_statistics.Statistics("", 1, np.zeros((1, 1, 3)), np.zeros(3), np.eye(3), eigenvalues, np.eye(3))
-    np.testing.assert_allclose(noise_stdevs(found, Augmentation(noise="eigenvalue")), [5.816, 0.539, 0.1525], rtol=1e-3)
-    np.testing.assert_allclose(noise_stdevs(found, Augmentation(noise="stdev")), [12.178, 3.709, 1.972], rtol=1e-3)
-
-
-# Order, ranks, resume.
-
-
 def _stream(loader: Loader, epochs: int) -> list[tuple[list[int], bytes]]:
     batches = itertools.chain.from_iterable(iter(loader) for _ in range(epochs))
     return [(batch.indices.tolist(), batch.images.numpy().tobytes()) for batch in batches]
+
+
+def _open(data: Path, **options: Any) -> Loader:
+    return Loader(data, **{"batch_size": 7, "augmentation": ODD, "seed": 3, **options})
+
+
+def _epochs(loader: Loader, count: int) -> list[Batch]:
+    return list(itertools.chain.from_iterable(iter(loader) for _ in range(count)))
+
+
+def _check_ranks(ranks: list[Loader], batches: list[Batch], epochs: int) -> None:
+    """From where they stand on, the ranks' parts together make these batches."""
+    for whole, parts in zip(batches, zip(*(_epochs(rank, epochs) for rank in ranks), strict=True), strict=True):
+        for name, tensor in whole._asdict().items():
+            assert torch.equal(torch.cat([getattr(part, name) for part in parts]), tensor)
+    for rank in ranks:
+        rank.close()
 
 
 def test_two_epochs_hold_each_sample_once(data: Path) -> None:
@@ -286,47 +84,28 @@ def test_two_epochs_hold_each_sample_once(data: Path) -> None:
 @pytest.mark.parametrize("world_size", [2, 3, 8])
 @pytest.mark.parametrize("batch_size", [1, 13, 300])
 def test_ranks_see_the_same_global_batches(world_size: int, batch_size: int, data: Path) -> None:
-    with Loader(data, batch_size=batch_size, augmentation=ODD, seed=8) as loader:
+    with _open(data, batch_size=batch_size) as loader:
         alone = list(loader)
-    loaders = [
-        Loader(data, batch_size=batch_size, augmentation=ODD, seed=8, rank=r, world_size=world_size)
-        for r in range(world_size)
-    ]
-    for whole, *parts in zip(alone, *loaders, strict=True):
-        assert torch.equal(torch.cat([part.images for part in parts]), whole.images)
-        assert torch.equal(torch.cat([part.labels for part in parts]), whole.labels)
-        assert torch.equal(torch.cat([part.indices for part in parts]), whole.indices)
-    for loader in loaders:
-        loader.close()
+    ranks = [_open(data, batch_size=batch_size, rank=rank, world_size=world_size) for rank in range(world_size)]
+    _check_ranks(ranks, alone, 1)
 
 
 @pytest.mark.parametrize("world_size", [1, 3])
 def test_resume_from_any_step(world_size: int, data: Path) -> None:
     """The state before every batch of two epochs, each restored into a fresh loader: the remaining stream is the same."""
-
-    def fresh(rank: int) -> Loader:
-        return Loader(data, batch_size=15, augmentation=ODD, seed=4, rank=rank, world_size=world_size, threads=1)
-
-    with Loader(data, batch_size=15, augmentation=ODD, seed=4) as loader:
-        states, rows, images = [loader.state_dict()], [], []
+    batches, states = [], []
+    with _open(data, batch_size=15) as loader:
+        states.append(loader.state_dict())
         for batch in itertools.chain.from_iterable(iter(loader) for _ in range(2)):
-            rows.append(batch.indices)
-            images.append(batch.images)
+            batches.append(batch)
             states.append(loader.state_dict())
-        states.pop()
-    for n, state in enumerate(states):
+    for n, state in enumerate(states[:-1]):
         assert json.loads(json.dumps(state)) == state
-        for_ranks = []
-        for rank in range(world_size):
-            with fresh(rank) as loader:
-                loader.load_state_dict(state)
-                assert loader.state_dict() == state
-                epochs = itertools.chain.from_iterable(iter(loader) for _ in range(2 - state["epoch"]))
-                for_ranks.append([(batch.indices, batch.images) for batch in epochs])
-        assert len(for_ranks[0]) == len(states) - n
-        for k, parts in enumerate(zip(*for_ranks, strict=True)):
-            assert torch.equal(torch.cat([part[0] for part in parts]), rows[n + k])
-            assert torch.equal(torch.cat([part[1] for part in parts]), images[n + k])
+        ranks = [_open(data, batch_size=15, rank=r, world_size=world_size, threads=1) for r in range(world_size)]
+        for rank in ranks:
+            rank.load_state_dict(state)
+            assert rank.state_dict() == state
+        _check_ranks(ranks, batches[n:], 2 - state["epoch"])
 
 
 def test_state_counts_only_what_was_delivered(data: Path) -> None:
@@ -349,16 +128,256 @@ def test_state_counts_only_what_was_delivered(data: Path) -> None:
         assert _stream(loader, 2) == whole
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3])
-def test_threads_do_not_matter(threads: int, data: Path) -> None:
+def test_threads_do_not_matter(data: Path) -> None:
+    streams = []
+    for threads in (1, 2, 3, None):
+        with Loader(data, batch_size=13, augmentation=ODD, threads=threads) as loader:
+            streams.append(_stream(loader, 1))
+    assert streams[1:] == streams[:1] * 3
+
+
+def test_train_and_evaluation_in_turns(data: Path) -> None:
+    """An evaluation in the middle of an epoch, left early or not, changes nothing; the next one sees the whole split."""
     with (
-        Loader(data, batch_size=13, augmentation=ODD, threads=threads) as loader,
-        Loader(data, batch_size=13, augmentation=ODD) as other,
+        _open(data) as whole,
+        _open(data) as train,
+        _open(data, split="val", views="centre", order="sequential") as val,
     ):
-        assert _stream(loader, 1) == _stream(other, 1)
+        expected = _stream(whole, 2)
+        seen = []
+        for batch in itertools.chain.from_iterable(iter(train) for _ in range(2)):
+            seen.append((batch.indices.tolist(), batch.images.numpy().tobytes()))
+            if len(seen) % 3 == 0:
+                next(iter(val))  # as a sanity check that is left early
+            if len(seen) % 5 == 0:
+                assert [row for batch in val for row in batch.indices.tolist()] == list(range(20))
+        assert seen == expected
 
 
-# Lifetimes.
+def test_an_evaluation_that_was_restored_goes_on(data: Path) -> None:
+    with _open(data, split="val", views="centre", order="sequential") as val:
+        next(iter(val))
+        state = val.state_dict()
+        val.load_state_dict(state)
+        assert [batch.indices[0].item() for batch in val] == [7, 14]
+        assert [batch.indices[0].item() for batch in val] == [0, 7, 14]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"batch_size": 0}, r"batch_size 0 is not in \[1, "),
+        ({"rank": 2, "world_size": 2}, r"rank 2 is not in \[0, 1\]"),
+        ({"views": "both"}, "views 'both'"),
+        ({"dtype": "float64"}, "dtype 'float64'"),
+        ({"memory_format": "CHW"}, "memory_format 'CHW'"),
+        ({"seed": -1}, "seed -1"),
+        ({"split": "test"}, "no samples in split 'test'; it has train, val"),
+        (
+            {"augmentation": Augmentation(crop=65)},
+            r"a crop of 65 pixels does not fit 48 of 48 images, .*\.tar at byte 512 \(0.*\.jpg\) with 64 x 64",
+        ),
+        ({"order": "random"}, "order 'random' is not one of shuffle, blocks, sequential"),
+        ({"on_bad": "warn"}, "on_bad 'warn' is not one of error, skip"),
+        ({"augmentation": "alexnet"}, "augmentation 'alexnet' is not one of paper, 2012-code, resized, none"),
+        ({"dtype": "uint8"}, "dtype uint8 holds grey levels as they are"),
+        ({"batch_size": 2.5}, r"batch_size 2.5 is not a whole number"),
+        ({"rank": "0"}, r"rank '0' is not a whole number"),
+        ({"device": "cuda:99"}, "there is no cuda:99 here"),
+        ({"device": "gpu"}, "'gpu' is not a device"),
+        ({"device": "meta"}, "'meta' is not supported"),
+        ({"augmentation": 5}, "augmentation 5 is not one of"),
+        ({"statistics": 5}, "statistics 5 are neither"),
+        ({"threads": 0}, r"threads 0 is not in \[1, "),
+        ({"statistics": "nowhere"}, "nowhere"),
+    ],
+)
+def test_arguments_out_of_bounds(arguments: dict[str, Any], words: str, data: Path) -> None:
+    with pytest.raises(AlexprepError, match=words):
+        Loader(data, **{"batch_size": 4, "augmentation": ODD, **arguments})
+
+
+def test_states_that_do_not_fit(data: Path) -> None:
+    with Loader(data, batch_size=13, augmentation=ODD) as loader:
+        for state, words in (
+            ({"seed": 1}, "seed 1"),
+            ({"batch_size": 12}, "batch_size 12"),
+            ({"stream": 49}, "stream 49"),
+            ({"step": 4}, r"in epochs of 4 steps, step 4 is not in \[0, 3\]"),
+            ({"step": 1.0}, "step 1.0 is not a whole number"),
+            ({"epoch": 2**32}, "epoch 4294967296"),
+            ({"epoch": -1}, "epoch -1"),
+        ):
+            with pytest.raises(AlexprepError, match=words):
+                loader.load_state_dict({**loader.state_dict(), **state})  # type: ignore[dict-item]
+        nothing: Any
+        for nothing in (None, []):
+            with pytest.raises(AlexprepError, match="the state has seed None"):
+                loader.load_state_dict(nothing)
+
+
+# Samples that cannot be decoded.
+
+
+def _spoil(data: Path, row: int, kind: str) -> None:
+    """Makes one image undecodable: zeros, or a broken marker in its header."""
+    record = Samples(data, "train").index[row]
+    with (data / "train" / f"train-{record['shard']:06d}.tar").open("r+b") as shard:
+        shard.seek(int(record["offset"]) + (0 if kind == "zeros" else 2))
+        shard.write(bytes(int(record["size"])) if kind == "zeros" else b"\xff\x01\xff\x02")
+
+
+@pytest.fixture(scope="module")
+def spoilt(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The images of rows `BAD` are damaged in several ways. Not to be changed."""
+    copy = Path(shutil.copytree(data, tmp_path_factory.mktemp("spoilt") / "data"))
+    for row, kind in zip(BAD, ("zeros", "zeros", "header", "zeros", "header"), strict=True):
+        _spoil(copy, row, kind)
+    return copy
+
+
+@pytest.mark.parametrize("kind", ["zeros", "header", "gone"])
+def test_an_error_comes_with_its_own_batch(kind: str, data: Path, tmp_path: Path) -> None:
+    """The batches before it are delivered, however far the work had gone on ahead."""
+    copy = Path(shutil.copytree(data, tmp_path / "data"))
+    if kind == "gone":
+        shard = int(Samples(copy, "train").index[37]["shard"])
+        first = Samples(copy, "train").rows_of(shard)[0]
+        (copy / "train" / f"train-{shard:06d}.tar").unlink()
+    else:
+        _spoil(copy, first := 37, kind)
+    delivered: list[int] = []
+    undecodable = r" at byte [0-9,]+ \(0+37\.jpg\) holds an image that cannot be decoded"
+    with (
+        Loader(copy, batch_size=5, augmentation=PLAIN, order="sequential", tuning=Tuning(prefetch=4)) as loader,
+        pytest.raises(
+            AlexprepError, match=r"train-00000\d\.tar" + (" cannot be read" if kind == "gone" else undecodable)
+        ),
+    ):
+        for batch in loader:
+            delivered += batch.indices.tolist()
+    assert delivered == list(range(first // 5 * 5))
+
+
+@pytest.mark.parametrize("views", ["random", "centre", "ten"])
+@pytest.mark.parametrize(
+    "augmentation", [PLAIN, replace(PRESETS["resized"], crop=37), PRESETS["none"]], ids=["crop", "resized", "none"]
+)
+def test_skip_moves_no_other_sample(augmentation: Augmentation, views: Any, data: Path, spoilt: Path) -> None:
+    """Two epochs: each step holds what it holds in the sound set, less the bad ones, pixel by pixel."""
+    options: Any = {"batch_size": 7, "augmentation": augmentation, "views": views, "seed": 5}
+    with Loader(data, **options) as sound, Loader(spoilt, on_bad="skip", **options) as loader:
+        assert len(sound) == len(loader) == 7
+        for whole, batch in zip(_epochs(sound, 2), _epochs(loader, 2), strict=True):
+            good = torch.tensor([row not in BAD for row in whole.indices.tolist()])
+            assert torch.equal(batch.indices, whole.indices[good])
+            assert torch.equal(batch.labels, whole.labels[good])
+            assert torch.equal(batch.images, whole.images[good])
+        assert loader.skipped == 2 * len(BAD)
+        assert sound.skipped == 0
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 5])
+def test_skip_keeps_ranks_and_resume_exact(world_size: int, spoilt: Path) -> None:
+    """Steps count alike on all ranks, some of which get nothing; from any state the rest is the same."""
+    options: Any = {"batch_size": 6, "augmentation": PLAIN, "on_bad": "skip"}
+    with _open(spoilt, **options) as loader:
+        start, batches = loader.state_dict(), _epochs(loader, 2)
+    for first in (0, 3, 7, 8, 12):
+        ranks = [_open(spoilt, rank=rank, world_size=world_size, **options) for rank in range(world_size)]
+        for rank in ranks:
+            rank.load_state_dict({**start, "epoch": first // 8, "step": first % 8})
+        _check_ranks(ranks, batches[first:], 2 - first // 8)
+
+
+def test_a_step_of_bad_samples_only_is_empty(data: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(data, tmp_path / "data"))
+    for row in range(48):
+        _spoil(copy, row, "zeros")
+    with Loader(copy, batch_size=20, augmentation=PLAIN, on_bad="skip", memory_format="channels_last") as loader:
+        batches = list(loader)
+    assert [tuple(batch.images.shape) for batch in batches] == [(0, 3, 51, 51)] * 3
+    assert loader.skipped == 48
+
+
+def test_a_cut_image_is_judged_by_its_window(data: Path, tmp_path: Path) -> None:
+    """An image cut in its middle is left out where its window needs what is missing, whatever batch it comes in."""
+    copy = Path(shutil.copytree(data, tmp_path / "data"))
+    index = np.load(copy / "train" / INDEX)
+    index["size"][::2] = index["size"][::2] * 0.8
+    np.save(copy / "train" / INDEX, index)
+    kept = []
+    for batch_size in (48, 5, 1):
+        with Loader(
+            copy, batch_size=batch_size, augmentation=Augmentation(crop=20, mean="none", noise="none"), on_bad="skip"
+        ) as loader:
+            batches = list(loader)
+        kept.append([(batch.indices.tolist(), batch.images.sum((1, 2, 3)).tolist()) for batch in batches])
+        assert 0 < loader.skipped < 48
+    flat = [[pair for rows, sums in run for pair in zip(rows, sums, strict=True)] for run in kept]
+    assert flat[0] == flat[1] == flat[2]
+
+
+def test_a_shard_cut_or_gone_while_in_use(data: Path, tmp_path: Path) -> None:
+    """Never a crash or a hang: an error that names the shard, also where bad images are skipped."""
+    for trouble in ("cut", "gone"):
+        copy = tmp_path / trouble
+        shutil.copytree(data, copy)
+        with Loader(copy, batch_size=2, augmentation=PLAIN, order="sequential", on_bad="skip") as loader:
+            batches = iter(loader)
+            next(batches)
+            victim = copy / "train" / "train-000005.tar"
+            if trouble == "cut":
+                with victim.open("r+b") as file:
+                    file.truncate(2000)
+            else:
+                victim.unlink()
+            with pytest.raises(AlexprepError, match=r"train-000005\.tar (ends inside|cannot be read)"):
+                for _ in batches:
+                    pass
+            assert loader.step >= 5  # and what came before was delivered
+
+
+@pytest.mark.parametrize("shape", [(63, 64, 3), (32, 128, 3)], ids=["smaller", "as many bytes"])
+@pytest.mark.parametrize("on_bad", ["error", "skip"])
+def test_raw_shards_of_the_wrong_size_are_named(
+    shape: tuple[int, int, int], on_bad: OnBad, photos: Path, tmp_path: Path
+) -> None:
+    """Pixels have no header that DALI could judge by; and what holds other images than it says is no bad sample to be skipped."""
+
+    class Careless(Codec):
+        def encode(self, pixels: NDArray[np.uint8]) -> bytes:
+            return super().encode(np.resize(pixels, shape))
+
+    convert(
+        photos, tmp_path, ShardOptions(Target(size=64, format="raw"), limit=5), InProcessEngine(), make_codec=Careless
+    )
+    with (
+        Loader(tmp_path, batch_size=2, augmentation=PLAIN, order="sequential", on_bad=on_bad) as loader,
+        pytest.raises(
+            AlexprepError,
+            match=r"train-000000\.tar at byte 512 \(\d+\.npy\) holds no 64 x 64 pixels: `alexprep verify`",
+        ),
+    ):
+        next(iter(loader))
+
+
+def test_images_are_not_blamed_where_nothing_can_be_decoded(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU without memory left, say: nothing may be left out for that."""
+
+    def failing(*_: object, **__: object) -> torch.Tensor:
+        raise RuntimeError("CUDA runtime API error cudaErrorMemoryAllocation (2)")
+
+    monkeypatch.setattr(PipelineRunner, "_outputs", failing)
+    monkeypatch.setattr(Graph, "decoding_pipeline", failing)
+    with (
+        Loader(data, batch_size=48, augmentation=PLAIN, on_bad="skip") as loader,
+        pytest.raises(AlexprepError, match="DALI could not make a batch: CUDA runtime"),
+    ):
+        next(iter(loader))
+
+
+# Lifetimes: nothing hangs, nothing leaks, no batch is another's.
 
 
 def test_a_batch_is_never_overwritten(data: Path) -> None:
@@ -394,19 +413,6 @@ def test_a_batch_outlives_pending_work_on_the_gpu(data: Path) -> None:
         assert [value.item() for value in sums] == expected
 
 
-def test_two_loaders_at_once(data: Path) -> None:
-    with (
-        Loader(data, batch_size=9, augmentation=ODD) as train,
-        Loader(data, "val", batch_size=9, augmentation=ODD, views="centre") as val,
-    ):
-        alone = _stream(train, 1)
-        train.load_state_dict({**train.state_dict(), "epoch": 0, "step": 0})
-        both = []
-        for batch, _ in zip(train, itertools.cycle(val), strict=False):
-            both.append((batch.indices.tolist(), batch.images.numpy().tobytes()))
-    assert both == alone
-
-
 def test_closed_is_closed(data: Path) -> None:
     loader = Loader(data, batch_size=9, augmentation=ODD)
     next(iter(loader))
@@ -416,154 +422,170 @@ def test_closed_is_closed(data: Path) -> None:
         next(iter(loader))
 
 
-# Errors.
+def test_closing_waits_for_what_a_gpu_still_copies(data: Path) -> None:
+    """DALI would give a buffer to another use; the event stands in for a GPU's."""
+
+    class Event:
+        waited = False
+
+        def synchronize(self) -> None:
+            self.waited = True
+
+    with _open(data) as loader:
+        next(iter(loader))
+        event = Event()
+        assert loader._runner is not None
+        loader._runner._copied.append((event, None))  # type: ignore[arg-type]
+    assert event.waited
 
 
-def test_a_corrupt_image_is_named(data: Path, tmp_path: Path) -> None:
-    copy = tmp_path / "copy"
-    shutil.copytree(data, copy)
-    samples = Samples(copy, "train")
-    record = samples.index[20]
-    shard = copy / "train" / f"train-{record['shard']:06d}.tar"
-    raw = bytearray(shard.read_bytes())
-    raw[record["offset"] : record["offset"] + record["size"]] = bytes(record["size"])
-    shard.write_bytes(raw)
-    with (
-        Loader(copy, batch_size=10, augmentation=ODD) as loader,
-        pytest.raises(AlexprepError, match=rf"{shard.name} at byte {record['offset']:,}"),
-    ):
-        list(loader)
+def test_interrupted_at_any_moment(data: Path) -> None:
+    """Ctrl-C again and again: what is delivered is always the batch that the state tells."""
+    with _open(data) as loader:
+        expected: dict[int, Batch] = {}
+        for epoch in range(3):
+            for batch in loader:
+                expected[len(expected)] = batch
+            assert loader.epoch == epoch + 1
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGVTALRM, interrupt)
+    moments = random.Random(5)
+    interrupted = 0
+    try:
+        with _open(data) as loader:
+            while interrupted < 12:
+                if loader.epoch == 3:
+                    loader.load_state_dict({**loader.state_dict(), "epoch": 0, "step": 0})
+                try:
+                    signal.setitimer(signal.ITIMER_VIRTUAL, moments.uniform(0.0005, 0.02))
+                    for batch in loader:
+                        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+                        place = loader.epoch * 7 + loader.step - 1
+                        assert torch.equal(batch.images, expected[place].images)
+                        assert torch.equal(batch.indices, expected[place].indices)
+                        signal.setitimer(signal.ITIMER_VIRTUAL, moments.uniform(0.0005, 0.02))
+                    signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+                except KeyboardInterrupt:
+                    interrupted += 1
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        ({"batch_size": 0}, r"batch_size 0 is not in \[1, "),
-        ({"rank": 2, "world_size": 2}, r"rank 2 is not in \[0, 1\]"),
-        ({"views": "both"}, "views 'both'"),
-        ({"dtype": "float64"}, "dtype 'float64'"),
-        ({"layout": "CHW"}, "layout 'CHW'"),
-        ({"seed": -1}, "seed -1"),
-        ({"split": "test"}, "no samples in split 'test'; it has train, val"),
-        (
-            {"augmentation": Augmentation(crop=65)},
-            r"a crop of 65 pixels does not fit 48 of 48 images, .*\.tar at byte 512 \(0.*\.jpg\) with 64 x 64",
-        ),
-        ({"order": "random"}, "order 'random' is not one of shuffle, blocks, sequential"),
-        ({"on_bad": "warn"}, "on_bad 'warn' is not one of error, skip"),
-        ({"augmentation": "alexnet"}, "augmentation 'alexnet' is not one of paper, 2012-code, resized, none"),
-        ({"dtype": "uint8"}, "dtype uint8 holds grey levels as they are"),
-        ({"batch_size": 2.5}, r"batch_size 2.5 is not a whole number"),
-        ({"rank": "0"}, r"rank '0' is not a whole number"),
-        ({"device": "cuda:99"}, "there is no cuda:99 here"),
-        ({"device": "gpu"}, "'gpu' is not a device"),
-        ({"device": "meta"}, "'meta' is not supported"),
-        ({"augmentation": 5}, "augmentation 5 is not one of"),
-        ({"statistics": 5}, "statistics 5 are neither"),
-        ({"threads": 0}, r"threads 0 is not in \[1, "),
-        ({"statistics": "nowhere"}, "nowhere"),
-    ],
-)
-def test_arguments_out_of_bounds(arguments: dict[str, Any], words: str, data: Path) -> None:
-    with pytest.raises(AlexprepError, match=words):
-        Loader(data, **{"batch_size": 4, "augmentation": ODD, **arguments})
+def _report_rest(loader: Loader, connection: Any) -> None:
+    connection.send(_stream(loader, 1))
+    loader.close()
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        ({"crop": 0}, "crop 0"),
-        ({"crop": 24.5}, "crop 24.5 is not a whole number"),
-        ({"share": None}, "share None"),
-        ({"mirror": "no"}, "mirror 'no'"),
-        ({"scale": 0.5, "mean": "none"}, "scale 0.5"),
-        ({"scale": (0.5, 0.1), "mean": "none"}, "scale"),
-        ({"ratio": (1, float("inf"))}, "ratio"),
-        ({"noise_rescale": None}, "noise_rescale None"),
-        ({"crop": None}, "need a crop"),
-        ({"scale": (0.1, 1)}, "mean 'crop' belongs to crops that are not resized"),
-        ({"mean": "median"}, "mean 'median'"),
-        ({"noise": "loud"}, "noise 'loud'"),
-        ({"noise_sigma": -1}, "noise_sigma -1"),
-    ],
-)
-def test_augmentations_out_of_bounds(arguments: dict[str, Any], words: str) -> None:
-    with pytest.raises(AlexprepError, match=words):
-        Augmentation(**arguments)
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_after_a_fork(data: Path) -> None:
+    """The child goes on from the parent's state with a pipeline of its own; the parent's is unharmed."""
+    context = multiprocessing.get_context("fork")
+    with _open(data, threads=1) as loader:
+        next(iter(loader))
+        ours, theirs = context.Pipe()
+        child = context.Process(target=_report_rest, args=(loader, theirs))
+        child.start()
+        try:
+            assert ours.poll(SECONDS / 2), "the child does not answer"
+            rest = ours.recv()
+            child.join(SECONDS / 4)
+            assert child.exitcode == 0
+        finally:
+            child.kill()
+        assert rest == _stream(loader, 1)
 
 
-def test_states_that_do_not_fit(data: Path) -> None:
-    with Loader(data, batch_size=13, augmentation=ODD) as loader:
-        for state, words in (
-            ({"seed": 1}, "seed 1"),
-            ({"batch_size": 12}, "batch_size 12"),
-            ({"stream": 49}, "stream 49"),
-            ({"step": 4}, r"in epochs of 4 steps, step 4 is not in \[0, 3\]"),
-            ({"step": 1.0}, "step 1.0 is not a whole number"),
-            ({"epoch": 2**32}, "epoch 4294967296"),
-            ({"epoch": -1}, "epoch -1"),
-        ):
-            with pytest.raises(AlexprepError, match=words):
-                loader.load_state_dict({**loader.state_dict(), **state})  # type: ignore[dict-item]
-        nothing: Any
-        for nothing in (None, []):
-            with pytest.raises(AlexprepError, match="the state has seed None"):
-                loader.load_state_dict(nothing)
+def test_in_a_new_process(data: Path, spoilt: Path) -> None:
+    """As `spawn` does it: the loader is pickled, and a fresh interpreter goes on from its state.
 
-
-def test_data_that_is_not_there(tmp_path: Path, data: Path) -> None:
-    with pytest.raises(AlexprepError, match="make one with `alexprep shard SOURCE`"):
-        Loader(tmp_path, batch_size=4)
-    copy = tmp_path / "copy"
-    shutil.copytree(data, copy)
-    shutil.rmtree(copy / "stats")
-    with pytest.raises(AlexprepError, match="run `alexprep pca-stats`"):
-        Loader(copy, batch_size=4, augmentation=ODD)
-    Loader(copy, batch_size=4, augmentation=Augmentation(crop=51, mean="none", noise="none")).close()
-    next((copy / "train").glob("*.tar")).unlink()
-    plain = Augmentation(crop=51, mean="none", noise="none")
-    with (
-        Loader(copy, batch_size=48, augmentation=plain) as loader,
-        pytest.raises(AlexprepError, match="cannot be read"),
-    ):
-        list(loader)
-    (copy / "dataset.json").unlink()
-    with pytest.raises(AlexprepError, match="unfinished data set"):
-        Loader(copy, batch_size=4)
-
-
-def test_by_hand(photo: Callable[..., Image.Image], tmp_path: Path) -> None:
-    """The paper's and the 2012 code's augmentation of two images, pixel by pixel, from the formulas and without our numpy code."""
-    for n in range(2):
-        (tmp_path / "source" / f"class{n}").mkdir(parents=True)
-        photo(16, 16, seed=n).save(tmp_path / "source" / f"class{n}" / "a.png")
-    convert(tmp_path / "source", tmp_path / "data", ShardOptions(Target(size=16, format="png")), 1)
-    mean = np.arange(16 * 16 * 3, dtype=np.float64).reshape(16, 16, 3) / 5
-    values, vectors = np.array([9000.0, 500.0, 80.0]), np.linalg.qr(np.array([[1.0, 2, 3], [0, 1, 4], [5, 6, 0]]))[0]
-    found = rgb_statistics.Statistics(
-        "", 2, mean, mean.mean((0, 1)), vectors @ np.diag(values) @ vectors.T, values, vectors
+    There, since it may crash: headers that cannot be read never reach DALI 2.4, in large batches split among its threads.
+    """
+    program = (
+        "import hashlib, pickle, sys\n"
+        "from alexprep.pipeline import Augmentation, Loader\n"
+        "loader = pickle.load(sys.stdin.buffer)\n"
+        "digest = hashlib.sha256()\n"
+        "for batch in loader: digest.update(batch.images.numpy().tobytes())\n"
+        "plain = Augmentation(crop=51, mean='none', noise='none')\n"
+        "for seed in range(8):\n"
+        "    with Loader(sys.argv[1], batch_size=48, augmentation=plain, threads=2, seed=seed, on_bad='skip') as loader:\n"
+        "        assert sum(len(batch.images) for batch in loader) == 43\n"
+        "print(digest.hexdigest())\n"
     )
-    samples = Samples(tmp_path / "data", "train")
-    pictures = [_decode(samples, row).astype(float) for row in range(2)]
-    for name in ("paper", "2012-code"):
-        augmentation = replace(PRESETS[name], crop=11)
-        drawn = draw(augmentation, 1, 0, np.arange(2), np.full((2, 2), 16), np.arange(2))
-        with Loader(
-            tmp_path / "data", batch_size=2, augmentation=augmentation, seed=1, order="sequential", statistics=found
-        ) as loader:
-            images = next(iter(loader)).images
-        for n in range(2):
-            top, left, *_ = drawn.windows_N4[n].tolist()
-            for y in range(11):
-                for x in range(11):
-                    column = 10 - x if drawn.mirror_N[n] else x
-                    for c in range(3):
-                        pixel = pictures[n][top + y, left + column, c]
-                        alpha = 0.1 * drawn.alpha_N3[n]
-                        if name == "paper":  # the mean where the pixel was; p (α λ) with λ on the 0-1 scale, times 255
-                            noise = sum(vectors[c, k] * alpha[k] * values[k] / 255**2 * 255 for k in range(3))
-                            expected = pixel - mean[top + y, left + column, c] + noise
-                        else:  # the centre's mean after the reflection; p (α √λ), all divided by 1.1
-                            noise = sum(vectors[c, k] * alpha[k] * values[k] ** 0.5 for k in range(3))
-                            expected = (pixel - mean[2 + y, 2 + x, c] + noise) / 1.1
-                        assert abs(float(images[n, c, y, x]) - expected) < 1e-3
+    with _open(data) as loader:
+        next(iter(loader))
+        command = [sys.executable, "-c", program, str(spoilt)]
+        done = subprocess.run(command, input=pickle.dumps(loader), capture_output=True, timeout=SECONDS, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
+        digest = hashlib.sha256(b"".join(images for _, images in _stream(loader, 1)))
+        assert done.stdout.decode().strip() == digest.hexdigest()
+
+
+def _tasks() -> int:
+    return len(os.listdir("/proc/self/task"))
+
+
+def test_closing_and_forgetting_free_the_threads(data: Path) -> None:
+    def wait_for(count: int) -> None:
+        end = time.monotonic() + 20
+        while _tasks() > count and time.monotonic() < end:
+            time.sleep(0.01)
+        assert _tasks() <= count
+
+    _stream(_open(data), 1)  # whatever DALI and torch keep for good is there now
+    gc.collect()
+    before = _tasks()
+    for _ in range(3):
+        with _open(data, threads=3) as loader:
+            next(iter(loader))
+            assert _tasks() > before
+        wait_for(before)
+        loader = _open(data, threads=3)
+        batches = iter(loader)
+        next(batches)
+        del loader, batches
+        gc.collect()
+        wait_for(before)
+
+
+def _resident_mib() -> float:
+    gc.collect()
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+@pytest.mark.parametrize("kind", ["good", "bad"])
+def test_memory_stays_flat(kind: str, data: Path, spoilt: Path) -> None:
+    """160 batches, of which two dozen would be seen if they stayed; with and without images that cannot be decoded."""
+    bad: dict[str, Any] = {"on_bad": "skip"} if kind == "bad" else {}
+    with _open(spoilt if bad else data, batch_size=12, **bad) as loader:
+        resident = []
+        for epochs in (20, 40):
+            for _ in range(epochs):
+                for _batch in loader:
+                    pass
+            resident.append(_resident_mib())
+        assert resident[1] < resident[0] + 8
+
+
+class _Batches(torch.utils.data.IterableDataset[torch.Tensor]):
+    """What people write who are used to DataLoader."""
+
+    def __init__(self, loader: Loader) -> None:
+        self.loader = loader
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return (batch.indices for batch in self.loader)
+
+
+def test_workers_of_a_dataloader_never_double_samples(data: Path) -> None:
+    with _open(data) as loader:
+        one = torch.utils.data.DataLoader(_Batches(loader), batch_size=None, num_workers=1, timeout=60)
+        assert sorted(torch.cat(list(one)).tolist()) == list(range(48))
+        two = torch.utils.data.DataLoader(_Batches(loader), batch_size=None, num_workers=2, timeout=60)
+        with pytest.raises(AlexprepError, match="each of the 2 workers of a DataLoader would give every sample"):
+            list(two)

@@ -382,7 +382,7 @@ def check_compiled(device: torch.device) -> None:
     states = [TrainingState(made, 3, 0, device, computing=arithmetic(device, compile=flag)) for flag in (False, True)]
     assert list(states[0].tensors()) == list(states[1].tensors())
     calls = _counted(states[1])
-    for step, batch in enumerate(MadeUpLoader("", layout="channels_last", device=str(device))):
+    for step, batch in enumerate(MadeUpLoader("", memory_format="channels_last", device=str(device))):
         losses = []
         for state in states:
             torch.manual_seed(step)

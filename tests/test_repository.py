@@ -38,10 +38,11 @@ FENCES = {
     "torch": (
         "train/",
         *("pipeline/autotune.py", "pipeline/device.py", "pipeline/loader.py", "pipeline/loader_settings.py"),
+        "pipeline/wds_pipeline.py",
         "shards/image_codec_cuda.py",
     ),
     "nvidia.dali": ("pipeline/dali_graph.py", "pipeline/dali_ops.py"),
-    "webdataset": (),
+    "webdataset": ("pipeline/wds_pipeline.py",),
     "sklearn": (),
     "pickle": (),
     "subprocess": ("shards/worker_pool.py", "train/launch.py"),

@@ -1,4 +1,4 @@
-"""Orders, draws and permutations: pure, uniform, the same on every machine."""
+"""The order of an epoch and a rank's part of it: pure, uniform, the same on every machine."""
 
 from __future__ import annotations
 
@@ -9,15 +9,7 @@ import math
 import numpy as np
 import pytest
 
-from alexprep.pipeline.sampler import (
-    Order,
-    StepPlan,
-    block_order,
-    epoch_order,
-    rank_part,
-    shuffle_quality,
-    steps_per_epoch,
-)
+from alexprep.pipeline.sampler import Order, StepPlan, block_order, epoch_order, shuffle_quality
 from alexprep.shards.plan import permutation
 
 
@@ -46,21 +38,6 @@ def test_permutations_are_uniform() -> None:
 def test_epochs_and_seeds_differ() -> None:
     orders = {epoch_order(seed, epoch, 100).tobytes() for seed in range(4) for epoch in range(4)}
     assert len(orders) == 16
-
-
-@pytest.mark.parametrize("world_size", range(1, 9))
-def test_ranks_share_each_step(world_size: int) -> None:
-    """The parts in the ranks' order are the step, and their sizes differ by one at most."""
-    for samples in (1, 5, 64, 101):
-        for batch_size in (1, 3, 8, 64, 300):
-            seen: list[int] = []
-            for step in range(steps_per_epoch(samples, batch_size)):
-                first, last = step * batch_size, min((step + 1) * batch_size, samples)
-                parts = [rank_part(first, last, rank, world_size) for rank in range(world_size)]
-                sizes = [high - low for low, high in parts]
-                assert max(sizes) - min(sizes) <= 1
-                seen += [row for low, high in parts for row in range(low, high)]
-            assert seen == list(range(samples))
 
 
 @pytest.mark.parametrize("block_shards", [1, 2, 3, 50])
@@ -107,10 +84,10 @@ def test_shuffle_quality_tells_orders_apart() -> None:
 
 
 @pytest.mark.parametrize("order", ["shuffle", "blocks", "sequential"])
-@pytest.mark.parametrize("world_size", range(1, 9))
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
 def test_each_sample_once_an_epoch_on_any_ranks(world_size: int, order: Order) -> None:
     """All ranks count the same steps, their parts make the step of one rank, and the positions say where each row stands."""
-    for samples, batch_size in itertools.product((1, 7, 64, 101), (1, 2, 3, 8, 64, 128, 300)):
+    for samples, batch_size in itertools.product((1, 7, 64, 101), (1, 3, 8, 64, 300)):
         shards = np.arange(samples) // 10
         alone = StepPlan(shards, batch_size, order, 3, 5, 0, 1)
         ranks = [StepPlan(shards, batch_size, order, 3, 5, rank, world_size) for rank in range(world_size)]
@@ -121,7 +98,8 @@ def test_each_sample_once_an_epoch_on_any_ranks(world_size: int, order: Order) -
                 whole, places = alone.part(epoch, step)
                 np.testing.assert_array_equal(np.concatenate([part for part, _ in parts]), whole)
                 np.testing.assert_array_equal(np.concatenate([place for _, place in parts]), places)
-                assert max(len(part) for part, _ in parts) <= ranks[0].largest_part
+                sizes = [len(part) for part, _ in parts]
+                assert max(sizes) - min(sizes) <= 1 and max(sizes) <= ranks[0].largest_part
                 rows += whole.tolist()
             assert sorted(rows) == list(range(samples))
         assert {len(rank) for rank in ranks} == {len(alone)} == {-(-samples // batch_size)}

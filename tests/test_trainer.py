@@ -543,7 +543,7 @@ def test_evaluation_loader_is_asked_for_plain_views(data: Path) -> None:
     assert (asked["train"]["views"], asked["train"]["order"]) == ("random", "shuffle")
     assert (asked["val"]["views"], asked["val"]["order"]) == ("centre", "sequential")
     assert asked["train"]["augmentation"] == small_recipe().augmentation
-    assert (asked["train"]["threads"], asked["train"]["layout"]) == (1, "channels_last")
+    assert (asked["train"]["threads"], asked["train"]["memory_format"]) == (1, "channels_last")
 
 
 def test_evaluate_run_gives_the_error_of_the_last_epoch(data: Path) -> None:

@@ -310,7 +310,7 @@ def test_a_net_with_batch_norm_trains_as_with_torch(here: Path, capsys: pytest.C
     weights = [weight for name, weight in network.named_parameters() if not name.endswith(".bias")]
     groups: list[dict[str, Any]] = [{"params": weights, "weight_decay": 0.0005}, {"params": biases}]
     optimizer = torch.optim.SGD(groups, lr=0.01, momentum=0.9)
-    loader, loss = MadeUpLoader("data", layout="channels_last"), torch.zeros(())
+    loader, loss = MadeUpLoader("data", memory_format="channels_last"), torch.zeros(())
     for images, labels in [*loader, *loader]:
         loss = F.cross_entropy(network(images), labels)
         optimizer.zero_grad()

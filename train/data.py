@@ -15,25 +15,25 @@ from alexprep.shards.errors import AlexprepError
 EVALUATION_SPLITS = ("val", "test")  # the first that has samples with labels is evaluated on
 
 
-Layout = Literal["NCHW", "channels_last"]
+MemoryFormat = Literal["NCHW", "channels_last"]
 
 
 class Memory(NamedTuple):
     """How images, activations and kernels lie in memory. Their shapes are N C H W either way."""
 
-    layout: Layout  # what a loader is asked for
+    memory_format: MemoryFormat  # what a loader is asked for
     format: torch.memory_format  # of a network's weights
 
     @property
     def channels_last(self) -> bool:
         """Whether the values of one pixel lie side by side."""
-        return self.layout == "channels_last"
+        return self.memory_format == "channels_last"
 
 
 def memory(device: torch.device, channels_last: bool | None = None) -> Memory:
     """The one asked for, or the one that suits the device: convolutions on a CPU are faster with the channels last.
 
-    >>> memory(torch.device("cpu")).layout
+    >>> memory(torch.device("cpu")).memory_format
     'channels_last'
     """
     last = device.type == "cpu" if channels_last is None else channels_last
@@ -90,7 +90,7 @@ class OpenLoader(Protocol):
         rank: int = ...,
         world_size: int = ...,
         device: str = ...,
-        layout: Layout = ...,
+        memory_format: MemoryFormat = ...,
         threads: int | None = ...,
     ) -> BatchSource:
         """Opens `split` of the data set in `data`."""

@@ -153,7 +153,7 @@ def evaluate(
         check(data, split)
     means = [_mean_of(net, dataset, notes) for net in nets]
     open_loader = open_loader or functools.partial(Loader, tuning=_tuning(nets, data, where))
-    shown = {"views": views, "order": "sequential", "device": str(where), "layout": memory(where).layout}
+    shown = {"views": views, "order": "sequential", "device": str(where), "memory_format": memory(where).memory_format}
     images = batch_size if views == "centre" else max(1, batch_size // 10)
     open_split = functools.partial(open_loader, data, batch_size=images, threads=threads, **shown)
     timer = StepTimer()

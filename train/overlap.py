@@ -93,7 +93,7 @@ def measure(
             "batch_size": job.recipe.batch_size,
             "precision": job.computing.precision,
             "device": str(job.device),
-            "machine": str(this_machine(str(job.device))),
+            "machine": this_machine(str(job.device)),
             "loader": job.tuning.words(str(job.device)),
             "data": str(job.data),
             "samples": loader.samples,

@@ -15,11 +15,11 @@ from alexprep.pipeline import Augmentation, Loader
 _PAPER = Augmentation(crop=SIDE)
 _CHANNEL = Augmentation(crop=SIDE, mean="channel", noise="none")
 _NOTHING = Augmentation(crop=SIDE, mean="none", noise="none")
-_LAST: dict[str, Any] = {"layout": "channels_last"}
+_LAST: dict[str, Any] = {"memory_format": "channels_last"}
 _PAPER_WORK = "crop decoded, mirror, mean image at the crop's window, one colour shift an image"
 VARIANTS: dict[str, tuple[str, Augmentation, dict[str, Any], str]] = {  # data set, augmentation, form, work
     "full": ("jpg", _PAPER, _LAST, f"{_PAPER_WORK}; float32"),
-    "full-nchw": ("jpg", _PAPER, {"layout": "NCHW"}, f"{_PAPER_WORK}; float32, channels first in memory"),
+    "full-nchw": ("jpg", _PAPER, {"memory_format": "NCHW"}, f"{_PAPER_WORK}; float32, channels first in memory"),
     "half": ("jpg", _PAPER, _LAST | {"dtype": "float16"}, f"{_PAPER_WORK}; float16"),
     "channel": ("jpg", _CHANNEL, _LAST, "crop decoded, mirror, channel means; float32"),
     "uint8": ("jpg", _NOTHING, _LAST | {"dtype": "uint8"}, "crop decoded, mirror; uint8"),
