@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 from alexprep.pipeline.augmentation import Augmentation
-from alexprep.train.data import Layout
 from alexprep.train.lr_schedule import Steps
 from alexprep.train.models import alexnet as networks
+from alexprep.train.precision import MemoryFormat
 from alexprep.train.recipes.recipe import Recipe
 
 DIGEST = "made up"
@@ -48,7 +48,7 @@ class MadeUpLoader:
         *,
         batch_size: int = BATCH,
         seed: int = 0,
-        layout: Layout = "NCHW",
+        layout: MemoryFormat = "NCHW",
         device: str = "cpu",
         **options: Any,
     ) -> None:

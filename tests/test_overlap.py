@@ -18,8 +18,8 @@ from alexprep.pipeline.loader import Batch, Loader
 from alexprep.shards.errors import AlexprepError
 from alexprep.train import overlap
 from alexprep.train.config import TrainConfig
-from alexprep.train.data import memory
 from alexprep.train.overlap import KINDS, Bench, Overlap, Turn, measure
+from alexprep.train.precision import memory
 from alexprep.train.recipes.registry import recipe_named
 from alexprep.train.training_state import TrainingState
 
@@ -65,7 +65,7 @@ def test_what_each_turn_does(data: Path) -> None:
 
     recipe = replace(recipe_named("tiny"), batch_size=20)
     with Counted(
-        data, batch_size=20, augmentation=recipe.augmentation, layout=memory(torch.device("cpu")).layout
+        data, batch_size=20, augmentation=recipe.augmentation, layout=memory(torch.device("cpu")).name
     ) as loader:
         state = TrainingState(recipe, 4, 0, torch.device("cpu"))
         initial = {name: weight.clone() for name, weight in state.network.state_dict().items()}

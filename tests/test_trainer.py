@@ -75,7 +75,7 @@ def records(run: Path, kind: str) -> list[dict[str, Any]]:
 def child(data: Path, stderr: Any = subprocess.PIPE, **settings: Any) -> subprocess.Popen[str]:
     """Trains in a process of its own."""
     environment = os.environ | {"PAUSE": str(settings.pop("pause", 0))}
-    command = [sys.executable, "-m", "tests.test_loop", json.dumps({"data": str(data), **settings})]
+    command = [sys.executable, "-m", "tests.test_trainer", json.dumps({"data": str(data), **settings})]
     return subprocess.Popen(command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=stderr, text=True)
 
 
@@ -410,8 +410,8 @@ def test_a_stopped_run_says_what_goes_on_with_it(data: Path, capsys: pytest.Capt
     train(config(data), Stopping)
     told = f"stopped by SIGTERM after step 5: go on with --resume --runs {data.parent / 'runs'} --device cpu\n"
     assert told in capsys.readouterr().err
-    job = prepare(config(data, name="two", ranks=2, scheme="ddp", runs=Path("runs"), device=None), rehearsal=True)
-    assert job.go_on() == "--resume --gpus 2 --scheme ddp"
+    job = prepare(config(data, name="two", ranks=2, scheme="ddp", runs=Path("runs"), device=None), dry_run=True)
+    assert job.resume_options() == "--resume --gpus 2 --scheme ddp"
 
 
 def test_a_gpu_without_enough_memory_is_told(data: Path) -> None:

@@ -18,10 +18,10 @@ from torch import nn
 
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.storage import TEMPORARY_MARK, is_temporary
-from alexprep.train import checkpoint, logger, trainer
+from alexprep.train import checkpoint, divergence, logger
 from alexprep.train.distributed.world import World
+from alexprep.train.divergence import Watch
 from alexprep.train.launch import RankFailed, launch
-from alexprep.train.nonfinite import Watch
 from alexprep.train.recipes import registry as recipes
 from alexprep.train.trainer import train
 from tests import training_ranks as ranks
@@ -133,7 +133,7 @@ def test_what_does_not_happen_again_is_told_by_what_is_left(data: Path) -> None:
 
 
 def test_a_search_that_would_take_long_is_left_out(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainer, "SECONDS", 0.0)
+    monkeypatch.setattr(divergence, "SECONDS", 0.0)
     words = ranks.poisoned(ALONE, data, "rate")
     assert "to do the 2 steps since the last checkpoint again would take 0 s" in words
     assert _events(data.parent / "runs" / "rate")[0]["began"] is None

@@ -98,7 +98,7 @@ def begun(world: World, data: Path, loader: type[MadeUp] = MadeUp, **settings: A
     """A new training by all ranks, of which the first makes the run."""
     chosen = config(data, **settings, ranks=world.size)
     if world.leads:
-        prepare(chosen, world.device, made_up=True)
+        prepare(chosen, world.device, check_statistics=False)
     world.any(False)
     return train(replace(chosen, resume=True), loader, world)
 

@@ -19,10 +19,9 @@ from alexprep.pipeline.augmentation import Augmentation
 from alexprep.shards.dataset_format import read_dataset
 from alexprep.shards.errors import AlexprepError
 from alexprep.train import checkpoint, run_dir
-from alexprep.train.data import memory
 from alexprep.train.metrics import Pace, log_probabilities
 from alexprep.train.own.tryout import comparable, fitting_format, layers
-from alexprep.train.precision import Precision
+from alexprep.train.precision import Precision, memory
 from alexprep.train.recipes.recipe import Recipe
 from alexprep.train.recipes.registry import check_named, recipe_of, references
 from alexprep.train.run_dir import Place, saved_checkpoint
@@ -303,7 +302,7 @@ def open_readers(
                 views=views,
                 order="sequential",
                 device=str(device),
-                layout=memory(device).layout,
+                layout=memory(device).name,
                 threads=threads,
                 **extra,
             )
