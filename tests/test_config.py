@@ -34,10 +34,7 @@ def config(folder: Path, **changes: Any) -> TrainConfig:
 
 @pytest.fixture
 def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A data set's facts without its images, and the recipe "small" in the registry."""
-    monkeypatch.setattr(recipes, "RECIPES", dict(recipes.RECIPES))
-    ranks.register()
-    return write_data(tmp_path / "data")
+    return ranks.registered(tmp_path, monkeypatch, MadeUpLoader)
 
 
 @pytest.fixture
@@ -98,7 +95,7 @@ def test_a_run_that_lacks_fields_goes_on_at_their_defaults(released: TrainConfig
         ({"seed": 1}, r"seed was 0, is now 1"),
     ):
         with pytest.raises(AlexprepError, match=words):
-            train(replace(released, steps=9, **changes))  # type: ignore[arg-type]
+            train(replace(released, steps=9, **changes))
 
 
 @pytest.mark.parametrize("place", ["recipe", "augmentation", "schedule", "identity", "position"])

@@ -17,10 +17,9 @@ from alexprep.train import divergence, logger
 from alexprep.train.distributed.world import World
 from alexprep.train.divergence import Watch
 from alexprep.train.launch import launch
-from alexprep.train.recipes import registry as recipes
 from alexprep.train.trainer import train
 from tests import training_ranks as ranks
-from tests.made_up import Batch, write_data
+from tests.made_up import Batch
 
 ALONE = World.alone("cpu")
 KINDS = ("pixel", "rate", "gradient", "weight")
@@ -28,10 +27,7 @@ KINDS = ("pixel", "rate", "gradient", "weight")
 
 @pytest.fixture
 def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A data set's facts, with the recipes in the registry."""
-    monkeypatch.setattr(recipes, "RECIPES", dict(recipes.RECIPES))
-    ranks.register()
-    return write_data(tmp_path / "data", ranks.MadeUp)
+    return ranks.registered(tmp_path, monkeypatch)
 
 
 def _check(kind: str, words: str, run: Path) -> None:
@@ -61,13 +57,6 @@ def test_two_ranks_trace_it_alike_and_resume_with_the_same_bits(data: Path) -> N
     assert one["resumed"] == [one["whole"]] * len(ranks.SAMPLE)
     for kind, words in one["poisoned"].items():
         _check(kind, words, data.parent / "runs" / kind)
-
-
-def test_when_the_cause_is_gone_the_run_goes_on(data: Path) -> None:
-    ranks.poisoned(ALONE, data, "pixel")
-    whole = ranks.begun(ALONE, data, name="whole")
-    assert ranks.gone_on(ALONE, data, "pixel")["weights_sha256"] == whole["weights_sha256"]
-    assert not ranks.records(data.parent / "runs" / "pixel", "not finite")
 
 
 def test_a_training_that_is_well_is_not_watched(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:

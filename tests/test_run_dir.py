@@ -15,11 +15,9 @@ from alexprep.shards import storage
 from alexprep.shards.errors import AlexprepError
 from alexprep.train import run_dir
 from alexprep.train.logger import Meter
-from alexprep.train.recipes import registry as recipes
 from alexprep.train.run_dir import create_run, locked, read_config
 from alexprep.train.trainer import train
 from tests import training_ranks as ranks
-from tests.made_up import write_data
 
 CONFIG: dict[str, object] = {"options": {"recipe": "tiny"}, "data": "somewhere", "identity": {}}
 
@@ -152,10 +150,7 @@ def test_files_that_cannot_be_opened_are_told(tmp_path: Path) -> None:
 
 @pytest.fixture
 def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A data set's facts, with the recipes of small trainings in the registry."""
-    monkeypatch.setattr(recipes, "RECIPES", dict(recipes.RECIPES))
-    ranks.register()
-    return write_data(tmp_path / "data", ranks.MadeUp)
+    return ranks.registered(tmp_path, monkeypatch)
 
 
 def test_runs_are_named_and_found(data: Path) -> None:

@@ -57,19 +57,14 @@ def config(folder: Path, **changes: Any) -> TrainConfig:
 
 @pytest.fixture
 def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A data set's facts without its images, and the recipe "small" in the registry."""
-    monkeypatch.setattr(recipes, "RECIPES", dict(recipes.RECIPES))
-    ranks.register()
-    return write_data(tmp_path / "data")
+    return ranks.registered(tmp_path, monkeypatch, MadeUpLoader)
 
 
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that nothing disturbed, with a checkpoint of every step. Not to be changed."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(recipes, "RECIPES", dict(recipes.RECIPES))
-        ranks.register()
-        folder = write_data(tmp_path_factory.mktemp("whole") / "data")
+        folder = ranks.registered(tmp_path_factory.mktemp("whole"), patch, MadeUpLoader)
         return Path(train(config(folder, checkpoint_steps=1, keep=20), MadeUpLoader)["run"])
 
 
@@ -322,7 +317,9 @@ def test_an_endless_loss_stops_before_anything_is_spoilt(data: Path, whole: dict
         train(config(data, checkpoint_steps=3), Poisoned)
     run = data.parent / "runs" / "small"
     assert max(path.name for path in (run / "checkpoints").glob("*.json")) == "step-00000009.json"
+    assert records(run, "not finite")
     assert same(train(config(data, resume=True), MadeUpLoader)) == same(whole)
+    assert not records(run, "not finite")  # the cause is gone
 
 
 def test_a_loader_that_ends_early_is_told(data: Path) -> None:

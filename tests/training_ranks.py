@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
@@ -17,7 +18,7 @@ from alexprep.train.distributed.world import World
 from alexprep.train.lr_schedule import Steps
 from alexprep.train.recipes import registry as recipes
 from alexprep.train.trainer import train
-from tests.made_up import BATCH, Batch, MadeUpLoader, small_alexnet, small_recipe
+from tests.made_up import BATCH, Batch, MadeUpLoader, small_alexnet, small_recipe, write_data
 
 STEPS = 6  # an epoch
 EVERY = 2  # steps between checkpoints
@@ -78,6 +79,13 @@ def register() -> None:
     for name, network in {"narrow": small_alexnet, "weight": with_infinity, "gradient": with_kink}.items():
         recipe = small_recipe(name=name, network=network, schedule=Steps(after=()), epochs=1)
         recipes.RECIPES[name] = lambda recipe=recipe: recipe  # type: ignore[misc]
+
+
+def registered(folder: Path, patch: pytest.MonkeyPatch, loader: type[MadeUpLoader] = MadeUp) -> Path:
+    """The recipes in the registry as long as the patch holds, and a data set's facts, without images, in a new folder."""
+    patch.setattr(recipes, "RECIPES", dict(recipes.RECIPES))
+    register()
+    return write_data(folder / "data", loader)
 
 
 def config(data: Path, **changes: Any) -> TrainConfig:

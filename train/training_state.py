@@ -384,11 +384,6 @@ def weights_digest(weights: Mapping[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-def load_weights(network: nn.Module, checkpoint: Checkpoint) -> None:
-    """Copies a checkpoint's weights into a network of the same recipe."""
-    network.load_state_dict(saved_weights(checkpoint))
-
-
 def _gradients(
     state: TrainingState,
     network: Callable[[torch.Tensor], torch.Tensor],
