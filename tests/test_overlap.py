@@ -65,7 +65,7 @@ def test_what_each_turn_does(data: Path) -> None:
 
     recipe = replace(recipe_named("tiny"), batch_size=20)
     with Counted(
-        data, batch_size=20, augmentation=recipe.augmentation, layout=memory(torch.device("cpu")).name
+        data, batch_size=20, augmentation=recipe.augmentation, layout=memory(torch.device("cpu")).memory_format
     ) as loader:
         state = TrainingState(recipe, 4, 0, torch.device("cpu"))
         initial = {name: weight.clone() for name, weight in state.network.state_dict().items()}

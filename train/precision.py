@@ -27,19 +27,19 @@ TENSOR_CORES = (8, 0)  # compute capability from which a GPU computes in bfloat1
 class Memory(NamedTuple):
     """How images, activations and kernels lie in memory. Their shapes are N C H W either way."""
 
-    name: MemoryFormat  # what a loader is asked for
+    memory_format: MemoryFormat  # what a loader is asked for
     format: torch.memory_format  # of a network's weights
 
     @property
     def channels_last(self) -> bool:
         """Whether the values of one pixel lie side by side."""
-        return self.name == "channels_last"
+        return self.memory_format == "channels_last"
 
 
 def memory(device: torch.device, channels_last: bool | None = None) -> Memory:
     """The memory format asked for, or the one that suits the device: convolutions on a CPU are faster with the channels last.
 
-    >>> memory(torch.device("cpu")).name
+    >>> memory(torch.device("cpu")).memory_format
     'channels_last'
     """
     last = device.type == "cpu" if channels_last is None else channels_last

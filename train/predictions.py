@@ -302,7 +302,7 @@ def open_readers(
                 views=views,
                 order="sequential",
                 device=str(device),
-                layout=memory(device).name,
+                layout=memory(device).memory_format,
                 threads=threads,
                 **extra,
             )

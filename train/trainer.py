@@ -398,7 +398,7 @@ def open_split(job: Job, open_loader: OpenLoader, split: str, shard: tuple[int, 
         rank=shard[0],
         world_size=shard[1],
         device=str(job.device),
-        layout=job.computing.memory.name,
+        layout=job.computing.memory.memory_format,
         threads=job.config.threads,
     )
 
