@@ -171,10 +171,10 @@ def _watched_step(state: TrainingState, images: torch.Tensor, labels: torch.Tens
 def _present_weights(state: TrainingState, hindrance: str) -> str:
     """What the weights are now, and why there is no more to tell. All ranks call it."""
     weights = state.parallel.gather_state()
-    spoilt = state.spoilt(weights)
-    more = f" and {len(spoilt) - NAMED} more" if len(spoilt) > NAMED else ""
-    if spoilt:
-        now = f"now {', '.join(spoilt[:NAMED])}{more} are not finite"
+    names = state.not_finite(weights)
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    if names:
+        now = f"now {', '.join(names[:NAMED])}{more} are not finite"
     else:
         finite = {name: weight[weight.isfinite()] for name, weight in weights.items()}
         sizes = {name: float(weight.double().abs().max()) for name, weight in finite.items() if weight.numel()}

@@ -120,7 +120,7 @@ def open_run(config: TrainConfig, open_loader: OpenLoader | None, world: World |
         meter = enter(Meter(log, step=step, total_steps=last_step, epoch=state.position.epoch, board=board))
         if world.leads and config.resume:
             run_dir.remember(job.run, job.remembered(), job.data)
-        for note in [*job.notes, *notes, *_beginning(job, state, loader, last_step)]:
+        for note in [*job.notes, *notes, *_opening_words(job, state, loader, last_step)]:
             meter.say(note)
         loader.load_state_dict(loader.state_dict() | state.position.loader_state(len(loader)))
         trace = enter(Trace(job.run / run_dir.TRACE, job.config.trace, meter, world, step=step, last_step=last_step))
@@ -367,7 +367,7 @@ def _load_initial(job: Job, parallel: Parallel) -> list[str]:
     return [*notes, *report.sentences()]
 
 
-def _beginning(job: Job, state: TrainingState, loader: BatchSource, last_step: int) -> list[str]:
+def _opening_words(job: Job, state: TrainingState, loader: BatchSource, last_step: int) -> list[str]:
     """What to say before the first step."""
     world = state.parallel.world
     where = (
@@ -376,12 +376,12 @@ def _beginning(job: Job, state: TrainingState, loader: BatchSource, last_step: i
     compiled = ", compiled" if job.computing.compile else ""
     images = f"{loader.samples} images in {job.facts.classes} classes"
     steps = f"{len(loader)} steps of {job.recipe.batch_size} an epoch, from step {state.position.step} to at most {last_step}"
-    told = [f"{job.run}: {job.recipe.name} on {where} in {job.computing.precision}{compiled}, {images}, {steps}"]
+    lines = [f"{job.run}: {job.recipe.name} on {where} in {job.computing.precision}{compiled}, {images}, {steps}"]
     if job.facts.evaluation_split is None:
-        told.append(
+        lines.append(
             "there is no val or test split with labels: no validation error is measured, the schedule looks at the training error"
         )
-    return told
+    return lines
 
 
 def open_split(job: Job, open_loader: OpenLoader, split: str, shard: tuple[int, int]) -> BatchSource:

@@ -167,7 +167,7 @@ class TrainingState:
             for number, velocity in enumerate(self.parallel.gather_velocities(self.optimizer))
         }
         found["sums"] = self.sums.totals
-        if self.spoilt(weights) or not all(map(_finite, found.values())):
+        if self.not_finite(weights) or not all(map(_finite, found.values())):
             raise NotFinite(f"after step {self.position.step} there is NaN or infinity in what would be saved")
         found |= {f"{PREFIX}{name}": weight for name, weight in weights.items()}
         found["random.cpu"] = torch.get_rng_state()
@@ -175,7 +175,7 @@ class TrainingState:
             found["random.cuda"] = torch.cuda.get_rng_state(self.device)
         return found
 
-    def spoilt(self, weights: Mapping[str, torch.Tensor]) -> list[str]:
+    def not_finite(self, weights: Mapping[str, torch.Tensor]) -> list[str]:
         """The names of those in the whole network's `state_dict` that are NaN or infinite, and must not be."""
         return [name for name, tensor in weights.items() if name not in self._never_finite and not _finite(tensor)]
 
