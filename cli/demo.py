@@ -1,4 +1,4 @@
-"""alexprep demo"""
+"""`alexprep demo`: every stage on pictures drawn on the spot, by `alexprep.train.demo`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""alexprep train"""
+"""`alexprep train`: its options and what it prints. The training itself is `alexprep.train.trainer`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from alexprep.cli.options import (
     threads_option,
 )
 
-# The registry is alexprep.train.recipes.RECIPES, which this list must equal; importing it here would import torch for --help.
+# The names in alexprep.train.RECIPES, in its order; importing that here would import torch for --help.
 RECIPES = (
     *("alexnet", "alexnet-2012", "alexnet-1gpu", "alexnet-6conv", "alexnet-6conv-tune", "alexnet-owt"),
     *("cifar10-quick", "cifar10-13pct", "cifar10-11pct", "cifar10-relu", "cifar10-tanh", "tiny"),
@@ -126,6 +126,9 @@ def train(as_json: bool, **options: Any) -> None:
 
 
 def _rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
-    """What was measured."""
-    found = ((name.replace("_", " "), value) for name, value in summary.items() if value is not None)
-    return [(name, f"{value:.4g}" if isinstance(value, float) else str(value)) for name, value in found]
+    """The summary as a table, without what was not measured."""
+    return [
+        (name.replace("_", " "), f"{value:.4g}" if isinstance(value, float) else str(value))
+        for name, value in summary.items()
+        if value is not None
+    ]

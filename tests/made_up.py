@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 from alexprep.pipeline.augmentation import Augmentation
-from alexprep.train.data import MemoryFormat
 from alexprep.train.lr_schedule import Steps
 from alexprep.train.models import alexnet as networks
+from alexprep.train.precision import MemoryFormat
 from alexprep.train.recipes import Recipe
 
 DIGEST = "made up"

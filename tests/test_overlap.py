@@ -17,8 +17,8 @@ from alexprep.pipeline.loader import Batch, Loader
 from alexprep.shards.errors import AlexprepError
 from alexprep.train import overlap
 from alexprep.train.config import TrainConfig
-from alexprep.train.data import memory
 from alexprep.train.overlap import KINDS, Bench, Overlap, Timing, measure
+from alexprep.train.precision import memory
 from alexprep.train.recipes import recipe as recipe_named
 from alexprep.train.training_state import TrainingState, take_step
 

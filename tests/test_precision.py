@@ -35,7 +35,7 @@ from alexprep.train.optimizer import MomentumSGD
 from alexprep.train.precision import PRECISIONS, Precision, arithmetic, check_precision, float32_kernels, logits
 from alexprep.train.recipes import Recipe
 from alexprep.train.trainer import train
-from alexprep.train.training_state import Compiled, TrainingState, Update, compiler_blamed, take_step
+from alexprep.train.training_state import Compiled, TrainingState, Update, compiler_errors, take_step
 from alexprep.train.training_state import check_compiled as check_compiled_gradients
 from tests import made_up
 from tests.parallel_ranks import exact_batch, exact_network
@@ -513,6 +513,6 @@ def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.raises(
             AlexprepError, match=r"^--compile: InvalidCxxCompiler: No working C\+\+ compiler found. It needs .*g\+\+"
         ),
-        compiler_blamed(CPU),
+        compiler_errors(CPU),
     ):
         Compiled(nn.Linear(2, 2))(torch.zeros(1, 2))

@@ -174,7 +174,7 @@ def test_rates_follow_the_epoch_and_a_frozen_layer_stays() -> None:
         for name, old, new in zip(order, velocities, state.optimizer.velocities(), strict=True):
             if name in frozen:
                 assert old.abs().sum() > 0 and torch.equal(old, new)
-        assert state.learning_rate(recipe) == pytest.approx(0.001)  # of the epoch that comes
+        assert state.learning_rate() == pytest.approx(0.001)  # of the epoch that comes
 
 
 @pytest.mark.parametrize("cut", [1, 2, 5])

@@ -1,4 +1,4 @@
-"""Names of runs: who gets one when several want it, and what a kill leaves behind."""
+"""Run folders: who gets a name when several want it, what a kill leaves behind, and whether there must be a checkpoint."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,6 +16,8 @@ from alexprep.shards.errors import AlexprepError
 from alexprep.train import run_dir
 from alexprep.train.logger import Meter
 from alexprep.train.run_dir import create_run, locked, read_config
+from alexprep.train.trainer import train
+from tests import training_ranks as ranks
 
 CONFIG: dict[str, object] = {"options": {"recipe": "tiny"}, "data": "somewhere", "identity": {}}
 
@@ -63,7 +66,7 @@ def test_an_empty_folder_may_be_used_and_another_may_not(tmp_path: Path) -> None
 def test_of_several_that_want_a_name_one_gets_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All of them have seen an empty folder before the first one has the lock."""
     rivals, original = 6, run_dir._vacant
-    for number in range(10):
+    for number in range(3):
         start = threading.Barrier(rivals)
         folder, seen = tmp_path / str(number), threading.local()
 
@@ -143,3 +146,60 @@ def test_files_that_cannot_be_opened_are_told(tmp_path: Path) -> None:
         Meter(run / "log.jsonl", step=0, total_steps=1),
     ):
         pass
+
+
+@pytest.fixture
+def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    return ranks.registered(tmp_path, monkeypatch)
+
+
+def test_runs_are_named_and_found(data: Path) -> None:
+    def run(**settings: Any) -> Path:
+        return Path(train(ranks.config(data, **settings), ranks.MadeUp)["run"])
+
+    folder = data.parent / "runs"
+    assert [run(steps=1).name for _ in range(3)] == ["narrow", "narrow-2", "narrow-3"]
+    assert run(resume=True, steps=2) == folder / "narrow-3"
+    assert run(resume=True, steps=3, name="narrow") == folder / "narrow"
+    assert run_dir.find_run(folder, None) == folder / "narrow"  # active last
+    with pytest.raises(AlexprepError, match="already a run"):
+        run(name="narrow")
+    with pytest.raises(AlexprepError, match=r"there is no run .*nowhere: there are narrow, narrow-2, narrow-3"):
+        run(name="nowhere", resume=True)
+    with pytest.raises(AlexprepError, match="cannot name a run"):
+        run(name="../out")
+    with pytest.raises(AlexprepError, match="there is no run in"):
+        run(runs=data.parent / "empty", resume=True)
+
+
+@pytest.mark.parametrize(
+    ("gone", "summary", "every"),
+    [("moved", True, 2), ("moved", False, 1000), ("emptied", False, 2), ("damaged", True, 1000), ("damaged", False, 2)],
+)
+def test_a_run_whose_checkpoints_are_out_of_sight_is_not_begun_again(
+    data: Path, gone: str, summary: bool, every: int
+) -> None:
+    """The summary tells of them, or a log that goes on after the first one."""
+    settings = {"epochs": 2, "steps": 3 if every == 2 else 8, "checkpoint_steps": every}
+    train(ranks.config(data, **settings), ranks.MadeUp)
+    run = data.parent / "runs" / "narrow"
+    folder = run / "checkpoints"
+    if gone == "moved":
+        folder.rename(data.parent / "elsewhere")
+    for path in folder.glob("*.safetensors"):
+        path.write_bytes(b"x") if gone == "damaged" else path.unlink()
+    for path in folder.glob("*.json") if gone == "emptied" else ():
+        path.unlink()
+    if not summary:
+        (run / "summary.json").unlink()
+    log = (run / "log.jsonl").read_text()
+    words = rf"narrow had checkpoints \(.*\), but in {folder} there is none .*bring the"
+    with pytest.raises(AlexprepError, match=words):
+        train(ranks.config(data, resume=True), ranks.MadeUp)
+    assert (run / "log.jsonl").read_text() == log
+    if gone == "moved":
+        (data.parent / "elsewhere").rename(folder)
+    else:
+        for path in (run / "log.jsonl", run / "summary.json", *folder.iterdir()):
+            path.unlink(missing_ok=True)
+    assert train(ranks.config(data, resume=True, epochs=2), ranks.MadeUp)["steps"] == 12

@@ -109,7 +109,7 @@ def config(**changes: Any) -> TrainConfig:
 
 def begun(**changes: Any) -> Job:
     """A run that is ready to begin, of the network in nets.py."""
-    return prepare(config(**changes), made_up=True)
+    return prepare(config(**changes), check_statistics=False)
 
 
 def check_refused(words: str, **changes: Any) -> None:
@@ -380,7 +380,7 @@ def test_a_mask_of_infinities_is_trained_and_saved(here: Path, monkeypatch: pyte
             for images, labels in super().__iter__():
                 yield Batch(images * float("nan"), labels)
 
-    monkeypatch.setattr("alexprep.train.trainer.SECONDS", 0.0)
+    monkeypatch.setattr("alexprep.train.divergence.SECONDS", 0.0)
     with pytest.raises(AlexprepError, match=r"now out.weight, out.bias are not finite"):
         train(config(model="keeping.py", name="wild"), Poisoned)
 

@@ -1,30 +1,29 @@
-"""Trainings that come to harm, for tests/test_training_faults.py: in its process, and in ranks that `launch` starts."""
+"""Small trainings for tests, some of which come to harm: in the test's process, and in ranks that `launch` starts."""
 
 from __future__ import annotations
 
-import os
-import signal
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
 from alexprep.shards.errors import AlexprepError
-from alexprep.shards.storage import TEMPORARY_MARK
-from alexprep.train import checkpoint, recipes
-from alexprep.train.checkpoint import publish
+from alexprep.train import recipes
 from alexprep.train.config import TrainConfig, prepare
 from alexprep.train.distributed.world import World
 from alexprep.train.lr_schedule import Steps
 from alexprep.train.trainer import train
-from tests.made_up import BATCH, Batch, MadeUpLoader, small_alexnet, small_recipe
+from tests.made_up import BATCH, Batch, MadeUpLoader, small_alexnet, small_recipe, write_data
 
 STEPS = 6  # an epoch
 EVERY = 2  # steps between checkpoints
 BAD_STEP = 4
+SAMPLE = (2, 5)  # steps after which a run is resumed
 # What is wrong, settings that go with it, and the words that tell.
 POISONS: dict[str, tuple[dict[str, Any], str]] = {
     "pixel": ({}, "it began in step 4, where the images held nan"),
@@ -76,28 +75,40 @@ def with_kink(classes: int, crop: int, *, seed: int, width: float) -> nn.Sequent
 
 def register() -> None:
     """Puts the recipes of these trainings into the registry."""
+    recipes.RECIPES["small"] = small_recipe
     for name, network in {"narrow": small_alexnet, "weight": with_infinity, "gradient": with_kink}.items():
         recipe = small_recipe(name=name, network=network, schedule=Steps(after=()), epochs=1)
         recipes.RECIPES[name] = lambda recipe=recipe: recipe  # type: ignore[misc]
 
 
+def registered(folder: Path, patch: pytest.MonkeyPatch, loader: type[MadeUpLoader] = MadeUp) -> Path:
+    """The recipes in the registry as long as the patch holds, and a data set's facts, without images, in a new folder."""
+    patch.setattr(recipes, "RECIPES", dict(recipes.RECIPES))
+    register()
+    return write_data(folder / "data", loader)
+
+
 def config(data: Path, **changes: Any) -> TrainConfig:
     """Settings of a run beside the data set."""
-    settings: dict[str, Any] = {
-        "data": data,
-        "recipe": "narrow",
-        "runs": data.parent / "runs",
-        "device": "cpu",
-        "log_steps": 1,
-    }
-    return TrainConfig(**settings | changes)
+    settings: dict[str, Any] = {"data": data, "recipe": "narrow", "runs": data.parent / "runs", "device": "cpu"}
+    return TrainConfig(**{**settings, "log_steps": 1, **changes})
+
+
+def records(run: Path, kind: str) -> list[dict[str, Any]]:
+    """Those of a run's log; every line must be JSON, which knows no NaN."""
+
+    def refuse(text: str) -> None:
+        raise AssertionError(f"{text} in {run}")
+
+    lines = [json.loads(line, parse_constant=refuse) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == kind]
 
 
 def begun(world: World, data: Path, loader: type[MadeUp] = MadeUp, **settings: Any) -> dict[str, Any]:
     """A new training by all ranks, of which the first makes the run."""
     chosen = config(data, **settings, ranks=world.size)
     if world.leads:
-        prepare(chosen, world.device, made_up=True)
+        prepare(chosen, world.device, check_statistics=False)
     world.any(False)
     return train(replace(chosen, resume=True), loader, world)
 
@@ -118,31 +129,12 @@ def poisoned(world: World, data: Path, kind: str) -> str:
 
 
 def everything(world: World, data: str) -> dict[str, Any]:
-    """For ranks: weights of a training, of those that go on from each of its steps and from a kill; the words of poisoned ones."""
+    """For ranks: weights of a training and of those that go on from some of its steps; the words of poisoned ones."""
     register()
     folder = Path(data)
     whole = begun(world, folder, name="whole")["weights_sha256"]
     resumed = []
-    for step in range(1, STEPS):
+    for step in SAMPLE:
         begun(world, folder, name=f"part{step}", steps=step)
         resumed.append(gone_on(world, folder, f"part{step}")["weights_sha256"])
-    return {
-        "whole": whole,
-        "resumed": resumed,
-        "after the kill": gone_on(world, folder, "killed")["weights_sha256"],
-        "poisoned": {kind: poisoned(world, folder, kind) for kind in POISONS},
-    }
-
-
-def killed(world: World, data: str, step: int) -> None:
-    """For ranks: the first is killed while it saves the checkpoint of a step, and leaves half a file."""
-    register()
-
-    def dying(path: Path, content: bytes, next_step: str = "") -> None:
-        if path.name.startswith(f"step-{step:08d}") and path.suffix == ".safetensors":
-            path.with_name(f".{path.name}{TEMPORARY_MARK}1").write_bytes(content[: len(content) // 2])
-            os.kill(os.getpid(), signal.SIGKILL)
-        publish(path, content)
-
-    vars(checkpoint)["publish"] = dying
-    begun(world, Path(data), name="killed", checkpoint_steps=EVERY)
+    return {"whole": whole, "resumed": resumed, "poisoned": {kind: poisoned(world, folder, kind) for kind in POISONS}}

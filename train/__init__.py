@@ -1,4 +1,7 @@
-"""AlexNet and its training: networks, the paper's update rule, the loop, checkpoints, evaluation."""
+"""What a program of your own imports to train AlexNet, or a network of its own, and to evaluate what was trained.
+
+Shards are made by `alexprep.shards`, batches by `alexprep.pipeline`. Nothing is loaded before it is used: torch takes seconds.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +9,92 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from alexprep.train.lr_schedule import ByHand, DExp, EarlyStop, Plateau, Steps
-    from alexprep.train.models.layers import Scale
+    from alexprep.train.checkpoint import Checkpoint, init_from, saved_weights
+    from alexprep.train.config import TrainConfig
+    from alexprep.train.data import Examples
+    from alexprep.train.distributed.parallel import Parallel
+    from alexprep.train.distributed.world import World, from_environment
+    from alexprep.train.evaluation import Evaluation, evaluate, evaluate_run
+    from alexprep.train.lr_schedule import ByHand, DExp, EarlyStop, Plateau, Schedule, ScheduleState, Steps
+    from alexprep.train.models.alexnet import AlexNet, alexnet, alexnet_1gpu, alexnet_6conv, alexnet_2012, alexnet_owt
+    from alexprep.train.models.cifar import ConvLocal, cifar10_quick_net, conv_local_11pct, conv_local_13pct, tiny_net
+    from alexprep.train.models.layers import (
+        LocallyConnected2d,
+        LocalResponseNorm,
+        PaperDropout,
+        Scale,
+        SpatialResponseNorm,
+    )
+    from alexprep.train.optimizer import MomentumSGD, parameter_groups
+    from alexprep.train.precision import float32_kernels, logits
     from alexprep.train.recipes import RECIPES, Recipe, recipe
+    from alexprep.train.run_dir import Place, place_named, saved_checkpoint
+    from alexprep.train.trainer import train
 
-__all__ = ["RECIPES", "ByHand", "DExp", "EarlyStop", "Plateau", "Recipe", "Scale", "Steps", "recipe"]
+__all__ = [
+    "RECIPES",
+    "AlexNet",
+    "ByHand",
+    "Checkpoint",
+    "ConvLocal",
+    "DExp",
+    "EarlyStop",
+    "Evaluation",
+    "Examples",
+    "LocalResponseNorm",
+    "LocallyConnected2d",
+    "MomentumSGD",
+    "PaperDropout",
+    "Parallel",
+    "Place",
+    "Plateau",
+    "Recipe",
+    "Scale",
+    "Schedule",
+    "ScheduleState",
+    "SpatialResponseNorm",
+    "Steps",
+    "TrainConfig",
+    "World",
+    "alexnet",
+    "alexnet_1gpu",
+    "alexnet_6conv",
+    "alexnet_2012",
+    "alexnet_owt",
+    "cifar10_quick_net",
+    "conv_local_11pct",
+    "conv_local_13pct",
+    "evaluate",
+    "evaluate_run",
+    "float32_kernels",
+    "from_environment",
+    "init_from",
+    "logits",
+    "parameter_groups",
+    "place_named",
+    "recipe",
+    "saved_checkpoint",
+    "saved_weights",
+    "tiny_net",
+    "train",
+]
 
 _HOMES = {
-    "lr_schedule": ("ByHand", "DExp", "EarlyStop", "Plateau", "Steps"),
-    "models.layers": ("Scale",),
+    "checkpoint": ("Checkpoint", "init_from", "saved_weights"),
+    "config": ("TrainConfig",),
+    "data": ("Examples",),
+    "distributed.parallel": ("Parallel",),
+    "distributed.world": ("World", "from_environment"),
+    "evaluation": ("Evaluation", "evaluate", "evaluate_run"),
+    "lr_schedule": ("ByHand", "DExp", "EarlyStop", "Plateau", "Schedule", "ScheduleState", "Steps"),
+    "models.alexnet": ("AlexNet", "alexnet", "alexnet_1gpu", "alexnet_2012", "alexnet_6conv", "alexnet_owt"),
+    "models.cifar": ("ConvLocal", "cifar10_quick_net", "conv_local_11pct", "conv_local_13pct", "tiny_net"),
+    "models.layers": ("LocalResponseNorm", "LocallyConnected2d", "PaperDropout", "Scale", "SpatialResponseNorm"),
+    "optimizer": ("MomentumSGD", "parameter_groups"),
+    "precision": ("float32_kernels", "logits"),
     "recipes": ("RECIPES", "Recipe", "recipe"),
+    "run_dir": ("Place", "place_named", "saved_checkpoint"),
+    "trainer": ("train",),
 }
 
 

@@ -1,11 +1,15 @@
-"""Checkpoints that survive anything but the loss of the disk: tensors first, then the JSON that makes them count.
+"""The files of a run: writing them safely, saving and finding checkpoints, and beginning with another run's weights.
+
+What a training puts into a checkpoint is decided in `alexprep.train.training_state`; which run and step are meant, in
+`alexprep.train.run_dir`.
 
     checkpoints/step-00001000-3fa9c1d2.safetensors    named by content, so a second save of one step cannot spoil the first
     checkpoints/step-00001000.json                    the commit mark: facts, and the size and sha256 of the tensors file
 
-Both appear by rename, on disk when they appear. A checkpoint is valid when the JSON's own digest and the tensors' sha256 are right.
-Only what is missing, cut or changed counts as damaged. A file that cannot be read just now (a broken cable, a file server that is
-away, no permission) may be sound: it ends the command with words, and nothing is deleted on the strength of it.
+The tensors are written first, then the JSON that makes them count. Both appear by rename, on disk when they appear. A checkpoint is
+valid when the JSON's own digest and the tensors' sha256 are right. Only what is missing, cut or changed counts as damaged. A file that
+cannot be read just now (a broken cable, a file server that is away, no permission) may be sound: it ends the command with words, and
+nothing is deleted on the strength of it.
 """
 
 from __future__ import annotations
@@ -13,12 +17,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import itertools
 import json
 import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -37,60 +42,16 @@ from alexprep.shards.storage import (
 )
 from alexprep.train.parameters import layer_and_kind
 
-# -------------------- A disk that is full or broken, in words.
-
-
-FULL = (errno.ENOSPC, errno.EDQUOT)
-GO_ON = "go on with --resume; checkpoints that were saved before are untouched"
-
-
-@contextlib.contextmanager
-def writing(path: Path, size: int | None = None, next_step: str = GO_ON) -> Iterator[None]:
-    """Inside the block, a file of a run is written, or a folder is changed.
-
-    Args:
-        path: of the file or folder.
-        size: bytes that it needs, if that is known.
-        next_step: what the user can do when the cause of a failure is mended.
-
-    Raises:
-        AlexprepError: in place of `OSError`; it names the file, and where there is no room, the bytes needed and the bytes free.
-    """
-    try:
-        yield
-    except OSError as error:
-        remedy = "mend that"
-        if error.errno in FULL:
-            needs = "" if size is None else f"it needs {size:,} bytes, "
-            with contextlib.suppress(OSError):
-                needs += f"{shutil.disk_usage(path.parent).free:,} are free, "
-            remedy = f"{needs}make room"
-        raise AlexprepError(
-            f"{path} cannot be written ({error.strerror or error}): {remedy} and {next_step}"
-        ) from error
-
-
-def publish(path: Path, data: bytes, next_step: str = GO_ON) -> None:
-    """Writes a file of a run, atomically and durably; makes its folder.
-
-    Raises:
-        AlexprepError: as `writing`; what was there before is untouched.
-    """
-    with writing(path, len(data), next_step):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        publish_bytes(path, data)
-
-
-# -------------------- Checkpoints that survive anything but the loss of the disk: tensors first, then the JSON that makes them count.
-
-
 FORMAT_VERSION = 1
 UNREAD = "it may be sound, and nothing was deleted: mend that and run the same command again"
+PREFIX = "weight."  # of the network's tensors in a checkpoint
+FULL = (errno.ENOSPC, errno.EDQUOT)
+GO_ON = "go on with --resume; checkpoints that were saved before are untouched"
 _MARK = re.compile(r"step-(\d{8,})\.json")
 
 
 class Checkpoint(NamedTuple):
-    """What was saved."""
+    """A checkpoint as it was saved."""
 
     step: int
     tensors: dict[str, torch.Tensor]  # on the CPU
@@ -194,6 +155,43 @@ def read(mark: Path) -> Checkpoint:
     return Checkpoint(int(document["step"]), safetensors.torch.load(data), document["facts"])
 
 
+@contextlib.contextmanager
+def writing(path: Path, size: int | None = None, next_step: str = GO_ON) -> Iterator[None]:
+    """Inside the block, a file of a run is written, or a folder is changed.
+
+    Args:
+        path: of the file or folder.
+        size: bytes that it needs, if that is known.
+        next_step: what the user can do when the cause of a failure is mended.
+
+    Raises:
+        AlexprepError: in place of `OSError`; it names the file, and where there is no room, the bytes needed and the bytes free.
+    """
+    try:
+        yield
+    except OSError as error:
+        remedy = "mend that"
+        if error.errno in FULL:
+            needs = "" if size is None else f"it needs {size:,} bytes, "
+            with contextlib.suppress(OSError):
+                needs += f"{shutil.disk_usage(path.parent).free:,} are free, "
+            remedy = f"{needs}make room"
+        raise AlexprepError(
+            f"{path} cannot be written ({error.strerror or error}): {remedy} and {next_step}"
+        ) from error
+
+
+def publish(path: Path, data: bytes, next_step: str = GO_ON) -> None:
+    """Writes a file of a run, atomically and durably; makes its folder.
+
+    Raises:
+        AlexprepError: as `writing`; what was there before is untouched.
+    """
+    with writing(path, len(data), next_step):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        publish_bytes(path, data)
+
+
 def differences(saved: Any, wanted: Any, name: str = "") -> list[str]:
     """Where two JSON documents differ, a sentence a field.
 
@@ -202,9 +200,34 @@ def differences(saved: Any, wanted: Any, name: str = "") -> list[str]:
     """
     if isinstance(saved, dict) and isinstance(wanted, dict):
         keys = [*saved, *(key for key in wanted if key not in saved)]
-        lists = (differences(saved.get(key), wanted.get(key), f"{name}.{key}" if name else str(key)) for key in keys)
-        return [sentence for sentences in lists for sentence in sentences]
+        lists = [differences(saved.get(key), wanted.get(key), f"{name}.{key}" if name else str(key)) for key in keys]
+        return [*itertools.chain(*lists)]
     return [] if saved == wanted else [f"{name} was {saved!r}, is now {wanted!r}"]
+
+
+def with_defaults(described: Any, value: Any) -> Any:
+    """A description of a dataclass as a run recorded it, with the fields that it lacks at their defaults.
+
+    So a field that is added later, with the default under which nothing changes, does not part a run from its own past.
+
+    Args:
+        described: JSON values by field, from this version or another.
+        value: the dataclass as it is now; dataclasses in its fields are looked into. Anything else has no defaults.
+
+    >>> with_defaults({"taken": []}, InitReport([], {}, []))
+    {'taken': []}
+    """
+    if not isinstance(described, dict) or not is_dataclass(value) or isinstance(value, type):
+        return described
+    complete = dict(described)
+    for field in fields(value):
+        if field.name in described:
+            complete[field.name] = with_defaults(described[field.name], getattr(value, field.name))
+        elif field.default is not MISSING:
+            complete[field.name] = json.loads(json.dumps(field.default, default=str))  # tuples become lists
+        elif field.default_factory is not MISSING:
+            complete[field.name] = field.default_factory()
+    return complete
 
 
 def some_of(differences: list[str], most: int = 6) -> str:
@@ -217,54 +240,9 @@ def some_of(differences: list[str], most: int = 6) -> str:
     return "; ".join([*differences[:most], *more])
 
 
-def _prune(folder: Path, step: int, keep: int) -> None:
-    """Deletes later and superfluous checkpoints: the mark before its tensors, so that no mark lacks them.
-
-    Where a mark that stays does not say which tensors are its own, all tensors stay until a save that can tell.
-    """
-    found = marks(folder)
-    kept = sorted((other for other in found if other <= step), reverse=True)[:keep]
-    for other in found.keys() - set(kept):
-        found[other].unlink()
-    sync_folder(folder)
-    try:
-        referenced = {json.loads(found[other].read_bytes())["tensors"]["file"] for other in kept}
-    except (OSError, ValueError, KeyError, TypeError):
-        referenced = None
-    for path in folder.glob("step-*.safetensors"):
-        if referenced is not None and path.name not in referenced and TEMPORARY_MARK not in path.name:
-            path.unlink()
-    remove_temporaries(folder)
-
-
-def _content(path: Path) -> bytes:
-    """A file's bytes.
-
-    Raises:
-        Damaged: there is no such file.
-        AlexprepError: it cannot be read.
-    """
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        raise Damaged(f"{path.name} is missing") from None
-    except OSError as error:
-        raise _unread(path, error) from error
-
-
-def _unread(path: Path, error: OSError) -> AlexprepError:
-    return AlexprepError(f"{path} cannot be read ({error.strerror or error}): {UNREAD}")
-
-
-# -------------------- A network that begins with another's weights: pre-train on many classes, then fine-tune on those that one is after.
-
-
-PREFIX = "weight."  # of the network's tensors in a checkpoint
-
-
 @dataclass(frozen=True)
 class InitReport:
-    """What became of every layer, by name."""
+    """What `init_from` did with every layer, by name."""
 
     taken: list[str]  # of the network: they begin with saved weights
     fresh: dict[str, str]  # of the network: they keep their initial weights, and why
@@ -289,12 +267,10 @@ def saved_weights(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
 
 
 def wanted_layers(patterns: str | None) -> Literal["matching"] | list[str]:
-    """What `init_from` is asked for by `--init-layers`, patterns with commas; by default all that match."""
-    return (
-        "matching"
-        if patterns is None or patterns == "matching"
-        else [pattern.strip() for pattern in patterns.split(",")]
-    )
+    """The layers that `--init-layers` asks `init_from` for: patterns with commas; by default all that match."""
+    if patterns is None or patterns == "matching":
+        return "matching"
+    return [pattern.strip() for pattern in patterns.split(",")]
 
 
 def init_from(
@@ -338,6 +314,45 @@ def init_from(
             for kind, tensor in wanted[layer].items():
                 tensor.copy_(given[layer][kind])
     return InitReport(taken, fresh, [layer for layer in given if layer not in wanted])
+
+
+def _prune(folder: Path, step: int, keep: int) -> None:
+    """Deletes later and superfluous checkpoints: the mark before its tensors, so that no mark lacks them.
+
+    Where a mark that stays does not say which tensors are its own, all tensors stay until a save that can tell.
+    """
+    found = marks(folder)
+    kept = sorted((other for other in found if other <= step), reverse=True)[:keep]
+    for other in found.keys() - set(kept):
+        found[other].unlink()
+    sync_folder(folder)
+    try:
+        referenced = {json.loads(found[other].read_bytes())["tensors"]["file"] for other in kept}
+    except (OSError, ValueError, KeyError, TypeError):
+        referenced = None
+    for path in folder.glob("step-*.safetensors"):
+        if referenced is not None and path.name not in referenced and TEMPORARY_MARK not in path.name:
+            path.unlink()
+    remove_temporaries(folder)
+
+
+def _content(path: Path) -> bytes:
+    """A file's bytes.
+
+    Raises:
+        Damaged: there is no such file.
+        AlexprepError: it cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise Damaged(f"{path.name} is missing") from None
+    except OSError as error:
+        raise _unread(path, error) from error
+
+
+def _unread(path: Path, error: OSError) -> AlexprepError:
+    return AlexprepError(f"{path} cannot be read ({error.strerror or error}): {UNREAD}")
 
 
 def _by_layer(tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:

@@ -1,4 +1,7 @@
-"""What a caller chooses for a training."""
+"""What to do, checked: the options of a training (`TrainConfig`), and the job that they come to on this machine (`prepare`).
+
+Nothing is trained here, and no network lives on. What decides the result is the job's identity: a run is only resumed with the same one.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from alexprep.shards import rgb_statistics
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.versions import versions
 from alexprep.train import run_dir
-from alexprep.train.checkpoint import Checkpoint, init_from, saved_weights, wanted_layers
+from alexprep.train.checkpoint import Checkpoint, differences, init_from, saved_weights, wanted_layers, with_defaults
 from alexprep.train.data import DataFacts, data_facts
 from alexprep.train.distributed.tensor_parallel import SCHEMES, Scheme, part_of
 from alexprep.train.distributed.world import TIMEOUT, World
@@ -26,10 +29,7 @@ from alexprep.train.logger import writer_class
 from alexprep.train.precision import Arithmetic, Precision, arithmetic
 from alexprep.train.recipes import DEFAULT_RECIPE, MOST_EPOCHS, Recipe, recipe_of, try_user_network
 from alexprep.train.run_dir import place_named, saved_checkpoint
-from alexprep.train.user_code import MODEL, RECIPE, UserNetwork, check_named, is_reference, references
-
-# -------------------- What a caller chooses for a training.
-
+from alexprep.train.user_code import MODEL, RECIPE, UserNetwork, check_named, comparable, is_reference, references
 
 MOST_TRACED = 200  # steps
 MOST_SECONDS = 1_000_000  # that ranks wait for one another: eleven days; system clocks take no more than some 10^9
@@ -49,11 +49,16 @@ OPTIONS = (
 LENGTH = ("epochs", "steps")
 REMEMBERED = (*LENGTH, "keep", "checkpoint_steps")  # likewise; what is given on resuming holds from then on
 DECODING = ("decode", "hw_decoder_load")  # likewise, as it was tuned then
+# Of fields of an identity that older runs lack, what holds for them: once released, a default never changes. Those of a recipe's
+# fields are the defaults of its dataclasses.
+IDENTITY_DEFAULTS = {"precision": "fp32"}
+TWO_RANKS: tuple[Scheme, ...] = ("towers", "ddp")  # schemes to try by default
+ANY_RANKS: tuple[Scheme, ...] = ("ddp",)
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """What a caller may choose. None means: as the recipe has it, or when resuming, as the run began.
+    """What a caller may choose for a training. None means: as the recipe has it, or when resuming, as the run began.
 
     Args:
         data: folder of the data set; only a resumed run has one of its own.
@@ -137,30 +142,6 @@ class TrainConfig:
             raise AlexprepError(f"seed is {self.seed!r}: it must be a whole number within 0 to 2^63 - 1")
 
 
-def resumed(config: TrainConfig, began: Mapping[str, Any], data: Path) -> TrainConfig:
-    """What a run goes on with: what is given now, else what held before.
-
-    Epochs and steps are one choice, how long to train: a run of 3 epochs that is given 10,000 steps now has no other end.
-
-    Args:
-        config: as given now.
-        began: the run's options, see `alexprep.train.run_dir.read_config`; older ones lack some.
-        data: the run's.
-    """
-    unless_given = [*OPTIONS, *REMEMBERED]
-    if config.epochs is not None or config.steps is not None:
-        unless_given = [name for name in unless_given if name not in LENGTH]
-    taken: dict[str, Any] = {name: began.get(name) for name in unless_given if getattr(config, name) is None}
-    return replace(config, data=data, **taken)
-
-
-# -------------------- A run that is ready to begin or to go on: its folder, its recipe, and its identity.
-
-
-TWO_RANKS: tuple[Scheme, ...] = ("towers", "ddp")
-ANY_RANKS: tuple[Scheme, ...] = ("ddp",)
-
-
 @dataclass(frozen=True)
 class Job:
     """A run that is ready to begin or to go on."""
@@ -177,7 +158,7 @@ class Job:
     tuning: Tuning
     notes: list[str]  # what to say about it
     identity: dict[str, Any]  # JSON values: what decides the result; a checkpoint of another identity is refused
-    began_from: Checkpoint | None = None  # whose weights it begins with, where it was read already
+    initial: Checkpoint | None = None  # whose weights it begins with, where it was read already
 
     @property
     def epochs(self) -> int:
@@ -201,7 +182,22 @@ class Job:
             "checkpoint_steps": self.checkpoint_steps,
         }
 
-    def go_on(self) -> str:
+    def changes_since(self, earlier: Mapping[str, Any]) -> list[str]:
+        """What decides the result and was not so when the run began, a sentence a field.
+
+        Fields that one of both does not know are at their defaults in it: those that were added later change nothing by default.
+
+        Args:
+            earlier: of the run: its config.json, or the facts of a checkpoint, from this version or another.
+        """
+        made_with = earlier.get("versions", {})
+        then, now = (
+            IDENTITY_DEFAULTS | identity | {"recipe": with_defaults(identity.get("recipe"), self.recipe)}
+            for identity in (comparable(earlier["identity"], made_with), comparable(self.identity, made_with))
+        )
+        return differences(then, now)
+
+    def resume_options(self) -> str:
         """Options that go on with this run as it is trained now: --resume, and those that a run does not remember."""
         config, words = self.config, ["--resume"]
         if config.runs.resolve() != TrainConfig.runs.resolve():
@@ -213,41 +209,43 @@ class Job:
             words += ["--gpus", str(config.ranks), "--scheme", self.scheme]
         return shlex.join([*words, *(["--device", config.device] if config.device else [])])
 
-    def blamed(self) -> contextlib.AbstractContextManager[None]:
-        """Inside the block, an exception that comes by way of the user's own network becomes a sentence with its file and line."""
+    def user_errors(self) -> contextlib.AbstractContextManager[None]:
+        """Inside the block, an exception from the user's own network becomes a sentence with its file and line."""
         own = self.recipe.network
         return own.errors(only_own=True) if isinstance(own, UserNetwork) else contextlib.nullcontext()
 
 
 def prepare(
-    config: TrainConfig, device: torch.device | None = None, *, rehearsal: bool = False, made_up: bool = False
+    config: TrainConfig, device: torch.device | None = None, *, dry_run: bool = False, check_statistics: bool = True
 ) -> Job:
-    """Reads the data set's facts, makes or finds the run's folder, and settles the recipe and, if not given, the device.
+    """Finds out all that a training needs to know, and makes or finds the run's folder.
+
+    A beginning that would fail at once, as far as that can be known, fails here: before the run has a folder and a name.
 
     Args:
         config: what to do.
         device: of the training; by default as `config` says.
-        rehearsal: for measurements: there is no folder, nothing is written, and the job's `run` is the null device.
-        made_up: the images do not come from the data set, so it need not have statistics.
+        dry_run: for measurements: there is no folder, nothing is written, and the job's `run` is the null device.
+        check_statistics: whether the data set must have the statistics that the augmentation needs; not where batches come from elsewhere.
 
     Raises:
         AlexprepError: there is no such data, recipe, device or run, or the data does not suit the recipe.
     """
     device = device or choose_device(config.device)
     if config.tensorboard:
-        writer_class()  # made sure of before the run's folder is there
+        writer_class()  # raises where the package is missing
     named, model = references(config.recipe, config.model)
     config = replace(config, recipe=named, model=model)
-    run, began = Path(os.devnull) if rehearsal else None, None
+    run, earlier = Path(os.devnull) if dry_run else None, None
     if config.resume:
         run = run_dir.find_run(config.runs, config.name)
         document = run_dir.read_config(run)
-        began = document["options"]
-        check_named(began, config.recipe, config.model, run)
-        config = resumed(config, began, config.data or run_dir.still_there(run, Path(document["data"])))
+        earlier = document["options"]
+        check_named(earlier, config.recipe, config.model, run)
+        config = resumed(config, earlier, config.data or run_dir.still_there(run, Path(document["data"])))
     data = config.data or Path()  # there is one: only a resumed run's may be None, and it is found by now
     facts = data_facts(data)
-    tuning, notes = _tuning(config, data, device, began)
+    tuning, notes = _tuning(config, data, device, earlier)
     notes += [f"the split {split} is skipped: none of its images has a label" for split in facts.unlabelled]
     recipe = recipe_of({name: getattr(config, name) for name in OPTIONS})
     recipe.check_size(facts.size)
@@ -262,27 +260,43 @@ def prepare(
         recipe, made, said = try_user_network(recipe, recipe.network, facts.classes, seed, scheme, config.ranks)
         identity |= {"recipe": recipe.describe(), "layers": made}
         notes += said
+    if run is None and recipe.augmentation.needs_statistics and check_statistics:
+        rgb_statistics.read_statistics(data, facts.digest)
+    initial = None
     if config.init_layers is not None and config.init_from is None:
         raise AlexprepError(
             f"--init-layers {config.init_layers} says which layers of another run: name it with --init-from"
         )
-    source = None
-    # A beginning that would fail at once, as far as that can be known, fails here: before it has a folder and a name.
-    if run is None and recipe.augmentation.needs_statistics and not made_up:
-        rgb_statistics.read_statistics(data, facts.digest)
     if config.init_from is not None:
         if run is None:
-            source, skipped = saved_checkpoint(place_named(config.runs, config.init_from))
+            initial, skipped = saved_checkpoint(place_named(config.runs, config.init_from))
             notes += skipped
             network = recipe.make_network(facts.classes, seed)
-            init_from(network.state_dict(), saved_weights(source), wanted_layers(config.init_layers))
+            init_from(network.state_dict(), saved_weights(initial), wanted_layers(config.init_layers))
             if "@" not in config.init_from:
-                config = replace(config, init_from=f"{config.init_from}@{source.step}")
+                config = replace(config, init_from=f"{config.init_from}@{initial.step}")
         identity["init"] = f"{config.init_from}, layers {config.init_layers or 'matching'}"
     job = Job(
-        config, run or Path(), data, recipe, seed, facts, device, scheme, computing, tuning, notes, identity, source
+        config, run or Path(), data, recipe, seed, facts, device, scheme, computing, tuning, notes, identity, initial
     )
-    return job if run else replace(job, run=_begin(job))
+    return job if run else replace(job, run=_new_run(job))
+
+
+def resumed(config: TrainConfig, earlier: Mapping[str, Any], data: Path) -> TrainConfig:
+    """What a run goes on with: what is given now, else what held before.
+
+    Epochs and steps are one choice, how long to train: a run of 3 epochs that is given 10,000 steps now has no other end.
+
+    Args:
+        config: as given now.
+        earlier: the run's options, see `alexprep.train.run_dir.read_config`; older ones lack some.
+        data: the run's.
+    """
+    unless_given = [*OPTIONS, *REMEMBERED]
+    if config.epochs is not None or config.steps is not None:
+        unless_given = [name for name in unless_given if name not in LENGTH]
+    taken: dict[str, Any] = {name: earlier.get(name) for name in unless_given if getattr(config, name) is None}
+    return replace(config, data=data, **taken)
 
 
 def run_versions() -> dict[str, str]:
@@ -315,15 +329,21 @@ def _scheme(config: TrainConfig, recipe: Recipe, classes: int, seed: int) -> Sch
     return tried
 
 
-def _begin(job: Job) -> Path:
+def _new_run(job: Job) -> Path:
     """Makes the run's folder, with a config.json that says all that a resumed run takes from its beginning."""
     chosen = {name: getattr(job.config, name) for name in OPTIONS}
-    settled: dict[str, Any] = {"recipe": job.config.recipe or DEFAULT_RECIPE, "seed": job.seed}
-    settled |= {"batch_size": job.recipe.batch_size, "lr": job.recipe.lr}
-    settled |= {"precision": job.computing.precision, "compile": job.computing.compile}
-    settled |= {"decode": job.tuning.decode_on(job.device.type), "hw_decoder_load": job.tuning.hw_decoder_load}
+    found = {
+        "recipe": job.config.recipe or DEFAULT_RECIPE,
+        "seed": job.seed,
+        "batch_size": job.recipe.batch_size,
+        "lr": job.recipe.lr,
+        "precision": job.computing.precision,
+        "compile": job.computing.compile,
+        "decode": job.tuning.decode_on(job.device.type),
+        "hw_decoder_load": job.tuning.hw_decoder_load,
+    }
     document = {
-        "options": chosen | settled | job.remembered(),
+        "options": chosen | found | job.remembered(),
         "data": str(job.data.resolve()),
         "identity": job.identity,
         "versions": run_versions(),
@@ -332,12 +352,12 @@ def _begin(job: Job) -> Path:
 
 
 def _tuning(
-    config: TrainConfig, data: Path, device: torch.device, began: Mapping[str, Any] | None
+    config: TrainConfig, data: Path, device: torch.device, earlier: Mapping[str, Any] | None
 ) -> tuple[Tuning, list[str]]:
     """The loader's settings, and what to say about them.
 
     Threads and steps ahead never show in the result. Where an image is decoded does, by a grey level here and there, so a resumed
-    run decodes as it began (`began` holds its options), whatever was tuned since.
+    run decodes as it began (`earlier` holds its options), whatever was tuned since.
     """
     saved = saved_tuning(data, str(device))
     notes = [f"{problem}: `alexprep tune` makes it anew" for problem in saved.problems]
@@ -348,9 +368,9 @@ def _tuning(
         origin += ["threads as given"] if saved.tuning else []
     elif together > 1:
         tuning = replace(tuning, threads=max(1, tuning.dali_threads // together))
-    if began is not None:
+    if earlier is not None:
         where = str(device)
-        kept = replace(tuning, **{name: began.get(name, getattr(Tuning(), name)) for name in DECODING})
+        kept = replace(tuning, **{name: earlier.get(name, getattr(Tuning(), name)) for name in DECODING})
         if (kept.decode_on(where), kept.hw_decoder_load) != (tuning.decode_on(where), tuning.hw_decoder_load):
             origin += ["decoding as the run began"]
         if device.type == "cpu" and kept.decode == "cuda":

@@ -1,4 +1,7 @@
-"""Where batches come from, as the loop and the evaluation see it."""
+"""What training needs to know of a data set, and what it asks of whatever delivers batches.
+
+The loader itself is `alexprep.pipeline.loader.Loader`; tests and users may hand in any object of the same form.
+"""
 
 from __future__ import annotations
 
@@ -11,33 +14,9 @@ import torch
 from alexprep.pipeline.augmentation import Augmentation
 from alexprep.shards.dataset_format import INDEX, read_dataset, read_index
 from alexprep.shards.errors import AlexprepError
+from alexprep.train.precision import MemoryFormat
 
 EVALUATION_SPLITS = ("val", "test")  # the first that has samples with labels is evaluated on
-
-
-MemoryFormat = Literal["NCHW", "channels_last"]
-
-
-class Memory(NamedTuple):
-    """How images, activations and kernels lie in memory. Their shapes are N C H W either way."""
-
-    memory_format: MemoryFormat  # what a loader is asked for
-    format: torch.memory_format  # of a network's weights
-
-    @property
-    def channels_last(self) -> bool:
-        """Whether the values of one pixel lie side by side."""
-        return self.memory_format == "channels_last"
-
-
-def memory(device: torch.device, channels_last: bool | None = None) -> Memory:
-    """The one asked for, or the one that suits the device: convolutions on a CPU are faster with the channels last.
-
-    >>> memory(torch.device("cpu")).memory_format
-    'channels_last'
-    """
-    last = device.type == "cpu" if channels_last is None else channels_last
-    return Memory("channels_last", torch.channels_last) if last else Memory("NCHW", torch.contiguous_format)
 
 
 class LoadedBatch(Protocol):
@@ -75,7 +54,7 @@ class BatchSource(Protocol):
 
 
 class OpenLoader(Protocol):
-    """Anything that opens a split as `alexprep.pipeline.loader.Loader` does."""
+    """A function that opens a split as `alexprep.pipeline.loader.Loader` does."""
 
     def __call__(
         self,
@@ -97,7 +76,7 @@ class OpenLoader(Protocol):
 
 
 class Examples(NamedTuple):
-    """A batch as networks want it."""
+    """A batch in the form that a network takes."""
 
     images: torch.Tensor  # float32 (N, C, H, W), or (N, 10, C, H, W) for ten views
     labels: torch.Tensor  # int64 (N,)
@@ -114,7 +93,7 @@ class DataFacts(NamedTuple):
 
 
 def data_facts(data: Path) -> DataFacts:
-    """Reads them from dataset.json, and from the indexes whether splits have labels.
+    """Reads dataset.json, and from the indexes whether splits have labels.
 
     Raises:
         AlexprepError: there is no finished data set in `data`, or it has fewer than two classes.

@@ -1,4 +1,7 @@
-"""The whole road on a small set: pictures → shards → statistics → training → evaluation."""
+"""Every stage on a small set that is drawn on the spot: pictures → shards → statistics → training → evaluation.
+
+`make_photos` draws labelled, photo-like pictures, also for trying things out without a download. Nothing but the demo belongs here.
+"""
 
 from __future__ import annotations
 
@@ -23,126 +26,8 @@ from alexprep.train.config import TrainConfig
 from alexprep.train.evaluation import evaluate_run
 from alexprep.train.trainer import train
 
-# -------------------- A small labelled set of photo-like pictures, drawn on the spot: for the demo, and for trying things out without a download.
-
-
 Colour = tuple[int, int, int]
 Box = tuple[float, float, float]  # centre x, centre y, radius, in pixels
-
-
-def _polygon(corners: int, inner: float = 1.0) -> Callable[[ImageDraw.ImageDraw, Box, float, Colour], None]:
-    """A regular polygon; with inner < 1 a star, whose every second corner is drawn in."""
-
-    def paint(draw: ImageDraw.ImageDraw, box: Box, turn: float, colour: Colour) -> None:
-        x, y, radius = box
-        points = []
-        for n in range(corners):
-            length = radius * (inner if n % 2 else 1.0)
-            angle = turn + 2 * math.pi * n / corners
-            points.append((x + length * math.cos(angle), y + length * math.sin(angle)))
-        draw.polygon(points, fill=colour)
-
-    return paint
-
-
-def _ring(draw: ImageDraw.ImageDraw, box: Box, turn: float, colour: Colour) -> None:
-    x, y, radius = box
-    draw.ellipse((x - radius, y - radius, x + radius, y + radius), outline=colour, width=max(2, int(radius / 3)))
-
-
-def _disc(draw: ImageDraw.ImageDraw, box: Box, turn: float, colour: Colour) -> None:
-    x, y, radius = box
-    draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour)
-
-
-def _bars(draw: ImageDraw.ImageDraw, box: Box, turn: float, colour: Colour) -> None:
-    x, y, radius = box
-    for n in (-1, 0, 1):
-        draw.rectangle(
-            (x - radius, y + n * radius * 0.8 - radius / 5, x + radius, y + n * radius * 0.8 + radius / 5), fill=colour
-        )
-
-
-def _checks(draw: ImageDraw.ImageDraw, box: Box, turn: float, colour: Colour) -> None:
-    x, y, radius = box
-    side = radius / 2
-    for row in range(4):
-        for column in range(row % 2, 4, 2):
-            left, top = x - radius + column * side, y - radius + row * side
-            draw.rectangle((left, top, left + side, top + side), fill=colour)
-
-
-SHAPES: dict[str, Callable[[ImageDraw.ImageDraw, Box, float, Colour], None]] = {
-    "bars": _bars,
-    "checks": _checks,
-    "disc": _disc,
-    "ring": _ring,
-    "square": _polygon(4),
-    "star": _polygon(10, inner=0.4),
-    "triangle": _polygon(3),
-    "hexagram": _polygon(12, inner=0.75),
-}
-
-
-def photo(class_name: str, rng: np.random.Generator) -> Image.Image:
-    """One RGB picture of 80 to 240 pixels a side: a shape of its class on a lit background, blurred and noisy.
-
-    Colours, place, turn and size are drawn, so that only the shape tells the class.
-    """
-    width, height = (int(side) for side in rng.integers(80, 241, 2))
-    background = rng.integers(0, 256, (3, 3, 3), dtype=np.uint8) // 2 + int(rng.integers(0, 128))
-    canvas = Image.fromarray(background).resize((width, height), Image.Resampling.BICUBIC)
-    short = min(width, height)
-    ground = np.asarray(canvas).mean(axis=(0, 1))
-    colour = ground
-    while np.abs(colour - ground).max() < 90:  # a shape must be seen
-        colour = rng.integers(0, 256, 3)
-    radius = short * rng.uniform(0.25, 0.38)
-    box = (width / 2 + rng.uniform(-0.08, 0.08) * short, height / 2 + rng.uniform(-0.08, 0.08) * short, radius)
-    SHAPES[class_name](
-        ImageDraw.Draw(canvas), box, rng.uniform(0, 2 * math.pi), (int(colour[0]), int(colour[1]), int(colour[2]))
-    )
-    canvas = canvas.filter(ImageFilter.GaussianBlur(float(rng.uniform(0, 1.2))))
-    noisy = np.asarray(canvas) + rng.normal(0, rng.uniform(2, 10), (height, width, 3))
-    return Image.fromarray(np.clip(noisy, 0, 255).astype(np.uint8))
-
-
-def make_photos(folder: Path, train: int = 100, val: int = 25, seed: int = 0) -> int:
-    """Writes class folders with splits, and odd files as real collections have them.
-
-    Args:
-        folder: made; becomes a SOURCE for `alexprep shard`.
-        train: pictures a class in train/.
-        val: pictures a class in val/.
-        seed: of all that is drawn.
-
-    Returns:
-        How many files were written: all pictures, and five odd ones: grey, CMYK, a PNG named .JPEG (all usable), a truncated
-        and an empty file (not).
-    """
-    rng = np.random.default_rng(seed)
-    written = 0
-    for split, count in (("train", train), ("val", val)):
-        for class_name in SHAPES:
-            (folder / split / class_name).mkdir(parents=True, exist_ok=True)
-            for n in range(count):
-                photo(class_name, rng).save(
-                    folder / split / class_name / f"{class_name}_{n:04d}.JPEG", "JPEG", quality=92
-                )
-                written += 1
-    odd = folder / "train" / "disc"
-    photo("disc", rng).convert("L").save(odd / "odd_grey.JPEG", "JPEG")
-    photo("disc", rng).convert("CMYK").save(odd / "odd_cmyk.JPEG", "JPEG")
-    photo("disc", rng).save(odd / "odd_png.JPEG", "PNG")
-    buffer = io.BytesIO()
-    photo("disc", rng).save(buffer, "JPEG")
-    (odd / "odd_truncated.JPEG").write_bytes(buffer.getvalue()[: buffer.tell() // 2])
-    (odd / "odd_empty.JPEG").write_bytes(b"")
-    return written + 5
-
-
-# -------------------- The whole road on a small set: pictures → shards → statistics → training → evaluation.
-
 
 _SIZE = 64
 _MARK = "made-by-alexprep-demo"
@@ -207,3 +92,114 @@ def run_demo(folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
         "ten_view_top1_error": ten["top1_error"],
         "seconds": time.monotonic() - start,
     }
+
+
+def make_photos(folder: Path, train: int = 100, val: int = 25, seed: int = 0) -> int:
+    """Writes class folders with splits, and odd files as real collections have them.
+
+    Args:
+        folder: made; becomes a SOURCE for `alexprep shard`.
+        train: pictures a class in train/.
+        val: pictures a class in val/.
+        seed: of all that is drawn.
+
+    Returns:
+        How many files were written: all pictures, and five odd ones: grey, CMYK, a PNG named .JPEG (all usable), a truncated
+        and an empty file (not).
+    """
+    rng = np.random.default_rng(seed)
+    written = 0
+    for split, count in (("train", train), ("val", val)):
+        for class_name in SHAPES:
+            (folder / split / class_name).mkdir(parents=True, exist_ok=True)
+            for n in range(count):
+                photo(class_name, rng).save(
+                    folder / split / class_name / f"{class_name}_{n:04d}.JPEG", "JPEG", quality=92
+                )
+                written += 1
+    odd = folder / "train" / "disc"
+    photo("disc", rng).convert("L").save(odd / "odd_grey.JPEG", "JPEG")
+    photo("disc", rng).convert("CMYK").save(odd / "odd_cmyk.JPEG", "JPEG")
+    photo("disc", rng).save(odd / "odd_png.JPEG", "PNG")
+    buffer = io.BytesIO()
+    photo("disc", rng).save(buffer, "JPEG")
+    (odd / "odd_truncated.JPEG").write_bytes(buffer.getvalue()[: buffer.tell() // 2])
+    (odd / "odd_empty.JPEG").write_bytes(b"")
+    return written + 5
+
+
+def photo(class_name: str, rng: np.random.Generator) -> Image.Image:
+    """One RGB picture of 80 to 240 pixels a side: a shape of its class on a lit background, blurred and noisy.
+
+    Colours, place, turn and size are drawn, so that only the shape tells the class.
+    """
+    width, height = (int(side) for side in rng.integers(80, 241, 2))
+    background = rng.integers(0, 256, (3, 3, 3), dtype=np.uint8) // 2 + int(rng.integers(0, 128))
+    canvas = Image.fromarray(background).resize((width, height), Image.Resampling.BICUBIC)
+    short = min(width, height)
+    ground = np.asarray(canvas).mean(axis=(0, 1))
+    colour = ground
+    while np.abs(colour - ground).max() < 90:  # a shape must be seen
+        colour = rng.integers(0, 256, 3)
+    radius = short * rng.uniform(0.25, 0.38)
+    box = (width / 2 + rng.uniform(-0.08, 0.08) * short, height / 2 + rng.uniform(-0.08, 0.08) * short, radius)
+    SHAPES[class_name](
+        ImageDraw.Draw(canvas), box, rng.uniform(0, 2 * math.pi), (int(colour[0]), int(colour[1]), int(colour[2]))
+    )
+    canvas = canvas.filter(ImageFilter.GaussianBlur(float(rng.uniform(0, 1.2))))
+    noisy = np.asarray(canvas) + rng.normal(0, rng.uniform(2, 10), (height, width, 3))
+    return Image.fromarray(np.clip(noisy, 0, 255).astype(np.uint8))
+
+
+def _polygon(corners: int, inner: float = 1.0) -> Callable[[ImageDraw.ImageDraw, Box, float, Colour], None]:
+    """A regular polygon; with inner < 1 a star, whose every second corner is drawn in."""
+
+    def paint(draw: ImageDraw.ImageDraw, box: Box, turn: float, colour: Colour) -> None:
+        x, y, radius = box
+        points = []
+        for n in range(corners):
+            length = radius * (inner if n % 2 else 1.0)
+            angle = turn + 2 * math.pi * n / corners
+            points.append((x + length * math.cos(angle), y + length * math.sin(angle)))
+        draw.polygon(points, fill=colour)
+
+    return paint
+
+
+def _ring(draw: ImageDraw.ImageDraw, box: Box, turn: float, colour: Colour) -> None:
+    x, y, radius = box
+    draw.ellipse((x - radius, y - radius, x + radius, y + radius), outline=colour, width=max(2, int(radius / 3)))
+
+
+def _disc(draw: ImageDraw.ImageDraw, box: Box, turn: float, colour: Colour) -> None:
+    x, y, radius = box
+    draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour)
+
+
+def _bars(draw: ImageDraw.ImageDraw, box: Box, turn: float, colour: Colour) -> None:
+    x, y, radius = box
+    for n in (-1, 0, 1):
+        draw.rectangle(
+            (x - radius, y + n * radius * 0.8 - radius / 5, x + radius, y + n * radius * 0.8 + radius / 5), fill=colour
+        )
+
+
+def _checks(draw: ImageDraw.ImageDraw, box: Box, turn: float, colour: Colour) -> None:
+    x, y, radius = box
+    side = radius / 2
+    for row in range(4):
+        for column in range(row % 2, 4, 2):
+            left, top = x - radius + column * side, y - radius + row * side
+            draw.rectangle((left, top, left + side, top + side), fill=colour)
+
+
+SHAPES: dict[str, Callable[[ImageDraw.ImageDraw, Box, float, Colour], None]] = {
+    "bars": _bars,
+    "checks": _checks,
+    "disc": _disc,
+    "ring": _ring,
+    "square": _polygon(4),
+    "star": _polygon(10, inner=0.4),
+    "triangle": _polygon(3),
+    "hexagram": _polygon(12, inner=0.75),
+}

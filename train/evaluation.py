@@ -28,10 +28,10 @@ from alexprep.shards.dataset_format import read_dataset
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.storage import digest_json, publish_json
 from alexprep.train.config import DECODING
-from alexprep.train.data import data_facts, memory
+from alexprep.train.data import data_facts
 from alexprep.train.ensemble import Weights, WeightSearch, mixture, shares
 from alexprep.train.metrics import TOP, StepTimer, image_errors, mean_errors
-from alexprep.train.precision import Precision, check_precision, float32_kernels
+from alexprep.train.precision import Precision, check_precision, float32_kernels, memory
 from alexprep.train.predictions import (
     EvaluationViews,
     GrowingArray,

@@ -33,7 +33,7 @@ from alexprep.shards.errors import AlexprepError
 from alexprep.shards.storage import json_bytes
 from alexprep.train.checkpoint import publish, writing
 from alexprep.train.metrics import SPEED, Means, StepTimer
-from alexprep.train.nonfinite import NotFinite, Sight
+from alexprep.train.nonfinite import NotFinite, Origin
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -128,7 +128,7 @@ class Meter:
         self._write({"kind": "skip", "step": step, "epoch": epoch, "loss_scale": loss_scale})
         self.say(f"step {step} skipped: a gradient overflowed in fp16; the loss is now multiplied by {loss_scale:g}")
 
-    def record_not_finite(self, began: Sight | None, *, step: int, epoch: int, lr: float) -> None:
+    def record_not_finite(self, began: Origin | None, *, step: int, epoch: int, lr: float) -> None:
         """Logs that a loss or a weight was not finite after `step`, and where it began, as far as that is known."""
         seen = None if began is None else began._asdict()
         self._write({"kind": "not finite", "step": step, "epoch": epoch, "lr": lr, "began": seen})

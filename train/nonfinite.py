@@ -1,16 +1,13 @@
-"""Values that are not finite: the error that they are, and a watch that finds the first one of a step."""
+"""The error that a value which is NaN or infinite is, and the words for where the first such value was found.
+
+How that value is searched for is in `alexprep.train.divergence`.
+"""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
-from typing import Any, Literal, NamedTuple
-
-import torch
-from torch import nn
+from typing import Literal, NamedTuple
 
 from alexprep.shards.errors import AlexprepError
-from alexprep.train.distributed.world import World
 
 What = Literal["weight", "images", "output", "loss", "gradient", "update"]
 
@@ -28,8 +25,8 @@ class NotFinite(AlexprepError):
         self.what = what
 
 
-class Sight(NamedTuple):
-    """A value that was not finite."""
+class Origin(NamedTuple):
+    """The first value of a training that was not finite."""
 
     step: int
     what: What
@@ -39,7 +36,7 @@ class Sight(NamedTuple):
     def sentence(self) -> str:
         """For people.
 
-        >>> Sight(11, "output", "conv3", "inf").sentence()
+        >>> Origin(11, "output", "conv3", "inf").sentence()
         'it began in step 11, where the output of conv3 became inf'
         """
         words = {
@@ -51,54 +48,3 @@ class Sight(NamedTuple):
             "update": f"{self.name} became {self.value} when it was updated",
         }
         return f"it began in step {self.step}, where {words[self.what]}"
-
-
-class Watch:
-    """Looks at the values of a step in the order in which they come about.
-
-    The ranks of a training look at the same values in the same order, each at its own part; what one of them sees first is what
-    all of them tell.
-
-    >>> watch = Watch(World.alone("cpu"))
-    >>> watch.see("loss", "", torch.tensor(2.0))
-    >>> watch.see("gradient", "fc8.weight", torch.tensor([1.0, float("inf")]))
-    >>> watch.first(step=7)
-    Sight(step=7, what='gradient', name='fc8.weight', value='inf')
-    """
-
-    def __init__(self, world: World) -> None:
-        """Nothing seen yet."""
-        self.world = world
-        self._seen: list[tuple[What, str]] = []
-        self._first: tuple[int, int] | None = None  # place in `_seen`, and whether it is NaN
-
-    def see(self, what: What, name: str, tensor: torch.Tensor) -> None:
-        """Looks at a value; on a GPU it waits for it."""
-        if self._first is None and not torch.isfinite(tensor).all():
-            self._first = len(self._seen), int(tensor.isnan().any())
-        self._seen.append((what, name))
-
-    @contextlib.contextmanager
-    def outputs(self, network: nn.Module) -> Iterator[None]:
-        """Inside the block, looks at every layer's output, also where the next layer overwrites it."""
-        layers = [(name, layer) for name, layer in network.named_modules() if not isinstance(layer, nn.Sequential)]
-        handles = [layer.register_forward_hook(self._looking_at(name)) for name, layer in layers if name]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def first(self, step: int) -> Sight | None:
-        """The first value that was not finite on any rank since the last call, if there is one; all ranks call it."""
-        none = len(self._seen), 0
-        place, is_nan = min(map(tuple, self.world.exchange(self._first or none)))
-        seen, self._seen, self._first = self._seen, [], None
-        return None if place == len(seen) else Sight(step, *seen[place], "nan" if is_nan else "inf")
-
-    def _looking_at(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def look(layer: nn.Module, given: Any, output: Any) -> None:
-            if isinstance(output, torch.Tensor):
-                self.see("output", name, output)
-
-        return look

@@ -61,7 +61,7 @@ def measure(
     for name, value in (("steps", steps), ("rounds", rounds), ("ranks", config.ranks)):
         if value is not None and value < 1:
             raise AlexprepError(f"{name} is {value}: it must be at least 1")
-    job = prepare(config, rehearsal=True)
+    job = prepare(config, dry_run=True)
     open_loader = open_loader or functools.partial(Loader, tuning=job.tuning)
     if job.device.type == "cpu":
         keep_freed_memory()

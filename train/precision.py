@@ -1,17 +1,20 @@
-"""The arithmetic of a network: four precisions, and what each means on a processor and on a GPU."""
+"""In which number format and memory format a network computes, and what each means on a CPU and on a GPU.
+
+Not for the update of the weights, which is float32 in every precision: that is in `alexprep.train.training_state`.
+"""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 
 from alexprep.shards.errors import AlexprepError
-from alexprep.train.data import Memory, memory
 
+MemoryFormat = Literal["NCHW", "channels_last"]
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
@@ -21,13 +24,35 @@ HALF: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
 TENSOR_CORES = (8, 0)  # compute capability from which a GPU computes in bfloat16 and TF32 (Ampere)
 
 
+class Memory(NamedTuple):
+    """How images, activations and kernels lie in memory. Their shapes are N C H W either way."""
+
+    memory_format: MemoryFormat  # what a loader is asked for
+    format: torch.memory_format  # of a network's weights
+
+    @property
+    def channels_last(self) -> bool:
+        """Whether the values of one pixel lie side by side."""
+        return self.memory_format == "channels_last"
+
+
+def memory(device: torch.device, channels_last: bool | None = None) -> Memory:
+    """The memory format asked for, or the one that suits the device: convolutions on a CPU are faster with the channels last.
+
+    >>> memory(torch.device("cpu")).memory_format
+    'channels_last'
+    """
+    last = device.type == "cpu" if channels_last is None else channels_last
+    return Memory("channels_last", torch.channels_last) if last else Memory("NCHW", torch.contiguous_format)
+
+
 @dataclass(frozen=True)
 class Arithmetic:
     """How a training computes.
 
     Attributes:
         precision: decides results; part of a run's identity.
-        memory: how images and weights lie; results differ by rounding.
+        memory: how images and weights lie in memory; results differ by rounding.
         compile: whether steps are compiled by torch.compile; likewise.
     """
 
@@ -47,7 +72,7 @@ def arithmetic(
     channels_last: bool | None = None,
     compile: bool | None = None,
 ) -> Arithmetic:
-    """The arithmetic asked for; None for float32, for what suits the device, and for no compilation.
+    """The arithmetic that is asked for; None stands for float32, for the memory format that suits the device, and for no compilation.
 
     Raises:
         AlexprepError: the device does not compute in this precision.
@@ -77,9 +102,9 @@ def check_precision(precision: str, device: torch.device) -> None:
 
 @contextlib.contextmanager
 def float32_kernels(precision: Precision) -> Iterator[None]:
-    """Inside the block, what a GPU computes in float32 it computes with 10 bits of fraction (tf32), or with all 23 (any other).
+    """Inside the block, a GPU computes in float32 with 10 bits of fraction for "tf32", and with all 23 for any other precision.
 
-    torch by itself leaves TF32 on for convolutions and off for matrix products. Processors are not affected.
+    torch by itself leaves TF32 on for convolutions and off for matrix products. CPUs are not affected.
     """
     cudnn = torch.backends.cudnn  # rnn too: torch refuses to tell what cuDNN does where its parts differ
     places: tuple[Any, ...] = (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn)  # type: ignore[attr-defined]
@@ -94,15 +119,15 @@ def float32_kernels(precision: Precision) -> Iterator[None]:
 
 
 def logits(network: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor, precision: Precision) -> torch.Tensor:
-    """What a network gives, computed in a precision.
+    """Calls a network in a precision.
 
     Args:
         network: with float32 weights.
-        images: float32.
+        images: float32 (N, C, H, W).
         precision: one of `PRECISIONS`.
 
     Returns:
-        float32, whatever it was computed in. Its gradient reaches the weights as float32 too.
+        What the network gives, float32 whatever it was computed in. Its gradient reaches the weights as float32 too.
 
     >>> layer = torch.nn.Linear(1, 1, bias=False)
     >>> _ = torch.nn.init.constant_(layer.weight, 1 + 2**-9)  # bfloat16 has 7 bits of fraction

@@ -21,12 +21,10 @@ from torch import nn
 from alexprep.shards.dataset_format import read_dataset
 from alexprep.shards.errors import AlexprepError
 from alexprep.train import checkpoint, run_dir
-from alexprep.train.data import memory
 from alexprep.train.metrics import StepTimer, log_probabilities
-from alexprep.train.precision import Precision
+from alexprep.train.precision import Precision, memory
 from alexprep.train.recipes import Recipe, recipe_of
 from alexprep.train.run_dir import Place, saved_checkpoint
-from alexprep.train.training_state import load_weights
 from alexprep.train.user_code import (
     check_named,
     comparable,
@@ -101,12 +99,13 @@ def open_net(place: Place, device: torch.device, recipe: str | None = None, mode
     saved, skipped = saved_checkpoint(place)
     identity = saved.facts["identity"]
     made_by = recipe_of(_named(run, config["options"], recipe, model))
-    if changes := checkpoint.differences(_shown(identity["recipe"]), _shown(made_by.describe())):
+    then, now = (checkpoint.with_defaults(told, made_by) for told in (identity["recipe"], made_by.describe()))
+    if changes := checkpoint.differences(_shown(then), _shown(now)):
         raise AlexprepError(f"recipe {made_by.name} has changed since {run} was trained: {checkpoint.some_of(changes)}")
     network = made_by.make_network(identity["classes"], identity["seed"])
     if "layers" in identity and (changes := _changed_layers(saved, network)):
         raise AlexprepError(f"the network has changed since {run} was trained: {checkpoint.some_of(changes)}")
-    load_weights(network, saved)
+    network.load_state_dict(checkpoint.saved_weights(saved))
     network.to(device=device, memory_format=memory_format_of(network, memory(device).format))  # type: ignore[call-overload]
     return Net(
         run,

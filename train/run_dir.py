@@ -1,4 +1,11 @@
-"""Run folders: `runs/NAME/` with config.json, log.jsonl, checkpoints/ and, at the end, summary.json."""
+"""The folders of runs: making one, finding one, what config.json remembers, and which checkpoint RUN or RUN@STEP means.
+
+runs/NAME/config.json      what makes a folder a run: options, data, identity, versions
+runs/NAME/log.jsonl        see `alexprep.train.logger`
+runs/NAME/checkpoints/     see `alexprep.train.checkpoint`
+runs/NAME/summary.json     written at the end
+runs/NAME/.lock            held by the process that trains
+"""
 
 from __future__ import annotations
 
@@ -17,13 +24,10 @@ from alexprep.shards.storage import is_temporary, json_bytes, publish_bytes, rem
 from alexprep.train import checkpoint
 from alexprep.train.checkpoint import publish, writing
 
-# -------------------- Run folders: `runs/NAME/` with config.json, log.jsonl, checkpoints/ and, at the end, summary.json.
-
-
 CONFIG, LOG, SUMMARY, CHECKPOINTS = "config.json", "log.jsonl", "summary.json", "checkpoints"
 LOCK = ".lock"
 TRACE, TENSORBOARD = "trace", "tensorboard"  # folders that are there if asked for
-PARTS = {"options": dict, "data": str, "identity": dict}  # of config.json; it also has versions
+FIELDS = {"options": dict, "data": str, "identity": dict}  # of config.json; it also has versions
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -35,20 +39,15 @@ def create_run(runs: Path, name: str | None, recipe: str, config: Mapping[str, A
 
     Args:
         runs: the folder of all runs; made if missing.
-        name: of the run; by default the recipe's name, or the first free one of recipe-2, recipe-3, …
+        name: of the run; by default that of the recipe, or the first free one of recipe-2, recipe-3, …
         recipe: the recipe's name.
         config: the document, see `read_config`.
 
     Raises:
         AlexprepError: the name is taken or is not a plain file name; the disk is full or broken.
     """
-    if name is None:
-        candidates: Iterator[str] = itertools.chain(
-            [_checked(recipe)], (f"{recipe}-{number}" for number in itertools.count(2))
-        )
-    else:
-        candidates = iter([_checked(name)])
-    for candidate in candidates:
+    numbered = (f"{recipe}-{number}" for number in itertools.count(2))
+    for candidate in itertools.chain([_checked(recipe)], numbered) if name is None else [_checked(name)]:
         if _claimed(runs / candidate, json_bytes(config)):
             return runs / candidate
     raise AlexprepError(
@@ -80,7 +79,7 @@ def read_config(run: Path) -> dict[str, Any]:
     """
     next_step = "mend that, or begin a new run"
     config = read_json(run / CONFIG, next_step)
-    lacking = [name for name, kind in PARTS.items() if not isinstance(config.get(name), kind)]
+    lacking = [name for name, kind in FIELDS.items() if not isinstance(config.get(name), kind)]
     if not lacking and not isinstance(config["options"].get("recipe"), str):
         lacking = ["options.recipe"]
     if lacking:
@@ -89,7 +88,7 @@ def read_config(run: Path) -> dict[str, Any]:
 
 
 def still_there(run: Path, data: Path) -> Path:
-    """The data set that a run was trained on, `data`.
+    """Makes sure that the data set that a run was trained on is still in `data`, and returns that.
 
     Raises:
         AlexprepError: it is not where it was.
@@ -122,6 +121,74 @@ def locked(run: Path) -> Iterator[None]:
         if not ours:
             raise AlexprepError(f"another process is training {run}: wait for it, or start a new run without --resume")
         yield
+
+
+class Place(NamedTuple):
+    """A checkpoint of a run."""
+
+    run: Path
+    step: int | None = None  # None: the newest valid one
+
+
+def place_named(folder: Path, text: str | None) -> Place:
+    """The checkpoint that RUN or RUN@STEP names in a folder of runs; None for the run last active.
+
+    Raises:
+        AlexprepError: there is no such run, or STEP is no number.
+    """
+    if text is None or "@" not in text:
+        return Place(find_run(folder, text))
+    name, _, step = text.rpartition("@")
+    if not re.fullmatch(r"\d{1,18}", step):
+        raise AlexprepError(f"{text}: {step!r} is no step; write RUN@STEP, for example {name or 'alexnet'}@1000")
+    return Place(find_run(folder, name), int(step))
+
+
+def saved_checkpoint(place: Place) -> tuple[checkpoint.Checkpoint, list[str]]:
+    """Reads a checkpoint; and a sentence for every damaged one that is newer than the one found.
+
+    Raises:
+        AlexprepError: there is none, or the one named is damaged.
+    """
+    run, step = place
+    folder = run / CHECKPOINTS
+    if step is None:
+        saved, skipped = checkpoint.newest(folder)
+        if saved is None:
+            raise AlexprepError(f"{run} has no valid checkpoint: {'; '.join(skipped) or 'none was saved yet'}")
+        return saved, skipped
+    marks = checkpoint.marks(folder)
+    if step not in marks:
+        there = ", ".join(map(str, sorted(marks))) or "none"
+        raise AlexprepError(
+            f"{run} has no checkpoint of step {step}: there are {there} (`--keep` says how many are kept)"
+        )
+    try:
+        return checkpoint.read(marks[step]), []
+    except checkpoint.Damaged as error:
+        raise AlexprepError(f"the checkpoint of step {step} of {run} is damaged: {error}") from None
+
+
+def check_unsaved(run: Path, damaged: Sequence[str]) -> None:
+    """Makes sure that a run without a valid checkpoint never had one: else to begin it anew would cost all that was trained.
+
+    Args:
+        run: its folder.
+        damaged: what `checkpoint.newest` says of damaged ones.
+
+    Raises:
+        AlexprepError: it had one: the folder of checkpoints was moved, is not mounted, or all in it are damaged.
+    """
+    folder = run / CHECKPOINTS
+    sign = "damaged ones are there" if damaged else _sign_of_a_checkpoint(run)
+    if sign is None:
+        return
+    state = "; ".join(damaged) or ("it holds no checkpoint" if folder.is_dir() else "there is no such folder")
+    raise AlexprepError(
+        f"{run} had checkpoints ({sign}), but in {folder} there is none to go on from ({state}): bring the folder back and run the "
+        f"same command again, or begin a new run without --resume. To train {run.name} again from its beginning, delete "
+        f"{LOG}, {SUMMARY} and {CHECKPOINTS} in it"
+    )
 
 
 @contextlib.contextmanager
@@ -173,79 +240,8 @@ def _last_active(run: Path) -> int:
     return max((run / name).stat().st_mtime_ns for name in (CONFIG, LOG) if (run / name).exists())
 
 
-# -------------------- Which checkpoint RUN or RUN@STEP means, and whether there must be one.
-
-
-class Place(NamedTuple):
-    """A checkpoint of a run."""
-
-    run: Path
-    step: int | None = None  # None: the newest valid one
-
-
-def place_named(folder: Path, text: str | None) -> Place:
-    """The checkpoint that RUN or RUN@STEP names in a folder of runs; None for the run last active.
-
-    Raises:
-        AlexprepError: there is no such run, or STEP is no number.
-    """
-    if text is None or "@" not in text:
-        return Place(find_run(folder, text))
-    name, _, step = text.rpartition("@")
-    if not re.fullmatch(r"\d{1,18}", step):
-        raise AlexprepError(f"{text}: {step!r} is no step; write RUN@STEP, for example {name or 'alexnet'}@1000")
-    return Place(find_run(folder, name), int(step))
-
-
-def saved_checkpoint(place: Place) -> tuple[checkpoint.Checkpoint, list[str]]:
-    """Reads it; and a sentence for every damaged checkpoint that is newer than the one found.
-
-    Raises:
-        AlexprepError: there is none, or the one named is damaged.
-    """
-    run, step = place
-    folder = run / CHECKPOINTS
-    if step is None:
-        saved, skipped = checkpoint.newest(folder)
-        if saved is None:
-            raise AlexprepError(f"{run} has no valid checkpoint: {'; '.join(skipped) or 'none was saved yet'}")
-        return saved, skipped
-    marks = checkpoint.marks(folder)
-    if step not in marks:
-        there = ", ".join(map(str, sorted(marks))) or "none"
-        raise AlexprepError(
-            f"{run} has no checkpoint of step {step}: there are {there} (`--keep` says how many are kept)"
-        )
-    try:
-        return checkpoint.read(marks[step]), []
-    except checkpoint.Damaged as error:
-        raise AlexprepError(f"the checkpoint of step {step} of {run} is damaged: {error}") from None
-
-
-def check_unsaved(run: Path, damaged: Sequence[str]) -> None:
-    """Makes sure that a run without a valid checkpoint never had one: else to begin it anew would cost all that was trained.
-
-    Args:
-        run: its folder.
-        damaged: what `checkpoint.newest` says of damaged ones.
-
-    Raises:
-        AlexprepError: it had one: the folder of checkpoints was moved, is not mounted, or all in it are damaged.
-    """
-    folder = run / CHECKPOINTS
-    told = "damaged ones are there" if damaged else _told_of(run)
-    if told is None:
-        return
-    state = "; ".join(damaged) or ("it holds no checkpoint" if folder.is_dir() else "there is no such folder")
-    raise AlexprepError(
-        f"{run} had checkpoints ({told}), but in {folder} there is none to go on from ({state}): bring the folder back and run the "
-        f"same command again, or begin a new run without --resume. To train {run.name} again from its beginning, delete "
-        f"{LOG}, {SUMMARY} and {CHECKPOINTS} in it"
-    )
-
-
-def _told_of(run: Path) -> str | None:
-    """What says that a run saved a checkpoint; None where nothing does.
+def _sign_of_a_checkpoint(run: Path) -> str | None:
+    """What in a run's folder shows that it saved a checkpoint; None where nothing does.
 
     A checkpoint is saved every so many steps and after each epoch, after the records of that step: a later record means that it was.
     """
@@ -260,7 +256,7 @@ def _told_of(run: Path) -> str | None:
 
 
 def _records(log: Path) -> list[dict[str, Any]]:
-    """What a log holds, but for lines that a kill cut short."""
+    """The records of a log, without lines that a kill cut short."""
     try:
         lines = log.read_bytes().splitlines()
     except FileNotFoundError:

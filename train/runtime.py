@@ -1,4 +1,7 @@
-"""The machine a training runs on: how it keeps memory, that there is enough, and requests to stop."""
+"""The process that a training runs in: requests to stop, by signals, and how it keeps memory and runs out of it.
+
+What is done about a request is decided in `alexprep.train.trainer`; ranks are started in `alexprep.train.launch`.
+"""
 
 from __future__ import annotations
 
@@ -7,21 +10,45 @@ import ctypes
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
-from types import FrameType, TracebackType
+from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
 from typing import Any, Protocol
 
 import torch
 
 from alexprep.shards.errors import AlexprepError
 
-# -------------------- Signals of a launcher, handed on to its ranks.
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
+Handlers = dict[signal.Signals, Any]
 
 
-def stop_signals() -> tuple[signal.Signals, ...]:
-    """What asks a training to stop: SIGHUP too, which a closing terminal sends, unless it is ignored, as under nohup."""
-    asked = signal.SIGTERM, signal.SIGINT
-    return asked if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else (*asked, signal.SIGHUP)
+class Stopped(Exception):
+    """Work was left because a signal asked for it."""
+
+
+class StopRequest:
+    """Whether SIGTERM, SIGINT or SIGHUP arrived: the first only sets `signal`, a second one has its usual effect.
+
+    A second SIGHUP has none: a terminal that closes sends several, of which the last would end the process while it saves.
+    Signals can be caught in the main thread only; elsewhere nothing is ever requested.
+    """
+
+    def __init__(self) -> None:
+        """Nothing is requested yet."""
+        self.signal: signal.Signals | None = None
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[StopRequest]:
+        """Catches signals inside the block."""
+        previous: Handlers = {}
+
+        def remember(number: int, frame: FrameType | None) -> None:
+            self.signal = signal.Signals(number)
+            for caught, handler in previous.items():
+                signal.signal(caught, signal.SIG_IGN if caught == signal.SIGHUP else handler)
+
+        with _catching(remember, previous):
+            yield self
 
 
 class Process(Protocol):
@@ -45,85 +72,57 @@ class Forwarded:
         """To processes that may still be added."""
         self.processes = processes
         self.sent: signal.Signals | None = None
-        self._previous: dict[signal.Signals, Any] = {}
+        self._previous: Handlers = {}
+        self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Forwarded:
         """Begins to catch."""
-        if threading.current_thread() is threading.main_thread():
-            for number in stop_signals():
-                self._previous[number] = signal.signal(number, self._forward)
+        self._stack.enter_context(_catching(self._forward, self._previous))
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         """Puts the former handlers back."""
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+        self._stack.close()
 
     def check(self, codes: Sequence[int | None]) -> None:
         """Has the signal's usual effect here if a rank died of the one that was handed on, before it could listen."""
         if self.sent is not None and -self.sent in codes:
-            self._usual(self.sent)
+            self._usual_effect(self.sent)
 
     def _forward(self, number: int, frame: FrameType | None) -> None:
         if self.sent is not None:
             if number != signal.SIGHUP:
-                self._usual(self.sent)
+                self._usual_effect(self.sent)
             return
         self.sent = signal.Signals(number)
         for process in self.processes:
             with contextlib.suppress(ProcessLookupError):
                 process.send_signal(number)
 
-    def _usual(self, number: signal.Signals) -> None:
+    def _usual_effect(self, number: signal.Signals) -> None:
         for process in self.processes:
             process.kill()
         signal.signal(number, self._previous[number])
         signal.raise_signal(number)
 
 
-# -------------------- The machine a training runs on: how it keeps memory, that there is enough, and requests to stop.
+@contextlib.contextmanager
+def _catching(handler: Callable[[int, FrameType | None], None], previous: Handlers) -> Iterator[None]:
+    """Inside the block, signals that ask for a stop go to `handler`; `previous` is filled with who had them before.
 
-
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
-
-
-class Stopped(Exception):
-    """Work was left because a signal asked for it."""
-
-
-class StopRequest:
-    """Whether SIGTERM, SIGINT or SIGHUP arrived: the first only sets `signal`, a second one has its usual effect.
-
-    A second SIGHUP has none: a terminal that closes sends several, of which the last would end the process while it saves.
-    Signals can be caught in the main thread only; elsewhere nothing is ever requested.
+    SIGHUP, which a closing terminal sends, is one of them unless it is ignored, as under nohup.
     """
-
-    def __init__(self) -> None:
-        """Nothing is requested yet."""
-        self.signal: signal.Signals | None = None
-
-    @contextlib.contextmanager
-    def listening(self) -> Iterator[StopRequest]:
-        """Catches signals inside the block."""
-        if threading.current_thread() is not threading.main_thread():
-            yield self
-            return
-        previous = {number: signal.getsignal(number) for number in stop_signals()}
-
-        def remember(number: int, frame: FrameType | None) -> None:
-            self.signal = signal.Signals(number)
-            for caught, handler in previous.items():
-                signal.signal(caught, signal.SIG_IGN if caught == signal.SIGHUP else handler)
-
-        for number in previous:
-            signal.signal(number, remember)
-        try:
-            yield self
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                previous[number] = signal.getsignal(number)
+    for number in previous:
+        signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, former in previous.items():
+            signal.signal(number, former)
 
 
 @contextlib.contextmanager

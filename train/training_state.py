@@ -1,4 +1,9 @@
-"""All that a training is between two steps, and its way into a checkpoint and back, bit for bit."""
+"""What a training is between two steps, its way into a checkpoint and back, bit for bit, and one step.
+
+This is where to change what a checkpoint holds (`TrainingState.tensors`, `facts` and `restore`). A step is forward, loss, backward, sums
+of gradients over the ranks, and update, on the network as written or compiled by torch. The loop over the steps is in
+`alexprep.train.trainer`.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +13,7 @@ import hashlib
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import torch
@@ -29,68 +34,191 @@ from alexprep.train.recipes import Recipe
 from alexprep.train.spans import span
 from alexprep.train.user_code import memory_format_of
 
-# -------------------- A network compiled by torch.compile for batches of one size.
-
-
-class Compiled:
-    """Calls a network.
-
-    Random numbers are drawn as without compilation; results differ by rounding. The network's modules and the names of its weights stay
-    as they are. What ranks exchange in the middle of it is left out of the compilation, which makes several pieces of the rest.
-
-    It is for whole batches: another size would take a minute to compile. All ranks must use it for the same ones, for gradients come in
-    another order than without, and ranks add them up as they come.
-    """
-
-    def __init__(self, network: nn.Module) -> None:
-        """Nothing is compiled before the first call; `network` is in training mode then."""
-        self.checked = False  # against the network as written
-        _leave_exchanges_out()
-        for layer in network.modules():
-            # Without padding this says the same; but with the default, torch 2.13 compiles a wrong gradient for windows that hang over the
-            # edge (pytorch issue 198119).
-            if isinstance(layer, (nn.AvgPool1d, nn.AvgPool2d)) and layer.padding in (0, (0,), (0, 0)):
-                layer.count_include_pad = False
-        self._whole: Callable[[torch.Tensor], torch.Tensor] = torch.compile(
-            network, dynamic=False, options={"fallback_random": True}
-        )
-
-    def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """Images (N, C, H, W) -> logits."""
-        return self._whole(images)
-
-
-@contextlib.contextmanager
-def compiler_blamed(device: torch.device) -> Iterator[None]:
-    """Inside the block, in which a compiled network is called and its gradient computed, what the compiler raises becomes a sentence.
-
-    Raises:
-        AlexprepError: the compiler is missing or cannot do it.
-    """
-    try:
-        yield
-    except Exception as error:
-        dynamo = sys.modules.get("torch._dynamo.exc")  # a second to import; whoever compiles has it
-        if dynamo is None or not isinstance(error, dynamo.TorchDynamoException):
-            raise
-        needed = "a C++ compiler (g++)" if device.type == "cpu" else "triton and a C compiler (gcc)"
-        raise AlexprepError(
-            f"--compile: {str(error).strip().splitlines()[0]}. It needs {needed} and Python's headers: install what is "
-            "missing, or go on with --resume --no-compile"
-        ) from None
-
-
-@functools.cache
-def _leave_exchanges_out() -> None:
-    """Tells the compiler, once, to call what ranks exchange as it is written."""
-    for exchange in (Gather, SharedDropout):
-        exchange.forward = torch.compiler.disable(exchange.forward)  # type: ignore[method-assign, no-untyped-call]
-
-
-# -------------------- From a loss to moved weights: gradients, their sum over the ranks, and the optimizer's step.
-
-
+# Length of the difference over length, in one layer. Rounding alone makes 0.004 of it in AlexNet's float32, and in bf16 0.4.
+MOST_APART, MOST_APART_IN_HALF = 0.1, 0.8
 LEAST_SCALE = 1.0  # of the loss, in fp16: gradients that overflow without any scaling are no matter of scaling
+
+
+@dataclass
+class Position:
+    """Where a training stands: JSON values, and the state of its schedule, from which the rates follow."""
+
+    step: int = 0  # optimizer steps done
+    epoch: int = 0  # whole epochs done, with their evaluation
+    epoch_step: int = 0  # steps done in this epoch; equal to the epoch's length when only its evaluation is missing
+    epoch_seconds: float = 0.0  # spent in this epoch so far
+    schedule: ScheduleState = field(default_factory=ScheduleState)
+    val: dict[str, Any] | None = None  # the last epoch's evaluation
+
+    def loader_state(self, epoch_steps: int) -> dict[str, int]:
+        """Epoch and step at which a loader goes on; after the last of an epoch's steps that is the next epoch's beginning."""
+        if self.epoch_step < epoch_steps:
+            return {"epoch": self.epoch, "step": self.epoch_step}
+        return {"epoch": self.epoch + 1, "step": 0}
+
+    @classmethod
+    def of(cls, saved: Mapping[str, Any]) -> Position:
+        """The position that a checkpoint holds as JSON values.
+
+        Raises:
+            AlexprepError: it has a field that this version does not know, and would go on without.
+        """
+        schedule = saved["schedule"]
+        for document, kind in ((saved, cls), (schedule, ScheduleState)):
+            if unknown := sorted(document.keys() - {known.name for known in fields(kind)}):
+                raise AlexprepError(
+                    f"the checkpoint's position has {', '.join(unknown)}, which this alexprep does not know: use the alexprep that wrote it"
+                )
+        return cls(**{**saved, "schedule": ScheduleState(**schedule)})
+
+
+class TrainingState:
+    """A training between two steps: network, velocities, random numbers, sums of the epoch so far, and position."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        classes: int,
+        seed: int,
+        device: torch.device,
+        world: World | None = None,
+        scheme: Scheme = "single",
+        computing: Arithmetic | None = None,
+    ) -> None:
+        """The state before the first step.
+
+        Args:
+            recipe: makes the network and its parameter groups.
+            classes: outputs of the network.
+            seed: of the initial weights and of dropout. torch's default generators are seeded with it.
+            device: where it all lives.
+            world: the ranks that share the training; None for this process alone.
+            scheme: how they share it, see `alexprep.train.distributed.tensor_parallel.part_of`.
+            computing: precision, memory, and whether steps on whole batches are compiled; by default float32 as suits the device.
+
+        Raises:
+            AlexprepError: the recipe's schedule or decays name a layer that its network does not have, or the network cannot be
+                shared so.
+        """
+        torch.manual_seed(seed)
+        self.recipe = recipe
+        network = recipe.make_network(classes, seed)
+        computing = computing or arithmetic(device)
+        form = memory_format_of(network, computing.memory.format)
+        # A mask of -inf is as it should be. Weights that begin so are not: training would spoil all others.
+        self._never_finite = {
+            name for name, buffer in network.named_buffers(remove_duplicate=False) if not _finite(buffer)
+        }
+        self.parallel = Parallel(network, scheme, world or World.alone(device), memory_format=form)
+        self._parameters = [name for name, _ in self.network.named_parameters()]
+        self.optimizer = recipe.make_optimizer(self.network)
+        self._rates_of: tuple[int, ScheduleState] | None = None  # the epoch that the optimizer last had the rates of
+        # The rates follow from the position alone, so nobody has to remember to set them.
+        self.optimizer.register_step_pre_hook(lambda *_: self.set_rates())
+        self.precision = computing.precision
+        self.update = Update(self.parallel, self.optimizer, self.precision)
+        self.compiled = Compiled(self.network) if computing.compile else None
+        self.sums = RunningTotals(device)
+        self.position = Position()
+        self.device = device
+
+    @property
+    def network(self) -> nn.Module:
+        """This rank's part of the network; alone, the whole."""
+        return self.parallel.network
+
+    def logits(self, images: torch.Tensor, batch: int) -> torch.Tensor:
+        """What the network gives, computed in the training's precision.
+
+        Args:
+            images: this rank's, float32 (n, C, H, W).
+            batch: size of the whole batch. An epoch's last one, where it is smaller, is not compiled: on no rank, whatever its share.
+
+        Returns:
+            Float32 (batch, classes).
+        """
+        return logits(self.called_for(batch), images, self.precision)
+
+    def called_for(self, batch: int) -> Compiled | nn.Module:
+        """What computes a batch of this size: the compiled network, if there is one, for whole batches."""
+        return self.network if self.compiled is None or batch != self.recipe.batch_size else self.compiled
+
+    def learning_rate(self) -> float:
+        """The rate of this epoch: that of the weights whose layer has none of its own."""
+        return self.recipe.schedule.rate(self.recipe.lr, ".weight", self.position.epoch, self.position.schedule)
+
+    def set_rates(self) -> None:
+        """Gives the optimizer this epoch's rate of every parameter. It happens by itself before every step."""
+        epoch = (self.position.epoch, self.position.schedule)
+        if self._rates_of != epoch:
+            self._rates = self.recipe.rates(self._parameters, *epoch)
+            self._rates_of = epoch
+        self.optimizer.set_rates(self._rates)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Everything for a checkpoint that is a tensor, by name, with no trace of the scheme. All ranks call it.
+
+        Raises:
+            NotFinite: a weight, a velocity or the summed loss is NaN or infinite; or a buffer, unless it was so from the beginning.
+        """
+        weights = self.parallel.gather_state()
+        found = {
+            f"velocity.{number:03d}": velocity
+            for number, velocity in enumerate(self.parallel.gather_velocities(self.optimizer))
+        }
+        found["sums"] = self.sums.totals
+        if self.not_finite(weights) or not all(map(_finite, found.values())):
+            raise NotFinite(f"after step {self.position.step} there is NaN or infinity in what would be saved")
+        found |= {f"{PREFIX}{name}": weight for name, weight in weights.items()}
+        found["random.cpu"] = torch.get_rng_state()
+        if self.device.type == "cuda":
+            found["random.cuda"] = torch.cuda.get_rng_state(self.device)
+        return found
+
+    def not_finite(self, weights: Mapping[str, torch.Tensor]) -> list[str]:
+        """The names of those in the whole network's `state_dict` that are NaN or infinite, and must not be."""
+        return [name for name, tensor in weights.items() if name not in self._never_finite and not _finite(tensor)]
+
+    def facts(self) -> dict[str, Any]:
+        """Everything for a checkpoint that is a JSON value."""
+        return {"position": asdict(self.position), "update": self.update.state_dict()}
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Goes to where `tensors` and `facts` were taken from. The recipe and the classes must be the same; the caller checks."""
+        tensors = checkpoint.tensors
+        self.parallel.scatter_state(saved_weights(checkpoint))
+        count = len(self.optimizer.velocities())
+        self.parallel.scatter_velocities(self.optimizer, [tensors[f"velocity.{number:03d}"] for number in range(count)])
+        torch.set_rng_state(tensors["random.cpu"])
+        if self.device.type == "cuda" and "random.cuda" in tensors:
+            torch.cuda.set_rng_state(tensors["random.cuda"], self.device)
+        self.sums.totals.copy_(tensors["sums"])
+        if "update" in checkpoint.facts:  # older ones have none: they are of fp32
+            self.update.load_state_dict(checkpoint.facts["update"])
+        self.position = Position.of(checkpoint.facts["position"])
+
+
+def take_step(state: TrainingState, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Changes weights, velocities and random numbers; the position is the caller's to move. All ranks call it.
+
+    Args:
+        state: of the training.
+        images: this rank's, float32 (n, C, H, W).
+        labels: of the whole batch, int64 (N,).
+
+    Returns:
+        The mean loss (), nats, and the logits (N, classes), both of the whole batch, from before the update.
+    """
+    with compiler_errors(state.device):
+        network = state.called_for(len(labels))
+        if isinstance(network, Compiled) and not network.checked:
+            check_compiled(state, network, images, labels)
+            network.checked = True
+        with span("forward"):
+            logits = state.logits(images, len(labels))
+            loss = F.cross_entropy(logits, labels)  # the negative of the paper's objective, section 3.5
+        state.update(loss)
+    return loss, logits
 
 
 class Update:
@@ -161,176 +289,32 @@ class Update:
                 )
 
 
-# -------------------- All that a training is between two steps, and its way into a checkpoint and back, bit for bit.
+class Compiled:
+    """A network compiled by torch.compile, for batches of one size.
 
+    Random numbers are drawn as without compilation; results differ by rounding. The network's modules and the names of its weights stay
+    as they are. What ranks exchange in the middle of it is left out of the compilation, which makes several pieces of the rest.
 
-@dataclass
-class Position:
-    """Where a training stands. Values of JSON only; `schedule` holds the rate."""
-
-    step: int = 0  # optimizer steps done
-    epoch: int = 0  # whole epochs done, with their evaluation
-    epoch_step: int = 0  # steps done in this epoch; equal to the epoch's length when only its evaluation is missing
-    epoch_seconds: float = 0.0  # spent in this epoch so far
-    schedule: ScheduleState = field(default_factory=ScheduleState)
-    val: dict[str, Any] | None = None  # the last epoch's evaluation
-
-
-class TrainingState:
-    """Network, velocity, random numbers, sums and position."""
-
-    def __init__(
-        self,
-        recipe: Recipe,
-        classes: int,
-        seed: int,
-        device: torch.device,
-        world: World | None = None,
-        scheme: Scheme = "single",
-        computing: Arithmetic | None = None,
-    ) -> None:
-        """The state before the first step.
-
-        Args:
-            recipe: makes the network and its parameter groups.
-            classes: outputs of the network.
-            seed: of the initial weights and of dropout. torch's default generators are seeded with it.
-            device: where it all lives.
-            world: the ranks that share the training; None for this process alone.
-            scheme: how they share it, see `alexprep.train.distributed.tensor_parallel.part_of`.
-            computing: precision, memory, and whether steps on whole batches are compiled; by default float32 as suits the device.
-
-        Raises:
-            AlexprepError: the recipe's schedule or decays name a layer that its network does not have, or the network cannot be
-                shared so.
-        """
-        torch.manual_seed(seed)
-        network = recipe.make_network(classes, seed)
-        computing = computing or arithmetic(device)
-        form = memory_format_of(network, computing.memory.format)
-        # A mask of -inf is as it should be. Weights that begin so are not: training would spoil all others.
-        self._never_finite = {
-            name for name, buffer in network.named_buffers(remove_duplicate=False) if not _finite(buffer)
-        }
-        self.parallel = Parallel(network, scheme, world or World.alone(device), memory_format=form)
-        self._parameters = [name for name, _ in self.network.named_parameters()]
-        self.optimizer = recipe.make_optimizer(self.network)
-        self._rates_of: tuple[int, ScheduleState] | None = None  # the epoch that the optimizer last had the rates of
-        # The rates follow from the position alone, so nobody has to remember to set them.
-        self.optimizer.register_step_pre_hook(lambda *_: self.set_rates(recipe))
-        self.precision = computing.precision
-        self.update = Update(self.parallel, self.optimizer, self.precision)
-        self.compiled = Compiled(self.network) if computing.compile else None
-        self._whole_batch = recipe.batch_size
-        self.sums = RunningTotals(device)
-        self.position = Position()
-        self.device = device
-
-    @property
-    def network(self) -> nn.Module:
-        """This rank's part of the network; alone, the whole."""
-        return self.parallel.network
-
-    def logits(self, images: torch.Tensor, batch: int) -> torch.Tensor:
-        """What the network gives, computed in the training's precision.
-
-        Args:
-            images: this rank's, float32 (n, C, H, W).
-            batch: size of the whole batch. An epoch's last one, where it is smaller, is not compiled: on no rank, whatever its share.
-
-        Returns:
-            Float32 (batch, classes).
-        """
-        return logits(self.called_for(batch), images, self.precision)
-
-    def called_for(self, batch: int) -> Compiled | nn.Module:
-        """What computes a batch of this size: the compiled network, if there is one, for whole batches."""
-        return self.network if self.compiled is None or batch != self._whole_batch else self.compiled
-
-    def learning_rate(self, recipe: Recipe) -> float:
-        """The rate of this epoch: that of the weights whose layer has none of its own."""
-        return recipe.schedule.rate(recipe.lr, ".weight", self.position.epoch, self.position.schedule)
-
-    def set_rates(self, recipe: Recipe) -> None:
-        """Gives the optimizer this epoch's rate of every parameter. It happens by itself before every step."""
-        epoch = (self.position.epoch, self.position.schedule)
-        if self._rates_of != epoch:
-            self._rates = recipe.rates(self._parameters, *epoch)
-            self._rates_of = epoch
-        self.optimizer.set_rates(self._rates)
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """Everything for a checkpoint that is a tensor, by name, with no trace of the scheme. All ranks call it.
-
-        Raises:
-            NotFinite: a weight, a velocity or the summed loss is NaN or infinite; or a buffer, unless it was so from the beginning.
-        """
-        weights = self.parallel.gather_state()
-        found = {
-            f"velocity.{number:03d}": velocity
-            for number, velocity in enumerate(self.parallel.gather_velocities(self.optimizer))
-        }
-        found["sums"] = self.sums.totals
-        if self.spoilt(weights) or not all(map(_finite, found.values())):
-            raise NotFinite(f"after step {self.position.step} there is NaN or infinity in what would be saved")
-        found |= {f"{PREFIX}{name}": weight for name, weight in weights.items()}
-        found["random.cpu"] = torch.get_rng_state()
-        if self.device.type == "cuda":
-            found["random.cuda"] = torch.cuda.get_rng_state(self.device)
-        return found
-
-    def spoilt(self, weights: Mapping[str, torch.Tensor]) -> list[str]:
-        """The names of those in the whole network's `state_dict` that are NaN or infinite, and must not be."""
-        return [name for name, tensor in weights.items() if name not in self._never_finite and not _finite(tensor)]
-
-    def facts(self) -> dict[str, Any]:
-        """Everything for a checkpoint that is a JSON value."""
-        return {"position": asdict(self.position), "update": self.update.state_dict()}
-
-    def restore(self, checkpoint: Checkpoint) -> None:
-        """Becomes what `tensors` and `facts` were taken from. The recipe and the classes must be the same; the caller checks."""
-        tensors = checkpoint.tensors
-        self.parallel.scatter_state(saved_weights(checkpoint))
-        count = len(self.optimizer.velocities())
-        self.parallel.scatter_velocities(self.optimizer, [tensors[f"velocity.{number:03d}"] for number in range(count)])
-        torch.set_rng_state(tensors["random.cpu"])
-        if self.device.type == "cuda" and "random.cuda" in tensors:
-            torch.cuda.set_rng_state(tensors["random.cuda"], self.device)
-        self.sums.totals.copy_(tensors["sums"])
-        if "update" in checkpoint.facts:  # older ones have none: they are of fp32
-            self.update.load_state_dict(checkpoint.facts["update"])
-        position = checkpoint.facts["position"]
-        self.position = Position(**{**position, "schedule": ScheduleState(**position["schedule"])})
-
-
-def _finite(tensor: torch.Tensor) -> bool:
-    return bool(torch.isfinite(tensor).all())
-
-
-def load_weights(network: nn.Module, checkpoint: Checkpoint) -> None:
-    """Copies a checkpoint's weights into a network of the same recipe."""
-    network.load_state_dict(saved_weights(checkpoint))
-
-
-def weights_digest(weights: Mapping[str, torch.Tensor]) -> str:
-    """The sha256, in hex, of all weights' names, shapes and bits: equal for networks that are equal to the last bit.
-
-    >>> weights_digest(nn.Linear(2, 1).state_dict()) == weights_digest(nn.Linear(2, 1).state_dict())
-    False
+    It is for whole batches: another size would take a minute to compile. All ranks must use it for the same ones, for gradients come in
+    another order than without, and ranks add them up as they come.
     """
-    digest = hashlib.sha256()
-    for name, weight in sorted(weights.items()):
-        digest.update(f"{name} {str(weight.dtype).removeprefix('torch.')} {tuple(weight.shape)}".encode())
-        values = weight.detach().cpu().contiguous().reshape(-1)
-        digest.update(values.view(torch.uint8).numpy().tobytes())  # as bytes, since numpy knows no bfloat16
-    return digest.hexdigest()
 
+    def __init__(self, network: nn.Module) -> None:
+        """Nothing is compiled before the first call; `network` is in training mode then."""
+        self.checked = False  # against the network as written
+        _leave_exchanges_out()
+        for layer in network.modules():
+            # Without padding this says the same; but with the default, torch 2.13 compiles a wrong gradient for windows that hang over the
+            # edge (pytorch issue 198119).
+            if isinstance(layer, (nn.AvgPool1d, nn.AvgPool2d)) and layer.padding in (0, (0,), (0, 0)):
+                layer.count_include_pad = False
+        self._whole: Callable[[torch.Tensor], torch.Tensor] = torch.compile(
+            network, dynamic=False, options={"fallback_random": True}
+        )
 
-# -------------------- A compiled network's gradients are held against those of the network as written: torch's compiler has silently given wrong ones.
-
-
-# Length of the difference over length, in one layer. Rounding alone makes 0.004 of it in AlexNet's float32, and in bf16 0.4.
-MOST_APART, MOST_APART_IN_HALF = 0.1, 0.8
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """Images (N, C, H, W) -> logits."""
+        return self._whole(images)
 
 
 def check_compiled(
@@ -366,6 +350,40 @@ def check_compiled(
             )
 
 
+@contextlib.contextmanager
+def compiler_errors(device: torch.device) -> Iterator[None]:
+    """Inside the block, which calls a compiled network and computes its gradient, an error of the compiler becomes a sentence.
+
+    Raises:
+        AlexprepError: the compiler is missing or cannot do it.
+    """
+    try:
+        yield
+    except Exception as error:
+        dynamo = sys.modules.get("torch._dynamo.exc")  # a second to import; whoever compiles has it
+        if dynamo is None or not isinstance(error, dynamo.TorchDynamoException):
+            raise
+        needed = "a C++ compiler (g++)" if device.type == "cpu" else "triton and a C compiler (gcc)"
+        raise AlexprepError(
+            f"--compile: {str(error).strip().splitlines()[0]}. It needs {needed} and Python's headers: install what is "
+            "missing, or go on with --resume --no-compile"
+        ) from None
+
+
+def weights_digest(weights: Mapping[str, torch.Tensor]) -> str:
+    """The sha256, in hex, of all weights' names, shapes and bits: equal for networks that are equal to the last bit.
+
+    >>> weights_digest(nn.Linear(2, 1).state_dict()) == weights_digest(nn.Linear(2, 1).state_dict())
+    False
+    """
+    digest = hashlib.sha256()
+    for name, weight in sorted(weights.items()):
+        digest.update(f"{name} {str(weight.dtype).removeprefix('torch.')} {tuple(weight.shape)}".encode())
+        values = weight.detach().cpu().contiguous().reshape(-1)
+        digest.update(values.view(torch.uint8).numpy().tobytes())  # as bytes, since numpy knows no bfloat16
+    return digest.hexdigest()
+
+
 def _gradients(
     state: TrainingState,
     network: Callable[[torch.Tensor], torch.Tensor],
@@ -394,27 +412,12 @@ def _left_alone(state: TrainingState) -> Iterator[None]:
             buffer.copy_(buffers[name])
 
 
-# -------------------- One step of a training: forward, loss, backward, update.
+@functools.cache
+def _leave_exchanges_out() -> None:
+    """Tells the compiler, once, to call what ranks exchange as it is written."""
+    for exchange in (Gather, SharedDropout):
+        exchange.forward = torch.compiler.disable(exchange.forward)  # type: ignore[method-assign, no-untyped-call]
 
 
-def take_step(state: TrainingState, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Changes weights, velocities and random numbers; the position is the caller's to move. All ranks call it.
-
-    Args:
-        state: of the training.
-        images: this rank's, float32 (n, C, H, W).
-        labels: of the whole batch, int64 (N,).
-
-    Returns:
-        The mean loss (), nats, and the logits (N, classes), both of the whole batch, from before the update.
-    """
-    with compiler_blamed(state.device):
-        network = state.called_for(len(labels))
-        if isinstance(network, Compiled) and not network.checked:
-            check_compiled(state, network, images, labels)
-            network.checked = True
-        with span("forward"):
-            logits = state.logits(images, len(labels))
-            loss = F.cross_entropy(logits, labels)  # the negative of the paper's objective, section 3.5
-        state.update(loss)
-    return loss, logits
+def _finite(tensor: torch.Tensor) -> bool:
+    return bool(torch.isfinite(tensor).all())

@@ -1,0 +1,250 @@
+"""What a run is: its options, what it remembers, and its identity, also of runs that release 0.1.0 began."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from alexprep.shards.dataset_format import INDEX_DTYPE
+from alexprep.shards.errors import AlexprepError
+from alexprep.shards.storage import digest_json
+from alexprep.train import checkpoint, recipes
+from alexprep.train.config import CHECKPOINT_STEPS, KEEP, REMEMBERED, TrainConfig, prepare
+from alexprep.train.evaluation import evaluate_run
+from alexprep.train.trainer import train
+from tests import training_ranks as ranks
+from tests.made_up import MadeUpLoader, small_recipe, write_data
+
+RELEASED = Path(__file__).parent / "fixtures" / "release-0.1.0"
+Document = dict[str, Any]
+
+
+def config(folder: Path, **changes: Any) -> TrainConfig:
+    """Settings for a run beside the data set in `folder`."""
+    return ranks.config(folder, **{"recipe": "small", "log_steps": 4, **changes})
+
+
+@pytest.fixture
+def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    return ranks.registered(tmp_path, monkeypatch, MadeUpLoader)
+
+
+@pytest.fixture
+def released(tmp_path: Path) -> TrainConfig:
+    """How to go on with a copy of the run that release 0.1.0 left after step 5, whose data have moved."""
+    shutil.copytree(RELEASED / "runs", tmp_path / "runs")
+    return TrainConfig(RELEASED / "alexprep-data", runs=tmp_path / "runs", device="cpu", resume=True, steps=8)
+
+
+def _options(run: Path) -> Document:
+    options: Document = json.loads((run / "config.json").read_text())["options"]
+    return options
+
+
+def _saved(run: Path) -> list[int]:
+    return sorted(checkpoint.marks(run / "checkpoints"))
+
+
+def rewrite(runs: Path, change: Callable[[Document], object]) -> None:
+    """Changes what config.json and the checkpoint of the released run say, as another version would have written it."""
+    file = runs / "tiny" / "config.json"
+    document = json.loads(file.read_text())
+    change(document)
+    file.write_text(json.dumps(document))
+    (mark,) = (runs / "tiny" / "checkpoints").glob("*.json")
+    document = json.loads(mark.read_text())
+    change(document["facts"])
+    del document["digest"]
+    mark.write_text(json.dumps(document | {"digest": digest_json(document)}))
+
+
+def test_a_run_of_the_first_release_goes_on(released: TrainConfig) -> None:
+    summary = train(released)
+    assert (summary["steps"], summary["epochs"], summary["stopped_by"]) == (8, 2, None)
+    assert summary["val_split"] == "val" and summary["val_loss"] is not None
+    assert _saved(released.runs / "tiny") == [8]
+
+
+def _older(document: Document) -> None:
+    """Lacks fields that were added since, in this imagined past, with defaults under which nothing changes."""
+    recipe = document["identity"]["recipe"]
+    del document["identity"]["precision"], recipe["width"], recipe["bias_decay"], recipe["layer_decay"]
+    del recipe["augmentation"]["std"], recipe["augmentation"]["ratio"], recipe["schedule"]["divisor"]
+    del document["versions"]
+    if "position" in document:
+        del document["position"]["schedule"]["stop_best"], document["position"]["epoch_seconds"], document["update"]
+        del document["rounding"]
+    else:
+        del document["options"]["precision"], document["options"]["init_from"], document["options"]["keep"]
+
+
+def test_a_run_that_lacks_fields_goes_on_at_their_defaults(released: TrainConfig, tmp_path: Path) -> None:
+    rewrite(released.runs, _older)
+    other = shutil.copytree(RELEASED / "runs", tmp_path / "other")
+    assert train(released)["weights_sha256"] == train(replace(released, runs=other))["weights_sha256"]
+    for changes, words in (
+        ({"precision": "bf16"}, r"precision was 'fp32', is now 'bf16'"),
+        ({"seed": 1}, r"seed was 0, is now 1"),
+    ):
+        with pytest.raises(AlexprepError, match=words):
+            train(replace(released, steps=9, **changes))
+
+
+@pytest.mark.parametrize("place", ["recipe", "augmentation", "schedule", "identity", "position"])
+def test_a_run_with_a_field_that_nobody_knows_is_refused(place: str, released: TrainConfig) -> None:
+    """This version would train on without what it says."""
+
+    def change(document: Document) -> None:
+        identity = document["identity"]
+        recipe = identity["recipe"]
+        places = {"recipe": recipe, "identity": identity, "position": document.get("position", {})}
+        (places | {name: recipe[name] for name in ("augmentation", "schedule")})[place]["cutmix"] = 0.5
+
+    rewrite(released.runs, change)
+    with pytest.raises(
+        AlexprepError, match=r"cutmix was 0.5, is now None|position has cutmix, which this alexprep does"
+    ):
+        train(released)
+
+
+def test_a_released_recipe_means_what_it_meant() -> None:
+    """Fields may be added; those that are there keep their values, and so do the defaults by which older runs are completed."""
+    told = json.loads((RELEASED / "recipes.json").read_text())
+    assert told.keys() <= recipes.RECIPES.keys()
+    for name, before in told.items():
+        recipe = recipes.RECIPES[name]()
+        now = checkpoint.with_defaults(json.loads(json.dumps(recipe.describe())), recipe)
+        assert checkpoint.differences(checkpoint.with_defaults(before, recipe), now) == []
+    plain = recipes.RECIPES["alexnet"]()
+    defaults = {
+        name: told["alexnet"][name] for name in ("batch_size", "lr", "momentum", "decay", "bias_decay", "width")
+    }
+    bare = checkpoint.with_defaults({"augmentation": {}, "network": {}, "schedule": {}}, plain)
+    assert {name: bare[name] for name in defaults} == defaults
+    for part in ("augmentation", "network", "schedule"):  # alexnet's are at their defaults throughout
+        assert {name: told["alexnet"][part][name] for name in bare[part]} == bare[part]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lr": 0.02}, r"recipe.lr was 0.01, is now 0.02"),
+        ({"batch_size": 4}, r"recipe.batch_size was 8, is now 4"),
+        ({"seed": 5}, r"seed was 0, is now 5"),
+        ({"recipe": "other"}, r"recipe.name was 'small', is now 'other'"),
+        ({"data": "other"}, r"data_digest was 'made up', is now 'another'"),
+    ],
+)
+def test_resuming_with_other_settings_is_refused(
+    data: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], message: str
+) -> None:
+    monkeypatch.setitem(recipes.RECIPES, "other", lambda: small_recipe(name="other"))
+    train(config(data, steps=1), MadeUpLoader)
+    if "data" in changes:
+        changes = {"data": write_data(data.parent / "other", digest="another")}
+    with pytest.raises(AlexprepError, match=message):
+        train(replace(config(data, resume=True), **changes), MadeUpLoader)
+    assert train(config(data, resume=True, recipe=None, steps=2), MadeUpLoader)["steps"] == 2
+
+
+def test_a_bare_resume_goes_on_as_the_run_began(data: Path) -> None:
+    """With its data, its length, and as many checkpoints as often; what is given on resuming holds from then on."""
+    run = data.parent / "runs" / "small"
+    bare = TrainConfig(runs=run.parent, device="cpu", resume=True)
+    assert train(config(data, epochs=1, keep=6, checkpoint_steps=2), MadeUpLoader)["steps"] == 6
+    assert _saved(run) == [2, 4, 6]
+    assert train(bare, MadeUpLoader)["epochs"] == 1
+    assert json.loads((run / "config.json").read_text())["data"] == str(data)
+    # Epochs and steps are one choice: either takes the place of both.
+    assert train(replace(bare, steps=8, keep=2, checkpoint_steps=1), MadeUpLoader)["steps"] == 8
+    remembered = {"epochs": None, "steps": 8, "keep": 2, "checkpoint_steps": 1}
+    assert {name: _options(run)[name] for name in REMEMBERED} == remembered
+    assert train(bare, MadeUpLoader)["steps"] == 8
+    assert train(replace(bare, epochs=2), MadeUpLoader)["steps"] == 12
+    assert _saved(run) == [11, 12]
+    longer = train(replace(bare, epochs=3), MadeUpLoader)["weights_sha256"]
+    assert longer == train(config(data, name="whole"), MadeUpLoader)["weights_sha256"]
+
+
+def test_an_older_run_that_remembers_less_goes_on(data: Path) -> None:
+    train(config(data, steps=2, keep=5), MadeUpLoader)
+    file = data.parent / "runs" / "small" / "config.json"
+    document = json.loads(file.read_text())
+    document["options"] = {name: value for name, value in document["options"].items() if name not in REMEMBERED}
+    file.write_text(json.dumps(document))
+    assert train(config(data, resume=True), MadeUpLoader)["epochs"] == 3
+    options = _options(file.parent)
+    assert (options["keep"], options["checkpoint_steps"]) == (KEEP, CHECKPOINT_STEPS) == (3, 1000)
+
+
+def test_data_that_moved_is_told_and_found_again(data: Path) -> None:
+    run = data.parent / "runs" / "small"
+    train(config(data, steps=1), MadeUpLoader)
+    moved = data.rename(data.with_name("moved"))
+    bare = TrainConfig(runs=run.parent, device="cpu", resume=True, steps=2)
+    words = rf"small was trained on {data}, which holds no data set now: say with --data where it is"
+    with pytest.raises(AlexprepError, match=words):
+        train(bare, MadeUpLoader)
+    with pytest.raises(AlexprepError, match=words):
+        evaluate_run(run, device="cpu", open_loader=MadeUpLoader)
+    assert train(replace(bare, data=moved), MadeUpLoader)["steps"] == 2
+    assert train(replace(bare, steps=3), MadeUpLoader)["steps"] == 3
+    assert evaluate_run(run, device="cpu", open_loader=MadeUpLoader)["step"] == 3
+
+
+def test_options_that_go_on_with_a_run(data: Path) -> None:
+    job = prepare(config(data, name="two", ranks=2, scheme="ddp", runs=Path("runs"), device=None), dry_run=True)
+    assert job.resume_options() == "--resume --gpus 2 --scheme ddp"
+
+
+def test_the_split_that_is_evaluated_on(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The first of val and test that has samples with labels; where there is none, it says so."""
+
+    def labelled(folder: Path, *labels: int) -> None:
+        (folder / "val").mkdir(exist_ok=True)
+        np.save(folder / "val" / "index.npy", np.array([(0, 0, 0, label) for label in labels], INDEX_DTYPE))
+
+    def summary_of(folder: Path) -> dict[str, Any]:
+        return train(config(folder, epochs=1), MadeUpLoader)
+
+    bare = summary_of(write_data(data.parent / "bare", splits=("train",)))
+    assert "there is no val or test split" in capsys.readouterr().err
+    assert [bare[key] for key in ("val_split", "val_top1_error", "val_top5_error", "val_loss")] == [None] * 4
+    assert summary_of(write_data(data.parent / "tested", splits=("train", "test")))["val_split"] == "test"
+    labelled(data, -1, -1)
+    summary = summary_of(data)
+    said = capsys.readouterr().err
+    assert "the split val is skipped: none of its images has a label" in said
+    assert "there is no val or test split with labels" in said
+    assert (summary["epochs"], summary["val_split"], summary["val_loss"]) == (1, None, None)
+    labelled(data, -1, 2)
+    assert summary_of(data)["val_split"] == "val"
+    both = write_data(data.parent / "both", splits=("train", "val", "test"))
+    labelled(both, -1)
+    assert summary_of(both)["val_split"] == "test"
+
+
+def test_an_unfitting_data_set_is_refused(data: Path) -> None:
+    large = write_data(data.parent / "large", image={"size": 256})
+    words = r"side of 256 pixels, recipe small is for 67: train with --recipe alexnet, or shard"
+    with pytest.raises(AlexprepError, match=words):
+        train(config(large), MadeUpLoader)
+    single = write_data(data.parent / "single", classes=["only"])
+    with pytest.raises(AlexprepError, match="has 1 classes"):
+        train(config(single), MadeUpLoader)
+    assert not (data.parent / "runs").exists()  # nothing is begun that cannot go on
+
+
+@pytest.mark.parametrize(
+    "changes", [{"steps": 0}, {"epochs": 0}, {"keep": 0}, {"seed": -1}, {"threads": 0}, {"data": None}]
+)
+def test_senseless_settings_are_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
+    with pytest.raises(AlexprepError, match=f"{next(iter(changes))} is "):
+        TrainConfig(**{"data": tmp_path, **changes})

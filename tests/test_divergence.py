@@ -1,0 +1,131 @@
+"""Values that are not finite: traced to the step and layer where they began, and never saved."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+from torch import nn
+
+from alexprep.shards.errors import AlexprepError
+from alexprep.train import divergence, logger
+from alexprep.train.distributed.world import World
+from alexprep.train.divergence import Watch
+from alexprep.train.launch import launch_ranks
+from alexprep.train.trainer import train
+from tests import training_ranks as ranks
+from tests.made_up import Batch
+
+ALONE = World.alone("cpu")
+KINDS = ("pixel", "rate", "gradient", "weight")
+
+
+@pytest.fixture
+def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    return ranks.registered(tmp_path, monkeypatch)
+
+
+def _check(kind: str, words: str, run: Path) -> None:
+    """The words name the step, the layer, the rate and the next step; what was saved is finite."""
+    settings, found = ranks.POISONS[kind]
+    assert found in words and f"at learning rate {settings.get('lr', 0.01)}" in words
+    (event,) = ranks.records(run, "not finite")
+    began = event["began"]
+    assert f"it began in step {began['step']}," in found and began["name"] in found and began["value"] in found
+    saved = [path.name[:13] for path in (run / "checkpoints").glob("*.safetensors")]
+    assert saved == (["step-00000002"] if began["step"] == ranks.BAD_STEP else [])
+    assert ("The checkpoint of step 2 is untouched" if saved else "Nothing was saved") in words
+    for path in (run / "checkpoints").glob("*.safetensors"):
+        assert all(np.isfinite(values).all() for name, values in load_file(path).items() if name != "random.cpu")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_not_finite_is_traced_to_its_layer(kind: str, data: Path) -> None:
+    assert tuple(ranks.POISONS) == KINDS
+    _check(kind, ranks.poisoned(ALONE, data, kind), data.parent / "runs" / kind)
+
+
+def test_two_ranks_trace_it_alike_and_resume_with_the_same_bits(data: Path) -> None:
+    """Though only one of the towers may have seen it."""
+    one, other = launch_ranks(f"{ranks.__file__}:everything", 2, {"data": str(data)}, device="cpu")
+    assert one == other
+    assert one["resumed"] == [one["whole"]] * len(ranks.SAMPLE)
+    for kind, words in one["poisoned"].items():
+        _check(kind, words, data.parent / "runs" / kind)
+
+
+def test_a_training_that_is_well_is_not_watched(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing looks at values, no second network is made, no layer has a hook."""
+    monkeypatch.setattr(Watch, "see", None)
+    networks, hooks = [], []
+    forward = nn.Conv2d.forward
+
+    def counted(layer: nn.Conv2d, images: torch.Tensor) -> torch.Tensor:
+        hooks.append(len(layer._forward_hooks))
+        networks.append(id(layer))
+        return forward(layer, images)
+
+    monkeypatch.setattr(nn.Conv2d, "forward", counted)
+    ranks.begun(ALONE, data)
+    assert len(set(networks)) == 5 and not any(hooks)
+
+
+def test_what_does_not_happen_again_is_told_by_what_is_left(data: Path) -> None:
+    class Once(ranks.MadeUp):
+        times = 0
+
+        def __iter__(self) -> Iterator[Batch]:
+            for images, labels in super().__iter__():
+                if self.split == "train" and self.step == 3:
+                    Once.times += 1
+                    images = images * (float("nan") if Once.times == 1 else 1.0)
+                yield Batch(images, labels)
+
+    words = r"now conv1.weight, conv1.bias, conv2.weight and 13 more are not finite .*did not happen again"
+    with pytest.raises(AlexprepError, match=words):
+        train(ranks.config(data, log_steps=5), Once)
+
+
+def test_a_search_that_would_take_long_is_left_out(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(divergence, "SECONDS", 0.0)
+    words = ranks.poisoned(ALONE, data, "rate")
+    assert "to do the 2 steps since the last checkpoint again would take" in words
+    assert ranks.records(data.parent / "runs" / "rate", "not finite")[0]["began"] is None
+
+
+def test_weights_that_only_an_evaluation_finds_out(data: Path) -> None:
+    """The last update made them so large that the next forward pass overflows."""
+    words = r"gives NaN or infinity, at learning rate 100.0; every weight is finite, the largest is \d\.\de\+\d+, in \w+\.weight"
+    with pytest.raises(AlexprepError, match=words):
+        train(ranks.config(data, lr=100.0, steps=2), ranks.MadeUp)
+
+
+def test_an_infinite_sum_of_losses_is_not_saved(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With finite gradients it spoils no weight, but it would make every resumed epoch infinite."""
+    loss = nn.functional.cross_entropy
+    monkeypatch.setattr(nn.functional, "cross_entropy", lambda logits, labels: loss(logits, labels) + float("inf"))
+    words = "after step 2 there is NaN or infinity in what would be saved.* in step 1, where the loss became inf"
+    monkeypatch.setattr(math, "isfinite", lambda value: True)  # as if no record were due
+    monkeypatch.setattr(logger.Meter, "_write", lambda *_: None)
+    with pytest.raises(AlexprepError, match=words):
+        train(ranks.config(data, checkpoint_steps=2), ranks.MadeUp)
+    assert not (data.parent / "runs" / "narrow" / "checkpoints").exists()
+
+
+def test_spoilt_weights_are_not_saved(data: Path) -> None:
+    """The loss of step 6 is finite, its gradient is not: only the weights tell."""
+
+    class Large(ranks.MadeUp):
+        def __iter__(self) -> Iterator[Batch]:
+            for images, labels in super().__iter__():
+                yield Batch(images * (1e37 if (self.epoch, self.step) == (0, 5) else 1.0), labels)
+
+    with pytest.raises(AlexprepError, match=r"(within steps|after step) "):
+        train(ranks.config(data, recipe="small", checkpoint_steps=1), Large)
+    saved = [path.name for path in (data.parent / "runs/small/checkpoints").glob("*.json")]
+    assert max(saved) == "step-00000004.json"
