@@ -1,64 +1,84 @@
-"""Harm to the processes of a training from outside and from inside, again and again."""
+"""Faults while two ranks train a network: kills, signals, ranks that hang or fail, full disks, and a start from every checkpoint."""
 
 from __future__ import annotations
 
-import random
 import signal
+import subprocess
 import time
-from collections import Counter
 from pathlib import Path
-from typing import Any
 
-import faults_training_job
-from faults_training_field import EVERY, TIMEOUT, Field, ranks_of, send
+import torch
+from safetensors.torch import load_file
 
 from alexprep.shards.storage import is_temporary
+from alexprep.train import run_dir
+from alexprep.train.launch import launch
+from tests.stress import training_job
+from tests.stress.campaign import Campaign
+from tests.stress.training_runs import EVERY, Runs, curve, ranks_of, send
 
-STEPS = 66  # six epochs
-Figures = dict[str, Any]
-Rows = list[
-    list[Any]
-]  # of each round: what, when or where, exit status, seconds until all processes were gone, steps lost
+
+def resume_anywhere(campaign: Campaign) -> None:
+    """A checkpoint of every step, each gone on with to the end, on two ranks and on one."""
+    steps = 44
+    runs = Runs(campaign, steps, checkpoint_steps=1, keep=steps)
+    (sha256, right), whole = runs.reference, _weights(runs.whole)
+    order = [1, *campaign.rng.sample(range(2, steps), steps - 2)]  # the first tells the samples of all
+    samples: dict[int, list[int]] = {}
+    for number in campaign.rounds(2 * len(order) // 5 + 2):
+        ranks, chosen = 2 - number % 2, order[number // 2 * 5 :][:5]
+        arguments = {"options": runs.options, "whole": str(runs.whole), "folder": str(campaign.work / "resumed")}
+        arguments |= {"steps": steps, "chosen": chosen}
+        found = launch(f"{training_job.__file__}:from_each_step", ranks, arguments, device="cpu")[0]
+        samples = samples or found[0]["samples"]
+        for each in found:
+            curve_of, expected = curve(Path(each["run"])), {step: samples[step] for step in each["samples"]}
+            campaign.promise(
+                each["samples"] == expected, f"on {ranks}: the same samples in the same order", each["run"]
+            )
+            if ranks == 2:
+                equal = each["sha256"] == sha256 and curve_of == right
+                campaign.promise(equal, "on 2: equal in weights, losses and errors to the bit", each["run"])
+                continue
+            losses = max(abs(a["loss"] - b["loss"]) / abs(b["loss"]) for a, b in zip(curve_of, right, strict=True))
+            pairs = [(weight, _weights(Path(each["run"]))[name]) for name, weight in whole.items()]
+            moved = max(float((got - weight).abs().max() / weight.abs().max()) for weight, got in pairs)
+            close = losses < 1e-4 and moved < 1e-4
+            campaign.promise(close, "on 1: losses and weights equal to rounding", (each["run"], losses, moved))
 
 
-def kills(work: Path, rng: random.Random, rounds: int) -> Figures:
-    """SIGKILL, again and again, also to runs that go on after one."""
-    field = Field(work, rng, STEPS)
-    kinds: Counter[str] = Counter()
-    rows: Rows = []
-    while len(rows) < rounds:
-        process = field.start()
+def _weights(run: Path) -> dict[str, torch.Tensor]:
+    newest = max((run / run_dir.CHECKPOINTS).glob("*.safetensors"))
+    return {name: value for name, value in load_file(newest).items() if name.startswith("weight.")}
+
+
+def kill_ranks(campaign: Campaign) -> None:
+    """SIGKILL to a rank, to both, to the command, at random moments and in mid-save, also to runs that go on after one."""
+    rng, runs = campaign.rng, Runs(campaign)
+    for _ in campaign.rounds(100):
+        process = runs.start()
         target, moment = rng.choice(["rank 0", "rank 1", "both", "command"]), rng.choice(["start", "step", "save"])
-        if not field.wait_for(process, moment):
-            assert field.finished(field.end(process, {}, time.monotonic())), (work / "said").read_text()
+        if not runs.wait_for(process, moment):
+            done = runs.finished(runs.end(process, {}))
+            campaign.promise(done, "unharmed runs that ended")
             continue
         ranks = ranks_of(process.pid)
         wanted = {"rank 0": [0], "rank 1": [1], "both": [0, 1], "command": []}[target]
         if not set(wanted) <= ranks.keys():
             target, wanted = "command", []
-        in_save = any(map(is_temporary, field.files()))
-        since = time.monotonic()
+        campaign.counts[f"kills of {target}"] += 1
+        campaign.counts["kills with a file being written"] += any(map(is_temporary, runs.files()))
         for pid in [ranks[rank] for rank in wanted] or [process.pid]:
             send(pid, signal.SIGKILL)
-        end = field.end(process, ranks, since)
-        field.counts["not told"] += target != "command" and "was killed by SIGKILL" not in end.words
-        kinds.update([f"of {target}", f"at {moment}"] + ["with a file being written"] * in_save)
-        rows.append([target, moment, end.status, round(end.seconds, 2), end.lost])
-        print(*rows[-1], flush=True)
-    field.finish()
-    return {
-        "kills": len(rows),
-        **dict(sorted(kinds.items())),
-        "seconds until all processes were gone, at most": max(row[3] for row in rows),
-        "steps lost, at most": max(row[4] for row in rows),
-        "steps between checkpoints": EVERY,
-        "ranks killed without the command saying so": field.counts["not told"],
-        **common_figures(field, rows),
-    }
+        end = runs.end(process, ranks)
+        if target != "command" and end.status:
+            campaign.promise("was killed by SIGKILL" in end.words, "kills of ranks that the command told", end.words)
+    runs.finish()
+    campaign.promise(runs.most_lost <= EVERY, "no more steps lost than between checkpoints", runs.most_lost)
 
 
-def culprits(work: Path, rng: random.Random, rounds: int) -> Figures:
-    """A rank comes to harm by itself; `rounds` times each kind."""
+def bad_ranks(campaign: Campaign) -> None:
+    """A rank that is stopped, hangs, raises, leaves, or has no memory, ten times each."""
     words = {
         "SIGSTOP": "is stopped (SIGSTOP)",
         "a loader that hangs": "still running: ",
@@ -68,91 +88,66 @@ def culprits(work: Path, rng: random.Random, rounds: int) -> Figures:
         "no more memory (RLIMIT_AS)": "memory",
         "killed for memory (cgroup)": "was killed by SIGKILL",
     }
-    waiting = ("SIGSTOP", "a loader that hangs")
-    field = Field(work, rng, STEPS)
-    rows: Rows = []
-    kinds = [kind for kind in words if "cgroup" not in kind or faults_training_job.CGROUP.exists()]
-    todo = kinds * rounds
-    rng.shuffle(todo)
-    while todo:
-        kind, note = todo[-1], work / "note"
+    runs, note = Runs(campaign), campaign.work / "note"
+    kinds = [kind for kind in words if "cgroup" not in kind or training_job.CGROUP.exists()]
+    for kind in campaign.some(kinds * 10):
         note.unlink(missing_ok=True)
-        fault = {"kind": kind, "rank": rng.randrange(2), "step": field.saved() + rng.randint(1, 8), "note": str(note)}
-        process = field.start(**fault)
-        end = field.end(process, field.ranks_once_there(process), time.monotonic())
-        for group in faults_training_job.CGROUP.glob("alexprep-faults-*"):
+        while True:
+            step = runs.saved() + campaign.rng.randint(1, 8)
+            process = runs.start(kind=kind, rank=campaign.rng.randrange(2), step=step, note=str(note))
+            end = runs.end(process, runs.ranks_once_there(process))
+            if note.exists() or not runs.finished(end):
+                break  # else the run was done before the step of the fault
+        for group in training_job.CGROUP.glob("alexprep-faults-*"):
             group.rmdir()
-        if field.finished(end):
-            continue
-        todo.pop()
-        seconds = time.time() - float(note.read_text())
-        field.counts["not told"] += words[kind] not in end.words
-        field.counts["late"] += seconds > 10 + TIMEOUT * (kind in waiting)
-        rows.append([kind, fault["rank"], end.status, round(seconds, 2), end.lost])
-        print(*rows[-1], flush=True)
-        if words[kind] not in end.words:
-            print(end.words, flush=True)
-    field.finish()
-    slowest = {kind: max(row[3] for row in rows if row[0] == kind) for kind in kinds}
-    return {
-        "faults": len(rows),
-        "of each kind": rounds,
-        "seconds that ranks wait for one another": TIMEOUT,
-        "seconds from fault to end, at most": slowest,
-        "later than 10 s, and the wait where ranks must wait": field.counts["late"],
-        "ended without a reason that names it": field.counts["not told"],
-        **common_figures(field, rows),
-    }
+        campaign.promise(words[kind] in end.words and end.status != 0, f"told: {kind}", end.words)
+    runs.finish()
 
 
-def signals(work: Path, rng: random.Random, rounds: int) -> Figures:
-    """SIGTERM and SIGINT to the command alone, as a scheduler and a terminal send them."""
-    field = Field(work, rng, STEPS)
-    rows: Rows = []
-    kinds: Counter[str] = Counter()
-    while len(rows) < rounds:
-        process = field.start()
+def signals(campaign: Campaign) -> None:
+    """SIGTERM and Ctrl-C to the command at random moments, some of them twice, as a scheduler and a terminal send them."""
+    rng, runs = campaign.rng, Runs(campaign)
+    for _ in campaign.rounds(50):
+        process = runs.start()
         number, twice = rng.choice([signal.SIGTERM, signal.SIGTERM, signal.SIGINT]), rng.random() < 0.2
-        moment = rng.choice(["start", "step", "step", "save"])
-        if not field.wait_for(process, moment):
-            assert field.finished(field.end(process, {}, time.monotonic())), (work / "said").read_text()
-            continue
-        ranks, since = ranks_of(process.pid), time.monotonic()
-        send(process.pid, number)
-        if twice:
-            time.sleep(rng.uniform(0, 0.2))
+        if runs.wait_for(process, rng.choice(["start", "step", "step", "save"])):
+            ranks = ranks_of(process.pid)
             send(process.pid, number)
-        end = field.end(process, ranks, since)
+            if twice:
+                time.sleep(rng.uniform(0, 0.2))
+                send(process.pid, number)
+            end = runs.end(process, ranks)
+        else:
+            end = runs.end(process, {})
         if end.status == 0:  # it came behind the last step
-            field.finished(end)
+            runs.finished(end)
             continue
         kind = f"{number.name}{' twice' if twice else ''}"
-        kinds.update([kind, f"at {moment}"])
-        field.counts["late"] += end.seconds > 10
-        field.counts["lost by one signal"] += 0 if twice else end.lost
-        field.counts["status"] += end.status not in (128 + number, -number)
-        rows.append([kind, moment, end.status, round(end.seconds, 2), end.lost])
-        print(*rows[-1], flush=True)
-    field.finish()
-    return {
-        "stops": len(rows),
-        **dict(sorted(kinds.items())),
-        "seconds until all processes were gone, at most": max(row[3] for row in rows),
-        "later than 10 s": field.counts["late"],
-        "steps lost by one signal, in all": field.counts["lost by one signal"],
-        "steps lost by two, at most": max((row[4] for row in rows if "twice" in row[0]), default=0),
-        "exit status that is not the signal's": field.counts["status"],
-        **common_figures(field, rows),
-    }
+        campaign.counts[kind] += 1
+        campaign.promise(end.status in (128 + number, -number), "exit statuses that are the signal's", end.status)
+        campaign.promise(twice or not end.lost, "stops that lost no step by one signal", (kind, end.lost))
+    runs.finish()
+    campaign.promise(runs.most_lost <= EVERY, "no more steps lost than between checkpoints", runs.most_lost)
 
 
-def common_figures(field: Field, rows: Rows) -> Figures:
-    """What every mode counts."""
-    return {
-        "hung": field.counts["hung"],
-        "ranks that outlived the command": field.counts["orphans"],
-        "damaged checkpoints": field.counts["damaged checkpoints"],
-        "runs": field.counts["runs"] - 1,
-        "equal in final weights and in every loss": field.counts["equal"],
-        **({"each: what, when or where, exit status, seconds, steps lost": rows} if rows else {}),
-    }
+def full_disk(campaign: Campaign) -> None:
+    """A tmpfs too small for the checkpoints; then it has room."""
+    rng, disk, runs = campaign.rng, campaign.work / "disk", Runs(campaign)
+    disk.mkdir()
+    bytes_needed = sum(path.stat().st_size for path in runs.whole.rglob("*") if path.is_file())
+    for _ in campaign.rounds(10):
+        room = int(bytes_needed * rng.choice([0.0, rng.uniform(0, 1.3)])) // 4096 * 4096 + 4096
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={room}", "tmpfs", str(disk)], check=True)
+        try:
+            runs.run = disk / "runs" / "small"
+            process = runs.start()
+            end = runs.end(process, runs.ranks_once_there(process))
+            if end.status != 0:
+                told = "No space left on device" in end.words and str(disk) in end.words and "bytes" in end.words
+                told &= "Traceback" not in end.words
+                campaign.promise(told, "told with the file and the bytes", (room, end.words))
+            subprocess.run(["mount", "-o", f"remount,size={4 * bytes_needed}", str(disk)], check=True)
+            runs.finish() if end.status else runs.finished(end)
+        finally:
+            runs.run = runs.whole
+            subprocess.run(["umount", str(disk)], check=True)
