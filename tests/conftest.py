@@ -46,7 +46,9 @@ torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """`make stress` gives --whole."""
-    parser.addoption("--whole", action="store_true", help="only tests that try a seeded sample: let them try every case")
+    parser.addoption(
+        "--whole", action="store_true", help="only tests that try a seeded sample: let them try every case"
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -15,7 +15,7 @@ import torch
 from nvidia.dali import fn, pipeline_def
 from nvidia.dali.data_node import DataNode
 
-from alexprep.pipeline.dali_ops import decode_crop, to_tensor
+from alexprep.pipeline import decode_crop, to_tensor
 
 
 @pipeline_def(num_threads=2, exec_dynamic=True)
