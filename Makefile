@@ -22,7 +22,7 @@ help:
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e . --group dev
 	touch $@
 
-# Links that give type checkers the import names; see CONTRIBUTING in README.md.
+# Links that give type checkers the import names.
 build/types: Makefile
 	mkdir -p build/types/alexprep
 	for p in $(PACKAGES); do ln -sfn ../../../$$p build/types/alexprep/$$p; done

@@ -64,6 +64,7 @@ FLOORS = [
     ("logger", "profiler", "recipes", "distributed.parallel"),
     ("run_dir", "config", "runtime", "data"),
     ("training_state",),
+    ("divergence",),
     ("trainer",),
     ("predictions", "ensemble", "evaluation", "ilsvrc_submission", "launch", "overlap", "demo"),
 ]
@@ -191,6 +192,12 @@ def _taught() -> Iterator[tuple[str, str, tuple[str, ...]]]:
         for module, names in itertools.chain.from_iterable(map(_imports_of, sources)):
             if module.split(".")[0] == "alexprep":
                 yield page.relative_to(ROOT).as_posix(), module, names
+
+
+def test_every_module_is_on_the_map() -> None:
+    words = set(re.findall(r"[\w/]+\.py", (ROOT / "docs" / "house.md").read_text()))
+    names = {path.name for path in FILES if not path.stem.startswith("__")}
+    assert names == {word.rpartition("/")[2] for word in words} - {"test_repository.py"}
 
 
 def test_docs_know_no_deeper_name() -> None:
