@@ -6,6 +6,7 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -27,7 +28,11 @@ def resume_anywhere(campaign: Campaign) -> None:
     samples: dict[int, list[int]] = {}
     for number in campaign.rounds(2 * len(order) // 5 + 2):
         ranks, chosen = 2 - number % 2, order[number // 2 * 5 :][:5]
-        arguments = {"options": runs.options, "whole": str(runs.whole), "folder": str(campaign.work / "resumed")}
+        arguments: dict[str, Any] = {
+            "options": runs.options,
+            "whole": str(runs.whole),
+            "folder": str(campaign.work / "resumed"),
+        }
         arguments |= {"steps": steps, "chosen": chosen}
         found = launch(f"{training_job.__file__}:from_each_step", ranks, arguments, device="cpu")[0]
         samples = samples or found[0]["samples"]
