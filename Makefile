@@ -42,7 +42,7 @@ check: .venv/installed build/types
 
 # Hours; SECONDS=600 makes it about ten minutes. `make test` tries a seeded sample of the same.
 stress: .venv/installed
-	$(TEST) --whole
+	$(if $(SECONDS),,$(TEST) --whole)
 	$(BIN)/python -m tests.stress $(if $(SECONDS),--seconds $(SECONDS))
 
 format: .venv/installed
