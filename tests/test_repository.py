@@ -60,9 +60,9 @@ FENCES = {
 FLOORS = [
     ("spans", "parameters", "nonfinite", "distributed.world"),
     ("distributed.tensor_parallel", "lr_schedule", "optimizer", "precision", "checkpoint", "models"),
-    ("user_code", "metrics"),
+    ("user_code", "metrics", "data"),
     ("logger", "profiler", "recipes", "distributed.parallel"),
-    ("run_dir", "config", "runtime", "data"),
+    ("run_dir", "config", "runtime"),
     ("training_state",),
     ("divergence",),
     ("trainer",),
@@ -267,18 +267,14 @@ EXPECTED = {"matplotlib", "scikit-learn"}  # of the report command that is to co
 def _distributions(paths: list[Path]) -> set[str]:
     """What must be installed for these files' imports."""
     found, known = set(), packages_distributions()
-    own = {*ORDER, "alexprep", "tests", *(path.stem for path in paths), *(path.parent.name for path in paths)}
     for path in paths:
         for name, names in _imports(path):
             word = name.split(".")[0]
             if word == "nvidia":
-                word = name if "." in name else f"{name}.{names[0]}"
-                word = ".".join(word.split(".")[:2])
-            if word in DISTRIBUTIONS:
-                found.add(DISTRIBUTIONS[word])
-            elif word not in sys.stdlib_module_names and word not in own:
-                assert len(known.get(word, [])) == 1, f"{path}: which distribution has {word}?"
-                found.add(canonicalize_name(known[word][0]))
+                word = ".".join([*name.split("."), *names][:2])
+            owners = [DISTRIBUTIONS[word]] if word in DISTRIBUTIONS else known.get(word, [])  # none: a module of ours
+            assert len(owners) <= 1, f"{path}: which distribution has {word}?"
+            found |= {canonicalize_name(owner) for owner in owners if word not in ORDER}
     return found
 
 

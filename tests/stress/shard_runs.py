@@ -247,7 +247,7 @@ def lost_machines(campaign: Campaign) -> None:
 
     from alexprep.shards.ray_runner import RayEngine
 
-    options, nodes, out = ShardOptions(shard_samples=16), 2, campaign.work / "out"
+    options, nodes, out = ShardOptions(shard_samples=32), 2, campaign.work / "out"
     source = repeated(campaign.photos, campaign.work / "source", 4)
     inputs = convert(source, campaign.work / "reference", options, nodes).inputs
     reference = fingerprint(campaign.work / "reference")
@@ -256,7 +256,7 @@ def lost_machines(campaign: Campaign) -> None:
         for _ in campaign.rounds(10):
             while len(cluster.worker_nodes) < nodes:
                 cluster.add_node(num_cpus=1)
-            arguments = (cluster, out, -(-inputs // 16), campaign.rng, campaign.counts)
+            arguments = (cluster, out, -(-inputs // 32), campaign.rng, campaign.counts)
             killer = threading.Thread(target=_kill_machines, args=arguments, daemon=True)
             killer.start()
             convert(source, out, options, RayEngine(cluster.address))
