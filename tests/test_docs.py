@@ -27,7 +27,6 @@ from alexprep.shards.worker_pool import InProcessEngine, LocalEngine
 from alexprep.train.recipes import registry as recipes
 
 ROOT = Path(__file__).parents[1]
-SECONDS = 600  # for a page
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 _BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
@@ -156,7 +155,7 @@ def test_commands_run(
             cli.commands[words[0]].make_context(words[0], words[1:])
         elif "ray" in words:  # Ray is for a process of its own
             command = [sys.executable, "-m", "alexprep.cli", *words]
-            done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False)
+            done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=500, check=False)
             assert done.returncode == 0, f"{line}\n{done.stderr}"
         else:
             result = CliRunner().invoke(cli, words)
@@ -169,7 +168,7 @@ def _under_torchrun(line: str, words: list[str], folder: Path) -> None:
     started = [*words[: program - 1], "-m", "alexprep.cli", *words[program + 1 :], "--steps", "2", "--batch-size", "4"]
     assert words[program - 1] == "--no-python", line
     command = [sys.executable, "-m", "torch.distributed.run", *started]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600, check=False)
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, f"{line}\n{done.stderr}"
     assert done.stdout.count("weights sha256") == 1, done.stdout
 

@@ -53,7 +53,7 @@ def faults(tmp_path_factory: pytest.TempPathFactory, whole: bool) -> dict[str, l
         (source / f"{n}.jpg").write_bytes(os.urandom(size))
     command = [sys.executable, "-m", "tests.stress.file_system_faults", str(source.parent), str(work), str(SEED)]
     command.append("1" if whole else "0.2")
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stderr
     records: dict[str, list[dict[str, Any]]] = json.loads(done.stdout)
     return records
@@ -98,7 +98,7 @@ def test_writers_at_the_same_time_share_the_work(photos: Path, data: Path, tmp_p
             subprocess.Popen([*command, "--shard-samples", size, "--workers", "1"], stderr=subprocess.PIPE, text=True)
             for size in sizes
         ]
-        ended = [process.communicate(timeout=120)[1] for process in started]
+        ended = [process.communicate(timeout=500)[1] for process in started]
         states = [process.returncode for process in started]
         if states[:2] == [0, 0]:
             assert _finished(out) == reference, ended
