@@ -266,7 +266,8 @@ EXPECTED = {"matplotlib", "scikit-learn"}  # of the report command that is to co
 
 def _distributions(paths: list[Path]) -> set[str]:
     """What must be installed for these files' imports."""
-    found, known = set(), packages_distributions()
+    found: set[str] = set()
+    known = packages_distributions()
     for path in paths:
         for name, names in _imports(path):
             word = name.split(".")[0]
