@@ -14,6 +14,7 @@ import shutil
 import stat
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,49 +43,55 @@ def _finished(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.fixture(scope="module")
-def faults(tmp_path_factory: pytest.TempPathFactory, whole: bool) -> dict[str, list[dict[str, Any]]]:
-    """What became of every run of stress/file_system_faults.py: five inputs, two of them empty, in three shards."""
-    folder = tmp_path_factory.mktemp("faults")
-    source, work = folder / "source" / "class", folder / "work"
+Faults = Callable[[str], list[dict[str, Any]]]
+
+
+@pytest.fixture
+def faults(tmp_path: Path, whole: bool) -> Faults:
+    """What becomes of runs with a kind of fault: stress/file_system_faults.py, five inputs, two of them empty, in three shards."""
+    source, work = tmp_path / "source" / "class", tmp_path / "work"
     source.mkdir(parents=True)
     work.mkdir()
     for n, size in enumerate((5000, 10000, 0, 15000, 0)):
         (source / f"{n}.jpg").write_bytes(os.urandom(size))
-    command = [sys.executable, "-m", "tests.stress.file_system_faults", str(source.parent), str(work), str(SEED)]
-    command.append("1" if whole else "0.2")
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500, check=False)
-    assert done.returncode == 0, done.stderr
-    records: dict[str, list[dict[str, Any]]] = json.loads(done.stdout)
-    return records
+
+    def run(kind: str) -> list[dict[str, Any]]:
+        command = [sys.executable, "-m", "tests.stress.file_system_faults", kind, str(source.parent), str(work)]
+        command += [str(SEED), "1" if whole else "0.2"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500, check=False)
+        assert done.returncode == 0, done.stderr
+        records: list[dict[str, Any]] = json.loads(done.stdout)
+        return records
+
+    return run
 
 
-def test_a_kill_at_any_call_leaves_only_whole_files_and_the_rest_is_redone(
-    faults: dict[str, list[dict[str, Any]]],
-) -> None:
+def test_a_kill_at_any_call_leaves_only_whole_files_and_the_rest_is_redone(faults: Faults) -> None:
     """So does one in the run that goes on, every other time."""
-    records = faults["kill"]
+    records = faults("kill")
     assert sum(record["died"][0] for record in records) > 10 and sum(record["died"][-1] for record in records) > 10
     assert [record for record in records if record["wrong"] or not record["equal"]] == []
 
 
-def test_any_failing_call_ends_the_run_with_words_or_is_survived(faults: dict[str, list[dict[str, Any]]]) -> None:
-    struck = collections.Counter((record["error"], record["forever"]) for record in faults["error"] if record["call"])
-    assert len(struck) == 8 and min(struck.values()) > 4
-    assert {record["call"] for record in faults["error"]} >= {"open", "write", "fsync", "rename", "link", "mkdir"}
-    for record in faults["error"]:
+def test_any_failing_call_ends_the_run_with_words_or_is_survived(faults: Faults) -> None:
+    records = faults("error")
+    struck = collections.Counter((record["error"], record["forever"]) for record in records if record["call"])
+    assert len(struck) == 8 and struck.total() > 30
+    assert {record["call"] for record in records} >= {"open", "write", "fsync", "rename", "link", "mkdir"}
+    for record in records:
         assert not record["wrong"] and record["equal"], record
         harmless = not record["call"] or record["error"] in ("EINTR", "short write")
         assert (record["status"] == 0) == harmless, record
-        assert harmless or "/error/out" in record["words"], record  # which file it was
+        assert harmless or "/work/out" in record["words"], record  # which file it was
 
 
-def test_after_a_power_cut_every_shard_that_counts_is_whole(faults: dict[str, list[dict[str, Any]]]) -> None:
+def test_after_a_power_cut_every_shard_that_counts_is_whole(faults: Faults) -> None:
     """At every call; where fsync does nothing some shard is not, so this can tell."""
-    honest = [record for record in faults["power cut"] if record["honest"]]
+    records = faults("power-cut")
+    honest = [record for record in records if record["honest"]]
     assert len(honest) > 10
     assert [record for record in honest if record["wrong"] or not record["equal"]] == []
-    assert any(record["wrong"] for record in faults["power cut"] if not record["honest"])
+    assert any(record["wrong"] for record in records if not record["honest"])
 
 
 def test_writers_at_the_same_time_share_the_work(photos: Path, data: Path, tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """Makes shards with a fault at file-system call N, for a sample of all N; prints what came of each run as JSON.
 
-python -m tests.stress.file_system_faults SOURCE WORK SEED SHARE      SHARE: of the calls, 1 for every one
+python -m tests.stress.file_system_faults KIND SOURCE WORK SEED SHARE
+
+KIND is kill, error or power-cut; SHARE that of the calls, 1 for every one.
 
 A program of its own because a process that is forked should have no threads, and pytest's has. Faults are made in Python, which is
 quick; tests/stress/shard_calls.py makes them with strace, where no call can be missed.
@@ -97,10 +99,10 @@ def calls_of_a_run(source: Path, out: Path) -> list[str]:
     return [name for name in names if name != "opened"]
 
 
-def sampled(calls: list[str], share: float, rng: random.Random) -> list[int]:
-    """The numbers, from 1, of about that share of the calls, with one of each name and the last."""
+def sampled(calls: list[str], share: float, rng: random.Random, each_name: bool = True) -> list[int]:
+    """The numbers, from 1, of about that share of the calls, with the last and, if wanted, one of each name."""
     chosen = {len(calls), *(n for n in range(1, len(calls) + 1) if rng.random() < share)}
-    for name in sorted(set(calls)):
+    for name in sorted(set(calls)) if each_name else ():
         chosen.add(rng.choice([n for n, call in enumerate(calls, 1) if call == name]))
     return sorted(chosen)
 
@@ -149,7 +151,7 @@ def error(
     kinds += [(errno.EINTR, False), (0, True)]
     calls = calls_of_a_run(source, work / "out")
     for code, forever in kinds:
-        for number in sampled(calls, share / 4 if share < 1 else 1, rng):
+        for number in sampled(calls, share / 4 if share < 1 else 1, rng, each_name=code == errno.ENOSPC):
             call, status, words = fails_at(number, source, work / "out", code, forever)
             record = {"call": call, "error": errno.errorcode.get(code, "short write"), "forever": forever}
             record |= {"status": status, "words": words, "wrong": wrong(work / "out", reference)}
@@ -253,16 +255,16 @@ def verifies(path: Path) -> bool:
         return False
 
 
+KINDS = {"kill": kill, "error": error, "power-cut": power_cut}
+
+
 def main() -> None:
-    """All kinds of faults in one process: most of a run's time would be its start."""
-    source, work, rng, share = Path(sys.argv[1]), Path(sys.argv[2]), random.Random(sys.argv[3]), float(sys.argv[4])
+    """Runs the faults of one kind."""
+    kind, source, work, seed, share = sys.argv[1], *map(Path, sys.argv[2:4]), sys.argv[4], float(sys.argv[5])
     install()
     assert attempt(source, work / "reference") == (0, "")
-    reference, records = fingerprint(work / "reference"), {}
-    for name, faults in (("kill", kill), ("error", error), ("power cut", power_cut)):
-        (work / name).mkdir()
-        records[name] = list(faults(source, work / name, reference, rng, share))
-    print(json.dumps(records))
+    reference = fingerprint(work / "reference")
+    print(json.dumps(list(KINDS[kind](source, work, reference, random.Random(seed), share))))
 
 
 if __name__ == "__main__":
