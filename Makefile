@@ -6,12 +6,13 @@ PACKAGES := shards pipeline train cli
 TEST := $(BIN)/pytest -q -n auto --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format wheel-check clean
+.PHONY: help demo test check stress format wheel-check clean
 
 help:
 	@echo "make demo    shards, statistics, training and evaluation on a small set made on the spot"
 	@echo "make test    the test suite"
 	@echo "make check   format, lint, types, tests"
+	@echo "make stress  long campaigns of faults; SECONDS=600 for a part of each in that time"
 
 # The stamp is newer than what it was made from, so an edited dependency list reinstalls.
 .venv/installed: pyproject.toml setup.cfg constraints.txt
@@ -21,7 +22,7 @@ help:
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e . --group dev
 	touch $@
 
-# Links that give type checkers the import names; see CONTRIBUTING in README.md.
+# Links that give type checkers the import names.
 build/types: Makefile
 	mkdir -p build/types/alexprep
 	for p in $(PACKAGES); do ln -sfn ../../../$$p build/types/alexprep/$$p; done
@@ -38,6 +39,11 @@ check: .venv/installed build/types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(TEST)
+
+# Hours; SECONDS=600 makes it about ten minutes. `make test` tries a seeded sample of the same.
+stress: .venv/installed
+	$(if $(SECONDS),,$(TEST) --whole)
+	$(BIN)/python -m tests.stress $(if $(SECONDS),--seconds $(SECONDS))
 
 format: .venv/installed
 	$(BIN)/ruff format .

@@ -12,7 +12,6 @@ A run that was broken off goes on where it was.
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -61,12 +60,11 @@ def measured(data: Path, runs: Path, recipe: Callable[[], Recipe]) -> dict[str, 
 
 def main() -> None:
     """The command line."""
-    from common import report
+    from common import command_line, report
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("data", type=Path)
     parser.add_argument("--runs", type=Path, default=Path("runs-cifar-hour"))
-    parser.add_argument("--save", action="store_true")
     given = parser.parse_args()
     report(
         "cifar-hour", measured(given.data, given.runs, thirteen) | measured(given.data, given.runs, eleven), given.save

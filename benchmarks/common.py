@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -16,6 +17,13 @@ from typing import Any
 from alexprep.shards.versions import processor, versions
 
 RESULTS = Path(__file__).parent / "results"
+
+
+def command_line(description: str | None) -> argparse.ArgumentParser:
+    """A parser with the module's docstring as its help, and --save, for `report`."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--save", action="store_true", help="write benchmarks/results/NAME.json")
+    return parser
 
 
 def in_turns(contestants: dict[str, Callable[[], int]], rounds: int = 5) -> dict[str, float]:

@@ -7,12 +7,11 @@ SOURCE: a tree of photos. An environment for the others is made below build/benc
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 from pathlib import Path
 
-from common import report
+from common import command_line, report
 from processes import CONTESTANTS, Environment, interpreter
 
 NEEDS = Environment(
@@ -22,10 +21,9 @@ NEEDS = Environment(
 
 def main() -> None:
     """Runs the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("source", type=Path)
     parser.add_argument("--limit", type=int, default=300, help="photos")
-    parser.add_argument("--save", action="store_true")
     arguments = parser.parse_args()
     command = [
         interpreter("decoders", NEEDS),

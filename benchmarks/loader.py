@@ -24,7 +24,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from common import report
+from common import command_line, report
 from contestants.live import Live, Turn
 from processes import ROOT, Environment, Missing, interpreter
 from shard import NEEDS
@@ -88,7 +88,7 @@ RATIOS = (
 
 def main() -> None:
     """Has the contestants take turns, and reports."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("data", type=Path)
     parser.add_argument("--device", default="cpu", choices=_BOTH)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
@@ -98,7 +98,6 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=24, help="batches that are timed in a turn")
     parser.add_argument("--skip", type=int, default=8, help="batches before them")
     parser.add_argument("--pin", action="store_true", help="hold each contestant to as many cores as threads")
-    parser.add_argument("--save", action="store_true")
     arguments = parser.parse_args()
     names = arguments.contestants.split(",")
     if unknown := set(names) - set(CONTESTANTS):

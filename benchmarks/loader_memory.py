@@ -5,7 +5,6 @@ python benchmarks/loader_memory.py DATA [--batches 10000] [--save]      DATA: sh
 
 from __future__ import annotations
 
-import argparse
 import gc
 import itertools
 import os
@@ -14,7 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from common import report
+from common import command_line, report
 
 from alexprep.pipeline import Loader
 from alexprep.shards.reader import Samples
@@ -24,10 +23,9 @@ BATCH = 8
 
 def main() -> None:
     """Measures a sound set and one in which every tenth image is damaged."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("data", type=Path)
     parser.add_argument("--batches", type=int, default=10_000)
-    parser.add_argument("--save", action="store_true")
     arguments = parser.parse_args()
     figures: dict[str, Any] = {"batches": arguments.batches, "batch size": BATCH}
     figures |= _watch("sound", arguments.data, arguments.batches)

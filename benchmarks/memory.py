@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from common import report
+from common import command_line, report
 from PIL import Image
 
 from alexprep.shards import worker_pool
@@ -80,9 +80,8 @@ def convert(paths: list[str]) -> None:
 
 def main() -> None:
     """Runs the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--convert", nargs="*", help=argparse.SUPPRESS)
-    parser.add_argument("--save", action="store_true")
     arguments = parser.parse_args()
     if arguments.convert is not None:
         convert(arguments.convert)

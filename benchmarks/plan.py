@@ -5,7 +5,6 @@ python benchmarks/plan.py [--inputs 15000000 --classes 22000] [--save]
 
 from __future__ import annotations
 
-import argparse
 import resource
 import shutil
 import statistics
@@ -15,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import report
+from common import command_line, report
 
 from alexprep.shards.conversion import make_plan
 from alexprep.shards.dataset_format import PLAN, PLAN_TABLE
@@ -42,10 +41,9 @@ class Invented(Source):
 
 def main() -> None:
     """Plans once, then opens the plan and reads row groups as workers do."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--inputs", type=int, default=1_000_000)
     parser.add_argument("--classes", type=int, default=1_000)
-    parser.add_argument("--save", action="store_true")
     arguments = parser.parse_args()
     source = Invented(LocalFiles(b"/nowhere"), arguments.inputs, arguments.classes)
     before = _peak_megabytes()

@@ -11,7 +11,6 @@ they are first asked for.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import os
 import shutil
@@ -20,7 +19,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from common import in_turns, report
+from common import command_line, in_turns, report
 from processes import Environment, Missing, Run, interpreter, run
 
 from alexprep.shards.image_codec import Codec, Target, to_square
@@ -53,14 +52,13 @@ NEEDS = {  # by the name of the script in contestants/
 
 def main() -> None:
     """Times the stages, then every contestant in turns."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("source", type=Path)
     parser.add_argument("--inputs", type=int, default=3000, help="images that each contestant sees")
     parser.add_argument("--limit", type=int, default=300, help="images in the stages")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--contestants", default="alexprep,pillow,img2dataset,ffcv")
     parser.add_argument("--work", type=Path, help="a folder for links and output, below which everything is removed")
-    parser.add_argument("--save", action="store_true")
     arguments = parser.parse_args()
     figures: dict[str, Any] = {"inputs": arguments.inputs} | _stages(arguments.source, arguments.limit)
     pythons = {}

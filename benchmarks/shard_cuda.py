@@ -7,13 +7,12 @@ From a source tree that is not installed: PYTHONPATH=build/types python benchmar
 
 from __future__ import annotations
 
-import argparse
 import io
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from common import in_turns, report
+from common import command_line, in_turns, report
 from numpy.typing import NDArray
 from nvidia import nvimgcodec
 from PIL import Image
@@ -26,11 +25,10 @@ from alexprep.shards.worker_pool import one_thread
 
 def main() -> None:
     """Times both codecs and the GPU's decoders alone, then compares what came out."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("source")
     parser.add_argument("--limit", type=int, default=1024, help="images")
     parser.add_argument("--device", default="cuda", help="cpu: the same batches without a GPU, to try this file")
-    parser.add_argument("--save", action="store_true")
     arguments = parser.parse_args()
     one_thread()
     source = find_source(arguments.source)

@@ -5,14 +5,13 @@ python benchmarks/shuffle.py [--shards 128] [--save]      on shards of 1,000 sam
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import webdataset
-from common import report
+from common import command_line, report
 from numpy.typing import NDArray
 from nvidia.dali import Pipeline, fn
 
@@ -23,9 +22,8 @@ SHARD_SAMPLES, BATCH = 1000, 1000
 
 def main() -> None:
     """Measures every order on the same shards."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--shards", type=int, default=128)
-    parser.add_argument("--save", action="store_true")
     arguments = parser.parse_args()
     samples = arguments.shards * SHARD_SAMPLES
     shards = np.arange(samples) // SHARD_SAMPLES

@@ -5,10 +5,9 @@ python benchmarks/stats.py DATA [--save]        DATA: a data set made by `alexpr
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
-from common import in_turns, report
+from common import command_line, in_turns, report
 
 from alexprep.shards import rgb_statistics
 from alexprep.shards.image_codec import Codec, Target
@@ -19,9 +18,8 @@ from alexprep.shards.worker_pool import one_thread
 
 def main() -> None:
     """Times decoding, the moments of decoded images, and both as the command does them."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("data", type=Path)
-    parser.add_argument("--save", action="store_true")
     arguments = parser.parse_args()
     one_thread()
     samples = Samples(arguments.data, "train")

@@ -9,14 +9,13 @@ thread and processor time. fp16 is left out on a CPU, where gradients of convolu
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from common import report
+from common import command_line, report
 
 from alexprep.train.precision import PRECISIONS, Precision, arithmetic, float32_kernels
 from alexprep.train.recipes import recipe as recipe_named
@@ -88,14 +87,13 @@ class Contest:
 
 def main() -> None:
     """Measures what the command line asks for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--recipes", nargs="+", default=["alexnet", "cifar10-quick"])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--turn-seconds", type=float, default=2.0)
     parser.add_argument("--no-compile", action="store_true", help="leave out what is compiled")
-    parser.add_argument("--save", action="store_true", help="write results/step-DEVICE.json")
     options = parser.parse_args()
     device = torch.device(options.device)
     if device.type == "cpu":

@@ -9,7 +9,6 @@ it) reads the damaged tars: it "notices" where it raises an error.
 
 from __future__ import annotations
 
-import argparse
 import collections
 import random
 import tarfile
@@ -17,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from common import report
+from common import command_line, report
 
 from alexprep.shards import rgb_statistics
 from alexprep.shards.conversion import convert
@@ -30,20 +29,26 @@ from alexprep.shards.worker_pool import InProcessEngine
 ENGINE = InProcessEngine()
 
 
-def named(data: Path, path: Path) -> bool | None:
-    """None where nothing was found; else whether the damaged file is named."""
+def found(data: Path, path: Path) -> str:
+    """What `verify` makes of a damaged file."""
     try:
         problems = verify(data, ENGINE).problems
     except AlexprepError as error:
-        return path.name in str(error)
-    if not problems:
-        return None
+        return "named" if path.name in str(error) else "found, another file named"
     name = str(path.relative_to(data))
-    return any(name == problem.file or name in problem.what for problem in problems)
+    if any(name == problem.file or name in problem.what for problem in problems):
+        return "named"
+    return "found, another file named" if problems else "missed"
+
+
+def seen(path: Path, whole: str) -> str:
+    """What a reader that trusts the tar makes of a damaged one; `whole` is what it made of the tar before."""
+    content = plain_reader(path)
+    return "error" if content == "error" else "silently other" if content != whole else "the same"
 
 
 def plain_reader(path: Path) -> str:
-    """What a reader that trusts the tar makes of it."""
+    """The members of a tar as text, or "error"."""
     try:
         with tarfile.open(path, "r|*") as tar:
             members = [(member.name, tar.extractfile(member).read()) for member in tar]  # type: ignore[union-attr]
@@ -54,11 +59,10 @@ def plain_reader(path: Path) -> str:
 
 def main() -> None:
     """Runs the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("photos", type=Path)
     parser.add_argument("--flips", type=int, default=20_000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--save", action="store_true", help="write benchmarks/results/verify.json")
     arguments = parser.parse_args()
     rng = random.Random(arguments.seed)
     result: dict[str, object] = {"flips": arguments.flips, "seed": arguments.seed}
@@ -74,8 +78,7 @@ def main() -> None:
         result["false_alarms_of_1000"] = alarms
 
         start = time.monotonic()
-        found: collections.Counter[str] = collections.Counter()
-        plain: collections.Counter[str] = collections.Counter()
+        flips, plain, cuts, plain_cuts = (collections.Counter[str]() for _ in range(4))
         for n in range(arguments.flips):
             # Every other one in a tar; the rest over all files, small ones too.
             path = rng.choice([p for p in files if p.suffix == ".tar"]) if n % 2 else rng.choice(files)
@@ -86,28 +89,23 @@ def main() -> None:
             whole = plain_reader(path) if path.suffix == ".tar" else ""
             path.write_bytes(bad)
             try:
-                verdict = named(data, path)
-                found["missed" if verdict is None else "named" if verdict else "found, another file named"] += 1
-                if verdict is not True:
+                verdict = found(data, path)
+                flips[verdict] += 1
+                if verdict != "named":
                     print(f"{path.relative_to(data)} byte {position}: {verdict}")
                 if whole:
-                    seen = plain_reader(path)
-                    plain["error" if seen == "error" else "silently other" if seen != whole else "the same"] += 1
+                    plain[seen(path, whole)] += 1
             finally:
                 path.write_bytes(good)
         result["flip_seconds"] = round(time.monotonic() - start, 1)
-        result["flips_found"], result["flips_plain_reader"] = dict(found), dict(plain)
+        result["flips_found"], result["flips_plain_reader"] = dict(flips), dict(plain)
 
-        cuts: collections.Counter[str] = collections.Counter()
-        plain_cuts: collections.Counter[str] = collections.Counter()
         for path in (p for p in files if p.suffix == ".tar"):
             good, whole = path.read_bytes(), plain_reader(path)
             for length in range(0, len(good), 512):
                 path.write_bytes(good[:length])
-                verdict = named(data, path)
-                cuts["missed" if verdict is None else "named" if verdict else "found, another file named"] += 1
-                seen = plain_reader(path)
-                plain_cuts["error" if seen == "error" else "silently other" if seen != whole else "the same"] += 1
+                cuts[found(data, path)] += 1
+                plain_cuts[seen(path, whole)] += 1
             path.write_bytes(good)
         result["cuts_found"], result["cuts_plain_reader"] = dict(cuts), dict(plain_cuts)
     report("verify", result, arguments.save)

@@ -18,7 +18,6 @@ class Seconds(click.FloatRange):
     """A time above 0; not NaN, which is in no range and outside of none, and no more than a year."""
 
     def __init__(self) -> None:
-        """The bounds."""
         super().__init__(min=0, max=3.2e7, min_open=True)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
@@ -30,12 +29,11 @@ class Seconds(click.FloatRange):
 
 
 class Folder(click.ParamType):  # type: ignore[type-arg]  # generic only for type checkers
-    """A folder on a disk, or a URL that fsspec understands."""
+    """A folder on a disk, or a URL that fsspec understands; with `local`, URLs are refused."""
 
     name = "folder"
 
     def __init__(self, local: bool = False) -> None:
-        """With `local`, URLs are refused."""
         self._local = local
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:

@@ -30,18 +30,31 @@ SIZES = ((90, 61), (61, 90), (64, 64), (33, 47), (47, 33), (128, 65), (65, 200),
 
 Photo = Callable[..., Image.Image]
 
-SECONDS = 180  # for a test; its module may have another `SECONDS`
-FIXTURE_SECONDS = 600  # for fixtures, some of which many tests share
+SECONDS = 600  # for a test, however busy the machine; its module may have another `SECONDS`
+FIXTURE_SECONDS = 1200  # for fixtures, some of which many tests share
 GRACE = 60  # seconds more, for what is late to be ended
 _stderr = 2
 
-# For `from tests.made_up import …`, also in ranks, which inherit it.
+# For `from tests.made_up import …`, also in ranks and workers, which inherit it.
 sys.path.append(str(Path(__file__).parents[1]))
 
 # The nets of tests are so small that torch's threads would only wait for each other, long where the machine is busy.
 # Processes that tests start inherit it. OMP_NUM_THREADS=N in the environment asks for others.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`make stress` gives --whole."""
+    parser.addoption(
+        "--whole", action="store_true", help="only tests that try a seeded sample: let them try every case"
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With --whole the tests that have no more cases to try, which do not ask for the fixture `whole`, are left out."""
+    if config.getoption("--whole"):
+        items[:] = [item for item in items if "whole" in getattr(item, "fixturenames", ())]
 
 
 def pytest_configure() -> None:
@@ -105,6 +118,12 @@ def encode(image: Image.Image, kind: str = "JPEG", **options: object) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
     return buffer.getvalue()
+
+
+@pytest.fixture(scope="session")
+def whole(request: pytest.FixtureRequest) -> bool:
+    """Whether every case is to be tried, as `make stress` wants it, and not a seeded sample of them."""
+    return bool(request.config.getoption("--whole"))
 
 
 @pytest.fixture(scope="session")

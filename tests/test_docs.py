@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import io
+import itertools
 import re
 import runpy
 import shlex
@@ -22,6 +23,7 @@ import pytest
 from click.testing import CliRunner
 
 from alexprep.cli.main import cli
+from alexprep.shards.worker_pool import InProcessEngine, LocalEngine
 from alexprep.train import recipes
 
 ROOT = Path(__file__).parents[1]
@@ -77,7 +79,7 @@ def _stand_ins(root: Path, photos: Path) -> dict[str, str]:
 
 @pytest.fixture
 def script_help(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[[Path], str]:
-    """What a program of benchmarks/ says to --help, in this process: most import torch, which takes long."""
+    """What a program of benchmarks/ or tests/stress says to --help, in this process: most import torch, which takes long."""
 
     def told(script: Path) -> str:
         with monkeypatch.context() as patch, pytest.raises(SystemExit) as left:
@@ -90,29 +92,52 @@ def script_help(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
     return told
 
 
-@pytest.mark.usefixtures("patient_search")
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_commands_run(
-    page: Path, script_help: Callable[[Path], str], photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Where a page names a source, a small one of its kind stands; a training is cut to two steps, AlexNet to an eighth of its
-    kernels, a measurement to a second, and one worker does the work of as many as there are cores."""
+@pytest.fixture
+def small_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """AlexNet has an eighth of its kernels, and shards are made in this process, since a worker's start takes longer."""
     narrow = replace(recipes.RECIPES["alexnet"](), width=0.125)
     monkeypatch.setitem(recipes.RECIPES, "alexnet", lambda: narrow)
-    monkeypatch.setattr("alexprep.shards.worker_pool.cores", lambda: 1)
+    here = InProcessEngine()
+    monkeypatch.setattr(LocalEngine, "run", lambda engine, task, arguments, *more: here.run(task, arguments, *more))
+    for name in [name for name in sys.modules if name.startswith("alexprep.shards")]:
+        for value in list(vars(sys.modules[name]).values()):
+            if hasattr(value, "cache_clear"):
+                value.cache_clear()  # as new workers begin: another page has another alexprep-data
+
+
+def _lines(page: Path) -> list[str]:
+    return [line[2:] for block in _blocks(page, "console") for line in block.splitlines() if line.startswith("$ ")]
+
+
+@pytest.mark.usefixtures("patient_search", "small_work")
+@pytest.mark.parametrize("page", [page for page in PAGES if _lines(page)], ids=lambda page: page.name)
+def test_commands_run(
+    page: Path,
+    script_help: Callable[[Path], str],
+    photos: Path,
+    whole: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where a page names a source, a small one of its kind stands; a training is cut to two steps, a measurement to a second.
+
+    Of a page's lines that start ranks themselves the first runs, and the others are read: all run in `make stress`.
+    """
     stand_ins = _stand_ins(tmp_path, photos)
     monkeypatch.chdir(tmp_path)
-    lines = [line[2:] for block in _blocks(page, "console") for line in block.splitlines() if line.startswith("$ ")]
     make = (ROOT / "Makefile").read_text()
-    for line in lines:
+    with_ranks = 0
+    for line in _lines(page):
         program, *words = shlex.split(line, comments=True)
         if program == "make":
             assert re.search(rf"^{words[0]}:", make, re.MULTILINE), line
             continue
         if program == "python":
-            told = script_help(ROOT / words[0])
-            for option in (word for word in words if word.startswith("--")):
-                assert option in told, line
+            module = words[0] == "-m"
+            told = script_help(ROOT / words[1].replace(".", "/") / "__main__.py" if module else ROOT / words[0])
+            options = {word for word in words[1 + module :] if word.startswith("--")}
+            campaigns = itertools.takewhile(lambda word: not word.startswith("--"), words[2:] if module else [])
+            assert all(word in told for word in (*options, *campaigns)), line
             continue
         if program == "torchrun":
             _under_torchrun(line, words, tmp_path)
@@ -125,9 +150,12 @@ def test_commands_run(
             words += ["--batch-size", "4", "--seconds", "0.5"]
         if words[0] == "bench":
             words += ["--batch-size", "4", "--steps", "2", "--rounds", "1"]
-        if "ray" in words:  # Ray is for a process of its own
+        with_ranks += "--gpus" in words
+        if "--gpus" in words and with_ranks > 1 and not whole:
+            cli.commands[words[0]].make_context(words[0], words[1:])
+        elif "ray" in words:  # Ray is for a process of its own
             command = [sys.executable, "-m", "alexprep.cli", *words]
-            done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+            done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=500, check=False)
             assert done.returncode == 0, f"{line}\n{done.stderr}"
         else:
             result = CliRunner().invoke(cli, words)
@@ -140,7 +168,7 @@ def _under_torchrun(line: str, words: list[str], folder: Path) -> None:
     started = [*words[: program - 1], "-m", "alexprep.cli", *words[program + 1 :], "--steps", "2", "--batch-size", "4"]
     assert words[program - 1] == "--no-python", line
     command = [sys.executable, "-m", "torch.distributed.run", *started]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=150, check=False)
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, f"{line}\n{done.stderr}"
     assert done.stdout.count("weights sha256") == 1, done.stdout
 

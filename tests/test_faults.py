@@ -1,6 +1,6 @@
 """Faults while shards are made: kills, failing calls, power cuts, other writers, and decoders that misbehave.
 
-The long forms, with the system's own kills and errors, are in benchmarks/faults.py.
+A seeded sample of what can be tried; `make stress` tries all of it, and with the system's own kills and errors (tests/stress).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import shutil
 import stat
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,40 +31,53 @@ from alexprep.shards.plan import ShardOptions
 from alexprep.shards.storage import publish_first, published, remove_temporaries
 from alexprep.shards.verification import verify
 from alexprep.shards.worker_pool import InProcessEngine, LocalEngine
+from tests.stress import misbehaving
+from tests.stress.misbehaving import MISDEEDS, Misbehaving
 
-DRIVER = Path(__file__).with_name("fault_driver.py")
+SEED = 20_261_121
+PATIENCE = 1000  # s that a worker may take for an image: what hangs only seems to take that long
+ROOT = Path(__file__).parents[1]
 
 
 def _finished(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def _faults(mode: str, tmp_path: Path, seed: int) -> list[dict[str, Any]]:
-    """What became of every run of `fault_driver.py`: five inputs, two of them empty, in three shards."""
-    source = tmp_path / "source" / "class"
+Faults = Callable[[str], list[dict[str, Any]]]
+
+
+@pytest.fixture
+def faults(tmp_path: Path, whole: bool) -> Faults:
+    """What becomes of runs with a kind of fault: stress/file_system_faults.py, five inputs, two of them empty, in three shards."""
+    source, work = tmp_path / "source" / "class", tmp_path / "work"
     source.mkdir(parents=True)
+    work.mkdir()
     for n, size in enumerate((5000, 10000, 0, 15000, 0)):
         (source / f"{n}.jpg").write_bytes(os.urandom(size))
-    (tmp_path / "work").mkdir()
-    command = [sys.executable, str(DRIVER), mode, str(source.parent), str(tmp_path / "work"), str(seed)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
-    records: list[dict[str, Any]] = json.loads(done.stdout)
-    return records
+
+    def run(kind: str) -> list[dict[str, Any]]:
+        command = [sys.executable, "-m", "tests.stress.file_system_faults", kind, str(source.parent), str(work)]
+        command += [str(SEED), "1" if whole else "0.2"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500, check=False)
+        assert done.returncode == 0, done.stderr
+        records: list[dict[str, Any]] = json.loads(done.stdout)
+        return records
+
+    return run
 
 
-def test_a_kill_at_any_call_leaves_only_whole_files_and_the_rest_is_redone(tmp_path: Path, seed: int) -> None:
+def test_a_kill_at_any_call_leaves_only_whole_files_and_the_rest_is_redone(faults: Faults) -> None:
     """So does one in the run that goes on, every other time."""
-    records = _faults("kill", tmp_path, seed)
-    assert len(records) > 60 and sum(record["died"] for record in records) > 1.3 * len(records)
+    records = faults("kill")
+    assert sum(record["died"][0] for record in records) > 10 and sum(record["died"][-1] for record in records) > 10
     assert [record for record in records if record["wrong"] or not record["equal"]] == []
 
 
-def test_any_failing_call_ends_the_run_with_words_or_is_survived(tmp_path: Path, seed: int) -> None:
-    records = _faults("error", tmp_path, seed)
+def test_any_failing_call_ends_the_run_with_words_or_is_survived(faults: Faults) -> None:
+    records = faults("error")
     struck = collections.Counter((record["error"], record["forever"]) for record in records if record["call"])
-    assert len(struck) == 8 and min(struck.values()) > 10
-    assert {record["call"] for record in records} == {"", "open", "write", "fsync", "rename", "link", "unlink", "mkdir"}
+    assert len(struck) == 8 and struck.total() > 30
+    assert {record["call"] for record in records} >= {"open", "write", "fsync", "rename", "link", "mkdir"}
     for record in records:
         assert not record["wrong"] and record["equal"], record
         harmless = not record["call"] or record["error"] in ("EINTR", "short write")
@@ -71,11 +85,11 @@ def test_any_failing_call_ends_the_run_with_words_or_is_survived(tmp_path: Path,
         assert harmless or "/work/out" in record["words"], record  # which file it was
 
 
-def test_after_a_power_cut_every_shard_that_counts_is_whole(tmp_path: Path, seed: int) -> None:
+def test_after_a_power_cut_every_shard_that_counts_is_whole(faults: Faults) -> None:
     """At every call; where fsync does nothing some shard is not, so this can tell."""
-    records = _faults("power-cut", tmp_path, seed)
+    records = faults("power-cut")
     honest = [record for record in records if record["honest"]]
-    assert len(honest) > 60
+    assert len(honest) > 10
     assert [record for record in honest if record["wrong"] or not record["equal"]] == []
     assert any(record["wrong"] for record in records if not record["honest"])
 
@@ -91,7 +105,7 @@ def test_writers_at_the_same_time_share_the_work(photos: Path, data: Path, tmp_p
             subprocess.Popen([*command, "--shard-samples", size, "--workers", "1"], stderr=subprocess.PIPE, text=True)
             for size in sizes
         ]
-        ended = [process.communicate(timeout=120)[1] for process in started]
+        ended = [process.communicate(timeout=500)[1] for process in started]
         states = [process.returncode for process in started]
         if states[:2] == [0, 0]:
             assert _finished(out) == reference, ended
@@ -219,45 +233,23 @@ def test_a_folder_that_cannot_be_synced_is_no_fault_of_the_disk(
         assert publish_first(tmp_path / "plan", b"one") == b"one"
 
 
-def test_a_file_server_that_stalls_condemns_no_image(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(Path(__file__).parent)  # workers inherit it
-    import planted  # type: ignore[import-not-found]
-
-    engine = LocalEngine(1, image_seconds=1)
-    assert list(engine.run(planted.slow, [0])) == ["fine"]
-    with pytest.raises(
-        AlexprepError, match=r"/server/n01/a\.jpg could not be read within 1 s: mend the disk or the network"
-    ):
-        list(engine.run(planted.stalled, [0]))
+def test_a_file_server_that_stalls_condemns_no_image() -> None:
+    engine = LocalEngine(1, image_seconds=PATIENCE)
+    assert list(engine.run(misbehaving.slow, [0])) == ["fine"]
+    words = rf"/server/n01/a\.jpg could not be read within {PATIENCE} s: mend the disk or the network"
+    with pytest.raises(AlexprepError, match=words):
+        list(engine.run(misbehaving.stalled, [0]))
 
 
-def test_an_unexpected_error_in_a_worker_is_told_in_the_first_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(Path(__file__).parent)
-    import planted
-
+def test_an_unexpected_error_in_a_worker_is_told_in_the_first_line() -> None:
     with pytest.raises(RuntimeError) as caught:
-        list(LocalEngine(1).run(planted.odd, [0]))
+        list(LocalEngine(1).run(misbehaving.odd, [0]))
     lines = str(caught.value).splitlines()
     assert lines[0] == "in a worker: OddError: 1 is not 2" and "raise OddError(1, 2)" in str(caught.value)
 
 
-MISDEEDS = {
-    "segv": "ends the process that reads it (SIGSEGV)",
-    "abort": "ends the process that reads it (SIGABRT)",
-    "exit": "ends the process that reads it (exit status 3)",
-    "hang": "takes more than 2 s",
-    "hoard": "needs more memory than a worker may have",
-    "malloc": "ends the process that reads it (SIGABRT)",
-}
-
-
-def test_a_decoder_that_misbehaves_costs_just_its_image(
-    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_decoder_that_misbehaves_costs_just_its_image(photos: Path, tmp_path: Path) -> None:
     """Six kinds of misdeed among 68 images; all else as if those images were empty."""
-    monkeypatch.syspath_prepend(Path(__file__).parent)  # workers inherit it
-    from planted import Planted
-
     shutil.copytree(photos, tmp_path / "source")
     shutil.copytree(photos, tmp_path / "empty")
     images = sorted(path.relative_to(photos) for path in photos.rglob("*.JPEG"))
@@ -266,17 +258,17 @@ def test_a_decoder_that_misbehaves_costs_just_its_image(
         with open(tmp_path / "source" / path, "ab") as file:
             file.write(word.encode().rjust(8, b"."))
         (tmp_path / "empty" / path).write_bytes(b"")
-    options = ShardOptions(Target(size=64), shard_samples=7)
-    engine = LocalEngine(2, image_seconds=2, image_bytes=200 * 2**20)
-    report = convert(tmp_path / "source", tmp_path / "out", options, engine, make_codec=Planted)
+    options = ShardOptions(Target(size=64), shard_samples=17)
+    engine = LocalEngine(2, image_seconds=PATIENCE, image_bytes=200 * 2**20)
+    report = convert(tmp_path / "source", tmp_path / "out", options, engine, make_codec=Misbehaving)
     convert(tmp_path / "empty", tmp_path / "without", options, 2)
     assert (report.written, report.rejected.total()) == (68 - 6, 6)
     rows = [row for table in (tmp_path / "out").glob("*/samples.parquet") for row in pq.read_table(table).to_pylist()]
     reasons = {row["source"]: row["reason"] for row in rows if row["status"] == "rejected"}
-    assert reasons == {str(path): MISDEEDS[word] for path, word in chosen.items()}
+    assert reasons == {str(path): MISDEEDS[word].format(PATIENCE) for path, word in chosen.items()}
     assert read_dataset(tmp_path / "out")["digest"] == read_dataset(tmp_path / "without")["digest"]
     tars = [
         {name: content for name, content in _finished(tmp_path / name).items() if name.endswith((".tar", ".idx"))}
         for name in ("out", "without")
     ]
-    assert tars[0] == tars[1] and len(tars[0]) == 2 * 10
+    assert tars[0] == tars[1] and len(tars[0]) == 2 * 5

@@ -1,11 +1,12 @@
-"""The training that faults_training.py harms: as a program, and what its ranks do.
+"""The training that tests/stress/training.py harms: as a program, and what its ranks do.
 
-python benchmarks/faults_training_job.py JSON      {"options": of TrainConfig, "fault": {"kind", "rank", "step", "note"}, "timeout": seconds}
+python tests/stress/training_job.py JSON      {"options": of TrainConfig, "fault": {"kind", "rank", "step", "note"}}
 """
 
 from __future__ import annotations
 
 import functools
+import io
 import json
 import os
 import resource
@@ -37,9 +38,8 @@ def main() -> None:
     job = json.loads(sys.argv[1])
     if "fault" in job:
 
-        def with_fault(target: str, count: int, arguments: Options, device: str | None) -> list[Any]:
-            arguments |= {"fault": job["fault"]}
-            return launch_ranks(f"{__file__}:faulty_rank", count, arguments, device=device, timeout=job["timeout"])
+        def with_fault(target: str, ranks: int, arguments: Options, **options: Any) -> list[Any]:
+            return launch_ranks(f"{__file__}:faulty_rank", ranks, {**arguments, "fault": job["fault"]}, **options)
 
         vars(launching)["launch_ranks"] = with_fault
     try:
@@ -121,24 +121,32 @@ FAULTS: dict[str, Callable[[], Any]] = {
 class Recording(Loader):
     """Notes which samples each training step has."""
 
-    samples_of: dict[int, list[int]] = {}  # noqa: RUF012  one for all, cleared by `from_every_step`
+    samples_of: dict[int, list[int]] = {}  # noqa: RUF012  one for all, cleared by `from_each_step`
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        """As `Loader`."""
+        super().__init__(*arguments, **options)
+        self.trains = options["views"] == "random"
 
     def __iter__(self) -> Iterator[Batch]:
         """As `Loader`."""
         for batch in super().__iter__():
-            if self._graph.views == "random":
+            if self.trains:
                 self.samples_of[self.epoch * len(self) + self.step] = batch.indices.tolist()
             yield batch
 
 
-def from_every_step(world: World, options: Options, whole: str, folder: str, steps: int) -> list[dict[str, Any]]:
-    """Goes on from each checkpoint of a finished run, in a folder of its own each; all ranks do.
+def from_each_step(
+    world: World, options: Options, whole: str, folder: str, steps: int, chosen: list[int]
+) -> list[dict[str, Any]]:
+    """Goes on from the chosen checkpoints of a finished run, in a folder of its own each; all ranks do.
 
     Returns:
-        Of each step: weights_sha256, the samples of all steps from there on, and the run.
+        Of each: weights_sha256, the samples of all steps from there on, and the run.
     """
     found = []
-    for step in range(1, steps):
+    sys.stderr = io.StringIO()  # nobody reads the progress of so many runs
+    for step in chosen:
         run = Path(folder) / f"{world.size}-{step}"
         if world.leads:
             shutil.copytree(whole, run, ignore=shutil.ignore_patterns(run_dir.CHECKPOINTS, run_dir.SUMMARY))
@@ -147,8 +155,8 @@ def from_every_step(world: World, options: Options, whole: str, folder: str, ste
                 shutil.copy(path, run / run_dir.CHECKPOINTS)
         world.any(False)
         Recording.samples_of.clear()
-        chosen = {**options, "runs": folder, "name": run.name, "resume": True, "ranks": world.size, "steps": steps}
-        summary = train(config(chosen), Recording, world)
+        resumed = {**options, "runs": folder, "name": run.name, "resume": True, "ranks": world.size, "steps": steps}
+        summary = train(config(resumed), Recording, world)
         found.append({"run": str(run), "sha256": summary["weights_sha256"], "samples": dict(Recording.samples_of)})
     return found
 

@@ -1,8 +1,11 @@
-"""Runs `build` with a fault at file-system call N, for every N; prints what came of each as JSON.
+"""Makes shards with a fault at file-system call N, for a sample of all N; prints what came of each run as JSON.
 
-python fault_driver.py MODE SOURCE WORK SEED      MODE: kill, error or power-cut
+python -m tests.stress.file_system_faults KIND SOURCE WORK SEED SHARE
 
-A program of its own because a process that is forked should have no threads, and pytest's has.
+KIND is kill, error or power-cut; SHARE that of the calls, 1 for every one.
+
+A program of its own because a process that is forked should have no threads, and pytest's has. Faults are made in Python, which is
+quick; tests/stress/shard_calls.py makes them with strace, where no call can be missed.
 """
 
 from __future__ import annotations
@@ -23,26 +26,16 @@ from typing import Any
 from alexprep.shards import storage
 from alexprep.shards.conversion import convert
 from alexprep.shards.errors import AlexprepError
-from alexprep.shards.image_codec import Codec, Converted, Refused, Target
+from alexprep.shards.image_codec import Target
 from alexprep.shards.plan import ShardOptions
 from alexprep.shards.worker_pool import InProcessEngine
+from tests.stress.campaign import Fingerprint, Unchanged, fingerprint, wrong
 
 KILLED = 77
 Call = tuple[str, Any]  # a call's name and its arguments
 Hook = Callable[[str, Any], Any]  # sees every call before it is made; returns None, or how many bytes a write may take
-Files = dict[str, bytes]
 
 hook: Hook | None = None
-
-
-class Stub(Codec):
-    """Keeps bytes as they are, so that a run takes milliseconds."""
-
-    def __init__(self, target: Target) -> None:
-        self.target = target
-
-    def convert(self, data: Any) -> Converted | Refused:
-        return Converted(bytes(data), 1, 1, kept=True) if data else Refused("empty file")
 
 
 def install() -> None:
@@ -80,7 +73,7 @@ def attempt(source: Path, out: Path, with_hook: Hook | None = None) -> tuple[int
     global hook
     hook = with_hook
     try:
-        convert(source, out, ShardOptions(Target(size=8), shard_samples=2), InProcessEngine(), make_codec=Stub)
+        convert(source, out, ShardOptions(Target(size=8), shard_samples=2), InProcessEngine(), make_codec=Unchanged)
     except AlexprepError as error:
         return 1, str(error)
     except OSError as error:
@@ -90,41 +83,42 @@ def attempt(source: Path, out: Path, with_hook: Hook | None = None) -> tuple[int
     return 0, ""
 
 
-def finished(folder: Path) -> Files:
-    """All files with final names."""
-    paths = (path for path in sorted(folder.rglob("*")) if path.is_file() and not storage.is_temporary(path.name))
-    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
-
-
-def wrong(folder: Path, reference: Files) -> list[str]:
-    """The files with final names that are not the undisturbed run's."""
-    return [name for name, content in finished(folder).items() if reference.get(name) != content]
-
-
-def goes_on(source: Path, out: Path, reference: Files) -> bool:
+def goes_on(source: Path, out: Path, reference: Fingerprint) -> bool:
     """Whether the same run again ends with the undisturbed run's files and no others. Clears the folder."""
     status, _ = attempt(source, out)
-    equal = status == 0 and finished(out) == reference and not [path for path in out.rglob("*.tmp-*")]
+    equal = status == 0 and fingerprint(out) == reference
     shutil.rmtree(out)
     return equal
 
 
-def kill(source: Path, work: Path, reference: Files, seed: int) -> Iterator[dict[str, Any]]:
+def calls_of_a_run(source: Path, out: Path) -> list[str]:
+    """The names of an undisturbed run's calls."""
+    names: list[str] = []
+    assert attempt(source, out, lambda name, arguments: names.append(name)) == (0, "")
+    shutil.rmtree(out)
+    return [name for name in names if name != "opened"]
+
+
+def sampled(calls: list[str], share: float, rng: random.Random, each_name: bool = True) -> list[int]:
+    """The numbers, from 1, of about that share of the calls, with the last and, if wanted, one of each name."""
+    chosen = {len(calls), *(n for n in range(1, len(calls) + 1) if rng.random() < share)}
+    for name in sorted(set(calls)) if each_name else ():
+        chosen.add(rng.choice([n for n, call in enumerate(calls, 1) if call == name]))
+    return sorted(chosen)
+
+
+def kill(
+    source: Path, work: Path, reference: Fingerprint, rng: random.Random, share: float
+) -> Iterator[dict[str, Any]]:
     """The process ends at call N without a chance to tidy up; every other time the run that goes on does too, early."""
-    rng = random.Random(seed)
-    out, number, reached = work / "out", 0, True
-    while reached:
-        number += 1
-        reached = dies_at(number, source, out)
+    out = work / "out"
+    for turn, number in enumerate(sampled(calls_of_a_run(source, out), share, rng)):
+        died = [dies_at(number, source, out)]
         bad = wrong(out, reference)
-        twice = number % 2 and dies_at(rng.randint(1, 30), source, out)
-        bad += wrong(out, reference)
-        yield {
-            "call": number,
-            "died": int(reached) + int(twice),
-            "wrong": bad,
-            "equal": goes_on(source, out, reference),
-        }
+        if turn % 2:
+            died.append(dies_at(rng.randint(1, 30), source, out))
+            bad += wrong(out, reference)
+        yield {"call": number, "died": died, "wrong": bad, "equal": goes_on(source, out, reference)}
 
 
 def dies_at(number: int, source: Path, out: Path) -> bool:
@@ -149,15 +143,15 @@ def dies_at(number: int, source: Path, out: Path) -> bool:
     return status == KILLED
 
 
-def error(source: Path, work: Path, reference: Files, seed: int) -> Iterator[dict[str, Any]]:
-    """Call N fails, alone or with all that follow, with each error in turn; writes are also interrupted and cut short."""
+def error(
+    source: Path, work: Path, reference: Fingerprint, rng: random.Random, share: float
+) -> Iterator[dict[str, Any]]:
+    """Call N fails, alone or with all that follow, with each error; writes are also interrupted and cut short."""
     kinds = [(code, forever) for code in (errno.ENOSPC, errno.EIO, errno.EDQUOT) for forever in (False, True)]
     kinds += [(errno.EINTR, False), (0, True)]
-    for turn in range(2):
-        number, call = 0, "?"
-        while call:
-            number += 1
-            code, forever = kinds[(number + 3 * turn) % len(kinds)]
+    calls = calls_of_a_run(source, work / "out")
+    for code, forever in kinds:
+        for number in sampled(calls, share / 4 if share < 1 else 1, rng, each_name=code == errno.ENOSPC):
             call, status, words = fails_at(number, source, work / "out", code, forever)
             record = {"call": call, "error": errno.errorcode.get(code, "short write"), "forever": forever}
             record |= {"status": status, "words": words, "wrong": wrong(work / "out", reference)}
@@ -185,9 +179,10 @@ def fails_at(number: int, source: Path, out: Path, code: int, forever: bool) -> 
     return struck, status, words
 
 
-def power_cut(source: Path, work: Path, reference: Files, seed: int) -> Iterator[dict[str, Any]]:
+def power_cut(
+    source: Path, work: Path, reference: Fingerprint, rng: random.Random, share: float
+) -> Iterator[dict[str, Any]]:
     """What a disk may hold after a power cut behind call N; then the same with a disk that takes no notice of fsync."""
-    rng = random.Random(seed)
     out, journal = work / "out", []
 
     def recording(name: str, arguments: Any) -> None:
@@ -196,7 +191,7 @@ def power_cut(source: Path, work: Path, reference: Files, seed: int) -> Iterator
 
     attempt(source, work / "whole", recording)
     for honest in (True, False):
-        for cut in range(1, len(journal) + 1):
+        for cut in sampled([name for name, _ in journal], share, rng):
             remains(journal[:cut], work / "whole", out, rng, honest)
             bad = [path.name for path in out.glob("*/*-*.json") if not verifies(path)]
             equal = goes_on(source, out, reference) if honest else None
@@ -260,14 +255,17 @@ def verifies(path: Path) -> bool:
         return False
 
 
+KINDS = {"kill": kill, "error": error, "power-cut": power_cut}
+
+
 def main() -> None:
-    mode, source, work, seed = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4])
+    """Runs the faults of one kind."""
+    kind, source, work, seed, share = sys.argv[1], *map(Path, sys.argv[2:4]), sys.argv[4], float(sys.argv[5])
     install()
     assert attempt(source, work / "reference") == (0, "")
-    print(json.dumps(list(MODES[mode](source, work, finished(work / "reference"), seed))))  # noqa: T201
+    reference = fingerprint(work / "reference")
+    print(json.dumps(list(KINDS[kind](source, work, reference, random.Random(seed), share))))
 
-
-MODES = {"kill": kill, "error": error, "power-cut": power_cut}
 
 if __name__ == "__main__":
     main()

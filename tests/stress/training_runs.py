@@ -1,32 +1,33 @@
-"""Runs of two ranks, one after another, each harmed until it is done, and held against one that nobody harmed."""
+"""Trainings of two ranks, one after another, each harmed until it is done, and held against one that nobody harmed.
+
+What harms them is in tests/stress/training.py.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
-import random
 import re
 import signal
 import subprocess
 import sys
 import time
-from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
-
-from faults_common import DEADLINE, OPTIONS, small_set, until
 
 from alexprep.shards import rgb_statistics
 from alexprep.shards.conversion import convert
 from alexprep.shards.storage import is_temporary
 from alexprep.train import checkpoint, run_dir
 from alexprep.train.launch import PARENT
+from tests.stress.campaign import DEADLINE_SECONDS, OPTIONS, Campaign, draw_pictures, until
 
-JOB = str(Path(__file__).with_name("faults_training_job.py"))
+JOB = str(Path(__file__).with_name("training_job.py"))
 IMAGES, BATCH = 120, 8  # 90 of them for training, less two that cannot be read: 11 steps an epoch
 EVERY = 4  # steps between checkpoints
-TIMEOUT = 10.0  # s that ranks wait for one another, where a fault makes them wait
+STEPS = 66  # six epochs
+RANK_SECONDS = 20.0  # that ranks wait for one another, where a fault makes them wait
 Curve = list[dict[str, Any]]
 
 
@@ -34,43 +35,42 @@ class End(NamedTuple):
     """How a process ended."""
 
     status: int
-    seconds: float  # since the harm
     words: str  # its last ones
     lost: int  # steps that were logged and are in no checkpoint
 
 
-class Field:
-    """Where runs are harmed.
+class Runs:
+    """Runs with the same options, one after another.
 
     Attributes:
-        counts: of what came about.
         run: the folder of the present run.
         options: of `TrainConfig`, the same for all runs.
+        reference: what the run that nobody harmed came to.
+        most_lost: steps that a fault cost, at most.
     """
 
-    def __init__(self, work: Path, rng: random.Random, steps: int) -> None:
-        """Makes the data set, and the run that is not harmed."""
-        self.work, self.rng, self.counts = work, rng, Counter[str]()
-        data = work / "data"
-        if not data.exists():
-            convert(small_set(work / "source", IMAGES), data, OPTIONS, 1)
-            rgb_statistics.publish_statistics(rgb_statistics.pca_stats(data, "train", 1), data, "train")
+    def __init__(self, campaign: Campaign, steps: int = STEPS, **options: Any) -> None:
+        """Makes the data set, and the run that is not harmed; `options` are further ones of `TrainConfig`."""
+        self.campaign, self.work, self.rng = campaign, campaign.work, campaign.rng
+        self.most_lost = 0
+        work, data = self.work, self.work / "data"
+        convert(draw_pictures(work / "source", IMAGES), data, OPTIONS, 1)
+        rgb_statistics.publish_statistics(rgb_statistics.pca_stats(data, "train", 1), data, "train")
         self.options: dict[str, Any] = {"data": str(data), "recipe": "tiny", "batch_size": BATCH, "device": "cpu"}
         self.options |= {"steps": steps, "epochs": steps, "log_steps": 1, "checkpoint_steps": EVERY, "ranks": 2}
-        self.options |= {"runs": str(work / "runs"), "threads": 1}
+        self.options |= {"runs": str(work / "runs"), "threads": 1, **options}
         self.run, self._before = work / "runs" / "whole", b""
         began = time.monotonic()
         process = self.start()
         assert until(lambda: self.logged() or process.poll() is not None)
         self.start_seconds = time.monotonic() - began
-        end = self.end(process, {}, time.monotonic())
+        end = self.end(process, {})
         assert end.status == 0, end.words
-        self.reference = self.result()
-        self.next_run()
+        self.whole, self.reference = self.run, self.result()
+        self._next_run()
 
-    def next_run(self) -> None:
+    def _next_run(self) -> None:
         """A new one, with a number of its own."""
-        self.counts["runs"] += 1
         self.run = self.work / "runs" / f"run-{len(list(self.run.parent.iterdir()))}"
 
     def start(self, **fault: Any) -> subprocess.Popen[bytes]:
@@ -80,7 +80,8 @@ class Field:
         job: dict[str, Any] = {"options": {**self.options, "runs": str(self.run.parent), "name": self.run.name}}
         job["options"]["resume"] = begun
         if fault:
-            job |= {"fault": fault, "timeout": TIMEOUT}
+            job["fault"] = fault
+            job["options"]["rank_seconds"] = RANK_SECONDS
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(self.work)}
         with open(self.work / "said", "wb") as said:
             return subprocess.Popen(
@@ -91,39 +92,37 @@ class Field:
                 start_new_session=True,
             )
 
-    def end(self, process: subprocess.Popen[bytes], ranks: dict[int, int], since: float) -> End:
+    def end(self, process: subprocess.Popen[bytes], ranks: dict[int, int]) -> End:
         """Waits until the command and its ranks are gone; counts those that outlive it, and what is left on disk."""
         try:
-            status = process.wait(DEADLINE)
+            status = process.wait(DEADLINE_SECONDS)
         except subprocess.TimeoutExpired:
-            self.counts["hung"] += 1
+            self.campaign.broken.append("hung")
             ranks |= ranks_of(process.pid)
             process.kill()
             status = process.wait()
-        gone = until(lambda: not any(lives(pid) for pid in ranks.values()), 10)
-        seconds = time.monotonic() - since
-        self.counts["orphans"] += not gone
+        gone = until(lambda: not any(lives(pid) for pid in ranks.values()))
+        self.campaign.promise(gone, "times that no rank outlived the command", ranks)
         saved, damage = checkpoint.newest(self.run / run_dir.CHECKPOINTS)
-        self.counts["damaged checkpoints"] += len(damage)
-        self.counts["unfinished files left by a kill"] += any(map(is_temporary, self.files()))
+        self.campaign.promise(not damage, "times that no checkpoint was damaged", damage)
         moved = self._log() != self._before  # else what the log holds is of an earlier round
         lost = self.logged() - (saved.step if saved else 0) if moved else 0
+        self.most_lost = max(self.most_lost, lost)
         words = (self.work / "said").read_text(errors="replace").strip().splitlines()
-        return End(status, seconds, "\n".join(words[-20:]), lost)
+        return End(status, "\n".join(words[-20:]), lost)
 
     def finished(self, end: End) -> bool:
         """Whether the run is done; then it is compared, and the next one begins."""
         if end.status != 0:
             return False
-        self.counts["equal"] += self.result() == self.reference
-        self.next_run()
+        self.campaign.promise(self.result() == self.reference, "runs equal in weights and every loss", self.run)
+        self._next_run()
         return True
 
     def finish(self) -> None:
         """The present run goes on to its end, unharmed."""
-        while not self.finished(self.end(self.start(), {}, time.monotonic())):
-            self.counts["unharmed runs that failed"] += 1
-            assert self.counts["unharmed runs that failed"] < 3, (self.work / "said").read_text()
+        done = self.finished(self.end(self.start(), {}))
+        self.campaign.promise(done, "unharmed runs that ended", (self.work / "said").read_text() if not done else "")
 
     def result(self) -> tuple[str, Curve]:
         """Digest of the final weights, and the losses and errors of all steps and epochs."""
