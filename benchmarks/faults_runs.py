@@ -172,7 +172,7 @@ def _predictions(photos: Path, work: Path) -> dict[str, Any]:
         place = work / f"{times}-{target.size}"
         source, out, options = find_source(str(repeated(photos, place, times))), place / "out", ShardOptions(target)
         plan = make_plan(source, options, out)
-        missing = [(shard, group) for group, shard in enumerate(plan.shards())]
+        missing = plan.shards()
         said_bytes = predict(source, functools.partial(Codec, target), missing, plan.table(), InProcessEngine())
         before = _bytes(out)
         report = convert(source, out, options, 2)

@@ -26,7 +26,7 @@ from alexprep.shards.dataset_format import (
     split_record,
 )
 from alexprep.shards.errors import AlexprepError
-from alexprep.shards.image_codec import kept_decoder, read_raw
+from alexprep.shards.image_codec import read_raw, shared_decoder
 from alexprep.shards.reader import Samples
 from alexprep.shards.storage import digest_json, make_folder, publish_bytes, publish_json, remove_temporaries
 from alexprep.shards.versions import versions
@@ -220,7 +220,7 @@ def _planes(encoded: NDArray[np.uint8], image: dict[str, Any]) -> NDArray[np.uin
     if image["format"] == "raw":
         pixels = read_raw(encoded.tobytes())
         return None if pixels is None or pixels.ndim != 3 else pixels.transpose(2, 0, 1)
-    return kept_decoder().decode(encoded.tobytes(), planar=True)
+    return shared_decoder().decode(encoded.tobytes(), planar=True)
 
 
 def from_moments(moments: Moments, data_digest: str) -> Statistics:

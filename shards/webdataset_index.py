@@ -35,7 +35,7 @@ from numpy.typing import NDArray
 
 from alexprep.shards.dataset_format import INDEX_DTYPE, TAR_INDEXES
 from alexprep.shards.errors import AlexprepError
-from alexprep.shards.image_codec import Refused, read_header
+from alexprep.shards.image_header import Refused, read_header
 from alexprep.shards.sources.base import Location
 from alexprep.shards.sources.tars import Packed, packed_files, shown_name
 from alexprep.shards.sources.wds import (

@@ -23,7 +23,8 @@ from typing import Any
 from alexprep.shards import storage
 from alexprep.shards.conversion import convert
 from alexprep.shards.errors import AlexprepError
-from alexprep.shards.image_codec import Codec, Converted, Refused, Target
+from alexprep.shards.image_codec import Codec, Converted, Target
+from alexprep.shards.image_header import Refused
 from alexprep.shards.plan import ShardOptions
 from alexprep.shards.worker_pool import InProcessEngine
 

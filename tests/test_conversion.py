@@ -24,7 +24,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from alexprep.shards import conversion
+from alexprep.shards import shard_writer
 from alexprep.shards.conversion import convert
 from alexprep.shards.dataset_format import INDEX_DTYPE, read_dataset, read_index
 from alexprep.shards.errors import AlexprepError
@@ -33,7 +33,7 @@ from alexprep.shards.plan import ShardOptions
 from alexprep.shards.reader import Samples
 from alexprep.shards.storage import LocalFiles
 from alexprep.shards.verification import verify
-from alexprep.shards.worker_pool import Crew, InProcessEngine, LocalEngine
+from alexprep.shards.worker_pool import InProcessEngine, LocalEngine, WorkerPool
 
 OPTIONS = ShardOptions(Target(size=64), shard_samples=7)
 
@@ -267,7 +267,7 @@ def test_a_failing_disk_costs_no_image(
         return read(self, path, offset, size)
 
     monkeypatch.setattr(LocalFiles, "read", failing)
-    monkeypatch.setattr(conversion, "PAUSES", (0.0, 0.0))
+    monkeypatch.setattr(shard_writer, "PAUSES", (0.0, 0.0))
     if outcome == "stopped":
         with pytest.raises(
             AlexprepError, match=r"train/class1/001\.JPEG cannot be read .* mend the disk or the network"
@@ -285,7 +285,7 @@ def test_a_source_that_goes_away_costs_no_image(
     gone: str, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """ENOENT is the file's own fault only while its folder is there. When the source is back, the run goes on."""
-    monkeypatch.setattr(conversion, "PAUSES", (0.0, 0.0))
+    monkeypatch.setattr(shard_writer, "PAUSES", (0.0, 0.0))
     source, away = tmp_path / "source", tmp_path / "away"
     shutil.copytree(photos, source)
     hidden = [source]
@@ -583,7 +583,7 @@ def _echo(argument: int, condemned: object) -> int:
 
 def test_ctrl_c_never_reaches_a_worker(capfd: pytest.CaptureFixture[str]) -> None:
     """Not even one that has not yet imported what it needs, when its own words would be a traceback."""
-    with contextlib.closing(Crew(LocalEngine(2), 2)) as crew:
+    with contextlib.closing(WorkerPool(LocalEngine(2), 2)) as crew:
         for _ in range(20):
             for worker in crew._workers:
                 worker.process.send_signal(signal.SIGINT)

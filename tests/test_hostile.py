@@ -17,7 +17,8 @@ import pytest
 from PIL import Image
 
 from alexprep.shards.conversion import convert
-from alexprep.shards.image_codec import MAX_SCANS, Codec, Converted, Refused, Target
+from alexprep.shards.image_codec import Codec, Converted, Target
+from alexprep.shards.image_header import MAX_SCANS, Refused
 from alexprep.shards.plan import ShardOptions
 from alexprep.shards.reader import Samples
 from alexprep.shards.worker_pool import LocalEngine

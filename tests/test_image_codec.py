@@ -12,16 +12,14 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from alexprep.shards.image_codec import (
-    MAX_PIXELS,
     Codec,
     Converted,
-    Refused,
     Target,
-    has_end,
     resized,
     to_square,
     upright,
 )
+from alexprep.shards.image_header import MAX_PIXELS, Refused, has_end
 
 
 def _pixels(data: bytes) -> NDArray[np.uint8]:

@@ -23,8 +23,10 @@ from PIL import Image
 from alexprep.cli.main import cli
 from alexprep.shards import rgb_statistics
 from alexprep.shards.conversion import convert
+from alexprep.shards.dataset_format import FORMATS
 from alexprep.shards.errors import AlexprepError
-from alexprep.shards.image_codec import FORMATS, Codec, Converted, Refused, Target
+from alexprep.shards.image_codec import Codec, Converted, Target
+from alexprep.shards.image_header import Refused
 from alexprep.shards.plan import ShardOptions
 from alexprep.shards.sources.detection import find_source
 from alexprep.shards.verification import Problem, repair, verify
@@ -179,7 +181,7 @@ def _edit_ledger(data: Path) -> None:
         (lambda d: (d / "_info.json").unlink(), "_info.json", "is missing"),
         (lambda d: (d / "stats/mean_image.npy").unlink(), "stats/mean_image.npy", "is missing"),
         (_swap, "train/train-000000.tar", "is the tar of train-000001"),
-        (_swap_whole, "train/train-000000.json", "has the key"),
+        (_swap_whole, "train/train-000000.json", "inputs[0].key is"),
         (
             lambda d: shutil.copy(d / "train/train-000000.idx", d / "train/train-000001.idx"),
             "train/train-000001.idx",
@@ -192,16 +194,16 @@ def _edit_ledger(data: Path) -> None:
         ),
         (lambda d: (d / "train/.train-000000.tar.tmp-1-ab").touch(), "train/.train-000000.tar.tmp-1-ab", "interrupted"),
         (lambda d: (d / "notes.txt").touch(), "notes.txt", "no file of this data set"),
-        (_edit_label, "train/train-000000.json", "the plan says"),
+        (_edit_label, "train/train-000000.json", "label is"),
         (_edit_index, "train/index.npy", "record 2"),
-        (_edit_ledger, "train/samples.parquet", "width 999"),
-        (_edit_json("dataset.json", lambda d: d["splits"]["train"].update(samples=4)), "dataset.json", "splits"),
+        (_edit_ledger, "train/samples.parquet", "width is 999, must be"),
+        (_edit_json("dataset.json", lambda d: d["splits"]["train"].update(samples=4)), "dataset.json", "splits.train.samples is 4, must be 5"),
         (_edit_json("plan.json", lambda d: d["options"].update(quality=90)), "plan.json", "was changed"),
         (_edit_json("stats/stats.json", lambda d: d["eigenvalues"].reverse()), "stats/stats.json", "was changed"),
         (
             _edit_json("train/train-000001.json", lambda d: d["inputs"][0].update(status="lost")),
             "train/train-000001.json",
-            "status 'lost'",
+            "inputs[0].status is 'lost'",
         ),
     ],
 )
