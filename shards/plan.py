@@ -134,7 +134,7 @@ class Plan:
     @property
     def options(self) -> dict[str, Any]:
         """The options by name; those that plan.json does not have are at their default."""
-        return DEFAULTS | self.document["options"]
+        return {**DEFAULTS, **self.document["options"]}
 
     @property
     def inputs(self) -> int:

@@ -400,7 +400,7 @@ def _sidecar_as_it_must_be(found: Sidecar, plan: Plan, shard: Shard, labels: lis
             inputs[-1]["reason"] = str(entry["reason"])
             continue
         for name, known in ((f"{key}.{extension}", None), (f"{key}.cls", len(str(label)))):
-            member = next(recorded, {})
+            member: dict[str, Any] = next(recorded, {})
             size = _integer(member["size"], 0) if known is None else known
             crc32 = _integer(member["crc32"], 0, 2**32)
             members.append({"name": name, "offset": position + BLOCK, "size": size, "crc32": crc32})
@@ -514,8 +514,7 @@ def _check_descriptions(
     if info != json_bytes(manifest.timm_info()):
         yield Problem(TIMM_INFO, "", trouble or "does not describe these shards")
     if dataset is not None and dataset.get("plan") == plan.digest:
-        what = first_difference(dataset, json.loads(json_bytes(manifest.dataset(recorded))))
-        if what:
+        if what := first_difference(dataset, json.loads(json_bytes(manifest.dataset(recorded)))):
             yield Problem(DATASET, "", f"does not describe these shards: {what}")
 
 
@@ -546,25 +545,21 @@ def _check_statistics(folder: Path, data_digest: str) -> Iterator[Problem]:
     """The files of the statistics, each as it was written; nothing where there are none."""
     if not (folder / STATISTICS).exists():
         return
-    raw, trouble = content(folder / STATISTICS)
-    if raw is None:
-        yield Problem(str(STATISTICS), "", f"{trouble}: {_AGAIN}")
-        return
-    try:
-        document = json.loads(raw)
-        if json_bytes(document) != raw or document.pop("digest", None) != digest_json(document):
-            raise ValueError
-        hashes = {MEAN_IMAGE: document["mean_image_sha256"], MEAN_PICTURE: document["mean_picture_sha256"]}
-        of_these_shards = document["data_digest"] == data_digest
-    except _DAMAGED:
-        yield Problem(str(STATISTICS), "", f"was changed: {_AGAIN}")
-        return
-    if not of_these_shards:
-        yield Problem(str(STATISTICS), "", f"describes other shards: {_AGAIN}")
-    for path, sha256 in hashes.items():
-        found, trouble = content(folder / path)
-        if found is None or hashlib.sha256(found).hexdigest() != sha256:
-            yield Problem(str(path), "", f"{trouble or 'was changed'}: {_AGAIN}")
+    raw, what = content(folder / STATISTICS)
+    document = _parsed(raw)
+    signed = {key: value for key, value in document.items() if key != "digest"}
+    if raw is not None and (json_bytes(document) != raw or document.get("digest") != digest_json(signed)):
+        what, document = "was changed", {}
+    elif raw is not None and document.get("data_digest") != data_digest:
+        what = "describes other shards"
+    if what:
+        yield Problem(str(STATISTICS), "", f"{what}: {_AGAIN}")
+    for path, key in ((MEAN_IMAGE, "mean_image_sha256"), (MEAN_PICTURE, "mean_picture_sha256")):
+        found, what = content(folder / path)
+        if found is not None and key in document and hashlib.sha256(found).hexdigest() != document[key]:
+            what = "was changed"
+        if what:
+            yield Problem(str(path), "", f"{what}: {_AGAIN}")
 
 
 def _foreign_files(plan: Plan, shards: list[Shard]) -> Iterator[Problem]:
