@@ -513,9 +513,9 @@ def _check_descriptions(
     info, trouble = content(plan.folder / TIMM_INFO)
     if info != json_bytes(manifest.timm_info()):
         yield Problem(TIMM_INFO, "", trouble or "does not describe these shards")
-    if dataset is not None and dataset.get("plan") == plan.digest:
-        if what := first_difference(dataset, json.loads(json_bytes(manifest.dataset(recorded)))):
-            yield Problem(DATASET, "", f"does not describe these shards: {what}")
+    expected = json.loads(json_bytes(manifest.dataset(recorded)))
+    if dataset is not None and dataset.get("plan") == plan.digest and dataset != expected:
+        yield Problem(DATASET, "", f"does not describe these shards: {first_difference(dataset, expected)}")
 
 
 def _first_row_that_differs(name: str, found: bytes, wanted: bytes) -> tuple[int, str, str] | None:

@@ -197,7 +197,11 @@ def _edit_ledger(data: Path) -> None:
         (_edit_label, "train/train-000000.json", "label is"),
         (_edit_index, "train/index.npy", "record 2"),
         (_edit_ledger, "train/samples.parquet", "width is 999, must be"),
-        (_edit_json("dataset.json", lambda d: d["splits"]["train"].update(samples=4)), "dataset.json", "splits.train.samples is 4, must be 5"),
+        (
+            _edit_json("dataset.json", lambda d: d["splits"]["train"].update(samples=4)),
+            "dataset.json",
+            "splits.train.samples is 4, must be 5",
+        ),
         (_edit_json("plan.json", lambda d: d["options"].update(quality=90)), "plan.json", "was changed"),
         (_edit_json("stats/stats.json", lambda d: d["eigenvalues"].reverse()), "stats/stats.json", "was changed"),
         (
