@@ -147,3 +147,18 @@ def test_a_release_goes_on_with_what_another_of_the_same_bytes_began(
     monkeypatch.setattr(versions, "_SAME_SHARDS", ("0.1.0", "0.9.0"))
     assert convert(PHOTOS, released, OPTIONS, ENGINE).made_inputs == 0
     assert _files(released) == before
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"target": Target(size=0)}, "--size 0"),
+        ({"target": Target(quality=101)}, "--quality 101"),
+        ({"seed": -1}, "--seed -1"),
+        ({"shard_samples": 0}, "--shard-samples 0"),
+        ({"limit": 0}, "--limit 0"),
+    ],
+)
+def test_options_out_of_bounds(values: dict[str, object], words: str) -> None:
+    with pytest.raises(AlexprepError, match=words):
+        ShardOptions(**values)  # type: ignore[arg-type]
