@@ -16,7 +16,6 @@ import io
 import json
 import os
 import platform
-from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -49,17 +48,11 @@ _DECIDES_BYTES, _ON_A_GPU = ("alexprep", "nvimgcodec", "pillow"), ("nvjpeg", "to
 _SPLIT_STREAM = {"train": 0, "val": 1, "test": 2}
 _CHUNK = 65_536  # names that are Python objects at a time
 _WANTED, _TRIED = 3, 16  # files whose sizes machines compare; inputs that are looked at for them
+# 64-bit offsets (large_binary): the names of 15 million inputs are near what 32 bits can address.
+_PLACE = [("path", pa.large_binary()), ("member", pa.large_binary()), ("offset", pa.int64()), ("size", pa.int64())]
+LISTING = pa.schema([("class", pa.int32()), *_PLACE])
 TABLE = pa.schema(
-    [
-        ("split", pa.string()),
-        ("shard", pa.uint32()),
-        ("row", pa.uint32()),
-        ("label", pa.int32()),
-        ("path", pa.large_binary()),
-        ("member", pa.large_binary()),
-        ("offset", pa.int64()),
-        ("size", pa.int64()),
-    ]
+    [("split", pa.string()), ("shard", pa.uint32()), ("row", pa.uint32()), ("label", pa.int32()), *_PLACE]
 )
 
 
@@ -187,15 +180,16 @@ def draw_up(source: Source, options: ShardOptions) -> tuple[dict[str, Any], list
     tables: list[pa.Table] = []
     for split in sorted(listing, key=_SPLIT_STREAM.__getitem__):
         order = permutation((options.seed, _SPLIT_STREAM[split]), len(listing[split]))[: options.limit]
-        codes, columns = listing.pop(split).columns(order)
         count = len(order)
-        rows = {
+        inputs = listing.pop(split).combine_chunks().take(pa.array(order))
+        columns = {
             "split": pa.repeat(split, count),
             "shard": np.arange(count, dtype=np.uint32) // np.uint32(size),
             "row": np.arange(count, dtype=np.uint32),
-            "label": label_of[codes],
+            "label": label_of[inputs["class"].to_numpy()],
+            **{name: inputs[name] for name, _ in _PLACE},
         }
-        table = pa.table(rows | columns, schema=TABLE)
+        table = pa.table(columns, schema=TABLE)
         tables += [table.slice(start, size) for start in range(0, count, size)]
         splits[split] = {"inputs": count, "shards": -(-count // size)}
     document = {
@@ -363,67 +357,31 @@ def _listed_order(path: Path) -> list[str]:
     return order
 
 
-class SplitListing:
-    """The inputs of one split, in the source's order."""
+def list_inputs(inputs: Iterable[Input]) -> tuple[dict[str, pa.Table], list[str], str]:
+    """All inputs by split, as tables of the schema `LISTING`; the class names by code; and the sha256 of the whole list, hex.
 
-    def __init__(self) -> None:
-        """Starts empty."""
-        self._classes = array("i")
-        self._offsets = array("q")
-        self._sizes = array("q")
-        self._recent: tuple[list[bytes], list[bytes]] = ([], [])
-        self._chunks: tuple[list[pa.Array], list[pa.Array]] = ([], [])
-
-    def __len__(self) -> int:
-        """How many inputs."""
-        return len(self._classes)
-
-    def add(self, class_code: int, path: bytes, member: bytes, offset: int, size: int) -> None:
-        """Appends one input."""
-        self._classes.append(class_code)
-        self._offsets.append(offset)
-        self._sizes.append(size)
-        for recent, value in zip(self._recent, (path, member), strict=True):
-            recent.append(value)
-        if len(self._recent[0]) == _CHUNK:
-            self._flush()
-
-    def columns(self, order: NDArray[np.int64]) -> tuple[NDArray[np.int32], dict[str, pa.Array]]:
-        """Class codes, int32, and the columns path, member, offset and size, in an `order` of rows."""
-        self._flush()
-        text = {name: _taken(chunks, order) for name, chunks in zip(("path", "member"), self._chunks, strict=True)}
-        numbers = {
-            name: np.array(column, np.int64)[order]
-            for name, column in (("offset", self._offsets), ("size", self._sizes))
-        }
-        return np.array(self._classes, np.int32)[order], text | {
-            name: pa.array(column) for name, column in numbers.items()
-        }
-
-    def _flush(self) -> None:
-        for recent, chunks in zip(self._recent, self._chunks, strict=True):
-            chunks.append(pa.array(recent, pa.binary()))
-            recent.clear()
-
-
-def _taken(chunks: list[pa.Array], order: NDArray[np.int64]) -> pa.Array:
-    # 64-bit offsets: the names of 15 million inputs are near what 32 bits can address.
-    whole = pa.concat_arrays([chunk.cast(pa.large_binary()) for chunk in chunks])
-    return whole.take(pa.array(order))
-
-
-def list_inputs(inputs: Iterable[Input]) -> tuple[dict[str, SplitListing], list[str], str]:
-    """All inputs by split, the class names by code, and the sha256 of the whole list, hex."""
-    listing: dict[str, SplitListing] = {}
+    As columns, 15 million inputs fit into a few gigabytes.
+    """
+    recent: dict[str, list[tuple[int, bytes, bytes, int, int]]] = {}
+    chunks: dict[str, list[pa.Table]] = {}
     codes: dict[str, int] = {}
     digest = hashlib.sha256()
+
+    def flush(split: str) -> None:
+        columns = zip(*recent.pop(split), strict=True)
+        arrays = [pa.array(column, field.type) for column, field in zip(columns, LISTING, strict=True)]
+        chunks.setdefault(split, []).append(pa.table(arrays, schema=LISTING))
+
     for split, class_name, location in inputs:
-        if split not in listing:
-            listing[split] = SplitListing()
-        listing[split].add(codes.setdefault(class_name, len(codes)), *location)
+        rows = recent.setdefault(split, [])
+        rows.append((codes.setdefault(class_name, len(codes)), *location))
+        if len(rows) == _CHUNK:
+            flush(split)
         path, member, offset, size = location
         digest.update(b"%s\0%s\0%s\0%s\0%d\0%d\0" % (split.encode(), class_name.encode(), path, member, offset, size))
-    return listing, list(codes), digest.hexdigest()
+    for split in list(recent):
+        flush(split)
+    return {split: pa.concat_tables(parts) for split, parts in chunks.items()}, list(codes), digest.hexdigest()
 
 
 class PlanTable:

@@ -111,7 +111,7 @@ def test_many_images_do_not_overflow(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_other_formats(photos: Path, tmp_path: Path) -> None:
     """The pixels of lossless shards are the same, whatever holds them."""
     for form in ("png", "raw"):
-        convert(photos / "val", tmp_path / form, ShardOptions(Target(size=32, format=form)), ENGINE)  # type: ignore[arg-type]
+        convert(photos / "val", tmp_path / form, ShardOptions(Target(size=32, format=form)), ENGINE)
         found = rgb_statistics.pca_stats(tmp_path / form, "train", ENGINE)
         pixels = _images(tmp_path / "png", "train").reshape(-1, 3).astype(np.float64)
         np.testing.assert_allclose(found.covariance, np.cov(pixels, rowvar=False, bias=True), rtol=1e-10)
