@@ -125,13 +125,21 @@ def split_record(dataset: dict[str, Any], split: str, data: Path) -> dict[str, A
     return dict(record)
 
 
-def read_index(data: Path, split: str) -> NDArray[np.void]:
-    """index.npy of a split, memory-mapped: (samples,) of `INDEX_DTYPE`.
+def read_index(data: Path | str, split: str) -> NDArray[np.void]:
+    """Where the samples of a split lie: index.npy, memory-mapped where it is on a local disk.
+
+    Args:
+        data: the folder of a finished dataset, or a URL of one.
+        split: "train", "val" or "test".
+
+    Returns:
+        A structured array (samples,), in the order of the shards: `shard` uint32, its number; `offset` uint64 and `size` uint32, bytes,
+        of the encoded image in the shard's tar; `label` int32.
 
     Raises:
         AlexprepError: it is missing or is not such an array.
     """
-    path = data / split / INDEX
+    path = (folder_at(data) if isinstance(data, str) else data) / split / INDEX
     try:
         index: NDArray[np.void] = (
             np.load(path, mmap_mode="r", allow_pickle=False)
@@ -146,6 +154,6 @@ def read_index(data: Path, split: str) -> NDArray[np.void]:
 
 
 def data_digest(shards: dict[str, list[dict[str, Any]]], image: dict[str, Any], classes: list[str]) -> str:
-    """The identity of a data set, hex sha256: every shard's bytes, the image form, and the meaning of the labels."""
+    """The identity of a dataset, hex sha256: every shard's bytes, the image form, and the meaning of the labels."""
     digests = {split: [record["sha256"] for record in records] for split, records in shards.items()}
     return digest_json({"shards": digests, "image": image, "classes": classes})

@@ -28,7 +28,7 @@ from alexprep.shards.resample import COLUMN_BITS, MIDDLE_BITS, ROW_BITS, Axis, R
 
 _MEMORY_WORDS = ("out of memory", "memoryallocation", "allocator", "alloc failed")
 _ROOM = 64 * 2**20  # bytes that nvJPEG's own tables and buffers may take
-_MATRICES = 512  # kept on the device, 0.4 MB each for photos of 500 pixels; sizes repeat within a data set
+_MATRICES = 512  # kept on the device, 0.4 MB each for photos of 500 pixels; sizes repeat within a dataset
 
 
 class _Work(NamedTuple):

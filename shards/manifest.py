@@ -150,7 +150,7 @@ class Manifest:
         return sum(record["bytes"] for records in self._records.values() for record in records)
 
     def files(self) -> dict[str, bytes]:
-        """The content of index and ledger of each split, by name below the data set's folder."""
+        """The content of index and ledger of each split, by name below the dataset's folder."""
         contents = {}
         for split in self._records:
             array, table = io.BytesIO(), io.BytesIO()

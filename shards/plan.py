@@ -58,13 +58,14 @@ TABLE = pa.schema(
 
 @dataclass(frozen=True)
 class ShardOptions:
-    """Everything that decides what the shards hold.
+    """Everything that decides what the shards hold; refuses values out of bounds with AlexprepError.
 
     Attributes:
         target: the form of the images.
-        seed: of the global shuffle before the inputs are cut into shards.
+        seed: of the global shuffle before the inputs are cut into shards, below 2**63.
         shard_samples: inputs a shard; None for 1,024, or fewer where the set is small.
-        labels: see `alexprep.shards.plan.class_order`.
+        labels: how classes are numbered: "auto" (as the source does, or by sorted name), "sorted", "ilsvrc-id" (the devkit's order),
+            a text file with one class name a line, or these names.
         limit: at most so many inputs of each split, picked by the shuffle; None for all.
     """
 

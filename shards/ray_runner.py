@@ -50,7 +50,7 @@ Outcome = tuple[bool, Any, int]  # whether it went well; the result, or what wen
 
 @dataclass(frozen=True)
 class RayEngine:
-    """One Ray task a shard, on every CPU of a cluster.
+    """Runs tasks on every CPU of a Ray cluster; refuses values out of bounds with AlexprepError.
 
     A task is repeated when its worker or its machine is lost, so it may be done more than once; what counts is the rename
     that publishes its sidecar. Errors are not repeated. Paths must mean the same on all machines; relative ones are taken from

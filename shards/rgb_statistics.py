@@ -54,7 +54,7 @@ class Statistics:
     """The statistics of a split, on the 0-255 scale.
 
     Attributes:
-        data_digest: identity of the data set that they describe.
+        data_digest: identity of the dataset that they describe.
         images: how many images they were computed from.
         mean_HWC: float64 (S, S, 3), the mean image, grey levels.
         channel_means: float64 (3,), grey levels.

@@ -48,7 +48,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 class Engine(Protocol):
-    """Something that runs tasks."""
+    """Anything that runs tasks, one a shard: `LocalEngine`, `InProcessEngine`, `RayEngine`, or one of your own."""
 
     def run(self, task: Task[Result], arguments: Sequence[Any], progress: Progress) -> Iterator[Result]:
         """Runs task(argument, condemned) for each argument; yields results as they come, in any order."""
@@ -56,7 +56,7 @@ class Engine(Protocol):
 
 @dataclass(frozen=True)
 class LocalEngine:
-    """Worker processes on this machine.
+    """Runs tasks in worker processes on this machine; refuses values out of bounds with AlexprepError.
 
     Workers are started afresh, never forked, since the parent may hold threads. A worker leaves when its parent dies.
     One that crashes, or is at one input for longer than `image_seconds`, is replaced and its task done again; an input

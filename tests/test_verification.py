@@ -132,8 +132,8 @@ def _swap(*suffixes: str) -> Callable[[Path], None]:
     return swap
 
 
-def _copy(name: str, other: str) -> Callable[[Path], None]:
-    return lambda data: (data / other).write_bytes((data / name).read_bytes()) and None
+def _copy(name: str, other: str) -> Callable[[Path], object]:
+    return lambda data: shutil.copy(data / name, data / other)
 
 
 def _lost(name: str, words: str = "is missing") -> tuple[Callable[[Path], None], str, str]:
