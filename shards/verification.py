@@ -317,15 +317,7 @@ class _CheckedShard(NamedTuple):
 def _check_shard(
     plan: Plan, decode: bool, with_table: bool, shard: Shard, condemned: Mapping[int, str]
 ) -> _CheckedShard:
-    """Compares a shard with everything that is recorded of it.
-
-    Args:
-        plan: the plan.
-        decode: whether its images are decoded.
-        with_table: whether plan.parquet can be read.
-        shard: which shard.
-        condemned: positions of samples in the shard whose decoding ends the process, and why.
-    """
+    """Compares a shard with everything that is recorded of it. `condemned`: samples that end the process when decoded, and why."""
     problems: list[Problem] = []
 
     def note(suffix: str, what: str | None, member: str = "") -> None:
@@ -377,11 +369,7 @@ def _checked_sidecar(plan: Plan, shard: Shard, labels: list[int] | None) -> tupl
 def _sidecar_as_it_must_be(found: Sidecar, plan: Plan, shard: Shard, labels: list[int] | None) -> Sidecar:
     """What follows from the plan, and from what only the sidecar tells: fates, sizes of sources and members, checksums.
 
-    Args:
-        found: the sidecar as it is.
-        plan: the plan.
-        shard: which shard.
-        labels: of its rows, by plan.parquet; None where that cannot be read.
+    `labels` are those of its rows by plan.parquet; None where that cannot be read.
     """
     extension, position = FORMATS[plan.options["format"]], 0
     inputs: list[dict[str, Any]] = []

@@ -37,7 +37,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 SECONDS = 600  # for a test: nothing here may depend on how fast the machine is
 PATIENCE = 300  # for what is waited for
 OPTIONS = ShardOptions(Target(size=64), shard_samples=7)
-SINGLES = ShardOptions(Target(size=64), shard_samples=1)
+SINGLES = ShardOptions(Target(size=64), shard_samples=1, limit=12)  # 24 shards
 MARK = "ALEXPREP_TEST_RAY"
 Made = TypeVar("Made")
 
@@ -63,14 +63,14 @@ def failing(argument, condemned):
     return 1 // argument
 
 class Held(Codec):
-    '''Converts twenty images; goes on with others once the file `go` is there, in the folder that the tickets are in.'''
+    '''Converts eight images; goes on with others once the file `go` is there, in the folder that the tickets are in.'''
 
     def __init__(self, folder, target):
         super().__init__(target)
         self.folder = Path(folder)
 
     def convert(self, data):
-        for number in range(20):
+        for number in range(8):
             try:
                 (self.folder / f"ticket-{number}").touch(exist_ok=False)
                 break
@@ -264,7 +264,7 @@ def test_the_driver_a_worker_and_a_node_are_lost(
         )
     assert capfd.readouterr().out == ""
     patiently(lambda: cluster.add_node(num_cpus=1))
-    assert 68 - 20 <= report.made_inputs <= 68 - 4
+    assert 24 - 8 <= report.made_inputs <= 24 - 4
     convert(photos, tmp_path / "alone", SINGLES, InProcessEngine())
     assert fingerprint(out) == fingerprint(tmp_path / "alone")
 
@@ -296,7 +296,7 @@ class ThreadThatRaises(threading.Thread):
 def command(source: Path, out: Path, *words: str) -> list[str]:
     """Comes to its end only when somebody makes the file `go` beside `out`."""
     shard = [sys.executable, "-c", COMMAND, str(out.parent), "shard", str(source), "--out", str(out), "--size", "64"]
-    return [*shard, "--shard-samples", "1", "--image-seconds", str(SECONDS), "--engine", "ray", *words]
+    return [*shard, "--shard-samples", "1", "--limit", "12", "--image-seconds", str(SECONDS), "--engine", "ray", *words]
 
 
 def test_ctrl_c_leaves_nothing_and_nobody_can_listen_in(tasks: Path, photos: Path, tmp_path: Path) -> None:
