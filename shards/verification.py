@@ -38,6 +38,7 @@ from alexprep.shards.dataset_format import (
     TUNING,
     recorded_shards,
     sample_key,
+    shard_name,
 )
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.image_codec import read_raw, shared_decoder
@@ -207,7 +208,7 @@ def first_difference(found: Any, wanted: Any, place: str = "") -> str | None:
             return f"{place or 'it'} has {len(found):,} entries, must have {len(wanted):,}"
         pairs = ((f"{place}[{n}]", one, other) for n, (one, other) in enumerate(zip(found, wanted, strict=True)))
     else:
-        if list(found) != list(wanted):
+        if found.keys() != wanted.keys():
             return f"{place or 'it'} has the fields {_short(list(found))}, must have {_short(list(wanted))}"
         pairs = ((f"{place}.{key}".lstrip("."), found[key], wanted[key]) for key in wanted)
     return next((what for at, one, other in pairs if (what := first_difference(one, other, at))), None)
@@ -467,8 +468,8 @@ def _misplaced_tars(checked: list[_CheckedShard], dataset: dict[str, Any] | None
     with contextlib.suppress(*_DAMAGED):  # it may be the damaged file
         names = {record["sha256"]: record["name"] for record in recorded_shards(dataset or {})}
     for shard, _, _, sha256 in checked:
-        other = names.get(sha256, shard.name)
-        if other != shard.name:
+        other = names.get(sha256)
+        if isinstance(other, str) and other != shard.name:
             yield Problem(f"{shard.split}/{shard.name}.tar", "", f"is the tar of {other}")
 
 
@@ -479,19 +480,20 @@ def _check_descriptions(
     manifest, recorded = Manifest(plan), _recorded_files(dataset)
     for shard, sidecar in zip(plan.each_shard(), sidecars, strict=True):
         manifest.add(shard, table.read_row_group(shard.group), sidecar)
-    for name, wanted in manifest.files().items():
+    files = manifest.files()
+    for name, wanted in files.items():
         found, trouble = content(plan.folder / name)
         if found is None:
             yield Problem(name, "", trouble)
             continue
         as_recorded = recorded.get(name) == hashlib.sha256(found).hexdigest()
-        difference = None if found == wanted else _first_row_that_differs(name, found, wanted)
-        if difference and as_recorded:  # then it is the sidecar that it was made from
-            shard_of_row, row, what = difference
+        wrong_row = None if found == wanted else _first_row_that_differs(name, found, wanted)
+        if wrong_row and as_recorded:  # then it is the sidecar that it was made from
+            number, row, what = wrong_row
             split = name.partition("/")[0]
-            yield Problem(f"{split}/{split}-{shard_of_row:06d}.json", row, f"was changed: {name} {what}")
-        elif difference:
-            yield Problem(name, *difference[1:])
+            yield Problem(f"{split}/{shard_name(split, number)}.json", row, f"was changed: {name} {what}")
+        elif wrong_row:
+            yield Problem(name, *wrong_row[1:])
         elif name in recorded and not as_recorded:
             # The very bytes that we would write: then the record is wrong. Another pyarrow writes other bytes.
             if found == wanted:
@@ -501,9 +503,10 @@ def _check_descriptions(
     info, trouble = content(plan.folder / TIMM_INFO)
     if info != json_bytes(manifest.timm_info()):
         yield Problem(TIMM_INFO, "", trouble or "does not describe these shards")
-    expected = json.loads(json_bytes(manifest.dataset(recorded)))
-    if dataset is not None and dataset.get("plan") == plan.digest and dataset != expected:
-        yield Problem(DATASET, "", f"does not describe these shards: {first_difference(dataset, expected)}")
+    if dataset is not None and dataset.get("plan") == plan.digest:
+        digests = {name: str(recorded.get(name)) for name in (*files, PLAN_TABLE)}
+        if difference := first_difference(dataset, json.loads(json_bytes(manifest.dataset(digests)))):
+            yield Problem(DATASET, "", f"does not describe these shards: {difference}")
 
 
 def _first_row_that_differs(name: str, found: bytes, wanted: bytes) -> tuple[int, str, str] | None:

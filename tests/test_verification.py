@@ -202,6 +202,7 @@ def _edit_ledger(data: Path) -> None:
             "dataset.json",
             "splits.train.samples is 4, must be 5",
         ),
+        (_edit_json("dataset.json", lambda d: d["files"].clear()), "dataset.json", "files has the fields []"),
         (_edit_json("plan.json", lambda d: d["options"].update(quality=90)), "plan.json", "was changed"),
         (_edit_json("stats/stats.json", lambda d: d["eigenvalues"].reverse()), "stats/stats.json", "was changed"),
         (
