@@ -28,14 +28,45 @@ from alexprep.shards.dataset_format import (
     LEDGER,
     data_digest,
     read_json,
+    sample_key,
 )
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.plan import Plan, Shard, locations
 from alexprep.shards.storage import json_bytes, publish_bytes, publish_first
+from alexprep.shards.tar_format import ending, padded
 
 SIDECAR = {"plan": str, "bytes": int, "sha256": str, "samples": int, "members": list, "inputs": list}
 
 Sidecar = dict[str, Any]
+
+
+def sidecar_of(plan: Plan, inputs: list[dict[str, Any]], members: list[dict[str, Any]], sha256: str) -> Sidecar:
+    """The sidecar of a shard.
+
+    Args:
+        plan: the plan that the shard belongs to.
+        inputs: what became of each, by `input_record`.
+        members: of its tar: name, offset, size and crc32 of each; an image and a label a sample.
+        sha256: of the tar.
+    """
+    end = members[-1]["offset"] + padded(members[-1]["size"]) if members else 0
+    size = end + len(ending(end)) if members else 0
+    return {
+        "plan": plan.digest,
+        "bytes": size,
+        "sha256": sha256,
+        "samples": len(members) // 2,
+        "members": members,
+        "inputs": inputs,
+    }
+
+
+def input_record(row: int, label: int, width: int, height: int, kept: bool, reason: str | None) -> dict[str, Any]:
+    """What a sidecar says of one input: written, with whether its bytes were `kept`, or rejected for a `reason`."""
+    record: dict[str, Any] = {"key": sample_key(row), "label": label, "width": width, "height": height}
+    if reason is None:
+        return record | {"status": "written", "kept": kept}
+    return record | {"status": "rejected", "reason": reason}
 
 
 def read_sidecar(plan: Plan, shard: Shard) -> Sidecar | None:

@@ -24,7 +24,7 @@ from alexprep.shards.dataset_format import DATASET, FORMATS, sample_key
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.image_codec import Codec, Converted, Target
 from alexprep.shards.image_header import Refused
-from alexprep.shards.manifest import conflict, publish_sidecar, read_sidecar
+from alexprep.shards.manifest import conflict, input_record, publish_sidecar, read_sidecar, sidecar_of
 from alexprep.shards.plan import MachineCheck, Plan, Shard, locations, shared_table
 from alexprep.shards.sources.base import Location, Source
 from alexprep.shards.storage import PAUSES, LocalFiles, file_sha256, publish_bytes, published
@@ -37,7 +37,7 @@ MakeCodec = Callable[[Target], Codec]
 # file's, and so is a name that has vanished (ENOENT), while its neighbours are there.
 _OF_THE_FILE = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG}
 _OF_THE_FILE |= {errno.EINVAL, errno.ENXIO, errno.ENODEV}
-_READS_AHEAD = 16  # under way at once where each is a journey over a network
+_READS_AHEAD = 16  # reads under way at once where each goes over a network
 
 _checked: set[str] = set()  # plans of which this process has been found to see what their maker does
 
@@ -119,9 +119,9 @@ def write_shard(
     try:
         before = sidecar_path.read_bytes() if sidecar_path.exists() else b""
         with contextlib.suppress(_EmptyError), published(tar_path) as file:
-            tar, ledger = TarWriter(file), []
+            tar, records = TarWriter(file), []
             for planned, result in _converted(inputs, source, codec, condemned):
-                ledger.append(_added(tar, planned, result, FORMATS[codec.target.format]))
+                records.append(_added(tar, planned, result, FORMATS[codec.target.format]))
             sha256 = tar.close()
             if recorded is not None and recorded != (sha256 if tar.members else ""):
                 raise AlexprepError(
@@ -142,15 +142,7 @@ def write_shard(
             publish_bytes(plan.file(shard, ".idx"), dali_index(tar.members).encode())
         else:
             tar_path.unlink(missing_ok=True)  # an earlier run's
-        sidecar = {
-            "plan": plan.digest,
-            "bytes": tar.bytes if tar.members else 0,
-            "sha256": sha256,
-            "samples": len(tar.members) // 2,
-            "members": [vars(member) for member in tar.members],
-            "inputs": ledger,
-        }
-        publish_sidecar(plan, shard, sidecar, before)
+        publish_sidecar(plan, shard, sidecar_of(plan, records, list(map(vars, tar.members)), sha256), before)
     except OSError as error:
         raise AlexprepError(
             f"shard {shard.name} could not be written to {tar_path.parent} ({error}): make room or mend the disk, "
@@ -163,21 +155,20 @@ class _EmptyError(Exception):
 
 
 def _added(tar: TarWriter, planned: PlannedInput, result: Converted | Refused, extension: str) -> dict[str, Any]:
-    """An input's line in the sidecar; its image and label are put into the tar, unless it is refused."""
-    entry: dict[str, Any] = {"key": sample_key(planned.row), "label": planned.label}
-    entry |= {"width": result.width, "height": result.height}
+    """What the sidecar says of an input; its image and label are put into the tar, unless it is refused."""
+    row, label, width, height = planned.row, planned.label, result.width, result.height
     if isinstance(result, Refused):
-        return entry | {"status": "rejected", "reason": result.reason}
-    tar.add(f"{entry['key']}.{extension}", result.data)
-    tar.add(f"{entry['key']}.cls", str(planned.label).encode())
-    return entry | {"status": "written", "kept": result.kept}
+        return input_record(row, label, width, height, kept=False, reason=result.reason)
+    tar.add(f"{sample_key(row)}.{extension}", result.data)
+    tar.add(f"{sample_key(row)}.cls", str(label).encode())
+    return input_record(row, label, width, height, result.kept, reason=None)
 
 
 def _converted(
     inputs: Sequence[PlannedInput], source: Source, codec: Codec, condemned: Mapping[int, str]
 ) -> Iterator[tuple[PlannedInput, Converted | Refused]]:
     """Every input with what became of it, in order."""
-    size = 1 if is_retry() else codec.batch  # after a death each by itself, so that the culprit can be told
+    size = 1 if is_retry() else codec.batch  # after a death each by itself, so that the input at fault is known
     with ThreadPoolExecutor(_READS_AHEAD) as threads:
         wanted = (planned.location for planned in inputs if planned.row not in condemned)
         ahead = _ahead(wanted, lambda location: _read(source, location), threads) if source.files.remote else None

@@ -42,7 +42,7 @@ from alexprep.shards.dataset_format import (
 )
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.image_codec import read_raw, shared_decoder
-from alexprep.shards.manifest import Manifest, Sidecar
+from alexprep.shards.manifest import Manifest, Sidecar, input_record, sidecar_of
 from alexprep.shards.plan import (
     Plan,
     PlanTable,
@@ -56,7 +56,7 @@ from alexprep.shards.plan import (
 )
 from alexprep.shards.sources.base import SPLITS, Source
 from alexprep.shards.storage import content, digest_json, file_sha256, folder_at, is_temporary, json_bytes, trouble
-from alexprep.shards.tar_format import BLOCK, WrittenMember, dali_index, ending, header, padded
+from alexprep.shards.tar_format import BLOCK, WrittenMember, dali_index, header, padded
 from alexprep.shards.worker_pool import Engine, as_engine, attending
 
 Progress = Callable[[int, int], None]
@@ -381,27 +381,18 @@ def _sidecar_as_it_must_be(found: Sidecar, plan: Plan, shard: Shard, labels: lis
     if len(found["inputs"]) != len(labels):
         raise ValueError(f"it lists {len(found['inputs'])} inputs, the plan has {len(labels)}")
     for row, (entry, label) in enumerate(zip(found["inputs"], labels, strict=True), shard.first_row):
-        key, written = sample_key(row), "kept" in entry
-        sizes = {side: _integer(entry[side], 0, 2**31) for side in ("width", "height")}
-        fate = {"status": "written", "kept": bool(entry["kept"])} if written else {"status": "rejected"}
-        inputs.append({"key": key, "label": label, **sizes, **fate})
-        if not written:
-            inputs[-1]["reason"] = str(entry["reason"])
-            continue
-        for name, known in ((f"{key}.{extension}", None), (f"{key}.cls", len(str(label)))):
+        width, height = (_integer(entry[side], 0, 2**31) for side in ("width", "height"))
+        reason = None if "kept" in entry else str(entry["reason"])
+        inputs.append(input_record(row, label, width, height, bool(entry.get("kept")), reason))
+        kinds = [(extension, None), ("cls", len(str(label)))] if reason is None else []
+        for kind, known in kinds:
             member: dict[str, Any] = next(recorded, {})
             size = _integer(member["size"], 0) if known is None else known
             crc32 = _integer(member["crc32"], 0, 2**32)
-            members.append({"name": name, "offset": position + BLOCK, "size": size, "crc32": crc32})
-            position += BLOCK + padded(size)
-    return {
-        "plan": plan.digest,
-        "bytes": position + len(ending(position)) if members else 0,
-        "sha256": str(found["sha256"]),
-        "samples": len(members) // 2,
-        "members": members,
-        "inputs": inputs,
-    }
+            name, offset = f"{sample_key(row)}.{kind}", position + BLOCK
+            members.append({"name": name, "offset": offset, "size": size, "crc32": crc32})
+            position = offset + padded(size)
+    return sidecar_of(plan, inputs, members, str(found["sha256"]))
 
 
 def _integer(value: Any, low: int, high: int = 2**63) -> int:
