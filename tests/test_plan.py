@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from alexprep.shards.image_codec import Target
 from alexprep.shards.plan import DEFAULTS, ShardOptions, options_of
 from alexprep.shards.reader import Samples
 from alexprep.shards.sources.detection import find_source
-from alexprep.shards.storage import digest_json, json_bytes
+from alexprep.shards.storage import LocalFiles, digest_json, json_bytes
 from alexprep.shards.verification import repair, verify
 from alexprep.shards.worker_pool import InProcessEngine
 
@@ -147,6 +149,22 @@ def test_a_release_goes_on_with_what_another_of_the_same_bytes_began(
     monkeypatch.setattr(versions, "_SAME_SHARDS", ("0.1.0", "0.9.0"))
     assert convert(PHOTOS, released, OPTIONS, ENGINE).made_inputs == 0
     assert _files(released) == before
+
+
+def test_a_worker_that_sees_another_folder_or_source_is_named(tmp_path: Path) -> None:
+    """/proc/self/fd/N is a folder that only this process has, as another machine's disk would be."""
+    descriptor = os.open(tmp_path, os.O_RDONLY)
+    here = f"/proc/self/fd/{descriptor}"
+    try:
+        with pytest.raises(AlexprepError, match=f"does not see {here}/out/plan.json as .* does"):
+            convert(PHOTOS, Path(f"{here}/out"), OPTIONS, 1)
+        shutil.copytree(PHOTOS, tmp_path / "source")
+        source = replace(find_source(str(tmp_path / "source")), files=LocalFiles(f"{here}/source".encode()))
+        words = r"does not see /proc/.* as .* does \(\d+ bytes there, FileNotFoundError"
+        with pytest.raises(AlexprepError, match=words):
+            convert(source, tmp_path / "out", OPTIONS, 1)
+    finally:
+        os.close(descriptor)
 
 
 @pytest.mark.parametrize(

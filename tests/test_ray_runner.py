@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import gc
 import hashlib
 import os
 import random
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -354,27 +352,3 @@ def test_versions_with_holes_are_refused(monkeypatch: pytest.MonkeyPatch, data: 
         rgb_statistics.pca_stats(data, "train", RayEngine())
     with pytest.raises(AlexprepError, match="--image-seconds 0 is not above 0"):
         RayEngine(image_seconds=0)
-
-
-def test_a_folder_that_a_worker_does_not_see_is_named(photos: Path, tmp_path: Path) -> None:
-    """/proc/self/fd/N is a folder that only this process has, as another machine's disk would be."""
-    descriptor = os.open(tmp_path, os.O_RDONLY)
-    try:
-        with pytest.raises(AlexprepError, match=f"does not see /proc/self/fd/{descriptor}/out/plan.json as .* does"):
-            convert(photos, Path(f"/proc/self/fd/{descriptor}/out"), OPTIONS, 1)
-        shutil.copytree(photos, tmp_path / "source")
-        with pytest.raises(
-            AlexprepError, match=r"does not see /.*JPEG as .* does \(\d+ bytes there, FileNotFoundError"
-        ):
-            convert(unseen(tmp_path / "source", descriptor), tmp_path / "out", OPTIONS, 1)
-    finally:
-        os.close(descriptor)
-
-
-def unseen(source: Path, descriptor: int) -> Any:
-    """The source below a folder that only this process has."""
-    from alexprep.shards.sources.detection import find_source
-    from alexprep.shards.storage import LocalFiles
-
-    there = LocalFiles(f"/proc/self/fd/{descriptor}/source".encode())
-    return dataclasses.replace(find_source(str(source)), files=there)
