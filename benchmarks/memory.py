@@ -24,7 +24,8 @@ from common import command_line, report
 from PIL import Image
 
 from alexprep.shards import worker_pool
-from alexprep.shards.image_codec import MAX_PIXELS, Codec, Converted, Target
+from alexprep.shards.image_codec import Codec, Converted, Target
+from alexprep.shards.image_header import MAX_PIXELS
 from alexprep.shards.worker_pool import IMAGE_BYTES
 
 SIDE = int(MAX_PIXELS**0.5)

@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from nvidia import nvimgcodec
 from PIL import Image
 
-from alexprep.shards.image_codec import Codec, Converted, Refused, Target
+from alexprep.shards.image_codec import Codec, Converted, Target
 from alexprep.shards.image_codec_cuda import CudaCodec
+from alexprep.shards.image_header import Refused
 from alexprep.shards.sources.detection import find_source
 from alexprep.shards.worker_pool import one_thread
 

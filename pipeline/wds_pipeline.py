@@ -25,9 +25,8 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 from webdataset.utils import pytorch_worker_info
 
 from alexprep.pipeline.sampler import rank_part, shard_order
-from alexprep.shards.dataset_format import read_dataset, read_index, shard_name, split_record
+from alexprep.shards.dataset_format import FORMATS, read_dataset, read_index, shard_name, split_record
 from alexprep.shards.errors import AlexprepError, whole_number
-from alexprep.shards.image_codec import FORMATS
 from alexprep.shards.storage import folder_at, is_local
 from alexprep.shards.tar_format import BLOCK
 

@@ -1,1 +1,83 @@
-"""Photos in, webdataset shards out, and the statistics of what they hold. Knows files; knows neither DALI graphs nor torch."""
+"""Makes, checks, describes and reads datasets of resized images in webdataset shards: the public names, each loaded when first asked for.
+
+`convert` turns a source of images (`find_source`) into a finished dataset, `verify` and `repair` look after it, `pca_stats` computes its
+mean image and principal components, `read_dataset` and `Samples` read it. Training batches come from `alexprep.pipeline.Loader`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from alexprep.shards.conversion import Report, convert
+    from alexprep.shards.dataset_format import read_dataset, read_index
+    from alexprep.shards.errors import AlexprepError
+    from alexprep.shards.image_codec import Target
+    from alexprep.shards.plan import ShardOptions
+    from alexprep.shards.ray_runner import RayEngine
+    from alexprep.shards.reader import Samples
+    from alexprep.shards.rgb_statistics import Statistics, pca_stats, publish_statistics, read_statistics
+    from alexprep.shards.sources.base import Input, Location, Source
+    from alexprep.shards.sources.detection import find_source
+    from alexprep.shards.verification import Problem, Verdict, repair, verify
+    from alexprep.shards.webdataset_index import TarIndex, index_tars
+    from alexprep.shards.worker_pool import Engine, InProcessEngine, LocalEngine
+
+__all__ = [
+    "AlexprepError",
+    "Engine",
+    "InProcessEngine",
+    "Input",
+    "LocalEngine",
+    "Location",
+    "Problem",
+    "RayEngine",
+    "Report",
+    "Samples",
+    "ShardOptions",
+    "Source",
+    "Statistics",
+    "TarIndex",
+    "Target",
+    "Verdict",
+    "convert",
+    "find_source",
+    "index_tars",
+    "pca_stats",
+    "publish_statistics",
+    "read_dataset",
+    "read_index",
+    "read_statistics",
+    "repair",
+    "verify",
+]
+
+_HOMES = {
+    "conversion": ("Report", "convert"),
+    "dataset_format": ("read_dataset", "read_index"),
+    "errors": ("AlexprepError",),
+    "image_codec": ("Target",),
+    "plan": ("ShardOptions",),
+    "ray_runner": ("RayEngine",),
+    "reader": ("Samples",),
+    "rgb_statistics": ("Statistics", "pca_stats", "publish_statistics", "read_statistics"),
+    "sources.base": ("Input", "Location", "Source"),
+    "sources.detection": ("find_source",),
+    "verification": ("Problem", "Verdict", "repair", "verify"),
+    "webdataset_index": ("TarIndex", "index_tars"),
+    "worker_pool": ("Engine", "InProcessEngine", "LocalEngine"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Loads a public name when it is first asked for: decoders and pyarrow take half a second to import."""
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(importlib.import_module(f"{__name__}.{home}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """The public names."""
+    return __all__

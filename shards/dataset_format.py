@@ -1,4 +1,11 @@
-"""The on-disk contract: every name and record of a data set folder, defined once. docs/formats.md describes it in words."""
+"""Defines what a dataset's folder holds: the name and the form of every file, and how a finished dataset is read.
+
+docs/formats.md says it in words. What fills the files is in `alexprep.shards.plan` and `alexprep.shards.manifest`; samples are
+read by `alexprep.shards.reader`.
+
+A format is only ever added to, so that each release reads what earlier ones wrote: a new field or option comes with a default that
+means what was done before it existed, and a released default never changes its meaning.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alexprep.shards.errors import AlexprepError
-from alexprep.shards.storage import digest_json, is_local
+from alexprep.shards.storage import digest_json, folder_at, is_local
 
 FORMAT_VERSION = 1
 
@@ -29,6 +36,8 @@ TUNING = "tuning.json"  # of machines, not of the data: no digest depends on it
 STATISTICS = Path("stats") / "stats.json"
 MEAN_IMAGE = Path("stats") / "mean_image.npy"
 MEAN_PICTURE = Path("stats") / "mean_image.png"
+
+FORMATS = {"jpg": "jpg", "png": "png", "raw": "npy"}  # --format → the extension of the image's member
 
 # One record a sample, in the order of the shards: where its encoded image lies, and its class.
 INDEX_DTYPE = np.dtype([("shard", "<u4"), ("offset", "<u8"), ("size", "<u4"), ("label", "<i4")])
@@ -69,12 +78,19 @@ def read_json(path: Path, purpose: str) -> dict[str, Any]:
     return document
 
 
-def read_dataset(data: Path) -> dict[str, Any]:
-    """dataset.json of a finished data set.
+def read_dataset(data: Path | str) -> dict[str, Any]:
+    """The facts of a finished dataset, as its dataset.json has them.
+
+    Among them are `digest` (the identity of the data), `classes` (names, by label), `image` (size in pixels, format, extension), and
+    `splits`: by name, each with its `inputs`, `samples`, `rejected`, `bytes` and `shards`. docs/formats.md lists all.
+
+    Args:
+        data: the dataset's folder, or a URL of one.
 
     Raises:
-        AlexprepError: the folder holds no finished data set, or one of a later format.
+        AlexprepError: the folder holds no finished dataset, or one of a later format.
     """
+    data = folder_at(data) if isinstance(data, str) else data
     if not (data / DATASET).exists() and (data / PLAN).exists():
         raise AlexprepError(f"{data} holds an unfinished data set: run the same `alexprep shard` again to finish it")
     dataset = read_json(data / DATASET, "make one with `alexprep shard SOURCE`, or name another folder with --data")
@@ -109,13 +125,21 @@ def split_record(dataset: dict[str, Any], split: str, data: Path) -> dict[str, A
     return dict(record)
 
 
-def read_index(data: Path, split: str) -> NDArray[np.void]:
-    """index.npy of a split, memory-mapped: (samples,) of `INDEX_DTYPE`.
+def read_index(data: Path | str, split: str) -> NDArray[np.void]:
+    """Where the samples of a split lie: index.npy, memory-mapped where it is on a local disk.
+
+    Args:
+        data: the folder of a finished dataset, or a URL of one.
+        split: "train", "val" or "test".
+
+    Returns:
+        A structured array (samples,), in the order of the shards: `shard` uint32, its number; `offset` uint64 and `size` uint32, bytes,
+        of the encoded image in the shard's tar; `label` int32.
 
     Raises:
         AlexprepError: it is missing or is not such an array.
     """
-    path = data / split / INDEX
+    path = (folder_at(data) if isinstance(data, str) else data) / split / INDEX
     try:
         index: NDArray[np.void] = (
             np.load(path, mmap_mode="r", allow_pickle=False)
@@ -130,6 +154,6 @@ def read_index(data: Path, split: str) -> NDArray[np.void]:
 
 
 def data_digest(shards: dict[str, list[dict[str, Any]]], image: dict[str, Any], classes: list[str]) -> str:
-    """The identity of a data set, hex sha256: every shard's bytes, the image form, and the meaning of the labels."""
+    """The identity of a dataset, hex sha256: every shard's bytes, the image form, and the meaning of the labels."""
     digests = {split: [record["sha256"] for record in records] for split, records in shards.items()}
     return digest_json({"shards": digests, "image": image, "classes": classes})

@@ -1,4 +1,4 @@
-"""The codec on a GPU: plain JPEGs are decoded, resized and encoded there in batches, anything else on the CPU.
+"""Converts images on a GPU: plain JPEGs are decoded, resized and encoded there in batches, anything else on the CPU.
 
 Only JPEGs in YCbCr or grey go to the GPU, where each is decoded whole: nvJPEG before 13.2 refuses a region of an image
 with subsampled chroma as long as it interpolates chroma, as libjpeg does. The rest is what `Codec` does, on the CPU:
@@ -21,67 +21,14 @@ from numpy.typing import NDArray
 from nvidia import nvimgcodec
 from torch.utils.dlpack import from_dlpack
 
-from alexprep.shards import resample
 from alexprep.shards.errors import AlexprepError, DeviceLostError
-from alexprep.shards.image_codec import MAX_PIXELS, Codec, Converted, Refused, Target, to_square, too_many_scans
-from alexprep.shards.resample import Axis, Resize
-
-# -------------------- `alexprep.shards.resample` in torch, on any device: the same pixels.
-
-
-_MATRICES = 512  # kept on the device, 0.4 MB each for photos of 500 pixels; sizes repeat within a data set
-
-
-class Resizer:
-    """`alexprep.shards.resample.Resize` in torch, on any device: the same pixels.
-
-    The weights are the same integers, as whole matrices: a GPU multiplies faster than it skips zeros. Zeros do not touch
-    the argument of `resample`: each product and each partial sum, in whatever order and fused or not, is an integer
-    below 2**24 (times a power of two) and so exact in float32. TF32 would round the weights to 11 bits, hence "ieee".
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        """Prepares for `device`; float32 products are IEEE's in this process from here on."""
-        torch.backends.cuda.matmul.fp32_precision = "ieee"
-        # A cache of its own: an evicted matrix is freed in the order of the one stream that reads it.
-        self._matrix = functools.lru_cache(maxsize=_MATRICES)(functools.partial(_matrix, device))
-
-    def __call__(self, pixels: torch.Tensor, resize: Resize) -> torch.Tensor:
-        """Resizes the region that `resize` reads.
-
-        Args:
-            pixels: uint8 (H, W, 3), the whole source.
-            resize: what to make of it.
-
-        Returns:
-            uint8 (vertical.count, horizontal.count, 3), contiguous.
-        """
-        top, left, bottom, right = resize.region
-        down = self._matrix(resize.vertical, resize.name, resample._COLUMN_BITS, top, bottom)
-        along = self._matrix(resize.horizontal, resize.name, resample._ROW_BITS, left, right)
-        region = pixels[top:bottom, left:right].permute(2, 0, 1)
-        planes = region.to(torch.float32, memory_format=torch.contiguous_format)
-        middle = (down @ planes).mul_(2.0**resample._MIDDLE_BITS).round_()  # halves to even, as numpy's rint
-        result = (middle @ along.T).mul_(2.0**-resample._MIDDLE_BITS).round_().clamp_(0, 255)
-        return result.to(torch.uint8).permute(1, 2, 0).contiguous()
-
-
-def _matrix(device: torch.device, axis: Axis, name: str, bits: int, low: int, high: int) -> torch.Tensor:
-    """float32 (axis.count, high - low): an axis' weights for the source pixels [low, high), multiples of 2**-bits."""
-    first, exact = resample.weights(axis, name)
-    source = np.clip(first + np.arange(len(exact))[:, None], 0, axis.source - 1)
-    fixed = resample._rounded(exact, bits)
-    tap, output = np.nonzero(fixed)
-    matrix = np.zeros((axis.count, high - low), np.float32)
-    np.add.at(matrix, (output, source[tap, output] - low), fixed[tap, output])
-    return torch.from_numpy(matrix).to(device)
-
-
-# -------------------- The codec on a GPU: plain JPEGs are decoded, resized and encoded there in batches, anything else on the CPU.
-
+from alexprep.shards.image_codec import Codec, Converted, Target, to_square
+from alexprep.shards.image_header import MAX_PIXELS, Refused, too_many_scans
+from alexprep.shards.resample import COLUMN_BITS, MIDDLE_BITS, ROW_BITS, Axis, Resize, rounded_weights, weights
 
 _MEMORY_WORDS = ("out of memory", "memoryallocation", "allocator", "alloc failed")
 _ROOM = 64 * 2**20  # bytes that nvJPEG's own tables and buffers may take
+_MATRICES = 512  # kept on the device, 0.4 MB each for photos of 500 pixels; sizes repeat within a dataset
 
 
 class _Work(NamedTuple):
@@ -161,7 +108,7 @@ class CudaCodec(Codec):
         works = [(n, work) for n, data in enumerate(inputs) if (work := self._work(data)) is not None]
         done: dict[int, Converted] = {}
         for batch in _batches(works):
-            encoded = self._tried([work for _, work in batch])
+            encoded = self._encoded_patiently([work for _, work in batch])
             for (n, work), data in zip(batch, encoded, strict=True):
                 if data is not None:
                     done[n] = Converted(data, work.width, work.height, work.kept is not None)
@@ -184,7 +131,7 @@ class CudaCodec(Codec):
         resize = to_square(stream.height, stream.width, size, filter_name)
         return _Work(stream, resize, stream.height, stream.width, kept)
 
-    def _tried(self, works: list[_Work]) -> list[bytes | None]:
+    def _encoded_patiently(self, works: list[_Work]) -> list[bytes | None]:
         """`_encoded`; after an error, such as too little memory on the GPU, and for those it refused, each image by itself."""
         try:
             done = self._encoded(works)
@@ -196,9 +143,9 @@ class CudaCodec(Codec):
         if final or None not in done:
             return done
         torch.cuda.empty_cache()  # torch keeps what it frees; here nvImageCodec may need it
-        return [self._alone(work) if data is None else data for work, data in zip(works, done, strict=True)]
+        return [self._encoded_alone(work) if data is None else data for work, data in zip(works, done, strict=True)]
 
-    def _alone(self, work: _Work) -> bytes | None:
+    def _encoded_alone(self, work: _Work) -> bytes | None:
         """One image's bytes; None where it is the image that cannot be done, and not the GPU's memory that is too small."""
         purpose = f"for an image of {work.width} x {work.height}"
         try:
@@ -301,3 +248,48 @@ def _batches(works: list[tuple[int, _Work]]) -> Iterator[list[tuple[int, _Work]]
     total = itertools.accumulate(work.height * work.width for _, work in works)
     for _, group in itertools.groupby(zip(works, total, strict=True), key=lambda pair: pair[1] // MAX_PIXELS):
         yield [pair[0] for pair in group]
+
+
+class Resizer:
+    """Applies an `alexprep.shards.resample.Resize` with torch, on any device: the same pixels.
+
+    The weights are the same integers, as whole matrices: a GPU multiplies faster than it skips zeros. Zeros do not touch
+    the argument of `resample`: each product and each partial sum, in whatever order and fused or not, is an integer
+    below 2**24 (times a power of two) and so exact in float32. TF32 would round the weights to 11 bits, hence "ieee".
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        """Prepares for `device`; float32 products are IEEE's in this process from here on."""
+        torch.backends.cuda.matmul.fp32_precision = "ieee"
+        # A cache of its own: an evicted matrix is freed in the order of the one stream that reads it.
+        self._matrix = functools.lru_cache(maxsize=_MATRICES)(functools.partial(_matrix, device))
+
+    def __call__(self, pixels: torch.Tensor, resize: Resize) -> torch.Tensor:
+        """Resizes the region that `resize` reads.
+
+        Args:
+            pixels: uint8 (H, W, 3), the whole source.
+            resize: what to make of it.
+
+        Returns:
+            uint8 (vertical.count, horizontal.count, 3), contiguous.
+        """
+        top, left, bottom, right = resize.region
+        down = self._matrix(resize.vertical, resize.name, COLUMN_BITS, top, bottom)
+        along = self._matrix(resize.horizontal, resize.name, ROW_BITS, left, right)
+        region = pixels[top:bottom, left:right].permute(2, 0, 1)
+        planes = region.to(torch.float32, memory_format=torch.contiguous_format)
+        middle = (down @ planes).mul_(2.0**MIDDLE_BITS).round_()  # halves to even, as numpy's rint
+        result = (middle @ along.T).mul_(2.0**-MIDDLE_BITS).round_().clamp_(0, 255)
+        return result.to(torch.uint8).permute(1, 2, 0).contiguous()
+
+
+def _matrix(device: torch.device, axis: Axis, name: str, bits: int, low: int, high: int) -> torch.Tensor:
+    """float32 (axis.count, high - low): an axis' weights for the source pixels [low, high), multiples of 2**-bits."""
+    first, exact = weights(axis, name)
+    source = np.clip(first + np.arange(len(exact))[:, None], 0, axis.source - 1)
+    fixed = rounded_weights(exact, bits)
+    tap, output = np.nonzero(fixed)
+    matrix = np.zeros((axis.count, high - low), np.float32)
+    np.add.at(matrix, (output, source[tap, output] - low), fixed[tap, output])
+    return torch.from_numpy(matrix).to(device)

@@ -1,6 +1,8 @@
-"""What describes a whole data set, computed from the plan and the sidecars: index, ledger, _info.json, dataset.json.
+"""Records what was written: a sidecar for each shard, and what describes the dataset as a whole.
 
-`convert` publishes these; `verify` computes them again and compares.
+A shard counts once its sidecar (train-000000.json) is there. From the plan and all sidecars follow the index (index.npy), the ledger
+(samples.parquet), _info.json and dataset.json: `alexprep.shards.conversion` publishes them, `alexprep.shards.verification` computes
+them again and compares. The names and schemas are in `alexprep.shards.dataset_format`; nothing here reads an image.
 """
 
 from __future__ import annotations
@@ -10,8 +12,6 @@ import io
 import json
 import re
 from collections import Counter
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,46 +22,96 @@ from numpy.typing import NDArray
 from alexprep.shards.dataset_format import (
     DATASET_FORMAT,
     FORMAT_VERSION,
+    FORMATS,
     INDEX,
     INDEX_DTYPE,
     LEDGER,
     data_digest,
     read_json,
-    shard_name,
+    sample_key,
 )
 from alexprep.shards.errors import AlexprepError
-from alexprep.shards.image_codec import FORMATS
 from alexprep.shards.plan import Plan, Shard, locations
 from alexprep.shards.storage import json_bytes, publish_bytes, publish_first
-
-# -------------------- A shard's sidecar: what it holds, line by line, and the mark that it is finished.
-
+from alexprep.shards.tar_format import ending, padded
 
 SIDECAR = {"plan": str, "bytes": int, "sha256": str, "samples": int, "members": list, "inputs": list}
 
-
-def sidecar_path(data: Path, shard: Shard) -> Path:
-    """Where a shard's commit mark lies."""
-    return data / shard.split / f"{shard_name(shard.split, shard.number)}.json"
+Sidecar = dict[str, Any]
 
 
-def read_sidecar(data: Path, shard: Shard, plan_digest: str) -> dict[str, Any] | None:
-    """A shard's sidecar; None where the shard is not finished: no sidecar, another plan's, or a tar of another length."""
-    path = sidecar_path(data, shard)
+def sidecar_of(plan: Plan, inputs: list[dict[str, Any]], members: list[dict[str, Any]], sha256: str) -> Sidecar:
+    """The sidecar of a shard.
+
+    Args:
+        plan: the plan that the shard belongs to.
+        inputs: what became of each, by `input_record`.
+        members: of its tar: name, offset, size and crc32 of each; an image and a label a sample.
+        sha256: of the tar.
+    """
+    end = members[-1]["offset"] + padded(members[-1]["size"]) if members else 0
+    size = end + len(ending(end)) if members else 0
+    return {
+        "plan": plan.digest,
+        "bytes": size,
+        "sha256": sha256,
+        "samples": len(members) // 2,
+        "members": members,
+        "inputs": inputs,
+    }
+
+
+def input_record(row: int, label: int, width: int, height: int, kept: bool, reason: str | None) -> dict[str, Any]:
+    """What a sidecar says of one input: written, with whether its bytes were `kept`, or rejected for a `reason`."""
+    record: dict[str, Any] = {"key": sample_key(row), "label": label, "width": width, "height": height}
+    if reason is None:
+        return record | {"status": "written", "kept": kept}
+    return record | {"status": "rejected", "reason": reason}
+
+
+def read_sidecar(plan: Plan, shard: Shard) -> Sidecar | None:
+    """A shard's sidecar; None where the shard is not finished: no sidecar, another plan's, or a tar of another length.
+
+    Raises:
+        AlexprepError: it is no JSON object, or not of the form of a sidecar.
+    """
+    path = plan.file(shard, ".json")
     if not path.exists():
         return None
     again = "delete it and run the same `alexprep shard` again"
     sidecar = read_json(path, again)
-    if sidecar.get("plan") != plan_digest:
+    if sidecar.get("plan") != plan.digest:
         return None
     if {key: type(value) for key, value in sidecar.items()} != SIDECAR:
         raise AlexprepError(f"{path} has other fields than it was written with: {again}")
-    tar = path.with_suffix(".tar")
+    tar = plan.file(shard, ".tar")
     if sidecar["samples"] and not (
-        path.with_suffix(".idx").exists() and tar.exists() and tar.stat().st_size == sidecar["bytes"]
+        plan.file(shard, ".idx").exists() and tar.exists() and tar.stat().st_size == sidecar["bytes"]
     ):
         return None
     return sidecar
+
+
+def publish_sidecar(plan: Plan, shard: Shard, sidecar: Sidecar, before: bytes) -> None:
+    """Publishes a shard's sidecar, which makes the shard count; of several writers the first one wins.
+
+    Args:
+        plan: the plan that the shard belongs to.
+        shard: which shard.
+        sidecar: what it is to hold.
+        before: what was in its place before the shard was made, which no longer counts.
+
+    Raises:
+        AlexprepError: another writer made the shard meanwhile, with other bytes; now neither counts.
+    """
+    path, wanted = plan.file(shard, ".json"), json_bytes(sidecar, indent=None)
+    found = publish_first(path, wanted)
+    if found == wanted:
+        return
+    if found != before and (first := _sha256_of(found, sidecar["plan"])) not in (None, sidecar["sha256"]):
+        path.unlink(missing_ok=True)  # our tar or index may lie over theirs, which it describes
+        raise conflict(shard, str(first), sidecar["sha256"], "Neither counts, so the next run makes it again")
+    publish_bytes(path, wanted)  # in place of a stale or damaged one
 
 
 def _sha256_of(sidecar: bytes, plan_digest: str) -> str | None:
@@ -72,76 +122,53 @@ def _sha256_of(sidecar: bytes, plan_digest: str) -> str | None:
     return None
 
 
-def commit(mark: Path, sidecar: dict[str, Any], before: bytes, name: str) -> None:
-    """Publishes a sidecar, which makes its shard count; of several writers the first one wins.
-
-    Args:
-        mark: the sidecar's place.
-        sidecar: what it is to hold.
-        before: what it held before the shard was made, which no longer counts.
-        name: of the shard, for messages.
-
-    Raises:
-        AlexprepError: another writer made the shard meanwhile, with other bytes; now neither counts.
-    """
-    wanted = json_bytes(sidecar, indent=None)
-    found = publish_first(mark, wanted)
-    if found == wanted:
-        return
-    if found != before and (first := _sha256_of(found, sidecar["plan"])) not in (None, sidecar["sha256"]):
-        mark.unlink(missing_ok=True)  # our tar or index may lie over theirs, which it describes
-        raise conflict(name, str(first), sidecar["sha256"], "Neither counts, so the next run makes it again")
-    publish_bytes(mark, wanted)  # in place of a stale or damaged one
-
-
-def conflict(name: str, first: str, second: str, outcome: str) -> AlexprepError:
+def conflict(shard: Shard, first: str, second: str, outcome: str) -> AlexprepError:
     """The refusal of a shard that was made with two different sha256; `outcome` says what became of them."""
     return AlexprepError(
-        f"shard {name} was made twice with different bytes (sha256 {first[:16]}… and {second[:16]}…): the machines decode "
+        f"shard {shard.name} was made twice with different bytes (sha256 {first[:16]}… and {second[:16]}…): the machines decode "
         f"differently, or an input changed meanwhile. {outcome}. Use a new --out with one kind of machine"
     )
 
 
-# -------------------- What describes a whole data set, computed from the plan and the sidecars: index, ledger, _info.json, dataset.json.
+class Manifest:
+    """What describes a whole dataset; it takes in one finished shard after the other, in the plan's order.
 
+    Attributes:
+        plan: the dataset's plan.
+        reasons: how often each reason for a rejection occurred; the numbers in them are replaced by "N".
+        kept: images whose bytes are the source's own.
+    """
 
-Sidecar = dict[str, Any]
-
-
-@dataclass
-class Description:
-    """Takes in one shard after the other, in the plan's order."""
-
-    plan: Plan
-    reasons: Counter[str] = field(default_factory=Counter)
-    kept: int = 0
-    _records: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-    _indexes: dict[str, list[NDArray[Any]]] = field(default_factory=dict)
-    _ledgers: dict[str, list[pa.Table]] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
+    def __init__(self, plan: Plan) -> None:
         """Every split of the plan is described, also one without a sample."""
-        for split in self.plan.document["splits"]:
-            self._records[split], self._indexes[split], self._ledgers[split] = [], [], []
+        self.plan = plan
+        self.reasons: Counter[str] = Counter()
+        self.kept = 0
+        splits = plan.document["splits"]
+        self._records: dict[str, list[dict[str, Any]]] = {split: [] for split in splits}
+        self._indexes: dict[str, list[NDArray[Any]]] = {split: [] for split in splits}
+        self._ledgers: dict[str, list[pa.Table]] = {split: [] for split in splits}
 
     def add(self, shard: Shard, planned: pa.Table, sidecar: Sidecar) -> None:
         """Takes in a finished shard.
 
         Args:
-            shard: which.
+            shard: which shard.
             planned: its rows of plan.parquet.
             sidecar: its sidecar.
 
         Raises:
             AlexprepError: the sidecar does not account for each planned input once.
+            KeyError, TypeError, ValueError: it is damaged.
         """
-        name = shard_name(shard.split, shard.number)
-        self._ledgers[shard.split].append(ledger(name, planned, sidecar))
-        self._indexes[shard.split].append(index(shard, sidecar))
+        self._ledgers[shard.split].append(_ledger(shard, planned, sidecar))
+        self._indexes[shard.split].append(_index(shard, sidecar))
         self.reasons.update(_general(entry["reason"]) for entry in sidecar["inputs"] if entry["status"] == "rejected")
         self.kept += sum(entry.get("kept", False) for entry in sidecar["inputs"])
         if sidecar["samples"]:
-            self._records[shard.split].append({"name": name} | {k: sidecar[k] for k in ("samples", "bytes", "sha256")})
+            self._records[shard.split].append(
+                {"name": shard.name} | {key: sidecar[key] for key in ("samples", "bytes", "sha256")}
+            )
 
     @property
     def samples(self) -> dict[str, int]:
@@ -153,12 +180,8 @@ class Description:
         """Of all tars."""
         return sum(record["bytes"] for records in self._records.values() for record in records)
 
-    def names(self) -> list[str]:
-        """What `files` gives content to."""
-        return [f"{split}/{name}" for split in self._records for name in (INDEX, LEDGER)]
-
     def files(self) -> dict[str, bytes]:
-        """The content of index and ledger of each split, by name below the data set's folder."""
+        """The content of index and ledger of each split, by name below the dataset's folder."""
         contents = {}
         for split in self._records:
             array, table = io.BytesIO(), io.BytesIO()
@@ -169,16 +192,19 @@ class Description:
         return contents
 
     def dataset(self, file_digests: dict[str, str]) -> dict[str, Any]:
-        """dataset.json, given the sha256 of the files beside it."""
+        """dataset.json, given the sha256 of the files beside it.
+
+        What says how images were made is taken as plan.json has it: an option that it does not have was not there yet.
+        """
         document = self.plan.document
         keys = ("size", "filter", "format", "quality", "subsampling", "orient", "device")
-        image = {key: document["options"][key] for key in keys}
+        image = {key: document["options"][key] for key in keys if key in document["options"]}
         return {
             "format": DATASET_FORMAT,
             "format_version": FORMAT_VERSION,
             "digest": data_digest(self._records, image, document["classes"]),
-            "image": image | {"extension": FORMATS[image["format"]]},
-            "labels": document["options"]["labels"],
+            "image": image | {"extension": FORMATS[self.plan.options["format"]]},
+            "labels": self.plan.options["labels"],
             "classes": document["classes"],
             "splits": {split: self._split(split) for split in self._records},
             "files": file_digests,
@@ -216,15 +242,13 @@ class Description:
         }
 
 
-def ledger(name: str, planned: pa.Table, sidecar: Sidecar) -> pa.Table:
-    """The ledger's rows of one shard: every planned input, in order, with what became of it.
-
-    Raises:
-        AlexprepError: the sidecar lists another number of inputs.
-    """
+def _ledger(shard: Shard, planned: pa.Table, sidecar: Sidecar) -> pa.Table:
+    """The ledger's rows of one shard: every planned input, in order, with what became of it."""
     entries = sidecar["inputs"]
     if len(entries) != planned.num_rows:
-        raise AlexprepError(f"{name}.json lists {len(entries)} of {planned.num_rows} inputs: run `alexprep verify`")
+        raise AlexprepError(
+            f"{shard.name}.json lists {len(entries)} of {planned.num_rows} inputs: run `alexprep verify`"
+        )
     return pa.table(
         {
             "key": pa.array([entry["key"] for entry in entries], pa.string()),
@@ -240,7 +264,7 @@ def ledger(name: str, planned: pa.Table, sidecar: Sidecar) -> pa.Table:
     )
 
 
-def index(shard: Shard, sidecar: Sidecar) -> NDArray[Any]:
+def _index(shard: Shard, sidecar: Sidecar) -> NDArray[Any]:
     """The index records of one shard: (samples,) of `INDEX_DTYPE`."""
     written = [entry for entry in sidecar["inputs"] if entry["status"] == "written"]
     images = sidecar["members"][::2]

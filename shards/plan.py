@@ -1,4 +1,12 @@
-"""Inputs and options → which shard holds what. Written first and never changed: a shard is a pure function of the plan."""
+"""Draws up the plan of a dataset: from the inputs of a source and the options, which shard holds which inputs, and in what order.
+
+A plan is written first and never changed, as plan.json (`Plan`) and plan.parquet (`PlanTable`), so that a shard is a pure function
+of the plan and its number. This module decides and compares; who publishes a plan and does the work is `alexprep.shards.conversion`.
+
+Two plans are the same where their options mean the same: an option at its default counts as absent, and so does one that this
+release does not know where it says nothing (null, false, 0, empty). A new option whose default means what was done before it existed
+thus leaves every older dataset as it was. For this to hold, a released default never changes its meaning.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +16,9 @@ import io
 import json
 import os
 import platform
-from array import array
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +27,262 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from alexprep.shards.dataset_format import FORMAT_VERSION, PLAN, PLAN_FORMAT, PLAN_TABLE
+from alexprep.shards.dataset_format import FORMAT_VERSION, PLAN, PLAN_FORMAT, PLAN_TABLE, shard_name
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.image_codec import Target
 from alexprep.shards.resample import FILTERS
 from alexprep.shards.sources.base import UNLABELLED, Input, Location, Source
 from alexprep.shards.sources.ground_truth import devkit_order
 from alexprep.shards.storage import digest_json, is_local, published
-from alexprep.shards.versions import versions
+from alexprep.shards.versions import interchangeable, versions
 
-# -------------------- Permutations that are a pure function of a few integers, on any machine and with any numpy.
+AUTO = "auto"
+SORTED = "sorted"
+ILSVRC_ID = "ilsvrc-id"
+LISTED = "listed"  # what a plan says of labels whose order was given class by class
+
+# An ImageNet shard is then about 28 MB. Smaller sets get at least 16 shards of at least 64, so that workers can share them.
+SHARD_SAMPLES = 1024
+_MANY, _FEW = 16, 64
+_DECIDES_BYTES, _ON_A_GPU = ("alexprep", "nvimgcodec", "pillow"), ("nvjpeg", "torch")
+_SPLIT_STREAM = {"train": 0, "val": 1, "test": 2}
+_CHUNK = 65_536  # names that are Python objects at a time
+_WANTED, _TRIED = 3, 16  # files whose sizes machines compare; inputs that are looked at for them
+# 64-bit offsets (large_binary): the names of 15 million inputs are near what 32 bits can address.
+_PLACE = [("path", pa.large_binary()), ("member", pa.large_binary()), ("offset", pa.int64()), ("size", pa.int64())]
+LISTING = pa.schema([("class", pa.int32()), *_PLACE])
+TABLE = pa.schema(
+    [("split", pa.string()), ("shard", pa.uint32()), ("row", pa.uint32()), ("label", pa.int32()), *_PLACE]
+)
+
+
+@dataclass(frozen=True)
+class ShardOptions:
+    """Everything that decides what the shards hold; refuses values out of bounds with AlexprepError.
+
+    Attributes:
+        target: the form of the images.
+        seed: of the global shuffle before the inputs are cut into shards, below 2**63.
+        shard_samples: inputs a shard; None for 1,024, or fewer where the set is small.
+        labels: how classes are numbered: "auto" (as the source does, or by sorted name), "sorted", "ilsvrc-id" (the devkit's order),
+            a text file with one class name a line, or these names.
+        limit: at most so many inputs of each split, picked by the shuffle; None for all.
+    """
+
+    target: Target = field(default_factory=Target)
+    seed: int = 0
+    shard_samples: int | None = None
+    labels: str | tuple[str, ...] = AUTO
+    limit: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuses values out of bounds, with AlexprepError."""
+        t = self.target
+        for name, value, low, high in (
+            ("--size", t.size, 1, 8192),
+            ("--quality", t.quality, 1, 100),
+            ("--seed", self.seed, 0, 2**63 - 1),
+            ("--shard-samples", self.shard_samples, 1, 10**6),
+            ("--limit", self.limit, 1, 10**9),
+        ):
+            if value is not None and not low <= value <= high:
+                raise AlexprepError(f"{name} {value} is not between {low:,} and {high:,}")
+        if t.filter not in FILTERS:
+            raise AlexprepError(f"--filter {t.filter} is not one of {', '.join(FILTERS)}")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One shard of a plan.
+
+    Attributes:
+        split: the split that it is a part of.
+        number: its number in the split.
+        first_row: its first row in the split's order.
+        group: its row group in plan.parquet, which is its number in the whole plan.
+    """
+
+    split: str
+    number: int
+    first_row: int
+    group: int
+
+    @property
+    def name(self) -> str:
+        """The name of its files without their extension: "train-000007"."""
+        return shard_name(self.split, self.number)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A plan on disk: `document` is plan.json, `folder` the dataset's folder."""
+
+    folder: Path
+    document: dict[str, Any]
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """The plan's identity, hex sha256, which sidecars and dataset.json name."""
+        return digest_json(self.document)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options by name; those that plan.json does not have are at their default."""
+        return {**DEFAULTS, **self.document["options"]}
+
+    @property
+    def inputs(self) -> int:
+        """How many inputs all splits have together."""
+        return sum(split["inputs"] for split in self.document["splits"].values())
+
+    def file(self, shard: Shard, suffix: str) -> Path:
+        """Where one of a shard's files lies: its ".tar", its ".idx" (DALI's index) or its ".json" (the sidecar)."""
+        return self.folder / shard.split / f"{shard.name}{suffix}"
+
+    def table(self) -> PlanTable:
+        """plan.parquet.
+
+        Raises:
+            AlexprepError: it cannot be read.
+        """
+        return PlanTable(self.folder / PLAN_TABLE)
+
+    def each_shard(self) -> Iterator[Shard]:
+        """One shard after the other, in order."""
+        size, group = self.document["shard_samples"], 0
+        for split, record in self.document["splits"].items():
+            for number in range(record["shards"]):
+                yield Shard(split, number, number * size, group)
+                group += 1
+
+    def shards(self) -> list[Shard]:
+        """All shards, in order."""
+        return list(self.each_shard())
+
+
+def draw_up(source: Source, options: ShardOptions) -> tuple[dict[str, Any], list[pa.Table]]:
+    """The plan that inputs and options give: plan.json's document and the rows of each shard. Nothing is written.
+
+    Raises:
+        AlexprepError: no input, or labels that make no sense.
+    """
+    listing, names, inputs_digest = list_inputs(source.inputs())
+    if not listing:
+        raise AlexprepError(
+            f"SOURCE {source.files.display()} holds no files where {source.layout!r} has its images: name the folder that holds them, "
+            "or say with --layout what it is (docs/sources.md)"
+        )
+    classes = class_order(options.labels, set(names) - {UNLABELLED}, source)
+    number = {name: label for label, name in enumerate(classes)} | {UNLABELLED: -1}
+    label_of = np.array([number[name] for name in names], np.int32)
+    total = sum(min(len(split), options.limit or len(split)) for split in listing.values())
+    size = options.shard_samples or min(SHARD_SAMPLES, max(_FEW, -(-total // _MANY)))
+    splits: dict[str, Any] = {}
+    tables: list[pa.Table] = []
+    for split in sorted(listing, key=_SPLIT_STREAM.__getitem__):
+        order = permutation((options.seed, _SPLIT_STREAM[split]), len(listing[split]))[: options.limit]
+        count = len(order)
+        inputs = listing.pop(split).combine_chunks().take(pa.array(order))
+        columns = {
+            "split": pa.repeat(split, count),
+            "shard": np.arange(count, dtype=np.uint32) // np.uint32(size),
+            "row": np.arange(count, dtype=np.uint32),
+            "label": label_of[inputs["class"].to_numpy()],
+            **{name: inputs[name] for name, _ in _PLACE},
+        }
+        table = pa.table(columns, schema=TABLE)
+        tables += [table.slice(start, size) for start in range(0, count, size)]
+        splits[split] = {"inputs": count, "shards": -(-count // size)}
+    document = {
+        "format": PLAN_FORMAT,
+        "format_version": FORMAT_VERSION,
+        "layout": source.layout,
+        "inputs": inputs_digest,
+        "options": _recorded(options),
+        "shard_samples": size,
+        "splits": splits,
+        "classes": classes,
+        "versions": versions(*_DECIDES_BYTES, *(_ON_A_GPU if options.target.device == "cuda" else ())),
+    }
+    return document, tables
+
+
+def locations(rows: pa.Table) -> list[Location]:
+    """Where the source has the inputs of some rows of plan.parquet."""
+    return list(map(Location, *(rows.column(name).to_pylist() for name in Location._fields)))
+
+
+def _recorded(options: ShardOptions) -> dict[str, Any]:
+    """What a plan says of options. Of a list of classes not where it lay, which may have moved: the plan has the names."""
+    named = isinstance(options.labels, str) and options.labels in (AUTO, SORTED, ILSVRC_ID)
+    labels = options.labels if named else LISTED
+    return {**asdict(options.target), "seed": options.seed, "labels": labels, "limit": options.limit}
+
+
+DEFAULTS = _recorded(ShardOptions())
+
+
+def stated(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a plan that are not at their default."""
+    return {
+        name: value for name, value in options.items() if (value != DEFAULTS[name] if name in DEFAULTS else bool(value))
+    }
+
+
+def options_of(document: Mapping[str, Any]) -> ShardOptions:
+    """The options that a plan.json or dataset.json was made with.
+
+    Raises:
+        AlexprepError: it has an option that this release does not know, not at its default; or a value is out of bounds.
+        KeyError, TypeError, AttributeError: it is damaged.
+    """
+    given = stated(document["options"])
+    for name in given.keys() - DEFAULTS.keys():
+        raise AlexprepError(
+            f"the dataset was made with --{name} {given[name]}, which this alexprep does not know: use the release that made it"
+        )
+    target = Target(**{field.name: given.pop(field.name) for field in fields(Target) if field.name in given})
+    if given.get("labels") == LISTED:
+        given["labels"] = tuple(document["classes"])
+    return ShardOptions(target, shard_samples=document["shard_samples"], **given)
+
+
+def as_written(document: dict[str, Any], earlier: Mapping[str, Any]) -> dict[str, Any]:
+    """A plan's `document` with its options and versions as an `earlier` one writes them, where they mean the same.
+
+    It equals `earlier` where both are the same plan.
+    """
+    options, made_by = earlier.get("options"), earlier.get("versions")
+    same: dict[str, Any] = {}
+    if isinstance(options, dict) and stated(options) == stated(document["options"]):
+        same["options"] = options
+    now = document["versions"]
+    if isinstance(made_by, dict) and made_by.keys() == now.keys():
+        same |= {"versions": made_by} if all(interchangeable(name, made_by[name], now[name]) for name in now) else {}
+    return document | same
+
+
+def differences(old: Mapping[str, Any], new: dict[str, Any]) -> list[str]:
+    """What keeps a plan's document `new` from going on with `old`, in words."""
+    words = []
+    before, now = DEFAULTS | stated(old.get("options", {})), DEFAULTS | stated(new["options"])
+    for name in [*now, *(name for name in before if name not in now)]:
+        if name not in now:
+            words.append(f"--{name} was {before[name]}, which this alexprep does not know")
+        elif before.get(name) != now[name]:
+            words.append(f"--{name} was {before.get(name)}, now is {now[name]}")
+    if old.get("shard_samples") != new["shard_samples"]:
+        words.append(f"--shard-samples was {old.get('shard_samples')}, now is {new['shard_samples']}")
+    for name, version in new["versions"].items():
+        if not interchangeable(name, earlier := old.get("versions", {}).get(name), version):
+            words.append(f"{name} was {earlier}, now is {version}")
+    if old.get("inputs") != new["inputs"]:
+        counts = [sum(split["inputs"] for split in plan.get("splits", {}).values()) for plan in (old, new)]
+        words.append(f"the files in SOURCE have changed ({counts[0]:,} inputs then, {counts[1]:,} now)")
+    for name in ("format_version", "layout", "classes"):
+        if old.get(name) != new[name] and not words:
+            words.append(f"{name} differs")
+    return words
 
 
 def permutation(key: tuple[int, ...], count: int) -> NDArray[np.int64]:
@@ -51,20 +305,6 @@ def permutation(key: tuple[int, ...], count: int) -> NDArray[np.int64]:
     """
     words = np.random.Philox(np.random.SeedSequence(key)).random_raw(count)
     return np.argsort(words, kind="stable")
-
-
-# -------------------- How classes become numbers.
-
-
-AUTO = "auto"
-SORTED = "sorted"
-ILSVRC_ID = "ilsvrc-id"
-LISTED = "listed"  # what a plan says of an order that was given class by class
-
-
-def recorded(rule: str | Sequence[str]) -> str:
-    """What a plan says of a rule: not where a list lay, which may have moved, since the plan holds the names."""
-    return rule if isinstance(rule, str) and rule in (AUTO, SORTED, ILSVRC_ID) else LISTED
 
 
 def class_order(rule: str | Sequence[str], present: set[str], source: Source) -> list[str]:
@@ -112,100 +352,37 @@ def _listed_order(path: Path) -> list[str]:
             f"--labels {path} is neither auto, sorted, ilsvrc-id, nor a text file that can be read ({error})"
         ) from None
     order = [line for line in lines if line.strip()]
-    repeated = (
-        next((name for i, name in enumerate(order) if name in order[:i]), None)
-        if len(set(order)) < len(order)
-        else None
-    )
-    if repeated is not None:
-        raise AlexprepError(f"--labels {path} names class {repeated!r} twice: name each once")
+    for name, times in Counter(order).items():
+        if times > 1:
+            raise AlexprepError(f"--labels {path} names class {name!r} twice: name each once")
     return order
 
 
-# -------------------- The inputs of a source as columns: 15 million of them fit into a few gigabytes.
+def list_inputs(inputs: Iterable[Input]) -> tuple[dict[str, pa.Table], list[str], str]:
+    """All inputs by split, as tables of the schema `LISTING`; the class names by code; and the sha256 of the whole list, hex.
 
-
-_CHUNK = 65_536
-
-
-class SplitListing:
-    """The inputs of one split, in the source's order."""
-
-    def __init__(self) -> None:
-        """Starts empty."""
-        self._classes = array("i")
-        self._offsets = array("q")
-        self._sizes = array("q")
-        self._recent: tuple[list[bytes], list[bytes]] = ([], [])
-        self._chunks: tuple[list[pa.Array], list[pa.Array]] = ([], [])
-
-    def __len__(self) -> int:
-        """How many inputs."""
-        return len(self._classes)
-
-    def add(self, class_code: int, path: bytes, member: bytes, offset: int, size: int) -> None:
-        """Appends one input."""
-        self._classes.append(class_code)
-        self._offsets.append(offset)
-        self._sizes.append(size)
-        for recent, value in zip(self._recent, (path, member), strict=True):
-            recent.append(value)
-        if len(self._recent[0]) == _CHUNK:
-            self._flush()
-
-    def columns(self, order: NDArray[np.int64]) -> tuple[NDArray[np.int32], dict[str, pa.Array]]:
-        """Class codes, int32, and the columns path, member, offset and size, in an `order` of rows."""
-        self._flush()
-        text = {name: _taken(chunks, order) for name, chunks in zip(("path", "member"), self._chunks, strict=True)}
-        numbers = {
-            name: np.array(column, np.int64)[order]
-            for name, column in (("offset", self._offsets), ("size", self._sizes))
-        }
-        return np.array(self._classes, np.int32)[order], text | {
-            name: pa.array(column) for name, column in numbers.items()
-        }
-
-    def _flush(self) -> None:
-        for recent, chunks in zip(self._recent, self._chunks, strict=True):
-            chunks.append(pa.array(recent, pa.binary()))
-            recent.clear()
-
-
-def _taken(chunks: list[pa.Array], order: NDArray[np.int64]) -> pa.Array:
-    # 64-bit offsets: the names of 15 million inputs are near what 32 bits can address.
-    whole = pa.concat_arrays([chunk.cast(pa.large_binary()) for chunk in chunks])
-    return whole.take(pa.array(order))
-
-
-def list_inputs(inputs: Iterable[Input]) -> tuple[dict[str, SplitListing], list[str], str]:
-    """All inputs by split, the class names by code, and the sha256 of the whole list, hex."""
-    listing: dict[str, SplitListing] = {}
+    As columns, 15 million inputs fit into a few gigabytes.
+    """
+    recent: dict[str, list[tuple[int, bytes, bytes, int, int]]] = {}
+    chunks: dict[str, list[pa.Table]] = {}
     codes: dict[str, int] = {}
     digest = hashlib.sha256()
+
+    def flush(split: str) -> None:
+        columns = zip(*recent.pop(split), strict=True)
+        arrays = [pa.array(column, field.type) for column, field in zip(columns, LISTING, strict=True)]
+        chunks.setdefault(split, []).append(pa.table(arrays, schema=LISTING))
+
     for split, class_name, location in inputs:
-        if split not in listing:
-            listing[split] = SplitListing()
-        listing[split].add(codes.setdefault(class_name, len(codes)), *location)
+        rows = recent.setdefault(split, [])
+        rows.append((codes.setdefault(class_name, len(codes)), *location))
+        if len(rows) == _CHUNK:
+            flush(split)
         path, member, offset, size = location
         digest.update(b"%s\0%s\0%s\0%s\0%d\0%d\0" % (split.encode(), class_name.encode(), path, member, offset, size))
-    return listing, list(codes), digest.hexdigest()
-
-
-# -------------------- plan.parquet: what each shard is made of, one row group a shard.
-
-
-TABLE = pa.schema(
-    [
-        ("split", pa.string()),
-        ("shard", pa.uint32()),
-        ("row", pa.uint32()),
-        ("label", pa.int32()),
-        ("path", pa.large_binary()),
-        ("member", pa.large_binary()),
-        ("offset", pa.int64()),
-        ("size", pa.int64()),
-    ]
-)
+    for split in list(recent):
+        flush(split)
+    return {split: pa.concat_tables(parts) for split, parts in chunks.items()}, list(codes), digest.hexdigest()
 
 
 class PlanTable:
@@ -261,7 +438,7 @@ class PlanTable:
 
 
 @functools.lru_cache(maxsize=1)
-def kept_table(folder: Path, digest: str) -> PlanTable:
+def shared_table(folder: Path, digest: str) -> PlanTable:
     """plan.parquet, opened once a process and plan: its footer grows with the number of shards."""
     return PlanTable(folder / PLAN_TABLE)
 
@@ -271,215 +448,36 @@ def publish_table(folder: Path, tables: Sequence[pa.Table]) -> None:
     with published(folder / PLAN_TABLE) as file, pq.ParquetWriter(file, TABLE, compression="zstd") as writer:
         for table in tables:
             writer.write_table(table, row_group_size=max(1, table.num_rows))
-    kept_table.cache_clear()
-
-
-# -------------------- Inputs and options → which shard holds what. Written first and never changed: a shard is a pure function of the plan.
-
-
-# An ImageNet shard is then about 28 MB. Smaller sets get at least 16 shards of at least 64, so that workers can share them.
-SHARD_SAMPLES = 1024
-_MANY, _FEW = 16, 64
-_DECIDES_BYTES, _ON_A_GPU = ("alexprep", "nvimgcodec", "pillow"), ("nvjpeg", "torch")
-_SPLIT_STREAM = {"train": 0, "val": 1, "test": 2}
+    shared_table.cache_clear()
 
 
 @dataclass(frozen=True)
-class ShardOptions:
-    """Everything that decides what the shards hold.
+class MachineCheck:
+    """Makes sure that a machine that works on a plan sees the same folder, inputs and software as the one that drew it up.
 
     Attributes:
-        target: the form of the images.
-        seed: of the global shuffle before the inputs are cut into shards.
-        shard_samples: inputs a shard; None for 1,024, or fewer where the set is small.
-        labels: see `alexprep.shards.plan.class_order`.
-        limit: at most so many inputs of each split, picked by the shuffle; None for all.
-    """
-
-    target: Target = field(default_factory=Target)
-    seed: int = 0
-    shard_samples: int | None = None
-    labels: str | tuple[str, ...] = AUTO
-    limit: int | None = None
-
-    def __post_init__(self) -> None:
-        """Refuses values out of bounds, with AlexprepError."""
-        t = self.target
-        for name, value, low, high in (
-            ("--size", t.size, 1, 8192),
-            ("--quality", t.quality, 1, 100),
-            ("--seed", self.seed, 0, 2**63 - 1),
-            ("--shard-samples", self.shard_samples, 1, 10**6),
-            ("--limit", self.limit, 1, 10**9),
-        ):
-            if value is not None and not low <= value <= high:
-                raise AlexprepError(f"{name} {value} is not between {low:,} and {high:,}")
-        if t.filter not in FILTERS:
-            raise AlexprepError(f"--filter {t.filter} is not one of {', '.join(FILTERS)}")
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One shard of the plan: its split, number in the split, and first row in the split's order."""
-
-    split: str
-    number: int
-    first_row: int
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A plan on disk: `document` is plan.json, `folder` the data set's folder."""
-
-    folder: Path
-    document: dict[str, Any]
-
-    @property
-    def digest(self) -> str:
-        """The plan's identity, hex sha256."""
-        return digest_json(self.document)
-
-    def table(self) -> PlanTable:
-        """plan.parquet.
-
-        Raises:
-            AlexprepError: it cannot be read.
-        """
-        return PlanTable(self.folder / PLAN_TABLE)
-
-    def each_shard(self) -> Iterator[Shard]:
-        """One shard after the other, in order."""
-        size = self.document["shard_samples"]
-        for split, record in self.document["splits"].items():
-            for number in range(record["shards"]):
-                yield Shard(split, number, number * size)
-
-    def shards(self) -> list[Shard]:
-        """All shards, in order."""
-        return list(self.each_shard())
-
-
-def draw_up(source: Source, options: ShardOptions) -> tuple[dict[str, Any], list[pa.Table]]:
-    """The plan that inputs and options give: plan.json's document and the rows of each shard. Nothing is written.
-
-    Raises:
-        AlexprepError: no input, or labels that make no sense.
-    """
-    listing, names, inputs_digest = list_inputs(source.inputs())
-    if not listing:
-        raise AlexprepError(
-            f"SOURCE {source.files.display()} holds no files where {source.layout!r} has its images: name the folder that holds them, "
-            "or say with --layout what it is (docs/sources.md)"
-        )
-    classes = class_order(options.labels, set(names) - {UNLABELLED}, source)
-    number = {name: label for label, name in enumerate(classes)} | {UNLABELLED: -1}
-    label_of = np.array([number[name] for name in names], np.int32)
-    total = sum(min(len(split), options.limit or len(split)) for split in listing.values())
-    size = options.shard_samples or min(SHARD_SAMPLES, max(_FEW, -(-total // _MANY)))
-    splits: dict[str, Any] = {}
-    tables: list[pa.Table] = []
-    for split in sorted(listing, key=_SPLIT_STREAM.__getitem__):
-        order = permutation((options.seed, _SPLIT_STREAM[split]), len(listing[split]))[: options.limit]
-        codes, columns = listing.pop(split).columns(order)
-        count = len(order)
-        rows = {
-            "split": pa.repeat(split, count),
-            "shard": np.arange(count, dtype=np.uint32) // np.uint32(size),
-            "row": np.arange(count, dtype=np.uint32),
-            "label": label_of[codes],
-        }
-        table = pa.table(rows | columns, schema=TABLE)
-        tables += [table.slice(start, size) for start in range(0, count, size)]
-        splits[split] = {"inputs": count, "shards": -(-count // size)}
-    document = {
-        "format": PLAN_FORMAT,
-        "format_version": FORMAT_VERSION,
-        "layout": source.layout,
-        "inputs": inputs_digest,
-        "options": {
-            **asdict(options.target),
-            "seed": options.seed,
-            "labels": recorded(options.labels),
-            "limit": options.limit,
-        },
-        "shard_samples": size,
-        "splits": splits,
-        "classes": classes,
-        "versions": versions(*_DECIDES_BYTES, *(_ON_A_GPU if options.target.device == "cuda" else ())),
-    }
-    return document, tables
-
-
-def locations(rows: pa.Table) -> list[Location]:
-    """Where the source has the inputs of some rows of plan.parquet."""
-    return list(map(Location, *(rows.column(name).to_pylist() for name in Location._fields)))
-
-
-def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """What keeps a plan's document `new` from going on with `old`, in words."""
-    words = []
-    before, now = old.get("options", {}), new["options"]
-    for name in [*now, *(name for name in before if name not in now)]:
-        if before.get(name) != now.get(name):
-            words.append(f"--{name} was {before.get(name)}, now is {now.get(name)}")
-    if old.get("shard_samples") != new["shard_samples"]:
-        words.append(f"--shard-samples was {old.get('shard_samples')}, now is {new['shard_samples']}")
-    for name, version in new["versions"].items():
-        if old.get("versions", {}).get(name) != version:
-            words.append(f"{name} was {old.get('versions', {}).get(name)}, now is {version}")
-    if old.get("inputs") != new["inputs"]:
-        counts = [sum(split["inputs"] for split in plan.get("splits", {}).values()) for plan in (old, new)]
-        words.append(f"the files in SOURCE have changed ({counts[0]:,} inputs then, {counts[1]:,} now)")
-    for name in ("format_version", "layout", "classes"):
-        if old.get(name) != new[name] and not words:
-            words.append(f"{name} differs")
-    return words
-
-
-# -------------------- Whether a machine that works on a plan sees what the one that drew it up sees: the same folder, inputs and software.
-
-
-_WANTED, _TRIED = 3, 16
-
-
-@dataclass(frozen=True)
-class Witness:
-    """What a machine saw.
-
-    Attributes:
-        machine: its name.
-        folder: the data set's folder.
-        digest: of the plan in it.
+        machine: the name of the one that drew it up.
+        plan: what it drew up.
         source: where the images are.
-        sizes: a few files of it with their sizes: (path, bytes).
-        versions: of what decides the bytes of a shard: (name, version).
+        sizes: a few files of it with their sizes there: (path, bytes).
     """
 
     machine: str
-    folder: Path
-    digest: str
+    plan: Plan
     source: Source
     sizes: tuple[tuple[bytes, int], ...]
-    versions: tuple[tuple[str, str], ...]
 
     @classmethod
-    def here(cls, plan: Plan, source: Source, table: PlanTable) -> Witness:
+    def prepared_here(cls, plan: Plan, source: Source, table: PlanTable) -> MachineCheck:
         """What this machine sees; the inputs are those of the first shard, a random choice."""
         sizes: dict[bytes, int] = {}
         for location in locations(table.read_row_group(0))[:_TRIED]:
             size = _size(source, location.path)
             if isinstance(size, int) and len(sizes) < _WANTED:
                 sizes[location.path] = size
-        return cls(
-            platform.node(),
-            plan.folder,
-            plan.digest,
-            source,
-            tuple(sizes.items()),
-            tuple(plan.document["versions"].items()),
-        )
+        return cls(platform.node(), plan, source, tuple(sizes.items()))
 
-    def compare(self) -> None:
+    def run(self) -> None:
         """Compares it with what the machine sees that calls this.
 
         An input may vanish while the work goes on, so it takes all of them to be missing.
@@ -487,13 +485,12 @@ class Witness:
         Raises:
             AlexprepError: it sees another folder, none of the inputs, or runs other versions; both machines are named.
         """
-        here = platform.node()
-        path = self.folder / PLAN
+        here, path = platform.node(), self.plan.folder / PLAN
         try:
             found = digest_json(json.loads(path.read_bytes()))
         except Exception as error:  # noqa: BLE001  (each store has its own kinds)
             found = f"{type(error).__name__}: {error}"
-        if found != self.digest:
+        if found != self.plan.digest:
             place = path.absolute() if is_local(path) else path
             raise AlexprepError(
                 f"{here} does not see {place} as {self.machine} does ({found}): --out must be one folder that all machines "
@@ -506,9 +503,9 @@ class Witness:
                 f"{here} does not see {self.source.files.display(name)} as {self.machine} does ({size} bytes there, {now} here): "
                 "SOURCE must be readable under the same path on every machine, or be a URL"
             )
-        for library, version in self.versions:
+        for library, version in self.plan.document["versions"].items():
             mine = versions(library)[library]
-            if mine != version:
+            if not interchangeable(library, mine, version):
                 raise AlexprepError(
                     f"{library} is {mine} on {here}, {version} on {self.machine}: install the same version on every machine, "
                     "since it decides the bytes of a shard"

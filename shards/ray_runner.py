@@ -1,7 +1,7 @@
-"""Runs independent tasks, one a shard, on the machines of a Ray cluster.
+"""Runs independent tasks, one a shard, on the machines of a Ray cluster: the engine of `--engine ray`.
 
-Ray brings tasks to machines and repeats those whose machine is lost. Inside each Ray worker the task runs in a supervised
-child, as it would locally, so an input that ends processes is found out there and Ray never hears of it.
+Ray brings tasks to machines and repeats those whose machine is lost. Inside each Ray worker the task runs in a supervised process of
+`alexprep.shards.worker_pool`, as it would locally, so an input that ends processes is found out there and Ray never hears of it.
 """
 
 from __future__ import annotations
@@ -28,130 +28,18 @@ from alexprep.shards.worker_pool import (
     IMAGE_SECONDS,
     IN_A_WORKER,
     POLL_SECONDS,
-    Crew,
     LocalEngine,
     Progress,
     Result,
     Task,
+    WorkerPool,
     cores,
 )
-
-# -------------------- A connection to Ray: a cluster that is there, or a Ray of this machine's own, and the end of it.
-
 
 _OLDEST = (2, 56)
 _STORE_BYTES = 128 * 2**20  # of a local Ray's object store; the largest results, moments of a shard, take 1.5 MB
 _GRACE_SECONDS = 5 * POLL_SECONDS
-_KNOCK_SECONDS = 10.0
-
-
-def ray_module() -> Any:
-    """The module `ray`."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    try:
-        import ray
-    except ImportError:
-        raise AlexprepError("--engine ray needs Ray: pip install 'alexprep[ray]'") from None
-    if tuple(int(part) for part in ray.__version__.split(".")[:2]) < _OLDEST:
-        oldest = ".".join(map(str, _OLDEST))
-        raise AlexprepError(
-            f"Ray {ray.__version__} is older than {oldest}, which closes known holes (CVE-2026-57516 among them): "
-            f"pip install 'ray>={oldest}' on every machine"
-        )
-    return ray
-
-
-@contextlib.contextmanager
-def connected(ray: Any, address: str | None) -> Iterator[None]:
-    """A connection to Ray; one that was there before stays."""
-    if ray.is_initialized():
-        yield
-        return
-    address = address or os.environ.get("RAY_ADDRESS") or "local"
-    # Ray takes SIGTERM for itself, prints a stack and leaves everything as it is: the end is ours to tidy up.
-    in_main = threading.current_thread() is threading.main_thread()
-    handler = signal.getsignal(signal.SIGTERM) if in_main else None
-    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
-    # Ray would print, on stdout, whatever befalls its machines.
-    with _switched("ray._private.worker", "_worker_logs_enabled", False):
-        try:
-            try:
-                if address == "local":
-                    _start_here(ray, quiet)
-                else:
-                    _knock(address)
-                    ray.init(address=address, **quiet)
-            except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-                raise AlexprepError(
-                    f"--ray-address {address}: no connection ({first_line(error)}): see `ray status` there; "
-                    "on a machine of the cluster the address is auto"
-                ) from error
-            if in_main:
-                signal.signal(signal.SIGTERM, _terminated)
-            if not ray.cluster_resources().get("CPU"):
-                raise AlexprepError(
-                    f"the Ray cluster at {address} has no CPU to run tasks: add a machine with `ray start`"
-                )
-            try:
-                yield
-            except BaseException:  # Ctrl-C among them
-                ray.shutdown()  # ends the workers, and their children notice: then their unfinished files can be removed
-                time.sleep(_GRACE_SECONDS)
-                raise
-        finally:
-            ray.shutdown()
-            if in_main:
-                signal.signal(signal.SIGTERM, handler)
-
-
-def _terminated(number: int, frame: object) -> None:
-    sys.exit(128 + number)
-
-
-@contextlib.contextmanager
-def _switched(module: str, name: str, value: bool) -> Iterator[None]:
-    """A switch of Ray's that has no public handle; without effect in a Ray that has no such switch."""
-    where = importlib.import_module(module)
-    before = getattr(where, name, None)
-    setattr(where, name, value)
-    try:
-        yield
-    finally:
-        setattr(where, name, before)
-
-
-def _start_here(ray: Any, quiet: dict[str, Any]) -> None:
-    """A Ray of this machine's cores that nobody outside can talk to, and from 2.59 on nobody inside without its token."""
-    # Ray replaces 127.0.0.1 by the machine's address, and then listens on every interface, unless it believes itself on a
-    # system where clusters are not supported. Should this switch go, tests/test_ray.py finds the open ports.
-    with _switched("ray._private.ray_constants", "ENABLE_RAY_CLUSTER", False):
-        ray.init(
-            address="local",
-            num_cpus=cores(),
-            include_dashboard=False,
-            object_store_memory=_STORE_BYTES,
-            _node_ip_address="127.0.0.1",
-            **quiet,
-        )
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, without the stack that Ray puts behind it."""
-    return str(error).strip().partition("\n")[0]
-
-
-def _knock(address: str) -> None:
-    """Raises OSError where nobody listens; Ray itself would try for minutes."""
-    if "://" in address:
-        raise OSError("Ray Client is not supported: give HOST:PORT, from a machine of the cluster")
-    host, _, port = address.rpartition(":")
-    if port.isdecimal():
-        socket.create_connection((host.strip("[]"), int(port)), timeout=_KNOCK_SECONDS).close()
-
-
-# -------------------- Runs independent tasks, one a shard, on the machines of a Ray cluster.
-
-
+_ANSWER_SECONDS = 10.0
 _RETRIES = 20  # of one task whose Ray worker or machine is lost; a shard is minutes of work, so this is many losses
 # Tasks under way for each CPU. No more, since there is no safe way to call them back: `ray.cancel` may abort the caller when a
 # task ends at that moment (2.60: "Tried to complete task that was not pending").
@@ -162,7 +50,7 @@ Outcome = tuple[bool, Any, int]  # whether it went well; the result, or what wen
 
 @dataclass(frozen=True)
 class RayEngine:
-    """One Ray task a shard, on every CPU of a cluster.
+    """Runs tasks on every CPU of a Ray cluster; refuses values out of bounds with AlexprepError.
 
     A task is repeated when its worker or its machine is lost, so it may be done more than once; what counts is the rename
     that publishes its sidecar. Errors are not repeated. Paths must mean the same on all machines; relative ones are taken from
@@ -193,8 +81,8 @@ class RayEngine:
         """
         if not arguments:
             return
-        ray = ray_module()
-        with connected(ray, self.address):
+        ray = _import_ray()
+        with _connected(ray, self.address):
             bounds = LocalEngine(1, self.image_seconds, self.image_bytes)
             start = ray.remote(num_cpus=1, max_retries=_RETRIES)(_in_ray_worker).remote
             shared = ray.put(task)
@@ -229,13 +117,13 @@ def _outcome(ray: Any, reference: Any) -> tuple[Any, int]:
         cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
         ours = not isinstance(cause, ray.exceptions.RayError)
         if ours:
-            line = first_line(cause)
+            line = _first_line(cause)
             words = (
                 line.removeprefix(IN_A_WORKER) if line.startswith(IN_A_WORKER) else f"{type(cause).__name__}: {line}"
             )
             raise RuntimeError(f"in a Ray worker: {words}\n{error}") from error
         raise AlexprepError(
-            f"Ray gave a shard up ({type(cause).__name__}: {first_line(cause)}): see `ray status`, and that RAY_AUTH_MODE and the "
+            f"Ray gave a shard up ({type(cause).__name__}: {_first_line(cause)}): see `ray status`, and that RAY_AUTH_MODE and the "
             "token are the same on every machine; then run the same command again, finished shards are kept"
         ) from error
     if not good:
@@ -244,28 +132,135 @@ def _outcome(ray: Any, reference: Any) -> tuple[Any, int]:
     return answer, count
 
 
-# What follows runs in Ray's workers. Each has one child, kept from task to task: starting one takes half a second.
-_crews: dict[str, Crew] = {}
+# What follows runs in Ray's workers. Each has a pool of one process, kept from task to task: starting one takes half a second.
+_pools: dict[str, WorkerPool] = {}
 
 
 def _in_ray_worker(run: str, folder: str, bounds: LocalEngine, task: Task[Any], argument: Any) -> Outcome:
     counts = [0]
     try:
-        if run not in _crews:  # the worker is new, or was left by an earlier run of the same program
-            _dismiss()
+        if run not in _pools:  # the worker is new, or was left by an earlier run of the same program
+            _close_pools()
             with contextlib.suppress(OSError):
                 os.chdir(folder)
-            _crews[run] = Crew(bounds, 1)
-        (answer,) = _crews[run].run(task, [argument], counts.append)
+            _pools[run] = WorkerPool(bounds, 1)
+        (answer,) = _pools[run].run(task, [argument], counts.append)
     except AlexprepError as error:
-        _dismiss()
+        _close_pools()
         return False, (str(error), platform.node()), 0
     except BaseException:
-        _dismiss()
+        _close_pools()
         raise
     return True, answer, counts[-1]
 
 
-def _dismiss() -> None:
-    while _crews:
-        _crews.popitem()[1].close()
+def _close_pools() -> None:
+    while _pools:
+        _pools.popitem()[1].close()
+
+
+# The connection: to a cluster that is there, or to a Ray of this machine's own.
+
+
+def _import_ray() -> Any:
+    """The module `ray`."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        import ray
+    except ImportError:
+        raise AlexprepError("--engine ray needs Ray: pip install 'alexprep[ray]'") from None
+    if tuple(int(part) for part in ray.__version__.split(".")[:2]) < _OLDEST:
+        oldest = ".".join(map(str, _OLDEST))
+        raise AlexprepError(
+            f"Ray {ray.__version__} is older than {oldest}, which closes known holes (CVE-2026-57516 among them): "
+            f"pip install 'ray>={oldest}' on every machine"
+        )
+    return ray
+
+
+@contextlib.contextmanager
+def _connected(ray: Any, address: str | None) -> Iterator[None]:
+    """A connection to Ray; one that was there before stays."""
+    if ray.is_initialized():
+        yield
+        return
+    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    # Ray takes SIGTERM for itself, prints a stack and leaves everything as it is: the end is ours to tidy up.
+    in_main = threading.current_thread() is threading.main_thread()
+    handler = signal.getsignal(signal.SIGTERM) if in_main else None
+    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+    # Ray would print, on stdout, whatever befalls its machines.
+    with _switch("ray._private.worker", "_worker_logs_enabled", False):
+        try:
+            try:
+                if address == "local":
+                    _start_here(ray, quiet)
+                else:
+                    _check_listening(address)
+                    ray.init(address=address, **quiet)
+            except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+                raise AlexprepError(
+                    f"--ray-address {address}: no connection ({_first_line(error)}): see `ray status` there; "
+                    "on a machine of the cluster the address is auto"
+                ) from error
+            if in_main:
+                signal.signal(signal.SIGTERM, _exit_on_signal)
+            if not ray.cluster_resources().get("CPU"):
+                raise AlexprepError(
+                    f"the Ray cluster at {address} has no CPU to run tasks: add a machine with `ray start`"
+                )
+            try:
+                yield
+            except BaseException:  # Ctrl-C among them
+                ray.shutdown()  # ends the workers, and their children notice: then their unfinished files can be removed
+                time.sleep(_GRACE_SECONDS)
+                raise
+        finally:
+            ray.shutdown()
+            if in_main:
+                signal.signal(signal.SIGTERM, handler)
+
+
+def _exit_on_signal(number: int, frame: object) -> None:
+    sys.exit(128 + number)
+
+
+@contextlib.contextmanager
+def _switch(module: str, name: str, value: bool) -> Iterator[None]:
+    """A switch of Ray's that has no public handle; without effect in a Ray that has no such switch."""
+    where = importlib.import_module(module)
+    before = getattr(where, name, None)
+    setattr(where, name, value)
+    try:
+        yield
+    finally:
+        setattr(where, name, before)
+
+
+def _start_here(ray: Any, quiet: dict[str, Any]) -> None:
+    """A Ray of this machine's cores that nobody outside can talk to, and from 2.59 on nobody inside without its token."""
+    # Ray replaces 127.0.0.1 by the machine's address, and then listens on every interface, unless it believes itself on a
+    # system where clusters are not supported. Should this switch go, tests/test_ray_runner.py finds the open ports.
+    with _switch("ray._private.ray_constants", "ENABLE_RAY_CLUSTER", False):
+        ray.init(
+            address="local",
+            num_cpus=cores(),
+            include_dashboard=False,
+            object_store_memory=_STORE_BYTES,
+            _node_ip_address="127.0.0.1",
+            **quiet,
+        )
+
+
+def _first_line(error: BaseException) -> str:
+    """What an error says, without the stack that Ray puts behind it."""
+    return str(error).strip().partition("\n")[0]
+
+
+def _check_listening(address: str) -> None:
+    """Raises OSError where nobody listens; Ray itself would try for minutes."""
+    if "://" in address:
+        raise OSError("Ray Client is not supported: give HOST:PORT, from a machine of the cluster")
+    host, _, port = address.rpartition(":")
+    if port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_SECONDS).close()

@@ -1,9 +1,12 @@
-"""Resize as two products with banded weight matrices, exact in integers.
+"""Resizes images: two products with banded weight matrices, exact in integers, so that every machine makes the same pixels.
 
 Each filter is a matrix of weights per axis, rounded to integers: 15 fractional bits down the columns, an intermediate of
 2 fractional bits, 12 fractional bits along the rows. Every product and partial sum is then an integer below
 2**24 and so exact in float32: the pixels do not depend on the BLAS, on the order of summation, on the machine, or on
 whether a CPU or a GPU multiplies. Rounding the weights moves a pixel by less than a quarter of a grey level.
+
+Which part of an image becomes the square is decided in `alexprep.shards.image_codec.to_square`; the same products on a GPU are in
+`alexprep.shards.image_codec_cuda`.
 """
 
 from __future__ import annotations
@@ -19,9 +22,9 @@ from numpy.typing import NDArray
 
 FILTERS = ("area", "bilinear", "bicubic", "lanczos")
 
-_COLUMN_BITS = 15  # fractional bits of the weights that mix rows of pixels
-_MIDDLE_BITS = 2  # fractional bits kept between the two products
-_ROW_BITS = 12  # fractional bits of the weights that mix columns
+COLUMN_BITS = 15  # fractional bits of the weights that mix rows of pixels
+MIDDLE_BITS = 2  # fractional bits kept between the two products
+ROW_BITS = 12  # fractional bits of the weights that mix columns
 # The absolute weights of an output sum to less than 1.6 (lanczos), so 255 * 1.6 * 2**15 and 255 * 1.6**2 * 2**14 < 2**24.
 
 # Outputs of one product: wide enough for BLAS, narrow enough to skip the zeros (measured); 8 bytes turn as one.
@@ -40,6 +43,50 @@ class Axis:
     target: int
     offset: int
     count: int
+
+
+@dataclass(frozen=True)
+class Resize:
+    """A resize of interleaved RGB, ready to be applied to the region that it reads.
+
+    >>> resize = Resize(Axis(2, 1, 0, 1), Axis(2, 1, 0, 1), "area")
+    >>> resize.region
+    (0, 0, 2, 2)
+    >>> resize(np.arange(12, dtype=np.uint8).reshape(2, 2, 3)).ravel().tolist()  # means 4.5, 5.5, 6.5: halves to even
+    [4, 6, 6]
+    """
+
+    vertical: Axis
+    horizontal: Axis
+    name: str
+
+    @property
+    def region(self) -> tuple[int, int, int, int]:
+        """(top, left, bottom, right): the half-open box of source pixels that must be decoded."""
+        down, along = self._bands()
+        return down.low, along.low, down.high, along.high
+
+    def _bands(self) -> tuple[Band, Band]:
+        most = max(axis.count * axis.source / axis.target for axis in (self.vertical, self.horizontal))
+        cut = _band if most <= _CACHED else _band.__wrapped__
+        down = cut(self.vertical, self.name, COLUMN_BITS, 2.0**MIDDLE_BITS, 1, _DOWN_GROUP)
+        return down, cut(self.horizontal, self.name, ROW_BITS, 2.0**-MIDDLE_BITS, 3, _ALONG_GROUP)
+
+    def __call__(self, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """From `pixels`, the box `region` of the source as C-contiguous uint8 (rows, columns, 3), to as many as the axes count.
+
+        Returns uint8 (vertical.count, horizontal.count, 3).
+        """
+        (down, along), count = self._bands(), self.vertical.count
+        blocks = _rows(_columns(pixels.reshape(len(pixels), -1), down, along), count, along)
+        np.rint(blocks, out=blocks)
+        if not (down.positive and along.positive):
+            np.clip(blocks, 0, 255, out=blocks)
+        narrow = _floats("narrow", blocks.size // 4).view(np.uint8).reshape(blocks.shape)
+        np.copyto(narrow, blocks, casting="unsafe")
+        eights = narrow.view(np.uint64)[:, :count, 0].T  # a block's 8 outputs of a row move as one number
+        rows = np.ascontiguousarray(eights).view(np.uint8)[:, : self.horizontal.count * 3]
+        return np.ascontiguousarray(rows).reshape(count, self.horizontal.count, 3)
 
 
 def _triangle(x: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -97,7 +144,7 @@ def weights(axis: Axis, name: str) -> tuple[NDArray[np.int64], NDArray[np.float6
     return start.astype(np.int64), w
 
 
-def _rounded(w: NDArray[np.float64], bits: int) -> NDArray[np.float64]:
+def rounded_weights(w: NDArray[np.float64], bits: int) -> NDArray[np.float64]:
     """Weights as multiples of 2**-bits that sum to exactly 1 in each column: the rounded running sums' differences."""
     sums: NDArray[np.float64] = np.rint(w.cumsum(axis=0) * 2.0**bits)
     sums[1:] -= sums[:-1].copy()
@@ -139,7 +186,7 @@ def _band(axis: Axis, name: str, bits: int, scale: float, channels: int, group: 
         np.clip(inputs, 0, axis.source - 1, out=inputs)
     read = inputs[exact != 0]
     low, high = int(read.min()), int(read.max()) + 1
-    fixed, inputs = _rounded(exact, bits), (inputs - low) * channels
+    fixed, inputs = rounded_weights(exact, bits), (inputs - low) * channels
     # Each block's first and last input, relative to the group's; blocks that only fill up the last group change neither.
     count, ahead = axis.count * channels, np.arange(group) * (stride := round(_BLOCK * axis.source / axis.target))
     groups = -(-count // (_BLOCK * group))
@@ -173,50 +220,6 @@ def _floats(use: str, size: int) -> NDArray[np.float32]:
         if size <= _KEPT:
             setattr(_memory, use, held)
     return held[:size]
-
-
-@dataclass(frozen=True)
-class Resize:
-    """A resize of interleaved RGB, ready to be applied to the region that it reads.
-
-    >>> resize = Resize(Axis(2, 1, 0, 1), Axis(2, 1, 0, 1), "area")
-    >>> resize.region
-    (0, 0, 2, 2)
-    >>> resize(np.arange(12, dtype=np.uint8).reshape(2, 2, 3)).ravel().tolist()  # means 4.5, 5.5, 6.5: halves to even
-    [4, 6, 6]
-    """
-
-    vertical: Axis
-    horizontal: Axis
-    name: str
-
-    @property
-    def region(self) -> tuple[int, int, int, int]:
-        """(top, left, bottom, right): the half-open box of source pixels that must be decoded."""
-        down, along = self._bands()
-        return down.low, along.low, down.high, along.high
-
-    def _bands(self) -> tuple[Band, Band]:
-        most = max(axis.count * axis.source / axis.target for axis in (self.vertical, self.horizontal))
-        cut = _band if most <= _CACHED else _band.__wrapped__
-        down = cut(self.vertical, self.name, _COLUMN_BITS, 2.0**_MIDDLE_BITS, 1, _DOWN_GROUP)
-        return down, cut(self.horizontal, self.name, _ROW_BITS, 2.0**-_MIDDLE_BITS, 3, _ALONG_GROUP)
-
-    def __call__(self, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """From `pixels`, the box `region` of the source as C-contiguous uint8 (rows, columns, 3), to as many as the axes count.
-
-        Returns uint8 (vertical.count, horizontal.count, 3).
-        """
-        (down, along), count = self._bands(), self.vertical.count
-        blocks = _rows(_columns(pixels.reshape(len(pixels), -1), down, along), count, along)
-        np.rint(blocks, out=blocks)
-        if not (down.positive and along.positive):
-            np.clip(blocks, 0, 255, out=blocks)
-        narrow = _floats("narrow", blocks.size // 4).view(np.uint8).reshape(blocks.shape)
-        np.copyto(narrow, blocks, casting="unsafe")
-        eights = narrow.view(np.uint64)[:, :count, 0].T  # a block's 8 outputs of a row move as one number
-        rows = np.ascontiguousarray(eights).view(np.uint8)[:, : self.horizontal.count * 3]
-        return np.ascontiguousarray(rows).reshape(count, self.horizontal.count, 3)
 
 
 def _columns(source: NDArray[np.uint8], down: Band, along: Band) -> NDArray[np.float32]:

@@ -1,4 +1,8 @@
-"""The mean image and the eigenpairs of the RGB covariance of a split: computed, published, read back."""
+"""Computes the mean image and the eigenpairs of the RGB covariance of a split, publishes them in the dataset, and reads them back.
+
+Sums of pixels and of products of pixels are integers, so that any split of the work gives the same bits; only the last division of
+each number rounds. What a training subtracts or adds with them is decided in `alexprep.pipeline.augmentation`.
+"""
 
 from __future__ import annotations
 
@@ -26,20 +30,230 @@ from alexprep.shards.dataset_format import (
     split_record,
 )
 from alexprep.shards.errors import AlexprepError
-from alexprep.shards.image_codec import kept_decoder, read_raw
+from alexprep.shards.image_codec import read_raw, shared_decoder
 from alexprep.shards.reader import Samples
-from alexprep.shards.storage import digest_json, make_folder, publish_bytes, publish_json, remove_temporaries
+from alexprep.shards.storage import digest_json, folder_at, make_folder, publish_bytes, publish_json, remove_temporaries
 from alexprep.shards.versions import versions
 from alexprep.shards.worker_pool import Engine, as_engine, attending
 
-# -------------------- Sums of pixels and of products of pixels, exact in integers, so that any split of the work gives the same bits.
+TRAINING = "train"  # section 2 of the paper: the mean over the training set is subtracted, whatever is read
 
+# What shipped with the original code (cuda-convnet2, make-data/input_meta), rounded there: grey levels and unit columns.
+IMAGENET_STDEVS = (121.78, 37.09, 19.72)
+IMAGENET_AXES = ((0.5635, 0.5762, 0.5920), (-0.7126, -0.0235, 0.7012), (0.4180, -0.8170, 0.3973))
 
 # 256 products of two pixels are at most 256 * 255**2 < 2**24, so their sum is exact in float32 in any order;
 # 65,536 images are at most 65536 * 255 < 2**24, likewise.
 _BLOCK = 256
 _FLUSH = 65_536
 _PAIRS = ((0, 0), (0, 1), (0, 2), (1, 1), (1, 2), (2, 2))  # of channels
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """The statistics of a split, on the 0-255 scale.
+
+    Attributes:
+        data_digest: identity of the dataset that they describe.
+        images: how many images they were computed from.
+        mean_HWC: float64 (S, S, 3), the mean image, grey levels.
+        channel_means: float64 (3,), grey levels.
+        covariance: float64 (3, 3), of the pixels' RGB about the channel means, grey levels squared, over all pixels (÷ N).
+        eigenvalues: float64 (3,), of the covariance, descending, grey levels squared.
+        eigenvectors: float64 (3, 3), unit columns in that order, the component largest in size positive.
+    """
+
+    data_digest: str
+    images: int
+    mean_HWC: NDArray[np.float64]
+    channel_means: NDArray[np.float64]
+    covariance: NDArray[np.float64]
+    eigenvalues: NDArray[np.float64]
+    eigenvectors: NDArray[np.float64]
+
+    @property
+    def stdevs(self) -> NDArray[np.float64]:
+        """The principal standard deviations, grey levels, descending."""
+        return np.sqrt(self.eigenvalues)
+
+    @property
+    def channel_stdevs(self) -> NDArray[np.float64]:
+        """The standard deviations of R, G and B about their means, grey levels."""
+        return np.sqrt(np.diag(self.covariance))
+
+    def angles_to_imagenet(self) -> NDArray[np.float64]:
+        """Degrees between each principal axis and that of the original ImageNet statistics; signs do not count."""
+        axes = np.array(IMAGENET_AXES)
+        cosines = np.abs((self.eigenvectors.T * axes).sum(axis=1)) / np.linalg.norm(axes, axis=1)
+        degrees: NDArray[np.float64] = np.degrees(np.arccos(np.clip(cosines, 0.0, 1.0)))
+        return degrees
+
+
+def pca_stats(
+    data: Path | str,
+    split: str,
+    engine: Engine | int,
+    progress: Callable[[int, int], None] = lambda finished, total: None,
+) -> Statistics:
+    """Computes the statistics of a split in one pass: the same to the last bit for any number of workers.
+
+    Args:
+        data: the folder of a finished dataset.
+        split: usually "train" (section 2 of the paper: the mean over the training set).
+        engine: runs the work, one task a shard; a number stands for so many worker processes on this machine.
+        progress: called with (finished images, all images).
+
+    Raises:
+        AlexprepError: no such dataset or split, or an image that cannot be decoded (its shard and offset are named).
+    """
+    data, engine = _folder(data), as_engine(engine)
+    dataset = read_dataset(data)
+    record = split_record(dataset, split, data)
+    shards = [int(shard["name"].rpartition("-")[2]) for shard in record["shards"]]
+    task = functools.partial(_shard_moments, data, split, dataset["digest"])
+    total = record["samples"]
+    parts = engine.run(task, shards, lambda finished: progress(finished, total))
+    moments = functools.reduce(Moments.__add__, parts)
+    progress(total, total)
+    return _from_moments(moments, dataset["digest"])
+
+
+def publish_statistics(statistics: Statistics, data: Path | str, split: str) -> None:
+    """Writes the folder stats/ of a dataset: mean_image.npy, mean_image.png and, last, stats.json, which holds their hashes.
+
+    Args:
+        statistics: what `pca_stats` computed.
+        data: the dataset's folder.
+        split: the split that they describe.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
+    data = _folder(data)
+    make_folder((data / STATISTICS).parent)
+    remove_temporaries((data / STATISTICS).parent)
+    buffer = io.BytesIO()
+    np.save(buffer, statistics.mean_HWC, allow_pickle=False)
+    publish_bytes(data / MEAN_IMAGE, buffer.getvalue())
+    picture = io.BytesIO()
+    Image.fromarray(np.rint(statistics.mean_HWC).astype(np.uint8)).save(picture, "PNG")
+    publish_bytes(data / MEAN_PICTURE, picture.getvalue())
+    document = {
+        "format": "alexprep statistics",
+        "format_version": FORMAT_VERSION,
+        "data_digest": statistics.data_digest,
+        "split": split,
+        "images": statistics.images,
+        "size": len(statistics.mean_HWC),
+        "channels": "RGB",
+        "scale": "0-255; covariance and eigenvalues in its square, over all pixels (divided by N)",
+        "channel_means": statistics.channel_means.tolist(),
+        "covariance": statistics.covariance.tolist(),
+        "eigenvalues": statistics.eigenvalues.tolist(),
+        "eigenvectors_in_columns": statistics.eigenvectors.tolist(),
+        "mean_image_sha256": hashlib.sha256(buffer.getvalue()).hexdigest(),
+        "mean_picture_sha256": hashlib.sha256(picture.getvalue()).hexdigest(),
+        "versions": versions("alexprep", "nvimgcodec", "numpy"),
+    }
+    publish_json(data / STATISTICS, document | {"digest": digest_json(document)})
+
+
+def read_statistics(data: Path | str, data_digest: str | None = None) -> Statistics:
+    """The statistics of the training split, as they were published in a dataset's folder.
+
+    Args:
+        data: the dataset's folder.
+        data_digest: the identity of the shards that they must describe; None for those of the dataset itself.
+
+    Raises:
+        AlexprepError: there are none, they are damaged, or they describe other shards or another split than "train".
+    """
+    data = _folder(data)
+    data_digest = read_dataset(data)["digest"] if data_digest is None else data_digest
+    again = f"run `alexprep pca-stats` on {data}"
+    document = read_json(data / STATISTICS, again)
+    if document.pop("digest", None) != digest_json(document):
+        raise AlexprepError(f"{data / STATISTICS} was changed since it was written: {again}")
+    if document.get("data_digest") != data_digest:
+        raise AlexprepError(f"{data / STATISTICS} describes other shards: {again}")
+    if document.get("split") != TRAINING:
+        raise AlexprepError(
+            f"{data / STATISTICS} describes the split {document.get('split')!r}, not {TRAINING!r}, whose mean all splits have "
+            f"subtracted: {again}"
+        )
+    try:
+        raw = (data / MEAN_IMAGE).read_bytes()
+        if hashlib.sha256(raw).hexdigest() != document["mean_image_sha256"]:
+            raise AlexprepError(f"{data / MEAN_IMAGE} is not the file that {STATISTICS.name} was written with: {again}")
+        return Statistics(
+            data_digest=data_digest,
+            images=document["images"],
+            mean_HWC=np.load(io.BytesIO(raw), allow_pickle=False),
+            channel_means=np.array(document["channel_means"]),
+            covariance=np.array(document["covariance"]),
+            eigenvalues=np.array(document["eigenvalues"]),
+            eigenvectors=np.array(document["eigenvectors_in_columns"]),
+        )
+    except (OSError, KeyError, ValueError) as error:
+        raise AlexprepError(f"{data / STATISTICS} or its mean image is damaged ({error}): {again}") from None
+
+
+def _folder(data: Path | str) -> Path:
+    return folder_at(data) if isinstance(data, str) else data
+
+
+def _shard_moments(data: Path, split: str, digest: str, shard: int, condemned: Mapping[int, str]) -> Moments:
+    """The exact sums over one shard."""
+    samples = _samples(data, split)
+    if samples.dataset["digest"] != digest:  # an engine may run this on another machine
+        raise AlexprepError(f"{platform.node()} has another data set at {data}: DATA must be one folder that all share")
+    image = samples.dataset["image"]
+    accumulator = Accumulator(image["size"])
+    for row in samples.rows_of(shard):
+        with attending(row):
+            planes = None if row in condemned else _planes(samples.encoded(row), image)
+            if planes is None or planes.shape != (3, image["size"], image["size"]):
+                raise AlexprepError(
+                    f"{samples.where(row)} holds no {image['size']}-pixel image: `alexprep verify --decode` tells more"
+                )
+            accumulator.add(planes)
+    return accumulator.moments()
+
+
+@functools.lru_cache(maxsize=1)
+def _samples(data: Path, split: str) -> Samples:
+    return Samples(data, split)
+
+
+def _planes(encoded: NDArray[np.uint8], image: dict[str, Any]) -> NDArray[np.uint8] | None:
+    """uint8 (3, S, S), or None where it cannot be decoded."""
+    if image["format"] == "raw":
+        pixels = read_raw(encoded.tobytes())
+        return None if pixels is None or pixels.ndim != 3 else pixels.transpose(2, 0, 1)
+    return shared_decoder().decode(encoded.tobytes(), planar=True)
+
+
+def _from_moments(moments: Moments, data_digest: str) -> Statistics:
+    """The statistics of exact sums; only the last division of each number rounds."""
+    count = moments.images * moments.sums[0].size
+    totals = [int(total) for total in moments.sums.sum(axis=(1, 2))]
+    covariance = np.empty((3, 3))
+    for i, j in itertools.product(range(3), repeat=2):
+        # In Python's integers: the difference of two numbers near 1e26 would lose the digits that matter.
+        covariance[i, j] = (count * int(moments.products[i, j]) - totals[i] * totals[j]) / count**2
+    eigenvalues, eigenvectors = np.linalg.eigh(covariance)  # ascending
+    eigenvalues, eigenvectors = np.maximum(eigenvalues[::-1], 0.0), eigenvectors[:, ::-1]
+    largest = np.abs(eigenvectors).argmax(axis=0)
+    eigenvectors = eigenvectors * np.sign(eigenvectors[largest, np.arange(3)])
+    return Statistics(
+        data_digest=data_digest,
+        images=moments.images,
+        mean_HWC=np.ascontiguousarray(np.moveaxis(moments.sums / moments.images, 0, 2)),
+        channel_means=np.array([total / count for total in totals]),
+        covariance=covariance,
+        eigenvalues=eigenvalues,
+        eigenvectors=eigenvectors,
+    )
 
 
 @dataclass(frozen=True)
@@ -112,203 +326,3 @@ class Accumulator:
         self._sums += self._recent.astype(np.int64)
         self._recent[:] = 0
         self._pending = 0
-
-
-# -------------------- The mean image and the eigenpairs of the RGB covariance of a split: computed, published, read back.
-
-
-TRAINING = "train"  # section 2 of the paper: the mean over the training set is subtracted, whatever is read
-
-# What shipped with the original code (cuda-convnet2, make-data/input_meta), rounded there: grey levels and unit columns.
-IMAGENET_STDEVS = (121.78, 37.09, 19.72)
-IMAGENET_AXES = ((0.5635, 0.5762, 0.5920), (-0.7126, -0.0235, 0.7012), (0.4180, -0.8170, 0.3973))
-
-
-@dataclass(frozen=True)
-class Statistics:
-    """The statistics of a split, on the 0-255 scale.
-
-    Attributes:
-        data_digest: identity of the data set that they describe.
-        images: how many images they were computed from.
-        mean_HWC: float64 (S, S, 3), the mean image, grey levels.
-        channel_means: float64 (3,), grey levels.
-        covariance: float64 (3, 3), of the pixels' RGB about the channel means, grey levels squared, over all pixels (÷ N).
-        eigenvalues: float64 (3,), of the covariance, descending, grey levels squared.
-        eigenvectors: float64 (3, 3), unit columns in that order, the component largest in size positive.
-    """
-
-    data_digest: str
-    images: int
-    mean_HWC: NDArray[np.float64]
-    channel_means: NDArray[np.float64]
-    covariance: NDArray[np.float64]
-    eigenvalues: NDArray[np.float64]
-    eigenvectors: NDArray[np.float64]
-
-    @property
-    def stdevs(self) -> NDArray[np.float64]:
-        """The principal standard deviations, grey levels, descending."""
-        return np.sqrt(self.eigenvalues)
-
-    @property
-    def channel_stdevs(self) -> NDArray[np.float64]:
-        """The standard deviations of R, G and B about their means, grey levels."""
-        return np.sqrt(np.diag(self.covariance))
-
-    def angles_to_imagenet(self) -> NDArray[np.float64]:
-        """Degrees between each principal axis and that of the original ImageNet statistics; signs do not count."""
-        axes = np.array(IMAGENET_AXES)
-        cosines = np.abs((self.eigenvectors.T * axes).sum(axis=1)) / np.linalg.norm(axes, axis=1)
-        degrees: NDArray[np.float64] = np.degrees(np.arccos(np.clip(cosines, 0.0, 1.0)))
-        return degrees
-
-
-def pca_stats(
-    data: Path,
-    split: str,
-    engine: Engine | int,
-    progress: Callable[[int, int], None] = lambda finished, total: None,
-) -> Statistics:
-    """One pass over a split: the same to the last bit for any number of workers.
-
-    Args:
-        data: a finished data set.
-        split: usually "train" (section 2 of the paper: the mean over the training set).
-        engine: runs the work, one task a shard; a number stands for so many worker processes on this machine.
-        progress: called with (finished images, all images).
-
-    Raises:
-        AlexprepError: no such data, or an image that cannot be decoded (its shard and offset are named).
-    """
-    engine = as_engine(engine)
-    dataset = read_dataset(data)
-    record = split_record(dataset, split, data)
-    shards = [int(shard["name"].rpartition("-")[2]) for shard in record["shards"]]
-    task = functools.partial(_shard_moments, data, split, dataset["digest"])
-    total = record["samples"]
-    parts = engine.run(task, shards, lambda finished: progress(finished, total))
-    moments = functools.reduce(Moments.__add__, parts)
-    progress(total, total)
-    return from_moments(moments, dataset["digest"])
-
-
-def _shard_moments(data: Path, split: str, digest: str, shard: int, condemned: Mapping[int, str]) -> Moments:
-    samples = _samples(data, split)
-    if samples.dataset["digest"] != digest:  # an engine may run this on another machine
-        raise AlexprepError(f"{platform.node()} has another data set at {data}: DATA must be one folder that all share")
-    image = samples.dataset["image"]
-    accumulator = Accumulator(image["size"])
-    for row in samples.rows_of(shard):
-        with attending(row):
-            planes = None if row in condemned else _planes(samples.encoded(row), image)
-            if planes is None or planes.shape != (3, image["size"], image["size"]):
-                raise AlexprepError(
-                    f"{samples.where(row)} holds no {image['size']}-pixel image: `alexprep verify --decode` tells more"
-                )
-            accumulator.add(planes)
-    return accumulator.moments()
-
-
-@functools.lru_cache(maxsize=1)
-def _samples(data: Path, split: str) -> Samples:
-    return Samples(data, split)
-
-
-def _planes(encoded: NDArray[np.uint8], image: dict[str, Any]) -> NDArray[np.uint8] | None:
-    """uint8 (3, S, S), or None where it cannot be decoded."""
-    if image["format"] == "raw":
-        pixels = read_raw(encoded.tobytes())
-        return None if pixels is None or pixels.ndim != 3 else pixels.transpose(2, 0, 1)
-    return kept_decoder().decode(encoded.tobytes(), planar=True)
-
-
-def from_moments(moments: Moments, data_digest: str) -> Statistics:
-    """The statistics of exact sums; only the last division of each number rounds."""
-    count = moments.images * moments.sums[0].size
-    totals = [int(total) for total in moments.sums.sum(axis=(1, 2))]
-    covariance = np.empty((3, 3))
-    for i, j in itertools.product(range(3), repeat=2):
-        # In Python's integers: the difference of two numbers near 1e26 would lose the digits that matter.
-        covariance[i, j] = (count * int(moments.products[i, j]) - totals[i] * totals[j]) / count**2
-    eigenvalues, eigenvectors = np.linalg.eigh(covariance)  # ascending
-    eigenvalues, eigenvectors = np.maximum(eigenvalues[::-1], 0.0), eigenvectors[:, ::-1]
-    largest = np.abs(eigenvectors).argmax(axis=0)
-    eigenvectors = eigenvectors * np.sign(eigenvectors[largest, np.arange(3)])
-    return Statistics(
-        data_digest=data_digest,
-        images=moments.images,
-        mean_HWC=np.ascontiguousarray(np.moveaxis(moments.sums / moments.images, 0, 2)),
-        channel_means=np.array([total / count for total in totals]),
-        covariance=covariance,
-        eigenvalues=eigenvalues,
-        eigenvectors=eigenvectors,
-    )
-
-
-def publish_statistics(statistics: Statistics, data: Path, split: str) -> None:
-    """Writes stats/ of a data set; stats.json comes last and holds the mean image's hash."""
-    make_folder((data / STATISTICS).parent)
-    remove_temporaries((data / STATISTICS).parent)
-    buffer = io.BytesIO()
-    np.save(buffer, statistics.mean_HWC, allow_pickle=False)
-    publish_bytes(data / MEAN_IMAGE, buffer.getvalue())
-    picture = io.BytesIO()
-    Image.fromarray(np.rint(statistics.mean_HWC).astype(np.uint8)).save(picture, "PNG")
-    publish_bytes(data / MEAN_PICTURE, picture.getvalue())
-    document = {
-        "format": "alexprep statistics",
-        "format_version": FORMAT_VERSION,
-        "data_digest": statistics.data_digest,
-        "split": split,
-        "images": statistics.images,
-        "size": len(statistics.mean_HWC),
-        "channels": "RGB",
-        "scale": "0-255; covariance and eigenvalues in its square, over all pixels (divided by N)",
-        "channel_means": statistics.channel_means.tolist(),
-        "covariance": statistics.covariance.tolist(),
-        "eigenvalues": statistics.eigenvalues.tolist(),
-        "eigenvectors_in_columns": statistics.eigenvectors.tolist(),
-        "mean_image_sha256": hashlib.sha256(buffer.getvalue()).hexdigest(),
-        "mean_picture_sha256": hashlib.sha256(picture.getvalue()).hexdigest(),
-        "versions": versions("alexprep", "nvimgcodec", "numpy"),
-    }
-    publish_json(data / STATISTICS, document | {"digest": digest_json(document)})
-
-
-def read_statistics(data: Path, data_digest: str) -> Statistics:
-    """The statistics of the training split in a data set's folder.
-
-    Args:
-        data: the data set's folder.
-        data_digest: what they must describe.
-
-    Raises:
-        AlexprepError: there are none, they are damaged, or they describe other shards or another split than "train".
-    """
-    again = f"run `alexprep pca-stats` on {data}"
-    document = read_json(data / STATISTICS, again)
-    if document.pop("digest", None) != digest_json(document):
-        raise AlexprepError(f"{data / STATISTICS} was changed since it was written: {again}")
-    if document.get("data_digest") != data_digest:
-        raise AlexprepError(f"{data / STATISTICS} describes other shards: {again}")
-    if document.get("split") != TRAINING:
-        raise AlexprepError(
-            f"{data / STATISTICS} describes the split {document.get('split')!r}, not {TRAINING!r}, whose mean all splits have "
-            f"subtracted: {again}"
-        )
-    try:
-        raw = (data / MEAN_IMAGE).read_bytes()
-        if hashlib.sha256(raw).hexdigest() != document["mean_image_sha256"]:
-            raise AlexprepError(f"{data / MEAN_IMAGE} is not the file that {STATISTICS.name} was written with: {again}")
-        return Statistics(
-            data_digest=data_digest,
-            images=document["images"],
-            mean_HWC=np.load(io.BytesIO(raw), allow_pickle=False),
-            channel_means=np.array(document["channel_means"]),
-            covariance=np.array(document["covariance"]),
-            eigenvalues=np.array(document["eigenvalues"]),
-            eigenvectors=np.array(document["eigenvectors_in_columns"]),
-        )
-    except (OSError, KeyError, ValueError) as error:
-        raise AlexprepError(f"{data / STATISTICS} or its mean image is damaged ({error}): {again}") from None

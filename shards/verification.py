@@ -1,4 +1,8 @@
-"""Every promise of a data set on disk, checked from the plan and the sidecars."""
+"""Checks a dataset on disk, byte by byte, against its plan and what was recorded when it was written; and repairs it.
+
+There is one way to check a file: what it must be follows from what is trusted more (the plan before the sidecars, these before what
+describes the whole), and the first place where it is something else is named. Nothing here is ever needed to read a dataset.
+"""
 
 from __future__ import annotations
 
@@ -6,23 +10,22 @@ import contextlib
 import functools
 import hashlib
 import io
-import itertools
 import json
 import time
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 
-from alexprep.shards.conversion import Report, begin, check_apart, convert
+from alexprep.shards.conversion import Report, check_apart, convert, publish_plan
 from alexprep.shards.dataset_format import (
     DATASET,
+    FORMATS,
     INDEX,
     LEDGER,
     MEAN_IMAGE,
@@ -38,27 +41,38 @@ from alexprep.shards.dataset_format import (
     shard_name,
 )
 from alexprep.shards.errors import AlexprepError
-from alexprep.shards.image_codec import FORMATS, Codec, Target, kept_decoder, read_raw
-from alexprep.shards.manifest import SIDECAR, Description, sidecar_path
-from alexprep.shards.plan import LISTED, Plan, PlanTable, Shard, ShardOptions, differences, draw_up, kept_table
+from alexprep.shards.image_codec import read_raw, shared_decoder
+from alexprep.shards.manifest import Manifest, Sidecar, input_record, sidecar_of
+from alexprep.shards.plan import (
+    Plan,
+    PlanTable,
+    Shard,
+    ShardOptions,
+    as_written,
+    differences,
+    draw_up,
+    options_of,
+    shared_table,
+)
 from alexprep.shards.sources.base import SPLITS, Source
 from alexprep.shards.storage import content, digest_json, file_sha256, folder_at, is_temporary, json_bytes, trouble
-from alexprep.shards.tar_format import BLOCK, WrittenMember, dali_index, ending, member_header, padded
+from alexprep.shards.tar_format import BLOCK, WrittenMember, dali_index, member_header, padded
 from alexprep.shards.worker_pool import Engine, as_engine, attending
 
-# -------------------- One shard held against its sidecar and the plan: every byte of the tar, the index, every line of the sidecar.
+Progress = Callable[[int, int], None]
 
-
-_ENTRY = {"key": str, "label": int, "width": int, "height": int, "status": str}  # of each input in a sidecar
+_DAMAGED = (ValueError, KeyError, TypeError, AttributeError, IndexError)  # what a document of another form raises
+_AGAIN = "run `alexprep pca-stats` again"
+_LOOKED_AT = 64  # sidecars that tell which plan the shards were made by
 
 
 class Problem(NamedTuple):
-    """Something that is not as `alexprep shard` wrote it.
+    """Something in a dataset that is not as `alexprep shard` wrote it.
 
     Attributes:
-        file: below the data set's folder.
+        file: the file's name below the dataset's folder.
         member: the member or sample concerned; empty where it is the file as a whole.
-        what: in words.
+        what: what is wrong, in words.
     """
 
     file: str
@@ -70,161 +84,342 @@ class Problem(NamedTuple):
         return f"{self.file}{f', {self.member}' if self.member else ''}: {self.what}"
 
 
-class Finding(NamedTuple):
-    """What was found of a shard: its problems, its sidecar if that is sound, and the sha256 of its tar if there is one."""
+@dataclass(frozen=True)
+class Verdict:
+    """What `verify` found.
 
-    shard: Shard
+    Attributes:
+        folder: the dataset's folder.
+        shards: how many the plan has.
+        samples: images in sound shards.
+        bytes: of the tars of sound shards.
+        problems: everything that is not as it was written; empty for a sound dataset.
+        seconds: that it took.
+    """
+
+    folder: Path
+    shards: int
+    samples: int
+    bytes: int
     problems: list[Problem]
-    sidecar: dict[str, Any] | None
-    sha256: str | None
+    seconds: float
 
 
-def check_shard(
-    data: Path,
-    shard: Shard,
-    plan_digest: str,
-    options: dict[str, Any],
-    planned: pa.Table | None,
-    codec: Codec | None,
-    condemned: Mapping[int, str],
-) -> Finding:
-    """Compares a shard with everything that is recorded of it.
+def verify(
+    folder: Path | str,
+    engine: Engine | int,
+    decode: bool = False,
+    progress: Progress = lambda finished, total: None,
+) -> Verdict:
+    """Checks a dataset: every byte of it against what was recorded when it was written.
 
     Args:
-        data: the data set's folder.
-        shard: which.
-        plan_digest: what the sidecar must name.
-        options: the plan's.
-        planned: the shard's rows of plan.parquet; None where they cannot be read.
-        codec: decodes every image; None to leave the pixels alone.
-        condemned: positions of samples in the shard whose decoding ends the process, and why.
+        folder: the dataset's folder.
+        engine: runs the work, one task a shard; a number stands for so many worker processes on this machine.
+        decode: whether every image is decoded too.
+        progress: called with (finished shards, or images when they are decoded; how many there are).
+
+    Raises:
+        AlexprepError: there is no dataset in the folder.
     """
-    name = shard_name(shard.split, shard.number)
-    base = f"{shard.split}/{name}"
+    started = time.monotonic()
+    folder, engine = folder_at(folder), as_engine(engine)
     problems: list[Problem] = []
+    plan, dataset = _trusted_plan(folder, problems)
+    if plan is None:  # nothing can be held against it
+        return Verdict(folder, 0, 0, 0, problems, time.monotonic() - started)
+    table = _plan_table(plan, dataset, problems)
+    shards = plan.shards()
+    checked: list[_CheckedShard] = []
+    show = (lambda finished: progress(finished, plan.inputs)) if decode else (lambda finished: None)
+    for result in engine.run(functools.partial(_check_shard, plan, decode, table is not None), shards, show):
+        checked.append(result)
+        if not decode:
+            progress(len(checked), len(shards))
+    checked.sort(key=lambda result: result.shard.group)
+    for result in checked:
+        problems += result.problems
+    problems += _misplaced_tars(checked, dataset)
+    sidecars = [result.sidecar for result in checked if result.sidecar is not None]
+    if table is not None and len(sidecars) == len(shards):
+        problems += _check_descriptions(plan, table, sidecars, dataset)
+    if dataset is not None:
+        problems += _check_statistics(folder, str(dataset.get("digest")))
+    problems += _foreign_files(plan, shards)
+    sound = [result.sidecar for result in checked if result.sidecar is not None and not result.problems]
+    samples, size = (sum(sidecar[key] for sidecar in sound) for key in ("samples", "bytes"))
+    return Verdict(folder, len(shards), samples, size, problems, time.monotonic() - started)
 
-    def problem(suffix: str, what: str, member: str = "") -> None:
-        problems.append(Problem(f"{base}{suffix}", member, what))
 
-    tar, tar_trouble = content(data / shard.split / f"{name}.tar")
-    sha256 = None if tar is None else hashlib.sha256(tar).hexdigest()
-    sidecar = _sidecar(sidecar_path(data, shard), shard, plan_digest, FORMATS[options["format"]], planned, problem)
-    if sidecar is None:
-        return Finding(shard, problems, None, sha256)
-    members = [WrittenMember(**member) for member in sidecar["members"]]
-    _check_tar(tar, tar_trouble, sha256, members, sidecar, problem)
-    idx, idx_trouble = content(data / shard.split / f"{name}.idx")
-    if idx != (dali_index(members).encode() if members else None):
-        problem(".idx", idx_trouble or "is not the index of this shard")
-    if codec is not None and tar is not None and not problems:
-        for position, member in enumerate(members[::2]):
-            with attending(position):
-                what = condemned.get(position) or _undecodable(codec, tar, member, options)
-            if what:
-                problem(".tar", what, member.name)
-    return Finding(shard, problems, sidecar, sha256)
+def repair(
+    folder: Path | str,
+    source: Source,
+    problems: Sequence[Problem],
+    engine: Engine | int,
+    progress: Progress = lambda finished, total: None,
+) -> Report:
+    """Makes exactly the damaged shards again, by the same plan, and whatever describes the whole.
+
+    Files that belong to nothing are left alone, and so are statistics: `alexprep pca-stats` makes them.
+
+    Args:
+        folder: the dataset's folder.
+        source: what it was made from; see `find_source`.
+        problems: what `verify` found.
+        engine: runs the work, one task a shard; a number stands for so many worker processes on this machine.
+        progress: called with (finished inputs, inputs to do).
+
+    Raises:
+        AlexprepError: the source does not give the plan of the dataset (nothing is touched then), or other bytes for a damaged
+            shard (which is missing then); or nothing tells the options of the dataset any more.
+    """
+    folder, damaged = folder_at(folder), {problem.file for problem in problems}
+    options, trusted = _options(folder)
+    check_apart(source, folder)
+    document, tables = draw_up(source, options)
+    document = as_written(document, trusted)
+    _check_same_plan(folder, document, source)
+    if PLAN in damaged:
+        (folder / PLAN).unlink(missing_ok=True)
+    if damaged & {PLAN, PLAN_TABLE}:  # with a plan that nobody can tell goes what was beside it
+        (folder / PLAN_TABLE).unlink(missing_ok=True)
+    plan = publish_plan(folder, document, tables)
+    for shard in plan.each_shard():
+        files = [plan.file(shard, suffix) for suffix in (".json", ".idx", ".tar")]
+        if damaged & {str(file.relative_to(folder)) for file in files}:
+            for file in files:  # the sidecar first: interrupted here, the shard does not count
+                file.unlink(missing_ok=True)
+    if DATASET in damaged:  # it can no longer say what a shard must become
+        (folder / DATASET).unlink(missing_ok=True)
+    return convert(source, folder, options, engine, progress)
 
 
-def _sidecar(
-    path: Path, shard: Shard, plan_digest: str, extension: str, planned: pa.Table | None, problem: Any
-) -> dict[str, Any] | None:
-    """The sidecar, where every line of it agrees with the plan and with the others."""
-    raw, trouble = content(path)
-    if raw is None:
-        problem(".json", f"{trouble}, so the shard does not count")
-        return None
+def first_difference(found: Any, wanted: Any, place: str = "") -> str | None:
+    """Where one JSON value differs first from what it must be, in words; None where they are equal.
+
+    >>> first_difference({"a": [1, {"b": 2}]}, {"a": [1, {"b": 3}]})
+    'a[1].b is 2, must be 3'
+    """
+    if type(found) is not type(wanted) or not isinstance(found, dict | list):
+        equal = type(found) is type(wanted) and found == wanted
+        return None if equal else f"{place or 'it'} is {_short(found)}, must be {_short(wanted)}"
+    if isinstance(found, list):
+        if len(found) != len(wanted):
+            return f"{place or 'it'} has {len(found):,} entries, must have {len(wanted):,}"
+        pairs = ((f"{place}[{n}]", one, other) for n, (one, other) in enumerate(zip(found, wanted, strict=True)))
+    else:
+        if found.keys() != wanted.keys():
+            return f"{place or 'it'} has the fields {_short(list(found))}, must have {_short(list(wanted))}"
+        pairs = ((f"{place}.{key}".lstrip("."), found[key], wanted[key]) for key in wanted)
+    return next((what for at, one, other in pairs if (what := first_difference(one, other, at))), None)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 70 else f"{text[:69]}…"
+
+
+# The plan, and which documents can be trusted.
+
+
+def _trusted_plan(folder: Path, problems: list[Problem]) -> tuple[Plan | None, dict[str, Any] | None]:
+    """The plan and dataset.json; what is unsound about them goes to `problems`, and a plan that was changed is None."""
+    if not (folder / PLAN).exists() and not (folder / DATASET).exists():
+        raise AlexprepError(
+            f"{folder} holds no data set: name another folder, or make one with `alexprep shard SOURCE`"
+        )
+    document, dataset = (_document(folder, name, problems) for name in (PLAN, DATASET))
+    if document is None:
+        return None, dataset
+    plan, named = Plan(folder, document), _named_plans(folder)
+    by_dataset = str((dataset or {}).get("plan", plan.digest))
+    if plan.digest not in named and (by_dataset in named or by_dataset != plan.digest):
+        problems.append(Problem(PLAN, "", "was changed: dataset.json or the sidecars name another plan"))
+        return None, dataset
     try:
-        sidecar = json.loads(raw)
-        if json_bytes(sidecar, None) != raw:
-            problem(".json", "was changed")
-            return None
-        if {key: type(value) for key, value in sidecar.items()} != SIDECAR:
-            problem(".json", "has other fields than it was written with")
-            return None
-        if sidecar["plan"] != plan_digest:
-            problem(".json", f"belongs to another plan ({str(sidecar['plan'])[:16]}…, not {plan_digest[:16]}…)")
-            return None
-        what = _disagreement(sidecar, shard, extension, planned)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        what = f"was changed ({type(error).__name__}: {error})"
+        next(plan.each_shard(), None)
+        FORMATS[plan.options["format"]]
+    except _DAMAGED as error:
+        problems.append(Problem(PLAN, "", f"was changed ({type(error).__name__}: {error})"))
+        return None, dataset
+    if dataset is not None and dataset.get("plan") != plan.digest:
+        problems.append(Problem(DATASET, "", "names another plan than plan.json and the sidecars"))
+    return plan, dataset
+
+
+def _document(folder: Path, name: str, problems: list[Problem]) -> dict[str, Any] | None:
+    """plan.json or dataset.json; None where nothing can be read. What is wrong with it goes to `problems`."""
+    raw, what = content(folder / name)
+    document = _parsed(raw)
+    if raw is None and name == DATASET and not (folder / name).exists():
+        what += ": the data set is unfinished, run the same `alexprep shard` again"
+    elif raw is not None:
+        what = "" if document and json_bytes(document) == raw else "was changed"
     if what:
-        problem(".json", what)
-        return None
-    return sidecar  # type: ignore[no-any-return]
+        problems.append(Problem(name, "", what))
+    return document or None
 
 
-def _disagreement(sidecar: dict[str, Any], shard: Shard, extension: str, planned: pa.Table | None) -> str | None:
-    """Where a sidecar contradicts the plan or itself."""
-    entries = sidecar["inputs"]
-    if planned is not None:
-        labels = planned.column("label").to_pylist()
-        if len(entries) != len(labels):
-            return f"lists {len(entries)} inputs, the plan has {len(labels)}"
-        for entry, label in zip(entries, labels, strict=True):
-            if entry["label"] != label:
-                return f"gives {entry['key']} the label {entry['label']}, the plan says {label}"
-    position, names, sizes = 0, [], []
-    for row, entry in enumerate(entries, shard.first_row):
-        if entry["status"] not in ("written", "rejected"):
-            return f"has the status {entry['status']!r} for row {row}"
-        special = {"kept": bool} if entry["status"] == "written" else {"reason": str}
-        if {key: type(value) for key, value in entry.items()} != _ENTRY | special:
-            return f"has other fields than it was written with for row {row}"
-        if max(entry["width"], entry["height"]) >= 2**31:
-            return f"gives {entry['key']} the size {entry['width']}x{entry['height']}"
-        if entry["key"] != sample_key(row):
-            return f"has the key {entry['key']!r} for row {row}"
-        if entry["status"] == "written":
-            names += [f"{entry['key']}.{extension}", f"{entry['key']}.cls"]
-            sizes += [None, len(str(entry["label"]))]
-    members = [WrittenMember(**member) for member in sidecar["members"]]
-    if [member.name for member in members] != names or sidecar["samples"] != len(names) // 2:
-        return "lists members that are not those of its samples"
-    for member, size in zip(members, sizes, strict=True):
-        if member.offset != position + BLOCK or size not in (None, member.size):
-            return f"gives {member.name} the place {member.offset} and the size {member.size}, which cannot be"
-        position = member.offset + padded(member.size)
-    if sidecar["bytes"] != (position + len(ending(position)) if members else 0):
-        return f"says {sidecar['bytes']} bytes, its members make another number"
+def _parsed(raw: bytes | None) -> dict[str, Any]:
+    """The JSON object in `raw`; an empty one where there is none."""
+    with contextlib.suppress(ValueError):
+        document = json.loads(raw or b"{}")
+        json_bytes(document)  # refuses NaN and infinity
+        return document if isinstance(document, dict) else {}
+    return {}
+
+
+def _named_plans(folder: Path) -> Counter[str]:
+    """Which plans are named by sidecars from all over the dataset, as many as are read in a moment."""
+    paths = [
+        path for split in dict.fromkeys(SPLITS.values()) for path in sorted((folder / split).glob(f"{split}-*.json"))
+    ]
+    sidecars = (_parsed(content(path)[0]) for path in paths[:: max(1, len(paths) // _LOOKED_AT)])
+    return Counter(str(sidecar.get("plan")) for sidecar in sidecars if sidecar)
+
+
+def _plan_table(plan: Plan, dataset: dict[str, Any] | None, problems: list[Problem]) -> PlanTable | None:
+    """plan.parquet, where it is the one that the shards were made from."""
+    wanted = _recorded_files(dataset).get(PLAN_TABLE)
+    try:
+        if wanted is not None and file_sha256(plan.folder / PLAN_TABLE) != wanted:
+            what = "was changed (or its sha256 in dataset.json)"
+        else:
+            table, count = plan.table(), sum(record["shards"] for record in plan.document["splits"].values())
+            if table.num_row_groups == count:
+                return table
+            what = f"describes {table.num_row_groups} shards, the plan has {count}"
+    except OSError as error:
+        what = trouble(error)
+    except AlexprepError as error:
+        what = str(error)
+    problems.append(Problem(PLAN_TABLE, "", what))
     return None
 
 
-def _check_tar(
-    tar: bytes | None,
-    trouble: str,
-    sha256: str | None,
-    members: list[WrittenMember],
-    sidecar: dict[str, Any],
-    problem: Any,
-) -> None:
-    if tar is None or not members:
-        if members:
-            problem(".tar", trouble)
-        elif tar is not None:
-            problem(".tar", "exists, though every input of this shard was rejected")
-        return
-    if len(tar) != sidecar["bytes"]:
+def _recorded_files(dataset: dict[str, Any] | None) -> dict[str, Any]:
+    """The sha256 of files that a dataset.json records, by name; of a damaged one none."""
+    files = (dataset or {}).get("files")
+    return files if isinstance(files, dict) else {}
+
+
+# One shard: its sidecar against the plan, then tar and index against the sidecar.
+
+
+class _CheckedShard(NamedTuple):
+    """A shard's problems, its sidecar if that is sound, and the sha256 of its tar if there is one."""
+
+    shard: Shard
+    problems: list[Problem]
+    sidecar: Sidecar | None
+    sha256: str | None
+
+
+def _check_shard(
+    plan: Plan, decode: bool, with_table: bool, shard: Shard, condemned: Mapping[int, str]
+) -> _CheckedShard:
+    """Compares a shard with everything that is recorded of it. `condemned`: samples that end the process when decoded, and why."""
+    problems: list[Problem] = []
+
+    def note(suffix: str, what: str | None, member: str = "") -> None:
+        if what:
+            problems.append(Problem(f"{shard.split}/{shard.name}{suffix}", member, what))
+
+    planned = None
+    if with_table:
+        planned = shared_table(plan.folder, plan.digest).read_row_group(shard.group, columns=["label"])
+    tar, tar_trouble = content(plan.file(shard, ".tar"))
+    sha256 = None if tar is None else hashlib.sha256(tar).hexdigest()
+    sidecar, what = _checked_sidecar(plan, shard, None if planned is None else planned.column("label").to_pylist())
+    note(".json", what)
+    if sidecar is None:
+        return _CheckedShard(shard, problems, None, sha256)
+    members = [WrittenMember(**member) for member in sidecar["members"]]
+    if not members:
+        note(".tar", None if tar is None else "exists, though every input of this shard was rejected")
+    elif tar is None:
+        note(".tar", tar_trouble)
+    else:
+        _check_tar(tar, sha256 == sidecar["sha256"], members, sidecar, note)
+    idx, idx_trouble = content(plan.file(shard, ".idx"))
+    if idx != (dali_index(members).encode() if members else None):
+        note(".idx", idx_trouble or "is not the index of this shard")
+    if decode and tar is not None and not problems:
+        for position, member in enumerate(members[::2]):
+            with attending(position):
+                note(".tar", condemned.get(position) or _undecodable(tar, member, plan.options), member.name)
+    return _CheckedShard(shard, problems, sidecar, sha256)
+
+
+def _checked_sidecar(plan: Plan, shard: Shard, labels: list[int] | None) -> tuple[Sidecar | None, str | None]:
+    """A shard's sidecar, where every line of it is as it must be, or what is wrong with it."""
+    raw, trouble = content(plan.file(shard, ".json"))
+    if raw is None:
+        return None, f"{trouble}, so the shard does not count"
+    found = _parsed(raw)
+    try:
+        wanted = _sidecar_as_it_must_be(found, plan, shard, labels)
+    except _DAMAGED as error:
+        return None, f"was changed ({type(error).__name__}: {error})"
+    if json_bytes(wanted, None) == raw:
+        return wanted, None
+    what = first_difference(found["inputs"], wanted["inputs"], "inputs") or first_difference(found, wanted)
+    return None, f"was changed: {what or 'it is written in another way'}"
+
+
+def _sidecar_as_it_must_be(found: Sidecar, plan: Plan, shard: Shard, labels: list[int] | None) -> Sidecar:
+    """What follows from the plan, and from what only the sidecar tells: fates, sizes of sources and members, checksums.
+
+    `labels` are those of its rows by plan.parquet; None where that cannot be read.
+    """
+    extension, position = FORMATS[plan.options["format"]], 0
+    inputs: list[dict[str, Any]] = []
+    members: list[dict[str, Any]] = []
+    recorded = iter(found["members"])
+    if labels is None:
+        labels = [_integer(entry["label"], -1) for entry in found["inputs"]]
+    if len(found["inputs"]) != len(labels):
+        raise ValueError(f"it lists {len(found['inputs'])} inputs, the plan has {len(labels)}")
+    for row, (entry, label) in enumerate(zip(found["inputs"], labels, strict=True), shard.first_row):
+        width, height = (_integer(entry[side], 0, 2**31) for side in ("width", "height"))
+        reason = None if "kept" in entry else str(entry["reason"])
+        inputs.append(input_record(row, label, width, height, bool(entry.get("kept")), reason))
+        kinds = [(extension, None), ("cls", len(str(label)))] if reason is None else []
+        for kind, known in kinds:
+            member: dict[str, Any] = next(recorded, {})
+            size = _integer(member["size"], 0) if known is None else known
+            crc32 = _integer(member["crc32"], 0, 2**32)
+            name, offset = f"{sample_key(row)}.{kind}", position + BLOCK
+            members.append({"name": name, "offset": offset, "size": size, "crc32": crc32})
+            position = offset + padded(size)
+    return sidecar_of(plan, inputs, members, str(found["sha256"]))
+
+
+def _integer(value: Any, low: int, high: int = 2**63) -> int:
+    if type(value) is not int or not low <= value < high:
+        raise ValueError(f"{_short(value)} is no whole number in [{low}, {high})")
+    return value
+
+
+def _check_tar(tar: bytes, is_recorded: bool, members: list[WrittenMember], sidecar: Sidecar, note: Any) -> None:
+    """Notes every member that is not as recorded. Where `is_recorded`, the sha256 is right: then the sidecar is to blame."""
+    end, last = sidecar["bytes"], members[-1].offset + padded(members[-1].size)
+    if len(tar) != end:
         first = next((m.name for m in members if m.offset + padded(m.size) > len(tar)), "")
-        problem(".tar", f"has {len(tar):,} bytes instead of {sidecar['bytes']:,}", first)
+        note(".tar", f"has {len(tar):,} bytes instead of {end:,}", first)
+    labels = [entry["label"] for entry in sidecar["inputs"] if entry["status"] == "written" for _ in range(2)]
     damaged = 0
-    for member, entry in zip(members, _per_member(sidecar), strict=True):
-        what = _damage(tar, member, entry["label"])
-        if what and sha256 == sidecar["sha256"]:
-            problem(".json", "does not describe this member as it is, though the tar is as it was written", member.name)
-        elif what:
-            problem(".tar", what, member.name)
+    for member, label in zip(members, labels, strict=True):
+        what = _damage(tar, member, label)
         damaged += bool(what)
-    end = sidecar["bytes"]
-    last = members[-1].offset + padded(members[-1].size)
+        if what and is_recorded:
+            note(".json", "does not describe this member as it is, though the tar is as it was written", member.name)
+        else:
+            note(".tar", what, member.name)
     if len(tar) >= end and any(tar[last:end]):
-        problem(".tar", f"has other bytes than zeros in its end, from byte {last:,} on")
-    elif sha256 != sidecar["sha256"] and not damaged and len(tar) == end:
-        problem(".json", "has another sha256 than the tar, whose members are all as recorded: the sidecar was changed")
-
-
-def _per_member(sidecar: dict[str, Any]) -> list[dict[str, Any]]:
-    written = (entry for entry in sidecar["inputs"] if entry["status"] == "written")
-    return [entry for entry in written for _ in range(2)]
+        note(".tar", f"has other bytes than zeros in its end, from byte {last:,} on")
+    elif not is_recorded and not damaged and len(tar) == end:
+        note(".json", "has another sha256 than the tar, whose members are all as recorded: the sidecar was changed")
 
 
 def _damage(tar: bytes, member: WrittenMember, label: int) -> str | None:
@@ -244,11 +439,10 @@ def _damage(tar: bytes, member: WrittenMember, label: int) -> str | None:
     return None
 
 
-def _undecodable(codec: Codec, tar: bytes, member: WrittenMember, options: dict[str, Any]) -> str | None:
+def _undecodable(tar: bytes, member: WrittenMember, options: dict[str, Any]) -> str | None:
     """Why an image is not a square of the right size; None where it is."""
-    data = tar[member.offset : member.offset + member.size]
-    size = options["size"]
-    pixels = read_raw(data) if options["format"] == "raw" else codec.decode(data)
+    data, size = tar[member.offset : member.offset + member.size], options["size"]
+    pixels = read_raw(data) if options["format"] == "raw" else shared_decoder().decode(data)
     if pixels is None:
         return "cannot be decoded"
     if pixels.shape != (size, size, 3) or pixels.dtype != np.uint8:
@@ -256,368 +450,136 @@ def _undecodable(codec: Codec, tar: bytes, member: WrittenMember, options: dict[
     return None
 
 
-# -------------------- What describes a data set as a whole, held against what follows from its plan and its sidecars.
+# The whole: what describes it follows from the plan and the sidecars.
 
 
-def recorded_files(dataset: dict[str, Any] | None) -> dict[str, Any]:
-    """The sha256 of files that a dataset.json records, by name; of a damaged one none."""
-    files = (dataset or {}).get("files")
-    return files if isinstance(files, dict) else {}
-
-
-def misplaced_tars(findings: list[Finding], dataset: dict[str, Any] | None) -> Iterator[Problem]:
+def _misplaced_tars(checked: list[_CheckedShard], dataset: dict[str, Any] | None) -> Iterator[Problem]:
     """Tars that hold the bytes of another shard, by what dataset.json recorded."""
-    recorded = {}
-    with contextlib.suppress(KeyError, TypeError, AttributeError):  # it may be the damaged file
-        for record in recorded_shards(dataset or {}):
-            recorded[record["sha256"]] = record["name"]
-    for finding in findings:
-        name = shard_name(finding.shard.split, finding.shard.number)
-        other = recorded.get(finding.sha256 or "")
-        if other is not None and other != name:
-            yield Problem(f"{finding.shard.split}/{name}.tar", "", f"is the tar of {other}")
+    names: dict[Any, Any] = {}
+    with contextlib.suppress(*_DAMAGED):  # it may be the damaged file
+        names = {record["sha256"]: record["name"] for record in recorded_shards(dataset or {})}
+    for shard, _, _, sha256 in checked:
+        other = names.get(sha256)
+        if isinstance(other, str) and other != shard.name:
+            yield Problem(f"{shard.split}/{shard.name}.tar", "", f"is the tar of {other}")
 
 
-def check_descriptions(
-    plan: Plan, table: PlanTable, findings: list[Finding], dataset: dict[str, Any] | None
+def _check_descriptions(
+    plan: Plan, table: PlanTable, sidecars: list[Sidecar], dataset: dict[str, Any] | None
 ) -> Iterator[Problem]:
     """Index, ledger, _info.json and dataset.json, against those that follow from the sidecars, which must all be sound."""
-    description = Description(plan)
-    for group, finding in enumerate(findings):
-        assert finding.sidecar is not None
-        description.add(finding.shard, table.read_row_group(group), finding.sidecar)
-    recorded = recorded_files(dataset)
-    for name, wanted in description.files().items():
+    manifest, recorded = Manifest(plan), _recorded_files(dataset)
+    for shard, sidecar in zip(plan.each_shard(), sidecars, strict=True):
+        manifest.add(shard, table.read_row_group(shard.group), sidecar)
+    files = manifest.files()
+    for name, wanted in files.items():
         found, trouble = content(plan.folder / name)
         if found is None:
             yield Problem(name, "", trouble)
             continue
-        differs = _index_difference if name.endswith(INDEX) else _ledger_difference
-        what, recorded_sha256 = differs(found, wanted), recorded.get(name)
-        if what and hashlib.sha256(found).hexdigest() == recorded_sha256:
-            yield Problem(*_blamed(name, *what))
-        elif what:
-            yield Problem(name, what[1], what[2])
-        elif recorded and hashlib.sha256(found).hexdigest() != recorded_sha256:
+        as_recorded = recorded.get(name) == hashlib.sha256(found).hexdigest()
+        wrong_row = None if found == wanted else _first_row_that_differs(name, found, wanted)
+        if wrong_row and as_recorded:  # then it is the sidecar that it was made from
+            number, row, what = wrong_row
+            split = name.partition("/")[0]
+            yield Problem(f"{split}/{shard_name(split, number)}.json", row, f"was changed: {name} {what}")
+        elif wrong_row:
+            yield Problem(name, *wrong_row[1:])
+        elif name in recorded and not as_recorded:
             # The very bytes that we would write: then the record is wrong. Another pyarrow writes other bytes.
             if found == wanted:
                 yield Problem(DATASET, "", f"has another sha256 for {name} than the file, which is as it must be")
             else:
                 yield Problem(name, "", "was changed (or its sha256 in dataset.json)")
     info, trouble = content(plan.folder / TIMM_INFO)
-    if info != json_bytes(description.timm_info()):
+    if info != json_bytes(manifest.timm_info()):
         yield Problem(TIMM_INFO, "", trouble or "does not describe these shards")
-    expected = json.loads(json_bytes(description.dataset(recorded)))
-    if dataset is not None and dataset.get("plan") == expected["plan"] and dataset != expected:
-        keys = [key for key in {**expected, **dataset} if dataset.get(key) != expected.get(key)]
-        yield Problem(DATASET, "", f"does not describe these shards (in {', '.join(keys)})")
+    if dataset is not None and dataset.get("plan") == plan.digest:
+        digests = {name: str(recorded.get(name)) for name in (*files, PLAN_TABLE)}
+        if difference := first_difference(dataset, json.loads(json_bytes(manifest.dataset(digests)))):
+            yield Problem(DATASET, "", f"does not describe these shards: {difference}")
 
 
-def check_statistics(folder: Path, data_digest: str) -> Iterator[Problem]:
+def _first_row_that_differs(name: str, found: bytes, wanted: bytes) -> tuple[int, str, str] | None:
+    """Of an index or a ledger: the shard, the name of the row, and what differs; None where all rows are equal."""
+    try:
+        have, want = (_rows(name, file) for file in (found, wanted))
+    except Exception as error:  # noqa: BLE001  (numpy and pyarrow raise many kinds for what a damaged file holds)
+        return 0, "", f"cannot be read ({error})".splitlines()[0]
+    if len(have) != len(want):
+        return 0, "", f"has {len(have):,} rows, must have {len(want):,}"
+    for number, (one, other) in enumerate(zip(have, want, strict=True)):
+        if what := first_difference(one, other):
+            return other["shard"], other.get("key", f"record {number}"), what
+    # Only the ledger's bytes may differ where its rows do not: other releases of pyarrow compress differently.
+    return None if name.endswith(LEDGER) else (0, "", "was changed")
+
+
+def _rows(name: str, file: bytes) -> list[dict[str, Any]]:
+    if name.endswith(LEDGER):
+        # In this thread alone: a thread of pyarrow's that still reads when the process ends would abort it.
+        return pq.read_table(io.BytesIO(file), use_threads=False, pre_buffer=False).to_pylist()  # type: ignore[no-any-return]
+    index = np.load(io.BytesIO(file), allow_pickle=False)
+    return [dict(zip(index.dtype.names, record, strict=True)) for record in index.tolist()]
+
+
+def _check_statistics(folder: Path, data_digest: str) -> Iterator[Problem]:
     """The files of the statistics, each as it was written; nothing where there are none."""
-    again = "run `alexprep pca-stats` again"
     if not (folder / STATISTICS).exists():
         return
-    raw, trouble = content(folder / STATISTICS)
-    if raw is None:
-        yield Problem(str(STATISTICS), "", f"{trouble}: {again}")
-        return
-    try:
-        document = json.loads(raw)
-        if json_bytes(document) != raw or document.pop("digest", None) != digest_json(document):
-            raise ValueError
-        hashes = {MEAN_IMAGE: document["mean_image_sha256"], MEAN_PICTURE: document["mean_picture_sha256"]}
-        of_these_shards = document["data_digest"] == data_digest
-    except (ValueError, KeyError, TypeError, AttributeError):
-        yield Problem(str(STATISTICS), "", f"was changed: {again}")
-        return
-    if not of_these_shards:
-        yield Problem(str(STATISTICS), "", f"describes other shards: {again}")
-    for path, sha256 in hashes.items():
-        found, trouble = content(folder / path)
-        if found is None or hashlib.sha256(found).hexdigest() != sha256:
-            yield Problem(str(path), "", f"{trouble or 'was changed'}: {again}")
+    raw, what = content(folder / STATISTICS)
+    document = _parsed(raw)
+    signed = {key: value for key, value in document.items() if key != "digest"}
+    if raw is not None and (json_bytes(document) != raw or document.get("digest") != digest_json(signed)):
+        what, document = "was changed", {}
+    elif raw is not None and document.get("data_digest") != data_digest:
+        what = "describes other shards"
+    if what:
+        yield Problem(str(STATISTICS), "", f"{what}: {_AGAIN}")
+    for path, key in ((MEAN_IMAGE, "mean_image_sha256"), (MEAN_PICTURE, "mean_picture_sha256")):
+        found, what = content(folder / path)
+        if found is not None and key in document and hashlib.sha256(found).hexdigest() != document[key]:
+            what = "was changed"
+        if what:
+            yield Problem(str(path), "", f"{what}: {_AGAIN}")
 
 
-def _blamed(name: str, shard: int, member: str, what: str) -> tuple[str, str, str]:
-    """A difference between a file that is as it was written and the sidecar that it was made from."""
-    split = name.partition("/")[0]
-    return f"{split}/{shard_name(split, shard)}.json", member, f"was changed: {name} {what}"
-
-
-def _index_difference(found: bytes, wanted: bytes) -> tuple[int, str, str] | None:
-    """The shard of the first difference, its record, and what differs."""
-    if found == wanted:
-        return None
-    try:
-        have, want = (np.load(io.BytesIO(file), allow_pickle=False) for file in (found, wanted))
-    except Exception as error:  # noqa: BLE001  (numpy parses the header as Python, and raises what that raises)
-        return 0, "", f"cannot be read ({error})"
-    if have.dtype != want.dtype or have.shape != want.shape:
-        return 0, "", f"holds {len(have):,} records of {have.dtype}, expected {len(want):,}"
-    rows = np.flatnonzero(have != want)
-    if not len(rows):
-        return 0, "", "was changed"
-    return (
-        int(want["shard"][rows[0]]),
-        f"record {rows[0]}",
-        f"is {have[rows[0]].tolist()}, should be {want[rows[0]].tolist()} (shard, offset, size, label)",
-    )
-
-
-def _ledger_difference(found: bytes, wanted: bytes) -> tuple[int, str, str] | None:
-    """The shard of the first difference, its key, and what differs."""
-    if found == wanted:
-        return None
-    try:
-        # In this thread alone: a thread of pyarrow's that still reads when the process ends would abort it.
-        have, want = (pq.read_table(io.BytesIO(file), use_threads=False, pre_buffer=False) for file in (found, wanted))
-        if have.equals(want):
-            return None
-        if have.schema != want.schema or have.num_rows != want.num_rows:
-            return 0, "", f"has {have.num_rows:,} rows, expected {want.num_rows:,}, or other columns"
-        for have_row, want_row in zip(have.to_pylist(), want.to_pylist(), strict=True):
-            if have_row != want_row:
-                column = next(key for key in want_row if have_row[key] != want_row[key])
-                what = f"has {column} {have_row[column]!r}, should be {want_row[column]!r}"
-                return want_row["shard"], want_row["key"], what
-    except Exception as error:  # noqa: BLE001  (a damaged file makes pyarrow raise many kinds)
-        return 0, "", f"cannot be read ({error})".splitlines()[0]
-    return 0, "", "was changed"
-
-
-def foreign_files(folder: Path, plan: Plan, findings: list[Finding]) -> Iterator[Problem]:
+def _foreign_files(plan: Plan, shards: list[Shard]) -> Iterator[Problem]:
     """What lies in the folder and belongs to nothing."""
-    expected = {PLAN, PLAN_TABLE, DATASET, TIMM_INFO, TUNING, *map(str, (STATISTICS, MEAN_IMAGE, MEAN_PICTURE))}
-    for split in plan.document["splits"]:
-        expected |= {f"{split}/{INDEX}", f"{split}/{LEDGER}"}
-    for finding in findings:
-        base = f"{finding.shard.split}/{shard_name(finding.shard.split, finding.shard.number)}"
-        expected |= {f"{base}{suffix}" for suffix in (".tar", ".idx", ".json")}
-    for path in sorted(folder.rglob("*")):
-        name = str(path.relative_to(folder))
-        if name not in expected and TAR_INDEXES not in path.parts and not path.is_dir():
-            unfinished = is_temporary(path.name)
-            yield Problem(
-                name,
-                "",
-                "is being written, or left from an interrupted run" if unfinished else "is no file of this data set",
-            )
+    known = {PLAN, PLAN_TABLE, DATASET, TIMM_INFO, TUNING, *map(str, (STATISTICS, MEAN_IMAGE, MEAN_PICTURE))}
+    known |= {f"{split}/{name}" for split in plan.document["splits"] for name in (INDEX, LEDGER)}
+    known |= {f"{shard.split}/{shard.name}{suffix}" for shard in shards for suffix in (".tar", ".idx", ".json")}
+    for path in sorted(plan.folder.rglob("*")):
+        name = str(path.relative_to(plan.folder))
+        if name not in known and TAR_INDEXES not in path.parts and not path.is_dir():
+            left = "is being written, or left from an interrupted run"
+            yield Problem(name, "", left if is_temporary(path.name) else "is no file of this data set")
 
 
-# -------------------- Every promise of a data set on disk, checked from the plan and the sidecars.
+# Repair.
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """What `verify` found.
-
-    Attributes:
-        folder: the data set.
-        shards: how many the plan has.
-        samples: images in sound shards.
-        bytes: of the tars of sound shards.
-        problems: everything that is not as it was written; empty for a sound data set.
-        seconds: that it took.
-    """
-
-    folder: Path
-    shards: int
-    samples: int
-    bytes: int
-    problems: list[Problem]
-    seconds: float
-
-
-def verify(
-    folder: Path | str,
-    engine: Engine | int,
-    decode: bool = False,
-    progress: Callable[[int, int], None] = lambda finished, total: None,
-) -> Verdict:
-    """Checks a data set.
-
-    Args:
-        folder: the data set.
-        engine: runs the work, one task a shard; a number stands for so many worker processes on this machine.
-        decode: also decode every image.
-        progress: called with (finished shards, or images when they are decoded; how many there are).
-
-    Raises:
-        AlexprepError: there is no data set, or neither its plan nor its dataset.json can be read.
-    """
-    start = time.monotonic()
-    folder = folder_at(folder)
-    engine = as_engine(engine)
-    problems: list[Problem] = []
-    plan, dataset = _documents(folder, problems)
-    if plan is None:  # nothing can be held against it
-        return Verdict(folder, 0, 0, 0, problems, time.monotonic() - start)
-    shards, digest = plan.shards(), plan.digest
-    table = _plan_table(plan, dataset, problems)
-    task = functools.partial(_check_task, plan, digest, decode, table is not None)
-    findings: list[Finding] = []
-    total = sum(split["inputs"] for split in plan.document["splits"].values())
-    show = (lambda finished: progress(finished, total)) if decode else (lambda finished: None)
-    for finding in engine.run(task, list(enumerate(shards)), show):
-        findings.append(finding)
-        if not decode:
-            progress(len(findings), len(shards))
-    order = {shard: place for place, shard in enumerate(shards)}
-    findings.sort(key=lambda finding: order[finding.shard])
-    for finding in findings:
-        problems += finding.problems
-    problems += misplaced_tars(findings, dataset)
-    if table is not None and all(finding.sidecar is not None for finding in findings):
-        problems += check_descriptions(plan, table, findings, dataset)
-    if dataset is not None:
-        problems += check_statistics(folder, str(dataset.get("digest")))
-    problems += foreign_files(folder, plan, findings)
-    good = [finding.sidecar for finding in findings if finding.sidecar is not None and not finding.problems]
-    samples, size = (sum(sidecar[key] for sidecar in good) for key in ("samples", "bytes"))
-    return Verdict(folder, len(shards), samples, size, problems, time.monotonic() - start)
-
-
-def _check_task(
-    plan: Plan, digest: str, decode: bool, with_table: bool, argument: tuple[int, Shard], condemned: Mapping[int, str]
-) -> Finding:
-    group, shard = argument
-    planned = kept_table(plan.folder, digest).read_row_group(group, columns=["label"]) if with_table else None
-    return check_shard(
-        plan.folder, shard, digest, plan.document["options"], planned, kept_decoder() if decode else None, condemned
+def _options(folder: Path) -> tuple[ShardOptions, dict[str, Any]]:
+    """The options that a dataset was made with, and what tells them: its plan, or dataset.json where the plan was changed."""
+    plan, dataset = (_parsed(content(folder / name)[0]) for name in (PLAN, DATASET))
+    agree = dataset.get("plan", digest_json(plan)) == digest_json(plan)
+    for trusted in (plan, dataset) if agree else (dataset, plan):
+        with contextlib.suppress(*_DAMAGED):
+            return options_of(trusted), trusted
+    raise AlexprepError(
+        f"neither {folder / PLAN} nor {DATASET} tells the options any more: shard again into a new --out"
     )
 
 
-def _documents(folder: Path, problems: list[Problem]) -> tuple[Plan | None, dict[str, Any] | None]:
-    """The plan and dataset.json; what is unsound about them goes to `problems`, and a plan that was changed is None."""
-    if not (folder / PLAN).exists() and not (folder / DATASET).exists():
-        raise AlexprepError(
-            f"{folder} holds no data set: name another folder, or make one with `alexprep shard SOURCE`"
-        )
-    document, dataset = _document(folder, PLAN, problems), _document(folder, DATASET, problems)
-    if document is None:
-        return None, dataset
-    plan = Plan(folder, document)
-    try:
-        first = list(itertools.islice(plan.each_shard(), 3))  # of a changed plan there may be too many to list
-        named = {str(sidecar.get("plan")) for sidecar in _sidecars(folder, first)}
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        problems.append(Problem(PLAN, "", f"was changed ({type(error).__name__}: {error})"))
-        return None, dataset
-    by_dataset = plan.digest if dataset is None else dataset.get("plan", plan.digest)
-    if plan.digest not in named and (by_dataset in named or by_dataset != plan.digest):
-        problems.append(Problem(PLAN, "", "was changed: dataset.json or the sidecars name another plan"))
-        return None, dataset
-    if dataset is not None and dataset.get("plan") != plan.digest:
-        problems.append(Problem(DATASET, "", "names another plan than plan.json and the sidecars"))
-    return plan, dataset
-
-
-def _sidecars(folder: Path, shards: list[Shard]) -> Iterator[dict[str, Any]]:
-    for shard in shards:
-        with contextlib.suppress(OSError, ValueError):
-            document = json.loads(sidecar_path(folder, shard).read_bytes())
-            if isinstance(document, dict):
-                yield document
-
-
-def _document(folder: Path, name: str, problems: list[Problem]) -> dict[str, Any] | None:
-    raw, what = content(folder / name)
-    if raw is None:
-        missing = name == DATASET and not (folder / name).exists()
-        unfinished = ": the data set is unfinished, run the same `alexprep shard` again" if missing else ""
-        problems.append(Problem(name, "", what + unfinished))
-        return None
-    try:
-        document = json.loads(raw)
-        if isinstance(document, dict):
-            if json_bytes(document) != raw:
-                problems.append(Problem(name, "", "was changed"))
-            return document
-        problems.append(Problem(name, "", "holds no JSON object"))
-    except ValueError as error:
-        problems.append(Problem(name, "", f"was changed ({error})"))
-    return None
-
-
-def _plan_table(plan: Plan, dataset: dict[str, Any] | None, problems: list[Problem]) -> PlanTable | None:
-    """plan.parquet, where it is the one that the shards were made from."""
-    wanted = recorded_files(dataset).get(PLAN_TABLE)
-    try:
-        if wanted is not None and file_sha256(plan.folder / PLAN_TABLE) != wanted:
-            problems.append(Problem(PLAN_TABLE, "", "was changed (or its sha256 in dataset.json)"))
-            return None
-        table = plan.table()
-        if table.num_row_groups != len(plan.shards()):
-            problems.append(
-                Problem(PLAN_TABLE, "", f"describes {table.num_row_groups} shards, the plan has {len(plan.shards())}")
-            )
-            return None
-        return table
-    except OSError as error:
-        problems.append(Problem(PLAN_TABLE, "", trouble(error)))
-    except AlexprepError as error:
-        problems.append(Problem(PLAN_TABLE, "", str(error)))
-    return None
-
-
-# -------------------- Damaged parts of a data set are removed, and made again from the source by the same plan.
-
-
-_LOOK = 64  # sidecars that tell which plan the shards were made by
-
-
-def repair(
-    folder: Path,
-    source: Source,
-    problems: list[Problem],
-    engine: Engine,
-    progress: Callable[[int, int], None] = lambda finished, total: None,
-) -> Report:
-    """Makes exactly the damaged shards again, and whatever describes the whole.
-
-    Files that belong to nothing are left alone, and so are statistics: `alexprep pca-stats` makes them.
-
-    Args:
-        folder: the data set.
-        source: what it was made from.
-        problems: what `alexprep.shards.verification.verify` found.
-        engine: runs the work, one task a shard.
-        progress: called with (finished inputs, inputs to do).
-
-    Raises:
-        AlexprepError: the source does not give the plan of the data set (nothing is touched then), or other bytes for a damaged
-            shard (which is missing then); or nothing tells the options of the data set any more.
-    """
-    options, damaged = _options(folder), {problem.file for problem in problems}
-    check_apart(source, folder)
-    document, tables = draw_up(source, options)
-    _compare(folder, document, source)
-    if PLAN in damaged:
-        (folder / PLAN).unlink(missing_ok=True)
-    if damaged & {PLAN, PLAN_TABLE}:  # with a plan that nobody can tell goes what was beside it
-        (folder / PLAN_TABLE).unlink(missing_ok=True)
-    for shard in begin(folder, document, tables).shards():
-        sidecar = sidecar_path(folder, shard)
-        files = [sidecar, sidecar.with_suffix(".idx"), sidecar.with_suffix(".tar")]
-        if damaged & {str(file.relative_to(folder)) for file in files}:
-            for file in files:  # the commit mark first: interrupted here, the shard does not count
-                file.unlink(missing_ok=True)
-    if DATASET in damaged:  # it can no longer say what a shard must become
-        (folder / DATASET).unlink(missing_ok=True)
-    return convert(source, folder, options, engine, progress)
-
-
-def _compare(folder: Path, document: dict[str, Any], source: Source) -> None:
+def _check_same_plan(folder: Path, document: dict[str, Any], source: Source) -> None:
     """Raises AlexprepError where the plan that the source gives now is not the one that the shards were made by."""
-    digest, dataset = digest_json(document), _read(folder / DATASET)
-    named = Counter(str(sidecar.get("plan")) for sidecar in map(_read, _some_sidecars(folder)) if sidecar)
-    known = {dataset["plan"]} if isinstance(dataset.get("plan"), str) else set()
-    known |= {plan for plan, _ in named.most_common(1)}
-    if not known or digest in known:  # where nothing was finished, plan.json alone decides
+    dataset = _parsed(content(folder / DATASET)[0])
+    known = {plan for plan, _ in _named_plans(folder).most_common(1)}
+    known |= {dataset["plan"]} if isinstance(dataset.get("plan"), str) else set()
+    if not known or digest_json(document) in known:  # where nothing was finished, plan.json alone decides
         return
     what = []
-    with contextlib.suppress(KeyError, TypeError, AttributeError):  # it may be the damaged file
+    with contextlib.suppress(*_DAMAGED):  # it may be the damaged file
         source_then = dataset["source"]
         what = differences({**dataset, "layout": source_then["layout"], "inputs": source_then["inputs"]}, document)
     raise AlexprepError(
@@ -625,35 +587,3 @@ def _compare(folder: Path, document: dict[str, Any], source: Source) -> None:
         f"{'; '.join(what) or 'its inputs, the options or the versions differ'}. Nothing was touched: name the SOURCE that they "
         "were made from, with all its files"
     )
-
-
-def _some_sidecars(folder: Path) -> list[Path]:
-    """Sidecars from all over the data set, as many as are read in a moment."""
-    found = [
-        path for split in dict.fromkeys(SPLITS.values()) for path in sorted((folder / split).glob(f"{split}-*.json"))
-    ]
-    return found[:: max(1, len(found) // _LOOK)]
-
-
-def _options(folder: Path) -> ShardOptions:
-    """The options that a data set was made with: as its plan says, or dataset.json where the plan was changed."""
-    plan, dataset = (_read(folder / name) for name in (PLAN, DATASET))
-    agree = dataset.get("plan", digest_json(plan)) == digest_json(plan)
-    for trusted in (plan, dataset) if agree else (dataset, plan):
-        with contextlib.suppress(KeyError, TypeError):
-            options = dict(trusted["options"])
-            target = Target(**{field.name: options.pop(field.name) for field in fields(Target)})
-            if options["labels"] == LISTED:
-                options["labels"] = tuple(trusted["classes"])
-            return ShardOptions(target, shard_samples=trusted["shard_samples"], **options)
-    raise AlexprepError(
-        f"neither {folder / PLAN} nor {DATASET} tells the options any more: shard again into a new --out"
-    )
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        document = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return document if isinstance(document, dict) else {}

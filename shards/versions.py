@@ -1,4 +1,4 @@
-"""Which software made something, and on which processor."""
+"""Tells what decides the bytes that alexprep writes: the versions of software, and the processor."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ _DISTRIBUTIONS = {
     "nvimgcodec": ("nvidia-nvimgcodec-cu12", "nvidia-nvimgcodec-cu13"),
     "nvjpeg": ("nvidia-nvjpeg-cu12", "nvidia-nvjpeg-cu13", "nvidia-nvjpeg"),
 }
+# Releases of alexprep that make the same shards, byte for byte, of the same inputs and options: what one of them began another may
+# go on with. A release that makes the same belongs here; one that does not replaces them all.
+_SAME_SHARDS = ("0.1.0",)
 
 
 def versions(*names: str) -> dict[str, str]:
@@ -21,6 +24,11 @@ def versions(*names: str) -> dict[str, str]:
     {'no-such-library': 'not installed'}
     """
     return {name: _version(name) for name in names}
+
+
+def interchangeable(name: str, one: object, other: object) -> bool:
+    """Whether two versions of a library make the same shards: equal ones do, and releases of alexprep that are known to."""
+    return one == other or (name == "alexprep" and one in _SAME_SHARDS and other in _SAME_SHARDS)
 
 
 def _version(name: str) -> str:

@@ -38,7 +38,7 @@ from numpy.typing import NDArray
 
 from alexprep.shards.dataset_format import INDEX_DTYPE, TAR_INDEXES
 from alexprep.shards.errors import AlexprepError
-from alexprep.shards.image_codec import Refused, read_header
+from alexprep.shards.image_header import Refused, read_header
 from alexprep.shards.sources.base import Location
 from alexprep.shards.sources.tars import PackedFile, packed_files, plain_name
 from alexprep.shards.sources.wds import (

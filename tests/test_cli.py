@@ -19,7 +19,8 @@ import pytest
 from alexprep.cli.main import _began_with_interrupt, cli, main
 from alexprep.pipeline.augmentation import PRESETS
 from alexprep.pipeline.autotune import tune
-from alexprep.shards.image_codec import FORMATS, Target
+from alexprep.shards.dataset_format import FORMATS
+from alexprep.shards.image_codec import Target
 from alexprep.shards.plan import ShardOptions
 from alexprep.shards.resample import FILTERS
 from alexprep.shards.worker_pool import IMAGE_SECONDS

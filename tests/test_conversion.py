@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import collections
-import contextlib
 import errno
 import gc
 import hashlib
 import json
-import math
 import os
 import random
 import shutil
@@ -24,7 +22,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from alexprep.shards import conversion
+from alexprep.shards import shard_writer
 from alexprep.shards.conversion import convert
 from alexprep.shards.dataset_format import INDEX_DTYPE, read_dataset, read_index
 from alexprep.shards.errors import AlexprepError
@@ -33,9 +31,10 @@ from alexprep.shards.plan import ShardOptions
 from alexprep.shards.reader import Samples
 from alexprep.shards.storage import LocalFiles
 from alexprep.shards.verification import verify
-from alexprep.shards.worker_pool import Crew, InProcessEngine, LocalEngine
+from alexprep.shards.worker_pool import InProcessEngine
 
 OPTIONS = ShardOptions(Target(size=64), shard_samples=7)
+ENGINE = InProcessEngine()
 
 
 def fingerprint(folder: Path) -> dict[str, str]:
@@ -69,60 +68,50 @@ def mixed(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.mark.parametrize("workers", [2, 3])
-def test_bytes_do_not_depend_on_the_number_of_workers(workers: int, photos: Path, data: Path, tmp_path: Path) -> None:
-    """`data` was made by one."""
-    convert(photos, tmp_path / "out", OPTIONS, workers)
-    made = fingerprint(tmp_path / "out")
-    reference = {name: digest for name, digest in fingerprint(data).items() if not name.startswith("stats")}
-    assert made == reference
+def _reference(data: Path) -> dict[str, str]:
+    """What a run makes of `photos`: one worker made `data`, which also has statistics."""
+    return {name: digest for name, digest in fingerprint(data).items() if not name.startswith("stats")}
 
 
-def test_a_finished_set_is_left_alone(photos: Path, tmp_path: Path) -> None:
+def test_bytes_do_not_depend_on_the_number_of_workers(photos: Path, data: Path, tmp_path: Path) -> None:
+    for name, engine in (("none", ENGINE), ("two", 2), ("three", 3)):
+        convert(photos, tmp_path / name, OPTIONS, engine)
+        assert fingerprint(tmp_path / name) == _reference(data)
+
+
+def test_a_finished_set_is_left_alone(photos: Path, data: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    convert(photos, out, OPTIONS, 1)
+    shutil.copytree(data, out)
     before = _touched(out)
-    report = convert(photos, out, OPTIONS, 1)
-    assert report.made_inputs == 0
+    assert convert(photos, out, OPTIONS, ENGINE).made_inputs == 0
     assert _touched(out) == before
 
 
 def _touched(folder: Path) -> dict[Path, tuple[int, int, int]]:
-    stats = ((path, path.stat()) for path in folder.rglob("*"))
+    stats = ((path, path.stat()) for path in folder.rglob("*") if path.is_file())
     return {path: (status.st_ino, status.st_mtime_ns, status.st_size) for path, status in stats}
 
 
-SHARD_DAMAGE = ("no sidecar", "no tar", "short tar", "no index")
-
-
 @pytest.mark.parametrize(
-    "damage", [*SHARD_DAMAGE, "no dataset.json", "no index.npy", "cut dataset.json", "cut index.npy"]
+    "damage",
+    [
+        *("no train/train-000003.json", "no train/train-000003.tar", "no train/train-000003.idx"),
+        *("cut train/train-000003.tar", "no dataset.json", "cut dataset.json"),
+        *("no train/index.npy", "cut train/index.npy"),
+    ],
 )
 def test_a_rerun_does_only_what_is_missing(damage: str, photos: Path, data: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     shutil.copytree(data, out)
     shutil.rmtree(out / "stats")
     good = fingerprint(out)
-    shard = out / "train" / "train-000003"
-    match damage:
-        case "no sidecar":
-            shard.with_suffix(".json").unlink()
-        case "no tar":
-            shard.with_suffix(".tar").unlink()
-        case "short tar":
-            shard.with_suffix(".tar").write_bytes(shard.with_suffix(".tar").read_bytes()[:-512])
-        case "no index":
-            shard.with_suffix(".idx").unlink()
-        case "no dataset.json":
-            (out / "dataset.json").unlink()
-        case "no index.npy":
-            (out / "train" / "index.npy").unlink()
-        case "cut dataset.json":
-            os.truncate(out / "dataset.json", 40)
-        case "cut index.npy":
-            os.truncate(out / "train" / "index.npy", 40)
-    report = convert(photos, out, OPTIONS, 1)
-    assert report.made_inputs == (7 if damage in SHARD_DAMAGE else 0)
+    how, name = damage.split()
+    if how == "no":
+        (out / name).unlink()
+    else:
+        os.truncate(out / name, (out / name).stat().st_size - 512 if name.endswith(".tar") else 40)
+    report = convert(photos, out, OPTIONS, ENGINE)
+    assert report.made_inputs == (7 if "train-000003" in name else 0)
     assert fingerprint(out) == good
 
 
@@ -133,14 +122,13 @@ def test_a_damaged_sidecar_is_named(change: dict[str, Any], photos: Path, data: 
     mark = out / "train" / "train-000003.json"
     mark.write_text(json.dumps(json.loads(mark.read_text()) | change))
     with pytest.raises(AlexprepError, match=r"train-000003\.json (has other fields|is damaged|lists [01] of 7)"):
-        convert(photos, out, OPTIONS, 1)
+        convert(photos, out, OPTIONS, ENGINE)
 
 
 def test_a_colon_in_a_name_makes_no_url(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    for name in ("imagenet:256", "data-2026-11-21T20:58"):
-        convert(photos, Path(name), ShardOptions(Target(size=16), limit=2), 1)
-        assert verify(Path(name), 1).problems == []
+    convert(photos, Path("imagenet:256"), ShardOptions(Target(size=16), limit=2), ENGINE)
+    assert verify(Path("imagenet:256"), ENGINE).problems == []
 
 
 def test_other_options_are_refused_and_named(photos: Path, data: Path) -> None:
@@ -152,14 +140,14 @@ def test_other_options_are_refused_and_named(photos: Path, data: Path) -> None:
         (ShardOptions(Target(size=64), shard_samples=7, limit=3), "--limit was None, now is 3"),
     ):
         with pytest.raises(AlexprepError, match=words):
-            convert(photos, data, options, 1)
+            convert(photos, data, options, ENGINE)
 
 
 def test_another_source_is_refused(photos: Path, data: Path, tmp_path: Path) -> None:
     shutil.copytree(photos, tmp_path / "more")
     shutil.copy(tmp_path / "more/train/class0/000.JPEG", tmp_path / "more/train/class0/999.JPEG")
     with pytest.raises(AlexprepError, match="68 inputs then, 69 now"):
-        convert(tmp_path / "more", data, OPTIONS, 1)
+        convert(tmp_path / "more", data, OPTIONS, ENGINE)
 
 
 def test_every_input_is_accounted_for(mixed: Path, tmp_path: Path) -> None:
@@ -191,9 +179,9 @@ def test_a_shard_of_rejects_only_has_no_tar(tmp_path: Path, photos: Path) -> Non
     for n in range(9):
         (source / f"{n}.jpg").write_bytes(b"junk")
     with pytest.raises(AlexprepError, match="none of the 9 inputs is a usable image"):
-        convert(tmp_path / "source", tmp_path / "nothing", OPTIONS, 1)
+        convert(tmp_path / "source", tmp_path / "nothing", OPTIONS, ENGINE)
     shutil.copy(photos / "train/class0/000.JPEG", source)
-    report = convert(tmp_path / "source", tmp_path / "one", ShardOptions(Target(size=64), shard_samples=1), 1)
+    report = convert(tmp_path / "source", tmp_path / "one", ShardOptions(Target(size=64), shard_samples=1), ENGINE)
     assert (report.written, report.rejected.total()) == (1, 9)
     assert len(list((tmp_path / "one/train").glob("*.tar"))) == 1
     assert len(list((tmp_path / "one/train").glob("train-*.json"))) == 10
@@ -203,11 +191,10 @@ def test_a_shard_of_rejects_only_has_no_tar(tmp_path: Path, photos: Path) -> Non
 def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(photos: Path, data: Path, tmp_path: Path, seed: int) -> None:
     """SIGKILL to the command alone (its workers must notice) or to the whole group, each time after another shard or more."""
     rng = random.Random(seed)
-    reference = {name: digest for name, digest in fingerprint(data).items() if not name.startswith("stats")}
     command = [sys.executable, "-m", "alexprep.cli", "shard", str(photos), "--out", str(tmp_path / "out")]
     command += ["--size", "64", "--shard-samples", "7", "--workers", "2"]
-    statuses, deadline = [], time.monotonic() + 100
-    for attempt in range(3):
+    statuses, deadline = [], time.monotonic() + 300
+    for attempt in range(2):
         finished = len(list(tmp_path.glob("out/*/*.json")))
         process = subprocess.Popen(
             command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
@@ -218,10 +205,10 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(photos: Path, data: P
         time.sleep(rng.uniform(0, 0.03))
         if process.poll() is None:
             os.kill(process.pid, signal.SIGKILL) if attempt % 2 else os.killpg(process.pid, signal.SIGKILL)
-        statuses.append(process.wait(timeout=60))
-    assert statuses[:2] == [-signal.SIGKILL] * 2
-    subprocess.run(command, check=True, capture_output=True, timeout=120)
-    assert fingerprint(tmp_path / "out") == reference
+        statuses.append(process.wait(timeout=300))
+    assert statuses == [-signal.SIGKILL] * 2
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    assert fingerprint(tmp_path / "out") == _reference(data)
 
 
 def test_ctrl_c_ends_all_and_leaves_no_temporary(photos: Path, tmp_path: Path) -> None:
@@ -230,14 +217,14 @@ def test_ctrl_c_ends_all_and_leaves_no_temporary(photos: Path, tmp_path: Path) -
     process = subprocess.Popen(
         [*command, "--shard-samples", "4"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
     )
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not list(out.glob("train/*.json")) and time.monotonic() < deadline:
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode in (130, 0), errors  # 0 if it was done just then
     assert b"Traceback" not in errors
-    report = convert(photos, out, ShardOptions(Target(size=64), shard_samples=4), 1)
+    report = convert(photos, out, ShardOptions(Target(size=64), shard_samples=4), ENGINE)
     assert report.written == 68
     assert not [path for path in out.rglob("*") if ".tmp-" in path.name]
 
@@ -267,16 +254,16 @@ def test_a_failing_disk_costs_no_image(
         return read(self, path, offset, size)
 
     monkeypatch.setattr(LocalFiles, "read", failing)
-    monkeypatch.setattr(conversion, "PAUSES", (0.0, 0.0))
+    monkeypatch.setattr(shard_writer, "PAUSES", (0.0, 0.0))
     if outcome == "stopped":
         with pytest.raises(
             AlexprepError, match=r"train/class1/001\.JPEG cannot be read .* mend the disk or the network"
         ):
-            convert(photos, tmp_path, OPTIONS, InProcessEngine())
+            convert(photos, tmp_path, OPTIONS, ENGINE)
         left.clear()
-        assert convert(photos, tmp_path, OPTIONS, InProcessEngine()).written == 68
+        assert convert(photos, tmp_path, OPTIONS, ENGINE).written == 68
     else:
-        report = convert(photos, tmp_path, OPTIONS, InProcessEngine())
+        report = convert(photos, tmp_path, OPTIONS, ENGINE)
         assert (report.written, report.rejected.total()) == ((68, 0) if outcome == "written" else (67, 1))
 
 
@@ -285,7 +272,7 @@ def test_a_source_that_goes_away_costs_no_image(
     gone: str, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """ENOENT is the file's own fault only while its folder is there. When the source is back, the run goes on."""
-    monkeypatch.setattr(conversion, "PAUSES", (0.0, 0.0))
+    monkeypatch.setattr(shard_writer, "PAUSES", (0.0, 0.0))
     source, away = tmp_path / "source", tmp_path / "away"
     shutil.copytree(photos, source)
     hidden = [source]
@@ -318,10 +305,10 @@ def test_a_source_that_goes_away_costs_no_image(
     with monkeypatch.context() as patch:
         patch.setattr(LocalFiles, "read", vanishing)
         with pytest.raises(AlexprepError, match=r"cannot be read .*No such file.* mend the disk or the network"):
-            convert(source, out, OPTIONS, InProcessEngine())
+            convert(source, out, OPTIONS, ENGINE)
     for n, path_there in enumerate(hidden):
         (away / str(n)).rename(path_there)
-    assert convert(source, out, OPTIONS, InProcessEngine()).written == 68
+    assert convert(source, out, OPTIONS, ENGINE).written == 68
 
 
 def test_a_listed_file_that_never_was_is_rejected(photos: Path, tmp_path: Path) -> None:
@@ -330,7 +317,7 @@ def test_a_listed_file_that_never_was_is_rejected(photos: Path, tmp_path: Path) 
     names = sorted(path.name for path in (tmp_path / "source/there").iterdir())
     rows = ["path,label", *(f"there/{name},a" for name in names), "there/never.jpg,a", "nowhere/never.jpg,a"]
     (tmp_path / "source/list.csv").write_text("\n".join(rows) + "\n")
-    report = convert(tmp_path / "source/list.csv", tmp_path / "out", OPTIONS, InProcessEngine())
+    report = convert(tmp_path / "source/list.csv", tmp_path / "out", OPTIONS, ENGINE)
     assert (report.written, report.rejected.total()) == (len(names), 2)
 
 
@@ -361,14 +348,11 @@ def test_inputs_are_shuffled_globally(data: Path) -> None:
 
 
 def test_limit_takes_a_subset(photos: Path, tmp_path: Path) -> None:
-    report = convert(photos, tmp_path / "out", ShardOptions(Target(size=64), limit=5), 1)
+    report = convert(photos, tmp_path / "out", ShardOptions(Target(size=64), limit=5), ENGINE)
     assert report.samples == {"train": 5, "val": 5}
-
-
-def test_one_tree_becomes_train(photos: Path, tmp_path: Path) -> None:
-    report = convert(photos / "val", tmp_path / "out", OPTIONS, 1)
-    assert report.samples == {"train": 20}
-    assert read_dataset(tmp_path / "out")["classes"] == ["class0", "class1", "class2", "class3"]
+    report = convert(photos / "val", tmp_path / "val", ShardOptions(Target(size=64), limit=5), ENGINE)
+    assert report.samples == {"train": 5}  # one tree is for training
+    assert read_dataset(tmp_path / "val")["classes"] == ["class0", "class1", "class2", "class3"]
 
 
 def test_sources_that_make_no_sense(tmp_path: Path) -> None:
@@ -388,7 +372,7 @@ def test_sources_that_make_no_sense(tmp_path: Path) -> None:
         ("both", "val and validation, which both mean 'val'"),
     ):
         with pytest.raises(AlexprepError, match=words):
-            convert(tmp_path / name, tmp_path / "out", OPTIONS, 1)
+            convert(tmp_path / name, tmp_path / "out", OPTIONS, ENGINE)
 
 
 def test_output_among_the_inputs_is_refused(photos: Path, tmp_path: Path) -> None:
@@ -396,9 +380,9 @@ def test_output_among_the_inputs_is_refused(photos: Path, tmp_path: Path) -> Non
     shutil.copytree(photos, tmp_path / "source")
     for source, out in (("source", "source/train/out"), ("source/val", "source/val"), ("source/val", "source/val/a/b")):
         with pytest.raises(AlexprepError, match="lies among the images"):
-            convert(tmp_path / source, tmp_path / out, OPTIONS, 1)
+            convert(tmp_path / source, tmp_path / out, OPTIONS, ENGINE)
     for _ in range(2):
-        assert convert(tmp_path / "source", tmp_path / "source" / "alexprep-data", OPTIONS, 1).inputs == 68
+        assert convert(tmp_path / "source", tmp_path / "source" / "alexprep-data", OPTIONS, ENGINE).inputs == 68
 
 
 def test_a_source_s_own_shards_are_never_written_over(photos: Path, data: Path, tmp_path: Path) -> None:
@@ -411,9 +395,9 @@ def test_a_source_s_own_shards_are_never_written_over(photos: Path, data: Path, 
     for name in ("wds", "flat"):
         before = fingerprint(tmp_path / name)
         with pytest.raises(AlexprepError, match=f"would put shards into .*{name}/train, which lies among the images"):
-            convert(tmp_path / name, tmp_path / name, OPTIONS, 1)
+            convert(tmp_path / name, tmp_path / name, OPTIONS, ENGINE)
         assert fingerprint(tmp_path / name) == before
-    assert convert(tmp_path / "wds", tmp_path / "wds/alexprep-data", OPTIONS, InProcessEngine()).inputs == 68
+    assert convert(tmp_path / "wds", tmp_path / "wds/alexprep-data", OPTIONS, ENGINE).inputs == 68
 
 
 def test_a_plan_table_with_other_rows_is_never_worked_on(photos: Path, data: Path, tmp_path: Path) -> None:
@@ -428,13 +412,13 @@ def test_a_plan_table_with_other_rows_is_never_worked_on(photos: Path, data: Pat
             writer.write_table(rows.set_column(3, rows.schema.field(3), [labels]))
     shutil.copy(tmp_path / "flipped", table)
     with pytest.raises(AlexprepError, match=r"plan\.parquet has other rows .* mend it with `alexprep verify"):
-        convert(photos, out, OPTIONS, 1)
+        convert(photos, out, OPTIONS, ENGINE)
     (out / "dataset.json").unlink()
     with pytest.raises(AlexprepError, match="shards may have been made from it: shard again into a new --out"):
-        convert(photos, out, OPTIONS, 1)
+        convert(photos, out, OPTIONS, ENGINE)
     for sidecar in out.glob("*/*-*.json"):
         sidecar.unlink()
-    convert(photos, out, OPTIONS, InProcessEngine())
+    convert(photos, out, OPTIONS, ENGINE)
     assert fingerprint(out) == good
 
 
@@ -443,29 +427,14 @@ def test_a_plan_table_without_its_plan_is_replaced(photos: Path, data: Path, tmp
     out = tmp_path / "out"
     shutil.copytree(data, out, ignore=shutil.ignore_patterns("stats"))
     (out / "plan.json").unlink()
-    report = convert(photos, out, ShardOptions(Target(size=64), shard_samples=7, seed=1), InProcessEngine())
+    report = convert(photos, out, ShardOptions(Target(size=64), shard_samples=7, seed=1), ENGINE)
     assert report.made_inputs == 68
-    convert(photos, tmp_path / "new", ShardOptions(Target(size=64), shard_samples=7, seed=1), InProcessEngine())
+    convert(photos, tmp_path / "new", ShardOptions(Target(size=64), shard_samples=7, seed=1), ENGINE)
     assert fingerprint(out) == fingerprint(tmp_path / "new")
     (tmp_path / "third").mkdir()
     (tmp_path / "third/plan.parquet").write_bytes(b"PAR1 nothing PAR1")
-    convert(photos, tmp_path / "third", OPTIONS, InProcessEngine())
+    convert(photos, tmp_path / "third", OPTIONS, ENGINE)
     assert pq.read_table(tmp_path / "third/plan.parquet").equals(pq.read_table(data / "plan.parquet"))
-
-
-@pytest.mark.parametrize(
-    ("values", "words"),
-    [
-        ({"target": Target(size=0)}, "--size 0"),
-        ({"target": Target(quality=101)}, "--quality 101"),
-        ({"seed": -1}, "--seed -1"),
-        ({"shard_samples": 0}, "--shard-samples 0"),
-        ({"limit": 0}, "--limit 0"),
-    ],
-)
-def test_options_out_of_bounds(values: dict[str, object], words: str) -> None:
-    with pytest.raises(AlexprepError, match=words):
-        ShardOptions(**values)  # type: ignore[arg-type]
 
 
 # Other people's readers.
@@ -502,18 +471,6 @@ def test_index_npy_points_at_the_members(data: Path) -> None:
     labels = [int(bytes_) for name, bytes_ in members.items() if name.endswith(".cls")]
     assert [samples.encoded(row).tobytes() for row in range(48)] == images
     assert samples.labels.tolist() == labels
-
-
-def test_sidecar_describes_the_tar(data: Path) -> None:
-    import zlib
-
-    for shard in sorted(data.glob("*/*.tar")):
-        sidecar = json.loads(shard.with_suffix(".json").read_text())
-        raw = shard.read_bytes()
-        assert sidecar["sha256"] == hashlib.sha256(raw).hexdigest() and sidecar["bytes"] == len(raw)
-        for member in sidecar["members"]:
-            content = raw[member["offset"] : member["offset"] + member["size"]]
-            assert zlib.crc32(content) == member["crc32"]
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
@@ -574,26 +531,4 @@ def test_what_fails_is_named_with_what_helps(
     monkeypatch.setattr("alexprep.shards.conversion.make_plan", fails)
     words = rf"^/photos/train/\udce4: {os.strerror(number)}: {step}, then run the same command again"
     with pytest.raises(AlexprepError, match=words):
-        convert(photos, tmp_path / "out", ShardOptions(), 1)
-
-
-def _echo(argument: int, condemned: object) -> int:
-    return argument
-
-
-def test_ctrl_c_never_reaches_a_worker(capfd: pytest.CaptureFixture[str]) -> None:
-    """Not even one that has not yet imported what it needs, when its own words would be a traceback."""
-    with contextlib.closing(Crew(LocalEngine(2), 2)) as crew:
-        for _ in range(20):
-            for worker in crew._workers:
-                worker.process.send_signal(signal.SIGINT)
-            time.sleep(0.02)
-        assert [worker.process.poll() for worker in crew._workers] == [None, None]
-        assert sorted(crew.run(_echo, [1, 2, 3], lambda finished: None)) == [1, 2, 3]
-    assert capfd.readouterr().err == ""
-
-
-@pytest.mark.parametrize("seconds", [0.0, -1.0, math.nan])
-def test_seconds_that_are_none_are_refused(seconds: float) -> None:
-    with pytest.raises(AlexprepError, match=r"--image-seconds .* is not above 0"):
-        LocalEngine(1, image_seconds=seconds)
+        convert(photos, tmp_path / "out", ShardOptions(), ENGINE)

@@ -22,7 +22,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from alexprep.shards import conversion, manifest
+from alexprep.shards import manifest, shard_writer
 from alexprep.shards.conversion import convert
 from alexprep.shards.dataset_format import read_dataset
 from alexprep.shards.errors import AlexprepError
@@ -127,7 +127,7 @@ def test_a_sidecar_never_describes_another_writer_s_tar(
         return Codec(replace(target, quality=50))
 
     def meets(name: str) -> None:
-        module = manifest if name == "publish_first" else conversion
+        module = manifest if name == "publish_first" else shard_writer
         real = getattr(module, name)
         met: list[int] = []
 

@@ -17,10 +17,11 @@ import pytest
 from PIL import Image
 
 from alexprep.shards.conversion import convert
-from alexprep.shards.image_codec import MAX_SCANS, Codec, Converted, Refused, Target
+from alexprep.shards.image_codec import Codec, Converted, Target
+from alexprep.shards.image_header import MAX_SCANS, Refused
 from alexprep.shards.plan import ShardOptions
 from alexprep.shards.reader import Samples
-from alexprep.shards.worker_pool import LocalEngine
+from alexprep.shards.worker_pool import InProcessEngine, LocalEngine
 
 KINDS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "TGA", "JPEG2000", "ICO")
 
@@ -82,10 +83,10 @@ def made_to_hurt(photo: Callable[..., Image.Image], encoded: Callable[..., bytes
     yield "layers.psd", b"8BPS\0\x01" + bytes(6) + b"\0\x03\0\0\x75\x30\0\0\x75\x30\0\x08\0\x03" + bytes(99)
 
 
-def damaged(
-    rng: random.Random, photo: Callable[..., Image.Image], encoded: Callable[..., bytes]
-) -> Iterator[tuple[str, bytes]]:
-    """(name, bytes) of good files of every kind after random damage: flips, cuts, splices, repeats."""
+@pytest.fixture(scope="module")
+def damaged(photo: Callable[..., Image.Image], encoded: Callable[..., bytes]) -> dict[str, bytes]:
+    """Good files of every kind after random damage (flips, cuts, splices, repeats), by name."""
+    rng, made = random.Random(20_261_121), {}
     for n in range(560):
         kind = KINDS[n % len(KINDS)]
         good = encoded(
@@ -107,20 +108,25 @@ def damaged(
             case 3:
                 at, length = rng.randrange(len(bad)), rng.randrange(1, 200)
                 bad[at:at] = bad[at : at + length]
-        yield f"{n:03d}.{kind.lower()}", bytes(bad)
+        made[f"{n:03d}.{kind.lower()}"] = bytes(bad)
+    return made
 
 
 def test_hostile_files_change_nothing_for_the_good_ones(
-    photos: Path, photo: Callable[..., Image.Image], encoded: Callable[..., bytes], tmp_path: Path, seed: int
+    photos: Path,
+    photo: Callable[..., Image.Image],
+    encoded: Callable[..., bytes],
+    damaged: dict[str, bytes],
+    tmp_path: Path,
 ) -> None:
-    hostile = dict([*made_to_hurt(photo, encoded), *damaged(random.Random(seed), photo, encoded)])
+    hostile = dict(made_to_hurt(photo, encoded)) | damaged
     assert len(hostile) >= 580
     shutil.copytree(photos, tmp_path / "source")
     for name, content in hostile.items():
         (tmp_path / "source/train/class1" / f"x{name}").write_bytes(content)
     options = ShardOptions(Target(size=32), shard_samples=50)
-    report = convert(tmp_path / "source", tmp_path / "out", options, LocalEngine(2, image_seconds=20))
-    convert(photos, tmp_path / "alone", options, 1)
+    report = convert(tmp_path / "source", tmp_path / "out", options, LocalEngine(2, image_seconds=120))
+    convert(photos, tmp_path / "alone", options, InProcessEngine())
     assert report.inputs == len(hostile) + 68
     ledgers = {
         folder: pq.read_table(tmp_path / folder / "train/samples.parquet").to_pylist() for folder in ("out", "alone")
@@ -151,13 +157,11 @@ def test_hostile_files_change_nothing_for_the_good_ones(
     assert {source: images["out"][source] for source in images["alone"]} == images["alone"]
 
 
-def test_what_is_taken_is_what_pillow_sees(
-    photo: Callable[..., Image.Image], encoded: Callable[..., bytes], seed: int
-) -> None:
+def test_what_is_taken_is_what_pillow_sees(damaged: dict[str, bytes]) -> None:
     """A damaged file that both accept gives the same picture, whole: never one that is grey from the damage on."""
     codec = Codec(Target(size=32, format="raw"))
     taken = agreed = 0
-    for _, content in damaged(random.Random(seed), photo, encoded):
+    for content in damaged.values():
         result = codec.convert(content)
         assert isinstance(result, Converted | Refused)
         if isinstance(result, Refused):

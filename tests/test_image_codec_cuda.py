@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from alexprep.shards.errors import AlexprepError, DeviceLostError
-from alexprep.shards.image_codec import MAX_PIXELS, Codec, Converted, Refused, Target, to_square
+from alexprep.shards.image_codec import Codec, Converted, Target, to_square
 from alexprep.shards.image_codec_cuda import CudaCodec, Resizer, _batches, _ensure_alive
+from alexprep.shards.image_header import MAX_PIXELS, Refused
 from alexprep.shards.resample import FILTERS
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]

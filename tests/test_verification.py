@@ -23,8 +23,10 @@ from PIL import Image
 from alexprep.cli.main import cli
 from alexprep.shards import rgb_statistics
 from alexprep.shards.conversion import convert
+from alexprep.shards.dataset_format import FORMATS
 from alexprep.shards.errors import AlexprepError
-from alexprep.shards.image_codec import FORMATS, Codec, Converted, Refused, Target
+from alexprep.shards.image_codec import Codec, Converted, Target
+from alexprep.shards.image_header import Refused
 from alexprep.shards.plan import ShardOptions
 from alexprep.shards.sources.detection import find_source
 from alexprep.shards.verification import Problem, repair, verify
@@ -60,9 +62,8 @@ def _found(data: Path, decode: bool = False) -> list[Problem]:
 def test_a_clean_set_gives_no_alarm(
     form: Literal["jpg", "png", "raw"], photos: Path, data: Path, tmp_path: Path
 ) -> None:
-    for decode in (False, True):
-        verdict = verify(data, LocalEngine(2), decode)
-        assert (verdict.problems, verdict.samples, verdict.shards) == ([], 68, 10)
+    verdict = verify(data, LocalEngine(2), decode=form == "jpg")
+    assert (verdict.problems, verdict.samples, verdict.shards) == ([], 68, 10)
     convert(photos, tmp_path, ShardOptions(Target(size=20, format=form), limit=6), ENGINE)
     assert _found(tmp_path, decode=True) == []
 
@@ -120,19 +121,27 @@ def _sidecar(data: Path) -> dict[str, Any]:
     return sidecar
 
 
-def _swap(data: Path) -> None:
-    one, other = data / "train/train-000000.tar", data / "train/train-000001.tar"
-    one.rename(data / "t")
-    other.rename(one)
-    (data / "t").rename(other)
+def _swap(*suffixes: str) -> Callable[[Path], None]:
+    def swap(data: Path) -> None:
+        for suffix in suffixes:
+            one, other = (data / f"train/train-00000{n}{suffix}" for n in range(2))
+            content = one.read_bytes()
+            one.write_bytes(other.read_bytes())
+            other.write_bytes(content)
+
+    return swap
 
 
-def _swap_whole(data: Path) -> None:
-    for suffix in (".tar", ".idx", ".json"):
-        one, other = data / f"train/train-000000{suffix}", data / f"train/train-000001{suffix}"
-        one.rename(data / "t")
-        other.rename(one)
-        (data / "t").rename(other)
+def _copy(name: str, other: str) -> Callable[[Path], object]:
+    return lambda data: shutil.copy(data / name, data / other)
+
+
+def _lost(name: str, words: str = "is missing") -> tuple[Callable[[Path], None], str, str]:
+    return (lambda data: (data / name).unlink()), name, words
+
+
+def _foreign(name: str, words: str) -> tuple[Callable[[Path], None], str, str]:
+    return (lambda data: (data / name).touch()), name, words
 
 
 def _edit_json(name: str, change: Callable[[dict[str, Any]], None]) -> Callable[[Path], None]:
@@ -169,39 +178,37 @@ def _edit_ledger(data: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "file", "words"),
     [
-        (lambda d: (d / "train/train-000001.tar").unlink(), "train/train-000001.tar", "is missing"),
-        (lambda d: (d / "train/train-000001.json").unlink(), "train/train-000001.json", "does not count"),
-        (lambda d: (d / "train/train-000001.idx").unlink(), "train/train-000001.idx", "is missing"),
-        (lambda d: (d / "train/index.npy").unlink(), "train/index.npy", "is missing"),
-        (lambda d: (d / "dataset.json").unlink(), "dataset.json", "unfinished"),
-        (lambda d: (d / "plan.json").unlink(), "plan.json", "is missing"),
-        (lambda d: (d / "plan.parquet").unlink(), "plan.parquet", "is missing"),
-        (lambda d: (d / "_info.json").unlink(), "_info.json", "is missing"),
-        (lambda d: (d / "stats/mean_image.npy").unlink(), "stats/mean_image.npy", "is missing"),
-        (_swap, "train/train-000000.tar", "is the tar of train-000001"),
-        (_swap_whole, "train/train-000000.json", "has the key"),
-        (
-            lambda d: shutil.copy(d / "train/train-000000.idx", d / "train/train-000001.idx"),
-            "train/train-000001.idx",
-            "not the index",
+        *map(
+            _lost, ("train/train-000001.tar", "train/train-000001.idx", "train/index.npy", "plan.json", "plan.parquet")
         ),
+        *map(_lost, ("_info.json", "stats/mean_image.npy")),
+        _lost("train/train-000001.json", "does not count"),
+        _lost("dataset.json", "unfinished"),
+        _foreign("train/.train-000000.tar.tmp-1-ab", "interrupted"),
+        _foreign("notes.txt", "no file of this data set"),
         (
-            lambda d: shutil.copy(d / "train/train-000000.tar", d / "train/train-000002.tar"),
+            _copy("train/train-000000.tar", "train/train-000002.tar"),
             "train/train-000002.tar",
             "no file of this data set",
         ),
-        (lambda d: (d / "train/.train-000000.tar.tmp-1-ab").touch(), "train/.train-000000.tar.tmp-1-ab", "interrupted"),
-        (lambda d: (d / "notes.txt").touch(), "notes.txt", "no file of this data set"),
-        (_edit_label, "train/train-000000.json", "the plan says"),
+        (_copy("train/train-000000.idx", "train/train-000001.idx"), "train/train-000001.idx", "not the index"),
+        (_swap(".tar"), "train/train-000000.tar", "is the tar of train-000001"),
+        (_swap(".tar", ".idx", ".json"), "train/train-000000.json", "inputs[0].key is"),
+        (_edit_label, "train/train-000000.json", "label is"),
         (_edit_index, "train/index.npy", "record 2"),
-        (_edit_ledger, "train/samples.parquet", "width 999"),
-        (_edit_json("dataset.json", lambda d: d["splits"]["train"].update(samples=4)), "dataset.json", "splits"),
+        (_edit_ledger, "train/samples.parquet", "width is 999, must be"),
+        (
+            _edit_json("dataset.json", lambda d: d["splits"]["train"].update(samples=4)),
+            "dataset.json",
+            "splits.train.samples is 4, must be 5",
+        ),
+        (_edit_json("dataset.json", lambda d: d["files"].clear()), "dataset.json", "files has the fields []"),
         (_edit_json("plan.json", lambda d: d["options"].update(quality=90)), "plan.json", "was changed"),
         (_edit_json("stats/stats.json", lambda d: d["eigenvalues"].reverse()), "stats/stats.json", "was changed"),
         (
             _edit_json("train/train-000001.json", lambda d: d["inputs"][0].update(status="lost")),
             "train/train-000001.json",
-            "status 'lost'",
+            "inputs[0].status is 'lost'",
         ),
     ],
 )
@@ -270,8 +277,9 @@ def test_decode_finds_what_checksums_cannot(
     assert _found(out) == []
     assert _found(out, decode=True) == [Problem("train/train-000000.tar", f"{key}.{FORMATS[form]}", ANY)]
     assert words in _found(out, decode=True)[0].what
-    command = ["verify", str(out), "--workers", "1"]
-    assert [CliRunner().invoke(cli, [*command, *more]).exit_code for more in ([], ["--decode"])] == [0, 3]
+    if (side, form) == (0, "jpg"):
+        command = ["verify", str(out), "--workers", "1"]
+        assert [CliRunner().invoke(cli, [*command, *more]).exit_code for more in ([], ["--decode"])] == [0, 3]
 
 
 EVERY_FILE = [

@@ -24,7 +24,7 @@ from PIL import Image
 
 from alexprep.shards import webdataset_index
 from alexprep.shards.errors import AlexprepError
-from alexprep.shards.image_codec import Header, Refused, read_header
+from alexprep.shards.image_header import Header, Refused, read_header
 from alexprep.shards.webdataset_index import TAR_INDEX_DTYPE, TarIndex, index_tars
 
 FORMATS: dict[str, Literal[0, 1, 2]] = {

@@ -27,7 +27,8 @@ from PIL import Image
 
 from alexprep.shards.conversion import convert
 from alexprep.shards.errors import AlexprepError
-from alexprep.shards.image_codec import Codec, Converted, Refused, Target
+from alexprep.shards.image_codec import Codec, Converted, Target
+from alexprep.shards.image_header import Refused
 from alexprep.shards.plan import ShardOptions
 from alexprep.shards.storage import is_temporary
 from alexprep.shards.worker_pool import InProcessEngine

@@ -51,7 +51,7 @@ class Misbehaving(Codec):
 
 def _as_if_begun_earlier(seconds: float = 10**6) -> None:
     """So that an engine with much patience, as busy machines need, loses it at once."""
-    worker_pool._slot["began_ns"] = time.monotonic_ns() - int(seconds * 1e9)
+    worker_pool._record["began_ns"] = time.monotonic_ns() - int(seconds * 1e9)
 
 
 def stalled(argument: int, condemned: Mapping[int, str]) -> None:

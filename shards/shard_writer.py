@@ -1,0 +1,269 @@
+"""Writes one shard of a plan: reads its inputs, converts each, and publishes the tar, DALI's index of it and the sidecar.
+
+The sidecar comes last: a tar without one does not count and is made again. This runs in worker processes, perhaps on other machines;
+which shards are made is decided in `alexprep.shards.conversion`, how one image is converted in `alexprep.shards.image_codec`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from alexprep.shards.dataset_format import DATASET, FORMATS, sample_key
+from alexprep.shards.errors import AlexprepError
+from alexprep.shards.image_codec import Codec, Converted, Target
+from alexprep.shards.image_header import Refused
+from alexprep.shards.manifest import conflict, input_record, publish_sidecar, read_sidecar, sidecar_of
+from alexprep.shards.plan import MachineCheck, Plan, Shard, locations, shared_table
+from alexprep.shards.sources.base import Location, Source
+from alexprep.shards.storage import PAUSES, LocalFiles, file_sha256, publish_bytes, published
+from alexprep.shards.tar_format import TarWriter, dali_index
+from alexprep.shards.worker_pool import attending, is_retry, limit_memory, reading
+
+MakeCodec = Callable[[Target], Codec]
+
+# What a failed read says of the file. Anything else may pass, and is tried again; a sector that stays bad (EIO) is the
+# file's, and so is a name that has vanished (ENOENT), while its neighbours are there.
+_OF_THE_FILE = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG}
+_OF_THE_FILE |= {errno.EINVAL, errno.ENXIO, errno.ENODEV}
+_READS_AHEAD = 16  # reads under way at once where each goes over a network
+
+_checked: set[str] = set()  # plans of which this process has been found to see what their maker does
+
+
+@dataclass(frozen=True)
+class ShardWriter:
+    """Makes the shards of a plan. An engine sends it to its workers, which call it once a shard.
+
+    Attributes:
+        plan: what the shards hold.
+        source: reads the inputs.
+        target: the form of the images.
+        make_codec: makes the codec in each worker.
+        check: run once in each worker, since it may be on another machine.
+    """
+
+    plan: Plan
+    source: Source
+    target: Target
+    make_codec: MakeCodec
+    check: MachineCheck
+
+    def __call__(self, argument: tuple[Shard, str | None], condemned: Mapping[int, str]) -> None:
+        """Makes a shard, unless another writer has made it meanwhile.
+
+        Args:
+            argument: the shard, and the sha256 that it must get: see `write_shard`.
+            condemned: rows that are not to be touched, and why.
+        """
+        shard, recorded = argument
+        if self.plan.digest not in _checked:
+            self.check.run()
+            _checked.add(self.plan.digest)
+        if read_sidecar(self.plan, shard) is not None:
+            return
+        codec = shared_codec(self.make_codec, self.target)
+        rows = shared_table(self.plan.folder, self.plan.digest).read_row_group(shard.group)
+        numbers, labels = rows.column("row").to_pylist(), rows.column("label").to_pylist()
+        bound_memory(self.source, codec)
+        inputs = list(map(PlannedInput, numbers, labels, locations(rows)))
+        write_shard(self.plan, shard, inputs, self.source, codec, condemned, recorded)
+
+
+class PlannedInput(NamedTuple):
+    """One row of the plan."""
+
+    row: int
+    label: int
+    location: Location
+
+
+def write_shard(
+    plan: Plan,
+    shard: Shard,
+    inputs: Sequence[PlannedInput],
+    source: Source,
+    codec: Codec,
+    condemned: Mapping[int, str],
+    recorded: str | None,
+) -> None:
+    """Makes one shard's tar, DALI index and sidecar, in this order, each complete or absent.
+
+    A shard whose every input is refused has a sidecar only, since an empty tar trips readers.
+
+    Args:
+        plan: the plan.
+        shard: which shard of it.
+        inputs: the plan's rows of this shard, in order.
+        source: reads the inputs.
+        codec: converts them.
+        condemned: rows that are not to be touched, and why.
+        recorded: the sha256 that the shard had when the dataset was finished, "" where it had no tar; None where that is not known.
+
+    Raises:
+        AlexprepError: the disk is full or another write failed; another writer made the same shard with other bytes; or it no longer
+            becomes what was recorded. Nothing is published then.
+    """
+    tar_path, sidecar_path = plan.file(shard, ".tar"), plan.file(shard, ".json")
+    try:
+        before = sidecar_path.read_bytes() if sidecar_path.exists() else b""
+        with contextlib.suppress(_EmptyError), published(tar_path) as file:
+            tar, records = TarWriter(file), []
+            for planned, result in _converted(inputs, source, codec, condemned):
+                records.append(_added(tar, planned, result, FORMATS[codec.target.format]))
+            sha256 = tar.close()
+            if recorded is not None and recorded != (sha256 if tar.members else ""):
+                raise AlexprepError(
+                    f"shard {shard.name} does not become what {plan.folder / DATASET} records: the images in SOURCE have changed "
+                    "since, or this machine decodes differently. Nothing of it was written: name the SOURCE that the data set was "
+                    "made from, or use a new --out"
+                )
+            other = read_sidecar(plan, shard)
+            if (
+                other is not None
+                and other["sha256"] != sha256
+                and (not other["samples"] or other["sha256"] == file_sha256(tar_path))
+            ):
+                raise conflict(shard, other["sha256"], sha256, "The first one is kept")
+            if not tar.members:
+                raise _EmptyError
+        if tar.members:
+            publish_bytes(plan.file(shard, ".idx"), dali_index(tar.members).encode())
+        else:
+            tar_path.unlink(missing_ok=True)  # an earlier run's
+        publish_sidecar(plan, shard, sidecar_of(plan, records, list(map(vars, tar.members)), sha256), before)
+    except OSError as error:
+        raise AlexprepError(
+            f"shard {shard.name} could not be written to {tar_path.parent} ({error}): make room or mend the disk, "
+            "then run the same command again; finished shards are kept"
+        ) from error
+
+
+class _EmptyError(Exception):
+    """Keeps a tar without members from being published."""
+
+
+def _added(tar: TarWriter, planned: PlannedInput, result: Converted | Refused, extension: str) -> dict[str, Any]:
+    """What the sidecar says of an input; its image and label are put into the tar, unless it is refused."""
+    row, label, width, height = planned.row, planned.label, result.width, result.height
+    if isinstance(result, Refused):
+        return input_record(row, label, width, height, kept=False, reason=result.reason)
+    tar.add(f"{sample_key(row)}.{extension}", result.data)
+    tar.add(f"{sample_key(row)}.cls", str(label).encode())
+    return input_record(row, label, width, height, result.kept, reason=None)
+
+
+def _converted(
+    inputs: Sequence[PlannedInput], source: Source, codec: Codec, condemned: Mapping[int, str]
+) -> Iterator[tuple[PlannedInput, Converted | Refused]]:
+    """Every input with what became of it, in order."""
+    size = 1 if is_retry() else codec.batch  # after a death each by itself, so that the input at fault is known
+    with ThreadPoolExecutor(_READS_AHEAD) as threads:
+        wanted = (planned.location for planned in inputs if planned.row not in condemned)
+        ahead = _ahead(wanted, lambda location: _read(source, location), threads) if source.files.remote else None
+        for at in range(0, len(inputs), size):
+            chunk = inputs[at : at + size]
+            with attending(*(planned.row for planned in chunk)):
+                read: list[bytes | NDArray[np.uint8] | Refused] = []
+                for planned in chunk:
+                    if planned.row in condemned:
+                        read.append(Refused(condemned[planned.row]))
+                    else:
+                        with reading(source.files.display(planned.location.path)):
+                            read.append(next(ahead) if ahead else _read(source, planned.location))
+                converted = iter(codec.convert_many([data for data in read if not isinstance(data, Refused)]))
+                results = [data if isinstance(data, Refused) else next(converted) for data in read]
+            yield from zip(chunk, results, strict=True)
+
+
+def _ahead(
+    locations: Iterable[Location], read: Callable[[Location], Any], threads: ThreadPoolExecutor
+) -> Iterator[Any]:
+    """The inputs' bytes in order, with several reads under way."""
+    pending: deque[Any] = deque()
+    for location in locations:
+        pending.append(threads.submit(read, location))
+        if len(pending) > _READS_AHEAD:
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()
+
+
+def _read(source: Source, location: Location) -> bytes | NDArray[np.uint8] | Refused:
+    """An input, or why it is left out: what is wrong with the file itself is, what is wrong with the way to it is not.
+
+    Raises:
+        AlexprepError: the disk or the network fails, and goes on to fail.
+    """
+    for pause in (*PAUSES, None):
+        try:
+            return source.read(location)
+        except MemoryError:
+            return Refused("cannot be read: needs more memory than a worker may have")
+        except OSError as error:
+            own = error.errno is None or error.errno in _OF_THE_FILE or (pause is None and error.errno == errno.EIO)
+            if own and not (error.errno == errno.ENOENT and _has_gone(source, location)):
+                return Refused(f"cannot be read: {error.strerror or error}")
+            if pause is None:
+                raise AlexprepError(
+                    f"{source.files.display(location.path)} cannot be read ({error}): mend the disk or the network, then run "
+                    "the same command again; finished shards are kept"
+                ) from error
+            time.sleep(pause)
+    raise AssertionError  # the last pause is None
+
+
+def _has_gone(source: Source, location: Location) -> bool:
+    """Whether more is missing than one file: the archive of many inputs, or a disk, which leaves an empty folder behind."""
+    if not isinstance(source.files, LocalFiles):
+        return False
+    if location.size >= 0 or not os.path.exists(source.files.root):
+        return True
+    folder = os.path.dirname(os.path.join(source.files.root, location.path))
+    while not os.path.lexists(folder):
+        folder = os.path.dirname(folder)
+    try:
+        with os.scandir(folder) as entries:
+            return next(entries, None) is None
+    except OSError:  # among them a link to where nothing is any more
+        return True
+
+
+def open_codec(target: Target) -> Codec:
+    """The codec of the target's device."""
+    if target.device == "cuda":
+        from alexprep.shards.image_codec_cuda import CudaCodec
+
+        return CudaCodec(target)
+    return Codec(target)
+
+
+def check_device(target: Target) -> None:
+    """Raises AlexprepError where the target's device is not there."""
+    if target.device == "cuda":
+        from alexprep.shards.image_codec_cuda import check_cuda
+
+        check_cuda()
+
+
+@functools.lru_cache(maxsize=1)
+def shared_codec(make_codec: MakeCodec, target: Target) -> Codec:
+    """One codec a process: opening one costs more than an image."""
+    return make_codec(target)
+
+
+def bound_memory(source: Source, codec: Codec) -> None:
+    """Bounds a worker's memory, once its tools are loaded. Not with CUDA, which reserves address space far beyond its use."""
+    if codec.target.device == "cpu":
+        limit_memory(source.resident_bytes())

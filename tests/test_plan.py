@@ -1,0 +1,182 @@
+"""A plan: what a release wrote stays readable and resumable, whatever options later ones have."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from alexprep.shards import plan as plans
+from alexprep.shards import versions
+from alexprep.shards.conversion import convert
+from alexprep.shards.dataset_format import read_dataset
+from alexprep.shards.errors import AlexprepError
+from alexprep.shards.image_codec import Target
+from alexprep.shards.plan import DEFAULTS, ShardOptions, options_of
+from alexprep.shards.reader import Samples
+from alexprep.shards.sources.detection import find_source
+from alexprep.shards.storage import LocalFiles, digest_json, json_bytes
+from alexprep.shards.verification import repair, verify
+from alexprep.shards.worker_pool import InProcessEngine
+
+RELEASED = Path(__file__).parent / "fixtures" / "release-0.1.0"
+PHOTOS, ENGINE = RELEASED / "photos", InProcessEngine()
+OPTIONS = ShardOptions(Target(size=64), shard_samples=4)
+
+
+def _files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def _json(path: Path) -> dict[str, Any]:
+    document: dict[str, Any] = json.loads(path.read_bytes())
+    return document
+
+
+@pytest.fixture(autouse=True)
+def _its_versions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The decoders that the release was made with, whichever are installed: other ones would be refused, and rightly."""
+    recorded = _json(RELEASED / "alexprep-data/plan.json")["versions"]
+    monkeypatch.setattr(plans, "versions", lambda *names: {name: recorded[name] for name in names})
+
+
+@pytest.fixture
+def released(tmp_path: Path) -> Path:
+    """A copy of the dataset that release 0.1.0 finished."""
+    return Path(shutil.copytree(RELEASED / "alexprep-data", tmp_path / "data"))
+
+
+def test_what_release_0_1_0_finished_is_sound_and_left_alone(released: Path) -> None:
+    before = _files(released)
+    assert verify(released, ENGINE, decode=True).problems == []
+    assert options_of(_json(released / "plan.json")) == OPTIONS
+    report = convert(PHOTOS, released, OPTIONS, ENGINE)
+    assert (report.made_inputs, report.inputs, report.written) == (0, 19, 18)
+    assert _files(released) == before
+
+
+def test_what_release_0_1_0_left_unfinished_is_finished(tmp_path: Path) -> None:
+    """Its pixels may be another decoder's; all else is what that release would have made."""
+    out = Path(shutil.copytree(RELEASED / "partial", tmp_path / "out"))
+    kept = _files(out)
+    assert 0 < convert(PHOTOS, out, OPTIONS, ENGINE).made_inputs < 19
+    assert verify(out, ENGINE).problems == []
+    assert {name: content for name, content in _files(out).items() if name in kept} == kept
+    for split in ("train", "val"):
+        theirs, ours = (Samples(folder, split) for folder in (RELEASED / "alexprep-data", out))
+        assert theirs.labels.tolist() == ours.labels.tolist()
+
+
+def test_a_released_default_never_changes() -> None:
+    """An option that is new has its line here; what stands here stays."""
+    assert DEFAULTS == {
+        "size": 256,
+        "filter": "area",
+        "format": "jpg",
+        "reencode": "needed",
+        "quality": 95,
+        "subsampling": "420",
+        "orient": False,
+        "device": "cpu",
+        "seed": 0,
+        "labels": "auto",
+        "limit": None,
+    }
+    assert ShardOptions().shard_samples is None
+
+
+def _with_options(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Makes the dataset one whose release had other options: plan.json, and whatever names the plan."""
+    plan, dataset = _json(folder / "plan.json"), _json(folder / "dataset.json")
+    change(plan["options"])
+    (folder / "plan.json").write_bytes(json_bytes(plan))
+    for path in folder.glob("*/*-*.json"):
+        path.write_bytes(json_bytes(_json(path) | {"plan": digest_json(plan)}, None))
+    dataset |= {"plan": digest_json(plan), "options": plan["options"]}
+    (folder / "dataset.json").write_bytes(json_bytes(dataset))
+
+
+@pytest.mark.parametrize("change", [{"reencode": ...}, {"limit": ...}, {"newer": None}, {"newer": False}], ids=str)
+def test_an_option_at_its_default_counts_as_absent(change: dict[str, Any], released: Path) -> None:
+    """Whether an older release did not have it yet, or a later one has it. The plan stays as it was written."""
+
+    def as_another_release(options: dict[str, Any]) -> None:
+        options |= change
+        for name in [name for name, value in options.items() if value is ...]:
+            del options[name]
+
+    _with_options(released, as_another_release)
+    before = _files(released)
+    assert verify(released, ENGINE).problems == []
+    assert convert(PHOTOS, released, OPTIONS, ENGINE).made_inputs == 0
+    assert _files(released) == before
+    # The shard is made anew of what was decoded here, so nothing may have recorded its bytes.
+    for name in ("train/train-000001.json", "dataset.json"):
+        (released / name).unlink()
+    assert convert(PHOTOS, released, OPTIONS, ENGINE).made_inputs == 4
+    assert verify(released, ENGINE).problems == []
+    plan = (released / "plan.json").read_bytes()
+    assert plan == before["plan.json"]
+    (released / "plan.json").write_bytes(b"{")
+    repair(released, find_source(str(PHOTOS)), verify(released, ENGINE).problems, ENGINE)
+    assert (released / "plan.json").read_bytes() == plan and verify(released, ENGINE).problems == []
+
+
+def test_an_unknown_option_is_refused_in_words(released: Path) -> None:
+    _with_options(released, lambda options: options.update(newer=3))
+    before = _files(released)
+    assert verify(released, ENGINE).problems == []  # what was recorded can be checked all the same
+    with pytest.raises(AlexprepError, match="begun differently: --newer was 3, which this alexprep does not know"):
+        convert(PHOTOS, released, OPTIONS, ENGINE)
+    with pytest.raises(AlexprepError, match="made with --newer 3, which this alexprep does not know: use the release"):
+        repair(released, find_source(str(PHOTOS)), [], ENGINE)
+    assert _files(released) == before
+
+
+def test_a_release_goes_on_with_what_another_of_the_same_bytes_began(
+    released: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, recorded = _files(released), read_dataset(released)["versions"]
+    monkeypatch.setattr(plans, "versions", lambda *names: recorded | {"alexprep": "0.9.0"})
+    with pytest.raises(AlexprepError, match=r"alexprep was 0\.1\.0, now is 0\.9\.0"):
+        convert(PHOTOS, released, OPTIONS, ENGINE)
+    monkeypatch.setattr(versions, "_SAME_SHARDS", ("0.1.0", "0.9.0"))
+    assert convert(PHOTOS, released, OPTIONS, ENGINE).made_inputs == 0
+    assert _files(released) == before
+
+
+def test_a_worker_that_sees_another_folder_or_source_is_named(tmp_path: Path) -> None:
+    """/proc/self/fd/N is a folder that only this process has, as another machine's disk would be."""
+    descriptor = os.open(tmp_path, os.O_RDONLY)
+    here = f"/proc/self/fd/{descriptor}"
+    try:
+        with pytest.raises(AlexprepError, match=f"does not see {here}/out/plan.json as .* does"):
+            convert(PHOTOS, Path(f"{here}/out"), OPTIONS, 1)
+        shutil.copytree(PHOTOS, tmp_path / "source")
+        source = replace(find_source(str(tmp_path / "source")), files=LocalFiles(f"{here}/source".encode()))
+        words = r"does not see /proc/.* as .* does \(\d+ bytes there, FileNotFoundError"
+        with pytest.raises(AlexprepError, match=words):
+            convert(source, tmp_path / "out", OPTIONS, 1)
+    finally:
+        os.close(descriptor)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"target": Target(size=0)}, "--size 0"),
+        ({"target": Target(quality=101)}, "--quality 101"),
+        ({"seed": -1}, "--seed -1"),
+        ({"shard_samples": 0}, "--shard-samples 0"),
+        ({"limit": 0}, "--limit 0"),
+    ],
+)
+def test_options_out_of_bounds(values: dict[str, object], words: str) -> None:
+    with pytest.raises(AlexprepError, match=words):
+        ShardOptions(**values)  # type: ignore[arg-type]
