@@ -48,7 +48,7 @@ def main() -> None:
     try:
         job = json.loads((folder / "job.json").read_text())
         sys.path[:] = job["path"]
-        function = load(job["target"], "target").value
+        function, _ = load(job["target"], "target")
         from alexprep.train.distributed.world import from_environment
 
         world = from_environment(job["device"], job["backend"], job["timeout"])

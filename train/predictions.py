@@ -30,7 +30,6 @@ from alexprep.train.user_code import (
     comparable,
     describe_layers,
     is_reference,
-    memory_format_of,
     references,
 )
 
@@ -149,7 +148,7 @@ def open_net(place: Place, device: torch.device, recipe: str | None = None, mode
     if "layers" in identity and (changes := _changed_layers(saved, network)):
         raise AlexprepError(f"the network has changed since {run} was trained: {checkpoint.some_of(changes)}")
     load_weights(network, saved)
-    network.to(device=device, memory_format=memory_format_of(network, memory(device).format))  # type: ignore[call-overload]
+    network.to(device=device, memory_format=memory(device).format)  # type: ignore[call-overload]
     return Net(
         run,
         saved.step,

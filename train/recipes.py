@@ -19,8 +19,9 @@ import torch
 from torch import nn
 
 from alexprep.pipeline.augmentation import Augmentation, augmentation_named
-from alexprep.shards.errors import AlexprepError
-from alexprep.train.distributed.tensor_parallel import Scheme
+from alexprep.shards.errors import AlexprepError, number_within, whole_number
+from alexprep.train.distributed.tensor_parallel import Scheme, part_of
+from alexprep.train.distributed.world import World
 from alexprep.train.lr_schedule import (
     ByHand,
     DExp,
@@ -43,7 +44,6 @@ from alexprep.train.user_code import (
     errors_in_one_sentence,
     is_reference,
     load,
-    memory_format_of,
     user_network,
 )
 
@@ -94,23 +94,16 @@ class Recipe:
 
     def __post_init__(self) -> None:
         """Refuses values out of bounds, with AlexprepError."""
-        bounds = {
-            "epochs": (1, MOST_EPOCHS),
-            "batch_size": (1, 1_000_000),
-            "lr": (0, 100),
-            "momentum": (0, 0.9999),
-            "decay": (0, 1),
-            "bias_decay": (0, 1),
-            "bias_lr_factor": (0, 100),
-        }
-        for name, (low, high) in bounds.items():
-            value = getattr(self, name)
-            whole = name in ("epochs", "batch_size")
-            kind, words = (int, "a whole number") if whole else (int | float, "a number")
-            if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:
-                raise AlexprepError(
-                    f"{name} is {value!r} in recipe {self.name}: it must be {words} within {low} to {high}"
-                )
+        for name, most in (("epochs", MOST_EPOCHS), ("batch_size", 1_000_000)):
+            whole_number(name, getattr(self, name), 1, most)
+        for name, highest in (
+            ("lr", 100),
+            ("momentum", 0.9999),
+            ("decay", 1),
+            ("bias_decay", 1),
+            ("bias_lr_factor", 100),
+        ):
+            number_within(name, getattr(self, name), 0, highest)
         low_size, high_size = self.stored_sizes
         if not self.crop <= low_size <= high_size:
             raise AlexprepError(f"recipe {self.name} cuts {self.crop} pixels out of stored sizes {self.stored_sizes}")
@@ -441,17 +434,17 @@ def user_recipe(reference: str) -> Recipe:
     Raises:
         AlexprepError: there is no such function, or it returns no `Recipe` that a run can begin with.
     """
-    found = load(reference, RECIPE, "recipe")
+    found, title = load(reference, RECIPE, "recipe")
     said = f"{RECIPE} {reference}"
-    with errors_in_one_sentence(said, found.folder):
-        made = found.value() if callable(found.value) else found.value
+    with errors_in_one_sentence(said):
+        made = found()
     if not isinstance(made, Recipe):
-        raise AlexprepError(f"{said}: {found.title} gives a {type(made).__name__}, not an alexprep.train.Recipe")
+        raise AlexprepError(f"{said}: {title} gives a {type(made).__name__}, not an alexprep.train.Recipe")
     factory = made.network
     if (getattr(factory, "__module__", None) or "").partition(".")[0] != "alexprep":
         name = getattr(factory, "__qualname__", type(factory).__name__)
-        title = f"{found.title.partition(':')[0]}:{name}"
-        made = replace(made, network=UserNetwork(factory, title, f"{said}: its network", found.folder))
+        title = f"{title.partition(':')[0]}:{name}"
+        made = replace(made, network=UserNetwork(factory, title, f"{said}: its network"))
     try:
         json.dumps(made.describe(), allow_nan=False)
     except (TypeError, ValueError, AttributeError) as error:
@@ -478,17 +471,15 @@ def try_user_network(
     layers = describe_layers(network)
     count = sum(weight.numel() for weight in network.parameters())
     notes = [f"the network is {own.title}, {count:,} parameters"]
-    if memory_format_of(network, torch.channels_last) != torch.channels_last:
-        notes.append(
-            f"{own.title} cannot take images with the channels last in memory, which is faster on a CPU: a view() may be to blame, "
-            "flatten() and reshape() are not"
-        )
     if own.for_any_recipe:
         tried, left_out = fitted(tried, [name for name, _ in network.named_parameters()])
         notes += left_out
     with own.errors():
         tried.make_optimizer(network)
-    if idle := own.try_training(network, classes, tried.crop, scheme, ranks):
+    if ranks > 1:
+        with own.errors(f", on {ranks} ranks"):
+            part_of(tried.make_network(classes, seed), scheme, World(0, ranks, torch.device("cpu")))
+    if idle := own.try_training(network, classes, tried.crop, ranks):
         notes.append(
             f"{', '.join(idle)} of the network had no part in its outputs: without a gradient they stay as they are"
         )

@@ -27,7 +27,6 @@ from alexprep.train.optimizer import MomentumSGD
 from alexprep.train.precision import HALF, Arithmetic, Precision, arithmetic, logits
 from alexprep.train.recipes import Recipe
 from alexprep.train.spans import span
-from alexprep.train.user_code import memory_format_of
 
 # -------------------- A network compiled by torch.compile for batches of one size.
 
@@ -207,12 +206,11 @@ class TrainingState:
         torch.manual_seed(seed)
         network = recipe.make_network(classes, seed)
         computing = computing or arithmetic(device)
-        form = memory_format_of(network, computing.memory.format)
         # A mask of -inf is as it should be. Weights that begin so are not: training would spoil all others.
         self._never_finite = {
             name for name, buffer in network.named_buffers(remove_duplicate=False) if not _finite(buffer)
         }
-        self.parallel = Parallel(network, scheme, world or World.alone(device), memory_format=form)
+        self.parallel = Parallel(network, scheme, world or World.alone(device), memory_format=computing.memory.format)
         self._parameters = [name for name, _ in self.network.named_parameters()]
         self.optimizer = recipe.make_optimizer(self.network)
         self._rates_of: tuple[int, ScheduleState] | None = None  # the epoch that the optimizer last had the rates of
