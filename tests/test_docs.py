@@ -97,8 +97,8 @@ def test_commands_run(
 ) -> None:
     """Where a page names a source, a small one of its kind stands; a training is cut to two steps, AlexNet to an eighth of its
     kernels, a measurement to a second, and one worker does the work of as many as there are cores."""
-    narrow = replace(recipes.RECIPES["alexnet"](), width=0.125)
-    monkeypatch.setitem(recipes.RECIPES, "alexnet", lambda: narrow)
+    narrow = replace(recipes.RECIPES["alexnet"], width=0.125)
+    monkeypatch.setitem(recipes.RECIPES, "alexnet", narrow)
     monkeypatch.setattr("alexprep.shards.worker_pool.cores", lambda: 1)
     stand_ins = _stand_ins(tmp_path, photos)
     monkeypatch.chdir(tmp_path)

@@ -195,10 +195,9 @@ def test_every_network_learns(design: AlexNet | ConvLocal) -> None:
 
 
 def test_switches_tell_networks_apart() -> None:
-    told = [design.describe() for design in FAMILY]
-    assert [json.loads(json.dumps(one)) for one in told] == told
+    assert len({json.dumps(design.describe()) for design in FAMILY}) == len(FAMILY)
     changed = replace(alexnet, norm_alpha=1e-3).describe()
-    assert changed != told[0] and changed | {"norm_alpha": 1e-4} == told[0]
+    assert changed != alexnet.describe() == changed | {"norm_alpha": 1e-4}
 
 
 @pytest.mark.parametrize(

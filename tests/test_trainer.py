@@ -50,7 +50,7 @@ class Stopping(MadeUpLoader):
 @pytest.fixture
 def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A data set's facts without its images, and the recipe "small" in the registry."""
-    monkeypatch.setitem(recipes.RECIPES, "small", small_recipe)
+    monkeypatch.setitem(recipes.RECIPES, "small", small_recipe())
     return write_data(tmp_path / "data")
 
 
@@ -440,7 +440,7 @@ def test_more_epochs_can_be_added(data: Path) -> None:
 def test_resuming_with_other_settings_is_refused(
     data: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], message: str
 ) -> None:
-    monkeypatch.setitem(recipes.RECIPES, "other", lambda: small_recipe(name="other"))
+    monkeypatch.setitem(recipes.RECIPES, "other", small_recipe(name="other"))
     train(config(data, steps=1), MadeUpLoader)
     with pytest.raises(AlexprepError, match=message):
         train(config(data, resume=True, **changes), MadeUpLoader)
@@ -484,7 +484,7 @@ def test_spoilt_weights_are_not_saved(data: Path) -> None:
 
 def test_the_schedule_can_end_the_training(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stuck = Plateau(patience=1, margin=100.0, drops=1)
-    monkeypatch.setitem(recipes.RECIPES, "small", lambda: small_recipe(schedule=stuck, epochs=50))
+    monkeypatch.setitem(recipes.RECIPES, "small", small_recipe(schedule=stuck, epochs=50))
     summary = train(config(data), MadeUpLoader)
     assert summary["epochs"] == 3
     assert [record["lr"] for record in records(data.parent / "runs/small", "epoch")] == [0.01, 0.01, 0.001]
@@ -625,6 +625,6 @@ class Slow(MadeUpLoader):
 
 
 if __name__ == "__main__":
-    recipes.RECIPES["small"] = small_recipe
+    recipes.RECIPES["small"] = small_recipe()
     settings = json.loads(sys.argv[1])
     print(json.dumps(train(config(Path(settings.pop("data")), **settings), Slow)))  # noqa: T201

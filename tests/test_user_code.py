@@ -412,8 +412,8 @@ def test_a_recipe_file(here: Path) -> None:
     assert (job.recipe.epochs, job.run.name) == (7, "longer")
     assert job.identity["recipe"]["network"] == {"factory": "recipe:Net"}
     code = "from alexprep.train.recipes import RECIPES, replace\n"
-    (here / "plain.py").write_text(code + "def recipe():\n    return replace(RECIPES['alexnet'](), epochs=5)")
-    assert user_recipe("plain.py") == replace(RECIPES["alexnet"](), epochs=5)  # alexprep's own network, as it is
+    (here / "plain.py").write_text(code + "def recipe():\n    return replace(RECIPES['alexnet'], epochs=5)")
+    assert user_recipe("plain.py") == replace(RECIPES["alexnet"], epochs=5)  # alexprep's own network, as it is
 
 
 @pytest.mark.parametrize(
@@ -424,7 +424,7 @@ def test_a_recipe_file(here: Path) -> None:
         ("epochs=3", "epochs=0", r"recipe.py, line 9: epochs 0 is not in \[1, 100000\]"),
         ("network=make", "network=make(3)", "its network: it is a Net, not a function"),
         ("network=make", "network=None", "its network: it is a NoneType, not a function"),
-        ("Steps(after=(9,))", "object()", "cannot be written as JSON"),
+        ("Steps(after=(9,))", "object()", "must be JSON values and frozen dataclasses: TypeError"),
         ("lr=0.01", "lr=make", r"lr <class .* is not a number in \[0, 100\]"),
         ('name="small"', 'name="../small"', "'../small' cannot name a run"),
         ('name="small"', 'name="small", layer_decay={"fc9": 0.1}', "layer_decay names fc9, which the network does not"),

@@ -77,8 +77,7 @@ def with_kink(classes: int, crop: int, *, seed: int, width: float) -> nn.Sequent
 def register() -> None:
     """Puts the recipes of these trainings into the registry."""
     for name, network in {"narrow": small_alexnet, "weight": with_infinity, "gradient": with_kink}.items():
-        recipe = small_recipe(name=name, network=network, schedule=Steps(after=()), epochs=1)
-        recipes.RECIPES[name] = lambda recipe=recipe: recipe  # type: ignore[misc]
+        recipes.RECIPES[name] = small_recipe(name=name, network=network, schedule=Steps(after=()), epochs=1)
 
 
 def config(data: Path, **changes: Any) -> TrainConfig:

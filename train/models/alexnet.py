@@ -112,8 +112,8 @@ class AlexNet:
         return network
 
     def describe(self) -> dict[str, Any]:
-        """Every switch as JSON values, part of a run's identity."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        """Every switch, part of a run's identity."""
+        return asdict(self)
 
     def _layers(self, classes: int, crop: int, width: float) -> Iterator[tuple[str, nn.Module]]:
         c1, c2, c3, c4, c5, f6, f7 = (2 * max(1, round(n / 2 * width)) for n in (*self.kernels, *self.hidden))
