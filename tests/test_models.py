@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -27,11 +26,10 @@ from alexprep.train.models.layers import (
     LocallyConnected2d,
     LocalResponseNorm,
     MapWindow,
-    Overhang,
     PaperDropout,
     PixelWindow,
     SpatialResponseNorm,
-    initialise,
+    initialised,
 )
 from tests.made_up import FAMILY
 
@@ -75,11 +73,7 @@ def test_shapes_and_parameters_are_the_published_ones(full: tuple[AlexNet, nn.Se
         assert isinstance(layer, nn.Conv2d)
         assert layer.weight.shape == (kernels, inputs, side, side)
         assert found[f"conv{number}"] == (kernels, sides[number], sides[number])
-    assert {name: found[name][1:] for name in ("pool1", "pool2", "pool5")} == {
-        "pool1": (27, 27),
-        "pool2": (13, 13),
-        "pool5": (6, 6),
-    }
+    assert [found[name][1:] for name in ("pool1", "pool2", "pool5")] == [(27, 27), (13, 13), (6, 6)]
     assert [found[name] for name in ("flatten", "fc6", "fc7", "fc8")] == [(9216,), (4096,), (4096,), (1000,)]
     counted = sum(kernels * (inputs * side * side + 1) for kernels, inputs, side in convolutions)
     counted += 4096 * (9216 + 1) + 4096 * (4096 + 1) + 1000 * (4096 + 1)
@@ -260,9 +254,9 @@ def test_the_last_filter_hangs_over_the_right_and_bottom_edge() -> None:
         for y in (0, 54)
         for x in (0, 54)
     }
-    both = nn.Sequential(Overhang(224, kernel=11, stride=4), nn.Conv2d(3, 1, 11, stride=4, bias=False)).double()
+    both = alexnet(3, 224, width=0.0625)[:2].double()
     with torch.no_grad():
-        both[1].weight.copy_(torch.from_numpy(kernel)[None])  # type: ignore[operator]
+        both[1].weight[0] = torch.from_numpy(kernel)  # type: ignore[index]
         out = both(torch.from_numpy(pixels)[None])[0, 0]
     assert out.shape == (55, 55)
     for (y, x), value in corner.items():
@@ -274,11 +268,8 @@ def reference_norm(
 ) -> NDArray[np.float64]:
     """Section 3.3 written out, one map at a time."""
     b = np.empty_like(a)
-    maps = a.shape[1]
-    for i in range(maps):
-        total = np.zeros_like(a[:, 0])
-        for j in range(max(0, i - size // 2), min(maps - 1, i + size // 2) + 1):
-            total += a[:, j] ** 2
+    for i in range(a.shape[1]):
+        total = (a[:, max(0, i - size // 2) : i + size // 2 + 1] ** 2).sum(axis=1)
         b[:, i] = a[:, i] / (k + alpha * total) ** beta
     return b
 
@@ -386,13 +377,7 @@ def test_dropout_scales_as_the_paper_does() -> None:
 
 def test_quick_net_pools_to_16_8_4() -> None:
     found = shapes(cifar10_quick_net(10), torch.zeros(1, 3, 32, 32))
-    assert [found[name] for name in ("pool1", "pool2", "pool3", "fc4", "fc5")] == [
-        (32, 16, 16),
-        (32, 8, 8),
-        (64, 4, 4),
-        (64,),
-        (10,),
-    ]
+    assert [found[name] for name in ("pool1", "pool2", "pool3")] == [(32, 16, 16), (32, 8, 8), (64, 4, 4)]
     average = cifar10_quick_net(10).get_submodule("pool2")(torch.ones(1, 1, 16, 16))
     assert torch.equal(average, torch.ones(1, 1, 8, 8))  # windows over the edge are divided by what they cover
 
@@ -402,29 +387,18 @@ def test_nets_for_cifar_are_the_published_ones(network: ConvLocal) -> None:
     """From facts about layers-conv-local-13pct.cfg and -11pct.cfg."""
     third = 64 if network is conv_local_11pct else 32
     layers = dict(network(10).named_children())
-    images = torch.randn(2, 3, 24, 24) * 60
-    found: dict[str, tuple[int, ...]] = {}
-    for name, layer in layers.items():
-        images = layer(images)
-        found[name] = tuple(images.shape[1:])
-    wanted: dict[str, tuple[int, ...]] = {
-        "conv1": (64, 24, 24),
-        "pool1": (64, 12, 12),
-        "conv2": (64, 12, 12),
-        "pool2": (64, 6, 6),
-    }
-    wanted |= {"local3": (third, 6, 6), "local4": (32, 6, 6), "flatten": (1152,), "fc5": (10,)}
-    assert {name: found[name] for name in wanted} == wanted
+    found = shapes(network(10), torch.randn(2, 3, 24, 24) * 60)
+    wanted = [(64, 24, 24), (64, 12, 12), (64, 12, 12), (64, 6, 6), (third, 6, 6), (32, 6, 6), (1152,), (10,)]
+    names = ("conv1", "pool1", "conv2", "pool2", "local3", "local4", "flatten", "fc5")
+    assert [found[name] for name in names] == wanted
     counted = 64 * (3 * 25 + 1) + 64 * (64 * 25 + 1)
     counted += 36 * third * (64 * 9 + 1) + 36 * 32 * (third * 9 + 1) + 10 * (1152 + 1)
     assert sum(weight.numel() for layer in layers.values() for weight in layer.parameters()) == counted
     norms = [layer for layer in layers.values() if isinstance(layer, LocalResponseNorm)]
     numbers = [(norm.size, norm.k, round(norm.alpha * 9, 12), norm.beta) for norm in norms]
     assert numbers == ([(9, 1.0, 0.001, 0.75)] * 2 if network is conv_local_11pct else [])
-    if norms:
-        names = list(layers)
-        assert names.index("pool1") < names.index("norm1") < names.index("conv2")
-        assert names.index("conv2") < names.index("norm2") < names.index("pool2")
+    order = [name for name in layers if name in ("pool1", "norm1", "conv2", "norm2", "pool2")]
+    assert order == (["pool1", "norm1", "conv2", "norm2", "pool2"] if norms else ["pool1", "conv2", "pool2"])
 
 
 def test_only_the_activation_differs() -> None:
@@ -434,8 +408,8 @@ def test_only_the_activation_differs() -> None:
     kinds = [[type(layer) for layer in network if not isinstance(layer, nn.ReLU | nn.Tanh)] for network in (relu, tanh)]
     assert kinds[0] == kinds[1]
     assert [type(layer) for layer in tanh if isinstance(layer, nn.ReLU | nn.Tanh)] == [nn.Tanh] * 4
-    with pytest.raises(AlexprepError, match="activation 'gelu'"):
-        ConvLocal("other", activation="gelu")  # type: ignore[arg-type]
+    with pytest.raises(KeyError, match="gelu"):
+        ConvLocal("other", activation="gelu")(10)
 
 
 @pytest.mark.parametrize("crop", [56, 57, 64, 16])
@@ -465,20 +439,19 @@ def test_senseless_sizes_are_refused(make: Callable[..., nn.Module], crop: int, 
 
 def test_layers_without_a_bias_are_drawn_too() -> None:
     first, last = nn.Conv2d(3, 4, 3, bias=False), nn.Linear(4, 2)
-    initialise(nn.Sequential(first, nn.Flatten(), last), 1, {"0": 0.5, "2": 0.25}, {"2": 1.0})
+    layers = [("first", first), ("flat", nn.Flatten()), ("last", last)]
+    initialised(layers, 1, {"first": 0.5, "last": 0.25}, {"last": 1.0})
     generator = torch.Generator().manual_seed(1)
     for weight, deviation in ((first.weight, 0.5), (last.weight, 0.25)):
         assert torch.equal(weight, torch.empty_like(weight).normal_(0.0, deviation, generator=generator))
     assert torch.equal(last.bias, torch.ones(2))
 
 
-# in_channels, out_channels, (height, width), kernel_size, stride, padding
-SIZES = [(3, 5, (7, 4), 3, 1, 1), (1, 2, (5, 9), 2, 2, 0), (4, 1, (6, 6), 5, 3, 2), (2, 3, (1, 3), 1, 1, 0)]
+SIZES = [(3, 5, 7, 3), (4, 1, 6, 5), (2, 3, 2, 1)]  # in_channels, out_channels, side, kernel_size
 
 
-def made(size: tuple[Any, ...]) -> LocallyConnected2d:
-    inputs, outputs, sides, kernel, stride, padding = size
-    layer = LocallyConnected2d(inputs, outputs, sides, kernel, stride=stride, padding=padding)
+def made(size: tuple[int, int, int, int]) -> LocallyConnected2d:
+    layer = LocallyConnected2d(*size)
     torch.manual_seed(3)
     with torch.no_grad():
         layer.bias.normal_()
@@ -488,48 +461,34 @@ def made(size: tuple[Any, ...]) -> LocallyConnected2d:
 def by_hand(layer: LocallyConnected2d, images: NDArray[np.float64]) -> NDArray[np.float64]:
     """The sum over a window of each value times the weight that this position has for it."""
     weight, bias = (parameter.detach().double().numpy() for parameter in (layer.weight, layer.bias))
-    edge = (layer.padding, layer.padding)
-    padded = np.pad(images, ((0, 0), (0, 0), edge, edge))
-    out = np.empty((len(images), layer.out_channels, *weight.shape[:2]))
+    side, _, kernel, _, inputs, outputs = weight.shape
+    padded = np.pad(images, ((0, 0), (0, 0), (kernel // 2, kernel // 2), (kernel // 2, kernel // 2)))
+    out = np.empty((len(images), outputs, side, side))
     for n, o, y, x in np.ndindex(out.shape):
         total = bias[o, y, x]
-        for i, j, c in np.ndindex(layer.kernel_size, layer.kernel_size, layer.in_channels):
-            total += weight[y, x, i, j, c, o] * padded[n, c, y * layer.stride + i, x * layer.stride + j]
+        for i, j, c in np.ndindex(kernel, kernel, inputs):
+            total += weight[y, x, i, j, c, o] * padded[n, c, y + i, x + j]
         out[n, o, y, x] = total
     return out
 
 
 @pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("size", SIZES)
-def test_locally_connected_is_its_formula(size: tuple[Any, ...], memory: torch.memory_format) -> None:
+def test_locally_connected_is_its_formula(size: tuple[int, int, int, int], memory: torch.memory_format) -> None:
     layer = made(size)
-    images = torch.randn(3, size[0], *size[2], generator=torch.Generator().manual_seed(4))
+    images = torch.randn(3, size[0], size[2], size[2], generator=torch.Generator().manual_seed(4))
     wanted = by_hand(layer, images.double().numpy())
     found = layer(images.contiguous(memory_format=memory))
     assert found.shape == wanted.shape
     np.testing.assert_allclose(found.detach().numpy(), wanted, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("size", SIZES[1:])
-def test_locally_connected_has_its_formulas_gradient(size: tuple[Any, ...]) -> None:
+@pytest.mark.parametrize("size", [(3, 2, 4, 3), SIZES[2]])
+def test_locally_connected_has_its_formulas_gradient(size: tuple[int, int, int, int]) -> None:
     layer = made(size).double()
-    images = torch.randn(2, size[0], *size[2], dtype=torch.float64, requires_grad=True)
+    images = torch.randn(2, size[0], size[2], size[2], dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(layer, (images,))
     assert torch.autograd.gradcheck(
         lambda weight, bias: torch.func.functional_call(layer, {"weight": weight, "bias": bias}, (images.detach(),)),
         (layer.weight, layer.bias),
     )
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ((3, 2, (5, 4), 5), r"kernel_size 5 is not in \[1, 4\]"),
-        ((0, 2, (5, 4), 3), "in_channels 0"),
-        ((1, 2, (5, 0), 1), "width 0"),
-        ((1, 2.5, (5, 5), 1), "out_channels 2.5"),
-    ],
-)
-def test_senseless_locally_connected_layers_are_refused(arguments: tuple[Any, ...], message: str) -> None:
-    with pytest.raises(AlexprepError, match=message):
-        LocallyConnected2d(*arguments)

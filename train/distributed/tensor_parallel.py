@@ -20,7 +20,7 @@ from torch import nn
 from alexprep.pipeline.sampler import rank_part
 from alexprep.shards.errors import AlexprepError
 from alexprep.train.distributed.world import Phase, World, ring_bytes
-from alexprep.train.models.layers import LocalResponseNorm, Overhang, PaperDropout, Scale
+from alexprep.train.models.layers import LocalResponseNorm, PaperDropout, Scale
 
 # -------------------- Tensors between ranks: what each has for the others in one exchange, and sums over the ranks.
 
@@ -230,7 +230,7 @@ SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
 LOGITS = "logits"  # counts as a layer: what the loss reads
 
 # Layers that treat each map by itself, so that a rank applies them to its own. Others say so with `mixes_maps = False`.
-MAPWISE = (nn.ReLU, nn.Tanh, nn.Sigmoid, nn.Softplus, nn.Identity, nn.MaxPool2d, nn.AvgPool2d, Overhang, Scale)
+MAPWISE = (nn.ReLU, nn.Tanh, nn.Sigmoid, nn.Softplus, nn.Identity, nn.MaxPool2d, nn.AvgPool2d, nn.ZeroPad2d, Scale)
 DROPOUTS = (PaperDropout, nn.Dropout)
 
 
