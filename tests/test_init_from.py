@@ -9,6 +9,7 @@ from torch import nn
 from alexprep.shards.errors import AlexprepError
 from alexprep.train.checkpoint import Checkpoint, init_from, saved_weights
 from alexprep.train.models.alexnet import AlexNet, alexnet_6conv, alexnet_2012
+from alexprep.train.training_state import weights_digest
 
 ALL = ["conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8"]
 
@@ -114,3 +115,17 @@ def test_a_layer_without_its_bias_is_not_taken_in_part() -> None:
     saved = {"0.weight": torch.ones(2, 2)}
     with pytest.raises(AlexprepError, match="saved weight, here weight, bias"):
         init_from(nn.Sequential(nn.Linear(2, 2)).state_dict(), saved)
+
+
+def test_weights_of_the_network_itself_can_be_begun_with() -> None:
+    saved = {"scale": torch.ones(1), "fc.weight": torch.ones(2, 2)}
+    weights = {name: torch.zeros_like(tensor) for name, tensor in saved.items()}
+    assert init_from(weights, saved, ["scale"]).taken == ["scale"]
+    assert (float(weights["scale"]), float(weights["fc.weight"].sum())) == (1, 0)
+
+
+def test_digests_of_every_type_of_tensor() -> None:
+    values = torch.tensor([1.0, 2.0])
+    kinds = (torch.float32, torch.bfloat16, torch.int64, torch.bool)
+    digests = {weights_digest({"x": values.to(kind)}) for kind in kinds}
+    assert len(digests | {weights_digest({"x": values[0]}), weights_digest({"x": values[:1]})}) == 6

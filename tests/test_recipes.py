@@ -124,7 +124,12 @@ def test_what_a_recipe_says_of_layers_that_are_not_there_is_left_out() -> None:
 def small(**changes: Any) -> Recipe:
     """`alexnet-2012`, narrow; conv1 falls after one epoch and is frozen after two."""
     rows = ByHand(((1, "*.weight", 0.1), (1, "conv1.weight", 0.01), (2, "conv1.*", 0.0)))
-    narrow = {"augmentation": Augmentation(crop=67), "stored_sizes": (67, 67), "schedule": rows, "width": 0.0625}
+    narrow: dict[str, Any] = {
+        "augmentation": Augmentation(crop=67),
+        "stored_sizes": (67, 67),
+        "schedule": rows,
+        "width": 0.0625,
+    }
     return replace(recipes.ALEXNET_2012, **narrow | changes)
 
 
