@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -149,13 +147,6 @@ def test_norms_have_their_numbers() -> None:
     assert (spatial.size, spatial.k, spatial.alpha, spatial.beta) == (5, 1.0, 4e-5, 0.75)
 
 
-def test_relu_and_pool_may_change_places() -> None:
-    """What the 2012 code does after conv5, the paper does before the pool: to the same effect."""
-    here, there = AlexNet()(3, 67, width=0.0625), AlexNet(then5=("pool", "relu"))(3, 67, width=0.0625)
-    images = torch.randn(3, 3, 67, 67, generator=torch.Generator().manual_seed(0)) * 60
-    assert torch.equal(here.eval()(images), there.eval()(images))
-
-
 def test_pools_overlap_or_not() -> None:
     overlapping = alexnet(3, 224, width=0.0625)
     assert [overlapping.get_submodule(f"pool{n}").kernel_size for n in (1, 2, 5)] == [3, 3, 3]
@@ -191,12 +182,6 @@ def test_every_network_learns(design: AlexNet | ConvLocal) -> None:
             assert parameter.grad is not None and parameter.grad.any(), name
             parameter.sub_(parameter.grad / parameter.grad.norm(), alpha=1e-3)
     assert nn.functional.cross_entropy(network(images), labels) < loss
-
-
-def test_switches_tell_networks_apart() -> None:
-    assert len({json.dumps(design.describe()) for design in FAMILY}) == len(FAMILY)
-    changed = replace(alexnet, norm_alpha=1e-3).describe()
-    assert changed != alexnet.describe() == changed | {"norm_alpha": 1e-4}
 
 
 @pytest.mark.parametrize(
