@@ -29,17 +29,14 @@ def recipes(name: str | None, as_json: bool) -> None:
         output.table(f"Recipe {document['name']}", _rows(document))
         output.json_line(document, as_json)
         return
-    listed = [make() for make in known.RECIPES.values()]
-    width = max(len(one.name) for one in listed)
+    width = max(map(len, known.RECIPES))
     click.echo(f"{'recipe':<{width}}  stored, pixels  crop  batch   rate  epochs  schedule")
-    for one in listed:
+    for one in known.RECIPES.values():
         low, high = one.stored_sizes
         sizes = f"{low}" if low == high else f"{low}-{high}"
-        schedule = type(one.schedule).__name__
-        click.echo(
-            f"{one.name:<{width}}  {sizes:>14}  {one.crop:>4}  {one.batch_size:>5}  {one.lr:>5g}  {one.epochs:>6}  {schedule}"
-        )
-    output.json_line({one.name: _document(one) for one in listed}, as_json)
+        numbers = f"{sizes:>14}  {one.crop:>4}  {one.batch_size:>5}  {one.lr:>5g}  {one.epochs:>6}"
+        click.echo(f"{one.name:<{width}}  {numbers}  {type(one.schedule).__name__}")
+    output.json_line({name: _document(one) for name, one in known.RECIPES.items()}, as_json)
 
 
 def _document(recipe: Recipe) -> dict[str, Any]:

@@ -119,10 +119,10 @@ def test_a_released_recipe_means_what_it_meant() -> None:
     told = json.loads((RELEASED / "recipes.json").read_text())
     assert told.keys() <= recipes.RECIPES.keys()
     for name, before in told.items():
-        recipe = recipes.RECIPES[name]()
+        recipe = recipes.RECIPES[name]
         now = checkpoint.with_defaults(json.loads(json.dumps(recipe.describe())), recipe)
         assert checkpoint.differences(checkpoint.with_defaults(before, recipe), now) == []
-    plain = recipes.RECIPES["alexnet"]()
+    plain = recipes.RECIPES["alexnet"]
     defaults = {
         name: told["alexnet"][name] for name in ("batch_size", "lr", "momentum", "decay", "bias_decay", "width")
     }
@@ -145,7 +145,7 @@ def test_a_released_recipe_means_what_it_meant() -> None:
 def test_resuming_with_other_settings_is_refused(
     data: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], message: str
 ) -> None:
-    monkeypatch.setitem(recipes.RECIPES, "other", lambda: small_recipe(name="other"))
+    monkeypatch.setitem(recipes.RECIPES, "other", small_recipe(name="other"))
     train(config(data, steps=1), MadeUpLoader)
     if "data" in changes:
         changes = {"data": write_data(data.parent / "other", digest="another")}

@@ -95,8 +95,8 @@ def script_help(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
 @pytest.fixture
 def small_work(monkeypatch: pytest.MonkeyPatch) -> None:
     """AlexNet has an eighth of its kernels, and shards are made in this process, since a worker's start takes longer."""
-    narrow = replace(recipes.RECIPES["alexnet"](), width=0.125)
-    monkeypatch.setitem(recipes.RECIPES, "alexnet", lambda: narrow)
+    narrow = replace(recipes.RECIPES["alexnet"], width=0.125)
+    monkeypatch.setitem(recipes.RECIPES, "alexnet", narrow)
     here = InProcessEngine()
     monkeypatch.setattr(LocalEngine, "run", lambda engine, task, arguments, *more: here.run(task, arguments, *more))
     for name in [name for name in sys.modules if name.startswith("alexprep.shards")]:

@@ -58,9 +58,9 @@ def make_run(runs: Path, name: str, data: Path, seed: int, steps: tuple[int, ...
 @pytest.fixture
 def wide_and_narrow(monkeypatch: pytest.MonkeyPatch) -> None:
     """`tiny`, and a recipe that cuts its images otherwise."""
-    tiny = recipes.tiny()
+    tiny = recipes.TINY
     narrow = replace(tiny, name="narrow", augmentation=replace(tiny.augmentation, crop=48), stored_sizes=(48, 96))
-    monkeypatch.setitem(recipes.RECIPES, "narrow", lambda: narrow)
+    monkeypatch.setitem(recipes.RECIPES, "narrow", narrow)
 
 
 def softmax(logits: Array) -> Array:
@@ -224,11 +224,11 @@ def relatives(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Callabl
 def test_a_recipe_may_change_in_what_an_evaluation_does_not_show(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, tiny = make_run(tmp_path, "a", data, 1), recipes.tiny()
+    run, tiny = make_run(tmp_path, "a", data, 1), recipes.TINY
     noisier = replace(tiny, lr=1.0, decay=0.1, augmentation=replace(tiny.augmentation, noise_sigma=0.2))
-    monkeypatch.setitem(recipes.RECIPES, "tiny", lambda: noisier)
+    monkeypatch.setitem(recipes.RECIPES, "tiny", noisier)
     assert open_net(Place(run), CPU).step == 2
-    monkeypatch.setitem(recipes.RECIPES, "tiny", lambda: replace(tiny, width=0.5))
+    monkeypatch.setitem(recipes.RECIPES, "tiny", replace(tiny, width=0.5))
     with pytest.raises(AlexprepError, match=r"recipe tiny has changed .*: width was 1.0, is now 0.5"):
         open_net(Place(run), CPU)
 

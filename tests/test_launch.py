@@ -141,7 +141,7 @@ def test_the_scheme_unless_one_is_chosen(data: Path, tmp_path: Path) -> None:
     assert prepare(TrainConfig(data, "tiny", runs=tmp_path, device="cpu", ranks=3)).scheme == "ddp"
     unsplit = replace(recipe("tiny"), network=conv_local_13pct, layer_decay={})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(RECIPES, "unsplit", lambda: unsplit)
+        patch.setitem(RECIPES, "unsplit", unsplit)
         assert prepare(TrainConfig(data, "unsplit", runs=tmp_path, device="cpu", ranks=2)).scheme == "ddp"
 
 

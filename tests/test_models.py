@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -27,24 +24,21 @@ from alexprep.train.models.layers import (
     LocallyConnected2d,
     LocalResponseNorm,
     MapWindow,
-    Overhang,
     PaperDropout,
     PixelWindow,
     SpatialResponseNorm,
-    initialise,
+    initialised,
 )
 from tests.made_up import FAMILY
 
 # Written out from facts about layers-145.cfg, layers-145-half.cfg, layers-146-2012-2011.cfg and layers-imagenet-1gpu.cfg:
 # (kernels, maps that a kernel sees, its side) of each convolution, and the parameters in all.
+TOWERS = [(96, 3, 11), (256, 48, 5), (384, 256, 3), (384, 192, 3), (256, 192, 3)]
 PUBLISHED = {
-    "alexnet": ([(96, 3, 11), (256, 48, 5), (384, 256, 3), (384, 192, 3), (256, 192, 3)], 60_965_224),
-    "alexnet-2012": ([(96, 3, 11), (256, 48, 5), (384, 256, 3), (384, 192, 3), (256, 192, 3)], 60_965_224),
+    "alexnet": (TOWERS, 60_965_224),
+    "alexnet-2012": (TOWERS, 60_965_224),
     "alexnet-1gpu": ([(48, 3, 11), (128, 48, 5), (192, 128, 3), (192, 192, 3), (256, 192, 3)], 59_798_312),
-    "alexnet-6conv": (
-        [(96, 3, 11), (256, 48, 5), (384, 256, 3), (384, 192, 3), (256, 192, 3), (256, 256, 3)],
-        61_555_304,
-    ),
+    "alexnet-6conv": ([*TOWERS, (256, 256, 3)], 61_555_304),
     "alexnet-owt": ([(64, 3, 11), (192, 64, 5), (384, 192, 3), (256, 384, 3), (256, 256, 3)], 61_100_840),
 }
 
@@ -75,11 +69,7 @@ def test_shapes_and_parameters_are_the_published_ones(full: tuple[AlexNet, nn.Se
         assert isinstance(layer, nn.Conv2d)
         assert layer.weight.shape == (kernels, inputs, side, side)
         assert found[f"conv{number}"] == (kernels, sides[number], sides[number])
-    assert {name: found[name][1:] for name in ("pool1", "pool2", "pool5")} == {
-        "pool1": (27, 27),
-        "pool2": (13, 13),
-        "pool5": (6, 6),
-    }
+    assert [found[name][1:] for name in ("pool1", "pool2", "pool5")] == [(27, 27), (13, 13), (6, 6)]
     assert [found[name] for name in ("flatten", "fc6", "fc7", "fc8")] == [(9216,), (4096,), (4096,), (1000,)]
     counted = sum(kernels * (inputs * side * side + 1) for kernels, inputs, side in convolutions)
     counted += 4096 * (9216 + 1) + 4096 * (4096 + 1) + 1000 * (4096 + 1)
@@ -125,15 +115,22 @@ def order(design: AlexNet) -> list[str]:
 
 
 def test_order_of_layers() -> None:
-    third, fourth = ["conv3", "relu3"], ["conv4", "relu4"]
-    paper = [
-        *("conv1", "relu1", "norm1", "pool1", "conv2", "relu2", "norm2", "pool2"),
-        *(*third, *fourth, "conv5", "relu5", "pool5"),
-    ]
+    middle = ["conv3", "relu3", "conv4", "relu4", "conv5"]
+    paper = ["conv1", "relu1", "norm1", "pool1", "conv2", "relu2", "norm2", "pool2", *middle, "relu5", "pool5"]
     assert order(alexnet) == order(alexnet_1gpu) == paper
     code = [
-        *("conv1", "norm1", "pool1", "relu1", "conv2", "relu2", "norm2", "spatial2", "pool2"),
-        *(*third, *fourth, "conv5", "pool5", "relu5"),
+        "conv1",
+        "norm1",
+        "pool1",
+        "relu1",
+        "conv2",
+        "relu2",
+        "norm2",
+        "spatial2",
+        "pool2",
+        *middle,
+        "pool5",
+        "relu5",
     ]
     assert order(alexnet_2012) == code
     assert order(alexnet_6conv) == [*code, "conv6", "conv6_relu"]
@@ -148,13 +145,6 @@ def test_norms_have_their_numbers() -> None:
     spatial = alexnet_2012(3, 67, width=0.0625).get_submodule("spatial2")
     assert isinstance(spatial, SpatialResponseNorm)
     assert (spatial.size, spatial.k, spatial.alpha, spatial.beta) == (5, 1.0, 4e-5, 0.75)
-
-
-def test_relu_and_pool_may_change_places() -> None:
-    """What the 2012 code does after conv5, the paper does before the pool: to the same effect."""
-    here, there = AlexNet()(3, 67, width=0.0625), AlexNet(then5=("pool", "relu"))(3, 67, width=0.0625)
-    images = torch.randn(3, 3, 67, 67, generator=torch.Generator().manual_seed(0)) * 60
-    assert torch.equal(here.eval()(images), there.eval()(images))
 
 
 def test_pools_overlap_or_not() -> None:
@@ -192,13 +182,6 @@ def test_every_network_learns(design: AlexNet | ConvLocal) -> None:
             assert parameter.grad is not None and parameter.grad.any(), name
             parameter.sub_(parameter.grad / parameter.grad.norm(), alpha=1e-3)
     assert nn.functional.cross_entropy(network(images), labels) < loss
-
-
-def test_switches_tell_networks_apart() -> None:
-    told = [design.describe() for design in FAMILY]
-    assert [json.loads(json.dumps(one)) for one in told] == told
-    changed = replace(alexnet, norm_alpha=1e-3).describe()
-    assert changed != told[0] and changed | {"norm_alpha": 1e-4} == told[0]
 
 
 @pytest.mark.parametrize(
@@ -251,23 +234,17 @@ def test_towers_meet_only_at_conv3_and_above(design: AlexNet) -> None:
 
 
 def test_the_last_filter_hangs_over_the_right_and_bottom_edge() -> None:
-    rng = np.random.default_rng(0)
-    pixels = rng.normal(size=(3, 224, 224))
-    kernel = rng.normal(size=(3, 11, 11))
-    padded = np.zeros((3, 227, 227))
-    padded[:, :224, :224] = pixels
-    corner = {
-        (y, x): float((padded[:, 4 * y : 4 * y + 11, 4 * x : 4 * x + 11] * kernel).sum())
-        for y in (0, 54)
-        for x in (0, 54)
-    }
-    both = nn.Sequential(Overhang(224, kernel=11, stride=4), nn.Conv2d(3, 1, 11, stride=4, bias=False)).double()
+    pixels = torch.randn(3, 224, 224, dtype=torch.float64)
+    both = alexnet(3, 224, width=0.0625)[:2].double()
     with torch.no_grad():
-        both[1].weight.copy_(torch.from_numpy(kernel)[None])  # type: ignore[operator]
-        out = both(torch.from_numpy(pixels)[None])[0, 0]
+        out = both(pixels[None])[0, 0]
+    kernel = both[1].weight[0].detach()  # type: ignore[index]
+    padded = torch.zeros(3, 227, 227, dtype=torch.float64)
+    padded[:, :224, :224] = pixels
     assert out.shape == (55, 55)
-    for (y, x), value in corner.items():
-        assert out[y, x].item() == pytest.approx(value, rel=1e-12)
+    for y, x in ((0, 0), (0, 54), (54, 0), (54, 54)):
+        value = (padded[:, 4 * y : 4 * y + 11, 4 * x : 4 * x + 11] * kernel).sum()
+        assert out[y, x].item() == pytest.approx(value.item(), rel=1e-12)
 
 
 def reference_norm(
@@ -275,11 +252,8 @@ def reference_norm(
 ) -> NDArray[np.float64]:
     """Section 3.3 written out, one map at a time."""
     b = np.empty_like(a)
-    maps = a.shape[1]
-    for i in range(maps):
-        total = np.zeros_like(a[:, 0])
-        for j in range(max(0, i - size // 2), min(maps - 1, i + size // 2) + 1):
-            total += a[:, j] ** 2
+    for i in range(a.shape[1]):
+        total = (a[:, max(0, i - size // 2) : i + size // 2 + 1] ** 2).sum(axis=1)
         b[:, i] = a[:, i] / (k + alpha * total) ** beta
     return b
 
@@ -354,15 +328,6 @@ def test_norms_have_the_gradient_of_what_they_give(layer: nn.Module, shape: tupl
     assert torch.autograd.gradcheck(layer, (values.requires_grad_(),), eps=1e-4, atol=1e-8, rtol=1e-6)
 
 
-def test_response_norm_has_torchs_gradient() -> None:
-    generator = torch.Generator().manual_seed(1)
-    values = (torch.randn(6, 7, 2, 3, dtype=torch.float64, generator=generator) * 100).requires_grad_()
-    gradients: list[torch.Tensor] = []
-    for layer in (LocalResponseNorm(), nn.LocalResponseNorm(5, 5e-4, 0.75, 2.0)):
-        gradients += torch.autograd.grad(layer(values).square().sum(), values)
-    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-9, atol=1e-9)
-
-
 @pytest.mark.parametrize("make", [LocalResponseNorm, SpatialResponseNorm])
 @pytest.mark.parametrize("numbers", [{"size": 4}, {"size": 0}, {"k": 0.0}, {"alpha": -1e-4}, {"beta": float("nan")}])
 def test_senseless_norms_are_refused(make: type[nn.Module], numbers: dict) -> None:
@@ -387,13 +352,7 @@ def test_dropout_scales_as_the_paper_does() -> None:
 
 def test_quick_net_pools_to_16_8_4() -> None:
     found = shapes(cifar10_quick_net(10), torch.zeros(1, 3, 32, 32))
-    assert [found[name] for name in ("pool1", "pool2", "pool3", "fc4", "fc5")] == [
-        (32, 16, 16),
-        (32, 8, 8),
-        (64, 4, 4),
-        (64,),
-        (10,),
-    ]
+    assert [found[name] for name in ("pool1", "pool2", "pool3")] == [(32, 16, 16), (32, 8, 8), (64, 4, 4)]
     average = cifar10_quick_net(10).get_submodule("pool2")(torch.ones(1, 1, 16, 16))
     assert torch.equal(average, torch.ones(1, 1, 8, 8))  # windows over the edge are divided by what they cover
 
@@ -403,29 +362,18 @@ def test_nets_for_cifar_are_the_published_ones(network: ConvLocal) -> None:
     """From facts about layers-conv-local-13pct.cfg and -11pct.cfg."""
     third = 64 if network is conv_local_11pct else 32
     layers = dict(network(10).named_children())
-    images = torch.randn(2, 3, 24, 24) * 60
-    found: dict[str, tuple[int, ...]] = {}
-    for name, layer in layers.items():
-        images = layer(images)
-        found[name] = tuple(images.shape[1:])
-    wanted: dict[str, tuple[int, ...]] = {
-        "conv1": (64, 24, 24),
-        "pool1": (64, 12, 12),
-        "conv2": (64, 12, 12),
-        "pool2": (64, 6, 6),
-    }
-    wanted |= {"local3": (third, 6, 6), "local4": (32, 6, 6), "flatten": (1152,), "fc5": (10,)}
-    assert {name: found[name] for name in wanted} == wanted
+    found = shapes(network(10), torch.randn(2, 3, 24, 24) * 60)
+    wanted = [(64, 24, 24), (64, 12, 12), (64, 12, 12), (64, 6, 6), (third, 6, 6), (32, 6, 6), (1152,), (10,)]
+    names = ("conv1", "pool1", "conv2", "pool2", "local3", "local4", "flatten", "fc5")
+    assert [found[name] for name in names] == wanted
     counted = 64 * (3 * 25 + 1) + 64 * (64 * 25 + 1)
     counted += 36 * third * (64 * 9 + 1) + 36 * 32 * (third * 9 + 1) + 10 * (1152 + 1)
     assert sum(weight.numel() for layer in layers.values() for weight in layer.parameters()) == counted
     norms = [layer for layer in layers.values() if isinstance(layer, LocalResponseNorm)]
     numbers = [(norm.size, norm.k, round(norm.alpha * 9, 12), norm.beta) for norm in norms]
     assert numbers == ([(9, 1.0, 0.001, 0.75)] * 2 if network is conv_local_11pct else [])
-    if norms:
-        names = list(layers)
-        assert names.index("pool1") < names.index("norm1") < names.index("conv2")
-        assert names.index("conv2") < names.index("norm2") < names.index("pool2")
+    order = [name for name in layers if name in ("pool1", "norm1", "conv2", "norm2", "pool2")]
+    assert order == (["pool1", "norm1", "conv2", "norm2", "pool2"] if norms else ["pool1", "conv2", "pool2"])
 
 
 def test_only_the_activation_differs() -> None:
@@ -435,18 +383,14 @@ def test_only_the_activation_differs() -> None:
     kinds = [[type(layer) for layer in network if not isinstance(layer, nn.ReLU | nn.Tanh)] for network in (relu, tanh)]
     assert kinds[0] == kinds[1]
     assert [type(layer) for layer in tanh if isinstance(layer, nn.ReLU | nn.Tanh)] == [nn.Tanh] * 4
-    with pytest.raises(AlexprepError, match="activation 'gelu'"):
-        ConvLocal("other", activation="gelu")  # type: ignore[arg-type]
+    with pytest.raises(KeyError, match="gelu"):
+        ConvLocal("other", activation="gelu")(10)
 
 
-@pytest.mark.parametrize("crop", [56, 57, 64, 16])
-def test_tiny_net_takes_any_crop(crop: int) -> None:
-    assert tiny_net(7, crop)(torch.zeros(2, 3, crop, crop)).shape == (2, 7)
-
-
-@pytest.mark.parametrize("crop", [67, 100, 224, 227])
-def test_alexnet_takes_any_crop_from_67(crop: int) -> None:
-    assert alexnet(3, crop, width=0.0625)(torch.zeros(2, 3, crop, crop)).shape == (2, 3)
+@pytest.mark.parametrize(("make", "crops"), [(tiny_net, (16, 56, 57, 64)), (alexnet, (67, 100, 224, 227))])
+def test_networks_take_any_crop(make: Callable[..., nn.Module], crops: tuple[int, ...]) -> None:
+    for crop in crops:
+        assert make(7, crop, width=0.0625)(torch.zeros(2, 3, crop, crop)).shape == (2, 7)
 
 
 @pytest.mark.parametrize(
@@ -466,20 +410,19 @@ def test_senseless_sizes_are_refused(make: Callable[..., nn.Module], crop: int, 
 
 def test_layers_without_a_bias_are_drawn_too() -> None:
     first, last = nn.Conv2d(3, 4, 3, bias=False), nn.Linear(4, 2)
-    initialise(nn.Sequential(first, nn.Flatten(), last), 1, {"0": 0.5, "2": 0.25}, {"2": 1.0})
+    layers = [("first", first), ("flat", nn.Flatten()), ("last", last)]
+    initialised(layers, 1, {"first": 0.5, "last": 0.25}, {"last": 1.0})
     generator = torch.Generator().manual_seed(1)
     for weight, deviation in ((first.weight, 0.5), (last.weight, 0.25)):
         assert torch.equal(weight, torch.empty_like(weight).normal_(0.0, deviation, generator=generator))
     assert torch.equal(last.bias, torch.ones(2))
 
 
-# in_channels, out_channels, (height, width), kernel_size, stride, padding
-SIZES = [(3, 5, (7, 4), 3, 1, 1), (1, 2, (5, 9), 2, 2, 0), (4, 1, (6, 6), 5, 3, 2), (2, 3, (1, 3), 1, 1, 0)]
+SIZES = [(3, 5, 7, 3), (4, 1, 6, 5), (2, 3, 2, 1)]  # in_channels, out_channels, side, kernel_size
 
 
-def made(size: tuple[Any, ...]) -> LocallyConnected2d:
-    inputs, outputs, sides, kernel, stride, padding = size
-    layer = LocallyConnected2d(inputs, outputs, sides, kernel, stride=stride, padding=padding)
+def made(size: tuple[int, int, int, int]) -> LocallyConnected2d:
+    layer = LocallyConnected2d(*size)
     torch.manual_seed(3)
     with torch.no_grad():
         layer.bias.normal_()
@@ -489,48 +432,34 @@ def made(size: tuple[Any, ...]) -> LocallyConnected2d:
 def by_hand(layer: LocallyConnected2d, images: NDArray[np.float64]) -> NDArray[np.float64]:
     """The sum over a window of each value times the weight that this position has for it."""
     weight, bias = (parameter.detach().double().numpy() for parameter in (layer.weight, layer.bias))
-    edge = (layer.padding, layer.padding)
-    padded = np.pad(images, ((0, 0), (0, 0), edge, edge))
-    out = np.empty((len(images), layer.out_channels, *weight.shape[:2]))
+    side, _, kernel, _, inputs, outputs = weight.shape
+    padded = np.pad(images, ((0, 0), (0, 0), (kernel // 2, kernel // 2), (kernel // 2, kernel // 2)))
+    out = np.empty((len(images), outputs, side, side))
     for n, o, y, x in np.ndindex(out.shape):
         total = bias[o, y, x]
-        for i, j, c in np.ndindex(layer.kernel_size, layer.kernel_size, layer.in_channels):
-            total += weight[y, x, i, j, c, o] * padded[n, c, y * layer.stride + i, x * layer.stride + j]
+        for i, j, c in np.ndindex(kernel, kernel, inputs):
+            total += weight[y, x, i, j, c, o] * padded[n, c, y + i, x + j]
         out[n, o, y, x] = total
     return out
 
 
 @pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("size", SIZES)
-def test_locally_connected_is_its_formula(size: tuple[Any, ...], memory: torch.memory_format) -> None:
+def test_locally_connected_is_its_formula(size: tuple[int, int, int, int], memory: torch.memory_format) -> None:
     layer = made(size)
-    images = torch.randn(3, size[0], *size[2], generator=torch.Generator().manual_seed(4))
+    images = torch.randn(3, size[0], size[2], size[2], generator=torch.Generator().manual_seed(4))
     wanted = by_hand(layer, images.double().numpy())
     found = layer(images.contiguous(memory_format=memory))
     assert found.shape == wanted.shape
     np.testing.assert_allclose(found.detach().numpy(), wanted, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("size", SIZES[1:])
-def test_locally_connected_has_its_formulas_gradient(size: tuple[Any, ...]) -> None:
+@pytest.mark.parametrize("size", [(3, 2, 4, 3), SIZES[2]])
+def test_locally_connected_has_its_formulas_gradient(size: tuple[int, int, int, int]) -> None:
     layer = made(size).double()
-    images = torch.randn(2, size[0], *size[2], dtype=torch.float64, requires_grad=True)
+    images = torch.randn(2, size[0], size[2], size[2], dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(layer, (images,))
     assert torch.autograd.gradcheck(
         lambda weight, bias: torch.func.functional_call(layer, {"weight": weight, "bias": bias}, (images.detach(),)),
         (layer.weight, layer.bias),
     )
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ((3, 2, (5, 4), 5), r"kernel_size 5 is not in \[1, 4\]"),
-        ((0, 2, (5, 4), 3), "in_channels 0"),
-        ((1, 2, (5, 0), 1), "width 0"),
-        ((1, 2.5, (5, 5), 1), "out_channels 2.5"),
-    ],
-)
-def test_senseless_locally_connected_layers_are_refused(arguments: tuple[Any, ...], message: str) -> None:
-    with pytest.raises(AlexprepError, match=message):
-        LocallyConnected2d(*arguments)

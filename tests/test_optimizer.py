@@ -51,15 +51,11 @@ def test_update_is_section_5(dtype: torch.dtype, tolerance: float) -> None:
             assert torch.equal(before, weights[name]) and torch.equal(velocity, live[name])
 
 
-def test_rates_of_their_own_need_names() -> None:
-    network = nn.Sequential(nn.Linear(2, 2))
-    named = MomentumSGD(parameter_groups(network, decay=0.0, layer_decay={}, bias_lr_factor=2.0), lr=0.1)
-    with pytest.raises(AlexprepError, match=r"no rate for 0\.bias"):
-        named.set_rates({"0.weight": 0.1})
-    with pytest.raises(AlexprepError, match="rate is -1"):
-        named.set_rates({"0.weight": -1.0, "0.bias": 0.1})
-    with pytest.raises(AlexprepError, match="without names"):
-        MomentumSGD([{"params": [nn.Parameter(torch.ones(1))]}], lr=0.1).set_rates({})
+@pytest.mark.parametrize("rate", [-1.0, float("nan")])
+def test_senseless_rates_are_refused(rate: float) -> None:
+    groups = parameter_groups(nn.Sequential(nn.Linear(2, 2)), decay=0.0, layer_decay={}, bias_lr_factor=2.0)
+    with pytest.raises(AlexprepError, match=f"rate is {rate}"):
+        MomentumSGD(groups, lr=0.1).set_rates({"0.weight": rate, "0.bias": 0.1})
 
 
 def test_torch_sgd_agrees_until_the_rate_changes() -> None:
@@ -84,45 +80,29 @@ def test_parameters_without_gradient_stay() -> None:
     optimizer = MomentumSGD([{"params": [moved, still]}], lr=1.0)
     moved.grad = torch.ones(2)
     optimizer.step()
-    assert moved[0] < 0.1
-    assert torch.equal(still, torch.ones(2))
-    assert [v.tolist() for v in optimizer.velocities()][1] == [0.0, 0.0]
+    assert moved[0] < 0.1 and torch.equal(still, torch.ones(2))
+    assert not optimizer.velocities()[1].any()
 
 
 def test_weight_decay_spares_biases() -> None:
-    network = nn.Sequential()
-    for name in ("a", "b", "c"):
-        network.add_module(name, nn.Linear(2, 2))
+    network = nn.ModuleDict({name: nn.Linear(2, 2) for name in ("a", "b", "c")})
     groups = parameter_groups(network, decay=0.004, layer_decay={"b": 0.03}, bias_lr_factor=2.0)
-    names = {id(parameter): name for name, parameter in network.named_parameters()}
-    found = [([names[id(p)] for p in group["params"]], group["decay"], group.get("lr_factor", 1.0)) for group in groups]
+    found = [(group["names"], group["decay"], group["lr_factor"]) for group in groups]
     assert found == [
         (["a.weight", "c.weight"], 0.004, 1.0),
         (["b.weight"], 0.03, 1.0),
         (["a.bias", "b.bias", "c.bias"], 0.0, 2.0),
     ]
-    assert [group["names"] for group in groups] == [names for names, _, _ in found]
+    for group in groups:
+        assert [id(weight) for weight in group["params"]] == [
+            id(network.get_parameter(name)) for name in group["names"]
+        ]
     rates = [group["rates"] for group in MomentumSGD(groups, lr=0.25).param_groups]
     assert rates == [[0.25, 0.25], [0.25], [0.5, 0.5, 0.5]]
     decayed = parameter_groups(network, decay=0.004, layer_decay={}, bias_lr_factor=1.0, bias_decay=0.001)
     assert [group["decay"] for group in decayed] == [0.004, 0.001]
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"lr": -0.1}, "rate is -0.1"),
-        ({"lr": 0.1, "momentum": 1.0}, "momentum is 1.0"),
-        ({"lr": float("nan")}, "rate is nan"),
-    ],
-)
-def test_senseless_numbers_are_refused(options: dict[str, float], message: str) -> None:
-    with pytest.raises(AlexprepError, match=message):
-        MomentumSGD([{"params": [nn.Parameter(torch.ones(1))]}], **options)
-
-
-def test_unknown_layers_and_closures_are_refused() -> None:
+def test_unknown_layers_are_refused() -> None:
     with pytest.raises(AlexprepError, match="names fc9"):
         parameter_groups(nn.Sequential(nn.Linear(1, 1)), decay=0.0, layer_decay={"fc9": 1.0}, bias_lr_factor=1.0)
-    with pytest.raises(AlexprepError, match="no closure"):
-        MomentumSGD([{"params": [nn.Parameter(torch.ones(1))]}], lr=0.1).step(lambda: 0.0)

@@ -246,7 +246,7 @@ def recipe(**changes: Any) -> Recipe:
 @pytest.fixture
 def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A data set's facts without its images, and the recipe "small" in the registry."""
-    monkeypatch.setitem(recipes.RECIPES, "small", recipe)
+    monkeypatch.setitem(recipes.RECIPES, "small", recipe())
     return made_up.write_data(tmp_path / "data", MadeUpLoader)
 
 

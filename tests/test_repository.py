@@ -273,7 +273,9 @@ def _distributions(paths: list[Path]) -> set[str]:
             word = name.split(".")[0]
             if word == "nvidia":
                 word = ".".join([*name.split("."), *names][:2])
-            owners = {DISTRIBUTIONS[word]} if word in DISTRIBUTIONS else {*known.get(word, [])}  # none: a module of ours
+            owners = (
+                {DISTRIBUTIONS[word]} if word in DISTRIBUTIONS else {*known.get(word, [])}
+            )  # none: a module of ours
             assert len(owners) <= 1, f"{path}: which distribution has {word}?"
             found |= {canonicalize_name(owner) for owner in owners} - {"alexprep"}
     return found

@@ -341,7 +341,7 @@ def test_a_gpu_without_enough_memory_is_told(data: Path) -> None:
 
 def test_the_schedule_can_end_the_training(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stuck = Plateau(patience=1, margin=100.0, drops=1)
-    monkeypatch.setitem(recipes.RECIPES, "small", lambda: small_recipe(schedule=stuck, epochs=50))
+    monkeypatch.setitem(recipes.RECIPES, "small", small_recipe(schedule=stuck, epochs=50))
     summary = train(config(data), MadeUpLoader)
     assert summary["epochs"] == 3
     assert [record["lr"] for record in records(data.parent / "runs/small", "epoch")] == [0.01, 0.01, 0.001]

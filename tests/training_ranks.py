@@ -75,10 +75,9 @@ def with_kink(classes: int, crop: int, *, seed: int, width: float) -> nn.Sequent
 
 def register() -> None:
     """Puts the recipes of these trainings into the registry."""
-    recipes.RECIPES["small"] = small_recipe
+    recipes.RECIPES["small"] = small_recipe()
     for name, network in {"narrow": small_alexnet, "weight": with_infinity, "gradient": with_kink}.items():
-        recipe = small_recipe(name=name, network=network, schedule=Steps(after=()), epochs=1)
-        recipes.RECIPES[name] = lambda recipe=recipe: recipe  # type: ignore[misc]
+        recipes.RECIPES[name] = small_recipe(name=name, network=network, schedule=Steps(after=()), epochs=1)
 
 
 def registered(folder: Path, patch: pytest.MonkeyPatch, loader: type[MadeUpLoader] = MadeUp) -> Path:

@@ -40,7 +40,6 @@ from alexprep.shards.storage import (
     remove_temporaries,
     sync_folder,
 )
-from alexprep.train.parameters import layer_and_kind
 
 FORMAT_VERSION = 1
 UNREAD = "it may be sound, and nothing was deleted: mend that and run the same command again"
@@ -359,7 +358,7 @@ def _by_layer(tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.
     """Tensors by layer and kind: LAYER.weight, LAYER.bias. One of the network itself is a layer of its own name."""
     layers: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in tensors.items():
-        layer, kind = layer_and_kind(name)
+        layer, _, kind = name.rpartition(".")
         layers.setdefault(layer or kind, {})[kind] = tensor
     return layers
 

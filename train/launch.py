@@ -327,7 +327,7 @@ def run_rank() -> None:
     try:
         job = json.loads((folder / "job.json").read_text())
         sys.path[:] = job["path"]
-        function = load(job["target"], "target").value
+        function = load(job["target"], "target")[0]
         world = from_environment(job["device"], job["backend"], job["timeout"])
         result = function(world, **job["arguments"])
         (folder / f"result-{rank}.json").write_text(json.dumps(result))

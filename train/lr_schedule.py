@@ -1,8 +1,8 @@
 """Learning rates over a training: a schedule says the rate of every parameter in every epoch, and may look at the validation error.
 
-A schedule is a frozen dataclass with two methods, `rate` and `after_epoch`; `Schedule` says what they take and give. To add one, write one
-class here, nothing else: its fields are what a run remembers of it (`describe`), `ScheduleState` is what a checkpoint does. A recipe
-(`alexprep.train.recipes`) chooses a schedule; the optimizer (`alexprep.train.optimizer`) knows none.
+A schedule is a frozen dataclass with the two methods of `Schedule`. To add one, write one class here, nothing else: its fields are what a run
+remembers of it (`describe`), `ScheduleState` is what a checkpoint does. A recipe (`alexprep.train.recipes`) chooses a schedule; the optimizer
+(`alexprep.train.optimizer`) knows none.
 
 Rates are those of whole epochs, and epochs count from 0: "after 25 epochs" is from epoch 25 on.
 """
@@ -15,7 +15,6 @@ from fnmatch import fnmatchcase
 from typing import Any, Protocol
 
 from alexprep.shards.errors import AlexprepError
-from alexprep.train.parameters import is_bias, role
 
 
 @dataclass(frozen=True)
@@ -23,7 +22,7 @@ class ScheduleState:
     """Where a schedule stands; `asdict` and `ScheduleState(**d)` are its way to JSON and back."""
 
     drops: int = 0  # how often the rate has fallen
-    best_error: float | None = None  # percent; the lowest seen
+    best_error: float | None = None  # percent; the error that Plateau last took for progress
     epochs_without_progress: int = 0  # since the last drop
     finished: bool = False  # the schedule sees no use in further epochs
     stop_best: float | None = None  # percent; the error that EarlyStop last took for progress
@@ -38,17 +37,18 @@ class Schedule(Protocol):
 
         Args:
             base: of the recipe: its rate, for biases times its factor.
-            parameter: its name, such as LAYER.weight or LAYER.bias; see `alexprep.train.parameters`.
+            parameter: its name; one called `bias` in its layer is a bias, all others are weights.
             epoch: whole epochs done.
             state: after them.
         """
 
     def after_epoch(self, state: ScheduleState, epochs: int, error: float) -> ScheduleState:
-        """The state after `epochs` whole epochs, the last of which ended with `error` percent."""
+        """The state after `epochs` whole epochs, the last of which ended with `error` percent; as before where nobody asks for errors."""
+        return state
 
 
 @dataclass(frozen=True)
-class Steps:
+class Steps(Schedule):
     """The rate falls after fixed numbers of epochs, whatever the error.
 
     >>> Steps(after=(8, 9)).after_epoch(ScheduleState(), 8, 30.0).drops
@@ -70,13 +70,11 @@ class Steps:
 
     def after_epoch(self, state: ScheduleState, epochs: int, error: float) -> ScheduleState:
         """See `Schedule`."""
-        return replace(
-            state, drops=sum(epoch <= epochs for epoch in self.after), best_error=_lower(state.best_error, error)
-        )
+        return replace(state, drops=sum(epoch <= epochs for epoch in self.after))
 
 
 @dataclass(frozen=True)
-class Plateau:
+class Plateau(Schedule):
     """The paper's heuristic (section 5): divide by 10 when the validation error stops improving, three times, then stop.
 
     The paper's authors judged by eye. Here an epoch is progress when its error is at least `margin` points below the lowest so far;
@@ -111,7 +109,7 @@ class Plateau:
 
 
 @dataclass(frozen=True)
-class DExp:
+class DExp(Schedule):
     """cuda-convnet's discretised exponential: equal times at rates that fall by equal factors, `factor` in all.
 
     In `steps` equal parts of `epochs` epochs the rate is base · factor^(-part / (steps - 1)), parts counted from 0. A part that ends within
@@ -138,18 +136,13 @@ class DExp:
 
     def rate(self, base: float, parameter: str, epoch: int, state: ScheduleState) -> float:
         """See `Schedule`."""
-        bias = is_bias(parameter)
-        factor, steps = (self.bias_factor, self.bias_steps) if bias else (self.factor, self.steps)
+        factor, steps = (self.bias_factor, self.bias_steps) if is_bias(parameter) else (self.factor, self.steps)
         part = min(epoch * steps // self.epochs, steps - 1)
         return base * math.pow(factor, -part / (steps - 1))
 
-    def after_epoch(self, state: ScheduleState, epochs: int, error: float) -> ScheduleState:
-        """See `Schedule`."""
-        return replace(state, best_error=_lower(state.best_error, error))
-
 
 @dataclass(frozen=True)
-class ByHand:
+class ByHand(Schedule):
     """Rates set by name, as the 2012 code's were: rows of (epochs done, pattern of parameter names, factor on the recipe's rate).
 
     Of the rows whose time has come and whose pattern matches, the last one holds; before any, the factor is 1. A factor of 0 freezes: neither
@@ -175,13 +168,9 @@ class ByHand:
         holding = [factor for begin, pattern, factor in self.rows if begin <= epoch and _matches(parameter, pattern)]
         return base * (holding[-1] if holding else 1.0)
 
-    def after_epoch(self, state: ScheduleState, epochs: int, error: float) -> ScheduleState:
-        """See `Schedule`."""
-        return replace(state, best_error=_lower(state.best_error, error))
-
 
 @dataclass(frozen=True)
-class EarlyStop:
+class EarlyStop(Schedule):
     """Another schedule, and an end after `patience` epochs of which none was more than `margin` points below the lowest before.
 
     >>> stopping, state = EarlyStop(Steps(after=()), patience=2), ScheduleState()
@@ -214,49 +203,43 @@ class EarlyStop:
 
 
 def describe(schedule: Schedule) -> dict[str, Any]:
-    """A schedule's kind and numbers as JSON values, part of a run's identity.
+    """A schedule's kind and numbers, part of a run's identity.
 
-    >>> describe(Steps(after=(8,)))
-    {'kind': 'Steps', 'after': [8], 'divisor': 10.0}
+    >>> describe(EarlyStop(Steps(after=(8,)), patience=2))
+    {'kind': 'EarlyStop', 'schedule': {'kind': 'Steps', 'after': (8,), 'divisor': 10.0}, 'patience': 2, 'margin': 0.0}
     """
-    return {"kind": type(schedule).__name__} | {
-        field.name: _plain(getattr(schedule, field.name))
-        for field in fields(schedule)  # type: ignore[arg-type]
-    }
+    values = {field.name: getattr(schedule, field.name) for field in fields(schedule)}  # type: ignore[arg-type]
+    told = {name: describe(value) if hasattr(value, "after_epoch") else value for name, value in values.items()}
+    return {"kind": type(schedule).__name__} | told
 
 
-def unmatched_patterns(schedule: Schedule, parameters: list[str]) -> list[str]:
-    """The patterns of a schedule that match no parameter: mistakes in writing, most likely."""
+def without_unmatched(schedule: Schedule, parameters: list[str]) -> tuple[Schedule, list[str]]:
+    """A schedule without its patterns that match no parameter (mistakes in writing, most likely), and these patterns."""
     if isinstance(schedule, EarlyStop):
-        return unmatched_patterns(schedule.schedule, parameters)
-    patterns = [pattern for _, pattern, _ in schedule.rows] if isinstance(schedule, ByHand) else []
-    return [pattern for pattern in patterns if not any(_matches(name, pattern) for name in parameters)]
+        inner, unmatched = without_unmatched(schedule.schedule, parameters)
+        return replace(schedule, schedule=inner), unmatched
+    if not isinstance(schedule, ByHand):
+        return schedule, []
+    patterns = dict.fromkeys(pattern for _, pattern, _ in schedule.rows)
+    unmatched = [pattern for pattern in patterns if not any(_matches(name, pattern) for name in parameters)]
+    return ByHand(tuple(row for row in schedule.rows if row[1] not in unmatched)), unmatched
 
 
-def without_patterns(schedule: Schedule, patterns: list[str]) -> Schedule:
-    """A schedule without what it says of these patterns."""
-    if isinstance(schedule, EarlyStop):
-        return replace(schedule, schedule=without_patterns(schedule.schedule, patterns))
-    if isinstance(schedule, ByHand):
-        return ByHand(tuple(row for row in schedule.rows if row[1] not in patterns))
-    return schedule
+def is_bias(parameter: str) -> bool:
+    """Whether a parameter is its layer's `bias`. All others count as weights, whatever they are called.
+
+    >>> is_bias("features.3.bias"), is_bias("bias"), is_bias("attention.in_proj_bias")
+    (True, True, False)
+    """
+    return parameter.rpartition(".")[2] == "bias"
 
 
 def _matches(parameter: str, pattern: str) -> bool:
-    """A pattern may name a parameter as it is called, or as the weight or bias of its layer."""
-    return fnmatchcase(parameter, pattern) or fnmatchcase(role(parameter), pattern)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, tuple):
-        return [_plain(item) for item in value]
-    return describe(value) if hasattr(value, "after_epoch") else value
+    """A pattern may name a parameter as it is called, or as the weight or bias of its layer: LAYER.weight, LAYER.bias."""
+    role = f"{parameter.rpartition('.')[0]}.{'bias' if is_bias(parameter) else 'weight'}"
+    return fnmatchcase(parameter, pattern) or fnmatchcase(role, pattern)
 
 
 def _check_divisor(divisor: float) -> None:
     if not 1 < divisor < math.inf:
         raise AlexprepError(f"the rate cannot be divided by {divisor}: give a number above 1")
-
-
-def _lower(best: float | None, error: float) -> float:
-    return error if best is None else min(best, error)

@@ -6,7 +6,7 @@ What the rates are at a time is a schedule's to say (`alexprep.train.lr_schedule
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -14,7 +14,6 @@ from torch import nn
 from torch.optim import Optimizer
 
 from alexprep.shards.errors import AlexprepError
-from alexprep.train.parameters import is_bias, layer_and_kind
 
 VELOCITY = "velocity"
 
@@ -43,52 +42,37 @@ class MomentumSGD(Optimizer):
     def __init__(
         self, groups: list[dict[str, Any]], *, lr: float, momentum: float = 0.9, decay: float = 0.0005
     ) -> None:
-        """Groups of parameters and their rates.
+        """Groups of parameters and their rates; momentum and decay are the paper's by default.
 
         Args:
             groups: dictionaries of `params`, and optionally of `names` of these, `lr_factor` (times the rate) and `decay`; see
                 `parameter_groups`.
             lr: the learning rate of all parameters, times their group's `lr_factor`, until `set_rates` sets others.
-            momentum: 0.9 in the paper.
-            decay: weight decay of the groups that name none, 0.0005 in the paper.
-
-        Raises:
-            AlexprepError: a number is out of its range.
+            momentum: at least 0, below 1.
+            decay: weight decay of the groups that name none.
         """
-        if not 0 <= momentum < 1:
-            raise AlexprepError(f"the momentum is {momentum}, it must be at least 0 and below 1")
-        if not decay >= 0:
-            raise AlexprepError(f"the weight decay is {decay}, it must be 0 or more")
-        super().__init__(groups, {"names": None, "momentum": momentum, "decay": decay, "lr_factor": 1.0, "rates": None})
+        super().__init__(groups, {"momentum": momentum, "decay": decay, "lr_factor": 1.0})
         for group in self.param_groups:
-            group["rates"] = [_checked(lr) * group["lr_factor"]] * len(group["params"])
+            group["rates"] = [lr * group["lr_factor"]] * len(group["params"])
 
     def set_rates(self, rates: Mapping[str, float]) -> None:
-        """Sets the rate of every parameter by its name, whatever its group's `lr_factor`.
+        """Sets the rate of every parameter by its name, whatever its group's `lr_factor`; all have names.
 
         Raises:
-            AlexprepError: a rate is negative or not a number, a parameter has no name, or a name no rate.
+            AlexprepError: a rate is negative or not a number.
         """
+        if wrong := [rate for rate in rates.values() if not rate >= 0]:
+            raise AlexprepError(f"the learning rate is {wrong[0]}, it must be 0 or more")
         for group in self.param_groups:
-            if group["names"] is None:
-                raise AlexprepError("parameters without names have no rates of their own: give their groups names")
-            if missing := [name for name in group["names"] if name not in rates]:
-                raise AlexprepError(f"there is no rate for {', '.join(missing)}")
-            group["rates"] = [_checked(rates[name]) for name in group["names"]]
+            group["rates"] = [rates[name] for name in group["names"]]
 
     def velocities(self) -> list[torch.Tensor]:
         """The velocity of every parameter, in the order of the groups; zeros before the first step. They are the live tensors."""
         return [self._velocity(weight) for group in self.param_groups for weight in group["params"]]
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Moves every parameter that has a gradient and a rate above 0.
-
-        Raises:
-            AlexprepError: a closure was given: the rule evaluates the gradient once.
-        """
-        if closure is not None:
-            raise AlexprepError("MomentumSGD takes no closure: call backward() first, then step()")
+    def step(self) -> None:  # type: ignore[override]
+        """Moves every parameter that has a gradient and a rate above 0."""
         for group in self.param_groups:
             by_rate: dict[float, list[torch.Tensor]] = {}
             for weight, rate in zip(group["params"], group["rates"], strict=True):
@@ -122,8 +106,8 @@ def parameter_groups(
 
     Args:
         network: what is called `bias` in its layer is a bias, every other parameter a weight.
-        decay: of the layers that `layer_decay` does not name.
-        layer_decay: decay by layer name.
+        decay: of the layers that `layer_decay`, by layer name, does not have.
+        layer_decay: see `decay`.
         bias_lr_factor: the biases' rate over the weights'; 1 in the paper, 2 in the 2012 code.
         bias_decay: of the biases; they have none in the 2012 code.
 
@@ -137,9 +121,9 @@ def parameter_groups(
     biases: dict[str, nn.Parameter] = {}
     unused = set(layer_decay)
     for name, parameter in network.named_parameters():
-        layer, _ = layer_and_kind(name)
+        layer, _, kind = name.rpartition(".")
         unused.discard(layer)
-        if is_bias(name):
+        if kind == "bias":
             biases[name] = parameter
         else:
             by_decay.setdefault(layer_decay.get(layer, decay), {})[name] = parameter
@@ -150,9 +134,3 @@ def parameter_groups(
         {"params": list(named.values()), "names": list(named), "decay": value, "lr_factor": factor}
         for named, value, factor in groups
     ]
-
-
-def _checked(rate: float) -> float:
-    if not rate >= 0:
-        raise AlexprepError(f"the learning rate is {rate}, it must be 0 or more")
-    return rate

@@ -1,6 +1,6 @@
 """What is trained and how: the `Recipe` type, the recipes that come with alexprep, and a recipe by its name.
 
-A new recipe is one function here and its entry in `RECIPES`. Networks are in `alexprep.train.models`, learning rates over time in
+A new recipe is one value here and its entry in `RECIPES`. Networks are in `alexprep.train.models`, learning rates over time in
 `alexprep.train.lr_schedule`; how code of the user's own is found and called is in `alexprep.train.user_code`.
 
 Numbers without a source are, of the AlexNet family, the paper's (section 5); of the nets for CIFAR-10, cuda-convnet's
@@ -19,8 +19,9 @@ import torch
 from torch import nn
 
 from alexprep.pipeline.augmentation import Augmentation, augmentation_named
-from alexprep.shards.errors import AlexprepError
-from alexprep.train.distributed.tensor_parallel import Scheme
+from alexprep.shards.errors import AlexprepError, number_within, whole_number
+from alexprep.train.distributed.tensor_parallel import Scheme, part_of
+from alexprep.train.distributed.world import World
 from alexprep.train.lr_schedule import (
     ByHand,
     DExp,
@@ -29,13 +30,12 @@ from alexprep.train.lr_schedule import (
     ScheduleState,
     Steps,
     describe,
-    unmatched_patterns,
-    without_patterns,
+    is_bias,
+    without_unmatched,
 )
 from alexprep.train.models import alexnet as alexnets
 from alexprep.train.models import cifar as cifar_nets
 from alexprep.train.optimizer import MomentumSGD, parameter_groups
-from alexprep.train.parameters import is_bias, layer_and_kind
 from alexprep.train.user_code import (
     RECIPE,
     UserNetwork,
@@ -94,23 +94,11 @@ class Recipe:
 
     def __post_init__(self) -> None:
         """Refuses values out of bounds, with AlexprepError."""
-        bounds = {
-            "epochs": (1, MOST_EPOCHS),
-            "batch_size": (1, 1_000_000),
-            "lr": (0, 100),
-            "momentum": (0, 0.9999),
-            "decay": (0, 1),
-            "bias_decay": (0, 1),
-            "bias_lr_factor": (0, 100),
-        }
-        for name, (low, high) in bounds.items():
-            value = getattr(self, name)
-            whole = name in ("epochs", "batch_size")
-            kind, words = (int, "a whole number") if whole else (int | float, "a number")
-            if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:
-                raise AlexprepError(
-                    f"{name} is {value!r} in recipe {self.name}: it must be {words} within {low} to {high}"
-                )
+        for name, most in (("epochs", MOST_EPOCHS), ("batch_size", 1_000_000)):
+            whole_number(name, getattr(self, name), 1, most)
+        highest = {"lr": 100, "momentum": 0.9999, "decay": 1, "bias_decay": 1, "bias_lr_factor": 100}
+        for name, high in highest.items():
+            number_within(name, getattr(self, name), 0, high)
         low_size, high_size = self.stored_sizes
         if not self.crop <= low_size <= high_size:
             raise AlexprepError(f"recipe {self.name} cuts {self.crop} pixels out of stored sizes {self.stored_sizes}")
@@ -132,7 +120,8 @@ class Recipe:
         Raises:
             AlexprepError: the schedule or `layer_decay` names a layer that the network does not have.
         """
-        if unmatched := unmatched_patterns(self.schedule, [name for name, _ in network.named_parameters()]):
+        _, unmatched = without_unmatched(self.schedule, [name for name, _ in network.named_parameters()])
+        if unmatched:
             raise AlexprepError(f"the schedule names {', '.join(unmatched)}, which the network does not have")
         groups = parameter_groups(
             network,
@@ -157,11 +146,11 @@ class Recipe:
     def describe(self) -> dict[str, Any]:
         """Every field as JSON values: what a resumed run must have in common with the first part."""
         own = getattr(self.network, "describe", None)
-        return {
+        told = {
             "name": self.name,
             "network": getattr(self.network, "__name__", type(self.network).__name__) if own is None else own(),
             "width": self.width,
-            "augmentation": json.loads(json.dumps(asdict(self.augmentation))),
+            "augmentation": asdict(self.augmentation),
             "schedule": describe(self.schedule),
             "batch_size": self.batch_size,
             "lr": self.lr,
@@ -171,6 +160,8 @@ class Recipe:
             "bias_decay": self.bias_decay,
             "bias_lr_factor": self.bias_lr_factor,
         }
+        values: dict[str, Any] = json.loads(json.dumps(told))
+        return values
 
     def check_size(self, stored: int) -> None:
         """Makes sure that images stored with side `stored` suit this recipe.
@@ -181,8 +172,7 @@ class Recipe:
         low, high = self.stored_sizes
         if low <= stored <= high:
             return
-        sizes = {name: make().stored_sizes for name, make in RECIPES.items()}
-        suitable = [name for name, (smallest, largest) in sizes.items() if smallest <= stored <= largest]
+        suitable = [one.name for one in RECIPES.values() if one.stored_sizes[0] <= stored <= one.stored_sizes[1]]
         other = f"train with --recipe {suitable[0]}, or " if suitable else ""
         wanted = f"{low}" if low == high else f"{low} to {high}"
         raise AlexprepError(
@@ -207,7 +197,7 @@ def recipe(name: str) -> Recipe:
         raise AlexprepError(
             f"there is no recipe {name!r}{hint}: choose one of {', '.join(RECIPES)}; or FILE.py:FUNCTION, a recipe of your own"
         )
-    return RECIPES[name]()
+    return RECIPES[name]
 
 
 def recipe_of(options: Mapping[str, Any]) -> Recipe:
@@ -224,8 +214,6 @@ def recipe_of(options: Mapping[str, Any]) -> Recipe:
 
 
 # The AlexNet family.
-
-STORED = (256, 256)  # section 2
 
 # layer-params-145.cfg, as its notes tell it. Biases stayed at 0.02, but for those of conv1, frozen with its weights.
 RATES_145 = ByHand(
@@ -257,178 +245,126 @@ RATES_146_TUNE = ByHand(
 )
 
 
-def alexnet() -> Recipe:
-    """The paper's: section 5 for the numbers, section 4.1 for the augmentation."""
-    return Recipe(
-        name="alexnet",
-        network=alexnets.alexnet,
-        augmentation=augmentation_named("paper"),
-        stored_sizes=STORED,
-        schedule=Plateau(),
-        epochs=90,
-    )
+# The paper's: section 5 for the numbers, section 4.1 for the augmentation.
+ALEXNET = Recipe(
+    name="alexnet",
+    network=alexnets.alexnet,
+    augmentation=augmentation_named("paper"),
+    stored_sizes=(256, 256),  # section 2
+    schedule=Plateau(),
+    epochs=90,
+)
 
+# The paper's network for one GPU (footnote 2), trained like the one for two.
+ALEXNET_1GPU = replace(ALEXNET, name="alexnet-1gpu", network=alexnets.alexnet_1gpu)
 
-def alexnet_2012() -> Recipe:
-    """Net #145 of the released code, whose error on the validation set of 2012 is the paper's 40.7 % and 18.2 %."""
-    return Recipe(
-        name="alexnet-2012",
-        network=alexnets.alexnet_2012,
-        augmentation=augmentation_named("2012-code"),
-        stored_sizes=STORED,
-        schedule=RATES_145,
-        epochs=91,
-        bias_lr_factor=2.0,  # layer-params-126-2012-full.cfg: epsB 0.02 beside epsW 0.01
-    )
+# Net #145 of the released code, whose error on the validation set of 2012 is the paper's 40.7 % and 18.2 %.
+ALEXNET_2012 = replace(
+    ALEXNET,
+    name="alexnet-2012",
+    network=alexnets.alexnet_2012,
+    augmentation=augmentation_named("2012-code"),
+    schedule=RATES_145,
+    epochs=91,
+    bias_lr_factor=2.0,  # layer-params-126-2012-full.cfg: epsB 0.02 beside epsW 0.01
+)
 
+# Net #146, to be trained on more classes than one is after. Its rates were set by hand there; here the paper's rule sets them.
+ALEXNET_6CONV = replace(
+    ALEXNET_2012, name="alexnet-6conv", network=alexnets.alexnet_6conv, schedule=Plateau(), epochs=90
+)
 
-def alexnet_1gpu() -> Recipe:
-    """The paper's network for one GPU (footnote 2), trained like the one for two."""
-    return replace(alexnet(), name="alexnet-1gpu", network=alexnets.alexnet_1gpu)
+# The second half of net #146: from weights of `alexnet-6conv`, all layers but fc8, to the paper's "1 CNN*", 39.0 % and 16.6 %.
+ALEXNET_6CONV_TUNE = replace(
+    ALEXNET_6CONV,
+    name="alexnet-6conv-tune",
+    augmentation=replace(augmentation_named("2012-code"), noise_epochs=38),
+    schedule=RATES_146_TUNE,
+    epochs=54,
+)
 
-
-def alexnet_6conv() -> Recipe:
-    """Net #146, to be trained on more classes than one is after. Its rates were set by hand there; here the paper's rule sets them."""
-    return Recipe(
-        name="alexnet-6conv",
-        network=alexnets.alexnet_6conv,
-        augmentation=augmentation_named("2012-code"),
-        stored_sizes=STORED,
-        schedule=Plateau(),
-        epochs=90,
-        bias_lr_factor=2.0,
-    )
-
-
-def alexnet_6conv_tune() -> Recipe:
-    """The second half of net #146: from weights of `alexnet-6conv`, all layers but fc8, to the paper's "1 CNN*", 39.0 % and 16.6 %."""
-    return replace(
-        alexnet_6conv(),
-        name="alexnet-6conv-tune",
-        augmentation=replace(augmentation_named("2012-code"), noise_epochs=38),
-        schedule=RATES_146_TUNE,
-        epochs=54,
-    )
-
-
-def alexnet_owt() -> Recipe:
-    """cuda-convnet2's example for one GPU: 42.5 % and 19.8 % in the centre, 40.4 % and 18.2 % over ten views (its wiki).
-
-    Its crops and mirrors were drawn for each image (src/jpeg.cpp), its noise never ended; the rest of the augmentation is the 2012 code's.
-    """
-    return Recipe(
-        name="alexnet-owt",
-        network=alexnets.alexnet_owt,
-        augmentation=replace(augmentation_named("2012-code"), share=1, noise_epochs=None),
-        stored_sizes=STORED,
-        schedule=DExp(),
-        epochs=90,
-        bias_lr_factor=2.0,
-    )
+# cuda-convnet2's example for one GPU: 42.5 % and 19.8 % in the centre, 40.4 % and 18.2 % over ten views (its wiki). Its crops and mirrors
+# were drawn for each image (src/jpeg.cpp), its noise never ended; the rest of the augmentation is the 2012 code's.
+ALEXNET_OWT = replace(
+    ALEXNET_2012,
+    name="alexnet-owt",
+    network=alexnets.alexnet_owt,
+    augmentation=replace(augmentation_named("2012-code"), share=1, noise_epochs=None),
+    schedule=DExp(),
+    epochs=90,
+)
 
 
 # The nets for CIFAR-10.
 
-WHOLE = Augmentation(crop=32, mirror=False, mean="crop", noise="none")
-CIFAR_STORED = (32, 32)
+# Fig. 1's solid line: the four-layer net on whole images, "no regularization of any kind"; the rate is the fastest of those tried.
+CIFAR10_RELU = Recipe(
+    name="cifar10-relu",
+    network=cifar_nets.conv_local_13pct,
+    augmentation=Augmentation(crop=32, mirror=False, mean="crop", noise="none"),
+    stored_sizes=(32, 32),
+    schedule=Steps(after=()),
+    epochs=40,
+    lr=0.002,
+    decay=0.0,
+    bias_lr_factor=2.0,
+)
 
+# Fig. 1's dashed line: the same with tanh, and the fastest rate of its own.
+CIFAR10_TANH = replace(CIFAR10_RELU, name="cifar10-tanh", network=cifar_nets.conv_local_13pct_tanh, lr=0.016)
 
-def cifar10_quick() -> Recipe:
-    """cuda-convnet's fast CIFAR-10 net and its decays; mirrors, twice its rate and 15 epochs bring its 26 % error to 22 %.
+# cuda-convnet's fast CIFAR-10 net and its decays; mirrors, twice its rate and 15 epochs bring its 26 % error to 22 %. The original
+# (layer-params-80sec.cfg) has no augmentation, rate 0.001, divided by 10 after 8 epochs.
+CIFAR10_QUICK = replace(
+    CIFAR10_RELU,
+    name="cifar10-quick",
+    network=cifar_nets.cifar10_quick_net,
+    augmentation=replace(CIFAR10_RELU.augmentation, mirror=True),
+    schedule=Steps(after=(12, 14)),
+    epochs=15,
+    decay=0.004,
+    layer_decay={"fc4": 0.03, "fc5": 0.03},
+)
 
-    The original (layer-params-80sec.cfg) has no augmentation, rate 0.001, divided by 10 after 8 epochs.
-    """
-    return Recipe(
-        name="cifar10-quick",
-        network=cifar_nets.cifar10_quick_net,
-        augmentation=replace(WHOLE, mirror=True),
-        stored_sizes=CIFAR_STORED,
-        schedule=Steps(after=(12, 14)),
-        epochs=15,
-        lr=0.002,
-        decay=0.004,
-        layer_decay={"fc4": 0.03, "fc5": 0.03},
-        bias_lr_factor=2.0,
+# The paper's four-layer net without normalisation, whose error on CIFAR-10 is 13 % (section 3.3). There (notes in
+# layer-params-conv-local-11pct.cfg) 350 epochs were on four fifths of the images and 150 on all of them, then 10 at a tenth of the rate and
+# 10 at a hundredth; here all 520 are on all images.
+CIFAR10_13PCT = replace(
+    CIFAR10_RELU,
+    name="cifar10-13pct",
+    augmentation=replace(CIFAR10_RELU.augmentation, crop=24, mirror=True),
+    schedule=Steps(after=(500, 510)),
+    epochs=520,
+    lr=0.001,
+    layer_decay={"local3": 0.004, "local4": 0.004, "fc5": 0.004},
+)
+
+# The same with response normalisation, for the paper's 11 %.
+CIFAR10_11PCT = replace(
+    CIFAR10_13PCT,
+    name="cifar10-11pct",
+    network=cifar_nets.conv_local_11pct,
+    layer_decay={"local3": 0.004, "local4": 0.004, "fc5": 0.01},
+)
+
+# For trying things out: images of about 64 pixels, a few classes, seconds an epoch on a laptop.
+TINY = Recipe(
+    name="tiny",
+    network=cifar_nets.tiny_net,
+    augmentation=Augmentation(crop=56, mirror=True, mean="crop", noise="eigenvalue", noise_sigma=0.1),
+    stored_sizes=(56, 96),
+    schedule=Steps(after=(9,)),
+    epochs=12,
+    batch_size=32,
+    lr=0.02,
+)
+
+RECIPES = {
+    made.name: made
+    for made in (
+        *(ALEXNET, ALEXNET_2012, ALEXNET_1GPU, ALEXNET_6CONV, ALEXNET_6CONV_TUNE, ALEXNET_OWT),
+        *(CIFAR10_QUICK, CIFAR10_13PCT, CIFAR10_11PCT, CIFAR10_RELU, CIFAR10_TANH, TINY),
     )
-
-
-def cifar10_13pct() -> Recipe:
-    """The paper's four-layer net without normalisation, whose error on CIFAR-10 is 13 % (section 3.3).
-
-    There (notes in layer-params-conv-local-11pct.cfg) 350 epochs were on four fifths of the images and 150 on all of them, then 10 at a
-    tenth of the rate and 10 at a hundredth; here all 520 are on all images.
-    """
-    return Recipe(
-        name="cifar10-13pct",
-        network=cifar_nets.conv_local_13pct,
-        augmentation=Augmentation(crop=24, mirror=True, mean="crop", noise="none"),
-        stored_sizes=CIFAR_STORED,
-        schedule=Steps(after=(500, 510)),
-        epochs=520,
-        lr=0.001,
-        decay=0.0,
-        layer_decay={"local3": 0.004, "local4": 0.004, "fc5": 0.004},
-        bias_lr_factor=2.0,
-    )
-
-
-def cifar10_11pct() -> Recipe:
-    """The same with response normalisation, for the paper's 11 %."""
-    return replace(
-        cifar10_13pct(),
-        name="cifar10-11pct",
-        network=cifar_nets.conv_local_11pct,
-        layer_decay={"local3": 0.004, "local4": 0.004, "fc5": 0.01},
-    )
-
-
-def cifar10_relu() -> Recipe:
-    """Fig. 1's solid line: the four-layer net on whole images, "no regularization of any kind"; the rate is the fastest of those tried."""
-    return Recipe(
-        name="cifar10-relu",
-        network=cifar_nets.conv_local_13pct,
-        augmentation=WHOLE,
-        stored_sizes=CIFAR_STORED,
-        schedule=Steps(after=()),
-        epochs=40,
-        lr=0.002,
-        decay=0.0,
-        bias_lr_factor=2.0,
-    )
-
-
-def cifar10_tanh() -> Recipe:
-    """Fig. 1's dashed line: the same with tanh, and the fastest rate of its own."""
-    return replace(cifar10_relu(), name="cifar10-tanh", network=cifar_nets.conv_local_13pct_tanh, lr=0.016)
-
-
-def tiny() -> Recipe:
-    """For trying things out: images of about 64 pixels, a few classes, seconds an epoch on a laptop."""
-    return Recipe(
-        name="tiny",
-        network=cifar_nets.tiny_net,
-        augmentation=Augmentation(crop=56, mirror=True, mean="crop", noise="eigenvalue", noise_sigma=0.1),
-        stored_sizes=(56, 96),
-        schedule=Steps(after=(9,)),
-        epochs=12,
-        batch_size=32,
-        lr=0.02,
-    )
-
-
-RECIPES: dict[str, Callable[[], Recipe]] = {
-    "alexnet": alexnet,
-    "alexnet-2012": alexnet_2012,
-    "alexnet-1gpu": alexnet_1gpu,
-    "alexnet-6conv": alexnet_6conv,
-    "alexnet-6conv-tune": alexnet_6conv_tune,
-    "alexnet-owt": alexnet_owt,
-    "cifar10-quick": cifar10_quick,
-    "cifar10-13pct": cifar10_13pct,
-    "cifar10-11pct": cifar10_11pct,
-    "cifar10-relu": cifar10_relu,
-    "cifar10-tanh": cifar10_tanh,
-    "tiny": tiny,
 }
 
 
@@ -441,24 +377,21 @@ def user_recipe(reference: str) -> Recipe:
     Raises:
         AlexprepError: there is no such function, or it returns no `Recipe` that a run can begin with.
     """
-    found = load(reference, RECIPE, "recipe")
+    found, title = load(reference, RECIPE, "recipe")
     said = f"{RECIPE} {reference}"
-    with errors_in_one_sentence(said, found.folder):
-        made = found.value() if callable(found.value) else found.value
+    with errors_in_one_sentence(said):
+        made = found()
     if not isinstance(made, Recipe):
-        raise AlexprepError(f"{said}: {found.title} gives a {type(made).__name__}, not an alexprep.train.Recipe")
+        raise AlexprepError(f"{said}: {title} gives a {type(made).__name__}, not an alexprep.train.Recipe")
     factory = made.network
     if (getattr(factory, "__module__", None) or "").partition(".")[0] != "alexprep":
         name = getattr(factory, "__qualname__", type(factory).__name__)
-        title = f"{found.title.partition(':')[0]}:{name}"
-        made = replace(made, network=UserNetwork(factory, title, f"{said}: its network", found.folder))
-    try:
+        title = f"{title.partition(':')[0]}:{name}"
+        made = replace(made, network=UserNetwork(factory, title, f"{said}: its network"))
+    with errors_in_one_sentence(
+        f"{said}: what a run has to remember of a recipe must be JSON values and frozen dataclasses"
+    ):
         json.dumps(made.describe(), allow_nan=False)
-    except (TypeError, ValueError, AttributeError) as error:
-        raise AlexprepError(
-            f"{said}: what a run has to remember of the recipe cannot be written as JSON ({error}): use plain numbers and texts, and a "
-            "frozen dataclass for a schedule of your own"
-        ) from error
     return made
 
 
@@ -488,7 +421,10 @@ def try_user_network(
         notes += left_out
     with own.errors():
         tried.make_optimizer(network)
-    if idle := own.try_training(network, classes, tried.crop, scheme, ranks):
+    if ranks > 1:
+        with own.errors(f", on {ranks} ranks"):
+            part_of(tried.make_network(classes, seed), scheme, World(0, ranks, torch.device("cpu")))
+    if idle := own.try_training(network, classes, tried.crop, ranks):
         notes.append(
             f"{', '.join(idle)} of the network had no part in its outputs: without a gradient they stay as they are"
         )
@@ -497,11 +433,11 @@ def try_user_network(
 
 def fitted(made: Recipe, parameters: list[str]) -> tuple[Recipe, list[str]]:
     """A recipe made for another network, without decays and rates of single layers that lack among these parameters; and what to say of it."""
-    there = {layer_and_kind(name)[0] for name in parameters}
-    decays = {layer: decay for layer, decay in made.layer_decay.items() if layer in there}
-    patterns = unmatched_patterns(made.schedule, parameters)
-    missing = [layer for layer in made.layer_decay if layer not in there] + patterns
+    layers = {name.rpartition(".")[0] for name in parameters}
+    schedule, patterns = without_unmatched(made.schedule, parameters)
+    missing = [layer for layer in made.layer_decay if layer not in layers] + patterns
     if not missing:
         return made, []
-    note = f"the network has no {', '.join(dict.fromkeys(missing))}: what recipe {made.name} says of them alone is left out"
-    return replace(made, layer_decay=decays, schedule=without_patterns(made.schedule, patterns)), [note]
+    decays = {layer: decay for layer, decay in made.layer_decay.items() if layer in layers}
+    note = f"the network has no {', '.join(missing)}: what recipe {made.name} says of them alone is left out"
+    return replace(made, layer_decay=decays, schedule=schedule), [note]

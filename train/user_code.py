@@ -11,63 +11,47 @@ from __future__ import annotations
 import contextlib
 import importlib
 import inspect
+import operator
 import os
+import re
 import sys
 import traceback
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from importlib.util import module_from_spec, spec_from_file_location
 from inspect import Parameter
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.parameter import UninitializedParameter
 
 from alexprep.shards.errors import TRACEBACK, AlexprepError
 from alexprep.shards.versions import versions
-from alexprep.train.distributed.tensor_parallel import DROPOUTS, Scheme, part_of
-from alexprep.train.distributed.world import World
+from alexprep.train.distributed.tensor_parallel import DROPOUTS
 from alexprep.train.models.cifar import PIXEL_DEVIATION
 
 MODEL, RECIPE = "--model", "--recipe"
 CLASSES = ("classes", "num_classes", "n_classes")  # names under which factories take the number of classes
-FORMS = "a factory is called as make(classes) or make(classes, crop), and gets seed and width where it has them"
-BY_POSITION = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
 IMAGES = 2  # that a network is tried with
 CONTIGUOUS = "alexprep_needs_contiguous"  # attribute of a network that cannot take images with the channels last
+REFERENCE = re.compile(r"(?P<place>.+\.py|[\w.]+)(:(?P<name>[\w.]+))?")  # FILE.py, FILE.py:NAME, MODULE, MODULE:NAME
+INSTALLED = {"site-packages", "dist-packages"}  # folders of libraries
 
-_roots: set[Path] = set()  # folders that files were loaded from
+_imported: set[str] = set()  # modules that lie beside the file that was run last, and came in with it
 
 
 @dataclass(frozen=True)
 class UserNetwork:
-    """A user's factory, called as alexprep's own are; the network that it makes is tried before anyone relies on it.
-
-    Attributes:
-        factory: a function or class; see `call_factory` for its forms.
-        title: MODULE:NAME.
-        name: how the user named it, for messages.
-        folder: of the user's code; None for an installed library.
-        for_any_recipe: whether what a recipe says of layers that the network lacks is left out, since it was made for another network.
-
-    Raises:
-        AlexprepError: the factory cannot be called.
-    """
+    """A user's factory, called as alexprep's own are; the network that it makes is tried before anyone relies on it."""
 
     factory: Callable[..., Any]
-    title: str
-    name: str
-    folder: Path | None = None
-    for_any_recipe: bool = False
-
-    def __post_init__(self) -> None:
-        """Refuses what is no function, with AlexprepError."""
-        if not callable(self.factory) or isinstance(self.factory, nn.Module):
-            raise AlexprepError(f"{self.name} is a {type(self.factory).__name__}, not a function: {FORMS}")
+    title: str  # MODULE:NAME
+    name: str  # how the user named it, for messages
+    for_any_recipe: bool = False  # what the recipe says of layers that the network lacks was said of another network
 
     def __call__(self, classes: int, crop: int, *, seed: int, width: float) -> nn.Module:
         """The network on the CPU, with initial weights that depend on the seed alone; torch's random numbers go on as if it had not been made.
@@ -82,11 +66,21 @@ class UserNetwork:
                 network = call_factory(self.factory, classes, crop, seed, width)
                 if not isinstance(network, nn.Module):
                     raise AlexprepError(f"it returned a {type(network).__name__}, not a torch.nn.Module")
-            with self.errors(f", shown images {(IMAGES, 3, crop, crop)}"):
-                _show_images(network, classes, crop)
+            images = _noise(crop)
+            network.eval()
+            with self.errors(f", shown images {tuple(images.shape)}"), torch.no_grad():
+                # Channels last, as they lie in training on a CPU. Lazy layers get their shapes here.
+                try:
+                    outputs = network(images.contiguous(memory_format=torch.channels_last))
+                except RuntimeError:  # perhaps of an old `view`, where `flatten` or `reshape` would do
+                    outputs = network(images)
+                    setattr(network, CONTIGUOUS, True)
+                    network.register_forward_pre_hook(lambda _, given: tuple(each.contiguous() for each in given))
+                _check_logits(outputs, classes)
+        network.train()
         return network
 
-    def try_training(self, network: nn.Module, classes: int, crop: int, scheme: Scheme, ranks: int) -> list[str]:
+    def try_training(self, network: nn.Module, classes: int, crop: int, ranks: int) -> list[str]:
         """Takes one training step, without its update, with a network that is not used afterwards.
 
         Returns:
@@ -95,114 +89,87 @@ class UserNetwork:
         Raises:
             AlexprepError: the step fails, a checkpoint would not hold all that it changes, or the ranks would not train as one device.
         """
-        network.train()
         for layer in network.modules():
             if isinstance(layer, DROPOUTS):
                 layer.eval()  # ranks share its random numbers, and no others
-        with self.errors(f", in a training step on images {(IMAGES, 3, crop, crop)}"):
-            before = {name: buffer.clone() for name, buffer in network.named_buffers()}
-            with torch.random.fork_rng(devices=[]):
-                state = torch.get_rng_state()
-                logits = network(_noise(crop))
-                draws = not torch.equal(state, torch.get_rng_state())
-                _check_logits(logits, classes)
-                F.cross_entropy(logits, torch.arange(IMAGES) % classes).backward()  # type: ignore[no-untyped-call]
+        images = _noise(crop)
+        before = {name: buffer.clone() for name, buffer in network.named_buffers()}
+        with torch.random.fork_rng(devices=[]), self.errors(f", in a training step on images {tuple(images.shape)}"):
+            state = torch.get_rng_state()
+            logits = network(images)
+            draws = not torch.equal(state, torch.get_rng_state())
+            _check_logits(logits, classes)
+            F.cross_entropy(logits, torch.arange(IMAGES) % classes).backward()  # type: ignore[no-untyped-call]
         buffers = dict(network.named_buffers())
         changed = [name for name in buffers if name not in before or not _equal(buffers[name], before[name])]
         idle = [name for name, weight in network.named_parameters() if weight.requires_grad and weight.grad is None]
         with self.errors():
             _check_saved(network, changed)
+            own = [*changed, "random numbers (those of nn.Dropout are shared)"] if draws else changed
+            if ranks > 1 and own:
+                raise AlexprepError(
+                    f"in training each rank would have its own {', '.join(own)}: train it on one device"
+                )
         if ranks > 1:
-            with self.errors(f", on {ranks} ranks"):
-                _check_ranks(network, changed, draws, crop, scheme, ranks)
+            with self.errors(", on an empty batch, which a rank may get at an epoch's end"):
+                network(images[:0]).sum().backward()
         return idle
 
     def describe(self) -> dict[str, Any]:
-        """What a resumed run must have in common: the factory's name, and what it tells of itself."""
+        """What a resumed run must have in common: the factory's name, what it tells of itself; `describe_layers` says the rest."""
         own = getattr(self.factory, "describe", None)
         return {"factory": self.title} | ({} if own is None or inspect.isclass(self.factory) else {"options": own()})
 
     def errors(self, when: str = "", only_own: bool = False) -> contextlib.AbstractContextManager[None]:
         """Inside the block, errors become one sentence about this network; see `errors_in_one_sentence`."""
-        return errors_in_one_sentence(f"{self.name}{when}", self.folder, only_own)
+        return errors_in_one_sentence(f"{self.name}{when}", only_own)
 
 
 def user_network(reference: str) -> UserNetwork:
     """The factory that `--model` names; AlexprepError where there is none."""
-    found = load(reference, MODEL, "make")
-    return UserNetwork(found.value, found.title, f"{MODEL} {reference}", found.folder, for_any_recipe=True)
+    factory, title = load(reference, MODEL, "make")
+    return UserNetwork(factory, title, f"{MODEL} {reference}", for_any_recipe=True)
 
 
 def call_factory(factory: Callable[..., Any], classes: int, crop: int, seed: int, width: float) -> Any:
     """What a user's factory returns.
 
-    Parameters called classes (num_classes, n_classes), crop and seed get what their names say, wherever they stand; width only where it
-    has no default or the recipe scales its network. Where none is called classes, the first other parameter gets the number of classes;
-    the next one, if it has no default and none is called crop, gets the crop. All others keep their defaults.
-
-    Raises:
-        AlexprepError: its parameters cannot be read, or the recipe scales its network and the factory cannot.
-        Exception: whatever it raises; TypeError where a parameter is left without a value.
+    Parameters called crop and seed get what their names say; so does width where it has no default or the recipe scales its network. The
+    number of classes goes to the one called classes (num_classes, n_classes), else to the first one, and the crop to the next without a
+    default. All others keep their defaults.
 
     >>> call_factory(lambda n, side, depth=5: (n, side, depth), 10, 32, 0, 1.0)
     (10, 32, 5)
-    >>> call_factory(lambda *, num_classes=1000, seed: (num_classes, seed), 10, 32, 7, 1.0)
-    (10, 7)
     """
-    try:
-        signature = inspect.signature(factory)
-    except (TypeError, ValueError):
-        raise AlexprepError(f"its parameters cannot be read: {FORMS}") from None
+    if isinstance(factory, nn.Module) or not callable(factory):
+        raise AlexprepError(f"it is a {type(factory).__name__}, not a function that makes a network: make(classes)")
+    signature = inspect.signature(factory)
     parameters = signature.parameters
-    if width != 1 and "width" not in parameters:
-        raise AlexprepError(f"the recipe scales its network by {width}, and the factory has no parameter called width")
-    needed = [name for name, parameter in parameters.items() if parameter.default is Parameter.empty]
-    known: dict[str, Any] = {**dict.fromkeys(CLASSES, classes), "crop": crop, "seed": seed, "width": width}
-    values = {name: value for name, value in known.items() if name in parameters}
-    if width == 1 and "width" not in needed:
-        values.pop("width", None)
-    kinds = {name: parameter.kind for name, parameter in parameters.items()}
-    others = [name for name, kind in kinds.items() if kind in BY_POSITION and name not in known]
-    if not values.keys() & set(CLASSES) and others:
-        values[others.pop(0)] = classes
-    elif not values.keys() & set(CLASSES):  # as torchvision's factories take it
-        values |= {name: {"num_classes": classes} for name, kind in kinds.items() if kind is Parameter.VAR_KEYWORD}
-    if others and "crop" not in values and others[0] in needed:
-        values[others[0]] = crop
-    bound = signature.bind_partial()
-    bound.arguments.update(values)
-    bound.apply_defaults()
+    values: dict[str, Any] = {name: value for name, value in (("crop", crop), ("seed", seed)) if name in parameters}
+    if width != 1 or ("width" in parameters and parameters["width"].default is Parameter.empty):
+        values["width"] = width
+    free = [
+        name
+        for name, parameter in parameters.items()
+        if parameter.kind <= Parameter.POSITIONAL_OR_KEYWORD and name not in ("crop", "seed", "width")
+    ]
+    # The factories of torchvision take it as one of **kwargs.
+    first = next((name for name in CLASSES if name in parameters), next(iter(free), "num_classes"))
+    values[first] = classes
+    sides = [name for name in free if name != first and parameters[name].default is Parameter.empty]
+    if sides and "crop" not in parameters:
+        values[sides[0]] = crop
+    if any(name not in parameters for name in values):
+        return factory(**values)
+    bound = inspect.BoundArguments(signature, OrderedDict(values))
     return factory(*bound.args, **bound.kwargs)
 
 
 # A network is tried.
 
 
-def _show_images(network: nn.Module, classes: int, crop: int) -> None:
-    """Shows a network two images in evaluation mode, and refuses outputs that are no finite logits. Lazy layers get their shapes here.
-
-    Images and weights lie with the channels last in memory, as they will in training on a CPU. A network that cannot take them so (an old
-    `view` where `flatten` or `reshape` would do) is tried with contiguous ones, and gets them ever after.
-    """
-    training = network.training
-    network.eval()
-    with torch.no_grad():
-        if any(isinstance(weight, UninitializedParameter) for weight in network.parameters()):
-            network(_noise(crop))
-        try:
-            network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-            logits = network(_noise(crop).contiguous(memory_format=torch.channels_last))
-        except RuntimeError:
-            network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-            logits = network(_noise(crop))
-            setattr(network, CONTIGUOUS, True)
-            network.register_forward_pre_hook(lambda _, given: tuple(images.contiguous() for images in given))
-    _check_logits(logits, classes)
-    network.train(training)
-
-
 def memory_format_of(network: nn.Module, wanted: torch.memory_format) -> torch.memory_format:
-    """How a network's weights shall lie in memory: as wanted, unless it was found to work on contiguous tensors alone."""
+    """How a network's weights shall lie: as wanted, unless it was found to work on contiguous tensors alone."""
     return torch.contiguous_format if getattr(network, CONTIGUOUS, False) else wanted
 
 
@@ -220,30 +187,6 @@ def _check_saved(network: nn.Module, changed: list[str]) -> None:
         )
 
 
-def _check_ranks(network: nn.Module, changed: list[str], draws: bool, crop: int, scheme: Scheme, ranks: int) -> None:
-    """Refuses a network that several ranks would not train as one device does, or that the scheme cannot split."""
-    failure = None
-    if scheme != "towers":  # there every rank has all images
-        try:
-            network(_noise(crop)[:0]).sum().backward()
-        except (RuntimeError, ValueError) as error:
-            failure = str(error).splitlines()[0]
-    part_of(network, scheme, World(0, ranks, torch.device("cpu")))
-    if changed:
-        raise AlexprepError(
-            f"each rank would have its own {', '.join(changed[:3])}, which training changes: train it on one device"
-        )
-    if draws:
-        raise AlexprepError(
-            "the network draws random numbers, each rank its own: use nn.Dropout, which ranks share, or train it on one device"
-        )
-    if failure is not None:
-        raise AlexprepError(
-            f"the network cannot take an empty batch ({failure}), which a rank may get at an epoch's end: flatten with torch.flatten(x, 1), "
-            "or train it on one device"
-        )
-
-
 def _check_logits(outputs: Any, classes: int) -> None:
     wanted = (IMAGES, classes)
     tensor = isinstance(outputs, torch.Tensor)
@@ -258,7 +201,7 @@ def _check_logits(outputs: Any, classes: int) -> None:
 
 def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Whether two buffers are the same; NaN, which some have where nothing may be read, equals itself."""
-    return one.shape == other.shape and bool(((one == other) | (one.isnan() & other.isnan())).all())
+    return one.shape == other.shape and bool(torch.isclose(one, other, rtol=0, atol=0, equal_nan=True).all())
 
 
 def _noise(crop: int) -> torch.Tensor:
@@ -313,163 +256,106 @@ def check_named(began: Mapping[str, Any], recipe: str | None, model: str | None,
 # Code is found by its name.
 
 
-class Named(NamedTuple):
-    """An object that was named, its MODULE:NAME wherever that lies, and the folder of the code (None: it has no file)."""
-
-    value: Any
-    title: str
-    folder: Path | None
-
-
 def is_reference(text: str) -> bool:
     """Whether a text names code (FILE.py, FILE.py:NAME, MODULE:NAME) and is no plain name."""
     return ":" in text or text.endswith(".py")
 
 
 def references(recipe: str | None, model: str | None) -> tuple[str | None, str | None]:
-    """What a user named as recipe and model, so that it means the same in any folder; see `resolved`."""
+    """What a user named as recipe and model, so that it means the same in any folder: the paths of files are made absolute."""
+
+    def absolute(reference: str, option: str) -> str:
+        place, name = _place_and_name(reference, option)
+        file = str(Path(place).expanduser().resolve()) if place.endswith(".py") else place
+        return f"{file}:{name}" if name else file
+
     if recipe is not None and is_reference(recipe):
-        recipe = resolved(recipe, RECIPE)
-    return recipe, None if model is None else resolved(model, MODEL)
+        recipe = absolute(recipe, RECIPE)
+    return recipe, None if model is None else absolute(model, MODEL)
 
 
-def resolved(reference: str, option: str) -> str:
-    """The same reference, understood from any folder: a file's path is made absolute, a module in this folder becomes its file.
+def load(reference: str, option: str, default: str = "") -> tuple[Any, str]:
+    """Runs the named file anew, or imports the named module, and takes the named object out of it.
 
-    Raises:
-        AlexprepError: it is none of FILE.py, FILE.py:NAME, MODULE and MODULE:NAME, or there is no such file; the message names `option`.
-    """
-    place, name = _parts(reference, option)
-    if isinstance(place, str):
-        stem = Path.cwd().joinpath(*place.split("."))
-        files = [file for file in (stem.with_name(f"{stem.name}.py"), stem / "__init__.py") if file.is_file()]
-        if not files:
-            return reference
-        place = files[0]
-    return f"{place.parent.resolve() / place.name}{name and ':'}{name}"
+    Where none is named, that is `default`, or the only function that the code defines.
 
-
-def load(reference: str, option: str, default: str | None = None) -> Named:
-    """Runs the named file or imports the named module, and takes the named object out of it.
-
-    A file is run anew each time, with its folder first among those that it imports from; one inside a package (a folder with
-    `__init__.py`) is imported as part of it. Where the reference names no object, it is `default`, or the only function there is.
+    Returns:
+        The object, and its MODULE:NAME wherever that lies.
 
     Raises:
         AlexprepError: there is no such file, module or object, or running it failed; the message begins with `option`.
     """
-    place, name = _parts(reference, option)
-    said, folder = f"{option} {reference}", None
-    if isinstance(place, Path):
-        folder, dotted = _package(place)
-        with errors_in_one_sentence(said, folder):
-            module = _run(place, folder, dotted)
-    else:
-        spec, dotted = find_spec(place.partition(".")[0]), place
-        folder = Path(spec.origin).parent if spec is not None and spec.origin else None
-        with errors_in_one_sentence(said, folder):
-            module = importlib.import_module(place)
-    functions = [
-        key
-        for key, value in vars(module).items()
-        if not key.startswith("_") and callable(value) and getattr(value, "__module__", None) == module.__name__
-    ]
-    there = f"it defines {', '.join(functions) or 'no function'}"
-    if not name:
-        usual = getattr(module, default or "", None)
-        imported = inspect.isfunction(usual) and usual.__module__.startswith("alexprep.")  # alexprep.train.recipe, say
-        choices = [default] if default and usual is not None and not imported else functions
-        if len(choices) != 1:
-            raise AlexprepError(f"{said}: say which function is meant, after a colon: {there}")
-        name = choices[0]
-    found: Any = module
-    for part in name.split("."):
-        if not hasattr(found, part):
-            raise AlexprepError(f"{said}: {dotted} has no {name!r}: {there}")
-        found = getattr(found, part)
-    return Named(found, f"{dotted}:{name}", folder)
+    place, name = _place_and_name(reference, option)
+    file = Path(place).expanduser().resolve() if place.endswith(".py") else None
+    with errors_in_one_sentence(f"{option} {reference}"):
+        module = importlib.import_module(place) if file is None else _run(file)
+        if not name:
+            own = [each for each, value in vars(module).items() if _is_defined_in(module, value)]
+            name = own[0] if default not in own and len(own) == 1 else default
+        return operator.attrgetter(name)(module), f"{file.stem if file else place}:{name}"
 
 
 @contextlib.contextmanager
-def errors_in_one_sentence(what: str, folder: Path | None, only_own: bool = False) -> Iterator[None]:
-    """Inside the block, an exception becomes an AlexprepError of one sentence: `what`, the file and line in the user's `folder`, and how.
+def errors_in_one_sentence(what: str, only_own: bool = False) -> Iterator[None]:
+    """Inside the block, an exception becomes an AlexprepError of one sentence: `what`, the file and line in the user's code, and how.
 
-    With `only_own`, exceptions that did not come by way of a file in that folder are left alone; and all are where the environment
-    variable ALEXPREP_TRACEBACK is set.
+    With `only_own`, exceptions that did not come by way of the user's code are left alone; and all are where the environment variable
+    ALEXPREP_TRACEBACK is set.
     """
     try:
         yield
     except (Exception, SystemExit) as error:
-        place = _place(error, folder)
-        if os.environ.get(TRACEBACK) or (only_own and place is None):
+        lines = [
+            f"{frame.f_code.co_filename}, line {line}"
+            for frame, line in traceback.walk_tb(error.__traceback__)
+            if _is_users(frame.f_globals.get("__name__", ""), frame.f_code.co_filename)
+        ]
+        if os.environ.get(TRACEBACK) or (only_own and not lines):
             raise
         kind = "" if isinstance(error, AlexprepError) else type(error).__name__
-        words = error.msg if isinstance(error, SyntaxError) else next(iter(str(error).splitlines()), "")
-        raise AlexprepError(": ".join(part for part in (what, place, kind, words) if part)) from error
+        words = next(iter(str(error).splitlines()), "")
+        raise AlexprepError(": ".join(part for part in (what, *lines[-1:], kind, words) if part)) from error
 
 
-def _place(error: BaseException, folder: Path | None) -> str | None:
-    """File and line of the user's code that an exception last came by; what is installed below its folder is not the user's own."""
-    if isinstance(error, SyntaxError) and error.filename:
-        return f"{error.filename}, line {error.lineno}"
-    place = None
-    for frame, line in traceback.walk_tb(error.__traceback__):
-        file, module = frame.f_code.co_filename, frame.f_globals.get("__name__", "").partition(".")[0]
-        foreign = "site-packages" in file or module == "alexprep" or module in sys.stdlib_module_names
-        if folder is not None and not foreign and Path(file).is_relative_to(folder):
-            place = f"{file}, line {line}"
-    return place
+def _is_users(module: str, file: str) -> bool:
+    """Whether a module is the user's own code: neither alexprep's nor Python's nor a library's."""
+    top = module.partition(".")[0]
+    return top not in ("alexprep", "torch", *sys.stdlib_module_names) and INSTALLED.isdisjoint(Path(file).parts)
 
 
-def _parts(reference: str, option: str) -> tuple[Path | str, str]:
-    """The file or module, and the name of what is meant in it, "" where there is none."""
-    whole = ":" not in reference or reference.endswith(".py")
-    place, name = (reference, "") if whole else reference.rsplit(":", 1)
-    is_file = place.endswith(".py")
-    words = [*([] if is_file else place.split(".")), *([] if whole else name.split("."))]
-    if not all(word.isidentifier() for word in words):
+def _is_defined_in(module: ModuleType, value: Any) -> bool:
+    return callable(value) and getattr(value, "__module__", None) == module.__name__
+
+
+def _place_and_name(reference: str, option: str) -> tuple[str, str]:
+    """The file or module, and the name of what is meant in it, "" where there is none. A module of this folder is its file."""
+    parts = REFERENCE.fullmatch(reference)
+    if parts is None:
         raise AlexprepError(f"{option} {reference!r} names no Python code: write FILE.py:FUNCTION or MODULE:FUNCTION")
-    if not is_file:
-        return place, name
-    file = Path(place).expanduser().absolute()
-    if not file.is_file():
-        raise AlexprepError(f"there is no file {file}: say where it is with {option} FILE.py:FUNCTION")
-    return file, name
+    place, name = parts["place"], parts["name"] or ""
+    here = Path.cwd().joinpath(*place.split(".")).with_suffix(".py")
+    return (str(here) if not place.endswith(".py") and here.is_file() else place), name
 
 
-def _package(file: Path) -> tuple[Path, str]:
-    """The folder that a file's imports begin at, and its module's name from there."""
-    names = [] if file.name == "__init__.py" else [file.stem]
-    folder = file.parent
-    while (folder / "__init__.py").is_file():
-        names.insert(0, folder.name)
-        folder = folder.parent
-    return folder, ".".join(names)
+def _run(file: Path) -> ModuleType:
+    """The file as a module, with its folder first among those that it imports from, as if Python had been started with it.
 
-
-def _run(file: Path, root: Path, dotted: str) -> ModuleType:
-    """The file as a module, run anew: what files before it imported from their folders is forgotten, so that it finds what lies beside it."""
-    for name, module in list(sys.modules.items()):
-        source, top = str(getattr(module, "__file__", None)), name.partition(".")[0]
-        if any(source.startswith((f"{known}/{top}/", f"{known}/{top}.py")) for known in _roots):
-            del sys.modules[name]
-    if "site-packages" not in root.parts:
-        _roots.add(root)
-    writes = sys.dont_write_bytecode
-    sys.dont_write_bytecode = True  # compiled files are told apart by whole seconds: a quick edit would not be seen
-    sys.path.insert(0, str(root))
+    What the file before it imported from its own folder is forgotten: another folder may have a module of the same name.
+    """
+    for name in _imported:
+        sys.modules.pop(name, None)
+    sys.path[:] = [str(file.parent), *(folder for folder in sys.path if folder != str(file.parent))]
+    # Under a name of its own, so that a file called like a library is not taken for it.
+    spec = spec_from_file_location(f"alexprep_own_{file.stem}", file)
+    assert spec is not None and spec.loader is not None
+    module = module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look there
+    known = set(sys.modules)
     try:
-        if "." in dotted or file.name == "__init__.py":
-            return importlib.import_module(dotted)
-        # Under a name of its own, so that a file called like a library is not taken for it.
-        spec = spec_from_file_location(f"alexprep_own_{dotted}", file)
-        assert spec is not None and spec.loader is not None
-        module = module_from_spec(spec)
-        sys.modules[spec.name] = module  # dataclasses look there
         spec.loader.exec_module(module)
         return module
     finally:
-        sys.dont_write_bytecode = writes
-        sys.path.remove(str(root))
-        if str(root) not in sys.path:
-            sys.path.append(str(root))  # for imports that a function makes when it is called
+        for name in sys.modules.keys() - known:
+            source = getattr(sys.modules[name], "__file__", None) or ""
+            if Path(source).is_relative_to(file.parent) and _is_users(name, source):
+                _imported.add(name)

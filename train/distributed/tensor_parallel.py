@@ -22,14 +22,14 @@ from torch import nn
 from alexprep.pipeline.sampler import rank_part
 from alexprep.shards.errors import AlexprepError
 from alexprep.train.distributed.world import World
-from alexprep.train.models.layers import LocalResponseNorm, Overhang, PaperDropout, Scale
+from alexprep.train.models.layers import LocalResponseNorm, PaperDropout, Scale
 
 Scheme = Literal["single", "ddp", "towers", "hybrid"]
 SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
 LOGITS = "logits"  # stands for a layer: what the loss reads
 
 # Layers that treat each map by itself, so that a rank applies them to its own. Others say so with `mixes_maps = False`.
-MAPWISE = (nn.ReLU, nn.Tanh, nn.Sigmoid, nn.Softplus, nn.Identity, nn.MaxPool2d, nn.AvgPool2d, Overhang, Scale)
+MAPWISE = (nn.ReLU, nn.Tanh, nn.Sigmoid, nn.Softplus, nn.Identity, nn.MaxPool2d, nn.AvgPool2d, nn.ZeroPad2d, Scale)
 DROPOUTS = (PaperDropout, nn.Dropout)
 
 

@@ -17,7 +17,7 @@ The two towers of section 3.2 are the two groups of grouped layers.
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -25,7 +25,13 @@ from typing import Any
 from torch import nn
 
 from alexprep.shards.errors import AlexprepError
-from alexprep.train.models.layers import LocalResponseNorm, Overhang, PaperDropout, SpatialResponseNorm, initialise
+from alexprep.train.models.layers import (
+    LocalResponseNorm,
+    PaperDropout,
+    SpatialResponseNorm,
+    initialised,
+    kernel_counts,
+)
 
 SMALLEST_CROP = 67  # below it nothing is left after the third pool
 BIASES = dict.fromkeys(("conv2", "conv4", "conv5", "conv6", "fc6", "fc7"), 1.0)  # section 5; the others start at 0
@@ -99,28 +105,22 @@ class AlexNet:
         Raises:
             AlexprepError: crop or width is too small.
         """
-        if crop < SMALLEST_CROP:
-            raise AlexprepError(
-                f"AlexNet needs crops of at least {SMALLEST_CROP} pixels, not {crop}: train the recipe tiny"
-            )
-        if not 1 / 16 <= width <= 4:
-            raise AlexprepError(f"width {width} of AlexNet is not within 1/16 to 4")
-        network = nn.Sequential(OrderedDict(self._layers(classes, crop, width)))
-        deviations = {name: DEVIATION for name, _ in network.named_children()}
-        deviations |= dict.fromkeys(MIDDLE, self.middle_deviation)
-        initialise(network, seed, deviations, BIASES | {"fc8": self.last_bias})
-        return network
+        deviations = defaultdict(lambda: DEVIATION, dict.fromkeys(MIDDLE, self.middle_deviation))
+        return initialised(self._layers(classes, crop, width), seed, deviations, BIASES | {"fc8": self.last_bias})
 
     def describe(self) -> dict[str, Any]:
-        """Every switch as JSON values, part of a run's identity."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        """Every switch, part of a run's identity."""
+        return asdict(self)
 
     def _layers(self, classes: int, crop: int, width: float) -> Iterator[tuple[str, nn.Module]]:
-        c1, c2, c3, c4, c5, f6, f7 = (2 * max(1, round(n / 2 * width)) for n in (*self.kernels, *self.hidden))
-        side = -(-(crop - 11) // 4) + 1
+        c1, c2, c3, c4, c5, f6, f7 = kernel_counts((*self.kernels, *self.hidden), width, crop, SMALLEST_CROP)
+        # The 2012 code rounds the number of filter positions up: 224 pixels under an 11-pixel filter at stride 4 give 55, not 54, since the
+        # last one hangs over the right and the bottom edge.
+        overhang = -(crop - 11) % 4
+        side = (crop + overhang - 11) // 4 + 1
         for _ in range(3):
             side = (side - self.pool) // 2 + 1
-        yield "overhang1", Overhang(crop, kernel=11, stride=4)
+        yield "overhang1", nn.ZeroPad2d((0, overhang, 0, overhang))
         yield "conv1", nn.Conv2d(3, c1, 11, stride=4)
         yield from self._then(1, self.then1)
         yield "conv2", nn.Conv2d(c1, c2, 5, padding=2, groups=self.towers)

@@ -2,22 +2,22 @@
 
 Each is called with the number of classes; `crop`, the side of the input in pixels; the `seed` of its initial weights; and `width`, which
 scales the kernels of every layer but the last. It is then a network from float32 (N, 3, crop, crop), mean subtracted, on the 0-255 scale,
-to logits (N, classes). A crop or width that is too small is refused with AlexprepError.
+to logits (N, classes). A crop or width that is too small is refused with AlexprepError. Pools are 3 wide at stride 2 and rounded up, as in
+cuda-convnet: 32 -> 16 -> 8 -> 4.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from functools import partial
+from typing import Any
 
 from torch import nn
 
-from alexprep.shards.errors import AlexprepError
-from alexprep.train.models.layers import LocallyConnected2d, LocalResponseNorm, Scale, initialise
+from alexprep.train.models.layers import LocallyConnected2d, LocalResponseNorm, Scale, initialised, kernel_counts
 
-Activation = Literal["relu", "tanh"]
-ACTIVATIONS: dict[Activation, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh}
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"relu": partial(nn.ReLU, inplace=True), "tanh": nn.Tanh}
 
 # Of the initial weights: cuda-convnet's example-layers/layers-80sec.cfg; the first layer is tiny because its input is on the 0-255 scale.
 QUICK_DEVIATIONS = {"conv1": 1e-4, "conv2": 1e-2, "conv3": 1e-2, "fc4": 0.1, "fc5": 0.1}
@@ -29,13 +29,10 @@ PIXEL_DEVIATION = 64.0  # about that of a photograph on the 0-255 scale, mean su
 def cifar10_quick_net(classes: int, crop: int = 32, *, seed: int = 0, width: float = 1.0) -> nn.Sequential:
     """The "26 %" net that came with cuda-convnet: three 5x5 convolutions, one max and two average pools, two linear layers.
 
-    From float32 (N, 3, crop, crop) to logits (N, classes); AlexprepError where crop or width is too small. Pools are 3 wide
-    at stride 2 and rounded up, as there: 32 -> 16 -> 8 -> 4.
-
     >>> sum(parameter.numel() for parameter in cifar10_quick_net(10).parameters())
     145578
     """
-    c1, c2, c3, f4 = _kernel_counts((32, 32, 64, 64), width, crop, smallest=8)
+    c1, c2, c3, f4 = kernel_counts((32, 32, 64, 64), width, crop, smallest=8)
     side = _pooled_up(_pooled_up(_pooled_up(crop)))
     layers: list[tuple[str, nn.Module]] = [
         ("conv1", nn.Conv2d(3, c1, 5, padding=2)),
@@ -52,17 +49,12 @@ def cifar10_quick_net(classes: int, crop: int = 32, *, seed: int = 0, width: flo
         ("relu4", nn.ReLU(inplace=True)),
         ("fc5", nn.Linear(f4, classes)),
     ]
-    network = nn.Sequential(OrderedDict(layers))
-    initialise(network, seed, QUICK_DEVIATIONS)
-    return network
+    return initialised(layers, seed, QUICK_DEVIATIONS)
 
 
 def tiny_net(classes: int, crop: int = 56, *, seed: int = 0, width: float = 1.0) -> nn.Sequential:
-    """AlexNet's building blocks in small: a strided and a grouped convolution, response norm, overlapping pools.
-
-    From float32 (N, 3, crop, crop) to logits (N, classes); AlexprepError where crop or width is too small.
-    """
-    c1, c2, c3, f4 = _kernel_counts((32, 64, 64, 128), width, crop, smallest=16)
+    """AlexNet's building blocks in small: a strided and a grouped convolution, response norm, overlapping pools."""
+    c1, c2, c3, f4 = kernel_counts((32, 64, 64, 128), width, crop, smallest=16)
     side = _pooled_up(_pooled_up(_pooled_up((crop - 1) // 2 + 1)))
     layers: list[tuple[str, nn.Module]] = [
         ("scale", Scale(1 / PIXEL_DEVIATION)),
@@ -81,11 +73,9 @@ def tiny_net(classes: int, crop: int = 56, *, seed: int = 0, width: float = 1.0)
         ("relu4", nn.ReLU(inplace=True)),
         ("fc5", nn.Linear(f4, classes)),
     ]
-    network = nn.Sequential(OrderedDict(layers))
     # With these few layers and inputs near 1, sqrt(2 / inputs) keeps the size of activations through every ReLU.
     fans = {"conv1": 3 * 25, "conv2": c1 // 2 * 9, "conv3": c2 * 9, "fc4": c3 * side * side, "fc5": f4}
-    initialise(network, seed, {name: (2 / fan) ** 0.5 for name, fan in fans.items()})
-    return network
+    return initialised(layers, seed, {name: (2 / fan) ** 0.5 for name, fan in fans.items()})
 
 
 @dataclass(frozen=True)
@@ -97,56 +87,44 @@ class ConvLocal:
         activation: of all hidden layers: "relu", or "tanh", to which section 3.1 compares it.
         norm: response normalisation over 9 maps after the first pool and before the second, with a third layer twice as wide:
             cuda-convnet's "11 %" net; without, its "13 %" net.
-
-    Raises:
-        AlexprepError: there is no such activation.
     """
 
     name: str
-    activation: Activation = "relu"
+    activation: str = "relu"
     norm: bool = False
 
-    def __post_init__(self) -> None:
-        """Refuses other activations, with AlexprepError."""
-        if self.activation not in ACTIVATIONS:
-            raise AlexprepError(f"activation {self.activation!r} is not one of {', '.join(ACTIVATIONS)}")
-
     def describe(self) -> dict[str, Any]:
-        """The switches, as JSON values."""
+        """The switches, part of a run's identity."""
         return asdict(self)
 
     def __call__(self, classes: int, crop: int = 24, *, seed: int = 0, width: float = 1.0) -> nn.Sequential:
-        """The network with its initial weights, from float32 (N, 3, crop, crop) to logits (N, classes).
+        """The network with its initial weights.
 
-        Pools are 3 wide at stride 2 and rounded up, as in the code: 24 -> 12 -> 6. The activation stands after the first pool instead
-        of before it: both rise, so the result is the same, from a quarter of the values.
+        The activation stands after the first pool instead of before it: both rise, so the result is the same, from a quarter of the values.
 
         >>> sum(weight.numel() for weight in ConvLocal("conv-local-13pct")(10).parameters())
         1116490
         """
-        c1, c2, l3, l4 = _kernel_counts((64, 64, 64 if self.norm else 32, 32), width, crop, smallest=8)
+        c1, c2, l3, l4 = kernel_counts((64, 64, 64 if self.norm else 32, 32), width, crop, smallest=8)
         side = _pooled_up(_pooled_up(crop))
-        inplace = {"inplace": True} if self.activation == "relu" else {}
         active = ACTIVATIONS[self.activation]
         layers: list[tuple[str, nn.Module]] = [
             ("conv1", nn.Conv2d(3, c1, 5, padding=2)),
             ("pool1", nn.MaxPool2d(3, 2, ceil_mode=True)),
-            ("act1", active(**inplace)),
+            ("act1", active()),
             *([("norm1", _norm())] if self.norm else []),
             ("conv2", nn.Conv2d(c1, c2, 5, padding=2)),
-            ("act2", active(**inplace)),
+            ("act2", active()),
             *([("norm2", _norm())] if self.norm else []),
             ("pool2", nn.MaxPool2d(3, 2, ceil_mode=True)),
-            ("local3", LocallyConnected2d(c2, l3, (side, side), 3, padding=1)),
-            ("act3", active(**inplace)),
-            ("local4", LocallyConnected2d(l3, l4, (side, side), 3, padding=1)),
-            ("act4", active(**inplace)),
+            ("local3", LocallyConnected2d(c2, l3, side, 3)),
+            ("act3", active()),
+            ("local4", LocallyConnected2d(l3, l4, side, 3)),
+            ("act4", active()),
             ("flatten", nn.Flatten()),
             ("fc5", nn.Linear(l4 * side * side, classes)),
         ]
-        network = nn.Sequential(OrderedDict(layers))
-        initialise(network, seed, DEVIATIONS)
-        return network
+        return initialised(layers, seed, DEVIATIONS)
 
 
 conv_local_13pct = ConvLocal("conv-local-13pct")
@@ -157,15 +135,6 @@ conv_local_11pct = ConvLocal("conv-local-11pct", norm=True)
 def _norm() -> LocalResponseNorm:
     """Type cmrnorm there: size 9, scale 0.001, which its parser divides by the size, pow 0.75, and its k of 1."""
     return LocalResponseNorm(size=9, k=1.0, alpha=0.001 / 9, beta=0.75)
-
-
-def _kernel_counts(counts: tuple[int, ...], width: float, crop: int, smallest: int) -> list[int]:
-    """Kernel counts scaled by `width`, even so that they split into two towers."""
-    if crop < smallest:
-        raise AlexprepError(f"this network needs crops of at least {smallest} pixels, not {crop}")
-    if not 1 / 16 <= width <= 16:
-        raise AlexprepError(f"width {width} of this network is not within 1/16 to 16")
-    return [2 * max(1, round(count / 2 * width)) for count in counts]
 
 
 def _pooled_up(side: int) -> int:

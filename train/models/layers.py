@@ -1,23 +1,22 @@
-"""Layers that torch lacks or does slowly, for all networks here and for a user's own: response normalisations, the paper's dropout, filters
-that hang over the edge, locally connected layers; and how initial weights are drawn.
+"""Layers that torch lacks or does slowly, for all networks here and for a user's own: response normalisations, the paper's dropout,
+locally connected layers; and how a network of layers is made, with its initial weights.
 
 Whole networks are in the modules beside this one. Shapes: N images, C maps, H W pixels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from alexprep.shards.errors import AlexprepError, whole_number
+from alexprep.shards.errors import AlexprepError
 
-LARGEST = 2**15  # pixels, maps; keeps every number of a layer far from overflow
 # Values a pass of normalisation takes on a CPU: 1 MiB as float32, so that it finds what the pass before left in the cache.
 CACHED = 2**18
 
@@ -38,8 +37,7 @@ class LocalResponseNorm(nn.Module):
     ) -> None:
         """Maps of different towers are no neighbours: with two GPUs, each normalised its own half (2012 code).
 
-        Raises:
-            AlexprepError: the window is not odd, or a number is out of its range.
+        AlexprepError where the window is not odd, or a number is out of its range.
         """
         super().__init__()
         _check_norm(size, k, alpha, beta)
@@ -67,11 +65,7 @@ class SpatialResponseNorm(nn.Module):
     mixes_maps = False  # towers need not know of it
 
     def __init__(self, size: int = 5, *, k: float = 1.0, alpha: float = 0.001 / 25, beta: float = 0.75) -> None:
-        """See the class.
-
-        Raises:
-            AlexprepError: the window is not odd, or a number is out of its range.
-        """
+        """AlexprepError where the window is not odd, or a number is out of its range."""
         super().__init__()
         _check_norm(size, k, alpha, beta)
         self.size, self.k, self.alpha, self.beta = size, k, alpha, beta
@@ -100,25 +94,6 @@ class PaperDropout(nn.Module):
         return values * torch.empty_like(values).bernoulli_(self.KEEP)
 
 
-class Overhang(nn.Module):
-    """Zeros on the right and the bottom, so that the last filter of a strided convolution hangs over the edge.
-
-    The 2012 code rounds the number of filter positions up: 224 pixels under an 11-pixel filter at stride 4 give 55, not 54.
-
-    >>> Overhang(224, kernel=11, stride=4).pad
-    3
-    """
-
-    def __init__(self, side: int, *, kernel: int, stride: int) -> None:
-        """For inputs of `side` pixels under a filter of `kernel` pixels."""
-        super().__init__()
-        self.pad = -(side - kernel) % stride
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """(N, C, H, W) -> (N, C, H + pad, W + pad)."""
-        return F.pad(images, (0, self.pad, 0, self.pad))
-
-
 class Scale(nn.Module):
     """Multiplies by a constant: `Scale(1 / 64)` makes pixels on the 0-255 scale, their mean subtracted, as small as networks like them."""
 
@@ -133,97 +108,73 @@ class Scale(nn.Module):
 
 
 class LocallyConnected2d(nn.Module):
-    """A layer that looks at windows as a convolution does, with weights and biases of its own at every position.
+    """A layer that looks at windows as a convolution does, with weights and biases of its own at every position, as many as there are pixels.
 
     Of such are the third and fourth layer of the paper's CIFAR-10 nets (section 3.3, footnote 3; type "local" in the 2012 code). A copy
     of all windows and one product a position take a third of the time that `torch.nn.functional.unfold` takes on a CPU.
 
     Attributes:
-        weight: float32 (rows, columns, kernel_size, kernel_size, in_channels, out_channels): row and column of the output, then row and
+        weight: float32 (side, side, kernel_size, kernel_size, in_channels, out_channels): row and column of the output, then row and
             column of the window.
-        bias: float32 (out_channels, rows, columns).
+        bias: float32 (out_channels, side, side).
 
-    >>> layer = LocallyConnected2d(8, 6, (12, 10), kernel_size=3, padding=1)
-    >>> tuple(layer(torch.zeros(2, 8, 12, 10)).shape), layer.weight.numel() == 12 * 10 * 3 * 3 * 8 * 6
-    ((2, 6, 12, 10), True)
+    >>> layer = LocallyConnected2d(8, 6, 12, kernel_size=3)
+    >>> tuple(layer(torch.zeros(2, 8, 12, 12)).shape), layer.weight.numel() == 12 * 12 * 3 * 3 * 8 * 6
+    ((2, 6, 12, 12), True)
     """
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        input_size: tuple[int, int],
-        kernel_size: int,
-        *,
-        stride: int = 1,
-        padding: int = 0,
-    ) -> None:
-        """Weights are drawn as torch draws a convolution's: uniformly within ± 1 / sqrt(values in a window). Biases are 0.
-
-        Args:
-            in_channels: maps of the input.
-            out_channels: maps of the output.
-            input_size: height and width of the input, pixels.
-            kernel_size: side of a window, pixels.
-            stride: from a window to the next, pixels.
-            padding: zeros on every side of the input, pixels.
-
-        Raises:
-            AlexprepError: a number is out of its range, or the window is larger than the padded input.
-        """
+    def __init__(self, in_channels: int, out_channels: int, side: int, kernel_size: int) -> None:
+        """For images of `side` pixels and windows of an odd number; weights are drawn as torch draws a convolution's, biases are 0."""
         super().__init__()
-        for name, value in (("in_channels", in_channels), ("out_channels", out_channels), ("stride", stride)):
-            whole_number(name, value, 1, LARGEST)
-        whole_number("padding", padding, 0, LARGEST)
-        for name, value in zip(("height", "width"), input_size, strict=True):
-            whole_number(name, value, 1, LARGEST)
-        whole_number("kernel_size", kernel_size, 1, min(input_size) + 2 * padding)
-        self.in_channels, self.out_channels, self.input_size = in_channels, out_channels, input_size
-        self.kernel_size, self.stride, self.padding = kernel_size, stride, padding
-        rows, columns = ((side + 2 * padding - kernel_size) // stride + 1 for side in input_size)
+        self.side, self.kernel_size = side, kernel_size
         bound = (in_channels * kernel_size**2) ** -0.5
-        weight = torch.empty(rows, columns, kernel_size, kernel_size, in_channels, out_channels)
+        weight = torch.empty(side, side, kernel_size, kernel_size, in_channels, out_channels)
         self.weight = nn.Parameter(weight.uniform_(-bound, bound))
-        self.bias = nn.Parameter(torch.zeros(out_channels, rows, columns))
+        self.bias = nn.Parameter(torch.zeros(out_channels, side, side))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Float (N, in_channels, height, width) -> (N, out_channels, rows, columns); in memory, the maps of an image lie together."""
-        rows, columns = self.weight.shape[:2]
-        down, right = (rows - 1) * self.stride + 1, (columns - 1) * self.stride + 1
-        pixels = F.pad(images, (self.padding,) * 4).permute(2, 3, 0, 1)  # height, width, images, maps
+        """Float (N, in_channels, side, side) -> (N, out_channels, side, side); in memory, the maps of an image lie together."""
+        side = self.side
+        pixels = F.pad(images, (self.kernel_size // 2,) * 4).permute(2, 3, 0, 1)  # height, width, images, maps
         offsets = [(i, j) for i in range(self.kernel_size) for j in range(self.kernel_size)]
-        seen = [pixels[i : i + down : self.stride, j : j + right : self.stride] for i, j in offsets]
+        seen = [pixels[i : i + side, j : j + side] for i, j in offsets]
         windows = torch.cat(seen, dim=3).flatten(0, 1)  # positions, images, values of a window
         products = torch.bmm(windows, self.weight.flatten(2, 4).flatten(0, 1))
-        return products.view(rows, columns, len(images), self.out_channels).permute(2, 3, 0, 1) + self.bias
-
-    def extra_repr(self) -> str:
-        """The numbers, for print(network)."""
-        first = f"{self.in_channels}, {self.out_channels}, {self.input_size}, kernel_size={self.kernel_size}"
-        return f"{first}, stride={self.stride}, padding={self.padding}"
+        return products.view(side, side, len(images), -1).permute(2, 3, 0, 1) + self.bias
 
 
-def initialise(
-    network: nn.Module,
+def kernel_counts(counts: Iterable[int], width: float, crop: int, smallest: int) -> list[int]:
+    """A network's kernel counts scaled by `width`, even so that they split into two towers; AlexprepError where its crop is too small."""
+    if crop < smallest:
+        raise AlexprepError(f"this network needs crops of at least {smallest} pixels, not {crop}")
+    if not 1 / 16 <= width <= 16:
+        raise AlexprepError(f"width {width} of this network is not within 1/16 to 16")
+    return [2 * max(1, round(count / 2 * width)) for count in counts]
+
+
+def initialised(
+    layers: Iterable[tuple[str, nn.Module]],
     seed: int,
     deviations: Mapping[str, float],
-    biases: Mapping[str, float] = MappingProxyType({}),
-) -> None:
-    """Draws every weight from N(0, deviation²) and sets every bias to a constant, in place.
+    biases: Mapping[str, float] | None = None,
+) -> nn.Sequential:
+    """A network of named layers, every weight drawn from N(0, deviation²), every bias a constant.
 
     Args:
-        network: its convolutions, linear and locally connected layers are drawn in order of definition.
+        layers: names and layers, in order; convolutions, linear and locally connected layers are drawn.
         seed: of a generator of its own: the same seed gives the same weights, whatever was drawn before.
         deviations: standard deviation by layer name.
         biases: what a layer's biases start at, by layer name; 0 for the others.
     """
+    network = nn.Sequential(OrderedDict(layers))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name, layer in network.named_modules():
+        for name, layer in network.named_children():
             if isinstance(layer, (nn.Conv2d, nn.Linear, LocallyConnected2d)):
                 layer.weight.normal_(0.0, deviations[name], generator=generator)
                 if layer.bias is not None:
-                    layer.bias.fill_(biases.get(name, 0.0))
+                    layer.bias.fill_((biases or {}).get(name, 0.0))
+    return network
 
 
 # The arithmetic of response normalisation: b = a · s^-beta with s = k + alpha · (sum of a² over a window), and its gradient.
