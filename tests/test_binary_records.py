@@ -103,7 +103,7 @@ def test_damaged_cifar_is_refused_with_the_record(tmp_path: Path) -> None:
     fails(folder, "data_batch_4.bin, record 1: the label 10 is above 9; download it again")
     fails(packed(folder, tmp_path / "cifar-10-binary.tar.gz"), "/data_batch_4.bin, record 1: the label 10 is above 9")
     batch.unlink()
-    fails(folder, "has no data_batch_4.bin")
+    fails(folder, "data_batch_4.bin cannot be read ([Errno 2] No such file")
     fails(packed(folder, tmp_path / "cifar-10-binary.tar"), "cifar-10-binary.tar has no data_batch_4.bin")
     batch.write_bytes(good)
     names = folder / "batches.meta.txt"
@@ -217,7 +217,7 @@ def test_idx_files_are_read_under_all_their_names(
 def test_of_several_sets_one_is_named(tmp_path: Path) -> None:
     letters = mnist(tmp_path, "emnist-letters-{split}-{kind}-idx{d}-ubyte.gz", ("train", "test"), 26)
     plain = mnist(tmp_path, "{split}-{kind}-idx{d}-ubyte.gz")
-    fails(tmp_path, "holds 2 sets: emnist-letters, (no name). Name one of the image files as SOURCE, such as")
+    fails(tmp_path, "holds 2 sets: emnist-letters, (no name). Name one of their files as SOURCE, such as")
     check_mnist(found(tmp_path / "emnist-letters-test-images-idx3-ubyte.gz", "mnist"), letters)
     check_mnist(found(tmp_path / "train-images-idx3-ubyte.gz", "mnist"), plain)
 
@@ -259,7 +259,7 @@ def test_damaged_idx_files_are_refused(ending: str, tmp_path: Path) -> None:
         labels.write_bytes(good_labels[:-9])
         fails(tmp_path, "cut short")
     labels.unlink()
-    fails(tmp_path, f"has no train-labels-idx1-ubyte{ending}, which holds the labels of the train images")
+    fails(tmp_path, f"has train-images-idx3-ubyte{ending} and no train-labels-idx1-ubyte{ending}: put it beside it")
     labels.write_bytes(good_labels)
     (tmp_path / f"test-images-idx3-ubyte{ending}").write_bytes(b"")
     fails(tmp_path, "holds files named test and t10k, which both mean 'test'")
