@@ -58,11 +58,7 @@ class RecordSource(Source):
     """A source of files of records."""
 
     def record_files(self) -> tuple[Sequence[str], list[RecordFile]]:
-        """The class names by label, and the files of all splits.
-
-        Raises:
-            AlexprepError: a file is missing, damaged, of another length than it tells, or has a label that is unknown.
-        """
+        """The class names by label, and the files of all splits."""
         raise NotImplementedError
 
     def inputs(self) -> Iterator[Input]:

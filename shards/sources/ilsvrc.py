@@ -97,8 +97,7 @@ class IlsvrcArchives(ArchiveSource):
 def check_archives(files: Files, wanted: dict[str, str] = PUBLISHED_MD5) -> list[str]:
     """Compares the archives in the root with the published MD5s; returns the names of those that agree.
 
-    Raises:
-        AlexprepError: one differs, or there is none with a published MD5.
+    Where one differs, or there is none with a published MD5, that is an AlexprepError.
     """
     checked = []
     for entry in files.entries():

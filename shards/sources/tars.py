@@ -35,16 +35,6 @@ class PackedFile(NamedTuple):
     location: Location
 
 
-def read_packed(files: Files, location: Location) -> bytes:
-    """The bytes of a member; OSError where it has none, or the archive has become shorter."""
-    if location.offset == _NO_FILE:
-        raise OSError("a link or special file in an archive")
-    data = files.read(location.path, location.offset, location.size)
-    if 0 <= location.size != len(data):
-        raise OSError("the archive is shorter than it was when it was listed")
-    return data
-
-
 def plain_name(name: bytes) -> bytes:
     """A member's name without what leads elsewhere; empty for a hidden one.
 
@@ -60,13 +50,7 @@ def plain_name(name: bytes) -> bytes:
 def packed_files(files: Files, path: bytes, within: Location | None = None) -> Iterator[PackedFile]:
     """Every member that is no folder and has no hidden name, in the archive's order.
 
-    Args:
-        files: where the archive lies.
-        path: the archive.
-        within: the archive in that archive which is meant; its name there goes before the names of its members.
-
-    Raises:
-        AlexprepError: the archive is damaged; the place is named.
+    Where an archive in that archive is meant (`within`), its name there goes before the names of its members.
     """
     start, size = (0, files.size(path)) if within is None else (within.offset, within.size)
     prefix = b"" if within is None else within.member + b"/"
@@ -84,14 +68,18 @@ class ArchiveSource(Source):
     """A source whose inputs may lie in archives."""
 
     def read(self, location: Location) -> bytes | NDArray[np.uint8]:
-        """See `Source`."""
-        return read_packed(self.files, location)
+        """The bytes of a member; OSError where it has none, or the archive has become shorter."""
+        if location.offset == _NO_FILE:
+            raise OSError("a link or special file in an archive")
+        data = self.files.read(location.path, location.offset, location.size)
+        if 0 <= location.size != len(data):
+            raise OSError("the archive is shorter than it was when it was listed")
+        return data
 
     def packed(self, path: bytes, within: Location | None = None) -> Iterator[PackedFile]:
         """As `packed_files`. Of two files with one name, programs that unpack keep the last, others read both: none is taken.
 
-        Raises:
-            AlexprepError: a name occurs twice, also where one is written ./a and the other a; archive and member are named.
+        That is an AlexprepError, also where one is written ./a and the other a.
         """
         seen: set[bytes] = set()
         for file in packed_files(self.files, path, within):
@@ -129,11 +117,7 @@ class TarOfClassFolders(ArchiveSource):
         return cls(files, tuple((split_of(tar), tar) for tar in tars), not name) if tars else None
 
     def inputs(self) -> Iterator[Input]:
-        """By split, class and name, as from class folders.
-
-        Raises:
-            AlexprepError: an archive is damaged, holds a file twice, or one in no class folder.
-        """
+        """By split, class and name, as from class folders."""
         found: list[tuple[str, bytes, PackedFile]] = []
         for named, path in self.archives:
             found += self._in_classes(named or "train", path)
@@ -190,11 +174,6 @@ def _wrapping(folders_with_files: set[_Names], files: list[_Names], shown: str) 
     """How many folders wrap the class folders or the splits, and tell nothing: a tar is often made of one, as CIFAR/train/….
 
     A split's folder does tell something, also where the tar holds no other split.
-
-    Args:
-        folders_with_files: the folders that hold files, each as the names that lead to it.
-        files: the files, likewise.
-        shown: the tar, for messages.
     """
     skip = 0
     while True:
