@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import os
@@ -13,7 +12,7 @@ import tarfile
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,12 +22,8 @@ from alexprep.shards import webdataset_index
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.image_codec import Header, Refused, read_header
 from alexprep.shards.webdataset_index import TAR_INDEX_DTYPE, TarIndex, index_tars
+from tests.source_checks import FORMATS, write_tar
 
-FORMATS: dict[str, Literal[0, 1, 2]] = {
-    "ustar": tarfile.USTAR_FORMAT,
-    "gnu": tarfile.GNU_FORMAT,
-    "pax": tarfile.PAX_FORMAT,
-}
 Encode = Callable[..., bytes]
 
 
@@ -63,16 +58,6 @@ def images(photo: Callable[..., Image.Image], encoded: Encode) -> list[tuple[str
 @pytest.fixture(scope="module")
 def jpg(images: list[tuple[str, bytes]]) -> bytes:
     return images[0][1]
-
-
-def write_tar(path: Path, members: dict[str, bytes] | list[tuple[str, bytes]], form: str = "gnu") -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w", format=FORMATS[form]) as tar:
-        for name, content in members.items() if isinstance(members, dict) else members:
-            info = tarfile.TarInfo(name)
-            info.size, info.mtime = len(content), 1.5 if form == "pax" else 1
-            tar.addfile(info, io.BytesIO(content))
-    return path
 
 
 def pairs(images: list[tuple[str, bytes]], key: str = "{:04d}", count: int = 0) -> list[tuple[str, bytes]]:
@@ -194,6 +179,21 @@ def huge(width: int, height: int) -> bytes:
         ({"b.jpg": None, "b.JPG": None, "b.cls": b"1"}, "has two .jpg"),
         ({"b.jpg": None, "b.cls": b"9" * 5000}, "has the label 9999999"),
         ({"b.jpg": None, "b.json": b"[" * 100_000}, "has no label in its .json"),
+        ({"b.jpg": None, "b.json": b'{"text": 1}'}, "has no label in its .json"),
+        ({"b.jpg": None, "b.json": b'{"label": null}'}, "has no label in its .json"),
+        ({"b.jpg": None, "b.json": b"[1]"}, "has no label in its .json"),
+        ({"b.jpg": None, "b.json": b'{"label": "\\ud800"}'}, "has no label in its .json"),
+        ({"b.jpg": None, "b.json": b'{"label": NaN}'}, "has no label in its .json"),
+        ({"b.jpg": None, "b.json": b'{"label": -Infinity}'}, "has no label in its .json"),
+        ({"b.jpg": None, "b.json": b'{"label": [1, 2]}'}, "has several labels"),
+        ({"b.jpg": None, "b.cls": b"\xff\xfe"}, "has no label in its .cls"),
+        ({"b.jpg": None, "b.cls": b""}, "has an empty label"),
+        ({"b.jpg": None, "b.cls": b"-1"}, "has the label -1, not between 0 and"),
+        ({"b.jpg": None, "b.cls": b"1", "b.CLS": b"2"}, "has two .cls"),
+        (
+            {"b.npy": b"x", "b.cls": b"1"},
+            "has 0 images among npy, cls, expected one; .npy counts only below the dataset",
+        ),
         ({"b.jpg": None, "b.cls": b"1" * (2**20 + 1)}, "has a label of 1,048,577 bytes"),
         ({"b.jpg": b"", "b.cls": b"1"}, "cannot be used: empty file"),
         ({"b.jpg": b"not an image", "b.cls": b"1"}, "not a JPEG, PNG, WebP, BMP or PNM image (first bytes 6e 6f"),
@@ -202,22 +202,15 @@ def huge(width: int, height: int) -> bytes:
         ({"b.png": huge(20_000, 10_000), "b.cls": b"1"}, "20000x10000 pixels are more than the limit of 80,000,000"),
         ({"b.png": huge(70_000, 10), "b.cls": b"1"}, "a side of 70,000 pixels"),
         ({"b.png": huge(0, 10), "b.cls": b"1"}, "0x10 pixels"),
-        ({"b.jpg": "link", "b.cls": b"1"}, "has a link or special file as its image"),
-        ({"b.jpg": None, "b.cls": "link"}, "has a link or special file as its .cls"),
+        ({"b.jpg": b"link", "b.cls": b"1"}, "has a link or special file as its image"),
+        ({"b.jpg": None, "b.cls": b"link"}, "has a link or special file as its .cls"),
     ],
 )
 def test_one_bad_sample_costs_nothing_but_itself(
     members: dict[str, Any], words: str, jpg: bytes, tmp_path: Path
 ) -> None:
-    with tarfile.open(tmp_path / "x.tar", "w") as tar:
-        for name, content in {"a.jpg": jpg, "a.cls": b"3", **members, "c.cls": b"4", "c.jpg": jpg}.items():
-            info = tarfile.TarInfo(name)
-            if content == "link":
-                info.type, info.linkname = tarfile.SYMTYPE, "/etc/passwd"
-            else:
-                content = jpg if content is None else content
-                info.size = len(content)
-            tar.addfile(info, io.BytesIO(content) if info.size else None)
+    whole = {"a.jpg": jpg, "a.cls": b"3", **members, "c.cls": b"4", "c.jpg": jpg}
+    write_tar(tmp_path / "x.tar", {name: jpg if content is None else content for name, content in whole.items()})
     found = index_tars(tmp_path)
     assert found.records["label"].tolist() == [3, 4]
     ((shard, key, reason),) = found.bad
@@ -284,17 +277,9 @@ def test_a_dali_index_changes_nothing(
 def test_a_dali_index_beside_long_names_and_folders(
     images: list[tuple[str, bytes]], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    for form, number in FORMATS.items():
-        tar = tmp_path / f"{form}.tar"
-        with tarfile.open(tar, "w", format=number) as archive:
-            folder = tarfile.TarInfo("folder")
-            folder.type = tarfile.DIRTYPE
-            archive.addfile(folder)
-            for name, content in pairs(images, f"folder/{'e' * (88 if form == 'ustar' else 120)}{{:03d}}"):
-                info = tarfile.TarInfo(name)
-                info.size = len(content)
-                archive.addfile(info, io.BytesIO(content))
-        make_idx(tar)
+    for form in FORMATS:
+        names = f"folder/{'e' * (88 if form == 'ustar' else 120)}{{:03d}}"
+        make_idx(write_tar(tmp_path / f"{form}.tar", [("folder/", b""), *pairs(images, names)], form))
     check_against_others(index_tars(tmp_path))
     # By GNU tar 1.34 and others, wds2idx gives the place of the long name as that of the data.
     assert all("gnu.idx does not fit" in record.getMessage() for record in caplog.records)
@@ -417,14 +402,8 @@ def test_a_tar_of_the_same_size_and_time_is_read_again(jpg: bytes, tmp_path: Pat
     """As tools leave it that copy times: `rsync -a`, `cp -p`."""
     tar = tmp_path / "set" / "0.tar"
     for labels in ((0, 1), (1, 0)):
-        write_tar(
-            tar,
-            [
-                (f"{n}.{kind}", data)
-                for n, label in enumerate(labels)
-                for kind, data in (("jpg", jpg), ("cls", b"%d" % label))
-            ],
-        )
+        members = {f"{n}.{e}": c for n, label in enumerate(labels) for e, c in (("jpg", jpg), ("cls", b"%d" % label))}
+        write_tar(tar, members)
         os.utime(tar, ns=(10**18, 10**18))
         assert index_tars(tmp_path / "set").records["label"].tolist() == list(labels)
     assert scanned == ["0.tar", "0.tar"]
