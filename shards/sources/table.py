@@ -213,28 +213,30 @@ def read_rows(files: Files, name: bytes) -> Iterator[Row]:
 def _text_rows(files: Files, name: bytes) -> Iterator[Row]:
     shown = files.display(name)
     delimiter = "\t" if name.lower().endswith((b".tsv", b".tsv.gz")) else ","
-    reader = csv.reader(_lines(files, name, shown), delimiter=delimiter, strict=True, skipinitialspace=True)
-    width = 0
+    line, width = 0, 0
     path, label, split = 0, 1, None
     try:
-        for cells in filter(None, reader):
-            if not width:
-                width = len(cells)
-                # No header: two cells of which the first can be a file's name and the second is no column's.
-                if width != 2 or not set("./") & set(cells[0]) or cells[1].strip().lower() in LABELS:
-                    path, label, split = _columns(cells, f"{shown}, line {reader.line_num}")
-                    continue
-            if len(cells) != width:
-                raise AlexprepError(
-                    f"{shown}, line {reader.line_num:,}: {len(cells)} cells, where the first line has {width}: put a cell "
-                    "that holds the separator in double quotes"
-                )
-            yield Row(reader.line_num, cells[path], cells[label], None if split is None else cells[split])
+        with _opened(files, name) as file:
+            reader = csv.reader(_lines(file, shown), delimiter=delimiter, strict=True, skipinitialspace=True)
+            for cells in filter(None, reader):
+                line = reader.line_num
+                if not width:
+                    width = len(cells)
+                    # No header: two cells of which the first can be a file's name and the second is no column's.
+                    if width != 2 or not set("./") & set(cells[0]) or cells[1].strip().lower() in LABELS:
+                        path, label, split = _columns(cells, f"{shown}, line {line}")
+                        continue
+                if len(cells) != width:
+                    raise AlexprepError(
+                        f"{shown}, line {line:,}: {len(cells)} cells, where the first line has {width}: put a cell that "
+                        "holds the separator in double quotes"
+                    )
+                yield Row(line, cells[path], cells[label], None if split is None else cells[split])
     except csv.Error as error:
         raise AlexprepError(f"{shown}, line {reader.line_num:,}: {error}: mend the quotes of this line") from None
     except (OSError, EOFError, zlib.error) as error:
         raise AlexprepError(
-            f"{shown} cannot be read after line {reader.line_num:,} ({error}): check it, or get it again"
+            f"{shown} cannot be read after line {line:,} ({error}): check it, or get it again"
         ) from None
     if not width:
         raise AlexprepError(f"{shown} is empty: it needs a row for each image, with its path and its label")
@@ -260,17 +262,16 @@ def _columns(names: Sequence[str], shown: str) -> tuple[int, int, int | None]:
     return path, label, split
 
 
-def _lines(files: Files, name: bytes, shown: str) -> Iterator[str]:
-    with _opened(files, name) as raw:
-        gzipped = raw.read(2) == b"\x1f\x8b"
-        raw.seek(0)
-        for number, line in enumerate(gzip.GzipFile(fileobj=raw) if gzipped else raw, 1):
-            try:
-                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise AlexprepError(
-                    f"{shown}, line {number:,}: byte {line[error.start]:#04x} is not UTF-8: save the table as UTF-8"
-                ) from None
+def _lines(file: BinaryIO, shown: str) -> Iterator[str]:
+    gzipped = file.read(2) == b"\x1f\x8b"
+    file.seek(0)
+    for number, line in enumerate(gzip.GzipFile(fileobj=file) if gzipped else file, 1):
+        try:
+            yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise AlexprepError(
+                f"{shown}, line {number:,}: byte {line[error.start]:#04x} is not UTF-8: save the table as UTF-8"
+            ) from None
 
 
 def _opened(files: Files, name: bytes) -> BinaryIO:
