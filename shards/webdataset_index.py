@@ -234,9 +234,6 @@ def scan_tar(path: Path) -> ShardIndex:
     """Indexes one tar: reads its headers, its labels and the first bytes of its images.
 
     Where NAME.idx of DALI lies beside it and fits, the headers of extensions and of folders are passed over.
-
-    Raises:
-        AlexprepError: the tar is damaged or cannot be read; names it and the byte.
     """
     files, name = LocalFiles(os.fsencode(path.parent)), os.fsencode(path.name)
     rows: list[tuple[int, ...]] = []
@@ -297,15 +294,8 @@ def read_dali_index(index: bytes, read: ReadAt, path: bytes) -> list[PackedFile]
     """The files of a tar by its DALI index, as `packed_files` would list them.
 
     Every listed member must have a header with a right checksum, its name and its size; nothing but extension headers and
-    folders may lie between two members; and the end of the archive must follow the last one.
-
-    Args:
-        index: the content of the .idx file.
-        read: (offset, size) → those bytes of the tar.
-        path: of the tar, for the locations.
-
-    Raises:
-        ValueError: the index is damaged, stale, of another version, or has no place for what the tar holds; says which.
+    folders may lie between two members; and the end of the archive must follow the last one. Else a ValueError says what does
+    not fit. `path` is the tar's, for the locations.
     """
     lines = index.decode("utf-8", "surrogateescape").splitlines()
     version, count = (lines[0].split() if lines else []) or ("", "")
@@ -335,12 +325,9 @@ def read_dali_index(index: bytes, read: ReadAt, path: bytes) -> list[PackedFile]
 
 
 def _checked_name(headers: bytes, size: int, given: bytes) -> bytes | None:
-    """The name of a member by the headers before its data; None where they are not those of a member of that size.
+    """The name of a member by all headers before its data; None where they are not those of a member of that size.
 
-    Args:
-        headers: all between the member before and the data.
-        size: of the data, bytes.
-        given: the name by the index; empty for none.
+    `given` is its name by the index; empty for none.
     """
     at, renamed = 0, False
     while True:

@@ -110,6 +110,16 @@ def _train_archive(folders: Path, path: Path) -> None:
     write_tar(path, inner)
 
 
+def flat_val(root: Path, val: Images, train: Path | None = None) -> Path:
+    """Puts the val images into one folder, and class folders of train beside it."""
+    (root / "val").mkdir(parents=True)
+    for name, _, content in val:
+        (root / "val" / name).write_bytes(content)
+    if train is not None:
+        shutil.copytree(train, root / "train")
+    return root
+
+
 def _ids(val: Images, wnids: list[str]) -> bytes:
     return "".join(f"{wnids.index(class_name) + 1}\n" for _, class_name, _ in sorted(val)).encode()
 
@@ -168,12 +178,9 @@ def test_one_archive_alone_and_test_images_without_labels(
 
 
 def test_kaggle_s_folders_give_the_same_shards(folders: Path, val: Images, reference: Path, tmp_path: Path) -> None:
-    images = tmp_path / "kaggle/ILSVRC/Data/CLS-LOC"
-    shutil.copytree(folders / "train", images / "train")
-    (images / "val").mkdir()
+    images = flat_val(tmp_path / "kaggle/ILSVRC/Data/CLS-LOC", val, folders / "train")
     (images / "test").mkdir()
     for name, _, content in val:
-        (images / "val" / name).write_bytes(content)
         (images / "test" / name.replace("val", "test")).write_bytes(content)
     with open(tmp_path / "kaggle/LOC_val_solution.csv", "w", newline="") as file:
         writer = csv.writer(file)
@@ -192,11 +199,7 @@ def test_kaggle_s_folders_give_the_same_shards(folders: Path, val: Images, refer
 def test_a_flat_val_folder_with_a_ground_truth(
     kind: str, folders: Path, archives: Path, val: Images, reference: Path, tmp_path: Path
 ) -> None:
-    root = tmp_path / "root"
-    shutil.copytree(folders / "train", root / "train")
-    (root / "val").mkdir()
-    for name, _, content in val:
-        (root / "val" / name).write_bytes(content)
+    root = flat_val(tmp_path / "root", val, folders / "train")
     refused(root, "nothing beside it tells the classes")
     classes = sorted({class_name for _, class_name, _ in val})
     match kind:
@@ -208,10 +211,9 @@ def test_a_flat_val_folder_with_a_ground_truth(
         case "numbers":
             (root / "val.txt").write_text("".join(f"{name} {classes.index(label)}\n" for name, label, _ in val))
         case "devkit":
-            (root / "ILSVRC2012_devkit_t12/data").mkdir(parents=True)
-            (root / "ILSVRC2012_devkit_t12/data/meta.mat").write_bytes(_meta_mat(WNIDS))
-            truth = root / "ILSVRC2012_devkit_t12/data/ILSVRC2012_validation_ground_truth.txt"
-            truth.write_bytes(_ids(val, WNIDS))
+            data = unpacked(root, "ILSVRC2012_devkit_t12/data/meta.mat", content=_meta_mat(WNIDS))
+            truth = "ILSVRC2012_devkit_t12/data/ILSVRC2012_validation_ground_truth.txt"
+            unpacked(data, truth, content=_ids(val, WNIDS))
         case "devkit archive":
             shutil.copy(archives / "ILSVRC2012_devkit_t12.tar.gz", root)
     convert(root, tmp_path / "out", OPTIONS, ENGINE)
@@ -225,9 +227,8 @@ OLD_WNIDS = ["class0", "class1", "class2", "class3"]  # the IDs of 2010, say
 def two_years(archives: Path, val: Images, tmp_path: Path) -> Path:
     """A folder with the devkits of 2010, unpacked, and 2012."""
     data = tmp_path / "two/ILSVRC2010_devkit-1.0/data"
-    data.mkdir(parents=True)
-    (data / "meta.mat").write_bytes(_meta_mat(OLD_WNIDS, 2010))
-    (data / "ILSVRC2010_validation_ground_truth.txt").write_bytes(b"1\n" * len(val))
+    unpacked(data, "meta.mat", content=_meta_mat(OLD_WNIDS, 2010))
+    unpacked(data, "ILSVRC2010_validation_ground_truth.txt", content=b"1\n" * len(val))
     shutil.copy(archives / "ILSVRC2012_devkit_t12.tar.gz", tmp_path / "two")
     return tmp_path / "two"
 
@@ -240,9 +241,7 @@ def test_of_two_years_devkits_the_images_own_counts(two_years: Path, archives: P
     assert class_order("ilsvrc-id", set(WNIDS), source) == WNIDS
     # As folders: by the images' names, also below class folders. The wrong devkit alone counts for nothing.
     (two_years / "ILSVRC2012_img_val.tar").unlink()
-    (two_years / "val").mkdir()
-    for name, _, content in val:
-        (two_years / "val" / name).write_bytes(content)
+    flat_val(two_years, val)
     source = find_source(str(two_years), "folders")
     assert {(i.class_name, i.location.path.decode().removeprefix("val/")) for i in source.inputs()} == truth
     assert class_order("ilsvrc-id", set(WNIDS), source) == WNIDS
@@ -257,9 +256,7 @@ def test_of_two_years_devkits_the_images_own_counts(two_years: Path, archives: P
 
 
 def test_devkits_of_two_years_and_names_that_tell_none(two_years: Path, val: Images) -> None:
-    (two_years / "val").mkdir()
-    for name, _, content in val:
-        (two_years / "val" / name.removeprefix("ILSVRC2012_")).write_bytes(content)
+    flat_val(two_years, [(name.removeprefix("ILSVRC2012_"), *more) for name, *more in val])  # type: ignore[misc]
     refused(two_years, r"holds devkits of 2010 and 2012 .* move the other devkits away")
     (two_years / "val/class0").mkdir()
     with pytest.raises(AlexprepError, match="holds devkits of 2010 and 2012"):
@@ -283,9 +280,7 @@ def test_devkits_of_two_years_and_names_that_tell_none(two_years: Path, val: Ima
 def test_numbers_that_are_names_of_classes_too(lines: str, expected: set[str] | None, tmp_path: Path) -> None:
     for name in ("0", "1", "2", "10", "11", "40"):
         (tmp_path / "train" / name).mkdir(parents=True)
-    (tmp_path / "val").mkdir()
-    for line in lines.splitlines():
-        (tmp_path / "val" / line.split()[0]).write_bytes(b"")
+    unpacked(tmp_path / "val", *(line.split()[0] for line in lines.splitlines()))
     (tmp_path / "val.txt").write_text(lines)
     if expected is None:
         refused(tmp_path, r"may mean the class named '2', or number 2 of .* which is '10': sort")
@@ -311,21 +306,14 @@ def test_a_numbered_list_where_there_is_nothing_to_count(archives: Path, val: Im
         ("LOC_val_solution.csv", "a,\n", "line 1: expected ImageId,PredictionString"),
         ("ILSVRC2012_validation_ground_truth.txt", "1\n" * 20, "put the devkit's meta.mat"),
         ("val.txt", b"\xff\xff 1", "no text in UTF-8"),
-        (
-            "val.txt",
-            "a.JPEG cat\nval/a.JPEG dog\n",
-            r"val\.txt names val/a\.JPEG twice, with the classes 'cat' and 'dog'",
-        ),
+        ("val.txt", "a.JPEG cat\nval/a.JPEG dog\n", r"names val/a\.JPEG twice, with the classes 'cat' and 'dog'"),
         ("LOC_val_solution.csv", "a,cat 1 1 2 2\na,dog\n", r"csv names a twice, with the classes 'cat' and 'dog'"),
     ],
 )
 def test_ground_truths_that_make_no_sense(
     name: str, content: str | bytes, words: str, folders: Path, val: Images, tmp_path: Path
 ) -> None:
-    shutil.copytree(folders / "train", tmp_path / "train")
-    (tmp_path / "val").mkdir()
-    for image, _, data in val:
-        (tmp_path / "val" / image).write_bytes(data)
+    flat_val(tmp_path, val, folders / "train")
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     refused(tmp_path, words)
 
@@ -414,11 +402,8 @@ def test_a_data_set_made_among_tars_is_none_of_them(folders: Path, tmp_path: Pat
 def test_odd_members_of_a_tar_are_rejected_each(photos: Path, tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "odd.tar", "w") as tar:
         tar.add(photos / "train/class0/000.JPEG", "c/good.jpg")
-        for name, kind in (
-            ("c/link.jpg", tarfile.SYMTYPE),
-            ("c/hard.jpg", tarfile.LNKTYPE),
-            ("c/pipe", tarfile.FIFOTYPE),
-        ):
+        kinds = {"c/link.jpg": tarfile.SYMTYPE, "c/hard.jpg": tarfile.LNKTYPE, "c/pipe": tarfile.FIFOTYPE}
+        for name, kind in kinds.items():
             info = tarfile.TarInfo(name)
             info.type, info.linkname = kind, "/etc/passwd"
             tar.addfile(info)
@@ -515,10 +500,7 @@ def test_a_data_set_of_ours_is_sharded_anew_only_whole(reference: Path, tmp_path
     assert len(list(find_source(str(data)).inputs())) == 68
     for ending in ("tar", "idx", "json"):
         (data / f"train/train-000001.{ending}").unlink()
-    refused(
-        data,
-        r"train-000001\.tar is missing, but dataset\.json names it: mend it with `alexprep verify .* --repair IMAGES`",
-    )
+    refused(data, r"train-000001\.tar is missing, but .*: mend it with `alexprep verify .* --repair IMAGES`")
     shutil.rmtree(data / "train")
     refused(data, r"train-000000\.tar is missing")
     (data / "dataset.json").write_text('{"format": "alexprep data set", "classes": [], "splits": {"train": 1}}')
@@ -716,9 +698,7 @@ def test_shards_never_hide_the_source_they_are_made_of(photos: Path, tmp_path: P
         with pytest.raises(AlexprepError, match="among the images of SOURCE"):
             convert(source, out, OPTIONS, ENGINE)
     for source, out in (
-        (tars, tars / "out"),
-        (folders, folders / "out"),
-        (shards, shards / "out"),
+        *((place, place / "out") for place in (tars, folders, shards)),
         (tars / "train.tar", tars),
     ):
         for _ in range(2):  # the second run finds what it began
