@@ -37,7 +37,7 @@ from alexprep.shards.dataset_format import INDEX_DTYPE, TAR_INDEXES
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.image_codec import Refused, read_header
 from alexprep.shards.sources.base import Location
-from alexprep.shards.sources.tars import PackedFile, packed_files, plain_name
+from alexprep.shards.sources.tars import packed_files, plain_name
 from alexprep.shards.sources.wds import (
     BadSampleError,
     Sample,
@@ -268,7 +268,7 @@ def _examine(sample: Sample, read: ReadAt) -> tuple[int, int, int, int, str]:
     return offset, size, header.height, header.width, label
 
 
-def _files_by_dali_index(files: LocalFiles, name: bytes, read: ReadAt) -> tuple[list[PackedFile] | None, str]:
+def _files_by_dali_index(files: LocalFiles, name: bytes, read: ReadAt) -> tuple[list[Location] | None, str]:
     """The files by DALI's index, None where there is none that fits; and a warning where it does not fit."""
     index = name.removesuffix(b".tar") + b".idx"
     try:
@@ -290,7 +290,7 @@ _BESIDES = b"xLK5"  # types of headers that are no member for DALI: extensions a
 _NOT_PLAIN = (b" size=", b" GNU.sparse.")  # in a pax header: the data are not what the header itself says
 
 
-def read_dali_index(index: bytes, read: ReadAt, path: bytes) -> list[PackedFile]:
+def read_dali_index(index: bytes, read: ReadAt, path: bytes) -> list[Location]:
     """The files of a tar by its DALI index, as `packed_files` would list them.
 
     Every listed member must have a header with a right checksum, its name and its size; nothing but extension headers and
@@ -304,7 +304,7 @@ def read_dali_index(index: bytes, read: ReadAt, path: bytes) -> list[PackedFile]
     if int(count) != len(lines) - 1:
         raise ValueError(f"it announces {count} samples and has {len(lines) - 1:,}")
     step = _FIELDS[version]
-    found: list[PackedFile] = []
+    found: list[Location] = []
     end = 0
     for number, line in enumerate(lines[1:], 2):
         fields = line.split(" ")
@@ -318,7 +318,7 @@ def read_dali_index(index: bytes, read: ReadAt, path: bytes) -> list[PackedFile]
                 raise ValueError(f"line {number} does not tell what the tar has at byte {offset:,}")
             end = offset + padded(size)
             if clean := plain_name(name):
-                found.append(PackedFile(clean, Location(path, clean, offset, size)))
+                found.append(Location(path, clean, offset, size))
     if read(end, BLOCK) != bytes(BLOCK):
         raise ValueError(f"the tar goes on, or is cut, at byte {end:,}, where the last member ends")
     return found

@@ -421,4 +421,4 @@ def test_an_index_over_a_header_whose_size_is_none(size: bytes) -> None:
         read_dali_index(index, lambda offset, size: data[offset : offset + size], b"x.tar")
     sound = block(b"pax", 0, b"x") + data[512:]
     (found,) = read_dali_index(index, lambda offset, size: sound[offset : offset + size], b"x.tar")
-    assert found.name == b"a.jpg"
+    assert found.member == b"a.jpg"

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from alexprep.shards.dataset_format import DATASET, DATASET_FORMAT, PLAN, PLAN_FORMAT, recorded_shards
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.sources.base import UNLABELLED, Input, Location, Source, numbered_classes, split_of
-from alexprep.shards.sources.tars import ArchiveSource, PackedFile, packed_files
+from alexprep.shards.sources.tars import ArchiveSource, packed_files
 from alexprep.shards.storage import Entry, Files, as_text
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm")
@@ -178,8 +178,8 @@ def _is_webdataset(files: Files, path: bytes) -> bool:
     """Whether the first members form a sample."""
     parts: dict[bytes, set[str]] = {}
     try:
-        for packed in itertools.islice(packed_files(files, path), _LOOK):
-            key, extension = split_name(packed.name)
+        for location in itertools.islice(packed_files(files, path), _LOOK):
+            key, extension = split_name(location.member)
             parts.setdefault(key, set()).add(extension)
     except AlexprepError:
         if not parts:  # a damaged first header: whatever reads it will say so
@@ -226,14 +226,14 @@ class BadSampleError(Exception):
     """A sample that cannot be used, as without the one image or label that it needs: the message completes "sample KEY …"."""
 
 
-def samples_of(packed: Iterable[PackedFile]) -> Iterator[Sample]:
+def samples_of(packed: Iterable[Location]) -> Iterator[Sample]:
     """The samples of one shard: neighbouring members whose names agree up to the first dot of the file name.
 
     A key that comes back after others, and one with two parts of one name, are samples with a problem.
     """
     seen: set[bytes] = set()
     for key, group in itertools.groupby(
-        ((*split_name(name), location) for name, location in packed), lambda part: part[0]
+        ((*split_name(location.member), location) for location in packed), lambda part: part[0]
     ):
         parts: dict[str, Location] = {}
         problem = "is scattered: its parts must be neighbours, or readers see two samples" if key in seen else ""
