@@ -87,7 +87,8 @@ class Webdataset(ArchiveSource):
     def read(self, location: Location) -> bytes | NDArray[np.uint8]:
         """See `Source`; pixels where the shards are our own of `--format raw`."""
         data = super().read(location)
-        if not location.member.lower().endswith(b"." + RAW_EXTENSION.encode()):
+        raw = location.member.lower().endswith(b"." + RAW_EXTENSION.encode())
+        if not raw or not isinstance(data, bytes):
             return data
         from alexprep.shards.image_codec import read_raw
 
