@@ -36,21 +36,17 @@ class TarSamples:
     Attributes:
         index: (samples,) records with at least "shard", "offset", "size", "label", ascending by shard and offset.
         labels: int64 (samples,).
+        remote: whether a shard lies elsewhere than in a local folder.
         keep_shards: how many remote shards are held in memory; local ones are read in place.
     """
 
     def __init__(self, paths: Mapping[int, Path], index: NDArray[np.void]) -> None:
-        """Nothing is opened yet.
-
-        Args:
-            paths: the tar of each shard number.
-            index: see the attribute.
-        """
+        """`paths` has the tar of each shard number. Nothing is opened yet."""
         self.index = index
         self.labels: NDArray[np.int64] = index["label"].astype(np.int64)
         self.keep_shards = 1
         self._paths = paths
-        self._remote = any(not is_local(path) for path in paths.values())
+        self.remote = any(not is_local(path) for path in paths.values())
         self._files: OrderedDict[int, int] = OrderedDict()
         self._most_open = min(_MOST_OPEN, max(8, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4))
         self._fetched: OrderedDict[int, Future[NDArray[np.uint8]]] = OrderedDict()
@@ -66,17 +62,8 @@ class TarSamples:
         for file in self._files.values() if hasattr(self, "_files") else ():
             os.close(file)
 
-    @property
-    def remote(self) -> bool:
-        """Whether a shard lies elsewhere than in a local folder."""
-        return self._remote
-
     def encoded(self, row: int) -> NDArray[np.uint8]:
-        """The encoded image of one sample: uint8 (bytes,).
-
-        Raises:
-            AlexprepError: the shard is missing, cannot be read, or is shorter than its index says.
-        """
+        """The encoded image of one sample: uint8 (bytes,); AlexprepError where the shard is missing, unreadable or too short."""
         record = self.index[row]
         shard, offset, size = int(record["shard"]), int(record["offset"]), int(record["size"])
         encoded = self._bytes(shard, offset, size)
@@ -90,7 +77,7 @@ class TarSamples:
     def expect(self, rows_N: NDArray[np.int64]) -> None:
         """Says which rows will be asked for soon, so that a slow disk or a remote store can begin to deliver. Returns at once."""
         records = self.index[rows_N]
-        if self._remote:
+        if self.remote:
             for shard in dict.fromkeys(records["shard"].tolist()):
                 self._fetch(shard)
             return
@@ -115,7 +102,7 @@ class TarSamples:
         return f"{self._paths[shard]} at byte {offset:,}{name}"
 
     def _bytes(self, shard: int, offset: int, size: int) -> NDArray[np.uint8]:
-        if self._remote:
+        if self.remote:
             try:
                 return self._fetch(shard).result()[offset : offset + size]
             except AlexprepError:
@@ -137,14 +124,12 @@ class TarSamples:
             except OSError as error:
                 if error.errno != errno.EMFILE or not self._files:
                     raise self._unreadable(shard, error) from None
-                self._close_one()  # this process may have no more files open: others have taken what was counted on
+                # This process may have no more files open: others have taken what was counted on.
+                os.close(self._files.popitem(last=False)[1])
         self._files[shard] = file
         if len(self._files) > self._most_open:
-            self._close_one()
+            os.close(self._files.popitem(last=False)[1])
         return file
-
-    def _close_one(self) -> None:
-        os.close(self._files.popitem(last=False)[1])
 
     def _fetch(self, shard: int) -> Future[NDArray[np.uint8]]:
         if self._process != os.getpid():  # threads, and what they were at, stay with the parent of a fork
@@ -170,20 +155,10 @@ class TarSamples:
 
 
 class Samples(TarSamples):
-    """The samples of one split of a data set that `alexprep shard` made.
-
-    Attributes:
-        data: the data set's folder.
-        split: the split's name.
-        dataset: dataset.json.
-    """
+    """The samples of one split of a data set that `alexprep shard` made, whose dataset.json is the attribute `dataset`."""
 
     def __init__(self, data: Path, split: str) -> None:
-        """Opens the index; shards are opened when they are first read.
-
-        Raises:
-            AlexprepError: the data set is missing, unfinished, or has no sample in this split.
-        """
+        """Opens the index; shards are opened when they are first read."""
         self.data, self.split = data, split
         self.dataset: dict[str, Any] = read_dataset(data)
         record = split_record(self.dataset, split, data)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import filecmp
 import functools
 import gzip
 import hashlib
@@ -47,7 +48,6 @@ _NO_FOLDER_SYNC = {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS}
 # And of a link that leads nowhere or where nobody may look. Others speak of the disk, not of the link.
 _BROKEN_LINK = {errno.ELOOP, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EACCES, errno.EPERM}
 _ABSENT = (404, 410)  # HTTP: not found, gone
-_LOCAL_SCHEMES = ("file://", "local://")
 _HTTP = ("http://", "https://")
 _AHEAD_BYTES = 2**20  # that are read at once where many small reads are to come
 _BLOCK_BYTES = 2**20  # of a file that is hashed or inflated
@@ -62,8 +62,10 @@ def local_path(place: str) -> str | None:
     >>> local_path("a/b"), local_path("file:///a/b"), local_path("s3://a/b")
     ('a/b', '/a/b', None)
     """
-    scheme = next((scheme for scheme in _LOCAL_SCHEMES if place.startswith(scheme)), "")
-    return None if "://" in place and not scheme else place.removeprefix(scheme)
+    scheme, separator, path = place.partition("://")
+    if not separator:
+        return place
+    return path if scheme in ("file", "local") else None
 
 
 def is_local(folder: Path) -> bool:
@@ -72,30 +74,19 @@ def is_local(folder: Path) -> bool:
 
 
 def folder_at(place: str | Path) -> Path:
-    """The folder of a path or URL that is to be written: a `Path`, or a `UPath`, which has the same methods.
-
-    Raises:
-        AlexprepError: the URL is of no kind that fsspec knows, or what opens it is not installed.
-    """
+    """The folder of a path or URL that is to be written: a `Path`, or a `UPath`, which has the same methods."""
     if "://" not in str(place):
         return Path(place)
     from upath import UPath
 
-    try:
-        folder = UPath(str(place))
-        folder.fs  # noqa: B018  (imports what opens it)
-    except Exception as error:  # noqa: BLE001  (each store has its own kinds)
-        raise _not_opened(str(place), error) from None
-    return folder  # type: ignore[return-value]
+    _open_store(str(place))  # which says in words why it cannot be opened
+    return UPath(str(place))  # type: ignore[return-value]
 
 
 def files_at(place: str) -> tuple[Files, bytes]:
     """The files of a path or URL that is to be read: (files, b"") for a folder, (files of its folder, its name) for a file.
 
-    A name with braces that does not exist is taken for a pattern, and returned as it stands.
-
-    Raises:
-        AlexprepError: there is nothing there, or the store cannot be reached.
+    A name with braces that does not exist is taken for a pattern, and returned as it stands; any other is an AlexprepError.
     """
     path = local_path(place)
     if path is not None:
@@ -126,17 +117,13 @@ def _open_store(url: str) -> tuple[Any, str]:
     import fsspec
 
     try:
-        system, path = fsspec.core.url_to_fs(url)
-    except (ImportError, ValueError) as error:
-        raise _not_opened(url, error) from None
-    return system, path
-
-
-def _not_opened(url: str, error: Exception) -> AlexprepError:
-    if isinstance(error, ImportError):
-        return AlexprepError(f"{url} needs a package that is not installed: {error}")
-    words = f"{type(error).__name__}: {error}".partition("\n")[0]
-    return AlexprepError(f"{url} is no place that fsspec can open ({words}): name a folder, or a URL such as s3://…")
+        return fsspec.core.url_to_fs(url)  # type: ignore[no-any-return]
+    except ImportError as error:
+        raise AlexprepError(f"{url} needs a package that is not installed: {error}") from None
+    except ValueError as error:
+        raise AlexprepError(
+            f"{url} is no place that fsspec can open ({error}): name a folder, or a URL such as s3://…"
+        ) from None
 
 
 # Writing: whole files under their final names
@@ -151,9 +138,7 @@ def published(path: Path, first: bool = False) -> Iterator[BinaryIO]:
     and `path` is untouched. A file that has these very bytes already stays as it is. Stores that cannot rename are written
     by one upload of the whole, which object stores make visible only when it is complete.
 
-    Args:
-        path: the final name, in a folder that exists.
-        first: whether a file that is there stays, whatever it holds.
+    With `first`, a file that is there stays, whatever it holds.
     """
     if not is_local(path):
         with tempfile.TemporaryFile() as spool:
@@ -169,7 +154,7 @@ def published(path: Path, first: bool = False) -> Iterator[BinaryIO]:
         os.fsync(file.fileno())
         if first:
             _link(temporary, path)
-        elif not _same_content(temporary, path):
+        elif not (path.exists() and filecmp.cmp(temporary, path, shallow=False)):
             os.rename(temporary, path)
     sync_folder(path.parent)
 
@@ -198,11 +183,7 @@ def publish_first(path: Path, data: bytes) -> bytes:
 
 
 def make_folder(folder: Path) -> None:
-    """Makes a folder with those above it, unless it is there.
-
-    Raises:
-        AlexprepError: it is on a store that cannot be written.
-    """
+    """Makes a folder with those above it, unless it is there; AlexprepError on a store that cannot be written."""
     with _writable(folder):
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -271,12 +252,6 @@ def _link(temporary: Path, path: Path) -> None:
             raise
         if not path.exists():
             os.rename(temporary, path)
-
-
-def _same_content(one: Path, other: Path) -> bool:
-    with contextlib.suppress(FileNotFoundError):
-        return one.stat().st_size == other.stat().st_size and file_sha256(one) == file_sha256(other)
-    return False
 
 
 @contextlib.contextmanager
@@ -366,11 +341,7 @@ class Files(ABC):
     remote: bool
 
     def entries(self, folder: bytes = b"") -> list[Entry]:
-        """What is in a folder, ascending by name, links followed, hidden names left out; [] where there is no such folder.
-
-        Raises:
-            AlexprepError: the store cannot be reached, or refuses to list the folder.
-        """
+        """What is in a folder, ascending by name, links followed, hidden names left out; [] where there is no such folder."""
         try:
             return sorted(map(Entry._make, self._listed(folder, links=True)))
         except (FileNotFoundError, NotADirectoryError):
@@ -387,11 +358,8 @@ class Files(ABC):
     def walk(self, folder: bytes) -> Iterator[bytes]:
         """The files below a folder at any depth, ascending, as paths from the root; hidden names are left out.
 
-        Links to folders are not followed, since they may form loops. No folder is passed over that cannot be listed, as
-        fsspec's own walk does.
-
-        Raises:
-            OSError, AlexprepError: a folder cannot be listed.
+        Links to folders are not followed, since they may form loops. A folder that cannot be listed is an error; fsspec's
+        own walk passes it over.
         """
         found: list[bytes] = []
         pending = [folder]
@@ -459,19 +427,14 @@ class LocalFiles(Files):
         if is_url(path):
             return _anywhere.read(path, offset, size)
         # Non-blocking, since opening a named pipe would wait for ever.
-        descriptor = os.open(os.path.join(self.root, path), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        try:
-            status = os.fstat(descriptor)
+        with open(os.open(os.path.join(self.root, path), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+            status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise OSError("not a regular file")
             wanted = max(0, status.st_size - offset) if size < 0 else size
             _check_limit(wanted)
-            data = os.pread(descriptor, wanted, offset)
-            while 0 < len(data) < wanted and (more := os.pread(descriptor, wanted - len(data), offset + len(data))):
-                data += more  # a file that grows meanwhile is read to its old length
-            return data
-        finally:
-            os.close(descriptor)
+            file.seek(offset)
+            return file.read(wanted)  # a file that grows meanwhile is read to its old length
 
     @contextlib.contextmanager
     def reading(self, path: bytes) -> Iterator[Callable[[int, int], bytes]]:
@@ -540,7 +503,7 @@ class RemoteFiles(Files):
         if size == 0:
             return b""
         end = None if size < 0 else offset + size
-        data = bytes(ask_store(lambda: system.cat_file(place, offset or None, end), self.display(path)))
+        data = bytes(_ask_store(lambda: system.cat_file(place, offset or None, end), self.display(path)))
         _check_limit(len(data))
         if 0 < size < len(data):
             raise self._without_ranges(path)
@@ -601,15 +564,10 @@ class RemoteFiles(Files):
         return b"" if b"/" in name else name
 
     def _patiently(self, ask: Callable[[], Result], path: bytes, what: str) -> Result:
-        """What `ask` returns, tried again where the network fails.
-
-        Raises:
-            AlexprepError: it goes on to fail, or the store refuses.
-            FileNotFoundError: there is no such file; NotADirectoryError, IsADirectoryError: it is of the other kind.
-        """
+        """What `ask` returns, tried again where the network fails. That there is no such file, or folder, is left to the caller."""
         for pause in (*PAUSES, None):
             try:
-                return ask_store(ask, self.display(path))
+                return _ask_store(ask, self.display(path))
             except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
                 raise
             except OSError as error:
@@ -634,7 +592,7 @@ class RemoteFiles(Files):
 _anywhere = RemoteFiles("")
 
 
-def ask_store(ask: Callable[[], Result], where: str) -> Result:
+def _ask_store(ask: Callable[[], Result], where: str) -> Result:
     """What `ask` gets from a store. Errors name `where`: errno ENOENT if there is no such file, ECOMM if nothing is said of it.
 
     What is wrong with the way to a file is never held against the file.
@@ -660,11 +618,7 @@ def _is_absent(error: FileNotFoundError) -> bool:
 
 
 def inflate(data: bytes, shown: str) -> bytes:
-    """Data, decompressed if they are gzipped, in one part or several; `shown` names their file.
-
-    Raises:
-        OSError: they are damaged, or hold more than `MAX_INFLATED_BYTES`.
-    """
+    """Data, decompressed if they are gzipped, in one part or several; OSError, which names `shown`, if damaged or too much."""
     if data[:2] != b"\x1f\x8b":
         return data
     parts: list[bytes] = []
@@ -675,23 +629,15 @@ def inflate(data: bytes, shown: str) -> bytes:
                 parts.append(part)
                 total += len(part)
                 if total > MAX_INFLATED_BYTES:
-                    break
-    except EOFError:
-        raise OSError(f"{shown} is a gzip file that was cut short") from None
-    except (gzip.BadGzipFile, zlib.error) as error:
-        raise OSError(f"{shown} is a damaged gzip file ({error})") from None
-    if total > MAX_INFLATED_BYTES:
-        raise OSError(f"{shown} inflates to more than the limit of {MAX_INFLATED_BYTES:,} bytes")
+                    raise OSError(f"{shown} inflates to more than the limit of {MAX_INFLATED_BYTES:,} bytes")
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise OSError(f"{shown} is a damaged gzip file, or was cut short ({error})") from None
     return b"".join(parts)
 
 
 @functools.lru_cache(maxsize=4)
 def read_inflated(files: Files, path: bytes) -> bytes:
-    """A whole file, decompressed if it is gzipped; kept, since its records are read in any order.
-
-    Raises:
-        OSError: it cannot be read, is damaged, or holds more than `MAX_INFLATED_BYTES`.
-    """
+    """A whole file, as `inflate` gives it; kept, since its records are read in any order."""
     return inflate(files.read(path), files.display(path))
 
 

@@ -3,13 +3,40 @@
 from __future__ import annotations
 
 import gzip
+import io
+import tarfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.sources.base import Input, Source
 from alexprep.shards.sources.detection import find_source
+
+FORMATS: dict[str, Literal[0, 1, 2]] = {
+    "ustar": tarfile.USTAR_FORMAT,
+    "gnu": tarfile.GNU_FORMAT,
+    "pax": tarfile.PAX_FORMAT,
+}
+
+
+def write_tar(path: Path, members: Mapping[str, bytes] | list[tuple[str, bytes]], form: str = "gnu") -> Path:
+    """Writes a tar with these members; the content b"link" makes a link, and NAME/ a folder. In a pax tar all have long headers."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w", format=FORMATS[form]) as tar:
+        for name, content in members.items() if isinstance(members, Mapping) else members:
+            info = tarfile.TarInfo(name)
+            info.mtime = 1.5 if form == "pax" else 1
+            if content == b"link":
+                info.type, info.linkname = tarfile.SYMTYPE, "/etc/passwd"
+            elif name.endswith("/"):
+                info.type = tarfile.DIRTYPE
+            else:
+                info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path
 
 
 def found(place: Path, layout: str) -> Source:

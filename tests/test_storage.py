@@ -32,6 +32,18 @@ class Answer(Exception):
         self.status = status
 
 
+def _failing(deed: str) -> Any:
+    """The store's own method, before which it fails as it is told."""
+
+    def call(self: Shaky, path: str, *args: Any, **kwargs: Any) -> Any:
+        self.asked.append(deed)
+        if waiting := self.failures.get((deed, self._strip_protocol(path))):
+            raise waiting.pop(0)
+        return getattr(MemoryFileSystem, deed)(self, path, *args, **kwargs)
+
+    return call
+
+
 class Shaky(MemoryFileSystem):  # type: ignore[misc]  # fsspec is untyped
     """A store in memory that fails as it is told: `failures` maps a deed and a path to what is raised, in turn."""
 
@@ -40,28 +52,11 @@ class Shaky(MemoryFileSystem):  # type: ignore[misc]  # fsspec is untyped
     pseudo_dirs = [""]  # noqa: RUF012
     failures: dict[tuple[str, str], list[BaseException]] = {}  # noqa: RUF012
     asked: list[str] = []  # noqa: RUF012
+    ls, info, cat_file = _failing("ls"), _failing("info"), _failing("cat_file")
 
     @classmethod
     def _strip_protocol(cls, path: str) -> str:
         return str(super()._strip_protocol(path.replace("shaky://", "memory://")))
-
-    def _fail(self, deed: str, path: str) -> None:
-        self.asked.append(deed)
-        waiting = self.failures.get((deed, self._strip_protocol(path)))
-        if waiting:
-            raise waiting.pop(0)
-
-    def ls(self, path: str, detail: bool = True, **kwargs: Any) -> Any:
-        self._fail("ls", path)
-        return super().ls(path, detail, **kwargs)
-
-    def info(self, path: str, **kwargs: Any) -> Any:
-        self._fail("info", path)
-        return super().info(path, **kwargs)
-
-    def cat_file(self, path: str, start: int | None = None, end: int | None = None, **kwargs: Any) -> Any:
-        self._fail("cat_file", path)
-        return super().cat_file(path, start, end, **kwargs)
 
 
 @pytest.fixture

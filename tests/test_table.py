@@ -21,7 +21,7 @@ Columns = dict[str, list]
 
 def as_csv(path: Path, columns: Columns) -> Path:
     text = io.StringIO()
-    writer = csv.writer(text, delimiter="\t" if ".tsv" in path.name else ",")
+    writer = csv.writer(text, delimiter="\t" if ".tsv" in path.name.lower() else ",")
     writer.writerow(columns)
     writer.writerows(zip(*columns.values(), strict=True))
     return write(path, text.getvalue().encode())
@@ -47,10 +47,6 @@ def test_a_table_gives_path_label_and_split(name: str, tmp_path: Path) -> None:
         "split": [words[n % 5] for n in range(40)],
     }
     table = (as_parquet if name.endswith("parquet") else as_csv)(tmp_path / name, columns)
-    if name == "list.TSV":
-        table.write_text(
-            "\n".join("\t".join(map(str, row)) for row in zip(*[[k, *v] for k, v in columns.items()], strict=True))
-        )
     source = found(table, "table")
     inputs = listed(source)
     want = {"train": "train", "Training": "train", "val": "val", "validation": "val", " test ": "test"}
@@ -166,7 +162,7 @@ def test_labels_are_bounded(tmp_path: Path) -> None:
         (b'path,label\n"a.png,1\nb.png,2\n', "line 3: unexpected end of data"),
         (b'path,label\n"a"b.png,1\n', "line 2: ',' expected after '\"'"),
         (b'path,label\n"' + b"a\n" * 80_000, "field larger than field limit"),
-        (b"path,label\n" + b"a" * 2**21, "line 2: more than 1,048,576 bytes"),
+        (b"path,label\n" + b"a" * 2**21, "line 2: field larger than field limit"),
         (b"path,label\na\0b.png,1\n", "line 2: "),
         (b"path,label\na,1\nb,2\na,1\n", "lines 2 and 4 both name 'a', with the same label: delete one"),
         (b"path,label\na,1\nb,2\na,3\n", "lines 2 and 4 both name 'a', with the labels '1' and '3'"),
@@ -194,7 +190,7 @@ def test_a_cut_table_is_refused(tmp_path: Path) -> None:
     parquet = as_parquet(tmp_path / "list.parquet", columns)
     good = parquet.read_bytes()
     parquet.write_bytes(good[:-100])
-    fails(parquet, "is no Parquet file or damaged")
+    fails(parquet, "is no Parquet file, or cannot be read after row 0")
     parquet.write_bytes(good[:50] + bytes(2000) + good[2050:])
     fails(parquet, "cannot be read after row ")
 
@@ -210,24 +206,15 @@ def test_a_cut_table_is_refused(tmp_path: Path) -> None:
     ],
 )
 def test_columns_that_make_no_sense_are_refused(column: pa.Array, words: str, tmp_path: Path) -> None:
-    pq.write_table(pa.table({"path": ["a", "b"], "label": column}), tmp_path / "list.parquet")
-    fails(tmp_path / "list.parquet", words)
-
-
-def test_images_inside_a_table_are_refused(tmp_path: Path) -> None:
-    table = as_parquet(tmp_path / "list.parquet", {"image": [{"bytes": b"x", "path": "a"}], "label": [1]})
-    fails(table, "but a path is a string; images inside a table are not read")
+    fails(as_parquet(tmp_path / "list.parquet", {"path": ["a", "b"], "label": column}), words)
+    images = as_parquet(tmp_path / "list.parquet", {"image": [{"bytes": b"x", "path": "a"}], "label": [1]})
+    fails(images, "but a path is a string; images inside a table are not read")
 
 
 def test_a_table_s_order_is_that_of_bytes_in_any_order_of_rows(tmp_path: Path) -> None:
     rng = np.random.default_rng(5)
-    rows = [
-        (f"{name}/{n}.png", name, split)
-        for n in range(30)
-        for name in ("z", "é", "Z", "10", "9")
-        for split in ("test", "val")
-    ]
-    rows = [(f"{split}/{path}", name, split) for path, name, split in rows]
+    names, splits = ("z", "é", "Z", "10", "9"), ("test", "val")
+    rows = [(f"{split}/{name}/{n}.png", name, split) for n in range(30) for name in names for split in splits]
     results = []
     for n in range(3):
         order = rng.permutation(len(rows))

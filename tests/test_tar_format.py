@@ -12,19 +12,14 @@ import tarfile
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
 
 import pytest
 
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.tar_format import MAX_PADDING_BYTES, ListedMember, members
 from alexprep.shards.webdataset_index import read_dali_index
+from tests.source_checks import FORMATS
 
-FORMATS: dict[str, Literal[0, 1, 2]] = {
-    "ustar": tarfile.USTAR_FORMAT,
-    "gnu": tarfile.GNU_FORMAT,
-    "pax": tarfile.PAX_FORMAT,
-}
 END = bytes(1024)
 # Short and long, split at a slash or not, spaces, dots, not UTF-8, of exactly 100 bytes, beyond what USTAR holds.
 NAMES = [b"a", b"./n01440764/x y.JPEG", "é/漢.png".encode(), b"\xff\xfe.jpg", b"d/" * 60 + b"e", b"f" * 100]
@@ -426,4 +421,4 @@ def test_an_index_over_a_header_whose_size_is_none(size: bytes) -> None:
         read_dali_index(index, lambda offset, size: data[offset : offset + size], b"x.tar")
     sound = block(b"pax", 0, b"x") + data[512:]
     (found,) = read_dali_index(index, lambda offset, size: sound[offset : offset + size], b"x.tar")
-    assert found.name == b"a.jpg"
+    assert found.member == b"a.jpg"

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import fcntl
-import io
 import json
 import logging
 import os
 import random
 import re
 import struct
-import subprocess
-import sys
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,13 +23,10 @@ from alexprep.shards import webdataset_index
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.image_header import Header, Refused, read_header
 from alexprep.shards.webdataset_index import TAR_INDEX_DTYPE, TarIndex, index_tars
+from tests.source_checks import FORMATS, write_tar
 
-FORMATS: dict[str, Literal[0, 1, 2]] = {
-    "ustar": tarfile.USTAR_FORMAT,
-    "gnu": tarfile.GNU_FORMAT,
-    "pax": tarfile.PAX_FORMAT,
-}
 Encode = Callable[..., bytes]
+Images = list[tuple[str, bytes]]
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +35,7 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def images(photo: Callable[..., Image.Image], encoded: Encode) -> list[tuple[str, bytes]]:
+def images(photo: Callable[..., Image.Image], encoded: Encode) -> Images:
     """(extension, bytes): odd, oblong, grey, with alpha, with EXIF before the frame, of each type."""
     exif = Image.Exif()
     exif[0x0112] = 6  # a quarter turn, which is not to be applied
@@ -64,21 +58,11 @@ def images(photo: Callable[..., Image.Image], encoded: Encode) -> list[tuple[str
 
 
 @pytest.fixture(scope="module")
-def jpg(images: list[tuple[str, bytes]]) -> bytes:
+def jpg(images: Images) -> bytes:
     return images[0][1]
 
 
-def write_tar(path: Path, members: dict[str, bytes] | list[tuple[str, bytes]], form: str = "gnu") -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w", format=FORMATS[form]) as tar:
-        for name, content in members.items() if isinstance(members, dict) else members:
-            info = tarfile.TarInfo(name)
-            info.size, info.mtime = len(content), 1.5 if form == "pax" else 1
-            tar.addfile(info, io.BytesIO(content))
-    return path
-
-
-def pairs(images: list[tuple[str, bytes]], key: str = "{:04d}", count: int = 0) -> list[tuple[str, bytes]]:
+def pairs(images: Images, key: str = "{:04d}", count: int = 0) -> Images:
     """Members KEY.image KEY.cls."""
     chosen = images if not count else [images[n % len(images)] for n in range(count)]
     return [
@@ -133,9 +117,7 @@ def scanned(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_everything_is_where_tarfile_and_pillow_find_it(
-    form: str, images: list[tuple[str, bytes]], tmp_path: Path
-) -> None:
+def test_everything_is_where_tarfile_and_pillow_find_it(form: str, images: Images, tmp_path: Path) -> None:
     long = "d/" * 10 + "e" * 70 + "/" if form == "ustar" else "d/" * 60 + "e" * 100 + "/"
     write_tar(tmp_path / "a.tar", pairs(images, "./some.where/{:03d}"), form)
     write_tar(tmp_path / "b.tar", pairs(images, long + "{:03d}"), form)
@@ -146,18 +128,16 @@ def test_everything_is_where_tarfile_and_pillow_find_it(
     assert found.classes == ["0", "1", "2", "3", "4"]
 
 
-def test_shards_of_webdataset_and_numbers_in_json(images: list[tuple[str, bytes]], tmp_path: Path) -> None:
+def test_shards_of_webdataset_and_numbers_in_json(images: Images, tmp_path: Path) -> None:
     import webdataset as wds
 
     with wds.ShardWriter(str(tmp_path / "set-%04d.tar"), maxcount=5, verbose=0) as writer:
         for n, (extension, content) in enumerate(images):
             writer.write({"__key__": f"k{n:03d}", extension: content, "json": {"label": 10 * n, "caption": "x"}})
-    told: list[tuple[int, int]] = []
-    found = index_tars(f"{tmp_path}/set-{{0000..0002}}.tar", progress=lambda *count: told.append(count))
+    found = index_tars(f"{tmp_path}/set-{{0000..0002}}.tar")
     check_against_others(found)
     assert found.records["label"].tolist() == [10 * n for n in range(len(images))]
     assert found.classes == [str(n) for n in range(121)]
-    assert told == [(1, 3), (2, 3), (3, 3), (3, 3)]
 
 
 def test_names_as_labels(jpg: bytes, tmp_path: Path) -> None:
@@ -176,9 +156,8 @@ def test_class_names_of_a_dataset_json(jpg: bytes, tmp_path: Path) -> None:
     labels = [b"2", b"crane", b"1", b"3", b"stork", b"0"]
     members = {f"{n}.{e}": c for n, label in enumerate(labels) for e, c in (("jpg", jpg), ("cls", label))}
     write_tar(tmp_path / "train" / "0.tar", members)
-    (tmp_path / "dataset.json").write_text(
-        json.dumps({"format": "alexprep data set", "classes": ["crane", "heron", "crane"]})
-    )
+    document = {"format": "alexprep data set", "classes": ["crane", "heron", "crane"]}
+    (tmp_path / "dataset.json").write_text(json.dumps(document))
     found = index_tars(tmp_path)
     assert found.classes == ["crane", "heron", "crane"]  # ImageNet has such a pair
     assert found.records["label"].tolist() == [2, 0, 1, 0]
@@ -199,6 +178,18 @@ def huge(width: int, height: int) -> bytes:
         ({"b.jpg": None, "b.JPG": None, "b.cls": b"1"}, "has two .jpg"),
         ({"b.jpg": None, "b.cls": b"9" * 5000}, "has the label 9999999"),
         ({"b.jpg": None, "b.json": b"[" * 100_000}, "has no label in its .json"),
+        ({"b.jpg": None, "b.json": b'{"text": 1}'}, "has no label in its .json"),
+        ({"b.jpg": None, "b.json": b'{"label": null}'}, "has no label in its .json"),
+        ({"b.jpg": None, "b.json": b"[1]"}, "has no label in its .json"),
+        ({"b.jpg": None, "b.json": b'{"label": "\\ud800"}'}, "has no label in its .json"),
+        ({"b.jpg": None, "b.json": b'{"label": NaN}'}, "has no label in its .json"),
+        ({"b.jpg": None, "b.json": b'{"label": -Infinity}'}, "has no label in its .json"),
+        ({"b.jpg": None, "b.json": b'{"label": [1, 2]}'}, "has several labels"),
+        ({"b.jpg": None, "b.cls": b"\xff\xfe"}, "has no label in its .cls"),
+        ({"b.jpg": None, "b.cls": b""}, "has an empty label"),
+        ({"b.jpg": None, "b.cls": b"-1"}, "has the label -1, not between 0 and"),
+        ({"b.jpg": None, "b.cls": b"1", "b.CLS": b"2"}, "has two .cls"),
+        ({"b.npy": b"x", "b.cls": b"1"}, "has 0 images among npy, cls, expected one; .npy counts only below"),
         ({"b.jpg": None, "b.cls": b"1" * (2**20 + 1)}, "has a label of 1,048,577 bytes"),
         ({"b.jpg": b"", "b.cls": b"1"}, "cannot be used: empty file"),
         ({"b.jpg": b"not an image", "b.cls": b"1"}, "not a JPEG, PNG, WebP, BMP or PNM image (first bytes 6e 6f"),
@@ -207,22 +198,15 @@ def huge(width: int, height: int) -> bytes:
         ({"b.png": huge(20_000, 10_000), "b.cls": b"1"}, "20000x10000 pixels are more than the limit of 80,000,000"),
         ({"b.png": huge(70_000, 10), "b.cls": b"1"}, "a side of 70,000 pixels"),
         ({"b.png": huge(0, 10), "b.cls": b"1"}, "0x10 pixels"),
-        ({"b.jpg": "link", "b.cls": b"1"}, "has a link or special file as its image"),
-        ({"b.jpg": None, "b.cls": "link"}, "has a link or special file as its .cls"),
+        ({"b.jpg": b"link", "b.cls": b"1"}, "has a link or special file as its image"),
+        ({"b.jpg": None, "b.cls": b"link"}, "has a link or special file as its .cls"),
     ],
 )
 def test_one_bad_sample_costs_nothing_but_itself(
     members: dict[str, Any], words: str, jpg: bytes, tmp_path: Path
 ) -> None:
-    with tarfile.open(tmp_path / "x.tar", "w") as tar:
-        for name, content in {"a.jpg": jpg, "a.cls": b"3", **members, "c.cls": b"4", "c.jpg": jpg}.items():
-            info = tarfile.TarInfo(name)
-            if content == "link":
-                info.type, info.linkname = tarfile.SYMTYPE, "/etc/passwd"
-            else:
-                content = jpg if content is None else content
-                info.size = len(content)
-            tar.addfile(info, io.BytesIO(content) if info.size else None)
+    whole = {"a.jpg": jpg, "a.cls": b"3", **members, "c.cls": b"4", "c.jpg": jpg}
+    write_tar(tmp_path / "x.tar", {name: jpg if content is None else content for name, content in whole.items()})
     found = index_tars(tmp_path)
     assert found.records["label"].tolist() == [3, 4]
     ((shard, key, reason),) = found.bad
@@ -234,16 +218,12 @@ def test_scattered_samples(jpg: bytes, tmp_path: Path) -> None:
     write_tar(tmp_path / "x.tar", [(name, jpg if name.endswith("jpg") else b"1") for name in names])
     found = index_tars(tmp_path)
     assert len(found.records) == 2
-    assert [(bad.key, bad.reason.partition(":")[0]) for bad in found.bad] == [
-        ("a", "is scattered"),
-        ("c", "has no label among jpg"),
-        ("b", "is scattered"),
-        ("c", "is scattered"),
-    ]
+    scattered = [(bad.key, "is scattered" in bad.reason) for bad in found.bad]
+    assert scattered == [("a", True), ("c", False), ("b", True), ("c", True)]
 
 
 def test_damaged_tars_are_errors_and_the_others_are_kept(
-    jpg: bytes, images: list[tuple[str, bytes]], tmp_path: Path, scanned: list[str]
+    jpg: bytes, images: Images, tmp_path: Path, scanned: list[str]
 ) -> None:
     write_tar(tmp_path / "a.tar", pairs(images))
     whole = write_tar(tmp_path / "b.tar", pairs(images)).read_bytes()
@@ -252,8 +232,6 @@ def test_damaged_tars_are_errors_and_the_others_are_kept(
     for damaged, words in (
         (whole[:place] + b"#" + whole[place + 1 :], rf"b\.tar, byte {place:,}: a header's checksum is wrong"),
         (whole[: place + 700], rf"b\.tar, byte {place:,}: a member's .+ bytes go beyond"),
-        (b"", r"b\.tar, byte 0: the file ends before"),
-        (b"\x1f\x8b" + whole[2:], "compressed with gzip; decompress it first"),
     ):
         (tmp_path / "b.tar").write_bytes(damaged)
         with pytest.raises(AlexprepError, match=words):
@@ -271,7 +249,7 @@ def test_damaged_tars_are_errors_and_the_others_are_kept(
 def test_a_dali_index_changes_nothing(
     form: str,
     version: str,
-    images: list[tuple[str, bytes]],
+    images: Images,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -279,27 +257,17 @@ def test_a_dali_index_changes_nothing(
     tar = write_tar(tmp_path / "x.tar", pairs(images, "some/{:03d}"), form)
     by_scan = index_tars(tar, cache=tmp_path / "one")
     make_idx(tar, version)
-    monkeypatch.setattr(
-        webdataset_index, "packed_files", lambda *_: pytest.fail("the tar was listed although it has an index")
-    )
+    monkeypatch.setattr(webdataset_index, "packed_files", lambda *_: pytest.fail("listed although there is an index"))
     by_index = index_tars(tar, cache=tmp_path / "two")
     assert (by_index.records == by_scan.records).all() and by_index.digest == by_scan.digest and not caplog.records
 
 
 def test_a_dali_index_beside_long_names_and_folders(
-    images: list[tuple[str, bytes]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    images: Images, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    for form, number in FORMATS.items():
-        tar = tmp_path / f"{form}.tar"
-        with tarfile.open(tar, "w", format=number) as archive:
-            folder = tarfile.TarInfo("folder")
-            folder.type = tarfile.DIRTYPE
-            archive.addfile(folder)
-            for name, content in pairs(images, f"folder/{'e' * (88 if form == 'ustar' else 120)}{{:03d}}"):
-                info = tarfile.TarInfo(name)
-                info.size = len(content)
-                archive.addfile(info, io.BytesIO(content))
-        make_idx(tar)
+    for form in FORMATS:
+        names = f"folder/{'e' * (88 if form == 'ustar' else 120)}{{:03d}}"
+        make_idx(write_tar(tmp_path / f"{form}.tar", [("folder/", b""), *pairs(images, names)], form))
     check_against_others(index_tars(tmp_path))
     # By GNU tar 1.34 and others, wds2idx gives the place of the long name as that of the data.
     assert all("gnu.idx does not fit" in record.getMessage() for record in caplog.records)
@@ -336,7 +304,7 @@ def _stale(text: str, line: int, field: int, change: Callable[[int], int]) -> st
 def test_an_index_that_does_not_fit_is_passed_over_with_a_warning(
     harm: Callable[[str], str],
     words: str,
-    images: list[tuple[str, bytes]],
+    images: Images,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -364,19 +332,12 @@ def test_which_shards_a_source_names(jpg: bytes, tmp_path: Path) -> None:
     assert named(tmp_path / "deep", "val") == ["deep/validation/0.tar"]
     assert named(f"{tmp_path}/plain/{{1,0}}.tar") == ["plain/1.tar", "plain/0.tar"]
     assert named(f"{tmp_path}/{{plain,deep/train}}/0.tar", "test") == ["plain/0.tar", "deep/train/0.tar"]
-    assert named([tmp_path / "told/set-val-0.tar", tmp_path / "plain"]) == [
-        "told/set-val-0.tar",
-        "plain/0.tar",
-        "plain/1.tar",
-    ]
+    several = named([tmp_path / "told/set-val-0.tar", tmp_path / "plain"])
+    assert several == ["told/set-val-0.tar", "plain/0.tar", "plain/1.tar"]
     (tmp_path / "x.txt").write_bytes(b"")
     os.mkfifo(tmp_path / "pipe.tar")
     for source, split, words in (
-        (
-            tmp_path / "told",
-            "test",
-            r"told has no shard of the split 'test': looked for .+; there are some of train, val",
-        ),
+        (tmp_path / "told", "test", r"told has no shard of the split 'test': .+; there are some of train, val"),
         (tmp_path / "user-cache", "train", r"no shard of the split 'train'"),
         (tmp_path / "nowhere.tar", "train", r"nowhere\.tar cannot be read \(No such file"),
         (f"{tmp_path}/plain/{{0..2}}.tar", "train", r"plain/2\.tar cannot be read \(No such file"),
@@ -391,19 +352,15 @@ def test_which_shards_a_source_names(jpg: bytes, tmp_path: Path) -> None:
             index_tars(source, split)
 
 
-def test_only_what_is_new_is_scanned(images: list[tuple[str, bytes]], tmp_path: Path, scanned: list[str]) -> None:
+def test_only_what_is_new_is_scanned(images: Images, tmp_path: Path, scanned: list[str]) -> None:
     folder = tmp_path / "set"
     for n in range(4):
-        write_tar(
-            folder / f"{n}.tar", [*pairs(images, f"{n}-{{:03d}}"), ("bad.jpg", b""), ("bad.cls", str(n).encode())]
-        )
+        write_tar(folder / f"{n}.tar", [*pairs(images, f"{n}-{{:03d}}"), ("bad.jpg", b""), ("bad.cls", b"%d" % n)])
     first = index_tars(folder)
     assert sorted(scanned) == ["0.tar", "1.tar", "2.tar", "3.tar"] and len(first.bad) == 4
     again = index_tars(folder)
-    assert len(scanned) == 4
-    assert (again.records == first.records).all() and again == TarIndex(
-        first.paths, again.records, first.classes, first.bad, first.digest
-    )
+    assert len(scanned) == 4 and (again.records == first.records).all()
+    assert again == replace(first, records=again.records)
     two = index_tars([folder / "3.tar", folder / "1.tar"])
     assert len(scanned) == 4 and [bad.shard.name for bad in two.bad] == ["3.tar", "1.tar"]
     assert two.records["offset"].tolist() == first.records["offset"][: 2 * len(images)].tolist()
@@ -416,21 +373,14 @@ def test_only_what_is_new_is_scanned(images: list[tuple[str, bytes]], tmp_path: 
     assert changed.digest != first.digest
     os.utime(folder / "0.tar", ns=(1, 1))
     assert index_tars(folder).digest == changed.digest and scanned[6:] == ["0.tar"]
-    assert [path.name for path in (folder / ".alexprep").glob("*.tmp*")] == []
 
 
 def test_a_tar_of_the_same_size_and_time_is_read_again(jpg: bytes, tmp_path: Path, scanned: list[str]) -> None:
     """As tools leave it that copy times: `rsync -a`, `cp -p`."""
     tar = tmp_path / "set" / "0.tar"
     for labels in ((0, 1), (1, 0)):
-        write_tar(
-            tar,
-            [
-                (f"{n}.{kind}", data)
-                for n, label in enumerate(labels)
-                for kind, data in (("jpg", jpg), ("cls", b"%d" % label))
-            ],
-        )
+        members = {f"{n}.{e}": c for n, label in enumerate(labels) for e, c in (("jpg", jpg), ("cls", b"%d" % label))}
+        write_tar(tar, members)
         os.utime(tar, ns=(10**18, 10**18))
         assert index_tars(tmp_path / "set").records["label"].tolist() == list(labels)
     assert scanned == ["0.tar", "0.tar"]
@@ -446,23 +396,21 @@ def test_a_moved_folder_keeps_its_index_and_its_digest(jpg: bytes, tmp_path: Pat
     assert index_tars(tmp_path / "other").digest != first.digest
 
 
-def test_a_damaged_cache_is_made_anew(
-    images: list[tuple[str, bytes]], tmp_path: Path, scanned: list[str], seed: int
-) -> None:
+def test_a_damaged_index_is_made_anew(images: Images, tmp_path: Path, scanned: list[str], seed: int) -> None:
     write_tar(tmp_path / "set" / "0.tar", [*pairs(images), ("bad.jpg", b"")])
     first = index_tars(tmp_path / "set")
-    kept = tmp_path / "set" / ".alexprep" / "tars.npz"
+    kept = tmp_path / "set" / ".alexprep" / "0.tar.index"
     whole = kept.read_bytes()
     draw = random.Random(seed)
     harmed = [b"", whole[:100], whole[:-1], b"x" * 1000]
-    for _ in range(150):
+    for _ in range(50):
         place = draw.randrange(len(whole))
         harmed.append(whole[:place] + bytes([whole[place] ^ 1 << draw.randrange(8)]) + whole[place + 1 :])
     for content in harmed:
         kept.write_bytes(content)
         found = index_tars(tmp_path / "set")
         assert (found.records == first.records).all() and (found.bad, found.digest) == (first.bad, first.digest)
-    assert len(scanned) > 100
+    assert len(scanned) == 1 + len(harmed)
 
 
 def test_places_to_keep_an_index_in(
@@ -477,90 +425,35 @@ def test_places_to_keep_an_index_in(
     blocked.write_bytes(b"")  # a folder of that name cannot be made, not even by root
     for _ in range(2):
         index_tars(tmp_path / "set")
-    assert len(list((tmp_path / "user-cache" / "alexprep").glob("*.npz"))) == len(scanned) == 1
+    assert len(list((tmp_path / "user-cache" / "alexprep").iterdir())) == len(scanned) == 1
     for _ in range(2):
         index_tars(tmp_path / "set", cache=tmp_path / "mine")
-    assert len(list((tmp_path / "mine").glob("*.npz"))) == 1 and len(scanned) == 2
+    assert len(list((tmp_path / "mine").iterdir())) == 1 and len(scanned) == 2
     with pytest.raises(AlexprepError, match=r"cannot be written .+: name another folder"):
         index_tars(tmp_path / "set", cache=blocked / "x")
     assert not caplog.records
     monkeypatch.setenv("XDG_CACHE_HOME", str(blocked))
     for _ in range(2):
         index_tars(tmp_path / "set")
-    assert len(scanned) == 4 and "no place to keep the index in" in caplog.text
+    assert len(scanned) == 5 and "indexes cannot be kept ([Errno" in caplog.text
 
 
-def test_a_full_disk_costs_the_cache_alone(
-    jpg: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def full(*_: object, **__: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    write_tar(tmp_path / "0.tar", {"a.jpg": jpg, "a.cls": b"1"})
-    monkeypatch.setattr(np, "savez", full)
-    assert len(index_tars(tmp_path).records) == 1
-    assert "tars.npz cannot be written ([Errno 28] No space left on device" in caplog.text
-
-
-def test_workers_find_the_same(
-    images: list[tuple[str, bytes]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_workers_find_the_same(images: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for n in range(3):
         write_tar(tmp_path / f"{n}.tar", pairs(images, f"{n}-{{:03d}}"))
-    here = index_tars(tmp_path, cache=tmp_path / "one", engine=2)
+    here = index_tars(tmp_path, cache=tmp_path / "one")
     monkeypatch.setattr(webdataset_index, "_FEW_BYTES", 0)
+    monkeypatch.setattr(webdataset_index, "cores", lambda: 2)
     monkeypatch.setattr(webdataset_index, "scan_tar", lambda path: pytest.fail("scanned in this process"))
-    there = index_tars(tmp_path, cache=tmp_path / "two", engine=2)
+    there = index_tars(tmp_path, cache=tmp_path / "two")
     assert (there.records == here.records).all() and there.digest == here.digest
-
-
-PROCESS = """
-import sys, time
-from alexprep.shards import webdataset_index
-scan = webdataset_index.scan_tar
-def slow(path):
-    with open(sys.argv[2], "a") as log:
-        log.write("scanned\\n")
-    time.sleep(0.2)
-    return scan(path)
-webdataset_index.scan_tar = slow
-sys.stdout.write(webdataset_index.index_tars(sys.argv[1]).digest)
-"""
-
-
-def test_of_several_processes_one_scans(images: list[tuple[str, bytes]], tmp_path: Path) -> None:
-    for n in range(3):
-        write_tar(tmp_path / "set" / f"{n}.tar", pairs(images, f"{n}-{{:03d}}"))
-    command = [sys.executable, "-c", PROCESS, str(tmp_path / "set"), str(tmp_path / "log")]
-    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
-    digests = {process.communicate(timeout=120)[0] for process in processes}
-    assert [process.returncode for process in processes] == [0, 0, 0]
-    assert (tmp_path / "log").read_text().splitlines() == ["scanned"] * 3
-    assert digests == {index_tars(tmp_path / "set").digest}
-
-
-def test_waiting_has_an_end(jpg: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scanned: list[str]) -> None:
-    write_tar(tmp_path / "0.tar", {"a.jpg": jpg, "a.cls": b"1"})
-    (tmp_path / ".alexprep").mkdir()
-    monkeypatch.setattr(webdataset_index, "WAIT_SECONDS", 0.3)
-    with open(tmp_path / ".alexprep" / "tars.lock", "ab") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(AlexprepError, match=r"scanning the shards for more than 0\.3 s \(it holds .+tars\.lock\)"):
-            index_tars(tmp_path)
-        assert not scanned
-
-    def unsupported(*_: object) -> None:
-        raise OSError(95, "Operation not supported")
-
-    monkeypatch.setattr(fcntl, "flock", unsupported)
-    assert len(index_tars(tmp_path).records) == 1
 
 
 def header_of(data: bytes) -> Header | Refused:
     return read_header(lambda offset, size: data[offset : offset + size], 0, len(data))
 
 
-def test_headers_agree_with_the_decoder(images: list[tuple[str, bytes]], encoded: Encode) -> None:
+def test_headers_agree_with_the_decoder(images: Images, encoded: Encode) -> None:
     from alexprep.shards.image_codec import Codec, Target
 
     codec = Codec(Target())
@@ -573,15 +466,8 @@ def test_headers_agree_with_the_decoder(images: list[tuple[str, bytes]], encoded
     upside_down = bitmap[:22] + struct.pack("<i", -17) + bitmap[26:]
     filled = jpeg[:frame] + b"\xff" * 9 + jpeg[frame:]
     alpha = encoded(photo.convert("RGBA"), "WEBP", lossless=True, exact=True)
-    for data in (
-        *(content for _, content in images),
-        portable,
-        core,
-        upside_down,
-        filled,
-        alpha,
-        encoded(photo, "BMP"),
-    ):
+    rarer = (portable, core, bitmap, upside_down, filled, alpha)
+    for data in (*(content for _, content in images), *rarer):
         found, decoded = header_of(data), codec.decode(data)
         assert isinstance(found, Header) and decoded is not None and found[:2] == decoded.shape[:2]
 

@@ -7,9 +7,9 @@ To add one, write a module with a subclass of `base.Source`, whose docstring say
 LAYOUTS = {
     "ilsvrc": "ilsvrc.IlsvrcArchives",
     "kaggle": "folders.Kaggle",
-    "cifar": "cifar.Cifar",
-    "mnist": "mnist.Mnist",
-    "norb": "norb.SmallNorb",
+    "cifar": "binary_records.Cifar",
+    "mnist": "binary_records.Mnist",
+    "norb": "binary_records.SmallNorb",
     "table": "table.Table",
     "webdataset": "wds.Webdataset",
     "tar": "tars.TarOfClassFolders",

@@ -83,16 +83,14 @@ class Source:
     def at(cls, files: Files, name: bytes) -> Source | None:
         """The source of this layout in the root of `files`, or that the file `name` there is or stands for; None for none.
 
-        Raises:
-            AlexprepError: it is of this layout, and damaged, incomplete, or to be understood in two ways.
+        What is of this layout, and damaged, incomplete, or to be understood in two ways, is an AlexprepError.
         """
         raise NotImplementedError
 
     def inputs(self) -> Iterator[Input]:
         """Every input once, in an order that any two listings share: by split, class, and then name, as bytes.
 
-        Raises:
-            AlexprepError: the source is damaged (the place is named) or its labels make no sense.
+        Where the source is damaged, or its labels make no sense, an AlexprepError names the place.
         """
         raise NotImplementedError
 
@@ -117,11 +115,7 @@ class Source:
         return ""
 
     def devkit(self) -> tuple[str, bytes] | None:
-        """The name and content of a devkit's meta.mat, where there is one beside the images.
-
-        Raises:
-            AlexprepError: there are some of several years, and the images' names do not tell theirs.
-        """
+        """The name and content of a devkit's meta.mat, where there is one beside the images."""
         return find_meta_mat(self.files, self.year())
 
 
@@ -131,15 +125,9 @@ def numbered_classes(present: set[str]) -> list[str]:
 
 
 def class_name_of(folder: bytes, known: dict[str, bytes], place: str) -> str:
-    """The name of a class folder as text; bytes that are not UTF-8 are written as escapes.
+    """The name of a class folder as text, added to those that are `known`; bytes that are not UTF-8 are written as escapes.
 
-    Args:
-        folder: its name.
-        known: the folders so far, by class name; this one is added.
-        place: where it lies, for messages.
-
-    Raises:
-        AlexprepError: another folder has that name already, written out as such escapes.
+    Another folder that has that name already, written out as such escapes, is an AlexprepError.
     """
     name = as_text(folder)
     if known.setdefault(name, folder) != folder:
@@ -150,11 +138,7 @@ def class_name_of(folder: bytes, known: dict[str, bytes], place: str) -> str:
 
 
 def split_folders(folders: Iterable[bytes], place: str) -> dict[str, bytes]:
-    """The folder of each split, where there are any; what else lies beside them in `place` is then none of the data.
-
-    Raises:
-        AlexprepError: two folders stand for one split.
-    """
+    """The folder of each split, where there are any; what else lies beside them in `place` is then none of the data."""
     found: dict[str, bytes] = {}
     for folder in sorted(folders):
         split = SPLITS.get(folder.decode("utf-8", "replace").lower())

@@ -15,15 +15,7 @@ from alexprep.shards.storage import files_at
 
 
 def find_source(place: str, layout: str | None = None) -> Source:
-    """The source at a path or URL.
-
-    Args:
-        place: a folder or a file.
-        layout: one of `LAYOUTS`; None to look.
-
-    Raises:
-        AlexprepError: there is nothing there, nothing that is understood, or not the layout that was named.
-    """
+    """The source at a path or URL, of one of `LAYOUTS` or of whichever fits; AlexprepError where there is none."""
     files, name = files_at(place)
     for candidate in (layout,) if layout else LAYOUTS:
         source = _source_class(candidate).at(files, name)

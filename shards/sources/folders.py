@@ -127,7 +127,7 @@ def _ground_truth(files: Files, split: str, folder: bytes, train: bytes | None) 
     entries = files.entries(folder)
     if any(entry.is_folder for entry in entries):
         return None
-    train_classes = [as_text(name) for name in files.folder_names(train)] if train else None
+    train_classes = [as_text(name) for name in files.folder_names(train)] if train else []
     truth = find_ground_truth(files, split, [entry.name for entry in entries], train_classes)
     if truth is None:
         flat = files.display(folder)

@@ -11,7 +11,7 @@ import functools
 import io
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -26,77 +26,56 @@ _DEVKIT_FOLDER = re.compile(rb"(?:ILSVRC(20\d\d)_)?devkit[\w.-]*")
 _DEVKIT_ARCHIVE = re.compile(rb"(?:ILSVRC(20\d\d)_)?devkit[\w.-]*\.(?:tar|tgz|tar\.gz)")
 
 
-class _NoClassesToCountError(AlexprepError):
-    """A list has numbers where there are no classes that they could count."""
-
-
 @dataclass(frozen=True)
 class GroundTruth:
-    """The class of each image of one split.
-
-    Attributes:
-        origin: the file that says so, for messages.
-        classes: class name by the image's file name without folder and extension.
-    """
+    """The class of each image of one split, by the image's file name without folder and extension, as the file `origin` says."""
 
     origin: str
     classes: dict[bytes, str]
 
     def sorted(self, names: Iterable[bytes]) -> list[tuple[str, bytes]]:
-        """(class, name) of each name, ascending.
-
-        Raises:
-            AlexprepError: some names have no class.
-        """
-        labelled, unknown = [], []
-        for name in names:
-            class_name = self.classes.get(stem(name))
-            if class_name is None:
-                unknown.append(name)
-            else:
-                labelled.append((class_name, name))
+        """(class, name) of each name, ascending; AlexprepError where some names have no class."""
+        names = list(names)
+        unknown = [name for name in names if stem(name) not in self.classes]
         if unknown:
             raise AlexprepError(
-                f"{self.origin} gives no class to {len(unknown):,} of {len(unknown) + len(labelled):,} files, "
-                f"among them {as_text(min(unknown))}: move them away, or use the list that belongs to these images"
+                f"{self.origin} gives no class to {len(unknown):,} of {len(names):,} files, among them "
+                f"{as_text(min(unknown))}: move them away, or use the list that belongs to these images"
             )
+        labelled = [(self.classes[stem(name)], name) for name in names]
         return sorted(labelled, key=lambda pair: (pair[0].encode(), pair[1]))
 
 
 def find_ground_truth(
-    files: Files, split: str, names: list[bytes], train_classes: list[str] | None = None, year: str = ""
+    files: Files, split: str, names: list[bytes], train_classes: Sequence[str] = (), year: str = ""
 ) -> GroundTruth | None:
     """What tells the classes of the images `names` of a split, looked for in the root of `files`; None where nothing does.
 
+    That is LOC_val_solution.csv, val.txt, or a devkit (folder or archive) or a ground-truth file with meta.mat.
+
     Args:
-        files: where to look: LOC_val_solution.csv, val.txt, a devkit (folder or archive), a ground-truth file with meta.mat.
+        files: where to look.
         split: "val" or "test".
         names: the images.
         train_classes: the classes of the train split, for lists that number them in sorted order.
         year: whose devkit is meant; empty for the year that the images' names tell.
-
-    Raises:
-        AlexprepError: there is a file, but it makes no sense; or the devkits of two years, and nothing tells which counts.
     """
-    nothing_to_count: _NoClassesToCountError | None = None
-    for file in files.file_names():
-        name = file.decode("utf-8", "replace")
-        if name == f"LOC_{split}_solution.csv":
-            return _read_kaggle_csv(files, file)
-        if name == f"{split}.txt":
-            try:
-                truth = _read_list(files, file, split, train_classes)
-            except _NoClassesToCountError as error:
-                nothing_to_count = error
-            else:
-                if truth is not None:
-                    return truth
-    found = _find_devkit_list(files, split, year or year_of(names))
-    if found is not None:
-        return _read_devkit_list(*found, names)
-    if nothing_to_count is not None:
-        raise nothing_to_count
-    return None
+    present = files.file_names()
+    kaggle, listing = f"LOC_{split}_solution.csv".encode(), f"{split}.txt".encode()
+    if kaggle in present:
+        return _read_kaggle_csv(files, kaggle)
+    pairs = _read_list(files, listing, split) if listing in present else []
+    origin = files.display(listing)
+    named = _with_class_names(origin, pairs, train_classes)
+    if named:
+        return _ground_truth(origin, named)
+    by_devkit = _devkit_ground_truth(files, split, names, year or year_of(names))
+    if by_devkit is None and pairs:
+        raise AlexprepError(
+            f"{origin} numbers classes up to {max(int(value) for _, value in pairs)}, but there are {len(train_classes)} train "
+            "classes to number: give class names, or put LOC_val_solution.csv or the devkit into SOURCE"
+        )
+    return by_devkit
 
 
 def stem(name: bytes) -> bytes:
@@ -139,11 +118,8 @@ def _read_kaggle_csv(files: Files, path: bytes) -> GroundTruth:
     return _ground_truth(origin, pairs)
 
 
-def _read_list(files: Files, path: bytes, split: str, train_classes: list[str] | None) -> GroundTruth | None:
-    """NAME CLASS a line; a CLASS that is a number counts the train classes in sorted order from 0, as Caffe's list does.
-
-    None for a list that tells nothing: Caffe's test.txt has a 0 for every image.
-    """
+def _read_list(files: Files, path: bytes, split: str) -> list[tuple[str, str]]:
+    """The pairs NAME CLASS, one a line; none of a list that tells nothing: Caffe's test.txt has a 0 for every image."""
     origin = files.display(path)
     pairs = []
     for number, line in enumerate(filter(str.strip, _lines(files.read(path), origin)), 1):
@@ -151,27 +127,23 @@ def _read_list(files: Files, path: bytes, split: str, train_classes: list[str] |
         if not value:
             raise AlexprepError(f"{origin}, line {number}: expected NAME CLASS")
         pairs.append((name, value[0]))
-    values = {value for _, value in pairs}
-    if split == "test" and len(pairs) > 1 and values == {"0"}:
-        return None
-    if pairs and all(map(str.isdecimal, values)):
-        pairs = _with_counted_classes(origin, pairs, train_classes or [])
-    return _ground_truth(origin, pairs)
+    tells_nothing = split == "test" and len(pairs) > 1 and {value for _, value in pairs} == {"0"}
+    return [] if tells_nothing else pairs
 
 
-def _with_counted_classes(origin: str, pairs: list[tuple[str, str]], train_classes: list[str]) -> list[tuple[str, str]]:
-    """The pairs with class names in place of numbers, which count the train classes, or are their very names."""
+def _with_class_names(
+    origin: str, pairs: list[tuple[str, str]], train_classes: Sequence[str]
+) -> list[tuple[str, str]] | None:
+    """The pairs with class names: where all are numbers, these count the train classes in sorted order from 0, as Caffe's do.
+
+    Numbers that are too high are the very names of train classes, or (None) nothing: Kaggle's own val.txt counts images.
+    """
     values = {value for _, value in pairs}
-    highest = max(map(int, values))
+    if not all(map(str.isdecimal, values)):
+        return pairs
     named = values <= set(train_classes)
-    if highest >= len(train_classes):
-        if named:
-            return pairs
-        # Kaggle's own val.txt counts images, not classes: its classes are in LOC_val_solution.csv.
-        raise _NoClassesToCountError(
-            f"{origin} numbers classes up to {highest}, but there are {len(train_classes)} train classes to "
-            "number: give class names, or put LOC_val_solution.csv or the devkit into SOURCE"
-        )
+    if max(map(int, values), default=0) >= len(train_classes):
+        return pairs if named else None
     other = next((pair for pair in pairs if train_classes[int(pair[1])] != pair[1]), None)
     if named and other:
         raise AlexprepError(
@@ -203,13 +175,9 @@ def _lines(content: bytes, origin: str) -> list[str]:
 
 
 class DevkitFile(NamedTuple):
-    """A file of a devkit.
+    """A file of a devkit, which lies in `place`, a folder or archive in the root, or in the root itself (empty).
 
-    Attributes:
-        place: the folder or archive in the root that holds it; empty for the root itself.
-        year: of the devkit, as "2012"; empty where nothing tells it.
-        origin: its name, for messages.
-        content: its bytes.
+    `year` is the devkit's, as "2012"; empty where nothing tells it.
     """
 
     place: bytes
@@ -221,23 +189,14 @@ class DevkitFile(NamedTuple):
 def find_meta_mat(files: Files, year: str) -> tuple[str, bytes] | None:
     """The name and content of meta.mat: in the root, or in a devkit there, unpacked or as downloaded.
 
-    Args:
-        files: where to look.
-        year: of the images; empty where it is not known.
-
-    Raises:
-        AlexprepError: there are some of several years, and no year tells which one counts.
+    Where there are some of several years and `year`, that of the images, is not known (empty), that is an AlexprepError.
     """
     found = _of_one_year(files, _meta_mats(files, year))
     return (found[0].origin, found[0].content) if found else None
 
 
 def devkit_order(name: str, content: bytes) -> list[str]:
-    """The low-level synsets of a 2010 or 2012 devkit's meta.mat (see its readme.txt), by ID; IDs above are ancestors.
-
-    Raises:
-        AlexprepError: `content`, read from the file `name`, is none.
-    """
+    """The low-level synsets of a 2010 or 2012 devkit's meta.mat (see its readme.txt), by ID; IDs above are ancestors."""
     try:
         synsets, identity = _synsets(content)
         leaves = [(int(s[identity]), str(s["WNID"])) for s in synsets if int(s["num_children"]) == 0]
@@ -246,26 +205,25 @@ def devkit_order(name: str, content: bytes) -> list[str]:
     return [wnid for _, wnid in sorted(leaves)]
 
 
-def _find_devkit_list(files: Files, split: str, year: str) -> tuple[DevkitFile, DevkitFile | None] | None:
-    """The list of IDs of a split's images, and the meta.mat of the same year, of the same devkit if it is there."""
+def _devkit_ground_truth(files: Files, split: str, names: list[bytes], year: str) -> GroundTruth | None:
+    """By a list of one ILSVRC ID a line, in ascending order of the images' names; meta.mat tells the synset of an ID.
+
+    The meta.mat is of the list's year, and of the same devkit if it is there.
+    """
     word = {"val": "validation"}.get(split, split)
     any_year = r"20\d\d"
     lists = _of_one_year(files, _devkit_files(files, rf"ILSVRC{year or any_year}_{word}_ground_truth\.txt", year))
     if not lists:
         return None
     metas = list(_meta_mats(files, lists[0].year))
-    together = ((found, meta) for found in lists for meta in metas if found.place == meta.place)
-    return next(together, (lists[0], metas[0] if metas else None))
-
-
-def _read_devkit_list(truth: DevkitFile, meta: DevkitFile | None, names: list[bytes]) -> GroundTruth:
-    """One ILSVRC ID a line, in ascending order of the images' names; meta.mat tells the synset of an ID."""
-    origin = truth.origin
-    if meta is None:
+    if not metas:
         raise AlexprepError(
-            f"{origin} numbers classes by ILSVRC ID: put the devkit's meta.mat of {truth.year}, or that devkit, beside it"
+            f"{lists[0].origin} numbers classes by ILSVRC ID: put the devkit's meta.mat of {lists[0].year}, or that devkit, "
+            "beside it"
         )
-    synsets = devkit_order(meta.origin, meta.content)
+    together = ((found, meta) for found in lists for meta in metas if found.place == meta.place)
+    truth, meta = next(together, (lists[0], metas[0]))
+    origin, synsets = truth.origin, devkit_order(meta.origin, meta.content)
     identities = [line.strip() for line in _lines(truth.content, origin) if line.strip()]
     images = sorted({stem(name) for name in names})
     if len(identities) != len(images):

@@ -66,30 +66,29 @@ class IlsvrcArchives(ArchiveSource):
 
     def _train(self, path: bytes) -> Iterator[Input]:
         known: dict[str, bytes] = {}
-        for file, synset in sorted((os.path.basename(file.name), file) for file in self.packed(path)):
+        for file, synset in sorted((os.path.basename(synset.member), synset) for synset in self.packed(path)):
             class_folder, _, end = file.rpartition(b".")
-            if end != b"tar" or synset.location.offset < 0:
+            if end != b"tar" or synset.offset < 0:
                 raise AlexprepError(
-                    f"{self.files.display(path)} holds {as_text(synset.name)}, expected one "
+                    f"{self.files.display(path)} holds {as_text(synset.member)}, expected one "
                     "SYNSET.tar a class: for a tar of class folders use --layout tar"
                 )
             class_name = class_name_of(class_folder, known, self.files.display(path))
-            for _, location in sorted(self.packed(path, synset.location)):
+            for location in sorted(self.packed(path, synset)):
                 yield Input("train", class_name, location)
 
     def _flat(self, split: str, path: bytes) -> Iterator[Input]:
-        packed = sorted(self.packed(path))
+        where = {location.member: location for location in sorted(self.packed(path))}
         year = year_of([path])
-        truth = find_ground_truth(self.files, split, [name for name, _ in packed], year=year)
+        truth = find_ground_truth(self.files, split, list(where), year=year)
         if truth is None and split != "test":
             raise AlexprepError(
                 f"nothing beside {self.files.display(path)} tells the classes of its images: put the devkit of {year} "
                 "(as ILSVRC2012_devkit_t12.tar.gz), or its ground truth and meta.mat, there"
             )
         if truth is None:
-            yield from (Input(split, UNLABELLED, location) for _, location in packed)
+            yield from (Input(split, UNLABELLED, location) for location in where.values())
             return
-        where = dict(packed)
         for class_name, name in truth.sorted(where):
             yield Input(split, class_name, where[name])
 
@@ -97,8 +96,7 @@ class IlsvrcArchives(ArchiveSource):
 def check_archives(files: Files, wanted: dict[str, str] = PUBLISHED_MD5) -> list[str]:
     """Compares the archives in the root with the published MD5s; returns the names of those that agree.
 
-    Raises:
-        AlexprepError: one differs, or there is none with a published MD5.
+    Where one differs, or there is none with a published MD5, that is an AlexprepError.
     """
     checked = []
     for entry in files.entries():

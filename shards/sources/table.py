@@ -8,14 +8,13 @@ from __future__ import annotations
 import csv
 import gzip
 import io
-import itertools
 import os
 import re
 import zlib
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -33,10 +32,8 @@ LABELS = ("label", "class", "wnid", "target", "category", "y")
 SPLIT_COLUMNS = ("split", "set", "subset", "fold")
 
 MAX_LABEL = 10**6  # far above what sets have (Google Landmarks v2: 203,094 classes); each number up to it takes a class
-MAX_LINE_BYTES = 2**20  # paths have at most 4,096, URLs seldom more; an endless line must not fill the memory
 _MAX_NAME = 1000  # characters of a label; beyond that it is prose
 _BATCH = 65_536  # rows
-_BUFFER_BYTES = 2**20
 _SPLIT_NAMES = sorted(set(SPLITS.values()))
 _whole_number = re.compile(r"0|[1-9][0-9]*").fullmatch
 
@@ -76,9 +73,6 @@ class Table(Source):
         """By split, class and path, as bytes.
 
         15 million rows need about 2.5 times the bytes of their paths and 60 bytes a row: 3 GB for paths of 60 bytes.
-
-        Raises:
-            AlexprepError: a cell is missing or makes no sense, or a path occurs twice; the line is named.
         """
         yield from _Rows(self.files, self.table).in_order()
 
@@ -90,29 +84,24 @@ class Table(Source):
 
 
 class _Rows:
-    """A table's rows as columns: split and class as codes, in 9 bytes a row beside the path and the line."""
+    """A table's rows as columns: split and class as codes, in 13 bytes a row beside the path."""
 
     def __init__(self, files: Files, name: bytes) -> None:
         """Reads and checks every row."""
         self._files, self._shown = files, files.display(name)
-        self._text = not name.lower().endswith(b".parquet")
+        self._unit = "row" if name.lower().endswith(b".parquet") else "line"
         self._split = split_of(os.path.splitext(name)[0]) or "train"
         self._classes: dict[str, int] = {}
         self._first_rows: list[int] = []  # of each class
         self._codes, self._places, self._splits = array("i"), array("q"), array("b")
         self._paths: list[Any] = []
-        split_codes: dict[str | None, int] = {}
-        codes: dict[str | None, int] = {}  # by the cell as it stands
         paths: list[bytes] = []
         for row in read_rows(files, name):
-            code = codes.get(row.label)
-            if code is None:
-                code = codes[row.label] = self._code(row)
-            split = split_codes.get(row.split)
-            if split is None:
-                split = split_codes[row.split] = _SPLIT_NAMES.index(self._split_of(row))
-            self._codes.append(code)
-            self._splits.append(split)
+            label = (row.label or "").strip()
+            if label not in self._classes:
+                self._add_class(label, row.place)
+            self._codes.append(self._classes[label])
+            self._splits.append(_SPLIT_NAMES.index(self._split_of(row)))
             self._places.append(row.place)
             paths.append(self._path(row))
             if len(paths) == _BATCH:
@@ -126,18 +115,14 @@ class _Rows:
         self._check_labels()
 
     def in_order(self) -> Iterator[Input]:
-        """The inputs by split, class and path.
-
-        Raises:
-            AlexprepError: a path occurs twice.
-        """
+        """The inputs by split, class and path; a path that occurs twice is an AlexprepError."""
         paths = pa.concat_arrays(self._paths)
         self._paths.clear()
         by_path = pc.sort_indices(paths)  # stable, and by bytes
         paths = paths.take(by_path)
         order: NDArray[np.int64] = by_path.to_numpy().astype(np.int64)
         if len(paths) > 1 and (same := pc.index(pc.equal(paths[:-1], paths[1:]), True).as_py()) >= 0:
-            self._fail_twice(paths[same].as_py(), int(order[same]), int(order[same + 1]))
+            raise self._twice(paths[same].as_py(), int(order[same]), int(order[same + 1]))
         names = sorted(self._classes, key=str.encode)
         rank = np.empty(len(names), np.int64)
         rank[[self._classes[name] for name in names]] = np.arange(len(names))
@@ -151,20 +136,18 @@ class _Rows:
                 split, code = divmod(where, len(names))
                 yield Input(_SPLIT_NAMES[split], names[code], Location(path))
 
-    def _at(self, place: int) -> str:
-        return f"{self._shown}, {'line' if self._text else 'row'} {place:,}"
+    def _wrong(self, place: int, problem: str) -> AlexprepError:
+        return AlexprepError(f"{self._shown}, {self._unit} {place:,}: {problem}")
 
     def _path(self, row: Row) -> bytes:
         if not row.path:
-            raise AlexprepError(f"{self._at(row.place)}: the path is missing: fill it in, or delete the row")
+            raise self._wrong(row.place, "the path is missing: fill it in, or delete the row")
         if "\0" in row.path:
-            raise AlexprepError(f"{self._at(row.place)}: the path {row.path!r} holds a NUL, which no path can")
+            raise self._wrong(row.place, f"the path {row.path!r} holds a NUL, which no path can")
         path = path_in(row.path)
         if path.startswith(b"/") and not isinstance(self._files, LocalFiles):
-            raise AlexprepError(
-                f"{self._at(row.place)}: the path {row.path!r} is absolute, but the table lies at a URL: make it relative to "
-                "the table, or a URL"
-            )
+            problem = f"the path {row.path!r} is absolute, but the table lies at a URL: make it relative to the table, or a URL"
+            raise self._wrong(row.place, problem)
         return path
 
     def _split_of(self, row: Row) -> str:
@@ -172,45 +155,37 @@ class _Rows:
             return self._split
         split = SPLITS.get(row.split.strip().lower())
         if split is None:
-            raise AlexprepError(
-                f"{self._at(row.place)}: the split {row.split!r} is not one of {', '.join(SPLITS)}: change it, or rename "
-                "the column if it is none of splits"
-            )
+            known = ", ".join(SPLITS)
+            problem = f"the split {row.split!r} is not one of {known}: change it, or rename the column if it is none of splits"
+            raise self._wrong(row.place, problem)
         return split
 
-    def _code(self, row: Row) -> int:
-        """The code of a label that has not been seen before."""
-        label = (row.label or "").strip()
-        problem = label_problem(label)
-        if problem:
-            raise AlexprepError(f"{self._at(row.place)}: {problem}")
-        if label not in self._classes:
-            self._classes[label] = len(self._classes)
-            self._first_rows.append(row.place)
-        return self._classes[label]
+    def _add_class(self, label: str, place: int) -> None:
+        if problem := label_problem(label):
+            raise self._wrong(place, problem)
+        self._classes[label] = len(self._classes)
+        self._first_rows.append(place)
 
     def _check_labels(self) -> None:
         """What can only be said of all labels together."""
         if all(map(_whole_number, self._classes)):
             highest = max(self._classes, key=int)
             if int(highest) > MAX_LABEL:
-                raise AlexprepError(
-                    f"{self._at(self._first_rows[self._classes[highest]])}: the label {highest} is above {MAX_LABEL:,}: number "
-                    "the classes from 0, or give them names"
-                )
+                problem = f"the label {highest} is above {MAX_LABEL:,}: number the classes from 0, or give them names"
+                raise self._wrong(self._first_rows[self._classes[highest]], problem)
         for label, code in self._classes.items():
             parts = [part.strip() for part in label.split(",")]
             if len(parts) > 1 and all(part in self._classes for part in parts):
-                raise AlexprepError(f"{self._at(self._first_rows[code])}: {several(label)}")
+                raise self._wrong(self._first_rows[code], several(label))
 
-    def _fail_twice(self, path: bytes, first: int, second: int) -> None:
-        lines = f"{'lines' if self._text else 'rows'} {self._places[first]:,} and {self._places[second]:,}"
+    def _twice(self, path: bytes, first: int, second: int) -> AlexprepError:
+        lines = f"{self._unit}s {self._places[first]:,} and {self._places[second]:,}"
         names = list(self._classes)
         labels = [names[self._codes[row]] for row in (first, second)]
         what = "the same label" if labels[0] == labels[1] else f"the labels {labels[0]!r} and {labels[1]!r}"
         if self._splits[first] != self._splits[second]:
             what += " and in two splits"
-        raise AlexprepError(f"{self._shown}: {lines} both name {as_text(path)!r}, with {what}: delete one")
+        return AlexprepError(f"{self._shown}: {lines} both name {as_text(path)!r}, with {what}: delete one")
 
 
 # Rows: nothing is held but a batch
@@ -231,34 +206,40 @@ class Row(NamedTuple):
 
 
 def read_rows(files: Files, name: bytes) -> Iterator[Row]:
-    """The rows of a table.
-
-    Raises:
-        AlexprepError: damaged, not UTF-8, or without the columns.
-    """
+    """The rows of a table; AlexprepError where it is damaged, not UTF-8, or without the columns."""
     return (_parquet_rows if name.lower().endswith(b".parquet") else _text_rows)(files, name)
 
 
 def _text_rows(files: Files, name: bytes) -> Iterator[Row]:
     shown = files.display(name)
-    table = _parsed(files, name, shown)
-    place, cells = next(table, (0, []))
-    if not cells:
+    delimiter = "\t" if name.lower().endswith((b".tsv", b".tsv.gz")) else ","
+    line, width = 0, 0
+    path, label, split = 0, 1, None
+    try:
+        with _opened(files, name) as file:
+            reader = csv.reader(_lines(file, shown), delimiter=delimiter, strict=True, skipinitialspace=True)
+            for cells in filter(None, reader):
+                line = reader.line_num
+                if not width:
+                    width = len(cells)
+                    # No header: two cells of which the first can be a file's name and the second is no column's.
+                    if width != 2 or not set("./") & set(cells[0]) or cells[1].strip().lower() in LABELS:
+                        path, label, split = _columns(cells, f"{shown}, line {line}")
+                        continue
+                if len(cells) != width:
+                    raise AlexprepError(
+                        f"{shown}, line {line:,}: {len(cells)} cells, where the first line has {width}: put a cell that "
+                        "holds the separator in double quotes"
+                    )
+                yield Row(line, cells[path], cells[label], None if split is None else cells[split])
+    except csv.Error as error:
+        raise AlexprepError(f"{shown}, line {reader.line_num:,}: {error}: mend the quotes of this line") from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise AlexprepError(
+            f"{shown} cannot be read after line {line:,} ({error}): check it, or get it again"
+        ) from None
+    if not width:
         raise AlexprepError(f"{shown} is empty: it needs a row for each image, with its path and its label")
-    width = len(cells)
-    # No header: two cells of which the first can be a file's name and the second is no column's.
-    if width == 2 and any(mark in cells[0] for mark in "./") and cells[1].strip().lower() not in LABELS:
-        path, label, split = 0, 1, None
-        table = itertools.chain([(place, cells)], table)
-    else:
-        path, label, split = _columns(cells, f"{shown}, line {place}")
-    for place, cells in table:
-        if len(cells) != width:
-            raise AlexprepError(
-                f"{shown}, line {place:,}: {len(cells)} cells, where the first line has {width}: put a cell that holds "
-                "the separator in double quotes"
-            )
-        yield Row(place, cells[path], cells[label], None if split is None else cells[split])
 
 
 def _columns(names: Sequence[str], shown: str) -> tuple[int, int, int | None]:
@@ -281,37 +262,10 @@ def _columns(names: Sequence[str], shown: str) -> tuple[int, int, int | None]:
     return path, label, split
 
 
-def _parsed(files: Files, name: bytes, shown: str) -> Iterator[tuple[int, list[str]]]:
-    """Line number and cells of each row that is not empty."""
-    reader = csv.reader(
-        _lines(files, name, shown),
-        delimiter="\t" if name.lower().endswith((b".tsv", b".tsv.gz")) else ",",
-        strict=True,
-        skipinitialspace=True,
-    )
-    try:
-        for cells in reader:
-            if cells:
-                yield reader.line_num, cells
-    except csv.Error as error:
-        raise AlexprepError(f"{shown}, line {reader.line_num:,}: {error}: mend the quotes of this line") from None
-    except (OSError, EOFError, zlib.error) as error:
-        raise AlexprepError(
-            f"{shown} cannot be read after line {reader.line_num:,} ({error}): check it, or get it again"
-        ) from None
-
-
-def _lines(files: Files, name: bytes, shown: str) -> Iterator[str]:
-    stream = io.BufferedReader(_Reader(files, name), _BUFFER_BYTES)
-    if stream.peek(2)[:2] == b"\x1f\x8b":
-        stream = io.BufferedReader(gzip.GzipFile(fileobj=stream), _BUFFER_BYTES)  # type: ignore[arg-type]
-    number = 0
-    while line := stream.readline(MAX_LINE_BYTES + 1):
-        number += 1
-        if len(line) > MAX_LINE_BYTES:
-            raise AlexprepError(
-                f"{shown}, line {number:,}: more than {MAX_LINE_BYTES:,} bytes: this is no table of paths"
-            )
+def _lines(file: BinaryIO, shown: str) -> Iterator[str]:
+    gzipped = file.read(2) == b"\x1f\x8b"
+    file.seek(0)
+    for number, line in enumerate(gzip.GzipFile(fileobj=file) if gzipped else file, 1):
         try:
             yield line.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:
@@ -320,27 +274,34 @@ def _lines(files: Files, name: bytes, shown: str) -> Iterator[str]:
             ) from None
 
 
+def _opened(files: Files, name: bytes) -> BinaryIO:
+    """A table as a file: read from a disk bit by bit, from a store at once."""
+    if isinstance(files, LocalFiles):
+        return open(os.path.join(files.root, name), "rb")
+    return io.BytesIO(files.read(name))
+
+
 def _parquet_rows(files: Files, name: bytes) -> Iterator[Row]:
     shown = files.display(name)
-    try:
-        table = pq.ParquetFile(io.BufferedReader(_Reader(files, name), _BUFFER_BYTES))
-    except (pa.ArrowException, OSError) as error:
-        raise AlexprepError(f"{shown} is no Parquet file or damaged ({error}): check it, or get it again") from None
-    schema = table.schema_arrow
-    columns = [schema.names[n] for n in _columns(schema.names, shown) if n is not None]
-    for what, column in zip(("path", "label", "split"), columns, strict=False):
-        _check_type(schema.field(column), what, shown)
     done = 0
     try:
-        for batch in table.iter_batches(_BATCH, columns=columns):
-            places = range(done + 1, done + 1 + len(batch))
-            paths, labels, *splits = (_texts(batch.column(column), done, shown) for column in columns)
-            yield from map(
-                Row, places, paths, labels, [cell or "" for cell in splits[0]] if splits else [None] * len(batch)
-            )
-            done += len(batch)
+        with _opened(files, name) as file:
+            table = pq.ParquetFile(file)
+            schema = table.schema_arrow
+            columns = [schema.names[n] for n in _columns(schema.names, shown) if n is not None]
+            for what, column in zip(("path", "label", "split"), columns, strict=False):
+                _check_type(schema.field(column), what, shown)
+            for batch in table.iter_batches(_BATCH, columns=columns):
+                paths, labels, *splits = (_texts(batch.column(column), done, shown) for column in columns)
+                places = range(done + 1, done + 1 + len(batch))
+                yield from map(
+                    Row, places, paths, labels, [cell or "" for cell in splits[0]] if splits else [None] * len(batch)
+                )
+                done += len(batch)
     except (pa.ArrowException, OSError) as error:
-        raise AlexprepError(f"{shown} cannot be read after row {done:,} ({error}): check it, or get it again") from None
+        raise AlexprepError(
+            f"{shown} is no Parquet file, or cannot be read after row {done:,} ({error}): check it, or get it again"
+        ) from None
 
 
 def _check_type(field: Any, what: str, shown: str) -> None:
@@ -367,34 +328,6 @@ def _texts(column: Any, before: int, shown: str) -> list[str | None]:
         except UnicodeDecodeError:
             raise AlexprepError(f"{shown}, row {before + len(texts) + 1:,}: {data[:80]!r} is not UTF-8") from None
     return texts
-
-
-class _Reader(io.RawIOBase):
-    """A file of any `Files` as Python has files."""
-
-    def __init__(self, files: Files, name: bytes) -> None:
-        self._files, self._name, self._at = files, name, 0
-        self._size = files.size(name)
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
-        return self._at
-
-    def tell(self) -> int:
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        wanted = max(0, min(len(buffer), self._size - self._at))
-        data = self._files.read(self._name, self._at, wanted) if wanted else b""
-        buffer[: len(data)] = data
-        self._at += len(data)
-        return len(data)
 
 
 # What cells mean

@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,23 +27,6 @@ _NO_FILE = -1  # as an offset: a link or a device, which has no bytes in the arc
 _Names = tuple[bytes, ...]  # that lead to a file or folder
 
 
-class PackedFile(NamedTuple):
-    """A file in an archive: its name there, and where its bytes are."""
-
-    name: bytes
-    location: Location
-
-
-def read_packed(files: Files, location: Location) -> bytes:
-    """The bytes of a member; OSError where it has none, or the archive has become shorter."""
-    if location.offset == _NO_FILE:
-        raise OSError("a link or special file in an archive")
-    data = files.read(location.path, location.offset, location.size)
-    if 0 <= location.size != len(data):
-        raise OSError("the archive is shorter than it was when it was listed")
-    return data
-
-
 def plain_name(name: bytes) -> bytes:
     """A member's name without what leads elsewhere; empty for a hidden one.
 
@@ -57,16 +39,10 @@ def plain_name(name: bytes) -> bytes:
     return b"" if any(part.startswith(b".") for part in parts) else b"/".join(parts)
 
 
-def packed_files(files: Files, path: bytes, within: Location | None = None) -> Iterator[PackedFile]:
+def packed_files(files: Files, path: bytes, within: Location | None = None) -> Iterator[Location]:
     """Every member that is no folder and has no hidden name, in the archive's order.
 
-    Args:
-        files: where the archive lies.
-        path: the archive.
-        within: the archive in that archive which is meant; its name there goes before the names of its members.
-
-    Raises:
-        AlexprepError: the archive is damaged; the place is named.
+    Where an archive in that archive is meant (`within`), its name there goes before the names of its members.
     """
     start, size = (0, files.size(path)) if within is None else (within.offset, within.size)
     prefix = b"" if within is None else within.member + b"/"
@@ -77,31 +53,35 @@ def packed_files(files: Files, path: bytes, within: Location | None = None) -> I
             if member.kind == "folder" or not clean:
                 continue
             offset, length = (member.offset, member.size) if member.kind == "file" else (_NO_FILE, 0)
-            yield PackedFile(clean, Location(path, prefix + clean, offset, length))
+            yield Location(path, prefix + clean, offset, length)
 
 
 class ArchiveSource(Source):
     """A source whose inputs may lie in archives."""
 
     def read(self, location: Location) -> bytes | NDArray[np.uint8]:
-        """See `Source`."""
-        return read_packed(self.files, location)
+        """The bytes of a member; OSError where it has none, or the archive has become shorter."""
+        if location.offset == _NO_FILE:
+            raise OSError("a link or special file in an archive")
+        data = self.files.read(location.path, location.offset, location.size)
+        if 0 <= location.size != len(data):
+            raise OSError("the archive is shorter than it was when it was listed")
+        return data
 
-    def packed(self, path: bytes, within: Location | None = None) -> Iterator[PackedFile]:
+    def packed(self, path: bytes, within: Location | None = None) -> Iterator[Location]:
         """As `packed_files`. Of two files with one name, programs that unpack keep the last, others read both: none is taken.
 
-        Raises:
-            AlexprepError: a name occurs twice, also where one is written ./a and the other a; archive and member are named.
+        That is an AlexprepError, also where one is written ./a and the other a.
         """
         seen: set[bytes] = set()
-        for file in packed_files(self.files, path, within):
-            if file.name in seen:
+        for location in packed_files(self.files, path, within):
+            if location.member in seen:
                 raise AlexprepError(
-                    f"{self.files.display(path)} holds {as_text(file.location.member)} twice, which programs read "
+                    f"{self.files.display(path)} holds {as_text(location.member)} twice, which programs read "
                     "differently: pack the archive anew, with each file once"
                 )
-            seen.add(file.name)
-            yield file
+            seen.add(location.member)
+            yield location
 
 
 @dataclass(frozen=True)
@@ -129,12 +109,8 @@ class TarOfClassFolders(ArchiveSource):
         return cls(files, tuple((split_of(tar), tar) for tar in tars), not name) if tars else None
 
     def inputs(self) -> Iterator[Input]:
-        """By split, class and name, as from class folders.
-
-        Raises:
-            AlexprepError: an archive is damaged, holds a file twice, or one in no class folder.
-        """
-        found: list[tuple[str, bytes, PackedFile]] = []
+        """By split, class and name, as from class folders."""
+        found: list[tuple[str, bytes, Location]] = []
         for named, path in self.archives:
             found += self._in_classes(named or "train", path)
         if not found:
@@ -148,11 +124,11 @@ class TarOfClassFolders(ArchiveSource):
                 f"{self.files.display(unnamed)} names no split, and there are {len(self.archives)} tars: name one tar as "
                 "SOURCE, or name them train.tar, val.tar and test.tar"
             )
-        found.sort(key=lambda item: (item[0], item[1], item[2]))
+        found.sort(key=lambda item: (item[0], item[1], item[2].member, item[2]))
         known: dict[str, bytes] = {}
         shown = self.files.display()
-        for split, folder, file in found:
-            yield Input(split, class_name_of(folder, known, shown), file.location)
+        for split, folder, location in found:
+            yield Input(split, class_name_of(folder, known, shown), location)
 
     def covers(self, target: str) -> bool:
         """Whether a data set in `target` would hide the tars: in the root, or deeper than the folders that are passed over."""
@@ -161,10 +137,10 @@ class TarOfClassFolders(ArchiveSource):
             return False
         return len(below) != 2 or below[1].decode("utf-8", "replace") not in SPLITS.values()
 
-    def _in_classes(self, named: str, path: bytes) -> Iterator[tuple[str, bytes, PackedFile]]:
-        """(split, class, file) of each file, by the rules of `ClassFolders`; `named` where no folder tells the split."""
+    def _in_classes(self, named: str, path: bytes) -> Iterator[tuple[str, bytes, Location]]:
+        """(split, class, place) of each file, by the rules of `ClassFolders`; `named` where no folder tells the split."""
         packed = list(self.packed(path))
-        parts = [tuple(file.name.split(b"/")) for file in packed]
+        parts = [tuple(location.member.split(b"/")) for location in packed]
         shown = self.files.display(path)
         folders_with_files = {part[:-1] for part in parts}
         skip = _wrapping(folders_with_files, parts, shown)
@@ -177,24 +153,21 @@ class TarOfClassFolders(ArchiveSource):
                 )
         splits = {folder: split for split, folder in folders.items()}
         depth = skip + bool(splits)
-        for part, file in zip(parts, packed, strict=True):
+        for part, location in zip(parts, packed, strict=True):
             if splits and (len(part) < skip + 2 or part[skip] not in splits):
                 continue  # beside the splits' folders
             if len(part) > depth + 1:
-                yield splits.get(part[skip], named), part[depth], file
+                yield splits.get(part[skip], named), part[depth], location
             elif not _is_paper(part[-1]):
-                raise AlexprepError(f"{shown}/{as_text(file.name)} lies in no class folder: expected {self.expects}")
+                raise AlexprepError(
+                    f"{shown}/{as_text(location.member)} lies in no class folder: expected {self.expects}"
+                )
 
 
 def _wrapping(folders_with_files: set[_Names], files: list[_Names], shown: str) -> int:
     """How many folders wrap the class folders or the splits, and tell nothing: a tar is often made of one, as CIFAR/train/….
 
     A split's folder does tell something, also where the tar holds no other split.
-
-    Args:
-        folders_with_files: the folders that hold files, each as the names that lead to it.
-        files: the files, likewise.
-        shown: the tar, for messages.
     """
     skip = 0
     while True:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from alexprep.shards.dataset_format import DATASET, DATASET_FORMAT, PLAN, PLAN_FORMAT, recorded_shards
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.sources.base import UNLABELLED, Input, Location, Source, numbered_classes, split_of
-from alexprep.shards.sources.tars import ArchiveSource, PackedFile, packed_files, read_packed
+from alexprep.shards.sources.tars import ArchiveSource, packed_files
 from alexprep.shards.storage import Entry, Files, as_text
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm")
@@ -66,11 +66,7 @@ class Webdataset(ArchiveSource):
         return cls(files, tuple(sorted(found)), None if name else recorded_classes(files))
 
     def inputs(self) -> Iterator[Input]:
-        """Every sample in the order of the shards.
-
-        Raises:
-            AlexprepError: a shard is damaged, or a sample lacks its image or its label, or has two of them.
-        """
+        """Every sample in the order of the shards."""
         ours = self.names is not None
         images = (*IMAGE_EXTENSIONS, RAW_EXTENSION) if ours else IMAGE_EXTENSIONS
         for split, path in self.shards:
@@ -90,8 +86,9 @@ class Webdataset(ArchiveSource):
 
     def read(self, location: Location) -> bytes | NDArray[np.uint8]:
         """See `Source`; pixels where the shards are our own of `--format raw`."""
-        data = read_packed(self.files, location)
-        if not location.member.lower().endswith(b"." + RAW_EXTENSION.encode()):
+        data = super().read(location)
+        raw = location.member.lower().endswith(b"." + RAW_EXTENSION.encode())
+        if not raw or not isinstance(data, bytes):
             return data
         from alexprep.shards.image_codec import read_raw
 
@@ -112,11 +109,7 @@ class Webdataset(ArchiveSource):
 
 
 def recorded_classes(files: Files) -> tuple[str, ...] | None:
-    """The class names by label that our dataset.json in the root tells; None where there is none, or somebody else's.
-
-    Raises:
-        AlexprepError: it is ours, and damaged.
-    """
+    """The class names by label that our dataset.json in the root tells; None where there is none, or somebody else's."""
     with _our_document(files, DATASET, DATASET_FORMAT) as dataset:
         if dataset is None:
             return None
@@ -127,11 +120,7 @@ def recorded_classes(files: Files) -> tuple[str, ...] | None:
 
 
 def _check_complete(files: Files, tars: list[bytes]) -> None:
-    """Sees to it that a data set of ours in the root has the tars that it was finished with: others hold other images.
-
-    Raises:
-        AlexprepError: it is unfinished or damaged, lacks a tar, or has one too many.
-    """
+    """Sees to it that a data set of ours in the root has the tars that it was finished with: others hold other images."""
     shown = files.display()
     with _our_document(files, DATASET, DATASET_FORMAT) as dataset:
         if dataset is not None and not dataset.get("splits"):
@@ -190,8 +179,8 @@ def _is_webdataset(files: Files, path: bytes) -> bool:
     """Whether the first members form a sample."""
     parts: dict[bytes, set[str]] = {}
     try:
-        for packed in itertools.islice(packed_files(files, path), _LOOK):
-            key, extension = split_name(packed.name)
+        for location in itertools.islice(packed_files(files, path), _LOOK):
+            key, extension = split_name(location.member)
             parts.setdefault(key, set()).add(extension)
     except AlexprepError:
         if not parts:  # a damaged first header: whatever reads it will say so
@@ -238,14 +227,14 @@ class BadSampleError(Exception):
     """A sample that cannot be used, as without the one image or label that it needs: the message completes "sample KEY …"."""
 
 
-def samples_of(packed: Iterable[PackedFile]) -> Iterator[Sample]:
+def samples_of(packed: Iterable[Location]) -> Iterator[Sample]:
     """The samples of one shard: neighbouring members whose names agree up to the first dot of the file name.
 
     A key that comes back after others, and one with two parts of one name, are samples with a problem.
     """
     seen: set[bytes] = set()
     for key, group in itertools.groupby(
-        ((*split_name(name), location) for name, location in packed), lambda part: part[0]
+        ((*split_name(location.member), location) for location in packed), lambda part: part[0]
     ):
         parts: dict[str, Location] = {}
         problem = "is scattered: its parts must be neighbours, or readers see two samples" if key in seen else ""
@@ -265,15 +254,7 @@ def split_name(name: bytes) -> tuple[bytes, str]:
 
 
 def image_of(sample: Sample, extensions: Container[str] = IMAGE_EXTENSIONS) -> Location:
-    """The one image of a sample.
-
-    Args:
-        sample: of a shard.
-        extensions: of images, in lower case.
-
-    Raises:
-        BadSampleError: it has none, or several; or its members make no sample.
-    """
+    """The one image of a sample, by its extension in lower case; BadSampleError where it has none, or several."""
     if sample.problem:
         raise BadSampleError(sample.problem)
     images = [extension for extension in sample.parts if extension.rpartition(".")[2] in extensions]
@@ -287,15 +268,10 @@ def image_of(sample: Sample, extensions: Container[str] = IMAGE_EXTENSIONS) -> L
 
 
 def label_of(sample: Sample, read: Callable[[int, int], bytes], ours: bool = False) -> str:
-    """The label of a sample: a number from 0 to 2**20 - 1 without leading zeros, or a name; `UNLABELLED` for -1 in our shards.
+    """The label of a sample: a number from 0 to 2**20 - 1 without leading zeros, or a name.
 
-    Args:
-        sample: of a shard.
-        read: (offset, size) → those bytes of the shard.
-        ours: whether `alexprep shard` made the shards, to which -1 means that nobody knows the class.
-
-    Raises:
-        BadSampleError: it has none, several, or one that makes no sense.
+    In shards of `alexprep shard` (`ours`) it is `UNLABELLED` for -1. BadSampleError where there is none, or one that makes no
+    sense.
     """
     extension = next((extension for extension in LABEL_EXTENSIONS if extension in sample.parts), None)
     if extension is None:
@@ -335,11 +311,7 @@ def label_of(sample: Sample, read: Callable[[int, int], bytes], ours: bool = Fal
 
 
 def named_label(label: str, names: tuple[str, ...]) -> str:
-    """The class name of a label, which is a number, one of the names, or `UNLABELLED`.
-
-    Raises:
-        BadSampleError: it is none of them.
-    """
+    """The class name of a label, which must be a number, one of the names, or `UNLABELLED`."""
     if label.isdecimal() and int(label) < len(names):
         return names[int(label)]
     if label != UNLABELLED and label not in names:
@@ -352,8 +324,7 @@ def named_label(label: str, names: tuple[str, ...]) -> str:
 def class_names(present: set[str], names: tuple[str, ...], place: str) -> list[str]:
     """The class names by label: `names` if there are any; else the numbers up to the largest label; else the texts, sorted.
 
-    Raises:
-        AlexprepError: numbers and texts are mixed; it names `place`.
+    Numbers and texts together are an AlexprepError, which names `place`.
     """
     if names:
         return list(names)
