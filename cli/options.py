@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,19 +13,9 @@ from click.core import ParameterSource
 FC = TypeVar("FC", bound=Callable[..., Any] | click.Command)
 
 
-class Seconds(click.FloatRange):
-    """A time above 0; not NaN, which is in no range and outside of none, and no more than a year."""
-
-    def __init__(self) -> None:
-        """The bounds."""
-        super().__init__(min=0, max=3.2e7, min_open=True)
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """A float."""
-        seconds = super().convert(value, param, ctx)
-        if math.isnan(seconds):
-            self.fail(f"{value} is no number of seconds", param, ctx)
-        return seconds
+AT_LEAST_1 = click.IntRange(min=1)
+SECONDS = click.FloatRange(min=0, max=3.2e7, min_open=True)  # at most a year
+INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 
 class Folder(click.ParamType):  # type: ignore[type-arg]  # generic only for type checkers
@@ -44,25 +33,19 @@ class Folder(click.ParamType):  # type: ignore[type-arg]  # generic only for typ
         from alexprep.shards.storage import folder_at, is_local
 
         if self._local and "://" in str(value):
-            self.fail(
-                f"{value} is no local folder: training reads single images in random order, so copy the shards to a disk",
-                param,
-                ctx,
-            )
+            words = "is no local folder: training reads single images in random order, so copy the shards to a disk"
+            self.fail(f"{value} {words}", param, ctx)
         if not str(value):
             self.fail("the name is empty: name a folder, . for this one", param, ctx)
         folder = folder_at(value)
         try:
-            is_file = folder.exists() and not folder.is_dir()
-        except Exception as error:
-            if is_local(folder):
-                raise
-            words = f"{type(error).__name__}: {error}".partition("\n")[0]  # each store has its own kinds
+            if not is_local(folder):
+                folder.exists()
+        except Exception as error:  # noqa: BLE001  each store has its own kinds
+            words = f"{type(error).__name__}: {error}".partition("\n")[0]
             raise AlexprepError(
                 f"{value} cannot be reached ({words}): check the URL, the credentials and the network"
             ) from None
-        if is_file:
-            self.fail(f"{value} is a file, not a folder", param, ctx)
         return folder
 
 
@@ -106,9 +89,6 @@ runs_option = click.option(
     show_default=True,
     help="Folder of runs.",
 )
-
-AT_LEAST_1 = click.IntRange(min=1)
-INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 batch_size_option = click.option("--batch-size", type=AT_LEAST_1, help="Images a step.  [default: the recipe's]")
 
@@ -159,7 +139,7 @@ _ENGINE_OPTIONS = (
     ),
     click.option(
         "--image-seconds",
-        type=Seconds(),
+        type=SECONDS,
         default=60.0,
         show_default=True,
         help="Longest time for one image: then it is rejected, or the run stops where the image cannot even be read.",

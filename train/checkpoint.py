@@ -17,7 +17,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
-import itertools
 import json
 import os
 import re
@@ -47,6 +46,7 @@ UNREAD = "it may be sound, and nothing was deleted: mend that and run the same c
 PREFIX = "weight."  # of the network's tensors in a checkpoint
 FULL = (errno.ENOSPC, errno.EDQUOT)
 GO_ON = "go on with --resume; checkpoints that were saved before are untouched"
+MOST_TOLD = 6  # differences
 _MARK = re.compile(r"step-(\d{8,})\.json")
 
 
@@ -63,22 +63,13 @@ class Damaged(Exception):
 
 
 def save(folder: Path, step: int, tensors: dict[str, torch.Tensor], facts: dict[str, Any], keep: int) -> None:
-    """Publishes a checkpoint, then deletes all but the newest `keep`.
+    """Publishes a checkpoint, then deletes all but the newest `keep`, at least 1. `facts` are JSON values without NaN.
 
     Checkpoints of later steps go too: this run began below them, so they were found damaged.
 
-    Args:
-        folder: made if missing.
-        step: optimizer steps done.
-        tensors: on any device; copied as they are, bit for bit.
-        facts: JSON values without NaN.
-        keep: at least 1.
-
     Raises:
-        AlexprepError: keep is below 1; or the disk is full or broken, and earlier checkpoints are untouched.
+        AlexprepError: the disk is full or broken; earlier checkpoints are untouched.
     """
-    if keep < 1:
-        raise AlexprepError(f"--keep is {keep}: it must be at least 1, or nothing could be resumed")
     data = safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
     sha256 = hashlib.sha256(data).hexdigest()
     file = f"step-{step:08d}-{sha256[:8]}.safetensors"
@@ -95,14 +86,7 @@ def save(folder: Path, step: int, tensors: dict[str, torch.Tensor], facts: dict[
 
 
 def newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest valid checkpoint, and a sentence for every newer one that is damaged. Nothing is changed.
-
-    Returns:
-        None when there is no valid one.
-
-    Raises:
-        AlexprepError: the folder or a file cannot be read, or is of another format.
-    """
+    """The newest valid checkpoint, if there is one, and a sentence for every newer one that is damaged. Nothing is changed."""
     damage: list[str] = []
     for step, mark in sorted(marks(folder).items(), reverse=True):
         try:
@@ -113,11 +97,7 @@ def newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
 
 
 def marks(folder: Path) -> dict[int, Path]:
-    """The commit marks in a run's folder of checkpoints, by step, damaged ones too.
-
-    Raises:
-        AlexprepError: the folder cannot be read; one that does not exist has none.
-    """
+    """The commit marks in a run's folder of checkpoints, if there is one, by step, damaged ones too."""
     try:
         with os.scandir(folder) as entries:  # `glob` would pass over a folder that it may not read
             matches = [_MARK.fullmatch(entry.name) for entry in entries]
@@ -157,15 +137,9 @@ def read(mark: Path) -> Checkpoint:
 
 @contextlib.contextmanager
 def writing(path: Path, size: int | None = None, next_step: str = GO_ON) -> Iterator[None]:
-    """Inside the block, a file of a run is written, or a folder is changed.
+    """Inside the block, a file of a run is written, or a folder is changed; an `OSError` becomes a sentence.
 
-    Args:
-        path: of the file or folder.
-        size: bytes that it needs, if that is known.
-        next_step: what the user can do when the cause of a failure is mended.
-
-    Raises:
-        AlexprepError: in place of `OSError`; it names the file, and where there is no room, the bytes needed and the bytes free.
+    It names the file, where there is no room the bytes needed (`size`) and those free, and what to do when the cause is mended.
     """
     try:
         yield
@@ -181,13 +155,9 @@ def writing(path: Path, size: int | None = None, next_step: str = GO_ON) -> Iter
         ) from error
 
 
-def publish(path: Path, data: bytes, next_step: str = GO_ON) -> None:
-    """Writes a file of a run, atomically and durably; makes its folder.
-
-    Raises:
-        AlexprepError: as `writing`; what was there before is untouched.
-    """
-    with writing(path, len(data), next_step):
+def publish(path: Path, data: bytes) -> None:
+    """Writes a file of a run, atomically and durably; makes its folder. What was there before is untouched by a failure."""
+    with writing(path, len(data)):
         path.parent.mkdir(parents=True, exist_ok=True)
         publish_bytes(path, data)
 
@@ -199,9 +169,10 @@ def differences(saved: Any, wanted: Any, name: str = "") -> list[str]:
     ['lr was 0.01, is now 0.02']
     """
     if isinstance(saved, dict) and isinstance(wanted, dict):
-        keys = [*saved, *(key for key in wanted if key not in saved)]
-        lists = [differences(saved.get(key), wanted.get(key), f"{name}.{key}" if name else str(key)) for key in keys]
-        return [*itertools.chain(*lists)]
+        found: list[str] = []
+        for key in saved | wanted:
+            found += differences(saved.get(key), wanted.get(key), f"{name}.{key}" if name else key)
+        return found
     return [] if saved == wanted else [f"{name} was {saved!r}, is now {wanted!r}"]
 
 
@@ -209,13 +180,7 @@ def with_defaults(described: Any, value: Any) -> Any:
     """A description of a dataclass as a run recorded it, with the fields that it lacks at their defaults.
 
     So a field that is added later, with the default under which nothing changes, does not part a run from its own past.
-
-    Args:
-        described: JSON values by field, from this version or another.
-        value: the dataclass as it is now; dataclasses in its fields are looked into. Anything else has no defaults.
-
-    >>> with_defaults({"taken": []}, InitReport([], {}, []))
-    {'taken': []}
+    `value` is the dataclass as it is now; dataclasses in its fields are looked into. Anything else has no defaults.
     """
     if not isinstance(described, dict) or not is_dataclass(value) or isinstance(value, type):
         return described
@@ -230,14 +195,10 @@ def with_defaults(described: Any, value: Any) -> Any:
     return complete
 
 
-def some_of(differences: list[str], most: int = 6) -> str:
-    """The first of many differences as one sentence.
-
-    >>> some_of(["a was 1, is now 2", "b was 1, is now 2"], most=1)
-    'a was 1, is now 2; and 1 more'
-    """
-    more = [f"and {len(differences) - most} more"] if len(differences) > most else []
-    return "; ".join([*differences[:most], *more])
+def some_of(differences: list[str]) -> str:
+    """The first of many differences as one sentence."""
+    more = len(differences) - MOST_TOLD
+    return "; ".join([*differences[:MOST_TOLD], *([f"and {more} more"] if more > 0 else [])])
 
 
 @dataclass(frozen=True)
@@ -337,12 +298,6 @@ def _prune(folder: Path, step: int, keep: int) -> None:
 
 
 def _content(path: Path) -> bytes:
-    """A file's bytes.
-
-    Raises:
-        Damaged: there is no such file.
-        AlexprepError: it cannot be read.
-    """
     try:
         return path.read_bytes()
     except FileNotFoundError:
@@ -372,12 +327,9 @@ def _misfit(here: Mapping[str, torch.Tensor], saved: Mapping[str, torch.Tensor] 
         return f"saved {', '.join(saved)}, here {', '.join(here)}"
     for kind, tensor in here.items():
         if tensor.shape != saved[kind].shape:
-            return f"saved {_size(saved[kind])}, here {_size(tensor)}"
+            sizes = ("x".join(map(str, other.shape)) for other in (saved[kind], tensor))
+            return "saved {}, here {}".format(*sizes)
         spoilt = ~torch.isfinite(saved[kind]) & (saved[kind] != tensor.cpu())  # a mask of -inf is as it should be
         if spoilt.any():
             raise AlexprepError("the saved weights hold NaN or infinity: choose an earlier checkpoint")
     return None
-
-
-def _size(tensor: torch.Tensor) -> str:
-    return "x".join(str(side) for side in tensor.shape)
