@@ -23,7 +23,7 @@ from alexprep.shards.versions import versions
 from alexprep.train import run_dir
 from alexprep.train.checkpoint import differences, init_from, saved_weights, wanted_layers, with_defaults
 from alexprep.train.data import DataFacts, data_facts
-from alexprep.train.distributed.tensor_parallel import SCHEMES, Scheme, part_of
+from alexprep.train.distributed.tensor_parallel import Scheme, part_of
 from alexprep.train.distributed.world import TIMEOUT, World
 from alexprep.train.logger import writer_class
 from alexprep.train.precision import Arithmetic, Precision, arithmetic
@@ -34,19 +34,10 @@ from alexprep.train.user_code import MODEL, RECIPE, UserNetwork, check_named, co
 MOST_TRACED = 200  # steps
 MOST_SECONDS = 1_000_000  # that ranks wait for one another: eleven days; system clocks take no more than some 10^9
 KEEP, CHECKPOINT_STEPS = 3, 1000  # unless the run began with others
-# What a resumed run takes from its beginning.
-OPTIONS = [
-    "recipe",
-    "model",
-    "seed",
-    "batch_size",
-    "lr",
-    "init_from",
-    "init_layers",
-    "precision",
-    "channels_last",
-    "compile",
-]
+OPTIONS = (  # what a resumed run takes from its beginning
+    *("recipe", "model", "seed", "batch_size", "lr", "init_from", "init_layers"),
+    *("precision", "channels_last", "compile"),
+)
 LENGTH = ("epochs", "steps")
 REMEMBERED = (*LENGTH, "keep", "checkpoint_steps")  # likewise; what is given on resuming holds from then on
 DECODING = ("decode", "hw_decoder_load")  # likewise, as it was tuned then
@@ -71,9 +62,7 @@ class TrainConfig:
     batch_size: int | None = None  # images a step
     lr: float | None = None  # learning rate of the first epoch
     init_from: str | None = None  # run (RUN or RUN@STEP) whose weights the network begins with, for fine-tuning
-    init_layers: str | None = (
-        None  # which layers of it: "matching", the default, or patterns with commas, see `init_from`
-    )
+    init_layers: str | None = None  # which layers of it: "matching", the default, or patterns with commas
     precision: Precision | None = None  # "fp32" by default, "tf32", "bf16" or "fp16": see `alexprep.train.precision`
     channels_last: bool | None = None  # whether a pixel's values lie side by side in memory; by default on a CPU
     compile: bool | None = None  # whether steps are compiled by torch.compile; not by default
@@ -81,9 +70,7 @@ class TrainConfig:
     epochs: int | None = None
     steps: int | None = None
     runs: Path = Path("runs")  # folder of all runs
-    name: str | None = (
-        None  # of this run; by default that of the recipe or of the model's file, with a number if it is taken
-    )
+    name: str | None = None  # of this run; by default the recipe's or the model's file's, with a number if it is taken
     resume: bool = False  # go on with the named run, or with the one last active
     keep: int | None = None  # checkpoints kept, 3 by default
     checkpoint_steps: int | None = None  # between checkpoints, 1000 by default; one more is made at every epoch's end
@@ -114,8 +101,6 @@ class TrainConfig:
             )
         if not 0 < self.rank_seconds <= MOST_SECONDS:
             raise AlexprepError(f"rank_seconds is {self.rank_seconds}: it must be above 0, and at most {MOST_SECONDS}")
-        if self.scheme not in (None, *SCHEMES):
-            raise AlexprepError(f"scheme {self.scheme!r} is not one of {', '.join(SCHEMES)}")
         if self.seed is not None and not (isinstance(self.seed, int) and 0 <= self.seed < 2**63):
             raise AlexprepError(f"seed is {self.seed!r}: it must be a whole number within 0 to 2^63 - 1")
 
@@ -281,9 +266,9 @@ def _scheme(config: TrainConfig, recipe: Recipe, classes: int, seed: int) -> Sch
     try:
         part_of(recipe.make_network(classes, seed), tried, World(0, ranks, torch.device("cpu")))
     except AlexprepError:
-        if tried == scheme or tried == "ddp":
+        if scheme is not None or tried == "ddp":
             raise
-        return "ddp"
+        return _scheme(replace(config, scheme="ddp"), recipe, classes, seed)
     return tried
 
 
@@ -306,7 +291,11 @@ def _new_run(job: Job) -> Path:
         "identity": job.identity,
         "versions": run_versions(),
     }
-    return run_dir.create_run(job.config.runs, job.config.name, _usual_name(job.recipe, job.config.model), document)
+    usual_name, network = job.recipe.name, job.recipe.network
+    if job.config.model is not None and isinstance(network, UserNetwork):
+        file = network.title.partition(":")[0].rpartition(".")[2]
+        usual_name = file if run_dir.NAME.fullmatch(file) else usual_name
+    return run_dir.create_run(job.config.runs, job.config.name, usual_name, document)
 
 
 def _tuning(
@@ -337,10 +326,3 @@ def _tuning(
     if origin:
         notes += [f"loader settings: {tuning.words(str(device))}, {', '.join(origin)}"]
     return tuning, notes
-
-
-def _usual_name(recipe: Recipe, model: str | None) -> str:
-    """What a run is called by default: as the recipe, or as the model's file."""
-    network = recipe.network
-    name = network.title.partition(":")[0].rpartition(".")[2] if model and isinstance(network, UserNetwork) else ""
-    return name if run_dir.NAME.fullmatch(name) else recipe.name

@@ -186,7 +186,7 @@ def _made(run: Path, config: bytes) -> bool:
                 if error.errno in TAKEN:
                     return False
                 raise
-    with writing(run.parent):
+    with writing(run):
         sync_folder(run.parent)
     return True
 
