@@ -12,48 +12,44 @@ from click.core import ParameterSource
 
 FC = TypeVar("FC", bound=Callable[..., Any] | click.Command)
 
-
 AT_LEAST_1 = click.IntRange(min=1)
 SECONDS = click.FloatRange(min=0, max=3.2e7, min_open=True)  # at most a year
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 
-class Folder(click.ParamType):  # type: ignore[type-arg]  # generic only for type checkers
-    """A folder on a disk, or a URL that fsspec understands."""
+def folder(value: str) -> Path:
+    """A folder on a disk, or a `UPath` for a URL that fsspec understands."""
+    from alexprep.shards.errors import AlexprepError
+    from alexprep.shards.storage import folder_at, is_local
 
-    name = "folder"
+    if not value:
+        raise click.BadParameter("the name is empty: name a folder, . for this one")
+    found = folder_at(value)
+    try:
+        if not is_local(found):
+            found.exists()
+    except Exception as error:  # noqa: BLE001
+        words = f"{type(error).__name__}: {error}".partition("\n")[0]  # each store has its own kinds
+        raise AlexprepError(
+            f"{value} cannot be reached ({words}): check the URL, the credentials and the network"
+        ) from None
+    return found
 
-    def __init__(self, local: bool = False) -> None:
-        """With `local`, URLs are refused."""
-        self._local = local
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
-        """A `Path`, or a `UPath` for a URL."""
-        from alexprep.shards.errors import AlexprepError
-        from alexprep.shards.storage import folder_at, is_local
-
-        if self._local and "://" in str(value):
-            words = "is no local folder: training reads single images in random order, so copy the shards to a disk"
-            self.fail(f"{value} {words}", param, ctx)
-        if not str(value):
-            self.fail("the name is empty: name a folder, . for this one", param, ctx)
-        folder = folder_at(value)
-        try:
-            if not is_local(folder):
-                folder.exists()
-        except Exception as error:  # noqa: BLE001  each store has its own kinds
-            words = f"{type(error).__name__}: {error}".partition("\n")[0]
-            raise AlexprepError(
-                f"{value} cannot be reached ({words}): check the URL, the credentials and the network"
-            ) from None
-        return folder
+def local_folder(value: str) -> Path:
+    """A folder on a disk."""
+    if "://" in value:
+        words = "is no local folder: training reads single images in random order, so copy the shards to a disk"
+        raise click.BadParameter(f"{value} {words}")
+    return folder(value)
 
 
 def data_folder_option(name: str, text: str, local: bool = False) -> Callable[[FC], FC]:
     """An option for the data set's folder, with its default and environment variable."""
     return click.option(
         name,
-        type=Folder(local),
+        type=local_folder if local else folder,
+        metavar="FOLDER",
         default="alexprep-data",
         envvar="ALEXPREP_DATA",
         show_default=True,
@@ -77,7 +73,7 @@ def data_folder(command: Callable[..., Any]) -> Callable[..., Any]:
         return command(*args, data=data_argument or data, **kwargs)
 
     with_data = data_folder_option("--data", "The data set's folder.")(with_data)
-    return click.argument("data_argument", metavar="[DATA]", type=Folder(), required=False)(with_data)
+    return click.argument("data_argument", metavar="[DATA]", type=folder, required=False)(with_data)
 
 
 local_data_option = data_folder_option("--data", "The data set's folder.", local=True)

@@ -92,8 +92,6 @@ def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"options": {}}, "has no options.recipe as"),
-        ({"options": {"recipe": 3}}, "has no options.recipe as"),
         ({"options": []}, "has no options as"),
         ({"data": None, "identity": "x"}, "has no data and no identity as a run's has: mend that, or begin a new run"),
     ],

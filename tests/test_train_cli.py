@@ -150,7 +150,7 @@ def test_begun_with_another_run_s_weights(data: Path, tmp_path: Path) -> None:
         (["--init-from", "a@7"], "no checkpoint of step 7"),
         (["--init-from", "a", "--init-layers", "conv9"], "conv9 matches no layer"),
         (["--init-layers", "conv1"], "--init-layers conv1 says which layers of another run: name it with --init-from"),
-        (["--epochs", "100001"], "epochs is 100001: it must be at most 100000"),
+        (["--epochs", "100001"], "epochs 100001 is not in [1, 100000]"),
     ):
         error = run("--name", "c", *words).exception
         assert isinstance(error, AlexprepError) and reason in str(error)

@@ -31,14 +31,7 @@ import safetensors.torch
 import torch
 
 from alexprep.shards.errors import AlexprepError
-from alexprep.shards.storage import (
-    TEMPORARY_MARK,
-    digest_json,
-    json_bytes,
-    publish_bytes,
-    remove_temporaries,
-    sync_folder,
-)
+from alexprep.shards.storage import digest_json, json_bytes, publish_bytes, remove_temporaries, sync_folder
 from alexprep.train.parameters import layer_and_kind
 
 FORMAT_VERSION = 1
@@ -99,13 +92,12 @@ def newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
 def marks(folder: Path) -> dict[int, Path]:
     """The commit marks in a run's folder of checkpoints, if there is one, by step, damaged ones too."""
     try:
-        with os.scandir(folder) as entries:  # `glob` would pass over a folder that it may not read
-            matches = [_MARK.fullmatch(entry.name) for entry in entries]
+        names = os.listdir(folder)  # `glob` would pass over a folder that it may not read
     except FileNotFoundError:
         return {}
     except OSError as error:
         raise _unread(folder, error) from error
-    return {int(match[1]): folder / match[0] for match in matches if match}
+    return {int(match[1]): folder / match[0] for match in map(_MARK.fullmatch, names) if match}
 
 
 def read(mark: Path) -> Checkpoint:
@@ -210,11 +202,7 @@ class InitReport:
     unused: list[str]  # among the saved ones: the network has no such layer
 
     def sentences(self) -> list[str]:
-        """The report, to be read by a person.
-
-        >>> InitReport(["conv1"], {"fc8": "saved 9x4, here 3x4"}, []).sentences()
-        ['begun with the saved weights of conv1', 'fc8 begins fresh: saved 9x4, here 3x4']
-        """
+        """The report, to be read by a person."""
         return [
             f"begun with the saved weights of {', '.join(self.taken) or 'no layer'}",
             *(f"{layer} begins fresh: {reason}" for layer, reason in self.fresh.items()),
@@ -247,14 +235,11 @@ def init_from(
         layers: "matching": every layer that was saved with the same shapes. Otherwise patterns of layer names, such as
             ["conv*", "fc6"]: exactly the network's layers that match one, each of which must have been saved with the same shapes.
 
-    Returns:
-        What was taken and what was not.
-
     Raises:
         AlexprepError: no layer would be taken, a pattern matches no layer, a layer asked for does not fit, or a weight is not finite.
     """
     wanted, given = _by_layer(weights), _by_layer(saved)
-    patterns = ["*"] if layers == "matching" else [layers] if isinstance(layers, str) else list(layers)
+    patterns = ["*"] if layers == "matching" else layers
     if idle := [pattern for pattern in patterns if not any(fnmatchcase(layer, pattern) for layer in wanted)]:
         raise AlexprepError(f"{', '.join(idle)} matches no layer of the network: it has {', '.join(wanted)}")
     taken: list[str] = []
@@ -287,14 +272,14 @@ def _prune(folder: Path, step: int, keep: int) -> None:
     for other in found.keys() - set(kept):
         found[other].unlink()
     sync_folder(folder)
+    remove_temporaries(folder)
     try:
         referenced = {json.loads(found[other].read_bytes())["tensors"]["file"] for other in kept}
     except (OSError, ValueError, KeyError, TypeError):
-        referenced = None
+        return
     for path in folder.glob("step-*.safetensors"):
-        if referenced is not None and path.name not in referenced and TEMPORARY_MARK not in path.name:
+        if path.name not in referenced:
             path.unlink()
-    remove_temporaries(folder)
 
 
 def _content(path: Path) -> bytes:

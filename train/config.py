@@ -18,7 +18,7 @@ import torch
 from alexprep.pipeline.device import choose_device
 from alexprep.pipeline.loader_settings import Tuning, saved_tuning
 from alexprep.shards import rgb_statistics
-from alexprep.shards.errors import AlexprepError
+from alexprep.shards.errors import AlexprepError, number_within, whole_number
 from alexprep.shards.versions import versions
 from alexprep.train import run_dir
 from alexprep.train.checkpoint import differences, init_from, saved_weights, wanted_layers, with_defaults
@@ -31,7 +31,7 @@ from alexprep.train.recipes import DEFAULT_RECIPE, MOST_EPOCHS, Recipe, recipe_o
 from alexprep.train.run_dir import place_named, saved_checkpoint
 from alexprep.train.user_code import MODEL, RECIPE, UserNetwork, check_named, comparable, is_reference, references
 
-MOST_TRACED = 200  # steps
+MOST_TRACED = 200  # steps; all stay in memory until the last one
 MOST_SECONDS = 1_000_000  # that ranks wait for one another: eleven days; system clocks take no more than some 10^9
 KEEP, CHECKPOINT_STEPS = 3, 1000  # unless the run began with others
 OPTIONS = (  # what a resumed run takes from its beginning
@@ -89,20 +89,13 @@ class TrainConfig:
         """Refuses values out of bounds, with AlexprepError."""
         if self.data is None and not self.resume:
             raise AlexprepError("data is None: name the folder of a data set; only a resumed run has one of its own")
+        most = {"epochs": MOST_EPOCHS, "trace": MOST_TRACED}
         for name in ("epochs", "steps", "keep", "checkpoint_steps", "log_steps", "threads", "ranks", "trace"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise AlexprepError(f"{name} is {value!r}: it must be a whole number, at least 1")
-        if self.epochs is not None and self.epochs > MOST_EPOCHS:
-            raise AlexprepError(f"epochs is {self.epochs}: it must be at most {MOST_EPOCHS}")
-        if self.trace is not None and self.trace > MOST_TRACED:
-            raise AlexprepError(
-                f"trace is {self.trace}: at most {MOST_TRACED} steps are recorded, since all stay in memory until the last one"
-            )
-        if not 0 < self.rank_seconds <= MOST_SECONDS:
-            raise AlexprepError(f"rank_seconds is {self.rank_seconds}: it must be above 0, and at most {MOST_SECONDS}")
-        if self.seed is not None and not (isinstance(self.seed, int) and 0 <= self.seed < 2**63):
-            raise AlexprepError(f"seed is {self.seed!r}: it must be a whole number within 0 to 2^63 - 1")
+            if getattr(self, name) is not None:
+                whole_number(name, getattr(self, name), 1, most.get(name, 2**40))
+        if self.seed is not None:
+            whole_number("seed", self.seed, 0, 2**63 - 1)
+        number_within("rank_seconds", self.rank_seconds, 1e-3, MOST_SECONDS)
 
 
 @dataclass(frozen=True)

@@ -51,11 +51,6 @@ class Arithmetic:
     memory: Memory  # how images and weights lie in memory; results differ by rounding
     compile: bool = False  # whether steps are compiled by torch.compile; likewise
 
-    @property
-    def rounding(self) -> dict[str, bool]:
-        """As JSON values, what decides no more than the last bits."""
-        return {"channels_last": self.memory.channels_last, "compile": self.compile}
-
 
 def arithmetic(
     device: torch.device,

@@ -71,8 +71,6 @@ def read_config(run: Path) -> dict[str, Any]:
     next_step = "mend that, or begin a new run"
     config = read_json(run / CONFIG, next_step)
     lacking = [name for name, kind in FIELDS.items() if not isinstance(config.get(name), kind)]
-    if not lacking and not isinstance(config["options"].get("recipe"), str):
-        lacking = ["options.recipe"]
     if lacking:
         raise AlexprepError(f"{run / CONFIG} has no {' and no '.join(lacking)} as a run's has: {next_step}")
     return config

@@ -321,7 +321,8 @@ def first_state(job: Job, world: World) -> tuple[TrainingState, list[str]]:
 
 def _last_bits(job: Job) -> dict[str, Any]:
     """What a checkpoint says of all that decides no more than the last bits."""
-    return {"rounding": job.computing.rounding, "versions": run_versions()}
+    rounding = {"channels_last": job.computing.memory.channels_last, "compile": job.computing.compile}
+    return {"rounding": rounding, "versions": run_versions()}
 
 
 def _opening_words(job: Job, state: TrainingState, loader: BatchSource, last_step: int) -> list[str]:

@@ -97,6 +97,7 @@ class TrainingState:
             name for name, buffer in network.named_buffers(remove_duplicate=False) if not _finite(buffer)
         }
         self.parallel = Parallel(network, scheme, world or World.alone(device), memory_format=form)
+        self.network = self.parallel.network  # this rank's part; alone, the whole
         self._parameters = [name for name, _ in self.network.named_parameters()]
         self.optimizer = recipe.make_optimizer(self.network)
         # The rates follow from the position alone, so nobody has to remember to set them.
@@ -107,11 +108,6 @@ class TrainingState:
         self.sums = RunningTotals(device)
         self.position = Position()
         self.device = device
-
-    @property
-    def network(self) -> nn.Module:
-        """This rank's part of the network; alone, the whole."""
-        return self.parallel.network
 
     def called_for(self, batch: int) -> Compiled | nn.Module:
         """What computes a batch of this size, of all ranks together: the compiled network, if there is one.
