@@ -35,7 +35,6 @@ from alexprep.shards.storage import digest_json, json_bytes, publish_bytes, remo
 from alexprep.train.parameters import layer_and_kind
 
 FORMAT_VERSION = 1
-UNREAD = "it may be sound, and nothing was deleted: mend that and run the same command again"
 PREFIX = "weight."  # of the network's tensors in a checkpoint
 FULL = (errno.ENOSPC, errno.EDQUOT)
 GO_ON = "go on with --resume; checkpoints that were saved before are untouched"
@@ -59,9 +58,6 @@ def save(folder: Path, step: int, tensors: dict[str, torch.Tensor], facts: dict[
     """Publishes a checkpoint, then deletes all but the newest `keep`, at least 1. `facts` are JSON values without NaN.
 
     Checkpoints of later steps go too: this run began below them, so they were found damaged.
-
-    Raises:
-        AlexprepError: the disk is full or broken; earlier checkpoints are untouched.
     """
     data = safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
     sha256 = hashlib.sha256(data).hexdigest()
@@ -101,12 +97,7 @@ def marks(folder: Path) -> dict[int, Path]:
 
 
 def read(mark: Path) -> Checkpoint:
-    """One checkpoint, by its JSON file, checked to the last bit.
-
-    Raises:
-        Damaged: anything is missing, truncated or changed.
-        AlexprepError: a file cannot be read, or the checkpoint is of another format.
-    """
+    """One checkpoint, by its JSON file, checked to the last bit; `Damaged` is raised where anything is missing, cut or changed."""
     try:
         document = json.loads(_content(mark))
         if document.pop("digest") != digest_json(document):
@@ -155,11 +146,7 @@ def publish(path: Path, data: bytes) -> None:
 
 
 def differences(saved: Any, wanted: Any, name: str = "") -> list[str]:
-    """Where two JSON documents differ, a sentence a field.
-
-    >>> differences({"lr": 0.01, "seed": 0}, {"lr": 0.02, "seed": 0})
-    ['lr was 0.01, is now 0.02']
-    """
+    """Where two JSON documents differ, a sentence a field."""
     if isinstance(saved, dict) and isinstance(wanted, dict):
         found: list[str] = []
         for key in saved | wanted:
@@ -292,7 +279,8 @@ def _content(path: Path) -> bytes:
 
 
 def _unread(path: Path, error: OSError) -> AlexprepError:
-    return AlexprepError(f"{path} cannot be read ({error.strerror or error}): {UNREAD}")
+    remedy = "it may be sound, and nothing was deleted: mend that and run the same command again"
+    return AlexprepError(f"{path} cannot be read ({error.strerror or error}): {remedy}")
 
 
 def _by_layer(tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:

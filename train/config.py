@@ -170,13 +170,9 @@ def prepare(
 ) -> Job:
     """Finds out all that a training needs to know, and makes or finds the run's folder.
 
-    A beginning that would fail at once, as far as that can be known, fails here: before the run has a folder and a name.
-
-    Args:
-        config: what to do.
-        device: of the training; by default as `config` says.
-        dry_run: for measurements: there is no folder, nothing is written, and the job's `run` is the null device.
-        check_statistics: whether the data set must have the statistics that the augmentation needs; not where batches come from elsewhere.
+    A beginning that would fail at once, as far as that can be known, fails here: before the run has a folder and a name. With
+    `dry_run`, for measurements, nothing is written and the job's `run` is the null device. Where batches come from elsewhere, the
+    statistics that the augmentation needs are not checked.
     """
     device = device or choose_device(config.device)
     if config.tensorboard:

@@ -145,9 +145,8 @@ def _origin(state: TrainingState, before: TrainingState, loader: BatchSource, st
 def _present_weights(state: TrainingState, hindrance: str) -> str:
     """What the weights are now, and why there is no more to tell. All ranks call it."""
     weights = state.parallel.gather_state()
-    names = state.not_finite(weights)
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    if names:
+    if names := state.not_finite(weights):
+        more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
         now = f"now {', '.join(names[:NAMED])}{more} are not finite"
     else:
         finite = {name: weight[weight.isfinite()] for name, weight in weights.items()}

@@ -30,11 +30,7 @@ class Origin(NamedTuple):
     value: str  # "nan" or "inf"
 
     def sentence(self) -> str:
-        """For people.
-
-        >>> Origin(11, "output", "conv3", "inf").sentence()
-        'it began in step 11, where the output of conv3 became inf'
-        """
+        """For people."""
         words = {
             "weight": f"{self.name} held {self.value} before the step",
             "images": f"the images held {self.value}",

@@ -98,15 +98,9 @@ def float32_kernels(precision: Precision) -> Iterator[None]:
 
 
 def logits(network: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor, precision: Precision) -> torch.Tensor:
-    """Calls a network in a precision.
+    """Calls a network with float32 weights on images, float32 (N, C, H, W), in one of `PRECISIONS`.
 
-    Args:
-        network: with float32 weights.
-        images: float32 (N, C, H, W).
-        precision: one of `PRECISIONS`.
-
-    Returns:
-        What the network gives, float32 whatever it was computed in. Its gradient reaches the weights as float32 too.
+    What it gives is float32 whatever it was computed in, and its gradient reaches the weights as float32 too.
 
     >>> layer = torch.nn.Linear(1, 1, bias=False)
     >>> _ = torch.nn.init.constant_(layer.weight, 1 + 2**-9)  # bfloat16 has 7 bits of fraction

@@ -37,13 +37,8 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 def create_run(runs: Path, name: str | None, usual_name: str, config: Mapping[str, Any]) -> Path:
     """Makes the folder of a new run, and in it config.json, which is what makes it a run.
 
-    An empty folder of that name is taken. Of several processes that want one name at once, one gets it.
-
-    Args:
-        runs: the folder of all runs; made if missing.
-        name: of the run; by default `usual_name`, or the first free one of usual_name-2, usual_name-3, …
-        usual_name: see `name`.
-        config: the document, see `read_config`.
+    Its name is by default `usual_name`, or the first free one of usual_name-2, usual_name-3, … An empty folder of that name is
+    taken. Of several processes that want one name at once, one gets it.
     """
     numbered = (f"{usual_name}-{number}" for number in itertools.count(2))
     for candidate in itertools.chain([_checked(usual_name)], numbered) if name is None else [_checked(name)]:

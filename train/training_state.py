@@ -81,12 +81,7 @@ class TrainingState:
         scheme: Scheme = "single",
         computing: Arithmetic | None = None,
     ) -> None:
-        """The state before the first step. torch's default generators are seeded.
-
-        Raises:
-            AlexprepError: the recipe's schedule or decays name a layer that its network does not have, or the network cannot be
-                shared so.
-        """
+        """The state before the first step. torch's default generators are seeded."""
         torch.manual_seed(seed)
         self.recipe = recipe
         network = recipe.make_network(classes, seed)
@@ -191,7 +186,7 @@ class Update:
     halved on all.
     """
 
-    def __init__(self, parallel: Parallel, optimizer: MomentumSGD, precision: Precision = "fp32") -> None:
+    def __init__(self, parallel: Parallel, optimizer: MomentumSGD, precision: Precision) -> None:
         """For the network of `parallel`."""
         self._parallel, self._optimizer = parallel, optimizer
         self._scaler = torch.amp.GradScaler(parallel.world.device.type, enabled=precision == "fp16")
