@@ -181,8 +181,13 @@ def launch_ranks(
         (folder / "job.json").write_text(json.dumps(job))
         store, port = _store(timeout)
         processes: list[subprocess.Popen[bytes]] = []
+
+        def hand_on(number: int) -> None:
+            for process in processes:
+                process.send_signal(number)
+
         try:
-            with StopRequest(processes).listening() as stop:
+            with StopRequest(hand_on).listening() as stop:
                 for rank in range(ranks):
                     processes.append(_start(folder, rank, ranks, port))
                 _watch(processes, folder, timeout, stop)

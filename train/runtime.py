@@ -8,10 +8,9 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import signal
-import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import Any
 
@@ -27,15 +26,15 @@ class Stopped(Exception):
 
 
 class StopRequest:
-    """Whether SIGTERM, SIGINT or SIGHUP arrived: the first only sets `signal` and goes to `processes`, a second has its usual effect.
+    """Whether SIGTERM, SIGINT or SIGHUP arrived: the first only sets `signal` and is handed on, a second has its usual effect.
 
     A second SIGHUP has none: a terminal that closes sends several, of which the last would end the process while it saves. The first
     has none either where it is ignored, as under nohup. Signals can be caught in the main thread only; elsewhere nothing is requested.
     """
 
-    def __init__(self, processes: Sequence[subprocess.Popen[bytes]] = ()) -> None:
-        """Nothing is requested yet; processes may still be added."""
-        self.processes = processes
+    def __init__(self, hand_on: Callable[[int], None] = lambda number: None) -> None:
+        """Nothing is requested yet; `hand_on` is called with the first signal."""
+        self._hand_on = hand_on
         self.signal: signal.Signals | None = None
         self._usual: dict[signal.Signals, Any] = {}
 
@@ -66,8 +65,7 @@ class StopRequest:
         self.signal = signal.Signals(number)
         for caught, handler in self._usual.items():
             signal.signal(caught, signal.SIG_IGN if caught == signal.SIGHUP else handler)
-        for process in self.processes:
-            process.send_signal(number)
+        self._hand_on(number)
 
 
 @contextlib.contextmanager
