@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from common import command_line, report
 
-from alexprep.train.precision import PRECISIONS, Precision, arithmetic, float32_kernels
+from alexprep.train.precision import PRECISIONS, Precision, arithmetic, float32_kernels, logits
 from alexprep.train.recipes import recipe as recipe_named
 from alexprep.train.runtime import keep_freed_memory
 from alexprep.train.training_state import Compiled, TrainingState, Update, take_step
@@ -69,7 +69,8 @@ class Contest:
         torch.manual_seed(1)
         state.optimizer.zero_grad()
         with float32_kernels(way.precision):
-            F.cross_entropy(state.logits(self.images[way.channels_last], len(self.labels)), self.labels).backward()  # type: ignore[no-untyped-call]
+            found = logits(state.called_for(len(self.labels)), self.images[way.channels_last], way.precision)
+            F.cross_entropy(found, self.labels).backward()  # type: ignore[no-untyped-call]
         named = state.network.named_parameters()
         return {name: weight.grad.double().cpu() for name, weight in named if weight.grad is not None}
 

@@ -71,6 +71,8 @@ def overlap(data: Path, steps: int | None, rounds: int, as_json: bool, **options
 
 
 def _show(found: Overlap) -> None:
+    from rich.filesize import decimal
+
     from alexprep.cli import output
     from alexprep.pipeline.autotune import BUSY
 
@@ -88,7 +90,7 @@ def _show(found: Overlap) -> None:
         ("a step", f"{wait:.1f} ms for data + {rest:.1f} ms"),
     ]
     if found.gpu_memory_bytes is not None:
-        memory = {name: output.size(count) for name, count in found.gpu_memory_bytes.items()}
+        memory = {name: decimal(count) for name, count in found.gpu_memory_bytes.items()}
         rows.append(("GPU memory", f"{memory['torch_peak']} by torch at most, {memory['all']} with DALI's"))
     about = found.about
     output.table(

@@ -78,17 +78,10 @@ def main() -> None:
 
 def _began_with_interrupt(error: BaseException) -> bool:
     """Whether an error is what became of a Ctrl-C: a library in C that is being imported turns it into an ImportError."""
-    reasons = {id(error): error}
-    waiting = [error]
-    while waiting:
-        reason = waiting.pop()
-        if isinstance(reason, KeyboardInterrupt):
-            return True
-        for other in (reason.__cause__, reason.__context__):
-            if other is not None and id(other) not in reasons:  # a cause is mostly the context too
-                reasons[id(other)] = other
-                waiting.append(other)
-    return False
+    reason: BaseException | None = error
+    while reason is not None and not isinstance(reason, KeyboardInterrupt):
+        reason = reason.__cause__ or reason.__context__
+    return reason is not None
 
 
 def _interrupted() -> int:

@@ -13,12 +13,12 @@ from click.core import ParameterSource
 
 FC = TypeVar("FC", bound=Callable[..., Any] | click.Command)
 
+AT_LEAST_1 = click.IntRange(min=1)
+INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+
 
 class Seconds(click.FloatRange):
-    """A time above 0; not NaN, which is in no range and outside of none, and no more than a year."""
-
-    def __init__(self) -> None:
-        super().__init__(min=0, max=3.2e7, min_open=True)
+    """A time above 0 and at most a year; not NaN, which click takes for a number within any range."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """A float."""
@@ -28,47 +28,42 @@ class Seconds(click.FloatRange):
         return seconds
 
 
-class Folder(click.ParamType):  # type: ignore[type-arg]  # generic only for type checkers
-    """A folder on a disk, or a URL that fsspec understands; with `local`, URLs are refused."""
+SECONDS = Seconds(min=0, max=3.2e7, min_open=True)
 
-    name = "folder"
 
-    def __init__(self, local: bool = False) -> None:
-        self._local = local
+def folder(value: str) -> Path:
+    """A folder on a disk, or a `UPath` for a URL that fsspec understands."""
+    from alexprep.shards.errors import AlexprepError
+    from alexprep.shards.storage import folder_at, is_local
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
-        """A `Path`, or a `UPath` for a URL."""
-        from alexprep.shards.errors import AlexprepError
-        from alexprep.shards.storage import folder_at, is_local
+    if not value:
+        raise click.BadParameter("the name is empty: name a folder, . for this one")
+    found = folder_at(value)
+    try:
+        if not is_local(found):
+            found.exists()
+    except Exception as error:  # noqa: BLE001
+        words = f"{type(error).__name__}: {error}".partition("\n")[0]  # each store has its own kinds
+        raise AlexprepError(
+            f"{value} cannot be reached ({words}): check the URL, the credentials and the network"
+        ) from None
+    return found
 
-        if self._local and "://" in str(value):
-            self.fail(
-                f"{value} is no local folder: training reads single images in random order, so copy the shards to a disk",
-                param,
-                ctx,
-            )
-        if not str(value):
-            self.fail("the name is empty: name a folder, . for this one", param, ctx)
-        folder = folder_at(value)
-        try:
-            is_file = folder.exists() and not folder.is_dir()
-        except Exception as error:
-            if is_local(folder):
-                raise
-            words = f"{type(error).__name__}: {error}".partition("\n")[0]  # each store has its own kinds
-            raise AlexprepError(
-                f"{value} cannot be reached ({words}): check the URL, the credentials and the network"
-            ) from None
-        if is_file:
-            self.fail(f"{value} is a file, not a folder", param, ctx)
-        return folder
+
+def local_folder(value: str) -> Path:
+    """A folder on a disk."""
+    if "://" in value:
+        words = "is no local folder: training reads single images in random order, so copy the shards to a disk"
+        raise click.BadParameter(f"{value} {words}")
+    return folder(value)
 
 
 def data_folder_option(name: str, text: str, local: bool = False) -> Callable[[FC], FC]:
     """An option for the data set's folder, with its default and environment variable."""
     return click.option(
         name,
-        type=Folder(local),
+        type=local_folder if local else folder,
+        metavar="FOLDER",
         default="alexprep-data",
         envvar="ALEXPREP_DATA",
         show_default=True,
@@ -92,7 +87,7 @@ def data_folder(command: Callable[..., Any]) -> Callable[..., Any]:
         return command(*args, data=data_argument or data, **kwargs)
 
     with_data = data_folder_option("--data", "The data set's folder.")(with_data)
-    return click.argument("data_argument", metavar="[DATA]", type=Folder(), required=False)(with_data)
+    return click.argument("data_argument", metavar="[DATA]", type=folder, required=False)(with_data)
 
 
 local_data_option = data_folder_option("--data", "The data set's folder.", local=True)
@@ -104,9 +99,6 @@ runs_option = click.option(
     show_default=True,
     help="Folder of runs.",
 )
-
-AT_LEAST_1 = click.IntRange(min=1)
-INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 batch_size_option = click.option("--batch-size", type=AT_LEAST_1, help="Images a step.  [default: the recipe's]")
 
@@ -157,7 +149,7 @@ _ENGINE_OPTIONS = (
     ),
     click.option(
         "--image-seconds",
-        type=Seconds(),
+        type=SECONDS,
         default=60.0,
         show_default=True,
         help="Longest time for one image: then it is rejected, or the run stops where the image cannot even be read.",

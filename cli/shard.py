@@ -88,6 +88,8 @@ def shard(
     \b
     Example: alexprep shard /imagenet --out /data/imagenet-256
     """
+    from rich.filesize import decimal
+
     from alexprep.cli import output
     from alexprep.shards.conversion import convert
     from alexprep.shards.image_codec import Target
@@ -110,7 +112,7 @@ def shard(
     rows += [("bytes kept as they were", f"{done.kept:,} images")] if done.kept else []
     rows += [("rejected", f"{done.rejected.total():,}")]
     rows += [(f"  {count:,}", reason) for reason, count in done.rejected.most_common(10)]
-    rows += [("shards", output.size(done.bytes))]
+    rows += [("shards", decimal(done.bytes))]
     if done.made_inputs:
         rows += [
             (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from typing import Any
 
 import click
@@ -117,18 +118,9 @@ def train(as_json: bool, **options: Any) -> None:
 
     summary = launch_training(TrainConfig(**options))
     if leads():
-        output.table(f"Run {summary['run']}", _rows(summary))
+        measured = [(name.replace("_", " "), value) for name, value in summary.items() if value is not None]
+        rows = [(name, f"{value:.4g}" if isinstance(value, float) else str(value)) for name, value in measured]
+        output.table(f"Run {summary['run']}", rows)
         output.json_line(summary, as_json)
     if summary["stopped_by"]:
-        import signal
-
         click.get_current_context().exit(128 + signal.Signals[summary["stopped_by"]])  # as shells report it
-
-
-def _rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
-    """The summary as a table, without what was not measured."""
-    return [
-        (name.replace("_", " "), f"{value:.4g}" if isinstance(value, float) else str(value))
-        for name, value in summary.items()
-        if value is not None
-    ]

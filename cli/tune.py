@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from alexprep.cli.options import AT_LEAST_1, Seconds, device_option, json_option
+from alexprep.cli.options import AT_LEAST_1, SECONDS, device_option, json_option
 
 if TYPE_CHECKING:
     from alexprep.pipeline.autotune import Found
@@ -44,7 +44,7 @@ _TITLES = {
 )
 @click.option(
     "--seconds",
-    type=Seconds(),
+    type=SECONDS,
     default=60.0,
     show_default=True,
     help="How long measuring may take.",

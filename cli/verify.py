@@ -33,6 +33,8 @@ def verify(data: Path, decode: bool, repair_source: str | None, engine: Engine, 
     \b
     Example: alexprep verify /data/imagenet-256 --repair /imagenet
     """
+    from rich.filesize import decimal
+
     from alexprep.cli import output
     from alexprep.shards.sources.detection import find_source
     from alexprep.shards.verification import repair
@@ -49,7 +51,7 @@ def verify(data: Path, decode: bool, repair_source: str | None, engine: Engine, 
         with checking() as show:
             found = check(data, engine, decode, show)
     _show(found.problems)
-    rows = [("shards", f"{found.shards:,}"), ("sound images", f"{found.samples:,}"), ("read", output.size(found.bytes))]
+    rows = [("shards", f"{found.shards:,}"), ("sound images", f"{found.samples:,}"), ("read", decimal(found.bytes))]
     rows += [("made again", f"{repaired:,} inputs")] if repair_source is not None else []
     rows += [("problems", f"{len(found.problems):,}"), ("this run", f"{found.seconds:.1f} s")]
     output.table(f"{data} is {'damaged' if found.problems else 'sound'}.", rows)

@@ -16,7 +16,7 @@ from typing import Any, get_args, get_type_hints
 import click
 import pytest
 
-from alexprep.cli.main import _began_with_interrupt, cli, main
+from alexprep.cli.main import cli, main
 from alexprep.pipeline.augmentation import PRESETS
 from alexprep.pipeline.autotune import tune
 from alexprep.shards.dataset_format import FORMATS
@@ -221,7 +221,6 @@ def test_a_store_that_cannot_be_reached_is_one_line(command: Command, monkeypatc
         (["pca-stats", "nowhere"], 1, "nowhere/dataset.json does not exist"),
         (["verify", "here", "--data", "there"], 2, "DATA here and --data there are both given: give one"),
         (["pca-stats", ""], 2, "the name is empty: name a folder, . for this one"),
-        (["verify", "nowhere", "--image-seconds", "nan"], 2, "nan is no number of seconds"),
         (["verify", "nowhere", "--image-seconds", "inf"], 2, "inf is not in the range 0<x<=32000000.0"),
         (["train"], 1, "make one with `alexprep shard SOURCE`"),
         (["train", "--steps", "0"], 2, "0 is not in the range"),
@@ -246,13 +245,3 @@ def test_letters_that_the_terminal_lacks_cost_no_result(data: Path, tmp_path: Pa
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["images"] == 48
-
-
-def test_an_interrupt_is_found_behind_any_chain_of_errors() -> None:
-    """Each error is both cause and context of the next: the ways to the first one double with each."""
-    error: BaseException = KeyboardInterrupt()
-    for _ in range(200):
-        later = ImportError("initialization failed")
-        later.__cause__ = later.__context__ = error
-        error = later
-    assert _began_with_interrupt(error) and not _began_with_interrupt(ImportError())

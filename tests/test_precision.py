@@ -412,8 +412,8 @@ def test_a_smaller_batch_is_compiled_on_no_rank() -> None:
     state = TrainingState(recipe(), 3, 0, CPU)
     state.compiled = lambda images: images.new_zeros(len(images), 3)  # type: ignore[assignment]
     images = torch.ones(4, 3, MadeUpLoader.side, MadeUpLoader.side)
-    assert state.logits(images, 7).any()
-    assert not state.logits(images[:3], 8).any()
+    assert logits(state.called_for(7), images, "fp32").any()
+    assert not logits(state.called_for(8), images[:3], "fp32").any()
 
 
 def test_a_wrong_gradient_is_never_trained_with(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:

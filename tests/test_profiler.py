@@ -223,7 +223,7 @@ def test_a_trace_that_cannot_be_written_stops_no_training(
     assert "the trace could not be written, the training goes on" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("trace", "words"), [(0, "trace is 0"), (201, "trace is 201: at most 200")])
+@pytest.mark.parametrize(("trace", "words"), [(0, "trace 0 is not in"), (201, r"trace 201 is not in \[1, 200\]")])
 def test_how_long_a_trace_may_be(data: Path, tmp_path: Path, trace: int, words: str) -> None:
     with pytest.raises(AlexprepError, match=words):
         config(data, tmp_path, trace=trace)

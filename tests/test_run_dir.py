@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from alexprep.shards import storage
 from alexprep.shards.errors import AlexprepError
 from alexprep.train import run_dir
 from alexprep.train.logger import Meter
@@ -30,7 +28,7 @@ class Killed(BaseException):
 def test_a_name_is_free_again_after_a_kill_before_the_run_was_there(
     call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The folder is there, with a lock that nobody holds, and the temporary file that a real kill would leave."""
+    """Nothing has that name; what a real kill leaves beside it is no run."""
 
     def die(*arguments: object) -> None:
         raise Killed
@@ -39,12 +37,13 @@ def test_a_name_is_free_again_after_a_kill_before_the_run_was_there(
         patch.setattr(os, call, die)
         with pytest.raises(Killed):
             create_run(tmp_path, "mine", "tiny", CONFIG)
-    left = tmp_path / "mine" / f".config.json{storage.TEMPORARY_MARK}1-2"
-    left.write_text("{")
-    assert not (tmp_path / "mine" / "config.json").exists()
-    assert create_run(tmp_path, "mine", "tiny", CONFIG) == tmp_path / "mine"
-    assert read_config(tmp_path / "mine") == CONFIG
-    assert not left.exists()
+    assert not (tmp_path / "mine").exists()
+    (tmp_path / ".mine.left" / "mine").mkdir(parents=True)
+    (tmp_path / ".mine.left" / "mine" / "config.json").write_text("{}")
+    with pytest.raises(AlexprepError, match="there is no run in"):
+        run_dir.find_run(tmp_path, None)
+    assert create_run(tmp_path, "mine", "tiny", CONFIG) == run_dir.find_run(tmp_path, None) == tmp_path / "mine"
+    assert read_config(tmp_path / "mine") == CONFIG and os.listdir(tmp_path / "mine") == ["config.json"]
     with pytest.raises(AlexprepError, match="there is already a run"):
         create_run(tmp_path, "mine", "tiny", CONFIG)
 
@@ -63,68 +62,37 @@ def test_an_empty_folder_may_be_used_and_another_may_not(tmp_path: Path) -> None
     assert create_run(tmp_path, None, "notes", CONFIG) == tmp_path / "notes-2"
 
 
-def test_of_several_that_want_a_name_one_gets_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All of them have seen an empty folder before the first one has the lock."""
-    rivals, original = 6, run_dir._vacant
-    for number in range(3):
-        start = threading.Barrier(rivals)
-        folder, seen = tmp_path / str(number), threading.local()
+def test_of_several_that_want_a_name_one_gets_it(tmp_path: Path) -> None:
+    def claim(rival: int) -> bool:
+        try:
+            create_run(tmp_path, "wanted", "tiny", {**CONFIG, "rival": rival})
+        except AlexprepError as error:
+            assert "choose another --name" in str(error)
+            return False
+        return True
 
-        def first_look_together(run: Path) -> bool:
-            vacant = original(run)
-            if not hasattr(seen, "once"):  # noqa: B023
-                seen.once = True  # noqa: B023
-                start.wait(20)  # noqa: B023
-            return vacant
-
-        def claim(rival: int) -> str:
-            try:
-                create_run(folder, "wanted", "tiny", {**CONFIG, "rival": rival})  # noqa: B023
-                return "mine"
-            except AlexprepError as error:
-                return str(error)
-
-        with monkeypatch.context() as patch, ThreadPoolExecutor(rivals) as pool:
-            patch.setattr(run_dir, "_vacant", first_look_together)
-            said = list(pool.map(claim, range(rivals)))
-        assert said.count("mine") == 1 and sum("choose another --name" in words for words in said) == rivals - 1
-        assert json.loads((folder / "wanted" / "config.json").read_text())["rival"] == said.index("mine")
-
-
-def test_of_several_without_a_name_each_gets_its_own(tmp_path: Path) -> None:
     with ThreadPoolExecutor(8) as pool:
+        won = list(pool.map(claim, range(16)))
         made = list(pool.map(lambda _: create_run(tmp_path, None, "tiny", CONFIG).name, range(16)))
+    assert won.count(True) == 1 and json.loads((tmp_path / "wanted/config.json").read_text())["rival"] == won.index(
+        True
+    )
     assert len(set(made)) == 16 and "tiny" in made
-
-
-def test_a_run_that_is_being_made_is_taken(tmp_path: Path) -> None:
-    (tmp_path / "mine").mkdir()
-    with locked(tmp_path / "mine"):
-        with pytest.raises(AlexprepError, match="choose another --name"):
-            create_run(tmp_path, "mine", "tiny", CONFIG)
-        assert create_run(tmp_path, None, "mine", CONFIG) == tmp_path / "mine-2"
+    assert len(list(tmp_path.iterdir())) == 17  # nothing is left of those that lost
 
 
 def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     (tmp_path / "runs").write_text("no folder")
     with pytest.raises(
-        AlexprepError, match=r"config.json cannot be written \(Not a directory\): mend that and run the same"
+        AlexprepError, match=r"runs/tiny cannot be written \(Not a directory\): mend that and run the same"
     ):
         create_run(tmp_path / "runs", None, "tiny", CONFIG)
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"options": {}}, "has no options.recipe as"),
-        ({"options": {"recipe": 3}}, "has no options.recipe as"),
-        ({"options": []}, "has no options as"),
-        ({"data": None, "identity": "x"}, "has no data and no identity as a run's has: mend that, or begin a new run"),
-    ],
-)
-def test_a_config_that_was_cut_by_hand_is_refused(change: dict[str, object], words: str, tmp_path: Path) -> None:
+def test_a_config_that_was_cut_by_hand_is_refused(tmp_path: Path) -> None:
     run = create_run(tmp_path, "mine", "tiny", CONFIG)
-    (run / "config.json").write_text(json.dumps({**CONFIG, **change}))
+    (run / "config.json").write_text(json.dumps({"data": None, "options": {}, "identity": "x"}))
+    words = "has no data and no identity as a run's has: mend that, or begin a new run"
     with pytest.raises(AlexprepError, match=words):
         read_config(run)
 
@@ -136,16 +104,12 @@ def test_files_that_cannot_be_opened_are_told(tmp_path: Path) -> None:
         (run / name).mkdir()
     with pytest.raises(AlexprepError, match=r"config.json cannot be read \(.*Is a directory.*: mend that, or begin"):
         read_config(run)
-    with (
-        pytest.raises(AlexprepError, match=r".lock cannot be written \(Is a directory\): mend that and run the same"),
-        locked(run),
+    for context, words in (
+        (locked(run), r".lock cannot be written \(Is a directory\): mend that and run the same"),
+        (Meter(run / "log.jsonl", step=0, total_steps=1), r"log.jsonl cannot be written \(Is a directory\): mend that"),
     ):
-        pass
-    with (
-        pytest.raises(AlexprepError, match=r"log.jsonl cannot be written \(Is a directory\): mend that and go on"),
-        Meter(run / "log.jsonl", step=0, total_steps=1),
-    ):
-        pass
+        with pytest.raises(AlexprepError, match=words):
+            context.__enter__()
 
 
 @pytest.fixture
@@ -186,10 +150,8 @@ def test_a_run_whose_checkpoints_are_out_of_sight_is_not_begun_again(
     folder = run / "checkpoints"
     if gone == "moved":
         folder.rename(data.parent / "elsewhere")
-    for path in folder.glob("*.safetensors"):
-        path.write_bytes(b"x") if gone == "damaged" else path.unlink()
-    for path in folder.glob("*.json") if gone == "emptied" else ():
-        path.unlink()
+    for path in folder.glob("*" if gone == "emptied" else "*.safetensors"):
+        path.unlink() if gone == "emptied" else path.write_bytes(b"x")
     if not summary:
         (run / "summary.json").unlink()
     log = (run / "log.jsonl").read_text()

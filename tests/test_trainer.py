@@ -6,6 +6,7 @@ Run as a program, this file trains once; a test starts it to have something to k
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import random
@@ -17,7 +18,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,32 +27,21 @@ import torch
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.storage import is_temporary
 from alexprep.train import checkpoint, logger, recipes
-from alexprep.train.config import TrainConfig
 from alexprep.train.distributed.world import World
 from alexprep.train.evaluation import evaluate_run
 from alexprep.train.lr_schedule import Plateau
-from alexprep.train.runtime import Forwarded, StopRequest
+from alexprep.train.runtime import StopRequest
 from alexprep.train.trainer import train
 from tests import training_ranks as ranks
 from tests.made_up import BATCH, Batch, MadeUpLoader, small_recipe, write_data
 from tests.training_ranks import records
+from tests.training_ranks import small_config as config
 
 DEADLINE = 120.0  # seconds, for everything that waits
 ROOT = Path(__file__).parents[1]
 EPOCH_STEPS = 6  # of the made-up loader
-SAME = (
-    "steps",
-    "epochs",
-    "val_top1_error",
-    "val_loss",
-    "train_loss",
-    "weights_sha256",
-)  # of a resumed run and a whole one
-
-
-def config(folder: Path, **changes: Any) -> TrainConfig:
-    """Settings for a run beside the data set in `folder`."""
-    return ranks.config(folder, **{"recipe": "small", "log_steps": 4, **changes})
+# Of a resumed run and a whole one.
+SAME = ("steps", "epochs", "val_top1_error", "val_loss", "train_loss", "weights_sha256")
 
 
 @pytest.fixture
@@ -219,35 +209,29 @@ def test_a_closing_terminal_s_signals_are_one_request() -> None:
         with StopRequest().listening() as stop:
             for _ in range(3):
                 signal.raise_signal(signal.SIGHUP)
-        with Forwarded([]) as forwarded:
-            for _ in range(3):
-                signal.raise_signal(signal.SIGHUP)
-        assert stop.signal == forwarded.sent == signal.SIGHUP and not heard
+        assert stop.signal == signal.SIGHUP and not heard
         signal.raise_signal(signal.SIGHUP)
         assert heard  # whoever listened before listens again
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        with StopRequest().listening() as stop, Forwarded([]) as forwarded:
+        with StopRequest().listening() as stop:
             signal.raise_signal(signal.SIGHUP)
-        assert (stop.signal, forwarded.sent) == (None, None)
+        assert stop.signal is None
     finally:
         signal.signal(signal.SIGHUP, before)
 
 
-@pytest.mark.parametrize("place", ["pipe", "full"])
 def test_words_that_nobody_can_read_cost_no_step(
-    place: str, data: Path, whole: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    data: Path, whole: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """stderr is a pipe whose reader has gone, as `head` does; the disk that it goes to is full."""
+    """stderr is a pipe whose reader has gone, as `head` does."""
     reading, writing = os.pipe()
     os.close(reading)
-    stream: IO[str] = open("/dev/full" if place == "full" else writing, "w", buffering=1)  # noqa: SIM115
+    stream = open(writing, "w", buffering=1)  # noqa: SIM115
     monkeypatch.setattr(sys, "stderr", stream)
     summary = train(config(data), MadeUpLoader)
     monkeypatch.undo()
     with suppress(OSError):
         stream.close()
-    with suppress(OSError):
-        os.close(writing)
     assert same(summary) == same(whole)
 
 
@@ -321,22 +305,27 @@ def test_an_endless_loss_stops_before_anything_is_spoilt(data: Path, whole: dict
     assert not records(run, "not finite")  # the cause is gone
 
 
-def test_a_loader_that_ends_early_is_told(data: Path) -> None:
-    class Short(MadeUpLoader):
+NO_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore words.")
+
+
+@pytest.mark.parametrize(
+    ("failure", "kind", "words"),
+    [
+        (None, RuntimeError, "the loader ended after 1 of 6 steps"),
+        (NO_MEMORY, AlexprepError, r"allocate 2\.00 GiB\. Take a smaller --batch-size, or --precision bf16$"),
+    ],
+)
+def test_what_happens_to_the_loader_is_told(
+    failure: Exception | None, kind: type[Exception], words: str, data: Path
+) -> None:
+    class Failing(MadeUpLoader):
         def __iter__(self) -> Iterator[Batch]:
             yield next(super().__iter__())
+            if failure is not None:
+                raise failure
 
-    with pytest.raises(RuntimeError, match="the loader ended after 1 of 6 steps"):
-        train(config(data), Short)
-
-
-def test_a_gpu_without_enough_memory_is_told(data: Path) -> None:
-    class Large(MadeUpLoader):
-        def __iter__(self) -> Iterator[Batch]:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore words.")
-
-    with pytest.raises(AlexprepError, match=r"allocate 2\.00 GiB\. Take a smaller --batch-size, or --precision bf16$"):
-        train(config(data), Large)
+    with pytest.raises(kind, match=words):
+        train(config(data), Failing)
 
 
 def test_the_schedule_can_end_the_training(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -362,47 +351,31 @@ def test_loaders_are_asked_for_the_views_that_training_and_evaluation_need(data:
     assert (asked["train"]["threads"], asked["train"]["memory_format"]) == (1, "channels_last")
 
 
-def test_a_full_disk_costs_no_checkpoint(data: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
-    """An fsync finds no room: of config.json (the first two), of a checkpoint or of the summary."""
-    alone, fsync = World.alone("cpu"), os.fsync
-    count = 0
+@pytest.mark.parametrize(
+    ("call", "code", "words", "saved"),
+    [
+        (1, errno.EIO, r"runs/narrow cannot be written \(Input/output error\): mend that and run the same", []),
+        (1, errno.ENOSPC, r"runs/narrow .* it needs [\d,]+ bytes, [\d,]+ are free, make room and run the same", []),
+        (9, errno.ENOSPC, r"checkpoints/step-00000002-.* are free, make room and go on with --resume", [1]),
+    ],
+)
+def test_a_disk_that_fails_costs_no_checkpoint(
+    call: int, code: int, words: str, saved: list[int], data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An fsync fails: of config.json, or of the second checkpoint."""
+    fsync, calls, run = os.fsync, itertools.count(1), data.parent / "runs" / "narrow"
 
-    def counted(descriptor: int) -> None:
-        nonlocal count
-        count += 1
+    def failing(descriptor: int) -> None:
+        if next(calls) == call:
+            raise OSError(code, os.strerror(code))
         fsync(descriptor)
 
-    monkeypatch.setattr(os, "fsync", counted)
-    whole = ranks.begun(alone, data, name="whole", steps=3, checkpoint_steps=1)["weights_sha256"]
-    assert count > 15
-    for n in [1, 2, count, *random.Random(seed).sample(range(3, count), 5)]:
-        name = f"full{n}"
-        run = data.parent / "runs" / name
-        left, before = n, 0
-
-        def full(descriptor: int) -> None:
-            nonlocal left, before
-            left -= 1
-            if left == 0:
-                before = len(list((run / "checkpoints").glob("*.json")))  # noqa: B023
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            fsync(descriptor)
-
-        with monkeypatch.context() as patch, pytest.raises(AlexprepError) as failure:
-            patch.setattr(os, "fsync", full)
-            ranks.begun(alone, data, name=name, steps=3, checkpoint_steps=1)
-        words = str(failure.value)
-        assert str(run) in words and "No space left on device" in words, words
-        assert " are free, make room and " in words
-        assert not [path for path in run.rglob("*") if is_temporary(path.name)]
-        begins = "run the same command again" in words
-        assert begins == (n <= 2) and begins != ("go on with --resume" in words)
-        assert len(list((run / "checkpoints").glob("*.json"))) >= before
-        if (run / "config.json").exists():
-            rest = train(ranks.config(data, name=name, resume=True, steps=3), ranks.MadeUp)
-        else:
-            rest = ranks.begun(alone, data, name=name, steps=3)
-        assert rest["weights_sha256"] == whole, words
+    with monkeypatch.context() as patch, pytest.raises(AlexprepError, match=words):
+        patch.setattr(os, "fsync", failing)
+        ranks.begun(World.alone("cpu"), data, steps=3, checkpoint_steps=1)
+    assert not [path for path in run.parent.rglob("*") if is_temporary(path.name)]
+    assert list(checkpoint.marks(run / "checkpoints")) == saved and run.exists() == bool(saved)
+    assert train(ranks.config(data, resume=bool(saved), steps=3), ranks.MadeUp)["steps"] == 3
 
 
 def test_a_log_that_finds_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -411,29 +384,6 @@ def test_a_log_that_finds_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
     words = r"/dev/full cannot be written \(No space left on device\): it needs 59 bytes"
     with pytest.raises(AlexprepError, match=words), logger.Meter(Path("/dev/full"), step=0, total_steps=1) as log:
         log.record_skip(step=1, epoch=0, loss_scale=2.0)
-
-
-def test_a_disk_that_is_broken_is_no_matter_of_room(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(descriptor: int) -> None:
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
-
-    monkeypatch.setattr(os, "fsync", broken)
-    words = r"config.json cannot be written \(Input/output error\): mend that and run"
-    with pytest.raises(AlexprepError, match=words):
-        ranks.begun(World.alone("cpu"), data, name="broken")
-
-
-def test_the_checkpoint_that_a_run_begins_with_is_read_once(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    train(config(data, name="source", steps=1), MadeUpLoader)
-    read, paths = checkpoint.read, list[Path]()
-
-    def noted(mark: Path) -> checkpoint.Checkpoint:
-        paths.append(mark)
-        return read(mark)
-
-    monkeypatch.setattr(checkpoint, "read", noted)
-    train(config(data, name="begun", steps=1, init_from="source"), MadeUpLoader)
-    assert paths == [data.parent / "runs" / "source" / "checkpoints" / "step-00000001.json"]
 
 
 @pytest.mark.gpu

@@ -93,6 +93,11 @@ def config(data: Path, **changes: Any) -> TrainConfig:
     return TrainConfig(**{**settings, "log_steps": 1, **changes})
 
 
+def small_config(data: Path, **changes: Any) -> TrainConfig:
+    """Likewise, of the recipe that the made-up loader goes with."""
+    return config(data, **{"recipe": "small", "log_steps": 4, **changes})
+
+
 def records(run: Path, kind: str) -> list[dict[str, Any]]:
     """Those of a run's log; every line must be JSON, which knows no NaN."""
 

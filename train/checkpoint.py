@@ -17,7 +17,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
-import itertools
 import json
 import os
 import re
@@ -32,20 +31,13 @@ import safetensors.torch
 import torch
 
 from alexprep.shards.errors import AlexprepError
-from alexprep.shards.storage import (
-    TEMPORARY_MARK,
-    digest_json,
-    json_bytes,
-    publish_bytes,
-    remove_temporaries,
-    sync_folder,
-)
+from alexprep.shards.storage import digest_json, json_bytes, publish_bytes, remove_temporaries, sync_folder
 
 FORMAT_VERSION = 1
-UNREAD = "it may be sound, and nothing was deleted: mend that and run the same command again"
 PREFIX = "weight."  # of the network's tensors in a checkpoint
 FULL = (errno.ENOSPC, errno.EDQUOT)
 GO_ON = "go on with --resume; checkpoints that were saved before are untouched"
+MOST_TOLD = 6  # differences
 _MARK = re.compile(r"step-(\d{8,})\.json")
 
 
@@ -62,22 +54,10 @@ class Damaged(Exception):
 
 
 def save(folder: Path, step: int, tensors: dict[str, torch.Tensor], facts: dict[str, Any], keep: int) -> None:
-    """Publishes a checkpoint, then deletes all but the newest `keep`.
+    """Publishes a checkpoint, then deletes all but the newest `keep`, at least 1. `facts` are JSON values without NaN.
 
     Checkpoints of later steps go too: this run began below them, so they were found damaged.
-
-    Args:
-        folder: made if missing.
-        step: optimizer steps done.
-        tensors: on any device; copied as they are, bit for bit.
-        facts: JSON values without NaN.
-        keep: at least 1.
-
-    Raises:
-        AlexprepError: keep is below 1; or the disk is full or broken, and earlier checkpoints are untouched.
     """
-    if keep < 1:
-        raise AlexprepError(f"--keep is {keep}: it must be at least 1, or nothing could be resumed")
     data = safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
     sha256 = hashlib.sha256(data).hexdigest()
     file = f"step-{step:08d}-{sha256[:8]}.safetensors"
@@ -94,14 +74,7 @@ def save(folder: Path, step: int, tensors: dict[str, torch.Tensor], facts: dict[
 
 
 def newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest valid checkpoint, and a sentence for every newer one that is damaged. Nothing is changed.
-
-    Returns:
-        None when there is no valid one.
-
-    Raises:
-        AlexprepError: the folder or a file cannot be read, or is of another format.
-    """
+    """The newest valid checkpoint, if there is one, and a sentence for every newer one that is damaged. Nothing is changed."""
     damage: list[str] = []
     for step, mark in sorted(marks(folder).items(), reverse=True):
         try:
@@ -112,28 +85,18 @@ def newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
 
 
 def marks(folder: Path) -> dict[int, Path]:
-    """The commit marks in a run's folder of checkpoints, by step, damaged ones too.
-
-    Raises:
-        AlexprepError: the folder cannot be read; one that does not exist has none.
-    """
+    """The commit marks in a run's folder of checkpoints, if there is one, by step, damaged ones too."""
     try:
-        with os.scandir(folder) as entries:  # `glob` would pass over a folder that it may not read
-            matches = [_MARK.fullmatch(entry.name) for entry in entries]
+        names = os.listdir(folder)  # `glob` would pass over a folder that it may not read
     except FileNotFoundError:
         return {}
     except OSError as error:
         raise _unread(folder, error) from error
-    return {int(match[1]): folder / match[0] for match in matches if match}
+    return {int(match[1]): folder / match[0] for match in map(_MARK.fullmatch, names) if match}
 
 
 def read(mark: Path) -> Checkpoint:
-    """One checkpoint, by its JSON file, checked to the last bit.
-
-    Raises:
-        Damaged: anything is missing, truncated or changed.
-        AlexprepError: a file cannot be read, or the checkpoint is of another format.
-    """
+    """One checkpoint, by its JSON file, checked to the last bit; `Damaged` is raised where anything is missing, cut or changed."""
     try:
         document = json.loads(_content(mark))
         if document.pop("digest") != digest_json(document):
@@ -156,15 +119,9 @@ def read(mark: Path) -> Checkpoint:
 
 @contextlib.contextmanager
 def writing(path: Path, size: int | None = None, next_step: str = GO_ON) -> Iterator[None]:
-    """Inside the block, a file of a run is written, or a folder is changed.
+    """Inside the block, a file of a run is written, or a folder is changed; an `OSError` becomes a sentence.
 
-    Args:
-        path: of the file or folder.
-        size: bytes that it needs, if that is known.
-        next_step: what the user can do when the cause of a failure is mended.
-
-    Raises:
-        AlexprepError: in place of `OSError`; it names the file, and where there is no room, the bytes needed and the bytes free.
+    It names the file, where there is no room the bytes needed (`size`) and those free, and what to do when the cause is mended.
     """
     try:
         yield
@@ -180,27 +137,20 @@ def writing(path: Path, size: int | None = None, next_step: str = GO_ON) -> Iter
         ) from error
 
 
-def publish(path: Path, data: bytes, next_step: str = GO_ON) -> None:
-    """Writes a file of a run, atomically and durably; makes its folder.
-
-    Raises:
-        AlexprepError: as `writing`; what was there before is untouched.
-    """
-    with writing(path, len(data), next_step):
+def publish(path: Path, data: bytes) -> None:
+    """Writes a file of a run, atomically and durably; makes its folder. What was there before is untouched by a failure."""
+    with writing(path, len(data)):
         path.parent.mkdir(parents=True, exist_ok=True)
         publish_bytes(path, data)
 
 
 def differences(saved: Any, wanted: Any, name: str = "") -> list[str]:
-    """Where two JSON documents differ, a sentence a field.
-
-    >>> differences({"lr": 0.01, "seed": 0}, {"lr": 0.02, "seed": 0})
-    ['lr was 0.01, is now 0.02']
-    """
+    """Where two JSON documents differ, a sentence a field."""
     if isinstance(saved, dict) and isinstance(wanted, dict):
-        keys = [*saved, *(key for key in wanted if key not in saved)]
-        lists = [differences(saved.get(key), wanted.get(key), f"{name}.{key}" if name else str(key)) for key in keys]
-        return [*itertools.chain(*lists)]
+        found: list[str] = []
+        for key in saved | wanted:
+            found += differences(saved.get(key), wanted.get(key), f"{name}.{key}" if name else key)
+        return found
     return [] if saved == wanted else [f"{name} was {saved!r}, is now {wanted!r}"]
 
 
@@ -208,13 +158,7 @@ def with_defaults(described: Any, value: Any) -> Any:
     """A description of a dataclass as a run recorded it, with the fields that it lacks at their defaults.
 
     So a field that is added later, with the default under which nothing changes, does not part a run from its own past.
-
-    Args:
-        described: JSON values by field, from this version or another.
-        value: the dataclass as it is now; dataclasses in its fields are looked into. Anything else has no defaults.
-
-    >>> with_defaults({"taken": []}, InitReport([], {}, []))
-    {'taken': []}
+    `value` is the dataclass as it is now; dataclasses in its fields are looked into. Anything else has no defaults.
     """
     if not isinstance(described, dict) or not is_dataclass(value) or isinstance(value, type):
         return described
@@ -229,14 +173,10 @@ def with_defaults(described: Any, value: Any) -> Any:
     return complete
 
 
-def some_of(differences: list[str], most: int = 6) -> str:
-    """The first of many differences as one sentence.
-
-    >>> some_of(["a was 1, is now 2", "b was 1, is now 2"], most=1)
-    'a was 1, is now 2; and 1 more'
-    """
-    more = [f"and {len(differences) - most} more"] if len(differences) > most else []
-    return "; ".join([*differences[:most], *more])
+def some_of(differences: list[str]) -> str:
+    """The first of many differences as one sentence."""
+    more = len(differences) - MOST_TOLD
+    return "; ".join([*differences[:MOST_TOLD], *([f"and {more} more"] if more > 0 else [])])
 
 
 @dataclass(frozen=True)
@@ -248,11 +188,7 @@ class InitReport:
     unused: list[str]  # among the saved ones: the network has no such layer
 
     def sentences(self) -> list[str]:
-        """The report, to be read by a person.
-
-        >>> InitReport(["conv1"], {"fc8": "saved 9x4, here 3x4"}, []).sentences()
-        ['begun with the saved weights of conv1', 'fc8 begins fresh: saved 9x4, here 3x4']
-        """
+        """The report, to be read by a person."""
         return [
             f"begun with the saved weights of {', '.join(self.taken) or 'no layer'}",
             *(f"{layer} begins fresh: {reason}" for layer, reason in self.fresh.items()),
@@ -285,14 +221,11 @@ def init_from(
         layers: "matching": every layer that was saved with the same shapes. Otherwise patterns of layer names, such as
             ["conv*", "fc6"]: exactly the network's layers that match one, each of which must have been saved with the same shapes.
 
-    Returns:
-        What was taken and what was not.
-
     Raises:
         AlexprepError: no layer would be taken, a pattern matches no layer, a layer asked for does not fit, or a weight is not finite.
     """
     wanted, given = _by_layer(weights), _by_layer(saved)
-    patterns = ["*"] if layers == "matching" else [layers] if isinstance(layers, str) else list(layers)
+    patterns = ["*"] if layers == "matching" else layers
     if idle := [pattern for pattern in patterns if not any(fnmatchcase(layer, pattern) for layer in wanted)]:
         raise AlexprepError(f"{', '.join(idle)} matches no layer of the network: it has {', '.join(wanted)}")
     taken: list[str] = []
@@ -325,23 +258,17 @@ def _prune(folder: Path, step: int, keep: int) -> None:
     for other in found.keys() - set(kept):
         found[other].unlink()
     sync_folder(folder)
+    remove_temporaries(folder)
     try:
         referenced = {json.loads(found[other].read_bytes())["tensors"]["file"] for other in kept}
     except (OSError, ValueError, KeyError, TypeError):
-        referenced = None
+        return
     for path in folder.glob("step-*.safetensors"):
-        if referenced is not None and path.name not in referenced and TEMPORARY_MARK not in path.name:
+        if path.name not in referenced:
             path.unlink()
-    remove_temporaries(folder)
 
 
 def _content(path: Path) -> bytes:
-    """A file's bytes.
-
-    Raises:
-        Damaged: there is no such file.
-        AlexprepError: it cannot be read.
-    """
     try:
         return path.read_bytes()
     except FileNotFoundError:
@@ -351,7 +278,8 @@ def _content(path: Path) -> bytes:
 
 
 def _unread(path: Path, error: OSError) -> AlexprepError:
-    return AlexprepError(f"{path} cannot be read ({error.strerror or error}): {UNREAD}")
+    remedy = "it may be sound, and nothing was deleted: mend that and run the same command again"
+    return AlexprepError(f"{path} cannot be read ({error.strerror or error}): {remedy}")
 
 
 def _by_layer(tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
@@ -371,12 +299,9 @@ def _misfit(here: Mapping[str, torch.Tensor], saved: Mapping[str, torch.Tensor] 
         return f"saved {', '.join(saved)}, here {', '.join(here)}"
     for kind, tensor in here.items():
         if tensor.shape != saved[kind].shape:
-            return f"saved {_size(saved[kind])}, here {_size(tensor)}"
+            sizes = ("x".join(map(str, other.shape)) for other in (saved[kind], tensor))
+            return "saved {}, here {}".format(*sizes)
         spoilt = ~torch.isfinite(saved[kind]) & (saved[kind] != tensor.cpu())  # a mask of -inf is as it should be
         if spoilt.any():
             raise AlexprepError("the saved weights hold NaN or infinity: choose an earlier checkpoint")
     return None
-
-
-def _size(tensor: torch.Tensor) -> str:
-    return "x".join(str(side) for side in tensor.shape)

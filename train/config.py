@@ -18,12 +18,12 @@ import torch
 from alexprep.pipeline.device import choose_device
 from alexprep.pipeline.loader_settings import Tuning, saved_tuning
 from alexprep.shards import rgb_statistics
-from alexprep.shards.errors import AlexprepError
+from alexprep.shards.errors import AlexprepError, number_within, whole_number
 from alexprep.shards.versions import versions
 from alexprep.train import run_dir
-from alexprep.train.checkpoint import Checkpoint, differences, init_from, saved_weights, wanted_layers, with_defaults
+from alexprep.train.checkpoint import differences, init_from, saved_weights, wanted_layers, with_defaults
 from alexprep.train.data import DataFacts, data_facts
-from alexprep.train.distributed.tensor_parallel import SCHEMES, Scheme, part_of
+from alexprep.train.distributed.tensor_parallel import Scheme, part_of
 from alexprep.train.distributed.world import TIMEOUT, World
 from alexprep.train.logger import writer_class
 from alexprep.train.precision import Arithmetic, Precision, arithmetic
@@ -31,115 +31,71 @@ from alexprep.train.recipes import DEFAULT_RECIPE, MOST_EPOCHS, Recipe, recipe_o
 from alexprep.train.run_dir import place_named, saved_checkpoint
 from alexprep.train.user_code import MODEL, RECIPE, UserNetwork, check_named, comparable, is_reference, references
 
-MOST_TRACED = 200  # steps
+MOST_TRACED = 200  # steps; all stay in memory until the last one
 MOST_SECONDS = 1_000_000  # that ranks wait for one another: eleven days; system clocks take no more than some 10^9
 KEEP, CHECKPOINT_STEPS = 3, 1000  # unless the run began with others
-OPTIONS = (
-    "recipe",
-    "model",
-    "seed",
-    "batch_size",
-    "lr",
-    "init_from",
-    "init_layers",
-    "precision",
-    "channels_last",
-    "compile",
-)  # what a resumed run takes from its beginning
+OPTIONS = (  # what a resumed run takes from its beginning
+    *("recipe", "model", "seed", "batch_size", "lr", "init_from", "init_layers"),
+    *("precision", "channels_last", "compile"),
+)
 LENGTH = ("epochs", "steps")
 REMEMBERED = (*LENGTH, "keep", "checkpoint_steps")  # likewise; what is given on resuming holds from then on
 DECODING = ("decode", "hw_decoder_load")  # likewise, as it was tuned then
 # Of fields of an identity that older runs lack, what holds for them: once released, a default never changes. Those of a recipe's
 # fields are the defaults of its dataclasses.
 IDENTITY_DEFAULTS = {"precision": "fp32"}
-TWO_RANKS: tuple[Scheme, ...] = ("towers", "ddp")  # schemes to try by default
-ANY_RANKS: tuple[Scheme, ...] = ("ddp",)
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """What a caller may choose for a training. None means: as the recipe has it, or when resuming, as the run began.
 
-    Args:
-        data: folder of the data set; only a resumed run has one of its own.
-        recipe: name in the registry, "alexnet" by default; or a user's own: FILE.py, FILE.py:FUNCTION or MODULE:FUNCTION.
-        model: the user's own network in the recipe's stead, likewise; see `alexprep.train.user_code`.
-        seed: of the initial weights, dropout, order and augmentation; 0 by default.
-        batch_size: images a step.
-        lr: learning rate of the first epoch.
-        init_from: run (RUN or RUN@STEP) whose weights the network begins with; its own initial weights by default.
-        init_layers: which layers of it, see `alexprep.train.checkpoint.init_from`; "matching" or patterns with commas.
-        epochs: stop after this many, counted from the run's beginning.
-        steps: stop after this many optimizer steps, likewise. On resuming, epochs or steps take the place of both.
-        runs: folder of all runs.
-        name: of this run; that of the recipe or of the model's file, with a number if that is taken, by default.
-        resume: continue the named run, or the one last active.
-        keep: checkpoints kept, 3 by default.
-        checkpoint_steps: steps between checkpoints, 1000 by default; one more is made at every epoch's end.
-        log_steps: steps between records in log.jsonl.
-        threads: for decoding; as `alexprep tune` found, or one a core, by default.
-        device: "cpu" or "cuda"; the GPU if there is one by default.
-        ranks: processes that share the run, one a GPU where there are any.
-        precision: "fp32" by default, "tf32", "bf16" or "fp16": see `alexprep.train.precision`.
-        channels_last: whether the values of a pixel lie side by side in memory; by default on a CPU, where it is faster.
-        compile: whether steps are compiled by torch.compile; not by default.
-        rank_seconds: that ranks wait for one another: no step, evaluation's step or checkpoint may take one of them longer.
-        scheme: how they share it: "towers" as in the paper (the default for two, where it can split the network), "ddp" (the default
-            otherwise), "hybrid"; alone "single".
-        trace: steps to record for a trace viewer, see `alexprep.train.profiler`.
-        tensorboard: whether the log's records are written for TensorBoard too, see `alexprep.train.logger`.
-
     Raises:
         AlexprepError: a number is out of its range.
     """
 
-    data: Path | None = None
+    data: Path | None = None  # folder of the data set; only a resumed run has one of its own
+    # Name in the registry, "alexnet" by default; or a user's own: FILE.py, FILE.py:FUNCTION or MODULE:FUNCTION.
     recipe: str | None = None
-    model: str | None = None
-    seed: int | None = None
-    batch_size: int | None = None
-    lr: float | None = None
-    init_from: str | None = None
-    init_layers: str | None = None
-    precision: Precision | None = None
-    channels_last: bool | None = None
-    compile: bool | None = None
+    model: str | None = None  # the user's own network in the recipe's stead, likewise; see `alexprep.train.user_code`
+    seed: int | None = None  # of the initial weights, dropout, order and augmentation; 0 by default
+    batch_size: int | None = None  # images a step
+    lr: float | None = None  # learning rate of the first epoch
+    init_from: str | None = None  # run (RUN or RUN@STEP) whose weights the network begins with, for fine-tuning
+    init_layers: str | None = None  # which layers of it: "matching", the default, or patterns with commas
+    precision: Precision | None = None  # "fp32" by default, "tf32", "bf16" or "fp16": see `alexprep.train.precision`
+    channels_last: bool | None = None  # whether a pixel's values lie side by side in memory; by default on a CPU
+    compile: bool | None = None  # whether steps are compiled by torch.compile; not by default
+    # Epochs and optimizer steps after which to stop, counted from the run's beginning. On resuming, either takes the place of both.
     epochs: int | None = None
     steps: int | None = None
-    runs: Path = Path("runs")
-    name: str | None = None
-    resume: bool = False
-    keep: int | None = None
-    checkpoint_steps: int | None = None
-    log_steps: int = 20
-    threads: int | None = None
-    device: str | None = None
-    ranks: int = 1
-    rank_seconds: float = TIMEOUT
+    runs: Path = Path("runs")  # folder of all runs
+    name: str | None = None  # of this run; by default the recipe's or the model's file's, with a number if it is taken
+    resume: bool = False  # go on with the named run, or with the one last active
+    keep: int | None = None  # checkpoints kept, 3 by default
+    checkpoint_steps: int | None = None  # between checkpoints, 1000 by default; one more is made at every epoch's end
+    log_steps: int = 20  # between records in log.jsonl
+    threads: int | None = None  # for decoding; as `alexprep tune` found, or one a core, by default
+    device: str | None = None  # "cpu" or "cuda"; the GPU if there is one by default
+    ranks: int = 1  # processes that share the run, one a GPU where there are any
+    rank_seconds: float = TIMEOUT  # that they wait for one another: no step or checkpoint may take one of them longer
+    # How they share it: "towers" as in the paper (the default for two, where it can split the network), "ddp" (the default
+    # otherwise), "hybrid"; alone "single".
     scheme: Scheme | None = None
-    trace: int | None = None
-    tensorboard: bool = False
+    trace: int | None = None  # steps to record for a trace viewer, see `alexprep.train.profiler`
+    tensorboard: bool = False  # whether the log's records are written for TensorBoard too, see `alexprep.train.logger`
 
     def __post_init__(self) -> None:
         """Refuses values out of bounds, with AlexprepError."""
         if self.data is None and not self.resume:
             raise AlexprepError("data is None: name the folder of a data set; only a resumed run has one of its own")
+        most = {"epochs": MOST_EPOCHS, "trace": MOST_TRACED}
         for name in ("epochs", "steps", "keep", "checkpoint_steps", "log_steps", "threads", "ranks", "trace"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise AlexprepError(f"{name} is {value!r}: it must be a whole number, at least 1")
-        if self.epochs is not None and self.epochs > MOST_EPOCHS:
-            raise AlexprepError(f"epochs is {self.epochs}: it must be at most {MOST_EPOCHS}")
-        if self.trace is not None and self.trace > MOST_TRACED:
-            raise AlexprepError(
-                f"trace is {self.trace}: at most {MOST_TRACED} steps are recorded, since all stay in memory until the last one"
-            )
-        if not 0 < self.rank_seconds <= MOST_SECONDS:
-            raise AlexprepError(f"rank_seconds is {self.rank_seconds}: it must be above 0, and at most {MOST_SECONDS}")
-        if self.scheme not in (None, *SCHEMES):
-            raise AlexprepError(f"scheme {self.scheme!r} is not one of {', '.join(SCHEMES)}")
-        if self.seed is not None and not (isinstance(self.seed, int) and 0 <= self.seed < 2**63):
-            raise AlexprepError(f"seed is {self.seed!r}: it must be a whole number within 0 to 2^63 - 1")
+            if getattr(self, name) is not None:
+                whole_number(name, getattr(self, name), 1, most.get(name, 2**40))
+        if self.seed is not None:
+            whole_number("seed", self.seed, 0, 2**63 - 1)
+        number_within("rank_seconds", self.rank_seconds, 1e-3, MOST_SECONDS)
 
 
 @dataclass(frozen=True)
@@ -158,7 +114,6 @@ class Job:
     tuning: Tuning
     notes: list[str]  # what to say about it
     identity: dict[str, Any]  # JSON values: what decides the result; a checkpoint of another identity is refused
-    initial: Checkpoint | None = None  # whose weights it begins with, where it was read already
 
     @property
     def epochs(self) -> int:
@@ -177,18 +132,13 @@ class Job:
 
     def remembered(self) -> dict[str, Any]:
         """What a bare --resume goes on with, though it is no part of the identity."""
-        return {name: getattr(self.config, name) for name in REMEMBERED} | {
-            "keep": self.keep,
-            "checkpoint_steps": self.checkpoint_steps,
-        }
+        length = {name: getattr(self.config, name) for name in LENGTH}
+        return length | {"keep": self.keep, "checkpoint_steps": self.checkpoint_steps}
 
     def changes_since(self, earlier: Mapping[str, Any]) -> list[str]:
-        """What decides the result and was not so when the run began, a sentence a field.
+        """What decides the result and was not so in a run's config.json or a checkpoint's facts, a sentence a field.
 
         Fields that one of both does not know are at their defaults in it: those that were added later change nothing by default.
-
-        Args:
-            earlier: of the run: its config.json, or the facts of a checkpoint, from this version or another.
         """
         made_with = earlier.get("versions", {})
         then, now = (
@@ -220,16 +170,9 @@ def prepare(
 ) -> Job:
     """Finds out all that a training needs to know, and makes or finds the run's folder.
 
-    A beginning that would fail at once, as far as that can be known, fails here: before the run has a folder and a name.
-
-    Args:
-        config: what to do.
-        device: of the training; by default as `config` says.
-        dry_run: for measurements: there is no folder, nothing is written, and the job's `run` is the null device.
-        check_statistics: whether the data set must have the statistics that the augmentation needs; not where batches come from elsewhere.
-
-    Raises:
-        AlexprepError: there is no such data, recipe, device or run, or the data does not suit the recipe.
+    A beginning that would fail at once, as far as that can be known, fails here: before the run has a folder and a name. With
+    `dry_run`, for measurements, nothing is written and the job's `run` is the null device. Where batches come from elsewhere, the
+    statistics that the augmentation needs are not checked.
     """
     device = device or choose_device(config.device)
     if config.tensorboard:
@@ -262,35 +205,28 @@ def prepare(
         notes += said
     if run is None and recipe.augmentation.needs_statistics and check_statistics:
         rgb_statistics.read_statistics(data, facts.digest)
-    initial = None
     if config.init_layers is not None and config.init_from is None:
         raise AlexprepError(
             f"--init-layers {config.init_layers} says which layers of another run: name it with --init-from"
         )
     if config.init_from is not None:
         if run is None:
-            initial, skipped = saved_checkpoint(place_named(config.runs, config.init_from))
+            source, skipped = saved_checkpoint(place_named(config.runs, config.init_from))
             notes += skipped
             network = recipe.make_network(facts.classes, seed)
-            init_from(network.state_dict(), saved_weights(initial), wanted_layers(config.init_layers))
+            init_from(network.state_dict(), saved_weights(source), wanted_layers(config.init_layers))
             if "@" not in config.init_from:
-                config = replace(config, init_from=f"{config.init_from}@{initial.step}")
+                config = replace(config, init_from=f"{config.init_from}@{source.step}")
         identity["init"] = f"{config.init_from}, layers {config.init_layers or 'matching'}"
-    job = Job(
-        config, run or Path(), data, recipe, seed, facts, device, scheme, computing, tuning, notes, identity, initial
-    )
+    job = Job(config, run or Path(), data, recipe, seed, facts, device, scheme, computing, tuning, notes, identity)
     return job if run else replace(job, run=_new_run(job))
 
 
 def resumed(config: TrainConfig, earlier: Mapping[str, Any], data: Path) -> TrainConfig:
     """What a run goes on with: what is given now, else what held before.
 
-    Epochs and steps are one choice, how long to train: a run of 3 epochs that is given 10,000 steps now has no other end.
-
-    Args:
-        config: as given now.
-        earlier: the run's options, see `alexprep.train.run_dir.read_config`; older ones lack some.
-        data: the run's.
+    Epochs and steps are one choice, how long to train: a run of 3 epochs that is given 10,000 steps now has no other end. Older
+    runs' options lack some.
     """
     unless_given = [*OPTIONS, *REMEMBERED]
     if config.epochs is not None or config.steps is not None:
@@ -305,11 +241,7 @@ def run_versions() -> dict[str, str]:
 
 
 def _scheme(config: TrainConfig, recipe: Recipe, classes: int, seed: int) -> Scheme:
-    """How ranks share the network: as chosen; else two as the paper's towers, if it can be split so, and all others by ddp.
-
-    Raises:
-        AlexprepError: the scheme is not one for that many ranks, or cannot share this network.
-    """
+    """How ranks share the network: as chosen; else two as the paper's towers, if it can be split so, and all others by ddp."""
     ranks, scheme = config.ranks, config.scheme
     if ranks == 1:
         if scheme not in (None, "single"):
@@ -319,13 +251,13 @@ def _scheme(config: TrainConfig, recipe: Recipe, classes: int, seed: int) -> Sch
         raise AlexprepError(f"scheme single is for one rank, there are {ranks}: use towers, ddp or hybrid")
     if isinstance(recipe.network, UserNetwork) or (scheme is not None and config.resume):
         return scheme or "ddp"
-    for tried in [scheme] if scheme is not None else TWO_RANKS if ranks == 2 else ANY_RANKS:
-        try:
-            part_of(recipe.make_network(classes, seed), tried, World(0, ranks, torch.device("cpu")))
-            break
-        except AlexprepError:
-            if tried in ("ddp", scheme):
-                raise
+    tried = scheme or ("towers" if ranks == 2 else "ddp")
+    try:
+        part_of(recipe.make_network(classes, seed), tried, World(0, ranks, torch.device("cpu")))
+    except AlexprepError:
+        if scheme is not None or tried == "ddp":
+            raise
+        return _scheme(replace(config, scheme="ddp"), recipe, classes, seed)
     return tried
 
 
@@ -348,7 +280,11 @@ def _new_run(job: Job) -> Path:
         "identity": job.identity,
         "versions": run_versions(),
     }
-    return run_dir.create_run(job.config.runs, job.config.name, _usual_name(job.recipe, job.config.model), document)
+    usual_name, network = job.recipe.name, job.recipe.network
+    if job.config.model is not None and isinstance(network, UserNetwork):
+        file = network.title.partition(":")[0].rpartition(".")[2]
+        usual_name = file if run_dir.NAME.fullmatch(file) else usual_name
+    return run_dir.create_run(job.config.runs, job.config.name, usual_name, document)
 
 
 def _tuning(
@@ -379,10 +315,3 @@ def _tuning(
     if origin:
         notes += [f"loader settings: {tuning.words(str(device))}, {', '.join(origin)}"]
     return tuning, notes
-
-
-def _usual_name(recipe: Recipe, model: str | None) -> str:
-    """What a run is called by default: as the recipe, or as the model's file."""
-    network = recipe.network
-    name = network.title.partition(":")[0].rpartition(".")[2] if model and isinstance(network, UserNetwork) else ""
-    return name if run_dir.NAME.fullmatch(name) else recipe.name

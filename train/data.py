@@ -5,16 +5,14 @@ The loader itself is `alexprep.pipeline.loader.Loader`; tests and users may hand
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from alexprep.pipeline.augmentation import Augmentation
 from alexprep.shards.dataset_format import INDEX, read_dataset, read_index
 from alexprep.shards.errors import AlexprepError
-from alexprep.train.precision import MemoryFormat
 
 EVALUATION_SPLITS = ("val", "test")  # the first that has samples with labels is evaluated on
 
@@ -53,26 +51,7 @@ class BatchSource(Protocol):
         """Frees threads and memory."""
 
 
-class OpenLoader(Protocol):
-    """A function that opens a split as `alexprep.pipeline.loader.Loader` does."""
-
-    def __call__(
-        self,
-        data: str | Path,
-        split: str = ...,
-        *,
-        batch_size: int,
-        augmentation: Augmentation = ...,
-        views: Literal["random", "centre", "ten"] = ...,
-        order: Literal["shuffle", "blocks", "sequential"] = ...,
-        seed: int = ...,
-        rank: int = ...,
-        world_size: int = ...,
-        device: str = ...,
-        memory_format: MemoryFormat = ...,
-        threads: int | None = ...,
-    ) -> BatchSource:
-        """Opens `split` of the data set in `data`."""
+OpenLoader = Callable[..., BatchSource]  # opens a split with the arguments of `alexprep.pipeline.loader.Loader`
 
 
 class Examples(NamedTuple):
@@ -93,11 +72,7 @@ class DataFacts(NamedTuple):
 
 
 def data_facts(data: Path) -> DataFacts:
-    """Reads dataset.json, and from the indexes whether splits have labels.
-
-    Raises:
-        AlexprepError: there is no finished data set in `data`, or it has fewer than two classes.
-    """
+    """Reads dataset.json, and from the indexes whether splits have labels."""
     dataset: dict[str, Any] = read_dataset(data)
     classes = len(dataset["classes"])
     if classes < 2:

@@ -27,24 +27,17 @@ from alexprep.train.evaluation import evaluate_run
 from alexprep.train.trainer import train
 
 Colour = tuple[int, int, int]
-Box = tuple[float, float, float]  # centre x, centre y, radius, in pixels
-
+# Corners, and how far from the middle every second one lies: below 1 it is a star.
+POLYGONS = {"square": (4, 1.0), "star": (10, 0.4), "triangle": (3, 1.0), "hexagram": (12, 0.75)}
+SHAPES = ("bars", "checks", "disc", "ring", *POLYGONS)
 _SIZE = 64
 _MARK = "made-by-alexprep-demo"
 
 
 def run_demo(folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
-    """Runs every stage in `folder`, from scratch.
+    """Runs every stage in `folder`, which is made, or emptied if an earlier demo made it; says what it does.
 
-    Args:
-        folder: made; an earlier demo's is emptied first.
-        say: called with each line for the user.
-
-    Returns:
-        The training's summary, with chance_top1_error (percent), inputs, rejected, and ten_view_top1_error (percent).
-
-    Raises:
-        AlexprepError: `folder` holds something that is not an earlier demo.
+    Gives the training's summary, with chance_top1_error (percent), inputs, rejected, and ten_view_top1_error (percent).
     """
     start = time.monotonic()
     if folder.exists():
@@ -95,17 +88,10 @@ def run_demo(folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
 
 
 def make_photos(folder: Path, train: int = 100, val: int = 25, seed: int = 0) -> int:
-    """Writes class folders with splits, and odd files as real collections have them.
+    """Writes class folders, with `train` and `val` pictures a class, and five odd files as real collections have them.
 
-    Args:
-        folder: made; becomes a SOURCE for `alexprep shard`.
-        train: pictures a class in train/.
-        val: pictures a class in val/.
-        seed: of all that is drawn.
-
-    Returns:
-        How many files were written: all pictures, and five odd ones: grey, CMYK, a PNG named .JPEG (all usable), a truncated
-        and an empty file (not).
+    These are grey, CMYK, a PNG named .JPEG (all usable), truncated and empty (not). The folder becomes a SOURCE for `alexprep shard`.
+    Gives the number of files.
     """
     rng = np.random.default_rng(seed)
     written = 0
@@ -142,64 +128,37 @@ def photo(class_name: str, rng: np.random.Generator) -> Image.Image:
     while np.abs(colour - ground).max() < 90:  # a shape must be seen
         colour = rng.integers(0, 256, 3)
     radius = short * rng.uniform(0.25, 0.38)
-    box = (width / 2 + rng.uniform(-0.08, 0.08) * short, height / 2 + rng.uniform(-0.08, 0.08) * short, radius)
-    SHAPES[class_name](
-        ImageDraw.Draw(canvas), box, rng.uniform(0, 2 * math.pi), (int(colour[0]), int(colour[1]), int(colour[2]))
-    )
+    x, y = (side / 2 + rng.uniform(-0.08, 0.08) * short for side in (width, height))
+    red, green, blue = map(int, colour)
+    _draw(canvas, class_name, x, y, radius, rng.uniform(0, 2 * math.pi), (red, green, blue))
     canvas = canvas.filter(ImageFilter.GaussianBlur(float(rng.uniform(0, 1.2))))
     noisy = np.asarray(canvas) + rng.normal(0, rng.uniform(2, 10), (height, width, 3))
     return Image.fromarray(np.clip(noisy, 0, 255).astype(np.uint8))
 
 
-def _polygon(corners: int, inner: float = 1.0) -> Callable[[ImageDraw.ImageDraw, Box, float, Colour], None]:
-    """A regular polygon; with inner < 1 a star, whose every second corner is drawn in."""
-
-    def paint(draw: ImageDraw.ImageDraw, box: Box, turn: float, colour: Colour) -> None:
-        x, y, radius = box
+def _draw(canvas: Image.Image, class_name: str, x: float, y: float, radius: float, turn: float, colour: Colour) -> None:
+    """Draws a shape around (x, y); lengths are in pixels."""
+    draw = ImageDraw.Draw(canvas)
+    around = (x - radius, y - radius, x + radius, y + radius)
+    if class_name == "disc":
+        draw.ellipse(around, fill=colour)
+    elif class_name == "ring":
+        draw.ellipse(around, outline=colour, width=max(2, int(radius / 3)))
+    elif class_name == "bars":
+        for n in (-1, 0, 1):
+            middle = y + n * radius * 0.8
+            draw.rectangle((x - radius, middle - radius / 5, x + radius, middle + radius / 5), fill=colour)
+    elif class_name == "checks":
+        side = radius / 2
+        for row in range(4):
+            for column in range(row % 2, 4, 2):
+                left, top = x - radius + column * side, y - radius + row * side
+                draw.rectangle((left, top, left + side, top + side), fill=colour)
+    else:
+        corners, inner = POLYGONS[class_name]
         points = []
         for n in range(corners):
             length = radius * (inner if n % 2 else 1.0)
             angle = turn + 2 * math.pi * n / corners
             points.append((x + length * math.cos(angle), y + length * math.sin(angle)))
         draw.polygon(points, fill=colour)
-
-    return paint
-
-
-def _ring(draw: ImageDraw.ImageDraw, box: Box, turn: float, colour: Colour) -> None:
-    x, y, radius = box
-    draw.ellipse((x - radius, y - radius, x + radius, y + radius), outline=colour, width=max(2, int(radius / 3)))
-
-
-def _disc(draw: ImageDraw.ImageDraw, box: Box, turn: float, colour: Colour) -> None:
-    x, y, radius = box
-    draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour)
-
-
-def _bars(draw: ImageDraw.ImageDraw, box: Box, turn: float, colour: Colour) -> None:
-    x, y, radius = box
-    for n in (-1, 0, 1):
-        draw.rectangle(
-            (x - radius, y + n * radius * 0.8 - radius / 5, x + radius, y + n * radius * 0.8 + radius / 5), fill=colour
-        )
-
-
-def _checks(draw: ImageDraw.ImageDraw, box: Box, turn: float, colour: Colour) -> None:
-    x, y, radius = box
-    side = radius / 2
-    for row in range(4):
-        for column in range(row % 2, 4, 2):
-            left, top = x - radius + column * side, y - radius + row * side
-            draw.rectangle((left, top, left + side, top + side), fill=colour)
-
-
-SHAPES: dict[str, Callable[[ImageDraw.ImageDraw, Box, float, Colour], None]] = {
-    "bars": _bars,
-    "checks": _checks,
-    "disc": _disc,
-    "ring": _ring,
-    "square": _polygon(4),
-    "star": _polygon(10, inner=0.4),
-    "triangle": _polygon(3),
-    "hexagram": _polygon(12, inner=0.75),
-}

@@ -6,6 +6,7 @@ Nothing of it runs while a training is well: values that are not finite are noti
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -35,18 +36,8 @@ def explained(
 ) -> Iterator[None]:
     """Turns `NotFinite` into words that name the step, the layer and what the user can do, and into a record in the log.
 
-    All ranks notice it after the same step, since each has the loss of the whole batch and the whole state; so all search together.
-
-    Args:
-        run: its name.
-        state: of the training, as it goes on.
-        saved_state: makes the state that a resume would begin with.
-        loader: of the training split.
-        meter: says and logs.
-        stop: ends the search early.
-
-    Raises:
-        AlexprepError: in place of `NotFinite`.
+    All ranks notice it after the same step, since each has the loss of the whole batch and the whole state; so all search together,
+    from what `saved_state` makes, which is the state that a resume would begin with.
     """
     try:
         yield
@@ -77,12 +68,6 @@ class Watch:
 
     The ranks of a training look at the same values in the same order, each at its own part; the first one that any of them finds is
     what all of them tell.
-
-    >>> watch = Watch(World.alone("cpu"))
-    >>> watch.see("loss", "", torch.tensor(2.0))
-    >>> watch.see("gradient", "fc8.weight", torch.tensor([1.0, float("inf")]))
-    >>> watch.first(step=7)
-    Origin(step=7, what='gradient', name='fc8.weight', value='inf')
     """
 
     def __init__(self, world: World) -> None:
@@ -97,16 +82,23 @@ class Watch:
             self._first = len(self._seen), int(tensor.isnan().any())
         self._seen.append((what, name))
 
-    @contextlib.contextmanager
-    def outputs(self, network: nn.Module) -> Iterator[None]:
-        """Inside the block, looks at every layer's output, also where the next layer overwrites it."""
-        layers = [(name, layer) for name, layer in network.named_modules() if not isinstance(layer, nn.Sequential)]
-        handles = [layer.register_forward_hook(self._looking_at(name)) for name, layer in layers if name]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+    def step(self, state: TrainingState, images: torch.Tensor, labels: torch.Tensor) -> None:
+        """Takes a step, and looks at all of it; at every layer's output also where the next layer overwrites it."""
+        named = list(state.network.named_parameters())
+        for name, weight in named:
+            self.see("weight", name, weight)
+        self.see("images", "", images)
+        with contextlib.ExitStack() as stack:
+            for name, layer in state.network.named_modules():
+                if name and not isinstance(layer, nn.Sequential):
+                    stack.callback(layer.register_forward_hook(functools.partial(self._see_output, name)).remove)
+            loss, _ = take_step(state, images, labels)
+        self.see("loss", "", loss)
+        for name, weight in reversed(named):
+            if weight.grad is not None:
+                self.see("gradient", name, weight.grad)
+        for name, weight in named:
+            self.see("update", name, weight)
 
     def first(self, step: int) -> Origin | None:
         """The first value that was not finite on any rank since the last call, if there is one; all ranks call it."""
@@ -115,12 +107,9 @@ class Watch:
         seen, self._seen, self._first = self._seen, [], None
         return None if place == len(seen) else Origin(step, *seen[place], "nan" if is_nan else "inf")
 
-    def _looking_at(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def look(layer: nn.Module, given: Any, output: Any) -> None:
-            if isinstance(output, torch.Tensor):
-                self.see("output", name, output)
-
-        return look
+    def _see_output(self, name: str, layer: nn.Module, given: Any, output: Any) -> None:
+        if isinstance(output, torch.Tensor):
+            self.see("output", name, output)
 
 
 def _hindrance(state: TrainingState, before: TrainingState, meter: Meter) -> str:
@@ -144,7 +133,7 @@ def _origin(state: TrainingState, before: TrainingState, loader: BatchSource, st
     for images, labels in before.parallel.batches(loader, lambda: stop.signal):
         before.position.step += 1
         skipped = before.update.skipped
-        _watched_step(before, images, labels, watch)
+        watch.step(before, images, labels)
         origin = watch.first(before.position.step)
         if origin and origin.what == "gradient" and before.update.skipped > skipped:
             origin = None  # in fp16 a gradient may overflow now and then, and does no harm
@@ -153,27 +142,11 @@ def _origin(state: TrainingState, before: TrainingState, loader: BatchSource, st
     return None
 
 
-def _watched_step(state: TrainingState, images: torch.Tensor, labels: torch.Tensor, watch: Watch) -> None:
-    named = list(state.network.named_parameters())
-    for name, weight in named:
-        watch.see("weight", name, weight)
-    watch.see("images", "", images)
-    with watch.outputs(state.network):
-        loss, _ = take_step(state, images, labels)
-    watch.see("loss", "", loss)
-    for name, weight in reversed(named):
-        if weight.grad is not None:
-            watch.see("gradient", name, weight.grad)
-    for name, weight in named:
-        watch.see("update", name, weight)
-
-
 def _present_weights(state: TrainingState, hindrance: str) -> str:
     """What the weights are now, and why there is no more to tell. All ranks call it."""
     weights = state.parallel.gather_state()
-    names = state.not_finite(weights)
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    if names:
+    if names := state.not_finite(weights):
+        more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
         now = f"now {', '.join(names[:NAMED])}{more} are not finite"
     else:
         finite = {name: weight[weight.isfinite()] for name, weight in weights.items()}
@@ -184,11 +157,11 @@ def _present_weights(state: TrainingState, hindrance: str) -> str:
 
 
 def _next_step(run: str, saved_step: int, origin: Origin | None) -> str:
-    """What the user can do."""
     kept = f"The checkpoint of step {saved_step} is untouched" if saved_step else "Nothing was saved"
-    if origin is not None and origin.what == "images":
+    what = origin.what if origin else ""
+    if what == "images":
         return f"{kept}: look at the data and its statistics with `alexprep verify`, then go on with --resume"
-    if origin is not None and origin.what == "weight":
+    if what == "weight":
         return f"{kept}: begin a new run with other initial weights"
     begin = f", from the beginning or with --init-from {run}" if saved_step else ""
     return f"{kept}: train again with a lower --lr{begin}"

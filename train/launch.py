@@ -32,7 +32,7 @@ from alexprep.shards.errors import AlexprepError
 from alexprep.shards.worker_pool import cores
 from alexprep.train.config import TrainConfig, prepare
 from alexprep.train.distributed.world import STORE, TIMEOUT, World, from_environment
-from alexprep.train.runtime import Forwarded
+from alexprep.train.runtime import StopRequest
 from alexprep.train.trainer import train
 from alexprep.train.user_code import load
 
@@ -181,11 +181,16 @@ def launch_ranks(
         (folder / "job.json").write_text(json.dumps(job))
         store, port = _store(timeout)
         processes: list[subprocess.Popen[bytes]] = []
+
+        def hand_on(number: int) -> None:
+            for process in processes:
+                process.send_signal(number)
+
         try:
-            with Forwarded(processes) as forwarded:
+            with StopRequest(hand_on).listening() as stop:
                 for rank in range(ranks):
                     processes.append(_start(folder, rank, ranks, port))
-                _watch(processes, folder, timeout, forwarded)
+                _watch(processes, folder, timeout, stop)
         finally:
             for process in processes:
                 process.kill()
@@ -236,7 +241,7 @@ def _start(folder: Path, rank: int, ranks: int, port: int) -> subprocess.Popen[b
             output.close()
 
 
-def _watch(processes: list[subprocess.Popen[bytes]], folder: Path, timeout: float, forwarded: Forwarded) -> None:
+def _watch(processes: list[subprocess.Popen[bytes]], folder: Path, timeout: float, stop: StopRequest) -> None:
     """Returns when every rank has ended well.
 
     Raises:
@@ -248,7 +253,7 @@ def _watch(processes: list[subprocess.Popen[bytes]], folder: Path, timeout: floa
         codes = [process.poll() for process in processes]
         if any(codes):
             time.sleep(GRACE_SECONDS)
-            forwarded.check([process.poll() for process in processes])
+            stop.check([process.poll() for process in processes])
             raise _reason(processes, folder, timeout)
         if all(code == 0 for code in codes):
             return

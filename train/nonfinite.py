@@ -13,16 +13,12 @@ What = Literal["weight", "images", "output", "loss", "gradient", "update"]
 
 
 class NotFinite(AlexprepError):
-    """A loss, a weight or a velocity became NaN or infinite. Nothing of it was saved.
-
-    Attributes:
-        what: the message without the next step.
-    """
+    """A loss, a weight or a velocity became NaN or infinite. Nothing of it was saved."""
 
     def __init__(self, what: str, next_step: str = "") -> None:
         """Says what is not finite."""
         super().__init__(f"{what}: {next_step}" if next_step else what)
-        self.what = what
+        self.what = what  # without the next step
 
 
 class Origin(NamedTuple):
@@ -34,11 +30,7 @@ class Origin(NamedTuple):
     value: str  # "nan" or "inf"
 
     def sentence(self) -> str:
-        """For people.
-
-        >>> Origin(11, "output", "conv3", "inf").sentence()
-        'it began in step 11, where the output of conv3 became inf'
-        """
+        """For people."""
         words = {
             "weight": f"{self.name} held {self.value} before the step",
             "images": f"the images held {self.value}",

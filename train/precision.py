@@ -29,41 +29,27 @@ class Memory(NamedTuple):
 
     memory_format: MemoryFormat  # what a loader is asked for
     format: torch.memory_format  # of a network's weights
-
-    @property
-    def channels_last(self) -> bool:
-        """Whether the values of one pixel lie side by side."""
-        return self.memory_format == "channels_last"
+    channels_last: bool  # whether the values of one pixel lie side by side
 
 
 def memory(device: torch.device, channels_last: bool | None = None) -> Memory:
-    """The memory format asked for, or the one that suits the device: convolutions on a CPU are faster with the channels last.
-
-    >>> memory(torch.device("cpu")).memory_format
-    'channels_last'
-    """
-    last = device.type == "cpu" if channels_last is None else channels_last
-    return Memory("channels_last", torch.channels_last) if last else Memory("NCHW", torch.contiguous_format)
+    """The memory format asked for, or the one that suits the device: convolutions on a CPU are faster with the channels last."""
+    if channels_last is None:
+        channels_last = device.type == "cpu"
+    return (
+        Memory("channels_last", torch.channels_last, True)
+        if channels_last
+        else Memory("NCHW", torch.contiguous_format, False)
+    )
 
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """How a training computes.
+    """How a training computes."""
 
-    Attributes:
-        precision: decides results; part of a run's identity.
-        memory: how images and weights lie in memory; results differ by rounding.
-        compile: whether steps are compiled by torch.compile; likewise.
-    """
-
-    precision: Precision
-    memory: Memory
-    compile: bool = False
-
-    @property
-    def rounding(self) -> dict[str, bool]:
-        """As JSON values, what decides no more than the last bits."""
-        return {"channels_last": self.memory.channels_last, "compile": self.compile}
+    precision: Precision  # decides results; part of a run's identity
+    memory: Memory  # how images and weights lie in memory; results differ by rounding
+    compile: bool = False  # whether steps are compiled by torch.compile; likewise
 
 
 def arithmetic(
@@ -72,21 +58,14 @@ def arithmetic(
     channels_last: bool | None = None,
     compile: bool | None = None,
 ) -> Arithmetic:
-    """The arithmetic that is asked for; None stands for float32, for the memory format that suits the device, and for no compilation.
-
-    Raises:
-        AlexprepError: the device does not compute in this precision.
-    """
-    check_precision(precision or "fp32", device)
-    return Arithmetic(precision or "fp32", memory(device, channels_last), bool(compile))
+    """The arithmetic that is asked for; None stands for float32, for the memory format that suits the device, and for no compilation."""
+    precision = precision or "fp32"
+    check_precision(precision, device)
+    return Arithmetic(precision, memory(device, channels_last), bool(compile))
 
 
 def check_precision(precision: str, device: torch.device) -> None:
-    """Makes sure that a device computes in a precision.
-
-    Raises:
-        AlexprepError: it does not, or there is no such precision.
-    """
+    """Makes sure that there is a precision of this name, and that a device computes in it."""
     if precision not in PRECISIONS:
         raise AlexprepError(f"precision {precision!r} is not one of {', '.join(PRECISIONS)}")
     if precision == "tf32" and device.type != "cuda":
@@ -119,15 +98,9 @@ def float32_kernels(precision: Precision) -> Iterator[None]:
 
 
 def logits(network: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor, precision: Precision) -> torch.Tensor:
-    """Calls a network in a precision.
+    """Calls a network with float32 weights on images, float32 (N, C, H, W), in one of `PRECISIONS`.
 
-    Args:
-        network: with float32 weights.
-        images: float32 (N, C, H, W).
-        precision: one of `PRECISIONS`.
-
-    Returns:
-        What the network gives, float32 whatever it was computed in. Its gradient reaches the weights as float32 too.
+    What it gives is float32 whatever it was computed in, and its gradient reaches the weights as float32 too.
 
     >>> layer = torch.nn.Linear(1, 1, bias=False)
     >>> _ = torch.nn.init.constant_(layer.weight, 1 + 2**-9)  # bfloat16 has 7 bits of fraction

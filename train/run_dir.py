@@ -10,17 +10,19 @@ runs/NAME/.lock            held by the process that trains
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import itertools
 import json
 import re
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from alexprep.shards.dataset_format import DATASET, read_json
 from alexprep.shards.errors import AlexprepError
-from alexprep.shards.storage import is_temporary, json_bytes, publish_bytes, remove_temporaries
+from alexprep.shards.storage import json_bytes, publish_bytes, sync_folder
 from alexprep.train import checkpoint
 from alexprep.train.checkpoint import publish, writing
 
@@ -28,27 +30,19 @@ CONFIG, LOG, SUMMARY, CHECKPOINTS = "config.json", "log.jsonl", "summary.json", 
 LOCK = ".lock"
 TRACE, TENSORBOARD = "trace", "tensorboard"  # folders that are there if asked for
 FIELDS = {"options": dict, "data": str, "identity": dict}  # of config.json; it also has versions
+TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)  # what a folder's name may be when another is moved there
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
-def create_run(runs: Path, name: str | None, recipe: str, config: Mapping[str, Any]) -> Path:
+def create_run(runs: Path, name: str | None, usual_name: str, config: Mapping[str, Any]) -> Path:
     """Makes the folder of a new run, and in it config.json, which is what makes it a run.
 
-    A folder of that name without config.json, as a kill at this moment leaves it, is taken if it holds nothing else either. Of several
-    processes that want one name at once, one gets it.
-
-    Args:
-        runs: the folder of all runs; made if missing.
-        name: of the run; by default that of the recipe, or the first free one of recipe-2, recipe-3, …
-        recipe: the recipe's name.
-        config: the document, see `read_config`.
-
-    Raises:
-        AlexprepError: the name is taken or is not a plain file name; the disk is full or broken.
+    Its name is by default `usual_name`, or the first free one of usual_name-2, usual_name-3, … An empty folder of that name is
+    taken. Of several processes that want one name at once, one gets it.
     """
-    numbered = (f"{recipe}-{number}" for number in itertools.count(2))
-    for candidate in itertools.chain([_checked(recipe)], numbered) if name is None else [_checked(name)]:
-        if _claimed(runs / candidate, json_bytes(config)):
+    numbered = (f"{usual_name}-{number}" for number in itertools.count(2))
+    for candidate in itertools.chain([_checked(usual_name)], numbered) if name is None else [_checked(name)]:
+        if _made(runs / candidate, json_bytes(config)):
             return runs / candidate
     raise AlexprepError(
         f"there is already a run {runs / str(name)}: continue it with --resume, or choose another --name"
@@ -56,11 +50,7 @@ def create_run(runs: Path, name: str | None, recipe: str, config: Mapping[str, A
 
 
 def find_run(runs: Path, name: str | None) -> Path:
-    """The folder of a run: the named one, or the one that was last active.
-
-    Raises:
-        AlexprepError: there is no such run.
-    """
+    """The folder of a run: the named one, or the one that was last active."""
     if name is not None:
         run = runs / _checked(name)
         if not (run / CONFIG).exists():
@@ -72,38 +62,24 @@ def find_run(runs: Path, name: str | None) -> Path:
 
 
 def read_config(run: Path) -> dict[str, Any]:
-    """config.json of a run: {"options", "data", "identity", "versions"}.
-
-    Raises:
-        AlexprepError: it cannot be read.
-    """
+    """config.json of a run: {"options", "data", "identity", "versions"}."""
     next_step = "mend that, or begin a new run"
     config = read_json(run / CONFIG, next_step)
     lacking = [name for name, kind in FIELDS.items() if not isinstance(config.get(name), kind)]
-    if not lacking and not isinstance(config["options"].get("recipe"), str):
-        lacking = ["options.recipe"]
     if lacking:
         raise AlexprepError(f"{run / CONFIG} has no {' and no '.join(lacking)} as a run's has: {next_step}")
     return config
 
 
 def still_there(run: Path, data: Path) -> Path:
-    """Makes sure that the data set that a run was trained on is still in `data`, and returns that.
-
-    Raises:
-        AlexprepError: it is not where it was.
-    """
+    """Makes sure that the data set that a run was trained on is still in `data`, and returns that."""
     if not (data / DATASET).exists():
         raise AlexprepError(f"{run} was trained on {data}, which holds no data set now: say with --data where it is")
     return data
 
 
 def remember(run: Path, options: Mapping[str, Any], data: Path) -> None:
-    """Notes in config.json what a run goes on with from now on. The caller holds the run's lock.
-
-    Raises:
-        AlexprepError: the disk is full or broken.
-    """
+    """Notes in config.json what a run goes on with from now on. The caller holds the run's lock."""
     config = read_config(run)
     changed = config | {"options": config["options"] | options, "data": str(data.resolve())}
     if changed != config:
@@ -112,14 +88,16 @@ def remember(run: Path, options: Mapping[str, Any], data: Path) -> None:
 
 @contextlib.contextmanager
 def locked(run: Path) -> Iterator[None]:
-    """Keeps other processes from training the same run inside the block; the kernel lets go when the process ends.
-
-    Raises:
-        AlexprepError: another process trains it.
-    """
-    with _lock(run) as ours:
-        if not ours:
-            raise AlexprepError(f"another process is training {run}: wait for it, or start a new run without --resume")
+    """Keeps other processes from training the same run inside the block; the kernel lets go when the process ends."""
+    with contextlib.ExitStack() as stack:
+        with writing(run / LOCK, next_step="run the same command again"):
+            file = stack.enter_context(open(run / LOCK, "w"))
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise AlexprepError(
+                    f"another process is training {run}: wait for it, or start a new run without --resume"
+                ) from None
         yield
 
 
@@ -172,12 +150,7 @@ def saved_checkpoint(place: Place) -> tuple[checkpoint.Checkpoint, list[str]]:
 def check_unsaved(run: Path, damaged: Sequence[str]) -> None:
     """Makes sure that a run without a valid checkpoint never had one: else to begin it anew would cost all that was trained.
 
-    Args:
-        run: its folder.
-        damaged: what `checkpoint.newest` says of damaged ones.
-
-    Raises:
-        AlexprepError: it had one: the folder of checkpoints was moved, is not mounted, or all in it are damaged.
+    Its folder of checkpoints may have been moved, or is not mounted. `damaged` is what `checkpoint.newest` says of damaged ones.
     """
     folder = run / CHECKPOINTS
     sign = "damaged ones are there" if damaged else _sign_of_a_checkpoint(run)
@@ -191,39 +164,24 @@ def check_unsaved(run: Path, damaged: Sequence[str]) -> None:
     )
 
 
-@contextlib.contextmanager
-def _lock(run: Path) -> Iterator[bool]:
-    """Holds the run's lock inside the block, unless another process does; tells which."""
-    with contextlib.ExitStack() as stack:
-        with writing(run / LOCK, next_step="run the same command again"):
-            file = stack.enter_context(open(run / LOCK, "w"))
+def _made(run: Path, config: bytes) -> bool:
+    """Whether the folder is this process's: it is made beside its place, and moved there unless something is there by then."""
+    with writing(run, len(config), "run the same command again"):
+        with contextlib.suppress(FileExistsError):
+            run.parent.mkdir(parents=True)
+        with tempfile.TemporaryDirectory(prefix=f".{run.name}.", dir=run.parent) as beside:
+            made = Path(beside, run.name)
+            made.mkdir()
+            publish_bytes(made / CONFIG, config)
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                ours = True
-            except BlockingIOError:
-                ours = False
-        yield ours
-
-
-def _claimed(run: Path, config: bytes) -> bool:
-    """Makes a folder a run, unless it is one already, holds something else, or another process is at it."""
-    file = run / CONFIG
-    with writing(file, len(config), "run the same command again"):
-        with contextlib.suppress(FileExistsError):  # what a folder of that name holds is looked at below
-            run.mkdir(parents=True)
-        if not _vacant(run):
-            return False
-        with _lock(run) as ours:
-            if not ours or not _vacant(run):
-                return False
-            publish_bytes(file, config)
-            remove_temporaries(run)
+                made.rename(run)
+            except OSError as error:
+                if error.errno in TAKEN:
+                    return False
+                raise
+    with writing(run):
+        sync_folder(run.parent)
     return True
-
-
-def _vacant(run: Path) -> bool:
-    """Whether a folder holds nothing but what a process leaves that is killed before it has published config.json."""
-    return run.is_dir() and all(path.name == LOCK or is_temporary(path.name) for path in run.iterdir())
 
 
 def _checked(name: str) -> str:
@@ -247,24 +205,12 @@ def _sign_of_a_checkpoint(run: Path) -> str | None:
     """
     if (run / SUMMARY).exists():
         return f"{SUMMARY} is written after one"
-    records = _records(run / LOG)
-    saved = [record["step"] for record in records if record.get("kind") == "epoch"]
+    records: list[dict[str, Any]] = []
+    for line in (run / LOG).read_bytes().splitlines() if (run / LOG).exists() else ():
+        with contextlib.suppress(ValueError):  # a kill cut it short
+            records.append(json.loads(line))
+    saved = [record["step"] for record in records if record["kind"] == "epoch"]
     if every := read_config(run)["options"].get("checkpoint_steps"):  # older runs do not say it
         saved.append(every)
     last = max((record["step"] for record in records), default=0)
     return f"{LOG} goes on to step {last} after one of step {min(saved)}" if last > min(saved, default=last) else None
-
-
-def _records(log: Path) -> list[dict[str, Any]]:
-    """The records of a log, without lines that a kill cut short."""
-    try:
-        lines = log.read_bytes().splitlines()
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise AlexprepError(f"{log} cannot be read ({error.strerror or error}): {checkpoint.UNREAD}") from error
-    found = []
-    for line in lines:
-        with contextlib.suppress(ValueError):
-            found.append(json.loads(line))
-    return [record for record in found if isinstance(record, dict) and isinstance(record.get("step"), int)]

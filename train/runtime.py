@@ -12,14 +12,13 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from alexprep.shards.errors import AlexprepError
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
-Handlers = dict[signal.Signals, Any]
 
 
 class Stopped(Exception):
@@ -27,111 +26,51 @@ class Stopped(Exception):
 
 
 class StopRequest:
-    """Whether SIGTERM, SIGINT or SIGHUP arrived: the first only sets `signal`, a second one has its usual effect.
+    """Whether SIGTERM, SIGINT or SIGHUP arrived: the first only sets `signal` and is handed on, a second has its usual effect.
 
-    A second SIGHUP has none: a terminal that closes sends several, of which the last would end the process while it saves.
-    Signals can be caught in the main thread only; elsewhere nothing is ever requested.
+    A second SIGHUP has none: a terminal that closes sends several, of which the last would end the process while it saves. The first
+    has none either where it is ignored, as under nohup. Signals can be caught in the main thread only; elsewhere nothing is requested.
     """
 
-    def __init__(self) -> None:
-        """Nothing is requested yet."""
+    def __init__(self, hand_on: Callable[[int], None] = lambda number: None) -> None:
+        """Nothing is requested yet; `hand_on` is called with the first signal."""
+        self._hand_on = hand_on
         self.signal: signal.Signals | None = None
+        self._usual: dict[signal.Signals, Any] = {}
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[StopRequest]:
         """Catches signals inside the block."""
-        previous: Handlers = {}
-
-        def remember(number: int, frame: FrameType | None) -> None:
-            self.signal = signal.Signals(number)
-            for caught, handler in previous.items():
-                signal.signal(caught, signal.SIG_IGN if caught == signal.SIGHUP else handler)
-
-        with _catching(remember, previous):
+        if threading.current_thread() is threading.main_thread():
+            self._usual = {
+                number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+            }
+        if self._usual.get(signal.SIGHUP) == signal.SIG_IGN:
+            del self._usual[signal.SIGHUP]
+        for number in self._usual:
+            signal.signal(number, self._request)
+        try:
             yield self
-
-
-class Process(Protocol):
-    """What is needed of a `subprocess.Popen`."""
-
-    def send_signal(self, sig: int) -> None:
-        """Sends a signal, unless the process has ended."""
-
-    def kill(self) -> None:
-        """Ends it."""
-
-
-class Forwarded:
-    """Inside the block, the first SIGTERM, SIGINT or SIGHUP goes to every rank; a second ends them and has its usual effect.
-
-    A second SIGHUP has none: a terminal that closes sends several.
-    Signals can be caught in the main thread only; elsewhere nothing is forwarded.
-    """
-
-    def __init__(self, processes: Sequence[Process]) -> None:
-        """To processes that may still be added."""
-        self.processes = processes
-        self.sent: signal.Signals | None = None
-        self._previous: Handlers = {}
-        self._stack = contextlib.ExitStack()
-
-    def __enter__(self) -> Forwarded:
-        """Begins to catch."""
-        self._stack.enter_context(_catching(self._forward, self._previous))
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        """Puts the former handlers back."""
-        self._stack.close()
+        finally:
+            for number, handler in self._usual.items():
+                signal.signal(number, handler)
 
     def check(self, codes: Sequence[int | None]) -> None:
-        """Has the signal's usual effect here if a rank died of the one that was handed on, before it could listen."""
-        if self.sent is not None and -self.sent in codes:
-            self._usual_effect(self.sent)
+        """Has the signal's usual effect here if a process died of it (exit code -signal), before it could listen itself."""
+        if self.signal is not None and -self.signal in codes:
+            signal.signal(self.signal, self._usual[self.signal])
+            signal.raise_signal(self.signal)
 
-    def _forward(self, number: int, frame: FrameType | None) -> None:
-        if self.sent is not None:
-            if number != signal.SIGHUP:
-                self._usual_effect(self.sent)
-            return
-        self.sent = signal.Signals(number)
-        for process in self.processes:
-            with contextlib.suppress(ProcessLookupError):
-                process.send_signal(number)
-
-    def _usual_effect(self, number: signal.Signals) -> None:
-        for process in self.processes:
-            process.kill()
-        signal.signal(number, self._previous[number])
-        signal.raise_signal(number)
-
-
-@contextlib.contextmanager
-def _catching(handler: Callable[[int, FrameType | None], None], previous: Handlers) -> Iterator[None]:
-    """Inside the block, signals that ask for a stop go to `handler`; `previous` is filled with who had them before.
-
-    SIGHUP, which a closing terminal sends, is one of them unless it is ignored, as under nohup.
-    """
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
-                previous[number] = signal.getsignal(number)
-    for number in previous:
-        signal.signal(number, handler)
-    try:
-        yield
-    finally:
-        for number, former in previous.items():
-            signal.signal(number, former)
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        self.signal = signal.Signals(number)
+        for caught, handler in self._usual.items():
+            signal.signal(caught, signal.SIG_IGN if caught == signal.SIGHUP else handler)
+        self._hand_on(number)
 
 
 @contextlib.contextmanager
 def enough_memory() -> Iterator[None]:
-    """Inside the block, a GPU that is out of memory becomes a sentence.
-
-    Raises:
-        AlexprepError: in place of torch's error.
-    """
+    """Inside the block, a GPU that is out of memory becomes a sentence."""
     try:
         yield
     except torch.OutOfMemoryError as error:

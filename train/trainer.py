@@ -10,7 +10,7 @@ import contextlib
 import functools
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -87,14 +87,11 @@ def train(config: TrainConfig, open_loader: OpenLoader | None = None, world: Wor
 
 @contextlib.contextmanager
 def open_run(config: TrainConfig, open_loader: OpenLoader | None, world: World | None) -> Iterator[Run]:
-    """Opens everything that a training needs, all that can fail early first, and closes it after the block.
-
-    Raises:
-        AlexprepError: see `train`; also in place of errors in the block, see `explained`, `enough_memory` and `Job.user_errors`.
-    """
+    """Opens everything that a training needs, all that can fail early first, and closes it after the block."""
     started = time.monotonic()
     world = world or World.alone(choose_device(config.device))
     job = prepare(config, world.device, check_statistics=open_loader is None)
+    config = job.config
     open_loader = open_loader or functools.partial(Loader, tuning=job.tuning)
     if job.device.type == "cpu":
         keep_freed_memory()
@@ -107,56 +104,42 @@ def open_run(config: TrainConfig, open_loader: OpenLoader | None, world: World |
         enter(float32_kernels(job.computing.precision))
         stop = enter(StopRequest().listening())
         state, notes = first_state(job, world)
-        job = replace(job, initial=None)  # it has done its part, and takes memory
         loader = enter(contextlib.closing(open_split(job, open_loader, "train", state.parallel.shard)))
-        split, validation = job.facts.evaluation_split, None
-        if split:
+        validation = None
+        if split := job.facts.evaluation_split:
             validation = enter(contextlib.closing(open_split(job, open_loader, split, state.parallel.shard)))
         steps, step = job.epochs * len(loader), state.position.step
-        last_step = min(steps, job.config.steps or steps)
-        log, board = (job.run / run_dir.LOG if world.leads else None), None
-        if log is not None and job.config.tensorboard:
+        last_step = min(steps, config.steps or steps)
+        board = None
+        if world.leads and config.tensorboard:
             board = enter(contextlib.closing(Board(job.run / run_dir.TENSORBOARD, step)))
+        log = job.run / run_dir.LOG if world.leads else None
         meter = enter(Meter(log, step=step, total_steps=last_step, epoch=state.position.epoch, board=board))
         if world.leads and config.resume:
             run_dir.remember(job.run, job.remembered(), job.data)
         for note in [*job.notes, *notes, *_opening_words(job, state, loader, last_step)]:
             meter.say(note)
         loader.load_state_dict(loader.state_dict() | state.position.loader_state(len(loader)))
-        trace = enter(Trace(job.run / run_dir.TRACE, job.config.trace, meter, world, step=step, last_step=last_step))
+        trace = enter(Trace(job.run / run_dir.TRACE, config.trace, meter, world, step=step, last_step=last_step))
         enter(explained(job.run.name, state, lambda: first_state(job, world)[0], loader, meter, stop))
         yield Run(job, state, loader, validation, meter, trace, stop, last_step, started, val=state.position.val)
 
 
 @dataclass
 class Run:
-    """A training under way: what goes from step to step, and what is done between steps.
-
-    Attributes:
-        job: what is to be done.
-        state: what there is so far; changed in place.
-        loader: of the training split, at the state's position.
-        validation: of the split that is evaluated on; None where there is none.
-        meter: says and logs.
-        trace: records what some steps spend their time on.
-        stop: a signal that asks for an end.
-        last_step: at which the training ends at the latest.
-        started: when this process began with it, seconds of the monotonic clock.
-        val: the evaluation of the present weights, see `alexprep.train.metrics.validate`, and of which split; None without one.
-        means: over the images of the last epoch, as far as it was trained here; None where it was not.
-    """
+    """A training under way: what goes from step to step, and what is done between steps."""
 
     job: Job
-    state: TrainingState
-    loader: BatchSource
-    validation: BatchSource | None
+    state: TrainingState  # changed in place
+    loader: BatchSource  # of the training split, at the state's position
+    validation: BatchSource | None  # of the split that is evaluated on
     meter: Meter
     trace: Trace
     stop: StopRequest
-    last_step: int
-    started: float
-    val: dict[str, Any] | None = None
-    means: Means | None = None
+    last_step: int  # at which the training ends at the latest
+    started: float  # when this process began with it, seconds of the monotonic clock
+    val: dict[str, Any] | None = None  # the evaluation of the present weights, and of which split
+    means: Means | None = None  # of the last epoch, as far as it was trained here
 
     def goes_on(self) -> bool:
         """Whether there is a step or an evaluation left to do."""
@@ -192,11 +175,7 @@ class Run:
         raise RuntimeError(f"the loader ended after {self.state.position.epoch_step} of {len(self.loader)} steps")
 
     def log(self, loss: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> None:
-        """Counts a step that was taken, and logs it and those before it where a record is due.
-
-        Raises:
-            NotFinite: the loss since the last record is.
-        """
+        """Counts a step that was taken, and logs it and those before it where a record is due."""
         state, meter, timer, position = self.state, self.meter, self.meter.timer, self.state.position
         state.sums.add(loss, logits, labels)
         position.step += 1
@@ -242,14 +221,8 @@ class Run:
         """Logs the epoch, asks the schedule, and moves the position to the next epoch."""
         state, position, val = self.state, self.state.position, self.val
         means = self._epoch_means()
-        self.meter.record_epoch(
-            means,
-            step=position.step,
-            epoch=position.epoch,
-            lr=state.learning_rate(),
-            seconds=position.epoch_seconds,
-            val=val,
-        )
+        where: dict[str, Any] = {"step": position.step, "epoch": position.epoch, "lr": state.learning_rate()}
+        self.meter.record_epoch(means, **where, seconds=position.epoch_seconds, val=val)
         error = means.top1_error if val is None else float(val["top1_error"])
         position.schedule = state.recipe.schedule.after_epoch(position.schedule, position.epoch + 1, error)
         position.epoch, position.epoch_step, position.epoch_seconds, position.val = position.epoch + 1, 0, 0.0, val
@@ -258,12 +231,7 @@ class Run:
     def save(self) -> None:
         """Writes a checkpoint. All ranks take part, the first one writes."""
         job, state = self.job, self.state
-        facts = {
-            "identity": job.identity,
-            **state.facts(),
-            "rounding": job.computing.rounding,
-            "versions": run_versions(),
-        }
+        facts = {"identity": job.identity, **state.facts(), **_last_bits(job)}
         with span("checkpoint"):
             tensors = state.tensors()  # of all ranks
             if state.parallel.world.leads:
@@ -271,14 +239,13 @@ class Run:
 
     def leave(self) -> None:
         """Saves what there is when a stop was requested, and says how to go on."""
-        requested, position = self.state.parallel.requested, self.state.position
+        requested = self.state.parallel.requested
+        assert requested is not None
         self.save()
         if not self.between_epochs:
             self.val = None  # the last epoch's was of other weights
-        if requested is not None:
-            self.meter.say(
-                f"stopped by {requested.name} after step {position.step}: go on with {self.job.resume_options()}"
-            )
+        done, options = self.state.position.step, self.job.resume_options()
+        self.meter.say(f"stopped by {requested.name} after step {done}: go on with {options}")
 
     def write_summary(self) -> dict[str, Any]:
         """What `train` returns, which the first rank writes to summary.json."""
@@ -329,11 +296,7 @@ class Run:
 
 
 def first_state(job: Job, world: World) -> tuple[TrainingState, list[str]]:
-    """The state to go on from, of the newest checkpoint or from scratch, and what to say about it.
-
-    Raises:
-        AlexprepError: the run began with another identity; or it has no checkpoint, though it had one.
-    """
+    """The state to go on from, of the newest checkpoint or from scratch, and what to say about it."""
     saved, notes = checkpoint.newest(job.run / run_dir.CHECKPOINTS)
     if saved is None:
         check_unsaved(job.run, notes)
@@ -342,37 +305,31 @@ def first_state(job: Job, world: World) -> tuple[TrainingState, list[str]]:
             f"{job.run} cannot be resumed: {checkpoint.some_of(changes)}. Begin a new run without --resume"
         )
     state = TrainingState(job.recipe, job.facts.classes, job.seed, job.device, world, job.scheme, job.computing)
-    if saved is None:
-        return state, notes + (_load_initial(job, state.parallel) if job.config.init_from is not None else [])
-    state.restore(saved)
-    now = {"versions": run_versions(), "rounding": job.computing.rounding}
-    changes = [
-        change for name, value in now.items() for change in checkpoint.differences(saved.facts.get(name, value), value)
-    ]
-    return state, notes + [f"{change}: the last bits may differ" for change in changes]
+    if saved is not None:
+        state.restore(saved)
+        for name, now in _last_bits(job).items():
+            changes = checkpoint.differences(saved.facts.get(name, now), now)
+            notes += [f"{change}: the last bits may differ" for change in changes]
+    elif job.config.init_from is not None:
+        source, _ = saved_checkpoint(place_named(job.config.runs, job.config.init_from))
+        whole = state.parallel.gather_state()
+        report = init_from(whole, saved_weights(source), wanted_layers(job.config.init_layers))
+        state.parallel.scatter_state(whole)
+        notes += report.sentences()
+    return state, notes
 
 
-def _load_initial(job: Job, parallel: Parallel) -> list[str]:
-    """Gives a network the weights of another run; what to say about it. Every rank does the same to the whole state.
-
-    Raises:
-        AlexprepError: there is no such checkpoint, or it does not fit.
-    """
-    source, notes = job.initial, list[str]()
-    if source is None:
-        source, notes = saved_checkpoint(place_named(job.config.runs, job.config.init_from))
-    whole = parallel.gather_state()
-    report = init_from(whole, saved_weights(source), wanted_layers(job.config.init_layers))
-    parallel.scatter_state(whole)
-    return [*notes, *report.sentences()]
+def _last_bits(job: Job) -> dict[str, Any]:
+    """What a checkpoint says of all that decides no more than the last bits."""
+    rounding = {"channels_last": job.computing.memory.channels_last, "compile": job.computing.compile}
+    return {"rounding": rounding, "versions": run_versions()}
 
 
 def _opening_words(job: Job, state: TrainingState, loader: BatchSource, last_step: int) -> list[str]:
-    """What to say before the first step."""
     world = state.parallel.world
-    where = (
-        str(world.device) if world.size == 1 else f"{world.size} ranks ({state.parallel.scheme}), {world.device.type}"
-    )
+    where = str(world.device)
+    if world.size > 1:
+        where = f"{world.size} ranks ({state.parallel.scheme}), {world.device.type}"
     compiled = ", compiled" if job.computing.compile else ""
     images = f"{loader.samples} images in {job.facts.classes} classes"
     steps = f"{len(loader)} steps of {job.recipe.batch_size} an epoch, from step {state.position.step} to at most {last_step}"

@@ -58,11 +58,7 @@ class Position:
 
     @classmethod
     def of(cls, saved: Mapping[str, Any]) -> Position:
-        """The position that a checkpoint holds as JSON values.
-
-        Raises:
-            AlexprepError: it has a field that this version does not know, and would go on without.
-        """
+        """The position that a checkpoint holds as JSON values, if this version knows all of it: else it would go on without."""
         schedule = saved["schedule"]
         for document, kind in ((saved, cls), (schedule, ScheduleState)):
             if unknown := sorted(document.keys() - {known.name for known in fields(kind)}):
@@ -85,21 +81,7 @@ class TrainingState:
         scheme: Scheme = "single",
         computing: Arithmetic | None = None,
     ) -> None:
-        """The state before the first step.
-
-        Args:
-            recipe: makes the network and its parameter groups.
-            classes: outputs of the network.
-            seed: of the initial weights and of dropout. torch's default generators are seeded with it.
-            device: where it all lives.
-            world: the ranks that share the training; None for this process alone.
-            scheme: how they share it, see `alexprep.train.distributed.tensor_parallel.part_of`.
-            computing: precision, memory, and whether steps on whole batches are compiled; by default float32 as suits the device.
-
-        Raises:
-            AlexprepError: the recipe's schedule or decays name a layer that its network does not have, or the network cannot be
-                shared so.
-        """
+        """The state before the first step. torch's default generators are seeded."""
         torch.manual_seed(seed)
         self.recipe = recipe
         network = recipe.make_network(classes, seed)
@@ -110,9 +92,9 @@ class TrainingState:
             name for name, buffer in network.named_buffers(remove_duplicate=False) if not _finite(buffer)
         }
         self.parallel = Parallel(network, scheme, world or World.alone(device), memory_format=form)
+        self.network = self.parallel.network  # this rank's part; alone, the whole
         self._parameters = [name for name, _ in self.network.named_parameters()]
         self.optimizer = recipe.make_optimizer(self.network)
-        self._rates_of: tuple[int, ScheduleState] | None = None  # the epoch that the optimizer last had the rates of
         # The rates follow from the position alone, so nobody has to remember to set them.
         self.optimizer.register_step_pre_hook(lambda *_: self.set_rates())
         self.precision = computing.precision
@@ -122,25 +104,11 @@ class TrainingState:
         self.position = Position()
         self.device = device
 
-    @property
-    def network(self) -> nn.Module:
-        """This rank's part of the network; alone, the whole."""
-        return self.parallel.network
-
-    def logits(self, images: torch.Tensor, batch: int) -> torch.Tensor:
-        """What the network gives, computed in the training's precision.
-
-        Args:
-            images: this rank's, float32 (n, C, H, W).
-            batch: size of the whole batch. An epoch's last one, where it is smaller, is not compiled: on no rank, whatever its share.
-
-        Returns:
-            Float32 (batch, classes).
-        """
-        return logits(self.called_for(batch), images, self.precision)
-
     def called_for(self, batch: int) -> Compiled | nn.Module:
-        """What computes a batch of this size: the compiled network, if there is one, for whole batches."""
+        """What computes a batch of this size, of all ranks together: the compiled network, if there is one.
+
+        An epoch's last batch, where it is smaller, is not compiled: on no rank, whatever its share.
+        """
         return self.network if self.compiled is None or batch != self.recipe.batch_size else self.compiled
 
     def learning_rate(self) -> float:
@@ -149,11 +117,7 @@ class TrainingState:
 
     def set_rates(self) -> None:
         """Gives the optimizer this epoch's rate of every parameter. It happens by itself before every step."""
-        epoch = (self.position.epoch, self.position.schedule)
-        if self._rates_of != epoch:
-            self._rates = self.recipe.rates(self._parameters, *epoch)
-            self._rates_of = epoch
-        self.optimizer.set_rates(self._rates)
+        self.optimizer.set_rates(self.recipe.rates(self._parameters, self.position.epoch, self.position.schedule))
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Everything for a checkpoint that is a tensor, by name, with no trace of the scheme. All ranks call it.
@@ -162,10 +126,8 @@ class TrainingState:
             NotFinite: a weight, a velocity or the summed loss is NaN or infinite; or a buffer, unless it was so from the beginning.
         """
         weights = self.parallel.gather_state()
-        found = {
-            f"velocity.{number:03d}": velocity
-            for number, velocity in enumerate(self.parallel.gather_velocities(self.optimizer))
-        }
+        velocities = self.parallel.gather_velocities(self.optimizer)
+        found = {f"velocity.{number:03d}": velocity for number, velocity in enumerate(velocities)}
         found["sums"] = self.sums.totals
         if self.not_finite(weights) or not all(map(_finite, found.values())):
             raise NotFinite(f"after step {self.position.step} there is NaN or infinity in what would be saved")
@@ -201,13 +163,8 @@ class TrainingState:
 def take_step(state: TrainingState, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Changes weights, velocities and random numbers; the position is the caller's to move. All ranks call it.
 
-    Args:
-        state: of the training.
-        images: this rank's, float32 (n, C, H, W).
-        labels: of the whole batch, int64 (N,).
-
-    Returns:
-        The mean loss (), nats, and the logits (N, classes), both of the whole batch, from before the update.
+    Images are this rank's, float32 (n, C, H, W), labels those of the whole batch, int64 (N,). Gives the mean loss (), nats, and the
+    logits (N, classes), both of the whole batch, from before the update.
     """
     with compiler_errors(state.device):
         network = state.called_for(len(labels))
@@ -215,10 +172,10 @@ def take_step(state: TrainingState, images: torch.Tensor, labels: torch.Tensor) 
             check_compiled(state, network, images, labels)
             network.checked = True
         with span("forward"):
-            logits = state.logits(images, len(labels))
-            loss = F.cross_entropy(logits, labels)  # the negative of the paper's objective, section 3.5
+            output = logits(network, images, state.precision)
+            loss = F.cross_entropy(output, labels)  # the negative of the paper's objective, section 3.5
         state.update(loss)
-    return loss, logits
+    return loss, output
 
 
 class Update:
@@ -227,16 +184,13 @@ class Update:
     In fp16 the loss is multiplied before gradients are computed, so that small ones do not vanish, and the gradients are divided after
     their sum over the ranks: `torch.amp.GradScaler`. Where one is infinite or NaN on any rank, no rank moves a weight, and the factor is
     halved on all.
-
-    Attributes:
-        skipped: steps, also before the state that was loaded, that moved nothing because a gradient overflowed.
     """
 
-    def __init__(self, parallel: Parallel, optimizer: MomentumSGD, precision: Precision = "fp32") -> None:
+    def __init__(self, parallel: Parallel, optimizer: MomentumSGD, precision: Precision) -> None:
         """For the network of `parallel`."""
         self._parallel, self._optimizer = parallel, optimizer
         self._scaler = torch.amp.GradScaler(parallel.world.device.type, enabled=precision == "fp16")
-        self.skipped = 0
+        self.skipped = 0  # steps of the whole run that moved nothing because a gradient overflowed
 
     @property
     def loss_scale(self) -> float:
@@ -244,11 +198,7 @@ class Update:
         return float(self._scaler.get_scale())
 
     def __call__(self, loss: torch.Tensor) -> None:
-        """Moves the weights once, down the gradient of a mean loss, float32 (), of the whole batch.
-
-        Raises:
-            AlexprepError: in fp16, gradients overflow even where the loss is not multiplied any more.
-        """
+        """Moves the weights once, down the gradient of a mean loss, float32 (), of the whole batch."""
         self._optimizer.zero_grad()
         with span("backward"):
             self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
@@ -323,16 +273,9 @@ def check_compiled(
     images: torch.Tensor,
     labels: torch.Tensor,
 ) -> None:
-    """Computes the gradients of a batch in both ways. Weights, buffers and random numbers stay as they are; all ranks call it.
+    """Refuses a compiled network whose gradients differ from those of the network as written by more than rounding.
 
-    Args:
-        state: of the training.
-        compiled: its network, compiled.
-        images: this rank's part of a whole batch.
-        labels: of the whole batch.
-
-    Raises:
-        AlexprepError: the gradients of a layer differ by more than rounding.
+    Both are computed of a whole batch. Weights, buffers and random numbers stay as they are; all ranks call it.
     """
     right = _gradients(state, state.network, images, labels)
     found = _gradients(state, compiled, images, labels)
@@ -352,11 +295,7 @@ def check_compiled(
 
 @contextlib.contextmanager
 def compiler_errors(device: torch.device) -> Iterator[None]:
-    """Inside the block, which calls a compiled network and computes its gradient, an error of the compiler becomes a sentence.
-
-    Raises:
-        AlexprepError: the compiler is missing or cannot do it.
-    """
+    """Inside the block, which calls a compiled network and computes its gradient, an error of the compiler becomes a sentence."""
     try:
         yield
     except Exception as error:
@@ -371,11 +310,7 @@ def compiler_errors(device: torch.device) -> Iterator[None]:
 
 
 def weights_digest(weights: Mapping[str, torch.Tensor]) -> str:
-    """The sha256, in hex, of all weights' names, shapes and bits: equal for networks that are equal to the last bit.
-
-    >>> weights_digest(nn.Linear(2, 1).state_dict()) == weights_digest(nn.Linear(2, 1).state_dict())
-    False
-    """
+    """The sha256, in hex, of all weights' names, shapes and bits: equal for networks that are equal to the last bit."""
     digest = hashlib.sha256()
     for name, weight in sorted(weights.items()):
         digest.update(f"{name} {str(weight.dtype).removeprefix('torch.')} {tuple(weight.shape)}".encode())
@@ -392,24 +327,16 @@ def _gradients(
 ) -> dict[str, torch.Tensor]:
     """Of the mean loss, by parameter, in float32, times the factor that fp16 needs."""
     state.optimizer.zero_grad()
-    with _left_alone(state):
+    buffers = {name: buffer.clone() for name, buffer in state.network.named_buffers()}
+    with torch.random.fork_rng([state.device] if state.device.type == "cuda" else []):
         loss = F.cross_entropy(logits(network, images, state.precision), labels)
         (loss * state.update.loss_scale).backward()  # type: ignore[no-untyped-call]
         state.parallel.sum_gradients()
-    named = state.network.named_parameters()
-    return {name: weight.grad.clone() for name, weight in named if weight.grad is not None}
-
-
-@contextlib.contextmanager
-def _left_alone(state: TrainingState) -> Iterator[None]:
-    """After the block random numbers and buffers are as before."""
-    devices = [state.device] if state.device.type == "cuda" else []
-    buffers = {name: buffer.clone() for name, buffer in state.network.named_buffers()}
-    with torch.random.fork_rng(devices):
-        yield
     with torch.no_grad():
         for name, buffer in state.network.named_buffers():
             buffer.copy_(buffers[name])
+    named = state.network.named_parameters()
+    return {name: weight.grad.clone() for name, weight in named if weight.grad is not None}
 
 
 @functools.cache
