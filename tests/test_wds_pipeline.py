@@ -177,7 +177,7 @@ def test_damage_is_named(harm: str, data: Path, tmp_path: Path) -> None:
         ({"parts": ()}, "parts"),
         ({"parts": ["image", "name"]}, "parts .* are not some of image, label, key"),
         ({"image": "jax"}, "image 'jax' is not one of numpy, torch, pil"),
-        ({"rank": 0}, "rank 0 and world_size None go together"),
+        ({"rank": 0}, "world_size None is not a whole number"),
         ({"rank": 2, "world_size": 2}, r"rank 2 is not in \[0, 1\]"),
         ({"seed": -1}, "seed -1"),
         ({"buffer": 0.5}, "buffer 0.5 is not a whole number"),
