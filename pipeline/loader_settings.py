@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 
 from alexprep.pipeline.dali_ops import HW_DECODER_LOAD
 from alexprep.shards.dataset_format import DATASET, TUNING
-from alexprep.shards.errors import AlexprepError, number_within, whole_number
+from alexprep.shards.errors import AlexprepError, number_within, one_of, whole_number
 from alexprep.shards.storage import folder_at, publish_json, user_cache
 from alexprep.shards.versions import processor
 from alexprep.shards.worker_pool import cores
@@ -47,8 +47,8 @@ class Tuning:
             whole_number("threads", self.threads, 1, 4096)
         whole_number("prefetch", self.prefetch, 1, 64)
         number_within("hw_decoder_load", self.hw_decoder_load, 0, 1)
-        if self.decode not in ("cpu", "cuda", None):
-            raise AlexprepError(f"decode {self.decode!r} is not one of cpu, cuda")
+        if self.decode is not None:
+            one_of("decode", self.decode, ("cpu", "cuda"))
 
     @property
     def dali_threads(self) -> int:

@@ -26,7 +26,6 @@ from alexprep.pipeline.augmentation import (
     noise_stdevs,
     resize,
     ten_windows,
-    view,
 )
 from alexprep.pipeline.dali_ops import (
     colour_noise,
@@ -337,7 +336,8 @@ def test_ten_views(mean: Any, memory_format: Any, data: Path) -> None:
     windows = ten_windows(augmentation, np.array([[64, 64]]))[0]
     for n in range(10):
         for k, row in enumerate(batch.indices.tolist()):
-            expected = view(_decode(samples, row), windows[n % 5], n >= 5, np.zeros(3), augmentation, found)
+            draws = Draws(windows[n % 5 :][:1], np.array([n >= 5]), np.zeros((1, 3)))
+            expected = augment(_decode(samples, row), draws, 0, augmentation, found)
             assert np.abs(got[k, n] - expected).max() <= 1e-3
 
 
