@@ -38,37 +38,23 @@ _STRIP_BYTES = 128 * 2**20  # of windows of the mean image that are kept ready
 
 @dataclass(frozen=True)
 class Graph:
-    """What is done to the images of a `Loader`, as a DALI pipeline and the inputs that it is fed beside the images.
-
-    Attributes:
-        augmentation: what is done.
-        statistics: of the dataset, where they are needed.
-        views: "random", of random parameters, or "centre": one view of each image; "ten": the paper's ten test views.
-        raw: whether samples come as pixels rather than as encoded images.
-        size: side of the stored images where all are squares of one side, pixels; otherwise None.
-        batch_size: the largest batch that will be fed.
-        threads: of DALI.
-        device: where images come out, "cpu" or "cuda".
-        device_id: which GPU; None for "cpu".
-        decode: where they are decoded, "cpu" or "cuda".
-        hw_decoder_load: see `dali_ops.decode_crop`.
-        dtype: of the images that come out.
-        memory_format: of the images that come out; the N is the batch.
-    """
+    """What is done to the images of a `Loader`, as a DALI pipeline and the inputs that it is fed beside the images."""
 
     augmentation: Augmentation
-    statistics: Statistics | None
-    views: Views
-    raw: bool
-    size: int | None
-    batch_size: int
-    threads: int
-    device: str
-    device_id: int | None
-    decode: str
-    hw_decoder_load: float
+    statistics: Statistics | None  # of the dataset, where they are needed
+    views: (
+        Views  # "random", of random parameters, or "centre": one view of each image; "ten": the paper's ten test views
+    )
+    raw: bool  # whether samples come as pixels rather than as encoded images
+    size: int | None  # side of the stored images where all are squares of one side, pixels
+    batch_size: int  # the largest that will be fed
+    threads: int  # of DALI
+    device: str  # where images come out, "cpu" or "cuda"
+    device_id: int | None  # which GPU; None for "cpu"
+    decode: str  # where they are decoded, "cpu" or "cuda"
+    hw_decoder_load: float  # see `dali_ops.decode_crop`
     dtype: Dtype
-    memory_format: MemoryFormat
+    memory_format: MemoryFormat  # the N is the batch
 
     def __post_init__(self) -> None:
         """Refuses values out of bounds, or that do not go together, with AlexprepError."""

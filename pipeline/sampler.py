@@ -52,7 +52,7 @@ class StepPlan:
 
     def __len__(self) -> int:
         """Steps an epoch, the same on all ranks; the last one may be smaller."""
-        return -(-len(self.shards_N) // self.batch_size)
+        return (len(self.shards_N) + self.batch_size - 1) // self.batch_size
 
     @property
     def order_words(self) -> str:

@@ -84,8 +84,7 @@ def webdataset_pipeline(
         rank: of this process. With `world_size`; by default what torchrun's environment or `torch.distributed` says by now.
         world_size: how many processes share an epoch.
 
-    Returns:
-        A `webdataset.DataPipeline`, to which further stages can be composed, with `set_epoch`. It yields tuples of `parts`.
+    Returns a `webdataset.DataPipeline` of tuples of `parts`, to which further stages can be composed, with `set_epoch`.
 
     Raises:
         AlexprepError: no such data or not in a local folder, or an argument out of its bounds; when iterated, a shard that is damaged or

@@ -271,7 +271,7 @@ def test_the_command(mine: Path, cache: Path, tmp_path: Path, monkeypatch: pytes
     assert result.exit_code == 0, (result.output, result.exception)
     told = (f"48 images of 'train' in {mine}", "Threads, batches of 16:", "█", "images/s", "16, default", "8, default")
     assert all(words in result.stdout for words in (*told, "× the default's", f"{mine}/tuning.json"))
-    saved = saved_tuning(mine, "cpu").tuning
+    saved, _ = saved_tuning(mine, "cpu")
     assert saved is not None and saved.words("cpu") in result.stdout
     assert prepare(config(mine, tmp_path)).notes == [f"loader settings: {saved.words('cpu')}, from alexprep tune"]
     read_only(tmp_path, monkeypatch)
