@@ -166,6 +166,7 @@ def draw(
     says "2048 x", for 32 x 32 x 2).
 
     Args:
+        augmentation: what is drawn, and within which bounds.
         seed: of the run, 0 to 2**63 - 1.
         epoch: 0 to 2**32 - 1.
         rows_N: int64 (N,), the samples' rows.
@@ -176,8 +177,7 @@ def draw(
         The parameters, in the order of `rows_N`. Corners and mirrors are exact on any machine; normals, and the windows of
         `augmentation.scale`, depend on the platform's log, exp and cos in their last bit.
 
-    Raises:
-        AlexprepError: `augmentation.share` is above 1, and there are no positions.
+    Raises AlexprepError where `augmentation.share` is above 1 and there are no positions.
     """
     keys = rows = np.asarray(rows_N, np.int64)
     if augmentation.share > 1:
@@ -206,12 +206,9 @@ def centred(augmentation: Augmentation, sizes_N2: NDArray[np.integer]) -> Draws:
 
 
 def ten_windows(augmentation: Augmentation, sizes_N2: NDArray[np.integer]) -> NDArray[np.int64]:
-    """Gives the windows of the paper's ten test views (section 4.1): the four corners and the centre.
+    """Gives the windows of the paper's ten test views (section 4.1), the four corners and the centre: int64 (N, 5, 4).
 
     Each is seen as it is, then all five once more reflected. The order is the 2012 code's.
-
-    Returns:
-        int64 (N, 5, 4), otherwise as `Draws.windows_N4`.
 
     >>> ten_windows(Augmentation(crop=224), np.array([[256, 256]]))[0, :, :2].tolist()
     [[0, 0], [0, 32], [16, 16], [32, 0], [32, 32]]
@@ -245,8 +242,7 @@ def augment(
     Returns:
         float64 (crop, crop, 3), grey levels about 0, or what `augmentation.std` makes of them.
 
-    Raises:
-        AlexprepError: statistics are needed and there are none.
+    Raises AlexprepError where statistics are needed and there are none.
     """
     if statistics is None and augmentation.needs_statistics:
         raise AlexprepError(

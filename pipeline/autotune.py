@@ -254,7 +254,6 @@ def _spread(trials: Sequence[Trial]) -> float:
 
 
 def _usual_augmentation(dataset: Dataset) -> Augmentation:
-    folder, size = dataset.statistics_of, dataset.size
-    if folder is None or size is None or not (folder / STATISTICS).exists():
+    if dataset.statistics_of is None or dataset.size is None or not (dataset.statistics_of / STATISTICS).exists():
         return PRESETS["resized"]
-    return Augmentation(crop=max(1, size * 7 // 8))
+    return Augmentation(crop=max(1, dataset.size * 7 // 8))

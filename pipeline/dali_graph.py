@@ -242,8 +242,7 @@ class Graph:
         return types.Constant(np.ascontiguousarray(values, np.float32), device=device)
 
     def _minus_means(self) -> list[float]:
-        means: list[float] = (-channel_means(self.statistics, self.augmentation)).tolist()
-        return means
+        return [float(-mean) for mean in channel_means(self.statistics, self.augmentation)]
 
     def _window(self) -> DataNode:
         """uint8 (H, W, 3): the chosen window of each image, resized where it is to be."""

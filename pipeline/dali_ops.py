@@ -182,10 +182,7 @@ def subtract_mean_window(
 
 
 def mean_anchor(corners_N2: NDArray[np.int64], mirror_N: NDArray[np.bool_], size: int, side: int) -> NDArray[np.int32]:
-    """Where `subtract_mean_window` finds the windows at these corners of a mean image, reflected or not: int32 (N, 2).
-
-    `size` is the mean image's side, `side` the windows'.
-    """
+    """Where `subtract_mean_window` finds windows of this side in a mean image of that size, reflected or not: int32 (N, 2)."""
     top, left = corners_N2[:, 0], corners_N2[:, 1]
     return np.stack([top, np.where(mirror_N, 2 * size - side - left, left)], axis=1).astype(np.int32)
 

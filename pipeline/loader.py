@@ -38,13 +38,10 @@ _READ_AHEAD = 8  # steps whose samples are asked of the disk before they are dec
 
 
 class Batch(NamedTuple):
-    """A rank's part of one step.
+    """A rank's part of one step: images and labels on the loader's device, and rows of the split's index on the CPU, int64 (N,).
 
-    Attributes:
-        images: on the loader's device, (N, 3, H, W) or (N, H, W, 3); with views "ten" (N, 10, …). Grey levels about 0, or what
-            the augmentation's `std` makes of them.
-        labels: int64 (N,), on the loader's device.
-        indices: int64 (N,), rows of the split's index, on the CPU.
+    Images are (N, 3, H, W) or (N, H, W, 3), with views "ten" (N, 10, …): grey levels about 0, or what the augmentation's `std` makes
+    of them. Labels are int64 (N,).
     """
 
     images: torch.Tensor
@@ -118,8 +115,7 @@ class Loader:
             threads: of DALI; None for one a core. Short for `tuning`.
             tuning: how the machine is used; `alexprep tune` finds good settings.
 
-        Raises:
-            AlexprepError: no such data, no statistics of it, or an argument out of its bounds.
+        Raises AlexprepError where there is no such data, or no statistics of it, or an argument is out of its bounds.
         """
         arguments = {name: value for name, value in locals().items() if name != "self"}
         self._made_by = functools.partial(Loader, **arguments)
@@ -157,7 +153,8 @@ class Loader:
         self.skipped = 0
         self.epoch = self.step = 0
         self._runner: PipelineRunner | None = None
-        self._stream = zlib.crc32(f"{self.digest} {split} {self._plan.order_words}".encode())
+        order_words = f"blocks of {self._plan.block_shards} shards" if order == "blocks" else order
+        self._stream = zlib.crc32(f"{self.digest} {split} {order_words}".encode())
         self._upcoming = (0, 0)  # the step that the runner is handed next
         self._loaded = False  # a state, since the last loop began
         self._closed = False
@@ -226,8 +223,7 @@ class Loader:
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Goes to a state that `state_dict` gave.
 
-        Raises:
-            AlexprepError: the state is of another seed, batch size, dataset or order, or lies outside an epoch.
+        Raises AlexprepError where it is of another seed, batch size, dataset or order, or lies outside an epoch.
         """
         own, state = self.state_dict(), state if isinstance(state, Mapping) else {}
         for name in ("seed", "batch_size", "stream"):

@@ -54,11 +54,6 @@ class StepPlan:
         """Steps an epoch, the same on all ranks; the last one may be smaller."""
         return (len(self.shards_N) + self.batch_size - 1) // self.batch_size
 
-    @property
-    def order_words(self) -> str:
-        """What the order depends on beside the seed."""
-        return f"blocks of {self.block_shards} shards" if self.order == "blocks" else self.order
-
     def open_shards(self, steps: int) -> int:
         """How many shards `steps` steps in a row are read from, where these are not all: whole blocks, or a few shards in turn."""
         shards = -(-steps * self.batch_size * (int(self.shards_N[-1]) + 1) // max(1, len(self.shards_N)))
