@@ -183,8 +183,7 @@ def test_each_machine_has_its_entry(mine: Path, cache: Path, monkeypatch: pytest
     save_tuning(mine, names[2], entry(Tuning(8, 2, "cuda", 0.8)))
     assert tuning_for(mine, "cuda") == Tuning(8, 2, "cuda", 0.8)
     assert names[2].endswith(", 96 cores, NVIDIA H200, cuda")
-    document = json.loads((mine / "tuning.json").read_bytes())
-    assert list(document) == ["machines"] and list(document["machines"]) == names
+    assert list(json.loads((mine / "tuning.json").read_bytes())["machines"]) == names
     monkeypatch.undo()
     assert tuning_for(mine) == Tuning(1, 4)
     assert verify(mine, 1).problems == [] and read_dataset(mine)["digest"] == digest
@@ -329,16 +328,10 @@ def test_given_threads_win_and_ranks_share(mine: Path, tmp_path: Path, monkeypat
     assert prepare(config(mine, tmp_path, threads=9)).tuning == Tuning(9, 4)
 
 
-@pytest.fixture
-def h200(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if there were one."""
+def test_a_run_decodes_as_it_began(mine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is tuned later: the decoders differ by a grey level here and there."""
     monkeypatch.setattr(loader_settings, "_gpu_name", lambda device: "NVIDIA H200")
     monkeypatch.setattr("alexprep.train.config.choose_device", lambda name: torch.device(name))
-
-
-@pytest.mark.usefixtures("h200")
-def test_a_run_decodes_as_it_began(mine: Path, tmp_path: Path) -> None:
-    """Whatever is tuned later: the decoders differ by a grey level here and there."""
     on_gpu = replace(config(mine, tmp_path), device="cuda")
     began = Tuning(8, 2, "cuda", 0.8)
     save_tuning(mine, this_machine("cuda"), entry(began))
@@ -353,18 +346,11 @@ def test_a_run_decodes_as_it_began(mine: Path, tmp_path: Path) -> None:
     assert prepare(replace(on_gpu, name="two")).tuning.decode == "cpu"
     moved = prepare(replace(on_gpu, name="one", resume=True, device="cpu"))
     assert moved.notes[0].startswith("the run began with images decoded on a GPU")
-
-
-@pytest.mark.usefixtures("h200")
-def test_a_run_of_before_decodes_as_the_default(mine: Path, tmp_path: Path) -> None:
-    path = prepare(config(mine, tmp_path, name="old")).run / "config.json"
+    path = job.run / "config.json"
     document = json.loads(path.read_bytes())
-    for name in ("decode", "hw_decoder_load"):
-        del document["options"][name]
+    del document["options"]["decode"], document["options"]["hw_decoder_load"]  # as runs were before there was a choice
     path.write_text(json.dumps(document))
-    save_tuning(mine, this_machine("cuda"), entry(Tuning(8, 2, "cpu")))
-    job = prepare(replace(config(mine, tmp_path, name="old", resume=True), device="cuda"))
-    assert job.tuning == Tuning(8, 2)
+    assert prepare(replace(on_gpu, name="one", resume=True)).tuning == Tuning(4, 1)
 
 
 @pytest.mark.gpu

@@ -130,11 +130,8 @@ def test_train_and_evaluation_in_turns(data: Path) -> None:
             if len(seen) % 5 == 0:
                 assert [row for batch in val for row in batch.indices.tolist()] == list(range(20))
         assert seen == expected
-        val.load_state_dict({**val.state_dict(), "step": 1})
-        assert [[batch.indices[0].item() for batch in val] for _ in range(2)] == [
-            [7, 14],
-            [0, 7, 14],
-        ]  # restored, it goes on
+        val.load_state_dict({**val.state_dict(), "step": 1})  # restored, it goes on
+        assert [batch.indices[0].item() for batch in epochs_of(val, 2)] == [7, 14, 0, 7, 14]
 
 
 @pytest.mark.parametrize(
@@ -155,11 +152,7 @@ def test_train_and_evaluation_in_turns(data: Path) -> None:
         ({"on_bad": "warn"}, "on_bad 'warn' is not one of error, skip"),
         ({"augmentation": "alexnet"}, "augmentation 'alexnet' is not one of paper, 2012-code, resized, none"),
         ({"dtype": "uint8"}, "dtype uint8 holds grey levels as they are"),
-        ({"batch_size": 2.5}, r"batch_size 2.5 is not a whole number"),
-        ({"rank": "0"}, r"rank '0' is not a whole number"),
         ({"device": "cuda:99"}, "there is no cuda:99 here"),
-        ({"device": "gpu"}, "'gpu' is not a device"),
-        ({"device": "meta"}, "'meta' is not supported"),
         ({"augmentation": 5}, "augmentation 5 is not one of"),
         ({"statistics": 5}, "statistics 5 are neither"),
         ({"threads": 0}, r"threads 0 is not in \[1, "),
@@ -184,10 +177,9 @@ def test_states_that_do_not_fit(data: Path) -> None:
         ):
             with pytest.raises(AlexprepError, match=words):
                 loader.load_state_dict({**loader.state_dict(), **state})  # type: ignore[dict-item]
-        nothing: Any
-        for nothing in (None, []):
-            with pytest.raises(AlexprepError, match="the state has seed None"):
-                loader.load_state_dict(nothing)
+        nothing: Any = None
+        with pytest.raises(AlexprepError, match="the state has seed None"):
+            loader.load_state_dict(nothing)
 
 
 # Samples that cannot be decoded.
@@ -214,23 +206,21 @@ def spoilt(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_an_error_comes_with_its_own_batch(kind: str, data: Path, tmp_path: Path) -> None:
     """The batches before it are delivered, however far the work had gone on ahead."""
     copy = Path(shutil.copytree(data, tmp_path / "data"))
-    if kind == "gone":
-        shard = int(Samples(copy, "train").index[37]["shard"])
-        first = Samples(copy, "train").rows_of(shard)[0]
-        (copy / "train" / f"train-{shard:06d}.tar").unlink()
+    if kind == "gone":  # with rows 35 to 41
+        (copy / "train" / "train-000005.tar").unlink()
     else:
-        spoil(copy, first := 37, kind)
+        spoil(copy, 37, kind)
     delivered: list[int] = []
-    undecodable = r" at byte [0-9,]+ \(0+37\.jpg\) holds an image that cannot be decoded"
+    words = (
+        " cannot be read" if kind == "gone" else r" at byte [0-9,]+ \(0+37\.jpg\) holds an image that cannot be decoded"
+    )
     with (
         Loader(copy, batch_size=5, augmentation=PLAIN, order="sequential", tuning=Tuning(prefetch=4)) as loader,
-        pytest.raises(
-            AlexprepError, match=r"train-00000\d\.tar" + (" cannot be read" if kind == "gone" else undecodable)
-        ),
+        pytest.raises(AlexprepError, match=r"train-000005\.tar" + words),
     ):
         for batch in loader:
             delivered += batch.indices.tolist()
-    assert delivered == list(range(first // 5 * 5))
+    assert delivered == list(range(35))
 
 
 @pytest.mark.parametrize("views", ["random", "centre", "ten"])
@@ -282,14 +272,12 @@ def test_a_cut_image_is_judged_by_its_window(data: Path, tmp_path: Path) -> None
     np.save(copy / "train" / INDEX, index)
     kept = []
     for batch_size in (48, 5, 1):
-        with Loader(
-            copy, batch_size=batch_size, augmentation=Augmentation(crop=20, mean="none", noise="none"), on_bad="skip"
-        ) as loader:
+        with Loader(copy, batch_size=batch_size, augmentation=replace(PLAIN, crop=20), on_bad="skip") as loader:
             batches = list(loader)
-        kept.append([(batch.indices.tolist(), batch.images.sum((1, 2, 3)).tolist()) for batch in batches])
         assert 0 < loader.skipped < 48
-    flat = [[pair for rows, sums in run for pair in zip(rows, sums, strict=True)] for run in kept]
-    assert flat[0] == flat[1] == flat[2]
+        sums = torch.cat([batch.images.sum((1, 2, 3)) for batch in batches]).tolist()
+        kept.append((torch.cat([batch.indices for batch in batches]).tolist(), sums))
+    assert kept[0] == kept[1] == kept[2]
 
 
 @pytest.mark.parametrize("trouble", [lambda path: os.truncate(path, 2000), os.unlink], ids=["cut", "gone"])
@@ -316,15 +304,12 @@ def test_raw_shards_of_the_wrong_size_are_named(
         def encode(self, pixels: NDArray[np.uint8]) -> bytes:
             return super().encode(np.resize(pixels, shape))
 
-    convert(
-        photos, tmp_path, ShardOptions(Target(size=64, format="raw"), limit=5), InProcessEngine(), make_codec=Careless
-    )
+    raw = ShardOptions(Target(size=64, format="raw"), limit=5)
+    convert(photos, tmp_path, raw, InProcessEngine(), make_codec=Careless)
+    words = r"train-000000\.tar at byte 512 \(\d+\.npy\) holds no 64 x 64 pixels: `alexprep verify`"
     with (
         Loader(tmp_path, batch_size=2, augmentation=PLAIN, order="sequential", on_bad=on_bad) as loader,
-        pytest.raises(
-            AlexprepError,
-            match=r"train-000000\.tar at byte 512 \(\d+\.npy\) holds no 64 x 64 pixels: `alexprep verify`",
-        ),
+        pytest.raises(AlexprepError, match=words),
     ):
         next(iter(loader))
 
@@ -359,22 +344,6 @@ def test_a_batch_is_never_overwritten(data: Path) -> None:
     for batch, copy in zip(batches, copies, strict=True):
         assert torch.equal(batch.images, copy)
         batch.images.zero_()  # and they are writable
-
-
-@pytest.mark.gpu
-def test_a_batch_outlives_pending_work_on_the_gpu(data: Path) -> None:
-    """Slow kernels still reading a dropped batch must read its pixels, not those of the batch that took its memory."""
-    with Loader(data, batch_size=48, augmentation=ODD, device="cuda") as loader:
-        expected = [batch.images.double().sum().item() for batch in epochs_of(loader, 6)]
-    ballast = torch.randn(4096, 4096, device="cuda")
-    with Loader(data, batch_size=48, augmentation=ODD, device="cuda") as loader:
-        sums = []
-        for batch in epochs_of(loader, 6):
-            for _ in range(20):
-                ballast = torch.tanh(ballast @ ballast)
-            sums.append(batch.images.double().sum())
-            del batch
-        assert [value.item() for value in sums] == expected
 
 
 def test_closed_is_closed(data: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -56,10 +57,7 @@ def test_shuffle_quality_tells_orders_apart() -> None:
     place = {row: n for n, row in enumerate(order.tolist())}
     entropies = []
     for sequence, lag in itertools.product((order.tolist(), [place[row] for row in range(3000)]), range(1, 17)):
-        counts: dict[int, int] = {}
-        for a, b in zip(sequence, sequence[lag:], strict=False):
-            kind = (b - a) % 3000 * 93 // 3000
-            counts[kind] = counts.get(kind, 0) + 1
+        counts = Counter((b - a) % 3000 * 93 // 3000 for a, b in zip(sequence, sequence[lag:], strict=False))
         shares = [count / (3000 - lag) for count in counts.values()]
         entropies.append(-sum(share * math.log2(share) for share in shares) / math.log2(93))
     assert shuffle_quality(order) == pytest.approx(min(entropies))

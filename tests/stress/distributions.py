@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from alexprep.pipeline.augmentation import Augmentation, draw
+from alexprep.pipeline.augmentation import Augmentation, colour_shifts, draw, noise_stdevs
+from alexprep.shards.dataset_format import read_dataset
 from alexprep.shards.plan import permutation
+from alexprep.shards.rgb_statistics import read_statistics
 
 
 def test_resized_windows_have_the_stated_distribution() -> None:
@@ -35,3 +39,25 @@ def test_permutations_are_uniform() -> None:
         counts[order] = counts.get(order, 0) + 1
     assert len(counts) == 24
     assert sum((count - 200) ** 2 / 200 for count in counts.values()) < 55.0
+
+
+def test_alpha_is_standard_normal() -> None:
+    count = 100_000
+    alpha = draw(Augmentation(), 2, 0, np.arange(count), np.full((count, 2), 224)).alpha_N3
+    assert np.abs(alpha.mean(axis=0)).max() < 4 / np.sqrt(count)
+    assert np.abs(np.cov(alpha.T) - np.eye(3)).max() < 4 * np.sqrt(2 / count)
+    assert np.abs((alpha**3).mean(axis=0)).max() < 4 * np.sqrt(15 / count)
+    assert np.abs((alpha**4).mean(axis=0) - 3).max() < 4 * np.sqrt(96 / count)
+
+
+def test_noise_has_the_stated_covariance(data: Path) -> None:
+    """Cov = sigma² V diag(s²) Vᵀ, with s the eigenvalue on the 0-1 scale times 255, or its square root on 0-255."""
+    found = read_statistics(data, read_dataset(data)["digest"])
+    alpha = draw(Augmentation(), 0, 0, np.arange(200_000), np.full((200_000, 2), 224)).alpha_N3
+    noise: Any
+    for noise, scale in (("eigenvalue", found.eigenvalues / 255), ("stdev", np.sqrt(found.eigenvalues))):
+        augmentation = Augmentation(noise=noise)
+        np.testing.assert_allclose(noise_stdevs(found, augmentation), 0.1 * scale)
+        shifts = colour_shifts(alpha, found, augmentation)
+        expected = found.eigenvectors @ np.diag((0.1 * scale) ** 2) @ found.eigenvectors.T
+        np.testing.assert_allclose(np.cov(shifts.T), expected, rtol=0.03, atol=0.02 * np.abs(expected).max())

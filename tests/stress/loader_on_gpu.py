@@ -1,4 +1,4 @@
-"""The graph on a GPU against the CPU's, every convention, form and view: `python -m pytest tests/stress/dali_graph_on_gpu.py`."""
+"""What only a GPU can show of a loader, in every convention, form and view: `python -m pytest tests/stress/loader_on_gpu.py`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from alexprep.pipeline.loader import Loader
 from alexprep.pipeline.loader_settings import Tuning
@@ -14,6 +15,7 @@ from alexprep.shards.conversion import convert
 from alexprep.shards.image_codec import Target
 from alexprep.shards.plan import ShardOptions
 from tests.test_dali_graph import CONVENTIONS, FORMATS
+from tests.test_loader import ODD, epochs_of
 
 
 @pytest.mark.gpu
@@ -42,3 +44,19 @@ def test_the_gpu_agrees_but_for_its_decoder(
                     rounding = 1.01 if augmentation.scale else 0.0  # a resize rounds to whole levels
                     assert difference.max() <= (2e-3 + rounding if exact else 24), name
                     assert difference.mean() < (0.02 if exact else 1), name
+
+
+@pytest.mark.gpu
+def test_a_batch_outlives_pending_work_on_the_gpu(data: Path) -> None:
+    """Slow kernels still reading a dropped batch must read its pixels, not those of the batch that took its memory."""
+    with Loader(data, batch_size=48, augmentation=ODD, device="cuda") as loader:
+        expected = [batch.images.double().sum().item() for batch in epochs_of(loader, 6)]
+    ballast = torch.randn(4096, 4096, device="cuda")
+    with Loader(data, batch_size=48, augmentation=ODD, device="cuda") as loader:
+        sums = []
+        for batch in epochs_of(loader, 6):
+            for _ in range(20):
+                ballast = torch.tanh(ballast @ ballast)
+            sums.append(batch.images.double().sum())
+            del batch
+        assert [value.item() for value in sums] == expected
