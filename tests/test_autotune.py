@@ -287,7 +287,6 @@ def test_json_alone(mine: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--batch-size", "0"], "0 is not in the range x>=1"),
         (["--augmentation", "box"], "'box' is not one of 'paper', '2012-code', 'resized', 'none'"),
         (["--device", "cuda:99"], "there is no cuda:99 here"),
         (["--augmentation", "paper"], "a crop of 224 pixels does not fit 48 of 48 images"),

@@ -59,8 +59,8 @@ def test_webdataset_s_own_shards(photo: Any, encoded: Any, tmp_path: Path) -> No
     """Every pixel against numpy over two epochs, on photos of odd sizes; labels as webdataset reads them."""
     images = _write(tmp_path / "wds", photo, encoded)
     source = tmp_path / "wds"
-    others: tuple[Any, ...] = (f"{source}/part-{{0000..0003}}.tar", sorted(source.glob("*.tar")))
-    for named in others:
+    named: Any
+    for named in (f"{source}/part-{{0000..0003}}.tar", sorted(source.glob("*.tar"))):
         with Loader(named, batch_size=10, augmentation=FREE) as loader:
             assert (loader.samples, loader.classes) == (44, ["0", "1", "2"])
     with Loader(source, batch_size=10, augmentation=FREE, seed=4, memory_format="NHWC") as loader:

@@ -67,11 +67,8 @@ def _check_ranks(ranks: list[Loader], batches: list[Batch], epochs: int) -> None
 def test_ranks_and_threads_do_not_matter(world_size: int, batch_size: int, data: Path) -> None:
     with open_loader(data, batch_size=batch_size) as loader:
         alone = list(loader)
-    ranks = [
-        open_loader(data, batch_size=batch_size, rank=rank, world_size=world_size, threads=1 + rank)
-        for rank in range(world_size)
-    ]
-    _check_ranks(ranks, alone, 1)
+    options: Any = {"batch_size": batch_size, "world_size": world_size}
+    _check_ranks([open_loader(data, rank=rank, threads=1 + rank, **options) for rank in range(world_size)], alone, 1)
 
 
 @pytest.mark.parametrize("world_size", [1, 3])
