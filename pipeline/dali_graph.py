@@ -30,7 +30,9 @@ from alexprep.pipeline.dali_ops import Dtype, MemoryFormat
 from alexprep.shards.errors import AlexprepError, one_of
 from alexprep.shards.rgb_statistics import Statistics
 
-Views = Literal["random", "centre", "ten"]
+Views = Literal[
+    "random", "centre", "ten"
+]  # one view of random parameters, or the centre; or the paper's ten test views
 Inputs = dict[str, "NDArray[Any] | list[NDArray[np.float32]]"]
 
 _STRIP_BYTES = 128 * 2**20  # of windows of the mean image that are kept ready
@@ -42,9 +44,7 @@ class Graph:
 
     augmentation: Augmentation
     statistics: Statistics | None  # of the dataset, where they are needed
-    views: (
-        Views  # "random", of random parameters, or "centre": one view of each image; "ten": the paper's ten test views
-    )
+    views: Views
     raw: bool  # whether samples come as pixels rather than as encoded images
     size: int | None  # side of the stored images where all are squares of one side, pixels
     batch_size: int  # the largest that will be fed

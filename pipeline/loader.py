@@ -282,9 +282,7 @@ class Step:
     rows: NDArray[np.int64]
     draws: Draws
     skipped: int = 0  # samples that could not be decoded and were taken out of `rows` and `draws`
-    failure: AlexprepError | None = (
-        None  # why the step cannot be made; raised when its turn comes, after the steps before it
-    )
+    failure: AlexprepError | None = None  # raised when the step's turn comes, after the steps before it
     read_in_place: Any = None  # by DALI, until the step is done
 
 
@@ -437,8 +435,8 @@ class PipelineRunner:
         try:
             pipeline = self._graph.decoding_pipeline(windowed="start" in inputs)
             pipeline.feed_input("encoded", [image])  # DALI reads it in place
-            for name in ("start", "shape"):
-                if name in inputs and "start" in inputs:
+            if "start" in inputs:
+                for name in {"start", "shape"} & inputs.keys():
                     pipeline.feed_input(name, inputs[name])
             pipeline.run()
         except RuntimeError:
@@ -448,16 +446,16 @@ class PipelineRunner:
     def _outputs(self, step: Step) -> torch.Tensor:
         graph = self._graph
         if not len(step.rows):
-            height, width = [graph.augmentation.crop] * 2 if graph.augmentation.crop else self._sizes[0].tolist()
+            side = graph.augmentation.crop
+            height, width = (side, side) if side else self._sizes[0].tolist()
             shape = (3, height, width) if graph.memory_format == "NCHW" else (height, width, 3)
             images = self._empty((0, 10, *shape) if graph.views == "ten" else (0, *shape))
         elif self._device.type == "cuda":
             images = self._on_gpu()
         else:
             (output,) = self._pipeline.outputs()
-            images = torch.utils.dlpack.from_dlpack(
-                output.as_tensor()
-            )  # DALI's own buffer: ours until the tensor is gone
+            # Without a copy: DALI's own buffer, which is ours until the tensor is gone.
+            images = torch.utils.dlpack.from_dlpack(output.as_tensor())
         step.read_in_place = None
         return images.movedim(-1, -3) if graph.memory_format == "channels_last" else images
 
