@@ -30,9 +30,7 @@ from alexprep.pipeline.dali_ops import Dtype, MemoryFormat
 from alexprep.shards.errors import AlexprepError, one_of
 from alexprep.shards.rgb_statistics import Statistics
 
-Views = Literal[
-    "random", "centre", "ten"
-]  # one view of random parameters, or the centre; or the paper's ten test views
+Views = Literal["random", "centre", "ten"]  # the last are the paper's test views, without chance as the second
 Inputs = dict[str, "NDArray[Any] | list[NDArray[np.float32]]"]
 
 _STRIP_BYTES = 128 * 2**20  # of windows of the mean image that are kept ready

@@ -201,7 +201,7 @@ def test_augmentations_out_of_bounds(arguments: dict[str, Any], words: str) -> N
 
 
 def test_what_is_missing_is_named() -> None:
-    with pytest.raises(AlexprepError, match="share 32 needs the samples' places"):
+    with pytest.raises(AlexprepError, match="share 32 needs the places in the epoch's order"):
         draw(PRESETS["2012-code"], 0, 0, np.arange(2), np.full((2, 2), 256))
     with pytest.raises(AlexprepError, match="this augmentation needs statistics"):
         augment(np.zeros((256, 256, 3), np.uint8), _draw(0, 0, np.arange(1), 32), 0, Augmentation(), None)
