@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from alexprep.cli import output
 from alexprep.cli.options import AT_LEAST_1, SECONDS, device_option, json_option
 
 if TYPE_CHECKING:
@@ -42,13 +43,7 @@ _TITLES = {
     type=click.Choice(["paper", "2012-code", "resized", "none"]),
     help="What is done to the images.  [default: as in training; resized for other people's tars]",
 )
-@click.option(
-    "--seconds",
-    type=SECONDS,
-    default=60.0,
-    show_default=True,
-    help="How long measuring may take.",
-)
+@click.option("--seconds", type=SECONDS, default=60.0, show_default=True, help="How long measuring may take.")
 @json_option
 def tune(
     data: str,
@@ -67,7 +62,6 @@ def tune(
     \b
     Example: alexprep tune --data /data/imagenet-256 --seconds 120
     """
-    from alexprep.cli import output
     from alexprep.pipeline.autotune import tune as measure
     from alexprep.pipeline.device import choose_device
     from alexprep.pipeline.loader_settings import save_tuning
@@ -94,8 +88,6 @@ def tune(
 
 def _show_curves(found: Found, batch_size: int) -> None:
     """A table for each setting: its values' rates, with bars as long as their share of the fastest one."""
-    from alexprep.cli import output
-
     for compared, title in _TITLES.items():
         trials = [trial for trial in found.trials if trial.compared == compared]
         fastest = max((trial.rate for trial in trials), default=0.0) or 1.0

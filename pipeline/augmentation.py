@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from alexprep.shards.errors import AlexprepError, number_within, whole_number
+from alexprep.shards.errors import AlexprepError, number_within, one_of, whole_number
 
 if TYPE_CHECKING:
     from alexprep.shards.rgb_statistics import Statistics
@@ -28,9 +28,9 @@ IMAGENET_STD = (58.395, 57.12, 57.375)
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What is done to a training image. The defaults are the paper's.
+    """What is done to a training image: cut a window (and resize it), subtract the mean, mirror, add the colour noise, divide.
 
-    In this order: cut a window (and resize it), subtract the mean, mirror, add the colour noise, divide.
+    The defaults are the paper's.
 
     Attributes:
         crop: side of the square that the network sees, pixels; 224 in the paper (section 4.1). None: the whole image.
@@ -69,8 +69,7 @@ class Augmentation:
     def __post_init__(self) -> None:
         """Refuses values out of bounds, with AlexprepError."""
         for name, choices in (("mean", Mean), ("std", Std), ("noise", Noise)):
-            if getattr(self, name) not in get_args(choices):
-                raise AlexprepError(f"{name} {getattr(self, name)!r} is not one of {', '.join(get_args(choices))}")
+            one_of(name, getattr(self, name), get_args(choices))
         for name, low, high in (("crop", 1, 65535), ("share", 1, 2**31 - 1), ("noise_epochs", 0, 2**32 - 1)):
             if getattr(self, name) is not None or name == "share":
                 whole_number(name, getattr(self, name), low, high)
@@ -129,16 +128,8 @@ PRESETS = {
 
 
 def augmentation_named(name: str) -> Augmentation:
-    """One of `PRESETS`: "paper"; "2012-code", the released code's; "resized", usual for later networks; "none", whole images.
-
-    Raises:
-        AlexprepError: there is no preset of this name.
-
-    >>> augmentation_named("2012-code").share
-    32
-    """
-    if not isinstance(name, str) or name not in PRESETS:
-        raise AlexprepError(f"augmentation {name!r} is not one of {', '.join(PRESETS)}")
+    """One of `PRESETS`: "paper"; "2012-code", the released code's; "resized", usual for later networks; "none", whole images."""
+    one_of("augmentation", name, PRESETS)
     return PRESETS[name]
 
 
@@ -186,15 +177,12 @@ def draw(
         The parameters, in the order of `rows_N`. Corners and mirrors are exact on any machine; normals, and the windows of
         `augmentation.scale`, depend on the platform's log, exp and cos in their last bit.
 
-    Raises:
-        AlexprepError: `augmentation.share` is above 1, and there are no positions.
+    Raises AlexprepError where `augmentation.share` is above 1 and there are no positions.
     """
     keys = rows = np.asarray(rows_N, np.int64)
     if augmentation.share > 1:
         if positions_N is None:
-            raise AlexprepError(
-                f"share {augmentation.share} needs the samples' places in the epoch's order: give positions_N"
-            )
+            raise AlexprepError(f"share {augmentation.share} needs the places in the epoch's order: give positions_N")
         keys = np.asarray(positions_N, np.int64) // augmentation.share
     geometry = _words(seed, epoch, keys, _GEOMETRY if augmentation.share == 1 else _SHARED)
     sizes = np.asarray(sizes_N2, np.int64)
@@ -218,12 +206,9 @@ def centred(augmentation: Augmentation, sizes_N2: NDArray[np.integer]) -> Draws:
 
 
 def ten_windows(augmentation: Augmentation, sizes_N2: NDArray[np.integer]) -> NDArray[np.int64]:
-    """Gives the windows of the paper's ten test views (section 4.1): the four corners and the centre.
+    """Gives the windows of the paper's ten test views (section 4.1), the four corners and the centre: int64 (N, 5, 4).
 
     Each is seen as it is, then all five once more reflected. The order is the 2012 code's.
-
-    Returns:
-        int64 (N, 5, 4), otherwise as `Draws.windows_N4`.
 
     >>> ten_windows(Augmentation(crop=224), np.array([[256, 256]]))[0, :, :2].tolist()
     [[0, 0], [0, 32], [16, 16], [32, 0], [32, 32]]
@@ -257,59 +242,31 @@ def augment(
     Returns:
         float64 (crop, crop, 3), grey levels about 0, or what `augmentation.std` makes of them.
 
-    Raises:
-        AlexprepError: statistics are needed and there are none.
+    Raises AlexprepError where statistics are needed and there are none.
     """
     if statistics is None and augmentation.needs_statistics:
         raise AlexprepError(
             "this augmentation needs statistics: give those of the dataset, from alexprep.shards.read_statistics"
         )
-    noisy = augmentation.noisy(epoch)
-    shift = np.zeros(3)
-    if noisy and statistics is not None:
-        shift = colour_shifts(draws.alpha_N3[n : n + 1], statistics, augmentation)[0]
-    return view(image_HWC, draws.windows_N4[n], bool(draws.mirror_N[n]), shift, augmentation, statistics, noisy)
-
-
-def view(
-    image_HWC: NDArray[np.uint8],
-    window_4: NDArray[np.int64],
-    mirrored: bool,
-    shift_3: NDArray[np.float64],
-    augmentation: Augmentation,
-    statistics: Statistics | None,
-    noisy: bool = False,
-) -> NDArray[np.float64]:
-    """One view of an image: cut (and resized), the mean subtracted, mirrored, shifted by the noise, divided.
-
-    Args:
-        image_HWC: uint8 (H, W, 3).
-        window_4: top, left, height, width.
-        mirrored: whether left becomes right.
-        shift_3: the colour noise, grey levels.
-        augmentation: what is done.
-        statistics: of the dataset; None where `augmentation.needs_statistics` is false.
-        noisy: whether this epoch has noise, and so the division that goes with it.
-
-    Returns:
-        float64 (crop, crop, 3), grey levels about 0, or what `std` makes of them.
-    """
-    top, left, height, width = window_4.tolist()
+    top, left, height, width = draws.windows_N4[n].tolist()
     image = image_HWC[top : top + height, left : left + width]
     if augmentation.scale is not None and augmentation.crop is not None:
         image = resize(image, augmentation.crop)
     pixels: NDArray[np.float64] = image.astype(np.float64) - channel_means(statistics, augmentation)
-    mean_window: NDArray[np.float64] | None = None
+    mean_window: NDArray[np.float64] | float = 0.0
     if augmentation.windowed_mean and statistics is not None:
-        top, left = mean_corners(augmentation, window_4[None], len(statistics.mean_HWC))[0].tolist()
-        mean_window = statistics.mean_HWC[top : top + len(pixels), left : left + pixels.shape[1]]
-    if mean_window is not None and augmentation.mean == "crop":
+        top, left = mean_corners(augmentation, draws.windows_N4[n : n + 1], len(statistics.mean_HWC))[0].tolist()
+        mean_window = statistics.mean_HWC[top : top + height, left : left + width]
+    if augmentation.mean == "crop":
         pixels = pixels - mean_window
-    if mirrored:
+    if draws.mirror_N[n]:
         pixels = pixels[:, ::-1]
-    if mean_window is not None and augmentation.mean == "centre":  # the 2012 code subtracts after the reflection
+    if augmentation.mean == "centre":  # the 2012 code subtracts after the reflection
         pixels = pixels - mean_window
-    pixels = (pixels + shift_3) / channel_stdevs(statistics, augmentation)
+    noisy = augmentation.noisy(epoch)
+    if noisy and statistics is not None:
+        pixels = pixels + colour_shifts(draws.alpha_N3[n : n + 1], statistics, augmentation)[0]
+    pixels = pixels / channel_stdevs(statistics, augmentation)
     return pixels / augmentation.noise_rescale if noisy else pixels
 
 
@@ -373,14 +330,7 @@ _ATTEMPTS = 10  # at a window that fits; torchvision's number
 
 
 def philox(counter: NDArray[np.uint64], key: tuple[int, int]) -> NDArray[np.uint64]:
-    """Philox 4x32-10.
-
-    Args:
-        counter: uint64 (4, N), each entry below 2**32.
-        key: two integers below 2**32.
-
-    Returns:
-        uint64 (4, N), uniform on [0, 2**32).
+    """Philox 4x32-10: uint64 (4, N), uniform on [0, 2**32), of a counter of this shape and a key, all below 2**32.
 
     >>> [hex(word) for word in philox(np.zeros((4, 1), np.uint64), (0, 0))[:, 0].tolist()]  # Random123's known answer
     ['0x6627e8d5', '0xe169c58d', '0xbc57ac4c', '0x9b00dbd8']
@@ -419,7 +369,7 @@ def _normals(words: NDArray[np.uint64]) -> NDArray[np.float64]:
 
 
 def _evaluation_sides(augmentation: Augmentation, sizes_N2: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Height and width of the windows that evaluation cuts: int64 (N, 2)."""
+    """Height and width of the windows that evaluation cuts."""
     if augmentation.crop is None:
         return sizes_N2.astype(np.int64)
     if augmentation.scale is None:
@@ -430,7 +380,6 @@ def _evaluation_sides(augmentation: Augmentation, sizes_N2: NDArray[np.int64]) -
 
 
 def _in_the_centre(sizes_N2: NDArray[np.int64], sides_N2: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Windows of these sides: int64 (N, 4)."""
     return np.concatenate([(sizes_N2 - sides_N2) // 2, sides_N2], axis=1)
 
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from alexprep.pipeline.augmentation import Augmentation, augmentation_named
+from alexprep.pipeline.augmentation import PRESETS, Augmentation, augmentation_named
 from alexprep.pipeline.dali_ops import HW_DECODER_LOAD
 from alexprep.pipeline.dataset import Dataset, open_dataset
 from alexprep.pipeline.device import wait_for
@@ -56,13 +56,13 @@ class Trial:
 
 
 class Found(NamedTuple):
-    """What a search found: the settings, how fast they and the defaults are (images/s), every trial, and what to say about it."""
+    """What a search found."""
 
     settings: Tuning
-    rate: float
-    default_rate: float
+    rate: float  # images/s
+    default_rate: float  # of the default settings
     trials: list[Trial]
-    notes: list[str]
+    notes: list[str]  # what to say about it
 
 
 def tune(
@@ -75,26 +75,14 @@ def tune(
 ) -> tuple[Found, dict[str, Any]]:
     """Measures the training split of a dataset, or tars: the work, not the disk, for every turn reads the same images.
 
-    Args:
-        data: as for `Loader`.
-        device: "cpu", or "cuda" with or without an index.
-        batch_sizes: images a step; the settings are searched at the first. By default 128, on a GPU 256, 512 and 1,024 too.
-        augmentation: a preset's name. By default the paper's, with a crop of 7/8 of the images' side (224 of 256), or "resized"
-            where there are no statistics.
-        seconds: that measuring may take; to index other people's tars for the first time comes on top.
-        say: is told what is measured now.
-
-    Returns:
-        What was found; and the machine's entry for `loader_settings.save_tuning`.
-
-    Raises:
-        AlexprepError: there is no such data or augmentation, they do not go together, or `seconds` is too short.
+    The settings are searched at the first of `batch_sizes`; by default 128, on a GPU 256, 512 and 1,024 too. The augmentation is by
+    default the paper's, with a crop of 7/8 of the images' side (224 of 256), or "resized" where there are no statistics. Indexing
+    other people's tars for the first time comes on top of `seconds`. Gives also the machine's entry for `loader_settings.save_tuning`.
     """
     began = time.monotonic()
     dataset = open_dataset(data, "train", on_bad="skip")
     chosen = _usual_augmentation(dataset) if augmentation is None else augmentation_named(augmentation)
     machine, on_cpu = this_machine(device), device.startswith("cpu")
-    searched = dimensions("cpu" if on_cpu else "cuda", cores())
     sizes = list(dict.fromkeys(batch_sizes or ((128,) if on_cpu else (128, 256, 512, 1024))))  # first the recipe's
 
     def measure(settings: Tuning, batch_size: int, seconds: float) -> float:
@@ -123,7 +111,7 @@ def tune(
             return images / (time.monotonic() - full)
 
     start = Tuning(threads=cores(), decode=None if on_cpu else "cuda")
-    found = search(measure, searched, sizes, seconds, start, say=say)
+    found = search(measure, dimensions("cpu" if on_cpu else "cuda", cores()), sizes, seconds, start, say=say)
     if sizes[0] > len(dataset.samples):
         found.notes.append(f"there are only {len(dataset.samples):,} images: a step is smaller than {sizes[0]:,}")
     return found, {
@@ -133,9 +121,7 @@ def tune(
         "batch_size": sizes[0],
         "augmentation": asdict(chosen),
         "samples": len(dataset.samples),
-        "measured": [
-            {**asdict(trial), "images_per_second": round(trial.rate, 1)} for trial in found.trials if trial.rounds
-        ],
+        "measured": [{**asdict(one), "images_per_second": round(one.rate, 1)} for one in found.trials if one.rounds],
         "measured_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "seconds": round(time.monotonic() - began, 1),
         "machine": machine,
@@ -156,10 +142,11 @@ def dimensions(device: str, most_threads: int) -> Dimensions:
     }
     if device == "cpu":
         return searched
-    places = {"CPU": {"decode": "cpu", "hw_decoder_load": HW_DECODER_LOAD}}
-    for load in (0.0, 0.25, 0.5, HW_DECODER_LOAD, 0.8, 0.9, 1.0):
-        places[f"GPU, {load:g} on JPEG engines"] = {"decode": "cuda", "hw_decoder_load": load}
-    return {"decode": places, **searched}
+    on_gpu = {
+        f"GPU, {load:g} on JPEG engines": {"decode": "cuda", "hw_decoder_load": load}
+        for load in (0.0, 0.25, 0.5, HW_DECODER_LOAD, 0.8, 0.9, 1.0)
+    }
+    return {"decode": {"CPU": {"decode": "cpu", "hw_decoder_load": HW_DECODER_LOAD}, **on_gpu}, **searched}
 
 
 def search(
@@ -174,10 +161,8 @@ def search(
     """Goes through the dimensions once, at the first batch size; then compares the default and the choice at all batch sizes.
 
     The values of a setting are measured in turns, so that a drifting machine hits all alike. Another value is chosen if it is
-    faster than the present one by more than the rounds of one value differ, or if it is cheaper and as fast.
-
-    `start` are the defaults. After `seconds` by `clock` no further turn begins; `measure` may take longer than it is told. Raises
-    AlexprepError where the defaults do not work, or `seconds` is too short to compare anything.
+    faster than the present one by more than the rounds of one value differ, or if it is cheaper and as fast. `start` are the
+    defaults. After `seconds` by `clock` no further turn begins; `measure` may take longer than it is told.
     """
     began, notes, trials, chosen = clock(), list[str](), list[Trial](), start
     planned = left = ROUNDS * (sum(map(len, searched.values())) + 2 * len(batch_sizes))
@@ -216,10 +201,8 @@ def search(
     if _best(curve[:2], chosen, ordered=False) == start != chosen:
         notes.append("side by side the choice is slower than the default, which stays")
         chosen = start
-    if (spread := _spread(trials)) > BUSY:
-        notes.append(
-            f"rounds of the same settings differ by {100 * spread:.0f} %: try again when the machine is less busy"
-        )
+    if (spread := 100 * _spread(trials)) > 100 * BUSY:
+        notes.append(f"rounds of the same settings differ by {spread:.0f} %: try again when the machine is less busy")
     turns, done = ROUNDS * len(trials), sum(len(trial.rounds) for trial in trials)
     if done < turns:
         over = f"{seconds:g} s were over before {turns - done} of {turns} turns"
@@ -271,7 +254,6 @@ def _spread(trials: Sequence[Trial]) -> float:
 
 
 def _usual_augmentation(dataset: Dataset) -> Augmentation:
-    folder, size = dataset.statistics_of, dataset.size
-    if folder is None or size is None or not (folder / STATISTICS).exists():
-        return augmentation_named("resized")
-    return Augmentation(crop=max(1, size * 7 // 8))
+    if dataset.statistics_of is None or dataset.size is None or not (dataset.statistics_of / STATISTICS).exists():
+        return PRESETS["resized"]
+    return Augmentation(crop=max(1, dataset.size * 7 // 8))

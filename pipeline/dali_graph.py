@@ -27,71 +27,38 @@ from alexprep.pipeline.augmentation import (
     ten_windows,
 )
 from alexprep.pipeline.dali_ops import Dtype, MemoryFormat
-from alexprep.shards.errors import AlexprepError
+from alexprep.shards.errors import AlexprepError, one_of
 from alexprep.shards.rgb_statistics import Statistics
 
-Views = Literal["random", "centre", "ten"]
+Views = Literal["random", "centre", "ten"]  # the last are the paper's test views, without chance as the second
 Inputs = dict[str, "NDArray[Any] | list[NDArray[np.float32]]"]
 
 _STRIP_BYTES = 128 * 2**20  # of windows of the mean image that are kept ready
 
 
 @dataclass(frozen=True)
-class GraphSettings:
-    """What a graph is built for, beside the augmentation.
-
-    Attributes:
-        raw: whether samples come as pixels rather than as encoded images.
-        size: side of the stored images where all are squares of one side, pixels; otherwise None.
-        batch_size: the largest batch that will be fed.
-        threads: of DALI.
-        device: where images come out, "cpu" or "cuda".
-        device_id: which GPU; None for "cpu".
-        decode: where they are decoded, "cpu" or "cuda".
-        hw_decoder_load: see `dali_ops.decode_crop`.
-        dtype: of the images that come out.
-        memory_format: of the images that come out; the N is the batch.
-    """
-
-    raw: bool
-    size: int | None
-    batch_size: int
-    threads: int
-    device: str
-    device_id: int | None
-    decode: str
-    hw_decoder_load: float
-    dtype: Dtype
-    memory_format: MemoryFormat
-
-    def __post_init__(self) -> None:
-        """Refuses values out of bounds, with AlexprepError."""
-        for name, choices in (("dtype", get_args(Dtype)), ("memory_format", get_args(MemoryFormat))):
-            if getattr(self, name) not in choices:
-                raise AlexprepError(f"{name} {getattr(self, name)!r} is not one of {', '.join(choices)}")
-
-
-@dataclass(frozen=True)
 class Graph:
-    """What is done to the images of a `Loader`, as a DALI pipeline and the inputs that it is fed beside the images.
-
-    Attributes:
-        augmentation: what is done.
-        statistics: of the dataset, where they are needed.
-        views: "random", of random parameters, or "centre": one view of each image; "ten": the paper's ten test views.
-        settings: what it is built for.
-    """
+    """What is done to the images of a `Loader`, as a DALI pipeline and the inputs that it is fed beside the images."""
 
     augmentation: Augmentation
-    statistics: Statistics | None
+    statistics: Statistics | None  # of the dataset, where they are needed
     views: Views
-    settings: GraphSettings
+    raw: bool  # whether samples come as pixels rather than as encoded images
+    size: int | None  # side of the stored images where all are squares of one side, pixels
+    batch_size: int  # the largest that will be fed
+    threads: int  # of DALI
+    device: str  # where images come out, "cpu" or "cuda"
+    device_id: int | None  # which GPU; None for "cpu"
+    decode: str  # where they are decoded, "cpu" or "cuda"
+    hw_decoder_load: float  # see `dali_ops.decode_crop`
+    dtype: Dtype
+    memory_format: MemoryFormat  # the N is the batch
 
     def __post_init__(self) -> None:
-        """Refuses values that do not go together, with AlexprepError."""
-        if self.views not in get_args(Views):
-            raise AlexprepError(f"views {self.views!r} is not one of {', '.join(get_args(Views))}")
-        if self.settings.dtype == "uint8" and not self.augmentation.keeps_bytes:
+        """Refuses values out of bounds, or that do not go together, with AlexprepError."""
+        for name, choices in (("views", Views), ("dtype", Dtype), ("memory_format", MemoryFormat)):
+            one_of(name, getattr(self, name), get_args(choices))
+        if self.dtype == "uint8" and not self.augmentation.keeps_bytes:
             raise AlexprepError("dtype uint8 holds grey levels as they are: it needs mean, std and noise 'none'")
 
     def pipeline(self) -> Pipeline:
@@ -99,7 +66,7 @@ class Graph:
 
         Ten views are stacked before the other axes: five windows, then their reflections.
         """
-        pipeline = self._empty_pipeline(self.settings.batch_size, self.settings.threads)
+        pipeline = self._empty_pipeline(self.batch_size, self.threads)
         with pipeline:
             pipeline.set_outputs(self._ten_views() if self.views == "ten" else self._one_view())
         return pipeline
@@ -115,15 +82,14 @@ class Graph:
     def input_names(self) -> frozenset[str]:
         """The inputs of one view beside "encoded", one entry a sample.
 
-        "start", "shape": int32 (2,), see `dali_ops.decode_window`. "mirror": int32. By rows, that is where passes over whole rows read and
-        write least (on a CPU, axes HWC), "window", "minus" and "divisor": see `dali_ops.subtract_image` and `dali_ops.subtract_rows`.
-        Otherwise "shift", float32 (3,), see `dali_ops.to_tensor`; "anchor", int32 (2,), see `dali_ops.subtract_mean_window`; "factor",
-        float32, to multiply by at the end.
+        "start", "shape": see `dali_ops.decode_window`. "mirror": int32. By rows, that is where passes over whole rows read and write least
+        (on a CPU, axes HWC), "window", "minus" and "divisor": see `dali_ops.subtract_image` and `dali_ops.subtract_rows`. Otherwise
+        "shift": see `dali_ops.to_tensor`; "anchor": see `dali_ops.subtract_mean_window`; "factor", float32, to multiply by at the end.
         """
-        augmentation, settings = self.augmentation, self.settings
+        augmentation = self.augmentation
         noise = augmentation.noise != "none"
         names = {"start", "mirror"} | (set() if augmentation.fixed_windows else {"shape"})
-        rows_pay = settings.device == "cpu" and settings.memory_format != "NCHW" and settings.dtype != "uint8"
+        rows_pay = self.device == "cpu" and self.memory_format != "NCHW" and self.dtype != "uint8"
         if rows_pay and self._side and not augmentation.keeps_bytes:
             names |= {"window"} if augmentation.windowed_mean else set()
             if noise or augmentation.std != "none" or not augmentation.windowed_mean:
@@ -135,13 +101,7 @@ class Graph:
         return frozenset(names)
 
     def inputs(self, epoch: int, draws: Draws, sizes_N2: NDArray[np.integer]) -> Inputs:
-        """The inputs of a batch beside "encoded", one entry a sample.
-
-        Args:
-            epoch: of the batch; some augmentations lose their noise after some epochs.
-            draws: the samples' random parameters, or without chance; ten views need none.
-            sizes_N2: integer (N, 2), their images' heights and widths, pixels.
-        """
+        """The inputs of a batch beside "encoded", one entry a sample: of images of these heights and widths, (N, 2), pixels."""
         if self.views == "ten":
             windows = ten_windows(self.augmentation, sizes_N2).astype(np.int32)
             starts = {f"start{n}": np.ascontiguousarray(windows[:, n, :2]) for n in range(5)}
@@ -198,7 +158,7 @@ class Graph:
     @property
     def _side(self) -> int:
         """Of the views, pixels; 0 where whole images of several sizes come out."""
-        return self.augmentation.crop or self.settings.size or 0
+        return self.augmentation.crop or self.size or 0
 
     def _empty_pipeline(self, batch_size: int, threads: int) -> Pipeline:
         # The dynamic executor owns each output by reference: DALI never writes into a buffer that a tensor still views.
@@ -206,14 +166,14 @@ class Graph:
         return Pipeline(
             batch_size=batch_size,
             num_threads=threads,
-            device_id=self.settings.device_id,
+            device_id=self.device_id,
             prefetch_queue_depth=1,
             exec_dynamic=True,
         )
 
     def _input(self, name: str, **options: Any) -> DataNode:
         # On a CPU what is fed is read in place: whoever feeds it keeps it until the step is done.
-        no_copy = self.settings.device == "cpu" and self.settings.decode == "cpu"
+        no_copy = self.device == "cpu" and self.decode == "cpu"
         return fn.external_source(name=name, no_copy=no_copy, **options)
 
     def _one_view(self) -> DataNode:
@@ -224,7 +184,7 @@ class Graph:
                 image = dali_ops.subtract_image(image, self._input("window"))
             if "minus" in names:
                 image = dali_ops.subtract_rows(image, self._input("minus"), self._input("divisor"), self._side)
-            return dali_ops.cast(image, self.settings.dtype)
+            return dali_ops.cast(image, self.dtype)
         shift = self._input("shift") if "shift" in names else self._minus_means()
         subtract = self._subtract_window if "anchor" in names else None
         return self._tensor(image, mirrored, shift, subtract, self._input("factor") if "factor" in names else None)
@@ -250,22 +210,20 @@ class Graph:
         factor: DataNode | None = None,
     ) -> DataNode:
         """Mirrors, shifts, subtracts a window of the mean image, divides and multiplies; in one pass where that is possible."""
-        form, dtype = self.settings.memory_format, self.settings.dtype
         std = channel_stdevs(self.statistics, self.augmentation).tolist()
         if subtract is None and factor is None:
-            return dali_ops.to_tensor(image, mirrored, shift, std, form, dtype)
-        image = dali_ops.to_tensor(image, mirrored, shift, memory_format=form)
+            return dali_ops.to_tensor(image, mirrored, shift, std, self.memory_format, self.dtype)
+        image = dali_ops.to_tensor(image, mirrored, shift, memory_format=self.memory_format)
         if subtract is not None:
             image = subtract(image)
         if self.augmentation.std != "none":
             image = image / self._constant(np.array(std).reshape(1, 1, 3))
-        return dali_ops.cast(image if factor is None else image * factor, dtype)
+        return dali_ops.cast(image if factor is None else image * factor, self.dtype)
 
     def _subtract_window(self, image: DataNode) -> DataNode:
         assert self.statistics is not None
         mean, anchor = self.statistics.mean_HWC, self._input("anchor")
-        form, device = self.settings.memory_format, self.settings.device
-        return dali_ops.subtract_mean_window(image, mean, anchor, self._side, form, device)
+        return dali_ops.subtract_mean_window(image, mean, anchor, self._side, self.memory_format, self.device)
 
     def _constant_window(self, n: int, mirrored: bool) -> DataNode:
         """What is subtracted from view `n` or its reflection. Mean images go with stored squares of one size, so it is a constant."""
@@ -277,29 +235,27 @@ class Graph:
         return self._constant(part[:, ::-1] if mirrored and self.augmentation.mean == "crop" else part)
 
     def _constant(self, values_HWC: NDArray[np.floating[Any]]) -> DataNode:
-        values = values_HWC.transpose(2, 0, 1) if self.settings.memory_format == "NCHW" else values_HWC
-        device = "cpu" if self.settings.device == "cpu" else "gpu"
+        values = values_HWC.transpose(2, 0, 1) if self.memory_format == "NCHW" else values_HWC
+        device = "cpu" if self.device == "cpu" else "gpu"
         return types.Constant(np.ascontiguousarray(values, np.float32), device=device)
 
     def _minus_means(self) -> list[float]:
-        means: list[float] = (-channel_means(self.statistics, self.augmentation)).tolist()
-        return means
+        return [float(-mean) for mean in channel_means(self.statistics, self.augmentation)]
 
     def _window(self) -> DataNode:
         """uint8 (H, W, 3): the chosen window of each image, resized where it is to be."""
-        settings, start, shape = self.settings, self._input("start"), self._shape()
-        if settings.raw:
-            return self._resized(dali_ops.cut(self._pixels(), start, shape, settings.size))
-        encoded = self._input("encoded")
-        window = dali_ops.decode_window(encoded, start, shape, settings.decode, settings.hw_decoder_load)
+        start, shape = self._input("start"), self._shape()
+        if self.raw:
+            return self._resized(dali_ops.cut(self._pixels(), start, shape, self.size))
+        window = dali_ops.decode_window(self._input("encoded"), start, shape, self.decode, self.hw_decoder_load)
         return self._resized(self._on_device(window))
 
     def _whole(self) -> DataNode:
         """uint8 (H, W, 3): all of each image."""
-        if self.settings.raw:
+        if self.raw:
             return self._pixels()
-        encoded, load = self._input("encoded"), self.settings.hw_decoder_load
-        return self._on_device(dali_ops.decode_crop(encoded, device=self.settings.decode, hw_decoder_load=load))
+        image = dali_ops.decode_crop(self._input("encoded"), device=self.decode, hw_decoder_load=self.hw_decoder_load)
+        return self._on_device(image)
 
     def _shape(self) -> DataNode | tuple[int, int]:
         return (self._side, self._side) if self.augmentation.fixed_windows else self._input("shape")
@@ -309,7 +265,7 @@ class Graph:
 
     def _pixels(self) -> DataNode:
         pixels = self._input("encoded", layout="HWC", ndim=3, dtype=types.UINT8)
-        return pixels if self.settings.device == "cpu" else pixels.gpu()
+        return pixels if self.device == "cpu" else pixels.gpu()
 
     def _on_device(self, image: DataNode) -> DataNode:
-        return image.gpu() if self.settings.device != "cpu" and self.settings.decode == "cpu" else image
+        return image.gpu() if self.device != "cpu" and self.decode == "cpu" else image

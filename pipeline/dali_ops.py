@@ -63,17 +63,13 @@ def decode_window(
     device: str = "cpu",
     hw_decoder_load: float = HW_DECODER_LOAD,
 ) -> DataNode:
-    """Decodes a window given in pixels; on a GPU the whole image, for nvJPEG before 13.2 has no windows of subsampled chroma.
+    """Decodes a window given in pixels: uint8 (height, width, 3). For the arguments see also `decode_crop`.
+
+    On a GPU the whole image is decoded, for nvJPEG before 13.2 has no windows of subsampled chroma.
 
     Args:
-        encoded: as in `decode_crop`.
         start: int32 (2,), top row and left column, one pair a sample.
         shape: int32 (2,), height and width, one pair a sample or one for all.
-        device: as in `decode_crop`.
-        hw_decoder_load: as in `decode_crop`.
-
-    Returns:
-        uint8 (height, width, 3).
     """
     options = _decoding(device, hw_decoder_load)
     if device != "cpu":
@@ -82,26 +78,16 @@ def decode_window(
 
 
 def _decoding(device: str, hw_decoder_load: float) -> dict[str, Any]:
-    options: dict[str, Any] = {
-        "device": "cpu" if device == "cpu" else "mixed",
-        "output_type": types.RGB,
-        "adjust_orientation": False,
-        "jpeg_fancy_upsampling": True,
-    }
-    return options if device == "cpu" else {**options, "hw_decoder_load": hw_decoder_load}
+    options = {"output_type": types.RGB, "adjust_orientation": False, "jpeg_fancy_upsampling": True}
+    if device == "cpu":
+        return {**options, "device": "cpu"}
+    return {**options, "device": "mixed", "hw_decoder_load": hw_decoder_load}
 
 
 def cut(image: DataNode, start: DataNode, shape: DataNode | Sequence[int], size: int | None = None) -> DataNode:
-    """Cuts a window out of pixels.
+    """Cuts a window out of pixels, uint8 (H, W, 3); for `start` and `shape` see `decode_window`.
 
-    Args:
-        image: uint8 (H, W, 3), HWC.
-        start: as in `decode_window`.
-        shape: as in `decode_window`.
-        size: H and W where all images have this side; with one `shape` for all, rows are then copied whole, six times as fast.
-
-    Returns:
-        uint8 (height, width, 3).
+    Where all images have the side `size`, and one `shape` is for all, rows are copied whole, six times as fast.
     """
     if size is None or isinstance(shape, DataNode):
         return fn.slice(image, start=start, shape=shape, axes=(0, 1))
@@ -124,12 +110,8 @@ def mirror(image: DataNode, mirrored: DataNode | int) -> DataNode:
 def colour_noise(stdevs: NDArray[np.floating[Any]], eigenvectors: NDArray[np.floating[Any]]) -> DataNode:
     """Draws the paper's colour noise (section 4.1) with DALI's own generator, for pipelines without `alexprep`'s random parameters.
 
-    Args:
-        stdevs: (3,), of the noise along each principal axis, grey levels: `noise_stdevs` gives them.
-        eigenvectors: (3, 3), the axes as columns: `Statistics.eigenvectors`.
-
-    Returns:
-        float32 (3,), a shift of R, G and B in grey levels, another one for each sample: a `shift` for `to_tensor`.
+    `stdevs`, (3,), grey levels, are those along the principal axes, from `noise_stdevs`; the axes are columns, (3, 3), from
+    `Statistics.eigenvectors`. Gives a `shift` for `to_tensor`: float32 (3,), grey levels, another one for each sample.
     """
     axes = np.asarray(eigenvectors * stdevs, np.float32)
     alpha = fn.random.normal(shape=(3,))
@@ -186,15 +168,9 @@ def subtract_mean_window(
     """Subtracts a window of the mean image or of its reflection, another one for each sample.
 
     Args:
-        image: float32, a result of `to_tensor`.
+        image: float32, a result of `to_tensor`, of this `side` in pixels, `memory_format` and `device`.
         mean_HWC: (S, S, 3), grey levels.
-        anchor: int32 (2,), from `mean_anchor`: which window, and whether reflected.
-        side: of `image`, pixels.
-        memory_format: of `image`.
-        device: of `image`.
-
-    Returns:
-        Like `image`.
+        anchor: int32 (2,), row and column of the window in the mean image with its reflection right of it: (S, 2 S, 3).
     """
     # The mean and its reflection side by side: one slice finds either.
     both = np.concatenate([mean_HWC, mean_HWC[:, ::-1]], axis=1)
@@ -206,14 +182,7 @@ def subtract_mean_window(
 
 
 def mean_anchor(corners_N2: NDArray[np.int64], mirror_N: NDArray[np.bool_], size: int, side: int) -> NDArray[np.int32]:
-    """Where `subtract_mean_window` finds the window that a mirrored crop needs: int32 (N, 2).
-
-    Args:
-        corners_N2: int (N, 2), the window's top row and left column in the mean image.
-        mirror_N: bool (N,), whether it is reflected.
-        size: S, the mean image's side.
-        side: the window's side.
-    """
+    """Where `subtract_mean_window` finds windows of this side in a mean image of that size, reflected or not: int32 (N, 2)."""
     top, left = corners_N2[:, 0], corners_N2[:, 1]
     return np.stack([top, np.where(mirror_N, 2 * size - side - left, left)], axis=1).astype(np.int32)
 
@@ -221,16 +190,8 @@ def mean_anchor(corners_N2: NDArray[np.int64], mirror_N: NDArray[np.bool_], size
 def subtract_rows(image: DataNode, subtrahend: DataNode, divisor: DataNode, side: int) -> DataNode:
     """Subtracts and divides with the same numbers in every row: channel means, noise and deviations, where axes stay HWC.
 
-    DALI's `crop_mirror_normalize`, which `to_tensor` is, takes twice the time for this on a CPU, three numbers at a time.
-
-    Args:
-        image: uint8 or float32 (side, side, 3).
-        subtrahend: float32 (1, 3 * side): R, G and B repeated for each pixel of a row, one a sample.
-        divisor: likewise.
-        side: of `image`, pixels.
-
-    Returns:
-        float32 (side, side, 3).
+    DALI's `crop_mirror_normalize`, which `to_tensor` is, takes twice the time for this on a CPU, three numbers at a time. Both
+    operands are float32 (1, 3 * side), R, G and B repeated for each pixel of a row, one a sample. Gives float32 (side, side, 3).
     """
     rows = fn.reshape(image, shape=(side, 3 * side))
     return fn.reshape(
@@ -239,13 +200,5 @@ def subtract_rows(image: DataNode, subtrahend: DataNode, divisor: DataNode, side
 
 
 def subtract_image(image: DataNode, subtrahend: DataNode) -> DataNode:
-    """Subtracts float32 pixels of the same shape; of all ways that DALI has on a CPU, this one reads and writes least.
-
-    Args:
-        image: uint8 or float32.
-        subtrahend: float32, one a sample.
-
-    Returns:
-        float32, like `image`.
-    """
+    """Subtracts float32 pixels of the same shape, one a sample; of all ways that DALI has on a CPU, this reads and writes least."""
     return fn.normalize(image, mean=subtrahend, stddev=1.0)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from alexprep.pipeline.augmentation import Augmentation
 from alexprep.shards.dataset_format import DATASET, PLAN, read_dataset
-from alexprep.shards.errors import AlexprepError
+from alexprep.shards.errors import AlexprepError, one_of
 from alexprep.shards.reader import Samples, TarSamples
 from alexprep.shards.rgb_statistics import Statistics, read_statistics
 from alexprep.shards.storage import folder_at
@@ -28,27 +28,16 @@ Source = Union[str, Path, Sequence[Union[str, Path]]]  # noqa: UP007  (evaluated
 
 @dataclass(frozen=True)
 class Dataset:
-    """Samples, and what is known of them.
-
-    Attributes:
-        samples: by row.
-        sizes_N2: integer (samples, 2), heights and widths of the stored images, pixels.
-        size: their side where all are squares of one side, else None.
-        raw: whether members are pixels rather than encoded images.
-        digest: the identity of the data, hex sha256.
-        classes: class names by label.
-        bad: samples of other people's tars that cannot be used, with the reason.
-        statistics_of: the dataset's folder if it is one of ours.
-    """
+    """Samples, and what is known of them."""
 
     samples: TarSamples
-    sizes_N2: NDArray[np.integer]
-    size: int | None
-    raw: bool
-    digest: str
-    classes: list[str]
-    bad: tuple[UnusableSample, ...]
-    statistics_of: Path | None
+    sizes_N2: NDArray[np.integer]  # heights and widths of the stored images, pixels
+    size: int | None  # their side where all are squares of one side
+    raw: bool  # whether members are pixels rather than encoded images
+    digest: str  # the identity of the data, hex sha256
+    classes: list[str]  # by label
+    bad: tuple[UnusableSample, ...]  # samples of other people's tars that cannot be used, with the reason
+    statistics_of: Path | None  # the dataset's folder if it is one of ours
 
     def check(self, augmentation: Augmentation, statistics: Statistics | None) -> None:
         """Raises AlexprepError where these images cannot be augmented so."""
@@ -75,19 +64,11 @@ class Dataset:
 
 
 def open_dataset(source: Source, split: str, on_bad: OnBad = "error", cache: str | Path | None = None) -> Dataset:
-    """Opens a split.
+    """Opens a split of a finished dataset in a folder, or of tars, see `alexprep.shards.webdataset_index.index_tars`.
 
-    Args:
-        source: the folder of a finished dataset; or tars, see `alexprep.shards.webdataset_index.index_tars`.
-        split: "train", "val" or "test".
-        on_bad: whether samples that cannot be used are an error, or left out ("skip").
-        cache: where the index of other people's tars is kept, see there.
-
-    Raises:
-        AlexprepError: there is no such data, or, unless told to skip them, there are samples in it that cannot be used.
+    Raises AlexprepError where there is no such data, or, unless told to skip them, samples in it that cannot be used.
     """
-    if on_bad not in get_args(OnBad):
-        raise AlexprepError(f"on_bad {on_bad!r} is not one of {', '.join(get_args(OnBad))}")
+    one_of("on_bad", on_bad, get_args(OnBad))
     places = source if isinstance(source, Sequence) and not isinstance(source, str | bytes) else [source]
     if not all(isinstance(place, str | os.PathLike) for place in places):
         raise AlexprepError(f"data {source!r} is no path and no list of paths")
@@ -105,11 +86,7 @@ def open_dataset(source: Source, split: str, on_bad: OnBad = "error", cache: str
 
 
 def statistics_for(dataset: Dataset, chosen: Statistics | str | Path | None) -> Statistics:
-    """The statistics that were chosen, or the dataset's own.
-
-    Raises:
-        AlexprepError: there are none.
-    """
+    """The statistics that were chosen, or the dataset's own; raises AlexprepError where there are none."""
     if isinstance(chosen, Statistics):
         return chosen
     if chosen is not None:

@@ -8,10 +8,7 @@ from alexprep.shards.errors import AlexprepError
 
 
 def choose_device(name: str | torch.device | None) -> torch.device:
-    """The named device, or by default the GPU where there is one.
-
-    Raises:
-        AlexprepError: there is no such device here.
+    """The named device, or by default the GPU where there is one. Raises AlexprepError where there is no such device.
 
     >>> choose_device("cpu:0")
     device(type='cpu')

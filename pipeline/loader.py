@@ -8,14 +8,14 @@ torch without DALI there is `alexprep.pipeline.wds_pipeline`.
 from __future__ import annotations
 
 import ctypes
+import functools
 import io
 import os
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from alexprep.pipeline.augmentation import Augmentation, Draws, augmentation_named, centred, draw
-from alexprep.pipeline.dali_graph import Graph, GraphSettings, Views
+from alexprep.pipeline.dali_graph import Graph, Views
 from alexprep.pipeline.dali_ops import Dtype, MemoryFormat
 from alexprep.pipeline.dataset import Dataset, OnBad, Source, open_dataset, statistics_for
 from alexprep.pipeline.device import choose_device, moved
@@ -38,13 +38,10 @@ _READ_AHEAD = 8  # steps whose samples are asked of the disk before they are dec
 
 
 class Batch(NamedTuple):
-    """A rank's part of one step.
+    """A rank's part of one step: images and labels on the loader's device, and rows of the split's index on the CPU, int64 (N,).
 
-    Attributes:
-        images: on the loader's device, (N, 3, H, W) or (N, H, W, 3); with views "ten" (N, 10, …). Grey levels about 0, or what
-            the augmentation's `std` makes of them.
-        labels: int64 (N,), on the loader's device.
-        indices: int64 (N,), rows of the split's index, on the CPU.
+    Images are (N, 3, H, W) or (N, H, W, 3), with views "ten" (N, 10, …): grey levels about 0, or what the augmentation's `std` makes
+    of them. Labels are int64 (N,).
     """
 
     images: torch.Tensor
@@ -118,11 +115,10 @@ class Loader:
             threads: of DALI; None for one a core. Short for `tuning`.
             tuning: how the machine is used; `alexprep tune` finds good settings.
 
-        Raises:
-            AlexprepError: no such data, no statistics of it, or an argument out of its bounds.
+        Raises AlexprepError where there is no such data, or no statistics of it, or an argument is out of its bounds.
         """
-        arguments = {name: value for name, value in locals().items() if name not in ("self", "data", "split")}
-        self._made_by = ((data, split), arguments)
+        arguments = {name: value for name, value in locals().items() if name != "self"}
+        self._made_by = functools.partial(Loader, **arguments)
         if not isinstance(augmentation, Augmentation):
             augmentation = augmentation_named(augmentation)
         if threads is not None:
@@ -136,7 +132,10 @@ class Loader:
         chosen = statistics_for(dataset, statistics) if augmentation.needs_statistics else None
         dataset.check(augmentation, chosen)
         target = choose_device(device or "cpu")
-        settings = GraphSettings(
+        self._graph = Graph(
+            augmentation,
+            chosen,
+            views,
             raw=dataset.raw,
             size=dataset.size,
             batch_size=self._plan.largest_part,
@@ -148,14 +147,14 @@ class Loader:
             dtype=dtype,
             memory_format=memory_format,
         )
-        self._graph = Graph(augmentation, chosen, views, settings)
         self._on_bad, self._dataset = on_bad, dataset
         self.samples: int = len(dataset.samples)
         self.digest, self.classes, self.bad = dataset.digest, dataset.classes, dataset.bad
         self.skipped = 0
         self.epoch = self.step = 0
         self._runner: PipelineRunner | None = None
-        self._stream = zlib.crc32(f"{self.digest} {split} {self._plan.order_words}".encode())
+        order_words = f"blocks of {self._plan.block_shards} shards" if order == "blocks" else order
+        self._stream = zlib.crc32(f"{self.digest} {split} {order_words}".encode())
         self._upcoming = (0, 0)  # the step that the runner is handed next
         self._loaded = False  # a state, since the last loop began
         self._closed = False
@@ -224,8 +223,7 @@ class Loader:
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Goes to a state that `state_dict` gave.
 
-        Raises:
-            AlexprepError: the state is of another seed, batch size, dataset or order, or lies outside an epoch.
+        Raises AlexprepError where it is of another seed, batch size, dataset or order, or lies outside an epoch.
         """
         own, state = self.state_dict(), state if isinstance(state, Mapping) else {}
         for name in ("seed", "batch_size", "stream"):
@@ -249,15 +247,15 @@ class Loader:
         """The loader itself."""
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         """Closes the loader."""
         self.close()
 
-    def __reduce__(self) -> tuple[Callable[..., Loader], tuple[Any, ...]]:
+    def __reduce__(self) -> tuple[Callable[[], Loader], tuple[()], dict[str, int]]:
         """Pickled, a loader is its arguments and its state; the copy opens the data anew."""
-        return _reopened, (*self._made_by, self.state_dict())
+        return self._made_by, (), self.state_dict()
+
+    __setstate__ = load_state_dict
 
     def _running(self) -> PipelineRunner:
         if self._closed:
@@ -275,38 +273,17 @@ class Loader:
             runner.close()
 
 
-def _reopened(place: tuple[Source, str], arguments: dict[str, Any], state: dict[str, int]) -> Loader:
-    loader = Loader(*place, **arguments)
-    loader.load_state_dict(state)
-    return loader
-
-
 @dataclass
 class Step:
-    """A rank's part of one step on its way through DALI.
-
-    Attributes:
-        epoch: of the step.
-        number: of the step within its epoch.
-        rows: int64 (N,), of the samples.
-        draws: the samples' random parameters.
-        skipped: how many samples could not be decoded and were taken out of `rows` and `draws`.
-        failure: why the step cannot be made; raised when its turn comes, after the steps before it.
-    """
+    """A rank's part of one step on its way through DALI."""
 
     epoch: int
-    number: int
+    number: int  # within its epoch
     rows: NDArray[np.int64]
     draws: Draws
-    skipped: int = 0
-    failure: AlexprepError | None = None
-    _read_in_place: Any = field(default=None, repr=False)  # by DALI, until the step is done
-
-    def drop(self, bad: Sequence[bool]) -> None:
-        """Takes samples out."""
-        good = ~np.asarray(bad, bool)
-        self.skipped += len(self.rows) - int(good.sum())
-        self.rows, self.draws = self.rows[good], self.draws.only(good)
+    skipped: int = 0  # samples that could not be decoded and were taken out of `rows` and `draws`
+    failure: AlexprepError | None = None  # raised when the step's turn comes, after the steps before it
+    read_in_place: Any = None  # by DALI, until the step is done
 
 
 class PipelineRunner:
@@ -319,16 +296,7 @@ class PipelineRunner:
     """
 
     def __init__(self, dataset: Dataset, graph: Graph, on_bad: OnBad) -> None:
-        """Builds the pipeline.
-
-        Args:
-            dataset: what rows stand for.
-            graph: what is done to the images.
-            on_bad: what becomes of a sample that cannot be decoded: "error" ends the work, "skip" leaves it out.
-
-        Raises:
-            AlexprepError: DALI cannot build the pipeline; or this is one of several workers of a DataLoader.
-        """
+        """Builds the pipeline, or raises AlexprepError where DALI cannot, and in one of several workers of a DataLoader."""
         worker = torch.utils.data.get_worker_info()
         if worker is not None and worker.num_workers > 1:
             raise AlexprepError(
@@ -339,6 +307,7 @@ class PipelineRunner:
         self._steps: deque[Step] = deque()
         self._suspects: set[int] = set()  # rows that could not be decoded before: they are tried alone first
         self._copied: deque[tuple[torch.cuda.Event, Any]] = deque()  # DALI's buffers until torch has their pixels
+        self._device = torch.device("cpu" if graph.device_id is None else f"cuda:{graph.device_id}")
         self._process = os.getpid()
         self._pipeline: Any = self._built()
 
@@ -357,11 +326,7 @@ class PipelineRunner:
         self._submit(step)
 
     def take(self) -> tuple[Step, torch.Tensor]:
-        """The step that was fed first and not taken yet, and its images.
-
-        Raises:
-            AlexprepError: an image could not be read or decoded. The runner cannot go on after that.
-        """
+        """The step that was fed first and not taken yet, and its images. After an AlexprepError the runner cannot go on."""
         step = self._steps[0]
         while True:
             if step.failure is not None:
@@ -371,9 +336,8 @@ class PipelineRunner:
                 break
             except RuntimeError as error:
                 # Without a working decoder, for lack of a GPU's memory say, images are not to blame.
-                bad = (
-                    [not self._decodes(step, n) for n in range(len(step.rows))] if self._decodes_a_sound_image() else []
-                )
+                sound = self._decodes_a_sound_image()
+                bad = [sound and not self._decodes(step, n) for n in range(len(step.rows))]
                 if not any(bad):
                     raise AlexprepError(f"DALI could not make a batch: {error}") from error
                 self._suspects.update(step.rows[np.array(bad)].tolist())
@@ -405,17 +369,17 @@ class PipelineRunner:
 
     def _submit(self, step: Step) -> None:
         try:
-            self._submit_sound(step)
+            self._hand_over(step)
         except AlexprepError as error:
             step.failure = error
 
-    def _submit_sound(self, step: Step) -> None:
+    def _hand_over(self, step: Step) -> None:
         """Hands a step to DALI without the samples that are known to be bad."""
         rows = step.rows.tolist()
         if not self._suspects.isdisjoint(rows):
             self._leave_out(step, [row in self._suspects and not self._decodes(step, n) for n, row in enumerate(rows)])
         encoded = [self._image(row) for row in step.rows.tolist()]
-        if not self._graph.settings.raw:
+        if not self._graph.raw:
             sizes = zip(encoded, self._sizes[step.rows].tolist(), strict=True)
             unread = [header_size(image) != tuple(size) for image, size in sizes]
             encoded = [image for image, bad in zip(encoded, unread, strict=True) if not bad]
@@ -426,7 +390,7 @@ class PipelineRunner:
         self._pipeline.feed_input("encoded", encoded)
         for name, values in inputs.items():
             self._pipeline.feed_input(name, values)
-        step._read_in_place = (encoded, inputs)
+        step.read_in_place = (encoded, inputs)
         self._pipeline.schedule_run()
 
     def _leave_out(self, step: Step, bad: list[bool]) -> None:
@@ -436,12 +400,14 @@ class PipelineRunner:
                 f"{self._samples.where(int(step.rows[bad.index(True)]))} holds an image that cannot be decoded: leave such "
                 "images out with on_bad='skip', or make sound shards of them with `alexprep shard`"
             )
-        step.drop(bad)
+        good = ~np.array(bad, bool)
+        step.skipped += sum(bad)
+        step.rows, step.draws = step.rows[good], step.draws.only(good)
 
     def _image(self, row: int) -> NDArray[np.uint8]:
         """What DALI gets of a sample: its bytes, or its pixels where the shards are raw."""
         encoded = self._samples.encoded(row)
-        if not self._graph.settings.raw:
+        if not self._graph.raw:
             return encoded
         height, width = self._sizes[row].tolist()
         header = raw_header(height, width)
@@ -454,16 +420,18 @@ class PipelineRunner:
     def _decodes(self, step: Step, n: int) -> bool:
         """Whether sample `n` of a step can be decoded by itself, with the window drawn for it."""
         inputs = self._graph.inputs(step.epoch, step.draws.only([n]), self._sizes[step.rows[n : n + 1]])
-        return self._graph.settings.raw or self._decodes_alone(self._image(int(step.rows[n])), inputs)
+        return self._decodes_alone(self._image(int(step.rows[n])), inputs)
 
     def _decodes_a_sound_image(self) -> bool:
         """Whether there is a decoder that works."""
         buffer = io.BytesIO()
         Image.new("RGB", (16, 16)).save(buffer, "JPEG")
-        return self._graph.settings.raw or self._decodes_alone(np.frombuffer(buffer.getvalue(), np.uint8), {})
+        return self._decodes_alone(np.frombuffer(buffer.getvalue(), np.uint8), {})
 
     def _decodes_alone(self, image: NDArray[np.uint8], inputs: Mapping[str, Any]) -> bool:
-        """Whether one encoded image can be decoded; with a window among `inputs`, only that where a window can be."""
+        """Whether one image can be decoded; with a window among `inputs`, only that where a window can be."""
+        if self._graph.raw:
+            return True
         try:
             pipeline = self._graph.decoding_pipeline(windowed="start" in inputs)
             pipeline.feed_input("encoded", [image])  # DALI reads it in place
@@ -476,33 +444,33 @@ class PipelineRunner:
         return True
 
     def _outputs(self, step: Step) -> torch.Tensor:
-        settings = self._graph.settings
-        device = torch.device(settings.device if settings.device_id is None else f"cuda:{settings.device_id}")
+        graph = self._graph
         if not len(step.rows):
-            side = self._graph.augmentation.crop
-            height, width = self._sizes[0].tolist() if side is None else (side, side)
-            shape = (3, height, width) if settings.memory_format == "NCHW" else (height, width, 3)
-            views = (10,) if self._graph.views == "ten" else ()
-            images = torch.empty((0, *views, *shape), dtype=getattr(torch, settings.dtype), device=device)
+            side = graph.augmentation.crop
+            height, width = (side, side) if side else self._sizes[0].tolist()
+            shape = (3, height, width) if graph.memory_format == "NCHW" else (height, width, 3)
+            images = self._empty((0, 10, *shape) if graph.views == "ten" else (0, *shape))
+        elif self._device.type == "cuda":
+            images = self._on_gpu()
         else:
-            images = self._on_gpu(device) if device.type == "cuda" else self._on_cpu()
-        step._read_in_place = None
-        return images.movedim(-1, -3) if settings.memory_format == "channels_last" else images
+            (output,) = self._pipeline.outputs()
+            # Without a copy: DALI's own buffer, which is ours until the tensor is gone.
+            images = torch.utils.dlpack.from_dlpack(output.as_tensor())
+        step.read_in_place = None
+        return images.movedim(-1, -3) if graph.memory_format == "channels_last" else images
 
-    def _on_cpu(self) -> torch.Tensor:
-        """DALI's own buffer: it is ours until the tensor is gone."""
-        (output,) = self._pipeline.outputs()
-        return torch.utils.dlpack.from_dlpack(output.as_tensor())
+    def _empty(self, shape: Sequence[int]) -> torch.Tensor:
+        return torch.empty(shape, dtype=getattr(torch, self._graph.dtype), device=self._device)
 
-    def _on_gpu(self, device: torch.device) -> torch.Tensor:
+    def _on_gpu(self) -> torch.Tensor:
         """A copy: DALI takes a buffer back in the order of its own stream, so perhaps under a kernel of torch's that still reads it."""
         while self._copied and self._copied[0][0].query():  # type: ignore[no-untyped-call]
             self._copied.popleft()
-        with torch.cuda.device(device):
+        with torch.cuda.device(self._device):
             stream = torch.cuda.current_stream()
             (output,) = self._pipeline.outputs(cuda_stream=stream)
             made = output.as_tensor()
-            images = torch.empty(made.shape(), dtype=getattr(torch, self._graph.settings.dtype), device=device)
+            images = self._empty(made.shape())
             made.copy_to_external(
                 ctypes.c_void_p(images.data_ptr()), ctypes.c_void_p(stream.cuda_stream), non_blocking=True
             )

@@ -14,11 +14,11 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from alexprep.pipeline.dali_ops import HW_DECODER_LOAD
 from alexprep.shards.dataset_format import DATASET, TUNING
-from alexprep.shards.errors import AlexprepError, number_within, whole_number
+from alexprep.shards.errors import AlexprepError, number_within, one_of, whole_number
 from alexprep.shards.storage import folder_at, publish_json, user_cache
 from alexprep.shards.versions import processor
 from alexprep.shards.worker_pool import cores
@@ -47,8 +47,8 @@ class Tuning:
             whole_number("threads", self.threads, 1, 4096)
         whole_number("prefetch", self.prefetch, 1, 64)
         number_within("hw_decoder_load", self.hw_decoder_load, 0, 1)
-        if self.decode not in ("cpu", "cuda", None):
-            raise AlexprepError(f"decode {self.decode!r} is not one of cpu, cuda")
+        if self.decode is not None:
+            one_of("decode", self.decode, ("cpu", "cuda"))
 
     @property
     def dali_threads(self) -> int:
@@ -73,28 +73,16 @@ class Tuning:
         return f"{words}, decode on {'the CPU' if self.decode_on(device) == 'cpu' else on_gpu}"
 
 
-class Saved(NamedTuple):
-    """What was found for this machine."""
-
-    tuning: Tuning | None  # None where `alexprep tune` has not run, or its file cannot be used
-    problems: list[str]  # a sentence for every file that cannot be used
-
-
 def tuning_for(data: str | Path, device: str = "cpu") -> Tuning:
     """The settings that `alexprep tune` found for this data on this machine, or the defaults; a damaged file counts as none.
 
-    Args:
-        data: as for `Loader`.
-        device: "cpu", or "cuda" with or without an index.
-
-    Raises:
-        AlexprepError: there is no such device.
+    `data` is as for `Loader`; `device` is "cpu", or "cuda" with or without an index. Raises AlexprepError where there is none.
     """
-    return saved_tuning(data, device).tuning or Tuning()
+    return saved_tuning(data, device)[0] or Tuning()
 
 
-def saved_tuning(data: str | Path, device: str) -> Saved:
-    """The newest settings that were saved for this data and this machine; arguments as for `tuning_for`."""
+def saved_tuning(data: str | Path, device: str) -> tuple[Tuning | None, list[str]]:
+    """The newest settings that were saved for this data and this machine, and a sentence for every file that cannot be used."""
     found: list[tuple[str, Tuning]] = []
     problems = []
     for path, name in _places(data, this_machine(device)).items():
@@ -106,13 +94,12 @@ def saved_tuning(data: str | Path, device: str) -> Saved:
         except (AlexprepError, AttributeError, KeyError, TypeError, ValueError) as error:
             problem = problem or f"{path} has no usable settings for this machine ({error})"
         problems += [problem] if problem else []
-    return Saved(max(found, key=lambda pair: pair[0])[1] if found else None, problems)
+    return max(found, key=lambda pair: pair[0])[1] if found else None, problems
 
 
 def save_tuning(data: str | Path, machine: str, entry: Mapping[str, Any]) -> tuple[Path | None, list[str]]:
     """Publishes the entry of one machine, as `this_machine` names it; those of other machines stay.
 
-    `entry` holds JSON values, among them "settings", the fields of `Tuning`, and "measured_at", a UTC time that sorts as text.
     Returns where it was written, None where no place can be written; and a sentence for each thing that was not as it should be.
     """
     notes = []

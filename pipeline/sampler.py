@@ -12,7 +12,7 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from alexprep.shards.errors import AlexprepError, whole_number
+from alexprep.shards.errors import one_of, whole_number
 from alexprep.shards.plan import permutation
 
 Order = Literal["shuffle", "blocks", "sequential"]
@@ -24,21 +24,12 @@ _ORDER, _BLOCKS = 0x6F72_6465, 0x626C_6F63
 
 @dataclass
 class StepPlan:
-    """The steps of all epochs.
+    """The steps of all epochs, for a `Loader` with these arguments.
 
     Step s of an epoch is the slice [s * batch_size, (s + 1) * batch_size) of the epoch's order, and a rank takes its part of it.
-
-    Attributes:
-        shards_N: (samples,), the shard in which each row lies, ascending.
-        batch_size: samples a step over all ranks.
-        order: see `Loader`.
-        block_shards: see `Loader`.
-        seed: of the orders.
-        rank: in [0, world_size).
-        world_size: how many ranks share each step.
     """
 
-    shards_N: NDArray[np.integer]
+    shards_N: NDArray[np.integer]  # the shard in which each row lies, ascending
     batch_size: int
     order: Order
     block_shards: int
@@ -56,18 +47,12 @@ class StepPlan:
         ):
             setattr(self, name, whole_number(name, getattr(self, name), low, high))
         self.rank = whole_number("rank", self.rank, 0, self.world_size - 1)
-        if self.order not in get_args(Order):
-            raise AlexprepError(f"order {self.order!r} is not one of {', '.join(get_args(Order))}")
+        one_of("order", self.order, get_args(Order))
         self._kept: tuple[int, NDArray[np.int64]] | None = None
 
     def __len__(self) -> int:
         """Steps an epoch, the same on all ranks; the last one may be smaller."""
         return (len(self.shards_N) + self.batch_size - 1) // self.batch_size
-
-    @property
-    def order_words(self) -> str:
-        """What the order depends on beside the seed."""
-        return f"blocks of {self.block_shards} shards" if self.order == "blocks" else self.order
 
     def open_shards(self, steps: int) -> int:
         """How many shards `steps` steps in a row are read from, where these are not all: whole blocks, or a few shards in turn."""
@@ -93,15 +78,16 @@ class StepPlan:
 
     def _epoch(self, epoch: int) -> NDArray[np.int64]:
         """The epoch's order: int64 (samples,). The one asked for last is kept."""
-        if self._kept is None or self._kept[0] != epoch:
-            if self.order == "shuffle":
-                order = epoch_order(self.seed, epoch, len(self.shards_N))
-            elif self.order == "blocks":
-                order = block_order(self.seed, epoch, self.shards_N, self.block_shards)
-            else:
-                order = np.arange(len(self.shards_N))
-            self._kept = epoch, order
-        return self._kept[1]
+        if self._kept is not None and self._kept[0] == epoch:
+            return self._kept[1]
+        if self.order == "shuffle":
+            order = epoch_order(self.seed, epoch, len(self.shards_N))
+        elif self.order == "blocks":
+            order = block_order(self.seed, epoch, self.shards_N, self.block_shards)
+        else:
+            order = np.arange(len(self.shards_N))
+        self._kept = epoch, order
+        return order
 
 
 def rank_part(first: int, last: int, rank: int, world_size: int) -> tuple[int, int]:
@@ -117,15 +103,7 @@ def rank_part(first: int, last: int, rank: int, world_size: int) -> tuple[int, i
 
 
 def epoch_order(seed: int, epoch: int, samples: int) -> NDArray[np.int64]:
-    """The rows of an epoch in the order in which they are seen: a uniform permutation of all rows, another one each epoch.
-
-    Args:
-        seed: of the run, at least 0.
-        epoch: from 0.
-        samples: how many rows there are.
-
-    Returns:
-        int64 (samples,), each row once.
+    """The rows of an epoch in the order in which they are seen: int64 (samples,), a uniform permutation, another one each epoch.
 
     >>> sorted(epoch_order(0, 3, 10).tolist()) == list(range(10))
     True
@@ -143,15 +121,7 @@ def block_order(seed: int, epoch: int, shards_N: NDArray[np.integer], block_shar
 
     The shards are permuted and dealt out in blocks of `block_shards`; the rows of a block are permuted as one. So at most
     `block_shards` shards are being read (two blocks' while one gives way to the next), and a row can meet those of its block.
-
-    Args:
-        seed: of the run, at least 0.
-        epoch: from 0.
-        shards_N: (samples,), the shard in which each row lies, ascending.
-        block_shards: shards of a block, at least 1.
-
-    Returns:
-        int64 (samples,), each row once.
+    `shards_N`, (samples,), is the shard in which each row lies, ascending. Gives int64 (samples,), each row once.
 
     >>> order = block_order(0, 0, np.array([0, 0, 1, 1, 2, 2]), 1)
     >>> [sorted(pair) in ([0, 1], [2, 3], [4, 5]) for pair in order.reshape(3, 2).tolist()]
@@ -177,10 +147,7 @@ def shuffle_quality(order: NDArray[np.int64]) -> float:
     each 32 rows, divided by the bits of a uniform distribution over them. It is taken both ways: how far apart those lay that are
     seen one after the other, and how far apart those are seen that lay side by side (blocks of shards from all over the set do
     well in the first and badly in the second); and for the next to the sixteenth neighbour (streams that are dealt out in turn do
-    well in the next). The lowest of all counts.
-
-    Args:
-        order: int (N,), rows as they are seen; N at least 2. Rows that are left out or come twice do no harm.
+    well in the next). The lowest of all counts. `order` is (N,), N at least 2; rows that are left out or come twice do no harm.
 
     >>> shuffle_quality(np.arange(10_000))
     0.0

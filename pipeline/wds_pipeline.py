@@ -7,32 +7,45 @@ opened, and of their members only the image and the label are looked at.
 
 from __future__ import annotations
 
+import functools
 import io
 import itertools
 import random
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 import webdataset
-from numpy.typing import NDArray
 from PIL import Image
 from webdataset.tariterators import group_by_keys, tar_file_expander
 from webdataset.utils import pytorch_worker_info
 
 from alexprep.pipeline.sampler import rank_part, shard_order
 from alexprep.shards.dataset_format import FORMATS, read_dataset, read_index, shard_name, split_record
-from alexprep.shards.errors import AlexprepError, whole_number
+from alexprep.shards.errors import AlexprepError, one_of, whole_number
 from alexprep.shards.storage import folder_at, is_local
 from alexprep.shards.tar_format import BLOCK
 
 ImageKind = Literal["numpy", "torch", "pil"]
 
 _PARTS = ("image", "label", "key")
+
+
+class EpochPipeline(webdataset.DataPipeline):  # type: ignore[misc]  # webdataset is untyped
+    """A `webdataset.DataPipeline` whose order depends on the epoch that it is told."""
+
+    def __init__(self, samples: Callable[[torch.Tensor], Iterator[Any]], *stages: Any) -> None:
+        """`samples` is called with the epoch, int64 (), at the beginning of each iteration."""
+        # Workers that are already running see it change.
+        self._epoch: torch.Tensor = torch.zeros((), dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
+        super().__init__(functools.partial(samples, self._epoch), *stages)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the order of the iterations that begin from now on; `epoch` from 0."""
+        self._epoch.fill_(whole_number("epoch", epoch, 0, 2**32 - 1))
 
 
 def webdataset_pipeline(
@@ -61,19 +74,16 @@ def webdataset_pipeline(
         split: "train", "val" or "test".
         parts: what a sample consists of, in this order: "image"; "label", an int, -1 where there is none; "key", a str.
         image: "numpy", uint8 (H, W, 3); "torch", a uint8 tensor (3, H, W); "pil", a `PIL.Image.Image`. RGB, 0-255.
-        transform: called with the image; its result takes the image's place. With worker processes that are spawned, a function
-            that can be pickled.
+        transform: called with the image; its result takes the image's place. Spawned workers need one that can be pickled.
         shuffle: whether shards are read in another order each epoch, and samples drawn from a buffer; else all come as stored.
         buffer: encoded samples that a worker keeps to draw from; 0 or 1 for none.
         seed: of the orders, 0 to 2**63 - 1.
         even: whether all ranks get the same number of samples, and so of batches: up to `world_size` - 1 samples of an epoch are
             left out, other ones each epoch. False: none is left out, and ranks' numbers differ by one at most.
-        rank: of this process, in [0, world_size). Together with `world_size`; by default what torchrun's environment or
-            `torch.distributed` says when the pipeline is made.
+        rank: of this process. With `world_size`; by default what torchrun's environment or `torch.distributed` says by now.
         world_size: how many processes share an epoch.
 
-    Returns:
-        A `webdataset.DataPipeline`, to which further stages can be composed, with `set_epoch`. It yields tuples of `parts`.
+    Returns a `webdataset.DataPipeline` of tuples of `parts`, to which further stages can be composed, with `set_epoch`.
 
     Raises:
         AlexprepError: no such data or not in a local folder, or an argument out of its bounds; when iterated, a shard that is damaged or
@@ -83,137 +93,88 @@ def webdataset_pipeline(
     if not is_local(folder):
         raise AlexprepError(f"{data} is no local folder: copy the shards to a disk, or use Loader with order='blocks'")
     dataset = read_dataset(folder)
-    split_record(dataset, split, folder)
+    count = split_record(dataset, split, folder)["samples"]
+    extension = FORMATS[dataset["image"]["format"]]
     if not parts or not set(parts) <= set(_PARTS):
         raise AlexprepError(f"parts {tuple(parts)} are not some of {', '.join(_PARTS)}")
-    if image not in get_args(ImageKind):
-        raise AlexprepError(f"image {image!r} is not one of {', '.join(get_args(ImageKind))}")
-    if (rank is None) != (world_size is None):
-        raise AlexprepError(f"rank {rank} and world_size {world_size} go together: give both or none")
-    if rank is None:
+    one_of("image", image, get_args(ImageKind))
+    if rank is None and world_size is None:
         rank, world_size, _, _ = pytorch_worker_info()  # now: worker processes know nothing of torch.distributed
     world_size = whole_number("world_size", world_size, 1, 2**31 - 1)
     rank = whole_number("rank", rank, 0, world_size - 1)
-    member = FORMATS[dataset["image"]["format"]]
     seed, buffer = whole_number("seed", seed, 0, 2**63 - 1), whole_number("buffer", buffer, 0, 2**31 - 1)
-    # Workers that are already running see it change.
-    epoch: torch.Tensor = torch.zeros((), dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
-    source = _EncodedSamples(
-        folder, split, (f".{member}", ".cls"), shuffle, buffer, seed, even, rank, world_size, epoch
+    part = rank_part(0, count - count % world_size * even, rank, world_size)
+    shuffling = (seed, rank, buffer) if shuffle else None
+    kind = image if "image" in parts else None
+    return EpochPipeline(
+        functools.partial(_encoded_samples, folder / split, extension, part, shuffling),
+        webdataset.map(functools.partial(_decoded, extension, kind)),
+        webdataset.map_dict(image=transform) if kind and transform else None,
+        webdataset.to_tuple(*parts, none_is_error=False),
     )
-    decode = _Decode(member, image, transform, tuple(parts))
-    return EpochPipeline(source, webdataset.map(decode), epoch=epoch)
 
 
-class EpochPipeline(webdataset.DataPipeline):  # type: ignore[misc]  # webdataset is untyped
-    """A `webdataset.DataPipeline` whose order depends on the epoch that it is told."""
-
-    def __init__(self, *stages: Any, epoch: torch.Tensor) -> None:
-        """Made by `webdataset_pipeline`; `epoch` is int64 (), in memory that worker processes share."""
-        super().__init__(*stages)
-        self._epoch = epoch
-
-    def set_epoch(self, epoch: int) -> None:
-        """Chooses the order of the iterations that begin from now on; `epoch` from 0."""
-        self._epoch.fill_(whole_number("epoch", epoch, 0, 2**32 - 1))
-
-
-@dataclass(frozen=True)
-class _EncodedSamples:
-    """The pipeline's first stage: this worker's part of an epoch, each sample as {"__key__", "__url__", extension: bytes, …}."""
-
-    folder: Path
-    split: str
-    members: tuple[str, ...]  # how the names of those end that are read
-    shuffle: bool
-    buffer: int
-    seed: int
-    even: bool
-    rank: int
-    world_size: int
-    epoch: torch.Tensor
-
-    def __call__(self) -> Iterator[dict[str, Any]]:
-        """One epoch."""
-        _, _, worker, workers = pytorch_worker_info()
-        index, epoch = read_index(self.folder, self.split), int(self.epoch)
-        count = len(index) - len(index) % self.world_size * self.even
-        part = rank_part(*rank_part(0, count, self.rank, self.world_size), worker, workers)
-        samples = itertools.chain.from_iterable(
-            self._span(*span) for span in _spans(index, part, (self.seed, epoch) if self.shuffle else None)
-        )
-        if not self.shuffle or self.buffer < 2:
-            return samples
-        rng = random.Random(f"{self.seed} {epoch} {self.rank} {worker}")
-        drawn: Iterator[dict[str, Any]] = webdataset.shuffle(self.buffer, initial=self.buffer, rng=rng)(samples)
-        return drawn
-
-    def _span(self, shard: int, offset: int, count: int) -> Iterator[dict[str, Any]]:
-        """`count` samples of a shard, the first of which has its image at byte `offset`."""
-        path = self.folder / self.split / f"{shard_name(self.split, shard)}.tar"
-        try:
-            with path.open("rb") as file:
-                file.seek(offset - BLOCK)  # to the header of the image, which is a sample's first member
-                opened = [{"url": str(path), "stream": file}]
-                files = tar_file_expander(opened, select_files=lambda name: name.endswith(self.members))
-                for sample in itertools.islice(group_by_keys(files), count):
-                    count -= 1
-                    yield sample
-        except (OSError, ValueError, tarfile.TarError) as error:
-            raise AlexprepError(f"{path} cannot be read ({error.args[0]}): `alexprep verify` tells more") from error
-        if count:
-            raise AlexprepError(f"{path} lacks {count:,} samples of its index: `alexprep verify` tells more")
+def _encoded_samples(
+    folder: Path, extension: str, part: tuple[int, int], shuffling: tuple[int, int, int] | None, epoch: torch.Tensor
+) -> Iterator[dict[str, Any]]:
+    """This worker's share of its rank's part of an epoch, each sample as {"__key__", "__url__", extension: bytes, "cls": bytes}."""
+    index = read_index(folder.parent, folder.name)
+    shards = np.split(np.arange(len(index)), np.flatnonzero(np.diff(index["shard"])) + 1)  # the rows of each
+    if shuffling is not None:
+        seed, rank, buffer = shuffling
+        shards = [shards[n] for n in shard_order(seed, int(epoch), len(shards))]
+    _, _, worker, workers = pytorch_worker_info()
+    first, last = rank_part(*part, worker, workers)
+    rows = np.concatenate(shards)[first:last]
+    runs = np.split(rows, np.flatnonzero(np.diff(index["shard"][rows])) + 1)
+    samples = itertools.chain.from_iterable(
+        _run_of_samples(folder, index[run[0]], len(run), (f".{extension}", ".cls")) for run in runs if len(run)
+    )
+    if shuffling is None or buffer < 2:
+        return samples
+    rng = random.Random(f"{seed} {int(epoch)} {rank} {worker}")
+    drawn: Iterator[dict[str, Any]] = webdataset.shuffle(buffer, initial=buffer, rng=rng)(samples)
+    return drawn
 
 
-def _spans(
-    index: NDArray[np.void], part: tuple[int, int], seed_and_epoch: tuple[int, int] | None
-) -> Iterator[tuple[int, int, int]]:
-    """Where the samples [first, last) of an epoch's order lie: shard, offset of the first image, number of samples."""
-    shards, starts, counts = np.unique(index["shard"], return_index=True, return_counts=True)
-    order = np.arange(len(shards)) if seed_and_epoch is None else shard_order(*seed_and_epoch, len(shards))
-    first, last = part
-    at = 0
-    for n in order.tolist():
-        low, high = max(first - at, 0), min(last - at, int(counts[n]))
-        if low < high:
-            yield int(shards[n]), int(index["offset"][starts[n] + low]), high - low
-        at += int(counts[n])
+def _run_of_samples(folder: Path, record: np.void, count: int, members: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+    """`count` samples of a shard from the one on whose `record` of the index says; of their files those that end as `members`."""
+    path = folder / f"{shard_name(folder.name, record['shard'])}.tar"
+    try:
+        with path.open("rb") as file:
+            file.seek(int(record["offset"]) - BLOCK)  # to the header of the image, which is a sample's first member
+            opened = [{"url": str(path), "stream": file}]
+            files = tar_file_expander(opened, select_files=lambda name: name.endswith(members))
+            for sample in itertools.islice(group_by_keys(files), count):
+                count -= 1
+                yield sample
+    except (OSError, ValueError, tarfile.TarError) as error:
+        raise AlexprepError(f"{path} cannot be read ({error.args[0]}): `alexprep verify` tells more") from error
+    if count:
+        raise AlexprepError(f"{path} lacks {count:,} samples of its index: `alexprep verify` tells more")
 
 
-@dataclass(frozen=True)
-class _Decode:
-    """The pipeline's second stage: an encoded sample to a tuple of its parts."""
+def _decoded(extension: str, kind: ImageKind | None, sample: dict[str, Any]) -> dict[str, Any]:
+    """The parts of an encoded sample; without `kind`, no image."""
+    try:
+        found = {"key": sample["__key__"], "label": int(sample["cls"])}
+        if kind is not None:
+            found["image"] = _image(sample[extension], extension, kind)
+    except Exception as error:  # whatever Pillow raises on damaged bytes
+        raise AlexprepError(
+            f"{sample['__url__']} holds a sample {sample['__key__']} that cannot be decoded ({type(error).__name__}: {error}): "
+            "`alexprep verify` tells more"
+        ) from error
+    return found
 
-    member: str
-    image: ImageKind
-    transform: Callable[[Any], Any] | None
-    parts: tuple[str, ...]
 
-    def __call__(self, sample: dict[str, Any]) -> tuple[Any, ...]:
-        found = {"key": sample["__key__"]}
-        try:
-            if "image" in self.parts:
-                found["image"] = self._image(sample[self.member])
-            found["label"] = int(sample["cls"])
-        except Exception as error:  # whatever Pillow raises on damaged bytes
-            raise AlexprepError(
-                f"{sample['__url__']} holds a sample {sample['__key__']} that cannot be decoded ({type(error).__name__}: {error}): "
-                "`alexprep verify` tells more"
-            ) from error
-        if "image" in self.parts and self.transform is not None:
-            found["image"] = self.transform(found["image"])
-        return tuple(found[part] for part in self.parts)
-
-    def _image(self, encoded: bytes) -> Any:
-        if self.member == "npy":
-            pixels: NDArray[np.uint8] = np.load(io.BytesIO(encoded), allow_pickle=False)
-            if pixels.dtype != np.uint8:
-                raise ValueError(f"{pixels.dtype} where uint8 belongs")
-        else:
-            opened = Image.open(io.BytesIO(encoded), formats=("JPEG", "PNG")).convert("RGB")
-            if self.image == "pil":
-                return opened
-            pixels = np.array(opened)
-        if self.image == "pil":
-            return Image.fromarray(pixels)
-        return pixels if self.image == "numpy" else torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+def _image(encoded: bytes, extension: str, kind: ImageKind) -> Any:
+    stored = io.BytesIO(encoded)
+    if extension == "npy":
+        picture = Image.fromarray(np.load(stored, allow_pickle=False))
+    else:
+        picture = Image.open(stored, formats=("JPEG", "PNG")).convert("RGB")
+    if kind == "pil":
+        return picture
+    pixels = np.array(picture)
+    return pixels if kind == "numpy" else torch.from_numpy(pixels).permute(2, 0, 1).contiguous()

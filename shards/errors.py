@@ -6,6 +6,7 @@ Where an error is shown to the user is the business of `alexprep.cli`.
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterable
 from typing import Any
 
 TRACEBACK = "ALEXPREP_TRACEBACK"  # environment variable: let unexpected errors through, for a bug report
@@ -38,6 +39,13 @@ def whole_number(name: str, value: Any, low: int, high: int) -> int:
     if isinstance(value, bool) or not low <= number <= high:
         raise AlexprepError(f"{name} {value} is not in [{low}, {high}]")
     return number
+
+
+def one_of(name: str, value: Any, choices: Iterable[str]) -> None:
+    """Raises AlexprepError where `value` is not among `choices`."""
+    choices = list(choices)
+    if value not in choices:
+        raise AlexprepError(f"{name} {value!r} is not one of {', '.join(choices)}")
 
 
 def number_within(name: str, value: Any, low: float, high: float) -> None:

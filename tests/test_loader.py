@@ -9,16 +9,12 @@ import json
 import multiprocessing
 import os
 import pickle
-import random
 import shutil
-import signal
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -45,63 +41,48 @@ BAD = (3, 20, 21, 22, 47)
 SECONDS = 120
 
 
-@pytest.fixture(autouse=True)
-def _gpu(request: pytest.FixtureRequest) -> None:
-    if request.node.get_closest_marker("gpu") and not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
+def epochs_of(loader: Loader, count: int) -> Iterator[Batch]:
+    return itertools.chain.from_iterable(iter(loader) for _ in range(count))
 
 
 def _stream(loader: Loader, epochs: int) -> list[tuple[list[int], bytes]]:
-    batches = itertools.chain.from_iterable(iter(loader) for _ in range(epochs))
-    return [(batch.indices.tolist(), batch.images.numpy().tobytes()) for batch in batches]
+    return [(batch.indices.tolist(), batch.images.numpy().tobytes()) for batch in epochs_of(loader, epochs)]
 
 
-def _open(data: Path, **options: Any) -> Loader:
+def open_loader(data: Path, **options: Any) -> Loader:
     return Loader(data, **{"batch_size": 7, "augmentation": ODD, "seed": 3, **options})
-
-
-def _epochs(loader: Loader, count: int) -> list[Batch]:
-    return list(itertools.chain.from_iterable(iter(loader) for _ in range(count)))
 
 
 def _check_ranks(ranks: list[Loader], batches: list[Batch], epochs: int) -> None:
     """From where they stand on, the ranks' parts together make these batches."""
-    for whole, parts in zip(batches, zip(*(_epochs(rank, epochs) for rank in ranks), strict=True), strict=True):
+    for whole, parts in zip(batches, zip(*(epochs_of(rank, epochs) for rank in ranks), strict=True), strict=True):
         for name, tensor in whole._asdict().items():
             assert torch.equal(torch.cat([getattr(part, name) for part in parts]), tensor)
     for rank in ranks:
         rank.close()
 
 
-def test_two_epochs_hold_each_sample_once(data: Path) -> None:
-    with Loader(data, batch_size=13, augmentation=ODD) as loader:
-        assert len(loader) == 4
-        first, second = ([row for rows, _ in _stream(loader, 1) for row in rows] for _ in range(2))
-    assert sorted(first) == sorted(second) == list(range(48))
-    assert first != second
-
-
 @pytest.mark.parametrize("world_size", [2, 3, 8])
 @pytest.mark.parametrize("batch_size", [1, 13, 300])
-def test_ranks_see_the_same_global_batches(world_size: int, batch_size: int, data: Path) -> None:
-    with _open(data, batch_size=batch_size) as loader:
+def test_ranks_and_threads_do_not_matter(world_size: int, batch_size: int, data: Path) -> None:
+    with open_loader(data, batch_size=batch_size) as loader:
         alone = list(loader)
-    ranks = [_open(data, batch_size=batch_size, rank=rank, world_size=world_size) for rank in range(world_size)]
-    _check_ranks(ranks, alone, 1)
+    options: Any = {"batch_size": batch_size, "world_size": world_size}
+    _check_ranks([open_loader(data, rank=rank, threads=1 + rank, **options) for rank in range(world_size)], alone, 1)
 
 
 @pytest.mark.parametrize("world_size", [1, 3])
 def test_resume_from_any_step(world_size: int, data: Path) -> None:
     """The state before every batch of two epochs, each restored into a fresh loader: the remaining stream is the same."""
     batches, states = [], []
-    with _open(data, batch_size=15) as loader:
+    with open_loader(data, batch_size=15) as loader:
         states.append(loader.state_dict())
-        for batch in itertools.chain.from_iterable(iter(loader) for _ in range(2)):
+        for batch in epochs_of(loader, 2):
             batches.append(batch)
             states.append(loader.state_dict())
     for n, state in enumerate(states[:-1]):
         assert json.loads(json.dumps(state)) == state
-        ranks = [_open(data, batch_size=15, rank=r, world_size=world_size, threads=1) for r in range(world_size)]
+        ranks = [open_loader(data, batch_size=15, rank=r, world_size=world_size, threads=1) for r in range(world_size)]
         for rank in ranks:
             rank.load_state_dict(state)
             assert rank.state_dict() == state
@@ -112,6 +93,8 @@ def test_state_counts_only_what_was_delivered(data: Path) -> None:
     """Prefetched steps do not count; an abandoned loop goes on where it was left; a state can be loaded at any time."""
     with Loader(data, batch_size=13, augmentation=ODD) as loader:
         whole = _stream(loader, 2)
+    first, second = ([row for rows, _ in whole[n : n + len(loader)] for row in rows] for n in (0, 4))
+    assert sorted(first) == sorted(second) == list(range(48)) and first != second
     with Loader(data, batch_size=13, augmentation=ODD) as loader:
         seen = []
         for batch in loader:
@@ -128,39 +111,24 @@ def test_state_counts_only_what_was_delivered(data: Path) -> None:
         assert _stream(loader, 2) == whole
 
 
-def test_threads_do_not_matter(data: Path) -> None:
-    streams = []
-    for threads in (1, 2, 3, None):
-        with Loader(data, batch_size=13, augmentation=ODD, threads=threads) as loader:
-            streams.append(_stream(loader, 1))
-    assert streams[1:] == streams[:1] * 3
-
-
 def test_train_and_evaluation_in_turns(data: Path) -> None:
     """An evaluation in the middle of an epoch, left early or not, changes nothing; the next one sees the whole split."""
     with (
-        _open(data) as whole,
-        _open(data) as train,
-        _open(data, split="val", views="centre", order="sequential") as val,
+        open_loader(data) as whole,
+        open_loader(data) as train,
+        open_loader(data, split="val", views="centre", order="sequential") as val,
     ):
         expected = _stream(whole, 2)
         seen = []
-        for batch in itertools.chain.from_iterable(iter(train) for _ in range(2)):
+        for batch in epochs_of(train, 2):
             seen.append((batch.indices.tolist(), batch.images.numpy().tobytes()))
             if len(seen) % 3 == 0:
                 next(iter(val))  # as a sanity check that is left early
             if len(seen) % 5 == 0:
                 assert [row for batch in val for row in batch.indices.tolist()] == list(range(20))
         assert seen == expected
-
-
-def test_an_evaluation_that_was_restored_goes_on(data: Path) -> None:
-    with _open(data, split="val", views="centre", order="sequential") as val:
-        next(iter(val))
-        state = val.state_dict()
-        val.load_state_dict(state)
-        assert [batch.indices[0].item() for batch in val] == [7, 14]
-        assert [batch.indices[0].item() for batch in val] == [0, 7, 14]
+        val.load_state_dict({**val.state_dict(), "step": 1})  # restored, it goes on
+        assert [batch.indices[0].item() for batch in epochs_of(val, 2)] == [7, 14, 0, 7, 14]
 
 
 @pytest.mark.parametrize(
@@ -181,11 +149,7 @@ def test_an_evaluation_that_was_restored_goes_on(data: Path) -> None:
         ({"on_bad": "warn"}, "on_bad 'warn' is not one of error, skip"),
         ({"augmentation": "alexnet"}, "augmentation 'alexnet' is not one of paper, 2012-code, resized, none"),
         ({"dtype": "uint8"}, "dtype uint8 holds grey levels as they are"),
-        ({"batch_size": 2.5}, r"batch_size 2.5 is not a whole number"),
-        ({"rank": "0"}, r"rank '0' is not a whole number"),
         ({"device": "cuda:99"}, "there is no cuda:99 here"),
-        ({"device": "gpu"}, "'gpu' is not a device"),
-        ({"device": "meta"}, "'meta' is not supported"),
         ({"augmentation": 5}, "augmentation 5 is not one of"),
         ({"statistics": 5}, "statistics 5 are neither"),
         ({"threads": 0}, r"threads 0 is not in \[1, "),
@@ -210,16 +174,15 @@ def test_states_that_do_not_fit(data: Path) -> None:
         ):
             with pytest.raises(AlexprepError, match=words):
                 loader.load_state_dict({**loader.state_dict(), **state})  # type: ignore[dict-item]
-        nothing: Any
-        for nothing in (None, []):
-            with pytest.raises(AlexprepError, match="the state has seed None"):
-                loader.load_state_dict(nothing)
+        nothing: Any = None
+        with pytest.raises(AlexprepError, match="the state has seed None"):
+            loader.load_state_dict(nothing)
 
 
 # Samples that cannot be decoded.
 
 
-def _spoil(data: Path, row: int, kind: str) -> None:
+def spoil(data: Path, row: int, kind: str) -> None:
     """Makes one image undecodable: zeros, or a broken marker in its header."""
     record = Samples(data, "train").index[row]
     with (data / "train" / f"train-{record['shard']:06d}.tar").open("r+b") as shard:
@@ -232,7 +195,7 @@ def spoilt(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The images of rows `BAD` are damaged in several ways. Not to be changed."""
     copy = Path(shutil.copytree(data, tmp_path_factory.mktemp("spoilt") / "data"))
     for row, kind in zip(BAD, ("zeros", "zeros", "header", "zeros", "header"), strict=True):
-        _spoil(copy, row, kind)
+        spoil(copy, row, kind)
     return copy
 
 
@@ -240,23 +203,21 @@ def spoilt(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_an_error_comes_with_its_own_batch(kind: str, data: Path, tmp_path: Path) -> None:
     """The batches before it are delivered, however far the work had gone on ahead."""
     copy = Path(shutil.copytree(data, tmp_path / "data"))
-    if kind == "gone":
-        shard = int(Samples(copy, "train").index[37]["shard"])
-        first = Samples(copy, "train").rows_of(shard)[0]
-        (copy / "train" / f"train-{shard:06d}.tar").unlink()
+    if kind == "gone":  # with rows 35 to 41
+        (copy / "train" / "train-000005.tar").unlink()
     else:
-        _spoil(copy, first := 37, kind)
+        spoil(copy, 37, kind)
     delivered: list[int] = []
-    undecodable = r" at byte [0-9,]+ \(0+37\.jpg\) holds an image that cannot be decoded"
+    words = (
+        " cannot be read" if kind == "gone" else r" at byte [0-9,]+ \(0+37\.jpg\) holds an image that cannot be decoded"
+    )
     with (
         Loader(copy, batch_size=5, augmentation=PLAIN, order="sequential", tuning=Tuning(prefetch=4)) as loader,
-        pytest.raises(
-            AlexprepError, match=r"train-00000\d\.tar" + (" cannot be read" if kind == "gone" else undecodable)
-        ),
+        pytest.raises(AlexprepError, match=r"train-000005\.tar" + words),
     ):
         for batch in loader:
             delivered += batch.indices.tolist()
-    assert delivered == list(range(first // 5 * 5))
+    assert delivered == list(range(35))
 
 
 @pytest.mark.parametrize("views", ["random", "centre", "ten"])
@@ -268,7 +229,7 @@ def test_skip_moves_no_other_sample(augmentation: Augmentation, views: Any, data
     options: Any = {"batch_size": 7, "augmentation": augmentation, "views": views, "seed": 5}
     with Loader(data, **options) as sound, Loader(spoilt, on_bad="skip", **options) as loader:
         assert len(sound) == len(loader) == 7
-        for whole, batch in zip(_epochs(sound, 2), _epochs(loader, 2), strict=True):
+        for whole, batch in zip(epochs_of(sound, 2), epochs_of(loader, 2), strict=True):
             good = torch.tensor([row not in BAD for row in whole.indices.tolist()])
             assert torch.equal(batch.indices, whole.indices[good])
             assert torch.equal(batch.labels, whole.labels[good])
@@ -281,10 +242,10 @@ def test_skip_moves_no_other_sample(augmentation: Augmentation, views: Any, data
 def test_skip_keeps_ranks_and_resume_exact(world_size: int, spoilt: Path) -> None:
     """Steps count alike on all ranks, some of which get nothing; from any state the rest is the same."""
     options: Any = {"batch_size": 6, "augmentation": PLAIN, "on_bad": "skip"}
-    with _open(spoilt, **options) as loader:
-        start, batches = loader.state_dict(), _epochs(loader, 2)
+    with open_loader(spoilt, **options) as loader:
+        start, batches = loader.state_dict(), list(epochs_of(loader, 2))
     for first in (0, 3, 7, 8, 12):
-        ranks = [_open(spoilt, rank=rank, world_size=world_size, **options) for rank in range(world_size)]
+        ranks = [open_loader(spoilt, rank=rank, world_size=world_size, **options) for rank in range(world_size)]
         for rank in ranks:
             rank.load_state_dict({**start, "epoch": first // 8, "step": first % 8})
         _check_ranks(ranks, batches[first:], 2 - first // 8)
@@ -293,7 +254,7 @@ def test_skip_keeps_ranks_and_resume_exact(world_size: int, spoilt: Path) -> Non
 def test_a_step_of_bad_samples_only_is_empty(data: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(data, tmp_path / "data"))
     for row in range(48):
-        _spoil(copy, row, "zeros")
+        spoil(copy, row, "zeros")
     with Loader(copy, batch_size=20, augmentation=PLAIN, on_bad="skip", memory_format="channels_last") as loader:
         batches = list(loader)
     assert [tuple(batch.images.shape) for batch in batches] == [(0, 3, 51, 51)] * 3
@@ -308,34 +269,25 @@ def test_a_cut_image_is_judged_by_its_window(data: Path, tmp_path: Path) -> None
     np.save(copy / "train" / INDEX, index)
     kept = []
     for batch_size in (48, 5, 1):
-        with Loader(
-            copy, batch_size=batch_size, augmentation=Augmentation(crop=20, mean="none", noise="none"), on_bad="skip"
-        ) as loader:
+        with Loader(copy, batch_size=batch_size, augmentation=replace(PLAIN, crop=20), on_bad="skip") as loader:
             batches = list(loader)
-        kept.append([(batch.indices.tolist(), batch.images.sum((1, 2, 3)).tolist()) for batch in batches])
         assert 0 < loader.skipped < 48
-    flat = [[pair for rows, sums in run for pair in zip(rows, sums, strict=True)] for run in kept]
-    assert flat[0] == flat[1] == flat[2]
+        sums = torch.cat([batch.images.sum((1, 2, 3)) for batch in batches]).tolist()
+        kept.append((torch.cat([batch.indices for batch in batches]).tolist(), sums))
+    assert kept[0] == kept[1] == kept[2]
 
 
-def test_a_shard_cut_or_gone_while_in_use(data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("trouble", [lambda path: os.truncate(path, 2000), os.unlink], ids=["cut", "gone"])
+def test_a_shard_cut_or_gone_while_in_use(trouble: Callable[[Path], None], data: Path, tmp_path: Path) -> None:
     """Never a crash or a hang: an error that names the shard, also where bad images are skipped."""
-    for trouble in ("cut", "gone"):
-        copy = tmp_path / trouble
-        shutil.copytree(data, copy)
-        with Loader(copy, batch_size=2, augmentation=PLAIN, order="sequential", on_bad="skip") as loader:
-            batches = iter(loader)
-            next(batches)
-            victim = copy / "train" / "train-000005.tar"
-            if trouble == "cut":
-                with victim.open("r+b") as file:
-                    file.truncate(2000)
-            else:
-                victim.unlink()
-            with pytest.raises(AlexprepError, match=r"train-000005\.tar (ends inside|cannot be read)"):
-                for _ in batches:
-                    pass
-            assert loader.step >= 5  # and what came before was delivered
+    copy = Path(shutil.copytree(data, tmp_path / "data"))
+    with Loader(copy, batch_size=2, augmentation=PLAIN, order="sequential", on_bad="skip") as loader:
+        batches = iter(loader)
+        next(batches)
+        trouble(copy / "train" / "train-000005.tar")
+        with pytest.raises(AlexprepError, match=r"train-000005\.tar (ends inside|cannot be read)"):
+            list(batches)
+        assert loader.step >= 5  # and what came before was delivered
 
 
 @pytest.mark.parametrize("shape", [(63, 64, 3), (32, 128, 3)], ids=["smaller", "as many bytes"])
@@ -349,15 +301,12 @@ def test_raw_shards_of_the_wrong_size_are_named(
         def encode(self, pixels: NDArray[np.uint8]) -> bytes:
             return super().encode(np.resize(pixels, shape))
 
-    convert(
-        photos, tmp_path, ShardOptions(Target(size=64, format="raw"), limit=5), InProcessEngine(), make_codec=Careless
-    )
+    raw = ShardOptions(Target(size=64, format="raw"), limit=5)
+    convert(photos, tmp_path, raw, InProcessEngine(), make_codec=Careless)
+    words = r"train-000000\.tar at byte 512 \(\d+\.npy\) holds no 64 x 64 pixels: `alexprep verify`"
     with (
         Loader(tmp_path, batch_size=2, augmentation=PLAIN, order="sequential", on_bad=on_bad) as loader,
-        pytest.raises(
-            AlexprepError,
-            match=r"train-000000\.tar at byte 512 \(\d+\.npy\) holds no 64 x 64 pixels: `alexprep verify`",
-        ),
+        pytest.raises(AlexprepError, match=words),
     ):
         next(iter(loader))
 
@@ -384,7 +333,7 @@ def test_a_batch_is_never_overwritten(data: Path) -> None:
     """Tensors of old batches, kept past many later ones and past the loader itself, still hold what they held."""
     with Loader(data, batch_size=6, augmentation=ODD) as loader:
         batches, copies = [], []
-        for batch in itertools.chain.from_iterable(iter(loader) for _ in range(3)):
+        for batch in epochs_of(loader, 3):
             batches.append(batch)
             copies.append(batch.images.clone())
     del loader
@@ -392,25 +341,6 @@ def test_a_batch_is_never_overwritten(data: Path) -> None:
     for batch, copy in zip(batches, copies, strict=True):
         assert torch.equal(batch.images, copy)
         batch.images.zero_()  # and they are writable
-
-
-@pytest.mark.gpu
-def test_a_batch_outlives_pending_work_on_the_gpu(data: Path) -> None:
-    """Slow kernels still reading a dropped batch must read its pixels, not those of the batch that took its memory."""
-    with Loader(data, batch_size=48, augmentation=ODD, device="cuda") as loader:
-        expected = [
-            batch.images.double().sum().item()
-            for batch in itertools.chain.from_iterable(iter(loader) for _ in range(6))
-        ]
-    ballast = torch.randn(4096, 4096, device="cuda")
-    with Loader(data, batch_size=48, augmentation=ODD, device="cuda") as loader:
-        sums = []
-        for batch in itertools.chain.from_iterable(iter(loader) for _ in range(6)):
-            for _ in range(20):
-                ballast = torch.tanh(ballast @ ballast)
-            sums.append(batch.images.double().sum())
-            del batch
-        assert [value.item() for value in sums] == expected
 
 
 def test_closed_is_closed(data: Path) -> None:
@@ -431,48 +361,12 @@ def test_closing_waits_for_what_a_gpu_still_copies(data: Path) -> None:
         def synchronize(self) -> None:
             self.waited = True
 
-    with _open(data) as loader:
+    with open_loader(data) as loader:
         next(iter(loader))
         event = Event()
         assert loader._runner is not None
         loader._runner._copied.append((event, None))  # type: ignore[arg-type]
     assert event.waited
-
-
-def test_interrupted_at_any_moment(data: Path) -> None:
-    """Ctrl-C again and again: what is delivered is always the batch that the state tells."""
-    with _open(data) as loader:
-        expected: dict[int, Batch] = {}
-        for epoch in range(3):
-            for batch in loader:
-                expected[len(expected)] = batch
-            assert loader.epoch == epoch + 1
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGVTALRM, interrupt)
-    moments = random.Random(5)
-    interrupted = 0
-    try:
-        with _open(data) as loader:
-            while interrupted < 12:
-                if loader.epoch == 3:
-                    loader.load_state_dict({**loader.state_dict(), "epoch": 0, "step": 0})
-                try:
-                    signal.setitimer(signal.ITIMER_VIRTUAL, moments.uniform(0.0005, 0.02))
-                    for batch in loader:
-                        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-                        place = loader.epoch * 7 + loader.step - 1
-                        assert torch.equal(batch.images, expected[place].images)
-                        assert torch.equal(batch.indices, expected[place].indices)
-                        signal.setitimer(signal.ITIMER_VIRTUAL, moments.uniform(0.0005, 0.02))
-                    signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-                except KeyboardInterrupt:
-                    interrupted += 1
-    finally:
-        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-        signal.signal(signal.SIGVTALRM, before)
 
 
 def _report_rest(loader: Loader, connection: Any) -> None:
@@ -484,7 +378,7 @@ def _report_rest(loader: Loader, connection: Any) -> None:
 def test_after_a_fork(data: Path) -> None:
     """The child goes on from the parent's state with a pipeline of its own; the parent's is unharmed."""
     context = multiprocessing.get_context("fork")
-    with _open(data, threads=1) as loader:
+    with open_loader(data, threads=1) as loader:
         next(iter(loader))
         ours, theirs = context.Pipe()
         child = context.Process(target=_report_rest, args=(loader, theirs))
@@ -516,60 +410,13 @@ def test_in_a_new_process(data: Path, spoilt: Path) -> None:
         "        assert sum(len(batch.images) for batch in loader) == 43\n"
         "print(digest.hexdigest())\n"
     )
-    with _open(data) as loader:
+    with open_loader(data) as loader:
         next(iter(loader))
         command = [sys.executable, "-c", program, str(spoilt)]
         done = subprocess.run(command, input=pickle.dumps(loader), capture_output=True, timeout=SECONDS, check=False)
         assert done.returncode == 0, done.stderr[-2000:]
         digest = hashlib.sha256(b"".join(images for _, images in _stream(loader, 1)))
         assert done.stdout.decode().strip() == digest.hexdigest()
-
-
-def _tasks() -> int:
-    return len(os.listdir("/proc/self/task"))
-
-
-def test_closing_and_forgetting_free_the_threads(data: Path) -> None:
-    def wait_for(count: int) -> None:
-        end = time.monotonic() + 20
-        while _tasks() > count and time.monotonic() < end:
-            time.sleep(0.01)
-        assert _tasks() <= count
-
-    _stream(_open(data), 1)  # whatever DALI and torch keep for good is there now
-    gc.collect()
-    before = _tasks()
-    for _ in range(3):
-        with _open(data, threads=3) as loader:
-            next(iter(loader))
-            assert _tasks() > before
-        wait_for(before)
-        loader = _open(data, threads=3)
-        batches = iter(loader)
-        next(batches)
-        del loader, batches
-        gc.collect()
-        wait_for(before)
-
-
-def _resident_mib() -> float:
-    gc.collect()
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
-
-
-@pytest.mark.parametrize("kind", ["good", "bad"])
-def test_memory_stays_flat(kind: str, data: Path, spoilt: Path) -> None:
-    """160 batches, of which two dozen would be seen if they stayed; with and without images that cannot be decoded."""
-    bad: dict[str, Any] = {"on_bad": "skip"} if kind == "bad" else {}
-    with _open(spoilt if bad else data, batch_size=12, **bad) as loader:
-        resident = []
-        for epochs in (20, 40):
-            for _ in range(epochs):
-                for _batch in loader:
-                    pass
-            resident.append(_resident_mib())
-        assert resident[1] < resident[0] + 8
 
 
 class _Batches(torch.utils.data.IterableDataset[torch.Tensor]):
@@ -583,7 +430,7 @@ class _Batches(torch.utils.data.IterableDataset[torch.Tensor]):
 
 
 def test_workers_of_a_dataloader_never_double_samples(data: Path) -> None:
-    with _open(data) as loader:
+    with open_loader(data) as loader:
         one = torch.utils.data.DataLoader(_Batches(loader), batch_size=None, num_workers=1, timeout=60)
         assert sorted(torch.cat(list(one)).tolist()) == list(range(48))
         two = torch.utils.data.DataLoader(_Batches(loader), batch_size=None, num_workers=2, timeout=60)

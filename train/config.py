@@ -295,13 +295,13 @@ def _tuning(
     Threads and steps ahead never show in the result. Where an image is decoded does, by a grey level here and there, so a resumed
     run decodes as it began (`earlier` holds its options), whatever was tuned since.
     """
-    saved = saved_tuning(data, str(device))
-    notes = [f"{problem}: `alexprep tune` makes it anew" for problem in saved.problems]
-    tuning, origin = saved.tuning or Tuning(), ["from alexprep tune"] if saved.tuning else []
+    saved, problems = saved_tuning(data, str(device))
+    notes = [f"{problem}: `alexprep tune` makes it anew" for problem in problems]
+    tuning, origin = saved or Tuning(), ["from alexprep tune"] if saved else []
     together = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # ranks on this host
     if config.threads is not None:
         tuning = replace(tuning, threads=config.threads)
-        origin += ["threads as given"] if saved.tuning else []
+        origin += ["threads as given"] if saved else []
     elif together > 1:
         tuning = replace(tuning, threads=max(1, tuning.dali_threads // together))
     if earlier is not None:
