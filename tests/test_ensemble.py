@@ -99,8 +99,8 @@ def test_the_search_keeps_little(images: int = 1000) -> None:
         logits[torch.arange(100), :, labels] += easy
         batch = Predicted(logits.double().log_softmax(dim=2), labels, torch.arange(first, first + 100))
         search.add(batch)
-        single.add(batch.logs[:, 0], batch)
-        whole.add(mixture(batch.logs, [1 / 7] * 7), batch)
+        single.add(batch._replace(logs=batch.logs[:, 0]))
+        whole.add(batch._replace(logs=mixture(batch.logs, [1 / 7] * 7)))
     one: dict[str, Any] = single.summary()
     together: dict[str, Any] = whole.summary()
     assert 30 < one["top1_error"] < 40 and 20 < one["top5_error"] < 26

@@ -140,12 +140,12 @@ def test_images_without_a_label_are_left_out_of_errors(seed: int) -> None:
     logs = torch.from_numpy(np.log(softmax(rng.normal(size=(40, 9)))))
     labels = torch.from_numpy(rng.integers(-1, 9, size=40))
     known = labels >= 0
-    scores, reference = Scores(guesses=True), Scores()
-    scores.add(logs, Predicted(logs[:, None], labels, torch.arange(40)))
-    reference.add(logs[known], Predicted(logs[known][:, None], labels[known], torch.arange(int(known.sum()))))
+    scores, reference = Scores(), Scores()
+    scores.add(Predicted(logs, labels, torch.arange(40)))
+    reference.add(Predicted(logs[known], labels[known], torch.arange(int(known.sum()))))
     assert scores.summary() == reference.summary() and scores.images == 40 and len(scores.best) == 40
     unknown = Scores()
-    unknown.add(logs, Predicted(logs[:, None], torch.full((40,), -1), torch.arange(40)))
+    unknown.add(Predicted(logs, torch.full((40,), -1), torch.arange(40)))
     assert set(unknown.summary().values()) == {None}
     with pytest.raises(AlexprepError, match="no errors by class"):
         class_csv(unknown.by_class(list("abcdefghi")))
@@ -155,11 +155,8 @@ def test_classes_and_confusions() -> None:
     labels = np.array([0, 0, 0, 1, 1, 3, 3, -1])  # no image of class 2
     p = np.full((8, 4), 0.1)
     p[np.arange(8), [0, 1, 1, 1, 1, 0, 1, 2]] = 0.7
-    scores = Scores(guesses=True)
-    scores.add(
-        torch.from_numpy(np.log(p)),
-        Predicted(torch.from_numpy(np.log(p[:, None])), torch.from_numpy(labels), torch.arange(8)),
-    )
+    scores = Scores()
+    scores.add(Predicted(torch.from_numpy(np.log(p)), torch.from_numpy(labels), torch.arange(8)))
     names = ["cat", "dog", "emu, grey", "fox"]
     table = scores.by_class(names)
     assert [row.images for row in table] == [3, 2, 0, 2]
@@ -174,13 +171,13 @@ def test_classes_and_confusions() -> None:
 
 def test_ties_go_to_the_lower_label_in_guesses_and_are_shared_in_errors() -> None:
     logs = torch.log(torch.tensor([[0.1, 0.3, 0.3, 0.3]], dtype=torch.float64))
-    scores = Scores(guesses=True)
-    scores.add(logs, Predicted(logs[:, None], torch.tensor([3]), torch.arange(1)))
+    scores = Scores()
+    scores.add(Predicted(logs, torch.tensor([3]), torch.arange(1)))
     assert scores.best.tolist() == [[1, 2, 3, 0]]
     assert scores.summary()["top1_error"] == pytest.approx(100 * 2 / 3)
     levels = np.random.default_rng(0).integers(0, 9, size=(400, 11)).astype(np.float64)
-    many = Scores(guesses=True)
-    many.add(torch.from_numpy(levels), Predicted(torch.zeros(400, 1, 11), torch.zeros(400).long(), torch.arange(400)))
+    many = Scores()
+    many.add(Predicted(torch.from_numpy(levels), torch.zeros(400).long(), torch.arange(400)))
     np.testing.assert_array_equal(many.best, np.argsort(-levels, axis=1, kind="stable")[:, :5])
 
 
