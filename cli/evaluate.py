@@ -220,13 +220,13 @@ def _submit(path: Path, scores: Scores, document: dict[str, Any]) -> None:
     from alexprep.shards.storage import publish_bytes
     from alexprep.train.ilsvrc_submission import make_submission
 
-    made = make_submission(Path(document["data"]), document["split"], scores.best, scores.rows)
-    publish_bytes(path, made.content)
+    content, images, missing = make_submission(Path(document["data"]), document["split"], scores.best, scores.rows)
+    publish_bytes(path, content)
     document["submission_file"] = str(path)
-    click.echo(f"{made.lines:,} lines in {path}, from {made.first} to {made.last}")
-    if made.missing:
+    click.echo(f"{len(images):,} lines in {path}, from {Path(images[0]).name} to {Path(images[-1]).name}")
+    if missing:
         click.echo(
-            f"{len(made.missing):,} images could not be read when the set was made, among them {made.missing[0]}: their lines are "
+            f"{len(missing):,} images could not be read when the set was made, among them {missing[0]}: their lines are "
             "1 2 3 4 5",
             err=True,
         )

@@ -22,7 +22,6 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, cast
 
 import torch
@@ -89,9 +88,7 @@ class Meter:
             self._stack.enter_context(self._bar)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         """Closes both."""
         self._stack.close()
 
@@ -211,18 +208,7 @@ class Board:
     """
 
     def __init__(self, folder: Path, step: int) -> None:
-        """Opens another file of events.
-
-        Args:
-            folder: of the event files, made if missing.
-            step: optimizer steps already done: what earlier files hold of later steps is no longer shown.
-
-        Raises:
-            AlexprepError: the package tensorboard is missing.
-        """
-        # TensorBoard reads files in the order of their names, which begin with the second in which they were opened.
-        while any(folder.glob(f"events.out.tfevents.{int(time.time())}.*")):
-            time.sleep(0.02)
+        """Opens another file of events, after `step` optimizer steps: what earlier files hold of later ones is no longer shown."""
         self._writer = writer_class()(str(folder), purge_step=step + 1)
 
     def write(self, record: dict[str, Any]) -> None:
