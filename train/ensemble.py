@@ -30,9 +30,6 @@ Weights = Literal["equal", "search"] | Sequence[float]
 def parse_weights(text: str) -> Weights:
     """Reads what `--weights` says: "equal", "search", or numbers.
 
-    Raises:
-        AlexprepError: it is none of these.
-
     >>> parse_weights("2,1,1")
     [2.0, 1.0, 1.0]
     """
@@ -47,22 +44,16 @@ def parse_weights(text: str) -> Weights:
 def shares(weights: Sequence[float], nets: int) -> list[float]:
     """Divides weights by their sum.
 
-    Raises:
-        AlexprepError: there is not one for each net, one is negative or not finite, or all are 0.
-
     >>> shares([2, 1, 1], 3)
     [0.5, 0.25, 0.25]
     """
     given = ",".join(f"{weight:g}" for weight in weights)
     if len(weights) != nets:
         raise AlexprepError(f"--weights {given} are {len(weights)} numbers for {nets} nets: give one a net")
-    if not all(0 <= weight < math.inf for weight in weights) or not sum(weights) > 0:
-        raise AlexprepError(f"--weights {given}: they must be 0 or more, and not all 0")
-    # Scaled, or the sum of large ones is infinite; a power of two rounds nothing.
-    _, exponent = math.frexp(max(weights))
-    parts = [math.ldexp(weight, -exponent) for weight in weights]
-    total = math.fsum(parts)
-    return [part / total for part in parts]
+    if not all(weight >= 0 for weight in weights) or not 0 < sum(weights) < math.inf:
+        raise AlexprepError(f"--weights {given}: they must be 0 or more, not all 0, and not beyond all bounds")
+    total = math.fsum(weights)
+    return [weight / total for weight in weights]
 
 
 def mixture(logs: torch.Tensor, weights: Sequence[float]) -> torch.Tensor:
@@ -114,11 +105,7 @@ class WeightSearch:
         self._others.add((rivals - largest[images, None]).exp())
 
     def best_weights(self) -> list[float]:
-        """Weights with sum 1 whose top-5 error no change of one coefficient lowers.
-
-        Raises:
-            AlexprepError: no image has a label.
-        """
+        """Weights with sum 1 whose top-5 error no change of one coefficient lowers."""
         if not self._images:
             raise AlexprepError(NO_LABELS)
         coefficients = [START] * self._label_logs.array.shape[1]

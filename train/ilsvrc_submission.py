@@ -21,11 +21,7 @@ from alexprep.train.metrics import TOP
 
 
 def check_submission(data: Path, split: str) -> None:
-    """Makes sure that labels are ILSVRC IDs less 1, that the split is whole, and its names are all different, before hours of work.
-
-    Raises:
-        AlexprepError: they are not, it is not, or its ledger cannot be read.
-    """
+    """Makes sure that labels are ILSVRC IDs less 1, that the split is whole, and its names are all different, before hours of work."""
     dataset = read_dataset(data)
     if dataset["labels"] != ILSVRC_ID:
         raise AlexprepError(
@@ -45,19 +41,10 @@ def check_submission(data: Path, split: str) -> None:
 def make_submission(
     data: Path, split: str, best: NDArray[np.int32], rows: NDArray[np.int64]
 ) -> tuple[bytes, list[str], list[str]]:
-    """Makes the submission for a split; file names come from its ledger.
+    """Makes the submission for a split of the data set in a folder; file names come from its ledger.
 
-    Args:
-        data: the data set's folder.
-        split: of it.
-        best: (N, 5), labels, the best guess first.
-        rows: (N,), the rows of the split's index that they belong to.
-
-    Returns:
-        The file's content; the images of its lines; those of them without a prediction, whose lines are a placeholder.
-
-    Raises:
-        AlexprepError: the ledger cannot be read, does not go with the predictions, or has two images of one name.
+    Labels (N, 5), the best guess first, and the rows (N,) of the split's index that they belong to -> the file's content; the images of
+    its lines; those of them without a prediction, whose lines are a placeholder.
     """
     names, written = _ledger(data, split)
     places = np.flatnonzero(written)

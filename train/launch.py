@@ -213,7 +213,7 @@ def _start(folder: Path, rank: int, ranks: int, port: int) -> subprocess.Popen[b
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=output,
-            stderr=output and subprocess.STDOUT,
+            stderr=subprocess.STDOUT if output else None,
             start_new_session=True,
         )
 

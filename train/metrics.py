@@ -87,11 +87,7 @@ def image_errors(logs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def mean_errors(errors: torch.Tensor) -> dict[str, float]:
-    """Averages what `image_errors` gave, on the CPU, into what `validate` returns.
-
-    Raises:
-        AlexprepError: no image has a label.
-    """
+    """Averages what `image_errors` gave, on the CPU, into what `validate` returns."""
     known = errors[:, ~errors[0].isnan()]
     samples = known.shape[1]
     if not samples:

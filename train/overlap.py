@@ -72,7 +72,7 @@ def measure(
         keep_freed_memory()
     if job.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(job.device)
-    free = free_bytes(job.device)
+    free_before = free_bytes(job.device)
     with (
         float32_kernels(job.computing.precision),
         contextlib.closing(open_split(job, open_loader, "train", (0, 1))) as loader,
@@ -105,15 +105,11 @@ def measure(
             "steps": counts,
             "rounds": rounds,
         }
-        memory = _gpu_memory(job.device, free)
+        memory = None
+        if free_before is not None and (free := free_bytes(job.device)) is not None:
+            torch_peak = torch.cuda.max_memory_allocated(job.device)
+            memory = {"torch_peak": torch_peak, "all": max(0, free_before - free)}
         return about | figures(timings, str(job.device)) | {"gpu_memory_bytes": memory, "versions": run_versions()}
-
-
-def _gpu_memory(device: torch.device, free_before: int | None) -> dict[str, int] | None:
-    free = free_bytes(device)
-    if free is None or free_before is None:
-        return None
-    return {"torch_peak": torch.cuda.max_memory_allocated(device), "all": max(0, free_before - free)}
 
 
 class Timing(NamedTuple):

@@ -68,11 +68,7 @@ class Net:
 
 
 def open_net(place: Place, device: torch.device, recipe: str | None = None, model: str | None = None) -> Net:
-    """Reads a checkpoint and makes its network; `recipe` and `model` name the user's own code, if its run has any.
-
-    Raises:
-        AlexprepError: there is no such checkpoint, it is damaged, or its recipe is another by now.
-    """
+    """Reads a checkpoint and makes its network; `recipe` and `model` name the user's own code, if its run has any."""
     run = place.run
     config = run_dir.read_config(run)
     saved, skipped = saved_checkpoint(place)
@@ -101,11 +97,7 @@ def open_net(place: Place, device: torch.device, recipe: str | None = None, mode
 
 
 def data_of(nets: list[Net]) -> Path:
-    """Finds the data set that all nets were trained on.
-
-    Raises:
-        AlexprepError: they were trained on different ones, or it is not where it was.
-    """
+    """Finds the data set that all nets were trained on, if it is one and where it was."""
     first = nets[0]
     for net in nets[1:]:
         if net.data_digest != first.data_digest:
@@ -119,11 +111,7 @@ def data_of(nets: list[Net]) -> Path:
 def check_classes(net: Net, data: Path, dataset: dict[str, Any]) -> str | None:
     """Makes sure that a net's outputs mean what the labels of a data set mean; `dataset` is its dataset.json.
 
-    Returns:
-        A sentence where it cannot be known: the data that the net was trained on is gone.
-
-    Raises:
-        AlexprepError: number or names of the classes differ.
+    A sentence is returned where it cannot be known, since the data that the net was trained on is gone.
     """
     classes = dataset["classes"]
     if len(classes) != net.classes:
