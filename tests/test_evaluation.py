@@ -18,6 +18,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from scipy.io import savemat
+from scipy.special import softmax
 
 from alexprep.cli.main import main
 from alexprep.pipeline.loader import Loader
@@ -63,12 +64,6 @@ def wide_and_narrow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(recipes.RECIPES, "narrow", lambda: narrow)
 
 
-def softmax(logits: Array) -> Array:
-    exponentials = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    total: Array = exponentials / exponentials.sum(axis=-1, keepdims=True)
-    return total
-
-
 def probabilities(run: Path, data: Path, views: Any) -> tuple[Array, NDArray[np.int64]]:
     """Float64 numpy from a net's float32 logits: the softmax, its mean over the views; and the labels."""
     net = open_net(Place(run), CPU)
@@ -80,7 +75,7 @@ def probabilities(run: Path, data: Path, views: Any) -> tuple[Array, NDArray[np.
             images = batch.images if views == "ten" else batch.images[:, None]
             with torch.inference_mode():
                 logits = torch.stack([net.network(images[:, view]) for view in range(images.shape[1])], dim=1)
-            rows.append(softmax(logits.double().numpy()).mean(axis=1))
+            rows.append(softmax(logits.double().numpy(), axis=-1).mean(axis=1))
             labels.append(batch.labels.numpy())
     return np.concatenate(rows), np.concatenate(labels)
 
@@ -137,7 +132,7 @@ def test_weights_searched_on_a_split(data: Path, tmp_path: Path) -> None:
 
 def test_images_without_a_label_are_left_out_of_errors(seed: int) -> None:
     rng = np.random.default_rng(seed)
-    logs = torch.from_numpy(np.log(softmax(rng.normal(size=(40, 9)))))
+    logs = torch.from_numpy(np.log(softmax(rng.normal(size=(40, 9)), axis=-1)))
     labels = torch.from_numpy(rng.integers(-1, 9, size=40))
     known = labels >= 0
     scores, reference = Scores(), Scores()
@@ -199,21 +194,13 @@ def test_checkpoints_of_one_run(data: Path, tmp_path: Path) -> None:
         evaluate_run(run, 4)
 
 
-@pytest.fixture(scope="module")
-def relatives(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Sets like `data`: of the same classes, of others, of fewer."""
-    root = tmp_path_factory.mktemp("relatives")
-
-    def make(kind: str) -> Path:
-        out = root / kind
-        if not out.exists():
-            names = {"same": [0, 1, 2, 3], "other": [1, 0, 2, 3]}[kind]
-            (root / f"{kind}.txt").write_text("\n".join(f"class{n}" for n in names))
-            convert(photos, out, ShardOptions(Target(size=64), limit=8, seed=5, labels=str(root / f"{kind}.txt")), 1)
-            rgb_statistics.publish_statistics(rgb_statistics.pca_stats(out, "train", 1), out, "train")
-        return out
-
-    return make
+def relative(photos: Path, folder: Path, numbers: str) -> Path:
+    """A set like `data`, whose classes come in another order or not."""
+    labels = folder.with_suffix(".txt")
+    labels.write_text("\n".join(f"class{n}" for n in numbers))
+    convert(photos, folder, ShardOptions(Target(size=64), limit=8, seed=5, labels=str(labels)), 1)
+    rgb_statistics.publish_statistics(rgb_statistics.pca_stats(folder, "train", 1), folder, "train")
+    return folder
 
 
 def test_a_recipe_may_change_in_what_an_evaluation_does_not_show(
@@ -228,29 +215,29 @@ def test_a_recipe_may_change_in_what_an_evaluation_does_not_show(
         open_net(Place(run), CPU)
 
 
-def test_nets_that_do_not_go_together(data: Path, relatives: Callable[[str], Path], tmp_path: Path) -> None:
-    here, there = make_run(tmp_path, "a", data, 1), make_run(tmp_path, "b", relatives("other"), 2)
+def test_nets_that_do_not_go_together(data: Path, photos: Path, tmp_path: Path) -> None:
+    other = relative(photos, tmp_path / "other", "1023")
+    here, there = make_run(tmp_path, "a", data, 1), make_run(tmp_path, "b", other, 2)
     with pytest.raises(AlexprepError, match=r"different data: data was .*--data"):
         evaluate([Place(here), Place(there)])
     with pytest.raises(AlexprepError, match=r"2 of 4 labels differ, classes\[0\] was 'class1', is now 'class0'"):
         evaluate([Place(here), Place(there)], data=data)
-    assert not list(tmp_path.glob("*.json"))
 
 
 def test_another_data_set_of_the_same_classes_is_seen_less_the_mean_of_the_training(
-    data: Path, relatives: Callable[[str], Path], tmp_path: Path
+    data: Path, photos: Path, tmp_path: Path
 ) -> None:
-    run = make_run(tmp_path, "a", data, 1)
+    run, same = make_run(tmp_path, "a", data, 1), relative(photos, tmp_path / "same", "0123")
     asked: list[dict[str, Any]] = []
 
     def spying(*place: Any, **options: Any) -> Loader:
         asked.append(options)
         return Loader(*place, **options)
 
-    found = evaluate_run(run, data=relatives("same"), threads=1, device="cpu", open_loader=spying)
+    found = evaluate_run(run, data=same, threads=1, device="cpu", open_loader=spying)
     assert asked[0]["statistics"] == data and found["notes"] == [] and found["images"] == 8
     (run / "config.json").write_text((run / "config.json").read_text().replace(str(data), str(data / "gone")))
-    found = evaluate_run(run, data=relatives("same"), threads=1, device="cpu", open_loader=spying)
+    found = evaluate_run(run, data=same, threads=1, device="cpu", open_loader=spying)
     assert "statistics" not in asked[1]
     assert ["cannot be told" in found["notes"][0], "less their own mean" in found["notes"][1]] == [True, True]
 
@@ -336,8 +323,6 @@ def test_two_nets_and_their_classes(runs: Path, told: Told) -> None:
 def test_searched_weights_say_where_they_come_from(runs: Path, told: Told) -> None:
     status, out, _ = told("a", "b", "--weights", "search")
     assert status == 0 and "Weights chosen on 'val', the very images that are measured" in out
-    status, out, _ = told("a", "b", "--weights", "search", "--weights-from", "train")
-    assert status == 0 and "Weights chosen on 'train'.\n" in out
 
 
 def test_all_classes_in_a_file(runs: Path, told: Told) -> None:
@@ -347,9 +332,7 @@ def test_all_classes_in_a_file(runs: Path, told: Told) -> None:
     assert [int(row["images"]) for row in rows] == [5] * 4
     document = json.loads(out.splitlines()[-1])
     assert np.mean([float(row["top1_error"]) for row in rows]) == pytest.approx(document["top1_error"])
-    assert Path(document["result_file"]).parent == runs / "a" or document["result_file"].startswith(
-        "runs/a/eval-val-centre-"
-    )
+    assert document["result_file"].startswith("runs/a/eval-val-centre-")
 
 
 def test_a_submission_is_in_the_order_of_the_file_names(

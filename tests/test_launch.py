@@ -121,10 +121,9 @@ def test_torchrun_says_how_many_and_needs_a_name(data: Path, tmp_path: Path, mon
         ({"scheme": "towers"}, "scheme towers is for several ranks: add --gpus 2"),
         ({"ranks": 2, "scheme": "pipeline"}, "scheme 'pipeline' is not one of"),
         ({"ranks": 3, "scheme": "towers"}, "has 2 groups, which do not divide among 3 ranks"),
-        ({"ranks": 2, "rank_seconds": 0.0}, "rank_seconds is 0.0"),
-        ({"ranks": 2, "rank_seconds": float("inf")}, "rank_seconds is inf: it must be above 0, and at most 1000000"),
-        ({"ranks": 2, "rank_seconds": 1e300}, "rank_seconds is 1e"),
-        ({"ranks": 2, "rank_seconds": float("nan")}, "rank_seconds is nan"),
+        ({"rank_seconds": 0.0}, "rank_seconds is 0.0"),
+        ({"rank_seconds": float("inf")}, "rank_seconds is inf: it must be above 0, and at most 1000000"),
+        ({"rank_seconds": float("nan")}, "rank_seconds is nan"),
     ],
 )
 def test_schemes_that_do_not_fit(options: dict[str, Any], words: str, data: Path, tmp_path: Path) -> None:

@@ -188,26 +188,8 @@ def test_ctrl_c_leaves_at_once(data: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert result.stderr.endswith("Interrupted: nothing was measured, and nothing was written.\n")
 
 
-@pytest.mark.parametrize(
-    ("words", "status", "reason"),
-    [
-        (["--steps", "0"], 2, "0 is not in the range x>=1"),
-        (["--rounds", "0"], 2, "0 is not in the range x>=1"),
-        (["--batch-size", "-1"], 2, "-1 is not in the range x>=1"),
-        (["--recipe", "vgg"], 1, "no recipe 'vgg'"),
-        (["--recipe", "alexnet"], 1, "the stored images have a side of 64 pixels"),
-        (["--device", "tpu"], 1, "'tpu' is not a device"),
-    ],
-)
-def test_wrong_values_are_refused(data: Path, words: list[str], status: int, reason: str) -> None:
-    result = CliRunner().invoke(cli, ["bench", "overlap", "--data", str(data), "--device", "cpu", *words])
-    assert (result.exit_code, result.stdout) == (status, "")
-    said = result.stderr if status == 2 else str(result.exception)
-    assert reason in said and (status == 2 or isinstance(result.exception, AlexprepError))
-
-
 @pytest.mark.parametrize("name", ["steps", "rounds"])
-def test_the_library_refuses_them_too(data: Path, name: str) -> None:
+def test_no_turns_are_refused(data: Path, name: str) -> None:
     arguments: dict[str, Any] = {name: 0}
     with pytest.raises(AlexprepError, match=f"{name} is 0"):
         measure(options(data), **arguments)
