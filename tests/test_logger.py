@@ -5,12 +5,12 @@ from __future__ import annotations
 import importlib.metadata
 import io
 import json
-import struct
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
@@ -20,12 +20,11 @@ from alexprep.pipeline.loader import Batch, Loader
 from alexprep.shards.errors import AlexprepError
 from alexprep.train.config import TrainConfig
 from alexprep.train.data import OpenLoader
-from alexprep.train.logger import Board, Meter, duration, forecast
-from alexprep.train.metrics import Means
+from alexprep.train.logger import QUALITY, Board, Meter, duration, forecast
+from alexprep.train.metrics import SPEED, Means
 from alexprep.train.trainer import train
 
 MEANS = Means(loss=1.5, top1_error=50.0, top5_error=10.0)
-ERRORS = ("top1_error", "top5_error")
 Series = dict[str, list[tuple[int, float]]]  # step and value of each event, by tag
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -130,18 +129,15 @@ def shown(folder: Path) -> Series:
 def logged(log: Path) -> Series:
     """What the log says, in the precision of TensorBoard."""
     series: Series = {}
-    for line in log.read_text().splitlines():
-        record = json.loads(line)
-        kind = record["kind"]
-        values = {f"{'train' if kind == 'steps' else 'epoch'}/{name}": record[name] for name in ("loss", *ERRORS)}
-        if kind == "steps":
-            values["train/learning_rate"] = record["lr"]
-            values |= {f"speed/{name}": record[name] for name in ("images_per_second", "data_wait_ms", "step_ms")}
+    for record in map(json.loads, log.read_text().splitlines()):
+        whole = record["kind"] == "epoch"
+        values = {f"{'epoch' if whole else 'train'}/{name}": record[name] for name in QUALITY}
+        if whole:
+            values |= {f"val/{name}": record["val"][name] for name in QUALITY}
         else:
-            values |= {f"val/{name}": record["val"][name] for name in ("loss", *ERRORS)}
+            values |= {f"speed/{name}": record[name] for name in SPEED} | {"train/learning_rate": record["lr"]}
         for tag, value in values.items():
-            (single,) = struct.unpack("f", struct.pack("f", value))
-            series.setdefault(tag, []).append((record["step"], single))
+            series.setdefault(tag, []).append((record["step"], float(np.float32(value))))
     return series
 
 

@@ -23,13 +23,10 @@ from alexprep.shards.errors import AlexprepError
 from alexprep.shards.storage import digest_json
 from alexprep.train import recipes
 from alexprep.train.config import TrainConfig
-from alexprep.train.data import Examples
 from alexprep.train.distributed.parallel import Parallel
-from alexprep.train.distributed.tensor_parallel import SCHEMES, Scheme
 from alexprep.train.distributed.world import World
 from alexprep.train.evaluation import evaluate_run
 from alexprep.train.lr_schedule import Steps
-from alexprep.train.models.alexnet import alexnet_2012
 from alexprep.train.models.cifar import tiny_net
 from alexprep.train.models.layers import LocalResponseNorm, PaperDropout, Scale
 from alexprep.train.optimizer import MomentumSGD
@@ -45,7 +42,7 @@ from alexprep.train.training_state import (
     take_step,
 )
 from tests import made_up
-from tests.parallel_ranks import apart, exact_batch, exact_network
+from tests.parallel_ranks import apart
 
 SECONDS = 120  # for each test
 CPU = torch.device("cpu")
@@ -148,7 +145,7 @@ def test_scaling_changes_no_bit_and_keeps_what_would_vanish() -> None:
         update(loss_of(network) * shrink)
         assert update.skipped == 0 and update.loss_scale == 65536
         gradients = [[weight.grad for weight in each.parameters()] for each in (network, plain, exact)]
-        assert all(torch.equal(*pair) for pair in zip(*gradients[:2], strict=True)) == same  # type: ignore[arg-type]
+        assert all(torch.equal(*pair) for pair in zip(*gradients[:2], strict=True)) == same
         assert all(apart(*pair) < 0.01 for pair in zip(gradients[0], gradients[2], strict=True))  # type: ignore[arg-type]
 
 
@@ -298,17 +295,6 @@ def test_memory_and_compilation_may_change_with_a_word(data: Path, capsys: pytes
 # Compilation
 
 
-def test_alexnet_compiles_in_one_piece() -> None:
-    """Both norms, dropout, groups, overlapping pools: nothing breaks the graph."""
-    network = alexnet_2012(3, 67, seed=0, width=0.0625)
-    whole = torch.compile(network, fullgraph=True, dynamic=False, backend="eager")
-    images = torch.randn(2, 3, 67, 67)
-    torch.manual_seed(0)
-    right = network(images)
-    torch.manual_seed(0)
-    assert apart(whole(images), right) < 1e-5
-
-
 def test_a_smaller_batch_is_compiled_on_no_rank() -> None:
     """A rank's share of it may be that of a whole one; and ranks add up gradients as they come, which compiling changes."""
     state = TrainingState(recipe(), 3, 0, CPU)
@@ -352,20 +338,15 @@ def normalised_network(classes: int, crop: int, *, seed: int, width: float) -> n
     )
 
 
-def without_kernels(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
-    """Compilation as far as to a graph of the step (and with aot_eager of its gradient): to make kernels takes ten seconds more."""
-    compile_ = torch.compile
-    monkeypatch.setattr(
-        torch, "compile", lambda network, *, options, **more: compile_(network, backend=backend, **more)
-    )
-
-
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler uses what torch deprecates
 @pytest.mark.parametrize("kind", ["cpu", pytest.param("cuda", marks=ON_GPU)])
 def test_compiled_steps_are_the_steps_as_written(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three steps on whole batches, one on a smaller one, of the same network with the same random numbers."""
-    if kind == "cpu":
-        without_kernels(monkeypatch, "aot_eager")
+    if kind == "cpu":  # to make kernels takes ten seconds more
+        compile_ = torch.compile
+        monkeypatch.setattr(
+            torch, "compile", lambda net, *, options, **more: compile_(net, backend="aot_eager", **more)
+        )
     device = torch.device(kind)
     states = [TrainingState(recipe(), 3, 0, device, computing=arithmetic(device, compile=on)) for on in (False, True)]
     assert list(states[0].tensors()) == list(states[1].tensors())
@@ -382,37 +363,6 @@ def test_compiled_steps_are_the_steps_as_written(kind: str, monkeypatch: pytest.
     assert [len(call.args[0]) for call in whole.call_args_list] == [8, 8, 8, 8]  # the first is the check
     weights = [state.parallel.gather_state() for state in states]
     assert max(apart(weights[1][name], weights[0][name]) for name in weights[0]) < 1e-5
-
-
-@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # where torch's compiler leaves off and goes on
-@pytest.mark.parametrize("scheme", SCHEMES[1:])
-def test_what_lies_between_exchanges_is_compiled(scheme: Scheme, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A part with its exchanges, in a world of one rank, which has nobody to exchange with."""
-    without_kernels(monkeypatch, "eager")
-    parallel = Parallel(exact_network(), scheme, World.alone(CPU))
-    compiled = Compiled(parallel.network)
-    images, signs = exact_batch()
-    gradients = []
-    for forward in (parallel.network, compiled):
-        torch.manual_seed(0)
-        parallel.network.zero_grad()
-        ((own, _),) = parallel.batches([Examples(images, torch.arange(len(images)))])
-        (logits(forward, own, "bf16") * signs).sum().backward()  # type: ignore[no-untyped-call]
-        gradients.append([weight.grad for weight in parallel.network.parameters()])
-    assert all(torch.equal(other, one) for one, other in zip(*gradients, strict=True))  # nothing is rounded in this net
-
-
-def test_a_pool_over_the_edge_is_compiled_right(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What torch 2.13 compiles a wrong gradient of is put in other words, which mean the same to the last bit."""
-    without_kernels(monkeypatch, "eager")
-    networks = [small_network(3, MadeUpLoader.side, seed=0, width=1) for _ in range(2)]
-    Compiled(networks[1])
-    images, gradients = torch.randn(2, 3, MadeUpLoader.side, MadeUpLoader.side), []
-    for network in networks:
-        network.eval()(images).square().sum().backward()
-        gradients.append([weight.grad for weight in network.parameters()])
-    assert not networks[1].pool.count_include_pad  # type: ignore[union-attr]
-    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
 
 
 def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

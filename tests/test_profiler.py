@@ -121,11 +121,14 @@ def interrupted(step: int, action: Callable[[], None]) -> type[Loader]:
     return Interrupted
 
 
+def terminate() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 def test_a_training_that_is_stopped_keeps_the_steps_so_far(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    opened = interrupted(12, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    summary = train(config(data, tmp_path, trace=9, name="stopped"), opened)
+    summary = train(config(data, tmp_path, trace=9, name="stopped"), interrupted(12, terminate))
     assert (summary["steps"], summary["stopped_by"]) == (12, "SIGTERM")
     (path,) = (tmp_path / "stopped" / "trace").iterdir()
     assert path.name == "steps-00000011-00000012.json.gz"
@@ -155,28 +158,20 @@ def test_a_training_that_is_broken_off_leaves_no_trace(
 
 
 @pytest.mark.parametrize(
-    ("steps", "trace", "files", "words"),
+    ("steps", "trace", "stop", "files", "words"),
     [
-        (5, 5, ["steps-00000002-00000005.json.gz"], "trace of steps 2 to 5 (of 5 asked for)"),
-        (8, 3, ["steps-00000006-00000008.json.gz"], "trace of steps 6 to 8: "),
-        (1, 3, [], "nothing is traced: fewer than two steps are left"),
+        (5, 5, 0, ["steps-00000002-00000005.json.gz"], "trace of steps 2 to 5 (of 5 asked for)"),
+        (8, 3, 0, ["steps-00000006-00000008.json.gz"], "trace of steps 6 to 8: "),
+        (1, 3, 0, [], "nothing is traced: fewer than two steps are left"),
+        (24, 4, 3, [], "nothing is traced: the training ended before step 11"),
     ],
 )
 def test_short_trainings_are_traced_as_far_as_they_go(
-    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], steps: int, trace: int, files: list[str], words: str
+    data: Path, tmp_path: Path, capsys: Any, steps: int, trace: int, stop: int, files: list[str], words: str
 ) -> None:
-    train(config(data, tmp_path, steps=steps, trace=trace))
-    folder = tmp_path / "tiny" / "trace"
-    assert ([file.name for file in folder.iterdir()] if folder.exists() else []) == files
+    train(config(data, tmp_path, steps=steps, trace=trace), interrupted(stop, terminate))
+    assert [file.name for file in tmp_path.glob("tiny/trace/*")] == files
     assert words in capsys.readouterr().err.replace("\n", "")
-
-
-def test_stopped_before_the_first_step_of_the_trace(
-    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    train(config(data, tmp_path, trace=4), interrupted(3, lambda: os.kill(os.getpid(), signal.SIGTERM)))
-    assert "nothing is traced: the training ended before step 11" in capsys.readouterr().err
-    assert not (tmp_path / "tiny" / "trace").exists()
 
 
 def steps_of(trace: Trace, count: int) -> None:
