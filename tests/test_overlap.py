@@ -101,7 +101,6 @@ def test_what_each_turn_does(data: Path) -> None:
         state = TrainingState(recipe, 4, 0, torch.device("cpu"))
         initial = {name: weight.clone() for name, weight in state.network.state_dict().items()}
         bench = Bench(state, loader, ahead=3)
-        after: dict[str, list[bool]] = {}
         for kind in (*KINDS, *KINDS):
             asked.clear()
             turn = bench.turn(kind, 3)
@@ -110,10 +109,7 @@ def test_what_each_turn_does(data: Path) -> None:
             assert turn.steps == 3 and 0 < turn.seconds and 0 <= turn.wait_seconds <= turn.seconds
             weights = state.network.state_dict()
             moved = any(not torch.equal(weights[name], initial[name]) for name in initial)
-            after.setdefault(kind, []).append(moved)
-            velocity = sum(float(velocity.abs().sum()) for velocity in state.optimizer.velocities())
-            assert (velocity > 0) == moved
-        assert after == {"training": [True] * 2, "cached_batch": [True] * 2, "loader": [False] * 2}
+            assert moved == any(velocity.any() for velocity in state.optimizer.velocities()) == (kind != "loader")
 
 
 def made_up(device: str, training: list[float], cached: list[float], loader: list[float]) -> dict[str, Any]:
@@ -136,22 +132,10 @@ def test_the_figures() -> None:
 @pytest.mark.parametrize(
     ("device", "training", "cached", "loader", "words"),
     [
-        (
-            "cuda",
-            985,
-            1000,
-            3000,
-            "The step is the bottleneck, loading is hidden behind it: alone the step takes 1,000",
-        ),
+        ("cuda", 985, 1000, 3000, "The step is the bottleneck, loading is hidden behind it: alone the step takes"),
         ("cuda", 480, 1000, 500, "The loader is the bottleneck: alone the step takes 1,000 images/s and the loader"),
         ("cuda", 800, 1000, 3000, "Loader and step are in one another's way"),
-        (
-            "cpu",
-            750,
-            1000,
-            3000,
-            "The step is the bottleneck: alone the step takes 1,000 images/s and the loader gives",
-        ),
+        ("cpu", 750, 1000, 3000, "The step is the bottleneck: alone the step takes 1,000 images/s and the loader"),
         ("cpu", 750, 3000, 1000, "The loader is the bottleneck: "),
     ],
 )

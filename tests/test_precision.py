@@ -7,7 +7,6 @@ import json
 import math
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 from unittest import mock
@@ -26,7 +25,6 @@ from alexprep.train.config import TrainConfig
 from alexprep.train.distributed.parallel import Parallel
 from alexprep.train.distributed.world import World
 from alexprep.train.evaluation import evaluate_run
-from alexprep.train.lr_schedule import Steps
 from alexprep.train.models.cifar import tiny_net
 from alexprep.train.models.layers import LocalResponseNorm, PaperDropout, Scale
 from alexprep.train.optimizer import MomentumSGD
@@ -198,16 +196,9 @@ def small_network(classes: int, crop: int, *, seed: int, width: float) -> nn.Mod
 
 
 def recipe(**changes: Any) -> Recipe:
-    made = Recipe(
-        name="small",
-        network=small_network,
-        augmentation=Augmentation(crop=MadeUpLoader.side, noise="none"),
-        stored_sizes=(MadeUpLoader.side, MadeUpLoader.side),
-        schedule=Steps(after=()),
-        epochs=2,
-        batch_size=8,
-    )
-    return replace(made, **changes)
+    side = MadeUpLoader.side
+    cut = {"augmentation": Augmentation(crop=side, noise="none"), "stored_sizes": (side, side)}
+    return made_up.small_recipe(**{"network": small_network, "epochs": 2, "width": 1.0, **cut, **changes})
 
 
 @pytest.fixture
@@ -223,17 +214,12 @@ def run(data: Path, name: str, device: str = "cpu", **options: Any) -> dict[str,
     return train(TrainConfig(data, name=name, device=device, **options), MadeUpLoader)
 
 
-@pytest.fixture
-def restless(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A scale that begins high and grows soon, so that it is on its way wherever a run is cut."""
-    scaler = functools.partial(torch.amp.GradScaler, init_scale=2.0**20, growth_interval=2)
-    monkeypatch.setattr(torch.amp, "GradScaler", scaler)
-
-
-@pytest.mark.usefixtures("restless")
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=ON_GPU)])
 def test_a_run_in_fp16_goes_on_with_the_same_bits(device: str, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a scale that begins high and grows soon, so that it is on its way wherever a run is cut."""
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    scaler = functools.partial(torch.amp.GradScaler, init_scale=2.0**20, growth_interval=2)
+    monkeypatch.setattr(torch.amp, "GradScaler", scaler)
     whole = run(data, "whole", device, precision="fp16")
     assert (whole["precision"], whole["steps"]) == ("fp16", 8) and 2 < whole["skipped_steps"] < 8
     log = [json.loads(line) for line in (data.parent / "runs/whole/log.jsonl").read_text().splitlines()]
@@ -312,15 +298,17 @@ def test_a_wrong_gradient_is_never_trained_with(data: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(torch, "compile", wrong)
     with pytest.raises(AlexprepError, match=r"a wrong gradient of conv\S+: it differs .* by 1 times its length"):
-        train(
-            TrainConfig(data, "small", runs=data / "runs", device="cpu", compile=True, channels_last=False),
-            MadeUpLoader,
-        )
-    assert not list((data / "runs" / "small" / "checkpoints").glob("*"))
+        run(data, "wrong", compile=True, channels_last=False)
+    assert not list((data.parent / "runs/wrong/checkpoints").glob("*"))
 
 
 def test_the_check_leaves_no_trace() -> None:
-    """Neither in random numbers nor in buffers, nor in gradients."""
+    """Neither in random numbers nor in buffers, such as running means, nor in gradients."""
+
+    def normalised_network(classes: int, crop: int, *, seed: int, width: float) -> nn.Module:
+        normalised = nn.Sequential(nn.Flatten(), nn.Linear(3 * crop * crop, 4), nn.BatchNorm1d(4), PaperDropout())
+        return normalised.append(nn.Linear(4, classes))
+
     state = TrainingState(recipe(network=normalised_network), 3, 0, CPU)
     before = state.tensors()
     images = torch.randn(8, 3, MadeUpLoader.side, MadeUpLoader.side, generator=torch.Generator().manual_seed(0))
@@ -328,14 +316,6 @@ def test_the_check_leaves_no_trace() -> None:
     after = state.tensors()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert all(weight.grad is None or not weight.grad.any() for weight in state.network.parameters())
-
-
-def normalised_network(classes: int, crop: int, *, seed: int, width: float) -> nn.Module:
-    """Batch normalisation, whose running means a training step changes, and dropout."""
-    torch.manual_seed(seed)
-    return nn.Sequential(
-        nn.Flatten(), nn.Linear(3 * crop * crop, 4), nn.BatchNorm1d(4), PaperDropout(), nn.Linear(4, classes)
-    )
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler uses what torch deprecates
