@@ -223,7 +223,7 @@ def predictions(
 
 def _differ(batch: Any, other: Any) -> bool:
     """Whether two loaders gave different images; None where one of them is at its end."""
-    if batch is None or other is None:
+    if batch is None or other is None or batch is other:
         return batch is not other
     same_labels = torch.equal(batch.labels, other.labels)
     return not same_labels or not torch.equal(*(getattr(each, "indices", each.labels) for each in (batch, other)))
