@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -17,9 +17,6 @@ from alexprep.cli.options import (
     local_data_option,
     threads_option,
 )
-
-if TYPE_CHECKING:
-    from alexprep.train.overlap import Overlap
 
 
 @click.group("bench", short_help="Measure on this machine, in turns.")
@@ -67,42 +64,43 @@ def overlap(data: Path, steps: int | None, rounds: int, as_json: bool, **options
         click.echo("Interrupted: nothing was measured, and nothing was written.", err=True)
         click.get_current_context().exit(INTERRUPTED)
     _show(found)
-    output.json_line(found.describe(), as_json)
+    output.json_line(found, as_json)
 
 
-def _show(found: Overlap) -> None:
+def _show(found: dict[str, Any]) -> None:
     from rich.filesize import decimal
 
     from alexprep.cli import output
     from alexprep.pipeline.autotune import BUSY
 
-    def rate(kind: Any) -> str:
-        slowest, fastest = found.spread(kind)
-        return f"{found.rate(kind):>9,.0f} images/s  ({slowest:,.0f} to {fastest:,.0f})"
+    rates, rounds = found["images_per_second"], found["rounds_images_per_second"]
 
-    wait, rest = found.milliseconds()
+    def rate(kind: str) -> str:
+        return f"{rates[kind]:>9,.0f} images/s  ({min(rounds[kind]):,.0f} to {max(rounds[kind]):,.0f})"
+
+    serial, ratios = found["serial_images_per_second"], found["rounds_overlap"]
     rows = [
         ("training with data", rate("training")),
         ("the same steps on one batch", rate("cached_batch")),
         ("the loader alone", rate("loader")),
-        ("one after the other", f"{found.serial_rate:>9,.0f} images/s  (1 / (1 / one batch + 1 / loader))"),
-        ("overlap", f"{found.overlap:>9.3f}  ({min(found.ratios):.3f} to {max(found.ratios):.3f})"),
-        ("a step", f"{wait:.1f} ms for data + {rest:.1f} ms"),
+        ("one after the other", f"{serial:>9,.0f} images/s  (1 / (1 / one batch + 1 / loader))"),
+        ("overlap", f"{found['overlap']:>9.3f}  ({min(ratios):.3f} to {max(ratios):.3f})"),
+        ("a step", f"{found['data_wait_ms']:.1f} ms for data + {found['step_ms']:.1f} ms"),
     ]
-    if found.gpu_memory_bytes is not None:
-        memory = {name: decimal(count) for name, count in found.gpu_memory_bytes.items()}
+    if found["gpu_memory_bytes"] is not None:
+        memory = {name: decimal(count) for name, count in found["gpu_memory_bytes"].items()}
         rows.append(("GPU memory", f"{memory['torch_peak']} by torch at most, {memory['all']} with DALI's"))
-    about = found.about
     output.table(
-        f"{about['recipe']}, batches of {about['batch_size']}, {about['precision']}, on {about['machine']}; medians of "
-        f"{about['rounds']} rounds of {about['steps']['training']} steps.",
+        f"{found['recipe']}, batches of {found['batch_size']}, {found['precision']}, on {found['machine']}; medians of "
+        f"{found['rounds']} rounds of {found['steps']['training']} steps.",
         rows,
     )
-    click.echo(found.bottleneck())
-    if found.on_cpu:
+    click.echo(found["bottleneck"])
+    if found["gpu_memory_bytes"] is None:
         click.echo(
             "On a CPU loader and step share the cores, so the overlap stays below 1: one after the other, each with all "
-            f"cores, would give {found.serial_rate / found.rate('cached_batch'):.3f}."
+            f"cores, would give {found['serial_overlap']:.3f}."
         )
-    if found.differing > BUSY:
-        click.echo(f"Rounds differ by up to {100 * found.differing:.0f} %: try again when the machine is less busy.")
+    apart = max((max(rounds[kind]) - min(rounds[kind])) / rates[kind] for kind in rates)
+    if apart > BUSY:
+        click.echo(f"Rounds differ by up to {100 * apart:.0f} %: try again when the machine is less busy.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -50,21 +50,13 @@ ON_SCREEN = ""  # what --classes without a file gives
 @json_option
 def evaluate(
     nets: tuple[str, ...],
-    views: Literal["centre", "ten"],
-    split: str | None,
-    data: Path | None,
     weights: str,
-    weights_from: str | None,
     classes: str | None,
     submission: Path | None,
-    model: str | None,
-    recipe: str | None,
     runs: Path,
-    batch_size: int,
     precision: Precision | None,
-    threads: int | None,
-    device: str | None,
     as_json: bool,
+    **options: Any,
 ) -> None:
     """Evaluate the newest checkpoint of RUN, a name in ./runs, or that of STEP; the run last active by default.
 
@@ -84,19 +76,11 @@ def evaluate(
     with output.progress("evaluating") as progress:
         found = evaluation.evaluate(
             [place_named(runs, text) for text in nets or [None]],
-            data=data,
-            split=split,
-            views=views,
             weights=parse_weights(weights),
-            weights_from=weights_from,
-            batch_size=batch_size,
             precision=precision or "fp32",  # also of nets that were trained in another
-            threads=threads,
-            device=device,
             progress=progress,
             check=check_submission if submission else None,
-            recipe=recipe,
-            model=model,
+            **options,
         )
     document = found.document
     for sentence in [*document["skipped"], *document["notes"]]:
@@ -137,6 +121,7 @@ def _print(document: dict[str, Any]) -> None:
     whose = f"{nets[0]['run']} after step {nets[0]['step']}" if len(nets) == 1 else f"{len(nets)} nets"
     title = f"{whose}, {images:,} images of {document['split']!r} in {document['data']}"
     labelled = [] if document["samples"] == images else [("with a label", f"{document['samples']:,}")]
+    waited = 100 * document["data_wait_ms"] / (document["data_wait_ms"] + document["step_ms"])
     if len(nets) > 1:
         _print_nets(title, document)
         title = "All as one, the mean of their softmax outputs"
@@ -148,10 +133,7 @@ def _print(document: dict[str, Any]) -> None:
             ("top-5 error", _error(document, "top5")),
             ("cross-entropy", "unknown" if document["loss"] is None else f"{document['loss']:.4f} nats"),
             ("views", document["views"]),
-            (
-                "speed",
-                f"{document['images_per_second']:,.0f} images/s, {_waited(document)} % of the time waiting for data",
-            ),
+            ("speed", f"{document['images_per_second']:,.0f} images/s, {waited:.0f} % of the time waiting for data"),
             ("seconds", f"{document['seconds']:.1f} on {document['device']}"),
         ],
     )
@@ -180,11 +162,6 @@ def _error(document: dict[str, Any], which: str) -> str:
     return f"{document[f'{which}_error']:.2f} % (standard error {document[f'{which}_standard_error']:.2f})"
 
 
-def _waited(document: dict[str, Any]) -> str:
-    wait, step = document["data_wait_ms"], document["step_ms"]
-    return f"{100 * wait / (wait + step):.0f}"
-
-
 def _classes(file: str, scores: Scores, names: list[str], document: dict[str, Any]) -> None:
     """Prints the best and worst classes, or writes all; the most confused pairs are printed either way."""
     from alexprep.shards.storage import publish_bytes
@@ -201,8 +178,8 @@ def _classes(file: str, scores: Scores, names: list[str], document: dict[str, An
     if pairs:
         click.echo("Most often taken for another class")
         for pair in pairs:
-            click.echo(f"  {pair.true} for {pair.guessed}: {pair.times:,} of {pair.images:,}")
-    document["confusions"] = [pair._asdict() for pair in pairs]
+            click.echo(f"  {pair['true']} for {pair['guessed']}: {pair['times']:,} of {pair['images']:,}")
+    document["confusions"] = pairs
 
 
 def _print_classes(rows: list[ClassError]) -> None:
@@ -220,13 +197,13 @@ def _submit(path: Path, scores: Scores, document: dict[str, Any]) -> None:
     from alexprep.shards.storage import publish_bytes
     from alexprep.train.ilsvrc_submission import make_submission
 
-    made = make_submission(Path(document["data"]), document["split"], scores.best, scores.rows)
-    publish_bytes(path, made.content)
+    content, images, missing = make_submission(Path(document["data"]), document["split"], scores.best, scores.rows)
+    publish_bytes(path, content)
     document["submission_file"] = str(path)
-    click.echo(f"{made.lines:,} lines in {path}, from {made.first} to {made.last}")
-    if made.missing:
+    click.echo(f"{len(images):,} lines in {path}, from {Path(images[0]).name} to {Path(images[-1]).name}")
+    if missing:
         click.echo(
-            f"{len(made.missing):,} images could not be read when the set was made, among them {made.missing[0]}: their lines are "
+            f"{len(missing):,} images could not be read when the set was made, among them {missing[0]}: their lines are "
             "1 2 3 4 5",
             err=True,
         )

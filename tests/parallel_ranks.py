@@ -37,14 +37,10 @@ EXACTLY: tuple[Precision, ...] = ("fp32", "bf16")
 
 def network_named(name: str) -> tuple[nn.Sequential, int]:
     """A net of the repository, small, and the side of its input; pools leave maps of odd sides, alexnet's last of 2 x 2 pixels."""
-    if name == "alexnet":
-        return alexnet(CLASSES, 99, seed=3, width=0.0625), 99
-    if name == "tiny":
-        return tiny_net(CLASSES, 29, seed=3, width=0.25), 29
-    if name == "quick":
-        return cifar10_quick_net(CLASSES, 24, seed=3, width=0.25), 24
-    (network,) = (network for network in FAMILY if network.name == name)
-    return network(CLASSES, 67, seed=3, width=0.0625), 67
+    small: dict[str, tuple[Any, int, float]] = {"tiny": (tiny_net, 29, 0.25), "quick": (cifar10_quick_net, 24, 0.25)}
+    small |= {network.name: (network, 67, 0.0625) for network in FAMILY} | {"alexnet": (alexnet, 99, 0.0625)}
+    network, side, width = small[name]
+    return network(CLASSES, side, seed=3, width=width), side
 
 
 def batch(step: int, side: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -106,11 +102,8 @@ def train(world: World, name: str, scheme: Scheme, dtype: torch.dtype) -> tuple[
         assert torch.equal(torch.get_rng_state(), after), "random numbers are those of one device"
         losses.append(loss.item())
         apart_losses.append(apart(loss, right))
-        weights = dict(single.named_parameters())
-        own = dict(parallel.network.named_parameters())
-        gradients.append(
-            max(apart(own[key].grad, parallel._own(key, weights[key].grad)) for key in own)  # type: ignore[arg-type]
-        )
+        pairs = [(key, own, single.get_parameter(key)) for key, own in parallel.network.named_parameters()]
+        gradients.append(max(apart(own.grad, parallel._own(key, whole.grad)) for key, own, whole in pairs))  # type: ignore[arg-type]
         optimizer.step()
         single_optimizer.step()
     whole, expected = parallel.gather_state(), single.state_dict()
@@ -231,34 +224,6 @@ def exact(world: World, scheme: Scheme, precision: Precision) -> dict[str, Any]:
     }
 
 
-def errors(world: World, name: str, scheme: Scheme, precision: Precision) -> dict[str, tuple[float, float]]:
-    """Of the loss and each gradient: how far this scheme is from float64, and how far one device is."""
-    images, labels = batch(0, network_named(name)[1])
-
-    def one_device(dtype: torch.dtype, precision: Precision) -> dict[str, torch.Tensor]:
-        network = network_named(name)[0].to(dtype)
-        torch.manual_seed(8)
-        loss = F.cross_entropy(logits(network, images.to(dtype), precision), labels)
-        return {**gradients_of(network, loss), "loss": loss}
-
-    right, single = one_device(torch.float64, "fp32"), one_device(torch.float32, precision)
-    parallel = Parallel(network_named(name)[0], scheme, world)
-    rows = own_rows(parallel, len(images))
-    torch.manual_seed(8)
-    ((own, all_labels),) = parallel.batches([Examples(images[rows], labels[rows])])
-    loss = F.cross_entropy(logits(parallel.network, own, precision), all_labels)
-    found = gradients_of(parallel.network, loss)
-    parallel.sum_gradients()
-    found["loss"] = loss
-    return {
-        key: (
-            apart(value, parallel._own(key, right[key])),
-            apart(parallel._own(key, single[key]), parallel._own(key, right[key])),
-        )
-        for key, value in found.items()
-    }
-
-
 def overflow_on_one(world: World) -> list[Any]:
     """Towers of one layer: rank 1's classes have no share in the loss, so only rank 0 has gradients that overflow."""
     layer = nn.Linear(3, 4)
@@ -291,19 +256,9 @@ def different_batches(world: World) -> str:
     return "accepted"
 
 
-def imports_compiler() -> bool:
-    """Whether a training step imports torch's compiler, as those of `torch.optim` do; it takes a second. To be asked first."""
-    network, side = network_named("tiny")
-    optimizer = optimizer_of(network)
-    optimizer.zero_grad()
-    network(batch(0, side)[0]).sum().backward()
-    optimizer.step()
-    return "torch._dynamo" in sys.modules
-
-
 def everything(world: World, names: list[str]) -> dict[str, Any]:
     """All that two ranks on a CPU are asked."""
-    found: dict[str, Any] = {"compiler": imports_compiler(), "overflow": overflow_on_one(world)}
+    found: dict[str, Any] = {"overflow": overflow_on_one(world)}
     for scheme in SPLIT:
         for name in names:
             parallel, optimizer, found[f"{name} {scheme}"] = train(world, name, scheme, torch.float64)
@@ -313,8 +268,8 @@ def everything(world: World, names: list[str]) -> dict[str, Any]:
                 found[f"round trips {name}"] = round_trips(world, name, whole, velocities)
         found[f"evaluation {scheme}"] = evaluation(world, scheme)
         found |= {f"exact {scheme} {precision}": exact(world, scheme, precision) for precision in EXACTLY}
-        found |= {f"errors {scheme} {name}": errors(world, name, scheme, "bf16") for name in ("tiny", "quick")}
     found["refused"] = different_batches(world)
+    found["compiler"] = "torch._dynamo" in sys.modules
     return found
 
 
@@ -342,10 +297,8 @@ def fault(world: World, kind: str, folder: str) -> str:
     for step, (images, labels) in enumerate(parallel.batches(endless), start=1):
         F.cross_entropy(parallel.network(images), labels).backward()  # type: ignore[no-untyped-call]
         if step == 3 and world.rank == 1:
-            if kind == "kill":
-                os.kill(os.getpid(), signal.SIGKILL)
-            if kind == "stop":
-                os.kill(os.getpid(), signal.SIGSTOP)
+            if kind in ("kill", "stop"):
+                os.kill(os.getpid(), signal.SIGKILL if kind == "kill" else signal.SIGSTOP)
             if kind == "hang":
                 time.sleep(1000)
             if kind == "raise":

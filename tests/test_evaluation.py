@@ -18,6 +18,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from scipy.io import savemat
+from scipy.special import softmax
 
 from alexprep.cli.main import main
 from alexprep.pipeline.loader import Loader
@@ -29,8 +30,10 @@ from alexprep.shards.plan import ShardOptions
 from alexprep.shards.storage import publish_bytes
 from alexprep.train import checkpoint, recipes
 from alexprep.train.config import TrainConfig, prepare
+from alexprep.train.ensemble import WeightSearch, mixture, parse_weights, shares
 from alexprep.train.evaluation import Scores, class_csv, evaluate, evaluate_run, publish_evaluation, ranked
 from alexprep.train.ilsvrc_submission import check_submission, make_submission
+from alexprep.train.metrics import image_errors
 from alexprep.train.predictions import Predicted, open_net
 from alexprep.train.run_dir import Place, place_named
 from alexprep.train.training_state import TrainingState
@@ -63,12 +66,6 @@ def wide_and_narrow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(recipes.RECIPES, "narrow", narrow)
 
 
-def softmax(logits: Array) -> Array:
-    exponentials = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    total: Array = exponentials / exponentials.sum(axis=-1, keepdims=True)
-    return total
-
-
 def probabilities(run: Path, data: Path, views: Any) -> tuple[Array, NDArray[np.int64]]:
     """Float64 numpy from a net's float32 logits: the softmax, its mean over the views; and the labels."""
     net = open_net(Place(run), CPU)
@@ -80,16 +77,9 @@ def probabilities(run: Path, data: Path, views: Any) -> tuple[Array, NDArray[np.
             images = batch.images if views == "ten" else batch.images[:, None]
             with torch.inference_mode():
                 logits = torch.stack([net.network(images[:, view]) for view in range(images.shape[1])], dim=1)
-            rows.append(softmax(logits.double().numpy()).mean(axis=1))
+            rows.append(softmax(logits.double().numpy(), axis=-1).mean(axis=1))
             labels.append(batch.labels.numpy())
     return np.concatenate(rows), np.concatenate(labels)
-
-
-def numpy_errors(p: Array, labels: NDArray[np.int64], k: int) -> tuple[float, float]:
-    """Error in percent among the k best, and the mean cross-entropy; for probabilities without ties."""
-    best = np.argsort(-p, axis=1)[:, :k]
-    error = 100 * float(np.mean(~(best == labels[:, None]).any(axis=1)))
-    return error, float(-np.log(p[np.arange(len(labels)), labels]).mean())
 
 
 @pytest.mark.parametrize("views", ["centre", "ten"])
@@ -106,11 +96,10 @@ def test_an_ensemble_equals_numpy(views: Any, data: Path, tmp_path: Path, wide_a
         [Place(run) for run in made], views=views, weights=[3, 2, 1], batch_size=60, threads=1, device="cpu"
     )
     for document, p in zip([*found.document["nets"], found.document], [*(p for p, _ in each), whole], strict=True):
-        error, loss = numpy_errors(p, labels, 1)
+        error, loss = 100 * np.mean(p.argmax(axis=1) != labels), -np.log(p[np.arange(len(labels)), labels]).mean()
         assert document["top1_error"] == pytest.approx(error)
         assert document["loss"] == pytest.approx(loss, rel=1e-5)  # other batch sizes round convolutions otherwise
-        share = error / 100
-        assert document["top1_standard_error"] == pytest.approx(100 * np.sqrt(share * (1 - share) / len(labels)))
+        assert document["top1_standard_error"] == pytest.approx(np.sqrt(error * (100 - error) / len(labels)))
     assert found.document["top5_error"] == 0  # of four classes
     np.testing.assert_array_equal(found.scores.best, np.argsort(-whole, axis=1))
     assert (found.document["images"], found.document["samples"]) == (20, 20)
@@ -137,36 +126,31 @@ def test_weights_searched_on_a_split(data: Path, tmp_path: Path) -> None:
 
 def test_images_without_a_label_are_left_out_of_errors(seed: int) -> None:
     rng = np.random.default_rng(seed)
-    logs = torch.from_numpy(np.log(softmax(rng.normal(size=(40, 9)))))
+    logs = torch.from_numpy(np.log(softmax(rng.normal(size=(40, 9)), axis=-1)))
     labels = torch.from_numpy(rng.integers(-1, 9, size=40))
     known = labels >= 0
-    scores, reference = Scores(guesses=True), Scores()
-    scores.add(logs, Predicted(logs[:, None], labels, torch.arange(40)))
-    reference.add(logs[known], Predicted(logs[known][:, None], labels[known], torch.arange(int(known.sum()))))
+    scores, reference = Scores(), Scores()
+    scores.add(Predicted(logs, labels, torch.arange(40)))
+    reference.add(Predicted(logs[known], labels[known], torch.arange(int(known.sum()))))
     assert scores.summary() == reference.summary() and scores.images == 40 and len(scores.best) == 40
     unknown = Scores()
-    unknown.add(logs, Predicted(logs[:, None], torch.full((40,), -1), torch.arange(40)))
+    unknown.add(Predicted(logs, torch.full((40,), -1), torch.arange(40)))
     assert set(unknown.summary().values()) == {None}
-    with pytest.raises(AlexprepError, match="no errors by class"):
-        class_csv(unknown.by_class(list("abcdefghi")))
 
 
 def test_classes_and_confusions() -> None:
     labels = np.array([0, 0, 0, 1, 1, 3, 3, -1])  # no image of class 2
     p = np.full((8, 4), 0.1)
     p[np.arange(8), [0, 1, 1, 1, 1, 0, 1, 2]] = 0.7
-    scores = Scores(guesses=True)
-    scores.add(
-        torch.from_numpy(np.log(p)),
-        Predicted(torch.from_numpy(np.log(p[:, None])), torch.from_numpy(labels), torch.arange(8)),
-    )
+    scores = Scores()
+    scores.add(Predicted(torch.from_numpy(np.log(p)), torch.from_numpy(labels), torch.arange(8)))
     names = ["cat", "dog", "emu, grey", "fox"]
     table = scores.by_class(names)
     assert [row.images for row in table] == [3, 2, 0, 2]
     assert [row.top1_error for row in table] == [pytest.approx(200 / 3), 0, None, 100]
     assert [row.name for row in ranked(table)] == ["dog", "cat", "fox"]
-    assert scores.confusions(names)[0] == ("cat", "dog", 2, 3)
-    assert [pair[:3] for pair in scores.confusions(names)[1:]] == [("fox", "cat", 1), ("fox", "dog", 1)]
+    pairs = [("cat", "dog", 2, 3), ("fox", "cat", 1, 2), ("fox", "dog", 1, 2)]
+    assert [tuple(pair.values()) for pair in scores.confusions(names)] == pairs
     lines = class_csv(table).decode().splitlines()
     assert lines[0] == "label,class,images,top1_error,top5_error" and lines[3] == '2,"emu, grey",0,,'
     assert lines[1] == "0,cat,3,66.6667,0.0000"
@@ -174,13 +158,13 @@ def test_classes_and_confusions() -> None:
 
 def test_ties_go_to_the_lower_label_in_guesses_and_are_shared_in_errors() -> None:
     logs = torch.log(torch.tensor([[0.1, 0.3, 0.3, 0.3]], dtype=torch.float64))
-    scores = Scores(guesses=True)
-    scores.add(logs, Predicted(logs[:, None], torch.tensor([3]), torch.arange(1)))
+    scores = Scores()
+    scores.add(Predicted(logs, torch.tensor([3]), torch.arange(1)))
     assert scores.best.tolist() == [[1, 2, 3, 0]]
     assert scores.summary()["top1_error"] == pytest.approx(100 * 2 / 3)
     levels = np.random.default_rng(0).integers(0, 9, size=(400, 11)).astype(np.float64)
-    many = Scores(guesses=True)
-    many.add(torch.from_numpy(levels), Predicted(torch.zeros(400, 1, 11), torch.zeros(400).long(), torch.arange(400)))
+    many = Scores()
+    many.add(Predicted(torch.from_numpy(levels), torch.zeros(400).long(), torch.arange(400)))
     np.testing.assert_array_equal(many.best, np.argsort(-levels, axis=1, kind="stable")[:, :5])
 
 
@@ -191,11 +175,9 @@ def test_checkpoints_of_one_run(data: Path, tmp_path: Path) -> None:
     found = evaluate([Place(run, 4), Place(run)], threads=1)
     assert [net["step"] for net in found.document["nets"]] == [4, 6]
     assert "run" not in found.document and publish_evaluation(found.document, tmp_path).parent == tmp_path
-    for text, words in (("a@x", "'x' is no step"), ("a@", "'' is no step"), ("b@2", "there is no run")):
+    for text, words in (("a@x", "'x' is no step"), ("a@", "'' is no step")):
         with pytest.raises(AlexprepError, match=words):
             place_named(tmp_path, text)
-    with pytest.raises(AlexprepError, match="no checkpoint of step 5: there are 2, 4, 6"):
-        evaluate_run(run, 5)
     with pytest.raises(AlexprepError, match="named twice"):
         evaluate([Place(run), Place(run, 6)])
     file = next((run / "checkpoints").glob("step-00000004-*.safetensors"))
@@ -204,21 +186,13 @@ def test_checkpoints_of_one_run(data: Path, tmp_path: Path) -> None:
         evaluate_run(run, 4)
 
 
-@pytest.fixture(scope="module")
-def relatives(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Sets like `data`: of the same classes, of others, of fewer."""
-    root = tmp_path_factory.mktemp("relatives")
-
-    def make(kind: str) -> Path:
-        out = root / kind
-        if not out.exists():
-            names = {"same": [0, 1, 2, 3], "other": [1, 0, 2, 3]}[kind]
-            (root / f"{kind}.txt").write_text("\n".join(f"class{n}" for n in names))
-            convert(photos, out, ShardOptions(Target(size=64), limit=8, seed=5, labels=str(root / f"{kind}.txt")), 1)
-            rgb_statistics.publish_statistics(rgb_statistics.pca_stats(out, "train", 1), out, "train")
-        return out
-
-    return make
+def relative(photos: Path, folder: Path, numbers: str) -> Path:
+    """A set like `data`, whose classes come in another order or not."""
+    labels = folder.with_suffix(".txt")
+    labels.write_text("\n".join(f"class{n}" for n in numbers))
+    convert(photos, folder, ShardOptions(Target(size=64), limit=8, seed=5, labels=str(labels)), 1)
+    rgb_statistics.publish_statistics(rgb_statistics.pca_stats(folder, "train", 1), folder, "train")
+    return folder
 
 
 def test_a_recipe_may_change_in_what_an_evaluation_does_not_show(
@@ -233,29 +207,29 @@ def test_a_recipe_may_change_in_what_an_evaluation_does_not_show(
         open_net(Place(run), CPU)
 
 
-def test_nets_that_do_not_go_together(data: Path, relatives: Callable[[str], Path], tmp_path: Path) -> None:
-    here, there = make_run(tmp_path, "a", data, 1), make_run(tmp_path, "b", relatives("other"), 2)
+def test_nets_that_do_not_go_together(data: Path, photos: Path, tmp_path: Path) -> None:
+    other = relative(photos, tmp_path / "other", "1023")
+    here, there = make_run(tmp_path, "a", data, 1), make_run(tmp_path, "b", other, 2)
     with pytest.raises(AlexprepError, match=r"different data: data was .*--data"):
         evaluate([Place(here), Place(there)])
     with pytest.raises(AlexprepError, match=r"2 of 4 labels differ, classes\[0\] was 'class1', is now 'class0'"):
         evaluate([Place(here), Place(there)], data=data)
-    assert not list(tmp_path.glob("*.json"))
 
 
 def test_another_data_set_of_the_same_classes_is_seen_less_the_mean_of_the_training(
-    data: Path, relatives: Callable[[str], Path], tmp_path: Path
+    data: Path, photos: Path, tmp_path: Path
 ) -> None:
-    run = make_run(tmp_path, "a", data, 1)
+    run, same = make_run(tmp_path, "a", data, 1), relative(photos, tmp_path / "same", "0123")
     asked: list[dict[str, Any]] = []
 
     def spying(*place: Any, **options: Any) -> Loader:
         asked.append(options)
         return Loader(*place, **options)
 
-    found = evaluate_run(run, data=relatives("same"), threads=1, device="cpu", open_loader=spying)
+    found = evaluate_run(run, data=same, threads=1, device="cpu", open_loader=spying)
     assert asked[0]["statistics"] == data and found["notes"] == [] and found["images"] == 8
     (run / "config.json").write_text((run / "config.json").read_text().replace(str(data), str(data / "gone")))
-    found = evaluate_run(run, data=relatives("same"), threads=1, device="cpu", open_loader=spying)
+    found = evaluate_run(run, data=same, threads=1, device="cpu", open_loader=spying)
     assert "statistics" not in asked[1]
     assert ["cannot be told" in found["notes"][0], "less their own mean" in found["notes"][1]] == [True, True]
 
@@ -270,6 +244,79 @@ def test_loaders_that_disagree_are_noticed(data: Path, tmp_path: Path, wide_and_
 
     with pytest.raises(AlexprepError, match="give different ones"):
         evaluate(places, threads=1, device="cpu", open_loader=Other)
+
+
+# Weights
+
+
+def predicted(p: Array, labels: NDArray[np.int64]) -> Predicted:
+    return Predicted(torch.from_numpy(np.log(p)), torch.from_numpy(labels), torch.arange(len(labels)))
+
+
+def test_mixture_equals_numpy_even_where_probabilities_vanish(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    p = softmax(rng.normal(scale=3, size=(50, 7, 30)), axis=-1)
+    weights = shares(rng.random(7).tolist(), 7)
+    found = mixture(torch.from_numpy(np.log(p)), weights).numpy()
+    np.testing.assert_allclose(found, np.log(np.tensordot(p, weights, axes=(1, 0))), rtol=1e-12)
+    logs = torch.tensor([[[-2000.0, 0.0], [-3000.0, 0.0]]], dtype=torch.float64)
+    assert mixture(logs, [0.5, 0.5])[0, 0].item() == pytest.approx(-2000 + np.log(0.5))
+    assert mixture(logs, [0.0, 1.0])[0, 0].item() == -3000
+
+
+def test_what_the_search_keeps_decides_every_weighting(seed: int) -> None:
+    """The error that the search computes from undecided classes alone is the error, ties included, for any weights."""
+    rng = np.random.default_rng(seed)
+    levels = np.array([0.01, 0.02, 0.04, 0.08])  # so few values that many tie
+    p = levels[rng.integers(0, 4, size=(300, 3, 12))]
+    labels = rng.integers(-1, 12, size=300)
+    search = WeightSearch()
+    for first in range(0, 300, 64):
+        search.add(predicted(p[first : first + 64], labels[first : first + 64]))
+    search.best_weights()
+    for coefficients in ([1, 0, 0], [10, 10, 10], [20, 5, 1], [0, 3, 7], [1, 2, 4]):
+        exact = np.zeros((300, 12))
+        for net, coefficient in enumerate(coefficients):  # multiples of 0.01 as integers: ties are exact
+            exact += coefficient * np.round(100 * p[:, net])
+        columns = image_errors(torch.from_numpy(np.log(exact)), torch.from_numpy(labels)).numpy()[:, labels >= 0]
+        assert search.error(coefficients) == pytest.approx(1 - columns[2].mean(), abs=1e-12)
+        shared = mixture(torch.from_numpy(np.log(p)), shares(coefficients, 3))
+        losses = image_errors(shared, torch.from_numpy(labels)).numpy()[0, labels >= 0]
+        assert search.loss(coefficients) == pytest.approx(losses.mean(), rel=1e-12)
+
+
+def test_the_search_finds_the_known_optimum() -> None:
+    """Six classes, the label's rivals all alike: half of the images need a share of net a above 0.6, half one below 0.7."""
+
+    def image(a: float, b: float) -> Array:
+        return np.array([[q, *[(1 - q) / 5] * 5] for q in (a, b)])
+
+    p = np.stack([image(0.2, (1 / 6 - 0.6 * 0.2) / 0.4)] * 10 + [image((1 / 6 - 0.3 * 0.2) / 0.7, 0.2)] * 10)
+    search = WeightSearch()
+    search.add(predicted(p, np.zeros(20, np.int64)))
+    found = search.best_weights()
+    assert 0.6 < found[0] < 0.7 and sum(found) == pytest.approx(1)
+    assert search.error([13, 7]) == 0 and search.error([10, 10]) == search.error([20, 5]) == 0.5
+
+
+def test_the_search_leaves_a_harmful_net_out() -> None:
+    """Equal top-5 errors are told apart by the cross-entropy; here there are four classes, so top-5 never errs."""
+    good, bad = [0.7, 0.1, 0.1, 0.1], [0.01, 0.33, 0.33, 0.33]
+    search = WeightSearch()
+    search.add(predicted(np.array([[good, bad]] * 9), np.zeros(9, np.int64)))
+    assert search.best_weights() == [1, 0]
+    nothing = WeightSearch()
+    nothing.add(predicted(np.array([[good, bad]]), np.array([-1])))
+    with pytest.raises(AlexprepError, match="none of the images has a label"):
+        nothing.best_weights()
+
+
+@pytest.mark.parametrize("weights", [[1.0], [1, -1], [0, 0], [float("nan"), 1], [float("inf"), 1]])
+def test_weights_that_make_no_sense(weights: list[float]) -> None:
+    with pytest.raises(AlexprepError, match="--weights"):
+        shares(weights, 2)
+    with pytest.raises(AlexprepError, match="neither equal, search, nor numbers"):
+        parse_weights("much")
 
 
 # The command
@@ -341,8 +388,6 @@ def test_two_nets_and_their_classes(runs: Path, told: Told) -> None:
 def test_searched_weights_say_where_they_come_from(runs: Path, told: Told) -> None:
     status, out, _ = told("a", "b", "--weights", "search")
     assert status == 0 and "Weights chosen on 'val', the very images that are measured" in out
-    status, out, _ = told("a", "b", "--weights", "search", "--weights-from", "train")
-    assert status == 0 and "Weights chosen on 'train'.\n" in out
 
 
 def test_all_classes_in_a_file(runs: Path, told: Told) -> None:
@@ -352,9 +397,7 @@ def test_all_classes_in_a_file(runs: Path, told: Told) -> None:
     assert [int(row["images"]) for row in rows] == [5] * 4
     document = json.loads(out.splitlines()[-1])
     assert np.mean([float(row["top1_error"]) for row in rows]) == pytest.approx(document["top1_error"])
-    assert Path(document["result_file"]).parent == runs / "a" or document["result_file"].startswith(
-        "runs/a/eval-val-centre-"
-    )
+    assert document["result_file"].startswith("runs/a/eval-val-centre-")
 
 
 def test_a_submission_is_in_the_order_of_the_file_names(
@@ -384,8 +427,6 @@ def test_a_submission_is_in_the_order_of_the_file_names(
     assert [list(map(int, line.split(" "))) for line in lines] == [wanted[name] for name in sorted(wanted)]
     assert len({tuple(row) for row in wanted.values()}) > 2  # so that an order by chance would be seen
 
-    status, _, err = told("a", "a@0", "--split", "test")
-    assert status == 1 and "one net is named twice" in err
     make_run(tmp_path / "runs", "b", ilsvrc, 8, steps=(0,))
     status, _, err = told("a", "b", "--split", "test", "--weights", "search")
     assert status == 1 and "none of the images has a label" in err

@@ -164,8 +164,3 @@ def test_what_fails_at_once_takes_no_name(data: Path, tmp_path: Path) -> None:
     with pytest.raises(AlexprepError, match="pca-stats"):
         launch_training(TrainConfig(bare, "tiny", runs=runs, device="cpu"))
     assert not runs.exists()
-    _train(data, runs, "--steps", "1")
-    tune = ["train", "--data", str(data), "--recipe", "tiny", "--runs", str(runs), "--init-from", "run"]
-    result = CliRunner().invoke(cli, [*tune, "--init-layers", "conv9", "--name", "tuned"])
-    assert isinstance(result.exception, AlexprepError) and "conv9 matches no layer" in str(result.exception)
-    assert [path.name for path in runs.iterdir()] == ["run"]

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from scipy.special import softmax
 from torch import nn
 
 from alexprep.shards.errors import AlexprepError
@@ -35,15 +36,12 @@ class Table(nn.Module):
 
 def batches(labels: NDArray[np.int64], size: int, views: int | None = None) -> list[Batch]:
     """Images whose first pixel is their row, or sample · views + view."""
-    count = len(labels)
+    images = torch.zeros(len(labels), views or 1, 3, 2, 2)
+    images[:, :, 0, 0, 0] = torch.arange(images.shape[0] * images.shape[1]).reshape(len(labels), -1)
     if views is None:
-        images = torch.zeros(count, 3, 2, 2)
-        images[:, 0, 0, 0] = torch.arange(count)
-    else:
-        images = torch.zeros(count, views, 3, 2, 2)
-        images[:, :, 0, 0, 0] = torch.arange(count * views).reshape(count, views)
+        images = images[:, 0]
     numbers = torch.from_numpy(labels)
-    return [Batch(images[i : i + size], numbers[i : i + size]) for i in range(0, count, size)]
+    return [Batch(images[i : i + size], numbers[i : i + size]) for i in range(0, len(labels), size)]
 
 
 def reference_credit(scores: NDArray[np.float64], label: int, k: int) -> float:
@@ -71,33 +69,22 @@ def test_an_all_equal_network_is_as_good_as_chance() -> None:
     assert result["loss"] == pytest.approx(np.log(1000))
 
 
-def test_single_view_equals_numpy(seed: int) -> None:
+@pytest.mark.parametrize(("views", "count"), [(None, 301), (10, 57)])
+def test_errors_equal_numpy_and_views_average_the_softmax(views: int | None, count: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
-    logits, labels = rng.normal(scale=3, size=(301, 12)).astype(np.float32), rng.integers(0, 12, size=301)
-    order = np.argsort(-logits, axis=1)
-    logs = logits.astype(np.float64) - np.log(np.exp(logits.astype(np.float64)).sum(axis=1, keepdims=True))
-    network = Table(logits.astype(np.float64))
-    result = validate(network, batches(labels, 50))
-    assert result["samples"] == 301
-    assert result["top1_error"] == pytest.approx(100 * np.mean(order[:, 0] != labels))
-    assert result["top5_error"] == pytest.approx(100 * np.mean(~(order[:, :5] == labels[:, None]).any(axis=1)))
-    assert result["loss"] == pytest.approx(-logs[np.arange(301), labels].mean(), rel=1e-12)
-    assert network.training  # as it came in
-
-
-def test_ten_views_average_the_softmax(seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    logits, labels = rng.normal(scale=4, size=(57 * 10, 8)).astype(np.float32), rng.integers(0, 8, size=57)
-    exponentials = np.exp(logits.astype(np.float64))
-    softmax = exponentials / exponentials.sum(axis=1, keepdims=True)
-    mean = softmax.reshape(57, 10, 8).mean(axis=1)
+    logits = rng.normal(scale=4, size=(count, views or 1, 8)).astype(np.float32)
+    labels = rng.integers(0, 8, size=count)
+    mean = softmax(logits.astype(np.float64), axis=-1).mean(axis=1)
     order = np.argsort(-mean, axis=1)
-    result = validate(Table(logits.astype(np.float64)), batches(labels, 6, views=10))
+    network = Table(logits.reshape(-1, 8).astype(np.float64))
+    result = validate(network, batches(labels, 50, views))
+    assert result["samples"] == count
     assert result["top1_error"] == pytest.approx(100 * np.mean(order[:, 0] != labels))
     assert result["top5_error"] == pytest.approx(100 * np.mean(~(order[:, :5] == labels[:, None]).any(axis=1)))
-    assert result["loss"] == pytest.approx(-np.log(mean[np.arange(57), labels]).mean(), rel=1e-12)
-    logit_mean = logits.reshape(57, 10, 8).mean(axis=1).argmax(axis=1)
-    assert (logit_mean != order[:, 0]).any()  # the other reading of "averaging" would give another answer here
+    assert result["loss"] == pytest.approx(-np.log(mean[np.arange(count), labels]).mean(), rel=1e-12)
+    assert network.training  # as it came in
+    # The other reading of "averaging" would give another answer where there are several views.
+    assert (logits.mean(axis=1).argmax(axis=1) != order[:, 0]).any() == (views is not None)
 
 
 def test_result_does_not_depend_on_batches(seed: int) -> None:

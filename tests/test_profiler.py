@@ -10,6 +10,7 @@ import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -121,11 +122,14 @@ def interrupted(step: int, action: Callable[[], None]) -> type[Loader]:
     return Interrupted
 
 
+def terminate() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 def test_a_training_that_is_stopped_keeps_the_steps_so_far(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    opened = interrupted(12, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    summary = train(config(data, tmp_path, trace=9, name="stopped"), opened)
+    summary = train(config(data, tmp_path, trace=9, name="stopped"), interrupted(12, terminate))
     assert (summary["steps"], summary["stopped_by"]) == (12, "SIGTERM")
     (path,) = (tmp_path / "stopped" / "trace").iterdir()
     assert path.name == "steps-00000011-00000012.json.gz"
@@ -155,61 +159,34 @@ def test_a_training_that_is_broken_off_leaves_no_trace(
 
 
 @pytest.mark.parametrize(
-    ("steps", "trace", "files", "words"),
+    ("steps", "trace", "stop", "files", "words"),
     [
-        (5, 5, ["steps-00000002-00000005.json.gz"], "trace of steps 2 to 5 (of 5 asked for)"),
-        (8, 3, ["steps-00000006-00000008.json.gz"], "trace of steps 6 to 8: "),
-        (1, 3, [], "nothing is traced: fewer than two steps are left"),
+        (5, 5, 0, ["steps-00000002-00000005.json.gz"], "trace of steps 2 to 5 (of 5 asked for)"),
+        (8, 3, 0, ["steps-00000006-00000008.json.gz"], "trace of steps 6 to 8: "),
+        (1, 3, 0, [], "nothing is traced: fewer than two steps are left"),
+        (24, 4, 3, [], "nothing is traced: the training ended before step 11"),
     ],
 )
 def test_short_trainings_are_traced_as_far_as_they_go(
-    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], steps: int, trace: int, files: list[str], words: str
+    data: Path, tmp_path: Path, capsys: Any, steps: int, trace: int, stop: int, files: list[str], words: str
 ) -> None:
-    train(config(data, tmp_path, steps=steps, trace=trace))
-    folder = tmp_path / "tiny" / "trace"
-    assert ([file.name for file in folder.iterdir()] if folder.exists() else []) == files
+    train(config(data, tmp_path, steps=steps, trace=trace), interrupted(stop, terminate))
+    assert [file.name for file in tmp_path.glob("tiny/trace/*")] == files
     assert words in capsys.readouterr().err.replace("\n", "")
 
 
-def test_stopped_before_the_first_step_of_the_trace(
-    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    train(config(data, tmp_path, trace=4), interrupted(3, lambda: os.kill(os.getpid(), signal.SIGTERM)))
-    assert "nothing is traced: the training ended before step 11" in capsys.readouterr().err
-    assert not (tmp_path / "tiny" / "trace").exists()
-
-
-def steps_of(trace: Trace, count: int) -> None:
-    """Some steps without a training."""
-    with trace:
-        for number, _ in enumerate(trace.steps(iter(range(1000)))):
-            with spans.span("forward"):
-                torch.ones(3).sum()
-            if number + 1 == count:
-                break
-
-
-def test_every_rank_has_a_file(tmp_path: Path) -> None:
+def test_every_rank_has_a_file_and_a_clock_that_leaves_it_out(tmp_path: Path) -> None:
+    """What it takes to start, to stop and to write is no waiting for data: the clock goes on when that is done."""
     for rank in (0, 1):
-        with Meter(None, step=0, total_steps=20) as meter:
+        with Meter(None, step=0, total_steps=20) as meter, mock.patch.object(meter.timer, "lap") as lap:
             world = World(rank, 2, torch.device("cpu"))
-            steps_of(Trace(tmp_path / "trace", 2, meter, world, step=100, last_step=120), 20)
+            with Trace(tmp_path / "trace", 2, meter, world, step=100, last_step=120) as trace:
+                for _ in trace.steps(range(20)):
+                    with spans.span("forward"):
+                        torch.ones(3).sum()
+        assert lap.call_count == 13  # at the beginning of each step until the file is written
     names = sorted(file.name for file in (tmp_path / "trace").iterdir())
     assert names == [f"steps-00000111-00000112-rank{rank}.json.gz" for rank in (0, 1)]
-
-
-def test_the_meter_s_clock_leaves_the_trace_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What it takes to start, to stop and to write is no waiting for data."""
-    laps = []
-
-    def lap() -> float:
-        laps.append(1)
-        return 0.0
-
-    with Meter(None, step=0, total_steps=20) as meter:
-        monkeypatch.setattr(meter.timer, "lap", lap)
-        steps_of(Trace(tmp_path / "trace", 2, meter, World.alone("cpu"), step=0, last_step=20), 20)
-    assert len(laps) == 13  # at the beginning of each step until the file is written
 
 
 def test_a_trace_that_cannot_be_written_stops_no_training(

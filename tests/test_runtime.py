@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -38,29 +36,3 @@ def test_the_second_signal_has_its_usual_effect() -> None:
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert list(until_stopped(parallel, iter([batch, batch]), StopRequest())) == [batch, batch]
-
-
-PAGE_FAULTS = """
-import resource, torch
-from alexprep.train.runtime import keep_freed_memory
-def step():
-    return [torch.ones(10_000_000) for _ in range(2)]
-def faults():
-    for _ in range(5):
-        step()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(10):
-        step()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-print(faults(), keep_freed_memory(), faults())
-"""
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc only")
-def test_kept_memory_is_not_cleared_again() -> None:
-    command = [sys.executable, "-c", PAGE_FAULTS]
-    many, kept, few = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout.split()
-    if kept == "False":
-        pytest.skip("this malloc has no mallopt")
-    # 40 MB, above the largest size that glibc would come to keep by itself: 10,000 pages each.
-    assert int(few) * 10 < int(many)

@@ -30,9 +30,6 @@ Weights = Literal["equal", "search"] | Sequence[float]
 def parse_weights(text: str) -> Weights:
     """Reads what `--weights` says: "equal", "search", or numbers.
 
-    Raises:
-        AlexprepError: it is none of these.
-
     >>> parse_weights("2,1,1")
     [2.0, 1.0, 1.0]
     """
@@ -47,34 +44,20 @@ def parse_weights(text: str) -> Weights:
 def shares(weights: Sequence[float], nets: int) -> list[float]:
     """Divides weights by their sum.
 
-    Raises:
-        AlexprepError: there is not one for each net, one is negative or not finite, or all are 0.
-
     >>> shares([2, 1, 1], 3)
     [0.5, 0.25, 0.25]
     """
     given = ",".join(f"{weight:g}" for weight in weights)
     if len(weights) != nets:
         raise AlexprepError(f"--weights {given} are {len(weights)} numbers for {nets} nets: give one a net")
-    if not all(0 <= weight < math.inf for weight in weights) or not sum(weights) > 0:
-        raise AlexprepError(f"--weights {given}: they must be 0 or more, and not all 0")
-    # Scaled, or the sum of large ones is infinite; a power of two rounds nothing.
-    _, exponent = math.frexp(max(weights))
-    parts = [math.ldexp(weight, -exponent) for weight in weights]
-    total = math.fsum(parts)
-    return [part / total for part in parts]
+    if not all(weight >= 0 for weight in weights) or not 0 < sum(weights) < math.inf:
+        raise AlexprepError(f"--weights {given}: they must be 0 or more, not all 0, and not beyond all bounds")
+    total = math.fsum(weights)
+    return [weight / total for weight in weights]
 
 
 def mixture(logs: torch.Tensor, weights: Sequence[float]) -> torch.Tensor:
-    """Averages the probabilities of several nets, with weights, and gives the logarithm.
-
-    Args:
-        logs: float64 (N, K, classes), logarithms of probabilities.
-        weights: K, with sum 1.
-
-    Returns:
-        float64 (N, classes).
-    """
+    """The logarithm of the mean of K nets' probabilities: float64 logarithms (N, K, classes) -> (N, classes). K weights, with sum 1."""
     if logs.shape[1] == 1:
         return logs[:, 0]
     return torch.logsumexp(logs + torch.tensor(weights, dtype=logs.dtype, device=logs.device).log()[:, None], dim=1)
@@ -91,11 +74,11 @@ class WeightSearch:
     def __init__(self) -> None:
         """No image yet."""
         self._certain = self._images = 0
-        self._label_logs = GrowingArray(np.float64)  # (K, N)
+        self._label_logs = GrowingArray(np.float64)  # (N, K)
         self._above = GrowingArray(np.int64)  # (I,): of contested images, the classes above the label in any case
-        self._own = GrowingArray(np.float32)  # (K, I): the label's probability over the largest one of the image
+        self._own = GrowingArray(np.float32)  # (I, K): the label's probability over the largest one of the image
         self._owners = GrowingArray(np.int64)  # (M,): of each undecided class, the contested image
-        self._others = GrowingArray(np.float32)  # (K, M): its probability, likewise
+        self._others = GrowingArray(np.float32)  # (M, K): its probability, likewise
 
     def add(self, predicted: Predicted) -> None:
         """Takes in a batch; images without a label do not count."""
@@ -110,26 +93,22 @@ class WeightSearch:
         contested = (sure < TOP) & (most >= TOP)
         self._certain += int((most < TOP).sum())
         self._images += len(labels)
-        self._label_logs.add(own[:, :, 0].T.cpu().numpy())
+        self._label_logs.add(own[:, :, 0])
 
         images, classes = undecided[contested].nonzero(as_tuple=True)
         rivals = logs[contested][images, :, classes]  # (M, K)
         mine = own[contested][:, :, 0]  # (I, K)
         largest = mine.amax(dim=1).scatter_reduce(0, images, rivals.amax(dim=1), "amax")
-        self._owners.add(images.cpu().numpy() + len(self._above))
-        self._above.add(sure[contested].cpu().numpy())
-        self._own.add((mine - largest[:, None]).exp().T.cpu().numpy())
-        self._others.add((rivals - largest[images, None]).exp().T.cpu().numpy())
+        self._owners.add(images + len(self._above))
+        self._above.add(sure[contested])
+        self._own.add((mine - largest[:, None]).exp())
+        self._others.add((rivals - largest[images, None]).exp())
 
     def best_weights(self) -> list[float]:
-        """Weights with sum 1 whose top-5 error no change of one coefficient lowers.
-
-        Raises:
-            AlexprepError: no image has a label.
-        """
+        """Weights with sum 1 whose top-5 error no change of one coefficient lowers."""
         if not self._images:
             raise AlexprepError(NO_LABELS)
-        coefficients = [START] * len(self._label_logs.array)
+        coefficients = [START] * self._label_logs.array.shape[1]
         best = self.error(coefficients), self.loss(coefficients)
         improved = True
         while improved:
@@ -160,15 +139,15 @@ class WeightSearch:
         """The mean cross-entropy, nats, likewise."""
         logs = self._label_logs.array
         with np.errstate(divide="ignore"):
-            weighted = logs + np.log(shares(coefficients, len(coefficients)))[:, None]
-        largest = weighted.max(axis=0)
-        return float(-(np.log(np.exp(weighted - largest).sum(axis=0)) + largest).mean())
+            weighted = logs + np.log(shares(coefficients, len(coefficients)))
+        largest = weighted.max(axis=1, keepdims=True)
+        return float(-(np.log(np.exp(weighted - largest).sum(axis=1)) + largest[:, 0]).mean())
 
 
 def _weighted(values: NDArray[np.float32], coefficients: Sequence[float]) -> NDArray[np.float64]:
     """The sum over nets, added in the same order for every entry, so that what ties in each net ties in the sum."""
-    total = np.zeros(values.shape[1])
-    for row, coefficient in zip(values, coefficients, strict=True):
+    total = np.zeros(len(values))
+    for row, coefficient in zip(values.T, coefficients, strict=True):
         if coefficient:
             total += row.astype(np.float64) * coefficient
     return total

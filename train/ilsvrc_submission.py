@@ -8,7 +8,6 @@ from __future__ import annotations
 import io
 import itertools
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -21,22 +20,8 @@ from alexprep.shards.plan import ILSVRC_ID
 from alexprep.train.metrics import TOP
 
 
-class Submission(NamedTuple):
-    """A file's content and what to say of it."""
-
-    content: bytes
-    lines: int
-    first: str  # file name of the first line's image
-    last: str
-    missing: list[str]  # images without a prediction, whose lines are a placeholder
-
-
 def check_submission(data: Path, split: str) -> None:
-    """Makes sure that labels are ILSVRC IDs less 1, that the split is whole, and its names are all different, before hours of work.
-
-    Raises:
-        AlexprepError: they are not, it is not, or its ledger cannot be read.
-    """
+    """Makes sure that labels are ILSVRC IDs less 1, that the split is whole, and its names are all different, before hours of work."""
     dataset = read_dataset(data)
     if dataset["labels"] != ILSVRC_ID:
         raise AlexprepError(
@@ -53,17 +38,13 @@ def check_submission(data: Path, split: str) -> None:
     _in_order(data, split, names)
 
 
-def make_submission(data: Path, split: str, best: NDArray[np.int32], rows: NDArray[np.int64]) -> Submission:
-    """Makes the submission for a split; file names come from its ledger.
+def make_submission(
+    data: Path, split: str, best: NDArray[np.int32], rows: NDArray[np.int64]
+) -> tuple[bytes, list[str], list[str]]:
+    """Makes the submission for a split of the data set in a folder; file names come from its ledger.
 
-    Args:
-        data: the data set's folder.
-        split: of it.
-        best: (N, 5), labels, the best guess first.
-        rows: (N,), the rows of the split's index that they belong to.
-
-    Raises:
-        AlexprepError: the ledger cannot be read, does not go with the predictions, or has two images of one name.
+    Labels (N, 5), the best guess first, and the rows (N,) of the split's index that they belong to -> the file's content; the images of
+    its lines; those of them without a prediction, whose lines are a placeholder.
     """
     names, written = _ledger(data, split)
     places = np.flatnonzero(written)
@@ -76,16 +57,11 @@ def make_submission(data: Path, split: str, best: NDArray[np.int32], rows: NDArr
     order = _in_order(data, split, names)
     content = "".join(" ".join(map(str, row)) + "\n" for row in (guesses[order] + 1).tolist())
     missing = [names[place] for place in order if not written[place]]
-    first, last = (PurePosixPath(names[order[place]]).name for place in (0, -1))
-    return Submission(content.encode(), len(order), first, last, missing)
+    return content.encode(), [names[place] for place in order], missing
 
 
 def _in_order(data: Path, split: str, names: list[str]) -> list[int]:
-    """The places of the images in the order of their file names.
-
-    Raises:
-        AlexprepError: two have the same.
-    """
+    """The places of the images in the order of their file names, which must all be different."""
     files = [PurePosixPath(name).name for name in names]
     order = sorted(range(len(files)), key=files.__getitem__)
     for one, other in itertools.pairwise(order):

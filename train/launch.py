@@ -117,11 +117,7 @@ def _train_under_torchrun(config: TrainConfig) -> dict[str, Any]:
 
 
 def _check_gpus(config: TrainConfig) -> None:
-    """Makes sure, before the run has a folder, that each rank on this machine gets a GPU of its own.
-
-    Raises:
-        AlexprepError: there are too few, or one is named for all.
-    """
+    """Makes sure, before the run has a folder, that each rank on this machine gets a GPU of its own."""
     device = choose_device(config.device)
     if device.type != "cuda":
         return
@@ -166,16 +162,8 @@ def launch_ranks(
         AlexprepError: a rank raised it: the same words.
         RankFailed: a rank raised something else, was killed, or did not answer.
     """
-    if ranks < 1:
-        raise AlexprepError(f"{ranks} ranks: there must be at least 1")
-    job = {
-        "target": target,
-        "arguments": dict(arguments or {}),
-        "device": device,
-        "backend": backend,
-        "timeout": timeout,
-        "path": sys.path,
-    }
+    joining = {"device": device, "backend": backend, "timeout": timeout}
+    job = {"target": target, "arguments": dict(arguments or {}), "joining": joining, "path": sys.path}
     with tempfile.TemporaryDirectory(prefix="alexprep-job-") as name:
         folder = Path(name)
         (folder / "job.json").write_text(json.dumps(job))
@@ -203,11 +191,9 @@ def launch_ranks(
 def _store(timeout: float) -> tuple[Any, int]:
     """Where the ranks find one another: in this process, which outlives any rank, on a free port that only this machine can reach."""
     listener = socket.create_server(("127.0.0.1", 0), backlog=128)
-    port: int = listener.getsockname()[1]
+    host, port = listener.getsockname()
     limit = timedelta(seconds=timeout)
-    store = dist.TCPStore(  # type: ignore[attr-defined]
-        "127.0.0.1", port, None, True, limit, False, master_listen_fd=listener.detach()
-    )
+    store = dist.TCPStore(host, port, None, True, limit, False, master_listen_fd=listener.detach())  # type: ignore[attr-defined]
     return store, port
 
 
@@ -226,27 +212,19 @@ def _start(folder: Path, rank: int, ranks: int, port: int) -> subprocess.Popen[b
         STORE: "1",
         PARENT: str(os.getpid()),
     }
-    output = None if rank == 0 else (folder / f"output-{rank}").open("wb")
-    try:
+    with contextlib.nullcontext() if rank == 0 else (folder / f"output-{rank}").open("wb") as output:
         return subprocess.Popen(
             [sys.executable, "-m", "alexprep.train.launch", str(folder)],
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=output,
-            stderr=None if output is None else subprocess.STDOUT,
+            stderr=subprocess.STDOUT if output else None,
             start_new_session=True,
         )
-    finally:
-        if output is not None:
-            output.close()
 
 
 def _watch(processes: list[subprocess.Popen[bytes]], folder: Path, timeout: float, stop: StopRequest) -> None:
-    """Returns when every rank has ended well.
-
-    Raises:
-        AlexprepError, RankFailed: one has not.
-    """
+    """Returns when every rank has ended well; raises the reason why one has not."""
     stopped_since: dict[int, float] = {}
     first_end: float | None = None
     while True:
@@ -279,9 +257,8 @@ def _reason(processes: list[subprocess.Popen[bytes]], folder: Path, timeout: flo
     codes = [process.poll() for process in processes]
     told: dict[int, dict[str, Any]] = {}
     for rank in range(len(codes)):
-        file = folder / f"failure-{rank}.json"
         with contextlib.suppress(FileNotFoundError, ValueError):  # it may be cut off by a full disk
-            told[rank] = json.loads(file.read_text())
+            told[rank] = json.loads((folder / f"failure-{rank}.json").read_text())
     silent = [rank for rank, code in enumerate(codes) if code and rank not in told]
     stopped = [rank for rank, code in enumerate(codes) if code is None and _is_stopped(processes[rank])]
     if stopped:
@@ -321,10 +298,7 @@ def _is_stopped(process: subprocess.Popen[bytes]) -> bool:
 
 
 def run_rank() -> None:
-    """Is one rank that `launch_ranks` started: joins the job, calls the function, leaves its result or its reason for the parent.
-
-    The process ends with 0, or with 1 if the function raised.
-    """
+    """Is one rank that `launch_ranks` started: joins the job, calls the function, leaves its result or its reason for the parent."""
     _die_with_parent()
     faulthandler.enable()
     folder = Path(sys.argv[1])
@@ -333,7 +307,7 @@ def run_rank() -> None:
         job = json.loads((folder / "job.json").read_text())
         sys.path[:] = job["path"]
         function = load(job["target"], "target")[0]
-        world = from_environment(job["device"], job["backend"], job["timeout"])
+        world = from_environment(**job["joining"])
         result = function(world, **job["arguments"])
         (folder / f"result-{rank}.json").write_text(json.dumps(result))
         world.close()

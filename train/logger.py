@@ -22,7 +22,6 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, cast
 
 import torch
@@ -89,9 +88,7 @@ class Meter:
             self._stack.enter_context(self._bar)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         """Closes both."""
         self._stack.close()
 
@@ -203,26 +200,10 @@ def forecast(recipe: str, device: torch.device, step_seconds: float, epoch_steps
 
 
 class Board:
-    """Writes each record of log.jsonl for TensorBoard, as scalars of its step; as float32, which is all that TensorBoard keeps.
-
-    Tags: train/loss, train/top1_error, train/top5_error, train/learning_rate, speed/images_per_second, speed/data_wait_ms and
-    speed/step_ms, means since the record before; train/loss_scale where a step was skipped; epoch/… and val/… (loss and both errors), of
-    whole epochs and their evaluations.
-    """
+    """Writes each record of log.jsonl for TensorBoard, as scalars of its step; as float32, which is all that TensorBoard keeps."""
 
     def __init__(self, folder: Path, step: int) -> None:
-        """Opens another file of events.
-
-        Args:
-            folder: of the event files, made if missing.
-            step: optimizer steps already done: what earlier files hold of later steps is no longer shown.
-
-        Raises:
-            AlexprepError: the package tensorboard is missing.
-        """
-        # TensorBoard reads files in the order of their names, which begin with the second in which they were opened.
-        while any(folder.glob(f"events.out.tfevents.{int(time.time())}.*")):
-            time.sleep(0.02)
+        """Opens another file of events, after `step` optimizer steps: what earlier files hold of later ones is no longer shown."""
         self._writer = writer_class()(str(folder), purge_step=step + 1)
 
     def write(self, record: dict[str, Any]) -> None:
@@ -237,7 +218,7 @@ class Board:
 
 
 def scalars(record: dict[str, Any]) -> dict[str, float]:
-    """Gives the values of a record by their tags in TensorBoard.
+    """Gives the values of a record by their tags in TensorBoard, see docs/watching.md.
 
     >>> scalars({"kind": "epoch", "step": 9, "loss": 2.0, "top1_error": 70.0, "top5_error": 20.0, "lr": 0.01, "val": None})
     {'epoch/loss': 2.0, 'epoch/top1_error': 70.0, 'epoch/top5_error': 20.0}
@@ -254,11 +235,7 @@ def scalars(record: dict[str, Any]) -> dict[str, float]:
 
 
 def writer_class() -> type[SummaryWriter]:
-    """Imports torch's writer of events.
-
-    Raises:
-        AlexprepError: the package tensorboard, which it needs, is missing.
-    """
+    """Imports torch's writer of events, if the package tensorboard is there, which it needs."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:

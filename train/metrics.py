@@ -43,14 +43,13 @@ def validate(network: nn.Module, batches: Iterable[LoadedBatch], precision: Prec
     Raises:
         AlexprepError: there is no image, none has a label, or the network gives NaN or infinity.
     """
-    measured: list[torch.Tensor] = []
     was_training = network.training
     network.eval()
     try:
         with torch.inference_mode():
-            measured.extend(
+            measured = [
                 image_errors(log_probabilities(network, batch.images, precision), batch.labels) for batch in batches
-            )
+            ]
     finally:
         network.train(was_training)
     if not measured:
@@ -61,13 +60,7 @@ def validate(network: nn.Module, batches: Iterable[LoadedBatch], precision: Prec
 def log_probabilities(network: nn.Module, images: torch.Tensor, precision: Precision = "fp32") -> torch.Tensor:
     """Asks a network in evaluation mode for the probability of each class: its logarithm, of the mean over the views.
 
-    Args:
-        network: from (N, C, H, W) to logits (N, classes).
-        images: (N, C, H, W) or (N, views, C, H, W).
-        precision: that the network computes in.
-
-    Returns:
-        float64 (N, classes), nats. Logarithms, because a sure network's small probabilities would be 0.
+    Images (N, C, H, W) or (N, views, C, H, W) -> float64 (N, classes), nats: a sure network's small probabilities would be 0.
 
     Raises:
         NotFinite: the network gives NaN or infinity.
@@ -83,14 +76,9 @@ def log_probabilities(network: nn.Module, images: torch.Tensor, precision: Preci
 
 
 def image_errors(logs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Measures each image by itself: cross-entropy (nats), top-1 credit and top-5 credit.
+    """Measures each image by itself: cross-entropy (nats), top-1 credit and top-5 credit, float64 (3, N).
 
-    Args:
-        logs: float64 (N, classes), of probabilities.
-        labels: int64 (N,); -1 where unknown.
-
-    Returns:
-        float64 (3, N); NaN where the label is unknown.
+    Logarithms of probabilities, float64 (N, classes); labels int64 (N,), -1 where unknown, which makes the errors NaN.
     """
     unknown = labels < 0
     labels = labels.clamp(min=0)
@@ -99,11 +87,7 @@ def image_errors(logs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def mean_errors(errors: torch.Tensor) -> dict[str, float]:
-    """Averages what `image_errors` gave, on the CPU, into what `validate` returns.
-
-    Raises:
-        AlexprepError: no image has a label.
-    """
+    """Averages what `image_errors` gave, on the CPU, into what `validate` returns."""
     known = errors[:, ~errors[0].isnan()]
     samples = known.shape[1]
     if not samples:
@@ -121,14 +105,7 @@ def top_k_credit(scores: torch.Tensor, labels: torch.Tensor, ks: Sequence[int]) 
     """Tells how far each label is among the k best scores, as in the 2012 code.
 
     1 where it is, 0 where it is not. Where it ties with others for the last places, the places left over the number of those that tie.
-
-    Args:
-        scores: (N, classes), finite.
-        labels: int64 (N,), at least 0.
-        ks: each at least 1.
-
-    Returns:
-        float64 (len(ks), N) within 0 to 1.
+    Scores (N, classes), finite; labels int64 (N,), at least 0 -> float64 (len(ks), N).
 
     >>> top_k_credit(torch.tensor([[3.0, 3.0, 1.0], [3.0, 2.0, 1.0]]), torch.tensor([0, 1]), (1, 2)).tolist()
     [[0.5, 0.0], [1.0, 1.0]]

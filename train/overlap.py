@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -22,7 +22,7 @@ from alexprep.pipeline.loader import Loader
 from alexprep.pipeline.loader_settings import this_machine
 from alexprep.shards.errors import AlexprepError
 from alexprep.train.config import TrainConfig, prepare, run_versions
-from alexprep.train.data import BatchSource, Examples, LoadedBatch, OpenLoader
+from alexprep.train.data import BatchSource, OpenLoader
 from alexprep.train.precision import float32_kernels
 from alexprep.train.runtime import keep_freed_memory
 from alexprep.train.trainer import open_split
@@ -42,7 +42,7 @@ def measure(
     rounds: int = 3,
     open_loader: OpenLoader | None = None,
     say: Callable[[str], None] = lambda line: None,
-) -> Overlap:
+) -> dict[str, Any]:
     """Lets the three kinds take turns, in one process and on one network; nothing is written.
 
     Every turn begins with the same weights, and with steps that do not count, in which what the turn before has left (a full queue, work
@@ -55,10 +55,15 @@ def measure(
         open_loader: opens the training split, see `alexprep.train.trainer.train`.
         say: is told what is measured now.
 
+    Returns:
+        JSON values: recipe, batch_size, precision, device, machine, loader, data, samples, steps (by kind) and rounds; what `figures` makes
+        of the turns; gpu_memory_bytes: "torch_peak", allocated by torch, and "all", what the GPU has less free than before, with
+        DALI's pools; None on a CPU.
+
     Raises:
         AlexprepError: a number is out of its range, there is no such data, recipe or device, or the data does not suit the recipe.
     """
-    for name, value in (("steps", steps), ("rounds", rounds), ("ranks", config.ranks)):
+    for name, value in (("steps", steps), ("rounds", rounds)):
         if value is not None and value < 1:
             raise AlexprepError(f"{name} is {value}: it must be at least 1")
     job = prepare(config, dry_run=True)
@@ -67,7 +72,7 @@ def measure(
         keep_freed_memory()
     if job.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(job.device)
-    free = free_bytes(job.device)
+    free_before = free_bytes(job.device)
     with (
         float32_kernels(job.computing.precision),
         contextlib.closing(open_split(job, open_loader, "train", (0, 1))) as loader,
@@ -100,14 +105,11 @@ def measure(
             "steps": counts,
             "rounds": rounds,
         }
-        return Overlap(about, timings, _gpu_memory(job.device, free))
-
-
-def _gpu_memory(device: torch.device, free_before: int | None) -> dict[str, int] | None:
-    free = free_bytes(device)
-    if free is None or free_before is None:
-        return None
-    return {"torch_peak": torch.cuda.max_memory_allocated(device), "all": max(0, free_before - free)}
+        memory = None
+        if free_before is not None and (free := free_bytes(job.device)) is not None:
+            torch_peak = torch.cuda.max_memory_allocated(job.device)
+            memory = {"torch_peak": torch_peak, "all": max(0, free_before - free)}
+        return about | figures(timings, str(job.device)) | {"gpu_memory_bytes": memory, "versions": run_versions()}
 
 
 class Timing(NamedTuple):
@@ -118,114 +120,58 @@ class Timing(NamedTuple):
     seconds: float
     wait_seconds: float
 
-    @property
-    def rate(self) -> float:
-        """Images/s."""
-        return self.images / self.seconds
 
+def figures(timings: Mapping[Kind, Sequence[Timing]], device: str) -> dict[str, Any]:
+    """What follows from the turns of each kind, one a round, as JSON values.
 
-@dataclass(frozen=True)
-class Overlap:
-    """What `measure` found, and what follows from it.
-
-    Attributes:
-        about: JSON values: recipe, batch_size, precision, device, machine, data, steps and rounds.
-        timings: of each kind, one a round.
-        gpu_memory_bytes: "torch_peak", allocated by torch, and "all", what the GPU has less free than before, with DALI's pools; None
-            on a CPU.
+    images_per_second by kind, the median of rounds_images_per_second. overlap, the median of rounds_overlap: images/s with data over
+    images/s on one batch, 1 where loading is hidden altogether. serial_images_per_second, if every batch were first loaded and then
+    trained on, with all that the machine has, and serial_overlap likewise. Of a step with data, data_wait_ms and, for the rest, step_ms,
+    medians of the rounds. bottleneck, a sentence.
     """
+    rounds = {kind: [timing.images / timing.seconds for timing in timings[kind]] for kind in KINDS}
+    rates = {kind: statistics.median(rounds[kind]) for kind in KINDS}
+    step, loader = rates["cached_batch"], rates["loader"]
+    overlaps = [training / cached for training, cached in zip(rounds["training"], rounds["cached_batch"], strict=True)]
+    overlap = statistics.median(overlaps)
+    serial = 1 / (1 / step + 1 / loader)
+    waits = [timing.wait_seconds / timing.steps for timing in timings["training"]]
+    rests = [(timing.seconds - timing.wait_seconds) / timing.steps for timing in timings["training"]]
+    return {
+        "images_per_second": rates,
+        "rounds_images_per_second": rounds,
+        "overlap": overlap,
+        "rounds_overlap": overlaps,
+        "serial_images_per_second": serial,
+        "serial_overlap": serial / step,
+        "data_wait_ms": 1000 * statistics.median(waits),
+        "step_ms": 1000 * statistics.median(rests),
+        "bottleneck": _bottleneck(step, loader, overlap, on_cpu=torch.device(device).type == "cpu"),
+    }
 
-    about: dict[str, Any]
-    timings: dict[Kind, list[Timing]]
-    gpu_memory_bytes: dict[str, int] | None
 
-    def rate(self, kind: Kind) -> float:
-        """Images/s, the median of the rounds."""
-        return statistics.median(timing.rate for timing in self.timings[kind])
-
-    def spread(self, kind: Kind) -> tuple[float, float]:
-        """Images/s of the slowest and of the fastest round."""
-        rates = [timing.rate for timing in self.timings[kind]]
-        return min(rates), max(rates)
-
-    @property
-    def ratios(self) -> list[float]:
-        """Of each round: images/s with data over images/s on one batch."""
-        pairs = zip(self.timings["training"], self.timings["cached_batch"], strict=True)
-        return [training.rate / cached.rate for training, cached in pairs]
-
-    @property
-    def overlap(self) -> float:
-        """Their median: 1 where loading is hidden altogether."""
-        return statistics.median(self.ratios)
-
-    @property
-    def serial_rate(self) -> float:
-        """Images/s if every batch were first loaded and then trained on, with all that the machine has."""
-        return 1 / (1 / self.rate("cached_batch") + 1 / self.rate("loader"))
-
-    def milliseconds(self) -> tuple[float, float]:
-        """Of a step with data: waiting for them, and the rest; medians of the rounds."""
-        timings = self.timings["training"]
-        wait = statistics.median(timing.wait_seconds / timing.steps for timing in timings)
-        rest = statistics.median((timing.seconds - timing.wait_seconds) / timing.steps for timing in timings)
-        return 1000 * wait, 1000 * rest
-
-    @property
-    def on_cpu(self) -> bool:
-        """Whether loader and step share the processor."""
-        return torch.device(self.about["device"]).type == "cpu"
-
-    @property
-    def differing(self) -> float:
-        """How far the rounds of one kind lie apart at most, as a share of its rate."""
-        return max((fastest - slowest) / self.rate(kind) for kind in KINDS for slowest, fastest in [self.spread(kind)])
-
-    def bottleneck(self) -> str:
-        """Which of both holds the other up, in a sentence."""
-        step, loader = self.rate("cached_batch"), self.rate("loader")
-        alone = f"alone the step takes {step:,.0f} images/s and the loader gives {loader:,.0f}"
-        if self.on_cpu:
-            slower = "step" if step < loader else "loader"
-            return f"The {slower} is the bottleneck: {alone}, each with all cores."
-        if self.overlap >= GOAL:
-            return f"The step is the bottleneck, loading is hidden behind it: {alone}."
-        if loader < step:
-            return f"The loader is the bottleneck: {alone}."
-        return f"Loader and step are in one another's way, on the host's cores or on the GPU: {alone}."
-
-    def describe(self) -> dict[str, Any]:
-        """JSON values."""
-        wait, rest = self.milliseconds()
-        return {
-            **self.about,
-            "images_per_second": {kind: self.rate(kind) for kind in KINDS},
-            "rounds_images_per_second": {kind: [timing.rate for timing in self.timings[kind]] for kind in KINDS},
-            "overlap": self.overlap,
-            "rounds_overlap": self.ratios,
-            "serial_images_per_second": self.serial_rate,
-            "serial_overlap": self.serial_rate / self.rate("cached_batch"),
-            "data_wait_ms": wait,
-            "step_ms": rest,
-            "gpu_memory_bytes": self.gpu_memory_bytes,
-            "bottleneck": self.bottleneck(),
-            "versions": run_versions(),
-        }
+def _bottleneck(step: float, loader: float, overlap: float, *, on_cpu: bool) -> str:
+    """Which of both holds the other up, by their images/s alone and by the overlap."""
+    alone = f"alone the step takes {step:,.0f} images/s and the loader gives {loader:,.0f}"
+    if on_cpu:  # both share the processor
+        return f"The {'step' if step < loader else 'loader'} is the bottleneck: {alone}, each with all cores."
+    if overlap >= GOAL:
+        return f"The step is the bottleneck, loading is hidden behind it: {alone}."
+    if loader < step:
+        return f"The loader is the bottleneck: {alone}."
+    return f"Loader and step are in one another's way, on the host's cores or on the GPU: {alone}."
 
 
 class Bench:
     """Times steps of each kind, on one network and one loader."""
 
     def __init__(self, state: TrainingState, loader: BatchSource, ahead: int) -> None:
-        """Takes the first batch.
+        """Takes the first batch; every turn begins with the state's present weights.
 
-        Args:
-            state: before its first step; every turn begins with these weights.
-            loader: of the training split.
-            ahead: batches that the loader has ready or works on at most.
+        `ahead` is how many batches the loader of the training split has ready or works on at most.
         """
         self._state, self._ahead = state, ahead
-        self._batches = state.parallel.batches(_endless(loader))
+        self._batches = state.parallel.batches(itertools.chain.from_iterable(itertools.repeat(loader)))
         self._cached = next(self._batches)
         self._kept = [*state.network.state_dict().values(), *state.optimizer.velocities()]
         self._initial = [tensor.clone() for tensor in self._kept]
@@ -264,16 +210,7 @@ class Bench:
             wait_seconds += time.perf_counter() - before
             images += len(batch.labels)
             if kind != "loader":
-                self._step(batch)
+                loss, logits = take_step(self._state, *batch)  # as the training loop does, but for what it logs
+                self._state.sums.add(loss, logits, batch.labels)
         wait_for(device)
         return Timing(images, steps, time.perf_counter() - start, wait_seconds)
-
-    def _step(self, batch: Examples) -> None:
-        """What the training loop does with a batch; what it logs every so many steps aside."""
-        loss, logits = take_step(self._state, *batch)
-        self._state.sums.add(loss, logits, batch.labels)
-
-
-def _endless(loader: BatchSource) -> Iterator[LoadedBatch]:
-    while True:
-        yield from loader

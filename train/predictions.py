@@ -6,9 +6,7 @@ What becomes of their predictions (means, errors, weights) is in `alexprep.train
 from __future__ import annotations
 
 import contextlib
-import io
-import tempfile
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -42,31 +40,18 @@ EvaluationViews = Literal["centre", "ten"]
 
 @dataclass(frozen=True)
 class Net:
-    """A trained network in evaluation mode.
-
-    Attributes:
-        run: its folder.
-        step: optimizer steps of its checkpoint.
-        epochs: whole epochs of it.
-        recipe: with which it was trained.
-        options: of its run, as config.json has them.
-        data: the data set that it was trained on, as its run says.
-        data_digest: of that data set, hex sha256.
-        classes: how many it tells apart.
-        network: on its device.
-        skipped: a sentence for every damaged checkpoint that is newer than the one used.
-    """
+    """A trained network in evaluation mode, on its device."""
 
     run: Path
-    step: int
-    epochs: int
-    recipe: Recipe
-    options: dict[str, Any]
-    data: Path
-    data_digest: str
+    step: int  # optimizer steps of its checkpoint
+    epochs: int  # whole epochs of it
+    recipe: Recipe  # with which it was trained
+    options: dict[str, Any]  # of its run, as config.json has them
+    data: Path  # the data set that it was trained on, as its run says
+    data_digest: str  # of that data set, hex sha256
     classes: int
     network: nn.Module
-    skipped: list[str]
+    skipped: list[str]  # a sentence for every damaged checkpoint that is newer than the one used
 
     @property
     def name(self) -> str:
@@ -83,17 +68,7 @@ class Net:
 
 
 def open_net(place: Place, device: torch.device, recipe: str | None = None, model: str | None = None) -> Net:
-    """Reads a checkpoint and makes its network.
-
-    Args:
-        place: of the checkpoint.
-        device: for the network.
-        recipe: the user's own recipe, if its run has one.
-        model: likewise the user's own network.
-
-    Raises:
-        AlexprepError: there is no such checkpoint, it is damaged, or its recipe is another by now.
-    """
+    """Reads a checkpoint and makes its network; `recipe` and `model` name the user's own code, if its run has any."""
     run = place.run
     config = run_dir.read_config(run)
     saved, skipped = saved_checkpoint(place)
@@ -122,11 +97,7 @@ def open_net(place: Place, device: torch.device, recipe: str | None = None, mode
 
 
 def data_of(nets: list[Net]) -> Path:
-    """Finds the data set that all nets were trained on.
-
-    Raises:
-        AlexprepError: they were trained on different ones, or it is not where it was.
-    """
+    """Finds the data set that all nets were trained on, if it is one and where it was."""
     first = nets[0]
     for net in nets[1:]:
         if net.data_digest != first.data_digest:
@@ -138,18 +109,9 @@ def data_of(nets: list[Net]) -> Path:
 
 
 def check_classes(net: Net, data: Path, dataset: dict[str, Any]) -> str | None:
-    """Makes sure that a net's outputs mean what the labels of a data set mean.
+    """Makes sure that a net's outputs mean what the labels of a data set mean; `dataset` is its dataset.json.
 
-    Args:
-        net: to be evaluated.
-        data: the folder of the data set to evaluate on, for messages.
-        dataset: its dataset.json.
-
-    Returns:
-        A sentence where it cannot be known: the data that the net was trained on is gone.
-
-    Raises:
-        AlexprepError: number or names of the classes differ.
+    A sentence is returned where it cannot be known, since the data that the net was trained on is gone.
     """
     classes = dataset["classes"]
     if len(classes) != net.classes:
@@ -241,35 +203,30 @@ def predictions(
         while True:
             batches: dict[int, Any] = {n: next(source, None) for n, source in sources.items()}
             wait_seconds = timer.lap()
-            rows = _rows(list(batches.values()), done)
-            if rows is None:
+            batch = batches[0]
+            if any(_differ(batch, other) for other in batches.values()):
+                raise AlexprepError(
+                    f"after {done} images the loaders of two nets give different ones: is the data set being changed? "
+                    "`alexprep verify` tells"
+                )
+            if batch is None:
                 return
             logs = [_logs(net, batches[n].images, precision) for net, n in zip(nets, same, strict=True)]
-            yield Predicted(torch.stack(logs, dim=1), batches[0].labels, rows)
-            done += len(rows)
-            timer.count(len(rows), wait_seconds, timer.lap())
+            end = done + len(batch.labels)
+            rows = getattr(batch, "indices", torch.arange(done, end))
+            yield Predicted(torch.stack(logs, dim=1), batch.labels, rows)
+            timer.count(end - done, wait_seconds, timer.lap())
+            done = end
             if progress is not None:
                 progress(done, loaders[0].samples)
 
 
-def _rows(batches: list[Any], done: int) -> torch.Tensor | None:
-    """The rows of the batches, None at the end, after making sure that all loaders gave the same images."""
-    if all(batch is None for batch in batches):
-        return None
-    seen = [None if batch is None else (_indices(batch, done), batch.labels.cpu()) for batch in batches]
-    for other in seen[1:]:
-        if seen[0] is None or other is None or not all(map(torch.equal, seen[0], other)):
-            raise AlexprepError(
-                f"after {done} images the loaders of two nets give different ones: is the data set being changed? "
-                "`alexprep verify` tells"
-            )
-    assert seen[0] is not None
-    return seen[0][0]
-
-
-def _indices(batch: Any, done: int) -> torch.Tensor:
-    found: torch.Tensor | None = getattr(batch, "indices", None)
-    return torch.arange(done, done + len(batch.labels)) if found is None else found
+def _differ(batch: Any, other: Any) -> bool:
+    """Whether two loaders gave different images; None where one of them is at its end."""
+    if batch is None or other is None or batch is other:
+        return batch is not other
+    same_labels = torch.equal(batch.labels, other.labels)
+    return not same_labels or not torch.equal(*(getattr(each, "indices", each.labels) for each in (batch, other)))
 
 
 def _logs(net: Net, images: torch.Tensor, precision: Precision) -> torch.Tensor:
@@ -279,82 +236,36 @@ def _logs(net: Net, images: torch.Tensor, precision: Precision) -> torch.Tensor:
         raise AlexprepError(f"{net.name}: {error}") from None
 
 
-class StoredPredictions:
-    """Keeps predictions on disk, float32 in a file without a name, to go through them again: 1.4 GB for 7 nets on 50,000 images of ImageNet.
-
-    The rounding is 6e-8 of a log-probability. The file lies in the system's folder for such files ($TMPDIR).
-    """
-
-    def __init__(self) -> None:
-        """Nothing is kept yet."""
-        self._file = tempfile.TemporaryFile()  # noqa: SIM115  (`close` closes it)
-        self._batches = 0
-
-    def add(self, predicted: Predicted) -> None:
-        """Takes in a batch.
-
-        Raises:
-            AlexprepError: the disk is full.
-        """
-        packed = io.BytesIO()
-        for tensor in predicted._replace(logs=predicted.logs.float()):
-            np.save(packed, tensor.cpu().numpy(), allow_pickle=False)
-        try:
-            self._file.write(packed.getbuffer())
-            self._file.flush()
-        except OSError as error:
-            raise AlexprepError(
-                f"predictions cannot be kept in {tempfile.gettempdir()} ({error.strerror}): point TMPDIR at a disk with more "
-                "room, or find the weights on another split with --weights-from"
-            ) from None
-        self._batches += 1
-
-    def __iter__(self) -> Iterator[Predicted]:
-        """The batches again, on the CPU."""
-        self._file.seek(0)
-        for _ in range(self._batches):
-            logs, labels, rows = (torch.from_numpy(np.load(self._file, allow_pickle=False)) for _ in range(3))
-            yield Predicted(logs.double(), labels, rows)
-
-    def close(self) -> None:
-        """Gives the disk back."""
-        self._file.close()
-
-
 class GrowingArray:
-    """Grows along its last dimension: an array of what going through images leaves of each, in one piece of memory.
+    """Collects what going through images leaves of each, in one piece of memory.
 
     A list with an array a batch would do as well, were it not for the allocator: those small arrays come to lie between the large ones of the
     networks and keep their memory from being used again, a gigabyte in 50,000 images.
 
     >>> labels = GrowingArray(np.int64)
-    >>> labels.add(np.arange(3)), labels.add(np.arange(2))
-    (None, None)
+    >>> labels.add(np.arange(3))
+    >>> labels.add(torch.arange(2))
     >>> labels.array.tolist(), len(labels)
     ([0, 1, 2, 0, 1], 5)
     """
 
     def __init__(self, dtype: DTypeLike) -> None:
-        """Nothing yet; what is added first decides the other dimensions."""
-        self._dtype = dtype
-        self._space: NDArray[Any] = np.empty(0, dtype)
-        self._count = 0
+        """Nothing yet; what is added first decides all dimensions but the first."""
+        self._dtype = np.dtype(dtype)
+        self._bytes = bytearray()
+        self._shape: tuple[int, ...] = ()
 
     def __len__(self) -> int:
-        """Of the last dimension."""
-        return self._count
+        """Of the first dimension."""
+        return len(self.array)
 
     @property
     def array(self) -> NDArray[Any]:
-        """(…, length); it is valid until more is added."""
-        return self._space[..., : self._count]
+        """(length, …). While it is in use nothing can be added."""
+        return np.frombuffer(self._bytes, self._dtype).reshape(-1, *self._shape)
 
-    def add(self, values: NDArray[Any]) -> None:
-        """Appends (…, n): all dimensions but the last are the same each time."""
-        end = self._count + values.shape[-1]
-        if end > self._space.shape[-1] or not self._count:
-            space = np.empty((*values.shape[:-1], max(4096, end + end // 2)), self._dtype)
-            space[..., : self._count] = self.array
-            self._space = space
-        self._space[..., self._count : end] = values
-        self._count = end
+    def add(self, values: torch.Tensor | NDArray[Any]) -> None:
+        """Appends (n, …)."""
+        added = np.asarray(values.cpu() if isinstance(values, torch.Tensor) else values, self._dtype)
+        self._shape = added.shape[1:]
+        self._bytes += added.tobytes()

@@ -7,15 +7,14 @@ the trace tells how many cores they kept busy in each step, as the operating sys
 
 from __future__ import annotations
 
-import contextlib
 import gzip
+import itertools
 import json
 import os
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TypeVar
 
 from torch.profiler import ProfilerActivity, profile, schedule
@@ -31,9 +30,6 @@ SKIPPED = 10  # steps before the first one recorded: in them memory is allocated
 WARM_UP = 2  # of them, in which the profiler is already on
 COUNTER = "DALI's threads"
 _THREAD_NAME = "[DALI]"  # how the names of DALI's threads begin
-_STEP_NAME = "ProfilerStep#"  # of the profiler's range of a step; tools that read traces look for it
-_EVENTS = "traceEvents"
-_TASKS = Path("/proc/self/task")
 
 
 class Trace:
@@ -59,7 +55,6 @@ class Trace:
         self._begun = 0  # steps of this process
         self._ticks: list[tuple[int, int]] = []  # where recorded steps begin and end: Unix time, DALI's CPU time, in ns
         self._profile: profile | None = None
-        self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Trace:
         """Says so if there is nothing to trace."""
@@ -67,9 +62,7 @@ class Trace:
             self._meter.say("nothing is traced: fewer than two steps are left")
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         """Writes what there is if the training ends among the steps to record, unless it is left at once (a second Ctrl-C)."""
         if self._profile is None:
             return
@@ -110,8 +103,7 @@ class Trace:
             return
         if spans.recording:
             self._tick()
-        if self._begun > 1:
-            self._profile.step()  # after the last step to record, this writes the file
+        self._profile.step()  # after the last step to record, this writes the file
         if self._begun == self._skipped + 1:
             spans.recording = True
             self._tick()
@@ -128,15 +120,17 @@ class Trace:
         warm_up = min(WARM_UP, self._skipped)
         self._profile = profile(
             activities=activities,
-            schedule=schedule(wait=self._skipped - warm_up, warmup=warm_up, active=self._steps, repeat=1),
+            schedule=schedule(skip_first=self._first - warm_up, wait=0, warmup=warm_up, active=self._steps, repeat=1),
             on_trace_ready=self._write,
         )
-        self._stack.enter_context(self._profile)
+        self._profile.step_num = self._done  # it names steps by number, as the log does
+        self._profile.start()
 
     def _end(self) -> None:
-        self._profile = None
+        finished, self._profile = self._profile, None
         try:
-            self._stack.close()
+            if finished is not None:
+                finished.stop()
         finally:
             spans.recording = False
 
@@ -149,8 +143,11 @@ class Trace:
         rank = f"-rank{self._world.rank}" if self._world.size > 1 else ""
         path = self._folder / f"steps-{self._first:08d}-{last:08d}{rank}.json.gz"
         try:
-            document = _exported(finished)
-            self._complete(document)
+            with tempfile.TemporaryDirectory(prefix="alexprep-trace-") as scratch:
+                raw = Path(scratch) / "trace.json"
+                finished.export_chrome_trace(str(raw))
+                document = json.loads(raw.read_bytes())
+            document["traceEvents"] += self._counter(document.get("baseTimeNanoseconds", 0))
             self._folder.mkdir(exist_ok=True)
             with published(path) as file, gzip.GzipFile("", "wb", fileobj=file, mtime=0) as packed:
                 packed.write(json.dumps(document).encode())
@@ -163,49 +160,30 @@ class Trace:
         self._meter.say(
             f"trace of {what}{count}: {path}{others}; open it at https://ui.perfetto.dev or in chrome://tracing"
         )
-        if self._world.device.type == "cuda" and not any(event.get("cat") == "kernel" for event in document[_EVENTS]):
+        if self._world.device.type == "cuda" and not any(
+            event.get("cat") == "kernel" for event in document["traceEvents"]
+        ):
             self._meter.say("it shows no GPU kernels: CUPTI gave none; KINETO_LOG_LEVEL=2 tells why")
 
-    def _complete(self, document: dict[str, Any]) -> None:
-        """Numbers the steps as the log does, and adds how many cores DALI's threads kept busy."""
-        events = document[_EVENTS]
-        for event in events:
-            name = event["name"]
-            if name.startswith(_STEP_NAME):
-                event["name"] = f"{_STEP_NAME}{int(name.removeprefix(_STEP_NAME)) + self._done + 1}"
-        base = document.get("baseTimeNanoseconds", 0)
-        busy = [
-            (used - before) / (now - then)
-            for (then, before), (now, used) in zip(self._ticks, self._ticks[1:], strict=False)
+    def _counter(self, base: int) -> list[dict[str, Any]]:
+        """Events that tell how many cores DALI's threads kept busy in each step; `base` is the Unix time of the trace's zero, ns."""
+        busy = [(used - before) / (now - then) for (then, before), (now, used) in itertools.pairwise(self._ticks)]
+        if not any(busy):
+            return []
+        about = {"ph": "C", "name": COUNTER, "pid": os.getpid()}
+        return [
+            {**about, "ts": (now - base) / 1000, "args": {"cores busy": cores}}
+            for (now, _), cores in zip(self._ticks, [*busy, 0.0], strict=True)
         ]
-        if any(busy):
-            events += [
-                {
-                    "ph": "C",
-                    "name": COUNTER,
-                    "pid": os.getpid(),
-                    "ts": (now - base) / 1000,
-                    "args": {"cores busy": cores},
-                }
-                for (now, _), cores in zip(self._ticks, [*busy, 0.0], strict=True)
-            ]
 
 
 def dali_nanoseconds() -> int:
     """Adds up the CPU time that DALI's threads in this process have used so far; 0 where the system does not tell."""
     total = 0
-    for task in _TASKS.glob("*"):
+    for task in Path("/proc/self/task").glob("*"):
         try:
             if (task / "comm").read_text().startswith(_THREAD_NAME):
                 total += int((task / "schedstat").read_text().split()[0])
         except (OSError, ValueError, IndexError):  # it has just ended, or the kernel keeps no such account
             continue
     return total
-
-
-def _exported(finished: profile) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory(prefix="alexprep-trace-") as scratch:
-        raw = Path(scratch) / "trace.json"
-        finished.export_chrome_trace(str(raw))
-        document: dict[str, Any] = json.loads(raw.read_bytes())
-        return document

@@ -14,7 +14,7 @@ from torch import nn
 
 from alexprep.shards.errors import AlexprepError
 from alexprep.train.data import Examples, LoadedBatch
-from alexprep.train.distributed.tensor_parallel import PendingSum, Scheme, gathered, part_of, start_sum
+from alexprep.train.distributed.tensor_parallel import Scheme, gathered, part_of, start_sum
 from alexprep.train.distributed.world import World
 from alexprep.train.optimizer import MomentumSGD
 from alexprep.train.spans import span
@@ -36,8 +36,6 @@ class Parallel:
 
     Attributes:
         network: this rank's part, on its device. Parameters are named as in the whole network, those of split layers hold some kernels.
-        scheme: see `part_of` in `tensor_parallel`.
-        world: the ranks.
         shard: (rank, world_size) for this rank's `Loader`.
         requested: the signal by which a stop was asked of any rank before the present batch: the same on every rank.
     """
@@ -54,7 +52,7 @@ class Parallel:
 
         Args:
             network: the whole one with its weights, the same on every rank. Not to be used afterwards.
-            scheme: "single", "ddp", "towers" or "hybrid".
+            scheme: see `part_of` in `tensor_parallel`.
             world: of this process.
             memory_format: of the part's weights.
 
@@ -66,7 +64,7 @@ class Parallel:
         self.network: nn.Module = self._part.network.to(device=world.device, memory_format=memory_format)  # type: ignore[call-overload]
         self.shard = (0, 1) if self._part.rows is None else (world.rank, world.size)
         self.requested: signal.Signals | None = None
-        self._pending: list[PendingSum] = []
+        self._pending: list[Callable[[], None]] = []
         if world.group is not None:
             parameters = dict(self.network.named_parameters())
             for name in self._part.summed:
@@ -106,7 +104,7 @@ class Parallel:
                 with span("exchange"):
                     labels = gathered(self.world, labels, 0, counts)
                 views = images.shape[1] if images.ndim == 5 else 1
-                rows.sizes = [count * views for count in counts]
+                rows[:] = [count * views for count in counts]
             yield Examples(images, labels)
 
     def sum_gradients(self) -> None:
@@ -114,8 +112,8 @@ class Parallel:
 
         They travel while the layers below are still computed.
         """
-        for pending in self._pending:
-            pending.wait()
+        for finish in self._pending:
+            finish()
         self._pending.clear()
 
     def gather_state(self) -> dict[str, torch.Tensor]:
@@ -155,7 +153,7 @@ class Parallel:
         """What all ranks have of a parameter or of what goes with it, in one, on the CPU and in memory of its own."""
         if name in self._part.split:
             own = gathered(self.world, own.detach(), 0, self._part.split[name])
-        return own.detach().cpu().clone() if own.device.type == "cpu" else own.detach().cpu()
+        return own.detach().to("cpu", copy=True)
 
     def _own(self, name: str, whole: torch.Tensor) -> torch.Tensor:
         """This rank's part of a whole tensor."""

@@ -11,9 +11,9 @@ from __future__ import annotations
 import copy
 import math
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 import torch.distributed as dist
@@ -41,13 +41,14 @@ class NetworkPart:
         network: from the rank's images to the logits of the whole batch; parameters are named as in the whole network.
         split: the kernels that each rank holds (dimension 0), by the name of the parameter; others are whole on every rank.
         summed: parameters whose gradients must be added up over the ranks, since each rank has only some of the rows.
-        rows: how the batch is split, None if every rank has all of it.
+        rows: how many rows of the present batch each rank has, None if every rank has all of them. One list, which the modules read
+            and `Parallel.batches` sets before each step.
     """
 
     network: nn.Module
     split: dict[str, list[int]] = field(default_factory=dict)
     summed: list[str] = field(default_factory=list)
-    rows: RowSplit | None = None
+    rows: list[int] | None = None
 
 
 def part_of(network: nn.Module, scheme: Scheme, world: World) -> NetworkPart:
@@ -85,7 +86,7 @@ def part_of(network: nn.Module, scheme: Scheme, world: World) -> NetworkPart:
 
 def _replicated(network: nn.Module, world: World) -> NetworkPart:
     """The network itself; its dropout draws for the whole batch and its logits are gathered."""
-    rows = RowSplit(world.size)
+    rows = [0] * world.size
     for name, layer in list(network.named_modules()):
         _refuse_batch_norm(name, layer)
         for child_name, child in layer.named_children():
@@ -101,7 +102,7 @@ class _Splitter:
 
     def __init__(self, scheme: Scheme, world: World) -> None:
         self.scheme, self.world, self.ranks = scheme, world, world.size
-        self.part = NetworkPart(nn.Identity(), rows=RowSplit(world.size) if scheme == "hybrid" else None)
+        self.part = NetworkPart(nn.Identity(), rows=[0] * world.size if scheme == "hybrid" else None)
         self.gathered_rows = False
         self.maps: list[int] | None = None  # of each rank; None: a rank has all
 
@@ -135,16 +136,10 @@ class _Splitter:
                     f"{self.scheme} cannot split {name}, a {type(layer).__name__}: use ddp (a layer without weights that treats each "
                     "map by itself may say so with mixes_maps = False)"
                 )
-            self._count_rows(name, weights)
+            if weights and (self.part.rows is None or self.gathered_rows):
+                raise AlexprepError(f"{self.scheme} has no way to split {name}: use ddp")
+            self.part.summed += [f"{name}.{weight}" for weight in weights]
             yield "", layer
-
-    def _count_rows(self, name: str, weights: list[str]) -> None:
-        """Notes the parameters of a layer that every rank holds whole."""
-        if not weights:
-            return
-        if self.part.rows is None or self.gathered_rows:
-            raise AlexprepError(f"{self.scheme} has no way to split {name}: use ddp")
-        self.part.summed += [f"{name}.{weight}" for weight in weights]
 
     def _kernels(self, name: str, layer: nn.Linear | nn.Conv2d) -> Iterator[tuple[str, nn.Module]]:
         """This rank's kernels of a layer; before them an exchange, if they read what other ranks have."""
@@ -185,7 +180,7 @@ class _Splitter:
 
 
 def divide(count: int, ranks: int) -> list[int]:
-    """Divides `count` things among ranks: the sizes of the parts, which differ by one at most.
+    """Divides things among ranks: the sizes of the parts, which differ by one at most.
 
     >>> divide(5, 2)
     [2, 3]
@@ -218,14 +213,6 @@ def _refuse_batch_norm(name: str, layer: nn.Module) -> None:
 # Modules that a part has and the whole network has not
 
 
-class RowSplit:
-    """How many rows of the present batch each rank has: set before each step, read by the modules."""
-
-    def __init__(self, ranks: int) -> None:
-        """No batch yet."""
-        self.sizes = [0] * ranks
-
-
 class Gather(nn.Module):
     """Gives every rank the values of all ranks, where each came with its part.
 
@@ -233,22 +220,14 @@ class Gather(nn.Module):
     sum. Where every rank goes on to compute the same (`replicated`: the loss), each has the whole gradient and takes its part.
     """
 
-    def __init__(
-        self, layer: str, dim: int, sizes: Sequence[int] | RowSplit, world: World, *, replicated: bool = False
-    ) -> None:
+    def __init__(self, layer: str, dim: int, sizes: list[int], world: World, *, replicated: bool = False) -> None:
         """Before the layer of this name, along `dim`, where the ranks have `sizes`."""
         super().__init__()
-        self.layer, self.dim, self.world, self.replicated = layer, dim, world, replicated
-        self._sizes = sizes
-
-    @property
-    def sizes(self) -> list[int]:
-        """Of every rank's part, now."""
-        return self._sizes.sizes if isinstance(self._sizes, RowSplit) else list(self._sizes)
+        self.layer, self.dim, self.sizes, self.world, self.replicated = layer, dim, sizes, world, replicated
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
         """(…, part, …) -> (…, whole, …), in the memory format that came in."""
-        sizes = self.sizes
+        sizes = list(self.sizes)  # backward needs those of now
         if values.shape[self.dim] != sizes[self.world.rank]:
             raise AlexprepError(
                 f"before {self.layer}: {values.shape[self.dim]} rows where {sizes[self.world.rank]} were announced: "
@@ -283,26 +262,18 @@ class SharedDropout(nn.Module):
     draws R times what it needs: for AlexNet at batch 128 a million numbers a step in all.
     """
 
-    def __init__(self, layer: nn.Module, rows: RowSplit | None, sizes: Sequence[int] | None, world: World) -> None:
-        """For a layer that multiplies by random numbers.
-
-        Args:
-            layer: the whole network's.
-            rows: how the batch is split; None where each rank has all of it.
-            sizes: how the maps are split, None likewise.
-            world: the ranks.
-        """
+    def __init__(self, layer: nn.Module, rows: list[int] | None, maps: list[int] | None, world: World) -> None:
+        """For the whole network's layer; how the batch and the maps are split, None where each rank has all of them."""
         super().__init__()
-        self.layer, self.rows, self.sizes, self.rank = layer, rows, sizes, world.rank
+        self.layer, self.rows, self.maps, self.rank = layer, rows, maps, world.rank
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
         """Any float tensor (N, C, …) -> the same shape."""
         if not self.training:
-            result: torch.Tensor = self.layer(values)
-            return result
+            return cast(torch.Tensor, self.layer(values))
         shape = list(values.shape)
         places = []
-        for dim, sizes in ((0, None if self.rows is None else self.rows.sizes), (1, self.sizes)):
+        for dim, sizes in enumerate((self.rows, self.maps)):
             if sizes is not None:
                 each = shape[dim] // sizes[self.rank] if sizes[self.rank] else 1  # after Flatten a map is many units
                 places.append((dim, each * sum(sizes[: self.rank]), shape[dim]))
@@ -313,8 +284,7 @@ class SharedDropout(nn.Module):
         mask = self.layer(ones)
         for place in places:
             mask = mask.narrow(*place)
-        masked: torch.Tensor = values * mask
-        return masked
+        return cast(torch.Tensor, values * mask)
 
 
 class _Gather(torch.autograd.Function):
@@ -336,14 +306,7 @@ class _Gather(torch.autograd.Function):
 
 
 def gathered(world: World, own: torch.Tensor, dim: int, sizes: Sequence[int]) -> torch.Tensor:
-    """Gathers the ranks' tensors into one, joined along `dim`.
-
-    Args:
-        world: whose ranks all call this.
-        own: this rank's part, `sizes[rank]` long in `dim` and of the same shape elsewhere.
-        dim: dimension that is split.
-        sizes: of every rank's part.
-    """
+    """Gathers the ranks' tensors into one, joined along `dim`, in which each is as long as `sizes` says; elsewhere all are alike."""
     shapes = [(*own.shape[:dim], size, *own.shape[dim + 1 :]) for size in sizes]
     return torch.cat(_swap(world, [own] * world.size, shapes), dim)
 
@@ -361,28 +324,20 @@ def scattered_sum(world: World, whole: torch.Tensor, dim: int, sizes: Sequence[i
     return total.to(whole.dtype)
 
 
-class PendingSum(NamedTuple):
-    """A sum over the ranks that is still travelling."""
-
-    work: dist.Work
-    sent: torch.Tensor  # contiguous, where the sum arrives
-    tensor: torch.Tensor  # where it belongs
-
-    def wait(self) -> None:
-        """Until the sum is in its tensor; on a GPU, until what is queued from now on sees it there."""
-        self.work.wait()
-        if self.sent is not self.tensor:
-            self.tensor.copy_(self.sent)
-
-
-def start_sum(world: World, tensor: torch.Tensor) -> PendingSum:
-    """Begins to replace a tensor by its sum over the ranks."""
+def start_sum(world: World, tensor: torch.Tensor) -> Callable[[], None]:
+    """Begins to replace a tensor by its sum over the ranks; what it returns waits for that (on a GPU, all that is queued later does)."""
     sent = tensor.contiguous()
     if world.staged:
         sent = sent.cpu()
     work = dist.all_reduce(sent, group=world.group, async_op=True)
     assert work is not None
-    return PendingSum(work, sent, tensor)
+
+    def finish() -> None:
+        work.wait()
+        if sent is not tensor:
+            tensor.copy_(sent)
+
+    return finish
 
 
 def _swap(world: World, parts: Sequence[torch.Tensor], shapes: Sequence[Sequence[int]]) -> list[torch.Tensor]:

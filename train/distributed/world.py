@@ -24,23 +24,15 @@ STORE = "ALEXPREP_STORE"  # set by `launch`, whose process holds the store at MA
 
 @dataclass
 class World:
-    """A rank among `size` ranks, and how it talks to the others.
-
-    Attributes:
-        rank: in [0, size).
-        size: how many processes the job has.
-        device: of this rank's tensors.
-        group: for tensors; None in a world of one that needs no communication.
-        control: for a few integers between hosts' processors, always gloo, so that it has timeouts of its own beside a GPU's.
-        staged: tensors travel through the CPU, since gloo cannot send a GPU's.
-    """
+    """A rank among `size` ranks, and how it talks to the others."""
 
     rank: int
     size: int
-    device: torch.device
-    group: dist.ProcessGroup | None = None
+    device: torch.device  # of this rank's tensors
+    group: dist.ProcessGroup | None = None  # for tensors; None in a world of one that needs no communication
+    # For a few integers between hosts' processors, always gloo, so that it has timeouts of its own beside a GPU's.
     control: dist.ProcessGroup | None = None
-    staged: bool = False
+    staged: bool = False  # tensors travel through the CPU, since gloo cannot send a GPU's
 
     @staticmethod
     def alone(device: torch.device | str) -> World:
@@ -128,11 +120,7 @@ def _meet(rank: int, size: int) -> Any:
 
 
 def _device(name: str | None, local_rank: int, backend: str | None) -> torch.device:
-    """The device of this rank.
-
-    Raises:
-        AlexprepError: there is none for it.
-    """
+    """The device of this rank, if there is one for it."""
     device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type != "cuda":
         return device
