@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -22,13 +22,12 @@ if TYPE_CHECKING:
 @click.option("--size", type=int, default=256, show_default=True, help="Side of the square images, pixels.")
 @click.option(
     "--filter",
-    "filter_name",
     type=click.Choice(["area", "bilinear", "bicubic", "lanczos"]),
     default="area",
     show_default=True,
     help="How to resample; area is what the original data had (cubic where it enlarges). All are antialiased.",
 )
-@click.option("--format", "image_format", type=click.Choice(["jpg", "png", "raw"]), default="jpg", show_default=True)
+@click.option("--format", type=click.Choice(["jpg", "png", "raw"]), default="jpg", show_default=True)
 @click.option(
     "--reencode",
     type=click.Choice(["needed", "always"]),
@@ -64,20 +63,13 @@ def shard(
     layout: str | None,
     check_archive: bool,
     out: Path,
-    size: int,
-    filter_name: str,
-    image_format: str,
-    reencode: str,
-    quality: int,
-    subsampling: str,
-    orient: bool,
     labels: str,
     seed: int,
     shard_samples: int | None,
     limit: int | None,
-    device: str,
     engine: Engine,
     as_json: bool,
+    **form: Any,
 ) -> None:
     """Turn the images under SOURCE into resized webdataset shards.
 
@@ -96,9 +88,8 @@ def shard(
     from alexprep.shards.sources.ilsvrc import check_archives
     from alexprep.shards.worker_pool import LocalEngine
 
-    target = Target(size, filter_name, image_format, reencode, quality, subsampling, orient, device)  # type: ignore[arg-type]
-    options = ShardOptions(target, seed, shard_samples, labels, limit)
-    if device == "cuda" and not isinstance(engine, LocalEngine):
+    options = ShardOptions(Target(**form), seed, shard_samples, labels, limit)
+    if form["device"] == "cuda" and not isinstance(engine, LocalEngine):
         raise click.UsageError("--device cuda is for --engine local: Ray tasks ask for CPUs only.")
     found = find_source(source, layout)
     if check_archive:
@@ -111,15 +102,8 @@ def shard(
     rows += [("rejected", f"{done.rejected.total():,}")]
     rows += [(f"  {count:,}", reason) for reason, count in done.rejected.most_common(10)]
     rows += [("shards", output.size(done.bytes))]
-    if done.made_inputs:
-        rows += [
-            (
-                "this run",
-                f"{done.made_inputs:,} inputs in {done.seconds:.1f} s, {done.made_inputs / done.seconds:,.0f}/s",
-            )
-        ]
-    else:
-        rows += [("this run", "nothing was missing")]
+    made, rate = done.made_inputs, done.made_inputs / done.seconds
+    rows += [("this run", f"{made:,} inputs in {done.seconds:.1f} s, {rate:,.0f}/s" if made else "nothing was missing")]
     rows += [("data set", str(out)), ("every input's fate", str(out / "*" / "samples.parquet"))]
     output.table("Sharded.", rows)
     output.json_line(
@@ -132,9 +116,9 @@ def shard(
             "reasons": dict(done.rejected),
             "kept": done.kept,
             "bytes": done.bytes,
-            "converted_in_this_run": done.made_inputs,
+            "converted_in_this_run": made,
             "seconds": round(done.seconds, 3),
-            "images_per_second": round(done.made_inputs / done.seconds, 1),
+            "images_per_second": round(rate, 1),
             "data": str(out),
         },
         as_json,

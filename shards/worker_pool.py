@@ -62,19 +62,13 @@ class LocalEngine:
     One that crashes, or is at one input for longer than `image_seconds`, is replaced and its task done again; an input
     that ends a worker twice is condemned: the task is told to leave it out, with the reason. Where it is the reading that
     takes too long, the run stops: the way to the inputs is to blame.
-
-    Attributes:
-        workers: processes, at least 1.
-        image_seconds: how long one input may take.
-        image_bytes: how much memory one input may need; 0 for no bound.
     """
 
-    workers: int
-    image_seconds: float = IMAGE_SECONDS
-    image_bytes: int = IMAGE_BYTES
+    workers: int  # at least 1
+    image_seconds: float = IMAGE_SECONDS  # that one input may take
+    image_bytes: int = IMAGE_BYTES  # of memory that one input may need; 0 for no bound
 
     def __post_init__(self) -> None:
-        """Refuses values out of bounds, with AlexprepError."""
         if self.workers < 1:
             raise AlexprepError(f"--workers {self.workers} is less than 1")
         if not self.image_seconds > 0:  # NaN included
@@ -85,13 +79,8 @@ class LocalEngine:
     ) -> Iterator[Result]:
         """See `Engine`. `task` and arguments must be importable and picklable; `task` works inside `attending`.
 
-        Args:
-            task: a module-level function (or a partial of one).
-            arguments: one a task.
-            progress: called a few times a second with the number of finished inputs.
-
-        Raises:
-            AlexprepError: from a task; or workers died with no input to blame; or an input cannot be read in time.
+        `progress` is called a few times a second with the number of finished inputs. Raises AlexprepError from a task, or where
+        workers died with no input to blame, or an input cannot be read in time.
         """
         if not arguments:
             return
@@ -124,7 +113,6 @@ class WorkerPool:
     """Worker processes that outlive a run of tasks. After an exception it can only be closed: a task may still be on its way."""
 
     def __init__(self, engine: LocalEngine, count: int) -> None:
-        """Starts `count` workers under the bounds of `engine`."""
         self._engine = engine
         self._descriptor = os.memfd_create("alexprep")
         os.ftruncate(self._descriptor, count * _RECORD.itemsize)
@@ -167,8 +155,7 @@ class WorkerPool:
                     waiting.append(self._replace(index, ""))
                     continue
                 if not good:
-                    error, text = answer
-                    raise error or RuntimeError(IN_A_WORKER + text)
+                    raise answer
                 worker.job = None
                 finished += int(self._records[index]["finished"])
                 self._records[index]["finished"] = 0
@@ -245,11 +232,7 @@ class _Worker:
 
 
 def _manner(status: int) -> str:
-    """How a process ended, in words.
-
-    >>> _manner(-11), _manner(3)
-    ('SIGSEGV', 'exit status 3')
-    """
+    """How a process ended, in words: SIGSEGV, exit status 3."""
     if status < 0:
         with contextlib.suppress(ValueError):
             return signal.Signals(-status).name
@@ -304,10 +287,8 @@ def is_retry() -> bool:
 def limit_memory(extra_bytes: int = 0) -> None:
     """Bounds what this worker may allocate from here on; beyond it allocations fail (MemoryError in Python).
 
-    Called by a task once its tools are loaded. Without effect in a process that is no worker, and after the first call.
-
-    Args:
-        extra_bytes: what the task keeps, over what one input may need.
+    Called by a task once its tools are loaded, with what it keeps over what one input may need. Without effect in a process that is
+    no worker, and after the first call.
     """
     global _memory_bytes
     if _memory_bytes is None:
@@ -347,15 +328,10 @@ def serve(pipe: int, records: int, count: int, index: int, parent: int, memory_b
         except DeviceLostError:
             os.abort()  # the engine starts a new process, in which the GPU works again
         except AlexprepError as error:
-            answer = (False, (error, ""))
+            answer = (False, error)
         except BaseException as error:  # noqa: BLE001  (it is told where it can be handled, in words: not all can be sent)
-            answer = (False, (None, f"{type(error).__name__}: {error}\n{traceback.format_exc()}"))
-        try:
-            connection.send(answer)
-        except OSError:  # the parent has gone
-            raise
-        except Exception as error:  # noqa: BLE001  (what cannot be sent; pickle raises many kinds)
-            connection.send((False, (None, f"{type(error).__name__}: {error}: {answer[1]!r}")))
+            answer = (False, RuntimeError(f"{IN_A_WORKER}{type(error).__name__}: {error}\n{traceback.format_exc()}"))
+        connection.send(answer)
 
 
 def one_thread() -> None:

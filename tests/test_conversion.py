@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -68,6 +69,12 @@ def mixed(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.fixture
+def out(data: Path, tmp_path: Path) -> Path:
+    """A copy of `data` without statistics."""
+    return Path(shutil.copytree(data, tmp_path / "out", ignore=shutil.ignore_patterns("stats")))
+
+
 def _reference(data: Path) -> dict[str, str]:
     """What a run makes of `photos`: one worker made `data`, which also has statistics."""
     return {name: digest for name, digest in fingerprint(data).items() if not name.startswith("stats")}
@@ -79,17 +86,13 @@ def test_bytes_do_not_depend_on_the_number_of_workers(photos: Path, data: Path, 
         assert fingerprint(tmp_path / name) == _reference(data)
 
 
-def test_a_finished_set_is_left_alone(photos: Path, data: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    shutil.copytree(data, out)
-    before = _touched(out)
+def test_a_finished_set_is_left_alone(photos: Path, out: Path) -> None:
+    def touched() -> dict[Path, tuple[int, int]]:
+        return {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in out.rglob("*") if path.is_file()}
+
+    before = touched()
     assert convert(photos, out, OPTIONS, ENGINE).made_inputs == 0
-    assert _touched(out) == before
-
-
-def _touched(folder: Path) -> dict[Path, tuple[int, int, int]]:
-    stats = ((path, path.stat()) for path in folder.rglob("*") if path.is_file())
-    return {path: (status.st_ino, status.st_mtime_ns, status.st_size) for path, status in stats}
+    assert touched() == before
 
 
 @pytest.mark.parametrize(
@@ -100,10 +103,7 @@ def _touched(folder: Path) -> dict[Path, tuple[int, int, int]]:
         *("no train/index.npy", "cut train/index.npy"),
     ],
 )
-def test_a_rerun_does_only_what_is_missing(damage: str, photos: Path, data: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    shutil.copytree(data, out)
-    shutil.rmtree(out / "stats")
+def test_a_rerun_does_only_what_is_missing(damage: str, photos: Path, out: Path) -> None:
     good = fingerprint(out)
     how, name = damage.split()
     if how == "no":
@@ -116,9 +116,7 @@ def test_a_rerun_does_only_what_is_missing(damage: str, photos: Path, data: Path
 
 
 @pytest.mark.parametrize("change", [{"samples": None}, {"members": {}}, {"inputs": [1]}, {"more": 1}, {"inputs": []}])
-def test_a_damaged_sidecar_is_named(change: dict[str, Any], photos: Path, data: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    shutil.copytree(data, out)
+def test_a_damaged_sidecar_is_named(change: dict[str, Any], photos: Path, out: Path) -> None:
     mark = out / "train" / "train-000003.json"
     mark.write_text(json.dumps(json.loads(mark.read_text()) | change))
     with pytest.raises(AlexprepError, match=r"train-000003\.json (has other fields|is damaged|lists [01] of 7)"):
@@ -131,19 +129,14 @@ def test_a_colon_in_a_name_makes_no_url(photos: Path, tmp_path: Path, monkeypatc
     assert verify(Path("imagenet:256"), ENGINE).problems == []
 
 
-def test_other_options_are_refused_and_named(photos: Path, data: Path) -> None:
+def test_other_options_and_inputs_are_refused_and_named(photos: Path, data: Path, tmp_path: Path) -> None:
     for options, words in (
-        (ShardOptions(Target(size=65), shard_samples=7), "--size was 64, now is 65"),
-        (ShardOptions(Target(size=64, quality=90), shard_samples=7), "--quality was 95, now is 90"),
-        (ShardOptions(Target(size=64), shard_samples=8), "--shard-samples was 7, now is 8"),
-        (ShardOptions(Target(size=64), shard_samples=7, seed=1), "--seed was 0, now is 1"),
-        (ShardOptions(Target(size=64), shard_samples=7, limit=3), "--limit was None, now is 3"),
+        (replace(OPTIONS, target=Target(size=64, quality=90)), "--quality was 95, now is 90"),
+        (replace(OPTIONS, shard_samples=8), "--shard-samples was 7, now is 8"),
+        (replace(OPTIONS, limit=3), "--limit was None, now is 3"),
     ):
         with pytest.raises(AlexprepError, match=words):
             convert(photos, data, options, ENGINE)
-
-
-def test_another_source_is_refused(photos: Path, data: Path, tmp_path: Path) -> None:
     shutil.copytree(photos, tmp_path / "more")
     shutil.copy(tmp_path / "more/train/class0/000.JPEG", tmp_path / "more/train/class0/999.JPEG")
     with pytest.raises(AlexprepError, match="68 inputs then, 69 now"):
@@ -256,9 +249,8 @@ def test_a_failing_disk_costs_no_image(
     monkeypatch.setattr(LocalFiles, "read", failing)
     monkeypatch.setattr(shard_writer, "PAUSES", (0.0, 0.0))
     if outcome == "stopped":
-        with pytest.raises(
-            AlexprepError, match=r"train/class1/001\.JPEG cannot be read .* mend the disk or the network"
-        ):
+        words = r"train/class1/001\.JPEG cannot be read .* mend the disk or the network"
+        with pytest.raises(AlexprepError, match=words):
             convert(photos, tmp_path, OPTIONS, ENGINE)
         left.clear()
         assert convert(photos, tmp_path, OPTIONS, ENGINE).written == 68
@@ -400,11 +392,9 @@ def test_a_source_s_own_shards_are_never_written_over(photos: Path, data: Path, 
     assert convert(tmp_path / "wds", tmp_path / "wds/alexprep-data", OPTIONS, ENGINE).inputs == 68
 
 
-def test_a_plan_table_with_other_rows_is_never_worked_on(photos: Path, data: Path, tmp_path: Path) -> None:
+def test_a_plan_table_with_other_rows_is_never_worked_on(photos: Path, out: Path, tmp_path: Path) -> None:
     """It is written anew while no shard counts; afterwards nobody can tell what the shards were made from."""
-    out, table = tmp_path / "out", tmp_path / "out/plan.parquet"
-    shutil.copytree(data, out, ignore=shutil.ignore_patterns("stats"))
-    good = fingerprint(out)
+    good, table = fingerprint(out), out / "plan.parquet"
     with pq.ParquetFile(table) as file, pq.ParquetWriter(tmp_path / "flipped", file.schema_arrow) as writer:
         for group in range(file.num_row_groups):
             rows = file.read_row_group(group)
@@ -422,14 +412,11 @@ def test_a_plan_table_with_other_rows_is_never_worked_on(photos: Path, data: Pat
     assert fingerprint(out) == good
 
 
-def test_a_plan_table_without_its_plan_is_replaced(photos: Path, data: Path, tmp_path: Path) -> None:
+def test_a_plan_table_without_its_plan_is_replaced(photos: Path, data: Path, out: Path, tmp_path: Path) -> None:
     """Someone deletes plan.json alone and starts again with other inputs; or an unreadable table is all there is."""
-    out = tmp_path / "out"
-    shutil.copytree(data, out, ignore=shutil.ignore_patterns("stats"))
     (out / "plan.json").unlink()
-    report = convert(photos, out, ShardOptions(Target(size=64), shard_samples=7, seed=1), ENGINE)
-    assert report.made_inputs == 68
-    convert(photos, tmp_path / "new", ShardOptions(Target(size=64), shard_samples=7, seed=1), ENGINE)
+    for folder in (out, tmp_path / "new"):
+        assert convert(photos, folder, replace(OPTIONS, seed=1), ENGINE).made_inputs == 68
     assert fingerprint(out) == fingerprint(tmp_path / "new")
     (tmp_path / "third").mkdir()
     (tmp_path / "third/plan.parquet").write_bytes(b"PAR1 nothing PAR1")
@@ -497,14 +484,8 @@ def test_dali_s_own_reader_reads_the_shards(data: Path) -> None:
         return tuple(cast("Any", fn.readers.webdataset(paths=tars, **options)))
 
     pipeline = read()
-    members = _members(data, "train")
-    images, labels = [], []
-    for _ in range(8):
-        encoded, digits = pipeline.run()
-        images += [bytes(encoded.at(n)) for n in range(6)]
-        labels += [bytes(digits.at(n)) for n in range(6)]
-    assert images == [content for name, content in members.items() if name.endswith(".jpg")]
-    assert labels == [content for name, content in members.items() if name.endswith(".cls")]
+    found = [bytes(part.at(n)) for parts in (pipeline.run() for _ in range(8)) for n in range(6) for part in parts]
+    assert found == list(_members(data, "train").values())
 
 
 def test_timm_s_info_names_every_shard(data: Path) -> None:

@@ -20,8 +20,8 @@ from torch import nn
 
 from alexprep.cli.evaluate import evaluate
 from alexprep.cli.train import train as train_command
+from alexprep.shards.dataset_format import versions
 from alexprep.shards.errors import AlexprepError
-from alexprep.shards.versions import versions
 from alexprep.train.checkpoint import init_from
 from alexprep.train.config import Job, TrainConfig, prepare
 from alexprep.train.evaluation import evaluate_run

@@ -50,6 +50,12 @@ def small(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "data"
 
 
+@pytest.fixture
+def out(small: Path, tmp_path: Path) -> Path:
+    """A copy of it."""
+    return Path(shutil.copytree(small, tmp_path / "data"))
+
+
 def _files(data: Path) -> list[Path]:
     return sorted(path for path in data.rglob("*") if path.is_file())
 
@@ -105,14 +111,12 @@ def test_a_flip_in_the_tar_names_the_member(small: Path) -> None:
     tar.write_bytes(good)
 
 
-def test_every_cut_is_found(small: Path) -> None:
-    for path in (small / "train/train-000000.tar", small / "train/train-000001.tar"):
-        good = path.read_bytes()
-        for length in range(0, len(good), 512):
-            path.write_bytes(good[:length])
-            assert any(problem.file == str(path.relative_to(small)) for problem in _found(small)), length
-        path.write_bytes(good)
-    assert _found(small) == []
+def test_every_cut_is_found(out: Path) -> None:
+    path = out / "train/train-000000.tar"
+    good = path.read_bytes()
+    for length in range(0, len(good), 512):
+        path.write_bytes(good[:length])
+        assert any(problem.file == "train/train-000000.tar" for problem in _found(out)), length
 
 
 def _sidecar(data: Path) -> dict[str, Any]:
@@ -213,10 +217,8 @@ def _edit_ledger(data: Path) -> None:
     ],
 )
 def test_damage_is_named_and_repaired(
-    damage: Callable[[Path], object], file: str, words: str, small: Path, tmp_path: Path
+    damage: Callable[[Path], object], file: str, words: str, small: Path, out: Path
 ) -> None:
-    out = tmp_path / "data"
-    shutil.copytree(small, out)
     good = {path.relative_to(out): path.read_bytes() for path in _files(out)}
     damage(out)
     problems = _found(out)
@@ -231,10 +233,9 @@ def test_damage_is_named_and_repaired(
 
 
 @pytest.mark.parametrize("told_by", ["dataset.json", "sidecars"])
-def test_repair_from_another_source_touches_nothing(told_by: str, small: Path, tmp_path: Path) -> None:
+def test_repair_from_another_source_touches_nothing(told_by: str, small: Path, out: Path, tmp_path: Path) -> None:
     """Files are missing from SOURCE, and plan.json, which would tell, is the damaged file."""
-    out, source = tmp_path / "data", tmp_path / "source"
-    shutil.copytree(small, out)
+    source = tmp_path / "source"
     shutil.copytree(small.parent / "source", source)
     (source / "class0/2.jpg").unlink()
     if told_by == "sidecars":
@@ -290,10 +291,8 @@ EVERY_FILE = [
 
 
 @pytest.mark.parametrize("name", EVERY_FILE)
-def test_a_file_that_cannot_be_read_is_named(name: str, small: Path, tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_read_is_named(name: str, out: Path) -> None:
     """A folder in its place gives an error on reading, as a bad sector does; the rest is checked all the same."""
-    out = tmp_path / "data"
-    shutil.copytree(small, out)
     (out / name).unlink()
     (out / name).mkdir()
     (out / "train/train-000001.tar").write_bytes(b"")
@@ -303,9 +302,7 @@ def test_a_file_that_cannot_be_read_is_named(name: str, small: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("content", ["{}", '{"files": null}', '{"plan": "x", "splits": 3}', "[]", "null"])
-def test_a_dataset_json_of_another_shape_is_named(content: str, small: Path, tmp_path: Path) -> None:
-    out = tmp_path / "data"
-    shutil.copytree(small, out)
+def test_a_dataset_json_of_another_shape_is_named(content: str, small: Path, out: Path) -> None:
     (out / "dataset.json").write_text(content)
     assert "dataset.json" in {problem.file for problem in _found(out)}
     repair(out, find_source(str(small.parent / "source")), _found(out), ENGINE)
@@ -313,10 +310,9 @@ def test_a_dataset_json_of_another_shape_is_named(content: str, small: Path, tmp
 
 
 @pytest.mark.parametrize("again", ["repair", "shard"])
-def test_a_shard_is_never_made_of_other_images(again: str, small: Path, tmp_path: Path) -> None:
+def test_a_shard_is_never_made_of_other_images(again: str, small: Path, out: Path, tmp_path: Path) -> None:
     """The same names, other pixels: a set of both would pass for sound."""
-    out, source = tmp_path / "data", tmp_path / "source"
-    shutil.copytree(small, out)
+    source = tmp_path / "source"
     shutil.copytree(small.parent / "source", source)
     photos = sorted(source.rglob("[0-9].jpg"))
     for path, other in zip(photos, photos[::-1], strict=True):
@@ -341,10 +337,8 @@ def test_progress_counts_what_is_checked(decode: bool, total: int, small: Path) 
     assert {pair[1] for pair in shown} == {total} and shown == sorted(shown)
 
 
-def test_an_index_of_tars_belongs_to_their_readers(small: Path, tmp_path: Path) -> None:
+def test_an_index_of_tars_belongs_to_their_readers(out: Path) -> None:
     """Reading our shards as other people's tars leaves an index beside them."""
-    out = tmp_path / "data"
-    shutil.copytree(small, out)
     index_tars(out / "train", "train")
     assert (out / "train/.alexprep/tars.npz").exists() and _found(out) == []
 
@@ -366,19 +360,18 @@ def test_repair_needs_no_list_of_classes(
     assert {path: path.read_bytes() for path in _files(tmp_path / "data")} == before
 
 
-def test_the_command(small: Path, tmp_path: Path) -> None:
-    out, source = tmp_path / "data", str(small.parent / "source")
-    shutil.copytree(small, out)
-    run = CliRunner().invoke
-    result = run(cli, ["verify", str(out), "--workers", "1", "--json"])
-    assert result.exit_code == 0 and json.loads(result.stdout.splitlines()[-1])["sound"] is True
+def test_the_command(small: Path, out: Path, tmp_path: Path) -> None:
+    def run(*words: str) -> tuple[int, dict[str, Any], str]:
+        done = CliRunner().invoke(cli, ["verify", str(out), "--workers", "1", "--json", *words])
+        return done.exit_code, json.loads(done.stdout.splitlines()[-1]), done.stderr
+
+    status, document, _ = run()
+    assert status == 0 and document["sound"] is True
     tar = out / "train/train-000001.tar"
     tar.write_bytes(tar.read_bytes()[:-700])
-    result = run(cli, ["verify", str(out), "--workers", "1", "--json"])
-    document = json.loads(result.stdout.splitlines()[-1])
-    assert result.exit_code == 3 and document["problems"][0]["file"] == "train/train-000001.tar"
-    assert "train/train-000001.tar" in result.stderr
-    result = run(cli, ["verify", str(out), "--workers", "1", "--repair", source, "--json"])
-    assert result.exit_code == 0 and json.loads(result.stdout.splitlines()[-1])["repaired_inputs"] == 3
+    status, document, errors = run()
+    assert status == 3 and document["problems"][0]["file"] == "train/train-000001.tar" in errors
+    status, document, _ = run("--repair", str(small.parent / "source"))
+    assert status == 0 and document["repaired_inputs"] == 3
     with pytest.raises(AlexprepError, match="holds no data set"):
         verify(tmp_path, 1)

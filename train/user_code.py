@@ -27,8 +27,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
+from alexprep.shards.dataset_format import versions
 from alexprep.shards.errors import TRACEBACK, AlexprepError
-from alexprep.shards.versions import versions
 from alexprep.train.distributed.tensor_parallel import DROPOUTS, Scheme, part_of
 from alexprep.train.distributed.world import World
 from alexprep.train.models.cifar import PIXEL_DEVIATION
