@@ -14,34 +14,31 @@ if TYPE_CHECKING:
     from alexprep.shards.worker_pool import Engine
 
 
-@click.command(short_help="Images to resized webdataset shards.")
+@click.command(short_help="Images to resized webdataset shards.", context_settings={"show_default": True})
 @click.argument("source")
 @data_folder_option("--out", "The data set's folder: made, or gone on with.")
 @click.option("--layout", type=click.Choice(list(LAYOUTS)), help="What SOURCE is.  [default: found by looking]")
 @click.option("--check-archive", is_flag=True, help="First compare the ILSVRC archives with their published MD5s.")
-@click.option("--size", type=int, default=256, show_default=True, help="Side of the square images, pixels.")
+@click.option("--size", type=int, default=256, help="Side of the square images, pixels.")
 @click.option(
     "--filter",
     type=click.Choice(["area", "bilinear", "bicubic", "lanczos"]),
     default="area",
-    show_default=True,
     help="How to resample; area is what the original data had (cubic where it enlarges). All are antialiased.",
 )
-@click.option("--format", type=click.Choice(["jpg", "png", "raw"]), default="jpg", show_default=True)
+@click.option("--format", type=click.Choice(["jpg", "png", "raw"]), default="jpg")
 @click.option(
     "--reencode",
     type=click.Choice(["needed", "always"]),
     default="needed",
-    show_default=True,
     help="Whether images that already have the wanted form are encoded anew.",
 )
-@click.option("--quality", type=int, default=95, show_default=True, help="JPEG quality, 1-100.")
-@click.option("--subsampling", type=click.Choice(["420", "422", "444"]), default="420", show_default=True)
+@click.option("--quality", type=int, default=95, help="JPEG quality, 1-100.")
+@click.option("--subsampling", type=click.Choice(["420", "422", "444"]), default="420")
 @click.option("--orient", is_flag=True, help="Apply the EXIF orientation (the original did not).")
 @click.option(
     "--labels",
     default="auto",
-    show_default=True,
     metavar="auto|sorted|ilsvrc-id|FILE",
     help="How classes are numbered: as the source does, or by sorted name where it does not; by sorted name; by the "
     "devkit's ID; by a file with one class name a line.",
@@ -50,10 +47,9 @@ if TYPE_CHECKING:
     "--device",
     type=click.Choice(["cpu", "cuda"]),
     default="cpu",
-    show_default=True,
     help="What decodes, resizes and encodes; decoders differ by a grey level here and there.",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the global shuffle before sharding.")
+@click.option("--seed", type=int, default=0, help="Of the global shuffle before sharding.")
 @click.option("--shard-samples", type=int, default=None, help="Inputs a shard.  [default: 1024, fewer for small sets]")
 @click.option("--limit", type=int, default=None, help="At most so many inputs of each split, picked by the shuffle.")
 @engine_options

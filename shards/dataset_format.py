@@ -9,6 +9,7 @@ means what was done before it existed, and a released default never changes its 
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import io
 import json
@@ -142,16 +143,12 @@ def data_digest(shards: dict[str, list[dict[str, Any]]], image: dict[str, Any], 
 
 def versions(*names: str) -> dict[str, str]:
     """The installed version of each library; "not installed" where it runs from a source tree or is absent."""
-    return {name: _version(name) for name in names}
-
-
-def _version(name: str) -> str:
-    for distribution in _DISTRIBUTIONS.get(name, (name,)):
-        try:
-            return importlib.metadata.version(distribution)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return "not installed"
+    found = dict.fromkeys(names, "not installed")
+    for name in names:
+        for distribution in reversed(_DISTRIBUTIONS.get(name, (name,))):  # the first one that is there counts
+            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+                found[name] = importlib.metadata.version(distribution)
+    return found
 
 
 def interchangeable(name: str, one: object, other: object) -> bool:

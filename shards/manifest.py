@@ -185,17 +185,16 @@ class Manifest:
 
     def timm_info(self) -> dict[str, Any]:
         """_info.json, as timm's webdataset reader wants it."""
-        samples = self.samples
         return {
             "splits": {
                 split: {
                     "name": split,
-                    "num_samples": samples[split],
-                    "filenames": [f"{split}/{record['name']}.tar" for record in records],
-                    "shard_lengths": [record["samples"] for record in records],
+                    "num_samples": samples,
+                    "filenames": [f"{split}/{record['name']}.tar" for record in self._records[split]],
+                    "shard_lengths": [record["samples"] for record in self._records[split]],
                 }
-                for split, records in self._records.items()
-                if samples[split]
+                for split, samples in self.samples.items()
+                if samples
             }
         }
 

@@ -189,7 +189,7 @@ def _connected(ray: Any, address: str | None) -> Iterator[None]:
                     "on a machine of the cluster the address is auto"
                 ) from error
             if in_main:
-                signal.signal(signal.SIGTERM, _exit_on_signal)
+                signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
             if not ray.cluster_resources().get("CPU"):
                 raise AlexprepError(
                     f"the Ray cluster at {address} has no CPU to run tasks: add a machine with `ray start`"
@@ -204,10 +204,6 @@ def _connected(ray: Any, address: str | None) -> Iterator[None]:
             ray.shutdown()
             if in_main:
                 signal.signal(signal.SIGTERM, handler)
-
-
-def _exit_on_signal(number: int, frame: object) -> None:
-    sys.exit(128 + number)
 
 
 @contextlib.contextmanager

@@ -146,12 +146,12 @@ class Band:
     An output and an input are one channel of a pixel: `channels` neighbours of each make a pixel.
     """
 
-    low: int  # and
-    high: int  # the half-open range of source pixels that the axis reads
+    low: int  # the first source pixel that the axis reads
+    high: int  # one behind the last
     starts: list[int]  # by group, the first input of its first block, counted from `low`; may lie before it
     stride: int  # from one block's first input to the next one's in a group, inputs
-    before: int  # how many inputs blocks reach out before `low`, where their weights are 0,
-    after: int  # and behind `high`
+    before: int  # how many inputs blocks reach out before `low`, where their weights are 0
+    after: int  # the same behind `high`
     positive: bool  # whether no weight is negative, so that no output is out of range
     matrices: NDArray[np.float32]  # (groups, blocks, 8 outputs, inputs), multiples of a power of two
 

@@ -181,6 +181,9 @@ def read_statistics(data: Path | str, data_digest: str | None = None) -> Statist
         raise AlexprepError(f"{data / STATISTICS} or its mean image is damaged ({error}): {again}") from None
 
 
+_samples = functools.lru_cache(maxsize=1)(Samples)  # one a process, for all its shards
+
+
 def _shard_moments(data: Path, split: str, digest: str, shard: int, condemned: Mapping[int, str]) -> Moments:
     """The exact sums over one shard."""
     samples = _samples(data, split)
@@ -197,11 +200,6 @@ def _shard_moments(data: Path, split: str, digest: str, shard: int, condemned: M
                 )
             accumulator.add(planes)
     return accumulator.moments()
-
-
-@functools.lru_cache(maxsize=1)
-def _samples(data: Path, split: str) -> Samples:
-    return Samples(data, split)
 
 
 def _planes(encoded: NDArray[np.uint8], image: dict[str, Any]) -> NDArray[np.uint8] | None:

@@ -99,7 +99,7 @@ def verify(
     decode: bool = False,
     progress: Progress = lambda finished, total: None,
 ) -> Verdict:
-    """Checks a dataset: every byte of it against what was recorded when it was written, and whether each image decodes.
+    """Checks a dataset: every byte of it against what was recorded when it was written; with `decode`, every image too.
 
     `engine` runs the work, one task a shard; a number stands for so many worker processes on this machine. `progress` is called with
     (finished shards, or images when they are decoded; how many there are). Raises AlexprepError where the folder has no dataset.

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import mmap
 import os
 import resource
 import signal
@@ -26,7 +25,6 @@ from multiprocessing.connection import Connection, wait
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from alexprep.shards.errors import AlexprepError, DeviceLostError
 
@@ -114,14 +112,13 @@ class WorkerPool:
 
     def __init__(self, engine: LocalEngine, count: int) -> None:
         self._engine = engine
-        self._descriptor = os.memfd_create("alexprep")
-        os.ftruncate(self._descriptor, count * _RECORD.itemsize)
-        self._records = _shared_records(self._descriptor, count)
+        self._memory = os.fdopen(os.memfd_create("alexprep"), "w+b")
+        self._records = np.memmap(self._memory, _RECORD, "w+", shape=(count,))
         self._workers = [self._start(index) for index in range(count)]
 
     def _start(self, index: int) -> _Worker:
         self._records[index] = (-1, 0, 0, 0, b"")
-        return _Worker(self._descriptor, len(self._records), index, self._engine.image_bytes)
+        return _Worker(self._memory.fileno(), index, self._engine.image_bytes)
 
     def close(self) -> None:
         """Ends all workers."""
@@ -129,7 +126,7 @@ class WorkerPool:
             worker.process.kill()
         for worker in self._workers:
             worker.end()
-        os.close(self._descriptor)
+        self._memory.close()
 
     def run(self, task: Task[Result], arguments: Sequence[Any], progress: Progress) -> Iterator[Result]:
         """See `LocalEngine.run`; may be called again once it has yielded every result."""
@@ -208,9 +205,9 @@ class _Job:
 class _Worker:
     """One child process and the job that it has."""
 
-    def __init__(self, records: int, count: int, index: int, memory_bytes: int) -> None:
+    def __init__(self, records: int, index: int, memory_bytes: int) -> None:
         mine, theirs = socket.socketpair()
-        arguments = (theirs.fileno(), records, count, index, os.getpid(), memory_bytes)
+        arguments = (theirs.fileno(), records, index, os.getpid(), memory_bytes)
         boot = (
             f"import sys; sys.path[:] = {sys.path!r}; from alexprep.shards.worker_pool import serve; serve{arguments}"
         )
@@ -237,11 +234,6 @@ def _manner(status: int) -> str:
         with contextlib.suppress(ValueError):
             return signal.Signals(-status).name
     return f"exit status {status}"
-
-
-def _shared_records(descriptor: int, count: int) -> NDArray[Any]:
-    """The shared records behind a descriptor: (count,) of `_RECORD`."""
-    return np.frombuffer(mmap.mmap(descriptor, count * _RECORD.itemsize), _RECORD)
 
 
 # The worker's side.
@@ -301,10 +293,11 @@ def limit_memory(extra_bytes: int = 0) -> None:
     _memory_bytes = None
 
 
-def serve(pipe: int, records: int, count: int, index: int, parent: int, memory_bytes: int) -> None:
-    """Runs tasks until the parent closes the pipe or dies."""
+def serve(pipe: int, records: int, index: int, parent: int, memory_bytes: int) -> None:
+    """Runs tasks until the parent closes the pipe or dies; `pipe` and `records` are descriptors."""
     global _record, _memory_bytes
-    _record = _shared_records(records, count)[index : index + 1][0]
+    with os.fdopen(records, "r+b") as memory:
+        _record = np.memmap(memory, _RECORD, "r+")[index]
     _memory_bytes = memory_bytes or None
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])

@@ -147,8 +147,7 @@ def test_every_input_is_accounted_for(mixed: Path, tmp_path: Path) -> None:
     """Written or rejected with a reason, each once; what is rejected changes nothing for the others."""
     out = tmp_path / "out"
     report = convert(mixed, out, OPTIONS, 2)
-    ledger = pq.read_table(out / "train" / "samples.parquet").to_pylist()
-    ledger += pq.read_table(out / "val" / "samples.parquet").to_pylist()
+    ledger = [row for file in out.glob("*/samples.parquet") for row in pq.read_table(file).to_pylist()]
     assert report.inputs == len(ledger) == 68 + 17
     assert report.written == sum(row["status"] == "written" for row in ledger) == 68 + 7
     assert report.rejected.total() == 10
@@ -267,22 +266,18 @@ def test_a_source_that_goes_away_costs_no_image(
     monkeypatch.setattr(shard_writer, "PAUSES", (0.0, 0.0))
     source, away = tmp_path / "source", tmp_path / "away"
     shutil.copytree(photos, source)
-    hidden = [source]
-    match gone:
-        case "all below the root":
-            hidden = [source / "train", source / "val"]
-        case "a mount point":
-            hidden = list((source / "train").iterdir())
-        case "a linked folder":
-            (source / "train/class1").rename(tmp_path / "disk")
-            (source / "train/class1").symlink_to(tmp_path / "disk")
-            hidden = [tmp_path / "disk"]
-        case "the archive":
-            with tarfile.open(tmp_path / "photos.tar", "w") as tar:
-                tar.add(source, "photos")
-            shutil.rmtree(source)
-            source = tmp_path / "photos.tar"
-            hidden = [source]
+    if gone == "the archive":
+        with tarfile.open(tmp_path / "photos.tar", "w") as tar:
+            tar.add(source, "photos")
+        source = tmp_path / "photos.tar"
+    elif gone == "a linked folder":
+        (source / "train/class1").rename(tmp_path / "disk")
+        (source / "train/class1").symlink_to(tmp_path / "disk")
+    hidden = {
+        "all below the root": [source / "train", source / "val"],
+        "a mount point": [source / "train" / f"class{n}" for n in range(4)],
+        "a linked folder": [tmp_path / "disk"],
+    }.get(gone, [source])
     read, left = LocalFiles.read, [20]
 
     def vanishing(self: LocalFiles, path: bytes, offset: int = 0, size: int = -1) -> bytes:
@@ -340,21 +335,18 @@ def test_inputs_are_shuffled_globally(data: Path) -> None:
 
 
 def test_limit_takes_a_subset(photos: Path, tmp_path: Path) -> None:
-    report = convert(photos, tmp_path / "out", ShardOptions(Target(size=64), limit=5), ENGINE)
-    assert report.samples == {"train": 5, "val": 5}
-    report = convert(photos / "val", tmp_path / "val", ShardOptions(Target(size=64), limit=5), ENGINE)
-    assert report.samples == {"train": 5}  # one tree is for training
+    options = ShardOptions(Target(size=64), limit=5)
+    assert convert(photos, tmp_path / "out", options, ENGINE).samples == {"train": 5, "val": 5}
+    # One tree is for training.
+    assert convert(photos / "val", tmp_path / "val", options, ENGINE).samples == {"train": 5}
     assert read_dataset(tmp_path / "val")["classes"] == ["class0", "class1", "class2", "class3"]
 
 
 def test_sources_that_make_no_sense(tmp_path: Path) -> None:
-    (tmp_path / "flat" / "train").mkdir(parents=True)
-    (tmp_path / "flat" / "train" / "a.jpg").write_bytes(b"")
-    (tmp_path / "empty" / "class").mkdir(parents=True)
-    (tmp_path / "both" / "val" / "c").mkdir(parents=True)
-    (tmp_path / "both" / "validation" / "c").mkdir(parents=True)
-    (tmp_path / "bare").mkdir()
-    (tmp_path / "file").write_bytes(b"")
+    for folder in ("flat/train", "empty/class", "both/val/c", "both/validation/c", "bare"):
+        (tmp_path / folder).mkdir(parents=True)
+    for file in ("flat/train/a.jpg", "file"):
+        (tmp_path / file).touch()
     for name, words in (
         ("nowhere", "does not exist"),
         ("file", "is a file"),
@@ -450,14 +442,11 @@ def test_index_equals_wds2idx(data: Path, tmp_path: Path) -> None:
 
 
 def test_index_npy_points_at_the_members(data: Path) -> None:
-    members = _members(data, "train")
+    members, samples = list(_members(data, "train").values()), Samples(data, "train")
     index = read_index(data, "train")
     assert index.dtype == INDEX_DTYPE and len(index) == 48
-    samples = Samples(data, "train")
-    images = [bytes_ for name, bytes_ in members.items() if name.endswith(".jpg")]
-    labels = [int(bytes_) for name, bytes_ in members.items() if name.endswith(".cls")]
-    assert [samples.encoded(row).tobytes() for row in range(48)] == images
-    assert samples.labels.tolist() == labels
+    assert [samples.encoded(row).tobytes() for row in range(48)] == members[::2]
+    assert samples.labels.tolist() == list(map(int, members[1::2]))
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")

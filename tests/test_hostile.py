@@ -47,15 +47,10 @@ def made_to_hurt(photo: Callable[..., Image.Image], encoded: Callable[..., bytes
     yield "bomb.bmp", encoded(picture, "BMP")[:18] + struct.pack("<ii", 10**6, 10**6) + encoded(picture, "BMP")[26:]
     yield "negative.bmp", encoded(picture, "BMP")[:18] + struct.pack("<ii", -64, -48) + encoded(picture, "BMP")[26:]
     # Chunks and segments that claim more than there is, or far too much.
-    yield (
-        "text-bomb.png",
-        _png(8, 8, zlib.compress(bytes(200)), _png_chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(10**8)))),
-    )
-    yield (
-        "profile-bomb.png",
-        _png(8, 8, zlib.compress(bytes(200)), _png_chunk(b"iCCP", b"a\0\0" + zlib.compress(bytes(10**8)))),
-    )
-    yield "long-chunk.png", _png(8, 8, zlib.compress(bytes(200)))[:33] + b"\x7f\xff\xff\xffIDAT" + bytes(99)
+    small, bomb = zlib.compress(bytes(200)), b"a\0\0" + zlib.compress(bytes(10**8))
+    yield "text-bomb.png", _png(8, 8, small, _png_chunk(b"zTXt", bomb))
+    yield "profile-bomb.png", _png(8, 8, small, _png_chunk(b"iCCP", bomb))
+    yield "long-chunk.png", _png(8, 8, small)[:33] + b"\x7f\xff\xff\xffIDAT" + bytes(99)
     yield "big-exif.jpg", jpeg[:2] + (b"\xff\xe1\xff\xffExif\0\0" + bytes(65527)) * 200 + jpeg[2:]
     yield (
         "exif-loop.jpg",
@@ -88,12 +83,8 @@ def damaged(photo: Callable[..., Image.Image], encoded: Callable[..., bytes]) ->
     rng, made = random.Random(20_261_121), {}
     for n in range(560):
         kind = KINDS[n % len(KINDS)]
-        good = encoded(
-            photo(rng.randrange(1, 90), rng.randrange(1, 90), n).convert(
-                "P" if n % 7 == 0 and kind in ("PNG", "GIF") else "RGB"
-            ),
-            kind,
-        )
+        mode = "P" if n % 7 == 0 and kind in ("PNG", "GIF") else "RGB"
+        good = encoded(photo(rng.randrange(1, 90), rng.randrange(1, 90), n).convert(mode), kind)
         bad = bytearray(good)
         match n % 4:
             case 0:
@@ -112,11 +103,7 @@ def damaged(photo: Callable[..., Image.Image], encoded: Callable[..., bytes]) ->
 
 
 def test_hostile_files_change_nothing_for_the_good_ones(
-    photos: Path,
-    photo: Callable[..., Image.Image],
-    encoded: Callable[..., bytes],
-    damaged: dict[str, bytes],
-    tmp_path: Path,
+    photos: Path, photo, encoded, damaged: dict[str, bytes], tmp_path: Path
 ) -> None:
     hostile = dict(made_to_hurt(photo, encoded)) | damaged
     assert len(hostile) >= 580
@@ -136,18 +123,11 @@ def test_hostile_files_change_nothing_for_the_good_ones(
     assert not [reason for reason in reasons.values() if "ends the process" in reason or "takes more" in reason], (
         reasons
     )
-    for name, words in (
-        ("bomb.png", "more than the limit"),
-        ("bomb.jpg", "more than the limit"),
-        ("bomb.gif", "than the limit"),
-        ("scans.jpg", f"more than the limit of {MAX_SCANS}"),
-        ("html.jpg", "not an image of a known type"),
-        ("script.eps", "not an image of a known type"),
-        ("vector.svg", "not an image of a known type"),
-        ("layers.psd", "not an image of a known type"),
-        ("null.jpg", "not an image of a known type"),
-    ):
-        assert words in reasons[name], (name, reasons[name])
+    for name in ("bomb.png", "bomb.jpg", "bomb.gif"):
+        assert "than the limit" in reasons[name], (name, reasons[name])
+    assert f"more than the limit of {MAX_SCANS}" in reasons["scans.jpg"]
+    for name in ("html.jpg", "script.eps", "vector.svg", "layers.psd", "null.jpg"):
+        assert "not an image of a known type" in reasons[name], (name, reasons[name])
     images = {}
     for folder, rows in ledgers.items():
         samples = Samples(tmp_path / folder, "train")
