@@ -119,12 +119,6 @@ def test_every_cut_is_found(out: Path) -> None:
         assert any(problem.file == "train/train-000000.tar" for problem in _found(out)), length
 
 
-def _sidecar(data: Path) -> dict[str, Any]:
-    """Of the first shard."""
-    sidecar: dict[str, Any] = json.loads((data / "train/train-000000.json").read_bytes())
-    return sidecar
-
-
 def _swap(*suffixes: str) -> Callable[[Path], None]:
     def swap(data: Path) -> None:
         for suffix in suffixes:
@@ -158,12 +152,9 @@ def _edit_json(name: str, change: Callable[[dict[str, Any]], None]) -> Callable[
     return edit
 
 
-def _edit_label(data: Path) -> None:
-    """As someone would who knows the format: sidecar, index and the member itself agree; the plan does not."""
-    sidecar = _sidecar(data)
+def _other_label(sidecar: dict[str, Any]) -> None:
     entry = next(entry for entry in sidecar["inputs"] if entry["status"] == "written")
     entry["label"] = 1 - entry["label"]
-    (data / "train/train-000000.json").write_text(json.dumps(sidecar) + "\n")
 
 
 def _edit_index(data: Path) -> None:
@@ -182,23 +173,17 @@ def _edit_ledger(data: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "file", "words"),
     [
-        *map(
-            _lost, ("train/train-000001.tar", "train/train-000001.idx", "train/index.npy", "plan.json", "plan.parquet")
-        ),
-        *map(_lost, ("_info.json", "stats/mean_image.npy")),
+        *map(_lost, ("train/train-000001.tar", "train/train-000001.idx", "train/index.npy")),
+        *map(_lost, ("plan.json", "plan.parquet", "_info.json", "stats/mean_image.npy")),
         _lost("train/train-000001.json", "does not count"),
         _lost("dataset.json", "unfinished"),
         _foreign("train/.train-000000.tar.tmp-1-ab", "interrupted"),
         _foreign("notes.txt", "no file of this data set"),
-        (
-            _copy("train/train-000000.tar", "train/train-000002.tar"),
-            "train/train-000002.tar",
-            "no file of this data set",
-        ),
+        (_copy("train/train-000000.tar", "train/train-000002.tar"), "train/train-000002.tar", "no file of this"),
         (_copy("train/train-000000.idx", "train/train-000001.idx"), "train/train-000001.idx", "not the index"),
         (_swap(".tar"), "train/train-000000.tar", "is the tar of train-000001"),
         (_swap(".tar", ".idx", ".json"), "train/train-000000.json", "inputs[0].key is"),
-        (_edit_label, "train/train-000000.json", "label is"),
+        (_edit_json("train/train-000000.json", _other_label), "train/train-000000.json", "label is"),
         (_edit_index, "train/index.npy", "record 2"),
         (_edit_ledger, "train/samples.parquet", "width is 999, must be"),
         (
@@ -274,7 +259,8 @@ def test_decode_finds_what_checksums_cannot(
 
     out = tmp_path / "data"
     convert(tmp_path / "source", out, ShardOptions(Target(size=16, format=form)), ENGINE, make_codec=Careless)
-    (key,) = (entry["key"] for entry in _sidecar(out)["inputs"] if entry["height"] == 21)
+    sidecar = json.loads((out / "train/train-000000.json").read_bytes())
+    (key,) = (entry["key"] for entry in sidecar["inputs"] if entry["height"] == 21)
     assert _found(out) == []
     assert _found(out, decode=True) == [Problem("train/train-000000.tar", f"{key}.{FORMATS[form]}", ANY)]
     assert words in _found(out, decode=True)[0].what
