@@ -33,7 +33,7 @@ def _refused(data: bytes, **target: object) -> str:
 
 def _squared(whole: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """What all pixels become, read whole and then cut."""
-    resize = to_square(*whole.shape[:2], 64, "area")
+    resize = to_square(whole.shape[0], whole.shape[1], 64, "area")
     top, left, bottom, right = resize.region
     return resize(np.ascontiguousarray(whole[top:bottom, left:right]))
 
