@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     default="area",
     help="How to resample; area is what the original data had (cubic where it enlarges). All are antialiased.",
 )
-@click.option("--format", type=click.Choice(["jpg", "png", "raw"]), default="jpg")
+@click.option("--format", type=click.Choice(["jpg", "png", "raw"]), default="jpg", help="Of the images; raw is pixels.")
 @click.option(
     "--reencode",
     type=click.Choice(["needed", "always"]),
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     help="Whether images that already have the wanted form are encoded anew.",
 )
 @click.option("--quality", type=int, default=95, help="JPEG quality, 1-100.")
-@click.option("--subsampling", type=click.Choice(["420", "422", "444"]), default="420")
+@click.option("--subsampling", type=click.Choice(["420", "422", "444"]), default="420", help="Of a JPEG's chroma.")
 @click.option("--orient", is_flag=True, help="Apply the EXIF orientation (the original did not).")
 @click.option(
     "--labels",
