@@ -43,6 +43,7 @@ check: .venv/installed build/types
 # Hours; SECONDS=600 makes it about ten minutes. `make test` tries a seeded sample of the same.
 stress: .venv/installed
 	$(if $(SECONDS),,$(TEST) --whole)
+	$(TEST) tests/stress/real_photos.py
 	$(BIN)/python -m tests.stress $(if $(SECONDS),--seconds $(SECONDS))
 
 format: .venv/installed

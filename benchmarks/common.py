@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from alexprep.shards.versions import processor, versions
+from alexprep.shards.dataset_format import processor, versions
 
 RESULTS = Path(__file__).parent / "results"
 

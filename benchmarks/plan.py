@@ -60,7 +60,7 @@ def main() -> None:
         start = time.perf_counter()
         table = Plan(work, {}).table()
         opening = time.perf_counter() - start
-        groups = len(plan.shards())
+        groups = len(list(plan.each_shard()))
         reading = []
         for group in range(0, groups, max(1, groups // 50)):
             start = time.perf_counter()

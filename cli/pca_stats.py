@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 @click.command("pca-stats", short_help="Mean image and eigenpairs of the RGB covariance.")
 @data_folder
 @click.option(
-    "--split", default="train", show_default=True, help="The split to describe; training reads only those of train."
+    "--split", default="train", show_default=True, help="The split to describe; training reads train's alone."
 )
 @engine_options
 @json_option

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -14,35 +14,31 @@ if TYPE_CHECKING:
     from alexprep.shards.worker_pool import Engine
 
 
-@click.command(short_help="Images to resized webdataset shards.")
+@click.command(short_help="Images to resized webdataset shards.", context_settings={"show_default": True})
 @click.argument("source")
 @data_folder_option("--out", "The data set's folder: made, or gone on with.")
 @click.option("--layout", type=click.Choice(list(LAYOUTS)), help="What SOURCE is.  [default: found by looking]")
 @click.option("--check-archive", is_flag=True, help="First compare the ILSVRC archives with their published MD5s.")
-@click.option("--size", type=int, default=256, show_default=True, help="Side of the square images, pixels.")
+@click.option("--size", type=int, default=256, help="Side of the square images, pixels.")
 @click.option(
     "--filter",
-    "filter_name",
     type=click.Choice(["area", "bilinear", "bicubic", "lanczos"]),
     default="area",
-    show_default=True,
     help="How to resample; area is what the original data had (cubic where it enlarges). All are antialiased.",
 )
-@click.option("--format", "image_format", type=click.Choice(["jpg", "png", "raw"]), default="jpg", show_default=True)
+@click.option("--format", type=click.Choice(["jpg", "png", "raw"]), default="jpg", help="Of the images; raw is pixels.")
 @click.option(
     "--reencode",
     type=click.Choice(["needed", "always"]),
     default="needed",
-    show_default=True,
     help="Whether images that already have the wanted form are encoded anew.",
 )
-@click.option("--quality", type=int, default=95, show_default=True, help="JPEG quality, 1-100.")
-@click.option("--subsampling", type=click.Choice(["420", "422", "444"]), default="420", show_default=True)
+@click.option("--quality", type=int, default=95, help="JPEG quality, 1-100.")
+@click.option("--subsampling", type=click.Choice(["420", "422", "444"]), default="420", help="Of a JPEG's chroma.")
 @click.option("--orient", is_flag=True, help="Apply the EXIF orientation (the original did not).")
 @click.option(
     "--labels",
     default="auto",
-    show_default=True,
     metavar="auto|sorted|ilsvrc-id|FILE",
     help="How classes are numbered: as the source does, or by sorted name where it does not; by sorted name; by the "
     "devkit's ID; by a file with one class name a line.",
@@ -51,10 +47,9 @@ if TYPE_CHECKING:
     "--device",
     type=click.Choice(["cpu", "cuda"]),
     default="cpu",
-    show_default=True,
     help="What decodes, resizes and encodes; decoders differ by a grey level here and there.",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the global shuffle before sharding.")
+@click.option("--seed", type=int, default=0, help="Of the global shuffle before sharding.")
 @click.option("--shard-samples", type=int, default=None, help="Inputs a shard.  [default: 1024, fewer for small sets]")
 @click.option("--limit", type=int, default=None, help="At most so many inputs of each split, picked by the shuffle.")
 @engine_options
@@ -64,20 +59,13 @@ def shard(
     layout: str | None,
     check_archive: bool,
     out: Path,
-    size: int,
-    filter_name: str,
-    image_format: str,
-    reencode: str,
-    quality: int,
-    subsampling: str,
-    orient: bool,
     labels: str,
     seed: int,
     shard_samples: int | None,
     limit: int | None,
-    device: str,
     engine: Engine,
     as_json: bool,
+    **form: Any,
 ) -> None:
     """Turn the images under SOURCE into resized webdataset shards.
 
@@ -98,9 +86,8 @@ def shard(
     from alexprep.shards.sources.ilsvrc import check_archives
     from alexprep.shards.worker_pool import LocalEngine
 
-    target = Target(size, filter_name, image_format, reencode, quality, subsampling, orient, device)  # type: ignore[arg-type]
-    options = ShardOptions(target, seed, shard_samples, labels, limit)
-    if device == "cuda" and not isinstance(engine, LocalEngine):
+    options = ShardOptions(Target(**form), seed, shard_samples, labels, limit)
+    if form["device"] == "cuda" and not isinstance(engine, LocalEngine):
         raise click.UsageError("--device cuda is for --engine local: Ray tasks ask for CPUs only.")
     found = find_source(source, layout)
     if check_archive:
@@ -113,15 +100,8 @@ def shard(
     rows += [("rejected", f"{done.rejected.total():,}")]
     rows += [(f"  {count:,}", reason) for reason, count in done.rejected.most_common(10)]
     rows += [("shards", decimal(done.bytes))]
-    if done.made_inputs:
-        rows += [
-            (
-                "this run",
-                f"{done.made_inputs:,} inputs in {done.seconds:.1f} s, {done.made_inputs / done.seconds:,.0f}/s",
-            )
-        ]
-    else:
-        rows += [("this run", "nothing was missing")]
+    made, rate = done.made_inputs, done.made_inputs / done.seconds
+    rows += [("this run", f"{made:,} inputs in {done.seconds:.1f} s, {rate:,.0f}/s" if made else "nothing was missing")]
     rows += [("data set", str(out)), ("every input's fate", str(out / "*" / "samples.parquet"))]
     output.table("Sharded.", rows)
     output.json_line(
@@ -134,9 +114,9 @@ def shard(
             "reasons": dict(done.rejected),
             "kept": done.kept,
             "bytes": done.bytes,
-            "converted_in_this_run": done.made_inputs,
+            "converted_in_this_run": made,
             "seconds": round(done.seconds, 3),
-            "images_per_second": round(done.made_inputs / done.seconds, 1),
+            "images_per_second": round(rate, 1),
             "data": str(out),
         },
         as_json,

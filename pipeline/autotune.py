@@ -21,9 +21,8 @@ from alexprep.pipeline.dataset import Dataset, open_dataset
 from alexprep.pipeline.device import wait_for
 from alexprep.pipeline.loader import Loader
 from alexprep.pipeline.loader_settings import Tuning, this_machine
-from alexprep.shards.dataset_format import STATISTICS
+from alexprep.shards.dataset_format import STATISTICS, versions
 from alexprep.shards.errors import AlexprepError
-from alexprep.shards.versions import versions
 from alexprep.shards.worker_pool import cores
 
 ROUNDS = 3

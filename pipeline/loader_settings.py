@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from alexprep.pipeline.dali_ops import HW_DECODER_LOAD
-from alexprep.shards.dataset_format import DATASET, TUNING
+from alexprep.shards.dataset_format import DATASET, TUNING, processor
 from alexprep.shards.errors import AlexprepError, number_within, one_of, whole_number
 from alexprep.shards.storage import folder_at, publish_json, user_cache
-from alexprep.shards.versions import processor
 from alexprep.shards.worker_pool import cores
 
 

@@ -10,7 +10,7 @@ import contextlib
 import errno
 import functools
 import hashlib
-import json
+import itertools
 import os
 import secrets
 import shutil
@@ -18,7 +18,7 @@ import tarfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -74,16 +74,9 @@ _LINE_BYTES = 400  # of an input in sidecar, index and ledger, measured: 190-230
 class Report:
     """What a run of `convert` did.
 
-    Attributes:
-        folder: the dataset's folder.
-        inputs: images in the plan.
-        written: images in shards.
-        rejected: how often each reason occurred; the numbers in reasons are replaced by "N".
-        kept: images whose bytes are the source's own.
-        bytes: of all tars.
-        made_inputs: inputs that this run converted; 0 when there was nothing to do.
-        seconds: that this run took.
-        samples: written images by split.
+    Of the `inputs` of the plan `written` are images in shards (`samples` by split, `bytes` in all tars), `kept` of these with the
+    source's own bytes. `rejected` says how often each reason occurred; the numbers in reasons are replaced by "N". `made_inputs` is
+    what this run converted, in `seconds`.
     """
 
     folder: Path
@@ -94,7 +87,7 @@ class Report:
     bytes: int
     made_inputs: int
     seconds: float
-    samples: dict[str, int] = field(default_factory=dict)
+    samples: dict[str, int]
 
 
 def convert(
@@ -171,10 +164,6 @@ def make_plan(source: Source, options: ShardOptions, folder: Path) -> Plan:
     """The plan of `folder`: published if there is none, checked against the present one otherwise.
 
     Of several that begin in one folder at the same time, one wins; the others go on with its plan, or are refused.
-
-    Raises:
-        AlexprepError: the shards would lie among the images; no input; or the folder has the plan of other inputs or options
-            (the message says which differ).
     """
     check_apart(source, folder)
     return publish_plan(folder, *draw_up(source, options))
@@ -191,11 +180,7 @@ def check_apart(source: Source, folder: Path) -> None:
 
 
 def publish_plan(folder: Path, document: dict[str, Any], tables: Sequence[pa.Table]) -> Plan:
-    """Publishes the plan that `draw_up` returned, or goes on with the one in `folder`, as its plan.json writes it.
-
-    Raises:
-        AlexprepError: `folder` has another plan; the message says what differs.
-    """
+    """Publishes the plan that `draw_up` returned, or goes on with the one in `folder`, as its plan.json writes it."""
     make_folder(folder)
     if publish_first(folder / PLAN, json_bytes(document)) != json_bytes(document):
         old, new = read_json(folder / PLAN, "use a new --out"), document
@@ -205,38 +190,26 @@ def publish_plan(folder: Path, document: dict[str, Any], tables: Sequence[pa.Tab
                 f"{folder} was begun differently: {'; '.join(differences(old, new)) or 'its plan was edited'}. "
                 "Use the same options and inputs, or a new --out"
             )
-    plan = Plan(folder, document)
-    if not _has_table(plan, tables):
-        publish_table(folder, tables)
+    plan, path = Plan(folder, document), folder / PLAN_TABLE
+    if not path.exists() or all(read_sidecar(plan, shard) is None for shard in plan.each_shard()):
+        publish_table(folder, tables)  # also in place of another one, as long as no shard was made from it
+    elif not plan.table().holds(tables):
+        recorded = _finished(plan).get("files", {}).get(PLAN_TABLE)
+        if recorded is not None and recorded != file_sha256(path):  # it was another one when the shards were finished
+            step = f": mend it with `alexprep verify {folder} --repair SOURCE`"
+        else:
+            step = ", and shards may have been made from it: shard again into a new --out"
+        raise AlexprepError(f"{path} has other rows than these inputs and options give{step}")
     return plan
 
 
-def _has_table(plan: Plan, tables: Sequence[pa.Table]) -> bool:
-    """Whether plan.parquet is there and has these rows; a wrong one may be replaced only while no shard was made from it.
-
-    Raises:
-        AlexprepError: shards count that may have been made from other rows.
-    """
-    path = plan.folder / PLAN_TABLE
-    if not path.exists():
-        return False
-    unreadable = None
-    try:
-        if PlanTable(path).holds(tables):
-            return True
-    except AlexprepError as error:
-        unreadable = error
-    if all(read_sidecar(plan, shard) is None for shard in plan.each_shard()):
-        return False
-    if unreadable is not None:
-        raise unreadable
-    what = "has other rows than these inputs and options give"
-    recorded = None
-    if (plan.folder / DATASET).exists():
-        recorded = read_json(plan.folder / DATASET, "use a new --out").get("files", {}).get(PLAN_TABLE)
-    if recorded is not None and recorded != file_sha256(path):  # it was another one when the shards were finished
-        raise AlexprepError(f"{path} {what}: mend it with `alexprep verify {plan.folder} --repair SOURCE`")
-    raise AlexprepError(f"{path} {what}, and shards may have been made from it: shard again into a new --out")
+def _finished(plan: Plan) -> dict[str, Any]:
+    """dataset.json; empty where it tells nothing of this plan. What is wrong with it, `verify` will say."""
+    with contextlib.suppress(AlexprepError):
+        dataset = read_json(plan.folder / DATASET, "")
+        if dataset.get("plan") == plan.digest:
+            return dataset
+    return {}
 
 
 # The shards that are missing.
@@ -262,22 +235,12 @@ def _in_turn(plan: Plan, missing: list[Shard]) -> list[tuple[Shard, str | None]]
     With each goes the sha256 that a finished dataset records of the shard: what is made again must be the same.
     """
     begin = secrets.randbelow(len(missing))
-    known = _recorded(plan)
+    known: dict[str, str] | None = None
+    with contextlib.suppress(KeyError, TypeError, AttributeError):
+        known = {record["name"]: str(record["sha256"]) for record in recorded_shards(_finished(plan))}
     return [
         (shard, None if known is None else known.get(shard.name, "")) for shard in missing[begin:] + missing[:begin]
     ]
-
-
-def _recorded(plan: Plan) -> dict[str, str] | None:
-    """The sha256 of each shard that has a tar, by dataset.json; None where it tells nothing of this plan."""
-    raw, _ = content(plan.folder / DATASET)
-    try:
-        dataset = json.loads(raw or b"{}")
-        if dataset.get("plan") == plan.digest:
-            return {record["name"]: str(record["sha256"]) for record in recorded_shards(dataset)}
-    except (ValueError, KeyError, TypeError, AttributeError):
-        pass  # `verify` will say what is wrong with it
-    return None
 
 
 def check_space(
@@ -288,13 +251,7 @@ def check_space(
     table: PlanTable,
     engine: Engine,
 ) -> None:
-    """Compares the room that the missing shards need with what is free.
-
-    Only where the disk could be too small are images tried: the shuffle has made the first ones a random sample.
-
-    Raises:
-        AlexprepError: there is not enough room; both figures are named.
-    """
+    """Raises AlexprepError where the missing shards need more room than is free; tries images only where that could be."""
     if not is_local(plan.folder):
         return  # a store has no free space to ask for
     inputs = sum(table.rows(shard.group) for shard in missing)
@@ -311,14 +268,11 @@ def check_space(
 
 
 def predict(source: Source, make: Callable[[], Codec], missing: list[Shard], table: PlanTable, engine: Engine) -> int:
-    """The bytes that the `missing` shards, their indexes and sidecars will take, about."""
+    """The bytes that the `missing` shards, their indexes and sidecars will take, about: from the first, which the shuffle picked."""
     inputs = sum(table.rows(shard.group) for shard in missing)
-    probes: list[Location] = []
-    for shard in missing:
-        probes += locations(table.read_row_group(shard.group, columns=list(Location._fields)))
-        if len(probes) >= _PROBES:
-            break
-    (used,) = engine.run(functools.partial(_bytes_used, source, make), [probes[:_PROBES]], lambda finished: None)
+    groups = (table.read_row_group(shard.group, columns=list(Location._fields)) for shard in missing)
+    probes = list(itertools.islice(itertools.chain.from_iterable(map(locations, groups)), _PROBES))
+    (used,) = engine.run(functools.partial(_bytes_used, source, make), [probes], lambda finished: None)
     return int(sum(used) / len(used) * inputs) + len(missing) * tarfile.RECORDSIZE // 2
 
 
@@ -347,11 +301,7 @@ def _bytes_used(
 
 
 def _checked_account(plan: Plan, table: PlanTable) -> Manifest:
-    """Takes in every sidecar, and makes sure that each input is accounted for once.
-
-    Raises:
-        AlexprepError: a sidecar is missing or damaged; an input is not accounted for; or no input is a usable image.
-    """
+    """Takes in every sidecar, and makes sure that each input is accounted for once, and one of them is a usable image."""
     manifest = Manifest(plan)
     for shard in plan.each_shard():
         sidecar = read_sidecar(plan, shard)

@@ -1,4 +1,4 @@
-"""Defines what a dataset's folder holds: the name and the form of every file, and how a finished dataset is read.
+"""Defines what a dataset's folder holds: the name and the form of every file, how a finished dataset is read, and what made it.
 
 docs/formats.md says it in words. What fills the files is in `alexprep.shards.plan` and `alexprep.shards.manifest`; samples are
 read by `alexprep.shards.reader`.
@@ -9,8 +9,11 @@ means what was done before it existed, and a released default never changes its 
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
 import io
 import json
+import platform
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -42,31 +45,29 @@ FORMATS = {"jpg": "jpg", "png": "png", "raw": "npy"}  # --format → the extensi
 # One record a sample, in the order of the shards: where its encoded image lies, and its class.
 INDEX_DTYPE = np.dtype([("shard", "<u4"), ("offset", "<u8"), ("size", "<u4"), ("label", "<i4")])
 
+# What a library is called → the distributions that may hold it, one per CUDA version.
+_DISTRIBUTIONS = {
+    "dali": ("nvidia-dali-cuda120", "nvidia-dali-cuda130"),
+    "nvimgcodec": ("nvidia-nvimgcodec-cu12", "nvidia-nvimgcodec-cu13"),
+    "nvjpeg": ("nvidia-nvjpeg-cu12", "nvidia-nvjpeg-cu13", "nvidia-nvjpeg"),
+}
+# Releases of alexprep that make the same shards, byte for byte, of the same inputs and options: what one of them began another may
+# go on with. A release that makes the same belongs here; one that does not replaces them all.
+_SAME_SHARDS = ("0.1.0",)
+
 
 def shard_name(split: str, number: int) -> str:
-    """The name of a shard's files without their extension.
-
-    >>> shard_name("train", 7)
-    'train-000007'
-    """
+    """The name of a shard's files without their extension, such as train-000007."""
     return f"{split}-{number:06d}"
 
 
 def sample_key(row: int) -> str:
-    """The webdataset key of the input in row `row` of its split's plan: fixed width, no dot.
-
-    >>> sample_key(42)
-    '00000042'
-    """
+    """The webdataset key of the input in row `row` of its split's plan: fixed width, no dot."""
     return f"{row:08d}"
 
 
 def read_json(path: Path, purpose: str) -> dict[str, Any]:
-    """A JSON object from `path`.
-
-    Raises:
-        AlexprepError: it is missing or is no JSON object; the message ends with `purpose`, the next step.
-    """
+    """A JSON object from `path`; where there is none, an AlexprepError that ends with `purpose`, the next step."""
     try:
         document = json.loads(path.read_bytes())
     except FileNotFoundError:
@@ -83,14 +84,9 @@ def read_dataset(data: Path | str) -> dict[str, Any]:
 
     Among them are `digest` (the identity of the data), `classes` (names, by label), `image` (size in pixels, format, extension), and
     `splits`: by name, each with its `inputs`, `samples`, `rejected`, `bytes` and `shards`. docs/formats.md lists all.
-
-    Args:
-        data: the dataset's folder, or a URL of one.
-
-    Raises:
-        AlexprepError: the folder holds no finished dataset, or one of a later format.
+    Raises AlexprepError where the folder, or URL of one, holds no finished dataset, or one of a later format.
     """
-    data = folder_at(data) if isinstance(data, str) else data
+    data = folder_at(data)
     if not (data / DATASET).exists() and (data / PLAN).exists():
         raise AlexprepError(f"{data} holds an unfinished data set: run the same `alexprep shard` again to finish it")
     dataset = read_json(data / DATASET, "make one with `alexprep shard SOURCE`, or name another folder with --data")
@@ -103,21 +99,13 @@ def read_dataset(data: Path | str) -> dict[str, Any]:
 
 
 def recorded_shards(dataset: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """What a dataset.json says of each shard that has a tar: name, samples, bytes, sha256.
-
-    Raises:
-        KeyError, TypeError, AttributeError: it is damaged.
-    """
+    """What a dataset.json says of each shard that has a tar: name, samples, bytes, sha256."""
     for record in dataset["splits"].values():
         yield from record["shards"]
 
 
 def split_record(dataset: dict[str, Any], split: str, data: Path) -> dict[str, Any]:
-    """What dataset.json says of one split.
-
-    Raises:
-        AlexprepError: there is no such split, or it holds no sample.
-    """
+    """What dataset.json says of one split, which must have samples."""
     record = dataset["splits"].get(split)
     if record is None or not record["samples"]:
         filled = [name for name, other in dataset["splits"].items() if other["samples"]]
@@ -128,23 +116,17 @@ def split_record(dataset: dict[str, Any], split: str, data: Path) -> dict[str, A
 def read_index(data: Path | str, split: str) -> NDArray[np.void]:
     """Where the samples of a split lie: index.npy, memory-mapped where it is on a local disk.
 
-    Args:
-        data: the folder of a finished dataset, or a URL of one.
-        split: "train", "val" or "test".
+    `data` is the folder of a finished dataset, or a URL of one; `split` "train", "val" or "test".
 
     Returns:
         A structured array (samples,), in the order of the shards: `shard` uint32, its number; `offset` uint64 and `size` uint32, bytes,
-        of the encoded image in the shard's tar; `label` int32.
-
-    Raises:
-        AlexprepError: it is missing or is not such an array.
+        of the encoded image in the shard's tar; `label` int32. AlexprepError where it is missing or is not such an array.
     """
-    path = (folder_at(data) if isinstance(data, str) else data) / split / INDEX
+    path = folder_at(data) / split / INDEX
+    mapped = is_local(path)
     try:
-        index: NDArray[np.void] = (
-            np.load(path, mmap_mode="r", allow_pickle=False)
-            if is_local(path)
-            else np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
+        index: NDArray[np.void] = np.load(
+            path if mapped else io.BytesIO(path.read_bytes()), "r" if mapped else None, allow_pickle=False
         )
     except Exception as error:  # noqa: BLE001  (numpy parses the header as Python, and raises what that raises)
         raise AlexprepError(f"{path} cannot be read ({error}): run the same `alexprep shard` again") from None
@@ -157,3 +139,27 @@ def data_digest(shards: dict[str, list[dict[str, Any]]], image: dict[str, Any], 
     """The identity of a dataset, hex sha256: every shard's bytes, the image form, and the meaning of the labels."""
     digests = {split: [record["sha256"] for record in records] for split, records in shards.items()}
     return digest_json({"shards": digests, "image": image, "classes": classes})
+
+
+def versions(*names: str) -> dict[str, str]:
+    """The installed version of each library; "not installed" where it runs from a source tree or is absent."""
+    found = dict.fromkeys(names, "not installed")
+    for name in names:
+        for distribution in reversed(_DISTRIBUTIONS.get(name, (name,))):  # the first one that is there counts
+            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+                found[name] = importlib.metadata.version(distribution)
+    return found
+
+
+def interchangeable(name: str, one: object, other: object) -> bool:
+    """Whether two versions of a library make the same shards: equal ones do, and releases of alexprep that are known to."""
+    return one == other or (name == "alexprep" and one in _SAME_SHARDS and other in _SAME_SHARDS)
+
+
+def processor() -> str:
+    """The processor's model, as the system names it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())

@@ -35,43 +35,22 @@ _PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 _PILLOW_MAX_BYTES = 850 * 2**20  # of what Pillow needs for a whole image
 _PILLOW_PIXEL_BYTES = {"1": 1, "L": 1, "P": 1, "RGB": 4}  # as it stores them, by mode; other modes are counted as 8
 _EXIF_ORIENTATION = 0x0112
-# EXIF orientation → (transpose first, flip rows, flip columns) that make the picture upright (EXIF 2.32, section 4.6.4).
-_UPRIGHT = {
-    1: (False, False, False),
-    2: (False, False, True),
-    3: (False, True, True),
-    4: (False, True, False),
-    5: (True, False, False),
-    6: (True, False, True),
-    7: (True, True, True),
-    8: (True, True, False),
-}
 
 
 @dataclass(frozen=True)
 class Target:
-    """The form that images are brought to.
+    """The form that images are brought to. `device`, which decodes, resizes and encodes, is a part of it: decoders differ by a grey level."""
 
-    Attributes:
-        size: side of the square, pixels. 256 in the paper (section 2).
-        filter: one of `alexprep.shards.resample.FILTERS`; "area" is what the 2012 data had (area when shrinking, cubic
-            when enlarging).
-        format: "jpg", "png" or "raw" (a .npy member).
-        reencode: "needed" keeps the bytes of a source that already has this form; "always" does not.
-        quality: JPEG quality, 1-100; 95 as the original's make-data.
-        subsampling: JPEG chroma subsampling, "420", "422" or "444".
-        orient: whether the EXIF orientation is applied; neither the 2012 code nor torchvision's ImageFolder did.
-        device: what decodes, resizes and encodes, "cpu" or "cuda". It is part of the form, since decoders differ by a
-            grey level here and there.
-    """
-
-    size: int = 256
+    size: int = 256  # side of the square, pixels; 256 in the paper (section 2)
+    # "area" is what the 2012 data had: area when shrinking, cubic when enlarging.
     filter: Literal["area", "bilinear", "bicubic", "lanczos"] = "area"
-    format: Literal["jpg", "png", "raw"] = "jpg"
-    reencode: Literal["needed", "always"] = "needed"
-    quality: int = 95
-    subsampling: Literal["420", "422", "444"] = "420"
-    orient: bool = False
+    format: Literal["jpg", "png", "raw"] = "jpg"  # raw: a .npy member
+    reencode: Literal["needed", "always"] = (
+        "needed"  # needed: the bytes of a source that already has this form are kept
+    )
+    quality: int = 95  # of JPEG, 1-100; as the original's make-data
+    subsampling: Literal["420", "422", "444"] = "420"  # of JPEG's chroma
+    orient: bool = False  # apply the EXIF orientation; neither the 2012 code nor torchvision's ImageFolder did
     device: Literal["cpu", "cuda"] = "cpu"
 
 
@@ -91,7 +70,6 @@ class Codec:
     batch = 1  # how many inputs `convert_many` is best given
 
     def __init__(self, target: Target) -> None:
-        """Opens the decoder and the encoder for one `target`."""
         self.target = target
         cpu = {
             "device_id": nvimgcodec.NVIMGCODEC_DEVICE_CPU_ONLY,
@@ -114,19 +92,17 @@ class Codec:
         return [self.convert(data) for data in inputs]
 
     def convert(self, data: bytes | NDArray[np.uint8]) -> Converted | Refused:
-        """Brings one image to the target form. Never raises for what `data` holds.
+        """Brings one image to the target form: an encoded one, or pixels, uint8 (H, W, 3) RGB or (H, W) grey.
 
-        Args:
-            data: an encoded image, or pixels: uint8 (H, W, 3) RGB or (H, W) grey.
+        Never raises for what `data` holds.
         """
         try:
             return self._convert(data) if isinstance(data, bytes) else self._convert_pixels(data)
         except MemoryError:
             return Refused("needs more memory than a worker may have")
 
-    def _convert_pixels(self, pixels: NDArray[np.uint8]) -> Converted | Refused:
-        if pixels.ndim == 2:
-            pixels = np.repeat(pixels[:, :, None], 3, axis=2)
+    def _convert_pixels(self, pixels: NDArray[np.uint8]) -> Converted:
+        pixels = in_colour(pixels)
         height, width = pixels.shape[:2]
         resize = to_square(height, width, self.target.size, self.target.filter)
         top, left, bottom, right = resize.region
@@ -148,7 +124,7 @@ class Codec:
                 keep = orientation == 1 and self._has_target_form(stream)
                 encoded = data if keep else self._finish(region, resize)
                 return Converted(encoded, stream.width, stream.height, keep)
-        whole = decode_with_pillow(data)
+        whole = _decode_with_pillow(data)
         if isinstance(whole, Refused):
             return whole
         height, width = whole.shape[:2]
@@ -188,7 +164,7 @@ class Codec:
             and stream is not None
             and stream.height == stream.width == self.target.size
         )
-        return exif_orientation(data) if wanted else 1
+        return _exif_orientation(data) if wanted else 1
 
     def _decode(self, stream: nvimgcodec.CodeStream, box: tuple[int, int, int, int]) -> NDArray[np.uint8] | None:
         """The pixels of (top, left, bottom, right); None where the decoder refuses the image."""
@@ -243,13 +219,9 @@ def shared_decoder() -> Codec:
 
 
 def resized(height: int, width: int, size: int) -> tuple[int, int]:
-    """The height and width after the shorter side has become `size`: the longer one rounded half up.
-
-    >>> resized(375, 500, 256), resized(2, 5, 1)
-    ((256, 341), (1, 3))
-    """
+    """The height and width after the shorter side has become `size`: the longer one rounded half up."""
     short = min(height, width)
-    return tuple((2 * side * size + short) // (2 * short) for side in (height, width))  # type: ignore[return-value]
+    return (2 * height * size + short) // (2 * short), (2 * width * size + short) // (2 * short)
 
 
 def to_square(height: int, width: int, size: int, filter_name: str) -> Resize:
@@ -264,15 +236,21 @@ def to_square(height: int, width: int, size: int, filter_name: str) -> Resize:
     return Resize(vertical, horizontal, filter_name)
 
 
+def in_colour(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Pixels (H, W, 3), of those or of grey ones (H, W)."""
+    return pixels if pixels.ndim == 3 else np.repeat(pixels[:, :, None], 3, axis=2)
+
+
 def upright(pixels: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
-    """Turns uint8 (H, W, 3) pixels stored with an EXIF `orientation` upright."""
-    transpose, rows, columns = _UPRIGHT[orientation]
-    pixels = pixels.transpose(1, 0, 2) if transpose else pixels
-    pixels = pixels[::-1] if rows else pixels
-    return pixels[:, ::-1] if columns else pixels
+    """Turns uint8 (H, W, 3) pixels stored with an EXIF `orientation` upright (EXIF 2.32, section 4.6.4)."""
+    if orientation >= 5:
+        pixels = pixels.transpose(1, 0, 2)
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    return pixels[:, ::-1] if orientation in (2, 3, 6, 7) else pixels
 
 
-def decode_with_pillow(data: bytes) -> NDArray[np.uint8] | Refused:
+def _decode_with_pillow(data: bytes) -> NDArray[np.uint8] | Refused:
     """The whole image by Pillow, which reads some files that nvImageCodec refuses, and says why it refuses others."""
     try:
         with warnings.catch_warnings():
@@ -284,7 +262,7 @@ def decode_with_pillow(data: bytes) -> NDArray[np.uint8] | Refused:
                     return refusal
                 if image.mode.startswith("I;16"):  # Pillow's own conversion would clip at 255
                     grey = np.asarray(image, dtype=np.float64) * (255 / 65535)
-                    return np.repeat(np.rint(grey).astype(np.uint8)[:, :, None], 3, axis=2)
+                    return in_colour(np.rint(grey).astype(np.uint8))
                 if image.mode in ("I", "F"):
                     return Refused(f"pixel type {image.mode} has no stated range", width, height)
                 return np.asarray(image.convert("RGB"))
@@ -298,7 +276,7 @@ def decode_with_pillow(data: bytes) -> NDArray[np.uint8] | Refused:
         return Refused(f"cannot be decoded: {error}".splitlines()[0])
 
 
-def exif_orientation(data: bytes) -> int:
+def _exif_orientation(data: bytes) -> int:
     """The EXIF orientation, 1-8; 1 (upright) where there is none or it cannot be read."""
     try:
         with warnings.catch_warnings(), Image.open(io.BytesIO(data), formats=_PILLOW_FORMATS) as image:
@@ -310,13 +288,9 @@ def exif_orientation(data: bytes) -> int:
 
 
 def _too_heavy(size: int, height: int, width: int, mode: str) -> Refused | None:
-    """The refusal of an image for which Pillow would need too much memory.
-
-    At worst it holds the file twice, the pixels as they are, those in RGB, and the array twice.
-    """
+    """The refusal of an image for which Pillow would need too much memory."""
+    # At worst it holds the file twice, the pixels as they are, those in RGB, and the array twice.
     per_pixel = 24 if mode.startswith("I;16") else _PILLOW_PIXEL_BYTES.get(mode, 8) + (0 if mode == "RGB" else 4) + 6
     needed = 2 * size + height * width * per_pixel
-    if needed <= _PILLOW_MAX_BYTES:
-        return None
     words = f"needs about {needed / 2**20:,.0f} MiB to decode, more than the limit of {_PILLOW_MAX_BYTES / 2**20:,.0f}"
-    return Refused(words, width, height)
+    return Refused(words, width, height) if needed > _PILLOW_MAX_BYTES else None

@@ -22,7 +22,7 @@ from nvidia import nvimgcodec
 from torch.utils.dlpack import from_dlpack
 
 from alexprep.shards.errors import AlexprepError, DeviceLostError
-from alexprep.shards.image_codec import Codec, Converted, Target, to_square
+from alexprep.shards.image_codec import Codec, Converted, Target, in_colour, to_square
 from alexprep.shards.image_header import MAX_PIXELS, Refused, too_many_scans
 from alexprep.shards.resample import COLUMN_BITS, MIDDLE_BITS, ROW_BITS, Axis, Resize, rounded_weights, weights
 
@@ -32,8 +32,6 @@ _MATRICES = 512  # kept on the device, 0.4 MB each for photos of 500 pixels; siz
 
 
 class _Work(NamedTuple):
-    """One image for the GPU."""
-
     source: Any  # a CodeStream, or pixels: uint8 (H, W, 3)
     resize: Resize
     height: int
@@ -50,11 +48,7 @@ class CudaCodec(Codec):
     batch = 64  # more gains little and holds more memory
 
     def __init__(self, target: Target, device: str = "cuda") -> None:
-        """Opens decoders and encoders; device "cpu" takes the same steps with nvImageCodec's CPU decoder, for tests.
-
-        Raises:
-            AlexprepError: there is no GPU, or nvJPEG does not work on it.
-        """
+        # Device "cpu" takes the same steps with nvImageCodec's CPU decoder, for tests.
         super().__init__(target)
         self._device = torch.device(device)
         self._stream: torch.cuda.Stream | None = None
@@ -100,10 +94,8 @@ class CudaCodec(Codec):
     def convert_many(self, inputs: Sequence[bytes | NDArray[np.uint8]]) -> list[Converted | Refused]:
         """Converts each of `inputs` (`batch` of what `convert` takes); what one of them holds costs no other.
 
-        Raises:
-            AlexprepError: the GPU has too little free memory for one image by itself. The CPU's pixels differ, so it
-                cannot stand in: bytes would depend on who else uses the GPU.
-            DeviceLostError: the GPU can no longer be used by this process.
+        Too little free memory on the GPU for one image by itself is an AlexprepError. The CPU's pixels differ, so it cannot stand
+        in: bytes would depend on who else uses the GPU.
         """
         works = [(n, work) for n, data in enumerate(inputs) if (work := self._work(data)) is not None]
         done: dict[int, Converted] = {}
@@ -118,7 +110,7 @@ class CudaCodec(Codec):
         """What the GPU is to do for an input; None where the CPU does it all."""
         size, filter_name = self.target.size, self.target.filter
         if not isinstance(data, bytes):
-            pixels = data if data.ndim == 3 else np.repeat(data[:, :, None], 3, axis=2)
+            pixels = in_colour(data)
             height, width = pixels.shape[:2]
             return _Work(pixels, to_square(height, width, size, filter_name), height, width, None)
         stream = self._parse(data) if data else None
@@ -156,7 +148,9 @@ class CudaCodec(Codec):
             if _out_of_memory(error):
                 raise _too_little_memory(purpose, error) from error
             data = None
-        if data is None and self._free_memory is not None and (free := self._free_memory()) < _needed(work):
+        # With so much one image is never refused for want of memory: coefficients of 2 bytes, planes and pixels, for three channels.
+        needed = _ROOM + 16 * work.height * work.width
+        if data is None and self._free_memory is not None and (free := self._free_memory()) < needed:
             raise _too_little_memory(purpose, f"{free:,} bytes free")
         return data
 
@@ -230,11 +224,6 @@ def _too_little_memory(purpose: str, why: object) -> AlexprepError:
     )
 
 
-def _needed(work: _Work) -> int:
-    """GPU memory with which one image is never refused for want of it."""
-    return _ROOM + 16 * work.height * work.width  # coefficients of 2 bytes, planes and pixels, for three channels
-
-
 def _plain(stream: Any, data: bytes) -> bool:
     """Whether an image is a JPEG of 8 bits in grey or YCbCr: one in RGB has no JFIF marker and is never subsampled."""
     if stream.codec_name != "jpeg" or stream.precision != 8 or too_many_scans(data):
@@ -259,21 +248,12 @@ class Resizer:
     """
 
     def __init__(self, device: torch.device) -> None:
-        """Prepares for `device`; float32 products are IEEE's in this process from here on."""
         torch.backends.cuda.matmul.fp32_precision = "ieee"
         # A cache of its own: an evicted matrix is freed in the order of the one stream that reads it.
         self._matrix = functools.lru_cache(maxsize=_MATRICES)(functools.partial(_matrix, device))
 
     def __call__(self, pixels: torch.Tensor, resize: Resize) -> torch.Tensor:
-        """Resizes the region that `resize` reads.
-
-        Args:
-            pixels: uint8 (H, W, 3), the whole source.
-            resize: what to make of it.
-
-        Returns:
-            uint8 (vertical.count, horizontal.count, 3), contiguous.
-        """
+        """From `pixels`, uint8 (H, W, 3), the whole source, to contiguous uint8 (vertical.count, horizontal.count, 3)."""
         top, left, bottom, right = resize.region
         down = self._matrix(resize.vertical, resize.name, COLUMN_BITS, top, bottom)
         along = self._matrix(resize.horizontal, resize.name, ROW_BITS, left, right)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 # Bounds that keep a worker within 1 GiB (measured: benchmarks/memory.py), checked before anything is allocated. The largest
 # photo of ILSVRC 2012 has 61 million pixels.
 MAX_PIXELS = 80_000_000
-MAX_SIDE = 65_535  # JPEG's own
+_MAX_SIDE = 65_535  # JPEG's own
 _MAX_CMYK_PIXELS = 60_000_000  # progressive, these take 12 bytes a pixel
 # A progressive JPEG may have thousands of scans, each of which visits every block: a few kilobytes, minutes of work. Encoders
 # write about ten; nvImageCodec's first decoder stops at 256, the ones it then asks do not.
@@ -32,7 +32,7 @@ _FRAMES = {0xC0: "", 0xC1: "", 0xC2: "", 0xC9: "", 0xC3: "lossless", 0xCB: "loss
 _FRAMES |= dict.fromkeys((0xC5, 0xC6, 0xC7, 0xCA, 0xCD, 0xCE, 0xCF), "hierarchical or arithmetic progressive")
 _pnm = re.compile(rb"P([1-6])(?:\s|#[^\n]*\n)+(\d{1,9})(?:\s|#[^\n]*\n)+(\d{1,9})\s").match
 _CUT = "ends within its header"
-Get = Callable[[int, int], bytes]  # (offset in the image, size) → those bytes; fewer only where the image ends
+Read = Callable[[int, int], bytes]  # (offset, size) → those bytes; fewer only where the image ends
 
 
 @dataclass(frozen=True)
@@ -52,16 +52,11 @@ class Header(NamedTuple):
     channels: int
 
 
-def read_header(read: Callable[[int, int], bytes], offset: int, size: int) -> Header | Refused:
-    """The header of an encoded image; a refusal where our decoders would have none of it, as far as a header tells.
+def read_header(read: Read, offset: int, size: int) -> Header | Refused:
+    """The header of the encoded image of `size` bytes at `offset` of what `read(offset, size)` reads.
 
-    Accepted are JPEG (Huffman, or arithmetic and sequential; 8 bits), PNG, WebP, BMP and PNM, whatever the name says, within
-    the bounds of `too_large`. What comes behind the header is not looked at.
-
-    Args:
-        read: (offset, size) → those bytes of the file that holds the image.
-        offset: of the image's first byte.
-        size: of the image, bytes.
+    It is refused where our decoders would have none of it, as far as a header tells: accepted are JPEG (Huffman, or arithmetic and
+    sequential; 8 bits), PNG, WebP, BMP and PNM, whatever the name says, within the bounds of `too_large`.
     """
     head = read(offset, min(size, _HEAD_BYTES))
 
@@ -88,11 +83,11 @@ def read_header(read: Callable[[int, int], bytes], offset: int, size: int) -> He
 
 def too_large(height: int, width: int, channels: int = 3) -> Refused | None:
     """The refusal of an image that is beyond the bounds; None for one that is not."""
-    limit = MAX_PIXELS if channels <= 3 else _MAX_CMYK_PIXELS
+    limit, side = MAX_PIXELS if channels <= 3 else _MAX_CMYK_PIXELS, max(height, width)
     if height * width > limit:
         return Refused(f"{width}x{height} pixels are more than the limit of {limit:,}", width, height)
-    if max(height, width) > MAX_SIDE:
-        return Refused(f"a side of {max(height, width):,} pixels is more than the limit of {MAX_SIDE:,}", width, height)
+    if side > _MAX_SIDE:
+        return Refused(f"a side of {side:,} pixels is more than the limit of {_MAX_SIDE:,}", width, height)
     return None
 
 
@@ -132,7 +127,7 @@ def too_many_scans(data: bytes) -> Refused | None:
     return Refused(f"{scans:,} scans are more than the limit of {MAX_SCANS}") if scans > MAX_SCANS else None
 
 
-def _jpeg(_head: bytes, get: Get) -> Header | Refused:
+def _jpeg(_head: bytes, get: Read) -> Header | Refused:
     at = 2
     for _ in range(_MOST_SEGMENTS):
         segment = get(at, 10)
@@ -158,16 +153,16 @@ def _jpeg(_head: bytes, get: Get) -> Header | Refused:
     return Refused(f"more than {_MOST_SEGMENTS:,} JPEG segments before the picture")
 
 
-def _png(head: bytes, _get: Get) -> Header | Refused:
+def _png(head: bytes, _get: Read) -> Header | Refused:
     width, height, colour, checksum = struct.unpack_from(">IIxB3xI", head, 16)
-    if checksum != zlib.crc32(head[12:29]) or colour not in _PNG_CHANNELS:
-        return Refused(
-            "a PNG header whose checksum is wrong" if colour in _PNG_CHANNELS else f"PNG colour type {colour}"
-        )
+    if colour not in _PNG_CHANNELS:
+        return Refused(f"PNG colour type {colour}")
+    if checksum != zlib.crc32(head[12:29]):
+        return Refused("a PNG header whose checksum is wrong")
     return Header(height, width, _PNG_CHANNELS[colour])
 
 
-def _webp(head: bytes, _get: Get) -> Header | Refused:
+def _webp(head: bytes, _get: Read) -> Header | Refused:
     kind = head[12:16]
     if kind == b"VP8X":
         flags, wide, high = head[20], head[24:27], head[27:30]
@@ -183,13 +178,13 @@ def _webp(head: bytes, _get: Get) -> Header | Refused:
     return Refused(f"a WebP that begins with {kind!r}: its header is damaged")
 
 
-def _bmp(head: bytes, _get: Get) -> Header | Refused:
+def _bmp(head: bytes, _get: Read) -> Header | Refused:
     (length,) = struct.unpack_from("<I", head, 14)
     width, height, _planes, bits = struct.unpack_from("<HHHH" if length == 12 else "<iiHH", head, 18)
     return Header(abs(height), width, 4 if bits == 32 else 3)  # rows from the top have a negative height
 
 
-def _portable(head: bytes, _get: Get) -> Header | Refused:
+def _portable(head: bytes, _get: Read) -> Header | Refused:
     match = _pnm(head)
     if match is None:
         return Refused("a PNM whose header makes no sense")
@@ -197,7 +192,7 @@ def _portable(head: bytes, _get: Get) -> Header | Refused:
     return Header(height, width, 3 if kind in (3, 6) else 1)
 
 
-_PARSERS: dict[bytes, Callable[[bytes, Get], Header | Refused]] = {
+_PARSERS: dict[bytes, Callable[[bytes, Read], Header | Refused]] = {
     b"\xff\xd8\xff": _jpeg,
     _PNG: _png,
     b"RIFF": _webp,

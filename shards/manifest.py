@@ -41,19 +41,11 @@ Sidecar = dict[str, Any]
 
 
 def sidecar_of(plan: Plan, inputs: list[dict[str, Any]], members: list[dict[str, Any]], sha256: str) -> Sidecar:
-    """The sidecar of a shard.
-
-    Args:
-        plan: the plan that the shard belongs to.
-        inputs: what became of each, by `input_record`.
-        members: of its tar: name, offset, size and crc32 of each; an image and a label a sample.
-        sha256: of the tar.
-    """
+    """The sidecar of a shard: its `inputs` are `input_record`s, `members` has name, offset, size and crc32 of each in the tar."""
     end = members[-1]["offset"] + padded(members[-1]["size"]) if members else 0
-    size = end + len(ending(end)) if members else 0
     return {
         "plan": plan.digest,
-        "bytes": size,
+        "bytes": end + len(ending(end)) if members else 0,
         "sha256": sha256,
         "samples": len(members) // 2,
         "members": members,
@@ -70,11 +62,7 @@ def input_record(row: int, label: int, width: int, height: int, kept: bool, reas
 
 
 def read_sidecar(plan: Plan, shard: Shard) -> Sidecar | None:
-    """A shard's sidecar; None where the shard is not finished: no sidecar, another plan's, or a tar of another length.
-
-    Raises:
-        AlexprepError: it is no JSON object, or not of the form of a sidecar.
-    """
+    """A shard's sidecar; None where the shard is not finished: no sidecar, another plan's, or a tar of another length."""
     path = plan.file(shard, ".json")
     if not path.exists():
         return None
@@ -95,31 +83,21 @@ def read_sidecar(plan: Plan, shard: Shard) -> Sidecar | None:
 def publish_sidecar(plan: Plan, shard: Shard, sidecar: Sidecar, before: bytes) -> None:
     """Publishes a shard's sidecar, which makes the shard count; of several writers the first one wins.
 
-    Args:
-        plan: the plan that the shard belongs to.
-        shard: which shard.
-        sidecar: what it is to hold.
-        before: what was in its place before the shard was made, which no longer counts.
-
-    Raises:
-        AlexprepError: another writer made the shard meanwhile, with other bytes; now neither counts.
+    `before` is what was in its place before the shard was made, and no longer counts. Where another writer made the shard
+    meanwhile, with other bytes, neither counts afterwards, and an AlexprepError says so.
     """
     path, wanted = plan.file(shard, ".json"), json_bytes(sidecar, indent=None)
     found = publish_first(path, wanted)
     if found == wanted:
         return
-    if found != before and (first := _sha256_of(found, sidecar["plan"])) not in (None, sidecar["sha256"]):
-        path.unlink(missing_ok=True)  # our tar or index may lie over theirs, which it describes
-        raise conflict(shard, str(first), sidecar["sha256"], "Neither counts, so the next run makes it again")
+    if found != before:
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # a damaged one is no other writer's
+            other = json.loads(found)
+            if other["plan"] == sidecar["plan"] and other["sha256"] != sidecar["sha256"]:
+                path.unlink(missing_ok=True)  # our tar or index may lie over theirs, which it describes
+                outcome = "Neither counts, so the next run makes it again"
+                raise conflict(shard, str(other["sha256"]), sidecar["sha256"], outcome)
     publish_bytes(path, wanted)  # in place of a stale or damaged one
-
-
-def _sha256_of(sidecar: bytes, plan_digest: str) -> str | None:
-    """The sha256 that a sidecar names; None for a damaged one, or another plan's."""
-    with contextlib.suppress(ValueError, KeyError, TypeError):
-        document = json.loads(sidecar)
-        return str(document["sha256"]) if document["plan"] == plan_digest else None
-    return None
 
 
 def conflict(shard: Shard, first: str, second: str, outcome: str) -> AlexprepError:
@@ -131,36 +109,19 @@ def conflict(shard: Shard, first: str, second: str, outcome: str) -> AlexprepErr
 
 
 class Manifest:
-    """What describes a whole dataset; it takes in one finished shard after the other, in the plan's order.
-
-    Attributes:
-        plan: the dataset's plan.
-        reasons: how often each reason for a rejection occurred; the numbers in them are replaced by "N".
-        kept: images whose bytes are the source's own.
-    """
+    """What describes a whole dataset; it takes in one finished shard after the other, in the plan's order."""
 
     def __init__(self, plan: Plan) -> None:
-        """Every split of the plan is described, also one without a sample."""
         self.plan = plan
-        self.reasons: Counter[str] = Counter()
-        self.kept = 0
+        self.reasons: Counter[str] = Counter()  # for rejections; the numbers in them are replaced by "N"
+        self.kept = 0  # images whose bytes are the source's own
         splits = plan.document["splits"]
         self._records: dict[str, list[dict[str, Any]]] = {split: [] for split in splits}
         self._indexes: dict[str, list[NDArray[Any]]] = {split: [] for split in splits}
         self._ledgers: dict[str, list[pa.Table]] = {split: [] for split in splits}
 
     def add(self, shard: Shard, planned: pa.Table, sidecar: Sidecar) -> None:
-        """Takes in a finished shard.
-
-        Args:
-            shard: which shard.
-            planned: its rows of plan.parquet.
-            sidecar: its sidecar.
-
-        Raises:
-            AlexprepError: the sidecar does not account for each planned input once.
-            KeyError, TypeError, ValueError: it is damaged.
-        """
+        """Takes in a finished shard, given its rows of plan.parquet; a damaged sidecar raises KeyError, TypeError or ValueError."""
         self._ledgers[shard.split].append(_ledger(shard, planned, sidecar))
         self._indexes[shard.split].append(_index(shard, sidecar))
         self.reasons.update(_general(entry["reason"]) for entry in sidecar["inputs"] if entry["status"] == "rejected")
@@ -192,12 +153,10 @@ class Manifest:
         return contents
 
     def dataset(self, file_digests: dict[str, str]) -> dict[str, Any]:
-        """dataset.json, given the sha256 of the files beside it.
-
-        What says how images were made is taken as plan.json has it: an option that it does not have was not there yet.
-        """
+        """dataset.json, given the sha256 of the files beside it."""
         document = self.plan.document
         keys = ("size", "filter", "format", "quality", "subsampling", "orient", "device")
+        # As plan.json has them: an option that it does not have was not there yet.
         image = {key: document["options"][key] for key in keys if key in document["options"]}
         return {
             "format": DATASET_FORMAT,
@@ -206,7 +165,16 @@ class Manifest:
             "image": image | {"extension": FORMATS[self.plan.options["format"]]},
             "labels": self.plan.options["labels"],
             "classes": document["classes"],
-            "splits": {split: self._split(split) for split in self._records},
+            "splits": {
+                split: {
+                    "inputs": document["splits"][split]["inputs"],
+                    "samples": samples,
+                    "rejected": document["splits"][split]["inputs"] - samples,
+                    "bytes": sum(record["bytes"] for record in self._records[split]),
+                    "shards": self._records[split],
+                }
+                for split, samples in self.samples.items()
+            },
             "files": file_digests,
             "plan": self.plan.digest,
             "options": document["options"],
@@ -217,28 +185,17 @@ class Manifest:
 
     def timm_info(self) -> dict[str, Any]:
         """_info.json, as timm's webdataset reader wants it."""
-        samples = self.samples
         return {
             "splits": {
                 split: {
                     "name": split,
-                    "num_samples": samples[split],
-                    "filenames": [f"{split}/{record['name']}.tar" for record in records],
-                    "shard_lengths": [record["samples"] for record in records],
+                    "num_samples": samples,
+                    "filenames": [f"{split}/{record['name']}.tar" for record in self._records[split]],
+                    "shard_lengths": [record["samples"] for record in self._records[split]],
                 }
-                for split, records in self._records.items()
-                if samples[split]
+                for split, samples in self.samples.items()
+                if samples
             }
-        }
-
-    def _split(self, split: str) -> dict[str, Any]:
-        inputs, samples = self.plan.document["splits"][split]["inputs"], self.samples[split]
-        return {
-            "inputs": inputs,
-            "samples": samples,
-            "rejected": inputs - samples,
-            "bytes": sum(record["bytes"] for record in self._records[split]),
-            "shards": self._records[split],
         }
 
 
@@ -274,9 +231,5 @@ def _index(shard: Shard, sidecar: Sidecar) -> NDArray[Any]:
 
 
 def _general(reason: str) -> str:
-    """A reason without its particulars, so that like ones are counted together.
-
-    >>> _general("cannot be decoded: image file is truncated (17 bytes not processed)")
-    'cannot be decoded: image file is truncated (N bytes not processed)'
-    """
+    """A reason without its particulars, so that like ones are counted together."""
     return re.sub(r"\d[\d,]*", "N", reason.split(" (first bytes ")[0])

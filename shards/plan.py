@@ -27,14 +27,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from alexprep.shards.dataset_format import FORMAT_VERSION, PLAN, PLAN_FORMAT, PLAN_TABLE, shard_name
+from alexprep.shards.dataset_format import (
+    FORMAT_VERSION,
+    PLAN,
+    PLAN_FORMAT,
+    PLAN_TABLE,
+    interchangeable,
+    shard_name,
+    versions,
+)
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.image_codec import Target
 from alexprep.shards.resample import FILTERS
 from alexprep.shards.sources.base import UNLABELLED, Input, Location, Source
 from alexprep.shards.sources.ground_truth import devkit_order
 from alexprep.shards.storage import digest_json, is_local, published
-from alexprep.shards.versions import interchangeable, versions
 
 AUTO = "auto"
 SORTED = "sorted"
@@ -50,8 +57,8 @@ _CHUNK = 65_536  # names that are Python objects at a time
 _WANTED, _TRIED = 3, 16  # files whose sizes machines compare; inputs that are looked at for them
 # 64-bit offsets (large_binary): the names of 15 million inputs are near what 32 bits can address.
 _PLACE = [("path", pa.large_binary()), ("member", pa.large_binary()), ("offset", pa.int64()), ("size", pa.int64())]
-LISTING = pa.schema([("class", pa.int32()), *_PLACE])
-TABLE = pa.schema(
+_LISTING = pa.schema([("class", pa.int32()), *_PLACE])
+_TABLE = pa.schema(
     [("split", pa.string()), ("shard", pa.uint32()), ("row", pa.uint32()), ("label", pa.int32()), *_PLACE]
 )
 
@@ -60,23 +67,17 @@ TABLE = pa.schema(
 class ShardOptions:
     """Everything that decides what the shards hold; refuses values out of bounds with AlexprepError.
 
-    Attributes:
-        target: the form of the images.
-        seed: of the global shuffle before the inputs are cut into shards, below 2**63.
-        shard_samples: inputs a shard; None for 1,024, or fewer where the set is small.
-        labels: how classes are numbered: "auto" (as the source does, or by sorted name), "sorted", "ilsvrc-id" (the devkit's order),
-            a text file with one class name a line, or these names.
-        limit: at most so many inputs of each split, picked by the shuffle; None for all.
+    `labels` says how classes are numbered: "auto" (as the source does, or by sorted name), "sorted", "ilsvrc-id" (the devkit's
+    order), a text file with one class name a line, or these names.
     """
 
     target: Target = field(default_factory=Target)
-    seed: int = 0
-    shard_samples: int | None = None
+    seed: int = 0  # of the global shuffle before the inputs are cut into shards, below 2**63
+    shard_samples: int | None = None  # inputs a shard; None for 1,024, or fewer where the set is small
     labels: str | tuple[str, ...] = AUTO
-    limit: int | None = None
+    limit: int | None = None  # at most so many inputs of each split, picked by the shuffle; None for all
 
     def __post_init__(self) -> None:
-        """Refuses values out of bounds, with AlexprepError."""
         t = self.target
         for name, value, low, high in (
             ("--size", t.size, 1, 8192),
@@ -93,19 +94,12 @@ class ShardOptions:
 
 @dataclass(frozen=True)
 class Shard:
-    """One shard of a plan.
-
-    Attributes:
-        split: the split that it is a part of.
-        number: its number in the split.
-        first_row: its first row in the split's order.
-        group: its row group in plan.parquet, which is its number in the whole plan.
-    """
+    """One shard of a plan."""
 
     split: str
-    number: int
-    first_row: int
-    group: int
+    number: int  # in its split
+    first_row: int  # in its split's order
+    group: int  # its row group in plan.parquet, which is its number in the whole plan
 
     @property
     def name(self) -> str:
@@ -140,11 +134,7 @@ class Plan:
         return self.folder / shard.split / f"{shard.name}{suffix}"
 
     def table(self) -> PlanTable:
-        """plan.parquet.
-
-        Raises:
-            AlexprepError: it cannot be read.
-        """
+        """plan.parquet, opened."""
         return PlanTable(self.folder / PLAN_TABLE)
 
     def each_shard(self) -> Iterator[Shard]:
@@ -155,18 +145,10 @@ class Plan:
                 yield Shard(split, number, number * size, group)
                 group += 1
 
-    def shards(self) -> list[Shard]:
-        """All shards, in order."""
-        return list(self.each_shard())
-
 
 def draw_up(source: Source, options: ShardOptions) -> tuple[dict[str, Any], list[pa.Table]]:
-    """The plan that inputs and options give: plan.json's document and the rows of each shard. Nothing is written.
-
-    Raises:
-        AlexprepError: no input, or labels that make no sense.
-    """
-    listing, names, inputs_digest = list_inputs(source.inputs())
+    """The plan that inputs and options give: plan.json's document and the rows of each shard. Nothing is written."""
+    listing, names, inputs_digest = _listed(source.inputs())
     if not listing:
         raise AlexprepError(
             f"SOURCE {source.files.display()} holds no files where {source.layout!r} has its images: name the folder that holds them, "
@@ -190,7 +172,7 @@ def draw_up(source: Source, options: ShardOptions) -> tuple[dict[str, Any], list
             "label": label_of[inputs["class"].to_numpy()],
             **{name: inputs[name] for name, _ in _PLACE},
         }
-        table = pa.table(columns, schema=TABLE)
+        table = pa.table(columns, schema=_TABLE)
         tables += [table.slice(start, size) for start in range(0, count, size)]
         splits[split] = {"inputs": count, "shards": -(-count // size)}
     document = {
@@ -230,12 +212,7 @@ def stated(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def options_of(document: Mapping[str, Any]) -> ShardOptions:
-    """The options that a plan.json or dataset.json was made with.
-
-    Raises:
-        AlexprepError: it has an option that this release does not know, not at its default; or a value is out of bounds.
-        KeyError, TypeError, AttributeError: it is damaged.
-    """
+    """The options that a plan.json or dataset.json was made with; what is unknown here must be at its default."""
     given = stated(document["options"])
     for name in given.keys() - DEFAULTS.keys():
         raise AlexprepError(
@@ -248,31 +225,25 @@ def options_of(document: Mapping[str, Any]) -> ShardOptions:
 
 
 def as_written(document: dict[str, Any], earlier: Mapping[str, Any]) -> dict[str, Any]:
-    """A plan's `document` with its options and versions as an `earlier` one writes them, where they mean the same.
-
-    It equals `earlier` where both are the same plan.
-    """
-    options, made_by = earlier.get("options"), earlier.get("versions")
-    same: dict[str, Any] = {}
-    if isinstance(options, dict) and stated(options) == stated(document["options"]):
-        same["options"] = options
-    now = document["versions"]
-    if isinstance(made_by, dict) and made_by.keys() == now.keys():
-        same |= {"versions": made_by} if all(interchangeable(name, made_by[name], now[name]) for name in now) else {}
-    return document | same
+    """A plan's `document` as an `earlier` one writes it, where they mean the same: then the two are equal."""
+    options, made_by, now = earlier.get("options", {}), earlier.get("versions", {}), document["versions"]
+    if stated(options) == stated(document["options"]):
+        document = document | {"options": options}
+    if made_by.keys() == now.keys() and all(interchangeable(name, made_by[name], now[name]) for name in now):
+        document = document | {"versions": made_by}
+    return document
 
 
 def differences(old: Mapping[str, Any], new: dict[str, Any]) -> list[str]:
     """What keeps a plan's document `new` from going on with `old`, in words."""
-    words = []
-    before, now = DEFAULTS | stated(old.get("options", {})), DEFAULTS | stated(new["options"])
-    for name in [*now, *(name for name in before if name not in now)]:
-        if name not in now:
-            words.append(f"--{name} was {before[name]}, which this alexprep does not know")
-        elif before.get(name) != now[name]:
-            words.append(f"--{name} was {before.get(name)}, now is {now[name]}")
-    if old.get("shard_samples") != new["shard_samples"]:
-        words.append(f"--shard-samples was {old.get('shard_samples')}, now is {new['shard_samples']}")
+    before, now = (
+        DEFAULTS | stated(plan.get("options", {})) | {"shard-samples": plan.get("shard_samples")} for plan in (old, new)
+    )
+    words = [
+        f"--{name} was {value}, " + (f"now is {now[name]}" if name in now else "which this alexprep does not know")
+        for name, value in before.items()
+        if value != now.get(name)
+    ]
     for name, version in new["versions"].items():
         if not interchangeable(name, earlier := old.get("versions", {}).get(name), version):
             words.append(f"{name} was {earlier}, now is {version}")
@@ -286,45 +257,23 @@ def differences(old: Mapping[str, Any], new: dict[str, Any]) -> list[str]:
 
 
 def permutation(key: tuple[int, ...], count: int) -> NDArray[np.int64]:
-    """A uniform permutation of range(count): the order of `count` random 64-bit words, ties by position.
+    """A uniform permutation of range(count), int64 (count,): the order of `count` random 64-bit words, ties by position.
 
     The generator is Philox 4x64-10 (Salmon, Moraes, Dror, Shaw, SC 2011). Only its raw output is used, which numpy guarantees never
-    to change; the distributions that numpy builds on it are not guaranteed.
-
-    Args:
-        key: any number of non-negative integers; numpy's `SeedSequence` hashes them to the generator's key.
-        count: how many.
-
-    Returns:
-        int64 (count,).
-
-    >>> permutation((0,), 5).tolist() == permutation((0,), 5).tolist()
-    True
-    >>> sorted(permutation((3, 1), 100).tolist()) == list(range(100))
-    True
+    to change; the distributions that numpy builds on it are not guaranteed. `key` is any number of non-negative integers, which
+    numpy's `SeedSequence` hashes to the generator's key.
     """
     words = np.random.Philox(np.random.SeedSequence(key)).random_raw(count)
     return np.argsort(words, kind="stable")
 
 
 def class_order(rule: str | Sequence[str], present: set[str], source: Source) -> list[str]:
-    """The class names by label: label i is the i-th name.
-
-    Args:
-        rule: "auto" (the source's own numbering, or sorted where it has none), "sorted" (ascending by bytes, as
-            torchvision and Caffe number them), "ilsvrc-id" (the devkit's order, as the 2012 code did: label = ILSVRC ID - 1),
-            or the path of a text file with one class name a line, in label order; or these names themselves.
-        present: the classes that the inputs have.
-        source: where they come from, and where a devkit's meta.mat may be.
-
-    Raises:
-        AlexprepError: a class has no number, or the rule's file is missing or unreadable.
-    """
-    if rule == AUTO:
+    """The class names by label, for the classes `present` and a rule as `ShardOptions.labels` has it: label i is the i-th name."""
+    if rule == AUTO:  # the source's own numbering, or sorted where it has none
         return source.classes(present)
-    if rule == SORTED:
+    if rule == SORTED:  # by bytes, as torchvision and Caffe number them
         return sorted(present, key=str.encode)
-    if rule == ILSVRC_ID:
+    if rule == ILSVRC_ID:  # as the 2012 code did: label = ILSVRC ID - 1
         devkit = source.devkit()
         if devkit is None:
             raise AlexprepError(
@@ -358,8 +307,8 @@ def _listed_order(path: Path) -> list[str]:
     return order
 
 
-def list_inputs(inputs: Iterable[Input]) -> tuple[dict[str, pa.Table], list[str], str]:
-    """All inputs by split, as tables of the schema `LISTING`; the class names by code; and the sha256 of the whole list, hex.
+def _listed(inputs: Iterable[Input]) -> tuple[dict[str, pa.Table], list[str], str]:
+    """All inputs by split, as tables of the schema `_LISTING`; the class names by code; and the sha256 of the whole list, hex.
 
     As columns, 15 million inputs fit into a few gigabytes.
     """
@@ -370,8 +319,8 @@ def list_inputs(inputs: Iterable[Input]) -> tuple[dict[str, pa.Table], list[str]
 
     def flush(split: str) -> None:
         columns = zip(*recent.pop(split), strict=True)
-        arrays = [pa.array(column, field.type) for column, field in zip(columns, LISTING, strict=True)]
-        chunks.setdefault(split, []).append(pa.table(arrays, schema=LISTING))
+        arrays = [pa.array(column, field.type) for column, field in zip(columns, _LISTING, strict=True)]
+        chunks.setdefault(split, []).append(pa.table(arrays, schema=_LISTING))
 
     for split, class_name, location in inputs:
         rows = recent.setdefault(split, [])
@@ -386,19 +335,9 @@ def list_inputs(inputs: Iterable[Input]) -> tuple[dict[str, pa.Table], list[str]
 
 
 class PlanTable:
-    """plan.parquet, opened: row groups in the order of the plan's shards.
-
-    Attributes:
-        path: the file.
-        num_row_groups: how many shards it describes.
-    """
+    """plan.parquet, opened: row groups in the order of the plan's shards. What cannot be read is an AlexprepError."""
 
     def __init__(self, path: Path) -> None:
-        """Reads the footer.
-
-        Raises:
-            AlexprepError: it cannot be read.
-        """
         self.path = path
         try:
             # Not by name, which pyarrow would take for a URL where it has a colon.
@@ -414,11 +353,7 @@ class PlanTable:
         return int(self._file.metadata.row_group(group).num_rows)
 
     def read_row_group(self, group: int, columns: list[str] | None = None) -> pa.Table:
-        """The rows of one shard.
-
-        Raises:
-            AlexprepError: they cannot be read.
-        """
+        """The rows of one shard."""
         try:
             return self._file.read_row_group(group, columns)
         except (OSError, pa.ArrowException) as error:
@@ -426,9 +361,9 @@ class PlanTable:
 
     def holds(self, tables: Sequence[pa.Table]) -> bool:
         """Whether its rows are those of `tables`, one a row group; one group is in memory at a time."""
-        if self.num_row_groups != len(tables):
-            return False
-        return all(self.read_row_group(group).equals(table) for group, table in enumerate(tables))
+        return self.num_row_groups == len(tables) and all(
+            self.read_row_group(group).equals(table) for group, table in enumerate(tables)
+        )
 
     def _unreadable(self, error: Exception) -> AlexprepError:
         why = str(error).partition("\n")[0]
@@ -445,7 +380,7 @@ def shared_table(folder: Path, digest: str) -> PlanTable:
 
 def publish_table(folder: Path, tables: Sequence[pa.Table]) -> None:
     """Writes plan.parquet, one row group for each of `tables`."""
-    with published(folder / PLAN_TABLE) as file, pq.ParquetWriter(file, TABLE, compression="zstd") as writer:
+    with published(folder / PLAN_TABLE) as file, pq.ParquetWriter(file, _TABLE, compression="zstd") as writer:
         for table in tables:
             writer.write_table(table, row_group_size=max(1, table.num_rows))
     shared_table.cache_clear()
@@ -453,19 +388,12 @@ def publish_table(folder: Path, tables: Sequence[pa.Table]) -> None:
 
 @dataclass(frozen=True)
 class MachineCheck:
-    """Makes sure that a machine that works on a plan sees the same folder, inputs and software as the one that drew it up.
+    """Makes sure that a machine that works on a plan sees the same folder, inputs and software as the one that drew it up."""
 
-    Attributes:
-        machine: the name of the one that drew it up.
-        plan: what it drew up.
-        source: where the images are.
-        sizes: a few files of it with their sizes there: (path, bytes).
-    """
-
-    machine: str
+    machine: str  # that drew it up
     plan: Plan
     source: Source
-    sizes: tuple[tuple[bytes, int], ...]
+    sizes: dict[bytes, int]  # of a few files of the source, by path, there
 
     @classmethod
     def prepared_here(cls, plan: Plan, source: Source, table: PlanTable) -> MachineCheck:
@@ -475,16 +403,10 @@ class MachineCheck:
             size = _size(source, location.path)
             if isinstance(size, int) and len(sizes) < _WANTED:
                 sizes[location.path] = size
-        return cls(platform.node(), plan, source, tuple(sizes.items()))
+        return cls(platform.node(), plan, source, sizes)
 
     def run(self) -> None:
-        """Compares it with what the machine sees that calls this.
-
-        An input may vanish while the work goes on, so it takes all of them to be missing.
-
-        Raises:
-            AlexprepError: it sees another folder, none of the inputs, or runs other versions; both machines are named.
-        """
+        """Compares it with what the machine sees that calls this: an AlexprepError names both machines and what differs."""
         here, path = platform.node(), self.plan.folder / PLAN
         try:
             found = digest_json(json.loads(path.read_bytes()))
@@ -496,8 +418,8 @@ class MachineCheck:
                 f"{here} does not see {place} as {self.machine} does ({found}): --out must be one folder that all machines "
                 "share under the same path, on a network file system, or a URL such as s3://…"
             )
-        sizes = [(name, size, _size(self.source, name)) for name, size in self.sizes]
-        if sizes and all(size != now for _, size, now in sizes):
+        sizes = [(name, size, _size(self.source, name)) for name, size in self.sizes.items()]
+        if sizes and all(size != now for _, size, now in sizes):  # a single input may vanish while the work goes on
             name, size, now = sizes[0]
             raise AlexprepError(
                 f"{here} does not see {self.source.files.display(name)} as {self.machine} does ({size} bytes there, {now} here): "

@@ -45,8 +45,6 @@ _RETRIES = 20  # of one task whose Ray worker or machine is lost; a shard is min
 # task ends at that moment (2.60: "Tried to complete task that was not pending").
 _AHEAD = 4
 
-Outcome = tuple[bool, Any, int]  # whether it went well; the result, or what went wrong and where; finished inputs
-
 
 @dataclass(frozen=True)
 class RayEngine:
@@ -56,19 +54,15 @@ class RayEngine:
     that publishes its sidecar. Errors are not repeated. Paths must mean the same on all machines; relative ones are taken from
     the working folder of the process that calls `run`.
 
-    Attributes:
-        address: of the cluster, as `ray.init` takes it; None for $RAY_ADDRESS, or else a Ray of its own on this machine, on
-            the loopback interface only. Where the process is connected to Ray already, that connection is used.
-        image_seconds: how long one input may take.
-        image_bytes: how much memory one input may need; 0 for no bound.
+    `address` is the cluster's, as `ray.init` takes it; None for $RAY_ADDRESS, or else a Ray of its own on this machine, on the
+    loopback interface only. Where the process is connected to Ray already, that connection is used.
     """
 
     address: str | None = None
-    image_seconds: float = IMAGE_SECONDS
-    image_bytes: int = IMAGE_BYTES
+    image_seconds: float = IMAGE_SECONDS  # that one input may take
+    image_bytes: int = IMAGE_BYTES  # of memory that one input may need; 0 for no bound
 
     def __post_init__(self) -> None:
-        """Refuses values out of bounds, with AlexprepError."""
         LocalEngine(1, self.image_seconds, self.image_bytes)
 
     def run(
@@ -76,8 +70,7 @@ class RayEngine:
     ) -> Iterator[Result]:
         """See `Engine`. `progress` hears of a task's inputs when the task is done.
 
-        Raises:
-            AlexprepError: from a task; or Ray is missing, too old or not to be reached, or a machine lacks alexprep.
+        Raises AlexprepError from a task, or where Ray is missing, too old or not to be reached, or a machine lacks alexprep.
         """
         if not arguments:
             return
@@ -117,11 +110,7 @@ def _outcome(ray: Any, reference: Any) -> tuple[Any, int]:
         cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
         ours = not isinstance(cause, ray.exceptions.RayError)
         if ours:
-            line = _first_line(cause)
-            words = (
-                line.removeprefix(IN_A_WORKER) if line.startswith(IN_A_WORKER) else f"{type(cause).__name__}: {line}"
-            )
-            raise RuntimeError(f"in a Ray worker: {words}\n{error}") from error
+            raise RuntimeError(f"in a Ray worker: {_first_line(cause).removeprefix(IN_A_WORKER)}\n{error}") from error
         raise AlexprepError(
             f"Ray gave a shard up ({type(cause).__name__}: {_first_line(cause)}): see `ray status`, and that RAY_AUTH_MODE and the "
             "token are the same on every machine; then run the same command again, finished shards are kept"
@@ -136,7 +125,8 @@ def _outcome(ray: Any, reference: Any) -> tuple[Any, int]:
 _pools: dict[str, WorkerPool] = {}
 
 
-def _in_ray_worker(run: str, folder: str, bounds: LocalEngine, task: Task[Any], argument: Any) -> Outcome:
+def _in_ray_worker(run: str, folder: str, bounds: LocalEngine, task: Task[Any], argument: Any) -> tuple[bool, Any, int]:
+    """Whether it went well; the result, or what went wrong and where; finished inputs."""
     counts = [0]
     try:
         if run not in _pools:  # the worker is new, or was left by an earlier run of the same program
@@ -188,23 +178,18 @@ def _connected(ray: Any, address: str | None) -> Iterator[None]:
     # Ray takes SIGTERM for itself, prints a stack and leaves everything as it is: the end is ours to tidy up.
     in_main = threading.current_thread() is threading.main_thread()
     handler = signal.getsignal(signal.SIGTERM) if in_main else None
-    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
     # Ray would print, on stdout, whatever befalls its machines.
     with _switch("ray._private.worker", "_worker_logs_enabled", False):
         try:
             try:
-                if address == "local":
-                    _start_here(ray, quiet)
-                else:
-                    _check_listening(address)
-                    ray.init(address=address, **quiet)
+                _open_connection(ray, address)
             except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
                 raise AlexprepError(
                     f"--ray-address {address}: no connection ({_first_line(error)}): see `ray status` there; "
                     "on a machine of the cluster the address is auto"
                 ) from error
             if in_main:
-                signal.signal(signal.SIGTERM, _exit_on_signal)
+                signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
             if not ray.cluster_resources().get("CPU"):
                 raise AlexprepError(
                     f"the Ray cluster at {address} has no CPU to run tasks: add a machine with `ray start`"
@@ -221,10 +206,6 @@ def _connected(ray: Any, address: str | None) -> Iterator[None]:
                 signal.signal(signal.SIGTERM, handler)
 
 
-def _exit_on_signal(number: int, frame: object) -> None:
-    sys.exit(128 + number)
-
-
 @contextlib.contextmanager
 def _switch(module: str, name: str, value: bool) -> Iterator[None]:
     """A switch of Ray's that has no public handle; without effect in a Ray that has no such switch."""
@@ -237,30 +218,24 @@ def _switch(module: str, name: str, value: bool) -> Iterator[None]:
         setattr(where, name, before)
 
 
-def _start_here(ray: Any, quiet: dict[str, Any]) -> None:
-    """A Ray of this machine's cores that nobody outside can talk to, and from 2.59 on nobody inside without its token."""
+def _open_connection(ray: Any, address: str) -> None:
+    """Connects to a cluster, or to a Ray of this machine's cores that nobody outside can talk to (from 2.59 on nobody without its token)."""
+    quiet: dict[str, Any] = {"address": address, "log_to_driver": False, "logging_level": logging.ERROR}
+    if address != "local":
+        if "://" in address:
+            raise OSError("Ray Client is not supported: give HOST:PORT, from a machine of the cluster")
+        host, _, port = address.rpartition(":")
+        if port.isdecimal():  # where nobody listens, Ray itself would try for minutes
+            socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_SECONDS).close()
+        ray.init(**quiet)
+        return
     # Ray replaces 127.0.0.1 by the machine's address, and then listens on every interface, unless it believes itself on a
     # system where clusters are not supported. Should this switch go, tests/test_ray_runner.py finds the open ports.
     with _switch("ray._private.ray_constants", "ENABLE_RAY_CLUSTER", False):
-        ray.init(
-            address="local",
-            num_cpus=cores(),
-            include_dashboard=False,
-            object_store_memory=_STORE_BYTES,
-            _node_ip_address="127.0.0.1",
-            **quiet,
-        )
+        here = {"include_dashboard": False, "object_store_memory": _STORE_BYTES, "_node_ip_address": "127.0.0.1"}
+        ray.init(num_cpus=cores(), **here, **quiet)
 
 
 def _first_line(error: BaseException) -> str:
     """What an error says, without the stack that Ray puts behind it."""
     return str(error).strip().partition("\n")[0]
-
-
-def _check_listening(address: str) -> None:
-    """Raises OSError where nobody listens; Ray itself would try for minutes."""
-    if "://" in address:
-        raise OSError("Ray Client is not supported: give HOST:PORT, from a machine of the cluster")
-    host, _, port = address.rpartition(":")
-    if port.isdecimal():
-        socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_SECONDS).close()

@@ -47,14 +47,7 @@ class Axis:
 
 @dataclass(frozen=True)
 class Resize:
-    """A resize of interleaved RGB, ready to be applied to the region that it reads.
-
-    >>> resize = Resize(Axis(2, 1, 0, 1), Axis(2, 1, 0, 1), "area")
-    >>> resize.region
-    (0, 0, 2, 2)
-    >>> resize(np.arange(12, dtype=np.uint8).reshape(2, 2, 3)).ravel().tolist()  # means 4.5, 5.5, 6.5: halves to even
-    [4, 6, 6]
-    """
+    """A resize of interleaved RGB, ready to be applied to the region that it reads; halves go to even."""
 
     vertical: Axis
     horizontal: Axis
@@ -73,10 +66,7 @@ class Resize:
         return down, cut(self.horizontal, self.name, ROW_BITS, 2.0**-MIDDLE_BITS, 3, _ALONG_GROUP)
 
     def __call__(self, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """From `pixels`, the box `region` of the source as C-contiguous uint8 (rows, columns, 3), to as many as the axes count.
-
-        Returns uint8 (vertical.count, horizontal.count, 3).
-        """
+        """From the box `region` of the source, C-contiguous uint8 (rows, columns, 3), to (vertical.count, horizontal.count, 3)."""
         (down, along), count = self._bands(), self.vertical.count
         blocks = _rows(_columns(pixels.reshape(len(pixels), -1), down, along), count, along)
         np.rint(blocks, out=blocks)
@@ -114,12 +104,10 @@ _KERNELS: dict[str, tuple[float, Callable[[NDArray[np.float64]], NDArray[np.floa
 
 
 def weights(axis: Axis, name: str) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """The weights of every output of an axis, before they are rounded.
+    """The weights of every output of an axis, before they are rounded: int64 (count,) and float64 (taps, count).
 
-    Returns:
-        `first`, int64 (count,), ascending: the first source pixel that output i reads (may be negative), and
-        `w`, float64 (taps, count): its weights, columns summing to 1; pixels outside the source count as the nearest
-        inside for "area" when enlarging (as OpenCV), and have weight 0 otherwise.
+    The first are ascending, the first source pixel that output i reads (may be negative); the second its weights, columns summing
+    to 1. Pixels outside the source count as the nearest inside for "area" when enlarging (as OpenCV), and have weight 0 otherwise.
     """
     step = axis.source / axis.target  # source pixels an output pixel
     i = np.arange(axis.offset, axis.offset + axis.count + 1, dtype=np.float64)
@@ -156,24 +144,16 @@ class Band:
     """An axis' matrix, cut into dense blocks of 8 outputs along its diagonal, and these into groups of equal distance.
 
     An output and an input are one channel of a pixel: `channels` neighbours of each make a pixel.
-
-    Attributes:
-        low, high: the half-open range of source pixels that the axis reads.
-        starts: by group, the first input of its first block, counted from `low`; may lie before it.
-        stride: from one block's first input to the next one's in a group, inputs.
-        before, after: how many inputs blocks reach out before `low` and behind `high`, where their weights are 0.
-        positive: whether no weight is negative, so that no output is out of range.
-        matrices: float32 (groups, blocks, 8 outputs, inputs), multiples of a power of two.
     """
 
-    low: int
-    high: int
-    starts: list[int]
-    stride: int
-    before: int
-    after: int
-    positive: bool
-    matrices: NDArray[np.float32]
+    low: int  # the first source pixel that the axis reads
+    high: int  # one behind the last
+    starts: list[int]  # by group, the first input of its first block, counted from `low`; may lie before it
+    stride: int  # from one block's first input to the next one's in a group, inputs
+    before: int  # how many inputs blocks reach out before `low`, where their weights are 0
+    after: int  # the same behind `high`
+    positive: bool  # whether no weight is negative, so that no output is out of range
+    matrices: NDArray[np.float32]  # (groups, blocks, 8 outputs, inputs), multiples of a power of two
 
 
 @functools.lru_cache(maxsize=512)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import io
-import itertools
+import operator
 import platform
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -28,12 +28,12 @@ from alexprep.shards.dataset_format import (
     read_dataset,
     read_json,
     split_record,
+    versions,
 )
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.image_codec import read_raw, shared_decoder
 from alexprep.shards.reader import Samples
 from alexprep.shards.storage import digest_json, folder_at, make_folder, publish_bytes, publish_json, remove_temporaries
-from alexprep.shards.versions import versions
 from alexprep.shards.worker_pool import Engine, as_engine, attending
 
 TRAINING = "train"  # section 2 of the paper: the mean over the training set is subtracted, whatever is read
@@ -97,23 +97,17 @@ def pca_stats(
 ) -> Statistics:
     """Computes the statistics of a split in one pass: the same to the last bit for any number of workers.
 
-    Args:
-        data: the folder of a finished dataset.
-        split: usually "train" (section 2 of the paper: the mean over the training set).
-        engine: runs the work, one task a shard; a number stands for so many worker processes on this machine.
-        progress: called with (finished images, all images).
-
-    Raises:
-        AlexprepError: no such dataset or split, or an image that cannot be decoded (its shard and offset are named).
+    `engine` runs the work, one task a shard; a number stands for so many worker processes on this machine. `progress` is called with
+    (finished images, all images). Raises AlexprepError for no such dataset or split, or an image that cannot be decoded, by name.
     """
-    data, engine = _folder(data), as_engine(engine)
+    data, engine = folder_at(data), as_engine(engine)
     dataset = read_dataset(data)
     record = split_record(dataset, split, data)
     shards = [int(shard["name"].rpartition("-")[2]) for shard in record["shards"]]
     task = functools.partial(_shard_moments, data, split, dataset["digest"])
     total = record["samples"]
     parts = engine.run(task, shards, lambda finished: progress(finished, total))
-    moments = functools.reduce(Moments.__add__, parts)
+    moments = functools.reduce(operator.add, parts)
     progress(total, total)
     return _from_moments(moments, dataset["digest"])
 
@@ -121,22 +115,15 @@ def pca_stats(
 def publish_statistics(statistics: Statistics, data: Path | str, split: str) -> None:
     """Writes the folder stats/ of a dataset: mean_image.npy, mean_image.png and, last, stats.json, which holds their hashes.
 
-    Args:
-        statistics: what `pca_stats` computed.
-        data: the dataset's folder.
-        split: the split that they describe.
-
-    Raises:
-        OSError: a file cannot be written.
+    `statistics` are what `pca_stats` computed of `split`. Raises OSError where a file cannot be written.
     """
-    data = _folder(data)
+    data = folder_at(data)
     make_folder((data / STATISTICS).parent)
     remove_temporaries((data / STATISTICS).parent)
-    buffer = io.BytesIO()
-    np.save(buffer, statistics.mean_HWC, allow_pickle=False)
-    publish_bytes(data / MEAN_IMAGE, buffer.getvalue())
-    picture = io.BytesIO()
+    mean, picture = io.BytesIO(), io.BytesIO()
+    np.save(mean, statistics.mean_HWC, allow_pickle=False)
     Image.fromarray(np.rint(statistics.mean_HWC).astype(np.uint8)).save(picture, "PNG")
+    publish_bytes(data / MEAN_IMAGE, mean.getvalue())
     publish_bytes(data / MEAN_PICTURE, picture.getvalue())
     document = {
         "format": "alexprep statistics",
@@ -151,7 +138,7 @@ def publish_statistics(statistics: Statistics, data: Path | str, split: str) -> 
         "covariance": statistics.covariance.tolist(),
         "eigenvalues": statistics.eigenvalues.tolist(),
         "eigenvectors_in_columns": statistics.eigenvectors.tolist(),
-        "mean_image_sha256": hashlib.sha256(buffer.getvalue()).hexdigest(),
+        "mean_image_sha256": hashlib.sha256(mean.getvalue()).hexdigest(),
         "mean_picture_sha256": hashlib.sha256(picture.getvalue()).hexdigest(),
         "versions": versions("alexprep", "nvimgcodec", "numpy"),
     }
@@ -161,14 +148,10 @@ def publish_statistics(statistics: Statistics, data: Path | str, split: str) -> 
 def read_statistics(data: Path | str, data_digest: str | None = None) -> Statistics:
     """The statistics of the training split, as they were published in a dataset's folder.
 
-    Args:
-        data: the dataset's folder.
-        data_digest: the identity of the shards that they must describe; None for those of the dataset itself.
-
-    Raises:
-        AlexprepError: there are none, they are damaged, or they describe other shards or another split than "train".
+    They must describe the shards with the identity `data_digest`, by default those of the dataset itself. Raises AlexprepError where
+    there are none, they are damaged, or they describe other shards or another split than "train".
     """
-    data = _folder(data)
+    data = folder_at(data)
     data_digest = read_dataset(data)["digest"] if data_digest is None else data_digest
     again = f"run `alexprep pca-stats` on {data}"
     document = read_json(data / STATISTICS, again)
@@ -198,8 +181,7 @@ def read_statistics(data: Path | str, data_digest: str | None = None) -> Statist
         raise AlexprepError(f"{data / STATISTICS} or its mean image is damaged ({error}): {again}") from None
 
 
-def _folder(data: Path | str) -> Path:
-    return folder_at(data) if isinstance(data, str) else data
+_samples = functools.lru_cache(maxsize=1)(Samples)  # one a process, for all its shards
 
 
 def _shard_moments(data: Path, split: str, digest: str, shard: int, condemned: Mapping[int, str]) -> Moments:
@@ -220,11 +202,6 @@ def _shard_moments(data: Path, split: str, digest: str, shard: int, condemned: M
     return accumulator.moments()
 
 
-@functools.lru_cache(maxsize=1)
-def _samples(data: Path, split: str) -> Samples:
-    return Samples(data, split)
-
-
 def _planes(encoded: NDArray[np.uint8], image: dict[str, Any]) -> NDArray[np.uint8] | None:
     """uint8 (3, S, S), or None where it cannot be decoded."""
     if image["format"] == "raw":
@@ -236,11 +213,9 @@ def _planes(encoded: NDArray[np.uint8], image: dict[str, Any]) -> NDArray[np.uin
 def _from_moments(moments: Moments, data_digest: str) -> Statistics:
     """The statistics of exact sums; only the last division of each number rounds."""
     count = moments.images * moments.sums[0].size
-    totals = [int(total) for total in moments.sums.sum(axis=(1, 2))]
-    covariance = np.empty((3, 3))
-    for i, j in itertools.product(range(3), repeat=2):
-        # In Python's integers: the difference of two numbers near 1e26 would lose the digits that matter.
-        covariance[i, j] = (count * int(moments.products[i, j]) - totals[i] * totals[j]) / count**2
+    # Python's integers: the difference of two numbers near 1e26 would lose the digits that matter.
+    totals, products = moments.sums.sum(axis=(1, 2)).astype(object), moments.products.astype(object)
+    covariance = ((count * products - np.outer(totals, totals)) / count**2).astype(np.float64)
     eigenvalues, eigenvectors = np.linalg.eigh(covariance)  # ascending
     eigenvalues, eigenvectors = np.maximum(eigenvalues[::-1], 0.0), eigenvectors[:, ::-1]
     largest = np.abs(eigenvectors).argmax(axis=0)
@@ -249,7 +224,7 @@ def _from_moments(moments: Moments, data_digest: str) -> Statistics:
         data_digest=data_digest,
         images=moments.images,
         mean_HWC=np.ascontiguousarray(np.moveaxis(moments.sums / moments.images, 0, 2)),
-        channel_means=np.array([total / count for total in totals]),
+        channel_means=(totals / count).astype(np.float64),
         covariance=covariance,
         eigenvalues=eigenvalues,
         eigenvectors=eigenvectors,
@@ -258,41 +233,22 @@ def _from_moments(moments: Moments, data_digest: str) -> Statistics:
 
 @dataclass(frozen=True)
 class Moments:
-    """Exact sums over a set of images of one size.
-
-    Attributes:
-        images: how many.
-        sums: int64 (3, S, S), the sum over the images at each pixel, planes R, G, B.
-        products: int64 (3, 3), the sum over all pixels of all images of x xᵀ. Fits for up to 2**47 pixels.
-    """
+    """Exact sums over a set of images of one size."""
 
     images: int
-    sums: NDArray[np.int64]
-    products: NDArray[np.int64]
+    sums: NDArray[np.int64]  # (3, S, S), over the images at each pixel, planes R, G, B
+    products: NDArray[np.int64]  # (3, 3), over all pixels of all images, of x xᵀ; fits for up to 2**47 pixels
 
     def __add__(self, other: Moments) -> Moments:
-        """The moments of both sets together."""
         return Moments(self.images + other.images, self.sums + other.sums, self.products + other.products)
 
 
 class Accumulator:
-    """Adds images one by one.
-
-    >>> images = np.random.default_rng(0).integers(0, 256, (4, 3, 5, 5), dtype=np.uint8)
-    >>> accumulator = Accumulator(5)
-    >>> for image in images:
-    ...     accumulator.add(image)
-    >>> pixels = images.transpose(1, 0, 2, 3).reshape(3, -1).astype(np.int64)
-    >>> moments = accumulator.moments()
-    >>> bool((moments.products == pixels @ pixels.T).all()), bool((moments.sums == images.sum(0)).all())
-    (True, True)
-    """
+    """Adds images of size x size pixels one by one."""
 
     def __init__(self, size: int) -> None:
-        """For images of size x size."""
         self._size = size
         self._images = 0
-        self._pending = 0
         blocks = -(-size * size // _BLOCK)
         self._planes = np.zeros((3, blocks, _BLOCK), np.float32)  # zeros beyond the last pixel add nothing
         self._flat = self._planes.reshape(3, -1)[:, : size * size]
@@ -310,8 +266,7 @@ class Accumulator:
             np.matmul(self._planes[i][:, None, :], self._planes[j][:, :, None], out=products)
         self._products += self._recent_products
         self._images += 1
-        self._pending += 1
-        if self._pending == _FLUSH:
+        if self._images % _FLUSH == 0:
             self._flush()
 
     def moments(self) -> Moments:
@@ -325,4 +280,3 @@ class Accumulator:
     def _flush(self) -> None:
         self._sums += self._recent.astype(np.int64)
         self._recent[:] = 0
-        self._pending = 0

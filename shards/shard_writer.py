@@ -42,30 +42,29 @@ _READS_AHEAD = 16  # reads under way at once where each goes over a network
 _checked: set[str] = set()  # plans of which this process has been found to see what their maker does
 
 
+class PlannedInput(NamedTuple):
+    """One row of the plan."""
+
+    row: int
+    label: int
+    location: Location
+
+
 @dataclass(frozen=True)
 class ShardWriter:
-    """Makes the shards of a plan. An engine sends it to its workers, which call it once a shard.
-
-    Attributes:
-        plan: what the shards hold.
-        source: reads the inputs.
-        target: the form of the images.
-        make_codec: makes the codec in each worker.
-        check: run once in each worker, since it may be on another machine.
-    """
+    """Makes the shards of a plan. An engine sends it to its workers, which call it once a shard."""
 
     plan: Plan
     source: Source
     target: Target
     make_codec: MakeCodec
-    check: MachineCheck
+    check: MachineCheck  # run once in each worker, since it may be on another machine
 
     def __call__(self, argument: tuple[Shard, str | None], condemned: Mapping[int, str]) -> None:
         """Makes a shard, unless another writer has made it meanwhile.
 
-        Args:
-            argument: the shard, and the sha256 that it must get: see `write_shard`.
-            condemned: rows that are not to be touched, and why.
+        `argument` is the shard, and the sha256 that its tar had when the dataset was finished ("" where it had none; None where
+        that is not known). `condemned` has the rows that are not to be touched, and why.
         """
         shard, recorded = argument
         if self.plan.digest not in _checked:
@@ -78,50 +77,28 @@ class ShardWriter:
         numbers, labels = rows.column("row").to_pylist(), rows.column("label").to_pylist()
         bound_memory(self.source, codec)
         inputs = list(map(PlannedInput, numbers, labels, locations(rows)))
-        write_shard(self.plan, shard, inputs, self.source, codec, condemned, recorded)
+        folder = self.plan.folder / shard.split
+        try:
+            self._write(shard, recorded, _converted(inputs, self.source, codec, condemned))
+        except OSError as error:
+            raise AlexprepError(
+                f"shard {shard.name} could not be written to {folder} ({error}): make room or mend the disk, "
+                "then run the same command again; finished shards are kept"
+            ) from error
 
+    def _write(
+        self, shard: Shard, recorded: str | None, inputs: Iterator[tuple[PlannedInput, Converted | Refused]]
+    ) -> None:
+        """Makes one shard's tar, DALI index and sidecar, in this order, each complete or absent.
 
-class PlannedInput(NamedTuple):
-    """One row of the plan."""
-
-    row: int
-    label: int
-    location: Location
-
-
-def write_shard(
-    plan: Plan,
-    shard: Shard,
-    inputs: Sequence[PlannedInput],
-    source: Source,
-    codec: Codec,
-    condemned: Mapping[int, str],
-    recorded: str | None,
-) -> None:
-    """Makes one shard's tar, DALI index and sidecar, in this order, each complete or absent.
-
-    A shard whose every input is refused has a sidecar only, since an empty tar trips readers.
-
-    Args:
-        plan: the plan.
-        shard: which shard of it.
-        inputs: the plan's rows of this shard, in order.
-        source: reads the inputs.
-        codec: converts them.
-        condemned: rows that are not to be touched, and why.
-        recorded: the sha256 that the shard had when the dataset was finished, "" where it had no tar; None where that is not known.
-
-    Raises:
-        AlexprepError: the disk is full or another write failed; another writer made the same shard with other bytes; or it no longer
-            becomes what was recorded. Nothing is published then.
-    """
-    tar_path, sidecar_path = plan.file(shard, ".tar"), plan.file(shard, ".json")
-    try:
+        A shard whose every input is refused has a sidecar only, since an empty tar trips readers. Nothing is published where it does
+        not become what was recorded, or where another writer made it with other bytes.
+        """
+        plan, tar_path, sidecar_path = self.plan, self.plan.file(shard, ".tar"), self.plan.file(shard, ".json")
         before = sidecar_path.read_bytes() if sidecar_path.exists() else b""
         with contextlib.suppress(_EmptyError), published(tar_path) as file:
-            tar, records = TarWriter(file), []
-            for planned, result in _converted(inputs, source, codec, condemned):
-                records.append(_added(tar, planned, result, FORMATS[codec.target.format]))
+            tar = TarWriter(file)
+            records = [_added(tar, planned, result, FORMATS[self.target.format]) for planned, result in inputs]
             sha256 = tar.close()
             if recorded is not None and recorded != (sha256 if tar.members else ""):
                 raise AlexprepError(
@@ -129,13 +106,9 @@ def write_shard(
                     "since, or this machine decodes differently. Nothing of it was written: name the SOURCE that the data set was "
                     "made from, or use a new --out"
                 )
-            other = read_sidecar(plan, shard)
-            if (
-                other is not None
-                and other["sha256"] != sha256
-                and (not other["samples"] or other["sha256"] == file_sha256(tar_path))
-            ):
-                raise conflict(shard, other["sha256"], sha256, "The first one is kept")
+            first = (read_sidecar(plan, shard) or {}).get("sha256", sha256)
+            if first != sha256 and (not tar_path.exists() or first == file_sha256(tar_path)):
+                raise conflict(shard, first, sha256, "The first one is kept")
             if not tar.members:
                 raise _EmptyError
         if tar.members:
@@ -143,11 +116,6 @@ def write_shard(
         else:
             tar_path.unlink(missing_ok=True)  # an earlier run's
         publish_sidecar(plan, shard, sidecar_of(plan, records, list(map(vars, tar.members)), sha256), before)
-    except OSError as error:
-        raise AlexprepError(
-            f"shard {shard.name} could not be written to {tar_path.parent} ({error}): make room or mend the disk, "
-            "then run the same command again; finished shards are kept"
-        ) from error
 
 
 class _EmptyError(Exception):
@@ -201,11 +169,7 @@ def _ahead(
 
 
 def _read(source: Source, location: Location) -> bytes | NDArray[np.uint8] | Refused:
-    """An input, or why it is left out: what is wrong with the file itself is, what is wrong with the way to it is not.
-
-    Raises:
-        AlexprepError: the disk or the network fails, and goes on to fail.
-    """
+    """An input, or why it is left out: a fault of the file itself. One of the way to it that stays is an AlexprepError."""
     for pause in (*PAUSES, None):
         try:
             return source.read(location)

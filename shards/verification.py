@@ -62,22 +62,16 @@ from alexprep.shards.worker_pool import Engine, as_engine, attending
 Progress = Callable[[int, int], None]
 
 _DAMAGED = (ValueError, KeyError, TypeError, AttributeError, IndexError)  # what a document of another form raises
-_AGAIN = "run `alexprep pca-stats` again"
+_CHANGED = "was changed (or its sha256 in dataset.json)"
 _LOOKED_AT = 64  # sidecars that tell which plan the shards were made by
 
 
 class Problem(NamedTuple):
-    """Something in a dataset that is not as `alexprep shard` wrote it.
+    """Something in a dataset that is not as `alexprep shard` wrote it."""
 
-    Attributes:
-        file: the file's name below the dataset's folder.
-        member: the member or sample concerned; empty where it is the file as a whole.
-        what: what is wrong, in words.
-    """
-
-    file: str
-    member: str
-    what: str
+    file: str  # its name below the dataset's folder
+    member: str  # or sample concerned; empty where it is the file as a whole
+    what: str  # is wrong, in words
 
     def __str__(self) -> str:
         """One line for people."""
@@ -86,15 +80,9 @@ class Problem(NamedTuple):
 
 @dataclass(frozen=True)
 class Verdict:
-    """What `verify` found.
+    """What `verify` found: all `problems`, of which a sound dataset has none; and how many `shards` there are in the plan.
 
-    Attributes:
-        folder: the dataset's folder.
-        shards: how many the plan has.
-        samples: images in sound shards.
-        bytes: of the tars of sound shards.
-        problems: everything that is not as it was written; empty for a sound dataset.
-        seconds: that it took.
+    `samples` are the images in sound shards, `bytes` those of their tars, `seconds` the time that it took.
     """
 
     folder: Path
@@ -111,16 +99,10 @@ def verify(
     decode: bool = False,
     progress: Progress = lambda finished, total: None,
 ) -> Verdict:
-    """Checks a dataset: every byte of it against what was recorded when it was written.
+    """Checks a dataset: every byte of it against what was recorded when it was written; with `decode`, every image too.
 
-    Args:
-        folder: the dataset's folder.
-        engine: runs the work, one task a shard; a number stands for so many worker processes on this machine.
-        decode: whether every image is decoded too.
-        progress: called with (finished shards, or images when they are decoded; how many there are).
-
-    Raises:
-        AlexprepError: there is no dataset in the folder.
+    `engine` runs the work, one task a shard; a number stands for so many worker processes on this machine. `progress` is called with
+    (finished shards, or images when they are decoded; how many there are). Raises AlexprepError where the folder has no dataset.
     """
     started = time.monotonic()
     folder, engine = folder_at(folder), as_engine(engine)
@@ -128,8 +110,8 @@ def verify(
     plan, dataset = _trusted_plan(folder, problems)
     if plan is None:  # nothing can be held against it
         return Verdict(folder, 0, 0, 0, problems, time.monotonic() - started)
-    table = _plan_table(plan, dataset, problems)
-    shards = plan.shards()
+    shards = list(plan.each_shard())
+    table = _plan_table(plan, len(shards), dataset, problems)
     checked: list[_CheckedShard] = []
     show = (lambda finished: progress(finished, plan.inputs)) if decode else (lambda finished: None)
     for result in engine.run(functools.partial(_check_shard, plan, decode, table is not None), shards, show):
@@ -143,7 +125,7 @@ def verify(
     sidecars = [result.sidecar for result in checked if result.sidecar is not None]
     if table is not None and len(sidecars) == len(shards):
         problems += _check_descriptions(plan, table, sidecars, dataset)
-    if dataset is not None:
+    if dataset:
         problems += _check_statistics(folder, str(dataset.get("digest")))
     problems += _foreign_files(plan, shards)
     sound = [result.sidecar for result in checked if result.sidecar is not None and not result.problems]
@@ -160,14 +142,8 @@ def repair(
 ) -> Report:
     """Makes exactly the damaged shards again, by the same plan, and whatever describes the whole.
 
-    Files that belong to nothing are left alone, and so are statistics: `alexprep pca-stats` makes them.
-
-    Args:
-        folder: the dataset's folder.
-        source: what it was made from; see `find_source`.
-        problems: what `verify` found.
-        engine: runs the work, one task a shard; a number stands for so many worker processes on this machine.
-        progress: called with (finished inputs, inputs to do).
+    Files that belong to nothing are left alone, and so are statistics: `alexprep pca-stats` makes them. `source` is what the dataset
+    was made from, `problems` what `verify` found; `engine` and `progress` are as in `convert`.
 
     Raises:
         AlexprepError: the source does not give the plan of the dataset (nothing is touched then), or other bytes for a damaged
@@ -194,70 +170,42 @@ def repair(
     return convert(source, folder, options, engine, progress)
 
 
-def first_difference(found: Any, wanted: Any, place: str = "") -> str | None:
-    """Where one JSON value differs first from what it must be, in words; None where they are equal.
-
-    >>> first_difference({"a": [1, {"b": 2}]}, {"a": [1, {"b": 3}]})
-    'a[1].b is 2, must be 3'
-    """
-    if type(found) is not type(wanted) or not isinstance(found, dict | list):
-        equal = type(found) is type(wanted) and found == wanted
-        return None if equal else f"{place or 'it'} is {_short(found)}, must be {_short(wanted)}"
-    if isinstance(found, list):
-        if len(found) != len(wanted):
-            return f"{place or 'it'} has {len(found):,} entries, must have {len(wanted):,}"
-        pairs = ((f"{place}[{n}]", one, other) for n, (one, other) in enumerate(zip(found, wanted, strict=True)))
-    else:
-        if found.keys() != wanted.keys():
-            return f"{place or 'it'} has the fields {_short(list(found))}, must have {_short(list(wanted))}"
-        pairs = ((f"{place}.{key}".lstrip("."), found[key], wanted[key]) for key in wanted)
-    return next((what for at, one, other in pairs if (what := first_difference(one, other, at))), None)
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 70 else f"{text[:69]}…"
-
-
-# The plan, and which documents can be trusted.
-
-
-def _trusted_plan(folder: Path, problems: list[Problem]) -> tuple[Plan | None, dict[str, Any] | None]:
+def _trusted_plan(folder: Path, problems: list[Problem]) -> tuple[Plan | None, dict[str, Any]]:
     """The plan and dataset.json; what is unsound about them goes to `problems`, and a plan that was changed is None."""
     if not (folder / PLAN).exists() and not (folder / DATASET).exists():
         raise AlexprepError(
             f"{folder} holds no data set: name another folder, or make one with `alexprep shard SOURCE`"
         )
     document, dataset = (_document(folder, name, problems) for name in (PLAN, DATASET))
-    if document is None:
+    if not document:
         return None, dataset
-    plan, named = Plan(folder, document), _named_plans(folder)
-    by_dataset = str((dataset or {}).get("plan", plan.digest))
-    if plan.digest not in named and (by_dataset in named or by_dataset != plan.digest):
-        problems.append(Problem(PLAN, "", "was changed: dataset.json or the sidecars name another plan"))
-        return None, dataset
+    plan, named, what = Plan(folder, document), _named_plans(folder, dataset), ""
+    if named and plan.digest not in named:
+        what = ": dataset.json or the sidecars name another plan"
     try:
         next(plan.each_shard(), None)
         FORMATS[plan.options["format"]]
     except _DAMAGED as error:
-        problems.append(Problem(PLAN, "", f"was changed ({type(error).__name__}: {error})"))
+        what = f" ({type(error).__name__}: {error})"
+    if what:
+        problems.append(Problem(PLAN, "", f"was changed{what}"))
         return None, dataset
-    if dataset is not None and dataset.get("plan") != plan.digest:
+    if dataset and dataset.get("plan") != plan.digest:
         problems.append(Problem(DATASET, "", "names another plan than plan.json and the sidecars"))
     return plan, dataset
 
 
-def _document(folder: Path, name: str, problems: list[Problem]) -> dict[str, Any] | None:
-    """plan.json or dataset.json; None where nothing can be read. What is wrong with it goes to `problems`."""
+def _document(folder: Path, name: str, problems: list[Problem]) -> dict[str, Any]:
+    """plan.json or dataset.json; empty where nothing can be read. What is wrong with it goes to `problems`."""
     raw, what = content(folder / name)
     document = _parsed(raw)
     if raw is None and name == DATASET and not (folder / name).exists():
         what += ": the data set is unfinished, run the same `alexprep shard` again"
-    elif raw is not None:
-        what = "" if document and json_bytes(document) == raw else "was changed"
+    elif raw is not None and (not document or json_bytes(document) != raw):
+        what = "was changed"
     if what:
         problems.append(Problem(name, "", what))
-    return document or None
+    return document
 
 
 def _parsed(raw: bytes | None) -> dict[str, Any]:
@@ -269,23 +217,24 @@ def _parsed(raw: bytes | None) -> dict[str, Any]:
     return {}
 
 
-def _named_plans(folder: Path) -> Counter[str]:
-    """Which plans are named by sidecars from all over the dataset, as many as are read in a moment."""
+def _named_plans(folder: Path, dataset: dict[str, Any]) -> set[str]:
+    """The plans that dataset.json names, and most of the sidecars: as many as are read in a moment, from all over the dataset."""
     paths = [
         path for split in dict.fromkeys(SPLITS.values()) for path in sorted((folder / split).glob(f"{split}-*.json"))
     ]
     sidecars = (_parsed(content(path)[0]) for path in paths[:: max(1, len(paths) // _LOOKED_AT)])
-    return Counter(str(sidecar.get("plan")) for sidecar in sidecars if sidecar)
+    named = Counter(str(sidecar.get("plan")) for sidecar in sidecars if sidecar)
+    return {plan for plan, _ in named.most_common(1)} | ({str(dataset["plan"])} if "plan" in dataset else set())
 
 
-def _plan_table(plan: Plan, dataset: dict[str, Any] | None, problems: list[Problem]) -> PlanTable | None:
-    """plan.parquet, where it is the one that the shards were made from."""
+def _plan_table(plan: Plan, count: int, dataset: dict[str, Any], problems: list[Problem]) -> PlanTable | None:
+    """plan.parquet, where it is the one that the `count` shards were made from."""
     wanted = _recorded_files(dataset).get(PLAN_TABLE)
     try:
         if wanted is not None and file_sha256(plan.folder / PLAN_TABLE) != wanted:
-            what = "was changed (or its sha256 in dataset.json)"
+            what = _CHANGED
         else:
-            table, count = plan.table(), sum(record["shards"] for record in plan.document["splits"].values())
+            table = plan.table()
             if table.num_row_groups == count:
                 return table
             what = f"describes {table.num_row_groups} shards, the plan has {count}"
@@ -297,22 +246,20 @@ def _plan_table(plan: Plan, dataset: dict[str, Any] | None, problems: list[Probl
     return None
 
 
-def _recorded_files(dataset: dict[str, Any] | None) -> dict[str, Any]:
+def _recorded_files(dataset: dict[str, Any]) -> dict[str, Any]:
     """The sha256 of files that a dataset.json records, by name; of a damaged one none."""
-    files = (dataset or {}).get("files")
+    files = dataset.get("files")
     return files if isinstance(files, dict) else {}
 
 
-# One shard: its sidecar against the plan, then tar and index against the sidecar.
-
-
 class _CheckedShard(NamedTuple):
-    """A shard's problems, its sidecar if that is sound, and the sha256 of its tar if there is one."""
-
     shard: Shard
     problems: list[Problem]
-    sidecar: Sidecar | None
-    sha256: str | None
+    sidecar: Sidecar | None  # where it is sound
+    sha256: str | None  # of its tar, where there is one
+
+
+# One shard: its sidecar against the plan, then tar and index against the sidecar.
 
 
 def _check_shard(
@@ -325,12 +272,13 @@ def _check_shard(
         if what:
             problems.append(Problem(f"{shard.split}/{shard.name}{suffix}", member, what))
 
-    planned = None
+    labels = None
     if with_table:
         planned = shared_table(plan.folder, plan.digest).read_row_group(shard.group, columns=["label"])
+        labels = planned.column("label").to_pylist()
     tar, tar_trouble = content(plan.file(shard, ".tar"))
     sha256 = None if tar is None else hashlib.sha256(tar).hexdigest()
-    sidecar, what = _checked_sidecar(plan, shard, None if planned is None else planned.column("label").to_pylist())
+    sidecar, what = _checked_sidecar(plan, shard, labels)
     note(".json", what)
     if sidecar is None:
         return _CheckedShard(shard, problems, None, sha256)
@@ -353,9 +301,9 @@ def _check_shard(
 
 def _checked_sidecar(plan: Plan, shard: Shard, labels: list[int] | None) -> tuple[Sidecar | None, str | None]:
     """A shard's sidecar, where every line of it is as it must be, or what is wrong with it."""
-    raw, trouble = content(plan.file(shard, ".json"))
+    raw, what = content(plan.file(shard, ".json"))
     if raw is None:
-        return None, f"{trouble}, so the shard does not count"
+        return None, f"{what}, so the shard does not count"
     found = _parsed(raw)
     try:
         wanted = _sidecar_as_it_must_be(found, plan, shard, labels)
@@ -363,8 +311,8 @@ def _checked_sidecar(plan: Plan, shard: Shard, labels: list[int] | None) -> tupl
         return None, f"was changed ({type(error).__name__}: {error})"
     if json_bytes(wanted, None) == raw:
         return wanted, None
-    what = first_difference(found["inputs"], wanted["inputs"], "inputs") or first_difference(found, wanted)
-    return None, f"was changed: {what or 'it is written in another way'}"
+    difference = _first_difference(found["inputs"], wanted["inputs"], "inputs") or _first_difference(found, wanted)
+    return None, f"was changed: {difference or 'it is written in another way'}"
 
 
 def _sidecar_as_it_must_be(found: Sidecar, plan: Plan, shard: Shard, labels: list[int] | None) -> Sidecar:
@@ -453,19 +401,18 @@ def _undecodable(tar: bytes, member: WrittenMember, options: dict[str, Any]) -> 
 # The whole: what describes it follows from the plan and the sidecars.
 
 
-def _misplaced_tars(checked: list[_CheckedShard], dataset: dict[str, Any] | None) -> Iterator[Problem]:
+def _misplaced_tars(checked: list[_CheckedShard], dataset: dict[str, Any]) -> Iterator[Problem]:
     """Tars that hold the bytes of another shard, by what dataset.json recorded."""
-    names: dict[Any, Any] = {}
     with contextlib.suppress(*_DAMAGED):  # it may be the damaged file
-        names = {record["sha256"]: record["name"] for record in recorded_shards(dataset or {})}
-    for shard, _, _, sha256 in checked:
-        other = names.get(sha256)
-        if isinstance(other, str) and other != shard.name:
-            yield Problem(f"{shard.split}/{shard.name}.tar", "", f"is the tar of {other}")
+        names = {str(record["sha256"]): str(record["name"]) for record in recorded_shards(dataset)}
+        for shard, _, _, sha256 in checked:
+            other = names.get(sha256 or "", shard.name)
+            if other != shard.name:
+                yield Problem(f"{shard.split}/{shard.name}.tar", "", f"is the tar of {other}")
 
 
 def _check_descriptions(
-    plan: Plan, table: PlanTable, sidecars: list[Sidecar], dataset: dict[str, Any] | None
+    plan: Plan, table: PlanTable, sidecars: list[Sidecar], dataset: dict[str, Any]
 ) -> Iterator[Problem]:
     """Index, ledger, _info.json and dataset.json, against those that follow from the sidecars, which must all be sound."""
     manifest, recorded = Manifest(plan), _recorded_files(dataset)
@@ -486,17 +433,13 @@ def _check_descriptions(
         elif wrong_row:
             yield Problem(name, *wrong_row[1:])
         elif name in recorded and not as_recorded:
-            # The very bytes that we would write: then the record is wrong. Another pyarrow writes other bytes.
-            if found == wanted:
-                yield Problem(DATASET, "", f"has another sha256 for {name} than the file, which is as it must be")
-            else:
-                yield Problem(name, "", "was changed (or its sha256 in dataset.json)")
+            yield Problem(name, "", _CHANGED)
     info, trouble = content(plan.folder / TIMM_INFO)
     if info != json_bytes(manifest.timm_info()):
         yield Problem(TIMM_INFO, "", trouble or "does not describe these shards")
-    if dataset is not None and dataset.get("plan") == plan.digest:
+    if dataset.get("plan") == plan.digest:
         digests = {name: str(recorded.get(name)) for name in (*files, PLAN_TABLE)}
-        if difference := first_difference(dataset, json.loads(json_bytes(manifest.dataset(digests)))):
+        if difference := _first_difference(dataset, json.loads(json_bytes(manifest.dataset(digests)))):
             yield Problem(DATASET, "", f"does not describe these shards: {difference}")
 
 
@@ -509,7 +452,7 @@ def _first_row_that_differs(name: str, found: bytes, wanted: bytes) -> tuple[int
     if len(have) != len(want):
         return 0, "", f"has {len(have):,} rows, must have {len(want):,}"
     for number, (one, other) in enumerate(zip(have, want, strict=True)):
-        if what := first_difference(one, other):
+        if what := _first_difference(one, other):
             return other["shard"], other.get("key", f"record {number}"), what
     # Only the ledger's bytes may differ where its rows do not: other releases of pyarrow compress differently.
     return None if name.endswith(LEDGER) else (0, "", "was changed")
@@ -534,14 +477,14 @@ def _check_statistics(folder: Path, data_digest: str) -> Iterator[Problem]:
         what, document = "was changed", {}
     elif raw is not None and document.get("data_digest") != data_digest:
         what = "describes other shards"
-    if what:
-        yield Problem(str(STATISTICS), "", f"{what}: {_AGAIN}")
+    wrong = {STATISTICS: what}
     for path, key in ((MEAN_IMAGE, "mean_image_sha256"), (MEAN_PICTURE, "mean_picture_sha256")):
-        found, what = content(folder / path)
+        found, wrong[path] = content(folder / path)
         if found is not None and key in document and hashlib.sha256(found).hexdigest() != document[key]:
-            what = "was changed"
+            wrong[path] = "was changed"
+    for path, what in wrong.items():
         if what:
-            yield Problem(str(path), "", f"{what}: {_AGAIN}")
+            yield Problem(str(path), "", f"{what}: run `alexprep pca-stats` again")
 
 
 def _foreign_files(plan: Plan, shards: list[Shard]) -> Iterator[Problem]:
@@ -556,7 +499,26 @@ def _foreign_files(plan: Plan, shards: list[Shard]) -> Iterator[Problem]:
             yield Problem(name, "", left if is_temporary(path.name) else "is no file of this data set")
 
 
-# Repair.
+def _first_difference(found: Any, wanted: Any, place: str = "") -> str | None:
+    """Where a JSON value differs first from what it must be, such as "a[1].b is 2, must be 3"; None where they are equal."""
+    if isinstance(found, list) and isinstance(wanted, list):
+        if len(found) != len(wanted):
+            return f"{place or 'it'} has {len(found):,} entries, must have {len(wanted):,}"
+        pairs = ((f"{place}[{n}]", one, other) for n, (one, other) in enumerate(zip(found, wanted, strict=True)))
+    elif isinstance(found, dict) and isinstance(wanted, dict):
+        if found.keys() != wanted.keys():
+            return f"{place or 'it'} has the fields {_short(list(found))}, must have {_short(list(wanted))}"
+        pairs = ((f"{place}.{key}".lstrip("."), found[key], wanted[key]) for key in wanted)
+    elif type(found) is type(wanted) and found == wanted:
+        return None
+    else:
+        return f"{place or 'it'} is {_short(found)}, must be {_short(wanted)}"
+    return next((what for at, one, other in pairs if (what := _first_difference(one, other, at))), None)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 70 else f"{text[:69]}…"
 
 
 def _options(folder: Path) -> tuple[ShardOptions, dict[str, Any]]:
@@ -574,8 +536,7 @@ def _options(folder: Path) -> tuple[ShardOptions, dict[str, Any]]:
 def _check_same_plan(folder: Path, document: dict[str, Any], source: Source) -> None:
     """Raises AlexprepError where the plan that the source gives now is not the one that the shards were made by."""
     dataset = _parsed(content(folder / DATASET)[0])
-    known = {plan for plan, _ in _named_plans(folder).most_common(1)}
-    known |= {dataset["plan"]} if isinstance(dataset.get("plan"), str) else set()
+    known = _named_plans(folder, dataset)
     if not known or digest_json(document) in known:  # where nothing was finished, plan.json alone decides
         return
     what = []

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import mmap
 import os
 import resource
 import signal
@@ -26,7 +25,6 @@ from multiprocessing.connection import Connection, wait
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from alexprep.shards.errors import AlexprepError, DeviceLostError
 
@@ -62,19 +60,13 @@ class LocalEngine:
     One that crashes, or is at one input for longer than `image_seconds`, is replaced and its task done again; an input
     that ends a worker twice is condemned: the task is told to leave it out, with the reason. Where it is the reading that
     takes too long, the run stops: the way to the inputs is to blame.
-
-    Attributes:
-        workers: processes, at least 1.
-        image_seconds: how long one input may take.
-        image_bytes: how much memory one input may need; 0 for no bound.
     """
 
-    workers: int
-    image_seconds: float = IMAGE_SECONDS
-    image_bytes: int = IMAGE_BYTES
+    workers: int  # at least 1
+    image_seconds: float = IMAGE_SECONDS  # that one input may take
+    image_bytes: int = IMAGE_BYTES  # of memory that one input may need; 0 for no bound
 
     def __post_init__(self) -> None:
-        """Refuses values out of bounds, with AlexprepError."""
         if self.workers < 1:
             raise AlexprepError(f"--workers {self.workers} is less than 1")
         if not self.image_seconds > 0:  # NaN included
@@ -85,13 +77,8 @@ class LocalEngine:
     ) -> Iterator[Result]:
         """See `Engine`. `task` and arguments must be importable and picklable; `task` works inside `attending`.
 
-        Args:
-            task: a module-level function (or a partial of one).
-            arguments: one a task.
-            progress: called a few times a second with the number of finished inputs.
-
-        Raises:
-            AlexprepError: from a task; or workers died with no input to blame; or an input cannot be read in time.
+        `progress` is called a few times a second with the number of finished inputs. Raises AlexprepError from a task, or where
+        workers died with no input to blame, or an input cannot be read in time.
         """
         if not arguments:
             return
@@ -124,16 +111,14 @@ class WorkerPool:
     """Worker processes that outlive a run of tasks. After an exception it can only be closed: a task may still be on its way."""
 
     def __init__(self, engine: LocalEngine, count: int) -> None:
-        """Starts `count` workers under the bounds of `engine`."""
         self._engine = engine
-        self._descriptor = os.memfd_create("alexprep")
-        os.ftruncate(self._descriptor, count * _RECORD.itemsize)
-        self._records = _shared_records(self._descriptor, count)
+        self._memory = os.fdopen(os.memfd_create("alexprep"), "w+b")
+        self._records = np.memmap(self._memory, _RECORD, "w+", shape=(count,))
         self._workers = [self._start(index) for index in range(count)]
 
     def _start(self, index: int) -> _Worker:
         self._records[index] = (-1, 0, 0, 0, b"")
-        return _Worker(self._descriptor, len(self._records), index, self._engine.image_bytes)
+        return _Worker(self._memory.fileno(), index, self._engine.image_bytes)
 
     def close(self) -> None:
         """Ends all workers."""
@@ -141,7 +126,7 @@ class WorkerPool:
             worker.process.kill()
         for worker in self._workers:
             worker.end()
-        os.close(self._descriptor)
+        self._memory.close()
 
     def run(self, task: Task[Result], arguments: Sequence[Any], progress: Progress) -> Iterator[Result]:
         """See `LocalEngine.run`; may be called again once it has yielded every result."""
@@ -167,8 +152,7 @@ class WorkerPool:
                     waiting.append(self._replace(index, ""))
                     continue
                 if not good:
-                    error, text = answer
-                    raise error or RuntimeError(IN_A_WORKER + text)
+                    raise answer
                 worker.job = None
                 finished += int(self._records[index]["finished"])
                 self._records[index]["finished"] = 0
@@ -221,9 +205,9 @@ class _Job:
 class _Worker:
     """One child process and the job that it has."""
 
-    def __init__(self, records: int, count: int, index: int, memory_bytes: int) -> None:
+    def __init__(self, records: int, index: int, memory_bytes: int) -> None:
         mine, theirs = socket.socketpair()
-        arguments = (theirs.fileno(), records, count, index, os.getpid(), memory_bytes)
+        arguments = (theirs.fileno(), records, index, os.getpid(), memory_bytes)
         boot = (
             f"import sys; sys.path[:] = {sys.path!r}; from alexprep.shards.worker_pool import serve; serve{arguments}"
         )
@@ -245,20 +229,11 @@ class _Worker:
 
 
 def _manner(status: int) -> str:
-    """How a process ended, in words.
-
-    >>> _manner(-11), _manner(3)
-    ('SIGSEGV', 'exit status 3')
-    """
+    """How a process ended, in words: SIGSEGV, exit status 3."""
     if status < 0:
         with contextlib.suppress(ValueError):
             return signal.Signals(-status).name
     return f"exit status {status}"
-
-
-def _shared_records(descriptor: int, count: int) -> NDArray[Any]:
-    """The shared records behind a descriptor: (count,) of `_RECORD`."""
-    return np.frombuffer(mmap.mmap(descriptor, count * _RECORD.itemsize), _RECORD)
 
 
 # The worker's side.
@@ -304,10 +279,8 @@ def is_retry() -> bool:
 def limit_memory(extra_bytes: int = 0) -> None:
     """Bounds what this worker may allocate from here on; beyond it allocations fail (MemoryError in Python).
 
-    Called by a task once its tools are loaded. Without effect in a process that is no worker, and after the first call.
-
-    Args:
-        extra_bytes: what the task keeps, over what one input may need.
+    Called by a task once its tools are loaded, with what it keeps over what one input may need. Without effect in a process that is
+    no worker, and after the first call.
     """
     global _memory_bytes
     if _memory_bytes is None:
@@ -320,10 +293,11 @@ def limit_memory(extra_bytes: int = 0) -> None:
     _memory_bytes = None
 
 
-def serve(pipe: int, records: int, count: int, index: int, parent: int, memory_bytes: int) -> None:
-    """Runs tasks until the parent closes the pipe or dies."""
+def serve(pipe: int, records: int, index: int, parent: int, memory_bytes: int) -> None:
+    """Runs tasks until the parent closes the pipe or dies; `pipe` and `records` are descriptors."""
     global _record, _memory_bytes
-    _record = _shared_records(records, count)[index : index + 1][0]
+    with os.fdopen(records, "r+b") as memory:
+        _record = np.memmap(memory, _RECORD, "r+")[index]
     _memory_bytes = memory_bytes or None
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
@@ -347,15 +321,10 @@ def serve(pipe: int, records: int, count: int, index: int, parent: int, memory_b
         except DeviceLostError:
             os.abort()  # the engine starts a new process, in which the GPU works again
         except AlexprepError as error:
-            answer = (False, (error, ""))
+            answer = (False, error)
         except BaseException as error:  # noqa: BLE001  (it is told where it can be handled, in words: not all can be sent)
-            answer = (False, (None, f"{type(error).__name__}: {error}\n{traceback.format_exc()}"))
-        try:
-            connection.send(answer)
-        except OSError:  # the parent has gone
-            raise
-        except Exception as error:  # noqa: BLE001  (what cannot be sent; pickle raises many kinds)
-            connection.send((False, (None, f"{type(error).__name__}: {error}: {answer[1]!r}")))
+            answer = (False, RuntimeError(f"{IN_A_WORKER}{type(error).__name__}: {error}\n{traceback.format_exc()}"))
+        connection.send(answer)
 
 
 def one_thread() -> None:

@@ -103,10 +103,9 @@ def test_train_s_defaults_are_the_library_s() -> None:
 
 def test_shard_s_defaults_are_the_library_s() -> None:
     chosen = _defaults("shard")
-    fields = {"filter": chosen["filter_name"], "format": chosen["image_format"]}
-    fields |= {name: chosen[name] for name in ("size", "reencode", "quality", "subsampling", "orient", "device")}
+    target = {name: chosen[name] for name in asdict(Target())}
     more = {name: chosen[name] for name in ("seed", "shard_samples", "labels", "limit")}
-    assert asdict(ShardOptions()) == {"target": fields, **more}
+    assert asdict(ShardOptions()) == {"target": target, **more}
     assert chosen["image_seconds"] == IMAGE_SECONDS
 
 
@@ -125,11 +124,12 @@ def test_defaults_are_the_library_s(name: str, option: str, function: Callable[.
 @pytest.mark.parametrize(
     ("name", "option", "choices"),
     [
-        ("shard", "filter_name", FILTERS),
-        ("shard", "filter_name", get_args(get_type_hints(Target)["filter"])),
-        ("shard", "image_format", get_args(get_type_hints(Target)["format"])),
-        ("shard", "image_format", tuple(FORMATS)),
-        *(("shard", each, get_args(get_type_hints(Target)[each])) for each in ("reencode", "subsampling", "device")),
+        ("shard", "filter", FILTERS),
+        ("shard", "format", tuple(FORMATS)),
+        *(
+            ("shard", each, get_args(get_type_hints(Target)[each]))
+            for each in ("filter", "format", "reencode", "subsampling", "device")
+        ),
         ("train", "scheme", tuple(scheme for scheme in SCHEMES if scheme != "single")),  # which one process is
         ("eval", "views", get_args(EvaluationViews)),
         ("tune", "augmentation", tuple(PRESETS)),

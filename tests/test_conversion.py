@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -68,6 +69,12 @@ def mixed(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.fixture
+def out(data: Path, tmp_path: Path) -> Path:
+    """A copy of `data` without statistics."""
+    return Path(shutil.copytree(data, tmp_path / "out", ignore=shutil.ignore_patterns("stats")))
+
+
 def _reference(data: Path) -> dict[str, str]:
     """What a run makes of `photos`: one worker made `data`, which also has statistics."""
     return {name: digest for name, digest in fingerprint(data).items() if not name.startswith("stats")}
@@ -79,17 +86,13 @@ def test_bytes_do_not_depend_on_the_number_of_workers(photos: Path, data: Path, 
         assert fingerprint(tmp_path / name) == _reference(data)
 
 
-def test_a_finished_set_is_left_alone(photos: Path, data: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    shutil.copytree(data, out)
-    before = _touched(out)
+def test_a_finished_set_is_left_alone(photos: Path, out: Path) -> None:
+    def touched() -> dict[Path, tuple[int, int]]:
+        return {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in out.rglob("*") if path.is_file()}
+
+    before = touched()
     assert convert(photos, out, OPTIONS, ENGINE).made_inputs == 0
-    assert _touched(out) == before
-
-
-def _touched(folder: Path) -> dict[Path, tuple[int, int, int]]:
-    stats = ((path, path.stat()) for path in folder.rglob("*") if path.is_file())
-    return {path: (status.st_ino, status.st_mtime_ns, status.st_size) for path, status in stats}
+    assert touched() == before
 
 
 @pytest.mark.parametrize(
@@ -100,10 +103,7 @@ def _touched(folder: Path) -> dict[Path, tuple[int, int, int]]:
         *("no train/index.npy", "cut train/index.npy"),
     ],
 )
-def test_a_rerun_does_only_what_is_missing(damage: str, photos: Path, data: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    shutil.copytree(data, out)
-    shutil.rmtree(out / "stats")
+def test_a_rerun_does_only_what_is_missing(damage: str, photos: Path, out: Path) -> None:
     good = fingerprint(out)
     how, name = damage.split()
     if how == "no":
@@ -116,9 +116,7 @@ def test_a_rerun_does_only_what_is_missing(damage: str, photos: Path, data: Path
 
 
 @pytest.mark.parametrize("change", [{"samples": None}, {"members": {}}, {"inputs": [1]}, {"more": 1}, {"inputs": []}])
-def test_a_damaged_sidecar_is_named(change: dict[str, Any], photos: Path, data: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    shutil.copytree(data, out)
+def test_a_damaged_sidecar_is_named(change: dict[str, Any], photos: Path, out: Path) -> None:
     mark = out / "train" / "train-000003.json"
     mark.write_text(json.dumps(json.loads(mark.read_text()) | change))
     with pytest.raises(AlexprepError, match=r"train-000003\.json (has other fields|is damaged|lists [01] of 7)"):
@@ -131,19 +129,14 @@ def test_a_colon_in_a_name_makes_no_url(photos: Path, tmp_path: Path, monkeypatc
     assert verify(Path("imagenet:256"), ENGINE).problems == []
 
 
-def test_other_options_are_refused_and_named(photos: Path, data: Path) -> None:
+def test_other_options_and_inputs_are_refused_and_named(photos: Path, data: Path, tmp_path: Path) -> None:
     for options, words in (
-        (ShardOptions(Target(size=65), shard_samples=7), "--size was 64, now is 65"),
-        (ShardOptions(Target(size=64, quality=90), shard_samples=7), "--quality was 95, now is 90"),
-        (ShardOptions(Target(size=64), shard_samples=8), "--shard-samples was 7, now is 8"),
-        (ShardOptions(Target(size=64), shard_samples=7, seed=1), "--seed was 0, now is 1"),
-        (ShardOptions(Target(size=64), shard_samples=7, limit=3), "--limit was None, now is 3"),
+        (replace(OPTIONS, target=Target(size=64, quality=90)), "--quality was 95, now is 90"),
+        (replace(OPTIONS, shard_samples=8), "--shard-samples was 7, now is 8"),
+        (replace(OPTIONS, limit=3), "--limit was None, now is 3"),
     ):
         with pytest.raises(AlexprepError, match=words):
             convert(photos, data, options, ENGINE)
-
-
-def test_another_source_is_refused(photos: Path, data: Path, tmp_path: Path) -> None:
     shutil.copytree(photos, tmp_path / "more")
     shutil.copy(tmp_path / "more/train/class0/000.JPEG", tmp_path / "more/train/class0/999.JPEG")
     with pytest.raises(AlexprepError, match="68 inputs then, 69 now"):
@@ -154,8 +147,7 @@ def test_every_input_is_accounted_for(mixed: Path, tmp_path: Path) -> None:
     """Written or rejected with a reason, each once; what is rejected changes nothing for the others."""
     out = tmp_path / "out"
     report = convert(mixed, out, OPTIONS, 2)
-    ledger = pq.read_table(out / "train" / "samples.parquet").to_pylist()
-    ledger += pq.read_table(out / "val" / "samples.parquet").to_pylist()
+    ledger = [row for file in out.glob("*/samples.parquet") for row in pq.read_table(file).to_pylist()]
     assert report.inputs == len(ledger) == 68 + 17
     assert report.written == sum(row["status"] == "written" for row in ledger) == 68 + 7
     assert report.rejected.total() == 10
@@ -256,9 +248,8 @@ def test_a_failing_disk_costs_no_image(
     monkeypatch.setattr(LocalFiles, "read", failing)
     monkeypatch.setattr(shard_writer, "PAUSES", (0.0, 0.0))
     if outcome == "stopped":
-        with pytest.raises(
-            AlexprepError, match=r"train/class1/001\.JPEG cannot be read .* mend the disk or the network"
-        ):
+        words = r"train/class1/001\.JPEG cannot be read .* mend the disk or the network"
+        with pytest.raises(AlexprepError, match=words):
             convert(photos, tmp_path, OPTIONS, ENGINE)
         left.clear()
         assert convert(photos, tmp_path, OPTIONS, ENGINE).written == 68
@@ -275,22 +266,18 @@ def test_a_source_that_goes_away_costs_no_image(
     monkeypatch.setattr(shard_writer, "PAUSES", (0.0, 0.0))
     source, away = tmp_path / "source", tmp_path / "away"
     shutil.copytree(photos, source)
-    hidden = [source]
-    match gone:
-        case "all below the root":
-            hidden = [source / "train", source / "val"]
-        case "a mount point":
-            hidden = list((source / "train").iterdir())
-        case "a linked folder":
-            (source / "train/class1").rename(tmp_path / "disk")
-            (source / "train/class1").symlink_to(tmp_path / "disk")
-            hidden = [tmp_path / "disk"]
-        case "the archive":
-            with tarfile.open(tmp_path / "photos.tar", "w") as tar:
-                tar.add(source, "photos")
-            shutil.rmtree(source)
-            source = tmp_path / "photos.tar"
-            hidden = [source]
+    if gone == "the archive":
+        with tarfile.open(tmp_path / "photos.tar", "w") as tar:
+            tar.add(source, "photos")
+        source = tmp_path / "photos.tar"
+    elif gone == "a linked folder":
+        (source / "train/class1").rename(tmp_path / "disk")
+        (source / "train/class1").symlink_to(tmp_path / "disk")
+    hidden = {
+        "all below the root": [source / "train", source / "val"],
+        "a mount point": [source / "train" / f"class{n}" for n in range(4)],
+        "a linked folder": [tmp_path / "disk"],
+    }.get(gone, [source])
     read, left = LocalFiles.read, [20]
 
     def vanishing(self: LocalFiles, path: bytes, offset: int = 0, size: int = -1) -> bytes:
@@ -348,21 +335,18 @@ def test_inputs_are_shuffled_globally(data: Path) -> None:
 
 
 def test_limit_takes_a_subset(photos: Path, tmp_path: Path) -> None:
-    report = convert(photos, tmp_path / "out", ShardOptions(Target(size=64), limit=5), ENGINE)
-    assert report.samples == {"train": 5, "val": 5}
-    report = convert(photos / "val", tmp_path / "val", ShardOptions(Target(size=64), limit=5), ENGINE)
-    assert report.samples == {"train": 5}  # one tree is for training
+    options = ShardOptions(Target(size=64), limit=5)
+    assert convert(photos, tmp_path / "out", options, ENGINE).samples == {"train": 5, "val": 5}
+    # One tree is for training.
+    assert convert(photos / "val", tmp_path / "val", options, ENGINE).samples == {"train": 5}
     assert read_dataset(tmp_path / "val")["classes"] == ["class0", "class1", "class2", "class3"]
 
 
 def test_sources_that_make_no_sense(tmp_path: Path) -> None:
-    (tmp_path / "flat" / "train").mkdir(parents=True)
-    (tmp_path / "flat" / "train" / "a.jpg").write_bytes(b"")
-    (tmp_path / "empty" / "class").mkdir(parents=True)
-    (tmp_path / "both" / "val" / "c").mkdir(parents=True)
-    (tmp_path / "both" / "validation" / "c").mkdir(parents=True)
-    (tmp_path / "bare").mkdir()
-    (tmp_path / "file").write_bytes(b"")
+    for folder in ("flat/train", "empty/class", "both/val/c", "both/validation/c", "bare"):
+        (tmp_path / folder).mkdir(parents=True)
+    for file in ("flat/train/a.jpg", "file"):
+        (tmp_path / file).touch()
     for name, words in (
         ("nowhere", "does not exist"),
         ("file", "is a file"),
@@ -400,11 +384,9 @@ def test_a_source_s_own_shards_are_never_written_over(photos: Path, data: Path, 
     assert convert(tmp_path / "wds", tmp_path / "wds/alexprep-data", OPTIONS, ENGINE).inputs == 68
 
 
-def test_a_plan_table_with_other_rows_is_never_worked_on(photos: Path, data: Path, tmp_path: Path) -> None:
+def test_a_plan_table_with_other_rows_is_never_worked_on(photos: Path, out: Path, tmp_path: Path) -> None:
     """It is written anew while no shard counts; afterwards nobody can tell what the shards were made from."""
-    out, table = tmp_path / "out", tmp_path / "out/plan.parquet"
-    shutil.copytree(data, out, ignore=shutil.ignore_patterns("stats"))
-    good = fingerprint(out)
+    good, table = fingerprint(out), out / "plan.parquet"
     with pq.ParquetFile(table) as file, pq.ParquetWriter(tmp_path / "flipped", file.schema_arrow) as writer:
         for group in range(file.num_row_groups):
             rows = file.read_row_group(group)
@@ -422,14 +404,11 @@ def test_a_plan_table_with_other_rows_is_never_worked_on(photos: Path, data: Pat
     assert fingerprint(out) == good
 
 
-def test_a_plan_table_without_its_plan_is_replaced(photos: Path, data: Path, tmp_path: Path) -> None:
+def test_a_plan_table_without_its_plan_is_replaced(photos: Path, data: Path, out: Path, tmp_path: Path) -> None:
     """Someone deletes plan.json alone and starts again with other inputs; or an unreadable table is all there is."""
-    out = tmp_path / "out"
-    shutil.copytree(data, out, ignore=shutil.ignore_patterns("stats"))
     (out / "plan.json").unlink()
-    report = convert(photos, out, ShardOptions(Target(size=64), shard_samples=7, seed=1), ENGINE)
-    assert report.made_inputs == 68
-    convert(photos, tmp_path / "new", ShardOptions(Target(size=64), shard_samples=7, seed=1), ENGINE)
+    for folder in (out, tmp_path / "new"):
+        assert convert(photos, folder, replace(OPTIONS, seed=1), ENGINE).made_inputs == 68
     assert fingerprint(out) == fingerprint(tmp_path / "new")
     (tmp_path / "third").mkdir()
     (tmp_path / "third/plan.parquet").write_bytes(b"PAR1 nothing PAR1")
@@ -463,14 +442,11 @@ def test_index_equals_wds2idx(data: Path, tmp_path: Path) -> None:
 
 
 def test_index_npy_points_at_the_members(data: Path) -> None:
-    members = _members(data, "train")
+    members, samples = list(_members(data, "train").values()), Samples(data, "train")
     index = read_index(data, "train")
     assert index.dtype == INDEX_DTYPE and len(index) == 48
-    samples = Samples(data, "train")
-    images = [bytes_ for name, bytes_ in members.items() if name.endswith(".jpg")]
-    labels = [int(bytes_) for name, bytes_ in members.items() if name.endswith(".cls")]
-    assert [samples.encoded(row).tobytes() for row in range(48)] == images
-    assert samples.labels.tolist() == labels
+    assert [samples.encoded(row).tobytes() for row in range(48)] == members[::2]
+    assert samples.labels.tolist() == list(map(int, members[1::2]))
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
@@ -497,14 +473,8 @@ def test_dali_s_own_reader_reads_the_shards(data: Path) -> None:
         return tuple(cast("Any", fn.readers.webdataset(paths=tars, **options)))
 
     pipeline = read()
-    members = _members(data, "train")
-    images, labels = [], []
-    for _ in range(8):
-        encoded, digits = pipeline.run()
-        images += [bytes(encoded.at(n)) for n in range(6)]
-        labels += [bytes(digits.at(n)) for n in range(6)]
-    assert images == [content for name, content in members.items() if name.endswith(".jpg")]
-    assert labels == [content for name, content in members.items() if name.endswith(".cls")]
+    found = [bytes(part.at(n)) for parts in (pipeline.run() for _ in range(8)) for n in range(6) for part in parts]
+    assert found == list(_members(data, "train").values())
 
 
 def test_timm_s_info_names_every_shard(data: Path) -> None:

@@ -162,12 +162,11 @@ def test_tidying_up_spares_the_files_of_living_writers(tmp_path: Path) -> None:
 def test_a_file_that_is_tidied_away_before_it_is_locked_is_begun_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, calls = fcntl.flock, 0
+    real, calls = fcntl.flock, [0]
 
     def slow(file: Any, how: int) -> None:
-        nonlocal calls
-        calls += 1
-        if calls == 1:
+        calls[0] += 1
+        if calls[0] == 1:
             remove_temporaries(tmp_path)
             assert not list(tmp_path.iterdir())
         real(file, how)
@@ -175,7 +174,7 @@ def test_a_file_that_is_tidied_away_before_it_is_locked_is_begun_again(
     monkeypatch.setattr(fcntl, "flock", slow)
     with published(tmp_path / "new") as file:
         file.write(b"whole")
-    assert calls == 3 and _finished(tmp_path) == {"new": b"whole"}
+    assert calls == [3] and _finished(tmp_path) == {"new": b"whole"}
 
 
 def test_tidying_up_works_where_only_writers_may_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,6 @@ import io
 import random
 import shutil
 import struct
-import tarfile
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -48,15 +47,10 @@ def made_to_hurt(photo: Callable[..., Image.Image], encoded: Callable[..., bytes
     yield "bomb.bmp", encoded(picture, "BMP")[:18] + struct.pack("<ii", 10**6, 10**6) + encoded(picture, "BMP")[26:]
     yield "negative.bmp", encoded(picture, "BMP")[:18] + struct.pack("<ii", -64, -48) + encoded(picture, "BMP")[26:]
     # Chunks and segments that claim more than there is, or far too much.
-    yield (
-        "text-bomb.png",
-        _png(8, 8, zlib.compress(bytes(200)), _png_chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(10**8)))),
-    )
-    yield (
-        "profile-bomb.png",
-        _png(8, 8, zlib.compress(bytes(200)), _png_chunk(b"iCCP", b"a\0\0" + zlib.compress(bytes(10**8)))),
-    )
-    yield "long-chunk.png", _png(8, 8, zlib.compress(bytes(200)))[:33] + b"\x7f\xff\xff\xffIDAT" + bytes(99)
+    small, bomb = zlib.compress(bytes(200)), b"a\0\0" + zlib.compress(bytes(10**8))
+    yield "text-bomb.png", _png(8, 8, small, _png_chunk(b"zTXt", bomb))
+    yield "profile-bomb.png", _png(8, 8, small, _png_chunk(b"iCCP", bomb))
+    yield "long-chunk.png", _png(8, 8, small)[:33] + b"\x7f\xff\xff\xffIDAT" + bytes(99)
     yield "big-exif.jpg", jpeg[:2] + (b"\xff\xe1\xff\xffExif\0\0" + bytes(65527)) * 200 + jpeg[2:]
     yield (
         "exif-loop.jpg",
@@ -89,12 +83,8 @@ def damaged(photo: Callable[..., Image.Image], encoded: Callable[..., bytes]) ->
     rng, made = random.Random(20_261_121), {}
     for n in range(560):
         kind = KINDS[n % len(KINDS)]
-        good = encoded(
-            photo(rng.randrange(1, 90), rng.randrange(1, 90), n).convert(
-                "P" if n % 7 == 0 and kind in ("PNG", "GIF") else "RGB"
-            ),
-            kind,
-        )
+        mode = "P" if n % 7 == 0 and kind in ("PNG", "GIF") else "RGB"
+        good = encoded(photo(rng.randrange(1, 90), rng.randrange(1, 90), n).convert(mode), kind)
         bad = bytearray(good)
         match n % 4:
             case 0:
@@ -113,11 +103,7 @@ def damaged(photo: Callable[..., Image.Image], encoded: Callable[..., bytes]) ->
 
 
 def test_hostile_files_change_nothing_for_the_good_ones(
-    photos: Path,
-    photo: Callable[..., Image.Image],
-    encoded: Callable[..., bytes],
-    damaged: dict[str, bytes],
-    tmp_path: Path,
+    photos: Path, photo, encoded, damaged: dict[str, bytes], tmp_path: Path
 ) -> None:
     hostile = dict(made_to_hurt(photo, encoded)) | damaged
     assert len(hostile) >= 580
@@ -137,18 +123,11 @@ def test_hostile_files_change_nothing_for_the_good_ones(
     assert not [reason for reason in reasons.values() if "ends the process" in reason or "takes more" in reason], (
         reasons
     )
-    for name, words in (
-        ("bomb.png", "more than the limit"),
-        ("bomb.jpg", "more than the limit"),
-        ("bomb.gif", "than the limit"),
-        ("scans.jpg", f"more than the limit of {MAX_SCANS}"),
-        ("html.jpg", "not an image of a known type"),
-        ("script.eps", "not an image of a known type"),
-        ("vector.svg", "not an image of a known type"),
-        ("layers.psd", "not an image of a known type"),
-        ("null.jpg", "not an image of a known type"),
-    ):
-        assert words in reasons[name], (name, reasons[name])
+    for name in ("bomb.png", "bomb.jpg", "bomb.gif"):
+        assert "than the limit" in reasons[name], (name, reasons[name])
+    assert f"more than the limit of {MAX_SCANS}" in reasons["scans.jpg"]
+    for name in ("html.jpg", "script.eps", "vector.svg", "layers.psd", "null.jpg"):
+        assert "not an image of a known type" in reasons[name], (name, reasons[name])
     images = {}
     for folder, rows in ledgers.items():
         samples = Samples(tmp_path / folder, "train")
@@ -177,51 +156,3 @@ def test_what_is_taken_is_what_pillow_sees(damaged: dict[str, bytes]) -> None:
         ours, other = (np.load(io.BytesIO(r.data)).astype(int) for r in (result, theirs))
         agreed += np.abs(ours - other).mean() <= 2
     assert taken > 50 and agreed > 0.9 * taken
-
-
-@pytest.mark.parametrize("orient", [False, True])
-def test_real_exif_orientations(orient: bool, sample_data: Path, tmp_path: Path) -> None:
-    """Two photos, each stored in all eight orientations: --orient makes all alike, without it none is turned."""
-    files = sorted((sample_data / "exif-orientation").glob("*.jpg"))
-    codec = Codec(Target(size=64, orient=orient, format="raw"))
-    pixels = {}
-    for path in files:
-        result = codec.convert(path.read_bytes())
-        assert isinstance(result, Converted)
-        pixels[path.stem] = np.load(io.BytesIO(result.data)).astype(float)
-        with Image.open(path) as image:
-            from PIL import ImageOps
-
-            upright = ImageOps.exif_transpose(image) if orient else image
-            expected = codec.convert(np.asarray(upright.convert("RGB")))
-        assert isinstance(expected, Converted)
-        assert np.abs(pixels[path.stem] - np.load(io.BytesIO(expected.data))).mean() < 1, path.stem
-    for photo in ("Landscape", "Portrait"):
-        far = max(np.abs(pixels[f"{photo}_1"] - pixels[f"{photo}_{n}"]).mean() for n in range(2, 9))
-        assert far < 12 if orient else far > 20
-
-
-def test_real_malformed_jpegs(sample_data: Path, tmp_path: Path) -> None:
-    """2,136 of them among real photos: every file in the ledger once, the photos as if they had been alone."""
-    source = tmp_path / "source" / "malformed"
-    source.mkdir(parents=True)
-    with tarfile.open(sample_data / "malformed-jpegs.tar") as tar:
-        for n, member in enumerate(member for member in tar if member.isfile()):
-            content = tar.extractfile(member)
-            assert content is not None
-            (source / f"{n:05d}.jpg").write_bytes(content.read())
-    for class_folder in (sample_data / "imagenet-sample/train").iterdir():
-        (tmp_path / "source" / class_folder.name).symlink_to(class_folder)
-    report = convert(tmp_path / "source", tmp_path / "out", ShardOptions(), 2)
-    ledger = pq.read_table(tmp_path / "out/train/samples.parquet").to_pylist()
-    assert report.inputs == len(ledger) == len({row["source"] for row in ledger}) == 2136 + 298
-    convert(sample_data / "imagenet-sample", tmp_path / "alone", ShardOptions(), 2)
-    alone = pq.read_table(tmp_path / "alone/train/samples.parquet").to_pylist()
-    images: dict[str, bytes] = {}
-    for folder, rows in (("alone", alone), ("out", ledger)):
-        samples = Samples(tmp_path / folder, "train")
-        for n, row in enumerate(row for row in rows if row["status"] == "written"):
-            name = row["source"].rpartition("/")[2]
-            if not row["source"].startswith("malformed"):
-                assert images.setdefault(name, samples.encoded(n).tobytes()) == samples.encoded(n).tobytes()
-    assert len(images) == 298

@@ -9,16 +9,9 @@ import zlib
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 
-from alexprep.shards.image_codec import (
-    Codec,
-    Converted,
-    Target,
-    resized,
-    to_square,
-    upright,
-)
+from alexprep.shards.image_codec import Codec, Converted, Target, resized, to_square, upright
 from alexprep.shards.image_header import MAX_PIXELS, Refused, has_end
 
 
@@ -38,15 +31,11 @@ def _refused(data: bytes, **target: object) -> str:
     return result.reason
 
 
-def _png(rows: NDArray[np.uint8]) -> bytes:
-    """What the codec makes of pixels without JPEG's loss."""
-    return _converted(encode_png(rows), format="png").data
-
-
-def encode_png(pixels: NDArray[np.generic]) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
-    return buffer.getvalue()
+def _squared(whole: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """What all pixels become, read whole and then cut."""
+    resize = to_square(whole.shape[0], whole.shape[1], 64, "area")
+    top, left, bottom, right = resize.region
+    return resize(np.ascontiguousarray(whole[top:bottom, left:right]))
 
 
 @pytest.mark.parametrize("shape", [(375, 500), (500, 375), (256, 256), (68, 56), (1, 7), (257, 1001)])
@@ -65,23 +54,15 @@ def test_geometry(shape: tuple[int, int]) -> None:
 def test_the_region_alone_gives_the_same_pixels(size: tuple[int, int], subsampling: int, photo, encoded) -> None:
     """Decoding only the region equals decoding all (by Pillow) and cutting."""
     data = encoded(photo(*size, seed=3), quality=90, subsampling=subsampling)
-    whole = _pixels(data)
-    resize = to_square(whole.shape[0], whole.shape[1], 64, "area")
-    top, left, bottom, right = resize.region
-    expected = whole if size == (64, 64) else resize(np.ascontiguousarray(whole[top:bottom, left:right]))
     got = _converted(data, format="png")
     assert (got.width, got.height) == size
-    np.testing.assert_array_equal(_pixels(got.data), expected)
+    np.testing.assert_array_equal(_pixels(got.data), _squared(_pixels(data)))
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM"])
 def test_image_types(kind: str, photo, encoded) -> None:
     data = encoded(photo(131, 97, seed=4), kind)
-    whole = _pixels(data)
-    resize = to_square(97, 131, 64, "area")
-    top, left, bottom, right = resize.region
-    expected = resize(np.ascontiguousarray(whole[top:bottom, left:right]))
-    np.testing.assert_array_equal(_pixels(_converted(data, format="png").data), expected)
+    np.testing.assert_array_equal(_pixels(_converted(data, format="png").data), _squared(_pixels(data)))
 
 
 @pytest.mark.parametrize("mode", ["L", "CMYK", "RGBA", "P", "LA", "1"])
@@ -92,17 +73,14 @@ def test_colour_modes_become_rgb_as_in_pillow(mode: str, photo, encoded) -> None
         image.putalpha(Image.fromarray((np.arange(131 * 97) % 256).astype(np.uint8).reshape(97, 131)))
     for kind in {"L": ("JPEG", "PNG"), "CMYK": ("JPEG", "TIFF")}.get(mode, ("PNG",)):
         data = encoded(image, kind)
-        resize = to_square(97, 131, 64, "area")
-        top, left, bottom, right = resize.region
-        expected = resize(np.ascontiguousarray(_pixels(data)[top:bottom, left:right]))
-        difference = np.abs(_pixels(_converted(data, format="png").data).astype(int) - expected)
+        difference = np.abs(_pixels(_converted(data, format="png").data).astype(int) - _squared(_pixels(data)))
         assert difference.max() <= 1, kind
 
 
-def test_16_bit_is_scaled_not_cut() -> None:
+def test_16_bit_is_scaled_not_cut(encoded) -> None:
     """Full white of 16 bits is full white of 8."""
     grey = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
-    got = _pixels(_converted(encode_png(grey), format="png").data)
+    got = _pixels(_converted(encoded(Image.fromarray(grey), "PNG"), format="png").data)
     assert np.abs(got - np.rint(grey / 257.0)[:, :, None]).max() <= 1
 
 
@@ -167,8 +145,6 @@ def test_a_thumbnail_s_end_is_not_the_image_s_end(photo, encoded) -> None:
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation(orientation: int, photo, encoded) -> None:
     """Ignored by default; with `orient` applied as Pillow's exif_transpose does; its bytes are never kept."""
-    from PIL import ImageOps
-
     exif = Image.Exif()
     exif[0x0112] = orientation
     for size in ((131, 97), (64, 64)):
@@ -178,7 +154,7 @@ def test_exif_orientation(orientation: int, photo, encoded) -> None:
         np.testing.assert_array_equal(upright(stored, orientation), turned)
         for orient, expected in ((False, stored), (True, turned)):
             result = _converted(data, orient=orient, format="png")
-            np.testing.assert_array_equal(_pixels(result.data), _pixels(_png(expected)))
+            np.testing.assert_array_equal(_pixels(result.data), _squared(expected))
             assert (result.width, result.height) == size
         assert _converted(data).kept == (size == (64, 64) and orientation == 1)
 
@@ -189,25 +165,16 @@ def test_a_broken_exif_block_does_not_cost_the_image(photo, encoded) -> None:
     assert _converted(broken, orient=True).width == 64
 
 
-def _bomb_png(width: int, height: int) -> bytes:
-    """A well-formed PNG whose header promises more than its few bytes of pixels."""
-    data = b"\x89PNG\r\n\x1a\n"
-    for kind, body in (
-        (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)),
-        (b"IDAT", zlib.compress(bytes(10_000))),
-        (b"IEND", b""),
-    ):
-        data += struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-    return data
-
-
 def test_too_many_pixels_are_refused_from_the_header(encoded, photo) -> None:
     jpeg = bytearray(encoded(photo(16, 16, seed=15)))
     frame = jpeg.index(b"\xff\xc0")
     jpeg[frame + 5 : frame + 9] = struct.pack(">HH", 65500, 65500)
     assert "65500x65500" in _refused(bytes(jpeg))
+    png = encoded(photo(16, 16, seed=15), "PNG")
     for side in (10_000, 40_000, 2**31 - 1):
-        assert f"limit of {MAX_PIXELS:,}" in _refused(_bomb_png(side, side))
+        header = b"IHDR" + struct.pack(">II", side, side) + png[24:29]
+        bomb = png[:12] + header + struct.pack(">I", zlib.crc32(header)) + png[33:]
+        assert f"limit of {MAX_PIXELS:,}" in _refused(bomb)
 
 
 def test_what_is_no_image_is_refused_with_a_reason() -> None:
@@ -220,6 +187,6 @@ def test_what_is_no_image_is_refused_with_a_reason() -> None:
         b"\xff\xd8\xff\xe0\x00",
         b"\x89PNG\r\n\x1a\n",
         b"GIF89a",
-        b"\0" * 4096,
+        bytes(4096),
     ):
         assert _refused(junk)

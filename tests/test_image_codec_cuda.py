@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,11 +15,15 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from alexprep.shards.conversion import convert
 from alexprep.shards.errors import AlexprepError, DeviceLostError
 from alexprep.shards.image_codec import Codec, Converted, Target, to_square
 from alexprep.shards.image_codec_cuda import CudaCodec, Resizer, _batches, _ensure_alive
 from alexprep.shards.image_header import MAX_PIXELS, Refused
+from alexprep.shards.plan import ShardOptions, draw_up
+from alexprep.shards.reader import Samples
 from alexprep.shards.resample import FILTERS
+from alexprep.shards.sources.detection import find_source
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 SHAPES = [(375, 500), (500, 331), (301, 1203), (257, 256), (64, 97), (61, 40), (7, 1), (1, 7), (1031, 777)]
@@ -179,9 +184,6 @@ def test_an_image_never_goes_to_the_cpu_for_want_of_gpu_memory(error: RuntimeErr
 
 
 def test_a_plan_names_what_decides_bytes_on_a_gpu(photos: Path) -> None:
-    from alexprep.shards.plan import ShardOptions, draw_up
-    from alexprep.shards.sources.detection import find_source
-
     for device, names in (("cpu", set()), ("cuda", {"nvjpeg", "torch"})):
         target = Target(size=64, device=device)  # type: ignore[arg-type]
         document, _ = draw_up(find_source(str(photos)), ShardOptions(target))
@@ -283,12 +285,6 @@ def test_gpu_jpeg_options_reach_the_encoder(subsampling: Any, photo, encoded) ->
 @pytest.mark.gpu
 def test_gpu_shards_have_the_cpu_s_ledger(photos: Path, tmp_path: Path) -> None:
     """`alexprep shard --device cuda` with a corrupt file among the photos, beside --device cpu."""
-    import shutil
-
-    from alexprep.shards.conversion import convert
-    from alexprep.shards.plan import ShardOptions
-    from alexprep.shards.reader import Samples
-
     source = tmp_path / "source"
     shutil.copytree(photos, source)
     good = (source / "train/class0/000.JPEG").read_bytes()

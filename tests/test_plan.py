@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
+from alexprep.shards import dataset_format
 from alexprep.shards import plan as plans
-from alexprep.shards import versions
 from alexprep.shards.conversion import convert
 from alexprep.shards.dataset_format import read_dataset
 from alexprep.shards.errors import AlexprepError
@@ -146,7 +146,7 @@ def test_a_release_goes_on_with_what_another_of_the_same_bytes_began(
     monkeypatch.setattr(plans, "versions", lambda *names: recorded | {"alexprep": "0.9.0"})
     with pytest.raises(AlexprepError, match=r"alexprep was 0\.1\.0, now is 0\.9\.0"):
         convert(PHOTOS, released, OPTIONS, ENGINE)
-    monkeypatch.setattr(versions, "_SAME_SHARDS", ("0.1.0", "0.9.0"))
+    monkeypatch.setattr(dataset_format, "_SAME_SHARDS", ("0.1.0", "0.9.0"))
     assert convert(PHOTOS, released, OPTIONS, ENGINE).made_inputs == 0
     assert _files(released) == before
 

@@ -5,16 +5,15 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
-import hashlib
 import os
 import random
 import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,6 +26,7 @@ from alexprep.shards.image_codec import Target
 from alexprep.shards.plan import ShardOptions
 from alexprep.shards.ray_runner import RayEngine
 from alexprep.shards.worker_pool import InProcessEngine
+from tests.stress.misbehaving import Held, failing, fragile, refusing
 
 ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'alexprep[ray]'")
 # Ray leaves sockets and processes to the garbage collector.
@@ -39,63 +39,22 @@ SINGLES = ShardOptions(Target(size=64), shard_samples=1, limit=12)  # 24 shards
 MARK = "ALEXPREP_TEST_RAY"
 Made = TypeVar("Made")
 
-# What the workers import: tests themselves cannot be imported there.
-TASKS = """
-import os, time
-from pathlib import Path
-from alexprep.shards.errors import AlexprepError
-from alexprep.shards.image_codec import Codec
-from alexprep.shards.worker_pool import attending
-
-def fragile(argument, condemned):
-    for row in range(4):
-        with attending(row):
-            if row == argument and row not in condemned:
-                os.abort()
-    return argument, dict(condemned)
-
-def refusing(argument, condemned):
-    raise AlexprepError(f"--thing {argument} is wrong")
-
-def failing(argument, condemned):
-    return 1 // argument
-
-class Held(Codec):
-    '''Converts eight images; goes on with others once the file `go` is there, in the folder that the tickets are in.'''
-
-    def __init__(self, folder, target):
-        super().__init__(target)
-        self.folder = Path(folder)
-
-    def convert(self, data):
-        for number in range(8):
-            try:
-                (self.folder / f"ticket-{number}").touch(exist_ok=False)
-                break
-            except FileExistsError:
-                pass
-        else:
-            while not (self.folder / "go").exists():
-                time.sleep(0.02)
-        return super().convert(data)
-"""
-
-# The command, with that codec. Its arguments come after the codec's folder.
+# The command, with a codec that waits. Its arguments come after the codec's folder.
 COMMAND = """
 import functools, sys
 from alexprep.shards import conversion
 from alexprep.cli.main import main
-from ray_tasks import Held
+from tests.stress.misbehaving import Held
 make_codec = functools.partial(Held, sys.argv.pop(1))
 conversion.convert = functools.partial(conversion.convert, make_codec=make_codec)
 main()
 """
 
 
-def fingerprint(folder: Path) -> dict[str, str]:
-    """The sha256 of every file below a folder, the statistics left out."""
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.parent.name != "stats")
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+def fingerprint(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder, the statistics left out."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.parent.name != "stats")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def wait_until(condition: Callable[[], Any], what: str) -> Any:
@@ -142,19 +101,16 @@ def patiently(make: Callable[[], Made]) -> Made:
     return make()
 
 
-@pytest.fixture(scope="session")
-def tasks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder with the module `ray_tasks`, which this process and those that it starts can import."""
-    folder = tmp_path_factory.mktemp("tasks")
-    (folder / "ray_tasks.py").write_text(TASKS)
+@pytest.fixture(scope="session", autouse=True)
+def _importable() -> Iterator[None]:
+    """Lets Ray's workers, and commands, import `tests`."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
-        patch.syspath_prepend(str(folder))
-        yield folder
+        patch.setenv("PYTHONPATH", str(Path(__file__).parents[1]), prepend=os.pathsep)
+        yield
 
 
 @pytest.fixture(scope="session")
-def cluster(tasks: Path) -> Iterator[Any]:
+def cluster(_importable: None) -> Iterator[Any]:
     """A head without CPUs and two nodes of one, on the loopback interface; one for the whole run."""
     from ray._private import ray_constants
     from ray.cluster_utils import Cluster
@@ -202,8 +158,6 @@ def test_the_same_bytes_as_locally(cluster: Any, photos: Path, data: Path, tmp_p
 
 def test_results_and_errors_of_tasks_arrive(cluster: Any, data: Path) -> None:
     """Also that an input ends processes; and statistics have the same bits."""
-    from ray_tasks import failing, fragile, refusing  # type: ignore[import-not-found]
-
     with connected(cluster) as engine:
         with pytest.raises(AlexprepError, match=r"^--thing 7 is wrong$"):
             list(engine.run(refusing, [7, 7, 7]))
@@ -239,8 +193,6 @@ def test_the_driver_a_worker_and_a_node_are_lost(
 
     One node is left, which suffices for the other tests.
     """
-    from ray_tasks import Held
-
     rng, out = random.Random(seed), tmp_path / "out"
     driver = subprocess.Popen(
         command(photos, out, "--ray-address", cluster.address), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -259,38 +211,15 @@ def test_the_driver_a_worker_and_a_node_are_lost(
         cluster.remove_node(rng.choice(list(cluster.worker_nodes)), allow_graceful=False)
         (tmp_path / "go").touch()
 
-    with ThreadThatRaises(disturb):
-        report = convert(
-            photos, out, SINGLES, RayEngine(cluster.address, SECONDS), make_codec=functools.partial(Held, str(tmp_path))
-        )
+    engine, make_codec = RayEngine(cluster.address, SECONDS), functools.partial(Held, str(tmp_path))
+    with ThreadPoolExecutor(1) as beside:
+        disturbed = beside.submit(disturb)
+        report = convert(photos, out, SINGLES, engine, make_codec=make_codec)
+        disturbed.result(PATIENCE)
     assert capfd.readouterr().out == ""
     assert 24 - 8 <= report.made_inputs <= 24 - 4
     convert(photos, tmp_path / "alone", SINGLES, InProcessEngine())
     assert fingerprint(out) == fingerprint(tmp_path / "alone")
-
-
-class ThreadThatRaises(threading.Thread):
-    """Beside a `with` block; an exception in it comes out at the block's end."""
-
-    def __init__(self, work: Callable[[], None]) -> None:
-        super().__init__(daemon=True)
-        self.work = work
-        self.error: BaseException | None = None
-
-    def run(self) -> None:
-        try:
-            self.work()
-        except BaseException as error:  # noqa: BLE001
-            self.error = error
-
-    def __enter__(self) -> None:
-        self.start()
-
-    def __exit__(self, *_: object) -> None:
-        self.join(PATIENCE)
-        assert not self.is_alive()
-        if self.error is not None:
-            raise self.error
 
 
 def command(source: Path, out: Path, *words: str) -> list[str]:
@@ -299,7 +228,7 @@ def command(source: Path, out: Path, *words: str) -> list[str]:
     return [*shard, "--shard-samples", "1", "--limit", "12", "--image-seconds", str(SECONDS), "--engine", "ray", *words]
 
 
-def test_ctrl_c_leaves_nothing_and_nobody_can_listen_in(tasks: Path, photos: Path, tmp_path: Path) -> None:
+def test_ctrl_c_leaves_nothing_and_nobody_can_listen_in(photos: Path, tmp_path: Path) -> None:
     """A Ray started for one command: no port off the loopback interface while it runs, no process after it."""
     out = tmp_path / "out"
     mark = f"{MARK}={tmp_path}"

@@ -83,10 +83,8 @@ def test_bits_do_not_depend_on_the_sharding(found: Statistics, photos: Path, tmp
 @pytest.mark.parametrize("size", [1, 15, 16, 17, 61])
 def test_moments_are_exact_at_the_extremes(size: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
-    for images in (
-        np.full((5, 3, size, size), 255, np.uint8),
-        rng.integers(0, 256, (5, 3, size, size), dtype=np.uint8),
-    ):
+    shape = (5, 3, size, size)
+    for images in (np.full(shape, 255, np.uint8), rng.integers(0, 256, shape, dtype=np.uint8)):
         accumulator = Accumulator(size)
         for image in images:
             accumulator.add(image)
@@ -131,6 +129,11 @@ def test_read_gives_back_what_was_published(found: Statistics, data: Path) -> No
         assert (read.mean_HWC == found.mean_HWC).all() and (read.eigenvectors == found.eigenvectors).all()
 
 
+@pytest.fixture
+def copy(data: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(data, tmp_path / "copy"))
+
+
 def _edit(data: Path, key: str, value: object, signed: bool = True) -> None:
     """Changes stats.json, or takes `key` out where `value` is None; `signed` also brings its digest up to date."""
     document = json.loads((data / STATISTICS).read_bytes())
@@ -159,36 +162,23 @@ def _cut_mean(data: Path) -> None:
     ],
 )
 def test_statistics_that_cannot_be_used_are_refused(
-    damage: Callable[[Path], object], words: str, data: Path, tmp_path: Path
+    damage: Callable[[Path], object], words: str, data: Path, copy: Path
 ) -> None:
-    copy = tmp_path / "copy"
-    shutil.copytree(data, copy)
     damage(copy)
     with pytest.raises(AlexprepError, match=rf"{words}.*: run `alexprep pca-stats`"):
         rgb_statistics.read_statistics(copy, Samples(data, "train").dataset["digest"])
 
 
-def test_statistics_of_another_split_are_refused(data: Path, tmp_path: Path) -> None:
-    shutil.copytree(data, tmp_path / "copy")
-    copy = tmp_path / "copy"
+def test_statistics_of_another_split_are_refused(copy: Path) -> None:
     rgb_statistics.publish_statistics(rgb_statistics.pca_stats(copy, "val", ENGINE), copy, "val")
     with pytest.raises(AlexprepError, match="describes the split 'val', not 'train'"):
         Loader(copy, "val", batch_size=4, augmentation=Augmentation(crop=48))
 
 
-def test_a_damaged_image_is_named(data: Path, tmp_path: Path) -> None:
-    copy = tmp_path / "copy"
-    shutil.copytree(data, copy)
+def test_a_damaged_image_is_named(copy: Path) -> None:
     shard = copy / "train" / "train-000002.tar"
     raw = bytearray(shard.read_bytes())
     raw[512:1024] = bytes(512)
     shard.write_bytes(raw)
     with pytest.raises(AlexprepError, match=r"train-000002\.tar at byte 512"):
         rgb_statistics.pca_stats(copy, "train", ENGINE)
-
-
-def test_real_photos_have_imagenet_s_axes(sample_data: Path, tmp_path: Path) -> None:
-    report = convert(sample_data / "imagenet-sample", tmp_path / "out", ShardOptions(), 2)
-    assert report.inputs == 298 == report.written + report.rejected.total()
-    found = rgb_statistics.pca_stats(tmp_path / "out", "train", 2)
-    assert (found.angles_to_imagenet() < 5).all()

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
 
+from alexprep.shards.dataset_format import versions
 from alexprep.shards.errors import AlexprepError
-from alexprep.shards.versions import versions
 from alexprep.train.config import Job, TrainConfig, prepare
 from alexprep.train.evaluation import evaluate_run
 from alexprep.train.launch import launch_training

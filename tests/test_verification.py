@@ -50,6 +50,12 @@ def small(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "data"
 
 
+@pytest.fixture
+def out(small: Path, tmp_path: Path) -> Path:
+    """A copy of it."""
+    return Path(shutil.copytree(small, tmp_path / "data"))
+
+
 def _files(data: Path) -> list[Path]:
     return sorted(path for path in data.rglob("*") if path.is_file())
 
@@ -105,20 +111,12 @@ def test_a_flip_in_the_tar_names_the_member(small: Path) -> None:
     tar.write_bytes(good)
 
 
-def test_every_cut_is_found(small: Path) -> None:
-    for path in (small / "train/train-000000.tar", small / "train/train-000001.tar"):
-        good = path.read_bytes()
-        for length in range(0, len(good), 512):
-            path.write_bytes(good[:length])
-            assert any(problem.file == str(path.relative_to(small)) for problem in _found(small)), length
-        path.write_bytes(good)
-    assert _found(small) == []
-
-
-def _sidecar(data: Path) -> dict[str, Any]:
-    """Of the first shard."""
-    sidecar: dict[str, Any] = json.loads((data / "train/train-000000.json").read_bytes())
-    return sidecar
+def test_every_cut_is_found(out: Path) -> None:
+    path = out / "train/train-000000.tar"
+    good = path.read_bytes()
+    for length in range(0, len(good), 512):
+        path.write_bytes(good[:length])
+        assert any(problem.file == "train/train-000000.tar" for problem in _found(out)), length
 
 
 def _swap(*suffixes: str) -> Callable[[Path], None]:
@@ -154,12 +152,9 @@ def _edit_json(name: str, change: Callable[[dict[str, Any]], None]) -> Callable[
     return edit
 
 
-def _edit_label(data: Path) -> None:
-    """As someone would who knows the format: sidecar, index and the member itself agree; the plan does not."""
-    sidecar = _sidecar(data)
+def _other_label(sidecar: dict[str, Any]) -> None:
     entry = next(entry for entry in sidecar["inputs"] if entry["status"] == "written")
     entry["label"] = 1 - entry["label"]
-    (data / "train/train-000000.json").write_text(json.dumps(sidecar) + "\n")
 
 
 def _edit_index(data: Path) -> None:
@@ -178,23 +173,17 @@ def _edit_ledger(data: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "file", "words"),
     [
-        *map(
-            _lost, ("train/train-000001.tar", "train/train-000001.idx", "train/index.npy", "plan.json", "plan.parquet")
-        ),
-        *map(_lost, ("_info.json", "stats/mean_image.npy")),
+        *map(_lost, ("train/train-000001.tar", "train/train-000001.idx", "train/index.npy")),
+        *map(_lost, ("plan.json", "plan.parquet", "_info.json", "stats/mean_image.npy")),
         _lost("train/train-000001.json", "does not count"),
         _lost("dataset.json", "unfinished"),
         _foreign("train/.train-000000.tar.tmp-1-ab", "interrupted"),
         _foreign("notes.txt", "no file of this data set"),
-        (
-            _copy("train/train-000000.tar", "train/train-000002.tar"),
-            "train/train-000002.tar",
-            "no file of this data set",
-        ),
+        (_copy("train/train-000000.tar", "train/train-000002.tar"), "train/train-000002.tar", "no file of this"),
         (_copy("train/train-000000.idx", "train/train-000001.idx"), "train/train-000001.idx", "not the index"),
         (_swap(".tar"), "train/train-000000.tar", "is the tar of train-000001"),
         (_swap(".tar", ".idx", ".json"), "train/train-000000.json", "inputs[0].key is"),
-        (_edit_label, "train/train-000000.json", "label is"),
+        (_edit_json("train/train-000000.json", _other_label), "train/train-000000.json", "label is"),
         (_edit_index, "train/index.npy", "record 2"),
         (_edit_ledger, "train/samples.parquet", "width is 999, must be"),
         (
@@ -213,10 +202,8 @@ def _edit_ledger(data: Path) -> None:
     ],
 )
 def test_damage_is_named_and_repaired(
-    damage: Callable[[Path], object], file: str, words: str, small: Path, tmp_path: Path
+    damage: Callable[[Path], object], file: str, words: str, small: Path, out: Path
 ) -> None:
-    out = tmp_path / "data"
-    shutil.copytree(small, out)
     good = {path.relative_to(out): path.read_bytes() for path in _files(out)}
     damage(out)
     problems = _found(out)
@@ -231,10 +218,9 @@ def test_damage_is_named_and_repaired(
 
 
 @pytest.mark.parametrize("told_by", ["dataset.json", "sidecars"])
-def test_repair_from_another_source_touches_nothing(told_by: str, small: Path, tmp_path: Path) -> None:
+def test_repair_from_another_source_touches_nothing(told_by: str, small: Path, out: Path, tmp_path: Path) -> None:
     """Files are missing from SOURCE, and plan.json, which would tell, is the damaged file."""
-    out, source = tmp_path / "data", tmp_path / "source"
-    shutil.copytree(small, out)
+    source = tmp_path / "source"
     shutil.copytree(small.parent / "source", source)
     (source / "class0/2.jpg").unlink()
     if told_by == "sidecars":
@@ -273,7 +259,8 @@ def test_decode_finds_what_checksums_cannot(
 
     out = tmp_path / "data"
     convert(tmp_path / "source", out, ShardOptions(Target(size=16, format=form)), ENGINE, make_codec=Careless)
-    (key,) = (entry["key"] for entry in _sidecar(out)["inputs"] if entry["height"] == 21)
+    sidecar = json.loads((out / "train/train-000000.json").read_bytes())
+    (key,) = (entry["key"] for entry in sidecar["inputs"] if entry["height"] == 21)
     assert _found(out) == []
     assert _found(out, decode=True) == [Problem("train/train-000000.tar", f"{key}.{FORMATS[form]}", ANY)]
     assert words in _found(out, decode=True)[0].what
@@ -290,10 +277,8 @@ EVERY_FILE = [
 
 
 @pytest.mark.parametrize("name", EVERY_FILE)
-def test_a_file_that_cannot_be_read_is_named(name: str, small: Path, tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_read_is_named(name: str, out: Path) -> None:
     """A folder in its place gives an error on reading, as a bad sector does; the rest is checked all the same."""
-    out = tmp_path / "data"
-    shutil.copytree(small, out)
     (out / name).unlink()
     (out / name).mkdir()
     (out / "train/train-000001.tar").write_bytes(b"")
@@ -303,9 +288,7 @@ def test_a_file_that_cannot_be_read_is_named(name: str, small: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("content", ["{}", '{"files": null}', '{"plan": "x", "splits": 3}', "[]", "null"])
-def test_a_dataset_json_of_another_shape_is_named(content: str, small: Path, tmp_path: Path) -> None:
-    out = tmp_path / "data"
-    shutil.copytree(small, out)
+def test_a_dataset_json_of_another_shape_is_named(content: str, small: Path, out: Path) -> None:
     (out / "dataset.json").write_text(content)
     assert "dataset.json" in {problem.file for problem in _found(out)}
     repair(out, find_source(str(small.parent / "source")), _found(out), ENGINE)
@@ -313,10 +296,9 @@ def test_a_dataset_json_of_another_shape_is_named(content: str, small: Path, tmp
 
 
 @pytest.mark.parametrize("again", ["repair", "shard"])
-def test_a_shard_is_never_made_of_other_images(again: str, small: Path, tmp_path: Path) -> None:
+def test_a_shard_is_never_made_of_other_images(again: str, small: Path, out: Path, tmp_path: Path) -> None:
     """The same names, other pixels: a set of both would pass for sound."""
-    out, source = tmp_path / "data", tmp_path / "source"
-    shutil.copytree(small, out)
+    source = tmp_path / "source"
     shutil.copytree(small.parent / "source", source)
     photos = sorted(source.rglob("[0-9].jpg"))
     for path, other in zip(photos, photos[::-1], strict=True):
@@ -341,10 +323,8 @@ def test_progress_counts_what_is_checked(decode: bool, total: int, small: Path) 
     assert {pair[1] for pair in shown} == {total} and shown == sorted(shown)
 
 
-def test_an_index_of_tars_belongs_to_their_readers(small: Path, tmp_path: Path) -> None:
+def test_an_index_of_tars_belongs_to_their_readers(out: Path) -> None:
     """Reading our shards as other people's tars leaves an index beside them."""
-    out = tmp_path / "data"
-    shutil.copytree(small, out)
     index_tars(out / "train", "train")
     assert any((out / "train/.alexprep").iterdir()) and _found(out) == []
 
@@ -366,19 +346,18 @@ def test_repair_needs_no_list_of_classes(
     assert {path: path.read_bytes() for path in _files(tmp_path / "data")} == before
 
 
-def test_the_command(small: Path, tmp_path: Path) -> None:
-    out, source = tmp_path / "data", str(small.parent / "source")
-    shutil.copytree(small, out)
-    run = CliRunner().invoke
-    result = run(cli, ["verify", str(out), "--workers", "1", "--json"])
-    assert result.exit_code == 0 and json.loads(result.stdout.splitlines()[-1])["sound"] is True
+def test_the_command(small: Path, out: Path, tmp_path: Path) -> None:
+    def run(*words: str) -> tuple[int, dict[str, Any], str]:
+        done = CliRunner().invoke(cli, ["verify", str(out), "--workers", "1", "--json", *words])
+        return done.exit_code, json.loads(done.stdout.splitlines()[-1]), done.stderr
+
+    status, document, _ = run()
+    assert status == 0 and document["sound"] is True
     tar = out / "train/train-000001.tar"
     tar.write_bytes(tar.read_bytes()[:-700])
-    result = run(cli, ["verify", str(out), "--workers", "1", "--json"])
-    document = json.loads(result.stdout.splitlines()[-1])
-    assert result.exit_code == 3 and document["problems"][0]["file"] == "train/train-000001.tar"
-    assert "train/train-000001.tar" in result.stderr
-    result = run(cli, ["verify", str(out), "--workers", "1", "--repair", source, "--json"])
-    assert result.exit_code == 0 and json.loads(result.stdout.splitlines()[-1])["repaired_inputs"] == 3
+    status, document, errors = run()
+    assert status == 3 and document["problems"][0]["file"] == "train/train-000001.tar" in errors
+    status, document, _ = run("--repair", str(small.parent / "source"))
+    assert status == 0 and document["repaired_inputs"] == 3
     with pytest.raises(AlexprepError, match="holds no data set"):
         verify(tmp_path, 1)

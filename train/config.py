@@ -18,8 +18,8 @@ import torch
 from alexprep.pipeline.device import choose_device
 from alexprep.pipeline.loader_settings import Tuning, saved_tuning
 from alexprep.shards import rgb_statistics
+from alexprep.shards.dataset_format import versions
 from alexprep.shards.errors import AlexprepError, number_within, whole_number
-from alexprep.shards.versions import versions
 from alexprep.train import run_dir
 from alexprep.train.checkpoint import differences, init_from, saved_weights, wanted_layers, with_defaults
 from alexprep.train.data import DataFacts, data_facts

@@ -29,8 +29,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from alexprep.shards.dataset_format import versions
 from alexprep.shards.errors import TRACEBACK, AlexprepError
-from alexprep.shards.versions import versions
 from alexprep.train.distributed.tensor_parallel import DROPOUTS
 from alexprep.train.models.cifar import PIXEL_DEVIATION
 

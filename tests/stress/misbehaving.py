@@ -6,10 +6,12 @@ import ctypes
 import os
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from alexprep.shards import worker_pool
-from alexprep.shards.image_codec import Codec
+from alexprep.shards.errors import AlexprepError
+from alexprep.shards.image_codec import Codec, Target
 from alexprep.shards.worker_pool import POLL_SECONDS, attending, reading
 
 # What ends an input, and the reason for which it must be rejected; {} is the engine's `image_seconds`.
@@ -84,3 +86,40 @@ class OddError(Exception):
 def odd(argument: int, condemned: Mapping[int, str]) -> None:
     """Raises it."""
     raise OddError(1, 2)
+
+
+def fragile(argument: int, condemned: Mapping[int, str]) -> tuple[int, dict[int, str]]:
+    """Its input number `argument` ends the process."""
+    for row in range(4):
+        with attending(row):
+            if row == argument and row not in condemned:
+                os.abort()
+    return argument, dict(condemned)
+
+
+def refusing(argument: int, condemned: Mapping[int, str]) -> None:
+    raise AlexprepError(f"--thing {argument} is wrong")
+
+
+def failing(argument: int, condemned: Mapping[int, str]) -> int:
+    return 1 // argument
+
+
+class Held(Codec):
+    """Converts eight images; goes on with others once the file `go` is there, in the folder that the tickets are in."""
+
+    def __init__(self, folder: str, target: Target) -> None:
+        super().__init__(target)
+        self.folder = Path(folder)
+
+    def convert(self, data: Any) -> Any:
+        for number in range(8):
+            try:
+                (self.folder / f"ticket-{number}").touch(exist_ok=False)
+                break
+            except FileExistsError:
+                pass
+        else:
+            while not (self.folder / "go").exists():
+                time.sleep(0.02)
+        return super().convert(data)

@@ -153,7 +153,7 @@ def predictions(campaign: Campaign) -> None:
         out, options = place / "out", ShardOptions(target)
         source = find_source(str(repeated(campaign.photos, place / "source", times)))
         plan = make_plan(source, options, out)
-        missing = list(plan.shards())
+        missing = list(plan.each_shard())
         predicted = predict(source, functools.partial(Codec, target), missing, plan.table(), InProcessEngine())
         before = _bytes(out)
         report = convert(source, out, options, 2)
