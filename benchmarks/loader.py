@@ -34,7 +34,7 @@ from alexprep.shards.conversion import convert
 from alexprep.shards.dataset_format import read_dataset
 from alexprep.shards.image_codec import Target
 from alexprep.shards.plan import ShardOptions
-from alexprep.shards.reader import Samples
+from alexprep.shards.sample_reader import Samples
 from alexprep.shards.worker_pool import cores
 
 

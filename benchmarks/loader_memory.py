@@ -16,7 +16,7 @@ from typing import Any
 from common import command_line, report
 
 from alexprep.pipeline import Loader
-from alexprep.shards.reader import Samples
+from alexprep.shards.sample_reader import Samples
 
 BATCH = 8
 

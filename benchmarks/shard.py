@@ -24,7 +24,7 @@ from processes import Environment, Missing, Run, interpreter, run
 
 from alexprep.shards.image_codec import Codec, Target, to_square
 from alexprep.shards.resample import _band
-from alexprep.shards.sources.detection import find_source
+from alexprep.shards.sources.layout_detection import find_source
 from alexprep.shards.worker_pool import one_thread
 
 PROCESSES = (1, 2)

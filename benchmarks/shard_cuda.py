@@ -20,7 +20,7 @@ from PIL import Image
 from alexprep.shards.image_codec import Codec, Converted, Target
 from alexprep.shards.image_codec_cuda import CudaCodec
 from alexprep.shards.image_header import Refused
-from alexprep.shards.sources.detection import find_source
+from alexprep.shards.sources.layout_detection import find_source
 from alexprep.shards.worker_pool import one_thread
 
 

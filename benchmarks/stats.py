@@ -11,8 +11,8 @@ from common import command_line, in_turns, report
 
 from alexprep.shards import rgb_statistics
 from alexprep.shards.image_codec import Codec, Target
-from alexprep.shards.reader import Samples
 from alexprep.shards.rgb_statistics import Accumulator
+from alexprep.shards.sample_reader import Samples
 from alexprep.shards.worker_pool import one_thread
 
 

@@ -1,4 +1,4 @@
-"""`alexprep bench`: measurements on this machine, printed; they are made in `alexprep.train.overlap`."""
+"""`alexprep bench`: measurements on this machine, printed; they are made in `alexprep.train.loader_overlap`."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def overlap(data: Path, steps: int | None, rounds: int, as_json: bool, **options
     """
     from alexprep.cli import output
     from alexprep.train.config import TrainConfig
-    from alexprep.train.overlap import measure
+    from alexprep.train.loader_overlap import measure
 
     try:
         found = measure(

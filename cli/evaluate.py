@@ -69,7 +69,7 @@ def evaluate(
     from alexprep.cli import output
     from alexprep.train import evaluation
     from alexprep.train.ensemble import parse_weights
-    from alexprep.train.ilsvrc_submission import check_submission
+    from alexprep.train.evaluation import check_submission
     from alexprep.train.run_dir import place_named
 
     _check_files(classes, submission)
@@ -195,7 +195,7 @@ def _print_classes(rows: list[ClassError]) -> None:
 
 def _submit(path: Path, scores: Scores, document: dict[str, Any]) -> None:
     from alexprep.shards.storage import publish_bytes
-    from alexprep.train.ilsvrc_submission import make_submission
+    from alexprep.train.evaluation import make_submission
 
     content, images, missing = make_submission(Path(document["data"]), document["split"], scores.best, scores.rows)
     publish_bytes(path, content)

@@ -82,8 +82,8 @@ def shard(
     from alexprep.shards.conversion import convert
     from alexprep.shards.image_codec import Target
     from alexprep.shards.plan import ShardOptions
-    from alexprep.shards.sources.detection import find_source
     from alexprep.shards.sources.ilsvrc import check_archives
+    from alexprep.shards.sources.layout_detection import find_source
     from alexprep.shards.worker_pool import LocalEngine
 
     options = ShardOptions(Target(**form), seed, shard_samples, labels, limit)

@@ -36,7 +36,7 @@ def verify(data: Path, decode: bool, repair_source: str | None, engine: Engine, 
     from rich.filesize import decimal
 
     from alexprep.cli import output
-    from alexprep.shards.sources.detection import find_source
+    from alexprep.shards.sources.layout_detection import find_source
     from alexprep.shards.verification import repair
     from alexprep.shards.verification import verify as check
 

@@ -1,6 +1,6 @@
 """Opens what a `Loader` reads: a dataset that `alexprep shard` made, or anyone's webdataset tars, as one kind of thing.
 
-The bytes themselves are read by `alexprep.shards.reader`; other people's tars are indexed by `alexprep.shards.webdataset_index`.
+The bytes themselves are read by `alexprep.shards.sample_reader`; other people's tars are indexed by `alexprep.shards.webdataset_index`.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from alexprep.pipeline.augmentation import Augmentation
 from alexprep.shards.dataset_format import DATASET, PLAN, read_dataset
 from alexprep.shards.errors import AlexprepError, one_of
-from alexprep.shards.reader import Samples, TarSamples
 from alexprep.shards.rgb_statistics import Statistics, read_statistics
+from alexprep.shards.sample_reader import Samples, TarSamples
 from alexprep.shards.storage import folder_at
 from alexprep.shards.webdataset_index import UnusableSample, index_tars
 

@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from alexprep.shards.image_codec import Target
     from alexprep.shards.plan import ShardOptions
     from alexprep.shards.ray_runner import RayEngine
-    from alexprep.shards.reader import Samples
     from alexprep.shards.rgb_statistics import Statistics, pca_stats, publish_statistics, read_statistics
+    from alexprep.shards.sample_reader import Samples
     from alexprep.shards.sources.base import Input, Location, Source
-    from alexprep.shards.sources.detection import find_source
+    from alexprep.shards.sources.layout_detection import find_source
     from alexprep.shards.verification import Problem, Verdict, repair, verify
     from alexprep.shards.webdataset_index import TarIndex, index_tars
     from alexprep.shards.worker_pool import Engine, InProcessEngine, LocalEngine

@@ -43,7 +43,7 @@ from alexprep.shards.plan import (
 )
 from alexprep.shards.shard_writer import MakeCodec, ShardWriter, bound_memory, check_device, open_codec, shared_codec
 from alexprep.shards.sources.base import SPLITS, Location, Source
-from alexprep.shards.sources.detection import find_source
+from alexprep.shards.sources.layout_detection import find_source
 from alexprep.shards.storage import (
     content,
     file_sha256,

@@ -1,7 +1,7 @@
 """Defines what a dataset's folder holds: the name and the form of every file, how a finished dataset is read, and what made it.
 
 docs/formats.md says it in words. What fills the files is in `alexprep.shards.plan` and `alexprep.shards.manifest`; samples are
-read by `alexprep.shards.reader`.
+read by `alexprep.shards.sample_reader`.
 
 A format is only ever added to, so that each release reads what earlier ones wrote: a new field or option comes with a default that
 means what was done before it existed, and a released default never changes its meaning.

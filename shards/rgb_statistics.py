@@ -32,7 +32,7 @@ from alexprep.shards.dataset_format import (
 )
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.image_codec import read_raw, shared_decoder
-from alexprep.shards.reader import Samples
+from alexprep.shards.sample_reader import Samples
 from alexprep.shards.storage import digest_json, folder_at, make_folder, publish_bytes, publish_json, remove_temporaries
 from alexprep.shards.worker_pool import Engine, as_engine, attending
 

@@ -13,7 +13,7 @@ import pytest
 
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.sources.base import Input, Source
-from alexprep.shards.sources.detection import find_source
+from alexprep.shards.sources.layout_detection import find_source
 
 FORMATS: dict[str, Literal[0, 1, 2]] = {
     "ustar": tarfile.USTAR_FORMAT,

@@ -16,9 +16,9 @@ from alexprep.shards.conversion import convert
 from alexprep.shards.dataset_format import read_dataset
 from alexprep.shards.image_codec import Target
 from alexprep.shards.plan import ShardOptions
-from alexprep.shards.reader import Samples
+from alexprep.shards.sample_reader import Samples
 from alexprep.shards.sources.base import Source
-from alexprep.shards.sources.detection import find_source
+from alexprep.shards.sources.layout_detection import find_source
 from alexprep.shards.worker_pool import LocalEngine
 from tests.source_checks import fails, found, listed, write
 

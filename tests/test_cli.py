@@ -28,7 +28,7 @@ from alexprep.train.config import MOST_TRACED, TrainConfig
 from alexprep.train.distributed.tensor_parallel import SCHEMES
 from alexprep.train.distributed.world import TIMEOUT
 from alexprep.train.evaluation import evaluate
-from alexprep.train.overlap import measure
+from alexprep.train.loader_overlap import measure
 from alexprep.train.predictions import EvaluationViews
 
 

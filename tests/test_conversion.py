@@ -29,7 +29,7 @@ from alexprep.shards.dataset_format import INDEX_DTYPE, read_dataset, read_index
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.image_codec import Target
 from alexprep.shards.plan import ShardOptions
-from alexprep.shards.reader import Samples
+from alexprep.shards.sample_reader import Samples
 from alexprep.shards.storage import LocalFiles
 from alexprep.shards.verification import verify
 from alexprep.shards.worker_pool import InProcessEngine

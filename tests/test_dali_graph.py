@@ -43,7 +43,7 @@ from alexprep.shards import rgb_statistics
 from alexprep.shards.conversion import convert
 from alexprep.shards.image_codec import Target
 from alexprep.shards.plan import ShardOptions
-from alexprep.shards.reader import Samples
+from alexprep.shards.sample_reader import Samples
 
 FORMATS = ["NCHW", "NHWC", "channels_last"]
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]

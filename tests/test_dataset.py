@@ -21,7 +21,7 @@ from alexprep.shards.conversion import convert
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.image_codec import Target
 from alexprep.shards.plan import ShardOptions
-from alexprep.shards.reader import TarSamples
+from alexprep.shards.sample_reader import TarSamples
 from alexprep.shards.storage import folder_at
 from alexprep.shards.worker_pool import InProcessEngine
 

@@ -31,8 +31,16 @@ from alexprep.shards.storage import publish_bytes
 from alexprep.train import checkpoint, recipes
 from alexprep.train.config import TrainConfig, prepare
 from alexprep.train.ensemble import WeightSearch, mixture, parse_weights, shares
-from alexprep.train.evaluation import Scores, class_csv, evaluate, evaluate_run, publish_evaluation, ranked
-from alexprep.train.ilsvrc_submission import check_submission, make_submission
+from alexprep.train.evaluation import (
+    Scores,
+    check_submission,
+    class_csv,
+    evaluate,
+    evaluate_run,
+    make_submission,
+    publish_evaluation,
+    ranked,
+)
 from alexprep.train.metrics import image_errors
 from alexprep.train.predictions import Predicted, open_net
 from alexprep.train.run_dir import Place, place_named

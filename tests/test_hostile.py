@@ -19,7 +19,7 @@ from alexprep.shards.conversion import convert
 from alexprep.shards.image_codec import Codec, Converted, Target
 from alexprep.shards.image_header import MAX_SCANS, Refused
 from alexprep.shards.plan import ShardOptions
-from alexprep.shards.reader import Samples
+from alexprep.shards.sample_reader import Samples
 from alexprep.shards.worker_pool import InProcessEngine, LocalEngine
 
 KINDS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "TGA", "JPEG2000", "ICO")

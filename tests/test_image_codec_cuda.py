@@ -21,9 +21,9 @@ from alexprep.shards.image_codec import Codec, Converted, Target, to_square
 from alexprep.shards.image_codec_cuda import CudaCodec, Resizer, _batches, _ensure_alive
 from alexprep.shards.image_header import MAX_PIXELS, Refused
 from alexprep.shards.plan import ShardOptions, draw_up
-from alexprep.shards.reader import Samples
 from alexprep.shards.resample import FILTERS
-from alexprep.shards.sources.detection import find_source
+from alexprep.shards.sample_reader import Samples
+from alexprep.shards.sources.layout_detection import find_source
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 SHAPES = [(375, 500), (500, 331), (301, 1203), (257, 256), (64, 97), (61, 40), (7, 1), (1, 7), (1031, 777)]

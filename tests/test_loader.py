@@ -32,7 +32,7 @@ from alexprep.shards.dataset_format import INDEX
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.image_codec import Codec, Target
 from alexprep.shards.plan import ShardOptions
-from alexprep.shards.reader import Samples
+from alexprep.shards.sample_reader import Samples
 from alexprep.shards.worker_pool import InProcessEngine
 
 ODD = Augmentation(crop=51)  # of 64: odd, and a slack that is not a power of two

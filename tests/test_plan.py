@@ -19,8 +19,8 @@ from alexprep.shards.dataset_format import read_dataset
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.image_codec import Target
 from alexprep.shards.plan import DEFAULTS, ShardOptions, options_of
-from alexprep.shards.reader import Samples
-from alexprep.shards.sources.detection import find_source
+from alexprep.shards.sample_reader import Samples
+from alexprep.shards.sources.layout_detection import find_source
 from alexprep.shards.storage import LocalFiles, digest_json, json_bytes
 from alexprep.shards.verification import repair, verify
 from alexprep.shards.worker_pool import InProcessEngine

@@ -31,14 +31,7 @@ from alexprep.train.optimizer import MomentumSGD
 from alexprep.train.precision import PRECISIONS, Precision, arithmetic, check_precision, float32_kernels, logits
 from alexprep.train.recipes import Recipe
 from alexprep.train.trainer import train
-from alexprep.train.training_state import (
-    Compiled,
-    TrainingState,
-    Update,
-    check_compiled,
-    compiler_errors,
-    take_step,
-)
+from alexprep.train.training_state import Compiled, TrainingState, Update, check_compiled, compiler_errors, take_step
 from tests import made_up
 from tests.parallel_ranks import apart
 

@@ -17,7 +17,7 @@ import torch
 
 from alexprep.pipeline.loader import Batch, Loader
 from alexprep.shards.errors import AlexprepError
-from alexprep.train import spans
+from alexprep.train import process
 from alexprep.train.config import TrainConfig
 from alexprep.train.distributed.world import World
 from alexprep.train.logger import Meter
@@ -102,7 +102,7 @@ def test_nothing_is_recorded_without_a_trace(data: Path, tmp_path: Path, monkeyp
             made.append(name)
             super().__init__(name)
 
-    monkeypatch.setattr(spans, "record_function", Counted)
+    monkeypatch.setattr(process, "record_function", Counted)
     train(config(data, tmp_path, steps=4))
     assert made == []
     train(config(data, tmp_path, steps=EPOCH_STEPS, trace=1, name="traced"))
@@ -153,7 +153,7 @@ def test_a_training_that_is_broken_off_leaves_no_trace(
         train(config(data, tmp_path, trace=4), interrupted(step, interrupt))
     assert "the trace is dropped, nothing of it is left" in capsys.readouterr().err
     assert not (tmp_path / "tiny" / "trace").exists()
-    assert not spans.recording
+    assert not process.recording
     train(config(data, tmp_path, steps=14, trace=2, name="after"))  # torch's profiler can be used again
     assert (tmp_path / "after" / "trace" / "steps-00000011-00000012.json.gz").exists()
 
@@ -182,7 +182,7 @@ def test_every_rank_has_a_file_and_a_clock_that_leaves_it_out(tmp_path: Path) ->
             world = World(rank, 2, torch.device("cpu"))
             with Trace(tmp_path / "trace", 2, meter, world, step=100, last_step=120) as trace:
                 for _ in trace.steps(range(20)):
-                    with spans.span("forward"):
+                    with process.span("forward"):
                         torch.ones(3).sum()
         assert lap.call_count == 13  # at the beginning of each step until the file is written
     names = sorted(file.name for file in (tmp_path / "trace").iterdir())

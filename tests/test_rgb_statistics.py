@@ -22,8 +22,8 @@ from alexprep.shards.dataset_format import MEAN_IMAGE, STATISTICS
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.image_codec import Target
 from alexprep.shards.plan import ShardOptions
-from alexprep.shards.reader import Samples
 from alexprep.shards.rgb_statistics import Accumulator, Statistics
+from alexprep.shards.sample_reader import Samples
 from alexprep.shards.storage import digest_json, file_sha256, publish_json
 from alexprep.shards.worker_pool import InProcessEngine
 

@@ -24,7 +24,7 @@ from alexprep.shards.image_codec import Target
 from alexprep.shards.plan import ShardOptions, class_order
 from alexprep.shards.sources import ilsvrc
 from alexprep.shards.sources.base import UNLABELLED, Source, split_of
-from alexprep.shards.sources.detection import find_source
+from alexprep.shards.sources.layout_detection import find_source
 from alexprep.shards.storage import LocalFiles, files_at, folder_at
 from alexprep.shards.worker_pool import InProcessEngine
 from tests.source_checks import write_tar

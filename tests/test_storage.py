@@ -19,7 +19,7 @@ from alexprep.shards import storage
 from alexprep.shards.conversion import convert
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.plan import ShardOptions, draw_up
-from alexprep.shards.sources.detection import find_source
+from alexprep.shards.sources.layout_detection import find_source
 from alexprep.shards.storage import RemoteFiles, files_at, read_inflated
 from alexprep.shards.worker_pool import InProcessEngine
 

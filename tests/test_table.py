@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from alexprep.shards.errors import AlexprepError
-from alexprep.shards.sources.detection import find_source
+from alexprep.shards.sources.layout_detection import find_source
 from tests.source_checks import fails, found, listed, write
 
 Columns = dict[str, list]

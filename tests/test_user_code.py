@@ -323,7 +323,7 @@ def test_a_mask_of_infinities_is_trained_and_saved(here: Path, monkeypatch: pyte
             for images, labels in super().__iter__():
                 yield Batch(images * float("nan"), labels)
 
-    monkeypatch.setattr("alexprep.train.divergence.SECONDS", 0.0)
+    monkeypatch.setattr("alexprep.train.nonfinite.SECONDS", 0.0)
     with pytest.raises(AlexprepError, match=r"now out.weight, out.bias are not finite"):
         train(config(model="keeping.py", name="wild"), Poisoned)
 

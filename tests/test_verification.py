@@ -28,7 +28,7 @@ from alexprep.shards.errors import AlexprepError
 from alexprep.shards.image_codec import Codec, Converted, Target
 from alexprep.shards.image_header import Refused
 from alexprep.shards.plan import ShardOptions
-from alexprep.shards.sources.detection import find_source
+from alexprep.shards.sources.layout_detection import find_source
 from alexprep.shards.verification import Problem, repair, verify
 from alexprep.shards.webdataset_index import index_tars
 from alexprep.shards.worker_pool import InProcessEngine, LocalEngine

@@ -22,7 +22,7 @@ from alexprep.shards.conversion import convert
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.image_codec import Target
 from alexprep.shards.plan import ShardOptions
-from alexprep.shards.reader import Samples
+from alexprep.shards.sample_reader import Samples
 
 COUNT = 48  # of the training split, in seven shards, the last of which is smaller
 

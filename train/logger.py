@@ -32,7 +32,7 @@ from alexprep.shards.errors import AlexprepError
 from alexprep.shards.storage import json_bytes
 from alexprep.train.checkpoint import publish, writing
 from alexprep.train.metrics import SPEED, Means, StepTimer
-from alexprep.train.nonfinite import NotFinite, Origin
+from alexprep.train.precision import NotFinite, Origin
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter

@@ -16,8 +16,7 @@ from torch import nn
 
 from alexprep.shards.errors import AlexprepError
 from alexprep.train.data import LoadedBatch
-from alexprep.train.nonfinite import NotFinite
-from alexprep.train.precision import Precision, logits
+from alexprep.train.precision import NotFinite, Precision, logits
 
 TOP = 5  # guesses an image, in the error that ILSVRC ranks by
 NO_LABELS = "none of the images has a label, so there is no error to measure: name another --split"

@@ -20,10 +20,10 @@ from typing import Any, TypeVar
 from torch.profiler import ProfilerActivity, profile, schedule
 
 from alexprep.shards.storage import published
-from alexprep.train import spans
+from alexprep.train import process
 from alexprep.train.distributed.world import World
 from alexprep.train.logger import Meter
-from alexprep.train.spans import span
+from alexprep.train.process import span
 
 T = TypeVar("T")
 SKIPPED = 10  # steps before the first one recorded: in them memory is allocated, kernels are chosen, queues filled
@@ -69,7 +69,7 @@ class Trace:
         if kind is not None and not issubclass(kind, Exception):
             self._profile.on_trace_ready = None
             self._meter.say("the trace is dropped, nothing of it is left")
-        elif spans.recording:
+        elif process.recording:
             self._tick()
         else:
             self._meter.say(f"nothing is traced: the training ended before step {self._first}")
@@ -101,11 +101,11 @@ class Trace:
             self._start()
         if self._profile is None:
             return
-        if spans.recording:
+        if process.recording:
             self._tick()
         self._profile.step()  # after the last step to record, this writes the file
         if self._begun == self._skipped + 1:
-            spans.recording = True
+            process.recording = True
             self._tick()
         if self._begun == self._skipped + self._steps + 1:
             self._end()
@@ -132,7 +132,7 @@ class Trace:
             if finished is not None:
                 finished.stop()
         finally:
-            spans.recording = False
+            process.recording = False
 
     def _tick(self) -> None:
         self._ticks.append((time.time_ns(), dali_nanoseconds()))

@@ -27,11 +27,10 @@ from alexprep.train.distributed.tensor_parallel import Gather, Scheme, SharedDro
 from alexprep.train.distributed.world import World
 from alexprep.train.lr_schedule import ScheduleState
 from alexprep.train.metrics import RunningTotals
-from alexprep.train.nonfinite import NotFinite
 from alexprep.train.optimizer import MomentumSGD
-from alexprep.train.precision import HALF, Arithmetic, Precision, arithmetic, logits
+from alexprep.train.precision import HALF, Arithmetic, NotFinite, Precision, arithmetic, logits
+from alexprep.train.process import span
 from alexprep.train.recipes import Recipe
-from alexprep.train.spans import span
 from alexprep.train.user_code import memory_format_of
 
 # Length of the difference over length, in one layer. Rounding alone makes 0.004 of it in AlexNet's float32, and in bf16 0.4.

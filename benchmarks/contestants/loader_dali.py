@@ -15,7 +15,7 @@ from nvidia.dali import Pipeline, fn, types
 from alexprep.pipeline.dali_ops import decode_crop
 from alexprep.shards import rgb_statistics
 from alexprep.shards.dataset_format import read_dataset
-from alexprep.shards.reader import Samples
+from alexprep.shards.sample_reader import Samples
 
 
 def decode_alone(data: Path, device: str) -> list[Any]:

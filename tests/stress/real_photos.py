@@ -15,7 +15,7 @@ from alexprep.shards import rgb_statistics
 from alexprep.shards.conversion import convert
 from alexprep.shards.image_codec import Codec, Converted, Target
 from alexprep.shards.plan import ShardOptions
-from alexprep.shards.reader import Samples
+from alexprep.shards.sample_reader import Samples
 
 
 @pytest.mark.parametrize("orient", [False, True])

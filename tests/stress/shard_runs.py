@@ -21,7 +21,7 @@ from alexprep.shards.conversion import convert, make_plan, predict
 from alexprep.shards.dataset_format import read_dataset
 from alexprep.shards.image_codec import Codec, Target
 from alexprep.shards.plan import ShardOptions
-from alexprep.shards.sources.detection import find_source
+from alexprep.shards.sources.layout_detection import find_source
 from alexprep.shards.worker_pool import InProcessEngine, LocalEngine
 from tests.stress.campaign import (
     OPTIONS,

@@ -15,8 +15,29 @@ from types import FrameType
 from typing import Any
 
 import torch
+from torch.autograd.profiler import record_function
 
 from alexprep.shards.errors import AlexprepError
+
+# -------------------- Names what a training does at a time, for the traces that `alexprep.train.profiler` records.
+
+
+recording = False  # set by `Trace` alone
+_NOTHING = contextlib.nullcontext()
+
+
+def span(name: str) -> contextlib.AbstractContextManager[object]:
+    """Opens a named range in the trace; while none is recorded it does nothing, at the cost of a call.
+
+    >>> with span("forward") as nothing:
+    ...     print(nothing)
+    None
+    """
+    return record_function(name) if recording else _NOTHING
+
+
+# -------------------- The process that a training runs in: requests to stop, by signals, and how it keeps memory and runs out of it.
+
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
 

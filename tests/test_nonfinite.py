@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 from torch import nn
 
 from alexprep.shards.errors import AlexprepError
-from alexprep.train import divergence, logger
+from alexprep.train import logger, nonfinite
 from alexprep.train.distributed.world import World
 from alexprep.train.launch import launch_ranks
 from alexprep.train.trainer import train
@@ -59,7 +59,7 @@ def test_two_ranks_trace_it_alike_and_resume_with_the_same_bits(data: Path) -> N
 
 def test_a_training_that_is_well_is_not_watched(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing looks at values, no layer has a hook."""
-    monkeypatch.setattr(divergence, "Watch", None)
+    monkeypatch.setattr(nonfinite, "Watch", None)
     monkeypatch.setattr(nn.Module, "register_forward_hook", None)
     assert ranks.begun(ALONE, data)["steps"] == ranks.STEPS
 
@@ -81,7 +81,7 @@ def test_what_does_not_happen_again_is_told_by_what_is_left(data: Path) -> None:
 
 
 def test_a_search_that_would_take_long_is_left_out(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(divergence, "SECONDS", 0.0)
+    monkeypatch.setattr(nonfinite, "SECONDS", 0.0)
     words = ranks.poisoned(ALONE, data, "rate")
     assert "to do the 2 steps since the last checkpoint again would take" in words
     assert ranks.records(data.parent / "runs" / "rate", "not finite")[0]["began"] is None

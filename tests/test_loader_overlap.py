@@ -15,9 +15,9 @@ from click.testing import CliRunner
 from alexprep.cli.main import cli
 from alexprep.pipeline.loader import Batch, Loader
 from alexprep.shards.errors import AlexprepError
-from alexprep.train import overlap
+from alexprep.train import loader_overlap
 from alexprep.train.config import TrainConfig
-from alexprep.train.overlap import KINDS, Bench, Timing, figures, measure
+from alexprep.train.loader_overlap import KINDS, Bench, Timing, figures, measure
 from alexprep.train.precision import memory
 from alexprep.train.recipes import recipe as recipe_named
 from alexprep.train.training_state import TrainingState, take_step
@@ -60,8 +60,8 @@ def slow_loader(monkeypatch: pytest.MonkeyPatch) -> type[Loader]:
         clock.sleep(STEP)
         return take_step(*arguments)
 
-    monkeypatch.setattr(overlap, "time", clock)
-    monkeypatch.setattr(overlap, "take_step", step)
+    monkeypatch.setattr(loader_overlap, "time", clock)
+    monkeypatch.setattr(loader_overlap, "take_step", step)
     return Slow
 
 
@@ -79,7 +79,7 @@ def test_a_slow_loader_is_the_bottleneck(data: Path, slow_loader: type[Loader]) 
 def test_without_a_number_of_steps_turns_take_their_time(
     seconds: float, steps: tuple[int, ...], data: Path, slow_loader: type[Loader], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(overlap, "TURN_SECONDS", seconds)
+    monkeypatch.setattr(loader_overlap, "TURN_SECONDS", seconds)
     found = measure(options(data), rounds=1, open_loader=slow_loader)
     assert found["steps"] == dict(zip(KINDS, steps, strict=True))
 
