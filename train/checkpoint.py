@@ -1,7 +1,7 @@
 """The files of a run: writing them safely, saving and finding checkpoints, and beginning with another run's weights.
 
-What a training puts into a checkpoint is decided in `alexprep.train.training_state`; which run and step are meant, in
-`alexprep.train.run_dir`.
+What a checkpoint holds is listed here, and filled and read back in `alexprep.train.training_state`; which run and step are meant is
+told in `alexprep.train.run_dir`.
 
     checkpoints/step-00001000-3fa9c1d2.safetensors    named by content, so a second save of one step cannot spoil the first
     checkpoints/step-00001000.json                    the commit mark: facts, and the size and sha256 of the tensors file
@@ -34,7 +34,14 @@ from alexprep.shards.errors import AlexprepError
 from alexprep.shards.storage import digest_json, json_bytes, publish_bytes, remove_temporaries, sync_folder
 
 FORMAT_VERSION = 1
-PREFIX = "weight."  # of the network's tensors in a checkpoint
+
+# What a checkpoint holds. Tensors by name, and facts, which are JSON, by key; `TrainingState` gives and takes the values.
+WEIGHT = "weight."  # and the name in the network's state_dict: parameters and buffers
+VELOCITY = "velocity."  # and the parameter's number, three digits
+TOTALS = "sums"  # of the epoch so far: loss, errors, images
+RANDOM_CPU, RANDOM_CUDA = "random.cpu", "random.cuda"  # torch's default generators
+POSITION, UPDATE = "position", "update"  # facts: step, epoch and schedule; what fp16 scales the loss by
+
 FULL = (errno.ENOSPC, errno.EDQUOT)
 GO_ON = "go on with --resume; checkpoints that were saved before are untouched"
 MOST_TOLD = 6  # differences
@@ -198,7 +205,7 @@ class InitReport:
 
 def saved_weights(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     """The weights in a checkpoint by their names in the network."""
-    return {name.removeprefix(PREFIX): tensor for name, tensor in checkpoint.tensors.items() if name.startswith(PREFIX)}
+    return {name.removeprefix(WEIGHT): tensor for name, tensor in checkpoint.tensors.items() if name.startswith(WEIGHT)}
 
 
 def wanted_layers(patterns: str | None) -> Literal["matching"] | list[str]:

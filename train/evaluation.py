@@ -1,7 +1,7 @@
-"""Evaluates trained networks on a split: each checkpoint by itself, and several as one.
+"""Evaluates trained networks on a split: each checkpoint by itself, and several as one; and writes ILSVRC's submission file.
 
 The error that a training measures of itself, epoch after epoch, is `alexprep.train.metrics`; searching weights for several nets is
-`alexprep.train.ensemble`; a file for ILSVRC's server is `alexprep.train.evaluation`.
+`alexprep.train.ensemble`.
 """
 
 from __future__ import annotations
@@ -49,8 +49,6 @@ from alexprep.train.predictions import (
 )
 from alexprep.train.process import keep_freed_memory
 from alexprep.train.run_dir import Place
-
-# -------------------- Evaluates trained networks on a split: each checkpoint by itself, and several as one.
 
 
 @dataclass(frozen=True)
@@ -386,9 +384,6 @@ def class_csv(table: list[ClassError]) -> bytes:
         errors = ["" if error is None else f"{error:.4f}" for error in row[3:]]
         writer.writerow([*row[:3], *errors])
     return text.getvalue().encode()
-
-
-# -------------------- Makes a submission to ILSVRC of what nets say of a split: a line an image in the order of the file names, five ILSVRC IDs, best first.
 
 
 def check_submission(data: Path, split: str) -> None:

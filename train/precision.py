@@ -1,6 +1,7 @@
-"""In which number format and memory format a network computes, and what each means on a CPU and on a GPU.
+"""In which number format and memory format a network computes, what each means on a CPU and on a GPU, and the error of NaN.
 
-Not for the update of the weights, which is float32 in every precision: that is in `alexprep.train.training_state`.
+Not for the update of the weights, which is float32 in every precision: that is in `alexprep.train.training_state`. Where a value that
+is not finite came from is searched for in `alexprep.train.nonfinite`.
 """
 
 from __future__ import annotations
@@ -13,45 +14,6 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 
 from alexprep.shards.errors import AlexprepError
-
-# -------------------- The error that a value which is NaN or infinite is, and the words for where the first such value was found.
-
-
-What = Literal["weight", "images", "output", "loss", "gradient", "update"]
-
-
-class NotFinite(AlexprepError):
-    """A loss, a weight or a velocity became NaN or infinite. Nothing of it was saved."""
-
-    def __init__(self, what: str, next_step: str = "") -> None:
-        """Says what is not finite."""
-        super().__init__(f"{what}: {next_step}" if next_step else what)
-        self.what = what  # without the next step
-
-
-class Origin(NamedTuple):
-    """The first value of a training that was not finite."""
-
-    step: int
-    what: What
-    name: str  # of a layer or a parameter; "" where there is but one such value
-    value: str  # "nan" or "inf"
-
-    def sentence(self) -> str:
-        """For people."""
-        words = {
-            "weight": f"{self.name} held {self.value} before the step",
-            "images": f"the images held {self.value}",
-            "output": f"the output of {self.name} became {self.value}",
-            "loss": f"the loss became {self.value}",
-            "gradient": f"the gradient of {self.name} became {self.value}",
-            "update": f"{self.name} became {self.value} when it was updated",
-        }
-        return f"it began in step {self.step}, where {words[self.what]}"
-
-
-# -------------------- In which number format and memory format a network computes, and what each means on a CPU and on a GPU.
-
 
 MemoryFormat = Literal["NCHW", "channels_last"]
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
@@ -150,3 +112,36 @@ def logits(network: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor
         return network(images)
     with torch.autocast(images.device.type, dtype=HALF[precision]):
         return network(images).float()
+
+
+What = Literal["weight", "images", "output", "loss", "gradient", "update"]
+
+
+class NotFinite(AlexprepError):
+    """A loss, a weight or a velocity became NaN or infinite. Nothing of it was saved."""
+
+    def __init__(self, what: str, next_step: str = "") -> None:
+        """Says what is not finite."""
+        super().__init__(f"{what}: {next_step}" if next_step else what)
+        self.what = what  # without the next step
+
+
+class Origin(NamedTuple):
+    """The first value of a training that was not finite."""
+
+    step: int
+    what: What
+    name: str  # of a layer or a parameter; "" where there is but one such value
+    value: str  # "nan" or "inf"
+
+    def sentence(self) -> str:
+        """For people."""
+        words = {
+            "weight": f"{self.name} held {self.value} before the step",
+            "images": f"the images held {self.value}",
+            "output": f"the output of {self.name} became {self.value}",
+            "loss": f"the loss became {self.value}",
+            "gradient": f"the gradient of {self.name} became {self.value}",
+            "update": f"{self.name} became {self.value} when it was updated",
+        }
+        return f"it began in step {self.step}, where {words[self.what]}"

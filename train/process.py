@@ -1,4 +1,4 @@
-"""The process that a training runs in: requests to stop, by signals, and how it keeps memory and runs out of it.
+"""The process that a training runs in: requests to stop, by signals, its memory, and names for what it does at a time.
 
 What is done about a request is decided in `alexprep.train.trainer`; ranks are started in `alexprep.train.launch`.
 """
@@ -19,25 +19,8 @@ from torch.autograd.profiler import record_function
 
 from alexprep.shards.errors import AlexprepError
 
-# -------------------- Names what a training does at a time, for the traces that `alexprep.train.profiler` records.
-
-
 recording = False  # set by `Trace` alone
 _NOTHING = contextlib.nullcontext()
-
-
-def span(name: str) -> contextlib.AbstractContextManager[object]:
-    """Opens a named range in the trace; while none is recorded it does nothing, at the cost of a call.
-
-    >>> with span("forward") as nothing:
-    ...     print(nothing)
-    None
-    """
-    return record_function(name) if recording else _NOTHING
-
-
-# -------------------- The process that a training runs in: requests to stop, by signals, and how it keeps memory and runs out of it.
-
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
 
@@ -108,3 +91,13 @@ def keep_freed_memory() -> bool:
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
     return mallopt is not None and bool(mallopt(M_MMAP_MAX, 0)) and bool(mallopt(M_TRIM_THRESHOLD, -1))
+
+
+def span(name: str) -> contextlib.AbstractContextManager[object]:
+    """Opens a named range in the trace; while none is recorded it does nothing, at the cost of a call.
+
+    >>> with span("forward") as nothing:
+    ...     print(nothing)
+    None
+    """
+    return record_function(name) if recording else _NOTHING

@@ -21,7 +21,17 @@ import torch.nn.functional as F
 from torch import nn
 
 from alexprep.shards.errors import AlexprepError
-from alexprep.train.checkpoint import PREFIX, Checkpoint, saved_weights
+from alexprep.train.checkpoint import (
+    POSITION,
+    RANDOM_CPU,
+    RANDOM_CUDA,
+    TOTALS,
+    UPDATE,
+    VELOCITY,
+    WEIGHT,
+    Checkpoint,
+    saved_weights,
+)
 from alexprep.train.distributed.parallel import Parallel
 from alexprep.train.distributed.tensor_parallel import Gather, Scheme, SharedDropout
 from alexprep.train.distributed.world import World
@@ -126,14 +136,14 @@ class TrainingState:
         """
         weights = self.parallel.gather_state()
         velocities = self.parallel.gather_velocities(self.optimizer)
-        found = {f"velocity.{number:03d}": velocity for number, velocity in enumerate(velocities)}
-        found["sums"] = self.sums.totals
+        found = {f"{VELOCITY}{number:03d}": velocity for number, velocity in enumerate(velocities)}
+        found[TOTALS] = self.sums.totals
         if self.not_finite(weights) or not all(map(_finite, found.values())):
             raise NotFinite(f"after step {self.position.step} there is NaN or infinity in what would be saved")
-        found |= {f"{PREFIX}{name}": weight for name, weight in weights.items()}
-        found["random.cpu"] = torch.get_rng_state()
+        found |= {f"{WEIGHT}{name}": weight for name, weight in weights.items()}
+        found[RANDOM_CPU] = torch.get_rng_state()
         if self.device.type == "cuda":
-            found["random.cuda"] = torch.cuda.get_rng_state(self.device)
+            found[RANDOM_CUDA] = torch.cuda.get_rng_state(self.device)
         return found
 
     def not_finite(self, weights: Mapping[str, torch.Tensor]) -> list[str]:
@@ -142,21 +152,23 @@ class TrainingState:
 
     def facts(self) -> dict[str, Any]:
         """Everything for a checkpoint that is a JSON value."""
-        return {"position": asdict(self.position), "update": self.update.state_dict()}
+        return {POSITION: asdict(self.position), UPDATE: self.update.state_dict()}
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Goes to where `tensors` and `facts` were taken from. The recipe and the classes must be the same; the caller checks."""
         tensors = checkpoint.tensors
         self.parallel.scatter_state(saved_weights(checkpoint))
         count = len(self.optimizer.velocities())
-        self.parallel.scatter_velocities(self.optimizer, [tensors[f"velocity.{number:03d}"] for number in range(count)])
-        torch.set_rng_state(tensors["random.cpu"])
-        if self.device.type == "cuda" and "random.cuda" in tensors:
-            torch.cuda.set_rng_state(tensors["random.cuda"], self.device)
-        self.sums.totals.copy_(tensors["sums"])
-        if "update" in checkpoint.facts:  # older ones have none: they are of fp32
-            self.update.load_state_dict(checkpoint.facts["update"])
-        self.position = Position.of(checkpoint.facts["position"])
+        self.parallel.scatter_velocities(
+            self.optimizer, [tensors[f"{VELOCITY}{number:03d}"] for number in range(count)]
+        )
+        torch.set_rng_state(tensors[RANDOM_CPU])
+        if self.device.type == "cuda" and RANDOM_CUDA in tensors:
+            torch.cuda.set_rng_state(tensors[RANDOM_CUDA], self.device)
+        self.sums.totals.copy_(tensors[TOTALS])
+        if UPDATE in checkpoint.facts:  # older ones have none: they are of fp32
+            self.update.load_state_dict(checkpoint.facts[UPDATE])
+        self.position = Position.of(checkpoint.facts[POSITION])
 
 
 def take_step(state: TrainingState, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
