@@ -147,6 +147,13 @@ def test_norms_have_their_numbers() -> None:
     assert (spatial.size, spatial.k, spatial.alpha, spatial.beta) == (5, 1.0, 4e-5, 0.75)
 
 
+def test_relu_and_pool_may_change_places() -> None:
+    """What the 2012 code does after conv5, the paper does before the pool: to the same effect."""
+    here, there = AlexNet()(3, 67, width=0.0625), AlexNet(then5=("pool", "relu"))(3, 67, width=0.0625)
+    images = torch.randn(3, 3, 67, 67, generator=torch.Generator().manual_seed(0)) * 60
+    assert torch.equal(here.eval()(images), there.eval()(images))
+
+
 def test_pools_overlap_or_not() -> None:
     overlapping = alexnet(3, 224, width=0.0625)
     assert [overlapping.get_submodule(f"pool{n}").kernel_size for n in (1, 2, 5)] == [3, 3, 3]

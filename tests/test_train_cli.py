@@ -100,7 +100,7 @@ def test_a_recipe_refuses_senseless_numbers() -> None:
     wrong: dict[str, list[Any]] = {"epochs": [0, 1.5, 100_001], "batch_size": [0, 32.0, "32", True]}
     for name, values in (wrong | {"lr": [-1.0, float("nan")], "momentum": [1.0, "0.9"]}).items():
         for value in values:
-            with pytest.raises(AlexprepError, match=f"{name} is {value!r} in recipe tiny: it must be"):
+            with pytest.raises(AlexprepError, match=f"recipe tiny: {name} .* is not"):
                 replace(recipe, **{name: value})
     with pytest.raises(AlexprepError, match="tiny cuts 56 pixels out of stored sizes"):
         replace(recipe, stored_sizes=(16, 32))

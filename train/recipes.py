@@ -95,10 +95,10 @@ class Recipe:
     def __post_init__(self) -> None:
         """Refuses values out of bounds, with AlexprepError."""
         for name, most in (("epochs", MOST_EPOCHS), ("batch_size", 1_000_000)):
-            whole_number(name, getattr(self, name), 1, most)
+            whole_number(f"recipe {self.name}: {name}", getattr(self, name), 1, most)
         highest = {"lr": 100, "momentum": 0.9999, "decay": 1, "bias_decay": 1, "bias_lr_factor": 100}
         for name, high in highest.items():
-            number_within(name, getattr(self, name), 0, high)
+            number_within(f"recipe {self.name}: {name}", getattr(self, name), 0, high)
         low_size, high_size = self.stored_sizes
         if not self.crop <= low_size <= high_size:
             raise AlexprepError(f"recipe {self.name} cuts {self.crop} pixels out of stored sizes {self.stored_sizes}")
