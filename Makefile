@@ -4,6 +4,8 @@ BIN := .venv/bin
 PACKAGES := shards pipeline train cli
 # As many processes as there are cores, four at most: many tests start processes of their own.
 TEST := $(BIN)/pytest -q -n auto --maxprocesses 4 --dist worksteal
+# Of tests/stress, what pytest runs: it does not look there by itself.
+LONG_TESTS = $(shell grep -l '^def test_' tests/stress/*.py)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test check stress format wheel-check clean
@@ -43,7 +45,7 @@ check: .venv/installed build/types
 # Hours; SECONDS=600 makes it about ten minutes. `make test` tries a seeded sample of the same.
 stress: .venv/installed
 	$(if $(SECONDS),,$(TEST) --whole)
-	$(TEST) tests/stress/real_photos.py
+	$(if $(SECONDS),,$(TEST) $(LONG_TESTS))
 	$(BIN)/python -m tests.stress $(if $(SECONDS),--seconds $(SECONDS))
 
 format: .venv/installed

@@ -6,7 +6,7 @@ python -m tests.stress [CAMPAIGN …] [--seconds N] [--photos FOLDER] [--seed N]
 
 A campaign that lacks what it needs (strace, root for a tmpfs, Ray) is left out, with a word. FOLDER is a tree of class folders
 with real photos; without it pictures are drawn. Prints what each campaign counted, ends with status 1 if a promise was broken.
-The suite has short forms of all of these (tests/test_faults.py, tests/test_training_faults.py).
+The suite has short forms of all of these (tests/test_faults.py, tests/test_trainer.py).
 """
 
 from __future__ import annotations
