@@ -288,19 +288,6 @@ def test_a_file_that_shrinks_after_listing_is_told(tmp_path: Path) -> None:
             source.read(item.location)
 
 
-def test_the_real_mnist(sample_data: Path) -> None:
-    truth: Truth = []
-    for split, stem in (("train", "train"), ("test", "t10k")):
-        images, labels = (
-            gzip.decompress((sample_data / "mnist" / f"{stem}-{name}-ubyte.gz").read_bytes())
-            for name in ("images-idx3", "labels-idx1")
-        )
-        pixels = np.frombuffer(images, np.uint8, offset=16).reshape(-1, 28, 28)
-        truth += [(split, str(label), image) for label, image in zip(labels[8:], pixels, strict=True)]
-    assert len(truth) == 70_000
-    check(found(sample_data / "mnist", "mnist"), truth, digits())
-
-
 def matrix(array: np.ndarray) -> bytes:
     """An array in NORB's binary format."""
     shape = [*array.shape, *[1] * (3 - array.ndim)]

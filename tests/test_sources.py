@@ -549,13 +549,6 @@ def test_split_names() -> None:
     assert [split_of(name) for name in names] == ["train", "val", "test", None, None]
 
 
-def test_real_cifar_from_its_tar(sample_data: Path, tmp_path: Path) -> None:
-    report = convert(sample_data / "cifar10-jpeg.tar", tmp_path / "out", ShardOptions(Target(size=32), limit=2000), 2)
-    assert report.samples == {"train": 2000, "test": 2000}
-    classes = read_dataset(tmp_path / "out")["classes"]
-    assert classes == ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
-
-
 # How classes become numbers
 
 
