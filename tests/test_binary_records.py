@@ -127,8 +127,6 @@ def test_a_damaged_archive_of_cifar_is_refused(tmp_path: Path) -> None:
     good = archive.read_bytes()
     archive.write_bytes(good[: len(good) // 2])
     fails(archive, "cut short")
-    archive.write_bytes(good[:1000] + bytes(100) + good[1100:])
-    fails(archive, "damaged gzip file")
     with tarfile.open(archive, "w:gz") as tar:
         tar.add(folder, folder.name)
         tar.add(folder / "test_batch.bin", "other/test_batch.bin")
