@@ -9,6 +9,7 @@ import tarfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 
@@ -253,8 +254,6 @@ def test_damaged_idx_files_are_refused(ending: str, tmp_path: Path) -> None:
 
 
 def test_records_behind_a_url_are_read_as_from_a_disk(tmp_path: Path) -> None:
-    import fsspec
-
     memory = fsspec.filesystem("memory")
     truth = mnist(tmp_path, "{split}-{kind}-idx{d}-ubyte.gz")
     for number, ending in enumerate((".gz", "")):
@@ -268,10 +267,8 @@ def test_records_behind_a_url_are_read_as_from_a_disk(tmp_path: Path) -> None:
         check(source, truth, digits())
     folder = tmp_path / "cifar-10-batches-bin"
     pixels = cifar(folder)
-    for archive in (
-        packed(folder, tmp_path / "cifar-10-binary.tar.gz"),
-        packed(folder, tmp_path / "cifar-10-binary.tar"),
-    ):
+    for ending in (".tar.gz", ".tar"):
+        archive = packed(folder, tmp_path / f"cifar-10-binary{ending}")
         memory.pipe_file(f"/cifar/{archive.name}", archive.read_bytes())
         check(find_source(f"memory://cifar/{archive.name}"), pixels, CIFAR10)
 

@@ -7,6 +7,7 @@ import gzip
 import io
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -95,8 +96,6 @@ def test_a_text_of_two_columns_needs_no_header(tmp_path: Path) -> None:
 
 
 def test_urls_are_read_where_they_point(tmp_path: Path) -> None:
-    import fsspec
-
     memory = fsspec.filesystem("memory")
     memory.pipe_file("/bucket/a.bin", b"far")
     (tmp_path / "b.bin").write_bytes(b"near")
@@ -117,16 +116,9 @@ def test_urls_are_read_where_they_point(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("label", "words"),
     [
-        ("", "the label is missing"),
-        ("  ", "the label is missing"),
-        ("nan", "the label is missing"),
+        *((label, "the label is missing") for label in ("", "  ", "nan")),
         ("dog|cat", "the cell 'dog|cat' gives one image several labels"),
-        ("dog; cat", "several labels"),
-        ("1,2", "several labels"),
-        ("1 2", "several labels"),
-        ("[1]", "several labels"),
-        ("['dog', 'cat']", "several labels"),
-        ("good, dog", "several labels"),
+        *((label, "several labels") for label in ("dog; cat", "1,2", "1 2", "[1]", "['dog', 'cat']", "good, dog")),
         ("-1", "the label -1 is below 0: number the classes from 0"),
         ("3.0", "the label 3.0 is no whole number: write it without a point"),
         ("do\tg", "holds a control character"),

@@ -141,6 +141,10 @@ def _edit_json(name: str, change: Callable[[dict[str, Any]], None]) -> Callable[
     return edit
 
 
+def _edited(name: str, words: str, change: Callable[[dict[str, Any]], None]) -> tuple[Callable[[Path], None], str, str]:
+    return _edit_json(name, change), name, words
+
+
 def _other_label(sidecar: dict[str, Any]) -> None:
     entry = next(entry for entry in sidecar["inputs"] if entry["status"] == "written")
     entry["label"] = 1 - entry["label"]
@@ -172,21 +176,15 @@ def _edit_ledger(data: Path) -> None:
         (_copy("train/train-000000.idx", "train/train-000001.idx"), "train/train-000001.idx", "not the index"),
         (_swap(".tar"), "train/train-000000.tar", "is the tar of train-000001"),
         (_swap(".tar", ".idx", ".json"), "train/train-000000.json", "inputs[0].key is"),
-        (_edit_json("train/train-000000.json", _other_label), "train/train-000000.json", "label is"),
+        _edited("train/train-000000.json", "label is", _other_label),
         (_edit_index, "train/index.npy", "record 2"),
         (_edit_ledger, "train/samples.parquet", "width is 999, must be"),
-        (
-            _edit_json("dataset.json", lambda d: d["splits"]["train"].update(samples=4)),
-            "dataset.json",
-            "splits.train.samples is 4, must be 5",
-        ),
-        (_edit_json("dataset.json", lambda d: d["files"].clear()), "dataset.json", "files has the fields []"),
-        (_edit_json("plan.json", lambda d: d["options"].update(quality=90)), "plan.json", "was changed"),
-        (_edit_json("stats/stats.json", lambda d: d["eigenvalues"].reverse()), "stats/stats.json", "was changed"),
-        (
-            _edit_json("train/train-000001.json", lambda d: d["inputs"][0].update(status="lost")),
-            "train/train-000001.json",
-            "inputs[0].status is 'lost'",
+        _edited("dataset.json", "train.samples is 4, must be 5", lambda d: d["splits"]["train"].update(samples=4)),
+        _edited("dataset.json", "files has the fields []", lambda d: d["files"].clear()),
+        _edited("plan.json", "was changed", lambda d: d["options"].update(quality=90)),
+        _edited("stats/stats.json", "was changed", lambda d: d["eigenvalues"].reverse()),
+        _edited(
+            "train/train-000001.json", "inputs[0].status is 'lost'", lambda d: d["inputs"][0].update(status="lost")
         ),
     ],
 )
