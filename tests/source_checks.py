@@ -66,3 +66,23 @@ def write(path: Path, data: bytes) -> Path:
     """Writes a file, gzipped if its name says so."""
     path.write_bytes(gzip.compress(data, 1) if path.name.endswith(".gz") else data)
     return path
+
+
+def flipped(data: bytes, place: int, bit: int) -> bytes:
+    """With one bit changed."""
+    return data[:place] + bytes([data[place] ^ 1 << bit]) + data[place + 1 :]
+
+
+def make_idx(tar: Path, version: str = "v1.2") -> Path:
+    """The index that DALI's tool writes; for v1.1, what it wrote once."""
+    from wds2idx import IndexCreator
+
+    path = tar.with_suffix(".idx")
+    creator = IndexCreator(str(tar), str(path), verbose=False)
+    creator.create_index()
+    creator.close()
+    if version == "v1.1":
+        lines = [line.split(" ") for line in path.read_text().splitlines()[1:]]
+        text = (" ".join(field for n, field in enumerate(line) if n % 4 != 3) for line in lines)
+        path.write_text("\n".join([f"v1.1 {len(lines)}", *text, ""]))
+    return path

@@ -9,6 +9,7 @@ import tarfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 
@@ -127,8 +128,6 @@ def test_a_damaged_archive_of_cifar_is_refused(tmp_path: Path) -> None:
     good = archive.read_bytes()
     archive.write_bytes(good[: len(good) // 2])
     fails(archive, "cut short")
-    archive.write_bytes(good[:1000] + bytes(100) + good[1100:])
-    fails(archive, "damaged gzip file")
     with tarfile.open(archive, "w:gz") as tar:
         tar.add(folder, folder.name)
         tar.add(folder / "test_batch.bin", "other/test_batch.bin")
@@ -255,8 +254,6 @@ def test_damaged_idx_files_are_refused(ending: str, tmp_path: Path) -> None:
 
 
 def test_records_behind_a_url_are_read_as_from_a_disk(tmp_path: Path) -> None:
-    import fsspec
-
     memory = fsspec.filesystem("memory")
     truth = mnist(tmp_path, "{split}-{kind}-idx{d}-ubyte.gz")
     for number, ending in enumerate((".gz", "")):
@@ -270,10 +267,8 @@ def test_records_behind_a_url_are_read_as_from_a_disk(tmp_path: Path) -> None:
         check(source, truth, digits())
     folder = tmp_path / "cifar-10-batches-bin"
     pixels = cifar(folder)
-    for archive in (
-        packed(folder, tmp_path / "cifar-10-binary.tar.gz"),
-        packed(folder, tmp_path / "cifar-10-binary.tar"),
-    ):
+    for ending in (".tar.gz", ".tar"):
+        archive = packed(folder, tmp_path / f"cifar-10-binary{ending}")
         memory.pipe_file(f"/cifar/{archive.name}", archive.read_bytes())
         check(find_source(f"memory://cifar/{archive.name}"), pixels, CIFAR10)
 
@@ -286,19 +281,6 @@ def test_a_file_that_shrinks_after_listing_is_told(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="has changed: it ends within train-images-idx3-ubyte/"):
         for item in inputs:
             source.read(item.location)
-
-
-def test_the_real_mnist(sample_data: Path) -> None:
-    truth: Truth = []
-    for split, stem in (("train", "train"), ("test", "t10k")):
-        images, labels = (
-            gzip.decompress((sample_data / "mnist" / f"{stem}-{name}-ubyte.gz").read_bytes())
-            for name in ("images-idx3", "labels-idx1")
-        )
-        pixels = np.frombuffer(images, np.uint8, offset=16).reshape(-1, 28, 28)
-        truth += [(split, str(label), image) for label, image in zip(labels[8:], pixels, strict=True)]
-    assert len(truth) == 70_000
-    check(found(sample_data / "mnist", "mnist"), truth, digits())
 
 
 def matrix(array: np.ndarray) -> bytes:

@@ -18,7 +18,7 @@ import pytest
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.tar_format import MAX_PADDING_BYTES, ListedMember, members
 from alexprep.shards.webdataset_index import read_dali_index
-from tests.source_checks import FORMATS
+from tests.source_checks import FORMATS, flipped
 
 END = bytes(1024)
 # Short and long, split at a slash or not, spaces, dots, not UTF-8, of exactly 100 bytes, beyond what USTAR holds.
@@ -169,11 +169,8 @@ def test_rarer_forms() -> None:
     zero = padded(b"z" * 600)
     assert listed(block(magic=bytes(8), kind=b"\0") + END) == [ListedMember(b"a", 512, 0, "file")]
     assert listed(block(b"v/", magic=bytes(8), kind=b"\0") + END) == [ListedMember(b"v/", 512, 0, "folder")]
-    assert listed(block(size=600, kind=b"7") + zero + END) == [ListedMember(b"a", 512, 600, "file")]
-    assert listed(block(size=b"\x80" + (600).to_bytes(11, "big")) + zero + END) == [
-        ListedMember(b"a", 512, 600, "file")
-    ]
-    assert listed(block(size=b"       1130 ") + zero + END) == [ListedMember(b"a", 512, 600, "file")]
+    for size, kind in ((600, b"7"), (b"\x80" + (600).to_bytes(11, "big"), b"0"), (b"       1130 ", b"0")):
+        assert listed(block(size=size, kind=kind) + zero + END) == [ListedMember(b"a", 512, 600, "file")]
     assert listed(summed(block(b"\xff\xfe"), signed=True) + END) == [ListedMember(b"\xff\xfe", 512, 0, "file")]
     assert listed(extension(b"g", record(b"comment", b"1")) + END) == []
     star = block(_345=ord("p"), _476=ord("1"), _508=ord("t"), _509=ord("a"), _510=ord("r"))
@@ -228,7 +225,7 @@ def test_a_flipped_bit_of_a_header_is_found(format: str, seed: int) -> None:
     for place in (head + n for head in heads for n in range(512)):
         bit = draw.randrange(8)
         try:
-            assert listed(_flipped(data, place, bit)) == good and place % 512 in range(148, 156), (place, bit)
+            assert listed(flipped(data, place, bit)) == good and place % 512 in range(148, 156), (place, bit)
         except AlexprepError:
             continue
 
@@ -241,15 +238,11 @@ def test_any_flipped_bit_of_a_pax_header_is_found_or_seen() -> None:
     for place in range(512, 512 + len(comment + path)):
         for bit in range(8):
             try:
-                found = listed(_flipped(data, place, bit))
+                found = listed(flipped(data, place, bit))
             except AlexprepError:
                 continue
             assert [found[0]._replace(name=good[0].name), *found[1:]] == good
             assert found != good or place < 512 + len(comment), (place, bit)
-
-
-def _flipped(data: bytes, place: int, bit: int) -> bytes:
-    return data[:place] + bytes([data[place] ^ 1 << bit]) + data[place + 1 :]
 
 
 @pytest.mark.parametrize("format", FORMATS)

@@ -21,9 +21,10 @@ from PIL import Image
 
 from alexprep.shards import webdataset_index
 from alexprep.shards.errors import AlexprepError
+from alexprep.shards.image_codec import Codec, Target
 from alexprep.shards.image_header import Header, Refused, read_header
 from alexprep.shards.webdataset_index import TAR_INDEX_DTYPE, TarIndex, index_tars
-from tests.source_checks import FORMATS, write_tar
+from tests.source_checks import FORMATS, flipped, make_idx, write_tar
 
 Encode = Callable[..., bytes]
 Images = list[tuple[str, bytes]]
@@ -85,21 +86,6 @@ def check_against_others(found: TarIndex) -> None:
                     with Image.open(content) as image:
                         expected.append((number, member.offset_data, member.size, image.height, image.width))
     assert found.records[["shard", "offset", "size", "height", "width"]].tolist() == expected
-
-
-def make_idx(tar: Path, version: str = "v1.2") -> Path:
-    """The index that DALI's tool writes; for v1.1, what it wrote once."""
-    from wds2idx import IndexCreator
-
-    path = tar.with_suffix(".idx")
-    creator = IndexCreator(str(tar), str(path), verbose=False)
-    creator.create_index()
-    creator.close()
-    if version == "v1.1":
-        lines = [line.split(" ") for line in path.read_text().splitlines()[1:]]
-        text = (" ".join(field for n, field in enumerate(line) if n % 4 != 3) for line in lines)
-        path.write_text("\n".join([f"v1.1 {len(lines)}", *text, ""]))
-    return path
 
 
 @pytest.fixture
@@ -194,7 +180,6 @@ def huge(width: int, height: int) -> bytes:
         ({"b.jpg": b"", "b.cls": b"1"}, "cannot be used: empty file"),
         ({"b.jpg": b"not an image", "b.cls": b"1"}, "not a JPEG, PNG, WebP, BMP or PNM image (first bytes 6e 6f"),
         ({"b.gif": b"GIF89a" + bytes(50), "b.cls": b"1"}, "not a JPEG, PNG"),
-        ({"b.jpg": b"\xff\xd8\xff", "b.cls": b"1"}, "ends within its header"),
         ({"b.png": huge(20_000, 10_000), "b.cls": b"1"}, "20000x10000 pixels are more than the limit of 80,000,000"),
         ({"b.png": huge(70_000, 10), "b.cls": b"1"}, "a side of 70,000 pixels"),
         ({"b.png": huge(0, 10), "b.cls": b"1"}, "0x10 pixels"),
@@ -404,8 +389,7 @@ def test_a_damaged_index_is_made_anew(images: Images, tmp_path: Path, scanned: l
     draw = random.Random(seed)
     harmed = [b"", whole[:100], whole[:-1], b"x" * 1000]
     for _ in range(50):
-        place = draw.randrange(len(whole))
-        harmed.append(whole[:place] + bytes([whole[place] ^ 1 << draw.randrange(8)]) + whole[place + 1 :])
+        harmed.append(flipped(whole, draw.randrange(len(whole)), draw.randrange(8)))
     for content in harmed:
         kept.write_bytes(content)
         found = index_tars(tmp_path / "set")
@@ -454,8 +438,6 @@ def header_of(data: bytes) -> Header | Refused:
 
 
 def test_headers_agree_with_the_decoder(images: Images, encoded: Encode) -> None:
-    from alexprep.shards.image_codec import Codec, Target
-
     codec = Codec(Target())
     pixels = np.random.default_rng(5).integers(0, 256, (17, 31, 3), dtype=np.uint8)
     photo = Image.fromarray(pixels)
@@ -501,21 +483,3 @@ def test_hostile_headers(encoded: Encode, photo: Callable[..., Image.Image], see
         for _ in range(draw.randrange(4)):
             harmed[draw.randrange(len(harmed))] = draw.randrange(256)
         header_of(bytes(harmed))
-
-
-def test_headers_of_real_photos_and_of_malformed_ones(sample_data: Path) -> None:
-    """Of every photo, and of every malformed file that the decoder makes pixels of, the header is read as it reads it."""
-    from alexprep.shards.image_codec import Codec, Target
-
-    codec, decoded = Codec(Target()), 0
-    for path in sorted(sample_data.glob("imagenet-sample/train/*/*.JPEG")):
-        with Image.open(path) as image:
-            found = header_of(path.read_bytes())
-            assert isinstance(found, Header) and found[:2] == (image.height, image.width)
-    with tarfile.open(sample_data / "malformed-jpegs.tar") as tar:
-        for content in (tar.extractfile(member) for member in tar if member.isfile() and member.size < 20_000):
-            assert content is not None
-            found, pixels = header_of(data := content.read()), codec.decode(data)
-            decoded += pixels is not None
-            assert pixels is None or (isinstance(found, Header) and found[:2] == pixels.shape[:2])
-    assert decoded > 50

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import tarfile
 from pathlib import Path
@@ -13,9 +14,14 @@ from PIL import Image, ImageOps
 
 from alexprep.shards import rgb_statistics
 from alexprep.shards.conversion import convert
+from alexprep.shards.dataset_format import read_dataset
 from alexprep.shards.image_codec import Codec, Converted, Target
+from alexprep.shards.image_header import Header
 from alexprep.shards.plan import ShardOptions
 from alexprep.shards.sample_reader import Samples
+from tests.source_checks import found
+from tests.test_binary_records import Truth, check, digits
+from tests.test_webdataset_index import header_of
 
 
 @pytest.mark.parametrize("orient", [False, True])
@@ -69,3 +75,39 @@ def test_real_photos_have_imagenet_s_axes(sample_data: Path, tmp_path: Path) -> 
     assert report.inputs == 298 == report.written + report.rejected.total()
     found = rgb_statistics.pca_stats(tmp_path / "out", "train", 2)
     assert (found.angles_to_imagenet() < 5).all()
+
+
+def test_headers_of_real_photos_and_of_malformed_ones(sample_data: Path) -> None:
+    """Of every photo, and of every malformed file that the decoder makes pixels of, the header is read as it reads it."""
+    codec, decoded = Codec(Target()), 0
+    for path in sorted(sample_data.glob("imagenet-sample/train/*/*.JPEG")):
+        with Image.open(path) as image:
+            found = header_of(path.read_bytes())
+            assert isinstance(found, Header) and found[:2] == (image.height, image.width)
+    with tarfile.open(sample_data / "malformed-jpegs.tar") as tar:
+        for content in (tar.extractfile(member) for member in tar if member.isfile() and member.size < 20_000):
+            assert content is not None
+            found, pixels = header_of(data := content.read()), codec.decode(data)
+            decoded += pixels is not None
+            assert pixels is None or (isinstance(found, Header) and found[:2] == pixels.shape[:2])
+    assert decoded > 50
+
+
+def test_the_real_mnist(sample_data: Path) -> None:
+    truth: Truth = []
+    for split, stem in (("train", "train"), ("test", "t10k")):
+        images, labels = (
+            gzip.decompress((sample_data / "mnist" / f"{stem}-{name}-ubyte.gz").read_bytes())
+            for name in ("images-idx3", "labels-idx1")
+        )
+        pixels = np.frombuffer(images, np.uint8, offset=16).reshape(-1, 28, 28)
+        truth += [(split, str(label), image) for label, image in zip(labels[8:], pixels, strict=True)]
+    assert len(truth) == 70_000
+    check(found(sample_data / "mnist", "mnist"), truth, digits())
+
+
+def test_real_cifar_from_its_tar(sample_data: Path, tmp_path: Path) -> None:
+    report = convert(sample_data / "cifar10-jpeg.tar", tmp_path / "out", ShardOptions(Target(size=32), limit=2000), 2)
+    assert report.samples == {"train": 2000, "test": 2000}
+    classes = read_dataset(tmp_path / "out")["classes"]
+    assert classes == ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
