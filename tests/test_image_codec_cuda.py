@@ -29,12 +29,6 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 SHAPES = [(375, 500), (500, 331), (301, 1203), (257, 256), (64, 97), (61, 40), (7, 1), (1, 7), (1031, 777)]
 
 
-@pytest.fixture(autouse=True)
-def _gpu(request: pytest.FixtureRequest) -> None:
-    if request.node.get_closest_marker("gpu") and not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-
-
 @pytest.fixture(scope="module")
 def images(photo, encoded) -> list[bytes | NDArray[np.uint8]]:
     """Good and bad, for the GPU and not, in one batch."""
