@@ -193,12 +193,3 @@ def patient_search(monkeypatch: pytest.MonkeyPatch) -> None:
         return shown
 
     monkeypatch.setattr("alexprep.pipeline.autotune.search", functools.partial(search, clock=clock))
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """For work so small that torch's threads would only wait for each other, long where the machine is busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)

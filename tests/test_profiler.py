@@ -16,18 +16,15 @@ import pytest
 import torch
 
 from alexprep.pipeline.loader import Batch, Loader
-from alexprep.shards.errors import AlexprepError
 from alexprep.train import process
 from alexprep.train.config import TrainConfig
 from alexprep.train.distributed.world import World
 from alexprep.train.logger import Meter
-from alexprep.train.profiler import COUNTER, Trace, dali_nanoseconds
+from alexprep.train.profiler import COUNTER, Trace
 from alexprep.train.trainer import train
 
 PARTS = ["wait for data", "forward", "backward", "gradient sums", "update"]  # of every step, in this order
 EPOCH_STEPS = 12  # of 4 images
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def config(data: Path, folder: Path, **changes: Any) -> TrainConfig:
@@ -198,20 +195,6 @@ def test_a_trace_that_cannot_be_written_stops_no_training(
     summary = train(config(data, tmp_path, steps=14, trace=2), interrupted(2, in_the_way))
     assert summary["steps"] == 14
     assert "the trace could not be written, the training goes on" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(("trace", "words"), [(0, "trace 0 is not in"), (201, r"trace 201 is not in \[1, 200\]")])
-def test_how_long_a_trace_may_be(data: Path, tmp_path: Path, trace: int, words: str) -> None:
-    with pytest.raises(AlexprepError, match=words):
-        config(data, tmp_path, trace=trace)
-
-
-def test_dali_s_threads_are_counted(data: Path) -> None:
-    with Loader(data, "train", batch_size=16, augmentation="none") as loader:
-        before = dali_nanoseconds()
-        for _ in range(3):
-            list(loader)
-        assert 0 < dali_nanoseconds() - before < 60e9
 
 
 @pytest.mark.gpu
