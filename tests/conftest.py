@@ -19,6 +19,7 @@ import pytest
 import torch
 from PIL import Image
 
+from alexprep.cli.main import main
 from alexprep.pipeline.autotune import search
 from alexprep.shards import rgb_statistics
 from alexprep.shards.conversion import convert
@@ -130,6 +131,22 @@ def _gpu(request: pytest.FixtureRequest) -> None:
 def whole(request: pytest.FixtureRequest) -> bool:
     """Whether every case is to be tried, as `make stress` wants it, and not a seeded sample of them."""
     return bool(request.config.getoption("--whole"))
+
+
+@pytest.fixture
+def command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """Exit status, output and messages of a command in this process, which has imported torch, and in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["alexprep", *arguments])
+        with pytest.raises(SystemExit) as left:
+            main()
+        return int(left.value.code or 0), *capsys.readouterr()
+
+    return run
 
 
 @pytest.fixture(scope="session")
