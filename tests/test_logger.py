@@ -50,10 +50,12 @@ def test_meter_logs_on_a_terminal_and_elsewhere(tmp_path: Path, terminal: bool) 
     assert terminal or len(plain) == 1  # a line every ten seconds, not every record
 
 
-def resumed(log: Path, records: list[dict[str, Any]], tail: bytes = b"", **place: int) -> list[dict[str, Any]]:
+def resumed(
+    log: Path, records: list[dict[str, Any]], tail: bytes = b"", *, step: int, epoch: int | None = None
+) -> list[dict[str, Any]]:
     """What is left of these records, and of what follows them, when a run goes on from a place."""
     log.write_bytes("".join(json.dumps(record) + "\n" for record in records).encode() + tail)
-    with Meter(log, total_steps=10, console=Console(quiet=True), **place):
+    with Meter(log, step=step, total_steps=10, epoch=epoch, console=Console(quiet=True)):
         pass
     return [json.loads(line) for line in log.read_text().splitlines()]
 
