@@ -19,6 +19,7 @@ import pytest
 import torch
 from PIL import Image
 
+from alexprep.cli.main import main
 from alexprep.pipeline.autotune import search
 from alexprep.shards import rgb_statistics
 from alexprep.shards.conversion import convert
@@ -132,6 +133,22 @@ def whole(request: pytest.FixtureRequest) -> bool:
     return bool(request.config.getoption("--whole"))
 
 
+@pytest.fixture
+def command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """Exit status, output and messages of a command in this process, which has imported torch, and in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["alexprep", *arguments])
+        with pytest.raises(SystemExit) as left:
+            main()
+        return int(left.value.code or 0), *capsys.readouterr()
+
+    return run
+
+
 @pytest.fixture(scope="session")
 def photo() -> Photo:
     return make_photo
@@ -193,12 +210,3 @@ def patient_search(monkeypatch: pytest.MonkeyPatch) -> None:
         return shown
 
     monkeypatch.setattr("alexprep.pipeline.autotune.search", functools.partial(search, clock=clock))
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """For work so small that torch's threads would only wait for each other, long where the machine is busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -85,6 +85,19 @@ class MadeUpLoader:
 
     def close(self) -> None:
         pass
+
+
+def changed(
+    change: Callable[[MadeUpLoader, torch.Tensor], torch.Tensor], loader: type[MadeUpLoader] = MadeUpLoader
+) -> type[MadeUpLoader]:
+    """A loader whose images are changed as they are delivered, by what is also told where it is then."""
+
+    class Changed(loader):  # type: ignore[misc, valid-type]
+        def __iter__(self) -> Iterator[Batch]:
+            for images, labels in super().__iter__():
+                yield Batch(change(self, images), labels)
+
+    return Changed
 
 
 def write_data(

@@ -204,15 +204,10 @@ def test_a_damaged_file_is_replaced_with_a_warning(content: bytes, mine: Path, t
 
 def test_an_entry_that_makes_no_sense_is_not_used(mine: Path) -> None:
     good = {"threads": 2, "prefetch": 2, "decode": None, "hw_decoder_load": 0.65}
-    wrong: list[dict[str, Any]] = [
-        {"threads": "1"},
-        {"threads": 0},
-        {"threads": 2.0},
-        {"prefetch": True},
-        {"prefetch": None},
-    ]
-    wrong += [{"decode": "tpu"}, {"decode": ["cpu"]}, {"hw_decoder_load": 2}, {"hw_decoder_load": float("inf")}]
-    for one in [*({"settings": good | two} for two in wrong), [], {}, {"settings": None}, {"settings": {"threads": 1}}]:
+    wrong: dict[str, list[Any]] = {"threads": ["1", 0, 2.0], "prefetch": [True, None]}
+    wrong |= {"decode": ["tpu", ["cpu"]], "hw_decoder_load": [2, float("inf")]}
+    settings = [good | {name: value} for name, values in wrong.items() for value in values]
+    for one in [*({"settings": each} for each in [*settings, None, {"threads": 1}]), [], {}]:
         (mine / "tuning.json").write_text(json.dumps({"machines": {this_machine("cpu"): one}}))
         tuning, (problem,) = saved_tuning(mine, "cpu")
         assert tuning is None and "tuning.json has no usable settings for this machine" in problem

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -20,7 +21,6 @@ from numpy.typing import NDArray
 from scipy.io import savemat
 from scipy.special import softmax
 
-from alexprep.cli.main import main
 from alexprep.pipeline.loader import Loader
 from alexprep.shards import rgb_statistics
 from alexprep.shards.conversion import convert
@@ -30,7 +30,7 @@ from alexprep.shards.plan import ShardOptions
 from alexprep.shards.storage import publish_bytes
 from alexprep.train import checkpoint, recipes
 from alexprep.train.config import TrainConfig, prepare
-from alexprep.train.ensemble import WeightSearch, mixture, parse_weights, shares
+from alexprep.train.ensemble import WeightSearch, mixture, shares
 from alexprep.train.evaluation import (
     Scores,
     check_submission,
@@ -50,9 +50,6 @@ CPU = torch.device("cpu")
 Array = NDArray[np.float64]
 WNIDS = ["n05", "n03", "n01", "n06", "n02", "n04"]  # by ILSVRC ID, from 1
 UNREADABLE = "ILSVRC2012_test_00000003.JPEG"
-
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make_run(runs: Path, name: str, data: Path, seed: int, steps: tuple[int, ...] = (2,), recipe: str = "tiny") -> Path:
@@ -132,26 +129,32 @@ def test_weights_searched_on_a_split(data: Path, tmp_path: Path) -> None:
     assert other["images"] == 20
 
 
+def predicted(p: Array, labels: NDArray[np.int64]) -> Predicted:
+    return Predicted(torch.from_numpy(np.log(p)), torch.from_numpy(labels), torch.arange(len(labels)))
+
+
+def scored(p: Array, labels: NDArray[np.int64]) -> Scores:
+    scores = Scores()
+    scores.add(predicted(p, labels))
+    return scores
+
+
 def test_images_without_a_label_are_left_out_of_errors(seed: int) -> None:
     rng = np.random.default_rng(seed)
-    logs = torch.from_numpy(np.log(softmax(rng.normal(size=(40, 9)), axis=-1)))
-    labels = torch.from_numpy(rng.integers(-1, 9, size=40))
+    p = softmax(rng.normal(size=(40, 9)), axis=-1)
+    labels = rng.integers(-1, 9, size=40)
     known = labels >= 0
-    scores, reference = Scores(), Scores()
-    scores.add(Predicted(logs, labels, torch.arange(40)))
-    reference.add(Predicted(logs[known], labels[known], torch.arange(int(known.sum()))))
-    assert scores.summary() == reference.summary() and scores.images == 40 and len(scores.best) == 40
-    unknown = Scores()
-    unknown.add(Predicted(logs, torch.full((40,), -1), torch.arange(40)))
-    assert set(unknown.summary().values()) == {None}
+    scores = scored(p, labels)
+    assert scores.summary() == scored(p[known], labels[known]).summary()
+    assert scores.images == 40 and len(scores.best) == 40
+    assert set(scored(p, np.full(40, -1)).summary().values()) == {None}
 
 
 def test_classes_and_confusions() -> None:
     labels = np.array([0, 0, 0, 1, 1, 3, 3, -1])  # no image of class 2
     p = np.full((8, 4), 0.1)
     p[np.arange(8), [0, 1, 1, 1, 1, 0, 1, 2]] = 0.7
-    scores = Scores()
-    scores.add(Predicted(torch.from_numpy(np.log(p)), torch.from_numpy(labels), torch.arange(8)))
+    scores = scored(p, labels)
     names = ["cat", "dog", "emu, grey", "fox"]
     table = scores.by_class(names)
     assert [row.images for row in table] == [3, 2, 0, 2]
@@ -165,15 +168,12 @@ def test_classes_and_confusions() -> None:
 
 
 def test_ties_go_to_the_lower_label_in_guesses_and_are_shared_in_errors() -> None:
-    logs = torch.log(torch.tensor([[0.1, 0.3, 0.3, 0.3]], dtype=torch.float64))
-    scores = Scores()
-    scores.add(Predicted(logs, torch.tensor([3]), torch.arange(1)))
+    scores = scored(np.array([[0.1, 0.3, 0.3, 0.3]]), np.array([3]))
     assert scores.best.tolist() == [[1, 2, 3, 0]]
     assert scores.summary()["top1_error"] == pytest.approx(100 * 2 / 3)
-    levels = np.random.default_rng(0).integers(0, 9, size=(400, 11)).astype(np.float64)
-    many = Scores()
-    many.add(Predicted(torch.from_numpy(levels), torch.zeros(400).long(), torch.arange(400)))
-    np.testing.assert_array_equal(many.best, np.argsort(-levels, axis=1, kind="stable")[:, :5])
+    levels = np.random.default_rng(0).integers(1, 10, size=(400, 11)).astype(np.float64)
+    best = scored(levels, np.zeros(400, np.int64)).best
+    np.testing.assert_array_equal(best, np.argsort(-levels, axis=1, kind="stable")[:, :5])
 
 
 def test_checkpoints_of_one_run(data: Path, tmp_path: Path) -> None:
@@ -194,13 +194,18 @@ def test_checkpoints_of_one_run(data: Path, tmp_path: Path) -> None:
         evaluate_run(run, 4)
 
 
+def sharded(source: Path, folder: Path, **options: Any) -> Path:
+    """A data set with statistics."""
+    convert(source, folder, ShardOptions(Target(size=64), **options), 1)
+    rgb_statistics.publish_statistics(rgb_statistics.pca_stats(folder, "train", 1), folder, "train")
+    return folder
+
+
 def relative(photos: Path, folder: Path, numbers: str) -> Path:
     """A set like `data`, whose classes come in another order or not."""
     labels = folder.with_suffix(".txt")
     labels.write_text("\n".join(f"class{n}" for n in numbers))
-    convert(photos, folder, ShardOptions(Target(size=64), limit=8, seed=5, labels=str(labels)), 1)
-    rgb_statistics.publish_statistics(rgb_statistics.pca_stats(folder, "train", 1), folder, "train")
-    return folder
+    return sharded(photos, folder, limit=8, seed=5, labels=str(labels))
 
 
 def test_a_recipe_may_change_in_what_an_evaluation_does_not_show(
@@ -228,17 +233,12 @@ def test_another_data_set_of_the_same_classes_is_seen_less_the_mean_of_the_train
     data: Path, photos: Path, tmp_path: Path
 ) -> None:
     run, same = make_run(tmp_path, "a", data, 1), relative(photos, tmp_path / "same", "0123")
-    asked: list[dict[str, Any]] = []
-
-    def spying(*place: Any, **options: Any) -> Loader:
-        asked.append(options)
-        return Loader(*place, **options)
-
-    found = evaluate_run(run, data=same, threads=1, device="cpu", open_loader=spying)
-    assert asked[0]["statistics"] == data and found["notes"] == [] and found["images"] == 8
+    spy = mock.Mock(wraps=Loader)
+    found = evaluate_run(run, data=same, threads=1, device="cpu", open_loader=spy)
+    assert spy.call_args.kwargs["statistics"] == data and found["notes"] == [] and found["images"] == 8
     (run / "config.json").write_text((run / "config.json").read_text().replace(str(data), str(data / "gone")))
-    found = evaluate_run(run, data=same, threads=1, device="cpu", open_loader=spying)
-    assert "statistics" not in asked[1]
+    found = evaluate_run(run, data=same, threads=1, device="cpu", open_loader=spy)
+    assert "statistics" not in spy.call_args.kwargs
     assert ["cannot be told" in found["notes"][0], "less their own mean" in found["notes"][1]] == [True, True]
 
 
@@ -255,10 +255,6 @@ def test_loaders_that_disagree_are_noticed(data: Path, tmp_path: Path, wide_and_
 
 
 # Weights
-
-
-def predicted(p: Array, labels: NDArray[np.int64]) -> Predicted:
-    return Predicted(torch.from_numpy(np.log(p)), torch.from_numpy(labels), torch.arange(len(labels)))
 
 
 def test_mixture_equals_numpy_even_where_probabilities_vanish(seed: int) -> None:
@@ -323,17 +319,14 @@ def test_the_search_leaves_a_harmful_net_out() -> None:
 def test_weights_that_make_no_sense(weights: list[float]) -> None:
     with pytest.raises(AlexprepError, match="--weights"):
         shares(weights, 2)
-    with pytest.raises(AlexprepError, match="neither equal, search, nor numbers"):
-        parse_weights("much")
 
 
 # The command
 
 
 @pytest.fixture
-def runs(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def runs(data: Path, tmp_path: Path) -> Path:
     """Two runs on `data`, in ./runs."""
-    monkeypatch.chdir(tmp_path)
     for name, seed in (("a", 1), ("b", 2)):
         make_run(tmp_path / "runs", name, data, seed, steps=(0,))
     return tmp_path / "runs"
@@ -356,26 +349,16 @@ def ilsvrc(photo: Any, encoded: Any, tmp_path_factory: pytest.TempPathFactory) -
     synsets = np.array([(n + 1, wnid, "w", "g", 0) for n, wnid in enumerate(WNIDS)], dtype=fields)
     (source / "ILSVRC2012_devkit_t12/data").mkdir(parents=True)
     savemat(source / "ILSVRC2012_devkit_t12/data/meta.mat", {"synsets": synsets.reshape(-1, 1)})
-    convert(source, out, ShardOptions(Target(size=64), shard_samples=4, labels="ilsvrc-id"), 1)
-    rgb_statistics.publish_statistics(rgb_statistics.pca_stats(out, "train", 1), out, "train")
-    return out
+    return sharded(source, out, shard_samples=4, labels="ilsvrc-id")
 
 
 Told = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def told(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Told:
-    """Runs `alexprep eval` in this process: exit status, stdout, stderr."""
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["alexprep", "eval", *arguments, "--threads", "1", "--device", "cpu"])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        printed = capsys.readouterr()
-        return int(ended.value.code or 0), printed.out, printed.err
-
-    return run
+def told(command: Told) -> Told:
+    """Runs `alexprep eval` in this process and in `tmp_path`: exit status, stdout, stderr."""
+    return lambda *arguments: command("eval", *arguments, "--threads", "1", "--device", "cpu")
 
 
 def test_two_nets_and_their_classes(runs: Path, told: Told) -> None:
@@ -391,9 +374,6 @@ def test_two_nets_and_their_classes(runs: Path, told: Told) -> None:
     written = json.loads(Path(document["result_file"]).read_text())
     assert Path(document["result_file"]).parent == Path("runs")
     assert written["top1_error"] == document["top1_error"] and written["confusions"] == document["confusions"]
-
-
-def test_searched_weights_say_where_they_come_from(runs: Path, told: Told) -> None:
     status, out, _ = told("a", "b", "--weights", "search")
     assert status == 0 and "Weights chosen on 'val', the very images that are measured" in out
 
@@ -408,11 +388,8 @@ def test_all_classes_in_a_file(runs: Path, told: Told) -> None:
     assert document["result_file"].startswith("runs/a/eval-val-centre-")
 
 
-def test_a_submission_is_in_the_order_of_the_file_names(
-    ilsvrc: Path, told: Told, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_submission_is_in_the_order_of_the_file_names(ilsvrc: Path, told: Told, tmp_path: Path) -> None:
     """Each line is held against the plan (key -> file name) and the shards (row -> key), independently of the ledger."""
-    monkeypatch.chdir(tmp_path)
     make_run(tmp_path / "runs", "a", ilsvrc, 7, steps=(0,))
     status, out, err = told("a", "--split", "test", "--submission", "guesses.txt", "--json", "--classes")
     document = json.loads(out.splitlines()[-1])
@@ -463,7 +440,6 @@ def test_a_submission_must_mean_something(data: Path, ilsvrc: Path, tmp_path: Pa
 def test_a_file_that_cannot_be_written_costs_no_result(
     full: str, ilsvrc: Path, told: Told, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(tmp_path)
     make_run(tmp_path / "runs", "a", ilsvrc, 7, steps=(0,))
 
     def write(path: Path, content: bytes) -> None:
@@ -505,18 +481,12 @@ def test_what_is_wrong_is_said(arguments: list[str], status: int, words: str, ru
     assert not list(runs.glob("**/eval-*"))
 
 
-def test_ctrl_c_and_runs_that_cannot_be_written(runs: Path, told: Told, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> None:
-        raise PermissionError(13, "Permission denied", "runs/a/eval-val.json")
-
-    with monkeypatch.context() as patch:
-        patch.setattr("alexprep.train.evaluation.publish_json", full)
+def test_ctrl_c_and_runs_that_cannot_be_written(runs: Path, told: Told) -> None:
+    full = PermissionError(13, "Permission denied", "runs/a/eval-val.json")
+    with mock.patch("alexprep.train.evaluation.publish_json", side_effect=full):
         status, out, err = told("a")
         assert status == 0 and "top-1 error" in out and "was not written (Permission denied" in err
 
-    def interrupted(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("alexprep.train.evaluation.predictions", interrupted)
-    status, out, err = told("a")
+    with mock.patch("alexprep.train.evaluation.predictions", side_effect=KeyboardInterrupt):
+        status, out, err = told("a")
     assert status == 130 and out == "" and not list(runs.glob("**/eval-*"))

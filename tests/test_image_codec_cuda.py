@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -27,12 +28,6 @@ from alexprep.shards.sources.layout_detection import find_source
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 SHAPES = [(375, 500), (500, 331), (301, 1203), (257, 256), (64, 97), (61, 40), (7, 1), (1, 7), (1031, 777)]
-
-
-@pytest.fixture(autouse=True)
-def _gpu(request: pytest.FixtureRequest) -> None:
-    if request.node.get_closest_marker("gpu") and not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
 
 
 @pytest.fixture(scope="module")
@@ -145,10 +140,8 @@ def test_an_error_of_a_batch_is_each_image_s_own(images, monkeypatch: pytest.Mon
     assert codec.convert_many(images) == expected
     assert sizes == [8, *[1] * 8]
 
-    def broken() -> None:
-        raise RuntimeError("CUDA error: an illegal memory access was encountered")
-
-    monkeypatch.setattr(torch.cuda, "synchronize", broken)
+    broken = RuntimeError("CUDA error: an illegal memory access was encountered")
+    monkeypatch.setattr(torch.cuda, "synchronize", mock.Mock(side_effect=broken))
     with pytest.raises(DeviceLostError, match="out of memory"):
         _ensure_alive(RuntimeError("CUDA error: out of memory"))
 
@@ -212,21 +205,16 @@ def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     ("words", "told"), [("CUDA error: out of memory", "memory to begin"), ("x", "is it installed")]
 )
 def test_what_keeps_the_gpu_s_codec_from_opening(words: str, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[dict[str, Any]] = []
-
-    def fails(**options: Any) -> None:
-        made.append(options)
-        raise RuntimeError(words)
-
+    decoder = mock.Mock(side_effect=RuntimeError(words))
     codec = CudaCodec(Target(), "cpu")
     codec._device = torch.device("cuda", 0)
     for name, value in (("is_available", lambda: True), ("set_device", lambda number: None)):
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(torch.cuda, "Stream", lambda: SimpleNamespace(cuda_stream=0))
-    monkeypatch.setattr("alexprep.shards.image_codec_cuda.nvimgcodec.Decoder", fails)
+    monkeypatch.setattr("alexprep.shards.image_codec_cuda.nvimgcodec.Decoder", decoder)
     with pytest.raises(AlexprepError, match=told):
         codec._open()
-    assert made[0]["max_num_cpu_threads"] == 1
+    assert decoder.call_args.kwargs["max_num_cpu_threads"] == 1
 
 
 # On a GPU.

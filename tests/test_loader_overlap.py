@@ -24,8 +24,6 @@ from alexprep.train.training_state import TrainingState, take_step
 
 PAUSE, STEP = 0.25, 0.125  # seconds, by the clock below, for a batch and for a step
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def options(data: Path, **changes: Any) -> TrainConfig:
     settings: dict[str, Any] = {"recipe": "tiny", "batch_size": 8, "device": "cpu"}

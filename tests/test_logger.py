@@ -27,8 +27,6 @@ from alexprep.train.trainer import train
 MEANS = Means(loss=1.5, top1_error=50.0, top5_error=10.0)
 Series = dict[str, list[tuple[int, float]]]  # step and value of each event, by tag
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.mark.parametrize("terminal", [True, False])
 def test_meter_logs_on_a_terminal_and_elsewhere(tmp_path: Path, terminal: bool) -> None:
@@ -52,30 +50,31 @@ def test_meter_logs_on_a_terminal_and_elsewhere(tmp_path: Path, terminal: bool) 
     assert terminal or len(plain) == 1  # a line every ten seconds, not every record
 
 
+def resumed(
+    log: Path, records: list[dict[str, Any]], tail: bytes = b"", *, step: int, epoch: int | None = None
+) -> list[dict[str, Any]]:
+    """What is left of these records, and of what follows them, when a run goes on from a place."""
+    log.write_bytes("".join(json.dumps(record) + "\n" for record in records).encode() + tail)
+    with Meter(log, step=step, total_steps=10, epoch=epoch, console=Console(quiet=True)):
+        pass
+    return [json.loads(line) for line in log.read_text().splitlines()]
+
+
 def test_a_resumed_log_drops_what_will_be_logged_again(tmp_path: Path) -> None:
-    log = tmp_path / "log.jsonl"
     kept = [{"kind": "steps", "step": step} for step in (2, 4)]
-    text = "".join(json.dumps(record) + "\n" for record in [*kept, {"step": 6}])
-    for tail in ('{"kind": "st', '{"step": 3}', "[]\n", "\udcff\n", '{"loss": 1}\n', ""):
-        log.write_bytes((text + tail).encode(errors="surrogateescape"))
-        with Meter(log, step=4, total_steps=10, console=Console(quiet=True)):
-            pass
-        assert [json.loads(line) for line in log.read_text().splitlines()] == kept
+    for tail in (b'{"kind": "st', b'{"step": 3}', b"[]\n", b"\xff\n", b'{"loss": 1}\n', b""):
+        assert resumed(tmp_path / "log.jsonl", [*kept, {"step": 6}], tail, step=4) == kept
 
 
 def test_an_epoch_that_still_lacks_its_evaluation_is_logged_once(tmp_path: Path) -> None:
     """Stopped after its last step, gone on with, and killed between its record and its checkpoint."""
-    log = tmp_path / "log.jsonl"
-    records = [
+    records: list[dict[str, Any]] = [
         {"kind": "epoch", "step": 3, "epoch": 0},
         {"kind": "steps", "step": 6},
         {"kind": "epoch", "step": 6, "epoch": 1},
     ]
-    log.write_text("".join(json.dumps(record) + "\n" for record in records))
     for epoch, kept in ((2, records), (1, records[:2])):
-        with Meter(log, step=6, total_steps=10, epoch=epoch, console=Console(quiet=True)):
-            pass
-        assert [json.loads(line) for line in log.read_text().splitlines()] == kept
+        assert resumed(tmp_path / "log.jsonl", records, step=6, epoch=epoch) == kept
 
 
 def test_a_loss_that_is_no_number_is_told_with_its_steps(tmp_path: Path) -> None:
@@ -178,14 +177,9 @@ def test_a_missing_package_is_told_before_the_run_is_made(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    assert "tensorboard" in (importlib.metadata.metadata("alexprep").get_all("Provides-Extra") or ())
     with pytest.raises(AlexprepError, match=r'pip install "alexprep\[tensorboard\]"'):
         run(data, tmp_path / "runs")
     assert not (tmp_path / "runs").exists()
     run(data, tmp_path / "runs", steps=1, tensorboard=False)  # for which nobody needs it
     assert not (tmp_path / "runs/tiny/tensorboard").exists()
-
-
-def test_the_extra_installs_it_and_no_tensorflow() -> None:
-    extra = [line for line in importlib.metadata.requires("alexprep") or () if 'extra == "tensorboard"' in line]
-    assert len(extra) == 1 and extra[0].startswith("tensorboard>=")
-    assert not any(line.startswith("tensorflow") for line in importlib.metadata.requires("tensorboard") or ())

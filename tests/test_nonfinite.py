@@ -17,7 +17,7 @@ from alexprep.train.distributed.world import World
 from alexprep.train.launch import launch_ranks
 from alexprep.train.trainer import train
 from tests import training_ranks as ranks
-from tests.made_up import Batch
+from tests.made_up import Batch, changed
 
 ALONE = World.alone("cpu")
 KINDS = ("pixel", "rate", "gradient", "weight")
@@ -109,12 +109,10 @@ def test_an_infinite_sum_of_losses_is_not_saved(data: Path, monkeypatch: pytest.
 def test_spoilt_weights_are_not_saved(data: Path) -> None:
     """The loss of step 6 is finite, its gradient is not: only the weights tell."""
 
-    class Large(ranks.MadeUp):
-        def __iter__(self) -> Iterator[Batch]:
-            for images, labels in super().__iter__():
-                yield Batch(images * (1e37 if (self.epoch, self.step) == (0, 5) else 1.0), labels)
-
+    large = changed(
+        lambda loader, images: images * (1e37 if (loader.epoch, loader.step) == (0, 5) else 1), ranks.MadeUp
+    )
     with pytest.raises(AlexprepError, match=r"(within steps|after step) "):
-        train(ranks.config(data, recipe="small", checkpoint_steps=1), Large)
+        train(ranks.config(data, recipe="small", checkpoint_steps=1), large)
     saved = [path.name for path in (data.parent / "runs/small/checkpoints").glob("*.json")]
     assert max(saved) == "step-00000004.json"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import itertools
 import json
+import math
 import os
 import random
 import shutil
@@ -19,6 +20,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -33,7 +35,7 @@ from alexprep.train.lr_schedule import Plateau
 from alexprep.train.process import StopRequest
 from alexprep.train.trainer import train
 from tests import training_ranks as ranks
-from tests.made_up import BATCH, Batch, MadeUpLoader, small_recipe, write_data
+from tests.made_up import BATCH, Batch, MadeUpLoader, changed, small_recipe, write_data
 from tests.training_ranks import records
 from tests.training_ranks import small_config as config
 
@@ -148,29 +150,19 @@ def test_killed_at_a_random_moment_it_ends_with_the_same_bits(data: Path, whole:
     assert [record["step"] for record in records(run, "epoch")] == [6, 12, 18]
 
 
-class Stopping(MadeUpLoader):
-    """A signal comes before the fifth step of the first epoch, which is still taken."""
-
-    number = signal.SIGTERM
-
-    def __iter__(self) -> Iterator[Batch]:
-        for batch in super().__iter__():
-            if self.split == "train" and (self.epoch, self.step) == (0, 5):
-                os.kill(os.getpid(), self.number)
-            yield batch
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP], ids=lambda number: number.name)
 def test_a_signal_saves_and_leaves(
-    number: signal.Signals,
-    data: Path,
-    whole: dict[str, Any],
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    number: signal.Signals, data: Path, whole: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(Stopping, "number", number)
+    """It comes before the fifth step of the first epoch, which is still taken."""
+
+    def signalled(loader: MadeUpLoader, images: torch.Tensor) -> torch.Tensor:
+        if (loader.split, loader.epoch, loader.step) == ("train", 0, 5):
+            os.kill(os.getpid(), number)
+        return images
+
     before = signal.getsignal(number)
-    summary = train(config(data), Stopping)
+    summary = train(config(data), changed(signalled))
     assert signal.getsignal(number) == before
     assert (summary["stopped_by"], summary["steps"]) == (number.name, 5)
     assert summary["val_loss"] is None  # there is none of these weights
@@ -181,15 +173,12 @@ def test_a_signal_saves_and_leaves(
 
 @pytest.mark.parametrize("evaluation", [0, 2])
 def test_a_signal_during_evaluation_is_heeded(evaluation: int, data: Path, whole: dict[str, Any]) -> None:
-    class Signalling(MadeUpLoader):
-        def __iter__(self) -> Iterator[Batch]:
-            now = self.split == "val" and self.epoch == evaluation
-            for batch in super().__iter__():
-                if now:
-                    os.kill(os.getpid(), signal.SIGTERM)
-                yield batch
+    def signalled(loader: MadeUpLoader, images: torch.Tensor) -> torch.Tensor:
+        if (loader.split, loader.epoch, loader.step) == ("val", evaluation, 1):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return images
 
-    part = train(config(data, name="part"), Signalling)
+    part = train(config(data, name="part"), changed(signalled))
     done = ("SIGTERM", EPOCH_STEPS * (evaluation + 1), evaluation, None)
     assert (part["stopped_by"], part["steps"], part["epochs"], part["val_loss"]) == done
     if evaluation:  # the epoch's steps are done and no more are wanted: what is missing is the evaluation
@@ -291,13 +280,9 @@ def test_a_run_that_was_killed_before_its_summary_has_one_in_the_end(data: Path)
 
 
 def test_an_endless_loss_stops_before_anything_is_spoilt(data: Path, whole: dict[str, Any]) -> None:
-    class Poisoned(MadeUpLoader):
-        def __iter__(self) -> Iterator[Batch]:
-            for images, labels in super().__iter__():
-                yield Batch(images * (float("inf") if (self.epoch, self.step) == (1, 4) else 1.0), labels)
-
+    poisoned = changed(lambda loader, images: images * math.inf if (loader.epoch, loader.step) == (1, 4) else images)
     with pytest.raises(AlexprepError, match=r"loss became nan within steps 9 to 12, at learning rate 0.01"):
-        train(config(data, checkpoint_steps=3), Poisoned)
+        train(config(data, checkpoint_steps=3), poisoned)
     run = data.parent / "runs" / "small"
     assert max(path.name for path in (run / "checkpoints").glob("*.json")) == "step-00000009.json"
     assert records(run, "not finite")
@@ -338,13 +323,9 @@ def test_the_schedule_can_end_the_training(data: Path, monkeypatch: pytest.Monke
 
 
 def test_loaders_are_asked_for_the_views_that_training_and_evaluation_need(data: Path) -> None:
-    asked: dict[str, dict[str, Any]] = {}
-
-    def spying(data: str | Path, split: str = "train", **options: Any) -> MadeUpLoader:
-        asked[split] = options
-        return MadeUpLoader(data, split, **options)
-
-    train(config(data, epochs=1, threads=1), spying)
+    spy = mock.Mock(wraps=MadeUpLoader)
+    train(config(data, epochs=1, threads=1), spy)
+    asked = {call.args[1]: call.kwargs for call in spy.call_args_list}
     assert (asked["train"]["views"], asked["train"]["order"]) == ("random", "shuffle")
     assert (asked["val"]["views"], asked["val"]["order"]) == ("centre", "sequential")
     assert asked["train"]["augmentation"] == small_recipe().augmentation
@@ -398,16 +379,13 @@ def test_the_same_loop_trains_on_a_gpu(data: Path) -> None:
     assert train(config(data, device="cuda", epochs=1, name="part", resume=True), MadeUpLoader)["steps"] == 6
 
 
-class Slow(MadeUpLoader):
+def slow(loader: MadeUpLoader, images: torch.Tensor) -> torch.Tensor:
     """Leaves a parent the time to disturb its training, and never comes to an end by itself."""
-
-    def __iter__(self) -> Iterator[Batch]:
-        for batch in super().__iter__():
-            time.sleep(0.05 if (self.epoch, self.step) < (2, 0) else DEADLINE)
-            yield batch
+    time.sleep(0.05 if (loader.epoch, loader.step) < (2, 0) else DEADLINE)
+    return images
 
 
 if __name__ == "__main__":
     ranks.register()
     settings = json.loads(sys.argv[1])
-    train(config(Path(settings.pop("data")), **settings), Slow)
+    train(config(Path(settings.pop("data")), **settings), changed(slow))

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from alexprep.train.trainer import train
 from alexprep.train.training_state import weights_digest
 from alexprep.train.user_code import UserNetwork, call_factory, load, references, user_network
 from tests import made_up
-from tests.made_up import BATCH, CLASSES, Batch
+from tests.made_up import BATCH, CLASSES
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -318,14 +319,11 @@ def test_a_mask_of_infinities_is_trained_and_saved(here: Path, monkeypatch: pyte
     assert train(config(model="keeping.py", name="whole", resume=True, steps=2), MadeUpLoader)["steps"] == 2
     assert train(config(model="keeping.py", name="tuned", init_from="whole", steps=1), MadeUpLoader)["steps"] == 1
 
-    class Poisoned(MadeUpLoader):
-        def __iter__(self) -> Iterator[Batch]:
-            for images, labels in super().__iter__():
-                yield Batch(images * float("nan"), labels)
-
     monkeypatch.setattr("alexprep.train.nonfinite.SECONDS", 0.0)
     with pytest.raises(AlexprepError, match=r"now out.weight, out.bias are not finite"):
-        train(config(model="keeping.py", name="wild"), Poisoned)
+        train(
+            config(model="keeping.py", name="wild"), made_up.changed(lambda _, images: images * math.nan, MadeUpLoader)
+        )
 
 
 # What a run remembers.
