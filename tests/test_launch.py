@@ -119,7 +119,7 @@ def test_torchrun_says_how_many_and_needs_a_name(data: Path, tmp_path: Path, mon
         ({"ranks": 0}, "ranks 0 is not in"),
         ({"ranks": 2, "scheme": "single"}, "scheme single is for one rank, there are 2"),
         ({"scheme": "towers"}, "scheme towers is for several ranks: add --gpus 2"),
-        ({"ranks": 2, "scheme": "pipeline"}, "there is no scheme 'pipeline': use one of"),
+        ({"ranks": 2, "scheme": "pipeline"}, "scheme 'pipeline' is not one of"),
         ({"ranks": 3, "scheme": "towers"}, "has 2 groups, which do not divide among 3 ranks"),
         ({"ranks": 2, "rank_seconds": 0.0}, "rank_seconds 0.0 is not a number in"),
         ({"ranks": 2, "rank_seconds": float("inf")}, r"rank_seconds inf is not a number in \[0.001, 1000000\]"),

@@ -137,7 +137,6 @@ def test_norms_have_their_numbers() -> None:
     assert (spatial.size, spatial.k, spatial.alpha, spatial.beta) == (5, 1.0, 4e-5, 0.75)
 
 
-<<<<<<< HEAD
 def test_relu_and_pool_may_change_places() -> None:
     """What the 2012 code does after conv5, the paper does before the pool: to the same effect."""
     here, there = AlexNet()(3, 67, width=0.0625), AlexNet(then5=("pool", "relu"))(3, 67, width=0.0625)
@@ -148,9 +147,6 @@ def test_relu_and_pool_may_change_places() -> None:
 def test_pools_overlap_or_not() -> None:
     overlapping = alexnet(3, 224, width=0.0625)
     assert [overlapping.get_submodule(f"pool{n}").kernel_size for n in (1, 2, 5)] == [3, 3, 3]
-=======
-def test_pools_need_not_overlap() -> None:
->>>>>>> tests-t2
     apart = AlexNet(pool=2)(3, 224, width=0.0625)
     found = shapes(apart.eval(), torch.zeros(1, 3, 224, 224))
     assert [found[name][1:] for name in ("pool1", "pool2", "pool5")] == [(27, 27), (13, 13), (6, 6)]

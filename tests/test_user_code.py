@@ -84,9 +84,9 @@ class MadeUpLoader(made_up.MadeUpLoader):
 
 @pytest.fixture(autouse=True)
 def own_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Folders of the user's code that a test adds to Python's path go with it; a file that it changes at once is seen as changed."""
+    """Folders of the user's code that a test adds to Python's path go with it."""
     monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
 
 
 @pytest.fixture
@@ -192,6 +192,22 @@ def test_files_find_what_lies_beside_them_and_nothing_else(here: Path) -> None:
     assert not hasattr(sys.modules["random"], "make")
 
 
+def test_a_file_in_a_package_is_part_of_it(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (here / "pkg").mkdir()
+    for name, code in (
+        ("__init__", ""),
+        ("blocks", "number = 7"),
+        ("net", "from .blocks import number\nimport pkg.blocks"),
+    ):
+        (here / "pkg" / f"{name}.py").write_text(
+            f"{code}\ndef make(classes): return number\n" if name == "net" else code
+        )
+    for reference in ("pkg/net.py:make", "pkg.net:make"):
+        factory, title = load(reference, "--model")
+        assert (factory(3), title) == (7, "pkg.net:make")
+    assert sys.path[-1] == str(here) and not list(here.rglob("__pycache__"))
+
+
 @pytest.mark.parametrize(
     ("code", "words"),
     [
@@ -215,7 +231,7 @@ def test_mistakes_are_told_before_a_run_is_begun(here: Path, code: str, words: s
 
 
 def test_mistakes_of_a_reference(here: Path) -> None:
-    check_refused(f"--model {here}/gone.py:make: FileNotFoundError: .* No such file or directory", model="gone.py:make")
+    check_refused(f"^there is no file {here}/gone.py: say where it is with --model", model="gone.py:make")
     check_refused("No module named 'nowhere'", model="nowhere:make")
     for odd in ("nets/make", "nets.py:", "nets.py:a b"):
         check_refused("names no Python code: write FILE.py:FUNCTION or MODULE:FUNCTION", model=odd)
@@ -402,7 +418,7 @@ def test_a_recipe_file(here: Path) -> None:
     [
         ("def recipe(**changes):", "def recipe(depth):", "TypeError: recipe.. missing 1 required positional argument"),
         ("    return Recipe(", "    return dict(", "gives a dict, not an alexprep.train.Recipe"),
-        ("epochs=3", "epochs=0", r"recipe.py, line 9: epochs 0 is not in \[1, 100000\]"),
+        ("epochs=3", "epochs=0", r"recipe.py, line 9: recipe mine: epochs 0 is not in \[1, 100000\]"),
         ("network=make", "network=make(3)", "its network: it is a Net, not a function"),
         ("network=make", "network=None", "its network: it is a NoneType, not a function"),
         ("Steps(after=(9,))", "object()", "must be JSON values and frozen dataclasses: TypeError"),

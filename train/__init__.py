@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from alexprep.train.distributed.parallel import Parallel
     from alexprep.train.distributed.world import World, from_environment
     from alexprep.train.evaluation import Evaluation, evaluate, evaluate_run
+    from alexprep.train.launch import RankFailed, launch_ranks
     from alexprep.train.lr_schedule import ByHand, DExp, EarlyStop, Plateau, Schedule, ScheduleState, Steps
     from alexprep.train.models.alexnet import AlexNet, alexnet, alexnet_1gpu, alexnet_6conv, alexnet_2012, alexnet_owt
     from alexprep.train.models.cifar import ConvLocal, cifar10_quick_net, conv_local_11pct, conv_local_13pct, tiny_net
@@ -48,6 +49,7 @@ __all__ = [
     "Parallel",
     "Place",
     "Plateau",
+    "RankFailed",
     "Recipe",
     "Scale",
     "Schedule",
@@ -69,6 +71,7 @@ __all__ = [
     "float32_kernels",
     "from_environment",
     "init_from",
+    "launch_ranks",
     "logits",
     "parameter_groups",
     "place_named",
@@ -85,6 +88,7 @@ _HOMES = {
     "data": ("Examples",),
     "distributed.parallel": ("Parallel",),
     "distributed.world": ("World", "from_environment"),
+    "launch": ("RankFailed", "launch_ranks"),
     "evaluation": ("Evaluation", "evaluate", "evaluate_run"),
     "lr_schedule": ("ByHand", "DExp", "EarlyStop", "Plateau", "Schedule", "ScheduleState", "Steps"),
     "models.alexnet": ("AlexNet", "alexnet", "alexnet_1gpu", "alexnet_2012", "alexnet_6conv", "alexnet_owt"),
@@ -104,3 +108,8 @@ def __getattr__(name: str) -> Any:
         if name in names:
             return getattr(importlib.import_module(f"{__name__}.{home}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """The public names."""
+    return sorted(__all__)

@@ -232,7 +232,7 @@ def init_from(
         AlexprepError: no layer would be taken, a pattern matches no layer, a layer asked for does not fit, or a weight is not finite.
     """
     wanted, given = _by_layer(weights), _by_layer(saved)
-    patterns = ["*"] if layers == "matching" else layers
+    patterns = ["*"] if layers == "matching" else [layers] if isinstance(layers, str) else layers
     if idle := [pattern for pattern in patterns if not any(fnmatchcase(layer, pattern) for layer in wanted)]:
         raise AlexprepError(f"{', '.join(idle)} matches no layer of the network: it has {', '.join(wanted)}")
     taken: list[str] = []

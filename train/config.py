@@ -19,11 +19,11 @@ from alexprep.pipeline.device import choose_device
 from alexprep.pipeline.loader_settings import Tuning, saved_tuning
 from alexprep.shards import rgb_statistics
 from alexprep.shards.dataset_format import versions
-from alexprep.shards.errors import AlexprepError, number_within, whole_number
+from alexprep.shards.errors import AlexprepError, number_within, one_of, whole_number
 from alexprep.train import run_dir
 from alexprep.train.checkpoint import differences, init_from, saved_weights, wanted_layers, with_defaults
 from alexprep.train.data import DataFacts, data_facts
-from alexprep.train.distributed.tensor_parallel import Scheme, part_of
+from alexprep.train.distributed.tensor_parallel import SCHEMES, Scheme, part_of
 from alexprep.train.distributed.world import TIMEOUT, World
 from alexprep.train.logger import writer_class
 from alexprep.train.precision import Arithmetic, Precision, arithmetic
@@ -95,6 +95,8 @@ class TrainConfig:
                 whole_number(name, getattr(self, name), 1, most.get(name, 2**40))
         if self.seed is not None:
             whole_number("seed", self.seed, 0, 2**63 - 1)
+        if self.scheme is not None:
+            one_of("scheme", self.scheme, SCHEMES)
         number_within("rank_seconds", self.rank_seconds, 1e-3, MOST_SECONDS)
 
 

@@ -59,11 +59,13 @@ class MomentumSGD(Optimizer):
         """Sets the rate of every parameter by its name, whatever its group's `lr_factor`; all have names.
 
         Raises:
-            AlexprepError: a rate is negative or not a number.
+            AlexprepError: a rate is negative or not a number, or a parameter has none.
         """
         if wrong := [rate for rate in rates.values() if not rate >= 0]:
             raise AlexprepError(f"the learning rate is {wrong[0]}, it must be 0 or more")
         for group in self.param_groups:
+            if missing := [name for name in group["names"] if name not in rates]:
+                raise AlexprepError(f"there is no learning rate for {', '.join(missing)}")
             group["rates"] = [rates[name] for name in group["names"]]
 
     def velocities(self) -> list[torch.Tensor]:

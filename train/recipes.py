@@ -424,7 +424,7 @@ def try_user_network(
     if ranks > 1:
         with own.errors(f", on {ranks} ranks"):
             part_of(tried.make_network(classes, seed), scheme, World(0, ranks, torch.device("cpu")))
-    if idle := own.try_training(network, classes, tried.crop, ranks):
+    if idle := own.try_training(network, classes, tried.crop, ranks, scheme):
         notes.append(
             f"{', '.join(idle)} of the network had no part in its outputs: without a gradient they stay as they are"
         )

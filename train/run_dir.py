@@ -66,6 +66,8 @@ def read_config(run: Path) -> dict[str, Any]:
     next_step = "mend that, or begin a new run"
     config = read_json(run / CONFIG, next_step)
     lacking = [name for name, kind in FIELDS.items() if not isinstance(config.get(name), kind)]
+    if not lacking and not isinstance(config["options"].get("recipe"), str):
+        lacking = ["recipe among its options"]
     if lacking:
         raise AlexprepError(f"{run / CONFIG} has no {' and no '.join(lacking)} as a run's has: {next_step}")
     return config
@@ -208,7 +210,8 @@ def _sign_of_a_checkpoint(run: Path) -> str | None:
     records: list[dict[str, Any]] = []
     for line in (run / LOG).read_bytes().splitlines() if (run / LOG).exists() else ():
         with contextlib.suppress(ValueError):  # a kill cut it short
-            records.append(json.loads(line))
+            record = json.loads(line)
+            records += [record] if isinstance(record, dict) and {"kind", "step"} <= record.keys() else []
     saved = [record["step"] for record in records if record["kind"] == "epoch"]
     if every := read_config(run)["options"].get("checkpoint_steps"):  # older runs do not say it
         saved.append(every)

@@ -80,7 +80,7 @@ class UserNetwork:
         network.train()
         return network
 
-    def try_training(self, network: nn.Module, classes: int, crop: int, ranks: int) -> list[str]:
+    def try_training(self, network: nn.Module, classes: int, crop: int, ranks: int, scheme: str) -> list[str]:
         """Takes one training step, without its update, with a network that is not used afterwards.
 
         Returns:
@@ -110,7 +110,7 @@ class UserNetwork:
                 raise AlexprepError(
                     f"in training each rank would have its own {', '.join(own)}: train it on one device"
                 )
-        if ranks > 1:
+        if ranks > 1 and scheme != "towers":  # in which every rank has all images
             with self.errors(", on an empty batch, which a rank may get at an epoch's end"):
                 network(images[:0]).sum().backward()
         return idle
@@ -287,12 +287,14 @@ def load(reference: str, option: str, default: str = "") -> tuple[Any, str]:
     """
     place, name = _place_and_name(reference, option)
     file = Path(place).expanduser().resolve() if place.endswith(".py") else None
+    if file is not None and not file.is_file():
+        raise AlexprepError(f"there is no file {file}: say where it is with {option} FILE.py:FUNCTION")
     with errors_in_one_sentence(f"{option} {reference}"):
         module = importlib.import_module(place) if file is None else _run(file)
         if not name:
             own = [each for each, value in vars(module).items() if _is_defined_in(module, value)]
             name = own[0] if default not in own and len(own) == 1 else default
-        return operator.attrgetter(name)(module), f"{file.stem if file else place}:{name}"
+        return operator.attrgetter(name)(module), f"{_package(file)[1] if file else place}:{name}"
 
 
 @contextlib.contextmanager
@@ -333,29 +335,48 @@ def _place_and_name(reference: str, option: str) -> tuple[str, str]:
     if parts is None:
         raise AlexprepError(f"{option} {reference!r} names no Python code: write FILE.py:FUNCTION or MODULE:FUNCTION")
     place, name = parts["place"], parts["name"] or ""
-    here = Path.cwd().joinpath(*place.split(".")).with_suffix(".py")
-    return (str(here) if not place.endswith(".py") and here.is_file() else place), name
+    if not place.endswith(".py"):
+        stem = Path.cwd().joinpath(*place.split("."))
+        place = next((str(file) for file in (stem.with_suffix(".py"), stem / "__init__.py") if file.is_file()), place)
+    return place, name
+
+
+def _package(file: Path) -> tuple[Path, str]:
+    """The folder that a file's imports begin at, and its module's name from there: packages around it count."""
+    names = [] if file.name == "__init__.py" else [file.stem]
+    folder = file.parent
+    while (folder / "__init__.py").is_file():
+        names.insert(0, folder.name)
+        folder = folder.parent
+    return folder, ".".join(names)
 
 
 def _run(file: Path) -> ModuleType:
-    """The file as a module, with its folder first among those that it imports from, as if Python had been started with it.
+    """The file as a module, run anew, with its folder first among those that it imports from, and afterwards last.
 
     What the file before it imported from its own folder is forgotten: another folder may have a module of the same name.
     """
     for name in _imported:
         sys.modules.pop(name, None)
-    sys.path[:] = [str(file.parent), *(folder for folder in sys.path if folder != str(file.parent))]
-    # Under a name of its own, so that a file called like a library is not taken for it.
-    spec = spec_from_file_location(f"alexprep_own_{file.stem}", file)
-    assert spec is not None and spec.loader is not None
-    module = module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look there
-    known = set(sys.modules)
+    folder, dotted = _package(file)
+    known, writes = set(sys.modules), sys.dont_write_bytecode
+    others = [each for each in sys.path if each != str(folder)]
+    sys.path[:] = [str(folder), *others]
+    sys.dont_write_bytecode = True  # compiled files are told apart by whole seconds: a quick edit would not be seen
     try:
+        if "." in dotted or file.name == "__init__.py":
+            return importlib.import_module(dotted)
+        # Under a name of its own, so that a file called like a library is not taken for it.
+        spec = spec_from_file_location(f"alexprep_own_{file.stem}", file)
+        assert spec is not None and spec.loader is not None
+        module = module_from_spec(spec)
+        sys.modules[spec.name] = module  # dataclasses look there
         spec.loader.exec_module(module)
         return module
     finally:
+        sys.path[:] = [*others, str(folder)]  # for what a function imports when it is called
+        sys.dont_write_bytecode = writes
         for name in sys.modules.keys() - known:
             source = getattr(sys.modules[name], "__file__", None) or ""
-            if Path(source).is_relative_to(file.parent) and _is_users(name, source):
+            if Path(source).is_relative_to(folder) and _is_users(name, source):
                 _imported.add(name)
