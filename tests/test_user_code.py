@@ -418,7 +418,7 @@ def test_a_recipe_file(here: Path) -> None:
     [
         ("def recipe(**changes):", "def recipe(depth):", "TypeError: recipe.. missing 1 required positional argument"),
         ("    return Recipe(", "    return dict(", "gives a dict, not an alexprep.train.Recipe"),
-        ("epochs=3", "epochs=0", r"recipe.py, line 9: recipe mine: epochs 0 is not in \[1, 100000\]"),
+        ("epochs=3", "epochs=0", r"recipe.py, line 9: recipe small: epochs 0 is not in \[1, 100000\]"),
         ("network=make", "network=make(3)", "its network: it is a Net, not a function"),
         ("network=make", "network=None", "its network: it is a NoneType, not a function"),
         ("Steps(after=(9,))", "object()", "must be JSON values and frozen dataclasses: TypeError"),
