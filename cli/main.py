@@ -78,10 +78,16 @@ def main() -> None:
 
 def _began_with_interrupt(error: BaseException) -> bool:
     """Whether an error is what became of a Ctrl-C: a library in C that is being imported turns it into an ImportError."""
-    reason: BaseException | None = error
-    while reason is not None and not isinstance(reason, KeyboardInterrupt):
-        reason = reason.__cause__ or reason.__context__
-    return reason is not None
+    waiting: list[BaseException | None] = [error]
+    seen: set[int] = set()
+    while waiting:
+        reason = waiting.pop()
+        if isinstance(reason, KeyboardInterrupt):
+            return True
+        if reason is not None and id(reason) not in seen:  # a cause is mostly the context too
+            seen.add(id(reason))
+            waiting += reason.__cause__, reason.__context__
+    return False
 
 
 def _interrupted() -> int:

@@ -40,13 +40,16 @@ def folder(value: str) -> Path:
         raise click.BadParameter("the name is empty: name a folder, . for this one")
     found = folder_at(value)
     try:
-        if not is_local(found):
-            found.exists()
-    except Exception as error:  # noqa: BLE001
+        is_file = found.exists() and not found.is_dir()
+    except Exception as error:
+        if is_local(found):
+            raise
         words = f"{type(error).__name__}: {error}".partition("\n")[0]  # each store has its own kinds
         raise AlexprepError(
             f"{value} cannot be reached ({words}): check the URL, the credentials and the network"
         ) from None
+    if is_file:
+        raise click.BadParameter(f"{value} is a file, not a folder")
     return found
 
 

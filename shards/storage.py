@@ -79,8 +79,14 @@ def folder_at(place: str | Path) -> Path:
         return Path(place)
     from upath import UPath
 
-    _open_store(str(place))  # which says in words why it cannot be opened
-    return UPath(str(place))  # type: ignore[return-value]
+    try:
+        _open_store(str(place))
+        return UPath(str(place))  # type: ignore[return-value]
+    except AlexprepError:
+        raise
+    except Exception as error:  # noqa: BLE001  (each store has its own kinds)
+        words = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise _cannot_open(str(place), words) from None
 
 
 def files_at(place: str) -> tuple[Files, bytes]:
@@ -121,9 +127,11 @@ def _open_store(url: str) -> tuple[Any, str]:
     except ImportError as error:
         raise AlexprepError(f"{url} needs a package that is not installed: {error}") from None
     except ValueError as error:
-        raise AlexprepError(
-            f"{url} is no place that fsspec can open ({error}): name a folder, or a URL such as s3://…"
-        ) from None
+        raise _cannot_open(url, str(error)) from None
+
+
+def _cannot_open(url: str, words: str) -> AlexprepError:
+    return AlexprepError(f"{url} is no place that fsspec can open ({words}): name a folder, or a URL such as s3://…")
 
 
 # Writing: whole files under their final names
@@ -426,12 +434,8 @@ class LocalFiles(Files):
         """See `Files`."""
         if is_url(path):
             return _anywhere.read(path, offset, size)
-        # Non-blocking, since opening a named pipe would wait for ever.
-        with open(os.open(os.path.join(self.root, path), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise OSError("not a regular file")
-            wanted = max(0, status.st_size - offset) if size < 0 else size
+        with open_regular(os.path.join(self.root, path)) as file:
+            wanted = max(0, os.fstat(file.fileno()).st_size - offset) if size < 0 else size
             _check_limit(wanted)
             file.seek(offset)
             return file.read(wanted)  # a file that grows meanwhile is read to its old length
@@ -590,6 +594,15 @@ class RemoteFiles(Files):
 
 
 _anywhere = RemoteFiles("")
+
+
+def open_regular(path: bytes) -> BinaryIO:
+    """A file on a disk, to be read; OSError if it is not a regular one: opening a named pipe would wait for ever."""
+    file = open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")  # noqa: SIM115
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError("not a regular file")
+    return file
 
 
 def _ask_store(ask: Callable[[], Result], where: str) -> Result:

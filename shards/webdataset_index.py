@@ -14,7 +14,7 @@ Rules:
     adds or takes a sample.
 
 Each tar is scanned once: its index is kept in a cache file until the tar changes. Our own data sets have their index.npy, see
-`dataset_format`; the bytes of samples are read by `reader`.
+`dataset_format`; the bytes of samples are read by `sample_reader`.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def index_tars(
 ) -> TarIndex:
     """The index of other people's shards, by one scan of those that are new or changed since the last call.
 
-    Each shard is a task for worker processes, one a core; one shard or few bytes are scanned in this process.
+    Each shard is a task for worker processes, one a core, which the ranks of a host share; one shard or few bytes are scanned in this process.
 
     Args:
         source: a folder of tars, a tar, a brace pattern such as "train-{0000..0127}.tar", or a sequence of these.
@@ -130,7 +130,8 @@ def index_tars(
     known = {path: index for path, state in states.items() if (index := _load(path, state, cache)) is not None}
     missing = [path for path in paths if path not in known]
     few = len(missing) == 1 or sum(states[path][0] for path in missing) < _FEW_BYTES
-    engine = InProcessEngine() if few or cores() == 1 else LocalEngine(cores())
+    workers = max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))  # each rank on this host scans for itself
+    engine = InProcessEngine() if few or workers == 1 else LocalEngine(workers)
     trouble: OSError | None = None
     for path, index in engine.run(_scan_task, missing, lambda finished: None):
         if index.warning:  # a worker's own log would go nowhere

@@ -324,7 +324,12 @@ def serve(pipe: int, records: int, index: int, parent: int, memory_bytes: int) -
             answer = (False, error)
         except BaseException as error:  # noqa: BLE001  (it is told where it can be handled, in words: not all can be sent)
             answer = (False, RuntimeError(f"{IN_A_WORKER}{type(error).__name__}: {error}\n{traceback.format_exc()}"))
-        connection.send(answer)
+        try:
+            connection.send(answer)
+        except OSError:
+            raise
+        except Exception as error:  # noqa: BLE001  (whatever the answer's own pickling raises; nothing has been sent)
+            connection.send((False, RuntimeError(f"{IN_A_WORKER}{type(error).__name__}: {error}")))
 
 
 def one_thread() -> None:

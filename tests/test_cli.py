@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import click
+import fsspec
 import pytest
 
-from alexprep.cli.main import cli, main
+from alexprep.cli.main import _began_with_interrupt, cli, main
 from alexprep.pipeline.augmentation import PRESETS
 from alexprep.pipeline.autotune import tune
 from alexprep.shards.dataset_format import FORMATS
@@ -173,6 +174,16 @@ def test_the_unexpected_is_one_sentence(monkeypatch: pytest.MonkeyPatch, capsys:
         main()
 
 
+def test_an_interrupt_is_found_behind_any_chain_of_errors() -> None:
+    """Each error has one as its cause and its context, so the ways double with each; the first has another cause."""
+    error: BaseException = KeyboardInterrupt()
+    for cause in (ValueError(), *[None] * 200):
+        later = ImportError("initialization failed")
+        later.__cause__, later.__context__ = cause or error, error
+        error = later
+    assert _began_with_interrupt(error) and not _began_with_interrupt(ImportError())
+
+
 def test_the_data_folder_can_come_from_the_environment(
     command: Command, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -184,6 +195,8 @@ def test_the_data_folder_can_come_from_the_environment(
 
 def test_a_store_that_cannot_be_reached_is_one_line(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each store raises errors of its own kind."""
+    fsspec.filesystem("memory").pipe("/taken", b"")
+    assert "memory://taken is a file, not a folder" in command("shard", ".", "--out", "memory://taken")[2]
 
     def fail(*arguments: object, **options: object) -> None:
         raise LookupError("no credentials\nsee the manual")
@@ -203,6 +216,10 @@ def test_a_store_that_cannot_be_reached_is_one_line(command: Command, monkeypatc
         (["shard", ".", "--filter", "box"], 2, "'box' is not one of"),
         (["shard", ".", "--out", "s3://bucket/data"], 1, "s3://bucket/data needs a package that is not installed"),
         (["shard", ".", "--out", "nfs://server/data"], 1, "nfs://server/data is no place that fsspec can open"),
+        (["shard", ".", "--out", "github://a"], 1, "github://a is no place that fsspec can open"),
+        (["shard", ".", "--out", "zip:///"], 1, "zip:/// is no place that fsspec can open"),
+        (["shard", ".", "--out", __file__], 2, "is a file, not a folder"),
+        (["pca-stats", __file__], 2, "is a file, not a folder"),
         (["pca-stats"], 1, "make one with `alexprep shard SOURCE`"),
         (["pca-stats", "nowhere"], 1, "nowhere/dataset.json does not exist"),
         (["verify", "here", "--data", "there"], 2, "DATA here and --data there are both given: give one"),

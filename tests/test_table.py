@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import io
+import os
 from pathlib import Path
 
 import fsspec
@@ -154,7 +155,8 @@ def test_labels_are_bounded(tmp_path: Path) -> None:
         (b'path,label\n"a.png,1\nb.png,2\n', "line 3: unexpected end of data"),
         (b'path,label\n"a"b.png,1\n', "line 2: ',' expected after '\"'"),
         (b'path,label\n"' + b"a\n" * 80_000, "field larger than field limit"),
-        (b"path,label\n" + b"a" * 2**21, "line 2: field larger than field limit"),
+        (b"path,label\n" + b"a" * 2**20, "line 2: field larger than field limit"),
+        (b"path,label\n" + b"a" * (2**20 + 1), "line 2: more than 1,048,576 bytes: this is no table of paths"),
         (b"path,label\na\0b.png,1\n", "line 2: "),
         (b"path,label\na,1\nb,2\na,1\n", "lines 2 and 4 both name 'a', with the same label: delete one"),
         (b"path,label\na,1\nb,2\na,3\n", "lines 2 and 4 both name 'a', with the labels '1' and '3'"),
@@ -172,6 +174,12 @@ def test_labels_are_bounded(tmp_path: Path) -> None:
 def test_texts_that_make_no_sense_are_refused_with_the_line(content: bytes, words: str, tmp_path: Path) -> None:
     for name in ("list.csv", "list.csv.gz"):
         fails(write(tmp_path / name, content), words)
+
+
+@pytest.mark.parametrize("name", ["list.csv", "list.parquet"])
+def test_a_pipe_is_refused_at_once(name: str, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / name)
+    fails(tmp_path / name, "not a regular file")
 
 
 def test_a_cut_table_is_refused(tmp_path: Path) -> None:

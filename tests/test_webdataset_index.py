@@ -431,6 +431,9 @@ def test_workers_find_the_same(images: Images, tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(webdataset_index, "scan_tar", lambda path: pytest.fail("scanned in this process"))
     there = index_tars(tmp_path, cache=tmp_path / "two")
     assert (there.records == here.records).all() and there.digest == here.digest
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # one core is left for each rank
+    with pytest.raises(pytest.fail.Exception, match="scanned in this process"):
+        index_tars(tmp_path, cache=tmp_path / "three")
 
 
 def header_of(data: bytes) -> Header | Refused:

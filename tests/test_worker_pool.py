@@ -17,6 +17,17 @@ def _echo(argument: int, condemned: object) -> int:
     return argument
 
 
+def _unpicklable(argument: int, condemned: object) -> object:
+    return lambda: argument
+
+
+def test_an_answer_that_cannot_be_sent_is_told() -> None:
+    """The worker lives on: its end would be told as a lack of memory."""
+    told = pytest.raises(RuntimeError, match=r"in a worker: .*_unpicklable")
+    with contextlib.closing(WorkerPool(LocalEngine(1), 1)) as crew, told:
+        list(crew.run(_unpicklable, [1], lambda finished: None))
+
+
 def test_ctrl_c_never_reaches_a_worker(capfd: pytest.CaptureFixture[str]) -> None:
     """Not even one that has not yet imported what it needs, when its own words would be a traceback."""
     with contextlib.closing(WorkerPool(LocalEngine(2), 2)) as crew:

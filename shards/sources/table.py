@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.sources.base import SPLITS, Input, Location, Source, numbered_classes, split_of
-from alexprep.shards.storage import Files, LocalFiles, as_text, is_url, local_path
+from alexprep.shards.storage import Files, LocalFiles, as_text, is_url, local_path, open_regular
 
 # Column names in lower case; where a table has several of one kind, the first in this order counts.
 PATHS = ("path", "file", "filename", "image", "image_path", "filepath", "url")
@@ -32,6 +32,7 @@ LABELS = ("label", "class", "wnid", "target", "category", "y")
 SPLIT_COLUMNS = ("split", "set", "subset", "fold")
 
 MAX_LABEL = 10**6  # far above what sets have (Google Landmarks v2: 203,094 classes); each number up to it takes a class
+MAX_LINE_BYTES = 2**20  # paths have at most 4,096, URLs seldom more; an endless line must not fill the memory
 _MAX_NAME = 1000  # characters of a label; beyond that it is prose
 _BATCH = 65_536  # rows
 _SPLIT_NAMES = sorted(set(SPLITS.values()))
@@ -265,7 +266,12 @@ def _columns(names: Sequence[str], shown: str) -> tuple[int, int, int | None]:
 def _lines(file: BinaryIO, shown: str) -> Iterator[str]:
     gzipped = file.read(2) == b"\x1f\x8b"
     file.seek(0)
-    for number, line in enumerate(gzip.GzipFile(fileobj=file) if gzipped else file, 1):
+    stream = gzip.GzipFile(fileobj=file) if gzipped else file
+    for number, line in enumerate(iter(lambda: stream.readline(MAX_LINE_BYTES + 1), b""), 1):
+        if len(line) > MAX_LINE_BYTES:
+            raise AlexprepError(
+                f"{shown}, line {number:,}: more than {MAX_LINE_BYTES:,} bytes: this is no table of paths"
+            )
         try:
             yield line.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:
@@ -277,7 +283,7 @@ def _lines(file: BinaryIO, shown: str) -> Iterator[str]:
 def _opened(files: Files, name: bytes) -> BinaryIO:
     """A table as a file: read from a disk bit by bit, from a store at once."""
     if isinstance(files, LocalFiles):
-        return open(os.path.join(files.root, name), "rb")
+        return open_regular(os.path.join(files.root, name))
     return io.BytesIO(files.read(name))
 
 
