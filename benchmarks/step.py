@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from common import command_line, report
 
 from alexprep.train.precision import PRECISIONS, Precision, arithmetic, float32_kernels, logits
-from alexprep.train.process import keep_freed_memory
 from alexprep.train.recipes import recipe as recipe_named
+from alexprep.train.signals_and_memory import keep_freed_memory
 from alexprep.train.training_state import Compiled, TrainingState, Update, take_step
 
 CLASSES = {"alexnet": 1000}  # others: 10

@@ -26,7 +26,7 @@ from alexprep.train.distributed.tensor_parallel import LOGITS, Gather, Scheme
 from alexprep.train.distributed.world import World
 from alexprep.train.models import alexnet as networks
 from alexprep.train.precision import Precision, logits
-from alexprep.train.process import keep_freed_memory
+from alexprep.train.signals_and_memory import keep_freed_memory
 
 CROP, CLASSES = 224, 1000
 SCHEMES: tuple[Scheme, ...] = ("towers", "ddp", "hybrid")

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from alexprep.pipeline.loader import Batch, Loader
-from alexprep.train import process
+from alexprep.train import signals_and_memory
 from alexprep.train.config import TrainConfig
 from alexprep.train.distributed.world import World
 from alexprep.train.logger import Meter
@@ -93,7 +93,7 @@ def test_a_trace_shows_what_each_step_did(data: Path, tmp_path: Path, capfd: pyt
 def test_nothing_is_recorded_without_a_trace(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And of a training with one, outside of the steps that were asked for."""
     spy = mock.Mock(wraps=torch.autograd.profiler.record_function)
-    monkeypatch.setattr(process, "record_function", spy)
+    monkeypatch.setattr(signals_and_memory, "record_function", spy)
     train(config(data, tmp_path, steps=4))
     assert not spy.called
     train(config(data, tmp_path, steps=EPOCH_STEPS, trace=1, name="traced"))
@@ -143,7 +143,7 @@ def test_a_training_that_is_broken_off_leaves_no_trace(
         train(config(data, tmp_path, trace=4), interrupted(step, mock.Mock(side_effect=KeyboardInterrupt)))
     assert "the trace is dropped, nothing of it is left" in capsys.readouterr().err
     assert not (tmp_path / "tiny" / "trace").exists()
-    assert not process.recording
+    assert not signals_and_memory.recording
     train(config(data, tmp_path, steps=14, trace=2, name="after"))  # torch's profiler can be used again
     assert (tmp_path / "after" / "trace" / "steps-00000011-00000012.json.gz").exists()
 
@@ -172,7 +172,7 @@ def test_every_rank_has_a_file_and_a_clock_that_leaves_it_out(tmp_path: Path) ->
             world = World(rank, 2, torch.device("cpu"))
             with Trace(tmp_path / "trace", 2, meter, world, step=100, last_step=120) as trace:
                 for _ in trace.steps(range(20)):
-                    with process.span("forward"):
+                    with signals_and_memory.span("forward"):
                         torch.ones(3).sum()
         assert lap.call_count == 13  # at the beginning of each step until the file is written
     names = sorted(file.name for file in (tmp_path / "trace").iterdir())

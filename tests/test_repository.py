@@ -58,7 +58,7 @@ FENCES = {
 
 # Inside train/ an import goes to the same floor or to a lower one. A name stands for itself and for what is below it.
 FLOORS = [
-    ("process", "distributed.world"),
+    ("signals_and_memory", "distributed.world"),
     ("distributed.tensor_parallel", "lr_schedule", "optimizer", "precision", "checkpoint", "models"),
     ("user_code", "metrics", "data"),
     ("logger", "profiler", "recipes", "distributed.parallel"),

@@ -32,7 +32,7 @@ from alexprep.train import checkpoint, logger, recipes
 from alexprep.train.distributed.world import World
 from alexprep.train.evaluation import evaluate_run
 from alexprep.train.lr_schedule import Plateau
-from alexprep.train.process import StopRequest
+from alexprep.train.signals_and_memory import StopRequest
 from alexprep.train.trainer import train
 from tests import training_ranks as ranks
 from tests.made_up import BATCH, Batch, MadeUpLoader, changed, small_recipe, write_data

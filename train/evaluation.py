@@ -47,8 +47,8 @@ from alexprep.train.predictions import (
     open_net,
     predictions,
 )
-from alexprep.train.process import keep_freed_memory
 from alexprep.train.run_dir import Place
+from alexprep.train.signals_and_memory import keep_freed_memory
 
 
 @dataclass(frozen=True)

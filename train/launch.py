@@ -32,7 +32,7 @@ from alexprep.shards.errors import AlexprepError
 from alexprep.shards.worker_pool import cores
 from alexprep.train.config import TrainConfig, prepare
 from alexprep.train.distributed.world import STORE, TIMEOUT, World, from_environment
-from alexprep.train.process import StopRequest
+from alexprep.train.signals_and_memory import StopRequest
 from alexprep.train.trainer import train
 from alexprep.train.user_code import load
 

@@ -24,7 +24,7 @@ from alexprep.shards.errors import AlexprepError
 from alexprep.train.config import TrainConfig, prepare, run_versions
 from alexprep.train.data import BatchSource, OpenLoader
 from alexprep.train.precision import float32_kernels
-from alexprep.train.process import keep_freed_memory
+from alexprep.train.signals_and_memory import keep_freed_memory
 from alexprep.train.trainer import open_split
 from alexprep.train.training_state import TrainingState, take_step
 

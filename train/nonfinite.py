@@ -18,7 +18,7 @@ from alexprep.train.data import BatchSource
 from alexprep.train.distributed.world import World
 from alexprep.train.logger import Meter, duration
 from alexprep.train.precision import NotFinite, Origin, What
-from alexprep.train.process import StopRequest
+from alexprep.train.signals_and_memory import StopRequest
 from alexprep.train.training_state import TrainingState, take_step
 
 SECONDS = 300.0  # that a search may take; beyond that the training is over sooner without it

@@ -20,10 +20,10 @@ from typing import Any, TypeVar
 from torch.profiler import ProfilerActivity, profile, schedule
 
 from alexprep.shards.storage import published
-from alexprep.train import process
+from alexprep.train import signals_and_memory
 from alexprep.train.distributed.world import World
 from alexprep.train.logger import Meter
-from alexprep.train.process import span
+from alexprep.train.signals_and_memory import span
 
 T = TypeVar("T")
 SKIPPED = 10  # steps before the first one recorded: in them memory is allocated, kernels are chosen, queues filled
@@ -69,7 +69,7 @@ class Trace:
         if kind is not None and not issubclass(kind, Exception):
             self._profile.on_trace_ready = None
             self._meter.say("the trace is dropped, nothing of it is left")
-        elif process.recording:
+        elif signals_and_memory.recording:
             self._tick()
         else:
             self._meter.say(f"nothing is traced: the training ended before step {self._first}")
@@ -101,11 +101,11 @@ class Trace:
             self._start()
         if self._profile is None:
             return
-        if process.recording:
+        if signals_and_memory.recording:
             self._tick()
         self._profile.step()  # after the last step to record, this writes the file
         if self._begun == self._skipped + 1:
-            process.recording = True
+            signals_and_memory.recording = True
             self._tick()
         if self._begun == self._skipped + self._steps + 1:
             self._end()
@@ -132,7 +132,7 @@ class Trace:
             if finished is not None:
                 finished.stop()
         finally:
-            process.recording = False
+            signals_and_memory.recording = False
 
     def _tick(self) -> None:
         self._ticks.append((time.time_ns(), dali_nanoseconds()))

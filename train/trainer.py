@@ -30,9 +30,9 @@ from alexprep.train.logger import Board, Meter, forecast
 from alexprep.train.metrics import SPEED, Means, StepTimer, validate
 from alexprep.train.nonfinite import explained
 from alexprep.train.precision import float32_kernels
-from alexprep.train.process import Stopped, StopRequest, enough_memory, keep_freed_memory, span
 from alexprep.train.profiler import Trace
 from alexprep.train.run_dir import check_unsaved, place_named, saved_checkpoint
+from alexprep.train.signals_and_memory import Stopped, StopRequest, enough_memory, keep_freed_memory, span
 from alexprep.train.training_state import TrainingState, take_step, weights_digest
 
 EARLY_RECORDS = (1, 6)  # a first sign of life; then steps 2 to 6, after the slow first one, give the forecast

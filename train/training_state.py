@@ -39,8 +39,8 @@ from alexprep.train.lr_schedule import ScheduleState
 from alexprep.train.metrics import RunningTotals
 from alexprep.train.optimizer import MomentumSGD
 from alexprep.train.precision import HALF, Arithmetic, NotFinite, Precision, arithmetic, logits
-from alexprep.train.process import span
 from alexprep.train.recipes import Recipe
+from alexprep.train.signals_and_memory import span
 from alexprep.train.user_code import memory_format_of
 
 # Length of the difference over length, in one layer. Rounding alone makes 0.004 of it in AlexNet's float32, and in bf16 0.4.

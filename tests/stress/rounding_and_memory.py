@@ -119,7 +119,7 @@ def test_the_search_keeps_little(images: int = 1000) -> None:
 
 PAGE_FAULTS = """
 import resource, torch
-from alexprep.train.process import keep_freed_memory
+from alexprep.train.signals_and_memory import keep_freed_memory
 def step():
     return [torch.ones(10_000_000) for _ in range(2)]
 def faults():

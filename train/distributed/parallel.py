@@ -17,7 +17,7 @@ from alexprep.train.data import Examples, LoadedBatch
 from alexprep.train.distributed.tensor_parallel import Scheme, gathered, part_of, start_sum
 from alexprep.train.distributed.world import World
 from alexprep.train.optimizer import MomentumSGD
-from alexprep.train.process import span
+from alexprep.train.signals_and_memory import span
 
 
 class Parallel:

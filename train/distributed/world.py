@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from alexprep.shards.errors import AlexprepError
-from alexprep.train.process import span
+from alexprep.train.signals_and_memory import span
 
 TIMEOUT = 60.0  # seconds until a rank that does not answer ends the job
 START = timedelta(minutes=5)  # for all ranks to have started: to import torch from a slow disk, on hosts that boot

@@ -13,7 +13,7 @@ from alexprep.shards.errors import AlexprepError
 from alexprep.train.data import Examples
 from alexprep.train.distributed.parallel import Parallel
 from alexprep.train.distributed.world import World
-from alexprep.train.process import Stopped, StopRequest
+from alexprep.train.signals_and_memory import Stopped, StopRequest
 from alexprep.train.trainer import until_stopped
 
 
