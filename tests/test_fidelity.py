@@ -27,7 +27,7 @@ TESTS = {
     if isinstance(node, ast.FunctionDef)
 }
 FIELDS = {f"{kind.__name__}.{field.name}" for kind in (AlexNet, Recipe) for field in dataclasses.fields(kind)}
-KNOWN = FIELDS | set(RECIPES) | {"init_from", "alexprep.train.checkpoint"}
+KNOWN = FIELDS | set(RECIPES) | {"init_from", "alexprep.train.init_from"}
 # What is no switch: names, and what follows from the network or is shared by all of them.
 NOT_IN_THE_TABLE = {"AlexNet.name", "Recipe.name", "Recipe.network", "Recipe.augmentation", "Recipe.stored_sizes"}
 NOT_IN_THE_TABLE |= {"Recipe.lr", "Recipe.width"}
