@@ -175,7 +175,9 @@ def test_references_mean_the_same_in_any_folder(here: Path, monkeypatch: pytest.
     monkeypatch.chdir(here)
     assert references(None, "nets:make")[1] == f"{here}/nets.py:make"  # a module of this folder
     assert load("nets:make", "--model")[1] == "nets:make"
-    (here / "one.py").write_text("def only(classes): ...")
+    (here / "one.py").write_text("def _helper(): ...\ndef only(classes): ...")
+    (here / "bound.py").write_text("import functools\ndef net(depth, n): ...\nmake = functools.partial(net, 3)")
+    assert load("bound.py", "--model", "make")[1] == "bound:make"
     assert load("one.py", "--model", "make")[1] == "one:only"
 
 

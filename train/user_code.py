@@ -292,8 +292,11 @@ def load(reference: str, option: str, default: str = "") -> tuple[Any, str]:
     with errors_in_one_sentence(f"{option} {reference}"):
         module = importlib.import_module(place) if file is None else _run(file)
         if not name:
-            own = [each for each, value in vars(module).items() if _is_defined_in(module, value)]
-            name = own[0] if default not in own and len(own) == 1 else default
+            own = [each for each, value in vars(module).items() if each[0] != "_" and _is_defined_in(module, value)]
+            # A usual name is meant, unless it is alexprep's own `recipe`, which the file imported.
+            usual = getattr(vars(module).get(default), "__module__", None) or ""
+            meant = default in vars(module) and not usual.startswith("alexprep.")
+            name = own[0] if not meant and len(own) == 1 else default
         return operator.attrgetter(name)(module), f"{_package(file)[1] if file else place}:{name}"
 
 
