@@ -19,7 +19,7 @@ from common import command_line, report
 from alexprep.shards.conversion import make_plan
 from alexprep.shards.dataset_format import PLAN, PLAN_TABLE
 from alexprep.shards.plan import Plan, ShardOptions
-from alexprep.shards.sources.base import Input, Location, Source
+from alexprep.shards.sources.base import Account, Input, Location, Source
 from alexprep.shards.storage import LocalFiles
 
 
@@ -32,7 +32,7 @@ class Invented(Source):
     layout = "invented"
     expects = "nothing"
 
-    def inputs(self) -> Iterator[Input]:
+    def inputs(self, account: Account) -> Iterator[Input]:
         """By class, then by number."""
         for number in range(self.count):
             name = f"n{10_000_000 + 7 * (number * self.class_count // self.count)}"
@@ -48,7 +48,7 @@ def main() -> None:
     source = Invented(LocalFiles(b"/nowhere"), arguments.inputs, arguments.classes)
     before = _peak_megabytes()
     start = time.perf_counter()
-    for _ in source.inputs():
+    for _ in source.inputs(Account()):
         pass
     inventing = time.perf_counter() - start
     work = Path(tempfile.mkdtemp())

@@ -24,6 +24,7 @@ from processes import Environment, Missing, Run, interpreter, run
 
 from alexprep.shards.image_codec import Codec, Target, to_square
 from alexprep.shards.resample import _band
+from alexprep.shards.sources.base import Account
 from alexprep.shards.sources.layout_detection import find_source
 from alexprep.shards.worker_pool import one_thread
 
@@ -126,7 +127,7 @@ def _stages(place: Path, limit: int) -> dict[str, Any]:
     """Decode, resize and encode alone, their sum, and the codec whole, on one core, from memory."""
     one_thread()
     source, codec, target = find_source(str(place)), Codec(Target()), Target()
-    read = (source.read(item.location) for item in itertools.islice(source.inputs(), limit))
+    read = (source.read(item.location) for item in itertools.islice(source.inputs(Account()), limit))
     streams = [(data, codec._parse(data)) for data in read if isinstance(data, bytes)]
     usable = [(data, stream) for data, stream in streams if stream is not None]
     resizes = [to_square(stream.height, stream.width, target.size, target.filter) for _, stream in usable]

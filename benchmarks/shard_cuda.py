@@ -20,6 +20,7 @@ from PIL import Image
 from alexprep.shards.image_codec import Codec, Converted, Target
 from alexprep.shards.image_codec_cuda import CudaCodec
 from alexprep.shards.image_header import Refused
+from alexprep.shards.sources.base import Account
 from alexprep.shards.sources.layout_detection import find_source
 from alexprep.shards.worker_pool import one_thread
 
@@ -33,7 +34,9 @@ def main() -> None:
     arguments = parser.parse_args()
     one_thread()
     source = find_source(arguments.source)
-    read = (source.read(item.location) for item, _ in zip(source.inputs(), range(arguments.limit), strict=False))
+    read = (
+        source.read(item.location) for item, _ in zip(source.inputs(Account()), range(arguments.limit), strict=False)
+    )
     images = [data for data in read if not isinstance(data, Refused)]
     cpu, gpu = Codec(Target()), CudaCodec(Target(), arguments.device)
     contestants: dict[str, Callable[[], int]] = {

@@ -49,7 +49,7 @@ for command in (shard, verify, pca_stats, tune, recipes, train, evaluate, bench,
 
 
 def main() -> None:
-    """Runs the command line: an error is a line on stderr and exit status 1, never a traceback."""
+    """Runs the command line: an error is a line on stderr and exit status 1, a question 2; never a traceback."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a letter that the terminal lacks costs no result
@@ -64,7 +64,8 @@ def main() -> None:
         if _began_with_interrupt(error):
             status = _interrupted()
         elif isinstance(error, AlexprepError):
-            status = _failed(f"Error: {error}")
+            _failed(f"Error: {error}")
+            status = error.exit_status
         elif isinstance(error, OSError):
             where = f"{os.fsdecode(error.filename)}: " if error.filename else ""
             status = _failed(f"Error: {where}{error.strerror or error}")

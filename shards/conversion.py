@@ -28,6 +28,7 @@ from alexprep.shards.dataset_format import DATASET, PLAN, PLAN_TABLE, TIMM_INFO,
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.image_codec import Codec
 from alexprep.shards.image_header import Refused
+from alexprep.shards.listing import Listing, list_inputs
 from alexprep.shards.manifest import Manifest, read_sidecar
 from alexprep.shards.plan import (
     MachineCheck,
@@ -42,7 +43,7 @@ from alexprep.shards.plan import (
     publish_table,
 )
 from alexprep.shards.shard_writer import MakeCodec, ShardWriter, bound_memory, check_device, open_codec, shared_codec
-from alexprep.shards.sources.base import SPLITS, Location, Source
+from alexprep.shards.sources.base import SPLITS, Location, PassedOver, Source
 from alexprep.shards.sources.layout_detection import find_source
 from alexprep.shards.storage import (
     content,
@@ -75,14 +76,15 @@ class Report:
     """What a run of `convert` did.
 
     Of the `inputs` of the plan `written` are images in shards (`samples` by split, `bytes` in all tars), `kept` of these with the
-    source's own bytes. `rejected` says how often each reason occurred; the numbers in reasons are replaced by "N". `made_inputs` is
-    what this run converted, in `seconds`.
+    source's own bytes. `rejected` says how often each reason occurred; the numbers in reasons are replaced by "N". `passed_over` says
+    how many files each rule passed over, and the first names. `made_inputs` is what this run converted, in `seconds`.
     """
 
     folder: Path
     inputs: int
     written: int
     rejected: Counter[str]
+    passed_over: dict[str, PassedOver]
     kept: int
     bytes: int
     made_inputs: int
@@ -97,6 +99,7 @@ def convert(
     engine: Engine | int,
     progress: Progress = lambda finished, total: None,
     make_codec: MakeCodec = open_codec,
+    announce: Callable[[Listing], None] = lambda listing: None,
 ) -> Report:
     """Turns a source of images into a finished dataset.
 
@@ -110,6 +113,7 @@ def convert(
         engine: runs the work, one task a shard; a number stands for so many worker processes on this machine.
         progress: called with (finished inputs, inputs to do in this run).
         make_codec: makes the codec in each worker.
+        announce: called with what the source holds, before anything is written.
 
     Raises:
         AlexprepError: nothing usable at the source, other options than those the folder was begun with, a full disk.
@@ -120,7 +124,7 @@ def convert(
     with _system_errors_in_words(folder):
         if isinstance(engine, LocalEngine):  # before the folder is bound to it
             check_device(options.target)
-        plan = make_plan(source, options, folder)  # published, or refused where another one is there
+        plan = make_plan(source, options, folder, announce)  # published, or refused where another one is there
         _make_folders(plan)
         table = plan.table()
         missing = [shard for shard in plan.each_shard() if read_sidecar(plan, shard) is None]
@@ -137,11 +141,13 @@ def convert(
             finally:
                 _tidy(plan)
             progress(total, total)
-        manifest = _checked_account(plan, table)  # inputs = written + rejected
+        manifest = _checked_account(plan, table)  # found = written + rejected + passed over
         _publish(manifest)
     samples, seconds = manifest.samples, time.monotonic() - started
     written, rejected, kept = sum(samples.values()), manifest.reasons, manifest.kept
-    return Report(folder, plan.inputs, written, rejected, kept, manifest.tar_bytes, total, seconds, samples)
+    return Report(
+        folder, plan.inputs, written, rejected, plan.passed_over, kept, manifest.tar_bytes, total, seconds, samples
+    )
 
 
 @contextlib.contextmanager
@@ -160,13 +166,20 @@ def _system_errors_in_words(folder: Path) -> Iterator[None]:
 # The plan.
 
 
-def make_plan(source: Source, options: ShardOptions, folder: Path) -> Plan:
+def make_plan(
+    source: Source,
+    options: ShardOptions,
+    folder: Path,
+    announce: Callable[[Listing], None] = lambda listing: None,
+) -> Plan:
     """The plan of `folder`: published if there is none, checked against the present one otherwise.
 
     Of several that begin in one folder at the same time, one wins; the others go on with its plan, or are refused.
     """
     check_apart(source, folder)
-    return publish_plan(folder, *draw_up(source, options))
+    listing = list_inputs(source, options.labels, options.class_names)
+    announce(listing)
+    return publish_plan(folder, *draw_up(listing, options))
 
 
 def check_apart(source: Source, folder: Path) -> None:
@@ -301,7 +314,7 @@ def _bytes_used(
 
 
 def _checked_account(plan: Plan, table: PlanTable) -> Manifest:
-    """Takes in every sidecar, and makes sure that each input is accounted for once, and one of them is a usable image."""
+    """Takes in every sidecar, and makes sure that all that was found is accounted for once, and something is a usable image."""
     manifest = Manifest(plan)
     for shard in plan.each_shard():
         sidecar = read_sidecar(plan, shard)
@@ -318,6 +331,12 @@ def _checked_account(plan: Plan, table: PlanTable) -> Manifest:
         raise AlexprepError(
             f"{plan.inputs:,} inputs, but {written:,} written and {rejected.total():,} rejected: "
             f"{plan.folder} was changed by another program; use a new --out"
+        )
+    passed_over = sum(passed.count for passed in plan.passed_over.values())
+    if plan.found is not None and plan.found != plan.inputs + passed_over:
+        raise AlexprepError(
+            f"{plan.folder / PLAN} tells of {plan.found:,} files, but has {plan.inputs:,} inputs and {passed_over:,} files passed "
+            "over: it was edited; use a new --out"
         )
     if not written:
         worst = ", ".join(f"{reason} ({count})" for reason, count in rejected.most_common(3))

@@ -15,8 +15,24 @@ TRACEBACK = "ALEXPREP_TRACEBACK"  # environment variable: let unexpected errors 
 class AlexprepError(Exception):
     """Something the caller can mend: the message names the value, the bound and the next step.
 
-    The command line prints the message alone, without a traceback; any other exception is a bug.
+    The command line prints the message alone, without a traceback, and ends with `exit_status`; any other exception is a bug.
     """
+
+    exit_status = 1
+
+
+class AmbiguousSourceError(AlexprepError):
+    """A source that can be read in several ways, or in none that is safe: nothing was done, and the caller has to choose.
+
+    The message says in a sentence or two what was found; a line for each of `ways` follows: (what to give, what it means).
+    """
+
+    exit_status = 2
+
+    def __init__(self, found: str, ways: Iterable[tuple[str, str]]) -> None:
+        self.found, self.ways = found, tuple(ways)
+        width = max((len(what) for what, _ in self.ways), default=0)
+        super().__init__("\n".join([found, *(f"  {what:<{width}}  {meaning}" for what, meaning in self.ways)]))
 
 
 class DeviceLostError(Exception):

@@ -11,13 +11,11 @@ thus leaves every older dataset as it was. For this to hold, a released default 
 from __future__ import annotations
 
 import functools
-import hashlib
 import io
 import json
 import os
 import platform
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -38,14 +36,11 @@ from alexprep.shards.dataset_format import (
 )
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.image_codec import Target
+from alexprep.shards.listing import AUTO, ILSVRC_ID, PLACE, SORTED, ClassNames, Listing
 from alexprep.shards.resample import FILTERS
-from alexprep.shards.sources.base import UNLABELLED, Input, Location, Source
-from alexprep.shards.sources.ground_truth import devkit_order
+from alexprep.shards.sources.base import LIMITED, NO_CHOICES, Account, Location, PassedOver, Source, as_json
 from alexprep.shards.storage import digest_json, is_local, published
 
-AUTO = "auto"
-SORTED = "sorted"
-ILSVRC_ID = "ilsvrc-id"
 LISTED = "listed"  # what a plan says of labels whose order was given class by class
 
 # An ImageNet shard is then about 28 MB. Smaller sets get at least 16 shards of at least 64, so that workers can share them.
@@ -53,13 +48,9 @@ SHARD_SAMPLES = 1024
 _MANY, _FEW = 16, 64
 _DECIDES_BYTES, _ON_A_GPU = ("alexprep", "nvimgcodec", "pillow"), ("nvjpeg", "torch")
 _SPLIT_STREAM = {"train": 0, "val": 1, "test": 2}
-_CHUNK = 65_536  # names that are Python objects at a time
 _WANTED, _TRIED = 3, 16  # files whose sizes machines compare; inputs that are looked at for them
-# 64-bit offsets (large_binary): the names of 15 million inputs are near what 32 bits can address.
-_PLACE = [("path", pa.large_binary()), ("member", pa.large_binary()), ("offset", pa.int64()), ("size", pa.int64())]
-_LISTING = pa.schema([("class", pa.int32()), *_PLACE])
 _TABLE = pa.schema(
-    [("split", pa.string()), ("shard", pa.uint32()), ("row", pa.uint32()), ("label", pa.int32()), *_PLACE]
+    [("split", pa.string()), ("shard", pa.uint32()), ("row", pa.uint32()), ("label", pa.int32()), *PLACE]
 )
 
 
@@ -76,6 +67,8 @@ class ShardOptions:
     shard_samples: int | None = None  # inputs a shard; None for 1,024, or fewer where the set is small
     labels: str | tuple[str, ...] = AUTO
     limit: int | None = None  # at most so many inputs of each split, picked by the shuffle; None for all
+    # Of class names that are equal but for case or Unicode form: each is a class, or they are one; None asks.
+    class_names: ClassNames | None = None
 
     def __post_init__(self) -> None:
         t = self.target
@@ -88,6 +81,8 @@ class ShardOptions:
         ):
             if value is not None and not low <= value <= high:
                 raise AlexprepError(f"{name} {value} is not between {low:,} and {high:,}")
+        if self.class_names not in (None, "exact", "folded"):
+            raise AlexprepError(f"--class-names {self.class_names} is not one of exact, folded")
         if t.filter not in FILTERS:
             raise AlexprepError(f"--filter {t.filter} is not one of {', '.join(FILTERS)}")
 
@@ -129,6 +124,19 @@ class Plan:
         """How many inputs all splits have together."""
         return sum(split["inputs"] for split in self.document["splits"].values())
 
+    @property
+    def found(self) -> int | None:
+        """How many files, members or rows the source's listing met; None where an earlier release did not count them."""
+        return self.document.get("account", {}).get("found")
+
+    @property
+    def passed_over(self) -> dict[str, PassedOver]:
+        """What the listing passed over, by rule."""
+        return {
+            rule: PassedOver(**passed)
+            for rule, passed in self.document.get("account", {}).get("passed_over", {}).items()
+        }
+
     def file(self, shard: Shard, suffix: str) -> Path:
         """Where one of a shard's files lies: its ".tar", its ".idx" (DALI's index) or its ".json" (the sidecar)."""
         return self.folder / shard.split / f"{shard.name}{suffix}"
@@ -146,31 +154,24 @@ class Plan:
                 group += 1
 
 
-def draw_up(source: Source, options: ShardOptions) -> tuple[dict[str, Any], list[pa.Table]]:
-    """The plan that inputs and options give: plan.json's document and the rows of each shard. Nothing is written."""
-    listing, names, inputs_digest = _listed(source.inputs())
-    if not listing:
-        raise AlexprepError(
-            f"SOURCE {source.files.display()} holds no files where {source.layout!r} has its images: name the folder that holds them, "
-            "or say with --layout what it is (docs/sources.md)"
-        )
-    classes = class_order(options.labels, set(names) - {UNLABELLED}, source)
-    number = {name: label for label, name in enumerate(classes)} | {UNLABELLED: -1}
-    label_of = np.array([number[name] for name in names], np.int32)
-    total = sum(min(len(split), options.limit or len(split)) for split in listing.values())
+def draw_up(listing: Listing, options: ShardOptions) -> tuple[dict[str, Any], list[pa.Table]]:
+    """The plan that a listing and options give: plan.json's document and the rows of each shard. Nothing is written."""
+    source, account, label_of = listing.source, listing.account, listing.label_of
+    splits_of_inputs = dict(listing.splits)
+    total = sum(min(len(split), options.limit or len(split)) for split in splits_of_inputs.values())
     size = options.shard_samples or min(SHARD_SAMPLES, max(_FEW, -(-total // _MANY)))
     splits: dict[str, Any] = {}
     tables: list[pa.Table] = []
-    for split in sorted(listing, key=_SPLIT_STREAM.__getitem__):
-        order = permutation((options.seed, _SPLIT_STREAM[split]), len(listing[split]))[: options.limit]
+    for split in sorted(splits_of_inputs, key=_SPLIT_STREAM.__getitem__):
+        order = permutation((options.seed, _SPLIT_STREAM[split]), len(splits_of_inputs[split]))[: options.limit]
         count = len(order)
-        inputs = listing.pop(split).combine_chunks().take(pa.array(order))
+        inputs = splits_of_inputs.pop(split).combine_chunks().take(pa.array(order))
         columns = {
             "split": pa.repeat(split, count),
             "shard": np.arange(count, dtype=np.uint32) // np.uint32(size),
             "row": np.arange(count, dtype=np.uint32),
             "label": label_of[inputs["class"].to_numpy()],
-            **{name: inputs[name] for name, _ in _PLACE},
+            **{name: inputs[name] for name, _ in PLACE},
         }
         table = pa.table(columns, schema=_TABLE)
         tables += [table.slice(start, size) for start in range(0, count, size)]
@@ -179,14 +180,25 @@ def draw_up(source: Source, options: ShardOptions) -> tuple[dict[str, Any], list
         "format": PLAN_FORMAT,
         "format_version": FORMAT_VERSION,
         "layout": source.layout,
-        "inputs": inputs_digest,
+        "inputs": listing.digest,
         "options": _recorded(options),
         "shard_samples": size,
         "splits": splits,
-        "classes": classes,
+        "classes": listing.classes,
         "versions": versions(*_DECIDES_BYTES, *(_ON_A_GPU if options.target.device == "cuda" else ())),
+        "account": _account(account, sum(map(len, listing.splits.values())) - total),
     }
+    if source.choices != NO_CHOICES:
+        document["choices"] = as_json(source.choices)
     return document, tables
+
+
+def _account(account: Account, left_out: int) -> dict[str, Any]:
+    """What plan.json and dataset.json say of all that was found and is no input; `left_out` are those beyond --limit."""
+    passed_over = {rule: asdict(passed) for rule, passed in sorted(account.passed_over.items())}
+    if left_out:
+        passed_over[LIMITED] = {"count": left_out, "names": []}
+    return {"found": account.found, "passed_over": passed_over}
 
 
 def locations(rows: pa.Table) -> list[Location]:
@@ -198,7 +210,13 @@ def _recorded(options: ShardOptions) -> dict[str, Any]:
     """What a plan says of options. Of a list of classes not where it lay, which may have moved: the plan has the names."""
     named = isinstance(options.labels, str) and options.labels in (AUTO, SORTED, ILSVRC_ID)
     labels = options.labels if named else LISTED
-    return {**asdict(options.target), "seed": options.seed, "labels": labels, "limit": options.limit}
+    return {
+        **asdict(options.target),
+        "seed": options.seed,
+        "labels": labels,
+        "limit": options.limit,
+        "class_names": options.class_names,
+    }
 
 
 DEFAULTS = _recorded(ShardOptions())
@@ -231,7 +249,9 @@ def as_written(document: dict[str, Any], earlier: Mapping[str, Any]) -> dict[str
         document = document | {"options": options}
     if made_by.keys() == now.keys() and all(interchangeable(name, made_by[name], now[name]) for name in now):
         document = document | {"versions": made_by}
-    return document
+    # What lies beside the inputs may change: the account is that of the day when the plan was drawn up.
+    document = {key: value for key, value in document.items() if key != "account"}
+    return document | {key: earlier[key] for key in ("account",) if key in earlier}
 
 
 def differences(old: Mapping[str, Any], new: dict[str, Any]) -> list[str]:
@@ -265,73 +285,6 @@ def permutation(key: tuple[int, ...], count: int) -> NDArray[np.int64]:
     """
     words = np.random.Philox(np.random.SeedSequence(key)).random_raw(count)
     return np.argsort(words, kind="stable")
-
-
-def class_order(rule: str | Sequence[str], present: set[str], source: Source) -> list[str]:
-    """The class names by label, for the classes `present` and a rule as `ShardOptions.labels` has it: label i is the i-th name."""
-    if rule == AUTO:  # the source's own numbering, or sorted where it has none
-        return source.classes(present)
-    if rule == SORTED:  # by bytes, as torchvision and Caffe number them
-        return sorted(present, key=str.encode)
-    if rule == ILSVRC_ID:  # as the 2012 code did: label = ILSVRC ID - 1
-        devkit = source.devkit()
-        if devkit is None:
-            raise AlexprepError(
-                "--labels ilsvrc-id needs the devkit: put ILSVRC2012_devkit_t12.tar.gz, or its meta.mat, into SOURCE, "
-                "or give --labels FILE with one class name a line"
-            )
-        where, order = devkit[0], devkit_order(*devkit)
-    elif isinstance(rule, str):
-        where, order = rule, _listed_order(Path(rule))
-    else:
-        where, order = "the list of classes", list(rule)
-    unknown = sorted(present - set(order))
-    if unknown:
-        raise AlexprepError(
-            f"{where} has no number for {len(unknown)} of {len(present)} classes, among them {unknown[0]!r}"
-        )
-    return order
-
-
-def _listed_order(path: Path) -> list[str]:
-    try:
-        lines = path.read_text("utf-8-sig").split("\n")  # text mode: "\r\n" has become "\n"
-    except (OSError, UnicodeDecodeError) as error:
-        raise AlexprepError(
-            f"--labels {path} is neither auto, sorted, ilsvrc-id, nor a text file that can be read ({error})"
-        ) from None
-    order = [line for line in lines if line.strip()]
-    for name, times in Counter(order).items():
-        if times > 1:
-            raise AlexprepError(f"--labels {path} names class {name!r} twice: name each once")
-    return order
-
-
-def _listed(inputs: Iterable[Input]) -> tuple[dict[str, pa.Table], list[str], str]:
-    """All inputs by split, as tables of the schema `_LISTING`; the class names by code; and the sha256 of the whole list, hex.
-
-    As columns, 15 million inputs fit into a few gigabytes.
-    """
-    recent: dict[str, list[tuple[int, bytes, bytes, int, int]]] = {}
-    chunks: dict[str, list[pa.Table]] = {}
-    codes: dict[str, int] = {}
-    digest = hashlib.sha256()
-
-    def flush(split: str) -> None:
-        columns = zip(*recent.pop(split), strict=True)
-        arrays = [pa.array(column, field.type) for column, field in zip(columns, _LISTING, strict=True)]
-        chunks.setdefault(split, []).append(pa.table(arrays, schema=_LISTING))
-
-    for split, class_name, location in inputs:
-        rows = recent.setdefault(split, [])
-        rows.append((codes.setdefault(class_name, len(codes)), *location))
-        if len(rows) == _CHUNK:
-            flush(split)
-        path, member, offset, size = location
-        digest.update(b"%s\0%s\0%s\0%s\0%d\0%d\0" % (split.encode(), class_name.encode(), path, member, offset, size))
-    for split in list(recent):
-        flush(split)
-    return {split: pa.concat_tables(parts) for split, parts in chunks.items()}, list(codes), digest.hexdigest()
 
 
 class PlanTable:

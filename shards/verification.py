@@ -42,6 +42,7 @@ from alexprep.shards.dataset_format import (
 )
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.image_codec import read_raw, shared_decoder
+from alexprep.shards.listing import list_inputs
 from alexprep.shards.manifest import Manifest, Sidecar, input_record, sidecar_of
 from alexprep.shards.plan import (
     Plan,
@@ -152,7 +153,7 @@ def repair(
     folder, damaged = folder_at(folder), {problem.file for problem in problems}
     options, trusted = _options(folder)
     check_apart(source, folder)
-    document, tables = draw_up(source, options)
+    document, tables = draw_up(list_inputs(source, options.labels, options.class_names), options)
     document = as_written(document, trusted)
     _check_same_plan(folder, document, source)
     if PLAN in damaged:

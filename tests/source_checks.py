@@ -12,7 +12,7 @@ from typing import Literal
 import pytest
 
 from alexprep.shards.errors import AlexprepError
-from alexprep.shards.sources.base import Input, Source
+from alexprep.shards.sources.base import Account, Input, Source
 from alexprep.shards.sources.layout_detection import find_source
 
 FORMATS: dict[str, Literal[0, 1, 2]] = {
@@ -48,8 +48,8 @@ def found(place: Path, layout: str) -> Source:
 
 def listed(source: Source) -> list[Input]:
     """The inputs, which must come in the order of their bytes, each once, and twice alike."""
-    inputs = list(source.inputs())
-    assert inputs == list(source.inputs()) == sorted(inputs)
+    inputs = list(source.inputs(Account()))
+    assert inputs == list(source.inputs(Account())) == sorted(inputs)
     assert len({i.location for i in inputs}) == len(inputs)
     return inputs
 
@@ -57,7 +57,7 @@ def listed(source: Source) -> list[Input]:
 def fails(place: Path, words: str, layout: str | None = None) -> None:
     """Finding or listing must raise an error with these words and the place."""
     with pytest.raises(AlexprepError) as error:
-        list(find_source(str(place), layout).inputs())
+        list(find_source(str(place), layout).inputs(Account()))
     assert words in str(error.value), error.value
     assert str(place if place.is_dir() else place.parent) in str(error.value)
 

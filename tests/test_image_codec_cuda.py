@@ -21,6 +21,7 @@ from alexprep.shards.errors import AlexprepError, DeviceLostError
 from alexprep.shards.image_codec import Codec, Converted, Target, to_square
 from alexprep.shards.image_codec_cuda import CudaCodec, Resizer, _batches, _ensure_alive
 from alexprep.shards.image_header import MAX_PIXELS, Refused
+from alexprep.shards.listing import list_inputs
 from alexprep.shards.plan import ShardOptions, draw_up
 from alexprep.shards.resample import FILTERS
 from alexprep.shards.sample_reader import Samples
@@ -179,7 +180,7 @@ def test_an_image_never_goes_to_the_cpu_for_want_of_gpu_memory(error: RuntimeErr
 def test_a_plan_names_what_decides_bytes_on_a_gpu(photos: Path) -> None:
     for device, names in (("cpu", set()), ("cuda", {"nvjpeg", "torch"})):
         target = Target(size=64, device=device)  # type: ignore[arg-type]
-        document, _ = draw_up(find_source(str(photos)), ShardOptions(target))
+        document, _ = draw_up(list_inputs(find_source(str(photos))), ShardOptions(target))
         assert document["versions"].keys() == {"alexprep", "nvimgcodec", "pillow"} | names
 
 

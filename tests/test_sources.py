@@ -22,9 +22,10 @@ from alexprep.shards.conversion import convert
 from alexprep.shards.dataset_format import read_dataset, read_index
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.image_codec import Target
-from alexprep.shards.plan import ShardOptions, class_order
+from alexprep.shards.listing import class_order
+from alexprep.shards.plan import ShardOptions
 from alexprep.shards.sources import ilsvrc
-from alexprep.shards.sources.base import UNLABELLED, Source, split_of
+from alexprep.shards.sources.base import UNLABELLED, Account, Source, split_of
 from alexprep.shards.sources.layout_detection import find_source
 from alexprep.shards.storage import LocalFiles, files_at, folder_at
 from alexprep.shards.verification import verify
@@ -53,13 +54,13 @@ def unpacked(root: Path, *names: str | bytes, content: bytes = b"") -> Path:
 
 def listed(source: Source) -> Images:
     """(split, class, name below the root or in the archive) of each input."""
-    return [(split, class_name, at.member or at.path) for split, class_name, at in source.inputs()]
+    return [(split, class_name, at.member or at.path) for split, class_name, at in source.inputs(Account())]
 
 
 def refused(place: Path | str, words: str, layout: str | None = None) -> None:
     """Finding the source or listing its inputs must fail with these words."""
     with pytest.raises(AlexprepError, match=words):
-        list(find_source(str(place), layout).inputs())
+        list(find_source(str(place), layout).inputs(Account()))
 
 
 def _meta_mat(wnids: list[str], year: int = 2012) -> bytes:
@@ -146,7 +147,7 @@ def test_the_original_archives_give_the_same_shards(archives: Path, reference: P
     assert shards_of(tmp_path / "out") == shards_of(reference)
     dataset = read_dataset(tmp_path / "out")
     assert dataset["source"]["layout"] == "ilsvrc" and dataset["digest"] == read_dataset(reference)["digest"]
-    sources = [str(entry.location) for entry in find_source(str(archives)).inputs()]
+    sources = [str(entry.location) for entry in find_source(str(archives)).inputs(Account())]
     assert "ILSVRC2012_img_train.tar/class0.tar/000.JPEG" in sources
     assert not [path for path in archives.iterdir() if not path.name.startswith("ILSVRC2012_")]  # nothing was unpacked
 
@@ -224,13 +225,13 @@ def test_of_two_years_devkits_the_images_own_counts(two_years: Path, archives: P
     truth = {(class_name, name) for name, class_name, _ in val}
     shutil.copy(archives / "ILSVRC2012_img_val.tar", two_years)
     source = find_source(str(two_years))
-    assert {(i.class_name, i.location.member.decode()) for i in source.inputs()} == truth
+    assert {(i.class_name, i.location.member.decode()) for i in source.inputs(Account())} == truth
     assert class_order("ilsvrc-id", set(WNIDS), source) == WNIDS
     # As folders: by the images' names, also below class folders. The wrong devkit alone counts for nothing.
     (two_years / "ILSVRC2012_img_val.tar").unlink()
     flat_val(two_years, val)
     source = find_source(str(two_years), "folders")
-    assert {(i.class_name, i.location.path.decode().removeprefix("val/")) for i in source.inputs()} == truth
+    assert {(i.class_name, i.location.path.decode().removeprefix("val/")) for i in source.inputs(Account())} == truth
     assert class_order("ilsvrc-id", set(WNIDS), source) == WNIDS
     (two_years / "ILSVRC2012_devkit_t12.tar.gz").unlink()
     refused(two_years, "nothing beside it tells the classes", "folders")
@@ -239,7 +240,7 @@ def test_of_two_years_devkits_the_images_own_counts(two_years: Path, archives: P
     (two_years / "meta.mat").write_bytes(_meta_mat(OLD_WNIDS, 2010))
     refused(two_years, r"put the devkit's meta\.mat of 2012", "folders")
     (two_years / "meta.mat").write_bytes(_meta_mat(WNIDS))
-    assert {i.class_name for i in find_source(str(two_years), "folders").inputs()} == set(WNIDS)
+    assert {i.class_name for i in find_source(str(two_years), "folders").inputs(Account())} == set(WNIDS)
 
 
 def test_devkits_of_two_years_and_names_that_tell_none(two_years: Path, val: Images) -> None:
@@ -252,7 +253,7 @@ def test_devkits_of_two_years_and_names_that_tell_none(two_years: Path, val: Ima
     (two_years / "ILSVRC2012_devkit_t12.tar.gz").unlink()
     assert class_order("ilsvrc-id", {"class0"}, find_source(str(two_years))) == OLD_WNIDS
     (two_years / "val/class0").rmdir()
-    assert {i.class_name for i in find_source(str(two_years)).inputs()} == {"class0"}
+    assert {i.class_name for i in find_source(str(two_years)).inputs(Account())} == {"class0"}
 
 
 @pytest.mark.parametrize(
@@ -272,7 +273,7 @@ def test_numbers_that_are_names_of_classes_too(lines: str, expected: set[str] | 
     if expected is None:
         refused(tmp_path, r"may mean the class named '2', or number 2 of .* which is '10': sort")
     else:
-        assert {i.class_name for i in find_source(str(tmp_path)).inputs()} == expected
+        assert {i.class_name for i in find_source(str(tmp_path)).inputs(Account())} == expected
 
 
 def test_a_numbered_list_where_there_is_nothing_to_count(archives: Path, val: Images, tmp_path: Path) -> None:
@@ -280,7 +281,9 @@ def test_a_numbered_list_where_there_is_nothing_to_count(archives: Path, val: Im
     (tmp_path / "val.txt").write_text("".join(f"{name} 0\n" for name, _, _ in val))
     refused(tmp_path, r"there are 0 train classes.* or the devkit into SOURCE")
     shutil.copy(archives / "ILSVRC2012_devkit_t12.tar.gz", tmp_path)
-    assert sorted(i.class_name for i in find_source(str(tmp_path)).inputs()) == sorted(label for _, label, _ in val)
+    assert sorted(i.class_name for i in find_source(str(tmp_path)).inputs(Account())) == sorted(
+        label for _, label, _ in val
+    )
 
 
 @pytest.mark.parametrize(
@@ -335,7 +338,7 @@ def test_archives_packed_otherwise(tmp_path: Path) -> None:
     (tmp_path / "meta.mat").write_bytes(_meta_mat(["n1", "n2"]))
     packed(tmp_path / "ILSVRC2012_img_test.tar", "ILSVRC2012_test_1.JPEG", "ILSVRC2012_test_2.JPEG")
     (tmp_path / "test.txt").write_text("ILSVRC2012_test_1.JPEG 0\nILSVRC2012_test_2.JPEG 0\n")  # Caffe's
-    inputs = list(find_source(str(tmp_path)).inputs())
+    inputs = list(find_source(str(tmp_path)).inputs(Account()))
     assert [entry.class_name for entry in inputs if entry.split == "train"] == ["n0", "n0", "n1", "n1", "n2", "n2"]
     val = [(entry.class_name, entry.location.member.decode()) for entry in inputs if entry.split == "val"]
     assert val == [("n1", names[1]), ("n2", names[0])]
@@ -388,7 +391,7 @@ def test_webdatasets_are_sharded_anew(form: str, folders: Path, tmp_path: Path) 
     source, expected = tmp_path / "shards", []
     source.mkdir()
     with wds.ShardWriter(str(source / "set-train-%04d.tar"), maxcount=9, verbose=0) as writer:
-        for n, entry in enumerate(sorted(find_source(str(folders / "train")).inputs())):
+        for n, entry in enumerate(sorted(find_source(str(folders / "train")).inputs(Account()))):
             key, label = f"some/where.d/{n:04d}", int(entry.class_name[-1])
             image = (folders / "train" / entry.location.path.decode()).read_bytes()
             target = {"json": {"label": label, "caption": "x"}} if form == "json" else {"cls": label}
@@ -396,7 +399,7 @@ def test_webdatasets_are_sharded_anew(form: str, folders: Path, tmp_path: Path) 
             expected.append((f"{key}.JPEG", str(label)))
     found = find_source(str(source))
     assert found.layout == "webdataset"
-    assert [(str(i.location).rpartition(".tar/")[2], i.class_name) for i in found.inputs()] == expected
+    assert [(str(i.location).rpartition(".tar/")[2], i.class_name) for i in found.inputs(Account())] == expected
     report = convert(found, tmp_path / "out", ShardOptions(Target(size=48), shard_samples=10), ENGINE)
     assert report.samples == {"train": 48} and not report.rejected
     assert read_dataset(tmp_path / "out")["classes"] == ["0", "1", "2", "3"]
@@ -414,18 +417,20 @@ def test_our_own_shards_with_unknown_classes_and_raw_pixels(
     first, again = tmp_path / "first", tmp_path / "again"
     convert(tmp_path / "source", first, ShardOptions(Target(size=64, format=form)), ENGINE)
     source = find_source(str(first))
-    assert {entry.class_name for entry in source.inputs()} == {UNLABELLED}
+    assert {entry.class_name for entry in source.inputs(Account())} == {UNLABELLED}
     report = convert(source, again, ShardOptions(Target(size=64, format="raw")), ENGINE)
     assert report.samples == {"test": 5} and not report.rejected
     assert read_index(again, "test")["label"].tolist() == [-1] * 5 and read_dataset(again)["classes"] == []
     if form == "raw":  # nothing is lost on the way
         other = find_source(str(again))
-        pixels = [{np.asarray(s.read(entry.location)).tobytes() for entry in s.inputs()} for s in (source, other)]
+        pixels = [
+            {np.asarray(s.read(entry.location)).tobytes() for entry in s.inputs(Account())} for s in (source, other)
+        ]
         assert pixels[0] == pixels[1] and {len(image) for image in pixels[0]} == {64 * 64 * 3}
         tar = next(first.glob("test/*.tar"))
         tar.write_bytes(tar.read_bytes().replace(b"'descr': '|u1'", b"'descr': '|i1'"))
         with pytest.raises(OSError, match=r"no \.npy of uint8 pixels"):
-            source.read(next(iter(source.inputs())).location)
+            source.read(next(iter(source.inputs(Account()))).location)
 
 
 def test_a_data_set_of_ours_is_sharded_anew_only_whole(reference: Path, folders: Path, tmp_path: Path) -> None:
@@ -434,7 +439,7 @@ def test_a_data_set_of_ours_is_sharded_anew_only_whole(reference: Path, folders:
     shutil.copy(data / "train/train-000000.tar", data / "train/train-000099.tar")
     refused(data, r"train-000099\.tar is none of those that dataset\.json names: move it away")
     (data / "train/train-000099.tar").unlink()
-    ours, theirs = (list(find_source(str(place)).inputs()) for place in (data, folders))
+    ours, theirs = (list(find_source(str(place)).inputs(Account())) for place in (data, folders))
     assert sorted((i.split, i.class_name) for i in ours) == sorted((i.split, i.class_name) for i in theirs)
     for ending in ("tar", "idx", "json"):
         (data / f"train/train-000001.{ending}").unlink()
@@ -445,11 +450,13 @@ def test_a_data_set_of_ours_is_sharded_anew_only_whole(reference: Path, folders:
     refused(data, r"dataset\.json is damaged")
     (data / "dataset.json").unlink()
     refused(data, "holds an unfinished data set: run the `alexprep shard` that began it again")
-    assert len(list(find_source(f"{data}/val/val-00000{{0..2}}.tar").inputs())) == 20  # the very tars that are meant
+    assert (
+        len(list(find_source(f"{data}/val/val-00000{{0..2}}.tar").inputs(Account()))) == 20
+    )  # the very tars that are meant
     (data / "plan.json").write_text('{"format": "alexprep plan", ')
     refused(data, r"plan\.json is damaged")
     (data / "plan.json").write_text('{"tasks": "of another program"}')
-    assert len(list(find_source(str(data)).inputs())) == 20
+    assert len(list(find_source(str(data)).inputs(Account()))) == 20
 
 
 @pytest.mark.parametrize(
@@ -473,7 +480,7 @@ def test_only_our_own_dataset_json_names_classes(content: str, expected: str | l
     if isinstance(expected, str):
         refused(tmp_path, expected)
     else:
-        assert [entry.class_name for entry in find_source(str(tmp_path)).inputs()] == expected
+        assert [entry.class_name for entry in find_source(str(tmp_path)).inputs(Account())] == expected
 
 
 def test_a_named_layout_is_taken_at_its_word(folders: Path, archives: Path) -> None:
@@ -669,7 +676,7 @@ def test_names_in_a_store_are_no_chains_of_stores_nor_patterns(tmp_path: Path) -
         assert listed(find_source(place + "/{0..3}.tar")) == [("train", "0", b"a.jpg")]
     source = find_source("memory://chains{0}")
     assert [class_name for _, class_name, _ in listed(source)] == ["a::b", "file::", "x{1}"]
-    for entry in source.inputs():
+    for entry in source.inputs(Account()):
         assert source.read(entry.location) == entry.location.path
 
 

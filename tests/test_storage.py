@@ -18,7 +18,9 @@ from fsspec.implementations.memory import MemoryFileSystem
 from alexprep.shards import storage
 from alexprep.shards.conversion import convert
 from alexprep.shards.errors import AlexprepError
+from alexprep.shards.listing import list_inputs
 from alexprep.shards.plan import ShardOptions, draw_up
+from alexprep.shards.sources.base import Account
 from alexprep.shards.sources.layout_detection import find_source
 from alexprep.shards.storage import RemoteFiles, files_at, read_inflated
 from alexprep.shards.worker_pool import InProcessEngine
@@ -106,20 +108,20 @@ def test_only_the_store_s_own_word_makes_a_file_absent(failure: Exception, expec
 
 
 def test_a_listing_that_fails_is_tried_again_and_never_leaves_out_a_folder(store: Shaky) -> None:
-    wanted = [str(entry.location) for entry in find_source("shaky://set").inputs()]
+    wanted = [str(entry.location) for entry in find_source("shaky://set").inputs(Account())]
     assert wanted == ["train/a/1.jpg", "train/a/deep/2.jpg", "train/b/3.jpg"]
     for place in ("/set", "/set/train", "/set/train/a", "/set/train/a/deep"):
         for once in (TimeoutError(), not_found(Answer(503))):
             store.failures["ls", place] = [once, once]
-            assert [str(entry.location) for entry in find_source("shaky://set").inputs()] == wanted
+            assert [str(entry.location) for entry in find_source("shaky://set").inputs(Account())] == wanted
         store.failures["ls", place] = [TimeoutError("late")] * 99
         with pytest.raises(AlexprepError, match=f"{place}.* (cannot be listed|cannot be reached) .*TimeoutError: late"):
-            list(find_source("shaky://set").inputs())
+            list(find_source("shaky://set").inputs(Account()))
         store.failures.clear()
     for refusal in (not_found(None), PermissionError("not yours")):
         store.failures["ls", "/set/train/a/deep"] = [refusal]
         with pytest.raises(AlexprepError, match="shaky://set/train/a/deep cannot be listed"):
-            list(find_source("shaky://set").inputs())
+            list(find_source("shaky://set").inputs(Account()))
 
 
 def test_a_size_that_fails_is_tried_again(store: Shaky) -> None:
@@ -160,7 +162,7 @@ def test_http(served: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     content = bytes(range(256)) * 8192
     (tmp_path / "train/a/1.jpg").write_bytes(content)
     source = find_source(served)
-    assert [str(entry.location) for entry in source.inputs()] == ["train/a/1.jpg"]
+    assert [str(entry.location) for entry in source.inputs(Account())] == ["train/a/1.jpg"]
     assert source.files.read(b"train/a/1.jpg") == content
     for deed in (source.files.read, source.files.size):
         with pytest.raises(FileNotFoundError):
@@ -183,9 +185,9 @@ def test_http(served: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 def same_plan(one: str, other: str) -> None:
     """Both places must give the same plan, and the same bytes for each input of it."""
     sources = [find_source(one), find_source(other)]
-    (document, tables), again = (draw_up(source, ShardOptions()) for source in sources)
+    (document, tables), again = (draw_up(list_inputs(source), ShardOptions()) for source in sources)
     assert (document, tables) == again and document["splits"]["train"]["inputs"] > 0
-    for entry in sources[0].inputs():
+    for entry in sources[0].inputs(Account()):
         assert sources[0].read(entry.location) == sources[1].read(entry.location)
 
 
@@ -230,7 +232,7 @@ def test_rows_that_a_server_has_not_are_rejected_with_one_reason(served: str, tm
     (tmp_path / "list.csv").write_text(f"url,label\n{rows}")
     for place in (str(tmp_path / "list.csv"), f"{served}/list.csv"):
         source = find_source(place)
-        paths = [entry.location.path for entry in source.inputs()]
+        paths = [entry.location.path for entry in source.inputs(Account())]
         assert [source.files.display(path) for path in paths] == [path.decode() for path in paths]
         with pytest.raises(
             AlexprepError, match=r"none of the 3 inputs is a usable image: cannot be read: not found \(3\)"

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from alexprep.shards.errors import AlexprepError
+from alexprep.shards.sources.base import Account
 from alexprep.shards.sources.layout_detection import find_source
 from tests.source_checks import fails, found, listed, write
 
@@ -111,7 +112,7 @@ def test_urls_are_read_where_they_point(tmp_path: Path) -> None:
     with pytest.raises(
         AlexprepError, match=r"line 3: the path '/etc/hostname' is absolute, but the table lies at a URL"
     ):
-        list(find_source("memory://bucket/list.csv").inputs())
+        list(find_source("memory://bucket/list.csv").inputs(Account()))
 
 
 @pytest.mark.parametrize(

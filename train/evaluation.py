@@ -30,7 +30,7 @@ from alexprep.pipeline.loader import Loader
 from alexprep.pipeline.loader_settings import Tuning, tuning_for
 from alexprep.shards.dataset_format import LEDGER, read_dataset
 from alexprep.shards.errors import AlexprepError
-from alexprep.shards.plan import ILSVRC_ID
+from alexprep.shards.listing import ILSVRC_ID
 from alexprep.shards.storage import digest_json, publish_json
 from alexprep.train.config import DECODING
 from alexprep.train.data import data_facts

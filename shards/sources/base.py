@@ -3,7 +3,7 @@
 A new source is a new module beside this one, with a subclass of `Source` and a line in `LAYOUTS`. It needs three things:
 
 1. `at`: recognises its own form by evidence that fits nothing else, and returns the source, or None;
-2. `inputs`: lists every image once, in an order that any two listings share;
+2. `inputs`: lists every image once, in an order that any two listings share, and tells the `Account` of all else that it met;
 3. `read`: gives one of them, as encoded bytes or as pixels; by default the bytes at the input's location.
 
 `classes`, `covers` and `resident_bytes` are overridden where the defaults do not hold. Turning images into shards is no matter
@@ -13,9 +13,9 @@ of a source: see `conversion`.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,14 +24,18 @@ from alexprep.shards.errors import AlexprepError
 from alexprep.shards.sources.ground_truth import find_meta_mat
 from alexprep.shards.storage import Files, as_text
 
-# What people call their splits, and what they are called in a data set.
+# What people call their splits, and what they are called in a dataset.
 SPLITS = {
     "train": "train",
     "training": "train",
     "val": "val",
     "valid": "val",
     "validation": "val",
+    "dev": "val",
+    "eval": "val",
+    "evaluation": "val",
     "test": "test",
+    "testing": "test",
 }
 # The class name of images whose class nobody tells (the test images of ILSVRC 2012); their label is -1.
 UNLABELLED = ""
@@ -65,6 +69,88 @@ class Input(NamedTuple):
     location: Location
 
 
+# Rules by which files are passed over: what a listing says instead of making an input of them.
+HIDDEN = "hidden: the name begins with a dot"
+SYSTEM = "made by the system, such as Thumbs.db and __MACOSX"
+SIDECAR = "no picture by its ending, such as lists, readmes and annotations"
+ARCHIVE = "an archive or data file, which is not looked into here"
+LIST = "a list that was read"
+BESIDE = "beside what this layout reads"
+NO_CLASS = "a picture in no class folder"
+FOLDER_LINK = "a link to a folder"
+OUR_DATASET = "in a dataset or run of alexprep"
+SAMPLE_PART = "a sample's label or other part that is no picture"
+LIMITED = "beyond --limit"
+
+_NAMES_KEPT = 5  # of the files that one rule passes over
+
+
+@dataclass
+class PassedOver:
+    """How many files one rule passed over, and the first few of their names."""
+
+    count: int = 0
+    names: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Account:
+    """What a listing met: every file, row or member of an archive is an input, or passed over by a named rule.
+
+    An archive counts by its members and a table by its rows, where these are listed; otherwise as one file.
+
+    Attributes:
+        found: how many there are, as the listing counted them before it decided anything.
+        passed_over: by rule.
+        warnings: sentences that need no decision, each said once to the user.
+    """
+
+    found: int = 0
+    passed_over: dict[str, PassedOver] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+    def pass_over(self, rule: str, name: str, count: int = 1) -> None:
+        """Notes that `count` files, of which `name` is one, are passed over by `rule`."""
+        passed = self.passed_over.setdefault(rule, PassedOver())
+        passed.count += count
+        if len(passed.names) < _NAMES_KEPT:
+            passed.names.append(name)
+
+    @property
+    def passed_over_count(self) -> int:
+        """By all rules together."""
+        return sum(passed.count for passed in self.passed_over.values())
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What the user says of a tree of folders, where looking at it would leave a doubt.
+
+    Attributes:
+        split_folders: (split, folder below the root) of each split; () says that no folder means a split; None looks.
+        class_depth: how many folders below a split's folder the class folders lie, 1 for directly in it; None looks.
+    """
+
+    split_folders: tuple[tuple[str, str], ...] | None = None
+    class_depth: int | None = None
+
+
+NO_CHOICES = Choices()
+
+
+def as_json(choices: Choices) -> dict[str, Any]:
+    """Choices as plan.json has them: what was not chosen is absent."""
+    folders = choices.split_folders
+    given = {"split_folders": None if folders is None else dict(folders), "class_depth": choices.class_depth}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def choices_of(document: Mapping[str, Any]) -> Choices:
+    """What `as_json` wrote, from plan.json or dataset.json."""
+    folders = document.get("split_folders")
+    return Choices(None if folders is None else tuple(folders.items()), document.get("class_depth"))
+
+
 @dataclass(frozen=True)
 class Source:
     """A place that images come from; one subclass a layout. It is sent to worker processes, so it holds no open file.
@@ -79,18 +165,29 @@ class Source:
     layout: ClassVar[str]
     expects: ClassVar[str]
 
+    @property
+    def choices(self) -> Choices:
+        """The choices that this source was read with, which another reading of it needs again."""
+        return NO_CHOICES
+
+    @property
+    def evidence(self) -> str:
+        """Why it is read as it is, for the user: the end of the sentence "SOURCE is …"."""
+        return self.expects
+
     @classmethod
-    def at(cls, files: Files, name: bytes) -> Source | None:
+    def at(cls, files: Files, name: bytes, choices: Choices = NO_CHOICES) -> Source | None:
         """The source of this layout in the root of `files`, or that the file `name` there is or stands for; None for none.
 
         What is of this layout, and damaged, incomplete, or to be understood in two ways, is an AlexprepError.
         """
         raise NotImplementedError
 
-    def inputs(self) -> Iterator[Input]:
+    def inputs(self, account: Account) -> Iterator[Input]:
         """Every input once, in an order that any two listings share: by split, class, and then name, as bytes.
 
-        Where the source is damaged, or its labels make no sense, an AlexprepError names the place.
+        All else that is met goes to the `account`, which is complete when the inputs are at their end. Where the source is damaged,
+        or its labels make no sense, an AlexprepError names the place.
         """
         raise NotImplementedError
 
@@ -99,8 +196,8 @@ class Source:
         return self.files.read(location.path, location.offset, location.size)
 
     def classes(self, present: set[str]) -> list[str]:
-        """The class names by label, by this source's own numbering; those `present` sorted as bytes where it has none."""
-        return sorted(present, key=str.encode)
+        """The class names by label, by this source's own numbering; those `present` in the order of `sorted_names` without one."""
+        return sorted_names(present)
 
     def covers(self, target: str) -> bool:
         """Whether files written below `target`, a path or URL, would become inputs."""
@@ -117,6 +214,16 @@ class Source:
     def devkit(self) -> tuple[str, bytes] | None:
         """The name and content of a devkit's meta.mat, where there is one beside the images."""
         return find_meta_mat(self.files, self.year())
+
+
+def sorted_names(present: Iterable[str]) -> list[str]:
+    """Names in ascending order: as numbers where all of them are whole numbers, otherwise as bytes.
+
+    >>> sorted_names({"10", "9", "1"}), sorted_names({"10", "9", "x"})
+    (['1', '9', '10'], ['10', '9', 'x'])
+    """
+    names = sorted(present, key=str.encode)
+    return sorted(names, key=int) if all(name.isascii() and name.isdigit() for name in names) else names
 
 
 def numbered_classes(present: set[str]) -> list[str]:

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alexprep.shards.errors import AlexprepError
-from alexprep.shards.sources.base import SPLITS, Input, Location, Source, numbered_classes
+from alexprep.shards.sources.base import NO_CHOICES, SPLITS, Account, Choices, Input, Location, Source, numbered_classes
 from alexprep.shards.storage import MAX_INFLATED_BYTES, Files, as_text, inflate, read_inflated
 from alexprep.shards.tar_format import members, reader_of
 
@@ -61,7 +61,7 @@ class RecordSource(Source):
         """The class names by label, and the files of all splits."""
         raise NotImplementedError
 
-    def inputs(self) -> Iterator[Input]:
+    def inputs(self, account: Account) -> Iterator[Input]:
         """By split, class (as text: "10" before "2"), file and record."""
         names, files = self.record_files()
         codes = sorted(range(len(names)), key=lambda code: names[code].encode())
@@ -176,7 +176,7 @@ class Cifar(RecordSource):
     expects = "cifar-10-binary.tar.gz, cifar-100-binary.tar.gz, or the folder that they unpack to"
 
     @classmethod
-    def at(cls, files: Files, name: bytes) -> Source | None:
+    def at(cls, files: Files, name: bytes, choices: Choices = NO_CHOICES) -> Source | None:
         """See `Source`: the binary version that is named, that the root is, or that lies in the root; unpacked before packed.
 
         Refused: another version of CIFAR, or both CIFAR-10 and CIFAR-100.
@@ -322,7 +322,7 @@ class PairedFiles(RecordSource):
     numbering: ClassVar[Sequence[str]]
 
     @classmethod
-    def at(cls, files: Files, name: bytes) -> Source | None:
+    def at(cls, files: Files, name: bytes, choices: Choices = NO_CHOICES) -> Source | None:
         """See `Source`: the set in the root, or the one that the named file belongs to, with all its splits.
 
         A file that is there unpacked too is not read gzipped. Refused: images without labels and the other way round, several

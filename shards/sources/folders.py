@@ -10,7 +10,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from alexprep.shards.errors import AlexprepError
-from alexprep.shards.sources.base import SPLITS, UNLABELLED, Input, Location, Source, class_name_of, split_folders
+from alexprep.shards.sources.base import (
+    NO_CHOICES,
+    SPLITS,
+    UNLABELLED,
+    Account,
+    Choices,
+    Input,
+    Location,
+    Source,
+    class_name_of,
+    split_folders,
+)
 from alexprep.shards.sources.ground_truth import GroundTruth, find_ground_truth, find_meta_mat, year_of
 from alexprep.shards.storage import Files, LocalFiles, as_text
 
@@ -31,7 +42,7 @@ class ClassFolders(Source):
     expects = "SOURCE/CLASS/IMAGE, or SOURCE/train/CLASS/IMAGE and SOURCE/val/CLASS/IMAGE"
 
     @classmethod
-    def at(cls, files: Files, name: bytes) -> Source | None:
+    def at(cls, files: Files, name: bytes, choices: Choices = NO_CHOICES) -> Source | None:
         """See `Source`. Refused: two folders for one split, and a split's folder whose images have no classes."""
         folders = [] if name else files.folder_names()
         named = split_folders(folders, files.display())
@@ -41,7 +52,7 @@ class ClassFolders(Source):
         ]
         return cls(files, tuple(splits or [("train", b"", None)])) if folders else None
 
-    def inputs(self) -> Iterator[Input]:
+    def inputs(self, account: Account) -> Iterator[Input]:
         """Every file below a class folder that is not hidden, of whatever kind; what is no image is rejected later."""
         known: dict[str, bytes] = {}
         for split, folder, truth in self.splits:
@@ -89,7 +100,7 @@ class Kaggle(ClassFolders):
     expects = "a folder with ILSVRC/Data/CLS-LOC and LOC_val_solution.csv"
 
     @classmethod
-    def at(cls, files: Files, name: bytes) -> Source | None:
+    def at(cls, files: Files, name: bytes, choices: Choices = NO_CHOICES) -> Source | None:
         """See `Source`. Refused: a val folder without LOC_val_solution.csv."""
         present = [] if name else files.entries(_KAGGLE_IMAGES)
         splits: list[tuple[str, bytes, GroundTruth | None]] = []
@@ -106,12 +117,12 @@ class Kaggle(ClassFolders):
             splits.append(("val", folder, truth))
         return cls(files, tuple(splits)) if present else None
 
-    def inputs(self) -> Iterator[Input]:
+    def inputs(self, account: Account) -> Iterator[Input]:
         """As from class folders, the test images first."""
         test = _KAGGLE_IMAGES + b"/test"
         for name in self.files.file_names(test):
             yield Input("test", UNLABELLED, Location(os.path.join(test, name)))
-        yield from super().inputs()
+        yield from super().inputs(account)
 
     def covers(self, target: str) -> bool:
         """Whether `target` lies among the images."""

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from alexprep.shards.errors import AlexprepError
-from alexprep.shards.sources.base import UNLABELLED, Input, Source, class_name_of
+from alexprep.shards.sources.base import NO_CHOICES, UNLABELLED, Account, Choices, Input, Source, class_name_of
 from alexprep.shards.sources.ground_truth import find_ground_truth, year_of
 from alexprep.shards.sources.tars import ArchiveSource
 from alexprep.shards.storage import Files, as_text
@@ -39,7 +39,7 @@ class IlsvrcArchives(ArchiveSource):
     expects = "a folder with ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz, or one of the tars"
 
     @classmethod
-    def at(cls, files: Files, name: bytes) -> Source | None:
+    def at(cls, files: Files, name: bytes, choices: Choices = NO_CHOICES) -> Source | None:
         """See `Source`: the archives in the root, or the one that is named. Refused: two for one split."""
         found: dict[str, bytes] = {}
         for file in [name] if name else files.file_names():
@@ -55,7 +55,7 @@ class IlsvrcArchives(ArchiveSource):
             found[split] = file
         return cls(files, tuple(sorted(found.items()))) if found else None
 
-    def inputs(self) -> Iterator[Input]:
+    def inputs(self, account: Account) -> Iterator[Input]:
         """As from class folders: by split, class and name. Test images have classes only where a ground truth tells them."""
         for split, path in self.archives:
             yield from self._train(path) if split == "train" else self._flat(split, path)

@@ -10,15 +10,20 @@ import importlib
 
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.sources import LAYOUTS
-from alexprep.shards.sources.base import Source
+from alexprep.shards.sources.base import NO_CHOICES, Choices, Source
 from alexprep.shards.storage import files_at
 
 
-def find_source(place: str, layout: str | None = None) -> Source:
-    """The source at a path or URL, of one of `LAYOUTS` or of whichever fits; AlexprepError where there is none."""
+def find_source(place: str, layout: str | None = None, choices: Choices = NO_CHOICES) -> Source:
+    """The source at a path or URL, of one of `LAYOUTS` or of whichever fits.
+
+    Raises:
+        AlexprepError: there is none.
+        AmbiguousSourceError: there are several readings, and `layout` and `choices` do not tell which is meant.
+    """
     files, name = files_at(place)
     for candidate in (layout,) if layout else LAYOUTS:
-        source = _source_class(candidate).at(files, name)
+        source = _source_class(candidate).at(files, name, choices)
         if source is not None:
             return source
     if layout:

@@ -23,7 +23,17 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from alexprep.shards.errors import AlexprepError
-from alexprep.shards.sources.base import SPLITS, Input, Location, Source, numbered_classes, split_of
+from alexprep.shards.sources.base import (
+    NO_CHOICES,
+    SPLITS,
+    Account,
+    Choices,
+    Input,
+    Location,
+    Source,
+    numbered_classes,
+    split_of,
+)
 from alexprep.shards.storage import Files, LocalFiles, as_text, is_url, local_path, open_regular
 
 # Column names in lower case; where a table has several of one kind, the first in this order counts.
@@ -58,7 +68,7 @@ class Table(Source):
     expects = "a file ending in .csv, .tsv (or .csv.gz, .tsv.gz) or .parquet, with columns such as path and label"
 
     @classmethod
-    def at(cls, files: Files, name: bytes) -> Source | None:
+    def at(cls, files: Files, name: bytes, choices: Choices = NO_CHOICES) -> Source | None:
         """See `Source`: the named file, by its ending."""
         if not name.lower().endswith((b".csv", b".tsv", b".csv.gz", b".tsv.gz", b".parquet")):
             return None
@@ -70,7 +80,7 @@ class Table(Source):
             files = LocalFiles(files.root, remote=bool(first and first.path and is_url(path_in(first.path))))
         return cls(files, name)
 
-    def inputs(self) -> Iterator[Input]:
+    def inputs(self, account: Account) -> Iterator[Input]:
         """By split, class and path, as bytes.
 
         15 million rows need about 2.5 times the bytes of their paths and 60 bytes a row: 3 GB for paths of 60 bytes.

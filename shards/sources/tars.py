@@ -15,7 +15,18 @@ from numpy.typing import NDArray
 
 from alexprep.shards.dataset_format import PLAN
 from alexprep.shards.errors import AlexprepError
-from alexprep.shards.sources.base import SPLITS, Input, Location, Source, class_name_of, split_folders, split_of
+from alexprep.shards.sources.base import (
+    NO_CHOICES,
+    SPLITS,
+    Account,
+    Choices,
+    Input,
+    Location,
+    Source,
+    class_name_of,
+    split_folders,
+    split_of,
+)
 from alexprep.shards.storage import Files, as_text
 from alexprep.shards.tar_format import members
 
@@ -99,7 +110,7 @@ class TarOfClassFolders(ArchiveSource):
     expects = "a tar of CLASS/IMAGE or train/CLASS/IMAGE, or a folder with train.tar and val.tar"
 
     @classmethod
-    def at(cls, files: Files, name: bytes) -> Source | None:
+    def at(cls, files: Files, name: bytes, choices: Choices = NO_CHOICES) -> Source | None:
         """See `Source`: the tar that is named, or those in the root."""
         # A folder is what an earlier run made of the tars, or there are class folders, with some tars beside them.
         if not name and not all(PLAN.encode() in files.file_names(folder) for folder in files.folder_names()):
@@ -108,7 +119,7 @@ class TarOfClassFolders(ArchiveSource):
         tars = [file for file in names if file.endswith((b".tar", b".tar.gz", b".tgz", b".tar.bz2", b".tar.xz"))]
         return cls(files, tuple((split_of(tar), tar) for tar in tars), not name) if tars else None
 
-    def inputs(self) -> Iterator[Input]:
+    def inputs(self, account: Account) -> Iterator[Input]:
         """By split, class and name, as from class folders."""
         found: list[tuple[str, bytes, Location]] = []
         for named, path in self.archives:

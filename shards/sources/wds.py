@@ -21,7 +21,17 @@ from numpy.typing import NDArray
 
 from alexprep.shards.dataset_format import DATASET, DATASET_FORMAT, PLAN, PLAN_FORMAT, recorded_shards
 from alexprep.shards.errors import AlexprepError
-from alexprep.shards.sources.base import UNLABELLED, Input, Location, Source, numbered_classes, split_of
+from alexprep.shards.sources.base import (
+    NO_CHOICES,
+    UNLABELLED,
+    Account,
+    Choices,
+    Input,
+    Location,
+    Source,
+    numbered_classes,
+    split_of,
+)
 from alexprep.shards.sources.tars import ArchiveSource, packed_files
 from alexprep.shards.storage import Entry, Files, as_text
 
@@ -48,7 +58,7 @@ class Webdataset(ArchiveSource):
     expects = "tars of KEY.jpg and KEY.cls, in SOURCE or in SOURCE/train and SOURCE/val"
 
     @classmethod
-    def at(cls, files: Files, name: bytes) -> Source | None:
+    def at(cls, files: Files, name: bytes, choices: Choices = NO_CHOICES) -> Source | None:
         """See `Source`: the tars in the root and its split folders, or those that `name`, a tar or a pattern, stands for."""
         if name:
             meant = braces(name) if b"{" in name and Entry(name, False) not in files.entries() else [name]
@@ -65,7 +75,7 @@ class Webdataset(ArchiveSource):
             raise AlexprepError(f"SOURCE {files.display(found[0][1])} does not exist") from None
         return cls(files, tuple(sorted(found)), None if name else recorded_classes(files))
 
-    def inputs(self) -> Iterator[Input]:
+    def inputs(self, account: Account) -> Iterator[Input]:
         """Every sample in the order of the shards."""
         ours = self.names is not None
         images = (*IMAGE_EXTENSIONS, RAW_EXTENSION) if ours else IMAGE_EXTENSIONS

@@ -1,0 +1,213 @@
+"""Lists a source whole: every input as columns, its classes by label, and the account of what was passed over.
+
+This is all that `alexprep inspect` shows and all that a plan is drawn up from: which input goes into which shard is decided in
+`alexprep.shards.plan`, what a source's folders and files mean in `alexprep.shards.sources`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from alexprep.shards.errors import AlexprepError, AmbiguousSourceError
+from alexprep.shards.sources.base import UNLABELLED, Account, Input, Source
+from alexprep.shards.sources.ground_truth import devkit_order
+
+AUTO = "auto"
+SORTED = "sorted"
+ILSVRC_ID = "ilsvrc-id"
+
+ClassNames = Literal["exact", "folded"]
+_CHUNK = 65_536  # names that are Python objects at a time
+# 64-bit offsets (large_binary): the names of 15 million inputs are near what 32 bits can address.
+PLACE = [("path", pa.large_binary()), ("member", pa.large_binary()), ("offset", pa.int64()), ("size", pa.int64())]
+_LISTING = pa.schema([("class", pa.int32()), *PLACE])
+
+
+@dataclass(frozen=True)
+class Listing:
+    """Everything that a source holds.
+
+    Attributes:
+        source: that was listed.
+        splits: by name, the inputs in the source's order, as columns: class (int32, its code), path, member, offset, size.
+        names: the class names by code; one of them may be `UNLABELLED`.
+        classes: the class names by label.
+        digest: sha256 of the whole list, hex.
+        account: what was found and what was passed over.
+    """
+
+    source: Source
+    splits: dict[str, pa.Table]
+    names: list[str]
+    classes: list[str]
+    digest: str
+    account: Account
+
+    @property
+    def label_of(self) -> NDArray[np.int32]:
+        """The label of each class code; -1 for `UNLABELLED`."""
+        number = {name: label for label, name in enumerate(self.classes)} | {UNLABELLED: -1}
+        return np.array([number[name] for name in self.names], np.int32)
+
+    def counts(self, split: str) -> NDArray[np.int64]:
+        """How many inputs of a split each label has: (classes,)."""
+        labels = self.label_of[self.splits[split]["class"].to_numpy()]
+        return np.bincount(labels[labels >= 0], minlength=len(self.classes))
+
+
+def list_inputs(source: Source, labels: str | Sequence[str] = AUTO, class_names: ClassNames | None = None) -> Listing:
+    """Lists a source.
+
+    Args:
+        source: where the images are.
+        labels: how classes are numbered, as `ShardOptions.labels` has it.
+        class_names: what to make of names that are equal but for case or Unicode form, as `ShardOptions.class_names` has it.
+
+    Raises:
+        AlexprepError: there is nothing, or the source is damaged.
+        AmbiguousSourceError: names are equal but for case or Unicode form, and `class_names` is None.
+    """
+    account = Account()
+    splits, names, digest = _as_columns(source.inputs(account))
+    if not splits:
+        raise AlexprepError(
+            f"SOURCE {source.files.display()} holds no files where {source.layout!r} has its images: name the folder that holds them, "
+            "or say with --layout what it is (docs/sources.md)"
+        )
+    inputs = sum(len(table) for table in splits.values())
+    if account.found != inputs + account.passed_over_count:
+        raise AlexprepError(
+            f"SOURCE {source.files.display()}: {account.found:,} files were found, but {inputs:,} are inputs and "
+            f"{account.passed_over_count:,} were passed over: SOURCE changed while it was listed; run the same command again"
+        )
+    if class_names != "exact" and (alike := _alike(names)):
+        if class_names is None:
+            raise _asked_about(alike, source)
+        names = [alike.get(name, name) for name in names]
+    classes = class_order(labels, set(names) - {UNLABELLED}, source)
+    listing = Listing(source, splits, names, classes, digest, account)
+    account.warnings += _warnings(listing)
+    return listing
+
+
+def class_order(rule: str | Sequence[str], present: set[str], source: Source) -> list[str]:
+    """The class names by label, for the classes `present` and a rule as `ShardOptions.labels` has it: label i is the i-th name."""
+    if rule == AUTO:  # the source's own numbering, or sorted where it has none
+        return source.classes(present)
+    if rule == SORTED:  # by bytes, as torchvision and Caffe number them
+        return sorted(present, key=str.encode)
+    if rule == ILSVRC_ID:  # as the 2012 code did: label = ILSVRC ID - 1
+        devkit = source.devkit()
+        if devkit is None:
+            raise AlexprepError(
+                "--labels ilsvrc-id needs the devkit: put ILSVRC2012_devkit_t12.tar.gz, or its meta.mat, into SOURCE, "
+                "or give --labels FILE with one class name a line"
+            )
+        where, order = devkit[0], devkit_order(*devkit)
+    elif isinstance(rule, str):
+        where, order = rule, _listed_order(Path(rule))
+    else:
+        where, order = "the list of classes", list(rule)
+    unknown = sorted(present - set(order))
+    if unknown:
+        raise AlexprepError(
+            f"{where} has no number for {len(unknown)} of {len(present)} classes, among them {unknown[0]!r}"
+        )
+    return order
+
+
+def _listed_order(path: Path) -> list[str]:
+    try:
+        lines = path.read_text("utf-8-sig").split("\n")  # text mode: "\r\n" has become "\n"
+    except (OSError, UnicodeDecodeError) as error:
+        raise AlexprepError(
+            f"--labels {path} is neither auto, sorted, ilsvrc-id, nor a text file that can be read ({error})"
+        ) from None
+    order = [line for line in lines if line.strip()]
+    for name, times in Counter(order).items():
+        if times > 1:
+            raise AlexprepError(f"--labels {path} names class {name!r} twice: name each once")
+    return order
+
+
+def _as_columns(inputs: Iterable[Input]) -> tuple[dict[str, pa.Table], list[str], str]:
+    """All inputs by split, as tables of the schema `_LISTING`; the class names by code; and the sha256 of the whole list, hex.
+
+    As columns, 15 million inputs fit into a few gigabytes.
+    """
+    recent: dict[str, list[tuple[int, bytes, bytes, int, int]]] = {}
+    chunks: dict[str, list[pa.Table]] = {}
+    codes: dict[str, int] = {}
+    digest = hashlib.sha256()
+
+    def flush(split: str) -> None:
+        columns = zip(*recent.pop(split), strict=True)
+        arrays = [pa.array(column, field.type) for column, field in zip(columns, _LISTING, strict=True)]
+        chunks.setdefault(split, []).append(pa.table(arrays, schema=_LISTING))
+
+    for split, class_name, location in inputs:
+        rows = recent.setdefault(split, [])
+        rows.append((codes.setdefault(class_name, len(codes)), *location))
+        if len(rows) == _CHUNK:
+            flush(split)
+        path, member, offset, size = location
+        digest.update(b"%s\0%s\0%s\0%s\0%d\0%d\0" % (split.encode(), class_name.encode(), path, member, offset, size))
+    for split in list(recent):
+        flush(split)
+    return {split: pa.concat_tables(parts) for split, parts in chunks.items()}, list(codes), digest.hexdigest()
+
+
+# What the class names themselves tell.
+
+
+def _alike(names: Iterable[str]) -> dict[str, str]:
+    """Of names that are equal but for case or Unicode form, each with the first of them in the order of bytes."""
+    groups: defaultdict[str, list[str]] = defaultdict(list)
+    for name in names:
+        groups[unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())].append(name)
+    return {name: min(group, key=str.encode) for group in groups.values() if len(group) > 1 for name in group}
+
+
+def _asked_about(alike: dict[str, str], source: Source) -> AmbiguousSourceError:
+    first = next(iter(alike.values()))
+    group = sorted(ascii(name) for name in alike if alike[name] == first)
+    return AmbiguousSourceError(
+        f"SOURCE {source.files.display()} has class names that are equal but for case or Unicode form: {' and '.join(group)}"
+        + (f", and {len(alike) - len(group)} more. " if len(alike) > len(group) else ". ")
+        + "They may be one class written in two ways, or several.",
+        [("--class-names folded", "they are one class"), ("--class-names exact", "each name is a class of its own")],
+    )
+
+
+def _warnings(listing: Listing) -> list[str]:
+    """What the numbering of classes should make a user look twice at."""
+    words = []
+    classes = listing.classes
+    if "train" in listing.splits:
+        trained = listing.counts("train") > 0
+        for split in sorted(set(listing.splits) - {"train"}):
+            absent = np.flatnonzero((listing.counts(split) > 0) & ~trained)
+            if absent.size:
+                words.append(
+                    f"{absent.size:,} of {len(classes):,} classes, among them {classes[absent[0]]!r}, have images in {split} and none "
+                    "in train: they take labels that a network never learns"
+                )
+            missing = np.flatnonzero((listing.counts(split) == 0) & trained)
+            if missing.size and listing.counts(split).any():
+                words.append(
+                    f"{missing.size:,} of {len(classes):,} classes, among them {classes[missing[0]]!r}, have no image in {split}; the "
+                    "numbering is the same in all splits"
+                )
+    if len(classes) == 1:
+        words.append(f"there is one class only, {classes[0]!r}: is SOURCE the folder that holds the class folders?")
+    return words
