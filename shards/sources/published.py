@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from alexprep.shards.errors import AlexprepError
-from alexprep.shards.sources.base import UNLABELLED
-from alexprep.shards.sources.published_lists import ANY, MATLAB, Labels, Marks, Published, has
+from alexprep.shards.sources.base import NO_CHOICES, UNLABELLED, Account, Choices, Input, Source
+from alexprep.shards.sources.published_lists import ANY, MATLAB, Labels, Marks, Published, has, may_hold
+from alexprep.shards.sources.tars import ArchiveSource
+from alexprep.shards.sources.tree import pass_over_rest
 from alexprep.shards.storage import Files, as_text
 
 
@@ -385,3 +387,45 @@ class Gtsrb(Published):
                     labels.put(b"Final_Test/Images/" + name, "test", class_name, origin)
                 return
         labels.folders[b"Final_Test/Images"] = ("test", UNLABELLED)
+
+
+@dataclass(frozen=True)
+class SynsetTars(ArchiveSource):
+    """A tar a synset, named by its WordNet ID: ImageNet-21k (winter21), or ILSVRC's train archive unpacked once.
+
+    Attributes:
+        folder: that holds the tars, below the root.
+    """
+
+    folder: bytes = b""
+    layout = "synset-tars"
+    expects = "a folder of tars named by WordNet IDs, as n01440764.tar"
+
+    @classmethod
+    def at(cls, files: Files, name: bytes, choices: Choices = NO_CHOICES) -> Source | None:
+        """See `Source`. Refused: some synsets as tars, and others as folders."""
+        for folder in () if name else may_hold(files):
+            tars = list(filter(_SYNSET_TAR, files.file_names(folder)))
+            if not tars:
+                continue
+            unpacked = next(filter(_SYNSET, files.folder_names(folder)), None)
+            if unpacked is not None:
+                raise AlexprepError(
+                    f"SOURCE {files.display(folder)} holds synsets as tars ({as_text(tars[0])}) and as folders ({as_text(unpacked)}): "
+                    "unpack all of them, or move the folders away"
+                )
+            return cls(files, folder, whole=True)
+        return None
+
+    def inputs(self, account: Account) -> Iterator[Input]:
+        """By synset, then by name."""
+        tars = [os.path.join(self.folder, name) for name in self.files.file_names(self.folder) if _SYNSET_TAR(name)]
+        for path in tars:
+            class_name = as_text(os.path.basename(path)[: -len(b".tar")])
+            for location in sorted(self.packed(path, account)):
+                yield Input("train", class_name, location)
+        pass_over_rest(self.files, set(tars), account)
+
+
+_SYNSET = re.compile(rb"n\d{8}").fullmatch
+_SYNSET_TAR = re.compile(rb"n\d{8}\.tar").fullmatch

@@ -14,12 +14,13 @@ from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
+
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.sources.base import (
     BESIDE,
     LIST,
     NO_CHOICES,
-    SIDECAR,
     UNLISTED,
     Account,
     Choices,
@@ -27,6 +28,7 @@ from alexprep.shards.sources.base import (
     Location,
     Source,
 )
+from alexprep.shards.sources.tree import Folder, read_tree, rule_of
 from alexprep.shards.storage import Files, as_text
 
 _WRAPPERS = 2  # folders around a set that hold nothing else
@@ -58,7 +60,7 @@ class Labels:
     def take(self, path: bytes) -> _Place | None:
         """The split and class of a file that is there; None where nothing tells them."""
         place = self.pictures.pop(path, None)
-        if place is None and self.folders and is_picture(path):
+        if place is None and self.folders:
             folder = os.path.dirname(path)
             while folder and folder not in self.folders:
                 folder = os.path.dirname(folder)
@@ -114,8 +116,8 @@ class Labels:
         from scipy.io import loadmat
 
         try:
-            values = loadmat(io.BytesIO(self._content(path)), squeeze_me=True)[variable]
-            return [value if isinstance(value, str) else int(value) for value in values.reshape(-1)]
+            values = np.ravel(loadmat(io.BytesIO(self._content(path)), squeeze_me=True)[variable])
+            return [value if isinstance(value, str) else int(value) for value in values]
         except AlexprepError:
             raise
         except Exception as error:  # noqa: BLE001  (scipy raises many kinds)
@@ -174,10 +176,9 @@ class Published(Source):
 
     @classmethod
     def at(cls, files: Files, name: bytes, choices: Choices = NO_CHOICES) -> Source | None:
-        """See `Source`: where all `marks` are, and the user does not say what the folders mean."""
-        if name or choices != NO_CHOICES:
-            return None
-        return next((cls(files, folder) for folder in _may_hold(files) if cls.fits(files, folder)), None)
+        """See `Source`: where all `marks` are."""
+        folders = () if name else may_hold(files)
+        return next((cls(files, folder, whole=True) for folder in folders if cls.fits(files, folder)), None)
 
     @classmethod
     def fits(cls, files: Files, folder: bytes) -> bool:
@@ -211,27 +212,33 @@ class Published(Source):
         found: list[tuple[str, str, bytes]] = []
         unlisted: list[bytes] = []
         prefix = os.path.join(self.folder, b"")
-        for path in tree_files(self.files, account):
-            below = path[len(prefix) :] if path.startswith(prefix) else None
-            place = None if below is None else labels.take(below)
-            if place is not None:
+        tree = read_tree(self.files)
+        account.found += tree.account.found
+        for known, passed in tree.account.passed_over.items():
+            account.add(known, passed)
+        for path, rule in _named(tree.root):
+            below = path[len(prefix) :] if path.startswith(prefix) else b""
+            if below in labels.read:
+                account.pass_over(LIST, self.files.display(path))
+            elif rule is not None:
+                account.pass_over(rule, self.files.display(path))
+            elif place := labels.take(below):
                 found.append((*place, path))
-            elif below in labels.read:
-                account.pass_over(LIST, as_text(path))
-            elif below is not None and below.startswith(self.roots) and is_picture(path):
-                account.pass_over(UNLISTED, as_text(path))
+            elif below.startswith(self.roots):
+                account.pass_over(UNLISTED, self.files.display(path))
                 unlisted.append(path)
             else:
-                account.pass_over(BESIDE if is_picture(path) else SIDECAR, as_text(path))
+                account.pass_over(BESIDE, self.files.display(path))
         self._compare(labels, len(found), unlisted, account)
         for split, class_name, path in sorted(found, key=lambda row: (row[0], row[1].encode(), row[2])):
             yield Input(split, class_name, Location(path))
 
     def _compare(self, labels: Labels, found: int, unlisted: list[bytes], account: Account) -> None:
         """Tells of pictures that are not there, and of those that no list names; where these are most, there is an error."""
-        lists = " and ".join(labels.shown(path) for path in sorted(labels.read)[:3])
+        lists = " and ".join(labels.shown(path) for path in sorted(labels.read))
         if unlisted:
-            words = f"{len(unlisted):,} pictures, among them {self.files.display(min(unlisted))}, stand in none of the lists ({lists})"
+            count = f"{len(unlisted):,} pictures" if len(unlisted) > 1 else "1 picture"
+            words = f"{count}, {self.files.display(min(unlisted))} for one, in none of the lists ({lists})"
             if len(unlisted) > found:
                 raise AlexprepError(
                     f"{words}, and only {found:,} do: take the lists that belong to these pictures, or say with --layout folders "
@@ -248,7 +255,15 @@ class Published(Source):
             account.warnings.append(f"{words}: the download may be incomplete")
 
 
-def _may_hold(files: Files) -> Iterator[bytes]:
+def _named(root: Folder) -> Iterator[tuple[bytes, str | None]]:
+    """The path of every file of a tree, and the rule by which its name says that it is no picture."""
+    for folder in root.walk():
+        for names in (folder.pictures, folder.papers):
+            for name in names:
+                yield os.path.join(folder.path, name), rule_of(name) if names is folder.papers else None
+
+
+def may_hold(files: Files) -> Iterator[bytes]:
     """The root, and the folder in it that is the only one, and so on: `_WRAPPERS` of them."""
     folder = b""
     yield folder
@@ -270,16 +285,3 @@ def has(files: Files, path: bytes, form: re.Pattern[bytes] | None) -> bool:
         if error.errno == errno.ECOMM:  # the way to the file failed, which says nothing of the file
             raise AlexprepError(f"{files.display(path)} cannot be read ({error}): run the same command again") from None
         return False
-
-
-_PICTURE = re.compile(rb".*\.(jpe?g|png|ppm|bmp|gif|tiff?|webp)", re.IGNORECASE | re.DOTALL)
-
-
-def is_picture(path: bytes) -> bool:
-    return _PICTURE.fullmatch(path) is not None
-
-
-def tree_files(files: Files, account: Account) -> Iterator[bytes]:
-    for path in files.walk(b""):
-        account.found += 1
-        yield path

@@ -94,7 +94,9 @@ def matlab(**variables: object) -> bytes:
 def in_folders(folders: Mapping[str, tuple[str, str]], numbers: Mapping[str, int], each: int = 2) -> Rows:
     """`each` pictures in every folder, which has a split and class; `numbers` are the classes' labels."""
     return {
-        f"{folder}/{n}.jpg": (split, name, numbers[name]) for folder, (split, name) in folders.items() for n in range(each)
+        f"{folder}/{n}.jpg": (split, name, numbers[name])
+        for folder, (split, name) in folders.items()
+        for n in range(each)
     }
 
 
@@ -200,10 +202,10 @@ def imagenet_21k_p() -> Miniature:
 
 @miniature("ImageNet-V2")
 def imagenet_v2() -> Miniature:
-    """The folder's number is the label of the sorted synsets: folder 10 is label 10."""
+    """The folder's number is the label of the sorted synsets: folder 10 is label 10. Nothing else tells a split."""
     names = [str(n) for n in range(12)]
     folder = "imagenetv2-matched-frequency-format-val"
-    rows = in_folders({f"{folder}/{name}": ("val", name) for name in names}, {name: int(name) for name in names})
+    rows = in_folders({f"{folder}/{name}": ("train", name) for name in names}, {name: int(name) for name in names})
     return plain(rows)
 
 
@@ -222,7 +224,9 @@ def imagenet_sketch() -> Miniature:
 def tiny_imagenet() -> Miniature:
     """val_annotations.txt: name, synset and box; wnids.txt is in no order; the test pictures have no class."""
     rows: Rows = {
-        f"tiny-imagenet-200/train/{w}/images/{w}_{n}.JPEG": ("train", w, k) for k, w in enumerate(WNIDS) for n in range(2)
+        f"tiny-imagenet-200/train/{w}/images/{w}_{n}.JPEG": ("train", w, k)
+        for k, w in enumerate(WNIDS)
+        for n in range(2)
     }
     val = (3, 0, 2, 1, 0)
     rows |= {f"tiny-imagenet-200/val/images/val_{n}.JPEG": ("val", WNIDS[k], k) for n, k in enumerate(val)}
@@ -261,7 +265,9 @@ def tiny_imagenet_sorted() -> Miniature:
 @miniature("imagenette, imagewoof")
 def imagenette() -> Miniature:
     rows = split_folders({"imagenette2-160/train": "train", "imagenette2-160/val": "val"}, WNIDS)
-    return plain(rows, texts({"imagenette2-160/noisy_imagenette.csv": ["path,noisy_labels_0", f"train/{WNIDS[0]}/0.jpg,x"]}))
+    return plain(
+        rows, texts({"imagenette2-160/noisy_imagenette.csv": ["path,noisy_labels_0", f"train/{WNIDS[0]}/0.jpg,x"]})
+    )
 
 
 # Sets with lists.
@@ -307,7 +313,9 @@ def places365_easy() -> Miniature:
     names = ("airfield", "apartment_building-outdoor", "bar")
     rows = split_folders({"places365_standard/train": "train", "places365_standard/val": "val"}, names)
     lists = {
-        f"places365_standard/{split}.txt": [p.removeprefix("places365_standard/") for p, r in rows.items() if r[0] == split]
+        f"places365_standard/{split}.txt": [
+            p.removeprefix("places365_standard/") for p, r in rows.items() if r[0] == split
+        ]
         for split in ("train", "val")
     }
     return plain(rows, texts(lists))
@@ -374,13 +382,19 @@ def cub200() -> Miniature:
 def oxford_pets() -> Miniature:
     """A line is IMAGE CLASS-ID SPECIES BREED-ID, classes from 1; a few pictures stand in no list."""
     names = ("Abyssinian", "american_bulldog", "Bengal")
-    lines = {"train": ["Abyssinian_100 1 1 1", "american_bulldog_1 2 2 1", "Bengal_7 3 1 2"], "test": ["Bengal_2 3 1 2"]}
+    lines = {
+        "train": ["Abyssinian_100 1 1 1", "american_bulldog_1 2 2 1", "Bengal_7 3 1 2"],
+        "test": ["Bengal_2 3 1 2"],
+    }
     rows: Rows = {
         f"images/{line.split()[0]}.jpg": (split, names[int(line.split()[1]) - 1], int(line.split()[1]) - 1)
         for split, listed in lines.items()
         for line in listed
     }
-    files = {**pictures([*rows, "images/Bengal_99.jpg", "annotations/trimaps/Bengal_7.png"]), "images/Abyssinian_100.mat": b"m"}
+    files = {
+        **pictures([*rows, "images/Bengal_99.jpg", "annotations/trimaps/Bengal_7.png"]),
+        "images/Abyssinian_100.mat": b"m",
+    }
     lists = texts(
         {
             "annotations/list.txt": ["#Image CLASS-ID SPECIES BREED ID", *lines["train"], *lines["test"]],
@@ -431,9 +445,7 @@ def aircraft() -> Miniature:
     names = ("707-320", "Boeing 717", "A300B4")  # the order of the list, not of the names
     listed = {"train": ((1025794, 1), (1340192, 2)), "val": ((1056978, 0),), "test": ((1514522, 2), (2222222, 0))}
     base = "fgvc-aircraft-2013b/data"
-    rows: Rows = {
-        f"{base}/images/{n}.jpg": (split, names[k], k) for split, pairs in listed.items() for n, k in pairs
-    }
+    rows: Rows = {f"{base}/images/{n}.jpg": (split, names[k], k) for split, pairs in listed.items() for n, k in pairs}
     lists = texts(
         {
             f"{base}/variants.txt": names,
@@ -473,13 +485,18 @@ def gtsrb() -> Miniature:
     """The folder is the class, and ClassId in GT-final_test.csv."""
     head = "Filename;Width;Height;Roi.X1;Roi.Y1;Roi.X2;Roi.Y2;ClassId"
     rows: Rows = {
-        f"GTSRB/Final_Training/Images/{k:05d}/0000{n}_00000.ppm": ("train", f"{k:05d}", k) for k in (0, 2, 14) for n in range(2)
+        f"GTSRB/Final_Training/Images/{k:05d}/0000{n}_00000.ppm": ("train", f"{k:05d}", k)
+        for k in (0, 2, 14)
+        for n in range(2)
     }
     rows |= {f"GTSRB/Final_Test/Images/0000{n}.ppm": ("test", f"{k:05d}", k) for n, k in enumerate((14, 0))}
     lists = texts(
         {
             "GTSRB/GT-final_test.csv": [head, "00000.ppm;53;54;6;5;48;49;14", "00001.ppm;42;45;5;5;36;40;0"],
-            "GTSRB/Final_Test/Images/GT-final_test.test.csv": [head.removesuffix(";ClassId"), "00000.ppm;53;54;6;5;48;49"],
+            "GTSRB/Final_Test/Images/GT-final_test.test.csv": [
+                head.removesuffix(";ClassId"),
+                "00000.ppm;53;54;6;5;48;49",
+            ],
             "GTSRB/Readme.txt": ["signs"],
             **{
                 f"GTSRB/Final_Training/Images/{k:05d}/GT-{k:05d}.csv": [head, f"00000_00000.ppm;29;30;5;6;24;25;{k}"]
@@ -516,7 +533,9 @@ def inaturalist_2021() -> Miniature:
 def inaturalist_2018() -> Miniature:
     """Groups of class folders with numbers, which are the categories of the publisher's JSON."""
     leaves = {"Aves": ("2", "10"), "Plantae": ("5",)}
-    paths = [f"train_val2018/{group}/{name}/{n}.jpg" for group, names in leaves.items() for name in names for n in range(2)]
+    paths = [
+        f"train_val2018/{group}/{name}/{n}.jpg" for group, names in leaves.items() for name in names for n in range(2)
+    ]
     deep = numbered(("Aves/10", "Aves/2", "Plantae/5"))
     shallow = numbered(("Aves", "Plantae"))
 
@@ -573,7 +592,12 @@ def hymenoptera() -> Miniature:
 @miniature("Microsoft's Cats and Dogs (PetImages)")
 def pet_images() -> Miniature:
     rows = in_folders({f"PetImages/{name}": ("train", name) for name in ("Cat", "Dog")}, {"Cat": 0, "Dog": 1})
-    more = {"PetImages/Cat/Thumbs.db": b"t", "PetImages/Dog/Thumbs.db": b"t", "readme[1].txt": b"r", "MSR-LA - 3467.docx": b"d"}
+    more = {
+        "PetImages/Cat/Thumbs.db": b"t",
+        "PetImages/Dog/Thumbs.db": b"t",
+        "readme[1].txt": b"r",
+        "MSR-LA - 3467.docx": b"d",
+    }
     return plain(rows, more)
 
 
@@ -614,7 +638,9 @@ def class_named_train() -> Miniature:
 @miniature("Office-Home, PACS, DomainNet")
 def domains() -> Miniature:
     """Domains of classes: the class may be either, and which one is meant is for the user to say."""
-    paths = [f"{domain}/{name}/{n}.jpg" for domain in ("Art", "Product") for name in ("Alarm_Clock", "Bed") for n in range(2)]
+    paths = [
+        f"{domain}/{name}/{n}.jpg" for domain in ("Art", "Product") for name in ("Alarm_Clock", "Bed") for n in range(2)
+    ]
     deep = numbered(("Art/Alarm_Clock", "Art/Bed", "Product/Alarm_Clock", "Product/Bed"))
     one: Rows = {path: ("train", path.split("/")[0], int(path.startswith("P"))) for path in paths}
     two: Rows = {path: ("train", os.path.dirname(path), deep[os.path.dirname(path)]) for path in paths}
