@@ -96,11 +96,13 @@ class Reading:
         splits: in ascending order of the split.
         evidence: why, in words.
         warnings: what needs no decision.
+        skipped: how many folders between a split's folder and its class folders only wrap these, by split.
     """
 
     splits: list[SplitFolder]
     evidence: str = ""
     warnings: list[str] = field(default_factory=list)
+    skipped: dict[str, int] = field(default_factory=dict)
 
 
 def read_folders(
@@ -355,6 +357,7 @@ def _read_split(
         and (top.filled[0].filled or _wraps_pictures(top, top.filled[0], split))
     ):
         top = top.filled[0]
+        reading.skipped[split] = reading.skipped.get(split, 0) + 1
     if top.pictures:
         flat = _flat(split, top, shown, truth_of, numbered, reading)
         if flat is not None:
@@ -409,7 +412,12 @@ def _weigh_loose(split: str, top: Folder, shown: str, reading: Reading) -> None:
         return
     raise AmbiguousSourceError(
         f"{words}, beside {len(top.filled):,} folders with {sum(f.count for f in top.filled):,} pictures.",
-        [("--class-depth 1", "the folders are classes, and the pictures beside them are passed over")],
+        [
+            (
+                f"--class-depth {1 + reading.skipped.get(split, 0)}",
+                "the folders are classes, and the pictures beside them are passed over",
+            )
+        ],
     )
 
 
@@ -439,7 +447,12 @@ def _class_depth(split: str, top: Folder, shown: str, reading: Reading) -> Depth
     ways: list[tuple[str, str]] = []
     for depth in depths:
         found = [name for name, _ in class_folders(SplitFolder(split, top.path, depth), top)]
-        ways.append((f"--class-depth {depth}", f"{len(found):,} classes, such as {as_text(found[0])}"))
+        ways.append(
+            (
+                f"--class-depth {depth + reading.skipped.get(split, 0)}",
+                f"{len(found):,} classes, such as {as_text(found[0])}",
+            )
+        )
     leaves = [name for name, _ in class_folders(SplitFolder(split, top.path, "leaf"), top)]
     ways.append(
         (
@@ -512,7 +525,7 @@ def _check_names(classes_of: dict[str, list[str]], reading: Reading, root: Folde
         found = [name for name in classes_of[part.split] if any(word.lower() in CONTAINERS for word in name.split("/"))]
         if found:
             inner = max((sum(1 for _ in _levels(folder)) for _, folder in class_folders(part, top)), default=0)
-            ways = [("--class-depth 1", f"{found[0]} is a class")]
+            ways = [(f"--class-depth {1 + reading.skipped.get(part.split, 0)}", f"{found[0]} is a class")]
             if inner:
                 ways.append(("--class-depth leaf", "each folder that holds pictures is a class"))
             ways += [] if part.path else [(f"SOURCE {_join(shown, found[0])}", "read this folder alone")]
