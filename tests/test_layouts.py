@@ -3,31 +3,18 @@
 from __future__ import annotations
 
 import os
-import shlex
+import re
+from collections.abc import Mapping
 from pathlib import Path
 
-import click
 import pytest
 
-from alexprep.cli.options import source_options
 from alexprep.shards.errors import AlexprepError, AmbiguousSourceError
-from alexprep.shards.listing import Listing, list_inputs
-from alexprep.shards.sources.layout_detection import find_source
-from tests.support.layouts import MINIATURES, Rows
+from alexprep.shards.listing import Listing
+from tests.support.command_line import listed
+from tests.support.layouts import MINIATURES, Rows, matlab, texts
 
 ROOT = Path(__file__).parents[1]
-
-
-@click.command()
-@source_options
-def _options(**given: object) -> dict[str, object]:
-    return given
-
-
-def listed(place: Path, options: str = "") -> Listing:
-    """What is listed with these options of the command line."""
-    given = _options.main(shlex.split(options), standalone_mode=False)
-    return list_inputs(find_source(str(place), given["layout"], given["choices"]), class_names=given["class_names"])
 
 
 def rows_of(listing: Listing) -> Rows:
@@ -48,6 +35,8 @@ def test_a_layout_is_read_right_or_asked_about(name: str, tmp_path: Path) -> Non
     if made.rows is not None:
         listing = listed(place)
         assert (listing.source.layout, rows_of(listing)) == (made.layout, made.rows)
+        if not any(path.endswith(".tar") for path in made.files):
+            assert listing.account.found == sum(not path.endswith("/") for path in made.files)
         said = "\n".join(listing.account.warnings)
         for words in made.words:
             assert words in said
@@ -75,3 +64,141 @@ def chosen(place: Path, way: str, before: str = "") -> Rows:
     except AmbiguousSourceError as error:
         assert before.count("--") < 3, error
         return chosen(place, error.ways[0][0], f"{before} {way}")
+
+
+def test_the_docs_have_these_layouts() -> None:
+    text = (ROOT / "docs" / "sources.md").read_text().split("## Sets as they are downloaded", 1)[1].split("\n## ", 1)[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")][1:]
+    read = {name: ends.strip("`") for name, _, ends, _ in rows}
+    made = {name: make() for name, make in MINIATURES.items()}
+    assert len(rows) >= 25 and list(read) == list(made)
+    for name, each in made.items():
+        assert read[name] == (each.layout if each.rows is not None else "asked" if each.ways else "refused")
+        how = next(row[3] for row in rows if row[0] == name)
+        assert each.rows is not None or not each.ways or any(way in how for way in each.ways)
+
+
+# Lists that are damaged, or say something else than the folders: set, changes of its files (None deletes one), words of the error.
+_FOOD, _CUB, _TINY = "food-101/meta/", "CUB_200_2011/", "tiny-imagenet-200/"
+DAMAGES: list[tuple[str, Mapping[str, bytes | None], str]] = [
+    ("Tiny ImageNet", {_TINY + "train/n09999999/images/a.JPEG": b"p"}, "train.*n09999999.*wnids.txt does not name"),
+    (
+        "Tiny ImageNet",
+        {_TINY + "val/val_annotations.txt": b"val_0.JPEG\tn01443537\t0\nval_1.JPEG"},
+        "val_annotations.txt, line 2",
+    ),
+    ("Tiny ImageNet", {_TINY + "val/val_annotations.txt": b"val_0.JPEG\tn09999999\t0\n"}, "n09999999.*wnids.txt"),
+    ("Places365", {"places365_val.txt": None}, "val_256 has no class folders, and places365_val.txt"),
+    ("Places365", {"places365_val.txt": b"Places365_val_00000001.jpg 3\n"}, "places365_val.txt.*none of the 3"),
+    (
+        "Places365",
+        {"places365_train_standard.txt": b"/a/airfield/0.jpg 2\n"},
+        "standard.txt.*'b/bar'.*data_256 contradicts",
+    ),
+    ("Places365", {"places365_train_challenge.txt": b"/b/bar/0.jpg 2\n"}, "standard.txt and .*challenge.txt"),
+    ("Places365", {"data_large/a/airfield/0.jpg": b"p"}, "data_256 and .*data_large, which hold the same pictures"),
+    (
+        "Places365",
+        {"categories_places365.txt": b"/a/airfield 0\n/b/bar 2\n"},
+        "numbers 2 classes from 0 to 2, expected",
+    ),
+    ("SUN397", {"SUN397/ClassName.txt": b"/b/bar\n/b/bar\n"}, "ClassName.txt numbers classes in two ways.*'b/bar'"),
+    (
+        "Food-101",
+        {_FOOD + "classes.txt": b"apple_pie\nwaffles\n"},
+        "train.txt has the class 'baby_back_ribs'.*classes.txt",
+    ),
+    (
+        "Food-101",
+        {_FOOD + "test.txt": b"apple_pie/100\n"},
+        "test.txt says that .*100.jpg is 'apple_pie' of test.*of train",
+    ),
+    ("Food-101", {_FOOD + "train.txt": b"waffles/9\n", _FOOD + "test.txt": b"waffles/8\n"}, "9 pictures, .*only 0 do"),
+    (
+        "CUB-200-2011",
+        {_CUB + "train_test_split.txt": b"1 1\n2 0\n"},
+        "images.txt and .*train_test_split.txt.*3 stands in one",
+    ),
+    (
+        "CUB-200-2011",
+        {_CUB + "image_class_labels.txt": b"1 1\n2 2\n3 2\n4 2\n5 3\n6 3\n"},
+        "image_class_labels.txt says that .*'002.Laysan_Albatross', which its folder in .*images contradicts",
+    ),
+    ("CUB-200-2011", {_CUB + "classes.txt": b"1 a\n1 b\n"}, "classes.txt numbers classes in two ways"),
+    ("Oxford-IIIT Pet", {"annotations/test.txt": b"Bengal_2 1 1 2\n"}, "numbers classes in two ways"),
+    (
+        "Oxford 102 Flower",
+        {"setid.mat": matlab(trnid=[[7]], valid=[[1]], tstid=[[2]])},
+        "setid.mat names picture 7.*for 6",
+    ),
+    ("Oxford 102 Flower", {"setid.mat": matlab(trnid=[[1]])}, "setid.mat has no vector 'valid'"),
+    (
+        "FGVC-Aircraft",
+        {"fgvc-aircraft-2013b/data/variants.txt": b"707-320\n"},
+        "images_variant_train.txt has the class.*variants.txt",
+    ),
+    ("Stanford Dogs", {"test_list.mat": matlab(file_list=["a/b.jpg"], labels=[[1, 2]])}, "1 pictures and 2 labels"),
+    (
+        "GTSRB",
+        {"GTSRB/GT-final_test.csv": b"Filename;Width;ClassId\n00000.ppm;1;43\n"},
+        "GT-final_test.csv gives 00000.ppm",
+    ),
+    ("ImageNet-21k (winter21), a tar a synset", {"winter21_whole/n01443537/a.jpg": b"p"}, "as tars .* and as folders"),
+]
+
+
+@pytest.mark.parametrize(("name", "changes", "words"), DAMAGES)
+def test_lists_that_do_not_fit_are_refused(
+    name: str, changes: Mapping[str, bytes | None], words: str, tmp_path: Path
+) -> None:
+    made = MINIATURES[name]()
+    files = {**made.files, **changes}
+    kept = {path: content for path, content in files.items() if content is not None}
+    place = type(made)(kept).write(tmp_path)
+    with pytest.raises(AlexprepError, match=words) as raised:
+        listed(place)
+    assert str(place) in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "gone", "more", "warning"),
+    [
+        ("Food-101", "food-101/images/waffles/100.jpg", "food-101/images/waffles/7.jpg", "1 picture, .*waffles/7.jpg"),
+        ("CUB-200-2011", "CUB_200_2011/images/001.Black_footed_Albatross/Black_footed_Albatross_0000_0.jpg", "", ""),
+        ("Places365", "val_256/Places365_val_00000001.jpg", "data_256/a/airfield/new.jpg", "1 picture, .*new.jpg"),
+        (
+            "Tiny ImageNet",
+            "tiny-imagenet-200/val/images/val_0.JPEG",
+            "tiny-imagenet-200/train/stray.JPEG",
+            "stray.JPEG",
+        ),
+    ],
+)
+def test_what_lists_and_folders_lack_is_told(name: str, gone: str, more: str, warning: str, tmp_path: Path) -> None:
+    made = MINIATURES[name]()
+    assert made.rows is not None
+    place = made.write(tmp_path)
+    (place / gone).unlink()
+    if more:
+        (place / more).write_bytes(b"p")
+    listing = listed(place)
+    assert rows_of(listing) == {path: row for path, row in made.rows.items() if path != gone}
+    said = "\n".join(listing.account.warnings)
+    assert re.search(f"1 picture that the lists name is not there: .*{re.escape(gone)}", said)
+    assert re.search(warning, said)
+    assert listing.account.found == sum(not path.endswith("/") for path in made.files) - 1 + bool(more)
+
+
+def test_a_list_of_that_name_in_another_form_is_no_such_set(tmp_path: Path) -> None:
+    made = MINIATURES["Food-101"]()
+    place = type(made)({**made.files, **texts({"food-101/meta/train.txt": ["waffles 3"]})}).write(tmp_path)
+    assert listed(place).source.layout == "folders"
+
+
+def test_folders_alone_are_read_where_the_user_says_so(tmp_path: Path) -> None:
+    made = MINIATURES["Food-101"]()
+    assert made.rows is not None
+    listing = listed(made.write(tmp_path), "--layout folders")
+    assert rows_of(listing) == {path: ("train", *row[1:]) for path, row in made.rows.items()}
+    with pytest.raises(AlexprepError, match="leave them out"):
+        listed(tmp_path, "--layout food-101 --class-depth 1")

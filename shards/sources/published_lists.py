@@ -247,7 +247,13 @@ class Published(Source):
             account.warnings.append(f"{words}: they are passed over")
         if labels.pictures:
             path, (split, _) = next(iter(labels.pictures.items()))
-            words = f"{len(labels.pictures):,} pictures that the lists name are not there, among them {labels.shown(path)} of {split}"
+            count = len(labels.pictures)
+            which = f"{labels.shown(path)} of {split}"
+            words = (
+                f"1 picture that the lists name is not there: {which}"
+                if count == 1
+                else f"{count:,} pictures that the lists name are not there, among them {which}"
+            )
             if not found:
                 raise AlexprepError(
                     f"{words}, and no other is: unpack the pictures beside the lists ({lists}), or {_AGAIN}"

@@ -9,11 +9,36 @@ import tarfile
 from pathlib import Path
 
 SPLIT_WORDS = ("train", "Train", "training", "val", "valid", "validation", "dev", "eval", "test", "testing", "TEST")
-CONTAINER_WORDS = ("images", "Images", "img", "data", "dataset", "annotations", "meta", "labels", "jpg", "masks", "photos")
-_CLASSES = ("cat", "dog", "zebra", "airplane", "n01440764", "n01443537", "n02124075", "Cat", "apple_pie", "001.Ape", "2", "10")
+CONTAINER_WORDS = (
+    "images",
+    "Images",
+    "img",
+    "data",
+    "dataset",
+    "annotations",
+    "meta",
+    "labels",
+    "jpg",
+    "masks",
+    "photos",
+)
+_CLASSES = (
+    "cat",
+    "dog",
+    "zebra",
+    "airplane",
+    "n01440764",
+    "n01443537",
+    "n02124075",
+    "Cat",
+    "apple_pie",
+    "001.Ape",
+    "2",
+    "10",
+)
 _LETTERS = ("abbey", "airfield", "bar", "beach", "castle")
 _ODD = (
-    "with space".encode(),
+    b"with space",
     "café".encode(),
     "cafe\u0301".encode(),  # the same in another Unicode form
     b"\xff\xfe",
@@ -21,7 +46,7 @@ _ODD = (
     b"new\nline",
     b"a=b,c",
     b"--layout",
-    b"it's \"so\"",
+    b'it\'s "so"',
     "猫".encode(),
     b"$HOME",
     b"~",
