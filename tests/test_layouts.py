@@ -11,10 +11,13 @@ import pytest
 
 from alexprep.shards.errors import AlexprepError, AmbiguousSourceError
 from alexprep.shards.listing import Listing
+from alexprep.shards.sources.published import SETS
+from tests.source_checks import write_tar
 from tests.support.command_line import listed
 from tests.support.layouts import MINIATURES, Rows, matlab, texts
 
 ROOT = Path(__file__).parents[1]
+PUBLISHED = {each.layout for each in SETS}
 
 
 def rows_of(listing: Listing) -> Rows:
@@ -113,7 +116,7 @@ DAMAGES: list[tuple[str, Mapping[str, bytes | None], str]] = [
         {_FOOD + "test.txt": b"apple_pie/100\n"},
         "test.txt says that .*100.jpg is 'apple_pie' of test.*of train",
     ),
-    ("Food-101", {_FOOD + "train.txt": b"waffles/9\n", _FOOD + "test.txt": b"waffles/8\n"}, "9 pictures, .*only 0 do"),
+    ("Food-101", {_FOOD + "train.txt": b"waffles/9\n", _FOOD + "test.txt": b"waffles/8\n"}, "9 pictures .*only 0 do"),
     (
         "CUB-200-2011",
         {_CUB + "train_test_split.txt": b"1 1\n2 0\n"},
@@ -163,9 +166,9 @@ def test_lists_that_do_not_fit_are_refused(
 @pytest.mark.parametrize(
     ("name", "gone", "more", "warning"),
     [
-        ("Food-101", "food-101/images/waffles/100.jpg", "food-101/images/waffles/7.jpg", "1 picture, .*waffles/7.jpg"),
+        ("Food-101", "food-101/images/waffles/100.jpg", "food-101/images/waffles/7.jpg", "1 picture .*waffles/7.jpg"),
         ("CUB-200-2011", "CUB_200_2011/images/001.Black_footed_Albatross/Black_footed_Albatross_0000_0.jpg", "", ""),
-        ("Places365", "val_256/Places365_val_00000001.jpg", "data_256/a/airfield/new.jpg", "1 picture, .*new.jpg"),
+        ("Places365", "val_256/Places365_val_00000001.jpg", "data_256/a/airfield/new.jpg", "1 picture .*new.jpg"),
         (
             "Tiny ImageNet",
             "tiny-imagenet-200/val/images/val_0.JPEG",
@@ -202,3 +205,11 @@ def test_folders_alone_are_read_where_the_user_says_so(tmp_path: Path) -> None:
     assert rows_of(listing) == {path: ("train", *row[1:]) for path, row in made.rows.items()}
     with pytest.raises(AlexprepError, match="leave them out"):
         listed(tmp_path, "--layout food-101 --class-depth 1")
+
+
+@pytest.mark.parametrize("name", [name for name in MINIATURES if MINIATURES[name]().layout in PUBLISHED])
+def test_in_a_tar_lists_are_not_passed_over_in_silence(name: str, tmp_path: Path) -> None:
+    made = MINIATURES[name]()
+    place = write_tar(tmp_path / "packed.tar", {path: content for path, content in made.files.items() if content})
+    with pytest.raises(AlexprepError, match=r"packed\.tar"):
+        listed(place)

@@ -10,7 +10,7 @@ LAYOUTS = {
     "cifar": "binary_records.Cifar",
     "mnist": "binary_records.Mnist",
     "norb": "binary_records.SmallNorb",
-    "synset-tars": "published.SynsetTars",
+    "synset-tars": "ilsvrc.SynsetTars",
     "tiny-imagenet": "published.TinyImageNet",
     "places365": "published.Places365",
     "sun397": "published.Sun397",

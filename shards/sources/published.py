@@ -1,7 +1,7 @@
 """Published sets whose classes or splits stand in lists of their publisher: Tiny ImageNet, Places365, Food-101, CUB-200-2011 and more.
 
 A set is a class that says which files show that it is this set, and what its lists mean; `published_lists` does the rest. Labels are
-the publisher's numbers. ImageNet-21k's archives, one tar a synset, are here too. Sets of plain class folders are read by `folders`.
+the publisher's numbers. Sets of plain class folders are read by `folders`, ImageNet-21k's tars by `ilsvrc`.
 """
 
 from __future__ import annotations
@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from alexprep.shards.errors import AlexprepError
-from alexprep.shards.sources.base import NO_CHOICES, UNLABELLED, Account, Choices, Input, Source
-from alexprep.shards.sources.published_lists import ANY, MATLAB, Labels, Marks, Published, has, may_hold
-from alexprep.shards.sources.tars import ArchiveSource
-from alexprep.shards.sources.tree import pass_over_rest
+from alexprep.shards.sources.base import UNLABELLED
+from alexprep.shards.sources.published_lists import ANY, MATLAB, WRAPPERS, Labels, Marks, Published, has
+from alexprep.shards.sources.tree import Folder
 from alexprep.shards.storage import Files, as_text
 
 
@@ -66,6 +65,11 @@ class Places365(Published):
         return any(has(files, os.path.join(path, b"categories_places365.txt"), form) for path in lists) and any(
             map(_PLACES, files.folder_names(folder))
         )
+
+    @classmethod
+    def is_named(cls, folder: Folder) -> bool:
+        """See `Published`."""
+        return b"categories_places365.txt" in folder.papers and any(_PLACES(inner.name) for inner in folder.folders)
 
     def order(self, labels: Labels) -> list[str]:
         """As categories_places365.txt numbers them; "/a/airfield" is the class a/airfield."""
@@ -389,43 +393,22 @@ class Gtsrb(Published):
         labels.folders[b"Final_Test/Images"] = ("test", UNLABELLED)
 
 
-@dataclass(frozen=True)
-class SynsetTars(ArchiveSource):
-    """A tar a synset, named by its WordNet ID: ImageNet-21k (winter21), or ILSVRC's train archive unpacked once.
+SETS: tuple[type[Published], ...] = (
+    *(TinyImageNet, Places365, Sun397, Food101, Cub200, OxfordPets),
+    *(Flowers102, DescribableTextures, FgvcAircraft, StanfordDogs, Gtsrb),
+)
 
-    Attributes:
-        folder: that holds the tars, below the root.
-    """
 
-    folder: bytes = b""
-    layout = "synset-tars"
-    expects = "a folder of tars named by WordNet IDs, as n01440764.tar"
-
-    @classmethod
-    def at(cls, files: Files, name: bytes, choices: Choices = NO_CHOICES) -> Source | None:
-        """See `Source`. Refused: some synsets as tars, and others as folders."""
-        for folder in () if name else may_hold(files):
-            tars = list(filter(_SYNSET_TAR, files.file_names(folder)))
-            if not tars:
-                continue
-            unpacked = next(filter(_SYNSET, files.folder_names(folder)), None)
-            if unpacked is not None:
+def check_unlisted(root: Folder, shown: str) -> None:
+    """AlexprepError where a tree, which an archive holds, is a set by the names of its lists: these are not read in archives."""
+    folder = root
+    for _ in range(WRAPPERS + 1):
+        for known in SETS:
+            if known.is_named(folder):
                 raise AlexprepError(
-                    f"SOURCE {files.display(folder)} holds synsets as tars ({as_text(tars[0])}) and as folders ({as_text(unpacked)}): "
-                    "unpack all of them, or move the folders away"
+                    f"{shown} holds {known.expects}; its lists, which tell splits and labels, are not read inside an archive: unpack it "
+                    "and name the folder as SOURCE, or give --class-depth, to read the class folders without the lists"
                 )
-            return cls(files, folder, whole=True)
-        return None
-
-    def inputs(self, account: Account) -> Iterator[Input]:
-        """By synset, then by name."""
-        tars = [os.path.join(self.folder, name) for name in self.files.file_names(self.folder) if _SYNSET_TAR(name)]
-        for path in tars:
-            class_name = as_text(os.path.basename(path)[: -len(b".tar")])
-            for location in sorted(self.packed(path, account)):
-                yield Input("train", class_name, location)
-        pass_over_rest(self.files, set(tars), account)
-
-
-_SYNSET = re.compile(rb"n\d{8}").fullmatch
-_SYNSET_TAR = re.compile(rb"n\d{8}\.tar").fullmatch
+        if len(folder.folders) != 1:
+            return
+        folder = folder.folders[0]

@@ -6,7 +6,6 @@ disagree, an error names both.
 
 from __future__ import annotations
 
-import errno
 import io
 import os
 import re
@@ -29,9 +28,9 @@ from alexprep.shards.sources.base import (
     Source,
 )
 from alexprep.shards.sources.tree import Folder, read_tree, rule_of
-from alexprep.shards.storage import Files, as_text
+from alexprep.shards.storage import Entry, Files, as_text
 
-_WRAPPERS = 2  # folders around a set that hold nothing else
+WRAPPERS = 2  # folders around a set that hold nothing else
 _BEGINNING_BYTES = 4096  # of a list, which show its form
 _AGAIN = "download it again"
 MATLAB = re.compile(rb"MATLAB 5\.0 MAT-file")  # how its files begin
@@ -171,19 +170,31 @@ class Published(Source):
     """
 
     folder: bytes = b""
-    marks: ClassVar[Marks]
+    marks: ClassVar[Marks] = {}
     roots: ClassVar[tuple[bytes, ...]] = (b"images/",)
 
     @classmethod
     def at(cls, files: Files, name: bytes, choices: Choices = NO_CHOICES) -> Source | None:
         """See `Source`: where all `marks` are."""
-        folders = () if name else may_hold(files)
-        return next((cls(files, folder, whole=True) for folder in folders if cls.fits(files, folder)), None)
+        needed = {path.split(b"/")[0] for path in cls.marks}
+        for folder, names in () if name else may_hold(files):
+            if needed <= names and cls.fits(files, folder):
+                return cls(files, folder, whole=True)
+        return None
 
     @classmethod
     def fits(cls, files: Files, folder: bytes) -> bool:
         """Whether a folder has all the marks."""
         return all(has(files, os.path.join(folder, path), form) for path, form in cls.marks.items())
+
+    @classmethod
+    def is_named(cls, folder: Folder) -> bool:
+        """Whether a folder of a tree has all the marks by their names."""
+        for path, form in cls.marks.items():
+            place = folder.at(path if form is None else os.path.dirname(path))
+            if place is None or not (place.count if form is None else os.path.basename(path) in place.papers):
+                return False
+        return True
 
     def order(self, labels: Labels) -> list[str]:
         """The class names by label, as the publisher numbers them."""
@@ -237,8 +248,8 @@ class Published(Source):
         """Tells of pictures that are not there, and of those that no list names; where these are most, there is an error."""
         lists = " and ".join(labels.shown(path) for path in sorted(labels.read))
         if unlisted:
-            count = f"{len(unlisted):,} pictures" if len(unlisted) > 1 else "1 picture"
-            words = f"{count}, {self.files.display(min(unlisted))} for one, in none of the lists ({lists})"
+            several = f"{len(unlisted):,} pictures stand" if len(unlisted) > 1 else "1 picture stands"
+            words = f"{several} in none of the lists ({lists}), as {self.files.display(min(unlisted))}"
             if len(unlisted) > found:
                 raise AlexprepError(
                     f"{words}, and only {found:,} do: take the lists that belong to these pictures, or say with --layout folders "
@@ -269,25 +280,24 @@ def _named(root: Folder) -> Iterator[tuple[bytes, str | None]]:
                 yield os.path.join(folder.path, name), rule_of(name) if names is folder.papers else None
 
 
-def may_hold(files: Files) -> Iterator[bytes]:
-    """The root, and the folder in it that is the only one, and so on: `_WRAPPERS` of them."""
+def may_hold(files: Files) -> Iterator[tuple[bytes, set[bytes]]]:
+    """The root, and the folder in it that is the only one, and so on, `WRAPPERS` of them; each with the names in it."""
     folder = b""
-    yield folder
-    for _ in range(_WRAPPERS):
-        inside = [name for name in files.folder_names(folder) if name != b"__MACOSX"]
+    for _ in range(WRAPPERS + 1):
+        entries = files.entries(folder)
+        yield folder, {entry.name for entry in entries}
+        inside = [entry.name for entry in entries if entry.is_folder and entry.name != b"__MACOSX"]
         if len(inside) != 1:
             return
         folder = os.path.join(folder, inside[0])
-        yield folder
 
 
 def has(files: Files, path: bytes, form: re.Pattern[bytes] | None) -> bool:
     """Whether there is a file that begins in this form; for None, a folder with something in it."""
-    if form is None:
-        return bool(files.entries(path))
-    try:
-        return form.match(files.read(path, 0, _BEGINNING_BYTES)) is not None
-    except OSError as error:
-        if error.errno == errno.ECOMM:  # the way to the file failed, which says nothing of the file
-            raise AlexprepError(f"{files.display(path)} cannot be read ({error}): run the same command again") from None
+    folder, name = os.path.split(path)
+    if Entry(name, form is None) not in files.entries(folder):
         return False
+    try:
+        return bool(files.entries(path)) if form is None else bool(form.match(files.read(path, 0, _BEGINNING_BYTES)))
+    except OSError as error:
+        raise AlexprepError(f"{files.display(path)} cannot be read ({error}): check it, or {_AGAIN}") from None
