@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from alexprep.shards.errors import AlexprepError, AmbiguousSourceError
 from alexprep.shards.listing import Listing
 from alexprep.shards.sources.published import SETS
+from alexprep.shards.worker_pool import InProcessEngine, LocalEngine
 from tests.source_checks import write_tar
 from tests.support.command_line import listed
 from tests.support.layouts import MINIATURES, Rows, matlab, texts
@@ -213,3 +217,40 @@ def test_in_a_tar_lists_are_not_passed_over_in_silence(name: str, tmp_path: Path
     place = write_tar(tmp_path / "packed.tar", {path: content for path, content in made.files.items() if content})
     with pytest.raises(AlexprepError, match=r"packed\.tar"):
         listed(place)
+
+
+def test_by_the_command_line(
+    command: Callable[..., tuple[int, str, str]],
+    photo: Callable[..., Image.Image],
+    encoded: Callable[..., bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    here = InProcessEngine()
+    monkeypatch.setattr(LocalEngine, "run", lambda engine, task, arguments, *more: here.run(task, arguments, *more))
+    made = MINIATURES["CUB-200-2011"]()
+    assert made.rows is not None
+    seen = {
+        path: encoded(photo(9, 9, seed)) if path in made.rows else made.files[path]
+        for seed, path in enumerate(made.files)
+    }
+    type(made)(seen).write(tmp_path / "cub")
+    status, _, said = command("shard", "cub", "--out", "data", "--size", "8", "--workers", "1")
+    assert status == 0, said
+    document = json.loads((tmp_path / "data" / "dataset.json").read_text())
+    assert document["account"]["found"] == len(made.files)
+    assert document["classes"] == ["001.Black_footed_Albatross", "002.Laysan_Albatross", "010.Red_winged_Blackbird"]
+    ledger = {
+        split: pq.read_table(tmp_path / "data" / split / "samples.parquet").to_pylist() for split in ("train", "test")
+    }
+    written = {row["source"]: (split, row["label"], row["status"]) for split, rows in ledger.items() for row in rows}
+    assert written == {path: (split, label, "written") for path, (split, _, label) in made.rows.items()}
+
+
+def test_a_question_ends_the_command_line_with_status_2(
+    command: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    MINIATURES["iNaturalist 2017 to 2019"]().write(tmp_path / "inat")
+    status, _, said = command("shard", "inat", "--out", "data")
+    assert status == 2 and not (tmp_path / "data").exists()
+    assert "--class-depth 1  " in said and "--class-depth 2  " in said and "Traceback" not in said
