@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import fsspec
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
@@ -209,6 +210,21 @@ def test_folders_alone_are_read_where_the_user_says_so(tmp_path: Path) -> None:
     assert rows_of(listing) == {path: ("train", *row[1:]) for path, row in made.rows.items()}
     with pytest.raises(AlexprepError, match="leave them out"):
         listed(tmp_path, "--layout food-101 --class-depth 1")
+
+
+@pytest.mark.parametrize(
+    "name", ["Tiny ImageNet", "Places365", "Oxford 102 Flower", "ImageNet-21k (winter21), a tar a synset"]
+)
+def test_in_a_store_they_are_the_same(name: str, tmp_path: Path) -> None:
+    made = MINIATURES[name]()
+    assert made.rows is not None
+    store = fsspec.filesystem("memory")
+    store.put(str(made.write(tmp_path)), "/layouts", recursive=True)
+    try:
+        listing = listed("memory://layouts")
+    finally:
+        store.rm("/layouts", recursive=True)
+    assert (listing.source.layout, rows_of(listing)) == (made.layout, made.rows)
 
 
 @pytest.mark.parametrize("name", [name for name in MINIATURES if MINIATURES[name]().layout in PUBLISHED])

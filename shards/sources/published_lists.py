@@ -179,7 +179,8 @@ class Published(Source):
         needed = {path.split(b"/")[0] for path in cls.marks}
         for folder, names in () if name else may_hold(files):
             if needed <= names and cls.fits(files, folder):
-                return cls(files, folder, whole=True)
+                lists = (as_text(path) for path, form in cls.marks.items() if form is not None)
+                return cls(files, folder, whole=True, evidence=f"lists {', '.join(lists)}" if cls.marks else "")
         return None
 
     @classmethod

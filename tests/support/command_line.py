@@ -18,7 +18,7 @@ def _options(**given: object) -> dict[str, object]:
     return given
 
 
-def listed(place: Path, options: str = "") -> Listing:
+def listed(place: Path | str, options: str = "") -> Listing:
     """What is listed of SOURCE with these options, as a shell would split them."""
     given = _options.main(shlex.split(options), standalone_mode=False)
     return list_inputs(find_source(str(place), given["layout"], given["choices"]), class_names=given["class_names"])
