@@ -122,7 +122,8 @@ def test_urls_are_read_where_they_point(tmp_path: Path) -> None:
         ("dog|cat", "the cell 'dog|cat' gives one image several labels"),
         *((label, "several labels") for label in ("dog; cat", "1,2", "1 2", "[1]", "['dog', 'cat']", "good, dog")),
         ("-1", "the label -1 is below 0: number the classes from 0"),
-        ("3.0", "the label 3.0 is no whole number: write it without a point"),
+        ("3.5", "the label 3.5 is no whole number: write it without a point, or give the class a name"),
+        ("3.0", "the label 3.0 is a number with a point among names such as 'dog': write it without a point"),
         ("do\tg", "holds a control character"),
         ("x" * 1001, "has 1,001 characters"),
     ],
@@ -203,7 +204,11 @@ def test_a_cut_table_is_refused(tmp_path: Path) -> None:
     ("column", "words"),
     [
         (pa.array([["x"], ["y"]]), "the column 'label' gives one image several labels (list<"),
-        (pa.array([1.0, 2.0]), "the column 'label' has the type double, but a label is a string or a whole number"),
+        (pa.array([1.0, 2.5]), "row 2: the label 2.5 is no whole number"),
+        (
+            pa.array([{"a": 1}, {"a": 2}]),
+            "the column 'label' has the type struct<a: int64>, but a label is a string or a",
+        ),
         (pa.array([None, "x"]), "row 1: the label is missing"),
         (pa.array([-3, 2]), "row 1: the label -3 is below 0"),
         (pa.array([b"\xff", b"a"]).view(pa.string()), "row 1: b'\\xff' is not UTF-8"),

@@ -13,7 +13,7 @@ of a source: see `conversion`.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
@@ -120,6 +120,14 @@ class Account:
     def passed_over_count(self) -> int:
         """By all rules together."""
         return sum(passed.count for passed in self.passed_over.values())
+
+
+def pass_over_rest(files: Files, own: Container[bytes], account: Account, rule: str = BESIDE) -> None:
+    """Counts every file below the root that is not in `own` as found, and passes it over."""
+    for path in files.walk(b""):
+        if path not in own:
+            account.found += 1
+            account.pass_over(rule, as_text(path))
 
 
 @dataclass(frozen=True)

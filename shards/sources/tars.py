@@ -34,7 +34,7 @@ from alexprep.shards.tar_format import members
 _is_paper = re.compile(
     rb"(readme|licen[cs]e|copying|.*\.(txt|md|csv|tsv|json|xml|html?|pdf|ya?ml))", re.IGNORECASE
 ).fullmatch
-_NO_FILE = -1  # as an offset: a link or a device, which has no bytes in the archive
+NO_FILE = -1  # as an offset: a link or a device, which has no bytes in the archive
 _Names = tuple[bytes, ...]  # that lead to a file or folder
 
 
@@ -63,7 +63,7 @@ def packed_files(files: Files, path: bytes, within: Location | None = None) -> I
             clean = plain_name(member.name)
             if member.kind == "folder" or not clean:
                 continue
-            offset, length = (member.offset, member.size) if member.kind == "file" else (_NO_FILE, 0)
+            offset, length = (member.offset, member.size) if member.kind == "file" else (NO_FILE, 0)
             yield Location(path, prefix + clean, offset, length)
 
 
@@ -72,7 +72,7 @@ class ArchiveSource(Source):
 
     def read(self, location: Location) -> bytes | NDArray[np.uint8]:
         """The bytes of a member; OSError where it has none, or the archive has become shorter."""
-        if location.offset == _NO_FILE:
+        if location.offset == NO_FILE:
             raise OSError("a link or special file in an archive")
         data = self.files.read(location.path, location.offset, location.size)
         if 0 <= location.size != len(data):
