@@ -390,10 +390,10 @@ def _too_many_rejects(plan: Plan, table: PlanTable, max_rejects: int | str) -> A
     for reason, count in counts.most_common(_WORST_REASONS):
         shard, position = first[reason]
         location = locations(table.read_row_group(shard.group))[position]
-        worst.append(f"{count:,} times {reason!r}, for example {location}")
+        worst.append(f"{reason} ({count:,}, such as {location})")
     allowed = rejects_allowed(max_rejects, plan.inputs)
     return AlexprepError(
-        f"{counts.total():,} of {plan.inputs:,} inputs are rejected already, more than the {allowed:,} that --max-rejects {max_rejects} "
+        f"{counts.total():,} of {plan.inputs:,} inputs are rejected, more than the {allowed:,} that --max-rejects {max_rejects} "
         f"allows: {'; '.join(worst)}. Nothing is published, and the shards that are finished are kept: look at these files, then "
         "allow more by --max-rejects, or mend SOURCE and use a new --out"
     )

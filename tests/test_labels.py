@@ -16,7 +16,7 @@ import pytest
 
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.listing import list_inputs
-from alexprep.shards.sources.base import BESIDE, HIDDEN, OUR_DATASET, SAMPLE_PART, Account
+from alexprep.shards.sources.base import ARCHIVE, BESIDE, HIDDEN, SAMPLE_PART, SIDECAR, Account
 from alexprep.shards.sources.labels import LABEL_NAMES, MAX_LABEL
 from alexprep.shards.sources.layout_detection import find_source
 from alexprep.shards.webdataset_index import TarIndex, index_tars
@@ -200,9 +200,14 @@ def test_every_row_and_every_member_is_accounted_for(data: Path, jpg: bytes, tmp
     hidden = {
         HIDDEN: (4, [f"{split}/0.tar/{name}" for split in ("train", "val") for name in ("d/._a.jpg", ".DS_Store")])
     }
-    beside = {BESIDE: (4, ["README.md", "train/0.idx", "train/sizes.json", "val/more/x.jpg"])}
+    beside = {
+        SIDECAR: (2, ["README.md", "train/sizes.json"]),
+        ARCHIVE: (1, ["train/0.idx"]),
+        BESIDE: (1, ["val/more/x.jpg"]),
+    }
     assert accounted(tmp_path / "set") == (18, parts | hidden | beside)
-    assert accounted(tmp_path / "set/{train,val}/0.tar") == (14, parts | hidden)
+    own = {SAMPLE_PART: (3, ["0.tar/a.cls"]), HIDDEN: (2, ["0.tar/d/._a.jpg", "0.tar/.DS_Store"])}
+    assert accounted(tmp_path / "set/val/{0..0}.tar") == (7, own)
     found_files, passed = accounted(data)
     tars = list(data.glob("*/*.tar"))
     members_in_tars = 0
@@ -211,10 +216,16 @@ def test_every_row_and_every_member_is_accounted_for(data: Path, jpg: bytes, tmp
             members_in_tars += len(tar.getnames())
     other_files = sum(path.is_file() for path in data.rglob("*")) - len(tars)
     assert found_files == members_in_tars + other_files
-    assert {rule: count for rule, (count, _) in passed.items()} == {SAMPLE_PART: 68, OUR_DATASET: other_files}
+    assert passed.pop(SAMPLE_PART)[0] == members_in_tars // 2 == 68
+    assert sum(count for count, _ in passed.values()) == other_files
 
 
 def accounted(place: Path) -> tuple[int, dict[str, tuple[int, list[str]]]]:
     """What a listing found, and what it passed over."""
     account = list_inputs(find_source(str(place))).account
-    return account.found, {rule: (passed.count, passed.names) for rule, passed in account.passed_over.items()}
+    prefix = f"{str(place).partition('{')[0].rstrip('/')}/"
+    rules = {
+        rule: (passed.count, [name.removeprefix(prefix) for name in passed.names])
+        for rule, passed in account.passed_over.items()
+    }
+    return account.found, rules

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -76,15 +77,14 @@ def test_more_than_are_allowed_are_an_error(
     limit: int | str, allowed: int, table: Path, published: Path, tmp_path: Path
 ) -> None:
     engine, out = CountingEngine(), tmp_path / "out"
-    words = rf"of 20 inputs are rejected already, more than the {allowed} that --max-rejects {limit} allows: "
+    words = rf"of 20 inputs are rejected, more than the {allowed} that --max-rejects {limit} allows: "
     for _ in range(2):  # the second finds it in what is finished, and makes no more
         with pytest.raises(AlexprepError, match=words) as error:
             convert(table, out, OPTIONS, engine, max_rejects=limit)
         made = contents(out)
         assert not any(name.endswith(("dataset.json", "_info.json", "index.npy", "samples.parquet")) for name in made)
         assert engine.made == len([name for name in made if name.startswith("train/") and name.endswith(".json")])
-    reasons = sum(name in str(error.value) for name in ("Web page", "web page", "not an image", "No such file"))
-    assert reasons and "times '" in str(error.value) and "for example " in str(error.value)
+    assert re.search(r"allows: .* \([1-5], such as [0-5]\.jpg\)", str(error.value)), error.value
     assert "allow more by --max-rejects" in str(error.value)
     report = convert(table, out, OPTIONS, engine, max_rejects="100%")
     assert engine.made == 4 and report.rejected.total() == BAD
@@ -95,7 +95,7 @@ def test_it_stops_as_soon_as_it_is_certain(table: Path, tmp_path: Path) -> None:
     engine = CountingEngine()
     (tmp_path / "list.csv").write_text("path,label\n" + "".join(f"none-{n}.jpg,0\n" for n in range(80)))
     for expected in (9, 9):
-        with pytest.raises(AlexprepError, match=r"45 of 80 inputs are rejected already, .* --max-rejects 50%"):
+        with pytest.raises(AlexprepError, match=r"45 of 80 inputs are rejected, .* --max-rejects 50%"):
             convert(tmp_path / "list.csv", tmp_path / "out", OPTIONS, engine)
         assert engine.made == expected == len(list((tmp_path / "out/train").glob("train-*.json")))
     with pytest.raises(AlexprepError, match="none of the 80 inputs is a usable image"):

@@ -33,13 +33,12 @@ from alexprep.shards.sources.base import (
     Location,
     Source,
     numbered_classes,
-    pass_over_rest,
     split_of,
 )
 from alexprep.shards.sources.labels import LABEL_NAMES, LabelError, check_range, is_number, label_in, label_name
-from alexprep.shards.sources.tars import NO_FILE, ArchiveSource, packed_files, plain_name
+from alexprep.shards.sources.tars import ArchiveSource, packed_files, plain_name
+from alexprep.shards.sources.tree import pass_over_rest
 from alexprep.shards.storage import Entry, Files, as_text
-from alexprep.shards.tar_format import ReadAt, members
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm")
 RAW_EXTENSION = "npy"  # of pixels in our own shards; in others' it may be anything
@@ -55,12 +54,10 @@ class Webdataset(ArchiveSource):
     Attributes:
         shards: (split, file), in ascending order.
         names: the class names by label, where the dataset.json of `alexprep shard` tells them.
-        listed: whether they are all that the root and its split folders hold, rather than those that were named.
     """
 
     shards: tuple[tuple[str, bytes], ...] = ()
     names: tuple[str, ...] | None = None
-    listed: bool = False
     layout = "webdataset"
     expects = "tars of KEY.jpg and KEY.cls, in SOURCE or in SOURCE/train and SOURCE/val"
 
@@ -80,7 +77,7 @@ class Webdataset(ArchiveSource):
                 return None
         except FileNotFoundError:
             raise AlexprepError(f"SOURCE {files.display(found[0][1])} does not exist") from None
-        return cls(files, tuple(sorted(found)), None if name else recorded_classes(files), not name)
+        return cls(files, tuple(sorted(found)), None if name else recorded_classes(files), whole=not name)
 
     def inputs(self, account: Account) -> Iterator[Input]:
         """Every sample in the order of the shards."""
@@ -88,35 +85,33 @@ class Webdataset(ArchiveSource):
         images = (*IMAGE_EXTENSIONS, RAW_EXTENSION) if ours else IMAGE_EXTENSIONS
         for split, path in self.shards:
             others, first = 0, ""  # of a shard's members that are no image
+            shown = self.files.display(path)
             with self.files.reading(path) as read:
-                for sample in samples_of(self._counted(path, read, account)):
-                    where = f"{self.files.display(path)}: sample {as_text(sample.key)}"
+                for sample in samples_of(self._counted(path, account)):
                     try:
                         image, label = image_of(sample, images), label_of(sample, read, ours)
                         class_name = label if self.names is None else named_label(label, self.names)
                     except BadSampleError as bad:
-                        raise AlexprepError(f"{where} {bad}") from None
+                        raise AlexprepError(f"{shown}: sample {as_text(sample.key)} {bad}") from None
                     others += len(sample.parts) - 1
-                    first = first or str(next((part for part in sample.parts.values() if part is not image), ""))
+                    if not first:
+                        other = next((part for part in sample.parts.values() if part is not image), None)
+                        first = f"{shown}/{as_text(other.member)}" if other else ""
                     yield Input(split, class_name, image)
             if others:
                 account.pass_over(SAMPLE_PART, first, others)
-        if self.listed:
-            rule = BESIDE if self.names is None else OUR_DATASET
+        if self.whole:
+            rule = OUR_DATASET if ours else BESIDE
             pass_over_rest(self.files, {path for _, path in self.shards}, account, rule)
 
-    def _counted(self, path: bytes, read: ReadAt, account: Account) -> Iterator[Location]:
-        """The members of a shard as `packed_files` gives them, counted as they are listed; what is hidden is passed over."""
-        for member in members(read, self.files.size(path), self.files.display(path)):
-            if member.kind == "folder":
-                continue
+    def _counted(self, path: bytes, account: Account) -> Iterator[Location]:
+        """The members of a shard as `packed_files` gives them, each counted as found; hidden ones are passed over."""
+        for location in packed_files(self.files, path, hidden=True):
             account.found += 1
-            name = plain_name(member.name)
-            if not name:
-                account.pass_over(HIDDEN, str(Location(path, member.name)))
-                continue
-            offset, size = (member.offset, member.size) if member.kind == "file" else (NO_FILE, 0)
-            yield Location(path, name, offset, size)
+            if plain_name(location.member):
+                yield location
+            else:
+                account.pass_over(HIDDEN, f"{self.files.display(path)}/{as_text(location.member)}")
 
     def classes(self, present: set[str]) -> list[str]:
         """See `class_names`."""
