@@ -170,7 +170,9 @@ def test_labels_are_bounded(tmp_path: Path) -> None:
         (b"path,label,fold\na,1,\n", "line 2: the split '' is not one of"),
         (b"path,label,label\na,1,2\n", "two columns are named 'label'"),
         (b"label,name\n1,a\n", "no column for the path among 'label', 'name'"),
-        (b"path;label\na;1\n", "no column for the path among 'path;label'"),
+        (b"path;label\na;1\n", "line 1: the separator is a semicolon, where a comma (.csv) was expected: put a comma"),
+        (b"a.jpg;1\nb.jpg;2\n", "line 1: the separator is a semicolon"),
+        (b"path\tlabel\na\t1\n", "the separator is a tab (.tsv), where a comma (.csv) was expected: give the file"),
     ],
 )
 def test_texts_that_make_no_sense_are_refused_with_the_line(content: bytes, words: str, tmp_path: Path) -> None:
@@ -217,7 +219,7 @@ def test_a_cut_table_is_refused(tmp_path: Path) -> None:
 def test_columns_that_make_no_sense_are_refused(column: pa.Array, words: str, tmp_path: Path) -> None:
     fails(as_parquet(tmp_path / "list.parquet", {"path": ["a", "b"], "label": column}), words)
     images = as_parquet(tmp_path / "list.parquet", {"image": [{"bytes": b"x", "path": "a"}], "label": [1]})
-    fails(images, "but a path is a string; images inside a table are not read")
+    fails(images, "list.parquet is a Parquet table with its images inside, in the column 'image' (struct<bytes: binary")
 
 
 def test_a_table_s_order_is_that_of_bytes_in_any_order_of_rows(tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ from alexprep.shards.sources.base import (
     numbered_classes,
     split_of,
 )
+from alexprep.shards.sources.foreign_formats import IMAGE_FOLDER_LISTS, images_inside
 from alexprep.shards.sources.labels import (
     LABEL_NAMES,
     LabelError,
@@ -48,10 +49,13 @@ from alexprep.shards.sources.labels import (
 from alexprep.shards.storage import Files, LocalFiles, as_text, is_url, local_path, open_regular
 
 # Column names in lower case; where a table has several of one kind, the first in this order counts. Those of labels: `labels`.
-PATHS = ("path", "file", "filename", "image", "image_path", "filepath", "url")
+PATHS = ("path", "file", "filename", "image", "image_path", "filepath", "url", "file_name")
 SPLIT_COLUMNS = ("split", "set", "subset", "fold")
 
 MAX_LINE_BYTES = 2**20  # paths have at most 4,096, URLs seldom more; an endless line must not fill the memory
+_MAX_FILE_NAME = 255  # bytes
+_FOLDERS_LOOKED_INTO = 20  # beside a table, for the pictures that its ids may mean
+_PICTURE_ENDINGS = (".jpg", ".jpeg", ".JPEG", ".JPG", ".png", ".PNG", ".webp", ".bmp", ".tif", ".tiff")
 _BATCH = 65_536  # rows
 _SPLIT_NAMES = sorted(set(SPLITS.values()))
 
@@ -107,12 +111,13 @@ class _Rows:
         """Reads and checks every row; each is counted as found in the `account`."""
         self._files, self._shown = files, files.display(name)
         self._unit = "row" if name.lower().endswith(b".parquet") else "line"
-        self._split = split_of(os.path.splitext(name)[0]) or "train"
+        self._split = split_of(os.path.splitext(name)[0]) or _split_of_folder(files, name) or "train"
         self._codes_of: dict[str, int] = {}  # of each label as it is written
         self._names: list[str] = []  # of the classes, by code; several codes may have one
         self._first_rows: list[int] = []  # by code
         self._codes, self._places, self._splits = array("i"), array("q"), array("b")
         self._paths: list[Any] = []
+        self._saw_back_slash = False
         paths: list[bytes] = []
         for row in read_rows(files, name):
             account.found += 1
@@ -164,10 +169,25 @@ class _Rows:
         if "\0" in row.path:
             raise self._wrong(row.place, f"the path {row.path!r} holds a NUL, which no path can")
         path = path_in(row.path)
+        if "\\" in row.path and not self._saw_back_slash:
+            self._saw_back_slash = True
+            self._check_back_slash(row)
         if path.startswith(b"/") and not isinstance(self._files, LocalFiles):
             problem = f"the path {row.path!r} is absolute, but the table lies at a URL: make it relative to the table, or a URL"
             raise self._wrong(row.place, problem)
         return path
+
+    def _check_back_slash(self, row: Row) -> None:
+        """Refuses the first path with a back-slash where it is one of Windows. (Other names may hold one, too.)"""
+        cell, turned = str(row.path), str(row.path).replace("\\", "/")
+        if not isinstance(self._files, LocalFiles) or os.path.lexists(os.path.join(self._files.root, cell.encode())):
+            return
+        if re.match(r"[A-Za-z]:\\", cell) or os.path.exists(os.path.join(self._files.root, turned.encode())):
+            there = "" if turned[1:2] == ":" else f", and {turned!r} is there"
+            step = "with / in place of each \\ and relative to the table" if not there else "with / in place of each \\"
+            raise self._wrong(
+                row.place, f"the path {cell!r} has the back-slashes of Windows{there}: write paths {step}"
+            )
 
     def _split_of(self, row: Row) -> str:
         if row.split is None:
@@ -215,6 +235,12 @@ class _Rows:
         return AlexprepError(f"{self._shown}: {lines} both name {as_text(path)!r}, with {what}: delete one")
 
 
+def _split_of_folder(files: Files, name: bytes) -> str | None:
+    """The split of a hub's image folder, validation/metadata.csv, whose own name tells none."""
+    folder = files.display().rpartition("/")[2]
+    return SPLITS.get(folder.lower()) if name in IMAGE_FOLDER_LISTS else None
+
+
 # Rows: nothing is held but a batch
 
 
@@ -251,7 +277,13 @@ def _text_rows(files: Files, name: bytes) -> Iterator[Row]:
                     width = len(cells)
                     # No header: two cells of which the first can be a file's name and the second is no column's.
                     if width != 2 or not set("./") & set(cells[0]) or cells[1].strip().lower() in LABEL_NAMES:
-                        path, label, split = _columns(cells, f"{shown}, line {line}")
+                        where = f"{shown}, line {line}"
+                        try:
+                            path, label, split = _columns(cells, where)
+                        except AlexprepError:
+                            if problem := _header_problem(files, cells, next(reader, []), delimiter):
+                                raise AlexprepError(f"{where}: {problem}") from None
+                            raise
                         continue
                 if len(cells) != width:
                     raise AlexprepError(
@@ -289,6 +321,45 @@ def _columns(names: Sequence[str], shown: str) -> tuple[int, int, int | None]:
     return path, label, split
 
 
+def _header_problem(files: Files, header: Sequence[str], row: Sequence[str], delimiter: str) -> str:
+    """What is seen in a header without the columns that are needed, and in the first `row` below it; empty for nothing.
+
+    Cells that are separated by another character than the table's name says; or a column of pictures' names, as in Kaggle's lists
+    `id,breed`, whose pictures are looked for in the table's folder and in those in it.
+    """
+    names = {",": "a comma (.csv)", "\t": "a tab (.tsv)", ";": "a semicolon", "|": "a bar"}
+    other = next((mark for mark in names if mark != delimiter and mark in header[0]), None)
+    if len(header) == 1 and other is not None:
+        step = (
+            "give the file the ending that belongs to it" if other in ",\t" else f"put {names[delimiter]} in its place"
+        )
+        return f"the separator is {names[other]}, where {names[delimiter]} was expected: {step}, with cells that hold it in double quotes"
+    if not isinstance(files, LocalFiles) or set(PATHS) & {name.strip().lower() for name in header}:
+        return ""
+    for name, cell in zip(header, row, strict=False):
+        path = _picture_meant(files, cell)
+        if path is not None:
+            meant = as_text(path)
+            before, _, after = meant.partition(cell)
+            if not before and not after:
+                return f"the column {name!r} has the paths of pictures, as {cell!r}: call it path, and that of the labels label"
+            short = [f"folder {before.rstrip('/')}"] * bool(before) + ["ending"] * bool(after)
+            return (
+                f"the column {name!r} has the names of pictures without their {' and '.join(short)}: {cell!r} is {meant}, in the image "
+                f"folder beside this table. Write a table with the columns path (here {meant}) and label, and name that as SOURCE"
+            )
+    return ""
+
+
+def _picture_meant(files: LocalFiles, cell: str) -> bytes | None:
+    """The file that a cell names, perhaps without folder and ending, in the table's folder or those in it."""
+    if not cell or "\0" in cell or len(cell) > _MAX_FILE_NAME:
+        return None
+    folders = [b"", *files.folder_names()[:_FOLDERS_LOOKED_INTO]]
+    paths = (os.path.join(folder, f"{cell}{end}".encode()) for folder in folders for end in ("", *_PICTURE_ENDINGS))
+    return next((path for path in paths if os.path.isfile(os.path.join(files.root, path))), None)
+
+
 def _lines(file: BinaryIO, shown: str) -> Iterator[str]:
     gzipped = file.read(2) == b"\x1f\x8b"
     file.seek(0)
@@ -320,6 +391,8 @@ def _parquet_rows(files: Files, name: bytes) -> Iterator[Row]:
         with _opened(files, name) as file:
             table = pq.ParquetFile(file)
             schema = table.schema_arrow
+            if words := images_inside(schema):
+                raise AlexprepError(f"{shown} is {words}")
             columns = [schema.names[n] for n in _columns(schema.names, shown) if n is not None]
             for what, column in zip(("path", "label", "split"), columns, strict=False):
                 _check_type(schema.field(column), what, shown)
