@@ -10,7 +10,7 @@ import importlib
 
 from alexprep.shards.errors import AlexprepError, AmbiguousSourceError
 from alexprep.shards.sources import BY_FOLDERS, LAYOUTS
-from alexprep.shards.sources.base import NO_CHOICES, Choices, Source
+from alexprep.shards.sources.base import NO_CHOICES, Choices, Source, as_options
 from alexprep.shards.sources.foreign_formats import foreign
 from alexprep.shards.sources.tree import is_picture, read_tree
 from alexprep.shards.storage import Files, files_at
@@ -31,7 +31,7 @@ def find_source(place: str, layout: str | None = None, choices: Choices = NO_CHO
         try:
             source = _source_class(candidate).at(files, name, choices)
         except AlexprepError:
-            if candidate == layout or candidate not in BY_FOLDERS or _has_pictures(files):
+            if name or layout or candidate not in BY_FOLDERS or _has_pictures(files):
                 raise
             if words := foreign(files, name):  # what has no ending counted as pictures, and is something else
                 raise AlexprepError(words) from None
@@ -45,6 +45,10 @@ def find_source(place: str, layout: str | None = None, choices: Choices = NO_CHO
             if layout is None and source.whole and candidate in _BESIDE_FOLDERS:
                 _check_no_class_folders(files, candidate)
             return source
+    if choices != NO_CHOICES:
+        raise AlexprepError(
+            f"SOURCE {place} holds no class folders, of which {as_options(choices)} could speak: leave it out"
+        )
     if layout:
         raise AlexprepError(f"SOURCE {place} has not the layout {layout!r}: expected {_source_class(layout).expects}")
     if words := foreign(files, name):
