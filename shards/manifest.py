@@ -82,7 +82,8 @@ def read_sidecar(plan: Plan, shard: Shard) -> Sidecar | None:
 
 def rejects_in(sidecar: Sidecar) -> int:
     """How many inputs of a shard are rejected."""
-    return len(sidecar["inputs"]) - sidecar["samples"]
+    samples: int = sidecar["samples"]
+    return len(sidecar["inputs"]) - samples
 
 
 def publish_sidecar(plan: Plan, shard: Shard, sidecar: Sidecar, before: bytes) -> None:

@@ -169,7 +169,8 @@ def _archive(files: Files, path: bytes, head: bytes) -> str:
     if head.startswith((b"PK\x03\x04", b"PK\x05\x06")):
         return _zip(files, path, head)
     if _is_tar(head):
-        return "a tar: give it a name that ends in .tar, and name it, if it holds CLASS/IMAGE or is a webdataset"
+        step = "" if path.lower().endswith(b".tar") else "give it a name that ends in .tar, and "
+        return f"a tar: {step}name it, or the folder that holds it and its like, if it holds CLASS/IMAGE or is a webdataset"
     for first, method, program, decompress in _METHODS:
         if head.startswith(first):
             return _compressed(_first_bytes(files, path, _COMPRESSED_HEAD), path, method, program, decompress)
@@ -227,11 +228,16 @@ def _is_tar(head: bytes) -> bool:
 
 def _table_of_images(files: Files, path: bytes, head: bytes) -> str:
     if head.startswith(b"PAR1"):
-        with contextlib.suppress(OSError, AlexprepError, pa.ArrowException):
-            local = isinstance(files, LocalFiles)
-            with open_regular(os.path.join(files.root, path)) if local else io.BytesIO(files.read(path)) as file:
-                if words := images_inside(pq.read_schema(file)):
-                    return words
+        with (
+            contextlib.suppress(OSError, AlexprepError, pa.ArrowException),
+            (
+                open_regular(os.path.join(files.root, path))
+                if isinstance(files, LocalFiles)
+                else io.BytesIO(files.read(path))
+            ) as file,
+        ):
+            if words := images_inside(pq.read_schema(file)):
+                return words
         return "a Parquet table: name it itself as SOURCE, ending in .parquet, if it has the columns path and label"
     # The stream of record batches that `save_to_disk` writes: a continuation mark, and the size of the schema that follows.
     if head.startswith(b"\xff\xff\xff\xff") and len(head) > 8 and 0 < struct.unpack_from("<i", head, 4)[0] < 2**24:
