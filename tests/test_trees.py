@@ -13,6 +13,7 @@ from tests.support.command_line import listed
 from tests.support.trees import CONTAINER_WORDS, SPLIT_WORDS, pack_tree, random_tree, write_tree
 
 MEANING = {word.lower() for word in (*SPLIT_WORDS, *CONTAINER_WORDS)}
+MEANT = {word.lower(): {"tr": "train", "te": "test"}.get(word[:2].lower(), "val") for word in SPLIT_WORDS}
 Rows = set[tuple[str, str, bytes]]  # split, class, path in the tree
 
 
@@ -45,6 +46,16 @@ def outcome(place: Path, files: set[bytes], options: str = "") -> Rows | Alexpre
     return rows_of(listing)
 
 
+def check_paths(rows: Rows, with_lists: bool) -> None:
+    """The path of each picture says its class, if no list does, and its split, where a folder is named as one."""
+    for split, class_name, path in rows:
+        folders = os.path.dirname(path).decode("utf-8", "backslashreplace")
+        assert with_lists or split == "test" or class_name
+        assert with_lists or f"/{class_name}/" in f"/{folders}/" or not class_name, (path, class_name)
+        told = {MEANT[word.lower()] for word in folders.split("/") if word.lower() in MEANT}
+        assert split in (told or {"train", "val", "test"}), (path, split)
+
+
 def ways_of(error: AmbiguousSourceError, place: Path) -> Iterator[str]:
     """The options of a question; what names another SOURCE is another question."""
     assert error.ways
@@ -74,6 +85,7 @@ def check_tree(seed: int, work: Path) -> str:
     if isinstance(got, set):
         words = {word.lower() for _, class_name, _ in got for word in class_name.split("/")}
         assert not words & MEANING, words & MEANING
+        check_paths(got, any(path.endswith(b".txt") for path in tree))
     elif isinstance(got, AmbiguousSourceError):
         for way in ways_of(got, place):
             chosen = outcome(place, files, way)
