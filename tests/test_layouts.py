@@ -197,10 +197,17 @@ def test_what_lists_and_folders_lack_is_told(name: str, gone: str, more: str, wa
     assert listing.account.found == sum(not path.endswith("/") for path in made.files) - 1 + bool(more)
 
 
-def test_a_list_of_that_name_in_another_form_is_no_such_set(tmp_path: Path) -> None:
-    made = MINIATURES["Food-101"]()
-    place = type(made)({**made.files, **texts({"food-101/meta/train.txt": ["waffles 3"]})}).write(tmp_path)
-    assert listed(place).source.layout == "folders"
+def test_lists_of_these_names_in_another_form_are_a_question(tmp_path: Path) -> None:
+    """As NABirds has the lists of CUB-200-2011, with names in place of numbers."""
+    made = MINIATURES["CUB-200-2011"]()
+    place = type(made)({**made.files, **texts({"CUB_200_2011/images.txt": ["0000139e-21dc 001.a/b.jpg"]})}).write(
+        tmp_path
+    )
+    with pytest.raises(AmbiguousSourceError, match="lists named as those of CUB-200-2011") as raised:
+        listed(place)
+    assert made.rows is not None
+    rows = rows_of(listed(place, raised.value.ways[0][0]))
+    assert rows == {path: ("train", *row[1:]) for path, row in made.rows.items()}
 
 
 def test_folders_alone_are_read_where_the_user_says_so(tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ class Places365(Published):
     roots = (b"data_", b"val_", b"test_")
 
     @classmethod
-    def fits(cls, files: Files, folder: bytes) -> bool:
+    def fits(cls, files: Files, folder: bytes, whatever: bool = False) -> bool:
         """See `Published`: the lists may lie in the folder that their archive unpacks to."""
         form = re.compile(rb"/\w/\S+ \d+\s")
         lists = (os.path.join(folder, path) for path in (b"", *_filelists(files, folder)))

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from alexprep.shards.errors import AlexprepError
+from alexprep.shards.errors import AlexprepError, AmbiguousSourceError
 from alexprep.shards.sources.base import (
     BESIDE,
     LIST,
@@ -175,18 +175,25 @@ class Published(Source):
 
     @classmethod
     def at(cls, files: Files, name: bytes, choices: Choices = NO_CHOICES) -> Source | None:
-        """See `Source`: where all `marks` are."""
+        """See `Source`: where all `marks` are. Lists of their names in another form, which several sets have, are a question."""
         needed = {path.split(b"/")[0] for path in cls.marks}
+        lists = [path for path, form in cls.marks.items() if form is not None]
         for folder, names in () if name else may_hold(files):
             if needed <= names and cls.fits(files, folder):
-                lists = (as_text(path) for path, form in cls.marks.items() if form is not None)
-                return cls(files, folder, whole=True, evidence=f"lists {', '.join(lists)}" if cls.marks else "")
+                evidence = f"lists {', '.join(map(as_text, lists))}" if lists else ""
+                return cls(files, folder, whole=True, evidence=evidence)
+            if len(lists) > 1 and needed <= names and cls.fits(files, folder, whatever=True):
+                raise AmbiguousSourceError(
+                    f"SOURCE {files.display(folder)} has lists named as those of {cls.expects}; but what is in them has another form.",
+                    [("--layout folders", "the folders alone tell splits and classes, and the lists are not read")],
+                )
         return None
 
     @classmethod
-    def fits(cls, files: Files, folder: bytes) -> bool:
-        """Whether a folder has all the marks."""
-        return all(has(files, os.path.join(folder, path), form) for path, form in cls.marks.items())
+    def fits(cls, files: Files, folder: bytes, whatever: bool = False) -> bool:
+        """Whether a folder has all the marks; `whatever` is in the lists, or in their form."""
+        forms = {path: ANY if form and whatever else form for path, form in cls.marks.items()}
+        return all(has(files, os.path.join(folder, path), form) for path, form in forms.items())
 
     @classmethod
     def is_named(cls, folder: Folder) -> bool:

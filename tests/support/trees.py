@@ -79,6 +79,8 @@ def random_tree(seed: int) -> Tree:
     else:
         _dataset(rng, tree, top)
     folders = sorted({b"", *(path[: path.rfind(b"/") + 1] for path in tree)})
+    if rng.random() < 0.1:
+        _add(tree, b"preview.jpg")
     for _ in range(rng.choice((0, 0, 1, 2, 4))):
         _add(tree, rng.choice(folders) + rng.choice(_STRAYS))
     return tree
@@ -114,7 +116,7 @@ def _dataset(rng: random.Random, tree: Tree, top: bytes) -> None:
         splits = [word.encode() + b"/" for word in rng.sample(SPLIT_WORDS, rng.choice((1, 2, 2, 2, 3)))]
         splits = [split + (split if rng.random() < 0.1 else b"") for split in splits]
         splits += [b""] * (rng.random() < 0.1)  # classes beside the splits
-    form = rng.choice(("plain", "plain", "plain", "inner", "groups", "letters", "mixed", "flat"))
+    form = rng.choice(("plain", "plain", "plain", "inner", "groups", "letters", "mixed", "flat", "parts", "inside"))
     classes = _some_classes(rng)
     for split in splits:
         if form == "flat" or (split and rng.random() < 0.15):
@@ -125,9 +127,10 @@ def _dataset(rng: random.Random, tree: Tree, top: bytes) -> None:
                 _add(tree, top + split.split(b"/")[0] + b".txt", "\n".join(lines).encode("utf-8", "replace"))
             continue
         for name in classes if rng.random() < 0.7 else rng.sample(classes, rng.randint(1, len(classes))):
-            folder = top + split + _class_path(rng, form, name) + b"/"
-            _add(tree, folder)
-            _pictures(rng, tree, folder, rng.choice((0, 1, 2, 3, 30)) if rng.random() < 0.3 else 2)
+            for _ in range(2 if form in ("parts", "inside", "mixed") else 1):
+                folder = top + split + _class_path(rng, form, name) + b"/"
+                _add(tree, folder)
+                _pictures(rng, tree, folder, rng.choice((0, 1, 2, 3, 30)) if rng.random() < 0.3 else 2)
 
 
 def _class_path(rng: random.Random, form: str, name: bytes) -> bytes:
@@ -137,6 +140,10 @@ def _class_path(rng: random.Random, form: str, name: bytes) -> bytes:
         return rng.choice((b"Aves", b"Plantae", b"data")) + b"/" + name
     if form == "letters":
         return name[:1] + b"/" + name
+    if form == "parts":
+        return name + rng.choice((b"/images", b"/masks", b"/img"))
+    if form == "inside":
+        return name + b"/" + rng.choice(SPLIT_WORDS).encode()
     if form == "mixed":
         return name + rng.choice((b"", b"/extra", b"/extra/more"))
     return name
