@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,6 +82,8 @@ def shard(
     from alexprep.cli import output
     from alexprep.shards.conversion import convert
     from alexprep.shards.image_codec import Target
+    from alexprep.shards.inspection import Inspection, inspect_source, passed_over_rows
+    from alexprep.shards.listing import Listing
     from alexprep.shards.plan import ShardOptions
     from alexprep.shards.sources.ilsvrc import check_archives
     from alexprep.shards.sources.layout_detection import find_source
@@ -92,26 +95,36 @@ def shard(
     found = find_source(source, layout)
     if check_archive:
         click.echo(f"MD5 as published: {', '.join(check_archives(found.files))}", err=True)
+    seen: list[Inspection] = []
+
+    def announce(listing: Listing) -> None:
+        seen.append(inspect_source(listing, sample=0))
+        output.note(seen[0].opening())
+
     with output.progress("sharding") as show:
-        done = convert(found, out, options, engine, show)
-    rows = [("layout of SOURCE", found.layout), ("inputs", f"{done.inputs:,}")]
-    rows += [(f"{split} images", f"{count:,}") for split, count in done.samples.items()]
-    rows += [("bytes kept as they were", f"{done.kept:,} images")] if done.kept else []
+        done = convert(found, out, options, engine, show, announce=announce)
+    passed_over = sum(passed.count for passed in done.passed_over.values())
+    rows = [("found", f"{done.inputs + passed_over:,}"), ("written", f"{done.written:,}")]
+    rows += [(f"  {split}", f"{count:,}") for split, count in done.samples.items()]
+    rows += [("  bytes kept as they were", f"{done.kept:,}")] if done.kept else []
     rows += [("rejected", f"{done.rejected.total():,}")]
     rows += [(f"  {count:,}", reason) for reason, count in done.rejected.most_common(10)]
-    rows += [("shards", decimal(done.bytes))]
+    rows += [*passed_over_rows(done.passed_over), ("shards", decimal(done.bytes))]
     made, rate = done.made_inputs, done.made_inputs / done.seconds
     rows += [("this run", f"{made:,} inputs in {done.seconds:.1f} s, {rate:,.0f}/s" if made else "nothing was missing")]
-    rows += [("data set", str(out)), ("every input's fate", str(out / "*" / "samples.parquet"))]
+    rows += [("dataset", str(out)), ("every input's fate", str(out / "*" / "samples.parquet"))]
     output.table("Sharded.", rows)
     output.json_line(
         {
             "layout": found.layout,
+            "found": done.inputs + passed_over,
             "inputs": done.inputs,
             "samples": done.samples,
             "written": done.written,
             "rejected": done.rejected.total(),
             "reasons": dict(done.rejected),
+            "passed_over": {rule: asdict(passed) for rule, passed in done.passed_over.items()},
+            "warnings": seen[0].warnings,
             "kept": done.kept,
             "bytes": done.bytes,
             "converted_in_this_run": made,

@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from alexprep.shards.image_codec import Codec, Target, read_raw
 from alexprep.shards.image_header import Refused
-from alexprep.shards.inspection import Inspection, inspect_source, pick
+from alexprep.shards.inspection import Inspection, inspect_source, pick, printable
 from alexprep.shards.listing import Listing
 from alexprep.shards.shard_writer import bound_memory, open_codec, shared_codec
 from alexprep.shards.sources.base import Location, Source
@@ -140,10 +140,9 @@ def _write(
     width: int,
     behind: tuple[int, int, int] | None = None,
 ) -> None:
-    """One line, cut to `width`; letters that Pillow's own font lacks are written as escapes."""
+    """One line in Pillow's own font, cut to `width`; what is not ASCII is written as escapes."""
     font = ImageFont.load_default(size)
-    text = "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
-    text = text.encode("latin-1", "backslashreplace").decode("latin-1")
+    text = printable(text).encode("ascii", "backslashreplace").decode()  # it has no other letters
     if font.getlength(text) > width:
         while text and font.getlength(text + "...") > width:
             text = text[:-1]

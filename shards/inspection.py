@@ -53,9 +53,9 @@ PIXELS = "pixels"  # the format of what a source gives decoded
 class Spread(NamedTuple):
     """The least, the median and the greatest of some numbers."""
 
-    least: float
+    min: float
     median: float
-    most: float
+    max: float
 
     @classmethod
     def of(cls, values: Sequence[int] | NDArray[np.int64]) -> Spread | None:
@@ -155,13 +155,24 @@ class Inspection:
 
     def as_json(self) -> dict[str, Any]:
         """What `--json` prints; the keys are listed in docs/formats.md."""
-        document = {**asdict(self), "inputs": self.inputs, "rows": [row._asdict() for row in self.rows]}
-        for held, split in zip(document["splits"].values(), self.splits.values(), strict=True):
-            held["per_class"] = split.per_class and split.per_class._asdict()
-        for name in ("width", "height", "bytes"):
-            spread: Spread | None = getattr(self.sample, name)
-            document["sample"][name] = spread and spread._asdict()
-        return document
+        sample = {name: _without_types(value) for name, value in vars(self.sample).items()}
+        splits = {
+            split: {name: _without_types(value) for name, value in vars(held).items()}
+            for split, held in self.splits.items()
+        }
+        return {
+            "layout": self.layout,
+            "evidence": self.evidence,
+            "found": self.found,
+            "inputs": self.inputs,
+            "passed_over": {rule: asdict(passed) for rule, passed in self.passed_over.items()},
+            "splits": splits,
+            "classes": self.classes,
+            "numbering": self.numbering,
+            "rows": [dict(zip(("file", "split", "class", "label"), row, strict=True)) for row in self.rows],
+            "sample": sample,
+            "warnings": self.warnings,
+        }
 
     def _classes_line(self) -> str:
         if not self.classes:
@@ -349,7 +360,11 @@ def _by_pillow(data: bytes, kind: str) -> Header | Refused:
     return too_large(*header) or header
 
 
-# Lines of text.
+# What is shown.
+
+
+def _without_types(value: Any) -> Any:
+    return value._asdict() if isinstance(value, Spread) else value
 
 
 def _plain(number: float) -> float:
