@@ -62,7 +62,7 @@ class Spread(NamedTuple):
         """None where there are no values."""
         if not len(values):
             return None
-        return cls(*(_plain(value) for value in (np.min(values), np.median(values), np.max(values))))
+        return cls(*(_plain(float(value)) for value in (np.min(values), np.median(values), np.max(values))))
 
 
 @dataclass(frozen=True)
@@ -248,7 +248,7 @@ def _numbering(listing: Listing) -> str:
     """How the classes got their labels, as the order of their names tells it."""
     classes = listing.classes
     in_order = sorted_names(classes)
-    if classes == in_order and all(name.isascii() and name.isdigit() for name in classes):
+    if classes and classes == in_order and all(name.isascii() and name.isdigit() for name in classes):
         return AS_NUMBERS
     if classes == sorted(classes, key=str.encode):
         return BY_NAME
@@ -369,7 +369,7 @@ def _without_types(value: Any) -> Any:
 
 def _plain(number: float) -> float:
     """A whole number as an int."""
-    return int(number) if number == int(number) else float(number)
+    return int(number) if number == int(number) else number
 
 
 def _range(spread: Spread, unit: str, of_least: str = "") -> str:
