@@ -9,7 +9,7 @@ import functools
 import importlib
 
 from alexprep.shards.errors import AlexprepError
-from alexprep.shards.sources import LAYOUTS
+from alexprep.shards.sources import BY_FOLDERS, LAYOUTS
 from alexprep.shards.sources.base import NO_CHOICES, Choices, Source
 from alexprep.shards.storage import files_at
 
@@ -22,9 +22,14 @@ def find_source(place: str, layout: str | None = None, choices: Choices = NO_CHO
         AmbiguousSourceError: there are several readings, and `layout` and `choices` do not tell which is meant.
     """
     files, name = files_at(place)
-    for candidate in (layout,) if layout else LAYOUTS:
+    for candidate in (layout,) if layout else LAYOUTS if choices == NO_CHOICES else BY_FOLDERS:
         source = _source_class(candidate).at(files, name, choices)
         if source is not None:
+            if source.choices != choices:
+                raise AlexprepError(
+                    f"--split-folders and --class-depth are for folders and tars of class folders; SOURCE {place} has the "
+                    f"layout {candidate!r}: leave them out"
+                )
             return source
     if layout:
         raise AlexprepError(f"SOURCE {place} has not the layout {layout!r}: expected {_source_class(layout).expects}")
