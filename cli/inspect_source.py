@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from alexprep.cli.options import json_option
-from alexprep.shards.sources import LAYOUTS
+from alexprep.cli.options import json_option, labels_option, source_options
+
+if TYPE_CHECKING:
+    from alexprep.shards.listing import ClassNames
+    from alexprep.shards.sources.base import Choices
 
 
 @click.command("inspect", short_help="What a source holds, before anything is done.")
 @click.argument("source")
-@click.option("--layout", type=click.Choice(list(LAYOUTS)), help="What SOURCE is.  [default: found by looking]")
-@click.option(
-    "--labels",
-    default="auto",
-    metavar="auto|sorted|ilsvrc-id|FILE",
-    show_default=True,
-    help="How classes are numbered.",
-)
+@source_options
+@labels_option
 @click.option(
     "--picture",
     type=click.Path(dir_okay=False, path_type=Path),
@@ -27,7 +25,15 @@ from alexprep.shards.sources import LAYOUTS
     help="Also draw a contact sheet: images of ten classes beside their names and labels.",
 )
 @json_option
-def inspect_command(source: str, layout: str | None, labels: str, picture: Path | None, as_json: bool) -> None:
+def inspect_command(
+    source: str,
+    layout: str | None,
+    choices: Choices,
+    class_names: ClassNames | None,
+    labels: str,
+    picture: Path | None,
+    as_json: bool,
+) -> None:
     """Show what `alexprep shard SOURCE` would do, without decoding or writing anything.
 
     The layout and why it is taken for one, splits, classes and how they are numbered, how many images each class has, a few
@@ -44,7 +50,7 @@ def inspect_command(source: str, layout: str | None, labels: str, picture: Path 
 
     if picture is not None:
         _check_picture(picture)
-    listing = list_inputs(find_source(source, layout), labels)
+    listing = list_inputs(find_source(source, layout, choices), labels, class_names)
     found = inspect_source(listing)
     click.echo(found)
     if picture is not None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from alexprep.cli.options import data_folder_option, engine_options, json_option, source_options
+from alexprep.cli.options import data_folder_option, engine_options, json_option, labels_option, source_options
 
 if TYPE_CHECKING:
     from alexprep.shards.listing import ClassNames
@@ -38,13 +38,7 @@ if TYPE_CHECKING:
 @click.option("--quality", type=int, default=95, help="JPEG quality, 1-100.")
 @click.option("--subsampling", type=click.Choice(["420", "422", "444"]), default="420", help="Of a JPEG's chroma.")
 @click.option("--orient", is_flag=True, help="Apply the EXIF orientation (the original did not).")
-@click.option(
-    "--labels",
-    default="auto",
-    metavar="auto|sorted|ilsvrc-id|FILE",
-    help="How classes are numbered: as the source does, or by sorted name where it does not; by sorted name; by the "
-    "devkit's ID; by a file with one class name a line.",
-)
+@labels_option
 @click.option(
     "--device",
     type=click.Choice(["cpu", "cuda"]),
