@@ -110,7 +110,7 @@ class Inspection:
 
     Attributes:
         layout: as `--layout` names it.
-        evidence: why it is read so; the end of the sentence "SOURCE is …".
+        evidence: why it is read so; empty where the layout's name says it.
         found: how many files, members of archives or rows there are.
         splits: what each holds.
         classes: the class names by label.
@@ -139,8 +139,9 @@ class Inspection:
 
     def opening(self) -> str:
         """The first lines: the layout and why, the splits, the classes, the warnings."""
-        rows = [("layout", self.layout), *((split, _split_line(held)) for split, held in self.splits.items())]
-        lines = [f"SOURCE is {printable(self.evidence)}.", *_aligned([*rows, ("classes", self._classes_line())])]
+        layout = f"{self.layout}: {self.evidence}" if self.evidence else self.layout
+        rows = [("layout", layout), *((split, _split_line(held)) for split, held in self.splits.items())]
+        lines = [f"SOURCE holds {self.inputs:,} inputs.", *_aligned([*rows, ("classes", self._classes_line())])]
         return "\n".join(lines + [f"Warning: {printable(words)}" for words in self.warnings])
 
     def __str__(self) -> str:
