@@ -586,7 +586,7 @@ def test_a_tar_has_the_splits_and_classes_of_its_folder(wrap: str, names: tuple[
             "holds test, which by name is a split, and beside it 2 pictures in 2 other",
         ),
         (
-            ("cat/a.jpg", "dog/b.jpg", "dog/deep/c.jpg"),
+            ("cat/a.jpg", "dog/b.jpg", "dog/deep/c.jpg", "dog/deep/d.jpg"),
             "pictures on several levels. Any of these levels may be the classes",
         ),
         (("Test/c0/deep/a.jpg", "Test/c1/a.jpg"), "folders that hold folders .c0/deep"),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from alexprep.shards.errors import AlexprepError, AmbiguousSourceError
@@ -23,6 +23,7 @@ from alexprep.shards.sources.base import (
     UNLABELLED,
     Account,
     Choices,
+    as_options,
     class_name_of,
     split_of,
 )
@@ -64,6 +65,7 @@ def _few(count: int) -> int:
     return max(1, count // 20)
 
 
+_word_and_number = re.compile(rb"([^\d.]*[^\d._ -])[._ -]*\d+\.\w+").fullmatch
 _wordnet_id = re.compile(rb"n\d{8}").fullmatch
 
 
@@ -96,11 +98,13 @@ class Reading:
         splits: in ascending order of the split.
         evidence: why, in words.
         warnings: what needs no decision.
+        skipped: how many folders between a split's folder and its class folders only wrap these, by split.
     """
 
     splits: list[SplitFolder]
     evidence: str = ""
     warnings: list[str] = field(default_factory=list)
+    skipped: dict[str, int] = field(default_factory=dict)
 
 
 def read_folders(
@@ -113,6 +117,35 @@ def read_folders(
         AlexprepError: none does, or `choices` name what is not there.
     """
     _refuse_detection_sets(root, shown)
+    try:
+        return _read(root, shown, truth_of, choices, split)
+    except _Question as question:
+        ways: list[tuple[str, str]] = []
+        refusal = ""
+        for given, meaning in question.ways:
+            chosen = replace(choices, **{name: value for name, value in vars(given).items() if value is not None})
+            try:
+                _read(root, shown, truth_of, chosen, split)
+            except _Question:
+                pass  # leads to another question
+            except AlexprepError as error:
+                refusal = str(error)
+                continue
+            ways.append((as_options(given), meaning))
+        if not ways:
+            raise AlexprepError(f"{question.found} {refusal}".strip()) from None
+        raise AmbiguousSourceError(question.found, ways) from None
+
+
+class _Question(Exception):
+    """A doubt: what was found, and (what to choose, what it means) of each way out."""
+
+    def __init__(self, found: str, ways: Sequence[tuple[Choices, str]]) -> None:
+        super().__init__(found)
+        self.found, self.ways = found, ways
+
+
+def _read(root: Folder, shown: str, truth_of: FindTruth, choices: Choices, split: str) -> Reading:
     reading = Reading([])
     if choices.split_folders is None:
         parts, where = _split_parts(root, shown, split, reading)
@@ -227,14 +260,13 @@ def _split_parts(root: Folder, shown: str, split: str, reading: Reading) -> tupl
     base = _unwrapped(root)
     filled = base.filled
     named = {folder.path: SPLITS.get(_lower(folder)) for folder in filled}
-    if not any(named.values()):
-        told = {folder.path: split_of(folder.name) for folder in filled}
-        others = [
-            folder
-            for folder in filled
-            if not told[folder.path] and _lower(folder).split("_")[-1] not in _WITHOUT_LABELS
-        ]
-        if len({name for name in told.values() if name}) > 1 and not others:
+    told = {folder.path: split_of(folder.name) for folder in filled}  # also test1 and seg_train
+    if any(named.values()):
+        exact = set(named.values())
+        named |= {path: name for path, name in told.items() if not named[path] and name not in exact}
+    else:
+        silent = [f for f in filled if not told[f.path] and _lower(f).split("_")[-1] not in _WITHOUT_LABELS]
+        if len({name for name in told.values() if name}) > 1 and not silent:
             named = told
     splits = {folder.path: name for folder in filled if (name := named[folder.path])}
     if not splits:
@@ -269,11 +301,11 @@ def _check_one_each(splits: dict[bytes, str], base: Folder, shown: str) -> None:
     for name in set(splits.values()):
         paths = [as_text(path) for path, split in splits.items() if split == name]
         if len(paths) > 1:
-            others = "".join(f",{split}={as_text(path)}" for path, split in splits.items() if split != name)
-            raise AmbiguousSourceError(
+            others = [(split, as_text(path)) for path, split in splits.items() if split != name]
+            raise _Question(
                 f"SOURCE {_shown(base, shown)} holds {' and '.join(os.path.basename(path) for path in paths)}, which both mean {name!r}.",
                 [
-                    (f"--split-folders {name}={path}{others}", f"{path} is, and the others are passed over")
+                    (Choices(((name, path), *others)), f"{os.path.basename(path)} is, and the other is passed over")
                     for path in paths
                 ],
             )
@@ -291,14 +323,14 @@ def _weigh_beside(splits: dict[bytes, str], beside: list[Folder], base: Folder, 
             f"{outside:,} pictures beside the split folders of {_shown(base, shown)} are passed over ({names})"
         )
         return
-    given = ",".join(f"{split}={as_text(path)}" for path, split in splits.items())
-    ways = [(f"--split-folders {given}", "these are the splits, and what lies beside them is passed over")]
+    given = tuple((split, as_text(path)) for path, split in splits.items())
+    ways = [(Choices(given), "these are the splits, and what lies beside them is passed over")]
     if "train" not in splits.values():
         here = as_text(base.path) or "."
-        ways.append((f"--split-folders train={here},{given}", "the folders beside them are the classes of train"))
-    ways.append(("--split-folders none", "no folder means a split: all of them are classes of train"))
+        ways.append((Choices((("train", here), *given)), "the folders beside them are the classes of train"))
+    ways.append((Choices(()), "no folder means a split: all of them are classes of train"))
     found = " and ".join(os.path.basename(as_text(path)) for path in splits)
-    raise AmbiguousSourceError(
+    raise _Question(
         f"SOURCE {_shown(base, shown)} holds {found}, which by name {'is a split' if len(splits) == 1 else 'are splits'}, and beside "
         f"{'it' if len(splits) == 1 else 'them'} {outside:,} pictures in {len(beside):,} other folders ({names}).",
         ways,
@@ -355,6 +387,7 @@ def _read_split(
         and (top.filled[0].filled or _wraps_pictures(top, top.filled[0], split))
     ):
         top = top.filled[0]
+        reading.skipped[split] = reading.skipped.get(split, 0) + 1
     if top.pictures:
         flat = _flat(split, top, shown, truth_of, numbered, reading)
         if flat is not None:
@@ -383,7 +416,7 @@ def _flat(
         raise AlexprepError(
             f"{place} holds no class folders, and nothing beside it tells the classes of its images: sort them into "
             f"{place}/CLASS/IMAGE, put a ground truth into SOURCE (LOC_{split}_solution.csv, {split}.txt, or the devkit), "
-            "or move it away"
+            f"or move it away{_words_in_names(top)}"
         )
     if truth is None:
         reading.warnings.append(
@@ -397,6 +430,18 @@ def _flat(
     return SplitFolder(split, top.path, flat=True, truth=truth)
 
 
+def _words_in_names(top: Folder) -> str:
+    """A hint where the names of pictures begin with a few words, as cat.0.jpg and dog.0.jpg: they may be the classes."""
+    words = [match[1] for name in top.pictures if (match := _word_and_number(name))]
+    kinds = sorted(set(words))
+    if len(words) < len(top.pictures) or not 1 < len(kinds) <= max(2, len(words) // 2):
+        return ""
+    return (
+        f". The names begin with {', '.join(map(as_text, kinds[:3]))}{', …' if len(kinds) > 3 else ''}: if these are the classes, write "
+        "a list of path and label (CSV) by them, and name that as SOURCE"
+    )
+
+
 def _weigh_loose(split: str, top: Folder, shown: str, reading: Reading) -> None:
     """Warns of pictures beside class folders, or asks where they are many."""
     place, sure = _shown(top, shown), _loose(top)
@@ -407,9 +452,14 @@ def _weigh_loose(split: str, top: Folder, shown: str, reading: Reading) -> None:
     if loose <= _few(top.count):
         reading.warnings.append(f"{words}: they are passed over")
         return
-    raise AmbiguousSourceError(
+    raise _Question(
         f"{words}, beside {len(top.filled):,} folders with {sum(f.count for f in top.filled):,} pictures.",
-        [("--class-depth 1", "the folders are classes, and the pictures beside them are passed over")],
+        [
+            (
+                Choices(class_depth=1 + reading.skipped.get(split, 0)),
+                "the folders are classes, and the pictures beside them are passed over",
+            )
+        ],
     )
 
 
@@ -436,20 +486,25 @@ def _class_depth(split: str, top: Folder, shown: str, reading: Reading) -> Depth
     if _is_by_letter(children):
         return "leaf"  # a/abbey, and also a/apartment_building/outdoor
     depths = range(1, len(levels) + 1)
-    ways: list[tuple[str, str]] = []
+    ways: list[tuple[Choices, str]] = []
     for depth in depths:
         found = [name for name, _ in class_folders(SplitFolder(split, top.path, depth), top)]
-        ways.append((f"--class-depth {depth}", f"{len(found):,} classes, such as {as_text(found[0])}"))
+        ways.append(
+            (
+                Choices(class_depth=depth + reading.skipped.get(split, 0)),
+                f"{len(found):,} classes, such as {as_text(found[0])}",
+            )
+        )
     leaves = [name for name, _ in class_folders(SplitFolder(split, top.path, "leaf"), top)]
     ways.append(
         (
-            "--class-depth leaf",
+            Choices(class_depth="leaf"),
             f"each folder that holds pictures is a class: {len(leaves):,}, such as {as_text(leaves[0])}",
         )
     )
     mixed = any(child.pictures and child.filled for child in top.walk() if child is not top)
     what = "pictures on several levels" if mixed else f"folders that hold folders ({_example(children)})"
-    raise AmbiguousSourceError(
+    raise _Question(
         f"SOURCE: {_shown(top, shown)} holds {len(children):,} folders, and in them {what}. Any of these levels may be the classes.",
         ways,
     )
@@ -485,16 +540,12 @@ def _check_shared(classes_of: dict[str, list[str]], reading: Reading, shown: str
         if split == "train" or not train or not names or 2 * shared >= len(names):
             continue
         odd = next(name for name in names if name not in train)
-        paths = ",".join(f"{part.split}={as_text(part.path) or '.'}" for part in reading.splits)
+        paths = {part.split: (part.split, as_text(part.path) or ".") for part in reading.splits}
         ways = [
-            (f"--split-folders {paths}", "this is so: the classes of all splits are numbered together"),
-            *(
-                (f"--split-folders {part.split}={as_text(part.path) or '.'}", f"take {part.split} alone")
-                for part in reading.splits
-                if part.split in ("train", split)
-            ),
+            (Choices(tuple(paths.values())), "this is so: the classes of all splits are numbered together"),
+            *((Choices((paths[one],)), f"take {one} alone") for one in ("train", split)),
         ]
-        raise AmbiguousSourceError(
+        raise _Question(
             f"SOURCE {shown}: only {shared:,} of the {len(names):,} class names of {split} are among the {len(train):,} of train "
             f"({odd!r} is not).",
             ways,
@@ -512,11 +563,17 @@ def _check_names(classes_of: dict[str, list[str]], reading: Reading, root: Folde
         found = [name for name in classes_of[part.split] if any(word.lower() in CONTAINERS for word in name.split("/"))]
         if found:
             inner = max((sum(1 for _ in _levels(folder)) for _, folder in class_folders(part, top)), default=0)
-            ways = [("--class-depth 1", f"{found[0]} is a class")]
+            ways = [(Choices(class_depth=1 + reading.skipped.get(part.split, 0)), f"{found[0]} is a class")]
             if inner:
-                ways.append(("--class-depth leaf", "each folder that holds pictures is a class"))
-            ways += [] if part.path else [(f"SOURCE {_join(shown, found[0])}", "read this folder alone")]
-            raise AmbiguousSourceError(
+                ways.append((Choices(class_depth="leaf"), "each folder that holds pictures is a class"))
+            alone = os.path.join(as_text(part.path), found[0])
+            ways.append(
+                (
+                    Choices(((part.split, alone),)),
+                    f"{alone} alone is {part.split}, and what lies beside it is passed over",
+                )
+            )
+            raise _Question(
                 f"SOURCE: {_shown(top, shown)} holds {len(classes_of[part.split]):,} folders with pictures, and by its name {found[0]} is no "
                 "class but holds a dataset's pictures.",
                 ways,
