@@ -611,7 +611,7 @@ def test_images_in_no_class_folder_are_told_and_many_are_a_question(tmp_path: Pa
             account = Account()
             assert len(list(find_source(str(place)).inputs(account))) == 3
             assert (
-                account.passed_over["a picture in no class folder"].count == 2 and "1 pictures" in account.warnings[0]
+                account.passed_over["a picture in no class folder"].count == 2 and "1 picture in" in account.warnings[0]
             )
 
 

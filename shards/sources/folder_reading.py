@@ -217,14 +217,14 @@ def class_names(part: SplitFolder, root: Folder) -> list[str]:
 
 def _candidates(part: SplitFolder, top: Folder) -> list[tuple[bytes, Folder]]:
     """As `class_folders`, empty ones too."""
+    top = top.without(part.without)
     skip = len(top.path) + 1 if top.path else 0
-    without = set(part.without)
     if part.depth == "leaf":
         inner = [folder for folder in top.walk() if folder is not top and folder.pictures]
     else:
         inner = [top]
         for _ in range(part.depth):
-            inner = [below for folder in inner for below in folder.folders if below.path not in without]
+            inner = [below for folder in inner for below in folder.folders]
     return sorted(((folder.path[skip:], folder) for folder in inner), key=lambda found: found[0])
 
 
@@ -320,7 +320,7 @@ def _weigh_beside(splits: dict[bytes, str], beside: list[Folder], base: Folder, 
     names = ", ".join(as_text(folder.name) for folder in beside[:5]) or as_text(_loose(base)[0])
     if "train" in splits.values() and loose <= _few(inside):
         reading.warnings.append(
-            f"{outside:,} pictures beside the split folders of {_shown(base, shown)} are passed over ({names})"
+            f"{_counted(outside, 'picture')} beside the split folders of {_shown(base, shown)} are passed over ({names})"
         )
         return
     given = tuple((split, as_text(path)) for path, split in splits.items())
@@ -328,11 +328,13 @@ def _weigh_beside(splits: dict[bytes, str], beside: list[Folder], base: Folder, 
     if "train" not in splits.values():
         here = as_text(base.path) or "."
         ways.append((Choices((("train", here), *given)), "the folders beside them are the classes of train"))
+        wide = [folder for folder in beside if folder.filled]
+        ways += [(Choices((("train", as_text(f.path)), *given)), f"{as_text(f.name)} is train") for f in wide[:3]]
     ways.append((Choices(()), "no folder means a split: all of them are classes of train"))
     found = " and ".join(os.path.basename(as_text(path)) for path in splits)
     raise _Question(
         f"SOURCE {_shown(base, shown)} holds {found}, which by name {'is a split' if len(splits) == 1 else 'are splits'}, and beside "
-        f"{'it' if len(splits) == 1 else 'them'} {outside:,} pictures in {len(beside):,} other folders ({names}).",
+        f"{'it' if len(splits) == 1 else 'them'} {_counted(outside, 'picture')} in {_counted(len(beside), 'other folder')} ({names}).",
         ways,
     )
 
@@ -369,17 +371,7 @@ def _read_split(
     reading: Reading,
 ) -> SplitFolder:
     """How the pictures of one split are labelled."""
-    if without:
-        folder = Folder(
-            folder.path, folder.pictures, folder.papers, [f for f in folder.folders if f.path not in without]
-        )
-    if choices.class_depth is not None:
-        found = SplitFolder(split, folder.path, choices.class_depth, without=without)
-        if not class_folders(found, folder):
-            raise AlexprepError(
-                f"--class-depth {choices.class_depth}: {_shown(folder, shown)} has no folder with pictures so deep; give a smaller number"
-            )
-        return found
+    folder = folder.without(without)
     top = folder
     while (
         not top.pictures
@@ -388,6 +380,14 @@ def _read_split(
     ):
         top = top.filled[0]
         reading.skipped[split] = reading.skipped.get(split, 0) + 1
+    if choices.class_depth is not None:
+        found = SplitFolder(split, folder.path, choices.class_depth, without=without)
+        if class_folders(found, folder):
+            return found
+        if not top.leaf:
+            raise AlexprepError(
+                f"--class-depth {choices.class_depth}: {_shown(folder, shown)} has no folder with pictures so deep; give a smaller number"
+            )
     if top.pictures:
         flat = _flat(split, top, shown, truth_of, numbered, reading)
         if flat is not None:
@@ -425,7 +425,7 @@ def _flat(
     elif top.folders:
         names = ", ".join(as_text(folder.name) for folder in top.folders[:5])
         reading.warnings.append(
-            f"{place} is read by {truth.origin}; {strays:,} pictures in folders in it ({names}) are passed over"
+            f"{place} is read by {truth.origin}; {_counted(strays, 'picture')} in folders in it ({names}) are passed over"
         )
     return SplitFolder(split, top.path, flat=True, truth=truth)
 
@@ -448,12 +448,12 @@ def _weigh_loose(split: str, top: Folder, shown: str, reading: Reading) -> None:
     if not sure:
         return
     loose = len(sure)
-    words = f"{loose:,} pictures in {place} lie in no class folder, among them {as_text(sure[0])}"
+    words = f"{_counted(loose, 'picture')} in {place} lie in no class folder, among them {as_text(sure[0])}"
     if loose <= _few(top.count):
         reading.warnings.append(f"{words}: they are passed over")
         return
     raise _Question(
-        f"{words}, beside {len(top.filled):,} folders with {sum(f.count for f in top.filled):,} pictures.",
+        f"{words}, beside {_counted(len(top.filled), 'folder')} with {_counted(sum(f.count for f in top.filled), 'picture')}.",
         [
             (
                 Choices(class_depth=1 + reading.skipped.get(split, 0)),
@@ -472,7 +472,7 @@ def _class_depth(split: str, top: Folder, shown: str, reading: Reading) -> Depth
     if all(child.pictures for child in children) and nested <= _few(top.count):
         some = next(child for child in children if child.filled).filled[0]
         reading.warnings.append(
-            f"{nested:,} pictures lie in folders within class folders, as {_shown(some, shown)}: they count for the class around them"
+            f"{_counted(nested, 'picture')} lie in folders within class folders, as {_shown(some, shown)}: they count for the class around them"
         )
         return 1
     inner = {below.name for child in children for below in child.filled}
@@ -492,7 +492,7 @@ def _class_depth(split: str, top: Folder, shown: str, reading: Reading) -> Depth
         ways.append(
             (
                 Choices(class_depth=depth + reading.skipped.get(split, 0)),
-                f"{len(found):,} classes, such as {as_text(found[0])}",
+                f"{_counted(len(found), 'class')}, such as {as_text(found[0])}",
             )
         )
     leaves = [name for name, _ in class_folders(SplitFolder(split, top.path, "leaf"), top)]
@@ -505,7 +505,7 @@ def _class_depth(split: str, top: Folder, shown: str, reading: Reading) -> Depth
     mixed = any(child.pictures and child.filled for child in top.walk() if child is not top)
     what = "pictures on several levels" if mixed else f"folders that hold folders ({_example(children)})"
     raise _Question(
-        f"SOURCE: {_shown(top, shown)} holds {len(children):,} folders, and in them {what}. Any of these levels may be the classes.",
+        f"SOURCE: {_shown(top, shown)} holds {_counted(len(children), 'folder')}, and in them {what}. Any of these levels may be the classes.",
         ways,
     )
 
@@ -574,7 +574,7 @@ def _check_names(classes_of: dict[str, list[str]], reading: Reading, root: Folde
                 )
             )
             raise _Question(
-                f"SOURCE: {_shown(top, shown)} holds {len(classes_of[part.split]):,} folders with pictures, and by its name {found[0]} is no "
+                f"SOURCE: {_shown(top, shown)} holds {_counted(len(classes_of[part.split]), 'folder')} with pictures, and by its name {found[0]} is no "
                 "class but holds a dataset's pictures.",
                 ways,
             )
@@ -621,6 +621,11 @@ def _are_yolo_labels(images: Folder, labels: Folder) -> bool:
 def _loose(folder: Folder) -> list[bytes]:
     """The files in a folder that are pictures by their ending; any other may be anything."""
     return [name for name in folder.pictures if is_picture(name)]
+
+
+def _counted(number: int, noun: str) -> str:
+    """A number of things, in words."""
+    return f"{number:,} {noun}{'' if number == 1 else 'es' if noun.endswith('s') else 's'}"
 
 
 def _lower(folder: Folder) -> str:

@@ -10,7 +10,7 @@ import importlib
 
 from alexprep.shards.errors import AlexprepError, AmbiguousSourceError
 from alexprep.shards.sources import BY_FOLDERS, LAYOUTS
-from alexprep.shards.sources.base import NO_CHOICES, Choices, Source
+from alexprep.shards.sources.base import NO_CHOICES, Choices, Source, as_options
 from alexprep.shards.sources.tree import is_picture, read_tree
 from alexprep.shards.storage import Files, files_at
 
@@ -37,6 +37,10 @@ def find_source(place: str, layout: str | None = None, choices: Choices = NO_CHO
             if layout is None and source.whole and candidate in _BESIDE_FOLDERS:
                 _check_no_class_folders(files, candidate)
             return source
+    if choices != NO_CHOICES:
+        raise AlexprepError(
+            f"SOURCE {place} holds no class folders, of which {as_options(choices)} could speak: leave it out"
+        )
     if layout:
         raise AlexprepError(f"SOURCE {place} has not the layout {layout!r}: expected {_source_class(layout).expects}")
     if name:
