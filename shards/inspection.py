@@ -6,6 +6,7 @@ they have is decided in `alexprep.shards.listing`; pictures of them are drawn in
 
 from __future__ import annotations
 
+import contextlib
 import io
 import warnings
 from collections import Counter
@@ -19,6 +20,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from PIL import Image
 
+from alexprep.shards.errors import AlexprepError
 from alexprep.shards.image_header import Header, Refused, read_header, too_large, without_numbers
 from alexprep.shards.listing import Listing
 from alexprep.shards.sources.base import SPLITS, UNLABELLED, Location, PassedOver, Source, sorted_names
@@ -190,10 +192,7 @@ def inspect_source(listing: Listing, sample: int = SAMPLE) -> Inspection:
 
     Args:
         listing: what `list_inputs` returned.
-        sample: how many inputs, picked at random, are looked at; 0 for none.
-
-    Raises:
-        AlexprepError: a store cannot be reached.
+        sample: how many inputs, picked at random, are looked at; 0 for none. One that cannot be read is counted with the reason.
     """
     label_of = listing.label_of
     splits = {split: _contents(listing, split) for split in dict.fromkeys(SPLITS.values()) if split in listing.splits}
@@ -321,15 +320,10 @@ def _look(source: Source, places: Sequence[Location]) -> FileSample:
 def _header(source: Source, place: Location) -> tuple[str, Header, int] | str:
     """The format, the header and the bytes of one input; or why it cannot be used."""
     try:
-        if type(source).read in (Source.read, ArchiveSource.read):  # the bytes at a place: the first of them are enough
-            size = source.files.size(place.path) if place.size < 0 else place.size
-            head = _bytes(source, place, 0, min(size, _HEAD_BYTES))
-        else:
-            whole = source.read(place)
-            if not isinstance(whole, bytes):
-                height, width = whole.shape[:2]
-                return PIXELS, Header(height, width, 3 if whole.ndim > 2 else 1), whole.nbytes
-            head, size = whole, len(whole)
+        head, size = _beginning(source, place)
+        if not isinstance(head, bytes):
+            height, width = head.shape[:2]
+            return PIXELS, Header(height, width, 3 if head.ndim > 2 else 1), size
 
         def read(offset: int, count: int) -> bytes:
             return (
@@ -341,6 +335,16 @@ def _header(source: Source, place: Location) -> tuple[str, Header, int] | str:
     except OSError as error:
         return f"cannot be read: {error.strerror or error}"
     return without_numbers(header.reason) if isinstance(header, Refused) else (kind, header, size)
+
+
+def _beginning(source: Source, place: Location) -> tuple[bytes | NDArray[np.uint8], int]:
+    """The first bytes of an input, or its pixels; and the bytes of the whole. OSError where it cannot be read."""
+    if type(source).read in (Source.read, ArchiveSource.read):  # others may need the whole, or give pixels
+        with contextlib.suppress(AlexprepError):  # a server that sends whole files only, or does not tell their size
+            size = source.files.size(place.path) if place.size < 0 else place.size
+            return _bytes(source, place, 0, min(size, _HEAD_BYTES)), size
+    whole = source.read(place)
+    return whole, len(whole) if isinstance(whole, bytes) else whole.nbytes
 
 
 def _bytes(source: Source, place: Location, offset: int, size: int) -> bytes:

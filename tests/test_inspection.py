@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 from alexprep.shards.contact_sheet import _squares, draw_contact_sheet
-from alexprep.shards.errors import AmbiguousSourceError
+from alexprep.shards.errors import AlexprepError, AmbiguousSourceError
 from alexprep.shards.image_header import Refused
 from alexprep.shards.inspection import (
     AS_GIVEN,
@@ -40,7 +40,7 @@ from alexprep.shards.worker_pool import InProcessEngine
 from tests.source_checks import write_tar
 
 Command = Callable[..., tuple[int, str, str]]
-ROOT = Path(__file__).parents[1]
+FORMATS = Path(__file__).parents[1] / "docs" / "formats.md"
 # Images of each class: train and val, uneven, one class without any in val.
 COUNTS = {"train": {"ant": 7, "bee": 4, "cow": 12, "dog": 9}, "val": {"ant": 3, "bee": 1, "dog": 2}}
 COLOURS = {"ant": (200, 30, 30), "bee": (30, 170, 60), "cow": (40, 60, 210), "dog": (220, 200, 40)}
@@ -244,6 +244,18 @@ def test_of_large_files_the_beginning_is_read(tmp_path: Path, monkeypatch: pytes
     assert len(total) == 4 and max(total.values()) < 70_000
 
 
+def test_a_server_that_sends_whole_files_only_is_asked_for_these(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected, read = inspect_source(_listed(tree)), LocalFiles.read
+
+    def whole(files: LocalFiles, path: bytes, offset: int = 0, size: int = -1) -> bytes:
+        if size >= 0:
+            raise AlexprepError("the server does not answer range requests")
+        return read(files, path)
+
+    monkeypatch.setattr(LocalFiles, "read", whole)
+    assert inspect_source(_listed(tree)) == expected
+
+
 def test_pixels_are_no_files(tmp_path: Path) -> None:
     """MNIST, and our own shards of --format raw."""
     images = struct.pack(">4I", 0x803, 3, 12, 10) + bytes(3 * 120)
@@ -331,13 +343,17 @@ def test_the_command_says_what_the_library_says(command: Command, tree: Path, tm
 
 
 def test_every_key_of_json_is_told(tree: Path) -> None:
-    page = (ROOT / "docs" / "formats.md").read_text()
     document = {**inspect_source(_listed(tree)).as_json(), "picture": None}
     nested = [document["splits"]["train"], document["rows"][0], document["sample"], document["sample"]["width"]]
-    told = set(re.findall(r"\w+", " ".join(re.findall(r"`[^`]+`", page[page.index("## `--json`") :]))))
-    assert {key for each in (document, *nested) for key in each} <= told
+    assert {key for each in (document, *nested) for key in each} <= _told_of_json()
     for value in (BY_NAME, AS_NUMBERS, OWN, AS_GIVEN):
-        assert f"`{value}`" in page
+        assert f"`{value}`" in FORMATS.read_text()
+
+
+def _told_of_json() -> set[str]:
+    """The words in backticks where docs/formats.md tells of --json."""
+    page = FORMATS.read_text()
+    return set(re.findall(r"\w+", " ".join(re.findall(r"`[^`]+`", page[page.index("## `--json`") :]))))
 
 
 def test_wrong_arguments(command: Command, tree: Path, tmp_path: Path) -> None:
@@ -372,6 +388,7 @@ def test_shard_begins_with_the_first_lines_and_ends_with_the_account(
     found: Inspection = inspect_source(_listed(tree), sample=0)
     assert code == 0 and err.startswith(found.opening() + "\n")
     result = json.loads(out.splitlines()[-1])
+    assert result.keys() <= _told_of_json()
     recorded = json.loads((tmp_path / "alexprep-data/dataset.json").read_text())["account"]
     assert (result["found"], result["inputs"], result["written"]) == (38, 15, 15)
     assert result["passed_over"] == recorded["passed_over"] and result["warnings"] == found.warnings
