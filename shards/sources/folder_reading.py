@@ -117,24 +117,33 @@ def read_folders(
         AlexprepError: none does, or `choices` name what is not there.
     """
     _refuse_detection_sets(root, shown)
-    try:
+
+    def read(choices: Choices) -> Reading:
         return _read(root, shown, truth_of, choices, split)
+
+    try:
+        return read(choices)
     except _Question as question:
-        ways: list[tuple[str, str]] = []
-        refusal = ""
-        for given, meaning in question.ways:
-            chosen = replace(choices, **{name: value for name, value in vars(given).items() if value is not None})
-            try:
-                _read(root, shown, truth_of, chosen, split)
-            except _Question:
-                pass  # leads to another question
-            except AlexprepError as error:
-                refusal = str(error)
-                continue
-            ways.append((as_options(given), meaning))
+        refusals = [(way, _refusal(read, choices, way)) for way, _ in question.ways]
+        ways = [
+            (as_options(way), words) for (way, words), (_, no) in zip(question.ways, refusals, strict=True) if not no
+        ]
         if not ways:
-            raise AlexprepError(f"{question.found} {refusal}".strip()) from None
+            raise AlexprepError(f"{question.found} {refusals[0][1]}") from None
         raise AmbiguousSourceError(question.found, ways) from None
+
+
+def _refusal(read: Callable[[Choices], Reading], choices: Choices, way: Choices) -> str:
+    """Why a way out of a question ends in a refusal, perhaps after more questions; empty where it leads to a reading."""
+    chosen = replace(choices, **{name: value for name, value in vars(way).items() if value is not None})
+    try:
+        read(chosen)
+    except _Question as next_one:
+        refusals = ["no way out"] if chosen == choices else [_refusal(read, chosen, way) for way, _ in next_one.ways]
+        return "" if "" in refusals else refusals[0]
+    except AlexprepError as error:
+        return str(error)
+    return ""
 
 
 class _Question(Exception):
@@ -422,7 +431,9 @@ def _flat(
         reading.warnings.append(
             f"nothing tells the classes of the {len(top.pictures):,} images in {place}: their label is -1"
         )
-    elif top.folders:
+    else:
+        truth.sorted(top.pictures)  # it must know them all
+    if truth is not None and top.folders:
         names = ", ".join(as_text(folder.name) for folder in top.folders[:5])
         reading.warnings.append(
             f"{place} is read by {truth.origin}; {_counted(strays, 'picture')} in folders in it ({names}) are passed over"
