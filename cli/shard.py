@@ -106,7 +106,7 @@ def shard(
     rows += [("  bytes kept as they were", f"{done.kept:,}")] if done.kept else []
     rows += [("rejected", f"{done.rejected.total():,}")]
     rows += [(f"  {count:,}", reason) for reason, count in done.rejected.most_common(10)]
-    rows += [*passed_over_rows(done.passed_over), ("shards", decimal(done.bytes))]
+    rows += [*passed_over_rows(done.passed_over, found.files.display()), ("shards", decimal(done.bytes))]
     made, rate = done.made_inputs, done.made_inputs / done.seconds
     rows += [("this run", f"{made:,} inputs in {done.seconds:.1f} s, {rate:,.0f}/s" if made else "nothing was missing")]
     rows += [("dataset", str(out)), ("every input's fate", str(out / "*" / "samples.parquet"))]

@@ -113,6 +113,7 @@ class Inspection:
     Attributes:
         layout: as `--layout` names it.
         evidence: why it is read so; empty where the layout's name says it.
+        root: the folder or URL that names of files are relative to.
         found: how many files, members of archives or rows there are.
         splits: what each holds.
         classes: the class names by label.
@@ -125,6 +126,7 @@ class Inspection:
 
     layout: str
     evidence: str
+    root: str
     found: int
     splits: dict[str, SplitContents]
     classes: list[str]
@@ -148,7 +150,11 @@ class Inspection:
 
     def __str__(self) -> str:
         """The whole, in lines."""
-        counts = [("found", f"{self.found:,}"), ("inputs", f"{self.inputs:,}"), *passed_over_rows(self.passed_over)]
+        counts = [
+            ("found", f"{self.found:,}"),
+            ("inputs", f"{self.inputs:,}"),
+            *passed_over_rows(self.passed_over, self.root),
+        ]
         lines = [self.opening(), "What is there", *_aligned(counts)]
         lines += ["Some inputs, and the split, label and class that they get", *_sample_lines(self.rows)]
         if self.sample.files:
@@ -166,6 +172,7 @@ class Inspection:
         return {
             "layout": self.layout,
             "evidence": self.evidence,
+            "root": self.root,
             "found": self.found,
             "inputs": self.inputs,
             "passed_over": {rule: asdict(passed) for rule, passed in self.passed_over.items()},
@@ -204,6 +211,7 @@ def inspect_source(listing: Listing, sample: int = SAMPLE) -> Inspection:
     return Inspection(
         listing.source.layout,
         listing.source.evidence,
+        listing.source.files.display(),
         listing.account.found,
         splits,
         listing.classes,
@@ -215,11 +223,13 @@ def inspect_source(listing: Listing, sample: int = SAMPLE) -> Inspection:
     )
 
 
-def passed_over_rows(passed_over: Mapping[str, PassedOver]) -> list[tuple[str, str]]:
-    """Lines of a table: how many files were passed over, then by rule with some of their names."""
+def passed_over_rows(passed_over: Mapping[str, PassedOver], root: str) -> list[tuple[str, str]]:
+    """Lines of a table: how many files were passed over, then by rule with some of their names, which are cut where `root` ends."""
     rows = [("passed over", f"{sum(passed.count for passed in passed_over.values()):,}")]
     for rule, passed in passed_over.items():
-        names = ", ".join(passed.names) + (", …" if passed.count > len(passed.names) else "")
+        names = ", ".join(name.removeprefix(f"{root}/") for name in passed.names) + (
+            ", …" if passed.count > len(passed.names) else ""
+        )
         rows.append((f"  {passed.count:,}", f"{rule}: {names}" if passed.names else rule))
     return rows
 

@@ -151,7 +151,7 @@ def test_a_store_and_a_tar_tell_the_same(tree: Path, tmp_path: Path) -> None:
     expected = inspect_source(_listed(tree)).as_json()
     url = "memory://inspected/tree"
     fsspec.filesystem("memory").put(str(tree), "/inspected/tree", recursive=True)
-    assert inspect_source(_listed(url)).as_json() == expected
+    assert inspect_source(_listed(url)).as_json() == {**expected, "root": url}
     members = {str(path.relative_to(tree)): path.read_bytes() for path in sorted(tree.rglob("*.png"))}
     packed = inspect_source(_listed(write_tar(tmp_path / "tree.tar", members))).as_json()
     for name in ("inputs", "splits", "classes", "numbering"):
@@ -199,9 +199,10 @@ def test_a_warning_is_said_once_and_names_cannot_steer_a_terminal() -> None:
 
 def test_passed_over_rows_have_the_count_and_names() -> None:
     rows = passed_over_rows(
-        {"a list": PassedOver(2, ["x", "y"]), "beyond": PassedOver(1000, []), "more": PassedOver(9, ["z"])}
+        {"a list": PassedOver(2, ["/set/a/x", "y"]), "beyond": PassedOver(1000, []), "more": PassedOver(9, ["z"])},
+        "/set",
     )
-    assert rows == [("passed over", "1,011"), ("  2", "a list: x, y"), ("  1,000", "beyond"), ("  9", "more: z, …")]
+    assert rows == [("passed over", "1,011"), ("  2", "a list: a/x, y"), ("  1,000", "beyond"), ("  9", "more: z, …")]
 
 
 def test_formats_and_refusals(tmp_path: Path) -> None:
