@@ -48,6 +48,12 @@ if TYPE_CHECKING:
 @click.option("--seed", type=int, default=0, help="Of the global shuffle before sharding.")
 @click.option("--shard-samples", type=int, default=None, help="Inputs a shard.  [default: 1024, fewer for small sets]")
 @click.option("--limit", type=int, default=None, help="At most so many inputs of each split, picked by the shuffle.")
+@click.option(
+    "--max-rejects",
+    default="50%",
+    metavar="N|P%",
+    help="How many inputs may be rejected, as a number or a share: more, and nothing is published. What is finished stays.",
+)
 @engine_options
 @json_option
 def shard(
@@ -61,6 +67,7 @@ def shard(
     seed: int,
     shard_samples: int | None,
     limit: int | None,
+    max_rejects: str,
     engine: Engine,
     as_json: bool,
     **form: Any,
@@ -69,7 +76,7 @@ def shard(
 
     SOURCE is a folder, a file or a URL: class folders, the ILSVRC archives as downloaded, Kaggle's folders, tars, a
     webdataset, a list in CSV or Parquet, CIFAR, MNIST or NORB (docs/sources.md). Images that cannot be decoded are listed
-    with their reasons and never stop the run. The same command again does only what is missing.
+    with their reasons; only too many of them stop the run (--max-rejects). The same command again does only what is missing.
 
     \b
     Example: alexprep shard /imagenet --out /data/imagenet-256
@@ -99,7 +106,7 @@ def shard(
         output.note(seen[0].opening())
 
     with output.progress("sharding") as show:
-        done = convert(found, out, options, engine, show, announce=announce)
+        done = convert(found, out, options, engine, show, announce=announce, max_rejects=max_rejects)
     passed_over = sum(passed.count for passed in done.passed_over.values())
     rows = [("found", f"{done.inputs + passed_over:,}"), ("written", f"{done.written:,}")]
     rows += [(f"  {split}", f"{count:,}") for split, count in done.samples.items()]

@@ -44,7 +44,7 @@ class Refused:
     height: int = 0
 
 
-def without_numbers(reason: str) -> str:
+def general_reason(reason: str) -> str:
     """A reason without its particulars, so that like ones are counted together."""
     return re.sub(r"\d[\d,]*", "N", reason.split(" (first bytes ")[0])
 

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from alexprep.shards.errors import AlexprepError
-from alexprep.shards.image_header import Header, Refused, read_header, too_large, without_numbers
+from alexprep.shards.image_header import Header, Refused, general_reason, read_header, too_large
 from alexprep.shards.listing import Listing
 from alexprep.shards.sources.base import SPLITS, UNLABELLED, Location, PassedOver, Source, sorted_names
 from alexprep.shards.sources.tars import ArchiveSource
@@ -344,7 +344,7 @@ def _header(source: Source, place: Location) -> tuple[str, Header, int] | str:
         header = _by_pillow(read(0, size), kind) if kind in ("GIF", "TIFF") else read_header(read, 0, size)
     except OSError as error:
         return f"cannot be read: {error.strerror or error}"
-    return without_numbers(header.reason) if isinstance(header, Refused) else (kind, header, size)
+    return general_reason(header.reason) if isinstance(header, Refused) else (kind, header, size)
 
 
 def _beginning(source: Source, place: Location) -> tuple[bytes | NDArray[np.uint8], int]:

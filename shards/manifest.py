@@ -30,7 +30,7 @@ from alexprep.shards.dataset_format import (
     sample_key,
 )
 from alexprep.shards.errors import AlexprepError
-from alexprep.shards.image_header import without_numbers
+from alexprep.shards.image_header import general_reason
 from alexprep.shards.plan import Plan, Shard, locations
 from alexprep.shards.storage import json_bytes, publish_bytes, publish_first
 from alexprep.shards.tar_format import ending, padded
@@ -80,6 +80,12 @@ def read_sidecar(plan: Plan, shard: Shard) -> Sidecar | None:
     return sidecar
 
 
+def rejects_in(sidecar: Sidecar) -> int:
+    """How many inputs of a shard are rejected."""
+    samples: int = sidecar["samples"]
+    return len(sidecar["inputs"]) - samples
+
+
 def publish_sidecar(plan: Plan, shard: Shard, sidecar: Sidecar, before: bytes) -> None:
     """Publishes a shard's sidecar, which makes the shard count; of several writers the first one wins.
 
@@ -125,7 +131,7 @@ class Manifest:
         self._ledgers[shard.split].append(_ledger(shard, planned, sidecar))
         self._indexes[shard.split].append(_index(shard, sidecar))
         self.reasons.update(
-            without_numbers(entry["reason"]) for entry in sidecar["inputs"] if entry["status"] == "rejected"
+            general_reason(entry["reason"]) for entry in sidecar["inputs"] if entry["status"] == "rejected"
         )
         self.kept += sum(entry.get("kept", False) for entry in sidecar["inputs"])
         if sidecar["samples"]:

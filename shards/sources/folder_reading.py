@@ -27,6 +27,7 @@ from alexprep.shards.sources.base import (
     class_name_of,
     split_of,
 )
+from alexprep.shards.sources.foreign_formats import image_folder
 from alexprep.shards.sources.ground_truth import GroundTruth
 from alexprep.shards.sources.tree import Folder, Tree, is_picture, rule_of
 from alexprep.shards.storage import as_text
@@ -421,6 +422,8 @@ def _flat(
     place = _shown(top, shown)
     if truth is None and strays:
         return None
+    if truth is None and (words := image_folder(top)):
+        raise AlexprepError(f"{place} is {words}")
     if truth is None and split != "test":
         raise AlexprepError(
             f"{place} holds no class folders, and nothing beside it tells the classes of its images: sort them into "
