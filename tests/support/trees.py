@@ -116,7 +116,7 @@ def _dataset(rng: random.Random, tree: Tree, top: bytes) -> None:
         splits = [word.encode() + b"/" for word in rng.sample(SPLIT_WORDS, rng.choice((1, 2, 2, 2, 3)))]
         splits = [split + (split if rng.random() < 0.1 else b"") for split in splits]
         splits += [b""] * (rng.random() < 0.1)  # classes beside the splits
-    form = rng.choice(("plain", "plain", "plain", "inner", "groups", "letters", "mixed", "flat", "parts", "inside"))
+    form = rng.choice((*("plain",) * 6, "inner", "groups", "letters", "mixed", "flat", "parts", "inside"))
     classes = _some_classes(rng)
     for split in splits:
         if form == "flat" or (split and rng.random() < 0.15):
