@@ -615,6 +615,13 @@ def chest_xray() -> Miniature:
     return plain(rows, more)
 
 
+@miniature("ASL Alphabet (Kaggle)")
+def asl_alphabet() -> Miniature:
+    rows = in_folders({f"asl_alphabet_train/asl_alphabet_train/{c}": ("train", c) for c in "ABC"}, numbered("ABC"))
+    rows |= {f"asl_alphabet_test/asl_alphabet_test/{c}_test.jpg": ("test", "", -1) for c in "ABC"}
+    return plain(rows, words=("asl_alphabet_test",))
+
+
 # What is asked, and what is refused.
 
 
@@ -633,6 +640,13 @@ def class_named_train() -> Miniature:
     names = ("car", "plane", "train")
     rows = in_folders({name: ("train", name) for name in names}, numbered(names))
     return Miniature(pictures(rows), ways={"--split-folders none": rows}, words=("train",))
+
+
+@miniature("CycleGAN's sets (horse2zebra)")
+def cyclegan() -> Miniature:
+    names = ("testA", "testB", "trainA", "trainB")
+    rows = in_folders({name: ("train", name) for name in names}, numbered(names))
+    return Miniature(pictures(rows), ways={"--class-depth 1": rows}, words=("testA",))
 
 
 @miniature("Office-Home, PACS, DomainNet")
