@@ -172,6 +172,7 @@ _Part = tuple[str, Folder, tuple[bytes, ...]]  # split, its folder, folders in i
 def _split_parts(root: Folder, shown: str, split: str, reading: Reading) -> tuple[list[_Part], str]:
     """The split folders below `root`, or `root` itself where there are none; and the evidence in words."""
     base = _unwrapped(root)
+    _warn_of_strays(root, base, shown, reading)
     filled = base.filled
     named = {folder.path: SPLITS.get(_lower(folder)) for folder in filled}
     told = {folder.path: split_of(folder.name) for folder in filled}  # also test1 and seg_train
@@ -198,16 +199,32 @@ def _split_parts(root: Folder, shown: str, split: str, reading: Reading) -> tupl
 
 
 def _unwrapped(folder: Folder) -> Folder:
-    """The folder without those that only wrap it: each holds no pictures and one folder that holds all, in folders again."""
-    while not folder.pictures and len(folder.filled) == 1:
+    """The folder without those that only wrap it: each holds one folder that holds all, in folders again, but for few pictures."""
+    while len(folder.filled) == 1 and _is_nearly_empty(folder):
         (inner,) = folder.filled
-        if not inner.filled or inner.pictures:
+        if not inner.filled or not _is_nearly_empty(inner):
             return folder
         inside = {SPLITS.get(_lower(below)) for below in inner.filled}
         if _lower(inner) in SPLITS and (len(inside) < 2 or None in inside):
             return folder  # a split alone, which tells something
         folder = inner
     return folder
+
+
+def _is_nearly_empty(folder: Folder) -> bool:
+    """Whether at most few of the pictures lie in the folder itself."""
+    return not folder.pictures or len(folder.pictures) <= _few(folder.count)
+
+
+def _warn_of_strays(folder: Folder, base: Folder, shown: str, reading: Reading) -> None:
+    """Warns of pictures in the folders that only wrap `base`."""
+    while folder is not base:
+        if loose := _loose(folder):
+            reading.warnings.append(
+                f"passed over: {_counted(len(loose), 'picture')} in {_shown(folder, shown)} and in no class folder, such as "
+                f"{as_text(loose[0])}"
+            )
+        (folder,) = folder.filled
 
 
 def _check_one_each(splits: dict[bytes, str], base: Folder, shown: str) -> None:
@@ -400,7 +417,7 @@ def _class_depth(split: str, top: Folder, shown: str, reading: Reading) -> Depth
         return 1  # CLASS/images/IMAGE: the inner folder tells nothing
     levels = list(_levels(top))
     marked = [depth for depth, names in enumerate(levels, 1) if names and all(map(_wordnet_id, names))]
-    if len(marked) == 1:
+    if len(marked) == 1 and not any(_is_no_class(as_text(name)) for names in levels[marked[0] :] for name in names):
         return marked[0]
     if _is_by_letter(children):
         return "leaf"  # a/abbey, and also a/apartment_building/outdoor
