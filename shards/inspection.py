@@ -145,7 +145,10 @@ class Inspection:
         """The first lines: the layout and why, the splits, the classes, the warnings."""
         layout = f"{self.layout}: {self.evidence}" if self.evidence else self.layout
         rows = [("layout", layout), *((split, _split_line(held)) for split, held in self.splits.items())]
-        lines = [f"SOURCE holds {self.inputs:,} inputs.", *_aligned([*rows, ("classes", self._classes_line())])]
+        lines = [
+            f"SOURCE holds {_counted(self.inputs, 'input')}.",
+            *_aligned([*rows, ("classes", self._classes_line())]),
+        ]
         return "\n".join(lines + [f"Warning: {printable(words)}" for words in self.warnings])
 
     def __str__(self) -> str:
@@ -159,7 +162,10 @@ class Inspection:
         lines += ["Some inputs, and the split, label and class that they get", *_sample_lines(self.rows)]
         if self.sample.files:
             some = "All" if self.sample.files == self.inputs else f"A random sample of {self.sample.files:,}"
-            lines += [f"{some} of the {self.inputs:,} inputs, by their headers", *_aligned(_sample_rows(self.sample))]
+            lines += [
+                f"{some} of {_counted(self.inputs, 'input')}, by their headers",
+                *_aligned(_sample_rows(self.sample)),
+            ]
         return "\n".join(lines)
 
     def as_json(self) -> dict[str, Any]:
@@ -382,6 +388,11 @@ def _without_types(value: Any) -> Any:
     return value._asdict() if isinstance(value, Spread) else value
 
 
+def _counted(number: int, noun: str) -> str:
+    """A number and a noun, in the plural but for one."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "es" if noun.endswith("s") else "s")
+
+
 def _plain(number: float) -> float:
     """A whole number as an int."""
     return int(number) if number == int(number) else number
@@ -394,9 +405,9 @@ def _range(spread: Spread, unit: str, of_least: str = "") -> str:
 
 def _split_line(held: SplitContents) -> str:
     if held.per_class is None:
-        return f"{held.inputs:,} inputs without a label"
-    words = f"{held.inputs:,} inputs, {held.classes:,} classes: {_range(held.per_class, 'each', f' ({held.fewest!r})')}"
-    return words + (f"; {held.unlabelled:,} inputs without a label" if held.unlabelled else "")
+        return f"{_counted(held.inputs, 'input')} without a label"
+    words = f"{_counted(held.inputs, 'input')}, {_counted(held.classes, 'class')}: {_range(held.per_class, 'each', f' ({held.fewest!r})')}"
+    return words + (f"; {_counted(held.unlabelled, 'input')} without a label" if held.unlabelled else "")
 
 
 def _sample_lines(rows: Sequence[SampleRow]) -> list[str]:
