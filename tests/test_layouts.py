@@ -121,7 +121,11 @@ DAMAGES: list[tuple[str, Mapping[str, bytes | None], str]] = [
         {_FOOD + "test.txt": b"apple_pie/100\n"},
         "test.txt says that .*100.jpg is 'apple_pie' of test.*of train",
     ),
-    ("Food-101", {_FOOD + "train.txt": b"waffles/9\n", _FOOD + "test.txt": b"waffles/8\n"}, "9 pictures .*only 0 do"),
+    (
+        "Food-101",
+        {_FOOD + "train.txt": b"waffles/9\n", _FOOD + "test.txt": b"waffles/8\n"},
+        "9 pictures .*only 0 that they name",
+    ),
     (
         "CUB-200-2011",
         {_CUB + "train_test_split.txt": b"1 1\n2 0\n"},

@@ -180,7 +180,7 @@ class Published(Source):
         lists = [path for path, form in cls.marks.items() if form is not None]
         for folder, names in () if name else may_hold(files):
             if needed <= names and cls.fits(files, folder):
-                evidence = f"lists {', '.join(map(as_text, lists))}" if lists else ""
+                evidence = f"lists {', '.join(map(as_text, lists))}" if lists else cls.expects
                 return cls(files, folder, whole=True, evidence=evidence)
             if len(lists) > 1 and needed <= names and cls.fits(files, folder, whatever=True):
                 raise AmbiguousSourceError(
@@ -256,14 +256,14 @@ class Published(Source):
         """Tells of pictures that are not there, and of those that no list names; where these are most, there is an error."""
         lists = " and ".join(labels.shown(path) for path in sorted(labels.read))
         if unlisted:
-            several = f"{len(unlisted):,} pictures stand" if len(unlisted) > 1 else "1 picture stands"
-            words = f"{several} in none of the lists ({lists}), as {self.files.display(min(unlisted))}"
+            several = f"{len(unlisted):,} pictures" if len(unlisted) > 1 else "1 picture"
+            words = f"{several} in none of the lists ({lists}), such as {self.files.display(min(unlisted))}"
             if len(unlisted) > found:
                 raise AlexprepError(
-                    f"{words}, and only {found:,} do: take the lists that belong to these pictures, or say with --layout folders "
-                    "that the folders tell the classes"
+                    f"SOURCE holds {words}, and only {found:,} that they name: take the lists that belong to these pictures, or say "
+                    "with --layout folders that the folders tell the classes"
                 )
-            account.warnings.append(f"{words}: they are passed over")
+            account.warnings.append(f"passed over: {words}")
         if labels.pictures:
             path, (split, _) = next(iter(labels.pictures.items()))
             count = len(labels.pictures)
