@@ -270,6 +270,12 @@ def test_by_the_command_line(
     ledger = {
         split: pq.read_table(tmp_path / "data" / split / "samples.parquet").to_pylist() for split in ("train", "test")
     }
+    status, _, said = command("shard", "cub", "--out", "cub/data", "--size", "8", "--workers", "1")
+    assert status == 0, said
+    status, _, said = command(
+        "shard", "cub", "--out", "cub/data", "--size", "8", "--workers", "1"
+    )  # goes on with the same plan
+    assert status == 0, said
     written = {row["source"]: (split, row["label"], row["status"]) for split, rows in ledger.items() for row in rows}
     assert written == {path: (split, label, "written") for path, (split, _, label) in made.rows.items()}
 

@@ -7,6 +7,7 @@ disagree, an error names both.
 from __future__ import annotations
 
 import io
+import itertools
 import os
 import re
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
@@ -15,6 +16,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from alexprep.shards.dataset_format import PLAN
 from alexprep.shards.errors import AlexprepError, AmbiguousSourceError
 from alexprep.shards.sources.base import (
     BESIDE,
@@ -289,15 +291,20 @@ def _named(root: Folder) -> Iterator[tuple[bytes, str | None]]:
 
 
 def may_hold(files: Files) -> Iterator[tuple[bytes, set[bytes]]]:
-    """The root, and the folder in it that is the only one, and so on, `WRAPPERS` of them; each with the names in it."""
+    """The root, and the folder in it that is the only one, and so on, `WRAPPERS` of them; each with the names in it.
+
+    What systems leave, and datasets of ours, which may be made there, do not count.
+    """
     folder = b""
     for _ in range(WRAPPERS + 1):
         entries = files.entries(folder)
         yield folder, {entry.name for entry in entries}
-        inside = [entry.name for entry in entries if entry.is_folder and entry.name != b"__MACOSX"]
+        paths = (os.path.join(folder, entry.name) for entry in entries if entry.is_folder and entry.name != b"__MACOSX")
+        others = (path for path in paths if PLAN.encode() not in files.file_names(path))
+        inside = list(itertools.islice(others, 2))
         if len(inside) != 1:
             return
-        folder = os.path.join(folder, inside[0])
+        (folder,) = inside
 
 
 def has(files: Files, path: bytes, form: re.Pattern[bytes] | None) -> bool:
