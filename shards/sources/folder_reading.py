@@ -199,9 +199,9 @@ def _split_parts(root: Folder, shown: str, split: str, reading: Reading) -> tupl
 
 def _unwrapped(folder: Folder) -> Folder:
     """The folder without those that only wrap it: each holds no pictures and one folder that holds all, in folders again."""
-    while not folder.pictures and len(folder.filled) == 1:
+    while len(folder.filled) == 1 and len(_loose(folder)) <= _few(folder.count):
         (inner,) = folder.filled
-        if not inner.filled or inner.pictures:
+        if not inner.filled or len(_loose(inner)) > _few(inner.count):
             return folder
         inside = {SPLITS.get(_lower(below)) for below in inner.filled}
         if _lower(inner) in SPLITS and (len(inside) < 2 or None in inside):
@@ -288,8 +288,8 @@ def _read_split(
     folder = folder.without(without)
     top = folder
     while (
-        not top.pictures
-        and len(top.filled) == 1
+        len(top.filled) == 1
+        and len(_loose(top)) <= _few(top.count) < top.count - len(top.pictures)
         and (top.filled[0].filled or _wraps_pictures(top, top.filled[0], split))
     ):
         top = top.filled[0]
@@ -400,7 +400,7 @@ def _class_depth(split: str, top: Folder, shown: str, reading: Reading) -> Depth
         return 1  # CLASS/images/IMAGE: the inner folder tells nothing
     levels = list(_levels(top))
     marked = [depth for depth, names in enumerate(levels, 1) if names and all(map(_wordnet_id, names))]
-    if len(marked) == 1:
+    if len(marked) == 1 and not any(_is_no_class(as_text(name)) for names in levels[marked[0] :] for name in names):
         return marked[0]
     if _is_by_letter(children):
         return "leaf"  # a/abbey, and also a/apartment_building/outdoor
