@@ -20,7 +20,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from PIL import Image
 
-from alexprep.shards.errors import AlexprepError
+from alexprep.shards.errors import AlexprepError, counted
 from alexprep.shards.image_header import Header, Refused, general_reason, read_header, too_large
 from alexprep.shards.listing import Listing
 from alexprep.shards.sources.base import SPLITS, UNLABELLED, Location, PassedOver, Source, sorted_names
@@ -146,7 +146,7 @@ class Inspection:
         layout = f"{self.layout}: {self.evidence}" if self.evidence else self.layout
         rows = [("layout", layout), *((split, _split_line(held)) for split, held in self.splits.items())]
         lines = [
-            f"SOURCE holds {_counted(self.inputs, 'input')}.",
+            f"SOURCE holds {counted(self.inputs, 'input')}.",
             *_aligned([*rows, ("classes", self._classes_line())]),
         ]
         return "\n".join(lines + [f"Warning: {printable(words)}" for words in self.warnings])
@@ -163,7 +163,7 @@ class Inspection:
         if self.sample.files:
             some = "All" if self.sample.files == self.inputs else f"A random sample of {self.sample.files:,}"
             lines += [
-                f"{some} of {_counted(self.inputs, 'input')}, by their headers",
+                f"{some} of {counted(self.inputs, 'input')}, by their headers",
                 *_aligned(_sample_rows(self.sample)),
             ]
         return "\n".join(lines)
@@ -388,11 +388,6 @@ def _without_types(value: Any) -> Any:
     return value._asdict() if isinstance(value, Spread) else value
 
 
-def _counted(number: int, noun: str) -> str:
-    """A number and a noun, in the plural but for one."""
-    return f"{number:,} {noun}" + ("" if number == 1 else "es" if noun.endswith("s") else "s")
-
-
 def _plain(number: float) -> float:
     """A whole number as an int."""
     return int(number) if number == int(number) else number
@@ -405,9 +400,9 @@ def _range(spread: Spread, unit: str, of_least: str = "") -> str:
 
 def _split_line(held: SplitContents) -> str:
     if held.per_class is None:
-        return f"{_counted(held.inputs, 'input')} without a label"
-    words = f"{_counted(held.inputs, 'input')}, {_counted(held.classes, 'class')}: {_range(held.per_class, 'each', f' ({held.fewest!r})')}"
-    return words + (f"; {_counted(held.unlabelled, 'input')} without a label" if held.unlabelled else "")
+        return f"{counted(held.inputs, 'input')} without a label"
+    words = f"{counted(held.inputs, 'input')}, {counted(held.classes, 'class')}: {_range(held.per_class, 'each', f' ({held.fewest!r})')}"
+    return words + (f"; {counted(held.unlabelled, 'input')} without a label" if held.unlabelled else "")
 
 
 def _sample_lines(rows: Sequence[SampleRow]) -> list[str]:

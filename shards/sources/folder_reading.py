@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from alexprep.shards.errors import AlexprepError, AmbiguousSourceError
+from alexprep.shards.errors import AlexprepError, AmbiguousSourceError, counted
 from alexprep.shards.sources.base import (
     NO_CHOICES,
     SPLITS,
@@ -172,7 +172,6 @@ _Part = tuple[str, Folder, tuple[bytes, ...]]  # split, its folder, folders in i
 def _split_parts(root: Folder, shown: str, split: str, reading: Reading) -> tuple[list[_Part], str]:
     """The split folders below `root`, or `root` itself where there are none; and the evidence in words."""
     base = _unwrapped(root)
-    _warn_of_strays(root, base, shown, reading)
     filled = base.filled
     named = {folder.path: SPLITS.get(_lower(folder)) for folder in filled}
     told = {folder.path: split_of(folder.name) for folder in filled}  # also test1 and seg_train
@@ -199,32 +198,16 @@ def _split_parts(root: Folder, shown: str, split: str, reading: Reading) -> tupl
 
 
 def _unwrapped(folder: Folder) -> Folder:
-    """The folder without those that only wrap it: each holds one folder that holds all, in folders again, but for few pictures."""
-    while len(folder.filled) == 1 and _is_nearly_empty(folder):
+    """The folder without those that only wrap it: each holds no pictures and one folder that holds all, in folders again."""
+    while len(folder.filled) == 1 and len(_loose(folder)) <= _few(folder.count):
         (inner,) = folder.filled
-        if not inner.filled or not _is_nearly_empty(inner):
+        if not inner.filled or len(_loose(inner)) > _few(inner.count):
             return folder
         inside = {SPLITS.get(_lower(below)) for below in inner.filled}
         if _lower(inner) in SPLITS and (len(inside) < 2 or None in inside):
             return folder  # a split alone, which tells something
         folder = inner
     return folder
-
-
-def _is_nearly_empty(folder: Folder) -> bool:
-    """Whether at most few of the pictures lie in the folder itself."""
-    return not folder.pictures or len(folder.pictures) <= _few(folder.count)
-
-
-def _warn_of_strays(folder: Folder, base: Folder, shown: str, reading: Reading) -> None:
-    """Warns of pictures in the folders that only wrap `base`."""
-    while folder is not base:
-        if loose := _loose(folder):
-            reading.warnings.append(
-                f"passed over: {_counted(len(loose), 'picture')} in {_shown(folder, shown)} and in no class folder, such as "
-                f"{as_text(loose[0])}"
-            )
-        (folder,) = folder.filled
 
 
 def _check_one_each(splits: dict[bytes, str], base: Folder, shown: str) -> None:
@@ -251,7 +234,7 @@ def _weigh_beside(splits: dict[bytes, str], beside: list[Folder], base: Folder, 
     names = ", ".join(as_text(folder.name) for folder in beside[:5]) or as_text(_loose(base)[0])
     if "train" in splits.values() and loose <= _few(inside):
         reading.warnings.append(
-            f"passed over: {_counted(outside, 'picture')} beside the split folders of {_shown(base, shown)} ({names})"
+            f"passed over: {counted(outside, 'picture')} beside the split folders of {_shown(base, shown)} ({names})"
         )
         return
     given = tuple((split, as_text(path)) for path, split in splits.items())
@@ -265,7 +248,7 @@ def _weigh_beside(splits: dict[bytes, str], beside: list[Folder], base: Folder, 
     found = " and ".join(os.path.basename(as_text(path)) for path in splits)
     raise _Question(
         f"SOURCE {_shown(base, shown)} holds {found}, which by name {'is a split' if len(splits) == 1 else 'are splits'}, and beside "
-        f"{'it' if len(splits) == 1 else 'them'} {_counted(outside, 'picture')} in {_counted(len(beside), 'other folder')} ({names}).",
+        f"{'it' if len(splits) == 1 else 'them'} {counted(outside, 'picture')} in {counted(len(beside), 'other folder')} ({names}).",
         ways,
     )
 
@@ -305,8 +288,8 @@ def _read_split(
     folder = folder.without(without)
     top = folder
     while (
-        not top.pictures
-        and len(top.filled) == 1
+        len(top.filled) == 1
+        and len(_loose(top)) <= _few(top.count) < top.count - len(top.pictures)
         and (top.filled[0].filled or _wraps_pictures(top, top.filled[0], split))
     ):
         top = top.filled[0]
@@ -361,7 +344,7 @@ def _flat(
     if truth is not None and top.folders:
         names = ", ".join(as_text(folder.name) for folder in top.folders[:5])
         reading.warnings.append(
-            f"{place} is read by {truth.origin}; passed over: {_counted(strays, 'picture')} in folders in it ({names})"
+            f"{place} is read by {truth.origin}; passed over: {counted(strays, 'picture')} in folders in it ({names})"
         )
     return SplitFolder(split, top.path, flat=True, truth=truth)
 
@@ -384,12 +367,12 @@ def _weigh_loose(split: str, top: Folder, shown: str, reading: Reading) -> None:
     if not sure:
         return
     loose = len(sure)
-    words = f"{_counted(loose, 'picture')} in {place} and in no class folder, such as {as_text(sure[0])}"
+    words = f"{counted(loose, 'picture')} in {place} and in no class folder, such as {as_text(sure[0])}"
     if loose <= _few(top.count):
         reading.warnings.append(f"passed over: {words}")
         return
     raise _Question(
-        f"SOURCE holds {words}, beside {_counted(len(top.filled), 'folder')} with {_counted(sum(f.count for f in top.filled), 'picture')}.",
+        f"SOURCE holds {words}, beside {counted(len(top.filled), 'folder')} with {counted(sum(f.count for f in top.filled), 'picture')}.",
         [
             (
                 Choices(class_depth=1 + reading.skipped.get(split, 0)),
@@ -408,7 +391,7 @@ def _class_depth(split: str, top: Folder, shown: str, reading: Reading) -> Depth
     if all(child.pictures for child in children) and nested <= _few(top.count):
         some = next(child for child in children if child.filled).filled[0]
         reading.warnings.append(
-            f"counted for the class around them: {_counted(nested, 'picture')} in folders within class folders, as {_shown(some, shown)}"
+            f"counted for the class around them: {counted(nested, 'picture')} in folders within class folders, as {_shown(some, shown)}"
         )
         return 1
     inner = {below.name for child in children for below in child.filled}
@@ -428,7 +411,7 @@ def _class_depth(split: str, top: Folder, shown: str, reading: Reading) -> Depth
         ways.append(
             (
                 Choices(class_depth=depth + reading.skipped.get(split, 0)),
-                f"{_counted(len(found), 'class')}, such as {as_text(found[0])}",
+                f"{counted(len(found), 'class')}, such as {as_text(found[0])}",
             )
         )
     leaves = [name for name, _ in class_folders(SplitFolder(split, top.path, "leaf"), top)]
@@ -441,7 +424,7 @@ def _class_depth(split: str, top: Folder, shown: str, reading: Reading) -> Depth
     mixed = any(child.pictures and child.filled for child in top.walk() if child is not top)
     what = "pictures on several levels" if mixed else f"folders that hold folders ({_example(children)})"
     raise _Question(
-        f"SOURCE: {_shown(top, shown)} holds {_counted(len(children), 'folder')}, and in them {what}. Any of these levels may be the classes.",
+        f"SOURCE: {_shown(top, shown)} holds {counted(len(children), 'folder')}, and in them {what}. Any of these levels may be the classes.",
         ways,
     )
 
@@ -510,7 +493,7 @@ def _check_names(classes_of: dict[str, list[str]], reading: Reading, root: Folde
                 )
             )
             raise _Question(
-                f"SOURCE: {_shown(top, shown)} holds {_counted(len(classes_of[part.split]), 'folder')} with pictures, and by its name {found[0]} is no "
+                f"SOURCE: {_shown(top, shown)} holds {counted(len(classes_of[part.split]), 'folder')} with pictures, and by its name {found[0]} is no "
                 "class but holds a dataset's pictures.",
                 ways,
             )
@@ -575,11 +558,6 @@ def _are_yolo_labels(images: Folder, labels: Folder) -> bool:
 def _loose(folder: Folder) -> list[bytes]:
     """The files in a folder that are pictures by their ending; any other may be anything."""
     return [name for name in folder.pictures if is_picture(name)]
-
-
-def _counted(number: int, noun: str) -> str:
-    """A number of things, in words."""
-    return f"{number:,} {noun}{'' if number == 1 else 'es' if noun.endswith('s') else 's'}"
 
 
 def _lower(folder: Folder) -> str:
