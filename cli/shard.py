@@ -37,6 +37,12 @@ if TYPE_CHECKING:
 @click.option("--subsampling", type=click.Choice(["420", "422", "444"]), default="420", help="Of a JPEG's chroma.")
 @click.option("--orient", is_flag=True, help="Apply the EXIF orientation (the original did not).")
 @click.option(
+    "--on-damaged",
+    type=click.Choice(["reject", "keep"]),
+    default="reject",
+    help="Of an image that is cut or damaged: leave it out, or take what the decoder gives; the ledger tells the damage.",
+)
+@click.option(
     "--labels",
     default="auto",
     metavar="auto|sorted|ilsvrc-id|FILE",
@@ -99,6 +105,8 @@ def shard(
     rows += [("bytes kept as they were", f"{done.kept:,} images")] if done.kept else []
     rows += [("rejected", f"{done.rejected.total():,}")]
     rows += [(f"  {count:,}", reason) for reason, count in done.rejected.most_common(10)]
+    rows += [("written though damaged", f"{done.damaged.total():,}")] if done.damaged else []
+    rows += [(f"  {count:,}", reason) for reason, count in done.damaged.most_common(10)]
     rows += [("shards", decimal(done.bytes))]
     made, rate = done.made_inputs, done.made_inputs / done.seconds
     rows += [("this run", f"{made:,} inputs in {done.seconds:.1f} s, {rate:,.0f}/s" if made else "nothing was missing")]
@@ -112,6 +120,7 @@ def shard(
             "written": done.written,
             "rejected": done.rejected.total(),
             "reasons": dict(done.rejected),
+            "damaged": dict(done.damaged),
             "kept": done.kept,
             "bytes": done.bytes,
             "converted_in_this_run": made,

@@ -76,8 +76,9 @@ class Report:
     """What a run of `convert` did.
 
     Of the `inputs` of the plan `written` are images in shards (`samples` by split, `bytes` in all tars), `kept` of these with the
-    source's own bytes. `rejected` says how often each reason occurred; the numbers in reasons are replaced by "N". `passed_over` says
-    how many files each rule passed over, and the first names. `made_inputs` is what this run converted, in `seconds`.
+    source's own bytes. `rejected` says how often each reason occurred; the numbers in reasons are replaced by "N". `damaged` says the
+    same of images that were written for all that (`--on-damaged keep`). `passed_over` says how many files each rule passed over, and the
+    first names. `made_inputs` is what this run converted, in `seconds`.
     """
 
     folder: Path
@@ -90,6 +91,7 @@ class Report:
     made_inputs: int
     seconds: float
     samples: dict[str, int]
+    damaged: Counter[str]
 
 
 def convert(
@@ -145,9 +147,8 @@ def convert(
         _publish(manifest)
     samples, seconds = manifest.samples, time.monotonic() - started
     written, rejected, kept = sum(samples.values()), manifest.reasons, manifest.kept
-    return Report(
-        folder, plan.inputs, written, rejected, plan.passed_over, kept, manifest.tar_bytes, total, seconds, samples
-    )
+    done = (plan.passed_over, kept, manifest.tar_bytes, total, seconds, samples, manifest.damaged)
+    return Report(folder, plan.inputs, written, rejected, *done)
 
 
 @contextlib.contextmanager

@@ -129,7 +129,7 @@ def _added(tar: TarWriter, planned: PlannedInput, result: Converted | Refused, e
         return input_record(row, label, width, height, kept=False, reason=result.reason)
     tar.add(f"{sample_key(row)}.{extension}", result.data)
     tar.add(f"{sample_key(row)}.cls", str(label).encode())
-    return input_record(row, label, width, height, result.kept, reason=None)
+    return input_record(row, label, width, height, result.kept, reason=None, damage=result.damage)
 
 
 def _converted(
