@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 from click.core import ParameterSource
+
+from alexprep.shards.sources import LAYOUTS
 
 FC = TypeVar("FC", bound=Callable[..., Any] | click.Command)
 
@@ -92,6 +95,79 @@ def data_folder(command: Callable[..., Any]) -> Callable[..., Any]:
     with_data = data_folder_option("--data", "The data set's folder.")(with_data)
     return click.argument("data_argument", metavar="[DATA]", type=folder, required=False)(with_data)
 
+
+def source_options(command: FC) -> FC:
+    """Options that say what SOURCE is; the command receives them as `layout`, `choices` and `class_names`."""
+    for option in reversed(_SOURCE_OPTIONS):
+        command = option(command)
+
+    @functools.wraps(command)
+    def with_choices(*args: Any, split_folders: Any, class_depth: Any, **kwargs: Any) -> Any:
+        from alexprep.shards.sources.base import Choices
+
+        return command(*args, choices=Choices(split_folders, class_depth), **kwargs)
+
+    return with_choices  # type: ignore[return-value]
+
+
+class SplitFolders(click.ParamType[Any]):
+    """The split folders below SOURCE: split=FOLDER,… or "none"."""
+
+    name = "split=folder,…|none"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """A tuple of (split, folder); empty for "none"."""
+        if not isinstance(value, str):
+            return value
+        if value == "none":
+            return ()
+        found: list[tuple[str, str]] = []
+        for part in re.split(",(?=(?:train|val|test)=)", value):  # folders may have commas in their names
+            split, _, place = part.partition("=")
+            if split not in ("train", "val", "test") or not place:
+                self.fail(f"{part!r} is not train=FOLDER, val=FOLDER or test=FOLDER", param, ctx)
+            if split in dict(found):
+                self.fail(f"{split} is given twice: a split has one folder", param, ctx)
+            found.append((split, place))
+        return tuple(found)
+
+
+class ClassDepth(click.ParamType[Any]):
+    """How deep the class folders lie: a number from 1, or "leaf"."""
+
+    name = "n|leaf"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """An int, or "leaf"."""
+        if value == "leaf" or (isinstance(value, int) and value > 0):
+            return value
+        if not str(value).isdecimal() or not 1 <= int(value) <= 100:
+            self.fail(f"{value!r} is neither a number from 1 to 100 nor leaf", param, ctx)
+        return int(value)
+
+
+_SOURCE_OPTIONS = (
+    click.option("--layout", type=click.Choice(list(LAYOUTS)), help="What SOURCE is.  [default: found by looking]"),
+    click.option(
+        "--split-folders",
+        type=SplitFolders(),
+        metavar="train=A,val=B|none",
+        help="The folders below SOURCE that are splits; . for SOURCE itself without the others; none: all folders are "
+        "classes.  [default: by their names]",
+    ),
+    click.option(
+        "--class-depth",
+        type=ClassDepth(),
+        metavar="N|leaf",
+        help="How many folders below a split the class folders lie; leaf: every folder that holds pictures is a class.  "
+        "[default: found by looking]",
+    ),
+    click.option(
+        "--class-names",
+        type=click.Choice(["exact", "folded"]),
+        help="Whether names that differ only in case or Unicode form are several classes or one.  [default: ask]",
+    ),
+)
 
 local_data_option = data_folder_option("--data", "The data set's folder.", local=True)
 

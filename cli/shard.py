@@ -7,17 +7,18 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from alexprep.cli.options import data_folder_option, engine_options, json_option
-from alexprep.shards.sources import LAYOUTS
+from alexprep.cli.options import data_folder_option, engine_options, json_option, source_options
 
 if TYPE_CHECKING:
+    from alexprep.shards.listing import ClassNames
+    from alexprep.shards.sources.base import Choices
     from alexprep.shards.worker_pool import Engine
 
 
 @click.command(short_help="Images to resized webdataset shards.", context_settings={"show_default": True})
 @click.argument("source")
 @data_folder_option("--out", "The data set's folder: made, or gone on with.")
-@click.option("--layout", type=click.Choice(list(LAYOUTS)), help="What SOURCE is.  [default: found by looking]")
+@source_options
 @click.option("--check-archive", is_flag=True, help="First compare the ILSVRC archives with their published MD5s.")
 @click.option("--size", type=int, default=256, help="Side of the square images, pixels.")
 @click.option(
@@ -63,6 +64,8 @@ if TYPE_CHECKING:
 def shard(
     source: str,
     layout: str | None,
+    choices: Choices,
+    class_names: ClassNames | None,
     check_archive: bool,
     out: Path,
     labels: str,
@@ -92,10 +95,10 @@ def shard(
     from alexprep.shards.sources.layout_detection import find_source
     from alexprep.shards.worker_pool import LocalEngine
 
-    options = ShardOptions(Target(**form), seed, shard_samples, labels, limit)
+    options = ShardOptions(Target(**form), seed, shard_samples, labels, limit, class_names)
     if form["device"] == "cuda" and not isinstance(engine, LocalEngine):
         raise click.UsageError("--device cuda is for --engine local: Ray tasks ask for CPUs only.")
-    found = find_source(source, layout)
+    found = find_source(source, layout, choices)
     if check_archive:
         click.echo(f"MD5 as published: {', '.join(check_archives(found.files))}", err=True)
     with output.progress("sharding") as show:

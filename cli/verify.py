@@ -36,8 +36,7 @@ def verify(data: Path, decode: bool, repair_source: str | None, engine: Engine, 
     from rich.filesize import decimal
 
     from alexprep.cli import output
-    from alexprep.shards.sources.layout_detection import find_source
-    from alexprep.shards.verification import repair
+    from alexprep.shards.verification import repair, source_of
     from alexprep.shards.verification import verify as check
 
     checking = functools.partial(output.progress, "verifying", "images" if decode else "shards")
@@ -47,7 +46,7 @@ def verify(data: Path, decode: bool, repair_source: str | None, engine: Engine, 
     if problems and repair_source is not None:
         _show(problems)
         with output.progress("repairing") as show:
-            repaired = repair(data, find_source(repair_source), problems, engine, show).made_inputs
+            repaired = repair(data, source_of(data, repair_source), problems, engine, show).made_inputs
         with checking() as show:
             found = check(data, engine, decode, show)
     _show(found.problems)

@@ -19,7 +19,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from alexprep.shards.errors import AlexprepError, AmbiguousSourceError
-from alexprep.shards.sources.base import UNLABELLED, Account, Input, Source
+from alexprep.shards.sources import BY_FOLDERS
+from alexprep.shards.sources.base import UNLABELLED, Account, Input, Source, sorted_names
 from alexprep.shards.sources.ground_truth import devkit_order
 
 AUTO = "auto"
@@ -208,6 +209,12 @@ def _warnings(listing: Listing) -> list[str]:
                     f"{missing.size:,} of {len(classes):,} classes, among them {classes[missing[0]]!r}, have no image in {split}; the "
                     "numbering is the same in all splits"
                 )
+    by_bytes = sorted(classes, key=str.encode)
+    if classes != by_bytes and classes == sorted_names(classes) and listing.source.layout in BY_FOLDERS:
+        words.append(
+            f"the class names are numbers and are numbered in their order: {classes[0]} is label 0, {classes[-1]} is label {len(classes) - 1}; "
+            f"--labels sorted numbers them as text ({', '.join(by_bytes[:3])}, …), as torchvision does"
+        )
     if len(classes) == 1:
         words.append(f"there is one class only, {classes[0]!r}: is SOURCE the folder that holds the class folders?")
     return words

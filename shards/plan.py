@@ -129,7 +129,8 @@ class Plan:
     @property
     def found(self) -> int | None:
         """How many files, members or rows the source's listing met; None where an earlier release did not count them."""
-        return self.document.get("account", {}).get("found")
+        found: int | None = self.document.get("account", {}).get("found")
+        return found
 
     @property
     def passed_over(self) -> dict[str, PassedOver]:

@@ -351,7 +351,8 @@ class Files(ABC):
     def entries(self, folder: bytes = b"") -> list[Entry]:
         """What is in a folder, ascending by name, links followed, hidden names left out; [] where there is no such folder."""
         try:
-            return sorted(map(Entry._make, self._listed(folder, links=True)))
+            listed = self.listed(folder, links=True)
+            return sorted(Entry(name, bool(is_folder)) for name, is_folder in listed if not name.startswith(b"."))
         except (FileNotFoundError, NotADirectoryError):
             return []
 
@@ -373,13 +374,21 @@ class Files(ABC):
         pending = [folder]
         while pending:
             here = pending.pop()
-            for name, is_folder in self._listed(here, links=False):
-                (pending if is_folder else found).append(os.path.join(here, name))
+            for name, is_folder in self.listed(here, links=False):
+                if is_folder is not None and not name.startswith(b"."):
+                    (pending if is_folder else found).append(os.path.join(here, name))
         yield from sorted(found)
 
     @abstractmethod
-    def _listed(self, folder: bytes, *, links: bool) -> Iterable[tuple[bytes, bool]]:
-        """Each name in a folder that is not hidden, and whether it is a folder's; `links` tells whether links to some count."""
+    def listed(self, folder: bytes, *, links: bool) -> Iterable[tuple[bytes, bool | None]]:
+        """Each name in a folder, hidden ones too, in no order, and whether it is a folder's.
+
+        A link to a folder is one where `links` says so, and else None.
+        """
+
+    @abstractmethod
+    def inside(self, folder: bytes) -> Files:
+        """The same files with a folder of them as the root."""
 
     @abstractmethod
     def size(self, path: bytes) -> int:
@@ -418,13 +427,16 @@ class LocalFiles(Files):
     root: bytes
     remote: bool = False
 
-    def _listed(self, folder: bytes, *, links: bool) -> Iterator[tuple[bytes, bool]]:
+    def listed(self, folder: bytes, *, links: bool) -> Iterator[tuple[bytes, bool | None]]:
+        """See `Files`."""
         with os.scandir(os.path.join(self.root, folder)) as found:
             for entry in found:
-                if not entry.name.startswith(b"."):
-                    is_folder = _is_folder(entry)
-                    if links or not (is_folder and entry.is_symlink()):
-                        yield entry.name, is_folder
+                is_folder = _is_folder(entry)
+                yield entry.name, is_folder if links or not (is_folder and entry.is_symlink()) else None
+
+    def inside(self, folder: bytes) -> LocalFiles:
+        """See `Files`."""
+        return LocalFiles(os.path.join(self.root, folder), self.remote) if folder else self
 
     def size(self, path: bytes) -> int:
         """See `Files`."""
@@ -474,7 +486,8 @@ class RemoteFiles(Files):
     url: str
     remote = True
 
-    def _listed(self, folder: bytes, *, links: bool) -> Iterator[tuple[bytes, bool]]:
+    def listed(self, folder: bytes, *, links: bool) -> Iterator[tuple[bytes, bool | None]]:
+        """See `Files`."""
         system, place = self._opened(folder)
         try:
             listed = self._patiently(lambda: system.ls(place, detail=True), folder, "listed")
@@ -486,8 +499,12 @@ class RemoteFiles(Files):
         for item in listed:
             path = item["name"].rstrip("/")
             name = b"" if path == own else self._name(path, own)
-            if name and not name.startswith(b"."):
+            if name:
                 yield name, item["type"] == "directory"
+
+    def inside(self, folder: bytes) -> RemoteFiles:
+        """See `Files`."""
+        return RemoteFiles(self._joined(self.url, folder)) if folder else self
 
     def size(self, path: bytes) -> int:
         """See `Files`."""

@@ -55,7 +55,9 @@ from alexprep.shards.plan import (
     options_of,
     shared_table,
 )
-from alexprep.shards.sources.base import SPLITS, Source
+from alexprep.shards.sources import LAYOUTS
+from alexprep.shards.sources.base import SPLITS, Source, choices_of
+from alexprep.shards.sources.layout_detection import find_source
 from alexprep.shards.storage import content, digest_json, file_sha256, folder_at, is_temporary, json_bytes, trouble
 from alexprep.shards.tar_format import BLOCK, WrittenMember, dali_index, member_header, padded
 from alexprep.shards.worker_pool import Engine, as_engine, attending
@@ -132,6 +134,17 @@ def verify(
     sound = [result.sidecar for result in checked if result.sidecar is not None and not result.problems]
     samples, size = (sum(sidecar[key] for sidecar in sound) for key in ("samples", "bytes"))
     return Verdict(folder, len(shards), samples, size, problems, time.monotonic() - started)
+
+
+def source_of(data: Path | str, place: str) -> Source:
+    """The source at a path or URL, read as it was when the dataset in `data` was begun: by the same layout and choices."""
+    folder = folder_at(data)
+    for name in (PLAN, DATASET):
+        document = _parsed(content(folder / name)[0])
+        layout = document.get("layout") or document.get("source", {}).get("layout")
+        if layout in LAYOUTS:
+            return find_source(place, layout, choices_of(document.get("choices", {})))
+    return find_source(place)
 
 
 def repair(

@@ -42,6 +42,10 @@ sys.path.append(str(Path(__file__).parents[1]))
 # The nets of tests are so small that torch's threads would only wait for each other, long where the machine is busy.
 # Processes that tests start inherit it. OMP_NUM_THREADS=N in the environment asks for others.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Jobs in the background are started with these ignored, which processes that tests start would inherit.
+for _signal in (signal.SIGINT, signal.SIGHUP):
+    if signal.getsignal(_signal) is signal.SIG_IGN:
+        signal.signal(_signal, signal.default_int_handler if _signal is signal.SIGINT else signal.SIG_DFL)
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 

@@ -115,7 +115,7 @@ def test_other_options_and_inputs_are_refused_and_named(photos: Path, data: Path
 
 
 def test_every_input_is_accounted_for(photos: Path, tmp_path: Path) -> None:
-    """Written or rejected with a reason, each once: 10 of the odd files must be rejected."""
+    """Written, rejected with a reason or passed over by a rule, each once: 9 of the odd files must be rejected."""
     root, out = tmp_path / "source", tmp_path / "out"
     shutil.copytree(photos, root)
     good = (root / "train/class0/000.JPEG").read_bytes()
@@ -137,15 +137,23 @@ def test_every_input_is_accounted_for(photos: Path, tmp_path: Path) -> None:
         (root / "val/class2" / f"junk{n}.jpg").write_bytes(os.urandom(50))
     report = convert(root, out, OPTIONS, 2)
     ledger = [row for file in out.glob("*/samples.parquet") for row in pq.read_table(file).to_pylist()]
-    assert report.inputs == len(ledger) == 68 + 17
+    assert report.inputs == len(ledger) == 68 + 16
     assert report.written == sum(row["status"] == "written" for row in ledger) == 68 + 7
-    assert report.rejected.total() == 10
+    assert report.rejected.total() == 9
+    passed_over = {
+        rule.split(":")[0].split(",")[0]: (passed.count, passed.names) for rule, passed in report.passed_over.items()
+    }
+    assert passed_over == {
+        "hidden": (1, [str(odd / ".hidden.JPEG")]),
+        "a link to a folder": (1, [str(odd / "loop")]),
+        "no picture by its ending": (1, [str(odd / "note.txt")]),
+    }
+    assert read_dataset(out)["account"]["found"] == report.written + report.rejected.total() + 3
     sources = [row["source"] for row in ledger]
     assert len(set(sources)) == len(sources)
     reasons = {row["source"].rpartition("/")[2]: row["reason"] for row in ledger if row["status"] == "rejected"}
     assert "truncated" in reasons["truncated.JPEG"]
     assert reasons["empty.JPEG"] == "empty file"
-    assert "known type" in reasons["note.txt"]
     assert "No such file" in reasons["dangling.JPEG"]
     assert "regular file" in reasons["pipe.JPEG"]
     assert not any("hidden" in source or "/loop/" in source for source in sources)
@@ -157,7 +165,7 @@ def test_every_input_is_accounted_for(photos: Path, tmp_path: Path) -> None:
 def test_a_shard_of_rejects_only_has_no_tar(tmp_path: Path, photos: Path) -> None:
     source = tmp_path / "source" / "junk"
     source.mkdir(parents=True)
-    with pytest.raises(AlexprepError, match="holds no files"):
+    with pytest.raises(AlexprepError, match="holds no class folders"):
         convert(tmp_path / "source", tmp_path / "nothing", OPTIONS, ENGINE)
     for n in range(9):
         (source / f"{n}.jpg").write_bytes(b"junk")

@@ -87,6 +87,7 @@ def test_a_released_default_never_changes() -> None:
         "seed": 0,
         "labels": "auto",
         "limit": None,
+        "class_names": None,
     }
     assert ShardOptions().shard_samples is None
 

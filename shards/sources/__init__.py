@@ -15,3 +15,4 @@ LAYOUTS = {
     "tar": "tars.TarOfClassFolders",
     "folders": "folders.ClassFolders",
 }
+BY_FOLDERS = ("tar", "folders")  # those that read folders, where the user may have to say what they mean

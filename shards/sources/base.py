@@ -13,9 +13,10 @@ of a source: see `conversion`.
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -116,6 +117,12 @@ class Account:
         if len(passed.names) < _NAMES_KEPT:
             passed.names.append(name)
 
+    def add(self, rule: str, passed: PassedOver) -> None:
+        """Takes in what another account passed over by `rule`."""
+        own = self.passed_over.setdefault(rule, PassedOver())
+        own.count += passed.count
+        own.names += passed.names[: _NAMES_KEPT - len(own.names)]
+
     @property
     def passed_over_count(self) -> int:
         """By all rules together."""
@@ -128,14 +135,26 @@ class Choices:
 
     Attributes:
         split_folders: (split, folder below the root) of each split; () says that no folder means a split; None looks.
-        class_depth: how many folders below a split's folder the class folders lie, 1 for directly in it; None looks.
+        class_depth: how many folders below a split's folder the class folders lie, 1 for directly in it; "leaf" makes every
+            folder that holds pictures a class; None looks.
     """
 
     split_folders: tuple[tuple[str, str], ...] | None = None
-    class_depth: int | None = None
+    class_depth: int | Literal["leaf"] | None = None
 
 
 NO_CHOICES = Choices()
+
+
+def as_options(choices: Choices) -> str:
+    """The options of the command line that say the same."""
+    words = []
+    if choices.split_folders is not None:
+        folders = ",".join(f"{split}={folder}" for split, folder in choices.split_folders) or "none"
+        words.append(f"--split-folders {shlex.quote(folders)}")
+    if choices.class_depth is not None:
+        words.append(f"--class-depth {choices.class_depth}")
+    return " ".join(words)
 
 
 def as_json(choices: Choices) -> dict[str, Any]:
@@ -157,23 +176,19 @@ class Source:
 
     Attributes:
         files: where its files lie.
+        choices: what the user said of it, which another reading of it needs again.
+        whole: whether all of the root is meant, so that what else lies there goes to the account, rather than one file in it.
+        evidence: why it is read as it is, in a few words for the user; empty where the layout's name says it.
         layout: the name for `--layout`, recorded in the plan.
         expects: what this layout looks like, for messages.
     """
 
     files: Files
+    choices: Choices = field(default=NO_CHOICES, kw_only=True)
+    whole: bool = field(default=False, kw_only=True)
+    evidence: str = field(default="", kw_only=True, compare=False)
     layout: ClassVar[str]
     expects: ClassVar[str]
-
-    @property
-    def choices(self) -> Choices:
-        """The choices that this source was read with, which another reading of it needs again."""
-        return NO_CHOICES
-
-    @property
-    def evidence(self) -> str:
-        """Why it is read as it is, for the user: the end of the sentence "SOURCE is …"."""
-        return self.expects
 
     @classmethod
     def at(cls, files: Files, name: bytes, choices: Choices = NO_CHOICES) -> Source | None:

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.sources.base import NO_CHOICES, SPLITS, Account, Choices, Input, Location, Source, numbered_classes
+from alexprep.shards.sources.tree import pass_over_rest
 from alexprep.shards.storage import MAX_INFLATED_BYTES, Files, as_text, inflate, read_inflated
 from alexprep.shards.tar_format import members, reader_of
 
@@ -64,6 +65,7 @@ class RecordSource(Source):
     def inputs(self, account: Account) -> Iterator[Input]:
         """By split, class (as text: "10" before "2"), file and record."""
         names, files = self.record_files()
+        account.found += sum(len(file.labels) * len(file.pictures) for file in files)
         codes = sorted(range(len(names)), key=lambda code: names[code].encode())
         for split in sorted({file.split for file in files}):
             for code in codes:
@@ -71,6 +73,8 @@ class RecordSource(Source):
                     for record in np.flatnonzero(file.labels == code).tolist() if file.split == split else ():
                         for location in file.pictures_of(record):
                             yield Input(split, names[code], location)
+        if self.whole:
+            pass_over_rest(self.files, {file.file.path for file in files}, account)
 
 
 def _is_gzipped(path: bytes) -> bool:
@@ -184,11 +188,13 @@ class Cifar(RecordSource):
         folders, plain = ([], [name]) if name else (files.folder_names(), files.file_names())
         for count, version in _VERSIONS.items():
             if version.names in plain and any(file in plain for file in version.splits["train"]):
-                return cls(files, count)
-        found = {count: cls(files, count, v.folder) for count, v in _VERSIONS.items() if v.folder in folders}
+                return cls(files, count, whole=not name)
+        found = {
+            count: cls(files, count, v.folder, whole=True) for count, v in _VERSIONS.items() if v.folder in folders
+        }
         for file in plain:
             if archive := _ARCHIVE.fullmatch(file):
-                found.setdefault(int(archive[1]), cls(files, int(archive[1]), archive=file))
+                found.setdefault(int(archive[1]), cls(files, int(archive[1]), archive=file, whole=not name))
         if len(found) > 1:
             places = " or ".join(files.display(source.archive or source.folder) for source in found.values())
             raise AlexprepError(f"SOURCE {files.display()} holds both CIFAR-10 and CIFAR-100: name {places} as SOURCE")
@@ -366,7 +372,7 @@ class PairedFiles(RecordSource):
                         f"SOURCE {files.display()} has {there.decode()} and no {missing.decode()}: put it beside it"
                     )
             pairs.append((split, found[cls.kinds[0]], found[cls.kinds[1]]))
-        return cls(files, tuple(pairs)) if pairs else None
+        return cls(files, tuple(pairs), whole=not name) if pairs else None
 
     def dimensions(self, head: bytes, shown: str) -> tuple[int, int, int]:
         """How many records there are, and the images' height and width, by the header of an images file."""

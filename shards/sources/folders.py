@@ -1,83 +1,71 @@
 """Class folders: ROOT/{train,val,test}/CLASS/**/FILE, or one tree ROOT/CLASS/**/FILE, which becomes the split "train".
 
-Also as Kaggle packs ImageNet. Tars of such folders are in `tars`; the lists that tell the classes of a flat `val` in `ground_truth`.
+Also as Kaggle packs ImageNet. What the folders mean is decided in `folder_reading`; tars of such folders are in `tars`, the lists that
+tell the classes of a flat `val` in `ground_truth`.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from alexprep.shards.errors import AlexprepError
-from alexprep.shards.sources.base import (
-    NO_CHOICES,
-    SPLITS,
-    UNLABELLED,
-    Account,
-    Choices,
-    Input,
-    Location,
-    Source,
-    class_name_of,
-    split_folders,
-)
+from alexprep.shards.sources.base import NO_CHOICES, SPLITS, Account, Choices, Input, Location, Source
+from alexprep.shards.sources.folder_reading import FindTruth, SplitFolder, inputs_of, read_folders
 from alexprep.shards.sources.ground_truth import GroundTruth, find_ground_truth, find_meta_mat, year_of
-from alexprep.shards.storage import Files, LocalFiles, as_text
+from alexprep.shards.sources.tree import Folder, Tree, read_tree
+from alexprep.shards.storage import Files, LocalFiles
 
 _KAGGLE_IMAGES = b"ILSVRC/Data/CLS-LOC"
 
 
 @dataclass(frozen=True)
 class ClassFolders(Source):
-    """A tree of class folders. Names that begin with a dot are passed over: they are never images.
+    """A tree of class folders.
 
     Attributes:
-        splits: (split, folder below the root, ground truth) in ascending order of the split; the ground truth gives the
-            classes of a folder that has no class folders.
+        splits: what each split's folder holds, in ascending order of the split.
+        warnings: what the reading found that needs no decision.
     """
 
-    splits: tuple[tuple[str, bytes, GroundTruth | None], ...] = ()
+    splits: tuple[SplitFolder, ...] = ()
+    warnings: tuple[str, ...] = field(default=(), compare=False)
     layout = "folders"
     expects = "SOURCE/CLASS/IMAGE, or SOURCE/train/CLASS/IMAGE and SOURCE/val/CLASS/IMAGE"
 
     @classmethod
     def at(cls, files: Files, name: bytes, choices: Choices = NO_CHOICES) -> Source | None:
-        """See `Source`. Refused: two folders for one split, and a split's folder whose images have no classes."""
-        folders = [] if name else files.folder_names()
-        named = split_folders(folders, files.display())
-        splits = [
-            (split, folder, _ground_truth(files, split, folder, named.get("train")))
-            for split, folder in sorted(named.items())
-        ]
-        return cls(files, tuple(splits or [("train", b"", None)])) if folders else None
+        """See `Source` and `read_folders`. A split's folder whose images have no classes is refused."""
+        if name:
+            return None
+        tree = read_tree(files)
+        if not any(folder.count for folder in tree.root.folders):
+            return None
+        reading = read_folders(tree.root, files.display(), _looked_for(files), choices)
+        splits, warnings = tuple(reading.splits), tuple(reading.warnings)
+        return cls(files, splits, warnings, choices=choices, whole=True, evidence=reading.evidence)._with_tree(tree)
 
     def inputs(self, account: Account) -> Iterator[Input]:
-        """Every file below a class folder that is not hidden, of whatever kind; what is no image is rejected later."""
-        known: dict[str, bytes] = {}
-        for split, folder, truth in self.splits:
-            if truth is not None:
-                for class_name, name in truth.sorted(self.files.file_names(folder)):
-                    yield Input(split, class_name, Location(os.path.join(folder, name)))
-                continue
-            for class_folder in self.files.folder_names(folder):
-                class_name = class_name_of(class_folder, known, self.files.display())
-                for path in self.files.walk(os.path.join(folder, class_folder)):
-                    yield Input(split, class_name, Location(path))
+        """Every file below a class folder that may be a picture; what is none is rejected later."""
+        account.warnings += self.warnings
+        for split, class_name, path in inputs_of(self.splits, self._take_tree(), account, self.files.display()):
+            yield Input(split, class_name, Location(path))
 
     def covers(self, target: str) -> bool:
         """Whether `target` lies in a split's folder, or in one that would be taken for it."""
         below = self.files.below(target)
         if below and below[0].decode("utf-8", "replace").lower() in SPLITS:
             return True
-        return any(self.files.below(target, folder) is not None for _, folder, _ in self.splits)
+        return any(self.files.below(target, part.path) is not None for part in self.splits)
 
     def year(self) -> str:
         """As some of the images' names tell it: those in a flat folder, or in the first class folder."""
         names: list[bytes] = []
-        for _, folder, _ in self.splits:
-            classes = self.files.folder_names(folder)
-            some = self.files.entries(os.path.join(folder, classes[0]) if classes else folder)
+        for part in self.splits:
+            classes = [] if part.flat else self.files.folder_names(part.path)
+            some = self.files.entries(os.path.join(part.path, classes[0]) if classes else part.path)
             names += [entry.name for entry in some]
         return year_of(names)
 
@@ -87,6 +75,19 @@ class ClassFolders(Source):
         if found is None and isinstance(self.files, LocalFiles):
             found = find_meta_mat(LocalFiles(os.path.dirname(self.files.root)), self.year())
         return found
+
+    # The tree that was read to recognise the source serves the first listing, so that both cost one reading. It is not sent to workers.
+
+    def _with_tree(self, tree: Tree) -> ClassFolders:
+        object.__setattr__(self, "_tree", tree)
+        return self
+
+    def _take_tree(self) -> Tree:
+        tree: Tree | None = self.__dict__.pop("_tree", None)
+        return tree or read_tree(self.files)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_tree"}
 
 
 @dataclass(frozen=True)
@@ -102,11 +103,13 @@ class Kaggle(ClassFolders):
     @classmethod
     def at(cls, files: Files, name: bytes, choices: Choices = NO_CHOICES) -> Source | None:
         """See `Source`. Refused: a val folder without LOC_val_solution.csv."""
-        present = [] if name else files.entries(_KAGGLE_IMAGES)
-        splits: list[tuple[str, bytes, GroundTruth | None]] = []
-        if any(entry == (b"train", True) for entry in present):
-            splits.append(("train", _KAGGLE_IMAGES + b"/train", None))
-        if any(entry == (b"val", True) for entry in present):
+        present = {entry.name for entry in ([] if name else files.entries(_KAGGLE_IMAGES)) if entry.is_folder}
+        splits: list[SplitFolder] = []
+        if b"test" in present:
+            splits.append(SplitFolder("test", _KAGGLE_IMAGES + b"/test", flat=True))
+        if b"train" in present:
+            splits.append(SplitFolder("train", _KAGGLE_IMAGES + b"/train"))
+        if b"val" in present:
             folder = _KAGGLE_IMAGES + b"/val"
             truth = find_ground_truth(files, "val", files.file_names(folder), year="2012")
             if truth is None:
@@ -114,15 +117,8 @@ class Kaggle(ClassFolders):
                     f"{files.display()} has no LOC_val_solution.csv, which tells the classes of the val images: "
                     "download it from the same page"
                 )
-            splits.append(("val", folder, truth))
-        return cls(files, tuple(splits)) if present else None
-
-    def inputs(self, account: Account) -> Iterator[Input]:
-        """As from class folders, the test images first."""
-        test = _KAGGLE_IMAGES + b"/test"
-        for name in self.files.file_names(test):
-            yield Input("test", UNLABELLED, Location(os.path.join(test, name)))
-        yield from super().inputs(account)
+            splits.append(SplitFolder("val", folder, flat=True, truth=truth))
+        return cls(files, tuple(splits), whole=True) if present else None
 
     def covers(self, target: str) -> bool:
         """Whether `target` lies among the images."""
@@ -133,18 +129,18 @@ class Kaggle(ClassFolders):
         return "2012"
 
 
-def _ground_truth(files: Files, split: str, folder: bytes, train: bytes | None) -> GroundTruth | None:
-    """None where `folder` holds class folders; otherwise what tells the classes of its images."""
-    entries = files.entries(folder)
-    if any(entry.is_folder for entry in entries):
+def _looked_for(files: Files) -> FindTruth:
+    """Looks for lists of labels in the root, in the folders that lead to a split's pictures, and beside these."""
+
+    def find(split: str, folder: Folder, train_classes: list[str]) -> GroundTruth | None:
+        path, places = folder.path, [folder.path]
+        while path:
+            path = os.path.dirname(path)
+            places.append(path)
+        for place in reversed(places):
+            truth = find_ground_truth(files.inside(place), split, folder.pictures, train_classes)
+            if truth is not None:
+                return truth
         return None
-    train_classes = [as_text(name) for name in files.folder_names(train)] if train else []
-    truth = find_ground_truth(files, split, [entry.name for entry in entries], train_classes)
-    if truth is None:
-        flat = files.display(folder)
-        raise AlexprepError(
-            f"{flat} holds no class folders, and nothing beside it tells the classes of its images: sort them into "
-            f"{flat}/CLASS/IMAGE, put a ground truth into SOURCE (LOC_{split}_solution.csv, {split}.txt, or the devkit), "
-            "or move it away"
-        )
-    return truth
+
+    return find

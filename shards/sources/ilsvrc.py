@@ -15,6 +15,7 @@ from alexprep.shards.errors import AlexprepError
 from alexprep.shards.sources.base import NO_CHOICES, UNLABELLED, Account, Choices, Input, Source, class_name_of
 from alexprep.shards.sources.ground_truth import find_ground_truth, year_of
 from alexprep.shards.sources.tars import ArchiveSource
+from alexprep.shards.sources.tree import pass_over_rest
 from alexprep.shards.storage import Files, as_text
 
 _NAME = re.compile(rb"ILSVRC(20\d\d)_(?:img|images)_(train|val|test)(?:_v\d+)?\.tar")
@@ -53,20 +54,23 @@ class IlsvrcArchives(ArchiveSource):
                     "name one of them as SOURCE, or move one away"
                 )
             found[split] = file
-        return cls(files, tuple(sorted(found.items()))) if found else None
+        return cls(files, tuple(sorted(found.items())), whole=not name) if found else None
 
     def inputs(self, account: Account) -> Iterator[Input]:
         """As from class folders: by split, class and name. Test images have classes only where a ground truth tells them."""
         for split, path in self.archives:
-            yield from self._train(path) if split == "train" else self._flat(split, path)
+            yield from self._train(path, account) if split == "train" else self._flat(split, path, account)
+        if self.whole:
+            pass_over_rest(self.files, {path for _, path in self.archives}, account)
 
     def year(self) -> str:
         """As the archives' names tell it."""
         return year_of(path for _, path in self.archives)
 
-    def _train(self, path: bytes) -> Iterator[Input]:
+    def _train(self, path: bytes, account: Account) -> Iterator[Input]:
         known: dict[str, bytes] = {}
-        for file, synset in sorted((os.path.basename(synset.member), synset) for synset in self.packed(path)):
+        for file, synset in sorted((os.path.basename(synset.member), synset) for synset in self.packed(path, account)):
+            account.found -= 1  # it counts by its members
             class_folder, _, end = file.rpartition(b".")
             if end != b"tar" or synset.offset < 0:
                 raise AlexprepError(
@@ -74,11 +78,11 @@ class IlsvrcArchives(ArchiveSource):
                     "SYNSET.tar a class: for a tar of class folders use --layout tar"
                 )
             class_name = class_name_of(class_folder, known, self.files.display(path))
-            for location in sorted(self.packed(path, synset)):
+            for location in sorted(self.packed(path, account, synset)):
                 yield Input("train", class_name, location)
 
-    def _flat(self, split: str, path: bytes) -> Iterator[Input]:
-        where = {location.member: location for location in sorted(self.packed(path))}
+    def _flat(self, split: str, path: bytes, account: Account) -> Iterator[Input]:
+        where = {location.member: location for location in sorted(self.packed(path, account))}
         year = year_of([path])
         truth = find_ground_truth(self.files, split, list(where), year=year)
         if truth is None and split != "test":

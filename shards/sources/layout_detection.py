@@ -8,10 +8,14 @@ from __future__ import annotations
 import functools
 import importlib
 
-from alexprep.shards.errors import AlexprepError
-from alexprep.shards.sources import LAYOUTS
-from alexprep.shards.sources.base import NO_CHOICES, Choices, Source
-from alexprep.shards.storage import files_at
+from alexprep.shards.errors import AlexprepError, AmbiguousSourceError
+from alexprep.shards.sources import BY_FOLDERS, LAYOUTS
+from alexprep.shards.sources.base import NO_CHOICES, Choices, Source, as_options
+from alexprep.shards.sources.tree import is_picture, read_tree
+from alexprep.shards.storage import Files, files_at
+
+# Layouts of a folder that may also hold class folders; archives of ILSVRC hold the same pictures as the folders beside them.
+_BESIDE_FOLDERS = {"cifar", "mnist", "norb", "webdataset"}
 
 
 def find_source(place: str, layout: str | None = None, choices: Choices = NO_CHOICES) -> Source:
@@ -22,10 +26,21 @@ def find_source(place: str, layout: str | None = None, choices: Choices = NO_CHO
         AmbiguousSourceError: there are several readings, and `layout` and `choices` do not tell which is meant.
     """
     files, name = files_at(place)
-    for candidate in (layout,) if layout else LAYOUTS:
+    for candidate in (layout,) if layout else LAYOUTS if choices == NO_CHOICES else BY_FOLDERS:
         source = _source_class(candidate).at(files, name, choices)
         if source is not None:
+            if source.choices != choices:
+                raise AlexprepError(
+                    f"--split-folders and --class-depth are for folders and tars of class folders; SOURCE {place} has the "
+                    f"layout {candidate!r}: leave them out"
+                )
+            if layout is None and source.whole and candidate in _BESIDE_FOLDERS:
+                _check_no_class_folders(files, candidate)
             return source
+    if choices != NO_CHOICES:
+        raise AlexprepError(
+            f"SOURCE {place} holds no class folders, of which {as_options(choices)} could speak: leave it out"
+        )
     if layout:
         raise AlexprepError(f"SOURCE {place} has not the layout {layout!r}: expected {_source_class(layout).expects}")
     if name:
@@ -35,6 +50,21 @@ def find_source(place: str, layout: str | None = None, choices: Choices = NO_CHO
     raise AlexprepError(
         f"SOURCE {place} holds no class folders and no other layout that is known: expected {_source_class('folders').expects}"
     )
+
+
+def _check_no_class_folders(files: Files, layout: str) -> None:
+    """Asks where class folders lie beside what another layout reads."""
+    folders = [folder for folder in read_tree(files).root.walk() if any(map(is_picture, folder.pictures))]
+    if len(folders) > 1:
+        pictures = sum(len(folder.pictures) for folder in folders)
+        raise AmbiguousSourceError(
+            f"SOURCE {files.display()} has the layout {layout!r}, and beside it {pictures:,} pictures in {len(folders):,} folders, such as "
+            f"{files.display(folders[0].path)}.",
+            [
+                (f"--layout {layout}", f"{_source_class(layout).expects}; the pictures in folders are passed over"),
+                ("--layout folders", "the folders are classes or splits; all else is passed over"),
+            ],
+        )
 
 
 @functools.cache

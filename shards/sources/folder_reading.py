@@ -1,0 +1,645 @@
+"""Decides what the folders of a tree mean: which of them are splits, which are classes, and which only wrap others.
+
+A reading needs positive evidence, and there must be one reading only: where two fit, `AmbiguousSourceError` says what was found and
+which `Choices` choose. How a tree is read from a disk, a store or a tar is in `tree`; lists that tell the classes of pictures in one
+flat folder are in `ground_truth`, and sets whose publishers list their splits or classes in `published`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from alexprep.shards.errors import AlexprepError, AmbiguousSourceError
+from alexprep.shards.sources.base import (
+    BESIDE,
+    LIST,
+    NO_CHOICES,
+    NO_CLASS,
+    SPLITS,
+    UNLABELLED,
+    Account,
+    Choices,
+    as_options,
+    class_name_of,
+    split_of,
+)
+from alexprep.shards.sources.ground_truth import GroundTruth
+from alexprep.shards.sources.tree import Folder, Tree, is_picture, rule_of
+from alexprep.shards.storage import as_text
+
+Depth = int | Literal["leaf"]
+# Gives what tells the classes of pictures in one flat folder: (split, folder, train classes) → ground truth, or None.
+FindTruth = Callable[[str, Folder, list[str]], GroundTruth | None]
+
+# Names of folders that hold a dataset's parts. As the name of a class they are a question.
+CONTAINERS = {
+    *SPLITS,
+    *[
+        "annotation",
+        "annotations",
+        "data",
+        "dataset",
+        "datasets",
+        "image",
+        "images",
+        "img",
+        "imgs",
+        "jpeg",
+        "jpegimages",
+        "jpegs",
+        "jpg",
+        "label",
+        "labels",
+    ],
+    *["mask", "masks", "meta", "metadata", "photos", "pics", "pictures", "png", "segmentation", "segmentations"],
+}
+_WITHOUT_LABELS = {"pred", "predict", "prediction", "predictions", "unlabeled", "unlabelled", "unsup", "unsupervised"}
+
+
+def _few(count: int) -> int:
+    """How many pictures may lie elsewhere, of so many in all, to be passed over with a warning; more are a question."""
+    return max(1, count // 20)
+
+
+_word_and_number = re.compile(rb"([^\d.]*[^\d._ -])[._ -]*\d+\.\w+").fullmatch
+_wordnet_id = re.compile(rb"n\d{8}").fullmatch
+
+
+@dataclass(frozen=True)
+class SplitFolder:
+    """What one folder holds of a split.
+
+    Attributes:
+        split: its name.
+        path: of the folder that holds the class folders, or the pictures of a flat split.
+        depth: where the class folders lie below it: 1 for directly in it; "leaf" where each folder that holds pictures is a class.
+        flat: whether there are no class folders; `truth` tells the classes then, or nothing does.
+        truth: the classes of a flat split.
+        without: folders in it that belong to other splits.
+    """
+
+    split: str
+    path: bytes
+    depth: Depth = 1
+    flat: bool = False
+    truth: GroundTruth | None = None
+    without: tuple[bytes, ...] = ()
+
+
+@dataclass
+class Reading:
+    """What the folders of a tree mean.
+
+    Attributes:
+        splits: in ascending order of the split.
+        evidence: why, in words.
+        warnings: what needs no decision.
+        skipped: how many folders between a split's folder and its class folders only wrap these, by split.
+    """
+
+    splits: list[SplitFolder]
+    evidence: str = ""
+    warnings: list[str] = field(default_factory=list)
+    skipped: dict[str, int] = field(default_factory=dict)
+
+
+def read_folders(
+    root: Folder, shown: str, truth_of: FindTruth, choices: Choices = NO_CHOICES, split: str = "train"
+) -> Reading:
+    """What the folders below `root` mean; `shown` is its name for messages, `split` the one that it is if no folder tells.
+
+    Raises:
+        AmbiguousSourceError: two readings fit.
+        AlexprepError: none does, or `choices` name what is not there.
+    """
+    _refuse_detection_sets(root, shown)
+    try:
+        return _read(root, shown, truth_of, choices, split)
+    except _Question as question:
+        ways: list[tuple[str, str]] = []
+        refusal = ""
+        for given, meaning in question.ways:
+            chosen = replace(choices, **{name: value for name, value in vars(given).items() if value is not None})
+            try:
+                _read(root, shown, truth_of, chosen, split)
+            except _Question:
+                pass  # leads to another question
+            except AlexprepError as error:
+                refusal = str(error)
+                continue
+            ways.append((as_options(given), meaning))
+        if not ways:
+            raise AlexprepError(f"{question.found} {refusal}".strip()) from None
+        raise AmbiguousSourceError(question.found, ways) from None
+
+
+class _Question(Exception):
+    """A doubt: what was found, and (what to choose, what it means) of each way out."""
+
+    def __init__(self, found: str, ways: Sequence[tuple[Choices, str]]) -> None:
+        super().__init__(found)
+        self.found, self.ways = found, ways
+
+
+def _read(root: Folder, shown: str, truth_of: FindTruth, choices: Choices, split: str) -> Reading:
+    reading = Reading([])
+    if choices.split_folders is None:
+        parts, where = _split_parts(root, shown, split, reading)
+    else:
+        parts, where = _chosen_parts(root, shown, choices.split_folders, split), "as chosen"
+    classes_of: dict[str, list[str]] = {}
+    numbered: list[str] = []  # the class folders of train, empty ones too: lists of labels count them
+    for name, folder, without in sorted(parts, key=lambda part: (part[0] != "train", part[0])):
+        found = _read_split(name, folder, without, shown, choices, truth_of, numbered, reading)
+        reading.splits.append(found)
+        if not found.flat:
+            classes_of[name] = class_names(found, root)
+            if name == "train":
+                numbered = [as_text(folder) for folder, _ in _candidates(found, root.at(found.path) or root)]
+    if choices.split_folders is None:
+        _check_shared(classes_of, reading, shown)
+    if choices == NO_CHOICES:
+        _check_names(classes_of, reading, root, shown)
+    reading.splits.sort(key=lambda found: found.split)
+    reading.evidence = where
+    return reading
+
+
+def inputs_of(
+    reading: Sequence[SplitFolder], tree: Tree, account: Account, shown: str, known: dict[str, bytes] | None = None
+) -> Iterator[tuple[str, str, bytes]]:
+    """(split, class name, path) of every picture, by split, class and path; all else of the tree goes to the account.
+
+    `known` are the class folders by name, where other trees have some too.
+    """
+    root, taken = tree.root, set[bytes]()
+    known = {} if known is None else known
+    account.found += tree.account.found
+    for rule, passed in tree.account.passed_over.items():
+        account.add(rule, passed)
+    flat: dict[bytes, SplitFolder] = {}
+    for part in reading:
+        top = root.at(part.path)
+        if top is None:
+            raise AlexprepError(
+                f"{shown}/{as_text(part.path)} has vanished since it was listed: run the same command again"
+            )
+        if part.flat:
+            flat[top.path] = part
+            names = part.truth.sorted(top.pictures) if part.truth else ((UNLABELLED, name) for name in top.pictures)
+            yield from ((part.split, class_name, os.path.join(top.path, name)) for class_name, name in names)
+            continue
+        for relative, folder in class_folders(part, top):
+            class_name = class_name_of(relative, known, shown)
+            if part.depth == "leaf":
+                taken.add(folder.path)
+                yield from ((part.split, class_name, os.path.join(folder.path, name)) for name in folder.pictures)
+            else:
+                taken.update(inner.path for inner in folder.walk())
+                yield from ((part.split, class_name, path) for path in folder.paths())
+    _pass_over_rest(reading, root, taken, flat, account, shown)
+
+
+def class_folders(part: SplitFolder, top: Folder) -> list[tuple[bytes, Folder]]:
+    """(class name as bytes, folder) of the class folders that hold pictures below `top`, ascending by name."""
+    return [(name, folder) for name, folder in _candidates(part, top) if folder.count]
+
+
+def class_names(part: SplitFolder, root: Folder) -> list[str]:
+    """The names of the classes of a split, ascending."""
+    top = root.at(part.path)
+    return [as_text(name) for name, _ in class_folders(part, top)] if top and not part.flat else []
+
+
+def _candidates(part: SplitFolder, top: Folder) -> list[tuple[bytes, Folder]]:
+    """As `class_folders`, empty ones too."""
+    top = top.without(part.without)
+    skip = len(top.path) + 1 if top.path else 0
+    if part.depth == "leaf":
+        inner = [folder for folder in top.walk() if folder is not top and folder.pictures]
+    else:
+        inner = [top]
+        for _ in range(part.depth):
+            inner = [below for folder in inner for below in folder.folders]
+    return sorted(((folder.path[skip:], folder) for folder in inner), key=lambda found: found[0])
+
+
+def _pass_over_rest(
+    reading: Sequence[SplitFolder],
+    root: Folder,
+    taken: set[bytes],
+    flat: dict[bytes, SplitFolder],
+    account: Account,
+    shown: str,
+) -> None:
+    tops = [part.path for part in reading]
+    lists = {part.truth.origin for part in reading if part.truth}
+    for folder in root.walk():
+        place = f"{shown}/{as_text(folder.path)}" if folder.path else shown
+        for name in folder.papers:
+            path = f"{place}/{as_text(name)}"
+            account.pass_over(LIST if path in lists else str(rule_of(name)), path)
+        if folder.path in taken or folder.path in flat:
+            continue
+        inside = any(top in (b"", folder.path) or folder.path.startswith(top + b"/") for top in tops)
+        for name in folder.pictures:
+            account.pass_over(NO_CLASS if inside else BESIDE, f"{place}/{as_text(name)}")
+
+
+# Which folders are splits.
+
+_Part = tuple[str, Folder, tuple[bytes, ...]]  # split, its folder, folders in it that belong to others
+
+
+def _split_parts(root: Folder, shown: str, split: str, reading: Reading) -> tuple[list[_Part], str]:
+    """The split folders below `root`, or `root` itself where there are none; and the evidence in words."""
+    base = _unwrapped(root)
+    filled = base.filled
+    named = {folder.path: SPLITS.get(_lower(folder)) for folder in filled}
+    told = {folder.path: split_of(folder.name) for folder in filled}  # also test1 and seg_train
+    if any(named.values()):
+        exact = set(named.values())
+        named |= {path: name for path, name in told.items() if not named[path] and name not in exact}
+    else:
+        silent = [f for f in filled if not told[f.path] and _lower(f).split("_")[-1] not in _WITHOUT_LABELS]
+        if len({name for name in told.values() if name}) > 1 and not silent:
+            named = told
+    splits = {folder.path: name for folder in filled if (name := named[folder.path])}
+    if not splits:
+        wraps = f" in {as_text(base.path)}" if base.path else ""
+        return [(split, base, ())], f"class folders{wraps}"
+    _check_one_each(splits, base, shown)
+    beside = [folder for folder in filled if folder.path not in splits]
+    if beside or _loose(base):
+        _weigh_beside(splits, beside, base, shown, reading)
+    empty = [folder for folder in base.folders if not folder.count and _lower(folder) in SPLITS]
+    for folder in empty:
+        reading.warnings.append(f"{_shown(folder, shown)} holds no pictures: there is no such split")
+    parts: list[_Part] = [(name, folder, ()) for folder in filled if (name := splits.get(folder.path))]
+    return parts, f"split folders {', '.join(as_text(folder.path) for _, folder, _ in parts)}"
+
+
+def _unwrapped(folder: Folder) -> Folder:
+    """The folder without those that only wrap it: each holds no pictures and one folder that holds all, in folders again."""
+    while not folder.pictures and len(folder.filled) == 1:
+        (inner,) = folder.filled
+        if not inner.filled or inner.pictures:
+            return folder
+        inside = {SPLITS.get(_lower(below)) for below in inner.filled}
+        if _lower(inner) in SPLITS and (len(inside) < 2 or None in inside):
+            return folder  # a split alone, which tells something
+        folder = inner
+    return folder
+
+
+def _check_one_each(splits: dict[bytes, str], base: Folder, shown: str) -> None:
+    """Asks where two folders mean one split."""
+    for name in set(splits.values()):
+        paths = [as_text(path) for path, split in splits.items() if split == name]
+        if len(paths) > 1:
+            others = [(split, as_text(path)) for path, split in splits.items() if split != name]
+            raise _Question(
+                f"SOURCE {_shown(base, shown)} holds {' and '.join(os.path.basename(path) for path in paths)}, which both mean {name!r}.",
+                [
+                    (Choices(((name, path), *others)), f"{os.path.basename(path)} is, and the other is passed over")
+                    for path in paths
+                ],
+            )
+
+
+def _weigh_beside(splits: dict[bytes, str], beside: list[Folder], base: Folder, shown: str, reading: Reading) -> None:
+    """Warns of pictures beside the splits' folders, or asks where they may be classes."""
+    inside = sum(folder.count for folder in base.filled if folder.path in splits)
+    outside = sum(folder.count for folder in beside) + len(_loose(base))
+    plain = [folder for folder in beside if _lower(folder).split("_")[-1] not in _WITHOUT_LABELS]
+    loose = sum(folder.count for folder in plain) + len(_loose(base))
+    names = ", ".join(as_text(folder.name) for folder in beside[:5]) or as_text(_loose(base)[0])
+    if "train" in splits.values() and loose <= _few(inside):
+        reading.warnings.append(
+            f"{_counted(outside, 'picture')} beside the split folders of {_shown(base, shown)} are passed over ({names})"
+        )
+        return
+    given = tuple((split, as_text(path)) for path, split in splits.items())
+    ways = [(Choices(given), "these are the splits, and what lies beside them is passed over")]
+    if "train" not in splits.values():
+        here = as_text(base.path) or "."
+        ways.append((Choices((("train", here), *given)), "the folders beside them are the classes of train"))
+        wide = [folder for folder in beside if folder.filled]
+        ways += [(Choices((("train", as_text(f.path)), *given)), f"{as_text(f.name)} is train") for f in wide[:3]]
+    ways.append((Choices(()), "no folder means a split: all of them are classes of train"))
+    found = " and ".join(os.path.basename(as_text(path)) for path in splits)
+    raise _Question(
+        f"SOURCE {_shown(base, shown)} holds {found}, which by name {'is a split' if len(splits) == 1 else 'are splits'}, and beside "
+        f"{'it' if len(splits) == 1 else 'them'} {_counted(outside, 'picture')} in {_counted(len(beside), 'other folder')} ({names}).",
+        ways,
+    )
+
+
+def _chosen_parts(root: Folder, shown: str, chosen: tuple[tuple[str, str], ...], split: str) -> list[_Part]:
+    """The folders that the user named; the root, where none means a split."""
+    if not chosen:
+        return [(split, _unwrapped(root), ())]
+    parts: list[_Part] = []
+    paths = [os.fsencode(os.path.normpath(place)) for _, place in chosen]
+    for (name, place), path in zip(chosen, paths, strict=True):
+        folder = root.at(b"" if path == b"." else path)
+        if folder is None or not folder.count:
+            what = "does not exist" if folder is None else "holds no pictures"
+            raise AlexprepError(
+                f"--split-folders {name}={place}: {_join(shown, place)} {what}; name a folder below SOURCE"
+            )
+        inner = b"" if path == b"." else path + b"/"
+        parts.append((name, folder, tuple(other for other in paths if other != path and other.startswith(inner))))
+    return parts
+
+
+# Which folders are classes.
+
+
+def _read_split(
+    split: str,
+    folder: Folder,
+    without: tuple[bytes, ...],
+    shown: str,
+    choices: Choices,
+    truth_of: FindTruth,
+    numbered: list[str],
+    reading: Reading,
+) -> SplitFolder:
+    """How the pictures of one split are labelled."""
+    folder = folder.without(without)
+    top = folder
+    while (
+        not top.pictures
+        and len(top.filled) == 1
+        and (top.filled[0].filled or _wraps_pictures(top, top.filled[0], split))
+    ):
+        top = top.filled[0]
+        reading.skipped[split] = reading.skipped.get(split, 0) + 1
+    if choices.class_depth is not None:
+        found = SplitFolder(split, folder.path, choices.class_depth, without=without)
+        if class_folders(found, folder):
+            return found
+        if not top.leaf:
+            raise AlexprepError(
+                f"--class-depth {choices.class_depth}: {_shown(folder, shown)} has no folder with pictures so deep; give a smaller number"
+            )
+    if top.pictures:
+        flat = _flat(split, top, shown, truth_of, numbered, reading)
+        if flat is not None:
+            return flat
+        _weigh_loose(split, top, shown, reading)
+    return SplitFolder(split, top.path, _class_depth(split, top, shown, reading), without=without)
+
+
+def _wraps_pictures(outer: Folder, inner: Folder, split: str) -> bool:
+    """Whether a folder with pictures in a split's folder is no class: test/images, val/val."""
+    return bool(outer.path) and inner.leaf and (_lower(inner) in CONTAINERS or SPLITS.get(_lower(inner)) == split)
+
+
+def _flat(
+    split: str, top: Folder, shown: str, truth_of: FindTruth, numbered: list[str], reading: Reading
+) -> SplitFolder | None:
+    """The flat split whose pictures lie in `top`; None where its folders are classes, and the pictures in none of them."""
+    strays = top.count - len(top.pictures)
+    if strays > len(top.pictures):
+        return None
+    truth = truth_of(split, top, numbered)
+    place = _shown(top, shown)
+    if truth is None and strays:
+        return None
+    if truth is None and split != "test":
+        raise AlexprepError(
+            f"{place} holds no class folders, and nothing beside it tells the classes of its images: sort them into "
+            f"{place}/CLASS/IMAGE, put a ground truth into SOURCE (LOC_{split}_solution.csv, {split}.txt, or the devkit), "
+            f"or move it away{_words_in_names(top)}"
+        )
+    if truth is None:
+        reading.warnings.append(
+            f"nothing tells the classes of the {len(top.pictures):,} images in {place}: their label is -1"
+        )
+    elif top.folders:
+        names = ", ".join(as_text(folder.name) for folder in top.folders[:5])
+        reading.warnings.append(
+            f"{place} is read by {truth.origin}; {_counted(strays, 'picture')} in folders in it ({names}) are passed over"
+        )
+    return SplitFolder(split, top.path, flat=True, truth=truth)
+
+
+def _words_in_names(top: Folder) -> str:
+    """A hint where the names of pictures begin with a few words, as cat.0.jpg and dog.0.jpg: they may be the classes."""
+    words = [match[1] for name in top.pictures if (match := _word_and_number(name))]
+    kinds = sorted(set(words))
+    if len(words) < len(top.pictures) or not 1 < len(kinds) <= max(2, len(words) // 2):
+        return ""
+    return (
+        f". The names begin with {', '.join(map(as_text, kinds[:3]))}{', …' if len(kinds) > 3 else ''}: if these are the classes, write "
+        "a list of path and label (CSV) by them, and name that as SOURCE"
+    )
+
+
+def _weigh_loose(split: str, top: Folder, shown: str, reading: Reading) -> None:
+    """Warns of pictures beside class folders, or asks where they are many."""
+    place, sure = _shown(top, shown), _loose(top)
+    if not sure:
+        return
+    loose = len(sure)
+    words = f"{_counted(loose, 'picture')} in {place} lie in no class folder, among them {as_text(sure[0])}"
+    if loose <= _few(top.count):
+        reading.warnings.append(f"{words}: they are passed over")
+        return
+    raise _Question(
+        f"{words}, beside {_counted(len(top.filled), 'folder')} with {_counted(sum(f.count for f in top.filled), 'picture')}.",
+        [
+            (
+                Choices(class_depth=1 + reading.skipped.get(split, 0)),
+                "the folders are classes, and the pictures beside them are passed over",
+            )
+        ],
+    )
+
+
+def _class_depth(split: str, top: Folder, shown: str, reading: Reading) -> Depth:
+    """How deep the class folders lie below `top`, where one answer only is possible."""
+    children = top.filled
+    if all(child.leaf for child in children):
+        return 1
+    nested = sum(child.count - len(child.pictures) for child in children)
+    if all(child.pictures for child in children) and nested <= _few(top.count):
+        some = next(child for child in children if child.filled).filled[0]
+        reading.warnings.append(
+            f"{_counted(nested, 'picture')} lie in folders within class folders, as {_shown(some, shown)}: they count for the class around them"
+        )
+        return 1
+    inner = {below.name for child in children for below in child.filled}
+    alone = all(not child.pictures and len(child.filled) == 1 and child.filled[0].leaf for child in children)
+    if alone and len(inner) == 1 and len(children) > 1:
+        return 1  # CLASS/images/IMAGE: the inner folder tells nothing
+    levels = list(_levels(top))
+    marked = [depth for depth, names in enumerate(levels, 1) if names and all(map(_wordnet_id, names))]
+    if len(marked) == 1:
+        return marked[0]
+    if _is_by_letter(children):
+        return "leaf"  # a/abbey, and also a/apartment_building/outdoor
+    depths = range(1, len(levels) + 1)
+    ways: list[tuple[Choices, str]] = []
+    for depth in depths:
+        found = [name for name, _ in class_folders(SplitFolder(split, top.path, depth), top)]
+        ways.append(
+            (
+                Choices(class_depth=depth + reading.skipped.get(split, 0)),
+                f"{_counted(len(found), 'class')}, such as {as_text(found[0])}",
+            )
+        )
+    leaves = [name for name, _ in class_folders(SplitFolder(split, top.path, "leaf"), top)]
+    ways.append(
+        (
+            Choices(class_depth="leaf"),
+            f"each folder that holds pictures is a class: {len(leaves):,}, such as {as_text(leaves[0])}",
+        )
+    )
+    mixed = any(child.pictures and child.filled for child in top.walk() if child is not top)
+    what = "pictures on several levels" if mixed else f"folders that hold folders ({_example(children)})"
+    raise _Question(
+        f"SOURCE: {_shown(top, shown)} holds {_counted(len(children), 'folder')}, and in them {what}. Any of these levels may be the classes.",
+        ways,
+    )
+
+
+def _levels(top: Folder) -> Iterator[set[bytes]]:
+    """The names of the filled folders on each level below."""
+    here = top.filled
+    while here:
+        yield {folder.name for folder in here}
+        here = [below for folder in here for below in folder.filled]
+
+
+def _is_by_letter(children: Sequence[Folder]) -> bool:
+    """Whether folders of one letter each only sort the class folders, whose names begin with it."""
+    return len(children) > 1 and all(
+        len(child.name) == 1
+        and child.name.isalpha()
+        and not child.pictures
+        and all(below.name[:1].lower() == child.name.lower() for below in child.filled)
+        for child in children
+    )
+
+
+# What the names of classes tell.
+
+
+def _check_shared(classes_of: dict[str, list[str]], reading: Reading, shown: str) -> None:
+    """Asks where train and another split share few class names."""
+    train = set(classes_of.get("train", ()))
+    for split, names in classes_of.items():
+        shared = len(train.intersection(names))
+        if split == "train" or not train or not names or 2 * shared >= len(names):
+            continue
+        odd = next(name for name in names if name not in train)
+        paths = {part.split: (part.split, as_text(part.path) or ".") for part in reading.splits}
+        ways = [
+            (Choices(tuple(paths.values())), "this is so: the classes of all splits are numbered together"),
+            *((Choices((paths[one],)), f"take {one} alone") for one in ("train", split)),
+        ]
+        raise _Question(
+            f"SOURCE {shown}: only {shared:,} of the {len(names):,} class names of {split} are among the {len(train):,} of train "
+            f"({odd!r} is not).",
+            ways,
+        )
+
+
+def _check_names(classes_of: dict[str, list[str]], reading: Reading, root: Folder, shown: str) -> None:
+    """Asks where a class would get the name of a folder that usually holds classes; warns of folders without pictures."""
+    present = {name for names in classes_of.values() for name in names}
+    empty: dict[str, None] = {}
+    for part in reading.splits:
+        top = root.at(part.path)
+        if top is None or part.flat:
+            continue
+        found = [name for name in classes_of[part.split] if any(word.lower() in CONTAINERS for word in name.split("/"))]
+        if found:
+            inner = max((sum(1 for _ in _levels(folder)) for _, folder in class_folders(part, top)), default=0)
+            ways = [(Choices(class_depth=1 + reading.skipped.get(part.split, 0)), f"{found[0]} is a class")]
+            if inner:
+                ways.append((Choices(class_depth="leaf"), "each folder that holds pictures is a class"))
+            alone = os.path.join(as_text(part.path), found[0])
+            ways.append(
+                (
+                    Choices(((part.split, alone),)),
+                    f"{alone} alone is {part.split}, and what lies beside it is passed over",
+                )
+            )
+            raise _Question(
+                f"SOURCE: {_shown(top, shown)} holds {_counted(len(classes_of[part.split]), 'folder')} with pictures, and by its name {found[0]} is no "
+                "class but holds a dataset's pictures.",
+                ways,
+            )
+        empty |= {as_text(name): None for name, folder in _candidates(part, top) if not folder.count}
+    gone = [name for name in empty if name not in present]
+    if gone:
+        reading.warnings.append(
+            f"{len(gone):,} class folder{'s' * (len(gone) > 1)} without pictures, {', '.join(map(repr, gone[:5]))}: no label is given to it, "
+            "and the classes after it are numbered as if it were not there"
+        )
+
+
+# What is no set of labelled pictures at all.
+
+
+def _refuse_detection_sets(root: Folder, shown: str) -> None:
+    for folder in root.walk():
+        names = {below.name.lower(): below for below in folder.folders}
+        form = ""
+        if any(
+            name.startswith((b"instances_", b"person_keypoints_")) and name.endswith(b".json") for name in folder.papers
+        ):
+            form = "COCO's"
+        elif b"jpegimages" in names and b"annotations" in names:
+            form = "Pascal VOC's"
+        elif b"images" in names and b"labels" in names and _are_yolo_labels(names[b"images"], names[b"labels"]):
+            form = "YOLO's"
+        if form:
+            raise AlexprepError(
+                f"SOURCE {shown} is a detection set in {form} form ({_shown(folder, shown)}): its pictures have several objects and no one "
+                "class. Write a list of path and label (CSV) for those that have, and name that as SOURCE"
+            )
+
+
+def _are_yolo_labels(images: Folder, labels: Folder) -> bool:
+    """Whether texts in `labels` are named like the pictures in `images`."""
+    if labels.count or not images.count:
+        return False
+    texts = {os.path.splitext(name)[0] for folder in labels.walk() for name in folder.papers if name.endswith(b".txt")}
+    first = next(images.paths())
+    return os.path.splitext(os.path.basename(first))[0] in texts
+
+
+def _loose(folder: Folder) -> list[bytes]:
+    """The files in a folder that are pictures by their ending; any other may be anything."""
+    return [name for name in folder.pictures if is_picture(name)]
+
+
+def _counted(number: int, noun: str) -> str:
+    """A number of things, in words."""
+    return f"{number:,} {noun}{'' if number == 1 else 'es' if noun.endswith('s') else 's'}"
+
+
+def _lower(folder: Folder) -> str:
+    return folder.name.decode("utf-8", "replace").lower()
+
+
+def _example(children: Sequence[Folder]) -> str:
+    child = next(child for child in children if child.filled)
+    return as_text(os.path.join(child.name, child.filled[0].name))
+
+
+def _shown(folder: Folder, shown: str) -> str:
+    return _join(shown, as_text(folder.path))
+
+
+def _join(shown: str, path: str) -> str:
+    return f"{shown}/{path}" if path and path != "." else shown

@@ -1,0 +1,261 @@
+"""Reads what lies below a folder, or inside a tar, as one tree of folders, each file noted once.
+
+What is surely no picture is told apart here, by its name alone: hidden files, what systems leave, archives, lists and other
+papers. What the folders mean, splits or classes, is decided in `folders`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Container, Iterable, Iterator
+from dataclasses import dataclass, field
+
+from alexprep.shards.dataset_format import DATASET, DATASET_FORMAT, PLAN, PLAN_FORMAT
+from alexprep.shards.sources.base import (
+    ARCHIVE,
+    BESIDE,
+    FOLDER_LINK,
+    HIDDEN,
+    OUR_DATASET,
+    SIDECAR,
+    SYSTEM,
+    Account,
+)
+from alexprep.shards.storage import Files, as_text
+
+# Endings in lower case. A file of another one, or of none, counts as a picture until a decoder says otherwise.
+_ARCHIVES = b"""7z arrow beton bz2 db3 feather gz h5 hdf5 idx lmdb mat mdb mds msgpack npy npz parquet pickle pkl pt pth rar rec sqlite tar
+tar.gz tgz tfrecord tfrecords xz zip zst""".split()
+_PAPERS = b"""avi bib c cfg conf cpp css csv doc docx flac geojson h html htm ini ipynb java jpynb js json jsonl jsonlines log lst m
+m4v md md5 mkv mov mp3 mp4 mpg names ods pdf ppt pptx prototxt py r rst rtf sh sha1 sha256 srt svg tex toml tsv txt wav webm xls xlsx
+xml yaml yml""".split()
+_ENDINGS = {b"." + ending: rule for rule, endings in ((ARCHIVE, _ARCHIVES), (SIDECAR, _PAPERS)) for ending in endings}
+_PICTURES = {
+    b"." + ending
+    for ending in b"""avif bmp gif heic heif j2k jfif jp2 jpe jpeg jpg jxl pbm pgm png pnm ppm tif tiff
+webp""".split()
+}
+_PAPER_NAMES = {b"readme", b"license", b"licence", b"copying", b"authors", b"citation", b"changelog", b"makefile"}
+_SYSTEM_FILES = {b"thumbs.db", b"desktop.ini", b"ehthumbs.db", b"icon\r"}
+_SYSTEM_FOLDERS = {b"__macosx", b"@eadir", b"$recycle.bin", b"system volume information", b"lost+found"}
+_LINKS_FOLLOWED = 2  # names below the root: a split's folder and a class's may be links, deeper ones might form loops
+
+
+def rule_of(name: bytes) -> str | None:
+    """The rule by which a file of this name is surely no picture; None where it may be one.
+
+    >>> rule_of(b"a.jpg"), rule_of(b"no_ending"), rule_of(b"README.TXT")
+    (None, None, 'no picture by its ending, such as lists, readmes and annotations')
+    """
+    if name.startswith(b"."):
+        return HIDDEN
+    lower = name.lower()
+    rule = _ENDINGS.get(lower[lower.rfind(b".") :])
+    if lower in _SYSTEM_FILES:
+        return SYSTEM
+    return rule or (SIDECAR if lower in _PAPER_NAMES else None)
+
+
+def is_picture(name: bytes) -> bool:
+    """Whether a file is a picture by its ending."""
+    return name[name.rfind(b".") :].lower() in _PICTURES
+
+
+@dataclass
+class Folder:
+    """One folder of a tree.
+
+    Attributes:
+        path: below the root; empty for the root.
+        pictures: the names of the files in it that may be pictures, ascending.
+        papers: the names of those that are lists, readmes, archives and the like, ascending.
+        folders: in it, ascending by name.
+        count: pictures in it and below.
+    """
+
+    path: bytes
+    pictures: list[bytes] = field(default_factory=list)
+    papers: list[bytes] = field(default_factory=list)
+    folders: list[Folder] = field(default_factory=list)
+    count: int = 0
+
+    @property
+    def name(self) -> bytes:
+        """Its own name, without those of the folders around it."""
+        return os.path.basename(self.path)
+
+    @property
+    def filled(self) -> list[Folder]:
+        """The folders in it that hold pictures at any depth."""
+        return [folder for folder in self.folders if folder.count]
+
+    @property
+    def leaf(self) -> bool:
+        """Whether it holds pictures itself, and no folder in it does."""
+        return bool(self.pictures) and not self.filled
+
+    def walk(self) -> Iterator[Folder]:
+        """The folder and all below it."""
+        yield self
+        for folder in self.folders:
+            yield from folder.walk()
+
+    def paths(self) -> Iterator[bytes]:
+        """The pictures in it and below, ascending, as paths from the root."""
+        own = [os.path.join(self.path, name) for name in self.pictures]
+        yield from (
+            sorted([*own, *(path for folder in self.folders for path in folder.paths())]) if self.folders else own
+        )
+
+    def without(self, paths: Collection[bytes]) -> Folder:
+        """The same folder without those at `paths` below it."""
+        if not any(path.startswith(self.path + b"/" if self.path else b"") for path in paths):
+            return self
+        folders = [folder.without(paths) for folder in self.folders if folder.path not in paths]
+        count = len(self.pictures) + sum(folder.count for folder in folders)
+        return Folder(self.path, self.pictures, self.papers, folders, count)
+
+    def at(self, path: bytes) -> Folder | None:
+        """The folder at a path below it, one or several names; None where there is none."""
+        here: Folder | None = self
+        for part in path.split(b"/") if path else ():
+            here = next((folder for folder in here.folders if folder.name == part), None) if here else None
+        return here
+
+
+@dataclass
+class Tree:
+    """A root folder, and the account of what was told apart by its name alone."""
+
+    root: Folder
+    account: Account
+
+
+def read_tree(files: Files) -> Tree:
+    """Reads everything below the root of `files`, once. Names within a folder are sorted as bytes."""
+    account = Account()
+    root = Folder(b"")
+    pending = [(root, 0)]
+    order = []
+    while pending:
+        folder, depth = pending.pop()
+        order.append(folder)
+        below: list[bytes] = []
+        for name, is_folder in files.listed(folder.path, links=depth < _LINKS_FOLLOWED):
+            if is_folder is None:  # a link to a folder that is not followed
+                account.found += 1
+                account.pass_over(FOLDER_LINK, files.display(os.path.join(folder.path, name)))
+            elif is_folder:
+                below.append(name)
+            else:
+                account.found += 1
+                rule = rule_of(name)
+                if rule is None:
+                    folder.pictures.append(name)
+                elif rule in (SIDECAR, ARCHIVE):
+                    folder.papers.append(name)
+                else:
+                    account.pass_over(rule, files.display(os.path.join(folder.path, name)))
+        folder.pictures.sort()
+        folder.papers.sort()
+        if folder.path and _is_ours(files, folder):
+            _pass_over_all(files, folder, below, account)
+            continue
+        for name in sorted(below):
+            path = os.path.join(folder.path, name)
+            if (name.startswith(b".") or name.lower() in _SYSTEM_FOLDERS) and name != b".":
+                rule = HIDDEN if name.startswith(b".") else SYSTEM
+                _count_all(files, path, account, rule)
+            else:
+                inner = Folder(path)
+                folder.folders.append(inner)
+                pending.append((inner, depth + 1))
+    for folder in reversed(order):  # the inner ones first
+        folder.count = len(folder.pictures) + sum(inner.count for inner in folder.folders)
+    return Tree(root, account)
+
+
+def tree_of(paths: Iterable[bytes], shown: str) -> Tree:
+    """The tree of the files with these paths, as an archive lists them; `shown` is the archive's name for the account."""
+    account = Account()
+    folders = {b"": Folder(b"")}
+
+    def folder_at(path: bytes) -> Folder:
+        if path not in folders:
+            folders[path] = Folder(path)
+            folder_at(os.path.dirname(path)).folders.append(folders[path])
+        return folders[path]
+
+    for path in paths:
+        account.found += 1
+        *above, name = path.split(b"/")
+        if any(part.startswith(b".") for part in above):
+            rule: str | None = HIDDEN
+        elif any(part.lower() in _SYSTEM_FOLDERS for part in above):
+            rule = SYSTEM
+        else:
+            rule = rule_of(name)
+        if rule in (HIDDEN, SYSTEM):
+            account.pass_over(str(rule), f"{shown}/{as_text(path)}")
+            continue
+        folder = folder_at(b"/".join(above))
+        (folder.pictures if rule is None else folder.papers).append(name)
+    for folder in sorted(folders.values(), key=lambda folder: -folder.path.count(b"/") if folder.path else 1):
+        folder.pictures.sort()
+        folder.papers.sort()
+        folder.folders.sort(key=lambda inner: inner.path)
+        folder.count = len(folder.pictures) + sum(inner.count for inner in folder.folders)
+    return Tree(folders[b""], account)
+
+
+def pass_over_rest(files: Files, own: Container[bytes], account: Account, rule: str = BESIDE) -> None:
+    """Counts every file below the root that is not among the paths `own` as found, and passes it over.
+
+    Hidden files, what systems leave, lists and our own datasets are passed over by their own rules, all others by `rule`.
+    """
+    tree = read_tree(files)
+    account.found += tree.account.found
+    for known, passed in tree.account.passed_over.items():
+        account.add(known, passed)
+    for folder in tree.root.walk():
+        for name in (*folder.pictures, *folder.papers):
+            path = os.path.join(folder.path, name)
+            if path in own:
+                account.found -= 1  # counted as what it holds
+            else:
+                paper = name in folder.papers
+                account.pass_over(rule_of(name) or rule if paper else rule, files.display(path))
+
+
+def _is_ours(files: Files, folder: Folder) -> bool:
+    """Whether a folder is a dataset that alexprep began or finished."""
+    for name, form in ((DATASET, DATASET_FORMAT), (PLAN, PLAN_FORMAT)):
+        if name.encode() in folder.papers and form.encode() in files.read(os.path.join(folder.path, name.encode())):
+            return True
+    return False
+
+
+def _pass_over_all(files: Files, folder: Folder, below: list[bytes], account: Account) -> None:
+    """Passes over the files of a dataset of ours, which are counted, and those in the folders `below` it."""
+    for name in (*folder.pictures, *folder.papers):
+        account.pass_over(OUR_DATASET, files.display(os.path.join(folder.path, name)))
+    folder.pictures, folder.papers = [], []
+    for name in below:
+        _count_all(files, os.path.join(folder.path, name), account, OUR_DATASET)
+
+
+def _count_all(files: Files, top: bytes, account: Account, rule: str) -> None:
+    """Counts every file below a folder as found, and passes it over. A folder that cannot be listed counts as one file."""
+    pending = [top]
+    while pending:
+        path = pending.pop()
+        try:
+            for name, is_folder in files.listed(path, links=False):
+                if is_folder:
+                    pending.append(os.path.join(path, name))
+                else:
+                    account.found += 1
+                    account.pass_over(rule, files.display(os.path.join(path, name)))
+        except OSError:
+            account.found += 1
+            account.pass_over(rule, files.display(path))
