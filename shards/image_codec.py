@@ -36,6 +36,8 @@ from alexprep.shards.image_header import (
 )
 from alexprep.shards.resample import Axis, Resize
 
+# What nvImageCodec is trusted with. Its JPEG 2000 decoder was seen to crash on a damaged file.
+_CODECS = ("jpeg", "png", "webp", "bmp", "pnm")
 _SUBSAMPLING = {
     "420": nvimgcodec.ChromaSubsampling.CSS_420,
     "422": nvimgcodec.ChromaSubsampling.CSS_422,
@@ -117,7 +119,7 @@ class Codec:
     def _convert_pixels(self, pixels: NDArray[np.uint8]) -> Converted:
         pixels = in_colour(pixels)
         height, width = pixels.shape[:2]
-        return Converted(self._square(pixels), width, height, kept=False)
+        return Converted(self._fitted(pixels), width, height, kept=False)
 
     def _convert(self, data: bytes) -> Converted | Refused:
         reader = reader_of(data)
@@ -146,7 +148,7 @@ class Codec:
             return Refused(picture.damage, frame.width, frame.height)
         orientation = self._orientation(data, frame.height, frame.width)
         keep = picture.sound and orientation == 1 and self._is_target_jpeg(frame)
-        encoded = data if keep else self._square(picture.pixels, orientation)
+        encoded = data if keep else self._fitted(picture.pixels, orientation)
         return Converted(encoded, frame.width, frame.height, keep, picture.damage)
 
     def _convert_odd_jpeg(self, data: bytes, frame: Frame) -> Converted | Refused:
@@ -154,12 +156,11 @@ class Codec:
         if frame.height * frame.width > jpeg_decoder.COMPARED:
             words = f"JPEG of unusual chroma subsampling and more than {jpeg_decoder.COMPARED:,} pixels"
             return Refused(words, frame.width, frame.height)
-        once, again = (
-            _decode_with_pillow(jpeg_decoder.picture_alone(data, frame, noise)) for noise in (b"", jpeg_decoder.NOISE)
-        )
-        whole = isinstance(once, np.ndarray) and isinstance(again, np.ndarray) and np.array_equal(once, again)
-        damage = None if whole or not isinstance(once, np.ndarray) else "truncated JPEG"
-        return self._convert_with_pillow(jpeg_decoder.picture_alone(data, frame), damage)
+        alone, other = (jpeg_decoder.picture_alone(data, frame, noise) for noise in (b"", jpeg_decoder.NOISE))
+        once, again = _decode_with_pillow(alone), _decode_with_pillow(other)
+        same = isinstance(once, np.ndarray) and isinstance(again, np.ndarray) and np.array_equal(once, again)
+        damage = None if same or not isinstance(once, np.ndarray) else "truncated JPEG"
+        return self._convert_with_pillow(data, damage, alone)
 
     def _convert_stream(self, data: bytes, stream: nvimgcodec.CodeStream) -> Converted | Refused:
         """By nvImageCodec, which decodes only the region that the square needs; what it refuses gets a second opinion."""
@@ -168,13 +169,14 @@ class Codec:
             resize = to_square(stream.height, stream.width, self.target.size, self.target.filter)
             region = self._decode(stream, resize.region)
             if region is not None:
-                keep = orientation == 1 and self._is_target_png(stream)
+                keep = orientation == 1 and self._is_target_png(stream) and png_damage(data, critical=False) is None
                 encoded = data if keep else self._finish(region, resize)
                 return Converted(encoded, stream.width, stream.height, keep)
         return self._convert_with_pillow(data)
 
-    def _convert_with_pillow(self, data: bytes, damage: str | None = None) -> Converted | Refused:
-        whole, keep = _decode_with_pillow(data), self.target.on_damaged == "keep"
+    def _convert_with_pillow(self, data: bytes, damage: str | None = None, picture: bytes = b"") -> Converted | Refused:
+        """By Pillow, from `picture` where that is given: `data` without what its picture does not need."""
+        whole, keep = _decode_with_pillow(picture or data), self.target.on_damaged == "keep"
         if isinstance(whole, Damaged):
             damage = damage or whole.reason
             whole = whole.pixels() if keep else Refused(damage, whole.width, whole.height)
@@ -183,13 +185,14 @@ class Codec:
         height, width = whole.shape[:2]
         if damage is not None and not keep:
             return Refused(damage, width, height)
-        encoded = self._square(whole, self._orientation(data, height, width))
+        encoded = self._fitted(whole, self._orientation(data, height, width))
         return Converted(encoded, width, height, kept=False, damage=damage)
 
-    def _square(self, whole: NDArray[np.uint8], orientation: int = 1) -> bytes:
+    def _fitted(self, whole: NDArray[np.uint8], orientation: int = 1) -> bytes:
         """The encoded square of all pixels as they are stored; upright if the target says so."""
         pixels = upright(whole, orientation) if self.target.orient else whole
-        resize = to_square(*pixels.shape[:2], self.target.size, self.target.filter)
+        height, width = pixels.shape[:2]
+        resize = to_square(height, width, self.target.size, self.target.filter)
         top, left, bottom, right = resize.region
         return self._finish(pixels[top:bottom, left:right], resize)
 
@@ -206,9 +209,11 @@ class Codec:
         """All pixels of a whole image: uint8 (H, W, 3), or (3, H, W) if `planar`; None where it is refused."""
         if data.startswith(b"\xff\xd8") and isinstance(frame := jpeg_frame(data), Frame):
             with contextlib.suppress(jpeg_decoder.OddSamplingError):
-                pixels = jpeg_decoder.pixels_of(data, frame)
-                if pixels is not None:
-                    return pixels.transpose(2, 0, 1) if planar else pixels
+                picture = jpeg_decoder.decode(data, frame)
+                # Earlier releases kept the bytes of some damaged ones, which stay what they are.
+                if isinstance(picture, Refused) or (picture.damage and not data.endswith(b"\xff\xd9")):
+                    return None
+                return picture.pixels.transpose(2, 0, 1) if planar else picture.pixels
         stream = self._parse(data)
         if stream is None or stream.height * stream.width > MAX_PIXELS:
             return None
@@ -216,10 +221,10 @@ class Codec:
         return None if image is None else np.asarray(image.cpu())
 
     def _parse(self, data: bytes) -> nvimgcodec.CodeStream | None:
-        """The header as nvImageCodec reads it; None where it reads none."""
+        """The header as nvImageCodec reads it; None where it is not to decode the image, or cannot."""
         try:
             stream = nvimgcodec.CodeStream(data)
-            return stream if stream.height > 0 and stream.width > 0 else None
+            return stream if stream.codec_name in _CODECS and stream.height > 0 and stream.width > 0 else None
         except RuntimeError:  # the header is not one it knows
             return None
 

@@ -11,7 +11,7 @@ import struct
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Final, Literal, NamedTuple
 
 # Bounds that keep a worker within 1 GiB (measured: benchmarks/memory.py), checked before anything is allocated. The largest
 # photo of ILSVRC 2012 has 61 million pixels.
@@ -181,7 +181,9 @@ def _too_many_scans(data: bytes, frame: Frame) -> Refused | None:
     return Refused(words, frame.width, frame.height) if scans > MAX_SCANS else None
 
 
-LIBJPEG, NVIMGCODEC, PILLOW = "libjpeg-turbo", "nvImageCodec", "Pillow"
+LIBJPEG: Final = "libjpeg-turbo"
+NVIMGCODEC: Final = "nvImageCodec"
+PILLOW: Final = "Pillow"
 Reader = Literal["libjpeg-turbo", "nvImageCodec", "Pillow"]
 
 
@@ -227,15 +229,20 @@ def _what_it_is(data: bytes) -> str:
     return f"not an image of a known type (first bytes {data[:8].hex(' ')})"
 
 
-def png_damage(data: bytes) -> Refused | None:
-    """What is wrong with the checksums of a PNG's critical chunks (PNG, third edition, section 5.4); None where nothing is."""
+def png_damage(data: bytes, critical: bool = True) -> Refused | None:
+    """What is wrong with the checksums of a PNG's chunks (PNG, third edition, section 5.4); None where nothing is.
+
+    Of those only that the picture depends on, or of all if not `critical`.
+    """
     at, view = 8, memoryview(data)
     for _ in range(_MOST_CHUNKS):
         end = at + 12 + int.from_bytes(view[at : at + 4], "big")
         if end > len(data):  # it is cut: its decoder tells whether all pixels are there
             return None
         kind = data[at + 4 : at + 8]
-        if not kind[0] & 0x20 and zlib.crc32(view[at + 4 : end - 4]) != int.from_bytes(view[end - 4 : end], "big"):
+        if not (critical and kind[0] & 0x20) and zlib.crc32(view[at + 4 : end - 4]) != int.from_bytes(
+            view[end - 4 : end], "big"
+        ):
             words = f"damaged PNG: the checksum of its {kind.decode('ascii', 'replace')} chunk is wrong"
             return Refused(words, *struct.unpack_from(">II", data.ljust(24, b"\0"), 16))
         if kind == b"IEND":

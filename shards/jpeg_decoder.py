@@ -74,15 +74,6 @@ def is_sound(data: bytes, frame: Frame) -> bool:
     return not (frame.scans and _missing_scans(data, frame))
 
 
-def pixels_of(data: bytes, frame: Frame) -> NDArray[np.uint8] | None:
-    """uint8 (H, W, 3) RGB of a sound JPEG; None of any other."""
-    try:
-        return _pixels(data, frame)
-    except ValueError as error:
-        _known(error)
-        return None
-
-
 def picture_alone(data: bytes, frame: Frame, before_the_end: bytes = b"") -> bytes:
     """A copy of a JPEG that has what its picture needs and an end marker, without what libjpeg warns of but could do without.
 
