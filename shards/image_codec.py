@@ -23,7 +23,6 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 
 from alexprep.shards import jpeg_decoder
 from alexprep.shards.image_header import (
-    HUFFMAN,
     LIBJPEG,
     MAX_PIXELS,
     NVIMGCODEC,
@@ -250,9 +249,7 @@ class Codec:
         return target.reencode == "needed" and target.format == form and height == width == size
 
     def _is_target_jpeg(self, frame: Frame) -> bool:
-        return (
-            self._has_target_form(frame.height, frame.width, "jpg") and frame.channels == 3 and frame.marker in HUFFMAN
-        )
+        return self._has_target_form(frame.height, frame.width, "jpg") and frame.channels == 3
 
     def _is_target_png(self, stream: nvimgcodec.CodeStream) -> bool:
         plain = stream.codec_name == "png" and stream.num_channels == 3 and stream.precision == 8
@@ -398,7 +395,9 @@ def _exif_orientation(data: bytes) -> int:
 def _too_heavy(size: int, height: int, width: int, mode: str) -> Refused | None:
     """The refusal of an image for which Pillow would need too much memory."""
     # At worst it holds the file twice, the pixels as they are, those in RGB, and the array twice.
-    per_pixel = 30 if mode.startswith("I") else _PILLOW_PIXEL_BYTES.get(mode, 8) + (0 if mode == "RGB" else 4) + 6
+    per_pixel = {"I;16": 24, "I": 30}.get(mode[:4]) or _PILLOW_PIXEL_BYTES.get(mode, 8) + (
+        0 if mode == "RGB" else 4
+    ) + 6
     needed = 2 * size + height * width * per_pixel
     words = f"needs about {needed / 2**20:,.0f} MiB to decode, more than the limit of {_PILLOW_MAX_BYTES / 2**20:,.0f}"
     return Refused(words, width, height) if needed > _PILLOW_MAX_BYTES else None

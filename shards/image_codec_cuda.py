@@ -24,7 +24,7 @@ from torch.utils.dlpack import from_dlpack
 
 from alexprep.shards.errors import AlexprepError, DeviceLostError
 from alexprep.shards.image_codec import Codec, Converted, Target, in_colour, to_square
-from alexprep.shards.image_header import HUFFMAN, LIBJPEG, MAX_PIXELS, Frame, Refused, jpeg_frame, reader_of
+from alexprep.shards.image_header import LIBJPEG, MAX_PIXELS, Frame, Refused, jpeg_frame, reader_of
 from alexprep.shards.jpeg_decoder import is_sound
 from alexprep.shards.resample import COLUMN_BITS, MIDDLE_BITS, ROW_BITS, Axis, Resize, rounded_weights, weights
 
@@ -116,7 +116,7 @@ class CudaCodec(Codec):
             height, width = pixels.shape[:2]
             return _Work(pixels, to_square(height, width, size, filter_name), height, width, None)
         frame = jpeg_frame(data) if reader_of(data) == LIBJPEG else None
-        if not isinstance(frame, Frame) or frame.marker not in HUFFMAN:
+        if not isinstance(frame, Frame):
             return None
         stream = self._parse(data)
         if stream is None or not _plain(stream, data) or not is_sound(data, frame):

@@ -31,9 +31,11 @@ _MOST_CHUNKS = 200_000  # of a PNG; libpng's own are of 8,192 bytes
 _PNG = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
 _PNG_CHANNELS = {0: 1, 2: 3, 3: 3, 4: 2, 6: 4}  # by colour type
 # JPEG frames by marker (ITU-T T.81, table B.1): which are decoded, and what the others are called.
-HUFFMAN, PROGRESSIVE, _ARITHMETIC = (0xC0, 0xC1, 0xC2), 0xC2, (0xC9, 0xCA)
+HUFFMAN, PROGRESSIVE, _ARITHMETIC = (0xC0, 0xC1, 0xC2), 0xC2, 0xC9
 _OTHER_FRAMES = dict.fromkeys((0xC3, 0xCB, 0xF7), "lossless JPEG")  # f7: of JPEG-LS (T.87)
 _OTHER_FRAMES |= dict.fromkeys((0xC5, 0xC6, 0xC7, 0xCD, 0xCE, 0xCF), "hierarchical JPEG")
+# Of these a cut leaves no trace: encoders may drop the zeros that end a scan, and decoders put in as many as they need.
+_OTHER_FRAMES |= dict.fromkeys((_ARITHMETIC, 0xCA), "JPEG with arithmetic coding")
 _PLAIN_BMP = {1, 4, 8, 24, 32}  # bits a pixel of a BMP without masks and compression
 _pnm = re.compile(rb"P([1-6])(?:\s|#[^\n]*\n)+(\d{1,9})(?:\s|#[^\n]*\n)+(\d{1,9})\s").match
 _bright = re.compile(rb"(?:\s|#[^\n]*\n)*(?:255|65535)\s").match
@@ -148,7 +150,7 @@ def jpeg_frame(data: bytes) -> Frame | Refused:
             return _too_many_scans(data, frame) or frame
         if marker == _HIERARCHICAL:
             return Refused("hierarchical JPEG")
-        if frame is None and (marker in HUFFMAN or marker in _ARITHMETIC or marker in _OTHER_FRAMES):
+        if frame is None and (marker in HUFFMAN or marker in _OTHER_FRAMES):
             try:
                 _, bits, height, width, channels = struct.unpack_from(">HBHHB", data, at + 2)
             except struct.error:
@@ -156,7 +158,7 @@ def jpeg_frame(data: bytes) -> Frame | Refused:
             refusal = _not_decoded(marker, bits, height, width, channels) or too_large(height, width, channels)
             if refusal:
                 return refusal
-            frame = Frame(marker, height, width, channels, marker in (PROGRESSIVE, 0xCA))
+            frame = Frame(marker, height, width, channels, marker == PROGRESSIVE)
         at += 2
         if not (marker == 0x01 or 0xD0 <= marker <= 0xD8):  # those stand alone
             at += max(2, int.from_bytes(data[at : at + 2], "big"))
@@ -260,14 +262,10 @@ def _jpeg(_head: bytes, get: Read) -> Header | Refused:
             return Refused(f"no JPEG marker at byte {at:,}: its header is damaged")
         if marker == 0xFF:  # fill bytes may precede any marker
             at += 1
-        elif marker in HUFFMAN or marker in _ARITHMETIC or marker in _OTHER_FRAMES:
+        elif marker in HUFFMAN or marker in _OTHER_FRAMES:
             length, bits, height, width, channels = struct.unpack_from(">HBHHB", segment, 2)
-            if marker == 0xCA:
-                return Refused("arithmetic progressive JPEG", width, height)
-            if (marker in _OTHER_FRAMES or bits != 8) and (
-                refusal := _not_decoded(marker, bits, height, width, channels)
-            ):
-                return refusal
+            if bits != 8 or (marker in _OTHER_FRAMES and marker != _ARITHMETIC):  # DALI decodes that
+                return _not_decoded(marker, bits, height, width, channels) or Refused(_CUT)
             if length != 8 + 3 * channels:
                 return Refused(f"a JPEG frame of {length} bytes for {channels} channels: its header is damaged")
             return Header(height, width, channels)

@@ -14,11 +14,10 @@ import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
 
-from alexprep.shards.image_header import END_OF_IMAGE, PROGRESSIVE, START_OF_SCAN, Frame, Refused, next_marker
+from alexprep.shards.image_header import END_OF_IMAGE, HUFFMAN, PROGRESSIVE, START_OF_SCAN, Frame, Refused, next_marker
 
 # What a picture is made of (ITU-T T.81, table B.1): tables, frames, restart interval, scans, and what tells its colours (JFIF, Adobe).
-_NEEDED = {0xDB, 0xC4, 0xCC, 0xDD, START_OF_SCAN, 0xE0, 0xEE, 0xC0, 0xC1, 0xC2, 0xC9, 0xCA}
-_SEQUENTIAL = (0xC0, 0xC1, 0xC9)
+_NEEDED = {0xDB, 0xC4, 0xDD, START_OF_SCAN, 0xE0, 0xEE, *HUFFMAN}
 _MOST_PARTS = 10_000
 _COEFFICIENTS = 64
 # Of bytes that a scan has left over when its picture is complete. Encoders leave a few, and up to 7 more go unnoticed; where data were
@@ -103,7 +102,7 @@ def picture_alone(data: bytes, frame: Frame, before_the_end: bytes = b"") -> byt
 
 def _set_right(marker: int, segment: bytes, frame: Frame) -> bytes:
     """A segment with the values that libjpeg takes for those that it warns of."""
-    if marker == START_OF_SCAN and frame.marker in _SEQUENTIAL:
+    if marker == START_OF_SCAN and frame.marker != PROGRESSIVE:
         return segment[:-3] + b"\0\x3f\0"
     if marker == 0xE0:
         return segment[:9] + b"\1\1" + segment[11:] if segment[4:9] == b"JFIF\0" else b""
@@ -202,7 +201,7 @@ def _missing_scans(data: bytes, frame: Frame) -> str | None:
             names, low, high, bits = data[start + 5 : at - 3 : 2], *data[at - 3 : at]
             end = _scan_end(data, at)
             at = len(data) if end is None else end.start()
-            if frame.marker in _SEQUENTIAL:
+            if frame.marker != PROGRESSIVE:
                 low, high, bits = 0, _COEFFICIENTS - 1, 0
             if bits & 15 == 0:
                 for name in names:

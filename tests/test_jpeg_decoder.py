@@ -144,6 +144,8 @@ def test_the_reason_is_the_true_one(photo, encoded: Encode) -> None:
         (_frame(0xC1, bits=12) + scan, "JPEG of 12 bits a channel"),
         (_frame(0xC3) + scan, "lossless JPEG"),
         (_frame(0xC3, bits=5) + scan, "lossless JPEG"),
+        (_frame(0xC9) + scan, "JPEG with arithmetic coding"),
+        (_frame(0xCA) + scan, "JPEG with arithmetic coding"),
         (_frame(0xF7) + scan, "lossless JPEG"),
         (_frame(0xDE) + _frame(0xC0) + scan, "hierarchical JPEG"),
         (_frame(0xC5) + scan, "hierarchical JPEG"),

@@ -35,7 +35,7 @@ from alexprep.shards.sources.base import (
 from alexprep.shards.sources.tars import ArchiveSource, packed_files
 from alexprep.shards.storage import Entry, Files, as_text
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm")
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm", "pbm", "pnm")
 RAW_EXTENSION = "npy"  # of pixels in our own shards; in others' it may be anything
 LABEL_EXTENSIONS = ("cls", "class", "label", "index", "json")  # in this order of preference
 _JSON_LABELS = ("label", "cls", "class", "class_id")
