@@ -73,6 +73,17 @@ def test_what_release_0_1_0_left_unfinished_is_finished(tmp_path: Path) -> None:
         assert theirs.labels.tolist() == ours.labels.tolist()
 
 
+def test_a_recorded_shard_that_is_not_made_again_may_be_of_other_rules(released: Path, tmp_path: Path) -> None:
+    """Among the reasons is that the earlier release read damaged and odd files otherwise, where it was one that did."""
+    source = Path(shutil.copytree(PHOTOS, tmp_path / "source"))
+    photos = sorted(source.glob("train/bars/*.JPEG"))
+    photos[0].write_bytes(photos[0].read_bytes()[:-300] + b"\xff\xd9")
+    for file in (released / "train").glob("train-*"):
+        file.unlink()
+    with pytest.raises(AlexprepError, match=r"does not become what .* records: .* had other rules: that release makes"):
+        convert(source, released, OPTIONS, ENGINE)
+
+
 def test_a_released_default_never_changes() -> None:
     """An option that is new has its line here; what stands here stays."""
     assert DEFAULTS == {
