@@ -80,7 +80,7 @@ UNLISTED = "a picture that no list names"
 BESIDE = "beside what this layout reads"
 NO_CLASS = "a picture in no class folder"
 FOLDER_LINK = "a link to a folder"
-OUR_DATASET = "in a dataset or run of alexprep"
+OUR_DATASET = "in a dataset of alexprep"
 SAMPLE_PART = "a sample's label or other part that is no picture"
 LIMITED = "beyond --limit"
 

@@ -7,6 +7,7 @@ flat folder are in `ground_truth`, and sets whose publishers list their splits o
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +15,7 @@ from dataclasses import dataclass, field, replace
 
 from alexprep.shards.errors import AlexprepError, AmbiguousSourceError, counted
 from alexprep.shards.sources.base import (
+    ARCHIVE,
     NO_CHOICES,
     SPLITS,
     Choices,
@@ -31,7 +33,7 @@ from alexprep.shards.sources.folder_names import (
 from alexprep.shards.sources.foreign_formats import image_folder
 from alexprep.shards.sources.ground_truth import GroundTruth
 from alexprep.shards.sources.split_folders import Depth, SplitFolder, candidates, class_folders, class_names
-from alexprep.shards.sources.tree import Folder, is_picture
+from alexprep.shards.sources.tree import Folder, is_picture, rule_of
 from alexprep.shards.storage import as_text
 
 # Gives what tells the classes of pictures in one flat folder: (split, folder, train classes) → ground truth, or None.
@@ -163,11 +165,34 @@ def _split_parts(root: Folder, shown: str, split: str, reading: Reading) -> tupl
     beside = [folder for folder in filled if folder.path not in splits]
     if beside or _loose(base):
         _weigh_beside(splits, beside, base, shown, reading)
+    _refuse_packed_splits(splits, base, shown)
     empty = [folder for folder in base.folders if not folder.count and _lower(folder) in SPLITS]
     for folder in empty:
         reading.warnings.append(f"{_shown(folder, shown)} holds no pictures: there is no such split")
     parts: list[_Part] = [(name, folder, ()) for folder in filled if (name := splits.get(folder.path))]
     return parts, f"split folders {', '.join(as_text(folder.path) for _, folder, _ in parts)}"
+
+
+def _refuse_packed_splits(splits: dict[bytes, str], base: Folder, shown: str) -> None:
+    """Asks where a split lies beside the others as archives: train.tar, or train/ full of tars."""
+    packed = [
+        name for name in base.papers if rule_of(name) == ARCHIVE and split_of(name) not in (None, *splits.values())
+    ]
+    for folder in base.folders:
+        if not folder.count and _lower(folder) in SPLITS:
+            inside = (
+                below.path + b"/" + name for below in folder.walk() for name in below.papers if rule_of(name) == ARCHIVE
+            )
+            packed += [
+                as_text(path).removeprefix(as_text(base.path) + "/").encode() for path in itertools.islice(inside, 1)
+            ]
+    if packed:
+        given = tuple((split, as_text(path)) for path, split in splits.items())
+        raise _Question(
+            f"SOURCE {_shown(base, shown)} holds another split in archives ({as_text(packed[0])}), which are not read beside folders: "
+            "unpack them, or name one of them as SOURCE.",
+            [(Choices(given), "the folders alone, without what is packed")],
+        )
 
 
 def _unwrapped(folder: Folder) -> Folder:
@@ -281,6 +306,11 @@ def _read_split(
         if flat is not None:
             return flat
         _weigh_loose(split, top, shown, reading)
+    packed = [name for name in top.papers if rule_of(name) == ARCHIVE]
+    if packed:
+        reading.warnings.append(
+            f"not read: {counted(len(packed), 'archive')} beside the class folders of {_shown(top, shown)}, such as {as_text(packed[0])}"
+        )
     depth, by_last_name = _class_depth(split, top, shown, reading)
     return SplitFolder(split, top.path, depth, by_last_name=by_last_name, without=without)
 
@@ -371,7 +401,7 @@ def _class_depth(split: str, top: Folder, shown: str, reading: Reading) -> tuple
         return 1, False
     inner = {below.name for child in children for below in child.filled}
     alone = all(not child.pictures and len(child.filled) == 1 and child.filled[0].leaf for child in children)
-    if alone and len(inner) == 1 and len(children) > 1:
+    if alone and len(inner) == 1 and len(children) > 1 and is_no_class(as_text(next(iter(inner)))):
         return 1, False  # CLASS/images/IMAGE: the inner folder tells nothing
     levels = list(_levels(top))
     marked = [depth for depth, names in enumerate(levels, 1) if names and all(map(_wordnet_id, names))]

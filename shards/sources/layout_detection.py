@@ -10,13 +10,15 @@ import importlib
 
 from alexprep.shards.errors import AlexprepError, AmbiguousSourceError
 from alexprep.shards.sources import BY_FOLDERS, LAYOUTS
-from alexprep.shards.sources.base import NO_CHOICES, Choices, Source, as_options
+from alexprep.shards.sources.base import NO_CHOICES, SPLITS, Choices, Source, as_options
 from alexprep.shards.sources.foreign_formats import foreign
+from alexprep.shards.sources.ilsvrc import IlsvrcArchives
+from alexprep.shards.sources.published_lists import may_hold
 from alexprep.shards.sources.tree import is_picture, read_tree
-from alexprep.shards.storage import Files, files_at
+from alexprep.shards.storage import Files, as_text, files_at
 
 # Layouts of a folder that may also hold class folders; archives of ILSVRC hold the same pictures as the folders beside them.
-_BESIDE_FOLDERS = {"cifar", "mnist", "norb", "webdataset"}
+_BESIDE_FOLDERS = {"cifar", "mnist", "norb", "synset-tars", "webdataset"}
 
 
 def find_source(place: str, layout: str | None = None, choices: Choices = NO_CHOICES) -> Source:
@@ -27,6 +29,7 @@ def find_source(place: str, layout: str | None = None, choices: Choices = NO_CHO
         AmbiguousSourceError: there are several readings, and `layout` and `choices` do not tell which is meant.
     """
     files, name = files_at(place)
+    may_hold.cache_clear()  # it serves all that look for one layout of the same files
     for candidate in (layout,) if layout else LAYOUTS if choices == NO_CHOICES else BY_FOLDERS:
         try:
             source = _source_class(candidate).at(files, name, choices)
@@ -44,6 +47,8 @@ def find_source(place: str, layout: str | None = None, choices: Choices = NO_CHO
                 )
             if layout is None and source.whole and candidate in _BESIDE_FOLDERS:
                 _check_no_class_folders(files, candidate)
+            if layout is None and isinstance(source, IlsvrcArchives):
+                _check_splits_of_folders(files, {split for split, _ in source.archives})
             return source
     if choices != NO_CHOICES:
         raise AlexprepError(
@@ -78,6 +83,21 @@ def _check_no_class_folders(files: Files, layout: str) -> None:
             [
                 (f"--layout {layout}", f"{_source_class(layout).expects}; the pictures in folders are passed over"),
                 ("--layout folders", "the folders are classes or splits; all else is passed over"),
+            ],
+        )
+
+
+def _check_splits_of_folders(files: Files, packed: set[str]) -> None:
+    """Asks where a split lies in folders beside ILSVRC's archives, and in no archive."""
+    split_of_folder = {name: SPLITS.get(name.decode("utf-8", "replace").lower()) for name in files.folder_names()}
+    lost = [name for name, split in split_of_folder.items() if split and split not in packed]
+    if lost and any(folder.count for folder in read_tree(files).root.folders if folder.name in lost):
+        raise AmbiguousSourceError(
+            f"SOURCE {files.display()} holds ILSVRC's archives of {' and '.join(sorted(packed))}, and {' and '.join(map(as_text, lost))} in "
+            "folders.",
+            [
+                ("--layout ilsvrc", "the archives; the folders are passed over"),
+                ("--layout folders", "the folders; the archives are passed over"),
             ],
         )
 

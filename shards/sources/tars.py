@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from alexprep.shards.errors import AlexprepError
+from alexprep.shards.errors import AlexprepError, AmbiguousSourceError, counted
 from alexprep.shards.sources.base import HIDDEN, NO_CHOICES, SPLITS, Account, Choices, Input, Location, Source, split_of
 from alexprep.shards.sources.folder_reading import Reading, read_folders
 from alexprep.shards.sources.published import check_unlisted
@@ -140,10 +140,31 @@ class TarOfClassFolders(ArchiveSource):
                     f"{self.files.display(unnamed)} names no split, and there are {len(self.archives)} tars: name one tar as "
                     "SOURCE, or name them train.tar, val.tar and test.tar"
                 )
+            if self.choices == NO_CHOICES:
+                self._check_shared(found)
             found.sort(key=lambda item: (item.split, item.class_name.encode(), item.location.member, item.location))
         yield from found
         if self.whole:
             pass_over_rest(self.files, {path for _, path in self.archives}, account)
+
+    def _check_shared(self, found: list[Input]) -> None:
+        """Asks where the tar of train and another share few class names, as folders do."""
+        classes: dict[str, set[str]] = {}
+        for split, class_name, _ in found:
+            classes.setdefault(split, set()).add(class_name)
+        train = classes.get("train", set())
+        for split, names in classes.items():
+            if train and 2 * len(names & train) < len(names):
+                raise AmbiguousSourceError(
+                    f"SOURCE {self.files.display()}: only {len(names & train):,} of the {counted(len(names), 'class name')} of {split} are "
+                    f"among those of train ({min(names - train)!r} is not).",
+                    [
+                        (
+                            "--class-depth 1",
+                            "this is so: the classes of all tars are numbered together; or name one tar as SOURCE",
+                        )
+                    ],
+                )
 
     def covers(self, target: str) -> bool:
         """Whether a data set in `target` would hide the tars: in the root, or deeper than the folders that are passed over."""
