@@ -14,6 +14,7 @@ from alexprep.cli.demo import demo
 from alexprep.cli.evaluate import evaluate
 from alexprep.cli.options import INTERRUPTED
 from alexprep.cli.pca_stats import pca_stats
+from alexprep.cli.predict import predict
 from alexprep.cli.recipes import recipes
 from alexprep.cli.shard import shard
 from alexprep.cli.train import train
@@ -44,7 +45,7 @@ def cli() -> None:
     """
 
 
-for command in (shard, verify, pca_stats, tune, recipes, train, evaluate, bench, demo):
+for command in (shard, verify, pca_stats, tune, recipes, train, evaluate, predict, bench, demo):
     cli.add_command(command)
 
 

@@ -210,6 +210,10 @@ _COMPUTING_OPTIONS = (
     ),
 )
 
+views_option = click.option(
+    "--views", type=click.Choice(["centre", "ten"]), default="centre", show_default=True, help="Crops an image."
+)
+
 device_option = click.option("--device", help="cpu or cuda.  [default: cuda where there is a GPU]")
 
 _ENGINE_OPTIONS = (

@@ -45,6 +45,7 @@ FENCES = {
         "train/",
         *("pipeline/autotune.py", "pipeline/device.py", "pipeline/loader.py", "pipeline/loader_settings.py"),
         "pipeline/wds_pipeline.py",
+        "pipeline/evaluation_views.py",
         "shards/image_codec_cuda.py",
     ),
     "nvidia.dali": ("pipeline/dali_graph.py", "pipeline/dali_ops.py"),
@@ -66,7 +67,7 @@ FLOORS = [
     ("training_state",),
     ("nonfinite",),
     ("trainer",),
-    ("predictions", "ensemble", "evaluation", "launch", "loader_overlap", "demo"),
+    ("predictions", "ensemble", "prediction_table", "evaluation", "classifier", "launch", "loader_overlap", "demo"),
 ]
 
 

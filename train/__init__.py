@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from alexprep.train.checkpoint import Checkpoint, init_from, saved_weights
+    from alexprep.train.classifier import Classified, Classifier
     from alexprep.train.config import TrainConfig
     from alexprep.train.data import Examples
     from alexprep.train.distributed.parallel import Parallel
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     )
     from alexprep.train.optimizer import MomentumSGD, parameter_groups
     from alexprep.train.precision import float32_kernels, logits
+    from alexprep.train.prediction_table import PredictionTable, read_predictions, write_predictions
     from alexprep.train.recipes import RECIPES, Recipe, recipe
     from alexprep.train.run_dir import Place, place_named, saved_checkpoint
     from alexprep.train.trainer import train
@@ -37,6 +39,8 @@ __all__ = [
     "AlexNet",
     "ByHand",
     "Checkpoint",
+    "Classified",
+    "Classifier",
     "ConvLocal",
     "DExp",
     "EarlyStop",
@@ -49,6 +53,7 @@ __all__ = [
     "Parallel",
     "Place",
     "Plateau",
+    "PredictionTable",
     "RankFailed",
     "Recipe",
     "Scale",
@@ -75,15 +80,18 @@ __all__ = [
     "logits",
     "parameter_groups",
     "place_named",
+    "read_predictions",
     "recipe",
     "saved_checkpoint",
     "saved_weights",
     "tiny_net",
     "train",
+    "write_predictions",
 ]
 
 _HOMES = {
     "checkpoint": ("Checkpoint", "init_from", "saved_weights"),
+    "classifier": ("Classified", "Classifier"),
     "config": ("TrainConfig",),
     "data": ("Examples",),
     "distributed.parallel": ("Parallel",),
@@ -96,6 +104,7 @@ _HOMES = {
     "models.layers": ("LocalResponseNorm", "LocallyConnected2d", "PaperDropout", "Scale", "SpatialResponseNorm"),
     "optimizer": ("MomentumSGD", "parameter_groups"),
     "precision": ("float32_kernels", "logits"),
+    "prediction_table": ("PredictionTable", "read_predictions", "write_predictions"),
     "recipes": ("RECIPES", "Recipe", "recipe"),
     "run_dir": ("Place", "place_named", "saved_checkpoint"),
     "trainer": ("train",),
