@@ -27,7 +27,7 @@ from alexprep.shards.worker_pool import InProcessEngine
 from alexprep.train.classifier import Classifier, check_refused
 from alexprep.train.evaluation import evaluate, predictions_of
 from alexprep.train.prediction_table import PredictionTable, read_predictions, write_predictions
-from alexprep.train.predictions import _filled
+from alexprep.train.predictions import filled
 from alexprep.train.run_dir import Place
 from tests.made_up import make_run
 from tests.source_checks import write_tar
@@ -125,12 +125,12 @@ def test_the_form_that_is_recorded() -> None:
 def test_a_batch_is_filled_up_in_its_memory_format() -> None:
     images = torch.arange(2 * 3 * 4 * 5.0).reshape(2, 3, 4, 5)
     for given in (images, images.contiguous(memory_format=torch.channels_last)):
-        filled = _filled(given, 4)
-        assert torch.equal(filled, images[[0, 1, 1, 1]]) and filled.stride() == _strides(given, 4)
-        assert _filled(given, 2) is given and len(_filled(given[:0], 2)) == 0
+        whole = filled(given, 4)
+        assert torch.equal(whole, images[[0, 1, 1, 1]]) and whole.stride() == _strides(given, 4)
+        assert filled(given, 2) is given and len(filled(given[:0], 2)) == 0
     views = torch.arange(2 * 10 * 5 * 4 * 3.0).reshape(2, 10, 5, 4, 3).movedim(-1, -3)
-    assert torch.equal(_filled(views, 3), views[[0, 1, 1]])
-    assert _filled(views, 3).flatten(0, 1).is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(filled(views, 3), views[[0, 1, 1]])
+    assert filled(views, 3).flatten(0, 1).is_contiguous(memory_format=torch.channels_last)
 
 
 def _strides(images: torch.Tensor, count: int) -> tuple[int, ...]:

@@ -50,7 +50,7 @@ FENCES = {
     ),
     "nvidia.dali": ("pipeline/dali_graph.py", "pipeline/dali_ops.py"),
     "webdataset": ("pipeline/wds_pipeline.py",),
-    "sklearn": (),
+    "sklearn": ("train/similar_images.py",),
     "pickle": (),
     "subprocess": ("shards/worker_pool.py", "train/launch.py"),
     "ray": ("shards/ray_runner.py",),
@@ -67,7 +67,18 @@ FLOORS = [
     ("training_state",),
     ("nonfinite",),
     ("trainer",),
-    ("predictions", "ensemble", "prediction_table", "evaluation", "classifier", "launch", "loader_overlap", "demo"),
+    (
+        "predictions",
+        "ensemble",
+        "prediction_table",
+        "evaluation",
+        "classifier",
+        "layer_outputs",
+        "similar_images",
+        "launch",
+        "loader_overlap",
+        "demo",
+    ),
 ]
 
 
@@ -262,7 +273,7 @@ def test_what_is_required_is_pinned_within_its_bounds(python: str) -> None:
 # What cannot be told from the import's first word, or from an import at all.
 DISTRIBUTIONS = {"nvidia.dali": "nvidia-dali-cuda120", "nvidia.nvimgcodec": "nvidia-nvimgcodec-cu12", "tomli": "tomli"}
 UNSEEN = {"tensorboard": "torch.utils.tensorboard imports it"}
-EXPECTED = {"matplotlib", "scikit-learn"}  # of the report command that is to come
+EXPECTED = {"matplotlib"}  # of the report command that is to come
 
 
 def _distributions(paths: list[Path]) -> set[str]:

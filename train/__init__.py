@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from alexprep.train.distributed.world import World, from_environment
     from alexprep.train.evaluation import Evaluation, evaluate, evaluate_run
     from alexprep.train.launch import RankFailed, launch_ranks
+    from alexprep.train.layer_outputs import LayerOutputs, layer_names, read_outputs, write_outputs
     from alexprep.train.lr_schedule import ByHand, DExp, EarlyStop, Plateau, Schedule, ScheduleState, Steps
     from alexprep.train.models.alexnet import AlexNet, alexnet, alexnet_1gpu, alexnet_6conv, alexnet_2012, alexnet_owt
     from alexprep.train.models.cifar import ConvLocal, cifar10_quick_net, conv_local_11pct, conv_local_13pct, tiny_net
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from alexprep.train.prediction_table import PredictionTable, read_predictions, write_predictions
     from alexprep.train.recipes import RECIPES, Recipe, recipe
     from alexprep.train.run_dir import Place, place_named, saved_checkpoint
+    from alexprep.train.similar_images import Neighbour, Similar, find_similar
     from alexprep.train.trainer import train
 
 __all__ = [
@@ -46,9 +48,11 @@ __all__ = [
     "EarlyStop",
     "Evaluation",
     "Examples",
+    "LayerOutputs",
     "LocalResponseNorm",
     "LocallyConnected2d",
     "MomentumSGD",
+    "Neighbour",
     "PaperDropout",
     "Parallel",
     "Place",
@@ -59,6 +63,7 @@ __all__ = [
     "Scale",
     "Schedule",
     "ScheduleState",
+    "Similar",
     "SpatialResponseNorm",
     "Steps",
     "TrainConfig",
@@ -73,19 +78,23 @@ __all__ = [
     "conv_local_13pct",
     "evaluate",
     "evaluate_run",
+    "find_similar",
     "float32_kernels",
     "from_environment",
     "init_from",
     "launch_ranks",
+    "layer_names",
     "logits",
     "parameter_groups",
     "place_named",
+    "read_outputs",
     "read_predictions",
     "recipe",
     "saved_checkpoint",
     "saved_weights",
     "tiny_net",
     "train",
+    "write_outputs",
     "write_predictions",
 ]
 
@@ -98,6 +107,7 @@ _HOMES = {
     "distributed.world": ("World", "from_environment"),
     "launch": ("RankFailed", "launch_ranks"),
     "evaluation": ("Evaluation", "evaluate", "evaluate_run"),
+    "layer_outputs": ("LayerOutputs", "layer_names", "read_outputs", "write_outputs"),
     "lr_schedule": ("ByHand", "DExp", "EarlyStop", "Plateau", "Schedule", "ScheduleState", "Steps"),
     "models.alexnet": ("AlexNet", "alexnet", "alexnet_1gpu", "alexnet_2012", "alexnet_6conv", "alexnet_owt"),
     "models.cifar": ("ConvLocal", "cifar10_quick_net", "conv_local_11pct", "conv_local_13pct", "tiny_net"),
@@ -107,6 +117,7 @@ _HOMES = {
     "prediction_table": ("PredictionTable", "read_predictions", "write_predictions"),
     "recipes": ("RECIPES", "Recipe", "recipe"),
     "run_dir": ("Place", "place_named", "saved_checkpoint"),
+    "similar_images": ("Neighbour", "Similar", "find_similar"),
     "trainer": ("train",),
 }
 

@@ -49,6 +49,8 @@ class Classifier:
     Attributes:
         net: the network, its run and its recipe.
         classes: names, by label.
+        precision: that the network computes in.
+        batch: images that it is shown at a time; fewer are filled up.
         notes: a sentence for each thing that is not as it was in the training.
     """
 
@@ -81,17 +83,17 @@ class Classifier:
         self.data, self.views, self.device = folder, views, where
         self.target = target_of(dataset)
         self.net.recipe.check_size(self.target.size)
-        self._precision: Precision = precision
+        self.precision: Precision = precision
         augmentation = self.net.recipe.augmentation
         mean_from = mean_of(self.net, dataset, self.notes) or folder
-        self._batch = batch_size if views == "centre" else max(1, batch_size // 10)
+        self.batch = batch_size if views == "centre" else max(1, batch_size // 10)
         tuning = tuning_of([self.net], folder, where)
         self._maker = ViewMaker(
             augmentation,
             views,
             size=self.target.size,
             raw=self.target.format == "raw",
-            batch_size=self._batch,
+            batch_size=self.batch,
             statistics=read_statistics(mean_from) if augmentation.needs_statistics else None,
             device=where,
             memory_format=memory(where).memory_format,
@@ -169,15 +171,15 @@ class Classifier:
                     refused[number] = result.reason
                     continue
                 waiting.append((number, result.data))
-                if len(waiting) == self._batch:
+                if len(waiting) == self.batch:
                     yield waiting
                     waiting = []
         if waiting:
             yield waiting
 
     def _ask(self, encoded: Sequence[bytes]) -> torch.Tensor:
-        with torch.inference_mode(), float32_kernels(self._precision):
-            return ask(self.net, self._maker(encoded), self._precision, self._batch)
+        with torch.inference_mode(), float32_kernels(self.precision):
+            return ask(self.net, self._maker(encoded), self.precision, self.batch)
 
 
 def check_refused(found: Classified) -> None:

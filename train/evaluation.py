@@ -466,15 +466,19 @@ def predictions_of(found: Evaluation) -> PredictionTable:
     Raises AlexprepError where the ledger is missing or damaged.
     """
     data, split = Path(found.document["data"]), found.document["split"]
+    keys, sources = sample_names(data, split)
+    if len(found.scores.rows) and int(found.scores.rows.max()) >= len(keys):
+        raise AlexprepError(
+            f"{data / split / LEDGER} lists {len(keys)} images, more were predicted: run `alexprep verify`"
+        )
+    return found.scores.table(keys, sources, found.classes)
+
+
+def sample_names(data: Path, split: str) -> tuple[list[str], list[str]]:
+    """The key and the source of every sample of a split, by row of its index."""
     sources, written = _ledger(data, split)
     places = np.flatnonzero(written).tolist()
-    if len(found.scores.rows) and int(found.scores.rows.max()) >= len(places):
-        raise AlexprepError(
-            f"{data / split / LEDGER} lists {len(places)} images, more were predicted: run `alexprep verify`"
-        )
-    return found.scores.table(
-        [sample_key(place) for place in places], [sources[place] for place in places], found.classes
-    )
+    return [sample_key(place) for place in places], [sources[place] for place in places]
 
 
 def _in_order(data: Path, split: str, names: list[str]) -> list[int]:

@@ -241,13 +241,13 @@ def ask(net: Net, images: torch.Tensor, precision: Precision, batch_size: int) -
     Raises AlexprepError, with the net's name, where it gives NaN or infinity.
     """
     try:
-        return log_probabilities(net.network, _filled(images, batch_size), precision)[: len(images)]
+        return log_probabilities(net.network, filled(images, batch_size), precision)[: len(images)]
     except AlexprepError as error:
         raise AlexprepError(f"{net.name}: {error}") from None
 
 
-def _filled(images: torch.Tensor, count: int) -> torch.Tensor:
-    """Repeats the last image until there are `count`, in the same memory format."""
+def filled(images: torch.Tensor, count: int) -> torch.Tensor:
+    """Repeats the last of some images until there are `count`, in the same memory format; (N, …) -> (count, …)."""
     if not 0 < len(images) < count:
         return images
     rows = torch.arange(count, device=images.device).clamp(max=len(images) - 1)
