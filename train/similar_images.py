@@ -89,7 +89,10 @@ def find_similar(
         found = outputs_of(classifier.net.network, facts["layer"], views, classifier.precision, classifier.batch)
         vectors |= dict(zip(numbers, found.flatten(1).cpu().numpy(), strict=True))
     chosen = sorted(vectors)
-    distances, rows = nearest(outputs.array(), np.stack([vectors[n] for n in chosen]), count) if chosen else ([], [])
+    left_out = [(listed[number].name, reason) for number, reason in sorted(refused.items())]
+    if not chosen:
+        return Similar({}, dataset["classes"], left_out)
+    distances, rows = nearest(outputs.array(), np.stack([vectors[number] for number in chosen]), count)
     keys, sources = sample_names(data, facts["split"])
     labels = read_index(data, facts["split"])["label"]
     neighbours = {
@@ -99,7 +102,7 @@ def find_similar(
         ]
         for number, near, far in zip(chosen, rows, distances, strict=True)
     }
-    return Similar(neighbours, dataset["classes"], [(listed[n].name, reason) for n, reason in sorted(refused.items())])
+    return Similar(neighbours, dataset["classes"], left_out)
 
 
 def nearest(
