@@ -13,6 +13,7 @@ from alexprep.cli.bench import bench
 from alexprep.cli.demo import demo
 from alexprep.cli.evaluate import evaluate
 from alexprep.cli.features import features
+from alexprep.cli.inspect_source import inspect_command
 from alexprep.cli.options import INTERRUPTED
 from alexprep.cli.pca_stats import pca_stats
 from alexprep.cli.predict import predict
@@ -40,6 +41,7 @@ def cli() -> None:
     """Raw ImageNet in, trained AlexNet out.
 
     \b
+    alexprep inspect /imagenet  what it holds, and what shard would make of it
     alexprep shard /imagenet    resized webdataset shards in ./alexprep-data
     alexprep verify             every byte of them checked
     alexprep pca-stats          the mean image and the RGB covariance's eigenpairs
@@ -48,7 +50,8 @@ def cli() -> None:
     """
 
 
-for command in (shard, verify, pca_stats, tune, recipes, train, evaluate, predict, features, similar, bench, demo):
+COMMANDS = (inspect_command, shard, verify, pca_stats, tune, recipes, train, evaluate, predict, features, similar, bench, demo)
+for command in COMMANDS:
     cli.add_command(command)
 
 
