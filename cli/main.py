@@ -50,7 +50,21 @@ def cli() -> None:
     """
 
 
-COMMANDS = (inspect_command, shard, verify, pca_stats, tune, recipes, train, evaluate, predict, features, similar, bench, demo)
+COMMANDS = (
+    inspect_command,
+    shard,
+    verify,
+    pca_stats,
+    tune,
+    recipes,
+    train,
+    evaluate,
+    predict,
+    features,
+    similar,
+    bench,
+    demo,
+)
 for command in COMMANDS:
     cli.add_command(command)
 

@@ -56,6 +56,14 @@ def folder(value: str) -> Path:
     return found
 
 
+def check_picture(picture: Path) -> None:
+    """Refuses a picture's file that could not be written in the end, before minutes of work."""
+    if picture.suffix.lower() != ".png":
+        raise click.BadParameter(f"{picture} does not end in .png: the contact sheet is a PNG", param_hint="--picture")
+    if not picture.absolute().parent.is_dir():
+        raise click.BadParameter(f"{picture.parent} is no folder: make it first", param_hint="--picture")
+
+
 def local_folder(value: str) -> Path:
     """A folder on a disk."""
     if "://" in value:

@@ -9,6 +9,7 @@ import click
 
 from alexprep.cli.options import (
     AT_LEAST_1,
+    check_picture,
     device_option,
     json_option,
     precision_option,
@@ -37,6 +38,9 @@ if TYPE_CHECKING:
     type=click.Path(path_type=Path, file_okay=False),
     help="The data set of the training.  [default: where it was]",
 )
+@click.option(
+    "--picture", type=click.Path(path_type=Path, dir_okay=False), help="Write a contact sheet to this .png file."
+)
 @click.option("--model", metavar="FILE.py:FUNCTION", help="Of a run with a network of your own: that network.")
 @click.option("--recipe", metavar="FILE.py:FUNCTION", help="Likewise of a recipe file.")
 @runs_option
@@ -52,6 +56,7 @@ def similar(
     layer: str | None,
     split: str,
     outputs: Path | None,
+    picture: Path | None,
     runs: Path,
     precision: Precision | None,
     as_json: bool,
@@ -65,12 +70,15 @@ def similar(
     Example: alexprep similar alexnet elephant.jpg --count 6
     """
     from alexprep.cli import output
+    from alexprep.shards.contact_sheet import publish_picture
     from alexprep.shards.errors import AlexprepError
     from alexprep.train.classifier import Classifier
     from alexprep.train.layer_outputs import last_hidden_layer, outputs_file, read_outputs
     from alexprep.train.run_dir import place_named
-    from alexprep.train.similar_images import find_similar
+    from alexprep.train.similar_images import draw_similar, find_similar
 
+    if picture is not None:
+        check_picture(picture)
     with Classifier(place_named(runs, run), precision=precision or "fp32", **options) as classifier:
         layer = layer or last_hidden_layer(classifier.net.network)
         path = outputs or outputs_file(classifier.net.run, layer, split)
@@ -88,6 +96,9 @@ def similar(
         click.echo(row["key"])
         for one in row["neighbours"]:
             click.echo(f"  {one['distance']:10.4f}  {one['class'] or '':<{width}}  {one['source']}")
+    if picture is not None:
+        publish_picture(draw_similar(found), picture)
+        click.echo(f"Contact sheet: {picture}")
     document = {
         "run": str(classifier.net.run),
         "step": classifier.net.step,

@@ -21,6 +21,7 @@ from alexprep.shards.image_codec import Codec, Target, read_raw
 from alexprep.shards.image_header import Refused
 from alexprep.shards.inspection import Inspection, inspect_source, pick, printable
 from alexprep.shards.listing import Listing
+from alexprep.shards.photos import Photo, convert_photos
 from alexprep.shards.shard_writer import bound_memory, open_codec, shared_codec
 from alexprep.shards.sources.base import Location, Source
 from alexprep.shards.storage import publish_bytes
@@ -58,8 +59,13 @@ def draw_contact_sheet(listing: Listing, engine: Engine | int = 1) -> Image.Imag
 
 def publish_contact_sheet(listing: Listing, path: Path) -> None:
     """Writes the contact sheet of a source as a PNG, whole or not at all."""
+    publish_picture(draw_contact_sheet(listing), path)
+
+
+def publish_picture(picture: Image.Image, path: Path) -> None:
+    """Writes a picture as a PNG, whole or not at all."""
     buffer = io.BytesIO()
-    draw_contact_sheet(listing).save(buffer, "PNG")
+    picture.save(buffer, "PNG")
     publish_bytes(path, buffer.getvalue())
 
 
@@ -140,6 +146,13 @@ def lay_out(headings: Sequence[str], rows: Sequence[SheetRow]) -> Image.Image:
                 else:
                     sheet.paste(Image.fromarray(cell), (x, y))
     return sheet
+
+
+def photo_cells(photos: Sequence[Photo], engine: Engine | None = None) -> list[Cell]:
+    """Photos as cells of a sheet, decoded in worker processes."""
+    made = {number: result for number, _, result in convert_photos(photos, _CELL, engine)}
+    cells = [result if isinstance(result, Refused) else read_raw(result.data) for _, result in sorted(made.items())]
+    return [Refused("no pixels") if cell is None else cell for cell in cells]
 
 
 def cell_of(encoded: bytes | NDArray[np.uint8]) -> Cell:

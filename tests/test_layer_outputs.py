@@ -11,12 +11,14 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from alexprep.pipeline.loader import Loader
+from alexprep.shards.contact_sheet import CELL_SIDE
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.photos import find_photos
-from alexprep.shards.worker_pool import InProcessEngine
+from alexprep.shards.worker_pool import InProcessEngine, LocalEngine
 from alexprep.train import layer_outputs
 from alexprep.train.classifier import Classifier
 from alexprep.train.layer_outputs import last_hidden_layer, layer_names, outputs_of, read_outputs, write_outputs
@@ -109,7 +111,13 @@ def test_neighbours_equal_numpy(photos: Path, data: Path, tmp_path: Path) -> Non
     np.testing.assert_allclose([one.distance for one in new], np.sort(exact)[:5], rtol=1e-4)
 
 
-def test_the_commands(photos: Path, data: Path, command: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+def test_the_commands(
+    photos: Path,
+    data: Path,
+    command: Callable[..., tuple[int, str, str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     make_run(tmp_path / "runs", "a", data, 1)
     options = ("--device", "cpu", "--threads", "1", "--batch-size", "16")
     photo = str(photos / "train/class3/003.JPEG")
@@ -117,6 +125,12 @@ def test_the_commands(photos: Path, data: Path, command: Callable[..., tuple[int
     assert status == 1 and "make it with `alexprep features a --layer relu4 --split train`" in err
     status, out, _ = command("features", "a", str(data), *options, "--json")
     assert status == 0 and json.loads(out.splitlines()[-1])["shape"] == [128]
-    status, out, _ = command("similar", "a", photo, "--count", "2", *options)
+    monkeypatch.setattr(LocalEngine, "run", lambda engine, *arguments: InProcessEngine().run(*arguments))
+    status, out, _ = command("similar", "a", photo, "--count", "2", *options, "--picture", "near.png")
+    sheet = np.asarray(Image.open(tmp_path / "near.png").convert("RGB"))
+    cells = [sheet[46 : 46 + CELL_SIDE, left : left + CELL_SIDE] for left in (222, 330)]
+    assert (
+        np.ptp(cells[0]) > 50 and np.abs(cells[0] - cells[1].astype(int)).mean() < 12
+    )  # a photo, and the sample made of it
     assert status == 0 and out.splitlines()[1].split() == ["0.0000", "class3", "train/class3/003.JPEG"]
     assert "ends in .npy" in command("features", "a", "--out", "x.txt", *options)[2]

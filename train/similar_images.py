@@ -7,20 +7,25 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
+from alexprep.shards.contact_sheet import SheetRow, cell_of, lay_out, photo_cells
 from alexprep.shards.dataset_format import read_dataset, read_index
 from alexprep.shards.errors import AlexprepError, whole_number
-from alexprep.shards.photos import find_photos
+from alexprep.shards.photos import Photo, find_photos
+from alexprep.shards.sample_reader import Samples
 from alexprep.shards.worker_pool import Engine
 from alexprep.train.classifier import Classifier, PhotoPlace
 from alexprep.train.evaluation import sample_names
 from alexprep.train.layer_outputs import LayerOutputs, outputs_of
 from alexprep.train.training_state import weights_digest
 
+_ROWS, _COLUMNS = 100, 12  # of a contact sheet
 _SPARE = 16  # more rows than wanted, whose order the exact distances decide
 
 
@@ -40,6 +45,9 @@ class Similar:
 
     neighbours: dict[str, list[Neighbour]]
     classes: list[str]
+    data: Path
+    split: str
+    photos: list[Photo]  # those that have neighbours, in this order
     refused: list[tuple[str, str]] = field(default_factory=list)
 
     def as_json(self) -> list[dict[str, Any]]:
@@ -91,7 +99,7 @@ def find_similar(
     chosen = sorted(vectors)
     left_out = [(listed[number].name, reason) for number, reason in sorted(refused.items())]
     if not chosen:
-        return Similar({}, dataset["classes"], left_out)
+        return Similar({}, dataset["classes"], data, facts["split"], [], left_out)
     distances, rows = nearest(outputs.array(), np.stack([vectors[number] for number in chosen]), count)
     keys, sources = sample_names(data, facts["split"])
     labels = read_index(data, facts["split"])["label"]
@@ -102,7 +110,21 @@ def find_similar(
         ]
         for number, near, far in zip(chosen, rows, distances, strict=True)
     }
-    return Similar(neighbours, dataset["classes"], left_out)
+    seen = [listed[number] for number in chosen]
+    return Similar(neighbours, dataset["classes"], data, facts["split"], seen, left_out)
+
+
+def draw_similar(found: Similar, engine: Engine | None = None) -> Image.Image:
+    """Draws a contact sheet: a row a photo, at most 100, with its neighbours, nearest first, at most 12."""
+    samples = Samples(found.data, found.split)
+    photos = found.photos[:_ROWS]
+    rows = []
+    for cell, (name, near) in zip(photo_cells(photos, engine), found.neighbours.items(), strict=False):
+        shown = near[:_COLUMNS]
+        names = [found.classes[one.label] if one.label >= 0 else "no label" for one in shown]
+        nearest_cells = [cell_of(samples.encoded(one.row).tobytes()) for one in shown]
+        rows.append(SheetRow(Path(name).name, ", ".join(dict.fromkeys(names)), [[cell], nearest_cells]))
+    return lay_out(["photo", f"nearest in {found.split}"], rows)
 
 
 def nearest(
