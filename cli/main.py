@@ -18,6 +18,7 @@ from alexprep.cli.options import INTERRUPTED
 from alexprep.cli.pca_stats import pca_stats
 from alexprep.cli.predict import predict
 from alexprep.cli.recipes import recipes
+from alexprep.cli.report import report
 from alexprep.cli.shard import shard
 from alexprep.cli.similar import similar
 from alexprep.cli.train import train
@@ -62,6 +63,7 @@ COMMANDS = (
     predict,
     features,
     similar,
+    report,
     bench,
     demo,
 )

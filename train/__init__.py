@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from alexprep.train.precision import float32_kernels, logits
     from alexprep.train.prediction_table import PredictionTable, read_predictions, write_predictions
     from alexprep.train.recipes import RECIPES, Recipe, recipe
+    from alexprep.train.report.page import WrittenReport, write_report
     from alexprep.train.run_dir import Place, place_named, saved_checkpoint
     from alexprep.train.similar_images import Neighbour, Similar, find_similar
     from alexprep.train.trainer import train
@@ -68,6 +69,7 @@ __all__ = [
     "Steps",
     "TrainConfig",
     "World",
+    "WrittenReport",
     "alexnet",
     "alexnet_1gpu",
     "alexnet_6conv",
@@ -96,6 +98,7 @@ __all__ = [
     "train",
     "write_outputs",
     "write_predictions",
+    "write_report",
 ]
 
 _HOMES = {
@@ -116,6 +119,7 @@ _HOMES = {
     "precision": ("float32_kernels", "logits"),
     "prediction_table": ("PredictionTable", "read_predictions", "write_predictions"),
     "recipes": ("RECIPES", "Recipe", "recipe"),
+    "report.page": ("WrittenReport", "write_report"),
     "run_dir": ("Place", "place_named", "saved_checkpoint"),
     "similar_images": ("Neighbour", "Similar", "find_similar"),
     "trainer": ("train",),
