@@ -94,8 +94,8 @@ def find_photos(places: Iterable[str | Path | bytes | NDArray[np.uint8]]) -> lis
 
 def target_of(dataset: Mapping[str, Any]) -> Target:
     """The form of a dataset's images as its dataset.json records it. What has it already is kept as it is."""
-    image = dataset["image"]
-    recorded = {field.name: image[field.name] for field in fields(Target) if field.name in image}
+    said = {**dataset.get("options", {}), **dataset["image"]}
+    recorded = {field.name: said[field.name] for field in fields(Target) if field.name in said}
     return replace(Target(**recorded), reencode="needed")
 
 
