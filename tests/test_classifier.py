@@ -120,7 +120,9 @@ def test_the_form_that_is_recorded() -> None:
     image = {name: value for name, value in vars(target).items() if name != "reencode"} | {"extension": "jpg"}
     assert target_of({"image": image}) == replace(target, reencode="needed")
     assert target_of({"image": {"size": 32}}) == Target(size=32)
-    assert target_of({"image": {"size": 32}, "options": {"on_damaged": "keep", "seed": 1}}) == Target(size=32, on_damaged="keep")
+    assert target_of({"image": {"size": 32}, "options": {"on_damaged": "keep", "seed": 1}}) == Target(
+        size=32, on_damaged="keep"
+    )
 
 
 def test_a_batch_is_filled_up_in_its_memory_format() -> None:
