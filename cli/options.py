@@ -56,6 +56,14 @@ def folder(value: str) -> Path:
     return found
 
 
+def check_picture(picture: Path) -> None:
+    """Refuses a picture's file that could not be written in the end, before minutes of work."""
+    if picture.suffix.lower() != ".png":
+        raise click.BadParameter(f"{picture} does not end in .png: the contact sheet is a PNG", param_hint="--picture")
+    if not picture.absolute().parent.is_dir():
+        raise click.BadParameter(f"{picture.parent} is no folder: make it first", param_hint="--picture")
+
+
 def local_folder(value: str) -> Path:
     """A folder on a disk."""
     if "://" in value:
@@ -208,6 +216,10 @@ _COMPUTING_OPTIONS = (
         default=None,
         help="Compile the steps with torch.compile: a minute or two at the start. It needs g++; on a GPU triton and gcc.",
     ),
+)
+
+views_option = click.option(
+    "--views", type=click.Choice(["centre", "ten"]), default="centre", show_default=True, help="Crops an image."
 )
 
 device_option = click.option("--device", help="cpu or cuda.  [default: cuda where there is a GPU]")

@@ -74,6 +74,8 @@ def _stand_ins(root: Path, photos: Path) -> dict[str, str]:
         (root / f"{base}-cat.mat").write_bytes(struct.pack("<5I", 0x1E3D4C54, 1, 1, 1, 1) + struct.pack("<I", 4))
     for example in (ROOT / "docs/examples/own_nets").glob("*.py"):
         shutil.copy(example, root)
+    (root / "photo.jpg").write_bytes(next(iter(images.values())))
+    shutil.copytree(photos / "val" / "class1", root / "holidays")
     return {"/imagenet": str(photos), "/downloads/ilsvrc": str(root / "ilsvrc"), "/kaggle": str(root / "kaggle")}
 
 

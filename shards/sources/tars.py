@@ -21,7 +21,7 @@ from alexprep.shards.sources.tree import pass_over_rest, read_tree, tree_of
 from alexprep.shards.storage import Files, as_text
 from alexprep.shards.tar_format import members
 
-_NO_FILE = -1  # as an offset: a link or a device, which has no bytes in the archive
+NO_FILE = -1  # as an offset: a link or a device, which has no bytes in the archive
 
 
 def plain_name(name: bytes) -> bytes:
@@ -60,7 +60,7 @@ def packed_files(
             clean = _clean(member.name)
             if member.kind == "folder" or not clean or (not hidden and is_hidden(clean)):
                 continue
-            offset, length = (member.offset, member.size) if member.kind == "file" else (_NO_FILE, 0)
+            offset, length = (member.offset, member.size) if member.kind == "file" else (NO_FILE, 0)
             yield Location(path, prefix + clean, offset, length)
 
 
@@ -69,7 +69,7 @@ class ArchiveSource(Source):
 
     def read(self, location: Location) -> bytes | NDArray[np.uint8]:
         """The bytes of a member; OSError where it has none, or the archive has become shorter."""
-        if location.offset == _NO_FILE:
+        if location.offset == NO_FILE:
             raise OSError("a link or special file in an archive")
         data = self.files.read(location.path, location.offset, location.size)
         if 0 <= location.size != len(data):
