@@ -75,6 +75,41 @@ def test_torch_sgd_agrees_until_the_rate_changes() -> None:
     assert (ours - theirs).abs().max() > 0.01
 
 
+def test_with_correction_it_is_torch_sgd_at_every_rate() -> None:
+    """Rates that fall, rise and differ between parameters; a velocity that was saved goes on with the rate that it moved at."""
+    start = {name: torch.linspace(-1, 1, 7, dtype=torch.float64) + number for number, name in enumerate("ab")}
+    rates = {
+        "a": [0.1, 0.1, 0.01, 0.01, 0.05, 0.001, 0.001, 0.02],
+        "b": [0.02, 0.03, 0.04, 0.05, 0.05, 0.02, 0.0125, 0.4],
+    }
+
+    def corrected(weights: dict[str, nn.Parameter]) -> MomentumSGD:
+        groups = [{"params": list(weights.values()), "names": list(weights)}]
+        return MomentumSGD(groups, lr=7.0, momentum=0.9, decay=0.01, momentum_correction=True)
+
+    ours, theirs = ({name: nn.Parameter(value.clone()) for name, value in start.items()} for _ in range(2))
+    optimizer = corrected(ours)
+    assert optimizer.velocity_rates() == [None, None]
+    sgd = torch.optim.SGD([{"params": [weight]} for weight in theirs.values()], lr=7.0, momentum=0.9, weight_decay=0.01)
+    for step in range(8):
+        if step == 5:
+            saved = [velocity.clone() for velocity in optimizer.velocities()], optimizer.velocity_rates()
+            assert saved[1] == [0.05, 0.05]
+            optimizer = corrected(ours)
+            for velocity, value in zip(optimizer.velocities(), saved[0], strict=True):
+                velocity.copy_(value)
+            optimizer.set_velocity_rates(saved[1])
+        optimizer.set_rates({name: values[step] for name, values in rates.items()})
+        for group, values in zip(sgd.param_groups, rates.values(), strict=True):
+            group["lr"] = values[step]
+        for weight in (*ours.values(), *theirs.values()):
+            weight.grad = torch.cos(weight.detach() * (step + 1))
+        optimizer.step()
+        sgd.step()
+        for name, weight in ours.items():
+            torch.testing.assert_close(weight, theirs[name], rtol=1e-13, atol=1e-13)
+
+
 def test_parameters_without_gradient_stay() -> None:
     moved, still = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
     optimizer = MomentumSGD([{"params": [moved, still]}], lr=1.0)

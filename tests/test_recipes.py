@@ -18,7 +18,7 @@ from alexprep.cli.recipes import recipes as recipes_command
 from alexprep.pipeline.augmentation import Augmentation, augmentation_named
 from alexprep.shards.errors import AlexprepError
 from alexprep.train import checkpoint, recipes
-from alexprep.train.lr_schedule import ByHand, DExp, EarlyStop, Plateau, ScheduleState
+from alexprep.train.lr_schedule import ByHand, DExp, EarlyStop, OneCycle, Plateau, ScheduleState, WarmUp
 from alexprep.train.models.alexnet import alexnet_6conv
 from alexprep.train.recipes import RECIPES, Recipe, fitted
 from alexprep.train.training_state import TrainingState
@@ -172,17 +172,21 @@ def test_rates_follow_the_epoch_and_a_frozen_layer_stays() -> None:
     assert state.learning_rate() == pytest.approx(0.001)  # of the epoch that comes
 
 
+@pytest.mark.parametrize("kind", ["by hand", "one cycle"])
 @pytest.mark.parametrize("cut", [1, 2, 5])
-def test_resumed_rates_are_exact(cut: int) -> None:
+def test_resumed_rates_are_exact(cut: int, kind: str) -> None:
     """Cut in mid-epoch, between epochs, or with a frozen layer, the rates and the weights go on as if nothing had been."""
-    recipe = small(schedule=EarlyStop(small().schedule, patience=2))
+    inner = small().schedule if kind == "by hand" else WarmUp(OneCycle(epochs=3, final=0.1), epochs=1.5)
+    recipe = small(schedule=EarlyStop(inner, patience=2))
     whole = TrainingState(recipe, 3, 0, CPU)
+    whole.epoch_steps = 2
     whole.position.schedule = ScheduleState(stop_best=40.0, stop_waited=1)
     steps(whole, cut)
     tensors = {name: tensor.clone() for name, tensor in whole.tensors().items()}
     saved = checkpoint.Checkpoint(cut, tensors, json.loads(json.dumps(whole.facts())))
     steps(whole, 6 - cut)
     resumed = TrainingState(recipe, 3, 1, CPU)
+    resumed.epoch_steps = 2
     resumed.restore(saved)
     assert resumed.position.schedule == ScheduleState(stop_best=40.0, stop_waited=1)
     steps(resumed, 6 - cut)

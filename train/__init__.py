@@ -16,7 +16,19 @@ if TYPE_CHECKING:
     from alexprep.train.distributed.world import World, from_environment
     from alexprep.train.evaluation import Evaluation, evaluate, evaluate_run
     from alexprep.train.launch import RankFailed, launch_ranks
-    from alexprep.train.lr_schedule import ByHand, DExp, EarlyStop, Plateau, Schedule, ScheduleState, Steps
+    from alexprep.train.lr_schedule import (
+        ByHand,
+        Cosine,
+        DExp,
+        EarlyStop,
+        Linear,
+        OneCycle,
+        Plateau,
+        Schedule,
+        ScheduleState,
+        Steps,
+        WarmUp,
+    )
     from alexprep.train.models.alexnet import AlexNet, alexnet, alexnet_1gpu, alexnet_6conv, alexnet_2012, alexnet_owt
     from alexprep.train.models.cifar import ConvLocal, cifar10_quick_net, conv_local_11pct, conv_local_13pct, tiny_net
     from alexprep.train.models.layers import (
@@ -38,13 +50,16 @@ __all__ = [
     "ByHand",
     "Checkpoint",
     "ConvLocal",
+    "Cosine",
     "DExp",
     "EarlyStop",
     "Evaluation",
     "Examples",
+    "Linear",
     "LocalResponseNorm",
     "LocallyConnected2d",
     "MomentumSGD",
+    "OneCycle",
     "PaperDropout",
     "Parallel",
     "Place",
@@ -57,6 +72,7 @@ __all__ = [
     "SpatialResponseNorm",
     "Steps",
     "TrainConfig",
+    "WarmUp",
     "World",
     "alexnet",
     "alexnet_1gpu",
@@ -90,7 +106,10 @@ _HOMES = {
     "distributed.world": ("World", "from_environment"),
     "launch": ("RankFailed", "launch_ranks"),
     "evaluation": ("Evaluation", "evaluate", "evaluate_run"),
-    "lr_schedule": ("ByHand", "DExp", "EarlyStop", "Plateau", "Schedule", "ScheduleState", "Steps"),
+    "lr_schedule": (
+        *("ByHand", "Cosine", "DExp", "EarlyStop", "Linear", "OneCycle", "Plateau"),
+        *("Schedule", "ScheduleState", "Steps", "WarmUp"),
+    ),
     "models.alexnet": ("AlexNet", "alexnet", "alexnet_1gpu", "alexnet_2012", "alexnet_6conv", "alexnet_owt"),
     "models.cifar": ("ConvLocal", "cifar10_quick_net", "conv_local_11pct", "conv_local_13pct", "tiny_net"),
     "models.layers": ("LocalResponseNorm", "LocallyConnected2d", "PaperDropout", "Scale", "SpatialResponseNorm"),

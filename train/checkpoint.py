@@ -41,10 +41,12 @@ VELOCITY = "velocity."  # and the parameter's number, three digits
 TOTALS = "sums"  # of the epoch so far: loss, errors, images
 RANDOM_CPU, RANDOM_CUDA = "random.cpu", "random.cuda"  # torch's default generators
 POSITION, UPDATE = "position", "update"  # facts: step, epoch and schedule; what fp16 scales the loss by
+VELOCITY_RATES = "velocity_rates"  # a fact where velocities follow the rate: the rate that each last moved at, or null
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 GO_ON = "go on with --resume; checkpoints that were saved before are untouched"
 MOST_TOLD = 6  # differences
+BEFORE = "before"  # metadata of a dataclass's field: the value that runs have which are older than the field, if not its default
 _MARK = re.compile(r"step-(\d{8,})\.json")
 
 
@@ -162,9 +164,9 @@ def differences(saved: Any, wanted: Any, name: str = "") -> list[str]:
 
 
 def with_defaults(described: Any, value: Any) -> Any:
-    """A description of a dataclass as a run recorded it, with the fields that it lacks at their defaults.
+    """A description of a dataclass as a run recorded it, with the fields that it lacks at the values that held before there were such.
 
-    So a field that is added later, with the default under which nothing changes, does not part a run from its own past.
+    These are a field's `BEFORE`, or else its default. So a field that is added later does not part a run from its own past.
     `value` is the dataclass as it is now; dataclasses in its fields are looked into. Anything else has no defaults.
     """
     if not isinstance(described, dict) or not is_dataclass(value) or isinstance(value, type):
@@ -173,6 +175,8 @@ def with_defaults(described: Any, value: Any) -> Any:
     for field in fields(value):
         if field.name in described:
             complete[field.name] = with_defaults(described[field.name], getattr(value, field.name))
+        elif BEFORE in field.metadata:
+            complete[field.name] = field.metadata[BEFORE]
         elif field.default is not MISSING:
             complete[field.name] = json.loads(json.dumps(field.default, default=str))  # tuples become lists
         elif field.default_factory is not MISSING:

@@ -27,7 +27,7 @@ from alexprep.train.distributed.tensor_parallel import SCHEMES, Scheme, part_of
 from alexprep.train.distributed.world import TIMEOUT, World
 from alexprep.train.logger import writer_class
 from alexprep.train.precision import Arithmetic, Precision, arithmetic
-from alexprep.train.recipes import DEFAULT_RECIPE, MOST_EPOCHS, Recipe, recipe_of, try_user_network
+from alexprep.train.recipes import DEFAULT_RECIPE, MOST_EPOCHS, Recipe, as_begun, recipe_of, try_user_network
 from alexprep.train.run_dir import place_named, saved_checkpoint
 from alexprep.train.user_code import MODEL, RECIPE, UserNetwork, check_named, comparable, is_reference, references
 
@@ -181,11 +181,11 @@ def prepare(
         writer_class()  # raises where the package is missing
     named, model = references(config.recipe, config.model)
     config = replace(config, recipe=named, model=model)
-    run, earlier = Path(os.devnull) if dry_run else None, None
+    run, earlier, began = Path(os.devnull) if dry_run else None, None, None
     if config.resume:
         run = run_dir.find_run(config.runs, config.name)
         document = run_dir.read_config(run)
-        earlier = document["options"]
+        earlier, began = document["options"], document["identity"].get("recipe", {})
         check_named(earlier, config.recipe, config.model, run)
         config = resumed(config, earlier, config.data or run_dir.still_there(run, Path(document["data"])))
     data = config.data or Path()  # there is one: only a resumed run's may be None, and it is found by now
@@ -193,6 +193,9 @@ def prepare(
     tuning, notes = _tuning(config, data, device, earlier)
     notes += [f"the split {split} is skipped: none of its images has a label" for split in facts.unlabelled]
     recipe = recipe_of({name: getattr(config, name) for name in OPTIONS})
+    if began is not None:
+        recipe = as_begun(recipe, began, ours=not is_reference(config.recipe or DEFAULT_RECIPE))
+    recipe = recipe.planned(config.epochs)
     recipe.check_size(facts.size)
     computing = arithmetic(device, config.precision, config.channels_last, config.compile)
     if computing.precision == "fp16" and device.type == "cpu":

@@ -170,6 +170,7 @@ class Bench:
 
         `ahead` is how many batches the loader of the training split has ready or works on at most.
         """
+        state.epoch_steps = len(loader)
         self._state, self._ahead = state, ahead
         self._batches = state.parallel.batches(itertools.chain.from_iterable(itertools.repeat(loader)))
         self._cached = next(self._batches)

@@ -6,7 +6,7 @@ What the rates are at a time is a schedule's to say (`alexprep.train.lr_schedule
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from alexprep.shards.errors import AlexprepError
 
-VELOCITY = "velocity"
+VELOCITY, RATE = "velocity", "rate"  # of a parameter's state: the second is the rate at which the first last moved
 
 
 class MomentumSGD(Optimizer):
@@ -26,6 +26,11 @@ class MomentumSGD(Optimizer):
 
     At a rate of 0 the rule would still carry a weight on by its velocity. Here, as in the 2012 code (src/weights.cu), such a weight is
     frozen: neither it nor its velocity changes, and when the rate is raised again it goes on with the velocity that it had.
+
+    With `momentum_correction` a velocity is multiplied by the new rate over the old one where the rate changes, before it is used
+    (Goyal et al. 2017, "Accurate, large minibatch SGD", section 3): what was added to it at another rate counts as if it had been added
+    at this one. That is `torch.optim.SGD`, at every rate. Without, as in the paper and its code, a rate divided by 10 leaves a
+    velocity ten times too large, which takes some twenty steps to die away.
 
     >>> weight = torch.nn.Parameter(torch.tensor([1.0]))
     >>> optimizer = MomentumSGD([{"params": [weight]}], lr=0.5, decay=0.0)
@@ -40,7 +45,13 @@ class MomentumSGD(Optimizer):
     zero_grad = inspect.unwrap(Optimizer.zero_grad)
 
     def __init__(
-        self, groups: list[dict[str, Any]], *, lr: float, momentum: float = 0.9, decay: float = 0.0005
+        self,
+        groups: list[dict[str, Any]],
+        *,
+        lr: float,
+        momentum: float = 0.9,
+        decay: float = 0.0005,
+        momentum_correction: bool = False,
     ) -> None:
         """Groups of parameters and their rates; momentum and decay are the paper's by default.
 
@@ -50,7 +61,9 @@ class MomentumSGD(Optimizer):
             lr: the learning rate of all parameters, times their group's `lr_factor`, until `set_rates` sets others.
             momentum: at least 0, below 1.
             decay: weight decay of the groups that name none.
+            momentum_correction: whether velocities follow a change of the rate.
         """
+        self.momentum_correction = momentum_correction
         super().__init__(groups, {"momentum": momentum, "decay": decay, "lr_factor": 1.0})
         for group in self.param_groups:
             group["rates"] = [lr * group["lr_factor"]] * len(group["params"])
@@ -70,24 +83,47 @@ class MomentumSGD(Optimizer):
 
     def velocities(self) -> list[torch.Tensor]:
         """The velocity of every parameter, in the order of the groups; zeros before the first step. They are the live tensors."""
-        return [self._velocity(weight) for group in self.param_groups for weight in group["params"]]
+        return [self._velocity(weight) for weight in self._weights()]
+
+    def velocity_rates(self) -> list[float | None]:
+        """The rate at which each velocity last moved, in the order of the groups; None where it has not, or where none is kept.
+
+        With the velocities it is the whole state, where `momentum_correction` is on; without, they alone are.
+        """
+        return [self.state[weight].get(RATE) for weight in self._weights()]
+
+    def set_velocity_rates(self, rates: Sequence[float | None]) -> None:
+        """Takes back what `velocity_rates` gave."""
+        for weight, rate in zip(self._weights(), rates, strict=True):
+            self.state[weight][RATE] = rate
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]
         """Moves every parameter that has a gradient and a rate above 0."""
         for group in self.param_groups:
-            by_rate: dict[float, list[torch.Tensor]] = {}
+            alike: dict[tuple[float, float], list[torch.Tensor]] = {}
             for weight, rate in zip(group["params"], group["rates"], strict=True):
                 if weight.grad is not None and rate > 0:
-                    by_rate.setdefault(rate, []).append(weight)
-            for lr, weights in by_rate.items():
+                    alike.setdefault((rate, self._follow(weight, rate)), []).append(weight)
+            for (lr, ratio), weights in alike.items():
                 velocities = [self._velocity(weight) for weight in weights]
                 # One call for all of them, not one a tensor: on a GPU it is also one kernel.
-                torch._foreach_mul_(velocities, group["momentum"])
+                torch._foreach_mul_(velocities, group["momentum"] * ratio)
                 if group["decay"]:
                     torch._foreach_add_(velocities, weights, alpha=-group["decay"] * lr)
                 torch._foreach_add_(velocities, [cast(torch.Tensor, weight.grad) for weight in weights], alpha=-lr)
                 torch._foreach_add_(weights, velocities)
+
+    def _weights(self) -> list[torch.Tensor]:
+        """All parameters, in the order of the groups."""
+        return [weight for group in self.param_groups for weight in group["params"]]
+
+    def _follow(self, weight: torch.Tensor, rate: float) -> float:
+        """What a velocity is to be multiplied by as its parameter's rate becomes `rate`, which is noted."""
+        if not self.momentum_correction:
+            return 1.0
+        before, self.state[weight][RATE] = self.state[weight].get(RATE), rate
+        return 1.0 if before is None else rate / before
 
     def _velocity(self, weight: torch.Tensor) -> torch.Tensor:
         state = self.state[weight]

@@ -12,7 +12,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -20,17 +20,23 @@ from torch import nn
 
 from alexprep.pipeline.augmentation import Augmentation, augmentation_named
 from alexprep.shards.errors import AlexprepError, number_within, whole_number
+from alexprep.train.checkpoint import BEFORE
 from alexprep.train.distributed.tensor_parallel import Scheme, part_of
 from alexprep.train.distributed.world import World
 from alexprep.train.lr_schedule import (
     ByHand,
     DExp,
+    Linear,
     Plateau,
     Schedule,
     ScheduleState,
     Steps,
     describe,
     is_bias,
+    planned,
+    planned_epochs,
+    rate_at,
+    recorded_schedule,
     without_unmatched,
 )
 from alexprep.train.models import alexnet as alexnets
@@ -67,6 +73,8 @@ class Recipe:
         batch_size: images a step.
         lr: learning rate of the first epoch; the schedule may have layers begin at another.
         momentum: of the update rule.
+        momentum_correction: whether a change of the rate scales the velocities with it, as in `torch.optim.SGD`. Off in the paper's
+            recipes and the 2012 code's, where the rate is inside the velocity; runs from before this field go on without.
         decay: weight decay of the layers that `layer_decay` does not name.
         layer_decay: weight decay by layer name.
         bias_decay: of the biases.
@@ -86,6 +94,7 @@ class Recipe:
     batch_size: int = 128
     lr: float = 0.01
     momentum: float = 0.9
+    momentum_correction: bool = field(default=True, metadata={BEFORE: False})
     decay: float = 0.0005
     layer_decay: Mapping[str, float] = field(default_factory=dict)
     bias_decay: float = 0.0
@@ -130,18 +139,28 @@ class Recipe:
             bias_lr_factor=self.bias_lr_factor,
             bias_decay=self.bias_decay,
         )
-        return MomentumSGD(groups, lr=self.lr, momentum=self.momentum, decay=self.decay)
+        return MomentumSGD(
+            groups,
+            lr=self.lr,
+            momentum=self.momentum,
+            decay=self.decay,
+            momentum_correction=self.momentum_correction,
+        )
 
-    def rates(self, parameters: Iterable[str], epoch: int, state: ScheduleState) -> dict[str, float]:
+    def planned(self, epochs: int | None = None) -> Recipe:
+        """This recipe with a schedule as long as a run of so many epochs, by default its own, where the schedule leaves that open."""
+        return replace(self, schedule=planned(self.schedule, epochs or self.epochs))
+
+    def rates(self, parameters: Iterable[str], epoch: float, state: ScheduleState) -> dict[str, float]:
         """The learning rate of every parameter.
 
         Args:
             parameters: their names; those called `bias` in their layer are biases, all others weights.
-            epoch: whole epochs done.
-            state: of the schedule after them.
+            epoch: epochs done, with the part of the present one.
+            state: of the schedule after the whole ones.
         """
         bases = {name: self.lr * (self.bias_lr_factor if is_bias(name) else 1) for name in parameters}
-        return {name: self.schedule.rate(base, name, epoch, state) for name, base in bases.items()}
+        return {name: rate_at(self.schedule, base, name, epoch, state) for name, base in bases.items()}
 
     def describe(self) -> dict[str, Any]:
         """Every field as JSON values: what a resumed run must have in common with the first part."""
@@ -155,6 +174,7 @@ class Recipe:
             "batch_size": self.batch_size,
             "lr": self.lr,
             "momentum": self.momentum,
+            "momentum_correction": self.momentum_correction,
             "decay": self.decay,
             "layer_decay": dict(self.layer_decay),
             "bias_decay": self.bias_decay,
@@ -213,6 +233,23 @@ def recipe_of(options: Mapping[str, Any]) -> Recipe:
     return replace(named, **changes)
 
 
+def as_begun(made: Recipe, recorded: Mapping[str, Any], ours: bool) -> Recipe:
+    """A recipe for a run that goes on as it `recorded` when it began.
+
+    Fields that came later are as they were before (`alexprep.train.checkpoint.with_defaults` reads the record likewise). Of a recipe that
+    comes with alexprep (`ours`) the schedule is the run's, since a release may ship a better one; one of the user's own is as the file has
+    it now, but as long as the run planned it.
+    """
+    newer = {each.name: each.metadata[BEFORE] for each in fields(made) if BEFORE in each.metadata}
+    changes: dict[str, Any] = {name: before for name, before in newer.items() if name not in recorded}
+    described = recorded.get("schedule", {})
+    if ours and (schedule := recorded_schedule(described)) is not None:
+        changes["schedule"] = schedule
+    elif (epochs := planned_epochs(described)) is not None:
+        changes["schedule"] = planned(made.schedule, epochs)
+    return replace(made, **changes)
+
+
 # The AlexNet family.
 
 # layer-params-145.cfg, as its notes tell it. Biases stayed at 0.02, but for those of conv1, frozen with its weights.
@@ -253,6 +290,7 @@ ALEXNET = Recipe(
     stored_sizes=(256, 256),  # section 2
     schedule=Plateau(),
     epochs=90,
+    momentum_correction=False,  # section 5: the rate is inside the velocity
 )
 
 # The paper's network for one GPU (footnote 2), trained like the one for two.
@@ -306,6 +344,7 @@ CIFAR10_RELU = Recipe(
     schedule=Steps(after=()),
     epochs=40,
     lr=0.002,
+    momentum_correction=False,
     decay=0.0,
     bias_lr_factor=2.0,
 )
@@ -322,6 +361,7 @@ CIFAR10_QUICK = replace(
     augmentation=replace(CIFAR10_RELU.augmentation, mirror=True),
     schedule=Steps(after=(12, 14)),
     epochs=15,
+    momentum_correction=True,
     decay=0.004,
     layer_decay={"fc4": 0.03, "fc5": 0.03},
 )
@@ -353,8 +393,8 @@ TINY = Recipe(
     network=cifar_nets.tiny_net,
     augmentation=Augmentation(crop=56, mirror=True, mean="crop", noise="eigenvalue", noise_sigma=0.1),
     stored_sizes=(56, 96),
-    schedule=Steps(after=(9,)),
-    epochs=12,
+    schedule=Linear(final=0.02),
+    epochs=16,
     batch_size=32,
     lr=0.02,
 )

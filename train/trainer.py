@@ -104,6 +104,7 @@ def open_run(config: TrainConfig, open_loader: OpenLoader | None, world: World |
         stop = enter(StopRequest().listening())
         state, notes = first_state(job, world)
         loader = enter(contextlib.closing(open_split(job, open_loader, "train", state.parallel.shard)))
+        state.epoch_steps = len(loader)
         validation = None
         if split := job.facts.evaluation_split:
             validation = enter(contextlib.closing(open_split(job, open_loader, split, state.parallel.shard)))

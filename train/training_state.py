@@ -28,6 +28,7 @@ from alexprep.train.checkpoint import (
     TOTALS,
     UPDATE,
     VELOCITY,
+    VELOCITY_RATES,
     WEIGHT,
     Checkpoint,
     saved_weights,
@@ -35,7 +36,7 @@ from alexprep.train.checkpoint import (
 from alexprep.train.distributed.parallel import Parallel
 from alexprep.train.distributed.tensor_parallel import Gather, Scheme, SharedDropout
 from alexprep.train.distributed.world import World
-from alexprep.train.lr_schedule import ScheduleState
+from alexprep.train.lr_schedule import ScheduleState, is_per_step, rate_at
 from alexprep.train.metrics import RunningTotals
 from alexprep.train.optimizer import MomentumSGD
 from alexprep.train.precision import HALF, Arithmetic, NotFinite, Precision, arithmetic, logits
@@ -92,7 +93,7 @@ class TrainingState:
     ) -> None:
         """The state before the first step. torch's default generators are seeded."""
         torch.manual_seed(seed)
-        self.recipe = recipe
+        self.recipe = recipe = recipe.planned()
         network = recipe.make_network(classes, seed)
         computing = computing or arithmetic(device)
         form = memory_format_of(network, computing.memory.format)
@@ -111,6 +112,7 @@ class TrainingState:
         self.compiled = Compiled(self.network) if computing.compile else None
         self.sums = RunningTotals(device)
         self.position = Position()
+        self.epoch_steps = 0  # of the loader, once it is known: schedules that move within an epoch need it
         self.device = device
 
     def called_for(self, batch: int) -> Compiled | nn.Module:
@@ -121,12 +123,22 @@ class TrainingState:
         return self.network if self.compiled is None or batch != self.recipe.batch_size else self.compiled
 
     def learning_rate(self) -> float:
-        """The rate of this epoch: that of the weights whose layer has none of its own."""
-        return self.recipe.schedule.rate(self.recipe.lr, ".weight", self.position.epoch, self.position.schedule)
+        """The rate of the epoch's step that was last taken, else of its first: that of the weights whose layer has none of its own."""
+        progress = self._progress(max(0, self.position.epoch_step - 1))
+        return rate_at(self.recipe.schedule, self.recipe.lr, ".weight", progress, self.position.schedule)
 
     def set_rates(self) -> None:
-        """Gives the optimizer this epoch's rate of every parameter. It happens by itself before every step."""
-        self.optimizer.set_rates(self.recipe.rates(self._parameters, self.position.epoch, self.position.schedule))
+        """Gives the optimizer the coming step's rate of every parameter. It happens by itself before every step."""
+        progress = self._progress(self.position.epoch_step)
+        self.optimizer.set_rates(self.recipe.rates(self._parameters, progress, self.position.schedule))
+
+    def _progress(self, epoch_step: int) -> float:
+        """Epochs done after so many steps of this one, as a schedule counts them."""
+        if not is_per_step(self.recipe.schedule):
+            return self.position.epoch
+        if not self.epoch_steps:
+            raise RuntimeError("the schedule moves with every step: set `epoch_steps`")
+        return self.position.epoch + epoch_step / self.epoch_steps
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Everything for a checkpoint that is a tensor, by name, with no trace of the scheme. All ranks call it.
@@ -152,7 +164,10 @@ class TrainingState:
 
     def facts(self) -> dict[str, Any]:
         """Everything for a checkpoint that is a JSON value."""
-        return {POSITION: asdict(self.position), UPDATE: self.update.state_dict()}
+        found: dict[str, Any] = {POSITION: asdict(self.position), UPDATE: self.update.state_dict()}
+        if self.recipe.momentum_correction:
+            found[VELOCITY_RATES] = self.optimizer.velocity_rates()
+        return found
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Goes to where `tensors` and `facts` were taken from. The recipe and the classes must be the same; the caller checks."""
@@ -162,6 +177,8 @@ class TrainingState:
         self.parallel.scatter_velocities(
             self.optimizer, [tensors[f"{VELOCITY}{number:03d}"] for number in range(count)]
         )
+        if self.recipe.momentum_correction:
+            self.optimizer.set_velocity_rates(checkpoint.facts[VELOCITY_RATES])
         torch.set_rng_state(tensors[RANDOM_CPU])
         if self.device.type == "cuda" and RANDOM_CUDA in tensors:
             torch.cuda.set_rng_state(tensors[RANDOM_CUDA], self.device)
