@@ -18,7 +18,7 @@ ON_SCREEN = ""  # what --classes without a file gives
 
 
 @click.command("eval", short_help="Errors of trained networks, one by one and averaged.")
-@click.argument("nets", metavar="[RUN | RUN@STEP]...", nargs=-1)
+@click.argument("nets", metavar="[RUN | RUN@STEP | RUN@best]...", nargs=-1)
 @click.option(
     "--views", type=click.Choice(["centre", "ten"]), default="centre", show_default=True, help="Crops an image."
 )
@@ -58,7 +58,8 @@ def evaluate(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Evaluate the newest checkpoint of RUN, a name in ./runs, or that of STEP; the run last active by default.
+    """Evaluate the newest checkpoint of RUN, a name in ./runs, that of STEP, or the one of the lowest validation error; the run last active
+    by default.
 
     Prints top-1 and top-5 error and cross-entropy; --views ten averages the softmax over the paper's ten views. Several nets are
     evaluated one by one and as the mean of their softmax outputs. The result is also written beside the runs, as eval-….json.

@@ -27,11 +27,12 @@ import pytest
 import torch
 
 from alexprep.shards.errors import AlexprepError
-from alexprep.shards.storage import is_temporary
-from alexprep.train import checkpoint, logger, recipes
+from alexprep.shards.storage import digest_json, is_temporary
+from alexprep.train import checkpoint, logger, recipes, trainer
 from alexprep.train.distributed.world import World
 from alexprep.train.evaluation import evaluate_run
 from alexprep.train.lr_schedule import Plateau
+from alexprep.train.run_dir import place_named
 from alexprep.train.signals_and_memory import StopRequest
 from alexprep.train.trainer import train
 from tests import training_ranks as ranks
@@ -80,7 +81,8 @@ def test_it_learns_and_tells(data: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert summary["val_top1_error"] < 20
     assert summary == json.loads((run / "summary.json").read_text())
     keys = "run recipe device precision ranks steps epochs epoch_steps train_loss val_split val_top1_error val_top5_error val_loss"
-    keys += " images_per_second data_wait_ms step_ms skipped_steps seconds weights_sha256 stopped_by"
+    keys += " best_step best_epoch best_top1_error"
+    keys += " images_per_second data_wait_ms step_ms skipped_steps seconds weights_sha256 stopped_by doubts"
     assert list(summary) == keys.split()
     assert (summary["steps"], summary["epochs"], summary["val_split"], summary["stopped_by"]) == (18, 3, "val", None)
     epochs = records(run, "epoch")
@@ -320,6 +322,62 @@ def test_the_schedule_can_end_the_training(data: Path, monkeypatch: pytest.Monke
     assert summary["epochs"] == 3
     assert [record["lr"] for record in records(data.parent / "runs/small", "epoch")] == [0.01, 0.01, 0.001]
     assert train(config(data, resume=True), MadeUpLoader)["epochs"] == 3
+
+
+def test_the_best_checkpoint_is_kept_and_found(
+    data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An early end keeps the epoch that it waited for a better one since; from there the run goes on to the same bits."""
+    scripted = [(60.0, 2.0), (40.0, 2.0), (40.0, 1.5), (70.0, 3.0), (70.0, 3.0)]
+
+    def measured(*arguments: Any) -> dict[str, float]:
+        errors = scripted[int(json.loads((run / "log.jsonl").read_bytes().splitlines()[-1])["epoch"])]
+        return {"top1_error": errors[0], "top5_error": 0.0, "loss": errors[1], "samples": 20}
+
+    monkeypatch.setattr(trainer, "validate", measured)
+    run, other = data.parent / "runs" / "small", data.parent / "runs" / "other"
+    summary = train(config(data, early_stop=2, epochs=9, keep=1, name="small"), MadeUpLoader)
+    assert (summary["epochs"], summary["best_epoch"], summary["best_step"], summary["best_top1_error"]) == (
+        4,
+        3,
+        18,
+        40.0,
+    )
+    assert sorted(checkpoint.marks(run / "checkpoints")) == [18, 24]
+    assert "small@best" in capsys.readouterr().err
+    assert [record["best"]["epoch"] for record in records(run, "epoch")] == [1, 2, 3, 3]
+    assert place_named(run.parent, "small@best") == (run, 18)
+    for mark in checkpoint.marks(shutil.copytree(run, other) / "checkpoints").values():
+        if mark.stem.endswith("24"):
+            mark.unlink()
+    run = other  # whose log `measured` reads
+    again = train(config(data, name="other", resume=True), MadeUpLoader)
+    assert again["weights_sha256"] == summary["weights_sha256"] and again["best_step"] == 18
+
+
+def test_the_best_of_an_older_run_is_in_its_log(data: Path) -> None:
+    run = data.parent / "runs" / "small"
+    train(config(data, epochs=2, keep=1), MadeUpLoader)
+    (mark,) = [mark for step, mark in checkpoint.marks(run / "checkpoints").items() if step == 12]
+    document = json.loads(mark.read_text())
+    del document["facts"]["position"]["best"], document["digest"]
+    mark.write_text(json.dumps(document | {"digest": digest_json(document)}))
+    logged = {record["step"]: record["val"]["top1_error"] for record in records(run, "epoch")}
+    there = {step: error for step, error in logged.items() if step in checkpoint.marks(run / "checkpoints")}
+    assert logged[place_named(run.parent, "small@best").step or 0] == min(there.values())
+    (run / "log.jsonl").unlink()
+    with pytest.raises(AlexprepError, match="none is the best: name its step"):
+        place_named(run.parent, "small@best")
+
+
+def test_a_training_that_ends_no_better_than_a_guess_says_so(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    blind = changed(lambda loader, images: images * 0)
+    summary = train(config(data, epochs=1, lr=0.5), blind)
+    told = " ".join(summary["doubts"])
+    assert "far above 1.10, that of a guess among 3 classes: the training diverges" in told
+    assert "is no better than chance, 66.7 % for 3 classes, as far as 20 images tell" in told
+    said = capsys.readouterr().err
+    assert all(doubt in said for doubt in summary["doubts"])
 
 
 def test_loaders_are_asked_for_the_views_that_training_and_evaluation_need(data: Path) -> None:

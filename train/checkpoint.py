@@ -62,8 +62,17 @@ class Damaged(Exception):
     """A checkpoint that fails its checks; the message says which and why."""
 
 
-def save(folder: Path, step: int, tensors: dict[str, torch.Tensor], facts: dict[str, Any], keep: int) -> None:
-    """Publishes a checkpoint, then deletes all but the newest `keep`, at least 1. `facts` are JSON values without NaN.
+def save(
+    folder: Path,
+    step: int,
+    tensors: dict[str, torch.Tensor],
+    facts: dict[str, Any],
+    keep: int,
+    best: int | None = None,
+) -> None:
+    """Publishes a checkpoint, then deletes all but the newest `keep`, at least 1, and that of step `best`.
+
+    `facts` are JSON values without NaN.
 
     Checkpoints of later steps go too: this run began below them, so they were found damaged.
     """
@@ -79,7 +88,7 @@ def save(folder: Path, step: int, tensors: dict[str, torch.Tensor], facts: dict[
     }
     publish(folder / f"step-{step:08d}.json", json_bytes(document | {"digest": digest_json(document)}))
     with writing(folder):
-        _prune(folder, step, keep)
+        _prune(folder, step, keep, best)
 
 
 def newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
@@ -106,24 +115,22 @@ def marks(folder: Path) -> dict[int, Path]:
 
 def read(mark: Path) -> Checkpoint:
     """One checkpoint, by its JSON file, checked to the last bit; `Damaged` is raised where anything is missing, cut or changed."""
-    try:
-        document = json.loads(_content(mark))
-        if document.pop("digest") != digest_json(document):
-            raise Damaged(f"{mark.name} was changed")
-        if document["format_version"] != FORMAT_VERSION:
-            raise AlexprepError(
-                f"{mark} has format version {document['format_version']!r}, this alexprep reads {FORMAT_VERSION}: use the "
-                "alexprep that wrote it"
-            )
+    with _damage(mark):
+        document = _document(mark)
         record = document["tensors"]
         data = _content(mark.parent / record["file"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise Damaged(f"{mark.name} cannot be read ({error})") from None
     if len(data) != record["bytes"]:
         raise Damaged(f"{record['file']} has {len(data)} of {record['bytes']} bytes")
     if hashlib.sha256(data).hexdigest() != record["sha256"]:
         raise Damaged(f"{record['file']} does not have the sha256 in {mark.name}")
     return Checkpoint(int(document["step"]), safetensors.torch.load(data), document["facts"])
+
+
+def facts_of(mark: Path) -> dict[str, Any]:
+    """What a checkpoint says that is no tensor, by its JSON file; `Damaged` is raised where that is missing, cut or changed."""
+    with _damage(mark):
+        facts: dict[str, Any] = _document(mark)["facts"]
+        return facts
 
 
 @contextlib.contextmanager
@@ -259,13 +266,14 @@ def init_from(
     return InitReport(taken, fresh, [layer for layer in given if layer not in wanted])
 
 
-def _prune(folder: Path, step: int, keep: int) -> None:
+def _prune(folder: Path, step: int, keep: int, best: int | None) -> None:
     """Deletes later and superfluous checkpoints: the mark before its tensors, so that no mark lacks them.
 
     Where a mark that stays does not say which tensors are its own, all tensors stay until a save that can tell.
     """
     found = marks(folder)
     kept = sorted((other for other in found if other <= step), reverse=True)[:keep]
+    kept += [best] if best in found and best not in kept else []
     for other in found.keys() - set(kept):
         found[other].unlink()
     sync_folder(folder)
@@ -277,6 +285,28 @@ def _prune(folder: Path, step: int, keep: int) -> None:
     for path in folder.glob("step-*.safetensors"):
         if path.name not in referenced:
             path.unlink()
+
+
+def _document(mark: Path) -> dict[str, Any]:
+    """A commit mark's JSON, whole and of a version that this alexprep reads."""
+    document: dict[str, Any] = json.loads(_content(mark))
+    if document.pop("digest") != digest_json(document):
+        raise Damaged(f"{mark.name} was changed")
+    if document["format_version"] != FORMAT_VERSION:
+        raise AlexprepError(
+            f"{mark} has format version {document['format_version']!r}, this alexprep reads {FORMAT_VERSION}: use the "
+            "alexprep that wrote it"
+        )
+    return document
+
+
+@contextlib.contextmanager
+def _damage(mark: Path) -> Iterator[None]:
+    """Inside the block, a mark that is no JSON, or lacks a field, is damaged."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise Damaged(f"{mark.name} cannot be read ({error})") from None
 
 
 def _content(path: Path) -> bytes:

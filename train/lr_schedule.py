@@ -397,6 +397,23 @@ def recorded_schedule(described: Mapping[str, Any]) -> Schedule | None:
     return made
 
 
+def around(schedule: Schedule, warmup: float | None, early_stop: int | None) -> Schedule:
+    """A schedule with warm-up of so many epochs in front of it, and an end after so many without progress, where they are asked for.
+
+    >>> around(Steps(after=(8,)), None, 3)
+    EarlyStop(schedule=Steps(after=(8,), divisor=10.0), patience=3, margin=0.0)
+    """
+    warm = WarmUp(schedule, warmup) if warmup else schedule
+    return EarlyStop(warm, early_stop) if early_stop else warm
+
+
+def within(schedule: Schedule, warmup: float | None, early_stop: int | None) -> Schedule:
+    """The schedule that `around` was called with, to this effect."""
+    if early_stop and isinstance(schedule, EarlyStop):
+        schedule = schedule.schedule
+    return schedule.schedule if warmup and isinstance(schedule, WarmUp) else schedule
+
+
 def describe(schedule: Schedule) -> dict[str, Any]:
     """A schedule's kind and numbers, part of a run's identity.
 

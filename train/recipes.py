@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
@@ -25,8 +26,10 @@ from alexprep.train.distributed.tensor_parallel import Scheme, part_of
 from alexprep.train.distributed.world import World
 from alexprep.train.lr_schedule import (
     ByHand,
+    Cosine,
     DExp,
     Linear,
+    OneCycle,
     Plateau,
     Schedule,
     ScheduleState,
@@ -34,9 +37,7 @@ from alexprep.train.lr_schedule import (
     describe,
     is_bias,
     planned,
-    planned_epochs,
     rate_at,
-    recorded_schedule,
     without_unmatched,
 )
 from alexprep.train.models import alexnet as alexnets
@@ -233,21 +234,44 @@ def recipe_of(options: Mapping[str, Any]) -> Recipe:
     return replace(named, **changes)
 
 
-def as_begun(made: Recipe, recorded: Mapping[str, Any], ours: bool) -> Recipe:
-    """A recipe for a run that goes on as it `recorded` when it began.
+def as_begun(made: Recipe, recorded: Mapping[str, Any]) -> Recipe:
+    """A recipe for a run that goes on: what it `recorded` of its recipe lacks fields that came later, which are as they were before.
 
-    Fields that came later are as they were before (`alexprep.train.checkpoint.with_defaults` reads the record likewise). Of a recipe that
-    comes with alexprep (`ours`) the schedule is the run's, since a release may ship a better one; one of the user's own is as the file has
-    it now, but as long as the run planned it.
+    `alexprep.train.checkpoint.with_defaults` reads the record likewise.
     """
     newer = {each.name: each.metadata[BEFORE] for each in fields(made) if BEFORE in each.metadata}
-    changes: dict[str, Any] = {name: before for name, before in newer.items() if name not in recorded}
-    described = recorded.get("schedule", {})
-    if ours and (schedule := recorded_schedule(described)) is not None:
-        changes["schedule"] = schedule
-    elif (epochs := planned_epochs(described)) is not None:
-        changes["schedule"] = planned(made.schedule, epochs)
-    return replace(made, **changes)
+    return replace(made, **{name: before for name, before in newer.items() if name not in recorded})
+
+
+def schedule_named(text: str) -> Schedule:
+    """The schedule that an option names: a kind with its numbers, or that of a recipe, such as the 2012 code's rates by hand.
+
+    Raises:
+        AlexprepError: there is none of this name.
+
+    >>> schedule_named("steps:8,9")
+    Steps(after=(8, 9), divisor=10.0)
+    """
+    name, _, numbers = text.partition(":")
+    if name == "steps" and re.fullmatch(r"\d{1,6}(,\d{1,6})*", numbers):
+        return Steps(after=tuple(map(int, numbers.split(","))))
+    if text in SCHEDULES:
+        return SCHEDULES[text]
+    if text in RECIPES:
+        return RECIPES[text].schedule
+    raise AlexprepError(
+        f"there is no schedule {text!r}: choose one of {', '.join(SCHEDULES)}, steps:8,9 for a tenth of the rate after 8 and 9 epochs, or a "
+        "recipe's name, for that recipe's"
+    )
+
+
+SCHEDULES: dict[str, Schedule] = {
+    "constant": Steps(after=()),
+    "linear": Linear(),
+    "cosine": Cosine(),
+    "one-cycle": OneCycle(),
+    "plateau": Plateau(),
+}
 
 
 # The AlexNet family.

@@ -27,7 +27,7 @@ from alexprep.train.data import BatchSource, Examples, LoadedBatch, OpenLoader
 from alexprep.train.distributed.parallel import Parallel
 from alexprep.train.distributed.world import World
 from alexprep.train.logger import Board, Meter, forecast
-from alexprep.train.metrics import SPEED, Means, StepTimer, validate
+from alexprep.train.metrics import SPEED, Means, StepTimer, doubts, loss_doubt, validate
 from alexprep.train.nonfinite import explained
 from alexprep.train.precision import float32_kernels
 from alexprep.train.profiler import Trace
@@ -53,8 +53,9 @@ def train(config: TrainConfig, open_loader: OpenLoader | None = None, world: Wor
     Returns:
         The summary, which is also in the run's summary.json: run, recipe, device, precision, ranks, steps, epochs, epoch_steps, train_loss
         (nats), val_split, val_top1_error and val_top5_error (percent), val_loss, images_per_second, data_wait_ms, step_ms, skipped_steps
-        (of the whole run, in fp16), seconds (of this process), weights_sha256, stopped_by ("SIGTERM", "SIGINT", "SIGHUP" or None). What was not
-        measured is None. Where nothing was left to do, it is the one that was there.
+        (of the whole run, in fp16), seconds (of this process), weights_sha256, stopped_by ("SIGTERM", "SIGINT", "SIGHUP" or None); of the
+        evaluation with the lowest error best_step, best_epoch (from 1) and best_top1_error; doubts, sentences about a loss or an error that
+        is no better than a guess's. What was not measured is None. Where nothing was left to do, it is the one that was there.
 
     Raises:
         AlexprepError: the data does not suit the recipe, the run began with other settings or data, or the loss is not finite.
@@ -116,7 +117,11 @@ def open_run(config: TrainConfig, open_loader: OpenLoader | None, world: World |
         log = job.run / run_dir.LOG if world.leads else None
         meter = enter(Meter(log, step=step, total_steps=last_step, epoch=state.position.epoch, board=board))
         if world.leads and config.resume:
-            run_dir.remember(job.run, job.remembered(), job.data)
+            change = {"step": step, "changes": job.changes} if job.changes else {}
+            recipe = {name: job.identity["recipe"][name] for name in ("lr", "schedule")}
+            run_dir.remember(job.run, job.remembered(), job.data, change, recipe)
+        if job.changes:
+            meter.record_change(job.changes, step=step, epoch=state.position.epoch, lr=state.learning_rate())
         for note in [*job.notes, *notes, *_opening_words(job, state, loader, last_step)]:
             meter.say(note)
         loader.load_state_dict(loader.state_dict() | state.position.loader_state(len(loader)))
@@ -222,7 +227,11 @@ class Run:
         state, position, val = self.state, self.state.position, self.val
         means = self._epoch_means()
         where: dict[str, Any] = {"step": position.step, "epoch": position.epoch, "lr": state.learning_rate()}
-        self.meter.record_epoch(means, **where, seconds=position.epoch_seconds, val=val)
+        if val is not None:
+            position.note_best(val)
+        self.meter.record_epoch(means, **where, seconds=position.epoch_seconds, val=val, best=position.best)
+        if position.epoch == 0 and (doubt := loss_doubt(self.job.facts.classes, means.loss, val)):
+            self.meter.say(doubt)
         error = means.top1_error if val is None else float(val["top1_error"])
         position.schedule = state.recipe.schedule.after_epoch(position.schedule, position.epoch + 1, error)
         position.epoch, position.epoch_step, position.epoch_seconds, position.val = position.epoch + 1, 0, 0.0, val
@@ -235,7 +244,8 @@ class Run:
         with span("checkpoint"):
             tensors = state.tensors()  # of all ranks
             if state.parallel.world.leads:
-                checkpoint.save(job.run / run_dir.CHECKPOINTS, state.position.step, tensors, facts, job.keep)
+                folder, best = job.run / run_dir.CHECKPOINTS, (state.position.best or {}).get("step")
+                checkpoint.save(folder, state.position.step, tensors, facts, job.keep, best)
 
     def leave(self) -> None:
         """Saves what there is when a stop was requested, and says how to go on."""
@@ -250,7 +260,8 @@ class Run:
     def write_summary(self) -> dict[str, Any]:
         """What `train` returns, which the first rank writes to summary.json."""
         job, state, position, parallel = self.job, self.state, self.state.position, self.state.parallel
-        timer, val = self.meter.timer, self.val
+        timer, val, best = self.meter.timer, self.val, position.best
+        loss = None if self.means is None else self.means.loss
         summary = {
             "run": str(job.run),
             "recipe": job.recipe.name,
@@ -260,15 +271,22 @@ class Run:
             "steps": position.step,
             "epochs": position.epoch,
             "epoch_steps": len(self.loader),
-            "train_loss": None if self.means is None else self.means.loss,
+            "train_loss": loss,
             "val_split": job.facts.evaluation_split,
             **{f"val_{name}": None if val is None else val[name] for name in ("top1_error", "top5_error", "loss")},
+            **{f"best_{name}": None if best is None else best[name] for name in ("step", "epoch", "top1_error")},
             **(timer.since(StepTimer()) if timer.steps else dict.fromkeys(SPEED)),
             "skipped_steps": state.update.skipped if job.computing.precision == "fp16" else None,
             "seconds": time.monotonic() - self.started,
             "weights_sha256": weights_digest(parallel.gather_state()),
             "stopped_by": None if parallel.requested is None else parallel.requested.name,
+            "doubts": [] if self.stopping else doubts(job.facts.classes, loss, val),
         }
+        for doubt in summary["doubts"]:
+            self.meter.say(doubt)
+        if best is not None and not self.stopping:
+            where = f"epoch {best['epoch']}, {best['top1_error']:.2f} % on {best['split']}"
+            self.meter.say(f"best: {where}; evaluate it as {job.run.name}@{run_dir.BEST}")
         if parallel.world.leads:
             publish(job.run / run_dir.SUMMARY, json_bytes(summary))
         return summary
@@ -300,7 +318,7 @@ def first_state(job: Job, world: World) -> tuple[TrainingState, list[str]]:
     saved, notes = checkpoint.newest(job.run / run_dir.CHECKPOINTS)
     if saved is None:
         check_unsaved(job.run, notes)
-    if changes := job.changes_since(run_dir.read_config(job.run) if saved is None else saved.facts):
+    if changes := job.differences(run_dir.read_config(job.run), None if saved is None else saved.facts):
         raise AlexprepError(
             f"{job.run} cannot be resumed: {checkpoint.some_of(changes)}. Begin a new run without --resume"
         )

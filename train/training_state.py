@@ -59,12 +59,18 @@ class Position:
     epoch_seconds: float = 0.0  # spent in this epoch so far
     schedule: ScheduleState = field(default_factory=ScheduleState)
     val: dict[str, Any] | None = None  # the last epoch's evaluation
+    best: dict[str, Any] | None = None  # the best evaluation so far, and the step and epoch (from 1) after which it was
 
     def loader_state(self, epoch_steps: int) -> dict[str, int]:
         """Epoch and step at which a loader goes on; after the last of an epoch's steps that is the next epoch's beginning."""
         if self.epoch_step < epoch_steps:
             return {"epoch": self.epoch, "step": self.epoch_step}
         return {"epoch": self.epoch + 1, "step": 0}
+
+    def note_best(self, val: Mapping[str, Any]) -> None:
+        """Notes the evaluation that ends the present epoch where its top-1 error is the lowest so far, or as low at a lower loss."""
+        if self.best is None or (val["top1_error"], val["loss"]) < (self.best["top1_error"], self.best["loss"]):
+            self.best = {"step": self.step, "epoch": self.epoch + 1, **val}
 
     @classmethod
     def of(cls, saved: Mapping[str, Any]) -> Position:
