@@ -15,8 +15,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -224,6 +225,59 @@ def test_words_that_nobody_can_read_cost_no_step(
     with suppress(OSError):
         stream.close()
     assert same(summary) == same(whole)
+
+
+def test_a_request_to_stop_is_heard_while_the_network_is_compiled(
+    data: Path, whole: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compiling takes for ever here, mistakes any `Exception` for its own, and has drawn random numbers by then."""
+
+    def compiling(network: torch.nn.Module, **options: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+        def compiled(images: torch.Tensor) -> torch.Tensor:
+            network(images)
+            threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+            try:
+                time.sleep(DEADLINE)
+            except Exception as error:
+                raise AssertionError from error
+            return images
+
+        return compiled
+
+    monkeypatch.setattr(torch, "compile", compiling)
+    began = time.monotonic()
+    summary = train(config(data, compile=True), MadeUpLoader)
+    assert (summary["stopped_by"], summary["steps"]) == ("SIGTERM", 0)
+    assert time.monotonic() - began < DEADLINE
+    assert same(train(config(data, resume=True, compile=False), MadeUpLoader)) == same(whole)
+
+
+def with_batch_norm(classes: int, crop: int, *, seed: int, width: float) -> torch.nn.Sequential:
+    torch.manual_seed(seed)
+    layers = torch.nn.AdaptiveAvgPool2d(2), torch.nn.Flatten(), torch.nn.Linear(12, 8), torch.nn.BatchNorm1d(8)
+    return torch.nn.Sequential(*layers, torch.nn.Linear(8, classes))
+
+
+def test_a_last_step_of_one_image_is_left_out_where_batch_normalisation_cannot_take_it(
+    data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Odd(MadeUpLoader):
+        training = 3 * BATCH + 1
+
+    monkeypatch.setitem(recipes.RECIPES, "small", small_recipe(network=with_batch_norm))
+    whole = train(config(data, name="whole"), Odd)
+    assert (whole["steps"], whole["epoch_steps"]) == (9, 3)
+    assert "of 25 images the last step of an epoch would have one, too few for batch norm" in capsys.readouterr().err
+    for step in (2, 3):  # within an epoch, and after its last step
+        train(config(data, name=f"part{step}", steps=step), Odd)
+        rest = train(config(data, name=f"part{step}", resume=True, epochs=3), Odd)
+        assert same(rest) == same(whole)
+    Odd.training = 1
+    with pytest.raises(AlexprepError, match="batch normalisation needs two images a step, and there is one"):
+        train(config(data, name="single"), Odd)
+    monkeypatch.setitem(recipes.RECIPES, "small", small_recipe())
+    Odd.training = 2 * BATCH + 1
+    assert train(config(data, name="plain", epochs=1), Odd)["steps"] == 3  # other networks take one image
 
 
 def test_the_newest_damaged_checkpoint_is_skipped_with_a_word(

@@ -23,7 +23,7 @@ from alexprep.shards.storage import json_bytes
 from alexprep.train import checkpoint, run_dir
 from alexprep.train.checkpoint import init_from, publish, saved_weights, wanted_layers
 from alexprep.train.config import Job, TrainConfig, prepare, run_versions
-from alexprep.train.data import BatchSource, Examples, LoadedBatch, OpenLoader
+from alexprep.train.data import BatchSource, Examples, LoadedBatch, OpenLoader, WithoutLastStep
 from alexprep.train.distributed.parallel import Parallel
 from alexprep.train.distributed.world import World
 from alexprep.train.logger import Board, Meter, forecast
@@ -32,8 +32,16 @@ from alexprep.train.nonfinite import explained
 from alexprep.train.precision import float32_kernels
 from alexprep.train.profiler import Trace
 from alexprep.train.run_dir import check_unsaved, place_named, saved_checkpoint
-from alexprep.train.signals_and_memory import Stopped, StopRequest, enough_memory, keep_freed_memory, span
-from alexprep.train.training_state import TrainingState, take_step, weights_digest
+from alexprep.train.signals_and_memory import (
+    Stopped,
+    StoppedAtOnce,
+    StopRequest,
+    enough_memory,
+    keep_freed_memory,
+    span,
+)
+from alexprep.train.training_state import TrainingState, compile_first, take_step, weights_digest
+from alexprep.train.user_code import fails_on_one
 
 EARLY_RECORDS = (1, 6)  # a first sign of life; then steps 2 to 6, after the slow first one, give the forecast
 
@@ -104,7 +112,7 @@ def open_run(config: TrainConfig, open_loader: OpenLoader | None, world: World |
         enter(float32_kernels(job.computing.precision))
         stop = enter(StopRequest().listening())
         state, notes = first_state(job, world)
-        loader = enter(contextlib.closing(open_split(job, open_loader, "train", state.parallel.shard)))
+        loader = enter(contextlib.closing(open_training(job, open_loader, state)))
         state.epoch_steps = len(loader)
         validation = None
         if split := job.facts.evaluation_split:
@@ -176,8 +184,24 @@ class Run:
         self.meter.timer.lap()
         for batch in self.state.parallel.batches(self.trace.steps(self.loader), lambda: self.stop.signal):
             self._wait_seconds, self._skipped = self.meter.timer.lap(), self.state.update.skipped
+            if not self._compiled(batch):
+                return
             yield batch
         raise RuntimeError(f"the loader ended after {self.state.position.epoch_step} of {len(self.loader)} steps")
+
+    def _compiled(self, batch: Examples) -> bool:
+        """Has the network compiled before its first step; false where a stop was requested meanwhile, and so nothing was done."""
+        try:
+            with self.stop.heard_at_once():
+                compile_first(self.state, *batch)
+        except StoppedAtOnce:
+            if (
+                self.state.parallel.world.size > 1
+            ):  # others may wait for this rank: they end with it, and none has taken a step
+                self.stop.take_effect()
+            self.state.parallel.requested = self.stop.signal
+            return False
+        return True
 
     def log(self, loss: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> None:
         """Counts a step that was taken, and logs it and those before it where a record is due."""
@@ -376,6 +400,26 @@ def open_split(job: Job, open_loader: OpenLoader, split: str, shard: tuple[int, 
         memory_format=job.computing.memory.memory_format,
         threads=job.config.threads,
     )
+
+
+def open_training(job: Job, open_loader: OpenLoader, state: TrainingState) -> BatchSource:
+    """Opens a rank's loader of the training split; without the epoch's last step where that has one image and the network cannot take it."""
+    loader = open_split(job, open_loader, "train", state.parallel.shard)
+    if loader.samples % job.recipe.batch_size != 1:
+        return loader
+    image = torch.zeros(1, 3, job.recipe.crop, job.recipe.crop, device=state.device)
+    if not fails_on_one(state.network, image.contiguous(memory_format=job.computing.memory.format)):
+        return loader
+    if len(loader) == 1:
+        loader.close()
+        raise AlexprepError(
+            "batch normalisation needs two images a step, and there is one to train on: take another network or more images"
+        )
+    job.notes.append(
+        f"of {loader.samples:,} images the last step of an epoch would have one, too few for batch normalisation: it is left out, another image "
+        "in each epoch"
+    )
+    return WithoutLastStep(loader)
 
 
 def until_stopped(parallel: Parallel, batches: Iterable[LoadedBatch], stop: StopRequest) -> Iterator[Examples]:

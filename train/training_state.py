@@ -200,16 +200,26 @@ def take_step(state: TrainingState, images: torch.Tensor, labels: torch.Tensor) 
     Images are this rank's, float32 (n, C, H, W), labels those of the whole batch, int64 (N,). Gives the mean loss (), nats, and the
     logits (N, classes), both of the whole batch, from before the update.
     """
+    compile_first(state, images, labels)
     with compiler_errors(state.device):
         network = state.called_for(len(labels))
-        if isinstance(network, Compiled) and not network.checked:
-            check_compiled(state, network, images, labels)
-            network.checked = True
         with span("forward"):
             output = logits(network, images, state.precision)
             loss = F.cross_entropy(output, labels)  # the negative of the paper's objective, section 3.5
         state.update(loss)
     return loss, output
+
+
+def compile_first(state: TrainingState, images: torch.Tensor, labels: torch.Tensor) -> None:
+    """Compiles the network and checks it, minutes of work, where a batch such as this is the first one that needs it compiled.
+
+    Weights, buffers and random numbers stay as they are, also where it is left in the middle. All ranks call it.
+    """
+    network = state.called_for(len(labels))
+    if isinstance(network, Compiled) and not network.checked:
+        with compiler_errors(state.device):
+            check_compiled(state, network, images, labels)
+        network.checked = True
 
 
 class Update:
@@ -362,13 +372,15 @@ def _gradients(
     """Of the mean loss, by parameter, in float32, times the factor that fp16 needs."""
     state.optimizer.zero_grad()
     buffers = {name: buffer.clone() for name, buffer in state.network.named_buffers()}
-    with torch.random.fork_rng([state.device] if state.device.type == "cuda" else []):
-        loss = F.cross_entropy(logits(network, images, state.precision), labels)
-        (loss * state.update.loss_scale).backward()  # type: ignore[no-untyped-call]
-        state.parallel.sum_gradients()
-    with torch.no_grad():
-        for name, buffer in state.network.named_buffers():
-            buffer.copy_(buffers[name])
+    try:
+        with torch.random.fork_rng([state.device] if state.device.type == "cuda" else []):
+            loss = F.cross_entropy(logits(network, images, state.precision), labels)
+            (loss * state.update.loss_scale).backward()  # type: ignore[no-untyped-call]
+            state.parallel.sum_gradients()
+    finally:
+        with torch.no_grad():
+            for name, buffer in state.network.named_buffers():
+                buffer.copy_(buffers[name])
     named = state.network.named_parameters()
     return {name: weight.grad.clone() for name, weight in named if weight.grad is not None}
 
