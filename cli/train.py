@@ -48,6 +48,20 @@ KEEP, CHECKPOINT_STEPS = 3, 1000  # likewise those of alexprep.train.config
     help="Highest learning rate. With --resume, from now on.  [default: the recipe's]",
 )
 @click.option(
+    "--optimizer",
+    metavar="NAME",
+    help="paper, sgd, nesterov, adamw, or a class of torch.optim such as RMSprop.  [default: the recipe's]",
+)
+@click.option("--label-smoothing", type=click.FloatRange(0, 0.999), help="Share of the target spread over all classes.")
+@click.option("--clip", type=click.FloatRange(min=0, min_open=True), help="Length that no step's gradient exceeds.")
+@click.option("--accumulate", type=AT_LEAST_1, help="Parts that a batch goes through the network in, to save memory.")
+@click.option(
+    "--average",
+    metavar="DECAY",
+    type=click.FloatRange(0, 0.99999),
+    help="Evaluate an exponential mean of the weights: 0.999.",
+)
+@click.option(
     "--schedule",
     metavar="NAME",
     help="Of the rate: constant, linear, cosine, one-cycle, plateau, steps:8,9, or a recipe's name.  [default: the recipe's]",

@@ -37,7 +37,8 @@ FORMAT_VERSION = 1
 
 # What a checkpoint holds. Tensors by name, and facts, which are JSON, by key; `TrainingState` gives and takes the values.
 WEIGHT = "weight."  # and the name in the network's state_dict: parameters and buffers
-VELOCITY = "velocity."  # and the parameter's number, three digits
+VELOCITY = "velocity."  # and the parameter's number, three digits; of torch's optimizers `SLOT`, a name of theirs, and the number
+AVERAGE = "average."  # and such a name: the mean of the weights, where one is kept
 TOTALS = "sums"  # of the epoch so far: loss, errors, images
 RANDOM_CPU, RANDOM_CUDA = "random.cpu", "random.cuda"  # torch's default generators
 POSITION, UPDATE = "position", "update"  # facts: step, epoch and schedule; what fp16 scales the loss by
@@ -217,6 +218,14 @@ class InitReport:
 def saved_weights(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     """The weights in a checkpoint by their names in the network."""
     return {name.removeprefix(WEIGHT): tensor for name, tensor in checkpoint.tensors.items() if name.startswith(WEIGHT)}
+
+
+def final_weights(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    """The weights that a training came to: their mean where one is kept, else as `saved_weights`."""
+    means = {
+        name.removeprefix(AVERAGE): tensor for name, tensor in checkpoint.tensors.items() if name.startswith(AVERAGE)
+    }
+    return saved_weights(checkpoint) | means
 
 
 def wanted_layers(patterns: str | None) -> Literal["matching"] | list[str]:

@@ -21,7 +21,7 @@ from alexprep.shards import rgb_statistics
 from alexprep.shards.dataset_format import versions
 from alexprep.shards.errors import AlexprepError, number_within, one_of, whole_number
 from alexprep.train import run_dir
-from alexprep.train.checkpoint import differences, init_from, saved_weights, wanted_layers, with_defaults
+from alexprep.train.checkpoint import differences, final_weights, init_from, wanted_layers, with_defaults
 from alexprep.train.data import DataFacts, data_facts
 from alexprep.train.distributed.tensor_parallel import SCHEMES, Scheme, part_of
 from alexprep.train.distributed.world import TIMEOUT, World
@@ -40,6 +40,7 @@ from alexprep.train.precision import Arithmetic, Precision, arithmetic
 from alexprep.train.recipes import (
     DEFAULT_RECIPE,
     MOST_EPOCHS,
+    UPDATING,
     Recipe,
     as_begun,
     recipe_of,
@@ -58,7 +59,7 @@ CHANGEABLE = (
     *SCHEDULING,
 )  # what holds from then on where it is given on resuming; a change is kept in the run's history
 OPTIONS = (  # what a resumed run takes from its beginning
-    *("recipe", "model", "seed", "batch_size", *CHANGEABLE, "init_from", "init_layers"),
+    *("recipe", "model", "seed", "batch_size", *CHANGEABLE, *UPDATING, "init_from", "init_layers"),
     *("precision", "channels_last", "compile"),
 )
 LENGTH = ("epochs", "steps")
@@ -86,6 +87,11 @@ class TrainConfig:
     lr: float | None = None  # highest learning rate, of which the schedule makes all others; on resuming, from now on
     schedule: str | None = None  # in the recipe's stead, see `alexprep.train.recipes.schedule_named`
     warmup: float | None = None  # epochs in which the rate rises, in front of any schedule
+    optimizer: str | None = None  # the rule of the update; this and the next four in the recipe's stead, see `Recipe`
+    label_smoothing: float | None = None
+    clip: float | None = None  # length that no gradient exceeds
+    accumulate: int | None = None  # parts of a batch, one after the other
+    average: float | None = None  # decay of the weights' exponential mean
     early_stop: int | None = None  # end after so many epochs of which none had a lower validation error than all before
     init_from: str | None = None  # run (RUN or RUN@STEP) whose weights the network begins with, for fine-tuning
     init_layers: str | None = None  # which layers of it: "matching", the default, or patterns with commas
@@ -261,6 +267,7 @@ def prepare(
     identity = {"recipe": recipe.describe(), "seed": seed, "classes": facts.classes, "data_digest": facts.digest}
     identity["precision"] = computing.precision
     scheme = _scheme(config, recipe, facts.classes, seed)
+    recipe.check_scheme(scheme)
     if isinstance(recipe.network, UserNetwork):
         recipe, made, said = try_user_network(recipe, recipe.network, facts.classes, seed, scheme, config.ranks)
         identity |= {"recipe": recipe.describe(), "layers": made}
@@ -276,7 +283,7 @@ def prepare(
             source, skipped = saved_checkpoint(place_named(config.runs, config.init_from))
             notes += skipped
             network = recipe.make_network(facts.classes, seed)
-            init_from(network.state_dict(), saved_weights(source), wanted_layers(config.init_layers))
+            init_from(network.state_dict(), final_weights(source), wanted_layers(config.init_layers))
             if "@" not in config.init_from:
                 config = replace(config, init_from=f"{config.init_from}@{source.step}")
         identity["init"] = f"{config.init_from}, layers {config.init_layers or 'matching'}"

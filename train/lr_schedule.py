@@ -481,3 +481,12 @@ def _check_fall(schedule: Schedule, epochs: int | None, final: float) -> None:
 def _check_divisor(divisor: float) -> None:
     if not 1 < divisor < math.inf:
         raise AlexprepError(f"the rate cannot be divided by {divisor}: give a number above 1")
+
+
+SCHEDULES: dict[str, Schedule] = {  # by the names that options have
+    "constant": Steps(after=()),
+    "linear": Linear(),
+    "cosine": Cosine(),
+    "one-cycle": OneCycle(),
+    "plateau": Plateau(),
+}

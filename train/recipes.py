@@ -25,11 +25,10 @@ from alexprep.train.checkpoint import BEFORE
 from alexprep.train.distributed.tensor_parallel import Scheme, part_of
 from alexprep.train.distributed.world import World
 from alexprep.train.lr_schedule import (
+    SCHEDULES,
     ByHand,
-    Cosine,
     DExp,
     Linear,
-    OneCycle,
     Plateau,
     Schedule,
     ScheduleState,
@@ -42,7 +41,7 @@ from alexprep.train.lr_schedule import (
 )
 from alexprep.train.models import alexnet as alexnets
 from alexprep.train.models import cifar as cifar_nets
-from alexprep.train.optimizer import MomentumSGD, parameter_groups
+from alexprep.train.optimizer import PAPER, MomentumSGD, Rule, TorchRule, by_element, parameter_groups, torch_class
 from alexprep.train.user_code import (
     RECIPE,
     UserNetwork,
@@ -54,6 +53,7 @@ from alexprep.train.user_code import (
     user_network,
 )
 
+UPDATING = ("optimizer", "label_smoothing", "clip", "accumulate", "average")  # fields of a recipe that are options too
 DEFAULT_RECIPE = "alexnet"
 MOST_EPOCHS = 100_000
 
@@ -74,13 +74,20 @@ class Recipe:
         batch_size: images a step.
         lr: learning rate of the first epoch; the schedule may have layers begin at another.
         momentum: of the update rule.
-        momentum_correction: whether a change of the rate scales the velocities with it, as in `torch.optim.SGD`. Off in the paper's
+        optimizer: "paper", the paper's rule; "sgd", "nesterov" or "adamw", torch's; or another class of torch.optim by its name.
+        optimizer_options: further arguments of torch's class, JSON values.
+        momentum_correction: of the paper's rule: whether a change of the rate scales the velocities with it, as in `torch.optim.SGD`. Off in the paper's
             recipes and the 2012 code's, where the rate is inside the velocity; runs from before this field go on without.
         decay: weight decay of the layers that `layer_decay` does not name.
         layer_decay: weight decay by layer name.
         bias_decay: of the biases.
+        norm_decay: whether weights of one dimension, which are those of norms, decay as other weights do, and not as biases.
         bias_lr_factor: the biases' rate over the weights'.
         width: scales the network's kernels.
+        label_smoothing: share of the target that is spread over all classes.
+        clip: the gradient is made no longer than this, over all parameters; None for never.
+        accumulate: parts into which a step's batch is cut; their gradients are added up, and they need memory for a part only.
+        average: of the weights, an exponential mean is kept with this decay, and evaluated; 0 for none.
 
     Raises:
         AlexprepError: a number is out of its range; the message names it.
@@ -94,13 +101,20 @@ class Recipe:
     epochs: int
     batch_size: int = 128
     lr: float = 0.01
+    optimizer: str = PAPER
+    optimizer_options: Mapping[str, Any] = field(default_factory=dict)
     momentum: float = 0.9
     momentum_correction: bool = field(default=True, metadata={BEFORE: False})
     decay: float = 0.0005
     layer_decay: Mapping[str, float] = field(default_factory=dict)
     bias_decay: float = 0.0
+    norm_decay: bool = True
     bias_lr_factor: float = 1.0
     width: float = 1.0
+    label_smoothing: float = 0.0
+    clip: float | None = None
+    accumulate: int = 1
+    average: float = 0.0
 
     def __post_init__(self) -> None:
         """Refuses values out of bounds, with AlexprepError."""
@@ -109,6 +123,15 @@ class Recipe:
         highest = {"lr": 100, "momentum": 0.9999, "decay": 1, "bias_decay": 1, "bias_lr_factor": 100}
         for name, high in highest.items():
             number_within(f"recipe {self.name}: {name}", getattr(self, name), 0, high)
+        for name, high in {"label_smoothing": 0.999, "average": 0.99999}.items():
+            number_within(f"recipe {self.name}: {name}", getattr(self, name), 0, high)
+        if self.clip is not None:
+            number_within(f"recipe {self.name}: clip", self.clip, 1e-9, 1e9)
+        whole_number(f"recipe {self.name}: accumulate", self.accumulate, 1, self.batch_size)
+        if self.batch_size % self.accumulate:
+            raise AlexprepError(
+                f"recipe {self.name} cuts batches of {self.batch_size} into {self.accumulate} parts: give a divisor of the batch size"
+            )
         low_size, high_size = self.stored_sizes
         if not self.crop <= low_size <= high_size:
             raise AlexprepError(f"recipe {self.name} cuts {self.crop} pixels out of stored sizes {self.stored_sizes}")
@@ -124,7 +147,7 @@ class Recipe:
         """The network with its initial weights, on the CPU."""
         return self.network(classes, self.crop, seed=seed, width=self.width)
 
-    def make_optimizer(self, network: nn.Module) -> MomentumSGD:
+    def make_optimizer(self, network: nn.Module) -> Rule:
         """The optimizer of this recipe's network, or of a rank's part of it, with its decays and momentum.
 
         Raises:
@@ -139,7 +162,10 @@ class Recipe:
             layer_decay=self.layer_decay,
             bias_lr_factor=self.bias_lr_factor,
             bias_decay=self.bias_decay,
+            norm_decay=self.norm_decay,
         )
+        if self.optimizer != PAPER:
+            return TorchRule(self.optimizer, groups, lr=self.lr, momentum=self.momentum, options=self.optimizer_options)
         return MomentumSGD(
             groups,
             lr=self.lr,
@@ -147,6 +173,21 @@ class Recipe:
             decay=self.decay,
             momentum_correction=self.momentum_correction,
         )
+
+    def check_scheme(self, scheme: Scheme) -> None:
+        """Makes sure that ranks that share the work by a scheme can update weights as this recipe says.
+
+        Raises:
+            AlexprepError: they cannot; the message names the field and the schemes that can.
+        """
+        if self.optimizer != PAPER:
+            torch_class(self.optimizer, self.momentum)
+        if scheme in ("towers", "hybrid") and not by_element(self.optimizer):
+            raise AlexprepError(
+                f"optimizer {self.optimizer} looks at whole tensors, of which ranks have parts with --scheme {scheme}: take --scheme ddp"
+            )
+        if scheme != "single" and self.accumulate > 1:
+            raise AlexprepError(f"--accumulate {self.accumulate} is for one rank: leave it out with --scheme {scheme}")
 
     def planned(self, epochs: int | None = None) -> Recipe:
         """This recipe with a schedule as long as a run of so many epochs, by default its own, where the schedule leaves that open."""
@@ -174,11 +215,18 @@ class Recipe:
             "schedule": describe(self.schedule),
             "batch_size": self.batch_size,
             "lr": self.lr,
+            "optimizer": self.optimizer,
+            "optimizer_options": dict(self.optimizer_options),
             "momentum": self.momentum,
             "momentum_correction": self.momentum_correction,
             "decay": self.decay,
             "layer_decay": dict(self.layer_decay),
             "bias_decay": self.bias_decay,
+            "norm_decay": self.norm_decay,
+            "label_smoothing": self.label_smoothing,
+            "clip": self.clip,
+            "accumulate": self.accumulate,
+            "average": self.average,
             "bias_lr_factor": self.bias_lr_factor,
         }
         values: dict[str, Any] = json.loads(json.dumps(told))
@@ -228,7 +276,8 @@ def recipe_of(options: Mapping[str, Any]) -> Recipe:
     8
     """
     named = recipe(options["recipe"] or DEFAULT_RECIPE)
-    changes: dict[str, Any] = {name: options[name] for name in ("batch_size", "lr") if options[name] is not None}
+    fields_given = ("batch_size", "lr", *UPDATING)
+    changes: dict[str, Any] = {name: options[name] for name in fields_given if options.get(name) is not None}
     if options.get("model") is not None:
         changes["network"] = user_network(options["model"])
     return replace(named, **changes)
@@ -263,15 +312,6 @@ def schedule_named(text: str) -> Schedule:
         f"there is no schedule {text!r}: choose one of {', '.join(SCHEDULES)}, steps:8,9 for a tenth of the rate after 8 and 9 epochs, or a "
         "recipe's name, for that recipe's"
     )
-
-
-SCHEDULES: dict[str, Schedule] = {
-    "constant": Steps(after=()),
-    "linear": Linear(),
-    "cosine": Cosine(),
-    "one-cycle": OneCycle(),
-    "plateau": Plateau(),
-}
 
 
 # The AlexNet family.

@@ -21,7 +21,7 @@ from alexprep.shards.dataset_format import read_json
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.storage import json_bytes
 from alexprep.train import checkpoint, run_dir
-from alexprep.train.checkpoint import init_from, publish, saved_weights, wanted_layers
+from alexprep.train.checkpoint import final_weights, init_from, publish, wanted_layers
 from alexprep.train.config import Job, TrainConfig, prepare, run_versions
 from alexprep.train.data import BatchSource, Examples, LoadedBatch, OpenLoader, WithoutLastStep
 from alexprep.train.distributed.parallel import Parallel
@@ -193,7 +193,7 @@ class Run:
         """Has the network compiled before its first step; false where a stop was requested meanwhile, and so nothing was done."""
         try:
             with self.stop.heard_at_once():
-                compile_first(self.state, *batch)
+                compile_first(self.state, batch.images, batch.labels)
         except StoppedAtOnce:
             if (
                 self.state.parallel.world.size > 1
@@ -242,7 +242,7 @@ class Run:
             return
         split, parallel = self.job.facts.evaluation_split, self.state.parallel
         self.meter.say(f"evaluating on {self.validation.samples} images of {split}")
-        with span("evaluate"), contextlib.suppress(Stopped):
+        with span("evaluate"), contextlib.suppress(Stopped), self.state.averaged():
             batches = until_stopped(parallel, self.validation, self.stop)
             self.val = {"split": split} | validate(parallel.network, batches, self.job.computing.precision)
 
@@ -286,7 +286,7 @@ class Run:
         job, state, position, parallel = self.job, self.state, self.state.position, self.state.parallel
         timer, val, best = self.meter.timer, self.val, position.best
         loss = None if self.means is None else self.means.loss
-        summary = {
+        summary: dict[str, Any] = {
             "run": str(job.run),
             "recipe": job.recipe.name,
             "device": str(job.device),
@@ -355,8 +355,9 @@ def first_state(job: Job, world: World) -> tuple[TrainingState, list[str]]:
     elif job.config.init_from is not None:
         source, _ = saved_checkpoint(place_named(job.config.runs, job.config.init_from))
         whole = state.parallel.gather_state()
-        report = init_from(whole, saved_weights(source), wanted_layers(job.config.init_layers))
+        report = init_from(whole, final_weights(source), wanted_layers(job.config.init_layers))
         state.parallel.scatter_state(whole)
+        state.begin_average()
         notes += report.sentences()
     return state, notes
 

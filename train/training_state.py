@@ -22,6 +22,7 @@ from torch import nn
 
 from alexprep.shards.errors import AlexprepError
 from alexprep.train.checkpoint import (
+    AVERAGE,
     POSITION,
     RANDOM_CPU,
     RANDOM_CUDA,
@@ -38,7 +39,7 @@ from alexprep.train.distributed.tensor_parallel import Gather, Scheme, SharedDro
 from alexprep.train.distributed.world import World
 from alexprep.train.lr_schedule import ScheduleState, is_per_step, rate_at
 from alexprep.train.metrics import RunningTotals
-from alexprep.train.optimizer import MomentumSGD
+from alexprep.train.optimizer import SLOT, MomentumSGD, Rule
 from alexprep.train.precision import HALF, Arithmetic, NotFinite, Precision, arithmetic, logits
 from alexprep.train.recipes import Recipe
 from alexprep.train.signals_and_memory import span
@@ -114,7 +115,9 @@ class TrainingState:
         # The rates follow from the position alone, so nobody has to remember to set them.
         self.optimizer.register_step_pre_hook(lambda *_: self.set_rates())
         self.precision = computing.precision
-        self.update = Update(self.parallel, self.optimizer, self.precision)
+        self.update = Update(self.parallel, self.optimizer, self.precision, recipe.clip)
+        self.average: dict[str, torch.Tensor] = {}  # of this rank's weights and buffers, where the recipe wants it
+        self.begin_average()
         self.compiled = Compiled(self.network) if computing.compile else None
         self.sums = RunningTotals(device)
         self.position = Position()
@@ -126,7 +129,41 @@ class TrainingState:
 
         An epoch's last batch, where it is smaller, is not compiled: on no rank, whatever its share.
         """
-        return self.network if self.compiled is None or batch != self.recipe.batch_size else self.compiled
+        whole = self.recipe.batch_size // self.recipe.accumulate
+        return self.network if self.compiled is None or batch != whole else self.compiled
+
+    def loss(self, output: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """The mean loss (), nats, of logits (N, classes) and labels (N,): the negative of the paper's objective, section 3.5."""
+        return F.cross_entropy(output, labels, label_smoothing=self.recipe.label_smoothing)
+
+    @torch.no_grad()
+    def begin_average(self) -> None:
+        """The mean of the weights is what they are now."""
+        if self.recipe.average:
+            floating = {name: each for name, each in self.network.state_dict().items() if each.is_floating_point()}
+            self.average = {name: each.detach().clone() for name, each in floating.items()}
+
+    @torch.no_grad()
+    def move_average(self) -> None:
+        """Moves the mean of the weights towards what they are now; in a training's beginning faster, so that it forgets the first ones."""
+        if self.average:
+            steps = self.position.step + 1
+            decay = min(self.recipe.average, (1 + steps) / (10 + steps))
+            weights = self.network.state_dict()
+            torch._foreach_lerp_(list(self.average.values()), [weights[name] for name in self.average], 1 - decay)
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside the block, the network has the mean of its weights, where one is kept."""
+        weights = {name: each for name, each in self.network.state_dict().items() if name in self.average}
+        kept = {name: each.clone() for name, each in weights.items()}
+        try:
+            for name, each in weights.items():
+                each.copy_(self.average[name])
+            yield
+        finally:
+            for name, each in weights.items():
+                each.copy_(kept[name])
 
     def learning_rate(self) -> float:
         """The rate of the epoch's step that was last taken, else of its first: that of the weights whose layer has none of its own."""
@@ -153,12 +190,12 @@ class TrainingState:
             NotFinite: a weight, a velocity or the summed loss is NaN or infinite; or a buffer, unless it was so from the beginning.
         """
         weights = self.parallel.gather_state()
-        velocities = self.parallel.gather_velocities(self.optimizer)
-        found = {f"{VELOCITY}{number:03d}": velocity for number, velocity in enumerate(velocities)}
+        found = self.parallel.gather_slots(self.optimizer)
         found[TOTALS] = self.sums.totals
         if self.not_finite(weights) or not all(map(_finite, found.values())):
             raise NotFinite(f"after step {self.position.step} there is NaN or infinity in what would be saved")
         found |= {f"{WEIGHT}{name}": weight for name, weight in weights.items()}
+        found |= {f"{AVERAGE}{name}": mean for name, mean in self.parallel.gather(self.average).items()}
         found[RANDOM_CPU] = torch.get_rng_state()
         if self.device.type == "cuda":
             found[RANDOM_CUDA] = torch.cuda.get_rng_state(self.device)
@@ -171,7 +208,7 @@ class TrainingState:
     def facts(self) -> dict[str, Any]:
         """Everything for a checkpoint that is a JSON value."""
         found: dict[str, Any] = {POSITION: asdict(self.position), UPDATE: self.update.state_dict()}
-        if self.recipe.momentum_correction:
+        if isinstance(self.optimizer, MomentumSGD) and self.optimizer.momentum_correction:
             found[VELOCITY_RATES] = self.optimizer.velocity_rates()
         return found
 
@@ -179,11 +216,12 @@ class TrainingState:
         """Goes to where `tensors` and `facts` were taken from. The recipe and the classes must be the same; the caller checks."""
         tensors = checkpoint.tensors
         self.parallel.scatter_state(saved_weights(checkpoint))
-        count = len(self.optimizer.velocities())
-        self.parallel.scatter_velocities(
-            self.optimizer, [tensors[f"{VELOCITY}{number:03d}"] for number in range(count)]
-        )
-        if self.recipe.momentum_correction:
+        slots = {name: tensor for name, tensor in tensors.items() if name.startswith((VELOCITY, SLOT))}
+        self.parallel.scatter_slots(self.optimizer, slots)
+        with torch.no_grad():
+            for name, mean in self.average.items():
+                mean.copy_(self.parallel.own_part(name, tensors[f"{AVERAGE}{name}"]))
+        if isinstance(self.optimizer, MomentumSGD) and self.optimizer.momentum_correction:
             self.optimizer.set_velocity_rates(checkpoint.facts[VELOCITY_RATES])
         torch.set_rng_state(tensors[RANDOM_CPU])
         if self.device.type == "cuda" and RANDOM_CUDA in tensors:
@@ -201,12 +239,25 @@ def take_step(state: TrainingState, images: torch.Tensor, labels: torch.Tensor) 
     logits (N, classes), both of the whole batch, from before the update.
     """
     compile_first(state, images, labels)
+    parts = state.recipe.accumulate
+    losses, outputs = [], []
     with compiler_errors(state.device):
-        network = state.called_for(len(labels))
-        with span("forward"):
-            output = logits(network, images, state.precision)
-            loss = F.cross_entropy(output, labels)  # the negative of the paper's objective, section 3.5
-        state.update(loss)
+        state.optimizer.zero_grad()
+        for some, theirs in (
+            zip(images.chunk(parts), labels.chunk(parts), strict=True) if parts > 1 else [(images, labels)]
+        ):
+            with span("forward"):
+                output = logits(state.called_for(len(theirs)), some, state.precision)
+                loss = state.loss(output, theirs)
+            if parts > 1:
+                loss, output = loss * (len(theirs) / len(labels)), output.detach()
+            state.update.backward(loss)
+            losses.append(loss)
+            outputs.append(output)
+        state.update.step()
+    state.move_average()
+    if parts > 1:
+        return torch.stack(losses).detach().sum(), torch.cat(outputs)
     return loss, output
 
 
@@ -215,6 +266,9 @@ def compile_first(state: TrainingState, images: torch.Tensor, labels: torch.Tens
 
     Weights, buffers and random numbers stay as they are, also where it is left in the middle. All ranks call it.
     """
+    parts = state.recipe.accumulate
+    if parts > 1:
+        images, labels = images.chunk(parts)[0], labels.chunk(parts)[0]
     network = state.called_for(len(labels))
     if isinstance(network, Compiled) and not network.checked:
         with compiler_errors(state.device):
@@ -230,9 +284,9 @@ class Update:
     halved on all.
     """
 
-    def __init__(self, parallel: Parallel, optimizer: MomentumSGD, precision: Precision) -> None:
-        """For the network of `parallel`."""
-        self._parallel, self._optimizer = parallel, optimizer
+    def __init__(self, parallel: Parallel, optimizer: Rule, precision: Precision, clip: float | None = None) -> None:
+        """For the network of `parallel`, whose gradient is made no longer than `clip`."""
+        self._parallel, self._optimizer, self._clip = parallel, optimizer, clip
         self._scaler = torch.amp.GradScaler(parallel.world.device.type, enabled=precision == "fp16")
         self.skipped = 0  # steps of the whole run that moved nothing because a gradient overflowed
 
@@ -244,14 +298,23 @@ class Update:
     def __call__(self, loss: torch.Tensor) -> None:
         """Moves the weights once, down the gradient of a mean loss, float32 (), of the whole batch."""
         self._optimizer.zero_grad()
+        self.backward(loss)
+        self.step()
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Adds to the gradients that of a loss: a batch's mean, or a part's share of it."""
         with span("backward"):
             self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+
+    def step(self) -> None:
+        """Moves the weights once, by the gradients of all ranks."""
         with span("gradient sums"):
             self._parallel.sum_gradients()
         with span("update"):
             if self._scaler.is_enabled():
                 self._step_scaled()
             else:
+                self._shorten()
                 self._optimizer.step()
 
     def state_dict(self) -> dict[str, Any]:
@@ -264,6 +327,15 @@ class Update:
         if self._scaler.is_enabled():
             self._scaler.load_state_dict(state["scaler"])
 
+    @torch.no_grad()
+    def _shorten(self) -> None:
+        """Makes the gradient no longer than it may be: as `torch.nn.utils.clip_grad_norm_` does, over the parts of all ranks."""
+        if self._clip is not None:
+            factor = (self._clip / (self._parallel.gradient_norm() + 1e-6)).clamp(max=1.0)
+            for weight in self._parallel.network.parameters():
+                if weight.grad is not None:
+                    weight.grad.mul_(factor.to(weight.grad.dtype))
+
     def _step_scaled(self) -> None:
         """The optimizer's step, if every gradient of every rank is finite."""
         world = self._parallel.world
@@ -272,7 +344,10 @@ class Update:
             if world.any(not torch.stack([gradient.isfinite().all() for gradient in gradients]).all()):
                 gradients[0].fill_(math.inf)  # so that this rank's scaler finds it too
         before = self.loss_scale
-        self._scaler.step(self._optimizer)
+        if self._clip is not None:
+            self._scaler.unscale_(self._optimizer)  # type: ignore[arg-type]
+        self._shorten()
+        self._scaler.step(self._optimizer)  # type: ignore[arg-type]
         self._scaler.update()
         if self.loss_scale < before:
             self.skipped += 1
@@ -374,7 +449,7 @@ def _gradients(
     buffers = {name: buffer.clone() for name, buffer in state.network.named_buffers()}
     try:
         with torch.random.fork_rng([state.device] if state.device.type == "cuda" else []):
-            loss = F.cross_entropy(logits(network, images, state.precision), labels)
+            loss = state.loss(logits(network, images, state.precision), labels)
             (loss * state.update.loss_scale).backward()  # type: ignore[no-untyped-call]
             state.parallel.sum_gradients()
     finally:
