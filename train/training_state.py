@@ -134,7 +134,8 @@ class TrainingState:
 
     def loss(self, output: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """The mean loss (), nats, of logits (N, classes) and labels (N,): the negative of the paper's objective, section 3.5."""
-        return F.cross_entropy(output, labels, label_smoothing=self.recipe.label_smoothing)
+        loss = F.cross_entropy(output, labels, label_smoothing=self.recipe.label_smoothing)
+        return loss
 
     @torch.no_grad()
     def begin_average(self) -> None:
