@@ -162,7 +162,7 @@ def huge(width: int, height: int) -> bytes:
         ({"b.jpg": None}, "has no label among jpg"),
         ({"b.jpg": None, "b.png": b"", "b.cls": b"1"}, "has 2 images among jpg, png, cls"),
         ({"b.jpg": None, "b.JPG": None, "b.cls": b"1"}, "has two .jpg"),
-        ({"b.jpg": None, "b.cls": b"9" * 5000}, "has the label 9999999"),
+        ({"b.jpg": None, "b.cls": b"9" * 5000}, "has no label in its .cls: the label has 5,000 characters"),
         ({"b.jpg": None, "b.json": b"[" * 100_000}, "has no label in its .json"),
         ({"b.jpg": None, "b.json": b'{"text": 1}'}, "has no label in its .json"),
         ({"b.jpg": None, "b.json": b'{"label": null}'}, "has no label in its .json"),
@@ -170,10 +170,13 @@ def huge(width: int, height: int) -> bytes:
         ({"b.jpg": None, "b.json": b'{"label": "\\ud800"}'}, "has no label in its .json"),
         ({"b.jpg": None, "b.json": b'{"label": NaN}'}, "has no label in its .json"),
         ({"b.jpg": None, "b.json": b'{"label": -Infinity}'}, "has no label in its .json"),
-        ({"b.jpg": None, "b.json": b'{"label": [1, 2]}'}, "has several labels"),
+        ({"b.jpg": None, "b.json": b'{"label": [1, 2]}'}, "has no label in its .json: it has several labels"),
         ({"b.jpg": None, "b.cls": b"\xff\xfe"}, "has no label in its .cls"),
-        ({"b.jpg": None, "b.cls": b""}, "has an empty label"),
-        ({"b.jpg": None, "b.cls": b"-1"}, "has the label -1, not between 0 and"),
+        ({"b.jpg": None, "b.cls": b""}, "has no label in its .cls: the label is missing"),
+        (
+            {"b.jpg": None, "b.cls": b"-1"},
+            "has no label in its .cls: the label -1 is below 0: number the classes from 0",
+        ),
         ({"b.jpg": None, "b.cls": b"1", "b.CLS": b"2"}, "has two .cls"),
         ({"b.npy": b"x", "b.cls": b"1"}, "has 0 images among npy, cls, expected one; .npy counts only below"),
         ({"b.jpg": None, "b.cls": b"1" * (2**20 + 1)}, "has a label of 1,048,577 bytes"),
@@ -451,10 +454,21 @@ def test_headers_agree_with_the_decoder(images: Images, encoded: Encode) -> None
     upside_down = bitmap[:22] + struct.pack("<i", -17) + bitmap[26:]
     filled = jpeg[:frame] + b"\xff" * 9 + jpeg[frame:]
     alpha = encoded(photo.convert("RGBA"), "WEBP", lossless=True, exact=True)
-    rarer = (portable, core, bitmap, upside_down, filled, alpha)
+    grey = encoded(photo.convert("L"), "PPM")
+    rarer = (portable, grey, core, bitmap, upside_down, filled, alpha)
     for data in (*(content for _, content in images), *rarer):
         found, decoded = header_of(data), codec.decode(data)
         assert isinstance(found, Header) and decoded is not None and found[:2] == decoded.shape[:2]
+
+
+def test_grey_portable_images_are_images_of_a_tar(
+    encoded: Encode, photo: Callable[..., Image.Image], tmp_path: Path
+) -> None:
+    for kind, mode in (("pgm", "L"), ("pbm", "1"), ("pnm", "RGB")):
+        write_tar(
+            tmp_path / f"{kind}.tar", [(f"a.{kind}", encoded(photo(14, 9, 1).convert(mode), "PPM")), ("a.cls", b"1")]
+        )
+    assert len(index_tars(tmp_path, cache=tmp_path / "cache").records) == 3
 
 
 def test_hostile_headers(encoded: Encode, photo: Callable[..., Image.Image], seed: int) -> None:
@@ -467,8 +481,8 @@ def test_hostile_headers(encoded: Encode, photo: Callable[..., Image.Image], see
         (jpeg[:frame] + jpeg[frame + 19 :], "JPEG marker da at byte"),
         (jpeg[:2] + jpeg, "JPEG marker d8 at byte 2"),
         (jpeg[:frame] + b"\0" + jpeg[frame:], f"no JPEG marker at byte {frame}"),
-        (jpeg[: frame + 1] + b"\xc3" + jpeg[frame + 2 :], r"not decoded \(lossless\)"),
-        (jpeg[: frame + 4] + b"\x0c" + jpeg[frame + 5 :], r"not decoded \(12 bits a channel\)"),
+        (jpeg[: frame + 1] + b"\xc3" + jpeg[frame + 2 :], "lossless JPEG"),
+        (jpeg[: frame + 4] + b"\x0c" + jpeg[frame + 5 :], "JPEG of 12 bits a channel"),
         (jpeg[: frame + 5] + b"\0\0" + jpeg[frame + 7 :], "31x0 pixels"),
         (jpeg[: frame + 6], "ends within its header"),
         (png[:20] + b"\xff" + png[21:], "checksum is wrong"),
