@@ -161,14 +161,14 @@ def test_rates_follow_the_epoch_and_a_frozen_layer_stays() -> None:
     names = ("fc6.weight", "conv1.weight", "fc6.bias", "conv1.bias")
     for epoch in range(3):
         before = {name: weight.clone() for name, weight in state.network.state_dict().items()}
-        velocities = [velocity.clone() for velocity in state.optimizer.velocities()]
+        velocities = [velocity.clone() for _, _, velocity in state.optimizer.slots()]
         state.optimizer.set_rates(dict.fromkeys(state.network.state_dict(), 0.5))  # of no effect: the position decides
         steps(state, 2)
         assert [dict(rates(state))[name] for name in names] == pytest.approx(wanted[epoch])
         moved = {name for name, weight in state.network.state_dict().items() if not torch.equal(before[name], weight)}
         frozen = {"conv1.weight", "conv1.bias"} if epoch == 2 else set()
         assert moved >= {"fc8.weight", "fc8.bias"} and moved.isdisjoint(frozen)
-        for (name, _), old, new in zip(rates(state), velocities, state.optimizer.velocities(), strict=True):
+        for (name, _), old, (_, _, new) in zip(rates(state), velocities, state.optimizer.slots(), strict=True):
             assert name not in frozen or (old.any() and torch.equal(old, new))
     assert state.learning_rate() == pytest.approx(0.001)  # of the epoch that comes
 

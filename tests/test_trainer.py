@@ -434,6 +434,31 @@ def test_a_training_that_ends_no_better_than_a_guess_says_so(data: Path, capsys:
     assert all(doubt in said for doubt in summary["doubts"])
 
 
+def test_a_run_goes_on_with_as_many_threads(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless the user says how many; what was before comes back afterwards."""
+    seen: list[int] = []
+
+    def counting(loader: MadeUpLoader, images: torch.Tensor) -> torch.Tensor:
+        seen.append(torch.get_num_threads())
+        return images
+
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    train(config(data, steps=1), MadeUpLoader)
+    before = torch.get_num_threads()
+    torch.set_num_threads(before + 1)
+    try:
+        train(config(data, resume=True, steps=2), changed(counting))
+        monkeypatch.delenv("OMP_NUM_THREADS")
+        train(config(data, name="free", steps=1), changed(counting))
+        torch.set_num_threads(before)
+        monkeypatch.setattr(trainer, "cores", lambda: before + 1)
+        train(config(data, name="free", resume=True, steps=2), changed(counting))
+        assert torch.get_num_threads() == before
+    finally:
+        torch.set_num_threads(before)
+    assert set(seen) == {before + 1}
+
+
 def test_loaders_are_asked_for_the_views_that_training_and_evaluation_need(data: Path) -> None:
     spy = mock.Mock(wraps=MadeUpLoader)
     train(config(data, epochs=1, threads=1), spy)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from alexprep.pipeline.loader import Loader
 from alexprep.shards.dataset_format import read_json
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.storage import json_bytes
+from alexprep.shards.worker_pool import cores
 from alexprep.train import checkpoint, run_dir
 from alexprep.train.checkpoint import final_weights, init_from, publish, wanted_layers
 from alexprep.train.config import Job, TrainConfig, prepare, run_versions
@@ -110,6 +112,7 @@ def open_run(config: TrainConfig, open_loader: OpenLoader | None, world: World |
         if world.leads:
             enter(run_dir.locked(job.run))
         enter(float32_kernels(job.computing.precision))
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
         stop = enter(StopRequest().listening())
         state, notes = first_state(job, world)
         loader = enter(contextlib.closing(open_training(job, open_loader, state)))
@@ -348,9 +351,10 @@ def first_state(job: Job, world: World) -> tuple[TrainingState, list[str]]:
         )
     state = TrainingState(job.recipe, job.facts.classes, job.seed, job.device, world, job.scheme, job.computing)
     if saved is not None:
+        _keep_threads(saved.facts.get("rounding", {}).get("threads"), world)
         state.restore(saved)
         for name, now in _last_bits(job).items():
-            changes = checkpoint.differences(saved.facts.get(name, now), now)
+            changes = checkpoint.differences(now | saved.facts.get(name, {}), now)  # older ones do not say all of it
             notes += [f"{change}: the last bits may differ" for change in changes]
     elif job.config.init_from is not None:
         source, _ = saved_checkpoint(place_named(job.config.runs, job.config.init_from))
@@ -362,9 +366,17 @@ def first_state(job: Job, world: World) -> tuple[TrainingState, list[str]]:
     return state, notes
 
 
+def _keep_threads(threads: int | None, world: World) -> None:
+    """Has torch compute with as many threads as before, if this machine has cores for them and the user does not say otherwise."""
+    if threads and world.size == 1 and threads <= cores() and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(threads)
+
+
 def _last_bits(job: Job) -> dict[str, Any]:
     """What a checkpoint says of all that decides no more than the last bits."""
-    rounding = {"channels_last": job.computing.memory.channels_last, "compile": job.computing.compile}
+    rounding: dict[str, Any] = {"channels_last": job.computing.memory.channels_last, "compile": job.computing.compile}
+    if job.device.type == "cpu":
+        rounding["threads"] = torch.get_num_threads()
     return {"rounding": rounding, "versions": run_versions()}
 
 
