@@ -27,7 +27,7 @@ BESIDE = ""  # what --predictions without a file gives
 
 
 @click.command("eval", short_help="Errors of trained networks, one by one and averaged.")
-@click.argument("nets", metavar="[RUN | RUN@STEP]...", nargs=-1)
+@click.argument("nets", metavar="[RUN | RUN@STEP | RUN@best]...", nargs=-1)
 @views_option
 @click.option("--split", help="The split to evaluate on.  [default: val, or test]")
 @click.option(
@@ -73,7 +73,8 @@ def evaluate(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Evaluate the newest checkpoint of RUN, a name in ./runs, or that of STEP; the run last active by default.
+    """Evaluate the newest checkpoint of RUN, a name in ./runs, that of STEP, or the one of the lowest validation error; the run last active
+    by default.
 
     Prints top-1 and top-5 error and cross-entropy; --views ten averages the softmax over the paper's ten views. Several nets are
     evaluated one by one and as the mean of their softmax outputs. The result is also written beside the runs, as eval-….json.

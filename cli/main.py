@@ -25,7 +25,9 @@ from alexprep.cli.train import train
 from alexprep.cli.tune import tune
 from alexprep.cli.verify import verify
 from alexprep.shards.errors import TRACEBACK, AlexprepError
+from alexprep.shards.thread_waiting import choose_waiting
 
+LOAD_TORCH = ("train", "eval", "bench", "demo")  # and compute with it for long
 _SHARDS = "Interrupted. Finished work is kept: run the same command again to go on."
 # What an interrupted command leaves. A training that is under way is not interrupted by the first Ctrl-C: it saves and ends.
 LEAVES = {
@@ -76,6 +78,9 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a letter that the terminal lacks costs no result
+    command = next(iter(sys.argv[1:]), "")
+    if command in LOAD_TORCH:
+        choose_waiting(short=command == "demo")
     try:
         status = cli.main(standalone_mode=False)
     except (click.Abort, KeyboardInterrupt):

@@ -107,7 +107,7 @@ def test_what_each_turn_does(data: Path) -> None:
             assert turn.steps == 3 and 0 < turn.seconds and 0 <= turn.wait_seconds <= turn.seconds
             weights = state.network.state_dict()
             moved = any(not torch.equal(weights[name], initial[name]) for name in initial)
-            assert moved == any(velocity.any() for velocity in state.optimizer.velocities()) == (kind != "loader")
+            assert moved == any(velocity.any() for _, _, velocity in state.optimizer.slots()) == (kind != "loader")
 
 
 def made_up(device: str, training: list[float], cached: list[float], loader: list[float]) -> dict[str, Any]:

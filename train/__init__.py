@@ -18,7 +18,19 @@ if TYPE_CHECKING:
     from alexprep.train.evaluation import Evaluation, evaluate, evaluate_run
     from alexprep.train.launch import RankFailed, launch_ranks
     from alexprep.train.layer_outputs import LayerOutputs, layer_names, read_outputs, write_outputs
-    from alexprep.train.lr_schedule import ByHand, DExp, EarlyStop, Plateau, Schedule, ScheduleState, Steps
+    from alexprep.train.lr_schedule import (
+        ByHand,
+        Cosine,
+        DExp,
+        EarlyStop,
+        Linear,
+        OneCycle,
+        Plateau,
+        Schedule,
+        ScheduleState,
+        Steps,
+        WarmUp,
+    )
     from alexprep.train.models.alexnet import AlexNet, alexnet, alexnet_1gpu, alexnet_6conv, alexnet_2012, alexnet_owt
     from alexprep.train.models.cifar import ConvLocal, cifar10_quick_net, conv_local_11pct, conv_local_13pct, tiny_net
     from alexprep.train.models.layers import (
@@ -45,15 +57,18 @@ __all__ = [
     "Classified",
     "Classifier",
     "ConvLocal",
+    "Cosine",
     "DExp",
     "EarlyStop",
     "Evaluation",
     "Examples",
     "LayerOutputs",
+    "Linear",
     "LocalResponseNorm",
     "LocallyConnected2d",
     "MomentumSGD",
     "Neighbour",
+    "OneCycle",
     "PaperDropout",
     "Parallel",
     "Place",
@@ -68,6 +83,7 @@ __all__ = [
     "SpatialResponseNorm",
     "Steps",
     "TrainConfig",
+    "WarmUp",
     "World",
     "WrittenReport",
     "alexnet",
@@ -111,7 +127,10 @@ _HOMES = {
     "launch": ("RankFailed", "launch_ranks"),
     "evaluation": ("Evaluation", "evaluate", "evaluate_run"),
     "layer_outputs": ("LayerOutputs", "layer_names", "read_outputs", "write_outputs"),
-    "lr_schedule": ("ByHand", "DExp", "EarlyStop", "Plateau", "Schedule", "ScheduleState", "Steps"),
+    "lr_schedule": (
+        *("ByHand", "Cosine", "DExp", "EarlyStop", "Linear", "OneCycle", "Plateau"),
+        *("Schedule", "ScheduleState", "Steps", "WarmUp"),
+    ),
     "models.alexnet": ("AlexNet", "alexnet", "alexnet_1gpu", "alexnet_2012", "alexnet_6conv", "alexnet_owt"),
     "models.cifar": ("ConvLocal", "cifar10_quick_net", "conv_local_11pct", "conv_local_13pct", "tiny_net"),
     "models.layers": ("LocalResponseNorm", "LocallyConnected2d", "PaperDropout", "Scale", "SpatialResponseNorm"),

@@ -5,6 +5,7 @@ The loader itself is `alexprep.pipeline.loader.Loader`; tests and users may hand
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -49,6 +50,38 @@ class BatchSource(Protocol):
 
     def close(self) -> None:
         """Frees threads and memory."""
+
+
+class WithoutLastStep:
+    """A loader's epochs without their last step, whose images have their turn in other epochs where the order is shuffled."""
+
+    def __init__(self, loader: BatchSource) -> None:
+        """The loader has at least two steps an epoch."""
+        self._loader, self.samples, self.digest = loader, loader.samples, loader.digest
+
+    def __len__(self) -> int:
+        """Steps an epoch."""
+        return len(self._loader) - 1
+
+    def __iter__(self) -> Iterator[LoadedBatch]:
+        """The rest of the current epoch; of the next one where nothing is left but the last step."""
+        state = self._loader.state_dict()
+        if state["step"] >= len(self):
+            state = state | {"epoch": state["epoch"] + 1, "step": 0}
+            self._loader.load_state_dict(state)
+        return itertools.islice(iter(self._loader), len(self) - state["step"])
+
+    def state_dict(self) -> dict[str, int]:
+        """{"seed", "epoch", "step"} of the next batch."""
+        return self._loader.state_dict()
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Goes to a state; its step is below the epoch's length."""
+        self._loader.load_state_dict(state)
+
+    def close(self) -> None:
+        """Frees threads and memory."""
+        self._loader.close()
 
 
 OpenLoader = Callable[..., BatchSource]  # opens a split with the arguments of `alexprep.pipeline.loader.Loader`

@@ -46,6 +46,7 @@ def explained(
         before, saved_step, origin, hindrance = None, 0, None, ""
         try:
             before = saved_state()
+            before.epoch_steps = state.epoch_steps
             saved_step = before.position.step
         except (AlexprepError, OSError, torch.OutOfMemoryError) as failure:
             hindrance = str(failure)
@@ -134,6 +135,7 @@ def _origin(state: TrainingState, before: TrainingState, loader: BatchSource, st
         before.position.step += 1
         skipped = before.update.skipped
         watch.step(before, images, labels)
+        before.position.epoch_step += 1
         origin = watch.first(before.position.step)
         if origin and origin.what == "gradient" and before.update.skipped > skipped:
             origin = None  # in fp16 a gradient may overflow now and then, and does no harm

@@ -80,7 +80,7 @@ def open_net(place: Place, device: torch.device, recipe: str | None = None, mode
     network = made_by.make_network(identity["classes"], identity["seed"])
     if "layers" in identity and (changes := _changed_layers(saved, network)):
         raise AlexprepError(f"the network has changed since {run} was trained: {checkpoint.some_of(changes)}")
-    network.load_state_dict(checkpoint.saved_weights(saved))
+    network.load_state_dict(checkpoint.final_weights(saved))
     network.to(device=device, memory_format=memory_format_of(network, memory(device).format))  # type: ignore[call-overload]
     return Net(
         run,

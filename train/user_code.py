@@ -9,6 +9,7 @@ What a recipe is, and what it says about a network, is in `alexprep.train.recipe
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib
 import inspect
 import operator
@@ -171,6 +172,19 @@ def call_factory(factory: Callable[..., Any], classes: int, crop: int, seed: int
 def memory_format_of(network: nn.Module, wanted: torch.memory_format) -> torch.memory_format:
     """How a network's weights shall lie: as wanted, unless it was found to work on contiguous tensors alone."""
     return torch.contiguous_format if getattr(network, CONTIGUOUS, False) else wanted
+
+
+def fails_on_one(network: nn.Module, image: torch.Tensor) -> bool:
+    """Whether a network in training cannot take one image alone, (1, 3, H, W): batch normalisation of one value a channel has no variance."""
+    if not any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in network.modules()):
+        return False
+    tried = copy.deepcopy(network)
+    with torch.random.fork_rng([image.device] if image.is_cuda else []), torch.no_grad():
+        try:
+            tried(image)
+        except ValueError:
+            return True
+    return False
 
 
 def _check_saved(network: nn.Module, changed: list[str]) -> None:
