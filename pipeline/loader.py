@@ -16,13 +16,14 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from alexprep.pipeline import mixing
 from alexprep.pipeline.augmentation import Augmentation, Draws, augmentation_named, centred, draw
 from alexprep.pipeline.dali_graph import Graph, Views
 from alexprep.pipeline.dali_ops import Dtype, MemoryFormat
@@ -47,6 +48,30 @@ class Batch(NamedTuple):
     images: torch.Tensor
     labels: torch.Tensor
     indices: torch.Tensor
+
+    @property
+    def partner_labels(self) -> torch.Tensor | None:
+        """None: nothing is mixed. See `MixedBatch`."""
+        return None
+
+    @property
+    def weights(self) -> torch.Tensor | None:
+        """None: nothing is mixed. See `MixedBatch`."""
+        return None
+
+
+class MixedBatch(NamedTuple):
+    """A batch whose pairs are mixed, which a loader with `Augmentation.mixing` gives: of five tensors, so that nobody takes it for a `Batch`.
+
+    The loss of a sample is weight · loss(label) + (1 - weight) · loss(partner's label). Partner labels are int64 (N,), weights float32 (N,), both
+    on the loader's device; a sample without a partner has its own label there. All else is as in `Batch`.
+    """
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    indices: torch.Tensor
+    partner_labels: torch.Tensor
+    weights: torch.Tensor
 
 
 class Loader:
@@ -86,6 +111,7 @@ class Loader:
         on_bad: OnBad = "error",
         statistics: Statistics | str | Path | None = None,
         cache: str | Path | None = None,
+        drop_last: bool = False,
         threads: int | None = None,
         tuning: Tuning | None = None,
     ) -> None:
@@ -112,6 +138,7 @@ class Loader:
             on_bad: "error" ends with the name of a damaged sample; "skip" leaves it out of its step, and moves no other.
             statistics: of which dataset, if not of `data`: its folder, or what `alexprep.shards.read_statistics` gave.
             cache: where the index of other people's tars is kept; by default beside them or in the user's cache.
+            drop_last: whether an epoch's last step is left out where it is smaller than the others; other samples each epoch.
             threads: of DALI; None for one a core. Short for `tuning`.
             tuning: how the machine is used; `alexprep tune` finds good settings.
 
@@ -125,7 +152,12 @@ class Loader:
             tuning = replace(tuning or Tuning(), threads=threads)
         self._tuning = tuning = tuning or Tuning()
         dataset = open_dataset(data, split, on_bad, cache)
-        self._plan = StepPlan(dataset.samples.index["shard"], batch_size, order, block_shards, seed, rank, world_size)
+        self._mixes = augmentation.mixing is not None and views == "random"
+        self._plan = StepPlan(
+            *(dataset.samples.index["shard"], batch_size, order, block_shards, seed, rank, world_size),
+            drop_last=drop_last,
+            together=2 if self._mixes else 1,
+        )
         dataset.samples.keep_shards = self._plan.open_shards(_READ_AHEAD + tuning.prefetch + 1)
         if dataset.samples.remote and order == "shuffle":
             raise AlexprepError(f"{data} is remote, where single images are slow to read: use order='blocks'")
@@ -164,7 +196,7 @@ class Loader:
         return len(self._plan)
 
     def __iter__(self) -> Iterator[Batch]:
-        """The batches from the present step to the end of the epoch.
+        """The batches from the present step to the end of the epoch; where pairs are mixed, each is a `MixedBatch`.
 
         An evaluation (views "centre" and "ten") begins anew where the last one was left early, unless its state was loaded.
         """
@@ -184,6 +216,8 @@ class Loader:
             self._feed_ahead(runner)  # before the caller works on this batch
             labels = moved(torch.from_numpy(self._dataset.samples.labels[step.rows]), images.device)
             batch = Batch(images, labels, torch.from_numpy(step.rows.copy()))
+            if self._mixes:
+                batch = cast(Batch, mixed_batch(batch, step.draws, self._graph.memory_format))
             following = self._plan.after(step.epoch, step.number)
         except BaseException:
             # Also after Ctrl-C: what is under way no longer fits the state, which still points at this batch.
@@ -271,6 +305,42 @@ class Loader:
         runner, self._runner = self._runner, None
         if runner is not None:
             runner.close()
+
+
+def mixed_batch(batch: Batch, draws: Draws, memory_format: MemoryFormat) -> MixedBatch:
+    """Mixes the pairs of a batch, as `alexprep.pipeline.mixing.mixed` defines it; a CPU's images in their own memory."""
+    images, labels, indices = batch
+    if not len(labels):
+        return MixedBatch(images, labels, indices, labels, torch.empty(0, device=labels.device))
+    partner_N, weight_N, exchanged_N4 = (
+        mixing.partners(draws.more["pair"]),
+        draws.more["weight"],
+        draws.more["exchanged"],
+    )
+    partner, weights = (moved(torch.from_numpy(values), labels.device) for values in (partner_N, weight_N))
+    pixels = images if memory_format != "NHWC" else images.movedim(-1, 1)  # (N, 3, H, W), wherever they lie
+    if images.device.type == "cuda":  # few calls for all pairs
+        pairs = zip(weight_N, exchanged_N4, strict=True)
+        shares = zip(*(mixing.shares(*pair, *pixels.shape[2:]) for pair in pairs), strict=True)
+        rows, columns = (moved(torch.from_numpy(np.stack(part)).to(images.dtype), images.device) for part in shares)
+        pixels += (pixels[partner] - pixels) * (rows[:, None, :, None] * columns[:, None, None])
+    else:  # few bytes: one pair after the other
+        for n in np.flatnonzero(partner_N > np.arange(len(partner_N))).tolist():
+            _mix_pair(pixels[n], pixels[n + 1], float(weight_N[n]), exchanged_N4[n].tolist())
+    return MixedBatch(images, labels, indices, labels[partner], weights.float())
+
+
+def _mix_pair(one: torch.Tensor, other: torch.Tensor, weight: float, exchanged: list[int]) -> None:
+    """Mixes two images (3, H, W) in their own memory."""
+    top, left, height, width = exchanged
+    if height and width:
+        place = slice(None), slice(top, top + height), slice(left, left + width)
+        kept = one[place].clone()
+        one[place], other[place] = other[place], kept
+    elif weight < 1:
+        difference = (other - one).mul_(1 - weight)
+        one += difference
+        other -= difference
 
 
 @dataclass

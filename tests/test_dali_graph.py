@@ -24,7 +24,6 @@ from alexprep.pipeline.augmentation import (
     channel_stdevs,
     draw,
     noise_stdevs,
-    resize,
     ten_windows,
 )
 from alexprep.pipeline.dali_ops import (
@@ -38,6 +37,7 @@ from alexprep.pipeline.dali_ops import (
     subtract_mean_window,
     to_tensor,
 )
+from alexprep.pipeline.geometry import resize
 from alexprep.pipeline.loader import Batch, Loader
 from alexprep.shards import rgb_statistics
 from alexprep.shards.conversion import convert

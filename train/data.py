@@ -18,7 +18,7 @@ EVALUATION_SPLITS = ("val", "test")  # the first that has samples with labels is
 
 
 class LoadedBatch(Protocol):
-    """The part of `alexprep.pipeline.loader.Batch` that training reads."""
+    """The part of `alexprep.pipeline.loader.Batch` that training reads; of a `MixedBatch` also what `mixed_of` finds."""
 
     @property
     def images(self) -> torch.Tensor:
@@ -54,11 +54,29 @@ class BatchSource(Protocol):
 OpenLoader = Callable[..., BatchSource]  # opens a split with the arguments of `alexprep.pipeline.loader.Loader`
 
 
+class Mixed(NamedTuple):
+    """The other label of each image of a batch whose pairs are mixed, and what the image's own label counts beside it."""
+
+    partner_labels: torch.Tensor  # int64 (N,)
+    weights: torch.Tensor  # float32 (N,), 0 to 1
+
+    def heavier(self, labels: torch.Tensor) -> torch.Tensor:
+        """Of an image's own label and its partner's, the one that counts more: what errors are measured by."""
+        return torch.where(self.weights < 0.5, self.partner_labels, labels)
+
+
 class Examples(NamedTuple):
     """A batch in the form that a network takes."""
 
     images: torch.Tensor  # float32 (N, C, H, W), or (N, 10, C, H, W) for ten views
     labels: torch.Tensor  # int64 (N,)
+    mixed: Mixed | None = None  # with mixup or CutMix
+
+
+def mixed_of(batch: LoadedBatch) -> Mixed | None:
+    """How the pairs of a loader's batch are mixed, None where they are not."""
+    partner_labels, weights = (getattr(batch, name, None) for name in ("partner_labels", "weights"))
+    return None if partner_labels is None or weights is None else Mixed(partner_labels, weights)
 
 
 class DataFacts(NamedTuple):

@@ -63,9 +63,11 @@ def train(config: TrainConfig, open_loader: OpenLoader | None = None, world: Wor
         if not run.goes_on() and (summary := run.earlier_summary()) is not None:
             return summary
         while run.goes_on():
-            for images, labels in run.batches():
-                loss, logits = take_step(run.state, images, labels)  # forward, backward, sum over the ranks, update
-                run.log(loss, logits, labels)
+            for images, labels, mixed in run.batches():
+                loss, logits = take_step(
+                    run.state, images, labels, mixed
+                )  # forward, backward, sum over the ranks, update
+                run.log(loss, logits, labels if mixed is None else mixed.heavier(labels))
                 if run.pauses():  # the epoch's last step or the training's, or a signal
                     break
                 run.save_when_due()

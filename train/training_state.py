@@ -32,6 +32,7 @@ from alexprep.train.checkpoint import (
     Checkpoint,
     saved_weights,
 )
+from alexprep.train.data import Mixed
 from alexprep.train.distributed.parallel import Parallel
 from alexprep.train.distributed.tensor_parallel import Gather, Scheme, SharedDropout
 from alexprep.train.distributed.world import World
@@ -171,11 +172,13 @@ class TrainingState:
         self.position = Position.of(checkpoint.facts[POSITION])
 
 
-def take_step(state: TrainingState, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def take_step(
+    state: TrainingState, images: torch.Tensor, labels: torch.Tensor, mixed: Mixed | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Changes weights, velocities and random numbers; the position is the caller's to move. All ranks call it.
 
-    Images are this rank's, float32 (n, C, H, W), labels those of the whole batch, int64 (N,). Gives the mean loss (), nats, and the
-    logits (N, classes), both of the whole batch, from before the update.
+    Images are this rank's, float32 (n, C, H, W), labels those of the whole batch, int64 (N,); where its pairs are `mixed`, each image has two.
+    Gives the mean loss (), nats, and the logits (N, classes), both of the whole batch, from before the update.
     """
     with compiler_errors(state.device):
         network = state.called_for(len(labels))
@@ -185,8 +188,16 @@ def take_step(state: TrainingState, images: torch.Tensor, labels: torch.Tensor) 
         with span("forward"):
             output = logits(network, images, state.precision)
             loss = F.cross_entropy(output, labels)  # the negative of the paper's objective, section 3.5
+            if mixed is not None:
+                loss = mixed_loss(output, labels, mixed)
         state.update(loss)
     return loss, output
+
+
+def mixed_loss(output: torch.Tensor, labels: torch.Tensor, mixed: Mixed) -> torch.Tensor:
+    """The mean over a batch of weight · loss of the own label + (1 - weight) · loss of the partner's (mixup, arXiv 1710.09412), nats."""
+    own, partners = (F.cross_entropy(output, each, reduction="none") for each in (labels, mixed.partner_labels))
+    return (mixed.weights * own + (1 - mixed.weights) * partners).mean()
 
 
 class Update:

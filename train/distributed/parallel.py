@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from alexprep.shards.errors import AlexprepError
-from alexprep.train.data import Examples, LoadedBatch
+from alexprep.train.data import Examples, LoadedBatch, Mixed, mixed_of
 from alexprep.train.distributed.tensor_parallel import Scheme, gathered, part_of, start_sum
 from alexprep.train.distributed.world import World
 from alexprep.train.optimizer import MomentumSGD
@@ -23,7 +23,7 @@ from alexprep.train.signals_and_memory import span
 class Parallel:
     """A network shared by the ranks of a world: every rank makes one, from the same whole network, and takes the same steps.
 
-        for images, labels in parallel.batches(loader_of_this_rank):
+        for images, labels, _ in parallel.batches(loader_of_this_rank):
             logits = parallel.network(images)             # of the whole batch, on every rank
             loss = F.cross_entropy(logits, labels)        # the same on every rank
             optimizer.zero_grad()
@@ -81,7 +81,8 @@ class Parallel:
             stop: tells whether this rank was asked to stop; what any rank says is in `requested` on all.
 
         Yields:
-            The images that this rank computes on, and the labels of the whole batch, int64 (N,).
+            The images that this rank computes on, and the labels of the whole batch, int64 (N,); where pairs are mixed, also of the whole
+            batch, the partners' labels and the weights.
 
         Raises:
             AlexprepError: the ranks' first batches have different labels where they must be the same.
@@ -89,7 +90,7 @@ class Parallel:
         rows = self._part.rows
         to_compare = rows is None and self.world.size > 1
         for batch in batches:
-            images, labels = batch.images, batch.labels
+            images, labels, mixed = batch.images, batch.labels, mixed_of(batch)
             asked = stop() if stop is not None else None
             received = self.world.exchange([len(labels), asked or 0, _fingerprint(labels) if to_compare else 0])
             requests = [signal_ for _, signal_, _ in received if signal_]
@@ -103,9 +104,11 @@ class Parallel:
                 counts = [count for count, _, _ in received]
                 with span("exchange"):
                     labels = gathered(self.world, labels, 0, counts)
+                    if mixed is not None:
+                        mixed = Mixed(*(gathered(self.world, part, 0, counts) for part in mixed))
                 views = images.shape[1] if images.ndim == 5 else 1
                 rows[:] = [count * views for count in counts]
-            yield Examples(images, labels)
+            yield Examples(images, labels, mixed)
 
     def sum_gradients(self) -> None:
         """Between `backward`, of which there is one a step, and the optimizer's step: waits for the sums that `backward` began.
