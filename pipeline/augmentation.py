@@ -7,7 +7,8 @@ imports neither DALI nor torch: the order of samples is `alexprep.pipeline.sampl
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -21,6 +22,7 @@ from alexprep.pipeline.policies import Policy, RandAugment, TrivialAugment, draw
 from alexprep.pipeline.random_numbers import (
     ATTEMPT,
     GEOMETRY,
+    HOOK,
     NOISE,
     SHARED,
     Words,
@@ -34,13 +36,74 @@ from alexprep.shards.errors import AlexprepError, number_within, one_of, whole_n
 if TYPE_CHECKING:
     from alexprep.shards.rgb_statistics import Statistics
 
-Mean = Literal["crop", "centre", "channel", "imagenet", "none"]
-Std = Literal["channel", "imagenet", "none"]
+Mean = Literal["crop", "centre", "channel", "imagenet", "inception", "clip", "none"]
+Std = Literal["channel", "imagenet", "inception", "clip", "none"]
+RGB = tuple[float, float, float]  # grey levels
 Noise = Literal["eigenvalue", "stdev", "none"]
+Place = Literal["decode", "augment", "tensor"]  # of a hook
+
+_HOOK_WORDS = 16  # draws of four numbers that a hook may have
 
 # What torchvision's pretrained networks were trained with, there on the 0-1 scale (0.485 0.456 0.406, 0.229 0.224 0.225).
 IMAGENET_MEAN = (123.675, 116.28, 103.53)
 IMAGENET_STD = (58.395, 57.12, 57.375)
+# What pixels are subtracted and divided by, by name. "inception": to -1 … 1, as Inception and many vision transformers have it. "clip": OpenAI's
+# CLIP, there on the 0-1 scale (0.48145466 0.4578275 0.40821073, 0.26862954 0.26130258 0.27577711).
+MEANS: dict[str, RGB] = {
+    "imagenet": IMAGENET_MEAN,
+    "inception": (127.5, 127.5, 127.5),
+    "clip": (122.7709383, 116.7460125, 104.09373615),
+}
+STDS: dict[str, RGB] = {
+    "imagenet": IMAGENET_STD,
+    "inception": (127.5, 127.5, 127.5),
+    "clip": (68.5005327, 66.6321579, 70.32316305),
+}
+
+
+@dataclass(frozen=True)
+class Hook:
+    """An operation of the user's own in the graph of a training: a function over DALI nodes, at a named place.
+
+    Its first parameter is the image. Each further one without a default is a random number of the sample, float32 () on the CPU, uniform on
+    (0, 1): a pure function of (seed, epoch, sample) as everything else, so what begins in mid-epoch or on other ranks is the same. DALI's own
+    generators in it would not be. It gives the image as it came: its type, axes and size.
+
+    Attributes:
+        function: called once, when the pipeline is built; a function of a module, so that a loader can be pickled.
+        after: "decode", the decoded window, uint8 (H, W, 3), whose size the function may change where `Augmentation.scale` resizes it;
+            "augment", after all that changes shapes and colours, uint8 (H, W, 3) or, after jitter or grey scale, float32 from 0 to 255;
+            "tensor", the finished image, float32, its axes in the loader's memory format, before pairs are mixed.
+        name: in messages, and in the identity of a run; by default MODULE:FUNCTION.
+    """
+
+    function: Callable[..., Any]
+    after: Place = "augment"
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        """Refuses what is no such function, with AlexprepError."""
+        if not callable(self.function):
+            raise AlexprepError(f"hook {self.function!r} is not a function over DALI nodes")
+        one_of("hook: after", self.after, get_args(Place))
+        if not self.name:
+            named = getattr(self.function, "__qualname__", type(self.function).__name__)
+            object.__setattr__(self, "name", f"{getattr(self.function, '__module__', '')}:{named}")
+        whole_number(f"hook {self.name}: its random numbers", self.numbers, 0, 4 * _HOOK_WORDS)
+
+    @property
+    def numbers(self) -> int:
+        """How many random numbers a sample it takes."""
+        taken = [
+            parameter
+            for parameter in inspect.signature(self.function).parameters.values()
+            if parameter.kind <= inspect.Parameter.POSITIONAL_OR_KEYWORD and parameter.default is parameter.empty
+        ]
+        return len(taken) - 1
+
+    def describe(self) -> dict[str, Any]:
+        """What a resumed run must have in common: JSON values."""
+        return {"function": self.name, "after": self.after, "numbers": self.numbers}
 
 
 @dataclass(frozen=True)
@@ -61,8 +124,9 @@ class Augmentation:
             code.
         mean: what is subtracted. "crop": the mean image at the crop's own window (the paper, section 2: from each pixel);
             "centre": always the mean image's centre window, after the reflection (the 2012 code); "channel": the dataset's
-            three channel means; "imagenet": `IMAGENET_MEAN`; "none".
-        std: what is divided by: "channel", the dataset's three channel standard deviations; "imagenet": `IMAGENET_STD`; "none".
+            three channel means; "imagenet", "inception", "clip": see `MEANS`; three grey levels of one's own; "none".
+        std: what is divided by: "channel", the dataset's three channel standard deviations; "imagenet", "inception", "clip": see `STDS`;
+            three grey levels of one's own; "none".
         noise: how large the colour noise along each principal axis is, for α ~ N(0, noise_sigma²). "eigenvalue": α λ with
             λ the eigenvalue on the 0-1 scale, times 255 (the paper's formula, section 4.1); "stdev": α √λ on the 0-255
             scale (the 2012 code); "none".
@@ -76,6 +140,7 @@ class Augmentation:
         blur: see `Blur`; None for none.
         erasing: a rectangle that is erased, see `Erasing`; None for none.
         mixing: mixup and CutMix of the pairs of a step, see `Mixing`; None for none.
+        hooks: operations of the user's own over DALI nodes, in the order in which they are done where they have one place, see `Hook`.
     """
 
     crop: int | None = 224
@@ -84,8 +149,8 @@ class Augmentation:
     evaluation_scale: float = 0.875
     mirror: bool = True
     share: int = 1
-    mean: Mean = "crop"
-    std: Std = "none"
+    mean: Mean | RGB = "crop"
+    std: Std | RGB = "none"
     noise: Noise = "eigenvalue"
     noise_sigma: float = 0.1
     noise_rescale: float = 1.0
@@ -97,11 +162,16 @@ class Augmentation:
     blur: Blur | None = None
     erasing: Erasing | None = None
     mixing: Mixing | None = None
+    hooks: tuple[Hook, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuses values out of bounds, with AlexprepError."""
-        for name, choices in (("mean", Mean), ("std", Std), ("noise", Noise)):
-            one_of(name, getattr(self, name), get_args(choices))
+        for name, choices, least in (("mean", Mean, -1e4), ("std", Std, 1e-3)):
+            if isinstance(getattr(self, name), str):
+                one_of(name, getattr(self, name), get_args(choices))
+            else:
+                _check_rgb(name, getattr(self, name), get_args(choices), least)
+        one_of("noise", self.noise, get_args(Noise))
         for name, low, high in (("crop", 1, 65535), ("share", 1, 2**31 - 1), ("noise_epochs", 0, 2**32 - 1)):
             if getattr(self, name) is not None or name == "share":
                 whole_number(name, getattr(self, name), low, high)
@@ -113,6 +183,8 @@ class Augmentation:
             if not isinstance(getattr(self, name), (*kinds, type(None))):
                 words = " or ".join(f"{kind.__name__}(…)" for kind in kinds)
                 raise AlexprepError(f"{name} {getattr(self, name)!r} is neither None nor {words}")
+        if not isinstance(self.hooks, tuple) or not all(isinstance(hook, Hook) for hook in self.hooks):
+            raise AlexprepError(f"hooks {self.hooks!r} are not a tuple of Hook(…)")
         if not isinstance(self.mirror, bool):
             raise AlexprepError(f"mirror {self.mirror!r} is not True or False")
         if self.scale is not None and not rising(self.scale, 1):
@@ -186,7 +258,7 @@ class Draws:
         more: what else the augmentation draws, one entry a sample: "affine", see `alexprep.pipeline.geometry.warp`; "sigma", see
             `alexprep.pipeline.colour.blurred`; "recolouring", see `recolour` there; "erased", see `alexprep.pipeline.geometry.erased`;
             "policy0.kind" and so on, the operations of a policy, see `alexprep.pipeline.policies.Operation`; "pair", "weight" and
-            "exchanged", see `alexprep.pipeline.mixing.draw_mixing`. What is not in it is not done.
+            "exchanged", see `alexprep.pipeline.mixing.draw_mixing`; "hook0.0" and so on, a hook's numbers, uniform on (0, 1). What is not in it is not done.
     """
 
     windows_N4: NDArray[np.int64]
@@ -278,6 +350,9 @@ def _draw_more(
         more["recolouring"] = draw_recolouring(augmentation.jitter, augmentation.grey, words)
     if augmentation.erasing is not None:
         more["erased"] = draw_erased(augmentation.erasing, views_N2, words)
+    for number, hook in enumerate(augmentation.hooks):
+        for n in range(hook.numbers):
+            more[f"hook{number}.{n}"] = unit(words(HOOK + _HOOK_WORDS * number + n // 4)[n % 4])
     return more
 
 
@@ -325,8 +400,10 @@ def augment(
     Returns:
         float64 (crop, crop, 3), grey levels about 0, or what `augmentation.std` makes of them.
 
-    Raises AlexprepError where statistics are needed and there are none.
+    Raises AlexprepError where statistics are needed and there are none, or there is a hook, which has no definition in numpy.
     """
+    if augmentation.hooks:
+        raise AlexprepError(f"hook {augmentation.hooks[0].name} is a function over DALI nodes, which numpy cannot call")
     if statistics is None and augmentation.needs_statistics:
         raise AlexprepError(
             "this augmentation needs statistics: give those of the dataset, from alexprep.shards.read_statistics"
@@ -389,14 +466,28 @@ def channel_means(statistics: Statistics | None, augmentation: Augmentation) -> 
     """What is subtracted from all pixels of R, G and B: float64 (3,), grey levels; 0 where a window of the mean image is."""
     if augmentation.mean == "channel" and statistics is not None:
         return statistics.channel_means
-    return np.array(IMAGENET_MEAN) if augmentation.mean == "imagenet" else np.zeros(3)
+    return _rgb(augmentation.mean, MEANS, 0.0)
 
 
 def channel_stdevs(statistics: Statistics | None, augmentation: Augmentation) -> NDArray[np.float64]:
     """What R, G and B are divided by: float64 (3,), grey levels."""
     if augmentation.std == "channel" and statistics is not None:
         return statistics.channel_stdevs
-    return np.array(IMAGENET_STD) if augmentation.std == "imagenet" else np.ones(3)
+    return _rgb(augmentation.std, STDS, 1.0)
+
+
+def _rgb(chosen: str | RGB, named: Mapping[str, RGB], usual: float) -> NDArray[np.float64]:
+    return np.array(named.get(chosen, (usual,) * 3) if isinstance(chosen, str) else chosen, np.float64)
+
+
+def _check_rgb(name: str, values: Any, choices: tuple[str, ...], least: float) -> None:
+    """Refuses what is no three numbers."""
+    if not isinstance(values, tuple | list) or len(values) != 3:
+        raise AlexprepError(
+            f"{name} {values!r} is neither one of {', '.join(choices)} nor three grey levels, of R, G and B"
+        )
+    for value in values:
+        number_within(name, value, least, 1e4)
 
 
 def mean_corners(augmentation: Augmentation, windows_N4: NDArray[np.integer], mean_side: int) -> NDArray[np.int64]:

@@ -81,12 +81,11 @@ def draw_recolouring(jitter: Jitter | None, grey: float, words: Words) -> NDArra
     found = np.tile(np.concatenate([np.eye(3), np.zeros((3, 3))], axis=1), (count, 1, 1))
     if jitter is not None:
         amounts = (jitter.brightness, jitter.contrast, jitter.saturation)
-        factors = [between(drawn[n], max(0.0, 1 - amount), 1 + amount) for n, amount in enumerate(amounts)]
-        changed = unit(chance[0]) < jitter.share
-        found[changed] = recolouring(*factors, between(drawn[3], -jitter.hue, jitter.hue))[changed]
-    greyed = unit(chance[1]) < grey
-    found[greyed] = (LUMA @ found[greyed])[:, None]
-    return found
+        light, contrast, vivid = (between(drawn[n], max(0.0, 1 - most), 1 + most) for n, most in enumerate(amounts))
+        adjusted = recolouring(light, contrast, vivid, between(drawn[3], -jitter.hue, jitter.hue))
+        found = np.where((unit(chance[0]) < jitter.share)[:, None, None], adjusted, found)
+    greyed = (unit(chance[1]) < grey)[:, None, None]
+    return np.where(greyed, np.einsum("c,ncm->nm", LUMA, found)[:, None], found)
 
 
 def recolouring(
@@ -139,11 +138,14 @@ def blurred(image_HWC: NDArray[np.uint8], sigma: float) -> NDArray[np.uint8]:
 
 def filtered(image_HWC: NDArray[np.uint8], kernel: NDArray[np.floating[Any]]) -> NDArray[np.uint8]:
     """Correlates with a kernel of odd sides, and rounds; beyond an edge pixels are reflected, the one at the edge not twice."""
-    height, width = (side // 2 for side in kernel.shape)
-    padded = np.pad(image_HWC.astype(np.float64), ((height, height), (width, width), (0, 0)), "reflect")
+    height, width = kernel.shape[0] // 2, kernel.shape[1] // 2
+    padded: NDArray[np.float64] = np.pad(
+        image_HWC.astype(np.float64), ((height, height), (width, width), (0, 0)), "reflect"
+    )
     found = np.zeros(image_HWC.shape)
-    for (row, column), weight in np.ndenumerate(kernel):
-        found += weight * padded[row : row + len(found), column : column + found.shape[1]]
+    rows, columns = image_HWC.shape[:2]
+    for row, column in np.ndindex(*kernel.shape):
+        found += kernel[row, column] * padded[row : row + rows, column : column + columns]
     rounded: NDArray[np.uint8] = np.clip(np.rint(found), 0, 255).astype(np.uint8)
     return rounded
 

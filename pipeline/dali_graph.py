@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -23,6 +23,7 @@ from alexprep.pipeline.augmentation import (
     channel_means,
     channel_stdevs,
     colour_shifts,
+    draw,
     mean_corners,
     ten_windows,
 )
@@ -114,6 +115,7 @@ class Graph:
         if augmentation.policy is not None:
             turns = range(augmentation.policy.operations)
             names |= {f"policy{turn}.{name}" for turn in turns for name in POLICY_INPUTS}
+        names |= {f"hook{n}.{k}" for n, hook in enumerate(augmentation.hooks) for k in range(hook.numbers)}
         return names | ({"erased"} if augmentation.erasing is not None else set())
 
     def inputs(self, epoch: int, draws: Draws, sizes_N2: NDArray[np.integer]) -> Inputs:
@@ -174,6 +176,7 @@ class Graph:
             inputs |= {"recoloured": changed, "colours": _single(colours), "means": _single(means)}
         if "erased" in more:
             inputs["erased"] = _single(more["erased"])
+        inputs |= {name: _single(values) for name, values in more.items() if name.startswith("hook")}
         return inputs
 
     def _shape_input(self, windows_N4: NDArray[np.int32]) -> dict[str, NDArray[np.int32]]:
@@ -214,7 +217,8 @@ class Graph:
         return fn.external_source(name=name, no_copy=no_copy, **options)
 
     def _one_view(self) -> DataNode:
-        image = self._centred_view(self._changed(self._window()), "float32" if self._finishes else self.dtype)
+        image = self._changed(self._resized(self._hooked("decode", self._window())))
+        image = self._centred_view(image, "float32" if self._finishes else self.dtype)
         return dali_ops.cast(self._finished(image), self.dtype) if self._finishes else image
 
     def _changed(self, image: DataNode) -> DataNode:
@@ -235,6 +239,18 @@ class Graph:
             as_float = functools.partial(fn.cast, dtype=types.FLOAT)
             image = dali_ops.where(self._input("recoloured"), recoloured, image, colours, means, otherwise=as_float)
             image = dali_ops.cast(image, "uint8") if self.dtype == "uint8" else image
+        return self._hooked("augment", image)
+
+    def _hooked(self, place: str, image: DataNode) -> DataNode:
+        """The user's own operations at a place."""
+        hooks = enumerate(self.augmentation.hooks) if self.views == "random" else ()
+        for number, hook in hooks:
+            if hook.after == place:
+                image = hook.function(image, *(self._input(f"hook{number}.{n}") for n in range(hook.numbers)))
+                if not isinstance(image, DataNode):
+                    raise AlexprepError(
+                        f"hook {hook.name} gives a {type(image).__name__}, not the image as a DALI node"
+                    )
         return image
 
     def _operated(self, image: DataNode, part: str, fill: float) -> DataNode:
@@ -266,13 +282,14 @@ class Graph:
     @property
     def _finishes(self) -> bool:
         """Whether anything is done after the mean is subtracted and all divided."""
-        return "erased" in self.input_names
+        hooked = any(hook.after == "tensor" for hook in self.augmentation.hooks)
+        return self.views == "random" and (self.augmentation.erasing is not None or hooked)
 
     def _finished(self, image: DataNode) -> DataNode:
         erasing = self.augmentation.erasing
         if erasing is not None:
             image = dali_ops.erase(image, self._input("erased"), erasing.value, self.memory_format)
-        return image
+        return self._hooked("tensor", image)
 
     def _centred_view(self, image: DataNode, dtype: Dtype) -> DataNode:
         """Mirrors, subtracts the mean, adds the noise, divides."""
@@ -344,12 +361,12 @@ class Graph:
         return [float(-mean) for mean in channel_means(self.statistics, self.augmentation)]
 
     def _window(self) -> DataNode:
-        """uint8 (H, W, 3): the chosen window of each image, resized where it is to be."""
+        """uint8 (H, W, 3): the chosen window of each image."""
         start, shape = self._input("start"), self._shape()
         if self.raw:
-            return self._resized(dali_ops.cut(self._pixels(), start, shape, self.size))
+            return dali_ops.cut(self._pixels(), start, shape, self.size)
         window = dali_ops.decode_window(self._input("encoded"), start, shape, self.decode, self.hw_decoder_load)
-        return self._resized(self._on_device(window))
+        return self._on_device(window)
 
     def _whole(self) -> DataNode:
         """uint8 (H, W, 3): all of each image."""
@@ -373,6 +390,32 @@ class Graph:
 
     def _on_device(self, image: DataNode) -> DataNode:
         return image.gpu() if self.device != "cpu" and self.decode == "cpu" else image
+
+
+def check_hooks(augmentation: Augmentation) -> None:
+    """Runs the user's own operations once, on noise and on the CPU. What they raise, it raises.
+
+    Raises AlexprepError where what comes out is not of the form of what went in, and RuntimeError where DALI cannot run it.
+    """
+    side = 2 * (augmentation.crop or 16)
+    bare = replace(augmentation, mean="none", std="none", noise="none", noise_epochs=None, share=1, mixing=None)
+    views: Any = {"views": "random", "dtype": "float32", "memory_format": "NHWC"}
+    where: Any = {"threads": 1, "device": "cpu", "device_id": None, "decode": "cpu", "hw_decoder_load": 0.0}
+    graph = Graph(bare, None, raw=True, size=None, batch_size=2, **views, **where)
+    sizes = np.full((2, 2), side)
+    images = np.random.default_rng(0).integers(0, 256, (2, side, side, 3), np.uint8)
+    pipeline = graph.pipeline()
+    pipeline.build()
+    for name, values in {"encoded": images, **graph.inputs(0, draw(bare, 0, 0, np.arange(2), sizes), sizes)}.items():
+        pipeline.feed_input(name, values)
+    (output,) = pipeline.run()
+    shapes = {tuple(output.at(n).shape) for n in range(2)}
+    wanted = (side, side, 3) if augmentation.crop is None else (augmentation.crop, augmentation.crop, 3)
+    if shapes != {wanted} or output.dtype != types.FLOAT:
+        names = ", ".join(hook.name for hook in augmentation.hooks)
+        raise AlexprepError(
+            f"hook {names} makes float32 {wanted} into {output.dtype} {min(shapes)}: keep type and size"
+        )
 
 
 def _policy_inputs(drawn: Mapping[str, NDArray[Any]]) -> Inputs:

@@ -16,62 +16,26 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from alexprep.pipeline import mixing
 from alexprep.pipeline.augmentation import Augmentation, Draws, augmentation_named, centred, draw
-from alexprep.pipeline.dali_graph import Graph, Views
+from alexprep.pipeline.batch import Batch, mixed_batch
+from alexprep.pipeline.dali_graph import Graph, Views, check_hooks
 from alexprep.pipeline.dali_ops import Dtype, MemoryFormat
 from alexprep.pipeline.dataset import Dataset, OnBad, Source, open_dataset, statistics_for
 from alexprep.pipeline.device import choose_device, moved
 from alexprep.pipeline.loader_settings import Tuning
 from alexprep.pipeline.sampler import BLOCK_SHARDS, Order, StepPlan
-from alexprep.shards.errors import AlexprepError, whole_number
+from alexprep.shards.errors import AlexprepError, one_of, whole_number
 from alexprep.shards.image_codec import header_size, raw_header
 from alexprep.shards.rgb_statistics import Statistics
 
 _READ_AHEAD = 8  # steps whose samples are asked of the disk before they are decoded
-
-
-class Batch(NamedTuple):
-    """A rank's part of one step: images and labels on the loader's device, and rows of the split's index on the CPU, int64 (N,).
-
-    Images are (N, 3, H, W) or (N, H, W, 3), with views "ten" (N, 10, …): grey levels about 0, or what the augmentation's `std` makes
-    of them. Labels are int64 (N,).
-    """
-
-    images: torch.Tensor
-    labels: torch.Tensor
-    indices: torch.Tensor
-
-    @property
-    def partner_labels(self) -> torch.Tensor | None:
-        """None: nothing is mixed. See `MixedBatch`."""
-        return None
-
-    @property
-    def weights(self) -> torch.Tensor | None:
-        """None: nothing is mixed. See `MixedBatch`."""
-        return None
-
-
-class MixedBatch(NamedTuple):
-    """A batch whose pairs are mixed, which a loader with `Augmentation.mixing` gives: of five tensors, so that nobody takes it for a `Batch`.
-
-    The loss of a sample is weight · loss(label) + (1 - weight) · loss(partner's label). Partner labels are int64 (N,), weights float32 (N,), both
-    on the loader's device; a sample without a partner has its own label there. All else is as in `Batch`.
-    """
-
-    images: torch.Tensor
-    labels: torch.Tensor
-    indices: torch.Tensor
-    partner_labels: torch.Tensor
-    weights: torch.Tensor
 
 
 class Loader:
@@ -106,7 +70,7 @@ class Loader:
         rank: int = 0,
         world_size: int = 1,
         device: str | torch.device = "cpu",
-        dtype: Dtype = "float32",
+        dtype: Dtype | Literal["bfloat16"] | torch.dtype = "float32",
         memory_format: MemoryFormat = "NCHW",
         on_bad: OnBad = "error",
         statistics: Statistics | str | Path | None = None,
@@ -132,7 +96,7 @@ class Loader:
             rank: of this process, in [0, world_size).
             world_size: how many processes share each step.
             device: "cpu", or "cuda" with or without an index.
-            dtype: "float32", "float16", or, where the augmentation neither subtracts nor divides, "uint8".
+            dtype: "float32", "float16", "bfloat16", or, where the augmentation neither subtracts nor divides, "uint8"; torch's likewise.
             memory_format: "NCHW", "NHWC", or "channels_last": shaped as the first, in memory as the second, and on a CPU the
                 fastest.
             on_bad: "error" ends with the name of a damaged sample; "skip" leaves it out of its step, and moves no other.
@@ -152,6 +116,8 @@ class Loader:
             tuning = replace(tuning or Tuning(), threads=threads)
         self._tuning = tuning = tuning or Tuning()
         dataset = open_dataset(data, split, on_bad, cache)
+        if augmentation.hooks and views == "random":
+            check_hooks(augmentation)
         self._mixes = augmentation.mixing is not None and views == "random"
         self._plan = StepPlan(
             *(dataset.samples.index["shard"], batch_size, order, block_shards, seed, rank, world_size),
@@ -164,6 +130,9 @@ class Loader:
         chosen = statistics_for(dataset, statistics) if augmentation.needs_statistics else None
         dataset.check(augmentation, chosen)
         target = choose_device(device or "cpu")
+        kind = str(dtype).removeprefix("torch.")
+        one_of("dtype", kind, (*get_args(Dtype), "bfloat16"))
+        self._dtype: torch.dtype = getattr(torch, kind)
         self._graph = Graph(
             augmentation,
             chosen,
@@ -176,7 +145,7 @@ class Loader:
             device_id=torch.cuda.current_device() if target.type == "cuda" and target.index is None else target.index,
             decode=tuning.decode_on(target.type),
             hw_decoder_load=tuning.hw_decoder_load,
-            dtype=dtype,
+            dtype=cast(Dtype, "float32" if kind == "bfloat16" else kind),  # which DALI does not have
             memory_format=memory_format,
         )
         self._on_bad, self._dataset = on_bad, dataset
@@ -218,6 +187,7 @@ class Loader:
             batch = Batch(images, labels, torch.from_numpy(step.rows.copy()))
             if self._mixes:
                 batch = cast(Batch, mixed_batch(batch, step.draws, self._graph.memory_format))
+            batch = batch._replace(images=batch.images.to(self._dtype))
             following = self._plan.after(step.epoch, step.number)
         except BaseException:
             # Also after Ctrl-C: what is under way no longer fits the state, which still points at this batch.
@@ -305,42 +275,6 @@ class Loader:
         runner, self._runner = self._runner, None
         if runner is not None:
             runner.close()
-
-
-def mixed_batch(batch: Batch, draws: Draws, memory_format: MemoryFormat) -> MixedBatch:
-    """Mixes the pairs of a batch, as `alexprep.pipeline.mixing.mixed` defines it; a CPU's images in their own memory."""
-    images, labels, indices = batch
-    if not len(labels):
-        return MixedBatch(images, labels, indices, labels, torch.empty(0, device=labels.device))
-    partner_N, weight_N, exchanged_N4 = (
-        mixing.partners(draws.more["pair"]),
-        draws.more["weight"],
-        draws.more["exchanged"],
-    )
-    partner, weights = (moved(torch.from_numpy(values), labels.device) for values in (partner_N, weight_N))
-    pixels = images if memory_format != "NHWC" else images.movedim(-1, 1)  # (N, 3, H, W), wherever they lie
-    if images.device.type == "cuda":  # few calls for all pairs
-        pairs = zip(weight_N, exchanged_N4, strict=True)
-        shares = zip(*(mixing.shares(*pair, *pixels.shape[2:]) for pair in pairs), strict=True)
-        rows, columns = (moved(torch.from_numpy(np.stack(part)).to(images.dtype), images.device) for part in shares)
-        pixels += (pixels[partner] - pixels) * (rows[:, None, :, None] * columns[:, None, None])
-    else:  # few bytes: one pair after the other
-        for n in np.flatnonzero(partner_N > np.arange(len(partner_N))).tolist():
-            _mix_pair(pixels[n], pixels[n + 1], float(weight_N[n]), exchanged_N4[n].tolist())
-    return MixedBatch(images, labels, indices, labels[partner], weights.float())
-
-
-def _mix_pair(one: torch.Tensor, other: torch.Tensor, weight: float, exchanged: list[int]) -> None:
-    """Mixes two images (3, H, W) in their own memory."""
-    top, left, height, width = exchanged
-    if height and width:
-        place = slice(None), slice(top, top + height), slice(left, left + width)
-        kept = one[place].clone()
-        one[place], other[place] = other[place], kept
-    elif weight < 1:
-        difference = (other - one).mul_(1 - weight)
-        one += difference
-        other -= difference
 
 
 @dataclass

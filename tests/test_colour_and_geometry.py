@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -190,7 +190,8 @@ def test_blur_is_scipy_s(image: NDArray[np.uint8]) -> None:
 
 
 def _map(image: NDArray[np.uint8], *values: float) -> NDArray[np.float64]:
-    return inverse_maps(np.array([image.shape[:2]]), *(np.array([value]) for value in values))[0]
+    maps = inverse_maps(np.array([image.shape[:2]]), *(np.array([value]) for value in values))
+    return np.asarray(maps[0])
 
 
 def test_warps_are_pillow_s(image: NDArray[np.uint8]) -> None:
@@ -216,7 +217,7 @@ def test_operations_of_policies_are_pillow_s(image: NDArray[np.uint8]) -> None:
     every = np.arange(len(OPERATIONS))
     negative = np.zeros(len(OPERATIONS), bool)
     drawn = operation(RandAugment(), every, np.full(len(every), 15), negative, sizes)
-    ours = dict(zip(OPERATIONS, (operated(image, drawn, n, 0).astype(int) for n in every), strict=True))
+    ours = dict(zip(OPERATIONS, (operated(image, drawn, n, 0).astype(int) for n in every.tolist()), strict=True))
     factor = 1 + 0.9 / 2
     exact = {
         "identity": picture,
@@ -239,11 +240,10 @@ def test_operations_of_policies_are_pillow_s(image: NDArray[np.uint8]) -> None:
     np.testing.assert_array_equal(ours["translate_y"][9:], image[:-9])
     np.testing.assert_array_equal(ours["rotate"], warp(image, _map(image, math.radians(15), 1, 0, 0, 0, 0), 0, True))
     np.testing.assert_array_equal(ours["shear_y"], warp(image, _map(image, 0, 1, 0, 0.15, 0, 0), 0, True))
-    large = np.asarray(
-        picture.resize((500, 400), Image.Resampling.BICUBIC)
-    )  # Pillow counts in whole 255ths of the pixels
-    pillow = np.asarray(ImageOps.equalize(Image.fromarray(large))).astype(int)
-    assert np.abs(policies.equalized(large) - pillow).max() <= 2
+    # Pillow counts in whole 255ths of the pixels.
+    large = np.asarray(picture.resize((500, 400), Image.Resampling.BICUBIC))
+    theirs = np.asarray(ImageOps.equalize(Image.fromarray(large))).astype(int)
+    assert np.abs(policies.equalized(large) - theirs).max() <= 2
     for flat in (policies.stretched, policies.equalized):
         np.testing.assert_array_equal(flat(np.full_like(image, 7)), np.full_like(image, 7))
 
@@ -312,7 +312,7 @@ def test_shapes_have_the_stated_distribution(seed: int) -> None:
     count = 20_000
     sizes = np.tile([200, 300], (count, 1))
 
-    def drawn(**settings: Any) -> NDArray[np.float64]:
+    def drawn(**settings: Any) -> Mapping[str, NDArray[Any]]:
         augmentation = Augmentation(crop=None, mean="none", noise="none", **settings)
         return draw(augmentation, seed, 0, np.arange(count), sizes).more
 

@@ -26,6 +26,7 @@ from alexprep.pipeline.augmentation import (
     noise_stdevs,
     ten_windows,
 )
+from alexprep.pipeline.batch import Batch
 from alexprep.pipeline.dali_ops import (
     colour_noise,
     decode_crop,
@@ -38,7 +39,7 @@ from alexprep.pipeline.dali_ops import (
     to_tensor,
 )
 from alexprep.pipeline.geometry import resize
-from alexprep.pipeline.loader import Batch, Loader
+from alexprep.pipeline.loader import Loader
 from alexprep.shards import rgb_statistics
 from alexprep.shards.conversion import convert
 from alexprep.shards.image_codec import Target

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import pickle
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,13 +17,16 @@ import torch
 import torch.nn.functional as F
 
 from alexprep.pipeline import mixing
-from alexprep.pipeline.augmentation import Augmentation, RandAugment, draw
+from alexprep.pipeline.augmentation import Augmentation, draw
+from alexprep.pipeline.batch import Batch, MixedBatch
 from alexprep.pipeline.colour import Blur, Jitter
 from alexprep.pipeline.geometry import Affine, Erasing
-from alexprep.pipeline.loader import Batch, Loader, MixedBatch
+from alexprep.pipeline.loader import Loader
 from alexprep.pipeline.mixing import Mixing, draw_mixing, partners
+from alexprep.pipeline.policies import RandAugment
 from alexprep.pipeline.sampler import StepPlan
 from alexprep.shards.errors import AlexprepError
+from alexprep.shards.sample_reader import Samples
 from alexprep.train import recipes
 from alexprep.train.data import Examples, Mixed, mixed_of
 from alexprep.train.distributed.parallel import Parallel
@@ -172,12 +176,6 @@ def test_all_of_it_is_exact_on_resume_and_over_ranks(data: Path) -> None:
             each.close()
 
 
-def test_a_sample_whose_partner_is_damaged_stays_as_it_is(data: Path, tmp_path: Path) -> None:
-    """Its label counts whole, and every other pair is mixed as before."""
-    more = draw(EVERYTHING, 0, 0, np.arange(6), np.full((6, 2), 64), np.arange(6)).only([0, 1, 2, 4, 5]).more
-    assert partners(more["pair"]).tolist() == [1, 0, 2, 4, 3]
-
-
 def test_the_loss_is_that_of_soft_labels(seed: int) -> None:
     torch.manual_seed(seed)
     output, labels, others = torch.randn(12, 5), torch.randint(5, (12,)), torch.randint(5, (12,))
@@ -220,7 +218,7 @@ def test_the_loop_gets_the_pairs_of_any_loader() -> None:
     parallel = Parallel(torch.nn.Linear(2, 2), "single", world)
     images, labels = torch.zeros(4, 2), torch.arange(4)
     others = MixedBatch(images, labels, labels, labels.flip(0), torch.full((4,), 0.3))
-    ((_, _, mixed), (_, _, none)) = parallel.batches([others, Examples(images, labels)])  # type: ignore[list-item]
+    ((_, _, mixed), (_, _, none)) = parallel.batches([others, Examples(images, labels)])
     assert mixed is not None and torch.equal(mixed.partner_labels, labels.flip(0)) and none is None
     assert mixed_of(Batch(images, labels, labels)) is None
 
@@ -255,3 +253,66 @@ def test_a_recipe_with_mixing_is_part_of_a_run_s_identity() -> None:
 def test_what_is_out_of_bounds_is_named(make: Any, words: str, data: Path) -> None:
     with pytest.raises(AlexprepError, match=words):
         make(data)
+
+
+def test_a_missing_partner_leaves_a_sample_as_it_is(data: Path, tmp_path: Path) -> None:
+    """Where one image of a pair is damaged, the other is not mixed and keeps its label; every other pair is as before."""
+    copy = Path(shutil.copytree(data, tmp_path / "data"))
+    record = Samples(copy, "train").index[5]
+    with (copy / "train" / f"train-{record['shard']:06d}.tar").open("r+b") as shard:
+        shard.seek(int(record["offset"]))
+        shard.write(bytes(int(record["size"])))
+    options: Any = {"batch_size": 8, "order": "sequential", "seed": 2}
+    mixed: Any = options | {"augmentation": replace(PLAIN, mixing=Mixing(mixup=1.0))}
+    with (
+        Loader(copy, on_bad="skip", **mixed) as loader,
+        Loader(data, **mixed) as sound,
+        Loader(data, augmentation=PLAIN, **options) as plain,
+    ):
+        found, whole, alone = (next(iter(each)) for each in (loader, sound, plain))
+    assert found.indices.tolist() == [0, 1, 2, 3, 4, 6, 7]
+    assert torch.equal(found.images[:4], whole.images[:4]) and torch.equal(found.images[5:], whole.images[6:])
+    assert torch.equal(found.images[4], alone.images[4]) and found.partner_labels is not None
+    assert found.partner_labels[4] == found.labels[4]
+
+
+def test_numbers_types_and_the_last_step(data: Path) -> None:
+    """Means and deviations by name or as numbers, torch's types, and steps that are whole."""
+    options: Any = {"batch_size": 18, "seed": 1}
+    images = {}
+    for name, mean, std in (
+        ("inception", "inception", "inception"),
+        ("numbers", (127.5, 127.5, 127.5), (127.5, 127.5, 127.5)),
+        ("clip", "clip", "clip"),
+        ("none", "none", "none"),
+    ):
+        augmentation = Augmentation(crop=51, mean=mean, std=std, noise="none")  # type: ignore[arg-type]
+        with Loader(data, augmentation=augmentation, drop_last=True, **options) as loader:
+            assert len(loader) == 2 and [len(batch.labels) for batch in loader] == [18, 18]
+            images[name] = next(iter(loader)).images.movedim(1, -1)
+        with Loader(data, augmentation=augmentation, **options) as loader:
+            assert len(loader) == 3
+    levels = images["none"].double()
+    assert torch.equal(images["inception"], images["numbers"]) and images["inception"].abs().max() <= 1
+    torch.testing.assert_close(images["inception"].double(), levels / 127.5 - 1, atol=1e-6, rtol=0)
+    clip_mean, clip_std = (
+        torch.tensor(values) for values in ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711])
+    )
+    torch.testing.assert_close(images["clip"].double(), (levels / 255 - clip_mean) / clip_std, atol=1e-5, rtol=0)
+    for dtype, memory_format in ((torch.bfloat16, "channels_last"), ("bfloat16", "NHWC"), (torch.float16, "NCHW")):
+        both = []
+        for kind in (dtype, "float32"):
+            with Loader(data, augmentation=PLAIN, dtype=kind, memory_format=memory_format, **options) as loader:  # type: ignore[arg-type]
+                both.append(next(iter(loader)).images)
+        assert both[0].dtype == (torch.bfloat16 if dtype == "bfloat16" else dtype)
+        assert both[0].stride() == both[1].stride()
+        torch.testing.assert_close(both[0].float(), both[1].to(both[0].dtype).float(), atol=2**-8, rtol=2**-8)
+    for arguments, words in (
+        ({"mean": (1, 2)}, r"mean \(1, 2\) is neither one of crop, .* nor three grey levels"),
+        ({"std": (1, 0, 1)}, "std 0 is not a number"),
+        ({"std": "clips"}, "std 'clips' is not one of"),
+    ):
+        with pytest.raises(AlexprepError, match=words):
+            Augmentation(**arguments)
+    with pytest.raises(AlexprepError, match="dtype 'float64' is not one of"):
+        Loader(data, batch_size=2, augmentation=PLAIN, dtype=torch.float64)

@@ -11,10 +11,11 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
+from alexprep.pipeline.augmentation import Place
 from alexprep.pipeline.device import choose_device
 from alexprep.pipeline.loader_settings import Tuning, saved_tuning
 from alexprep.shards import rgb_statistics
@@ -27,16 +28,26 @@ from alexprep.train.distributed.tensor_parallel import SCHEMES, Scheme, part_of
 from alexprep.train.distributed.world import TIMEOUT, World
 from alexprep.train.logger import writer_class
 from alexprep.train.precision import Arithmetic, Precision, arithmetic
-from alexprep.train.recipes import DEFAULT_RECIPE, MOST_EPOCHS, Recipe, recipe_of, try_user_network
+from alexprep.train.recipes import DEFAULT_RECIPE, MOST_EPOCHS, Recipe, hooked, recipe_of, try_user_network
 from alexprep.train.run_dir import place_named, saved_checkpoint
-from alexprep.train.user_code import MODEL, RECIPE, UserNetwork, check_named, comparable, is_reference, references
+from alexprep.train.user_code import (
+    HOOK,
+    MODEL,
+    RECIPE,
+    UserNetwork,
+    absolute,
+    check_named,
+    comparable,
+    is_reference,
+    references,
+)
 
 MOST_TRACED = 200  # steps; all stay in memory until the last one
 MOST_SECONDS = 1_000_000  # that ranks wait for one another: eleven days; system clocks take no more than some 10^9
 KEEP, CHECKPOINT_STEPS = 3, 1000  # unless the run began with others
 OPTIONS = (  # what a resumed run takes from its beginning
     *("recipe", "model", "seed", "batch_size", "lr", "init_from", "init_layers"),
-    *("precision", "channels_last", "compile"),
+    *("precision", "channels_last", "compile", "hook", "hook_after"),
 )
 LENGTH = ("epochs", "steps")
 REMEMBERED = (*LENGTH, "keep", "checkpoint_steps")  # likewise; what is given on resuming holds from then on
@@ -58,6 +69,10 @@ class TrainConfig:
     # Name in the registry, "alexnet" by default; or a user's own: FILE.py, FILE.py:FUNCTION or MODULE:FUNCTION.
     recipe: str | None = None
     model: str | None = None  # the user's own network in the recipe's stead, likewise; see `alexprep.train.user_code`
+    hook: str | None = (
+        None  # an operation of the user's own in the augmentation, likewise; see `alexprep.pipeline.Hook`
+    )
+    hook_after: Place | None = None  # where: "decode", "augment" (the default) or "tensor"
     seed: int | None = None  # of the initial weights, dropout, order and augmentation; 0 by default
     batch_size: int | None = None  # images a step
     lr: float | None = None  # learning rate of the first epoch
@@ -95,6 +110,10 @@ class TrainConfig:
                 whole_number(name, getattr(self, name), 1, most.get(name, 2**40))
         if self.seed is not None:
             whole_number("seed", self.seed, 0, 2**63 - 1)
+        if self.hook_after is not None:
+            one_of("hook_after", self.hook_after, get_args(Place))
+            if self.hook is None and not self.resume:
+                raise AlexprepError(f"--hook-after {self.hook_after} says where a hook goes: name it with --hook")
         if self.scheme is not None:
             one_of("scheme", self.scheme, SCHEMES)
         number_within("rank_seconds", self.rank_seconds, 1e-3, MOST_SECONDS)
@@ -154,7 +173,7 @@ class Job:
         config, words = self.config, ["--resume"]
         if config.runs.resolve() != TrainConfig.runs.resolve():
             words += ["--runs", str(config.runs)]
-        for option, reference in ((RECIPE, config.recipe), (MODEL, config.model)):
+        for option, reference in ((RECIPE, config.recipe), (MODEL, config.model), (HOOK, config.hook)):
             if reference is not None and is_reference(reference):
                 words += [option, reference]
         if config.ranks > 1:
@@ -180,19 +199,21 @@ def prepare(
     if config.tensorboard:
         writer_class()  # raises where the package is missing
     named, model = references(config.recipe, config.model)
-    config = replace(config, recipe=named, model=model)
+    config = replace(config, recipe=named, model=model, hook=config.hook and absolute(config.hook, HOOK))
     run, earlier = Path(os.devnull) if dry_run else None, None
     if config.resume:
         run = run_dir.find_run(config.runs, config.name)
         document = run_dir.read_config(run)
         earlier = document["options"]
-        check_named(earlier, config.recipe, config.model, run)
+        check_named(earlier, config.recipe, config.model, run, config.hook)
         config = resumed(config, earlier, config.data or run_dir.still_there(run, Path(document["data"])))
     data = config.data or Path()  # there is one: only a resumed run's may be None, and it is found by now
     facts = data_facts(data)
     tuning, notes = _tuning(config, data, device, earlier)
     notes += [f"the split {split} is skipped: none of its images has a label" for split in facts.unlabelled]
     recipe = recipe_of({name: getattr(config, name) for name in OPTIONS})
+    if config.hook is not None:
+        recipe = hooked(recipe, config.hook, config.hook_after or "augment")
     recipe.check_size(facts.size)
     computing = arithmetic(device, config.precision, config.channels_last, config.compile)
     if computing.precision == "fp16" and device.type == "cpu":

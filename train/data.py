@@ -18,7 +18,7 @@ EVALUATION_SPLITS = ("val", "test")  # the first that has samples with labels is
 
 
 class LoadedBatch(Protocol):
-    """The part of `alexprep.pipeline.loader.Batch` that training reads; of a `MixedBatch` also what `mixed_of` finds."""
+    """The part of `alexprep.pipeline.Batch` that training reads; of a `MixedBatch` also what `mixed_of` finds."""
 
     @property
     def images(self) -> torch.Tensor:
