@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -121,7 +122,7 @@ class SplitFolders(click.ParamType[Any]):
         if value == "none":
             return ()
         found: list[tuple[str, str]] = []
-        for part in value.split(","):
+        for part in re.split(",(?=(?:train|val|test)=)", value):  # folders may have commas in their names
             split, _, place = part.partition("=")
             if split not in ("train", "val", "test") or not place:
                 self.fail(f"{part!r} is not train=FOLDER, val=FOLDER or test=FOLDER", param, ctx)
@@ -263,6 +264,16 @@ def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON document as the last line of stdout."
+)
+
+
+labels_option = click.option(
+    "--labels",
+    default="auto",
+    show_default=True,
+    metavar="auto|sorted|ilsvrc-id|FILE",
+    help="How classes are numbered: as the source does, or by sorted name where it does not; by sorted name; by the "
+    "devkit's ID; by a file with one class name a line.",
 )
 
 

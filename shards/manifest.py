@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import re
 from collections import Counter
 from typing import Any
 
@@ -31,6 +30,7 @@ from alexprep.shards.dataset_format import (
     sample_key,
 )
 from alexprep.shards.errors import AlexprepError
+from alexprep.shards.image_header import general_reason
 from alexprep.shards.plan import Plan, Shard, locations
 from alexprep.shards.storage import json_bytes, publish_bytes, publish_first
 from alexprep.shards.tar_format import ending, padded
@@ -80,6 +80,12 @@ def read_sidecar(plan: Plan, shard: Shard) -> Sidecar | None:
     return sidecar
 
 
+def rejects_in(sidecar: Sidecar) -> int:
+    """How many inputs of a shard are rejected."""
+    samples: int = sidecar["samples"]
+    return len(sidecar["inputs"]) - samples
+
+
 def publish_sidecar(plan: Plan, shard: Shard, sidecar: Sidecar, before: bytes) -> None:
     """Publishes a shard's sidecar, which makes the shard count; of several writers the first one wins.
 
@@ -124,7 +130,9 @@ class Manifest:
         """Takes in a finished shard, given its rows of plan.parquet; a damaged sidecar raises KeyError, TypeError or ValueError."""
         self._ledgers[shard.split].append(_ledger(shard, planned, sidecar))
         self._indexes[shard.split].append(_index(shard, sidecar))
-        self.reasons.update(_general(entry["reason"]) for entry in sidecar["inputs"] if entry["status"] == "rejected")
+        self.reasons.update(
+            general_reason(entry["reason"]) for entry in sidecar["inputs"] if entry["status"] == "rejected"
+        )
         self.kept += sum(entry.get("kept", False) for entry in sidecar["inputs"])
         if sidecar["samples"]:
             self._records[shard.split].append(
@@ -229,8 +237,3 @@ def _index(shard: Shard, sidecar: Sidecar) -> NDArray[Any]:
     return np.array(
         [(shard.number, m["offset"], m["size"], e["label"]) for m, e in zip(images, written, strict=True)], INDEX_DTYPE
     )
-
-
-def _general(reason: str) -> str:
-    """A reason without its particulars, so that like ones are counted together."""
-    return re.sub(r"\d[\d,]*", "N", reason.split(" (first bytes ")[0])

@@ -13,6 +13,7 @@ of a source: see `conversion`.
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -143,6 +144,17 @@ class Choices:
 
 
 NO_CHOICES = Choices()
+
+
+def as_options(choices: Choices) -> str:
+    """The options of the command line that say the same."""
+    words = []
+    if choices.split_folders is not None:
+        folders = ",".join(f"{split}={folder}" for split, folder in choices.split_folders) or "none"
+        words.append(f"--split-folders {shlex.quote(folders)}")
+    if choices.class_depth is not None:
+        words.append(f"--class-depth {choices.class_depth}")
+    return " ".join(words)
 
 
 def as_json(choices: Choices) -> dict[str, Any]:

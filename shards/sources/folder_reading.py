@@ -10,27 +10,22 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
 
-from alexprep.shards.errors import AlexprepError, AmbiguousSourceError
+from alexprep.shards.errors import AlexprepError, AmbiguousSourceError, counted
 from alexprep.shards.sources.base import (
-    BESIDE,
-    LIST,
     NO_CHOICES,
-    NO_CLASS,
     SPLITS,
-    UNLABELLED,
-    Account,
     Choices,
-    class_name_of,
+    as_options,
     split_of,
 )
+from alexprep.shards.sources.foreign_formats import image_folder
 from alexprep.shards.sources.ground_truth import GroundTruth
-from alexprep.shards.sources.tree import Folder, Tree, is_picture, rule_of
+from alexprep.shards.sources.split_folders import Depth, SplitFolder, candidates, class_folders, class_names
+from alexprep.shards.sources.tree import Folder, is_picture
 from alexprep.shards.storage import as_text
 
-Depth = int | Literal["leaf"]
 # Gives what tells the classes of pictures in one flat folder: (split, folder, train classes) → ground truth, or None.
 FindTruth = Callable[[str, Folder, list[str]], GroundTruth | None]
 
@@ -43,7 +38,17 @@ CONTAINERS = {
         "data",
         "dataset",
         "datasets",
+        "ground_truth",
+        "groundtruth",
+        "gt",
+        "hr",
+        "im",
         "image",
+        "input",
+        "inputs",
+        "lr",
+        "target",
+        "targets",
         "images",
         "img",
         "imgs",
@@ -64,28 +69,9 @@ def _few(count: int) -> int:
     return max(1, count // 20)
 
 
+_word_and_number = re.compile(rb"([^\d.]*[^\d._ -])[._ -]*\d+\.\w+").fullmatch
+_split_word_first = re.compile(f"(?i:{'|'.join(sorted(SPLITS, key=len, reverse=True))})(?![a-z])").match
 _wordnet_id = re.compile(rb"n\d{8}").fullmatch
-
-
-@dataclass(frozen=True)
-class SplitFolder:
-    """What one folder holds of a split.
-
-    Attributes:
-        split: its name.
-        path: of the folder that holds the class folders, or the pictures of a flat split.
-        depth: where the class folders lie below it: 1 for directly in it; "leaf" where each folder that holds pictures is a class.
-        flat: whether there are no class folders; `truth` tells the classes then, or nothing does.
-        truth: the classes of a flat split.
-        without: folders in it that belong to other splits.
-    """
-
-    split: str
-    path: bytes
-    depth: Depth = 1
-    flat: bool = False
-    truth: GroundTruth | None = None
-    without: tuple[bytes, ...] = ()
 
 
 @dataclass
@@ -115,6 +101,44 @@ def read_folders(
         AlexprepError: none does, or `choices` name what is not there.
     """
     _refuse_detection_sets(root, shown)
+
+    def read(choices: Choices) -> Reading:
+        return _read(root, shown, truth_of, choices, split)
+
+    try:
+        return read(choices)
+    except _Question as question:
+        refusals = [(way, _refusal(read, choices, way)) for way, _ in question.ways]
+        ways = [
+            (as_options(way), words) for (way, words), (_, no) in zip(question.ways, refusals, strict=True) if not no
+        ]
+        if not ways:
+            raise AlexprepError(f"{question.found} {refusals[0][1]}") from None
+        raise AmbiguousSourceError(question.found, ways) from None
+
+
+def _refusal(read: Callable[[Choices], Reading], choices: Choices, way: Choices) -> str:
+    """Why a way out of a question ends in a refusal, perhaps after more questions; empty where it leads to a reading."""
+    chosen = replace(choices, **{name: value for name, value in vars(way).items() if value is not None})
+    try:
+        read(chosen)
+    except _Question as next_one:
+        refusals = ["no way out"] if chosen == choices else [_refusal(read, chosen, way) for way, _ in next_one.ways]
+        return "" if "" in refusals else refusals[0]
+    except AlexprepError as error:
+        return str(error)
+    return ""
+
+
+class _Question(Exception):
+    """A doubt: what was found, and (what to choose, what it means) of each way out."""
+
+    def __init__(self, found: str, ways: Sequence[tuple[Choices, str]]) -> None:
+        super().__init__(found)
+        self.found, self.ways = found, ways
+
+
+def _read(root: Folder, shown: str, truth_of: FindTruth, choices: Choices, split: str) -> Reading:
     reading = Reading([])
     if choices.split_folders is None:
         parts, where = _split_parts(root, shown, split, reading)
@@ -128,95 +152,16 @@ def read_folders(
         if not found.flat:
             classes_of[name] = class_names(found, root)
             if name == "train":
-                numbered = [as_text(folder) for folder, _ in _candidates(found, root.at(found.path) or root)]
+                numbered = [as_text(folder) for folder, _ in candidates(found, root.at(found.path) or root)]
     if choices.split_folders is None:
         _check_shared(classes_of, reading, shown)
     if choices == NO_CHOICES:
         _check_names(classes_of, reading, root, shown)
+    if len(reading.splits) == 1 and not reading.splits[0].flat:
+        _warn_of_lists(root, reading, shown)
     reading.splits.sort(key=lambda found: found.split)
     reading.evidence = where
     return reading
-
-
-def inputs_of(
-    reading: Sequence[SplitFolder], tree: Tree, account: Account, shown: str, known: dict[str, bytes] | None = None
-) -> Iterator[tuple[str, str, bytes]]:
-    """(split, class name, path) of every picture, by split, class and path; all else of the tree goes to the account.
-
-    `known` are the class folders by name, where other trees have some too.
-    """
-    root, taken = tree.root, set[bytes]()
-    known = {} if known is None else known
-    account.found += tree.account.found
-    for rule, passed in tree.account.passed_over.items():
-        account.add(rule, passed)
-    flat: dict[bytes, SplitFolder] = {}
-    for part in reading:
-        top = root.at(part.path)
-        if top is None:
-            raise AlexprepError(
-                f"{shown}/{as_text(part.path)} has vanished since it was listed: run the same command again"
-            )
-        if part.flat:
-            flat[top.path] = part
-            names = part.truth.sorted(top.pictures) if part.truth else ((UNLABELLED, name) for name in top.pictures)
-            yield from ((part.split, class_name, os.path.join(top.path, name)) for class_name, name in names)
-            continue
-        for relative, folder in class_folders(part, top):
-            class_name = class_name_of(relative, known, shown)
-            if part.depth == "leaf":
-                taken.add(folder.path)
-                yield from ((part.split, class_name, os.path.join(folder.path, name)) for name in folder.pictures)
-            else:
-                taken.update(inner.path for inner in folder.walk())
-                yield from ((part.split, class_name, path) for path in folder.paths())
-    _pass_over_rest(reading, root, taken, flat, account, shown)
-
-
-def class_folders(part: SplitFolder, top: Folder) -> list[tuple[bytes, Folder]]:
-    """(class name as bytes, folder) of the class folders that hold pictures below `top`, ascending by name."""
-    return [(name, folder) for name, folder in _candidates(part, top) if folder.count]
-
-
-def class_names(part: SplitFolder, root: Folder) -> list[str]:
-    """The names of the classes of a split, ascending."""
-    top = root.at(part.path)
-    return [as_text(name) for name, _ in class_folders(part, top)] if top and not part.flat else []
-
-
-def _candidates(part: SplitFolder, top: Folder) -> list[tuple[bytes, Folder]]:
-    """As `class_folders`, empty ones too."""
-    skip = len(top.path) + 1 if top.path else 0
-    without = set(part.without)
-    if part.depth == "leaf":
-        inner = [folder for folder in top.walk() if folder is not top and folder.pictures]
-    else:
-        inner = [top]
-        for _ in range(part.depth):
-            inner = [below for folder in inner for below in folder.folders if below.path not in without]
-    return sorted(((folder.path[skip:], folder) for folder in inner), key=lambda found: found[0])
-
-
-def _pass_over_rest(
-    reading: Sequence[SplitFolder],
-    root: Folder,
-    taken: set[bytes],
-    flat: dict[bytes, SplitFolder],
-    account: Account,
-    shown: str,
-) -> None:
-    tops = [part.path for part in reading]
-    lists = {part.truth.origin for part in reading if part.truth}
-    for folder in root.walk():
-        place = f"{shown}/{as_text(folder.path)}" if folder.path else shown
-        for name in folder.papers:
-            path = f"{place}/{as_text(name)}"
-            account.pass_over(LIST if path in lists else str(rule_of(name)), path)
-        if folder.path in taken or folder.path in flat:
-            continue
-        inside = any(top in (b"", folder.path) or folder.path.startswith(top + b"/") for top in tops)
-        for name in folder.pictures:
-            account.pass_over(NO_CLASS if inside else BESIDE, f"{place}/{as_text(name)}")
 
 
 # Which folders are splits.
@@ -229,14 +174,13 @@ def _split_parts(root: Folder, shown: str, split: str, reading: Reading) -> tupl
     base = _unwrapped(root)
     filled = base.filled
     named = {folder.path: SPLITS.get(_lower(folder)) for folder in filled}
-    if not any(named.values()):
-        told = {folder.path: split_of(folder.name) for folder in filled}
-        others = [
-            folder
-            for folder in filled
-            if not told[folder.path] and _lower(folder).split("_")[-1] not in _WITHOUT_LABELS
-        ]
-        if len({name for name in told.values() if name}) > 1 and not others:
+    told = {folder.path: split_of(folder.name) for folder in filled}  # also test1 and seg_train
+    if any(named.values()):
+        exact = set(named.values())
+        named |= {path: name for path, name in told.items() if not named[path] and name not in exact}
+    else:
+        silent = [f for f in filled if not told[f.path] and _lower(f).split("_")[-1] not in _WITHOUT_LABELS]
+        if len({name for name in told.values() if name}) > 1 and not silent:
             named = told
     splits = {folder.path: name for folder in filled if (name := named[folder.path])}
     if not splits:
@@ -255,9 +199,9 @@ def _split_parts(root: Folder, shown: str, split: str, reading: Reading) -> tupl
 
 def _unwrapped(folder: Folder) -> Folder:
     """The folder without those that only wrap it: each holds no pictures and one folder that holds all, in folders again."""
-    while not folder.pictures and len(folder.filled) == 1:
+    while len(folder.filled) == 1 and len(_loose(folder)) <= _few(folder.count):
         (inner,) = folder.filled
-        if not inner.filled or inner.pictures:
+        if not inner.filled or len(_loose(inner)) > _few(inner.count):
             return folder
         inside = {SPLITS.get(_lower(below)) for below in inner.filled}
         if _lower(inner) in SPLITS and (len(inside) < 2 or None in inside):
@@ -271,11 +215,11 @@ def _check_one_each(splits: dict[bytes, str], base: Folder, shown: str) -> None:
     for name in set(splits.values()):
         paths = [as_text(path) for path, split in splits.items() if split == name]
         if len(paths) > 1:
-            others = "".join(f",{split}={as_text(path)}" for path, split in splits.items() if split != name)
-            raise AmbiguousSourceError(
+            others = [(split, as_text(path)) for path, split in splits.items() if split != name]
+            raise _Question(
                 f"SOURCE {_shown(base, shown)} holds {' and '.join(os.path.basename(path) for path in paths)}, which both mean {name!r}.",
                 [
-                    (f"--split-folders {name}={path}{others}", f"{path} is, and the others are passed over")
+                    (Choices(((name, path), *others)), f"{os.path.basename(path)} is, and the other is passed over")
                     for path in paths
                 ],
             )
@@ -290,19 +234,21 @@ def _weigh_beside(splits: dict[bytes, str], beside: list[Folder], base: Folder, 
     names = ", ".join(as_text(folder.name) for folder in beside[:5]) or as_text(_loose(base)[0])
     if "train" in splits.values() and loose <= _few(inside):
         reading.warnings.append(
-            f"{outside:,} pictures beside the split folders of {_shown(base, shown)} are passed over ({names})"
+            f"passed over: {counted(outside, 'picture')} beside the split folders of {_shown(base, shown)} ({names})"
         )
         return
-    given = ",".join(f"{split}={as_text(path)}" for path, split in splits.items())
-    ways = [(f"--split-folders {given}", "these are the splits, and what lies beside them is passed over")]
+    given = tuple((split, as_text(path)) for path, split in splits.items())
+    ways = [(Choices(given), "these are the splits, and what lies beside them is passed over")]
     if "train" not in splits.values():
         here = as_text(base.path) or "."
-        ways.append((f"--split-folders train={here},{given}", "the folders beside them are the classes of train"))
-    ways.append(("--split-folders none", "no folder means a split: all of them are classes of train"))
+        ways.append((Choices((("train", here), *given)), "the folders beside them are the classes of train"))
+        wide = [folder for folder in beside if folder.filled]
+        ways += [(Choices((("train", as_text(f.path)), *given)), f"{as_text(f.name)} is train") for f in wide[:3]]
+    ways.append((Choices(()), "no folder means a split: all of them are classes of train"))
     found = " and ".join(os.path.basename(as_text(path)) for path in splits)
-    raise AmbiguousSourceError(
+    raise _Question(
         f"SOURCE {_shown(base, shown)} holds {found}, which by name {'is a split' if len(splits) == 1 else 'are splits'}, and beside "
-        f"{'it' if len(splits) == 1 else 'them'} {outside:,} pictures in {len(beside):,} other folders ({names}).",
+        f"{'it' if len(splits) == 1 else 'them'} {counted(outside, 'picture')} in {counted(len(beside), 'other folder')} ({names}).",
         ways,
     )
 
@@ -339,25 +285,23 @@ def _read_split(
     reading: Reading,
 ) -> SplitFolder:
     """How the pictures of one split are labelled."""
-    if without:
-        folder = Folder(
-            folder.path, folder.pictures, folder.papers, [f for f in folder.folders if f.path not in without]
-        )
-    if choices.class_depth is not None:
-        found = SplitFolder(split, folder.path, choices.class_depth, without=without)
-        if not class_folders(found, folder):
-            raise AlexprepError(
-                f"--class-depth {choices.class_depth}: {_shown(folder, shown)} has no folder with pictures so deep; give a smaller number"
-            )
-        return found
+    folder = folder.without(without)
     top = folder
     while (
-        not top.pictures
-        and len(top.filled) == 1
+        len(top.filled) == 1
+        and len(_loose(top)) <= _few(top.count) < top.count - len(top.pictures)
         and (top.filled[0].filled or _wraps_pictures(top, top.filled[0], split))
     ):
         top = top.filled[0]
         reading.skipped[split] = reading.skipped.get(split, 0) + 1
+    if choices.class_depth is not None:
+        found = SplitFolder(split, folder.path, choices.class_depth, without=without)
+        if class_folders(found, folder):
+            return found
+        if not top.leaf:
+            raise AlexprepError(
+                f"--class-depth {choices.class_depth}: {_shown(folder, shown)} has no folder with pictures so deep; give a smaller number"
+            )
     if top.pictures:
         flat = _flat(split, top, shown, truth_of, numbered, reading)
         if flat is not None:
@@ -368,7 +312,8 @@ def _read_split(
 
 def _wraps_pictures(outer: Folder, inner: Folder, split: str) -> bool:
     """Whether a folder with pictures in a split's folder is no class: test/images, val/val."""
-    return bool(outer.path) and inner.leaf and (_lower(inner) in CONTAINERS or SPLITS.get(_lower(inner)) == split)
+    tells_nothing = _lower(inner) in CONTAINERS or inner.name == outer.name or split_of(inner.name) == split
+    return bool(outer.path) and inner.leaf and tells_nothing
 
 
 def _flat(
@@ -382,22 +327,38 @@ def _flat(
     place = _shown(top, shown)
     if truth is None and strays:
         return None
+    if truth is None and (words := image_folder(top)):
+        raise AlexprepError(f"{place} is {words}")
     if truth is None and split != "test":
         raise AlexprepError(
             f"{place} holds no class folders, and nothing beside it tells the classes of its images: sort them into "
             f"{place}/CLASS/IMAGE, put a ground truth into SOURCE (LOC_{split}_solution.csv, {split}.txt, or the devkit), "
-            "or move it away"
+            f"or move it away{_words_in_names(top)}"
         )
     if truth is None:
         reading.warnings.append(
             f"nothing tells the classes of the {len(top.pictures):,} images in {place}: their label is -1"
         )
-    elif top.folders:
+    else:
+        truth.sorted(top.pictures)  # it must know them all
+    if truth is not None and top.folders:
         names = ", ".join(as_text(folder.name) for folder in top.folders[:5])
         reading.warnings.append(
-            f"{place} is read by {truth.origin}; {strays:,} pictures in folders in it ({names}) are passed over"
+            f"{place} is read by {truth.origin}; passed over: {counted(strays, 'picture')} in folders in it ({names})"
         )
     return SplitFolder(split, top.path, flat=True, truth=truth)
+
+
+def _words_in_names(top: Folder) -> str:
+    """A hint where the names of pictures begin with a few words, as cat.0.jpg and dog.0.jpg: they may be the classes."""
+    words = [match[1] for name in top.pictures if (match := _word_and_number(name))]
+    kinds = sorted(set(words))
+    if len(words) < len(top.pictures) or not 1 < len(kinds) <= max(2, len(words) // 2):
+        return ""
+    return (
+        f". The names begin with {', '.join(map(as_text, kinds[:3]))}{', …' if len(kinds) > 3 else ''}: if these are the classes, write "
+        "a list of path and label (CSV) by them, and name that as SOURCE"
+    )
 
 
 def _weigh_loose(split: str, top: Folder, shown: str, reading: Reading) -> None:
@@ -406,15 +367,15 @@ def _weigh_loose(split: str, top: Folder, shown: str, reading: Reading) -> None:
     if not sure:
         return
     loose = len(sure)
-    words = f"{loose:,} pictures in {place} lie in no class folder, among them {as_text(sure[0])}"
+    words = f"{counted(loose, 'picture')} in {place} and in no class folder, such as {as_text(sure[0])}"
     if loose <= _few(top.count):
-        reading.warnings.append(f"{words}: they are passed over")
+        reading.warnings.append(f"passed over: {words}")
         return
-    raise AmbiguousSourceError(
-        f"{words}, beside {len(top.filled):,} folders with {sum(f.count for f in top.filled):,} pictures.",
+    raise _Question(
+        f"SOURCE holds {words}, beside {counted(len(top.filled), 'folder')} with {counted(sum(f.count for f in top.filled), 'picture')}.",
         [
             (
-                f"--class-depth {1 + reading.skipped.get(split, 0)}",
+                Choices(class_depth=1 + reading.skipped.get(split, 0)),
                 "the folders are classes, and the pictures beside them are passed over",
             )
         ],
@@ -430,7 +391,7 @@ def _class_depth(split: str, top: Folder, shown: str, reading: Reading) -> Depth
     if all(child.pictures for child in children) and nested <= _few(top.count):
         some = next(child for child in children if child.filled).filled[0]
         reading.warnings.append(
-            f"{nested:,} pictures lie in folders within class folders, as {_shown(some, shown)}: they count for the class around them"
+            f"counted for the class around them: {counted(nested, 'picture')} in folders within class folders, as {_shown(some, shown)}"
         )
         return 1
     inner = {below.name for child in children for below in child.filled}
@@ -439,31 +400,31 @@ def _class_depth(split: str, top: Folder, shown: str, reading: Reading) -> Depth
         return 1  # CLASS/images/IMAGE: the inner folder tells nothing
     levels = list(_levels(top))
     marked = [depth for depth, names in enumerate(levels, 1) if names and all(map(_wordnet_id, names))]
-    if len(marked) == 1:
+    if len(marked) == 1 and not any(_is_no_class(as_text(name)) for names in levels[marked[0] :] for name in names):
         return marked[0]
     if _is_by_letter(children):
         return "leaf"  # a/abbey, and also a/apartment_building/outdoor
     depths = range(1, len(levels) + 1)
-    ways: list[tuple[str, str]] = []
+    ways: list[tuple[Choices, str]] = []
     for depth in depths:
         found = [name for name, _ in class_folders(SplitFolder(split, top.path, depth), top)]
         ways.append(
             (
-                f"--class-depth {depth + reading.skipped.get(split, 0)}",
-                f"{len(found):,} classes, such as {as_text(found[0])}",
+                Choices(class_depth=depth + reading.skipped.get(split, 0)),
+                f"{counted(len(found), 'class')}, such as {as_text(found[0])}",
             )
         )
     leaves = [name for name, _ in class_folders(SplitFolder(split, top.path, "leaf"), top)]
     ways.append(
         (
-            "--class-depth leaf",
+            Choices(class_depth="leaf"),
             f"each folder that holds pictures is a class: {len(leaves):,}, such as {as_text(leaves[0])}",
         )
     )
     mixed = any(child.pictures and child.filled for child in top.walk() if child is not top)
     what = "pictures on several levels" if mixed else f"folders that hold folders ({_example(children)})"
-    raise AmbiguousSourceError(
-        f"SOURCE: {_shown(top, shown)} holds {len(children):,} folders, and in them {what}. Any of these levels may be the classes.",
+    raise _Question(
+        f"SOURCE: {_shown(top, shown)} holds {counted(len(children), 'folder')}, and in them {what}. Any of these levels may be the classes.",
         ways,
     )
 
@@ -498,16 +459,12 @@ def _check_shared(classes_of: dict[str, list[str]], reading: Reading, shown: str
         if split == "train" or not train or not names or 2 * shared >= len(names):
             continue
         odd = next(name for name in names if name not in train)
-        paths = ",".join(f"{part.split}={as_text(part.path) or '.'}" for part in reading.splits)
+        paths = {part.split: (part.split, as_text(part.path) or ".") for part in reading.splits}
         ways = [
-            (f"--split-folders {paths}", "this is so: the classes of all splits are numbered together"),
-            *(
-                (f"--split-folders {part.split}={as_text(part.path) or '.'}", f"take {part.split} alone")
-                for part in reading.splits
-                if part.split in ("train", split)
-            ),
+            (Choices(tuple(paths.values())), "this is so: the classes of all splits are numbered together"),
+            *((Choices((paths[one],)), f"take {one} alone") for one in ("train", split)),
         ]
-        raise AmbiguousSourceError(
+        raise _Question(
             f"SOURCE {shown}: only {shared:,} of the {len(names):,} class names of {split} are among the {len(train):,} of train "
             f"({odd!r} is not).",
             ways,
@@ -522,25 +479,49 @@ def _check_names(classes_of: dict[str, list[str]], reading: Reading, root: Folde
         top = root.at(part.path)
         if top is None or part.flat:
             continue
-        found = [name for name in classes_of[part.split] if any(word.lower() in CONTAINERS for word in name.split("/"))]
+        found = [name for name in classes_of[part.split] if any(map(_is_no_class, name.split("/")))]
         if found:
             inner = max((sum(1 for _ in _levels(folder)) for _, folder in class_folders(part, top)), default=0)
-            ways = [(f"--class-depth {1 + reading.skipped.get(part.split, 0)}", f"{found[0]} is a class")]
+            ways = [(Choices(class_depth=1 + reading.skipped.get(part.split, 0)), f"{found[0]} is a class")]
             if inner:
-                ways.append(("--class-depth leaf", "each folder that holds pictures is a class"))
-            ways += [] if part.path else [(f"SOURCE {_join(shown, found[0])}", "read this folder alone")]
-            raise AmbiguousSourceError(
-                f"SOURCE: {_shown(top, shown)} holds {len(classes_of[part.split]):,} folders with pictures, and by its name {found[0]} is no "
+                ways.append((Choices(class_depth="leaf"), "each folder that holds pictures is a class"))
+            alone = os.path.join(as_text(part.path), found[0])
+            ways.append(
+                (
+                    Choices(((part.split, alone),)),
+                    f"{alone} alone is {part.split}, and what lies beside it is passed over",
+                )
+            )
+            raise _Question(
+                f"SOURCE: {_shown(top, shown)} holds {counted(len(classes_of[part.split]), 'folder')} with pictures, and by its name {found[0]} is no "
                 "class but holds a dataset's pictures.",
                 ways,
             )
-        empty |= {as_text(name): None for name, folder in _candidates(part, top) if not folder.count}
+        empty |= {as_text(name): None for name, folder in candidates(part, top) if not folder.count}
     gone = [name for name in empty if name not in present]
     if gone:
         reading.warnings.append(
             f"{len(gone):,} class folder{'s' * (len(gone) > 1)} without pictures, {', '.join(map(repr, gone[:5]))}: no label is given to it, "
             "and the classes after it are numbered as if it were not there"
         )
+
+
+def _is_no_class(word: str) -> bool:
+    """Whether a folder's name is a container's or begins with a split's, as trainA and test1."""
+    return word.lower() in CONTAINERS or bool(_split_word_first(word))
+
+
+def _warn_of_lists(root: Folder, reading: Reading, shown: str) -> None:
+    """Warns of lists that nobody reads, where all pictures are one split: they may tell others."""
+    lists = [
+        f"{_shown(folder, shown)}/{as_text(name)}"
+        for folder in (root, *root.folders)
+        if not folder.pictures
+        for name in folder.papers
+        if name.lower().endswith((b".txt", b".csv", b".lst")) and (split_of(name[:-4]) or b"label" in name.lower())
+    ]
+    if lists:
+        reading.warnings.append(f"not read, though splits or labels may stand there: {', '.join(lists[:5])}")
 
 
 # What is no set of labelled pictures at all.
