@@ -67,7 +67,7 @@ def sent_in_a_step(network: nn.Module, scheme: Scheme, ranks: int, batch: int, p
     example = Examples(torch.randn(rows, 3, CROP, CROP), torch.zeros(rows, dtype=torch.int64))
     with mock.patch.object(dist, "all_to_all_single", all_to_all), mock.patch.object(dist, "all_reduce", all_reduce):
         place[0] = "labels"
-        ((images, labels, _),) = parallel.batches([example])
+        ((images, labels),) = parallel.batches([example])
         place[0] = LOGITS
         F.cross_entropy(logits(parallel.network, images, precision), labels).backward()  # type: ignore[no-untyped-call]
         parallel.sum_gradients()

@@ -93,7 +93,7 @@ def train(world: World, name: str, scheme: Scheme, dtype: torch.dtype) -> tuple[
             single_optimizer.zero_grad()
             right.backward()  # type: ignore[no-untyped-call]
             after = torch.get_rng_state()
-        own_images, own_labels, _ = next(batches)
+        own_images, own_labels = next(batches)
         assert torch.equal(own_labels, labels), "the labels of the whole batch, in order"
         loss = F.cross_entropy(parallel.network(own_images), own_labels)
         optimizer.zero_grad()
@@ -145,7 +145,7 @@ def evaluation(world: World, scheme: Scheme) -> float:
     own = [Examples(v[r], torch.zeros(len(v), dtype=torch.int64)[r]) for v, r in zip(views, rows, strict=True)]
     worst = 0.0
     with torch.inference_mode():
-        for (images, labels, _), whole in zip(parallel.batches(own), views, strict=True):
+        for (images, labels), whole in zip(parallel.batches(own), views, strict=True):
             found = parallel.network(images.flatten(0, 1))
             assert len(labels) == len(whole)
             worst = max(worst, apart(found, single(whole.flatten(0, 1))))
@@ -211,7 +211,7 @@ def exact(world: World, scheme: Scheme, precision: Precision) -> dict[str, Any]:
     rows = own_rows(parallel, len(images))
     torch.manual_seed(8)
     with mock.patch.object(dist, "all_to_all_single", wraps=dist.all_to_all_single) as exchanges:
-        ((own, *_),) = parallel.batches([Examples(images[rows], torch.arange(len(images))[rows])])
+        ((own, _),) = parallel.batches([Examples(images[rows], torch.arange(len(images))[rows])])
         found = logits(parallel.network, own, precision)
         gradients = gradients_of(parallel.network, (found * signs).sum())
     parallel.sum_gradients()
@@ -294,7 +294,7 @@ def fault(world: World, kind: str, folder: str) -> str:
     parallel = Parallel(nn.Sequential(nn.Linear(2, 4), nn.Linear(4, 2)), "towers", world)
     example = Examples(torch.zeros(3, 2), torch.zeros(3, dtype=torch.int64))
     endless = (example for _ in iter(int, 1))
-    for step, (images, labels, _) in enumerate(parallel.batches(endless), start=1):
+    for step, (images, labels) in enumerate(parallel.batches(endless), start=1):
         F.cross_entropy(parallel.network(images), labels).backward()  # type: ignore[no-untyped-call]
         if step == 3 and world.rank == 1:
             if kind in ("kill", "stop"):

@@ -28,7 +28,7 @@ from alexprep.pipeline.sampler import StepPlan
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.sample_reader import Samples
 from alexprep.train import recipes
-from alexprep.train.data import Examples, Mixed, mixed_of
+from alexprep.train.data import Examples, MixedExamples
 from alexprep.train.distributed.parallel import Parallel
 from alexprep.train.distributed.world import World
 from alexprep.train.trainer import train
@@ -181,11 +181,10 @@ def test_the_loss_is_that_of_soft_labels(seed: int) -> None:
     output, labels, others = torch.randn(12, 5), torch.randint(5, (12,)), torch.randint(5, (12,))
     weights = torch.rand(12)
     soft = weights[:, None] * F.one_hot(labels, 5) + (1 - weights)[:, None] * F.one_hot(others, 5)
-    mixed = Mixed(others, weights)
-    assert torch.allclose(mixed_loss(output, labels, mixed), F.cross_entropy(output, soft))
-    own = Mixed(labels, weights)
-    assert torch.allclose(mixed_loss(output, labels, own), F.cross_entropy(output, labels))
-    assert torch.equal(mixed.heavier(labels), torch.where(weights >= 0.5, labels, others))
+    assert torch.allclose(mixed_loss(output, labels, others, weights), F.cross_entropy(output, soft))
+    assert torch.allclose(mixed_loss(output, labels, labels, weights), F.cross_entropy(output, labels))
+    counted = MixedExamples(output, labels, others, weights).counted_labels
+    assert torch.equal(counted, torch.where(weights >= 0.5, labels, others))
 
 
 class MixedUpLoader(MadeUpLoader):
@@ -218,9 +217,9 @@ def test_the_loop_gets_the_pairs_of_any_loader() -> None:
     parallel = Parallel(torch.nn.Linear(2, 2), "single", world)
     images, labels = torch.zeros(4, 2), torch.arange(4)
     others = MixedBatch(images, labels, labels, labels.flip(0), torch.full((4,), 0.3))
-    ((_, _, mixed), (_, _, none)) = parallel.batches([others, Examples(images, labels)])
-    assert mixed is not None and torch.equal(mixed.partner_labels, labels.flip(0)) and none is None
-    assert mixed_of(Batch(images, labels, labels)) is None
+    mixed, plain = parallel.batches([others, Batch(images, labels, labels)])
+    assert isinstance(mixed, MixedExamples) and torch.equal(mixed.partner_labels, labels.flip(0))
+    assert isinstance(plain, Examples) and plain.counted_labels is plain.labels
 
 
 def test_a_recipe_with_mixing_is_part_of_a_run_s_identity() -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from alexprep.shards.errors import AlexprepError
-from alexprep.train.data import BatchSource, Mixed
+from alexprep.train.data import BatchSource
 from alexprep.train.distributed.world import World
 from alexprep.train.logger import Meter, duration
 from alexprep.train.precision import NotFinite, Origin, What
@@ -82,9 +82,7 @@ class Watch:
             self._first = len(self._seen), int(tensor.isnan().any())
         self._seen.append((what, name))
 
-    def step(
-        self, state: TrainingState, images: torch.Tensor, labels: torch.Tensor, mixed: Mixed | None = None
-    ) -> None:
+    def step(self, state: TrainingState, images: torch.Tensor, *labels: torch.Tensor) -> None:
         """Takes a step, and looks at all of it; at every layer's output also where the next layer overwrites it."""
         named = list(state.network.named_parameters())
         for name, weight in named:
@@ -94,7 +92,7 @@ class Watch:
             for name, layer in state.network.named_modules():
                 if name and not isinstance(layer, nn.Sequential):
                     stack.callback(layer.register_forward_hook(functools.partial(self._see_output, name)).remove)
-            loss, _ = take_step(state, images, labels, mixed)
+            loss, _ = take_step(state, images, *labels)
         self.see("loss", "", loss)
         for name, weight in reversed(named):
             if weight.grad is not None:
@@ -132,10 +130,10 @@ def _origin(state: TrainingState, before: TrainingState, loader: BatchSource, st
     loader.load_state_dict(loader.state_dict() | before.position.loader_state(len(loader)))
     watch = Watch(before.parallel.world)
     before.compiled = None  # only layers that run one by one can be watched; without, results differ by rounding
-    for images, labels, mixed in before.parallel.batches(loader, lambda: stop.signal):
+    for batch in before.parallel.batches(loader, lambda: stop.signal):
         before.position.step += 1
         skipped = before.update.skipped
-        watch.step(before, images, labels, mixed)
+        watch.step(before, *batch)
         origin = watch.first(before.position.step)
         if origin and origin.what == "gradient" and before.update.skipped > skipped:
             origin = None  # in fp16 a gradient may overflow now and then, and does no harm

@@ -32,7 +32,6 @@ from alexprep.train.checkpoint import (
     Checkpoint,
     saved_weights,
 )
-from alexprep.train.data import Mixed
 from alexprep.train.distributed.parallel import Parallel
 from alexprep.train.distributed.tensor_parallel import Gather, Scheme, SharedDropout
 from alexprep.train.distributed.world import World
@@ -173,12 +172,17 @@ class TrainingState:
 
 
 def take_step(
-    state: TrainingState, images: torch.Tensor, labels: torch.Tensor, mixed: Mixed | None = None
+    state: TrainingState,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    partner_labels: torch.Tensor | None = None,
+    weights: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Changes weights, velocities and random numbers; the position is the caller's to move. All ranks call it.
 
-    Images are this rank's, float32 (n, C, H, W), labels those of the whole batch, int64 (N,); where its pairs are `mixed`, each image has two.
-    Gives the mean loss (), nats, and the logits (N, classes), both of the whole batch, from before the update.
+    Images are this rank's, float32 (n, C, H, W), labels those of the whole batch, int64 (N,); where its pairs are mixed, each image has
+    its partner's label too, and the weight of its own, float32 (N,). Gives the mean loss (), nats, and the logits (N, classes), both of
+    the whole batch, from before the update.
     """
     with compiler_errors(state.device):
         network = state.called_for(len(labels))
@@ -188,16 +192,18 @@ def take_step(
         with span("forward"):
             output = logits(network, images, state.precision)
             loss = F.cross_entropy(output, labels)  # the negative of the paper's objective, section 3.5
-            if mixed is not None:
-                loss = mixed_loss(output, labels, mixed)
+            if partner_labels is not None and weights is not None:
+                loss = mixed_loss(output, labels, partner_labels, weights)
         state.update(loss)
     return loss, output
 
 
-def mixed_loss(output: torch.Tensor, labels: torch.Tensor, mixed: Mixed) -> torch.Tensor:
+def mixed_loss(
+    output: torch.Tensor, labels: torch.Tensor, partner_labels: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
     """The mean over a batch of weight · loss of the own label + (1 - weight) · loss of the partner's (mixup, arXiv 1710.09412), nats."""
-    own, partners = (F.cross_entropy(output, each, reduction="none") for each in (labels, mixed.partner_labels))
-    return (mixed.weights * own + (1 - mixed.weights) * partners).mean()
+    own, partners = (F.cross_entropy(output, each, reduction="none") for each in (labels, partner_labels))
+    return (weights * own + (1 - weights) * partners).mean()
 
 
 class Update:

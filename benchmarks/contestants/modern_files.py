@@ -36,7 +36,7 @@ class Files(Dataset[tuple[torch.Tensor, int]]):
 
 def mixup(images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """One weight a batch, each image with the one before it: as torchvision's v2.MixUp does it."""
-    weight = float(torch.distributions.Beta(ALPHA, ALPHA).sample(()))  # type: ignore[no-untyped-call]
+    weight = float(torch.distributions.Beta(ALPHA, ALPHA).sample(()))
     other = images.roll(1, 0).mul_(1 - weight)
     return other.add_(images.mul(weight)), labels, labels.roll(1, 0)
 

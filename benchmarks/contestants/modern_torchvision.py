@@ -10,10 +10,10 @@ from contestants.serve import SIDE
 from PIL import Image
 
 # Beside a torch for CPUs its compiled operators do not load, of which transforms need none; it wants to know of these two.
-_OPERATORS = torch.library.Library("torchvision", "FRAGMENT")
+_OPERATORS = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
 for _name in ("nms", "qnms"):
     if not hasattr(torch.ops.torchvision, _name):
-        _OPERATORS.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        _OPERATORS.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")  # type: ignore[no-untyped-call]
 
 
 def main(folder: str, variant: str, threads: str, device: str) -> None:

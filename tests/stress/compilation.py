@@ -80,7 +80,7 @@ def test_what_lies_between_exchanges_is_compiled(scheme: Scheme, monkeypatch: py
     for forward in (parallel.network, compiled):
         torch.manual_seed(0)
         parallel.network.zero_grad()
-        ((own, *_),) = parallel.batches([Examples(images, torch.arange(len(images)))])
+        ((own, _),) = parallel.batches([Examples(images, torch.arange(len(images)))])
         (logits(forward, own, "bf16") * signs).sum().backward()  # type: ignore[no-untyped-call]
         gradients.append([weight.grad for weight in parallel.network.parameters()])
     assert all(torch.equal(other, one) for one, other in zip(*gradients, strict=True))  # nothing is rounded in this net

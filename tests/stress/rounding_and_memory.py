@@ -71,7 +71,7 @@ def errors(world: World, name: str, scheme: Scheme) -> dict[str, tuple[float, fl
     parallel = Parallel(network_named(name)[0], scheme, world)
     rows = own_rows(parallel, len(images))
     torch.manual_seed(8)
-    ((own, all_labels, _),) = parallel.batches([Examples(images[rows], labels[rows])])
+    ((own, all_labels),) = parallel.batches([Examples(images[rows], labels[rows])])
     loss = F.cross_entropy(logits(parallel.network, own, "bf16"), all_labels)
     found = gradients_of(parallel.network, loss)
     parallel.sum_gradients()

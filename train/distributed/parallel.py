@@ -8,12 +8,13 @@ from __future__ import annotations
 import hashlib
 import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import cast
 
 import torch
 from torch import nn
 
 from alexprep.shards.errors import AlexprepError
-from alexprep.train.data import Examples, LoadedBatch, Mixed, mixed_of
+from alexprep.train.data import Examples, LoadedBatch, MixedExamples, examples
 from alexprep.train.distributed.tensor_parallel import Scheme, gathered, part_of, start_sum
 from alexprep.train.distributed.world import World
 from alexprep.train.optimizer import MomentumSGD
@@ -23,7 +24,7 @@ from alexprep.train.signals_and_memory import span
 class Parallel:
     """A network shared by the ranks of a world: every rank makes one, from the same whole network, and takes the same steps.
 
-        for images, labels, _ in parallel.batches(loader_of_this_rank):
+        for images, labels in parallel.batches(loader_of_this_rank):
             logits = parallel.network(images)             # of the whole batch, on every rank
             loss = F.cross_entropy(logits, labels)        # the same on every rank
             optimizer.zero_grad()
@@ -81,8 +82,8 @@ class Parallel:
             stop: tells whether this rank was asked to stop; what any rank says is in `requested` on all.
 
         Yields:
-            The images that this rank computes on, and the labels of the whole batch, int64 (N,); where pairs are mixed, also of the whole
-            batch, the partners' labels and the weights.
+            The images that this rank computes on, and the labels of the whole batch, int64 (N,); where pairs are mixed, `MixedExamples`, with
+            the partners' labels and the weights of the whole batch.
 
         Raises:
             AlexprepError: the ranks' first batches have different labels where they must be the same.
@@ -90,7 +91,8 @@ class Parallel:
         rows = self._part.rows
         to_compare = rows is None and self.world.size > 1
         for batch in batches:
-            images, labels, mixed = batch.images, batch.labels, mixed_of(batch)
+            images, *others = examples(batch)  # labels, and of mixed pairs the partners' labels and the weights
+            labels = others[0]
             asked = stop() if stop is not None else None
             received = self.world.exchange([len(labels), asked or 0, _fingerprint(labels) if to_compare else 0])
             requests = [signal_ for _, signal_, _ in received if signal_]
@@ -103,12 +105,11 @@ class Parallel:
             if rows is not None:
                 counts = [count for count, _, _ in received]
                 with span("exchange"):
-                    labels = gathered(self.world, labels, 0, counts)
-                    if mixed is not None:
-                        mixed = Mixed(*(gathered(self.world, part, 0, counts) for part in mixed))
+                    others = [gathered(self.world, part, 0, counts) for part in others]
                 views = images.shape[1] if images.ndim == 5 else 1
                 rows[:] = [count * views for count in counts]
-            yield Examples(images, labels, mixed)
+            made = Examples(images, *others) if len(others) == 1 else MixedExamples(images, *others)
+            yield cast(Examples, made)
 
     def sum_gradients(self) -> None:
         """Between `backward`, of which there is one a step, and the optimizer's step: waits for the sums that `backward` began.
