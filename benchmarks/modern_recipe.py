@@ -65,7 +65,7 @@ def compare(names: list[str], folder: Path, how: argparse.Namespace) -> dict[str
             _, script, environment = CONTESTANTS[name]
             try:
                 python = interpreter(environment, OTHERS if environment else Environment())
-                alive[name] = Live(python, script, [str(folder), name.partition("-")[0], "1", "cpu"], 1, True)
+                alive[name] = Live(python, script, [str(folder), name.partition("-")[0], "1", "cpu"], 1, False)
             except Missing as reason:
                 figures[f"{name}: left out"] = str(reason)
         for number in range(how.rounds + 1):  # the first is not counted
@@ -76,7 +76,8 @@ def compare(names: list[str], folder: Path, how: argparse.Namespace) -> dict[str
                 except Missing as reason:
                     figures[f"{name}: left out"] = str(reason)
                     del alive[name]
-            print(f"round {number} of {how.rounds}", file=sys.stderr)
+            words = [f"{name} {1000 / held[-1].cpu:.2f}" for name, held in turns.items() if held]
+            print(f"round {number} of {how.rounds}: CPU ms an image: {', '.join(words)}", file=sys.stderr)
         about = {f"{name}: {key}": value for name, live in alive.items() for key, value in live.about.items()}
     finally:
         for live in alive.values():

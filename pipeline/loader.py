@@ -87,7 +87,7 @@ class Loader:
             split: "train", "val" or "test".
             batch_size: samples a step over all ranks.
             augmentation: what is done to the images, or the name of a preset: "paper", "2012-code", "resized", "none".
-            views: "random" draws crop, mirror and noise; "centre" gives the centre crop, "ten" the paper's ten test views,
+            views: "random" draws crop, mirror, noise and all else; "centre" gives the centre crop, "ten" the paper's ten test views,
                 both without chance.
             order: "shuffle", a new global permutation each epoch; "blocks", for slow disks and remote stores, permutes the shards
                 and then the samples of `block_shards` shards at a time; "sequential", as stored.
