@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.sources.base import HIDDEN, NO_CHOICES, SPLITS, Account, Choices, Input, Location, Source, split_of
 from alexprep.shards.sources.folder_reading import Reading, read_folders
+from alexprep.shards.sources.published import check_unlisted
 from alexprep.shards.sources.split_folders import inputs_of
 from alexprep.shards.sources.tree import pass_over_rest, read_tree, tree_of
 from alexprep.shards.storage import Files, as_text
@@ -156,6 +157,8 @@ class TarOfClassFolders(ArchiveSource):
         shown = self.files.display(path)
         where = {location.member: location for location in self.each_once(path)}
         tree = tree_of(where, shown)
+        if self.choices == NO_CHOICES:
+            check_unlisted(tree.root, shown)
         if not tree.root.count:
             reading = Reading([])
         else:
