@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from alexprep.pipeline import mixing
 from alexprep.pipeline.augmentation import Draws
@@ -65,20 +66,21 @@ def mixed_batch(batch: Batch, draws: Draws, memory_format: str) -> MixedBatch:
         shares = zip(*(mixing.shares(*pair, *pixels.shape[2:]) for pair in pairs), strict=True)
         rows, columns = (moved(torch.from_numpy(np.stack(part)).to(images.dtype), images.device) for part in shares)
         pixels += (pixels[partner] - pixels) * (rows[:, None, :, None] * columns[:, None, None])
-    else:  # few bytes: one pair after the other
+    else:  # few bytes: one pair after the other, by numpy, for torch's threads would wait for one another at each
+        values = pixels.numpy()
         for n in np.flatnonzero(partner_N > np.arange(len(partner_N))).tolist():
-            _mix_pair(pixels[n], pixels[n + 1], float(weight_N[n]), exchanged_N4[n].tolist())
+            _mix_pair(values[n], values[n + 1], float(weight_N[n]), exchanged_N4[n].tolist())
     return MixedBatch(images, labels, indices, labels[partner], weights.float())
 
 
-def _mix_pair(one: torch.Tensor, other: torch.Tensor, weight: float, exchanged: list[int]) -> None:
+def _mix_pair(one: NDArray[Any], other: NDArray[Any], weight: float, exchanged: list[int]) -> None:
     """Mixes two images (3, H, W) in their own memory."""
     top, left, height, width = exchanged
     if height and width:
         place = slice(None), slice(top, top + height), slice(left, left + width)
-        kept = one[place].clone()
+        kept = one[place].copy()
         one[place], other[place] = other[place], kept
     elif weight < 1:
-        difference = (other - one).mul_(1 - weight)
+        difference = (other - one) * (1 - weight)
         one += difference
         other -= difference
