@@ -35,6 +35,10 @@ KEEP, CHECKPOINT_STEPS = 3, 1000  # likewise those of alexprep.train.config
     help=f"What to train: {', '.join(RECIPES)}; or a recipe of your own.  [default: alexnet]",
 )
 @click.option("--model", metavar="FILE.py:FUNCTION", help="A network of your own, trained as the recipe says.")
+@click.option("--hook", metavar="FILE.py:FUNCTION", help="A DALI operation of your own in the augmentation.")
+@click.option(
+    "--hook-after", type=click.Choice(["decode", "augment", "tensor"]), help="After what it comes.  [default: augment]"
+)
 @click.option("--epochs", type=AT_LEAST_1, help="Stop after this many epochs of the run.  [default: the recipe's]")
 @click.option(
     "--steps",

@@ -131,7 +131,11 @@ def test_a_released_recipe_means_what_it_meant() -> None:
     bare = checkpoint.with_defaults({"augmentation": {}, "network": {}, "schedule": {}}, plain)
     assert {name: bare[name] for name in defaults} == defaults
     for part in ("augmentation", "network", "schedule"):  # alexnet's are at their defaults throughout
-        assert {name: told["alexnet"][part][name] for name in bare[part]} == bare[part]
+        before, now = told["alexnet"][part], bare[part]
+        assert {name: before[name] for name in now.keys() & before.keys()} == {
+            name: now[name] for name in now.keys() & before.keys()
+        }
+        assert all(now[name] in (None, 0.0, []) for name in now.keys() - before.keys())  # added since, and off
 
 
 def test_resuming_with_other_settings_is_refused(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:

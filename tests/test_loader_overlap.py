@@ -13,7 +13,8 @@ import torch
 from click.testing import CliRunner
 
 from alexprep.cli.main import cli
-from alexprep.pipeline.loader import Batch, Loader
+from alexprep.pipeline.batch import Batch
+from alexprep.pipeline.loader import Loader
 from alexprep.shards.errors import AlexprepError
 from alexprep.train import loader_overlap
 from alexprep.train.config import TrainConfig

@@ -43,7 +43,13 @@ FENCES = {
     "rich": ("cli/", "train/logger.py"),
     "torch": (
         "train/",
-        *("pipeline/autotune.py", "pipeline/device.py", "pipeline/loader.py", "pipeline/loader_settings.py"),
+        *(
+            "pipeline/autotune.py",
+            "pipeline/batch.py",
+            "pipeline/device.py",
+            "pipeline/loader.py",
+            "pipeline/loader_settings.py",
+        ),
         "pipeline/wds_pipeline.py",
         "pipeline/evaluation_views.py",
         "shards/image_codec_cuda.py",

@@ -11,10 +11,11 @@ import shlex
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
+from alexprep.pipeline.augmentation import Place
 from alexprep.pipeline.device import choose_device
 from alexprep.pipeline.loader_settings import Tuning, saved_tuning
 from alexprep.shards import rgb_statistics
@@ -43,12 +44,23 @@ from alexprep.train.recipes import (
     UPDATING,
     Recipe,
     as_begun,
+    hooked,
     recipe_of,
     schedule_named,
     try_user_network,
 )
 from alexprep.train.run_dir import place_named, saved_checkpoint
-from alexprep.train.user_code import MODEL, RECIPE, UserNetwork, check_named, comparable, is_reference, references
+from alexprep.train.user_code import (
+    HOOK,
+    MODEL,
+    RECIPE,
+    UserNetwork,
+    absolute,
+    check_named,
+    comparable,
+    is_reference,
+    references,
+)
 
 MOST_TRACED = 200  # steps; all stay in memory until the last one
 MOST_SECONDS = 1_000_000  # that ranks wait for one another: eleven days; system clocks take no more than some 10^9
@@ -60,7 +72,7 @@ CHANGEABLE = (
 )  # what holds from then on where it is given on resuming; a change is kept in the run's history
 OPTIONS = (  # what a resumed run takes from its beginning
     *("recipe", "model", "seed", "batch_size", *CHANGEABLE, *UPDATING, "init_from", "init_layers"),
-    *("precision", "channels_last", "compile"),
+    *("precision", "channels_last", "compile", "hook", "hook_after"),
 )
 LENGTH = ("epochs", "steps")
 REMEMBERED = (*LENGTH, "keep", "checkpoint_steps")  # likewise; what is given on resuming holds from then on
@@ -82,6 +94,10 @@ class TrainConfig:
     # Name in the registry, "alexnet" by default; or a user's own: FILE.py, FILE.py:FUNCTION or MODULE:FUNCTION.
     recipe: str | None = None
     model: str | None = None  # the user's own network in the recipe's stead, likewise; see `alexprep.train.user_code`
+    hook: str | None = (
+        None  # an operation of the user's own in the augmentation, likewise; see `alexprep.pipeline.Hook`
+    )
+    hook_after: Place | None = None  # where: "decode", "augment" (the default) or "tensor"
     seed: int | None = None  # of the initial weights, dropout, order and augmentation; 0 by default
     batch_size: int | None = None  # images a step
     lr: float | None = None  # highest learning rate, of which the schedule makes all others; on resuming, from now on
@@ -139,6 +155,10 @@ class TrainConfig:
             whole_number("seed", self.seed, 0, 2**63 - 1)
         if self.warmup is not None:
             number_within("warmup", self.warmup, 0, MOST_EPOCHS)
+        if self.hook_after is not None:
+            one_of("hook_after", self.hook_after, get_args(Place))
+            if self.hook is None and not self.resume:
+                raise AlexprepError(f"--hook-after {self.hook_after} says where a hook goes: name it with --hook")
         if self.scheme is not None:
             one_of("scheme", self.scheme, SCHEMES)
         number_within("rank_seconds", self.rank_seconds, 1e-3, MOST_SECONDS)
@@ -212,7 +232,7 @@ class Job:
         config, words = self.config, ["--resume"]
         if config.runs.resolve() != TrainConfig.runs.resolve():
             words += ["--runs", str(config.runs)]
-        for option, reference in ((RECIPE, config.recipe), (MODEL, config.model)):
+        for option, reference in ((RECIPE, config.recipe), (MODEL, config.model), (HOOK, config.hook)):
             if reference is not None and is_reference(reference):
                 words += [option, reference]
         if config.ranks > 1:
@@ -238,14 +258,14 @@ def prepare(
     if config.tensorboard:
         writer_class()  # raises where the package is missing
     named, model = references(config.recipe, config.model)
-    config = replace(config, recipe=named, model=model)
+    config = replace(config, recipe=named, model=model, hook=config.hook and absolute(config.hook, HOOK))
     run, earlier, began = Path(os.devnull) if dry_run else None, None, None
     changes: dict[str, Any] = {}
     if config.resume:
         run = run_dir.find_run(config.runs, config.name)
         document = run_dir.read_config(run)
         earlier, began = document["options"], document["identity"].get("recipe", {})
-        check_named(earlier, config.recipe, config.model, run)
+        check_named(earlier, config.recipe, config.model, run, config.hook)
         given = {name: getattr(config, name) for name in CHANGEABLE if getattr(config, name) is not None}
         changes = {
             name: {"was": earlier.get(name), "is": now} for name, now in given.items() if now != earlier.get(name)
@@ -259,6 +279,8 @@ def prepare(
     if began is not None:
         recipe = as_begun(recipe, began)
     recipe = _scheduled(recipe, config, began, earlier or {}, changes)
+    if config.hook is not None:
+        recipe = hooked(recipe, config.hook, config.hook_after or "augment")
     recipe.check_size(facts.size)
     computing = arithmetic(device, config.precision, config.channels_last, config.compile)
     if computing.precision == "fp16" and device.type == "cpu":

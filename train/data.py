@@ -19,7 +19,7 @@ EVALUATION_SPLITS = ("val", "test")  # the first that has samples with labels is
 
 
 class LoadedBatch(Protocol):
-    """The part of `alexprep.pipeline.loader.Batch` that training reads."""
+    """The part of `alexprep.pipeline.Batch` that training reads; of a `MixedBatch` also what `examples` finds."""
 
     @property
     def images(self) -> torch.Tensor:
@@ -92,6 +92,33 @@ class Examples(NamedTuple):
 
     images: torch.Tensor  # float32 (N, C, H, W), or (N, 10, C, H, W) for ten views
     labels: torch.Tensor  # int64 (N,)
+
+    @property
+    def counted_labels(self) -> torch.Tensor:
+        """What errors are measured by."""
+        return self.labels
+
+
+class MixedExamples(NamedTuple):
+    """A batch whose pairs are mixed: each image has two labels. Of four tensors, so that nobody takes it for `Examples`."""
+
+    images: torch.Tensor  # as in `Examples`
+    labels: torch.Tensor  # int64 (N,)
+    partner_labels: torch.Tensor  # int64 (N,)
+    weights: torch.Tensor  # float32 (N,), 0 to 1: what the own label counts, beside the partner's
+
+    @property
+    def counted_labels(self) -> torch.Tensor:
+        """What errors are measured by: of both labels the one that counts more."""
+        return torch.where(self.weights < 0.5, self.partner_labels, self.labels)
+
+
+def examples(batch: LoadedBatch) -> Examples | MixedExamples:
+    """A loader's batch for a network."""
+    partner_labels, weights = (getattr(batch, name, None) for name in ("partner_labels", "weights"))
+    if partner_labels is None or weights is None:
+        return Examples(batch.images, batch.labels)
+    return MixedExamples(batch.images, batch.labels, partner_labels, weights)
 
 
 class DataFacts(NamedTuple):

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from alexprep.pipeline.augmentation import Augmentation, augmentation_named
+from alexprep.pipeline.augmentation import Augmentation, Hook, Place, augmentation_named
+from alexprep.pipeline.dali_graph import check_hooks
 from alexprep.shards.errors import AlexprepError, number_within, whole_number
 from alexprep.train.checkpoint import BEFORE
 from alexprep.train.distributed.tensor_parallel import Scheme, part_of
@@ -43,6 +44,7 @@ from alexprep.train.models import alexnet as alexnets
 from alexprep.train.models import cifar as cifar_nets
 from alexprep.train.optimizer import PAPER, MomentumSGD, Rule, TorchRule, by_element, parameter_groups, torch_class
 from alexprep.train.user_code import (
+    HOOK,
     RECIPE,
     UserNetwork,
     describe_layers,
@@ -211,7 +213,8 @@ class Recipe:
             "name": self.name,
             "network": getattr(self.network, "__name__", type(self.network).__name__) if own is None else own(),
             "width": self.width,
-            "augmentation": asdict(self.augmentation),
+            "augmentation": asdict(replace(self.augmentation, hooks=()))
+            | {"hooks": [hook.describe() for hook in self.augmentation.hooks]},
             "schedule": describe(self.schedule),
             "batch_size": self.batch_size,
             "lr": self.lr,
@@ -312,6 +315,20 @@ def schedule_named(text: str) -> Schedule:
         f"there is no schedule {text!r}: choose one of {', '.join(SCHEDULES)}, steps:8,9 for a tenth of the rate after 8 and 9 epochs, or a "
         "recipe's name, for that recipe's"
     )
+
+
+def hooked(made: Recipe, reference: str, after: Place) -> Recipe:
+    """A recipe with an operation of the user's own in its augmentation, FILE.py:FUNCTION or MODULE:FUNCTION, which was tried once.
+
+    Raises:
+        AlexprepError: there is no such function, or it fails, or gives no image of the form that it got.
+    """
+    function, title = load(reference, HOOK, "hook")
+    with errors_in_one_sentence(f"{HOOK} {reference}"):
+        hook = Hook(function, after, title)
+        augmentation = replace(made.augmentation, hooks=(*made.augmentation.hooks, hook))
+        check_hooks(augmentation)
+    return replace(made, augmentation=augmentation)
 
 
 # The AlexNet family.

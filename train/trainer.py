@@ -74,9 +74,9 @@ def train(config: TrainConfig, open_loader: OpenLoader | None = None, world: Wor
         if not run.goes_on() and (summary := run.earlier_summary()) is not None:
             return summary
         while run.goes_on():
-            for images, labels in run.batches():
-                loss, logits = take_step(run.state, images, labels)  # forward, backward, sum over the ranks, update
-                run.log(loss, logits, labels)
+            for batch in run.batches():  # images and labels; with mixup or CutMix two labels, and their weights
+                loss, logits = take_step(run.state, *batch)  # forward, backward, sum over the ranks, update
+                run.log(loss, logits, batch.counted_labels)
                 if run.pauses():  # the epoch's last step or the training's, or a signal
                     break
                 run.save_when_due()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import itertools
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -132,10 +133,21 @@ class TrainingState:
         whole = self.recipe.batch_size // self.recipe.accumulate
         return self.network if self.compiled is None or batch != whole else self.compiled
 
-    def loss(self, output: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """The mean loss (), nats, of logits (N, classes) and labels (N,): the negative of the paper's objective, section 3.5."""
-        loss = F.cross_entropy(output, labels, label_smoothing=self.recipe.label_smoothing)
-        return loss
+    def loss(
+        self,
+        output: torch.Tensor,
+        labels: torch.Tensor,
+        partner_labels: torch.Tensor | None = None,
+        weights: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The mean loss (), nats, of logits (N, classes) and labels (N,): the negative of the paper's objective, section 3.5.
+
+        Where pairs are mixed it is `mixed_loss`.
+        """
+        smoothing = self.recipe.label_smoothing
+        if partner_labels is None or weights is None:
+            return F.cross_entropy(output, labels, label_smoothing=smoothing)
+        return mixed_loss(output, labels, partner_labels, weights, smoothing)
 
     @torch.no_grad()
     def begin_average(self) -> None:
@@ -233,23 +245,28 @@ class TrainingState:
         self.position = Position.of(checkpoint.facts[POSITION])
 
 
-def take_step(state: TrainingState, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def take_step(
+    state: TrainingState,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    partner_labels: torch.Tensor | None = None,
+    weights: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Changes weights, velocities and random numbers; the position is the caller's to move. All ranks call it.
 
-    Images are this rank's, float32 (n, C, H, W), labels those of the whole batch, int64 (N,). Gives the mean loss (), nats, and the
-    logits (N, classes), both of the whole batch, from before the update.
+    Images are this rank's, float32 (n, C, H, W), labels those of the whole batch, int64 (N,); where its pairs are mixed, each image has
+    its partner's label too, and the weight of its own, float32 (N,). Gives the mean loss (), nats, and the logits (N, classes), both of
+    the whole batch, from before the update.
     """
     compile_first(state, images, labels)
     parts = state.recipe.accumulate
     losses, outputs = [], []
     with compiler_errors(state.device):
         state.optimizer.zero_grad()
-        for some, theirs in (
-            zip(images.chunk(parts), labels.chunk(parts), strict=True) if parts > 1 else [(images, labels)]
-        ):
+        for some, theirs, partners, shares in _parts(state.recipe.accumulate, images, labels, partner_labels, weights):
             with span("forward"):
                 output = logits(state.called_for(len(theirs)), some, state.precision)
-                loss = state.loss(output, theirs)
+                loss = state.loss(output, theirs, partners, shares)
             if parts > 1:
                 loss, output = loss * (len(theirs) / len(labels)), output.detach()
             state.update.backward(loss)
@@ -260,6 +277,29 @@ def take_step(state: TrainingState, images: torch.Tensor, labels: torch.Tensor) 
     if parts > 1:
         return torch.stack(losses).detach().sum(), torch.cat(outputs)
     return loss, output
+
+
+def _parts(count: int, *batch: torch.Tensor | None) -> Iterator[tuple[Any, ...]]:
+    """A batch cut into parts of equal length, but for the last; what it does not have is None in each."""
+    if count == 1:
+        yield batch
+        return
+    cut = [each.chunk(count) if each is not None else itertools.repeat(None) for each in batch]
+    yield from zip(*cut, strict=False)
+
+
+def mixed_loss(
+    output: torch.Tensor,
+    labels: torch.Tensor,
+    partner_labels: torch.Tensor,
+    weights: torch.Tensor,
+    smoothing: float = 0.0,
+) -> torch.Tensor:
+    """The mean over a batch of weight · loss of the own label + (1 - weight) · loss of the partner's (mixup, arXiv 1710.09412), nats."""
+    own, partners = (
+        F.cross_entropy(output, each, reduction="none", label_smoothing=smoothing) for each in (labels, partner_labels)
+    )
+    return (weights * own + (1 - weights) * partners).mean()
 
 
 def compile_first(state: TrainingState, images: torch.Tensor, labels: torch.Tensor) -> None:

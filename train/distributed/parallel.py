@@ -8,12 +8,13 @@ from __future__ import annotations
 import hashlib
 import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import cast
 
 import torch
 from torch import nn
 
 from alexprep.shards.errors import AlexprepError
-from alexprep.train.data import Examples, LoadedBatch
+from alexprep.train.data import Examples, LoadedBatch, MixedExamples, examples
 from alexprep.train.distributed.tensor_parallel import Scheme, gathered, part_of, start_sum
 from alexprep.train.distributed.world import World
 from alexprep.train.optimizer import Rule
@@ -81,7 +82,8 @@ class Parallel:
             stop: tells whether this rank was asked to stop; what any rank says is in `requested` on all.
 
         Yields:
-            The images that this rank computes on, and the labels of the whole batch, int64 (N,).
+            The images that this rank computes on, and the labels of the whole batch, int64 (N,); where pairs are mixed, `MixedExamples`, with
+            the partners' labels and the weights of the whole batch.
 
         Raises:
             AlexprepError: the ranks' first batches have different labels where they must be the same.
@@ -89,7 +91,8 @@ class Parallel:
         rows = self._part.rows
         to_compare = rows is None and self.world.size > 1
         for batch in batches:
-            images, labels = batch.images, batch.labels
+            images, *others = examples(batch)  # labels, and of mixed pairs the partners' labels and the weights
+            labels = others[0]
             asked = stop() if stop is not None else None
             received = self.world.exchange([len(labels), asked or 0, _fingerprint(labels) if to_compare else 0])
             requests = [signal_ for _, signal_, _ in received if signal_]
@@ -102,10 +105,11 @@ class Parallel:
             if rows is not None:
                 counts = [count for count, _, _ in received]
                 with span("exchange"):
-                    labels = gathered(self.world, labels, 0, counts)
+                    others = [gathered(self.world, part, 0, counts) for part in others]
                 views = images.shape[1] if images.ndim == 5 else 1
                 rows[:] = [count * views for count in counts]
-            yield Examples(images, labels)
+            made = Examples(images, *others) if len(others) == 1 else MixedExamples(images, *others)
+            yield cast(Examples, made)
 
     def sum_gradients(self) -> None:
         """Between `backward`, of which there is one a step, and the optimizer's step: waits for the sums that `backward` began.

@@ -16,9 +16,9 @@ from alexprep.pipeline.augmentation import (
     augment,
     channel_stdevs,
     draw,
-    resize,
     ten_windows,
 )
+from alexprep.pipeline.geometry import resize
 from alexprep.pipeline.sampler import BLOCK_SHARDS, block_order, epoch_order, shuffle_quality
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.rgb_statistics import Statistics, read_statistics
