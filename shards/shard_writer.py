@@ -111,8 +111,8 @@ class ShardWriter:
             if recorded is not None and recorded != (sha256 if tar.members else ""):
                 raise AlexprepError(
                     f"shard {shard.name} does not become what {plan.folder / DATASET} records: the images in SOURCE have changed "
-                    "since, or this machine decodes differently. Nothing of it was written: name the SOURCE that the data set was "
-                    "made from, or use a new --out"
+                    f"since, or this machine decodes differently{_other_rules(plan)}. Nothing of it was written: name the SOURCE "
+                    "that the data set was made from, or use a new --out"
                 )
             first = (read_sidecar(plan, shard) or {}).get("sha256", sha256)
             if first != sha256 and (not tar_path.exists() or first == file_sha256(tar_path)):
@@ -126,6 +126,16 @@ class ShardWriter:
         sidecar = sidecar_of(plan, records, list(map(vars, tar.members)), sha256)
         publish_sidecar(plan, shard, sidecar, before)
         return rejects_in(sidecar)
+
+
+def _other_rules(plan: Plan) -> str:
+    """A third reason for other bytes, of plans from before JPEGs were decoded by simplejpeg."""
+    if "simplejpeg" in plan.document["versions"]:
+        return ""
+    return (
+        ", or it holds damaged or odd images, for which the earlier release of alexprep that began it had other rules: that release "
+        "makes this shard again"
+    )
 
 
 class _EmptyError(Exception):
