@@ -242,18 +242,20 @@ def _tidy(plan: Plan) -> None:
         remove_temporaries(folder)
 
 
-def _in_turn(plan: Plan, missing: list[Shard]) -> list[tuple[Shard, str | None]]:
-    """The tasks, from a random one on, so that two writers seldom begin with the same shard.
+def _in_turn(plan: Plan, missing: list[Shard]) -> list[list[tuple[Shard, str | None]]]:
+    """The tasks, from a random one on, so that two writers seldom begin with the same shard. Each is the shards of one window.
 
-    With each goes the sha256 that a finished dataset records of the shard: what is made again must be the same.
+    With each shard goes the sha256 that a finished dataset records of it: what is made again must be the same.
     """
-    begin = secrets.randbelow(len(missing))
     known: dict[str, str] | None = None
     with contextlib.suppress(KeyError, TypeError, AttributeError):
         known = {record["name"]: str(record["sha256"]) for record in recorded_shards(_finished(plan))}
-    return [
-        (shard, None if known is None else known.get(shard.name, "")) for shard in missing[begin:] + missing[:begin]
+    tasks = [
+        [(shard, None if known is None else known.get(shard.name, "")) for shard in shards]
+        for _, shards in itertools.groupby(missing, lambda shard: (shard.split, shard.window))
     ]
+    begin = secrets.randbelow(len(tasks))
+    return tasks[begin:] + tasks[:begin]
 
 
 def check_space(

@@ -52,7 +52,7 @@ class PlannedInput(NamedTuple):
 
 @dataclass(frozen=True)
 class ShardWriter:
-    """Makes the shards of a plan. An engine sends it to its workers, which call it once a shard."""
+    """Makes the shards of a plan. An engine sends it to its workers, which call it once a window of shards, mostly one."""
 
     plan: Plan
     source: Source
@@ -60,16 +60,19 @@ class ShardWriter:
     make_codec: MakeCodec
     check: MachineCheck  # run once in each worker, since it may be on another machine
 
-    def __call__(self, argument: tuple[Shard, str | None], condemned: Mapping[int, str]) -> None:
-        """Makes a shard, unless another writer has made it meanwhile.
+    def __call__(self, argument: Sequence[tuple[Shard, str | None]], condemned: Mapping[int, str]) -> None:
+        """Makes some shards of one split, each unless another writer has made it meanwhile.
 
-        `argument` is the shard, and the sha256 that its tar had when the dataset was finished ("" where it had none; None where
+        `argument` is each shard, and the sha256 that its tar had when the dataset was finished ("" where it had none; None where
         that is not known). `condemned` has the rows that are not to be touched, and why.
         """
-        shard, recorded = argument
         if self.plan.digest not in _checked:
             self.check.run()
             _checked.add(self.plan.digest)
+        for shard, recorded in argument:
+            self._make(shard, recorded, condemned)
+
+    def _make(self, shard: Shard, recorded: str | None, condemned: Mapping[int, str]) -> None:
         if read_sidecar(self.plan, shard) is not None:
             return
         codec = shared_codec(self.make_codec, self.target)

@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Literal
 
 import click
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 
@@ -57,8 +59,13 @@ def _stand_ins(root: Path, photos: Path) -> dict[str, str]:
     packed = {name: _pack(root / "synset.tar", members) for name, members in synsets.items()}
     _pack(root / "ilsvrc/ILSVRC2012_img_train.tar", packed)
     shutil.copytree(photos / "train", root / "kaggle/ILSVRC/Data/CLS-LOC/train")
-    rows = [f"{photos / name},{name.split('/')[1]}" for name in images]
-    (root / "photos.csv").write_text("\n".join(["path,label", *rows]))
+    lines = [f"{photos / name},{name.split('/')[1]}" for name in images]
+    (root / "photos.csv").write_text("\n".join(["path,label", *lines]))
+    for split in ("train", "val"):
+        rows = [(images[name], name.split("/")[1]) for name in images if name.startswith(split)]
+        table = pa.table({"image": [{"bytes": data} for data, _ in rows], "label": [label for _, label in rows]})
+        (root / "hub/data").mkdir(parents=True, exist_ok=True)
+        pq.write_table(table, root / f"hub/data/{split}-00000-of-00001.parquet", row_group_size=10)
     record = bytes([3]) + bytes(3072)
     batches = [*(f"data_batch_{n}.bin" for n in range(1, 6)), "test_batch.bin"]
     names = b"airplane\nautomobile\nbird\ncat\ndeer\ndog\nfrog\nhorse\nship\ntruck"

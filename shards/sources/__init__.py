@@ -10,9 +10,11 @@ LAYOUTS = {
     "cifar": "binary_records.Cifar",
     "mnist": "binary_records.Mnist",
     "norb": "binary_records.SmallNorb",
+    "parquet": "parquet_images.ParquetImages",
     "table": "table.Table",
     "webdataset": "wds.Webdataset",
     "tar": "tars.TarOfClassFolders",
     "folders": "folders.ClassFolders",
 }
 BY_FOLDERS = ("tar", "folders")  # those that read folders, where the user may have to say what they mean
+BY_COLUMNS = ("parquet",)  # those that read columns, likewise

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import functools
 import importlib
+from collections.abc import Iterable
 
 from alexprep.shards.errors import AlexprepError, AmbiguousSourceError
-from alexprep.shards.sources import BY_FOLDERS, LAYOUTS
+from alexprep.shards.sources import BY_COLUMNS, BY_FOLDERS, LAYOUTS
 from alexprep.shards.sources.base import NO_CHOICES, Choices, Source
 from alexprep.shards.sources.tree import is_picture, read_tree
 from alexprep.shards.storage import Files, files_at
 
 # Layouts of a folder that may also hold class folders; archives of ILSVRC hold the same pictures as the folders beside them.
-_BESIDE_FOLDERS = {"cifar", "mnist", "norb", "webdataset"}
+_BESIDE_FOLDERS = {"cifar", "mnist", "norb", "parquet", "webdataset"}
 
 
 def find_source(place: str, layout: str | None = None, choices: Choices = NO_CHOICES) -> Source:
@@ -26,13 +27,13 @@ def find_source(place: str, layout: str | None = None, choices: Choices = NO_CHO
         AmbiguousSourceError: there are several readings, and `layout` and `choices` do not tell which is meant.
     """
     files, name = files_at(place)
-    for candidate in (layout,) if layout else LAYOUTS if choices == NO_CHOICES else BY_FOLDERS:
+    for candidate in (layout,) if layout else _candidates(choices):
         source = _source_class(candidate).at(files, name, choices)
         if source is not None:
             if source.choices != choices:
                 raise AlexprepError(
-                    f"--split-folders and --class-depth are for folders and tars of class folders; SOURCE {place} has the "
-                    f"layout {candidate!r}: leave them out"
+                    f"--split-folders and --class-depth are for folders and archives of class folders, --columns is for columns; "
+                    f"SOURCE {place} has the layout {candidate!r}: leave out what is not for it"
                 )
             if layout is None and source.whole and candidate in _BESIDE_FOLDERS:
                 _check_no_class_folders(files, candidate)
@@ -46,6 +47,13 @@ def find_source(place: str, layout: str | None = None, choices: Choices = NO_CHO
     raise AlexprepError(
         f"SOURCE {place} holds no class folders and no other layout that is known: expected {_source_class('folders').expects}"
     )
+
+
+def _candidates(choices: Choices) -> Iterable[str]:
+    """The layouts that choices can be meant for, in the order of looking."""
+    if choices.columns:
+        return BY_COLUMNS
+    return LAYOUTS if choices == NO_CHOICES else BY_FOLDERS
 
 
 def _check_no_class_folders(files: Files, layout: str) -> None:
