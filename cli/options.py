@@ -122,7 +122,7 @@ class SplitFolders(click.ParamType[Any]):
         if value == "none":
             return ()
         found: list[tuple[str, str]] = []
-        for part in value.split(","):
+        for part in re.split(",(?=(?:train|val|test)=)", value):  # folders may have commas in their names
             split, _, place = part.partition("=")
             if split not in ("train", "val", "test") or not place:
                 self.fail(f"{part!r} is not train=FOLDER, val=FOLDER or test=FOLDER", param, ctx)

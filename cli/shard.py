@@ -53,6 +53,12 @@ if TYPE_CHECKING:
 @click.option("--seed", type=int, default=0, help="Of the global shuffle before sharding.")
 @click.option("--shard-samples", type=int, default=None, help="Inputs a shard.  [default: 1024, fewer for small sets]")
 @click.option("--limit", type=int, default=None, help="At most so many inputs of each split, picked by the shuffle.")
+@click.option(
+    "--max-rejects",
+    default="50%",
+    metavar="N|P%",
+    help="How many inputs may be rejected, as a number or a share: more, and nothing is published. What is finished stays.",
+)
 @engine_options
 @json_option
 def shard(
@@ -66,6 +72,7 @@ def shard(
     seed: int,
     shard_samples: int | None,
     limit: int | None,
+    max_rejects: str,
     engine: Engine,
     as_json: bool,
     **form: Any,
@@ -74,7 +81,7 @@ def shard(
 
     SOURCE is a folder, a file or a URL: class folders, the ILSVRC archives as downloaded, Kaggle's folders, tars, a
     webdataset, a list in CSV or Parquet, CIFAR, MNIST or NORB (docs/sources.md). Images that cannot be decoded are listed
-    with their reasons and never stop the run. The same command again does only what is missing.
+    with their reasons; only too many of them stop the run (--max-rejects). The same command again does only what is missing.
 
     \b
     Example: alexprep shard /imagenet --out /data/imagenet-256
@@ -96,7 +103,7 @@ def shard(
     if check_archive:
         click.echo(f"MD5 as published: {', '.join(check_archives(found.files))}", err=True)
     with output.progress("sharding") as show:
-        done = convert(found, out, options, engine, show)
+        done = convert(found, out, options, engine, show, max_rejects=max_rejects)
     rows = [("layout of SOURCE", found.layout), ("inputs", f"{done.inputs:,}")]
     rows += [(f"{split} images", f"{count:,}") for split, count in done.samples.items()]
     rows += [("bytes kept as they were", f"{done.kept:,} images")] if done.kept else []

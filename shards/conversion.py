@@ -12,6 +12,7 @@ import functools
 import hashlib
 import itertools
 import os
+import re
 import secrets
 import shutil
 import tarfile
@@ -19,6 +20,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ from alexprep.shards.errors import AlexprepError
 from alexprep.shards.image_codec import Codec
 from alexprep.shards.image_header import Refused
 from alexprep.shards.listing import Listing, list_inputs
-from alexprep.shards.manifest import Manifest, read_sidecar
+from alexprep.shards.manifest import Manifest, general_reason, read_sidecar, rejects_in
 from alexprep.shards.plan import (
     MachineCheck,
     Plan,
@@ -68,6 +70,8 @@ _NEXT_STEPS = {
     **dict.fromkeys((errno.EMFILE, errno.ENFILE), "allow more open files (ulimit -n)"),
 }
 _PROBES = 256  # JPEG sizes of photos spread by about 40 %, so the mean of 256 is within 10 % in 99.99 % of cases
+MAX_REJECTS = "50%"  # more, and SOURCE is hardly what its user takes it for, as a folder of pages that say "404"
+_WORST_REASONS = 3  # that an error names
 _LINE_BYTES = 400  # of an input in sidecar, index and ledger, measured: 190-230 with usual names
 
 
@@ -100,6 +104,7 @@ def convert(
     progress: Progress = lambda finished, total: None,
     make_codec: MakeCodec = open_codec,
     announce: Callable[[Listing], None] = lambda listing: None,
+    max_rejects: int | str = MAX_REJECTS,
 ) -> Report:
     """Turns a source of images into a finished dataset.
 
@@ -114,39 +119,51 @@ def convert(
         progress: called with (finished inputs, inputs to do in this run).
         make_codec: makes the codec in each worker.
         announce: called with what the source holds, before anything is written.
+        max_rejects: how many inputs may be rejected, as a number or as a share such as "2.5%". More are an error and nothing is
+            published, but shards that are finished stay: a run with a higher number goes on from there.
 
     Raises:
-        AlexprepError: nothing usable at the source, other options than those the folder was begun with, a full disk.
+        AlexprepError: nothing usable at the source, too many rejects, other options than those the folder was begun with, a full
+            disk.
     """
     started = time.monotonic()
     folder, engine = folder_at(folder), as_engine(engine)
     source = source if isinstance(source, Source) else find_source(str(source))
+    rejects_allowed(max_rejects, 0)  # refused before any work where it makes no sense
     with _system_errors_in_words(folder):
         if isinstance(engine, LocalEngine):  # before the folder is bound to it
             check_device(options.target)
         plan = make_plan(source, options, folder, announce)  # published, or refused where another one is there
         _make_folders(plan)
         table = plan.table()
-        missing = [shard for shard in plan.each_shard() if read_sidecar(plan, shard) is None]
+        missing, rejected = _missing(plan)
         total = sum(table.rows(shard.group) for shard in missing)
-        if missing:
+        allowed, whole = rejects_allowed(max_rejects, plan.inputs), not missing
+        if missing and rejected <= allowed:
             check_space(
                 plan, source, functools.partial(shared_codec, make_codec, options.target), missing, table, engine
             )
             check = MachineCheck.prepared_here(plan, source, table)
             writer = ShardWriter(plan, source, options.target, make_codec, check)
+            tasks = _in_turn(plan, missing)
             try:
-                for _ in engine.run(writer, _in_turn(plan, missing), lambda finished: progress(finished, total)):
-                    pass
+                whole = _all_made(
+                    engine.run(writer, tasks, lambda finished: progress(finished, total)),
+                    len(tasks),
+                    allowed - rejected,
+                )
             finally:
                 _tidy(plan)
-            progress(total, total)
-        manifest = _checked_account(plan, table)  # found = written + rejected + passed over
+            if whole:
+                progress(total, total)
+        manifest = _checked_account(plan, table) if whole else None  # found = written + rejected + passed over
+        if manifest is None or manifest.reasons.total() > allowed:
+            raise _too_many_rejects(plan, table, max_rejects)
         _publish(manifest)
     samples, seconds = manifest.samples, time.monotonic() - started
-    written, rejected, kept = sum(samples.values()), manifest.reasons, manifest.kept
+    written, reasons, kept = sum(samples.values()), manifest.reasons, manifest.kept
     return Report(
-        folder, plan.inputs, written, rejected, plan.passed_over, kept, manifest.tar_bytes, total, seconds, samples
+        folder, plan.inputs, written, reasons, plan.passed_over, kept, manifest.tar_bytes, total, seconds, samples
     )
 
 
@@ -242,6 +259,30 @@ def _tidy(plan: Plan) -> None:
         remove_temporaries(folder)
 
 
+def _missing(plan: Plan) -> tuple[list[Shard], int]:
+    """The shards that are not finished, and how many inputs of the others are rejected."""
+    missing, rejected = [], 0
+    for shard in plan.each_shard():
+        sidecar = read_sidecar(plan, shard)
+        if sidecar is None:
+            missing.append(shard)
+        else:
+            rejected += rejects_in(sidecar)
+    return missing, rejected
+
+
+def _all_made(rejects: Iterator[int], tasks: int, allowed: int) -> bool:
+    """Whether all `tasks` were done: no more are, as soon as it is certain that more inputs are rejected than allowed.
+
+    `rejects` gives the number of each as it is finished. It is not held elsewhere, so it ends, and its workers with it, when this returns.
+    """
+    for finished, rejected in enumerate(rejects, 1):
+        allowed -= rejected
+        if allowed < 0 and finished < tasks:
+            return False
+    return True
+
+
 def _in_turn(plan: Plan, missing: list[Shard]) -> list[list[tuple[Shard, str | None]]]:
     """The tasks, from a random one on, so that two writers seldom begin with the same shard. Each is the shards of one window.
 
@@ -310,6 +351,54 @@ def _bytes_used(
                         size = 3 * BLOCK + padded(len(result.data))
             used.append(size + _LINE_BYTES)
     return used
+
+
+# Too many rejects.
+
+
+def rejects_allowed(max_rejects: int | str, inputs: int) -> int:
+    """How many of `inputs` may be rejected, by a number or a share.
+
+    Raises:
+        AlexprepError: `max_rejects` is neither.
+
+    >>> rejects_allowed(10, 1000), rejects_allowed("2.5%", 1000), rejects_allowed("50%", 3)
+    (10, 25, 1)
+    """
+    text = str(max_rejects)
+    number = re.fullmatch(r"[0-9]{1,15}", text)
+    share = re.fullmatch(r"([0-9]{1,3}(?:\.[0-9]{1,9})?)%", text)
+    if number:
+        return int(text)
+    if not share or Fraction(share[1]) > 100:
+        raise AlexprepError(
+            f"--max-rejects {text} is neither a number of inputs, such as 100, nor a share of them from 0% to 100%, such as 2.5%"
+        )
+    return int(Fraction(share[1]) * inputs / 100)
+
+
+def _too_many_rejects(plan: Plan, table: PlanTable, max_rejects: int | str) -> AlexprepError:
+    """Names the worst reasons in the shards that are finished, each with a file."""
+    counts: Counter[str] = Counter()
+    first: dict[str, tuple[Shard, int]] = {}
+    for shard in plan.each_shard():
+        with contextlib.suppress(KeyError, TypeError):  # a damaged one: `verify` tells more
+            for position, entry in enumerate((read_sidecar(plan, shard) or {"inputs": []})["inputs"]):
+                if entry["status"] == "rejected":
+                    reason = general_reason(entry["reason"])
+                    counts[reason] += 1
+                    first.setdefault(reason, (shard, position))
+    worst = []
+    for reason, count in counts.most_common(_WORST_REASONS):
+        shard, position = first[reason]
+        location = locations(table.read_row_group(shard.group))[position]
+        worst.append(f"{reason} ({count:,}, such as {location})")
+    allowed = rejects_allowed(max_rejects, plan.inputs)
+    return AlexprepError(
+        f"{counts.total():,} of {plan.inputs:,} inputs are rejected, more than the {allowed:,} that --max-rejects {max_rejects} "
+        f"allows: {'; '.join(worst)}. Nothing is published, and the shards that are finished are kept: look at these files, then "
+        "allow more by --max-rejects, or mend SOURCE and use a new --out"
+    )
 
 
 # What describes the whole.

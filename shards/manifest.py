@@ -80,6 +80,12 @@ def read_sidecar(plan: Plan, shard: Shard) -> Sidecar | None:
     return sidecar
 
 
+def rejects_in(sidecar: Sidecar) -> int:
+    """How many inputs of a shard are rejected."""
+    samples: int = sidecar["samples"]
+    return len(sidecar["inputs"]) - samples
+
+
 def publish_sidecar(plan: Plan, shard: Shard, sidecar: Sidecar, before: bytes) -> None:
     """Publishes a shard's sidecar, which makes the shard count; of several writers the first one wins.
 
@@ -124,7 +130,9 @@ class Manifest:
         """Takes in a finished shard, given its rows of plan.parquet; a damaged sidecar raises KeyError, TypeError or ValueError."""
         self._ledgers[shard.split].append(_ledger(shard, planned, sidecar))
         self._indexes[shard.split].append(_index(shard, sidecar))
-        self.reasons.update(_general(entry["reason"]) for entry in sidecar["inputs"] if entry["status"] == "rejected")
+        self.reasons.update(
+            general_reason(entry["reason"]) for entry in sidecar["inputs"] if entry["status"] == "rejected"
+        )
         self.kept += sum(entry.get("kept", False) for entry in sidecar["inputs"])
         if sidecar["samples"]:
             self._records[shard.split].append(
@@ -231,6 +239,6 @@ def _index(shard: Shard, sidecar: Sidecar) -> NDArray[Any]:
     )
 
 
-def _general(reason: str) -> str:
+def general_reason(reason: str) -> str:
     """A reason without its particulars, so that like ones are counted together."""
     return re.sub(r"\d[\d,]*", "N", reason.split(" (first bytes ")[0])

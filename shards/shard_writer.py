@@ -24,7 +24,7 @@ from alexprep.shards.dataset_format import DATASET, FORMATS, sample_key
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.image_codec import Codec, Converted, Target
 from alexprep.shards.image_header import Refused
-from alexprep.shards.manifest import conflict, input_record, publish_sidecar, read_sidecar, sidecar_of
+from alexprep.shards.manifest import conflict, input_record, publish_sidecar, read_sidecar, rejects_in, sidecar_of
 from alexprep.shards.plan import MachineCheck, Plan, Shard, locations, shared_table
 from alexprep.shards.sources.base import Location, Source
 from alexprep.shards.storage import PAUSES, LocalFiles, file_sha256, publish_bytes, published
@@ -60,8 +60,8 @@ class ShardWriter:
     make_codec: MakeCodec
     check: MachineCheck  # run once in each worker, since it may be on another machine
 
-    def __call__(self, argument: Sequence[tuple[Shard, str | None]], condemned: Mapping[int, str]) -> None:
-        """Makes some shards of one split, each unless another writer has made it meanwhile.
+    def __call__(self, argument: Sequence[tuple[Shard, str | None]], condemned: Mapping[int, str]) -> int:
+        """Makes some shards of one split, each unless another writer has made it meanwhile; returns how many inputs are rejected.
 
         `argument` is each shard, and the sha256 that its tar had when the dataset was finished ("" where it had none; None where
         that is not known). `condemned` has the rows that are not to be touched, and why.
@@ -69,12 +69,11 @@ class ShardWriter:
         if self.plan.digest not in _checked:
             self.check.run()
             _checked.add(self.plan.digest)
-        for shard, recorded in argument:
-            self._make(shard, recorded, condemned)
+        return sum(self._make(shard, recorded, condemned) for shard, recorded in argument)
 
-    def _make(self, shard: Shard, recorded: str | None, condemned: Mapping[int, str]) -> None:
-        if read_sidecar(self.plan, shard) is not None:
-            return
+    def _make(self, shard: Shard, recorded: str | None, condemned: Mapping[int, str]) -> int:
+        if (made := read_sidecar(self.plan, shard)) is not None:
+            return rejects_in(made)
         codec = shared_codec(self.make_codec, self.target)
         rows = shared_table(self.plan.folder, self.plan.digest).read_row_group(shard.group)
         numbers, labels = rows.column("row").to_pylist(), rows.column("label").to_pylist()
@@ -82,7 +81,7 @@ class ShardWriter:
         inputs = list(map(PlannedInput, numbers, labels, locations(rows)))
         folder = self.plan.folder / shard.split
         try:
-            self._write(shard, recorded, _converted(inputs, self.source, codec, condemned))
+            return self._write(shard, recorded, _converted(inputs, self.source, codec, condemned))
         except OSError as error:
             raise AlexprepError(
                 f"shard {shard.name} could not be written to {folder} ({error}): make room or mend the disk, "
@@ -91,8 +90,8 @@ class ShardWriter:
 
     def _write(
         self, shard: Shard, recorded: str | None, inputs: Iterator[tuple[PlannedInput, Converted | Refused]]
-    ) -> None:
-        """Makes one shard's tar, DALI index and sidecar, in this order, each complete or absent.
+    ) -> int:
+        """Makes one shard's tar, DALI index and sidecar, in this order, each complete or absent; returns its number of rejects.
 
         A shard whose every input is refused has a sidecar only, since an empty tar trips readers. Nothing is published where it does
         not become what was recorded, or where another writer made it with other bytes.
@@ -118,7 +117,9 @@ class ShardWriter:
             publish_bytes(plan.file(shard, ".idx"), dali_index(tar.members).encode())
         else:
             tar_path.unlink(missing_ok=True)  # an earlier run's
-        publish_sidecar(plan, shard, sidecar_of(plan, records, list(map(vars, tar.members)), sha256), before)
+        sidecar = sidecar_of(plan, records, list(map(vars, tar.members)), sha256)
+        publish_sidecar(plan, shard, sidecar, before)
+        return rejects_in(sidecar)
 
 
 class _EmptyError(Exception):

@@ -181,7 +181,7 @@ def repair(
                 file.unlink(missing_ok=True)
     if DATASET in damaged:  # it can no longer say what a shard must become
         (folder / DATASET).unlink(missing_ok=True)
-    return convert(source, folder, options, engine, progress)
+    return convert(source, folder, options, engine, progress, max_rejects="100%")  # it was published with these rejects
 
 
 def _trusted_plan(folder: Path, problems: list[Problem]) -> tuple[Plan | None, dict[str, Any]]:

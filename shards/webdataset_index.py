@@ -3,7 +3,8 @@
 Rules:
   * Shards are .tar files on a local disk, in the order of SOURCE: a folder's by name, a pattern's as it expands.
   * A sample is a run of neighbouring members with the same name up to the first dot of the file name. Its image is the one
-    member with an image extension; its label is .cls, .class, .label, .index, or a field of .json, in this order.
+    member with an image extension; its label is .cls, .class, .label, .index, or a field of .json, in this order: a number or a
+    name, as `sources.labels` has it.
   * Labels that are numbers stay what they are, and the classes are "0" to the largest. Labels that are names are sorted and
     numbered. Both at once are an error. The dataset.json of `alexprep shard` gives the class names.
   * What cannot be used is left out and listed with the reason: no image or label, two of one, a label that makes no sense,
@@ -37,6 +38,7 @@ from alexprep.shards.dataset_format import INDEX_DTYPE, TAR_INDEXES
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.image_header import Refused, read_header
 from alexprep.shards.sources.base import Location
+from alexprep.shards.sources.labels import is_number
 from alexprep.shards.sources.tars import packed_files, plain_name
 from alexprep.shards.sources.wds import (
     BadSampleError,
@@ -56,7 +58,7 @@ from alexprep.shards.worker_pool import InProcessEngine, LocalEngine, cores
 # A record of `dataset_format.INDEX_DTYPE` and the size of the stored pixels, EXIF orientation not applied.
 TAR_INDEX_DTYPE = np.dtype([*INDEX_DTYPE.descr, ("height", "<u4"), ("width", "<u4")])
 _FEW_BYTES = 2**28  # of shards are scanned before worker processes have started (0.5 s)
-_CACHE_VERSION = 3
+_CACHE_VERSION = 4
 _log = logging.getLogger("alexprep")
 
 
@@ -156,7 +158,7 @@ def _joined(paths: list[Path], shards: list[ShardIndex], sizes: list[int], names
     classes = class_names(texts, names, str(paths[0].parent))
     position = {name: label for label, name in reversed([*enumerate(classes)])}
     numbers = {
-        text: int(text) if text.isdecimal() and int(text) < len(classes) else position.get(text, -1) for text in texts
+        text: int(text) if is_number(text) and int(text) < len(classes) else position.get(text, -1) for text in texts
     }
     parts: list[NDArray[np.void]] = []
     bad: list[UnusableSample] = []

@@ -170,9 +170,10 @@ def test_a_shard_of_rejects_only_has_no_tar(tmp_path: Path, photos: Path) -> Non
     for n in range(9):
         (source / f"{n}.jpg").write_bytes(b"junk")
     with pytest.raises(AlexprepError, match="none of the 9 inputs is a usable image"):
-        convert(tmp_path / "source", tmp_path / "nothing", OPTIONS, ENGINE)
+        convert(tmp_path / "source", tmp_path / "nothing", OPTIONS, ENGINE, max_rejects="100%")
     shutil.copy(photos / "train/class0/000.JPEG", source)
-    report = convert(tmp_path / "source", tmp_path / "one", ShardOptions(Target(size=64), shard_samples=1), ENGINE)
+    options = ShardOptions(Target(size=64), shard_samples=1)
+    report = convert(tmp_path / "source", tmp_path / "one", options, ENGINE, max_rejects=9)
     assert (report.written, report.rejected.total()) == (1, 9)
     assert len(list((tmp_path / "one/train").glob("*.tar"))) == 1
     assert len(list((tmp_path / "one/train").glob("train-*.json"))) == 10

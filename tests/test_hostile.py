@@ -111,7 +111,9 @@ def test_hostile_files_change_nothing_for_the_good_ones(
     for name, content in hostile.items():
         (tmp_path / "source/train/class1" / f"x{name}").write_bytes(content)
     options = ShardOptions(Target(size=32), shard_samples=50)
-    report = convert(tmp_path / "source", tmp_path / "out", options, LocalEngine(2, image_seconds=120))
+    report = convert(
+        tmp_path / "source", tmp_path / "out", options, LocalEngine(2, image_seconds=120), max_rejects="100%"
+    )
     convert(photos, tmp_path / "alone", options, InProcessEngine())
     assert report.inputs == len(hostile) + 68
     ledgers = {

@@ -122,7 +122,8 @@ def test_urls_are_read_where_they_point(tmp_path: Path) -> None:
         ("dog|cat", "the cell 'dog|cat' gives one image several labels"),
         *((label, "several labels") for label in ("dog; cat", "1,2", "1 2", "[1]", "['dog', 'cat']", "good, dog")),
         ("-1", "the label -1 is below 0: number the classes from 0"),
-        ("3.0", "the label 3.0 is no whole number: write it without a point"),
+        ("3.5", "the label 3.5 is no whole number: write it without a point, or give the class a name"),
+        ("3.0", "the label 3.0 is a number with a point among names such as 'dog': write it without a point"),
         ("do\tg", "holds a control character"),
         ("x" * 1001, "has 1,001 characters"),
     ],
@@ -169,7 +170,9 @@ def test_labels_are_bounded(tmp_path: Path) -> None:
         (b"path,label,fold\na,1,\n", "line 2: the split '' is not one of"),
         (b"path,label,label\na,1,2\n", "two columns are named 'label'"),
         (b"label,name\n1,a\n", "no column for the path among 'label', 'name'"),
-        (b"path;label\na;1\n", "no column for the path among 'path;label'"),
+        (b"path;label\na;1\n", "line 1: the separator is a semicolon, where a comma (.csv) was expected: put a comma"),
+        (b"a.jpg;1\nb.jpg;2\n", "line 1: the separator is a semicolon"),
+        (b"path\tlabel\na\t1\n", "the separator is a tab (.tsv), where a comma (.csv) was expected: give the file"),
     ],
 )
 def test_texts_that_make_no_sense_are_refused_with_the_line(content: bytes, words: str, tmp_path: Path) -> None:
@@ -203,7 +206,11 @@ def test_a_cut_table_is_refused(tmp_path: Path) -> None:
     ("column", "words"),
     [
         (pa.array([["x"], ["y"]]), "the column 'label' gives one image several labels (list<"),
-        (pa.array([1.0, 2.0]), "the column 'label' has the type double, but a label is a string or a whole number"),
+        (pa.array([1.0, 2.5]), "row 2: the label 2.5 is no whole number"),
+        (
+            pa.array([{"a": 1}, {"a": 2}]),
+            "the column 'label' has the type struct<a: int64>, but a label is a string or a",
+        ),
         (pa.array([None, "x"]), "row 1: the label is missing"),
         (pa.array([-3, 2]), "row 1: the label -3 is below 0"),
         (pa.array([b"\xff", b"a"]).view(pa.string()), "row 1: b'\\xff' is not UTF-8"),
@@ -212,7 +219,11 @@ def test_a_cut_table_is_refused(tmp_path: Path) -> None:
 def test_columns_that_make_no_sense_are_refused(column: pa.Array, words: str, tmp_path: Path) -> None:
     fails(as_parquet(tmp_path / "list.parquet", {"path": ["a", "b"], "label": column}), words)
     images = as_parquet(tmp_path / "list.parquet", {"image": [{"bytes": b"x", "path": "a"}], "label": [1]})
-    fails(images, "but a path is a string; images inside a table are not read", "table")
+    fails(
+        images,
+        "list.parquet is a Parquet table with its images inside, in the column 'image' (struct<bytes: binary",
+        "table",
+    )
 
 
 def test_a_table_s_order_is_that_of_bytes_in_any_order_of_rows(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ of a source: see `conversion`.
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -151,6 +152,19 @@ class Choices:
 
 
 NO_CHOICES = Choices()
+
+
+def as_options(choices: Choices) -> str:
+    """The options of the command line that say the same."""
+    words = []
+    if choices.split_folders is not None:
+        folders = ",".join(f"{split}={folder}" for split, folder in choices.split_folders) or "none"
+        words.append(f"--split-folders {shlex.quote(folders)}")
+    if choices.class_depth is not None:
+        words.append(f"--class-depth {choices.class_depth}")
+    if choices.columns:
+        words.append(f"--columns {shlex.quote(','.join(f'{use}={column}' for use, column in choices.columns))}")
+    return " ".join(words)
 
 
 def as_json(choices: Choices) -> dict[str, Any]:

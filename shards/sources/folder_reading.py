@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from alexprep.shards.errors import AlexprepError, AmbiguousSourceError
@@ -23,9 +23,11 @@ from alexprep.shards.sources.base import (
     UNLABELLED,
     Account,
     Choices,
+    as_options,
     class_name_of,
     split_of,
 )
+from alexprep.shards.sources.foreign_formats import image_folder
 from alexprep.shards.sources.ground_truth import GroundTruth
 from alexprep.shards.sources.tree import Folder, Tree, is_picture, rule_of
 from alexprep.shards.storage import as_text
@@ -64,6 +66,7 @@ def _few(count: int) -> int:
     return max(1, count // 20)
 
 
+_word_and_number = re.compile(rb"([^\d.]*[^\d._ -])[._ -]*\d+\.\w+").fullmatch
 _wordnet_id = re.compile(rb"n\d{8}").fullmatch
 
 
@@ -115,6 +118,44 @@ def read_folders(
         AlexprepError: none does, or `choices` name what is not there.
     """
     _refuse_detection_sets(root, shown)
+
+    def read(choices: Choices) -> Reading:
+        return _read(root, shown, truth_of, choices, split)
+
+    try:
+        return read(choices)
+    except _Question as question:
+        refusals = [(way, _refusal(read, choices, way)) for way, _ in question.ways]
+        ways = [
+            (as_options(way), words) for (way, words), (_, no) in zip(question.ways, refusals, strict=True) if not no
+        ]
+        if not ways:
+            raise AlexprepError(f"{question.found} {refusals[0][1]}") from None
+        raise AmbiguousSourceError(question.found, ways) from None
+
+
+def _refusal(read: Callable[[Choices], Reading], choices: Choices, way: Choices) -> str:
+    """Why a way out of a question ends in a refusal, perhaps after more questions; empty where it leads to a reading."""
+    chosen = replace(choices, **{name: value for name, value in vars(way).items() if value is not None})
+    try:
+        read(chosen)
+    except _Question as next_one:
+        refusals = ["no way out"] if chosen == choices else [_refusal(read, chosen, way) for way, _ in next_one.ways]
+        return "" if "" in refusals else refusals[0]
+    except AlexprepError as error:
+        return str(error)
+    return ""
+
+
+class _Question(Exception):
+    """A doubt: what was found, and (what to choose, what it means) of each way out."""
+
+    def __init__(self, found: str, ways: Sequence[tuple[Choices, str]]) -> None:
+        super().__init__(found)
+        self.found, self.ways = found, ways
+
+
+def _read(root: Folder, shown: str, truth_of: FindTruth, choices: Choices, split: str) -> Reading:
     reading = Reading([])
     if choices.split_folders is None:
         parts, where = _split_parts(root, shown, split, reading)
@@ -186,14 +227,14 @@ def class_names(part: SplitFolder, root: Folder) -> list[str]:
 
 def _candidates(part: SplitFolder, top: Folder) -> list[tuple[bytes, Folder]]:
     """As `class_folders`, empty ones too."""
+    top = top.without(part.without)
     skip = len(top.path) + 1 if top.path else 0
-    without = set(part.without)
     if part.depth == "leaf":
         inner = [folder for folder in top.walk() if folder is not top and folder.pictures]
     else:
         inner = [top]
         for _ in range(part.depth):
-            inner = [below for folder in inner for below in folder.folders if below.path not in without]
+            inner = [below for folder in inner for below in folder.folders]
     return sorted(((folder.path[skip:], folder) for folder in inner), key=lambda found: found[0])
 
 
@@ -229,14 +270,13 @@ def _split_parts(root: Folder, shown: str, split: str, reading: Reading) -> tupl
     base = _unwrapped(root)
     filled = base.filled
     named = {folder.path: SPLITS.get(_lower(folder)) for folder in filled}
-    if not any(named.values()):
-        told = {folder.path: split_of(folder.name) for folder in filled}
-        others = [
-            folder
-            for folder in filled
-            if not told[folder.path] and _lower(folder).split("_")[-1] not in _WITHOUT_LABELS
-        ]
-        if len({name for name in told.values() if name}) > 1 and not others:
+    told = {folder.path: split_of(folder.name) for folder in filled}  # also test1 and seg_train
+    if any(named.values()):
+        exact = set(named.values())
+        named |= {path: name for path, name in told.items() if not named[path] and name not in exact}
+    else:
+        silent = [f for f in filled if not told[f.path] and _lower(f).split("_")[-1] not in _WITHOUT_LABELS]
+        if len({name for name in told.values() if name}) > 1 and not silent:
             named = told
     splits = {folder.path: name for folder in filled if (name := named[folder.path])}
     if not splits:
@@ -271,11 +311,11 @@ def _check_one_each(splits: dict[bytes, str], base: Folder, shown: str) -> None:
     for name in set(splits.values()):
         paths = [as_text(path) for path, split in splits.items() if split == name]
         if len(paths) > 1:
-            others = "".join(f",{split}={as_text(path)}" for path, split in splits.items() if split != name)
-            raise AmbiguousSourceError(
+            others = [(split, as_text(path)) for path, split in splits.items() if split != name]
+            raise _Question(
                 f"SOURCE {_shown(base, shown)} holds {' and '.join(os.path.basename(path) for path in paths)}, which both mean {name!r}.",
                 [
-                    (f"--split-folders {name}={path}{others}", f"{path} is, and the others are passed over")
+                    (Choices(((name, path), *others)), f"{os.path.basename(path)} is, and the other is passed over")
                     for path in paths
                 ],
             )
@@ -290,19 +330,21 @@ def _weigh_beside(splits: dict[bytes, str], beside: list[Folder], base: Folder, 
     names = ", ".join(as_text(folder.name) for folder in beside[:5]) or as_text(_loose(base)[0])
     if "train" in splits.values() and loose <= _few(inside):
         reading.warnings.append(
-            f"{outside:,} pictures beside the split folders of {_shown(base, shown)} are passed over ({names})"
+            f"{_counted(outside, 'picture')} beside the split folders of {_shown(base, shown)} are passed over ({names})"
         )
         return
-    given = ",".join(f"{split}={as_text(path)}" for path, split in splits.items())
-    ways = [(f"--split-folders {given}", "these are the splits, and what lies beside them is passed over")]
+    given = tuple((split, as_text(path)) for path, split in splits.items())
+    ways = [(Choices(given), "these are the splits, and what lies beside them is passed over")]
     if "train" not in splits.values():
         here = as_text(base.path) or "."
-        ways.append((f"--split-folders train={here},{given}", "the folders beside them are the classes of train"))
-    ways.append(("--split-folders none", "no folder means a split: all of them are classes of train"))
+        ways.append((Choices((("train", here), *given)), "the folders beside them are the classes of train"))
+        wide = [folder for folder in beside if folder.filled]
+        ways += [(Choices((("train", as_text(f.path)), *given)), f"{as_text(f.name)} is train") for f in wide[:3]]
+    ways.append((Choices(()), "no folder means a split: all of them are classes of train"))
     found = " and ".join(os.path.basename(as_text(path)) for path in splits)
-    raise AmbiguousSourceError(
+    raise _Question(
         f"SOURCE {_shown(base, shown)} holds {found}, which by name {'is a split' if len(splits) == 1 else 'are splits'}, and beside "
-        f"{'it' if len(splits) == 1 else 'them'} {outside:,} pictures in {len(beside):,} other folders ({names}).",
+        f"{'it' if len(splits) == 1 else 'them'} {_counted(outside, 'picture')} in {_counted(len(beside), 'other folder')} ({names}).",
         ways,
     )
 
@@ -339,17 +381,7 @@ def _read_split(
     reading: Reading,
 ) -> SplitFolder:
     """How the pictures of one split are labelled."""
-    if without:
-        folder = Folder(
-            folder.path, folder.pictures, folder.papers, [f for f in folder.folders if f.path not in without]
-        )
-    if choices.class_depth is not None:
-        found = SplitFolder(split, folder.path, choices.class_depth, without=without)
-        if not class_folders(found, folder):
-            raise AlexprepError(
-                f"--class-depth {choices.class_depth}: {_shown(folder, shown)} has no folder with pictures so deep; give a smaller number"
-            )
-        return found
+    folder = folder.without(without)
     top = folder
     while (
         not top.pictures
@@ -358,6 +390,14 @@ def _read_split(
     ):
         top = top.filled[0]
         reading.skipped[split] = reading.skipped.get(split, 0) + 1
+    if choices.class_depth is not None:
+        found = SplitFolder(split, folder.path, choices.class_depth, without=without)
+        if class_folders(found, folder):
+            return found
+        if not top.leaf:
+            raise AlexprepError(
+                f"--class-depth {choices.class_depth}: {_shown(folder, shown)} has no folder with pictures so deep; give a smaller number"
+            )
     if top.pictures:
         flat = _flat(split, top, shown, truth_of, numbered, reading)
         if flat is not None:
@@ -382,22 +422,38 @@ def _flat(
     place = _shown(top, shown)
     if truth is None and strays:
         return None
+    if truth is None and (words := image_folder(top)):
+        raise AlexprepError(f"{place} is {words}")
     if truth is None and split != "test":
         raise AlexprepError(
             f"{place} holds no class folders, and nothing beside it tells the classes of its images: sort them into "
             f"{place}/CLASS/IMAGE, put a ground truth into SOURCE (LOC_{split}_solution.csv, {split}.txt, or the devkit), "
-            "or move it away"
+            f"or move it away{_words_in_names(top)}"
         )
     if truth is None:
         reading.warnings.append(
             f"nothing tells the classes of the {len(top.pictures):,} images in {place}: their label is -1"
         )
-    elif top.folders:
+    else:
+        truth.sorted(top.pictures)  # it must know them all
+    if truth is not None and top.folders:
         names = ", ".join(as_text(folder.name) for folder in top.folders[:5])
         reading.warnings.append(
-            f"{place} is read by {truth.origin}; {strays:,} pictures in folders in it ({names}) are passed over"
+            f"{place} is read by {truth.origin}; {_counted(strays, 'picture')} in folders in it ({names}) are passed over"
         )
     return SplitFolder(split, top.path, flat=True, truth=truth)
+
+
+def _words_in_names(top: Folder) -> str:
+    """A hint where the names of pictures begin with a few words, as cat.0.jpg and dog.0.jpg: they may be the classes."""
+    words = [match[1] for name in top.pictures if (match := _word_and_number(name))]
+    kinds = sorted(set(words))
+    if len(words) < len(top.pictures) or not 1 < len(kinds) <= max(2, len(words) // 2):
+        return ""
+    return (
+        f". The names begin with {', '.join(map(as_text, kinds[:3]))}{', …' if len(kinds) > 3 else ''}: if these are the classes, write "
+        "a list of path and label (CSV) by them, and name that as SOURCE"
+    )
 
 
 def _weigh_loose(split: str, top: Folder, shown: str, reading: Reading) -> None:
@@ -406,15 +462,15 @@ def _weigh_loose(split: str, top: Folder, shown: str, reading: Reading) -> None:
     if not sure:
         return
     loose = len(sure)
-    words = f"{loose:,} pictures in {place} lie in no class folder, among them {as_text(sure[0])}"
+    words = f"{_counted(loose, 'picture')} in {place} lie in no class folder, among them {as_text(sure[0])}"
     if loose <= _few(top.count):
         reading.warnings.append(f"{words}: they are passed over")
         return
-    raise AmbiguousSourceError(
-        f"{words}, beside {len(top.filled):,} folders with {sum(f.count for f in top.filled):,} pictures.",
+    raise _Question(
+        f"{words}, beside {_counted(len(top.filled), 'folder')} with {_counted(sum(f.count for f in top.filled), 'picture')}.",
         [
             (
-                f"--class-depth {1 + reading.skipped.get(split, 0)}",
+                Choices(class_depth=1 + reading.skipped.get(split, 0)),
                 "the folders are classes, and the pictures beside them are passed over",
             )
         ],
@@ -430,7 +486,7 @@ def _class_depth(split: str, top: Folder, shown: str, reading: Reading) -> Depth
     if all(child.pictures for child in children) and nested <= _few(top.count):
         some = next(child for child in children if child.filled).filled[0]
         reading.warnings.append(
-            f"{nested:,} pictures lie in folders within class folders, as {_shown(some, shown)}: they count for the class around them"
+            f"{_counted(nested, 'picture')} lie in folders within class folders, as {_shown(some, shown)}: they count for the class around them"
         )
         return 1
     inner = {below.name for child in children for below in child.filled}
@@ -444,26 +500,26 @@ def _class_depth(split: str, top: Folder, shown: str, reading: Reading) -> Depth
     if _is_by_letter(children):
         return "leaf"  # a/abbey, and also a/apartment_building/outdoor
     depths = range(1, len(levels) + 1)
-    ways: list[tuple[str, str]] = []
+    ways: list[tuple[Choices, str]] = []
     for depth in depths:
         found = [name for name, _ in class_folders(SplitFolder(split, top.path, depth), top)]
         ways.append(
             (
-                f"--class-depth {depth + reading.skipped.get(split, 0)}",
-                f"{len(found):,} classes, such as {as_text(found[0])}",
+                Choices(class_depth=depth + reading.skipped.get(split, 0)),
+                f"{_counted(len(found), 'class')}, such as {as_text(found[0])}",
             )
         )
     leaves = [name for name, _ in class_folders(SplitFolder(split, top.path, "leaf"), top)]
     ways.append(
         (
-            "--class-depth leaf",
+            Choices(class_depth="leaf"),
             f"each folder that holds pictures is a class: {len(leaves):,}, such as {as_text(leaves[0])}",
         )
     )
     mixed = any(child.pictures and child.filled for child in top.walk() if child is not top)
     what = "pictures on several levels" if mixed else f"folders that hold folders ({_example(children)})"
-    raise AmbiguousSourceError(
-        f"SOURCE: {_shown(top, shown)} holds {len(children):,} folders, and in them {what}. Any of these levels may be the classes.",
+    raise _Question(
+        f"SOURCE: {_shown(top, shown)} holds {_counted(len(children), 'folder')}, and in them {what}. Any of these levels may be the classes.",
         ways,
     )
 
@@ -498,16 +554,12 @@ def _check_shared(classes_of: dict[str, list[str]], reading: Reading, shown: str
         if split == "train" or not train or not names or 2 * shared >= len(names):
             continue
         odd = next(name for name in names if name not in train)
-        paths = ",".join(f"{part.split}={as_text(part.path) or '.'}" for part in reading.splits)
+        paths = {part.split: (part.split, as_text(part.path) or ".") for part in reading.splits}
         ways = [
-            (f"--split-folders {paths}", "this is so: the classes of all splits are numbered together"),
-            *(
-                (f"--split-folders {part.split}={as_text(part.path) or '.'}", f"take {part.split} alone")
-                for part in reading.splits
-                if part.split in ("train", split)
-            ),
+            (Choices(tuple(paths.values())), "this is so: the classes of all splits are numbered together"),
+            *((Choices((paths[one],)), f"take {one} alone") for one in ("train", split)),
         ]
-        raise AmbiguousSourceError(
+        raise _Question(
             f"SOURCE {shown}: only {shared:,} of the {len(names):,} class names of {split} are among the {len(train):,} of train "
             f"({odd!r} is not).",
             ways,
@@ -525,12 +577,18 @@ def _check_names(classes_of: dict[str, list[str]], reading: Reading, root: Folde
         found = [name for name in classes_of[part.split] if any(word.lower() in CONTAINERS for word in name.split("/"))]
         if found:
             inner = max((sum(1 for _ in _levels(folder)) for _, folder in class_folders(part, top)), default=0)
-            ways = [(f"--class-depth {1 + reading.skipped.get(part.split, 0)}", f"{found[0]} is a class")]
+            ways = [(Choices(class_depth=1 + reading.skipped.get(part.split, 0)), f"{found[0]} is a class")]
             if inner:
-                ways.append(("--class-depth leaf", "each folder that holds pictures is a class"))
-            ways += [] if part.path else [(f"SOURCE {_join(shown, found[0])}", "read this folder alone")]
-            raise AmbiguousSourceError(
-                f"SOURCE: {_shown(top, shown)} holds {len(classes_of[part.split]):,} folders with pictures, and by its name {found[0]} is no "
+                ways.append((Choices(class_depth="leaf"), "each folder that holds pictures is a class"))
+            alone = os.path.join(as_text(part.path), found[0])
+            ways.append(
+                (
+                    Choices(((part.split, alone),)),
+                    f"{alone} alone is {part.split}, and what lies beside it is passed over",
+                )
+            )
+            raise _Question(
+                f"SOURCE: {_shown(top, shown)} holds {_counted(len(classes_of[part.split]), 'folder')} with pictures, and by its name {found[0]} is no "
                 "class but holds a dataset's pictures.",
                 ways,
             )
@@ -577,6 +635,11 @@ def _are_yolo_labels(images: Folder, labels: Folder) -> bool:
 def _loose(folder: Folder) -> list[bytes]:
     """The files in a folder that are pictures by their ending; any other may be anything."""
     return [name for name in folder.pictures if is_picture(name)]
+
+
+def _counted(number: int, noun: str) -> str:
+    """A number of things, in words."""
+    return f"{number:,} {noun}{'' if number == 1 else 'es' if noun.endswith('s') else 's'}"
 
 
 def _lower(folder: Folder) -> str:

@@ -11,7 +11,8 @@ from collections.abc import Iterable
 
 from alexprep.shards.errors import AlexprepError, AmbiguousSourceError
 from alexprep.shards.sources import BY_COLUMNS, BY_FOLDERS, LAYOUTS
-from alexprep.shards.sources.base import NO_CHOICES, Choices, Source
+from alexprep.shards.sources.base import NO_CHOICES, Choices, Source, as_options
+from alexprep.shards.sources.foreign_formats import foreign
 from alexprep.shards.sources.tree import is_picture, read_tree
 from alexprep.shards.storage import Files, files_at
 
@@ -28,7 +29,14 @@ def find_source(place: str, layout: str | None = None, choices: Choices = NO_CHO
     """
     files, name = files_at(place)
     for candidate in (layout,) if layout else _candidates(choices):
-        source = _source_class(candidate).at(files, name, choices)
+        try:
+            source = _source_class(candidate).at(files, name, choices)
+        except AlexprepError:
+            if name or layout or candidate not in BY_FOLDERS or _has_pictures(files):
+                raise
+            if words := foreign(files, name):  # what has no ending counted as pictures, and is something else
+                raise AlexprepError(words) from None
+            raise
         if source is not None:
             if source.choices != choices:
                 raise AlexprepError(
@@ -38,8 +46,15 @@ def find_source(place: str, layout: str | None = None, choices: Choices = NO_CHO
             if layout is None and source.whole and candidate in _BESIDE_FOLDERS:
                 _check_no_class_folders(files, candidate)
             return source
+    if choices != NO_CHOICES:
+        raise AlexprepError(
+            f"SOURCE {place} holds no {'columns' if choices.columns else 'class folders'}, of which {as_options(choices)} could "
+            "speak: leave it out"
+        )
     if layout:
         raise AlexprepError(f"SOURCE {place} has not the layout {layout!r}: expected {_source_class(layout).expects}")
+    if words := foreign(files, name):
+        raise AlexprepError(words)
     if name:
         raise AlexprepError(
             f"SOURCE {place} is a file of no known layout: name a folder, a tar, or a list ending in .csv, .tsv or .parquet"
@@ -54,6 +69,11 @@ def _candidates(choices: Choices) -> Iterable[str]:
     if choices.columns:
         return BY_COLUMNS
     return LAYOUTS if choices == NO_CHOICES else BY_FOLDERS
+
+
+def _has_pictures(files: Files) -> bool:
+    """Whether any file is a picture by its ending."""
+    return any(is_picture(name) for folder in read_tree(files).root.walk() for name in folder.pictures)
 
 
 def _check_no_class_folders(files: Files, layout: str) -> None:

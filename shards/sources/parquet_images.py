@@ -10,6 +10,7 @@ import contextlib
 import functools
 import itertools
 import json
+import math
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -37,7 +38,17 @@ from alexprep.shards.sources.base import (
     split_of,
 )
 from alexprep.shards.sources.grouped import DamagedGroupError, FileView, GroupedSource, Sizes, check_group
-from alexprep.shards.sources.table import LABELS, MAX_LABEL, SPLIT_COLUMNS, label_problem
+from alexprep.shards.sources.labels import (
+    LABEL_NAMES,
+    LabelError,
+    check_range,
+    is_number,
+    label_in,
+    label_name,
+    several,
+    text_of,
+)
+from alexprep.shards.sources.table import SPLIT_COLUMNS
 from alexprep.shards.sources.tree import pass_over_rest, read_tree
 from alexprep.shards.storage import Files, as_text
 
@@ -130,6 +141,7 @@ class ParquetImages(GroupedSource):
         self.sizes()
         rows = [_Rows(self.files, part, self.columns) for part in self.parts]
         account.found += sum(map(len, rows))
+        named = _names_of(rows, self.columns, self.files.display(self.parts[0].path))
         for split in sorted({split for some in rows for split in some.splits}):
             labelled = sum(some.labelled(split) for some in rows)
             count = sum(some.count(split) for some in rows)
@@ -147,8 +159,8 @@ class ParquetImages(GroupedSource):
                 account.warnings.append(
                     f"{count - labelled:,} of {count:,} rows of {split} have no label: they are passed over"
                 )
-            for some in rows:
-                yield from some.inputs(split, account if labelled else None)
+            for some, names in zip(rows, named, strict=True):
+                yield from some.inputs(split, names, account if labelled else None)
         if self.whole:
             pass_over_rest(self.files, {part.path for part in self.parts}, account)
 
@@ -156,7 +168,7 @@ class ParquetImages(GroupedSource):
         """The names that the schema gives; the numbers from "0" to the highest where all are numbers; otherwise sorted as bytes."""
         if self.columns.names:
             return list(self.columns.names)
-        if present and all(name.isascii() and name.isdigit() and str(int(name)) == name for name in present):
+        if present and all(map(is_number, present)):
             return numbered_classes(present)
         return super().classes(present)
 
@@ -215,7 +227,7 @@ class _Rows:
             raise AlexprepError(f"{self._shown} has no column {columns.label!r}, as other files have: move it away")
         table = self._read(wanted)
         count = self._footer.num_rows
-        self._class_names: list[str] = list(columns.names)
+        self.written: list[str] = []  # the labels as they are written, by code, where the schema does not name them
         self._labels = np.full(count, MISSING, np.int32)
         if columns.label in wanted:
             if columns.names and _class_label(schema, str(columns.label)) != columns.names:
@@ -253,7 +265,7 @@ class _Rows:
         """The rows of a split that have a label."""
         return int((self._labels[self._of(split)] != MISSING).sum())
 
-    def inputs(self, split: str, account: Account | None) -> Iterator[Input]:
+    def inputs(self, split: str, names_by_code: Sequence[str], account: Account | None) -> Iterator[Input]:
         """The rows of a split. Those without a label are passed over, in the `account`; without one they are inputs too."""
         rows = self._of(split)
         if not len(rows):
@@ -268,7 +280,7 @@ class _Rows:
             if code == MISSING and account is not None:
                 account.pass_over(NO_LABEL, f"{self._shown}/{as_text(member)}")
             else:
-                yield Input(split, UNLABELLED if code == MISSING else self._class_names[code], location)
+                yield Input(split, UNLABELLED if code == MISSING else names_by_code[code], location)
 
     def _read(self, columns: Sequence[str]) -> pa.Table:
         """Some columns of the whole file."""
@@ -294,55 +306,66 @@ class _Rows:
         return [(text or b"").replace(b"\0", b"")[:_NAME_BYTES] for text in texts]
 
     def _codes(self, column: pa.ChunkedArray) -> NDArray[np.int32]:
-        """The label of each row as the number of its name in `_class_names`; `MISSING` for none."""
-        kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
-        name = self._columns.label
-        if pa.types.is_integer(kind):
-            numbers = column.cast(kind).cast(pa.int64()).fill_null(MISSING).to_numpy()
-            top = len(self._class_names) - 1 if self._class_names else MAX_LABEL
-            if len(wrong := np.flatnonzero((numbers < MISSING) | (numbers > top))):
-                what = f"{numbers[wrong[0]]} in {name!r} is not between -1 (none) and {top:,}"
-                raise AlexprepError(
-                    f"{self._shown}, row {wrong[0]:,}: the label {what}: mend it, or get the file again"
-                )
-            if not self._class_names:
-                self._class_names = [str(number) for number in range(int(numbers.max(initial=MISSING)) + 1)]
+        """The label of each row as the number of its name, in the schema or in `written`; `MISSING` for none."""
+        if pa.types.is_dictionary(column.type):
+            column = pa.chunked_array([chunk.dictionary_decode() for chunk in column.chunks], column.type.value_type)
+        kind, name = column.type, self._columns.label
+        if self._columns.names:
+            numbers = column.cast(pa.int64()).fill_null(MISSING).to_numpy()
+            if len(wrong := np.flatnonzero((numbers < MISSING) | (numbers >= len(self._columns.names)))):
+                what = f"{numbers[wrong[0]]} in {name!r} is not between -1 (none) and {len(self._columns.names) - 1:,}"
+                raise self._wrong(int(wrong[0]), f"the label {what}: mend it, or get the file again")
             codes: NDArray[np.int32] = numbers.astype(np.int32)
             return codes
         if pa.types.is_list(kind) or pa.types.is_large_list(kind):
-            what = f"the column {name!r} gives one picture several labels ({kind}); one is needed: name another with --columns label=NAME"
-            raise AlexprepError(f"{self._shown}: {what}")
-        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_boolean(kind)):
-            what = f"the column {name!r} has the type {kind}, but a label is a string or a whole number: name another with --columns label=NAME"
-            raise AlexprepError(f"{self._shown}: {what}")
-        coded = column.cast(pa.large_string()).combine_chunks().dictionary_encode()
+            what = f"gives one picture several labels ({kind}); one is needed: name another with --columns label=NAME"
+            raise AlexprepError(f"{self._shown}: the column {name!r} {what}")
+        if pa.types.is_nested(kind) or pa.types.is_temporal(kind):
+            what = (
+                f"has the type {kind}, but a label is a text or a whole number: name another with --columns label=NAME"
+            )
+            raise AlexprepError(f"{self._shown}: the column {name!r} {what}")
+        if pa.types.is_string(kind):
+            column = column.cast(pa.binary())  # since a file may say that what is not UTF-8 is text
+        coded = column.combine_chunks().dictionary_encode()
         codes = coded.indices.fill_null(MISSING).to_numpy(zero_copy_only=False).astype(np.int32)
-        texts = [
-            self._text(data or b"", int(np.argmax(codes == n))) for n, data in enumerate(_binary(coded.dictionary))
-        ]
-        self._class_names = [text.strip() for text in texts]
-        for n, text in enumerate(self._class_names):
-            if not text:
-                codes[codes == n] = MISSING
-            elif problem := label_problem(text):
-                raise AlexprepError(f"{self._shown}, row {int(np.argmax(codes == n)):,}: {problem}")
+        for code, value in enumerate(coded.dictionary.to_pylist()):
+            missing = value in (MISSING, b"", "") or (isinstance(value, float) and math.isnan(value))
+            try:
+                self.written.append("" if missing else text_of(value if kind != pa.string() else value.decode()))
+                if not missing:
+                    check_range(label_in(self.written[-1]))
+            except (LabelError, UnicodeDecodeError) as error:
+                words = str(error) if isinstance(error, LabelError) else f"{value[:80]!r} is not UTF-8"
+                raise self._wrong(int(np.argmax(codes == code)), words) from None
+            if missing:
+                codes[codes == code] = MISSING
         return codes
 
-    def _row_splits(self, column: pa.ChunkedArray) -> NDArray[np.str_]:
-        texts = [(self._text(data or b"", row)) for row, data in enumerate(_binary(column))]
-        for row, text in enumerate(texts):
-            if text.strip().lower() not in SPLITS:
-                raise AlexprepError(
-                    f"{self._shown}, row {row:,}: the split {text!r} is not one of {', '.join(SPLITS)}: change it, or rename the column if "
-                    "it is none of splits"
-                )
-        return np.array([SPLITS[text.strip().lower()] for text in texts], "U5")
+    def _wrong(self, row: int, problem: str) -> AlexprepError:
+        return AlexprepError(f"{self._shown}, row {row:,}: {problem}")
 
-    def _text(self, data: bytes, row: int) -> str:
-        try:
-            return data.decode()
-        except UnicodeDecodeError:
-            raise AlexprepError(f"{self._shown}, row {row:,}: {data[:80]!r} is not UTF-8") from None
+    def _row_splits(self, column: pa.ChunkedArray) -> NDArray[np.str_]:
+        texts = [(data or b"").decode("utf-8", "backslashreplace").strip() for data in _binary(column)]
+        for row, text in enumerate(texts):
+            if text.lower() not in SPLITS:
+                known = f"not one of {', '.join(SPLITS)}: change it, or rename the column if it is none of splits"
+                raise self._wrong(row, f"the split {text!r} is {known}")
+        return np.array([SPLITS[text.lower()] for text in texts], "U5")
+
+
+def _names_of(rows: Sequence[_Rows], columns: Columns, shown: str) -> list[list[str]]:
+    """The class names by code of each file: the schema's; or the labels, as numbers where all of all files are numbers."""
+    if columns.names:
+        return [list(columns.names)] * len(rows)
+    written = {text for some in rows for text in some.written if text}
+    if all(is_number(label_in(text)) for text in written):
+        return [[label_in(text) if text else "" for text in some.written] for some in rows]
+    for text in written:
+        parts = [part.strip() for part in text.split(",")]
+        if len(parts) > 1 and all(part in written for part in parts):
+            raise AlexprepError(f"{shown}, column {columns.label!r}: {several(text)}")
+    return [some.written for some in rows]
 
 
 def _binary(column: Any) -> list[bytes | None]:
@@ -506,11 +529,12 @@ def _columns(schema: pa.Schema, choices: Choices, shown: str) -> Columns | None:
     label = chosen["label"]
     if label is None:
         classes = [name for name in schema.names if _class_label(schema, name)]
-        label = _one_of(classes, LABELS, "label", "of classes", shown)
+        label = _one_of(classes, LABEL_NAMES, "label", "of classes", shown)
         others += tuple(name for name in classes if name != label)
     if label is None:
-        lower = {name.strip().lower(): name for name in reversed(schema.names)}
-        label = next((lower[name] for name in LABELS if name in lower and lower[name] != image), None)
+        lower = {name.strip().lower(): name for name in reversed(schema.names) if name != image}
+        usual = label_name(lower)
+        label = None if usual is None else lower[usual]
     texts = {name.strip().lower(): name for name in schema.names if pa.types.is_string(schema.field(name).type)}
     split = chosen["split"] or next((texts[name] for name in SPLIT_COLUMNS if name in texts), None)
     if label is None and split is None and choices == NO_CHOICES and not features:
@@ -522,7 +546,7 @@ def _one_of(found: list[str], usual: Sequence[str], use: str, what: str, shown: 
     """The only one; of several the one with a usual name; a question where that leaves several, or none."""
     if len(found) < 2:
         return found[0] if found else None
-    named = [name for name in found if name.strip().lower() in usual[:2]]
+    named = [name for name in found if name.strip().lower() in usual[:3]]
     if len(named) == 1:
         return named[0]
     raise AmbiguousSourceError(

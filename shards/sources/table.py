@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import gzip
 import io
+import math
 import os
 import re
 import zlib
@@ -34,19 +35,29 @@ from alexprep.shards.sources.base import (
     numbered_classes,
     split_of,
 )
+from alexprep.shards.sources.foreign_formats import IMAGE_FOLDER_LISTS, images_inside
+from alexprep.shards.sources.labels import (
+    LABEL_NAMES,
+    LabelError,
+    check_range,
+    is_number,
+    label_in,
+    label_name,
+    several,
+    text_of,
+)
 from alexprep.shards.storage import Files, LocalFiles, as_text, is_url, local_path, open_regular
 
-# Column names in lower case; where a table has several of one kind, the first in this order counts.
-PATHS = ("path", "file", "filename", "image", "image_path", "filepath", "url")
-LABELS = ("label", "class", "wnid", "target", "category", "y")
+# Column names in lower case; where a table has several of one kind, the first in this order counts. Those of labels: `labels`.
+PATHS = ("path", "file", "filename", "image", "image_path", "filepath", "url", "file_name")
 SPLIT_COLUMNS = ("split", "set", "subset", "fold")
 
-MAX_LABEL = 10**6  # far above what sets have (Google Landmarks v2: 203,094 classes); each number up to it takes a class
 MAX_LINE_BYTES = 2**20  # paths have at most 4,096, URLs seldom more; an endless line must not fill the memory
-_MAX_NAME = 1000  # characters of a label; beyond that it is prose
+_MAX_FILE_NAME = 255  # bytes
+_FOLDERS_LOOKED_INTO = 20  # beside a table, for the pictures that its ids may mean
+_PICTURE_ENDINGS = (".jpg", ".jpeg", ".JPEG", ".JPG", ".png", ".PNG", ".webp", ".bmp", ".tif", ".tiff")
 _BATCH = 65_536  # rows
 _SPLIT_NAMES = sorted(set(SPLITS.values()))
-_whole_number = re.compile(r"0|[1-9][0-9]*").fullmatch
 
 
 @dataclass(frozen=True)
@@ -54,10 +65,9 @@ class Table(Source):
     """Rows of path and label. Paths are relative to the table's folder, absolute, or URLs that fsspec understands.
 
     The split is that of the row where there is such a column, otherwise the one that the table's name tells (val.csv),
-    otherwise "train". If every label is a whole number, it is the label itself and the classes are named "0" to the highest;
-    otherwise labels are the names of classes. A row has one label. Several are refused: a cell with "|" or ";", a cell in
-    square brackets, several whole numbers, and a cell with commas all of whose parts are labels of other rows. (A comma or a
-    space alone says nothing: "tench, Tinca tinca" is one class.)
+    otherwise "train". What a label is, `labels` says: if every one is a whole number, it is the label itself and the classes are
+    named "0" to the highest; otherwise labels are the names of classes. A row has one label. Several are refused, also a cell with
+    commas all of whose parts are labels of other rows. (A comma or a space alone says nothing: "tench, Tinca tinca" is one class.)
 
     Attributes:
         table: the table's name in the root.
@@ -85,11 +95,11 @@ class Table(Source):
 
         15 million rows need about 2.5 times the bytes of their paths and 60 bytes a row: 3 GB for paths of 60 bytes.
         """
-        yield from _Rows(self.files, self.table).in_order()
+        yield from _Rows(self.files, self.table, account).in_order()
 
     def classes(self, present: set[str]) -> list[str]:
         """The numbers from "0" to the highest where all are numbers, otherwise sorted as bytes."""
-        if present and all(map(_whole_number, present)):
+        if present and all(map(is_number, present)):
             return numbered_classes(present)
         return super().classes(present)
 
@@ -97,21 +107,24 @@ class Table(Source):
 class _Rows:
     """A table's rows as columns: split and class as codes, in 13 bytes a row beside the path."""
 
-    def __init__(self, files: Files, name: bytes) -> None:
-        """Reads and checks every row."""
+    def __init__(self, files: Files, name: bytes, account: Account) -> None:
+        """Reads and checks every row; each is counted as found in the `account`."""
         self._files, self._shown = files, files.display(name)
         self._unit = "row" if name.lower().endswith(b".parquet") else "line"
-        self._split = split_of(os.path.splitext(name)[0]) or "train"
-        self._classes: dict[str, int] = {}
-        self._first_rows: list[int] = []  # of each class
+        self._split = split_of(os.path.splitext(name)[0]) or _split_of_folder(files, name) or "train"
+        self._codes_of: dict[str, int] = {}  # of each label as it is written
+        self._names: list[str] = []  # of the classes, by code; several codes may have one
+        self._first_rows: list[int] = []  # by code
         self._codes, self._places, self._splits = array("i"), array("q"), array("b")
         self._paths: list[Any] = []
+        self._saw_back_slash = False
         paths: list[bytes] = []
         for row in read_rows(files, name):
+            account.found += 1
             label = (row.label or "").strip()
-            if label not in self._classes:
-                self._add_class(label, row.place)
-            self._codes.append(self._classes[label])
+            if label not in self._codes_of:
+                self._add_label(label, row.place)
+            self._codes.append(self._codes_of[label])
             self._splits.append(_SPLIT_NAMES.index(self._split_of(row)))
             self._places.append(row.place)
             paths.append(self._path(row))
@@ -134,9 +147,9 @@ class _Rows:
         order: NDArray[np.int64] = by_path.to_numpy().astype(np.int64)
         if len(paths) > 1 and (same := pc.index(pc.equal(paths[:-1], paths[1:]), True).as_py()) >= 0:
             raise self._twice(paths[same].as_py(), int(order[same]), int(order[same + 1]))
-        names = sorted(self._classes, key=str.encode)
-        rank = np.empty(len(names), np.int64)
-        rank[[self._classes[name] for name in names]] = np.arange(len(names))
+        names = sorted(set(self._names), key=str.encode)
+        position = {name: n for n, name in enumerate(names)}
+        rank = np.array([position[name] for name in self._names], np.int64)
         key = np.frombuffer(self._splits, np.int8).astype(np.int64) * len(names)
         key += rank[np.frombuffer(self._codes, np.int32)]
         key = key[order]
@@ -156,10 +169,25 @@ class _Rows:
         if "\0" in row.path:
             raise self._wrong(row.place, f"the path {row.path!r} holds a NUL, which no path can")
         path = path_in(row.path)
+        if "\\" in row.path and not self._saw_back_slash:
+            self._saw_back_slash = True
+            self._check_back_slash(row)
         if path.startswith(b"/") and not isinstance(self._files, LocalFiles):
             problem = f"the path {row.path!r} is absolute, but the table lies at a URL: make it relative to the table, or a URL"
             raise self._wrong(row.place, problem)
         return path
+
+    def _check_back_slash(self, row: Row) -> None:
+        """Refuses the first path with a back-slash where it is one of Windows. (Other names may hold one, too.)"""
+        cell, turned = str(row.path), str(row.path).replace("\\", "/")
+        if not isinstance(self._files, LocalFiles) or os.path.lexists(os.path.join(self._files.root, cell.encode())):
+            return
+        if re.match(r"[A-Za-z]:\\", cell) or os.path.exists(os.path.join(self._files.root, turned.encode())):
+            there = "" if turned[1:2] == ":" else f", and {turned!r} is there"
+            step = "with / in place of each \\ and relative to the table" if not there else "with / in place of each \\"
+            raise self._wrong(
+                row.place, f"the path {cell!r} has the back-slashes of Windows{there}: write paths {step}"
+            )
 
     def _split_of(self, row: Row) -> str:
         if row.split is None:
@@ -171,32 +199,46 @@ class _Rows:
             raise self._wrong(row.place, problem)
         return split
 
-    def _add_class(self, label: str, place: int) -> None:
-        if problem := label_problem(label):
-            raise self._wrong(place, problem)
-        self._classes[label] = len(self._classes)
+    def _add_label(self, label: str, place: int) -> None:
+        try:
+            self._names.append(label_in(label))
+        except LabelError as error:
+            raise self._wrong(place, str(error)) from None
+        self._codes_of[label] = len(self._codes_of)
         self._first_rows.append(place)
 
     def _check_labels(self) -> None:
-        """What can only be said of all labels together."""
-        if all(map(_whole_number, self._classes)):
-            highest = max(self._classes, key=int)
-            if int(highest) > MAX_LABEL:
-                problem = f"the label {highest} is above {MAX_LABEL:,}: number the classes from 0, or give them names"
-                raise self._wrong(self._first_rows[self._classes[highest]], problem)
-        for label, code in self._classes.items():
+        """What can only be said of all labels together: numbers are what they count only where all are numbers."""
+        if all(map(is_number, self._names)):
+            highest = max(self._names, key=int)
+            try:
+                check_range(highest)
+            except LabelError as error:
+                raise self._wrong(self._first_rows[self._names.index(highest)], str(error)) from None
+            return
+        for label, code in self._codes_of.items():
+            if label != self._names[code] and "." in label:
+                other = next(name for name in self._names if not is_number(name))
+                problem = f"the label {label} is a number with a point among names such as {other!r}: write it without a point"
+                raise self._wrong(self._first_rows[code], problem)
             parts = [part.strip() for part in label.split(",")]
-            if len(parts) > 1 and all(part in self._classes for part in parts):
+            if len(parts) > 1 and all(part in self._codes_of for part in parts):
                 raise self._wrong(self._first_rows[code], several(label))
+        self._names = list(self._codes_of)  # as they are written: "01" and "1" are two names
 
     def _twice(self, path: bytes, first: int, second: int) -> AlexprepError:
         lines = f"{self._unit}s {self._places[first]:,} and {self._places[second]:,}"
-        names = list(self._classes)
-        labels = [names[self._codes[row]] for row in (first, second)]
+        labels = [self._names[self._codes[row]] for row in (first, second)]
         what = "the same label" if labels[0] == labels[1] else f"the labels {labels[0]!r} and {labels[1]!r}"
         if self._splits[first] != self._splits[second]:
             what += " and in two splits"
         return AlexprepError(f"{self._shown}: {lines} both name {as_text(path)!r}, with {what}: delete one")
+
+
+def _split_of_folder(files: Files, name: bytes) -> str | None:
+    """The split of a hub's image folder, validation/metadata.csv, whose own name tells none."""
+    folder = files.display().rpartition("/")[2]
+    return SPLITS.get(folder.lower()) if name in IMAGE_FOLDER_LISTS else None
 
 
 # Rows: nothing is held but a batch
@@ -234,8 +276,14 @@ def _text_rows(files: Files, name: bytes) -> Iterator[Row]:
                 if not width:
                     width = len(cells)
                     # No header: two cells of which the first can be a file's name and the second is no column's.
-                    if width != 2 or not set("./") & set(cells[0]) or cells[1].strip().lower() in LABELS:
-                        path, label, split = _columns(cells, f"{shown}, line {line}")
+                    if width != 2 or not set("./") & set(cells[0]) or cells[1].strip().lower() in LABEL_NAMES:
+                        where = f"{shown}, line {line}"
+                        try:
+                            path, label, split = _columns(cells, where)
+                        except AlexprepError:
+                            if problem := _header_problem(files, cells, next(reader, []), delimiter):
+                                raise AlexprepError(f"{where}: {problem}") from None
+                            raise
                         continue
                 if len(cells) != width:
                     raise AlexprepError(
@@ -257,20 +305,59 @@ def _columns(names: Sequence[str], shown: str) -> tuple[int, int, int | None]:
     """Which columns are the path, the label and the split."""
     lower = [name.strip().lower() for name in names]
     found: list[int | None] = []
-    for wanted in (PATHS, LABELS, SPLIT_COLUMNS):
-        name = next((name for name in wanted if name in lower), None)
+    first = (next((name for name in wanted if name in lower), None) for wanted in (PATHS, SPLIT_COLUMNS))
+    for name in (next(first), label_name(lower), next(first)):
         if name is not None and lower.count(name) > 1:
             raise AlexprepError(f"{shown}: two columns are named {name!r}: rename the one that is not meant")
         found.append(None if name is None else lower.index(name))
     path, label, split = found
     if path is None or label is None:
-        what, known = ("path", PATHS) if path is None else ("label", LABELS)
+        what, known = ("path", PATHS) if path is None else ("label", LABEL_NAMES)
         listed = ", ".join(repr(name[:40]) for name in names[:10])
         raise AlexprepError(
             f"{shown}: no column for the {what} among {listed}: name it {', '.join(known[:-1])} or {known[-1]}. Tables of "
             "text may have no header where the path and the label are all they have"
         )
     return path, label, split
+
+
+def _header_problem(files: Files, header: Sequence[str], row: Sequence[str], delimiter: str) -> str:
+    """What is seen in a header without the columns that are needed, and in the first `row` below it; empty for nothing.
+
+    Cells that are separated by another character than the table's name says; or a column of pictures' names, as in Kaggle's lists
+    `id,breed`, whose pictures are looked for in the table's folder and in those in it.
+    """
+    names = {",": "a comma (.csv)", "\t": "a tab (.tsv)", ";": "a semicolon", "|": "a bar"}
+    other = next((mark for mark in names if mark != delimiter and mark in header[0]), None)
+    if len(header) == 1 and other is not None:
+        step = (
+            "give the file the ending that belongs to it" if other in ",\t" else f"put {names[delimiter]} in its place"
+        )
+        return f"the separator is {names[other]}, where {names[delimiter]} was expected: {step}, with cells that hold it in double quotes"
+    if not isinstance(files, LocalFiles) or set(PATHS) & {name.strip().lower() for name in header}:
+        return ""
+    for name, cell in zip(header, row, strict=False):
+        path = _picture_meant(files, cell)
+        if path is not None:
+            meant = as_text(path)
+            before, _, after = meant.partition(cell)
+            if not before and not after:
+                return f"the column {name!r} has the paths of pictures, as {cell!r}: call it path, and that of the labels label"
+            short = [f"folder {before.rstrip('/')}"] * bool(before) + ["ending"] * bool(after)
+            return (
+                f"the column {name!r} has the names of pictures without their {' and '.join(short)}: {cell!r} is {meant}, in the image "
+                f"folder beside this table. Write a table with the columns path (here {meant}) and label, and name that as SOURCE"
+            )
+    return ""
+
+
+def _picture_meant(files: LocalFiles, cell: str) -> bytes | None:
+    """The file that a cell names, perhaps without folder and ending, in the table's folder or those in it."""
+    if not cell or "\0" in cell or len(cell) > _MAX_FILE_NAME:
+        return None
+    folders = [b"", *files.folder_names()[:_FOLDERS_LOOKED_INTO]]
+    paths = (os.path.join(folder, f"{cell}{end}".encode()) for folder in folders for end in ("", *_PICTURE_ENDINGS))
+    return next((path for path in paths if os.path.isfile(os.path.join(files.root, path))), None)
 
 
 def _lines(file: BinaryIO, shown: str) -> Iterator[str]:
@@ -304,6 +391,8 @@ def _parquet_rows(files: Files, name: bytes) -> Iterator[Row]:
         with _opened(files, name) as file:
             table = pq.ParquetFile(file)
             schema = table.schema_arrow
+            if words := images_inside(schema):
+                raise AlexprepError(f"{shown} is {words}")
             columns = [schema.names[n] for n in _columns(schema.names, shown) if n is not None]
             for what, column in zip(("path", "label", "split"), columns, strict=False):
                 _check_type(schema.field(column), what, shown)
@@ -325,24 +414,47 @@ def _check_type(field: Any, what: str, shown: str) -> None:
     kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
     if pa.types.is_string(kind) or pa.types.is_large_string(kind):
         return
-    if what == "label" and (pa.types.is_integer(kind) or pa.types.is_boolean(kind)):
+    if what == "label" and (pa.types.is_integer(kind) or pa.types.is_boolean(kind) or _stored_otherwise(kind)):
         return
     if what == "label" and (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
         raise AlexprepError(
             f"{shown}: the column {field.name!r} gives one image several labels ({kind}); one is needed"
         )
     wanted = "a string or a whole number" if what == "label" else "a string"
-    inside = "; images inside a table are not read" if what == "path" else ""
-    raise AlexprepError(f"{shown}: the column {field.name!r} has the type {kind}, but a {what} is {wanted}{inside}")
+    raise AlexprepError(f"{shown}: the column {field.name!r} has the type {kind}, but a {what} is {wanted}")
+
+
+def _stored_otherwise(kind: Any) -> bool:
+    """Whether values of this type are numbers or texts by what they hold, each by itself."""
+    return any(
+        known(kind)
+        for known in (
+            pa.types.is_floating,
+            pa.types.is_binary,
+            pa.types.is_large_binary,
+            pa.types.is_fixed_size_binary,
+        )
+    )
 
 
 def _texts(column: Any, before: int, shown: str) -> list[str | None]:
+    """The values as text; of floats and bytes as `labels` understands them."""
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    by_value = _stored_otherwise(column.type)
+    values = column.to_pylist() if by_value else column.cast(pa.large_string()).cast(pa.large_binary()).to_pylist()
     texts: list[str | None] = []
-    for data in column.cast(pa.large_string()).cast(pa.large_binary()).to_pylist():
+    for value in values:
         try:
-            texts.append(None if data is None else data.decode())
+            if by_value:
+                missing = value is None or (isinstance(value, float) and math.isnan(value))
+                texts.append(None if missing else text_of(value))
+            else:
+                texts.append(None if value is None else value.decode())
+        except LabelError as error:
+            raise AlexprepError(f"{shown}, row {before + len(texts) + 1:,}: {error}") from None
         except UnicodeDecodeError:
-            raise AlexprepError(f"{shown}, row {before + len(texts) + 1:,}: {data[:80]!r} is not UTF-8") from None
+            raise AlexprepError(f"{shown}, row {before + len(texts) + 1:,}: {value[:80]!r} is not UTF-8") from None
     return texts
 
 
@@ -358,30 +470,3 @@ def path_in(cell: str) -> bytes:
         return local.encode()
     parts = [part for part in local.split("/") if part not in ("", ".")]
     return ("/" * local.startswith("/") + "/".join(parts)).encode()
-
-
-def label_problem(label: str) -> str:
-    """What is wrong with a label by itself; empty if nothing."""
-    if label in ("", "nan", "NaN"):
-        return "the label is missing: fill it in, or delete the row"
-    if len(label) > _MAX_NAME:
-        return f"the label has {len(label):,} characters, more than {_MAX_NAME:,}: is this column the label?"
-    parts = re.split(r"[\s,]+", label.strip("[]() "))
-    if (
-        re.search(r"[|;]", label)
-        or re.fullmatch(r"\[.*\]", label)
-        or (len(parts) > 1 and all(map(_whole_number, parts)))
-    ):
-        return several(label)
-    if re.fullmatch(r"-[0-9]+", label):
-        return f"the label {label} is below 0: number the classes from 0"
-    if re.fullmatch(r"[+-]?[0-9]*\.[0-9]*", label):
-        return f"the label {label} is no whole number: write it without a point"
-    if any(ord(character) < 32 for character in label):
-        return f"the label {label!r} holds a control character"
-    return ""
-
-
-def several(label: str) -> str:
-    """What is wrong with a label that is more than one."""
-    return f"the cell {label!r} gives one image several labels; one is needed: keep one, or write one without | ; and ,"

@@ -7,7 +7,7 @@ papers. What the folders mean, splits or classes, is decided in `folders`.
 from __future__ import annotations
 
 import os
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Collection, Container, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from alexprep.shards.dataset_format import DATASET, DATASET_FORMAT, PLAN, PLAN_FORMAT
@@ -106,6 +106,14 @@ class Folder:
         yield from (
             sorted([*own, *(path for folder in self.folders for path in folder.paths())]) if self.folders else own
         )
+
+    def without(self, paths: Collection[bytes]) -> Folder:
+        """The same folder without those at `paths` below it."""
+        if not any(path.startswith(self.path + b"/" if self.path else b"") for path in paths):
+            return self
+        folders = [folder.without(paths) for folder in self.folders if folder.path not in paths]
+        count = len(self.pictures) + sum(folder.count for folder in folders)
+        return Folder(self.path, self.pictures, self.papers, folders, count)
 
     def at(self, path: bytes) -> Folder | None:
         """The folder at a path below it, one or several names; None where there is none."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import math
 import os
 import re
 from collections.abc import Callable, Container, Iterable, Iterator
@@ -22,7 +21,11 @@ from numpy.typing import NDArray
 from alexprep.shards.dataset_format import DATASET, DATASET_FORMAT, PLAN, PLAN_FORMAT, recorded_shards
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.sources.base import (
+    BESIDE,
+    HIDDEN,
     NO_CHOICES,
+    OUR_DATASET,
+    SAMPLE_PART,
     UNLABELLED,
     Account,
     Choices,
@@ -32,13 +35,14 @@ from alexprep.shards.sources.base import (
     numbered_classes,
     split_of,
 )
-from alexprep.shards.sources.tars import ArchiveSource, packed_files
+from alexprep.shards.sources.labels import LABEL_NAMES, LabelError, check_range, is_number, label_in, label_name
+from alexprep.shards.sources.tars import ArchiveSource, packed_files, plain_name
+from alexprep.shards.sources.tree import pass_over_rest
 from alexprep.shards.storage import Entry, Files, as_text
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm")
 RAW_EXTENSION = "npy"  # of pixels in our own shards; in others' it may be anything
 LABEL_EXTENSIONS = ("cls", "class", "label", "index", "json")  # in this order of preference
-_JSON_LABELS = ("label", "cls", "class", "class_id")
 _MAX_LABEL_BYTES = 2**20
 _LOOK = 8  # members that are looked at to recognise a webdataset
 
@@ -73,22 +77,41 @@ class Webdataset(ArchiveSource):
                 return None
         except FileNotFoundError:
             raise AlexprepError(f"SOURCE {files.display(found[0][1])} does not exist") from None
-        return cls(files, tuple(sorted(found)), None if name else recorded_classes(files))
+        return cls(files, tuple(sorted(found)), None if name else recorded_classes(files), whole=not name)
 
     def inputs(self, account: Account) -> Iterator[Input]:
         """Every sample in the order of the shards."""
         ours = self.names is not None
         images = (*IMAGE_EXTENSIONS, RAW_EXTENSION) if ours else IMAGE_EXTENSIONS
         for split, path in self.shards:
+            others, first = 0, ""  # of a shard's members that are no image
+            shown = self.files.display(path)
             with self.files.reading(path) as read:
-                for sample in samples_of(packed_files(self.files, path)):
-                    where = f"{self.files.display(path)}: sample {as_text(sample.key)}"
+                for sample in samples_of(self._counted(path, account)):
                     try:
                         image, label = image_of(sample, images), label_of(sample, read, ours)
                         class_name = label if self.names is None else named_label(label, self.names)
                     except BadSampleError as bad:
-                        raise AlexprepError(f"{where} {bad}") from None
+                        raise AlexprepError(f"{shown}: sample {as_text(sample.key)} {bad}") from None
+                    others += len(sample.parts) - 1
+                    if not first:
+                        other = next((part for part in sample.parts.values() if part is not image), None)
+                        first = f"{shown}/{as_text(other.member)}" if other else ""
                     yield Input(split, class_name, image)
+            if others:
+                account.pass_over(SAMPLE_PART, first, others)
+        if self.whole:
+            rule = OUR_DATASET if ours else BESIDE
+            pass_over_rest(self.files, {path for _, path in self.shards}, account, rule)
+
+    def _counted(self, path: bytes, account: Account) -> Iterator[Location]:
+        """The members of a shard as `packed_files` gives them, each counted as found; hidden ones are passed over."""
+        for location in packed_files(self.files, path, hidden=True):
+            account.found += 1
+            if plain_name(location.member):
+                yield location
+            else:
+                account.pass_over(HIDDEN, f"{self.files.display(path)}/{as_text(location.member)}")
 
     def classes(self, present: set[str]) -> list[str]:
         """See `class_names`."""
@@ -278,7 +301,7 @@ def image_of(sample: Sample, extensions: Container[str] = IMAGE_EXTENSIONS) -> L
 
 
 def label_of(sample: Sample, read: Callable[[int, int], bytes], ours: bool = False) -> str:
-    """The label of a sample: a number from 0 to 2**20 - 1 without leading zeros, or a name.
+    """The label of a sample, a number or a name as `labels.label_in` has it.
 
     In shards of `alexprep shard` (`ours`) it is `UNLABELLED` for -1. BadSampleError where there is none, or one that makes no
     sense.
@@ -293,40 +316,39 @@ def label_of(sample: Sample, read: Callable[[int, int], bytes], ours: bool = Fal
         raise BadSampleError(f"has a link or special file as its .{extension}: expected a file")
     if size > _MAX_LABEL_BYTES:
         raise BadSampleError(f"has a label of {size:,} bytes: the limit is {_MAX_LABEL_BYTES:,}")
-    try:
-        text = read(offset, size).decode("utf-8").strip()
-        if extension == "json":
-            document = json.loads(text)
-            label = next(document[key] for key in _JSON_LABELS if document.get(key) is not None)
-            if isinstance(label, list | dict):
-                raise BadSampleError("has several labels: one is needed")
-            if isinstance(label, float) and not math.isfinite(label):
-                raise ValueError
-            text = str(label)
-            text.encode()  # JSON can write half a character, which no file can
-    except (ValueError, AttributeError, StopIteration, RecursionError):
-        raise BadSampleError(
-            f"has no label in its .{extension}: expected a number or a name"
-            + (f" under {' or '.join(_JSON_LABELS)}" if extension == "json" else "")
-        ) from None
-    if ours and text == "-1":
+    data = read(offset, size)
+    if ours and data == b"-1":
         return UNLABELLED
-    if text.removeprefix("-").isdecimal():
-        if len(text) > 30 or not 0 <= int(text) < 2**20:
-            raise BadSampleError(f"has the label {text[:30]}, not between 0 and {2**20 - 1:,}")
-        text = str(int(text))
-    if not text:
-        raise BadSampleError("has an empty label")
-    return text
+    try:
+        label = label_in(_label_in_json(data) if extension == "json" else data)
+        check_range(label)
+    except LabelError as error:
+        raise BadSampleError(f"has no label in its .{extension}: {error}") from None
+    return label
+
+
+def _label_in_json(data: bytes) -> Any:
+    """The value of the field that holds the label; LabelError where there is none, or no JSON."""
+    try:
+        document = json.loads(data.decode("utf-8"))
+        name = label_name(key for key, value in document.items() if value is not None)
+        if name is None:
+            raise LabelError(f"expected a field {', '.join(LABEL_NAMES[:-1])} or {LABEL_NAMES[-1]}")
+        label = document[name]
+        if isinstance(label, str):
+            label.encode()  # JSON can write half a character, which no file can
+    except (ValueError, AttributeError, RecursionError):
+        raise LabelError(f"expected JSON in UTF-8 with a field such as {LABEL_NAMES[0]}") from None
+    return label
 
 
 def named_label(label: str, names: tuple[str, ...]) -> str:
     """The class name of a label, which must be a number, one of the names, or `UNLABELLED`."""
-    if label.isdecimal() and int(label) < len(names):
+    if is_number(label) and int(label) < len(names):
         return names[int(label)]
     if label != UNLABELLED and label not in names:
         raise BadSampleError(
-            f"has the label {label[:30] if label.isdecimal() else repr(label[:30])}, none of the {len(names):,} classes of the dataset.json there"
+            f"has the label {label[:30] if is_number(label) else repr(label[:30])}, none of the {len(names):,} classes of the dataset.json there"
         )
     return label
 
@@ -338,7 +360,7 @@ def class_names(present: set[str], names: tuple[str, ...], place: str) -> list[s
     """
     if names:
         return list(names)
-    numbers = {name for name in present if name.isdecimal()}
+    numbers = {name for name in present if is_number(name)}
     if not numbers:
         return sorted(present, key=str.encode)
     if len(numbers) != len(present):
