@@ -13,6 +13,7 @@ import struct
 import subprocess
 import sys
 import tarfile
+import zipfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -50,6 +51,9 @@ def _stand_ins(root: Path, photos: Path) -> dict[str, str]:
     """A few images in each layout of docs/sources.md, under the names that the page uses; those that need another path."""
     images = {str(path.relative_to(photos)): path.read_bytes() for path in sorted(photos.rglob("*.JPEG"))}
     _pack(root / "photos.tar", images)
+    with zipfile.ZipFile(root / "photos.zip", "w") as archive:
+        for name, content in images.items():
+            archive.writestr(name, content)
     synsets: dict[str, dict[str, bytes]] = {}
     for name, content in images.items():
         split, class_name, file = name.split("/")

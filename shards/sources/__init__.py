@@ -14,7 +14,8 @@ LAYOUTS = {
     "table": "table.Table",
     "webdataset": "wds.Webdataset",
     "tar": "tars.TarOfClassFolders",
+    "zip": "zips.ZipOfClassFolders",
     "folders": "folders.ClassFolders",
 }
-BY_FOLDERS = ("tar", "folders")  # those that read folders, where the user may have to say what they mean
+BY_FOLDERS = ("tar", "zip", "folders")  # those that read folders, where the user may have to say what they mean
 BY_COLUMNS = ("parquet",)  # those that read columns, likewise

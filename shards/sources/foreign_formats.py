@@ -187,7 +187,8 @@ def _zip(files: Files, path: bytes, head: bytes) -> str:
         return f"a file of torch.save, which is not read: {_EXPORT} (torch.load reads it)"
     if first == b"[Content_Types].xml" or path.lower().endswith(b".xlsx"):
         return "a spreadsheet or document: save the sheet as .csv with the columns path and label, and name that"
-    return f"a ZIP archive: {_UNPACK}"
+    step = "" if path.lower().endswith(b".zip") else "give it a name that ends in .zip, and "
+    return f"a ZIP archive: {step}name it, or the folder that holds it and its like, if it holds CLASS/IMAGE"
 
 
 def _inflated(data: bytes) -> bytes:
