@@ -34,6 +34,7 @@ class Invented(Source):
 
     def inputs(self, account: Account) -> Iterator[Input]:
         """By class, then by number."""
+        account.found += self.count
         for number in range(self.count):
             name = f"n{10_000_000 + 7 * (number * self.class_count // self.count)}"
             yield Input("train", name, Location(f"{name}/{name}_{number}.JPEG".encode()))

@@ -12,6 +12,7 @@ import click
 from alexprep.cli.bench import bench
 from alexprep.cli.demo import demo
 from alexprep.cli.evaluate import evaluate
+from alexprep.cli.inspect_source import inspect_command
 from alexprep.cli.options import INTERRUPTED
 from alexprep.cli.pca_stats import pca_stats
 from alexprep.cli.recipes import recipes
@@ -36,6 +37,7 @@ def cli() -> None:
     """Raw ImageNet in, trained AlexNet out.
 
     \b
+    alexprep inspect /imagenet  what it holds, and what shard would make of it
     alexprep shard /imagenet    resized webdataset shards in ./alexprep-data
     alexprep verify             every byte of them checked
     alexprep pca-stats          the mean image and the RGB covariance's eigenpairs
@@ -44,7 +46,7 @@ def cli() -> None:
     """
 
 
-for command in (shard, verify, pca_stats, tune, recipes, train, evaluate, bench, demo):
+for command in (inspect_command, shard, verify, pca_stats, tune, recipes, train, evaluate, bench, demo):
     cli.add_command(command)
 
 

@@ -295,6 +295,16 @@ json_option = click.option(
 )
 
 
+labels_option = click.option(
+    "--labels",
+    default="auto",
+    show_default=True,
+    metavar="auto|sorted|ilsvrc-id|FILE",
+    help="How classes are numbered: as the source does, or by sorted name where it does not; by sorted name; by the "
+    "devkit's ID; by a file with one class name a line.",
+)
+
+
 def computing_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """How a training computes: precision, channels_last and compile, each None unless given."""
     for option in reversed(_COMPUTING_OPTIONS):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -58,6 +59,11 @@ def table(title: str, rows: list[tuple[str, str]]) -> None:
     click.echo(title)
     for name, value in rows:
         click.echo(f"  {name:<{width}}  {value}")
+
+
+def note(words: str) -> None:
+    """Prints lines on stderr; above a live bar, which stands in the place of `sys.stderr` meanwhile."""
+    click.echo(words, file=sys.stderr)
 
 
 def json_line(document: dict[str, Any], wanted: bool) -> None:

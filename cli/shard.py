@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from alexprep.cli.options import data_folder_option, engine_options, json_option, source_options
+from alexprep.cli.options import data_folder_option, engine_options, json_option, labels_option, source_options
 
 if TYPE_CHECKING:
     from alexprep.shards.listing import ClassNames
@@ -37,13 +38,7 @@ if TYPE_CHECKING:
 @click.option("--quality", type=int, default=95, help="JPEG quality, 1-100.")
 @click.option("--subsampling", type=click.Choice(["420", "422", "444"]), default="420", help="Of a JPEG's chroma.")
 @click.option("--orient", is_flag=True, help="Apply the EXIF orientation (the original did not).")
-@click.option(
-    "--labels",
-    default="auto",
-    metavar="auto|sorted|ilsvrc-id|FILE",
-    help="How classes are numbered: as the source does, or by sorted name where it does not; by sorted name; by the "
-    "devkit's ID; by a file with one class name a line.",
-)
+@labels_option
 @click.option(
     "--device",
     type=click.Choice(["cpu", "cuda"]),
@@ -91,6 +86,8 @@ def shard(
     from alexprep.cli import output
     from alexprep.shards.conversion import convert
     from alexprep.shards.image_codec import Target
+    from alexprep.shards.inspection import Inspection, inspect_source, passed_over_rows
+    from alexprep.shards.listing import Listing
     from alexprep.shards.plan import ShardOptions
     from alexprep.shards.sources.ilsvrc import check_archives
     from alexprep.shards.sources.layout_detection import find_source
@@ -102,26 +99,36 @@ def shard(
     found = find_source(source, layout, choices)
     if check_archive:
         click.echo(f"MD5 as published: {', '.join(check_archives(found.files))}", err=True)
+    seen: list[Inspection] = []
+
+    def announce(listing: Listing) -> None:
+        seen.append(inspect_source(listing, sample=0))
+        output.note(seen[0].opening())
+
     with output.progress("sharding") as show:
-        done = convert(found, out, options, engine, show, max_rejects=max_rejects)
-    rows = [("layout of SOURCE", found.layout), ("inputs", f"{done.inputs:,}")]
-    rows += [(f"{split} images", f"{count:,}") for split, count in done.samples.items()]
-    rows += [("bytes kept as they were", f"{done.kept:,} images")] if done.kept else []
+        done = convert(found, out, options, engine, show, announce=announce, max_rejects=max_rejects)
+    passed_over = sum(passed.count for passed in done.passed_over.values())
+    rows = [("found", f"{done.inputs + passed_over:,}"), ("written", f"{done.written:,}")]
+    rows += [(f"  {split}", f"{count:,}") for split, count in done.samples.items()]
+    rows += [("  bytes kept as they were", f"{done.kept:,}")] if done.kept else []
     rows += [("rejected", f"{done.rejected.total():,}")]
     rows += [(f"  {count:,}", reason) for reason, count in done.rejected.most_common(10)]
-    rows += [("shards", decimal(done.bytes))]
+    rows += [*passed_over_rows(done.passed_over, found.files.display()), ("shards", decimal(done.bytes))]
     made, rate = done.made_inputs, done.made_inputs / done.seconds
     rows += [("this run", f"{made:,} inputs in {done.seconds:.1f} s, {rate:,.0f}/s" if made else "nothing was missing")]
-    rows += [("data set", str(out)), ("every input's fate", str(out / "*" / "samples.parquet"))]
+    rows += [("dataset", str(out)), ("every input's fate", str(out / "*" / "samples.parquet"))]
     output.table("Sharded.", rows)
     output.json_line(
         {
             "layout": found.layout,
+            "found": done.inputs + passed_over,
             "inputs": done.inputs,
             "samples": done.samples,
             "written": done.written,
             "rejected": done.rejected.total(),
             "reasons": dict(done.rejected),
+            "passed_over": {rule: asdict(passed) for rule, passed in done.passed_over.items()},
+            "warnings": seen[0].warnings,
             "kept": done.kept,
             "bytes": done.bytes,
             "converted_in_this_run": made,

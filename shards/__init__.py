@@ -1,7 +1,8 @@
 """Makes, checks, describes and reads datasets of resized images in webdataset shards: the public names, each loaded when first asked for.
 
-`convert` turns a source of images (`find_source`) into a finished dataset, `verify` and `repair` look after it, `pca_stats` computes its
-mean image and principal components, `read_dataset` and `Samples` read it. Training batches come from `alexprep.pipeline.Loader`.
+`inspect_source` tells what a source of images (`find_source`, `list_inputs`) holds, and `convert` turns it into a finished dataset;
+`verify` and `repair` look after that, `pca_stats` computes its mean image and principal components, `read_dataset` and `Samples` read
+it. Training batches come from `alexprep.pipeline.Loader`.
 """
 
 from __future__ import annotations
@@ -10,10 +11,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from alexprep.shards.contact_sheet import draw_contact_sheet
     from alexprep.shards.conversion import Report, convert
     from alexprep.shards.dataset_format import read_dataset, read_index
     from alexprep.shards.errors import AlexprepError
     from alexprep.shards.image_codec import Target
+    from alexprep.shards.inspection import Inspection, inspect_source
+    from alexprep.shards.listing import Listing, list_inputs
     from alexprep.shards.plan import ShardOptions
     from alexprep.shards.ray_runner import RayEngine
     from alexprep.shards.rgb_statistics import Statistics, pca_stats, publish_statistics, read_statistics
@@ -29,6 +33,8 @@ __all__ = [
     "Engine",
     "InProcessEngine",
     "Input",
+    "Inspection",
+    "Listing",
     "LocalEngine",
     "Location",
     "Problem",
@@ -42,8 +48,11 @@ __all__ = [
     "Target",
     "Verdict",
     "convert",
+    "draw_contact_sheet",
     "find_source",
     "index_tars",
+    "inspect_source",
+    "list_inputs",
     "pca_stats",
     "publish_statistics",
     "read_dataset",
@@ -54,10 +63,13 @@ __all__ = [
 ]
 
 _HOMES = {
+    "contact_sheet": ("draw_contact_sheet",),
     "conversion": ("Report", "convert"),
     "dataset_format": ("read_dataset", "read_index"),
     "errors": ("AlexprepError",),
     "image_codec": ("Target",),
+    "inspection": ("Inspection", "inspect_source"),
+    "listing": ("Listing", "list_inputs"),
     "plan": ("ShardOptions",),
     "ray_runner": ("RayEngine",),
     "sample_reader": ("Samples",),

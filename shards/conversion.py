@@ -29,9 +29,9 @@ import pyarrow as pa
 from alexprep.shards.dataset_format import DATASET, PLAN, PLAN_TABLE, TIMM_INFO, read_json, recorded_shards
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.image_codec import Codec
-from alexprep.shards.image_header import Refused
+from alexprep.shards.image_header import Refused, general_reason
 from alexprep.shards.listing import Listing, list_inputs
-from alexprep.shards.manifest import Manifest, general_reason, read_sidecar, rejects_in
+from alexprep.shards.manifest import Manifest, read_sidecar, rejects_in
 from alexprep.shards.plan import (
     MachineCheck,
     Plan,

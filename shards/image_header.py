@@ -44,6 +44,11 @@ class Refused:
     height: int = 0
 
 
+def general_reason(reason: str) -> str:
+    """A reason without its particulars, so that like ones are counted together."""
+    return re.sub(r"\d[\d,]*", "N", reason.split(" (first bytes ")[0])
+
+
 class Header(NamedTuple):
     """Height and width of the stored pixels (EXIF orientation not applied), and the number of channels."""
 

@@ -7,12 +7,13 @@ This is all that `alexprep inspect` shows and all that a plan is drawn up from: 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -29,6 +30,9 @@ ILSVRC_ID = "ilsvrc-id"
 
 ClassNames = Literal["exact", "folded"]
 _CHUNK = 65_536  # names that are Python objects at a time
+# Inputs taken at once: many would cost less by themselves, but Python's search for circles of objects, which begins when 700 tuples
+# are held and goes through all that a source has in memory, takes as long as the listing.
+_AT_ONCE = 200
 # 64-bit offsets (large_binary): the names of 15 million inputs are near what 32 bits can address.
 PLACE = [("path", pa.large_binary()), ("member", pa.large_binary()), ("offset", pa.int64()), ("size", pa.int64())]
 _LISTING = pa.schema([("class", pa.int32()), *PLACE])
@@ -146,23 +150,33 @@ def _as_columns(inputs: Iterable[Input]) -> tuple[dict[str, pa.Table], list[str]
 
     As columns, 15 million inputs fit into a few gigabytes.
     """
-    recent: dict[str, list[tuple[int, bytes, bytes, int, int]]] = {}
+    recent: dict[str, tuple[list[Any], ...]] = {}  # a list a column
     chunks: dict[str, list[pa.Table]] = {}
     codes: dict[str, int] = {}
+    heads: dict[tuple[str, str], bytes] = {}  # how a class begins its lines in what is hashed
     digest = hashlib.sha256()
 
     def flush(split: str) -> None:
-        columns = zip(*recent.pop(split), strict=True)
-        arrays = [pa.array(column, field.type) for column, field in zip(columns, _LISTING, strict=True)]
+        arrays = [pa.array(column, field.type) for column, field in zip(recent.pop(split), _LISTING, strict=True)]
         chunks.setdefault(split, []).append(pa.table(arrays, schema=_LISTING))
 
-    for split, class_name, location in inputs:
-        rows = recent.setdefault(split, [])
-        rows.append((codes.setdefault(class_name, len(codes)), *location))
-        if len(rows) == _CHUNK:
-            flush(split)
-        path, member, offset, size = location
-        digest.update(b"%s\0%s\0%s\0%s\0%d\0%d\0" % (split.encode(), class_name.encode(), path, member, offset, size))
+    inputs = iter(inputs)
+    while some := list(itertools.islice(inputs, _AT_ONCE)):
+        splits, names, places = zip(*some, strict=True)
+        for pair in dict.fromkeys(zip(splits, names, strict=True)):
+            if pair not in heads:
+                heads[pair] = b"%s\0%s\0" % (pair[0].encode(), pair[1].encode())
+                codes.setdefault(pair[1], len(codes))
+        lines = zip(splits, names, places, strict=True)
+        digest.update(b"".join([b"%s%s\0%s\0%d\0%d\0" % (heads[split, name], *place) for split, name, place in lines]))
+        for split in dict.fromkeys(splits):
+            own = [each == split for each in splits]
+            columns = recent.setdefault(split, tuple([] for _ in _LISTING))
+            columns[0].extend([codes[name] for name in itertools.compress(names, own)])
+            for column, values in zip(columns[1:], zip(*itertools.compress(places, own), strict=True), strict=True):
+                column.extend(values)
+            if len(columns[0]) >= _CHUNK:
+                flush(split)
     for split in list(recent):
         flush(split)
     return {split: pa.concat_tables(parts) for split, parts in chunks.items()}, list(codes), digest.hexdigest()

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import re
 from collections import Counter
 from typing import Any
 
@@ -31,6 +30,7 @@ from alexprep.shards.dataset_format import (
     sample_key,
 )
 from alexprep.shards.errors import AlexprepError
+from alexprep.shards.image_header import general_reason
 from alexprep.shards.plan import Plan, Shard, locations
 from alexprep.shards.storage import json_bytes, publish_bytes, publish_first
 from alexprep.shards.tar_format import ending, padded
@@ -237,8 +237,3 @@ def _index(shard: Shard, sidecar: Sidecar) -> NDArray[Any]:
     return np.array(
         [(shard.number, m["offset"], m["size"], e["label"]) for m, e in zip(images, written, strict=True)], INDEX_DTYPE
     )
-
-
-def general_reason(reason: str) -> str:
-    """A reason without its particulars, so that like ones are counted together."""
-    return re.sub(r"\d[\d,]*", "N", reason.split(" (first bytes ")[0])

@@ -606,7 +606,7 @@ def test_images_in_no_class_folder_are_told_and_many_are_a_question(tmp_path: Pa
     for n, names in enumerate(((*loose[:1], *classes), (*loose, *classes))):
         for place in (packed(tmp_path / f"{n}.tar", *names), unpacked(tmp_path / str(n), *names)):
             if n:
-                refused(place, r"2 pictures in .* lie in no class folder, among them a\.jpg, beside 2 folders with 3")
+                refused(place, r"2 pictures in .* and in no class folder, such as a\.jpg, beside 2 folders with 3")
                 continue
             account = Account()
             assert len(list(find_source(str(place)).inputs(account))) == 3

@@ -11,28 +11,21 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 from alexprep.shards.errors import AlexprepError, AmbiguousSourceError
 from alexprep.shards.sources.base import (
-    BESIDE,
-    LIST,
     NO_CHOICES,
-    NO_CLASS,
     SPLITS,
-    UNLABELLED,
-    Account,
     Choices,
     as_options,
-    class_name_of,
     split_of,
 )
 from alexprep.shards.sources.foreign_formats import image_folder
 from alexprep.shards.sources.ground_truth import GroundTruth
-from alexprep.shards.sources.tree import Folder, Tree, is_picture, rule_of
+from alexprep.shards.sources.split_folders import Depth, SplitFolder, candidates, class_folders, class_names
+from alexprep.shards.sources.tree import Folder, is_picture
 from alexprep.shards.storage import as_text
 
-Depth = int | Literal["leaf"]
 # Gives what tells the classes of pictures in one flat folder: (split, folder, train classes) → ground truth, or None.
 FindTruth = Callable[[str, Folder, list[str]], GroundTruth | None]
 
@@ -45,7 +38,17 @@ CONTAINERS = {
         "data",
         "dataset",
         "datasets",
+        "ground_truth",
+        "groundtruth",
+        "gt",
+        "hr",
+        "im",
         "image",
+        "input",
+        "inputs",
+        "lr",
+        "target",
+        "targets",
         "images",
         "img",
         "imgs",
@@ -67,28 +70,8 @@ def _few(count: int) -> int:
 
 
 _word_and_number = re.compile(rb"([^\d.]*[^\d._ -])[._ -]*\d+\.\w+").fullmatch
+_split_word_first = re.compile(f"(?i:{'|'.join(sorted(SPLITS, key=len, reverse=True))})(?![a-z])").match
 _wordnet_id = re.compile(rb"n\d{8}").fullmatch
-
-
-@dataclass(frozen=True)
-class SplitFolder:
-    """What one folder holds of a split.
-
-    Attributes:
-        split: its name.
-        path: of the folder that holds the class folders, or the pictures of a flat split.
-        depth: where the class folders lie below it: 1 for directly in it; "leaf" where each folder that holds pictures is a class.
-        flat: whether there are no class folders; `truth` tells the classes then, or nothing does.
-        truth: the classes of a flat split.
-        without: folders in it that belong to other splits.
-    """
-
-    split: str
-    path: bytes
-    depth: Depth = 1
-    flat: bool = False
-    truth: GroundTruth | None = None
-    without: tuple[bytes, ...] = ()
 
 
 @dataclass
@@ -169,95 +152,16 @@ def _read(root: Folder, shown: str, truth_of: FindTruth, choices: Choices, split
         if not found.flat:
             classes_of[name] = class_names(found, root)
             if name == "train":
-                numbered = [as_text(folder) for folder, _ in _candidates(found, root.at(found.path) or root)]
+                numbered = [as_text(folder) for folder, _ in candidates(found, root.at(found.path) or root)]
     if choices.split_folders is None:
         _check_shared(classes_of, reading, shown)
     if choices == NO_CHOICES:
         _check_names(classes_of, reading, root, shown)
+    if len(reading.splits) == 1 and not reading.splits[0].flat:
+        _warn_of_lists(root, reading, shown)
     reading.splits.sort(key=lambda found: found.split)
     reading.evidence = where
     return reading
-
-
-def inputs_of(
-    reading: Sequence[SplitFolder], tree: Tree, account: Account, shown: str, known: dict[str, bytes] | None = None
-) -> Iterator[tuple[str, str, bytes]]:
-    """(split, class name, path) of every picture, by split, class and path; all else of the tree goes to the account.
-
-    `known` are the class folders by name, where other trees have some too.
-    """
-    root, taken = tree.root, set[bytes]()
-    known = {} if known is None else known
-    account.found += tree.account.found
-    for rule, passed in tree.account.passed_over.items():
-        account.add(rule, passed)
-    flat: dict[bytes, SplitFolder] = {}
-    for part in reading:
-        top = root.at(part.path)
-        if top is None:
-            raise AlexprepError(
-                f"{shown}/{as_text(part.path)} has vanished since it was listed: run the same command again"
-            )
-        if part.flat:
-            flat[top.path] = part
-            names = part.truth.sorted(top.pictures) if part.truth else ((UNLABELLED, name) for name in top.pictures)
-            yield from ((part.split, class_name, os.path.join(top.path, name)) for class_name, name in names)
-            continue
-        for relative, folder in class_folders(part, top):
-            class_name = class_name_of(relative, known, shown)
-            if part.depth == "leaf":
-                taken.add(folder.path)
-                yield from ((part.split, class_name, os.path.join(folder.path, name)) for name in folder.pictures)
-            else:
-                taken.update(inner.path for inner in folder.walk())
-                yield from ((part.split, class_name, path) for path in folder.paths())
-    _pass_over_rest(reading, root, taken, flat, account, shown)
-
-
-def class_folders(part: SplitFolder, top: Folder) -> list[tuple[bytes, Folder]]:
-    """(class name as bytes, folder) of the class folders that hold pictures below `top`, ascending by name."""
-    return [(name, folder) for name, folder in _candidates(part, top) if folder.count]
-
-
-def class_names(part: SplitFolder, root: Folder) -> list[str]:
-    """The names of the classes of a split, ascending."""
-    top = root.at(part.path)
-    return [as_text(name) for name, _ in class_folders(part, top)] if top and not part.flat else []
-
-
-def _candidates(part: SplitFolder, top: Folder) -> list[tuple[bytes, Folder]]:
-    """As `class_folders`, empty ones too."""
-    top = top.without(part.without)
-    skip = len(top.path) + 1 if top.path else 0
-    if part.depth == "leaf":
-        inner = [folder for folder in top.walk() if folder is not top and folder.pictures]
-    else:
-        inner = [top]
-        for _ in range(part.depth):
-            inner = [below for folder in inner for below in folder.folders]
-    return sorted(((folder.path[skip:], folder) for folder in inner), key=lambda found: found[0])
-
-
-def _pass_over_rest(
-    reading: Sequence[SplitFolder],
-    root: Folder,
-    taken: set[bytes],
-    flat: dict[bytes, SplitFolder],
-    account: Account,
-    shown: str,
-) -> None:
-    tops = [part.path for part in reading]
-    lists = {part.truth.origin for part in reading if part.truth}
-    for folder in root.walk():
-        place = f"{shown}/{as_text(folder.path)}" if folder.path else shown
-        for name in folder.papers:
-            path = f"{place}/{as_text(name)}"
-            account.pass_over(LIST if path in lists else str(rule_of(name)), path)
-        if folder.path in taken or folder.path in flat:
-            continue
-        inside = any(top in (b"", folder.path) or folder.path.startswith(top + b"/") for top in tops)
-        for name in folder.pictures:
-            account.pass_over(NO_CLASS if inside else BESIDE, f"{place}/{as_text(name)}")
 
 
 # Which folders are splits.
@@ -330,7 +234,7 @@ def _weigh_beside(splits: dict[bytes, str], beside: list[Folder], base: Folder, 
     names = ", ".join(as_text(folder.name) for folder in beside[:5]) or as_text(_loose(base)[0])
     if "train" in splits.values() and loose <= _few(inside):
         reading.warnings.append(
-            f"{_counted(outside, 'picture')} beside the split folders of {_shown(base, shown)} are passed over ({names})"
+            f"passed over: {_counted(outside, 'picture')} beside the split folders of {_shown(base, shown)} ({names})"
         )
         return
     given = tuple((split, as_text(path)) for path, split in splits.items())
@@ -408,7 +312,8 @@ def _read_split(
 
 def _wraps_pictures(outer: Folder, inner: Folder, split: str) -> bool:
     """Whether a folder with pictures in a split's folder is no class: test/images, val/val."""
-    return bool(outer.path) and inner.leaf and (_lower(inner) in CONTAINERS or SPLITS.get(_lower(inner)) == split)
+    tells_nothing = _lower(inner) in CONTAINERS or inner.name == outer.name or split_of(inner.name) == split
+    return bool(outer.path) and inner.leaf and tells_nothing
 
 
 def _flat(
@@ -439,7 +344,7 @@ def _flat(
     if truth is not None and top.folders:
         names = ", ".join(as_text(folder.name) for folder in top.folders[:5])
         reading.warnings.append(
-            f"{place} is read by {truth.origin}; {_counted(strays, 'picture')} in folders in it ({names}) are passed over"
+            f"{place} is read by {truth.origin}; passed over: {_counted(strays, 'picture')} in folders in it ({names})"
         )
     return SplitFolder(split, top.path, flat=True, truth=truth)
 
@@ -462,12 +367,12 @@ def _weigh_loose(split: str, top: Folder, shown: str, reading: Reading) -> None:
     if not sure:
         return
     loose = len(sure)
-    words = f"{_counted(loose, 'picture')} in {place} lie in no class folder, among them {as_text(sure[0])}"
+    words = f"{_counted(loose, 'picture')} in {place} and in no class folder, such as {as_text(sure[0])}"
     if loose <= _few(top.count):
-        reading.warnings.append(f"{words}: they are passed over")
+        reading.warnings.append(f"passed over: {words}")
         return
     raise _Question(
-        f"{words}, beside {_counted(len(top.filled), 'folder')} with {_counted(sum(f.count for f in top.filled), 'picture')}.",
+        f"SOURCE holds {words}, beside {_counted(len(top.filled), 'folder')} with {_counted(sum(f.count for f in top.filled), 'picture')}.",
         [
             (
                 Choices(class_depth=1 + reading.skipped.get(split, 0)),
@@ -486,7 +391,7 @@ def _class_depth(split: str, top: Folder, shown: str, reading: Reading) -> Depth
     if all(child.pictures for child in children) and nested <= _few(top.count):
         some = next(child for child in children if child.filled).filled[0]
         reading.warnings.append(
-            f"{_counted(nested, 'picture')} lie in folders within class folders, as {_shown(some, shown)}: they count for the class around them"
+            f"counted for the class around them: {_counted(nested, 'picture')} in folders within class folders, as {_shown(some, shown)}"
         )
         return 1
     inner = {below.name for child in children for below in child.filled}
@@ -574,7 +479,7 @@ def _check_names(classes_of: dict[str, list[str]], reading: Reading, root: Folde
         top = root.at(part.path)
         if top is None or part.flat:
             continue
-        found = [name for name in classes_of[part.split] if any(word.lower() in CONTAINERS for word in name.split("/"))]
+        found = [name for name in classes_of[part.split] if any(map(_is_no_class, name.split("/")))]
         if found:
             inner = max((sum(1 for _ in _levels(folder)) for _, folder in class_folders(part, top)), default=0)
             ways = [(Choices(class_depth=1 + reading.skipped.get(part.split, 0)), f"{found[0]} is a class")]
@@ -592,13 +497,31 @@ def _check_names(classes_of: dict[str, list[str]], reading: Reading, root: Folde
                 "class but holds a dataset's pictures.",
                 ways,
             )
-        empty |= {as_text(name): None for name, folder in _candidates(part, top) if not folder.count}
+        empty |= {as_text(name): None for name, folder in candidates(part, top) if not folder.count}
     gone = [name for name in empty if name not in present]
     if gone:
         reading.warnings.append(
             f"{len(gone):,} class folder{'s' * (len(gone) > 1)} without pictures, {', '.join(map(repr, gone[:5]))}: no label is given to it, "
             "and the classes after it are numbered as if it were not there"
         )
+
+
+def _is_no_class(word: str) -> bool:
+    """Whether a folder's name is a container's or begins with a split's, as trainA and test1."""
+    return word.lower() in CONTAINERS or bool(_split_word_first(word))
+
+
+def _warn_of_lists(root: Folder, reading: Reading, shown: str) -> None:
+    """Warns of lists that nobody reads, where all pictures are one split: they may tell others."""
+    lists = [
+        f"{_shown(folder, shown)}/{as_text(name)}"
+        for folder in (root, *root.folders)
+        if not folder.pictures
+        for name in folder.papers
+        if name.lower().endswith((b".txt", b".csv", b".lst")) and (split_of(name[:-4]) or b"label" in name.lower())
+    ]
+    if lists:
+        reading.warnings.append(f"not read, though splits or labels may stand there: {', '.join(lists[:5])}")
 
 
 # What is no set of labelled pictures at all.

@@ -13,8 +13,9 @@ from typing import Any
 
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.sources.base import NO_CHOICES, SPLITS, Account, Choices, Input, Location, Source
-from alexprep.shards.sources.folder_reading import FindTruth, SplitFolder, inputs_of, read_folders
+from alexprep.shards.sources.folder_reading import FindTruth, read_folders
 from alexprep.shards.sources.ground_truth import GroundTruth, find_ground_truth, find_meta_mat, year_of
+from alexprep.shards.sources.split_folders import SplitFolder, inputs_of
 from alexprep.shards.sources.tree import Folder, Tree, read_tree
 from alexprep.shards.storage import Files, LocalFiles
 

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.sources.base import HIDDEN, NO_CHOICES, SPLITS, Account, Choices, Input, Location, Source, split_of
-from alexprep.shards.sources.folder_reading import Reading, inputs_of, read_folders
+from alexprep.shards.sources.folder_reading import Reading, read_folders
+from alexprep.shards.sources.split_folders import inputs_of
 from alexprep.shards.sources.tree import pass_over_rest, read_tree, tree_of
 from alexprep.shards.storage import Files, as_text
 from alexprep.shards.tar_format import members

@@ -1,0 +1,121 @@
+"""The pictures of a split in a tree of folders: which class each one has, and what is passed over.
+
+What the folders mean was decided in `folder_reading`; here it is carried out.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from alexprep.shards.errors import AlexprepError
+from alexprep.shards.sources.base import BESIDE, LIST, NO_CLASS, UNLABELLED, Account, class_name_of
+from alexprep.shards.sources.ground_truth import GroundTruth
+from alexprep.shards.sources.tree import Folder, Tree, rule_of
+from alexprep.shards.storage import as_text
+
+Depth = int | Literal["leaf"]
+
+
+@dataclass(frozen=True)
+class SplitFolder:
+    """What one folder holds of a split.
+
+    Attributes:
+        split: its name.
+        path: of the folder that holds the class folders, or the pictures of a flat split.
+        depth: where the class folders lie below it: 1 for directly in it; "leaf" where each folder that holds pictures is a class.
+        flat: whether there are no class folders; `truth` tells the classes then, or nothing does.
+        truth: the classes of a flat split.
+        without: folders in it that belong to other splits.
+    """
+
+    split: str
+    path: bytes
+    depth: Depth = 1
+    flat: bool = False
+    truth: GroundTruth | None = None
+    without: tuple[bytes, ...] = ()
+
+
+def inputs_of(
+    reading: Sequence[SplitFolder], tree: Tree, account: Account, shown: str, known: dict[str, bytes] | None = None
+) -> Iterator[tuple[str, str, bytes]]:
+    """(split, class name, path) of every picture, by split, class and path; all else of the tree goes to the account.
+
+    `known` are the class folders by name, where other trees have some too.
+    """
+    root, taken = tree.root, set[bytes]()
+    known = {} if known is None else known
+    account.found += tree.account.found
+    for rule, passed in tree.account.passed_over.items():
+        account.add(rule, passed)
+    flat: dict[bytes, SplitFolder] = {}
+    for part in reading:
+        top = root.at(part.path)
+        if top is None:
+            raise AlexprepError(
+                f"{shown}/{as_text(part.path)} has vanished since it was listed: run the same command again"
+            )
+        if part.flat:
+            flat[top.path] = part
+            names = part.truth.sorted(top.pictures) if part.truth else ((UNLABELLED, name) for name in top.pictures)
+            yield from ((part.split, class_name, os.path.join(top.path, name)) for class_name, name in names)
+            continue
+        for relative, folder in class_folders(part, top):
+            class_name = class_name_of(relative, known, shown)
+            if part.depth == "leaf":
+                taken.add(folder.path)
+                yield from ((part.split, class_name, os.path.join(folder.path, name)) for name in folder.pictures)
+            else:
+                taken.update(inner.path for inner in folder.walk())
+                yield from ((part.split, class_name, path) for path in folder.paths())
+    _pass_over_rest(reading, root, taken, flat, account, shown)
+
+
+def class_folders(part: SplitFolder, top: Folder) -> list[tuple[bytes, Folder]]:
+    """(class name as bytes, folder) of the class folders that hold pictures below `top`, ascending by name."""
+    return [(name, folder) for name, folder in candidates(part, top) if folder.count]
+
+
+def class_names(part: SplitFolder, root: Folder) -> list[str]:
+    """The names of the classes of a split, ascending."""
+    top = root.at(part.path)
+    return [as_text(name) for name, _ in class_folders(part, top)] if top and not part.flat else []
+
+
+def candidates(part: SplitFolder, top: Folder) -> list[tuple[bytes, Folder]]:
+    """As `class_folders`, empty ones too."""
+    top = top.without(part.without)
+    skip = len(top.path) + 1 if top.path else 0
+    if part.depth == "leaf":
+        inner = [folder for folder in top.walk() if folder is not top and folder.pictures]
+    else:
+        inner = [top]
+        for _ in range(part.depth):
+            inner = [below for folder in inner for below in folder.folders]
+    return sorted(((folder.path[skip:], folder) for folder in inner), key=lambda found: found[0])
+
+
+def _pass_over_rest(
+    reading: Sequence[SplitFolder],
+    root: Folder,
+    taken: set[bytes],
+    flat: dict[bytes, SplitFolder],
+    account: Account,
+    shown: str,
+) -> None:
+    tops = [part.path for part in reading]
+    lists = {part.truth.origin for part in reading if part.truth}
+    for folder in root.walk():
+        place = f"{shown}/{as_text(folder.path)}" if folder.path else shown
+        for name in folder.papers:
+            path = f"{place}/{as_text(name)}"
+            account.pass_over(LIST if path in lists else str(rule_of(name)), path)
+        if folder.path in taken or folder.path in flat:
+            continue
+        inside = any(top in (b"", folder.path) or folder.path.startswith(top + b"/") for top in tops)
+        for name in folder.pictures:
+            account.pass_over(NO_CLASS if inside else BESIDE, f"{place}/{as_text(name)}")
