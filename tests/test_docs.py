@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import io
 import itertools
+import json
 import re
 import runpy
 import shlex
@@ -70,6 +71,11 @@ def _stand_ins(root: Path, photos: Path) -> dict[str, str]:
         table = pa.table({"image": [{"bytes": data} for data, _ in rows], "label": [label for _, label in rows]})
         (root / "hub/data").mkdir(parents=True, exist_ok=True)
         pq.write_table(table, root / f"hub/data/{split}-00000-of-00001.parquet", row_group_size=10)
+        (root / "pets" / split).mkdir(parents=True)
+        for n, (data, _) in enumerate(rows):
+            (root / "pets" / split / f"{n}.jpg").write_bytes(data)
+        told = [json.dumps({"file_name": f"{n}.jpg", "label": label}) for n, (_, label) in enumerate(rows)]
+        (root / "pets" / split / "metadata.jsonl").write_text("\n".join(told))
     record = bytes([3]) + bytes(3072)
     batches = [*(f"data_batch_{n}.bin" for n in range(1, 6)), "test_batch.bin"]
     names = b"airplane\nautomobile\nbird\ncat\ndeer\ndog\nfrog\nhorse\nship\ntruck"

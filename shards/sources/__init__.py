@@ -12,10 +12,11 @@ LAYOUTS = {
     "norb": "binary_records.SmallNorb",
     "parquet": "parquet_images.ParquetImages",
     "table": "table.Table",
+    "imagefolder": "image_folders.ImageFolder",
     "webdataset": "wds.Webdataset",
     "tar": "tars.TarOfClassFolders",
     "zip": "zips.ZipOfClassFolders",
     "folders": "folders.ClassFolders",
 }
 BY_FOLDERS = ("tar", "zip", "folders")  # those that read folders, where the user may have to say what they mean
-BY_COLUMNS = ("parquet",)  # those that read columns, likewise
+BY_COLUMNS = ("parquet", "table", "imagefolder")  # those that read columns, likewise

@@ -81,6 +81,7 @@ NO_CLASS = "a picture in no class folder"
 FOLDER_LINK = "a link to a folder"
 OUR_DATASET = "in a dataset or run of alexprep"
 SAMPLE_PART = "a sample's label or other part that is no picture"
+NOT_LISTED = "a picture that no list names"
 NO_LABEL = "a row without a label, in a split whose other rows have one"
 LIMITED = "beyond --limit"
 
@@ -239,6 +240,9 @@ class Source:
     def resident_bytes(self) -> int:
         """Memory that reading keeps in each worker."""
         return 0
+
+    def check_alone(self) -> None:
+        """Raises AmbiguousSourceError where what lies beside may be meant as well. Asked where the layout was found by looking."""
 
     def window_inputs(self) -> int:
         """How many inputs' groups a worker keeps at once, where inputs of one path and offset form a group that is read as a whole.

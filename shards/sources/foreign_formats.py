@@ -126,18 +126,9 @@ def image_folder(folder: Folder) -> str:
     found = next((name for name in IMAGE_FOLDER_LISTS if name in folder.papers), None)
     if found is None or not any(map(is_picture, folder.pictures)):
         return ""
-    return f"an image folder with its labels in {as_text(found)}, {_image_folder_step(found)}"
-
-
-def _image_folder_step(name: bytes) -> str:
-    if name.endswith(b".jsonl"):
-        return (
-            "which is not read: write a .csv with the columns path, label and split, and name that list as SOURCE "
-            "(pandas.read_json(…, lines=True).to_csv(…) does it)"
-        )
     return (
-        "which is read as a list, not as a folder: name that file as SOURCE, or for several splits one .csv with the columns path, "
-        "label and split"
+        f"an image folder with a list, {as_text(found)}, that has no column for the label: say which it is with --columns label=NAME, or name "
+        "another list"
     )
 
 
@@ -275,23 +266,17 @@ def _text(lower: bytes, head: bytes) -> str:
     if re.match(r"\s*<(!doctype html|html)", text, re.IGNORECASE):
         return "a web page, perhaps what a server said in place of the file: download it again"
     if text.lstrip().startswith(("{", "[")):
-        if lower.endswith(b".jsonl") or re.match(r'\{.*"file_name"', lines[0]):
-            return f"the list of an image folder, in lines of JSON, {_image_folder_step(b'.jsonl')}"
+        if re.match(r"\{.*\}$", lines[0]) and (len(lines) > 1 or '"file_name"' in lines[0]):
+            return "a list in lines of JSON: give it a name that ends in .jsonl, and name it"
         return "JSON, which is not read: write a .csv with the columns path and label, and name that"
     if any("\\" in line for line in lines) and not any("/" in line for line in lines):
         turn = ", with / in place of each Windows back-slash"
     else:
         turn = ""
     if all(re.fullmatch(r"\d+\t[\d.\t]+\t\S.*", line) for line in lines):
-        return (
-            "a list of `index label path` as MXNet's im2rec reads it: write a .csv with the path and the label, separated by a "
-            f"comma, in each line{turn}, and name that"
-        )
+        return f"a list of `index label path` as MXNet's im2rec reads it: give it a name that ends in .lst, and name it{turn}"
     if all(re.fullmatch(r"\S.*[./]\S*\s+\S+", line) for line in lines) and not all("," in line for line in lines):
-        return (
-            "a list of lines `path label`: write a .csv with a comma between the two as separator "
-            f"(sed -E 's/[[:space:]]+([^[:space:]]+)$/,\\1/' LIST > LIST.csv){turn}, and name that"
-        )
+        return f"a list of lines `path label`: give it a name that ends in .txt, and name it{turn}"
     for separator, ending in ((",", ".csv"), ("\t", ".tsv")):
         if all(separator in line for line in lines):
             return f"a text in columns: give it a name that ends in {ending}, and name it, if it has a path and a label in each line{turn}"

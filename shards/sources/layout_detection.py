@@ -45,6 +45,8 @@ def find_source(place: str, layout: str | None = None, choices: Choices = NO_CHO
                 )
             if layout is None and source.whole and candidate in _BESIDE_FOLDERS:
                 _check_no_class_folders(files, candidate)
+            if layout is None and choices == NO_CHOICES:
+                source.check_alone()
             return source
     if choices != NO_CHOICES:
         raise AlexprepError(

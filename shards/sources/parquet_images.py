@@ -48,7 +48,7 @@ from alexprep.shards.sources.labels import (
     several,
     text_of,
 )
-from alexprep.shards.sources.table import SPLIT_COLUMNS
+from alexprep.shards.sources.table_rows import SPLIT_COLUMNS
 from alexprep.shards.sources.tree import pass_over_rest, read_tree
 from alexprep.shards.storage import Files, as_text
 
