@@ -69,8 +69,8 @@ def tree_of(arguments: argparse.Namespace) -> Iterator[Path]:
         shutil.rmtree(work)
 
 
-def measured(checkout: Path, *command: str) -> tuple[float, float, str]:
-    """A Python command's seconds, its peak memory in MB, and the last line that it printed."""
+def measured(checkout: Path, *command: str) -> tuple[float, float, float, str]:
+    """A Python command's seconds, CPU seconds, peak memory in MB, and the last line that it printed."""
     environment = {**os.environ, "PYTHONPATH": str(checkout / "build" / "types")}
     start = time.perf_counter()
     with subprocess.Popen([sys.executable, *command], env=environment, stdout=subprocess.PIPE, text=True) as process:
@@ -80,7 +80,7 @@ def measured(checkout: Path, *command: str) -> tuple[float, float, str]:
         process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         sys.exit(f"{command} ended with {process.returncode}")
-    return time.perf_counter() - start, usage.ru_maxrss / 1024, lines[-1]
+    return time.perf_counter() - start, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024, lines[-1]
 
 
 def main() -> None:
@@ -101,16 +101,17 @@ def main() -> None:
         for number in range(arguments.rounds + 1):  # the first warms the page cache, and is not counted
             for name, checkout in checkouts.items():
                 with tempfile.TemporaryDirectory() as out:
-                    _, _, line = measured(checkout, "-c", _START_UP, str(tree), f"{out}/data")
+                    *_, line = measured(checkout, "-c", _START_UP, str(tree), f"{out}/data")
                 start_up[name] += [float(line.split()[1])] if number else []
             found = measured(ROOT, "-m", "alexprep.cli", "inspect", str(tree), "--json")
             inspections += [found] if number else []
-    document = json.loads(inspections[0][2])
+    document = json.loads(inspections[0][-1])
     figures = {
         "files": document["found"],
         "classes": len(document["classes"]),
-        "inspect, s": statistics.median(seconds for seconds, _, _ in inspections),
-        "inspect, peak memory, MB": max(peak for _, peak, _ in inspections),
+        "inspect, s": statistics.median(found[0] for found in inspections),
+        "inspect, CPU s": statistics.median(found[1] for found in inspections),
+        "inspect, peak memory, MB": max(found[2] for found in inspections),
         **{name: statistics.median(seconds) for name, seconds in start_up.items()},
     }
     if arguments.against:

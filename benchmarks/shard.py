@@ -19,11 +19,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from common import command_line, in_turns, report
+from numpy.typing import NDArray
 from processes import Environment, Missing, Run, interpreter, run
 
 from alexprep.shards.image_codec import Codec, Target, to_square
-from alexprep.shards.resample import _band
+from alexprep.shards.resample import Resize, _band
 from alexprep.shards.sources.base import Account
 from alexprep.shards.sources.layout_detection import find_source
 from alexprep.shards.worker_pool import one_thread
@@ -128,11 +130,14 @@ def _stages(place: Path, limit: int) -> dict[str, Any]:
     one_thread()
     source, codec, target = find_source(str(place)), Codec(Target()), Target()
     read = (source.read(item.location) for item in itertools.islice(source.inputs(Account()), limit))
-    streams = [(data, codec._parse(data)) for data in read if isinstance(data, bytes)]
-    usable = [(data, stream) for data, stream in streams if stream is not None]
-    resizes = [to_square(stream.height, stream.width, target.size, target.filter) for _, stream in usable]
-    regions = [codec._decode(stream, resize.region) for (_, stream), resize in zip(usable, resizes, strict=True)]
-    whole = [(resize, region) for resize, region in zip(resizes, regions, strict=True) if region is not None]
+    decoded = [(data, codec.decode(data)) for data in read if isinstance(data, bytes)]
+    usable = [(data, pixels) for data, pixels in decoded if pixels is not None]
+    whole: list[tuple[Resize, NDArray[np.uint8]]] = []
+    for _, pixels in usable:
+        height, width = pixels.shape[:2]
+        square = to_square(height, width, target.size, target.filter)
+        top, left, bottom, right = square.region
+        whole.append((square, pixels[top:bottom, left:right]))
     squares = [resize(region) for resize, region in whole]
 
     def resize(fresh: bool) -> int:
@@ -143,9 +148,7 @@ def _stages(place: Path, limit: int) -> dict[str, Any]:
         return len(whole)
 
     stages = {
-        "decode of the region": lambda: len(
-            [codec._decode(s, r.region) for (_, s), r in zip(usable, resizes, strict=True)]
-        ),
+        "decode": lambda: len([codec.decode(data) for data, _ in usable]),
         "resize (area), shapes seen before": lambda: resize(False),
         "encode": lambda: len([codec.encode(square) for square in squares]),
         "codec": lambda: len([codec.convert(data) for data, _ in usable]),

@@ -38,6 +38,12 @@ if TYPE_CHECKING:
 @click.option("--quality", type=int, default=95, help="JPEG quality, 1-100.")
 @click.option("--subsampling", type=click.Choice(["420", "422", "444"]), default="420", help="Of a JPEG's chroma.")
 @click.option("--orient", is_flag=True, help="Apply the EXIF orientation (the original did not).")
+@click.option(
+    "--on-damaged",
+    type=click.Choice(["reject", "keep"]),
+    default="reject",
+    help="Of an image that is cut or damaged: leave it out, or take what the decoder gives; the ledger tells the damage.",
+)
 @labels_option
 @click.option(
     "--device",
@@ -50,9 +56,10 @@ if TYPE_CHECKING:
 @click.option("--limit", type=int, default=None, help="At most so many inputs of each split, picked by the shuffle.")
 @click.option(
     "--max-rejects",
-    default="50%",
+    default=None,
     metavar="N|P%",
-    help="How many inputs may be rejected, as a number or a share: more, and nothing is published. What is finished stays.",
+    help="How many inputs may be rejected, as a number or a share: more, and nothing is published. What is finished stays.  "
+    "[default: half may be no pictures at all, damaged ones are not counted]",
 )
 @engine_options
 @json_option
@@ -67,7 +74,7 @@ def shard(
     seed: int,
     shard_samples: int | None,
     limit: int | None,
-    max_rejects: str,
+    max_rejects: str | None,
     engine: Engine,
     as_json: bool,
     **form: Any,
@@ -114,6 +121,8 @@ def shard(
     rows += [("  bytes kept as they were", f"{done.kept:,}")] if done.kept else []
     rows += [("rejected", f"{done.rejected.total():,}")]
     rows += [(f"  {count:,}", reason) for reason, count in done.rejected.most_common(10)]
+    rows += [("written though damaged", f"{done.damaged.total():,}")] if done.damaged else []
+    rows += [(f"  {count:,}", reason) for reason, count in done.damaged.most_common(10)]
     rows += [*passed_over_rows(done.passed_over, found.files.display()), ("shards", decimal(done.bytes))]
     made, rate = done.made_inputs, done.made_inputs / done.seconds
     rows += [("this run", f"{made:,} inputs in {done.seconds:.1f} s, {rate:,.0f}/s" if made else "nothing was missing")]
@@ -128,6 +137,7 @@ def shard(
             "written": done.written,
             "rejected": done.rejected.total(),
             "reasons": dict(done.rejected),
+            "damaged": dict(done.damaged),
             "passed_over": {rule: asdict(passed) for rule, passed in done.passed_over.items()},
             "warnings": seen[0].warnings,
             "kept": done.kept,

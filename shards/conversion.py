@@ -31,7 +31,7 @@ from alexprep.shards.errors import AlexprepError
 from alexprep.shards.image_codec import Codec
 from alexprep.shards.image_header import Refused, general_reason
 from alexprep.shards.listing import Listing, list_inputs
-from alexprep.shards.manifest import Manifest, read_sidecar, rejects_in
+from alexprep.shards.manifest import Manifest, Rejects, read_sidecar, rejects_in
 from alexprep.shards.plan import (
     MachineCheck,
     Plan,
@@ -70,7 +70,7 @@ _NEXT_STEPS = {
     **dict.fromkeys((errno.EMFILE, errno.ENFILE), "allow more open files (ulimit -n)"),
 }
 _PROBES = 256  # JPEG sizes of photos spread by about 40 %, so the mean of 256 is within 10 % in 99.99 % of cases
-MAX_REJECTS = "50%"  # more, and SOURCE is hardly what its user takes it for, as a folder of pages that say "404"
+MAX_NO_PICTURES = "50%"  # more, and SOURCE is hardly what its user takes it for, as a folder of pages that say "404"
 _WORST_REASONS = 3  # that an error names
 _LINE_BYTES = 400  # of an input in sidecar, index and ledger, measured: 190-230 with usual names
 
@@ -80,8 +80,9 @@ class Report:
     """What a run of `convert` did.
 
     Of the `inputs` of the plan `written` are images in shards (`samples` by split, `bytes` in all tars), `kept` of these with the
-    source's own bytes. `rejected` says how often each reason occurred; the numbers in reasons are replaced by "N". `passed_over` says
-    how many files each rule passed over, and the first names. `made_inputs` is what this run converted, in `seconds`.
+    source's own bytes. `rejected` says how often each reason occurred; the numbers in reasons are replaced by "N". `damaged` says the
+    same of images that were written for all that (`--on-damaged keep`). `passed_over` says how many files each rule passed over, and the
+    first names. `made_inputs` is what this run converted, in `seconds`.
     """
 
     folder: Path
@@ -94,6 +95,7 @@ class Report:
     made_inputs: int
     seconds: float
     samples: dict[str, int]
+    damaged: Counter[str]
 
 
 def convert(
@@ -104,7 +106,7 @@ def convert(
     progress: Progress = lambda finished, total: None,
     make_codec: MakeCodec = open_codec,
     announce: Callable[[Listing], None] = lambda listing: None,
-    max_rejects: int | str = MAX_REJECTS,
+    max_rejects: int | str | None = None,
 ) -> Report:
     """Turns a source of images into a finished dataset.
 
@@ -120,7 +122,8 @@ def convert(
         make_codec: makes the codec in each worker.
         announce: called with what the source holds, before anything is written.
         max_rejects: how many inputs may be rejected, as a number or as a share such as "2.5%". More are an error and nothing is
-            published, but shards that are finished stay: a run with a higher number goes on from there.
+            published, but shards that are finished stay: a run with a higher number goes on from there. None allows damaged
+            pictures, each of which is told, and half of the inputs to be no pictures, even by their headers.
 
     Raises:
         AlexprepError: nothing usable at the source, too many rejects, other options than those the folder was begun with, a full
@@ -129,7 +132,7 @@ def convert(
     started = time.monotonic()
     folder, engine = folder_at(folder), as_engine(engine)
     source = source if isinstance(source, Source) else find_source(str(source))
-    rejects_allowed(max_rejects, 0)  # refused before any work where it makes no sense
+    RejectLimit.of(max_rejects, 0)  # refused before any work where it makes no sense
     with _system_errors_in_words(folder):
         if isinstance(engine, LocalEngine):  # before the folder is bound to it
             check_device(options.target)
@@ -138,8 +141,8 @@ def convert(
         table = plan.table()
         missing, rejected = _missing(plan)
         total = sum(table.rows(shard.group) for shard in missing)
-        allowed, whole = rejects_allowed(max_rejects, plan.inputs), not missing
-        if missing and rejected <= allowed:
+        limit, whole = RejectLimit.of(max_rejects, plan.inputs), not missing
+        if missing and limit.allows(rejected):
             check_space(
                 plan, source, functools.partial(shared_codec, make_codec, options.target), missing, table, engine
             )
@@ -147,24 +150,21 @@ def convert(
             writer = ShardWriter(plan, source, options.target, make_codec, check)
             tasks = _in_turn(plan, missing)
             try:
-                whole = _all_made(
-                    engine.run(writer, tasks, lambda finished: progress(finished, total)),
-                    len(tasks),
-                    allowed - rejected,
-                )
+                made = engine.run(writer, tasks, lambda finished: progress(finished, total))
+                whole = _all_made(made, len(tasks), rejected, limit)
+                del made  # which ends its workers
             finally:
                 _tidy(plan)
             if whole:
                 progress(total, total)
         manifest = _checked_account(plan, table) if whole else None  # found = written + rejected + passed over
-        if manifest is None or manifest.reasons.total() > allowed:
-            raise _too_many_rejects(plan, table, max_rejects)
+        if manifest is None or not limit.allows(manifest.rejects):
+            raise _too_many_rejects(plan, table, limit)
         _publish(manifest)
     samples, seconds = manifest.samples, time.monotonic() - started
-    written, reasons, kept = sum(samples.values()), manifest.reasons, manifest.kept
-    return Report(
-        folder, plan.inputs, written, reasons, plan.passed_over, kept, manifest.tar_bytes, total, seconds, samples
-    )
+    written, reasons = sum(samples.values()), manifest.reasons
+    done = (plan.passed_over, manifest.kept, manifest.tar_bytes, total, seconds, samples, manifest.damaged)
+    return Report(folder, plan.inputs, written, reasons, *done)
 
 
 @contextlib.contextmanager
@@ -259,26 +259,26 @@ def _tidy(plan: Plan) -> None:
         remove_temporaries(folder)
 
 
-def _missing(plan: Plan) -> tuple[list[Shard], int]:
-    """The shards that are not finished, and how many inputs of the others are rejected."""
-    missing, rejected = [], 0
+def _missing(plan: Plan) -> tuple[list[Shard], Rejects]:
+    """The shards that are not finished, and the rejects of the others."""
+    missing, rejected = [], Rejects(0, 0)
     for shard in plan.each_shard():
         sidecar = read_sidecar(plan, shard)
         if sidecar is None:
             missing.append(shard)
         else:
-            rejected += rejects_in(sidecar)
+            rejected = Rejects(*map(sum, zip(rejected, rejects_in(sidecar), strict=True)))
     return missing, rejected
 
 
-def _all_made(rejects: Iterator[int], tasks: int, allowed: int) -> bool:
+def _all_made(made: Iterator[Rejects], tasks: int, rejected: Rejects, limit: RejectLimit) -> bool:
     """Whether all `tasks` were done: no more are, as soon as it is certain that more inputs are rejected than allowed.
 
-    `rejects` gives the number of each as it is finished. It is not held elsewhere, so it ends, and its workers with it, when this returns.
+    `made` gives the rejects of each as it is finished. It is not held elsewhere, so it ends, and its workers with it, when this returns.
     """
-    for finished, rejected in enumerate(rejects, 1):
-        allowed -= rejected
-        if allowed < 0 and finished < tasks:
+    for finished, more in enumerate(made, 1):
+        rejected = Rejects(*map(sum, zip(rejected, more, strict=True)))
+        if not limit.allows(rejected) and finished < tasks:
             return False
     return True
 
@@ -356,35 +356,48 @@ def _bytes_used(
 # Too many rejects.
 
 
-def rejects_allowed(max_rejects: int | str, inputs: int) -> int:
-    """How many of `inputs` may be rejected, by a number or a share.
+@dataclass(frozen=True)
+class RejectLimit:
+    """How many inputs may be rejected: `words` as the user gave it, `count` of them; or only of those that are no pictures."""
 
-    Raises:
-        AlexprepError: `max_rejects` is neither.
+    words: str
+    count: int
+    of_all: bool
 
-    >>> rejects_allowed(10, 1000), rejects_allowed("2.5%", 1000), rejects_allowed("50%", 3)
-    (10, 25, 1)
-    """
-    text = str(max_rejects)
-    number = re.fullmatch(r"[0-9]{1,15}", text)
-    share = re.fullmatch(r"([0-9]{1,3}(?:\.[0-9]{1,9})?)%", text)
-    if number:
-        return int(text)
-    if not share or Fraction(share[1]) > 100:
-        raise AlexprepError(
-            f"--max-rejects {text} is neither a number of inputs, such as 100, nor a share of them from 0% to 100%, such as 2.5%"
-        )
-    return int(Fraction(share[1]) * inputs / 100)
+    @classmethod
+    def of(cls, given: int | str | None, inputs: int) -> RejectLimit:
+        """The limit that a number, a share, or None for the default means for so many inputs.
+
+        Raises:
+            AlexprepError: `given` is neither.
+
+        >>> [RejectLimit.of(given, 1000).count for given in (10, "2.5%", None)]
+        [10, 25, 500]
+        """
+        text = MAX_NO_PICTURES if given is None else str(given)
+        number = re.fullmatch(r"[0-9]{1,15}", text)
+        share = re.fullmatch(r"([0-9]{1,3}(?:\.[0-9]{1,9})?)%", text)
+        if number:
+            return cls(text, int(text), given is not None)
+        if not share or Fraction(share[1]) > 100:
+            raise AlexprepError(
+                f"--max-rejects {text} is neither a number of inputs, such as 100, nor a share of them from 0% to 100%, such as 2.5%"
+            )
+        return cls(text, int(Fraction(share[1]) * inputs / 100), given is not None)
+
+    def allows(self, rejects: Rejects) -> bool:
+        """Whether so many may be rejected."""
+        return (rejects.all if self.of_all else rejects.no_pictures) <= self.count
 
 
-def _too_many_rejects(plan: Plan, table: PlanTable, max_rejects: int | str) -> AlexprepError:
+def _too_many_rejects(plan: Plan, table: PlanTable, limit: RejectLimit) -> AlexprepError:
     """Names the worst reasons in the shards that are finished, each with a file."""
     counts: Counter[str] = Counter()
     first: dict[str, tuple[Shard, int]] = {}
     for shard in plan.each_shard():
         with contextlib.suppress(KeyError, TypeError):  # a damaged one: `verify` tells more
             for position, entry in enumerate((read_sidecar(plan, shard) or {"inputs": []})["inputs"]):
-                if entry["status"] == "rejected":
+                if entry["status"] == "rejected" and (limit.of_all or not entry["width"]):
                     reason = general_reason(entry["reason"])
                     counts[reason] += 1
                     first.setdefault(reason, (shard, position))
@@ -393,9 +406,9 @@ def _too_many_rejects(plan: Plan, table: PlanTable, max_rejects: int | str) -> A
         shard, position = first[reason]
         location = locations(table.read_row_group(shard.group))[position]
         worst.append(f"{reason} ({count:,}, such as {location})")
-    allowed = rejects_allowed(max_rejects, plan.inputs)
+    what = "rejected" if limit.of_all else "no pictures"
     return AlexprepError(
-        f"{counts.total():,} of {plan.inputs:,} inputs are rejected, more than the {allowed:,} that --max-rejects {max_rejects} "
+        f"{counts.total():,} of {plan.inputs:,} inputs are {what}, more than the {limit.count:,} that --max-rejects {limit.words} "
         f"allows: {'; '.join(worst)}. Nothing is published, and the shards that are finished are kept: look at these files, then "
         "allow more by --max-rejects, or mend SOURCE and use a new --out"
     )

@@ -54,6 +54,8 @@ _DISTRIBUTIONS = {
 # Releases of alexprep that make the same shards, byte for byte, of the same inputs and options: what one of them began another may
 # go on with. A release that makes the same belongs here; one that does not replaces them all.
 _SAME_SHARDS = ("0.1.0",)
+# Libraries that took over from others with the same pixels: a plan without them is of an earlier release.
+_TOOK_OVER = ("simplejpeg",)
 
 
 def shard_name(split: str, number: int) -> str:
@@ -152,8 +154,12 @@ def versions(*names: str) -> dict[str, str]:
 
 
 def interchangeable(name: str, one: object, other: object) -> bool:
-    """Whether two versions of a library make the same shards: equal ones do, and releases of alexprep that are known to."""
-    return one == other or (name == "alexprep" and one in _SAME_SHARDS and other in _SAME_SHARDS)
+    """Whether two versions of a library make the same shards: equal ones do, and releases of alexprep that are known to.
+
+    None stands for a plan that does not name the library.
+    """
+    same_release = name == "alexprep" and one in _SAME_SHARDS and other in _SAME_SHARDS
+    return one == other or same_release or (name in _TOOK_OVER and None in (one, other))
 
 
 def processor() -> str:

@@ -1,4 +1,4 @@
-"""What alexprep raises on purpose, and the checks of numbers that many places need.
+"""What alexprep raises on purpose, and the checks and words of numbers that many places need.
 
 Where an error is shown to the user is the business of `alexprep.cli`.
 """
@@ -37,6 +37,15 @@ class AmbiguousSourceError(AlexprepError):
 
 class DeviceLostError(Exception):
     """A GPU failed in a way that only a new process mends."""
+
+
+def counted(number: int, noun: str) -> str:
+    """A number and a noun, for messages.
+
+    >>> counted(1, "class"), counted(1200, "class"), counted(0, "picture")
+    ('1 class', '1,200 classes', '0 pictures')
+    """
+    return f"{number:,} {noun}{'' if number == 1 else 'es' if noun.endswith('s') else 's'}"
 
 
 def whole_number(name: str, value: Any, low: int, high: int) -> int:

@@ -1,30 +1,42 @@
 """Turns the bytes of any image into the bytes of a square RGB image, on one CPU core, and decodes such squares again.
 
-Pixels are uint8 (height, width, 3), RGB, 0-255. Only the region that the square needs is decoded. An image that cannot be used
-is a `Refused` with its reason, not an exception. How pixels are resized is in `alexprep.shards.resample`; the same steps on a GPU
-are in `alexprep.shards.image_codec_cuda`.
+Pixels are uint8 (height, width, 3), RGB, 0-255. An image that cannot be used is a `Refused` with its reason, not an exception. Which
+decoder reads which type is the table at `alexprep.shards.image_header.reader_of`; how JPEGs are decoded, and their damage found, is in
+`alexprep.shards.jpeg_decoder`, how pixels are resized in `alexprep.shards.resample`; the same steps on a GPU are in
+`alexprep.shards.image_codec_cuda`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from nvidia import nvimgcodec
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
 
-from alexprep.shards.image_header import MAX_PIXELS, Refused, has_end, too_large, too_many_scans
+from alexprep.shards import jpeg_decoder
+from alexprep.shards.image_header import (
+    LIBJPEG,
+    MAX_PIXELS,
+    NVIMGCODEC,
+    Frame,
+    Refused,
+    jpeg_frame,
+    png_damage,
+    reader_of,
+    too_large,
+)
 from alexprep.shards.resample import Axis, Resize
 
-# What nvImageCodec is trusted with. Its JPEG 2000 decoder was seen to crash on a damaged file; Pillow reads the other types.
+# What nvImageCodec is trusted with. Its JPEG 2000 decoder was seen to crash on a damaged file.
 _CODECS = ("jpeg", "png", "webp", "bmp", "pnm")
-
 _SUBSAMPLING = {
     "420": nvimgcodec.ChromaSubsampling.CSS_420,
     "422": nvimgcodec.ChromaSubsampling.CSS_422,
@@ -51,17 +63,19 @@ class Target:
     quality: int = 95  # of JPEG, 1-100; as the original's make-data
     subsampling: Literal["420", "422", "444"] = "420"  # of JPEG's chroma
     orient: bool = False  # apply the EXIF orientation; neither the 2012 code nor torchvision's ImageFolder did
+    on_damaged: Literal["reject", "keep"] = "reject"  # keep: what the decoder gives, and the ledger says what is wrong
     device: Literal["cpu", "cuda"] = "cpu"
 
 
 @dataclass(frozen=True)
 class Converted:
-    """An image in the target form; `kept` says that its bytes are the source's own."""
+    """An image in the target form; `kept` says that its bytes are the source's own, `damage` what of the source was not right."""
 
     data: bytes
     width: int
     height: int
     kept: bool
+    damage: str | None = None
 
 
 class Codec:
@@ -104,32 +118,82 @@ class Codec:
     def _convert_pixels(self, pixels: NDArray[np.uint8]) -> Converted:
         pixels = in_colour(pixels)
         height, width = pixels.shape[:2]
-        resize = to_square(height, width, self.target.size, self.target.filter)
-        top, left, bottom, right = resize.region
-        return Converted(self._finish(pixels[top:bottom, left:right], resize), width, height, kept=False)
+        return Converted(self._fitted(pixels), width, height, kept=False)
 
     def _convert(self, data: bytes) -> Converted | Refused:
-        if not data:
-            return Refused("empty file")
-        if refusal := too_many_scans(data):
-            return refusal
-        stream = self._parse(data)
-        if stream is not None and (refusal := too_large(stream.height, stream.width, stream.num_channels)):
-            return refusal
-        orientation = self._orientation(data, stream)
-        if stream is not None and (orientation == 1 or not self.target.orient):
+        reader = reader_of(data)
+        if isinstance(reader, Refused):
+            return reader
+        if reader == LIBJPEG:
+            return self._convert_jpeg(data)
+        damage = png_damage(data) if data.startswith(b"\x89PNG") else None
+        if damage is not None:
+            return damage if self.target.on_damaged == "reject" else self._convert_with_pillow(data, damage.reason)
+        if reader == NVIMGCODEC and (stream := self._parse(data)) is not None:
+            return too_large(stream.height, stream.width, stream.num_channels) or self._convert_stream(data, stream)
+        return self._convert_with_pillow(data)
+
+    def _convert_jpeg(self, data: bytes) -> Converted | Refused:
+        frame = jpeg_frame(data)
+        if isinstance(frame, Refused):
+            return frame
+        try:
+            picture = jpeg_decoder.decode(data, frame)
+        except jpeg_decoder.OddSamplingError:
+            return self._convert_odd_jpeg(data, frame)
+        if isinstance(picture, Refused):
+            return picture
+        if picture.damage and self.target.on_damaged == "reject":
+            return Refused(picture.damage, frame.width, frame.height)
+        orientation = self._orientation(data, frame.height, frame.width)
+        keep = picture.sound and orientation == 1 and self._is_target_jpeg(frame)
+        encoded = data if keep else self._fitted(picture.pixels, orientation)
+        return Converted(encoded, frame.width, frame.height, keep, picture.damage)
+
+    def _convert_odd_jpeg(self, data: bytes, frame: Frame) -> Converted | Refused:
+        """A JPEG with chroma subsampled in an unusual way, by Pillow, which does not tell what is missing: decoded twice, it shows."""
+        if frame.height * frame.width > jpeg_decoder.COMPARED:
+            words = f"JPEG of unusual chroma subsampling and more than {jpeg_decoder.COMPARED:,} pixels"
+            return Refused(words, frame.width, frame.height)
+        alone, other = (jpeg_decoder.picture_alone(data, frame, noise) for noise in (b"", jpeg_decoder.NOISE))
+        once, again = _decode_with_pillow(alone), _decode_with_pillow(other)
+        same = isinstance(once, np.ndarray) and isinstance(again, np.ndarray) and np.array_equal(once, again)
+        damage = None if same or not isinstance(once, np.ndarray) else "truncated JPEG"
+        return self._convert_with_pillow(data, damage, alone)
+
+    def _convert_stream(self, data: bytes, stream: nvimgcodec.CodeStream) -> Converted | Refused:
+        """By nvImageCodec, which decodes only the region that the square needs; what it refuses gets a second opinion."""
+        orientation = self._orientation(data, stream.height, stream.width)
+        if orientation == 1 or not self.target.orient:
             resize = to_square(stream.height, stream.width, self.target.size, self.target.filter)
             region = self._decode(stream, resize.region)
             if region is not None:
-                keep = orientation == 1 and self._has_target_form(stream)
+                keep = orientation == 1 and self._is_target_png(stream) and png_damage(data, critical=False) is None
                 encoded = data if keep else self._finish(region, resize)
                 return Converted(encoded, stream.width, stream.height, keep)
-        whole = _decode_with_pillow(data)
+        return self._convert_with_pillow(data)
+
+    def _convert_with_pillow(self, data: bytes, damage: str | None = None, picture: bytes = b"") -> Converted | Refused:
+        """By Pillow, from `picture` where that is given: `data` without what its picture does not need."""
+        whole, keep = _decode_with_pillow(picture or data), self.target.on_damaged == "keep"
+        if isinstance(whole, Damaged):
+            damage = damage or whole.reason
+            whole = whole.pixels() if keep else Refused(damage, whole.width, whole.height)
         if isinstance(whole, Refused):
             return whole
         height, width = whole.shape[:2]
-        square = self._convert_pixels(upright(whole, orientation) if self.target.orient else whole)
-        return replace(square, width=width, height=height)
+        if damage is not None and not keep:
+            return Refused(damage, width, height)
+        encoded = self._fitted(whole, self._orientation(data, height, width))
+        return Converted(encoded, width, height, kept=False, damage=damage)
+
+    def _fitted(self, whole: NDArray[np.uint8], orientation: int = 1) -> bytes:
+        """The encoded square of all pixels as they are stored; upright if the target says so."""
+        pixels = upright(whole, orientation) if self.target.orient else whole
+        height, width = pixels.shape[:2]
+        resize = to_square(height, width, self.target.size, self.target.filter)
+        top, left, bottom, right = resize.region
+        return self._finish(pixels[top:bottom, left:right], resize)
 
     def encode(self, pixels: NDArray[np.uint8]) -> bytes:
         """Encodes uint8 (H, W, 3) RGB as the target's format says."""
@@ -142,6 +206,13 @@ class Codec:
 
     def decode(self, data: bytes, planar: bool = False) -> NDArray[np.uint8] | None:
         """All pixels of a whole image: uint8 (H, W, 3), or (3, H, W) if `planar`; None where it is refused."""
+        if data.startswith(b"\xff\xd8") and isinstance(frame := jpeg_frame(data), Frame):
+            with contextlib.suppress(jpeg_decoder.OddSamplingError):
+                picture = jpeg_decoder.decode(data, frame)
+                # Earlier releases kept the bytes of some damaged ones, which stay what they are.
+                if isinstance(picture, Refused) or (picture.damage and not data.endswith(b"\xff\xd9")):
+                    return None
+                return picture.pixels.transpose(2, 0, 1) if planar else picture.pixels
         stream = self._parse(data)
         if stream is None or stream.height * stream.width > MAX_PIXELS:
             return None
@@ -149,21 +220,16 @@ class Codec:
         return None if image is None else np.asarray(image.cpu())
 
     def _parse(self, data: bytes) -> nvimgcodec.CodeStream | None:
-        """The stream's header, or None where nvImageCodec is not to decode it: another type, or not whole."""
+        """The header as nvImageCodec reads it; None where it is not to decode the image, or cannot."""
         try:
             stream = nvimgcodec.CodeStream(data)
-            whole = stream.codec_name in _CODECS and (stream.codec_name != "jpeg" or has_end(data))
-            return stream if whole and stream.height > 0 and stream.width > 0 else None
+            return stream if stream.codec_name in _CODECS and stream.height > 0 and stream.width > 0 else None
         except RuntimeError:  # the header is not one it knows
             return None
 
-    def _orientation(self, data: bytes, stream: nvimgcodec.CodeStream | None) -> int:
+    def _orientation(self, data: bytes, height: int, width: int) -> int:
         """The EXIF orientation where it matters: to turn the image, or to know whether its bytes may be kept."""
-        wanted = self.target.orient or (
-            self.target.reencode == "needed"
-            and stream is not None
-            and stream.height == stream.width == self.target.size
-        )
+        wanted = self.target.orient or (self.target.reencode == "needed" and height == width == self.target.size)
         return _exif_orientation(data) if wanted else 1
 
     def _decode(self, stream: nvimgcodec.CodeStream, box: tuple[int, int, int, int]) -> NDArray[np.uint8] | None:
@@ -176,14 +242,19 @@ class Codec:
     def _finish(self, region: NDArray[np.uint8], resize: Resize) -> bytes:
         size = self.target.size
         done = (resize.vertical.source, resize.horizontal.source) == (size, size)
-        return self.encode(region if done else resize(np.ascontiguousarray(region)))
+        return self.encode(region if done else resize(region))
 
-    def _has_target_form(self, stream: nvimgcodec.CodeStream) -> bool:
-        if self.target.reencode == "always" or not stream.height == stream.width == self.target.size:
-            return False
-        codec = {"jpg": "jpeg", "png": "png", "raw": None}[self.target.format]
-        plain = stream.num_channels == 3 and stream.precision == 8
-        return bool(stream.codec_name == codec and plain and stream.color_spec != nvimgcodec.ColorSpec.PALETTE)
+    def _has_target_form(self, height: int, width: int, form: str) -> bool:
+        size, target = self.target.size, self.target
+        return target.reencode == "needed" and target.format == form and height == width == size
+
+    def _is_target_jpeg(self, frame: Frame) -> bool:
+        return self._has_target_form(frame.height, frame.width, "jpg") and frame.channels == 3
+
+    def _is_target_png(self, stream: nvimgcodec.CodeStream) -> bool:
+        plain = stream.codec_name == "png" and stream.num_channels == 3 and stream.precision == 8
+        palette = stream.color_spec == nvimgcodec.ColorSpec.PALETTE
+        return bool(plain and not palette and self._has_target_form(stream.height, stream.width, "png"))
 
 
 @functools.lru_cache(maxsize=16)
@@ -250,8 +321,29 @@ def upright(pixels: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
     return pixels[:, ::-1] if orientation in (2, 3, 6, 7) else pixels
 
 
-def _decode_with_pillow(data: bytes) -> NDArray[np.uint8] | Refused:
-    """The whole image by Pillow, which reads some files that nvImageCodec refuses, and says why it refuses others."""
+@dataclass(frozen=True)
+class Damaged:
+    """An image of which Pillow reads the header and not all pixels; `data` is the file."""
+
+    reason: str
+    width: int
+    height: int
+    data: bytes
+
+    def pixels(self) -> NDArray[np.uint8] | Refused:
+        """What there is of it; what is missing is black."""
+        before = ImageFile.LOAD_TRUNCATED_IMAGES
+        ImageFile.LOAD_TRUNCATED_IMAGES = True
+        try:
+            found = _decode_with_pillow(self.data)
+        finally:
+            ImageFile.LOAD_TRUNCATED_IMAGES = before
+        return Refused(self.reason, self.width, self.height) if isinstance(found, Damaged) else found
+
+
+def _decode_with_pillow(data: bytes) -> NDArray[np.uint8] | Refused | Damaged:
+    """The whole image by Pillow, as it is stored, or why it is refused."""
+    width = height = 0
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -260,20 +352,33 @@ def _decode_with_pillow(data: bytes) -> NDArray[np.uint8] | Refused:
                 refusal = too_large(height, width) or _too_heavy(len(data), height, width, image.mode)
                 if refusal:
                     return refusal
-                if image.mode.startswith("I;16"):  # Pillow's own conversion would clip at 255
-                    grey = np.asarray(image, dtype=np.float64) * (255 / 65535)
-                    return in_colour(np.rint(grey).astype(np.uint8))
-                if image.mode in ("I", "F"):
-                    return Refused(f"pixel type {image.mode} has no stated range", width, height)
-                return np.asarray(image.convert("RGB"))
+                tag = image.getexif().get(_EXIF_ORIENTATION, 1) if image.format == "TIFF" else 1
+                image.load()
+                pixels = _rgb(image)
+                if isinstance(pixels, Refused) or tag == 1 or image.getexif().get(_EXIF_ORIENTATION, 1) == tag:
+                    return pixels
+                return upright(pixels, {6: 8, 8: 6}.get(tag, tag))  # back: loading a TIFF turns it upright
     except UnidentifiedImageError:
-        return Refused(f"not an image of a known type (first bytes {data[:8].hex(' ')})")
+        return Refused(f"cannot be decoded: its header is damaged (first bytes {data[:8].hex(' ')})")
     except Image.DecompressionBombError:
         return Refused(f"more pixels than the limit of {MAX_PIXELS:,}")
     except MemoryError:
         raise  # says nothing of the file: the caller knows the bound
     except Exception as error:  # noqa: BLE001  (Pillow raises many kinds for what a file holds)
-        return Refused(f"cannot be decoded: {error}".splitlines()[0])
+        reason = f"cannot be decoded: {error}".splitlines()[0]
+        return Damaged(reason, width, height, data) if width else Refused(reason)
+
+
+def _rgb(image: Image.Image) -> NDArray[np.uint8] | Refused:
+    """The pixels of what Pillow has read: uint8 (H, W, 3)."""
+    if image.mode.startswith("I;16") or (
+        image.mode == "I" and image.format == "PPM"
+    ):  # of 65,535; Pillow would clip at 255
+        grey = np.asarray(image, dtype=np.float64) * (255 / 65535)
+        return in_colour(np.rint(grey).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        return Refused(f"pixel type {image.mode} has no stated range", *image.size)
+    return np.asarray(image.convert("RGB"))
 
 
 def _exif_orientation(data: bytes) -> int:
@@ -290,7 +395,9 @@ def _exif_orientation(data: bytes) -> int:
 def _too_heavy(size: int, height: int, width: int, mode: str) -> Refused | None:
     """The refusal of an image for which Pillow would need too much memory."""
     # At worst it holds the file twice, the pixels as they are, those in RGB, and the array twice.
-    per_pixel = 24 if mode.startswith("I;16") else _PILLOW_PIXEL_BYTES.get(mode, 8) + (0 if mode == "RGB" else 4) + 6
+    per_pixel = {"I;16": 24, "I": 30}.get(mode[:4]) or _PILLOW_PIXEL_BYTES.get(mode, 8) + (
+        0 if mode == "RGB" else 4
+    ) + 6
     needed = 2 * size + height * width * per_pixel
     words = f"needs about {needed / 2**20:,.0f} MiB to decode, more than the limit of {_PILLOW_MAX_BYTES / 2**20:,.0f}"
     return Refused(words, width, height) if needed > _PILLOW_MAX_BYTES else None

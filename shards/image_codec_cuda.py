@@ -2,7 +2,8 @@
 
 Only JPEGs in YCbCr or grey go to the GPU, where each is decoded whole: nvJPEG before 13.2 refuses a region of an image
 with subsampled chroma as long as it interpolates chroma, as libjpeg does. The rest is what `Codec` does, on the CPU:
-headers, limits, every other kind of file, and whatever the GPU refuses, so that the ledger is the same.
+headers, limits, every other kind of file, JPEGs that libjpeg warns of (the GPU's decoder says nothing), and whatever the GPU refuses,
+so that the ledger is the same.
 
 Order: one CUDA stream carries everything. nvImageCodec lets it wait for its own streams, torch launches on it, and both
 free their memory in its order; the host waits only for bytes.
@@ -23,7 +24,8 @@ from torch.utils.dlpack import from_dlpack
 
 from alexprep.shards.errors import AlexprepError, DeviceLostError
 from alexprep.shards.image_codec import Codec, Converted, Target, in_colour, to_square
-from alexprep.shards.image_header import MAX_PIXELS, Refused, too_many_scans
+from alexprep.shards.image_header import LIBJPEG, MAX_PIXELS, Frame, Refused, jpeg_frame, reader_of
+from alexprep.shards.jpeg_decoder import is_sound
 from alexprep.shards.resample import COLUMN_BITS, MIDDLE_BITS, ROW_BITS, Axis, Resize, rounded_weights, weights
 
 _MEMORY_WORDS = ("out of memory", "memoryallocation", "allocator", "alloc failed")
@@ -113,13 +115,16 @@ class CudaCodec(Codec):
             pixels = in_colour(data)
             height, width = pixels.shape[:2]
             return _Work(pixels, to_square(height, width, size, filter_name), height, width, None)
-        stream = self._parse(data) if data else None
-        if stream is None or stream.height * stream.width > MAX_PIXELS or not _plain(stream, data):
+        frame = jpeg_frame(data) if reader_of(data) == LIBJPEG else None
+        if not isinstance(frame, Frame):
             return None
-        orientation = self._orientation(data, stream)
+        stream = self._parse(data)
+        if stream is None or not _plain(stream, data) or not is_sound(data, frame):
+            return None
+        orientation = self._orientation(data, frame.height, frame.width)
         if self.target.orient and orientation != 1:
             return None
-        kept = data if orientation == 1 and self._has_target_form(stream) else None
+        kept = data if orientation == 1 and self._is_target_jpeg(frame) else None
         resize = to_square(stream.height, stream.width, size, filter_name)
         return _Work(stream, resize, stream.height, stream.width, kept)
 
@@ -226,8 +231,6 @@ def _too_little_memory(purpose: str, why: object) -> AlexprepError:
 
 def _plain(stream: Any, data: bytes) -> bool:
     """Whether an image is a JPEG of 8 bits in grey or YCbCr: one in RGB has no JFIF marker and is never subsampled."""
-    if stream.codec_name != "jpeg" or stream.precision != 8 or too_many_scans(data):
-        return False
     subsampled = stream.chroma_subsampling != nvimgcodec.ChromaSubsampling.CSS_444
     return stream.num_channels == 1 or (stream.num_channels == 3 and (subsampled or data[6:11] == b"JFIF\0"))
 

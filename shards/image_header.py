@@ -1,4 +1,4 @@
-"""What the bytes of an encoded image tell before anything is decoded: its size, whether it is whole, whether it is within bounds.
+"""What the bytes of an encoded image tell before anything is decoded: its type, its size, whether it is within bounds, which decoder reads it.
 
 A file that cannot be used is a `Refused` with its reason, not an exception. Decoding, and what needs a decoder's library,
 is in `alexprep.shards.image_codec`; this module imports none.
@@ -9,9 +9,9 @@ from __future__ import annotations
 import re
 import struct
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Final, Literal, NamedTuple
 
 # Bounds that keep a worker within 1 GiB (measured: benchmarks/memory.py), checked before anything is allocated. The largest
 # photo of ILSVRC 2012 has 61 million pixels.
@@ -21,17 +21,47 @@ _MAX_CMYK_PIXELS = 60_000_000  # progressive, these take 12 bytes a pixel
 # A progressive JPEG may have thousands of scans, each of which visits every block: a few kilobytes, minutes of work. Encoders
 # write about ten; nvImageCodec's first decoder stops at 256, the ones it then asks do not.
 MAX_SCANS = 256
-_START_OF_SCAN, _PROGRESSIVE = 0xDA, 0xC2
+START_OF_SCAN, END_OF_IMAGE = 0xDA, 0xD9
+_HIERARCHICAL = 0xDE  # begins a sequence of frames
 
 _HEAD_BYTES = 2048  # holds the header of any type but of a JPEG with EXIF, a thumbnail or a profile before it
 # Camera and editor files have up to about 300 segments before the frame; a file of nothing else has millions.
 _MOST_SEGMENTS = 1000
+_MOST_CHUNKS = 200_000  # of a PNG; libpng's own are of 8,192 bytes
 _PNG = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
 _PNG_CHANNELS = {0: 1, 2: 3, 3: 3, 4: 2, 6: 4}  # by colour type
-_FRAMES = {0xC0: "", 0xC1: "", 0xC2: "", 0xC9: "", 0xC3: "lossless", 0xCB: "lossless"}
-_FRAMES |= dict.fromkeys((0xC5, 0xC6, 0xC7, 0xCA, 0xCD, 0xCE, 0xCF), "hierarchical or arithmetic progressive")
+# JPEG frames by marker (ITU-T T.81, table B.1): which are decoded, and what the others are called.
+HUFFMAN, PROGRESSIVE, _ARITHMETIC = (0xC0, 0xC1, 0xC2), 0xC2, 0xC9
+_OTHER_FRAMES = dict.fromkeys((0xC3, 0xCB, 0xF7), "lossless JPEG")  # f7: of JPEG-LS (T.87)
+_OTHER_FRAMES |= dict.fromkeys((0xC5, 0xC6, 0xC7, 0xCD, 0xCE, 0xCF), "hierarchical JPEG")
+# Of these a cut leaves no trace: encoders may drop the zeros that end a scan, and decoders put in as many as they need.
+_OTHER_FRAMES |= dict.fromkeys((_ARITHMETIC, 0xCA), "JPEG with arithmetic coding")
+_PLAIN_BMP = {1, 4, 8, 24, 32}  # bits a pixel of a BMP without masks and compression
 _pnm = re.compile(rb"P([1-6])(?:\s|#[^\n]*\n)+(\d{1,9})(?:\s|#[^\n]*\n)+(\d{1,9})\s").match
+_bright = re.compile(rb"(?:\s|#[^\n]*\n)*(?:255|65535)\s").match
+_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+", b"MM*\0", b"II\0*")  # Pillow takes swapped ones too
 _CUT = "ends within its header"
+# Where a file of another type has which bytes, and what its reason says.
+_FOREIGN = (
+    (4, b"ftypavi", "AVIF, which is not read: convert it to JPEG or PNG"),
+    (4, b"ftyphe", "HEIC, which is not read: convert it to JPEG or PNG"),
+    (4, b"ftypmif1", "HEIC or AVIF, which is not read: convert it to JPEG or PNG"),
+    (4, b"ftypmsf1", "HEIC or AVIF, which is not read: convert it to JPEG or PNG"),
+    (4, b"ftyp", "a video (MP4 or QuickTime), not an image"),
+    (0, b"\xff\x0a", "JPEG XL, which is not read: convert it to JPEG or PNG"),
+    (4, b"JXL \r\n\x87\n", "JPEG XL, which is not read: convert it to JPEG or PNG"),
+    (4, b"jP  \r\n\x87\n", "JPEG 2000, which is not read: convert it to JPEG or PNG"),
+    (0, b"\xff\x4f\xff\x51", "JPEG 2000, which is not read: convert it to JPEG or PNG"),
+    (0, b"8BPS", "Photoshop's PSD, which is not read: convert it to PNG"),
+    (0, b"%!PS", "PostScript, which is not read: convert it to PNG"),
+    (0, b"%PDF", "PDF, which is not read: convert it to PNG"),
+    (0, b"PK\3\4", "a ZIP archive, not an image: unpack it"),
+    (0, b"\x1f\x8b", "compressed with gzip, not an image: unpack it"),
+    (0, b"Rar!", "a RAR archive, not an image: unpack it"),
+    (0, b"7z\xbc\xaf", "a 7-Zip archive, not an image: unpack it"),
+    (257, b"ustar", "a tar, not an image: name it as SOURCE, or unpack it"),
+    (0, b"PAR1", "a Parquet table, not an image: name it as SOURCE"),
+)
 Read = Callable[[int, int], bytes]  # (offset, size) → those bytes; fewer only where the image ends
 
 
@@ -96,40 +126,136 @@ def too_large(height: int, width: int, channels: int = 3) -> Refused | None:
     return None
 
 
-def _segments(data: bytes) -> Iterator[tuple[int, int]]:
-    """(marker, position) of a JPEG's segments up to its first scan."""
-    position = 2
-    while data[position : position + 1] == b"\xff" and position + 1 < len(data):
-        marker = data[position + 1]
-        if marker == 0xFF:  # a fill byte
-            position += 1
-            continue
-        yield marker, position
-        if marker == _START_OF_SCAN:
-            return
-        position += 2 + max(2, int.from_bytes(data[position + 2 : position + 4], "big"))
+class Frame(NamedTuple):
+    """What a JPEG's frame header says: the marker it begins with, height and width in pixels, channels; and whether it has many scans."""
+
+    marker: int
+    height: int
+    width: int
+    channels: int
+    scans: bool  # more than one may be needed for all pixels
 
 
-def has_end(data: bytes) -> bool:
-    """Whether a JPEG has an end-of-image marker behind its first scan's start: without one it was cut short.
-
-    The region decoder stops after the last row it needs and so cannot notice a cut below it. An EXIF thumbnail has an
-    end marker of its own, hence the walk over the segments.
-    """
-    if data.endswith(b"\xff\xd9"):
-        return True
-    # Inside a scan ff is always followed by 00 or a restart marker.
-    return any(
-        marker == _START_OF_SCAN and data.find(b"\xff\xd9", position) >= 0 for marker, position in _segments(data)
-    )
+# A marker: ff and neither a stuffed zero nor one more fill byte behind it.
+next_marker = re.compile(rb"\xff([^\x00\xff])").search
 
 
-def too_many_scans(data: bytes) -> Refused | None:
-    """The refusal of a progressive JPEG with more than `MAX_SCANS`; None for all else."""
-    if not any(marker == _PROGRESSIVE for marker, _ in _segments(data)):
+def jpeg_frame(data: bytes) -> Frame | Refused:
+    """The frame of a JPEG that begins with its start-of-image marker, or why it is not decoded; as tolerant as libjpeg is."""
+    frame, at = None, 2
+    for _ in range(_MOST_SEGMENTS):
+        found = next_marker(data, at)
+        if found is None or found[1][0] == END_OF_IMAGE:
+            return Refused("JPEG that ends within its header")
+        marker, at = found[1][0], found.start()
+        if marker == START_OF_SCAN:
+            if frame is None:
+                return Refused("damaged JPEG: a scan before any frame")
+            frame = frame._replace(scans=frame.scans or data[at + 4 : at + 5] != bytes([frame.channels]))
+            return _too_many_scans(data, frame) or frame
+        if marker == _HIERARCHICAL:
+            return Refused("hierarchical JPEG")
+        if frame is None and (marker in HUFFMAN or marker in _OTHER_FRAMES):
+            try:
+                _, bits, height, width, channels = struct.unpack_from(">HBHHB", data, at + 2)
+            except struct.error:
+                return Refused("JPEG that ends within its header")
+            refusal = _not_decoded(marker, bits, height, width, channels) or too_large(height, width, channels)
+            if refusal:
+                return refusal
+            frame = Frame(marker, height, width, channels, marker == PROGRESSIVE)
+        at += 2
+        if not (marker == 0x01 or 0xD0 <= marker <= 0xD8):  # those stand alone
+            at += max(2, int.from_bytes(data[at : at + 2], "big"))
+    return Refused(f"more than {_MOST_SEGMENTS:,} JPEG segments before the picture")
+
+
+def _not_decoded(marker: int, bits: int, height: int, width: int, channels: int) -> Refused | None:
+    if marker in _OTHER_FRAMES:
+        return Refused(_OTHER_FRAMES[marker], width, height)
+    if bits != 8:
+        return Refused(f"JPEG of {bits} bits a channel", width, height)
+    if not height or not width:
+        return Refused(f"JPEG of {width}x{height} pixels: its header is damaged, or the height follows the picture")
+    return None if channels in (1, 3, 4) else Refused(f"JPEG of {channels} channels", width, height)
+
+
+def _too_many_scans(data: bytes, frame: Frame) -> Refused | None:
+    if not frame.scans:
         return None  # counting would cost more than a tenth of the decoding
     scans = data.count(b"\xff\xda")
-    return Refused(f"{scans:,} scans are more than the limit of {MAX_SCANS}") if scans > MAX_SCANS else None
+    words = f"{scans:,} scans are more than the limit of {MAX_SCANS}"
+    return Refused(words, frame.width, frame.height) if scans > MAX_SCANS else None
+
+
+LIBJPEG: Final = "libjpeg-turbo"
+NVIMGCODEC: Final = "nvImageCodec"
+PILLOW: Final = "Pillow"
+Reader = Literal["libjpeg-turbo", "nvImageCodec", "Pillow"]
+
+
+def reader_of(data: bytes) -> Reader | Refused:
+    """Which decoder reads an image, by its first bytes: one that was seen to give the right pixels of its kind.
+
+    | JPEG | libjpeg-turbo, which tells what is damaged |
+    | PNG, WebP | nvImageCodec; animated ones Pillow, which gives the first picture |
+    | BMP | nvImageCodec; those of 16 bits, with masks or compressed Pillow |
+    | PNM | nvImageCodec where the brightest is 255 or 65,535; others Pillow |
+    | GIF, TIFF, and what nvImageCodec refuses | Pillow |
+    """
+    if data.startswith(b"\xff\xd8"):
+        return LIBJPEG
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return PILLOW if data.find(b"acTL", 0, max(0, data.find(b"IDAT"))) > 0 else NVIMGCODEC
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return PILLOW if data[12:16] == b"VP8X" and data[20:21] and data[20] & 2 else NVIMGCODEC
+    if data.startswith(b"BM"):
+        bits, compression = (int.from_bytes(data[at : at + size], "little") for at, size in ((28, 2), (30, 4)))
+        old = data[14:18] == b"\x0c\0\0\0"  # OS/2's header is shorter
+        return NVIMGCODEC if not old and bits in _PLAIN_BMP and compression == 0 else PILLOW
+    if data[:1] == b"P" and b"1" <= data[1:2] <= b"6":
+        pnm = _pnm(data)
+        return NVIMGCODEC if pnm is not None and (pnm[1] in b"14" or _bright(data, pnm.end())) else PILLOW
+    if data[:4] in _TIFF or data.startswith(b"GIF8"):
+        return PILLOW
+    return Refused(_what_it_is(data))
+
+
+def _what_it_is(data: bytes) -> str:
+    """Why a file of no known image type is refused: what it is instead, and what to do with it."""
+    if not data.strip(b"\0"):
+        return "nothing but zeros" if data else "empty file"
+    for at, magic, words in _FOREIGN:
+        if data.startswith(magic, at):
+            return words
+    begin = data[:1024].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if begin.startswith((b"<!doctype html", b"<html", b"<head", b"<body")):
+        return "a web page (HTML), not an image"
+    if begin.startswith((b"<svg", b"<?xml")):
+        return "SVG or other XML, which is not read: convert it to PNG"
+    return f"not an image of a known type (first bytes {data[:8].hex(' ')})"
+
+
+def png_damage(data: bytes, critical: bool = True) -> Refused | None:
+    """What is wrong with the checksums of a PNG's chunks (PNG, third edition, section 5.4); None where nothing is.
+
+    Of those only that the picture depends on, or of all if not `critical`.
+    """
+    at, view = 8, memoryview(data)
+    for _ in range(_MOST_CHUNKS):
+        end = at + 12 + int.from_bytes(view[at : at + 4], "big")
+        if end > len(data):  # it is cut: its decoder tells whether all pixels are there
+            return None
+        kind = data[at + 4 : at + 8]
+        if not (critical and kind[0] & 0x20) and zlib.crc32(view[at + 4 : end - 4]) != int.from_bytes(
+            view[end - 4 : end], "big"
+        ):
+            words = f"damaged PNG: the checksum of its {kind.decode('ascii', 'replace')} chunk is wrong"
+            return Refused(words, *struct.unpack_from(">II", data.ljust(24, b"\0"), 16))
+        if kind == b"IEND":
+            return None
+        at = end
+    return Refused(f"PNG of more than {_MOST_CHUNKS:,} chunks")
 
 
 def _jpeg(_head: bytes, get: Read) -> Header | Refused:
@@ -141,14 +267,14 @@ def _jpeg(_head: bytes, get: Read) -> Header | Refused:
             return Refused(f"no JPEG marker at byte {at:,}: its header is damaged")
         if marker == 0xFF:  # fill bytes may precede any marker
             at += 1
-        elif marker in _FRAMES:
+        elif marker in HUFFMAN or marker in _OTHER_FRAMES:
             length, bits, height, width, channels = struct.unpack_from(">HBHHB", segment, 2)
-            if _FRAMES[marker] or bits != 8:
-                return Refused(f"a JPEG of a kind that is not decoded ({_FRAMES[marker] or f'{bits} bits a channel'})")
+            if bits != 8 or (marker in _OTHER_FRAMES and marker != _ARITHMETIC):  # DALI decodes that
+                return _not_decoded(marker, bits, height, width, channels) or Refused(_CUT)
             if length != 8 + 3 * channels:
                 return Refused(f"a JPEG frame of {length} bytes for {channels} channels: its header is damaged")
             return Header(height, width, channels)
-        elif marker == 0xDA or not 0xC4 <= marker <= 0xFE or 0xD0 <= marker <= 0xD9:
+        elif marker == START_OF_SCAN or not 0xC4 <= marker <= 0xFE or 0xD0 <= marker <= 0xD9:
             return Refused(f"JPEG marker {marker:02x} at byte {at:,} before any frame: its header is damaged")
         else:
             (length,) = struct.unpack_from(">H", segment, 2)

@@ -20,7 +20,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from PIL import Image
 
-from alexprep.shards.errors import AlexprepError
+from alexprep.shards.errors import AlexprepError, counted
 from alexprep.shards.image_header import Header, Refused, general_reason, read_header, too_large
 from alexprep.shards.listing import Listing
 from alexprep.shards.sources.base import SPLITS, UNLABELLED, Location, PassedOver, Source, sorted_names
@@ -145,7 +145,10 @@ class Inspection:
         """The first lines: the layout and why, the splits, the classes, the warnings."""
         layout = f"{self.layout}: {self.evidence}" if self.evidence else self.layout
         rows = [("layout", layout), *((split, _split_line(held)) for split, held in self.splits.items())]
-        lines = [f"SOURCE holds {self.inputs:,} inputs.", *_aligned([*rows, ("classes", self._classes_line())])]
+        lines = [
+            f"SOURCE holds {counted(self.inputs, 'input')}.",
+            *_aligned([*rows, ("classes", self._classes_line())]),
+        ]
         return "\n".join(lines + [f"Warning: {printable(words)}" for words in self.warnings])
 
     def __str__(self) -> str:
@@ -159,7 +162,10 @@ class Inspection:
         lines += ["Some inputs, and the split, label and class that they get", *_sample_lines(self.rows)]
         if self.sample.files:
             some = "All" if self.sample.files == self.inputs else f"A random sample of {self.sample.files:,}"
-            lines += [f"{some} of the {self.inputs:,} inputs, by their headers", *_aligned(_sample_rows(self.sample))]
+            lines += [
+                f"{some} of {counted(self.inputs, 'input')}, by their headers",
+                *_aligned(_sample_rows(self.sample)),
+            ]
         return "\n".join(lines)
 
     def as_json(self) -> dict[str, Any]:
@@ -396,9 +402,9 @@ def _range(spread: Spread, unit: str, of_least: str = "") -> str:
 
 def _split_line(held: SplitContents) -> str:
     if held.per_class is None:
-        return f"{held.inputs:,} inputs without a label"
-    words = f"{held.inputs:,} inputs, {held.classes:,} classes: {_range(held.per_class, 'each', f' ({held.fewest!r})')}"
-    return words + (f"; {held.unlabelled:,} inputs without a label" if held.unlabelled else "")
+        return f"{counted(held.inputs, 'input')} without a label"
+    words = f"{counted(held.inputs, 'input')}, {counted(held.classes, 'class')}: {_range(held.per_class, 'each', f' ({held.fewest!r})')}"
+    return words + (f"; {counted(held.unlabelled, 'input')} without a label" if held.unlabelled else "")
 
 
 def _sample_lines(rows: Sequence[SampleRow]) -> list[str]:

@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from alexprep.shards.errors import AlexprepError, AmbiguousSourceError
+from alexprep.shards.errors import AlexprepError, AmbiguousSourceError, counted
 from alexprep.shards.sources import BY_FOLDERS
 from alexprep.shards.sources.base import UNLABELLED, Account, Input, Source, sorted_names
 from alexprep.shards.sources.ground_truth import devkit_order
@@ -214,13 +214,13 @@ def _warnings(listing: Listing) -> list[str]:
             absent = np.flatnonzero((listing.counts(split) > 0) & ~trained)
             if absent.size:
                 words.append(
-                    f"{absent.size:,} of {len(classes):,} classes, among them {classes[absent[0]]!r}, have images in {split} and none "
-                    "in train: they take labels that a network never learns"
+                    f"images in {split} and none in train: {absent.size:,} of {counted(len(classes), 'class')}, such as "
+                    f"{classes[absent[0]]!r}, with labels that a network never learns"
                 )
             missing = np.flatnonzero((listing.counts(split) == 0) & trained)
             if missing.size and listing.counts(split).any():
                 words.append(
-                    f"{missing.size:,} of {len(classes):,} classes, among them {classes[missing[0]]!r}, have no image in {split}; the "
+                    f"no image in {split}: {missing.size:,} of {counted(len(classes), 'class')}, such as {classes[missing[0]]!r}; the "
                     "numbering is the same in all splits"
                 )
     by_bytes = sorted(classes, key=str.encode)

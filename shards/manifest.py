@@ -11,7 +11,7 @@ import contextlib
 import io
 import json
 from collections import Counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -53,11 +53,16 @@ def sidecar_of(plan: Plan, inputs: list[dict[str, Any]], members: list[dict[str,
     }
 
 
-def input_record(row: int, label: int, width: int, height: int, kept: bool, reason: str | None) -> dict[str, Any]:
-    """What a sidecar says of one input: written, with whether its bytes were `kept`, or rejected for a `reason`."""
+def input_record(
+    row: int, label: int, width: int, height: int, kept: bool, reason: str | None, damage: str | None = None
+) -> dict[str, Any]:
+    """What a sidecar says of one input: written, with whether its bytes were `kept`, or rejected for a `reason`.
+
+    Of a written one the reason is its `damage`, with which it was taken; a sound one has none.
+    """
     record: dict[str, Any] = {"key": sample_key(row), "label": label, "width": width, "height": height}
     if reason is None:
-        return record | {"status": "written", "kept": kept}
+        return record | {"status": "written", "kept": kept} | ({} if damage is None else {"reason": damage})
     return record | {"status": "rejected", "reason": reason}
 
 
@@ -80,10 +85,17 @@ def read_sidecar(plan: Plan, shard: Shard) -> Sidecar | None:
     return sidecar
 
 
-def rejects_in(sidecar: Sidecar) -> int:
-    """How many inputs of a shard are rejected."""
-    samples: int = sidecar["samples"]
-    return len(sidecar["inputs"]) - samples
+class Rejects(NamedTuple):
+    """How many inputs are rejected, and how many of these are no pictures, even by their header."""
+
+    all: int
+    no_pictures: int
+
+
+def rejects_in(sidecar: Sidecar) -> Rejects:
+    """The rejects of a shard."""
+    left_out = [entry for entry in sidecar["inputs"] if isinstance(entry, dict) and entry.get("status") == "rejected"]
+    return Rejects(len(left_out), sum(not entry.get("width") for entry in left_out))
 
 
 def publish_sidecar(plan: Plan, shard: Shard, sidecar: Sidecar, before: bytes) -> None:
@@ -120,6 +132,8 @@ class Manifest:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.reasons: Counter[str] = Counter()  # for rejections; the numbers in them are replaced by "N"
+        self.damaged: Counter[str] = Counter()  # the same for images that were written though they are damaged
+        self.rejects = Rejects(0, 0)
         self.kept = 0  # images whose bytes are the source's own
         splits = plan.document["splits"]
         self._records: dict[str, list[dict[str, Any]]] = {split: [] for split in splits}
@@ -130,9 +144,11 @@ class Manifest:
         """Takes in a finished shard, given its rows of plan.parquet; a damaged sidecar raises KeyError, TypeError or ValueError."""
         self._ledgers[shard.split].append(_ledger(shard, planned, sidecar))
         self._indexes[shard.split].append(_index(shard, sidecar))
-        self.reasons.update(
-            general_reason(entry["reason"]) for entry in sidecar["inputs"] if entry["status"] == "rejected"
-        )
+        self.rejects = Rejects(*map(sum, zip(self.rejects, rejects_in(sidecar), strict=True)))
+        for entry in sidecar["inputs"]:
+            if "reason" in entry:
+                counts = self.reasons if entry["status"] == "rejected" else self.damaged
+                counts[general_reason(entry["reason"])] += 1
         self.kept += sum(entry.get("kept", False) for entry in sidecar["inputs"])
         if sidecar["samples"]:
             self._records[shard.split].append(

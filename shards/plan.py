@@ -47,7 +47,7 @@ LISTED = "listed"  # what a plan says of labels whose order was given class by c
 # An ImageNet shard is then about 28 MB. Smaller sets get at least 16 shards of at least 64, so that workers can share them.
 SHARD_SAMPLES = 1024
 _MANY, _FEW = 16, 64
-_DECIDES_BYTES, _ON_A_GPU = ("alexprep", "nvimgcodec", "pillow"), ("nvjpeg", "torch")
+_DECIDES_BYTES, _ON_A_GPU = ("alexprep", "nvimgcodec", "pillow", "simplejpeg"), ("nvjpeg", "torch")
 _SPLIT_STREAM = {"train": 0, "val": 1, "test": 2}
 _WANTED, _TRIED = 3, 16  # files whose sizes machines compare; inputs that are looked at for them
 _TABLE = pa.schema(
@@ -84,6 +84,8 @@ class ShardOptions:
                 raise AlexprepError(f"{name} {value} is not between {low:,} and {high:,}")
         if self.class_names not in (None, "exact", "folded"):
             raise AlexprepError(f"--class-names {self.class_names} is not one of exact, folded")
+        if t.on_damaged not in ("reject", "keep"):
+            raise AlexprepError(f"--on-damaged {t.on_damaged} is not one of reject, keep")
         if t.filter not in FILTERS:
             raise AlexprepError(f"--filter {t.filter} is not one of {', '.join(FILTERS)}")
 
@@ -218,6 +220,8 @@ def _recorded(options: ShardOptions) -> dict[str, Any]:
     labels = options.labels if named else LISTED
     return {
         **asdict(options.target),
+        # Nothing where it says nothing: releases that did not know it go on.
+        "on_damaged": None if options.target.on_damaged == "reject" else options.target.on_damaged,
         "seed": options.seed,
         "labels": labels,
         "limit": options.limit,
@@ -253,7 +257,7 @@ def as_written(document: dict[str, Any], earlier: Mapping[str, Any]) -> dict[str
     options, made_by, now = earlier.get("options", {}), earlier.get("versions", {}), document["versions"]
     if stated(options) == stated(document["options"]):
         document = document | {"options": options}
-    if made_by.keys() == now.keys() and all(interchangeable(name, made_by[name], now[name]) for name in now):
+    if all(interchangeable(name, made_by.get(name), now.get(name)) for name in made_by | now):
         document = document | {"versions": made_by}
     # What lies beside the inputs may change: the account is that of the day when the plan was drawn up.
     document = {key: value for key, value in document.items() if key != "account"}

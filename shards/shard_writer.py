@@ -24,7 +24,15 @@ from alexprep.shards.dataset_format import DATASET, FORMATS, sample_key
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.image_codec import Codec, Converted, Target
 from alexprep.shards.image_header import Refused
-from alexprep.shards.manifest import conflict, input_record, publish_sidecar, read_sidecar, rejects_in, sidecar_of
+from alexprep.shards.manifest import (
+    Rejects,
+    conflict,
+    input_record,
+    publish_sidecar,
+    read_sidecar,
+    rejects_in,
+    sidecar_of,
+)
 from alexprep.shards.plan import MachineCheck, Plan, Shard, locations, shared_table
 from alexprep.shards.sources.base import Location, Source
 from alexprep.shards.storage import PAUSES, LocalFiles, file_sha256, publish_bytes, published
@@ -60,8 +68,8 @@ class ShardWriter:
     make_codec: MakeCodec
     check: MachineCheck  # run once in each worker, since it may be on another machine
 
-    def __call__(self, argument: Sequence[tuple[Shard, str | None]], condemned: Mapping[int, str]) -> int:
-        """Makes some shards of one split, each unless another writer has made it meanwhile; returns how many inputs are rejected.
+    def __call__(self, argument: Sequence[tuple[Shard, str | None]], condemned: Mapping[int, str]) -> Rejects:
+        """Makes some shards of one split, each unless another writer has made it meanwhile; returns their rejects.
 
         `argument` is each shard, and the sha256 that its tar had when the dataset was finished ("" where it had none; None where
         that is not known). `condemned` has the rows that are not to be touched, and why.
@@ -69,9 +77,10 @@ class ShardWriter:
         if self.plan.digest not in _checked:
             self.check.run()
             _checked.add(self.plan.digest)
-        return sum(self._make(shard, recorded, condemned) for shard, recorded in argument)
+        made = [self._make(shard, recorded, condemned) for shard, recorded in argument]
+        return Rejects(*map(sum, zip(*made, strict=True)))
 
-    def _make(self, shard: Shard, recorded: str | None, condemned: Mapping[int, str]) -> int:
+    def _make(self, shard: Shard, recorded: str | None, condemned: Mapping[int, str]) -> Rejects:
         if (made := read_sidecar(self.plan, shard)) is not None:
             return rejects_in(made)
         codec = shared_codec(self.make_codec, self.target)
@@ -90,8 +99,8 @@ class ShardWriter:
 
     def _write(
         self, shard: Shard, recorded: str | None, inputs: Iterator[tuple[PlannedInput, Converted | Refused]]
-    ) -> int:
-        """Makes one shard's tar, DALI index and sidecar, in this order, each complete or absent; returns its number of rejects.
+    ) -> Rejects:
+        """Makes one shard's tar, DALI index and sidecar, in this order, each complete or absent; returns its rejects.
 
         A shard whose every input is refused has a sidecar only, since an empty tar trips readers. Nothing is published where it does
         not become what was recorded, or where another writer made it with other bytes.
@@ -133,7 +142,7 @@ def _added(tar: TarWriter, planned: PlannedInput, result: Converted | Refused, e
         return input_record(row, label, width, height, kept=False, reason=result.reason)
     tar.add(f"{sample_key(row)}.{extension}", result.data)
     tar.add(f"{sample_key(row)}.cls", str(label).encode())
-    return input_record(row, label, width, height, result.kept, reason=None)
+    return input_record(row, label, width, height, result.kept, reason=None, damage=result.damage)
 
 
 def _converted(

@@ -345,7 +345,8 @@ def _sidecar_as_it_must_be(found: Sidecar, plan: Plan, shard: Shard, labels: lis
     for row, (entry, label) in enumerate(zip(found["inputs"], labels, strict=True), shard.first_row):
         width, height = (_integer(entry[side], 0, 2**31) for side in ("width", "height"))
         reason = None if "kept" in entry else str(entry["reason"])
-        inputs.append(input_record(row, label, width, height, bool(entry.get("kept")), reason))
+        damage = str(entry["reason"]) if "kept" in entry and "reason" in entry else None
+        inputs.append(input_record(row, label, width, height, bool(entry.get("kept")), reason, damage))
         kinds = [(extension, None), ("cls", len(str(label)))] if reason is None else []
         for kind, known in kinds:
             member: dict[str, Any] = next(recorded, {})

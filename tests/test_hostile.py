@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import random
 import shutil
 import struct
@@ -16,10 +17,12 @@ import pytest
 from PIL import Image
 
 from alexprep.shards.conversion import convert
+from alexprep.shards.errors import AlexprepError
 from alexprep.shards.image_codec import Codec, Converted, Target
 from alexprep.shards.image_header import MAX_SCANS, Refused
 from alexprep.shards.plan import ShardOptions
 from alexprep.shards.sample_reader import Samples
+from alexprep.shards.verification import verify
 from alexprep.shards.worker_pool import InProcessEngine, LocalEngine
 
 KINDS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "TGA", "JPEG2000", "ICO")
@@ -73,7 +76,7 @@ def made_to_hurt(photo: Callable[..., Image.Image], encoded: Callable[..., bytes
     yield "huge-tiff.tif", b"II*\0\x08\0\0\0\xff\xff" + b"\0\x01\x04\0\xff\xff\xff\xff\0\0\0\0" * 500
     yield "tiff-loop.tif", b"II*\0\x08\0\0\0\0\0\x08\0\0\0"
     yield "script.eps", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(/etc/passwd) (r) file\n"
-    yield "vector.svg", b'<svg xmlns="http://www.w3.org/2000/svg"><image href="file:///etc/passwd"/></svg>'
+    yield "svg.jpg", b'<svg xmlns="http://www.w3.org/2000/svg"><image href="file:///etc/passwd"/></svg>'
     yield "layers.psd", b"8BPS\0\x01" + bytes(6) + b"\0\x03\0\0\x75\x30\0\0\x75\x30\0\x08\0\x03" + bytes(99)
 
 
@@ -128,8 +131,14 @@ def test_hostile_files_change_nothing_for_the_good_ones(
     for name in ("bomb.png", "bomb.jpg", "bomb.gif"):
         assert "than the limit" in reasons[name], (name, reasons[name])
     assert f"more than the limit of {MAX_SCANS}" in reasons["scans.jpg"]
-    for name in ("html.jpg", "script.eps", "vector.svg", "layers.psd", "null.jpg"):
-        assert "not an image of a known type" in reasons[name], (name, reasons[name])
+    for name, words in (
+        ("html.jpg", "HTML"),
+        ("script.eps", "PostScript"),
+        ("svg.jpg", "SVG"),
+        ("layers.psd", "PSD"),
+        ("null.jpg", "zeros"),
+    ):
+        assert words in reasons[name], (name, reasons[name])
     images = {}
     for folder, rows in ledgers.items():
         samples = Samples(tmp_path / folder, "train")
@@ -158,3 +167,34 @@ def test_what_is_taken_is_what_pillow_sees(damaged: dict[str, bytes]) -> None:
         ours, other = (np.load(io.BytesIO(r.data)).astype(int) for r in (result, theirs))
         agreed += np.abs(ours - other).mean() <= 2
     assert taken > 50 and agreed > 0.9 * taken
+
+
+def test_damaged_images_are_left_out_or_kept_and_the_ledger_says_so(
+    photos: Path, encoded, photo, tmp_path: Path
+) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(photos, source)
+    jpeg, png = encoded(photo(90, 80, 1), quality=90), encoded(photo(90, 80, 2), "PNG")
+    damaged = {"cut.jpg": jpeg[: len(jpeg) // 2] + b"\xff\xd9", "cut.png": png[: len(png) // 2], "no.jpg": jpeg[:30]}
+    for name, content in {**damaged, "whole.jpg": jpeg[:-2]}.items():
+        (source / "train/class1" / name).write_bytes(content)
+    shards: dict[str, dict[str, bytes]] = {}
+    for choice in ("reject", "keep"):
+        options, folder = ShardOptions(Target(size=32, on_damaged=choice), shard_samples=50), tmp_path / choice
+        report = convert(source, folder, options, InProcessEngine())
+        rows = pq.read_table(folder / "train/samples.parquet").to_pylist()
+        found = {row["source"].rpartition("/")[2]: row for row in rows if row["reason"]}
+        assert found.keys() == damaged.keys()
+        assert all("truncated" in found[name]["reason"] for name in ("cut.jpg", "cut.png"))
+        taken = {"cut.jpg", "cut.png"} if choice == "keep" else set()
+        assert {name for name, row in found.items() if row["status"] == "written"} == taken
+        assert (report.damaged.total(), report.rejected.total()) == (len(taken), 3 - len(taken))
+        assert verify(folder, InProcessEngine(), decode=True).problems == []
+        assert convert(source, folder, options, InProcessEngine()).made_inputs == 0
+        samples = Samples(folder, "train")
+        written = [row["source"] for row in rows if row["status"] == "written"]
+        shards[choice] = {name: samples.encoded(n).tobytes() for n, name in enumerate(written)}
+        assert json.loads((folder / "plan.json").read_text())["options"]["on_damaged"] == (choice if taken else None)
+    assert shards["reject"].items() < shards["keep"].items()
+    with pytest.raises(AlexprepError, match="on_damaged was keep, now is None"):
+        convert(source, tmp_path / "keep", ShardOptions(Target(size=32), shard_samples=50), InProcessEngine())

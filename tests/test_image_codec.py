@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from alexprep.shards.image_codec import Codec, Converted, Target, resized, to_square, upright
-from alexprep.shards.image_header import MAX_PIXELS, Refused, has_end
+from alexprep.shards.image_header import MAX_PIXELS, Refused
 
 
 def _pixels(data: bytes) -> NDArray[np.uint8]:
@@ -131,15 +131,15 @@ def test_a_cut_jpeg_is_never_half_grey(size: tuple[int, int], progressive: bool,
         result = codec.convert(data[:cut])
         verdicts.append(isinstance(result, Refused))
         assert isinstance(result, Refused) or result.data == whole, f"cut at {cut} of {len(data)}"
-    assert sum(verdicts) >= 39
+    assert sum(verdicts) >= 38 and not verdicts[-1]  # its end marker alone
 
 
 def test_a_thumbnail_s_end_is_not_the_image_s_end(photo, encoded) -> None:
     thumbnail = encoded(photo(16, 16, seed=11))
     data = encoded(photo(200, 90, seed=12))
     segment = b"\xff\xe1" + struct.pack(">H", len(thumbnail) + 2) + thumbnail
-    assert has_end(data) and has_end(data + b"trailing")
-    assert not has_end(data[:2] + segment + data[2:-2])
+    assert _converted(data[:2] + segment + data[2:] + b"trailing").width == 200
+    assert "truncated" in _refused(data[:2] + segment + data[2 : len(data) // 2])
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -190,3 +190,131 @@ def test_what_is_no_image_is_refused_with_a_reason() -> None:
         bytes(4096),
     ):
         assert _refused(junk)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["TIFF", "PNG", "WEBP"])
+def test_orientation_of_every_type(kind: str, orientation: int, photo, encoded) -> None:
+    """Stored pixels without `orient`, upright with it: Pillow turns a TIFF by itself while it reads it."""
+    image, exif = photo(80, 64, seed=16), Image.Exif()
+    exif[0x0112] = orientation
+    how = {"tiffinfo": {0x0112: orientation}} if kind == "TIFF" else {"exif": exif, "lossless": True}
+    data, stored = encoded(image, kind, **how), np.asarray(image)
+    for orient, expected in ((False, stored), (True, upright(stored, orientation))):
+        result = _converted(data, orient=orient, format="png")
+        np.testing.assert_array_equal(_pixels(result.data), _squared(expected))
+        assert (result.width, result.height) == (80, 64)
+
+
+@pytest.mark.parametrize("own_default", [False, True])
+@pytest.mark.parametrize("kind", ["PNG", "GIF", "WEBP"])
+def test_of_an_animation_the_first_picture_is_taken(kind: str, own_default: bool, photo, encoded) -> None:
+    frames = [photo(64, 64, seed=seed).quantize(200).convert("RGB") for seed in (17, 18, 19)]
+    how = {"default_image": own_default, "lossless": True, "loop": 0, "duration": 50}
+    data = encoded(frames[0], kind, save_all=True, append_images=frames[1:], **how)
+    got = _pixels(_converted(data, format="png").data)
+    np.testing.assert_array_equal(got, _pixels(data))
+    assert np.abs(got.astype(int) - np.asarray(frames[0])).mean() < 2
+
+
+def _with_wrong_checksum(png: bytes, kind: bytes) -> bytes:
+    at = png.index(kind)
+    end = at + 4 + int.from_bytes(png[at - 4 : at], "big")
+    return png[:end] + bytes([png[end] ^ 1]) + png[end + 1 :]
+
+
+def test_a_png_s_checksums_are_checked(photo, encoded) -> None:
+    image = photo(64, 64, seed=20)
+    good, palette = encoded(image, "PNG"), encoded(image.quantize(16), "PNG")
+    for data, kind in ((good, b"IHDR"), (good, b"IDAT"), (good, b"IEND"), (palette, b"PLTE")):
+        assert f"the checksum of its {kind.decode()} chunk" in _refused(_with_wrong_checksum(data, kind))
+    at = good.index(b"IDAT") - 4
+    text = (
+        struct.pack(">I", 5) + b"tEXta\0bcd" + bytes(4)
+    )  # an ancillary chunk: its checksum is wrong, and nothing depends on it
+    np.testing.assert_array_equal(
+        _pixels(_converted(good[:at] + text + good[at:], format="png").data), np.asarray(image)
+    )
+    kept = _converted(_with_wrong_checksum(good, b"IDAT"), format="png", on_damaged="keep")
+    np.testing.assert_array_equal(_pixels(kept.data), np.asarray(image))
+    assert "IDAT" in (kept.damage or "") and not kept.kept
+
+
+@pytest.mark.parametrize("kind", ["PNG", "BMP", "PPM", "GIF", "TIFF", "WEBP"])
+def test_a_cut_file_is_refused_or_kept_with_its_damage(kind: str, photo, encoded) -> None:
+    data = encoded(photo(64, 64, seed=21), kind)
+    cut = data[: len(data) * 2 // 3]
+    reason = _refused(cut)
+    result = Codec(Target(size=64, on_damaged="keep")).convert(cut)
+    assert isinstance(result, Converted) or kind in ("WEBP", "TIFF")  # their decoders give nothing
+    assert isinstance(result, Refused) or (result.damage == reason and not result.kept)
+
+
+def _bmp(bits: int, pixels: NDArray[np.integer], masks: tuple[int, ...] = ()) -> bytes:
+    """A BMP of the rows of `pixels`, the last one first; with masks, compression 3."""
+    body, extra = pixels[::-1].tobytes(), struct.pack(f"<{len(masks)}I", *masks)
+    height, width = pixels.shape
+    head = struct.pack("<IiiHHIIiiII", 40, width, height, 1, bits, 3 if masks else 0, len(body), 0, 0, 0, 0)
+    return b"BM" + struct.pack("<IHHI", 54 + len(extra) + len(body), 0, 0, 54 + len(extra)) + head + extra + body
+
+
+@pytest.mark.parametrize(
+    ("bits", "masks"),
+    [
+        (16, ()),
+        (16, (0x7C00, 0x3E0, 0x1F)),
+        (16, (0xF800, 0x7E0, 0x1F)),
+        (16, (0xF00, 0xF0, 0xF)),
+        (32, (0xFF0000, 0xFF00, 0xFF)),
+        (32, (0xFF, 0xFF00, 0xFF0000)),
+        (32, (0xFF000000, 0xFF0000, 0xFF00)),
+        (32, (0x3FF00000, 0xFFC00, 0x3FF)),
+    ],
+)
+def test_a_bmp_s_masks_are_right_or_refused(bits: int, masks: tuple[int, ...], seed: int) -> None:
+    pixels = np.random.default_rng(seed).integers(0, 2**bits, (64, 64), dtype=np.uint64).astype(f"<u{bits // 8}")
+    exact = []
+    for mask in masks or (0x7C00, 0x3E0, 0x1F):
+        low = mask & -mask
+        exact.append((pixels & mask) // low * (255 / (mask // low)))
+    result = Codec(Target(size=64, format="png")).convert(_bmp(bits, pixels, masks))
+    if isinstance(result, Refused):
+        assert "BMP bitfields" in result.reason and masks[0] not in (0x7C00, 0xF800, 0xFF0000)
+    else:
+        assert np.abs(_pixels(result.data) - np.stack(exact, axis=2)).max() <= 1
+
+
+@pytest.mark.parametrize("brightest", [15, 255, 1000, 65535])
+@pytest.mark.parametrize("kind", ["P2", "P3", "P5", "P6"])
+def test_a_pnm_is_scaled_by_its_brightest_value(kind: str, brightest: int, seed: int) -> None:
+    shape = (64, 64, 3) if kind in ("P3", "P6") else (64, 64)
+    values = np.random.default_rng(seed).integers(0, brightest + 1, shape)
+    head = f"{kind}\n# {kind}\n64 64\n{brightest}\n".encode()
+    body = values.astype(">u2" if brightest > 255 else "u1").tobytes()
+    data = head + (body if kind in ("P5", "P6") else " ".join(map(str, values.ravel())).encode() + b"\n")
+    got = _pixels(_converted(data, format="png").data)
+    expected = values * (255 / brightest)
+    assert np.abs(got - (expected if expected.ndim == 3 else expected[:, :, None])).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("begin", "words"),
+    [
+        (b"\0\0\0\x18ftypheic", "HEIC, which is not read: convert it"),
+        (b"\0\0\0\x18ftypavif", "AVIF, which is not read: convert it"),
+        (b"\0\0\0\x18ftypisom", "a video"),
+        (b"\xff\x0a\x12", "JPEG XL, which is not read"),
+        (b"\0\0\0\x0cJXL \r\n\x87\n", "JPEG XL, which is not read"),
+        (b"\0\0\0\x0cjP  \r\n\x87\n", "JPEG 2000, which is not read"),
+        (b"8BPS\0\1", "PSD"),
+        (b"%PDF-1.7", "PDF"),
+        (b"\n<!DOCTYPE html><html>", "a web page (HTML), not an image"),
+        (b"<?xml version='1.0'?><svg/>", "SVG"),
+        (b"PK\3\4", "a ZIP archive"),
+        (b"\x1f\x8b\x08", "gzip"),
+        (b"name\0".ljust(257, b"\0") + b"ustar", "a tar"),
+        (b"\0" * 64, "nothing but zeros"),
+    ],
+)
+def test_a_file_of_another_type_is_called_by_its_name(begin: bytes, words: str) -> None:
+    assert words in _refused(begin if words.endswith("zeros") else begin + b"\1\2\3" * 40)

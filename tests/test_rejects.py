@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from alexprep.shards.conversion import convert, rejects_allowed
+from alexprep.shards.conversion import RejectLimit, convert
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.image_codec import Target
 from alexprep.shards.plan import ShardOptions
@@ -95,7 +95,7 @@ def test_it_stops_as_soon_as_it_is_certain(table: Path, tmp_path: Path) -> None:
     engine = CountingEngine()
     (tmp_path / "list.csv").write_text("path,label\n" + "".join(f"none-{n}.jpg,0\n" for n in range(80)))
     for expected in (9, 9):
-        with pytest.raises(AlexprepError, match=r"45 of 80 inputs are rejected, .* --max-rejects 50%"):
+        with pytest.raises(AlexprepError, match=r"45 of 80 inputs are no pictures, .* --max-rejects 50%"):
             convert(tmp_path / "list.csv", tmp_path / "out", OPTIONS, engine)
         assert engine.made == expected == len(list((tmp_path / "out/train").glob("train-*.json")))
     with pytest.raises(AlexprepError, match="none of the 80 inputs is a usable image"):
@@ -113,7 +113,7 @@ def test_repair_is_not_stopped(table: Path, tmp_path: Path) -> None:
     assert not verify(tmp_path, ENGINE).problems
 
 
-@pytest.mark.parametrize("limit", ["abc", -1, "-1", "101%", "100.1%", "-5%", "%", "", "5 %", "1e3", 0.5, None, True])
+@pytest.mark.parametrize("limit", ["abc", -1, "-1", "101%", "100.1%", "-5%", "%", "", "5 %", "1e3", 0.5, True])
 def test_limits_that_make_no_sense_are_refused_before_any_work(limit: Any, table: Path, tmp_path: Path) -> None:
     with pytest.raises(AlexprepError, match=r"--max-rejects .* is neither a number of inputs, .* from 0% to 100%"):
         convert(table, tmp_path / "out", OPTIONS, ENGINE, max_rejects=limit)
@@ -122,8 +122,8 @@ def test_limits_that_make_no_sense_are_refused_before_any_work(limit: Any, table
 
 def test_shares_are_exact() -> None:
     inputs = 10**9 + 7
-    assert rejects_allowed("0.1%", inputs) == inputs // 1000 and rejects_allowed("100%", inputs) == inputs
-    assert rejects_allowed("33.333333333%", 3) == 0 and rejects_allowed("50%", 3) == 1
+    assert RejectLimit.of("0.1%", inputs).count == inputs // 1000 and RejectLimit.of("100%", inputs).count == inputs
+    assert RejectLimit.of("33.333333333%", 3).count == 0 and RejectLimit.of("50%", 3).count == 1
 
 
 def test_the_command_has_the_option(command: Callable[..., tuple[int, str, str]], table: Path, tmp_path: Path) -> None:
@@ -134,3 +134,24 @@ def test_the_command_has_the_option(command: Callable[..., tuple[int, str, str]]
     assert not list(out.glob("train/.*"))
     assert convert(table, out, OPTIONS, ENGINE).rejected.total() == BAD
     assert command(*arguments, "--max-rejects", "abc")[0] == 1
+
+
+def test_damaged_pictures_count_only_against_a_limit_that_is_given(photos: Path, tmp_path: Path) -> None:
+    """The default asks whether SOURCE is what its user takes it for; a cut photo is one."""
+    good = (photos / "train/class0/000.JPEG").read_bytes()
+    for n in range(6):
+        place = tmp_path / f"source/class{n % 2}/{n}.jpg"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(good if n < 2 else good[: len(good) * 2 // 3])
+    report = convert(tmp_path / "source", tmp_path / "out", OPTIONS, ENGINE)
+    assert (report.written, report.rejected.total()) == (2, 4)
+    with pytest.raises(
+        AlexprepError, match="4 of 6 inputs are rejected, more than the 3 that --max-rejects 50% allows"
+    ):
+        convert(tmp_path / "source", tmp_path / "again", OPTIONS, ENGINE, max_rejects="50%")
+    for n in range(2, 6):
+        (tmp_path / f"source/class{n % 2}/{n}.jpg").write_bytes(b"<!DOCTYPE html><title>404</title>")
+    with pytest.raises(
+        AlexprepError, match="4 of 6 inputs are no pictures, more than the 3 that --max-rejects 50% allows"
+    ):
+        convert(tmp_path / "source", tmp_path / "pages", OPTIONS, ENGINE)

@@ -27,7 +27,7 @@ def decoders() -> dict[str, Callable[[bytes], Any]]:
     import imagecodecs  # type: ignore[import-not-found]
     import numpy as np
     import PIL
-    import simplejpeg  # type: ignore[import-not-found]
+    import simplejpeg
     from kornia_rs import io as kornia  # type: ignore[import-not-found]
     from nvidia import nvimgcodec
     from PIL import Image

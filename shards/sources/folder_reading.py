@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from alexprep.shards.errors import AlexprepError, AmbiguousSourceError
+from alexprep.shards.errors import AlexprepError, AmbiguousSourceError, counted
 from alexprep.shards.sources.base import (
     NO_CHOICES,
     SPLITS,
@@ -199,9 +199,9 @@ def _split_parts(root: Folder, shown: str, split: str, reading: Reading) -> tupl
 
 def _unwrapped(folder: Folder) -> Folder:
     """The folder without those that only wrap it: each holds no pictures and one folder that holds all, in folders again."""
-    while not folder.pictures and len(folder.filled) == 1:
+    while len(folder.filled) == 1 and len(_loose(folder)) <= _few(folder.count):
         (inner,) = folder.filled
-        if not inner.filled or inner.pictures:
+        if not inner.filled or len(_loose(inner)) > _few(inner.count):
             return folder
         inside = {SPLITS.get(_lower(below)) for below in inner.filled}
         if _lower(inner) in SPLITS and (len(inside) < 2 or None in inside):
@@ -234,7 +234,7 @@ def _weigh_beside(splits: dict[bytes, str], beside: list[Folder], base: Folder, 
     names = ", ".join(as_text(folder.name) for folder in beside[:5]) or as_text(_loose(base)[0])
     if "train" in splits.values() and loose <= _few(inside):
         reading.warnings.append(
-            f"passed over: {_counted(outside, 'picture')} beside the split folders of {_shown(base, shown)} ({names})"
+            f"passed over: {counted(outside, 'picture')} beside the split folders of {_shown(base, shown)} ({names})"
         )
         return
     given = tuple((split, as_text(path)) for path, split in splits.items())
@@ -248,7 +248,7 @@ def _weigh_beside(splits: dict[bytes, str], beside: list[Folder], base: Folder, 
     found = " and ".join(os.path.basename(as_text(path)) for path in splits)
     raise _Question(
         f"SOURCE {_shown(base, shown)} holds {found}, which by name {'is a split' if len(splits) == 1 else 'are splits'}, and beside "
-        f"{'it' if len(splits) == 1 else 'them'} {_counted(outside, 'picture')} in {_counted(len(beside), 'other folder')} ({names}).",
+        f"{'it' if len(splits) == 1 else 'them'} {counted(outside, 'picture')} in {counted(len(beside), 'other folder')} ({names}).",
         ways,
     )
 
@@ -288,8 +288,8 @@ def _read_split(
     folder = folder.without(without)
     top = folder
     while (
-        not top.pictures
-        and len(top.filled) == 1
+        len(top.filled) == 1
+        and len(_loose(top)) <= _few(top.count) < top.count - len(top.pictures)
         and (top.filled[0].filled or _wraps_pictures(top, top.filled[0], split))
     ):
         top = top.filled[0]
@@ -344,7 +344,7 @@ def _flat(
     if truth is not None and top.folders:
         names = ", ".join(as_text(folder.name) for folder in top.folders[:5])
         reading.warnings.append(
-            f"{place} is read by {truth.origin}; passed over: {_counted(strays, 'picture')} in folders in it ({names})"
+            f"{place} is read by {truth.origin}; passed over: {counted(strays, 'picture')} in folders in it ({names})"
         )
     return SplitFolder(split, top.path, flat=True, truth=truth)
 
@@ -367,12 +367,12 @@ def _weigh_loose(split: str, top: Folder, shown: str, reading: Reading) -> None:
     if not sure:
         return
     loose = len(sure)
-    words = f"{_counted(loose, 'picture')} in {place} and in no class folder, such as {as_text(sure[0])}"
+    words = f"{counted(loose, 'picture')} in {place} and in no class folder, such as {as_text(sure[0])}"
     if loose <= _few(top.count):
         reading.warnings.append(f"passed over: {words}")
         return
     raise _Question(
-        f"SOURCE holds {words}, beside {_counted(len(top.filled), 'folder')} with {_counted(sum(f.count for f in top.filled), 'picture')}.",
+        f"SOURCE holds {words}, beside {counted(len(top.filled), 'folder')} with {counted(sum(f.count for f in top.filled), 'picture')}.",
         [
             (
                 Choices(class_depth=1 + reading.skipped.get(split, 0)),
@@ -391,7 +391,7 @@ def _class_depth(split: str, top: Folder, shown: str, reading: Reading) -> Depth
     if all(child.pictures for child in children) and nested <= _few(top.count):
         some = next(child for child in children if child.filled).filled[0]
         reading.warnings.append(
-            f"counted for the class around them: {_counted(nested, 'picture')} in folders within class folders, as {_shown(some, shown)}"
+            f"counted for the class around them: {counted(nested, 'picture')} in folders within class folders, as {_shown(some, shown)}"
         )
         return 1
     inner = {below.name for child in children for below in child.filled}
@@ -400,7 +400,7 @@ def _class_depth(split: str, top: Folder, shown: str, reading: Reading) -> Depth
         return 1  # CLASS/images/IMAGE: the inner folder tells nothing
     levels = list(_levels(top))
     marked = [depth for depth, names in enumerate(levels, 1) if names and all(map(_wordnet_id, names))]
-    if len(marked) == 1:
+    if len(marked) == 1 and not any(_is_no_class(as_text(name)) for names in levels[marked[0] :] for name in names):
         return marked[0]
     if _is_by_letter(children):
         return "leaf"  # a/abbey, and also a/apartment_building/outdoor
@@ -411,7 +411,7 @@ def _class_depth(split: str, top: Folder, shown: str, reading: Reading) -> Depth
         ways.append(
             (
                 Choices(class_depth=depth + reading.skipped.get(split, 0)),
-                f"{_counted(len(found), 'class')}, such as {as_text(found[0])}",
+                f"{counted(len(found), 'class')}, such as {as_text(found[0])}",
             )
         )
     leaves = [name for name, _ in class_folders(SplitFolder(split, top.path, "leaf"), top)]
@@ -424,7 +424,7 @@ def _class_depth(split: str, top: Folder, shown: str, reading: Reading) -> Depth
     mixed = any(child.pictures and child.filled for child in top.walk() if child is not top)
     what = "pictures on several levels" if mixed else f"folders that hold folders ({_example(children)})"
     raise _Question(
-        f"SOURCE: {_shown(top, shown)} holds {_counted(len(children), 'folder')}, and in them {what}. Any of these levels may be the classes.",
+        f"SOURCE: {_shown(top, shown)} holds {counted(len(children), 'folder')}, and in them {what}. Any of these levels may be the classes.",
         ways,
     )
 
@@ -493,7 +493,7 @@ def _check_names(classes_of: dict[str, list[str]], reading: Reading, root: Folde
                 )
             )
             raise _Question(
-                f"SOURCE: {_shown(top, shown)} holds {_counted(len(classes_of[part.split]), 'folder')} with pictures, and by its name {found[0]} is no "
+                f"SOURCE: {_shown(top, shown)} holds {counted(len(classes_of[part.split]), 'folder')} with pictures, and by its name {found[0]} is no "
                 "class but holds a dataset's pictures.",
                 ways,
             )
@@ -558,11 +558,6 @@ def _are_yolo_labels(images: Folder, labels: Folder) -> bool:
 def _loose(folder: Folder) -> list[bytes]:
     """The files in a folder that are pictures by their ending; any other may be anything."""
     return [name for name in folder.pictures if is_picture(name)]
-
-
-def _counted(number: int, noun: str) -> str:
-    """A number of things, in words."""
-    return f"{number:,} {noun}{'' if number == 1 else 'es' if noun.endswith('s') else 's'}"
 
 
 def _lower(folder: Folder) -> str:

@@ -1,4 +1,4 @@
-"""ILSVRC 2010 and 2012 as downloaded: train is a tar with one tar a synset, val and test are flat tars.
+"""ILSVRC 2010 and 2012 as downloaded: train is a tar with one tar a synset, val and test are flat tars. And ImageNet-21k's tars.
 
 As Kaggle packs it, see `folders`; how the devkit tells the classes of val, see `ground_truth`.
 """
@@ -14,11 +14,14 @@ from dataclasses import dataclass
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.sources.base import NO_CHOICES, UNLABELLED, Account, Choices, Input, Source, class_name_of
 from alexprep.shards.sources.ground_truth import find_ground_truth, year_of
+from alexprep.shards.sources.published_lists import may_hold
 from alexprep.shards.sources.tars import ArchiveSource
 from alexprep.shards.sources.tree import pass_over_rest
 from alexprep.shards.storage import Files, as_text
 
 _NAME = re.compile(rb"ILSVRC(20\d\d)_(?:img|images)_(train|val|test)(?:_v\d+)?\.tar")
+_SYNSET = re.compile(rb"n\d{8}").fullmatch
+_SYNSET_TAR = re.compile(rb"n\d{8}\.tar").fullmatch
 # The MD5s that the organisers publish for 2012 (as torchvision's ImageNet class and many scripts quote them).
 PUBLISHED_MD5 = {
     "ILSVRC2012_img_train.tar": "1d675b47d978889d74fa0da5fadfb00e",
@@ -95,6 +98,43 @@ class IlsvrcArchives(ArchiveSource):
             return
         for class_name, name in truth.sorted(where):
             yield Input(split, class_name, where[name])
+
+
+@dataclass(frozen=True)
+class SynsetTars(ArchiveSource):
+    """A tar a synset, named by its WordNet ID: ImageNet-21k (winter21), or ILSVRC's train archive unpacked once.
+
+    Attributes:
+        folder: that holds the tars, below the root.
+    """
+
+    folder: bytes = b""
+    layout = "synset-tars"
+    expects = "a folder of tars named by WordNet IDs, as n01440764.tar"
+
+    @classmethod
+    def at(cls, files: Files, name: bytes, choices: Choices = NO_CHOICES) -> Source | None:
+        """See `Source`. Refused: some synsets as tars, and others as folders."""
+        for folder, names in () if name else may_hold(files):
+            tars, unpacked = sorted(filter(_SYNSET_TAR, names)), min(filter(_SYNSET, names), default=None)
+            if not tars:
+                continue
+            if unpacked is not None:
+                raise AlexprepError(
+                    f"SOURCE {files.display(folder)} holds synsets as tars ({as_text(tars[0])}) and as folders ({as_text(unpacked)}): "
+                    "unpack all of them, or move the folders away"
+                )
+            return cls(files, folder, whole=True)
+        return None
+
+    def inputs(self, account: Account) -> Iterator[Input]:
+        """By synset, then by name."""
+        tars = [os.path.join(self.folder, name) for name in self.files.file_names(self.folder) if _SYNSET_TAR(name)]
+        for path in tars:
+            class_name = as_text(os.path.basename(path)[: -len(b".tar")])
+            for location in sorted(self.packed(path, account)):
+                yield Input("train", class_name, location)
+        pass_over_rest(self.files, set(tars), account)
 
 
 def check_archives(files: Files, wanted: dict[str, str] = PUBLISHED_MD5) -> list[str]:

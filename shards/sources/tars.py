@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.sources.base import HIDDEN, NO_CHOICES, SPLITS, Account, Choices, Input, Location, Source, split_of
 from alexprep.shards.sources.folder_reading import Reading, read_folders
+from alexprep.shards.sources.published import check_unlisted
 from alexprep.shards.sources.split_folders import inputs_of
 from alexprep.shards.sources.tree import pass_over_rest, read_tree, tree_of
 from alexprep.shards.storage import Files, as_text
@@ -30,7 +31,7 @@ def plain_name(name: bytes) -> bytes:
     (b'train/a/1.jpg', b'', b'')
     """
     clean = clean_name(name)
-    return b"" if _is_hidden(clean) else clean
+    return b"" if is_hidden(clean) else clean
 
 
 def clean_name(name: bytes) -> bytes:
@@ -42,7 +43,8 @@ def clean_name(name: bytes) -> bytes:
     return b"/".join(part for part in name.split(b"/") if part not in (b"", b".", b".."))
 
 
-def _is_hidden(clean: bytes) -> bool:
+def is_hidden(clean: bytes) -> bool:
+    """Whether a member's name without empty parts, or one of the folders in it, begins with a dot."""
     return clean.startswith(b".") or b"/." in clean
 
 
@@ -59,7 +61,7 @@ def packed_files(
     with files.reading(path) as read:
         for member in members(read, size, name, start):
             clean = clean_name(member.name)
-            if member.kind == "folder" or not clean or (not hidden and _is_hidden(clean)):
+            if member.kind == "folder" or not clean or (not hidden and is_hidden(clean)):
                 continue
             offset, length = (member.offset, member.size) if member.kind == "file" else (NO_FILE, 0)
             yield Location(path, prefix + clean, offset, length)
@@ -81,7 +83,7 @@ class ArchiveSource(Source):
         """As `packed_files`, each counted as found; hidden ones are passed over."""
         for location in self.each_once(path, within):
             account.found += 1
-            if _is_hidden(location.member.removeprefix(within.member if within else b"").lstrip(b"/")):
+            if is_hidden(location.member.removeprefix(within.member if within else b"").lstrip(b"/")):
                 account.pass_over(HIDDEN, f"{self.files.display(path)}/{as_text(location.member)}")
             else:
                 yield location
@@ -147,6 +149,8 @@ class PackedClassFolders(ArchiveSource):
         shown = self.files.display(path)
         where = {location.member: location for location in self.each_once(path)}
         tree = tree_of(where, shown)
+        if self.choices == NO_CHOICES:
+            check_unlisted(tree.root, shown)
         if not tree.root.count:
             reading = Reading([])
         else:

@@ -7,6 +7,7 @@ people's tars at random, as a training does, is the business of `webdataset_inde
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import json
 import os
@@ -36,14 +37,15 @@ from alexprep.shards.sources.base import (
     split_of,
 )
 from alexprep.shards.sources.labels import LABEL_NAMES, LabelError, check_range, is_number, label_in, label_name
-from alexprep.shards.sources.tars import ArchiveSource, packed_files, plain_name
+from alexprep.shards.sources.tars import ArchiveSource, is_hidden, packed_files
 from alexprep.shards.sources.tree import pass_over_rest
 from alexprep.shards.storage import Entry, Files, as_text
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm")
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm", "pbm", "pnm")
 RAW_EXTENSION = "npy"  # of pixels in our own shards; in others' it may be anything
 LABEL_EXTENSIONS = ("cls", "class", "label", "index", "json")  # in this order of preference
 _MAX_LABEL_BYTES = 2**20
+_USUAL_LABEL_BYTES = 64
 _LOOK = 8  # members that are looked at to recognise a webdataset
 
 
@@ -108,7 +110,7 @@ class Webdataset(ArchiveSource):
         """The members of a shard as `packed_files` gives them, each counted as found; hidden ones are passed over."""
         for location in packed_files(self.files, path, hidden=True):
             account.found += 1
-            if plain_name(location.member):
+            if not is_hidden(location.member):
                 yield location
             else:
                 account.pass_over(HIDDEN, f"{self.files.display(path)}/{as_text(location.member)}")
@@ -320,11 +322,23 @@ def label_of(sample: Sample, read: Callable[[int, int], bytes], ours: bool = Fal
     if ours and data == b"-1":
         return UNLABELLED
     try:
-        label = label_in(_label_in_json(data) if extension == "json" else data)
-        check_range(label)
+        if extension == "json":
+            label = _numbered_or_named(_label_in_json(data))
+        else:
+            label = (_label_in_bytes if len(data) <= _USUAL_LABEL_BYTES else _numbered_or_named)(data)
     except LabelError as error:
         raise BadSampleError(f"has no label in its .{extension}: {error}") from None
     return label
+
+
+def _numbered_or_named(value: Any) -> str:
+    """As `label_in`, but a number that is too high is a LabelError."""
+    label = label_in(value)
+    check_range(label)
+    return label
+
+
+_label_in_bytes = functools.lru_cache(maxsize=65_536)(_numbered_or_named)  # the same come again and again
 
 
 def _label_in_json(data: bytes) -> Any:
