@@ -44,6 +44,7 @@ _SUBSAMPLING = {
 }
 # What Pillow may open. A short list keeps rarely used parsers away from hostile files.
 _PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+_ROOM_BYTES = 6 * 2**20  # two million pixels: most photos
 _PILLOW_MAX_BYTES = 850 * 2**20  # of what Pillow needs for a whole image
 _PILLOW_PIXEL_BYTES = {"1": 1, "L": 1, "P": 1, "RGB": 4}  # as it stores them, by mode; other modes are counted as 8
 _EXIF_ORIENTATION = 0x0112
@@ -92,6 +93,7 @@ class Codec:
         }
         self._decoder = nvimgcodec.Decoder(**cpu)
         self._encoder = nvimgcodec.Encoder(**cpu)
+        self._room = np.empty(_ROOM_BYTES, np.uint8)  # for the pixels of the image in hand
         plain = {"apply_exif_orientation": False, "color_spec": nvimgcodec.ColorSpec.SRGB}
         self._decode_params = nvimgcodec.DecodeParams(**plain)
         self._planar_params = nvimgcodec.DecodeParams(**plain, sample_format=nvimgcodec.SampleFormat.P_RGB)
@@ -138,7 +140,7 @@ class Codec:
         if isinstance(frame, Refused):
             return frame
         try:
-            picture = jpeg_decoder.decode(data, frame)
+            picture = jpeg_decoder.decode(data, frame, self._room)
         except jpeg_decoder.OddSamplingError:
             return self._convert_odd_jpeg(data, frame)
         if isinstance(picture, Refused):
