@@ -280,6 +280,11 @@ def differences(old: Mapping[str, Any], new: dict[str, Any]) -> list[str]:
     if old.get("inputs") != new["inputs"]:
         counts = [sum(split["inputs"] for split in plan.get("splits", {}).values()) for plan in (old, new)]
         words.append(f"the files in SOURCE have changed ({counts[0]:,} inputs then, {counts[1]:,} now)")
+    windows = [
+        {split: record.get("window_inputs") for split, record in plan.get("splits", {}).items()} for plan in (old, new)
+    ]
+    if not words and windows[0] != windows[1]:
+        words.append("the groups in which SOURCE has its inputs have other sizes now, which changes the order")
     for name in ("format_version", "layout", "classes"):
         if old.get(name) != new[name] and not words:
             words.append(f"{name} differs")

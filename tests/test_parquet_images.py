@@ -143,7 +143,9 @@ def test_shards_are_the_same_for_any_workers_and_after_any_kill(
     assert first == tars(tmp_path / "a") == tars(tmp_path / "b")
     with monkeypatch.context() as patch:  # the window decides the order, so it is in the plan
         patch.setattr("alexprep.shards.plan._MANY", 1)
-        with pytest.raises(AlexprepError, match="begun differently"):
+        with pytest.raises(
+            AlexprepError, match="begun differently: the groups in which SOURCE has its inputs have other sizes"
+        ):
             convert(hub, tmp_path / "a", options, ENGINE)
 
 

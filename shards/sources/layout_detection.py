@@ -41,7 +41,7 @@ def find_source(place: str, layout: str | None = None, choices: Choices = NO_CHO
             if source.choices != choices:
                 raise AlexprepError(
                     f"--split-folders and --class-depth are for folders and archives of class folders, --columns is for columns; "
-                    f"SOURCE {place} has the layout {candidate!r}: leave out what is not for it"
+                    f"SOURCE {place} has the layout {candidate!r}, and they are not for it: leave them out"
                 )
             if layout is None and source.whole and candidate in _BESIDE_FOLDERS:
                 _check_no_class_folders(files, candidate)
