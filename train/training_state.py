@@ -146,7 +146,8 @@ class TrainingState:
         """
         smoothing = self.recipe.label_smoothing
         if partner_labels is None or weights is None:
-            return F.cross_entropy(output, labels, label_smoothing=smoothing)
+            loss = F.cross_entropy(output, labels, label_smoothing=smoothing)
+            return loss
         return mixed_loss(output, labels, partner_labels, weights, smoothing)
 
     @torch.no_grad()
