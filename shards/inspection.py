@@ -353,7 +353,9 @@ def _header(source: Source, place: Location) -> tuple[str, Header, int] | str:
 
         def read(offset: int, count: int) -> bytes:
             return (
-                head[offset : offset + count] if offset + count <= len(head) else _bytes(source, place, offset, count)
+                head[offset : offset + count]
+                if offset + count <= len(head) or len(head) == size
+                else _bytes(source, place, offset, count)
             )
 
         kind = next((name for magic, name in _MAGIC.items() if head.startswith(magic)), "")

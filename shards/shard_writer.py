@@ -60,7 +60,7 @@ class PlannedInput(NamedTuple):
 
 @dataclass(frozen=True)
 class ShardWriter:
-    """Makes the shards of a plan. An engine sends it to its workers, which call it once a shard."""
+    """Makes the shards of a plan. An engine sends it to its workers, which call it once a window of shards, mostly one."""
 
     plan: Plan
     source: Source
@@ -68,16 +68,19 @@ class ShardWriter:
     make_codec: MakeCodec
     check: MachineCheck  # run once in each worker, since it may be on another machine
 
-    def __call__(self, argument: tuple[Shard, str | None], condemned: Mapping[int, str]) -> Rejects:
-        """Makes a shard, unless another writer has made it meanwhile; returns its rejects.
+    def __call__(self, argument: Sequence[tuple[Shard, str | None]], condemned: Mapping[int, str]) -> Rejects:
+        """Makes some shards of one split, each unless another writer has made it meanwhile; returns their rejects.
 
-        `argument` is the shard, and the sha256 that its tar had when the dataset was finished ("" where it had none; None where
+        `argument` is each shard, and the sha256 that its tar had when the dataset was finished ("" where it had none; None where
         that is not known). `condemned` has the rows that are not to be touched, and why.
         """
-        shard, recorded = argument
         if self.plan.digest not in _checked:
             self.check.run()
             _checked.add(self.plan.digest)
+        made = [self._make(shard, recorded, condemned) for shard, recorded in argument]
+        return Rejects(*map(sum, zip(*made, strict=True)))
+
+    def _make(self, shard: Shard, recorded: str | None, condemned: Mapping[int, str]) -> Rejects:
         if (made := read_sidecar(self.plan, shard)) is not None:
             return rejects_in(made)
         codec = shared_codec(self.make_codec, self.target)
