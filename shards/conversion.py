@@ -42,6 +42,7 @@ from alexprep.shards.plan import (
     differences,
     draw_up,
     locations,
+    numbered_as_begun,
     publish_table,
 )
 from alexprep.shards.shard_writer import MakeCodec, ShardWriter, bound_memory, check_device, open_codec, shared_codec
@@ -195,6 +196,8 @@ def make_plan(
     """
     check_apart(source, folder)
     listing = list_inputs(source, options.labels, options.class_names)
+    if (folder / PLAN).exists():
+        listing = numbered_as_begun(listing, options.labels, read_json(folder / PLAN, "use a new --out"))
     announce(listing)
     return publish_plan(folder, *draw_up(listing, options))
 
