@@ -25,7 +25,7 @@ from alexprep.shards.image_codec import Target
 from alexprep.shards.listing import class_order
 from alexprep.shards.plan import ShardOptions
 from alexprep.shards.sources import ilsvrc
-from alexprep.shards.sources.base import UNLABELLED, Account, Source, split_of
+from alexprep.shards.sources.base import UNLABELLED, Account, Choices, Source, split_of
 from alexprep.shards.sources.layout_detection import find_source
 from alexprep.shards.storage import LocalFiles, files_at, folder_at
 from alexprep.shards.verification import verify
@@ -55,6 +55,20 @@ def unpacked(root: Path, *names: str | bytes, content: bytes = b"") -> Path:
 def listed(source: Source) -> Images:
     """(split, class, name below the root or in the archive) of each input."""
     return [(split, class_name, at.member or at.path) for split, class_name, at in source.inputs(Account())]
+
+
+def test_a_member_or_folder_that_lies_thousands_deep(tmp_path: Path) -> None:
+    inner = b"cat/" + b"a/" * 1500 + b"x.jpg"  # deeper than Python calls itself
+    tar = packed(tmp_path / "set.tar", os.fsdecode(inner), "dog/y.jpg")
+    store = fsspec.filesystem("memory")  # a disk would have it too, and Python would fail to tidy it away
+    store.pipe({f"/deep/{name}": b"" for name in (os.fsdecode(inner), "dog/y.jpg")})
+    for place in (str(tar), "memory://deep"):
+        found = find_source(place, choices=Choices(class_depth=1))
+        assert listed(found) == [("train", "cat", inner), ("train", "dog", b"dog/y.jpg")]
+    store.rm("/deep", recursive=True)
+    long = packed(tmp_path / "long.tar", "cat/" + "a/" * 9000 + "x.jpg", "dog/y.jpg")
+    with pytest.raises(AlexprepError, match=r"a member whose name has 18,009 bytes, more than 16,384: cat/a/a/"):
+        listed(find_source(str(long)))
 
 
 def refused(place: Path | str, words: str, layout: str | None = None) -> None:

@@ -37,7 +37,7 @@ from alexprep.shards.sources.base import (
 )
 from alexprep.shards.sources.foreign_formats import IMAGE_FOLDER_LISTS, images_inside
 from alexprep.shards.sources.labels import (
-    LABEL_NAMES,
+    LABEL_COLUMNS,
     LabelError,
     check_range,
     is_number,
@@ -276,7 +276,7 @@ def _text_rows(files: Files, name: bytes) -> Iterator[Row]:
                 if not width:
                     width = len(cells)
                     # No header: two cells of which the first can be a file's name and the second is no column's.
-                    if width != 2 or not set("./") & set(cells[0]) or cells[1].strip().lower() in LABEL_NAMES:
+                    if width != 2 or not set("./") & set(cells[0]) or cells[1].strip().lower() in LABEL_COLUMNS:
                         where = f"{shown}, line {line}"
                         try:
                             path, label, split = _columns(cells, where)
@@ -306,13 +306,13 @@ def _columns(names: Sequence[str], shown: str) -> tuple[int, int, int | None]:
     lower = [name.strip().lower() for name in names]
     found: list[int | None] = []
     first = (next((name for name in wanted if name in lower), None) for wanted in (PATHS, SPLIT_COLUMNS))
-    for name in (next(first), label_name(lower), next(first)):
+    for name in (next(first), label_name(lower, LABEL_COLUMNS), next(first)):
         if name is not None and lower.count(name) > 1:
             raise AlexprepError(f"{shown}: two columns are named {name!r}: rename the one that is not meant")
         found.append(None if name is None else lower.index(name))
     path, label, split = found
     if path is None or label is None:
-        what, known = ("path", PATHS) if path is None else ("label", LABEL_NAMES)
+        what, known = ("path", PATHS) if path is None else ("label", LABEL_COLUMNS)
         listed = ", ".join(repr(name[:40]) for name in names[:10])
         raise AlexprepError(
             f"{shown}: no column for the {what} among {listed}: name it {', '.join(known[:-1])} or {known[-1]}. Tables of "
