@@ -7,6 +7,7 @@ import gzip
 import hashlib
 import io
 import os
+import re
 import shutil
 import tarfile
 from pathlib import Path
@@ -69,6 +70,31 @@ def test_a_member_or_folder_that_lies_thousands_deep(tmp_path: Path) -> None:
     long = packed(tmp_path / "long.tar", "cat/" + "a/" * 9000 + "x.jpg", "dog/y.jpg")
     with pytest.raises(AlexprepError, match=r"a member whose name has 18,009 bytes, more than 16,384: cat/a/a/"):
         listed(find_source(str(long)))
+
+
+def test_a_split_folder_may_be_an_absolute_path_below_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("a/cat/1.jpg", "a/dog/2.jpg", "b/cat/3.jpg")
+    root = unpacked(tmp_path / "set", *names)
+    (tmp_path / "link").symlink_to(root)
+    tar = packed(tmp_path / "set.tar", *names)
+    monkeypatch.chdir(tmp_path)
+    found = [("train", "cat", b"a/cat/1.jpg"), ("train", "dog", b"a/dog/2.jpg"), ("val", "cat", b"b/cat/3.jpg")]
+    for place, below in [
+        ("set", root),
+        (f"{root}/", root),
+        ("link", root),
+        (str(root), tmp_path / "link"),
+        ("set.tar", tar),
+    ]:
+        chosen = Choices((("train", f"{below}/a/"), ("val", "b")), 1)
+        source = find_source(place, choices=chosen)
+        assert listed(source) == found, place
+        assert source.choices == Choices((("train", "a"), ("val", "b")), 1)  # a plan goes on where SOURCE has moved
+    for place in ("set", "set.tar"):
+        for outside in (f"{root}2/a", "memory://set/a", str(tmp_path)):
+            words = f"--split-folders train={outside} does not lie below SOURCE {place}: name a folder there"
+            with pytest.raises(AlexprepError, match=re.escape(words)):
+                find_source(place, choices=Choices((("train", outside),)))
 
 
 def refused(place: Path | str, words: str, layout: str | None = None) -> None:

@@ -108,9 +108,9 @@ class Folder:
             yield folder
             pending.extend(reversed(folder.folders))
 
-    def paths(self) -> list[bytes]:
+    def paths(self) -> Iterator[bytes]:
         """The pictures in it and below, ascending, as paths from the root."""
-        return sorted(os.path.join(folder.path, name) for folder in self.walk() for name in folder.pictures)
+        yield from sorted(os.path.join(folder.path, name) for folder in self.walk() for name in folder.pictures)
 
     def without(self, paths: Collection[bytes]) -> Folder:
         """The same folder without those at `paths` below it; what none of these lies in is shared."""
