@@ -7,21 +7,28 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from alexprep.cli.options import AT_LEAST_1, device_option, json_option, precision_option, runs_option, threads_option
+from alexprep.cli.options import (
+    AT_LEAST_1,
+    device_option,
+    json_option,
+    precision_option,
+    runs_option,
+    threads_option,
+    views_option,
+)
 
 if TYPE_CHECKING:
-    from alexprep.train.evaluation import ClassError, Scores
+    from alexprep.train.evaluation import ClassError, Evaluation, Scores
     from alexprep.train.precision import Precision
 
 SHOWN = 10  # classes at either end of the table
 ON_SCREEN = ""  # what --classes without a file gives
+BESIDE = ""  # what --predictions without a file gives
 
 
 @click.command("eval", short_help="Errors of trained networks, one by one and averaged.")
-@click.argument("nets", metavar="[RUN | RUN@STEP]...", nargs=-1)
-@click.option(
-    "--views", type=click.Choice(["centre", "ten"]), default="centre", show_default=True, help="Crops an image."
-)
+@click.argument("nets", metavar="[RUN | RUN@STEP | RUN@best]...", nargs=-1)
+@views_option
 @click.option("--split", help="The split to evaluate on.  [default: val, or test]")
 @click.option(
     "--data",
@@ -39,6 +46,13 @@ ON_SCREEN = ""  # what --classes without a file gives
     flag_value=ON_SCREEN,
     help="Errors by class: the best and worst printed, or all of them in a file.",
 )
+@click.option(
+    "--predictions",
+    metavar="[FILE]",
+    is_flag=False,
+    flag_value=BESIDE,
+    help="Each image's five best classes with probabilities, in a .csv or .parquet file; without FILE beside the result.",
+)
 @click.option("--submission", type=click.Path(path_type=Path, dir_okay=False), help="Write ILSVRC's file of guesses.")
 @click.option("--model", metavar="FILE.py:FUNCTION", help="Of a run with a network of your own: that network.")
 @click.option("--recipe", metavar="FILE.py:FUNCTION", help="Likewise of a recipe file.")
@@ -52,13 +66,15 @@ def evaluate(
     nets: tuple[str, ...],
     weights: str,
     classes: str | None,
+    predictions: str | None,
     submission: Path | None,
     runs: Path,
     precision: Precision | None,
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Evaluate the newest checkpoint of RUN, a name in ./runs, or that of STEP; the run last active by default.
+    """Evaluate the newest checkpoint of RUN, a name in ./runs, that of STEP, or the one of the lowest validation error; the run last active
+    by default.
 
     Prints top-1 and top-5 error and cross-entropy; --views ten averages the softmax over the paper's ten views. Several nets are
     evaluated one by one and as the mean of their softmax outputs. The result is also written beside the runs, as eval-….json.
@@ -72,7 +88,7 @@ def evaluate(
     from alexprep.train.evaluation import check_submission
     from alexprep.train.run_dir import place_named
 
-    _check_files(classes, submission)
+    _check_files(classes, predictions, submission)
     with output.progress("evaluating") as progress:
         found = evaluation.evaluate(
             [place_named(runs, text) for text in nets or [None]],
@@ -92,6 +108,8 @@ def evaluate(
                 _classes(classes, found.scores, found.classes, document)
             else:
                 click.echo("None of the images has a label: there are no errors by class to show.", err=True)
+        if predictions is not None:
+            _write_predictions(predictions, found, runs)
         if submission:
             _submit(submission, found.scores, document)
     finally:  # hours of work are not lost to a disk that one of the files finds full
@@ -99,10 +117,13 @@ def evaluate(
     output.json_line(document, as_json)
 
 
-def _check_files(classes: str | None, submission: Path | None) -> None:
+def _check_files(classes: str | None, predictions: str | None, submission: Path | None) -> None:
     """Refuses files that could not be written in the end, before the work begins."""
     from alexprep.shards.errors import AlexprepError
+    from alexprep.train.prediction_table import check_table_file
 
+    if predictions:
+        check_table_file(Path(predictions))
     if classes and not classes.endswith(".csv"):
         raise AlexprepError(
             f"--classes {classes}: name a file that ends in .csv; to print the classes of the run {classes}, put --classes last"
@@ -191,6 +212,17 @@ def _print_classes(rows: list[ClassError]) -> None:
         click.echo(f"{heading:<{width + 2}}  images  top-1 error  top-5 error")
         for row in part:
             click.echo(f"  {row.name:<{width}}  {row.images:>6,}  {row.top1_error:>9.2f} %  {row.top5_error:>9.2f} %")
+
+
+def _write_predictions(file: str, found: Evaluation, runs: Path) -> None:
+    """Writes the table of predictions where it was asked for, and notes it in the document, where a report finds it."""
+    from alexprep.train.evaluation import evaluation_file, predictions_of
+    from alexprep.train.prediction_table import write_predictions
+
+    path = Path(file) if file else evaluation_file(found.document, runs).with_suffix(".parquet")
+    write_predictions(predictions_of(found), path)
+    found.document["predictions_file"] = str(path.resolve())
+    click.echo(f"Predictions of {found.document['images']:,} images in {path}")
 
 
 def _submit(path: Path, scores: Scores, document: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from alexprep.cli.options import json_option, labels_option, source_options
+from alexprep.cli.options import check_picture, json_option, labels_option, source_options
 
 if TYPE_CHECKING:
     from alexprep.shards.listing import ClassNames
@@ -49,7 +49,7 @@ def inspect_command(
     from alexprep.shards.sources.layout_detection import find_source
 
     if picture is not None:
-        _check_picture(picture)
+        check_picture(picture)
     listing = list_inputs(find_source(source, layout, choices), labels, class_names)
     found = inspect_source(listing)
     click.echo(found)
@@ -59,11 +59,3 @@ def inspect_command(
         publish_contact_sheet(listing, picture)
         click.echo(f"Contact sheet: {picture}")
     output.json_line({**found.as_json(), "picture": None if picture is None else str(picture)}, as_json)
-
-
-def _check_picture(picture: Path) -> None:
-    """Before minutes of listing."""
-    if picture.suffix.lower() != ".png":
-        raise click.BadParameter(f"{picture} does not end in .png: the contact sheet is a PNG", param_hint="--picture")
-    if not picture.absolute().parent.is_dir():
-        raise click.BadParameter(f"{picture.parent} is no folder: make it first", param_hint="--picture")

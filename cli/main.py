@@ -12,21 +12,28 @@ import click
 from alexprep.cli.bench import bench
 from alexprep.cli.demo import demo
 from alexprep.cli.evaluate import evaluate
+from alexprep.cli.features import features
 from alexprep.cli.inspect_source import inspect_command
 from alexprep.cli.options import INTERRUPTED
 from alexprep.cli.pca_stats import pca_stats
+from alexprep.cli.predict import predict
 from alexprep.cli.recipes import recipes
+from alexprep.cli.report import report
 from alexprep.cli.shard import shard
+from alexprep.cli.similar import similar
 from alexprep.cli.train import train
 from alexprep.cli.tune import tune
 from alexprep.cli.verify import verify
 from alexprep.shards.errors import TRACEBACK, AlexprepError
+from alexprep.shards.thread_waiting import choose_waiting
 
+LOAD_TORCH = ("train", "eval", "bench", "demo")  # and compute with it for long
 _SHARDS = "Interrupted. Finished work is kept: run the same command again to go on."
 # What an interrupted command leaves. A training that is under way is not interrupted by the first Ctrl-C: it saves and ends.
 LEAVES = {
     "shard": _SHARDS,
     "pca-stats": _SHARDS,
+    "features": _SHARDS,
     "train": "Interrupted. Checkpoints that were saved are kept: if the run has one, `alexprep train --resume` goes on from it.",
 }
 
@@ -46,7 +53,23 @@ def cli() -> None:
     """
 
 
-for command in (inspect_command, shard, verify, pca_stats, tune, recipes, train, evaluate, bench, demo):
+COMMANDS = (
+    inspect_command,
+    shard,
+    verify,
+    pca_stats,
+    tune,
+    recipes,
+    train,
+    evaluate,
+    predict,
+    features,
+    similar,
+    report,
+    bench,
+    demo,
+)
+for command in COMMANDS:
     cli.add_command(command)
 
 
@@ -55,6 +78,9 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a letter that the terminal lacks costs no result
+    command = next(iter(sys.argv[1:]), "")
+    if command in LOAD_TORCH:
+        choose_waiting(short=command == "demo")
     try:
         status = cli.main(standalone_mode=False)
     except (click.Abort, KeyboardInterrupt):

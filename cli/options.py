@@ -56,6 +56,14 @@ def folder(value: str) -> Path:
     return found
 
 
+def check_picture(picture: Path) -> None:
+    """Refuses a picture's file that could not be written in the end, before minutes of work."""
+    if picture.suffix.lower() != ".png":
+        raise click.BadParameter(f"{picture} does not end in .png: the contact sheet is a PNG", param_hint="--picture")
+    if not picture.absolute().parent.is_dir():
+        raise click.BadParameter(f"{picture.parent} is no folder: make it first", param_hint="--picture")
+
+
 def local_folder(value: str) -> Path:
     """A folder on a disk."""
     if "://" in value:
@@ -102,10 +110,10 @@ def source_options(command: FC) -> FC:
         command = option(command)
 
     @functools.wraps(command)
-    def with_choices(*args: Any, split_folders: Any, class_depth: Any, **kwargs: Any) -> Any:
+    def with_choices(*args: Any, split_folders: Any, class_depth: Any, columns: Any, **kwargs: Any) -> Any:
         from alexprep.shards.sources.base import Choices
 
-        return command(*args, choices=Choices(split_folders, class_depth), **kwargs)
+        return command(*args, choices=Choices(split_folders, class_depth, columns), **kwargs)
 
     return with_choices  # type: ignore[return-value]
 
@@ -146,6 +154,26 @@ class ClassDepth(click.ParamType[Any]):
         return int(value)
 
 
+class Columns(click.ParamType[Any]):
+    """Which column is for what: image=NAME,label=NAME."""
+
+    name = "use=column,…"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """A tuple of (use, column's name). A comma in a name is part of it where no use and "=" follow."""
+        if not isinstance(value, str):
+            return value
+        found: dict[str, str] = {}
+        for part in re.split(r",(?=(?:image|path|label|split)=)", value):
+            use, _, column = part.partition("=")
+            if use not in ("image", "path", "label", "split") or not column:
+                self.fail(f"{part!r} is not image=NAME, path=NAME, label=NAME or split=NAME", param, ctx)
+            if use in found:
+                self.fail(f"{use} is given twice: one column is for it", param, ctx)
+            found[use] = column
+        return tuple(sorted(found.items()))
+
+
 _SOURCE_OPTIONS = (
     click.option("--layout", type=click.Choice(list(LAYOUTS)), help="What SOURCE is.  [default: found by looking]"),
     click.option(
@@ -161,6 +189,14 @@ _SOURCE_OPTIONS = (
         metavar="N|leaf",
         help="How many folders below a split the class folders lie; leaf: every folder that holds pictures is a class.  "
         "[default: found by looking]",
+    ),
+    click.option(
+        "--columns",
+        type=Columns(),
+        default=(),
+        metavar="image=A,label=B",
+        help="Columns of a table by their names: image holds pictures, path names files, label, split.  [default: found by "
+        "looking]",
     ),
     click.option(
         "--class-names",
@@ -208,6 +244,10 @@ _COMPUTING_OPTIONS = (
         default=None,
         help="Compile the steps with torch.compile: a minute or two at the start. It needs g++; on a GPU triton and gcc.",
     ),
+)
+
+views_option = click.option(
+    "--views", type=click.Choice(["centre", "ten"]), default="centre", show_default=True, help="Crops an image."
 )
 
 device_option = click.option("--device", help="cpu or cuda.  [default: cuda where there is a GPU]")

@@ -41,7 +41,7 @@ def recipes(name: str | None, as_json: bool) -> None:
 
 def _document(recipe: Recipe) -> dict[str, Any]:
     """Every field as JSON values."""
-    return recipe.describe() | {"epochs": recipe.epochs, "stored_sizes": list(recipe.stored_sizes)}
+    return recipe.planned().describe() | {"epochs": recipe.epochs, "stored_sizes": list(recipe.stored_sizes)}
 
 
 def _rows(document: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:

@@ -35,6 +35,10 @@ KEEP, CHECKPOINT_STEPS = 3, 1000  # likewise those of alexprep.train.config
     help=f"What to train: {', '.join(RECIPES)}; or a recipe of your own.  [default: alexnet]",
 )
 @click.option("--model", metavar="FILE.py:FUNCTION", help="A network of your own, trained as the recipe says.")
+@click.option("--hook", metavar="FILE.py:FUNCTION", help="A DALI operation of your own in the augmentation.")
+@click.option(
+    "--hook-after", type=click.Choice(["decode", "augment", "tensor"]), help="After what it comes.  [default: augment]"
+)
 @click.option("--epochs", type=AT_LEAST_1, help="Stop after this many epochs of the run.  [default: the recipe's]")
 @click.option(
     "--steps",
@@ -42,7 +46,42 @@ KEEP, CHECKPOINT_STEPS = 3, 1000  # likewise those of alexprep.train.config
     help="Stop after this many steps of the run. With --resume, --epochs or --steps take the place of both.",
 )
 @batch_size_option
-@click.option("--lr", type=click.FloatRange(min=0), help="First learning rate.  [default: the recipe's]")
+@click.option(
+    "--lr",
+    type=click.FloatRange(min=0),
+    help="Highest learning rate. With --resume, from now on.  [default: the recipe's]",
+)
+@click.option(
+    "--optimizer",
+    metavar="NAME",
+    help="paper, sgd, nesterov, adamw, or a class of torch.optim such as RMSprop.  [default: the recipe's]",
+)
+@click.option("--label-smoothing", type=click.FloatRange(0, 0.999), help="Share of the target spread over all classes.")
+@click.option("--clip", type=click.FloatRange(min=0, min_open=True), help="Length that no step's gradient exceeds.")
+@click.option("--accumulate", type=AT_LEAST_1, help="Parts that a batch goes through the network in, to save memory.")
+@click.option(
+    "--average",
+    metavar="DECAY",
+    type=click.FloatRange(0, 0.99999),
+    help="Evaluate an exponential mean of the weights: 0.999.",
+)
+@click.option(
+    "--schedule",
+    metavar="NAME",
+    help="Of the rate: constant, linear, cosine, one-cycle, plateau, steps:8,9, or a recipe's name.  [default: the recipe's]",
+)
+@click.option(
+    "--warmup",
+    metavar="EPOCHS",
+    type=click.FloatRange(0, 100_000),
+    help="In which the rate rises, in front of the schedule.",
+)
+@click.option(
+    "--early-stop",
+    metavar="EPOCHS",
+    type=AT_LEAST_1,
+    help="End when the error has not fallen for so many; see RUN@best.",
+)
 @click.option(
     "--seed", type=click.IntRange(min=0), help="Of initial weights, order, augmentation, dropout.  [default: 0]"
 )
@@ -64,7 +103,7 @@ KEEP, CHECKPOINT_STEPS = 3, 1000  # likewise those of alexprep.train.config
     help="Go on with the run --name, or with the one last active, on its data and as it began.",
 )
 @click.option("--checkpoint-steps", type=AT_LEAST_1, help=f"Steps between checkpoints.  [default: {CHECKPOINT_STEPS}]")
-@click.option("--keep", type=AT_LEAST_1, help=f"Checkpoints to keep.  [default: {KEEP}]")
+@click.option("--keep", type=AT_LEAST_1, help=f"Newest checkpoints to keep, besides the best.  [default: {KEEP}]")
 @click.option(
     "--gpus",
     "ranks",
@@ -118,7 +157,7 @@ def train(as_json: bool, **options: Any) -> None:
 
     summary = launch_training(TrainConfig(**options))
     if leads():
-        measured = [(name.replace("_", " "), value) for name, value in summary.items() if value is not None]
+        measured = [(name.replace("_", " "), value) for name, value in summary.items() if value not in (None, [])]
         rows = [(name, f"{value:.4g}" if isinstance(value, float) else str(value)) for name, value in measured]
         output.table(f"Run {summary['run']}", rows)
         output.json_line(summary, as_json)

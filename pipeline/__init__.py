@@ -10,7 +10,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from alexprep.pipeline.augmentation import PRESETS, Augmentation, Draws, augment, draw, noise_stdevs
+    from alexprep.pipeline.augmentation import PRESETS, Augmentation, Draws, Hook, augment, draw, noise_stdevs
+    from alexprep.pipeline.batch import Batch, MixedBatch
+    from alexprep.pipeline.colour import Blur, Jitter
     from alexprep.pipeline.dali_ops import (
         colour_noise,
         decode_crop,
@@ -21,17 +23,29 @@ if TYPE_CHECKING:
         to_tensor,
     )
     from alexprep.pipeline.device import choose_device
-    from alexprep.pipeline.loader import Batch, Loader
+    from alexprep.pipeline.geometry import Affine, Erasing
+    from alexprep.pipeline.loader import Loader
     from alexprep.pipeline.loader_settings import Tuning, tuning_for
+    from alexprep.pipeline.mixing import Mixing
+    from alexprep.pipeline.policies import RandAugment, TrivialAugment
     from alexprep.pipeline.sampler import block_order, epoch_order, shuffle_quality
     from alexprep.pipeline.wds_pipeline import webdataset_pipeline
 
 __all__ = [
     "PRESETS",
+    "Affine",
     "Augmentation",
     "Batch",
+    "Blur",
     "Draws",
+    "Erasing",
+    "Hook",
+    "Jitter",
     "Loader",
+    "MixedBatch",
+    "Mixing",
+    "RandAugment",
+    "TrivialAugment",
     "Tuning",
     "augment",
     "block_order",
@@ -52,7 +66,9 @@ __all__ = [
 ]
 
 _HOMES = {
-    "augmentation": ("PRESETS", "Augmentation", "Draws", "augment", "draw", "noise_stdevs"),
+    "augmentation": ("PRESETS", "Augmentation", "Draws", "Hook", "augment", "draw", "noise_stdevs"),
+    "batch": ("Batch", "MixedBatch"),
+    "colour": ("Blur", "Jitter"),
     "dali_ops": (
         "colour_noise",
         "decode_crop",
@@ -63,8 +79,11 @@ _HOMES = {
         "to_tensor",
     ),
     "device": ("choose_device",),
-    "loader": ("Batch", "Loader"),
+    "geometry": ("Affine", "Erasing"),
+    "loader": ("Loader",),
     "loader_settings": ("Tuning", "tuning_for"),
+    "mixing": ("Mixing",),
+    "policies": ("RandAugment", "TrivialAugment"),
     "sampler": ("block_order", "epoch_order", "shuffle_quality"),
     "wds_pipeline": ("webdataset_pipeline",),
 }

@@ -6,31 +6,112 @@ imports neither DALI nor torch: the order of samples is `alexprep.pipeline.sampl
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
+from alexprep.pipeline.colour import Blur, Jitter, blurred, draw_recolouring, draw_sigmas, recolour, rising
+from alexprep.pipeline.geometry import Affine, Erasing, draw_affine, draw_erased, erased, resize, warp
+from alexprep.pipeline.mixing import Mixing, draw_mixing
+from alexprep.pipeline.policies import Policy, RandAugment, TrivialAugment, draw_policy, operated
+from alexprep.pipeline.random_numbers import (
+    ATTEMPT,
+    GEOMETRY,
+    HOOK,
+    NOISE,
+    SHARED,
+    Words,
+    below,
+    normals,
+    unit,
+    words_of,
+)
 from alexprep.shards.errors import AlexprepError, number_within, one_of, whole_number
 
 if TYPE_CHECKING:
     from alexprep.shards.rgb_statistics import Statistics
 
-Mean = Literal["crop", "centre", "channel", "imagenet", "none"]
-Std = Literal["channel", "imagenet", "none"]
+Mean = Literal["crop", "centre", "channel", "imagenet", "inception", "clip", "none"]
+Std = Literal["channel", "imagenet", "inception", "clip", "none"]
+RGB = tuple[float, float, float]  # grey levels
 Noise = Literal["eigenvalue", "stdev", "none"]
+Place = Literal["decode", "augment", "tensor"]  # of a hook
+
+_HOOK_WORDS = 16  # draws of four numbers that a hook may have
 
 # What torchvision's pretrained networks were trained with, there on the 0-1 scale (0.485 0.456 0.406, 0.229 0.224 0.225).
 IMAGENET_MEAN = (123.675, 116.28, 103.53)
 IMAGENET_STD = (58.395, 57.12, 57.375)
+# What pixels are subtracted and divided by, by name. "inception": to -1 … 1, as Inception and many vision transformers have it. "clip": OpenAI's
+# CLIP, there on the 0-1 scale (0.48145466 0.4578275 0.40821073, 0.26862954 0.26130258 0.27577711).
+MEANS: dict[str, RGB] = {
+    "imagenet": IMAGENET_MEAN,
+    "inception": (127.5, 127.5, 127.5),
+    "clip": (122.7709383, 116.7460125, 104.09373615),
+}
+STDS: dict[str, RGB] = {
+    "imagenet": IMAGENET_STD,
+    "inception": (127.5, 127.5, 127.5),
+    "clip": (68.5005327, 66.6321579, 70.32316305),
+}
+
+
+@dataclass(frozen=True)
+class Hook:
+    """An operation of the user's own in the graph of a training: a function over DALI nodes, at a named place.
+
+    Its first parameter is the image. Each further one without a default is a random number of the sample, float32 () on the CPU, uniform on
+    (0, 1): a pure function of (seed, epoch, sample) as everything else, so what begins in mid-epoch or on other ranks is the same. DALI's own
+    generators in it would not be. It gives the image as it came: its type, axes and size.
+
+    Attributes:
+        function: called once, when the pipeline is built; a function of a module, so that a loader can be pickled.
+        after: "decode", the decoded window, uint8 (H, W, 3), whose size the function may change where `Augmentation.scale` resizes it;
+            "augment", after all that changes shapes and colours, uint8 (H, W, 3) or, after jitter or grey scale, float32 from 0 to 255;
+            "tensor", the finished image, float32, its axes in the loader's memory format, before pairs are mixed.
+        name: in messages, and in the identity of a run; by default MODULE:FUNCTION.
+    """
+
+    function: Callable[..., Any]
+    after: Place = "augment"
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        """Refuses what is no such function, with AlexprepError."""
+        if not callable(self.function):
+            raise AlexprepError(f"hook {self.function!r} is not a function over DALI nodes")
+        one_of("hook: after", self.after, get_args(Place))
+        if not self.name:
+            named = getattr(self.function, "__qualname__", type(self.function).__name__)
+            object.__setattr__(self, "name", f"{getattr(self.function, '__module__', '')}:{named}")
+        whole_number(f"hook {self.name}: its random numbers", self.numbers, 0, 4 * _HOOK_WORDS)
+
+    @property
+    def numbers(self) -> int:
+        """How many random numbers a sample it takes."""
+        taken = [
+            parameter
+            for parameter in inspect.signature(self.function).parameters.values()
+            if parameter.kind <= inspect.Parameter.POSITIONAL_OR_KEYWORD and parameter.default is parameter.empty
+        ]
+        return len(taken) - 1
+
+    def describe(self) -> dict[str, Any]:
+        """What a resumed run must have in common: JSON values."""
+        return {"function": self.name, "after": self.after, "numbers": self.numbers}
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What is done to a training image: cut a window (and resize it), subtract the mean, mirror, add the colour noise, divide.
+    """What is done to a training image, in this order; the defaults are the paper's.
 
-    The defaults are the paper's.
+    A window is cut (and resized), warped, given to RandAugment or TrivialAugment, blurred, recoloured (jitter, then grey scale), reflected;
+    the mean is subtracted, the colour noise added, all divided; a rectangle is erased; and pairs are mixed.
 
     Attributes:
         crop: side of the square that the network sees, pixels; 224 in the paper (section 4.1). None: the whole image.
@@ -43,14 +124,23 @@ class Augmentation:
             code.
         mean: what is subtracted. "crop": the mean image at the crop's own window (the paper, section 2: from each pixel);
             "centre": always the mean image's centre window, after the reflection (the 2012 code); "channel": the dataset's
-            three channel means; "imagenet": `IMAGENET_MEAN`; "none".
-        std: what is divided by: "channel", the dataset's three channel standard deviations; "imagenet": `IMAGENET_STD`; "none".
+            three channel means; "imagenet", "inception", "clip": see `MEANS`; three grey levels of one's own; "none".
+        std: what is divided by: "channel", the dataset's three channel standard deviations; "imagenet", "inception", "clip": see `STDS`;
+            three grey levels of one's own; "none".
         noise: how large the colour noise along each principal axis is, for α ~ N(0, noise_sigma²). "eigenvalue": α λ with
             λ the eigenvalue on the 0-1 scale, times 255 (the paper's formula, section 4.1); "stdev": α √λ on the 0-255
             scale (the 2012 code); "none".
         noise_sigma: 0.1 in the paper.
         noise_rescale: images with noise are divided by this: 1.1 in the 2012 code, where the noise made them larger.
         noise_epochs: noise, and the division that goes with it, end after so many epochs; None for never. 67 in the 2012 code.
+        affine: rotation, scale, shift and shear, see `Affine`; None for none.
+        policy: `RandAugment` or `TrivialAugment`; None for none.
+        jitter: changes of brightness, contrast, saturation and hue, see `Jitter`; None for none.
+        grey: share of the images that lose their colours, 0 to 1.
+        blur: see `Blur`; None for none.
+        erasing: a rectangle that is erased, see `Erasing`; None for none.
+        mixing: mixup and CutMix of the pairs of a step, see `Mixing`; None for none.
+        hooks: operations of the user's own over DALI nodes, in the order in which they are done where they have one place, see `Hook`.
     """
 
     crop: int | None = 224
@@ -59,28 +149,47 @@ class Augmentation:
     evaluation_scale: float = 0.875
     mirror: bool = True
     share: int = 1
-    mean: Mean = "crop"
-    std: Std = "none"
+    mean: Mean | RGB = "crop"
+    std: Std | RGB = "none"
     noise: Noise = "eigenvalue"
     noise_sigma: float = 0.1
     noise_rescale: float = 1.0
     noise_epochs: int | None = None
+    affine: Affine | None = None
+    policy: Policy | None = None
+    jitter: Jitter | None = None
+    grey: float = 0.0
+    blur: Blur | None = None
+    erasing: Erasing | None = None
+    mixing: Mixing | None = None
+    hooks: tuple[Hook, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuses values out of bounds, with AlexprepError."""
-        for name, choices in (("mean", Mean), ("std", Std), ("noise", Noise)):
-            one_of(name, getattr(self, name), get_args(choices))
+        for name, choices, least in (("mean", Mean, -1e4), ("std", Std, 1e-3)):
+            if isinstance(getattr(self, name), str):
+                one_of(name, getattr(self, name), get_args(choices))
+            else:
+                _check_rgb(name, getattr(self, name), get_args(choices), least)
+        one_of("noise", self.noise, get_args(Noise))
         for name, low, high in (("crop", 1, 65535), ("share", 1, 2**31 - 1), ("noise_epochs", 0, 2**32 - 1)):
             if getattr(self, name) is not None or name == "share":
                 whole_number(name, getattr(self, name), low, high)
         number_within("noise_sigma", self.noise_sigma, 0, 1e6)
         number_within("noise_rescale", self.noise_rescale, 1e-3, 1e3)
         number_within("evaluation_scale", self.evaluation_scale, 1e-3, 1)
+        number_within("grey", self.grey, 0, 1)
+        for name, *kinds in _PARTS:
+            if not isinstance(getattr(self, name), (*kinds, type(None))):
+                words = " or ".join(f"{kind.__name__}(…)" for kind in kinds)
+                raise AlexprepError(f"{name} {getattr(self, name)!r} is neither None nor {words}")
+        if not isinstance(self.hooks, tuple) or not all(isinstance(hook, Hook) for hook in self.hooks):
+            raise AlexprepError(f"hooks {self.hooks!r} are not a tuple of Hook(…)")
         if not isinstance(self.mirror, bool):
             raise AlexprepError(f"mirror {self.mirror!r} is not True or False")
-        if self.scale is not None and not _rising(self.scale, 1):
+        if self.scale is not None and not rising(self.scale, 1):
             raise AlexprepError(f"scale {self.scale} is not two shares of the area, 0 < a <= b <= 1")
-        if not _rising(self.ratio, 1e6):
+        if not rising(self.ratio, 1e6):
             raise AlexprepError(f"ratio {self.ratio} is not two bounds of width / height, 0 < a <= b <= 1,000,000")
         if self.crop is None and (self.scale is not None or self.windowed_mean):
             raise AlexprepError("scale, and mean crop or centre, need a crop: the side of the square that comes out")
@@ -106,18 +215,23 @@ class Augmentation:
 
     @property
     def keeps_bytes(self) -> bool:
-        """Whether pixels stay whole numbers from 0 to 255."""
-        return (self.mean, self.std, self.noise) == ("none", "none", "none")
+        """Whether pixels stay on the scale from 0 to 255, as whole numbers but for what `recolours`."""
+        return (self.mean, self.std, self.noise, self.erasing, self.mixing) == ("none", "none", "none", None, None)
+
+    @property
+    def recolours(self) -> bool:
+        """Whether colours change by jitter or grey scale, to values between whole grey levels."""
+        return self.jitter is not None or self.grey > 0
 
     def noisy(self, epoch: int) -> bool:
         """Whether an epoch has colour noise."""
         return self.noise != "none" and (self.noise_epochs is None or epoch < self.noise_epochs)
 
 
-def _rising(pair: Any, high: float) -> bool:
-    numbers = isinstance(pair, tuple | list) and len(pair) == 2 and all(isinstance(n, int | float) for n in pair)
-    return numbers and 0 < pair[0] <= pair[1] <= high
-
+_PARTS = (
+    *(("affine", Affine), ("policy", RandAugment, TrivialAugment), ("jitter", Jitter)),
+    *(("blur", Blur), ("erasing", Erasing), ("mixing", Mixing)),
+)
 
 PRESETS = {
     "paper": Augmentation(),
@@ -141,15 +255,30 @@ class Draws:
         windows_N4: int64 (N, 4), what is cut out of each image: top row, left column, height, width, pixels.
         mirror_N: bool (N,), whether the crop is reflected left to right.
         alpha_N3: float64 (N, 3), standard normal, one for each principal axis.
+        more: what else the augmentation draws, one entry a sample: "affine", see `alexprep.pipeline.geometry.warp`; "sigma", see
+            `alexprep.pipeline.colour.blurred`; "recolouring", see `recolour` there; "erased", see `alexprep.pipeline.geometry.erased`;
+            "policy0.kind" and so on, the operations of a policy, see `alexprep.pipeline.policies.Operation`; "pair", "weight" and
+            "exchanged", see `alexprep.pipeline.mixing.draw_mixing`; "hook0.0" and so on, a hook's numbers, uniform on (0, 1). What is not in it is not done.
     """
 
     windows_N4: NDArray[np.int64]
     mirror_N: NDArray[np.bool_]
     alpha_N3: NDArray[np.float64]
+    more: Mapping[str, NDArray[Any]] = field(default_factory=dict)
 
     def only(self, chosen: NDArray[np.bool_] | list[int]) -> Draws:
         """Those of some samples, in the order in which they are chosen."""
-        return Draws(self.windows_N4[chosen], self.mirror_N[chosen], self.alpha_N3[chosen])
+        more = {name: values[chosen] for name, values in self.more.items()}
+        return Draws(self.windows_N4[chosen], self.mirror_N[chosen], self.alpha_N3[chosen], more)
+
+    def operations(self) -> list[dict[str, NDArray[Any]]]:
+        """Those of a policy, in the order in which they are done."""
+        turns = sum(name.endswith(".kind") for name in self.more)
+        parts = [f"policy{turn}." for turn in range(turns)]
+        return [
+            {name.removeprefix(part): values for name, values in self.more.items() if name.startswith(part)}
+            for part in parts
+        ]
 
 
 def draw(
@@ -171,31 +300,60 @@ def draw(
         epoch: 0 to 2**32 - 1.
         rows_N: int64 (N,), the samples' rows.
         sizes_N2: integer (N, 2), their images' heights and widths, pixels, at least the crop's where nothing is resized.
-        positions_N: int64 (N,), their places in the epoch's order; needed with `augmentation.share`.
+        positions_N: int64 (N,), their places in the epoch's order; needed with `augmentation.share` and `augmentation.mixing`.
 
     Returns:
         The parameters, in the order of `rows_N`. Corners and mirrors are exact on any machine; normals, and the windows of
         `augmentation.scale`, depend on the platform's log, exp and cos in their last bit.
 
-    Raises AlexprepError where `augmentation.share` is above 1 and there are no positions.
+    Raises AlexprepError where there are no positions, and `augmentation.share` is above 1 or `augmentation.mixing` on.
     """
     keys = rows = np.asarray(rows_N, np.int64)
+    if positions_N is None and (augmentation.share > 1 or augmentation.mixing is not None):
+        needing = "mixing" if augmentation.mixing is not None else f"share {augmentation.share}"
+        raise AlexprepError(f"{needing} needs the places in the epoch's order: give positions_N")
     if augmentation.share > 1:
-        if positions_N is None:
-            raise AlexprepError(f"share {augmentation.share} needs the places in the epoch's order: give positions_N")
         keys = np.asarray(positions_N, np.int64) // augmentation.share
-    geometry = _words(seed, epoch, keys, _GEOMETRY if augmentation.share == 1 else _SHARED)
+    geometry = words_of(seed, epoch, keys, GEOMETRY if augmentation.share == 1 else SHARED)
     sizes = np.asarray(sizes_N2, np.int64)
     if augmentation.crop is None:
         windows = np.concatenate([np.zeros_like(sizes), sizes], axis=1)
     elif augmentation.scale is None:
         side = np.full(len(rows), augmentation.crop)
-        corners = (_below(geometry[n], sizes[:, n] - side + 1) for n in range(2))
+        corners = (below(geometry[n], sizes[:, n] - side + 1) for n in range(2))
         windows = np.stack([*corners, side, side], axis=1)
     else:
         windows = _resized_windows(augmentation, seed, epoch, keys, sizes)
     mirror = (geometry[2] >> np.uint64(31)).astype(bool) & augmentation.mirror
-    return Draws(windows, mirror, _normals(_words(seed, epoch, rows, _NOISE)))
+    words = functools.partial(words_of, seed, epoch, rows)
+    views = windows[:, 2:] if augmentation.crop is None else np.full_like(sizes, augmentation.crop)
+    more = _draw_more(augmentation, views, words)
+    if augmentation.mixing is not None and positions_N is not None and len(rows):
+        height, width = views[0].tolist()
+        more |= draw_mixing(augmentation.mixing, seed, epoch, np.asarray(positions_N, np.int64), height, width)
+    return Draws(windows, mirror, normals(words(NOISE)), more)
+
+
+def _draw_more(
+    augmentation: Augmentation, views_N2: NDArray[np.int64], words: Words
+) -> dict[str, NDArray[np.float64] | NDArray[np.int64]]:
+    """`Draws.more` of samples whose views have these heights and widths."""
+    more: dict[str, NDArray[np.float64] | NDArray[np.int64]] = {}
+    if augmentation.affine is not None:
+        more["affine"] = draw_affine(augmentation.affine, views_N2, words)
+    if augmentation.policy is not None:
+        for turn, operation in enumerate(draw_policy(augmentation.policy, views_N2, words)):
+            more |= {f"policy{turn}.{name}": values for name, values in operation.items()}
+    if augmentation.blur is not None:
+        more["sigma"] = draw_sigmas(augmentation.blur, words)
+    if augmentation.recolours:
+        more["recolouring"] = draw_recolouring(augmentation.jitter, augmentation.grey, words)
+    if augmentation.erasing is not None:
+        more["erased"] = draw_erased(augmentation.erasing, views_N2, words)
+    for number, hook in enumerate(augmentation.hooks):
+        for n in range(hook.numbers):
+            more[f"hook{number}.{n}"] = unit(words(HOOK + _HOOK_WORDS * number + n // 4)[n % 4])
+    return more
 
 
 def centred(augmentation: Augmentation, sizes_N2: NDArray[np.integer]) -> Draws:
@@ -229,7 +387,7 @@ def augment(
     statistics: Statistics | None,
     epoch: int = 0,
 ) -> NDArray[np.float64]:
-    """What becomes of one image in training: the definition, which the DALI graph equals.
+    """What becomes of one image in training: the definition, which the DALI graph equals. Pairs of these are mixed by `mixing.mixed`.
 
     Args:
         image_HWC: uint8 (H, W, 3), RGB, the decoded image.
@@ -242,8 +400,10 @@ def augment(
     Returns:
         float64 (crop, crop, 3), grey levels about 0, or what `augmentation.std` makes of them.
 
-    Raises AlexprepError where statistics are needed and there are none.
+    Raises AlexprepError where statistics are needed and there are none, or there is a hook, which has no definition in numpy.
     """
+    if augmentation.hooks:
+        raise AlexprepError(f"hook {augmentation.hooks[0].name} is a function over DALI nodes, which numpy cannot call")
     if statistics is None and augmentation.needs_statistics:
         raise AlexprepError(
             "this augmentation needs statistics: give those of the dataset, from alexprep.shards.read_statistics"
@@ -252,7 +412,7 @@ def augment(
     image = image_HWC[top : top + height, left : left + width]
     if augmentation.scale is not None and augmentation.crop is not None:
         image = resize(image, augmentation.crop)
-    pixels: NDArray[np.float64] = image.astype(np.float64) - channel_means(statistics, augmentation)
+    pixels = _changed(image, draws, n, augmentation) - channel_means(statistics, augmentation)
     mean_window: NDArray[np.float64] | float = 0.0
     if augmentation.windowed_mean and statistics is not None:
         top, left = mean_corners(augmentation, draws.windows_N4[n : n + 1], len(statistics.mean_HWC))[0].tolist()
@@ -267,18 +427,23 @@ def augment(
     if noisy and statistics is not None:
         pixels = pixels + colour_shifts(draws.alpha_N3[n : n + 1], statistics, augmentation)[0]
     pixels = pixels / channel_stdevs(statistics, augmentation)
-    return pixels / augmentation.noise_rescale if noisy else pixels
+    pixels = pixels / augmentation.noise_rescale if noisy else pixels
+    if augmentation.erasing is not None and "erased" in draws.more:
+        pixels = erased(pixels, draws.more["erased"][n], augmentation.erasing.value)
+    return pixels
 
 
-def resize(image_HWC: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
-    """Resizes to a square of `side` pixels, by a triangle filter as wide as an output pixel (antialiased bilinear).
-
-    Beyond an edge its pixels are repeated, as DALI does; Pillow leaves those weights out, which differs near the edges.
-    """
-    vertical, horizontal = (_triangle(image_HWC.shape[axis], side) for axis in (0, 1))
-    exact = np.einsum("ih,hwc,jw->ijc", vertical, image_HWC.astype(np.float64), horizontal, optimize=True)
-    rounded: NDArray[np.uint8] = np.clip(np.rint(exact), 0, 255).astype(np.uint8)
-    return rounded
+def _changed(image_HWC: NDArray[np.uint8], draws: Draws, n: int, augmentation: Augmentation) -> NDArray[np.float64]:
+    """The view before its mean is subtracted, on the 0-255 scale: all that changes shapes, sharpness and colours."""
+    image, more = image_HWC, draws.more
+    if augmentation.affine is not None and "affine" in more:
+        image = warp(image, more["affine"][n], augmentation.affine.fill, nearest=False)
+    if augmentation.policy is not None:
+        for operation in draws.operations():
+            image = operated(image, operation, n, augmentation.policy.fill)
+    if "sigma" in more:
+        image = blurred(image, more["sigma"][n])
+    return recolour(image, more["recolouring"][n]) if "recolouring" in more else image.astype(np.float64)
 
 
 def noise_stdevs(statistics: Statistics, augmentation: Augmentation) -> NDArray[np.float64]:
@@ -301,14 +466,28 @@ def channel_means(statistics: Statistics | None, augmentation: Augmentation) -> 
     """What is subtracted from all pixels of R, G and B: float64 (3,), grey levels; 0 where a window of the mean image is."""
     if augmentation.mean == "channel" and statistics is not None:
         return statistics.channel_means
-    return np.array(IMAGENET_MEAN) if augmentation.mean == "imagenet" else np.zeros(3)
+    return _rgb(augmentation.mean, MEANS, 0.0)
 
 
 def channel_stdevs(statistics: Statistics | None, augmentation: Augmentation) -> NDArray[np.float64]:
     """What R, G and B are divided by: float64 (3,), grey levels."""
     if augmentation.std == "channel" and statistics is not None:
         return statistics.channel_stdevs
-    return np.array(IMAGENET_STD) if augmentation.std == "imagenet" else np.ones(3)
+    return _rgb(augmentation.std, STDS, 1.0)
+
+
+def _rgb(chosen: str | RGB, named: Mapping[str, RGB], usual: float) -> NDArray[np.float64]:
+    return np.array(named.get(chosen, (usual,) * 3) if isinstance(chosen, str) else chosen, np.float64)
+
+
+def _check_rgb(name: str, values: Any, choices: tuple[str, ...], least: float) -> None:
+    """Refuses what is no three numbers."""
+    if not isinstance(values, tuple | list) or len(values) != 3:
+        raise AlexprepError(
+            f"{name} {values!r} is neither one of {', '.join(choices)} nor three grey levels, of R, G and B"
+        )
+    for value in values:
+        number_within(name, value, least, 1e4)
 
 
 def mean_corners(augmentation: Augmentation, windows_N4: NDArray[np.integer], mean_side: int) -> NDArray[np.int64]:
@@ -318,54 +497,7 @@ def mean_corners(augmentation: Augmentation, windows_N4: NDArray[np.integer], me
     return (mean_side - windows_N4[:, 2:].astype(np.int64)) // 2
 
 
-_MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
-_WEYL = (0x9E3779B9, 0xBB67AE85)
-_ROUNDS = 10
-_LOW = np.uint64(0xFFFFFFFF)
-_SHIFT = np.uint64(32)
-
-# Tells the uses of a sample's numbers apart: the counter's last word.
-_GEOMETRY, _NOISE, _SHARED, _ATTEMPT = 0, 1, 2, 16
 _ATTEMPTS = 10  # at a window that fits; torchvision's number
-
-
-def philox(counter: NDArray[np.uint64], key: tuple[int, int]) -> NDArray[np.uint64]:
-    """Philox 4x32-10: uint64 (4, N), uniform on [0, 2**32), of a counter of this shape and a key, all below 2**32.
-
-    >>> [hex(word) for word in philox(np.zeros((4, 1), np.uint64), (0, 0))[:, 0].tolist()]  # Random123's known answer
-    ['0x6627e8d5', '0xe169c58d', '0xbc57ac4c', '0x9b00dbd8']
-    """
-    a, b, c, d = counter
-    for turn in range(_ROUNDS):
-        k0, k1 = (np.uint64((key[i] + turn * _WEYL[i]) & 0xFFFFFFFF) for i in range(2))
-        left, right = _MULTIPLIERS[0] * a, _MULTIPLIERS[1] * c
-        a, b, c, d = (right >> _SHIFT) ^ b ^ k0, right & _LOW, (left >> _SHIFT) ^ d ^ k1, left & _LOW
-    return np.stack([a, b, c, d])
-
-
-def _words(seed: int, epoch: int, keys_N: NDArray[np.int64], purpose: int) -> NDArray[np.uint64]:
-    keys = keys_N.astype(np.uint64)
-    counter = np.stack([keys & _LOW, keys >> _SHIFT, np.full_like(keys, epoch), np.full_like(keys, purpose)])
-    return philox(counter, (seed & 0xFFFFFFFF, seed >> 32))
-
-
-def _below(words: NDArray[np.uint64], bounds: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Uniform on [0, bound). Multiply and shift: a value of n has probability within n / 2**32 of 1 / n."""
-    scaled: NDArray[np.uint64] = (words * bounds.astype(np.uint64)) >> _SHIFT
-    return scaled.astype(np.int64)
-
-
-def _unit(words: NDArray[np.uint64]) -> NDArray[np.float64]:
-    """Uniform on (0, 1): the halves keep off both ends."""
-    return (words.astype(np.float64) + 0.5) / 2**32
-
-
-def _normals(words: NDArray[np.uint64]) -> NDArray[np.float64]:
-    """Box and Muller: two uniforms make two normals, of which the fourth is not needed."""
-    uniform = _unit(words)
-    radius = np.sqrt(-2.0 * np.log(uniform[:2]))
-    angle = 2.0 * np.pi * uniform[2:]
-    return np.stack([radius[0] * np.cos(angle[0]), radius[0] * np.sin(angle[0]), radius[1] * np.cos(angle[1])]).T
 
 
 def _evaluation_sides(augmentation: Augmentation, sizes_N2: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -398,27 +530,14 @@ def _resized_windows(
     windows = _in_the_centre(sizes, np.maximum(1, np.stack([tallest, widest], axis=1)))
     open_rows = np.arange(len(keys))
     for attempt in range(_ATTEMPTS):
-        words = _words(seed, epoch, keys[open_rows], _ATTEMPT + attempt)
+        words = words_of(seed, epoch, keys[open_rows], ATTEMPT + attempt)
         left = sizes[open_rows]
-        area = left.prod(axis=1) * (low + (high - low) * _unit(words[0]))
-        ratio = np.exp(logs[0] + (logs[1] - logs[0]) * _unit(words[1]))
+        area = left.prod(axis=1) * (low + (high - low) * unit(words[0]))
+        ratio = np.exp(logs[0] + (logs[1] - logs[0]) * unit(words[1]))
         height, width = (np.rint(np.sqrt(part)).astype(np.int64) for part in (area / ratio, area * ratio))
         fits = (height > 0) & (height <= left[:, 0]) & (width > 0) & (width <= left[:, 1])
         slack = np.maximum(1, left - np.stack([height, width], axis=1) + 1)
-        found = np.stack([_below(words[2], slack[:, 0]), _below(words[3], slack[:, 1]), height, width], axis=1)
+        found = np.stack([below(words[2], slack[:, 0]), below(words[3], slack[:, 1]), height, width], axis=1)
         windows[open_rows[fits]] = found[fits]
         open_rows = open_rows[~fits]
     return windows
-
-
-def _triangle(source: int, target: int) -> NDArray[np.float64]:
-    """The filter's weights: float64 (target, source), rows of sum 1."""
-    ratio = source / target
-    radius = max(ratio, 1.0)
-    weights = np.zeros((target, source))
-    for n in range(target):
-        centre = (n + 0.5) * ratio
-        pixels = np.arange(np.floor(centre - radius), np.ceil(centre + radius) + 1)
-        taps = np.maximum(0.0, 1.0 - np.abs(pixels + 0.5 - centre) / radius)
-        np.add.at(weights[n], np.clip(pixels.astype(int), 0, source - 1), taps / taps.sum())
-    return weights

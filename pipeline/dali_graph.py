@@ -7,8 +7,8 @@ is run, batch after batch, by `alexprep.pipeline.loader`.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -16,16 +16,18 @@ from numpy.typing import NDArray
 from nvidia.dali import Pipeline, fn, types
 from nvidia.dali.data_node import DataNode
 
-from alexprep.pipeline import dali_ops
+from alexprep.pipeline import dali_ops, policies
 from alexprep.pipeline.augmentation import (
     Augmentation,
     Draws,
     channel_means,
     channel_stdevs,
     colour_shifts,
+    draw,
     mean_corners,
     ten_windows,
 )
+from alexprep.pipeline.colour import gaussian, saturation
 from alexprep.pipeline.dali_ops import Dtype, MemoryFormat
 from alexprep.shards.errors import AlexprepError, one_of
 from alexprep.shards.rgb_statistics import Statistics
@@ -33,6 +35,7 @@ from alexprep.shards.rgb_statistics import Statistics
 Views = Literal["random", "centre", "ten"]  # the last are the paper's test views, without chance as the second
 Inputs = dict[str, "NDArray[Any] | list[NDArray[np.float32]]"]
 
+POLICY_INPUTS = ("kind", "map", "factor", "from_mean", "threshold", "mask", "kernel", "colours")
 _STRIP_BYTES = 128 * 2**20  # of windows of the mean image that are kept ready
 
 
@@ -59,7 +62,9 @@ class Graph:
         for name, choices in (("views", Views), ("dtype", Dtype), ("memory_format", MemoryFormat)):
             one_of(name, getattr(self, name), get_args(choices))
         if self.dtype == "uint8" and not self.augmentation.keeps_bytes:
-            raise AlexprepError("dtype uint8 holds grey levels as they are: it needs mean, std and noise 'none'")
+            raise AlexprepError(
+                "dtype uint8 holds grey levels as they are: it needs mean, std and noise 'none', and no erasing and no mixing"
+            )
 
     def pipeline(self) -> Pipeline:
         """The pipeline, not yet built. It takes the images as "encoded" and what `inputs` makes; its one output is the views.
@@ -98,7 +103,20 @@ class Graph:
             names |= {"shift"} if noise else set()
             names |= {"anchor"} if augmentation.windowed_mean else set()
             names |= {"factor"} if noise and augmentation.noise_rescale != 1 else set()
-        return frozenset(names)
+        return frozenset(names | (self._more_names if self.views == "random" else set()))
+
+    @functools.cached_property
+    def _more_names(self) -> set[str]:
+        """The inputs of what changes shapes, sharpness and colours: see `_more_inputs`."""
+        augmentation = self.augmentation
+        names = {"warped", "affine"} if augmentation.affine is not None else set()
+        names |= {"blurred", "columns_kernel", "rows_kernel"} if augmentation.blur is not None else set()
+        names |= {"recoloured", "colours", "means"} if augmentation.recolours else set()
+        if augmentation.policy is not None:
+            turns = range(augmentation.policy.operations)
+            names |= {f"policy{turn}.{name}" for turn in turns for name in POLICY_INPUTS}
+        names |= {f"hook{n}.{k}" for n, hook in enumerate(augmentation.hooks) for k in range(hook.numbers)}
+        return names | ({"erased"} if augmentation.erasing is not None else set())
 
     def inputs(self, epoch: int, draws: Draws, sizes_N2: NDArray[np.integer]) -> Inputs:
         """The inputs of a batch beside "encoded", one entry a sample: of images of these heights and widths, (N, 2), pixels."""
@@ -137,6 +155,28 @@ class Graph:
                 ]
             else:
                 inputs["anchor"] = dali_ops.mean_anchor(corners, reflected, size, self._side)
+        return inputs | self._more_inputs(draws)
+
+    def _more_inputs(self, draws: Draws) -> Inputs:
+        """Which samples are changed, bool, and how, float32: affine maps, kernels, recolourings, rectangles; see `Draws.more`."""
+        inputs: Inputs = {}
+        more = draws.more
+        if "affine" in more:
+            inputs |= {"warped": _others(more["affine"], np.eye(2, 3)), "affine": _single(more["affine"])}
+        for turn, drawn in enumerate(draws.operations()):
+            inputs |= {f"policy{turn}.{name}": values for name, values in _policy_inputs(drawn).items()}
+        if "sigma" in more:
+            kernels = [gaussian(sigma).astype(np.float32) for sigma in more["sigma"].tolist()]
+            inputs |= {"blurred": more["sigma"] > 0}
+            inputs |= {"columns_kernel": [kernel[:, None] for kernel in kernels]}
+            inputs |= {"rows_kernel": [kernel[None] for kernel in kernels]}
+        if "recolouring" in more:
+            colours, means = more["recolouring"][:, :, :3], more["recolouring"][:, :, 3:]
+            changed = _others(colours, np.eye(3)) | _others(means, np.zeros((3, 3)))
+            inputs |= {"recoloured": changed, "colours": _single(colours), "means": _single(means)}
+        if "erased" in more:
+            inputs["erased"] = _single(more["erased"])
+        inputs |= {name: _single(values) for name, values in more.items() if name.startswith("hook")}
         return inputs
 
     def _shape_input(self, windows_N4: NDArray[np.int32]) -> dict[str, NDArray[np.int32]]:
@@ -177,17 +217,94 @@ class Graph:
         return fn.external_source(name=name, no_copy=no_copy, **options)
 
     def _one_view(self) -> DataNode:
-        names, image, mirrored = self.input_names, self._window(), self._input("mirror")
+        image = self._changed(self._resized(self._hooked("decode", self._window())))
+        image = self._centred_view(image, "float32" if self._finishes else self.dtype)
+        return dali_ops.cast(self._finished(image), self.dtype) if self._finishes else image
+
+    def _changed(self, image: DataNode) -> DataNode:
+        """All that changes shapes, sharpness and colours: uint8, or float32 where it recolours and shall not be uint8."""
+        augmentation, more = self.augmentation, self.input_names
+        if "affine" in more and augmentation.affine is not None:
+            maps, fill = self._input("affine"), augmentation.affine.fill
+            image = self._where("warped", lambda image, maps: dali_ops.warp(image, maps, fill), image, maps)
+        if augmentation.policy is not None and self.views == "random":
+            for turn in range(augmentation.policy.operations):
+                image = self._operated(image, f"policy{turn}.", augmentation.policy.fill)
+        if "rows_kernel" in more:
+            kernels = [self._on_image_device(self._input(name)) for name in ("columns_kernel", "rows_kernel")]
+            image = self._where("blurred", self._blurred, image, *kernels)
+        if "colours" in more:
+            recoloured = functools.partial(dali_ops.recolour, device=self.device)
+            colours, means = self._input("colours"), self._input("means")
+            as_float = functools.partial(fn.cast, dtype=types.FLOAT)
+            image = dali_ops.where(self._input("recoloured"), recoloured, image, colours, means, otherwise=as_float)
+            image = dali_ops.cast(image, "uint8") if self.dtype == "uint8" else image
+        return self._hooked("augment", image)
+
+    def _hooked(self, place: str, image: DataNode) -> DataNode:
+        """The user's own operations at a place."""
+        hooks = enumerate(self.augmentation.hooks) if self.views == "random" else ()
+        for number, hook in hooks:
+            if hook.after == place:
+                image = hook.function(image, *(self._input(f"hook{number}.{n}") for n in range(hook.numbers)))
+                if not isinstance(image, DataNode):
+                    raise AlexprepError(
+                        f"hook {hook.name} gives a {type(image).__name__}, not the image as a DALI node"
+                    )
+        return image
+
+    def _operated(self, image: DataNode, part: str, fill: float) -> DataNode:
+        """One operation of a policy: each kind has a branch, in which are the samples that drew it."""
+        given = {name: self._input(f"{part}{name}") for name in POLICY_INPUTS}
+        kind, kernel = given["kind"], self._on_image_device(given["kernel"])
+        scaled = functools.partial(dali_ops.scale, device=self.device)
+        branches: list[tuple[int, Callable[..., DataNode], list[DataNode]]] = [
+            (policies.WARPED, lambda image, maps: dali_ops.warp(image, maps, fill, nearest=True), [given["map"]]),
+            (policies.SCALED, scaled, [given["factor"], given["from_mean"]]),
+            (policies.COLOURED, dali_ops.recolour_bytes, [given["colours"]]),
+            (policies.TONED, dali_ops.tone, [given["threshold"], given["mask"]]),
+            (policies.STRETCHED, dali_ops.stretch, []),
+            (policies.EQUALIZED, dali_ops.equalize, []),
+            (policies.SHARPENED, dali_ops.filtered, [kernel]),
+        ]
+        for number, change, arguments in branches:
+            image = dali_ops.where(kind == number, change, image, *arguments)
+        return image
+
+    def _where(self, name: str, change: Callable[..., DataNode], image: DataNode, *arguments: DataNode) -> DataNode:
+        """Changes those samples that the input of this name tells."""
+        return dali_ops.where(self._input(name), change, image, *arguments)
+
+    @staticmethod
+    def _blurred(image: DataNode, columns: DataNode, rows: DataNode) -> DataNode:
+        return dali_ops.filtered(dali_ops.filtered(image, columns), rows)
+
+    @property
+    def _finishes(self) -> bool:
+        """Whether anything is done after the mean is subtracted and all divided."""
+        hooked = any(hook.after == "tensor" for hook in self.augmentation.hooks)
+        return self.views == "random" and (self.augmentation.erasing is not None or hooked)
+
+    def _finished(self, image: DataNode) -> DataNode:
+        erasing = self.augmentation.erasing
+        if erasing is not None:
+            image = dali_ops.erase(image, self._input("erased"), erasing.value, self.memory_format)
+        return self._hooked("tensor", image)
+
+    def _centred_view(self, image: DataNode, dtype: Dtype) -> DataNode:
+        """Mirrors, subtracts the mean, adds the noise, divides."""
+        names, mirrored = self.input_names, self._input("mirror")
         if names & {"window", "minus"}:
             image = dali_ops.mirror(image, mirrored)
             if "window" in names:
                 image = dali_ops.subtract_image(image, self._input("window"))
             if "minus" in names:
                 image = dali_ops.subtract_rows(image, self._input("minus"), self._input("divisor"), self._side)
-            return dali_ops.cast(image, self.dtype)
+            return dali_ops.cast(image, dtype)
         shift = self._input("shift") if "shift" in names else self._minus_means()
         subtract = self._subtract_window if "anchor" in names else None
-        return self._tensor(image, mirrored, shift, subtract, self._input("factor") if "factor" in names else None)
+        factor = self._input("factor") if "factor" in names else None
+        return self._tensor(image, mirrored, shift, subtract, factor, dtype)
 
     def _ten_views(self) -> DataNode:
         whole, shape = self._whole(), self._shape()
@@ -208,17 +325,18 @@ class Graph:
         shift: DataNode | list[float],
         subtract: Callable[[DataNode], DataNode] | None,
         factor: DataNode | None = None,
+        dtype: Dtype | None = None,
     ) -> DataNode:
         """Mirrors, shifts, subtracts a window of the mean image, divides and multiplies; in one pass where that is possible."""
-        std = channel_stdevs(self.statistics, self.augmentation).tolist()
+        std, dtype = channel_stdevs(self.statistics, self.augmentation).tolist(), dtype or self.dtype
         if subtract is None and factor is None:
-            return dali_ops.to_tensor(image, mirrored, shift, std, self.memory_format, self.dtype)
+            return dali_ops.to_tensor(image, mirrored, shift, std, self.memory_format, dtype)
         image = dali_ops.to_tensor(image, mirrored, shift, memory_format=self.memory_format)
         if subtract is not None:
             image = subtract(image)
         if self.augmentation.std != "none":
             image = image / self._constant(np.array(std).reshape(1, 1, 3))
-        return dali_ops.cast(image if factor is None else image * factor, self.dtype)
+        return dali_ops.cast(image if factor is None else image * factor, dtype)
 
     def _subtract_window(self, image: DataNode) -> DataNode:
         assert self.statistics is not None
@@ -243,12 +361,12 @@ class Graph:
         return [float(-mean) for mean in channel_means(self.statistics, self.augmentation)]
 
     def _window(self) -> DataNode:
-        """uint8 (H, W, 3): the chosen window of each image, resized where it is to be."""
+        """uint8 (H, W, 3): the chosen window of each image."""
         start, shape = self._input("start"), self._shape()
         if self.raw:
-            return self._resized(dali_ops.cut(self._pixels(), start, shape, self.size))
+            return dali_ops.cut(self._pixels(), start, shape, self.size)
         window = dali_ops.decode_window(self._input("encoded"), start, shape, self.decode, self.hw_decoder_load)
-        return self._resized(self._on_device(window))
+        return self._on_device(window)
 
     def _whole(self) -> DataNode:
         """uint8 (H, W, 3): all of each image."""
@@ -267,5 +385,54 @@ class Graph:
         pixels = self._input("encoded", layout="HWC", ndim=3, dtype=types.UINT8)
         return pixels if self.device == "cpu" else pixels.gpu()
 
+    def _on_image_device(self, node: DataNode) -> DataNode:
+        return node if self.device == "cpu" else node.gpu()
+
     def _on_device(self, image: DataNode) -> DataNode:
         return image.gpu() if self.device != "cpu" and self.decode == "cpu" else image
+
+
+def check_hooks(augmentation: Augmentation) -> None:
+    """Runs the user's own operations once, on noise and on the CPU. What they raise, it raises.
+
+    Raises AlexprepError where what comes out is not of the form of what went in, and RuntimeError where DALI cannot run it.
+    """
+    side = 2 * (augmentation.crop or 16)
+    bare = replace(augmentation, mean="none", std="none", noise="none", noise_epochs=None, share=1, mixing=None)
+    views: Any = {"views": "random", "dtype": "float32", "memory_format": "NHWC"}
+    where: Any = {"threads": 1, "device": "cpu", "device_id": None, "decode": "cpu", "hw_decoder_load": 0.0}
+    graph = Graph(bare, None, raw=True, size=None, batch_size=2, **views, **where)
+    sizes = np.full((2, 2), side)
+    images = np.random.default_rng(0).integers(0, 256, (2, side, side, 3), np.uint8)
+    pipeline = graph.pipeline()
+    pipeline.build()
+    for name, values in {"encoded": images, **graph.inputs(0, draw(bare, 0, 0, np.arange(2), sizes), sizes)}.items():
+        pipeline.feed_input(name, values)
+    (output,) = pipeline.run()
+    shapes = {tuple(output.at(n).shape) for n in range(2)}
+    wanted = (side, side, 3) if augmentation.crop is None else (augmentation.crop, augmentation.crop, 3)
+    if shapes != {wanted} or output.dtype != types.FLOAT:
+        names = ", ".join(hook.name for hook in augmentation.hooks)
+        raise AlexprepError(
+            f"hook {names} makes float32 {wanted} into {output.dtype} {min(shapes)}: keep type and size"
+        )
+
+
+def _policy_inputs(drawn: Mapping[str, NDArray[Any]]) -> Inputs:
+    """What DALI is fed of an operation: see `policies.Operation`; and the kernel and the colours that its factor stands for."""
+    kinds = {"kind": np.int32, "threshold": np.int32, "mask": np.uint8}
+    inputs: Inputs = {name: np.ascontiguousarray(drawn[name], kind) for name, kind in kinds.items()}
+    inputs |= {name: _single(drawn[name]) for name in ("map", "factor", "from_mean")}
+    inputs["kernel"] = _single(np.stack([policies.sharpening(factor) for factor in drawn["factor"].tolist()]))
+    inputs["colours"] = _single(saturation(drawn["factor"]))
+    return inputs
+
+
+def _others(values_N: NDArray[Any], usual: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Which of the arrays differ from the usual one: bool (N,)."""
+    different: NDArray[np.bool_] = (values_N != usual).reshape(len(values_N), -1).any(axis=1)
+    return different
+
+
+def _single(values: NDArray[Any]) -> NDArray[np.float32]:
+    return np.ascontiguousarray(values, np.float32)

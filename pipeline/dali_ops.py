@@ -8,7 +8,7 @@ numpy in `alexprep.pipeline.augmentation`; `alexprep.pipeline.dali_graph` puts t
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -18,8 +18,10 @@ from numpy.typing import NDArray
 # a fifth of the CPU pipeline's time. Read when DALI first allocates; whoever set it knows better.
 os.environ.setdefault("DALI_MALLOC_POOL_THRESHOLD", "1M")
 
-from nvidia.dali import fn, types
+from nvidia.dali import fn, math, types
 from nvidia.dali.data_node import DataNode
+
+from alexprep.pipeline.colour import LUMA
 
 MemoryFormat = Literal["NCHW", "NHWC", "channels_last"]
 Dtype = Literal["float32", "float16", "uint8"]
@@ -202,3 +204,94 @@ def subtract_rows(image: DataNode, subtrahend: DataNode, divisor: DataNode, side
 def subtract_image(image: DataNode, subtrahend: DataNode) -> DataNode:
     """Subtracts float32 pixels of the same shape, one a sample; of all ways that DALI has on a CPU, this reads and writes least."""
     return fn.normalize(image, mean=subtrahend, stddev=1.0)
+
+
+def where(
+    predicate: DataNode,
+    change: Callable[..., DataNode],
+    image: DataNode,
+    *arguments: DataNode,
+    otherwise: Callable[[DataNode], DataNode] | None = None,
+) -> DataNode:
+    """Changes the samples for which `predicate`, bool, holds: by `change` of the image and of other nodes, one entry a sample.
+
+    The others are left as they are, or what `otherwise` makes of them; no work is done twice. Both give one type, and make what they give of
+    these nodes and of numbers alone.
+    """
+    # What DALI makes of an `if` in a pipeline function with conditionals.
+    branches: Any = fn._conditional  # type: ignore[attr-defined]
+    parts = [branches.split(node, predicate=predicate) for node in (image, *arguments)]
+    rest = parts[0][1] if otherwise is None else otherwise(parts[0][1])
+    return branches.merge(change(*(part[0] for part in parts)), rest, predicate=predicate)
+
+
+def warp(image: DataNode, maps: DataNode, fill: float, nearest: bool = False) -> DataNode:
+    """Resamples uint8 (H, W, 3) by an affine map, float32 (2, 3), one a sample, as `geometry.warp` defines it."""
+    kind = types.INTERP_NN if nearest else types.INTERP_LINEAR
+    return fn.warp_affine(image, matrix=maps, fill_value=float(fill), interp_type=kind)
+
+
+def filtered(image: DataNode, kernel: DataNode) -> DataNode:
+    """Correlates uint8 (H, W, 3) with a kernel, float32 of odd sides, one a sample and on the image's device; see `colour.filtered`."""
+    return _settled("filter")(image, kernel)
+
+
+def recolour(image: DataNode, colours: DataNode, means: DataNode, device: str = "cpu") -> DataNode:
+    """Multiplies each pixel of (H, W, 3) by `colours` and adds the image's mean times `means`, both float32 (3, 3), one a sample.
+
+    Gives float32 (H, W, 3) from 0 to 255, as `colour.recolour` defines it.
+    """
+    mean = fn.reductions.mean(image, axes=(0, 1), keep_dims=True)
+    shift = fn.coord_transform(mean, M=means)
+    if device == "cpu":
+        shift = fn.reshape(shift, shape=(3,))
+        return math.clamp(fn.coord_transform(image, M=colours, T=shift, dtype=types.FLOAT), 0.0, 255.0)
+    return math.clamp(fn.coord_transform(image, M=colours, dtype=types.FLOAT) + shift, 0.0, 255.0)
+
+
+def scale(image: DataNode, factor: DataNode, from_mean: DataNode, device: str = "cpu") -> DataNode:
+    """Multiplies the distance of uint8 (H, W, 3) from a grey level by `factor`, float32, and rounds.
+
+    The level is the image's mean one where `from_mean`, float32, is 1, and 0 where it is 0. Both one a sample, on the CPU.
+    """
+    mean = fn.reductions.mean(image, axes=(0, 1), keep_dims=True)
+    level = fn.coord_transform(mean, M=LUMA.tolist()) * from_mean
+    if device == "cpu":
+        return fn.brightness_contrast(image, contrast=factor, contrast_center=fn.reshape(level, shape=[]))
+    return fn.cast(math.clamp(image * factor + level * (1.0 - factor), 0.0, 255.0), dtype=types.UINT8)
+
+
+def recolour_bytes(image: DataNode, colours: DataNode) -> DataNode:
+    """Multiplies each pixel of uint8 (H, W, 3) by float32 (3, 3), one a sample, and rounds to uint8."""
+    return fn.coord_transform(image, M=colours, dtype=types.UINT8)
+
+
+def tone(image: DataNode, threshold: DataNode, mask: DataNode) -> DataNode:
+    """Inverts levels from `threshold`, int32, on, and keeps the bits of `mask`, uint8, one a sample; see `policies.toned`."""
+    return (image ^ ((image >= threshold) * np.uint8(255))) & mask
+
+
+def stretch(image: DataNode) -> DataNode:
+    """Autocontrast of uint8 (H, W, 3), see `policies.stretched`."""
+    low, high = (reduce(image, axes=(0, 1), keep_dims=True) for reduce in (fn.reductions.min, fn.reductions.max))
+    varies = fn.cast(high > low, dtype=types.FLOAT)
+    span = (high - low) * varies + (1.0 - varies)
+    factor = (255.0 * varies + (1.0 - varies)) / span
+    return fn.cast(math.clamp((image - low * varies) * factor, 0.0, 255.0), dtype=types.UINT8)
+
+
+def equalize(image: DataNode) -> DataNode:
+    """Equalizes the histogram of each channel of uint8 (H, W, 3), see `policies.equalized`."""
+    return _settled("equalize")(image)
+
+
+def erase(image: DataNode, box: DataNode, value: float, memory_format: MemoryFormat = "NCHW") -> DataNode:
+    """Sets a rectangle of the image to one value; `box` is float32 (4,), top, left, height and width, one a sample."""
+    axes = (1, 2) if memory_format == "NCHW" else (0, 1)
+    return fn.erase(image, anchor=box[0:2], shape=box[2:4], axes=axes, fill_value=value)
+
+
+def _settled(name: str) -> Callable[..., DataNode]:
+    """An operator that DALI has called experimental up to 2.3, and since then deprecates by that name."""
+    operator: Callable[..., DataNode] = getattr(fn, name, None) or getattr(fn.experimental, name)
+    return operator

@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import torch
@@ -24,29 +24,18 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from alexprep.pipeline.augmentation import Augmentation, Draws, augmentation_named, centred, draw
-from alexprep.pipeline.dali_graph import Graph, Views
+from alexprep.pipeline.batch import Batch, mixed_batch
+from alexprep.pipeline.dali_graph import Graph, Views, check_hooks
 from alexprep.pipeline.dali_ops import Dtype, MemoryFormat
 from alexprep.pipeline.dataset import Dataset, OnBad, Source, open_dataset, statistics_for
 from alexprep.pipeline.device import choose_device, moved
 from alexprep.pipeline.loader_settings import Tuning
 from alexprep.pipeline.sampler import BLOCK_SHARDS, Order, StepPlan
-from alexprep.shards.errors import AlexprepError, whole_number
+from alexprep.shards.errors import AlexprepError, one_of, whole_number
 from alexprep.shards.image_codec import header_size, raw_header
 from alexprep.shards.rgb_statistics import Statistics
 
 _READ_AHEAD = 8  # steps whose samples are asked of the disk before they are decoded
-
-
-class Batch(NamedTuple):
-    """A rank's part of one step: images and labels on the loader's device, and rows of the split's index on the CPU, int64 (N,).
-
-    Images are (N, 3, H, W) or (N, H, W, 3), with views "ten" (N, 10, …): grey levels about 0, or what the augmentation's `std` makes
-    of them. Labels are int64 (N,).
-    """
-
-    images: torch.Tensor
-    labels: torch.Tensor
-    indices: torch.Tensor
 
 
 class Loader:
@@ -81,11 +70,12 @@ class Loader:
         rank: int = 0,
         world_size: int = 1,
         device: str | torch.device = "cpu",
-        dtype: Dtype = "float32",
+        dtype: Dtype | Literal["bfloat16"] | torch.dtype = "float32",
         memory_format: MemoryFormat = "NCHW",
         on_bad: OnBad = "error",
         statistics: Statistics | str | Path | None = None,
         cache: str | Path | None = None,
+        drop_last: bool = False,
         threads: int | None = None,
         tuning: Tuning | None = None,
     ) -> None:
@@ -97,7 +87,7 @@ class Loader:
             split: "train", "val" or "test".
             batch_size: samples a step over all ranks.
             augmentation: what is done to the images, or the name of a preset: "paper", "2012-code", "resized", "none".
-            views: "random" draws crop, mirror and noise; "centre" gives the centre crop, "ten" the paper's ten test views,
+            views: "random" draws crop, mirror, noise and all else; "centre" gives the centre crop, "ten" the paper's ten test views,
                 both without chance.
             order: "shuffle", a new global permutation each epoch; "blocks", for slow disks and remote stores, permutes the shards
                 and then the samples of `block_shards` shards at a time; "sequential", as stored.
@@ -106,12 +96,13 @@ class Loader:
             rank: of this process, in [0, world_size).
             world_size: how many processes share each step.
             device: "cpu", or "cuda" with or without an index.
-            dtype: "float32", "float16", or, where the augmentation neither subtracts nor divides, "uint8".
+            dtype: "float32", "float16", "bfloat16", or, where the augmentation neither subtracts nor divides, "uint8"; torch's likewise.
             memory_format: "NCHW", "NHWC", or "channels_last": shaped as the first, in memory as the second, and on a CPU the
                 fastest.
             on_bad: "error" ends with the name of a damaged sample; "skip" leaves it out of its step, and moves no other.
             statistics: of which dataset, if not of `data`: its folder, or what `alexprep.shards.read_statistics` gave.
             cache: where the index of other people's tars is kept; by default beside them or in the user's cache.
+            drop_last: whether an epoch's last step is left out where it is smaller than the others; other samples each epoch.
             threads: of DALI; None for one a core. Short for `tuning`.
             tuning: how the machine is used; `alexprep tune` finds good settings.
 
@@ -125,13 +116,23 @@ class Loader:
             tuning = replace(tuning or Tuning(), threads=threads)
         self._tuning = tuning = tuning or Tuning()
         dataset = open_dataset(data, split, on_bad, cache)
-        self._plan = StepPlan(dataset.samples.index["shard"], batch_size, order, block_shards, seed, rank, world_size)
+        if augmentation.hooks and views == "random":
+            check_hooks(augmentation)
+        self._mixes = augmentation.mixing is not None and views == "random"
+        self._plan = StepPlan(
+            *(dataset.samples.index["shard"], batch_size, order, block_shards, seed, rank, world_size),
+            drop_last=drop_last,
+            together=2 if self._mixes else 1,
+        )
         dataset.samples.keep_shards = self._plan.open_shards(_READ_AHEAD + tuning.prefetch + 1)
         if dataset.samples.remote and order == "shuffle":
             raise AlexprepError(f"{data} is remote, where single images are slow to read: use order='blocks'")
         chosen = statistics_for(dataset, statistics) if augmentation.needs_statistics else None
         dataset.check(augmentation, chosen)
         target = choose_device(device or "cpu")
+        kind = str(dtype).removeprefix("torch.")
+        one_of("dtype", kind, (*get_args(Dtype), "bfloat16"))
+        self._dtype: torch.dtype = getattr(torch, kind)
         self._graph = Graph(
             augmentation,
             chosen,
@@ -144,7 +145,7 @@ class Loader:
             device_id=torch.cuda.current_device() if target.type == "cuda" and target.index is None else target.index,
             decode=tuning.decode_on(target.type),
             hw_decoder_load=tuning.hw_decoder_load,
-            dtype=dtype,
+            dtype=cast(Dtype, "float32" if kind == "bfloat16" else kind),  # which DALI does not have
             memory_format=memory_format,
         )
         self._on_bad, self._dataset = on_bad, dataset
@@ -164,7 +165,7 @@ class Loader:
         return len(self._plan)
 
     def __iter__(self) -> Iterator[Batch]:
-        """The batches from the present step to the end of the epoch.
+        """The batches from the present step to the end of the epoch; where pairs are mixed, each is a `MixedBatch`.
 
         An evaluation (views "centre" and "ten") begins anew where the last one was left early, unless its state was loaded.
         """
@@ -184,6 +185,9 @@ class Loader:
             self._feed_ahead(runner)  # before the caller works on this batch
             labels = moved(torch.from_numpy(self._dataset.samples.labels[step.rows]), images.device)
             batch = Batch(images, labels, torch.from_numpy(step.rows.copy()))
+            if self._mixes:
+                batch = cast(Batch, mixed_batch(batch, step.draws, self._graph.memory_format))
+            batch = batch._replace(images=batch.images.to(self._dtype))
             following = self._plan.after(step.epoch, step.number)
         except BaseException:
             # Also after Ctrl-C: what is under way no longer fits the state, which still points at this batch.

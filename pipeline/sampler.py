@@ -12,7 +12,7 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from alexprep.shards.errors import one_of, whole_number
+from alexprep.shards.errors import AlexprepError, one_of, whole_number
 from alexprep.shards.plan import permutation
 
 Order = Literal["shuffle", "blocks", "sequential"]
@@ -36,6 +36,8 @@ class StepPlan:
     seed: int
     rank: int
     world_size: int
+    drop_last: bool = False  # whether an epoch's last step is left out where it is smaller
+    together: int = 1  # neighbours of a step that come to one rank: 2 where pairs are mixed
 
     def __post_init__(self) -> None:
         """Refuses values out of bounds, with AlexprepError."""
@@ -48,11 +50,17 @@ class StepPlan:
             setattr(self, name, whole_number(name, getattr(self, name), low, high))
         self.rank = whole_number("rank", self.rank, 0, self.world_size - 1)
         one_of("order", self.order, get_args(Order))
+        if self.batch_size % self.together:
+            raise AlexprepError(f"batch_size {self.batch_size} is odd, and mixing takes pairs of a step: make it even")
+        if not len(self):
+            raise AlexprepError(
+                f"with drop_last, {len(self.shards_N)} samples make no step of batch_size {self.batch_size}: make it smaller"
+            )
         self._kept: tuple[int, NDArray[np.int64]] | None = None
 
     def __len__(self) -> int:
         """Steps an epoch, the same on all ranks; the last one may be smaller."""
-        return (len(self.shards_N) + self.batch_size - 1) // self.batch_size
+        return (len(self.shards_N) + (0 if self.drop_last else self.batch_size - 1)) // self.batch_size
 
     def open_shards(self, steps: int) -> int:
         """How many shards `steps` steps in a row are read from, where these are not all: whole blocks, or a few shards in turn."""
@@ -64,12 +72,13 @@ class StepPlan:
     @property
     def largest_part(self) -> int:
         """The most samples that a rank gets in one step."""
-        return -(-self.batch_size // self.world_size)
+        return self.together * -(-self.batch_size // (self.together * self.world_size))
 
     def part(self, epoch: int, step: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """The rows that this rank gets in one step, and their places in the epoch's order: int64 (N,) each."""
         first = step * self.batch_size
-        first, last = rank_part(first, min(first + self.batch_size, len(self.shards_N)), self.rank, self.world_size)
+        last = min(first + self.batch_size, len(self.shards_N))
+        first, last = rank_part(first, last, self.rank, self.world_size, self.together)
         return self._epoch(epoch)[first:last], np.arange(first, last)
 
     def after(self, epoch: int, step: int) -> tuple[int, int]:
@@ -90,16 +99,21 @@ class StepPlan:
         return order
 
 
-def rank_part(first: int, last: int, rank: int, world_size: int) -> tuple[int, int]:
+def rank_part(first: int, last: int, rank: int, world_size: int, together: int = 1) -> tuple[int, int]:
     """The part of the half-open range [first, last) that a rank takes: contiguous, sizes differing by one at most.
 
-    Ranks in order give back the range, whatever `world_size` is.
+    Ranks in order give back the range, whatever `world_size` is. So many neighbours, counted from `first`, stay `together`; sizes then differ by
+    as many.
 
     >>> [rank_part(0, 7, rank, 3) for rank in range(3)]
     [(0, 2), (2, 4), (4, 7)]
+    >>> [rank_part(0, 9, rank, 2, together=2) for rank in range(2)]
+    [(0, 4), (4, 9)]
     """
-    count = last - first
-    return first + rank * count // world_size, first + (rank + 1) * count // world_size
+    count = -(-(last - first) // together)
+    bounds = (together * (which * count // world_size) for which in (rank, rank + 1))
+    start, end = (min(first + bound, last) for bound in bounds)
+    return start, end
 
 
 def epoch_order(seed: int, epoch: int, samples: int) -> NDArray[np.int64]:

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import functools
 import io
+import itertools
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +21,7 @@ from alexprep.shards.image_codec import Codec, Target, read_raw
 from alexprep.shards.image_header import Refused
 from alexprep.shards.inspection import Inspection, inspect_source, pick, printable
 from alexprep.shards.listing import Listing
+from alexprep.shards.photos import Photo, convert_photos
 from alexprep.shards.shard_writer import bound_memory, open_codec, shared_codec
 from alexprep.shards.sources.base import Location, Source
 from alexprep.shards.storage import publish_bytes
@@ -26,11 +29,12 @@ from alexprep.shards.worker_pool import Engine, as_engine, attending, reading
 
 _CLASSES = 10  # rows: the first, the last, and others at equal distances
 _PER_ROW = 10  # images, of all splits together
-_SIDE, _GAP, _MARGIN, _NAMES = 96, 4, 12, 210  # pixels; _NAMES is the width of the column of names
+CELL_SIDE, _GAP, _MARGIN, _NAMES = 96, 4, 12, 210  # pixels; _NAMES is the width of the column of names
 _FONT, _SMALL = 15, 11
 _INK, _PAPER, _FAINT, _WRONG = (20, 20, 20), (255, 255, 255), (235, 235, 235), (190, 30, 30)
 
 Cell = NDArray[np.uint8] | Refused
+_CELL = Target(size=CELL_SIDE, format="raw")
 
 
 def draw_contact_sheet(listing: Listing, engine: Engine | int = 1) -> Image.Image:
@@ -55,8 +59,13 @@ def draw_contact_sheet(listing: Listing, engine: Engine | int = 1) -> Image.Imag
 
 def publish_contact_sheet(listing: Listing, path: Path) -> None:
     """Writes the contact sheet of a source as a PNG, whole or not at all."""
+    publish_picture(draw_contact_sheet(listing), path)
+
+
+def publish_picture(picture: Image.Image, path: Path) -> None:
+    """Writes a picture as a PNG, whole or not at all."""
     buffer = io.BytesIO()
-    draw_contact_sheet(listing).save(buffer, "PNG")
+    picture.save(buffer, "PNG")
     publish_bytes(path, buffer.getvalue())
 
 
@@ -67,8 +76,8 @@ def _labels(found: Inspection) -> list[int]:
 
 
 def _squares(source: Source, places: Sequence[Location], condemned: Mapping[int, str]) -> list[Cell]:
-    """Each image as pixels, uint8 (_SIDE, _SIDE, 3), or why there are none: the task of a worker."""
-    codec: Codec = shared_codec(open_codec, Target(size=_SIDE, format="raw"))
+    """Each image as pixels, uint8 (CELL_SIDE, CELL_SIDE, 3), or why there are none: the task of a worker."""
+    codec: Codec = shared_codec(open_codec, _CELL)
     bound_memory(source, codec)
     cells: list[Cell] = []
     for row, location in enumerate(places):
@@ -93,28 +102,45 @@ def _drawn(
     found: Inspection, labels: Sequence[int], counts: Sequence[Sequence[int]], cells: Sequence[Cell]
 ) -> Image.Image:
     """The sheet; `counts` says how many cells each row has of each split."""
-    step, waiting = _SIDE + _GAP, iter(cells)
-    columns = [max(1, *row) for row in zip(*counts, strict=True)]  # of each split
+    waiting = iter(cells)
+    rows = []
+    for label, of_splits in zip(labels, counts, strict=True):
+        name = found.classes[label] if label >= 0 else "no class is known"
+        rows.append(SheetRow(str(label), name, [list(itertools.islice(waiting, count)) for count in of_splits]))
+    return lay_out(list(found.splits), rows)
+
+
+class SheetRow(NamedTuple):
+    """A row of a sheet: two lines of text, and its images by column group."""
+
+    title: str
+    words: str
+    groups: Sequence[Sequence[Cell]]
+
+
+def lay_out(headings: Sequence[str], rows: Sequence[SheetRow]) -> Image.Image:
+    """Lays out rows of images, each (CELL_SIDE, CELL_SIDE, 3) uint8 or a reason why there is none, below the headings of their groups: RGB."""
+    step = CELL_SIDE + _GAP
+    columns = [max(1, *(len(row.groups[group]) for row in rows)) for group in range(len(headings))]
     widths = [count * step - _GAP for count in columns]
     lefts = [_MARGIN + _NAMES + sum(widths[:number]) + number * _MARGIN for number in range(len(widths))]
     top = _MARGIN + _FONT + _GAP + _MARGIN
-    size = lefts[-1] + widths[-1] + _MARGIN, top + len(labels) * step - _GAP + _MARGIN
+    size = lefts[-1] + widths[-1] + _MARGIN, top + len(rows) * step - _GAP + _MARGIN
     sheet = Image.new("RGB", size, _PAPER)
     draw = ImageDraw.Draw(sheet)
-    for left, width, split in zip(lefts, widths, found.splits, strict=True):
-        _write(draw, (left, _MARGIN), split, _FONT, width)
-    for row, label in enumerate(labels):
-        y = top + row * step
-        name = found.classes[label] if label >= 0 else "no class is known"
-        _write(draw, (_MARGIN, y + _SIDE // 2 - _FONT), str(label), _FONT, _NAMES - _MARGIN)
-        _write(draw, (_MARGIN, y + _SIDE // 2 + _GAP), name, _FONT, _NAMES - _MARGIN)
-        for left, count, most in zip(lefts, counts[row], columns, strict=True):
+    for left, width, heading in zip(lefts, widths, headings, strict=True):
+        _write(draw, (left, _MARGIN), heading, _FONT, width)
+    for number, row in enumerate(rows):
+        y = top + number * step
+        _write(draw, (_MARGIN, y + CELL_SIDE // 2 - _FONT), row.title, _FONT, _NAMES - _MARGIN)
+        _write(draw, (_MARGIN, y + CELL_SIDE // 2 + _GAP), row.words, _FONT, _NAMES - _MARGIN)
+        for left, cells, most in zip(lefts, row.groups, columns, strict=True):
             for column in range(most):
                 x = left + column * step
-                if column >= count:
-                    draw.rectangle((x, y, x + _SIDE - 1, y + _SIDE - 1), fill=_FAINT)
+                if column >= len(cells):
+                    draw.rectangle((x, y, x + CELL_SIDE - 1, y + CELL_SIDE - 1), fill=_FAINT)
                     continue
-                cell = next(waiting)
+                cell = cells[column]
                 if isinstance(cell, Refused):
                     _cross(draw, x, y, cell.reason)
                 else:
@@ -122,14 +148,28 @@ def _drawn(
     return sheet
 
 
+def photo_cells(photos: Sequence[Photo], engine: Engine | None = None) -> list[Cell]:
+    """Photos as cells of a sheet, decoded in worker processes."""
+    made = {number: result for number, _, result in convert_photos(photos, _CELL, engine)}
+    cells = [result if isinstance(result, Refused) else read_raw(result.data) for _, result in sorted(made.items())]
+    return [Refused("no pixels") if cell is None else cell for cell in cells]
+
+
+def cell_of(encoded: bytes | NDArray[np.uint8]) -> Cell:
+    """An image at hand as a cell of a sheet. It is decoded in this process: for images that are known to be harmless, as samples are."""
+    made = shared_codec(open_codec, _CELL).convert(encoded)
+    pixels = made if isinstance(made, Refused) else read_raw(made.data)
+    return Refused("no pixels") if pixels is None else pixels
+
+
 def _cross(draw: ImageDraw.ImageDraw, x: int, y: int, reason: str) -> None:
     """A crossed box with the reason in it."""
-    right, bottom = x + _SIDE - 1, y + _SIDE - 1
+    right, bottom = x + CELL_SIDE - 1, y + CELL_SIDE - 1
     draw.rectangle((x, y, right, bottom), outline=_WRONG)
     for ends in ((x, y, right, bottom), (x, bottom, right, y)):
         draw.line(ends, fill=_WRONG)
     for number, line in enumerate(textwrap.wrap(reason, 16)[:6]):
-        _write(draw, (x + _GAP, y + _GAP + number * (_SMALL + 3)), line, _SMALL, _SIDE - 2 * _GAP, _PAPER)
+        _write(draw, (x + _GAP, y + _GAP + number * (_SMALL + 3)), line, _SMALL, CELL_SIDE - 2 * _GAP, _PAPER)
 
 
 def _write(

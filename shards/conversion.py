@@ -285,30 +285,32 @@ def _missing(plan: Plan) -> tuple[list[Shard], Rejects]:
     return missing, rejected
 
 
-def _all_made(made: Iterator[Rejects], shards: int, rejected: Rejects, limit: RejectLimit) -> bool:
-    """Whether all `shards` were made: no more are, as soon as it is certain that more inputs are rejected than allowed.
+def _all_made(made: Iterator[Rejects], tasks: int, rejected: Rejects, limit: RejectLimit) -> bool:
+    """Whether all `tasks` were done: no more are, as soon as it is certain that more inputs are rejected than allowed.
 
     `made` gives the rejects of each as it is finished. It is not held elsewhere, so it ends, and its workers with it, when this returns.
     """
     for finished, more in enumerate(made, 1):
         rejected = Rejects(*map(sum, zip(rejected, more, strict=True)))
-        if not limit.allows(rejected) and finished < shards:
+        if not limit.allows(rejected) and finished < tasks:
             return False
     return True
 
 
-def _in_turn(plan: Plan, missing: list[Shard]) -> list[tuple[Shard, str | None]]:
-    """The tasks, from a random one on, so that two writers seldom begin with the same shard.
+def _in_turn(plan: Plan, missing: list[Shard]) -> list[list[tuple[Shard, str | None]]]:
+    """The tasks, from a random one on, so that two writers seldom begin with the same shard. Each is the shards of one window.
 
-    With each goes the sha256 that a finished dataset records of the shard: what is made again must be the same.
+    With each shard goes the sha256 that a finished dataset records of it: what is made again must be the same.
     """
-    begin = secrets.randbelow(len(missing))
     known: dict[str, str] | None = None
     with contextlib.suppress(KeyError, TypeError, AttributeError):
         known = {record["name"]: str(record["sha256"]) for record in recorded_shards(_finished(plan))}
-    return [
-        (shard, None if known is None else known.get(shard.name, "")) for shard in missing[begin:] + missing[:begin]
+    tasks = [
+        [(shard, None if known is None else known.get(shard.name, "")) for shard in shards]
+        for _, shards in itertools.groupby(missing, lambda shard: (shard.split, shard.window))
     ]
+    begin = secrets.randbelow(len(tasks))
+    return tasks[begin:] + tasks[:begin]
 
 
 def check_space(

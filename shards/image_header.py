@@ -104,6 +104,9 @@ def read_header(read: Read, offset: int, size: int) -> Header | Refused:
         return Refused("empty file")
     parse = next((parse for magic, parse in _PARSERS.items() if head.startswith(magic)), None)
     if parse is None:
+        foreign = reader_of(head if head.strip(b"\0") else read(offset, size))  # nothing but zeros, to the end?
+        if isinstance(foreign, Refused):
+            return foreign
         return Refused(f"not a JPEG, PNG, WebP, BMP or PNM image (first bytes {head[:8].hex(' ')})")
     try:
         found = parse(head, get)

@@ -207,7 +207,7 @@ def inspect_source(listing: Listing, sample: int = SAMPLE) -> Inspection:
         listing: what `list_inputs` returned.
         sample: how many inputs, picked at random, are looked at; 0 for none. One that cannot be read is counted with the reason.
     """
-    label_of = listing.label_of
+    label_of, looked_at = listing.label_of, _look(listing.source, _anywhere(listing, sample))
     splits = {split: _contents(listing, split) for split in dict.fromkeys(SPLITS.values()) if split in listing.splits}
     rows = []
     for share, split in zip(_shares(_ROWS, len(splits)), splits, strict=True):
@@ -223,9 +223,9 @@ def inspect_source(listing: Listing, sample: int = SAMPLE) -> Inspection:
         listing.classes,
         _numbering(listing),
         rows,
-        _look(listing.source, _anywhere(listing, sample)),
+        looked_at,
         dict(sorted(listing.account.passed_over.items())),
-        list(dict.fromkeys(listing.account.warnings)),
+        list(dict.fromkeys([*_warning_of(looked_at), *listing.account.warnings])),
     )
 
 
@@ -333,6 +333,16 @@ def _look(source: Source, places: Sequence[Location]) -> FileSample:
     )
 
 
+def _warning_of(sample: FileSample) -> list[str]:
+    """A sentence where most of a sample is of no use: then `shard` will most likely stop."""
+    bad = sum(sample.refused.values())
+    if 2 * bad <= sample.files:
+        return []
+    reason, count = next(iter(sample.refused.items()))
+    seen = f"{bad:,} of the {counted(sample.files, 'input')} that were looked at cannot be used ({count:,}: {reason})"
+    return [f"{seen}: `alexprep shard` stops where more than half are no pictures, unless --max-rejects allows it"]
+
+
 def _header(source: Source, place: Location) -> tuple[str, Header, int] | str:
     """The format, the header and the bytes of one input; or why it cannot be used."""
     try:
@@ -343,7 +353,9 @@ def _header(source: Source, place: Location) -> tuple[str, Header, int] | str:
 
         def read(offset: int, count: int) -> bytes:
             return (
-                head[offset : offset + count] if offset + count <= len(head) else _bytes(source, place, offset, count)
+                head[offset : offset + count]
+                if offset + count <= len(head) or len(head) == size
+                else _bytes(source, place, offset, count)
             )
 
         kind = next((name for magic, name in _MAGIC.items() if head.startswith(magic)), "")

@@ -24,7 +24,7 @@ _COEFFICIENTS = 64
 # lost or added in the middle, 3 in 100 leave so few (measured: 929 damaged photos).
 _HARMLESS = 8
 COMPARED = 20_000_000  # pixels of which two whole pictures are held to find what is missing
-NOISE = bytes(range(0xFE, 0x60, -1)) * 8  # before an end marker: where it changes the picture, data were missing
+NOISE = bytes(range(0xFE, 0x60, -1)) * 8  # behind a scan's data: where it changes the picture, data were missing
 _scan_end = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]").search
 _left_over = re.compile(r"(\d+) extraneous bytes before marker 0xd9").search
 
@@ -74,10 +74,11 @@ def is_sound(data: bytes, frame: Frame) -> bool:
     return not (frame.scans and _missing_scans(data, frame))
 
 
-def picture_alone(data: bytes, frame: Frame, before_the_end: bytes = b"") -> bytes:
+def picture_alone(data: bytes, frame: Frame, noise: bytes = b"") -> bytes:
     """A copy of a JPEG that has what its picture needs and an end marker, without what libjpeg warns of but could do without.
 
     Gone are comments and metadata, bytes between segments, whatever follows the picture; set right are fields that have no effect.
+    `noise`, if any, is put behind the data of each scan, in place of what may be the fill of a file whose end never came.
     """
     parts, at = [b"\xff\xd8"], 2
     for _ in range(_MOST_PARTS):
@@ -96,9 +97,16 @@ def picture_alone(data: bytes, frame: Frame, before_the_end: bytes = b"") -> byt
         if marker == START_OF_SCAN:
             end = _scan_end(data, at)
             stop = len(data) if end is None else end.start()
-            parts.append(data[at:stop])
+            # An ff at the end is no data: it fills, or has lost the byte that it stands before, and would make a marker of the next one.
+            scan = data[at:stop].rstrip(b"\xff")
+            parts.append(scan[: len(scan) - _fill(scan)] + noise if noise else scan)
             at = stop
-    return b"".join((*parts, before_the_end, b"\xff\xd9"))
+    return b"".join((*parts, b"\xff\xd9"))
+
+
+def _fill(scan: bytes) -> int:
+    """How many equal bytes a scan's data end with, beyond those that an encoder may have written."""
+    return max(0, len(scan) - len(scan.rstrip(scan[-1:])) - _HARMLESS) if scan else 0
 
 
 def _set_right(marker: int, segment: bytes, frame: Frame) -> bytes:
@@ -161,31 +169,33 @@ def _damage(words: str, data: bytes, frame: Frame, pixels: NDArray[np.uint8]) ->
         return f"damaged JPEG: {_plain(words)}"
     count = int(left[1])
     padding = len(set(data[-2 - count : -2])) == 1
-    if not frame.scans and (count <= _HARMLESS or padding):
-        return None
-    return f"damaged JPEG: {count:,} bytes of picture data are left over"
+    if frame.scans or (count > _HARMLESS and not padding):
+        return f"damaged JPEG: {count:,} bytes of picture data are left over"
+    # Zeros behind a cut, as a download leaves them that had its room beforehand, may be codes enough to end the picture.
+    return _what_is_missing(data, frame, pixels, cut=False) if _fill(data[:-2]) else None
 
 
-def _what_is_missing(data: bytes, frame: Frame, pixels: NDArray[np.uint8]) -> str | None:
-    """Which rows lack data, by what other data at the end would change; None where they would change nothing."""
+def _what_is_missing(data: bytes, frame: Frame, pixels: NDArray[np.uint8], cut: bool = True) -> str | None:
+    """Which rows lack data, by what other data behind its scans would change; None where they would change nothing.
+
+    A large picture is compared at an eighth of its size. If that shows nothing, it is whole unless libjpeg says that it is `cut`.
+    """
     scale = 1
     if frame.height * frame.width > COMPARED:
         pixels, scale = _pixels(data, frame, strict=False, small=True), 8
     first = frame.height
     for noise in (NOISE, NOISE[::-1]):
         try:
-            other = _pixels(data[:-2] + noise + data[-2:], frame, strict=False, small=scale > 1)
+            other = _pixels(picture_alone(data, frame, noise), frame, strict=False, small=scale > 1)
         except ValueError:
             continue
         rows = np.flatnonzero((other != pixels).any(axis=(1, 2)))
         first = min(first, int(rows[0]) * scale if len(rows) else frame.height)
     if first < frame.height:
-        kind = "blurred from row" if frame.marker == PROGRESSIVE else "after"
         rows_said = f"{first:,} of {frame.height:,}"
-        return (
-            f"truncated: {kind} {rows_said} on" if frame.marker == PROGRESSIVE else f"truncated {kind} {rows_said} rows"
-        )
-    return None if scale == 1 else "truncated: data are missing in its last scan"
+        progressive = frame.marker == PROGRESSIVE
+        return f"truncated: blurred from row {rows_said} on" if progressive else f"truncated after {rows_said} rows"
+    return "truncated: data are missing in one of its scans" if cut and scale > 1 else None
 
 
 def _missing_scans(data: bytes, frame: Frame) -> str | None:

@@ -196,7 +196,8 @@ def _alike(names: Iterable[str]) -> dict[str, str]:
     """Of names that are equal but for case or Unicode form, each with the first of them in the order of bytes."""
     groups: defaultdict[str, list[str]] = defaultdict(list)
     for name in names:
-        groups[unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())].append(name)
+        plain = unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold()).strip()
+        groups[str(int(plain)) if plain.isascii() and plain.isdigit() else plain].append(name)
     return {name: min(group, key=str.encode) for group in groups.values() if len(group) > 1 for name in group}
 
 
@@ -204,7 +205,7 @@ def _asked_about(alike: dict[str, str], source: Source) -> AmbiguousSourceError:
     first = next(iter(alike.values()))
     group = sorted(ascii(name) for name in alike if alike[name] == first)
     return AmbiguousSourceError(
-        f"SOURCE {source.files.display()} has class names that are equal but for case or Unicode form: {' and '.join(group)}"
+        f"SOURCE {source.files.display()} has class names that are equal but for case, Unicode form, outer blanks or zeros in front: {' and '.join(group)}"
         + (f", and {len(alike) - len(group)} more. " if len(alike) > len(group) else ". ")
         + "They may be one class written in two ways, or several.",
         [("--class-names folded", "they are one class"), ("--class-names exact", "each name is a class of its own")],

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
@@ -109,6 +110,7 @@ class Shard:
     number: int  # in its split
     first_row: int  # in its split's order
     group: int  # its row group in plan.parquet, which is its number in the whole plan
+    window: int = 0  # in its split: shards of one are made of the same groups of inputs, and by one task
 
     @property
     def name(self) -> str:
@@ -164,8 +166,9 @@ class Plan:
         """One shard after the other, in order."""
         size, group = self.document["shard_samples"], 0
         for split, record in self.document["splits"].items():
+            together = max(1, record.get("window_inputs", 0) // size)
             for number in range(record["shards"]):
-                yield Shard(split, number, number * size, group)
+                yield Shard(split, number, number * size, group, number // together)
                 group += 1
 
 
@@ -178,9 +181,11 @@ def draw_up(listing: Listing, options: ShardOptions) -> tuple[dict[str, Any], li
     splits: dict[str, Any] = {}
     tables: list[pa.Table] = []
     for split in sorted(splits_of_inputs, key=_SPLIT_STREAM.__getitem__):
-        order = permutation((options.seed, _SPLIT_STREAM[split]), len(splits_of_inputs[split]))[: options.limit]
-        count = len(order)
-        inputs = splits_of_inputs.pop(split).combine_chunks().take(pa.array(order))
+        inputs = splits_of_inputs.pop(split).combine_chunks()
+        count = min(len(inputs), options.limit or len(inputs))
+        key, window = (options.seed, _SPLIT_STREAM[split]), _window(source.window_inputs(), count, size)
+        order = grouped_order(key, _groups(inputs), window) if window else permutation(key, len(inputs))
+        inputs = inputs.take(pa.array(order[:count]))
         columns = {
             "split": pa.repeat(split, count),
             "shard": np.arange(count, dtype=np.uint32) // np.uint32(size),
@@ -190,7 +195,7 @@ def draw_up(listing: Listing, options: ShardOptions) -> tuple[dict[str, Any], li
         }
         table = pa.table(columns, schema=_TABLE)
         tables += [table.slice(start, size) for start in range(0, count, size)]
-        splits[split] = {"inputs": count, "shards": -(-count // size)}
+        splits[split] = {"inputs": count, "shards": -(-count // size)} | ({"window_inputs": window} if window else {})
     document = {
         "format": PLAN_FORMAT,
         "format_version": FORMAT_VERSION,
@@ -317,10 +322,16 @@ def differences(old: Mapping[str, Any], new: dict[str, Any]) -> list[str]:
     if old.get("inputs") != new["inputs"]:
         counts = [sum(split["inputs"] for split in plan.get("splits", {}).values()) for plan in (old, new)]
         then, chosen = (as_options(choices_of(plan.get("choices", {}))) for plan in (old, new))
-        neither = "neither --split-folders nor --class-depth"
         if then != chosen:  # by which other files are inputs, or have other classes
-            words.append(f"SOURCE was read with {then or neither}, now with {chosen or neither}")
+            words.append(
+                f"SOURCE was read {f'with {then}' if then else 'as found'}, now {f'with {chosen}' if chosen else 'as found'}"
+            )
         words.append(f"the files in SOURCE have changed ({counts[0]:,} inputs then, {counts[1]:,} now)")
+    windows = [
+        {split: record.get("window_inputs") for split, record in plan.get("splits", {}).items()} for plan in (old, new)
+    ]
+    if not words and windows[0] != windows[1]:
+        words.append("the groups in which SOURCE has its inputs have other sizes now, which changes the order")
     for name in ("format_version", "layout", "classes"):
         if old.get(name) != new[name] and not words:
             words.append(f"{name} differs")
@@ -336,6 +347,47 @@ def permutation(key: tuple[int, ...], count: int) -> NDArray[np.int64]:
     """
     words = np.random.Philox(np.random.SeedSequence(key)).random_raw(count)
     return np.argsort(words, kind="stable")
+
+
+def grouped_order(key: tuple[int, ...], groups: NDArray[np.int64], window: int) -> NDArray[np.int64]:
+    """An order of inputs that lie in groups, each of which is read as a whole: groups are permuted, then inputs within windows.
+
+    The groups, in random order, are laid end to end and cut into windows of `window` inputs; within each the inputs are permuted. So a
+    window needs as many groups as its inputs fill, and a group serves one window, or two where a cut falls into it.
+
+    Args:
+        key: of the generator, as `permutation` has it; (*key, 1) permutes groups and (*key, 2) inputs.
+        groups: (inputs,), ascending: the number of each input's group, from 0.
+        window: inputs, at least 1.
+
+    Returns:
+        int64 (inputs,): the inputs in their order.
+    """
+    sizes = np.bincount(groups)
+    rank = np.empty(len(sizes), np.int64)
+    rank[permutation((*key, 1), len(sizes))] = np.arange(len(sizes))
+    laid = np.argsort(rank[groups], kind="stable")
+    words = np.random.Philox(np.random.SeedSequence((*key, 2))).random_raw(len(laid))
+    return laid[np.lexsort((words, np.arange(len(laid)) // window))]
+
+
+def _groups(inputs: pa.Table) -> NDArray[np.int64]:
+    """The number of each input's group, which the inputs of one path and offset form: int64 (inputs,), ascending from 0."""
+    paths, offsets = inputs["path"].combine_chunks(), inputs["offset"].to_numpy()
+    new = pc.not_equal(paths[1:], paths[:-1]).to_numpy(zero_copy_only=False) | (offsets[1:] != offsets[:-1])
+    return np.concatenate([[0], np.cumsum(new)]).astype(np.int64)
+
+
+def _window(inputs: int, count: int, size: int) -> int:
+    """The inputs of a window, about as many as a worker can keep the groups of, for `count` inputs in shards of `size`.
+
+    It is whole shards, as long as there are `_MANY` windows that workers can share; or a shard halved as often as need be.
+    """
+    if not inputs:
+        return 0
+    if inputs < size:
+        return -(-size // (1 << (-(-size // inputs) - 1).bit_length()))
+    return size * max(1, min(inputs // size, -(-count // size) // _MANY))
 
 
 class PlanTable:

@@ -60,7 +60,7 @@ class PlannedInput(NamedTuple):
 
 @dataclass(frozen=True)
 class ShardWriter:
-    """Makes the shards of a plan. An engine sends it to its workers, which call it once a shard."""
+    """Makes the shards of a plan. An engine sends it to its workers, which call it once a window of shards, mostly one."""
 
     plan: Plan
     source: Source
@@ -68,16 +68,19 @@ class ShardWriter:
     make_codec: MakeCodec
     check: MachineCheck  # run once in each worker, since it may be on another machine
 
-    def __call__(self, argument: tuple[Shard, str | None], condemned: Mapping[int, str]) -> Rejects:
-        """Makes a shard, unless another writer has made it meanwhile; returns its rejects.
+    def __call__(self, argument: Sequence[tuple[Shard, str | None]], condemned: Mapping[int, str]) -> Rejects:
+        """Makes some shards of one split, each unless another writer has made it meanwhile; returns their rejects.
 
-        `argument` is the shard, and the sha256 that its tar had when the dataset was finished ("" where it had none; None where
+        `argument` is each shard, and the sha256 that its tar had when the dataset was finished ("" where it had none; None where
         that is not known). `condemned` has the rows that are not to be touched, and why.
         """
-        shard, recorded = argument
         if self.plan.digest not in _checked:
             self.check.run()
             _checked.add(self.plan.digest)
+        made = [self._make(shard, recorded, condemned) for shard, recorded in argument]
+        return Rejects(*map(sum, zip(*made, strict=True)))
+
+    def _make(self, shard: Shard, recorded: str | None, condemned: Mapping[int, str]) -> Rejects:
         if (made := read_sidecar(self.plan, shard)) is not None:
             return rejects_in(made)
         codec = shared_codec(self.make_codec, self.target)
@@ -111,8 +114,8 @@ class ShardWriter:
             if recorded is not None and recorded != (sha256 if tar.members else ""):
                 raise AlexprepError(
                     f"shard {shard.name} does not become what {plan.folder / DATASET} records: the images in SOURCE have changed "
-                    "since, or this machine decodes differently. Nothing of it was written: name the SOURCE that the data set was "
-                    "made from, or use a new --out"
+                    f"since, or this machine decodes differently{_other_rules(plan)}. Nothing of it was written: name the SOURCE "
+                    "that the data set was made from, or use a new --out"
                 )
             first = (read_sidecar(plan, shard) or {}).get("sha256", sha256)
             if first != sha256 and (not tar_path.exists() or first == file_sha256(tar_path)):
@@ -126,6 +129,16 @@ class ShardWriter:
         sidecar = sidecar_of(plan, records, list(map(vars, tar.members)), sha256)
         publish_sidecar(plan, shard, sidecar, before)
         return rejects_in(sidecar)
+
+
+def _other_rules(plan: Plan) -> str:
+    """A third reason for other bytes, of plans from before JPEGs were decoded by simplejpeg."""
+    if "simplejpeg" in plan.document["versions"]:
+        return ""
+    return (
+        ", or it holds damaged or odd images, for which the earlier release of alexprep that began it had other rules: that release "
+        "makes this shard again"
+    )
 
 
 class _EmptyError(Exception):

@@ -340,7 +340,11 @@ def one_thread() -> None:
 
 
 def _reuse_memory() -> None:
-    """Lets glibc's malloc keep the memory of an image for the next one: fresh pages for each cost 4 % of the time."""
+    """Lets glibc's malloc keep the memory of an image for the next one: fresh pages for each cost 4 % of the time.
+
+    pyarrow, which is imported later, takes its memory there too: the pages of a row group cost as much time as its reading.
+    """
+    os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, 32 * 2**20)

@@ -14,10 +14,13 @@ import torch
 from torch import nn
 
 from alexprep.pipeline.augmentation import Augmentation
+from alexprep.train import checkpoint
+from alexprep.train.config import TrainConfig, prepare
 from alexprep.train.lr_schedule import Steps
 from alexprep.train.models import alexnet as networks
 from alexprep.train.precision import MemoryFormat
 from alexprep.train.recipes import Recipe
+from alexprep.train.training_state import TrainingState
 
 DIGEST = "made up"
 CLASSES, BATCH, CROP = 3, 8, 67
@@ -141,3 +144,14 @@ def small_recipe(**changes: Any) -> Recipe:
         width=0.125,
     )
     return replace(recipe, **changes)
+
+
+def make_run(runs: Path, name: str, data: Path, seed: int, steps: tuple[int, ...] = (2,), recipe: str = "tiny") -> Path:
+    """A run with untrained checkpoints, each of other weights."""
+    job = prepare(TrainConfig(data=data, recipe=recipe, seed=seed, runs=runs, name=name, device="cpu"))
+    for step in steps:
+        state = TrainingState(job.recipe, job.facts.classes, seed + 100 * step, torch.device("cpu"))
+        state.position.step = step
+        facts = {"identity": job.identity, **state.facts(), "versions": {}}
+        checkpoint.save(job.run / "checkpoints", step, state.tensors(), facts, keep=9)
+    return job.run

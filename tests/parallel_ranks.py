@@ -117,7 +117,9 @@ def train(world: World, name: str, scheme: Scheme, dtype: torch.dtype) -> tuple[
     return parallel, optimizer, report
 
 
-def round_trips(world: World, name: str, whole: dict[str, torch.Tensor], velocities: list[torch.Tensor]) -> list[str]:
+def round_trips(
+    world: World, name: str, whole: dict[str, torch.Tensor], velocities: dict[str, torch.Tensor]
+) -> list[str]:
     """A state into every scheme and out again: the schemes in which a bit changed."""
     wrong: list[str] = []
     for scheme in SCHEMES:
@@ -125,10 +127,10 @@ def round_trips(world: World, name: str, whole: dict[str, torch.Tensor], velocit
         parallel = Parallel(network_named(name)[0], scheme, there)
         optimizer = optimizer_of(parallel.network)
         parallel.scatter_state(whole)
-        parallel.scatter_velocities(optimizer, velocities)
-        weights, moved = parallel.gather_state(), parallel.gather_velocities(optimizer)
+        parallel.scatter_slots(optimizer, velocities)
+        weights, moved = parallel.gather_state(), parallel.gather_slots(optimizer)
         equal = all(torch.equal(weights[key], whole[key]) for key in whole)
-        if not equal or not all(torch.equal(one, other) for one, other in zip(moved, velocities, strict=True)):
+        if not equal or not all(torch.equal(moved[key], velocities[key]) for key in velocities):
             wrong.append(scheme)
     return wrong
 
@@ -264,7 +266,7 @@ def everything(world: World, names: list[str]) -> dict[str, Any]:
             parallel, optimizer, found[f"{name} {scheme}"] = train(world, name, scheme, torch.float64)
             if scheme == "towers":
                 whole = {key: weight.float() for key, weight in parallel.gather_state().items()}
-                velocities = [velocity.float() for velocity in parallel.gather_velocities(optimizer)]
+                velocities = {key: slot.float() for key, slot in parallel.gather_slots(optimizer).items()}
                 found[f"round trips {name}"] = round_trips(world, name, whole, velocities)
         found[f"evaluation {scheme}"] = evaluation(world, scheme)
         found |= {f"exact {scheme} {precision}": exact(world, scheme, precision) for precision in EXACTLY}

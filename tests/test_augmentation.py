@@ -20,10 +20,10 @@ from alexprep.pipeline.augmentation import (
     centred,
     draw,
     noise_stdevs,
-    philox,
-    resize,
     ten_windows,
 )
+from alexprep.pipeline.geometry import resize
+from alexprep.pipeline.random_numbers import philox
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.rgb_statistics import IMAGENET_STDEVS, Statistics
 

@@ -18,6 +18,7 @@ from alexprep.shards.storage import digest_json
 from alexprep.train import checkpoint, recipes
 from alexprep.train.config import CHECKPOINT_STEPS, KEEP, REMEMBERED, TrainConfig, prepare
 from alexprep.train.evaluation import evaluate_run
+from alexprep.train.lr_schedule import Cosine, EarlyStop, Steps, WarmUp, recorded_schedule
 from alexprep.train.trainer import train
 from tests import training_ranks as ranks
 from tests.made_up import MadeUpLoader, small_recipe, write_data
@@ -82,8 +83,10 @@ def test_a_run_of_the_first_release_goes_on(released: TrainConfig, tmp_path: Pat
     summary = train(replace(released, runs=other))
     assert (summary["steps"], summary["epochs"], summary["stopped_by"]) == (8, 2, None)
     assert summary["val_split"] == "val" and summary["val_loss"] is not None
-    assert _saved(other / "tiny") == [8]
+    assert _saved(other / "tiny") == [6, 8]  # the best, which ended the first epoch, and the last
     assert train(released)["weights_sha256"] == summary["weights_sha256"]
+    facts = checkpoint.read(checkpoint.marks(other / "tiny" / "checkpoints")[8]).facts
+    assert facts["identity"]["recipe"]["momentum_correction"] is False  # it was not there: the run goes on without
     options = _options(released.runs / "tiny")
     assert (options["keep"], options["checkpoint_steps"]) == (KEEP, CHECKPOINT_STEPS) == (3, 1000)
     for changes, words in (
@@ -112,11 +115,13 @@ def test_a_run_with_a_field_that_nobody_knows_is_refused(place: str, released: T
 
 
 def test_a_released_recipe_means_what_it_meant() -> None:
-    """Fields may be added; those that are there keep their values, and so do the defaults by which older runs are completed."""
+    """For its runs: fields may be added; those that are there keep their values, and so do the defaults by which older runs are completed."""
     told = json.loads((RELEASED / "recipes.json").read_text())
     assert told.keys() <= recipes.RECIPES.keys()
     for name, before in told.items():
-        recipe = recipes.RECIPES[name]
+        schedule = recorded_schedule(before["schedule"])
+        assert schedule is not None
+        recipe = replace(recipes.as_begun(recipes.RECIPES[name], before), schedule=schedule)
         now = checkpoint.with_defaults(json.loads(json.dumps(recipe.describe())), recipe)
         assert checkpoint.differences(checkpoint.with_defaults(before, recipe), now) == []
     plain = recipes.RECIPES["alexnet"]
@@ -126,14 +131,17 @@ def test_a_released_recipe_means_what_it_meant() -> None:
     bare = checkpoint.with_defaults({"augmentation": {}, "network": {}, "schedule": {}}, plain)
     assert {name: bare[name] for name in defaults} == defaults
     for part in ("augmentation", "network", "schedule"):  # alexnet's are at their defaults throughout
-        assert {name: told["alexnet"][part][name] for name in bare[part]} == bare[part]
+        before, now = told["alexnet"][part], bare[part]
+        assert {name: before[name] for name in now.keys() & before.keys()} == {
+            name: now[name] for name in now.keys() & before.keys()
+        }
+        assert all(now[name] in (None, 0.0, []) for name in now.keys() - before.keys())  # added since, and off
 
 
 def test_resuming_with_other_settings_is_refused(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(recipes.RECIPES, "other", small_recipe(name="other"))
     train(config(data, steps=1), MadeUpLoader)
     other: list[tuple[Document, str]] = [
-        ({"lr": 0.02}, r"recipe.lr was 0.01, is now 0.02"),
         ({"batch_size": 4}, r"recipe.batch_size was 8, is now 4"),
         ({"seed": 5}, r"seed was 0, is now 5"),
         ({"recipe": "other"}, r"recipe.name was 'small', is now 'other'"),
@@ -143,6 +151,56 @@ def test_resuming_with_other_settings_is_refused(data: Path, monkeypatch: pytest
         with pytest.raises(AlexprepError, match=message):
             train(replace(config(data, resume=True), **changes), MadeUpLoader)
     assert train(config(data, resume=True, recipe=None, steps=2), MadeUpLoader)["steps"] == 2
+
+
+def test_a_rate_that_is_given_on_resuming_holds_from_then_on(
+    data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As if the schedule had said so, to the last bit; also where the process was killed before it could save a checkpoint."""
+    monkeypatch.setitem(recipes.RECIPES, "small", small_recipe(schedule=Steps(after=(1, 2))))
+    wanted = train(config(data, name="planned", epochs=3), MadeUpLoader)["weights_sha256"]
+    train(config(data, name="hand", schedule="constant", epochs=1), MadeUpLoader)
+    bare = config(data, name="hand", recipe=None, resume=True, epochs=3)
+    run = data.parent / "runs" / "hand"
+    kept = shutil.copytree(run / "checkpoints", data.parent / "kept")
+    train(replace(bare, lr=0.001, steps=7), MadeUpLoader)
+    assert "from step 6 on: lr was 0.01, is now 0.001; the rate is now 0.001" in capsys.readouterr().err
+    shutil.rmtree(run / "checkpoints")
+    shutil.copytree(kept, run / "checkpoints")
+    train(replace(bare, epochs=2), MadeUpLoader)
+    train(replace(bare, lr=0.0001), MadeUpLoader)
+    assert train(bare, MadeUpLoader)["weights_sha256"] == wanted
+    document = json.loads((run / "config.json").read_text())
+    assert [(change["step"], change["changes"]["lr"]["is"]) for change in document["history"]] == [
+        (6, 0.001),
+        (12, 0.0001),
+    ]
+    assert (document["options"]["lr"], document["identity"]["recipe"]["lr"]) == (0.0001, 0.0001)
+    assert [record["lr"] for record in ranks.records(run, "change")] == [0.001, 0.0001]
+
+
+def test_a_schedule_is_an_option(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is planned for the run's length, goes on as it began, and may be planned anew."""
+    whole = train(config(data, name="whole", schedule="linear", warmup=1, epochs=3), MadeUpLoader)
+    run = data.parent / "runs" / "part"
+    train(config(data, name="part", schedule="linear", warmup=1, epochs=3, steps=8), MadeUpLoader)
+    bare = config(data, name="part", recipe=None, resume=True)
+    assert train(replace(bare, epochs=3), MadeUpLoader)["weights_sha256"] == whole["weights_sha256"]
+    rates = [record["lr"] for record in ranks.records(run, "steps")]
+    assert len(set(rates)) == len(rates) and max(rates) < 0.01
+    with pytest.raises(AlexprepError, match=r"to 0 after 3 epochs, and 4 are asked for: add --schedule linear"):
+        train(replace(bare, epochs=4), MadeUpLoader)
+    assert train(replace(bare, epochs=4, schedule="cosine", warmup=0), MadeUpLoader)["steps"] == 24
+    document = json.loads((run / "config.json").read_text())
+    assert document["identity"]["recipe"]["schedule"] == {"kind": "Cosine", "epochs": 4, "final": 0.0}
+    assert document["history"][0]["changes"]["schedule"] == {"was": "linear", "is": "cosine"}
+    with pytest.raises(AlexprepError, match=r"no schedule 'steps:x': choose one of constant, linear"):
+        train(config(data, schedule="steps:x"), MadeUpLoader)
+    # A release may ship a recipe with another schedule: a run keeps its own, and what is put around it.
+    train(config(data, name="older", warmup=1, steps=1), MadeUpLoader)
+    monkeypatch.setitem(recipes.RECIPES, "small", small_recipe(schedule=Cosine()))
+    job = prepare(config(data, name="older", recipe=None, resume=True, early_stop=4), check_statistics=False)
+    assert job.recipe.schedule == EarlyStop(WarmUp(Steps(after=(2,)), 1.0), 4)
 
 
 def test_a_bare_resume_goes_on_as_the_run_began(data: Path) -> None:
@@ -159,7 +217,7 @@ def test_a_bare_resume_goes_on_as_the_run_began(data: Path) -> None:
     assert {name: _options(run)[name] for name in REMEMBERED} == remembered
     assert train(bare, MadeUpLoader)["steps"] == 8
     assert train(replace(bare, epochs=2), MadeUpLoader)["steps"] == 12
-    assert _saved(run) == [11, 12]
+    assert _saved(run) == [6, 11, 12]  # the first epoch's is the best
     longer = train(replace(bare, epochs=3), MadeUpLoader)["weights_sha256"]
     assert longer == train(config(data, name="whole"), MadeUpLoader)["weights_sha256"]
 

@@ -24,9 +24,9 @@ from alexprep.pipeline.augmentation import (
     channel_stdevs,
     draw,
     noise_stdevs,
-    resize,
     ten_windows,
 )
+from alexprep.pipeline.batch import Batch
 from alexprep.pipeline.dali_ops import (
     colour_noise,
     decode_crop,
@@ -38,7 +38,8 @@ from alexprep.pipeline.dali_ops import (
     subtract_mean_window,
     to_tensor,
 )
-from alexprep.pipeline.loader import Batch, Loader
+from alexprep.pipeline.geometry import resize
+from alexprep.pipeline.loader import Loader
 from alexprep.shards import rgb_statistics
 from alexprep.shards.conversion import convert
 from alexprep.shards.image_codec import Target

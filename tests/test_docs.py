@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import io
 import itertools
+import json
 import re
 import runpy
 import shlex
@@ -13,12 +14,15 @@ import struct
 import subprocess
 import sys
 import tarfile
+import zipfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 import click
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 
@@ -48,6 +52,9 @@ def _stand_ins(root: Path, photos: Path) -> dict[str, str]:
     """A few images in each layout of docs/sources.md, under the names that the page uses; those that need another path."""
     images = {str(path.relative_to(photos)): path.read_bytes() for path in sorted(photos.rglob("*.JPEG"))}
     _pack(root / "photos.tar", images)
+    with zipfile.ZipFile(root / "photos.zip", "w") as archive:
+        for name, content in images.items():
+            archive.writestr(name, content)
     synsets: dict[str, dict[str, bytes]] = {}
     for name, content in images.items():
         split, class_name, file = name.split("/")
@@ -57,8 +64,18 @@ def _stand_ins(root: Path, photos: Path) -> dict[str, str]:
     packed = {name: _pack(root / "synset.tar", members) for name, members in synsets.items()}
     _pack(root / "ilsvrc/ILSVRC2012_img_train.tar", packed)
     shutil.copytree(photos / "train", root / "kaggle/ILSVRC/Data/CLS-LOC/train")
-    rows = [f"{photos / name},{name.split('/')[1]}" for name in images]
-    (root / "photos.csv").write_text("\n".join(["path,label", *rows]))
+    lines = [f"{photos / name},{name.split('/')[1]}" for name in images]
+    (root / "photos.csv").write_text("\n".join(["path,label", *lines]))
+    for split in ("train", "val"):
+        rows = [(images[name], name.split("/")[1]) for name in images if name.startswith(split)]
+        table = pa.table({"image": [{"bytes": data} for data, _ in rows], "label": [label for _, label in rows]})
+        (root / "hub/data").mkdir(parents=True, exist_ok=True)
+        pq.write_table(table, root / f"hub/data/{split}-00000-of-00001.parquet", row_group_size=10)
+        (root / "pets" / split).mkdir(parents=True)
+        for n, (data, _) in enumerate(rows):
+            (root / "pets" / split / f"{n}.jpg").write_bytes(data)
+        told = [json.dumps({"file_name": f"{n}.jpg", "label": label}) for n, (_, label) in enumerate(rows)]
+        (root / "pets" / split / "metadata.jsonl").write_text("\n".join(told))
     record = bytes([3]) + bytes(3072)
     batches = [*(f"data_batch_{n}.bin" for n in range(1, 6)), "test_batch.bin"]
     names = b"airplane\nautomobile\nbird\ncat\ndeer\ndog\nfrog\nhorse\nship\ntruck"
@@ -74,6 +91,8 @@ def _stand_ins(root: Path, photos: Path) -> dict[str, str]:
         (root / f"{base}-cat.mat").write_bytes(struct.pack("<5I", 0x1E3D4C54, 1, 1, 1, 1) + struct.pack("<I", 4))
     for example in (ROOT / "docs/examples/own_nets").glob("*.py"):
         shutil.copy(example, root)
+    (root / "photo.jpg").write_bytes(next(iter(images.values())))
+    shutil.copytree(photos / "val" / "class1", root / "holidays")
     return {"/imagenet": str(photos), "/downloads/ilsvrc": str(root / "ilsvrc"), "/kaggle": str(root / "kaggle")}
 
 

@@ -28,8 +28,7 @@ from alexprep.shards.errors import AlexprepError
 from alexprep.shards.image_codec import Target
 from alexprep.shards.plan import ShardOptions
 from alexprep.shards.storage import publish_bytes
-from alexprep.train import checkpoint, recipes
-from alexprep.train.config import TrainConfig, prepare
+from alexprep.train import recipes
 from alexprep.train.ensemble import WeightSearch, mixture, shares
 from alexprep.train.evaluation import (
     Scores,
@@ -44,23 +43,12 @@ from alexprep.train.evaluation import (
 from alexprep.train.metrics import image_errors
 from alexprep.train.predictions import Predicted, open_net
 from alexprep.train.run_dir import Place, place_named
-from alexprep.train.training_state import TrainingState
+from tests.made_up import make_run
 
 CPU = torch.device("cpu")
 Array = NDArray[np.float64]
 WNIDS = ["n05", "n03", "n01", "n06", "n02", "n04"]  # by ILSVRC ID, from 1
 UNREADABLE = "ILSVRC2012_test_00000003.JPEG"
-
-
-def make_run(runs: Path, name: str, data: Path, seed: int, steps: tuple[int, ...] = (2,), recipe: str = "tiny") -> Path:
-    """A run with untrained checkpoints, each of other weights."""
-    job = prepare(TrainConfig(data=data, recipe=recipe, seed=seed, runs=runs, name=name, device="cpu"))
-    for step in steps:
-        state = TrainingState(job.recipe, job.facts.classes, seed + 100 * step, CPU)
-        state.position.step = step
-        facts = {"identity": job.identity, **state.facts(), "versions": {}}
-        checkpoint.save(job.run / "checkpoints", step, state.tensors(), facts, keep=9)
-    return job.run
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ from __future__ import annotations
 import bz2
 import gzip
 import io
-import json
 import lzma
 import os
 import pickle
@@ -83,7 +82,7 @@ def a_tfrecord(data: bytes) -> bytes:
 LMDB_META = bytes(16) + struct.pack("<II", 0xBEEFC0DE, 1) + bytes(4072)  # a page's header, then mdb.c's MDB_MAGIC
 EXPORT = "write its pictures into class folders (CLASS/NAME.jpg) or a webdataset's tars, and name these"
 KINDS: dict[str, tuple[Callable[[Path], bytes], str]] = {
-    "a.zip": (lambda _: a_zip("cat/1.jpg"), "a ZIP archive: unpack it, and name the folder that it gives"),
+    "zipped": (lambda _: a_zip("cat/1.jpg"), "a ZIP archive: give it a name that ends in .zip, and name it"),
     "a.npz": (lambda _: written(lambda file: np.savez(file, x=np.zeros(3))), "an archive of numpy arrays (.npz)"),
     "a.npy": (lambda _: written(lambda file: np.save(file, np.zeros(3))), "an array of numpy, which is not read"),
     "a.pt": (lambda _: written(lambda file: torch.save({"x": 1}, file)), "a file of torch.save, which is not read"),
@@ -121,10 +120,10 @@ KINDS: dict[str, tuple[Callable[[Path], bytes], str]] = {
     "a.html": (lambda _: b"\n<!DOCTYPE html><title>404 Not Found", "a web page, perhaps what a server said in place of"),
     "a.jpg": (lambda _: PICTURE, "one picture: name the folder that holds the class folders"),
     "coco.json": (lambda _: b'{"images": []}', "JSON, which is not read: write a .csv with the columns path and label"),
-    "metadata.jsonl": (lambda _: b'{"file_name": "a.jpg", "label": 1}\n', "the list of an image folder, in lines of JSON"),
-    "list.txt": (lambda _: b"im/0.jpg 3\nim/a b.jpg 12\n", "a list of lines `path label`: write a .csv with a comma between"),
-    "win.txt": (lambda _: b"im\\0.jpg 3\r\nim\\1.jpg 12\r\n", "with / in place of each Windows back-slash, and name that"),
-    "a.lst": (lambda _: b"0\t3.000\tim/0.jpg\n1\t4\tim/1.jpg\n", "a list of `index label path` as MXNet's im2rec reads it"),
+    "lines.json": (lambda _: b'{"file_name": "a.jpg", "label": 1}\n', "a list in lines of JSON: give it a name that ends in .jsonl"),
+    "list.md": (lambda _: b"im/0.jpg 3\nim/a b.jpg 12\n", "a list of lines `path label`: give it a name that ends in .txt"),
+    "win.md": (lambda _: b"im\\0.jpg 3\r\nim\\1.jpg 12\r\n", "name it, with / in place of each Windows back-slash"),
+    "lst.md": (lambda _: b"0\t3.000\tim/0.jpg\n1\t4\tim/1.jpg\n", "as MXNet's im2rec reads it: give it a name that ends in .lst"),
     "meta.txt": (lambda _: b"apple_pie/1005649\napple_pie/1014775\n", "a list of paths without labels"),
     "table.txt": (lambda _: b"path,label\na.jpg,1\n", "a text in columns: give it a name that ends in .csv"),
     "tabs.txt": (lambda _: b"the path\tlabel\na.jpg\t1\n", "a text in columns: give it a name that ends in .tsv"),
@@ -135,7 +134,7 @@ NOT_IN_FOLDERS = (
     ".html",
     ".json",
     ".jsonl",
-    ".lst",
+    ".md",
     ".xlsx",
 )  # pictures, and papers that may lie beside them
 
@@ -182,9 +181,8 @@ def test_crcs_are_those_of_the_specification() -> None:
         (("data.mdb", "lock.mdb"), "is an LMDB database, which is not read"),
         (("index.json", "shard.00000.mds"), "is a dataset in MosaicML's MDS, which is not read"),
         (("0.jpg", "1.jpg", "labels.csv"), "labels.csv: if that list has the path and the label of each picture, name it"),
-        (("0.jpg", "1.jpg", "metadata.jsonl"), "is an image folder with its labels in metadata.jsonl, which is not read: write"),
-        (("0.jpg", "1.jpg", "metadata.csv"), "is an image folder with its labels in metadata.csv, which is read as a list"),
-        (("train/0.jpg", "validation/0.jpg", "train/metadata.csv", "validation/metadata.csv"), "/train is an image folder with its"),
+        (("0.jpg", "1.jpg", "metadata.jsonl"), "metadata.jsonl, line 1: no column for the path"),
+        (("train/0.jpg", "validation/0.jpg", "train/metadata.csv", "validation/metadata.csv"), "/train/metadata.csv, line 1: no column"),
         (("0.jpg", "1.jpg"), "holds no class folders and no other layout that is known"),
         (("train/a/notes.txt",), "holds no class folders and no other layout that is known"),
     ],
@@ -212,12 +210,12 @@ def test_tables_say_what_was_seen(photos: Path, tmp_path: Path) -> None:
     for n in range(2):
         shutil.copy(photos / "train/class0/000.JPEG", tmp_path / f"train/x{n}.jpg")
     cases = {
-        b"id,breed\nx0,pug\n": "line 1: the column 'id' has the names of pictures without their folder train and ending: 'x0' is "
-        "train/x0.jpg, in the image folder beside this table. Write a table with the columns path (here train/x0.jpg) and label",
-        b"name,breed\nx1.jpg,pug\n": "line 1: the column 'name' has the names of pictures without their folder train: 'x1.jpg'",
-        b"where,breed\ntrain/x1.jpg,pug\n": "line 1: the column 'where' has the paths of pictures, as 'train/x1.jpg': call it path, and",
-        b"id,breed\ny0,pug\n": "no column for the path among 'id', 'breed': name it path, file,",
-        b"id,breed\n": "no column for the path among 'id', 'breed'",
+        b"id,breed\nx0,pug\n": "line 1: no column for the label among 'id', 'breed': name it label, class, wnid",
+        b"name,breed\nx1.jpg,pug\n": "line 1: the column 'name' has the names of pictures, as 'x1.jpg', which is train/x1.jpg: say so, and "
+        "which column has their labels, with --columns path=name,label=NAME",
+        b"where,breed\ntrain/x1.jpg,pug\n": "line 1: the column 'where' has the names of pictures, as 'train/x1.jpg'",
+        b"key,breed\ny0,pug\n": "no column for the path among 'key', 'breed': name it path, file,",
+        b"key,breed\n": "no column for the path among 'key', 'breed'",
         b"path,breed\nx0,pug\n": f"no column for the label among 'path', 'breed': name it {', '.join(LABEL_COLUMNS[:3])}",
         b"path|label\nx0|pug\n": "the separator is a bar, where a comma (.csv) was expected: put a comma (.csv) in its place",
         b"path,label\ntrain/x0.jpg,0\ntrain\\x1.jpg,0\n": "line 3: the path 'train\\\\x1.jpg' has the back-slashes of Windows, and "
@@ -246,7 +244,3 @@ def test_the_list_of_an_image_folder_is_a_table(tmp_path: Path) -> None:
             (split, "cat", b"0.jpg"),
             (split, "dog", b"1.jpg"),
         ]
-    (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "0.jpg", "label": 1}) + "\n")
-    fails(
-        tmp_path / "metadata.jsonl", "is the list of an image folder, in lines of JSON, which is not read: write a .csv"
-    )

@@ -20,7 +20,8 @@ from PIL import Image
 
 from alexprep.shards.contact_sheet import _squares, draw_contact_sheet
 from alexprep.shards.errors import AlexprepError, AmbiguousSourceError
-from alexprep.shards.image_header import Refused
+from alexprep.shards.image_codec import Codec, Target
+from alexprep.shards.image_header import Refused, general_reason
 from alexprep.shards.inspection import (
     AS_GIVEN,
     AS_NUMBERS,
@@ -226,6 +227,40 @@ def test_formats_and_refusals(tmp_path: Path) -> None:
     assert not any(re.search("first bytes", reason) for reason in sample.refused)
 
 
+def test_what_is_no_image_has_the_same_words_as_in_shard(tmp_path: Path) -> None:
+    """And where it is more than half of what was looked at, a warning on top says so."""
+    folder = tmp_path / "set" / "a"
+    folder.mkdir(parents=True)
+    foreign = {
+        "page": b"\n<!DOCTYPE html><html>429</html>",
+        "paper": b"%PDF-1.7\n" + bytes(99),
+        "phone": b"\0\0\0\x18ftypheic" + bytes(99),
+        "zeros": bytes(5000),
+        "later": bytes(5000) + b"\1",
+        "text": b"hello, world",
+    }
+    for name, content in foreign.items():
+        (folder / f"{name}.jpg").write_bytes(content)
+    codec, expected = Codec(Target()), set()
+    for content in foreign.values():
+        refusal = codec.convert(content)
+        assert isinstance(refusal, Refused)
+        expected.add(general_reason(refusal.reason))
+    assert len(expected) == 5
+    for n in range(6):
+        (folder / f"good{n}.jpg").write_bytes(_image((9, 9, 9), (31, 17), "JPEG"))
+    half = inspect_source(_listed(tmp_path / "set"))
+    assert set(half.sample.refused) == expected and "cannot be used" not in str(half.warnings)
+    (folder / "good0.jpg").write_bytes(foreign["page"])
+    most = inspect_source(_listed(tmp_path / "set"))
+    warning = most.warnings[0]
+    assert (
+        warning.startswith("7 of the 12 inputs that were looked at cannot be used (2: ") and "--max-rejects" in warning
+    )
+    assert f"Warning: {warning}" in most.opening()
+    assert inspect_source(_listed(tmp_path / "set"), sample=0).warnings == half.warnings
+
+
 def test_of_large_files_the_beginning_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where the header lies behind a long profile."""
     folder = tmp_path / "set" / "a"
@@ -282,6 +317,9 @@ def every_layout(photos: Path, data: Path, tmp_path_factory: pytest.TempPathFact
         "ilsvrc": "/downloads/ilsvrc",
         "kaggle": "/kaggle",
         "tar": "photos.tar",
+        "zip": "photos.zip",
+        "parquet": "hub",
+        "imagefolder": "pets",
         "table": "photos.csv",
         "cifar": "cifar-10-binary.tar.gz",
         "mnist": "mnist",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import struct
 from collections.abc import Callable
 
@@ -76,6 +77,53 @@ def test_a_cut_progressive_jpeg_is_refused_wherever_it_is_cut(photo, encoded: En
         assert "scans are missing" in _refused(data[:at] + END)
     for at in np.linspace(scans[0] + 20, len(data) - 12, 12).astype(int).tolist():
         assert "truncated" in _refused(data[:at].rstrip(b"\xff") + END)
+
+
+@pytest.mark.parametrize("form", [{}, {"progressive": True}, {"restart_marker_blocks": 2}])
+def test_a_cut_behind_an_ff_and_a_file_filled_up_with_it_are_refused(form: dict, photo, encoded: Encode) -> None:
+    data = encoded(photo(200, 300, seed=11), quality=90, **form)
+    first, end = _scan(data)
+    if form.get("progressive"):
+        first = data.index(b"\xff\xda") + 14
+    stuffed = [at for at in range(first, end - 200) if data[at : at + 2] == b"\xff\0"]
+    assert len(stuffed) >= 6
+    for at in stuffed[:: max(1, len(stuffed) // 6)]:
+        behind = data[: at + 1]
+        for cut in (behind, behind + END, behind + b"\0" + END, behind + b"\xff" * (len(data) - len(behind))):
+            # With restart markers libjpeg looks for the next one, and says so.
+            assert "truncated" in _refused(cut) or "instead of RST" in _refused(cut)
+
+
+@pytest.mark.parametrize("fill", [b"\0", b"\xff", b"\x55"])
+def test_a_file_whose_end_is_nothing_but_fill_is_refused(fill: bytes, photo, encoded: Encode) -> None:
+    """As downloads leave them whose room was made beforehand: zeros may be codes enough for all blocks, and some are left over then."""
+    enough = 0
+    for seed in range(2 if fill == b"\xff" else 3):
+        data = encoded(photo(200, 150, seed=seed), quality=90)
+        first, end = _scan(data)
+        for part in (0.02, 0.4, 0.9):
+            at = first + int((end - first) * part)
+            for room in (len(data) - at, 100_000):
+                filled = data[:at] + fill * room
+                assert _refused(filled) and "truncated after" in _refused(filled + END)
+                frame = jpeg_frame(filled)
+                assert isinstance(frame, Frame)
+                with pytest.raises(ValueError) as said:
+                    jpeg_decoder._pixels(picture_alone(filled, frame), frame)
+                enough += "extraneous bytes before marker 0xd9" in str(said.value)
+        padded = _convert(data[:-2] + fill * 100_000 + END)  # the whole picture, and fill
+        whole = _convert(data)
+        assert isinstance(padded, Converted) and isinstance(whole, Converted) and padded.data == whole.data
+    assert enough or fill == b"\xff"
+
+
+def test_what_an_early_scan_lacks_is_found_where_libjpeg_notices(photo, encoded: Encode) -> None:
+    data = encoded(photo(200, 150, seed=12), quality=90, progressive=True)
+    scans = [at for at in range(len(data)) if data[at : at + 2] == b"\xff\xda"]
+    for at, stop in itertools.pairwise(scans):
+        end = data.rindex(b"\xff\xc4", at, stop) if b"\xff\xc4" in data[at:stop] else stop
+        if end - at > 100:
+            assert "truncated" in _refused(data[: end - 60].rstrip(b"\xff") + data[end:])
 
 
 @pytest.mark.parametrize("form", [{}, {"progressive": True}, {"restart_marker_blocks": 2}])

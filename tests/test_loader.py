@@ -23,9 +23,10 @@ import torch
 from numpy.typing import NDArray
 
 from alexprep.pipeline.augmentation import PRESETS, Augmentation
+from alexprep.pipeline.batch import Batch
 from alexprep.pipeline.dali_graph import Graph
 from alexprep.pipeline.dataset import OnBad
-from alexprep.pipeline.loader import Batch, Loader, PipelineRunner
+from alexprep.pipeline.loader import Loader, PipelineRunner
 from alexprep.pipeline.loader_settings import Tuning
 from alexprep.shards.conversion import convert
 from alexprep.shards.dataset_format import INDEX

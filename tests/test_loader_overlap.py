@@ -13,7 +13,8 @@ import torch
 from click.testing import CliRunner
 
 from alexprep.cli.main import cli
-from alexprep.pipeline.loader import Batch, Loader
+from alexprep.pipeline.batch import Batch
+from alexprep.pipeline.loader import Loader
 from alexprep.shards.errors import AlexprepError
 from alexprep.train import loader_overlap
 from alexprep.train.config import TrainConfig
@@ -107,7 +108,7 @@ def test_what_each_turn_does(data: Path) -> None:
             assert turn.steps == 3 and 0 < turn.seconds and 0 <= turn.wait_seconds <= turn.seconds
             weights = state.network.state_dict()
             moved = any(not torch.equal(weights[name], initial[name]) for name in initial)
-            assert moved == any(velocity.any() for velocity in state.optimizer.velocities()) == (kind != "loader")
+            assert moved == any(velocity.any() for _, _, velocity in state.optimizer.slots()) == (kind != "loader")
 
 
 def made_up(device: str, training: list[float], cached: list[float], loader: list[float]) -> dict[str, Any]:

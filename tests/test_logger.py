@@ -16,7 +16,8 @@ import torch
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from alexprep.pipeline.loader import Batch, Loader
+from alexprep.pipeline.batch import Batch
+from alexprep.pipeline.loader import Loader
 from alexprep.shards.errors import AlexprepError
 from alexprep.train.config import TrainConfig
 from alexprep.train.data import OpenLoader

@@ -5,20 +5,31 @@ from __future__ import annotations
 import json
 import math
 import random
+from collections.abc import Callable
 from dataclasses import asdict
+from typing import Any
 
 import pytest
+import torch
+from torch.optim import lr_scheduler as scheduler
 
 from alexprep.shards.errors import AlexprepError
 from alexprep.train.lr_schedule import (
     ByHand,
+    Cosine,
     DExp,
     EarlyStop,
+    Linear,
+    OneCycle,
     Plateau,
     Schedule,
     ScheduleState,
     Steps,
+    WarmUp,
     describe,
+    planned,
+    rate_at,
+    recorded_schedule,
     without_unmatched,
 )
 from alexprep.train.recipes import RATES_145, RATES_146_TUNE
@@ -167,6 +178,92 @@ def test_early_stopping_leaves_the_rest_to_its_schedule() -> None:
     assert EarlyStop(RATES_145).rate(0.01, "conv1.weight", 80, ScheduleState()) == 0.0
 
 
+EPOCHS, STEPS = 5, 7  # of the schedules that move with every step
+TORCHS: dict[str, tuple[Schedule, Callable[[torch.optim.Optimizer], Any]]] = {
+    "linear": (
+        Linear(final=0.1),
+        lambda optimizer: scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=EPOCHS * STEPS),
+    ),
+    "cosine": (
+        Cosine(final=0.1),
+        lambda optimizer: scheduler.CosineAnnealingLR(optimizer, T_max=EPOCHS * STEPS, eta_min=0.02),
+    ),
+    "one cycle": (  # torch's last rate is in its last step, not after it; and its rise ends a step earlier
+        OneCycle(rise=0.3, start=0.04, final=0.001),
+        lambda optimizer: scheduler.OneCycleLR(
+            optimizer,
+            max_lr=0.2,
+            total_steps=EPOCHS * STEPS + 1,
+            pct_start=(0.3 * EPOCHS * STEPS + 1) / (EPOCHS * STEPS + 1),
+            cycle_momentum=False,
+            div_factor=25,
+            final_div_factor=1 / 0.025,
+        ),
+    ),
+    "warm-up": (
+        WarmUp(Steps(after=(3,)), epochs=2, start=0.25),
+        lambda optimizer: scheduler.ChainedScheduler(
+            [
+                scheduler.LinearLR(optimizer, 0.25, 1.0, total_iters=2 * STEPS),
+                scheduler.MultiStepLR(optimizer, [3 * STEPS], gamma=0.1),
+            ]
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TORCHS)
+def test_schedules_that_move_with_every_step_are_torchs(name: str) -> None:
+    schedule, make = TORCHS[name]
+    schedule = planned(EarlyStop(schedule), EPOCHS)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.2)
+    theirs = make(optimizer)
+    state, found, wanted = ScheduleState(), [], []
+    for epoch in range(EPOCHS):
+        for step in range(STEPS):
+            found.append(rate_at(schedule, 0.2, "fc.weight", epoch + step / STEPS, state))
+            wanted.append(theirs.get_last_lr()[0])
+            optimizer.step()
+            theirs.step()
+        state = schedule.after_epoch(state, epoch + 1, 50.0)
+    assert found == pytest.approx(wanted, rel=1e-6)
+    assert len(set(found)) > EPOCHS  # they do move within an epoch
+    last = rate_at(schedule, 0.2, "fc.weight", EPOCHS + 3.5, state)
+    assert last == rate_at(schedule, 0.2, "fc.weight", EPOCHS, state) == pytest.approx(theirs.get_last_lr()[0])
+
+
+def test_a_schedule_of_the_users_own_is_asked_once_an_epoch() -> None:
+    class Own:
+        def rate(self, base: float, parameter: str, epoch: float, state: ScheduleState) -> float:
+            assert isinstance(epoch, int)
+            return base / (1 + epoch)
+
+    own: Any = Own()
+    assert [rate_at(own, 1.0, "a.weight", epoch, ScheduleState()) for epoch in (0, 0.9, 1.0, 3.2)] == [1, 1, 0.5, 0.25]
+    assert planned(own, 3) is own and recorded_schedule({"kind": "Own"}) is None
+    assert rate_at(WarmUp(own, epochs=2, start=0.5), 1.0, "a.weight", 1.0, ScheduleState()) == 0.5 * 0.75
+
+
+def test_a_schedule_is_found_again_in_what_a_run_recorded() -> None:
+    inner: list[Schedule] = [
+        Steps(after=(8, 9)),
+        Plateau(drops=1),
+        DExp(epochs=95),
+        RATES_145,
+        OneCycle(epochs=4, rise=0.2),
+    ]
+    for schedule in [*inner, *(EarlyStop(WarmUp(one, epochs=0.5), patience=3) for one in inner)]:
+        assert recorded_schedule(json.loads(json.dumps(describe(schedule)))) == schedule
+
+
+def test_a_length_that_was_left_open_is_the_runs() -> None:
+    for kind in (Linear, Cosine, OneCycle):
+        with pytest.raises(AlexprepError, match="number of epochs is open"):
+            kind().rate(0.1, "a.weight", 0, ScheduleState())
+        assert planned(WarmUp(kind(), epochs=1), 9) == WarmUp(kind(epochs=9), epochs=1)
+        assert planned(kind(epochs=4), 9) == kind(epochs=4)
+
+
 def test_describe_tells_schedules_apart() -> None:
     assert describe(Plateau()) == {"kind": "Plateau", "patience": 5, "margin": 0.05, "drops": 3, "divisor": 10.0}
     several = [Steps(after=(8, 9)), DExp(), DExp(epochs=95), RATES_145, EarlyStop(RATES_145), EarlyStop(Plateau())]
@@ -193,6 +290,12 @@ def test_describe_tells_schedules_apart() -> None:
         lambda: ByHand(((-1, "*", 0.1),)),
         lambda: ByHand(((1, "*", -0.1),)),
         lambda: ByHand(((1, "*", float("nan")),)),
+        lambda: Linear(epochs=0),
+        lambda: Cosine(final=1.5),
+        lambda: OneCycle(rise=1.0),
+        lambda: OneCycle(start=0.0),
+        lambda: WarmUp(Plateau(), epochs=0),
+        lambda: WarmUp(Plateau(), epochs=1, start=0.0),
         lambda: EarlyStop(Plateau(), patience=0),
         lambda: EarlyStop(Plateau(), margin=-1.0),
     ],

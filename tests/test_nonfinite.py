@@ -53,6 +53,11 @@ def test_two_ranks_trace_it_alike_and_resume_with_the_same_bits(data: Path) -> N
     one, other = launch_ranks(f"{ranks.__file__}:everything", 2, {"data": str(data)}, device="cpu")
     assert one == other
     assert one["resumed"] == [one["whole"]] * len(ranks.SAMPLE)
+    assert one["adamw"][0] == one["adamw"][1]
+    alone = ranks.begun(ALONE, data, name="alone", **ranks.ADAMW)
+    assert alone["val_loss"] == pytest.approx(
+        one["adamw"][0][1], rel=1e-3
+    )  # the gradient's length is that of both towers
     for kind, words in one["poisoned"].items():
         _check(kind, words, data.parent / "runs" / kind)
 
@@ -97,7 +102,7 @@ def test_weights_that_only_an_evaluation_finds_out(data: Path) -> None:
 def test_an_infinite_sum_of_losses_is_not_saved(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With finite gradients it spoils no weight, but it would make every resumed epoch infinite."""
     loss = nn.functional.cross_entropy
-    monkeypatch.setattr(nn.functional, "cross_entropy", lambda logits, labels: loss(logits, labels) + float("inf"))
+    monkeypatch.setattr(nn.functional, "cross_entropy", lambda *given, **how: loss(*given, **how) + float("inf"))
     words = "after step 2 there is NaN or infinity in what would be saved.* in step 1, where the loss became inf"
     monkeypatch.setattr(math, "isfinite", lambda value: True)  # as if no record were due
     monkeypatch.setattr(logger.Meter, "_write", lambda *_: None)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from alexprep.shards.errors import AlexprepError
-from alexprep.train.optimizer import MomentumSGD, parameter_groups
+from alexprep.train.optimizer import MomentumSGD, TorchRule, parameter_groups
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-14), (torch.float32, 1e-5)])
@@ -75,6 +78,41 @@ def test_torch_sgd_agrees_until_the_rate_changes() -> None:
     assert (ours - theirs).abs().max() > 0.01
 
 
+def test_with_correction_it_is_torch_sgd_at_every_rate() -> None:
+    """Rates that fall, rise and differ between parameters; a velocity that was saved goes on with the rate that it moved at."""
+    start = {name: torch.linspace(-1, 1, 7, dtype=torch.float64) + number for number, name in enumerate("ab")}
+    rates = {
+        "a": [0.1, 0.1, 0.01, 0.01, 0.05, 0.001, 0.001, 0.02],
+        "b": [0.02, 0.03, 0.04, 0.05, 0.05, 0.02, 0.0125, 0.4],
+    }
+
+    def corrected(weights: dict[str, nn.Parameter]) -> MomentumSGD:
+        groups = [{"params": list(weights.values()), "names": list(weights)}]
+        return MomentumSGD(groups, lr=7.0, momentum=0.9, decay=0.01, momentum_correction=True)
+
+    ours, theirs = ({name: nn.Parameter(value.clone()) for name, value in start.items()} for _ in range(2))
+    optimizer = corrected(ours)
+    assert optimizer.velocity_rates() == [None, None]
+    sgd = torch.optim.SGD([{"params": [weight]} for weight in theirs.values()], lr=7.0, momentum=0.9, weight_decay=0.01)
+    for step in range(8):
+        if step == 5:
+            saved = [velocity.clone() for velocity in optimizer.velocities()], optimizer.velocity_rates()
+            assert saved[1] == [0.05, 0.05]
+            optimizer = corrected(ours)
+            for velocity, value in zip(optimizer.velocities(), saved[0], strict=True):
+                velocity.copy_(value)
+            optimizer.set_velocity_rates(saved[1])
+        optimizer.set_rates({name: values[step] for name, values in rates.items()})
+        for group, values in zip(sgd.param_groups, rates.values(), strict=True):
+            group["lr"] = values[step]
+        for weight in (*ours.values(), *theirs.values()):
+            weight.grad = torch.cos(weight.detach() * (step + 1))
+        optimizer.step()
+        sgd.step()
+        for name, weight in ours.items():
+            torch.testing.assert_close(weight, theirs[name], rtol=1e-13, atol=1e-13)
+
+
 def test_parameters_without_gradient_stay() -> None:
     moved, still = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
     optimizer = MomentumSGD([{"params": [moved, still]}], lr=1.0)
@@ -101,6 +139,70 @@ def test_weight_decay_spares_biases() -> None:
     assert rates == [[0.25, 0.25], [0.25], [0.5, 0.5, 0.5]]
     decayed = parameter_groups(network, decay=0.004, layer_decay={}, bias_lr_factor=1.0, bias_decay=0.001)
     assert [group["decay"] for group in decayed] == [0.004, 0.001]
+
+
+@pytest.mark.parametrize("name", ["sgd", "nesterov", "adamw", "RMSprop"])
+def test_torchs_rules_are_torchs(name: str) -> None:
+    """With a rate for each parameter at each step; at a rate of 0 neither a weight nor its state moves."""
+    rates = {"a.weight": [0.1, 0.05, 0.05, 0.2], "b.weight": [0.1, 0.05, 0.01, 0.2], "a.bias": [0.2, 0.0, 0.0, 0.1]}
+    kinds: dict[str, Callable[..., torch.optim.Optimizer]] = {
+        "sgd": functools.partial(torch.optim.SGD, momentum=0.9),
+        "nesterov": functools.partial(torch.optim.SGD, momentum=0.9, nesterov=True),
+        "adamw": torch.optim.AdamW,
+        "RMSprop": functools.partial(torch.optim.RMSprop, alpha=0.8),
+    }
+    ours, theirs = ({each: nn.Parameter(torch.linspace(-1, 1, 6).double()) for each in rates} for _ in range(2))
+    groups = [
+        {"params": [ours["a.weight"], ours["b.weight"]], "names": ["a.weight", "b.weight"], "decay": 0.03},
+        {"params": [], "names": [], "decay": 0.5},
+        {"params": [ours["a.bias"]], "names": ["a.bias"], "decay": 0.0},
+    ]
+    rule = TorchRule(name, groups, lr=9.0, momentum=0.9, options={"alpha": 0.8} if name == "RMSprop" else {})
+    alone = {
+        each: kinds[name]([weight], lr=9.0, weight_decay=0.0 if each == "a.bias" else 0.03)
+        for each, weight in theirs.items()
+    }
+    for step in range(4):
+        rule.set_rates({each: values[step] for each, values in rates.items()})
+        for each in rates:
+            for weight in (ours[each], theirs[each]):
+                weight.grad = torch.cos(weight.detach() * (step + 1))
+            alone[each].param_groups[0]["lr"] = rates[each][step]
+            if rates[each][step]:
+                alone[each].step()
+        rule.step()
+        for each, weight in ours.items():
+            assert torch.equal(weight, theirs[each]), (each, step)
+    rule.zero_grad()
+    assert all(weight.grad is None for weight in ours.values())
+
+
+def test_what_torch_does_not_take_is_refused() -> None:
+    groups = [{"params": [nn.Parameter(torch.ones(1))], "names": ["a"], "decay": 0.0}]
+    for name in ("LBFGS", "Optimizer", "lr_scheduler", "sdg"):
+        with pytest.raises(
+            AlexprepError, match=f"no optimizer '{name}': choose paper, sgd, nesterov, adamw, or a class"
+        ):
+            TorchRule(name, groups, lr=0.1, momentum=0.9)
+    with pytest.raises(AlexprepError, match=r"optimizer adamw cannot be made: .*alpha"):
+        TorchRule("adamw", groups, lr=0.1, momentum=0.9, options={"alpha": 1})
+    with pytest.raises(AlexprepError, match="rate is -1"):
+        TorchRule("sgd", groups, lr=0.1, momentum=0.9).set_rates({"a": -1.0})
+
+
+def test_norms_need_not_decay() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 2))
+    for norm_decay, wanted in ((True, 0.004), (False, 0.001)):
+        groups = parameter_groups(
+            network, decay=0.004, layer_decay={"2": 0.03}, bias_lr_factor=1.0, bias_decay=0.001, norm_decay=norm_decay
+        )
+        decays = {name: group["decay"] for group in groups for name in group["names"]}
+        assert decays == {
+            "0.weight": 0.004,
+            "1.weight": wanted,
+            "2.weight": 0.03,
+            **dict.fromkeys(("0.bias", "1.bias", "2.bias"), 0.001),
+        }
 
 
 def test_unknown_layers_are_refused() -> None:

@@ -15,7 +15,8 @@ from unittest import mock
 import pytest
 import torch
 
-from alexprep.pipeline.loader import Batch, Loader
+from alexprep.pipeline.batch import Batch
+from alexprep.pipeline.loader import Loader
 from alexprep.train import signals_and_memory
 from alexprep.train.config import TrainConfig
 from alexprep.train.distributed.world import World

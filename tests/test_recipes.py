@@ -13,15 +13,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from click.testing import CliRunner
+from torch import nn
 
 from alexprep.cli.recipes import recipes as recipes_command
 from alexprep.pipeline.augmentation import Augmentation, augmentation_named
 from alexprep.shards.errors import AlexprepError
 from alexprep.train import checkpoint, recipes
-from alexprep.train.lr_schedule import ByHand, DExp, EarlyStop, Plateau, ScheduleState
+from alexprep.train.lr_schedule import ByHand, DExp, EarlyStop, OneCycle, Plateau, ScheduleState, WarmUp
 from alexprep.train.models.alexnet import alexnet_6conv
 from alexprep.train.recipes import RECIPES, Recipe, fitted
-from alexprep.train.training_state import TrainingState
+from alexprep.train.training_state import TrainingState, take_step
 from tests.made_up import FAMILY
 
 NAMES = [name for name in RECIPES if name.startswith("alexnet")]
@@ -160,35 +161,123 @@ def test_rates_follow_the_epoch_and_a_frozen_layer_stays() -> None:
     names = ("fc6.weight", "conv1.weight", "fc6.bias", "conv1.bias")
     for epoch in range(3):
         before = {name: weight.clone() for name, weight in state.network.state_dict().items()}
-        velocities = [velocity.clone() for velocity in state.optimizer.velocities()]
+        velocities = [velocity.clone() for _, _, velocity in state.optimizer.slots()]
         state.optimizer.set_rates(dict.fromkeys(state.network.state_dict(), 0.5))  # of no effect: the position decides
         steps(state, 2)
         assert [dict(rates(state))[name] for name in names] == pytest.approx(wanted[epoch])
         moved = {name for name, weight in state.network.state_dict().items() if not torch.equal(before[name], weight)}
         frozen = {"conv1.weight", "conv1.bias"} if epoch == 2 else set()
         assert moved >= {"fc8.weight", "fc8.bias"} and moved.isdisjoint(frozen)
-        for (name, _), old, new in zip(rates(state), velocities, state.optimizer.velocities(), strict=True):
+        for (name, _), old, (_, _, new) in zip(rates(state), velocities, state.optimizer.slots(), strict=True):
             assert name not in frozen or (old.any() and torch.equal(old, new))
     assert state.learning_rate() == pytest.approx(0.001)  # of the epoch that comes
 
 
+@pytest.mark.parametrize("kind", ["by hand", "one cycle"])
 @pytest.mark.parametrize("cut", [1, 2, 5])
-def test_resumed_rates_are_exact(cut: int) -> None:
+def test_resumed_rates_are_exact(cut: int, kind: str) -> None:
     """Cut in mid-epoch, between epochs, or with a frozen layer, the rates and the weights go on as if nothing had been."""
-    recipe = small(schedule=EarlyStop(small().schedule, patience=2))
+    inner = small().schedule if kind == "by hand" else WarmUp(OneCycle(epochs=3, final=0.1), epochs=1.5)
+    recipe = small(schedule=EarlyStop(inner, patience=2), momentum_correction=kind != "by hand")
     whole = TrainingState(recipe, 3, 0, CPU)
+    whole.epoch_steps = 2
     whole.position.schedule = ScheduleState(stop_best=40.0, stop_waited=1)
     steps(whole, cut)
     tensors = {name: tensor.clone() for name, tensor in whole.tensors().items()}
     saved = checkpoint.Checkpoint(cut, tensors, json.loads(json.dumps(whole.facts())))
     steps(whole, 6 - cut)
     resumed = TrainingState(recipe, 3, 1, CPU)
+    resumed.epoch_steps = 2
     resumed.restore(saved)
     assert resumed.position.schedule == ScheduleState(stop_best=40.0, stop_waited=1)
     steps(resumed, 6 - cut)
     assert dict(rates(resumed)) == dict(rates(whole))
     for one, other in zip(whole.tensors().values(), resumed.tensors().values(), strict=True):
         assert torch.equal(one, other)
+
+
+def batch(step: int, count: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    return torch.randn(count, 3, 67, 67, generator=generator) * 60, torch.arange(count) % 3
+
+
+def without_dropout(classes: int, crop: int, *, seed: int, width: float) -> nn.Sequential:
+    torch.manual_seed(seed)
+    first = nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(48, 16), nn.LayerNorm(16)
+    return nn.Sequential(*first, nn.Tanh(), nn.Linear(16, classes))
+
+
+def taken(state: TrainingState, count: int) -> None:
+    for _ in range(count):
+        take_step(state, *batch(state.position.step))
+        state.position.step += 1
+
+
+@pytest.mark.parametrize("optimizer", ["paper", "sgd", "nesterov", "adamw", "Adafactor", "NAdam"])
+def test_every_optimizer_goes_on_to_the_bit(optimizer: str) -> None:
+    """With all that a step may have besides; cut before the first step and after the second."""
+    changes = {"clip": 0.5, "accumulate": 2, "label_smoothing": 0.1, "average": 0.9, "norm_decay": False}
+    recipe = small(schedule=Plateau(), network=without_dropout, optimizer=optimizer, batch_size=4, **changes)
+    whole = TrainingState(recipe, 3, 0, CPU)
+    saved = []
+    for count in (0, 2, 1):
+        taken(whole, count)
+        tensors = {name: tensor.clone() for name, tensor in whole.tensors().items()}
+        saved.append(checkpoint.Checkpoint(whole.position.step, tensors, json.loads(json.dumps(whole.facts()))))
+    for begun in saved[:2]:
+        resumed = TrainingState(recipe, 3, 1, CPU)
+        resumed.restore(begun)
+        taken(resumed, 3 - begun.step)
+        found = resumed.tensors()
+        assert found.keys() == saved[2].tensors.keys()
+        assert all(torch.equal(found[name], tensor) for name, tensor in saved[2].tensors.items())
+    assert any(not torch.equal(saved[1].tensors[name], saved[2].tensors[name]) for name in found if "average." in name)
+
+
+def test_a_step_is_what_its_switches_say() -> None:
+    """Against torch's own functions on the whole batch: smoothed, cut into parts, shortened, averaged."""
+    plain = small(schedule=Plateau(), network=without_dropout, batch_size=4)
+    switched = replace(plain, clip=0.01, accumulate=4, label_smoothing=0.2, average=0.5)
+    state, network = TrainingState(switched, 3, 0, CPU), plain.make_network(3, 0)
+    optimizer = plain.make_optimizer(network)
+    mean = {name: weight.detach().clone() for name, weight in network.named_parameters()}
+    for step in range(2):
+        images, labels = batch(step)
+        loss = F.cross_entropy(network(images), labels, label_smoothing=0.2)
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        length = torch.nn.utils.clip_grad_norm_(network.parameters(), 0.01)
+        optimizer.step()
+        found, outputs = take_step(state, images, labels)
+        state.position.step += 1
+        assert length > 0.01 and outputs.shape == (4, 3)
+        torch.testing.assert_close(found, loss.detach())
+        decay = min(0.5, (2 + step) / (11 + step))
+        for name, weight in network.named_parameters():
+            mean[name] = decay * mean[name] + (1 - decay) * weight.detach()
+            torch.testing.assert_close(state.network.get_parameter(name), weight, rtol=1e-4, atol=1e-7)
+            torch.testing.assert_close(state.average[name], mean[name], rtol=1e-4, atol=1e-7)
+    moved = {name: weight.clone() for name, weight in state.network.named_parameters()}
+    with state.averaged():
+        assert all(torch.equal(weight, state.average[name]) for name, weight in state.network.named_parameters())
+    assert all(torch.equal(weight, moved[name]) for name, weight in state.network.named_parameters())
+    final = checkpoint.final_weights(checkpoint.Checkpoint(2, state.tensors(), {}))
+    assert all(torch.equal(final[name], mean) for name, mean in state.average.items())
+
+
+@pytest.mark.parametrize(
+    ("changes", "scheme", "words"),
+    [
+        ({"optimizer": "Adafactor"}, "towers", r"optimizer Adafactor looks at whole tensors, .* take --scheme ddp"),
+        ({"accumulate": 2}, "ddp", "--accumulate 2 is for one rank"),
+        ({"optimizer": "Adam2"}, "single", "there is no optimizer 'Adam2'"),
+    ],
+)
+def test_what_a_scheme_cannot_do_is_refused_by_name(changes: dict[str, Any], scheme: Any, words: str) -> None:
+    with pytest.raises(AlexprepError, match=words):
+        replace(small(), **changes).check_scheme(scheme)
+    for optimizer in ("paper", "sgd", "nesterov", "adamw"):
+        replace(small(), optimizer=optimizer).check_scheme("hybrid")
 
 
 def test_schedules_that_name_no_layer_are_refused() -> None:

@@ -219,7 +219,11 @@ def test_a_cut_table_is_refused(tmp_path: Path) -> None:
 def test_columns_that_make_no_sense_are_refused(column: pa.Array, words: str, tmp_path: Path) -> None:
     fails(as_parquet(tmp_path / "list.parquet", {"path": ["a", "b"], "label": column}), words)
     images = as_parquet(tmp_path / "list.parquet", {"image": [{"bytes": b"x", "path": "a"}], "label": [1]})
-    fails(images, "list.parquet is a Parquet table with its images inside, in the column 'image' (struct<bytes: binary")
+    fails(
+        images,
+        "list.parquet is a Parquet table with its images inside, in the column 'image' (struct<bytes: binary",
+        "table",
+    )
 
 
 def test_a_table_s_order_is_that_of_bytes_in_any_order_of_rows(tmp_path: Path) -> None:

@@ -15,8 +15,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -27,11 +28,12 @@ import pytest
 import torch
 
 from alexprep.shards.errors import AlexprepError
-from alexprep.shards.storage import is_temporary
-from alexprep.train import checkpoint, logger, recipes
+from alexprep.shards.storage import digest_json, is_temporary
+from alexprep.train import checkpoint, logger, recipes, trainer
 from alexprep.train.distributed.world import World
 from alexprep.train.evaluation import evaluate_run
 from alexprep.train.lr_schedule import Plateau
+from alexprep.train.run_dir import place_named
 from alexprep.train.signals_and_memory import StopRequest
 from alexprep.train.trainer import train
 from tests import training_ranks as ranks
@@ -80,7 +82,8 @@ def test_it_learns_and_tells(data: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert summary["val_top1_error"] < 20
     assert summary == json.loads((run / "summary.json").read_text())
     keys = "run recipe device precision ranks steps epochs epoch_steps train_loss val_split val_top1_error val_top5_error val_loss"
-    keys += " images_per_second data_wait_ms step_ms skipped_steps seconds weights_sha256 stopped_by"
+    keys += " best_step best_epoch best_top1_error"
+    keys += " images_per_second data_wait_ms step_ms skipped_steps seconds weights_sha256 stopped_by doubts"
     assert list(summary) == keys.split()
     assert (summary["steps"], summary["epochs"], summary["val_split"], summary["stopped_by"]) == (18, 3, "val", None)
     epochs = records(run, "epoch")
@@ -224,6 +227,59 @@ def test_words_that_nobody_can_read_cost_no_step(
     assert same(summary) == same(whole)
 
 
+def test_a_request_to_stop_is_heard_while_the_network_is_compiled(
+    data: Path, whole: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compiling takes for ever here, mistakes any `Exception` for its own, and has drawn random numbers by then."""
+
+    def compiling(network: torch.nn.Module, **options: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+        def compiled(images: torch.Tensor) -> torch.Tensor:
+            network(images)
+            threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+            try:
+                time.sleep(DEADLINE)
+            except Exception as error:
+                raise AssertionError from error
+            return images
+
+        return compiled
+
+    monkeypatch.setattr(torch, "compile", compiling)
+    began = time.monotonic()
+    summary = train(config(data, compile=True), MadeUpLoader)
+    assert (summary["stopped_by"], summary["steps"]) == ("SIGTERM", 0)
+    assert time.monotonic() - began < DEADLINE
+    assert same(train(config(data, resume=True, compile=False), MadeUpLoader)) == same(whole)
+
+
+def with_batch_norm(classes: int, crop: int, *, seed: int, width: float) -> torch.nn.Sequential:
+    torch.manual_seed(seed)
+    layers = torch.nn.AdaptiveAvgPool2d(2), torch.nn.Flatten(), torch.nn.Linear(12, 8), torch.nn.BatchNorm1d(8)
+    return torch.nn.Sequential(*layers, torch.nn.Linear(8, classes))
+
+
+def test_a_last_step_of_one_image_is_left_out_where_batch_normalisation_cannot_take_it(
+    data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Odd(MadeUpLoader):
+        training = 3 * BATCH + 1
+
+    monkeypatch.setitem(recipes.RECIPES, "small", small_recipe(network=with_batch_norm))
+    whole = train(config(data, name="whole"), Odd)
+    assert (whole["steps"], whole["epoch_steps"]) == (9, 3)
+    assert "of 25 images the last step of an epoch would have one, too few for batch norm" in capsys.readouterr().err
+    for step in (2, 3):  # within an epoch, and after its last step
+        train(config(data, name=f"part{step}", steps=step), Odd)
+        rest = train(config(data, name=f"part{step}", resume=True, epochs=3), Odd)
+        assert same(rest) == same(whole)
+    Odd.training = 1
+    with pytest.raises(AlexprepError, match="batch normalisation needs two images a step, and there is one"):
+        train(config(data, name="single"), Odd)
+    monkeypatch.setitem(recipes.RECIPES, "small", small_recipe())
+    Odd.training = 2 * BATCH + 1
+    assert train(config(data, name="plain", epochs=1), Odd)["steps"] == 3  # other networks take one image
+
+
 def test_the_newest_damaged_checkpoint_is_skipped_with_a_word(
     data: Path, whole_run: Path, whole: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -320,6 +376,87 @@ def test_the_schedule_can_end_the_training(data: Path, monkeypatch: pytest.Monke
     assert summary["epochs"] == 3
     assert [record["lr"] for record in records(data.parent / "runs/small", "epoch")] == [0.01, 0.01, 0.001]
     assert train(config(data, resume=True), MadeUpLoader)["epochs"] == 3
+
+
+def test_the_best_checkpoint_is_kept_and_found(
+    data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An early end keeps the epoch that it waited for a better one since; from there the run goes on to the same bits."""
+    scripted = [(60.0, 2.0), (40.0, 2.0), (40.0, 1.5), (70.0, 3.0), (70.0, 3.0)]
+
+    def measured(*arguments: Any) -> dict[str, float]:
+        errors = scripted[int(json.loads((run / "log.jsonl").read_bytes().splitlines()[-1])["epoch"])]
+        return {"top1_error": errors[0], "top5_error": 0.0, "loss": errors[1], "samples": 20}
+
+    monkeypatch.setattr(trainer, "validate", measured)
+    run, other = data.parent / "runs" / "small", data.parent / "runs" / "other"
+    summary = train(config(data, early_stop=2, epochs=9, keep=1, name="small"), MadeUpLoader)
+    assert (summary["epochs"], summary["best_epoch"], summary["best_step"], summary["best_top1_error"]) == (
+        4,
+        3,
+        18,
+        40.0,
+    )
+    assert sorted(checkpoint.marks(run / "checkpoints")) == [18, 24]
+    assert "small@best" in capsys.readouterr().err
+    assert [record["best"]["epoch"] for record in records(run, "epoch")] == [1, 2, 3, 3]
+    assert place_named(run.parent, "small@best") == (run, 18)
+    for mark in checkpoint.marks(shutil.copytree(run, other) / "checkpoints").values():
+        if mark.stem.endswith("24"):
+            mark.unlink()
+    run = other  # whose log `measured` reads
+    again = train(config(data, name="other", resume=True), MadeUpLoader)
+    assert again["weights_sha256"] == summary["weights_sha256"] and again["best_step"] == 18
+
+
+def test_the_best_of_an_older_run_is_in_its_log(data: Path) -> None:
+    run = data.parent / "runs" / "small"
+    train(config(data, epochs=2, keep=1), MadeUpLoader)
+    (mark,) = [mark for step, mark in checkpoint.marks(run / "checkpoints").items() if step == 12]
+    document = json.loads(mark.read_text())
+    del document["facts"]["position"]["best"], document["digest"]
+    mark.write_text(json.dumps(document | {"digest": digest_json(document)}))
+    logged = {record["step"]: record["val"]["top1_error"] for record in records(run, "epoch")}
+    there = {step: error for step, error in logged.items() if step in checkpoint.marks(run / "checkpoints")}
+    assert logged[place_named(run.parent, "small@best").step or 0] == min(there.values())
+    (run / "log.jsonl").unlink()
+    with pytest.raises(AlexprepError, match="none is the best: name its step"):
+        place_named(run.parent, "small@best")
+
+
+def test_a_training_that_ends_no_better_than_a_guess_says_so(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    blind = changed(lambda loader, images: images * 0)
+    summary = train(config(data, epochs=1, lr=0.5), blind)
+    told = " ".join(summary["doubts"])
+    assert "far above 1.10, that of a guess among 3 classes: the training diverges" in told
+    assert "is no better than chance, 66.7 % for 3 classes, as far as 20 images tell" in told
+    said = capsys.readouterr().err
+    assert all(doubt in said for doubt in summary["doubts"])
+
+
+def test_a_run_goes_on_with_as_many_threads(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless the user says how many; what was before comes back afterwards."""
+    seen: list[int] = []
+
+    def counting(loader: MadeUpLoader, images: torch.Tensor) -> torch.Tensor:
+        seen.append(torch.get_num_threads())
+        return images
+
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    train(config(data, steps=1), MadeUpLoader)
+    before = torch.get_num_threads()
+    torch.set_num_threads(before + 1)
+    try:
+        train(config(data, resume=True, steps=2), changed(counting))
+        monkeypatch.delenv("OMP_NUM_THREADS")
+        train(config(data, name="free", steps=1), changed(counting))
+        torch.set_num_threads(before)
+        monkeypatch.setattr(trainer, "cores", lambda: before + 1)
+        train(config(data, name="free", resume=True, steps=2), changed(counting))
+        assert torch.get_num_threads() == before
+    finally:
+        torch.set_num_threads(before)
+    assert set(seen) == {before + 1}
 
 
 def test_loaders_are_asked_for_the_views_that_training_and_evaluation_need(data: Path) -> None:

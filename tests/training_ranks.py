@@ -23,6 +23,8 @@ from tests.made_up import BATCH, Batch, MadeUpLoader, small_alexnet, small_recip
 STEPS = 6  # an epoch
 EVERY = 2  # steps between checkpoints
 BAD_STEP = 4
+# Settings of another update than the paper's, with all that may go with it.
+ADAMW: dict[str, Any] = {"optimizer": "adamw", "lr": 0.001, "schedule": "one-cycle", "clip": 0.5, "average": 0.9}
 SAMPLE = (2, 5)  # steps after which a run is resumed
 # What is wrong, settings that go with it, and the words that tell.
 POISONS: dict[str, tuple[dict[str, Any], str]] = {
@@ -141,4 +143,12 @@ def everything(world: World, data: str) -> dict[str, Any]:
     for step in SAMPLE:
         begun(world, folder, name=f"part{step}", steps=step)
         resumed.append(gone_on(world, folder, f"part{step}")["weights_sha256"])
-    return {"whole": whole, "resumed": resumed, "poisoned": {kind: poisoned(world, folder, kind) for kind in POISONS}}
+    other = begun(world, folder, name="adamw", **ADAMW)
+    begun(world, folder, name="part-of-adamw", steps=3, **ADAMW)
+    adamw = [(run["weights_sha256"], run["val_loss"]) for run in (other, gone_on(world, folder, "part-of-adamw"))]
+    return {
+        "whole": whole,
+        "resumed": resumed,
+        "adamw": adamw,
+        "poisoned": {kind: poisoned(world, folder, kind) for kind in POISONS},
+    }

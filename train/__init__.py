@@ -10,13 +10,27 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from alexprep.train.checkpoint import Checkpoint, init_from, saved_weights
+    from alexprep.train.classifier import Classified, Classifier
     from alexprep.train.config import TrainConfig
     from alexprep.train.data import Examples
     from alexprep.train.distributed.parallel import Parallel
     from alexprep.train.distributed.world import World, from_environment
     from alexprep.train.evaluation import Evaluation, evaluate, evaluate_run
     from alexprep.train.launch import RankFailed, launch_ranks
-    from alexprep.train.lr_schedule import ByHand, DExp, EarlyStop, Plateau, Schedule, ScheduleState, Steps
+    from alexprep.train.layer_outputs import LayerOutputs, layer_names, read_outputs, write_outputs
+    from alexprep.train.lr_schedule import (
+        ByHand,
+        Cosine,
+        DExp,
+        EarlyStop,
+        Linear,
+        OneCycle,
+        Plateau,
+        Schedule,
+        ScheduleState,
+        Steps,
+        WarmUp,
+    )
     from alexprep.train.models.alexnet import AlexNet, alexnet, alexnet_1gpu, alexnet_6conv, alexnet_2012, alexnet_owt
     from alexprep.train.models.cifar import ConvLocal, cifar10_quick_net, conv_local_11pct, conv_local_13pct, tiny_net
     from alexprep.train.models.layers import (
@@ -28,8 +42,11 @@ if TYPE_CHECKING:
     )
     from alexprep.train.optimizer import MomentumSGD, parameter_groups
     from alexprep.train.precision import float32_kernels, logits
+    from alexprep.train.prediction_table import PredictionTable, read_predictions, write_predictions
     from alexprep.train.recipes import RECIPES, Recipe, recipe
+    from alexprep.train.report.page import WrittenReport, write_report
     from alexprep.train.run_dir import Place, place_named, saved_checkpoint
+    from alexprep.train.similar_images import Neighbour, Similar, find_similar
     from alexprep.train.trainer import train
 
 __all__ = [
@@ -37,27 +54,38 @@ __all__ = [
     "AlexNet",
     "ByHand",
     "Checkpoint",
+    "Classified",
+    "Classifier",
     "ConvLocal",
+    "Cosine",
     "DExp",
     "EarlyStop",
     "Evaluation",
     "Examples",
+    "LayerOutputs",
+    "Linear",
     "LocalResponseNorm",
     "LocallyConnected2d",
     "MomentumSGD",
+    "Neighbour",
+    "OneCycle",
     "PaperDropout",
     "Parallel",
     "Place",
     "Plateau",
+    "PredictionTable",
     "RankFailed",
     "Recipe",
     "Scale",
     "Schedule",
     "ScheduleState",
+    "Similar",
     "SpatialResponseNorm",
     "Steps",
     "TrainConfig",
+    "WarmUp",
     "World",
+    "WrittenReport",
     "alexnet",
     "alexnet_1gpu",
     "alexnet_6conv",
@@ -68,36 +96,51 @@ __all__ = [
     "conv_local_13pct",
     "evaluate",
     "evaluate_run",
+    "find_similar",
     "float32_kernels",
     "from_environment",
     "init_from",
     "launch_ranks",
+    "layer_names",
     "logits",
     "parameter_groups",
     "place_named",
+    "read_outputs",
+    "read_predictions",
     "recipe",
     "saved_checkpoint",
     "saved_weights",
     "tiny_net",
     "train",
+    "write_outputs",
+    "write_predictions",
+    "write_report",
 ]
 
 _HOMES = {
     "checkpoint": ("Checkpoint", "init_from", "saved_weights"),
+    "classifier": ("Classified", "Classifier"),
     "config": ("TrainConfig",),
     "data": ("Examples",),
     "distributed.parallel": ("Parallel",),
     "distributed.world": ("World", "from_environment"),
     "launch": ("RankFailed", "launch_ranks"),
     "evaluation": ("Evaluation", "evaluate", "evaluate_run"),
-    "lr_schedule": ("ByHand", "DExp", "EarlyStop", "Plateau", "Schedule", "ScheduleState", "Steps"),
+    "layer_outputs": ("LayerOutputs", "layer_names", "read_outputs", "write_outputs"),
+    "lr_schedule": (
+        *("ByHand", "Cosine", "DExp", "EarlyStop", "Linear", "OneCycle", "Plateau"),
+        *("Schedule", "ScheduleState", "Steps", "WarmUp"),
+    ),
     "models.alexnet": ("AlexNet", "alexnet", "alexnet_1gpu", "alexnet_2012", "alexnet_6conv", "alexnet_owt"),
     "models.cifar": ("ConvLocal", "cifar10_quick_net", "conv_local_11pct", "conv_local_13pct", "tiny_net"),
     "models.layers": ("LocalResponseNorm", "LocallyConnected2d", "PaperDropout", "Scale", "SpatialResponseNorm"),
     "optimizer": ("MomentumSGD", "parameter_groups"),
     "precision": ("float32_kernels", "logits"),
+    "prediction_table": ("PredictionTable", "read_predictions", "write_predictions"),
     "recipes": ("RECIPES", "Recipe", "recipe"),
+    "report.page": ("WrittenReport", "write_report"),
     "run_dir": ("Place", "place_named", "saved_checkpoint"),
+    "similar_images": ("Neighbour", "Similar", "find_similar"),
     "trainer": ("train",),
 }
 

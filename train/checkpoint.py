@@ -37,14 +37,17 @@ FORMAT_VERSION = 1
 
 # What a checkpoint holds. Tensors by name, and facts, which are JSON, by key; `TrainingState` gives and takes the values.
 WEIGHT = "weight."  # and the name in the network's state_dict: parameters and buffers
-VELOCITY = "velocity."  # and the parameter's number, three digits
+VELOCITY = "velocity."  # and the parameter's number, three digits; of torch's optimizers `SLOT`, a name of theirs, and the number
+AVERAGE = "average."  # and such a name: the mean of the weights, where one is kept
 TOTALS = "sums"  # of the epoch so far: loss, errors, images
 RANDOM_CPU, RANDOM_CUDA = "random.cpu", "random.cuda"  # torch's default generators
 POSITION, UPDATE = "position", "update"  # facts: step, epoch and schedule; what fp16 scales the loss by
+VELOCITY_RATES = "velocity_rates"  # a fact where velocities follow the rate: the rate that each last moved at, or null
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 GO_ON = "go on with --resume; checkpoints that were saved before are untouched"
 MOST_TOLD = 6  # differences
+BEFORE = "before"  # metadata of a dataclass's field: the value that runs have which are older than the field, if not its default
 _MARK = re.compile(r"step-(\d{8,})\.json")
 
 
@@ -60,8 +63,17 @@ class Damaged(Exception):
     """A checkpoint that fails its checks; the message says which and why."""
 
 
-def save(folder: Path, step: int, tensors: dict[str, torch.Tensor], facts: dict[str, Any], keep: int) -> None:
-    """Publishes a checkpoint, then deletes all but the newest `keep`, at least 1. `facts` are JSON values without NaN.
+def save(
+    folder: Path,
+    step: int,
+    tensors: dict[str, torch.Tensor],
+    facts: dict[str, Any],
+    keep: int,
+    best: int | None = None,
+) -> None:
+    """Publishes a checkpoint, then deletes all but the newest `keep`, at least 1, and that of step `best`.
+
+    `facts` are JSON values without NaN.
 
     Checkpoints of later steps go too: this run began below them, so they were found damaged.
     """
@@ -77,7 +89,7 @@ def save(folder: Path, step: int, tensors: dict[str, torch.Tensor], facts: dict[
     }
     publish(folder / f"step-{step:08d}.json", json_bytes(document | {"digest": digest_json(document)}))
     with writing(folder):
-        _prune(folder, step, keep)
+        _prune(folder, step, keep, best)
 
 
 def newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
@@ -104,24 +116,22 @@ def marks(folder: Path) -> dict[int, Path]:
 
 def read(mark: Path) -> Checkpoint:
     """One checkpoint, by its JSON file, checked to the last bit; `Damaged` is raised where anything is missing, cut or changed."""
-    try:
-        document = json.loads(_content(mark))
-        if document.pop("digest") != digest_json(document):
-            raise Damaged(f"{mark.name} was changed")
-        if document["format_version"] != FORMAT_VERSION:
-            raise AlexprepError(
-                f"{mark} has format version {document['format_version']!r}, this alexprep reads {FORMAT_VERSION}: use the "
-                "alexprep that wrote it"
-            )
+    with _damage(mark):
+        document = _document(mark)
         record = document["tensors"]
         data = _content(mark.parent / record["file"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise Damaged(f"{mark.name} cannot be read ({error})") from None
     if len(data) != record["bytes"]:
         raise Damaged(f"{record['file']} has {len(data)} of {record['bytes']} bytes")
     if hashlib.sha256(data).hexdigest() != record["sha256"]:
         raise Damaged(f"{record['file']} does not have the sha256 in {mark.name}")
     return Checkpoint(int(document["step"]), safetensors.torch.load(data), document["facts"])
+
+
+def facts_of(mark: Path) -> dict[str, Any]:
+    """What a checkpoint says that is no tensor, by its JSON file; `Damaged` is raised where that is missing, cut or changed."""
+    with _damage(mark):
+        facts: dict[str, Any] = _document(mark)["facts"]
+        return facts
 
 
 @contextlib.contextmanager
@@ -162,9 +172,9 @@ def differences(saved: Any, wanted: Any, name: str = "") -> list[str]:
 
 
 def with_defaults(described: Any, value: Any) -> Any:
-    """A description of a dataclass as a run recorded it, with the fields that it lacks at their defaults.
+    """A description of a dataclass as a run recorded it, with the fields that it lacks at the values that held before there were such.
 
-    So a field that is added later, with the default under which nothing changes, does not part a run from its own past.
+    These are a field's `BEFORE`, or else its default. So a field that is added later does not part a run from its own past.
     `value` is the dataclass as it is now; dataclasses in its fields are looked into. Anything else has no defaults.
     """
     if not isinstance(described, dict) or not is_dataclass(value) or isinstance(value, type):
@@ -173,6 +183,8 @@ def with_defaults(described: Any, value: Any) -> Any:
     for field in fields(value):
         if field.name in described:
             complete[field.name] = with_defaults(described[field.name], getattr(value, field.name))
+        elif BEFORE in field.metadata:
+            complete[field.name] = field.metadata[BEFORE]
         elif field.default is not MISSING:
             complete[field.name] = json.loads(json.dumps(field.default, default=str))  # tuples become lists
         elif field.default_factory is not MISSING:
@@ -206,6 +218,14 @@ class InitReport:
 def saved_weights(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     """The weights in a checkpoint by their names in the network."""
     return {name.removeprefix(WEIGHT): tensor for name, tensor in checkpoint.tensors.items() if name.startswith(WEIGHT)}
+
+
+def final_weights(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    """The weights that a training came to: their mean where one is kept, else as `saved_weights`."""
+    means = {
+        name.removeprefix(AVERAGE): tensor for name, tensor in checkpoint.tensors.items() if name.startswith(AVERAGE)
+    }
+    return saved_weights(checkpoint) | means
 
 
 def wanted_layers(patterns: str | None) -> Literal["matching"] | list[str]:
@@ -255,13 +275,14 @@ def init_from(
     return InitReport(taken, fresh, [layer for layer in given if layer not in wanted])
 
 
-def _prune(folder: Path, step: int, keep: int) -> None:
+def _prune(folder: Path, step: int, keep: int, best: int | None) -> None:
     """Deletes later and superfluous checkpoints: the mark before its tensors, so that no mark lacks them.
 
     Where a mark that stays does not say which tensors are its own, all tensors stay until a save that can tell.
     """
     found = marks(folder)
     kept = sorted((other for other in found if other <= step), reverse=True)[:keep]
+    kept += [best] if best in found and best not in kept else []
     for other in found.keys() - set(kept):
         found[other].unlink()
     sync_folder(folder)
@@ -273,6 +294,28 @@ def _prune(folder: Path, step: int, keep: int) -> None:
     for path in folder.glob("step-*.safetensors"):
         if path.name not in referenced:
             path.unlink()
+
+
+def _document(mark: Path) -> dict[str, Any]:
+    """A commit mark's JSON, whole and of a version that this alexprep reads."""
+    document: dict[str, Any] = json.loads(_content(mark))
+    if document.pop("digest") != digest_json(document):
+        raise Damaged(f"{mark.name} was changed")
+    if document["format_version"] != FORMAT_VERSION:
+        raise AlexprepError(
+            f"{mark} has format version {document['format_version']!r}, this alexprep reads {FORMAT_VERSION}: use the "
+            "alexprep that wrote it"
+        )
+    return document
+
+
+@contextlib.contextmanager
+def _damage(mark: Path) -> Iterator[None]:
+    """Inside the block, a mark that is no JSON, or lacks a field, is damaged."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise Damaged(f"{mark.name} cannot be read ({error})") from None
 
 
 def _content(path: Path) -> bytes:

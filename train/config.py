@@ -8,35 +8,71 @@ from __future__ import annotations
 import contextlib
 import os
 import shlex
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
+from alexprep.pipeline.augmentation import Place
 from alexprep.pipeline.device import choose_device
 from alexprep.pipeline.loader_settings import Tuning, saved_tuning
 from alexprep.shards import rgb_statistics
 from alexprep.shards.dataset_format import versions
 from alexprep.shards.errors import AlexprepError, number_within, one_of, whole_number
 from alexprep.train import run_dir
-from alexprep.train.checkpoint import differences, init_from, saved_weights, wanted_layers, with_defaults
+from alexprep.train.checkpoint import differences, final_weights, init_from, wanted_layers, with_defaults
 from alexprep.train.data import DataFacts, data_facts
 from alexprep.train.distributed.tensor_parallel import SCHEMES, Scheme, part_of
 from alexprep.train.distributed.world import TIMEOUT, World
 from alexprep.train.logger import writer_class
+from alexprep.train.lr_schedule import (
+    ScheduleState,
+    around,
+    is_per_step,
+    planned,
+    planned_epochs,
+    rate_at,
+    recorded_schedule,
+    within,
+)
 from alexprep.train.precision import Arithmetic, Precision, arithmetic
-from alexprep.train.recipes import DEFAULT_RECIPE, MOST_EPOCHS, Recipe, recipe_of, try_user_network
+from alexprep.train.recipes import (
+    DEFAULT_RECIPE,
+    MOST_EPOCHS,
+    UPDATING,
+    Recipe,
+    as_begun,
+    hooked,
+    recipe_of,
+    schedule_named,
+    try_user_network,
+)
 from alexprep.train.run_dir import place_named, saved_checkpoint
-from alexprep.train.user_code import MODEL, RECIPE, UserNetwork, check_named, comparable, is_reference, references
+from alexprep.train.user_code import (
+    HOOK,
+    MODEL,
+    RECIPE,
+    UserNetwork,
+    absolute,
+    check_named,
+    comparable,
+    is_reference,
+    references,
+)
 
 MOST_TRACED = 200  # steps; all stay in memory until the last one
 MOST_SECONDS = 1_000_000  # that ranks wait for one another: eleven days; system clocks take no more than some 10^9
 KEEP, CHECKPOINT_STEPS = 3, 1000  # unless the run began with others
+SCHEDULING = ("schedule", "warmup", "early_stop")
+CHANGEABLE = (
+    "lr",
+    *SCHEDULING,
+)  # what holds from then on where it is given on resuming; a change is kept in the run's history
 OPTIONS = (  # what a resumed run takes from its beginning
-    *("recipe", "model", "seed", "batch_size", "lr", "init_from", "init_layers"),
-    *("precision", "channels_last", "compile"),
+    *("recipe", "model", "seed", "batch_size", *CHANGEABLE, *UPDATING, "init_from", "init_layers"),
+    *("precision", "channels_last", "compile", "hook", "hook_after"),
 )
 LENGTH = ("epochs", "steps")
 REMEMBERED = (*LENGTH, "keep", "checkpoint_steps")  # likewise; what is given on resuming holds from then on
@@ -58,9 +94,21 @@ class TrainConfig:
     # Name in the registry, "alexnet" by default; or a user's own: FILE.py, FILE.py:FUNCTION or MODULE:FUNCTION.
     recipe: str | None = None
     model: str | None = None  # the user's own network in the recipe's stead, likewise; see `alexprep.train.user_code`
+    hook: str | None = (
+        None  # an operation of the user's own in the augmentation, likewise; see `alexprep.pipeline.Hook`
+    )
+    hook_after: Place | None = None  # where: "decode", "augment" (the default) or "tensor"
     seed: int | None = None  # of the initial weights, dropout, order and augmentation; 0 by default
     batch_size: int | None = None  # images a step
-    lr: float | None = None  # learning rate of the first epoch
+    lr: float | None = None  # highest learning rate, of which the schedule makes all others; on resuming, from now on
+    schedule: str | None = None  # in the recipe's stead, see `alexprep.train.recipes.schedule_named`
+    warmup: float | None = None  # epochs in which the rate rises, in front of any schedule
+    optimizer: str | None = None  # the rule of the update; this and the next four in the recipe's stead, see `Recipe`
+    label_smoothing: float | None = None
+    clip: float | None = None  # length that no gradient exceeds
+    accumulate: int | None = None  # parts of a batch, one after the other
+    average: float | None = None  # decay of the weights' exponential mean
+    early_stop: int | None = None  # end after so many epochs of which none had a lower validation error than all before
     init_from: str | None = None  # run (RUN or RUN@STEP) whose weights the network begins with, for fine-tuning
     init_layers: str | None = None  # which layers of it: "matching", the default, or patterns with commas
     precision: Precision | None = None  # "fp32" by default, "tf32", "bf16" or "fp16": see `alexprep.train.precision`
@@ -90,11 +138,27 @@ class TrainConfig:
         if self.data is None and not self.resume:
             raise AlexprepError("data is None: name the folder of a data set; only a resumed run has one of its own")
         most = {"epochs": MOST_EPOCHS, "trace": MOST_TRACED}
-        for name in ("epochs", "steps", "keep", "checkpoint_steps", "log_steps", "threads", "ranks", "trace"):
+        for name in (
+            "epochs",
+            "steps",
+            "early_stop",
+            "keep",
+            "checkpoint_steps",
+            "log_steps",
+            "threads",
+            "ranks",
+            "trace",
+        ):
             if getattr(self, name) is not None:
                 whole_number(name, getattr(self, name), 1, most.get(name, 2**40))
         if self.seed is not None:
             whole_number("seed", self.seed, 0, 2**63 - 1)
+        if self.warmup is not None:
+            number_within("warmup", self.warmup, 0, MOST_EPOCHS)
+        if self.hook_after is not None:
+            one_of("hook_after", self.hook_after, get_args(Place))
+            if self.hook is None and not self.resume:
+                raise AlexprepError(f"--hook-after {self.hook_after} says where a hook goes: name it with --hook")
         if self.scheme is not None:
             one_of("scheme", self.scheme, SCHEMES)
         number_within("rank_seconds", self.rank_seconds, 1e-3, MOST_SECONDS)
@@ -116,6 +180,7 @@ class Job:
     tuning: Tuning
     notes: list[str]  # what to say about it
     identity: dict[str, Any]  # JSON values: what decides the result; a checkpoint of another identity is refused
+    changes: dict[str, Any] = field(default_factory=dict)  # of `CHANGEABLE`, made on resuming: {"was", "is"} by name
 
     @property
     def epochs(self) -> int:
@@ -134,19 +199,32 @@ class Job:
 
     def remembered(self) -> dict[str, Any]:
         """What a bare --resume goes on with, though it is no part of the identity."""
-        length = {name: getattr(self.config, name) for name in LENGTH}
+        length = {name: getattr(self.config, name) for name in (*LENGTH, *self.changes)}
         return length | {"keep": self.keep, "checkpoint_steps": self.checkpoint_steps}
 
-    def changes_since(self, earlier: Mapping[str, Any]) -> list[str]:
+    def differences(self, config: Mapping[str, Any], facts: Mapping[str, Any] | None) -> list[str]:
+        """Why a run cannot go on with this job: what its config.json, and its checkpoint's facts if there is one, say otherwise.
+
+        What may change on resuming is compared with config.json alone, which has the last change before this one.
+        """
+        leaving = {"lr" if name == "lr" else "schedule" for name in self.changes}
+        found = self.changes_since(config, leaving)
+        found += [] if facts is None else self.changes_since(facts, {"lr", "schedule"})
+        return list(dict.fromkeys(found))
+
+    def changes_since(self, earlier: Mapping[str, Any], leaving: Collection[str] = ()) -> list[str]:
         """What decides the result and was not so in a run's config.json or a checkpoint's facts, a sentence a field.
 
-        Fields that one of both does not know are at their defaults in it: those that were added later change nothing by default.
+        `leaving` names fields of the recipe that are not compared. Fields that one of both does not know are at their defaults in it: those that were added later change nothing by default.
         """
         made_with = earlier.get("versions", {})
         then, now = (
             IDENTITY_DEFAULTS | identity | {"recipe": with_defaults(identity.get("recipe"), self.recipe)}
             for identity in (comparable(earlier["identity"], made_with), comparable(self.identity, made_with))
         )
+        for one in (then, now):
+            if isinstance(one["recipe"], dict):
+                one["recipe"] = {name: value for name, value in one["recipe"].items() if name not in leaving}
         return differences(then, now)
 
     def resume_options(self) -> str:
@@ -154,7 +232,7 @@ class Job:
         config, words = self.config, ["--resume"]
         if config.runs.resolve() != TrainConfig.runs.resolve():
             words += ["--runs", str(config.runs)]
-        for option, reference in ((RECIPE, config.recipe), (MODEL, config.model)):
+        for option, reference in ((RECIPE, config.recipe), (MODEL, config.model), (HOOK, config.hook)):
             if reference is not None and is_reference(reference):
                 words += [option, reference]
         if config.ranks > 1:
@@ -180,19 +258,29 @@ def prepare(
     if config.tensorboard:
         writer_class()  # raises where the package is missing
     named, model = references(config.recipe, config.model)
-    config = replace(config, recipe=named, model=model)
-    run, earlier = Path(os.devnull) if dry_run else None, None
+    config = replace(config, recipe=named, model=model, hook=config.hook and absolute(config.hook, HOOK))
+    run, earlier, began = Path(os.devnull) if dry_run else None, None, None
+    changes: dict[str, Any] = {}
     if config.resume:
         run = run_dir.find_run(config.runs, config.name)
         document = run_dir.read_config(run)
-        earlier = document["options"]
-        check_named(earlier, config.recipe, config.model, run)
+        earlier, began = document["options"], document["identity"].get("recipe", {})
+        check_named(earlier, config.recipe, config.model, run, config.hook)
+        given = {name: getattr(config, name) for name in CHANGEABLE if getattr(config, name) is not None}
+        changes = {
+            name: {"was": earlier.get(name), "is": now} for name, now in given.items() if now != earlier.get(name)
+        }
         config = resumed(config, earlier, config.data or run_dir.still_there(run, Path(document["data"])))
     data = config.data or Path()  # there is one: only a resumed run's may be None, and it is found by now
     facts = data_facts(data)
     tuning, notes = _tuning(config, data, device, earlier)
     notes += [f"the split {split} is skipped: none of its images has a label" for split in facts.unlabelled]
     recipe = recipe_of({name: getattr(config, name) for name in OPTIONS})
+    if began is not None:
+        recipe = as_begun(recipe, began)
+    recipe = _scheduled(recipe, config, began, earlier or {}, changes)
+    if config.hook is not None:
+        recipe = hooked(recipe, config.hook, config.hook_after or "augment")
     recipe.check_size(facts.size)
     computing = arithmetic(device, config.precision, config.channels_last, config.compile)
     if computing.precision == "fp16" and device.type == "cpu":
@@ -201,6 +289,7 @@ def prepare(
     identity = {"recipe": recipe.describe(), "seed": seed, "classes": facts.classes, "data_digest": facts.digest}
     identity["precision"] = computing.precision
     scheme = _scheme(config, recipe, facts.classes, seed)
+    recipe.check_scheme(scheme)
     if isinstance(recipe.network, UserNetwork):
         recipe, made, said = try_user_network(recipe, recipe.network, facts.classes, seed, scheme, config.ranks)
         identity |= {"recipe": recipe.describe(), "layers": made}
@@ -216,12 +305,42 @@ def prepare(
             source, skipped = saved_checkpoint(place_named(config.runs, config.init_from))
             notes += skipped
             network = recipe.make_network(facts.classes, seed)
-            init_from(network.state_dict(), saved_weights(source), wanted_layers(config.init_layers))
+            init_from(network.state_dict(), final_weights(source), wanted_layers(config.init_layers))
             if "@" not in config.init_from:
                 config = replace(config, init_from=f"{config.init_from}@{source.step}")
         identity["init"] = f"{config.init_from}, layers {config.init_layers or 'matching'}"
-    job = Job(config, run or Path(), data, recipe, seed, facts, device, scheme, computing, tuning, notes, identity)
+    job = Job(
+        config, run or Path(), data, recipe, seed, facts, device, scheme, computing, tuning, notes, identity, changes
+    )
     return job if run else replace(job, run=_new_run(job))
+
+
+def _scheduled(
+    recipe: Recipe,
+    config: TrainConfig,
+    began: Mapping[str, Any] | None,
+    earlier: Mapping[str, Any],
+    changes: Mapping[str, Any],
+) -> Recipe:
+    """A recipe with the schedule that is asked for, as long as the run; one that goes on has the schedule and the length that it began with.
+
+    That of a recipe of ours is taken from the run's record, since a release may ship a better one; a user's own is as the file has it.
+    """
+    length = epochs = config.epochs or recipe.epochs
+    schedule = recipe.schedule if config.schedule is None else schedule_named(config.schedule)
+    if began is not None and "schedule" not in changes:
+        described = began.get("schedule", {})
+        length = planned_epochs(described) or length
+        recorded = None if is_reference(config.recipe or DEFAULT_RECIPE) else recorded_schedule(described)
+        if recorded is not None:
+            schedule = within(recorded, earlier.get("warmup"), earlier.get("early_stop"))
+    schedule = around(planned(schedule, length), config.warmup, config.early_stop)
+    if is_per_step(schedule) and epochs > length and not rate_at(schedule, 1.0, ".weight", epochs, ScheduleState()):
+        raise AlexprepError(
+            f"the schedule has brought the rate to 0 after {length} epochs, and {epochs} are asked for: add --schedule {config.schedule or 'linear'}, "
+            "which plans the rate anew for all of them"
+        )
+    return replace(recipe, schedule=schedule)
 
 
 def resumed(config: TrainConfig, earlier: Mapping[str, Any], data: Path) -> TrainConfig:

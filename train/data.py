@@ -5,6 +5,7 @@ The loader itself is `alexprep.pipeline.loader.Loader`; tests and users may hand
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -18,7 +19,7 @@ EVALUATION_SPLITS = ("val", "test")  # the first that has samples with labels is
 
 
 class LoadedBatch(Protocol):
-    """The part of `alexprep.pipeline.loader.Batch` that training reads."""
+    """The part of `alexprep.pipeline.Batch` that training reads; of a `MixedBatch` also what `examples` finds."""
 
     @property
     def images(self) -> torch.Tensor:
@@ -51,6 +52,38 @@ class BatchSource(Protocol):
         """Frees threads and memory."""
 
 
+class WithoutLastStep:
+    """A loader's epochs without their last step, whose images have their turn in other epochs where the order is shuffled."""
+
+    def __init__(self, loader: BatchSource) -> None:
+        """The loader has at least two steps an epoch."""
+        self._loader, self.samples, self.digest = loader, loader.samples, loader.digest
+
+    def __len__(self) -> int:
+        """Steps an epoch."""
+        return len(self._loader) - 1
+
+    def __iter__(self) -> Iterator[LoadedBatch]:
+        """The rest of the current epoch; of the next one where nothing is left but the last step."""
+        state = self._loader.state_dict()
+        if state["step"] >= len(self):
+            state = state | {"epoch": state["epoch"] + 1, "step": 0}
+            self._loader.load_state_dict(state)
+        return itertools.islice(iter(self._loader), len(self) - state["step"])
+
+    def state_dict(self) -> dict[str, int]:
+        """{"seed", "epoch", "step"} of the next batch."""
+        return self._loader.state_dict()
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Goes to a state; its step is below the epoch's length."""
+        self._loader.load_state_dict(state)
+
+    def close(self) -> None:
+        """Frees threads and memory."""
+        self._loader.close()
+
+
 OpenLoader = Callable[..., BatchSource]  # opens a split with the arguments of `alexprep.pipeline.loader.Loader`
 
 
@@ -59,6 +92,33 @@ class Examples(NamedTuple):
 
     images: torch.Tensor  # float32 (N, C, H, W), or (N, 10, C, H, W) for ten views
     labels: torch.Tensor  # int64 (N,)
+
+    @property
+    def counted_labels(self) -> torch.Tensor:
+        """What errors are measured by."""
+        return self.labels
+
+
+class MixedExamples(NamedTuple):
+    """A batch whose pairs are mixed: each image has two labels. Of four tensors, so that nobody takes it for `Examples`."""
+
+    images: torch.Tensor  # as in `Examples`
+    labels: torch.Tensor  # int64 (N,)
+    partner_labels: torch.Tensor  # int64 (N,)
+    weights: torch.Tensor  # float32 (N,), 0 to 1: what the own label counts, beside the partner's
+
+    @property
+    def counted_labels(self) -> torch.Tensor:
+        """What errors are measured by: of both labels the one that counts more."""
+        return torch.where(self.weights < 0.5, self.partner_labels, self.labels)
+
+
+def examples(batch: LoadedBatch) -> Examples | MixedExamples:
+    """A loader's batch for a network."""
+    partner_labels, weights = (getattr(batch, name, None) for name in ("partner_labels", "weights"))
+    if partner_labels is None or weights is None:
+        return Examples(batch.images, batch.labels)
+    return MixedExamples(batch.images, batch.labels, partner_labels, weights)
 
 
 class DataFacts(NamedTuple):

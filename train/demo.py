@@ -1,4 +1,4 @@
-"""Every stage on a small set that is drawn on the spot: pictures → shards → statistics → training → evaluation.
+"""Every stage on a small set that is drawn on the spot: pictures → shards → statistics → training → evaluation → report.
 
 `make_photos` draws labelled, photo-like pictures, also for trying things out without a download. Nothing but the demo belongs here.
 """
@@ -23,7 +23,11 @@ from alexprep.shards.image_codec import Target
 from alexprep.shards.plan import ShardOptions
 from alexprep.shards.worker_pool import cores
 from alexprep.train.config import TrainConfig
-from alexprep.train.evaluation import evaluate_run
+from alexprep.train.evaluation import evaluate, evaluation_file, predictions_of, publish_evaluation
+from alexprep.train.layer_outputs import write_outputs
+from alexprep.train.prediction_table import write_predictions
+from alexprep.train.report.page import write_report
+from alexprep.train.run_dir import Place
 from alexprep.train.trainer import train
 
 Colour = tuple[int, int, int]
@@ -37,7 +41,8 @@ _MARK = "made-by-alexprep-demo"
 def run_demo(folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
     """Runs every stage in `folder`, which is made, or emptied if an earlier demo made it; says what it does.
 
-    Gives the training's summary, with chance_top1_error (percent), inputs, rejected, and ten_view_top1_error (percent).
+    Gives the training's summary, with chance_top1_error (percent), inputs, rejected, ten_view_top1_error (percent), and report: its path, or None
+    where matplotlib or Jinja2, which it needs, are not installed.
     """
     start = time.monotonic()
     if folder.exists():
@@ -75,16 +80,42 @@ def run_demo(folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
     )
     say(f"   log and checkpoints in {summary['run']}")
 
-    ten = evaluate_run(Path(summary["run"]), views="ten")
-    say(f"5. alexprep eval --views ten: {ten['top1_error']:.1f} % over ten views of each picture")
+    run = Path(summary["run"])
+    ten = _evaluate(run)
+    say(f"5. alexprep eval --views ten --predictions: {ten['top1_error']:.1f} % over ten views of each picture")
+
+    for split in ("train", "val"):
+        write_outputs(Place(run), split=split)
+    page = _report(data, run, folder / "report", say)
     say(f"All of it took {time.monotonic() - start:.0f} s.")
     return summary | {
         "chance_top1_error": chance,
         "inputs": done.inputs,
         "rejected": done.rejected.total(),
         "ten_view_top1_error": ten["top1_error"],
+        "report": page,
         "seconds": time.monotonic() - start,
     }
+
+
+def _evaluate(run: Path) -> dict[str, Any]:
+    """Over ten views, with the predictions that a report shows."""
+    found = evaluate([Place(run)], views="ten")
+    path = evaluation_file(found.document, run.parent).with_suffix(".parquet")
+    write_predictions(predictions_of(found), path)
+    found.document["predictions_file"] = str(path.resolve())
+    publish_evaluation(found.document, run.parent)
+    return found.document
+
+
+def _report(data: Path, run: Path, out: Path, say: Callable[[str], None]) -> str | None:
+    try:
+        written = write_report(data, [run], out)
+    except AlexprepError as error:
+        say(f"6. alexprep report: {error}")
+        return None
+    say(f"6. alexprep features and report: {written.path}, open it in a browser")
+    return str(written.path)
 
 
 def make_photos(folder: Path, train: int = 100, val: int = 25, seed: int = 0) -> int:

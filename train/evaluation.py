@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from alexprep.pipeline.device import choose_device
 from alexprep.pipeline.loader import Loader
 from alexprep.pipeline.loader_settings import Tuning, tuning_for
-from alexprep.shards.dataset_format import LEDGER, read_dataset
+from alexprep.shards.dataset_format import LEDGER, read_dataset, sample_key
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.listing import ILSVRC_ID
 from alexprep.shards.storage import digest_json, publish_json
@@ -37,6 +37,7 @@ from alexprep.train.data import data_facts
 from alexprep.train.ensemble import Weights, WeightSearch, mixture, shares
 from alexprep.train.metrics import TOP, StepTimer, image_errors, mean_errors
 from alexprep.train.precision import Precision, check_precision, float32_kernels, memory
+from alexprep.train.prediction_table import PredictionTable
 from alexprep.train.predictions import (
     EvaluationViews,
     GrowingArray,
@@ -134,15 +135,15 @@ def evaluate(
         raise AlexprepError(f"{data} has no val or test split: name another with --split")
     if check is not None:
         check(data, split)
-    means = [_mean_of(net, dataset, notes) for net in nets]
-    open_loader = open_loader or functools.partial(Loader, tuning=_tuning(nets, data, where))
+    means = [mean_of(net, dataset, notes) for net in nets]
+    open_loader = open_loader or functools.partial(Loader, tuning=tuning_of(nets, data, where))
     shown = {"views": views, "order": "sequential", "device": str(where), "memory_format": memory(where).memory_format}
     images = batch_size if views == "centre" else max(1, batch_size // 10)
     open_split = functools.partial(open_loader, data, batch_size=images, threads=threads, **shown)
     timer = StepTimer()
 
     def go_through(split: str, use: Callable[[Predicted], None]) -> None:
-        found = predictions(nets, means, functools.partial(open_split, split), precision, timer, progress)
+        found = predictions(nets, means, functools.partial(open_split, split), precision, timer, progress, images)
         with torch.inference_mode(), float32_kernels(precision), contextlib.closing(found):
             for predicted in found:
                 use(predicted)
@@ -177,7 +178,14 @@ def evaluate(
 
 
 def publish_evaluation(document: dict[str, Any], runs: Path) -> Path:
-    """Writes the document of an evaluation, into the run's folder or for several nets beside the runs: eval-SPLIT-VIEWS-DIGEST.json.
+    """Writes the document of an evaluation to its file, and returns that."""
+    path = evaluation_file(document, runs)
+    publish_json(path, document)
+    return path
+
+
+def evaluation_file(document: dict[str, Any], runs: Path) -> Path:
+    """Where an evaluation is written: in the run's folder, or for several nets beside the runs, eval-SPLIT-VIEWS-DIGEST.json.
 
     The digest is of nets, data, weights and precision, so the same evaluation has the same name.
     """
@@ -187,9 +195,7 @@ def publish_evaluation(document: dict[str, Any], runs: Path) -> Path:
         asked.append(document["precision"])
     digest = digest_json(asked)[:8]
     folder = Path(document["run"]) if "run" in document else runs
-    path = folder / f"eval-{document['split']}-{document['views']}-{digest}.json"
-    publish_json(path, document)
-    return path
+    return folder / f"eval-{document['split']}-{document['views']}-{digest}.json"
 
 
 def _scores(
@@ -255,14 +261,14 @@ def _fixed_weights(weights: Weights, weights_from: str | None, nets: int) -> lis
     return shares([1.0] * nets if isinstance(weights, str) else weights, nets)
 
 
-def _tuning(nets: list[Net], data: Path, device: torch.device) -> Tuning:
+def tuning_of(nets: list[Net], data: Path, device: torch.device) -> Tuning:
     """The loader's settings for this machine, but decoding where the nets' trainings did, which shows in a grey level here and there."""
     tuning = tuning_for(data, str(device))
     decoding = [{name: net.options[name] for name in DECODING if name in net.options} for net in nets]
     return replace(tuning, **decoding[0]) if all(one == decoding[0] for one in decoding) else tuning
 
 
-def _mean_of(net: Net, dataset: dict[str, Any], notes: list[str]) -> Path | None:
+def mean_of(net: Net, dataset: dict[str, Any], notes: list[str]) -> Path | None:
     """The data set whose mean image a net is shown images without, if not the evaluated one: that of its training."""
     if net.data_digest == dataset["digest"] or not net.recipe.augmentation.needs_statistics:
         return None
@@ -284,21 +290,24 @@ class ClassError(NamedTuple):
 
 
 class Scores:
-    """Collects the errors and best guesses of each image, batch by batch, on the CPU: 60 bytes an image."""
+    """Collects the errors and best guesses of each image, batch by batch, on the CPU: 100 bytes an image."""
 
-    def __init__(self) -> None:
-        """No image yet."""
-        self._errors = GrowingArray(np.float64)  # (N, 3), see `image_errors`
+    def __init__(self, guesses: int = TOP) -> None:
+        """No image yet; `guesses` is how many best classes there are of each."""
+        self._errors = GrowingArray(np.float64, 3)  # see `image_errors`
         self._labels = GrowingArray(np.int64)
         self._rows = GrowingArray(np.int64)
-        self._best = GrowingArray(np.int32)
+        self._best = GrowingArray(np.int32, guesses)
+        self._probabilities = GrowingArray(np.float64, guesses)
 
     def add(self, predicted: Predicted) -> None:
         """Takes in a batch, whose `logs` are of one net, or of several as one: float64 (N, classes)."""
         self._errors.add(image_errors(predicted.logs, predicted.labels).T)
         self._labels.add(predicted.labels)
         self._rows.add(predicted.rows)
-        self._best.add(_best(predicted.logs))
+        best = _best(predicted.logs)
+        self._best.add(best)
+        self._probabilities.add(predicted.logs.gather(1, best).exp())
 
     @property
     def images(self) -> int:
@@ -319,6 +328,31 @@ class Scores:
     def best(self) -> NDArray[np.int32]:
         """(N, 5), or fewer where there are fewer classes: the best classes, best first; among equals the lower label first."""
         return self._best.array
+
+    @property
+    def probabilities(self) -> NDArray[np.float64]:
+        """(N, 5), or fewer: of the best classes."""
+        return self._probabilities.array
+
+    @property
+    def label_probabilities(self) -> NDArray[np.float64]:
+        """(N,): what the labels are given; NaN where they are unknown."""
+        given: NDArray[np.float64] = np.exp(-self._errors.array[:, 0])
+        return given
+
+    def table(self, keys: Sequence[str], sources: Sequence[str], classes: Sequence[str]) -> PredictionTable:
+        """The predictions in the order of `rows`; what images are called and where they come from is given by row."""
+        order = np.argsort(self.rows, kind="stable")
+        chosen = self.rows[order].tolist()
+        return PredictionTable(
+            [keys[row] for row in chosen],
+            [sources[row] for row in chosen],
+            self.labels[order],
+            self.label_probabilities[order],
+            self.best[order],
+            self.probabilities[order],
+            list(classes),
+        )
 
     def summary(self) -> dict[str, float | None]:
         """top1_error, top5_error (percent), loss (nats), and top1_standard_error, top5_standard_error (points: of the mean over such images).
@@ -424,6 +458,27 @@ def make_submission(
     content = "".join(" ".join(map(str, row)) + "\n" for row in (guesses[order] + 1).tolist())
     missing = [names[place] for place in order if not written[place]]
     return content.encode(), [names[place] for place in order], missing
+
+
+def predictions_of(found: Evaluation) -> PredictionTable:
+    """What an evaluation's nets, as one, say of each sample: a row a sample, with its key and where it came from.
+
+    Raises AlexprepError where the ledger is missing or damaged.
+    """
+    data, split = Path(found.document["data"]), found.document["split"]
+    keys, sources = sample_names(data, split)
+    if len(found.scores.rows) and int(found.scores.rows.max()) >= len(keys):
+        raise AlexprepError(
+            f"{data / split / LEDGER} lists {len(keys)} images, more were predicted: run `alexprep verify`"
+        )
+    return found.scores.table(keys, sources, found.classes)
+
+
+def sample_names(data: Path, split: str) -> tuple[list[str], list[str]]:
+    """The key and the source of every sample of a split, by row of its index."""
+    sources, written = _ledger(data, split)
+    places = np.flatnonzero(written).tolist()
+    return [sample_key(place) for place in places], [sources[place] for place in places]
 
 
 def _in_order(data: Path, split: str, names: list[str]) -> list[int]:

@@ -170,10 +170,11 @@ class Bench:
 
         `ahead` is how many batches the loader of the training split has ready or works on at most.
         """
+        state.epoch_steps = len(loader)
         self._state, self._ahead = state, ahead
         self._batches = state.parallel.batches(itertools.chain.from_iterable(itertools.repeat(loader)))
         self._cached = next(self._batches)
-        self._kept = [*state.network.state_dict().values(), *state.optimizer.velocities()]
+        self._kept = [*state.network.state_dict().values(), *(tensor for _, _, tensor in state.optimizer.slots())]
         self._initial = [tensor.clone() for tensor in self._kept]
         self._queue_seconds = 0.0  # that the loader needs at most for what it was asked ahead
 

@@ -3,11 +3,12 @@
 log.jsonl holds one JSON object a line:
 
     {"kind": "steps", "step", "epoch", "loss", "top1_error", "top5_error", "lr", "images_per_second", "data_wait_ms", "step_ms"}
-    {"kind": "epoch", "step", "epoch", "loss", "top1_error", "top5_error", "lr", "seconds", "val": {…} or null}
+    {"kind": "epoch", "step", "epoch", "loss", "top1_error", "top5_error", "lr", "seconds", "val": {…} or null, "best": {…} or null}
     {"kind": "skip", "step", "epoch", "loss_scale"}      a step that moved nothing since a gradient overflowed in fp16
+    {"kind": "change", "step", "epoch", "lr", "changes": {NAME: {"was", "is"}}}     what was given otherwise on resuming
     {"kind": "not finite", "step", "epoch", "lr", "began": {"step", "what", "name", "value"} or null}      the end of the training
 
-`step` counts optimizer steps done, `epoch` whole epochs done before it; losses are in nats, errors in percent.
+`best` is the best evaluation so far, with the step and the epoch (from 1) that it followed. `step` counts optimizer steps done, `epoch` whole epochs done before it; losses are in nats, errors in percent.
 A "steps" record is a mean over the steps since the record before; `step_ms` is a step without its wait for data.
 On a GPU the wait is an upper bound: the GPU may still be computing meanwhile. What happens within a step is in no log: see `profiler`.
 """
@@ -125,24 +126,38 @@ class Meter:
         self._write({"kind": "skip", "step": step, "epoch": epoch, "loss_scale": loss_scale})
         self.say(f"step {step} skipped: a gradient overflowed in fp16; the loss is now multiplied by {loss_scale:g}")
 
+    def record_change(self, changes: dict[str, Any], *, step: int, epoch: int, lr: float) -> None:
+        """Logs what decides the result and is otherwise from here on, and the rate that comes of it."""
+        self._write({"kind": "change", "step": step, "epoch": epoch, "lr": lr, "changes": changes})
+        words = ", ".join(f"{name} was {each['was']}, is now {each['is']}" for name, each in changes.items())
+        self.say(f"from step {step} on: {words}; the rate is now {lr:g}")
+
     def record_not_finite(self, began: Origin | None, *, step: int, epoch: int, lr: float) -> None:
         """Logs that a loss or a weight was not finite after `step`, and where it began, as far as that is known."""
         seen = None if began is None else began._asdict()
         self._write({"kind": "not finite", "step": step, "epoch": epoch, "lr": lr, "began": seen})
 
     def record_epoch(
-        self, means: Means, *, step: int, epoch: int, lr: float, seconds: float, val: dict[str, Any] | None
+        self,
+        means: Means,
+        *,
+        step: int,
+        epoch: int,
+        lr: float,
+        seconds: float,
+        val: dict[str, Any] | None,
+        best: dict[str, Any] | None = None,
     ) -> None:
-        """Logs a whole epoch: `means` over its training images, `val` from `validate`."""
-        self._write(
-            {"kind": "epoch", "step": step, "epoch": epoch, **means._asdict(), "lr": lr, "seconds": seconds, "val": val}
-        )
+        """Logs a whole epoch: `means` over its training images, `val` from `validate`, `best` the best of these so far."""
+        where = {"kind": "epoch", "step": step, "epoch": epoch}
+        self._write({**where, **means._asdict(), "lr": lr, "seconds": seconds, "val": val, "best": best})
         validation = (
             f"; {val['split']}: top-1 error {val['top1_error']:.2f} %, top-5 {val['top5_error']:.2f} %" if val else ""
         )
+        best_words = ", the best so far" if best and best["step"] == step else ""
         self.say(
             f"epoch {epoch + 1} in {duration(seconds)} at rate {lr:g}: loss {means.loss:.4f}, "
-            f"top-1 error {means.top1_error:.2f} %{validation}"
+            f"top-1 error {means.top1_error:.2f} %{validation}{best_words}"
         )
 
     def _write(self, record: dict[str, Any]) -> None:

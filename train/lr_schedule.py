@@ -4,12 +4,13 @@ A schedule is a frozen dataclass with the two methods of `Schedule`. To add one,
 remembers of it (`describe`), `ScheduleState` is what a checkpoint does. A recipe (`alexprep.train.recipes`) chooses a schedule; the optimizer
 (`alexprep.train.optimizer`) knows none.
 
-Rates are those of whole epochs, and epochs count from 0: "after 25 epochs" is from epoch 25 on.
+Rates are those of whole epochs, unless a schedule is `per_step`. Epochs count from 0: "after 25 epochs" is from epoch 25 on.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatchcase
 from typing import Any, Protocol
@@ -32,14 +33,19 @@ class ScheduleState:
 class Schedule(Protocol):
     """What a training asks of a schedule."""
 
-    def rate(self, base: float, parameter: str, epoch: int, state: ScheduleState) -> float:
-        """The rate of one parameter in one epoch.
+    @property
+    def per_step(self) -> bool:
+        """Whether the rate moves within an epoch; one of the user's own that does not say is asked once an epoch."""
+        return False
+
+    def rate(self, base: float, parameter: str, epoch: float, state: ScheduleState) -> float:
+        """The rate of one parameter in one epoch, or in one step.
 
         Args:
             base: of the recipe: its rate, for biases times its factor.
             parameter: its name; one called `bias` in its layer is a bias, all others are weights.
-            epoch: whole epochs done.
-            state: after them.
+            epoch: whole epochs done; of a schedule `per_step` with the part of the present epoch that is done before the step.
+            state: after the whole ones.
         """
 
     def after_epoch(self, state: ScheduleState, epochs: int, error: float) -> ScheduleState:
@@ -64,7 +70,7 @@ class Steps(Schedule):
             raise AlexprepError(f"the rate cannot fall after epochs {self.after}: give rising numbers from 1")
         _check_divisor(self.divisor)
 
-    def rate(self, base: float, parameter: str, epoch: int, state: ScheduleState) -> float:
+    def rate(self, base: float, parameter: str, epoch: float, state: ScheduleState) -> float:
         """See `Schedule`."""
         return base / self.divisor**state.drops
 
@@ -92,7 +98,7 @@ class Plateau(Schedule):
             raise AlexprepError(f"{self} needs patience of at least 1, drops and margin of at least 0")
         _check_divisor(self.divisor)
 
-    def rate(self, base: float, parameter: str, epoch: int, state: ScheduleState) -> float:
+    def rate(self, base: float, parameter: str, epoch: float, state: ScheduleState) -> float:
         """See `Schedule`."""
         return base / self.divisor**state.drops
 
@@ -134,10 +140,10 @@ class DExp(Schedule):
         _check_divisor(self.factor)
         _check_divisor(self.bias_factor)
 
-    def rate(self, base: float, parameter: str, epoch: int, state: ScheduleState) -> float:
+    def rate(self, base: float, parameter: str, epoch: float, state: ScheduleState) -> float:
         """See `Schedule`."""
         factor, steps = (self.bias_factor, self.bias_steps) if is_bias(parameter) else (self.factor, self.steps)
-        part = min(epoch * steps // self.epochs, steps - 1)
+        part = min(int(epoch * steps // self.epochs), steps - 1)
         return base * math.pow(factor, -part / (steps - 1))
 
 
@@ -163,10 +169,132 @@ class ByHand(Schedule):
         if wrong := [row for row in self.rows if not 0 <= row[2] < math.inf]:
             raise AlexprepError(f"the rate cannot be multiplied by {wrong[0][2]}: give a number of at least 0")
 
-    def rate(self, base: float, parameter: str, epoch: int, state: ScheduleState) -> float:
+    def rate(self, base: float, parameter: str, epoch: float, state: ScheduleState) -> float:
         """See `Schedule`."""
         holding = [factor for begin, pattern, factor in self.rows if begin <= epoch and _matches(parameter, pattern)]
         return base * (holding[-1] if holding else 1.0)
+
+
+@dataclass(frozen=True)
+class Linear(Schedule):
+    """The rate falls in a straight line, step by step, from its beginning to `final` of it.
+
+    >>> [Linear(epochs=4).rate(0.2, "fc8.weight", epoch, ScheduleState()) for epoch in (0, 1, 3.5, 9)]
+    [0.2, 0.15000000000000002, 0.025, 0.0]
+    """
+
+    epochs: int | None = (
+        None  # that the fall is planned for, later ones keep the last rate; None: those of the run as it begins
+    )
+    final: float = 0.0  # share of the first rate
+
+    def __post_init__(self) -> None:
+        """Refuses values out of bounds, with AlexprepError."""
+        _check_fall(self, self.epochs, self.final)
+
+    @property
+    def per_step(self) -> bool:
+        """It moves within an epoch."""
+        return True
+
+    def rate(self, base: float, parameter: str, epoch: float, state: ScheduleState) -> float:
+        """See `Schedule`."""
+        return base * _between(1.0, self.final, _share(epoch, self.epochs))
+
+
+@dataclass(frozen=True)
+class Cosine(Schedule):
+    """The rate falls along half a cosine, step by step, from its beginning to `final` of it (Loshchilov and Hutter 2017, one cycle).
+
+    >>> [round(Cosine(epochs=4).rate(0.2, "fc8.weight", epoch, ScheduleState()), 4) for epoch in (0, 2, 4, 9)]
+    [0.2, 0.1, 0.0, 0.0]
+    """
+
+    epochs: int | None = None  # as of `Linear`
+    final: float = 0.0  # share of the first rate
+
+    def __post_init__(self) -> None:
+        """Refuses values out of bounds, with AlexprepError."""
+        _check_fall(self, self.epochs, self.final)
+
+    @property
+    def per_step(self) -> bool:
+        """It moves within an epoch."""
+        return True
+
+    def rate(self, base: float, parameter: str, epoch: float, state: ScheduleState) -> float:
+        """See `Schedule`."""
+        return base * _between(1.0, self.final, _half_cosine(_share(epoch, self.epochs)))
+
+
+@dataclass(frozen=True)
+class OneCycle(Schedule):
+    """The rate rises to the recipe's along half a cosine, then falls along another (Smith and Topin 2017), as torch's OneCycleLR does.
+
+    The momentum stays as it is.
+
+    >>> [round(OneCycle(epochs=10).rate(0.2, "fc8.weight", epoch, ScheduleState()), 4) for epoch in (0, 1.5, 3, 6.5, 10)]
+    [0.008, 0.104, 0.2, 0.1, 0.0]
+    """
+
+    epochs: int | None = None  # as of `Linear`
+    rise: float = 0.3  # share of them until the highest rate
+    start: float = 0.04  # of the highest rate, in the first step
+    final: float = 0.0  # of the highest rate, after the last
+
+    def __post_init__(self) -> None:
+        """Refuses values out of bounds, with AlexprepError."""
+        _check_fall(self, self.epochs, self.final)
+        if not (0 < self.rise < 1 and 0 < self.start <= 1):
+            raise AlexprepError(f"{self} needs a rise between 0 and 1 and a start above 0, at most 1")
+
+    @property
+    def per_step(self) -> bool:
+        """It moves within an epoch."""
+        return True
+
+    def rate(self, base: float, parameter: str, epoch: float, state: ScheduleState) -> float:
+        """See `Schedule`."""
+        share = _share(epoch, self.epochs)
+        if share < self.rise:
+            return base * _between(self.start, 1.0, _half_cosine(share / self.rise))
+        return base * _between(1.0, self.final, _half_cosine((share - self.rise) / (1 - self.rise)))
+
+
+@dataclass(frozen=True)
+class WarmUp(Schedule):
+    """Another schedule, whose rates in the first `epochs` epochs are multiplied by what rises in a straight line from `start` to 1.
+
+    What the schedule says comes when it would without: warm-up takes nothing of its time (Goyal et al. 2017, section 2.2).
+
+    >>> warm = WarmUp(Steps(after=(8,)), epochs=2, start=0.1)
+    >>> [round(warm.rate(0.2, "fc8.weight", epoch, ScheduleState()), 4) for epoch in (0, 1, 1.5, 2, 7)]
+    [0.02, 0.11, 0.155, 0.2, 0.2]
+    """
+
+    schedule: Schedule
+    epochs: float
+    start: float = 0.01
+
+    def __post_init__(self) -> None:
+        """Refuses values out of bounds, with AlexprepError."""
+        if not (0 < self.epochs < math.inf and 0 < self.start <= 1):
+            raise AlexprepError(f"{self} needs more than 0 epochs, and a start above 0, at most 1")
+
+    @property
+    def per_step(self) -> bool:
+        """It moves within an epoch."""
+        return True
+
+    def rate(self, base: float, parameter: str, epoch: float, state: ScheduleState) -> float:
+        """See `Schedule`."""
+        return rate_at(self.schedule, base, parameter, epoch, state) * _between(
+            self.start, 1.0, min(epoch / self.epochs, 1)
+        )
+
+    def after_epoch(self, state: ScheduleState, epochs: int, error: float) -> ScheduleState:
+        """See `Schedule`."""
+        return self.schedule.after_epoch(state, epochs, error)
 
 
 @dataclass(frozen=True)
@@ -189,9 +317,14 @@ class EarlyStop(Schedule):
         if self.patience < 1 or not self.margin >= 0:
             raise AlexprepError(f"{self} needs patience of at least 1 and a margin of at least 0")
 
-    def rate(self, base: float, parameter: str, epoch: int, state: ScheduleState) -> float:
+    @property
+    def per_step(self) -> bool:
+        """Whether the other one is."""
+        return is_per_step(self.schedule)
+
+    def rate(self, base: float, parameter: str, epoch: float, state: ScheduleState) -> float:
         """See `Schedule`."""
-        return self.schedule.rate(base, parameter, epoch, state)
+        return rate_at(self.schedule, base, parameter, epoch, state)
 
     def after_epoch(self, state: ScheduleState, epochs: int, error: float) -> ScheduleState:
         """See `Schedule`."""
@@ -200,6 +333,85 @@ class EarlyStop(Schedule):
             return replace(state, stop_best=error, stop_waited=0)
         waited = state.stop_waited + 1
         return replace(state, stop_waited=waited, finished=state.finished or waited >= self.patience)
+
+
+AROUND_ANOTHER = (EarlyStop, WarmUp)  # schedules that have another as their field `schedule`
+PLANNED = (Linear, Cosine, OneCycle)  # those that may leave their `epochs` open
+KINDS: dict[str, type[Any]] = {
+    kind.__name__: kind for kind in (Steps, Plateau, DExp, ByHand, *PLANNED, *AROUND_ANOTHER)
+}
+
+
+def is_per_step(schedule: Schedule) -> bool:
+    """Whether a schedule moves within an epoch; one of the user's own need not say."""
+    return getattr(schedule, "per_step", False)
+
+
+def rate_at(schedule: Schedule, base: float, parameter: str, epoch: float, state: ScheduleState) -> float:
+    """The rate of a parameter after `epoch` epochs, of which a schedule that is not `per_step` is told the whole ones."""
+    return schedule.rate(base, parameter, epoch if is_per_step(schedule) else math.floor(epoch), state)
+
+
+def planned(schedule: Schedule, epochs: int) -> Schedule:
+    """A schedule with the length of the run where it left its own open.
+
+    >>> planned(EarlyStop(Linear()), 16)
+    EarlyStop(schedule=Linear(epochs=16, final=0.0), patience=10, margin=0.0)
+    """
+    if isinstance(schedule, AROUND_ANOTHER):
+        return replace(schedule, schedule=planned(schedule.schedule, epochs))
+    if isinstance(schedule, PLANNED) and schedule.epochs is None:
+        return replace(schedule, epochs=epochs)
+    return schedule
+
+
+def planned_epochs(described: Mapping[str, Any]) -> int | None:
+    """The length that a schedule of which `describe` told was planned for; None where it has none that may be left open.
+
+    >>> planned_epochs(describe(EarlyStop(Linear(epochs=16)))), planned_epochs(describe(DExp()))
+    (16, None)
+    """
+    while "schedule" in described:
+        described = described["schedule"]
+    return described.get("epochs") if described.get("kind") in {kind.__name__ for kind in PLANNED} else None
+
+
+def recorded_schedule(described: Mapping[str, Any]) -> Schedule | None:
+    """The schedule that `describe` told of, after its way through JSON; None where it is none of ours.
+
+    What it says beyond the fields that are known here is passed over: whoever compares descriptions finds it.
+
+    >>> recorded_schedule({"kind": "EarlyStop", "schedule": {"kind": "Steps", "after": [8]}, "patience": 2})
+    EarlyStop(schedule=Steps(after=(8,), divisor=10.0), patience=2, margin=0.0)
+    """
+    kind = KINDS.get(described.get("kind", ""))
+    if kind is None:
+        return None
+    values = {each.name: described[each.name] for each in fields(kind) if each.name in described}
+    values = {name: _tuples(value) for name, value in values.items()}
+    if kind in AROUND_ANOTHER:
+        values["schedule"] = recorded_schedule(values["schedule"])
+        if values["schedule"] is None:
+            return None
+    made: Schedule = kind(**values)
+    return made
+
+
+def around(schedule: Schedule, warmup: float | None, early_stop: int | None) -> Schedule:
+    """A schedule with warm-up of so many epochs in front of it, and an end after so many without progress, where they are asked for.
+
+    >>> around(Steps(after=(8,)), None, 3)
+    EarlyStop(schedule=Steps(after=(8,), divisor=10.0), patience=3, margin=0.0)
+    """
+    warm = WarmUp(schedule, warmup) if warmup else schedule
+    return EarlyStop(warm, early_stop) if early_stop else warm
+
+
+def within(schedule: Schedule, warmup: float | None, early_stop: int | None) -> Schedule:
+    """The schedule that `around` was called with, to this effect."""
+    if early_stop and isinstance(schedule, EarlyStop):
+        schedule = schedule.schedule
+    return schedule.schedule if warmup and isinstance(schedule, WarmUp) else schedule
 
 
 def describe(schedule: Schedule) -> dict[str, Any]:
@@ -215,7 +427,7 @@ def describe(schedule: Schedule) -> dict[str, Any]:
 
 def without_unmatched(schedule: Schedule, parameters: list[str]) -> tuple[Schedule, list[str]]:
     """A schedule without its patterns that match no parameter (mistakes in writing, most likely), and these patterns."""
-    if isinstance(schedule, EarlyStop):
+    if isinstance(schedule, AROUND_ANOTHER):
         inner, unmatched = without_unmatched(schedule.schedule, parameters)
         return replace(schedule, schedule=inner), unmatched
     if not isinstance(schedule, ByHand):
@@ -240,6 +452,41 @@ def _matches(parameter: str, pattern: str) -> bool:
     return fnmatchcase(parameter, pattern) or fnmatchcase(role, pattern)
 
 
+def _share(epoch: float, epochs: int | None) -> float:
+    """How much of a planned length is done, at most 1."""
+    if epochs is None:
+        raise AlexprepError("the schedule's number of epochs is open: `planned` gives it that of a run")
+    return min(epoch / epochs, 1.0)
+
+
+def _between(first: float, last: float, share: float) -> float:
+    return first + (last - first) * share
+
+
+def _half_cosine(share: float) -> float:
+    """From 0 to 1, slowly at both ends."""
+    return (1 - math.cos(math.pi * share)) / 2
+
+
+def _tuples(value: Any) -> Any:
+    """JSON's lists as the tuples that they were."""
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def _check_fall(schedule: Schedule, epochs: int | None, final: float) -> None:
+    if (epochs is not None and epochs < 1) or not 0 <= final <= 1:
+        raise AlexprepError(f"{schedule} needs at least 1 epoch and a final share from 0 to 1")
+
+
 def _check_divisor(divisor: float) -> None:
     if not 1 < divisor < math.inf:
         raise AlexprepError(f"the rate cannot be divided by {divisor}: give a number above 1")
+
+
+SCHEDULES: dict[str, Schedule] = {  # by the names that options have
+    "constant": Steps(after=()),
+    "linear": Linear(),
+    "cosine": Cosine(),
+    "one-cycle": OneCycle(),
+    "plateau": Plateau(),
+}

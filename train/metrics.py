@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -19,6 +19,7 @@ from alexprep.train.data import LoadedBatch
 from alexprep.train.precision import NotFinite, Precision, logits
 
 TOP = 5  # guesses an image, in the error that ILSVRC ranks by
+FAR = 2.0  # times the loss of a guess, the logarithm of the number of classes
 NO_LABELS = "none of the images has a label, so there is no error to measure: name another --split"
 SPEED = ("images_per_second", "data_wait_ms", "step_ms")  # what `StepTimer.since` tells
 
@@ -149,6 +150,37 @@ class RunningTotals:
         """Means over what was added after `totals` was `earlier`; on a GPU this waits for the queue."""
         loss, top1, top5, images = (self.totals - earlier).tolist()
         return Means(loss / images, 100 * (images - top1) / images, 100 * (images - top5) / images)
+
+
+def loss_doubt(classes: int, train_loss: float | None, val: Mapping[str, Any] | None) -> str | None:
+    """A sentence about a loss far above that of a guess: of the validation, or of the last epoch's training where nothing else is known.
+
+    >>> loss_doubt(8, 78.0, None)
+    'the loss of 78 is far above 2.08, that of a guess among 8 classes: the training diverges, begin again with a lower --lr'
+    """
+    loss, guess = train_loss if val is None else float(val["loss"]), math.log(classes)
+    if loss is None or loss <= FAR * guess:
+        return None
+    return (
+        f"the loss of {loss:.3g} is far above {guess:.2f}, that of a guess among {classes} classes: the training diverges, begin again with "
+        "a lower --lr"
+    )
+
+
+def doubts(classes: int, train_loss: float | None, val: Mapping[str, Any] | None) -> list[str]:
+    """What speaks against a training that ended, as sentences: its loss, and an error as large as a guess's.
+
+    The loss (nats) is that of the last epoch, `val` what `validate` gave; None where there is none. An error counts as a guess's where
+    it is within two standard errors of it.
+    """
+    found = [loss_doubt(classes, train_loss, val)]
+    chance = 100 * (1 - 1 / classes)
+    if val is not None and val["top1_error"] > chance - 2 * math.sqrt(chance * (100 - chance) / val["samples"]):
+        found.append(
+            f"the validation error of {val['top1_error']:.1f} % is no better than chance, {chance:.1f} % for {classes} classes, as far as "
+            f"{val['samples']:,} images tell: train longer, or with another --lr"
+        )
+    return [doubt for doubt in found if doubt is not None]
 
 
 @dataclass

@@ -46,6 +46,7 @@ def explained(
         before, saved_step, origin, hindrance = None, 0, None, ""
         try:
             before = saved_state()
+            before.epoch_steps = state.epoch_steps
             saved_step = before.position.step
         except (AlexprepError, OSError, torch.OutOfMemoryError) as failure:
             hindrance = str(failure)
@@ -82,7 +83,7 @@ class Watch:
             self._first = len(self._seen), int(tensor.isnan().any())
         self._seen.append((what, name))
 
-    def step(self, state: TrainingState, images: torch.Tensor, labels: torch.Tensor) -> None:
+    def step(self, state: TrainingState, images: torch.Tensor, *labels: torch.Tensor) -> None:
         """Takes a step, and looks at all of it; at every layer's output also where the next layer overwrites it."""
         named = list(state.network.named_parameters())
         for name, weight in named:
@@ -92,7 +93,7 @@ class Watch:
             for name, layer in state.network.named_modules():
                 if name and not isinstance(layer, nn.Sequential):
                     stack.callback(layer.register_forward_hook(functools.partial(self._see_output, name)).remove)
-            loss, _ = take_step(state, images, labels)
+            loss, _ = take_step(state, images, *labels)
         self.see("loss", "", loss)
         for name, weight in reversed(named):
             if weight.grad is not None:
@@ -130,10 +131,11 @@ def _origin(state: TrainingState, before: TrainingState, loader: BatchSource, st
     loader.load_state_dict(loader.state_dict() | before.position.loader_state(len(loader)))
     watch = Watch(before.parallel.world)
     before.compiled = None  # only layers that run one by one can be watched; without, results differ by rounding
-    for images, labels in before.parallel.batches(loader, lambda: stop.signal):
+    for batch in before.parallel.batches(loader, lambda: stop.signal):
         before.position.step += 1
         skipped = before.update.skipped
-        watch.step(before, images, labels)
+        watch.step(before, *batch)
+        before.position.epoch_step += 1
         origin = watch.first(before.position.step)
         if origin and origin.what == "gradient" and before.update.skipped > skipped:
             origin = None  # in fp16 a gradient may overflow now and then, and does no harm

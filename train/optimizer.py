@@ -1,4 +1,4 @@
-"""The paper's update rule, section 5, as a torch optimizer, and its groups of parameters.
+"""The paper's update rule, section 5, as a torch optimizer; torch's own ones in the same form; and groups of parameters.
 
 What the rates are at a time is a schedule's to say (`alexprep.train.lr_schedule`); `Recipe.make_optimizer` puts both together.
 """
@@ -6,7 +6,7 @@ What the rates are at a time is a schedule's to say (`alexprep.train.lr_schedule
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -15,7 +15,14 @@ from torch.optim import Optimizer
 
 from alexprep.shards.errors import AlexprepError
 
-VELOCITY = "velocity"
+PAPER = "paper"  # the name of `MomentumSGD` among optimizers
+SLOT = "optimizer."  # and the name that torch's optimizers give to a tensor of their state
+BY_ELEMENT = {
+    *(PAPER, "sgd", "nesterov", "adamw", "SGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam"),
+    *("RMSprop", "Rprop", "Adagrad", "Adadelta", "ASGD"),
+}
+NOT_BY_GRADIENTS_ALONE = {"LBFGS", "SparseAdam"}  # they need the loss anew, or sparse gradients
+VELOCITY, RATE = "velocity", "rate"  # of a parameter's state: the second is the rate at which the first last moved
 
 
 class MomentumSGD(Optimizer):
@@ -26,6 +33,11 @@ class MomentumSGD(Optimizer):
 
     At a rate of 0 the rule would still carry a weight on by its velocity. Here, as in the 2012 code (src/weights.cu), such a weight is
     frozen: neither it nor its velocity changes, and when the rate is raised again it goes on with the velocity that it had.
+
+    With `momentum_correction` a velocity is multiplied by the new rate over the old one where the rate changes, before it is used
+    (Goyal et al. 2017, "Accurate, large minibatch SGD", section 3): what was added to it at another rate counts as if it had been added
+    at this one. That is `torch.optim.SGD`, at every rate. Without, as in the paper and its code, a rate divided by 10 leaves a
+    velocity ten times too large, which takes some twenty steps to die away.
 
     >>> weight = torch.nn.Parameter(torch.tensor([1.0]))
     >>> optimizer = MomentumSGD([{"params": [weight]}], lr=0.5, decay=0.0)
@@ -40,7 +52,13 @@ class MomentumSGD(Optimizer):
     zero_grad = inspect.unwrap(Optimizer.zero_grad)
 
     def __init__(
-        self, groups: list[dict[str, Any]], *, lr: float, momentum: float = 0.9, decay: float = 0.0005
+        self,
+        groups: list[dict[str, Any]],
+        *,
+        lr: float,
+        momentum: float = 0.9,
+        decay: float = 0.0005,
+        momentum_correction: bool = False,
     ) -> None:
         """Groups of parameters and their rates; momentum and decay are the paper's by default.
 
@@ -50,7 +68,9 @@ class MomentumSGD(Optimizer):
             lr: the learning rate of all parameters, times their group's `lr_factor`, until `set_rates` sets others.
             momentum: at least 0, below 1.
             decay: weight decay of the groups that name none.
+            momentum_correction: whether velocities follow a change of the rate.
         """
+        self.momentum_correction = momentum_correction
         super().__init__(groups, {"momentum": momentum, "decay": decay, "lr_factor": 1.0})
         for group in self.param_groups:
             group["rates"] = [lr * group["lr_factor"]] * len(group["params"])
@@ -70,30 +90,194 @@ class MomentumSGD(Optimizer):
 
     def velocities(self) -> list[torch.Tensor]:
         """The velocity of every parameter, in the order of the groups; zeros before the first step. They are the live tensors."""
-        return [self._velocity(weight) for group in self.param_groups for weight in group["params"]]
+        return [self._velocity(weight) for weight in self.weights()]
+
+    def slots(self) -> Iterator[tuple[str, int, torch.Tensor]]:
+        """What a checkpoint holds of it: a name, the parameter's number in the order of the groups, and the live tensor."""
+        return ((VELOCITY, number, velocity) for number, velocity in enumerate(self.velocities()))
+
+    def make_slot(self, name: str, number: int, like: torch.Tensor) -> torch.Tensor:
+        """The live tensor of a name and a number that `slots` gave."""
+        return self._velocity(self.weights()[number])
+
+    def velocity_rates(self) -> list[float | None]:
+        """The rate at which each velocity last moved, in the order of the groups; None where it has not, or where none is kept.
+
+        With the velocities it is the whole state, where `momentum_correction` is on; without, they alone are.
+        """
+        return [self.state[weight].get(RATE) for weight in self.weights()]
+
+    def set_velocity_rates(self, rates: Sequence[float | None]) -> None:
+        """Takes back what `velocity_rates` gave."""
+        for weight, rate in zip(self.weights(), rates, strict=True):
+            self.state[weight][RATE] = rate
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]
         """Moves every parameter that has a gradient and a rate above 0."""
         for group in self.param_groups:
-            by_rate: dict[float, list[torch.Tensor]] = {}
+            alike: dict[tuple[float, float], list[torch.Tensor]] = {}
             for weight, rate in zip(group["params"], group["rates"], strict=True):
                 if weight.grad is not None and rate > 0:
-                    by_rate.setdefault(rate, []).append(weight)
-            for lr, weights in by_rate.items():
+                    alike.setdefault((rate, self._follow(weight, rate)), []).append(weight)
+            for (lr, ratio), weights in alike.items():
                 velocities = [self._velocity(weight) for weight in weights]
                 # One call for all of them, not one a tensor: on a GPU it is also one kernel.
-                torch._foreach_mul_(velocities, group["momentum"])
+                torch._foreach_mul_(velocities, group["momentum"] * ratio)
                 if group["decay"]:
                     torch._foreach_add_(velocities, weights, alpha=-group["decay"] * lr)
                 torch._foreach_add_(velocities, [cast(torch.Tensor, weight.grad) for weight in weights], alpha=-lr)
                 torch._foreach_add_(weights, velocities)
+
+    def weights(self) -> list[torch.Tensor]:
+        """All parameters, in the order of the groups."""
+        return [weight for group in self.param_groups for weight in group["params"]]
+
+    def _follow(self, weight: torch.Tensor, rate: float) -> float:
+        """What a velocity is to be multiplied by as its parameter's rate becomes `rate`, which is noted."""
+        if not self.momentum_correction:
+            return 1.0
+        before, self.state[weight][RATE] = self.state[weight].get(RATE), rate
+        return 1.0 if before is None else rate / before
 
     def _velocity(self, weight: torch.Tensor) -> torch.Tensor:
         state = self.state[weight]
         if VELOCITY not in state:
             state[VELOCITY] = torch.zeros_like(weight)
         return cast(torch.Tensor, state[VELOCITY])
+
+
+class TorchRule:
+    """One of torch's optimizers in the form of `MomentumSGD`: a rate for every parameter, and a state that a checkpoint can hold.
+
+    A parameter whose rate is 0 is frozen: neither it nor its state changes.
+
+    >>> weight = torch.nn.Parameter(torch.tensor([1.0]))
+    >>> rule = TorchRule("sgd", [{"params": [weight], "names": ["w"], "decay": 0.0}], lr=0.5, momentum=0.9)
+    >>> weight.grad = torch.tensor([0.25])
+    >>> rule.step()
+    >>> weight.tolist()
+    [0.875]
+    """
+
+    def __init__(
+        self,
+        name: str,
+        groups: list[dict[str, Any]],
+        *,
+        lr: float,
+        momentum: float,
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Groups as `parameter_groups` makes them.
+
+        Args:
+            name: see `torch_class`.
+            groups: dictionaries of `params`, `names`, `decay` (the optimizer's own weight decay) and `lr_factor`.
+            lr: the rate of all parameters until `set_rates` sets others.
+            momentum: of "sgd" and "nesterov".
+            options: further arguments of torch's class, such as {"betas": (0.9, 0.95)}.
+
+        Raises:
+            AlexprepError: torch's class does not take them.
+        """
+        kind, own = torch_class(name, momentum)
+        self._groups = groups
+        made = [
+            {"params": group["params"], "weight_decay": group["decay"], "lr": lr} for group in groups if group["params"]
+        ]
+        try:
+            self.inner = kind(made, lr=lr, **{**own, **(options or {})})  # type: ignore[call-arg]
+        except (TypeError, ValueError) as error:
+            raise AlexprepError(f"optimizer {name} cannot be made: {error}") from None
+        self._settings = {id(group["params"][0]): dict(group) for group in self.inner.param_groups}
+        self._rates: dict[str, float] = {}
+        self._before: list[Callable[..., Any]] = []
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Those of torch's optimizer that move at present: parameters of one decay and one rate each."""
+        return self.inner.param_groups
+
+    def weights(self) -> list[torch.Tensor]:
+        """All parameters, in the order of the groups."""
+        return [weight for group in self._groups for weight in group["params"]]
+
+    def set_rates(self, rates: Mapping[str, float]) -> None:
+        """Sets the rate of every parameter by its name.
+
+        Raises:
+            AlexprepError: a rate is negative or not a number.
+        """
+        if rates == self._rates:
+            return
+        if wrong := [rate for rate in rates.values() if not rate >= 0]:
+            raise AlexprepError(f"the learning rate is {wrong[0]}, it must be 0 or more")
+        moving: list[dict[str, Any]] = []
+        for group in filter(lambda group: group["params"], self._groups):
+            by_rate: dict[float, list[torch.Tensor]] = {}
+            for weight, name in zip(group["params"], group["names"], strict=True):
+                by_rate.setdefault(rates[name], []).append(weight)
+            settings = self._settings[id(group["params"][0])]
+            moving += [settings | {"params": weights, "lr": rate} for rate, weights in by_rate.items() if rate > 0]
+        self.inner.param_groups[:] = moving
+        self._rates = dict(rates)
+
+    def register_step_pre_hook(self, hook: Callable[..., Any]) -> None:
+        """Has `hook` called before every step."""
+        self._before.append(hook)
+
+    def zero_grad(self) -> None:
+        """Forgets the gradients of all parameters."""
+        for weight in self.weights():
+            weight.grad = None
+
+    def step(self) -> None:
+        """Moves every parameter that has a gradient and a rate above 0."""
+        for hook in self._before:
+            hook()
+        self.inner.step()
+
+    def slots(self) -> Iterator[tuple[str, int, torch.Tensor]]:
+        """What a checkpoint holds of it: a name, the parameter's number in the order of the groups, and the live tensor."""
+        for number, weight in enumerate(self.weights()):
+            for name, value in self.inner.state.get(weight, {}).items():
+                if isinstance(value, torch.Tensor):
+                    yield f"{SLOT}{name}", number, value
+
+    def make_slot(self, name: str, number: int, like: torch.Tensor) -> torch.Tensor:
+        """The live tensor of a name and a number that `slots` gave, made where there is none: in the form of the parameter if it has its shape."""
+        state, weight = self.inner.state[self.weights()[number]], self.weights()[number]
+        if like.shape == weight.shape:
+            made = torch.zeros_like(weight, dtype=like.dtype)
+        else:  # a count of steps, which torch keeps on the CPU, or sums over rows
+            made = torch.zeros_like(like, device=weight.device if like.dim() else "cpu")
+        return cast(torch.Tensor, state.setdefault(name.removeprefix(SLOT), made))
+
+
+Rule = MomentumSGD | TorchRule
+
+
+def torch_class(name: str, momentum: float) -> tuple[type[Optimizer], dict[str, Any]]:
+    """The class of torch.optim that a recipe names, and its arguments: "sgd", "nesterov", "adamw", or the class's own name.
+
+    Raises:
+        AlexprepError: there is none that can be stepped by gradients alone.
+    """
+    if name in ("sgd", "nesterov"):
+        return torch.optim.SGD, {"momentum": momentum, "nesterov": name == "nesterov"}
+    kind = getattr(torch.optim, "AdamW" if name == "adamw" else name, None)
+    plain = isinstance(kind, type) and issubclass(kind, Optimizer) and kind is not Optimizer
+    if not plain or name in NOT_BY_GRADIENTS_ALONE:
+        raise AlexprepError(
+            f"there is no optimizer {name!r}: choose {PAPER}, sgd, nesterov, adamw, or a class of torch.optim such as RMSprop"
+        )
+    return cast("type[Optimizer]", kind), {}
+
+
+def by_element(name: str) -> bool:
+    """Whether a rule moves each number by its own gradients alone, so that ranks can share a tensor's parts."""
+    return name in BY_ELEMENT
 
 
 def parameter_groups(
@@ -103,8 +287,9 @@ def parameter_groups(
     layer_decay: Mapping[str, float],
     bias_lr_factor: float,
     bias_decay: float = 0.0,
+    norm_decay: bool = True,
 ) -> list[dict[str, Any]]:
-    """Groups for `MomentumSGD`: weights by their decay, then all biases.
+    """Groups for an update rule: weights by their decay, then all biases.
 
     Args:
         network: what is called `bias` in its layer is a bias, every other parameter a weight.
@@ -112,6 +297,7 @@ def parameter_groups(
         layer_decay: see `decay`.
         bias_lr_factor: the biases' rate over the weights'; 1 in the paper, 2 in the 2012 code.
         bias_decay: of the biases; they have none in the 2012 code.
+        norm_decay: whether weights of one dimension, which are those of norms, decay as other weights do, and not as biases.
 
     Returns:
         Dictionaries of `params`, their `names`, `decay` and `lr_factor`.
@@ -128,7 +314,8 @@ def parameter_groups(
         if kind == "bias":
             biases[name] = parameter
         else:
-            by_decay.setdefault(layer_decay.get(layer, decay), {})[name] = parameter
+            bare = not norm_decay and parameter.dim() <= 1 and layer not in layer_decay
+            by_decay.setdefault(bias_decay if bare else layer_decay.get(layer, decay), {})[name] = parameter
     if unused:
         raise AlexprepError(f"layer_decay names {', '.join(sorted(unused))}, which the network does not have")
     groups = [(weights, value, 1.0) for value, weights in by_decay.items()] + [(biases, bias_decay, bias_lr_factor)]

@@ -80,7 +80,7 @@ def open_net(place: Place, device: torch.device, recipe: str | None = None, mode
     network = made_by.make_network(identity["classes"], identity["seed"])
     if "layers" in identity and (changes := _changed_layers(saved, network)):
         raise AlexprepError(f"the network has changed since {run} was trained: {checkpoint.some_of(changes)}")
-    network.load_state_dict(checkpoint.saved_weights(saved))
+    network.load_state_dict(checkpoint.final_weights(saved))
     network.to(device=device, memory_format=memory_format_of(network, memory(device).format))  # type: ignore[call-overload]
     return Net(
         run,
@@ -176,6 +176,7 @@ def predictions(
     precision: Precision,
     timer: StepTimer,
     progress: Callable[[int, int], None] | None = None,
+    batch_size: int = 1,
 ) -> Generator[Predicted, None, None]:
     """Goes through a split once, all nets in step: batch after batch, what every net says of it. To be closed if left early.
 
@@ -186,6 +187,7 @@ def predictions(
         precision: that the nets compute in.
         timer: counts images, the time waiting for data, and all other time (the caller's work on a batch included).
         progress: called with images done and images in all.
+        batch_size: images that every net is shown at a time, see `ask`.
 
     Raises:
         AlexprepError: a net gives NaN, or the loaders do not give the same images.
@@ -211,7 +213,7 @@ def predictions(
                 )
             if batch is None:
                 return
-            logs = [_logs(net, batches[n].images, precision) for net, n in zip(nets, same, strict=True)]
+            logs = [ask(net, batches[n].images, precision, batch_size) for net, n in zip(nets, same, strict=True)]
             end = done + len(batch.labels)
             rows = getattr(batch, "indices", torch.arange(done, end))
             yield Predicted(torch.stack(logs, dim=1), batch.labels, rows)
@@ -229,11 +231,29 @@ def _differ(batch: Any, other: Any) -> bool:
     return not same_labels or not torch.equal(*(getattr(each, "indices", each.labels) for each in (batch, other)))
 
 
-def _logs(net: Net, images: torch.Tensor, precision: Precision) -> torch.Tensor:
+def ask(net: Net, images: torch.Tensor, precision: Precision, batch_size: int) -> torch.Tensor:
+    """Asks a net for the logarithms of its probabilities, as `log_probabilities` gives them.
+
+    Of a batch of one size the same arithmetic is done for each image wherever in it the image stands; of another size the kernels differ,
+    and with them the last bits. So a batch that is smaller than `batch_size` is filled up, and an image has the same probabilities to the
+    last digit whichever others are asked about with it.
+
+    Raises AlexprepError, with the net's name, where it gives NaN or infinity.
+    """
     try:
-        return log_probabilities(net.network, images, precision)
+        return log_probabilities(net.network, filled(images, batch_size), precision)[: len(images)]
     except AlexprepError as error:
         raise AlexprepError(f"{net.name}: {error}") from None
+
+
+def filled(images: torch.Tensor, count: int) -> torch.Tensor:
+    """Repeats the last of some images until there are `count`, in the same memory format; (N, …) -> (count, …)."""
+    if not 0 < len(images) < count:
+        return images
+    rows = torch.arange(count, device=images.device).clamp(max=len(images) - 1)
+    if images.is_contiguous():
+        return images.index_select(0, rows)
+    return images.movedim(-3, -1).index_select(0, rows).movedim(-1, -3)
 
 
 class GrowingArray:
@@ -249,11 +269,11 @@ class GrowingArray:
     ([0, 1, 2, 0, 1], 5)
     """
 
-    def __init__(self, dtype: DTypeLike) -> None:
-        """Nothing yet; what is added first decides all dimensions but the first."""
+    def __init__(self, dtype: DTypeLike, *shape: int) -> None:
+        """Nothing yet; `shape` are all dimensions but the first, unless what is added first decides them."""
         self._dtype = np.dtype(dtype)
         self._bytes = bytearray()
-        self._shape: tuple[int, ...] = ()
+        self._shape: tuple[int, ...] = shape
 
     def __len__(self) -> int:
         """Of the first dimension."""

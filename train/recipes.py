@@ -11,32 +11,40 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from alexprep.pipeline.augmentation import Augmentation, augmentation_named
+from alexprep.pipeline.augmentation import Augmentation, Hook, Place, augmentation_named
+from alexprep.pipeline.dali_graph import check_hooks
 from alexprep.shards.errors import AlexprepError, number_within, whole_number
+from alexprep.train.checkpoint import BEFORE
 from alexprep.train.distributed.tensor_parallel import Scheme, part_of
 from alexprep.train.distributed.world import World
 from alexprep.train.lr_schedule import (
+    SCHEDULES,
     ByHand,
     DExp,
+    Linear,
     Plateau,
     Schedule,
     ScheduleState,
     Steps,
     describe,
     is_bias,
+    planned,
+    rate_at,
     without_unmatched,
 )
 from alexprep.train.models import alexnet as alexnets
 from alexprep.train.models import cifar as cifar_nets
-from alexprep.train.optimizer import MomentumSGD, parameter_groups
+from alexprep.train.optimizer import PAPER, MomentumSGD, Rule, TorchRule, by_element, parameter_groups, torch_class
 from alexprep.train.user_code import (
+    HOOK,
     RECIPE,
     UserNetwork,
     describe_layers,
@@ -47,6 +55,7 @@ from alexprep.train.user_code import (
     user_network,
 )
 
+UPDATING = ("optimizer", "label_smoothing", "clip", "accumulate", "average")  # fields of a recipe that are options too
 DEFAULT_RECIPE = "alexnet"
 MOST_EPOCHS = 100_000
 
@@ -67,11 +76,20 @@ class Recipe:
         batch_size: images a step.
         lr: learning rate of the first epoch; the schedule may have layers begin at another.
         momentum: of the update rule.
+        optimizer: "paper", the paper's rule; "sgd", "nesterov" or "adamw", torch's; or another class of torch.optim by its name.
+        optimizer_options: further arguments of torch's class, JSON values.
+        momentum_correction: of the paper's rule: whether a change of the rate scales the velocities with it, as in `torch.optim.SGD`. Off in the paper's
+            recipes and the 2012 code's, where the rate is inside the velocity; runs from before this field go on without.
         decay: weight decay of the layers that `layer_decay` does not name.
         layer_decay: weight decay by layer name.
         bias_decay: of the biases.
+        norm_decay: whether weights of one dimension, which are those of norms, decay as other weights do, and not as biases.
         bias_lr_factor: the biases' rate over the weights'.
         width: scales the network's kernels.
+        label_smoothing: share of the target that is spread over all classes.
+        clip: the gradient is made no longer than this, over all parameters; None for never.
+        accumulate: parts into which a step's batch is cut; their gradients are added up, and they need memory for a part only.
+        average: of the weights, an exponential mean is kept with this decay, and evaluated; 0 for none.
 
     Raises:
         AlexprepError: a number is out of its range; the message names it.
@@ -85,12 +103,20 @@ class Recipe:
     epochs: int
     batch_size: int = 128
     lr: float = 0.01
+    optimizer: str = PAPER
+    optimizer_options: Mapping[str, Any] = field(default_factory=dict)
     momentum: float = 0.9
+    momentum_correction: bool = field(default=True, metadata={BEFORE: False})
     decay: float = 0.0005
     layer_decay: Mapping[str, float] = field(default_factory=dict)
     bias_decay: float = 0.0
+    norm_decay: bool = True
     bias_lr_factor: float = 1.0
     width: float = 1.0
+    label_smoothing: float = 0.0
+    clip: float | None = None
+    accumulate: int = 1
+    average: float = 0.0
 
     def __post_init__(self) -> None:
         """Refuses values out of bounds, with AlexprepError."""
@@ -99,6 +125,15 @@ class Recipe:
         highest = {"lr": 100, "momentum": 0.9999, "decay": 1, "bias_decay": 1, "bias_lr_factor": 100}
         for name, high in highest.items():
             number_within(f"recipe {self.name}: {name}", getattr(self, name), 0, high)
+        for name, high in {"label_smoothing": 0.999, "average": 0.99999}.items():
+            number_within(f"recipe {self.name}: {name}", getattr(self, name), 0, high)
+        if self.clip is not None:
+            number_within(f"recipe {self.name}: clip", self.clip, 1e-9, 1e9)
+        whole_number(f"recipe {self.name}: accumulate", self.accumulate, 1, self.batch_size)
+        if self.batch_size % self.accumulate:
+            raise AlexprepError(
+                f"recipe {self.name} cuts batches of {self.batch_size} into {self.accumulate} parts: give a divisor of the batch size"
+            )
         low_size, high_size = self.stored_sizes
         if not self.crop <= low_size <= high_size:
             raise AlexprepError(f"recipe {self.name} cuts {self.crop} pixels out of stored sizes {self.stored_sizes}")
@@ -114,7 +149,7 @@ class Recipe:
         """The network with its initial weights, on the CPU."""
         return self.network(classes, self.crop, seed=seed, width=self.width)
 
-    def make_optimizer(self, network: nn.Module) -> MomentumSGD:
+    def make_optimizer(self, network: nn.Module) -> Rule:
         """The optimizer of this recipe's network, or of a rank's part of it, with its decays and momentum.
 
         Raises:
@@ -129,19 +164,47 @@ class Recipe:
             layer_decay=self.layer_decay,
             bias_lr_factor=self.bias_lr_factor,
             bias_decay=self.bias_decay,
+            norm_decay=self.norm_decay,
         )
-        return MomentumSGD(groups, lr=self.lr, momentum=self.momentum, decay=self.decay)
+        if self.optimizer != PAPER:
+            return TorchRule(self.optimizer, groups, lr=self.lr, momentum=self.momentum, options=self.optimizer_options)
+        return MomentumSGD(
+            groups,
+            lr=self.lr,
+            momentum=self.momentum,
+            decay=self.decay,
+            momentum_correction=self.momentum_correction,
+        )
 
-    def rates(self, parameters: Iterable[str], epoch: int, state: ScheduleState) -> dict[str, float]:
+    def check_scheme(self, scheme: Scheme) -> None:
+        """Makes sure that ranks that share the work by a scheme can update weights as this recipe says.
+
+        Raises:
+            AlexprepError: they cannot; the message names the field and the schemes that can.
+        """
+        if self.optimizer != PAPER:
+            torch_class(self.optimizer, self.momentum)
+        if scheme in ("towers", "hybrid") and not by_element(self.optimizer):
+            raise AlexprepError(
+                f"optimizer {self.optimizer} looks at whole tensors, of which ranks have parts with --scheme {scheme}: take --scheme ddp"
+            )
+        if scheme != "single" and self.accumulate > 1:
+            raise AlexprepError(f"--accumulate {self.accumulate} is for one rank: leave it out with --scheme {scheme}")
+
+    def planned(self, epochs: int | None = None) -> Recipe:
+        """This recipe with a schedule as long as a run of so many epochs, by default its own, where the schedule leaves that open."""
+        return replace(self, schedule=planned(self.schedule, epochs or self.epochs))
+
+    def rates(self, parameters: Iterable[str], epoch: float, state: ScheduleState) -> dict[str, float]:
         """The learning rate of every parameter.
 
         Args:
             parameters: their names; those called `bias` in their layer are biases, all others weights.
-            epoch: whole epochs done.
-            state: of the schedule after them.
+            epoch: epochs done, with the part of the present one.
+            state: of the schedule after the whole ones.
         """
         bases = {name: self.lr * (self.bias_lr_factor if is_bias(name) else 1) for name in parameters}
-        return {name: self.schedule.rate(base, name, epoch, state) for name, base in bases.items()}
+        return {name: rate_at(self.schedule, base, name, epoch, state) for name, base in bases.items()}
 
     def describe(self) -> dict[str, Any]:
         """Every field as JSON values: what a resumed run must have in common with the first part."""
@@ -150,14 +213,23 @@ class Recipe:
             "name": self.name,
             "network": getattr(self.network, "__name__", type(self.network).__name__) if own is None else own(),
             "width": self.width,
-            "augmentation": asdict(self.augmentation),
+            "augmentation": asdict(replace(self.augmentation, hooks=()))
+            | {"hooks": [hook.describe() for hook in self.augmentation.hooks]},
             "schedule": describe(self.schedule),
             "batch_size": self.batch_size,
             "lr": self.lr,
+            "optimizer": self.optimizer,
+            "optimizer_options": dict(self.optimizer_options),
             "momentum": self.momentum,
+            "momentum_correction": self.momentum_correction,
             "decay": self.decay,
             "layer_decay": dict(self.layer_decay),
             "bias_decay": self.bias_decay,
+            "norm_decay": self.norm_decay,
+            "label_smoothing": self.label_smoothing,
+            "clip": self.clip,
+            "accumulate": self.accumulate,
+            "average": self.average,
             "bias_lr_factor": self.bias_lr_factor,
         }
         values: dict[str, Any] = json.loads(json.dumps(told))
@@ -207,10 +279,56 @@ def recipe_of(options: Mapping[str, Any]) -> Recipe:
     8
     """
     named = recipe(options["recipe"] or DEFAULT_RECIPE)
-    changes: dict[str, Any] = {name: options[name] for name in ("batch_size", "lr") if options[name] is not None}
+    fields_given = ("batch_size", "lr", *UPDATING)
+    changes: dict[str, Any] = {name: options[name] for name in fields_given if options.get(name) is not None}
     if options.get("model") is not None:
         changes["network"] = user_network(options["model"])
     return replace(named, **changes)
+
+
+def as_begun(made: Recipe, recorded: Mapping[str, Any]) -> Recipe:
+    """A recipe for a run that goes on: what it `recorded` of its recipe lacks fields that came later, which are as they were before.
+
+    `alexprep.train.checkpoint.with_defaults` reads the record likewise.
+    """
+    newer = {each.name: each.metadata[BEFORE] for each in fields(made) if BEFORE in each.metadata}
+    return replace(made, **{name: before for name, before in newer.items() if name not in recorded})
+
+
+def schedule_named(text: str) -> Schedule:
+    """The schedule that an option names: a kind with its numbers, or that of a recipe, such as the 2012 code's rates by hand.
+
+    Raises:
+        AlexprepError: there is none of this name.
+
+    >>> schedule_named("steps:8,9")
+    Steps(after=(8, 9), divisor=10.0)
+    """
+    name, _, numbers = text.partition(":")
+    if name == "steps" and re.fullmatch(r"\d{1,6}(,\d{1,6})*", numbers):
+        return Steps(after=tuple(map(int, numbers.split(","))))
+    if text in SCHEDULES:
+        return SCHEDULES[text]
+    if text in RECIPES:
+        return RECIPES[text].schedule
+    raise AlexprepError(
+        f"there is no schedule {text!r}: choose one of {', '.join(SCHEDULES)}, steps:8,9 for a tenth of the rate after 8 and 9 epochs, or a "
+        "recipe's name, for that recipe's"
+    )
+
+
+def hooked(made: Recipe, reference: str, after: Place) -> Recipe:
+    """A recipe with an operation of the user's own in its augmentation, FILE.py:FUNCTION or MODULE:FUNCTION, which was tried once.
+
+    Raises:
+        AlexprepError: there is no such function, or it fails, or gives no image of the form that it got.
+    """
+    function, title = load(reference, HOOK, "hook")
+    with errors_in_one_sentence(f"{HOOK} {reference}"):
+        hook = Hook(function, after, title)
+        augmentation = replace(made.augmentation, hooks=(*made.augmentation.hooks, hook))
+        check_hooks(augmentation)
+    return replace(made, augmentation=augmentation)
 
 
 # The AlexNet family.
@@ -253,6 +371,7 @@ ALEXNET = Recipe(
     stored_sizes=(256, 256),  # section 2
     schedule=Plateau(),
     epochs=90,
+    momentum_correction=False,  # section 5: the rate is inside the velocity
 )
 
 # The paper's network for one GPU (footnote 2), trained like the one for two.
@@ -306,6 +425,7 @@ CIFAR10_RELU = Recipe(
     schedule=Steps(after=()),
     epochs=40,
     lr=0.002,
+    momentum_correction=False,
     decay=0.0,
     bias_lr_factor=2.0,
 )
@@ -322,6 +442,7 @@ CIFAR10_QUICK = replace(
     augmentation=replace(CIFAR10_RELU.augmentation, mirror=True),
     schedule=Steps(after=(12, 14)),
     epochs=15,
+    momentum_correction=True,
     decay=0.004,
     layer_decay={"fc4": 0.03, "fc5": 0.03},
 )
@@ -353,8 +474,8 @@ TINY = Recipe(
     network=cifar_nets.tiny_net,
     augmentation=Augmentation(crop=56, mirror=True, mean="crop", noise="eigenvalue", noise_sigma=0.1),
     stored_sizes=(56, 96),
-    schedule=Steps(after=(9,)),
-    epochs=12,
+    schedule=Linear(final=0.02),
+    epochs=16,
     batch_size=32,
     lr=0.02,
 )

@@ -28,6 +28,7 @@ from alexprep.train.checkpoint import publish, writing
 
 CONFIG, LOG, SUMMARY, CHECKPOINTS = "config.json", "log.jsonl", "summary.json", "checkpoints"
 LOCK = ".lock"
+BEST = "best"  # in the place of a step
 TRACE, TENSORBOARD = "trace", "tensorboard"  # folders that are there if asked for
 FIELDS = {"options": dict, "data": str, "identity": dict}  # of config.json; it also has versions
 TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)  # what a folder's name may be when another is moved there
@@ -62,7 +63,7 @@ def find_run(runs: Path, name: str | None) -> Path:
 
 
 def read_config(run: Path) -> dict[str, Any]:
-    """config.json of a run: {"options", "data", "identity", "versions"}."""
+    """config.json of a run: {"options", "data", "identity", "versions"}, and "history" where a resume changed what decides the result."""
     next_step = "mend that, or begin a new run"
     config = read_json(run / CONFIG, next_step)
     lacking = [name for name, kind in FIELDS.items() if not isinstance(config.get(name), kind)]
@@ -80,10 +81,20 @@ def still_there(run: Path, data: Path) -> Path:
     return data
 
 
-def remember(run: Path, options: Mapping[str, Any], data: Path) -> None:
-    """Notes in config.json what a run goes on with from now on. The caller holds the run's lock."""
+def remember(
+    run: Path, options: Mapping[str, Any], data: Path, change: Mapping[str, Any], recipe: Mapping[str, Any]
+) -> None:
+    """Notes in config.json what a run goes on with from now on. The caller holds the run's lock.
+
+    A `change` of what decides the result, if it is not empty, is added to the run's history, and `recipe`, the fields of the recipe that
+    it is about, to the run's identity.
+    """
     config = read_config(run)
     changed = config | {"options": config["options"] | options, "data": str(data.resolve())}
+    if change:
+        identity = config["identity"]
+        changed["identity"] = identity | {"recipe": identity.get("recipe", {}) | recipe}
+        changed["history"] = [*config.get("history", []), change]
     if changed != config:
         publish(run / CONFIG, json_bytes(changed))
 
@@ -111,17 +122,52 @@ class Place(NamedTuple):
 
 
 def place_named(folder: Path, text: str | None) -> Place:
-    """The checkpoint that RUN or RUN@STEP names in a folder of runs; None for the run last active.
+    """The checkpoint that RUN, RUN@STEP or RUN@best names in a folder of runs; None for the run last active.
 
     Raises:
-        AlexprepError: there is no such run, or STEP is no number.
+        AlexprepError: there is no such run, STEP is no number, or no checkpoint is known as the best.
     """
     if text is None or "@" not in text:
         return Place(find_run(folder, text))
     name, _, step = text.rpartition("@")
+    if step == BEST:
+        return Place(run := find_run(folder, name), best_step(run))
     if not re.fullmatch(r"\d{1,18}", step):
-        raise AlexprepError(f"{text}: {step!r} is no step; write RUN@STEP, for example {name or 'alexnet'}@1000")
+        raise AlexprepError(
+            f"{text}: {step!r} is no step; write RUN@STEP, for example {name or 'alexnet'}@1000, or RUN@{BEST}"
+        )
     return Place(find_run(folder, name), int(step))
+
+
+def best_step(run: Path) -> int:
+    """The step of the checkpoint with the lowest validation error of a run, as its newest checkpoint says.
+
+    Those of older runs do not say; of these it is the best by the log of what is still there.
+
+    Raises:
+        AlexprepError: the run measured no validation error, or has no checkpoint.
+    """
+    marks = checkpoint.marks(run / CHECKPOINTS)
+    for _, mark in sorted(marks.items(), reverse=True):
+        with contextlib.suppress(checkpoint.Damaged):
+            if best := checkpoint.facts_of(mark)["position"].get("best"):
+                return int(best["step"])
+            break
+    measured = [record for record in log_records(run) if record["kind"] == "epoch" and record.get("val")]
+    errors = [(one["val"]["top1_error"], one["val"]["loss"], one["step"]) for one in measured if one["step"] in marks]
+    if not errors:
+        raise AlexprepError(f"{run} has no checkpoint with a validation error, so none is the best: name its step")
+    return int(min(errors)[2])
+
+
+def log_records(run: Path) -> list[dict[str, Any]]:
+    """The records of a run's log, but for a last line that a kill cut short."""
+    records: list[dict[str, Any]] = []
+    for line in (run / LOG).read_bytes().splitlines() if (run / LOG).exists() else ():
+        with contextlib.suppress(ValueError):
+            record = json.loads(line)
+            records += [record] if isinstance(record, dict) and {"kind", "step"} <= record.keys() else []
+    return records
 
 
 def saved_checkpoint(place: Place) -> tuple[checkpoint.Checkpoint, list[str]]:
@@ -207,11 +253,7 @@ def _sign_of_a_checkpoint(run: Path) -> str | None:
     """
     if (run / SUMMARY).exists():
         return f"{SUMMARY} is written after one"
-    records: list[dict[str, Any]] = []
-    for line in (run / LOG).read_bytes().splitlines() if (run / LOG).exists() else ():
-        with contextlib.suppress(ValueError):  # a kill cut it short
-            record = json.loads(line)
-            records += [record] if isinstance(record, dict) and {"kind", "step"} <= record.keys() else []
+    records = log_records(run)
     saved = [record["step"] for record in records if record["kind"] == "epoch"]
     if every := read_config(run)["options"].get("checkpoint_steps"):  # older runs do not say it
         saved.append(every)

@@ -29,6 +29,10 @@ class Stopped(Exception):
     """Work was left because a signal asked for it."""
 
 
+class StoppedAtOnce(BaseException):
+    """Work was left in its middle because a signal asked for it; no `Exception`, so that libraries do not take it for their own."""
+
+
 class StopRequest:
     """Whether SIGTERM, SIGINT or SIGHUP arrived: the first only sets `signal` and is handed on, a second has its usual effect.
 
@@ -40,6 +44,7 @@ class StopRequest:
         """Nothing is requested yet; `hand_on` is called with the first signal."""
         self._hand_on = hand_on
         self.signal: signal.Signals | None = None
+        self._at_once = False
         self._usual: dict[signal.Signals, Any] = {}
 
     @contextlib.contextmanager
@@ -59,17 +64,33 @@ class StopRequest:
             for number, handler in self._usual.items():
                 signal.signal(number, handler)
 
+    @contextlib.contextmanager
+    def heard_at_once(self) -> Iterator[None]:
+        """Raises `StoppedAtOnce` inside the block as soon as a first signal comes: for work of minutes that never looks at `signal`."""
+        self._at_once = True
+        try:
+            yield
+        finally:
+            self._at_once = False
+
+    def take_effect(self) -> None:
+        """Has the usual effect of the signal that was received, which the process may not outlive."""
+        assert self.signal is not None
+        signal.signal(self.signal, self._usual[self.signal])
+        signal.raise_signal(self.signal)
+
     def check(self, codes: Sequence[int | None]) -> None:
         """Has the signal's usual effect here if a process died of it (exit code -signal), before it could listen itself."""
         if self.signal is not None and -self.signal in codes:
-            signal.signal(self.signal, self._usual[self.signal])
-            signal.raise_signal(self.signal)
+            self.take_effect()
 
     def _request(self, number: int, frame: FrameType | None) -> None:
         self.signal = signal.Signals(number)
         for caught, handler in self._usual.items():
             signal.signal(caught, signal.SIG_IGN if caught == signal.SIGHUP else handler)
         self._hand_on(number)
+        if self._at_once:
+            raise StoppedAtOnce
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -20,20 +21,29 @@ from alexprep.pipeline.loader import Loader
 from alexprep.shards.dataset_format import read_json
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.storage import json_bytes
+from alexprep.shards.worker_pool import cores
 from alexprep.train import checkpoint, run_dir
-from alexprep.train.checkpoint import init_from, publish, saved_weights, wanted_layers
+from alexprep.train.checkpoint import final_weights, init_from, publish, wanted_layers
 from alexprep.train.config import Job, TrainConfig, prepare, run_versions
-from alexprep.train.data import BatchSource, Examples, LoadedBatch, OpenLoader
+from alexprep.train.data import BatchSource, Examples, LoadedBatch, OpenLoader, WithoutLastStep
 from alexprep.train.distributed.parallel import Parallel
 from alexprep.train.distributed.world import World
 from alexprep.train.logger import Board, Meter, forecast
-from alexprep.train.metrics import SPEED, Means, StepTimer, validate
+from alexprep.train.metrics import SPEED, Means, StepTimer, doubts, loss_doubt, validate
 from alexprep.train.nonfinite import explained
 from alexprep.train.precision import float32_kernels
 from alexprep.train.profiler import Trace
 from alexprep.train.run_dir import check_unsaved, place_named, saved_checkpoint
-from alexprep.train.signals_and_memory import Stopped, StopRequest, enough_memory, keep_freed_memory, span
-from alexprep.train.training_state import TrainingState, take_step, weights_digest
+from alexprep.train.signals_and_memory import (
+    Stopped,
+    StoppedAtOnce,
+    StopRequest,
+    enough_memory,
+    keep_freed_memory,
+    span,
+)
+from alexprep.train.training_state import TrainingState, compile_first, take_step, weights_digest
+from alexprep.train.user_code import fails_on_one
 
 EARLY_RECORDS = (1, 6)  # a first sign of life; then steps 2 to 6, after the slow first one, give the forecast
 
@@ -53,8 +63,9 @@ def train(config: TrainConfig, open_loader: OpenLoader | None = None, world: Wor
     Returns:
         The summary, which is also in the run's summary.json: run, recipe, device, precision, ranks, steps, epochs, epoch_steps, train_loss
         (nats), val_split, val_top1_error and val_top5_error (percent), val_loss, images_per_second, data_wait_ms, step_ms, skipped_steps
-        (of the whole run, in fp16), seconds (of this process), weights_sha256, stopped_by ("SIGTERM", "SIGINT", "SIGHUP" or None). What was not
-        measured is None. Where nothing was left to do, it is the one that was there.
+        (of the whole run, in fp16), seconds (of this process), weights_sha256, stopped_by ("SIGTERM", "SIGINT", "SIGHUP" or None); of the
+        evaluation with the lowest error best_step, best_epoch (from 1) and best_top1_error; doubts, sentences about a loss or an error that
+        is no better than a guess's. What was not measured is None. Where nothing was left to do, it is the one that was there.
 
     Raises:
         AlexprepError: the data does not suit the recipe, the run began with other settings or data, or the loss is not finite.
@@ -63,9 +74,9 @@ def train(config: TrainConfig, open_loader: OpenLoader | None = None, world: Wor
         if not run.goes_on() and (summary := run.earlier_summary()) is not None:
             return summary
         while run.goes_on():
-            for images, labels in run.batches():
-                loss, logits = take_step(run.state, images, labels)  # forward, backward, sum over the ranks, update
-                run.log(loss, logits, labels)
+            for batch in run.batches():  # images and labels; with mixup or CutMix two labels, and their weights
+                loss, logits = take_step(run.state, *batch)  # forward, backward, sum over the ranks, update
+                run.log(loss, logits, batch.counted_labels)
                 if run.pauses():  # the epoch's last step or the training's, or a signal
                     break
                 run.save_when_due()
@@ -101,9 +112,11 @@ def open_run(config: TrainConfig, open_loader: OpenLoader | None, world: World |
         if world.leads:
             enter(run_dir.locked(job.run))
         enter(float32_kernels(job.computing.precision))
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
         stop = enter(StopRequest().listening())
         state, notes = first_state(job, world)
-        loader = enter(contextlib.closing(open_split(job, open_loader, "train", state.parallel.shard)))
+        loader = enter(contextlib.closing(open_training(job, open_loader, state)))
+        state.epoch_steps = len(loader)
         validation = None
         if split := job.facts.evaluation_split:
             validation = enter(contextlib.closing(open_split(job, open_loader, split, state.parallel.shard)))
@@ -115,7 +128,11 @@ def open_run(config: TrainConfig, open_loader: OpenLoader | None, world: World |
         log = job.run / run_dir.LOG if world.leads else None
         meter = enter(Meter(log, step=step, total_steps=last_step, epoch=state.position.epoch, board=board))
         if world.leads and config.resume:
-            run_dir.remember(job.run, job.remembered(), job.data)
+            change = {"step": step, "changes": job.changes} if job.changes else {}
+            recipe = {name: job.identity["recipe"][name] for name in ("lr", "schedule")}
+            run_dir.remember(job.run, job.remembered(), job.data, change, recipe)
+        if job.changes:
+            meter.record_change(job.changes, step=step, epoch=state.position.epoch, lr=state.learning_rate())
         for note in [*job.notes, *notes, *_opening_words(job, state, loader, last_step)]:
             meter.say(note)
         loader.load_state_dict(loader.state_dict() | state.position.loader_state(len(loader)))
@@ -170,8 +187,24 @@ class Run:
         self.meter.timer.lap()
         for batch in self.state.parallel.batches(self.trace.steps(self.loader), lambda: self.stop.signal):
             self._wait_seconds, self._skipped = self.meter.timer.lap(), self.state.update.skipped
+            if not self._compiled(batch):
+                return
             yield batch
         raise RuntimeError(f"the loader ended after {self.state.position.epoch_step} of {len(self.loader)} steps")
+
+    def _compiled(self, batch: Examples) -> bool:
+        """Has the network compiled before its first step; false where a stop was requested meanwhile, and so nothing was done."""
+        try:
+            with self.stop.heard_at_once():
+                compile_first(self.state, batch.images, batch.labels)
+        except StoppedAtOnce:
+            if (
+                self.state.parallel.world.size > 1
+            ):  # others may wait for this rank: they end with it, and none has taken a step
+                self.stop.take_effect()
+            self.state.parallel.requested = self.stop.signal
+            return False
+        return True
 
     def log(self, loss: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> None:
         """Counts a step that was taken, and logs it and those before it where a record is due."""
@@ -212,7 +245,7 @@ class Run:
             return
         split, parallel = self.job.facts.evaluation_split, self.state.parallel
         self.meter.say(f"evaluating on {self.validation.samples} images of {split}")
-        with span("evaluate"), contextlib.suppress(Stopped):
+        with span("evaluate"), contextlib.suppress(Stopped), self.state.averaged():
             batches = until_stopped(parallel, self.validation, self.stop)
             self.val = {"split": split} | validate(parallel.network, batches, self.job.computing.precision)
 
@@ -221,7 +254,11 @@ class Run:
         state, position, val = self.state, self.state.position, self.val
         means = self._epoch_means()
         where: dict[str, Any] = {"step": position.step, "epoch": position.epoch, "lr": state.learning_rate()}
-        self.meter.record_epoch(means, **where, seconds=position.epoch_seconds, val=val)
+        if val is not None:
+            position.note_best(val)
+        self.meter.record_epoch(means, **where, seconds=position.epoch_seconds, val=val, best=position.best)
+        if position.epoch == 0 and (doubt := loss_doubt(self.job.facts.classes, means.loss, val)):
+            self.meter.say(doubt)
         error = means.top1_error if val is None else float(val["top1_error"])
         position.schedule = state.recipe.schedule.after_epoch(position.schedule, position.epoch + 1, error)
         position.epoch, position.epoch_step, position.epoch_seconds, position.val = position.epoch + 1, 0, 0.0, val
@@ -234,7 +271,8 @@ class Run:
         with span("checkpoint"):
             tensors = state.tensors()  # of all ranks
             if state.parallel.world.leads:
-                checkpoint.save(job.run / run_dir.CHECKPOINTS, state.position.step, tensors, facts, job.keep)
+                folder, best = job.run / run_dir.CHECKPOINTS, (state.position.best or {}).get("step")
+                checkpoint.save(folder, state.position.step, tensors, facts, job.keep, best)
 
     def leave(self) -> None:
         """Saves what there is when a stop was requested, and says how to go on."""
@@ -249,8 +287,9 @@ class Run:
     def write_summary(self) -> dict[str, Any]:
         """What `train` returns, which the first rank writes to summary.json."""
         job, state, position, parallel = self.job, self.state, self.state.position, self.state.parallel
-        timer, val = self.meter.timer, self.val
-        summary = {
+        timer, val, best = self.meter.timer, self.val, position.best
+        loss = None if self.means is None else self.means.loss
+        summary: dict[str, Any] = {
             "run": str(job.run),
             "recipe": job.recipe.name,
             "device": str(job.device),
@@ -259,15 +298,22 @@ class Run:
             "steps": position.step,
             "epochs": position.epoch,
             "epoch_steps": len(self.loader),
-            "train_loss": None if self.means is None else self.means.loss,
+            "train_loss": loss,
             "val_split": job.facts.evaluation_split,
             **{f"val_{name}": None if val is None else val[name] for name in ("top1_error", "top5_error", "loss")},
+            **{f"best_{name}": None if best is None else best[name] for name in ("step", "epoch", "top1_error")},
             **(timer.since(StepTimer()) if timer.steps else dict.fromkeys(SPEED)),
             "skipped_steps": state.update.skipped if job.computing.precision == "fp16" else None,
             "seconds": time.monotonic() - self.started,
             "weights_sha256": weights_digest(parallel.gather_state()),
             "stopped_by": None if parallel.requested is None else parallel.requested.name,
+            "doubts": [] if self.stopping else doubts(job.facts.classes, loss, val),
         }
+        for doubt in summary["doubts"]:
+            self.meter.say(doubt)
+        if best is not None and not self.stopping:
+            where = f"epoch {best['epoch']}, {best['top1_error']:.2f} % on {best['split']}"
+            self.meter.say(f"best: {where}; evaluate it as {job.run.name}@{run_dir.BEST}")
         if parallel.world.leads:
             publish(job.run / run_dir.SUMMARY, json_bytes(summary))
         return summary
@@ -299,28 +345,38 @@ def first_state(job: Job, world: World) -> tuple[TrainingState, list[str]]:
     saved, notes = checkpoint.newest(job.run / run_dir.CHECKPOINTS)
     if saved is None:
         check_unsaved(job.run, notes)
-    if changes := job.changes_since(run_dir.read_config(job.run) if saved is None else saved.facts):
+    if changes := job.differences(run_dir.read_config(job.run), None if saved is None else saved.facts):
         raise AlexprepError(
             f"{job.run} cannot be resumed: {checkpoint.some_of(changes)}. Begin a new run without --resume"
         )
     state = TrainingState(job.recipe, job.facts.classes, job.seed, job.device, world, job.scheme, job.computing)
     if saved is not None:
+        _keep_threads(saved.facts.get("rounding", {}).get("threads"), world)
         state.restore(saved)
         for name, now in _last_bits(job).items():
-            changes = checkpoint.differences(saved.facts.get(name, now), now)
+            changes = checkpoint.differences(now | saved.facts.get(name, {}), now)  # older ones do not say all of it
             notes += [f"{change}: the last bits may differ" for change in changes]
     elif job.config.init_from is not None:
         source, _ = saved_checkpoint(place_named(job.config.runs, job.config.init_from))
         whole = state.parallel.gather_state()
-        report = init_from(whole, saved_weights(source), wanted_layers(job.config.init_layers))
+        report = init_from(whole, final_weights(source), wanted_layers(job.config.init_layers))
         state.parallel.scatter_state(whole)
+        state.begin_average()
         notes += report.sentences()
     return state, notes
 
 
+def _keep_threads(threads: int | None, world: World) -> None:
+    """Has torch compute with as many threads as before, if this machine has cores for them and the user does not say otherwise."""
+    if threads and world.size == 1 and threads <= cores() and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(threads)
+
+
 def _last_bits(job: Job) -> dict[str, Any]:
     """What a checkpoint says of all that decides no more than the last bits."""
-    rounding = {"channels_last": job.computing.memory.channels_last, "compile": job.computing.compile}
+    rounding: dict[str, Any] = {"channels_last": job.computing.memory.channels_last, "compile": job.computing.compile}
+    if job.device.type == "cpu":
+        rounding["threads"] = torch.get_num_threads()
     return {"rounding": rounding, "versions": run_versions()}
 
 
@@ -357,6 +413,26 @@ def open_split(job: Job, open_loader: OpenLoader, split: str, shard: tuple[int, 
         memory_format=job.computing.memory.memory_format,
         threads=job.config.threads,
     )
+
+
+def open_training(job: Job, open_loader: OpenLoader, state: TrainingState) -> BatchSource:
+    """Opens a rank's loader of the training split; without the epoch's last step where that has one image and the network cannot take it."""
+    loader = open_split(job, open_loader, "train", state.parallel.shard)
+    if loader.samples % job.recipe.batch_size != 1:
+        return loader
+    image = torch.zeros(1, 3, job.recipe.crop, job.recipe.crop, device=state.device)
+    if not fails_on_one(state.network, image.contiguous(memory_format=job.computing.memory.format)):
+        return loader
+    if len(loader) == 1:
+        loader.close()
+        raise AlexprepError(
+            "batch normalisation needs two images a step, and there is one to train on: take another network or more images"
+        )
+    job.notes.append(
+        f"of {loader.samples:,} images the last step of an epoch would have one, too few for batch normalisation: it is left out, another image "
+        "in each epoch"
+    )
+    return WithoutLastStep(loader)
 
 
 def until_stopped(parallel: Parallel, batches: Iterable[LoadedBatch], stop: StopRequest) -> Iterator[Examples]:

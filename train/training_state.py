@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import itertools
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -22,12 +23,14 @@ from torch import nn
 
 from alexprep.shards.errors import AlexprepError
 from alexprep.train.checkpoint import (
+    AVERAGE,
     POSITION,
     RANDOM_CPU,
     RANDOM_CUDA,
     TOTALS,
     UPDATE,
     VELOCITY,
+    VELOCITY_RATES,
     WEIGHT,
     Checkpoint,
     saved_weights,
@@ -35,9 +38,9 @@ from alexprep.train.checkpoint import (
 from alexprep.train.distributed.parallel import Parallel
 from alexprep.train.distributed.tensor_parallel import Gather, Scheme, SharedDropout
 from alexprep.train.distributed.world import World
-from alexprep.train.lr_schedule import ScheduleState
+from alexprep.train.lr_schedule import ScheduleState, is_per_step, rate_at
 from alexprep.train.metrics import RunningTotals
-from alexprep.train.optimizer import MomentumSGD
+from alexprep.train.optimizer import SLOT, MomentumSGD, Rule
 from alexprep.train.precision import HALF, Arithmetic, NotFinite, Precision, arithmetic, logits
 from alexprep.train.recipes import Recipe
 from alexprep.train.signals_and_memory import span
@@ -58,12 +61,18 @@ class Position:
     epoch_seconds: float = 0.0  # spent in this epoch so far
     schedule: ScheduleState = field(default_factory=ScheduleState)
     val: dict[str, Any] | None = None  # the last epoch's evaluation
+    best: dict[str, Any] | None = None  # the best evaluation so far, and the step and epoch (from 1) after which it was
 
     def loader_state(self, epoch_steps: int) -> dict[str, int]:
         """Epoch and step at which a loader goes on; after the last of an epoch's steps that is the next epoch's beginning."""
         if self.epoch_step < epoch_steps:
             return {"epoch": self.epoch, "step": self.epoch_step}
         return {"epoch": self.epoch + 1, "step": 0}
+
+    def note_best(self, val: Mapping[str, Any]) -> None:
+        """Notes the evaluation that ends the present epoch where its top-1 error is the lowest so far, or as low at a lower loss."""
+        if self.best is None or (val["top1_error"], val["loss"]) < (self.best["top1_error"], self.best["loss"]):
+            self.best = {"step": self.step, "epoch": self.epoch + 1, **val}
 
     @classmethod
     def of(cls, saved: Mapping[str, Any]) -> Position:
@@ -92,7 +101,7 @@ class TrainingState:
     ) -> None:
         """The state before the first step. torch's default generators are seeded."""
         torch.manual_seed(seed)
-        self.recipe = recipe
+        self.recipe = recipe = recipe.planned()
         network = recipe.make_network(classes, seed)
         computing = computing or arithmetic(device)
         form = memory_format_of(network, computing.memory.format)
@@ -107,10 +116,13 @@ class TrainingState:
         # The rates follow from the position alone, so nobody has to remember to set them.
         self.optimizer.register_step_pre_hook(lambda *_: self.set_rates())
         self.precision = computing.precision
-        self.update = Update(self.parallel, self.optimizer, self.precision)
+        self.update = Update(self.parallel, self.optimizer, self.precision, recipe.clip)
+        self.average: dict[str, torch.Tensor] = {}  # of this rank's weights and buffers, where the recipe wants it
+        self.begin_average()
         self.compiled = Compiled(self.network) if computing.compile else None
         self.sums = RunningTotals(device)
         self.position = Position()
+        self.epoch_steps = 0  # of the loader, once it is known: schedules that move within an epoch need it
         self.device = device
 
     def called_for(self, batch: int) -> Compiled | nn.Module:
@@ -118,15 +130,72 @@ class TrainingState:
 
         An epoch's last batch, where it is smaller, is not compiled: on no rank, whatever its share.
         """
-        return self.network if self.compiled is None or batch != self.recipe.batch_size else self.compiled
+        whole = self.recipe.batch_size // self.recipe.accumulate
+        return self.network if self.compiled is None or batch != whole else self.compiled
+
+    def loss(
+        self,
+        output: torch.Tensor,
+        labels: torch.Tensor,
+        partner_labels: torch.Tensor | None = None,
+        weights: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The mean loss (), nats, of logits (N, classes) and labels (N,): the negative of the paper's objective, section 3.5.
+
+        Where pairs are mixed it is `mixed_loss`.
+        """
+        smoothing = self.recipe.label_smoothing
+        if partner_labels is None or weights is None:
+            loss = F.cross_entropy(output, labels, label_smoothing=smoothing)
+            return loss
+        return mixed_loss(output, labels, partner_labels, weights, smoothing)
+
+    @torch.no_grad()
+    def begin_average(self) -> None:
+        """The mean of the weights is what they are now."""
+        if self.recipe.average:
+            floating = {name: each for name, each in self.network.state_dict().items() if each.is_floating_point()}
+            self.average = {name: each.detach().clone() for name, each in floating.items()}
+
+    @torch.no_grad()
+    def move_average(self) -> None:
+        """Moves the mean of the weights towards what they are now; in a training's beginning faster, so that it forgets the first ones."""
+        if self.average:
+            steps = self.position.step + 1
+            decay = min(self.recipe.average, (1 + steps) / (10 + steps))
+            weights = self.network.state_dict()
+            torch._foreach_lerp_(list(self.average.values()), [weights[name] for name in self.average], 1 - decay)
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside the block, the network has the mean of its weights, where one is kept."""
+        weights = {name: each for name, each in self.network.state_dict().items() if name in self.average}
+        kept = {name: each.clone() for name, each in weights.items()}
+        try:
+            for name, each in weights.items():
+                each.copy_(self.average[name])
+            yield
+        finally:
+            for name, each in weights.items():
+                each.copy_(kept[name])
 
     def learning_rate(self) -> float:
-        """The rate of this epoch: that of the weights whose layer has none of its own."""
-        return self.recipe.schedule.rate(self.recipe.lr, ".weight", self.position.epoch, self.position.schedule)
+        """The rate of the epoch's step that was last taken, else of its first: that of the weights whose layer has none of its own."""
+        progress = self._progress(max(0, self.position.epoch_step - 1))
+        return rate_at(self.recipe.schedule, self.recipe.lr, ".weight", progress, self.position.schedule)
 
     def set_rates(self) -> None:
-        """Gives the optimizer this epoch's rate of every parameter. It happens by itself before every step."""
-        self.optimizer.set_rates(self.recipe.rates(self._parameters, self.position.epoch, self.position.schedule))
+        """Gives the optimizer the coming step's rate of every parameter. It happens by itself before every step."""
+        progress = self._progress(self.position.epoch_step)
+        self.optimizer.set_rates(self.recipe.rates(self._parameters, progress, self.position.schedule))
+
+    def _progress(self, epoch_step: int) -> float:
+        """Epochs done after so many steps of this one, as a schedule counts them."""
+        if not is_per_step(self.recipe.schedule):
+            return self.position.epoch
+        if not self.epoch_steps:
+            raise RuntimeError("the schedule moves with every step: set `epoch_steps`")
+        return self.position.epoch + epoch_step / self.epoch_steps
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Everything for a checkpoint that is a tensor, by name, with no trace of the scheme. All ranks call it.
@@ -135,12 +204,12 @@ class TrainingState:
             NotFinite: a weight, a velocity or the summed loss is NaN or infinite; or a buffer, unless it was so from the beginning.
         """
         weights = self.parallel.gather_state()
-        velocities = self.parallel.gather_velocities(self.optimizer)
-        found = {f"{VELOCITY}{number:03d}": velocity for number, velocity in enumerate(velocities)}
+        found = self.parallel.gather_slots(self.optimizer)
         found[TOTALS] = self.sums.totals
         if self.not_finite(weights) or not all(map(_finite, found.values())):
             raise NotFinite(f"after step {self.position.step} there is NaN or infinity in what would be saved")
         found |= {f"{WEIGHT}{name}": weight for name, weight in weights.items()}
+        found |= {f"{AVERAGE}{name}": mean for name, mean in self.parallel.gather(self.average).items()}
         found[RANDOM_CPU] = torch.get_rng_state()
         if self.device.type == "cuda":
             found[RANDOM_CUDA] = torch.cuda.get_rng_state(self.device)
@@ -152,16 +221,22 @@ class TrainingState:
 
     def facts(self) -> dict[str, Any]:
         """Everything for a checkpoint that is a JSON value."""
-        return {POSITION: asdict(self.position), UPDATE: self.update.state_dict()}
+        found: dict[str, Any] = {POSITION: asdict(self.position), UPDATE: self.update.state_dict()}
+        if isinstance(self.optimizer, MomentumSGD) and self.optimizer.momentum_correction:
+            found[VELOCITY_RATES] = self.optimizer.velocity_rates()
+        return found
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Goes to where `tensors` and `facts` were taken from. The recipe and the classes must be the same; the caller checks."""
         tensors = checkpoint.tensors
         self.parallel.scatter_state(saved_weights(checkpoint))
-        count = len(self.optimizer.velocities())
-        self.parallel.scatter_velocities(
-            self.optimizer, [tensors[f"{VELOCITY}{number:03d}"] for number in range(count)]
-        )
+        slots = {name: tensor for name, tensor in tensors.items() if name.startswith((VELOCITY, SLOT))}
+        self.parallel.scatter_slots(self.optimizer, slots)
+        with torch.no_grad():
+            for name, mean in self.average.items():
+                mean.copy_(self.parallel.own_part(name, tensors[f"{AVERAGE}{name}"]))
+        if isinstance(self.optimizer, MomentumSGD) and self.optimizer.momentum_correction:
+            self.optimizer.set_velocity_rates(checkpoint.facts[VELOCITY_RATES])
         torch.set_rng_state(tensors[RANDOM_CPU])
         if self.device.type == "cuda" and RANDOM_CUDA in tensors:
             torch.cuda.set_rng_state(tensors[RANDOM_CUDA], self.device)
@@ -171,22 +246,76 @@ class TrainingState:
         self.position = Position.of(checkpoint.facts[POSITION])
 
 
-def take_step(state: TrainingState, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def take_step(
+    state: TrainingState,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    partner_labels: torch.Tensor | None = None,
+    weights: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Changes weights, velocities and random numbers; the position is the caller's to move. All ranks call it.
 
-    Images are this rank's, float32 (n, C, H, W), labels those of the whole batch, int64 (N,). Gives the mean loss (), nats, and the
-    logits (N, classes), both of the whole batch, from before the update.
+    Images are this rank's, float32 (n, C, H, W), labels those of the whole batch, int64 (N,); where its pairs are mixed, each image has
+    its partner's label too, and the weight of its own, float32 (N,). Gives the mean loss (), nats, and the logits (N, classes), both of
+    the whole batch, from before the update.
     """
+    compile_first(state, images, labels)
+    parts = state.recipe.accumulate
+    losses, outputs = [], []
     with compiler_errors(state.device):
-        network = state.called_for(len(labels))
-        if isinstance(network, Compiled) and not network.checked:
-            check_compiled(state, network, images, labels)
-            network.checked = True
-        with span("forward"):
-            output = logits(network, images, state.precision)
-            loss = F.cross_entropy(output, labels)  # the negative of the paper's objective, section 3.5
-        state.update(loss)
+        state.optimizer.zero_grad()
+        for some, theirs, partners, shares in _parts(state.recipe.accumulate, images, labels, partner_labels, weights):
+            with span("forward"):
+                output = logits(state.called_for(len(theirs)), some, state.precision)
+                loss = state.loss(output, theirs, partners, shares)
+            if parts > 1:
+                loss, output = loss * (len(theirs) / len(labels)), output.detach()
+            state.update.backward(loss)
+            losses.append(loss)
+            outputs.append(output)
+        state.update.step()
+    state.move_average()
+    if parts > 1:
+        return torch.stack(losses).detach().sum(), torch.cat(outputs)
     return loss, output
+
+
+def _parts(count: int, *batch: torch.Tensor | None) -> Iterator[tuple[Any, ...]]:
+    """A batch cut into parts of equal length, but for the last; what it does not have is None in each."""
+    if count == 1:
+        yield batch
+        return
+    cut = [each.chunk(count) if each is not None else itertools.repeat(None) for each in batch]
+    yield from zip(*cut, strict=False)
+
+
+def mixed_loss(
+    output: torch.Tensor,
+    labels: torch.Tensor,
+    partner_labels: torch.Tensor,
+    weights: torch.Tensor,
+    smoothing: float = 0.0,
+) -> torch.Tensor:
+    """The mean over a batch of weight · loss of the own label + (1 - weight) · loss of the partner's (mixup, arXiv 1710.09412), nats."""
+    own, partners = (
+        F.cross_entropy(output, each, reduction="none", label_smoothing=smoothing) for each in (labels, partner_labels)
+    )
+    return (weights * own + (1 - weights) * partners).mean()
+
+
+def compile_first(state: TrainingState, images: torch.Tensor, labels: torch.Tensor) -> None:
+    """Compiles the network and checks it, minutes of work, where a batch such as this is the first one that needs it compiled.
+
+    Weights, buffers and random numbers stay as they are, also where it is left in the middle. All ranks call it.
+    """
+    parts = state.recipe.accumulate
+    if parts > 1:
+        images, labels = images.chunk(parts)[0], labels.chunk(parts)[0]
+    network = state.called_for(len(labels))
+    if isinstance(network, Compiled) and not network.checked:
+        with compiler_errors(state.device):
+            check_compiled(state, network, images, labels)
+        network.checked = True
 
 
 class Update:
@@ -197,9 +326,9 @@ class Update:
     halved on all.
     """
 
-    def __init__(self, parallel: Parallel, optimizer: MomentumSGD, precision: Precision) -> None:
-        """For the network of `parallel`."""
-        self._parallel, self._optimizer = parallel, optimizer
+    def __init__(self, parallel: Parallel, optimizer: Rule, precision: Precision, clip: float | None = None) -> None:
+        """For the network of `parallel`, whose gradient is made no longer than `clip`."""
+        self._parallel, self._optimizer, self._clip = parallel, optimizer, clip
         self._scaler = torch.amp.GradScaler(parallel.world.device.type, enabled=precision == "fp16")
         self.skipped = 0  # steps of the whole run that moved nothing because a gradient overflowed
 
@@ -211,14 +340,23 @@ class Update:
     def __call__(self, loss: torch.Tensor) -> None:
         """Moves the weights once, down the gradient of a mean loss, float32 (), of the whole batch."""
         self._optimizer.zero_grad()
+        self.backward(loss)
+        self.step()
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Adds to the gradients that of a loss: a batch's mean, or a part's share of it."""
         with span("backward"):
             self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+
+    def step(self) -> None:
+        """Moves the weights once, by the gradients of all ranks."""
         with span("gradient sums"):
             self._parallel.sum_gradients()
         with span("update"):
             if self._scaler.is_enabled():
                 self._step_scaled()
             else:
+                self._shorten()
                 self._optimizer.step()
 
     def state_dict(self) -> dict[str, Any]:
@@ -231,6 +369,15 @@ class Update:
         if self._scaler.is_enabled():
             self._scaler.load_state_dict(state["scaler"])
 
+    @torch.no_grad()
+    def _shorten(self) -> None:
+        """Makes the gradient no longer than it may be: as `torch.nn.utils.clip_grad_norm_` does, over the parts of all ranks."""
+        if self._clip is not None:
+            factor = (self._clip / (self._parallel.gradient_norm() + 1e-6)).clamp(max=1.0)
+            for weight in self._parallel.network.parameters():
+                if weight.grad is not None:
+                    weight.grad.mul_(factor.to(weight.grad.dtype))
+
     def _step_scaled(self) -> None:
         """The optimizer's step, if every gradient of every rank is finite."""
         world = self._parallel.world
@@ -239,7 +386,10 @@ class Update:
             if world.any(not torch.stack([gradient.isfinite().all() for gradient in gradients]).all()):
                 gradients[0].fill_(math.inf)  # so that this rank's scaler finds it too
         before = self.loss_scale
-        self._scaler.step(self._optimizer)
+        if self._clip is not None:
+            self._scaler.unscale_(self._optimizer)  # type: ignore[arg-type]
+        self._shorten()
+        self._scaler.step(self._optimizer)  # type: ignore[arg-type]
         self._scaler.update()
         if self.loss_scale < before:
             self.skipped += 1
@@ -339,13 +489,15 @@ def _gradients(
     """Of the mean loss, by parameter, in float32, times the factor that fp16 needs."""
     state.optimizer.zero_grad()
     buffers = {name: buffer.clone() for name, buffer in state.network.named_buffers()}
-    with torch.random.fork_rng([state.device] if state.device.type == "cuda" else []):
-        loss = F.cross_entropy(logits(network, images, state.precision), labels)
-        (loss * state.update.loss_scale).backward()  # type: ignore[no-untyped-call]
-        state.parallel.sum_gradients()
-    with torch.no_grad():
-        for name, buffer in state.network.named_buffers():
-            buffer.copy_(buffers[name])
+    try:
+        with torch.random.fork_rng([state.device] if state.device.type == "cuda" else []):
+            loss = state.loss(logits(network, images, state.precision), labels)
+            (loss * state.update.loss_scale).backward()  # type: ignore[no-untyped-call]
+            state.parallel.sum_gradients()
+    finally:
+        with torch.no_grad():
+            for name, buffer in state.network.named_buffers():
+                buffer.copy_(buffers[name])
     named = state.network.named_parameters()
     return {name: weight.grad.clone() for name, weight in named if weight.grad is not None}
 

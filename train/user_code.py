@@ -9,6 +9,7 @@ What a recipe is, and what it says about a network, is in `alexprep.train.recipe
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib
 import inspect
 import operator
@@ -34,7 +35,7 @@ from alexprep.shards.errors import TRACEBACK, AlexprepError
 from alexprep.train.distributed.tensor_parallel import DROPOUTS
 from alexprep.train.models.cifar import PIXEL_DEVIATION
 
-MODEL, RECIPE = "--model", "--recipe"
+MODEL, RECIPE, HOOK = "--model", "--recipe", "--hook"
 CLASSES = ("classes", "num_classes", "n_classes")  # names under which factories take the number of classes
 IMAGES = 2  # that a network is tried with
 CONTIGUOUS = "alexprep_needs_contiguous"  # attribute of a network that cannot take images with the channels last
@@ -173,6 +174,19 @@ def memory_format_of(network: nn.Module, wanted: torch.memory_format) -> torch.m
     return torch.contiguous_format if getattr(network, CONTIGUOUS, False) else wanted
 
 
+def fails_on_one(network: nn.Module, image: torch.Tensor) -> bool:
+    """Whether a network in training cannot take one image alone, (1, 3, H, W): batch normalisation of one value a channel has no variance."""
+    if not any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in network.modules()):
+        return False
+    tried = copy.deepcopy(network)
+    with torch.random.fork_rng([image.device] if image.is_cuda else []), torch.no_grad():
+        try:
+            tried(image)
+        except ValueError:
+            return True
+    return False
+
+
 def _check_saved(network: nn.Module, changed: list[str]) -> None:
     """Refuses a network whose `state_dict()`, which is what a checkpoint holds, lacks what training changes or has what cannot be saved."""
     saved = network.state_dict()
@@ -239,13 +253,17 @@ def comparable(identity: dict[str, Any], made_with: Mapping[str, str]) -> dict[s
     return identity | {"layers": bare}
 
 
-def check_named(began: Mapping[str, Any], recipe: str | None, model: str | None, run: Path) -> None:
+def check_named(
+    began: Mapping[str, Any], recipe: str | None, model: str | None, run: Path, hook: str | None = ""
+) -> None:
     """Makes sure that the user names the code that a run was trained with: what a file on the disk names is never run by itself.
 
     Raises:
-        AlexprepError: by its options, `began`, the run was trained with code of the user's own, which is not named now.
+        AlexprepError: by its options, `began`, the run was trained with code of the user's own, which is not named now. A hook "" is not
+            needed.
     """
-    for option, then, now in ((RECIPE, began["recipe"], recipe), (MODEL, began.get("model"), model)):
+    named = ((RECIPE, began["recipe"], recipe), (MODEL, began.get("model"), model), (HOOK, began.get("hook"), hook))
+    for option, then, now in named:
         if then is not None and is_reference(then) and now is None:
             raise AlexprepError(
                 f"{run} was trained with {option} {then}: add that to the command, or say where the file is now; code is only run "
@@ -261,14 +279,15 @@ def is_reference(text: str) -> bool:
     return ":" in text or text.endswith(".py")
 
 
+def absolute(reference: str, option: str) -> str:
+    """A reference so that it means the same in any folder: the path of a file is made absolute."""
+    place, name = _place_and_name(reference, option)
+    file = str(Path(place).expanduser().resolve()) if place.endswith(".py") else place
+    return f"{file}:{name}" if name else file
+
+
 def references(recipe: str | None, model: str | None) -> tuple[str | None, str | None]:
     """What a user named as recipe and model, so that it means the same in any folder: the paths of files are made absolute."""
-
-    def absolute(reference: str, option: str) -> str:
-        place, name = _place_and_name(reference, option)
-        file = str(Path(place).expanduser().resolve()) if place.endswith(".py") else place
-        return f"{file}:{name}" if name else file
-
     if recipe is not None and is_reference(recipe):
         recipe = absolute(recipe, RECIPE)
     return recipe, None if model is None else absolute(model, MODEL)

@@ -22,9 +22,13 @@ LAYOUTS = {
     "fgvc-aircraft": "published.FgvcAircraft",
     "stanford-dogs": "published.StanfordDogs",
     "gtsrb": "published.Gtsrb",
+    "parquet": "parquet_images.ParquetImages",
     "table": "table.Table",
+    "imagefolder": "image_folders.ImageFolder",
     "webdataset": "wds.Webdataset",
     "tar": "tars.TarOfClassFolders",
+    "zip": "zips.ZipOfClassFolders",
     "folders": "folders.ClassFolders",
 }
-BY_FOLDERS = ("tar", "folders")  # those that read folders, where the user may have to say what they mean
+BY_FOLDERS = ("tar", "zip", "folders")  # those that read folders, where the user may have to say what they mean
+BY_COLUMNS = ("parquet", "table", "imagefolder")  # those that read columns, likewise

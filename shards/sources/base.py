@@ -6,7 +6,7 @@ A new source is a new module beside this one, with a subclass of `Source` and a 
 2. `inputs`: lists every image once, in an order that any two listings share, and tells the `Account` of all else that it met;
 3. `read`: gives one of them, as encoded bytes or as pixels; by default the bytes at the input's location.
 
-`classes`, `covers` and `resident_bytes` are overridden where the defaults do not hold. Turning images into shards is no matter
+`classes`, `covers`, `resident_bytes` and `window_inputs` are overridden where the defaults do not hold. Turning images into shards is no matter
 of a source: see `conversion`.
 """
 
@@ -80,8 +80,10 @@ UNLISTED = "a picture that no list names"
 BESIDE = "beside what this layout reads"
 NO_CLASS = "a picture in no class folder"
 FOLDER_LINK = "a link to a folder"
-OUR_DATASET = "in a dataset or run of alexprep"
+OUR_DATASET = "in a dataset of alexprep"
 SAMPLE_PART = "a sample's label or other part that is no picture"
+NOT_LISTED = "a picture that no list names"
+NO_LABEL = "a row without a label, in a split whose other rows have one"
 LIMITED = "beyond --limit"
 
 _NAMES_KEPT = 5  # of the files that one rule passes over
@@ -132,16 +134,23 @@ class Account:
 
 @dataclass(frozen=True)
 class Choices:
-    """What the user says of a tree of folders, where looking at it would leave a doubt.
+    """What the user says of a source, where looking at it would leave a doubt.
 
     Attributes:
         split_folders: (split, folder below the root) of each split; () says that no folder means a split; None looks.
         class_depth: how many folders below a split's folder the class folders lie, 1 for directly in it; "leaf" makes every
             folder that holds pictures a class; None looks.
+        columns: (what it is for, its name) of columns of a table: "image" for pictures themselves, "path", "label", "split"; what is
+            not named is looked for.
     """
 
     split_folders: tuple[tuple[str, str], ...] | None = None
     class_depth: int | Literal["leaf"] | None = None
+    columns: tuple[tuple[str, str], ...] = ()
+
+    def column(self, use: str) -> str | None:
+        """The name of the column for a use; None where it is to be looked for."""
+        return dict(self.columns).get(use)
 
 
 NO_CHOICES = Choices()
@@ -155,20 +164,30 @@ def as_options(choices: Choices) -> str:
         words.append(f"--split-folders {shlex.quote(folders)}")
     if choices.class_depth is not None:
         words.append(f"--class-depth {choices.class_depth}")
+    if choices.columns:
+        words.append(f"--columns {shlex.quote(','.join(f'{use}={column}' for use, column in choices.columns))}")
     return " ".join(words)
 
 
 def as_json(choices: Choices) -> dict[str, Any]:
     """Choices as plan.json has them: what was not chosen is absent."""
     folders = choices.split_folders
-    given = {"split_folders": None if folders is None else dict(folders), "class_depth": choices.class_depth}
+    given = {
+        "split_folders": None if folders is None else dict(folders),
+        "class_depth": choices.class_depth,
+        "columns": dict(choices.columns) or None,
+    }
     return {name: value for name, value in given.items() if value is not None}
 
 
 def choices_of(document: Mapping[str, Any]) -> Choices:
     """What `as_json` wrote, from plan.json or dataset.json."""
     folders = document.get("split_folders")
-    return Choices(None if folders is None else tuple(folders.items()), document.get("class_depth"))
+    return Choices(
+        None if folders is None else tuple(folders.items()),
+        document.get("class_depth"),
+        tuple(document.get("columns", {}).items()),
+    )
 
 
 @dataclass(frozen=True)
@@ -221,6 +240,16 @@ class Source:
 
     def resident_bytes(self) -> int:
         """Memory that reading keeps in each worker."""
+        return 0
+
+    def check_alone(self) -> None:
+        """Raises AmbiguousSourceError where what lies beside may be meant as well. Asked where the layout was found by looking."""
+
+    def window_inputs(self) -> int:
+        """How many inputs' groups a worker keeps at once, where inputs of one path and offset form a group that is read as a whole.
+
+        The inputs of a group are listed one after the other. 0 where each input is read by itself.
+        """
         return 0
 
     def year(self) -> str:

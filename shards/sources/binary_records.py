@@ -199,7 +199,7 @@ class Cifar(RecordSource):
             places = " or ".join(files.display(source.archive or source.folder) for source in found.values())
             raise AlexprepError(f"SOURCE {files.display()} holds both CIFAR-10 and CIFAR-100: name {places} as SOURCE")
         if not found:
-            _refuse_other_versions(files, [*folders, *plain])
+            _refuse_other_versions(files, folders, plain)
         return next(iter(found.values()), None)
 
     def record_files(self) -> tuple[Sequence[str], list[RecordFile]]:
@@ -291,9 +291,10 @@ def _cifar_labels(content: bytes, bounds: tuple[int, ...], shown: str) -> NDArra
     return labels[:, -1].copy()
 
 
-def _refuse_other_versions(files: Files, entries: list[bytes]) -> None:
+def _refuse_other_versions(files: Files, folders: list[bytes], plain: list[bytes]) -> None:
     """Raises for the Python and Matlab versions, by the names in SOURCE; beside other names one of them says little."""
-    found = [(count, b"") for count, others in _OTHER_FILES if others <= set(entries)]
+    entries = [*folders, *plain]
+    found = [(count, b"") for count, others in _OTHER_FILES if others <= set(plain)]
     if all(entry.startswith(b"cifar-") for entry in entries):
         found += [(int(other[1]), entry) for entry in entries if (other := _OTHER.fullmatch(entry))]
     for count, entry in found:

@@ -7,6 +7,7 @@ flat folder are in `ground_truth`, and sets whose publishers list their splits o
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -14,64 +15,38 @@ from dataclasses import dataclass, field, replace
 
 from alexprep.shards.errors import AlexprepError, AmbiguousSourceError, counted
 from alexprep.shards.sources.base import (
+    ARCHIVE,
     NO_CHOICES,
     SPLITS,
     Choices,
     as_options,
     split_of,
 )
+from alexprep.shards.sources.folder_names import (
+    CONTAINERS,
+    MASK_ENDINGS,
+    are_parts,
+    is_no_class,
+    is_unlabelled,
+    may_be_list,
+)
 from alexprep.shards.sources.foreign_formats import image_folder
 from alexprep.shards.sources.ground_truth import GroundTruth
 from alexprep.shards.sources.split_folders import Depth, SplitFolder, candidates, class_folders, class_names
-from alexprep.shards.sources.tree import Folder, is_picture
+from alexprep.shards.sources.tree import Folder, is_picture, rule_of
 from alexprep.shards.storage import as_text
 
 # Gives what tells the classes of pictures in one flat folder: (split, folder, train classes) → ground truth, or None.
 FindTruth = Callable[[str, Folder, list[str]], GroundTruth | None]
 
-# Names of folders that hold a dataset's parts. As the name of a class they are a question.
-CONTAINERS = {
-    *SPLITS,
-    *[
-        "annotation",
-        "annotations",
-        "data",
-        "dataset",
-        "datasets",
-        "ground_truth",
-        "groundtruth",
-        "gt",
-        "hr",
-        "im",
-        "image",
-        "input",
-        "inputs",
-        "lr",
-        "target",
-        "targets",
-        "images",
-        "img",
-        "imgs",
-        "jpeg",
-        "jpegimages",
-        "jpegs",
-        "jpg",
-        "label",
-        "labels",
-    ],
-    *["mask", "masks", "meta", "metadata", "photos", "pics", "pictures", "png", "segmentation", "segmentations"],
-}
-_WITHOUT_LABELS = {"pred", "predict", "prediction", "predictions", "unlabeled", "unlabelled", "unsup", "unsupervised"}
+_SISTERS = 10  # one name in more than so many that speaks against a class is a warning; else it is a question
+_word_and_number = re.compile(rb"([^\d.]*[^\d._ -])[._ -]*\d+\.\w+").fullmatch
+_wordnet_id = re.compile(rb"n\d{8}").fullmatch
 
 
 def _few(count: int) -> int:
     """How many pictures may lie elsewhere, of so many in all, to be passed over with a warning; more are a question."""
     return max(1, count // 20)
-
-
-_word_and_number = re.compile(rb"([^\d.]*[^\d._ -])[._ -]*\d+\.\w+").fullmatch
-_split_word_first = re.compile(f"(?i:{'|'.join(sorted(SPLITS, key=len, reverse=True))})(?![a-z])").match
-_wordnet_id = re.compile(rb"n\d{8}").fullmatch
 
 
 @dataclass
@@ -157,8 +132,8 @@ def _read(root: Folder, shown: str, truth_of: FindTruth, choices: Choices, split
         _check_shared(classes_of, reading, shown)
     if choices == NO_CHOICES:
         _check_names(classes_of, reading, root, shown)
-    if len(reading.splits) == 1 and not reading.splits[0].flat:
-        _warn_of_lists(root, reading, shown)
+    _warn_of_lists(root, reading, shown)
+    _warn_of_masks(root, reading)
     reading.splits.sort(key=lambda found: found.split)
     reading.evidence = where
     return reading
@@ -179,7 +154,7 @@ def _split_parts(root: Folder, shown: str, split: str, reading: Reading) -> tupl
         exact = set(named.values())
         named |= {path: name for path, name in told.items() if not named[path] and name not in exact}
     else:
-        silent = [f for f in filled if not told[f.path] and _lower(f).split("_")[-1] not in _WITHOUT_LABELS]
+        silent = [f for f in filled if not told[f.path] and not is_unlabelled(as_text(f.name))]
         if len({name for name in told.values() if name}) > 1 and not silent:
             named = told
     splits = {folder.path: name for folder in filled if (name := named[folder.path])}
@@ -190,11 +165,34 @@ def _split_parts(root: Folder, shown: str, split: str, reading: Reading) -> tupl
     beside = [folder for folder in filled if folder.path not in splits]
     if beside or _loose(base):
         _weigh_beside(splits, beside, base, shown, reading)
+    _refuse_packed_splits(splits, base, shown)
     empty = [folder for folder in base.folders if not folder.count and _lower(folder) in SPLITS]
     for folder in empty:
         reading.warnings.append(f"{_shown(folder, shown)} holds no pictures: there is no such split")
     parts: list[_Part] = [(name, folder, ()) for folder in filled if (name := splits.get(folder.path))]
     return parts, f"split folders {', '.join(as_text(folder.path) for _, folder, _ in parts)}"
+
+
+def _refuse_packed_splits(splits: dict[bytes, str], base: Folder, shown: str) -> None:
+    """Asks where a split lies beside the others as archives: train.tar, or train/ full of tars."""
+    packed = [
+        name for name in base.papers if rule_of(name) == ARCHIVE and split_of(name) not in (None, *splits.values())
+    ]
+    for folder in base.folders:
+        if not folder.count and _lower(folder) in SPLITS:
+            inside = (
+                below.path + b"/" + name for below in folder.walk() for name in below.papers if rule_of(name) == ARCHIVE
+            )
+            packed += [
+                as_text(path).removeprefix(as_text(base.path) + "/").encode() for path in itertools.islice(inside, 1)
+            ]
+    if packed:
+        given = tuple((split, as_text(path)) for path, split in splits.items())
+        raise _Question(
+            f"SOURCE {_shown(base, shown)} holds another split in archives ({as_text(packed[0])}), which are not read beside folders: "
+            "unpack them, or name one of them as SOURCE.",
+            [(Choices(given), "the folders alone, without what is packed")],
+        )
 
 
 def _unwrapped(folder: Folder) -> Folder:
@@ -229,7 +227,7 @@ def _weigh_beside(splits: dict[bytes, str], beside: list[Folder], base: Folder, 
     """Warns of pictures beside the splits' folders, or asks where they may be classes."""
     inside = sum(folder.count for folder in base.filled if folder.path in splits)
     outside = sum(folder.count for folder in beside) + len(_loose(base))
-    plain = [folder for folder in beside if _lower(folder).split("_")[-1] not in _WITHOUT_LABELS]
+    plain = [folder for folder in beside if not is_unlabelled(as_text(folder.name))]
     loose = sum(folder.count for folder in plain) + len(_loose(base))
     names = ", ".join(as_text(folder.name) for folder in beside[:5]) or as_text(_loose(base)[0])
     if "train" in splits.values() and loose <= _few(inside):
@@ -244,7 +242,8 @@ def _weigh_beside(splits: dict[bytes, str], beside: list[Folder], base: Folder, 
         ways.append((Choices((("train", here), *given)), "the folders beside them are the classes of train"))
         wide = [folder for folder in beside if folder.filled]
         ways += [(Choices((("train", as_text(f.path)), *given)), f"{as_text(f.name)} is train") for f in wide[:3]]
-    ways.append((Choices(()), "no folder means a split: all of them are classes of train"))
+    if 2 * sum(is_no_class(as_text(folder.name)) for folder in base.filled) <= len(base.filled):
+        ways.append((Choices(()), "no folder means a split: all of them are classes of train"))
     found = " and ".join(os.path.basename(as_text(path)) for path in splits)
     raise _Question(
         f"SOURCE {_shown(base, shown)} holds {found}, which by name {'is a split' if len(splits) == 1 else 'are splits'}, and beside "
@@ -307,7 +306,13 @@ def _read_split(
         if flat is not None:
             return flat
         _weigh_loose(split, top, shown, reading)
-    return SplitFolder(split, top.path, _class_depth(split, top, shown, reading), without=without)
+    packed = [name for name in top.papers if rule_of(name) == ARCHIVE]
+    if packed:
+        reading.warnings.append(
+            f"not read: {counted(len(packed), 'archive')} beside the class folders of {_shown(top, shown)}, such as {as_text(packed[0])}"
+        )
+    depth, by_last_name = _class_depth(split, top, shown, reading)
+    return SplitFolder(split, top.path, depth, by_last_name=by_last_name, without=without)
 
 
 def _wraps_pictures(outer: Folder, inner: Folder, split: str) -> bool:
@@ -382,28 +387,30 @@ def _weigh_loose(split: str, top: Folder, shown: str, reading: Reading) -> None:
     )
 
 
-def _class_depth(split: str, top: Folder, shown: str, reading: Reading) -> Depth:
-    """How deep the class folders lie below `top`, where one answer only is possible."""
+def _class_depth(split: str, top: Folder, shown: str, reading: Reading) -> tuple[Depth, bool]:
+    """How deep the class folders lie below `top`, where one answer only is possible, and whether their own names alone name the classes."""
     children = top.filled
     if all(child.leaf for child in children):
-        return 1
+        return 1, False
     nested = sum(child.count - len(child.pictures) for child in children)
     if all(child.pictures for child in children) and nested <= _few(top.count):
         some = next(child for child in children if child.filled).filled[0]
         reading.warnings.append(
             f"counted for the class around them: {counted(nested, 'picture')} in folders within class folders, as {_shown(some, shown)}"
         )
-        return 1
+        return 1, False
     inner = {below.name for child in children for below in child.filled}
     alone = all(not child.pictures and len(child.filled) == 1 and child.filled[0].leaf for child in children)
-    if alone and len(inner) == 1 and len(children) > 1:
-        return 1  # CLASS/images/IMAGE: the inner folder tells nothing
+    if alone and len(inner) == 1 and len(children) > 1 and is_no_class(as_text(next(iter(inner)))):
+        return 1, False  # CLASS/images/IMAGE: the inner folder tells nothing
     levels = list(_levels(top))
     marked = [depth for depth, names in enumerate(levels, 1) if names and all(map(_wordnet_id, names))]
-    if len(marked) == 1 and not any(_is_no_class(as_text(name)) for names in levels[marked[0] :] for name in names):
-        return marked[0]
+    if len(marked) == 1 and not any(is_no_class(as_text(name)) for names in levels[marked[0] :] for name in names):
+        found = [os.path.basename(name) for name, _ in class_folders(SplitFolder(split, top.path, marked[0]), top)]
+        if len(set(found)) == len(found):  # or parts of one synset, or domains of it
+            return marked[0], True
     if _is_by_letter(children):
-        return "leaf"  # a/abbey, and also a/apartment_building/outdoor
+        return "leaf", False  # a/abbey, and also a/apartment_building/outdoor
     depths = range(1, len(levels) + 1)
     ways: list[tuple[Choices, str]] = []
     for depth in depths:
@@ -424,7 +431,7 @@ def _class_depth(split: str, top: Folder, shown: str, reading: Reading) -> Depth
     mixed = any(child.pictures and child.filled for child in top.walk() if child is not top)
     what = "pictures on several levels" if mixed else f"folders that hold folders ({_example(children)})"
     raise _Question(
-        f"SOURCE: {_shown(top, shown)} holds {counted(len(children), 'folder')}, and in them {what}. Any of these levels may be the classes.",
+        f"SOURCE: {_shown(top, shown)} holds {counted(len(children), 'folder')}, and in them {what}. Any of these levels may be the classes; or name one of the folders as SOURCE.",
         ways,
     )
 
@@ -474,54 +481,87 @@ def _check_shared(classes_of: dict[str, list[str]], reading: Reading, shown: str
 def _check_names(classes_of: dict[str, list[str]], reading: Reading, root: Folder, shown: str) -> None:
     """Asks where a class would get the name of a folder that usually holds classes; warns of folders without pictures."""
     present = {name for names in classes_of.values() for name in names}
+    present |= {name for part in reading.splits if part.truth for name in part.truth.classes.values()}
     empty: dict[str, None] = {}
     for part in reading.splits:
         top = root.at(part.path)
         if top is None or part.flat:
             continue
-        found = [name for name in classes_of[part.split] if any(map(_is_no_class, name.split("/")))]
-        if found:
-            inner = max((sum(1 for _ in _levels(folder)) for _, folder in class_folders(part, top)), default=0)
-            ways = [(Choices(class_depth=1 + reading.skipped.get(part.split, 0)), f"{found[0]} is a class")]
-            if inner:
-                ways.append((Choices(class_depth="leaf"), "each folder that holds pictures is a class"))
-            alone = os.path.join(as_text(part.path), found[0])
-            ways.append(
-                (
-                    Choices(((part.split, alone),)),
-                    f"{alone} alone is {part.split}, and what lies beside it is passed over",
-                )
-            )
-            raise _Question(
-                f"SOURCE: {_shown(top, shown)} holds {counted(len(classes_of[part.split]), 'folder')} with pictures, and by its name {found[0]} is no "
-                "class but holds a dataset's pictures.",
-                ways,
-            )
+        _doubt_names(part, top, classes_of[part.split], reading, shown)
         empty |= {as_text(name): None for name, folder in candidates(part, top) if not folder.count}
     gone = [name for name in empty if name not in present]
     if gone:
         reading.warnings.append(
-            f"{len(gone):,} class folder{'s' * (len(gone) > 1)} without pictures, {', '.join(map(repr, gone[:5]))}: no label is given to it, "
-            "and the classes after it are numbered as if it were not there"
+            f"without pictures: {counted(len(gone), 'class folder')} ({', '.join(map(repr, gone[:5]))}), which get no label; the classes after "
+            "are numbered as if these were not there"
         )
 
 
-def _is_no_class(word: str) -> bool:
-    """Whether a folder's name is a container's or begins with a split's, as trainA and test1."""
-    return word.lower() in CONTAINERS or bool(_split_word_first(word))
+def _doubt_names(part: SplitFolder, top: Folder, names: list[str], reading: Reading, shown: str) -> None:
+    """Asks where names speak against classes: containers, splits, or parts of one set. One among many is a warning."""
+    odd = [name for name in names if any(map(is_no_class, name.split("/")))]
+    parts = are_parts(names)
+    if not odd and not parts:
+        return
+    folders = {as_text(name): folder for name, folder in class_folders(part, top)}
+    if not parts and len(names) > _SISTERS * len(odd) and not any(folders[name].filled for name in odd):
+        reading.warnings.append(
+            f"taken for {counted(len(odd), 'class')} among {len(names):,}, though the name is also a container's or split's: {', '.join(odd[:5])}"
+        )
+        return
+    first = names[0] if parts else odd[0]
+    depth = 1 + reading.skipped.get(part.split, 0)
+    ways = [(Choices(class_depth=depth), f"{'they are classes' if parts else f'{first} is a class'}")]
+    if any(folder.filled for folder in folders.values()):
+        ways.append((Choices(class_depth="leaf"), "each folder that holds pictures is a class"))
+    if not parts:
+        alone = os.path.join(as_text(part.path), first)
+        ways.append(
+            (Choices(((part.split, alone),)), f"{alone} alone is {part.split}, and what lies beside it is passed over")
+        )
+    what = (
+        f"by their names {first}, {names[1]} … are parts of one set"
+        if parts
+        else f"by its name {first} is no class but holds a dataset's pictures"
+    )
+    raise _Question(
+        f"SOURCE: {_shown(top, shown)} holds {counted(len(names), 'folder')} with pictures, and {what}.", ways
+    )
 
 
 def _warn_of_lists(root: Folder, reading: Reading, shown: str) -> None:
-    """Warns of lists that nobody reads, where all pictures are one split: they may tell others."""
+    """Warns of lists that nobody reads, where they may tell more than the folders: splits, or the labels of a flat split."""
+    unlabelled = [part for part in reading.splits if part.flat and part.truth is None]
+    every = len(reading.splits) == 1 or unlabelled
+    read = {part.truth.origin for part in reading.splits if part.truth}
     lists = [
-        f"{_shown(folder, shown)}/{as_text(name)}"
-        for folder in (root, *root.folders)
-        if not folder.pictures
+        place
+        for folder in root.walk()
+        if not folder.count or folder is root or folder in root.folders
         for name in folder.papers
-        if name.lower().endswith((b".txt", b".csv", b".lst")) and (split_of(name[:-4]) or b"label" in name.lower())
+        if may_be_list(name)
+        and (every or name.startswith(b"metadata."))
+        and (place := f"{_shown(folder, shown)}/{as_text(name)}") not in read
     ]
     if lists:
         reading.warnings.append(f"not read, though splits or labels may stand there: {', '.join(lists[:5])}")
+
+
+def _warn_of_masks(root: Folder, reading: Reading) -> None:
+    """Warns of pictures in class folders that are called masks."""
+    masks = total = 0
+    example = b""
+    for part in reading.splits:
+        top = root.at(part.path)
+        for _, folder in class_folders(part, top) if top and not part.flat else ():
+            found = [name for name in folder.pictures if name.endswith(MASK_ENDINGS)]
+            total += len(folder.pictures)
+            masks += len(found)
+            example = example or (found[0] if found else b"")
+    if masks:
+        reading.warnings.append(
+            f"masks by their names: {masks:,} of {counted(total, 'picture')}, such as {as_text(example)}; they count as pictures of their classes"
+        )
 
 
 # What is no set of labelled pictures at all.

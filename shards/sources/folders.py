@@ -11,13 +11,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from alexprep.shards.errors import AlexprepError
-from alexprep.shards.sources.base import NO_CHOICES, SPLITS, Account, Choices, Input, Location, Source
+from alexprep.shards.errors import AlexprepError, counted
+from alexprep.shards.sources.base import FOLDER_LINK, NO_CHOICES, SPLITS, Account, Choices, Input, Location, Source
 from alexprep.shards.sources.folder_reading import FindTruth, read_folders
-from alexprep.shards.sources.ground_truth import GroundTruth, find_ground_truth, find_meta_mat, year_of
+from alexprep.shards.sources.ground_truth import GroundTruth, find_ground_truth, find_meta_mat, stem, year_of
 from alexprep.shards.sources.split_folders import SplitFolder, inputs_of
 from alexprep.shards.sources.tree import Folder, Tree, read_tree
-from alexprep.shards.storage import Files, LocalFiles
+from alexprep.shards.storage import Files, LocalFiles, as_text
 
 _KAGGLE_IMAGES = b"ILSVRC/Data/CLS-LOC"
 
@@ -45,6 +45,12 @@ class ClassFolders(Source):
         if not any(folder.count for folder in tree.root.folders):
             return None
         reading = read_folders(tree.root, files.display(), _looked_for(files), choices)
+        links = tree.account.passed_over.get(FOLDER_LINK)
+        if links:
+            reading.warnings.append(
+                f"not followed: {counted(links.count, 'link')} to folders, such as {links.names[0]}; name the folder around it as SOURCE if "
+                "it is a class"
+            )
         splits, warnings = tuple(reading.splits), tuple(reading.warnings)
         return cls(files, splits, warnings, choices=choices, whole=True, evidence=reading.evidence)._with_tree(tree)
 
@@ -138,10 +144,17 @@ def _looked_for(files: Files) -> FindTruth:
         while path:
             path = os.path.dirname(path)
             places.append(path)
-        for place in reversed(places):
-            truth = find_ground_truth(files.inside(place), split, folder.pictures, train_classes)
-            if truth is not None:
-                return truth
-        return None
+        names = folder.pictures
+        found = [find_ground_truth(files.inside(place), split, names, train_classes) for place in reversed(places)]
+        truths = [truth for truth in found if truth is not None]
+        for other in truths[1:]:
+            for name in map(stem, names):
+                classes = truths[0].classes.get(name), other.classes.get(name)
+                if None not in classes and classes[0] != classes[1]:
+                    raise AlexprepError(
+                        f"{truths[0].origin} gives {as_text(name)} the class {classes[0]!r}, {other.origin} {classes[1]!r}: move one of the "
+                        "lists away"
+                    )
+        return truths[0] if truths else None
 
     return find

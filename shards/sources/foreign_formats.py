@@ -126,18 +126,9 @@ def image_folder(folder: Folder) -> str:
     found = next((name for name in IMAGE_FOLDER_LISTS if name in folder.papers), None)
     if found is None or not any(map(is_picture, folder.pictures)):
         return ""
-    return f"an image folder with its labels in {as_text(found)}, {_image_folder_step(found)}"
-
-
-def _image_folder_step(name: bytes) -> str:
-    if name.endswith(b".jsonl"):
-        return (
-            "which is not read: write a .csv with the columns path, label and split, and name that list as SOURCE "
-            "(pandas.read_json(…, lines=True).to_csv(…) does it)"
-        )
     return (
-        "which is read as a list, not as a folder: name that file as SOURCE, or for several splits one .csv with the columns path, "
-        "label and split"
+        f"an image folder with a list, {as_text(found)}, that has no column for the label: say which it is with --columns label=NAME, or name "
+        "another list"
     )
 
 
@@ -149,8 +140,8 @@ def images_inside(schema: Any) -> str:
         whole = _is_bytes(kind) and column.name.lower() in _IMAGE_COLUMNS
         if whole or any(map(_is_bytes, inner)):
             return (
-                f"a Parquet table with its images inside, in the column {column.name!r} ({kind}), which are not read yet: {_EXPORT} "
-                f"(with the library datasets: row[{column.name!r}].save(...) for each row)"
+                f"a Parquet table with its images inside, in the column {column.name!r} ({kind}), and no column that is surely their "
+                f"label: name both, with --columns image={column.name},label=NAME"
             )
     return ""
 
@@ -187,7 +178,8 @@ def _zip(files: Files, path: bytes, head: bytes) -> str:
         return f"a file of torch.save, which is not read: {_EXPORT} (torch.load reads it)"
     if first == b"[Content_Types].xml" or path.lower().endswith(b".xlsx"):
         return "a spreadsheet or document: save the sheet as .csv with the columns path and label, and name that"
-    return f"a ZIP archive: {_UNPACK}"
+    step = "" if path.lower().endswith(b".zip") else "give it a name that ends in .zip, and "
+    return f"a ZIP archive: {step}name it, or the folder that holds it and its like, if it holds CLASS/IMAGE"
 
 
 def _inflated(data: bytes) -> bytes:
@@ -274,23 +266,17 @@ def _text(lower: bytes, head: bytes) -> str:
     if re.match(r"\s*<(!doctype html|html)", text, re.IGNORECASE):
         return "a web page, perhaps what a server said in place of the file: download it again"
     if text.lstrip().startswith(("{", "[")):
-        if lower.endswith(b".jsonl") or re.match(r'\{.*"file_name"', lines[0]):
-            return f"the list of an image folder, in lines of JSON, {_image_folder_step(b'.jsonl')}"
+        if re.match(r"\{.*\}$", lines[0]) and (len(lines) > 1 or '"file_name"' in lines[0]):
+            return "a list in lines of JSON: give it a name that ends in .jsonl, and name it"
         return "JSON, which is not read: write a .csv with the columns path and label, and name that"
     if any("\\" in line for line in lines) and not any("/" in line for line in lines):
         turn = ", with / in place of each Windows back-slash"
     else:
         turn = ""
     if all(re.fullmatch(r"\d+\t[\d.\t]+\t\S.*", line) for line in lines):
-        return (
-            "a list of `index label path` as MXNet's im2rec reads it: write a .csv with the path and the label, separated by a "
-            f"comma, in each line{turn}, and name that"
-        )
+        return f"a list of `index label path` as MXNet's im2rec reads it: give it a name that ends in .lst, and name it{turn}"
     if all(re.fullmatch(r"\S.*[./]\S*\s+\S+", line) for line in lines) and not all("," in line for line in lines):
-        return (
-            "a list of lines `path label`: write a .csv with a comma between the two as separator "
-            f"(sed -E 's/[[:space:]]+([^[:space:]]+)$/,\\1/' LIST > LIST.csv){turn}, and name that"
-        )
+        return f"a list of lines `path label`: give it a name that ends in .txt, and name it{turn}"
     for separator, ending in ((",", ".csv"), ("\t", ".tsv")):
         if all(separator in line for line in lines):
             return f"a text in columns: give it a name that ends in {ending}, and name it, if it has a path and a label in each line{turn}"

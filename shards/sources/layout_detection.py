@@ -8,17 +8,20 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+from collections.abc import Iterable
 from dataclasses import replace
 
 from alexprep.shards.errors import AlexprepError, AmbiguousSourceError
-from alexprep.shards.sources import BY_FOLDERS, LAYOUTS
-from alexprep.shards.sources.base import NO_CHOICES, Choices, Source, as_options
+from alexprep.shards.sources import BY_COLUMNS, BY_FOLDERS, LAYOUTS
+from alexprep.shards.sources.base import NO_CHOICES, SPLITS, Choices, Source, as_options
 from alexprep.shards.sources.foreign_formats import foreign
+from alexprep.shards.sources.ilsvrc import IlsvrcArchives
+from alexprep.shards.sources.published_lists import may_hold
 from alexprep.shards.sources.tree import is_picture, read_tree
-from alexprep.shards.storage import Files, files_at
+from alexprep.shards.storage import Files, as_text, files_at
 
 # Layouts of a folder that may also hold class folders; archives of ILSVRC hold the same pictures as the folders beside them.
-_BESIDE_FOLDERS = {"cifar", "mnist", "norb", "webdataset"}
+_BESIDE_FOLDERS = {"cifar", "mnist", "norb", "parquet", "synset-tars", "webdataset"}
 
 
 def find_source(place: str, layout: str | None = None, choices: Choices = NO_CHOICES) -> Source:
@@ -34,7 +37,8 @@ def find_source(place: str, layout: str | None = None, choices: Choices = NO_CHO
             (split, _below(folder, split, place, None if name else files)) for split, folder in choices.split_folders
         )
         choices = replace(choices, split_folders=named)
-    for candidate in (layout,) if layout else LAYOUTS if choices == NO_CHOICES else BY_FOLDERS:
+    may_hold.cache_clear()  # it serves all that look for one layout of the same files
+    for candidate in (layout,) if layout else _candidates(choices):
         try:
             source = _source_class(candidate).at(files, name, choices)
         except AlexprepError:
@@ -46,15 +50,20 @@ def find_source(place: str, layout: str | None = None, choices: Choices = NO_CHO
         if source is not None:
             if source.choices != choices:
                 raise AlexprepError(
-                    f"--split-folders and --class-depth are for folders and tars of class folders; SOURCE {place} has the "
-                    f"layout {candidate!r}: leave them out"
+                    f"--split-folders and --class-depth are for folders and archives of class folders, --columns is for columns; "
+                    f"SOURCE {place} has the layout {candidate!r}, and they are not for it: leave them out"
                 )
             if layout is None and source.whole and candidate in _BESIDE_FOLDERS:
                 _check_no_class_folders(files, candidate)
+            if layout is None and isinstance(source, IlsvrcArchives):
+                _check_splits_of_folders(files, {split for split, _ in source.archives})
+            if layout is None and choices == NO_CHOICES:
+                source.check_alone()
             return source
     if choices != NO_CHOICES:
         raise AlexprepError(
-            f"SOURCE {place} holds no class folders, of which {as_options(choices)} could speak: leave it out"
+            f"SOURCE {place} holds no {'columns' if choices.columns else 'class folders'}, of which {as_options(choices)} could "
+            "speak: leave it out"
         )
     if layout:
         raise AlexprepError(f"SOURCE {place} has not the layout {layout!r}: expected {_source_class(layout).expects}")
@@ -88,6 +97,13 @@ def _below(folder: str, split: str, place: str, files: Files | None) -> str:
     return os.fsdecode(b"/".join(below)) or "."
 
 
+def _candidates(choices: Choices) -> Iterable[str]:
+    """The layouts that choices can be meant for, in the order of looking."""
+    if choices.columns:
+        return BY_COLUMNS
+    return LAYOUTS if choices == NO_CHOICES else BY_FOLDERS
+
+
 def _has_pictures(files: Files) -> bool:
     """Whether any file is a picture by its ending."""
     return any(is_picture(name) for folder in read_tree(files).root.walk() for name in folder.pictures)
@@ -104,6 +120,21 @@ def _check_no_class_folders(files: Files, layout: str) -> None:
             [
                 (f"--layout {layout}", f"{_source_class(layout).expects}; the pictures in folders are passed over"),
                 ("--layout folders", "the folders are classes or splits; all else is passed over"),
+            ],
+        )
+
+
+def _check_splits_of_folders(files: Files, packed: set[str]) -> None:
+    """Asks where a split lies in folders beside ILSVRC's archives, and in no archive."""
+    split_of_folder = {name: SPLITS.get(name.decode("utf-8", "replace").lower()) for name in files.folder_names()}
+    lost = [name for name, split in split_of_folder.items() if split and split not in packed]
+    if lost and any(folder.count for folder in read_tree(files).root.folders if folder.name in lost):
+        raise AmbiguousSourceError(
+            f"SOURCE {files.display()} holds ILSVRC's archives of {' and '.join(sorted(packed))}, and {' and '.join(map(as_text, lost))} in "
+            "folders.",
+            [
+                ("--layout ilsvrc", "the archives; the folders are passed over"),
+                ("--layout folders", "the folders; the archives are passed over"),
             ],
         )
 

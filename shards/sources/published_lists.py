@@ -6,6 +6,7 @@ disagree, an error names both.
 
 from __future__ import annotations
 
+import functools
 import io
 import itertools
 import os
@@ -282,21 +283,24 @@ class Published(Source):
             account.warnings.append(f"{words}: the download may be incomplete")
 
 
-def may_hold(files: Files) -> Iterator[tuple[bytes, set[bytes]]]:
+@functools.lru_cache(maxsize=1)
+def may_hold(files: Files) -> list[tuple[bytes, set[bytes]]]:
     """The root, and the folder in it that is the only one, and so on, `WRAPPERS` of them; each with the names in it.
 
-    What systems leave, and datasets of ours, which may be made there, do not count.
+    What systems leave, and datasets of ours, which may be made there, do not count. The answer is kept for whoever asks next of the same
+    files, so `find_source` begins with `may_hold.cache_clear()`.
     """
-    folder = b""
+    folder, found = b"", list[tuple[bytes, set[bytes]]]()
     for _ in range(WRAPPERS + 1):
         entries = files.entries(folder)
-        yield folder, {entry.name for entry in entries}
+        found.append((folder, {entry.name for entry in entries}))
         paths = (os.path.join(folder, entry.name) for entry in entries if entry.is_folder and entry.name != b"__MACOSX")
         others = (path for path in paths if PLAN.encode() not in files.file_names(path))
         inside = list(itertools.islice(others, 2))
         if len(inside) != 1:
-            return
+            break
         (folder,) = inside
+    return found
 
 
 def has(files: Files, path: bytes, form: re.Pattern[bytes] | None) -> bool:

@@ -29,6 +29,7 @@ class SplitFolder:
         depth: where the class folders lie below it: 1 for directly in it; "leaf" where each folder that holds pictures is a class.
         flat: whether there are no class folders; `truth` tells the classes then, or nothing does.
         truth: the classes of a flat split.
+        by_last_name: whether a class deeper than 1 is called by its own folder's name alone, which no other has.
         without: folders in it that belong to other splits.
     """
 
@@ -37,6 +38,7 @@ class SplitFolder:
     depth: Depth = 1
     flat: bool = False
     truth: GroundTruth | None = None
+    by_last_name: bool = False
     without: tuple[bytes, ...] = ()
 
 
@@ -96,7 +98,8 @@ def candidates(part: SplitFolder, top: Folder) -> list[tuple[bytes, Folder]]:
         inner = [top]
         for _ in range(part.depth):
             inner = [below for folder in inner for below in folder.folders]
-    return sorted(((folder.path[skip:], folder) for folder in inner), key=lambda found: found[0])
+    names = (folder.name if part.by_last_name else folder.path[skip:] for folder in inner)
+    return sorted(zip(names, inner, strict=True), key=lambda found: (found[0], found[1].path))
 
 
 def _pass_over_rest(

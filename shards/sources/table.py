@@ -1,26 +1,21 @@
-"""A list of images as SOURCE: CSV, TSV (both also gzipped) or Parquet, with a column of paths and one of labels.
+"""A list of images as SOURCE: CSV, TSV, Parquet, lines of JSON or `path label`, with a path and a label for each image.
 
-Images inside a table are not read. Lists that tell the classes of the images beside them, as Kaggle's, are in `ground_truth`.
+Here is what the cells mean; how rows are read is in `table_rows`. Pictures inside Parquet are in `parquet_images`, folders with a list in
+each in `image_folders`; lists that tell the classes of a flat split beside them, as Kaggle's, in `ground_truth`.
 """
 
 from __future__ import annotations
 
-import csv
-import gzip
-import io
-import math
 import os
 import re
-import zlib
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from alexprep.shards.errors import AlexprepError
@@ -35,29 +30,26 @@ from alexprep.shards.sources.base import (
     numbered_classes,
     split_of,
 )
-from alexprep.shards.sources.foreign_formats import IMAGE_FOLDER_LISTS, images_inside
-from alexprep.shards.sources.labels import (
-    LABEL_COLUMNS,
-    LabelError,
-    check_range,
-    is_number,
-    label_in,
-    label_name,
-    several,
-    text_of,
-)
-from alexprep.shards.storage import Files, LocalFiles, as_text, is_url, local_path, open_regular
+from alexprep.shards.sources.foreign_formats import IMAGE_FOLDER_LISTS
+from alexprep.shards.sources.labels import LabelError, check_range, is_number, label_in, several
+from alexprep.shards.sources.table_rows import JSON_LINES, LISTS, TABLES, Row, is_list, read_rows
+from alexprep.shards.sources.tree import read_tree
+from alexprep.shards.storage import Files, LocalFiles, as_text, is_url, local_path
 
-# Column names in lower case; where a table has several of one kind, the first in this order counts. Those of labels: `labels`.
-PATHS = ("path", "file", "filename", "image", "image_path", "filepath", "url", "file_name")
-SPLIT_COLUMNS = ("split", "set", "subset", "fold")
-
-MAX_LINE_BYTES = 2**20  # paths have at most 4,096, URLs seldom more; an endless line must not fill the memory
-_MAX_FILE_NAME = 255  # bytes
-_FOLDERS_LOOKED_INTO = 20  # beside a table, for the pictures that its ids may mean
-_PICTURE_ENDINGS = (".jpg", ".jpeg", ".JPEG", ".JPG", ".png", ".PNG", ".webp", ".bmp", ".tif", ".tiff")
 _BATCH = 65_536  # rows
+_PLACE_BITS = 40  # of a row's number in its list; the list's number is above them
 _SPLIT_NAMES = sorted(set(SPLITS.values()))
+
+
+class ListFile(NamedTuple):
+    """One list of a source: where it lies, the folder that its paths begin at, and the split of rows that tell none.
+
+    The split is empty where the folder in a row's path tells it, or nothing, for train.
+    """
+
+    name: bytes
+    folder: bytes
+    split: str
 
 
 @dataclass(frozen=True)
@@ -75,27 +67,33 @@ class Table(Source):
 
     table: bytes = b""
     layout = "table"
-    expects = "a file ending in .csv, .tsv (or .csv.gz, .tsv.gz) or .parquet, with columns such as path and label"
+    expects = "a file ending in .csv, .tsv (or .csv.gz, .tsv.gz), .parquet or .jsonl with columns such as path and label, or a .txt or .lst of them"
 
     @classmethod
     def at(cls, files: Files, name: bytes, choices: Choices = NO_CHOICES) -> Source | None:
-        """See `Source`: the named file, by its ending."""
-        if not name.lower().endswith((b".csv", b".tsv", b".csv.gz", b".tsv.gz", b".parquet")):
+        """See `Source`: the named file, by its ending; of lists in .txt and .lst also by their first lines."""
+        lower = name.lower()
+        if not lower.endswith((*TABLES, *JSON_LINES)) and not (lower.endswith(LISTS) and is_list(files, name)):
             return None
         try:
-            first = next(read_rows(files, name), None)
+            first = next(read_rows(files, name, choices), None)
         except AlexprepError:  # told when the inputs are listed
             first = None
         if isinstance(files, LocalFiles):
             files = LocalFiles(files.root, remote=bool(first and first.path and is_url(path_in(first.path))))
-        return cls(files, name)
+        return cls(files, name, choices=choices)
+
+    def lists(self) -> Sequence[ListFile]:
+        """The lists that are read: the table alone."""
+        split = split_of(os.path.splitext(self.table)[0]) or _split_of_folder(self.files, self.table) or "train"
+        return (ListFile(self.table, b"", split),)
 
     def inputs(self, account: Account) -> Iterator[Input]:
         """By split, class and path, as bytes.
 
         15 million rows need about 2.5 times the bytes of their paths and 60 bytes a row: 3 GB for paths of 60 bytes.
         """
-        yield from _Rows(self.files, self.table, account).in_order()
+        yield from Rows(self.files, self.lists(), self.choices, account).in_order()
 
     def classes(self, present: set[str]) -> list[str]:
         """The numbers from "0" to the highest where all are numbers, otherwise sorted as bytes."""
@@ -104,39 +102,48 @@ class Table(Source):
         return super().classes(present)
 
 
-class _Rows:
-    """A table's rows as columns: split and class as codes, in 13 bytes a row beside the path."""
+class Rows:
+    """The rows of some lists as columns: split and class as codes, in 13 bytes a row beside the path."""
 
-    def __init__(self, files: Files, name: bytes, account: Account) -> None:
-        """Reads and checks every row; each is counted as found in the `account`."""
-        self._files, self._shown = files, files.display(name)
-        self._unit = "row" if name.lower().endswith(b".parquet") else "line"
-        self._split = split_of(os.path.splitext(name)[0]) or _split_of_folder(files, name) or "train"
+    def __init__(self, files: Files, lists: Sequence[ListFile], choices: Choices, account: Account) -> None:
+        """Reads and checks every row; each is counted as found in the `account`, which is told of paths that were completed."""
+        self._files, self._lists, self._account = files, lists, account
         self._codes_of: dict[str, int] = {}  # of each label as it is written
         self._names: list[str] = []  # of the classes, by code; several codes may have one
         self._first_rows: list[int] = []  # by code
         self._codes, self._places, self._splits = array("i"), array("q"), array("b")
         self._paths: list[Any] = []
         self._saw_back_slash = False
+        self._pictures: _Pictures | None = None
         paths: list[bytes] = []
-        for row in read_rows(files, name):
-            account.found += 1
-            label = (row.label or "").strip()
-            if label not in self._codes_of:
-                self._add_label(label, row.place)
-            self._codes.append(self._codes_of[label])
-            self._splits.append(_SPLIT_NAMES.index(self._split_of(row)))
-            self._places.append(row.place)
-            paths.append(self._path(row))
-            if len(paths) == _BATCH:
-                self._paths.append(pa.array(paths, pa.large_binary()))
-                paths = []
+        for number, file in enumerate(lists):
+            for row in read_rows(files, file.name, choices):
+                row = row._replace(place=row.place | number << _PLACE_BITS)
+                account.found += 1
+                label = (row.label or "").strip()
+                if label not in self._codes_of:
+                    self._add_label(label, row.place)
+                self._codes.append(self._codes_of[label])
+                split = self._split_of(row, file)
+                self._splits.append(_SPLIT_NAMES.index(split))
+                path = self._path(row, file)
+                if not self._places:
+                    self._pictures = _pictures_meant(files, path, account)
+                self._places.append(row.place)
+                paths.append(self._pictures.at(path, split, self._where(row.place)) if self._pictures else path)
+                if len(paths) == _BATCH:
+                    self._paths.append(pa.array(paths, pa.large_binary()))
+                    paths = []
         self._paths.append(pa.array(paths, pa.large_binary()))
         if not self._codes:
             raise AlexprepError(
-                f"{self._shown} has no row below its header: it needs one for each image, with its path and its label"
+                f"{files.display(lists[0].name)} has no row below its header: it needs one for each image, with its path and its label"
             )
         self._check_labels()
+
+    def listed(self) -> set[bytes]:
+        """All paths; before `in_order`."""
+        return {path for paths in self._paths for path in paths.to_pylist()}
 
     def in_order(self) -> Iterator[Input]:
         """The inputs by split, class and path; a path that occurs twice is an AlexprepError."""
@@ -160,10 +167,15 @@ class _Rows:
                 split, code = divmod(where, len(names))
                 yield Input(_SPLIT_NAMES[split], names[code], Location(path))
 
-    def _wrong(self, place: int, problem: str) -> AlexprepError:
-        return AlexprepError(f"{self._shown}, {self._unit} {place:,}: {problem}")
+    def _where(self, place: int) -> str:
+        """A row in words: its list, and the line or row there."""
+        name = self._lists[place >> _PLACE_BITS].name
+        return f"{self._files.display(name)}, {_unit(name)} {place & (1 << _PLACE_BITS) - 1:,}"
 
-    def _path(self, row: Row) -> bytes:
+    def _wrong(self, place: int, problem: str) -> AlexprepError:
+        return AlexprepError(f"{self._where(place)}: {problem}")
+
+    def _path(self, row: Row, file: ListFile) -> bytes:
         if not row.path:
             raise self._wrong(row.place, "the path is missing: fill it in, or delete the row")
         if "\0" in row.path:
@@ -175,7 +187,7 @@ class _Rows:
         if path.startswith(b"/") and not isinstance(self._files, LocalFiles):
             problem = f"the path {row.path!r} is absolute, but the table lies at a URL: make it relative to the table, or a URL"
             raise self._wrong(row.place, problem)
-        return path
+        return path if path.startswith(b"/") or is_url(path) else os.path.join(file.folder, path)
 
     def _check_back_slash(self, row: Row) -> None:
         """Refuses the first path with a back-slash where it is one of Windows. (Other names may hold one, too.)"""
@@ -189,9 +201,10 @@ class _Rows:
                 row.place, f"the path {cell!r} has the back-slashes of Windows{there}: write paths {step}"
             )
 
-    def _split_of(self, row: Row) -> str:
+    def _split_of(self, row: Row, file: ListFile) -> str:
         if row.split is None:
-            return self._split
+            folders = [] if file.split else (row.path or "").encode().split(b"/")[:-1]
+            return file.split or next(filter(None, map(split_of, folders)), "train")
         split = SPLITS.get(row.split.strip().lower())
         if split is None:
             known = ", ".join(SPLITS)
@@ -227,12 +240,22 @@ class _Rows:
         self._names = list(self._codes_of)  # as they are written: "01" and "1" are two names
 
     def _twice(self, path: bytes, first: int, second: int) -> AlexprepError:
-        lines = f"{self._unit}s {self._places[first]:,} and {self._places[second]:,}"
+        places = [self._places[row] for row in (first, second)]
+        lists = [self._lists[place >> _PLACE_BITS].name for place in places]
+        if lists[0] == lists[1]:
+            lines = " and ".join(f"{place & (1 << _PLACE_BITS) - 1:,}" for place in places)
+            where = f"{self._files.display(lists[0])}: {_unit(lists[0])}s {lines}"
+        else:
+            where = " and ".join(map(self._where, places))
         labels = [self._names[self._codes[row]] for row in (first, second)]
         what = "the same label" if labels[0] == labels[1] else f"the labels {labels[0]!r} and {labels[1]!r}"
         if self._splits[first] != self._splits[second]:
             what += " and in two splits"
-        return AlexprepError(f"{self._shown}: {lines} both name {as_text(path)!r}, with {what}: delete one")
+        return AlexprepError(f"{where} both name {as_text(path)!r}, with {what}: delete one")
+
+
+def _unit(name: bytes) -> str:
+    return "row" if name.lower().endswith(b".parquet") else "line"
 
 
 def _split_of_folder(files: Files, name: bytes) -> str | None:
@@ -241,224 +264,55 @@ def _split_of_folder(files: Files, name: bytes) -> str | None:
     return SPLITS.get(folder.lower()) if name in IMAGE_FOLDER_LISTS else None
 
 
-# Rows: nothing is held but a batch
-
-
-class Row(NamedTuple):
-    """One row; a cell that is missing is None or "".
-
-    Attributes:
-        place: line of a text (the last one of a row that goes over several), or row of a Parquet file; the first is 1.
-        split: None in a table without splits, and there alone.
-    """
-
-    place: int
-    path: str | None
-    label: str | None
-    split: str | None
-
-
-def read_rows(files: Files, name: bytes) -> Iterator[Row]:
-    """The rows of a table; AlexprepError where it is damaged, not UTF-8, or without the columns."""
-    return (_parquet_rows if name.lower().endswith(b".parquet") else _text_rows)(files, name)
-
-
-def _text_rows(files: Files, name: bytes) -> Iterator[Row]:
-    shown = files.display(name)
-    delimiter = "\t" if name.lower().endswith((b".tsv", b".tsv.gz")) else ","
-    line, width = 0, 0
-    path, label, split = 0, 1, None
-    try:
-        with _opened(files, name) as file:
-            reader = csv.reader(_lines(file, shown), delimiter=delimiter, strict=True, skipinitialspace=True)
-            for cells in filter(None, reader):
-                line = reader.line_num
-                if not width:
-                    width = len(cells)
-                    # No header: two cells of which the first can be a file's name and the second is no column's.
-                    if width != 2 or not set("./") & set(cells[0]) or cells[1].strip().lower() in LABEL_COLUMNS:
-                        where = f"{shown}, line {line}"
-                        try:
-                            path, label, split = _columns(cells, where)
-                        except AlexprepError:
-                            if problem := _header_problem(files, cells, next(reader, []), delimiter):
-                                raise AlexprepError(f"{where}: {problem}") from None
-                            raise
-                        continue
-                if len(cells) != width:
-                    raise AlexprepError(
-                        f"{shown}, line {line:,}: {len(cells)} cells, where the first line has {width}: put a cell that "
-                        "holds the separator in double quotes"
-                    )
-                yield Row(line, cells[path], cells[label], None if split is None else cells[split])
-    except csv.Error as error:
-        raise AlexprepError(f"{shown}, line {reader.line_num:,}: {error}: mend the quotes of this line") from None
-    except (OSError, EOFError, zlib.error) as error:
-        raise AlexprepError(
-            f"{shown} cannot be read after line {line:,} ({error}): check it, or get it again"
-        ) from None
-    if not width:
-        raise AlexprepError(f"{shown} is empty: it needs a row for each image, with its path and its label")
-
-
-def _columns(names: Sequence[str], shown: str) -> tuple[int, int, int | None]:
-    """Which columns are the path, the label and the split."""
-    lower = [name.strip().lower() for name in names]
-    found: list[int | None] = []
-    first = (next((name for name in wanted if name in lower), None) for wanted in (PATHS, SPLIT_COLUMNS))
-    for name in (next(first), label_name(lower, LABEL_COLUMNS), next(first)):
-        if name is not None and lower.count(name) > 1:
-            raise AlexprepError(f"{shown}: two columns are named {name!r}: rename the one that is not meant")
-        found.append(None if name is None else lower.index(name))
-    path, label, split = found
-    if path is None or label is None:
-        what, known = ("path", PATHS) if path is None else ("label", LABEL_COLUMNS)
-        listed = ", ".join(repr(name[:40]) for name in names[:10])
-        raise AlexprepError(
-            f"{shown}: no column for the {what} among {listed}: name it {', '.join(known[:-1])} or {known[-1]}. Tables of "
-            "text may have no header where the path and the label are all they have"
-        )
-    return path, label, split
-
-
-def _header_problem(files: Files, header: Sequence[str], row: Sequence[str], delimiter: str) -> str:
-    """What is seen in a header without the columns that are needed, and in the first `row` below it; empty for nothing.
-
-    Cells that are separated by another character than the table's name says; or a column of pictures' names, as in Kaggle's lists
-    `id,breed`, whose pictures are looked for in the table's folder and in those in it.
-    """
-    names = {",": "a comma (.csv)", "\t": "a tab (.tsv)", ";": "a semicolon", "|": "a bar"}
-    other = next((mark for mark in names if mark != delimiter and mark in header[0]), None)
-    if len(header) == 1 and other is not None:
-        step = (
-            "give the file the ending that belongs to it" if other in ",\t" else f"put {names[delimiter]} in its place"
-        )
-        return f"the separator is {names[other]}, where {names[delimiter]} was expected: {step}, with cells that hold it in double quotes"
-    if not isinstance(files, LocalFiles) or set(PATHS) & {name.strip().lower() for name in header}:
-        return ""
-    for name, cell in zip(header, row, strict=False):
-        path = _picture_meant(files, cell)
-        if path is not None:
-            meant = as_text(path)
-            before, _, after = meant.partition(cell)
-            if not before and not after:
-                return f"the column {name!r} has the paths of pictures, as {cell!r}: call it path, and that of the labels label"
-            short = [f"folder {before.rstrip('/')}"] * bool(before) + ["ending"] * bool(after)
-            return (
-                f"the column {name!r} has the names of pictures without their {' and '.join(short)}: {cell!r} is {meant}, in the image "
-                f"folder beside this table. Write a table with the columns path (here {meant}) and label, and name that as SOURCE"
-            )
-    return ""
-
-
-def _picture_meant(files: LocalFiles, cell: str) -> bytes | None:
-    """The file that a cell names, perhaps without folder and ending, in the table's folder or those in it."""
-    if not cell or "\0" in cell or len(cell) > _MAX_FILE_NAME:
-        return None
-    folders = [b"", *files.folder_names()[:_FOLDERS_LOOKED_INTO]]
-    paths = (os.path.join(folder, f"{cell}{end}".encode()) for folder in folders for end in ("", *_PICTURE_ENDINGS))
-    return next((path for path in paths if os.path.isfile(os.path.join(files.root, path))), None)
-
-
-def _lines(file: BinaryIO, shown: str) -> Iterator[str]:
-    gzipped = file.read(2) == b"\x1f\x8b"
-    file.seek(0)
-    stream = gzip.GzipFile(fileobj=file) if gzipped else file
-    for number, line in enumerate(iter(lambda: stream.readline(MAX_LINE_BYTES + 1), b""), 1):
-        if len(line) > MAX_LINE_BYTES:
-            raise AlexprepError(
-                f"{shown}, line {number:,}: more than {MAX_LINE_BYTES:,} bytes: this is no table of paths"
-            )
-        try:
-            yield line.decode("utf-8-sig" if number == 1 else "utf-8")
-        except UnicodeDecodeError as error:
-            raise AlexprepError(
-                f"{shown}, line {number:,}: byte {line[error.start]:#04x} is not UTF-8: save the table as UTF-8"
-            ) from None
-
-
-def _opened(files: Files, name: bytes) -> BinaryIO:
-    """A table as a file: read from a disk bit by bit, from a store at once."""
-    if isinstance(files, LocalFiles):
-        return open_regular(os.path.join(files.root, name))
-    return io.BytesIO(files.read(name))
-
-
-def _parquet_rows(files: Files, name: bytes) -> Iterator[Row]:
-    shown = files.display(name)
-    done = 0
-    try:
-        with _opened(files, name) as file:
-            table = pq.ParquetFile(file)
-            schema = table.schema_arrow
-            if words := images_inside(schema):
-                raise AlexprepError(f"{shown} is {words}")
-            columns = [schema.names[n] for n in _columns(schema.names, shown) if n is not None]
-            for what, column in zip(("path", "label", "split"), columns, strict=False):
-                _check_type(schema.field(column), what, shown)
-            for batch in table.iter_batches(_BATCH, columns=columns):
-                paths, labels, *splits = (_texts(batch.column(column), done, shown) for column in columns)
-                places = range(done + 1, done + 1 + len(batch))
-                yield from map(
-                    Row, places, paths, labels, [cell or "" for cell in splits[0]] if splits else [None] * len(batch)
-                )
-                done += len(batch)
-    except (pa.ArrowException, OSError) as error:
-        raise AlexprepError(
-            f"{shown} is no Parquet file, or cannot be read after row {done:,} ({error}): check it, or get it again"
-        ) from None
-
-
-def _check_type(field: Any, what: str, shown: str) -> None:
-    """Refuses columns of which it is not plain what their values mean as a path, a label or a split."""
-    kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
-    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
-        return
-    if what == "label" and (pa.types.is_integer(kind) or pa.types.is_boolean(kind) or _stored_otherwise(kind)):
-        return
-    if what == "label" and (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
-        raise AlexprepError(
-            f"{shown}: the column {field.name!r} gives one image several labels ({kind}); one is needed"
-        )
-    wanted = "a string or a whole number" if what == "label" else "a string"
-    raise AlexprepError(f"{shown}: the column {field.name!r} has the type {kind}, but a {what} is {wanted}")
-
-
-def _stored_otherwise(kind: Any) -> bool:
-    """Whether values of this type are numbers or texts by what they hold, each by itself."""
-    return any(
-        known(kind)
-        for known in (
-            pa.types.is_floating,
-            pa.types.is_binary,
-            pa.types.is_large_binary,
-            pa.types.is_fixed_size_binary,
-        )
-    )
-
-
-def _texts(column: Any, before: int, shown: str) -> list[str | None]:
-    """The values as text; of floats and bytes as `labels` understands them."""
-    if pa.types.is_dictionary(column.type):
-        column = column.dictionary_decode()
-    by_value = _stored_otherwise(column.type)
-    values = column.to_pylist() if by_value else column.cast(pa.large_string()).cast(pa.large_binary()).to_pylist()
-    texts: list[str | None] = []
-    for value in values:
-        try:
-            if by_value:
-                missing = value is None or (isinstance(value, float) and math.isnan(value))
-                texts.append(None if missing else text_of(value))
-            else:
-                texts.append(None if value is None else value.decode())
-        except LabelError as error:
-            raise AlexprepError(f"{shown}, row {before + len(texts) + 1:,}: {error}") from None
-        except UnicodeDecodeError:
-            raise AlexprepError(f"{shown}, row {before + len(texts) + 1:,}: {value[:80]!r} is not UTF-8") from None
-    return texts
-
-
 # What cells mean
+
+
+class _Pictures:
+    """The pictures below a list's folder, by their names without folder and ending, where these stand in the list."""
+
+    def __init__(self, paths: list[bytes]) -> None:
+        self._by_name: dict[bytes, list[bytes]] = {}
+        for path in paths:
+            stem, name = os.path.splitext(path)[0], os.path.basename(path)
+            for key in {path, stem, name, os.path.splitext(name)[0]}:
+                self._by_name.setdefault(key, []).append(path)
+
+    def meant(self, path: bytes) -> list[bytes]:
+        """Those that a path of a list may mean."""
+        return self._by_name.get(path, [])
+
+    def at(self, path: bytes, split: str, where: str) -> bytes:
+        """The one that is meant: of several the one in a folder of the row's split. What is not there stays as it is, to be rejected."""
+        found = self.meant(path)
+        if len(found) > 1:
+            found = [one for one in found if any(split_of(part) == split for part in one.split(b"/")[:-1])] or found
+        if len(found) > 1:
+            names = " and ".join(map(as_text, found[:2]))
+            raise AlexprepError(
+                f"{where}: {as_text(path)!r} may be {names}: write the folder and the ending into the list"
+            )
+        return found[0] if found else path
+
+
+def _pictures_meant(files: Files, first: bytes, account: Account) -> _Pictures | None:
+    """The pictures below the list's folder, where the first path is none but the name of one; None where paths are what they say."""
+    if is_url(first) or first.startswith(b"/"):
+        return None
+    if isinstance(files, LocalFiles):
+        if os.path.lexists(os.path.join(files.root, first)):
+            return None
+    elif os.path.splitext(first)[1]:
+        return None  # a store is not listed to see whether a path is right
+    pictures = _Pictures([path for path in read_tree(files).root.paths()])
+    found = pictures.meant(first)
+    if not found:
+        return None
+    account.warnings.append(
+        f"paths in the list have no folder or ending: {as_text(first)!r} is {as_text(found[0])!r}, and so on"
+        if len(found) == 1
+        else f"paths in the list have no folder or ending: {as_text(first)!r} is one of {len(found)} files, by the row's split"
+    )
+    return pictures
 
 
 def path_in(cell: str) -> bytes:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from alexprep.shards.errors import AlexprepError
+from alexprep.shards.errors import AlexprepError, AmbiguousSourceError, counted
 from alexprep.shards.sources.base import HIDDEN, NO_CHOICES, SPLITS, Account, Choices, Input, Location, Source, split_of
 from alexprep.shards.sources.folder_reading import Reading, read_folders
 from alexprep.shards.sources.published import check_unlisted
@@ -21,22 +21,25 @@ from alexprep.shards.sources.tree import pass_over_rest, read_tree, tree_of
 from alexprep.shards.storage import Files, as_text
 from alexprep.shards.tar_format import members
 
-_NO_FILE = -1  # as an offset: a link or a device, which has no bytes in the archive
+NO_FILE = -1  # as an offset: a link or a device, which has no bytes in the archive
 
 
 def plain_name(name: bytes) -> bytes:
     """A member's name without what leads elsewhere; empty for a hidden one.
 
-    Where it would lead to if it were unpacked does not matter here: "../x" and "/x" are x.
-
     >>> plain_name(b"./train//../a/1.jpg"), plain_name(b"train/.DS_Store"), plain_name(b"./")
     (b'train/a/1.jpg', b'', b'')
     """
-    clean = _clean(name)
+    clean = clean_name(name)
     return b"" if is_hidden(clean) else clean
 
 
-def _clean(name: bytes) -> bytes:
+def clean_name(name: bytes) -> bytes:
+    """A member's name without what leads elsewhere: where it would lead to if it were unpacked, "../x" and "/x", does not matter here.
+
+    >>> clean_name(b"./train//../a/1.jpg"), clean_name(b"./")
+    (b'train/a/1.jpg', b'')
+    """
     return b"/".join(part for part in name.split(b"/") if part not in (b"", b".", b".."))
 
 
@@ -57,10 +60,10 @@ def packed_files(
     name = files.display(path) + (f"/{as_text(within.member)}" if within else "")
     with files.reading(path) as read:
         for member in members(read, size, name, start):
-            clean = _clean(member.name)
+            clean = clean_name(member.name)
             if member.kind == "folder" or not clean or (not hidden and is_hidden(clean)):
                 continue
-            offset, length = (member.offset, member.size) if member.kind == "file" else (_NO_FILE, 0)
+            offset, length = (member.offset, member.size) if member.kind == "file" else (NO_FILE, 0)
             yield Location(path, prefix + clean, offset, length)
 
 
@@ -69,7 +72,7 @@ class ArchiveSource(Source):
 
     def read(self, location: Location) -> bytes | NDArray[np.uint8]:
         """The bytes of a member; OSError where it has none, or the archive has become shorter."""
-        if location.offset == _NO_FILE:
+        if location.offset == NO_FILE:
             raise OSError("a link or special file in an archive")
         data = self.files.read(location.path, location.offset, location.size)
         if 0 <= location.size != len(data):
@@ -102,7 +105,7 @@ class ArchiveSource(Source):
 
 
 @dataclass(frozen=True)
-class TarOfClassFolders(ArchiveSource):
+class PackedClassFolders(ArchiveSource):
     """Class folders as they are, packed.
 
     Attributes:
@@ -110,17 +113,6 @@ class TarOfClassFolders(ArchiveSource):
     """
 
     archives: tuple[tuple[str | None, bytes], ...] = ()
-    layout = "tar"
-    expects = "a tar of CLASS/IMAGE or train/CLASS/IMAGE, or a folder with train.tar and val.tar"
-
-    @classmethod
-    def at(cls, files: Files, name: bytes, choices: Choices = NO_CHOICES) -> Source | None:
-        """See `Source`: the tar that is named, or those in the root."""
-        names = [name] if name else [file for file in files.file_names() if b"devkit" not in file]
-        tars = [file for file in names if file.endswith((b".tar", b".tar.gz", b".tgz", b".tar.bz2", b".tar.xz"))]
-        if not tars or (not name and any(folder.count for folder in read_tree(files).root.folders)):
-            return None  # there are class folders, with some tars beside them
-        return cls(files, tuple((split_of(tar), tar) for tar in tars), choices=choices, whole=not name)
 
     def inputs(self, account: Account) -> Iterator[Input]:
         """By split, class and name, as from class folders."""
@@ -137,16 +129,37 @@ class TarOfClassFolders(ArchiveSource):
             if any(named is None for named, _ in self.archives):
                 unnamed = next(path for named, path in self.archives if named is None)
                 raise AlexprepError(
-                    f"{self.files.display(unnamed)} names no split, and there are {len(self.archives)} tars: name one tar as "
-                    "SOURCE, or name them train.tar, val.tar and test.tar"
+                    f"{self.files.display(unnamed)} names no split, and there are {len(self.archives)} archives: name one as "
+                    f"SOURCE, or name them train.{self.layout}, val.{self.layout} and test.{self.layout}"
                 )
+            if self.choices == NO_CHOICES:
+                self._check_shared(found)
             found.sort(key=lambda item: (item.split, item.class_name.encode(), item.location.member, item.location))
         yield from found
         if self.whole:
             pass_over_rest(self.files, {path for _, path in self.archives}, account)
 
+    def _check_shared(self, found: list[Input]) -> None:
+        """Asks where the tar of train and another share few class names, as folders do."""
+        classes: dict[str, set[str]] = {}
+        for split, class_name, _ in found:
+            classes.setdefault(split, set()).add(class_name)
+        train = classes.get("train", set())
+        for split, names in classes.items():
+            if train and 2 * len(names & train) < len(names):
+                raise AmbiguousSourceError(
+                    f"SOURCE {self.files.display()}: only {len(names & train):,} of the {counted(len(names), 'class name')} of {split} are "
+                    f"among those of train ({min(names - train)!r} is not).",
+                    [
+                        (
+                            "--class-depth 1",
+                            "this is so: the classes of all tars are numbered together; or name one tar as SOURCE",
+                        )
+                    ],
+                )
+
     def covers(self, target: str) -> bool:
-        """Whether a data set in `target` would hide the tars: in the root, or deeper than the folders that are passed over."""
+        """Whether a data set in `target` would hide the archives: in the root, or deeper than the folders that are passed over."""
         below = self.files.below(target) if self.whole else None
         if below is None or len(below) == 1:
             return False
@@ -166,3 +179,27 @@ class TarOfClassFolders(ArchiveSource):
         account.warnings += reading.warnings
         for split, class_name, member in inputs_of(reading.splits, tree, account, shown, known):
             yield Input(split, class_name, where[member])
+
+
+@dataclass(frozen=True)
+class TarOfClassFolders(PackedClassFolders):
+    """Class folders in tars, which are not compressed."""
+
+    layout = "tar"
+    expects = "a tar of CLASS/IMAGE or train/CLASS/IMAGE, or a folder with train.tar and val.tar"
+
+    @classmethod
+    def at(cls, files: Files, name: bytes, choices: Choices = NO_CHOICES) -> Source | None:
+        """See `Source`: the tar that is named, or those in the root."""
+        endings = (b".tar", b".tar.gz", b".tgz", b".tar.bz2", b".tar.xz")
+        archives = archives_at(files, name, endings)
+        return cls(files, archives, choices=choices, whole=not name) if archives else None
+
+
+def archives_at(files: Files, name: bytes, endings: tuple[bytes, ...]) -> tuple[tuple[str | None, bytes], ...]:
+    """The archive that is named, or those in the root if there are no pictures in folders beside them, each with its split."""
+    names = [name] if name else [file for file in files.file_names() if b"devkit" not in file]
+    archives = tuple((split_of(file), file) for file in names if file.lower().endswith(endings))
+    if archives and not name and any(folder.count for folder in read_tree(files).root.folders):
+        return ()
+    return archives

@@ -14,7 +14,7 @@ from types import FrameType
 import pytest
 import torch
 
-from alexprep.pipeline.loader import Batch
+from alexprep.pipeline.batch import Batch
 from tests.test_loader import BAD, epochs_of, open_loader, spoil
 
 

@@ -20,7 +20,8 @@ from typing import Any
 
 import torch
 
-from alexprep.pipeline.loader import Batch, Loader
+from alexprep.pipeline.batch import Batch
+from alexprep.pipeline.loader import Loader
 from alexprep.shards.errors import AlexprepError
 from alexprep.train import launch as launching
 from alexprep.train import run_dir

@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import hashlib
 import signal
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import cast
 
 import torch
 from torch import nn
 
 from alexprep.shards.errors import AlexprepError
-from alexprep.train.data import Examples, LoadedBatch
+from alexprep.train.data import Examples, LoadedBatch, MixedExamples, examples
 from alexprep.train.distributed.tensor_parallel import Scheme, gathered, part_of, start_sum
 from alexprep.train.distributed.world import World
-from alexprep.train.optimizer import MomentumSGD
+from alexprep.train.optimizer import Rule
 from alexprep.train.signals_and_memory import span
 
 
@@ -81,7 +82,8 @@ class Parallel:
             stop: tells whether this rank was asked to stop; what any rank says is in `requested` on all.
 
         Yields:
-            The images that this rank computes on, and the labels of the whole batch, int64 (N,).
+            The images that this rank computes on, and the labels of the whole batch, int64 (N,); where pairs are mixed, `MixedExamples`, with
+            the partners' labels and the weights of the whole batch.
 
         Raises:
             AlexprepError: the ranks' first batches have different labels where they must be the same.
@@ -89,7 +91,8 @@ class Parallel:
         rows = self._part.rows
         to_compare = rows is None and self.world.size > 1
         for batch in batches:
-            images, labels = batch.images, batch.labels
+            images, *others = examples(batch)  # labels, and of mixed pairs the partners' labels and the weights
+            labels = others[0]
             asked = stop() if stop is not None else None
             received = self.world.exchange([len(labels), asked or 0, _fingerprint(labels) if to_compare else 0])
             requests = [signal_ for _, signal_, _ in received if signal_]
@@ -102,10 +105,11 @@ class Parallel:
             if rows is not None:
                 counts = [count for count, _, _ in received]
                 with span("exchange"):
-                    labels = gathered(self.world, labels, 0, counts)
+                    others = [gathered(self.world, part, 0, counts) for part in others]
                 views = images.shape[1] if images.ndim == 5 else 1
                 rows[:] = [count * views for count in counts]
-            yield Examples(images, labels)
+            made = Examples(images, *others) if len(others) == 1 else MixedExamples(images, *others)
+            yield cast(Examples, made)
 
     def sum_gradients(self) -> None:
         """Between `backward`, of which there is one a step, and the optimizer's step: waits for the sums that `backward` began.
@@ -118,7 +122,7 @@ class Parallel:
 
     def gather_state(self) -> dict[str, torch.Tensor]:
         """The whole network's `state_dict`, on the CPU of every rank, with no trace of the scheme. All ranks call it."""
-        return {name: self._whole(name, tensor) for name, tensor in self.network.state_dict().items()}
+        return self.gather(self.network.state_dict())
 
     def scatter_state(self, whole: Mapping[str, torch.Tensor]) -> None:
         """Copies a whole `state_dict`, of any scheme, into this rank's part.
@@ -129,24 +133,59 @@ class Parallel:
         for name, tensor in self.network.state_dict().items():
             tensor.copy_(self._own(name, whole[name]))
 
-    def gather_velocities(self, optimizer: MomentumSGD) -> list[torch.Tensor]:
-        """The whole network's velocities in the order of `optimizer`, which has this rank's. All ranks call it."""
-        named = zip(self._names(optimizer), optimizer.velocities(), strict=True)
-        return [self._whole(name, velocity) for name, velocity in named]
+    def gather_slots(self, optimizer: Rule) -> dict[str, torch.Tensor]:
+        """The state of `optimizer`, which has this rank's part, for the whole network: SLOT.NUMBER in the order of its parameters.
 
-    def scatter_velocities(self, optimizer: MomentumSGD, whole: Sequence[torch.Tensor]) -> None:
-        """Copies the whole network's velocities, of any scheme, into this rank's optimizer."""
-        for name, own, velocity in zip(self._names(optimizer), optimizer.velocities(), whole, strict=True):
-            own.copy_(self._own(name, velocity))
+        All ranks call it.
+        """
+        names = self._names(optimizer)
+        return {
+            f"{slot}.{number:03d}": self._whole(names[number], tensor) if tensor.dim() else tensor.to("cpu", copy=True)
+            for slot, number, tensor in optimizer.slots()
+        }
+
+    @torch.no_grad()
+    def scatter_slots(self, optimizer: Rule, whole: Mapping[str, torch.Tensor]) -> None:
+        """Copies what `gather_slots` gave, of any scheme, into this rank's optimizer."""
+        names = self._names(optimizer)
+        for key, tensor in whole.items():
+            slot, _, number = key.rpartition(".")
+            own = self._own(names[int(number)], tensor) if tensor.dim() else tensor
+            optimizer.make_slot(slot, int(number), own).copy_(own)
+
+    def gradient_norm(self) -> torch.Tensor:
+        """The length of the gradient of the whole network, (), after `sum_gradients`: the same on every rank, which all call it."""
+        gradients = {name: weight.grad for name, weight in self.network.named_parameters() if weight.grad is not None}
+        split = [gradient for name, gradient in gradients.items() if name in self._part.split]
+        squares = [
+            gradient.double().square().sum() for name, gradient in gradients.items() if name not in self._part.split
+        ]
+        if self._part.split:
+            own = (
+                torch.stack([gradient.double().square().sum() for gradient in split]).sum()
+                if split
+                else torch.zeros(())
+            )
+            parts = gathered(self.world, own.reshape(1).to(self.world.device), 0, [1] * self.world.size)
+            squares.append(parts.sum())
+        return torch.stack(squares).sum().sqrt()
 
     def _start_sum(self, parameter: torch.Tensor) -> None:
         assert parameter.grad is not None
         self._pending.append(start_sum(self.world, parameter.grad))
 
-    def _names(self, optimizer: MomentumSGD) -> list[str]:
+    def _names(self, optimizer: Rule) -> list[str]:
         """The parameters' names in the order of the optimizer's groups."""
         names = {id(parameter): name for name, parameter in self.network.named_parameters()}
-        return [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
+        return [names[id(parameter)] for parameter in optimizer.weights()]
+
+    def gather(self, part: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """What all ranks have of tensors that go with the network's, by their names, in one, on the CPU. All ranks call it."""
+        return {name: self._whole(name, tensor) for name, tensor in part.items()}
+
+    def own_part(self, name: str, whole: torch.Tensor) -> torch.Tensor:
+        """This rank's part of a tensor that goes with the network's of this name."""
+        return self._own(name, whole)
 
     @torch.no_grad()
     def _whole(self, name: str, own: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,72 @@
+"""`alexprep features`: a layer's outputs for a split, by `alexprep.train.layer_outputs`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from alexprep.cli.options import (
+    AT_LEAST_1,
+    device_option,
+    json_option,
+    local_folder,
+    precision_option,
+    runs_option,
+    threads_option,
+)
+
+if TYPE_CHECKING:
+    from alexprep.train.precision import Precision
+
+
+@click.command(short_help="A layer's outputs for a split, as a .npy.")
+@click.argument("run")
+@click.argument("data", type=local_folder, required=False)
+@click.option("--layer", help="As the network names it; a wrong name lists them.  [default: the last hidden one]")
+@click.option("--split", default="train", show_default=True, help="Of DATA.")
+@click.option(
+    "--out", type=click.Path(path_type=Path, dir_okay=False), help="The file.  [default: RUN/features-LAYER-SPLIT.npy]"
+)
+@click.option("--model", metavar="FILE.py:FUNCTION", help="Of a run with a network of your own: that network.")
+@click.option("--recipe", metavar="FILE.py:FUNCTION", help="Likewise of a recipe file.")
+@runs_option
+@click.option("--batch-size", type=AT_LEAST_1, default=128, show_default=True, help="Images at a time.")
+@precision_option
+@threads_option
+@device_option
+@json_option
+def features(
+    run: str,
+    layer: str | None,
+    out: Path | None,
+    runs: Path,
+    precision: Precision | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Write what a layer of RUN gives for every image of a split: float32 (images, values), in the order of the split's index.
+
+    RUN is a name in ./runs, or RUN@STEP; DATA by default what it was trained on. Run again, an interrupted command goes on where it was.
+
+    \b
+    Example: alexprep features alexnet --layer relu7 --split val
+    """
+    from alexprep.cli import output
+    from alexprep.shards.errors import AlexprepError
+    from alexprep.train.layer_outputs import write_outputs
+    from alexprep.train.run_dir import place_named
+
+    if out is not None and (out.suffix != ".npy" or not out.parent.is_dir()):
+        raise AlexprepError(f"--out {out}: name a file that ends in .npy, in a folder that exists")
+    with output.progress("features") as progress:
+        found = write_outputs(
+            place_named(runs, run), layer, out=out, precision=precision or "fp32", progress=progress, **options
+        )
+    facts = found.facts
+    shape = " x ".join(map(str, facts["shape"]))
+    click.echo(
+        f"{facts['layer']} of {facts['images']:,} images of {facts['split']!r}, {shape} values each, in {found.path}"
+    )
+    output.json_line(facts | {"file": str(found.path)}, as_json)

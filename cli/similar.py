@@ -1,0 +1,111 @@
+"""`alexprep similar`: the images nearest to a photo, by `alexprep.train.similar_images`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from alexprep.cli.options import (
+    AT_LEAST_1,
+    check_picture,
+    device_option,
+    json_option,
+    precision_option,
+    runs_option,
+    threads_option,
+)
+
+if TYPE_CHECKING:
+    from alexprep.train.precision import Precision
+
+
+@click.command(short_help="The images of a split nearest to a photo.")
+@click.argument("run")
+@click.argument("photos", metavar="IMAGE...", nargs=-1, required=True)
+@click.option("--count", type=AT_LEAST_1, default=10, show_default=True, help="Neighbours an image.")
+@click.option("--layer", help="Whose outputs are compared.  [default: the last hidden one]")
+@click.option("--split", default="train", show_default=True, help="Where neighbours are looked for.")
+@click.option(
+    "--features",
+    "outputs",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="What `alexprep features` wrote.  [default: RUN/features-LAYER-SPLIT.npy]",
+)
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="The data set of the training.  [default: where it was]",
+)
+@click.option(
+    "--picture", type=click.Path(path_type=Path, dir_okay=False), help="Write a contact sheet to this .png file."
+)
+@click.option("--model", metavar="FILE.py:FUNCTION", help="Of a run with a network of your own: that network.")
+@click.option("--recipe", metavar="FILE.py:FUNCTION", help="Likewise of a recipe file.")
+@runs_option
+@click.option("--batch-size", type=AT_LEAST_1, default=128, show_default=True, help="Images at a time.")
+@precision_option
+@threads_option
+@device_option
+@json_option
+def similar(
+    run: str,
+    photos: tuple[str, ...],
+    count: int,
+    layer: str | None,
+    split: str,
+    outputs: Path | None,
+    picture: Path | None,
+    runs: Path,
+    precision: Precision | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Print the images of a split that are nearest to each IMAGE (a photo, folder or tar) by what a layer of RUN gives for them.
+
+    The distance is Euclidean. What the layer gives for the split, `alexprep features` writes first.
+
+    \b
+    Example: alexprep similar alexnet elephant.jpg --count 6
+    """
+    from alexprep.cli import output
+    from alexprep.shards.contact_sheet import publish_picture
+    from alexprep.shards.errors import AlexprepError
+    from alexprep.train.classifier import Classifier
+    from alexprep.train.layer_outputs import last_hidden_layer, outputs_file, read_outputs
+    from alexprep.train.run_dir import place_named
+    from alexprep.train.similar_images import draw_similar, find_similar
+
+    if picture is not None:
+        check_picture(picture)
+    with Classifier(place_named(runs, run), precision=precision or "fp32", **options) as classifier:
+        layer = layer or last_hidden_layer(classifier.net.network)
+        path = outputs or outputs_file(classifier.net.run, layer, split)
+        if outputs is None and not path.exists():
+            raise AlexprepError(
+                f"{path} does not exist: make it with `alexprep features {run} --layer {layer} --split {split}`"
+            )
+        found = find_similar(classifier, read_outputs(path), photos, count)
+    for sentence in [*classifier.notes, *(f"{name}: {reason}" for name, reason in found.refused)]:
+        click.echo(sentence, err=True)
+    if not found.neighbours:
+        raise AlexprepError(f"none of the {len(found.refused):,} photos can be decoded")
+    width = max(len(name) for name in found.classes)
+    for row in [] if as_json else found.as_json():
+        click.echo(row["key"])
+        for one in row["neighbours"]:
+            click.echo(f"  {one['distance']:10.4f}  {one['class'] or '':<{width}}  {one['source']}")
+    if picture is not None:
+        publish_picture(draw_similar(found), picture)
+        click.echo(f"Contact sheet: {picture}")
+    document = {
+        "run": str(classifier.net.run),
+        "step": classifier.net.step,
+        "layer": layer,
+        "split": split,
+        "photos": found.as_json(),
+        "refused": [{"key": name, "reason": reason} for name, reason in found.refused],
+        "notes": classifier.notes,
+    }
+    output.json_line(document, as_json)

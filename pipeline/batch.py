@@ -1,0 +1,86 @@
+"""What a `Loader` yields: a batch, and a batch whose pairs are mixed, by mixup or CutMix as `alexprep.pipeline.mixing` defines them."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from alexprep.pipeline import mixing
+from alexprep.pipeline.augmentation import Draws
+from alexprep.pipeline.device import moved
+
+
+class Batch(NamedTuple):
+    """A rank's part of one step: images and labels on the loader's device, and rows of the split's index on the CPU, int64 (N,).
+
+    Images are (N, 3, H, W) or (N, H, W, 3), with views "ten" (N, 10, …): grey levels about 0, or what the augmentation's `std` makes
+    of them. Labels are int64 (N,).
+    """
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    indices: torch.Tensor
+
+    @property
+    def partner_labels(self) -> torch.Tensor | None:
+        """None: nothing is mixed. See `MixedBatch`."""
+        return None
+
+    @property
+    def weights(self) -> torch.Tensor | None:
+        """None: nothing is mixed. See `MixedBatch`."""
+        return None
+
+
+class MixedBatch(NamedTuple):
+    """A batch whose pairs are mixed, which a loader with `Augmentation.mixing` gives: of five tensors, so that nobody takes it for a `Batch`.
+
+    The loss of a sample is weight · loss(label) + (1 - weight) · loss(partner's label). Partner labels are int64 (N,), weights float32 (N,), both
+    on the loader's device; a sample without a partner has its own label there. All else is as in `Batch`.
+    """
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    indices: torch.Tensor
+    partner_labels: torch.Tensor
+    weights: torch.Tensor
+
+
+def mixed_batch(batch: Batch, draws: Draws, memory_format: str) -> MixedBatch:
+    """Mixes the pairs of a batch, as `alexprep.pipeline.mixing.mixed` defines it; a CPU's images in their own memory."""
+    images, labels, indices = batch
+    if not len(labels):
+        return MixedBatch(images, labels, indices, labels, torch.empty(0, device=labels.device))
+    partner_N, weight_N, exchanged_N4 = (
+        mixing.partners(draws.more["pair"]),
+        draws.more["weight"],
+        draws.more["exchanged"],
+    )
+    partner, weights = (moved(torch.from_numpy(values), labels.device) for values in (partner_N, weight_N))
+    pixels = images if memory_format != "NHWC" else images.movedim(-1, 1)  # (N, 3, H, W), wherever they lie
+    if images.device.type == "cuda":  # few calls for all pairs
+        pairs = zip(weight_N, exchanged_N4, strict=True)
+        shares = zip(*(mixing.shares(*pair, *pixels.shape[2:]) for pair in pairs), strict=True)
+        rows, columns = (moved(torch.from_numpy(np.stack(part)).to(images.dtype), images.device) for part in shares)
+        pixels += (pixels[partner] - pixels) * (rows[:, None, :, None] * columns[:, None, None])
+    else:  # few bytes: one pair after the other, by numpy, for torch's threads would wait for one another at each
+        values = pixels.numpy()
+        for n in np.flatnonzero(partner_N > np.arange(len(partner_N))).tolist():
+            _mix_pair(values[n], values[n + 1], float(weight_N[n]), exchanged_N4[n].tolist())
+    return MixedBatch(images, labels, indices, labels[partner], weights.float())
+
+
+def _mix_pair(one: NDArray[Any], other: NDArray[Any], weight: float, exchanged: list[int]) -> None:
+    """Mixes two images (3, H, W) in their own memory."""
+    top, left, height, width = exchanged
+    if height and width:
+        place = slice(None), slice(top, top + height), slice(left, left + width)
+        kept = one[place].copy()
+        one[place], other[place] = other[place], kept
+    elif weight < 1:
+        difference = (other - one) * (1 - weight)
+        one += difference
+        other -= difference

@@ -1,0 +1,201 @@
+"""Changes of shape: the resize, one affine pass of rotation, scale, shift and shear, and erased rectangles.
+
+Their options, random parameters and numpy definitions; `alexprep.pipeline.dali_ops` has the same over DALI nodes. When each comes is said
+in `alexprep.pipeline.augmentation`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from alexprep.pipeline.colour import rising
+from alexprep.pipeline.random_numbers import AFFINE, ERASING, Words, below, between, unit
+from alexprep.shards.errors import AlexprepError, number_within
+
+_ATTEMPTS = 10  # at a rectangle that fits; torchvision's number
+
+
+@dataclass(frozen=True)
+class Affine:
+    """Rotation, scale, shift and shear about the crop's centre, in one bilinear resampling: the bounds are those of torchvision's RandomAffine.
+
+    Each number is uniform between its bounds. A point of the crop is sheared along the rows, then along the columns, turned, scaled, shifted.
+
+    Attributes:
+        rotate: degrees to either side, 0 to 180.
+        shift: share of the width and of the height, to either side, 0 to 1.
+        zoom: bounds of the factor of size, 1 for none.
+        shear: degrees to either side, along the rows and along the columns, below 90.
+        fill: grey level of R, G and B where nothing of the crop comes to lie.
+        share: of the images that are changed.
+    """
+
+    rotate: float = 0.0
+    shift: tuple[float, float] = (0.0, 0.0)
+    zoom: tuple[float, float] = (1.0, 1.0)
+    shear: tuple[float, float] = (0.0, 0.0)
+    fill: int = 0
+    share: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Refuses values out of bounds, with AlexprepError."""
+        number_within("affine: rotate", self.rotate, 0, 180)
+        number_within("affine: fill", self.fill, 0, 255)
+        number_within("affine: share", self.share, 0, 1)
+        for name, high in (("shift", 1), ("shear", 89)):
+            pair = getattr(self, name)
+            if not isinstance(pair, tuple | list) or len(pair) != 2:
+                raise AlexprepError(f"affine: {name} {pair!r} is not two numbers: along the rows, along the columns")
+            for number in pair:
+                number_within(f"affine: {name}", number, 0, high)
+        if not rising(self.zoom, 100) or self.zoom[0] < 0.01:
+            raise AlexprepError(f"affine: zoom {self.zoom!r} is not two factors, 0.01 <= a <= b <= 100")
+
+
+@dataclass(frozen=True)
+class Erasing:
+    """A rectangle of some images set to one value, last of all that is done to an image by itself: torchvision's RandomErasing, its bounds.
+
+    Attributes:
+        share: of the images that lose a rectangle.
+        area: bounds of the rectangle's share of the image's area, which is uniform between them.
+        ratio: bounds of its height / width, drawn log-uniformly.
+        value: of the erased pixels, after the mean and the deviations: 0 is the mean.
+    """
+
+    share: float = 0.5
+    area: tuple[float, float] = (0.02, 0.33)
+    ratio: tuple[float, float] = (0.3, 3.3)
+    value: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Refuses values out of bounds, with AlexprepError."""
+        number_within("erasing: share", self.share, 0, 1)
+        number_within("erasing: value", self.value, -1e6, 1e6)
+        if not rising(self.area, 1):
+            raise AlexprepError(f"erasing: area {self.area!r} is not two shares of the area, 0 < a <= b <= 1")
+        if not rising(self.ratio, 1e6):
+            raise AlexprepError(f"erasing: ratio {self.ratio!r} is not two bounds of height / width, 0 < a <= b")
+
+
+def draw_affine(affine: Affine, sizes_N2: NDArray[np.int64], words: Words) -> NDArray[np.float64]:
+    """What `warp` takes, (N, 2, 3), for crops of these heights and widths; the identity where nothing is changed."""
+    first, more = words(AFFINE), words(AFFINE + 1)
+    angle = np.radians(between(first[0], -affine.rotate, affine.rotate))
+    zoom = between(first[1], *affine.zoom)
+    shears = [np.tan(np.radians(between(first[2 + n], -affine.shear[n], affine.shear[n]))) for n in range(2)]
+    shift = [between(more[n], -affine.shift[n], affine.shift[n]) * sizes_N2[:, 1 - n] for n in range(2)]
+    maps = inverse_maps(sizes_N2, angle, zoom, shears[0], shears[1], shift[0], shift[1])
+    maps[unit(more[2]) >= affine.share] = np.eye(2, 3)
+    return maps
+
+
+def inverse_maps(
+    sizes_N2: NDArray[np.int64],
+    angle_N: NDArray[np.float64],
+    zoom_N: NDArray[np.float64],
+    along_rows_N: NDArray[np.float64],
+    along_columns_N: NDArray[np.float64],
+    right_N: NDArray[np.float64],
+    down_N: NDArray[np.float64],
+) -> NDArray[np.float64]:
+    """Where the points of the result come from: (N, 2, 3), from x and y there to x and y in the image, pixels from its top left corner.
+
+    A point is sheared along the rows and then along the columns (tangents), turned clockwise (radians), scaled, all about the centre, and
+    shifted (pixels); this is the inverse of it.
+    """
+    cosine, sine = np.cos(angle_N), np.sin(angle_N)
+    one, none = np.ones_like(cosine), np.zeros_like(cosine)
+
+    def matrices(*values: NDArray[np.float64]) -> NDArray[np.float64]:
+        return np.stack(values, axis=-1).reshape(-1, 2, 2)
+
+    rows, columns = matrices(one, along_rows_N + none, none, one), matrices(one, none, along_columns_N + none, one)
+    turn = matrices(cosine, -sine, sine, cosine) * np.reshape(zoom_N, (-1, 1, 1))
+    back = np.linalg.inv(turn @ columns @ rows)
+    centre = sizes_N2[:, ::-1] / 2
+    start = centre - np.einsum("nij,nj->ni", back, centre + np.stack([right_N, down_N], axis=-1))
+    return np.concatenate([back, start[:, :, None]], axis=2)
+
+
+def warp(image_HWC: NDArray[np.uint8], map_23: NDArray[np.float64], fill: float, nearest: bool) -> NDArray[np.uint8]:
+    """Takes each pixel from where `map_23` says: the nearest one there, or the four around it by their distances, rounded.
+
+    Points are the centres of pixels, 0.5 from their corners. Beyond the image all is `fill`.
+    """
+    height, width = image_HWC.shape[:2]
+    rows, columns = np.mgrid[:height, :width] + 0.5
+    x, y = (row[0] * columns + row[1] * rows + row[2] for row in map_23)
+    padded = np.pad(image_HWC.astype(np.float64), ((1, 1), (1, 1), (0, 0)), constant_values=fill)
+
+    def at(row: NDArray[np.float64], column: NDArray[np.float64]) -> NDArray[np.float64]:
+        found: NDArray[np.float64] = padded[
+            np.clip(row.astype(int) + 1, 0, height + 1), np.clip(column.astype(int) + 1, 0, width + 1)
+        ]
+        return found
+
+    if nearest:
+        return at(np.floor(y), np.floor(x)).astype(np.uint8)
+    top, left = np.floor(y - 0.5), np.floor(x - 0.5)
+    down, right = (y - 0.5 - top)[..., None], (x - 0.5 - left)[..., None]
+    upper = at(top, left) * (1 - right) + at(top, left + 1) * right
+    lower = at(top + 1, left) * (1 - right) + at(top + 1, left + 1) * right
+    rounded: NDArray[np.uint8] = np.rint(upper * (1 - down) + lower * down).astype(np.uint8)
+    return rounded
+
+
+def draw_erased(erasing: Erasing, sizes_N2: NDArray[np.int64], words: Words) -> NDArray[np.int64]:
+    """The rectangle of each sample, (N, 4): top, left, height, width; all 0 where nothing is erased.
+
+    torchvision's rule: ten attempts at an area and a ratio that are smaller than the image in height and width, at a uniform place.
+    """
+    boxes = np.zeros((len(sizes_N2), 4), np.int64)
+    open_N = unit(words(ERASING)[0]) < erasing.share
+    lowest, highest = (math.log(bound) for bound in erasing.ratio)
+    for attempt in range(1, _ATTEMPTS + 1):
+        drawn = words(ERASING + attempt)
+        area = sizes_N2.prod(axis=1) * between(drawn[0], *erasing.area)
+        ratio = np.exp(between(drawn[1], lowest, highest))
+        sides = np.rint(np.sqrt(np.stack([area * ratio, area / ratio], axis=1))).astype(np.int64)
+        fits = open_N & (sides < sizes_N2).all(axis=1) & (sides > 0).all(axis=1)
+        slack = np.maximum(1, sizes_N2 - sides + 1)
+        corner = np.stack([below(drawn[2 + n], slack[:, n]) for n in range(2)], axis=1)
+        boxes[fits] = np.concatenate([corner, sides], axis=1)[fits]
+        open_N &= ~fits
+    return boxes
+
+
+def erased(pixels_HWC: NDArray[np.float64], box_4: NDArray[np.int64], value: float) -> NDArray[np.float64]:
+    """The pixels with those of a rectangle at one value."""
+    top, left, height, width = box_4.tolist()
+    result = pixels_HWC.copy()
+    result[top : top + height, left : left + width] = value
+    return result
+
+
+def resize(image_HWC: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
+    """Resizes to a square of `side` pixels, by a triangle filter as wide as an output pixel (antialiased bilinear).
+
+    Beyond an edge its pixels are repeated, as DALI does; Pillow leaves those weights out, which differs near the edges.
+    """
+    vertical, horizontal = (_triangle(image_HWC.shape[axis], side) for axis in (0, 1))
+    exact = np.einsum("ih,hwc,jw->ijc", vertical, image_HWC.astype(np.float64), horizontal, optimize=True)
+    rounded: NDArray[np.uint8] = np.clip(np.rint(exact), 0, 255).astype(np.uint8)
+    return rounded
+
+
+def _triangle(source: int, target: int) -> NDArray[np.float64]:
+    """The filter's weights: float64 (target, source), rows of sum 1."""
+    ratio = source / target
+    radius = max(ratio, 1.0)
+    weights = np.zeros((target, source))
+    for n in range(target):
+        centre = (n + 0.5) * ratio
+        pixels = np.arange(np.floor(centre - radius), np.ceil(centre + radius) + 1)
+        taps = np.maximum(0.0, 1.0 - np.abs(pixels + 0.5 - centre) / radius)
+        np.add.at(weights[n], np.clip(pixels.astype(int), 0, source - 1), taps / taps.sum())
+    return weights

@@ -1,0 +1,303 @@
+"""The report: numbers and pictures against their sources, what is missing in words, and the page in a browser."""
+
+from __future__ import annotations
+
+import html.parser
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from alexprep.shards.rgb_statistics import read_statistics
+from alexprep.train.evaluation import evaluate, evaluation_file, predictions_of, publish_evaluation
+from alexprep.train.layer_outputs import write_outputs
+from alexprep.train.prediction_table import write_predictions
+from alexprep.train.report.blocks import Section, Table, Words, plot, thinned
+from alexprep.train.report.page import find_places, render, write_report
+from alexprep.train.run_dir import Place
+from tests.made_up import make_run
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+ERRORS = [75.0, 55.5, 41.25, 47.0]  # of the made-up epochs: the third is the best
+
+
+def write_log(run: Path, errors: list[float]) -> None:
+    """As a training with two records an epoch would have written it, its last line cut short."""
+    lines = []
+    for epoch, error in enumerate(errors):
+        about = {"loss": 2.0 - 0.25 * epoch, "top1_error": error + 1, "top5_error": error / 5, "lr": 0.01}
+        for half in (1, 2):
+            step = 2 * epoch + half
+            speed = {"images_per_second": 100.0 + step, "data_wait_ms": 5.0, "step_ms": 95.0}
+            lines.append({"kind": "steps", "step": step, "epoch": epoch, **about, **speed})
+        val = {"split": "val", "top1_error": error, "top5_error": error / 4, "loss": 1.0, "samples": 20}
+        lines.append({"kind": "epoch", "step": 2 * epoch + 2, "epoch": epoch, **about, "seconds": 30.0, "val": val})
+    text = "\n".join(map(json.dumps, lines))
+    (run / "log.jsonl").write_text(text + '\n{"kind": "st')
+
+
+class Page(html.parser.HTMLParser):
+    """What a page holds: tables by caption, images, identifiers, words."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.tables: dict[str, list[list[str]]] = {}
+        self.images: list[dict[str, str | None]] = []
+        self.identifiers: list[str] = []
+        self.text = path.read_text()
+        self._row: list[str] | None = None
+        self._caption = self._in_caption = ""
+        self.feed(self.text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        found = dict(attrs)
+        self.identifiers += [found["id"]] if found.get("id") else []  # type: ignore[list-item]
+        if tag == "img":
+            self.images.append(found)
+        if tag == "caption":
+            self._in_caption, self._caption = "yes", ""
+        if tag == "tr":
+            self._row = []
+            self.tables.setdefault(self._caption, []).append(self._row)
+        if tag in ("td", "th") and self._row is not None:
+            self._row.append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag == "caption":
+            self._in_caption = ""
+        if tag == "tr":
+            self._row = None
+        if tag == "table":
+            self._caption = ""
+
+    def handle_data(self, data: str) -> None:
+        if self._in_caption:
+            self._caption += data
+        elif self._row:
+            self._row[-1] += data.strip()
+
+    def table(self, caption: str) -> list[dict[str, str]]:
+        """The rows of the table whose caption begins so, by column."""
+        (rows,) = (rows for name, rows in self.tables.items() if name.startswith(caption))
+        return [dict(zip(rows[0], row, strict=True)) for row in rows[1:]]
+
+
+@pytest.fixture(scope="module")
+def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with a log, predictions and features."""
+    run = make_run(tmp_path_factory.mktemp("runs"), "a", data, 1)
+    write_log(run, ERRORS)
+    found = evaluate([Place(run)], device="cpu", threads=1, batch_size=20)
+    path = evaluation_file(found.document, run.parent).with_suffix(".parquet")
+    write_predictions(predictions_of(found), path)
+    found.document["predictions_file"] = str(path)
+    publish_evaluation(found.document, run.parent)
+    for split in ("train", "val"):
+        write_outputs(Place(run), split=split, batch_size=20, threads=1, device="cpu")
+    return run
+
+
+@pytest.fixture(scope="module")
+def report(data: Path, run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("report")
+    written = write_report(data, [run], out)
+    assert written.missing == []
+    return out
+
+
+def test_numbers_are_those_of_their_sources(report: Path, data: Path, run: Path) -> None:
+    page, dataset = Page(report / "report.html"), json.loads((data / "dataset.json").read_text())
+    for row in page.table("Splits"):
+        split = dataset["splits"][row["split"]]
+        assert (row["inputs"], row["samples"]) == (str(split["inputs"]), str(split["samples"]))
+        assert row["MB"] == f"{split['bytes'] / 1e6:.2f}"
+    ledger = pq.read_table(data / "train" / "samples.parquet").to_pydict()
+    for row in page.table("Classes: samples"):
+        assert row["train"] == str(ledger["label"].count(int(row["label"])))
+        assert row["class"] == dataset["classes"][int(row["label"])]
+    statistics = read_statistics(data)
+    for axis, row in enumerate(page.table("Eigenvalues")):
+        assert row["eigenvalue, (0-255)²"] == f"{statistics.eigenvalues[axis]:,.2f}"
+        assert row["standard deviation, grey levels"] == f"{statistics.stdevs[axis]:.2f}"
+        assert row["noise α λ (paper)"] == f"{0.1 * statistics.eigenvalues[axis] / 255:.2f}"
+    (row,) = page.table("Runs")
+    assert (row["best epoch"], row["its top-1 error, %"], row["top-5, %"]) == ("3", "41.25", "10.31")
+    assert (row["steps"], row["epochs"], row["minutes"], row["training loss"]) == ("8", "4", "2.00", "1.2500")
+    (document,) = (json.loads(path.read_text()) for path in run.glob("eval-*.json"))
+    table = pq.read_table(document["predictions_file"]).to_pydict()
+    worst = page.table("Worst predicted images")
+    given = sorted(table["label_probability"])
+    assert [row["its probability"] for row in worst] == [f"{value:.3g}" for value in given]
+    assert worst[0]["source"] == table["source"][table["label_probability"].index(given[0])]
+    errors = {row["class"]: float(row["top-1 error, %"]) for row in page.table("Classes by error")}
+    assert np.mean(list(errors.values())) == pytest.approx(document["top1_error"])  # the classes are of one size
+    assert f"top-1 error {document['top1_error']:.2f} %" in page.text
+
+
+def test_the_page_is_whole_and_described(report: Path) -> None:
+    page = Page(report / "report.html")
+    assert len(page.images) > 20 and len(set(page.identifiers)) == len(page.identifiers)
+    for image in page.images:
+        assert image["alt"] and str(image["src"]).startswith("data:image/")
+    elsewhere = re.sub(r"data:image/[^\"]+", "", page.text)
+    assert "//" not in re.sub(r"^\s*// .*$", "", elsewhere, flags=re.MULTILINE)  # no address of anything
+    assert "default-src 'none'" in page.text
+    pictures = {path.name for path in (report / "pictures").iterdir()}
+    assert {"errors.svg", "errors.png", "kernels.png", "neighbours.png", "sheet_by_class.png"} <= pictures
+
+
+def test_pictures_are_of_what_they_say(report: Path, data: Path) -> None:
+    """The mean image is the file of the statistics; the ramps' middle is the mean colour; no plot is all of one colour."""
+    pictures = report / "pictures"
+    mean = np.asarray(Image.open(pictures / "mean_image.png"))
+    np.testing.assert_array_equal(mean, np.asarray(Image.open(data / "stats" / "mean_image.png")))
+    axes = np.asarray(Image.open(pictures / "axes.png"))
+    middle = axes[:, axes.shape[1] // 2][[10, 46, 82]].astype(int)
+    assert np.abs(middle - read_statistics(data).channel_means).max() < 3
+    ten = np.asarray(Image.open(pictures / "ten_views.png")).astype(int)
+    crop = (ten.shape[1] - 4 * 4) // 5
+    for n in range(5):  # the second row has the reflections
+        left = n * (crop + 4)
+        np.testing.assert_array_equal(ten[:crop, left : left + crop], ten[-crop:, left : left + crop][:, ::-1])
+    for path in pictures.glob("*.png"):
+        assert np.asarray(Image.open(path).convert("RGB")).std() > 3, path.name
+
+
+def test_what_is_missing_is_said(data: Path, run: Path, tmp_path: Path) -> None:
+    """A dataset without statistics and with a damaged ledger, a run that has just begun, and nothing at all: the rest is shown."""
+    broken = tmp_path / "broken"
+    shutil.copytree(data, broken, ignore=shutil.ignore_patterns("stats"))
+    (broken / "val" / "samples.parquet").write_bytes(b"PAR1 damaged")
+    half = tmp_path / "half"
+    half.mkdir()
+    shutil.copy(run / "config.json", half)
+    written = write_report(broken, [half], tmp_path / "out")
+    said = "\n".join(written.missing)
+    for words in (
+        f"{broken}/val/samples.parquet cannot be read",
+        f"{broken}/stats/stats.json does not exist: run `alexprep pca-stats`",
+        "the run has logged nothing yet",
+        "make them with `alexprep eval half --predictions`",
+        f"{half} has no valid checkpoint",
+        "make them with `alexprep features half`",
+    ):
+        assert words in said, words
+    page = Page(written.path)
+    assert len(page.table("Classes: samples")) == 4 and "sheet" not in said
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "dataset.json").write_text('{"name": "of somebody else"}')
+    for place, words in ((foreign, "There is no finished dataset"), (None, "There is no dataset: name its folder")):
+        assert words in write_report(place, [], tmp_path / "out", notes=["x is no run."]).missing[1]
+    assert "x is no run." in (tmp_path / "out" / "report.html").read_text()
+    assert list((tmp_path / "out" / "pictures").iterdir()) == []  # those of the earlier report are gone
+
+
+def test_damage_of_any_kind_costs_its_part_alone() -> None:
+    section = Section("x", "X")
+    section.add(lambda: [Words("before")], "words")
+    facts: dict[str, str] = {}
+    section.add(lambda: [Words(facts["gone"])], "number")
+    assert [type(block) for block in section.blocks] == [Words, Words]
+    assert section.warnings == [
+        "There is no number: what it is drawn from is damaged or of another form (KeyError: 'gone')."
+    ]
+
+
+def test_names_from_outside_are_text(tmp_path: Path) -> None:
+    nasty = "<script>alert(1)</script>"
+    section = Section("x", "X", [Table(nasty, ["a", "b"], [[nasty, 1.5], ["y", None]], search=True), Words(nasty)])
+    page = render(nasty, [section])
+    assert "<script>alert" not in page and page.count("&lt;script&gt;alert(1)") >= 4
+    assert 'data-value="1.5">1.50<' in page and 'data-value="">–<' in page
+
+
+def test_a_plot_is_the_same_each_time_and_fits_dark_pages() -> None:
+    def draw(figure: Any) -> None:
+        figure.subplots().plot([1, 2], [3, 4])
+
+    one, other = (plot("p", "a", "c", draw, (2, 2)) for _ in range(2))
+    assert (one.light, one.png) == (other.light, other.png)
+    assert b"#17181a" in one.dark and b"#ffffff" not in one.dark and b"#1d1d1f" not in one.dark
+    assert thinned(np.zeros(10**5)).tolist()[-1] == 10**5 - 1 and len(thinned(np.zeros(10**5))) == 2000
+
+
+def test_what_is_meant(data: Path, run: Path, tmp_path: Path) -> None:
+    nothing = tmp_path / "no data"
+    assert find_places([str(data), "a"], nothing, run.parent) == (data, [run], [])
+    assert find_places([], nothing, run.parent) == (data, [run], [])  # the run last active, and its data
+    assert find_places([str(run)], nothing, tmp_path)[:2] == (data, [run])
+    assert find_places([], nothing, tmp_path) == (None, [], [])
+    assert find_places([], data, tmp_path) == (data, [], [])
+    _, _, notes = find_places(["b", str(data), str(data)], nothing, run.parent)
+    assert len(notes) == 2 and notes[0].startswith("b is neither a dataset's folder")
+
+
+def test_the_command(run: Path, command: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+    """Of what is not there it says so, and ends well."""
+    status, out, err = command("report", "nobody", "--runs", str(tmp_path), "--json")
+    assert status == 0 and "nobody is neither" in err
+    printed = json.loads(out.splitlines()[-1])
+    assert printed["data"] is None and Path(printed["report"]).exists()
+
+
+SCRIPT = """
+<script>
+window.addEventListener("load", () => {
+  const said = {}, tabs = [...document.querySelectorAll("[role=tab]")];
+  const seen = () => [...document.querySelectorAll("[role=tabpanel]")].filter((part) => !part.hidden).map((part) => part.id);
+  const press = (key) => document.activeElement.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true, cancelable: true }));
+  said.first = seen();
+  tabs[0].focus(); press("ArrowRight"); said.right = seen();
+  press("End"); said.end = seen(); press("ArrowRight"); said.round = seen();
+  tabs[3].click(); said.clicked = seen(); tabs[0].click();
+  const search = document.querySelector("#data input[type=search]"), table = search.closest("div").querySelector("table");
+  const column = (n) => [...table.tBodies[0].rows].filter((row) => !row.hidden).map((row) => row.cells[n].textContent);
+  search.value = "CLASS2"; search.dispatchEvent(new Event("input")); said.found = column(1);
+  search.value = ""; search.dispatchEvent(new Event("input"));
+  const heads = table.tHead.querySelectorAll("button");
+  heads[1].click(); heads[1].click(); said.down = column(1);
+  said.sort = heads[1].parentElement.getAttribute("aria-sort");
+  heads[0].click(); said.up = column(0);
+  said.wide = document.documentElement.scrollWidth - document.documentElement.clientWidth;
+  said.broken = [...document.images].filter((image) => !image.naturalWidth).length;
+  document.body.dataset.said = JSON.stringify(said);
+});
+window.addEventListener("error", (event) => { document.body.dataset.error = event.message; });
+</script>
+"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
+def test_in_a_browser(report: Path, tmp_path: Path) -> None:
+    """Tabs by keys and clicks, search and sorting; no error, no request, and nothing wider than a phone's screen."""
+    page = tmp_path / "page.html"
+    page.write_text((report / "report.html").read_text().replace("</body>", SCRIPT + "</body>"))
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--window-size=500,900", "--enable-logging=stderr", "--v=0"]
+    command = [str(CHROMIUM), *flags, f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", page.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+    assert "CONSOLE" not in done.stderr and "data-error" not in done.stdout
+    match = re.search(r'data-said="([^"]*)"', done.stdout)
+    assert match is not None
+    said = json.loads(match.group(1).replace("&quot;", '"'))
+    assert said == {
+        "first": ["data"],
+        "right": ["statistics"],
+        "end": ["paper"],
+        "round": ["data"],
+        "clicked": ["training"],
+        "found": ["class2"],
+        "down": ["class3", "class2", "class1", "class0"],
+        "sort": "descending",
+        "up": ["0", "1", "2", "3"],
+        "wide": 0,
+        "broken": 0,
+    }

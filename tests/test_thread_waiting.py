@@ -1,0 +1,52 @@
+"""How OpenMP's threads wait: by what runs besides, unless the user has said so; set before torch is loaded."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from alexprep.cli import main as command_line
+from alexprep.shards import thread_waiting
+from alexprep.shards.thread_waiting import ASLEEP, BRIEFLY, SETTINGS, others_running, waiting
+
+
+@pytest.mark.parametrize(
+    ("others", "cores", "processors", "short", "wanted"),
+    [
+        (0.0, 2, 2, False, BRIEFLY),
+        (0.4, 2, 2, False, BRIEFLY),
+        (0.0, 2, 2, True, {}),
+        (4.0, 2, 2, False, ASLEEP),
+        (4.0, 2, 2, True, ASLEEP),
+        (20.0, 2, 64, False, BRIEFLY),  # there are cores for all of them
+        (63.0, 2, 64, False, ASLEEP),
+        (None, 2, 2, False, {}),
+    ],
+)
+def test_threads_sleep_where_others_want_the_cores(
+    others: float | None, cores: int, processors: int, short: bool, wanted: dict[str, str]
+) -> None:
+    assert waiting({"PATH": "/bin"}, others, cores, processors, short) == wanted
+    for name in SETTINGS:
+        assert waiting({name: "7"}, others, cores, processors, short) == {}
+
+
+def test_what_runs_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = iter(["cpu 1 2\nprocs_running 6\nprocs_blocked 0\n"] * 5 + ["procs_running 2\n"] * 5)
+    monkeypatch.setattr(thread_waiting, "PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(Path, "read_text", lambda path: next(texts))
+    assert others_running() == 3.0
+    monkeypatch.setattr(Path, "read_text", lambda path: "")
+    assert others_running() is None
+
+
+def test_commands_that_load_torch_choose(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[bool] = []
+    monkeypatch.setattr(command_line, "choose_waiting", lambda short: chosen.append(short))
+    for arguments in (["train", "--help"], ["demo", "--help"], ["shard", "--help"], ["--help"], []):
+        monkeypatch.setattr(sys, "argv", ["alexprep", *arguments])
+        with pytest.raises(SystemExit):
+            command_line.main()
+    assert chosen == [False, True]

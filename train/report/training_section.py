@@ -1,0 +1,351 @@
+"""The part of a report on trainings: log.jsonl of each run drawn over one another, and what `eval --predictions` left of the first."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from alexprep.shards.contact_sheet import SheetRow, cell_of, lay_out
+from alexprep.shards.dataset_format import read_dataset, read_index, read_json
+from alexprep.shards.errors import AlexprepError
+from alexprep.shards.sample_reader import Samples
+from alexprep.train.prediction_table import PredictionTable, read_predictions
+from alexprep.train.report.blocks import LINES, STYLES, Block, Picture, Plot, Section, Table, Words, plot, thinned
+from alexprep.train.run_dir import LOG, read_config
+
+WORST = 200  # images listed, and the first of them shown
+_SHOWN, _PER_ROW = 30, 10
+_MOST_CLASSES = 60  # of a confusion matrix that can be read
+_EVALUATION = "eval-*.json"
+
+
+@dataclass(frozen=True)
+class Log:
+    """What log.jsonl has of a run."""
+
+    run: Path
+    steps: list[dict[str, Any]]  # records of kind "steps"
+    epochs: list[dict[str, Any]]  # of kind "epoch"
+    batch_size: int
+
+    @property
+    def evaluated(self) -> list[dict[str, Any]]:
+        """The epochs with an evaluation."""
+        return [record for record in self.epochs if record["val"]]
+
+    @property
+    def best(self) -> dict[str, Any] | None:
+        """The epoch of the lowest top-1 error, the first of equals."""
+        return min(self.evaluated, key=lambda record: float(record["val"]["top1_error"]), default=None)
+
+
+def training_section(runs: Sequence[Path]) -> Section:
+    """The section of some runs; only the first one's predictions are shown."""
+    section = Section("training", "Training")
+    if not runs:
+        section.blocks.append(
+            Words("There is no run: name one, `alexprep report RUN`, or train one with `alexprep train`.", True)
+        )
+        return section
+    logs: list[Log] = []
+    for run in runs:
+        section.add(lambda run=run: _read(run, logs), f"log of {run.name}")  # type: ignore[misc]
+    if logs:
+        section.add(lambda: [_summary(logs)], "table of the runs")
+        section.add(lambda: _curves(logs), "plot of the training")
+    section.add(lambda: _predictions(runs[0]), f"table of predictions of {runs[0].name}")
+    return section
+
+
+def read_log(run: Path) -> Log:
+    """Reads a run's log, its last line perhaps cut short. Raises AlexprepError where there is none, or it has no record."""
+    config = read_config(run)
+    path = run / LOG
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise AlexprepError(f"{path} cannot be read ({error.strerror}): the run has logged nothing yet") from None
+    records = []
+    for line in lines:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and {"kind", "step", "epoch"} <= record.keys():
+            records.append(record)
+    steps, epochs = ([record for record in records if record["kind"] == kind] for kind in ("steps", "epoch"))
+    if not steps and not epochs:
+        raise AlexprepError(f"{path} has no record yet: train on with `alexprep train --resume`")
+    return Log(
+        run, steps, epochs, int(config["options"].get("batch_size") or config["identity"]["recipe"]["batch_size"])
+    )
+
+
+def newest_predictions(run: Path) -> tuple[dict[str, Any], PredictionTable]:
+    """The newest evaluation of a run that has its predictions: its document and the table.
+
+    Raises AlexprepError, with the command that makes them, where there is none.
+    """
+    files = sorted(run.glob(_EVALUATION), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    for path in files:
+        document = read_json(path, "evaluate again")
+        if "predictions_file" in document:
+            named = Path(document["predictions_file"])
+            beside = path.with_name(named.name)  # where the run was moved
+            classes = read_dataset(Path(document["data"]))["classes"]
+            return document, read_predictions(named if named.exists() else beside, classes)
+    raise AlexprepError(f"{run} has no predictions: make them with `alexprep eval {run.name} --predictions`")
+
+
+def _read(run: Path, logs: list[Log]) -> list[Block]:
+    logs.append(read_log(run))
+    return []
+
+
+def _summary(logs: Sequence[Log]) -> Table:
+    rows: list[list[Any]] = []
+    for log in logs:
+        config, best = read_config(log.run), log.best
+        last = (log.epochs or log.steps)[-1]
+        options = config["options"]
+        row = [log.run.name, options["recipe"], log.batch_size, int(last["step"]), len(log.epochs), float(last["loss"])]
+        row += [best["epoch"] + 1, best["val"]["top1_error"], best["val"]["top5_error"]] if best else [None] * 3
+        rows.append([*row, sum(float(record["seconds"]) for record in log.epochs) / 60])
+    columns = [
+        "run",
+        "recipe",
+        "batch",
+        "steps",
+        "epochs",
+        "training loss",
+        "best epoch",
+        "its top-1 error, %",
+        "top-5, %",
+        "minutes",
+    ]
+    return Table("Runs", columns, rows, formats={"training loss": ".4f"})
+
+
+def _curves(logs: Sequence[Log]) -> Iterator[Plot]:
+    epochs = any(log.epochs for log in logs)
+    names = ", ".join(log.run.name for log in logs)
+    if epochs:
+        yield _errors(logs, names)
+        yield _curve(
+            "loss",
+            logs,
+            "loss, nats",
+            "epochs",
+            lambda log: _of(log.epochs, "loss"),
+            lambda log: _of_validation(log, "loss"),
+        )
+        yield _curve(
+            "images_seen",
+            logs,
+            "top-1 error, %",
+            "images seen, millions",
+            lambda log: (
+                np.array([r["step"] * log.batch_size / 1e6 for r in log.epochs]),
+                _of(log.epochs, "top1_error")[1],
+            ),
+            lambda log: (
+                np.array([r["step"] * log.batch_size / 1e6 for r in log.evaluated]),
+                _of_validation(log, "top1_error")[1],
+            ),
+        )
+    yield _curve(
+        "learning_rate",
+        logs,
+        "learning rate",
+        "steps",
+        lambda log: _of(log.steps or log.epochs, "lr", "step"),
+        log_scale=True,
+    )
+    if any(log.steps for log in logs):
+        yield _curve("speed", logs, "images/s", "steps", lambda log: _of(log.steps, "images_per_second", "step"))
+        yield _curve("data_wait", logs, "waiting for data, % of a step", "steps", _waiting)
+
+
+Points = tuple[NDArray[np.float64], NDArray[np.float64]]
+
+
+def _of(records: Sequence[dict[str, Any]], name: str, along: str = "epoch") -> Points:
+    """Values by epoch, counted from 1, or by step."""
+    first = 1 if along == "epoch" else 0
+    return np.array([record[along] + first for record in records], float), np.array(
+        [record[name] for record in records], float
+    )
+
+
+def _of_validation(log: Log, name: str) -> Points:
+    return np.array([r["epoch"] + 1 for r in log.evaluated], float), np.array(
+        [r["val"][name] for r in log.evaluated], float
+    )
+
+
+def _waiting(log: Log) -> Points:
+    steps, wait = _of(log.steps, "data_wait_ms", "step")
+    return steps, 100 * wait / np.maximum(1e-9, wait + _of(log.steps, "step_ms", "step")[1])
+
+
+def _errors(logs: Sequence[Log], names: str) -> Plot:
+    """Top-1 and top-5 against epochs, training dashed, the best epoch marked."""
+
+    def draw(figure: Any) -> None:
+        for axes, which in zip(figure.subplots(1, 2), ("top1_error", "top5_error"), strict=True):
+            for n, log in enumerate(logs):
+                colour = LINES[n % len(LINES)]
+                axes.plot(
+                    *_of(log.epochs, which),
+                    color=colour,
+                    linestyle="--",
+                    linewidth=1,
+                    label=f"{log.run.name}, training",
+                )
+                axes.plot(*_of_validation(log, which), color=colour, linewidth=1.8, label=f"{log.run.name}, validation")
+                if log.best is not None:
+                    axes.plot(
+                        log.best["epoch"] + 1, log.best["val"][which], "o", color=colour, markersize=7, fillstyle="none"
+                    )
+            axes.set(
+                xlabel="epochs", ylabel=f"{'top-1' if which == 'top1_error' else 'top-5'} error, %", ylim=(0, None)
+            )
+        figure.axes[0].legend()
+
+    best = "; ".join(
+        f"{log.run.name} {log.best['val']['top1_error']:.2f} % after epoch {log.best['epoch'] + 1}"
+        for log in logs
+        if log.best
+    )
+    words = (
+        f"Errors by epoch of {names}, training dashed. Lowest validation error (circle): {best or 'none was measured'}."
+    )
+    return plot("errors", words, words, draw, (9.6, 3.8))
+
+
+def _curve(
+    name: str,
+    logs: Sequence[Log],
+    what: str,
+    along: str,
+    points: Callable[[Log], Points],
+    validation: Callable[[Log], Points] | None = None,
+    log_scale: bool = False,
+) -> Plot:
+    def draw(figure: Any) -> None:
+        axes = figure.subplots()
+        for n, log in enumerate(logs):
+            colour = LINES[n % len(LINES)]
+            for get, words, style in (
+                (points, "training", "--" if validation else STYLES[n % len(STYLES)]),
+                (validation, "validation", "-"),
+            ):
+                if get is not None:
+                    x, y = get(log)
+                    shown = thinned(x)
+                    label = f"{log.run.name}, {words}" if validation else log.run.name
+                    axes.plot(x[shown], y[shown], color=colour, linestyle=style, label=label)
+        axes.set(xlabel=along, ylabel=what)
+        if log_scale and all((points(log)[1] > 0).all() for log in logs):
+            axes.set_yscale("log")
+        else:
+            axes.set_ylim(0, None)
+        axes.legend()
+
+    words = f"{what[0].upper()}{what[1:]} against {along}: {', '.join(log.run.name for log in logs)}."
+    return plot(name, words, words, draw, (4.7, 3.4))
+
+
+def _predictions(run: Path) -> list[Block]:
+    document, table = newest_predictions(run)
+    known = table.labels >= 0
+    where = f"{len(table):,} images of {document['split']!r}, {document['views']} view{'s' if document['views'] == 'ten' else ''}"
+    if not known.any():
+        return [Words(f"Of {where} none has a label: there is nothing to compare with.")]
+    error = f"top-1 error {document['top1_error']:.2f} %, top-5 error {document['top5_error']:.2f} %"
+    blocks: list[Block] = [Words(f"{run.name} after step {document['step']}, {where}: {error}.")]
+    wrong = known & (table.best[:, 0] != table.labels)
+    blocks += _confusions(table, known, wrong)
+    return [*blocks, *_worst(table, document)]
+
+
+def _confusions(table: PredictionTable, known: NDArray[np.bool_], wrong: NDArray[np.bool_]) -> list[Block]:
+    names, count = table.classes, len(table.classes)
+    labels, guesses = table.labels[known], table.best[known, 0].astype(np.int64)
+    images = np.bincount(labels, minlength=count)
+    failed = np.bincount(table.labels[wrong], minlength=count)
+    rows: list[list[Any]] = [
+        [n, names[n], int(images[n]), 100 * float(failed[n]) / int(images[n])] for n in range(count) if images[n]
+    ]
+    rows.sort(key=lambda row: -row[3])
+    blocks: list[Block] = [
+        Table("Classes by error: the worst first", ["label", "class", "images", "top-1 error, %"], rows, search=True)
+    ]
+    pairs, times = np.unique(table.labels[wrong] * count + table.best[wrong, 0], return_counts=True)
+    order = np.argsort(-times, kind="stable")[:50]
+    taken = [
+        [names[true], names[guess], int(n), int(images[true])]
+        for true, guess, n in zip(*np.divmod(pairs[order], count), times[order], strict=True)
+    ]
+    blocks.append(Table("Most often taken for another class", ["class", "taken for", "times", "of images"], taken))
+    if count <= _MOST_CLASSES:
+        matrix = np.zeros((count, count))
+        np.add.at(matrix, (labels, guesses), 1)
+        shares = 100 * matrix / np.maximum(1, matrix.sum(axis=1, keepdims=True))
+
+        def draw(figure: Any) -> None:
+            axes = figure.subplots()
+            drawn = axes.imshow(shares, vmin=0, vmax=100, cmap="viridis", interpolation="nearest")
+            small = 8 if count <= 30 else 5
+            axes.set_xticks(range(count), names, rotation=90, fontsize=small)
+            axes.set_yticks(range(count), names, fontsize=small)
+            axes.set(xlabel="best guess", ylabel="label")
+            axes.grid(False)
+            figure.colorbar(drawn, label="% of the class")
+
+        words = f"Confusion matrix of {count} classes: a row is a label, a column a best guess, in % of the row."
+        side = 4.5 if count <= 12 else 6.8
+        blocks.append(plot("confusion", words, words, draw, (side + 1, side)))
+    return blocks
+
+
+def _worst(table: PredictionTable, document: dict[str, Any]) -> list[Block]:
+    """Images whose label is given the least: often it is the label that is wrong."""
+    given = np.where(table.labels >= 0, table.label_probabilities, np.inf)
+    order = [n for n in np.argsort(given, kind="stable")[:WORST].tolist() if table.labels[n] >= 0]
+    rows = [
+        [
+            rank,
+            table.keys[n],
+            table.sources[n],
+            table.classes[table.labels[n]],
+            float(given[n]),
+            table.classes[table.best[n, 0]],
+            float(table.probabilities[n, 0]),
+        ]
+        for rank, n in enumerate(order, 1)
+    ]
+    columns = ["rank", "key", "source", "label", "its probability", "best guess", "probability"]
+    formats = {"its probability": ".3g", "probability": ".4f"}
+    caption = f"Worst predicted images: the {len(rows)} whose label is given the least; often the label is wrong"
+    blocks: list[Block] = [Table(caption, columns, rows, search=True, formats=formats)]
+    data = Path(document["data"])
+    samples = Samples(data, document["split"])
+    if len(samples) != len(table) or not np.array_equal(read_index(data, document["split"])["label"], table.labels):
+        raise AlexprepError(
+            f"{data} has changed since the predictions were made: make them again with `alexprep eval --predictions`"
+        )
+    sheet = []
+    for at in range(0, min(_SHOWN, len(order)), _PER_ROW):
+        part = order[at : at + _PER_ROW]
+        sheet.append(
+            SheetRow(f"{at + 1} to {at + len(part)}", "", [[cell_of(samples.encoded(n).tobytes()) for n in part]])
+        )
+    words = f"The {min(_SHOWN, len(order))} worst predicted images, in the order of the table."
+    return [Picture("worst", words, words, np.asarray(lay_out([document["split"]], sheet))), *blocks]

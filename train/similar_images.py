@@ -1,0 +1,147 @@
+"""Finds the images of a split that are nearest to a photo, by the distance between what one layer of a network gives for them.
+
+The distance is Euclidean, as for figure 4 of the paper; scikit-learn searches all rows, so the neighbours are exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from alexprep.shards.contact_sheet import SheetRow, cell_of, lay_out, photo_cells
+from alexprep.shards.dataset_format import read_dataset, read_index
+from alexprep.shards.errors import AlexprepError, whole_number
+from alexprep.shards.photos import Photo, find_photos
+from alexprep.shards.sample_reader import Samples
+from alexprep.shards.worker_pool import Engine
+from alexprep.train.classifier import Classifier, PhotoPlace
+from alexprep.train.evaluation import sample_names
+from alexprep.train.layer_outputs import LayerOutputs, outputs_of
+from alexprep.train.training_state import weights_digest
+
+_ROWS, _COLUMNS = 100, 12  # of a contact sheet
+_SPARE = 16  # more rows than wanted, whose order the exact distances decide
+
+
+class Neighbour(NamedTuple):
+    """An image of the split: its row in the index, key, source, label (-1 for none) and distance."""
+
+    row: int
+    key: str
+    source: str
+    label: int
+    distance: float
+
+
+@dataclass(frozen=True)
+class Similar:
+    """What was found: for each photo that can be decoded its neighbours, nearest first; and why each of the others cannot."""
+
+    neighbours: dict[str, list[Neighbour]]
+    classes: list[str]
+    data: Path
+    split: str
+    photos: list[Photo]  # those that have neighbours, in this order
+    refused: list[tuple[str, str]] = field(default_factory=list)
+
+    def as_json(self) -> list[dict[str, Any]]:
+        """For `--json`: a photo's name and its neighbours, each with key, source, label, class and distance."""
+        return [
+            {
+                "key": name,
+                "neighbours": [
+                    one._asdict() | {"class": self.classes[one.label] if one.label >= 0 else None} for one in found
+                ],
+            }
+            for name, found in self.neighbours.items()
+        ]
+
+
+def find_similar(
+    classifier: Classifier,
+    outputs: LayerOutputs,
+    photos: Iterable[PhotoPlace],
+    count: int = 10,
+    engine: Engine | None = None,
+) -> Similar:
+    """Finds the `count` images nearest to each photo among those that `outputs` has.
+
+    Args:
+        classifier: with the checkpoint that gave the outputs.
+        outputs: what `write_outputs` wrote of a split.
+        photos: what `Classifier.predict` takes.
+        count: neighbours a photo.
+        engine: converts the photos, as `Classifier.predict` has it.
+
+    Raises:
+        AlexprepError: the outputs are of other weights or of other data; scikit-learn is not installed; a photo does not exist.
+    """
+    facts, data = outputs.facts, classifier.data
+    whole_number("count", count, 1, facts["images"])
+    again = f"make them with `alexprep features {classifier.net.name}`"
+    if facts["weights_sha256"] != weights_digest(classifier.net.network.state_dict()):
+        raise AlexprepError(f"{outputs.path} is of other weights than {classifier.net.name}: {again}")
+    dataset = read_dataset(data)
+    if facts["data_digest"] != dataset["digest"]:
+        raise AlexprepError(f"{outputs.path} is of another dataset than {data}: {again}")
+    listed = find_photos(photos)
+    refused: dict[int, str] = {}
+    vectors: dict[int, NDArray[np.float32]] = {}
+    for numbers, views in classifier.views_of(listed, engine, refused):
+        found = outputs_of(classifier.net.network, facts["layer"], views, classifier.precision, classifier.batch)
+        vectors |= dict(zip(numbers, found.flatten(1).cpu().numpy(), strict=True))
+    chosen = sorted(vectors)
+    left_out = [(listed[number].name, reason) for number, reason in sorted(refused.items())]
+    if not chosen:
+        return Similar({}, dataset["classes"], data, facts["split"], [], left_out)
+    distances, rows = nearest(outputs.array(), np.stack([vectors[number] for number in chosen]), count)
+    keys, sources = sample_names(data, facts["split"])
+    labels = read_index(data, facts["split"])["label"]
+    neighbours = {
+        listed[number].name: [
+            Neighbour(row, keys[row], sources[row], int(labels[row]), distance)
+            for row, distance in zip(near.tolist(), far.tolist(), strict=True)
+        ]
+        for number, near, far in zip(chosen, rows, distances, strict=True)
+    }
+    seen = [listed[number] for number in chosen]
+    return Similar(neighbours, dataset["classes"], data, facts["split"], seen, left_out)
+
+
+def draw_similar(found: Similar, engine: Engine | None = None) -> Image.Image:
+    """Draws a contact sheet: a row a photo, at most 100, with its neighbours, nearest first, at most 12."""
+    samples = Samples(found.data, found.split)
+    photos = found.photos[:_ROWS]
+    rows = []
+    for cell, (name, near) in zip(photo_cells(photos, engine), found.neighbours.items(), strict=False):
+        shown = near[:_COLUMNS]
+        names = [found.classes[one.label] if one.label >= 0 else "no label" for one in shown]
+        nearest_cells = [cell_of(samples.encoded(one.row).tobytes()) for one in shown]
+        rows.append(SheetRow(Path(name).name, ", ".join(dict.fromkeys(names)), [[cell], nearest_cells]))
+    return lay_out(["photo", f"nearest in {found.split}"], rows)
+
+
+def nearest(
+    outputs_ND: NDArray[np.float32], queries_QD: NDArray[np.float32], count: int
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """The Euclidean distances to the nearest rows and their numbers, both (Q, count), nearest first.
+
+    Raises AlexprepError where scikit-learn is not installed.
+    """
+    try:
+        from sklearn.neighbors import NearestNeighbors
+    except ImportError as error:
+        raise AlexprepError(f'similar images need scikit-learn ({error}): pip install "alexprep[report]"') from None
+    search = NearestNeighbors(n_neighbors=min(count + _SPARE, len(outputs_ND)), algorithm="brute", metric="euclidean")
+    rows_QM: NDArray[np.int64] = search.fit(outputs_ND).kneighbors(queries_QD, return_distance=False)
+    # It multiplies matrices in float32, which leaves small distances inexact: those of the nearest are measured once more.
+    found = outputs_ND[rows_QM].astype(np.float64) - queries_QD[:, None].astype(np.float64)
+    distances_QM = np.sqrt((found * found).sum(axis=2))
+    order = np.lexsort((rows_QM, distances_QM))[:, :count]
+    return np.take_along_axis(distances_QM, order, axis=1), np.take_along_axis(rows_QM, order, axis=1)
