@@ -123,6 +123,7 @@ def shard(
     rows += [(f"  {count:,}", reason) for reason, count in done.rejected.most_common(10)]
     rows += [("written though damaged", f"{done.damaged.total():,}")] if done.damaged else []
     rows += [(f"  {count:,}", reason) for reason, count in done.damaged.most_common(10)]
+    rows += [("warning", sentence) for sentence in done.warnings]
     rows += [*passed_over_rows(done.passed_over, found.files.display()), ("shards", decimal(done.bytes))]
     made, rate = done.made_inputs, done.made_inputs / done.seconds
     rows += [("this run", f"{made:,} inputs in {done.seconds:.1f} s, {rate:,.0f}/s" if made else "nothing was missing")]
@@ -139,7 +140,7 @@ def shard(
             "reasons": dict(done.rejected),
             "damaged": dict(done.damaged),
             "passed_over": {rule: asdict(passed) for rule, passed in done.passed_over.items()},
-            "warnings": seen[0].warnings,
+            "warnings": [*seen[0].warnings, *done.warnings],
             "kept": done.kept,
             "bytes": done.bytes,
             "converted_in_this_run": made,

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 
 import click
 
-from alexprep.cli.options import data_folder, engine_options, json_option
+from alexprep.cli.options import data_folder, engine_options, json_option, on_command_line, source_options
 
 if TYPE_CHECKING:
+    from alexprep.shards.listing import ClassNames
+    from alexprep.shards.sources.base import Choices
     from alexprep.shards.verification import Problem
     from alexprep.shards.worker_pool import Engine
 
@@ -22,13 +24,23 @@ _SHOWN = 20
 @data_folder
 @click.option("--decode", is_flag=True, help="Also decode every image.")
 @click.option("--repair", "repair_source", metavar="SOURCE", help="Make damaged shards again from SOURCE.")
+@source_options
 @engine_options
 @json_option
-def verify(data: Path, decode: bool, repair_source: str | None, engine: Engine, as_json: bool) -> None:
+def verify(
+    data: Path,
+    decode: bool,
+    repair_source: str | None,
+    layout: str | None,
+    choices: Choices,
+    class_names: ClassNames | None,
+    engine: Engine,
+    as_json: bool,
+) -> None:
     """Check DATA against its plan and the checksums that were recorded when it was written.
 
     Finds changed bits, cuts, missing, swapped, doubled and foreign files, stale indexes and edited labels, and names the
-    shard and the member. Exit status: 0 all is sound, 3 something is damaged, 1 it could not be checked.
+    shard and the member. SOURCE is read as DATA records it was; the options that say what it is go before. Exit status: 0 all is sound, 3 something is damaged, 1 it could not be checked.
 
     \b
     Example: alexprep verify /data/imagenet-256 --repair /imagenet
@@ -39,6 +51,11 @@ def verify(data: Path, decode: bool, repair_source: str | None, engine: Engine, 
     from alexprep.shards.verification import repair, source_of
     from alexprep.shards.verification import verify as check
 
+    given = [
+        name for name in ("layout", "split_folders", "class_depth", "columns", "class_names") if on_command_line(name)
+    ]
+    if given and repair_source is None:
+        raise click.UsageError(f"--{given[0].replace('_', '-')} says what SOURCE is: it needs --repair SOURCE.")
     checking = functools.partial(output.progress, "verifying", "images" if decode else "shards")
     with checking() as show:
         found = check(data, engine, decode, show)
@@ -46,7 +63,8 @@ def verify(data: Path, decode: bool, repair_source: str | None, engine: Engine, 
     if problems and repair_source is not None:
         _show(problems)
         with output.progress("repairing") as show:
-            repaired = repair(data, source_of(data, repair_source), problems, engine, show).made_inputs
+            source = source_of(data, repair_source, layout, choices)
+            repaired = repair(data, source, problems, engine, show, class_names).made_inputs
         with checking() as show:
             found = check(data, engine, decode, show)
     _show(found.problems)

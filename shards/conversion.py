@@ -42,6 +42,7 @@ from alexprep.shards.plan import (
     differences,
     draw_up,
     locations,
+    numbered_as_begun,
     publish_table,
 )
 from alexprep.shards.shard_writer import MakeCodec, ShardWriter, bound_memory, check_device, open_codec, shared_codec
@@ -82,7 +83,8 @@ class Report:
     Of the `inputs` of the plan `written` are images in shards (`samples` by split, `bytes` in all tars), `kept` of these with the
     source's own bytes. `rejected` says how often each reason occurred; the numbers in reasons are replaced by "N". `damaged` says the
     same of images that were written for all that (`--on-damaged keep`). `passed_over` says how many files each rule passed over, and the
-    first names. `made_inputs` is what this run converted, in `seconds`.
+    first names. `made_inputs` is what this run converted, in `seconds`. `warnings` are sentences about what came of it, such as classes of
+    which every picture was rejected.
     """
 
     folder: Path
@@ -96,6 +98,7 @@ class Report:
     seconds: float
     samples: dict[str, int]
     damaged: Counter[str]
+    warnings: list[str]
 
 
 def convert(
@@ -163,7 +166,16 @@ def convert(
         _publish(manifest)
     samples, seconds = manifest.samples, time.monotonic() - started
     written, reasons = sum(samples.values()), manifest.reasons
-    done = (plan.passed_over, manifest.kept, manifest.tar_bytes, total, seconds, samples, manifest.damaged)
+    done = (
+        plan.passed_over,
+        manifest.kept,
+        manifest.tar_bytes,
+        total,
+        seconds,
+        samples,
+        manifest.damaged,
+        manifest.warnings,
+    )
     return Report(folder, plan.inputs, written, reasons, *done)
 
 
@@ -195,6 +207,8 @@ def make_plan(
     """
     check_apart(source, folder)
     listing = list_inputs(source, options.labels, options.class_names)
+    if (folder / PLAN).exists():
+        listing = numbered_as_begun(listing, options.labels, read_json(folder / PLAN, "use a new --out"))
     announce(listing)
     return publish_plan(folder, *draw_up(listing, options))
 
@@ -358,7 +372,7 @@ def _bytes_used(
 
 @dataclass(frozen=True)
 class RejectLimit:
-    """How many inputs may be rejected: `words` as the user gave it, `count` of them; or only of those that are no pictures."""
+    """How many inputs may be rejected: `words` as the user gave it, or the default, `count` of them; or only of those that are no pictures."""
 
     words: str
     count: int
@@ -383,7 +397,8 @@ class RejectLimit:
             raise AlexprepError(
                 f"--max-rejects {text} is neither a number of inputs, such as 100, nor a share of them from 0% to 100%, such as 2.5%"
             )
-        return cls(text, int(Fraction(share[1]) * inputs / 100), given is not None)
+        words = f"{text} (the default)" if given is None else text
+        return cls(words, int(Fraction(share[1]) * inputs / 100), given is not None)
 
     def allows(self, rejects: Rejects) -> bool:
         """Whether so many may be rejected."""

@@ -11,7 +11,7 @@ import itertools
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -103,6 +103,13 @@ def list_inputs(source: Source, labels: str | Sequence[str] = AUTO, class_names:
     listing = Listing(source, splits, names, classes, digest, account)
     account.warnings += _warnings(listing)
     return listing
+
+
+def renumbered(listing: Listing, classes: list[str]) -> Listing:
+    """The same inputs with the same classes by other labels, and the warnings of that numbering in place of the former."""
+    again, former = replace(listing, classes=classes), _warnings(listing)
+    kept = [sentence for sentence in listing.account.warnings if sentence not in former]
+    return replace(again, account=replace(listing.account, warnings=kept + _warnings(again)))
 
 
 def class_order(rule: str | Sequence[str], present: set[str], source: Source) -> list[str]:

@@ -29,7 +29,7 @@ from alexprep.shards.dataset_format import (
     read_json,
     sample_key,
 )
-from alexprep.shards.errors import AlexprepError
+from alexprep.shards.errors import AlexprepError, counted
 from alexprep.shards.image_header import general_reason
 from alexprep.shards.plan import Plan, Shard, locations
 from alexprep.shards.storage import json_bytes, publish_bytes, publish_first
@@ -136,6 +136,8 @@ class Manifest:
         self.rejects = Rejects(0, 0)
         self.kept = 0  # images whose bytes are the source's own
         splits = plan.document["splits"]
+        # Pictures planned and written, by split and label: (2, classes).
+        self._pictures = {split: np.zeros((2, len(plan.document["classes"])), np.int64) for split in splits}
         self._records: dict[str, list[dict[str, Any]]] = {split: [] for split in splits}
         self._indexes: dict[str, list[NDArray[Any]]] = {split: [] for split in splits}
         self._ledgers: dict[str, list[pa.Table]] = {split: [] for split in splits}
@@ -144,6 +146,11 @@ class Manifest:
         """Takes in a finished shard, given its rows of plan.parquet; a damaged sidecar raises KeyError, TypeError or ValueError."""
         self._ledgers[shard.split].append(_ledger(shard, planned, sidecar))
         self._indexes[shard.split].append(_index(shard, sidecar))
+        labels, pictures = planned["label"].to_numpy(), self._pictures[shard.split]
+        known = (labels >= 0) & (labels < pictures.shape[1])
+        written = np.array([entry["status"] == "written" for entry in sidecar["inputs"]], bool)
+        for row, which in enumerate((known, known & written)):
+            np.add.at(pictures[row], labels[which], 1)
         self.rejects = Rejects(*map(sum, zip(self.rejects, rejects_in(sidecar), strict=True)))
         for entry in sidecar["inputs"]:
             if "reason" in entry:
@@ -154,6 +161,19 @@ class Manifest:
             self._records[shard.split].append(
                 {"name": shard.name} | {key: sidecar[key] for key in ("samples", "bytes", "sha256")}
             )
+
+    @property
+    def warnings(self) -> list[str]:
+        """A sentence for each split in which classes are left without a picture, since all of theirs were rejected."""
+        words, classes = [], self.plan.document["classes"]
+        for split, (planned, written) in self._pictures.items():
+            lost = np.flatnonzero((planned > 0) & (written == 0))
+            if lost.size:
+                words.append(
+                    f"no picture left in {split}: {lost.size:,} of {counted(len(classes), 'class')}, such as {classes[lost[0]]!r}; all of "
+                    "theirs were rejected"
+                )
+        return words
 
     @property
     def samples(self) -> dict[str, int]:

@@ -37,9 +37,19 @@ from alexprep.shards.dataset_format import (
 )
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.image_codec import Target
-from alexprep.shards.listing import AUTO, ILSVRC_ID, PLACE, SORTED, ClassNames, Listing
+from alexprep.shards.listing import AUTO, ILSVRC_ID, PLACE, SORTED, ClassNames, Listing, renumbered
 from alexprep.shards.resample import FILTERS
-from alexprep.shards.sources.base import LIMITED, NO_CHOICES, Account, Location, PassedOver, Source, as_json
+from alexprep.shards.sources.base import (
+    LIMITED,
+    NO_CHOICES,
+    Account,
+    Location,
+    PassedOver,
+    Source,
+    as_json,
+    as_options,
+    choices_of,
+)
 from alexprep.shards.storage import digest_json, is_local, published
 
 LISTED = "listed"  # what a plan says of labels whose order was given class by class
@@ -48,6 +58,8 @@ LISTED = "listed"  # what a plan says of labels whose order was given class by c
 SHARD_SAMPLES = 1024
 _MANY, _FEW = 16, 64
 _DECIDES_BYTES, _ON_A_GPU = ("alexprep", "nvimgcodec", "pillow", "simplejpeg"), ("nvjpeg", "torch")
+REJECT = "reject"  # the default of --on-damaged
+_TAKEN_OVER = ("account", "choices")  # of a plan that is gone on with, without a comparison
 _SPLIT_STREAM = {"train": 0, "val": 1, "test": 2}
 _WANTED, _TRIED = 3, 16  # files whose sizes machines compare; inputs that are looked at for them
 _TABLE = pa.schema(
@@ -221,7 +233,7 @@ def _recorded(options: ShardOptions) -> dict[str, Any]:
     return {
         **asdict(options.target),
         # Nothing where it says nothing: releases that did not know it go on.
-        "on_damaged": None if options.target.on_damaged == "reject" else options.target.on_damaged,
+        "on_damaged": None if options.target.on_damaged == REJECT else options.target.on_damaged,
         "seed": options.seed,
         "labels": labels,
         "limit": options.limit,
@@ -237,6 +249,21 @@ def stated(options: Mapping[str, Any]) -> dict[str, Any]:
     return {
         name: value for name, value in options.items() if (value != DEFAULTS[name] if name in DEFAULTS else bool(value))
     }
+
+
+def _meaning(options: Mapping[str, Any]) -> dict[str, Any]:
+    """What is stated, without what says no more than its default: a plan without --class-names has no names that are alike,
+    or is of a release to which each name was a class."""
+    return {name: value for name, value in stated(options).items() if (name, value) != ("class_names", "exact")}
+
+
+def _shown(name: str, value: Any) -> str:
+    """The value of an option for messages; of one that says nothing what that means."""
+    if name == "on_damaged":
+        return str(value or REJECT)
+    if value is None or isinstance(value, bool):
+        return "given" if value else "not given"
+    return str(value)
 
 
 def options_of(document: Mapping[str, Any]) -> ShardOptions:
@@ -255,22 +282,37 @@ def options_of(document: Mapping[str, Any]) -> ShardOptions:
 def as_written(document: dict[str, Any], earlier: Mapping[str, Any]) -> dict[str, Any]:
     """A plan's `document` as an `earlier` one writes it, where they mean the same: then the two are equal."""
     options, made_by, now = earlier.get("options", {}), earlier.get("versions", {}), document["versions"]
-    if stated(options) == stated(document["options"]):
+    if _meaning(options) == _meaning(document["options"]):
         document = document | {"options": options}
     if all(interchangeable(name, made_by.get(name), now.get(name)) for name in made_by | now):
         document = document | {"versions": made_by}
-    # What lies beside the inputs may change: the account is that of the day when the plan was drawn up.
-    document = {key: value for key, value in document.items() if key != "account"}
-    return document | {key: earlier[key] for key in ("account",) if key in earlier}
+    # What lies beside the inputs may change, and another choice may lead to the same reading: what counts are inputs and classes.
+    document = {key: value for key, value in document.items() if key not in _TAKEN_OVER}
+    return document | {key: earlier[key] for key in _TAKEN_OVER if key in earlier}
+
+
+def numbered_as_begun(listing: Listing, labels: str | tuple[str, ...], earlier: Mapping[str, Any]) -> Listing:
+    """A listing with its classes in the order of the `earlier` plan, where a release that had no account drew that up.
+
+    Such a release numbered class folders by their bytes, this one numbers numbers in their order. Only where `labels` is "auto" and the
+    classes are the same; otherwise the listing as it is.
+    """
+    known = earlier.get("classes")
+    if labels != AUTO or "account" in earlier or not isinstance(known, list):
+        return listing
+    same = all(isinstance(name, str) for name in known) and sorted(known) == sorted(listing.classes)
+    return renumbered(listing, known) if same and known != listing.classes else listing
 
 
 def differences(old: Mapping[str, Any], new: dict[str, Any]) -> list[str]:
     """What keeps a plan's document `new` from going on with `old`, in words."""
     before, now = (
-        DEFAULTS | stated(plan.get("options", {})) | {"shard-samples": plan.get("shard_samples")} for plan in (old, new)
+        DEFAULTS | _meaning(plan.get("options", {})) | {"shard_samples": plan.get("shard_samples")}
+        for plan in (old, new)
     )
     words = [
-        f"--{name} was {value}, " + (f"now is {now[name]}" if name in now else "which this alexprep does not know")
+        f"--{name.replace('_', '-')} was {_shown(name, value)}, "
+        + (f"now is {_shown(name, now[name])}" if name in now else "which this alexprep does not know")
         for name, value in before.items()
         if value != now.get(name)
     ]
@@ -279,6 +321,11 @@ def differences(old: Mapping[str, Any], new: dict[str, Any]) -> list[str]:
             words.append(f"{name} was {earlier}, now is {version}")
     if old.get("inputs") != new["inputs"]:
         counts = [sum(split["inputs"] for split in plan.get("splits", {}).values()) for plan in (old, new)]
+        then, chosen = (as_options(choices_of(plan.get("choices", {}))) for plan in (old, new))
+        if then != chosen:  # by which other files are inputs, or have other classes
+            words.append(
+                f"SOURCE was read {f'with {then}' if then else 'as found'}, now {f'with {chosen}' if chosen else 'as found'}"
+            )
         words.append(f"the files in SOURCE have changed ({counts[0]:,} inputs then, {counts[1]:,} now)")
     windows = [
         {split: record.get("window_inputs") for split, record in plan.get("splits", {}).items()} for plan in (old, new)

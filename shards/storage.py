@@ -364,21 +364,6 @@ class Files(ABC):
         """The names of the folders in a folder, as `entries` gives them."""
         return [entry.name for entry in self.entries(folder) if entry.is_folder]
 
-    def walk(self, folder: bytes) -> Iterator[bytes]:
-        """The files below a folder at any depth, ascending, as paths from the root; hidden names are left out.
-
-        Links to folders are not followed, since they may form loops. A folder that cannot be listed is an error; fsspec's
-        own walk passes it over.
-        """
-        found: list[bytes] = []
-        pending = [folder]
-        while pending:
-            here = pending.pop()
-            for name, is_folder in self.listed(here, links=False):
-                if is_folder is not None and not name.startswith(b"."):
-                    (pending if is_folder else found).append(os.path.join(here, name))
-        yield from sorted(found)
-
     @abstractmethod
     def listed(self, folder: bytes, *, links: bool) -> Iterable[tuple[bytes, bool | None]]:
         """Each name in a folder, hidden ones too, in no order, and whether it is a folder's.

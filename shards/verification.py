@@ -15,7 +15,7 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,7 +42,7 @@ from alexprep.shards.dataset_format import (
 )
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.image_codec import read_raw, shared_decoder
-from alexprep.shards.listing import list_inputs
+from alexprep.shards.listing import ClassNames, list_inputs
 from alexprep.shards.manifest import Manifest, Sidecar, input_record, sidecar_of
 from alexprep.shards.plan import (
     Plan,
@@ -52,11 +52,12 @@ from alexprep.shards.plan import (
     as_written,
     differences,
     draw_up,
+    numbered_as_begun,
     options_of,
     shared_table,
 )
 from alexprep.shards.sources import LAYOUTS
-from alexprep.shards.sources.base import SPLITS, Source, choices_of
+from alexprep.shards.sources.base import NO_CHOICES, SPLITS, Choices, Source, as_json, choices_of
 from alexprep.shards.sources.layout_detection import find_source
 from alexprep.shards.storage import content, digest_json, file_sha256, folder_at, is_temporary, json_bytes, trouble
 from alexprep.shards.tar_format import BLOCK, WrittenMember, dali_index, member_header, padded
@@ -136,15 +137,22 @@ def verify(
     return Verdict(folder, len(shards), samples, size, problems, time.monotonic() - started)
 
 
-def source_of(data: Path | str, place: str) -> Source:
-    """The source at a path or URL, read as it was when the dataset in `data` was begun: by the same layout and choices."""
+def source_of(data: Path | str, place: str, layout: str | None = None, choices: Choices = NO_CHOICES) -> Source:
+    """The source at a path or URL, read as it was when the dataset in `data` was begun: by the same layout and choices.
+
+    A `layout` and `choices` that are given go before what is recorded. A dataset of an earlier release, which looked otherwise, may
+    need them; whether they give its plan, `repair` sees.
+    """
     folder = folder_at(data)
     for name in (PLAN, DATASET):
         document = _parsed(content(folder / name)[0])
-        layout = document.get("layout") or document.get("source", {}).get("layout")
-        if layout in LAYOUTS:
-            return find_source(place, layout, choices_of(document.get("choices", {})))
-    return find_source(place)
+        recorded = document.get("layout") or document.get("source", {}).get("layout")
+        if recorded in LAYOUTS:
+            if layout in (None, recorded):
+                known = as_json(choices_of(document.get("choices", {})))
+                choices = choices_of(known | as_json(choices))
+            return find_source(place, layout or recorded, choices)
+    return find_source(place, layout, choices)
 
 
 def repair(
@@ -153,11 +161,13 @@ def repair(
     problems: Sequence[Problem],
     engine: Engine | int,
     progress: Progress = lambda finished, total: None,
+    class_names: ClassNames | None = None,
 ) -> Report:
     """Makes exactly the damaged shards again, by the same plan, and whatever describes the whole.
 
     Files that belong to nothing are left alone, and so are statistics: `alexprep pca-stats` makes them. `source` is what the dataset
-    was made from, `problems` what `verify` found; `engine` and `progress` are as in `convert`.
+    was made from, `problems` what `verify` found; `engine` and `progress` are as in `convert`. `class_names`, as `ShardOptions` has it,
+    goes before what is recorded.
 
     Raises:
         AlexprepError: the source does not give the plan of the dataset (nothing is touched then), or other bytes for a damaged
@@ -166,7 +176,9 @@ def repair(
     folder, damaged = folder_at(folder), {problem.file for problem in problems}
     options, trusted = _options(folder)
     check_apart(source, folder)
-    document, tables = draw_up(list_inputs(source, options.labels, options.class_names), options)
+    options = replace(options, class_names=class_names or options.class_names)
+    listing = list_inputs(source, options.labels, options.class_names)
+    document, tables = draw_up(numbered_as_begun(listing, options.labels, trusted), options)
     document = as_written(document, trusted)
     _check_same_plan(folder, document, source)
     if PLAN in damaged:

@@ -104,7 +104,7 @@ def test_other_options_and_inputs_are_refused_and_named(photos: Path, data: Path
     for options, words in (
         (replace(OPTIONS, target=Target(size=64, quality=90)), "--quality was 95, now is 90"),
         (replace(OPTIONS, shard_samples=8), "--shard-samples was 7, now is 8"),
-        (replace(OPTIONS, limit=3), "--limit was None, now is 3"),
+        (replace(OPTIONS, limit=3), "--limit was not given, now is 3"),
     ):
         with pytest.raises(AlexprepError, match=words):
             convert(photos, data, options, ENGINE)

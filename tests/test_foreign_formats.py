@@ -25,7 +25,7 @@ import torch
 
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.sources.foreign_formats import _masked_crc32c
-from alexprep.shards.sources.labels import LABEL_NAMES
+from alexprep.shards.sources.labels import LABEL_COLUMNS
 from alexprep.shards.sources.layout_detection import find_source
 from tests.source_checks import fails, found, listed
 
@@ -210,13 +210,13 @@ def test_tables_say_what_was_seen(photos: Path, tmp_path: Path) -> None:
     for n in range(2):
         shutil.copy(photos / "train/class0/000.JPEG", tmp_path / f"train/x{n}.jpg")
     cases = {
-        b"id,breed\nx0,pug\n": "line 1: no column for the label among 'id', 'breed': name it label, cls, class",
+        b"id,breed\nx0,pug\n": "line 1: no column for the label among 'id', 'breed': name it label, class, wnid",
         b"name,breed\nx1.jpg,pug\n": "line 1: the column 'name' has the names of pictures, as 'x1.jpg', which is train/x1.jpg: say so, and "
         "which column has their labels, with --columns path=name,label=NAME",
         b"where,breed\ntrain/x1.jpg,pug\n": "line 1: the column 'where' has the names of pictures, as 'train/x1.jpg'",
         b"key,breed\ny0,pug\n": "no column for the path among 'key', 'breed': name it path, file,",
         b"key,breed\n": "no column for the path among 'key', 'breed'",
-        b"path,breed\nx0,pug\n": f"no column for the label among 'path', 'breed': name it {', '.join(LABEL_NAMES[:3])}",
+        b"path,breed\nx0,pug\n": f"no column for the label among 'path', 'breed': name it {', '.join(LABEL_COLUMNS[:3])}",
         b"path|label\nx0|pug\n": "the separator is a bar, where a comma (.csv) was expected: put a comma (.csv) in its place",
         b"path,label\ntrain/x0.jpg,0\ntrain\\x1.jpg,0\n": "line 3: the path 'train\\\\x1.jpg' has the back-slashes of Windows, and "
         "'train/x1.jpg' is there: write paths with / in place of each \\",

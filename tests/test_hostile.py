@@ -196,5 +196,5 @@ def test_damaged_images_are_left_out_or_kept_and_the_ledger_says_so(
         shards[choice] = {name: samples.encoded(n).tobytes() for n, name in enumerate(written)}
         assert json.loads((folder / "plan.json").read_text())["options"]["on_damaged"] == (choice if taken else None)
     assert shards["reject"].items() < shards["keep"].items()
-    with pytest.raises(AlexprepError, match="on_damaged was keep, now is None"):
+    with pytest.raises(AlexprepError, match="--on-damaged was keep, now is reject"):
         convert(source, tmp_path / "keep", ShardOptions(Target(size=32), shard_samples=50), InProcessEngine())

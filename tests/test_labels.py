@@ -17,7 +17,7 @@ import pytest
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.listing import list_inputs
 from alexprep.shards.sources.base import ARCHIVE, BESIDE, HIDDEN, SAMPLE_PART, SIDECAR, Account
-from alexprep.shards.sources.labels import LABEL_NAMES, MAX_LABEL
+from alexprep.shards.sources.labels import LABEL_COLUMNS, LABEL_FIELDS, MAX_LABEL
 from alexprep.shards.sources.layout_detection import find_source
 from alexprep.shards.webdataset_index import TarIndex, index_tars
 from tests.source_checks import found, listed, write_tar
@@ -146,8 +146,8 @@ def test_the_same_names_tell_the_label_in_tables_and_json(jpg: bytes, tmp_path: 
         (tmp_path / "list.csv").write_text(f"path,{name.upper()}\na.jpg,4\n")
         tar = write_tar(tmp_path / "set.tar", {"a.jpg": jpg, "a.json": json.dumps({"width": 3, name: 4}).encode()})
         assert by_path(tmp_path / "list.csv") == by_path(tar) == ["4"], name
-    assert len(LABEL_NAMES) == 8
-    document = {name: None if name == "label" else n for n, name in enumerate(LABEL_NAMES)}
+    assert len(LABEL_COLUMNS) == 8 and set(LABEL_COLUMNS) == set(LABEL_FIELDS)
+    document = {name: None if name == "label" else n for n, name in enumerate(LABEL_FIELDS)}
     tar = write_tar(tmp_path / "set.tar", {"a.jpg": jpg, "a.json": json.dumps(document).encode()})
     assert by_path(tar) == ["1"]  # the first that holds something
     tar = write_tar(tmp_path / "set.tar", {"a.jpg": jpg, "a.json": b'{"x": 3, "y": 4}'})  # a place in the image
@@ -156,6 +156,13 @@ def test_the_same_names_tell_the_label_in_tables_and_json(jpg: bytes, tmp_path: 
     (tmp_path / "list.csv").write_text("path,x,y\na.jpg,3,4\n")
     with pytest.raises(AlexprepError, match="no column for the label among 'path', 'x', 'y'"):
         by_path(tmp_path / "list.csv")
+
+
+def test_a_column_that_tables_did_not_know_before_does_not_go_before_one_that_they_did(tmp_path: Path) -> None:
+    for known in ("label", "class", "wnid", "target", "category", "y"):
+        for later in ("class_id", "cls"):
+            (tmp_path / "list.csv").write_text(f"path,{later},{known}\na.jpg,3,4\n")
+            assert by_path(tmp_path / "list.csv") == ["4"], (known, later)
 
 
 def test_names_that_are_numbers_stay_names_among_names_in_a_table(tmp_path: Path) -> None:

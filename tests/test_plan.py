@@ -5,21 +5,27 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
+from click.testing import CliRunner
 
-from alexprep.shards import dataset_format
+from alexprep.cli.main import cli
+from alexprep.shards import conversion, dataset_format
 from alexprep.shards import plan as plans
 from alexprep.shards.conversion import convert
 from alexprep.shards.dataset_format import read_dataset
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.image_codec import Target
-from alexprep.shards.plan import DEFAULTS, ShardOptions, options_of
+from alexprep.shards.listing import Listing
+from alexprep.shards.plan import DEFAULTS, ShardOptions, draw_up, options_of
 from alexprep.shards.sample_reader import Samples
+from alexprep.shards.sources import base
+from alexprep.shards.sources.base import Choices
 from alexprep.shards.sources.layout_detection import find_source
 from alexprep.shards.storage import LocalFiles, digest_json, json_bytes
 from alexprep.shards.verification import repair, verify
@@ -162,6 +168,94 @@ def test_a_release_goes_on_with_what_another_of_the_same_bytes_began(
     monkeypatch.setattr(dataset_format, "_SAME_SHARDS", ("0.1.0", "0.9.0"))
     assert convert(PHOTOS, released, OPTIONS, ENGINE).made_inputs == 0
     assert _files(released) == before
+
+
+def _without_account(listing: Listing, options: ShardOptions) -> tuple[dict[str, Any], list[pa.Table]]:
+    document, tables = draw_up(listing, options)
+    return {key: value for key, value in document.items() if key not in ("account", "choices")}, tables
+
+
+def _as_earlier(source: Path, out: Path, monkeypatch: pytest.MonkeyPatch, choices: Choices = base.NO_CHOICES) -> None:
+    """A dataset as releases made it that numbered all names by their bytes, had no account, and asked nothing."""
+    with monkeypatch.context() as then:
+        then.setattr(base, "sorted_names", lambda present: sorted(present, key=str.encode))
+        then.setattr(conversion, "draw_up", _without_account)
+        convert(find_source(str(source), "folders", choices), out, OPTIONS, ENGINE)
+
+
+def _class_folders(root: Path, names: Iterable[str]) -> Path:
+    photos = sorted(PHOTOS.glob("train/*/*.JPEG"))[:2]
+    for n, name in enumerate(names):
+        (root / name).mkdir(parents=True)
+        shutil.copy(photos[n % 2], root / name / f"{n}.jpg")
+    return root
+
+
+def test_classes_are_numbered_as_the_release_did_that_began(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, out = _class_folders(tmp_path / "source", map(str, range(11))), tmp_path / "out"
+    _as_earlier(source, out, monkeypatch)
+    before = _files(out)
+    assert _json(out / "plan.json")["classes"][:3] == ["0", "1", "10"]
+    seen: list[Listing] = []
+    assert convert(source, out, OPTIONS, ENGINE, announce=seen.append).made_inputs == 0
+    assert seen[0].classes == _json(out / "plan.json")["classes"]
+    assert not any("numbered in their order" in sentence for sentence in seen[0].account.warnings)
+    assert _files(out) == before
+    next(out.glob("train/*.tar")).unlink()
+    repair(out, find_source(str(source)), verify(out, ENGINE).problems, ENGINE)
+    assert _files(out) == before
+    (out / "plan.json").unlink()  # dataset.json tells it too
+    repair(out, find_source(str(source)), verify(out, ENGINE).problems, ENGINE)
+    assert _files(out) == before
+    assert convert(source, tmp_path / "new", OPTIONS, ENGINE, announce=seen.append).made_inputs == 11
+    assert seen[1].classes == list(map(str, range(11)))
+    assert any("numbered in their order" in sentence for sentence in seen[1].account.warnings)
+    with pytest.raises(AlexprepError, match="begun differently: --labels was auto, now is sorted"):
+        convert(source, out, replace(OPTIONS, labels="sorted"), ENGINE)
+    (source / "10").rename(source / "11")
+    with pytest.raises(
+        AlexprepError, match=r"begun differently: the files in SOURCE have changed \(11 inputs then, 11"
+    ):
+        convert(source, out, OPTIONS, ENGINE)
+
+
+@pytest.mark.parametrize("first", [base.NO_CHOICES, Choices(class_depth=1)], ids=["found", "chosen"])
+def test_another_choice_that_reads_the_same_goes_on(first: Choices, tmp_path: Path) -> None:
+    source, out = _class_folders(tmp_path / "source", ["cat", "dog"]), tmp_path / "out"
+    convert(find_source(str(source), choices=first), out, OPTIONS, ENGINE)
+    before = _files(out)
+    for choices in (Choices(class_depth=1), Choices(class_depth="leaf"), Choices((), 1), base.NO_CHOICES):
+        assert convert(find_source(str(source), choices=choices), out, OPTIONS, ENGINE).made_inputs == 0
+    assert convert(source, out, replace(OPTIONS, class_names="exact"), ENGINE).made_inputs == 0
+    assert _files(out) == before
+
+
+def test_a_choice_that_reads_otherwise_is_named(tmp_path: Path) -> None:
+    source = _class_folders(tmp_path / "source", ["a/cat", "a/dog", "b/cat", "b/owl"])
+    convert(find_source(str(source), choices=Choices(class_depth=1)), tmp_path / "out", OPTIONS, ENGINE)
+    words = r"SOURCE was read with --class-depth 1, now with --class-depth 2; the files in SOURCE have changed \(4 "
+    with pytest.raises(AlexprepError, match=f"begun differently: {words}"):
+        convert(find_source(str(source), choices=Choices(class_depth=2)), tmp_path / "out", OPTIONS, ENGINE)
+
+
+def test_what_is_a_question_now_is_repaired_with_the_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a release that asked nothing, and so recorded no choice."""
+    source, out = _class_folders(tmp_path / "source", ["images/a", "images/b", "label/c"]), tmp_path / "out"
+    _as_earlier(source, out, monkeypatch, Choices(class_depth=1))
+    before = _files(out)
+    next(out.glob("train/*.tar")).unlink()
+
+    def run(*words: str) -> tuple[int, str]:
+        done = CliRunner().invoke(cli, ["verify", str(out), "--workers", "1", *words])
+        return done.exit_code, done.stderr + str(done.exception or "")
+
+    status, said = run("--repair", str(source))
+    assert status != 0 and "--class-depth 1" in said
+    assert run("--repair", str(source), "--class-depth", "2")[0] != 0 and _files(out) != before
+    assert run("--repair", str(source), "--class-depth", "1")[0] == 0
+    assert _files(out) == before
+    status, said = run("--class-depth", "1")
+    assert status == 2 and "--class-depth says what SOURCE is: it needs --repair SOURCE" in said
 
 
 def test_a_worker_that_sees_another_folder_or_source_is_named(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -151,7 +152,27 @@ def test_damaged_pictures_count_only_against_a_limit_that_is_given(photos: Path,
         convert(tmp_path / "source", tmp_path / "again", OPTIONS, ENGINE, max_rejects="50%")
     for n in range(2, 6):
         (tmp_path / f"source/class{n % 2}/{n}.jpg").write_bytes(b"<!DOCTYPE html><title>404</title>")
-    with pytest.raises(
-        AlexprepError, match="4 of 6 inputs are no pictures, more than the 3 that --max-rejects 50% allows"
-    ):
+    words = r"4 of 6 inputs are no pictures, more than the 3 that --max-rejects 50% \(the default\) allows"
+    with pytest.raises(AlexprepError, match=words):
         convert(tmp_path / "source", tmp_path / "pages", OPTIONS, ENGINE)
+
+
+def test_classes_that_are_left_without_a_picture_are_named(
+    command: Callable[..., tuple[int, str, str]], photos: Path, tmp_path: Path
+) -> None:
+    good = (photos / "train/class0/000.JPEG").read_bytes()
+    for name, bad in (("train/a", 2), ("train/b", 1), ("train/c", 0), ("val/a", 0), ("val/b", 2), ("val/c", 2)):
+        (tmp_path / "source" / name).mkdir(parents=True)
+        for n in range(2):
+            (tmp_path / "source" / name / f"{n}.jpg").write_bytes(b"no image" if n < bad else good)
+    words = [
+        "no picture left in train: 1 of 3 classes, such as 'a'; all of theirs were rejected",
+        "no picture left in val: 2 of 3 classes, such as 'b'; all of theirs were rejected",
+    ]
+    options = ("--size", "32", "--workers", "1", "--max-rejects", "90%", "--json")
+    for _ in range(2):  # also where nothing was missing
+        status, said, shown = command("shard", str(tmp_path / "source"), "--out", str(tmp_path / "out"), *options)
+        document = json.loads(said.splitlines()[-1])
+        assert status == 0 and document["warnings"][-2:] == words and document["rejected"] == 7
+        assert "no picture left in val: 2 of 3 classes" in " ".join((said + shown).split())
+    assert convert(photos, tmp_path / "sound", OPTIONS, ENGINE).warnings == []

@@ -7,6 +7,7 @@ import gzip
 import hashlib
 import io
 import os
+import re
 import shutil
 import tarfile
 from pathlib import Path
@@ -25,7 +26,7 @@ from alexprep.shards.image_codec import Target
 from alexprep.shards.listing import class_order
 from alexprep.shards.plan import ShardOptions
 from alexprep.shards.sources import ilsvrc
-from alexprep.shards.sources.base import UNLABELLED, Account, Source, split_of
+from alexprep.shards.sources.base import UNLABELLED, Account, Choices, Source, split_of
 from alexprep.shards.sources.layout_detection import find_source
 from alexprep.shards.storage import LocalFiles, files_at, folder_at
 from alexprep.shards.verification import verify
@@ -55,6 +56,45 @@ def unpacked(root: Path, *names: str | bytes, content: bytes = b"") -> Path:
 def listed(source: Source) -> Images:
     """(split, class, name below the root or in the archive) of each input."""
     return [(split, class_name, at.member or at.path) for split, class_name, at in source.inputs(Account())]
+
+
+def test_a_member_or_folder_that_lies_thousands_deep(tmp_path: Path) -> None:
+    inner = b"cat/" + b"a/" * 1500 + b"x.jpg"  # deeper than Python calls itself
+    tar = packed(tmp_path / "set.tar", os.fsdecode(inner), "dog/y.jpg")
+    store = fsspec.filesystem("memory")  # a disk would have it too, and Python would fail to tidy it away
+    store.pipe({f"/deep/{name}": b"" for name in (os.fsdecode(inner), "dog/y.jpg")})
+    for place in (str(tar), "memory://deep"):
+        found = find_source(place, choices=Choices(class_depth=1))
+        assert listed(found) == [("train", "cat", inner), ("train", "dog", b"dog/y.jpg")]
+    store.rm("/deep", recursive=True)
+    long = packed(tmp_path / "long.tar", "cat/" + "a/" * 9000 + "x.jpg", "dog/y.jpg")
+    with pytest.raises(AlexprepError, match=r"a member whose name has 18,009 bytes, more than 16,384: cat/a/a/"):
+        listed(find_source(str(long)))
+
+
+def test_a_split_folder_may_be_an_absolute_path_below_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("a/cat/1.jpg", "a/dog/2.jpg", "b/cat/3.jpg")
+    root = unpacked(tmp_path / "set", *names)
+    (tmp_path / "link").symlink_to(root)
+    tar = packed(tmp_path / "set.tar", *names)
+    monkeypatch.chdir(tmp_path)
+    found = [("train", "cat", b"a/cat/1.jpg"), ("train", "dog", b"a/dog/2.jpg"), ("val", "cat", b"b/cat/3.jpg")]
+    for place, below in [
+        ("set", root),
+        (f"{root}/", root),
+        ("link", root),
+        (str(root), tmp_path / "link"),
+        ("set.tar", tar),
+    ]:
+        chosen = Choices((("train", f"{below}/a/"), ("val", "b")), 1)
+        source = find_source(place, choices=chosen)
+        assert listed(source) == found, place
+        assert source.choices == Choices((("train", "a"), ("val", "b")), 1)  # a plan goes on where SOURCE has moved
+    for place in ("set", "set.tar"):
+        for outside in (f"{root}2/a", "memory://set/a", str(tmp_path)):
+            words = f"--split-folders train={outside} does not lie below SOURCE {place}: name a folder there"
+            with pytest.raises(AlexprepError, match=re.escape(words)):
+                find_source(place, choices=Choices((("train", outside),)))
 
 
 def refused(place: Path | str, words: str, layout: str | None = None) -> None:

@@ -289,20 +289,6 @@ def class_name_of(folder: bytes, known: dict[str, bytes], place: str) -> str:
     return name
 
 
-def split_folders(folders: Iterable[bytes], place: str) -> dict[str, bytes]:
-    """The folder of each split, where there are any; what else lies beside them in `place` is then none of the data."""
-    found: dict[str, bytes] = {}
-    for folder in sorted(folders):
-        split = SPLITS.get(folder.decode("utf-8", "replace").lower())
-        if split is None:
-            continue
-        if split in found:
-            both = f"{found[split].decode()} and {folder.decode()}"
-            raise AlexprepError(f"SOURCE {place} holds {both}, which both mean {split!r}: move one of them away")
-        found[split] = folder
-    return found
-
-
 def split_of(name: bytes) -> str | None:
     """The split that a folder or file named so stands for, by the one word of its name that means a split.
 

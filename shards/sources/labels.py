@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-# What columns of tables (in lower case) and fields of JSON are called that hold a label; the first in this order counts.
-LABEL_NAMES = ("label", "cls", "class", "class_id", "wnid", "target", "category", "y")
+# What columns of tables (in lower case) and fields of JSON are called that hold a label; the first in its order counts. The names are the
+# same; each has those first that it has known longest, so that no set is read by another one than before.
+LABEL_COLUMNS = ("label", "class", "wnid", "target", "category", "y", "class_id", "cls")
+LABEL_FIELDS = ("label", "cls", "class", "class_id", "wnid", "target", "category", "y")
 MAX_LABEL = 10**6  # far above what sets have (Google Landmarks v2: 203,094 classes); each number up to it takes a class
 
 _MAX_NAME = 1000  # characters; beyond that it is prose
@@ -98,10 +100,10 @@ def check_range(label: str) -> None:
         raise LabelError(f"the label {shown} is above {MAX_LABEL:,}: number the classes from 0, or give them names")
 
 
-def label_name(names: Iterable[str]) -> str | None:
-    """Which of these columns or fields holds the label; None for none. "y" beside "x" is a coordinate."""
+def label_name(names: Iterable[str], order: Sequence[str]) -> str | None:
+    """Which of these columns or fields holds the label, by `LABEL_COLUMNS` or `LABEL_FIELDS`; None for none. "y" beside "x" is a coordinate."""
     names = set(names)
-    found = (name for name in LABEL_NAMES if name in names and not (name == "y" and "x" in names))
+    found = (name for name in order if name in names and not (name == "y" and "x" in names))
     return next(found, None)
 
 

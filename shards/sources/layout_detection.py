@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import functools
 import importlib
+import os
 from collections.abc import Iterable
+from dataclasses import replace
 
 from alexprep.shards.errors import AlexprepError, AmbiguousSourceError
 from alexprep.shards.sources import BY_COLUMNS, BY_FOLDERS, LAYOUTS
@@ -30,6 +32,11 @@ def find_source(place: str, layout: str | None = None, choices: Choices = NO_CHO
         AmbiguousSourceError: there are several readings, and `layout` and `choices` do not tell which is meant.
     """
     files, name = files_at(place)
+    if choices.split_folders:
+        named = tuple(
+            (split, _below(folder, split, place, None if name else files)) for split, folder in choices.split_folders
+        )
+        choices = replace(choices, split_folders=named)
     may_hold.cache_clear()  # it serves all that look for one layout of the same files
     for candidate in (layout,) if layout else _candidates(choices):
         try:
@@ -69,6 +76,25 @@ def find_source(place: str, layout: str | None = None, choices: Choices = NO_CHO
     raise AlexprepError(
         f"SOURCE {place} holds no class folders and no other layout that is known: expected {_source_class('folders').expects}"
     )
+
+
+def _below(folder: str, split: str, place: str, files: Files | None) -> str:
+    """A split's folder, below the source: as it is, unless it is an absolute path or URL, as a shell completes it.
+
+    `files` are those of the source, where it is a folder.
+    """
+    if not (os.path.isabs(folder) or "://" in folder):
+        return folder
+    root = place.rstrip("/") if "://" in place else os.path.abspath(place)
+    target = folder.rstrip("/") if "://" in folder else os.path.normpath(folder)
+    if target == root or target.startswith(root + "/"):
+        return target[len(root) + 1 :] or "."
+    below = files.below(folder) if files else None  # by another path to the same folder
+    if below is None:
+        raise AlexprepError(
+            f"--split-folders {split}={folder} does not lie below SOURCE {place}: name a folder there, as its path from SOURCE"
+        )
+    return os.fsdecode(b"/".join(below)) or "."
 
 
 def _candidates(choices: Choices) -> Iterable[str]:

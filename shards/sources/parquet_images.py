@@ -39,7 +39,8 @@ from alexprep.shards.sources.base import (
 )
 from alexprep.shards.sources.grouped import DamagedGroupError, FileView, GroupedSource, Sizes, check_group
 from alexprep.shards.sources.labels import (
-    LABEL_NAMES,
+    LABEL_COLUMNS,
+    LABEL_FIELDS,
     LabelError,
     check_range,
     is_number,
@@ -529,11 +530,11 @@ def _columns(schema: pa.Schema, choices: Choices, shown: str) -> Columns | None:
     label = chosen["label"]
     if label is None:
         classes = [name for name in schema.names if _class_label(schema, name)]
-        label = _one_of(classes, LABEL_NAMES, "label", "of classes", shown)
+        label = _one_of(classes, LABEL_FIELDS, "label", "of classes", shown)
         others += tuple(name for name in classes if name != label)
     if label is None:
         lower = {name.strip().lower(): name for name in reversed(schema.names) if name != image}
-        usual = label_name(lower)
+        usual = label_name(lower, LABEL_COLUMNS)
         label = None if usual is None else lower[usual]
     texts = {name.strip().lower(): name for name in schema.names if pa.types.is_string(schema.field(name).type)}
     split = chosen["split"] or next((texts[name] for name in SPLIT_COLUMNS if name in texts), None)

@@ -30,7 +30,7 @@ from alexprep.shards.sources.base import (
     Location,
     Source,
 )
-from alexprep.shards.sources.tree import Folder, read_tree, rule_of
+from alexprep.shards.sources.tree import Folder, read_tree, with_rules
 from alexprep.shards.storage import Entry, Files, as_text
 
 WRAPPERS = 2  # folders around a set that hold nothing else
@@ -238,7 +238,7 @@ class Published(Source):
         account.found += tree.account.found
         for known, passed in tree.account.passed_over.items():
             account.add(known, passed)
-        for path, rule in _named(tree.root):
+        for path, rule in with_rules(tree.root):
             below = path[len(prefix) :] if path.startswith(prefix) else b""
             if below in labels.read:
                 account.pass_over(LIST, self.files.display(path))
@@ -281,14 +281,6 @@ class Published(Source):
                     f"{words}, and no other is: unpack the pictures beside the lists ({lists}), or {_AGAIN}"
                 )
             account.warnings.append(f"{words}: the download may be incomplete")
-
-
-def _named(root: Folder) -> Iterator[tuple[bytes, str | None]]:
-    """The path of every file of a tree, and the rule by which its name says that it is no picture."""
-    for folder in root.walk():
-        for names in (folder.pictures, folder.papers):
-            for name in names:
-                yield os.path.join(folder.path, name), rule_of(name) if names is folder.papers else None
 
 
 @functools.lru_cache(maxsize=1)

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.sources.base import NO_CHOICES, Choices
 from alexprep.shards.sources.foreign_formats import images_inside
-from alexprep.shards.sources.labels import LABEL_NAMES, LabelError, label_name, text_of
+from alexprep.shards.sources.labels import LABEL_COLUMNS, LabelError, label_name, text_of
 from alexprep.shards.sources.tree import is_picture
 from alexprep.shards.storage import Files, LocalFiles, as_text, open_regular
 
@@ -109,7 +109,7 @@ def _columns(names: Sequence[str], shown: str, choices: Choices) -> _Chosen:
     split_name = next((name for name in (*SPLIT_COLUMNS, VALID_COLUMN) if name in lower), None)
     usual = {
         "path": next((name for name in PATHS if name in lower), None),
-        "label": label_name(lower),
+        "label": label_name(lower, LABEL_COLUMNS),
         "split": split_name,
     }
     found: dict[str, int | None] = {}
@@ -123,7 +123,7 @@ def _columns(names: Sequence[str], shown: str, choices: Choices) -> _Chosen:
         found[use] = None if name is None else lower.index(name)
     path, label, split = found["path"], found["label"], found["split"]
     if path is None or label is None:
-        what, known = ("path", PATHS[:8]) if path is None else ("label", LABEL_NAMES)
+        what, known = ("path", PATHS[:8]) if path is None else ("label", LABEL_COLUMNS)
         listed = ", ".join(repr(name[:40]) for name in names[:10])
         raise AlexprepError(
             f"{shown}: no column for the {what} among {listed}: name it {', '.join(known[:-1])} or {known[-1]}, or say which it is with "
@@ -184,7 +184,7 @@ def _text_rows(files: Files, name: bytes, choices: Choices) -> Iterator[Row]:
 
 def _is_header(cells: Sequence[str]) -> bool:
     """Not where there are two cells of which the first can be a file's name and the second is no column's."""
-    return len(cells) != 2 or not set("./") & set(cells[0]) or cells[1].strip().lower() in LABEL_NAMES
+    return len(cells) != 2 or not set("./") & set(cells[0]) or cells[1].strip().lower() in LABEL_COLUMNS
 
 
 def _header_problem(files: Files, header: Sequence[str], row: Sequence[str], delimiter: str) -> str:

@@ -7,10 +7,12 @@ papers. What the folders mean, splits or classes, is decided in `folders`.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Collection, Container, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from alexprep.shards.dataset_format import DATASET, DATASET_FORMAT, PLAN, PLAN_FORMAT
+from alexprep.shards.errors import AlexprepError
 from alexprep.shards.sources.base import (
     ARCHIVE,
     BESIDE,
@@ -39,6 +41,10 @@ _PAPER_NAMES = {b"readme", b"license", b"licence", b"copying", b"authors", b"cit
 _SYSTEM_FILES = {b"thumbs.db", b"desktop.ini", b"ehthumbs.db", b"icon\r"}
 _SYSTEM_FOLDERS = {b"__macosx", b"@eadir", b"$recycle.bin", b"system volume information", b"lost+found"}
 _LINKS_FOLLOWED = 2  # names below the root: a split's folder and a class's may be links, deeper ones might form loops
+
+MAX_NAME_BYTES = (
+    2**14
+)  # of a member with its folders, four times what Linux opens: the folders of one then take 64 MiB at most
 
 
 def rule_of(name: bytes) -> str | None:
@@ -95,25 +101,31 @@ class Folder:
         return bool(self.pictures) and not self.filled
 
     def walk(self) -> Iterator[Folder]:
-        """The folder and all below it."""
-        yield self
-        for folder in self.folders:
-            yield from folder.walk()
+        """The folder and all below it, each before those in it."""
+        pending = [self]
+        while pending:
+            folder = pending.pop()
+            yield folder
+            pending.extend(reversed(folder.folders))
 
     def paths(self) -> Iterator[bytes]:
         """The pictures in it and below, ascending, as paths from the root."""
-        own = [os.path.join(self.path, name) for name in self.pictures]
-        yield from (
-            sorted([*own, *(path for folder in self.folders for path in folder.paths())]) if self.folders else own
-        )
+        yield from sorted(os.path.join(folder.path, name) for folder in self.walk() for name in folder.pictures)
 
     def without(self, paths: Collection[bytes]) -> Folder:
-        """The same folder without those at `paths` below it."""
-        if not any(path.startswith(self.path + b"/" if self.path else b"") for path in paths):
+        """The same folder without those at `paths` below it; what none of these lies in is shared."""
+        around = {path[:end] for path in paths for end in _ends(path)}
+        if self.path not in around:
             return self
-        folders = [folder.without(paths) for folder in self.folders if folder.path not in paths]
-        count = len(self.pictures) + sum(folder.count for folder in folders)
-        return Folder(self.path, self.pictures, self.papers, folders, count)
+        changed = [self]
+        for folder in changed:  # which grows meanwhile
+            changed += [inner for inner in folder.folders if inner.path in around and inner.path not in paths]
+        made: dict[bytes, Folder] = {}
+        for folder in reversed(changed):  # the inner ones first
+            folders = [made.get(inner.path, inner) for inner in folder.folders if inner.path not in paths]
+            count = len(folder.pictures) + sum(inner.count for inner in folders)
+            made[folder.path] = Folder(folder.path, folder.pictures, folder.papers, folders, count)
+        return made[self.path]
 
     def at(self, path: bytes) -> Folder | None:
         """The folder at a path below it, one or several names; None where there is none."""
@@ -176,18 +188,31 @@ def read_tree(files: Files) -> Tree:
 
 
 def tree_of(paths: Iterable[bytes], shown: str) -> Tree:
-    """The tree of the files with these paths, as an archive lists them; `shown` is the archive's name for the account."""
+    """The tree of the files with these paths, as an archive lists them; `shown` is the archive's name for the account.
+
+    A name of more than `MAX_NAME_BYTES` is an AlexprepError.
+    """
     account = Account()
     folders = {b"": Folder(b"")}
 
     def folder_at(path: bytes) -> Folder:
-        if path not in folders:
-            folders[path] = Folder(path)
-            folder_at(os.path.dirname(path)).folders.append(folders[path])
+        missing = []
+        while path not in folders:
+            missing.append(path)
+            path = os.path.dirname(path)
+        for inner in reversed(missing):
+            folders[inner] = Folder(inner)
+            folders[path].folders.append(folders[inner])
+            path = inner
         return folders[path]
 
     for path in paths:
         account.found += 1
+        if len(path) > MAX_NAME_BYTES:
+            raise AlexprepError(
+                f"{shown} has a member whose name has {len(path):,} bytes, more than {MAX_NAME_BYTES:,}: {as_text(path[:60])}…; "
+                "pack the archive anew, with shorter names"
+            )
         *above, name = path.split(b"/")
         if any(part.startswith(b".") for part in above):
             rule: str | None = HIDDEN
@@ -208,6 +233,14 @@ def tree_of(paths: Iterable[bytes], shown: str) -> Tree:
     return Tree(folders[b""], account)
 
 
+def with_rules(root: Folder) -> Iterator[tuple[bytes, str | None]]:
+    """The path of every file of a tree, and the rule by which its name says that it is no picture."""
+    for folder in root.walk():
+        for names in (folder.pictures, folder.papers):
+            for name in names:
+                yield os.path.join(folder.path, name), rule_of(name) if names is folder.papers else None
+
+
 def pass_over_rest(files: Files, own: Container[bytes], account: Account, rule: str = BESIDE) -> None:
     """Counts every file below the root that is not among the paths `own` as found, and passes it over.
 
@@ -217,14 +250,17 @@ def pass_over_rest(files: Files, own: Container[bytes], account: Account, rule: 
     account.found += tree.account.found
     for known, passed in tree.account.passed_over.items():
         account.add(known, passed)
-    for folder in tree.root.walk():
-        for name in (*folder.pictures, *folder.papers):
-            path = os.path.join(folder.path, name)
-            if path in own:
-                account.found -= 1  # counted as what it holds
-            else:
-                paper = name in folder.papers
-                account.pass_over(rule_of(name) or rule if paper else rule, files.display(path))
+    for path, known_by_name in with_rules(tree.root):
+        if path in own:
+            account.found -= 1  # counted as what it holds
+        else:
+            account.pass_over(known_by_name or rule, files.display(path))
+
+
+def _ends(path: bytes) -> Iterator[int]:
+    """Where the paths of the folders around `path` end in it: 0 for the root first."""
+    yield 0
+    yield from (match.start() for match in re.finditer(b"/", path))
 
 
 def _is_ours(files: Files, folder: Folder) -> bool:

@@ -36,7 +36,7 @@ from alexprep.shards.sources.base import (
     numbered_classes,
     split_of,
 )
-from alexprep.shards.sources.labels import LABEL_NAMES, LabelError, check_range, is_number, label_in, label_name
+from alexprep.shards.sources.labels import LABEL_FIELDS, LabelError, check_range, is_number, label_in, label_name
 from alexprep.shards.sources.tars import ArchiveSource, is_hidden, packed_files
 from alexprep.shards.sources.tree import pass_over_rest
 from alexprep.shards.storage import Entry, Files, as_text
@@ -345,14 +345,14 @@ def _label_in_json(data: bytes) -> Any:
     """The value of the field that holds the label; LabelError where there is none, or no JSON."""
     try:
         document = json.loads(data.decode("utf-8"))
-        name = label_name(key for key, value in document.items() if value is not None)
+        name = label_name((key for key, value in document.items() if value is not None), LABEL_FIELDS)
         if name is None:
-            raise LabelError(f"expected a field {', '.join(LABEL_NAMES[:-1])} or {LABEL_NAMES[-1]}")
+            raise LabelError(f"expected a field {', '.join(LABEL_FIELDS[:-1])} or {LABEL_FIELDS[-1]}")
         label = document[name]
         if isinstance(label, str):
             label.encode()  # JSON can write half a character, which no file can
     except (ValueError, AttributeError, RecursionError):
-        raise LabelError(f"expected JSON in UTF-8 with a field such as {LABEL_NAMES[0]}") from None
+        raise LabelError(f"expected JSON in UTF-8 with a field such as {LABEL_FIELDS[0]}") from None
     return label
 
 
