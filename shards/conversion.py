@@ -144,7 +144,8 @@ def convert(
         table = plan.table()
         missing, rejected = _missing(plan)
         total = sum(table.rows(shard.group) for shard in missing)
-        limit, whole = RejectLimit.of(max_rejects, plan.inputs), not missing
+        # What was published once is published again.
+        limit, whole = RejectLimit.of("100%" if _finished(plan) else max_rejects, plan.inputs), not missing
         if missing and limit.allows(rejected):
             check_space(
                 plan, source, functools.partial(shared_codec, make_codec, options.target), missing, table, engine
@@ -152,11 +153,11 @@ def convert(
             check = MachineCheck.prepared_here(plan, source, table)
             writer = ShardWriter(plan, source, options.target, make_codec, check)
             tasks = _in_turn(plan, missing)
+            made = engine.run(writer, tasks, lambda finished: progress(finished, total))
             try:
-                made = engine.run(writer, tasks, lambda finished: progress(finished, total))
                 whole = _all_made(made, len(tasks), rejected, limit)
-                del made  # which ends its workers
             finally:
+                getattr(made, "close", lambda: None)()  # ends its workers, before what they were writing is removed
                 _tidy(plan)
             if whole:
                 progress(total, total)
@@ -288,7 +289,7 @@ def _missing(plan: Plan) -> tuple[list[Shard], Rejects]:
 def _all_made(made: Iterator[Rejects], tasks: int, rejected: Rejects, limit: RejectLimit) -> bool:
     """Whether all `tasks` were done: no more are, as soon as it is certain that more inputs are rejected than allowed.
 
-    `made` gives the rejects of each as it is finished. It is not held elsewhere, so it ends, and its workers with it, when this returns.
+    `made` gives the rejects of each as it is finished.
     """
     for finished, more in enumerate(made, 1):
         rejected = Rejects(*map(sum, zip(rejected, more, strict=True)))

@@ -89,6 +89,7 @@ def list_inputs(source: Source, labels: str | Sequence[str] = AUTO, class_names:
             f"SOURCE {source.files.display()} holds no files where {source.layout!r} has its images: name the folder that holds them, "
             "or say with --layout what it is (docs/sources.md)"
         )
+    account.make_relative(source.files.display())
     inputs = sum(len(table) for table in splits.values())
     if account.found != inputs + account.passed_over_count:
         raise AlexprepError(

@@ -128,7 +128,7 @@ class Plan:
     @functools.cached_property
     def digest(self) -> str:
         """The plan's identity, hex sha256, which sidecars and dataset.json name."""
-        return digest_json(self.document)
+        return plan_digest(self.document)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -219,6 +219,11 @@ def _account(account: Account, left_out: int) -> dict[str, Any]:
     if left_out:
         passed_over[LIMITED] = {"count": left_out, "names": []}
     return {"found": account.found, "passed_over": passed_over}
+
+
+def plan_digest(document: Mapping[str, Any]) -> str:
+    """The identity of a plan, hex sha256: of all of plan.json but the account, which tells of files that are no inputs."""
+    return digest_json({name: value for name, value in document.items() if name != "account"})
 
 
 def locations(rows: pa.Table) -> list[Location]:
@@ -465,7 +470,7 @@ class MachineCheck:
         """Compares it with what the machine sees that calls this: an AlexprepError names both machines and what differs."""
         here, path = platform.node(), self.plan.folder / PLAN
         try:
-            found = digest_json(json.loads(path.read_bytes()))
+            found = plan_digest(json.loads(path.read_bytes()))
         except Exception as error:  # noqa: BLE001  (each store has its own kinds)
             found = f"{type(error).__name__}: {error}"
         if found != self.plan.digest:

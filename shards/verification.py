@@ -54,6 +54,7 @@ from alexprep.shards.plan import (
     draw_up,
     numbered_as_begun,
     options_of,
+    plan_digest,
     shared_table,
 )
 from alexprep.shards.sources import LAYOUTS
@@ -551,7 +552,7 @@ def _short(value: Any) -> str:
 def _options(folder: Path) -> tuple[ShardOptions, dict[str, Any]]:
     """The options that a dataset was made with, and what tells them: its plan, or dataset.json where the plan was changed."""
     plan, dataset = (_parsed(content(folder / name)[0]) for name in (PLAN, DATASET))
-    agree = dataset.get("plan", digest_json(plan)) == digest_json(plan)
+    agree = dataset.get("plan", plan_digest(plan)) == plan_digest(plan)
     for trusted in (plan, dataset) if agree else (dataset, plan):
         with contextlib.suppress(*_DAMAGED):
             return options_of(trusted), trusted
@@ -564,7 +565,7 @@ def _check_same_plan(folder: Path, document: dict[str, Any], source: Source) -> 
     """Raises AlexprepError where the plan that the source gives now is not the one that the shards were made by."""
     dataset = _parsed(content(folder / DATASET)[0])
     known = _named_plans(folder, dataset)
-    if not known or digest_json(document) in known:  # where nothing was finished, plan.json alone decides
+    if not known or plan_digest(document) in known:  # where nothing was finished, plan.json alone decides
         return
     what = []
     with contextlib.suppress(*_DAMAGED):  # it may be the damaged file

@@ -126,6 +126,11 @@ class Account:
         own.count += passed.count
         own.names += passed.names[: _NAMES_KEPT - len(own.names)]
 
+    def make_relative(self, root: str) -> None:
+        """Writes the names relative to the root: where a source lies is no part of what it holds."""
+        for passed in self.passed_over.values():
+            passed.names = [name.removeprefix(f"{root}/") for name in passed.names]
+
     @property
     def passed_over_count(self) -> int:
         """By all rules together."""

@@ -39,6 +39,7 @@ from alexprep.shards.storage import as_text
 # Gives what tells the classes of pictures in one flat folder: (split, folder, train classes) → ground truth, or None.
 FindTruth = Callable[[str, Folder, list[str]], GroundTruth | None]
 
+_LEVELS_SHOWN = 6  # of class folders, in a question
 _SISTERS = 10  # one name in more than so many that speaks against a class is a warning; else it is a question
 _word_and_number = re.compile(rb"([^\d.]*[^\d._ -])[._ -]*\d+\.\w+").fullmatch
 _wordnet_id = re.compile(rb"n\d{8}").fullmatch
@@ -411,7 +412,7 @@ def _class_depth(split: str, top: Folder, shown: str, reading: Reading) -> tuple
             return marked[0], True
     if _is_by_letter(children):
         return "leaf", False  # a/abbey, and also a/apartment_building/outdoor
-    depths = range(1, len(levels) + 1)
+    depths = range(1, min(len(levels), _LEVELS_SHOWN) + 1)
     ways: list[tuple[Choices, str]] = []
     for depth in depths:
         found = [name for name, _ in class_folders(SplitFolder(split, top.path, depth), top)]
