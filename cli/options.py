@@ -7,12 +7,17 @@ import math
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 from click.core import ParameterSource
 
 from alexprep.shards.sources import LAYOUTS
+
+if TYPE_CHECKING:
+    _Parameter = click.ParamType[Any]
+else:
+    _Parameter = click.ParamType  # older releases of click have it without a type
 
 FC = TypeVar("FC", bound=Callable[..., Any] | click.Command)
 
@@ -118,7 +123,7 @@ def source_options(command: FC) -> FC:
     return with_choices  # type: ignore[return-value]
 
 
-class SplitFolders(click.ParamType[Any]):
+class SplitFolders(_Parameter):
     """The split folders below SOURCE: split=FOLDER,… or "none"."""
 
     name = "split=folder,…|none"
@@ -140,7 +145,7 @@ class SplitFolders(click.ParamType[Any]):
         return tuple(found)
 
 
-class ClassDepth(click.ParamType[Any]):
+class ClassDepth(_Parameter):
     """How deep the class folders lie: a number from 1, or "leaf"."""
 
     name = "n|leaf"
@@ -154,7 +159,7 @@ class ClassDepth(click.ParamType[Any]):
         return int(value)
 
 
-class Columns(click.ParamType[Any]):
+class Columns(_Parameter):
     """Which column is for what: image=NAME,label=NAME."""
 
     name = "use=column,…"
