@@ -11,6 +11,7 @@ import click
 from alexprep.cli.options import data_folder_option, engine_options, json_option, labels_option, source_options
 
 if TYPE_CHECKING:
+    from alexprep.shards.conversion import Report
     from alexprep.shards.listing import ClassNames
     from alexprep.shards.sources.base import Choices
     from alexprep.shards.worker_pool import Engine
@@ -89,12 +90,10 @@ def shard(
     \b
     Example: alexprep shard /imagenet --out /data/imagenet-256
     """
-    from rich.filesize import decimal
-
     from alexprep.cli import output
     from alexprep.shards.conversion import convert
     from alexprep.shards.image_codec import Target
-    from alexprep.shards.inspection import Inspection, inspect_source, passed_over_rows
+    from alexprep.shards.inspection import Inspection, inspect_source
     from alexprep.shards.listing import Listing
     from alexprep.shards.plan import ShardOptions
     from alexprep.shards.sources.ilsvrc import check_archives
@@ -115,24 +114,11 @@ def shard(
 
     with output.progress("sharding") as show:
         done = convert(found, out, options, engine, show, announce=announce, max_rejects=max_rejects)
-    passed_over = sum(passed.count for passed in done.passed_over.values())
-    rows = [("found", f"{done.inputs + passed_over:,}"), ("written", f"{done.written:,}")]
-    rows += [(f"  {split}", f"{count:,}") for split, count in done.samples.items()]
-    rows += [("  bytes kept as they were", f"{done.kept:,}")] if done.kept else []
-    rows += [("rejected", f"{done.rejected.total():,}")]
-    rows += [(f"  {count:,}", reason) for reason, count in done.rejected.most_common(10)]
-    rows += [("written though damaged", f"{done.damaged.total():,}")] if done.damaged else []
-    rows += [(f"  {count:,}", reason) for reason, count in done.damaged.most_common(10)]
-    rows += [("warning", sentence) for sentence in done.warnings]
-    rows += [*passed_over_rows(done.passed_over, found.files.display()), ("shards", decimal(done.bytes))]
-    made, rate = done.made_inputs, done.made_inputs / done.seconds
-    rows += [("this run", f"{made:,} inputs in {done.seconds:.1f} s, {rate:,.0f}/s" if made else "nothing was missing")]
-    rows += [("dataset", str(out)), ("every input's fate", str(out / "*" / "samples.parquet"))]
-    output.table("Sharded.", rows)
+    output.table("Sharded.", _rows(done, found.files.display()))
     output.json_line(
         {
             "layout": found.layout,
-            "found": done.inputs + passed_over,
+            "found": done.found,
             "inputs": done.inputs,
             "samples": done.samples,
             "written": done.written,
@@ -143,10 +129,31 @@ def shard(
             "warnings": [*seen[0].warnings, *done.warnings],
             "kept": done.kept,
             "bytes": done.bytes,
-            "converted_in_this_run": made,
+            "converted_in_this_run": done.made_inputs,
             "seconds": round(done.seconds, 3),
-            "images_per_second": round(rate, 1),
+            "images_per_second": round(done.made_inputs / done.seconds, 1),
             "data": str(out),
         },
         as_json,
     )
+
+
+def _rows(done: Report, root: str) -> list[tuple[str, str]]:
+    """The account of a run, as a table; names below `root`, the source's, are cut there."""
+    from rich.filesize import decimal
+
+    from alexprep.shards.inspection import passed_over_rows
+
+    rows = [("found", f"{done.found:,}"), ("written", f"{done.written:,}")]
+    rows += [(f"  {split}", f"{count:,}") for split, count in done.samples.items()]
+    rows += [("  bytes kept as they were", f"{done.kept:,}")] if done.kept else []
+    rows += [("rejected", f"{done.rejected.total():,}")]
+    rows += [(f"  {count:,}", reason) for reason, count in done.rejected.most_common(10)]
+    rows += [("written though damaged", f"{done.damaged.total():,}")] if done.damaged else []
+    rows += [(f"  {count:,}", reason) for reason, count in done.damaged.most_common(10)]
+    rows += [("warning", sentence) for sentence in done.warnings]
+    rows += [*passed_over_rows(done.passed_over, root), ("shards", decimal(done.bytes))]
+    made, rate = done.made_inputs, done.made_inputs / done.seconds
+    rows += [("this run", f"{made:,} inputs in {done.seconds:.1f} s, {rate:,.0f}/s" if made else "nothing was missing")]
+    rows += [("dataset", str(done.folder)), ("every input's fate", str(done.folder / "*" / "samples.parquet"))]
+    return rows

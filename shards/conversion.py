@@ -100,6 +100,11 @@ class Report:
     damaged: Counter[str]
     warnings: list[str]
 
+    @property
+    def found(self) -> int:
+        """How many files, members or rows there are at the source: the inputs, and what was passed over."""
+        return self.inputs + sum(passed.count for passed in self.passed_over.values())
+
 
 def convert(
     source: Source | Path | str,
@@ -282,7 +287,7 @@ def _missing(plan: Plan) -> tuple[list[Shard], Rejects]:
         if sidecar is None:
             missing.append(shard)
         else:
-            rejected = Rejects(*map(sum, zip(rejected, rejects_in(sidecar), strict=True)))
+            rejected = rejected.plus(rejects_in(sidecar))
     return missing, rejected
 
 
@@ -292,7 +297,7 @@ def _all_made(made: Iterator[Rejects], tasks: int, rejected: Rejects, limit: Rej
     `made` gives the rejects of each as it is finished.
     """
     for finished, more in enumerate(made, 1):
-        rejected = Rejects(*map(sum, zip(rejected, more, strict=True)))
+        rejected = rejected.plus(more)
         if not limit.allows(rejected) and finished < tasks:
             return False
     return True

@@ -91,6 +91,10 @@ class Rejects(NamedTuple):
     all: int
     no_pictures: int
 
+    def plus(self, other: Rejects) -> Rejects:
+        """Both together."""
+        return Rejects(self.all + other.all, self.no_pictures + other.no_pictures)
+
 
 def rejects_in(sidecar: Sidecar) -> Rejects:
     """The rejects of a shard."""
@@ -151,7 +155,7 @@ class Manifest:
         written = np.array([entry["status"] == "written" for entry in sidecar["inputs"]], bool)
         for row, which in enumerate((known, known & written)):
             np.add.at(pictures[row], labels[which], 1)
-        self.rejects = Rejects(*map(sum, zip(self.rejects, rejects_in(sidecar), strict=True)))
+        self.rejects = self.rejects.plus(rejects_in(sidecar))
         for entry in sidecar["inputs"]:
             if "reason" in entry:
                 counts = self.reasons if entry["status"] == "rejected" else self.damaged

@@ -120,11 +120,13 @@ class Account:
         if len(passed.names) < _NAMES_KEPT:
             passed.names.append(name)
 
-    def add(self, rule: str, passed: PassedOver) -> None:
-        """Takes in what another account passed over by `rule`."""
-        own = self.passed_over.setdefault(rule, PassedOver())
-        own.count += passed.count
-        own.names += passed.names[: _NAMES_KEPT - len(own.names)]
+    def take(self, other: Account) -> None:
+        """Takes in what another account found and passed over; its warnings are left to the caller."""
+        self.found += other.found
+        for rule, passed in other.passed_over.items():
+            own = self.passed_over.setdefault(rule, PassedOver())
+            own.count += passed.count
+            own.names += passed.names[: _NAMES_KEPT - len(own.names)]
 
     def make_relative(self, root: str) -> None:
         """Writes the names relative to the root: where a source lies is no part of what it holds."""

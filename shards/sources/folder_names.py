@@ -74,6 +74,9 @@ MASK_ENDINGS = tuple(
 )
 
 
+is_wordnet_id = re.compile(rb"n\d{8}").fullmatch  # also called a synset's, as n01440764
+
+
 def words_of(name: str) -> list[str]:
     """The words of a name, in lower case.
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from alexprep.shards.errors import AlexprepError, AmbiguousSourceError, counted
@@ -28,6 +28,7 @@ from alexprep.shards.sources.folder_names import (
     are_parts,
     is_no_class,
     is_unlabelled,
+    is_wordnet_id,
     may_be_list,
 )
 from alexprep.shards.sources.foreign_formats import image_folder
@@ -42,7 +43,6 @@ FindTruth = Callable[[str, Folder, list[str]], GroundTruth | None]
 _LEVELS_SHOWN = 6  # of class folders, in a question
 _SISTERS = 10  # one name in more than so many that speaks against a class is a warning; else it is a question
 _word_and_number = re.compile(rb"([^\d.]*[^\d._ -])[._ -]*\d+\.\w+").fullmatch
-_wordnet_id = re.compile(rb"n\d{8}").fullmatch
 
 
 def _few(count: int) -> int:
@@ -184,9 +184,7 @@ def _refuse_packed_splits(splits: dict[bytes, str], base: Folder, shown: str) ->
             inside = (
                 below.path + b"/" + name for below in folder.walk() for name in below.papers if rule_of(name) == ARCHIVE
             )
-            packed += [
-                as_text(path).removeprefix(as_text(base.path) + "/").encode() for path in itertools.islice(inside, 1)
-            ]
+            packed += [path.removeprefix(base.path + b"/") for path in itertools.islice(inside, 1)]
     if packed:
         given = tuple((split, as_text(path)) for path, split in splits.items())
         raise _Question(
@@ -405,7 +403,7 @@ def _class_depth(split: str, top: Folder, shown: str, reading: Reading) -> tuple
     if alone and len(inner) == 1 and len(children) > 1 and is_no_class(as_text(next(iter(inner)))):
         return 1, False  # CLASS/images/IMAGE: the inner folder tells nothing
     levels = list(_levels(top))
-    marked = [depth for depth, names in enumerate(levels, 1) if names and all(map(_wordnet_id, names))]
+    marked = [depth for depth, names in enumerate(levels, 1) if names and all(map(is_wordnet_id, names))]
     if len(marked) == 1 and not any(is_no_class(as_text(name)) for names in levels[marked[0] :] for name in names):
         found = [os.path.basename(name) for name, _ in class_folders(SplitFolder(split, top.path, marked[0]), top)]
         if len(set(found)) == len(found):  # or parts of one synset, or domains of it
@@ -459,13 +457,18 @@ def _is_by_letter(children: Sequence[Folder]) -> bool:
 # What the names of classes tell.
 
 
+def shares_few(train: Collection[str], names: Collection[str]) -> bool:
+    """Whether fewer than half of the class names of a split are among those of train, where there are any."""
+    return bool(train) and 2 * len(set(train).intersection(names)) < len(names)
+
+
 def _check_shared(classes_of: dict[str, list[str]], reading: Reading, shown: str) -> None:
     """Asks where train and another split share few class names."""
     train = set(classes_of.get("train", ()))
     for split, names in classes_of.items():
-        shared = len(train.intersection(names))
-        if split == "train" or not train or not names or 2 * shared >= len(names):
+        if split == "train" or not shares_few(train, names):
             continue
+        shared = len(train.intersection(names))
         odd = next(name for name in names if name not in train)
         paths = {part.split: (part.split, as_text(part.path) or ".") for part in reading.splits}
         ways = [

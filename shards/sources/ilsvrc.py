@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.sources.base import NO_CHOICES, UNLABELLED, Account, Choices, Input, Source, class_name_of
+from alexprep.shards.sources.folder_names import is_wordnet_id
 from alexprep.shards.sources.ground_truth import find_ground_truth, year_of
 from alexprep.shards.sources.published_lists import may_hold
 from alexprep.shards.sources.tars import ArchiveSource
@@ -20,7 +21,6 @@ from alexprep.shards.sources.tree import pass_over_rest
 from alexprep.shards.storage import Files, as_text
 
 _NAME = re.compile(rb"ILSVRC(20\d\d)_(?:img|images)_(train|val|test)(?:_v\d+)?\.tar")
-_SYNSET = re.compile(rb"n\d{8}").fullmatch
 _SYNSET_TAR = re.compile(rb"n\d{8}\.tar").fullmatch
 # The MD5s that the organisers publish for 2012 (as torchvision's ImageNet class and many scripts quote them).
 PUBLISHED_MD5 = {
@@ -116,7 +116,7 @@ class SynsetTars(ArchiveSource):
     def at(cls, files: Files, name: bytes, choices: Choices = NO_CHOICES) -> Source | None:
         """See `Source`. Refused: some synsets as tars, and others as folders."""
         for folder, names in () if name else may_hold(files):
-            tars, unpacked = sorted(filter(_SYNSET_TAR, names)), min(filter(_SYNSET, names), default=None)
+            tars, unpacked = sorted(filter(_SYNSET_TAR, names)), min(filter(is_wordnet_id, names), default=None)
             if not tars:
                 continue
             if unpacked is not None:

@@ -235,9 +235,7 @@ class Published(Source):
         unlisted: list[bytes] = []
         prefix = os.path.join(self.folder, b"")
         tree = read_tree(self.files)
-        account.found += tree.account.found
-        for known, passed in tree.account.passed_over.items():
-            account.add(known, passed)
+        account.take(tree.account)
         for path, rule in with_rules(tree.root):
             below = path[len(prefix) :] if path.startswith(prefix) else b""
             if below in labels.read:

@@ -51,9 +51,7 @@ def inputs_of(
     """
     root, taken = tree.root, set[bytes]()
     known = {} if known is None else known
-    account.found += tree.account.found
-    for rule, passed in tree.account.passed_over.items():
-        account.add(rule, passed)
+    account.take(tree.account)
     flat: dict[bytes, SplitFolder] = {}
     for part in reading:
         top = root.at(part.path)

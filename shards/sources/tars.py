@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from alexprep.shards.errors import AlexprepError, AmbiguousSourceError, counted
 from alexprep.shards.sources.base import HIDDEN, NO_CHOICES, SPLITS, Account, Choices, Input, Location, Source, split_of
-from alexprep.shards.sources.folder_reading import Reading, read_folders
+from alexprep.shards.sources.folder_reading import Reading, read_folders, shares_few
 from alexprep.shards.sources.published import check_unlisted
 from alexprep.shards.sources.split_folders import inputs_of
 from alexprep.shards.sources.tree import pass_over_rest, read_tree, tree_of
@@ -146,7 +146,7 @@ class PackedClassFolders(ArchiveSource):
             classes.setdefault(split, set()).add(class_name)
         train = classes.get("train", set())
         for split, names in classes.items():
-            if train and 2 * len(names & train) < len(names):
+            if shares_few(train, names):
                 raise AmbiguousSourceError(
                     f"SOURCE {self.files.display()}: only {len(names & train):,} of the {counted(len(names), 'class name')} of {split} are "
                     f"among those of train ({min(names - train)!r} is not).",

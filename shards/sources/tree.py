@@ -1,7 +1,7 @@
 """Reads what lies below a folder, or inside a tar, as one tree of folders, each file noted once.
 
 What is surely no picture is told apart here, by its name alone: hidden files, what systems leave, archives, lists and other
-papers. What the folders mean, splits or classes, is decided in `folders`.
+papers. What the folders mean, splits or classes, is decided in `folder_reading`.
 """
 
 from __future__ import annotations
@@ -42,9 +42,8 @@ _SYSTEM_FILES = {b"thumbs.db", b"desktop.ini", b"ehthumbs.db", b"icon\r"}
 _SYSTEM_FOLDERS = {b"__macosx", b"@eadir", b"$recycle.bin", b"system volume information", b"lost+found"}
 _LINKS_FOLLOWED = 2  # names below the root: a split's folder and a class's may be links, deeper ones might form loops
 
-MAX_NAME_BYTES = (
-    2**14
-)  # of a member with its folders, four times what Linux opens: the folders of one then take 64 MiB at most
+# Of a member with its folders, four times what Linux opens: the folders of one then take 64 MiB at most.
+MAX_NAME_BYTES = 2**14
 
 
 def rule_of(name: bytes) -> str | None:
@@ -60,6 +59,13 @@ def rule_of(name: bytes) -> str | None:
     if lower in _SYSTEM_FILES:
         return SYSTEM
     return rule or (SIDECAR if lower in _PAPER_NAMES else None)
+
+
+def _rule_of_folder(name: bytes) -> str | None:
+    """The rule by which all in a folder of this name is passed over; None where it is looked into."""
+    if name.startswith(b"."):
+        return HIDDEN
+    return SYSTEM if name.lower() in _SYSTEM_FOLDERS else None
 
 
 def is_picture(name: bytes) -> bool:
@@ -175,8 +181,8 @@ def read_tree(files: Files) -> Tree:
             continue
         for name in sorted(below):
             path = os.path.join(folder.path, name)
-            if (name.startswith(b".") or name.lower() in _SYSTEM_FOLDERS) and name != b".":
-                rule = HIDDEN if name.startswith(b".") else SYSTEM
+            rule = _rule_of_folder(name)
+            if rule is not None:
                 _count_all(files, path, account, rule)
             else:
                 inner = Folder(path)
@@ -214,14 +220,10 @@ def tree_of(paths: Iterable[bytes], shown: str) -> Tree:
                 "pack the archive anew, with shorter names"
             )
         *above, name = path.split(b"/")
-        if any(part.startswith(b".") for part in above):
-            rule: str | None = HIDDEN
-        elif any(part.lower() in _SYSTEM_FOLDERS for part in above):
-            rule = SYSTEM
-        else:
-            rule = rule_of(name)
+        around = set(map(_rule_of_folder, above))
+        rule = next((each for each in (HIDDEN, SYSTEM) if each in around), None) or rule_of(name)
         if rule in (HIDDEN, SYSTEM):
-            account.pass_over(str(rule), f"{shown}/{as_text(path)}")
+            account.pass_over(rule, f"{shown}/{as_text(path)}")
             continue
         folder = folder_at(b"/".join(above))
         (folder.pictures if rule is None else folder.papers).append(name)
@@ -247,9 +249,7 @@ def pass_over_rest(files: Files, own: Container[bytes], account: Account, rule: 
     Hidden files, what systems leave, lists and our own datasets are passed over by their own rules, all others by `rule`.
     """
     tree = read_tree(files)
-    account.found += tree.account.found
-    for known, passed in tree.account.passed_over.items():
-        account.add(known, passed)
+    account.take(tree.account)
     for path, known_by_name in with_rules(tree.root):
         if path in own:
             account.found -= 1  # counted as what it holds
