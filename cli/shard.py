@@ -114,7 +114,7 @@ def shard(
 
     with output.progress("sharding") as show:
         done = convert(found, out, options, engine, show, announce=announce, max_rejects=max_rejects)
-    output.table("Sharded.", _rows(done, found.files.display()))
+    output.table("Sharded.", _rows(done))
     output.json_line(
         {
             "layout": found.layout,
@@ -138,8 +138,8 @@ def shard(
     )
 
 
-def _rows(done: Report, root: str) -> list[tuple[str, str]]:
-    """The account of a run, as a table; names below `root`, the source's, are cut there."""
+def _rows(done: Report) -> list[tuple[str, str]]:
+    """The account of a run, as a table."""
     from rich.filesize import decimal
 
     from alexprep.shards.inspection import passed_over_rows
@@ -152,7 +152,7 @@ def _rows(done: Report, root: str) -> list[tuple[str, str]]:
     rows += [("written though damaged", f"{done.damaged.total():,}")] if done.damaged else []
     rows += [(f"  {count:,}", reason) for reason, count in done.damaged.most_common(10)]
     rows += [("warning", sentence) for sentence in done.warnings]
-    rows += [*passed_over_rows(done.passed_over, root), ("shards", decimal(done.bytes))]
+    rows += [*passed_over_rows(done.passed_over), ("shards", decimal(done.bytes))]
     made, rate = done.made_inputs, done.made_inputs / done.seconds
     rows += [("this run", f"{made:,} inputs in {done.seconds:.1f} s, {rate:,.0f}/s" if made else "nothing was missing")]
     rows += [("dataset", str(done.folder)), ("every input's fate", str(done.folder / "*" / "samples.parquet"))]

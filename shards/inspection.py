@@ -156,7 +156,7 @@ class Inspection:
         counts = [
             ("found", f"{self.found:,}"),
             ("inputs", f"{self.inputs:,}"),
-            *passed_over_rows(self.passed_over, self.root),
+            *passed_over_rows(self.passed_over),
         ]
         lines = [self.opening(), "What is there", *_aligned(counts)]
         lines += ["Some inputs, and the split, label and class that they get", *_sample_lines(self.rows)]
@@ -229,13 +229,11 @@ def inspect_source(listing: Listing, sample: int = SAMPLE) -> Inspection:
     )
 
 
-def passed_over_rows(passed_over: Mapping[str, PassedOver], root: str) -> list[tuple[str, str]]:
-    """Lines of a table: how many files were passed over, then by rule with some of their names, which are cut where `root` ends."""
+def passed_over_rows(passed_over: Mapping[str, PassedOver]) -> list[tuple[str, str]]:
+    """Lines of a table: how many files were passed over, then by rule with some of their names."""
     rows = [("passed over", f"{sum(passed.count for passed in passed_over.values()):,}")]
     for rule, passed in passed_over.items():
-        names = ", ".join(name.removeprefix(f"{root}/") for name in passed.names) + (
-            ", …" if passed.count > len(passed.names) else ""
-        )
+        names = ", ".join(passed.names) + (", …" if passed.count > len(passed.names) else "")
         rows.append((f"  {passed.count:,}", f"{rule}: {names}" if passed.names else rule))
     return rows
 

@@ -78,7 +78,7 @@ class ShardWriter:
             self.check.run()
             _checked.add(self.plan.digest)
         made = [self._make(shard, recorded, condemned) for shard, recorded in argument]
-        return Rejects(*map(sum, zip(*made, strict=True)))
+        return functools.reduce(Rejects.plus, made)
 
     def _make(self, shard: Shard, recorded: str | None, condemned: Mapping[int, str]) -> Rejects:
         if (made := read_sidecar(self.plan, shard)) is not None:

@@ -199,10 +199,11 @@ def test_a_warning_is_said_once_and_names_cannot_steer_a_terminal() -> None:
 
 
 def test_passed_over_rows_have_the_count_and_names() -> None:
-    rows = passed_over_rows(
-        {"a list": PassedOver(2, ["/set/a/x", "y"]), "beyond": PassedOver(1000, []), "more": PassedOver(9, ["z"])},
-        "/set",
+    account = Account(
+        0, {"a list": PassedOver(2, ["/set/a/x", "y"]), "beyond": PassedOver(1000, []), "more": PassedOver(9, ["z"])}
     )
+    account.make_relative("/set")
+    rows = passed_over_rows(account.passed_over)
     assert rows == [("passed over", "1,011"), ("  2", "a list: a/x, y"), ("  1,000", "beyond"), ("  9", "more: z, …")]
 
 
