@@ -131,6 +131,23 @@ def _gpu(request: pytest.FixtureRequest) -> None:
         pytest.skip("no CUDA device")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _warm_processes() -> Iterator[None]:
+    from tests.support import warm_processes
+
+    with warm_processes.installed():
+        yield
+
+
+@pytest.fixture
+def cold_processes() -> Iterator[None]:
+    """Processes of Python begin with nothing imported, as they do for a user."""
+    from tests.support import warm_processes
+
+    with warm_processes.cold():
+        yield
+
+
 @pytest.fixture(scope="session")
 def whole(request: pytest.FixtureRequest) -> bool:
     """Whether every case is to be tried, as `make stress` wants it, and not a seeded sample of them."""
