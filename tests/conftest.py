@@ -221,7 +221,7 @@ def seed(request: pytest.FixtureRequest) -> Iterator[int]:
 
 @pytest.fixture
 def patient_search(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`alexprep tune` has all its turns in half a second by its clock, of which no turn takes more than a small part, however late it is."""
+    """`alexprep tune` has all its turns, one a value, in half a second by its clock, of which no turn takes more than a small part, however late it is."""
     shown, last = 0.0, time.monotonic()
 
     def clock() -> float:
@@ -230,4 +230,5 @@ def patient_search(monkeypatch: pytest.MonkeyPatch) -> None:
         shown, last = shown + min(now - last, 0.012), now
         return shown
 
+    monkeypatch.setattr("alexprep.pipeline.autotune.ROUNDS", 1)
     monkeypatch.setattr("alexprep.pipeline.autotune.search", functools.partial(search, clock=clock))

@@ -193,6 +193,7 @@ def test_a_face_gives_what_it_promises(face: str) -> None:
         module.no_such_name  # noqa: B018
 
 
+@pytest.mark.usefixtures("cold_processes")
 def test_a_face_loads_nothing_heavy() -> None:
     code = "import sys, {}; print([m for m in ('torch', 'nvidia', 'numpy', 'pyarrow', 'PIL') if m in sys.modules])"
     done = subprocess.run(

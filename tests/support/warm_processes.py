@@ -1,6 +1,6 @@
 """Processes of Python that begin with torch, DALI and alexprep imported, which otherwise takes each of them seconds.
 
-`subprocess.Popen` is replaced while `WarmPopen` is `installed`: `python -c CODE` and `python -m tests…` or `alexprep…` are then forked
+`subprocess.Popen` is replaced while `WarmPopen` is `installed`: `python -c CODE`, the repository's modules and torchrun are then forked
 from a server, a process of one thread that has done nothing but import. They are this process's own children, with the environment,
 folder, descriptors, signal mask and session that they would have. All else starts as ever: other programs, and whatever asks for
 another interpreter by its environment. So does everything inside `cold`, for what is promised of a fresh interpreter.
@@ -36,6 +36,10 @@ ROOT = Path(__file__).parents[2]
 PR_SET_CHILD_SUBREAPER = 36  # sys/prctl.h
 # What Python and the libraries read when they start; of the names that begin so, too.
 AT_START = ("OMP_NUM_THREADS", "LD_", "LC_", "LANG", "PYTHON")
+STARTERS = (
+    "alexprep.cli",
+    "torch.distributed.run",
+)  # programs that start processes of their own, which are then warm too
 _Popen = subprocess.Popen
 
 
@@ -78,14 +82,9 @@ class Server:
 
     def takes(self, words: Sequence[str], environment: Mapping[str, str]) -> bool:
         """Whether a command is one that the server's children can stand for."""
-        ours = words[:1] == [sys.executable] and len(words) > 2 and os.getpid() == self._owner
-        known = ours and (
-            words[1] == "-c" or (words[1] == "-m" and words[2].partition(".")[0] in ("alexprep", "tests"))
-        )
-        names = {*self._environment, *environment} - {"PYTHONPATH"}
-        return known and all(
-            self._environment.get(name) == environment.get(name) for name in names if name.startswith(AT_START)
-        )
+        program = _program(words) if words[:1] == [sys.executable] and os.getpid() == self._owner else None
+        names = {name for name in (*self._environment, *environment) if name.startswith(AT_START)} - {"PYTHONPATH"}
+        return program is not None and all(self._environment.get(name) == environment.get(name) for name in names)
 
     def start(self, request: dict[str, Any], descriptors: Sequence[int]) -> int:
         """The process id of a new child of this process."""
@@ -131,6 +130,18 @@ class WarmPopen(_Popen[Any]):
         self._child_created = True
         ends = ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")
         self._close_pipe_fds(*(how[end] for end in ends))  # type: ignore[attr-defined]
+
+
+def _program(words: Sequence[str]) -> tuple[str, str, list[str]] | None:
+    """What Python is to run: "code", "module" or "file", it, and its arguments; None where that is nobody's of here."""
+    words = [word for word in words[1:3] if word != "-u"] + list(words[3:])
+    if words[:1] == ["-c"] and len(words) > 1:
+        return "code", words[1], words[2:]
+    if words[:1] == ["-m"] and words[1].startswith(("alexprep.", "tests.", "torch.distributed.run")):
+        return "module", words[1], words[2:]
+    if words and words[0].startswith(f"{ROOT}/docs/"):
+        return "file", words[0], words[1:]
+    return None
 
 
 @contextlib.contextmanager
@@ -244,19 +255,23 @@ def _run(request: dict[str, Any], received: Sequence[int]) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.pthread_sigmask(signal.SIG_SETMASK, request["mask"])
     _open_streams()
-    _, kind, program, *words = request["words"]
+    found = _program(request["words"])
+    assert found is not None
+    kind, program, words = found
+    first = {"code": "", "module": os.getcwd(), "file": os.path.dirname(program)}[kind]
     added = [place for place in os.environ.get("PYTHONPATH", "").split(os.pathsep) if place]
-    sys.path[:] = ["" if kind == "-c" else os.getcwd(), *added, *without]
-    if "alexprep.cli" in program:  # it starts workers or ranks
+    sys.path[:] = [first, *added, *without]
+    if any(each in program for each in STARTERS):
         subprocess.Popen, WarmPopen.server = WarmPopen, Server.beside()  # type: ignore[misc]
-    if kind == "-m":
-        sys.argv = [program, *words]
+    sys.argv = ["-c" if kind == "code" else program, *words]
+    if kind == "code":
+        main = sys.modules["__main__"] = types.ModuleType("__main__")
+        _ending(lambda: exec(compile(program, "<string>", "exec"), vars(main)))  # noqa: S102
+    elif kind == "module":
         sys.modules.pop(program, None)  # it is run, even if it was imported
-        runpy.run_module(program, run_name="__main__", alter_sys=True)
-        return
-    sys.argv = ["-c", *words]
-    main = sys.modules["__main__"] = types.ModuleType("__main__")
-    _ending(lambda: exec(compile(program, "<string>", "exec"), vars(main)))  # noqa: S102
+        _ending(lambda: runpy.run_module(program, run_name="__main__", alter_sys=True))
+    else:
+        _ending(lambda: runpy.run_path(program, run_name="__main__"))
 
 
 def _open_streams() -> None:
@@ -269,7 +284,7 @@ def _open_streams() -> None:
         setattr(sys, f"__{name}__", stream)
 
 
-def _ending(work: Callable[[], None]) -> None:
+def _ending(work: Callable[[], object]) -> None:
     """As the interpreter ends, but for taking all modules apart, which takes longer than most of these programs."""
     status: object = 0
     try:
