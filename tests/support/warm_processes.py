@@ -34,8 +34,9 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 PR_SET_CHILD_SUBREAPER = 36  # sys/prctl.h
-# What Python and the libraries read when they start; of the names that begin so, too.
+# What Python and the libraries read when they start, names that begin so; and what is none of it.
 AT_START = ("OMP_NUM_THREADS", "LD_", "LC_", "LANG", "PYTHON")
+LATER = {"PYTHONPATH", "PYTHONBREAKPOINT"}
 STARTERS = (
     "alexprep.cli",
     "torch.distributed.run",
@@ -83,7 +84,7 @@ class Server:
     def takes(self, words: Sequence[str], environment: Mapping[str, str]) -> bool:
         """Whether a command is one that the server's children can stand for."""
         program = _program(words) if words[:1] == [sys.executable] and os.getpid() == self._owner else None
-        names = {name for name in (*self._environment, *environment) if name.startswith(AT_START)} - {"PYTHONPATH"}
+        names = {name for name in (*self._environment, *environment) if name.startswith(AT_START)} - LATER
         return program is not None and all(self._environment.get(name) == environment.get(name) for name in names)
 
     def start(self, request: dict[str, Any], descriptors: Sequence[int]) -> int:
