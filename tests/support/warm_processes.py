@@ -15,6 +15,7 @@ import fcntl
 import gc
 import importlib
 import inspect
+import io
 import json
 import os
 import pkgutil
@@ -71,12 +72,12 @@ class Server:
 
     def _begin(self) -> int:
         self._socket, theirs = socket.socketpair()
-        boot = f"import sys; sys.path[:] = {sys.path!r}; from tests.support.warm_processes import begin; begin({theirs.fileno()})"
+        boot = f"import sys; plain = sys.path[1:]; sys.path[:] = {sys.path!r}; from tests.support.warm_processes import begin"
         # Without pyarrow's thread in the background, so that there is one.
         environment = self._environment | {"JE_ARROW_MALLOC_CONF": "background_thread:false"}
         null = subprocess.DEVNULL
         with theirs:
-            words = [sys.executable, "-c", boot]
+            words = [sys.executable, "-c", f"{boot}; begin({theirs.fileno()}, plain)"]
             process = _Popen(words, cwd=ROOT, env=environment, pass_fds=[theirs.fileno()], stdin=null, stdout=null)
         process.returncode = 0  # it is waited for by its number
         return process.pid
@@ -193,8 +194,12 @@ def _exactly(connection: socket.socket, count: int) -> bytes:
 # The server's side.
 
 
-def begin(descriptor: int) -> None:
-    """Is the server, and then, in a child that was asked for, its program."""
+_plain: list[str] = []  # the places of modules that an interpreter has of itself
+
+
+def begin(descriptor: int, path: Sequence[str]) -> None:
+    """Is the server, and then, in a child that was asked for, its program. `path` is what `sys.path` was but for the first place."""
+    _plain[:] = [place for place in path if place not in os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     _load()
     _serve(socket.socket(fileno=descriptor))()
 
@@ -245,7 +250,6 @@ def _run(request: dict[str, Any], received: Sequence[int]) -> None:
     for each, number in zip(high, request["descriptors"], strict=True):
         os.dup2(each, number)
         os.close(each)
-    without = [place for place in sys.path if place not in os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     os.environ.clear()
     os.environ.update(request["environment"])
     os.chdir(request["folder"])
@@ -261,7 +265,7 @@ def _run(request: dict[str, Any], received: Sequence[int]) -> None:
     kind, program, words = found
     first = {"code": "", "module": os.getcwd(), "file": os.path.dirname(program)}[kind]
     added = [place for place in os.environ.get("PYTHONPATH", "").split(os.pathsep) if place]
-    sys.path[:] = [first, *added, *without]
+    sys.path[:] = [first, *added, *_plain]
     if any(each in program for each in STARTERS):
         subprocess.Popen, WarmPopen.server = WarmPopen, Server.beside()  # type: ignore[misc]
     sys.argv = ["-c" if kind == "code" else program, *words]
@@ -279,8 +283,9 @@ def _open_streams() -> None:
     """The server's are of files that could be sought in."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         old = getattr(sys, name)
-        how: dict[str, Any] = {"encoding": old.encoding, "errors": old.errors, "closefd": False}
-        stream = open(number, "w" if number else "r", buffering=1 if number == 2 else -1, **how)  # noqa: SIM115
+        raw = open(number, "wb" if number else "rb", buffering=0 if old.write_through else -1, closefd=False)  # noqa: SIM115
+        how = {"line_buffering": old.line_buffering, "write_through": old.write_through}
+        stream = io.TextIOWrapper(raw, old.encoding, old.errors, **how)
         setattr(sys, name, stream)
         setattr(sys, f"__{name}__", stream)
 
@@ -295,6 +300,7 @@ def _ending(work: Callable[[], object]) -> None:
     except BaseException as error:  # noqa: BLE001
         traceback.print_exc()
         if isinstance(error, KeyboardInterrupt):
+            sys.stderr.flush()
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             signal.raise_signal(signal.SIGINT)
         status = 1
