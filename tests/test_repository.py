@@ -35,7 +35,7 @@ MODULES = [
     module.name
     for package in ORDER
     for module in pkgutil.walk_packages(importlib.import_module(f"alexprep.{package}").__path__, f"alexprep.{package}.")
-    if not module.name.endswith("__main__")
+    if not module.name.endswith(("__main__", "._resize"))  # the compiled resize.c is a library, and no module
 ]
 # Each heavy or fenced library, and the only places that may import it.
 FENCES = {
