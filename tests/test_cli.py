@@ -44,6 +44,7 @@ def _run(*arguments: str, cwd: Path, check: int = 0) -> subprocess.CompletedProc
 Command = Callable[..., tuple[int, str, str]]
 
 
+@pytest.mark.usefixtures("cold_processes")
 def test_help_needs_no_heavy_library() -> None:
     """What --help imports decides how fast it answers."""
     code = "import sys, alexprep.cli.main; print([m for m in ('torch', 'nvidia', 'numpy', 'pyarrow', 'rich', 'PIL') if m in sys.modules])"
