@@ -38,6 +38,7 @@ from alexprep.shards.plan import (
     PlanTable,
     Shard,
     ShardOptions,
+    as_begun,
     as_written,
     differences,
     draw_up,
@@ -214,7 +215,9 @@ def make_plan(
     check_apart(source, folder)
     listing = list_inputs(source, options.labels, options.class_names, options.class_words)
     if (folder / PLAN).exists():
-        listing = numbered_as_begun(listing, options.labels, read_json(folder / PLAN, "use a new --out"))
+        earlier = read_json(folder / PLAN, "use a new --out")
+        options = as_begun(options, earlier)
+        listing = numbered_as_begun(listing, options.labels, earlier)
     announce(listing)
     return publish_plan(folder, *draw_up(listing, options))
 

@@ -142,7 +142,7 @@ class PackedClassFolders(ArchiveSource):
     def _check_shared(self, found: list[Input]) -> None:
         """Asks where the tar of train and another share few class names, as folders do."""
         classes: dict[str, set[str]] = {}
-        for split, class_name, _ in found:
+        for split, class_name, *_ in found:
             classes.setdefault(split, set()).add(class_name)
         train = classes.get("train", set())
         for split, names in classes.items():
