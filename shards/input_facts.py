@@ -22,7 +22,7 @@ def facts_of(data: bytes | NDArray[np.uint8]) -> dict[str, Any]:
     """
     if not isinstance(data, bytes):
         pixels = np.ascontiguousarray(data)
-        return {"format": PIXELS, "bytes": pixels.nbytes, "sha256": hashlib.sha256(pixels).hexdigest()}
+        return {"format": PIXELS, "bytes": pixels.nbytes, "sha256": hashlib.sha256(pixels.data).hexdigest()}
     facts: dict[str, Any] = {
         "format": format_name(data) or None,
         "bytes": len(data),

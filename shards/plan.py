@@ -144,6 +144,12 @@ class Plan:
         return {**DEFAULTS, **self.document["options"]}
 
     @property
+    def metadata_names(self) -> frozenset[str] | None:
+        """Which metadata go along with the images; None for all."""
+        wanted = self.options["metadata"]
+        return frozenset(wanted or ()) if not isinstance(wanted, str) else None
+
+    @property
     def inputs(self) -> int:
         """How many inputs all splits have together."""
         return sum(split["inputs"] for split in self.document["splits"].values())
