@@ -179,6 +179,21 @@ class Columns(_Parameter):
         return tuple(sorted(found.items()))
 
 
+class Metadata(_Parameter):
+    """What goes along with images: "all", "none", or names with commas between them."""
+
+    name = "all|none|name,…"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """A tuple of names, or the word."""
+        if not isinstance(value, str) or value in ("all", "none"):
+            return value
+        names = tuple(dict.fromkeys(part.strip() for part in value.split(",")))
+        if not all(names):
+            self.fail(f"{value!r} has an empty name: write all, none, or names with commas between them", param, ctx)
+        return names
+
+
 _SOURCE_OPTIONS = (
     click.option("--layout", type=click.Choice(list(LAYOUTS)), help="What SOURCE is.  [default: found by looking]"),
     click.option(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from alexprep.cli.options import (
+    Metadata,
     class_words_option,
     data_folder_option,
     engine_options,
@@ -70,6 +71,13 @@ if TYPE_CHECKING:
     help="How many inputs may be rejected, as a number or a share: more, and nothing is published. What is finished stays.  "
     "[default: half may be no pictures at all, damaged ones are not counted]",
 )
+@click.option(
+    "--metadata",
+    type=Metadata(),
+    metavar="all|none|NAME,…",
+    help="What goes along with the images as KEY.json and into samples.parquet: columns, files KEY.json and KEY.txt, members of a "
+    "webdataset.  [default: all; in a folder that was begun as it was begun]",
+)
 @engine_options
 @json_option
 def shard(
@@ -85,6 +93,7 @@ def shard(
     shard_samples: int | None,
     limit: int | None,
     max_rejects: str | None,
+    metadata: str | tuple[str, ...] | None,
     engine: Engine,
     as_json: bool,
     **form: Any,
@@ -109,7 +118,7 @@ def shard(
     from alexprep.shards.sources.layout_detection import find_source
     from alexprep.shards.worker_pool import LocalEngine
 
-    options = ShardOptions(Target(**form), seed, shard_samples, labels, limit, class_names, class_words)
+    options = ShardOptions(Target(**form), seed, shard_samples, labels, limit, class_names, class_words, metadata)
     if form["device"] == "cuda" and not isinstance(engine, LocalEngine):
         raise click.UsageError("--device cuda is for --engine local: Ray tasks ask for CPUs only.")
     found = find_source(source, layout, choices)

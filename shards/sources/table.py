@@ -169,13 +169,13 @@ class Rows:
 
     def in_order(self) -> Iterator[Input]:
         """The inputs by split, class and path; a path that occurs twice is an AlexprepError."""
-        paths, along = pa.concat_arrays(self._paths), pa.chunked_array([])
+        paths, along = pa.concat_arrays(self._paths), None
         if any(not pa.types.is_null(some.type) for some in self._along):
             along = pa.concat_arrays([some.cast(pa.large_binary()) for some in self._along])
         self._paths.clear()
         self._along.clear()
         by_path = pc.sort_indices(paths)  # stable, and by bytes
-        paths, along = paths.take(by_path), along.take(by_path) if len(along) else along
+        paths, along = paths.take(by_path), None if along is None else along.take(by_path)
         order: NDArray[np.int64] = by_path.to_numpy().astype(np.int64)
         if len(paths) > 1 and (same := pc.index(pc.equal(paths[:-1], paths[1:]), True).as_py()) >= 0:
             raise self._twice(paths[same].as_py(), int(order[same]), int(order[same + 1]))
@@ -189,7 +189,7 @@ class Rows:
         for start in range(0, len(order), _BATCH):
             some = order[start : start + _BATCH]
             rows = pa.array(some)
-            metadata = along.take(rows).to_pylist() if len(along) else itertools.repeat(b"", len(some))
+            metadata = along.take(rows).to_pylist() if along is not None else itertools.repeat(b"", len(some))
             columns = (key[some].tolist(), paths.take(rows).to_pylist(), metadata)
             for where, path, reference in zip(*columns, strict=True):
                 split, code = divmod(where, len(names))
