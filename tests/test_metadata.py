@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gc
 import gzip
 import hashlib
 import io
@@ -10,12 +11,11 @@ import json
 import math
 import shutil
 import tarfile
-import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -28,13 +28,13 @@ from PIL import Image
 from alexprep.pipeline import Loader
 from alexprep.shards import ledger
 from alexprep.shards.conversion import convert
-from alexprep.shards.dataset_format import read_dataset, recorded_shards
+from alexprep.shards.dataset_format import read_dataset
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.image_codec import Target
+from alexprep.shards.input_facts import facts_of
 from alexprep.shards.metadata import MAX_BYTES, MetadataError, document_bytes, joined
 from alexprep.shards.plan import ShardOptions
 from alexprep.shards.sample_reader import Samples
-from alexprep.shards.sources.base import Account
 from alexprep.shards.sources.layout_detection import find_source
 from alexprep.shards.verification import repair, verify
 from alexprep.shards.worker_pool import InProcessEngine
@@ -227,3 +227,307 @@ def test_what_goes_in_comes_out(kind: str, pictures: dict[str, bytes], tmp_path:
     assert read_dataset(plain)["options"]["metadata"] is None and Samples(plain, "train").metadata(0) == {}
     some = by_name(shard(source, tmp_path / "some", metadata=("caption", "none such")))
     assert some == {name: {"caption": d["caption"]} if "caption" in d else {} for name, d in expected.items()}
+
+
+# The document
+
+
+def test_every_kind_of_value_has_a_form() -> None:
+    values = {
+        "z": [float("inf"), -math.inf, math.nan, 1e300, -0.0],
+        "bytes": b"\xff\0",
+        "time": timedelta(minutes=1, milliseconds=1),
+        "nested": {"b": (1, 2), "a": np.arange(2), "c": np.float32(0.5)},
+        "half": "\ud800",
+        "text": "ä",
+        "big": 2**80,
+    }
+    written = document_bytes(values)
+    assert written == document_bytes(dict(reversed(values.items()))) == document_bytes(json.loads(written))
+    assert json.loads(written) == {
+        "z": ["Infinity", "-Infinity", None, 1e300, 0.0],
+        "bytes": {"base64": "/wA="},
+        "time": 60.001,
+        "nested": {"a": [0, 1], "b": [1, 2], "c": 0.5},
+        "half": "\ud800",
+        "text": "ä",
+        "big": 2**80,
+    }
+    assert document_bytes({"text": "ä"}) == '{"text":"ä"}'.encode()
+    assert document_bytes({"a": 1}, {"b"}) == document_bytes({}) == b""
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"a": "x" * MAX_BYTES, "b": 1}, r"262,158 bytes are more than the limit of 262,144 \('a' has 262,146\)"),
+        ({"a": object()}, "a value of the type object has no form in JSON"),
+    ],
+)
+def test_what_has_no_form_is_told(values: dict[str, Any], words: str) -> None:
+    with pytest.raises(MetadataError, match=words):
+        document_bytes(values)
+
+
+@pytest.mark.parametrize(
+    ("parts", "words"),
+    [
+        ([("json", b"{")], r"\.json is no JSON"),
+        ([("json", b"[" * 10**5)], r"\.json is no JSON"),
+        ([("json", b'{"txt": 1}'), ("txt", b"a")], "'txt' is both a field"),
+        ([("txt", bytes(2**22 + 1))], r"\.txt has more than"),
+    ],
+)
+def test_a_damaged_part_is_told(parts: list[tuple[str, bytes]], words: str) -> None:
+    with pytest.raises(MetadataError, match=words):
+        joined(parts)
+
+
+# What is begun, damaged, changed
+
+
+@pytest.fixture(scope="module")
+def source(pictures: dict[str, bytes], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return beside(tmp_path_factory.mktemp("beside"), pictures)[0]
+
+
+@pytest.fixture(scope="module")
+def made(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`source` as a dataset. Not to be changed."""
+    return shard(source, tmp_path_factory.mktemp("made"))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("began", [None, "none", ("caption",)])
+def test_what_is_begun_goes_on_as_it_began(began: Any, source: Path, tmp_path: Path) -> None:
+    """A plan of a release without metadata says nothing of it, as one with none."""
+    out = shard(source, tmp_path / "out", metadata=began)
+    before = contents(out)
+    for name in ("train/train-000001.json", "train/train-000001.tar", "dataset.json"):
+        (out / name).unlink()
+    shard(source, out)
+    assert contents(out) == before
+    other, words = ("none", "all") if began is None else ("all", "none|caption")
+    with pytest.raises(AlexprepError, match=f"--metadata was ({words}), now is {other}"):
+        shard(source, out, metadata=other)
+    assert contents(out) == before
+
+
+def test_bad_metadata_cost_the_picture_by_name_and_no_other(source: Path, made: Path, tmp_path: Path) -> None:
+    broken = Path(shutil.copytree(source, tmp_path / "broken"))
+    (broken / "bird" / "bird-1.json").write_text('{"caption": "cut')
+    (broken / "cat" / "cat-4.json").write_text(json.dumps({"long": "x" * MAX_BYTES}))
+    out = shard(broken, tmp_path / "out")
+    rows = {row["source"]: row for row in pq.read_table(out / "train" / "samples.parquet").to_pylist()}
+    assert {name for name, row in rows.items() if row["status"] == "rejected"} == {"bird/bird-1.png", "cat/cat-4.png"}
+    assert rows["bird/bird-1.png"]["reason"].startswith("metadata: .json is no JSON")
+    assert "limit of 262,144 ('long' has" in rows["cat/cat-4.png"]["reason"]
+    assert (rows["cat/cat-4.png"]["width"], rows["cat/cat-4.png"]["height"]) == (24, 17)
+    sound = {name: document for name, document in by_name(made).items() if name not in ("bird-1", "cat-4")}
+    left = {name: document for name, document in by_name_written(out).items()}
+    assert left == sound and verify(out, ENGINE).problems == []
+    shard(broken, tmp_path / "none", metadata="none")  # the reason's next step
+    assert Samples(tmp_path / "none", "train").index.shape == (8,)
+
+
+def by_name_written(folder: Path) -> Documents:
+    samples, rows = Samples(folder, "train"), pq.read_table(folder / "train" / "samples.parquet").to_pylist()
+    names = {row["key"]: row["source"].rpartition("/")[2][:-4] for row in rows}
+    return {names[samples.key(row)]: samples.metadata(row) for row in range(len(samples))}
+
+
+def test_metadata_that_change_are_another_plan(pictures: dict[str, bytes], tmp_path: Path) -> None:
+    table, _ = a_table("jsonl")(tmp_path / "source", pictures)
+    out = shard(table, tmp_path / "out")
+    table.write_text(table.read_text().replace("picture", "photograph"))
+    with pytest.raises(AlexprepError, match="the metadata in SOURCE have changed"):
+        shard(table, out)
+    shard(table, out / "none", metadata="none")
+
+
+def test_a_damaged_shard_is_found_and_repaired(source: Path, made: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(made, tmp_path / "out"))
+    tar, sidecar = out / "train" / "train-000000.tar", out / "train" / "train-000000.json"
+    before = contents(out)
+    tar.write_bytes(before["train/train-000000.tar"].replace(b'"score":', b'"scare":', 1))
+    (problem,) = verify(out, ENGINE).problems
+    assert problem.member.endswith(".json") and problem.what == "its bytes were changed"
+    tar.write_bytes(before["train/train-000000.tar"])
+    for change in (("a picture", "no picture"), ('"bytes":', '"Bytes":'), ('"sha256": "', '"sha256": "0')):
+        sidecar.write_bytes(before["train/train-000000.json"].replace(change[0].encode(), change[1].encode(), 2))
+        problems = verify(out, ENGINE).problems
+        assert {problem.file for problem in problems} <= {"train/train-000000.json", "dataset.json"}, change
+    sidecar.unlink()
+    repair(out, find_source(str(source)), verify(out, ENGINE).problems, ENGINE)
+    assert contents(out) == before
+
+
+# The ledger
+
+
+def test_the_ledger_has_a_column_for_each_name_and_the_facts(source: Path, made: Path) -> None:
+    table = pq.read_table(made / "train" / "samples.parquet")
+    kinds = {name: str(table.schema.field(f"metadata.{name}").type) for name in (*DOCUMENTS[NAMES[0]], "txt")}
+    assert kinds == {
+        "caption": "string",
+        "tags": "string",
+        "score": "double",
+        "count": "int64",
+        "box": "string",
+        "txt": "string",
+    }
+    documents = by_name(made)
+    for row in table.to_pylist():
+        document, file = documents[row["source"].rpartition("/")[2][:-4]], source / row["source"]
+        assert row["metadata.score"] == document.get("score") and row["metadata.caption"] == document.get("caption")
+        assert row["metadata.tags"] is None or json.loads(row["metadata.tags"]) == document["tags"]
+        facts = ("PNG", file.stat().st_size, hashlib.sha256(file.read_bytes()).hexdigest(), 1)
+        assert tuple(row[name] for name in ("format", "bytes", "sha256", "orientation")) == facts
+
+
+def test_columns_hold_what_fits_together() -> None:
+    values: dict[str, list[Any]] = {
+        "bool": [True, None],
+        "int64": [1, 2**60],
+        "double": [1, 0.5],
+        "string": ["a", "b"],
+        "json int": [2**60, 0.5],
+        "json big": [2**70, 1],
+        "json mixed": [1, "a"],
+        "json half": ["\ud800", "a"],
+    }
+    made_of = ledger.Ledger()
+    made_of._kinds = {name: {ledger._kind(value) for value in two if value is not None} for name, two in values.items()}
+    columns = dict(
+        zip(
+            [field.name for field in made_of._columns()],
+            made_of._along([{name: two[n] for name, two in values.items()} for n in range(2)]),
+            strict=True,
+        )
+    )
+    for name, two in values.items():
+        column = columns[f"metadata.{name}"]
+        if name.startswith("json"):
+            assert [json.loads(text) for text in column.to_pylist()] == two
+        else:
+            assert str(column.type) == name and column.to_pylist() == two
+
+
+def test_of_too_many_names_one_column_has_all(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ledger, "MAX_COLUMNS", 3)
+    monkeypatch.setattr(ledger, "_GROUP_ROWS", 1)
+    out = shard(source, tmp_path / "out")
+    table = pq.read_table(out / "train" / "samples.parquet")
+    assert [name for name in table.column_names if name.startswith("metadata")] == ["metadata"]
+    documents = [json.loads(text) for text in table["metadata"].to_pylist() if text]
+    assert sorted(map(str, documents)) == sorted(str(each) for each in by_name(out).values() if each)
+
+
+def test_pixels_and_orientations_are_recorded(pictures: dict[str, bytes], tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[274] = 6
+    photo = folders(tmp_path / "source", {"cat-0": encode(make_photo(20, 16, 1), "JPEG", exif=exif)})
+    (row,) = pq.read_table(shard(photo, tmp_path / "out") / "train" / "samples.parquet").to_pylist()
+    assert (row["format"], row["orientation"]) == ("JPEG", 6)
+    pixels = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)[:, ::-1]
+    known = {"format": "pixels", "bytes": 12, "sha256": hashlib.sha256(pixels.tobytes()).hexdigest()}
+    assert facts_of(pixels) == known and facts_of(b"?")["format"] is None
+
+
+# Those who read the shards
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+def test_other_readers_find_the_members(made: Path) -> None:
+    """webdataset all of them; DALI, by its index, those that it asks for. What comes first is the picture."""
+    shards = [str(path) for path in sorted(made.glob("train/*.tar"))]
+    expected = {str(each) for each in by_name(made).values()}
+    found = list(webdataset.WebDataset(shards, shardshuffle=False, empty_check=False))
+    assert {str(json.loads(sample.get("json", b"{}"))) for sample in found} == expected and len(found) == 8
+    gc.collect()  # webdataset leaves the shards open, which Python notices only now
+    labels = Samples(made, "train").labels.tolist()
+    assert [int(sample["cls"]) for sample in found] == labels
+
+    @pipeline_def(batch_size=8, num_threads=1, device_id=None)
+    def read():
+        indexes = [path.replace(".tar", ".idx") for path in shards]
+        return tuple(cast("Any", fn.readers.webdataset(paths=shards, index_paths=indexes, ext=["png", "cls"])))
+
+    pipeline = read()
+    pipeline.build()
+    _, got = pipeline.run()
+    assert [int(bytes(got.at(n)).decode()) for n in range(8)] == labels
+
+
+def test_a_loader_gives_keys_and_metadata(made: Path) -> None:
+    with Loader(made, batch_size=3, augmentation="none") as loader:
+        for batch in loader:
+            keys = loader.keys(batch.indices)
+            samples = Samples(made, "train")
+            assert keys == [samples.key(row) for row in batch.indices.tolist()] and len(keys[0]) == 8
+            assert loader.metadata(batch.indices) == [samples.metadata(row) for row in batch.indices.tolist()]
+        with pytest.raises(AlexprepError, match=r"index 8 is not in \[0, 7\]"):
+            loader.keys([8])
+    with Loader(made / "train", batch_size=3, augmentation="none") as loader:  # as somebody's tars
+        assert loader.keys(range(8)) == [samples.key(row) for row in range(8)]
+        with pytest.raises(AlexprepError, match="make one of these tars"):
+            loader.metadata([0])
+
+
+def test_our_own_shards_are_sharded_anew_with_all_that_they_have(made: Path, tmp_path: Path) -> None:
+    again = shard(made, tmp_path / "again")
+    samples = Samples(again, "train")
+    first = {str(document) for document in by_name(made).values()}
+    assert {str(samples.metadata(row)) for row in range(len(samples))} == first
+
+
+# Words
+
+
+def test_words_stand_beside_the_classes_and_in_no_digest(tmp_path: Path, pictures: dict[str, bytes]) -> None:
+    from scipy.io import savemat
+
+    wnids = ("n01440764", "n02123045")
+    picture = pictures[NAMES[0]]
+    root = folders(tmp_path / "source", {f"{wnid}-0": picture for wnid in wnids})
+    bare = shard(root, tmp_path / "bare")
+    assert "words" not in read_dataset(bare)
+    kind = [("ILSVRC2012_ID", "O"), ("WNID", "O"), ("words", "O"), ("num_children", "O")]
+    rows = [
+        (n + 1, wnid, words, 0) for n, (wnid, words) in enumerate(zip(wnids, ("tench, Tinca", "tabby"), strict=True))
+    ]
+    devkit = tmp_path / "meta.mat"
+    savemat(devkit, {"synsets": np.array(rows, kind)})
+    own = tmp_path / "own.txt"
+    own.write_text("n02123045\ta cat\n")
+    for place, content, option, expected in (
+        ("meta.mat", devkit.read_bytes(), None, ["tench, Tinca", "tabby"]),
+        ("meta.mat", b"damaged", None, None),
+        ("LOC_synset_mapping.txt", b"n01440764 tench, Tinca tinca\nn00000001 x\n", None, ["tench, Tinca tinca", ""]),
+        ("words.txt", b"n02123045\ttabby\n", own, ["", "a cat"]),
+    ):
+        (root / place).write_bytes(content)
+        out = shard(root, tmp_path / f"{place}{len(content)}", class_words=option)
+        (root / place).unlink()
+        dataset = read_dataset(out)
+        assert dataset.get("words") == expected
+        assert (dataset["digest"], dataset["plan"]) == tuple(read_dataset(bare)[key] for key in ("digest", "plan"))
+        assert verify(out, ENGINE).problems == []
+        assert (read_dataset(shard(out, tmp_path / f"again{len(content)}")).get("words")) == expected
+    shard(root, out)  # without the words, which it keeps
+    assert read_dataset(out)["words"] == ["", "a cat"]
+    with pytest.raises(AlexprepError, match="names none of the 2 classes, such as 'n01440764'"):
+        own.write_text("cat\tx\n")
+        shard(root, tmp_path / "wrong", class_words=own)
+
+
+def test_the_option_of_the_command(command: Callable[..., tuple[int, str, str]], source: Path) -> None:
+    arguments = ("shard", str(source), "--size", "16", "--workers", "1", "--limit", "2", "--metadata")
+    assert command(*arguments, "caption,,x")[0] == 2
+    assert command(*arguments, " caption, tags", "--out", "out")[0] == 0
+    assert read_dataset("out")["options"]["metadata"] == ["caption", "tags"]
+    status, _, messages = command(*arguments, "none", "--out", "out")
+    assert status == 1 and "--metadata was caption,tags, now is none" in messages

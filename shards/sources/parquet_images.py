@@ -61,6 +61,7 @@ _LOOKED_AT = 200  # names in a folder that are looked at for a Parquet file, and
 _OPENED = 8  # files that are opened to find one with pictures
 _FOOTERS = 512  # that are kept
 _NAME_BYTES = 255
+_MEDIA = ("Image", "Audio", "Video")
 _PANDAS_INDEX = "__index_level_0__"  # the numbers of rows, as pandas writes them
 _of_several = re.compile(r"(.*?)-?(\d{5})-of-(\d{5})").fullmatch
 
@@ -530,12 +531,14 @@ def _chunk_name(footer: pq.FileMetaData, image: str) -> str:
 
 
 def _names_along(schema: pa.Schema, columns: Columns) -> list[str]:
-    """The columns that go along with the pictures: all but those that are read for something else, and of other pictures."""
-    used, features = {columns.image, columns.label, columns.split}, _features(schema)
+    """The columns that go along with the pictures: all but those that are read for something else, of other pictures, and of sound."""
+    used, features = {columns.image, columns.label, columns.split, _PANDAS_INDEX}, _features(schema)
     return [
         name
         for name in schema.names
-        if name not in used and name != _PANDAS_INDEX and not _holds_pictures(schema.field(name).type, name, features)
+        if name not in used
+        and not _holds_pictures(schema.field(name).type, name, features)
+        and not (isinstance(said := features.get(name), dict) and said.get("_type") in _MEDIA)
     ]
 
 
