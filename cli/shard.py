@@ -144,6 +144,7 @@ def shard(
             "reasons": dict(done.rejected),
             "damaged": dict(done.damaged),
             "passed_over": {rule: asdict(passed) for rule, passed in done.passed_over.items()},
+            "metadata": done.metadata,
             "warnings": [*seen[0].warnings, *done.warnings],
             "kept": done.kept,
             "bytes": done.bytes,
@@ -160,11 +161,12 @@ def _rows(done: Report) -> list[tuple[str, str]]:
     """The account of a run, as a table."""
     from rich.filesize import decimal
 
-    from alexprep.shards.inspection import passed_over_rows
+    from alexprep.shards.inspection import passed_over_rows, printable
 
     rows = [("found", f"{done.found:,}"), ("written", f"{done.written:,}")]
     rows += [(f"  {split}", f"{count:,}") for split, count in done.samples.items()]
     rows += [("  bytes kept as they were", f"{done.kept:,}")] if done.kept else []
+    rows += [("  metadata", ", ".join(map(printable, done.metadata)))] if done.metadata else []
     rows += [("rejected", f"{done.rejected.total():,}")]
     rows += [(f"  {count:,}", reason) for reason, count in done.rejected.most_common(10)]
     rows += [("written though damaged", f"{done.damaged.total():,}")] if done.damaged else []

@@ -54,6 +54,11 @@ class Ledger:
                     self._kinds.setdefault(name, set()).add(_kind(value))
                     self._too_many = len(self._kinds) > MAX_COLUMNS
 
+    @property
+    def names(self) -> list[str]:
+        """Of the metadata that samples have; not all of them where they are too many for columns."""
+        return list(self._kinds)
+
     def content(self, reread: Callable[[Shard], dict[str, Any]]) -> bytes:
         """The file; `reread` gives a shard's sidecar again."""
         file = io.BytesIO()

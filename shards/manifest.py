@@ -179,7 +179,15 @@ class Manifest:
                     f"no picture left in {split}: {lost.size:,} of {counted(len(classes), 'class')}, such as {classes[lost[0]]!r}; all of "
                     "theirs were rejected"
                 )
+        absent = sorted((self.plan.metadata_names or set()) - set(self.metadata))
+        if absent:
+            words.append(f"no picture has metadata named {', '.join(map(repr, absent))}, which --metadata asks for")
         return words
+
+    @property
+    def metadata(self) -> list[str]:
+        """The names of the metadata that samples have, of all splits; of very many some."""
+        return sorted({name for ledger in self._ledgers.values() for name in ledger.names})
 
     @property
     def samples(self) -> dict[str, int]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import itertools
 import json
 import os
 import time
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from alexprep.shards.dataset_format import DATASET, FORMATS, sample_key
@@ -60,6 +62,16 @@ class PlannedInput(NamedTuple):
     label: int
     location: Location
     metadata: bytes
+
+
+def planned_inputs(rows: pa.Table) -> list[PlannedInput]:
+    """The inputs of some rows of plan.parquet."""
+    along = rows.column("metadata").to_pylist() if "metadata" in rows.column_names else itertools.repeat(None)
+    numbers, labels = (rows.column(name).to_pylist() for name in ("row", "label"))
+    return [
+        PlannedInput(row, label, location, metadata or b"")
+        for row, label, location, metadata in zip(numbers, labels, locations(rows), along, strict=False)
+    ]
 
 
 class InputRead(NamedTuple):
@@ -106,12 +118,8 @@ class ShardWriter:
             return rejects_in(made)
         codec = shared_codec(self.make_codec, self.target)
         rows = shared_table(self.plan.folder, self.plan.digest).read_row_group(shard.group)
-        numbers, labels = rows.column("row").to_pylist(), rows.column("label").to_pylist()
+        inputs = planned_inputs(rows)
         bound_memory(self.source, codec)
-        along = [b""] * len(numbers)
-        if "metadata" in rows.column_names:
-            along = [each or b"" for each in rows.column("metadata").to_pylist()]
-        inputs = list(map(PlannedInput, numbers, labels, locations(rows), along))
         folder = self.plan.folder / shard.split
         try:
             return self._write(shard, recorded, self._converted(inputs, codec, condemned))
