@@ -92,7 +92,8 @@ def test_train_s_defaults_are_the_library_s() -> None:
 def test_shard_s_defaults_are_the_library_s() -> None:
     chosen = _defaults("shard")
     target = {name: chosen[name] for name in asdict(Target())}
-    more = {name: chosen[name] for name in ("seed", "shard_samples", "labels", "limit", "class_names")}
+    rest = ("seed", "shard_samples", "labels", "limit", "class_names", "class_words", "metadata")
+    more = {name: chosen[name] for name in rest}
     assert asdict(ShardOptions()) == {"target": target, **more}
     assert chosen["image_seconds"] == IMAGE_SECONDS
 

@@ -61,7 +61,7 @@ def released(tmp_path: Path) -> Path:
 def test_what_release_0_1_0_finished_is_sound_and_left_alone(released: Path) -> None:
     before = _files(released)
     assert verify(released, ENGINE, decode=True).problems == []
-    assert options_of(_json(released / "plan.json")) == OPTIONS
+    assert options_of(_json(released / "plan.json")) == replace(OPTIONS, metadata="none")
     report = convert(PHOTOS, released, OPTIONS, ENGINE)
     assert (report.made_inputs, report.inputs, report.written) == (0, 19, 18)
     assert _files(released) == before
@@ -106,6 +106,7 @@ def test_a_released_default_never_changes() -> None:
         "limit": None,
         "class_names": None,
         "on_damaged": None,
+        "metadata": None,
     }
     assert ShardOptions().shard_samples is None
 
