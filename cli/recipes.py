@@ -35,7 +35,7 @@ def recipes(name: str | None, settings: tuple[str, ...], as_json: bool) -> None:
         raise click.UsageError("--set is for one recipe: name it.")
     if name is not None:
         chosen = with_settings(known.recipe(name), by_field(settings))
-        _show(chosen)
+        _show(name, chosen)
         output.json_line(_document(chosen), as_json)
         return
     width = max(map(len, known.RECIPES))
@@ -53,14 +53,14 @@ def _document(recipe: Recipe) -> dict[str, Any]:
     return recipe.planned().describe() | {"epochs": recipe.epochs, "stored_sizes": list(recipe.stored_sizes)}
 
 
-def _show(recipe: Recipe) -> None:
-    """The fields, two lines each: what `--set` takes and its type, then the meaning."""
+def _show(name: str, recipe: Recipe) -> None:
+    """The fields of the recipe that was named so, two lines each: what `--set` takes and its type, then the meaning."""
     import shutil
 
     from alexprep.train.settings import settable
 
     width = max(60, shutil.get_terminal_size((WIDTH, 24)).columns)
-    click.echo(f"Recipe {recipe.name}. `alexprep train --recipe {recipe.name} --set FIELD=VALUE` changes a field.")
+    click.echo(f"Recipe {recipe.name}. `alexprep train --recipe {name} --set FIELD=VALUE` changes a field.")
     for one in settable(recipe):
         click.echo(f"{one.path}={one.value}  ({one.type})")
         click.echo(textwrap.fill(one.meaning, width, initial_indent="    ", subsequent_indent="    "))

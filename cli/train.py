@@ -154,7 +154,7 @@ def train(as_json: bool, **options: Any) -> None:
     from alexprep.train.config import TrainConfig
     from alexprep.train.launch import launch_training, leads
 
-    summary = launch_training(TrainConfig(**_with_synonyms(options)))
+    summary = launch_training(TrainConfig(**with_synonyms(options)))
     if leads():
         measured = [(name.replace("_", " "), value) for name, value in summary.items() if value not in (None, [])]
         rows = [(name, f"{value:.4g}" if isinstance(value, float) else str(value)) for name, value in measured]
@@ -164,7 +164,7 @@ def train(as_json: bool, **options: Any) -> None:
         click.get_current_context().exit(128 + signal.Signals[summary["stopped_by"]])  # as shells report it
 
 
-def _with_synonyms(options: dict[str, Any]) -> dict[str, Any]:
+def with_synonyms(options: dict[str, Any]) -> dict[str, Any]:
     """The options with those of `SYNONYMS` among the settings."""
     given = {name: options.pop(name) for name in SYNONYMS}
     given = {name: value for name, value in given.items() if value is not None}

@@ -6,6 +6,7 @@ Nothing is trained here, and no network lives on. What decides the result is the
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shlex
 from collections.abc import Collection, Iterable, Mapping
@@ -280,6 +281,7 @@ def prepare(
     facts = data_facts(data)
     tuning, notes = _tuning(config, data, device, earlier)
     notes += [f"the split {split} is skipped: none of its images has a label" for split in facts.unlabelled]
+    notes += [f"with {', '.join(config.settings)}"] if config.settings else []
     recipe = recipe_of({name: getattr(config, name) for name in (*OPTIONS, "settings")}, began)
     recipe = _scheduled(recipe, config, began, earlier or {}, changes)
     if config.hook is not None:
@@ -367,6 +369,8 @@ def _changes(config: TrainConfig, earlier: Mapping[str, Any], began: Mapping[str
         was: Any = began
         for part in name.split("."):
             was = was.get(part) if isinstance(was, Mapping) else None
+        with contextlib.suppress(ValueError):
+            text = json.loads(text)
         changes[name] = {"was": was, "is": text}
     return changes
 

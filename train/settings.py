@@ -234,8 +234,8 @@ def _changed(value: Any, settings: dict[str, Any], at: str, hint: Any, whole: Re
         value = kinds[0]()
     owner: Any = value.factory if isinstance(value, UserNetwork) else value
     if not _has_fields(owner):
-        kinds = [kind.__name__ for kind in _dataclasses(hint)]
-        choice = f": say first which, {at}={' or '.join(kinds)}" if kinds else ""
+        names = [kind.__name__ for kind in _dataclasses(hint)]
+        choice = f": say first which, {at}={' or '.join(names)}" if names else ""
         raise AlexprepError(
             f"{SET} {at}.{next(iter(settings))}: {at} of recipe {whole.name} is {plain(value)}, which has no fields{choice}"
         )
