@@ -21,6 +21,7 @@ from alexprep.shards.dataset_format import read_json
 from alexprep.shards.errors import AlexprepError, whole_number
 from alexprep.shards.storage import json_bytes, publish_bytes
 from alexprep.train.config import AS_OPTIONS, Job, TrainConfig, prepare
+from alexprep.train.precision import NotFinite
 from alexprep.train.run_dir import CONFIG, SUMMARY
 from alexprep.train.settings import by_field
 from alexprep.train.trainer import train
@@ -59,15 +60,16 @@ def ablate(
 
     Returns:
         The document that ablation.json in that folder is then, too: base, split; variants, a list of variant, runs, and the mean and its
-        standard error (None for one run) of top1_error, top5_error (percent) and loss (nats), and of difference, top1_error less that of the
-        recipe with the same seed (points); runs, a list of variant, seed, run and what its summary measured; stopped_by, as of a run.
+        standard error (None for one run, which tells none) of top1_error, top5_error (percent) and loss (nats), and of difference, top1_error less that of the
+        recipe with the same seed (points); runs, a list of variant, seed, run and what its summary measured; failed, a list of variant, seed, run
+        and reason, of those whose loss was no number; stopped_by, as of a run.
 
     Raises:
         AlexprepError: a variant is none, two would be trained under one name, the folder holds an ablation of something else, or there is
             nothing to measure errors on.
     """
     whole_number("seeds", seeds, 1, MOST_SEEDS)
-    wanted = {PLAIN: config} | {" ".join(shlex.split(text)): _varied(config, text) for text in variants}
+    wanted = {PLAIN: config} | {" ".join(split := _split(text)): _varied(config, split) for text in variants}
     jobs = {variant: prepare(each, dry_run=True) for variant, each in wanted.items()}
     plain = jobs[PLAIN]
     if plain.facts.evaluation_split is None:
@@ -78,25 +80,39 @@ def ablate(
     document = {"base": _base(plain), "split": plain.facts.evaluation_split}
     _begin(config.runs, document)
     found: list[Trained] = []
+    failed: list[dict[str, Any]] = []
     stopped = None
     for number, ((variant, seed), name) in enumerate(names.items(), 1):
         run = config.runs / name
         summary = _finished(run)
         if summary is None:
             say(f"run {number} of {len(names)}, {run}: {variant or 'the recipe'}, seed {seed}")
-            summary = train(_to_do(wanted[variant], seed, run))
-            stopped = summary["stopped_by"]
-        if stopped is None:
+            try:
+                summary = train(_to_do(wanted[variant], seed, run))
+                stopped = summary["stopped_by"]
+            except NotFinite as error:  # which is a result too: of this variant, not of the ablation
+                say(str(error))
+                failed.append({"variant": variant, "seed": seed, "run": str(run), "reason": str(error)})
+        if summary is not None and stopped is None:
             found.append(Trained(variant, seed, summary))
-        _publish(config.runs, result := document | _compared(found) | {"stopped_by": stopped})
+        _publish(config.runs, result := document | _compared(list(wanted), found, failed) | {"stopped_by": stopped})
         if stopped is not None:
             break
     return result
 
 
-def _varied(config: TrainConfig, variant: str) -> TrainConfig:
+def _split(variant: str) -> list[str]:
+    """The settings of a variant."""
+    try:
+        return shlex.split(variant)
+    except ValueError as error:
+        raise AlexprepError(
+            f"variant {variant!r} is not FIELD=VALUE FIELD=VALUE …, quoted as for a shell: {error}"
+        ) from None
+
+
+def _varied(config: TrainConfig, given: list[str]) -> TrainConfig:
     """A variant's training. What it says takes the place of what the options say of the same field."""
-    given = shlex.split(variant)
     named = {name: None for name in by_field(given) if name in AS_OPTIONS}
     return replace(config, **named, settings=(*config.settings, *given))  # type: ignore[arg-type]
 
@@ -115,7 +131,7 @@ def _begin(folder: Path, document: dict[str, Any]) -> None:
     """Makes the folder, or makes sure that what it holds has the same base."""
     if not (folder / ABLATION).exists():
         folder.mkdir(parents=True, exist_ok=True)
-        _publish(folder, document | _compared([]) | {"stopped_by": None})
+        _publish(folder, document | _compared([], [], []) | {"stopped_by": None})
         return
     before = read_json(folder / ABLATION, "name another folder with --runs").get("base", {})
     for name, now in document["base"].items():
@@ -155,8 +171,8 @@ def _to_do(config: TrainConfig, seed: int, run: Path) -> TrainConfig:
     return TrainConfig(**own, resume=True, device=config.device, threads=config.threads)  # type: ignore[arg-type]
 
 
-def _compared(found: list[Trained]) -> dict[str, Any]:
-    """The runs, and each variant's means over its seeds."""
+def _compared(wanted: list[str], found: list[Trained], failed: list[dict[str, Any]]) -> dict[str, Any]:
+    """The runs, and each variant's means over those of its seeds that ended with numbers."""
     runs = [
         {"variant": one.variant, "seed": one.seed, "run": one.summary["run"]}
         | {name: one.summary.get(name) for name in MEASURED}
@@ -164,25 +180,27 @@ def _compared(found: list[Trained]) -> dict[str, Any]:
     ]
     plain = {run["seed"]: run["val_top1_error"] for run in runs if run["variant"] == PLAIN}
     variants = []
-    for variant in dict.fromkeys(one.variant for one in found):
+    tried = {one["variant"] for one in [*runs, *failed]}
+    for variant in (each for each in wanted if each in tried):
         own = [run for run in runs if run["variant"] == variant]
         row: dict[str, Any] = {"variant": variant, "runs": len(own)}
+        row["failed"] = sum(each["variant"] == variant for each in failed)
         for name in ("top1_error", "top5_error", "loss"):
             row[name], row[f"{name}_standard_error"] = mean_and_error([run[f"val_{name}"] for run in own])
-        apart = [run["val_top1_error"] - plain[run["seed"]] for run in own]
+        apart = [run["val_top1_error"] - plain[run["seed"]] for run in own if run["seed"] in plain]
         row["difference"], row["difference_standard_error"] = mean_and_error(apart)
         variants.append(row)
-    return {"variants": variants, "runs": runs}
+    return {"variants": variants, "runs": runs, "failed": failed}
 
 
-def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
-    """The mean of some values, and its standard error, which one value does not tell.
+def mean_and_error(values: Sequence[float]) -> tuple[float | None, float | None]:
+    """The mean of some values, and its standard error, which one value does not tell, nor none the mean.
 
     >>> mean_and_error([1.0, 3.0])
     (2.0, 1.0)
     """
     error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-    return statistics.fmean(values), error
+    return statistics.fmean(values) if values else None, error
 
 
 def _publish(folder: Path, document: dict[str, Any]) -> None:
@@ -200,14 +218,17 @@ def table_rows(document: dict[str, Any]) -> Iterator[tuple[str, ...]]:
 
     def shown(row: dict[str, Any], name: str, sign: str = "") -> str:
         error = row[f"{name}_standard_error"]
+        if row[name] is None:
+            return ""
         return f"{row[name]:{sign}.2f}" + ("" if error is None else f" ± {error:.2f}")
 
     yield "variant", "runs", "top-1 error, %", "top-5 error, %", "less the recipe's"
     for row in document["variants"]:
         difference = "" if row["variant"] == PLAIN else shown(row, "difference", "+")
+        runs = f"{row['runs']}" + (f", {row['failed']} failed" if row["failed"] else "")
         yield (
             row["variant"] or "the recipe",
-            str(row["runs"]),
+            runs,
             shown(row, "top1_error"),
             shown(row, "top5_error"),
             difference,

@@ -230,16 +230,16 @@ def _changed(value: Any, settings: dict[str, Any], at: str, hint: Any, whole: Re
     if isinstance(value, collections.abc.Mapping):
         each = (get_args(hint) or (str, Any))[1]
         return {**value, **{key: _read(text, each, f"{at}.{key}", whole) for key, text in settings.items()}}
-    if value is None and len(kinds := _dataclasses(hint)) == 1:
-        value = kinds[0]()
-    owner: Any = value.factory if isinstance(value, UserNetwork) else value
-    if not _has_fields(owner):
-        names = [kind.__name__ for kind in _dataclasses(hint)]
+    kinds = _dataclasses(hint)
+    begun = kinds[0] if value is None and len(kinds) == 1 else None  # a part that is made now, of what is said
+    owner: Any = value.factory if isinstance(value, UserNetwork) else begun or value
+    if not (begun or _has_fields(owner)):
+        names = [kind.__name__ for kind in kinds]
         choice = f": say first which, {at}={' or '.join(names)}" if names else ""
         raise AlexprepError(
             f"{SET} {at}.{next(iter(settings))}: {at} of recipe {whole.name} is {plain(value)}, which has no fields{choice}"
         )
-    hints = get_type_hints(type(owner))
+    hints = get_type_hints(owner if begun else type(owner))
     below: dict[str, dict[str, Any]] = {}
     for path, given in settings.items():
         head, _, rest = path.partition(".")
@@ -247,10 +247,10 @@ def _changed(value: Any, settings: dict[str, Any], at: str, hint: Any, whole: Re
             raise AlexprepError(_unknown(f"{at}.{path}" if at else path, at, owner, whole))
         below.setdefault(head, {})[rest] = given
     parts = {
-        head: _changed(getattr(owner, head), inner, f"{at}.{head}" if at else head, hints[head], whole)
+        head: _changed(getattr(owner, head, None), inner, f"{at}.{head}" if at else head, hints[head], whole)
         for head, inner in below.items()
     }
-    made = replace(owner, **parts)
+    made: Any = begun(**parts) if begun else replace(owner, **parts)
     return replace(value, factory=made) if isinstance(value, UserNetwork) else made
 
 
@@ -260,7 +260,11 @@ def _unknown(path: str, at: str, owner: Any, whole: Recipe) -> str:
     inside = [f"{begun}{each.name}" for each in fields(owner)]
     near = difflib.get_close_matches(path, [*inside, *(one.path for one in settable(whole))], 1)
     hint = f"perhaps {near[0]} is meant; " if near else ""
-    what = f"{at} of recipe {whole.name}, {type(owner).__name__}," if at else f"recipe {whole.name}"
+    what = (
+        f"{at} of recipe {whole.name}, {getattr(owner, '__name__', type(owner).__name__)},"
+        if at
+        else f"recipe {whole.name}"
+    )
     listed = f"there are {', '.join(inside)}" if len(inside) < 8 else f"`alexprep recipes {whole.name}` lists all"
     return f"{SET} {path}: {what} has no such field: {hint}{listed}"
 
