@@ -75,8 +75,9 @@ def _stand_ins(root: Path, photos: Path) -> dict[str, str]:
         (root / "pets" / split).mkdir(parents=True)
         for n, (data, _) in enumerate(rows):
             (root / "pets" / split / f"{n}.jpg").write_bytes(data)
-        told = [json.dumps({"file_name": f"{n}.jpg", "label": label}) for n, (_, label) in enumerate(rows)]
+        told = [json.dumps({"file_name": f"{n}.jpg", "label": c, "caption": f"{n}"}) for n, (_, c) in enumerate(rows)]
         (root / "pets" / split / "metadata.jsonl").write_text("\n".join(told))
+    (root / "pets.txt").write_text("class0\ta class of photos\n")
     record = bytes([3]) + bytes(3072)
     batches = [*(f"data_batch_{n}.bin" for n in range(1, 6)), "test_batch.bin"]
     names = b"airplane\nautomobile\nbird\ncat\ndeer\ndog\nfrog\nhorse\nship\ntruck"

@@ -36,7 +36,7 @@ MODULES = [
     module.name
     for package in ORDER
     for module in pkgutil.walk_packages(importlib.import_module(f"alexprep.{package}").__path__, f"alexprep.{package}.")
-    if not module.name.endswith("__main__")
+    if not module.name.endswith(("__main__", "._resize"))  # the compiled resize.c is a library, and no module
 ]
 # Each heavy or fenced library, and the only places that may import it.
 FENCES = {
@@ -69,7 +69,7 @@ FLOORS = [
     ("signals_and_memory", "distributed.world"),
     ("distributed.tensor_parallel", "lr_schedule", "optimizer", "precision", "checkpoint", "models"),
     ("user_code", "metrics", "data"),
-    ("logger", "profiler", "recipes", "distributed.parallel"),
+    ("logger", "profiler", "recipes", "settings", "distributed.parallel"),
     ("run_dir", "config"),
     ("training_state",),
     ("nonfinite",),
@@ -84,6 +84,7 @@ FLOORS = [
         "similar_images",
         "report",
         "launch",
+        "ablation",
         "loader_overlap",
         "demo",
     ),
