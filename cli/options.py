@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 from click.core import ParameterSource
+from click.shell_completion import CompletionItem
 
 from alexprep.shards.sources import LAYOUTS
 
@@ -236,6 +237,35 @@ runs_option = click.option(
 )
 
 batch_size_option = click.option("--batch-size", type=AT_LEAST_1, help="Images a step.  [default: the recipe's]")
+
+
+class Setting(_Parameter):
+    """FIELD=VALUE; what there is of these is known where they are used."""
+
+    name = "field=value"
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Fields of the recipe that is named before, then the values of one; a shell that asks waits until torch is loaded."""
+        from alexprep.shards.errors import AlexprepError
+        from alexprep.train.recipes import DEFAULT_RECIPE, recipe
+        from alexprep.train.settings import completions
+
+        named = ctx.params.get("recipe") or ctx.params.get("name") or DEFAULT_RECIPE
+        try:
+            found = completions(recipe(named), incomplete)
+        except AlexprepError:
+            found = completions(recipe(DEFAULT_RECIPE), incomplete)
+        return [CompletionItem(each) for each in found]
+
+
+settings_option = click.option(
+    "--set",
+    "settings",
+    type=Setting(),
+    multiple=True,
+    metavar="FIELD=VALUE",
+    help="Another value of a recipe's field, such as network.pool=2; repeatable. `alexprep recipes NAME` lists the fields.",
+)
 
 threads_option = click.option(
     "--threads",

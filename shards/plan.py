@@ -15,6 +15,7 @@ import io
 import json
 import os
 import platform
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -22,7 +23,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
@@ -418,6 +418,8 @@ def grouped_order(key: tuple[int, ...], groups: NDArray[np.int64], window: int) 
 
 def _groups(inputs: pa.Table) -> NDArray[np.int64]:
     """The number of each input's group, which the inputs of one path and offset form: int64 (inputs,), ascending from 0."""
+    import pyarrow.compute as pc  # takes as long as ten images, and workers do without
+
     paths, offsets = inputs["path"].combine_chunks(), inputs["offset"].to_numpy()
     new = pc.not_equal(paths[1:], paths[:-1]).to_numpy(zero_copy_only=False) | (offsets[1:] != offsets[:-1])
     return np.concatenate([[0], np.cumsum(new)]).astype(np.int64)
@@ -496,6 +498,7 @@ class MachineCheck:
     plan: Plan
     source: Source
     sizes: dict[bytes, int]  # of a few files of the source, by path, there
+    prefix: str  # of the Python there, which tells its libraries
 
     @classmethod
     def prepared_here(cls, plan: Plan, source: Source, table: PlanTable) -> MachineCheck:
@@ -505,7 +508,7 @@ class MachineCheck:
             size = _size(source, location.path)
             if isinstance(size, int) and len(sizes) < _WANTED:
                 sizes[location.path] = size
-        return cls(platform.node(), plan, source, sizes)
+        return cls(platform.node(), plan, source, sizes, sys.prefix)
 
     def run(self) -> None:
         """Compares it with what the machine sees that calls this: an AlexprepError names both machines and what differs."""
@@ -527,6 +530,8 @@ class MachineCheck:
                 f"{here} does not see {self.source.files.display(name)} as {self.machine} does ({size} bytes there, {now} here): "
                 "SOURCE must be readable under the same path on every machine, or be a URL"
             )
+        if (here, sys.prefix) == (self.machine, self.prefix):
+            return
         for library, version in self.plan.document["versions"].items():
             mine = versions(library)[library]
             if not interchangeable(library, mine, version):

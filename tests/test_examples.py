@@ -16,9 +16,6 @@ from types import ModuleType
 
 import pytest
 import torch
-from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
-from torch.distributed.checkpoint.stateful import Stateful
 from torch.nn import functional
 
 from alexprep.pipeline import Augmentation, Loader
@@ -172,6 +169,11 @@ def test_torchdata_resumes_from_any_step(data: Path) -> None:
 
 
 def test_torch_s_distributed_checkpoint_takes_a_loader(data: Path, tmp_path: Path) -> None:
+    # Here, since they take a second, and other tests do without.
+    from torch.distributed.checkpoint.state_dict_loader import load
+    from torch.distributed.checkpoint.state_dict_saver import save
+    from torch.distributed.checkpoint.stateful import Stateful
+
     def fresh() -> Loader:
         return Loader(data, batch_size=10, augmentation=Augmentation(crop=48))
 

@@ -36,6 +36,7 @@ from alexprep.shards.worker_pool import InProcessEngine
 
 OPTIONS = ShardOptions(Target(size=64), shard_samples=8)
 SMALL = ("--size", "64", "--shard-samples", "8", "--workers", "1")  # the same, for the command
+HURRY_SECONDS = 60  # of a campaign
 DEADLINE_SECONDS = 300  # of any one run
 Fingerprint = dict[str, str]
 Item = TypeVar("Item")
@@ -48,6 +49,7 @@ class Campaign:
         work: an empty folder of its own.
         rng: what all chance comes from.
         photos: a tree of real or drawn photos, in class folders.
+        hurried: whether there is no time for large sets.
         counts: of what came about, by name.
         broken: promises that were not kept, in words.
     """
@@ -57,6 +59,7 @@ class Campaign:
         self.work, self.rng, self.photos = work, random.Random(seed), photos
         self.counts: Counter[str] = Counter()
         self.broken: list[str] = []
+        self.hurried = seconds < HURRY_SECONDS
         self._end = time.monotonic() + seconds
 
     def rounds(self, most: int) -> Iterator[int]:
