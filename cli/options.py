@@ -180,6 +180,21 @@ class Columns(_Parameter):
         return tuple(sorted(found.items()))
 
 
+class Metadata(_Parameter):
+    """What goes along with images: "all", "none", or names with commas between them."""
+
+    name = "all|none|name,…"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """A tuple of names, or the word."""
+        if not isinstance(value, str) or value in ("all", "none"):
+            return value
+        names = tuple(dict.fromkeys(part.strip() for part in value.split(",")))
+        if not all(names):
+            self.fail(f"{value!r} has an empty name: write all, none, or names with commas between them", param, ctx)
+        return names
+
+
 _SOURCE_OPTIONS = (
     click.option("--layout", type=click.Choice(list(LAYOUTS)), help="What SOURCE is.  [default: found by looking]"),
     click.option(
@@ -349,6 +364,15 @@ labels_option = click.option(
     metavar="auto|sorted|ilsvrc-id|FILE",
     help="How classes are numbered: as the source does, or by sorted name where it does not; by sorted name; by the "
     "devkit's ID; by a file with one class name a line.",
+)
+
+
+class_words_option = click.option(
+    "--class-words",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="What classes mean in words, for people: a text of lines CLASS, tab, words.  [default: as lists or a devkit beside the "
+    "images say of WordNet IDs]",
 )
 
 
