@@ -115,10 +115,12 @@ def source_options(command: FC) -> FC:
         command = option(command)
 
     @functools.wraps(command)
-    def with_choices(*args: Any, split_folders: Any, class_depth: Any, columns: Any, **kwargs: Any) -> Any:
+    def with_choices(
+        *args: Any, split_folders: Any, class_depth: Any, columns: Any, unlabelled: bool, **kwargs: Any
+    ) -> Any:
         from alexprep.shards.sources.base import Choices
 
-        return command(*args, choices=Choices(split_folders, class_depth, columns), **kwargs)
+        return command(*args, choices=Choices(split_folders, class_depth, columns, unlabelled or None), **kwargs)
 
     return with_choices  # type: ignore[return-value]
 
@@ -202,6 +204,11 @@ _SOURCE_OPTIONS = (
         metavar="image=A,label=B",
         help="Columns of a table by their names: image holds pictures, path names files, label, split.  [default: found by "
         "looking]",
+    ),
+    click.option(
+        "--unlabelled",
+        is_flag=True,
+        help="Take all pictures without labels, whatever lies around them: every label is -1, and shards hold no .cls.",
     ),
     click.option(
         "--class-names",

@@ -47,7 +47,7 @@ def sidecar_of(plan: Plan, inputs: list[dict[str, Any]], members: list[dict[str,
         "plan": plan.digest,
         "bytes": end + len(ending(end)) if members else 0,
         "sha256": sha256,
-        "samples": len(members) // 2,
+        "samples": sum(entry["status"] == "written" for entry in inputs),
         "members": members,
         "inputs": inputs,
     }
@@ -228,7 +228,9 @@ class Manifest:
             "options": document["options"],
             "shard_samples": document["shard_samples"],
             "source": {"layout": document["layout"], "inputs": document["inputs"]},
-            **{key: document[key] for key in ("choices", "account") if key in document},  # older plans have none
+            **{
+                key: document[key] for key in ("unlabelled", "choices", "account") if key in document
+            },  # older plans have none
             "versions": document["versions"],
         }
 
@@ -273,7 +275,8 @@ def _ledger(shard: Shard, planned: pa.Table, sidecar: Sidecar) -> pa.Table:
 def _index(shard: Shard, sidecar: Sidecar) -> NDArray[Any]:
     """The index records of one shard: (samples,) of `INDEX_DTYPE`."""
     written = [entry for entry in sidecar["inputs"] if entry["status"] == "written"]
-    images = sidecar["members"][::2]
-    return np.array(
-        [(shard.number, m["offset"], m["size"], e["label"]) for m, e in zip(images, written, strict=True)], INDEX_DTYPE
-    )
+    images = {
+        member["name"].partition(".")[0]: member for member in reversed(sidecar["members"])
+    }  # a sample's first member
+    found = ((images[entry["key"]], entry["label"]) for entry in written)
+    return np.array([(shard.number, image["offset"], image["size"], label) for image, label in found], INDEX_DTYPE)

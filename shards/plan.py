@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 
 from alexprep.shards.dataset_format import (
     FORMAT_VERSION,
+    FORMATS,
     PLAN,
     PLAN_FORMAT,
     PLAN_TABLE,
@@ -136,6 +137,12 @@ class Plan:
         return {**DEFAULTS, **self.document["options"]}
 
     @property
+    def sample_endings(self) -> tuple[str, ...]:
+        """Of the members of a sample, in their order: its image's, and "cls" of its label unless the source was read without labels."""
+        image = FORMATS[self.options["format"]]
+        return (image,) if self.document.get("unlabelled") else (image, "cls")
+
+    @property
     def inputs(self) -> int:
         """How many inputs all splits have together."""
         return sum(split["inputs"] for split in self.document["splits"].values())
@@ -208,6 +215,8 @@ def draw_up(listing: Listing, options: ShardOptions) -> tuple[dict[str, Any], li
         "versions": versions(*_DECIDES_BYTES, *(_ON_A_GPU if options.target.device == "cuda" else ())),
         "account": _account(account, sum(map(len, listing.splits.values())) - total),
     }
+    if not source.labelled():
+        document["unlabelled"] = True
     if source.choices != NO_CHOICES:
         document["choices"] = as_json(source.choices)
     return document, tables
@@ -337,8 +346,8 @@ def differences(old: Mapping[str, Any], new: dict[str, Any]) -> list[str]:
     ]
     if not words and windows[0] != windows[1]:
         words.append("the groups in which SOURCE has its inputs have other sizes now, which changes the order")
-    for name in ("format_version", "layout", "classes"):
-        if old.get(name) != new[name] and not words:
+    for name in ("format_version", "layout", "classes", "unlabelled"):
+        if old.get(name) != new.get(name) and not words:
             words.append(f"{name} differs")
     return words
 

@@ -320,7 +320,7 @@ def _check_shard(
     if idx != (dali_index(members).encode() if members else None):
         note(".idx", idx_trouble or "is not the index of this shard")
     if decode and tar is not None and not problems:
-        for position, member in enumerate(members[::2]):
+        for position, member in enumerate(members[:: len(plan.sample_endings)]):
             with attending(position):
                 note(".tar", condemned.get(position) or _undecodable(tar, member, plan.options), member.name)
     return _CheckedShard(shard, problems, sidecar, sha256)
@@ -347,7 +347,7 @@ def _sidecar_as_it_must_be(found: Sidecar, plan: Plan, shard: Shard, labels: lis
 
     `labels` are those of its rows by plan.parquet; None where that cannot be read.
     """
-    extension, position = FORMATS[plan.options["format"]], 0
+    endings, position = plan.sample_endings, 0
     inputs: list[dict[str, Any]] = []
     members: list[dict[str, Any]] = []
     recorded = iter(found["members"])
@@ -360,8 +360,7 @@ def _sidecar_as_it_must_be(found: Sidecar, plan: Plan, shard: Shard, labels: lis
         reason = None if "kept" in entry else str(entry["reason"])
         damage = str(entry["reason"]) if "kept" in entry and "reason" in entry else None
         inputs.append(input_record(row, label, width, height, bool(entry.get("kept")), reason, damage))
-        kinds = [(extension, None), ("cls", len(str(label)))] if reason is None else []
-        for kind, known in kinds:
+        for kind, known in zip(endings if reason is None else (), (None, len(str(label))), strict=False):
             member: dict[str, Any] = next(recorded, {})
             size = _integer(member["size"], 0) if known is None else known
             crc32 = _integer(member["crc32"], 0, 2**32)
@@ -383,10 +382,10 @@ def _check_tar(tar: bytes, is_recorded: bool, members: list[WrittenMember], side
     if len(tar) != end:
         first = next((m.name for m in members if m.offset + padded(m.size) > len(tar)), "")
         note(".tar", f"has {len(tar):,} bytes instead of {end:,}", first)
-    labels = [entry["label"] for entry in sidecar["inputs"] if entry["status"] == "written" for _ in range(2)]
+    labels = {entry["key"]: entry["label"] for entry in sidecar["inputs"]}
     damaged = 0
-    for member, label in zip(members, labels, strict=True):
-        what = _damage(tar, member, label)
+    for member in members:
+        what = _damage(tar, member, labels[member.name.partition(".")[0]])
         damaged += bool(what)
         if what and is_recorded:
             note(".json", "does not describe this member as it is, though the tar is as it was written", member.name)

@@ -96,7 +96,7 @@ KINDS: dict[str, tuple[Callable[[Path], bytes], str]] = {
     "a.tzst": (lambda _: b"\x28\xb5\x2f\xfd\x20\x01", "a tar archive compressed with zstd, which cannot be read at random"),
     "train_images": (
         lambda _: gzip.compress(a_tar("n01440764_18_n01440764.JPEG")),
-        "put each picture into a folder named by the ID at the end of its name",
+        "with pictures named by their WordNet ID: give it a name that ends in .tar.gz, and name it",
     ),
     "no_ending": (lambda _: a_tar("a/1.jpg"), "a tar: give it a name that ends in .tar"),
     "a.7z": (lambda _: b"7z\xbc\xaf\x27\x1c\0\4" + bytes(24), "a 7z archive: unpack it"),
@@ -183,7 +183,7 @@ def test_crcs_are_those_of_the_specification() -> None:
         (("0.jpg", "1.jpg", "labels.csv"), "labels.csv: if that list has the path and the label of each picture, name it"),
         (("0.jpg", "1.jpg", "metadata.jsonl"), "metadata.jsonl, line 1: no column for the path"),
         (("train/0.jpg", "validation/0.jpg", "train/metadata.csv", "validation/metadata.csv"), "/train/metadata.csv, line 1: no column"),
-        (("0.jpg", "1.jpg"), "holds no class folders and no other layout that is known"),
+        (("0.jpg", "1.jpg"), "holds pictures and no class folders, and nothing tells the classes"),
         (("train/a/notes.txt",), "holds no class folders and no other layout that is known"),
     ],
 )  # fmt: skip

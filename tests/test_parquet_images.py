@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import shutil
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
 
 from alexprep.shards.conversion import convert
 from alexprep.shards.dataset_format import read_dataset
@@ -24,14 +21,13 @@ from alexprep.shards.errors import AlexprepError, AmbiguousSourceError
 from alexprep.shards.image_codec import Target
 from alexprep.shards.listing import list_inputs
 from alexprep.shards.plan import Plan, ShardOptions, grouped_order
-from alexprep.shards.sample_reader import Samples
 from alexprep.shards.sources import grouped
 from alexprep.shards.sources.base import Account, Choices
 from alexprep.shards.sources.layout_detection import find_source
 from alexprep.shards.sources.parquet_images import ParquetImages
 from alexprep.shards.verification import repair, source_of, verify
 from alexprep.shards.worker_pool import InProcessEngine, Progress, Task
-from tests.source_checks import fails, flipped
+from tests.source_checks import fails, flipped, pictures, tars
 
 ENGINE = InProcessEngine()
 NAMES = ["class2", "class0", "class3", "class1"]  # in no order of their own
@@ -73,26 +69,6 @@ def hub(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_table(root / "data/validation-00000-of-00001.parquet", hub_table(rows_of(photos, "val")), compression="none")
     (root / "README.md").write_text("a card")
     return root
-
-
-def pictures(folder: Path) -> dict[str, Counter[tuple[str, str]]]:
-    """How often each split has a picture, by its pixels and its class's name."""
-    names = read_dataset(folder)["classes"]
-    found = {}
-    for split in ("train", "val"):
-        samples = Samples(folder, split)
-        found[split] = Counter(
-            (
-                hashlib.sha256(Image.open(io.BytesIO(samples.encoded(n).tobytes())).tobytes()).hexdigest(),
-                names[int(samples.labels[n])],
-            )
-            for n in range(len(samples))
-        )
-    return found
-
-
-def tars(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.rglob("*.tar"))}
 
 
 class Backwards:

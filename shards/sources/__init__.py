@@ -22,6 +22,7 @@ LAYOUTS = {
     "fgvc-aircraft": "published.FgvcAircraft",
     "stanford-dogs": "published.StanfordDogs",
     "gtsrb": "published.Gtsrb",
+    "hub-imagenet": "hub_archives.HubArchives",
     "parquet": "parquet_images.ParquetImages",
     "table": "table.Table",
     "imagefolder": "image_folders.ImageFolder",
@@ -32,3 +33,4 @@ LAYOUTS = {
 }
 BY_FOLDERS = ("tar", "zip", "folders")  # those that read folders, where the user may have to say what they mean
 BY_COLUMNS = ("parquet", "table", "imagefolder")  # those that read columns, likewise
+WITHOUT_LABELS = ("parquet", "webdataset", "tar", "zip", "folders")  # those that also read pictures without labels

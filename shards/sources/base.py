@@ -12,6 +12,7 @@ of a source: see `conversion`.
 
 from __future__ import annotations
 
+import importlib
 import re
 import shlex
 from collections.abc import Iterable, Iterator, Mapping
@@ -38,7 +39,7 @@ SPLITS = {
     "test": "test",
     "testing": "test",
 }
-# The class name of images whose class nobody tells (the test images of ILSVRC 2012); their label is -1.
+# The class name of images whose class nobody tells (the test images of ILSVRC 2012) or asks for; their label is -1.
 UNLABELLED = ""
 
 
@@ -149,11 +150,13 @@ class Choices:
             folder that holds pictures a class; None looks.
         columns: (what it is for, its name) of columns of a table: "image" for pictures themselves, "path", "label", "split"; what is
             not named is looked for.
+        unlabelled: True says that no picture has a label, whatever lies around it; None looks for labels.
     """
 
     split_folders: tuple[tuple[str, str], ...] | None = None
     class_depth: int | Literal["leaf"] | None = None
     columns: tuple[tuple[str, str], ...] = ()
+    unlabelled: Literal[True] | None = None
 
     def column(self, use: str) -> str | None:
         """The name of the column for a use; None where it is to be looked for."""
@@ -173,6 +176,8 @@ def as_options(choices: Choices) -> str:
         words.append(f"--class-depth {choices.class_depth}")
     if choices.columns:
         words.append(f"--columns {shlex.quote(','.join(f'{use}={column}' for use, column in choices.columns))}")
+    if choices.unlabelled:
+        words.append("--unlabelled")
     return " ".join(words)
 
 
@@ -183,6 +188,7 @@ def as_json(choices: Choices) -> dict[str, Any]:
         "split_folders": None if folders is None else dict(folders),
         "class_depth": choices.class_depth,
         "columns": dict(choices.columns) or None,
+        "unlabelled": choices.unlabelled,
     }
     return {name: value for name, value in given.items() if value is not None}
 
@@ -194,6 +200,7 @@ def choices_of(document: Mapping[str, Any]) -> Choices:
         None if folders is None else tuple(folders.items()),
         document.get("class_depth"),
         tuple(document.get("columns", {}).items()),
+        document.get("unlabelled"),
     )
 
 
@@ -259,6 +266,10 @@ class Source:
         """
         return 0
 
+    def labelled(self) -> bool:
+        """Whether its samples get a label, if only -1; where not, they have no KEY.cls."""
+        return not self.choices.unlabelled
+
     def year(self) -> str:
         """Of ILSVRC's images, as "2012", whose devkit is meant; empty where nothing tells it."""
         return ""
@@ -266,6 +277,14 @@ class Source:
     def devkit(self) -> tuple[str, bytes] | None:
         """The name and content of a devkit's meta.mat, where there is one beside the images."""
         return find_meta_mat(self.files, self.year())
+
+
+def needed(package: str, what: str) -> Any:
+    """A package of the extra "sources", imported; AlexprepError where it is not installed. `what` begins the sentence "WHAT needs …"."""
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise AlexprepError(f"{what} needs the package {package} ({error}): pip install 'alexprep[sources]'") from None
 
 
 def sorted_names(present: Iterable[str]) -> list[str]:

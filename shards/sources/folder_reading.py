@@ -76,7 +76,8 @@ def read_folders(
         AmbiguousSourceError: two readings fit.
         AlexprepError: none does, or `choices` name what is not there.
     """
-    _refuse_detection_sets(root, shown)
+    if not choices.unlabelled:
+        _refuse_detection_sets(root, shown)
 
     def read(choices: Choices) -> Reading:
         return _read(root, shown, truth_of, choices, split)
@@ -120,6 +121,13 @@ def _read(root: Folder, shown: str, truth_of: FindTruth, choices: Choices, split
         parts, where = _split_parts(root, shown, split, reading)
     else:
         parts, where = _chosen_parts(root, shown, choices.split_folders, split), "as chosen"
+    if choices.unlabelled:
+        reading.splits = sorted(
+            (SplitFolder(name, folder.path, without=without, unlabelled=True) for name, folder, without in parts),
+            key=lambda found: found.split,
+        )
+        reading.evidence = "all pictures, without labels" + (f"; {where}" if where.startswith("split") else "")
+        return reading
     classes_of: dict[str, list[str]] = {}
     numbered: list[str] = []  # the class folders of train, empty ones too: lists of labels count them
     for name, folder, without in sorted(parts, key=lambda part: (part[0] != "train", part[0])):
@@ -337,7 +345,7 @@ def _flat(
         raise AlexprepError(
             f"{place} holds no class folders, and nothing beside it tells the classes of its images: sort them into "
             f"{place}/CLASS/IMAGE, put a ground truth into SOURCE (LOC_{split}_solution.csv, {split}.txt, or the devkit), "
-            f"or move it away{_words_in_names(top)}"
+            f"or move it away; --unlabelled takes all pictures of SOURCE without labels{_words_in_names(top)}"
         )
     if truth is None:
         reading.warnings.append(

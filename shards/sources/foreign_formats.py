@@ -203,11 +203,8 @@ def _compressed(data: bytes, path: bytes, method: str, program: str, decompress:
         return f"a file compressed with {method}: {_DECOMPRESS.format(program)}"
     what = f"a tar archive compressed with {method}, which cannot be read at random"
     header = read_header_block(inside[:BLOCK]) if len(inside) >= BLOCK else None
-    if header and _named_by_wordnet(header.name.rstrip(b"\0")):  # ImageNet as one hub packs it
-        return (
-            f"{what}, with pictures named by their WordNet ID and in no class folders: unpack it, put each picture into a folder named "
-            "by the ID at the end of its name, and name the folder of these"
-        )
+    if header and method == "gzip" and _named_by_wordnet(header.name.rstrip(b"\0")):  # ImageNet as one hub packs it
+        return f"{what}, with pictures named by their WordNet ID: give it a name that ends in .tar.gz, and name it"
     return f"{what}: {_DECOMPRESS.format(program)}"
 
 

@@ -132,7 +132,8 @@ class ParquetImages(GroupedSource):
         if choices.column("split") is not None:  # goes before what names tell
             parts = [Part(None, path) for _, path in parts]
         others = f"; {', '.join(columns.others)} not read" if columns.others else ""
-        evidence = f"pictures in the column {columns.image!r}, labels in {columns.label!r}{others}"
+        labels = "no labels" if columns.label is None else f"labels in {columns.label!r}"
+        evidence = f"pictures in the column {columns.image!r}, {labels}{others}"
         return cls(files, tuple(parts), columns, choices=choices, whole=not name, evidence=evidence)
 
     def inputs(self, account: Account) -> Iterator[Input]:
@@ -146,13 +147,15 @@ class ParquetImages(GroupedSource):
         for split in sorted({split for some in rows for split in some.splits}):
             labelled = sum(some.labelled(split) for some in rows)
             count = sum(some.count(split) for some in rows)
-            if not labelled and split == "train":
+            if self.choices.unlabelled:
+                pass
+            elif not labelled and split == "train":
                 raise AlexprepError(
                     f"{self.files.display(self.parts[0].path)}: no row of train has a label"
                     + (f" in {self.columns.label!r}" if self.columns.label else "")
                     + ": name the column with --columns label=NAME"
                 )
-            if not labelled:
+            elif not labelled:
                 account.warnings.append(
                     f"nothing tells the classes of the {count:,} rows of {split}: their label is -1"
                 )
@@ -167,6 +170,8 @@ class ParquetImages(GroupedSource):
 
     def classes(self, present: set[str]) -> list[str]:
         """The names that the schema gives; the numbers from "0" to the highest where all are numbers; otherwise sorted as bytes."""
+        if self.choices.unlabelled:
+            return []
         if self.columns.names:
             return list(self.columns.names)
         if present and all(map(is_number, present)):
@@ -528,11 +533,15 @@ def _columns(schema: pa.Schema, choices: Choices, shown: str) -> Columns | None:
                 f"--columns image={image}: {shown} has the type {schema.field(image).type} there, and no bytes"
             )
     label = chosen["label"]
-    if label is None:
+    if label is not None and choices.unlabelled:
+        raise AlexprepError(
+            f"--columns label={label} names labels, and --unlabelled says that there are none: give one of them"
+        )
+    if label is None and not choices.unlabelled:
         classes = [name for name in schema.names if _class_label(schema, name)]
         label = _one_of(classes, LABEL_FIELDS, "label", "of classes", shown)
         others += tuple(name for name in classes if name != label)
-    if label is None:
+    if label is None and not choices.unlabelled:
         lower = {name.strip().lower(): name for name in reversed(schema.names) if name != image}
         usual = label_name(lower, LABEL_COLUMNS)
         label = None if usual is None else lower[usual]

@@ -31,6 +31,7 @@ class SplitFolder:
         truth: the classes of a flat split.
         by_last_name: whether a class deeper than 1 is called by its own folder's name alone, which no other has.
         without: folders in it that belong to other splits.
+        unlabelled: whether all pictures in it and below are taken, without a class.
     """
 
     split: str
@@ -40,6 +41,7 @@ class SplitFolder:
     truth: GroundTruth | None = None
     by_last_name: bool = False
     without: tuple[bytes, ...] = ()
+    unlabelled: bool = False
 
 
 def inputs_of(
@@ -59,6 +61,11 @@ def inputs_of(
             raise AlexprepError(
                 f"{shown}/{as_text(part.path)} has vanished since it was listed: run the same command again"
             )
+        if part.unlabelled:
+            inside = top.without(part.without)
+            taken.update(inner.path for inner in inside.walk())
+            yield from ((part.split, UNLABELLED, path) for path in inside.paths())
+            continue
         if part.flat:
             flat[top.path] = part
             names = part.truth.sorted(top.pictures) if part.truth else ((UNLABELLED, name) for name in top.pictures)

@@ -56,10 +56,12 @@ class Webdataset(ArchiveSource):
     Attributes:
         shards: (split, file), in ascending order.
         names: the class names by label, where the dataset.json of `alexprep shard` tells them.
+        unlabelled: whether no label is read, as the user or that dataset.json says.
     """
 
     shards: tuple[tuple[str, bytes], ...] = ()
     names: tuple[str, ...] | None = None
+    unlabelled: bool = False
     layout = "webdataset"
     expects = "tars of KEY.jpg and KEY.cls, in SOURCE or in SOURCE/train and SOURCE/val"
 
@@ -75,11 +77,14 @@ class Webdataset(ArchiveSource):
         if not found or not all(path.endswith(b".tar") for _, path in found):
             return None
         try:
-            if not _is_webdataset(files, found[0][1]):
+            names = None if name else recorded_classes(files)
+            if names is None and not _is_webdataset(files, found[0][1], choices):
                 return None
         except FileNotFoundError:
             raise AlexprepError(f"SOURCE {files.display(found[0][1])} does not exist") from None
-        return cls(files, tuple(sorted(found)), None if name else recorded_classes(files), whole=not name)
+        unlabelled = bool(choices.unlabelled) or (names is not None and _recorded_unlabelled(files))
+        choices = Choices(unlabelled=choices.unlabelled)
+        return cls(files, tuple(sorted(found)), names, unlabelled, choices=choices, whole=not name)
 
     def inputs(self, account: Account) -> Iterator[Input]:
         """Every sample in the order of the shards."""
@@ -91,7 +96,8 @@ class Webdataset(ArchiveSource):
             with self.files.reading(path) as read:
                 for sample in samples_of(self._counted(path, account)):
                     try:
-                        image, label = image_of(sample, images), label_of(sample, read, ours)
+                        image = image_of(sample, images)
+                        label = UNLABELLED if self.unlabelled else label_of(sample, read, ours)
                         class_name = label if self.names is None else named_label(label, self.names)
                     except BadSampleError as bad:
                         raise AlexprepError(f"{shown}: sample {as_text(sample.key)} {bad}") from None
@@ -117,7 +123,13 @@ class Webdataset(ArchiveSource):
 
     def classes(self, present: set[str]) -> list[str]:
         """See `class_names`."""
+        if self.unlabelled:
+            return []
         return class_names(present, self.names or (), self.files.display())
+
+    def labelled(self) -> bool:
+        """See `Source`."""
+        return not self.unlabelled
 
     def read(self, location: Location) -> bytes | NDArray[np.uint8]:
         """See `Source`; pixels where the shards are our own of `--format raw`."""
@@ -152,6 +164,12 @@ def recorded_classes(files: Files) -> tuple[str, ...] | None:
         if not all(isinstance(name, str) for name in classes):
             raise ValueError("a class name is no text")
         return classes
+
+
+def _recorded_unlabelled(files: Files) -> bool:
+    """Whether our dataset.json in the root says that its samples have no labels."""
+    with _our_document(files, DATASET, DATASET_FORMAT) as dataset:
+        return bool(dataset and dataset.get("unlabelled"))
 
 
 def _check_complete(files: Files, tars: list[bytes]) -> None:
@@ -210,8 +228,8 @@ def shards_below(files: Files) -> Iterator[tuple[str | None, bytes]]:
             )
 
 
-def _is_webdataset(files: Files, path: bytes) -> bool:
-    """Whether the first members form a sample."""
+def _is_webdataset(files: Files, path: bytes, choices: Choices) -> bool:
+    """Whether the first members form a sample: a picture with its label, or with anything else where no label is wanted."""
     parts: dict[bytes, set[str]] = {}
     try:
         for location in itertools.islice(packed_files(files, path), _LOOK):
@@ -220,7 +238,8 @@ def _is_webdataset(files: Files, path: bytes) -> bool:
     except AlexprepError:
         if not parts:  # a damaged first header: whatever reads it will say so
             return False
-    return any(found & set(LABEL_EXTENSIONS) and len(found) > 1 for found in parts.values())
+    wanted = set(IMAGE_EXTENSIONS if choices.unlabelled else LABEL_EXTENSIONS)
+    return any(found & wanted and len(found) > 1 for found in parts.values())
 
 
 def braces(pattern: bytes) -> list[bytes]:
