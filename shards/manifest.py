@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import json
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -275,8 +277,12 @@ def _ledger(shard: Shard, planned: pa.Table, sidecar: Sidecar) -> pa.Table:
 def _index(shard: Shard, sidecar: Sidecar) -> NDArray[Any]:
     """The index records of one shard: (samples,) of `INDEX_DTYPE`."""
     written = [entry for entry in sidecar["inputs"] if entry["status"] == "written"]
-    images = {
-        member["name"].partition(".")[0]: member for member in reversed(sidecar["members"])
-    }  # a sample's first member
-    found = ((images[entry["key"]], entry["label"]) for entry in written)
-    return np.array([(shard.number, image["offset"], image["size"], label) for image, label in found], INDEX_DTYPE)
+    images = image_members(sidecar["members"])
+    return np.array(
+        [(shard.number, m["offset"], m["size"], e["label"]) for m, e in zip(images, written, strict=True)], INDEX_DTYPE
+    )
+
+
+def image_members(members: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of a sidecar's members those that hold the images: the first of each sample."""
+    return [next(sample) for _, sample in itertools.groupby(members, lambda member: member["name"].partition(".")[0])]

@@ -28,7 +28,6 @@ from numpy.typing import NDArray
 
 from alexprep.shards.dataset_format import (
     FORMAT_VERSION,
-    FORMATS,
     PLAN,
     PLAN_FORMAT,
     PLAN_TABLE,
@@ -137,10 +136,9 @@ class Plan:
         return {**DEFAULTS, **self.document["options"]}
 
     @property
-    def sample_endings(self) -> tuple[str, ...]:
-        """Of the members of a sample, in their order: its image's, and "cls" of its label unless the source was read without labels."""
-        image = FORMATS[self.options["format"]]
-        return (image,) if self.document.get("unlabelled") else (image, "cls")
+    def labelled(self) -> bool:
+        """Whether samples have a KEY.cls, if only of -1: not where the source was read without labels."""
+        return not self.document.get("unlabelled")
 
     @property
     def inputs(self) -> int:

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from alexprep.shards.dataset_format import DATASET, sample_key
+from alexprep.shards.dataset_format import DATASET, FORMATS, sample_key
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.image_codec import Codec, Converted, Target
 from alexprep.shards.image_header import Refused
@@ -109,7 +109,9 @@ class ShardWriter:
         before = sidecar_path.read_bytes() if sidecar_path.exists() else b""
         with contextlib.suppress(_EmptyError), published(tar_path) as file:
             tar = TarWriter(file)
-            records = [_added(tar, planned, result, plan.sample_endings) for planned, result in inputs]
+            records = [
+                _added(tar, planned, result, FORMATS[self.target.format], plan.labelled) for planned, result in inputs
+            ]
             sha256 = tar.close()
             if recorded is not None and recorded != (sha256 if tar.members else ""):
                 raise AlexprepError(
@@ -146,16 +148,15 @@ class _EmptyError(Exception):
 
 
 def _added(
-    tar: TarWriter, planned: PlannedInput, result: Converted | Refused, endings: Sequence[str]
+    tar: TarWriter, planned: PlannedInput, result: Converted | Refused, extension: str, labelled: bool
 ) -> dict[str, Any]:
-    """What the sidecar says of an input; its image and label, of these `endings`, are put into the tar, unless it is refused."""
+    """What the sidecar says of an input; its image and label are put into the tar, unless it is refused."""
     row, label, width, height = planned.row, planned.label, result.width, result.height
     if isinstance(result, Refused):
         return input_record(row, label, width, height, kept=False, reason=result.reason)
-    for ending, data in zip(
-        endings, (result.data, str(label).encode()), strict=False
-    ):  # without labels there is no KEY.cls
-        tar.add(f"{sample_key(row)}.{ending}", data)
+    tar.add(f"{sample_key(row)}.{extension}", result.data)
+    if labelled:
+        tar.add(f"{sample_key(row)}.cls", str(label).encode())
     return input_record(row, label, width, height, result.kept, reason=None, damage=result.damage)
 
 

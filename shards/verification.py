@@ -43,7 +43,7 @@ from alexprep.shards.dataset_format import (
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.image_codec import read_raw, shared_decoder
 from alexprep.shards.listing import ClassNames, list_inputs
-from alexprep.shards.manifest import Manifest, Sidecar, input_record, sidecar_of
+from alexprep.shards.manifest import Manifest, Sidecar, image_members, input_record, sidecar_of
 from alexprep.shards.plan import (
     Plan,
     PlanTable,
@@ -320,7 +320,7 @@ def _check_shard(
     if idx != (dali_index(members).encode() if members else None):
         note(".idx", idx_trouble or "is not the index of this shard")
     if decode and tar is not None and not problems:
-        for position, member in enumerate(members[:: len(plan.sample_endings)]):
+        for position, member in enumerate(WrittenMember(**each) for each in image_members(sidecar["members"])):
             with attending(position):
                 note(".tar", condemned.get(position) or _undecodable(tar, member, plan.options), member.name)
     return _CheckedShard(shard, problems, sidecar, sha256)
@@ -347,7 +347,7 @@ def _sidecar_as_it_must_be(found: Sidecar, plan: Plan, shard: Shard, labels: lis
 
     `labels` are those of its rows by plan.parquet; None where that cannot be read.
     """
-    endings, position = plan.sample_endings, 0
+    extension, position = FORMATS[plan.options["format"]], 0
     inputs: list[dict[str, Any]] = []
     members: list[dict[str, Any]] = []
     recorded = iter(found["members"])
@@ -360,7 +360,8 @@ def _sidecar_as_it_must_be(found: Sidecar, plan: Plan, shard: Shard, labels: lis
         reason = None if "kept" in entry else str(entry["reason"])
         damage = str(entry["reason"]) if "kept" in entry and "reason" in entry else None
         inputs.append(input_record(row, label, width, height, bool(entry.get("kept")), reason, damage))
-        for kind, known in zip(endings if reason is None else (), (None, len(str(label))), strict=False):
+        kinds = [(extension, None), ("cls", len(str(label)))][: 1 + plan.labelled] if reason is None else []
+        for kind, known in kinds:
             member: dict[str, Any] = next(recorded, {})
             size = _integer(member["size"], 0) if known is None else known
             crc32 = _integer(member["crc32"], 0, 2**32)

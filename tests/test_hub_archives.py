@@ -17,6 +17,7 @@ from alexprep.shards.image_codec import Target
 from alexprep.shards.listing import list_inputs
 from alexprep.shards.plan import ShardOptions
 from alexprep.shards.sources import grouped, hub_archives
+from alexprep.shards.sources.base import Location
 from alexprep.shards.sources.layout_detection import find_source
 from alexprep.shards.verification import verify
 from alexprep.shards.worker_pool import InProcessEngine
@@ -133,7 +134,7 @@ def test_an_archive_that_changed_since_it_was_listed_costs_its_own_pictures(
     (item, *_) = list(list_inputs(source).splits["train"].to_pylist())
     gzipped_tar(place, [("n_n01443537.JPEG", b"short")])
     with pytest.raises(OSError, match="are not what they were when it was listed"):
-        source.read(hub_archives.Location(item["path"], item["member"], item["offset"], item["size"]))
+        source.read(Location(item["path"], item["member"], item["offset"], item["size"]))
 
 
 def test_pictures_of_train_without_a_class(tmp_path: Path) -> None:
