@@ -103,8 +103,8 @@ KINDS: dict[str, tuple[Callable[[Path], bytes], str]] = {
     "a.rar": (lambda _: b"Rar!\x1a\x07\x01\0" + bytes(24), "a RAR archive: unpack it"),
     "images": (lambda _: written(lambda f: pq.write_table(pa.table(IMAGES), f)), "a Parquet table with its images inside, in the"),
     "rows": (lambda _: written(lambda f: pq.write_table(pa.table({"x": [1]}), f)), "a Parquet table: name it itself as SOURCE"),
-    "a.arrow": (lambda _: an_arrow(pa.ipc.new_stream), f"an Arrow table, whose images are not read: {EXPORT}"),
-    "b.arrow": (lambda _: an_arrow(pa.ipc.new_file), f"an Arrow table, whose images are not read: {EXPORT}"),
+    "a_stream": (lambda _: an_arrow(pa.ipc.new_stream), "an Arrow table: if it has a column of pictures, give it a name that ends in .arrow"),
+    "a_file": (lambda _: an_arrow(pa.ipc.new_file), "an Arrow table: if it has a column of pictures, give it a name that ends in .arrow"),
     "a.feather": (lambda _: written(lambda f: pyarrow.feather.write_feather(pa.table(IMAGES), f)), "an Arrow table"),
     "train-00000-of-01024": (lambda _: a_tfrecord(b"an example"), f"a TFRecord file, which is not read: {EXPORT}"),
     "a.rec": (lambda _: struct.pack("<II", 0xCED7230A, 8) + bytes(8), "a RecordIO file (MXNet), which is not read"),
@@ -176,8 +176,8 @@ def test_crcs_are_those_of_the_specification() -> None:
 @pytest.mark.parametrize(
     ("names", "words"),
     [
-        (("dataset_dict.json", "train/data-00000-of-00001.arrow"), "is a dataset as save_to_disk of the library datasets"),
-        (("state.json", "dataset_info.json", "data-00000-of-00001.arrow"), "is a dataset as save_to_disk"),
+        (("dataset_dict.json", "train/data-00000-of-00001.arrow"), "names no splits: save the dataset again"),
+        (("state.json", "dataset_info.json", "data-00000-of-00001.arrow"), "lists no files of data: save the dataset again"),
         (("data.mdb", "lock.mdb"), "is an LMDB database, which is not read"),
         (("index.json", "shard.00000.mds"), "is a dataset in MosaicML's MDS, which is not read"),
         (("0.jpg", "1.jpg", "labels.csv"), "labels.csv: if that list has the path and the label of each picture, name it"),

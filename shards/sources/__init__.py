@@ -23,6 +23,7 @@ LAYOUTS = {
     "stanford-dogs": "published.StanfordDogs",
     "gtsrb": "published.Gtsrb",
     "hub-imagenet": "hub_archives.HubArchives",
+    "arrow": "arrow_images.ArrowImages",
     "parquet": "parquet_images.ParquetImages",
     "table": "table.Table",
     "imagefolder": "image_folders.ImageFolder",
@@ -32,5 +33,12 @@ LAYOUTS = {
     "folders": "folders.ClassFolders",
 }
 BY_FOLDERS = ("tar", "zip", "folders")  # those that read folders, where the user may have to say what they mean
-BY_COLUMNS = ("parquet", "table", "imagefolder")  # those that read columns, likewise
-WITHOUT_LABELS = ("parquet", "webdataset", "tar", "zip", "folders")  # those that also read pictures without labels
+BY_COLUMNS = ("arrow", "parquet", "table", "imagefolder")  # those that read columns, likewise
+WITHOUT_LABELS = (
+    "arrow",
+    "parquet",
+    "webdataset",
+    "tar",
+    "zip",
+    "folders",
+)  # those that also read pictures without labels

@@ -40,7 +40,7 @@ _CONTAINERS = (
     # offset, first bytes, what it is
     (0, b"7z\xbc\xaf\x27\x1c", f"a 7z archive: {_UNPACK}"),
     (0, b"Rar!\x1a\x07", f"a RAR archive: {_UNPACK}"),
-    (0, b"ARROW1", f"an Arrow table, whose images are not read: {_EXPORT} (the library datasets reads it)"),
+    (0, b"ARROW1", "an Arrow table: if it has a column of pictures, give it a name that ends in .arrow, and name it"),
     (0, b"FEA1", f"a Feather table, whose images are not read: {_EXPORT}"),
     (0, b"\x0a\x23\xd7\xce", f"a RecordIO file (MXNet), which is not read: {_EXPORT} (mxnet.recordio reads it)"),
     (16, b"\xde\xc0\xef\xbe", f"an LMDB database, which is not read: {_EXPORT} (the library lmdb reads it)"),
@@ -230,7 +230,7 @@ def _table_of_images(files: Files, path: bytes, head: bytes) -> str:
         return "a Parquet table: name it itself as SOURCE, ending in .parquet, if it has the columns path and label"
     # The stream of record batches that `save_to_disk` writes: a continuation mark, and the size of the schema that follows.
     if head.startswith(b"\xff\xff\xff\xff") and len(head) > 8 and 0 < struct.unpack_from("<i", head, 4)[0] < 2**24:
-        return f"an Arrow table, whose images are not read: {_EXPORT} (the library datasets reads it: load_from_disk)"
+        return "an Arrow table: if it has a column of pictures, give it a name that ends in .arrow, and name it"
     return ""
 
 
@@ -297,12 +297,7 @@ def _decoded(head: bytes) -> str:
 
 
 def _known_folder(root: Folder) -> str:
-    papers, arrows = (
-        set(root.papers),
-        [name for folder in root.walk() for name in folder.papers if name.endswith(b".arrow")],
-    )
-    if arrows and papers & {b"dataset_info.json", b"dataset_dict.json", b"state.json"}:
-        return f"a dataset as save_to_disk of the library datasets writes it, whose images are not read: {_EXPORT}"
+    papers = set(root.papers)
     if b"data.mdb" in papers:
         return _BY_ENDING[b".lmdb"]
     if b"index.json" in papers and any(b".mds" in name for name in papers | set(root.pictures)):

@@ -7,7 +7,6 @@ split (train/0000.parquet). Lists of paths in Parquet are in `table`; how groups
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
 import json
 import math
@@ -19,8 +18,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from alexprep.shards.errors import AlexprepError, AmbiguousSourceError
@@ -37,7 +34,8 @@ from alexprep.shards.sources.base import (
     numbered_classes,
     split_of,
 )
-from alexprep.shards.sources.grouped import DamagedGroupError, FileView, GroupedSource, Sizes, check_group
+from alexprep.shards.sources.columnar_files import columnar
+from alexprep.shards.sources.grouped import GroupedSource, Sizes, check_group
 from alexprep.shards.sources.labels import (
     LABEL_COLUMNS,
     LABEL_FIELDS,
@@ -59,7 +57,6 @@ MISSING = -1  # Hugging Face's label of a row that has none
 
 _LOOKED_AT = 200  # names in a folder that are looked at for a Parquet file, and folders
 _OPENED = 8  # files that are opened to find one with pictures
-_FOOTERS = 512  # that are kept
 _NAME_BYTES = 255
 _of_several = re.compile(r"(.*?)-?(\d{5})-of-(\d{5})").fullmatch
 
@@ -109,7 +106,7 @@ class ParquetImages(GroupedSource):
     @classmethod
     def at(cls, files: Files, name: bytes, choices: Choices = NO_CHOICES) -> Source | None:
         """See `Source`: the file that is named, or those below the root, of which one must have a column of pictures."""
-        _footer.cache_clear()
+        columnar.cache_clear()
         paths = [name] if name else _files_below(files)
         if not paths or not paths[0].lower().endswith(b".parquet") or choices.column("path") is not None:
             return None
@@ -117,7 +114,7 @@ class ParquetImages(GroupedSource):
         schema, problem = None, None
         for path in looked_at:
             try:
-                schema = _footer(files, path).schema.to_arrow_schema()
+                schema = columnar(files, path).schema
                 break
             except AlexprepError as error:
                 problem = error
@@ -125,21 +122,28 @@ class ParquetImages(GroupedSource):
             if name or read_tree(files).root.count:
                 return None  # a table, which will say so; or class folders
             raise problem or AlexprepError("")
-        columns = _columns(schema, choices, files.display(path))
+        columns = columns_of(schema, choices, files.display(path))
         if columns is None:
             return None
         parts = _parts(files, paths, columns) if not name else [Part(split_of(os.path.splitext(name)[0]), name)]
+        return cls.of(files, parts, columns, choices, whole=not name)
+
+    @classmethod
+    def of(
+        cls, files: Files, parts: Sequence[Part], columns: Columns, choices: Choices, *, whole: bool
+    ) -> ParquetImages:
+        """The source of some files."""
         if choices.column("split") is not None:  # goes before what names tell
             parts = [Part(None, path) for _, path in parts]
         others = f"; {', '.join(columns.others)} not read" if columns.others else ""
         labels = "no labels" if columns.label is None else f"labels in {columns.label!r}"
         evidence = f"pictures in the column {columns.image!r}, {labels}{others}"
-        return cls(files, tuple(parts), columns, choices=choices, whole=not name, evidence=evidence)
+        return cls(files, tuple(parts), columns, choices=choices, whole=whole, evidence=evidence)
 
     def inputs(self, account: Account) -> Iterator[Input]:
         """Every row that has a label, by split, file and row. Of a split in which no row has one, every row, if it is not train."""
         self.begin_listing()
-        _footer.cache_clear()
+        columnar.cache_clear()
         self.sizes()
         rows = [_Rows(self.files, part, self.columns) for part in self.parts]
         account.found += sum(map(len, rows))
@@ -190,32 +194,20 @@ class ParquetImages(GroupedSource):
         """See `GroupedSource`."""
         inputs, total, largest = 0, 0, 0
         for part in self.parts:
-            footer, shown = _footer(self.files, part.path), self.files.display(part.path)
-            chunk = _chunk_of(footer, self.columns.image)
-            if chunk is None:
+            file, shown = columnar(self.files, part.path), self.files.display(part.path)
+            if (each := file.group_bytes(self.columns.image)) is None:
                 raise AlexprepError(
                     f"{shown} has no column {self.columns.image!r} of pictures, as other files have: move it away"
                 )
-            inputs += footer.num_rows
-            for number in range(footer.num_row_groups):
-                size = footer.row_group(number).column(chunk).total_uncompressed_size
+            inputs += sum(file.group_rows)
+            for number, size in enumerate(each):
                 check_group(size, number, shown)
                 total, largest = total + size, max(largest, size)
         return Sizes(inputs, total, largest)
 
     def read_group(self, path: bytes, number: int) -> pa.ChunkedArray:
-        """See `GroupedSource`; page checksums are compared where the file has them."""
-        try:
-            footer = _footer(self.files, path)
-            with FileView(self.files, path) as file:
-                names = [_chunk_name(footer, self.columns.image)]
-                opened = pq.ParquetFile(file, metadata=footer, page_checksum_verification=True)
-                column = opened.read_row_group(number, names, use_threads=False).column(0)
-        except (pa.ArrowException, OSError, IndexError) as error:
-            if (isinstance(error, OSError) and error.errno is not None) or isinstance(error, MemoryError):
-                raise
-            raise DamagedGroupError(f"row group {number} is damaged ({_first_line(error)})") from None
-        return pc.struct_field(column, "bytes") if pa.types.is_struct(column.type) else column
+        """See `GroupedSource`."""
+        return columnar(self.files, path).pictures(number, self.columns.image)
 
 
 class _Rows:
@@ -225,14 +217,14 @@ class _Rows:
         """Reads and checks labels and splits; pictures stay where they are."""
         self._files, self._path, self._columns = files, part.path, columns
         self._shown = files.display(part.path)
-        self._footer = _footer(files, part.path)
-        schema = self._footer.schema.to_arrow_schema()
+        self._file = columnar(files, part.path)
+        schema = self._file.schema
         by_column = (columns.split,) if part.split is None else ()
         wanted = [name for name in (columns.label, *by_column) if name is not None and name in schema.names]
         if columns.label is not None and columns.label not in schema.names and part.split != "test":
             raise AlexprepError(f"{self._shown} has no column {columns.label!r}, as other files have: move it away")
-        table = self._read(wanted)
-        count = self._footer.num_rows
+        table = self._file.read(wanted)
+        count = sum(self._file.group_rows)
         self.written: list[str] = []  # the labels as they are written, by code, where the schema does not name them
         self._labels = np.full(count, MISSING, np.int32)
         if columns.label in wanted:
@@ -244,8 +236,7 @@ class _Rows:
             self._labels = self._codes(table.column(str(columns.label)))
         self._split_of_rows = self._row_splits(table.column(columns.split)) if columns.split in wanted else None
         self._split = part.split or "train"
-        sizes = [self._footer.row_group(number).num_rows for number in range(self._footer.num_row_groups)]
-        self._starts = np.cumsum([0, *sizes])
+        self._starts = np.cumsum([0, *self._file.group_rows])
 
     def __len__(self) -> int:
         return len(self._labels)
@@ -288,25 +279,10 @@ class _Rows:
             else:
                 yield Input(split, UNLABELLED if code == MISSING else names_by_code[code], location)
 
-    def _read(self, columns: Sequence[str]) -> pa.Table:
-        """Some columns of the whole file."""
-        if not columns:
-            return pa.table({})
-        try:
-            with FileView(self._files, self._path) as file:
-                opened = pq.ParquetFile(file, metadata=self._footer, page_checksum_verification=True)
-                return opened.read(list(columns), use_threads=False)
-        except (pa.ArrowException, OSError) as error:
-            raise _unreadable(self._shown, error) from None
-
     def _names(self) -> list[bytes] | None:
         """The pictures' own names, which a struct may have beside the bytes."""
-        name = f"{self._columns.image}.path"
-        paths = [self._footer.schema.column(n).path for n in range(len(self._footer.schema))]
-        if name not in paths:
-            return None
-        column = pc.struct_field(self._read([name]).column(0), "path")
-        if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+        column = self._file.names(self._columns.image)
+        if column is None or not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
             return None
         texts = column.cast(pa.large_string()).cast(pa.large_binary()).to_pylist()
         return [(text or b"").replace(b"\0", b"")[:_NAME_BYTES] for text in texts]
@@ -477,41 +453,7 @@ def _check_complete(files: Files, paths: list[bytes]) -> None:
 # What a file says of itself.
 
 
-@functools.lru_cache(maxsize=_FOOTERS)
-def _footer(files: Files, path: bytes) -> pq.FileMetaData:
-    """A file's metadata, which lies at its end; AlexprepError where it is no Parquet file, or was cut short."""
-    shown = files.display(path)
-    try:
-        with FileView(files, path) as file:
-            if file.read(7) == b"version":
-                raise OSError("it is a pointer of Git LFS: fetch the file itself with `git lfs pull`")
-            footer = pq.read_metadata(file)
-            footer.schema.to_arrow_schema()
-            return footer
-    except (pa.ArrowException, OSError) as error:
-        raise _unreadable(shown, error) from None
-
-
-def _unreadable(shown: str, error: Exception) -> AlexprepError:
-    return AlexprepError(f"{shown} is no Parquet file, or is damaged ({_first_line(error)}): check it, or get it again")
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]
-
-
-def _chunk_of(footer: pq.FileMetaData, image: str) -> int | None:
-    """The number of the leaf column that holds the pictures."""
-    paths = [footer.schema.column(n).path for n in range(len(footer.schema))]
-    return next((paths.index(name) for name in (f"{image}.bytes", image) if name in paths), None)
-
-
-def _chunk_name(footer: pq.FileMetaData, image: str) -> str:
-    chunk = _chunk_of(footer, image)
-    return image if chunk is None else str(footer.schema.column(chunk).path)
-
-
-def _columns(schema: pa.Schema, choices: Choices, shown: str) -> Columns | None:
+def columns_of(schema: pa.Schema, choices: Choices, shown: str) -> Columns | None:
     """The columns that are meant; None where none holds pictures."""
     features = _features(schema)
     chosen = {use: choices.column(use) for use in ("image", "label", "split")}
