@@ -106,9 +106,8 @@ KINDS: dict[str, tuple[Callable[[Path], bytes], str]] = {
     "a_stream": (lambda _: an_arrow(pa.ipc.new_stream), "an Arrow table: if it has a column of pictures, give it a name that ends in .arrow"),
     "a_file": (lambda _: an_arrow(pa.ipc.new_file), "an Arrow table: if it has a column of pictures, give it a name that ends in .arrow"),
     "a.feather": (lambda _: written(lambda f: pyarrow.feather.write_feather(pa.table(IMAGES), f)), "an Arrow table"),
-    "train-00000-of-01024": (lambda _: a_tfrecord(b"an example"), f"a TFRecord file, which is not read: {EXPORT}"),
-    "a.rec": (lambda _: struct.pack("<II", 0xCED7230A, 8) + bytes(8), "a RecordIO file (MXNet), which is not read"),
-    "a.mdb": (lambda _: LMDB_META, f"an LMDB database, which is not read: {EXPORT}"),
+    "recordio": (lambda _: struct.pack("<II", 0xCED7230A, 8) + bytes(8), "a RecordIO file (MXNet): give it a name that ends in .rec"),
+    "database": (lambda _: LMDB_META, "an LMDB database: give it a name that ends in .mdb, and name it"),
     "a.beton": (lambda _: struct.pack("<HHIQQ", 2, 2, 2**23, 9, 99), "an FFCV file, which is not read: name the images"),
     "shard.00000.mds": (lambda _: struct.pack("<III", 1, 12, 40) + bytes(28), "a shard of MosaicML's MDS, which is not read"),
     "a.h5": (lambda _: b"\x89HDF\r\n\x1a\n" + bytes(40), f"an HDF5 file, which is not read: {EXPORT}"),
@@ -167,9 +166,12 @@ def test_a_folder_of_them_is_told_too(name: str, tmp_path: Path) -> None:
     assert str(error.value).startswith(start) and words in str(error.value), error.value
 
 
-def test_crcs_are_those_of_the_specification() -> None:
+def test_crcs_are_those_of_the_specification(tmp_path: Path) -> None:
     """RFC 3720's check value of CRC-32C, masked by hand."""
     crc = 0xE3069283
+    (tmp_path / "records").write_bytes(a_tfrecord(b"an example"))
+    fails(tmp_path, "is a TFRecord file: name it, or the folder that holds it and its like")
+    fails(tmp_path / "records", "is a TFRecord file without a tf.train.Example")
     assert _masked_crc32c(b"123456789") == (((crc >> 15) | (crc << 17 & 0xFFFFFFFF)) + 0xA282EAD8) % 2**32
 
 
@@ -178,7 +180,7 @@ def test_crcs_are_those_of_the_specification() -> None:
     [
         (("dataset_dict.json", "train/data-00000-of-00001.arrow"), "names no splits: save the dataset again"),
         (("state.json", "dataset_info.json", "data-00000-of-00001.arrow"), "lists no files of data: save the dataset again"),
-        (("data.mdb", "lock.mdb"), "is an LMDB database, which is not read"),
+        (("data.mdb", "lock.mdb"), "its data.mdb is none, or damaged from its first bytes on"),
         (("index.json", "shard.00000.mds"), "is a dataset in MosaicML's MDS, which is not read"),
         (("0.jpg", "1.jpg", "labels.csv"), "labels.csv: if that list has the path and the label of each picture, name it"),
         (("0.jpg", "1.jpg", "metadata.jsonl"), "metadata.jsonl, line 1: no column for the path"),

@@ -24,6 +24,9 @@ LAYOUTS = {
     "gtsrb": "published.Gtsrb",
     "hub-imagenet": "hub_archives.HubArchives",
     "arrow": "arrow_images.ArrowImages",
+    "tfrecord": "tfrecords.TFRecords",
+    "recordio": "recordio.RecordIO",
+    "lmdb": "lmdb_databases.LmdbDatabases",
     "parquet": "parquet_images.ParquetImages",
     "table": "table.Table",
     "imagefolder": "image_folders.ImageFolder",
@@ -33,12 +36,6 @@ LAYOUTS = {
     "folders": "folders.ClassFolders",
 }
 BY_FOLDERS = ("tar", "zip", "folders")  # those that read folders, where the user may have to say what they mean
-BY_COLUMNS = ("arrow", "parquet", "table", "imagefolder")  # those that read columns, likewise
-WITHOUT_LABELS = (
-    "arrow",
-    "parquet",
-    "webdataset",
-    "tar",
-    "zip",
-    "folders",
-)  # those that also read pictures without labels
+BY_COLUMNS = ("arrow", "tfrecord", "parquet", "table", "imagefolder")  # those that read columns, likewise
+# Those that also read pictures without labels.
+WITHOUT_LABELS = ("arrow", "tfrecord", "recordio", "lmdb", "parquet", "webdataset", "tar", "zip", "folders")

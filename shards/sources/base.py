@@ -85,6 +85,7 @@ OUR_DATASET = "in a dataset of alexprep"
 SAMPLE_PART = "a sample's label or other part that is no picture"
 NOT_LISTED = "a picture that no list names"
 NO_LABEL = "a row without a label, in a split whose other rows have one"
+NO_PICTURE = "a record without a picture"
 LIMITED = "beyond --limit"
 
 _NAMES_KEPT = 5  # of the files that one rule passes over

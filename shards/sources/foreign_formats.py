@@ -36,14 +36,19 @@ _LINES = 20  # of a text
 _EXPORT = "write its pictures into class folders (CLASS/NAME.jpg) or a webdataset's tars, and name these"
 _UNPACK = "unpack it, and name the folder that it gives"
 _DECOMPRESS = "decompress it ({}), and name what it gives"
+_LMDB_AT, _LMDB = 16, b"\xde\xc0\xef\xbe"  # behind a page's header: mdb.c's MDB_MAGIC
 _CONTAINERS = (
     # offset, first bytes, what it is
     (0, b"7z\xbc\xaf\x27\x1c", f"a 7z archive: {_UNPACK}"),
     (0, b"Rar!\x1a\x07", f"a RAR archive: {_UNPACK}"),
     (0, b"ARROW1", "an Arrow table: if it has a column of pictures, give it a name that ends in .arrow, and name it"),
     (0, b"FEA1", f"a Feather table, whose images are not read: {_EXPORT}"),
-    (0, b"\x0a\x23\xd7\xce", f"a RecordIO file (MXNet), which is not read: {_EXPORT} (mxnet.recordio reads it)"),
-    (16, b"\xde\xc0\xef\xbe", f"an LMDB database, which is not read: {_EXPORT} (the library lmdb reads it)"),
+    (0, b"\x0a\x23\xd7\xce", "a RecordIO file (MXNet): give it a name that ends in .rec, and name it"),
+    (
+        _LMDB_AT,
+        _LMDB,
+        "an LMDB database: give it a name that ends in .mdb, and name it, or the folder that holds it as data.mdb",
+    ),
     (0, b"\x89HDF\r\n\x1a\n", f"an HDF5 file, which is not read: {_EXPORT} (h5py reads it)"),
     (512, b"\x89HDF\r\n\x1a\n", f"an HDF5 file (Matlab 7.3), which is not read: {_EXPORT} (h5py reads it)"),
     (0, b"MATLAB 5.0 MAT-file", f"a Matlab file, which is not read: {_EXPORT} (scipy.io reads it)"),
@@ -62,8 +67,7 @@ _CONTAINERS = (
 _BY_ENDING = {
     b".beton": "an FFCV file, which is not read: name the images that it was made from",
     b".mds": f"a shard of MosaicML's MDS, which is not read: {_EXPORT} (the library streaming reads it)",
-    b".tfrecord": f"a TFRecord file, which is not read: {_EXPORT} (tf.data.TFRecordDataset reads it)",
-    b".lmdb": f"an LMDB database, which is not read: {_EXPORT} (the library lmdb reads it)",
+    b".tfrecord": "a TFRecord file that is damaged from its first bytes on, or none: get it again",
 }
 _PICKLE = f"a pickle, which runs whatever code it holds when it is read, and is not read here: {_EXPORT}"
 _named_by_wordnet = re.compile(rb"_n[0-9]{8}\.JPEG$").search
@@ -234,11 +238,20 @@ def _table_of_images(files: Files, path: bytes, head: bytes) -> str:
     return ""
 
 
+def is_lmdb(files: Files, path: bytes) -> bool:
+    """Whether a file begins as LMDB's databases do."""
+    return _first_bytes(files, path, _LMDB_AT + len(_LMDB))[_LMDB_AT:] == _LMDB
+
+
+def is_tfrecord(files: Files, path: bytes) -> bool:
+    """Whether a file begins as TFRecord files do: a length, and the masked CRC-32C of its eight bytes."""
+    return _records(files, path, _first_bytes(files, path, 16)) != ""
+
+
 def _records(files: Files, path: bytes, head: bytes) -> str:
-    """TFRecord: a length, and the masked CRC-32C of its eight bytes."""
     if len(head) < 16 or struct.unpack_from("<I", head, 8)[0] != _masked_crc32c(head[:8]):
         return ""
-    return _BY_ENDING[b".tfrecord"]
+    return "a TFRecord file: name it, or the folder that holds it and its like"
 
 
 def _masked_crc32c(data: bytes) -> int:
@@ -299,7 +312,7 @@ def _decoded(head: bytes) -> str:
 def _known_folder(root: Folder) -> str:
     papers = set(root.papers)
     if b"data.mdb" in papers:
-        return _BY_ENDING[b".lmdb"]
+        return "meant for an LMDB database, but its data.mdb is none, or damaged from its first bytes on: get it again"
     if b"index.json" in papers and any(b".mds" in name for name in papers | set(root.pictures)):
         return f"a dataset in MosaicML's MDS, which is not read: {_EXPORT} (the library streaming reads it)"
     return ""

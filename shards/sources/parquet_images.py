@@ -6,8 +6,6 @@ split (train/0000.parquet). Lists of paths in Parquet are in `table`; how groups
 
 from __future__ import annotations
 
-import contextlib
-import itertools
 import json
 import math
 import os
@@ -47,6 +45,7 @@ from alexprep.shards.sources.labels import (
     several,
     text_of,
 )
+from alexprep.shards.sources.numbered_files import check_complete, files_below, of_several, split_of_file
 from alexprep.shards.sources.table_rows import SPLIT_COLUMNS
 from alexprep.shards.sources.tree import pass_over_rest, read_tree
 from alexprep.shards.storage import Files, as_text
@@ -55,10 +54,8 @@ from alexprep.shards.storage import Files, as_text
 IMAGES = ("image", "img", "picture", "photo", "jpg", "jpeg", "png", "webp", "image_bytes", "bytes")
 MISSING = -1  # Hugging Face's label of a row that has none
 
-_LOOKED_AT = 200  # names in a folder that are looked at for a Parquet file, and folders
 _OPENED = 8  # files that are opened to find one with pictures
 _NAME_BYTES = 255
-_of_several = re.compile(r"(.*?)-?(\d{5})-of-(\d{5})").fullmatch
 
 
 class Part(NamedTuple):
@@ -107,7 +104,7 @@ class ParquetImages(GroupedSource):
     def at(cls, files: Files, name: bytes, choices: Choices = NO_CHOICES) -> Source | None:
         """See `Source`: the file that is named, or those below the root, of which one must have a column of pictures."""
         columnar.cache_clear()
-        paths = [name] if name else _files_below(files)
+        paths = [name] if name else files_below(files, lambda file: file.lower().endswith(b".parquet"))
         if not paths or not paths[0].lower().endswith(b".parquet") or choices.column("path") is not None:
             return None
         looked_at = sorted(paths, key=lambda path: split_of(path) != "train")[:_OPENED]
@@ -358,36 +355,6 @@ def _binary(column: Any) -> list[bytes | None]:
 # Which files there are, and of which splits.
 
 
-def _files_below(files: Files) -> list[bytes]:
-    """The Parquet files below the root, ascending; the whole tree is read only where a look finds one."""
-    if not _has_parquet(files):
-        return []
-    root = read_tree(files).root
-    found = [os.path.join(folder.path, name) for folder in root.walk() for name in folder.papers]
-    return sorted(path for path in found if path.lower().endswith(b".parquet"))
-
-
-def _has_parquet(files: Files) -> bool:
-    """Whether there is a Parquet file among the first names in the root, or in folders at most two names below it.
-
-    Where there are many folders, they are class folders, and not looked into.
-    """
-    level = [b""]
-    for _ in range(3):
-        below: list[bytes] = []
-        for folder in level:
-            names: list[tuple[bytes, bool | None]] = []
-            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-                names = list(itertools.islice(files.listed(folder, links=True), _LOOKED_AT))
-            if any(not inner and name.lower().endswith(b".parquet") and name[:1] != b"." for name, inner in names):
-                return True
-            below += [os.path.join(folder, name) for name, inner in names if inner and name[:1] != b"."]
-        if len(below) > _LOOKED_AT:
-            return False
-        level = below
-    return False
-
-
 def _parts(files: Files, paths: list[bytes], columns: Columns) -> list[Part]:
     """Each file with its split. Several datasets in one folder, two kinds of files of one split, or missing ones are refused."""
     shown = files.display()
@@ -407,19 +374,15 @@ def _parts(files: Files, paths: list[bytes], columns: Columns) -> list[Part]:
             ],
         )
     parts = []
-    kinds: dict[tuple[str | None, str], dict[int, bytes]] = {}
+    kinds: dict[tuple[str | None, str], None] = {}
     for path in paths:
         folder, name = os.path.split(path)
-        split = split_of(os.path.splitext(name)[0]) or next(filter(None, map(split_of, folder.split(b"/")[::-1])), None)
+        split = split_of_file(path)
         parts.append(Part(split, path))
-        stem = as_text(os.path.splitext(name)[0])
-        numbered = _of_several(stem)
-        kind = as_text(folder + b"/") + (numbered[1] if numbered else re.sub(r"[-_.]?\d+$", "", stem))
-        same = kinds.setdefault((split, kind), {})
-        same[int(numbered[2]) if numbered else -1 - len(same)] = path
-        if numbered and int(numbered[2]) >= int(numbered[3]):
-            raise AlexprepError(f"{files.display(path)}: there is no number {numbered[2]} of {numbered[3]}: rename it")
-    _check_complete(files, paths)
+        numbered = of_several(name)
+        stem = numbered["stem"] if numbered else re.sub(rb"[-_.]?\d+$", b"", os.path.splitext(name)[0])
+        kinds[split, as_text(folder + b"/" + stem)] = None
+    check_complete(files, paths)
     told = [kind for kind in kinds if kind[0] is not None]
     for split, kind in told:
         if other := next((name for other, name in told if other == split and name != kind), None):
@@ -431,23 +394,6 @@ def _parts(files: Files, paths: list[bytes], columns: Columns) -> list[Part]:
         path = next(part.path for part in parts if part.split is None)
         raise AlexprepError(f"{files.display(path)} names no split, as other files do: rename it, or move it away")
     return sorted(parts, key=lambda part: (part.split or "train", part.path))
-
-
-def _check_complete(files: Files, paths: list[bytes]) -> None:
-    """Sees to it that of train-00000-of-00005 and so on none is missing."""
-    sets: dict[tuple[bytes, str, int], set[int]] = {}
-    for path in paths:
-        folder, name = os.path.split(path)
-        if numbered := _of_several(as_text(os.path.splitext(name)[0])):
-            sets.setdefault((folder, numbered[1], int(numbered[3])), set()).add(int(numbered[2]))
-    for (folder, stem, count), present in sets.items():
-        if len(present) < count:
-            first = next(n for n in range(count) if n not in present)
-            missing = os.path.join(folder, f"{stem}-{first:05d}-of-{count:05d}.parquet".encode())
-            raise AlexprepError(
-                f"{files.display(missing)} is missing, with {count - len(present) - 1:,} others of {count:,}: download what is missing, or "
-                "name one file as SOURCE"
-            )
 
 
 # What a file says of itself.
