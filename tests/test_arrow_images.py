@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import fsspec
 import pyarrow as pa
@@ -24,32 +22,11 @@ from alexprep.shards.storage import files_at
 from alexprep.shards.verification import verify
 from alexprep.shards.worker_pool import InProcessEngine
 from tests.source_checks import fails, pictures
+from tests.support.record_files import save_to_disk, write_arrow
 from tests.test_parquet_images import NAMES, hub_table, rows_of
 
 ENGINE = InProcessEngine()
 OPTIONS = ShardOptions(Target(size=64, format="png"), shard_samples=7)
-
-
-def write_arrow(path: Path, table: pa.Table, rows: int = 5, new: Any = pa.ipc.new_stream) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with pa.OSFile(str(path), "wb") as file, new(file, table.schema) as writer:
-        writer.write_table(table, max_chunksize=rows)
-    return path
-
-
-def save_to_disk(folder: Path, tables: list[pa.Table], split: str) -> Path:
-    names = [f"data-{n:05d}-of-{len(tables):05d}.arrow" for n in range(len(tables))]
-    for name, table in zip(names, tables, strict=True):
-        write_arrow(folder / name, table)
-    state = {
-        "_data_files": [{"filename": name} for name in names],
-        "_fingerprint": "0",
-        "_format_type": None,
-        "_split": split,
-    }
-    (folder / "state.json").write_text(json.dumps(state))
-    (folder / "dataset_info.json").write_text("{}")
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import io
-import tarfile
-import zlib
 from pathlib import Path
 
 import pytest
@@ -22,25 +19,11 @@ from alexprep.shards.sources.layout_detection import find_source
 from alexprep.shards.verification import verify
 from alexprep.shards.worker_pool import InProcessEngine
 from tests.source_checks import fails, flipped, pictures, tars
+from tests.support.record_files import gzipped_tar
 
 ENGINE = InProcessEngine()
 WNIDS = ("n01443537", "n01629819", "n02124075", "n04067472")
 OPTIONS = ShardOptions(Target(size=64, format="png"), shard_samples=7)
-
-
-def gzipped_tar(path: Path, content: list[tuple[str, bytes]]) -> None:
-    """Deflated in blocks of 4 kB, between which there may be seek points."""
-    file = io.BytesIO()
-    with tarfile.open(fileobj=file, mode="w") as tar:
-        for name, data in content:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    packer, data = zlib.compressobj(1, zlib.DEFLATED, 31), file.getvalue()
-    parts = [
-        packer.compress(data[at : at + 4096]) + packer.flush(zlib.Z_FULL_FLUSH) for at in range(0, len(data), 4096)
-    ]
-    path.write_bytes(b"".join([*parts, packer.flush()]))
 
 
 @pytest.fixture(scope="module")

@@ -109,7 +109,7 @@ class LmdbDatabases(Source):
                         class_name = _class_of(member, known, shown)
                     yield Input(split, class_name, Location(path, member, 0, 0))
         if self.whole:
-            pass_over_rest(self.files, own, account)
+            pass_over_rest(self.files, own, account, lists=self.lists)
 
     def read(self, location: Location) -> bytes | NDArray[np.uint8]:
         """The bytes of a picture, or the pixels of a Datum that is not encoded; OSError where there is none."""

@@ -13,7 +13,7 @@ import re
 import struct
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from alexprep.shards.errors import AlexprepError
@@ -72,11 +72,13 @@ class TFRecords(Source):
         parts: (split, file), ascending.
         features: those that are read.
         names: the class names by label, where a list beside the files tells them.
+        lists: that list.
     """
 
     parts: tuple[tuple[str, bytes], ...] = ()
     features: Features = NO_FEATURES
-    names: tuple[str, ...] = field(default=())
+    names: tuple[str, ...] = ()
+    lists: tuple[bytes, ...] = ()
     layout = "tfrecord"
     expects = "TFRecord files, as train-00000-of-01024 or NAME-train.tfrecord-00000-of-01024, with pictures and labels"
 
@@ -93,14 +95,15 @@ class TFRecords(Source):
             (_, size), *_ = [*_records(read, files.size(paths[0]), shown, 1), (0, 0)]
             found = _features(_getter(read, _HEADER.size, size), size, shown)
         features = _chosen(found, choices, shown)
-        names = _label_names(files, os.path.dirname(paths[0])) if features.label in _LABELS else ()
+        lists = _lists_in(files, os.path.dirname(paths[0])) if features.label in _LABELS else ()
+        names = _label_names(files, lists[0]) if lists else ()
         parts = sorted((split_of_file(path) or "train", path) for path in paths)
         evidence = (
             f"pictures in {features.image!r}, labels in {features.label!r}"
             if features.label
             else f"pictures in {features.image!r}"
         )
-        return cls(files, tuple(parts), features, names, choices=choices, whole=not name, evidence=evidence)
+        return cls(files, tuple(parts), features, names, lists, choices=choices, whole=not name, evidence=evidence)
 
     def inputs(self, account: Account) -> Iterator[Input]:
         """By split, file and place in it. Of a split in which no record has a label, all, if it is not train."""
@@ -122,7 +125,7 @@ class TFRecords(Source):
             for path, each in listed:
                 yield from each.inputs(path, split, account if labelled else None)
         if self.whole:
-            pass_over_rest(self.files, {path for _, path in self.parts}, account)
+            pass_over_rest(self.files, {path for _, path in self.parts}, account, lists=self.lists)
 
     def read(self, location: Location) -> bytes:
         """The bytes of a picture; OSError where its record is not what its checksums say, or holds none."""
@@ -243,24 +246,23 @@ def _label_in(get: Get, feature: tuple[int, int, int] | None, names: Sequence[st
     return names[int(label)]
 
 
-def _label_names(files: Files, folder: bytes) -> tuple[str, ...]:
-    """The class names by label that a list beside the files tells; () for none."""
-    for name in files.file_names(folder):
-        if name.decode("utf-8", "replace") in _LABEL_NAMES:
-            path = os.path.join(folder, name)
-            try:
-                lines = files.read(path).decode("utf-8-sig").split("\n")
-            except (OSError, UnicodeDecodeError) as error:
-                raise AlexprepError(
-                    f"{files.display(path)} cannot be read ({error}): mend it, or move it away"
-                ) from None
-            lines = [line.strip() for line in lines if line.strip()]
-            if all(line.startswith(f"{n}:") for n, line in enumerate(lines)):
-                lines = [line.partition(":")[2].strip() for line in lines]
-            if len(set(lines)) == len(lines) and all(lines):
-                return tuple(lines)
-            raise AlexprepError(f"{files.display(path)} names a class twice, or not at all: mend it, or move it away")
-    return ()
+def _lists_in(files: Files, folder: bytes) -> tuple[bytes, ...]:
+    """The lists in a folder that may tell the class names by label, of which the first is read."""
+    return tuple(os.path.join(folder, name) for name in files.file_names(folder) if as_text(name) in _LABEL_NAMES)
+
+
+def _label_names(files: Files, path: bytes) -> tuple[str, ...]:
+    """The class names by label that a list tells."""
+    try:
+        lines = files.read(path).decode("utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise AlexprepError(f"{files.display(path)} cannot be read ({error}): mend it, or move it away") from None
+    lines = [line.strip() for line in lines if line.strip()]
+    if all(line.startswith(f"{n}:") for n, line in enumerate(lines)):
+        lines = [line.partition(":")[2].strip() for line in lines]
+    if len(set(lines)) < len(lines) or not all(lines):
+        raise AlexprepError(f"{files.display(path)} names a class twice, or not at all: mend it, or move it away")
+    return tuple(lines)
 
 
 # Records

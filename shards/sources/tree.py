@@ -18,6 +18,7 @@ from alexprep.shards.sources.base import (
     BESIDE,
     FOLDER_LINK,
     HIDDEN,
+    LIST,
     OUR_DATASET,
     SIDECAR,
     SYSTEM,
@@ -243,10 +244,13 @@ def with_rules(root: Folder) -> Iterator[tuple[bytes, str | None]]:
                 yield os.path.join(folder.path, name), rule_of(name) if names is folder.papers else None
 
 
-def pass_over_rest(files: Files, own: Container[bytes], account: Account, rule: str = BESIDE) -> None:
+def pass_over_rest(
+    files: Files, own: Container[bytes], account: Account, rule: str = BESIDE, lists: Container[bytes] = ()
+) -> None:
     """Counts every file below the root that is not among the paths `own` as found, and passes it over.
 
-    Hidden files, what systems leave, lists and our own datasets are passed over by their own rules, all others by `rule`.
+    Those among `lists` were read; hidden files, what systems leave, other lists and our own datasets are passed over by their own rules,
+    all others by `rule`.
     """
     tree = read_tree(files)
     account.take(tree.account)
@@ -254,7 +258,7 @@ def pass_over_rest(files: Files, own: Container[bytes], account: Account, rule: 
         if path in own:
             account.found -= 1  # counted as what it holds
         else:
-            account.pass_over(known_by_name or rule, files.display(path))
+            account.pass_over(LIST if path in lists else known_by_name or rule, files.display(path))
 
 
 def _ends(path: bytes) -> Iterator[int]:
