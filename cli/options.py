@@ -141,8 +141,8 @@ class SplitFolders(_Parameter):
             split, _, place = part.partition("=")
             if split not in ("train", "val", "test") or not place:
                 self.fail(f"{part!r} is not train=FOLDER, val=FOLDER or test=FOLDER", param, ctx)
-            if split in dict(found):
-                self.fail(f"{split} is given twice: a split has one folder", param, ctx)
+            if (split, place) in found:
+                self.fail(f"{split}={place} is given twice: name each folder once", param, ctx)
             found.append((split, place))
         return tuple(found)
 
@@ -187,7 +187,7 @@ _SOURCE_OPTIONS = (
         "--split-folders",
         type=SplitFolders(),
         metavar="train=A,val=B|none",
-        help="The folders below SOURCE that are splits; . for SOURCE itself without the others; none: all folders are "
+        help="The folders below SOURCE that are splits, one or more of each; . for SOURCE itself without the others; none: all folders are "
         "classes.  [default: by their names]",
     ),
     click.option(

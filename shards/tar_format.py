@@ -54,7 +54,8 @@ _KINDS = {b"\0": "file", b"0": "file", b"7": "file", b"5": "folder", b"1": "link
 _KINDS |= dict.fromkeys([b"3", b"4", b"6", b"A", b"D", b"E", b"I", b"S", b"V"], "other")
 _WITHOUT_DATA = {b"1", b"2", b"3", b"4", b"5", b"6"}
 _EXTENSIONS = {b"x": "pax header", b"g": "global pax header", b"L": "long name", b"K": "long link"}
-_COMPRESSED = {
+# First bytes of what is compressed: the method, and what decompresses it.
+COMPRESSED = {
     b"\x1f\x8b": ("gzip", "gunzip"),
     b"BZh": ("bzip2", "bunzip2"),
     b"\xfd7zXZ\0": ("xz", "unxz"),
@@ -202,7 +203,7 @@ class _Archive:
             return None
         header = read_header_block(block) if len(block) == BLOCK else None
         if header is None:
-            for magic, (method, program) in _COMPRESSED.items():
+            for magic, (method, program) in COMPRESSED.items():
                 if at == self._start and block.startswith(magic):
                     self.fail(at, f"this is compressed with {method}", f"decompress it first: {program}")
             if len(block) < BLOCK:

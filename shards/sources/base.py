@@ -13,9 +13,10 @@ of a source: see `conversion`.
 from __future__ import annotations
 
 import importlib
+import os
 import re
 import shlex
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -115,12 +116,12 @@ class Account:
     passed_over: dict[str, PassedOver] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
-    def pass_over(self, rule: str, name: str, count: int = 1) -> None:
-        """Notes that `count` files, of which `name` is one, are passed over by `rule`."""
+    def pass_over(self, rule: str, name: str | Callable[[bytes], str], *path: bytes, count: int = 1) -> None:
+        """Notes that `count` files are passed over by `rule`, of which one has this name, or the one that `name` gives the parts of a path."""
         passed = self.passed_over.setdefault(rule, PassedOver())
         passed.count += count
-        if len(passed.names) < _NAMES_KEPT:
-            passed.names.append(name)
+        if len(passed.names) < _NAMES_KEPT:  # of millions of files the names are not written out to be thrown away
+            passed.names.append(name if isinstance(name, str) else name(os.path.join(*path)))
 
     def take(self, other: Account) -> None:
         """Takes in what another account found and passed over; its warnings are left to the caller."""
@@ -146,7 +147,7 @@ class Choices:
     """What the user says of a source, where looking at it would leave a doubt.
 
     Attributes:
-        split_folders: (split, folder below the root) of each split; () says that no folder means a split; None looks.
+        split_folders: (split, folder below the root), one or more of each split; () says that no folder means a split; None looks.
         class_depth: how many folders below a split's folder the class folders lie, 1 for directly in it; "leaf" makes every
             folder that holds pictures a class; None looks.
         columns: (what it is for, its name) of columns of a table: "image" for pictures themselves, "path", "label", "split"; what is
@@ -184,9 +185,12 @@ def as_options(choices: Choices) -> str:
 
 def as_json(choices: Choices) -> dict[str, Any]:
     """Choices as plan.json has them: what was not chosen is absent."""
-    folders = choices.split_folders
+    folders: dict[str, Any] = {}  # a split's folder, or the list of them
+    for split, folder in choices.split_folders or ():
+        known = folders.get(split, [])
+        folders[split] = [*([known] if isinstance(known, str) else known), folder] if split in folders else folder
     given = {
-        "split_folders": None if folders is None else dict(folders),
+        "split_folders": None if choices.split_folders is None else folders,
         "class_depth": choices.class_depth,
         "columns": dict(choices.columns) or None,
         "unlabelled": choices.unlabelled,
@@ -196,9 +200,10 @@ def as_json(choices: Choices) -> dict[str, Any]:
 
 def choices_of(document: Mapping[str, Any]) -> Choices:
     """What `as_json` wrote, from plan.json or dataset.json."""
-    folders = document.get("split_folders")
+    folders: dict[str, str | list[str]] | None = document.get("split_folders")
+    pairs = ((split, [some] if isinstance(some, str) else some) for split, some in (folders or {}).items())
     return Choices(
-        None if folders is None else tuple(folders.items()),
+        None if folders is None else tuple((split, folder) for split, some in pairs for folder in some),
         document.get("class_depth"),
         tuple(document.get("columns", {}).items()),
         document.get("unlabelled"),

@@ -23,12 +23,16 @@ import pyarrow.parquet as pq
 
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.sources.base import ARCHIVE
-from alexprep.shards.sources.tree import Folder, is_picture, read_tree, rule_of
+from alexprep.shards.sources.picture_names import is_picture
+from alexprep.shards.sources.tree import Folder, read_tree, rule_of
 from alexprep.shards.storage import Files, LocalFiles, as_text, open_regular
-from alexprep.shards.tar_format import BLOCK, read_header_block
+from alexprep.shards.tar_format import BLOCK, COMPRESSED, read_header_block
 
 # What the hubs' image folders call the list that lies beside the pictures.
 IMAGE_FOLDER_LISTS = (b"metadata.csv", b"metadata.jsonl", b"metadata.parquet")
+
+# Names, in lower case, of a column of pictures that no schema calls so; the first counts that there is.
+IMAGE_COLUMNS = ("image", "img", "picture", "photo", "jpg", "jpeg", "png", "webp", "image_bytes", "bytes")
 
 _HEAD, _COMPRESSED_HEAD = 4096, 2**20  # bytes; bzip2 gives nothing before the end of its first block, of 900 kB at most
 _FILES_LOOKED_AT = 20  # of a folder
@@ -141,7 +145,7 @@ def images_inside(schema: Any) -> str:
     for column in schema:
         kind = column.type
         inner = [kind.field(n).type for n in range(kind.num_fields)] if pa.types.is_struct(kind) else []
-        whole = _is_bytes(kind) and column.name.lower() in _IMAGE_COLUMNS
+        whole = _is_bytes(kind) and column.name.lower() in IMAGE_COLUMNS
         if whole or any(map(_is_bytes, inner)):
             return (
                 f"a Parquet table with its images inside, in the column {column.name!r} ({kind}), and no column that is surely their "
@@ -154,9 +158,6 @@ def _is_bytes(kind: Any) -> bool:
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
 
 
-_IMAGE_COLUMNS = {"image", "img", "jpg", "jpeg", "png", "image_bytes", "bytes", "content"}
-
-
 # What is compressed or packed
 
 
@@ -166,9 +167,9 @@ def _archive(files: Files, path: bytes, head: bytes) -> str:
     if _is_tar(head):
         step = "" if path.lower().endswith(b".tar") else "give it a name that ends in .tar, and "
         return f"a tar: {step}name it, or the folder that holds it and its like, if it holds CLASS/IMAGE or is a webdataset"
-    for first, method, program, decompress in _METHODS:
+    for first, (method, program) in COMPRESSED.items():
         if head.startswith(first):
-            return _compressed(_first_bytes(files, path, _COMPRESSED_HEAD), path, method, program, decompress)
+            return _compressed(_first_bytes(files, path, _COMPRESSED_HEAD), path, method, program)
     return ""
 
 
@@ -190,16 +191,15 @@ def _inflated(data: bytes) -> bytes:
     return zlib.decompressobj(31).decompress(data, _HEAD)
 
 
-_METHODS: tuple[tuple[bytes, str, str, Callable[[bytes], bytes] | None], ...] = (
-    (b"\x1f\x8b", "gzip", "gunzip", _inflated),
-    (b"BZh", "bzip2", "bunzip2", lambda data: bz2.BZ2Decompressor().decompress(data, _HEAD)),
-    (b"\xfd7zXZ\0", "xz", "unxz", lambda data: lzma.LZMADecompressor().decompress(data, _HEAD)),
-    (b"\x28\xb5\x2f\xfd", "zstd", "unzstd", None),
-)
+_DECOMPRESSED: dict[str, Callable[[bytes], bytes]] = {
+    "gzip": _inflated,
+    "bzip2": lambda data: bz2.BZ2Decompressor().decompress(data, _HEAD),
+    "xz": lambda data: lzma.LZMADecompressor().decompress(data, _HEAD),
+}
 
 
-def _compressed(data: bytes, path: bytes, method: str, program: str, decompress: Any) -> str:
-    inside = b""
+def _compressed(data: bytes, path: bytes, method: str, program: str) -> str:
+    inside, decompress = b"", _DECOMPRESSED.get(method)
     with contextlib.suppress(OSError, EOFError, ValueError, zlib.error, lzma.LZMAError):
         inside = decompress(data) if decompress else b""
     is_tar = _is_tar(inside) or re.search(rb"\.(tar\.[a-z0-9]+|tgz|tbz2?|txz|tzst)$", path.lower())

@@ -16,8 +16,9 @@ from alexprep.shards.sources import BY_COLUMNS, BY_FOLDERS, LAYOUTS, WITHOUT_LAB
 from alexprep.shards.sources.base import NO_CHOICES, SPLITS, Choices, Source, as_options
 from alexprep.shards.sources.foreign_formats import foreign
 from alexprep.shards.sources.ilsvrc import IlsvrcArchives
+from alexprep.shards.sources.picture_names import is_picture
 from alexprep.shards.sources.published_lists import may_hold
-from alexprep.shards.sources.tree import is_picture, read_tree
+from alexprep.shards.sources.tree import read_tree
 from alexprep.shards.storage import Files, as_text, files_at
 
 # Layouts of a folder that may also hold class folders; archives of ILSVRC hold the same pictures as the folders beside them.

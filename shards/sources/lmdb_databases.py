@@ -30,9 +30,10 @@ from alexprep.shards.sources.base import (
 )
 from alexprep.shards.sources.foreign_formats import is_lmdb
 from alexprep.shards.sources.labels import MAX_LABEL
+from alexprep.shards.sources.picture_names import is_picture
 from alexprep.shards.sources.table_rows import LISTS, TABLES, read_rows
 from alexprep.shards.sources.tfrecords import WireError, fields, varint
-from alexprep.shards.sources.tree import is_picture, pass_over_rest
+from alexprep.shards.sources.tree import pass_over_rest
 from alexprep.shards.storage import Files, LocalFiles, as_text
 
 _DATA, _LOCK = b"data.mdb", b"lock.mdb"

@@ -33,6 +33,7 @@ from alexprep.shards.sources.base import (
     split_of,
 )
 from alexprep.shards.sources.columnar_files import columnar
+from alexprep.shards.sources.foreign_formats import IMAGE_COLUMNS
 from alexprep.shards.sources.grouped import GroupedSource, Sizes, check_group
 from alexprep.shards.sources.labels import (
     LABEL_COLUMNS,
@@ -50,8 +51,6 @@ from alexprep.shards.sources.table_rows import SPLIT_COLUMNS
 from alexprep.shards.sources.tree import pass_over_rest, read_tree
 from alexprep.shards.storage import Files, as_text
 
-# Names, in lower case, of a column of pictures that no schema calls so; the first counts that there is.
-IMAGES = ("image", "img", "picture", "photo", "jpg", "jpeg", "png", "webp", "image_bytes", "bytes")
 MISSING = -1  # Hugging Face's label of a row that has none
 
 _OPENED = 8  # files that are opened to find one with pictures
@@ -410,7 +409,7 @@ def columns_of(schema: pa.Schema, choices: Choices, shown: str) -> Columns | Non
     image = chosen["image"]
     if image is None:
         found = [name for name in schema.names if _holds_pictures(schema.field(name).type, name, features)]
-        image = _one_of(found, IMAGES, "image", "of pictures", shown)
+        image = _one_of(found, IMAGE_COLUMNS, "image", "of pictures", shown)
         if image is None:
             return None
         others = tuple(name for name in found if name != image)
@@ -464,7 +463,7 @@ def _holds_pictures(kind: pa.DataType, name: str, features: dict[str, Any]) -> b
     """Whether a column holds pictures: as the schema says where it says anything, otherwise by its name and type."""
     feature = features.get(name)
     said = feature.get("_type") if isinstance(feature, dict) else None
-    return _is_bytes(kind) and (said == "Image" if said else name.strip().lower() in IMAGES)
+    return _is_bytes(kind) and (said == "Image" if said else name.strip().lower() in IMAGE_COLUMNS)
 
 
 def _features(schema: pa.Schema) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from alexprep.shards.errors import AlexprepError
 from alexprep.shards.sources.base import NO_CHOICES, Choices
 from alexprep.shards.sources.foreign_formats import images_inside
 from alexprep.shards.sources.labels import LABEL_COLUMNS, LabelError, label_name, text_of
-from alexprep.shards.sources.tree import is_picture
+from alexprep.shards.sources.picture_names import READ, is_picture
 from alexprep.shards.storage import Files, LocalFiles, as_text, open_regular
 
 # Column names in lower case; where a table has several of one kind, the first in this order counts. Those of labels: `labels`.
@@ -43,7 +43,7 @@ MAX_LINE_BYTES = 2**20  # paths have at most 4,096, URLs seldom more; an endless
 _MAX_FILE_NAME = 255  # bytes
 _FOLDERS_LOOKED_INTO = 20  # beside a table, for the pictures that its ids may mean
 _LINES_LOOKED_AT = 20  # of a list
-_PICTURE_ENDINGS = (".jpg", ".jpeg", ".JPEG", ".JPG", ".png", ".PNG", ".webp", ".bmp", ".tif", ".tiff")
+_ENDINGS = tuple(f".{each}" for ending in READ for each in (ending, ending.upper()))
 _BATCH = 65_536  # rows
 _mxnet_line = re.compile(r"\d+\t[^\t]+(?:\t[^\t]+)*\t\S[^\t]*").fullmatch
 _path_label_line = re.compile(r"\S.*[./\\]\S*\s+\S.*").fullmatch
@@ -216,7 +216,7 @@ def _picture_meant(files: LocalFiles, cell: str) -> bytes | None:
     if not cell or "\0" in cell or len(cell) > _MAX_FILE_NAME:
         return None
     folders = [b"", *files.folder_names()[:_FOLDERS_LOOKED_INTO]]
-    paths = (os.path.join(folder, f"{cell}{end}".encode()) for folder in folders for end in ("", *_PICTURE_ENDINGS))
+    paths = (os.path.join(folder, f"{cell}{end}".encode()) for folder in folders for end in ("", *_ENDINGS))
     return next((path for path in paths if os.path.isfile(os.path.join(files.root, path))), None)
 
 

@@ -37,11 +37,11 @@ from alexprep.shards.sources.base import (
     split_of,
 )
 from alexprep.shards.sources.labels import LABEL_FIELDS, LabelError, check_range, is_number, label_in, label_name
+from alexprep.shards.sources.picture_names import READ
 from alexprep.shards.sources.tars import ArchiveSource, is_hidden, packed_files
 from alexprep.shards.sources.tree import pass_over_rest
 from alexprep.shards.storage import Entry, Files, as_text
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm", "pbm", "pnm")
 RAW_EXTENSION = "npy"  # of pixels in our own shards; in others' it may be anything
 LABEL_EXTENSIONS = ("cls", "class", "label", "index", "json")  # in this order of preference
 _MAX_LABEL_BYTES = 2**20
@@ -89,7 +89,7 @@ class Webdataset(ArchiveSource):
     def inputs(self, account: Account) -> Iterator[Input]:
         """Every sample in the order of the shards."""
         ours = self.names is not None
-        images = (*IMAGE_EXTENSIONS, RAW_EXTENSION) if ours else IMAGE_EXTENSIONS
+        images = (*READ, RAW_EXTENSION) if ours else READ
         for split, path in self.shards:
             others, first = 0, ""  # of a shard's members that are no image
             shown = self.files.display(path)
@@ -107,7 +107,7 @@ class Webdataset(ArchiveSource):
                         first = f"{shown}/{as_text(other.member)}" if other else ""
                     yield Input(split, class_name, image)
             if others:
-                account.pass_over(SAMPLE_PART, first, others)
+                account.pass_over(SAMPLE_PART, first, count=others)
         if self.whole:
             rule = OUR_DATASET if ours else BESIDE
             pass_over_rest(self.files, {path for _, path in self.shards}, account, rule)
@@ -238,7 +238,7 @@ def _is_webdataset(files: Files, path: bytes, choices: Choices) -> bool:
     except AlexprepError:
         if not parts:  # a damaged first header: whatever reads it will say so
             return False
-    wanted = set(IMAGE_EXTENSIONS if choices.unlabelled else LABEL_EXTENSIONS)
+    wanted = set(READ if choices.unlabelled else LABEL_EXTENSIONS)
     return any(found & wanted and len(found) > 1 for found in parts.values())
 
 
@@ -307,7 +307,7 @@ def split_name(name: bytes) -> tuple[bytes, str]:
     return folder + slash + first, as_text(rest).lower()
 
 
-def image_of(sample: Sample, extensions: Container[str] = IMAGE_EXTENSIONS) -> Location:
+def image_of(sample: Sample, extensions: Container[str] = READ) -> Location:
     """The one image of a sample, by its extension in lower case; BadSampleError where it has none, or several."""
     if sample.problem:
         raise BadSampleError(sample.problem)
