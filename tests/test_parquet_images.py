@@ -7,13 +7,15 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import fsspec
+import fsspec.registry
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from alexprep.shards.conversion import convert
 from alexprep.shards.dataset_format import read_dataset
@@ -391,3 +393,32 @@ def test_groups_are_kept_up_to_a_bound() -> None:
             with pytest.raises(OSError, match=str(error.args[-1])):
                 kept.get(str(error), fail(error), 800)
         assert len(reads) == times
+
+
+def test_a_url_of_the_hub_reaches_its_files(hub: Path) -> None:
+    """By a stand-in for huggingface_hub's file system, which fsspec knows by the same name."""
+
+    class Hub(MemoryFileSystem):  # type: ignore[misc]
+        protocol = "hf"
+        store: ClassVar[dict[str, Any]] = {}
+        pseudo_dirs: ClassVar[list[str]] = [""]
+
+        @classmethod
+        def _strip_protocol(cls, path: str) -> str:
+            return "/" + path.removeprefix("hf://").strip("/")
+
+    known = fsspec.registry.known_implementations["hf"]
+    fsspec.register_implementation("hf", Hub, clobber=True)
+    try:
+        fsspec.filesystem("hf").put(str(hub), "/datasets/user/photos", recursive=True)
+        here, there = (list_inputs(find_source(place)) for place in (str(hub), "hf://datasets/user/photos"))
+        assert (there.classes, there.account.found) == (here.classes, here.account.found)
+        assert {split: table.equals(here.splits[split]) for split, table in there.splits.items()} == {
+            "train": True,
+            "val": True,
+        }
+        item = next(iter(there.source.inputs(Account())))
+        assert there.source.read(item.location) == here.source.read(item.location)
+    finally:
+        fsspec.registry._registry.pop("hf", None)
+        fsspec.registry.known_implementations["hf"] = known

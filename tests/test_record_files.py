@@ -22,7 +22,7 @@ from alexprep.shards.sources.base import Account, Choices
 from alexprep.shards.sources.layout_detection import find_source
 from alexprep.shards.verification import verify
 from alexprep.shards.worker_pool import InProcessEngine
-from tests.source_checks import fails, flipped, pictures
+from tests.source_checks import fails, flipped, pictures, tars
 from tests.support.record_files import a_datum, an_example, database, image_record, recordio, tfrecord
 
 ENGINE = InProcessEngine()
@@ -50,9 +50,7 @@ def rows(photos: Path) -> dict[str, list[Row]]:
 
 
 @pytest.fixture(scope="module")
-def reference(
-    rows: dict[str, list[Row]], tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, Counter[tuple[str, str]]]:
+def folders(rows: dict[str, list[Row]], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What class folders of the same pictures give, their classes called by WordNet IDs."""
     root = tmp_path_factory.mktemp("folders")
     for split, some in rows.items():
@@ -60,7 +58,12 @@ def reference(
             (root / "in" / split / WNIDS[label]).mkdir(parents=True, exist_ok=True)
             (root / "in" / split / WNIDS[label] / name).write_bytes(data)
     convert(root / "in", root / "out", OPTIONS, ENGINE)
-    return pictures(root / "out")
+    return root / "out"
+
+
+@pytest.fixture(scope="module")
+def reference(folders: Path) -> dict[str, Counter[tuple[str, str]]]:
+    return pictures(folders)
 
 
 def by_number(reference: dict[str, Counter[tuple[str, str]]]) -> dict[str, Counter[tuple[str, str]]]:
@@ -81,12 +84,12 @@ def fates(place: Path, out: Path) -> Counter[str]:
 # TFRecord
 
 
-def test_imagenet_as_inception_has_it(rows: dict[str, list[Row]], reference: Any, tmp_path: Path) -> None:
+def test_imagenet_as_inception_has_it(rows: dict[str, list[Row]], folders: Path, tmp_path: Path) -> None:
     for n in range(2):
         tfrecord(tmp_path / f"in/train-{n:05d}-of-00002", [inception(*row) for row in rows["train"][n::2]])
     tfrecord(tmp_path / "in/validation-00000-of-00001", [inception(*row) for row in rows["val"]])
     assert convert(tmp_path / "in", tmp_path / "out", OPTIONS, ENGINE).found == len(rows["train"]) + len(rows["val"])
-    assert pictures(tmp_path / "out") == reference
+    assert tars(tmp_path / "out") == tars(folders)
     assert verify(tmp_path / "out", ENGINE).problems == []
     names = {row["member"] for row in listed(tmp_path / "in").splits["val"].to_pylist()}
     assert names == {b"record %d/%s" % (n, row[0].encode()) for n, row in enumerate(rows["val"])}
@@ -241,7 +244,7 @@ def test_raw_pixels_of_caffe_are_blue_green_red_by_channel(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("how", ["folders", "list"])
-def test_databases_of_plain_pictures(how: str, rows: dict[str, list[Row]], reference: Any, tmp_path: Path) -> None:
+def test_databases_of_plain_pictures(how: str, rows: dict[str, list[Row]], folders: Path, tmp_path: Path) -> None:
     keys = [f"{WNIDS[label]}/{name}" if how == "folders" else name for name, label, _ in rows["val"]]
     values = {key.encode(): data for key, (_, _, data) in zip(keys, rows["val"], strict=True)}
     place = database(tmp_path / "val", values)
@@ -250,7 +253,9 @@ def test_databases_of_plain_pictures(how: str, rows: dict[str, list[Row]], refer
         assert listed(place, choices=Choices(unlabelled=True)).names == [""]
         (place / "labels.txt").write_text("".join(f"{name} {WNIDS[label]}\n" for name, label, _ in rows["val"]))
     convert(place, tmp_path / "out", OPTIONS, ENGINE)
-    assert pictures(tmp_path / "out") == {"val": reference["val"]}
+    assert pictures(tmp_path / "out") == {"val": pictures(folders)["val"]}
+    if how == "folders":
+        assert tars(tmp_path / "out") == {name: data for name, data in tars(folders).items() if name.startswith("val")}
 
 
 def test_damaged_databases(rows: dict[str, list[Row]], tmp_path: Path) -> None:

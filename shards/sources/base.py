@@ -116,12 +116,15 @@ class Account:
     passed_over: dict[str, PassedOver] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
-    def pass_over(self, rule: str, name: str | Callable[[bytes], str], *path: bytes, count: int = 1) -> None:
-        """Notes that `count` files are passed over by `rule`, of which one has this name, or the one that `name` gives the parts of a path."""
+    def pass_over(self, rule: str, name: str | tuple[Callable[[bytes], str], bytes, bytes], count: int = 1) -> None:
+        """Notes that `count` files are passed over by `rule`, of which one is called `name`.
+
+        Of millions of files few names are kept, so it may be what writes a path, and the folder and name that make it.
+        """
         passed = self.passed_over.setdefault(rule, PassedOver())
         passed.count += count
-        if len(passed.names) < _NAMES_KEPT:  # of millions of files the names are not written out to be thrown away
-            passed.names.append(name if isinstance(name, str) else name(os.path.join(*path)))
+        if len(passed.names) < _NAMES_KEPT:
+            passed.names.append(name if isinstance(name, str) else name[0](os.path.join(*name[1:])))
 
     def take(self, other: Account) -> None:
         """Takes in what another account found and passed over; its warnings are left to the caller."""

@@ -139,9 +139,9 @@ def _pass_over_rest(
     for folder in root.walk():
         for name in folder.papers:
             rule = LIST if lists and named(os.path.join(folder.path, name)) in lists else str(rule_of(name))
-            account.pass_over(rule, named, folder.path, name)
+            account.pass_over(rule, (named, folder.path, name))
         if folder.path in taken or folder.path in flat:
             continue
         inside = any(top in (b"", folder.path) or folder.path.startswith(top + b"/") for top in tops)
         for name in folder.pictures:
-            account.pass_over(NO_CLASS if inside else BESIDE, named, folder.path, name)
+            account.pass_over(NO_CLASS if inside else BESIDE, (named, folder.path, name))

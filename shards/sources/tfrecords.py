@@ -106,7 +106,7 @@ class TFRecords(Source):
         return cls(files, tuple(parts), features, names, lists, choices=choices, whole=not name, evidence=evidence)
 
     def inputs(self, account: Account) -> Iterator[Input]:
-        """By split, file and place in it. Of a split in which no record has a label, all, if it is not train."""
+        """By split, class and the pictures' names, as from class folders. Of a split in which no record has a label, all, if it is not train."""
         needed("google_crc32c", "a TFRecord file")
         for split in sorted({split for split, _ in self.parts}):
             listed = [(path, _Listed(self, path)) for own, path in self.parts if own == split]
@@ -122,8 +122,8 @@ class TFRecords(Source):
             elif labelled < total:
                 words = "they are passed over" if labelled else "their label is -1"
                 account.warnings.append(f"{total - labelled:,} of {total:,} records of {split} have no label: {words}")
-            for path, each in listed:
-                yield from each.inputs(path, split, account if labelled else None)
+            found = (item for path, each in listed for item in each.inputs(path, split, account if labelled else None))
+            yield from sorted(found, key=_as_in_folders)
         if self.whole:
             pass_over_rest(self.files, {path for _, path in self.parts}, account, lists=self.lists)
 
@@ -161,6 +161,11 @@ class TFRecords(Source):
         return below is not None and any(
             path.startswith(b"".join(name + b"/" for name in below)) for _, path in self.parts
         )
+
+
+def _as_in_folders(item: Input) -> tuple[bytes, bytes, Location]:
+    """What orders the inputs of a split: class and name; then file and place, which alone tell those without names apart."""
+    return item.class_name.encode(), item.location.member.partition(b"/")[2], item.location._replace(member=b"")
 
 
 class _Listed:

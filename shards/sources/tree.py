@@ -153,7 +153,7 @@ def read_tree(files: Files) -> Tree:
         for name, is_folder in files.listed(folder.path, links=depth < _LINKS_FOLLOWED):
             if is_folder is None:  # a link to a folder that is not followed
                 account.found += 1
-                account.pass_over(FOLDER_LINK, files.display, folder.path, name)
+                account.pass_over(FOLDER_LINK, (files.display, folder.path, name))
             elif is_folder:
                 below.append(name)
             else:
@@ -164,7 +164,7 @@ def read_tree(files: Files) -> Tree:
                 elif rule in (SIDECAR, ARCHIVE):
                     folder.papers.append(name)
                 else:
-                    account.pass_over(rule, files.display, folder.path, name)
+                    account.pass_over(rule, (files.display, folder.path, name))
         folder.pictures.sort()
         folder.papers.sort()
         if folder.path and _is_ours(files, folder):
@@ -248,7 +248,7 @@ def pass_over_rest(
         if path in own:
             account.found -= 1  # counted as what it holds
         else:
-            account.pass_over(LIST if path in lists else known_by_name or rule, files.display, path)
+            account.pass_over(LIST if path in lists else known_by_name or rule, (files.display, b"", path))
 
 
 def _ends(path: bytes) -> Iterator[int]:
@@ -268,7 +268,7 @@ def _is_ours(files: Files, folder: Folder) -> bool:
 def _pass_over_all(files: Files, folder: Folder, below: list[bytes], account: Account) -> None:
     """Passes over the files of a dataset of ours, which are counted, and those in the folders `below` it."""
     for name in (*folder.pictures, *folder.papers):
-        account.pass_over(OUR_DATASET, files.display, folder.path, name)
+        account.pass_over(OUR_DATASET, (files.display, folder.path, name))
     folder.pictures, folder.papers = [], []
     for name in below:
         _count_all(files, os.path.join(folder.path, name), account, OUR_DATASET)
@@ -285,7 +285,7 @@ def _count_all(files: Files, top: bytes, account: Account, rule: str) -> None:
                     pending.append(os.path.join(path, name))
                 else:
                     account.found += 1
-                    account.pass_over(rule, files.display, path, name)
+                    account.pass_over(rule, (files.display, path, name))
         except OSError:
             account.found += 1
-            account.pass_over(rule, files.display, path)
+            account.pass_over(rule, (files.display, b"", path))

@@ -107,7 +107,7 @@ class Webdataset(ArchiveSource):
                         first = f"{shown}/{as_text(other.member)}" if other else ""
                     yield Input(split, class_name, image)
             if others:
-                account.pass_over(SAMPLE_PART, first, count=others)
+                account.pass_over(SAMPLE_PART, first, others)
         if self.whole:
             rule = OUR_DATASET if ours else BESIDE
             pass_over_rest(self.files, {path for _, path in self.shards}, account, rule)
