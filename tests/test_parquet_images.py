@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import fsspec
-import fsspec.registry
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -407,7 +406,8 @@ def test_a_url_of_the_hub_reaches_its_files(hub: Path) -> None:
         def _strip_protocol(cls, path: str) -> str:
             return "/" + path.removeprefix("hf://").strip("/")
 
-    known = fsspec.registry.known_implementations["hf"]
+    registry = importlib.import_module("fsspec.registry")  # whose name in fsspec is another thing
+    known = registry.known_implementations["hf"]
     fsspec.register_implementation("hf", Hub, clobber=True)
     try:
         fsspec.filesystem("hf").put(str(hub), "/datasets/user/photos", recursive=True)
@@ -420,5 +420,5 @@ def test_a_url_of_the_hub_reaches_its_files(hub: Path) -> None:
         item = next(iter(there.source.inputs(Account())))
         assert there.source.read(item.location) == here.source.read(item.location)
     finally:
-        fsspec.registry._registry.pop("hf", None)
-        fsspec.registry.known_implementations["hf"] = known
+        registry._registry.pop("hf", None)
+        registry.known_implementations["hf"] = known

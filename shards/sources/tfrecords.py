@@ -297,7 +297,7 @@ def _records(read: Get, size: int, shown: str, limit: int | None = None) -> Iter
 
 def _masked(data: bytes) -> int:
     """The CRC-32C of data as TFRecord files have it: rotated right by 15 bits, plus a constant."""
-    crc = needed("google_crc32c", "a TFRecord file").value(data)
+    crc: int = needed("google_crc32c", "a TFRecord file").value(data)
     return ((crc >> 15 | crc << 17) + _MASK_DELTA) & 0xFFFFFFFF
 
 
