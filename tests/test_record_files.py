@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import struct
+import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +24,7 @@ from alexprep.shards.sources.layout_detection import find_source
 from alexprep.shards.verification import verify
 from alexprep.shards.worker_pool import InProcessEngine
 from tests.source_checks import fails, flipped, pictures, tars
-from tests.support.record_files import a_datum, an_example, database, image_record, recordio, tfrecord
+from tests.support.record_files import a_datum, an_example, database, gzipped_tar, image_record, recordio, tfrecord
 
 ENGINE = InProcessEngine()
 OPTIONS = ShardOptions(Target(size=64, format="png"), shard_samples=9)
@@ -277,3 +278,21 @@ def test_damaged_databases(rows: dict[str, list[Row]], tmp_path: Path) -> None:
     twice: Callable[[str], Path] = lambda name: database(tmp_path / "z" / name, values)
     twice("train_lmdb"), twice("training_lmdb")
     fails(tmp_path / "z", "holds several databases of one split")
+
+
+@pytest.mark.parametrize(
+    ("package", "name"), [("google_crc32c", "a.tfrecord"), ("lmdb", "a.mdb"), ("indexed_gzip", "train.tar.gz")]
+)
+def test_a_package_that_is_not_installed_is_named(
+    package: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / name
+    if package == "lmdb":
+        database(tmp_path, {b"0": a_datum(data=b"x", label=1, encoded=True)}, name)
+    elif package == "indexed_gzip":
+        gzipped_tar(place, [("1_n01440764.JPEG", b"x")])
+    else:
+        tfrecord(place, [inception("1.JPEG", 1, b"x")])
+    monkeypatch.setitem(sys.modules, package, None)
+    fails(place, f"needs the package {package}")
+    fails(place, "pip install 'alexprep[sources]'")

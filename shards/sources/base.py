@@ -12,7 +12,6 @@ of a source: see `conversion`.
 
 from __future__ import annotations
 
-import importlib
 import os
 import re
 import shlex
@@ -288,12 +287,9 @@ class Source:
         return find_meta_mat(self.files, self.year())
 
 
-def needed(package: str, what: str) -> Any:
-    """A package of the extra "sources", imported; AlexprepError where it is not installed. `what` begins the sentence "WHAT needs …"."""
-    try:
-        return importlib.import_module(package)
-    except ImportError as error:
-        raise AlexprepError(f"{what} needs the package {package} ({error}): pip install 'alexprep[sources]'") from None
+def not_installed(what: str, error: ImportError) -> AlexprepError:
+    """The refusal of a source that needs a package of the extra "sources"; `what` begins the sentence "WHAT needs …"."""
+    return AlexprepError(f"{what} needs the package {error.name} ({error}): pip install 'alexprep[sources]'")
 
 
 def sorted_names(present: Iterable[str]) -> list[str]:

@@ -29,7 +29,7 @@ from alexprep.shards.sources.base import (
     Input,
     Location,
     Source,
-    needed,
+    not_installed,
     split_of,
 )
 from alexprep.shards.sources.grouped import DamagedGroupError, FileView, GroupedSource, Sizes, check_group
@@ -199,8 +199,11 @@ def _first_member(files: Files, path: bytes) -> bytes:
 
 
 def _opened(file: io.RawIOBase, points: bytes = b"") -> Any:
-    package = needed("indexed_gzip", "a gzipped tar")
-    archive = package.IndexedGzipFile(fileobj=file, spacing=SPACING_BYTES, buffer_size=_step_bytes())
+    try:
+        import indexed_gzip
+    except ImportError as error:
+        raise not_installed("a gzipped tar", error) from None
+    archive = indexed_gzip.IndexedGzipFile(fileobj=file, spacing=SPACING_BYTES, buffer_size=_step_bytes())
     if points:
         archive.import_index(fileobj=io.BytesIO(points))
     return archive

@@ -24,7 +24,7 @@ from alexprep.shards.sources.base import (
     Input,
     Location,
     Source,
-    needed,
+    not_installed,
     numbered_classes,
     split_of,
 )
@@ -166,7 +166,10 @@ def _database_in(files: Files, folder: bytes) -> bytes | None:
 
 def _opened(place: bytes, shown: str) -> Any:
     """The database at a path, which must be as long as it says that it is: liblmdb would read beyond the end of a shorter one."""
-    lmdb = needed("lmdb", "an LMDB database")
+    try:
+        import lmdb
+    except ImportError as error:
+        raise not_installed("an LMDB database", error) from None
     try:
         environment = lmdb.open(
             os.fsdecode(place), subdir=False, readonly=True, lock=False, readahead=False, create=False

@@ -26,7 +26,7 @@ from alexprep.shards.sources.base import (
     Input,
     Location,
     Source,
-    needed,
+    not_installed,
     numbered_classes,
 )
 from alexprep.shards.sources.foreign_formats import is_tfrecord
@@ -107,7 +107,6 @@ class TFRecords(Source):
 
     def inputs(self, account: Account) -> Iterator[Input]:
         """By split, class and the pictures' names, as from class folders. Of a split in which no record has a label, all, if it is not train."""
-        needed("google_crc32c", "a TFRecord file")
         for split in sorted({split for split, _ in self.parts}):
             listed = [(path, _Listed(self, path)) for own, path in self.parts if own == split]
             total = sum(len(each.codes) for _, each in listed)
@@ -297,7 +296,11 @@ def _records(read: Get, size: int, shown: str, limit: int | None = None) -> Iter
 
 def _masked(data: bytes) -> int:
     """The CRC-32C of data as TFRecord files have it: rotated right by 15 bits, plus a constant."""
-    crc: int = needed("google_crc32c", "a TFRecord file").value(data)
+    try:
+        import google_crc32c
+    except ImportError as error:
+        raise not_installed("a TFRecord file", error) from None
+    crc: int = google_crc32c.value(data)
     return ((crc >> 15 | crc << 17) + _MASK_DELTA) & 0xFFFFFFFF
 
 
