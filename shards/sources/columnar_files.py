@@ -61,18 +61,30 @@ class ColumnarFile(ABC):
         """The field "path" of a column of structs, which has the pictures' own names; None where there is none."""
 
     @abstractmethod
+    def bytes_of(self, columns: Sequence[str]) -> list[int]:
+        """How many bytes some columns have in each group, decompressed, beside what `group_bytes` counts."""
+
+    @abstractmethod
+    def group(self, number: int, columns: Sequence[str]) -> pa.Table:
+        """Some columns of a group, of which nothing else is kept in memory."""
+
     def pictures(self, number: int, image: str) -> pa.ChunkedArray:
         """The pictures of a group, a column of binary."""
+        column = self._picture_column(number, image)
+        return pc.struct_field(column, "bytes") if pa.types.is_struct(column.type) else column
 
-    def _group(self, number: int, read: Callable[[], pa.ChunkedArray]) -> pa.ChunkedArray:
-        """What `read` gives of a group's pictures, as bytes."""
+    @abstractmethod
+    def _picture_column(self, number: int, image: str) -> pa.ChunkedArray:
+        """The column of pictures of a group, or the field of it that has their bytes."""
+
+    def _group(self, number: int, read: Callable[[], Any]) -> Any:
+        """What `read` gives of a group."""
         try:
-            column = read()
+            return read()
         except (pa.ArrowException, OSError, IndexError) as error:
             if (isinstance(error, OSError) and error.errno is not None) or isinstance(error, MemoryError):
                 raise
             raise DamagedGroupError(f"row group {number} is damaged ({_first_line(error)})") from None
-        return pc.struct_field(column, "bytes") if pa.types.is_struct(column.type) else column
 
 
 @functools.lru_cache(maxsize=_FILES)
@@ -119,15 +131,25 @@ class _Parquet(ColumnarFile):
         name = f"{image}.path"
         return pc.struct_field(self.read([name]).column(0), "path") if name in self._leaves() else None
 
-    def pictures(self, number: int, image: str) -> pa.ChunkedArray:
+    def bytes_of(self, columns: Sequence[str]) -> list[int]:
         """See `ColumnarFile`."""
-        name = next((name for name in self._leaves() if name in (f"{image}.bytes", image)), image)
+        wanted = [n for n, leaf in enumerate(self._leaves()) if leaf.partition(".")[0] in columns or leaf in columns]
+        groups = map(self._footer.row_group, range(self._footer.num_row_groups))
+        return [sum(group.column(n).total_uncompressed_size for n in wanted) for group in groups]
 
-        def read() -> pa.ChunkedArray:
+    def group(self, number: int, columns: Sequence[str]) -> pa.Table:
+        """See `ColumnarFile`."""
+
+        def read() -> pa.Table:
             with FileView(self._files, self._path) as file:
-                return self._opened(file).read_row_group(number, [name], use_threads=False).column(0)
+                return self._opened(file).read_row_group(number, list(columns), use_threads=False)
 
         return self._group(number, read)
+
+    def _picture_column(self, number: int, image: str) -> pa.ChunkedArray:
+        """See `ColumnarFile`."""
+        name = next((name for name in self._leaves() if name in (f"{image}.bytes", image)), image)
+        return self.group(number, [name]).column(0)
 
     def _leaves(self) -> list[str]:
         return [self._footer.schema.column(n).path for n in range(len(self._footer.schema))]
@@ -184,14 +206,25 @@ class _Arrow(ColumnarFile):
             return None
         return self._copied([(image, "path")]).column(0)
 
-    def pictures(self, number: int, image: str) -> pa.ChunkedArray:
-        """See `ColumnarFile`."""
+    def bytes_of(self, columns: Sequence[str]) -> list[int]:
+        """See `ColumnarFile`: they are counted with the pictures."""
+        return [0] * len(self._batches)
 
-        def read() -> pa.ChunkedArray:
+    def group(self, number: int, columns: Sequence[str]) -> pa.Table:
+        """See `ColumnarFile`."""
+        table = pa.Table.from_batches([self._batch(number).select(list(columns))])
+        return table.take(pa.array(range(len(table)), pa.int64()))  # a copy, without the pictures beside
+
+    def _picture_column(self, number: int, image: str) -> pa.ChunkedArray:
+        """See `ColumnarFile`."""
+        return pa.chunked_array([self._batch(number).column(image)])
+
+    def _batch(self, number: int) -> pa.RecordBatch:
+        def read() -> pa.RecordBatch:
             message = pa.ipc.read_message(pa.py_buffer(self._bytes(self._batches[number])))
             batch = pa.ipc.read_record_batch(message, self.schema)
             batch.validate(full=True)
-            return pa.chunked_array([batch.column(image)])
+            return batch
 
         return self._group(number, read)
 

@@ -55,6 +55,8 @@ MISSING = -1  # Hugging Face's label of a row that has none
 
 _OPENED = 8  # files that are opened to find one with pictures
 _NAME_BYTES = 255
+_MEDIA = ("Image", "Audio", "Video")
+_PANDAS_INDEX = "__index_level_0__"  # the numbers of rows, as pandas writes them
 
 
 class Part(NamedTuple):
@@ -72,7 +74,7 @@ class Columns(NamedTuple):
         label: None where there is none.
         names: the class names by label, where the schema tells them; () where it does not.
         split: a column that tells the split of each row of files whose names tell none, or None.
-        others: columns that might have been meant as well.
+        others: columns of further pictures, which are not read.
     """
 
     image: str
@@ -188,7 +190,7 @@ class ParquetImages(GroupedSource):
 
     def measured(self) -> Sizes:
         """See `GroupedSource`."""
-        inputs, total, largest = 0, 0, 0
+        inputs, total, largest, metadata, most = 0, 0, 0, 0, 0
         for part in self.parts:
             file, shown = columnar(self.files, part.path), self.files.display(part.path)
             if (each := file.group_bytes(self.columns.image)) is None:
@@ -196,14 +198,29 @@ class ParquetImages(GroupedSource):
                     f"{shown} has no column {self.columns.image!r} of pictures, as other files have: move it away"
                 )
             inputs += sum(file.group_rows)
-            for number, size in enumerate(each):
+            along = file.bytes_of(_names_along(file.schema, self.columns))
+            for number, (size, beside) in enumerate(zip(each, along, strict=True)):
                 check_group(size, number, shown)
-                total, largest = total + size, max(largest, size)
-        return Sizes(inputs, total, largest)
+                total, largest, metadata, most = (
+                    total + size,
+                    max(largest, size),
+                    metadata + beside,
+                    max(most, beside),
+                )
+        return Sizes(inputs, total, largest, metadata, most)
 
     def read_group(self, path: bytes, number: int) -> pa.ChunkedArray:
         """See `GroupedSource`."""
         return columnar(self.files, path).pictures(number, self.columns.image)
+
+    def read_metadata(self, path: bytes, number: int) -> pa.Table:
+        """See `GroupedSource`."""
+        file = columnar(self.files, path)
+        table = file.group(number, _names_along(file.schema, self.columns))
+        for n, field in enumerate(table.schema):
+            if pa.types.is_timestamp(field.type) and field.type.unit == "ns":  # finer than Python's datetime
+                table = table.set_column(n, field.name, table.column(n).cast(pa.string()))
+        return table
 
 
 class _Rows:
@@ -219,6 +236,7 @@ class _Rows:
         wanted = [name for name in (columns.label, *by_column) if name is not None and name in schema.names]
         if columns.label is not None and columns.label not in schema.names and part.split != "test":
             raise AlexprepError(f"{self._shown} has no column {columns.label!r}, as other files have: move it away")
+        self._along = _names_along(schema, columns)
         table = self._file.read(wanted)
         count = sum(self._file.group_rows)
         self.written: list[str] = []  # the labels as they are written, by code, where the schema does not name them
@@ -263,7 +281,7 @@ class _Rows:
         rows = self._of(split)
         if not len(rows):
             return
-        names = self._names()
+        names, metadata = self._names(), b"+" if self._along else b""
         groups = np.searchsorted(self._starts, rows, "right") - 1
         within = rows - self._starts[groups]
         codes = self._labels[rows]
@@ -273,7 +291,7 @@ class _Rows:
             if code == MISSING and account is not None:
                 account.pass_over(NO_LABEL, f"{self._shown}/{as_text(member)}")
             else:
-                yield Input(split, UNLABELLED if code == MISSING else names_by_code[code], location)
+                yield Input(split, UNLABELLED if code == MISSING else names_by_code[code], location, metadata)
 
     def _names(self) -> list[bytes] | None:
         """The pictures' own names, which a struct may have beside the bytes."""
@@ -398,6 +416,18 @@ def _parts(files: Files, paths: list[bytes], columns: Columns) -> list[Part]:
 # What a file says of itself.
 
 
+def _names_along(schema: pa.Schema, columns: Columns) -> list[str]:
+    """The columns that go along with the pictures: all but those that are read for something else, of other pictures, and of sound."""
+    used, features = {columns.image, columns.label, columns.split, _PANDAS_INDEX}, _features(schema)
+    return [
+        name
+        for name in schema.names
+        if name not in used
+        and not _holds_pictures(schema.field(name).type, name, features)
+        and not (isinstance(said := features.get(name), dict) and said.get("_type") in _MEDIA)
+    ]
+
+
 def columns_of(schema: pa.Schema, choices: Choices, shown: str) -> Columns | None:
     """The columns that are meant; None where none holds pictures."""
     features = _features(schema)
@@ -427,7 +457,6 @@ def columns_of(schema: pa.Schema, choices: Choices, shown: str) -> Columns | Non
     if label is None and not choices.unlabelled:
         classes = [name for name in schema.names if _class_label(schema, name)]
         label = _one_of(classes, LABEL_FIELDS, "label", "of classes", shown)
-        others += tuple(name for name in classes if name != label)
     if label is None and not choices.unlabelled:
         lower = {name.strip().lower(): name for name in reversed(schema.names) if name != image}
         usual = label_name(lower, LABEL_COLUMNS)

@@ -7,17 +7,29 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from alexprep.shards.errors import AlexprepError
-from alexprep.shards.sources.base import BESIDE, LIST, NO_CLASS, UNLABELLED, Account, class_name_of
+from alexprep.shards.sources.base import (
+    BESIDE,
+    BESIDE_PICTURE,
+    LIST,
+    NO_CLASS,
+    UNLABELLED,
+    Account,
+    Location,
+    Part,
+    class_name_of,
+    reference_to,
+)
 from alexprep.shards.sources.ground_truth import GroundTruth
 from alexprep.shards.sources.tree import Folder, Tree, rule_of
 from alexprep.shards.storage import as_text
 
 Depth = int | Literal["leaf"]
+_METADATA = (b".json", b".txt")
 
 
 @dataclass(frozen=True)
@@ -47,8 +59,8 @@ class SplitFolder:
 
 def inputs_of(
     reading: Sequence[SplitFolder], tree: Tree, account: Account, shown: str, known: dict[str, bytes] | None = None
-) -> Iterator[tuple[str, str, bytes]]:
-    """(split, class name, path) of every picture, by split, class and path; all else of the tree goes to the account.
+) -> Iterator[tuple[str, str, bytes, list[bytes]]]:
+    """(split, class name, path, paths of its metadata) of every picture, by split, class and path; all else of the tree goes to the account.
 
     `known` are the class folders by name, where other trees have some too.
     """
@@ -56,11 +68,31 @@ def inputs_of(
     known = {} if known is None else known
     account.take(tree.account)
     flat: dict[bytes, SplitFolder] = {}
+    beside = metadata_beside(root)
     for _, parts in itertools.groupby(reading, lambda part: part.split):
         several = list(parts)
         found = (item for part in several for item in _inputs_in(part, root, taken, flat, shown, known))
-        yield from found if len(several) == 1 else sorted(found, key=lambda item: (item[1].encode(), item[2]))
-    _pass_over_rest(reading, root, taken, flat, account, shown)
+        in_order = found if len(several) == 1 else sorted(found, key=lambda item: (item[1].encode(), item[2]))
+        for split, class_name, path in in_order:
+            yield split, class_name, path, beside.get(os.path.splitext(path)[0], []) if beside else []
+    _pass_over_rest(reading, root, taken, flat, {path for paths in beside.values() for path in paths}, account, shown)
+
+
+def metadata_beside(root: Folder) -> dict[bytes, list[bytes]]:
+    """The files KEY.json and KEY.txt beside a picture KEY of any ending, by KEY with its folders."""
+    beside: dict[bytes, list[bytes]] = {}
+    for folder in root.walk():
+        papers = [name for name in folder.papers if name.lower().endswith(_METADATA)] if folder.pictures else []
+        keys = {os.path.splitext(name)[0] for name in folder.pictures} if papers else set()
+        for name in papers:
+            if (key := os.path.splitext(name)[0]) in keys:
+                beside.setdefault(os.path.join(folder.path, key), []).append(os.path.join(folder.path, name))
+    return beside
+
+
+def metadata_of(paths: Sequence[bytes], image: Location, where: Callable[[bytes], Location] = Location) -> bytes:
+    """An `Input.metadata` for files beside the image; `where` says where a path lies."""
+    return reference_to((Part(as_text(path).rpartition(".")[2].lower(), where(path)) for path in paths), image)
 
 
 def _inputs_in(
@@ -127,6 +159,7 @@ def _pass_over_rest(
     root: Folder,
     taken: set[bytes],
     flat: dict[bytes, SplitFolder],
+    metadata: set[bytes],
     account: Account,
     shown: str,
 ) -> None:
@@ -138,8 +171,9 @@ def _pass_over_rest(
 
     for folder in root.walk():
         for name in folder.papers:
-            rule = LIST if lists and named(os.path.join(folder.path, name)) in lists else str(rule_of(name))
-            account.pass_over(rule, (named, folder.path, name))
+            path = os.path.join(folder.path, name)
+            rule = LIST if lists and named(path) in lists else str(rule_of(name))
+            account.pass_over(BESIDE_PICTURE if path in metadata else rule, (named, folder.path, name))
         if folder.path in taken or folder.path in flat:
             continue
         inside = any(top in (b"", folder.path) or folder.path.startswith(top + b"/") for top in tops)
