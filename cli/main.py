@@ -12,6 +12,7 @@ import click
 from alexprep.cli.bench import bench
 from alexprep.cli.demo import demo
 from alexprep.cli.evaluate import evaluate
+from alexprep.cli.export import export
 from alexprep.cli.features import features
 from alexprep.cli.inspect_source import inspect_command
 from alexprep.cli.options import INTERRUPTED
@@ -63,6 +64,7 @@ COMMANDS = (
     train,
     evaluate,
     predict,
+    export,
     features,
     similar,
     report,

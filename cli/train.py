@@ -86,12 +86,14 @@ KEEP, CHECKPOINT_STEPS = 3, 1000  # likewise those of alexprep.train.config
     "--seed", type=click.IntRange(min=0), help="Of initial weights, order, augmentation, dropout.  [default: 0]"
 )
 @click.option(
-    "--init-from", metavar="RUN", help="Begin with the weights of another run (RUN or RUN@STEP), for fine-tuning."
+    "--init-from",
+    metavar="RUN | FILE",
+    help="Begin with the weights of another run (RUN, RUN@STEP or RUN@best) or of a .safetensors or .pt file, for fine-tuning.",
 )
 @click.option(
     "--init-layers",
     metavar="PATTERNS",
-    help="Which layers of it: names and patterns, such as conv*,fc6.  [default: all that match in shape]",
+    help="Which layers of these: names and patterns, such as conv*,fc6.  [default: all that match in shape]",
 )
 @runs_option
 @click.option(

@@ -22,10 +22,11 @@ from alexprep.shards import rgb_statistics
 from alexprep.shards.dataset_format import versions
 from alexprep.shards.errors import AlexprepError, number_within, one_of, whole_number
 from alexprep.train import run_dir
-from alexprep.train.checkpoint import differences, final_weights, init_from, wanted_layers, with_defaults
+from alexprep.train.checkpoint import differences, with_defaults
 from alexprep.train.data import DataFacts, data_facts
 from alexprep.train.distributed.tensor_parallel import SCHEMES, Scheme, part_of
 from alexprep.train.distributed.world import TIMEOUT, World
+from alexprep.train.initial_weights import begin_with, find_weights
 from alexprep.train.logger import writer_class
 from alexprep.train.lr_schedule import (
     ScheduleState,
@@ -49,7 +50,6 @@ from alexprep.train.recipes import (
     schedule_named,
     try_user_network,
 )
-from alexprep.train.run_dir import place_named, saved_checkpoint
 from alexprep.train.user_code import (
     HOOK,
     MODEL,
@@ -109,7 +109,8 @@ class TrainConfig:
     accumulate: int | None = None  # parts of a batch, one after the other
     average: float | None = None  # decay of the weights' exponential mean
     early_stop: int | None = None  # end after so many epochs of which none had a lower validation error than all before
-    init_from: str | None = None  # run (RUN or RUN@STEP) whose weights the network begins with, for fine-tuning
+    # Whose weights the network begins with: RUN, RUN@STEP or RUN@best, or a state dict's file; see `alexprep.train.initial_weights`.
+    init_from: str | None = None
     init_layers: str | None = None  # which layers of it: "matching", the default, or patterns with commas
     precision: Precision | None = None  # "fp32" by default, "tf32", "bf16" or "fp16": see `alexprep.train.precision`
     channels_last: bool | None = None  # whether a pixel's values lie side by side in memory; by default on a CPU
@@ -298,16 +299,14 @@ def prepare(
         rgb_statistics.read_statistics(data, facts.digest)
     if config.init_layers is not None and config.init_from is None:
         raise AlexprepError(
-            f"--init-layers {config.init_layers} says which layers of another run: name it with --init-from"
+            f"--init-layers {config.init_layers} says which layers of other weights: name these with --init-from"
         )
     if config.init_from is not None:
         if run is None:
-            source, skipped = saved_checkpoint(place_named(config.runs, config.init_from))
-            notes += skipped
-            network = recipe.make_network(facts.classes, seed)
-            init_from(network.state_dict(), final_weights(source), wanted_layers(config.init_layers))
-            if "@" not in config.init_from:
-                config = replace(config, init_from=f"{config.init_from}@{source.step}")
+            weights = find_weights(config.runs, config.init_from)
+            notes += weights.notes
+            begin_with(recipe.make_network(facts.classes, seed).state_dict(), weights, config.init_layers)
+            config = replace(config, init_from=weights.name)
         identity["init"] = f"{config.init_from}, layers {config.init_layers or 'matching'}"
     job = Job(
         config, run or Path(), data, recipe, seed, facts, device, scheme, computing, tuning, notes, identity, changes

@@ -23,17 +23,18 @@ from alexprep.shards.errors import AlexprepError
 from alexprep.shards.storage import json_bytes
 from alexprep.shards.worker_pool import cores
 from alexprep.train import checkpoint, run_dir
-from alexprep.train.checkpoint import final_weights, init_from, publish, wanted_layers
+from alexprep.train.checkpoint import publish
 from alexprep.train.config import Job, TrainConfig, prepare, run_versions
 from alexprep.train.data import BatchSource, Examples, LoadedBatch, OpenLoader, WithoutLastStep
 from alexprep.train.distributed.parallel import Parallel
 from alexprep.train.distributed.world import World
+from alexprep.train.initial_weights import begin_with, find_weights
 from alexprep.train.logger import Board, Meter, forecast
 from alexprep.train.metrics import SPEED, Means, StepTimer, doubts, loss_doubt, validate
 from alexprep.train.nonfinite import explained
 from alexprep.train.precision import float32_kernels
 from alexprep.train.profiler import Trace
-from alexprep.train.run_dir import check_unsaved, place_named, saved_checkpoint
+from alexprep.train.run_dir import check_unsaved
 from alexprep.train.signals_and_memory import (
     Stopped,
     StoppedAtOnce,
@@ -357,9 +358,8 @@ def first_state(job: Job, world: World) -> tuple[TrainingState, list[str]]:
             changes = checkpoint.differences(now | saved.facts.get(name, {}), now)  # older ones do not say all of it
             notes += [f"{change}: the last bits may differ" for change in changes]
     elif job.config.init_from is not None:
-        source, _ = saved_checkpoint(place_named(job.config.runs, job.config.init_from))
         whole = state.parallel.gather_state()
-        report = init_from(whole, final_weights(source), wanted_layers(job.config.init_layers))
+        report = begin_with(whole, find_weights(job.config.runs, job.config.init_from), job.config.init_layers)
         state.parallel.scatter_state(whole)
         state.begin_average()
         notes += report.sentences()

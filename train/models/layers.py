@@ -140,7 +140,7 @@ class LocallyConnected2d(nn.Module):
         seen = [pixels[i : i + side, j : j + side] for i, j in offsets]
         windows = torch.cat(seen, dim=3).flatten(0, 1)  # positions, images, values of a window
         products = torch.bmm(windows, self.weight.flatten(2, 4).flatten(0, 1))
-        return products.view(side, side, len(images), -1).permute(2, 3, 0, 1) + self.bias
+        return products.view(side, side, images.shape[0], -1).permute(2, 3, 0, 1) + self.bias
 
 
 def kernel_counts(counts: Iterable[int], width: float, crop: int, smallest: int) -> list[int]:
