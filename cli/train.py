@@ -34,7 +34,11 @@ KEEP, CHECKPOINT_STEPS = 3, 1000  # likewise those of alexprep.train.config
     metavar="NAME | FILE.py[:FUNCTION]",
     help=f"What to train: {', '.join(RECIPES)}; or a recipe of your own.  [default: alexnet]",
 )
-@click.option("--model", metavar="FILE.py:FUNCTION", help="A network of your own, trained as the recipe says.")
+@click.option(
+    "--model",
+    metavar="FILE.py:FUNCTION | timm/NAME | torchvision/NAME",
+    help="A network of your own or of a library, trained as the recipe says.",
+)
 @click.option("--hook", metavar="FILE.py:FUNCTION", help="A DALI operation of your own in the augmentation.")
 @click.option(
     "--hook-after", type=click.Choice(["decode", "augment", "tensor"]), help="After what it comes.  [default: augment]"

@@ -67,7 +67,7 @@ FENCES = {
 FLOORS = [
     ("signals_and_memory", "distributed.world"),
     ("distributed.tensor_parallel", "lr_schedule", "optimizer", "precision", "checkpoint", "models"),
-    ("user_code", "metrics", "data"),
+    ("model_libraries", "user_code", "metrics", "data"),
     ("logger", "profiler", "recipes", "distributed.parallel"),
     ("run_dir", "initial_weights", "config"),
     ("training_state",),

@@ -93,7 +93,8 @@ class TrainConfig:
     data: Path | None = None  # folder of the data set; only a resumed run has one of its own
     # Name in the registry, "alexnet" by default; or a user's own: FILE.py, FILE.py:FUNCTION or MODULE:FUNCTION.
     recipe: str | None = None
-    model: str | None = None  # the user's own network in the recipe's stead, likewise; see `alexprep.train.user_code`
+    # A network in the recipe's stead, likewise, see `alexprep.train.user_code`; or timm/NAME, torchvision/NAME.
+    model: str | None = None
     hook: str | None = (
         None  # an operation of the user's own in the augmentation, likewise; see `alexprep.pipeline.Hook`
     )
@@ -402,8 +403,7 @@ def _new_run(job: Job) -> Path:
     }
     usual_name, network = job.recipe.name, job.recipe.network
     if job.config.model is not None and isinstance(network, UserNetwork):
-        file = network.title.partition(":")[0].rpartition(".")[2]
-        usual_name = file if run_dir.NAME.fullmatch(file) else usual_name
+        usual_name = network.short_name if run_dir.NAME.fullmatch(network.short_name) else usual_name
     return run_dir.create_run(job.config.runs, job.config.name, usual_name, document)
 
 

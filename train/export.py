@@ -204,7 +204,7 @@ def _graph(opened: Opened, images: torch.Tensor) -> Any:
     try:
         with _quiet():
             return torch.export.export(network, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
-    except Exception as error:  # whatever the user's own code does that a graph cannot hold
+    except Exception as error:  # noqa: BLE001  (whatever the user's own code does that a graph cannot hold)
         words = next(iter(str(error).splitlines()), type(error).__name__)
         raise AlexprepError(
             f"{opened.net.name} cannot become a graph ({words}): write its weights alone with --formats safetensors,pt"
@@ -222,7 +222,7 @@ def _onnx(graph: Any, opset: int) -> bytes:
             assert program is not None
             onnx.checker.check_model(program.model_proto)
             model: bytes = program.model_proto.SerializeToString()
-    except Exception as error:  # of an operation that ONNX lacks, or a model beyond protobuf's 2 GiB
+    except Exception as error:  # noqa: BLE001  (of an operation that ONNX lacks, or a model beyond 2 GiB)
         words = next(iter(str(error).splitlines()), type(error).__name__)
         raise AlexprepError(f"ONNX cannot hold this network ({words}): leave it out with --formats pt2") from None
     return model

@@ -85,7 +85,7 @@ def state_dict_of(data: bytes, path: Path) -> dict[str, torch.Tensor]:
             found: Any = safetensors.torch.load(data)
         else:
             found = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except Exception as error:  # of a damaged or hostile file torch raises whatever its parts do
+    except Exception as error:  # noqa: BLE001  (of a damaged or hostile file torch raises whatever its parts do)
         if type(error).__name__ == "UnpicklingError":
             words = "holds more than tensors, which could only be had by running code, or is damaged"
         else:

@@ -275,6 +275,8 @@ def recipe(name: str) -> Recipe:
 def recipe_of(options: Mapping[str, Any]) -> Recipe:
     """The recipe that options name, with their network, batch size and rate where they are not None.
 
+    A network of a library brings its mean, deviation and crop, see `alexprep.train.model_libraries.Pixels`.
+
     >>> recipe_of({"recipe": "tiny", "batch_size": 8, "lr": None}).batch_size
     8
     """
@@ -282,7 +284,10 @@ def recipe_of(options: Mapping[str, Any]) -> Recipe:
     fields_given = ("batch_size", "lr", *UPDATING)
     changes: dict[str, Any] = {name: options[name] for name in fields_given if options.get(name) is not None}
     if options.get("model") is not None:
-        changes["network"] = user_network(options["model"])
+        network = changes["network"] = user_network(options["model"])
+        if network.pixels is not None:
+            fitting = network.pixels.fitted(named.augmentation, named.stored_sizes)
+            changes["augmentation"], changes["stored_sizes"] = fitting
     return replace(named, **changes)
 
 
@@ -532,6 +537,9 @@ def try_user_network(
     layers = describe_layers(network)
     count = sum(weight.numel() for weight in network.parameters())
     notes = [f"the network is {own.title}, {count:,} parameters"]
+    if own.pixels is not None:
+        seen = tried.augmentation
+        notes.append(f"as {own.title} has it, crops of {seen.crop} pixels less mean {seen.mean}, divided by std {seen.std}")
     if memory_format_of(network, torch.channels_last) != torch.channels_last:
         notes.append(
             f"{own.title} cannot take images with the channels last in memory, which is faster on a CPU: a view() may be to blame, "

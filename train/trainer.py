@@ -44,7 +44,7 @@ from alexprep.train.signals_and_memory import (
     span,
 )
 from alexprep.train.training_state import TrainingState, compile_first, take_step, weights_digest
-from alexprep.train.user_code import fails_on_one
+from alexprep.train.user_code import fails_on_one, has_batch_norm
 
 EARLY_RECORDS = (1, 6)  # a first sign of life; then steps 2 to 6, after the slow first one, give the forecast
 
@@ -418,7 +418,8 @@ def open_split(job: Job, open_loader: OpenLoader, split: str, shard: tuple[int, 
 def open_training(job: Job, open_loader: OpenLoader, state: TrainingState) -> BatchSource:
     """Opens a rank's loader of the training split; without the epoch's last step where that has one image and the network cannot take it."""
     loader = open_split(job, open_loader, "train", state.parallel.shard)
-    if loader.samples % job.recipe.batch_size != 1:
+    asked = state.parallel.world.size == 1 or has_batch_norm(state.network)  # ranks take empty batches, and so one image
+    if loader.samples % job.recipe.batch_size != 1 or not asked:
         return loader
     image = torch.zeros(1, 3, job.recipe.crop, job.recipe.crop, device=state.device)
     if not fails_on_one(state.network, image.contiguous(memory_format=job.computing.memory.format)):
@@ -426,11 +427,11 @@ def open_training(job: Job, open_loader: OpenLoader, state: TrainingState) -> Ba
     if len(loader) == 1:
         loader.close()
         raise AlexprepError(
-            "batch normalisation needs two images a step, and there is one to train on: take another network or more images"
+            "this network needs two images a step, as batch normalisation does, and there is one to train on: take another or more images"
         )
     job.notes.append(
-        f"of {loader.samples:,} images the last step of an epoch would have one, too few for batch normalisation: it is left out, another image "
-        "in each epoch"
+        f"of {loader.samples:,} images the last step of an epoch would have one, too few for this network, as for batch normalisation: it is left "
+        "out, another image in each epoch"
     )
     return WithoutLastStep(loader)
 
