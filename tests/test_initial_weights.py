@@ -53,12 +53,17 @@ def test_torchvision_s_alexnet_fits_and_goes_back_bit_for_bit() -> None:
     assert (report.taken, report.fresh, report.unused) == (list(TORCHVISION_ALEXNET.values()), {}, [])
     back = under_names_of(theirs, ours)
     assert back.keys() == theirs.keys() and all(torch.equal(back[name], theirs[name]) for name in theirs)
-    assert all(torch.equal(ours[f"{ours_name}.weight"], theirs[f"{name}.weight"]) for name, ours_name in TORCHVISION_ALEXNET.items())
+    assert all(
+        torch.equal(ours[f"{ours_name}.weight"], theirs[f"{name}.weight"])
+        for name, ours_name in TORCHVISION_ALEXNET.items()
+    )
 
 
 def test_its_shapes_are_those_of_the_whole_network(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without its 61 million values."""
-    monkeypatch.setattr("alexprep.train.models.alexnet.initialised", lambda layers, *_: nn.Sequential(OrderedDict(layers)))
+    monkeypatch.setattr(
+        "alexprep.train.models.alexnet.initialised", lambda layers, *_: nn.Sequential(OrderedDict(layers))
+    )
     with torch.device("meta"):
         ours, theirs = AlexNet.__call__(alexnet_owt, 1000).state_dict(), torchvision_alexnet(1000).state_dict()
     assert sum(each.numel() for each in theirs.values()) == 61_100_840  # as torchvision's page of it says
@@ -71,7 +76,10 @@ def test_another_number_of_classes_leaves_the_last_layer_fresh() -> None:
     report = begin_with(narrow_owt(4), Weights("alexnet.pth", theirs, []), None)
     assert report.fresh == {"fc8": "saved 9x256, here 4x256"}
     assert report.sentences()[1:] == ["fc8 begins fresh: saved 9x256, here 4x256"]
-    with pytest.raises(AlexprepError, match=r"--init-from alexnet.pth: the saved weights do not fit the network \(fc8: saved 9x256, here 4x256\)"):
+    with pytest.raises(
+        AlexprepError,
+        match=r"--init-from alexnet.pth: the saved weights do not fit the network \(fc8: saved 9x256, here 4x256\)",
+    ):
         begin_with(narrow_owt(4), Weights("alexnet.pth@sha256:12", theirs, []), "*")
 
 
@@ -102,7 +110,9 @@ def test_batch_normalisation_of_older_files_and_other_kinds_of_numbers() -> None
 def test_names_that_programs_put_before_are_taken_off() -> None:
     wanted = {"fc.weight": torch.zeros(1), "fc.bias": torch.zeros(1)}
     for prefix in ("", "module.", "module._orig_mod.", "model."):
-        assert under_names_of(wanted, {f"{prefix}{name}": each for name, each in wanted.items()}).keys() == wanted.keys()
+        assert (
+            under_names_of(wanted, {f"{prefix}{name}": each for name, each in wanted.items()}).keys() == wanted.keys()
+        )
     own = {"model.fc.weight": torch.zeros(1)}
     assert under_names_of(own, own).keys() == own.keys()  # a part of the network has that name
     mixed = {"module.fc.weight": torch.zeros(1), "head.weight": torch.zeros(1)}

@@ -57,7 +57,9 @@ def libraries(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         called["torchvision"] = {"name": name, "weights": weights} | more
         return Small(num_classes)
 
-    preset = types.SimpleNamespace(crop_size=[299], resize_size=[342], mean=(0.485, 0.456, 0.406), std=[0.229, 0.224, 0.225])
+    preset = types.SimpleNamespace(
+        crop_size=[299], resize_size=[342], mean=(0.485, 0.456, 0.406), std=[0.229, 0.224, 0.225]
+    )
     names = ["small", "small_fixed.tag_in1k", "plain"]
     told: dict[str, Any] = {"small": Told(), "small_fixed.tag_in1k": Told(fixed_input_size=True), "plain": None}
     timm = types.SimpleNamespace(
@@ -102,7 +104,10 @@ def test_factories_are_called_as_the_libraries_want(libraries: dict[str, Any]) -
         return dict(libraries[model.partition("/")[0]])
 
     assert made("timm/small", 56) == {"name": "small", "pretrained": False, "img_size": None}
-    assert made("timm/small_fixed.tag_in1k", 56)["img_size"] == 56 and made("timm/small_fixed.tag_in1k", 224)["img_size"] is None
+    assert (
+        made("timm/small_fixed.tag_in1k", 56)["img_size"] == 56
+        and made("timm/small_fixed.tag_in1k", 224)["img_size"] is None
+    )
     assert made("torchvision/inception_v3", 56) == {
         **{"name": "inception_v3", "weights": None},
         **{"aux_logits": False, "init_weights": True},
@@ -128,7 +133,9 @@ def test_mistakes_are_told(libraries: dict[str, Any], model: str, words: str, tm
 
 def test_a_library_that_is_missing_or_broken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(model_libraries.sys.modules, "timm", None)
-    with pytest.raises(AlexprepError, match=r"--model timm/… needs timm, which cannot be imported .*: pip install timm"):
+    with pytest.raises(
+        AlexprepError, match=r"--model timm/… needs timm, which cannot be imported .*: pip install timm"
+    ):
         recipe_of({"recipe": "tiny", "model": "timm/resnet18"})
 
 

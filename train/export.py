@@ -11,6 +11,7 @@ import hashlib
 import io
 import itertools
 import logging
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -38,11 +39,16 @@ Names = Literal["own", "torchvision"]
 FORMAT_VERSION = 1
 FOLDER = "export"  # in the run's, unless the user names another
 OPSETS = (18, 23)  # of ONNX: the oldest that torch's exporter writes without converting, the newest that it writes
-MOST_APART = 1e-5  # of a graph's logits from the run's, over the largest logit or 1
+MOST_APART = 1e-5  # of a graph's logits from the run's, over the largest of these
 # torchvision's shapes, but for the last layer's (classes, 4096).
 SHAPES = {
-    "conv1": (64, 3, 11, 11), "conv2": (192, 64, 5, 5), "conv3": (384, 192, 3, 3), "conv4": (256, 384, 3, 3),
-    "conv5": (256, 256, 3, 3), "fc6": (4096, 9216), "fc7": (4096, 4096),
+    "conv1": (64, 3, 11, 11),
+    "conv2": (192, 64, 5, 5),
+    "conv3": (384, 192, 3, 3),
+    "conv4": (256, 384, 3, 3),
+    "conv5": (256, 256, 3, 3),
+    "fc6": (4096, 9216),
+    "fc7": (4096, 4096),
 }
 
 
@@ -241,10 +247,10 @@ def _runtime(model: bytes) -> Callable[[torch.Tensor], torch.Tensor]:
 def _compared(
     name: str, graph: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor, expected: torch.Tensor
 ) -> dict[str, float]:
-    """How far a graph's logits are from the run's, at most, for one image and for all, over the largest logit or 1."""
+    """How far a graph's logits are from the run's, at most, for one image and for all, over the largest of these."""
     with torch.inference_mode():
         found = [graph(images[:count]) for count in (1, len(images))]
-    scale = max(1.0, float(expected.abs().max()))
+    scale = max(float(expected.abs().max()), torch.finfo(torch.float32).tiny)
     apart = max(float((each - expected[: len(each)]).abs().max()) for each in found) / scale
     if not apart <= MOST_APART:
         raise AlexprepError(

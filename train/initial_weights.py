@@ -32,8 +32,14 @@ WITHIN = ("state_dict", "model_state_dict", "model")  # where programs put a sta
 WRAPPERS = ("module", "_orig_mod", "model", "network", "net")  # what DDP, torch.compile and Lightning put before names
 # torchvision's alexnet, layer by layer: the widths and the order of values are those of `alexnet-owt`, so every tensor fits as it is.
 TORCHVISION_ALEXNET = {
-    "features.0": "conv1", "features.3": "conv2", "features.6": "conv3", "features.8": "conv4",
-    "features.10": "conv5", "classifier.1": "fc6", "classifier.4": "fc7", "classifier.6": "fc8",
+    "features.0": "conv1",
+    "features.3": "conv2",
+    "features.6": "conv3",
+    "features.8": "conv4",
+    "features.10": "conv5",
+    "classifier.1": "fc6",
+    "classifier.4": "fc7",
+    "classifier.6": "fc8",
 }
 _DIGEST = re.compile(r"(?P<file>.+)@sha256:(?P<digest>[0-9a-f]{64})")
 

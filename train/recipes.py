@@ -539,7 +539,9 @@ def try_user_network(
     notes = [f"the network is {own.title}, {count:,} parameters"]
     if own.pixels is not None:
         seen = tried.augmentation
-        notes.append(f"as {own.title} has it, crops of {seen.crop} pixels less mean {seen.mean}, divided by std {seen.std}")
+        notes.append(
+            f"as {own.title} has it, crops of {seen.crop} pixels less mean {seen.mean}, divided by std {seen.std}"
+        )
     if memory_format_of(network, torch.channels_last) != torch.channels_last:
         notes.append(
             f"{own.title} cannot take images with the channels last in memory, which is faster on a CPU: a view() may be to blame, "
