@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import pickle
+import sys
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
@@ -193,7 +194,7 @@ def test_what_cannot_be_exported_is_told_before_anything_is_written(
         AlexprepError, match=r"ONNX gives logits that are 1.1e-05 of the largest from the run's, more than 1e-05"
     ):
         export._compared("ONNX", lambda images: images * (1 + 11e-6), logits, logits)
-    monkeypatch.setitem(export.sys.modules, "onnxruntime", None)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(
         AlexprepError, match=r'ONNX needs onnx, onnxscript and onnxruntime .*: pip install "alexprep\[export\]"'
     ):

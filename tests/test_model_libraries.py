@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import types
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +13,6 @@ import torch
 from torch import nn
 
 from alexprep.shards.errors import AlexprepError
-from alexprep.train import model_libraries
 from alexprep.train.config import TrainConfig, prepare
 from alexprep.train.loading import load
 from alexprep.train.recipes import recipe_of
@@ -75,8 +75,8 @@ def libraries(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     models = types.SimpleNamespace(
         get_model=get_model, get_model_weights=weights.__getitem__, list_models=lambda module: list(weights)
     )
-    monkeypatch.setitem(model_libraries.sys.modules, "timm", timm)
-    monkeypatch.setitem(model_libraries.sys.modules, "torchvision", types.SimpleNamespace(models=models))
+    monkeypatch.setitem(sys.modules, "timm", timm)
+    monkeypatch.setitem(sys.modules, "torchvision", types.SimpleNamespace(models=models))
     return called
 
 
@@ -109,8 +109,10 @@ def test_factories_are_called_as_the_libraries_want(libraries: dict[str, Any]) -
         and made("timm/small_fixed.tag_in1k", 224)["img_size"] is None
     )
     assert made("torchvision/inception_v3", 56) == {
-        **{"name": "inception_v3", "weights": None},
-        **{"aux_logits": False, "init_weights": True},
+        "name": "inception_v3",
+        "weights": None,
+        "aux_logits": False,
+        "init_weights": True,
     }
     assert made("torchvision/vit_b_16", 56)["image_size"] == 56
 
@@ -132,7 +134,7 @@ def test_mistakes_are_told(libraries: dict[str, Any], model: str, words: str, tm
 
 
 def test_a_library_that_is_missing_or_broken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(model_libraries.sys.modules, "timm", None)
+    monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(
         AlexprepError, match=r"--model timm/… needs timm, which cannot be imported .*: pip install timm"
     ):

@@ -16,6 +16,7 @@ from typing import Any, get_args
 import torch
 
 from alexprep.pipeline.augmentation import Place
+from alexprep.pipeline.dataset import OnBad, open_dataset
 from alexprep.pipeline.device import choose_device
 from alexprep.pipeline.loader_settings import Tuning, saved_tuning
 from alexprep.shards import rgb_statistics
@@ -72,7 +73,7 @@ CHANGEABLE = (
 )  # what holds from then on where it is given on resuming; a change is kept in the run's history
 OPTIONS = (  # what a resumed run takes from its beginning
     *("recipe", "model", "seed", "batch_size", *CHANGEABLE, *UPDATING, "init_from", "init_layers"),
-    *("precision", "channels_last", "compile", "hook", "hook_after"),
+    *("precision", "channels_last", "compile", "hook", "hook_after", "statistics", "on_bad"),
 )
 LENGTH = ("epochs", "steps")
 REMEMBERED = (*LENGTH, "keep", "checkpoint_steps")  # likewise; what is given on resuming holds from then on
@@ -90,7 +91,12 @@ class TrainConfig:
         AlexprepError: a number is out of its range.
     """
 
-    data: Path | None = None  # folder of the data set; only a resumed run has one of its own
+    # Folder of the data set, or anyone's webdataset, a folder, tar or pattern of tars; only a resumed run has one of its own.
+    data: Path | None = None
+    statistics: Path | str | None = None  # whose mean image and eigenpairs, if not the data's: a folder with stats/
+    on_bad: OnBad | None = (
+        None  # what becomes of samples of other people's tars that cannot be used: "error" by default, or "skip"
+    )
     # Name in the registry, "alexnet" by default; or a user's own: FILE.py, FILE.py:FUNCTION or MODULE:FUNCTION.
     recipe: str | None = None
     # A network in the recipe's stead, likewise, see `alexprep.train.user_code`; or timm/NAME, torchvision/NAME.
@@ -161,6 +167,12 @@ class TrainConfig:
             one_of("hook_after", self.hook_after, get_args(Place))
             if self.hook is None and not self.resume:
                 raise AlexprepError(f"--hook-after {self.hook_after} says where a hook goes: name it with --hook")
+        if self.on_bad is not None:
+            one_of("on_bad", self.on_bad, get_args(OnBad))
+            if self.on_bad == "skip" and self.ranks > 1:
+                raise AlexprepError(
+                    "--on-bad skip is for one rank, since ranks must agree on every step: make a data set with `alexprep shard`"
+                )
         if self.scheme is not None:
             one_of("scheme", self.scheme, SCHEMES)
         number_within("rank_seconds", self.rank_seconds, 1e-3, MOST_SECONDS)
@@ -275,6 +287,8 @@ def prepare(
         config = resumed(config, earlier, config.data or run_dir.still_there(run, Path(document["data"])))
     data = config.data or Path()  # there is one: only a resumed run's may be None, and it is found by now
     facts = data_facts(data)
+    if config.statistics is not None:
+        config = replace(config, statistics=str(Path(config.statistics).resolve()))
     tuning, notes = _tuning(config, data, device, earlier)
     notes += [f"the split {split} is skipped: none of its images has a label" for split in facts.unlabelled]
     recipe = recipe_of({name: getattr(config, name) for name in OPTIONS})
@@ -296,8 +310,13 @@ def prepare(
         recipe, made, said = try_user_network(recipe, recipe.network, facts.classes, seed, scheme, config.ranks)
         identity |= {"recipe": recipe.describe(), "layers": made}
         notes += said
-    if run is None and recipe.augmentation.needs_statistics and check_statistics:
-        rgb_statistics.read_statistics(data, facts.digest)
+    statistics = None
+    if recipe.augmentation.needs_statistics and check_statistics and (run is None or config.statistics is not None):
+        statistics = rgb_statistics.read_statistics(config.statistics or data)
+        if config.statistics is not None:
+            identity["statistics"] = statistics.data_digest
+    if run is None and check_statistics:
+        open_dataset(data, "train", config.on_bad or "error").check(recipe.augmentation, statistics)
     if config.init_layers is not None and config.init_from is None:
         raise AlexprepError(
             f"--init-layers {config.init_layers} says which layers of other weights: name these with --init-from"

@@ -11,7 +11,6 @@ import hashlib
 import io
 import itertools
 import logging
-import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -298,26 +297,28 @@ def _document(opened: Opened, facts: Mapping[str, Any]) -> dict[str, Any]:
 def _preprocessing(transform: EvaluationTransform) -> dict[str, Any]:
     """From a photo to the network's input, in this order, as numbers."""
     augmentation, target = transform.augmentation, transform.target
-    size = np.array([[target.size, target.size]])
-    centre = centred(augmentation, size).windows_N4
-    ten = ten_windows(augmentation, size)[0]
     mean: dict[str, Any] = {"grey_levels": channel_means(transform.statistics, augmentation).tolist()}
-    if augmentation.windowed_mean:
-        corners = mean_corners(augmentation, centre, target.size)[0].tolist()
-        mean = {"file": None, "shape": [target.size, target.size, 3], "centre_view_top_left": corners}
-        mean["window"] = augmentation.mean  # of the ten views: the crop's own, or always the centre
-    stored = {"size": target.size, "filter": target.filter, "orient": target.orient, "format": target.format}
-    if target.format == "jpg":
-        stored |= {"quality": target.quality, "subsampling": target.subsampling}
-    return {
-        "stored_image": stored,
-        "centre_view": centre[0].tolist(),
-        "ten_views": [[*window, mirrored] for mirrored, window in itertools.product((False, True), ten.tolist())],
+    told: dict[str, Any] = {
+        "crop": augmentation.crop,
         "resize": augmentation.crop if augmentation.scale is not None else None,
+        "shown": augmentation.evaluation_scale if augmentation.scale is not None else None,
         "scale": [0, 255],
         "mean": mean,
         "std": channel_stdevs(transform.statistics, augmentation).tolist(),
     }
+    if target is None:  # images of any size, as they are
+        return {"stored_image": None, "centre_view": None, "ten_views": None} | told
+    size = np.array([[target.size, target.size]])
+    centre, ten = centred(augmentation, size).windows_N4, ten_windows(augmentation, size)[0].tolist()
+    if augmentation.windowed_mean:
+        corners = mean_corners(augmentation, centre, target.size)[0].tolist()
+        told["mean"] = {"file": None, "shape": [target.size, target.size, 3], "centre_view_top_left": corners}
+        told["mean"]["window"] = augmentation.mean  # of the ten views: the crop's own, or always the centre
+    stored = {"size": target.size, "filter": target.filter, "orient": target.orient, "format": target.format}
+    if target.format == "jpg":
+        stored |= {"quality": target.quality, "subsampling": target.subsampling}
+    views = [[*window, mirrored] for mirrored, window in itertools.product((False, True), ten)]
+    return {"stored_image": stored, "centre_view": centre[0].tolist(), "ten_views": views} | told
 
 
 def _mean_file(transform: EvaluationTransform) -> bytes:

@@ -7,8 +7,9 @@ subtracted, by the graph that an evaluation runs. So the network is shown the sa
 from __future__ import annotations
 
 import contextlib
+import io
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,9 +24,9 @@ from alexprep.pipeline.augmentation import Augmentation
 from alexprep.pipeline.device import choose_device
 from alexprep.pipeline.evaluation_views import ViewMaker
 from alexprep.pipeline.loader_settings import Tuning
-from alexprep.shards.dataset_format import read_dataset
+from alexprep.shards.any_dataset import TARS, dataset_facts
 from alexprep.shards.errors import AlexprepError, one_of, whole_number
-from alexprep.shards.image_codec import Target
+from alexprep.shards.image_codec import Target, shared_decoder
 from alexprep.shards.image_header import Refused
 from alexprep.shards.photos import Photo, convert_photos, find_photos, target_of
 from alexprep.shards.rgb_statistics import Statistics, read_statistics
@@ -48,7 +49,7 @@ class EvaluationTransform:
     its `convert("RGB")`. It works in forked and spawned processes too, such as a DataLoader's.
 
     Attributes:
-        target: the form of the dataset's images.
+        target: the form of the dataset's images; None of other people's tars, whose images are taken as they are.
         augmentation: of the recipe, whose crop, mean and deviation count here.
         views: "centre" or "ten".
         statistics: of the training, where the augmentation needs them.
@@ -57,7 +58,7 @@ class EvaluationTransform:
         tuning: how the machine is used.
     """
 
-    target: Target
+    target: Target | None
     augmentation: Augmentation
     views: EvaluationViews
     statistics: Statistics | None
@@ -95,18 +96,35 @@ class EvaluationTransform:
         """
         numbers: list[int] = []
         waiting: list[bytes] = []
-        with contextlib.closing(convert_photos(photos, self.target, engine)) as converted:  # type: ignore[type-var]
-            for number, _, result in converted:
+        with contextlib.closing(self._converted(photos, engine)) as converted:
+            for number, result in converted:
                 if isinstance(result, Refused):
                     refused[number] = result.reason
                     continue
                 numbers.append(number)
-                waiting.append(result.data)
+                waiting.append(result)
                 if len(waiting) == self.batch_size:
                     yield numbers, self.encoded(waiting)
                     numbers, waiting = [], []
         if waiting:
             yield numbers, self.encoded(waiting)
+
+    def _converted(
+        self, photos: Sequence[Photo], engine: Engine | None
+    ) -> Generator[tuple[int, bytes | Refused], None, None]:
+        """Photos in the form of the dataset's images."""
+        if self.target is not None:
+            for number, _, result in convert_photos(photos, self.target, engine):
+                yield number, result if isinstance(result, Refused) else result.data
+            return
+        for number, photo in enumerate(photos):
+            try:
+                found = photo.read()
+            except OSError as error:
+                found = Refused(f"cannot be read: {error.strerror or error}")
+            encoded = _as_png(found) if isinstance(found, np.ndarray) else found
+            sound = isinstance(encoded, Refused) or shared_decoder().decode(encoded) is not None
+            yield number, encoded if sound else Refused("not an image that can be decoded")
 
     def encoded(self, images: Sequence[bytes]) -> torch.Tensor:
         """The views of at most `batch_size` images that have the dataset's form already, encoded as its members are."""
@@ -115,8 +133,8 @@ class EvaluationTransform:
             self._maker = ViewMaker(
                 self.augmentation,
                 self.views,
-                size=self.target.size,
-                raw=self.target.format == "raw",
+                size=None if self.target is None else self.target.size,
+                raw=self.target is not None and self.target.format == "raw",
                 batch_size=self.batch_size,
                 statistics=self.statistics,
                 device=self.device,
@@ -214,11 +232,11 @@ def open_run_of(
     where = choose_device(device)
     net = open_net(place, where, recipe, model)
     folder = data or data_of([net])
-    dataset = read_dataset(folder)
+    dataset = dataset_facts(folder)
     note = check_classes(net, folder, dataset)
     notes = [*net.skipped, *([note] if note else [])]
-    target = target_of(dataset)
-    net.recipe.check_size(target.size)
+    target = None if dataset["image"]["format"] == TARS else target_of(dataset)
+    net.recipe.check_size(dataset["image"]["size"])
     augmentation = net.recipe.augmentation
     mean_from = mean_of(net, dataset, notes) or folder
     tuning = tuning_of([net], folder, where)
@@ -232,3 +250,10 @@ def open_run_of(
         replace(tuning, threads=threads) if threads is not None else tuning,
     )
     return Opened(net, dataset["classes"], transform, folder, notes)
+
+
+def _as_png(pixels: NDArray[np.uint8]) -> bytes:
+    """Pixels as a file that loses nothing."""
+    file = io.BytesIO()
+    Image.fromarray(pixels).convert("RGB").save(file, "PNG", compress_level=1)
+    return file.getvalue()

@@ -9,7 +9,6 @@ import difflib
 import functools
 import importlib
 import re
-import sys
 from dataclasses import dataclass, replace
 from typing import Any
 

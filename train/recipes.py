@@ -235,14 +235,14 @@ class Recipe:
         values: dict[str, Any] = json.loads(json.dumps(told))
         return values
 
-    def check_size(self, stored: int) -> None:
-        """Makes sure that images stored with side `stored` suit this recipe.
+    def check_size(self, stored: int | None) -> None:
+        """Makes sure that images stored with side `stored` suit this recipe; whether those of several sizes do, a loader tells.
 
         Raises:
             AlexprepError: they do not; the message names a recipe that suits them, or the `--size` to shard with.
         """
         low, high = self.stored_sizes
-        if low <= stored <= high:
+        if stored is None or low <= stored <= high:
             return
         suitable = [one.name for one in RECIPES.values() if one.stored_sizes[0] <= stored <= one.stored_sizes[1]]
         other = f"train with --recipe {suitable[0]}, or " if suitable else ""

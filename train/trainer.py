@@ -412,6 +412,8 @@ def open_split(job: Job, open_loader: OpenLoader, split: str, shard: tuple[int, 
         device=str(job.device),
         memory_format=job.computing.memory.memory_format,
         threads=job.config.threads,
+        statistics=job.config.statistics,
+        on_bad=job.config.on_bad or "error",
     )
 
 
