@@ -90,7 +90,7 @@ def preprocessed(document: dict[str, Any], folder: Path, picture: Image.Image, v
     """A picture of the stored form as the JSON says, by numpy alone: float32 (3, H, W)."""
     told = document["preprocessing"]
     top, left, height, width, *mirrored = view
-    pixels = np.asarray(picture, np.float32)[top : top + height, left : left + width]
+    pixels: np.ndarray[Any, Any] = np.asarray(picture, np.float32)[top : top + height, left : left + width]
     assert told["resize"] is None
     if "file" in told["mean"]:
         assert told["mean"]["window"] == "crop"

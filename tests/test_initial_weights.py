@@ -184,7 +184,9 @@ def test_a_training_begins_with_a_file_and_remembers_it(tmp_path: Path, capsys: 
     weights = state_dict_of(file.read_bytes(), file)
     assert weights.keys() >= {"conv1.weight", "fc8.bias"} and not any("velocity" in name for name in weights)
     torch.save(weights, tmp_path / "begin.pt")
-    names = {name: {"init_from": name if name == "first" else str(tmp_path / "begin.pt")} for name in ("first", "file")}
+    names: dict[str, Any] = {
+        name: {"init_from": name if name == "first" else str(tmp_path / "begin.pt")} for name in ("first", "file")
+    }
     ended = [
         train(TrainConfig(data=data, name=f"from-{name}", steps=3, **options, **init), MadeUpLoader)["weights_sha256"]
         for name, init in names.items()

@@ -314,7 +314,12 @@ def _preprocessing(transform: EvaluationTransform) -> dict[str, Any]:
         corners = mean_corners(augmentation, centre, target.size)[0].tolist()
         told["mean"] = {"file": None, "shape": [target.size, target.size, 3], "centre_view_top_left": corners}
         told["mean"]["window"] = augmentation.mean  # of the ten views: the crop's own, or always the centre
-    stored = {"size": target.size, "filter": target.filter, "orient": target.orient, "format": target.format}
+    stored: dict[str, Any] = {
+        "size": target.size,
+        "filter": target.filter,
+        "orient": target.orient,
+        "format": target.format,
+    }
     if target.format == "jpg":
         stored |= {"quality": target.quality, "subsampling": target.subsampling}
     views = [[*window, mirrored] for mirrored, window in itertools.product((False, True), ten)]

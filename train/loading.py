@@ -78,7 +78,7 @@ class EvaluationTransform:
         plain = [np.asarray(each.convert("RGB")) if isinstance(each, Image.Image) else each for each in some]  # type: ignore[union-attr]
         photos = find_photos(plain)  # type: ignore[arg-type]
         if alone and len(photos) != 1:
-            raise AlexprepError(f"{pictures} holds {len(photos):,} pictures: name one, or give a list")
+            raise AlexprepError(f"{pictures!s} holds {len(photos):,} pictures: name one, or give a list")
         refused: dict[int, str] = {}
         parts = list(self.batches(photos, _HERE, refused))
         if refused:
