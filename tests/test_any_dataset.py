@@ -81,7 +81,7 @@ def test_names_of_classes_must_be_the_same_in_all_splits(tmp_path: Path, encoded
     write_tar(tmp_path / "train" / "0.tar", {"a.jpg": jpg, "a.cls": b"cat", "b.jpg": jpg, "b.cls": b"dog"})
     write_tar(tmp_path / "val" / "0.tar", {"a.jpg": jpg, "a.cls": b"dog"})
     with pytest.raises(
-        AlexprepError, match="has other classes in val than elsewhere.*make a data set of them with `alexprep shard`"
+        AlexprepError, match=r"has other classes in val than elsewhere.*make a data set of them with `alexprep shard`"
     ):
         dataset_facts(tmp_path)
 

@@ -142,7 +142,10 @@ def _unknown(library: str, name: str, known: list[str]) -> AlexprepError:
 
 def _grey_levels(values: Any, usual: RGB) -> RGB:
     """Three numbers of a library, there on the 0-1 scale."""
-    return usual if values is None else (255 * values[0], 255 * values[1], 255 * values[2])
+    if values is None:
+        return usual
+    red, green, blue = (round(255 * value, 6) for value in values)
+    return red, green, blue
 
 
 def _named(values: RGB, known: dict[str, RGB]) -> Any:
