@@ -15,7 +15,7 @@ from torch import nn
 from alexprep.shards.errors import AlexprepError
 from alexprep.train.config import TrainConfig, prepare
 from alexprep.train.loading import load
-from alexprep.train.recipes import recipe_of
+from alexprep.train.settings import recipe_of
 from alexprep.train.trainer import train
 from tests import made_up
 

@@ -49,7 +49,9 @@ GO_ON = "go on with --resume; checkpoints that were saved before are untouched"
 NOT_ASKED, NOT_SAVED = "not asked for", "not saved"  # why a layer begins fresh
 MOST_TOLD = 6  # differences
 UNCOUNTED = {"num_batches_tracked"}  # of batch normalisation: older files lack it, and torch reads them likewise
-BEFORE = "before"  # metadata of a dataclass's field: the value that runs have which are older than the field, if not its default
+# Metadata of a dataclass's field: the value that runs have which are older than the field, if not its default; or a function that gives it,
+# of what the run recorded of the other fields.
+BEFORE = "before"
 _MARK = re.compile(r"step-(\d{8,})\.json")
 
 
@@ -186,7 +188,8 @@ def with_defaults(described: Any, value: Any) -> Any:
         if field.name in described:
             complete[field.name] = with_defaults(described[field.name], getattr(value, field.name))
         elif BEFORE in field.metadata:
-            complete[field.name] = field.metadata[BEFORE]
+            before = field.metadata[BEFORE]
+            complete[field.name] = before(described) if callable(before) else before
         elif field.default is not MISSING:
             complete[field.name] = json.loads(json.dumps(field.default, default=str))  # tuples become lists
         elif field.default_factory is not MISSING:
