@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from pathlib import Path
 from typing import Any
 
 import click
@@ -33,11 +34,26 @@ SYNONYMS = ("optimizer", "label_smoothing", "clip", "accumulate", "average")
 @click.command("train", short_help="Train a network on shards.")
 @local_data_option
 @click.option(
+    "--statistics",
+    type=click.Path(path_type=Path, file_okay=False, exists=True),
+    metavar="FOLDER",
+    help="A folder with stats/, whose mean image and eigenpairs are used.  [default: the data set's]",
+)
+@click.option(
+    "--on-bad",
+    type=click.Choice(["error", "skip"]),
+    help="What becomes of samples of other people's tars that cannot be used.  [default: error]",
+)
+@click.option(
     "--recipe",
     metavar="NAME | FILE.py[:FUNCTION]",
     help=f"What to train: {', '.join(RECIPES)}; or a recipe of your own.  [default: alexnet]",
 )
-@click.option("--model", metavar="FILE.py:FUNCTION", help="A network of your own, trained as the recipe says.")
+@click.option(
+    "--model",
+    metavar="FILE.py:FUNCTION | timm/NAME | torchvision/NAME",
+    help="A network of your own or of a library, trained as the recipe says.",
+)
 @click.option("--hook", metavar="FILE.py:FUNCTION", help="A DALI operation of your own in the augmentation.")
 @click.option(
     "--hook-after", type=click.Choice(["decode", "augment", "tensor"]), help="After what it comes.  [default: augment]"
@@ -85,12 +101,14 @@ SYNONYMS = ("optimizer", "label_smoothing", "clip", "accumulate", "average")
     "--seed", type=click.IntRange(min=0), help="Of initial weights, order, augmentation, dropout.  [default: 0]"
 )
 @click.option(
-    "--init-from", metavar="RUN", help="Begin with the weights of another run (RUN or RUN@STEP), for fine-tuning."
+    "--init-from",
+    metavar="RUN | FILE",
+    help="Begin with the weights of another run (RUN, RUN@STEP or RUN@best) or of a .safetensors or .pt file, for fine-tuning.",
 )
 @click.option(
     "--init-layers",
     metavar="PATTERNS",
-    help="Which layers of it: names and patterns, such as conv*,fc6.  [default: all that match in shape]",
+    help="Which layers of these: names and patterns, such as conv*,fc6.  [default: all that match in shape]",
 )
 @runs_option
 @click.option(
@@ -135,7 +153,7 @@ SYNONYMS = ("optimizer", "label_smoothing", "clip", "accumulate", "average")
 @device_option
 @json_option
 def train(as_json: bool, **options: Any) -> None:
-    """Train a network on a data set made by `alexprep shard` and `alexprep pca-stats`.
+    """Train a network on a data set made by `alexprep shard` and `alexprep pca-stats`, or on anyone's webdataset tars.
 
     Writes ./runs/NAME: config.json, log.jsonl, checkpoints, summary.json. Ctrl-C, SIGTERM or a closed terminal (SIGHUP) finishes the step and saves;
     after a kill, --resume goes on from the last checkpoint. On a CPU the result is the same to the last bit. A run remembers its data and
@@ -145,12 +163,16 @@ def train(as_json: bool, **options: Any) -> None:
     Example: alexprep train --recipe cifar10-quick --data /data/cifar10
     """
     from alexprep.cli import output
+    from alexprep.shards.any_dataset import is_tars
     from alexprep.shards.dataset_format import read_dataset
 
     if options["resume"] and not on_command_line("data"):
         options["data"] = None  # the run's own, whatever the default
     else:
-        read_dataset(options["data"])  # a wrong folder is told at once: what follows loads torch, which takes seconds
+        if not is_tars(options["data"]):
+            read_dataset(
+                options["data"]
+            )  # a wrong folder is told at once: what follows loads torch, which takes seconds
     from alexprep.train.config import TrainConfig
     from alexprep.train.launch import launch_training, leads
 

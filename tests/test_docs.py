@@ -108,7 +108,13 @@ def _stand_ins(root: Path, photos: Path) -> dict[str, str]:
         shutil.copy(example, root)
     (root / "photo.jpg").write_bytes(next(iter(images.values())))
     shutil.copytree(photos / "val" / "class1", root / "holidays")
-    return {"/imagenet": str(photos), "/downloads/ilsvrc": str(root / "ilsvrc"), "/kaggle": str(root / "kaggle")}
+    tars = str(root / "alexprep-data/train")  # of which nothing else is read
+    return {
+        "/wds": tars,
+        "/imagenet": str(photos),
+        "/downloads/ilsvrc": str(root / "ilsvrc"),
+        "/kaggle": str(root / "kaggle"),
+    }
 
 
 def _stand_ins_of_records(root: Path, rows: list[tuple[bytes, str]]) -> None:

@@ -232,14 +232,14 @@ class Recipe:
         values: dict[str, Any] = json.loads(json.dumps(told))
         return values
 
-    def check_size(self, stored: int) -> None:
-        """Makes sure that images stored with side `stored` suit this recipe.
+    def check_size(self, stored: int | None) -> None:
+        """Makes sure that images stored with side `stored` suit this recipe; whether those of several sizes do, a loader tells.
 
         Raises:
             AlexprepError: they do not; the message names a recipe that suits them, or the `--size` to shard with.
         """
         low, high = self.stored_sizes
-        if low <= stored <= high:
+        if stored is None or low <= stored <= high:
             return
         suitable = [one.name for one in RECIPES.values() if one.stored_sizes[0] <= stored <= one.stored_sizes[1]]
         other = f"train with --recipe {suitable[0]}, or " if suitable else ""
@@ -267,6 +267,14 @@ def recipe(name: str) -> Recipe:
             f"there is no recipe {name!r}{hint}: choose one of {', '.join(RECIPES)}; or FILE.py:FUNCTION, a recipe of your own"
         )
     return RECIPES[name]
+
+
+def with_network(named: Recipe, network: UserNetwork) -> Recipe:
+    """A recipe with a network of the user's own; one of a library brings its mean, deviation and crop, see `alexprep.train.model_libraries`."""
+    if network.pixels is None:
+        return replace(named, network=network)
+    augmentation, stored_sizes = network.pixels.fitted(named.augmentation, named.stored_sizes)
+    return replace(named, network=network, augmentation=augmentation, stored_sizes=stored_sizes)
 
 
 def as_begun(made: Recipe, recorded: Mapping[str, Any]) -> Recipe:
@@ -493,6 +501,11 @@ def try_user_network(
     layers = describe_layers(network)
     count = sum(weight.numel() for weight in network.parameters())
     notes = [f"the network is {own.title}, {count:,} parameters"]
+    if own.pixels is not None:
+        seen = tried.augmentation
+        notes.append(
+            f"as {own.title} has it, crops of {seen.crop} pixels less mean {seen.mean}, divided by std {seen.std}"
+        )
     if memory_format_of(network, torch.channels_last) != torch.channels_last:
         notes.append(
             f"{own.title} cannot take images with the channels last in memory, which is faster on a CPU: a view() may be to blame, "

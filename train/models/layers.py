@@ -141,7 +141,7 @@ class LocallyConnected2d(nn.Module):
         seen = [pixels[i : i + side, j : j + side] for i, j in offsets]
         windows = torch.cat(seen, dim=3).flatten(0, 1)  # positions, images, values of a window
         products = torch.bmm(windows, self.weight.flatten(2, 4).flatten(0, 1))
-        return products.view(side, side, len(images), -1).permute(2, 3, 0, 1) + self.bias
+        return products.view(side, side, images.shape[0], -1).permute(2, 3, 0, 1) + self.bias
 
 
 def activation_layer(name: Activation, inplace: bool = True) -> nn.Module:
@@ -229,7 +229,10 @@ class PixelWindow:
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """See `MapWindow`; one kernel, which on a CPU takes four times as long as `sum_into`."""
-        return F.avg_pool2d(values, 2 * self.reach + 1, 1, self.reach, divisor_override=1)
+        side = 2 * self.reach + 1
+        if torch.compiler.is_exporting():  # ONNX has no other divisor, and its exporter would leave this one out
+            return F.avg_pool2d(values, side, 1, self.reach) * side**2
+        return F.avg_pool2d(values, side, 1, self.reach, divisor_override=1)
 
 
 def normalised(
