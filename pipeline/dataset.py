@@ -55,9 +55,10 @@ class Dataset:
         if augmentation.windowed_mean and (
             self.size is None or statistics is None or len(statistics.mean_HWC) != self.size
         ):
+            given = "" if self.size is None or statistics is None else f", the mean image {len(statistics.mean_HWC)}"
             raise AlexprepError(
                 f"mean {augmentation.mean!r} subtracts a mean image of the images' own size, and these are "
-                f"{self.size or 'of several sizes'}: use mean 'channel' or 'imagenet', or shards made by `alexprep shard`"
+                f"{self.size or 'of several sizes'}{given}: use mean 'channel' or 'imagenet', or shards made by `alexprep shard`"
             )
         if augmentation.crop is None and len(np.unique(self.sizes_N2, axis=0)) > 1:
             raise AlexprepError(
