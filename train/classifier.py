@@ -10,7 +10,7 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -68,7 +68,7 @@ class Classifier:
         model: str | None = None,
     ) -> None:
         """Reads the checkpoint and what the run's dataset says; for the arguments see `open`."""
-        one_of("views", views, ("centre", "ten"))
+        one_of("views", views, get_args(EvaluationViews))
         whole_number("batch_size", batch_size, 1, 65_536)
         where = choose_device(device)
         check_precision(precision, where)
@@ -107,7 +107,7 @@ class Classifier:
         Args:
             run: the run's folder.
             step: of the checkpoint.
-            options: `data`, the dataset's folder, where it is no longer where it was; `views`, "centre" or "ten"; `batch_size`, crops at
+            options: `data`, the dataset's folder, where it is no longer where it was; `views`, "centre", "two" or "ten"; `batch_size`, crops at
                 a time, to which a smaller number of photos is filled up, so that a photo's probabilities do not depend on its
                 neighbours; `precision`; `threads` for decoding; `device`, "cpu" or "cuda"; `recipe` and `model`, the user's own code.
 
