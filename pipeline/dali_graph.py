@@ -32,7 +32,9 @@ from alexprep.pipeline.dali_ops import Dtype, MemoryFormat
 from alexprep.shards.errors import AlexprepError, one_of
 from alexprep.shards.rgb_statistics import Statistics
 
-Views = Literal["random", "centre", "two", "ten"]  # all but the first are without chance; the last are the paper's test views
+Views = Literal[
+    "random", "centre", "two", "ten"
+]  # all but the first are without chance; the last are the paper's test views
 Inputs = dict[str, "NDArray[Any] | list[NDArray[np.float32]]"]
 
 # Which of `ten_windows` are seen as they are and reflected: the centre, or all five.

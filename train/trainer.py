@@ -126,7 +126,8 @@ def open_run(config: TrainConfig, open_loader: OpenLoader | None, world: World |
         if world.leads and config.tensorboard:
             board = enter(contextlib.closing(Board(job.run / run_dir.TENSORBOARD, step)))
         log = job.run / run_dir.LOG if world.leads else None
-        meter = enter(Meter(log, step=step, total_steps=last_step, epoch=state.position.epoch, board=board))
+        counts = {"step": step, "total_steps": last_step, "epoch": state.position.epoch, "epochs": job.epochs}
+        meter = enter(Meter(log, **counts, board=board))
         if world.leads and config.resume:
             change = {"step": step, "changes": job.changes} if job.changes else {}
             recipe = {name: job.identity["recipe"][name] for name in ("lr", "schedule")}
@@ -244,7 +245,7 @@ class Run:
         if self.validation is None:
             return
         split, parallel = self.job.facts.evaluation_split, self.state.parallel
-        self.meter.say(f"evaluating on {self.validation.samples} images of {split}")
+        self.meter.evaluating(self.validation.samples, str(split))
         with span("evaluate"), contextlib.suppress(Stopped), self.state.averaged():
             batches = until_stopped(parallel, self.validation, self.stop)
             self.val = {"split": split} | validate(parallel.network, batches, self.job.computing.precision)
