@@ -54,7 +54,8 @@ def plain(data: Path, cpu_seconds: float, seed: int, half: bool) -> dict[str, An
     (images, labels), (test_images, test_labels) = read("train"), read("test")
     mean, std = images.float().mean((0, 1, 2)), images.float().std((0, 1, 2))
     images, test_images = ((each - mean) / std for each in (images, test_images))
-    net = cifar10_fast_net(10, crop, seed=seed).to(memory_format=torch.channels_last)
+    net = cifar10_fast_net(10, crop, seed=seed)
+    net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     parameters = list(net.parameters())
     groups = [
         {"params": [each for each in parameters if each.dim() > 1], "weight_decay": decay},
@@ -64,7 +65,7 @@ def plain(data: Path, cpu_seconds: float, seed: int, half: bool) -> dict[str, An
     window, steps, used = torch.arange(crop), 0, 0.0
     while used < 1:
         order = torch.randperm(len(images))
-        for rows in order.split(batch):
+        for rows in torch.split(order, batch):
             used = cpu() / cpu_seconds
             if used >= 1 or len(rows) < 2:
                 break
@@ -82,7 +83,7 @@ def plain(data: Path, cpu_seconds: float, seed: int, half: bool) -> dict[str, An
     net.eval()
     edge, right = (32 - crop) // 2, 0
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=half):
-        for views, truth in zip(test_images.split(500), test_labels.split(500), strict=True):
+        for views, truth in zip(torch.split(test_images, 500), torch.split(test_labels, 500), strict=True):
             centre = views[:, edge : edge + crop, edge : edge + crop].permute(0, 3, 1, 2)
             probabilities = net(centre).float().softmax(1) + net(centre.flip(3)).float().softmax(1)
             right += int((probabilities.argmax(1) == truth).sum())

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 from click.core import ParameterSource
+from click.shell_completion import CompletionItem
 
 from alexprep.shards.sources import LAYOUTS
 
@@ -179,6 +180,21 @@ class Columns(_Parameter):
         return tuple(sorted(found.items()))
 
 
+class Metadata(_Parameter):
+    """What goes along with images: "all", "none", or names with commas between them."""
+
+    name = "all|none|name,…"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """A tuple of names, or the word."""
+        if not isinstance(value, str) or value in ("all", "none"):
+            return value
+        names = tuple(dict.fromkeys(part.strip() for part in value.split(",")))
+        if not all(names):
+            self.fail(f"{value!r} has an empty name: write all, none, or names with commas between them", param, ctx)
+        return names
+
+
 _SOURCE_OPTIONS = (
     click.option("--layout", type=click.Choice(list(LAYOUTS)), help="What SOURCE is.  [default: found by looking]"),
     click.option(
@@ -221,6 +237,35 @@ runs_option = click.option(
 )
 
 batch_size_option = click.option("--batch-size", type=AT_LEAST_1, help="Images a step.  [default: the recipe's]")
+
+
+class Setting(_Parameter):
+    """FIELD=VALUE; what there is of these is known where they are used."""
+
+    name = "field=value"
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Fields of the recipe that is named before, then the values of one; a shell that asks waits until torch is loaded."""
+        from alexprep.shards.errors import AlexprepError
+        from alexprep.train.recipes import DEFAULT_RECIPE, recipe
+        from alexprep.train.settings import completions
+
+        named = ctx.params.get("recipe") or ctx.params.get("name") or DEFAULT_RECIPE
+        try:
+            found = completions(recipe(named), incomplete)
+        except AlexprepError:
+            found = completions(recipe(DEFAULT_RECIPE), incomplete)
+        return [CompletionItem(each) for each in found]
+
+
+settings_option = click.option(
+    "--set",
+    "settings",
+    type=Setting(),
+    multiple=True,
+    metavar="FIELD=VALUE",
+    help="Another value of a recipe's field, such as network.pool=2; repeatable. `alexprep recipes NAME` lists the fields.",
+)
 
 threads_option = click.option(
     "--threads",
@@ -323,6 +368,15 @@ labels_option = click.option(
     metavar="auto|sorted|ilsvrc-id|FILE",
     help="How classes are numbered: as the source does, or by sorted name where it does not; by sorted name; by the "
     "devkit's ID; by a file with one class name a line.",
+)
+
+
+class_words_option = click.option(
+    "--class-words",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="What classes mean in words, for people: a text of lines CLASS, tab, words.  [default: as lists or a devkit beside the "
+    "images say of WordNet IDs]",
 )
 
 

@@ -19,6 +19,7 @@ from alexprep.cli.options import (
     local_data_option,
     on_command_line,
     runs_option,
+    settings_option,
     threads_option,
 )
 
@@ -28,6 +29,8 @@ RECIPES = (
     *("cifar10-fast", "cifar10-quick", "cifar10-13pct", "cifar10-11pct", "cifar10-relu", "cifar10-tanh", "tiny"),
 )
 KEEP, CHECKPOINT_STEPS = 3, 1000  # likewise those of alexprep.train.config
+# Options for fields of the recipe: --clip 1 is --set clip=1.
+SYNONYMS = ("optimizer", "label_smoothing", "clip", "accumulate", "average")
 
 
 @click.command("train", short_help="Train a network on shards.")
@@ -54,20 +57,16 @@ KEEP, CHECKPOINT_STEPS = 3, 1000  # likewise those of alexprep.train.config
     type=click.FloatRange(min=0),
     help="Highest learning rate. With --resume, from now on.  [default: the recipe's]",
 )
+@settings_option
 @click.option(
     "--optimizer",
     metavar="NAME",
     help="paper, sgd, nesterov, adamw, or a class of torch.optim such as RMSprop.  [default: the recipe's]",
 )
-@click.option("--label-smoothing", type=click.FloatRange(0, 0.999), help="Share of the target spread over all classes.")
-@click.option("--clip", type=click.FloatRange(min=0, min_open=True), help="Length that no step's gradient exceeds.")
-@click.option("--accumulate", type=AT_LEAST_1, help="Parts that a batch goes through the network in, to save memory.")
-@click.option(
-    "--average",
-    metavar="DECAY",
-    type=click.FloatRange(0, 0.99999),
-    help="Evaluate an exponential mean of the weights: 0.999.",
-)
+@click.option("--label-smoothing", metavar="SHARE", help="Of the target, spread over all classes.")
+@click.option("--clip", metavar="LENGTH", help="That no step's gradient exceeds.")
+@click.option("--accumulate", metavar="PARTS", help="That a batch goes through the network in, to save memory.")
+@click.option("--average", metavar="DECAY", help="Evaluate an exponential mean of the weights: 0.999.")
 @click.option(
     "--schedule",
     metavar="NAME",
@@ -158,7 +157,7 @@ def train(as_json: bool, **options: Any) -> None:
     from alexprep.train.config import TrainConfig
     from alexprep.train.launch import launch_training, leads
 
-    summary = launch_training(TrainConfig(**options))
+    summary = launch_training(TrainConfig(**with_synonyms(options)))
     if leads():
         output.table(f"Run {summary['run']}", _rows(summary, options))
         output.json_line(summary, as_json)
@@ -189,7 +188,7 @@ def _rows(summary: Mapping[str, Any], options: Mapping[str, Any]) -> list[tuple[
         rows.append(("speed", speed.format(**summary)))
     if summary["skipped_steps"]:
         rows.append(("skipped", f"{summary['skipped_steps']:,} steps, of which a gradient overflowed in fp16"))
-    rows.append(("its folder", "log.jsonl, summary.json with all figures, config.json, checkpoints"))
+    rows.append(("its folder", "checkpoints, config.json, log.jsonl, summary.json"))
     if summary["stopped_by"]:
         return [*rows, ("stopped by", f"{summary['stopped_by']}; the line above says how to go on")]
     commands = _next_commands(summary, options)
@@ -215,3 +214,12 @@ def _next_commands(summary: Mapping[str, Any], options: Mapping[str, Any]) -> li
         ["report", run.name, *runs],
     )
     return [shlex.join(["alexprep", *each]) for each in words]
+
+
+def with_synonyms(options: dict[str, Any]) -> dict[str, Any]:
+    """The options with those of `SYNONYMS` among the settings."""
+    given = {name: options.pop(name) for name in SYNONYMS}
+    given = {name: value for name, value in given.items() if value is not None}
+    if twice := [name for name in given if any(text.startswith(f"{name}=") for text in options["settings"])]:
+        raise click.UsageError(f"--{twice[0].replace('_', '-')} and --set {twice[0]}=… say the same: give one.")
+    return options | {"settings": (*(f"{name}={value}" for name, value in given.items()), *options["settings"])}

@@ -79,7 +79,7 @@ class Meter:
         self._console = console or Console(file=_stderr(), stderr=True, quiet=log is None)
         self._log, self._board = log, board
         self._total, self._epochs = total_steps, epochs
-        self._bar = _Bar(self._console)
+        self._bar, self._figures = _Bar(self._console), ""
         self._task = self._bar.add_task("training", total=total_steps, completed=step)
 
     def __enter__(self) -> Meter:
@@ -95,7 +95,8 @@ class Meter:
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Closes both."""
+        """Closes both; what was measured last stays on the terminal."""
+        self._bar.figures = self._figures
         self._stack.close()
 
     def say(self, line: str) -> None:
@@ -122,7 +123,9 @@ class Meter:
     def _show(self, means: Means, speed: dict[str, float], step: int, epoch: int) -> None:
         """The bar and its figures; or, every `LINE_SECONDS`, a line. All fit 80 columns."""
         images, wait, work = (speed[name] for name in SPEED)
-        self._bar.figures = f"loss {means.loss:.4f}  top-1 error {means.top1_error:.1f} %  {images:.0f} images/s  data {_ms(wait)}  step {_ms(work)}"
+        quality = f"loss {means.loss:.4f}  top-1 error {means.top1_error:.1f} %"
+        self._figures = f"{quality}  {images:.0f} images/s  data {_ms(wait)}  step {_ms(work)}"
+        self._bar.figures = self._figures
         self._bar.update(self._task, completed=step, description=self._epoch_words(epoch))
         if not self._console.is_terminal and time.monotonic() - self._last_line >= LINE_SECONDS:
             self._last_line = time.monotonic()

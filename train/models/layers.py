@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from torch import nn
 
 from alexprep.shards.errors import AlexprepError
 
+Activation = Literal["relu", "tanh"]
 # Values a pass of normalisation takes on a CPU: 1 MiB as float32, so that it finds what the pass before left in the cache.
 CACHED = 2**18
 
@@ -152,7 +153,7 @@ class PatchWaves(nn.Module):
     each colour has the 4 slowest, since JPEGs store colours at half the resolution.
 
     >>> PatchWaves()(torch.ones(1, 3, 8, 8))[0, :2, 1, 1].tolist()  # 48 pixels of 1, in a basis of length 1; and the fastest wave
-    [6.928203105926514, 0.0]
+    [6.928205966949463, 0.0]
     """
 
     SIDE, STRIDE, SLOW = 4, 2, 2  # pixels; waves a colour has in each direction
@@ -183,8 +184,15 @@ class Residual(nn.Sequential):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Any float tensor whose shape the layers keep -> the same shape."""
-        changed: torch.Tensor = super().forward(images)
+        changed = images
+        for layer in self:
+            changed = layer(changed)
         return images + changed
+
+
+def activation_layer(name: Activation, inplace: bool = True) -> nn.Module:
+    """The layer of a name; a ReLU may change its input in place where no gradient needs that."""
+    return nn.ReLU(inplace=inplace) if name == "relu" else nn.Tanh()
 
 
 def kernel_counts(counts: Iterable[int], width: float, crop: int, smallest: int) -> list[int]:
