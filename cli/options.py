@@ -304,7 +304,11 @@ _COMPUTING_OPTIONS = (
 )
 
 views_option = click.option(
-    "--views", type=click.Choice(["centre", "ten"]), default="centre", show_default=True, help="Crops an image."
+    "--views",
+    type=click.Choice(["centre", "two", "ten"]),
+    default="centre",
+    show_default=True,
+    help="Crops an image: the centre; that and its reflection; corners and centre, and theirs.",
 )
 
 on_bad_option = click.option(

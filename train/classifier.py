@@ -90,7 +90,7 @@ class Classifier:
         Args:
             run: the run's folder.
             step: of the checkpoint.
-            options: `data`, the dataset's folder, where it is no longer where it was; `views`, "centre" or "ten"; `batch_size`, crops at
+            options: `data`, the dataset's folder, where it is no longer where it was; `views`, "centre", "two" or "ten"; `batch_size`, crops at
                 a time, to which a smaller number of photos is filled up, so that a photo's probabilities do not depend on its
                 neighbours; `precision`; `threads` for decoding; `device`, "cpu" or "cuda"; `recipe` and `model`, the user's own code.
 

@@ -94,7 +94,8 @@ def evaluate(
         places: at least one.
         data: the data set; the one they were trained on by default.
         split: "val" or else "test" by default.
-        views: one centre crop, or the mean of the softmax over ten views: corners and centre, mirrored and not (section 4.1).
+        views: one centre crop; or the mean of the softmax over two views, the centre and its reflection, or over ten: corners and centre,
+            mirrored and not (section 4.1).
         weights: "equal"; a number a net; or "search", see `alexprep.train.ensemble`.
         weights_from: the split for "search"; the evaluated one by default, which flatters the ensemble.
         batch_size: crops at a time. It does not change the result beyond rounding.
