@@ -15,9 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 
 from alexprep.pipeline.device import choose_device
 from alexprep.pipeline.evaluation_views import ViewMaker
+from alexprep.shards.contact_sheet import SheetRow, lay_out, photo_cells
 from alexprep.shards.dataset_format import read_dataset
 from alexprep.shards.errors import AlexprepError, one_of, whole_number
 from alexprep.shards.image_header import Refused
@@ -32,6 +34,7 @@ from alexprep.train.predictions import EvaluationViews, Net, Predicted, ask, che
 from alexprep.train.run_dir import Place
 from alexprep.train.signals_and_memory import keep_freed_memory
 
+_DRAWN = 100  # photos of a contact sheet
 PhotoPlace = str | Path | bytes | NDArray[np.uint8]  # what `find_photos` takes
 
 
@@ -41,6 +44,7 @@ class Classified:
 
     table: PredictionTable
     refused: list[tuple[str, str]] = field(default_factory=list)  # (name, reason)
+    photos: list[Photo] = field(default_factory=list)  # those of the table, in its order
 
 
 class Classifier:
@@ -139,7 +143,8 @@ class Classifier:
                 progress(scores.images + len(refused), len(listed))
         names = [photo.name for photo in listed]
         found = [(names[number], reason) for number, reason in sorted(refused.items())]
-        return Classified(scores.table(names, names, self.classes), found)
+        seen = [photo for number, photo in enumerate(listed) if number not in refused]
+        return Classified(scores.table(names, names, self.classes), found, seen)
 
     def close(self) -> None:
         """Frees DALI's threads and memory."""
@@ -180,6 +185,17 @@ class Classifier:
     def _ask(self, encoded: Sequence[bytes]) -> torch.Tensor:
         with torch.inference_mode(), float32_kernels(self.precision):
             return ask(self.net, self._maker(encoded), self.precision, self.batch)
+
+
+def draw_predictions(found: Classified, names: Sequence[str], engine: Engine | None = None) -> Image.Image:
+    """Draws a contact sheet: a row a photo, at most 100, with its best classes, which are called as `names` says by label."""
+    rows = []
+    table = found.table
+    cells = photo_cells(found.photos[:_DRAWN], engine)
+    for cell, photo, best, given in zip(cells, found.photos, table.best.tolist(), table.probabilities.tolist(), strict=False):
+        words = [f"{100 * share:.1f} %  {names[label]}" for label, share in zip(best, given, strict=True)]
+        rows.append(SheetRow(Path(photo.name).name, "\n".join(words), [[cell]]))
+    return lay_out(["photo"], rows)
 
 
 def check_refused(found: Classified) -> None:

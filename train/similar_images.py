@@ -1,6 +1,6 @@
 """Finds the images of a split that are nearest to a photo, by the distance between what one layer of a network gives for them.
 
-The distance is Euclidean, as for figure 4 of the paper; scikit-learn searches all rows, so the neighbours are exact.
+The distance is Euclidean, as for figure 4 of the paper, or the Hamming distance of binary codes that are made of the outputs.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from alexprep.shards.errors import AlexprepError, whole_number
 from alexprep.shards.photos import Photo, find_photos
 from alexprep.shards.sample_reader import Samples
 from alexprep.shards.worker_pool import Engine
+from alexprep.train.binary_codes import BinaryCodes
 from alexprep.train.classifier import Classifier, PhotoPlace
 from alexprep.train.evaluation import sample_names
 from alexprep.train.layer_outputs import LayerOutputs, outputs_of
 from alexprep.train.training_state import weights_digest
 
 _ROWS, _COLUMNS = 100, 12  # of a contact sheet
-_SPARE = 16  # more rows than wanted, whose order the exact distances decide
 
 
 class Neighbour(NamedTuple):
-    """An image of the split: its row in the index, key, source, label (-1 for none) and distance."""
+    """An image of the split: its row in the index, key, source, label (-1 for none) and distance; that of codes in bits."""
 
     row: int
     key: str
@@ -65,7 +65,7 @@ class Similar:
 
 def find_similar(
     classifier: Classifier,
-    outputs: LayerOutputs,
+    outputs: LayerOutputs | BinaryCodes,
     photos: Iterable[PhotoPlace],
     count: int = 10,
     engine: Engine | None = None,
@@ -74,7 +74,7 @@ def find_similar(
 
     Args:
         classifier: with the checkpoint that gave the outputs.
-        outputs: what `write_outputs` wrote of a split.
+        outputs: what `write_outputs` wrote of a split; or `write_codes`, for the Hamming distance.
         photos: what `Classifier.predict` takes.
         count: neighbours a photo.
         engine: converts the photos, as `Classifier.predict` has it.
@@ -100,7 +100,7 @@ def find_similar(
     left_out = [(listed[number].name, reason) for number, reason in sorted(refused.items())]
     if not chosen:
         return Similar({}, dataset["classes"], data, facts["split"], [], left_out)
-    distances, rows = nearest(outputs.array(), np.stack([vectors[number] for number in chosen]), count)
+    distances, rows = outputs.nearest(np.stack([vectors[number] for number in chosen]), count)
     keys, sources = sample_names(data, facts["split"])
     labels = read_index(data, facts["split"])["label"]
     neighbours = {
@@ -125,23 +125,3 @@ def draw_similar(found: Similar, engine: Engine | None = None) -> Image.Image:
         nearest_cells = [cell_of(samples.encoded(one.row).tobytes()) for one in shown]
         rows.append(SheetRow(Path(name).name, ", ".join(dict.fromkeys(names)), [[cell], nearest_cells]))
     return lay_out(["photo", f"nearest in {found.split}"], rows)
-
-
-def nearest(
-    outputs_ND: NDArray[np.float32], queries_QD: NDArray[np.float32], count: int
-) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """The Euclidean distances to the nearest rows and their numbers, both (Q, count), nearest first.
-
-    Raises AlexprepError where scikit-learn is not installed.
-    """
-    try:
-        from sklearn.neighbors import NearestNeighbors
-    except ImportError as error:
-        raise AlexprepError(f'similar images need scikit-learn ({error}): pip install "alexprep[report]"') from None
-    search = NearestNeighbors(n_neighbors=min(count + _SPARE, len(outputs_ND)), algorithm="brute", metric="euclidean")
-    rows_QM: NDArray[np.int64] = search.fit(outputs_ND).kneighbors(queries_QD, return_distance=False)
-    # It multiplies matrices in float32, which leaves small distances inexact: those of the nearest are measured once more.
-    found = outputs_ND[rows_QM].astype(np.float64) - queries_QD[:, None].astype(np.float64)
-    distances_QM = np.sqrt((found * found).sum(axis=2))
-    order = np.lexsort((rows_QM, distances_QM))[:, :count]
-    return np.take_along_axis(distances_QM, order, axis=1), np.take_along_axis(rows_QM, order, axis=1)

@@ -20,7 +20,6 @@ from alexprep.train.report.blocks import Block, Picture, Section, Words, enlarge
 from alexprep.train.report.data_section import decoded
 from alexprep.train.report.training_section import newest_predictions
 from alexprep.train.run_dir import Place, read_config, saved_checkpoint
-from alexprep.train.similar_images import nearest
 
 _EXAMPLES = 8  # test images of figure 4, left
 _QUERIES, _NEIGHBOURS = 5, 6  # of figure 4, right
@@ -127,7 +126,7 @@ def _neighbours(run: Path) -> list[Block]:
     labels = np.asarray(read_index(data, split)["label"])
     chosen = np.rint(np.linspace(0, len(labels) - 1, min(_QUERIES, len(labels)))).astype(int)
     count = min(_NEIGHBOURS, train.facts["images"])
-    _, rows = nearest(train.array(), queries.array()[chosen], count)
+    _, rows = train.nearest(queries.array()[chosen], count)
     here, there = Samples(data, split), Samples(data, "train")
     sheet = [
         [_shrunk(decoded(here, int(n))), *(_shrunk(decoded(there, row)) for row in near)]
