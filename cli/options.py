@@ -330,6 +330,15 @@ labels_option = click.option(
 )
 
 
+class_words_option = click.option(
+    "--class-words",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="What classes mean in words, for people: a text of lines CLASS, tab, words.  [default: as lists or a devkit beside the "
+    "images say of WordNet IDs]",
+)
+
+
 def computing_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """How a training computes: precision, channels_last and compile, each None unless given."""
     for option in reversed(_COMPUTING_OPTIONS):

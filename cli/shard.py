@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from alexprep.cli.options import data_folder_option, engine_options, json_option, labels_option, source_options
+from alexprep.cli.options import (
+    class_words_option,
+    data_folder_option,
+    engine_options,
+    json_option,
+    labels_option,
+    source_options,
+)
 
 if TYPE_CHECKING:
     from alexprep.shards.conversion import Report
@@ -46,6 +53,7 @@ if TYPE_CHECKING:
     help="Of an image that is cut or damaged: leave it out, or take what the decoder gives; the ledger tells the damage.",
 )
 @labels_option
+@class_words_option
 @click.option(
     "--device",
     type=click.Choice(["cpu", "cuda"]),
@@ -72,6 +80,7 @@ def shard(
     check_archive: bool,
     out: Path,
     labels: str,
+    class_words: Path | None,
     seed: int,
     shard_samples: int | None,
     limit: int | None,
@@ -100,7 +109,7 @@ def shard(
     from alexprep.shards.sources.layout_detection import find_source
     from alexprep.shards.worker_pool import LocalEngine
 
-    options = ShardOptions(Target(**form), seed, shard_samples, labels, limit, class_names)
+    options = ShardOptions(Target(**form), seed, shard_samples, labels, limit, class_names, class_words)
     if form["device"] == "cuda" and not isinstance(engine, LocalEngine):
         raise click.UsageError("--device cuda is for --engine local: Ray tasks ask for CPUs only.")
     found = find_source(source, layout, choices)

@@ -212,7 +212,7 @@ def make_plan(
     Of several that begin in one folder at the same time, one wins; the others go on with its plan, or are refused.
     """
     check_apart(source, folder)
-    listing = list_inputs(source, options.labels, options.class_names)
+    listing = list_inputs(source, options.labels, options.class_names, options.class_words)
     if (folder / PLAN).exists():
         listing = numbered_as_begun(listing, options.labels, read_json(folder / PLAN, "use a new --out"))
     announce(listing)

@@ -14,7 +14,7 @@ import importlib.metadata
 import io
 import json
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +98,16 @@ def read_dataset(data: Path | str) -> dict[str, Any]:
             "use the alexprep that wrote it, or shard again"
         )
     return dataset
+
+
+def shown_class(classes: Sequence[str], words: Sequence[str] | None, label: int) -> str:
+    """The name of a class as people read it, with its words, where `words` (of a dataset.json, by label) has any.
+
+    >>> shown_class(["n01440764"], ["tench, Tinca tinca"], 0), shown_class(["tench"], None, 0)
+    ('n01440764 (tench, Tinca tinca)', 'tench')
+    """
+    text = words[label] if words else ""
+    return f"{classes[label]} ({text})" if text else classes[label]
 
 
 def recorded_shards(dataset: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -11,7 +11,7 @@ import itertools
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from alexprep.shards.errors import AlexprepError, AmbiguousSourceError, counted
 from alexprep.shards.sources import BY_FOLDERS
 from alexprep.shards.sources.base import UNLABELLED, Account, Input, Source, sorted_names
+from alexprep.shards.sources.class_words import read_class_words
 from alexprep.shards.sources.ground_truth import devkit_order
 
 AUTO = "auto"
@@ -49,6 +50,7 @@ class Listing:
         classes: the class names by label.
         digest: sha256 of the whole list, hex.
         account: what was found and what was passed over.
+        words: what classes mean in words, by name, where something tells that.
     """
 
     source: Source
@@ -57,6 +59,12 @@ class Listing:
     classes: list[str]
     digest: str
     account: Account
+    words: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def class_words(self) -> list[str]:
+        """The words by label, "" for none; [] where no class has any."""
+        return [self.words.get(name, "") for name in self.classes] if self.words else []
 
     @property
     def label_of(self) -> NDArray[np.int32]:
@@ -70,13 +78,19 @@ class Listing:
         return np.bincount(labels[labels >= 0], minlength=len(self.classes))
 
 
-def list_inputs(source: Source, labels: str | Sequence[str] = AUTO, class_names: ClassNames | None = None) -> Listing:
+def list_inputs(
+    source: Source,
+    labels: str | Sequence[str] = AUTO,
+    class_names: ClassNames | None = None,
+    class_words: Path | str | None = None,
+) -> Listing:
     """Lists a source.
 
     Args:
         source: where the images are.
         labels: how classes are numbered, as `ShardOptions.labels` has it.
         class_names: what to make of names that are equal but for case or Unicode form, as `ShardOptions.class_names` has it.
+        class_words: a file of lines `CLASS words`, which goes before what the source says.
 
     Raises:
         AlexprepError: there is nothing, or the source is damaged.
@@ -101,7 +115,8 @@ def list_inputs(source: Source, labels: str | Sequence[str] = AUTO, class_names:
             raise _asked_about(alike, source)
         names = [alike.get(name, name) for name in names]
     classes = class_order(labels, set(names) - {UNLABELLED}, source)
-    listing = Listing(source, splits, names, classes, digest, account)
+    words = read_class_words(class_words, classes) if class_words else source.words(set(classes))
+    listing = Listing(source, splits, names, classes, digest, account, words)
     account.warnings += _warnings(listing)
     return listing
 

@@ -228,7 +228,9 @@ class Manifest:
             "options": document["options"],
             "shard_samples": document["shard_samples"],
             "source": {"layout": document["layout"], "inputs": document["inputs"]},
-            **{key: document[key] for key in ("choices", "account") if key in document},  # older plans have none
+            **{
+                key: document[key] for key in ("words", "choices", "account") if key in document
+            },  # older plans have none
             "versions": document["versions"],
         }
 

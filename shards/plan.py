@@ -59,7 +59,8 @@ SHARD_SAMPLES = 1024
 _MANY, _FEW = 16, 64
 _DECIDES_BYTES, _ON_A_GPU = ("alexprep", "nvimgcodec", "pillow", "simplejpeg"), ("nvjpeg", "torch")
 REJECT = "reject"  # the default of --on-damaged
-_TAKEN_OVER = ("account", "choices")  # of a plan that is gone on with, without a comparison
+_NO_IDENTITY = ("account", "words")  # of a plan: files that are no inputs; what people read
+_TAKEN_OVER = (*_NO_IDENTITY, "choices")  # of a plan that is gone on with, without a comparison
 _SPLIT_STREAM = {"train": 0, "val": 1, "test": 2}
 _WANTED, _TRIED = 3, 16  # files whose sizes machines compare; inputs that are looked at for them
 _TABLE = pa.schema(
@@ -82,6 +83,7 @@ class ShardOptions:
     limit: int | None = None  # at most so many inputs of each split, picked by the shuffle; None for all
     # Of class names that are equal but for case or Unicode form: each is a class, or they are one; None asks.
     class_names: ClassNames | None = None
+    class_words: str | Path | None = None  # a file that says what classes mean in words; no shard depends on it
 
     def __post_init__(self) -> None:
         t = self.target
@@ -208,6 +210,8 @@ def draw_up(listing: Listing, options: ShardOptions) -> tuple[dict[str, Any], li
         "versions": versions(*_DECIDES_BYTES, *(_ON_A_GPU if options.target.device == "cuda" else ())),
         "account": _account(account, sum(map(len, listing.splits.values())) - total),
     }
+    if listing.class_words:
+        document["words"] = listing.class_words
     if source.choices != NO_CHOICES:
         document["choices"] = as_json(source.choices)
     return document, tables
@@ -222,8 +226,8 @@ def _account(account: Account, left_out: int) -> dict[str, Any]:
 
 
 def plan_digest(document: Mapping[str, Any]) -> str:
-    """The identity of a plan, hex sha256: of all of plan.json but the account, which tells of files that are no inputs."""
-    return digest_json({name: value for name, value in document.items() if name != "account"})
+    """The identity of a plan, hex sha256: of all of plan.json but the account, which tells of files that are no inputs, and words."""
+    return digest_json({name: value for name, value in document.items() if name not in _NO_IDENTITY})
 
 
 def locations(rows: pa.Table) -> list[Location]:

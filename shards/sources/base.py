@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alexprep.shards.errors import AlexprepError
+from alexprep.shards.sources.class_words import words_beside
 from alexprep.shards.sources.ground_truth import find_meta_mat
 from alexprep.shards.storage import Files, as_text
 
@@ -262,6 +263,10 @@ class Source:
     def year(self) -> str:
         """Of ILSVRC's images, as "2012", whose devkit is meant; empty where nothing tells it."""
         return ""
+
+    def words(self, present: set[str]) -> dict[str, str]:
+        """What some of the classes `present` mean in words, for people: by what lies beside the images, where that tells WordNet IDs."""
+        return words_beside(self.files, self.devkit, present)
 
     def devkit(self) -> tuple[str, bytes] | None:
         """The name and content of a devkit's meta.mat, where there is one beside the images."""

@@ -205,6 +205,14 @@ def devkit_order(name: str, content: bytes) -> list[str]:
     return [wnid for _, wnid in sorted(leaves)]
 
 
+def devkit_words(name: str, content: bytes) -> dict[str, str]:
+    """The words of every synset of a devkit's meta.mat, by WordNet ID; AlexprepError where it is none."""
+    try:
+        return {str(s["WNID"]): str(s["words"]) for s in _synsets(content)[0]}
+    except Exception as error:  # noqa: BLE001  (scipy raises many kinds)
+        raise AlexprepError(f"{name} is not a devkit's meta.mat ({error})") from None
+
+
 def _devkit_ground_truth(files: Files, split: str, names: list[bytes], year: str) -> GroundTruth | None:
     """By a list of one ILSVRC ID a line, in ascending order of the images' names; meta.mat tells the synset of an ID.
 

@@ -119,6 +119,14 @@ class Webdataset(ArchiveSource):
         """See `class_names`."""
         return class_names(present, self.names or (), self.files.display())
 
+    def words(self, present: set[str]) -> dict[str, str]:
+        """As our dataset.json has them, or a list beside the shards."""
+        if self.names is None:
+            return super().words(present)
+        with _our_document(self.files, DATASET, DATASET_FORMAT) as dataset:
+            words = (dataset or {}).get("words") or ()
+            return {name: str(text) for name, text in zip(self.names, words, strict=False) if text}
+
     def read(self, location: Location) -> bytes | NDArray[np.uint8]:
         """See `Source`; pixels where the shards are our own of `--format raw`."""
         data = super().read(location)
