@@ -60,7 +60,7 @@ def predict(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Print the five best classes of each FILE: a photo, a folder, a tar, or - for a photo or a tar on stdin.
+    """Print the five best classes of each FILE: a photo, a folder, a tar, or - for a photo on stdin.
 
     RUN is a name in ./runs, or RUN@STEP. A photo is brought to the form of the data set's images, as `alexprep shard` would: so a photo,
     the shard's member that was made of it, and `alexprep eval` have the same probabilities to the last digit.

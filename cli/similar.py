@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from alexprep.train.binary_codes import BinaryCodes
     from alexprep.train.layer_outputs import LayerOutputs
     from alexprep.train.precision import Precision
+    from alexprep.train.similar_images import Similar
 
 
 @click.command(short_help="The images of a split nearest to a photo.")
@@ -107,11 +108,8 @@ def similar(
         click.echo(_told(compared.facts))
     if not found.neighbours:
         raise AlexprepError(f"none of the {len(found.refused):,} photos can be decoded")
-    width, form = max(len(name) for name in found.classes), "4.0f" if codes else "10.4f"
-    for row in [] if as_json else found.as_json():
-        click.echo(row["key"])
-        for one in row["neighbours"]:
-            click.echo(f"  {one['distance']:{form}}  {one['class'] or '':<{width}}  {one['source']}")
+    if not as_json:
+        _print(found, "4.0f" if codes else "10.4f")
     if picture is not None:
         publish_picture(draw_similar(found), picture)
         click.echo(f"Contact sheet: {picture}")
@@ -131,6 +129,17 @@ def similar(
         "notes": classifier.notes,
     }
     output.json_line(document, as_json)
+
+
+def _print(found: Similar, form: str) -> None:
+    from alexprep.shards.dataset_format import shown_classes
+
+    names = [*shown_classes(found.dataset), ""]  # -1, no label, is the last one
+    width = max(len(names[one.label]) for near in found.neighbours.values() for one in near)
+    for photo, near in found.neighbours.items():
+        click.echo(photo)
+        for one in near:
+            click.echo(f"  {one.distance:{form}}  {names[one.label]:<{width}}  {one.source}")
 
 
 def _told(facts: dict[str, Any]) -> str:

@@ -20,7 +20,7 @@ from PIL import Image
 from alexprep.pipeline.device import choose_device
 from alexprep.pipeline.evaluation_views import ViewMaker
 from alexprep.shards.contact_sheet import SheetRow, lay_out, photo_cells
-from alexprep.shards.dataset_format import read_dataset
+from alexprep.shards.dataset_format import read_dataset, short_classes, shown_classes
 from alexprep.shards.errors import AlexprepError, one_of, whole_number
 from alexprep.shards.image_header import Refused
 from alexprep.shards.photos import Photo, convert_photos, find_photos, target_of
@@ -53,6 +53,8 @@ class Classifier:
     Attributes:
         net: the network, its run and its recipe.
         classes: names, by label.
+        shown_names: the same as people read them, with words where dataset.json has any.
+        short_names: likewise as short as they can be, for pictures.
         precision: that the network computes in.
         batch: images that it is shown at a time; fewer are filled up.
         notes: a sentence for each thing that is not as it was in the training.
@@ -84,6 +86,7 @@ class Classifier:
         note = check_classes(self.net, folder, dataset)
         self.notes: list[str] = [*self.net.skipped, *([note] if note else [])]
         self.classes: list[str] = dataset["classes"]
+        self.shown_names, self.short_names = shown_classes(dataset), short_classes(dataset)
         self.data, self.views, self.device = folder, views, where
         self.target = target_of(dataset)
         self.net.recipe.check_size(self.target.size)
@@ -192,7 +195,9 @@ def draw_predictions(found: Classified, names: Sequence[str], engine: Engine | N
     rows = []
     table = found.table
     cells = photo_cells(found.photos[:_DRAWN], engine)
-    for cell, photo, best, given in zip(cells, found.photos, table.best.tolist(), table.probabilities.tolist(), strict=False):
+    for cell, photo, best, given in zip(
+        cells, found.photos, table.best.tolist(), table.probabilities.tolist(), strict=False
+    ):
         words = [f"{100 * share:.1f} %  {names[label]}" for label, share in zip(best, given, strict=True)]
         rows.append(SheetRow(Path(photo.name).name, "\n".join(words), [[cell]]))
     return lay_out(["photo"], rows)

@@ -53,7 +53,7 @@ def nearest_codes(
 
 def _ones() -> NDArray[np.uint8]:
     """How many bits are set in each number of 16 bits. (numpy.bitwise_count would say so from numpy 2 on.)"""
-    ones: NDArray[np.uint8] = np.unpackbits(np.arange(2**16, dtype=np.uint16).view(np.uint8).reshape(-1, 2), axis=1).sum(
-        axis=1, dtype=np.uint8
-    )
+    ones: NDArray[np.uint8] = np.unpackbits(
+        np.arange(2**16, dtype=np.uint16).view(np.uint8).reshape(-1, 2), axis=1
+    ).sum(axis=1, dtype=np.uint8)
     return ones

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from alexprep.shards.contact_sheet import SheetRow, cell_of, lay_out, photo_cells
-from alexprep.shards.dataset_format import read_dataset, read_index
+from alexprep.shards.dataset_format import read_dataset, read_index, short_classes
 from alexprep.shards.errors import AlexprepError, whole_number
 from alexprep.shards.photos import Photo, find_photos
 from alexprep.shards.sample_reader import Samples
@@ -44,7 +44,7 @@ class Similar:
     """What was found: for each photo that can be decoded its neighbours, nearest first; and why each of the others cannot."""
 
     neighbours: dict[str, list[Neighbour]]
-    classes: list[str]
+    dataset: dict[str, Any]  # dataset.json
     data: Path
     split: str
     photos: list[Photo]  # those that have neighbours, in this order
@@ -56,7 +56,8 @@ class Similar:
             {
                 "key": name,
                 "neighbours": [
-                    one._asdict() | {"class": self.classes[one.label] if one.label >= 0 else None} for one in found
+                    one._asdict() | {"class": self.dataset["classes"][one.label] if one.label >= 0 else None}
+                    for one in found
                 ],
             }
             for name, found in self.neighbours.items()
@@ -99,7 +100,7 @@ def find_similar(
     chosen = sorted(vectors)
     left_out = [(listed[number].name, reason) for number, reason in sorted(refused.items())]
     if not chosen:
-        return Similar({}, dataset["classes"], data, facts["split"], [], left_out)
+        return Similar({}, dataset, data, facts["split"], [], left_out)
     distances, rows = outputs.nearest(np.stack([vectors[number] for number in chosen]), count)
     keys, sources = sample_names(data, facts["split"])
     labels = read_index(data, facts["split"])["label"]
@@ -111,17 +112,17 @@ def find_similar(
         for number, near, far in zip(chosen, rows, distances, strict=True)
     }
     seen = [listed[number] for number in chosen]
-    return Similar(neighbours, dataset["classes"], data, facts["split"], seen, left_out)
+    return Similar(neighbours, dataset, data, facts["split"], seen, left_out)
 
 
 def draw_similar(found: Similar, engine: Engine | None = None) -> Image.Image:
     """Draws a contact sheet: a row a photo, at most 100, with its neighbours, nearest first, at most 12."""
     samples = Samples(found.data, found.split)
     photos = found.photos[:_ROWS]
-    rows = []
+    rows, classes = [], short_classes(found.dataset)
     for cell, (name, near) in zip(photo_cells(photos, engine), found.neighbours.items(), strict=False):
         shown = near[:_COLUMNS]
-        names = [found.classes[one.label] if one.label >= 0 else "no label" for one in shown]
+        names = [classes[one.label] if one.label >= 0 else "no label" for one in shown]
         nearest_cells = [cell_of(samples.encoded(one.row).tobytes()) for one in shown]
         rows.append(SheetRow(Path(name).name, ", ".join(dict.fromkeys(names)), [[cell], nearest_cells]))
     return lay_out(["photo", f"nearest in {found.split}"], rows)

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from alexprep.shards.contact_sheet import SheetRow, cell_of, lay_out
-from alexprep.shards.dataset_format import LEDGER, read_dataset, read_index, shard_name
+from alexprep.shards.dataset_format import LEDGER, read_dataset, read_index, shard_name, short_classes, shown_classes
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.sample_reader import Samples
 from alexprep.train.report.blocks import LINES, STYLES, Block, Facts, Picture, Section, Table, Words, plot, thinned
@@ -118,7 +118,7 @@ def _read(data: Path, split: str, ledgers: dict[str, Ledger]) -> list[Block]:
 
 
 def _classes(dataset: dict[str, Any], ledgers: dict[str, Ledger]) -> list[Block]:
-    names: list[str] = dataset["classes"]
+    names = shown_classes(dataset)
     counts, lost = {}, np.zeros(len(names), np.int64)
     for split, ledger in ledgers.items():
         known = ledger.labels >= 0
@@ -271,7 +271,7 @@ Chosen = Callable[[NDArray[np.void]], list[tuple[str, str, list[int]]]]  # of an
 
 def _sheets(dataset: dict[str, Any]) -> list[tuple[str, Chosen]]:
     """The contact sheets: what each shows, and which samples."""
-    names: list[str] = dataset["classes"]
+    names = short_classes(dataset)
 
     def spread(count: int, most: int) -> list[int]:
         return sorted({int(n) for n in np.rint(np.linspace(0, count - 1, min(count, most)))}) if count else []

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alexprep.shards.contact_sheet import SheetRow, cell_of, lay_out
-from alexprep.shards.dataset_format import read_dataset, read_index, read_json
+from alexprep.shards.dataset_format import read_dataset, read_index, read_json, short_classes, shown_classes
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.sample_reader import Samples
 from alexprep.train.prediction_table import PredictionTable, read_predictions
@@ -87,8 +87,8 @@ def read_log(run: Path) -> Log:
     )
 
 
-def newest_predictions(run: Path) -> tuple[dict[str, Any], PredictionTable]:
-    """The newest evaluation of a run that has its predictions: its document and the table.
+def newest_predictions(run: Path) -> tuple[dict[str, Any], PredictionTable, dict[str, Any]]:
+    """The newest evaluation of a run that has its predictions: its document, the table, and the dataset.json of the data.
 
     Raises AlexprepError, with the command that makes them, where there is none.
     """
@@ -98,8 +98,8 @@ def newest_predictions(run: Path) -> tuple[dict[str, Any], PredictionTable]:
         if "predictions_file" in document:
             named = Path(document["predictions_file"])
             beside = path.with_name(named.name)  # where the run was moved
-            classes = read_dataset(Path(document["data"]))["classes"]
-            return document, read_predictions(named if named.exists() else beside, classes)
+            dataset = read_dataset(Path(document["data"]))
+            return document, read_predictions(named if named.exists() else beside, dataset["classes"]), dataset
     raise AlexprepError(f"{run} has no predictions: make them with `alexprep eval {run.name} --predictions`")
 
 
@@ -263,7 +263,7 @@ def _curve(
 
 
 def _predictions(run: Path) -> list[Block]:
-    document, table = newest_predictions(run)
+    document, table, dataset = newest_predictions(run)
     known = table.labels >= 0
     where = f"{len(table):,} images of {document['split']!r}, {document['views']} view{'s' if document['views'] == 'ten' else ''}"
     if not known.any():
@@ -271,12 +271,14 @@ def _predictions(run: Path) -> list[Block]:
     error = f"top-1 error {document['top1_error']:.2f} %, top-5 error {document['top5_error']:.2f} %"
     blocks: list[Block] = [Words(f"{run.name} after step {document['step']}, {where}: {error}.")]
     wrong = known & (table.best[:, 0] != table.labels)
-    blocks += _confusions(table, known, wrong)
-    return [*blocks, *_worst(table, document)]
+    blocks += _confusions(table, dataset, known, wrong)
+    return [*blocks, *_worst(table, document, shown_classes(dataset))]
 
 
-def _confusions(table: PredictionTable, known: NDArray[np.bool_], wrong: NDArray[np.bool_]) -> list[Block]:
-    names, count = table.classes, len(table.classes)
+def _confusions(
+    table: PredictionTable, dataset: dict[str, Any], known: NDArray[np.bool_], wrong: NDArray[np.bool_]
+) -> list[Block]:
+    names, short, count = shown_classes(dataset), short_classes(dataset), len(table.classes)
     labels, guesses = table.labels[known], table.best[known, 0].astype(np.int64)
     images = np.bincount(labels, minlength=count)
     failed = np.bincount(table.labels[wrong], minlength=count)
@@ -303,8 +305,8 @@ def _confusions(table: PredictionTable, known: NDArray[np.bool_], wrong: NDArray
             axes = figure.subplots()
             drawn = axes.imshow(shares, vmin=0, vmax=100, cmap="viridis", interpolation="nearest")
             small = 8 if count <= 30 else 5
-            axes.set_xticks(range(count), names, rotation=90, fontsize=small)
-            axes.set_yticks(range(count), names, fontsize=small)
+            axes.set_xticks(range(count), short, rotation=90, fontsize=small)
+            axes.set_yticks(range(count), short, fontsize=small)
             axes.set(xlabel="best guess", ylabel="label")
             axes.grid(False)
             figure.colorbar(drawn, label="% of the class")
@@ -315,7 +317,7 @@ def _confusions(table: PredictionTable, known: NDArray[np.bool_], wrong: NDArray
     return blocks
 
 
-def _worst(table: PredictionTable, document: dict[str, Any]) -> list[Block]:
+def _worst(table: PredictionTable, document: dict[str, Any], names: list[str]) -> list[Block]:
     """Images whose label is given the least: often it is the label that is wrong."""
     given = np.where(table.labels >= 0, table.label_probabilities, np.inf)
     order = [n for n in np.argsort(given, kind="stable")[:WORST].tolist() if table.labels[n] >= 0]
@@ -324,9 +326,9 @@ def _worst(table: PredictionTable, document: dict[str, Any]) -> list[Block]:
             rank,
             table.keys[n],
             table.sources[n],
-            table.classes[table.labels[n]],
+            names[table.labels[n]],
             float(given[n]),
-            table.classes[table.best[n, 0]],
+            names[table.best[n, 0]],
             float(table.probabilities[n, 0]),
         ]
         for rank, n in enumerate(order, 1)
