@@ -54,7 +54,9 @@ class Browser:
         """The browser itself."""
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         """Ends it and its processes."""
         os.killpg(self._process, signal.SIGKILL)
         os.waitpid(self._process, 0)
@@ -79,7 +81,9 @@ class Browser:
 
     def open(self, page: Path, width: int = 1440, height: int = 900, dark: bool = False) -> None:
         """Opens a page from the disk, on a screen of so many pixels, and waits until it is loaded."""
-        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 800)
+        self.call(
+            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 800
+        )
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
         before, deadline = self._loaded, time.monotonic() + _SECONDS
