@@ -168,7 +168,7 @@ def exchange(tar: Path, path: Path) -> set[str]:
             info = tarfile.TarInfo(names[n])
             info.size = member.size
             made.addfile(info, content)
-    return {names[n] for n in wrong}
+    return {f"{path.name}/{names[n]}" for n in wrong}  # as the ledger calls them
 
 
 if __name__ == "__main__":

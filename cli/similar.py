@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     help="What `alexprep features` wrote.  [default: RUN/features-LAYER-SPLIT.npy]",
 )
 @click.option("--codes", is_flag=True, help="Compare binary codes, made once by an autoencoder of the features.")
-@click.option("--bits", type=AT_LEAST_1, default=256, show_default=True, help="Of a code, a multiple of 16.")
+@click.option("--bits", type=AT_LEAST_1, default=256, show_default=True, help="Of a code, a multiple of 64.")
 @click.option(
     "--data",
     type=click.Path(path_type=Path, file_okay=False),

@@ -144,10 +144,10 @@ def test_the_commands(
         assert row == {name: ledger[row["key"]][name] for name in ("key", "source", "label")} | {
             "class": f"class{row['label']}"
         }
-    status, out, _ = command("similar", "a", photo, "--codes", "--bits", "32", "--count", "2", *options, "--json")
+    status, out, _ = command("similar", "a", photo, "--codes", "--bits", "64", "--count", "2", *options, "--json")
     found = json.loads(out.splitlines()[-1])
-    assert (status, found["distance"], found["bits"]) == (0, "hamming", 32)
+    assert (status, found["distance"], found["bits"]) == (0, "hamming", 64)
     assert found["photos"][0]["neighbours"][0]["distance"] == 0 and 0 < found["recall@10 among 10"] <= 1
-    status, out, _ = command("similar", "a", photo, "--codes", "--bits", "32", *options)
-    assert status == 0 and "Codes of 32 bits: 4 bytes an image instead of 512" in out
-    assert "a multiple of 16" in command("similar", "a", photo, "--bits", "33", *options)[2]
+    status, out, _ = command("similar", "a", photo, "--codes", "--bits", "64", *options)
+    assert status == 0 and "Codes of 64 bits: 8 bytes an image instead of 512" in out
+    assert "a multiple of 64" in command("similar", "a", photo, "--bits", "33", *options)[2]

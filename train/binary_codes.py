@@ -71,7 +71,7 @@ def write_codes(
 
     Args:
         outputs: what `write_outputs` wrote of a split.
-        bits: of a code, a multiple of 16.
+        bits: of a code, a multiple of 64.
         seed: of the first weights and of the order.
         progress: called with the images that the autoencoder has seen, and will see.
 
@@ -96,8 +96,8 @@ def write_codes(
 
 def check_bits(bits: int) -> None:
     """Raises AlexprepError unless codes can have so many bits."""
-    if not 16 <= bits <= 4096 or bits % 16:
-        raise AlexprepError(f"bits is {bits}, must be a multiple of 16 from 16 to 4,096")
+    if not 64 <= bits <= 4096 or bits % 64:
+        raise AlexprepError(f"bits is {bits}, must be a multiple of 64 from 64 to 4,096")
 
 
 def read_codes(path: Path) -> BinaryCodes:
