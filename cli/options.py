@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 from click.core import ParameterSource
+from click.shell_completion import CompletionItem
 
 from alexprep.shards.sources import LAYOUTS
 
@@ -187,6 +188,21 @@ class Columns(_Parameter):
         return tuple(sorted(found.items()))
 
 
+class Metadata(_Parameter):
+    """What goes along with images: "all", "none", or names with commas between them."""
+
+    name = "all|none|name,…"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """A tuple of names, or the word."""
+        if not isinstance(value, str) or value in ("all", "none"):
+            return value
+        names = tuple(dict.fromkeys(part.strip() for part in value.split(",")))
+        if not all(names):
+            self.fail(f"{value!r} has an empty name: write all, none, or names with commas between them", param, ctx)
+        return names
+
+
 _SOURCE_OPTIONS = (
     click.option("--layout", type=click.Choice(list(LAYOUTS)), help="What SOURCE is.  [default: found by looking]"),
     click.option(
@@ -229,6 +245,35 @@ runs_option = click.option(
 )
 
 batch_size_option = click.option("--batch-size", type=AT_LEAST_1, help="Images a step.  [default: the recipe's]")
+
+
+class Setting(_Parameter):
+    """FIELD=VALUE; what there is of these is known where they are used."""
+
+    name = "field=value"
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Fields of the recipe that is named before, then the values of one; a shell that asks waits until torch is loaded."""
+        from alexprep.shards.errors import AlexprepError
+        from alexprep.train.recipes import DEFAULT_RECIPE, recipe
+        from alexprep.train.settings import completions
+
+        named = ctx.params.get("recipe") or ctx.params.get("name") or DEFAULT_RECIPE
+        try:
+            found = completions(recipe(named), incomplete)
+        except AlexprepError:
+            found = completions(recipe(DEFAULT_RECIPE), incomplete)
+        return [CompletionItem(each) for each in found]
+
+
+settings_option = click.option(
+    "--set",
+    "settings",
+    type=Setting(),
+    multiple=True,
+    metavar="FIELD=VALUE",
+    help="Another value of a recipe's field, such as network.pool=2; repeatable. `alexprep recipes NAME` lists the fields.",
+)
 
 threads_option = click.option(
     "--threads",

@@ -10,7 +10,6 @@ means what was done before it existed, and a released default never changes its 
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import io
 import json
 import platform
@@ -174,6 +173,8 @@ def data_digest(shards: dict[str, list[dict[str, Any]]], image: dict[str, Any], 
 
 def versions(*names: str) -> dict[str, str]:
     """The installed version of each library; "not installed" where it runs from a source tree or is absent."""
+    import importlib.metadata  # takes as long as four images, and workers do without
+
     found = dict.fromkeys(names, "not installed")
     for name in names:
         for distribution in reversed(_DISTRIBUTIONS.get(name, (name,))):  # the first one that is there counts

@@ -22,7 +22,7 @@ from PIL import Image
 
 from alexprep.shards.dataset_format import shown_class
 from alexprep.shards.errors import AlexprepError, counted
-from alexprep.shards.image_header import Header, Refused, general_reason, read_header, too_large
+from alexprep.shards.image_header import PIXELS, Header, Refused, format_name, general_reason, read_header, too_large
 from alexprep.shards.listing import Listing
 from alexprep.shards.sources.base import SPLITS, UNLABELLED, Location, PassedOver, Source, sorted_names
 from alexprep.shards.sources.tars import ArchiveSource
@@ -38,19 +38,6 @@ BY_NAME = "sorted by name"
 AS_NUMBERS = "sorted as numbers"
 OWN = "by the source's own numbering"
 AS_GIVEN = "as --labels says"
-
-# How files of each format begin. Of those that `read_header` knows, it tells the size.
-_MAGIC = {
-    b"\xff\xd8\xff": "JPEG",
-    b"\x89PNG": "PNG",
-    b"RIFF": "WebP",
-    b"BM": "BMP",
-    **{b"P%d" % kind: "PNM" for kind in range(1, 7)},
-    b"GIF8": "GIF",
-    b"II*\0": "TIFF",
-    b"MM\0*": "TIFF",
-}
-PIXELS = "pixels"  # the format of what a source gives decoded
 
 
 class Spread(NamedTuple):
@@ -370,7 +357,7 @@ def _header(source: Source, place: Location) -> tuple[str, Header, int] | str:
                 else _bytes(source, place, offset, count)
             )
 
-        kind = next((name for magic, name in _MAGIC.items() if head.startswith(magic)), "")
+        kind = format_name(head)
         header = _by_pillow(read(0, size), kind) if kind in ("GIF", "TIFF") else read_header(read, 0, size)
     except OSError as error:
         return f"cannot be read: {error.strerror or error}"

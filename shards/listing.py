@@ -45,12 +45,14 @@ class Listing:
 
     Attributes:
         source: that was listed.
-        splits: by name, the inputs in the source's order, as columns: class (int32, its code), path, member, offset, size.
+        splits: by name, the inputs in the source's order, as columns: class (int32, its code), path, member, offset, size; and metadata
+            (large_binary, `Input.metadata`) where some input of the split has any.
         names: the class names by code; one of them may be `UNLABELLED`.
         classes: the class names by label.
         digest: sha256 of the whole list, hex.
         account: what was found and what was passed over.
         words: what classes mean in words, by name, where something tells that.
+        metadata: sha256 of where all inputs have their metadata, hex; empty where none has any.
     """
 
     source: Source
@@ -60,6 +62,7 @@ class Listing:
     digest: str
     account: Account
     words: dict[str, str] = field(default_factory=dict)
+    metadata: str = ""
 
     @property
     def class_words(self) -> list[str]:
@@ -97,7 +100,7 @@ def list_inputs(
         AmbiguousSourceError: names are equal but for case or Unicode form, and `class_names` is None.
     """
     account = Account()
-    splits, names, digest = _as_columns(source.inputs(account))
+    splits, names, digest, metadata = _as_columns(source.inputs(account))
     if not splits:
         raise AlexprepError(
             f"SOURCE {source.files.display()} holds no files where {source.layout!r} has its images: name the folder that holds them, "
@@ -116,7 +119,7 @@ def list_inputs(
         names = [alike.get(name, name) for name in names]
     classes = class_order(labels, set(names) - {UNLABELLED}, source)
     words = read_class_words(class_words, classes) if class_words else source.words(set(classes))
-    listing = Listing(source, splits, names, classes, digest, account, words)
+    listing = Listing(source, splits, names, classes, digest, account, words, metadata)
     account.warnings += _warnings(listing)
     return listing
 
@@ -168,8 +171,8 @@ def _listed_order(path: Path) -> list[str]:
     return order
 
 
-def _as_columns(inputs: Iterable[Input]) -> tuple[dict[str, pa.Table], list[str], str]:
-    """All inputs by split, as tables of the schema `_LISTING`; the class names by code; and the sha256 of the whole list, hex.
+def _as_columns(inputs: Iterable[Input]) -> tuple[dict[str, pa.Table], list[str], str, str]:
+    """All inputs by split, as `Listing.splits` has them; the class names by code; the sha256 of the whole list, hex, and of the metadata.
 
     As columns, 15 million inputs fit into a few gigabytes.
     """
@@ -177,32 +180,42 @@ def _as_columns(inputs: Iterable[Input]) -> tuple[dict[str, pa.Table], list[str]
     chunks: dict[str, list[pa.Table]] = {}
     codes: dict[str, int] = {}
     heads: dict[tuple[str, str], bytes] = {}  # how a class begins its lines in what is hashed
-    digest = hashlib.sha256()
+    digest, of_metadata, count = hashlib.sha256(), None, 0
 
     def flush(split: str) -> None:
-        arrays = [pa.array(column, field.type) for column, field in zip(recent.pop(split), _LISTING, strict=True)]
-        chunks.setdefault(split, []).append(pa.table(arrays, schema=_LISTING))
+        *columns, metadata = recent.pop(split)
+        arrays = [pa.array(column, field.type) for column, field in zip(columns, _LISTING, strict=True)]
+        table = pa.table(arrays, schema=_LISTING)
+        if any(metadata):
+            table = table.append_column("metadata", pa.array(metadata, pa.large_binary()))
+        chunks.setdefault(split, []).append(table)
 
     inputs = iter(inputs)
     while some := list(itertools.islice(inputs, _AT_ONCE)):
-        splits, names, places = zip(*some, strict=True)
+        splits, names, places, metadata = zip(*some, strict=True)
         for pair in dict.fromkeys(zip(splits, names, strict=True)):
             if pair not in heads:
                 heads[pair] = b"%s\0%s\0" % (pair[0].encode(), pair[1].encode())
                 codes.setdefault(pair[1], len(codes))
         lines = zip(splits, names, places, strict=True)
         digest.update(b"".join([b"%s%s\0%s\0%d\0%d\0" % (heads[split, name], *place) for split, name, place in lines]))
+        if any(metadata):
+            of_metadata = of_metadata or hashlib.sha256()
+            of_metadata.update(b"".join([b"%d %d %s" % (n, len(each), each) for n, each in enumerate(metadata, count)]))
+        count += len(some)
         for split in dict.fromkeys(splits):
             own = [each == split for each in splits]
-            columns = recent.setdefault(split, tuple([] for _ in _LISTING))
+            columns = recent.setdefault(split, tuple([] for _ in (*_LISTING, "metadata")))
             columns[0].extend([codes[name] for name in itertools.compress(names, own)])
-            for column, values in zip(columns[1:], zip(*itertools.compress(places, own), strict=True), strict=True):
+            for column, values in zip(columns[1:-1], zip(*itertools.compress(places, own), strict=True), strict=True):
                 column.extend(values)
+            columns[-1].extend(itertools.compress(metadata, own))
             if len(columns[0]) >= _CHUNK:
                 flush(split)
     for split in list(recent):
         flush(split)
-    return {split: pa.concat_tables(parts) for split, parts in chunks.items()}, list(codes), digest.hexdigest()
+    tables = {split: pa.concat_tables(parts, promote_options="default") for split, parts in chunks.items()}
+    return tables, list(codes), digest.hexdigest(), of_metadata.hexdigest() if of_metadata else ""
 
 
 # What the class names themselves tell.

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import re
 import struct
 import tarfile
@@ -361,9 +362,8 @@ def ending(position: int) -> bytes:
 
 
 def dali_index(members: list[WrittenMember]) -> str:
-    """DALI's index, version 1.2, for members that come in pairs KEY.ext KEY.cls: what `wds2idx` would write."""
-    lines = [f"v1.2 {len(members) // 2}"]
-    for image, label in zip(members[::2], members[1::2], strict=True):
-        parts = (f"{m.name.rpartition('.')[2]} {m.offset} {m.size} {m.name}" for m in (image, label))
-        lines.append(" ".join(parts))
-    return "\n".join([*lines, ""])
+    """DALI's index, version 1.2, for members of which neighbours KEY.ext KEY.cls form a sample: what `wds2idx` would write."""
+    lines = []
+    for _, sample in itertools.groupby(members, lambda member: member.name.partition(".")[0]):
+        lines.append(" ".join(f"{m.name.rpartition('.')[2]} {m.offset} {m.size} {m.name}" for m in sample))
+    return "\n".join([f"v1.2 {len(lines)}", *lines, ""])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import gc
 import io
 import itertools
@@ -74,8 +75,9 @@ def _stand_ins(root: Path, photos: Path) -> dict[str, str]:
         (root / "pets" / split).mkdir(parents=True)
         for n, (data, _) in enumerate(rows):
             (root / "pets" / split / f"{n}.jpg").write_bytes(data)
-        told = [json.dumps({"file_name": f"{n}.jpg", "label": label}) for n, (_, label) in enumerate(rows)]
+        told = [json.dumps({"file_name": f"{n}.jpg", "label": c, "caption": f"{n}"}) for n, (_, c) in enumerate(rows)]
         (root / "pets" / split / "metadata.jsonl").write_text("\n".join(told))
+    (root / "pets.txt").write_text("class0\ta class of photos\n")
     record = bytes([3]) + bytes(3072)
     batches = [*(f"data_batch_{n}.bin" for n in range(1, 6)), "test_batch.bin"]
     names = b"airplane\nautomobile\nbird\ncat\ndeer\ndog\nfrog\nhorse\nship\ntruck"
@@ -140,12 +142,12 @@ def test_commands_run(
 ) -> None:
     """Where a page names a source, a small one of its kind stands; a training is cut to two steps, a measurement to a second.
 
-    Of a page's lines that start ranks themselves the first runs, and the others are read: all run in `make stress`.
+    Of a page's lines that start ranks themselves, or write reports, the first runs, and the others are read: all run in `make stress`.
     """
     stand_ins = _stand_ins(tmp_path, photos)
     monkeypatch.chdir(tmp_path)
     make = (ROOT / "Makefile").read_text()
-    with_ranks = 0
+    long = collections.Counter[str]()
     for line in _lines(page):
         program, *words = shlex.split(line, comments=True)
         if program == "make":
@@ -169,8 +171,9 @@ def test_commands_run(
             words += ["--batch-size", "4", "--seconds", "0.5"]
         if words[0] == "bench":
             words += ["--batch-size", "4", "--steps", "2", "--rounds", "1"]
-        with_ranks += "--gpus" in words
-        if "--gpus" in words and with_ranks > 1 and not whole:
+        kind = "ranks" if "--gpus" in words else words[0]
+        long[kind] += kind in ("ranks", "report", "tune")
+        if long[kind] > 1 and not whole:
             cli.commands[words[0]].make_context(words[0], words[1:])
         elif "ray" in words:  # Ray is for a process of its own
             command = [sys.executable, "-m", "alexprep.cli", *words]

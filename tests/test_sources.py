@@ -55,7 +55,7 @@ def unpacked(root: Path, *names: str | bytes, content: bytes = b"") -> Path:
 
 def listed(source: Source) -> Images:
     """(split, class, name below the root or in the archive) of each input."""
-    return [(split, class_name, at.member or at.path) for split, class_name, at in source.inputs(Account())]
+    return [(split, class_name, at.member or at.path) for split, class_name, at, *_ in source.inputs(Account())]
 
 
 def test_a_member_or_folder_that_lies_thousands_deep(tmp_path: Path) -> None:

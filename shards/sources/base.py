@@ -6,7 +6,8 @@ A new source is a new module beside this one, with a subclass of `Source` and a 
 2. `inputs`: lists every image once, in an order that any two listings share, and tells the `Account` of all else that it met;
 3. `read`: gives one of them, as encoded bytes or as pixels; by default the bytes at the input's location.
 
-`classes`, `covers`, `resident_bytes` and `window_inputs` are overridden where the defaults do not hold. Turning images into shards is no matter
+Where values go along with an image, `inputs` gives each a short reference to them (`Input.metadata`), and `metadata` the values for it;
+files or members beside the image need no more than `reference_to`. `classes`, `covers`, `resident_bytes` and `window_inputs` are overridden where the defaults do not hold. Turning images into shards is no matter
 of a source: see `conversion`.
 """
 
@@ -22,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alexprep.shards.errors import AlexprepError
+from alexprep.shards.metadata import MAX_PART_BYTES, MetadataError, joined
 from alexprep.shards.sources.class_words import words_beside
 from alexprep.shards.sources.ground_truth import find_meta_mat
 from alexprep.shards.storage import Files, as_text
@@ -64,11 +66,42 @@ class Location(NamedTuple):
 
 
 class Input(NamedTuple):
-    """One image to be converted: the split and class it belongs to, and where its source finds it."""
+    """One image to be converted.
+
+    Attributes:
+        split: that it belongs to.
+        class_name: of its class, or `UNLABELLED`.
+        location: where its source finds it.
+        metadata: where its source finds what goes along with it, in the source's own words, which the plan keeps; empty for nothing.
+    """
 
     split: str
     class_name: str
     location: Location
+    metadata: bytes = b""
+
+
+class Part(NamedTuple):
+    """A file or member that goes along with an image: its extension in lower case, and where it lies."""
+
+    extension: str
+    location: Location
+
+
+def reference_to(parts: Iterable[Part], image: Location) -> bytes:
+    """An `Input.metadata` for parts that lie anywhere; `Source.metadata` reads them."""
+    fields: list[bytes] = []
+    for extension, place in parts:
+        path = b"" if place.path == image.path else place.path
+        fields += [extension.encode(), path, place.member, b"%d" % place.offset, b"%d" % place.size]
+    return b"\0".join(fields)
+
+
+def parts_of(reference: bytes, image: Location) -> Iterator[Part]:
+    """What `reference_to` was given."""
+    fields = reference.split(b"\0")
+    for extension, path, member, offset, size in zip(*(fields[at::5] for at in range(5)), strict=True):
+        yield Part(extension.decode(), Location(path or image.path, member, int(offset), int(size)))
 
 
 # Rules by which files are passed over: what a listing says instead of making an input of them.
@@ -82,6 +115,7 @@ BESIDE = "beside what this layout reads"
 NO_CLASS = "a picture in no class folder"
 FOLDER_LINK = "a link to a folder"
 OUR_DATASET = "in a dataset of alexprep"
+BESIDE_PICTURE = "metadata beside a picture, KEY.json or KEY.txt"
 SAMPLE_PART = "a sample's label or other part that is no picture"
 NOT_LISTED = "a picture that no list names"
 NO_LABEL = "a row without a label, in a split whose other rows have one"
@@ -237,6 +271,20 @@ class Source:
     def read(self, location: Location) -> bytes | NDArray[np.uint8]:
         """One input: its encoded bytes, or its pixels, uint8 (H, W, 3) RGB or (H, W) grey; OSError where it cannot be had."""
         return self.files.read(location.path, location.offset, location.size)
+
+    def metadata(self, location: Location, reference: bytes) -> dict[str, Any]:
+        """What goes along with an input, by name, of the kinds that `alexprep.shards.metadata` writes.
+
+        By default of the parts of `reference_to`: see `joined`. MetadataError where it is damaged, OSError where it cannot be had.
+        """
+        return joined(self._part(part) for part in parts_of(reference, location))
+
+    def _part(self, part: Part) -> tuple[str, bytes]:
+        if part.location.size > MAX_PART_BYTES:
+            raise MetadataError(f".{part.extension} has {part.location.size:,} bytes, more than {MAX_PART_BYTES:,}")
+        data = self.read(part.location)
+        assert isinstance(data, bytes)
+        return part.extension, data
 
     def classes(self, present: set[str]) -> list[str]:
         """The class names by label, by this source's own numbering; those `present` in the order of `sorted_names` without one."""

@@ -13,7 +13,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -61,6 +61,8 @@ _LOOKED_AT = 200  # names in a folder that are looked at for a Parquet file, and
 _OPENED = 8  # files that are opened to find one with pictures
 _FOOTERS = 512  # that are kept
 _NAME_BYTES = 255
+_MEDIA = ("Image", "Audio", "Video")
+_PANDAS_INDEX = "__index_level_0__"  # the numbers of rows, as pandas writes them
 _of_several = re.compile(r"(.*?)-?(\d{5})-of-(\d{5})").fullmatch
 
 
@@ -79,7 +81,7 @@ class Columns(NamedTuple):
         label: None where there is none.
         names: the class names by label, where the schema tells them; () where it does not.
         split: a column that tells the split of each row of files whose names tell none, or None.
-        others: columns that might have been meant as well.
+        others: columns of further pictures, which are not read.
     """
 
     image: str
@@ -183,7 +185,7 @@ class ParquetImages(GroupedSource):
 
     def measured(self) -> Sizes:
         """See `GroupedSource`."""
-        inputs, total, largest = 0, 0, 0
+        inputs, total, largest, metadata, most = 0, 0, 0, 0, 0
         for part in self.parts:
             footer, shown = _footer(self.files, part.path), self.files.display(part.path)
             chunk = _chunk_of(footer, self.columns.image)
@@ -192,25 +194,46 @@ class ParquetImages(GroupedSource):
                     f"{shown} has no column {self.columns.image!r} of pictures, as other files have: move it away"
                 )
             inputs += footer.num_rows
+            along = _chunks_along(footer, self.columns)
             for number in range(footer.num_row_groups):
-                size = footer.row_group(number).column(chunk).total_uncompressed_size
+                group = footer.row_group(number)
+                size = group.column(chunk).total_uncompressed_size
                 check_group(size, number, shown)
-                total, largest = total + size, max(largest, size)
-        return Sizes(inputs, total, largest)
+                beside = sum(group.column(n).total_uncompressed_size for n in along)
+                total, largest, metadata, most = (
+                    total + size,
+                    max(largest, size),
+                    metadata + beside,
+                    max(most, beside),
+                )
+        return Sizes(inputs, total, largest, metadata, most)
 
     def read_group(self, path: bytes, number: int) -> pa.ChunkedArray:
         """See `GroupedSource`; page checksums are compared where the file has them."""
+        column = self._columns_of(path, number, lambda footer: [_chunk_name(footer, self.columns.image)]).column(0)
+        return pc.struct_field(column, "bytes") if pa.types.is_struct(column.type) else column
+
+    def read_metadata(self, path: bytes, number: int) -> pa.Table:
+        """See `GroupedSource`."""
+        table = self._columns_of(
+            path, number, lambda footer: _names_along(footer.schema.to_arrow_schema(), self.columns)
+        )
+        for n, field in enumerate(table.schema):
+            if pa.types.is_timestamp(field.type) and field.type.unit == "ns":  # finer than Python's datetime
+                table = table.set_column(n, field.name, table.column(n).cast(pa.string()))
+        return table
+
+    def _columns_of(self, path: bytes, number: int, names: Callable[[pq.FileMetaData], list[str]]) -> pa.Table:
+        """Some columns of a row group, by their names in the file."""
         try:
             footer = _footer(self.files, path)
             with FileView(self.files, path) as file:
-                names = [_chunk_name(footer, self.columns.image)]
                 opened = pq.ParquetFile(file, metadata=footer, page_checksum_verification=True)
-                column = opened.read_row_group(number, names, use_threads=False).column(0)
+                return opened.read_row_group(number, names(footer), use_threads=False)
         except (pa.ArrowException, OSError, IndexError) as error:
             if (isinstance(error, OSError) and error.errno is not None) or isinstance(error, MemoryError):
                 raise
             raise DamagedGroupError(f"row group {number} is damaged ({_first_line(error)})") from None
-        return pc.struct_field(column, "bytes") if pa.types.is_struct(column.type) else column
 
 
 class _Rows:
@@ -226,6 +249,7 @@ class _Rows:
         wanted = [name for name in (columns.label, *by_column) if name is not None and name in schema.names]
         if columns.label is not None and columns.label not in schema.names and part.split != "test":
             raise AlexprepError(f"{self._shown} has no column {columns.label!r}, as other files have: move it away")
+        self._along = _names_along(schema, columns)
         table = self._read(wanted)
         count = self._footer.num_rows
         self.written: list[str] = []  # the labels as they are written, by code, where the schema does not name them
@@ -271,7 +295,7 @@ class _Rows:
         rows = self._of(split)
         if not len(rows):
             return
-        names = self._names()
+        names, metadata = self._names(), b"+" if self._along else b""
         groups = np.searchsorted(self._starts, rows, "right") - 1
         within = rows - self._starts[groups]
         codes = self._labels[rows]
@@ -281,7 +305,7 @@ class _Rows:
             if code == MISSING and account is not None:
                 account.pass_over(NO_LABEL, f"{self._shown}/{as_text(member)}")
             else:
-                yield Input(split, UNLABELLED if code == MISSING else names_by_code[code], location)
+                yield Input(split, UNLABELLED if code == MISSING else names_by_code[code], location, metadata)
 
     def _read(self, columns: Sequence[str]) -> pa.Table:
         """Some columns of the whole file."""
@@ -506,6 +530,25 @@ def _chunk_name(footer: pq.FileMetaData, image: str) -> str:
     return image if chunk is None else str(footer.schema.column(chunk).path)
 
 
+def _names_along(schema: pa.Schema, columns: Columns) -> list[str]:
+    """The columns that go along with the pictures: all but those that are read for something else, of other pictures, and of sound."""
+    used, features = {columns.image, columns.label, columns.split, _PANDAS_INDEX}, _features(schema)
+    return [
+        name
+        for name in schema.names
+        if name not in used
+        and not _holds_pictures(schema.field(name).type, name, features)
+        and not (isinstance(said := features.get(name), dict) and said.get("_type") in _MEDIA)
+    ]
+
+
+def _chunks_along(footer: pq.FileMetaData, columns: Columns) -> list[int]:
+    """The numbers of the leaf columns of `_names_along`."""
+    names = _names_along(footer.schema.to_arrow_schema(), columns)
+    paths = [footer.schema.column(n).path for n in range(len(footer.schema))]
+    return [n for n, path in enumerate(paths) if any(path == name or path.startswith(f"{name}.") for name in names)]
+
+
 def _columns(schema: pa.Schema, choices: Choices, shown: str) -> Columns | None:
     """The columns that are meant; None where none holds pictures."""
     features = _features(schema)
@@ -531,7 +574,6 @@ def _columns(schema: pa.Schema, choices: Choices, shown: str) -> Columns | None:
     if label is None:
         classes = [name for name in schema.names if _class_label(schema, name)]
         label = _one_of(classes, LABEL_FIELDS, "label", "of classes", shown)
-        others += tuple(name for name in classes if name != label)
     if label is None:
         lower = {name.strip().lower(): name for name in reversed(schema.names) if name != image}
         usual = label_name(lower, LABEL_COLUMNS)

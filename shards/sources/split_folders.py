@@ -6,17 +6,29 @@ What the folders mean was decided in `folder_reading`; here it is carried out.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from alexprep.shards.errors import AlexprepError
-from alexprep.shards.sources.base import BESIDE, LIST, NO_CLASS, UNLABELLED, Account, class_name_of
+from alexprep.shards.sources.base import (
+    BESIDE,
+    BESIDE_PICTURE,
+    LIST,
+    NO_CLASS,
+    UNLABELLED,
+    Account,
+    Location,
+    Part,
+    class_name_of,
+    reference_to,
+)
 from alexprep.shards.sources.ground_truth import GroundTruth
 from alexprep.shards.sources.tree import Folder, Tree, rule_of
 from alexprep.shards.storage import as_text
 
 Depth = int | Literal["leaf"]
+_METADATA = (b".json", b".txt")
 
 
 @dataclass(frozen=True)
@@ -44,8 +56,8 @@ class SplitFolder:
 
 def inputs_of(
     reading: Sequence[SplitFolder], tree: Tree, account: Account, shown: str, known: dict[str, bytes] | None = None
-) -> Iterator[tuple[str, str, bytes]]:
-    """(split, class name, path) of every picture, by split, class and path; all else of the tree goes to the account.
+) -> Iterator[tuple[str, str, bytes, list[bytes]]]:
+    """(split, class name, path, paths of its metadata) of every picture, by split, class and path; all else of the tree goes to the account.
 
     `known` are the class folders by name, where other trees have some too.
     """
@@ -53,6 +65,11 @@ def inputs_of(
     known = {} if known is None else known
     account.take(tree.account)
     flat: dict[bytes, SplitFolder] = {}
+    beside = metadata_beside(root)
+
+    def found(split: str, class_name: str, path: bytes) -> tuple[str, str, bytes, list[bytes]]:
+        return split, class_name, path, beside.get(os.path.splitext(path)[0], []) if beside else []
+
     for part in reading:
         top = root.at(part.path)
         if top is None:
@@ -62,17 +79,34 @@ def inputs_of(
         if part.flat:
             flat[top.path] = part
             names = part.truth.sorted(top.pictures) if part.truth else ((UNLABELLED, name) for name in top.pictures)
-            yield from ((part.split, class_name, os.path.join(top.path, name)) for class_name, name in names)
+            yield from (found(part.split, class_name, os.path.join(top.path, name)) for class_name, name in names)
             continue
         for relative, folder in class_folders(part, top):
             class_name = class_name_of(relative, known, shown)
             if part.depth == "leaf":
                 taken.add(folder.path)
-                yield from ((part.split, class_name, os.path.join(folder.path, name)) for name in folder.pictures)
+                yield from (found(part.split, class_name, os.path.join(folder.path, name)) for name in folder.pictures)
             else:
                 taken.update(inner.path for inner in folder.walk())
-                yield from ((part.split, class_name, path) for path in folder.paths())
-    _pass_over_rest(reading, root, taken, flat, account, shown)
+                yield from (found(part.split, class_name, path) for path in folder.paths())
+    _pass_over_rest(reading, root, taken, flat, {path for paths in beside.values() for path in paths}, account, shown)
+
+
+def metadata_beside(root: Folder) -> dict[bytes, list[bytes]]:
+    """The files KEY.json and KEY.txt beside a picture KEY of any ending, by KEY with its folders."""
+    beside: dict[bytes, list[bytes]] = {}
+    for folder in root.walk():
+        papers = [name for name in folder.papers if name.lower().endswith(_METADATA)] if folder.pictures else []
+        keys = {os.path.splitext(name)[0] for name in folder.pictures} if papers else set()
+        for name in papers:
+            if (key := os.path.splitext(name)[0]) in keys:
+                beside.setdefault(os.path.join(folder.path, key), []).append(os.path.join(folder.path, name))
+    return beside
+
+
+def metadata_of(paths: Sequence[bytes], image: Location, where: Callable[[bytes], Location] = Location) -> bytes:
+    """An `Input.metadata` for files beside the image; `where` says where a path lies."""
+    return reference_to((Part(as_text(path).rpartition(".")[2].lower(), where(path)) for path in paths), image)
 
 
 def class_folders(part: SplitFolder, top: Folder) -> list[tuple[bytes, Folder]]:
@@ -105,6 +139,7 @@ def _pass_over_rest(
     root: Folder,
     taken: set[bytes],
     flat: dict[bytes, SplitFolder],
+    metadata: set[bytes],
     account: Account,
     shown: str,
 ) -> None:
@@ -114,7 +149,10 @@ def _pass_over_rest(
         place = f"{shown}/{as_text(folder.path)}" if folder.path else shown
         for name in folder.papers:
             path = f"{place}/{as_text(name)}"
-            account.pass_over(LIST if path in lists else str(rule_of(name)), path)
+            if os.path.join(folder.path, name) in metadata:
+                account.pass_over(BESIDE_PICTURE, path)
+            else:
+                account.pass_over(LIST if path in lists else str(rule_of(name)), path)
         if folder.path in taken or folder.path in flat:
             continue
         inside = any(top in (b"", folder.path) or folder.path.startswith(top + b"/") for top in tops)

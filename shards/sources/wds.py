@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from alexprep.shards.dataset_format import DATASET, DATASET_FORMAT, PLAN, PLAN_FORMAT, recorded_shards
 from alexprep.shards.errors import AlexprepError
+from alexprep.shards.metadata import joined, parsed
 from alexprep.shards.sources.base import (
     BESIDE,
     HIDDEN,
@@ -32,8 +33,11 @@ from alexprep.shards.sources.base import (
     Choices,
     Input,
     Location,
+    Part,
     Source,
     numbered_classes,
+    parts_of,
+    reference_to,
     split_of,
 )
 from alexprep.shards.sources.labels import LABEL_FIELDS, LabelError, check_range, is_number, label_in, label_name
@@ -44,6 +48,7 @@ from alexprep.shards.storage import Entry, Files, as_text
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm", "pbm", "pnm")
 RAW_EXTENSION = "npy"  # of pixels in our own shards; in others' it may be anything
 LABEL_EXTENSIONS = ("cls", "class", "label", "index", "json")  # in this order of preference
+_LABELLED_JSON = "json with the label"  # what a reference to metadata calls a .json that tells the label too
 _MAX_LABEL_BYTES = 2**20
 _USUAL_LABEL_BYTES = 64
 _LOOK = 8  # members that are looked at to recognise a webdataset
@@ -92,6 +97,7 @@ class Webdataset(ArchiveSource):
                 for sample in samples_of(self._counted(path, account)):
                     try:
                         image, label = image_of(sample, images), label_of(sample, read, ours)
+                        metadata = reference_to(_along(sample, image), image)
                         class_name = label if self.names is None else named_label(label, self.names)
                     except BadSampleError as bad:
                         raise AlexprepError(f"{shown}: sample {as_text(sample.key)} {bad}") from None
@@ -99,7 +105,7 @@ class Webdataset(ArchiveSource):
                     if not first:
                         other = next((part for part in sample.parts.values() if part is not image), None)
                         first = f"{shown}/{as_text(other.member)}" if other else ""
-                    yield Input(split, class_name, image)
+                    yield Input(split, class_name, image, metadata)
             if others:
                 account.pass_over(SAMPLE_PART, first, others)
         if self.whole:
@@ -118,6 +124,16 @@ class Webdataset(ArchiveSource):
     def classes(self, present: set[str]) -> list[str]:
         """See `class_names`."""
         return class_names(present, self.names or (), self.files.display())
+
+    def metadata(self, location: Location, reference: bytes) -> dict[str, Any]:
+        """See `Source`; of a .json that tells the label all but the label."""
+        parts = dict(self._part(part) for part in parts_of(reference, location))
+        if _LABELLED_JSON not in parts:
+            return joined(parts.items())
+        values = parsed(parts.pop(_LABELLED_JSON), ".json")
+        name = _label_field(values)
+        rest = {key: value for key, value in values.items() if key != name}
+        return joined([("json", json.dumps(rest).encode()), *parts.items()])
 
     def words(self, present: set[str]) -> dict[str, str]:
         """As our dataset.json has them, or a list beside the shards."""
@@ -266,6 +282,15 @@ class Sample(NamedTuple):
     problem: str = ""
 
 
+def _along(sample: Sample, image: Location) -> Iterator[Part]:
+    """The parts of a sample that go along with its image: those that are not its label."""
+    label = label_part(sample)
+    for extension, location in sample.parts.items():
+        if location is not image and location.offset >= 0 and (extension != label or extension == "json"):
+            # Without the name, by which pixels are told from bytes.
+            yield Part(_LABELLED_JSON if extension == label else extension, location._replace(member=b""))
+
+
 class BadSampleError(Exception):
     """A sample that cannot be used, as without the one image or label that it needs: the message completes "sample KEY …"."""
 
@@ -316,7 +341,7 @@ def label_of(sample: Sample, read: Callable[[int, int], bytes], ours: bool = Fal
     In shards of `alexprep shard` (`ours`) it is `UNLABELLED` for -1. BadSampleError where there is none, or one that makes no
     sense.
     """
-    extension = next((extension for extension in LABEL_EXTENSIONS if extension in sample.parts), None)
+    extension = label_part(sample)
     if extension is None:
         raise BadSampleError(
             f"has no label among {', '.join(sample.parts)}: expected one of {', '.join(LABEL_EXTENSIONS)}"
@@ -339,6 +364,11 @@ def label_of(sample: Sample, read: Callable[[int, int], bytes], ours: bool = Fal
     return label
 
 
+def label_part(sample: Sample) -> str | None:
+    """The extension of the part that tells the label; None where none does."""
+    return next((extension for extension in LABEL_EXTENSIONS if extension in sample.parts), None)
+
+
 def _numbered_or_named(value: Any) -> str:
     """As `label_in`, but a number that is too high is a LabelError."""
     label = label_in(value)
@@ -353,7 +383,7 @@ def _label_in_json(data: bytes) -> Any:
     """The value of the field that holds the label; LabelError where there is none, or no JSON."""
     try:
         document = json.loads(data.decode("utf-8"))
-        name = label_name((key for key, value in document.items() if value is not None), LABEL_FIELDS)
+        name = _label_field(document)
         if name is None:
             raise LabelError(f"expected a field {', '.join(LABEL_FIELDS[:-1])} or {LABEL_FIELDS[-1]}")
         label = document[name]
@@ -362,6 +392,11 @@ def _label_in_json(data: bytes) -> Any:
     except (ValueError, AttributeError, RecursionError):
         raise LabelError(f"expected JSON in UTF-8 with a field such as {LABEL_FIELDS[0]}") from None
     return label
+
+
+def _label_field(document: dict[str, Any]) -> str | None:
+    """The field of a document that holds the label; None for none."""
+    return label_name((key for key, value in document.items() if value is not None), LABEL_FIELDS)
 
 
 def named_label(label: str, names: tuple[str, ...]) -> str:
