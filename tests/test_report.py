@@ -118,7 +118,7 @@ def report(data: Path, run: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     return out
 
 
-def test_numbers_are_those_of_their_sources(report: Path, data: Path, run: Path) -> None:
+def test_numbers_are_those_of_their_sources(report: Path, photos: Path, data: Path, run: Path) -> None:
     page, dataset = Page(report / "report.html"), json.loads((data / "dataset.json").read_text())
     for row in page.table("Splits"):
         split = dataset["splits"][row["split"]]
@@ -128,6 +128,9 @@ def test_numbers_are_those_of_their_sources(report: Path, data: Path, run: Path)
     for row in page.table("Classes: samples"):
         assert row["train"] == str(ledger["label"].count(int(row["label"])))
         assert row["class"] == dataset["classes"][int(row["label"])]
+    (row,) = page.table("Formats of the originals")
+    files = [path.stat().st_size for path in photos.glob("*/*/*.JPEG")]
+    assert (row["files"], row["kB on average"]) == (str(len(files)), f"{np.mean(files) / 1000:,.2f}")
     statistics = read_statistics(data)
     for axis, row in enumerate(page.table("Eigenvalues")):
         assert row["eigenvalue, (0-255)²"] == f"{statistics.eigenvalues[axis]:,.2f}"
@@ -333,3 +336,22 @@ def test_in_a_browser(report: Path, tmp_path: Path) -> None:
             papers.add(browser.evaluate("getComputedStyle(document.body).backgroundColor"))
         assert len(papers) == 2
         assert browser.said == [] and set(browser.asked) == {(report / "report.html").as_uri()}
+
+
+@pytest.mark.usefixtures("cheap_plots")
+def test_classes_are_called_by_their_words(data: Path, run: Path, tmp_path: Path) -> None:
+    """Where dataset.json has any: in full in tables, the first word in pictures' texts."""
+    worded = tmp_path / "worded"
+    shutil.copytree(data, worded)
+    dataset = json.loads((worded / "dataset.json").read_text())
+    dataset["words"] = ["tench, Tinca tinca", "crane", "crane, lift", ""]
+    (worded / "dataset.json").write_text(json.dumps(dataset))
+    moved = tmp_path / "a"
+    shutil.copytree(run, moved)
+    (path,) = moved.glob("eval-*.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"data": str(worded)}))
+    page = Page(write_report(worded, [moved], tmp_path / "out").path)
+    named = ["class0 (tench, Tinca tinca)", "class1 (crane)", "class2 (crane, lift)", "class3"]
+    assert [row["class"] for row in page.table("Classes: samples")] == named
+    assert {row["label"] for row in page.table("Worst predicted images")} == set(named)
+    assert "by class: tench, class1, class2, class3." in page.text
