@@ -124,10 +124,12 @@ def source_options(command: FC) -> FC:
         command = option(command)
 
     @functools.wraps(command)
-    def with_choices(*args: Any, split_folders: Any, class_depth: Any, columns: Any, **kwargs: Any) -> Any:
+    def with_choices(
+        *args: Any, split_folders: Any, class_depth: Any, columns: Any, unlabelled: bool, **kwargs: Any
+    ) -> Any:
         from alexprep.shards.sources.base import Choices
 
-        return command(*args, choices=Choices(split_folders, class_depth, columns), **kwargs)
+        return command(*args, choices=Choices(split_folders, class_depth, columns, unlabelled or None), **kwargs)
 
     return with_choices  # type: ignore[return-value]
 
@@ -148,8 +150,8 @@ class SplitFolders(_Parameter):
             split, _, place = part.partition("=")
             if split not in ("train", "val", "test") or not place:
                 self.fail(f"{part!r} is not train=FOLDER, val=FOLDER or test=FOLDER", param, ctx)
-            if split in dict(found):
-                self.fail(f"{split} is given twice: a split has one folder", param, ctx)
+            if (split, place) in found:
+                self.fail(f"{split}={place} is given twice: name each folder once", param, ctx)
             found.append((split, place))
         return tuple(found)
 
@@ -209,7 +211,7 @@ _SOURCE_OPTIONS = (
         "--split-folders",
         type=SplitFolders(),
         metavar="train=A,val=B|none",
-        help="The folders below SOURCE that are splits; . for SOURCE itself without the others; none: all folders are "
+        help="The folders below SOURCE that are splits, one or more of each; . for SOURCE itself without the others; none: all folders are "
         "classes.  [default: by their names]",
     ),
     click.option(
@@ -226,6 +228,11 @@ _SOURCE_OPTIONS = (
         metavar="image=A,label=B",
         help="Columns of a table by their names: image holds pictures, path names files, label, split.  [default: found by "
         "looking]",
+    ),
+    click.option(
+        "--unlabelled",
+        is_flag=True,
+        help="Take all pictures without labels, whatever lies around them: every label is -1, and shards hold no .cls.",
     ),
     click.option(
         "--class-names",

@@ -101,8 +101,8 @@ def shard(
     """Turn the images under SOURCE into resized webdataset shards.
 
     SOURCE is a folder, a file or a URL: class folders, the ILSVRC archives as downloaded, Kaggle's folders, tars, zips, a
-    webdataset, Parquet with pictures, a list in CSV, Parquet or JSON lines, an image folder with its list, CIFAR, MNIST or
-    NORB (docs/sources.md). Images that cannot be decoded are listed
+    webdataset, Parquet or Arrow with pictures, TFRecord, RecordIO, LMDB, a list in CSV, Parquet or JSON lines, an image folder
+    with its list, CIFAR, MNIST or NORB (docs/sources.md). Images that cannot be decoded are listed
     with their reasons; only too many of them stop the run (--max-rejects). The same command again does only what is missing.
 
     \b

@@ -241,7 +241,7 @@ class Manifest:
             "shard_samples": document["shard_samples"],
             "source": {"layout": document["layout"], "inputs": document["inputs"]},
             **{
-                key: document[key] for key in ("words", "choices", "account") if key in document
+                key: document[key] for key in ("unlabelled", "words", "choices", "account") if key in document
             },  # older plans have none
             "versions": document["versions"],
         }

@@ -144,6 +144,11 @@ class Plan:
         return {**DEFAULTS, **self.document["options"]}
 
     @property
+    def labelled(self) -> bool:
+        """Whether samples have a KEY.cls, if only of -1: not where the source was read without labels."""
+        return not self.document.get("unlabelled")
+
+    @property
     def metadata_names(self) -> frozenset[str] | None:
         """Which metadata go along with the images; None for all."""
         wanted = self.options["metadata"]
@@ -226,6 +231,8 @@ def draw_up(listing: Listing, options: ShardOptions) -> tuple[dict[str, Any], li
         "versions": versions(*_DECIDES_BYTES, *(_ON_A_GPU if options.target.device == "cuda" else ())),
         "account": _account(account, sum(map(len, listing.splits.values())) - total),
     }
+    if not source.labelled():
+        document["unlabelled"] = True
     if along:
         document["metadata"] = listing.metadata
     if listing.class_words:
@@ -377,8 +384,8 @@ def differences(old: Mapping[str, Any], new: dict[str, Any]) -> list[str]:
     ]
     if not words and windows[0] != windows[1]:
         words.append("the groups in which SOURCE has its inputs have other sizes now, which changes the order")
-    for name in ("format_version", "layout", "classes"):
-        if old.get(name) != new[name] and not words:
+    for name in ("format_version", "layout", "classes", "unlabelled"):
+        if old.get(name) != new.get(name) and not words:
             words.append(f"{name} differs")
     return words
 

@@ -365,7 +365,7 @@ def _sidecar_as_it_must_be(found: Sidecar, plan: Plan, shard: Shard, labels: lis
         record = input_record(row, label, width, height, bool(entry.get("kept")), reason, damage)
         along = _metadata_as_it_must_be(plan, entry) if reason is None else b""
         inputs.append(record | _facts_as_they_must_be(entry) | ({"metadata": json.loads(along)} if along else {}))
-        kinds = [(extension, None), ("cls", str(label).encode())] if reason is None else []
+        kinds = [(extension, None), ("cls", str(label).encode())][: 1 + plan.labelled] if reason is None else []
         kinds += [(EXTENSION, along)] if along else []
         for kind, known in kinds:
             member: dict[str, Any] = next(recorded, {})

@@ -288,8 +288,13 @@ def test_what_is_required_is_pinned_within_its_bounds(python: str) -> None:
 
 
 # What cannot be told from the import's first word, or from an import at all.
-DISTRIBUTIONS = {"nvidia.dali": "nvidia-dali-cuda120", "nvidia.nvimgcodec": "nvidia-nvimgcodec-cu12", "tomli": "tomli"}
-UNSEEN = {"tensorboard": "torch.utils.tensorboard imports it"}
+DISTRIBUTIONS = {
+    "nvidia.dali": "nvidia-dali-cuda120",
+    "nvidia.nvimgcodec": "nvidia-nvimgcodec-cu12",
+    "tomli": "tomli",
+    "google": "protobuf",
+}
+UNSEEN = {"tensorboard": "torch.utils.tensorboard imports it", "huggingface-hub": "fsspec imports it for hf://"}
 
 
 def _distributions(paths: list[Path]) -> set[str]:

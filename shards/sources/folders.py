@@ -42,7 +42,7 @@ class ClassFolders(Source):
         if name:
             return None
         tree = read_tree(files)
-        if not any(folder.count for folder in tree.root.folders):
+        if not tree.root.count or not (choices.unlabelled or any(folder.count for folder in tree.root.folders)):
             return None
         reading = read_folders(tree.root, files.display(), _looked_for(files), choices)
         links = tree.account.passed_over.get(FOLDER_LINK)

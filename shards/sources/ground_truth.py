@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from alexprep.shards.errors import AlexprepError
+from alexprep.shards.sources.picture_names import without_ending
 from alexprep.shards.storage import Files, as_text, read_inflated
 from alexprep.shards.tar_format import members, reader_of
 
 _DOWNLOAD = "download it again"
-_IMAGE_EXTENSION = re.compile(rb"\.(jpe?g|png|bmp|gif|webp|tiff?)$", re.IGNORECASE)
 _YEAR = re.compile(rb"(?:^|/)ILSVRC(20\d\d)_")
 _DEVKIT_FOLDER = re.compile(rb"(?:ILSVRC(20\d\d)_)?devkit[\w.-]*")
 _DEVKIT_ARCHIVE = re.compile(rb"(?:ILSVRC(20\d\d)_)?devkit[\w.-]*\.(?:tar|tgz|tar\.gz)")
@@ -84,7 +84,7 @@ def stem(name: bytes) -> bytes:
     >>> stem(b"val/ILSVRC2012_val_00000001.JPEG")
     b'ILSVRC2012_val_00000001'
     """
-    return _IMAGE_EXTENSION.sub(b"", os.path.basename(name))
+    return without_ending(os.path.basename(name))
 
 
 def year_of(names: Iterable[bytes]) -> str:

@@ -5,6 +5,7 @@ What the folders mean was decided in `folder_reading`; here it is carried out.
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -43,6 +44,7 @@ class SplitFolder:
         truth: the classes of a flat split.
         by_last_name: whether a class deeper than 1 is called by its own folder's name alone, which no other has.
         without: folders in it that belong to other splits.
+        unlabelled: whether all pictures in it and below are taken, without a class.
     """
 
     split: str
@@ -52,6 +54,7 @@ class SplitFolder:
     truth: GroundTruth | None = None
     by_last_name: bool = False
     without: tuple[bytes, ...] = ()
+    unlabelled: bool = False
 
 
 def inputs_of(
@@ -66,29 +69,12 @@ def inputs_of(
     account.take(tree.account)
     flat: dict[bytes, SplitFolder] = {}
     beside = metadata_beside(root)
-
-    def found(split: str, class_name: str, path: bytes) -> tuple[str, str, bytes, list[bytes]]:
-        return split, class_name, path, beside.get(os.path.splitext(path)[0], []) if beside else []
-
-    for part in reading:
-        top = root.at(part.path)
-        if top is None:
-            raise AlexprepError(
-                f"{shown}/{as_text(part.path)} has vanished since it was listed: run the same command again"
-            )
-        if part.flat:
-            flat[top.path] = part
-            names = part.truth.sorted(top.pictures) if part.truth else ((UNLABELLED, name) for name in top.pictures)
-            yield from (found(part.split, class_name, os.path.join(top.path, name)) for class_name, name in names)
-            continue
-        for relative, folder in class_folders(part, top):
-            class_name = class_name_of(relative, known, shown)
-            if part.depth == "leaf":
-                taken.add(folder.path)
-                yield from (found(part.split, class_name, os.path.join(folder.path, name)) for name in folder.pictures)
-            else:
-                taken.update(inner.path for inner in folder.walk())
-                yield from (found(part.split, class_name, path) for path in folder.paths())
+    for _, parts in itertools.groupby(reading, lambda part: part.split):
+        several = list(parts)
+        found = (item for part in several for item in _inputs_in(part, root, taken, flat, shown, known))
+        in_order = found if len(several) == 1 else sorted(found, key=lambda item: (item[1].encode(), item[2]))
+        for split, class_name, path in in_order:
+            yield split, class_name, path, beside.get(os.path.splitext(path)[0], []) if beside else []
     _pass_over_rest(reading, root, taken, flat, {path for paths in beside.values() for path in paths}, account, shown)
 
 
@@ -107,6 +93,40 @@ def metadata_beside(root: Folder) -> dict[bytes, list[bytes]]:
 def metadata_of(paths: Sequence[bytes], image: Location, where: Callable[[bytes], Location] = Location) -> bytes:
     """An `Input.metadata` for files beside the image; `where` says where a path lies."""
     return reference_to((Part(as_text(path).rpartition(".")[2].lower(), where(path)) for path in paths), image)
+
+
+def _inputs_in(
+    part: SplitFolder,
+    root: Folder,
+    taken: set[bytes],
+    flat: dict[bytes, SplitFolder],
+    shown: str,
+    known: dict[str, bytes],
+) -> Iterator[tuple[str, str, bytes]]:
+    """Those of one folder of a split; which folders were `taken`, or read as `flat`, is noted."""
+    top = root.at(part.path)
+    if top is None:
+        raise AlexprepError(
+            f"{shown}/{as_text(part.path)} has vanished since it was listed: run the same command again"
+        )
+    if part.unlabelled:
+        inside = top.without(part.without)
+        taken.update(inner.path for inner in inside.walk())
+        yield from ((part.split, UNLABELLED, path) for path in inside.paths())
+        return
+    if part.flat:
+        flat[top.path] = part
+        names = part.truth.sorted(top.pictures) if part.truth else ((UNLABELLED, name) for name in top.pictures)
+        yield from ((part.split, class_name, os.path.join(top.path, name)) for class_name, name in names)
+        return
+    for relative, folder in class_folders(part, top):
+        class_name = class_name_of(relative, known, shown)
+        if part.depth == "leaf":
+            taken.add(folder.path)
+            yield from ((part.split, class_name, os.path.join(folder.path, name)) for name in folder.pictures)
+        else:
+            taken.update(inner.path for inner in folder.walk())
+            yield from ((part.split, class_name, path) for path in folder.paths())
 
 
 def class_folders(part: SplitFolder, top: Folder) -> list[tuple[bytes, Folder]]:
@@ -145,16 +165,17 @@ def _pass_over_rest(
 ) -> None:
     tops = [part.path for part in reading]
     lists = {part.truth.origin for part in reading if part.truth}
+
+    def named(path: bytes) -> str:
+        return f"{shown}/{as_text(path)}"
+
     for folder in root.walk():
-        place = f"{shown}/{as_text(folder.path)}" if folder.path else shown
         for name in folder.papers:
-            path = f"{place}/{as_text(name)}"
-            if os.path.join(folder.path, name) in metadata:
-                account.pass_over(BESIDE_PICTURE, path)
-            else:
-                account.pass_over(LIST if path in lists else str(rule_of(name)), path)
+            path = os.path.join(folder.path, name)
+            rule = LIST if lists and named(path) in lists else str(rule_of(name))
+            account.pass_over(BESIDE_PICTURE if path in metadata else rule, (named, folder.path, name))
         if folder.path in taken or folder.path in flat:
             continue
         inside = any(top in (b"", folder.path) or folder.path.startswith(top + b"/") for top in tops)
         for name in folder.pictures:
-            account.pass_over(NO_CLASS if inside else BESIDE, f"{place}/{as_text(name)}")
+            account.pass_over(NO_CLASS if inside else BESIDE, (named, folder.path, name))

@@ -26,7 +26,7 @@ from alexprep.shards.metadata import MetadataError, parsed
 from alexprep.shards.sources.base import NO_CHOICES, Choices
 from alexprep.shards.sources.foreign_formats import images_inside
 from alexprep.shards.sources.labels import LABEL_COLUMNS, LabelError, label_name, text_of
-from alexprep.shards.sources.tree import is_picture
+from alexprep.shards.sources.picture_names import READ, is_picture
 from alexprep.shards.storage import Files, LocalFiles, as_text, is_url, open_regular, read_inflated
 
 # Column names in lower case; where a table has several of one kind, the first in this order counts. Those of labels: `labels`.
@@ -46,7 +46,7 @@ MAX_LINE_BYTES = 2**20  # paths have at most 4,096, URLs seldom more; an endless
 _MAX_FILE_NAME = 255  # bytes
 _FOLDERS_LOOKED_INTO = 20  # beside a table, for the pictures that its ids may mean
 _LINES_LOOKED_AT = 20  # of a list
-_PICTURE_ENDINGS = (".jpg", ".jpeg", ".JPEG", ".JPG", ".png", ".PNG", ".webp", ".bmp", ".tif", ".tiff")
+_ENDINGS = tuple(f".{each}" for ending in READ for each in (ending, ending.upper()))
 _BATCH = 65_536  # rows
 _HEADS = 64  # of tables that are kept
 _MAX_OTHERS_BYTES = 2**28
@@ -235,7 +235,7 @@ def _picture_meant(files: LocalFiles, cell: str) -> bytes | None:
     if not cell or "\0" in cell or len(cell) > _MAX_FILE_NAME:
         return None
     folders = [b"", *files.folder_names()[:_FOLDERS_LOOKED_INTO]]
-    paths = (os.path.join(folder, f"{cell}{end}".encode()) for folder in folders for end in ("", *_PICTURE_ENDINGS))
+    paths = (os.path.join(folder, f"{cell}{end}".encode()) for folder in folders for end in ("", *_ENDINGS))
     return next((path for path in paths if os.path.isfile(os.path.join(files.root, path))), None)
 
 

@@ -126,7 +126,8 @@ class PackedClassFolders(ArchiveSource):
                 "download it again"
             )
         if len(self.archives) > 1:
-            if any(named is None for named, _ in self.archives):
+            unnamed_all = all(named is None for named, _ in self.archives)
+            if any(named is None for named, _ in self.archives) and not (self.choices.unlabelled and unnamed_all):
                 unnamed = next(path for named, path in self.archives if named is None)
                 raise AlexprepError(
                     f"{self.files.display(unnamed)} names no split, and there are {len(self.archives)} archives: name one as "

@@ -41,11 +41,11 @@ from alexprep.shards.sources.base import (
     split_of,
 )
 from alexprep.shards.sources.labels import LABEL_FIELDS, LabelError, check_range, is_number, label_in, label_name
+from alexprep.shards.sources.picture_names import READ
 from alexprep.shards.sources.tars import ArchiveSource, is_hidden, packed_files
 from alexprep.shards.sources.tree import pass_over_rest
 from alexprep.shards.storage import Entry, Files, as_text
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm", "pbm", "pnm")
 RAW_EXTENSION = "npy"  # of pixels in our own shards; in others' it may be anything
 LABEL_EXTENSIONS = ("cls", "class", "label", "index", "json")  # in this order of preference
 _LABELLED_JSON = "json with the label"  # what a reference to metadata calls a .json that tells the label too
@@ -61,10 +61,12 @@ class Webdataset(ArchiveSource):
     Attributes:
         shards: (split, file), in ascending order.
         names: the class names by label, where the dataset.json of `alexprep shard` tells them.
+        unlabelled: whether no label is read, as the user or that dataset.json says.
     """
 
     shards: tuple[tuple[str, bytes], ...] = ()
     names: tuple[str, ...] | None = None
+    unlabelled: bool = False
     layout = "webdataset"
     expects = "tars of KEY.jpg and KEY.cls, in SOURCE or in SOURCE/train and SOURCE/val"
 
@@ -80,23 +82,27 @@ class Webdataset(ArchiveSource):
         if not found or not all(path.endswith(b".tar") for _, path in found):
             return None
         try:
-            if not _is_webdataset(files, found[0][1]):
+            names = None if name else recorded_classes(files)
+            if names is None and not _is_webdataset(files, found[0][1], choices):
                 return None
         except FileNotFoundError:
             raise AlexprepError(f"SOURCE {files.display(found[0][1])} does not exist") from None
-        return cls(files, tuple(sorted(found)), None if name else recorded_classes(files), whole=not name)
+        unlabelled = bool(choices.unlabelled) or (names is not None and _recorded_unlabelled(files))
+        choices = Choices(unlabelled=choices.unlabelled)
+        return cls(files, tuple(sorted(found)), names, unlabelled, choices=choices, whole=not name)
 
     def inputs(self, account: Account) -> Iterator[Input]:
         """Every sample in the order of the shards."""
         ours = self.names is not None
-        images = (*IMAGE_EXTENSIONS, RAW_EXTENSION) if ours else IMAGE_EXTENSIONS
+        images = (*READ, RAW_EXTENSION) if ours else READ
         for split, path in self.shards:
             others, first = 0, ""  # of a shard's members that are no image
             shown = self.files.display(path)
             with self.files.reading(path) as read:
                 for sample in samples_of(self._counted(path, account)):
                     try:
-                        image, label = image_of(sample, images), label_of(sample, read, ours)
+                        image = image_of(sample, images)
+                        label = UNLABELLED if self.unlabelled else label_of(sample, read, ours)
                         metadata = reference_to(_along(sample, image), image)
                         class_name = label if self.names is None else named_label(label, self.names)
                     except BadSampleError as bad:
@@ -123,7 +129,13 @@ class Webdataset(ArchiveSource):
 
     def classes(self, present: set[str]) -> list[str]:
         """See `class_names`."""
+        if self.unlabelled:
+            return []
         return class_names(present, self.names or (), self.files.display())
+
+    def labelled(self) -> bool:
+        """See `Source`."""
+        return not self.unlabelled
 
     def metadata(self, location: Location, reference: bytes) -> dict[str, Any]:
         """See `Source`; of a .json that tells the label all but the label."""
@@ -176,6 +188,12 @@ def recorded_classes(files: Files) -> tuple[str, ...] | None:
         if not all(isinstance(name, str) for name in classes):
             raise ValueError("a class name is no text")
         return classes
+
+
+def _recorded_unlabelled(files: Files) -> bool:
+    """Whether our dataset.json in the root says that its samples have no labels."""
+    with _our_document(files, DATASET, DATASET_FORMAT) as dataset:
+        return bool(dataset and dataset.get("unlabelled"))
 
 
 def _check_complete(files: Files, tars: list[bytes]) -> None:
@@ -234,8 +252,8 @@ def shards_below(files: Files) -> Iterator[tuple[str | None, bytes]]:
             )
 
 
-def _is_webdataset(files: Files, path: bytes) -> bool:
-    """Whether the first members form a sample."""
+def _is_webdataset(files: Files, path: bytes, choices: Choices) -> bool:
+    """Whether the first members form a sample: a picture with its label, or with anything else where no label is wanted."""
     parts: dict[bytes, set[str]] = {}
     try:
         for location in itertools.islice(packed_files(files, path), _LOOK):
@@ -244,7 +262,8 @@ def _is_webdataset(files: Files, path: bytes) -> bool:
     except AlexprepError:
         if not parts:  # a damaged first header: whatever reads it will say so
             return False
-    return any(found & set(LABEL_EXTENSIONS) and len(found) > 1 for found in parts.values())
+    wanted = set(READ if choices.unlabelled else LABEL_EXTENSIONS)
+    return any(found & wanted and len(found) > 1 for found in parts.values())
 
 
 def braces(pattern: bytes) -> list[bytes]:
@@ -321,7 +340,7 @@ def split_name(name: bytes) -> tuple[bytes, str]:
     return folder + slash + first, as_text(rest).lower()
 
 
-def image_of(sample: Sample, extensions: Container[str] = IMAGE_EXTENSIONS) -> Location:
+def image_of(sample: Sample, extensions: Container[str] = READ) -> Location:
     """The one image of a sample, by its extension in lower case; BadSampleError where it has none, or several."""
     if sample.problem:
         raise BadSampleError(sample.problem)
