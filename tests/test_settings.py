@@ -174,6 +174,11 @@ def test_a_later_setting_takes_the_place_of_earlier_ones() -> None:
     }
 
 
+def test_what_a_damaged_run_says_is_refused() -> None:
+    with pytest.raises(AlexprepError, match=r"3 is not FIELD=VALUE"):
+        by_field([3])  # type: ignore[list-item]
+
+
 def test_settings_that_are_options_are_these(tmp_path: Path) -> None:
     said = TrainConfig(
         tmp_path, settings=("lr=0.5", "epochs=3", "warmup=1", "schedule=cosine", "clip=1", "schedule.final=0.1")

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from tests.support.warm_processes import WarmPopen, cold
+from tests.support.warm_processes import POSSIBLE, WarmPopen, cold
 
-pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="there, all processes start as ever")
+pytestmark = pytest.mark.skipif(not POSSIBLE, reason="here, all processes begin cold")
 FIRST = "import json, os, signal, sys\n"
 SEEN = """
 masked = sorted(signal.pthread_sigmask(signal.SIG_BLOCK, []))

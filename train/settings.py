@@ -85,7 +85,7 @@ def by_field(settings: Iterable[str]) -> dict[str, str]:
     """
     found: dict[str, str] = {}
     for text in settings:
-        parts = SETTING.fullmatch(text)
+        parts = SETTING.fullmatch(text) if isinstance(text, str) else None  # a run's config.json may hold anything
         if parts is None:
             raise AlexprepError(f"{SET} {text!r} is not FIELD=VALUE, such as lr=0.02 or network.pool=2")
         name = parts["field"]
