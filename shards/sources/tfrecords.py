@@ -32,7 +32,7 @@ from alexprep.shards.sources.base import (
 )
 from alexprep.shards.sources.foreign_formats import is_tfrecord
 from alexprep.shards.sources.labels import LabelError, check_range, is_number, label_in
-from alexprep.shards.sources.numbered_files import check_complete, files_below, split_of_file
+from alexprep.shards.sources.numbered_files import check_complete, files_below, lies_around, split_of_file
 from alexprep.shards.sources.tree import pass_over_rest
 from alexprep.shards.storage import Files, as_text
 
@@ -181,10 +181,7 @@ class TFRecords(Source):
 
     def covers(self, target: str) -> bool:
         """Whether one of the files lies in the folder `target`."""
-        below = self.files.below(target) if self.whole else None
-        return below is not None and any(
-            path.startswith(b"".join(name + b"/" for name in below)) for _, path in self.parts
-        )
+        return self.whole and lies_around(self.files, [path for _, path in self.parts], target)
 
 
 def _as_in_folders(item: Input) -> tuple[bytes, bytes, Location]:
