@@ -62,6 +62,14 @@ def folder(value: str) -> Path:
     return found
 
 
+picture_option = click.option(
+    "--picture",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE.png",
+    help="Write a contact sheet too: a row a photo, at most 100.",
+)
+
+
 def check_picture(picture: Path) -> None:
     """Refuses a picture's file that could not be written in the end, before minutes of work."""
     if picture.suffix.lower() != ".png":
@@ -304,7 +312,11 @@ _COMPUTING_OPTIONS = (
 )
 
 views_option = click.option(
-    "--views", type=click.Choice(["centre", "ten"]), default="centre", show_default=True, help="Crops an image."
+    "--views",
+    type=click.Choice(["centre", "two", "ten"]),
+    default="centre",
+    show_default=True,
+    help="Crops an image: the centre; that and its reflection; corners and centre, and theirs.",
 )
 
 on_bad_option = click.option(

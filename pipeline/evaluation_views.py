@@ -88,7 +88,7 @@ class ViewMaker:
         self._runner = PipelineRunner(dataset, self._graph, "error")
 
     def __call__(self, encoded: Sequence[bytes]) -> torch.Tensor:
-        """The views of at least one image and at most `batch_size`: (N, 3, H, W), or (N, 10, 3, H, W), as `Batch.images` is.
+        """The views of at least one image and at most `batch_size`: (N, 3, H, W), or (N, views, 3, H, W), as `Batch.images` is.
 
         Raises AlexprepError for an image that cannot be decoded.
         """

@@ -25,7 +25,7 @@ from PIL import Image
 
 from alexprep.pipeline.augmentation import Augmentation, Draws, augmentation_named, centred, draw
 from alexprep.pipeline.batch import Batch, mixed_batch
-from alexprep.pipeline.dali_graph import Graph, Views, check_hooks
+from alexprep.pipeline.dali_graph import REFLECTED, Graph, Views, check_hooks
 from alexprep.pipeline.dali_ops import Dtype, MemoryFormat
 from alexprep.pipeline.dataset import Dataset, OnBad, Source, open_dataset, statistics_for
 from alexprep.pipeline.device import choose_device, moved
@@ -87,8 +87,8 @@ class Loader:
             split: "train", "val" or "test".
             batch_size: samples a step over all ranks.
             augmentation: what is done to the images, or the name of a preset: "paper", "2012-code", "resized", "none".
-            views: "random" draws crop, mirror, noise and all else; "centre" gives the centre crop, "ten" the paper's ten test views,
-                both without chance.
+            views: "random" draws crop, mirror, noise and all else; "centre" gives the centre crop, "two" that and its reflection,
+                "ten" the paper's ten test views, all without chance.
             order: "shuffle", a new global permutation each epoch; "blocks", for slow disks and remote stores, permutes the shards
                 and then the samples of `block_shards` shards at a time; "sequential", as stored.
             block_shards: see `order`.
@@ -167,7 +167,7 @@ class Loader:
     def __iter__(self) -> Iterator[Batch]:
         """The batches from the present step to the end of the epoch; where pairs are mixed, each is a `MixedBatch`.
 
-        An evaluation (views "centre" and "ten") begins anew where the last one was left early, unless its state was loaded.
+        An evaluation (views "centre", "two" and "ten") begins anew where the last one was left early, unless its state was loaded.
         """
         if self._graph.views != "random" and self.step and not self._loaded:
             self._abandon()
@@ -476,7 +476,8 @@ class PipelineRunner:
             side = graph.augmentation.crop
             height, width = (side, side) if side else self.sizes_N2[0].tolist()
             shape = (3, height, width) if graph.memory_format == "NCHW" else (height, width, 3)
-            images = self._empty((0, 10, *shape) if graph.views == "ten" else (0, *shape))
+            windows = REFLECTED.get(graph.views, ())
+            images = self._empty((0, 2 * len(windows), *shape) if windows else (0, *shape))
         elif self._device.type == "cuda":
             images = self._on_gpu()
         else:

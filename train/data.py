@@ -24,7 +24,7 @@ class LoadedBatch(Protocol):
 
     @property
     def images(self) -> torch.Tensor:
-        """Float32 (N, C, H, W), or (N, 10, C, H, W) for ten views."""
+        """Float32 (N, C, H, W), or (N, views, C, H, W) for several views of each."""
 
     @property
     def labels(self) -> torch.Tensor:
@@ -91,7 +91,7 @@ OpenLoader = Callable[..., BatchSource]  # opens a split with the arguments of `
 class Examples(NamedTuple):
     """A batch in the form that a network takes."""
 
-    images: torch.Tensor  # float32 (N, C, H, W), or (N, 10, C, H, W) for ten views
+    images: torch.Tensor  # float32 (N, C, H, W), or (N, views, C, H, W) for several views of each
     labels: torch.Tensor  # int64 (N,)
 
     @property

@@ -12,7 +12,7 @@ import os
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -44,14 +44,14 @@ _HERE = InProcessEngine()
 class EvaluationTransform:
     """Makes of pictures what a network is shown in an evaluation. To be closed, or used as a context manager.
 
-    Called with one picture, it gives float32 (3, H, W), or (10, 3, H, W) of ten views; with a list of them, one more dimension in front. A
+    Called with one picture, it gives float32 (3, H, W), or (2, 3, H, W) and (10, 3, H, W) of two and ten views; with a list of them, one more dimension in front. A
     picture is an encoded one by its path, URL or bytes; pixels, uint8 (H, W, 3) RGB or (H, W) grey; or one of Pillow's, which is taken as
     its `convert("RGB")`. It works in forked and spawned processes too, such as a DataLoader's.
 
     Attributes:
         target: the form of the dataset's images; None of other people's tars, whose images are taken as they are.
         augmentation: of the recipe, whose crop, mean and deviation count here.
-        views: "centre" or "ten".
+        views: "centre", "two" or "ten".
         statistics: of the training, where the augmentation needs them.
         batch_size: pictures that are worked on at a time.
         device: where the result lies.
@@ -175,7 +175,7 @@ class Opened:
     """A run's network with what an evaluation shows it."""
 
     net: Net
-    classes: list[str]
+    dataset: dict[str, Any]  # what dataset.json says
     transform: EvaluationTransform
     data: Path  # the dataset's folder
     notes: list[str]  # a sentence for each thing that is not as it was in the training
@@ -194,7 +194,7 @@ def load(
 
     Args:
         run: the run's folder, for its newest valid checkpoint; or FOLDER@STEP, FOLDER@best.
-        views: "centre", or "ten" of the paper, whose softmax outputs are to be averaged.
+        views: "centre", "two" with its reflection, or "ten" of the paper, whose softmax outputs are to be averaged.
         device: "cpu" or "cuda"; None for the GPU if there is one.
         data: the dataset's folder, where it is no longer where it was.
         recipe: the user's own recipe file, of a run that has one.
@@ -212,7 +212,7 @@ def load(
         recipe=recipe,
         model=model,
     )
-    return Loaded(opened.net.network, opened.classes, opened.transform)
+    return Loaded(opened.net.network, opened.dataset["classes"], opened.transform)
 
 
 def open_run_of(
@@ -227,7 +227,7 @@ def open_run_of(
     model: str | None = None,
 ) -> Opened:
     """Reads a checkpoint and what its run's dataset says; `batch_size` is in crops, for the other arguments see `load`."""
-    one_of("views", views, ("centre", "ten"))
+    one_of("views", views, get_args(EvaluationViews))
     whole_number("batch_size", batch_size, 1, 65_536)
     where = choose_device(device)
     net = open_net(place, where, recipe, model)
@@ -249,7 +249,7 @@ def open_run_of(
         where,
         replace(tuning, threads=threads) if threads is not None else tuning,
     )
-    return Opened(net, dataset["classes"], transform, folder, notes)
+    return Opened(net, dataset, transform, folder, notes)
 
 
 def _as_png(pixels: NDArray[np.uint8]) -> bytes:

@@ -127,7 +127,8 @@ def open_run(config: TrainConfig, open_loader: OpenLoader | None, world: World |
         if world.leads and config.tensorboard:
             board = enter(contextlib.closing(Board(job.run / run_dir.TENSORBOARD, step)))
         log = job.run / run_dir.LOG if world.leads else None
-        meter = enter(Meter(log, step=step, total_steps=last_step, epoch=state.position.epoch, board=board))
+        epoch, epochs = state.position.epoch, job.epochs
+        meter = enter(Meter(log, step=step, total_steps=last_step, epoch=epoch, epochs=epochs, board=board))
         if world.leads and config.resume:
             change = {"step": step, "changes": job.changes} if job.changes else {}
             recipe = {name: job.identity["recipe"][name] for name in ("lr", "schedule")}
@@ -245,7 +246,7 @@ class Run:
         if self.validation is None:
             return
         split, parallel = self.job.facts.evaluation_split, self.state.parallel
-        self.meter.say(f"evaluating on {self.validation.samples} images of {split}")
+        self.meter.evaluating(self.validation.samples, str(split))
         with span("evaluate"), contextlib.suppress(Stopped), self.state.averaged():
             batches = until_stopped(parallel, self.validation, self.stop)
             self.val = {"split": split} | validate(parallel.network, batches, self.job.computing.precision)
@@ -386,9 +387,9 @@ def _opening_words(job: Job, state: TrainingState, loader: BatchSource, last_ste
     if world.size > 1:
         where = f"{world.size} ranks ({state.parallel.scheme}), {world.device.type}"
     compiled = ", compiled" if job.computing.compile else ""
-    images = f"{loader.samples} images in {job.facts.classes} classes"
+    images = f"{loader.samples:,} images in {job.facts.classes} classes"
     steps = f"{len(loader)} steps of {job.recipe.batch_size} an epoch, from step {state.position.step} to at most {last_step}"
-    lines = [f"{job.run}: {job.recipe.name} on {where} in {job.computing.precision}{compiled}, {images}, {steps}"]
+    lines = [f"{job.run}: {job.recipe.name} on {where} in {job.computing.precision}{compiled}", f"{images}, {steps}"]
     if job.facts.evaluation_split is None:
         lines.append(
             "there is no val or test split with labels: no validation error is measured, the schedule looks at the training error"
