@@ -53,7 +53,8 @@ def pca_stats(data: Path, split: str, engine: Engine, as_json: bool) -> None:
             ("colour noise along the axes, σ = 0.1, grey levels:", ""),
             ("  α λ, the paper (train's default)", numbers(eigenvalue)),
             ("  α √λ, the 2012 code", numbers(stdev)),
-            ("written to", f"{data / STATISTICS}, {data / MEAN_PICTURE}"),
+            ("mean image", "none: images have different sizes" if found.mean_HWC is None else str(data / MEAN_PICTURE)),
+            ("written to", str(data / STATISTICS)),
         ],
     )
     output.json_line(

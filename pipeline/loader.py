@@ -450,8 +450,7 @@ class PipelineRunner:
     def _outputs(self, step: Step) -> torch.Tensor:
         graph = self._graph
         if not len(step.rows):
-            side = graph.augmentation.crop
-            height, width = (side, side) if side else self._sizes[0].tolist()
+            height, width = graph.augmentation.view or self._sizes[0].tolist()
             shape = (3, height, width) if graph.memory_format == "NCHW" else (height, width, 3)
             images = self._empty((0, 10, *shape) if graph.views == "ten" else (0, *shape))
         elif self._device.type == "cuda":

@@ -11,6 +11,7 @@ import errno
 import functools
 import hashlib
 import itertools
+import math
 import os
 import re
 import secrets
@@ -332,8 +333,9 @@ def check_space(
         return  # a store has no free space to ask for
     inputs = sum(table.rows(shard.group) for shard in missing)
     free = shutil.disk_usage(plan.folder).free
-    side = plan.options["size"]
-    if inputs * (3 * side * side + 4096) < free:  # no encoding is larger than the pixels; metadata in kept bytes may be
+    size = plan.target.common_size
+    # No encoding is larger than the pixels; metadata in kept bytes may be.
+    if size is not None and inputs * (3 * math.prod(size) + 4096) < free:
         return
     needed = predict(source, make, missing, table, engine)
     if needed > free:

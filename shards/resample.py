@@ -5,7 +5,7 @@ Each filter is a matrix of weights per axis, rounded to integers: 15 fractional 
 2**24 and so exact in float32: the pixels do not depend on the BLAS, on the order of summation, on the machine, or on
 whether a CPU or a GPU multiplies. Rounding the weights moves a pixel by less than a quarter of a grey level.
 
-Which part of an image becomes the square is decided in `alexprep.shards.image_codec.to_square`; the same products on a GPU are in
+Which part of an image is kept, and how large it becomes, is decided in `alexprep.shards.image_codec.Target`; the same products on a GPU are in
 `alexprep.shards.image_codec_cuda`.
 """
 
@@ -54,8 +54,26 @@ class Resize:
     name: str
 
     @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of what comes out, pixels."""
+        return self.vertical.count, self.horizontal.count
+
+    @property
+    def only_cuts(self) -> bool:
+        """Whether what comes out are pixels of the source as they are."""
+        return all(axis.source == axis.target for axis in (self.vertical, self.horizontal))
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether the whole source comes out as it is."""
+        return self.only_cuts and self.size == (self.vertical.source, self.horizontal.source)
+
+    @property
     def region(self) -> tuple[int, int, int, int]:
         """(top, left, bottom, right): the half-open box of source pixels that must be decoded."""
+        if self.only_cuts:
+            top, left = self.vertical.offset, self.horizontal.offset
+            return top, left, top + self.vertical.count, left + self.horizontal.count
         down, along = self._bands()
         return down.low, along.low, down.high, along.high
 
@@ -67,6 +85,8 @@ class Resize:
 
     def __call__(self, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """From the box `region` of the source, C-contiguous uint8 (rows, columns, 3), to (vertical.count, horizontal.count, 3)."""
+        if self.only_cuts:
+            return pixels
         (down, along), count = self._bands(), self.vertical.count
         blocks = _rows(_columns(pixels.reshape(len(pixels), -1), down, along), count, along)
         np.rint(blocks, out=blocks)

@@ -32,6 +32,7 @@ from alexprep.shards.manifest import (
     read_sidecar,
     rejects_in,
     sidecar_of,
+    stored_record,
 )
 from alexprep.shards.plan import MachineCheck, Plan, Shard, locations, shared_table
 from alexprep.shards.sources.base import Location, Source
@@ -109,7 +110,7 @@ class ShardWriter:
         before = sidecar_path.read_bytes() if sidecar_path.exists() else b""
         with contextlib.suppress(_EmptyError), published(tar_path) as file:
             tar = TarWriter(file)
-            records = [_added(tar, planned, result, FORMATS[self.target.format]) for planned, result in inputs]
+            records = [_added(tar, planned, result, self.target) for planned, result in inputs]
             sha256 = tar.close()
             if recorded is not None and recorded != (sha256 if tar.members else ""):
                 raise AlexprepError(
@@ -145,14 +146,15 @@ class _EmptyError(Exception):
     """Keeps a tar without members from being published."""
 
 
-def _added(tar: TarWriter, planned: PlannedInput, result: Converted | Refused, extension: str) -> dict[str, Any]:
+def _added(tar: TarWriter, planned: PlannedInput, result: Converted | Refused, target: Target) -> dict[str, Any]:
     """What the sidecar says of an input; its image and label are put into the tar, unless it is refused."""
     row, label, width, height = planned.row, planned.label, result.width, result.height
     if isinstance(result, Refused):
         return input_record(row, label, width, height, kept=False, reason=result.reason)
-    tar.add(f"{sample_key(row)}.{extension}", result.data)
+    tar.add(f"{sample_key(row)}.{FORMATS[target.format]}", result.data)
     tar.add(f"{sample_key(row)}.cls", str(label).encode())
-    return input_record(row, label, width, height, result.kept, reason=None, damage=result.damage)
+    record = input_record(row, label, width, height, result.kept, reason=None, damage=result.damage)
+    return record | stored_record(target, result.size)
 
 
 def _converted(

@@ -24,6 +24,7 @@ from alexprep.shards.image_header import Refused
 from alexprep.shards.photos import Photo, convert_photos, find_photos, target_of
 from alexprep.shards.rgb_statistics import read_statistics
 from alexprep.shards.worker_pool import Engine
+from alexprep.train.data import stored_sides
 from alexprep.train.evaluation import Scores, mean_of, tuning_of
 from alexprep.train.metrics import TOP
 from alexprep.train.precision import Precision, check_precision, float32_kernels, memory
@@ -82,7 +83,7 @@ class Classifier:
         self.classes: list[str] = dataset["classes"]
         self.data, self.views, self.device = folder, views, where
         self.target = target_of(dataset)
-        self.net.recipe.check_size(self.target.size)
+        self.net.recipe.check_sides(*stored_sides(folder, dataset))
         self.precision: Precision = precision
         augmentation = self.net.recipe.augmentation
         mean_from = mean_of(self.net, dataset, self.notes) or folder
@@ -91,7 +92,7 @@ class Classifier:
         self._maker = ViewMaker(
             augmentation,
             views,
-            size=self.target.size,
+            size=self.target.common_size,
             raw=self.target.format == "raw",
             batch_size=self.batch,
             statistics=read_statistics(mean_from) if augmentation.needs_statistics else None,
@@ -167,8 +168,9 @@ class Classifier:
         waiting: list[tuple[int, bytes]] = []
         with contextlib.closing(convert_photos(listed, self.target, engine)) as converted:  # type: ignore[type-var]
             for number, _, result in converted:
-                if isinstance(result, Refused):
-                    refused[number] = result.reason
+                reason = result.reason if isinstance(result, Refused) else self._maker.too_small(*result.size)
+                if isinstance(result, Refused) or reason is not None:
+                    refused[number] = str(reason)
                     continue
                 waiting.append((number, result.data))
                 if len(waiting) == self.batch:

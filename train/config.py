@@ -281,7 +281,7 @@ def prepare(
     recipe = _scheduled(recipe, config, began, earlier or {}, changes)
     if config.hook is not None:
         recipe = hooked(recipe, config.hook, config.hook_after or "augment")
-    recipe.check_size(facts.size)
+    recipe.check_sides(*facts.sides)
     computing = arithmetic(device, config.precision, config.channels_last, config.compile)
     if computing.precision == "fp16" and device.type == "cpu":
         notes += ["fp16 on a CPU: gradients of convolutions take hundreds of times as long as in bf16"]
@@ -295,7 +295,9 @@ def prepare(
         identity |= {"recipe": recipe.describe(), "layers": made}
         notes += said
     if run is None and recipe.augmentation.needs_statistics and check_statistics:
-        rgb_statistics.read_statistics(data, facts.digest)
+        statistics = rgb_statistics.read_statistics(data, facts.digest)
+        if recipe.augmentation.windowed_mean:
+            statistics.mean_image()  # refused where there is none
     if config.init_layers is not None and config.init_from is None:
         raise AlexprepError(
             f"--init-layers {config.init_layers} says which layers of another run: name it with --init-from"

@@ -10,10 +10,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 
 from alexprep.shards.dataset_format import INDEX, read_dataset, read_index
 from alexprep.shards.errors import AlexprepError
+from alexprep.shards.plan import target_in
 
 EVALUATION_SPLITS = ("val", "test")  # the first that has samples with labels is evaluated on
 
@@ -126,7 +128,7 @@ class DataFacts(NamedTuple):
 
     digest: str
     classes: int
-    size: int  # side of the stored images, pixels
+    sides: tuple[int, int]  # the shortest and the longest of the stored images' shorter sides, pixels
     evaluation_split: str | None  # with samples and labels
     unlabelled: list[str]  # splits that would have come first, but have no labels
 
@@ -140,7 +142,17 @@ def data_facts(data: Path) -> DataFacts:
     filled = [split for split in EVALUATION_SPLITS if dataset["splits"].get(split, {}).get("samples")]
     split = next((split for split in filled if _has_labels(data, split)), None)
     unlabelled = filled[: filled.index(split)] if split else filled
-    return DataFacts(dataset["digest"], classes, int(dataset["image"]["size"]), split, unlabelled)
+    return DataFacts(dataset["digest"], classes, stored_sides(data, dataset), split, unlabelled)
+
+
+def stored_sides(data: Path, dataset: dict[str, Any]) -> tuple[int, int]:
+    """The shortest and the longest of the stored images' shorter sides, pixels, over all splits."""
+    size = target_in(dataset["image"]).common_size
+    if size is not None:
+        return min(size), min(size)
+    filled = [split for split, record in dataset["splits"].items() if record["samples"]]
+    shorter = [np.minimum(index["height"], index["width"]) for index in (read_index(data, split) for split in filled)]
+    return min(int(sides.min()) for sides in shorter), max(int(sides.max()) for sides in shorter)
 
 
 def _has_labels(data: Path, split: str) -> bool:

@@ -31,6 +31,7 @@ from alexprep.pipeline.loader_settings import Tuning, tuning_for
 from alexprep.shards.dataset_format import LEDGER, read_dataset, sample_key
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.listing import ILSVRC_ID
+from alexprep.shards.plan import target_in
 from alexprep.shards.storage import digest_json, publish_json
 from alexprep.train.config import DECODING
 from alexprep.train.data import data_facts
@@ -129,7 +130,7 @@ def evaluate(
     facts, dataset = data_facts(data), read_dataset(data)
     notes = [note for net in nets if (note := check_classes(net, data, dataset))]
     for net in nets:
-        net.recipe.check_size(facts.size)
+        net.recipe.check_sides(*facts.sides)
     split = split or facts.evaluation_split or next(iter(facts.unlabelled), None)
     if split is None:
         raise AlexprepError(f"{data} has no val or test split: name another with --split")
@@ -273,7 +274,7 @@ def mean_of(net: Net, dataset: dict[str, Any], notes: list[str]) -> Path | None:
     if net.data_digest == dataset["digest"] or not net.recipe.augmentation.needs_statistics:
         return None
     trained = net.training_data()
-    if trained is not None and trained["image"]["size"] == dataset["image"]["size"]:
+    if trained is not None and target_in(trained["image"]).common_size == target_in(dataset["image"]).common_size:
         return net.data
     notes.append(f"{net.name} is shown the images less their own mean: that of its training data cannot be had")
     return None
