@@ -106,6 +106,14 @@ class Hook:
         return {"function": self.name, "after": self.after, "numbers": self.numbers}
 
 
+def _check_crop(crop: Any) -> None:
+    """Refuses what is neither None, nor a side, nor height and width."""
+    if isinstance(crop, list) or (isinstance(crop, tuple) and len(crop) != 2):
+        raise AlexprepError(f"crop {crop!r} is neither the side of a square nor (height, width), pixels")
+    for side in () if crop is None else crop if isinstance(crop, tuple) else (crop,):
+        whole_number("crop", side, 1, 65535)
+
+
 @dataclass(frozen=True)
 class Augmentation:
     """What is done to a training image, in this order; the defaults are the paper's.
@@ -485,14 +493,6 @@ def channel_stdevs(statistics: Statistics | None, augmentation: Augmentation) ->
 
 def _rgb(chosen: str | RGB, named: Mapping[str, RGB], usual: float) -> NDArray[np.float64]:
     return np.array(named.get(chosen, (usual,) * 3) if isinstance(chosen, str) else chosen, np.float64)
-
-
-def _check_crop(crop: Any) -> None:
-    """Refuses what is neither None, nor a side, nor height and width."""
-    if isinstance(crop, list) or (isinstance(crop, tuple) and len(crop) != 2):
-        raise AlexprepError(f"crop {crop!r} is neither the side of a square nor (height, width), pixels")
-    for side in () if crop is None else crop if isinstance(crop, tuple) else (crop,):
-        whole_number("crop", side, 1, 65535)
 
 
 def _check_rgb(name: str, values: Any, choices: tuple[str, ...], least: float) -> None:

@@ -106,6 +106,10 @@ def test_a_released_default_never_changes() -> None:
         "limit": None,
         "class_names": None,
         "on_damaged": None,
+        "fit": None,
+        "only_shrink": None,
+        "lossless": None,
+        "webp_method": None,
     }
     assert ShardOptions().shard_samples is None
 
