@@ -43,7 +43,7 @@ class Box(_Parameter):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """An int, or two."""
-        found = re.fullmatch(r"([0-9]{1,9})(?:[xX×]([0-9]{1,9}))?", str(value))
+        found = re.fullmatch(r"(-?[0-9]{1,9})(?:[xX×](-?[0-9]{1,9}))?", str(value))
         if found is None:
             self.fail(f"{value} is neither a side, such as 256, nor width and height, such as 320x240", param, ctx)
         width, height = found.groups()
