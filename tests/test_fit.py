@@ -292,7 +292,9 @@ def test_large_images_are_added_in_parts(seed: int, monkeypatch: pytest.MonkeyPa
 
 def test_a_mean_image_may_be_oblong(oblong: Path) -> None:
     found = rgb_statistics.read_statistics(oblong)
-    exact = np.stack([Codec(Target()).decode(Samples(oblong, "train").encoded(row).tobytes()) for row in range(48)])
+    samples, codec = Samples(oblong, "train"), Codec(Target())
+    decoded = (codec.decode(samples.encoded(row).tobytes()) for row in range(48))
+    exact = np.stack([pixels for pixels in decoded if pixels is not None])
     np.testing.assert_allclose(found.mean_image(), exact.mean(axis=0), rtol=1e-12)
     assert json.loads((oblong / "stats/stats.json").read_bytes())["size"] == [28, 40]
     assert verify(oblong, _engine()).problems == []
@@ -301,11 +303,15 @@ def test_a_mean_image_may_be_oblong(oblong: Path) -> None:
 # The loader.
 
 
-def _check_batches(data: Path, augmentation: Augmentation, rounding: float, memory_format: Any = "NCHW") -> None:
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+def _check_batches(data: Path, augmentation: Augmentation, rounding: float, memory_format: Any, device: str) -> None:
     """All batches of an epoch are the numpy definition's, each window drawn within the sample's own height and width."""
     samples = Samples(data, "train")
     found = rgb_statistics.read_statistics(data) if augmentation.needs_statistics else None
-    with Loader(data, batch_size=20, augmentation=augmentation, seed=6, memory_format=memory_format) as loader:
+    options: Any = {"seed": 6, "memory_format": memory_format, "device": device}
+    with Loader(data, batch_size=20, augmentation=augmentation, **options) as loader:
         for step, batch in enumerate(loader):
             rows = batch.indices.numpy()
             pictures = [_picture(samples, row) for row in rows.tolist()]
@@ -313,10 +319,11 @@ def _check_batches(data: Path, augmentation: Augmentation, rounding: float, memo
             draws = draw(augmentation, 6, 0, rows, sizes, 20 * step + np.arange(len(rows)))
             for n, picture in enumerate(pictures):
                 expected = augment(picture, draws, n, augmentation, found)
-                got = batch.images[n].numpy()
+                got = batch.images[n].cpu().numpy()
                 got = got if memory_format == "NHWC" else got.transpose(1, 2, 0)
                 assert got.shape == (*(augmentation.view or ()), 3)
-                assert np.abs(got - expected).max() <= rounding
+                difference = np.abs(got - expected)  # a GPU's decoder is another one
+                assert difference.max() <= (rounding if device == "cpu" else 16) and difference.mean() < 1
 
 
 OBLONG_CROPS: dict[str, Augmentation] = {
@@ -325,19 +332,22 @@ OBLONG_CROPS: dict[str, Augmentation] = {
 }
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("memory_format", ["NCHW", "NHWC"])
 @pytest.mark.parametrize("name", OBLONG_CROPS)
-def test_oblong_crops_of_images_of_any_size_equal_numpy(name: str, memory_format: Any, shorter: Path) -> None:
+def test_oblong_crops_of_images_of_any_size_equal_numpy(
+    name: str, memory_format: Any, device: str, shorter: Path
+) -> None:
     """A resize rounds to grey levels, so there one level may be one off."""
-    _check_batches(shorter, OBLONG_CROPS[name], 1.01 if name == "resized" else 1e-3, memory_format)
+    _check_batches(shorter, OBLONG_CROPS[name], 1.01 if name == "resized" else 1e-3, memory_format, device)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("memory_format", ["NCHW", "NHWC"])
 @pytest.mark.parametrize("mean", ["crop", "centre"])
-def test_oblong_windows_of_the_mean_image_equal_numpy(mean: Any, memory_format: Any, oblong: Path) -> None:
-    """Of a JPEG the decoder is the same, but for how Pillow and DALI make chroma: the level that this may take."""
+def test_oblong_windows_of_the_mean_image_equal_numpy(mean: Any, memory_format: Any, device: str, oblong: Path) -> None:
     augmentation = Augmentation(crop=CROP, mean=mean, noise="stdev", noise_rescale=1.1)
-    _check_batches(oblong, augmentation, 1e-3, memory_format)
+    _check_batches(oblong, augmentation, 1e-3, memory_format, device)
 
 
 @pytest.mark.parametrize("views", ["centre", "ten"])
