@@ -78,7 +78,7 @@ class Target:
     device: Literal["cpu", "cuda"] = "cpu"
     fit: Fit = "square"
     only_shrink: bool = (
-        False  # images smaller than the box stay as large; a square is then the largest that the image has
+        False  # nothing is enlarged; the centre that "square" cuts is then the largest of the box's shape
     )
     lossless: bool = False  # of WebP
     webp_method: int = 4  # how hard WebP's encoder tries, 0-6; libwebp's default
@@ -121,9 +121,13 @@ class Target:
         scaled = max(1, _scale(height, wanted, side)), max(1, _scale(width, wanted, side))
         return scaled, self.box if self.fit == "square" else scaled
 
+    def keeps(self, height: int, width: int) -> bool:
+        """Whether the whole image stays as it is."""
+        return self._scaled(height, width) == ((height, width), (height, width))
+
     def beyond(self, height: int, width: int) -> str | None:
         """Why an image would become larger than is possible, or than an image may be; None where it would not."""
-        rows, columns = self.resize(height, width).size
+        _, (rows, columns) = self._scaled(height, width)
         side = _WEBP_MAX_SIDE if self.format == "webp" else MAX_SIDE
         if rows * columns <= MAX_PIXELS and max(rows, columns) <= side:
             return None
@@ -312,9 +316,7 @@ class Codec:
 
     def _orientation(self, data: bytes, height: int, width: int) -> int:
         """The EXIF orientation where it matters: to turn the image, or to know whether its bytes may be kept."""
-        wanted = self.target.orient or (
-            self.target.reencode == "needed" and self.target.resize(height, width).keeps_all
-        )
+        wanted = self.target.orient or (self.target.reencode == "needed" and self.target.keeps(height, width))
         return _exif_orientation(data) if wanted else 1
 
     def _decode(self, stream: nvimgcodec.CodeStream, box: tuple[int, int, int, int]) -> NDArray[np.uint8] | None:
@@ -326,7 +328,7 @@ class Codec:
 
     def _has_target_form(self, height: int, width: int, form: str) -> bool:
         target = self.target
-        return target.reencode == "needed" and target.format == form and target.resize(height, width).keeps_all
+        return target.reencode == "needed" and target.format == form and target.keeps(height, width)
 
     def _is_target_jpeg(self, frame: Frame) -> bool:
         return self._has_target_form(frame.height, frame.width, "jpg") and frame.channels == 3

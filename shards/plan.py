@@ -87,6 +87,8 @@ class ShardOptions:
 
     def __post_init__(self) -> None:
         t = self.target
+        if not isinstance(t.size, int) and not (isinstance(t.size, tuple) and len(t.size) == 2):
+            raise AlexprepError(f"size {t.size!r} is neither the side of a square nor (height, width), pixels")
         for name, value, low, high in (
             *(("--size", side, 1, 8192) for side in t.box),
             ("--quality", t.quality, 1, 100),
@@ -260,11 +262,11 @@ def _recorded(options: ShardOptions) -> dict[str, Any]:
     """What a plan says of options. Of a list of classes not where it lay, which may have moved: the plan has the names."""
     named = isinstance(options.labels, str) and options.labels in (AUTO, SORTED, ILSVRC_ID)
     labels = options.labels if named else LISTED
-    target = asdict(options.target)
+    target, (rows, columns) = asdict(options.target), options.target.box
     target |= {name: None for name in _ADDED if target[name] == getattr(Target, name)}
     return {
         **target,
-        "size": options.target.size if isinstance(options.target.size, int) else list(options.target.size),
+        "size": rows if rows == columns else [rows, columns],
         "seed": options.seed,
         "labels": labels,
         "limit": options.limit,

@@ -64,11 +64,6 @@ class Resize:
         return all(axis.source == axis.target for axis in (self.vertical, self.horizontal))
 
     @property
-    def keeps_all(self) -> bool:
-        """Whether the whole source comes out as it is."""
-        return self.only_cuts and self.size == (self.vertical.source, self.horizontal.source)
-
-    @property
     def region(self) -> tuple[int, int, int, int]:
         """(top, left, bottom, right): the half-open box of source pixels that must be decoded."""
         if self.only_cuts:

@@ -88,12 +88,13 @@ def test_sizes_are_those_of_exact_arithmetic(fit: Any, box: tuple[int, int]) -> 
             used = Fraction(1) if only_shrink and enlarges else scale
             whole = tuple(_rounded(side * used) for side in shape)
             cut = tuple(_rounded(side / scale) for side in box) if only_shrink and enlarges else box
-            resize = Target(size=box, fit=fit, only_shrink=only_shrink).resize(*shape)
+            target = Target(size=box, fit=fit, only_shrink=only_shrink)
+            resize = target.resize(*shape)
             assert (resize.vertical.target, resize.horizontal.target) == whole
             assert resize.size == (cut if fit == "square" else whole)
             for axis in (resize.vertical, resize.horizontal):
                 assert axis.offset == (axis.target - axis.count) // 2 >= 0
-            assert resize.only_cuts == (whole == shape) and resize.keeps_all == (resize.size == shape == whole)
+            assert resize.only_cuts == (whole == shape) and target.keeps(*shape) == (resize.size == shape == whole)
 
 
 @pytest.mark.parametrize("fit", ["shorter", "longer"])
@@ -239,6 +240,7 @@ def test_another_fit_is_another_plan(photos: Path, shorter: Path) -> None:
         ({"webp_method": 2, "format": "png"}, "--webp-method 2 is of WebP"),
         ({"webp_method": 7, "format": "webp"}, "--webp-method 7 is not between 0 and 6"),
         ({"size": (64, 9000)}, "--size 9000 is not between 1 and 8,192"),
+        ({"size": [64, 64]}, r"size \[64, 64\] is neither"),
         ({"fit": "wider"}, "--fit wider is not one of square, shorter, longer, none"),
     ],
 )
