@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from processes import Environment, Missing, Run, interpreter, run
 
 from alexprep.shards.image_codec import Codec, Target
-from alexprep.shards.resample import Resize, _band
+from alexprep.shards.resample import Resize, taps
 from alexprep.shards.sources.base import Account
 from alexprep.shards.sources.layout_detection import find_source
 from alexprep.shards.worker_pool import one_thread
@@ -143,7 +143,7 @@ def _stages(place: Path, limit: int) -> dict[str, Any]:
     def resize(fresh: bool) -> int:
         for resize, region in whole:
             if fresh:
-                _band.cache_clear()
+                taps.cache_clear()
             resize(region)
         return len(whole)
 

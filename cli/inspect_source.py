@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from alexprep.cli.options import check_picture, json_option, labels_option, source_options
+from alexprep.cli.options import check_picture, class_words_option, json_option, labels_option, source_options
 
 if TYPE_CHECKING:
     from alexprep.shards.listing import ClassNames
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 @click.argument("source")
 @source_options
 @labels_option
+@class_words_option
 @click.option(
     "--picture",
     type=click.Path(dir_okay=False, path_type=Path),
@@ -31,6 +32,7 @@ def inspect_command(
     choices: Choices,
     class_names: ClassNames | None,
     labels: str,
+    class_words: Path | None,
     picture: Path | None,
     as_json: bool,
 ) -> None:
@@ -50,7 +52,7 @@ def inspect_command(
 
     if picture is not None:
         check_picture(picture)
-    listing = list_inputs(find_source(source, layout, choices), labels, class_names)
+    listing = list_inputs(find_source(source, layout, choices), labels, class_names, class_words)
     found = inspect_source(listing)
     click.echo(found)
     if picture is not None:

@@ -9,6 +9,7 @@ import sys
 
 import click
 
+from alexprep.cli.ablate import ablate
 from alexprep.cli.bench import bench
 from alexprep.cli.demo import demo
 from alexprep.cli.evaluate import evaluate
@@ -27,13 +28,14 @@ from alexprep.cli.verify import verify
 from alexprep.shards.errors import TRACEBACK, AlexprepError
 from alexprep.shards.thread_waiting import choose_waiting
 
-LOAD_TORCH = ("train", "eval", "bench", "demo")  # and compute with it for long
+LOAD_TORCH = ("train", "ablate", "eval", "bench", "demo")  # and compute with it for long
 _SHARDS = "Interrupted. Finished work is kept: run the same command again to go on."
 # What an interrupted command leaves. A training that is under way is not interrupted by the first Ctrl-C: it saves and ends.
 LEAVES = {
     "shard": _SHARDS,
     "pca-stats": _SHARDS,
     "features": _SHARDS,
+    "ablate": "Interrupted. What was trained is kept: run the same command again to go on.",
     "train": "Interrupted. Checkpoints that were saved are kept: if the run has one, `alexprep train --resume` goes on from it.",
 }
 
@@ -61,6 +63,7 @@ COMMANDS = (
     tune,
     recipes,
     train,
+    ablate,
     evaluate,
     predict,
     features,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 from click.core import ParameterSource
+from click.shell_completion import CompletionItem
 
 from alexprep.shards.sources import LAYOUTS
 
@@ -130,10 +131,12 @@ def source_options(command: FC) -> FC:
         command = option(command)
 
     @functools.wraps(command)
-    def with_choices(*args: Any, split_folders: Any, class_depth: Any, columns: Any, **kwargs: Any) -> Any:
+    def with_choices(
+        *args: Any, split_folders: Any, class_depth: Any, columns: Any, unlabelled: bool, **kwargs: Any
+    ) -> Any:
         from alexprep.shards.sources.base import Choices
 
-        return command(*args, choices=Choices(split_folders, class_depth, columns), **kwargs)
+        return command(*args, choices=Choices(split_folders, class_depth, columns, unlabelled or None), **kwargs)
 
     return with_choices  # type: ignore[return-value]
 
@@ -154,8 +157,8 @@ class SplitFolders(_Parameter):
             split, _, place = part.partition("=")
             if split not in ("train", "val", "test") or not place:
                 self.fail(f"{part!r} is not train=FOLDER, val=FOLDER or test=FOLDER", param, ctx)
-            if split in dict(found):
-                self.fail(f"{split} is given twice: a split has one folder", param, ctx)
+            if (split, place) in found:
+                self.fail(f"{split}={place} is given twice: name each folder once", param, ctx)
             found.append((split, place))
         return tuple(found)
 
@@ -194,13 +197,28 @@ class Columns(_Parameter):
         return tuple(sorted(found.items()))
 
 
+class Metadata(_Parameter):
+    """What goes along with images: "all", "none", or names with commas between them."""
+
+    name = "all|none|name,…"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """A tuple of names, or the word."""
+        if not isinstance(value, str) or value in ("all", "none"):
+            return value
+        names = tuple(dict.fromkeys(part.strip() for part in value.split(",")))
+        if not all(names):
+            self.fail(f"{value!r} has an empty name: write all, none, or names with commas between them", param, ctx)
+        return names
+
+
 _SOURCE_OPTIONS = (
     click.option("--layout", type=click.Choice(list(LAYOUTS)), help="What SOURCE is.  [default: found by looking]"),
     click.option(
         "--split-folders",
         type=SplitFolders(),
         metavar="train=A,val=B|none",
-        help="The folders below SOURCE that are splits; . for SOURCE itself without the others; none: all folders are "
+        help="The folders below SOURCE that are splits, one or more of each; . for SOURCE itself without the others; none: all folders are "
         "classes.  [default: by their names]",
     ),
     click.option(
@@ -217,6 +235,11 @@ _SOURCE_OPTIONS = (
         metavar="image=A,label=B",
         help="Columns of a table by their names: image holds pictures, path names files, label, split.  [default: found by "
         "looking]",
+    ),
+    click.option(
+        "--unlabelled",
+        is_flag=True,
+        help="Take all pictures without labels, whatever lies around them: every label is -1, and shards hold no .cls.",
     ),
     click.option(
         "--class-names",
@@ -236,6 +259,35 @@ runs_option = click.option(
 )
 
 batch_size_option = click.option("--batch-size", type=AT_LEAST_1, help="Images a step.  [default: the recipe's]")
+
+
+class Setting(_Parameter):
+    """FIELD=VALUE; what there is of these is known where they are used."""
+
+    name = "field=value"
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Fields of the recipe that is named before, then the values of one; a shell that asks waits until torch is loaded."""
+        from alexprep.shards.errors import AlexprepError
+        from alexprep.train.recipes import DEFAULT_RECIPE, recipe
+        from alexprep.train.settings import completions
+
+        named = ctx.params.get("recipe") or ctx.params.get("name") or DEFAULT_RECIPE
+        try:
+            found = completions(recipe(named), incomplete)
+        except AlexprepError:
+            found = completions(recipe(DEFAULT_RECIPE), incomplete)
+        return [CompletionItem(each) for each in found]
+
+
+settings_option = click.option(
+    "--set",
+    "settings",
+    type=Setting(),
+    multiple=True,
+    metavar="FIELD=VALUE",
+    help="Another value of a recipe's field, such as network.pool=2; repeatable. `alexprep recipes NAME` lists the fields.",
+)
 
 threads_option = click.option(
     "--threads",
@@ -334,6 +386,15 @@ labels_option = click.option(
     metavar="auto|sorted|ilsvrc-id|FILE",
     help="How classes are numbered: as the source does, or by sorted name where it does not; by sorted name; by the "
     "devkit's ID; by a file with one class name a line.",
+)
+
+
+class_words_option = click.option(
+    "--class-words",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="What classes mean in words, for people: a text of lines CLASS, tab, words.  [default: as lists or a devkit beside the "
+    "images say of WordNet IDs]",
 )
 
 

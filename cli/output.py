@@ -6,7 +6,7 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import click
@@ -59,6 +59,15 @@ def table(title: str, rows: list[tuple[str, str]]) -> None:
     click.echo(title)
     for name, value in rows:
         click.echo(f"  {name:<{width}}  {value}")
+
+
+def columns(rows: Iterable[tuple[str, ...]]) -> None:
+    """Prints rows of as many texts each, the first column to the left, the others to the right."""
+    lines = list(rows)
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for first, *others in lines:
+        cells = [f"{text:>{width}}" for text, width in zip(others, widths[1:], strict=True)]
+        click.echo("  ".join([f"{first:<{widths[0]}}", *cells]).rstrip())
 
 
 def note(words: str) -> None:

@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from alexprep.cli.options import BOX, data_folder_option, engine_options, json_option, labels_option, source_options
+from alexprep.cli.options import (
+    BOX,
+    Metadata,
+    class_words_option,
+    data_folder_option,
+    engine_options,
+    json_option,
+    labels_option,
+    source_options,
+)
 
 if TYPE_CHECKING:
     from alexprep.shards.conversion import Report
@@ -63,6 +72,7 @@ if TYPE_CHECKING:
     help="Of an image that is cut or damaged: leave it out, or take what the decoder gives; the ledger tells the damage.",
 )
 @labels_option
+@class_words_option
 @click.option(
     "--device",
     type=click.Choice(["cpu", "cuda"]),
@@ -79,6 +89,13 @@ if TYPE_CHECKING:
     help="How many inputs may be rejected, as a number or a share: more, and nothing is published. What is finished stays.  "
     "[default: half may be no pictures at all, damaged ones are not counted]",
 )
+@click.option(
+    "--metadata",
+    type=Metadata(),
+    metavar="all|none|NAME,…",
+    help="What goes along with the images as KEY.json and into samples.parquet: columns, files KEY.json and KEY.txt, members of a "
+    "webdataset.  [default: all; in a folder that was begun as it was begun]",
+)
 @engine_options
 @json_option
 def shard(
@@ -89,10 +106,12 @@ def shard(
     check_archive: bool,
     out: Path,
     labels: str,
+    class_words: Path | None,
     seed: int,
     shard_samples: int | None,
     limit: int | None,
     max_rejects: str | None,
+    metadata: str | tuple[str, ...] | None,
     engine: Engine,
     as_json: bool,
     **form: Any,
@@ -100,8 +119,8 @@ def shard(
     """Turn the images under SOURCE into resized webdataset shards.
 
     SOURCE is a folder, a file or a URL: class folders, the ILSVRC archives as downloaded, Kaggle's folders, tars, zips, a
-    webdataset, Parquet with pictures, a list in CSV, Parquet or JSON lines, an image folder with its list, CIFAR, MNIST or
-    NORB (docs/sources.md). Images that cannot be decoded are listed
+    webdataset, Parquet or Arrow with pictures, TFRecord, RecordIO, LMDB, a list in CSV, Parquet or JSON lines, an image folder
+    with its list, CIFAR, MNIST or NORB (docs/sources.md). Images that cannot be decoded are listed
     with their reasons; only too many of them stop the run (--max-rejects). The same command again does only what is missing.
 
     \b
@@ -117,7 +136,7 @@ def shard(
     from alexprep.shards.sources.layout_detection import find_source
     from alexprep.shards.worker_pool import LocalEngine
 
-    options = ShardOptions(Target(**form), seed, shard_samples, labels, limit, class_names)
+    options = ShardOptions(Target(**form), seed, shard_samples, labels, limit, class_names, class_words, metadata)
     if form["device"] == "cuda" and not isinstance(engine, LocalEngine):
         raise click.UsageError("--device cuda is for --engine local: Ray tasks ask for CPUs only.")
     found = find_source(source, layout, choices)
@@ -143,6 +162,7 @@ def shard(
             "reasons": dict(done.rejected),
             "damaged": dict(done.damaged),
             "passed_over": {rule: asdict(passed) for rule, passed in done.passed_over.items()},
+            "metadata": done.metadata,
             "warnings": [*seen[0].warnings, *done.warnings],
             "kept": done.kept,
             "bytes": done.bytes,
@@ -159,11 +179,12 @@ def _rows(done: Report) -> list[tuple[str, str]]:
     """The account of a run, as a table."""
     from rich.filesize import decimal
 
-    from alexprep.shards.inspection import passed_over_rows
+    from alexprep.shards.inspection import passed_over_rows, printable
 
     rows = [("found", f"{done.found:,}"), ("written", f"{done.written:,}")]
     rows += [(f"  {split}", f"{count:,}") for split, count in done.samples.items()]
     rows += [("  bytes kept as they were", f"{done.kept:,}")] if done.kept else []
+    rows += [("  metadata", ", ".join(map(printable, done.metadata)))] if done.metadata else []
     rows += [("rejected", f"{done.rejected.total():,}")]
     rows += [(f"  {count:,}", reason) for reason, count in done.rejected.most_common(10)]
     rows += [("written though damaged", f"{done.damaged.total():,}")] if done.damaged else []

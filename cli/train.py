@@ -16,6 +16,7 @@ from alexprep.cli.options import (
     local_data_option,
     on_command_line,
     runs_option,
+    settings_option,
     threads_option,
 )
 
@@ -25,6 +26,8 @@ RECIPES = (
     *("cifar10-quick", "cifar10-13pct", "cifar10-11pct", "cifar10-relu", "cifar10-tanh", "tiny"),
 )
 KEEP, CHECKPOINT_STEPS = 3, 1000  # likewise those of alexprep.train.config
+# Options for fields of the recipe: --clip 1 is --set clip=1.
+SYNONYMS = ("optimizer", "label_smoothing", "clip", "accumulate", "average")
 
 
 @click.command("train", short_help="Train a network on shards.")
@@ -51,20 +54,16 @@ KEEP, CHECKPOINT_STEPS = 3, 1000  # likewise those of alexprep.train.config
     type=click.FloatRange(min=0),
     help="Highest learning rate. With --resume, from now on.  [default: the recipe's]",
 )
+@settings_option
 @click.option(
     "--optimizer",
     metavar="NAME",
     help="paper, sgd, nesterov, adamw, or a class of torch.optim such as RMSprop.  [default: the recipe's]",
 )
-@click.option("--label-smoothing", type=click.FloatRange(0, 0.999), help="Share of the target spread over all classes.")
-@click.option("--clip", type=click.FloatRange(min=0, min_open=True), help="Length that no step's gradient exceeds.")
-@click.option("--accumulate", type=AT_LEAST_1, help="Parts that a batch goes through the network in, to save memory.")
-@click.option(
-    "--average",
-    metavar="DECAY",
-    type=click.FloatRange(0, 0.99999),
-    help="Evaluate an exponential mean of the weights: 0.999.",
-)
+@click.option("--label-smoothing", metavar="SHARE", help="Of the target, spread over all classes.")
+@click.option("--clip", metavar="LENGTH", help="That no step's gradient exceeds.")
+@click.option("--accumulate", metavar="PARTS", help="That a batch goes through the network in, to save memory.")
+@click.option("--average", metavar="DECAY", help="Evaluate an exponential mean of the weights: 0.999.")
 @click.option(
     "--schedule",
     metavar="NAME",
@@ -155,7 +154,7 @@ def train(as_json: bool, **options: Any) -> None:
     from alexprep.train.config import TrainConfig
     from alexprep.train.launch import launch_training, leads
 
-    summary = launch_training(TrainConfig(**options))
+    summary = launch_training(TrainConfig(**with_synonyms(options)))
     if leads():
         measured = [(name.replace("_", " "), value) for name, value in summary.items() if value not in (None, [])]
         rows = [(name, f"{value:.4g}" if isinstance(value, float) else str(value)) for name, value in measured]
@@ -163,3 +162,12 @@ def train(as_json: bool, **options: Any) -> None:
         output.json_line(summary, as_json)
     if summary["stopped_by"]:
         click.get_current_context().exit(128 + signal.Signals[summary["stopped_by"]])  # as shells report it
+
+
+def with_synonyms(options: dict[str, Any]) -> dict[str, Any]:
+    """The options with those of `SYNONYMS` among the settings."""
+    given = {name: options.pop(name) for name in SYNONYMS}
+    given = {name: value for name, value in given.items() if value is not None}
+    if twice := [name for name in given if any(text.startswith(f"{name}=") for text in options["settings"])]:
+        raise click.UsageError(f"--{twice[0].replace('_', '-')} and --set {twice[0]}=… say the same: give one.")
+    return options | {"settings": (*(f"{name}={value}" for name, value in given.items()), *options["settings"])}

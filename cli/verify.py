@@ -52,7 +52,9 @@ def verify(
     from alexprep.shards.verification import verify as check
 
     given = [
-        name for name in ("layout", "split_folders", "class_depth", "columns", "class_names") if on_command_line(name)
+        name
+        for name in ("layout", "split_folders", "class_depth", "columns", "unlabelled", "class_names")
+        if on_command_line(name)
     ]
     if given and repair_source is None:
         raise click.UsageError(f"--{given[0].replace('_', '-')} says what SOURCE is: it needs --repair SOURCE.")

@@ -40,6 +40,7 @@ Mean = Literal["crop", "centre", "channel", "imagenet", "inception", "clip", "no
 Std = Literal["channel", "imagenet", "inception", "clip", "none"]
 RGB = tuple[float, float, float]  # grey levels
 Noise = Literal["eigenvalue", "stdev", "none"]
+Position = Literal["random", "centre"]
 Place = Literal["decode", "augment", "tensor"]  # of a hook
 
 _HOOK_WORDS = 16  # draws of four numbers that a hook may have
@@ -125,6 +126,7 @@ class Augmentation:
         crop: side of the square that the network sees, or (height, width), pixels; 224 in the paper (section 4.1). None: the whole image.
         scale: None cuts the crop as it is. Two numbers a <= b in (0, 1] cut a window whose share of the image's area is drawn
             from [a, b], and resize it: torchvision's RandomResizedCrop, whose default is (0.08, 1).
+        position: of that square or window: "random"; or "centre", the one that evaluation shows.
         ratio: bounds of that window's width / height, drawn log-uniformly.
         evaluation_scale: with `scale`, how much of the shorter side the centre view shows (of an oblong crop: of the largest window of
             its proportions); 224 / 256 is usual.
@@ -154,6 +156,7 @@ class Augmentation:
 
     crop: Size | None = 224
     scale: tuple[float, float] | None = None
+    position: Position = "random"
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     evaluation_scale: float = 0.875
     mirror: bool = True
@@ -182,6 +185,7 @@ class Augmentation:
                 _check_rgb(name, getattr(self, name), get_args(choices), least)
         one_of("noise", self.noise, get_args(Noise))
         _check_crop(self.crop)
+        one_of("position", self.position, get_args(Position))
         for name, low, high in (("share", 1, 2**31 - 1), ("noise_epochs", 0, 2**32 - 1)):
             if getattr(self, name) is not None or name == "share":
                 whole_number(name, getattr(self, name), low, high)
@@ -237,6 +241,20 @@ class Augmentation:
     def recolours(self) -> bool:
         """Whether colours change by jitter or grey scale, to values between whole grey levels."""
         return self.jitter is not None or self.grey > 0
+
+    def without_chance(self) -> Augmentation:
+        """What evaluation shows of an image: the same crop, in the centre, less the same mean, and nothing else."""
+        return Augmentation(
+            crop=self.crop,
+            scale=self.scale,
+            position="centre",
+            ratio=self.ratio,
+            evaluation_scale=self.evaluation_scale,
+            mirror=False,
+            mean=self.mean,
+            std=self.std,
+            noise="none",
+        )
 
     def noisy(self, epoch: int) -> bool:
         """Whether an epoch has colour noise."""
@@ -334,6 +352,8 @@ def draw(
     views = sizes if augmentation.view is None else np.broadcast_to(np.array(augmentation.view, np.int64), sizes.shape)
     if augmentation.crop is None:
         windows = np.concatenate([np.zeros_like(sizes), sizes], axis=1)
+    elif augmentation.position == "centre":
+        windows = centred(augmentation, sizes).windows_N4
     elif augmentation.scale is None:
         corners = (below(geometry[n], sizes[:, n] - views[:, n] + 1) for n in range(2))
         windows = np.stack([*corners, *views.T], axis=1)

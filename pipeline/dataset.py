@@ -9,7 +9,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Union, get_args
+from typing import Any, Literal, Union, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,6 +38,18 @@ class Dataset:
     classes: list[str]  # by label
     bad: tuple[UnusableSample, ...]  # samples of other people's tars that cannot be used, with the reason
     statistics_of: Path | None  # the dataset's folder if it is one of ours
+
+    def keys(self, rows: Sequence[int]) -> list[str]:
+        """The keys of some samples, by the rows of the index."""
+        return [self.samples.key(row) for row in rows]
+
+    def metadata(self, rows: Sequence[int]) -> list[dict[str, Any]]:
+        """What goes along with some samples: see `Samples.metadata`. AlexprepError for other people's tars, which may have it anywhere."""
+        if not isinstance(self.samples, Samples):
+            raise AlexprepError(
+                "metadata are read of data sets that `alexprep shard` made: make one of these tars, which takes along what they have"
+            )
+        return [self.samples.metadata(row) for row in rows]
 
     def check(self, augmentation: Augmentation, statistics: Statistics | None) -> None:
         """Raises AlexprepError where these images cannot be augmented so."""

@@ -215,6 +215,26 @@ class Loader:
             if number + _READ_AHEAD < len(self):
                 samples.expect(plan.part(epoch, number + _READ_AHEAD)[0])
 
+    def keys(self, indices: torch.Tensor | Sequence[int]) -> list[str]:
+        """The keys of samples by their indices, as `Batch.indices` has them: the names of their members in the shards, without extension.
+
+        Read from the shards when they are asked for, as `metadata` is: one small read a sample.
+        """
+        return self._dataset.keys(self._rows(indices))
+
+    def metadata(self, indices: torch.Tensor | Sequence[int]) -> list[dict[str, Any]]:
+        """What goes along with samples: of each a dict, by name, as its KEY.json in the shard has it; {} where it has none.
+
+        Raises AlexprepError for other people's tars: make a data set of them with `alexprep shard`.
+        """
+        return self._dataset.metadata(self._rows(indices))
+
+    def _rows(self, indices: torch.Tensor | Sequence[int]) -> list[int]:
+        rows: list[int] = torch.as_tensor(indices, dtype=torch.int64).reshape(-1).tolist()
+        for row in rows:
+            whole_number("index", row, 0, self.samples - 1)
+        return rows
+
     def state_dict(self) -> dict[str, int]:
         """Where the next batch comes from: all that a resume needs, on any number of ranks; a few integers, JSON-serialisable.
 

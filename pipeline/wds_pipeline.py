@@ -106,9 +106,10 @@ def webdataset_pipeline(
     part = rank_part(0, count - count % world_size * even, rank, world_size)
     shuffling = (seed, rank, buffer) if shuffle else None
     kind = image if "image" in parts else None
+    labelled = not dataset.get("unlabelled")
     return EpochPipeline(
         functools.partial(_encoded_samples, folder / split, extension, part, shuffling),
-        webdataset.map(functools.partial(_decoded, extension, kind)),
+        webdataset.map(functools.partial(_decoded, extension, kind, labelled)),
         webdataset.map_dict(image=transform) if kind and transform else None,
         webdataset.to_tuple(*parts, none_is_error=False),
     )
@@ -154,10 +155,10 @@ def _run_of_samples(folder: Path, record: np.void, count: int, members: tuple[st
         raise AlexprepError(f"{path} lacks {count:,} samples of its index: `alexprep verify` tells more")
 
 
-def _decoded(extension: str, kind: ImageKind | None, sample: dict[str, Any]) -> dict[str, Any]:
+def _decoded(extension: str, kind: ImageKind | None, labelled: bool, sample: dict[str, Any]) -> dict[str, Any]:
     """The parts of an encoded sample; without `kind`, no image."""
     try:
-        found = {"key": sample["__key__"], "label": int(sample["cls"])}
+        found = {"key": sample["__key__"], "label": int(sample["cls"]) if labelled else -1}
         if kind is not None:
             found["image"] = _image(sample[extension], extension, kind)
     except Exception as error:  # whatever Pillow raises on damaged bytes

@@ -33,12 +33,14 @@ from alexprep.shards.image_codec import Codec, Target
 from alexprep.shards.image_header import Refused, general_reason
 from alexprep.shards.listing import Listing, list_inputs
 from alexprep.shards.manifest import Manifest, Rejects, read_sidecar, rejects_in
+from alexprep.shards.metadata import MetadataError, document_bytes
 from alexprep.shards.plan import (
     MachineCheck,
     Plan,
     PlanTable,
     Shard,
     ShardOptions,
+    as_begun,
     as_written,
     differences,
     draw_up,
@@ -46,8 +48,17 @@ from alexprep.shards.plan import (
     numbered_as_begun,
     publish_table,
 )
-from alexprep.shards.shard_writer import MakeCodec, ShardWriter, bound_memory, check_device, open_codec, shared_codec
-from alexprep.shards.sources.base import SPLITS, Location, PassedOver, Source
+from alexprep.shards.shard_writer import (
+    MakeCodec,
+    PlannedInput,
+    ShardWriter,
+    bound_memory,
+    check_device,
+    open_codec,
+    planned_inputs,
+    shared_codec,
+)
+from alexprep.shards.sources.base import SPLITS, PassedOver, Source
 from alexprep.shards.sources.layout_detection import find_source
 from alexprep.shards.storage import (
     content,
@@ -76,7 +87,7 @@ MAX_NO_PICTURES = "50%"  # more, and SOURCE is hardly what its user takes it for
 # Beyond what the images of any set are on average: one side over the other; and bytes, those of 22 million pixels.
 _MOST_OBLONG, _MOST_AS_IT_IS = 8, 64 * 2**20
 _WORST_REASONS = 3  # that an error names
-_LINE_BYTES = 400  # of an input in sidecar, index and ledger, measured: 190-230 with usual names
+_LINE_BYTES = 600  # of an input in sidecar, index and ledger, measured: 340-380 with usual names
 
 
 @dataclass(frozen=True)
@@ -87,7 +98,7 @@ class Report:
     source's own bytes. `rejected` says how often each reason occurred; the numbers in reasons are replaced by "N". `damaged` says the
     same of images that were written for all that (`--on-damaged keep`). `passed_over` says how many files each rule passed over, and the
     first names. `made_inputs` is what this run converted, in `seconds`. `warnings` are sentences about what came of it, such as classes of
-    which every picture was rejected.
+    which every picture was rejected; `metadata` the names of what goes along with the images.
     """
 
     folder: Path
@@ -102,6 +113,7 @@ class Report:
     samples: dict[str, int]
     damaged: Counter[str]
     warnings: list[str]
+    metadata: list[str]
 
     @property
     def found(self) -> int:
@@ -184,6 +196,7 @@ def convert(
         samples,
         manifest.damaged,
         manifest.warnings,
+        manifest.metadata,
     )
     return Report(folder, plan.inputs, written, reasons, *done)
 
@@ -215,9 +228,11 @@ def make_plan(
     Of several that begin in one folder at the same time, one wins; the others go on with its plan, or are refused.
     """
     check_apart(source, folder)
-    listing = list_inputs(source, options.labels, options.class_names)
+    listing = list_inputs(source, options.labels, options.class_names, options.class_words)
     if (folder / PLAN).exists():
-        listing = numbered_as_begun(listing, options.labels, read_json(folder / PLAN, "use a new --out"))
+        earlier = read_json(folder / PLAN, "use a new --out")
+        options = as_begun(options, earlier)
+        listing = numbered_as_begun(listing, options.labels, earlier)
     announce(listing)
     return publish_plan(folder, *draw_up(listing, options))
 
@@ -356,29 +371,31 @@ def _most_bytes(target: Target) -> int:
 def predict(source: Source, make: Callable[[], Codec], missing: list[Shard], table: PlanTable, engine: Engine) -> int:
     """The bytes that the `missing` shards, their indexes and sidecars will take, about: from the first, which the shuffle picked."""
     inputs = sum(table.rows(shard.group) for shard in missing)
-    groups = (table.read_row_group(shard.group, columns=list(Location._fields)) for shard in missing)
-    probes = list(itertools.islice(itertools.chain.from_iterable(map(locations, groups)), _PROBES))
+    groups = (table.read_row_group(shard.group) for shard in missing)
+    probes = list(itertools.islice(itertools.chain.from_iterable(map(planned_inputs, groups)), _PROBES))
     (used,) = engine.run(functools.partial(_bytes_used, source, make), [probes], lambda finished: None)
     return int(sum(used) / len(used) * inputs) + len(missing) * tarfile.RECORDSIZE // 2
 
 
 def _bytes_used(
-    source: Source, make: Callable[[], Codec], probes: list[Location], condemned: Mapping[int, str]
+    source: Source, make: Callable[[], Codec], probes: list[PlannedInput], condemned: Mapping[int, str]
 ) -> list[int]:
-    """What each input takes: two members with their headers, padded to blocks, and its line in the sidecar."""
+    """What each input takes: members with their headers, padded to blocks, and its line in the sidecar; metadata thrice."""
     codec = make()
     bound_memory(source, codec)
     used = []
-    for row, location in enumerate(probes):
+    for row, (_, _, location, metadata) in enumerate(probes):
         with attending(row):
             size = 0
             if row not in condemned:
-                with contextlib.suppress(OSError):
+                with contextlib.suppress(OSError, MetadataError):
                     with reading(source.files.display(location.path)):
                         data = source.read(location)
+                        along = document_bytes(source.metadata(location, metadata)) if metadata else b""
                     result = codec.convert(data)
                     if not isinstance(result, Refused):
                         size = 3 * BLOCK + padded(len(result.data))
+                        size += BLOCK + padded(len(along)) + 2 * len(along) if along else 0
             used.append(size + _LINE_BYTES)
     return used
 

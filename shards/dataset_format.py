@@ -10,11 +10,10 @@ means what was done before it existed, and a released default never changes its 
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import io
 import json
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +102,16 @@ def read_dataset(data: Path | str) -> dict[str, Any]:
     return dataset
 
 
+def shown_class(classes: Sequence[str], words: Sequence[str] | None, label: int) -> str:
+    """The name of a class as people read it, with its words, where `words` (of a dataset.json, by label) has any.
+
+    >>> shown_class(["n01440764"], ["tench, Tinca tinca"], 0), shown_class(["tench"], None, 0)
+    ('n01440764 (tench, Tinca tinca)', 'tench')
+    """
+    text = words[label] if words else ""
+    return f"{classes[label]} ({text})" if text else classes[label]
+
+
 def recorded_shards(dataset: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """What a dataset.json says of each shard that has a tar: name, samples, bytes, sha256."""
     for record in dataset["splits"].values():
@@ -158,6 +167,8 @@ def data_digest(shards: dict[str, list[dict[str, Any]]], image: dict[str, Any], 
 
 def versions(*names: str) -> dict[str, str]:
     """The installed version of each library; "not installed" where it runs from a source tree or is absent."""
+    import importlib.metadata  # takes as long as four images, and workers do without
+
     found = dict.fromkeys(names, "not installed")
     for name in names:
         for distribution in reversed(_DISTRIBUTIONS.get(name, (name,))):  # the first one that is there counts

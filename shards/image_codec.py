@@ -317,7 +317,7 @@ class Codec:
     def _orientation(self, data: bytes, height: int, width: int) -> int:
         """The EXIF orientation where it matters: to turn the image, or to know whether its bytes may be kept."""
         wanted = self.target.orient or (self.target.reencode == "needed" and self.target.keeps(height, width))
-        return _exif_orientation(data) if wanted else 1
+        return exif_orientation(data) if wanted else 1
 
     def _decode(self, stream: nvimgcodec.CodeStream, box: tuple[int, int, int, int]) -> NDArray[np.uint8] | None:
         """The pixels of (top, left, bottom, right); None where the decoder refuses the image."""
@@ -453,7 +453,7 @@ def _rgb(image: Image.Image) -> NDArray[np.uint8] | Refused:
     return np.asarray(image.convert("RGB"))
 
 
-def _exif_orientation(data: bytes) -> int:
+def exif_orientation(data: bytes) -> int:
     """The EXIF orientation, 1-8; 1 (upright) where there is none or it cannot be read."""
     try:
         with warnings.catch_warnings(), Image.open(io.BytesIO(data), formats=_PILLOW_FORMATS) as image:

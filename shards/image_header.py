@@ -62,6 +62,18 @@ _FOREIGN = (
     (257, b"ustar", "a tar, not an image: name it as SOURCE, or unpack it"),
     (0, b"PAR1", "a Parquet table, not an image: name it as SOURCE"),
 )
+# How files of each format begin.
+_MAGIC = {
+    b"\xff\xd8\xff": "JPEG",
+    b"\x89PNG": "PNG",
+    b"RIFF": "WebP",
+    b"BM": "BMP",
+    **{b"P%d" % kind: "PNM" for kind in range(1, 7)},
+    b"GIF8": "GIF",
+    b"II*\0": "TIFF",
+    b"MM\0*": "TIFF",
+}
+PIXELS: Final = "pixels"  # the format of what a source gives decoded
 Read = Callable[[int, int], bytes]  # (offset, size) → those bytes; fewer only where the image ends
 
 
@@ -77,6 +89,26 @@ class Refused:
 def general_reason(reason: str) -> str:
     """A reason without its particulars, so that like ones are counted together."""
     return re.sub(r"\d[\d,]*", "N", reason.split(" (first bytes ")[0])
+
+
+def format_name(head: bytes) -> str:
+    """The format that the first bytes of a file tell, such as "JPEG"; empty for none that is known."""
+    return next((name for magic, name in _MAGIC.items() if head.startswith(magic)), "")
+
+
+def tells_orientation(data: bytes) -> bool:
+    """Whether an image has a place where an EXIF orientation may stand. Quick: reading EXIF costs more than it tells, mostly nothing."""
+    if not data.startswith(b"\xff\xd8"):
+        return data[:4] in _TIFF or b"eXIf" in data or b"EXIF" in data or b"tiff:Orientation" in data
+    at = 2
+    for _ in range(_MOST_SEGMENTS):
+        marker, size = data[at + 1 : at + 2], int.from_bytes(data[at + 2 : at + 4], "big")
+        if data[at : at + 1] != b"\xff" or marker in (b"\xda", b""):
+            return False
+        if marker == b"\xe1":  # APP1, where EXIF and XMP stand
+            return True
+        at += 2 + size if marker != b"\xff" else 1
+    return False
 
 
 class Header(NamedTuple):

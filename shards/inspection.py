@@ -12,7 +12,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,8 +20,9 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from PIL import Image
 
+from alexprep.shards.dataset_format import shown_class
 from alexprep.shards.errors import AlexprepError, counted
-from alexprep.shards.image_header import Header, Refused, general_reason, read_header, too_large
+from alexprep.shards.image_header import PIXELS, Header, Refused, format_name, general_reason, read_header, too_large
 from alexprep.shards.listing import Listing
 from alexprep.shards.sources.base import SPLITS, UNLABELLED, Location, PassedOver, Source, sorted_names
 from alexprep.shards.sources.tars import ArchiveSource
@@ -37,19 +38,6 @@ BY_NAME = "sorted by name"
 AS_NUMBERS = "sorted as numbers"
 OWN = "by the source's own numbering"
 AS_GIVEN = "as --labels says"
-
-# How files of each format begin. Of those that `read_header` knows, it tells the size.
-_MAGIC = {
-    b"\xff\xd8\xff": "JPEG",
-    b"\x89PNG": "PNG",
-    b"RIFF": "WebP",
-    b"BM": "BMP",
-    **{b"P%d" % kind: "PNM" for kind in range(1, 7)},
-    b"GIF8": "GIF",
-    b"II*\0": "TIFF",
-    b"MM\0*": "TIFF",
-}
-PIXELS = "pixels"  # the format of what a source gives decoded
 
 
 class Spread(NamedTuple):
@@ -122,6 +110,7 @@ class Inspection:
         sample: what the headers of a random sample of inputs tell.
         passed_over: by rule.
         warnings: sentences that need no decision.
+        words: what classes mean in words, by label; [] where nothing tells it.
     """
 
     layout: str
@@ -135,6 +124,7 @@ class Inspection:
     sample: FileSample
     passed_over: dict[str, PassedOver]
     warnings: list[str]
+    words: list[str] = field(default_factory=list)
 
     @property
     def inputs(self) -> int:
@@ -159,7 +149,7 @@ class Inspection:
             *passed_over_rows(self.passed_over),
         ]
         lines = [self.opening(), "What is there", *_aligned(counts)]
-        lines += ["Some inputs, and the split, label and class that they get", *_sample_lines(self.rows)]
+        lines += ["Some inputs, and the split, label and class that they get", *self._sample_lines()]
         if self.sample.files:
             some = "All" if self.sample.files == self.inputs else f"A random sample of {self.sample.files:,}"
             lines += [
@@ -184,6 +174,7 @@ class Inspection:
             "passed_over": {rule: asdict(passed) for rule, passed in self.passed_over.items()},
             "splits": splits,
             "classes": self.classes,
+            "words": self.words,
             "numbering": self.numbering,
             "rows": [dict(zip(("file", "split", "class", "label"), row, strict=True)) for row in self.rows],
             "sample": sample,
@@ -193,11 +184,20 @@ class Inspection:
     def _classes_line(self) -> str:
         if not self.classes:
             return "none is known: every label is -1"
-        first, last = f"{self.classes[0]!r} is 0", f"{self.classes[-1]!r} is {len(self.classes) - 1:,}"
+        shown = [repr(shown_class(self.classes, self.words, label)) for label in (0, -1)]
+        first, last = f"{shown[0]} is 0", f"{shown[1]} is {len(self.classes) - 1:,}"
         ends = (
             first if len(self.classes) == 1 else f"{first}, {last}" if len(self.classes) == 2 else f"{first} … {last}"
         )
         return f"{len(self.classes):,}, {self.numbering}: {ends}"
+
+    def _sample_lines(self) -> list[str]:
+        cells = []
+        for row in self.rows:
+            name = shown_class(self.classes, self.words, row.label) if row.label >= 0 else row.class_name
+            cells.append((printable(row.file), row.split, str(row.label), printable(name)))
+        file, split, label = (max(len(row[column]) for row in cells) for column in range(3))
+        return [f"  {row[0]:<{file}} → {row[1]:<{split}}  {row[2]:>{label}}  {row[3]}" for row in cells]
 
 
 def inspect_source(listing: Listing, sample: int = SAMPLE) -> Inspection:
@@ -226,6 +226,7 @@ def inspect_source(listing: Listing, sample: int = SAMPLE) -> Inspection:
         looked_at,
         dict(sorted(listing.account.passed_over.items())),
         list(dict.fromkeys([*_warning_of(looked_at), *listing.account.warnings])),
+        listing.class_words,
     )
 
 
@@ -356,7 +357,7 @@ def _header(source: Source, place: Location) -> tuple[str, Header, int] | str:
                 else _bytes(source, place, offset, count)
             )
 
-        kind = next((name for magic, name in _MAGIC.items() if head.startswith(magic)), "")
+        kind = format_name(head)
         header = _by_pillow(read(0, size), kind) if kind in ("GIF", "TIFF") else read_header(read, 0, size)
     except OSError as error:
         return f"cannot be read: {error.strerror or error}"
@@ -413,12 +414,6 @@ def _split_line(held: SplitContents) -> str:
         return f"{counted(held.inputs, 'input')} without a label"
     words = f"{counted(held.inputs, 'input')}, {counted(held.classes, 'class')}: {_range(held.per_class, 'each', f' ({held.fewest!r})')}"
     return words + (f"; {counted(held.unlabelled, 'input')} without a label" if held.unlabelled else "")
-
-
-def _sample_lines(rows: Sequence[SampleRow]) -> list[str]:
-    cells = [(printable(row.file), row.split, str(row.label), printable(row.class_name)) for row in rows]
-    file, split, label = (max(len(row[column]) for row in cells) for column in range(3))
-    return [f"  {row[0]:<{file}} → {row[1]:<{split}}  {row[2]:>{label}}  {row[3]}" for row in cells]
 
 
 def _sample_rows(sample: FileSample) -> list[tuple[str, str]]:

@@ -11,7 +11,7 @@ import itertools
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from alexprep.shards.errors import AlexprepError, AmbiguousSourceError, counted
 from alexprep.shards.sources import BY_FOLDERS
 from alexprep.shards.sources.base import UNLABELLED, Account, Input, Source, sorted_names
+from alexprep.shards.sources.class_words import read_class_words
 from alexprep.shards.sources.ground_truth import devkit_order
 
 AUTO = "auto"
@@ -44,11 +45,14 @@ class Listing:
 
     Attributes:
         source: that was listed.
-        splits: by name, the inputs in the source's order, as columns: class (int32, its code), path, member, offset, size.
+        splits: by name, the inputs in the source's order, as columns: class (int32, its code), path, member, offset, size; and metadata
+            (large_binary, `Input.metadata`) where some input of the split has any.
         names: the class names by code; one of them may be `UNLABELLED`.
         classes: the class names by label.
         digest: sha256 of the whole list, hex.
         account: what was found and what was passed over.
+        words: what classes mean in words, by name, where something tells that.
+        metadata: sha256 of where all inputs have their metadata, hex; empty where none has any.
     """
 
     source: Source
@@ -57,6 +61,13 @@ class Listing:
     classes: list[str]
     digest: str
     account: Account
+    words: dict[str, str] = field(default_factory=dict)
+    metadata: str = ""
+
+    @property
+    def class_words(self) -> list[str]:
+        """The words by label, "" for none; [] where no class has any."""
+        return [self.words.get(name, "") for name in self.classes] if self.words else []
 
     @property
     def label_of(self) -> NDArray[np.int32]:
@@ -70,20 +81,26 @@ class Listing:
         return np.bincount(labels[labels >= 0], minlength=len(self.classes))
 
 
-def list_inputs(source: Source, labels: str | Sequence[str] = AUTO, class_names: ClassNames | None = None) -> Listing:
+def list_inputs(
+    source: Source,
+    labels: str | Sequence[str] = AUTO,
+    class_names: ClassNames | None = None,
+    class_words: Path | str | None = None,
+) -> Listing:
     """Lists a source.
 
     Args:
         source: where the images are.
         labels: how classes are numbered, as `ShardOptions.labels` has it.
         class_names: what to make of names that are equal but for case or Unicode form, as `ShardOptions.class_names` has it.
+        class_words: a file of lines `CLASS words`, which goes before what the source says.
 
     Raises:
         AlexprepError: there is nothing, or the source is damaged.
         AmbiguousSourceError: names are equal but for case or Unicode form, and `class_names` is None.
     """
     account = Account()
-    splits, names, digest = _as_columns(source.inputs(account))
+    splits, names, digest, metadata = _as_columns(source.inputs(account))
     if not splits:
         raise AlexprepError(
             f"SOURCE {source.files.display()} holds no files where {source.layout!r} has its images: name the folder that holds them, "
@@ -101,7 +118,8 @@ def list_inputs(source: Source, labels: str | Sequence[str] = AUTO, class_names:
             raise _asked_about(alike, source)
         names = [alike.get(name, name) for name in names]
     classes = class_order(labels, set(names) - {UNLABELLED}, source)
-    listing = Listing(source, splits, names, classes, digest, account)
+    words = read_class_words(class_words, classes) if class_words else source.words(set(classes))
+    listing = Listing(source, splits, names, classes, digest, account, words, metadata)
     account.warnings += _warnings(listing)
     return listing
 
@@ -153,8 +171,8 @@ def _listed_order(path: Path) -> list[str]:
     return order
 
 
-def _as_columns(inputs: Iterable[Input]) -> tuple[dict[str, pa.Table], list[str], str]:
-    """All inputs by split, as tables of the schema `_LISTING`; the class names by code; and the sha256 of the whole list, hex.
+def _as_columns(inputs: Iterable[Input]) -> tuple[dict[str, pa.Table], list[str], str, str]:
+    """All inputs by split, as `Listing.splits` has them; the class names by code; the sha256 of the whole list, hex, and of the metadata.
 
     As columns, 15 million inputs fit into a few gigabytes.
     """
@@ -162,32 +180,42 @@ def _as_columns(inputs: Iterable[Input]) -> tuple[dict[str, pa.Table], list[str]
     chunks: dict[str, list[pa.Table]] = {}
     codes: dict[str, int] = {}
     heads: dict[tuple[str, str], bytes] = {}  # how a class begins its lines in what is hashed
-    digest = hashlib.sha256()
+    digest, of_metadata, count = hashlib.sha256(), None, 0
 
     def flush(split: str) -> None:
-        arrays = [pa.array(column, field.type) for column, field in zip(recent.pop(split), _LISTING, strict=True)]
-        chunks.setdefault(split, []).append(pa.table(arrays, schema=_LISTING))
+        *columns, metadata = recent.pop(split)
+        arrays = [pa.array(column, field.type) for column, field in zip(columns, _LISTING, strict=True)]
+        table = pa.table(arrays, schema=_LISTING)
+        if any(metadata):
+            table = table.append_column("metadata", pa.array(metadata, pa.large_binary()))
+        chunks.setdefault(split, []).append(table)
 
     inputs = iter(inputs)
     while some := list(itertools.islice(inputs, _AT_ONCE)):
-        splits, names, places = zip(*some, strict=True)
+        splits, names, places, metadata = zip(*some, strict=True)
         for pair in dict.fromkeys(zip(splits, names, strict=True)):
             if pair not in heads:
                 heads[pair] = b"%s\0%s\0" % (pair[0].encode(), pair[1].encode())
                 codes.setdefault(pair[1], len(codes))
         lines = zip(splits, names, places, strict=True)
         digest.update(b"".join([b"%s%s\0%s\0%d\0%d\0" % (heads[split, name], *place) for split, name, place in lines]))
+        if any(metadata):
+            of_metadata = of_metadata or hashlib.sha256()
+            of_metadata.update(b"".join([b"%d %d %s" % (n, len(each), each) for n, each in enumerate(metadata, count)]))
+        count += len(some)
         for split in dict.fromkeys(splits):
             own = [each == split for each in splits]
-            columns = recent.setdefault(split, tuple([] for _ in _LISTING))
+            columns = recent.setdefault(split, tuple([] for _ in (*_LISTING, "metadata")))
             columns[0].extend([codes[name] for name in itertools.compress(names, own)])
-            for column, values in zip(columns[1:], zip(*itertools.compress(places, own), strict=True), strict=True):
+            for column, values in zip(columns[1:-1], zip(*itertools.compress(places, own), strict=True), strict=True):
                 column.extend(values)
+            columns[-1].extend(itertools.compress(metadata, own))
             if len(columns[0]) >= _CHUNK:
                 flush(split)
     for split in list(recent):
         flush(split)
-    return {split: pa.concat_tables(parts) for split, parts in chunks.items()}, list(codes), digest.hexdigest()
+    tables = {split: pa.concat_tables(parts, promote_options="default") for split, parts in chunks.items()}
+    return tables, list(codes), digest.hexdigest(), of_metadata.hexdigest() if of_metadata else ""
 
 
 # What the class names themselves tell.

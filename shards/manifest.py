@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from alexprep.shards.dataset_format import (
@@ -32,7 +32,8 @@ from alexprep.shards.dataset_format import (
 from alexprep.shards.errors import AlexprepError, counted
 from alexprep.shards.image_codec import Target
 from alexprep.shards.image_header import general_reason
-from alexprep.shards.plan import Plan, Shard, locations
+from alexprep.shards.ledger import Ledger
+from alexprep.shards.plan import Plan, Shard
 from alexprep.shards.storage import json_bytes, publish_bytes, publish_first
 from alexprep.shards.tar_format import ending, padded
 
@@ -48,7 +49,7 @@ def sidecar_of(plan: Plan, inputs: list[dict[str, Any]], members: list[dict[str,
         "plan": plan.digest,
         "bytes": end + len(ending(end)) if members else 0,
         "sha256": sha256,
-        "samples": len(members) // 2,
+        "samples": sum(entry["status"] == "written" for entry in inputs),
         "members": members,
         "inputs": inputs,
     }
@@ -155,11 +156,11 @@ class Manifest:
         self._pictures = {split: np.zeros((2, len(plan.document["classes"])), np.int64) for split in splits}
         self._records: dict[str, list[dict[str, Any]]] = {split: [] for split in splits}
         self._indexes: dict[str, list[NDArray[Any]]] = {split: [] for split in splits}
-        self._ledgers: dict[str, list[pa.Table]] = {split: [] for split in splits}
+        self._ledgers = {split: Ledger() for split in splits}
 
     def add(self, shard: Shard, planned: pa.Table, sidecar: Sidecar) -> None:
         """Takes in a finished shard, given its rows of plan.parquet; a damaged sidecar raises KeyError, TypeError or ValueError."""
-        self._ledgers[shard.split].append(_ledger(shard, planned, sidecar))
+        self._ledgers[shard.split].add(shard, planned, sidecar)
         self._indexes[shard.split].append(_index(self.plan, shard, sidecar))
         labels, pictures = planned["label"].to_numpy(), self._pictures[shard.split]
         known = (labels >= 0) & (labels < pictures.shape[1])
@@ -188,7 +189,15 @@ class Manifest:
                     f"no picture left in {split}: {lost.size:,} of {counted(len(classes), 'class')}, such as {classes[lost[0]]!r}; all of "
                     "theirs were rejected"
                 )
+        absent = sorted((self.plan.metadata_names or set()) - set(self.metadata))
+        if absent:
+            words.append(f"no picture has metadata named {', '.join(map(repr, absent))}, which --metadata asks for")
         return words
+
+    @property
+    def metadata(self) -> list[str]:
+        """The names of the metadata that samples have, of all splits; of very many some."""
+        return sorted({name for ledger in self._ledgers.values() for name in ledger.names})
 
     @property
     def samples(self) -> dict[str, int]:
@@ -204,12 +213,14 @@ class Manifest:
         """The content of index and ledger of each split, by name below the dataset's folder."""
         contents = {}
         for split in self._records:
-            array, table = io.BytesIO(), io.BytesIO()
+            array = io.BytesIO()
             np.save(array, np.concatenate(self._indexes[split]), allow_pickle=False)
-            pq.write_table(pa.concat_tables(self._ledgers[split]), table, compression="zstd")
             contents[f"{split}/{INDEX}"] = array.getvalue()
-            contents[f"{split}/{LEDGER}"] = table.getvalue()
+            contents[f"{split}/{LEDGER}"] = self._ledgers[split].content(self._reread)
         return contents
+
+    def _reread(self, shard: Shard) -> Sidecar:
+        return read_json(self.plan.file(shard, ".json"), "run the same command again")
 
     def dataset(self, file_digests: dict[str, str]) -> dict[str, Any]:
         """dataset.json, given the sha256 of the files beside it."""
@@ -243,7 +254,9 @@ class Manifest:
             "options": document["options"],
             "shard_samples": document["shard_samples"],
             "source": {"layout": document["layout"], "inputs": document["inputs"]},
-            **{key: document[key] for key in ("choices", "account") if key in document},  # older plans have none
+            **{
+                key: document[key] for key in ("unlabelled", "words", "choices", "account") if key in document
+            },  # older plans have none
             "versions": document["versions"],
         }
 
@@ -263,34 +276,17 @@ class Manifest:
         }
 
 
-def _ledger(shard: Shard, planned: pa.Table, sidecar: Sidecar) -> pa.Table:
-    """The ledger's rows of one shard: every planned input, in order, with what became of it."""
-    entries = sidecar["inputs"]
-    if len(entries) != planned.num_rows:
-        raise AlexprepError(
-            f"{shard.name}.json lists {len(entries)} of {planned.num_rows} inputs: run `alexprep verify`"
-        )
-    return pa.table(
-        {
-            "key": pa.array([entry["key"] for entry in entries], pa.string()),
-            "shard": planned["shard"],
-            "label": planned["label"],
-            "source": pa.array(list(map(str, locations(planned))), pa.string()),
-            "width": pa.array([entry["width"] for entry in entries], pa.int32()),
-            "height": pa.array([entry["height"] for entry in entries], pa.int32()),
-            "status": pa.array([entry["status"] for entry in entries], pa.string()),
-            "kept": pa.array([entry.get("kept", False) for entry in entries], pa.bool_()),
-            "reason": pa.array([entry.get("reason") for entry in entries], pa.string()),
-        }
-    )
-
-
 def _index(plan: Plan, shard: Shard, sidecar: Sidecar) -> NDArray[Any]:
     """The index records of one shard: (samples,) of the plan's of `INDEX_DTYPES`."""
     written = [entry for entry in sidecar["inputs"] if entry["status"] == "written"]
-    images, dtype = sidecar["members"][::2], INDEX_DTYPES[plan.format_version]
+    images, dtype = image_members(sidecar["members"]), INDEX_DTYPES[plan.format_version]
     records = [
         (shard.number, m["offset"], m["size"], e["label"], *stored_size(plan.target, e))[: len(dtype.names or ())]
         for m, e in zip(images, written, strict=True)
     ]
     return np.array(records, dtype)
+
+
+def image_members(members: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of a sidecar's members those that hold the images: the first of each sample."""
+    return [next(sample) for _, sample in itertools.groupby(members, lambda member: member["name"].partition(".")[0])]

@@ -15,14 +15,14 @@ import io
 import json
 import os
 import platform
+import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
@@ -39,6 +39,7 @@ from alexprep.shards.dataset_format import (
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.image_codec import Fit, Target
 from alexprep.shards.listing import AUTO, ILSVRC_ID, PLACE, SORTED, ClassNames, Listing, renumbered
+from alexprep.shards.metadata import ALL, NONE
 from alexprep.shards.resample import FILTERS
 from alexprep.shards.sources.base import (
     LIMITED,
@@ -61,12 +62,14 @@ _MANY, _FEW = 16, 64
 _DECIDES_BYTES, _ON_A_GPU = ("alexprep", "nvimgcodec", "pillow", "simplejpeg"), ("nvjpeg", "torch")
 # Of a target, what a plan has nothing of where it is at its default: releases that did not know it go on.
 _ADDED = ("on_damaged", "fit", "only_shrink", "lossless", "webp_method")
-_TAKEN_OVER = ("account", "choices")  # of a plan that is gone on with, without a comparison
+_NO_IDENTITY = ("account", "words")  # of a plan: files that are no inputs; what people read
+_TAKEN_OVER = (*_NO_IDENTITY, "choices")  # of a plan that is gone on with, without a comparison
 _SPLIT_STREAM = {"train": 0, "val": 1, "test": 2}
 _WANTED, _TRIED = 3, 16  # files whose sizes machines compare; inputs that are looked at for them
 _TABLE = pa.schema(
     [("split", pa.string()), ("shard", pa.uint32()), ("row", pa.uint32()), ("label", pa.int32()), *PLACE]
 )
+_METADATA = pa.field("metadata", pa.large_binary())  # in plans by which some goes along with the images
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,9 @@ class ShardOptions:
     limit: int | None = None  # at most so many inputs of each split, picked by the shuffle; None for all
     # Of class names that are equal but for case or Unicode form: each is a class, or they are one; None asks.
     class_names: ClassNames | None = None
+    class_words: str | Path | None = None  # a file that says what classes mean in words; no shard depends on it
+    # What goes along with the images: "all", "none", or these names; None for all, and in a folder that was begun what it was begun with.
+    metadata: str | tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         t = self.target
@@ -103,6 +109,8 @@ class ShardOptions:
             raise AlexprepError(f"--class-names {self.class_names} is not one of exact, folded")
         if t.on_damaged not in ("reject", "keep"):
             raise AlexprepError(f"--on-damaged {t.on_damaged} is not one of reject, keep")
+        if isinstance(self.metadata, str) and self.metadata not in (ALL, NONE):
+            raise AlexprepError(f"--metadata {self.metadata!r} is not {ALL}, {NONE} or a tuple of names")
         if t.filter not in FILTERS:
             raise AlexprepError(f"--filter {t.filter} is not one of {', '.join(FILTERS)}")
         if t.fit not in get_args(Fit):
@@ -163,6 +171,17 @@ class Plan:
         return int(self.document["format_version"])
 
     @property
+    def labelled(self) -> bool:
+        """Whether samples have a KEY.cls, if only of -1: not where the source was read without labels."""
+        return not self.document.get("unlabelled")
+
+    @property
+    def metadata_names(self) -> frozenset[str] | None:
+        """Which metadata go along with the images; None for all."""
+        wanted = self.options["metadata"]
+        return frozenset(wanted or ()) if not isinstance(wanted, str) else None
+
+    @property
     def inputs(self) -> int:
         """How many inputs all splits have together."""
         return sum(split["inputs"] for split in self.document["splits"].values())
@@ -205,6 +224,7 @@ def draw_up(listing: Listing, options: ShardOptions) -> tuple[dict[str, Any], li
     splits_of_inputs = dict(listing.splits)
     total = sum(min(len(split), options.limit or len(split)) for split in splits_of_inputs.values())
     size = options.shard_samples or min(SHARD_SAMPLES, max(_FEW, -(-total // _MANY)))
+    along = bool(listing.metadata) and options.metadata != NONE
     splits: dict[str, Any] = {}
     tables: list[pa.Table] = []
     for split in sorted(splits_of_inputs, key=_SPLIT_STREAM.__getitem__):
@@ -220,7 +240,10 @@ def draw_up(listing: Listing, options: ShardOptions) -> tuple[dict[str, Any], li
             "label": label_of[inputs["class"].to_numpy()],
             **{name: inputs[name] for name, _ in PLACE},
         }
-        table = pa.table(columns, schema=_TABLE)
+        if along:
+            known = "metadata" in inputs.column_names
+            columns["metadata"] = inputs["metadata"] if known else pa.nulls(count, pa.large_binary())
+        table = pa.table(columns, schema=_TABLE.append(_METADATA) if along else _TABLE)
         tables += [table.slice(start, size) for start in range(0, count, size)]
         splits[split] = {"inputs": count, "shards": -(-count // size)} | ({"window_inputs": window} if window else {})
     document = {
@@ -228,13 +251,19 @@ def draw_up(listing: Listing, options: ShardOptions) -> tuple[dict[str, Any], li
         "format_version": FORMAT_VERSION,
         "layout": source.layout,
         "inputs": listing.digest,
-        "options": _recorded(options),
+        "options": _recorded(options, along),
         "shard_samples": size,
         "splits": splits,
         "classes": listing.classes,
         "versions": versions(*_DECIDES_BYTES, *(_ON_A_GPU if options.target.device == "cuda" else ())),
         "account": _account(account, sum(map(len, listing.splits.values())) - total),
     }
+    if not source.labelled():
+        document["unlabelled"] = True
+    if along:
+        document["metadata"] = listing.metadata
+    if listing.class_words:
+        document["words"] = listing.class_words
     if source.choices != NO_CHOICES:
         document["choices"] = as_json(source.choices)
     return document, tables
@@ -249,8 +278,8 @@ def _account(account: Account, left_out: int) -> dict[str, Any]:
 
 
 def plan_digest(document: Mapping[str, Any]) -> str:
-    """The identity of a plan, hex sha256: of all of plan.json but the account, which tells of files that are no inputs."""
-    return digest_json({name: value for name, value in document.items() if name != "account"})
+    """The identity of a plan, hex sha256: of all of plan.json but the account, which tells of files that are no inputs, and words."""
+    return digest_json({name: value for name, value in document.items() if name not in _NO_IDENTITY})
 
 
 def locations(rows: pa.Table) -> list[Location]:
@@ -258,8 +287,8 @@ def locations(rows: pa.Table) -> list[Location]:
     return list(map(Location, *(rows.column(name).to_pylist() for name in Location._fields)))
 
 
-def _recorded(options: ShardOptions) -> dict[str, Any]:
-    """What a plan says of options. Of a list of classes not where it lay, which may have moved: the plan has the names."""
+def _recorded(options: ShardOptions, along: bool = False) -> dict[str, Any]:
+    """What a plan says of options; `along`, whether metadata go along with the images. Of a list of classes not where it lay, which may have moved: the plan has the names."""
     named = isinstance(options.labels, str) and options.labels in (AUTO, SORTED, ILSVRC_ID)
     labels = options.labels if named else LISTED
     target, (rows, columns) = asdict(options.target), options.target.box
@@ -271,6 +300,8 @@ def _recorded(options: ShardOptions) -> dict[str, Any]:
         "labels": labels,
         "limit": options.limit,
         "class_names": options.class_names,
+        # Nothing where nothing goes along, as in all plans of releases that did not know it.
+        "metadata": (sorted(options.metadata) if isinstance(options.metadata, tuple) else ALL) if along else None,
     }
 
 
@@ -296,6 +327,8 @@ def _shown(name: str, value: Any) -> str:
         value = getattr(Target, name)
     if name == "size":
         return size_words(value)
+    if name == "metadata":
+        return value if isinstance(value, str) else ",".join(value or [NONE])
     if value is None or isinstance(value, bool):
         return "given" if value else "not given"
     return str(value)
@@ -313,6 +346,7 @@ def options_of(document: Mapping[str, Any]) -> ShardOptions:
     given = {name: value for name, value in given.items() if name not in of_target}
     if given.get("labels") == LISTED:
         given["labels"] = tuple(document["classes"])
+    given["metadata"] = _metadata_of(document)
     return ShardOptions(target, shard_samples=document["shard_samples"], **given)
 
 
@@ -332,6 +366,17 @@ def size_words(size: int | Sequence[int]) -> str:
     ('320x240', '256')
     """
     return str(size) if isinstance(size, int) else f"{size[1]}x{size[0]}"
+
+
+def _metadata_of(document: Mapping[str, Any]) -> str | tuple[str, ...]:
+    """The option --metadata that gives the plan of a plan.json or dataset.json again."""
+    metadata = document.get("options", {}).get("metadata") or NONE
+    return metadata if isinstance(metadata, str) else tuple(metadata)
+
+
+def as_begun(options: ShardOptions, earlier: Mapping[str, Any]) -> ShardOptions:
+    """The options as the `earlier` plan has them where they were left open."""
+    return options if options.metadata is not None else replace(options, metadata=_metadata_of(earlier))
 
 
 def as_written(document: dict[str, Any], earlier: Mapping[str, Any]) -> dict[str, Any]:
@@ -384,14 +429,16 @@ def differences(old: Mapping[str, Any], new: dict[str, Any]) -> list[str]:
                 f"SOURCE was read {f'with {then}' if then else 'as found'}, now {f'with {chosen}' if chosen else 'as found'}"
             )
         words.append(f"the files in SOURCE have changed ({counts[0]:,} inputs then, {counts[1]:,} now)")
+    if not words and old.get("metadata") != new.get("metadata"):
+        words.append("the metadata in SOURCE have changed")
     windows = [
         {split: record.get("window_inputs") for split, record in plan.get("splits", {}).items()} for plan in (old, new)
     ]
     if not words and windows[0] != windows[1]:
         words.append("the groups in which SOURCE has its inputs have other sizes now, which changes the order")
-    for name in ("format_version", "layout", "classes"):
+    for name in ("format_version", "layout", "classes", "unlabelled"):
         same = name == "format_version" and old.get(name) in READ_VERSIONS
-        if old.get(name) != new[name] and not same and not words:
+        if old.get(name) != new.get(name) and not same and not words:
             words.append(f"{name} differs")
     return words
 
@@ -431,6 +478,8 @@ def grouped_order(key: tuple[int, ...], groups: NDArray[np.int64], window: int) 
 
 def _groups(inputs: pa.Table) -> NDArray[np.int64]:
     """The number of each input's group, which the inputs of one path and offset form: int64 (inputs,), ascending from 0."""
+    import pyarrow.compute as pc  # takes as long as ten images, and workers do without
+
     paths, offsets = inputs["path"].combine_chunks(), inputs["offset"].to_numpy()
     new = pc.not_equal(paths[1:], paths[:-1]).to_numpy(zero_copy_only=False) | (offsets[1:] != offsets[:-1])
     return np.concatenate([[0], np.cumsum(new)]).astype(np.int64)
@@ -494,7 +543,8 @@ def shared_table(folder: Path, digest: str) -> PlanTable:
 
 def publish_table(folder: Path, tables: Sequence[pa.Table]) -> None:
     """Writes plan.parquet, one row group for each of `tables`."""
-    with published(folder / PLAN_TABLE) as file, pq.ParquetWriter(file, _TABLE, compression="zstd") as writer:
+    schema = tables[0].schema if tables else _TABLE
+    with published(folder / PLAN_TABLE) as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
         for table in tables:
             writer.write_table(table, row_group_size=max(1, table.num_rows))
     shared_table.cache_clear()
@@ -508,6 +558,7 @@ class MachineCheck:
     plan: Plan
     source: Source
     sizes: dict[bytes, int]  # of a few files of the source, by path, there
+    prefix: str  # of the Python there, which tells its libraries
 
     @classmethod
     def prepared_here(cls, plan: Plan, source: Source, table: PlanTable) -> MachineCheck:
@@ -517,7 +568,7 @@ class MachineCheck:
             size = _size(source, location.path)
             if isinstance(size, int) and len(sizes) < _WANTED:
                 sizes[location.path] = size
-        return cls(platform.node(), plan, source, sizes)
+        return cls(platform.node(), plan, source, sizes, sys.prefix)
 
     def run(self) -> None:
         """Compares it with what the machine sees that calls this: an AlexprepError names both machines and what differs."""
@@ -539,6 +590,8 @@ class MachineCheck:
                 f"{here} does not see {self.source.files.display(name)} as {self.machine} does ({size} bytes there, {now} here): "
                 "SOURCE must be readable under the same path on every machine, or be a URL"
             )
+        if (here, sys.prefix) == (self.machine, self.prefix):
+            return
         for library, version in self.plan.document["versions"].items():
             mine = versions(library)[library]
             if not interchangeable(library, mine, version):

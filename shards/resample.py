@@ -3,7 +3,8 @@
 Each filter is a matrix of weights per axis, rounded to integers: 15 fractional bits down the columns, an intermediate of
 2 fractional bits, 12 fractional bits along the rows. Every product and partial sum is then an integer below
 2**24 and so exact in float32: the pixels do not depend on the BLAS, on the order of summation, on the machine, or on
-whether a CPU or a GPU multiplies. Rounding the weights moves a pixel by less than a quarter of a grey level.
+whether a CPU or a GPU multiplies. Rounding the weights moves a pixel by less than a quarter of a grey level. So C (resize.c) and numpy give
+the same bits: C where it was compiled on installation, numpy where there was no compiler.
 
 Which part of an image is kept, and how large it becomes, is decided in `alexprep.shards.image_codec.Target`; the same products on a GPU are in
 `alexprep.shards.image_codec_cuda`.
@@ -11,11 +12,13 @@ Which part of an image is kept, and how large it becomes, is decided in `alexpre
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import math
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -69,20 +72,37 @@ class Resize:
         if self.only_cuts:
             top, left = self.vertical.offset, self.horizontal.offset
             return top, left, top + self.vertical.count, left + self.horizontal.count
-        down, along = self._bands()
+        down, along = self._taps
         return down.low, along.low, down.high, along.high
 
-    def _bands(self) -> tuple[Band, Band]:
+    @functools.cached_property
+    def _taps(self) -> tuple[Taps, Taps]:
         most = max(axis.count * axis.source / axis.target for axis in (self.vertical, self.horizontal))
-        cut = _band if most <= _CACHED else _band.__wrapped__
-        down = cut(self.vertical, self.name, COLUMN_BITS, 2.0**MIDDLE_BITS, 1, _DOWN_GROUP)
-        return down, cut(self.horizontal, self.name, ROW_BITS, 2.0**-MIDDLE_BITS, 3, _ALONG_GROUP)
+        of = taps if most <= _CACHED else taps.__wrapped__
+        down = of(self.vertical, self.name, COLUMN_BITS, 2.0**MIDDLE_BITS)
+        return down, of(self.horizontal, self.name, ROW_BITS, 2.0**-MIDDLE_BITS)
 
     def __call__(self, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """From the box `region` of the source, C-contiguous uint8 (rows, columns, 3), to (vertical.count, horizontal.count, 3)."""
+        """From the box `region` of the source, uint8 (rows, columns, 3), to (vertical.count, horizontal.count, 3).
+
+        Each row of the box must be contiguous; rows may lie apart, as those of a part of an image do. Where nothing is resized, what
+        comes out is the box itself.
+        """
         if self.only_cuts:
             return pixels
-        (down, along), count = self._bands(), self.vertical.count
+        compiled = _compiled()
+        return compiled(*self._taps, pixels) if compiled else self.in_numpy(pixels)
+
+    def in_numpy(self, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """What calling the resize gives, without compiled code."""
+        if self.only_cuts:
+            return pixels
+        down, along, count = (
+            _band(self._taps[0], 1, _DOWN_GROUP),
+            _band(self._taps[1], 3, _ALONG_GROUP),
+            self.vertical.count,
+        )
+        pixels = np.ascontiguousarray(pixels)
         blocks = _rows(_columns(pixels.reshape(len(pixels), -1), down, along), count, along)
         np.rint(blocks, out=blocks)
         if not (down.positive and along.positive):
@@ -154,6 +174,34 @@ def rounded_weights(w: NDArray[np.float64], bits: int) -> NDArray[np.float64]:
     return sums * 2.0**-bits
 
 
+@dataclass(eq=False)
+class Taps:
+    """What each output of an axis reads: neighbours, counted from `low`, and their weights, multiples of a power of two."""
+
+    axis: Axis
+    low: int  # the first source pixel that any output reads
+    high: int  # one behind the last
+    start: NDArray[np.int32]  # (outputs,): the first that an output reads
+    count: NDArray[np.int32]  # (outputs,): how many
+    weights: NDArray[np.float32]  # (outputs, the largest count): 0 where an output reads less
+    band: Band | None = None  # the same as matrices, once they were needed
+
+
+@functools.lru_cache(maxsize=512)
+def taps(axis: Axis, name: str, bits: int, scale: float) -> Taps:
+    """The weights of an axis at 2**-bits resolution, times `scale`; those of pixels outside the source are their nearest neighbour's."""
+    first, exact = weights(axis, name)
+    inputs = np.clip(first + np.arange(len(exact))[:, None], 0, axis.source - 1)
+    used = exact != 0
+    start, stop = np.where(used, inputs, axis.source).min(axis=0), np.where(used, inputs + 1, 0).max(axis=0)
+    count = stop - start
+    low, most = int(start.min()), int(count.max())
+    places = np.arange(axis.count) * most + inputs - start
+    fixed = np.bincount(places[used], rounded_weights(exact, bits)[used] * scale, axis.count * most)
+    matrix = fixed.reshape(axis.count, most).astype(np.float32)
+    return Taps(axis, low, int(stop.max()), (start - low).astype(np.int32), count.astype(np.int32), matrix)
+
+
 @dataclass(frozen=True)
 class Band:
     """An axis' matrix, cut into dense blocks of 8 outputs along its diagonal, and these into groups of equal distance.
@@ -161,9 +209,7 @@ class Band:
     An output and an input are one channel of a pixel: `channels` neighbours of each make a pixel.
     """
 
-    low: int  # the first source pixel that the axis reads
-    high: int  # one behind the last
-    starts: list[int]  # by group, the first input of its first block, counted from `low`; may lie before it
+    starts: list[int]  # by group, the first input of its first block; may lie before what is read
     stride: int  # from one block's first input to the next one's in a group, inputs
     before: int  # how many inputs blocks reach out before `low`, where their weights are 0
     after: int  # the same behind `high`
@@ -171,22 +217,21 @@ class Band:
     matrices: NDArray[np.float32]  # (groups, blocks, 8 outputs, inputs), multiples of a power of two
 
 
-@functools.lru_cache(maxsize=512)
-def _band(axis: Axis, name: str, bits: int, scale: float, channels: int, group: int) -> Band:
-    """Cuts an axis' matrix at 2**-bits resolution and multiplies it by `scale`."""
-    group = 1 if axis.source > 8 * axis.target else group  # one block's inputs of a large source fill the cache
-    first, exact = weights(axis, name)
-    inputs = first + np.arange(len(exact))[:, None]  # the source pixel behind each weight
-    if first[0] < 0 or inputs[-1, -1] >= axis.source:
-        np.clip(inputs, 0, axis.source - 1, out=inputs)
-    read = inputs[exact != 0]
-    low, high = int(read.min()), int(read.max()) + 1
-    fixed, inputs = rounded_weights(exact, bits), (inputs - low) * channels
+def _band(taps: Taps, channels: int, group: int) -> Band:
+    """Cuts an axis' matrix into blocks, of which `group` form a group."""
+    if taps.band is not None:
+        return taps.band
+    # One block's inputs of a large source fill the cache.
+    group = 1 if taps.axis.source > 8 * taps.axis.target else group
+    inputs = (taps.start + np.arange(taps.weights.shape[1])[:, None]) * channels
     # Each block's first and last input, relative to the group's; blocks that only fill up the last group change neither.
-    count, ahead = axis.count * channels, np.arange(group) * (stride := round(_BLOCK * axis.source / axis.target))
+    count, ahead = (
+        taps.axis.count * channels,
+        np.arange(group) * (stride := round(_BLOCK * taps.axis.source / taps.axis.target)),
+    )
     groups = -(-count // (_BLOCK * group))
     pixel, channel = np.divmod(outputs := np.arange(groups * group * _BLOCK), channels)
-    np.minimum(pixel, axis.count - 1, out=pixel)
+    np.minimum(pixel, taps.axis.count - 1, out=pixel)
     begin = (inputs[0][pixel] + channel).reshape(groups, group, _BLOCK).min(axis=2) - ahead
     end = (inputs[-1][pixel] + channel).reshape(groups, group, _BLOCK).max(axis=2) - ahead + 1
     real = -(-count // _BLOCK) - (groups - 1) * group
@@ -196,12 +241,13 @@ def _band(axis: Axis, name: str, bits: int, scale: float, channels: int, group: 
     # Where in the matrices each channel (first axis) of each weight goes.
     places = outputs * columns + channel - (starts[:, None] + ahead).repeat(_BLOCK)
     places = places[:count].reshape(-1, channels).T[:, None] + inputs
-    values = np.repeat(fixed[None] * scale, channels, axis=0)
-    matrices = np.bincount(places.ravel(), values.ravel(), len(outputs) * columns).astype(np.float32)
-    after = int(starts.max()) + (group - 1) * stride + columns - (high - low) * channels
-    matrices = matrices.reshape(groups, group, _BLOCK, columns)
-    before, positive = -int(starts.min()), bool(fixed.min() >= 0)
-    return Band(low, high, starts.tolist(), stride, max(0, before), max(0, after), positive, matrices)
+    flat = np.zeros(len(outputs) * columns, np.float32)
+    flat[places] = taps.weights.T
+    after = int(starts.max()) + (group - 1) * stride + columns - (taps.high - taps.low) * channels
+    matrices = flat.reshape(groups, group, _BLOCK, columns)
+    before, positive = -int(starts.min()), bool(taps.weights.min() >= 0)
+    taps.band = Band(starts.tolist(), stride, max(0, before), max(0, after), positive, matrices)
+    return taps.band
 
 
 _memory, _NOTHING = threading.local(), np.zeros(0, np.float32)
@@ -244,3 +290,59 @@ def _rows(middle: NDArray[np.float32], count: int, along: Band) -> NDArray[np.fl
         windows = np.ndarray((group, count, taps), np.float32, middle, place, (4 * along.stride, 4 * padded, 4))
         np.matmul(windows, matrices.transpose(0, 2, 1), out=part)
     return blocks.reshape(groups * group, count | 1, rows)
+
+
+class _CompiledAxis(ctypes.Structure):
+    """`axis` in resize.c."""
+
+    _fields_ = (
+        ("outputs", ctypes.c_int32),
+        ("most", ctypes.c_int32),
+        ("start", ctypes.c_void_p),
+        ("count", ctypes.c_void_p),
+        ("weights", ctypes.c_void_p),
+    )
+
+    @classmethod
+    def of(cls, taps: Taps) -> _CompiledAxis:
+        return cls(*taps.weights.shape, taps.start.ctypes.data, taps.count.ctypes.data, taps.weights.ctypes.data)
+
+
+Compiled = Callable[[Taps, Taps, NDArray[np.uint8]], NDArray[np.uint8]]
+
+
+@functools.lru_cache(maxsize=1)
+def _compiled() -> Compiled | None:
+    """resize.c, where it was compiled when alexprep was installed and does what numpy does; None otherwise."""
+    return next(filter(None, map(_loaded, Path(__file__).parent.glob("_resize*.so"))), None)
+
+
+def _loaded(library: Path) -> Compiled | None:
+    """The function of a compiled resize.c, if it is there, and gives what numpy gives on a few small images."""
+    try:
+        function = ctypes.CDLL(str(library)).alexprep_resize
+    except (OSError, AttributeError):
+        return None
+    pointer, number = ctypes.c_void_p, ctypes.c_int32
+    axis = ctypes.POINTER(_CompiledAxis)
+    function.restype, function.argtypes = None, (pointer, ctypes.c_ssize_t, number, axis, axis, pointer, pointer)
+
+    def compiled(down: Taps, along: Taps, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        if pixels.strides[1:] != (3, 1):
+            pixels = np.ascontiguousarray(pixels)
+        width, result = pixels.shape[1], np.empty((down.axis.count, along.axis.count, 3), np.uint8)
+        axes = _CompiledAxis.of(down), _CompiledAxis.of(along)
+        room = _floats("compiled", _BLOCK * 3 * (width + along.axis.count))
+        function(pixels.ctypes.data, pixels.strides[0], width, *axes, room.ctypes.data, result.ctypes.data)
+        return result
+
+    noise = (np.arange(19 * 23 * 3).reshape(19, 23, 3) ** 2 % 257 > 128).astype(
+        np.uint8
+    ) * 255  # extremes overshoot most
+    for name, size in (("area", 9), ("area", 41), ("lanczos", 9)):
+        resize = Resize(Axis(19, size, 0, size), Axis(23, size, 0, size), name)
+        top, left, bottom, right = resize.region
+        box = noise[top:bottom, left:right]
+        if not np.array_equal(compiled(*resize._taps, box), resize.in_numpy(box)):
+            return None
+    return compiled

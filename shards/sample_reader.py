@@ -21,8 +21,10 @@ from numpy.typing import NDArray
 
 from alexprep.shards.dataset_format import read_dataset, read_index, shard_name, split_record
 from alexprep.shards.errors import AlexprepError
-from alexprep.shards.storage import is_local
-from alexprep.shards.tar_format import BLOCK
+from alexprep.shards.metadata import EXTENSION, MetadataError, parsed
+from alexprep.shards.sources.wds import split_name
+from alexprep.shards.storage import as_text, is_local
+from alexprep.shards.tar_format import BLOCK, number_of_bytes, padded, read_header_block
 
 _MOST_OPEN = 512  # files; a set has thousands of shards, a process is often allowed 1,024 files
 _FETCHES = 4  # remote shards on their way at the same time
@@ -106,16 +108,30 @@ class TarSamples:
         first, last = np.searchsorted(self.index["shard"], [shard, shard + 1])
         return range(int(first), int(last))
 
+    def key(self, row: int) -> str:
+        """The key of a sample, by the header of its image in the tar; AlexprepError where that is damaged."""
+        record = self.index[row]
+        shard, offset = int(record["shard"]), int(record["offset"])
+        name = self._member(shard, offset - BLOCK)[0]
+        if not name:
+            raise AlexprepError(f"{self.where(row)} has a damaged header: `alexprep verify` tells more")
+        return as_text(split_name(name)[0])
+
     def where(self, row: int) -> str:
         """Names a sample for messages: its shard, its offset, and its member's name where it can be read."""
         record = self.index[row]
         shard, offset = int(record["shard"]), int(record["offset"])
-        name = ""
+        name = b""
         with contextlib.suppress(AlexprepError):
-            header = self._bytes(shard, offset - BLOCK, BLOCK).tobytes()
-            if header[257:262] == b"ustar":
-                name = f" ({header[:100].split(bytes(1))[0].decode('utf-8', 'backslashreplace')})"
-        return f"{self._paths[shard]} at byte {offset:,}{name}"
+            name = self._member(shard, offset - BLOCK)[0]
+        return f"{self._paths[shard]} at byte {offset:,}{f' ({as_text(name)})' if name else ''}"
+
+    def _member(self, shard: int, at: int) -> tuple[bytes, int]:
+        """The name and size of the member whose header is at a byte of a shard; an empty name where there is none."""
+        block = self._bytes(shard, at, BLOCK).tobytes()
+        header = read_header_block(block) if len(block) == BLOCK and block != bytes(BLOCK) else None
+        size = number_of_bytes(header.size) if header else None
+        return (header.path(), size) if header and size is not None else (b"", 0)
 
     def _bytes(self, shard: int, offset: int, size: int) -> NDArray[np.uint8]:
         if self.remote:
@@ -184,5 +200,28 @@ class Samples(TarSamples):
                 f"{data / split} has an index of {len(index):,} samples, dataset.json says {record['samples']:,}: "
                 "run the same `alexprep shard` again"
             )
+        self._has_metadata = self.dataset["options"].get("metadata") is not None
         numbers = np.unique(index["shard"]).tolist()
         super().__init__({n: data / split / f"{shard_name(split, n)}.tar" for n in numbers}, index)
+
+    def metadata(self, row: int) -> dict[str, Any]:
+        """What goes along with a sample, its KEY.json: values by name, as JSON has them; {} where it has none.
+
+        The members of a sample follow its image, so no index is needed. AlexprepError where the shard is damaged.
+        """
+        if not self._has_metadata:
+            return {}
+        record, key = self.index[row], self.key(row)
+        shard, at = int(record["shard"]), int(record["offset"]) + padded(int(record["size"]))
+        while True:
+            name, size = self._member(shard, at)
+            own, extension = split_name(name)
+            if as_text(own) != key:
+                return {}
+            if extension == EXTENSION:
+                break
+            at += BLOCK + padded(size)
+        try:
+            return dict(parsed(self._bytes(shard, at + BLOCK, size).tobytes(), as_text(name)))
+        except (MetadataError, ValueError, TypeError) as error:
+            raise AlexprepError(f"{self.where(row)}: {error}: `alexprep verify` tells more") from None

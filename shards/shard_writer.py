@@ -9,21 +9,25 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import itertools
+import json
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from alexprep.shards.dataset_format import DATASET, FORMATS, sample_key
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.image_codec import Codec, Converted, Target
 from alexprep.shards.image_header import Refused
+from alexprep.shards.input_facts import facts_of
 from alexprep.shards.manifest import (
     Rejects,
     conflict,
@@ -34,6 +38,7 @@ from alexprep.shards.manifest import (
     sidecar_of,
     stored_record,
 )
+from alexprep.shards.metadata import EXTENSION, MetadataError, document_bytes
 from alexprep.shards.plan import MachineCheck, Plan, Shard, locations, shared_table
 from alexprep.shards.sources.base import Location, Source
 from alexprep.shards.storage import PAUSES, LocalFiles, file_sha256, publish_bytes, published
@@ -52,11 +57,39 @@ _checked: set[str] = set()  # plans of which this process has been found to see 
 
 
 class PlannedInput(NamedTuple):
-    """One row of the plan."""
+    """One row of the plan; `metadata` says where the source has what goes along, and is empty where nothing does."""
 
     row: int
     label: int
     location: Location
+    metadata: bytes
+
+
+def planned_inputs(rows: pa.Table) -> list[PlannedInput]:
+    """The inputs of some rows of plan.parquet."""
+    along = rows.column("metadata").to_pylist() if "metadata" in rows.column_names else itertools.repeat(None)
+    numbers, labels = (rows.column(name).to_pylist() for name in ("row", "label"))
+    return [
+        PlannedInput(row, label, location, metadata or b"")
+        for row, label, location, metadata in zip(numbers, labels, locations(rows), along, strict=False)
+    ]
+
+
+class InputRead(NamedTuple):
+    """What was read of an input: its bytes or pixels, and its KEY.json, or why it has none (`problem`)."""
+
+    data: bytes | NDArray[np.uint8]
+    metadata: bytes = b""
+    problem: str | None = None
+
+
+class Made(NamedTuple):
+    """What became of an input; `metadata` is its KEY.json, or b"", and `facts` are those of `facts_of`, {} where it could not be read."""
+
+    planned: PlannedInput
+    result: Converted | Refused
+    metadata: bytes
+    facts: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -86,21 +119,18 @@ class ShardWriter:
             return rejects_in(made)
         codec = shared_codec(self.make_codec, self.target)
         rows = shared_table(self.plan.folder, self.plan.digest).read_row_group(shard.group)
-        numbers, labels = rows.column("row").to_pylist(), rows.column("label").to_pylist()
+        inputs = planned_inputs(rows)
         bound_memory(self.source, codec)
-        inputs = list(map(PlannedInput, numbers, labels, locations(rows)))
         folder = self.plan.folder / shard.split
         try:
-            return self._write(shard, recorded, _converted(inputs, self.source, codec, condemned))
+            return self._write(shard, recorded, self._converted(inputs, codec, condemned))
         except OSError as error:
             raise AlexprepError(
                 f"shard {shard.name} could not be written to {folder} ({error}): make room or mend the disk, "
                 "then run the same command again; finished shards are kept"
             ) from error
 
-    def _write(
-        self, shard: Shard, recorded: str | None, inputs: Iterator[tuple[PlannedInput, Converted | Refused]]
-    ) -> Rejects:
+    def _write(self, shard: Shard, recorded: str | None, inputs: Iterator[Made]) -> Rejects:
         """Makes one shard's tar, DALI index and sidecar, in this order, each complete or absent; returns its rejects.
 
         A shard whose every input is refused has a sidecar only, since an empty tar trips readers. Nothing is published where it does
@@ -110,7 +140,7 @@ class ShardWriter:
         before = sidecar_path.read_bytes() if sidecar_path.exists() else b""
         with contextlib.suppress(_EmptyError), published(tar_path) as file:
             tar = TarWriter(file)
-            records = [_added(tar, planned, result, self.target) for planned, result in inputs]
+            records = [_added(tar, made, self.target, plan.labelled) for made in inputs]
             sha256 = tar.close()
             if recorded is not None and recorded != (sha256 if tar.members else ""):
                 raise AlexprepError(
@@ -131,6 +161,30 @@ class ShardWriter:
         publish_sidecar(plan, shard, sidecar, before)
         return rejects_in(sidecar)
 
+    def _converted(self, inputs: Sequence[PlannedInput], codec: Codec, condemned: Mapping[int, str]) -> Iterator[Made]:
+        """Every input with what became of it, in order."""
+        size, source = (
+            1 if is_retry() else codec.batch,
+            self.source,
+        )  # after a death each by itself, so that the input at fault is known
+        read = functools.partial(_read, source, names=self.plan.metadata_names)
+        with ThreadPoolExecutor(_READS_AHEAD) as threads:
+            wanted = (planned for planned in inputs if planned.row not in condemned)
+            ahead = _ahead(wanted, read, threads) if source.files.remote else None
+            for at in range(0, len(inputs), size):
+                chunk = inputs[at : at + size]
+                with attending(*(planned.row for planned in chunk)):
+                    found: list[InputRead | Refused] = []
+                    for planned in chunk:
+                        if planned.row in condemned:
+                            found.append(Refused(condemned[planned.row]))
+                        else:
+                            with reading(source.files.display(planned.location.path)):
+                                found.append(next(ahead) if ahead else read(planned))
+                    converted = iter(codec.convert_many([each.data for each in found if not isinstance(each, Refused)]))
+                    made = [_made(planned, each, converted) for planned, each in zip(chunk, found, strict=True)]
+                yield from made
+
 
 def _other_rules(plan: Plan) -> str:
     """A third reason for other bytes, of plans from before JPEGs were decoded by simplejpeg."""
@@ -146,58 +200,60 @@ class _EmptyError(Exception):
     """Keeps a tar without members from being published."""
 
 
-def _added(tar: TarWriter, planned: PlannedInput, result: Converted | Refused, target: Target) -> dict[str, Any]:
-    """What the sidecar says of an input; its image and label are put into the tar, unless it is refused."""
-    row, label, width, height = planned.row, planned.label, result.width, result.height
+def _added(tar: TarWriter, made: Made, target: Target, labelled: bool) -> dict[str, Any]:
+    """What the sidecar says of an input; its image, label and metadata are put into the tar, unless it is refused."""
+    (row, label, *_), result = made.planned, made.result
+    width, height = result.width, result.height
     if isinstance(result, Refused):
-        return input_record(row, label, width, height, kept=False, reason=result.reason)
+        return input_record(row, label, width, height, kept=False, reason=result.reason) | made.facts
     tar.add(f"{sample_key(row)}.{FORMATS[target.format]}", result.data)
-    tar.add(f"{sample_key(row)}.cls", str(label).encode())
+    if labelled:
+        tar.add(f"{sample_key(row)}.cls", str(label).encode())
+    if made.metadata:
+        tar.add(f"{sample_key(row)}.{EXTENSION}", made.metadata)
     record = input_record(row, label, width, height, result.kept, reason=None, damage=result.damage)
-    return record | stored_record(target, result.size)
+    record |= stored_record(target, result.size)
+    return record | made.facts | ({"metadata": json.loads(made.metadata)} if made.metadata else {})
 
 
-def _converted(
-    inputs: Sequence[PlannedInput], source: Source, codec: Codec, condemned: Mapping[int, str]
-) -> Iterator[tuple[PlannedInput, Converted | Refused]]:
-    """Every input with what became of it, in order."""
-    size = 1 if is_retry() else codec.batch  # after a death each by itself, so that the input at fault is known
-    with ThreadPoolExecutor(_READS_AHEAD) as threads:
-        wanted = (planned.location for planned in inputs if planned.row not in condemned)
-        ahead = _ahead(wanted, lambda location: _read(source, location), threads) if source.files.remote else None
-        for at in range(0, len(inputs), size):
-            chunk = inputs[at : at + size]
-            with attending(*(planned.row for planned in chunk)):
-                read: list[bytes | NDArray[np.uint8] | Refused] = []
-                for planned in chunk:
-                    if planned.row in condemned:
-                        read.append(Refused(condemned[planned.row]))
-                    else:
-                        with reading(source.files.display(planned.location.path)):
-                            read.append(next(ahead) if ahead else _read(source, planned.location))
-                converted = iter(codec.convert_many([data for data in read if not isinstance(data, Refused)]))
-                results = [data if isinstance(data, Refused) else next(converted) for data in read]
-            yield from zip(chunk, results, strict=True)
+def _made(planned: PlannedInput, read: InputRead | Refused, converted: Iterator[Converted | Refused]) -> Made:
+    """What became of an input, given what was read of it; the next of `converted` is its image."""
+    if isinstance(read, Refused):
+        return Made(planned, read, b"", {})
+    result = next(converted)
+    if read.problem is not None and not isinstance(result, Refused):
+        result = Refused(read.problem, result.width, result.height)
+    return Made(planned, result, read.metadata, facts_of(read.data))
 
 
 def _ahead(
-    locations: Iterable[Location], read: Callable[[Location], Any], threads: ThreadPoolExecutor
+    inputs: Iterable[PlannedInput], read: Callable[[PlannedInput], Any], threads: ThreadPoolExecutor
 ) -> Iterator[Any]:
-    """The inputs' bytes in order, with several reads under way."""
+    """What is read of the inputs in order, with several reads under way."""
     pending: deque[Any] = deque()
-    for location in locations:
-        pending.append(threads.submit(read, location))
+    for planned in inputs:
+        pending.append(threads.submit(read, planned))
         if len(pending) > _READS_AHEAD:
             yield pending.popleft().result()
     while pending:
         yield pending.popleft().result()
 
 
-def _read(source: Source, location: Location) -> bytes | NDArray[np.uint8] | Refused:
-    """An input, or why it is left out: a fault of the file itself. One of the way to it that stays is an AlexprepError."""
+def _read(source: Source, planned: PlannedInput, names: Collection[str] | None) -> InputRead | Refused:
+    """An input, or why it is left out: a fault of the file itself. One of the way to it that stays is an AlexprepError.
+
+    Of its metadata what has one of the `names`, or all.
+    """
+    location = planned.location
     for pause in (*PAUSES, None):
         try:
-            return source.read(location)
+            data = source.read(location)
+            if not planned.metadata:
+                return InputRead(data)
+            try:
+                return InputRead(data, document_bytes(source.metadata(location, planned.metadata), names))
+            except MetadataError as error:
+                return InputRead(data, problem=f"metadata: {error}")
         except MemoryError:
             return Refused("cannot be read: needs more memory than a worker may have")
         except OSError as error:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import re
 import struct
 import tarfile
@@ -53,12 +54,14 @@ _KINDS = {b"\0": "file", b"0": "file", b"7": "file", b"5": "folder", b"1": "link
 _KINDS |= dict.fromkeys([b"3", b"4", b"6", b"A", b"D", b"E", b"I", b"S", b"V"], "other")
 _WITHOUT_DATA = {b"1", b"2", b"3", b"4", b"5", b"6"}
 _EXTENSIONS = {b"x": "pax header", b"g": "global pax header", b"L": "long name", b"K": "long link"}
-_COMPRESSED = {
+# First bytes of what is compressed: the method, and what decompresses it.
+COMPRESSED = {
     b"\x1f\x8b": ("gzip", "gunzip"),
     b"BZh": ("bzip2", "bunzip2"),
     b"\xfd7zXZ\0": ("xz", "unxz"),
     b"\x28\xb5\x2f\xfd": ("zstd", "unzstd"),
 }
+_NO_END = 2**62  # bytes, where the end is not known
 _pax_length = re.compile(rb"([1-9][0-9]{0,6}) ").match
 _DAMAGED = "the archive is damaged: download it again"
 _CUT = "the archive was cut short: download it again"
@@ -81,14 +84,15 @@ class ListedMember(NamedTuple):
     kind: str
 
 
-def members(read: ReadAt, size: int, name: str, start: int = 0) -> Iterator[ListedMember]:
+def members(read: ReadAt, size: int | None, name: str, start: int = 0) -> Iterator[ListedMember]:
     """The members of a V7, USTAR, GNU or pax archive, in the order in which it has them.
 
     Damage is found when the listing reaches it: the members are to be trusted once all have been listed. Memory stays
     below a few MiB whatever the archive claims. What is compressed, damaged, cut or open to two readings is an AlexprepError
-    that names the archive, the byte and the next step. `start` is not 0 for an archive inside another.
+    that names the archive, the byte and the next step. `start` is not 0 for an archive inside another. Where the `size` is None the
+    archive ends where `read` gives no more; its reads are in ascending order then, as always, but for 64 KiB at most.
     """
-    archive = _Archive(read, start, start + size, name)
+    archive = _Archive(read, start, None if size is None else start + size, name)
     at = start
     before: dict[bytes, bytes] = {}  # what extension headers say of the next member
     while (header := archive.header(at)) is not None:
@@ -169,8 +173,9 @@ def number_of_bytes(field: bytes) -> int | None:
 class _Archive:
     """Reads and checks the blocks of one archive."""
 
-    def __init__(self, read: ReadAt, start: int, end: int, name: str) -> None:
-        self._read, self._start, self.end, self._name = read, start, end, name
+    def __init__(self, read: ReadAt, start: int, end: int | None, name: str) -> None:
+        self._read, self._start, self._name = read, start, name
+        self.end, self._open = _NO_END if end is None else end, end is None
         self._base, self._buffer, self._ahead = start, b"", _LEAST_READ
 
     def fail(self, at: int, problem: str, next_step: str) -> NoReturn:
@@ -185,7 +190,9 @@ class _Archive:
             wanted = max(0, min(self.end - at, max(size, self._ahead)))
             self._buffer = self._read(at, wanted) if wanted else b""
             self._base, begin = at, 0
-            if len(self._buffer) != wanted:
+            if self._open and len(self._buffer) < wanted:
+                self.end = at + len(self._buffer)
+            elif len(self._buffer) != wanted:
                 self.fail(at, f"of {wanted:,} bytes {len(self._buffer):,} can be read", _CUT)
         return self._buffer[begin : begin + size]
 
@@ -196,7 +203,7 @@ class _Archive:
             return None
         header = read_header_block(block) if len(block) == BLOCK else None
         if header is None:
-            for magic, (method, program) in _COMPRESSED.items():
+            for magic, (method, program) in COMPRESSED.items():
                 if at == self._start and block.startswith(magic):
                     self.fail(at, f"this is compressed with {method}", f"decompress it first: {program}")
             if len(block) < BLOCK:
@@ -361,9 +368,8 @@ def ending(position: int) -> bytes:
 
 
 def dali_index(members: list[WrittenMember]) -> str:
-    """DALI's index, version 1.2, for members that come in pairs KEY.ext KEY.cls: what `wds2idx` would write."""
-    lines = [f"v1.2 {len(members) // 2}"]
-    for image, label in zip(members[::2], members[1::2], strict=True):
-        parts = (f"{m.name.rpartition('.')[2]} {m.offset} {m.size} {m.name}" for m in (image, label))
-        lines.append(" ".join(parts))
-    return "\n".join([*lines, ""])
+    """DALI's index, version 1.2, for members of which neighbours KEY.ext KEY.cls form a sample: what `wds2idx` would write."""
+    lines = []
+    for _, sample in itertools.groupby(members, lambda member: member.name.partition(".")[0]):
+        lines.append(" ".join(f"{m.name.rpartition('.')[2]} {m.offset} {m.size} {m.name}" for m in sample))
+    return "\n".join([f"v1.2 {len(lines)}", *lines, ""])

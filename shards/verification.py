@@ -11,6 +11,7 @@ import functools
 import hashlib
 import io
 import json
+import re
 import time
 import zlib
 from collections import Counter
@@ -44,7 +45,16 @@ from alexprep.shards.dataset_format import (
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.image_codec import Target, read_raw, shared_decoder
 from alexprep.shards.listing import ClassNames, list_inputs
-from alexprep.shards.manifest import Manifest, Sidecar, input_record, sidecar_of, stored_record, stored_size
+from alexprep.shards.manifest import (
+    Manifest,
+    Sidecar,
+    image_members,
+    input_record,
+    sidecar_of,
+    stored_record,
+    stored_size,
+)
+from alexprep.shards.metadata import EXTENSION, MetadataError, document_bytes
 from alexprep.shards.plan import (
     Plan,
     PlanTable,
@@ -128,14 +138,13 @@ def verify(
     for result in checked:
         problems += result.problems
     problems += _misplaced_tars(checked, dataset)
-    sidecars = [result.sidecar for result in checked if result.sidecar is not None]
-    if table is not None and len(sidecars) == len(shards):
-        problems += _check_descriptions(plan, table, sidecars, dataset)
+    if table is not None and all(result.described for result in checked):
+        problems += _check_descriptions(plan, table, dataset)
     if dataset:
         problems += _check_statistics(folder, str(dataset.get("digest")))
     problems += _foreign_files(plan, shards)
-    sound = [result.sidecar for result in checked if result.sidecar is not None and not result.problems]
-    samples, size = (sum(sidecar[key] for sidecar in sound) for key in ("samples", "bytes"))
+    sound = [result for result in checked if not result.problems]
+    samples, size = sum(result.samples for result in sound), sum(result.bytes for result in sound)
     return Verdict(folder, len(shards), samples, size, problems, time.monotonic() - started)
 
 
@@ -283,8 +292,10 @@ def _recorded_files(dataset: dict[str, Any]) -> dict[str, Any]:
 class _CheckedShard(NamedTuple):
     shard: Shard
     problems: list[Problem]
-    sidecar: Sidecar | None  # where it is sound
     sha256: str | None  # of its tar, where there is one
+    described: bool = False  # by a sound sidecar
+    samples: int = 0  # by that
+    bytes: int = 0
 
 
 # One shard: its sidecar against the plan, then tar and index against the sidecar.
@@ -309,7 +320,7 @@ def _check_shard(
     sidecar, what = _checked_sidecar(plan, shard, labels)
     note(".json", what)
     if sidecar is None:
-        return _CheckedShard(shard, problems, None, sha256)
+        return _CheckedShard(shard, problems, sha256)
     members = [WrittenMember(**member) for member in sidecar["members"]]
     if not members:
         note(".tar", None if tar is None else "exists, though every input of this shard was rejected")
@@ -321,12 +332,13 @@ def _check_shard(
     if idx != (dali_index(members).encode() if members else None):
         note(".idx", idx_trouble or "is not the index of this shard")
     if decode and tar is not None and not problems:
+        images = (WrittenMember(**each) for each in image_members(sidecar["members"]))
         written = (entry for entry in sidecar["inputs"] if entry["status"] == "written")
-        for position, (member, entry) in enumerate(zip(members[::2], written, strict=True)):
+        for position, (member, entry) in enumerate(zip(images, written, strict=True)):
             with attending(position):
                 size = stored_size(plan.target, entry)
                 note(".tar", condemned.get(position) or _undecodable(tar, member, plan.target, size), member.name)
-    return _CheckedShard(shard, problems, sidecar, sha256)
+    return _CheckedShard(shard, problems, sha256, True, sidecar["samples"], sidecar["bytes"])
 
 
 def _checked_sidecar(plan: Plan, shard: Shard, labels: list[int] | None) -> tuple[Sidecar | None, str | None]:
@@ -362,13 +374,16 @@ def _sidecar_as_it_must_be(found: Sidecar, plan: Plan, shard: Shard, labels: lis
         width, height = (_integer(entry[side], 0, 2**31) for side in ("width", "height"))
         reason = None if "kept" in entry else str(entry["reason"])
         damage = str(entry["reason"]) if "kept" in entry and "reason" in entry else None
-        stored = _stored_as_it_must_be(plan.target, entry) if reason is None else {}
-        inputs.append(input_record(row, label, width, height, bool(entry.get("kept")), reason, damage) | stored)
-        kinds = [(extension, None), ("cls", len(str(label)))] if reason is None else []
+        record = input_record(row, label, width, height, bool(entry.get("kept")), reason, damage)
+        record |= _stored_as_it_must_be(plan.target, entry) if reason is None else {}
+        along = _metadata_as_it_must_be(plan, entry) if reason is None else b""
+        inputs.append(record | _facts_as_they_must_be(entry) | ({"metadata": json.loads(along)} if along else {}))
+        kinds = [(extension, None), ("cls", str(label).encode())][: 1 + plan.labelled] if reason is None else []
+        kinds += [(EXTENSION, along)] if along else []
         for kind, known in kinds:
             member: dict[str, Any] = next(recorded, {})
-            size = _integer(member["size"], 0) if known is None else known
-            crc32 = _integer(member["crc32"], 0, 2**32)
+            size = _integer(member["size"], 0) if known is None else len(known)
+            crc32 = _integer(member["crc32"], 0, 2**32) if known is None else zlib.crc32(known)
             name, offset = f"{sample_key(row)}.{kind}", position + BLOCK
             members.append({"name": name, "offset": offset, "size": size, "crc32": crc32})
             position = offset + padded(size)
@@ -386,6 +401,28 @@ def _stored_as_it_must_be(target: Target, entry: dict[str, Any]) -> dict[str, An
     return stored_record(target, found if found in possible else possible[0])
 
 
+def _metadata_as_it_must_be(plan: Plan, entry: dict[str, Any]) -> bytes:
+    """The KEY.json that goes along with a sample by its line in the sidecar; b"" for none."""
+    values = entry.get("metadata")
+    if values is None or plan.options["metadata"] is None:
+        return b""
+    try:
+        return document_bytes(dict(values), plan.metadata_names)
+    except MetadataError as error:
+        raise ValueError(f"metadata: {error}") from None
+
+
+def _facts_as_they_must_be(entry: dict[str, Any]) -> dict[str, Any]:
+    """What a line of a sidecar says of the file that was read; {} where that could not be, or by an earlier release."""
+    if "sha256" not in entry:
+        return {}
+    kind, sha256 = entry["format"], entry["sha256"]
+    if not (kind is None or type(kind) is str) or not re.fullmatch("[0-9a-f]{64}", sha256):
+        raise ValueError(f"{_short(kind)} is no format, or {_short(sha256)} no sha256")
+    facts = {"format": kind, "bytes": _integer(entry["bytes"], 0), "sha256": sha256}
+    return facts | ({"orientation": _integer(entry["orientation"], 2, 9)} if "orientation" in entry else {})
+
+
 def _integer(value: Any, low: int, high: int = 2**63) -> int:
     if type(value) is not int or not low <= value < high:
         raise ValueError(f"{_short(value)} is no whole number in [{low}, {high})")
@@ -398,10 +435,10 @@ def _check_tar(tar: bytes, is_recorded: bool, members: list[WrittenMember], side
     if len(tar) != end:
         first = next((m.name for m in members if m.offset + padded(m.size) > len(tar)), "")
         note(".tar", f"has {len(tar):,} bytes instead of {end:,}", first)
-    labels = [entry["label"] for entry in sidecar["inputs"] if entry["status"] == "written" for _ in range(2)]
+    labels = {entry["key"]: entry["label"] for entry in sidecar["inputs"]}
     damaged = 0
-    for member, label in zip(members, labels, strict=True):
-        what = _damage(tar, member, label)
+    for member in members:
+        what = _damage(tar, member, labels[member.name.partition(".")[0]])
         damaged += bool(what)
         if what and is_recorded:
             note(".json", "does not describe this member as it is, though the tar is as it was written", member.name)
@@ -448,19 +485,18 @@ def _misplaced_tars(checked: list[_CheckedShard], dataset: dict[str, Any]) -> It
     """Tars that hold the bytes of another shard, by what dataset.json recorded."""
     with contextlib.suppress(*_DAMAGED):  # it may be the damaged file
         names = {str(record["sha256"]): str(record["name"]) for record in recorded_shards(dataset)}
-        for shard, _, _, sha256 in checked:
-            other = names.get(sha256 or "", shard.name)
+        for result in checked:
+            shard = result.shard
+            other = names.get(result.sha256 or "", shard.name)
             if other != shard.name:
                 yield Problem(f"{shard.split}/{shard.name}.tar", "", f"is the tar of {other}")
 
 
-def _check_descriptions(
-    plan: Plan, table: PlanTable, sidecars: list[Sidecar], dataset: dict[str, Any]
-) -> Iterator[Problem]:
+def _check_descriptions(plan: Plan, table: PlanTable, dataset: dict[str, Any]) -> Iterator[Problem]:
     """Index, ledger, _info.json and dataset.json, against those that follow from the sidecars, which must all be sound."""
     manifest, recorded = Manifest(plan), _recorded_files(dataset)
-    for shard, sidecar in zip(plan.each_shard(), sidecars, strict=True):
-        manifest.add(shard, table.read_row_group(shard.group), sidecar)
+    for shard in plan.each_shard():  # one sidecar in memory at a time
+        manifest.add(shard, table.read_row_group(shard.group), _parsed(content(plan.file(shard, ".json"))[0]))
     files = manifest.files()
     for name, wanted in files.items():
         found, trouble = content(plan.folder / name)

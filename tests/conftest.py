@@ -131,6 +131,23 @@ def _gpu(request: pytest.FixtureRequest) -> None:
         pytest.skip("no CUDA device")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _warm_processes() -> Iterator[None]:
+    from tests.support import warm_processes
+
+    with warm_processes.installed():
+        yield
+
+
+@pytest.fixture
+def cold_processes() -> Iterator[None]:
+    """Processes of Python begin with nothing imported, as they do for a user."""
+    from tests.support import warm_processes
+
+    with warm_processes.cold():
+        yield
+
+
 @pytest.fixture(scope="session")
 def whole(request: pytest.FixtureRequest) -> bool:
     """Whether every case is to be tried, as `make stress` wants it, and not a seeded sample of them."""
@@ -204,7 +221,7 @@ def seed(request: pytest.FixtureRequest) -> Iterator[int]:
 
 @pytest.fixture
 def patient_search(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`alexprep tune` has all its turns in half a second by its clock, of which no turn takes more than a small part, however late it is."""
+    """`alexprep tune` has all its turns, one a value, in half a second by its clock, of which no turn takes more than a small part, however late it is."""
     shown, last = 0.0, time.monotonic()
 
     def clock() -> float:
@@ -213,4 +230,5 @@ def patient_search(monkeypatch: pytest.MonkeyPatch) -> None:
         shown, last = shown + min(now - last, 0.012), now
         return shown
 
+    monkeypatch.setattr("alexprep.pipeline.autotune.ROUNDS", 1)
     monkeypatch.setattr("alexprep.pipeline.autotune.search", functools.partial(search, clock=clock))

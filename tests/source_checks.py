@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import io
 import tarfile
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
 import pytest
+from PIL import Image
 
+from alexprep.shards.dataset_format import read_dataset
 from alexprep.shards.errors import AlexprepError
+from alexprep.shards.sample_reader import Samples
 from alexprep.shards.sources.base import Account, Input, Source
 from alexprep.shards.sources.layout_detection import find_source
 
@@ -86,3 +91,23 @@ def make_idx(tar: Path, version: str = "v1.2") -> Path:
         text = (" ".join(field for n, field in enumerate(line) if n % 4 != 3) for line in lines)
         path.write_text("\n".join([f"v1.1 {len(lines)}", *text, ""]))
     return path
+
+
+def pictures(folder: Path) -> dict[str, Counter[tuple[str, str]]]:
+    """How often each split has a picture, by its pixels and its class's name."""
+    dataset = read_dataset(folder)
+    names, found = [*dataset["classes"], ""], {}  # -1 is the last one
+    for split in dataset["splits"]:
+        samples = Samples(folder, split)
+        found[split] = Counter(
+            (
+                hashlib.sha256(Image.open(io.BytesIO(samples.encoded(n).tobytes())).tobytes()).hexdigest(),
+                names[int(samples.labels[n])],
+            )
+            for n in range(len(samples))
+        )
+    return found
+
+
+def tars(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.rglob("*.tar"))}

@@ -53,7 +53,7 @@ def check(source: Source, truth: Truth, names: Sequence[str]) -> None:
     """The source must have exactly these images, and these class names in the order of the labels."""
     inputs = listed(source)
     found: Truth = []
-    for split, class_name, location in inputs:
+    for split, class_name, location, *_ in inputs:
         pixels = source.read(location)
         assert isinstance(pixels, np.ndarray) and pixels.dtype == np.uint8 and pixels.flags.c_contiguous
         found.append((split, class_name, pixels))

@@ -18,6 +18,7 @@ import fsspec
 import pytest
 
 from alexprep.cli.main import _began_with_interrupt, cli, main
+from alexprep.cli.train import with_synonyms
 from alexprep.pipeline.augmentation import PRESETS
 from alexprep.pipeline.autotune import tune
 from alexprep.shards.dataset_format import FORMATS
@@ -44,6 +45,7 @@ def _run(*arguments: str, cwd: Path, check: int = 0) -> subprocess.CompletedProc
 Command = Callable[..., tuple[int, str, str]]
 
 
+@pytest.mark.usefixtures("cold_processes")
 def test_help_needs_no_heavy_library() -> None:
     """What --help imports decides how fast it answers."""
     code = "import sys, alexprep.cli.main; print([m for m in ('torch', 'nvidia', 'numpy', 'pyarrow', 'rich', 'PIL') if m in sys.modules])"
@@ -84,14 +86,15 @@ def _signature(function: Callable[..., Any]) -> dict[str, Any]:
 def test_train_s_defaults_are_the_library_s() -> None:
     chosen = _defaults("train")
     del chosen["as_json"]
-    assert TrainConfig(**chosen) == TrainConfig(chosen["data"])
+    assert TrainConfig(**with_synonyms(chosen)) == TrainConfig(chosen["data"])
     assert chosen["rank_seconds"] == TIMEOUT
 
 
 def test_shard_s_defaults_are_the_library_s() -> None:
     chosen = _defaults("shard")
     target = {name: chosen[name] for name in asdict(Target())}
-    more = {name: chosen[name] for name in ("seed", "shard_samples", "labels", "limit", "class_names")}
+    rest = ("seed", "shard_samples", "labels", "limit", "class_names", "class_words", "metadata")
+    more = {name: chosen[name] for name in rest}
     assert asdict(ShardOptions()) == {"target": target, **more}
     assert chosen["image_seconds"] == IMAGE_SECONDS
 

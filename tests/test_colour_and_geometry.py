@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import pytest
 import scipy.ndimage
-import scipy.stats
 from numpy.typing import NDArray
 from PIL import Image, ImageEnhance, ImageOps
 
@@ -22,6 +21,7 @@ from alexprep.pipeline.geometry import Affine, Erasing, inverse_maps, warp
 from alexprep.pipeline.policies import OPERATIONS, RandAugment, TrivialAugment, operated, operation
 from alexprep.pipeline.random_numbers import Words, words_of
 from alexprep.shards.errors import AlexprepError
+from tests.support.chances import check_as_often
 
 SHAPES = ((61, 43), (33, 90), (40, 40), (57, 58))  # height, width: odd and oblong
 PLAIN: dict[str, Any] = {"crop": 31, "mean": "none", "noise": "none"}
@@ -277,12 +277,7 @@ def _uniform(values: NDArray[Any], low: float, high: float, bins: int = 20) -> N
     """Chi-squared at 99.99 %."""
     counts, _ = np.histogram(values, bins, (low, high))
     assert counts.sum() == len(values)
-    _as_often(counts, [1] * len(counts))
-
-
-def _as_often(counts: NDArray[Any], weights: Sequence[float]) -> None:
-    expected = counts.sum() * np.array(weights) / sum(weights)
-    assert ((counts - expected) ** 2 / expected).sum() < scipy.stats.chi2.ppf(0.9999, len(counts) - 1)
+    check_as_often(counts, [1] * len(counts))
 
 
 def _words(seed: int, count: int) -> Words:
@@ -349,14 +344,14 @@ def test_policies_draw_each_operation_alike(seed: int) -> None:
     for policy in (RandAugment(operations=3), TrivialAugment()):
         turns = policies.draw_policy(policy, sizes, _words(seed, count))
         assert len(turns) == policy.operations
-        _as_often(np.bincount(turns[0]["kind"]), [1, 5, 2, 1, 2, 1, 1, 1])  # of 14 operations
+        check_as_often(np.bincount(turns[0]["kind"]), [1, 5, 2, 1, 2, 1, 1, 1])  # of 14 operations
         if isinstance(policy, RandAugment):
             assert len({turn["kind"].tobytes() for turn in turns}) == 3
             assert set(np.round(turns[0]["factor"], 6).tolist()) == {1.27, 0.73}
         else:
             sharp = turns[0]["factor"][turns[0]["kind"] == policies.SHARPENED]
             steps = np.rint(np.abs(sharp - 1) / 0.99 * 30).astype(int)
-            _as_often(np.bincount(steps), [1] * 31)
+            check_as_often(np.bincount(steps), [1] * 31)
             assert abs((sharp[steps > 0] > 1).mean() - 0.5) < 4 * 0.5 / math.sqrt(len(sharp))
 
 

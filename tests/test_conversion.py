@@ -203,6 +203,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(photos: Path, data: P
     assert fingerprint(tmp_path / "out") == fingerprint(data)
 
 
+@pytest.mark.usefixtures("cold_processes")
 def test_ctrl_c_ends_all_and_leaves_no_temporary(photos: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     command = [sys.executable, "-m", "alexprep.cli", "shard", str(photos), "--out", str(out), "--size", "64"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import gc
 import io
 import itertools
@@ -29,6 +30,16 @@ from click.testing import CliRunner
 from alexprep.cli.main import cli
 from alexprep.shards.worker_pool import InProcessEngine, LocalEngine
 from alexprep.train import recipes
+from tests.support.record_files import (
+    a_datum,
+    an_example,
+    database,
+    gzipped_tar,
+    image_record,
+    recordio,
+    save_to_disk,
+    tfrecord,
+)
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -74,8 +85,12 @@ def _stand_ins(root: Path, photos: Path) -> dict[str, str]:
         (root / "pets" / split).mkdir(parents=True)
         for n, (data, _) in enumerate(rows):
             (root / "pets" / split / f"{n}.jpg").write_bytes(data)
-        told = [json.dumps({"file_name": f"{n}.jpg", "label": label}) for n, (_, label) in enumerate(rows)]
+        told = [json.dumps({"file_name": f"{n}.jpg", "label": c, "caption": f"{n}"}) for n, (_, c) in enumerate(rows)]
         (root / "pets" / split / "metadata.jsonl").write_text("\n".join(told))
+    _stand_ins_of_records(
+        root, [(images[name], name.split("/")[1]) for name in sorted(images) if name.startswith("train")][::6]
+    )
+    (root / "pets.txt").write_text("class0\ta class of photos\n")
     record = bytes([3]) + bytes(3072)
     batches = [*(f"data_batch_{n}.bin" for n in range(1, 6)), "test_batch.bin"]
     names = b"airplane\nautomobile\nbird\ncat\ndeer\ndog\nfrog\nhorse\nship\ntruck"
@@ -94,6 +109,24 @@ def _stand_ins(root: Path, photos: Path) -> dict[str, str]:
     (root / "photo.jpg").write_bytes(next(iter(images.values())))
     shutil.copytree(photos / "val" / "class1", root / "holidays")
     return {"/imagenet": str(photos), "/downloads/ilsvrc": str(root / "ilsvrc"), "/kaggle": str(root / "kaggle")}
+
+
+def _stand_ins_of_records(root: Path, rows: list[tuple[bytes, str]]) -> None:
+    """A few pictures, each with its class, in files of records and gzipped tars."""
+    numbered = [(data, sorted({name for _, name in rows}).index(name)) for data, name in rows]
+    wnids = [f"n0000000{number}" for _, number in numbered]
+    named = {f"{wnid}_{n}_{wnid}.JPEG": data for n, (wnid, (data, _)) in enumerate(zip(wnids, numbered, strict=True))}
+    (root / "imagenet-1k").mkdir()
+    gzipped_tar(root / "imagenet-1k/train_images_0.tar.gz", list(named.items()))
+    images = [{"bytes": data, "path": None} for data, _ in rows]
+    save_to_disk(root / "saved", [pa.table({"image": images, "label": [label for _, label in rows]})], "train")
+    tfrecord(root / "records/train.tfrecord", [an_example(image=data, label=label) for data, label in numbered])
+    (root / "faces").mkdir()
+    recordio(root / "faces/train.rec", [image_record(label, n, data) for n, (data, label) in enumerate(numbered)])
+    database(
+        root / "train_lmdb",
+        {b"%d" % n: a_datum(data=data, label=label, encoded=True) for n, (data, label) in enumerate(numbered)},
+    )
 
 
 @pytest.fixture
@@ -140,12 +173,12 @@ def test_commands_run(
 ) -> None:
     """Where a page names a source, a small one of its kind stands; a training is cut to two steps, a measurement to a second.
 
-    Of a page's lines that start ranks themselves the first runs, and the others are read: all run in `make stress`.
+    Of a page's lines that start ranks themselves, or write reports, the first runs, and the others are read: all run in `make stress`.
     """
     stand_ins = _stand_ins(tmp_path, photos)
     monkeypatch.chdir(tmp_path)
     make = (ROOT / "Makefile").read_text()
-    with_ranks = 0
+    long = collections.Counter[str]()
     for line in _lines(page):
         program, *words = shlex.split(line, comments=True)
         if program == "make":
@@ -169,8 +202,9 @@ def test_commands_run(
             words += ["--batch-size", "4", "--seconds", "0.5"]
         if words[0] == "bench":
             words += ["--batch-size", "4", "--steps", "2", "--rounds", "1"]
-        with_ranks += "--gpus" in words
-        if "--gpus" in words and with_ranks > 1 and not whole:
+        kind = "ranks" if "--gpus" in words else words[0]
+        long[kind] += kind in ("ranks", "report", "tune")
+        if long[kind] > 1 and not whole:
             cli.commands[words[0]].make_context(words[0], words[1:])
         elif "ray" in words:  # Ray is for a process of its own
             command = [sys.executable, "-m", "alexprep.cli", *words]

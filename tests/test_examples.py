@@ -6,6 +6,7 @@ import importlib.util
 import json
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 import warnings
@@ -15,12 +16,13 @@ from types import ModuleType
 
 import pytest
 import torch
-from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
-from torch.distributed.checkpoint.stateful import Stateful
 from torch.nn import functional
 
 from alexprep.pipeline import Augmentation, Loader
+from alexprep.shards.conversion import convert
+from alexprep.shards.image_codec import Target
+from alexprep.shards.plan import ShardOptions
+from alexprep.shards.rgb_statistics import pca_stats, publish_statistics
 
 EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"
 SMALL = ["--crop", "48"]
@@ -167,6 +169,11 @@ def test_torchdata_resumes_from_any_step(data: Path) -> None:
 
 
 def test_torch_s_distributed_checkpoint_takes_a_loader(data: Path, tmp_path: Path) -> None:
+    # Here, since they take a second, and other tests do without.
+    from torch.distributed.checkpoint.state_dict_loader import load
+    from torch.distributed.checkpoint.state_dict_saver import save
+    from torch.distributed.checkpoint.stateful import Stateful
+
     def fresh() -> Loader:
         return Loader(data, batch_size=10, augmentation=Augmentation(crop=48))
 
@@ -178,3 +185,16 @@ def test_torch_s_distributed_checkpoint_takes_a_loader(data: Path, tmp_path: Pat
         load({"loader": other}, checkpoint_id=tmp_path / "saved")
         assert other.state_dict() == loader.state_dict() and _place(other.state_dict()) == (0, 3)
         assert isinstance(loader, Stateful)
+
+
+def test_multi_label(script: Script, photos: Path, tmp_path: Path) -> None:
+    """Which tags a picture has is seen in it: its class, and whether its number is odd, which is chance."""
+    folder = Path(shutil.copytree(photos / "train", tmp_path / "photos"))
+    for path in folder.glob("*/*.JPEG"):
+        tags = [path.parent.name, *(["odd"] if int(path.stem) % 2 else [])]
+        path.with_suffix(".json").write_text(json.dumps({"tags": tags}))
+    convert(folder, tmp_path / "data", ShardOptions(Target(size=64)), 1)
+    publish_statistics(pca_stats(tmp_path / "data", "train", 1), tmp_path / "data", "train")
+    output = script("multi_label", tmp_path / "data", *SMALL, "--epochs", "8")
+    found = re.fullmatch(r"48 samples, 5 tags: loss (\S+), then (\S+)\n", output)
+    assert found and float(found[2]) < 0.9 * float(found[1]), output

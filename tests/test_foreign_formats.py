@@ -96,19 +96,18 @@ KINDS: dict[str, tuple[Callable[[Path], bytes], str]] = {
     "a.tzst": (lambda _: b"\x28\xb5\x2f\xfd\x20\x01", "a tar archive compressed with zstd, which cannot be read at random"),
     "train_images": (
         lambda _: gzip.compress(a_tar("n01440764_18_n01440764.JPEG")),
-        "put each picture into a folder named by the ID at the end of its name",
+        "with pictures named by their WordNet ID: give it a name that ends in .tar.gz, and name it",
     ),
     "no_ending": (lambda _: a_tar("a/1.jpg"), "a tar: give it a name that ends in .tar"),
     "a.7z": (lambda _: b"7z\xbc\xaf\x27\x1c\0\4" + bytes(24), "a 7z archive: unpack it"),
     "a.rar": (lambda _: b"Rar!\x1a\x07\x01\0" + bytes(24), "a RAR archive: unpack it"),
     "images": (lambda _: written(lambda f: pq.write_table(pa.table(IMAGES), f)), "a Parquet table with its images inside, in the"),
     "rows": (lambda _: written(lambda f: pq.write_table(pa.table({"x": [1]}), f)), "a Parquet table: name it itself as SOURCE"),
-    "a.arrow": (lambda _: an_arrow(pa.ipc.new_stream), f"an Arrow table, whose images are not read: {EXPORT}"),
-    "b.arrow": (lambda _: an_arrow(pa.ipc.new_file), f"an Arrow table, whose images are not read: {EXPORT}"),
+    "a_stream": (lambda _: an_arrow(pa.ipc.new_stream), "an Arrow table: if it has a column of pictures, give it a name that ends in .arrow"),
+    "a_file": (lambda _: an_arrow(pa.ipc.new_file), "an Arrow table: if it has a column of pictures, give it a name that ends in .arrow"),
     "a.feather": (lambda _: written(lambda f: pyarrow.feather.write_feather(pa.table(IMAGES), f)), "an Arrow table"),
-    "train-00000-of-01024": (lambda _: a_tfrecord(b"an example"), f"a TFRecord file, which is not read: {EXPORT}"),
-    "a.rec": (lambda _: struct.pack("<II", 0xCED7230A, 8) + bytes(8), "a RecordIO file (MXNet), which is not read"),
-    "a.mdb": (lambda _: LMDB_META, f"an LMDB database, which is not read: {EXPORT}"),
+    "recordio": (lambda _: struct.pack("<II", 0xCED7230A, 8) + bytes(8), "a RecordIO file (MXNet): give it a name that ends in .rec"),
+    "database": (lambda _: LMDB_META, "an LMDB database: give it a name that ends in .mdb, and name it"),
     "a.beton": (lambda _: struct.pack("<HHIQQ", 2, 2, 2**23, 9, 99), "an FFCV file, which is not read: name the images"),
     "shard.00000.mds": (lambda _: struct.pack("<III", 1, 12, 40) + bytes(28), "a shard of MosaicML's MDS, which is not read"),
     "a.h5": (lambda _: b"\x89HDF\r\n\x1a\n" + bytes(40), f"an HDF5 file, which is not read: {EXPORT}"),
@@ -167,23 +166,26 @@ def test_a_folder_of_them_is_told_too(name: str, tmp_path: Path) -> None:
     assert str(error.value).startswith(start) and words in str(error.value), error.value
 
 
-def test_crcs_are_those_of_the_specification() -> None:
+def test_crcs_are_those_of_the_specification(tmp_path: Path) -> None:
     """RFC 3720's check value of CRC-32C, masked by hand."""
     crc = 0xE3069283
+    (tmp_path / "records").write_bytes(a_tfrecord(b"an example"))
+    fails(tmp_path, "is a TFRecord file: name it, or the folder that holds it and its like")
+    fails(tmp_path / "records", "is a TFRecord file without a tf.train.Example")
     assert _masked_crc32c(b"123456789") == (((crc >> 15) | (crc << 17 & 0xFFFFFFFF)) + 0xA282EAD8) % 2**32
 
 
 @pytest.mark.parametrize(
     ("names", "words"),
     [
-        (("dataset_dict.json", "train/data-00000-of-00001.arrow"), "is a dataset as save_to_disk of the library datasets"),
-        (("state.json", "dataset_info.json", "data-00000-of-00001.arrow"), "is a dataset as save_to_disk"),
-        (("data.mdb", "lock.mdb"), "is an LMDB database, which is not read"),
+        (("dataset_dict.json", "train/data-00000-of-00001.arrow"), "names no splits: save the dataset again"),
+        (("state.json", "dataset_info.json", "data-00000-of-00001.arrow"), "lists no files of data: save the dataset again"),
+        (("data.mdb", "lock.mdb"), "its data.mdb is none, or damaged from its first bytes on"),
         (("index.json", "shard.00000.mds"), "is a dataset in MosaicML's MDS, which is not read"),
         (("0.jpg", "1.jpg", "labels.csv"), "labels.csv: if that list has the path and the label of each picture, name it"),
         (("0.jpg", "1.jpg", "metadata.jsonl"), "metadata.jsonl, line 1: no column for the path"),
         (("train/0.jpg", "validation/0.jpg", "train/metadata.csv", "validation/metadata.csv"), "/train/metadata.csv, line 1: no column"),
-        (("0.jpg", "1.jpg"), "holds no class folders and no other layout that is known"),
+        (("0.jpg", "1.jpg"), "holds pictures and no class folders, and nothing tells the classes"),
         (("train/a/notes.txt",), "holds no class folders and no other layout that is known"),
     ],
 )  # fmt: skip

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-import scipy.stats
+import scipy.special
 import torch
 import torch.nn.functional as F
 
@@ -35,6 +35,7 @@ from alexprep.train.trainer import train
 from alexprep.train.training_state import mixed_loss
 from tests import training_ranks as ranks
 from tests.made_up import BATCH, MadeUpLoader, small_recipe
+from tests.support.chances import check_as_often
 from tests.training_ranks import small_config as config
 
 BOTH = Mixing(mixup=0.4, cutmix=1.0)
@@ -53,12 +54,6 @@ EVERYTHING = replace(
 )
 
 
-def _as_often(counts: Any, weights: Any) -> None:
-    """Chi-squared at 99.99 %."""
-    expected = np.sum(counts) * np.array(weights) / np.sum(weights)
-    assert ((counts - expected) ** 2 / expected).sum() < scipy.stats.chi2.ppf(0.9999, len(expected) - 1)
-
-
 def test_weights_have_beta_s_distribution(seed: int) -> None:
     """λ ~ Beta(alpha, alpha), one a pair; and with both on, half of the pairs get each."""
     places = np.arange(40_000)
@@ -66,8 +61,8 @@ def test_weights_have_beta_s_distribution(seed: int) -> None:
     for alpha in (0.2, 1.0, 8.0):
         drawn = draw_mixing(Mixing(mixup=alpha), seed, 0, places, 224, 224)
         assert (drawn["weight"][::2] == drawn["weight"][1::2]).all() and not drawn["exchanged"].any()
-        _as_often(
-            np.histogram(drawn["weight"][::2], edges)[0], np.diff(scipy.stats.beta.cdf(edges, alpha, alpha)) + 1e-300
+        check_as_often(
+            np.histogram(drawn["weight"][::2], edges)[0], np.diff(scipy.special.betainc(alpha, alpha, edges)) + 1e-300
         )
     drawn = draw_mixing(replace(BOTH, share=0.5), seed, 0, places, 224, 224)
     cut = drawn["exchanged"][::2, 2:].prod(axis=1) > 0
@@ -92,7 +87,7 @@ def test_cutmix_follows_the_paper_s_rule(seed: int) -> None:
     columns = (box[:, 1] + box[:, 3] / 2 - width / 2) / width
     small &= np.abs(columns) < 0.2
     areas = (box[small, 2] / height) ** 2
-    _as_often(np.histogram(areas, np.linspace(0.04, 0.3, 5))[0], [1] * 4)
+    check_as_often(np.histogram(areas, np.linspace(0.04, 0.3, 5))[0], [1] * 4)
 
 
 def test_partners_and_ranks() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -156,6 +157,8 @@ def test_norms_can_be_left_out() -> None:
     """The nets that the paper compares with to say what normalisation is worth (section 3.3)."""
     bare = AlexNet(then1=("relu", "pool"), then2=("relu", "pool"))
     assert not [name for name in order(bare) if name.startswith("norm")]
+    assert order(bare) == order(AlexNet(norm=False))
+    assert not [name for name in order(replace(alexnet_2012, norm=False)) if name.startswith(("norm", "spatial"))]
     with_relu = AlexNet(then2=("norm", "relu", "pool"))(3, 67, width=0.0625)
     with_relu(torch.randn(2, 3, 67, 67)).sum().backward()  # what ReLU changes in place is not needed by the norm
 
@@ -189,6 +192,8 @@ def test_every_network_learns(design: AlexNet | ConvLocal) -> None:
         ({"then5": ("pool", "tanh")}, "then5 is"),
         ({"towers": 3}, "not 3 and 3"),
         ({"pool": 4}, "not 2 and 4"),
+        ({"without": ("conv1",)}, "AlexNet without 'conv1' is not"),
+        ({"activation": "selu"}, "activation 'selu' is not"),
     ],
 )
 def test_switches_without_such_a_position_are_refused(switches: dict, message: str) -> None:
@@ -446,3 +451,33 @@ def test_locally_connected_has_its_formulas_gradient(size: tuple[int, int, int, 
         lambda weight, bias: torch.func.functional_call(layer, {"weight": weight, "bias": bias}, (images.detach(),)),
         (layer.weight, layer.bias),
     )
+
+
+def test_a_layer_left_out_takes_what_follows_it_along() -> None:
+    """Its pool stays, so the layers above see maps of the sides that they are used to, and every other weight has the same shape."""
+    whole = alexnet(3, 67, width=0.0625)
+    names = [name for name, _ in whole.named_children()]
+    gone = {"conv2": {"conv2", "relu2", "norm2"}, "conv3": {"conv3", "relu3"}, "conv5": {"conv5", "relu5"}}
+    gone |= {"fc7": {"fc7", "relu7", "drop7"}}
+    for layer, with_it in gone.items():
+        network = AlexNet(without=(layer,))(3, 67, width=0.0625)  # type: ignore[arg-type]
+        assert [name for name, _ in network.named_children()] == [name for name in names if name not in with_it]
+        assert network(torch.randn(2, 3, 67, 67)).shape == (2, 3)
+    without_two = AlexNet(without=("conv4", "fc6"), sixth=True)(3, 224, width=0.0625)
+    found = shapes(without_two, torch.zeros(1, 3, 224, 224))
+    assert (found["pool5"][1:], found["conv6"][1:], found["fc7"]) == ((6, 6), (6, 6), (256,))
+    tanh = AlexNet(activation="tanh", sixth=True)(3, 67, width=0.0625)
+    assert len([layer for layer in tanh if isinstance(layer, nn.Tanh)]) == 8
+    assert not any(isinstance(layer, nn.ReLU) for layer in tanh)
+    sure = AlexNet(dropout=False)(3, 67, width=0.0625).train()
+    images = torch.randn(2, 3, 67, 67)
+    assert torch.equal(sure(images), sure(images)) and not torch.equal(whole(images), whole(images))
+
+
+def test_normalisation_alone_can_be_tested() -> None:
+    """The 11 % net has it and a wider third layer."""
+    alone, wide = ConvLocal("alone", norm=True)(10), conv_local_11pct(10)
+    assert [name for name, _ in alone.named_children()] == [name for name, _ in wide.named_children()]
+    plain = {name: weight.shape for name, weight in conv_local_13pct(10).named_parameters()}
+    assert {name: weight.shape for name, weight in alone.named_parameters()} == plain
+    assert wide.get_parameter("local3.weight").shape[-1] == 64

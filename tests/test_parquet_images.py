@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import io
+import importlib
 import json
 import shutil
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
+from fsspec.implementations.memory import MemoryFileSystem
 
 from alexprep.shards.conversion import convert
 from alexprep.shards.dataset_format import read_dataset
@@ -24,14 +23,13 @@ from alexprep.shards.errors import AlexprepError, AmbiguousSourceError
 from alexprep.shards.image_codec import Target
 from alexprep.shards.listing import list_inputs
 from alexprep.shards.plan import Plan, ShardOptions, grouped_order
-from alexprep.shards.sample_reader import Samples
 from alexprep.shards.sources import grouped
 from alexprep.shards.sources.base import Account, Choices
 from alexprep.shards.sources.layout_detection import find_source
 from alexprep.shards.sources.parquet_images import ParquetImages
 from alexprep.shards.verification import repair, source_of, verify
 from alexprep.shards.worker_pool import InProcessEngine, Progress, Task
-from tests.source_checks import fails, flipped
+from tests.source_checks import fails, flipped, pictures, tars
 
 ENGINE = InProcessEngine()
 NAMES = ["class2", "class0", "class3", "class1"]  # in no order of their own
@@ -73,26 +71,6 @@ def hub(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_table(root / "data/validation-00000-of-00001.parquet", hub_table(rows_of(photos, "val")), compression="none")
     (root / "README.md").write_text("a card")
     return root
-
-
-def pictures(folder: Path) -> dict[str, Counter[tuple[str, str]]]:
-    """How often each split has a picture, by its pixels and its class's name."""
-    names = read_dataset(folder)["classes"]
-    found = {}
-    for split in ("train", "val"):
-        samples = Samples(folder, split)
-        found[split] = Counter(
-            (
-                hashlib.sha256(Image.open(io.BytesIO(samples.encoded(n).tobytes())).tobytes()).hexdigest(),
-                names[int(samples.labels[n])],
-            )
-            for n in range(len(samples))
-        )
-    return found
-
-
-def tars(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.rglob("*.tar"))}
 
 
 class Backwards:
@@ -415,3 +393,33 @@ def test_groups_are_kept_up_to_a_bound() -> None:
             with pytest.raises(OSError, match=str(error.args[-1])):
                 kept.get(str(error), fail(error), 800)
         assert len(reads) == times
+
+
+def test_a_url_of_the_hub_reaches_its_files(hub: Path) -> None:
+    """By a stand-in for huggingface_hub's file system, which fsspec knows by the same name."""
+
+    class Hub(MemoryFileSystem):  # type: ignore[misc]
+        protocol = "hf"
+        store: ClassVar[dict[str, Any]] = {}
+        pseudo_dirs: ClassVar[list[str]] = [""]
+
+        @classmethod
+        def _strip_protocol(cls, path: str) -> str:
+            return "/" + path.removeprefix("hf://").strip("/")
+
+    registry = importlib.import_module("fsspec.registry")  # whose name in fsspec is another thing
+    known = registry.known_implementations["hf"]
+    fsspec.register_implementation("hf", Hub, clobber=True)
+    try:
+        fsspec.filesystem("hf").put(str(hub), "/datasets/user/photos", recursive=True)
+        here, there = (list_inputs(find_source(place)) for place in (str(hub), "hf://datasets/user/photos"))
+        assert (there.classes, there.account.found) == (here.classes, here.account.found)
+        assert {split: table.equals(here.splits[split]) for split, table in there.splits.items()} == {
+            "train": True,
+            "val": True,
+        }
+        item = next(iter(there.source.inputs(Account())))
+        assert there.source.read(item.location) == here.source.read(item.location)
+    finally:
+        registry._registry.pop("hf", None)
+        registry.known_implementations["hf"] = known

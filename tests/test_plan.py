@@ -18,7 +18,7 @@ from click.testing import CliRunner
 from alexprep.cli.main import cli
 from alexprep.shards import conversion, dataset_format
 from alexprep.shards import plan as plans
-from alexprep.shards.conversion import convert
+from alexprep.shards.conversion import convert, make_plan
 from alexprep.shards.dataset_format import INDEX_DTYPE, INDEX_DTYPES, read_dataset, read_index
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.image_codec import Target
@@ -62,7 +62,7 @@ def released(tmp_path: Path) -> Path:
 def test_what_release_0_1_0_finished_is_sound_and_left_alone(released: Path) -> None:
     before = _files(released)
     assert verify(released, ENGINE, decode=True).problems == []
-    assert options_of(_json(released / "plan.json")) == OPTIONS
+    assert options_of(_json(released / "plan.json")) == replace(OPTIONS, metadata="none")
     report = convert(PHOTOS, released, OPTIONS, ENGINE)
     assert (report.made_inputs, report.inputs, report.written) == (0, 19, 18)
     assert _files(released) == before
@@ -114,6 +114,7 @@ def test_a_released_default_never_changes() -> None:
         "only_shrink": None,
         "lossless": None,
         "webp_method": None,
+        "metadata": None,
     }
     assert ShardOptions().shard_samples is None
 
@@ -280,6 +281,17 @@ def test_a_worker_that_sees_another_folder_or_source_is_named(tmp_path: Path) ->
             convert(source, tmp_path / "out", OPTIONS, 1)
     finally:
         os.close(descriptor)
+
+
+def test_another_machine_with_other_software_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    convert(PHOTOS, tmp_path, OPTIONS, ENGINE)
+    source = find_source(str(PHOTOS))
+    plan = make_plan(source, OPTIONS, tmp_path)
+    check = replace(plans.MachineCheck.prepared_here(plan, source, plan.table()), machine="elsewhere")
+    check.run()
+    monkeypatch.setattr(plans, "versions", lambda *names: dict.fromkeys(names, "0.0.1"))
+    with pytest.raises(AlexprepError, match=r"is 0\.0\.1 on .*, .* on elsewhere: install the same version"):
+        check.run()
 
 
 @pytest.mark.parametrize(

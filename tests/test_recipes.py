@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -98,7 +97,8 @@ def test_recipes_are_listed() -> None:
     line = next(line for line in listed if line.startswith("cifar10-quick "))
     assert line.split() == ["cifar10-quick", "32", "32", "128", "0.002", "15", "Steps"]
     mine = CliRunner().invoke(recipes_command, [str(RESIDUAL)], catch_exceptions=False).stdout
-    assert re.search(r"network.factory +residual:make\n", mine) and re.search(r"epochs +10\n", mine)
+    assert "\nnetwork=residual:make  (" in mine and "\nepochs=10  (whole number)\n" in mine
+    assert f"--recipe {RESIDUAL} --set" in mine
     assert recipes.recipe("tiny").describe()["network"] == "tiny_net"  # a plain function
 
 

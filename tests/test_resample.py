@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+from alexprep.shards import resample
 from alexprep.shards.resample import FILTERS, Axis, Resize, weights
 
 SHAPES = [(375, 500), (500, 331), (301, 1203), (257, 256), (64, 97), (1031, 777)]
@@ -17,6 +22,32 @@ _PILLOW = {
     "bicubic": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
 }
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """resize.c compiled: as it was installed, or made here from the same source."""
+    folder = Path(resample.__file__).parent
+    for installed in folder.glob("_resize*.so"):
+        return installed
+    compiler = shutil.which("cc")
+    if compiler is None:
+        pytest.skip("there is no C compiler")
+    made = tmp_path_factory.mktemp("compiled") / "_resize.so"
+    command = [compiler, "-O1", "-shared", "-fPIC", "-o", str(made), str(folder / "resize.c")]
+    subprocess.run(command, check=True, timeout=60)
+    return made
+
+
+@pytest.fixture(params=["compiled", "numpy"])
+def code(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Everything that resizes runs with the compiled code, then without."""
+    compiled = None
+    if request.param == "compiled":
+        compiled = resample._loaded(request.getfixturevalue("library"))
+        assert compiled is not None
+    monkeypatch.setattr(resample, "_compiled", lambda: compiled)
+    yield
 
 
 def _axes(height: int, width: int, size: int) -> tuple[Axis, Axis]:
@@ -38,7 +69,7 @@ def _dense(axis: Axis, name: str) -> NDArray[np.float64]:
 def _resize(image: NDArray[np.uint8], size: int, name: str) -> NDArray[np.uint8]:
     resize = Resize(*_axes(image.shape[0], image.shape[1], size), name)
     top, left, bottom, right = resize.region
-    return resize(np.ascontiguousarray(image[top:bottom, left:right]))
+    return resize(image[top:bottom, left:right])
 
 
 @pytest.mark.parametrize("name", FILTERS)
@@ -65,11 +96,11 @@ def _fixed(axis: Axis, name: str, bits: int) -> NDArray[np.float64]:
 
 @pytest.mark.parametrize("name", FILTERS)
 @pytest.mark.parametrize("size", [1, 5, 96, 227])
-def test_the_pixels_are_those_of_integers(name: str, size: int, seed: int) -> None:
+def test_the_pixels_are_those_of_integers(code: None, name: str, size: int, seed: int) -> None:
     """Every bit, for any shape: the shards' bytes depend on it. Blocks, groups and float32 must leave no trace."""
     random = np.random.default_rng(seed)
     shapes = [(1, 1), (1, 9), (3, 2), (size, size), (size + 1, 2 * size), (40, 700)]
-    for height, width in [*shapes, *random.integers(1, 500, (12, 2)).tolist()]:
+    for height, width in [*shapes, *random.integers(1, 500, (6, 2)).tolist()]:
         image = random.integers(0, 2, (height, width, 3), dtype=np.uint8) * 255  # extremes overshoot most
         vertical, horizontal = _axes(height, width, size)
         middle = np.rint(np.tensordot(_fixed(vertical, name, 15), image, (1, 0)) / 2**13)
@@ -77,7 +108,7 @@ def test_the_pixels_are_those_of_integers(name: str, size: int, seed: int) -> No
         np.testing.assert_array_equal(_resize(image, size, name), np.clip(np.rint(exact), 0, 255))
 
 
-def test_threads_do_not_share_memory(seed: int) -> None:
+def test_threads_do_not_share_memory(code: None, seed: int) -> None:
     shapes = [(375, 500), (90, 101), (600, 401), (96, 96)] * 4
     images = [np.random.default_rng(seed).integers(0, 256, (*shape, 3), dtype=np.uint8) for shape in shapes]
     alone = [_resize(image, 96, "bicubic") for image in images]
@@ -112,7 +143,7 @@ def test_agrees_with_pillow(name: str, shape: tuple[int, int], photo: object) ->
 
 
 @pytest.mark.parametrize("name", FILTERS)
-def test_a_flat_image_stays_flat(name: str) -> None:
+def test_a_flat_image_stays_flat(code: None, name: str) -> None:
     for level in (0, 1, 127, 254, 255):
         image = np.full((211, 340, 3), level, np.uint8)
         assert (_resize(image, 64, name) == level).all()
@@ -135,3 +166,18 @@ def test_only_the_region_is_read() -> None:
         assert 0 <= top < bottom <= 301 and 0 < left < right < 1203
         used = np.flatnonzero(_dense(horizontal, name).any(axis=0))
         assert (used[0], used[-1] + 1) == (left, right)
+
+
+def test_compiled_code_that_differs_is_not_used(library: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    right = Resize.in_numpy
+    monkeypatch.setattr(Resize, "in_numpy", lambda self, pixels: right(self, pixels) ^ 1)
+    assert resample._loaded(library) is None
+    (tmp_path / "_resize.so").write_bytes(b"no library")
+    assert resample._loaded(tmp_path / "_resize.so") is None
+    assert resample._loaded(tmp_path / "absent.so") is None
+
+
+def test_rows_that_lie_apart_and_turned_images(code: None, seed: int) -> None:
+    image = np.random.default_rng(seed).integers(0, 256, (90, 131, 3), dtype=np.uint8)
+    for view in (image, image[::-1], image[:, ::-1], image.transpose(1, 0, 2), image[5:80:2, 7:120]):
+        np.testing.assert_array_equal(_resize(view, 33, "lanczos"), _resize(view.copy(), 33, "lanczos"))

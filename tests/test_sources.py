@@ -6,6 +6,7 @@ import csv
 import gzip
 import hashlib
 import io
+import json
 import os
 import re
 import shutil
@@ -13,20 +14,31 @@ import tarfile
 from pathlib import Path
 from typing import Literal
 
+import click
 import fsspec
 import numpy as np
 import pytest
 from scipy.io import savemat
 
+from alexprep.cli.options import SplitFolders
 from alexprep.shards import rgb_statistics
 from alexprep.shards.conversion import convert
 from alexprep.shards.dataset_format import read_dataset, read_index
-from alexprep.shards.errors import AlexprepError
+from alexprep.shards.errors import AlexprepError, AmbiguousSourceError
 from alexprep.shards.image_codec import Target
 from alexprep.shards.listing import class_order
 from alexprep.shards.plan import ShardOptions
 from alexprep.shards.sources import ilsvrc
-from alexprep.shards.sources.base import UNLABELLED, Account, Choices, Source, split_of
+from alexprep.shards.sources.base import (
+    UNLABELLED,
+    Account,
+    Choices,
+    Source,
+    as_json,
+    as_options,
+    choices_of,
+    split_of,
+)
 from alexprep.shards.sources.layout_detection import find_source
 from alexprep.shards.storage import LocalFiles, files_at, folder_at
 from alexprep.shards.verification import verify
@@ -55,7 +67,7 @@ def unpacked(root: Path, *names: str | bytes, content: bytes = b"") -> Path:
 
 def listed(source: Source) -> Images:
     """(split, class, name below the root or in the archive) of each input."""
-    return [(split, class_name, at.member or at.path) for split, class_name, at in source.inputs(Account())]
+    return [(split, class_name, at.member or at.path) for split, class_name, at, *_ in source.inputs(Account())]
 
 
 def test_a_member_or_folder_that_lies_thousands_deep(tmp_path: Path) -> None:
@@ -95,6 +107,48 @@ def test_a_split_folder_may_be_an_absolute_path_below_source(tmp_path: Path, mon
             words = f"--split-folders train={outside} does not lie below SOURCE {place}: name a folder there"
             with pytest.raises(AlexprepError, match=re.escape(words)):
                 find_source(place, choices=Choices((("train", outside),)))
+
+
+def test_several_folders_of_one_split(tmp_path: Path) -> None:
+    root = unpacked(tmp_path / "set", "a/dog/1.jpg", "b/cat/2.jpg", "b/dog/0.jpg", "c/cat/3.jpg")
+    chosen = SplitFolders().convert("train=a,train=b,val=c", None, None)
+    choices = Choices(chosen)
+    assert choices.split_folders == (("train", "a"), ("train", "b"), ("val", "c"))
+    assert choices_of(json.loads(json.dumps(as_json(choices)))) == choices
+    assert as_options(choices) == "--split-folders train=a,train=b,val=c"
+    found = listed(find_source(str(root), choices=choices))
+    assert found == [
+        ("train", "cat", b"b/cat/2.jpg"),
+        ("train", "dog", b"a/dog/1.jpg"),
+        ("train", "dog", b"b/dog/0.jpg"),
+        ("val", "cat", b"c/cat/3.jpg"),
+    ]
+    with pytest.raises(click.BadParameter, match="train=a is given twice: name each folder once"):
+        SplitFolders().convert("train=a,train=a", None, None)
+    names = [f"train.X{n % 2 + 1}/n0000000{n}/1.jpg" for n in range(4)]
+    parts = unpacked(tmp_path / "parts", *names, "val.X/n00000000/1.jpg")
+    assert [class_name for split, class_name, _ in listed(find_source(str(parts))) if split == "train"] == [
+        f"n0000000{n}" for n in range(4)
+    ]
+    unpacked(parts, "train.X2/n00000000/1.jpg")  # a class in two parts
+    with pytest.raises(AmbiguousSourceError, match=r"train\.X1 and train\.X2, which both mean 'train'") as asked:
+        find_source(str(parts))
+    assert "--split-folders train=train.X1,train=train.X2,val=val.X" in [way for way, _ in asked.value.ways]
+
+
+def test_names_of_what_is_passed_over_are_written_where_they_are_kept() -> None:
+    account, written = Account(), list[bytes]()
+
+    def shown(path: bytes) -> str:
+        written.append(path)
+        return path.decode()
+
+    for n in range(100):
+        account.pass_over("a rule", (shown, b"folder", b"%d" % n))
+    assert (
+        account.passed_over["a rule"].names == [f"folder/{n}" for n in range(5)] == [path.decode() for path in written]
+    )
+    assert account.passed_over_count == 100
 
 
 def refused(place: Path | str, words: str, layout: str | None = None) -> None:

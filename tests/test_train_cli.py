@@ -65,6 +65,7 @@ def test_resume_is_exact_with_real_shards(data: Path, tmp_path: Path) -> None:
     assert weights(name="part", resume=True) == whole
 
 
+@pytest.mark.usefixtures("cold_processes")
 def test_sigterm_leaves_with_143_and_resumes(data: Path, tmp_path: Path) -> None:
     code = "from alexprep.cli.main import main; main()"
     arguments = ["--recipe", "tiny", "--epochs", "5000", "--checkpoint-steps", "1", "--device", "cpu", "--json"]

@@ -24,7 +24,11 @@ STEPS = 6  # an epoch
 EVERY = 2  # steps between checkpoints
 BAD_STEP = 4
 # Settings of another update than the paper's, with all that may go with it.
-ADAMW: dict[str, Any] = {"optimizer": "adamw", "lr": 0.001, "schedule": "one-cycle", "clip": 0.5, "average": 0.9}
+ADAMW: dict[str, Any] = {
+    "lr": 0.001,
+    "schedule": "one-cycle",
+    "settings": ("optimizer=adamw", "clip=0.5", "average=0.9"),
+}
 SAMPLE = (2, 5)  # steps after which a run is resumed
 # What is wrong, settings that go with it, and the words that tell.
 POISONS: dict[str, tuple[dict[str, Any], str]] = {

@@ -47,7 +47,9 @@ VELOCITY_RATES = "velocity_rates"  # a fact where velocities follow the rate: th
 FULL = (errno.ENOSPC, errno.EDQUOT)
 GO_ON = "go on with --resume; checkpoints that were saved before are untouched"
 MOST_TOLD = 6  # differences
-BEFORE = "before"  # metadata of a dataclass's field: the value that runs have which are older than the field, if not its default
+# Metadata of a dataclass's field: the value that runs have which are older than the field, if not its default; or a function that gives it,
+# of what the run recorded of the other fields.
+BEFORE = "before"
 _MARK = re.compile(r"step-(\d{8,})\.json")
 
 
@@ -184,7 +186,8 @@ def with_defaults(described: Any, value: Any) -> Any:
         if field.name in described:
             complete[field.name] = with_defaults(described[field.name], getattr(value, field.name))
         elif BEFORE in field.metadata:
-            complete[field.name] = field.metadata[BEFORE]
+            before = field.metadata[BEFORE]
+            complete[field.name] = before(described) if callable(before) else before
         elif field.default is not MISSING:
             complete[field.name] = json.loads(json.dumps(field.default, default=str))  # tuples become lists
         elif field.default_factory is not MISSING:

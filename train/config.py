@@ -6,9 +6,10 @@ Nothing is trained here, and no network lives on. What decides the result is the
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shlex
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -41,15 +42,12 @@ from alexprep.train.precision import Arithmetic, Precision, arithmetic
 from alexprep.train.recipes import (
     DEFAULT_RECIPE,
     MOST_EPOCHS,
-    UPDATING,
     Recipe,
-    as_begun,
     hooked,
-    recipe_of,
-    schedule_named,
     try_user_network,
 )
 from alexprep.train.run_dir import place_named, saved_checkpoint
+from alexprep.train.settings import PART, SET, by_field, recipe_of, schedule_named, value_of, with_settings
 from alexprep.train.user_code import (
     HOOK,
     MODEL,
@@ -66,15 +64,14 @@ MOST_TRACED = 200  # steps; all stay in memory until the last one
 MOST_SECONDS = 1_000_000  # that ranks wait for one another: eleven days; system clocks take no more than some 10^9
 KEEP, CHECKPOINT_STEPS = 3, 1000  # unless the run began with others
 SCHEDULING = ("schedule", "warmup", "early_stop")
-CHANGEABLE = (
-    "lr",
-    *SCHEDULING,
-)  # what holds from then on where it is given on resuming; a change is kept in the run's history
+# What holds from then on where it is given on resuming, as settings of the schedule's fields do; a change is kept in the run's history.
+CHANGEABLE = ("lr", *SCHEDULING)
 OPTIONS = (  # what a resumed run takes from its beginning
-    *("recipe", "model", "seed", "batch_size", *CHANGEABLE, *UPDATING, "init_from", "init_layers"),
+    *("recipe", "model", "seed", "batch_size", *CHANGEABLE, "init_from", "init_layers"),
     *("precision", "channels_last", "compile", "hook", "hook_after"),
 )
 LENGTH = ("epochs", "steps")
+AS_OPTIONS = ("batch_size", *CHANGEABLE, "epochs")  # settings that are options: they mean these
 REMEMBERED = (*LENGTH, "keep", "checkpoint_steps")  # likewise; what is given on resuming holds from then on
 DECODING = ("decode", "hw_decoder_load")  # likewise, as it was tuned then
 # Of fields of an identity that older runs lack, what holds for them: once released, a default never changes. Those of a recipe's
@@ -101,14 +98,11 @@ class TrainConfig:
     seed: int | None = None  # of the initial weights, dropout, order and augmentation; 0 by default
     batch_size: int | None = None  # images a step
     lr: float | None = None  # highest learning rate, of which the schedule makes all others; on resuming, from now on
-    schedule: str | None = None  # in the recipe's stead, see `alexprep.train.recipes.schedule_named`
+    schedule: str | None = None  # in the recipe's stead, see `alexprep.train.settings.schedule_named`
     warmup: float | None = None  # epochs in which the rate rises, in front of any schedule
-    optimizer: str | None = None  # the rule of the update; this and the next four in the recipe's stead, see `Recipe`
-    label_smoothing: float | None = None
-    clip: float | None = None  # length that no gradient exceeds
-    accumulate: int | None = None  # parts of a batch, one after the other
-    average: float | None = None  # decay of the weights' exponential mean
     early_stop: int | None = None  # end after so many epochs of which none had a lower validation error than all before
+    # FIELD=VALUE, fields of the recipe that are other than it says: see `alexprep.train.settings`. On resuming, beside those of before.
+    settings: tuple[str, ...] = ()
     init_from: str | None = None  # run (RUN or RUN@STEP) whose weights the network begins with, for fine-tuning
     init_layers: str | None = None  # which layers of it: "matching", the default, or patterns with commas
     precision: Precision | None = None  # "fp32" by default, "tf32", "bf16" or "fp16": see `alexprep.train.precision`
@@ -134,7 +128,8 @@ class TrainConfig:
     tensorboard: bool = False  # whether the log's records are written for TensorBoard too, see `alexprep.train.logger`
 
     def __post_init__(self) -> None:
-        """Refuses values out of bounds, with AlexprepError."""
+        """Refuses values out of bounds, with AlexprepError; settings that are options become these."""
+        self._take_options(by_field(self.settings))
         if self.data is None and not self.resume:
             raise AlexprepError("data is None: name the folder of a data set; only a resumed run has one of its own")
         most = {"epochs": MOST_EPOCHS, "trace": MOST_TRACED}
@@ -163,6 +158,18 @@ class TrainConfig:
             one_of("scheme", self.scheme, SCHEMES)
         number_within("rank_seconds", self.rank_seconds, 1e-3, MOST_SECONDS)
 
+    def _take_options(self, settings: dict[str, str]) -> None:
+        """Moves those of `AS_OPTIONS` to their fields, so that there is one place for each."""
+        for name in AS_OPTIONS:
+            text = settings.pop(name, None)
+            if text is None:
+                continue
+            if getattr(self, name) is not None:
+                option = f"--{name.replace('_', '-')}"
+                raise AlexprepError(f"{option} {getattr(self, name)} and {SET} {name}={text} say the same: give one")
+            object.__setattr__(self, name, value_of(text, TrainConfig, name))
+        object.__setattr__(self, "settings", tuple(f"{name}={text}" for name, text in settings.items()))
+
 
 @dataclass(frozen=True)
 class Job:
@@ -180,7 +187,7 @@ class Job:
     tuning: Tuning
     notes: list[str]  # what to say about it
     identity: dict[str, Any]  # JSON values: what decides the result; a checkpoint of another identity is refused
-    changes: dict[str, Any] = field(default_factory=dict)  # of `CHANGEABLE`, made on resuming: {"was", "is"} by name
+    changes: dict[str, Any] = field(default_factory=dict)  # made on resuming, of what may change: {"was", "is"} by name
 
     @property
     def epochs(self) -> int:
@@ -199,8 +206,10 @@ class Job:
 
     def remembered(self) -> dict[str, Any]:
         """What a bare --resume goes on with, though it is no part of the identity."""
-        length = {name: getattr(self.config, name) for name in (*LENGTH, *self.changes)}
-        return length | {"keep": self.keep, "checkpoint_steps": self.checkpoint_steps}
+        taken = (*LENGTH, *(name for name in CHANGEABLE if name in self.changes))
+        told = {name: getattr(self.config, name) for name in taken}
+        settings = {"settings": list(self.config.settings)}
+        return told | settings | {"keep": self.keep, "checkpoint_steps": self.checkpoint_steps}
 
     def differences(self, config: Mapping[str, Any], facts: Mapping[str, Any] | None) -> list[str]:
         """Why a run cannot go on with this job: what its config.json, and its checkpoint's facts if there is one, say otherwise.
@@ -266,18 +275,14 @@ def prepare(
         document = run_dir.read_config(run)
         earlier, began = document["options"], document["identity"].get("recipe", {})
         check_named(earlier, config.recipe, config.model, run, config.hook)
-        given = {name: getattr(config, name) for name in CHANGEABLE if getattr(config, name) is not None}
-        changes = {
-            name: {"was": earlier.get(name), "is": now} for name, now in given.items() if now != earlier.get(name)
-        }
+        changes = _changes(config, earlier, began)
         config = resumed(config, earlier, config.data or run_dir.still_there(run, Path(document["data"])))
     data = config.data or Path()  # there is one: only a resumed run's may be None, and it is found by now
     facts = data_facts(data)
     tuning, notes = _tuning(config, data, device, earlier)
     notes += [f"the split {split} is skipped: none of its images has a label" for split in facts.unlabelled]
-    recipe = recipe_of({name: getattr(config, name) for name in OPTIONS})
-    if began is not None:
-        recipe = as_begun(recipe, began)
+    notes += [f"with {', '.join(config.settings)}"] if config.settings else []
+    recipe = recipe_of({name: getattr(config, name) for name in (*OPTIONS, "settings")}, began)
     recipe = _scheduled(recipe, config, began, earlier or {}, changes)
     if config.hook is not None:
         recipe = hooked(recipe, config.hook, config.hook_after or "augment")
@@ -294,6 +299,8 @@ def prepare(
         recipe, made, said = try_user_network(recipe, recipe.network, facts.classes, seed, scheme, config.ranks)
         identity |= {"recipe": recipe.describe(), "layers": made}
         notes += said
+    elif config.settings:  # a recipe that nobody tried
+        recipe.make_optimizer(recipe.make_network(facts.classes, seed))
     if run is None and recipe.augmentation.needs_statistics and check_statistics:
         statistics = rgb_statistics.read_statistics(data, facts.digest)
         if recipe.augmentation.windowed_mean:
@@ -329,6 +336,7 @@ def _scheduled(
     That of a recipe of ours is taken from the run's record, since a release may ship a better one; a user's own is as the file has it.
     """
     length = epochs = config.epochs or recipe.epochs
+    settings = _schedule_settings(config.settings)
     schedule = recipe.schedule if config.schedule is None else schedule_named(config.schedule)
     if began is not None and "schedule" not in changes:
         described = began.get("schedule", {})
@@ -336,6 +344,8 @@ def _scheduled(
         recorded = None if is_reference(config.recipe or DEFAULT_RECIPE) else recorded_schedule(described)
         if recorded is not None:
             schedule = within(recorded, earlier.get("warmup"), earlier.get("early_stop"))
+            settings = {name: text for name, text in settings.items() if name in changes}
+    schedule = with_settings(replace(recipe, schedule=schedule), settings).schedule
     schedule = around(planned(schedule, length), config.warmup, config.early_stop)
     if is_per_step(schedule) and epochs > length and not rate_at(schedule, 1.0, ".weight", epochs, ScheduleState()):
         raise AlexprepError(
@@ -343,6 +353,28 @@ def _scheduled(
             "which plans the rate anew for all of them"
         )
     return replace(recipe, schedule=schedule)
+
+
+def _schedule_settings(settings: Iterable[str]) -> dict[str, str]:
+    """Those of the schedule's fields."""
+    return {name: text for name, text in by_field(settings).items() if name.startswith(PART)}
+
+
+def _changes(config: TrainConfig, earlier: Mapping[str, Any], began: Mapping[str, Any]) -> dict[str, Any]:
+    """What is given on resuming and may change, where it is not as before: {"was", "is"} by name."""
+    given = {name: getattr(config, name) for name in CHANGEABLE if getattr(config, name) is not None}
+    changes = {name: {"was": earlier.get(name), "is": now} for name, now in given.items() if now != earlier.get(name)}
+    before = by_field(earlier.get("settings") or ())
+    for name, text in _schedule_settings(config.settings).items():
+        if text == before.get(name):
+            continue
+        was: Any = began
+        for part in name.split("."):
+            was = was.get(part) if isinstance(was, Mapping) else None
+        with contextlib.suppress(ValueError):
+            text = json.loads(text)
+        changes[name] = {"was": was, "is": text}
+    return changes
 
 
 def resumed(config: TrainConfig, earlier: Mapping[str, Any], data: Path) -> TrainConfig:
@@ -355,7 +387,8 @@ def resumed(config: TrainConfig, earlier: Mapping[str, Any], data: Path) -> Trai
     if config.epochs is not None or config.steps is not None:
         unless_given = [name for name in unless_given if name not in LENGTH]
     taken: dict[str, Any] = {name: earlier.get(name) for name in unless_given if getattr(config, name) is None}
-    return replace(config, data=data, **taken)
+    before = [text for text in earlier.get("settings") or () if config.schedule is None or not text.startswith(PART)]
+    return replace(config, data=data, settings=(*before, *config.settings), **taken)
 
 
 def run_versions() -> dict[str, str]:

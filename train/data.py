@@ -137,6 +137,11 @@ def data_facts(data: Path) -> DataFacts:
     """Reads dataset.json, and from the indexes whether splits have labels."""
     dataset: dict[str, Any] = read_dataset(data)
     classes = len(dataset["classes"])
+    if dataset.get("unlabelled"):
+        raise AlexprepError(
+            f"{data} was made with --unlabelled and has no labels, which training a network needs: shard a source that has them; for a training "
+            "without labels, use Loader in a program of your own (docs/pipelines.md)"
+        )
     if classes < 2:
         raise AlexprepError(f"{data} has {classes} classes: training needs at least 2; shard a source with more")
     filled = [split for split in EVALUATION_SPLITS if dataset["splits"].get(split, {}).get("samples")]

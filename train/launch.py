@@ -316,9 +316,10 @@ def run_rank() -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.raise_signal(signal.SIGINT)  # so that the parent sees what ended it
     except BaseException as error:  # noqa: BLE001 also SystemExit: a rank that leaves early is a failure
-        if not isinstance(error, AlexprepError):
+        kind = AlexprepError if isinstance(error, AlexprepError) else type(error)
+        if kind is not AlexprepError:
             traceback.print_exc()
-        reason = {"time": time.time(), "kind": type(error).__name__, "message": str(error)}
+        reason = {"time": time.time(), "kind": kind.__name__, "message": str(error)}
         try:
             (folder / f"failure-{rank}.json").write_text(json.dumps(reason))
         except OSError:  # the disk that it failed for may be this one too

@@ -57,6 +57,10 @@ class Schedule(Protocol):
 class Steps(Schedule):
     """The rate falls after fixed numbers of epochs, whatever the error.
 
+    Attributes:
+        after: these numbers, rising.
+        divisor: what the rate is divided by.
+
     >>> Steps(after=(8, 9)).after_epoch(ScheduleState(), 8, 30.0).drops
     1
     """
@@ -85,10 +89,16 @@ class Plateau(Schedule):
 
     The paper's authors judged by eye. Here an epoch is progress when its error is at least `margin` points below the lowest so far;
     `patience` epochs without progress are a plateau. One more plateau after the last drop ends the training.
+
+    Attributes:
+        patience: epochs.
+        margin: points; slow progress counts, down to a quarter of the standard error on 50,000 images.
+        drops: how often the rate falls.
+        divisor: what the rate is divided by.
     """
 
     patience: int = 5
-    margin: float = 0.05  # points: slow progress counts, down to a quarter of the standard error on 50,000 images
+    margin: float = 0.05
     drops: int = 3
     divisor: float = 10.0
 
@@ -121,13 +131,20 @@ class DExp(Schedule):
     In `steps` equal parts of `epochs` epochs the rate is base · factor^(-part / (steps - 1)), parts counted from 0. A part that ends within
     an epoch changes the rate after it. The defaults are those of layer-params-imagenet-1gpu.cfg and its command line.
 
+    Attributes:
+        epochs: that the fall is planned for; later epochs keep the last rate.
+        factor: of the first rate over the last.
+        steps: parts.
+        bias_factor: likewise, of biases.
+        bias_steps: likewise, of biases.
+
     >>> [round(DExp().rate(0.01, "conv1.weight", epoch, ScheduleState()), 6) for epoch in (0, 22, 23, 45, 68, 200)]
     [0.01, 0.01, 0.001587, 0.000252, 4e-05, 4e-05]
     >>> [round(DExp().rate(0.02, "conv1.bias", epoch, ScheduleState()), 6) for epoch in (0, 44, 45, 89)]
     [0.02, 0.02, 0.002, 0.002]
     """
 
-    epochs: int = 90  # that the fall is planned for; later epochs keep the last rate
+    epochs: int = 90
     factor: float = 250.0
     steps: int = 4
     bias_factor: float = 10.0
@@ -150,6 +167,9 @@ class DExp(Schedule):
 @dataclass(frozen=True)
 class ByHand(Schedule):
     """Rates set by name, as the 2012 code's were: rows of (epochs done, pattern of parameter names, factor on the recipe's rate).
+
+    Attributes:
+        rows: in the order of their epochs.
 
     Of the rows whose time has come and whose pattern matches, the last one holds; before any, the factor is 1. A factor of 0 freezes: neither
     weight nor velocity moves.
@@ -179,14 +199,16 @@ class ByHand(Schedule):
 class Linear(Schedule):
     """The rate falls in a straight line, step by step, from its beginning to `final` of it.
 
+    Attributes:
+        epochs: that the fall is planned for, later ones keep the last rate; None: those of the run as it begins.
+        final: share of the first rate.
+
     >>> [Linear(epochs=4).rate(0.2, "fc8.weight", epoch, ScheduleState()) for epoch in (0, 1, 3.5, 9)]
     [0.2, 0.15000000000000002, 0.025, 0.0]
     """
 
-    epochs: int | None = (
-        None  # that the fall is planned for, later ones keep the last rate; None: those of the run as it begins
-    )
-    final: float = 0.0  # share of the first rate
+    epochs: int | None = None
+    final: float = 0.0
 
     def __post_init__(self) -> None:
         """Refuses values out of bounds, with AlexprepError."""
@@ -206,12 +228,16 @@ class Linear(Schedule):
 class Cosine(Schedule):
     """The rate falls along half a cosine, step by step, from its beginning to `final` of it (Loshchilov and Hutter 2017, one cycle).
 
+    Attributes:
+        epochs: as of `Linear`.
+        final: share of the first rate.
+
     >>> [round(Cosine(epochs=4).rate(0.2, "fc8.weight", epoch, ScheduleState()), 4) for epoch in (0, 2, 4, 9)]
     [0.2, 0.1, 0.0, 0.0]
     """
 
-    epochs: int | None = None  # as of `Linear`
-    final: float = 0.0  # share of the first rate
+    epochs: int | None = None
+    final: float = 0.0
 
     def __post_init__(self) -> None:
         """Refuses values out of bounds, with AlexprepError."""
@@ -233,14 +259,20 @@ class OneCycle(Schedule):
 
     The momentum stays as it is.
 
+    Attributes:
+        epochs: as of `Linear`.
+        rise: share of them until the highest rate.
+        start: of the highest rate, in the first step.
+        final: of the highest rate, after the last.
+
     >>> [round(OneCycle(epochs=10).rate(0.2, "fc8.weight", epoch, ScheduleState()), 4) for epoch in (0, 1.5, 3, 6.5, 10)]
     [0.008, 0.104, 0.2, 0.1, 0.0]
     """
 
-    epochs: int | None = None  # as of `Linear`
-    rise: float = 0.3  # share of them until the highest rate
-    start: float = 0.04  # of the highest rate, in the first step
-    final: float = 0.0  # of the highest rate, after the last
+    epochs: int | None = None
+    rise: float = 0.3
+    start: float = 0.04
+    final: float = 0.0
 
     def __post_init__(self) -> None:
         """Refuses values out of bounds, with AlexprepError."""
@@ -266,6 +298,11 @@ class WarmUp(Schedule):
     """Another schedule, whose rates in the first `epochs` epochs are multiplied by what rises in a straight line from `start` to 1.
 
     What the schedule says comes when it would without: warm-up takes nothing of its time (Goyal et al. 2017, section 2.2).
+
+    Attributes:
+        schedule: the other one.
+        epochs: in which the rate rises.
+        start: of the schedule's rate, in the first step.
 
     >>> warm = WarmUp(Steps(after=(8,)), epochs=2, start=0.1)
     >>> [round(warm.rate(0.2, "fc8.weight", epoch, ScheduleState()), 4) for epoch in (0, 1, 1.5, 2, 7)]
@@ -300,6 +337,11 @@ class WarmUp(Schedule):
 @dataclass(frozen=True)
 class EarlyStop(Schedule):
     """Another schedule, and an end after `patience` epochs of which none was more than `margin` points below the lowest before.
+
+    Attributes:
+        schedule: the other one.
+        patience: epochs.
+        margin: points.
 
     >>> stopping, state = EarlyStop(Steps(after=()), patience=2), ScheduleState()
     >>> for epochs, error in enumerate((50.0, 40.0, 45.0, 40.0), start=1):
@@ -489,4 +531,5 @@ SCHEDULES: dict[str, Schedule] = {  # by the names that options have
     "cosine": Cosine(),
     "one-cycle": OneCycle(),
     "plateau": Plateau(),
+    "dexp": DExp(),
 }

@@ -61,7 +61,7 @@ def explained(
         meter.record_not_finite(origin, step=position.step, epoch=position.epoch, lr=lr)
         found = origin.sentence() if origin else _present_weights(state, hindrance)
         next_step = _next_step(run, saved_step, origin)
-        raise AlexprepError(f"{error.what}, at learning rate {lr}; {found}. {next_step}") from None
+        raise NotFinite(f"{error.what}, at learning rate {lr}; {found}. {next_step}") from None
 
 
 class Watch:

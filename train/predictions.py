@@ -21,8 +21,9 @@ from alexprep.shards.errors import AlexprepError
 from alexprep.train import checkpoint, run_dir
 from alexprep.train.metrics import StepTimer, log_probabilities
 from alexprep.train.precision import Precision, memory
-from alexprep.train.recipes import Recipe, recipe_of
+from alexprep.train.recipes import Recipe
 from alexprep.train.run_dir import Place, saved_checkpoint
+from alexprep.train.settings import recipe_of
 from alexprep.train.user_code import (
     check_named,
     comparable,

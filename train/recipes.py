@@ -1,7 +1,8 @@
 """What is trained and how: the `Recipe` type, the recipes that come with alexprep, and a recipe by its name.
 
 A new recipe is one value here and its entry in `RECIPES`. Networks are in `alexprep.train.models`, learning rates over time in
-`alexprep.train.lr_schedule`; how code of the user's own is found and called is in `alexprep.train.user_code`.
+`alexprep.train.lr_schedule`; how a field is changed by its name is in `alexprep.train.settings`, how code of the user's own is found and called in
+`alexprep.train.user_code`.
 
 Numbers without a source are, of the AlexNet family, the paper's (section 5); of the nets for CIFAR-10, cuda-convnet's
 (example-layers/layer-params-*.cfg).
@@ -11,7 +12,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
@@ -27,7 +27,6 @@ from alexprep.train.checkpoint import BEFORE
 from alexprep.train.distributed.tensor_parallel import Scheme, part_of
 from alexprep.train.distributed.world import World
 from alexprep.train.lr_schedule import (
-    SCHEDULES,
     ByHand,
     DExp,
     Linear,
@@ -53,10 +52,8 @@ from alexprep.train.user_code import (
     is_reference,
     load,
     memory_format_of,
-    user_network,
 )
 
-UPDATING = ("optimizer", "label_smoothing", "clip", "accumulate", "average")  # fields of a recipe that are options too
 DEFAULT_RECIPE = "alexnet"
 MOST_EPOCHS = 100_000
 
@@ -281,20 +278,6 @@ def recipe(name: str) -> Recipe:
     return RECIPES[name]
 
 
-def recipe_of(options: Mapping[str, Any]) -> Recipe:
-    """The recipe that options name, with their network, batch size and rate where they are not None.
-
-    >>> recipe_of({"recipe": "tiny", "batch_size": 8, "lr": None}).batch_size
-    8
-    """
-    named = recipe(options["recipe"] or DEFAULT_RECIPE)
-    fields_given = ("batch_size", "lr", *UPDATING)
-    changes: dict[str, Any] = {name: options[name] for name in fields_given if options.get(name) is not None}
-    if options.get("model") is not None:
-        changes["network"] = user_network(options["model"])
-    return replace(named, **changes)
-
-
 def as_begun(made: Recipe, recorded: Mapping[str, Any]) -> Recipe:
     """A recipe for a run that goes on: what it `recorded` of its recipe lacks fields that came later, which are as they were before.
 
@@ -302,28 +285,6 @@ def as_begun(made: Recipe, recorded: Mapping[str, Any]) -> Recipe:
     """
     newer = {each.name: each.metadata[BEFORE] for each in fields(made) if BEFORE in each.metadata}
     return replace(made, **{name: before for name, before in newer.items() if name not in recorded})
-
-
-def schedule_named(text: str) -> Schedule:
-    """The schedule that an option names: a kind with its numbers, or that of a recipe, such as the 2012 code's rates by hand.
-
-    Raises:
-        AlexprepError: there is none of this name.
-
-    >>> schedule_named("steps:8,9")
-    Steps(after=(8, 9), divisor=10.0)
-    """
-    name, _, numbers = text.partition(":")
-    if name == "steps" and re.fullmatch(r"\d{1,6}(,\d{1,6})*", numbers):
-        return Steps(after=tuple(map(int, numbers.split(","))))
-    if text in SCHEDULES:
-        return SCHEDULES[text]
-    if text in RECIPES:
-        return RECIPES[text].schedule
-    raise AlexprepError(
-        f"there is no schedule {text!r}: choose one of {', '.join(SCHEDULES)}, steps:8,9 for a tenth of the rate after 8 and 9 epochs, or a "
-        "recipe's name, for that recipe's"
-    )
 
 
 def hooked(made: Recipe, reference: str, after: Place) -> Recipe:

@@ -22,6 +22,11 @@ LAYOUTS = {
     "fgvc-aircraft": "published.FgvcAircraft",
     "stanford-dogs": "published.StanfordDogs",
     "gtsrb": "published.Gtsrb",
+    "hub-imagenet": "hub_archives.HubArchives",
+    "arrow": "arrow_images.ArrowImages",
+    "tfrecord": "tfrecords.TFRecords",
+    "recordio": "recordio.RecordIO",
+    "lmdb": "lmdb_databases.LmdbDatabases",
     "parquet": "parquet_images.ParquetImages",
     "table": "table.Table",
     "imagefolder": "image_folders.ImageFolder",
@@ -31,4 +36,6 @@ LAYOUTS = {
     "folders": "folders.ClassFolders",
 }
 BY_FOLDERS = ("tar", "zip", "folders")  # those that read folders, where the user may have to say what they mean
-BY_COLUMNS = ("parquet", "table", "imagefolder")  # those that read columns, likewise
+BY_COLUMNS = ("arrow", "tfrecord", "parquet", "table", "imagefolder")  # those that read columns, likewise
+# Those that also read pictures without labels.
+WITHOUT_LABELS = ("arrow", "tfrecord", "recordio", "lmdb", "parquet", "webdataset", "tar", "zip", "folders")

@@ -6,15 +6,17 @@ A new source is a new module beside this one, with a subclass of `Source` and a 
 2. `inputs`: lists every image once, in an order that any two listings share, and tells the `Account` of all else that it met;
 3. `read`: gives one of them, as encoded bytes or as pixels; by default the bytes at the input's location.
 
-`classes`, `covers`, `resident_bytes` and `window_inputs` are overridden where the defaults do not hold. Turning images into shards is no matter
+Where values go along with an image, `inputs` gives each a short reference to them (`Input.metadata`), and `metadata` the values for it;
+files or members beside the image need no more than `reference_to`. `classes`, `covers`, `resident_bytes` and `window_inputs` are overridden where the defaults do not hold. Turning images into shards is no matter
 of a source: see `conversion`.
 """
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -22,6 +24,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alexprep.shards.errors import AlexprepError
+from alexprep.shards.metadata import MAX_PART_BYTES, MetadataError, joined
+from alexprep.shards.sources.class_words import words_beside
 from alexprep.shards.sources.ground_truth import find_meta_mat
 from alexprep.shards.storage import Files, as_text
 
@@ -38,7 +42,7 @@ SPLITS = {
     "test": "test",
     "testing": "test",
 }
-# The class name of images whose class nobody tells (the test images of ILSVRC 2012); their label is -1.
+# The class name of images whose class nobody tells (the test images of ILSVRC 2012) or asks for; their label is -1.
 UNLABELLED = ""
 
 
@@ -63,11 +67,42 @@ class Location(NamedTuple):
 
 
 class Input(NamedTuple):
-    """One image to be converted: the split and class it belongs to, and where its source finds it."""
+    """One image to be converted.
+
+    Attributes:
+        split: that it belongs to.
+        class_name: of its class, or `UNLABELLED`.
+        location: where its source finds it.
+        metadata: where its source finds what goes along with it, in the source's own words, which the plan keeps; empty for nothing.
+    """
 
     split: str
     class_name: str
     location: Location
+    metadata: bytes = b""
+
+
+class Part(NamedTuple):
+    """A file or member that goes along with an image: its extension in lower case, and where it lies."""
+
+    extension: str
+    location: Location
+
+
+def reference_to(parts: Iterable[Part], image: Location) -> bytes:
+    """An `Input.metadata` for parts that lie anywhere; `Source.metadata` reads them."""
+    fields: list[bytes] = []
+    for extension, place in parts:
+        path = b"" if place.path == image.path else place.path
+        fields += [extension.encode(), path, place.member, b"%d" % place.offset, b"%d" % place.size]
+    return b"\0".join(fields)
+
+
+def parts_of(reference: bytes, image: Location) -> Iterator[Part]:
+    """What `reference_to` was given."""
+    fields = reference.split(b"\0")
+    for extension, path, member, offset, size in zip(*(fields[at::5] for at in range(5)), strict=True):
+        yield Part(extension.decode(), Location(path or image.path, member, int(offset), int(size)))
 
 
 # Rules by which files are passed over: what a listing says instead of making an input of them.
@@ -81,9 +116,11 @@ BESIDE = "beside what this layout reads"
 NO_CLASS = "a picture in no class folder"
 FOLDER_LINK = "a link to a folder"
 OUR_DATASET = "in a dataset of alexprep"
+BESIDE_PICTURE = "metadata beside a picture, KEY.json or KEY.txt"
 SAMPLE_PART = "a sample's label or other part that is no picture"
 NOT_LISTED = "a picture that no list names"
 NO_LABEL = "a row without a label, in a split whose other rows have one"
+NO_PICTURE = "a record without a picture"
 LIMITED = "beyond --limit"
 
 _NAMES_KEPT = 5  # of the files that one rule passes over
@@ -113,12 +150,15 @@ class Account:
     passed_over: dict[str, PassedOver] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
-    def pass_over(self, rule: str, name: str, count: int = 1) -> None:
-        """Notes that `count` files, of which `name` is one, are passed over by `rule`."""
+    def pass_over(self, rule: str, name: str | tuple[Callable[[bytes], str], bytes, bytes], count: int = 1) -> None:
+        """Notes that `count` files are passed over by `rule`, of which one is called `name`.
+
+        Of millions of files few names are kept, so it may be what writes a path, and the folder and name that make it.
+        """
         passed = self.passed_over.setdefault(rule, PassedOver())
         passed.count += count
         if len(passed.names) < _NAMES_KEPT:
-            passed.names.append(name)
+            passed.names.append(name if isinstance(name, str) else name[0](os.path.join(*name[1:])))
 
     def take(self, other: Account) -> None:
         """Takes in what another account found and passed over; its warnings are left to the caller."""
@@ -144,16 +184,18 @@ class Choices:
     """What the user says of a source, where looking at it would leave a doubt.
 
     Attributes:
-        split_folders: (split, folder below the root) of each split; () says that no folder means a split; None looks.
+        split_folders: (split, folder below the root), one or more of each split; () says that no folder means a split; None looks.
         class_depth: how many folders below a split's folder the class folders lie, 1 for directly in it; "leaf" makes every
             folder that holds pictures a class; None looks.
         columns: (what it is for, its name) of columns of a table: "image" for pictures themselves, "path", "label", "split"; what is
             not named is looked for.
+        unlabelled: True says that no picture has a label, whatever lies around it; None looks for labels.
     """
 
     split_folders: tuple[tuple[str, str], ...] | None = None
     class_depth: int | Literal["leaf"] | None = None
     columns: tuple[tuple[str, str], ...] = ()
+    unlabelled: Literal[True] | None = None
 
     def column(self, use: str) -> str | None:
         """The name of the column for a use; None where it is to be looked for."""
@@ -173,27 +215,35 @@ def as_options(choices: Choices) -> str:
         words.append(f"--class-depth {choices.class_depth}")
     if choices.columns:
         words.append(f"--columns {shlex.quote(','.join(f'{use}={column}' for use, column in choices.columns))}")
+    if choices.unlabelled:
+        words.append("--unlabelled")
     return " ".join(words)
 
 
 def as_json(choices: Choices) -> dict[str, Any]:
     """Choices as plan.json has them: what was not chosen is absent."""
-    folders = choices.split_folders
+    folders: dict[str, Any] = {}  # a split's folder, or the list of them
+    for split, folder in choices.split_folders or ():
+        known = folders.get(split, [])
+        folders[split] = [*([known] if isinstance(known, str) else known), folder] if split in folders else folder
     given = {
-        "split_folders": None if folders is None else dict(folders),
+        "split_folders": None if choices.split_folders is None else folders,
         "class_depth": choices.class_depth,
         "columns": dict(choices.columns) or None,
+        "unlabelled": choices.unlabelled,
     }
     return {name: value for name, value in given.items() if value is not None}
 
 
 def choices_of(document: Mapping[str, Any]) -> Choices:
     """What `as_json` wrote, from plan.json or dataset.json."""
-    folders = document.get("split_folders")
+    folders: dict[str, str | list[str]] | None = document.get("split_folders")
+    pairs = ((split, [some] if isinstance(some, str) else some) for split, some in (folders or {}).items())
     return Choices(
-        None if folders is None else tuple(folders.items()),
+        None if folders is None else tuple((split, folder) for split, some in pairs for folder in some),
         document.get("class_depth"),
         tuple(document.get("columns", {}).items()),
+        document.get("unlabelled"),
     )
 
 
@@ -237,6 +287,20 @@ class Source:
         """One input: its encoded bytes, or its pixels, uint8 (H, W, 3) RGB or (H, W) grey; OSError where it cannot be had."""
         return self.files.read(location.path, location.offset, location.size)
 
+    def metadata(self, location: Location, reference: bytes) -> dict[str, Any]:
+        """What goes along with an input, by name, of the kinds that `alexprep.shards.metadata` writes.
+
+        By default of the parts of `reference_to`: see `joined`. MetadataError where it is damaged, OSError where it cannot be had.
+        """
+        return joined(self._part(part) for part in parts_of(reference, location))
+
+    def _part(self, part: Part) -> tuple[str, bytes]:
+        if part.location.size > MAX_PART_BYTES:
+            raise MetadataError(f".{part.extension} has {part.location.size:,} bytes, more than {MAX_PART_BYTES:,}")
+        data = self.read(part.location)
+        assert isinstance(data, bytes)
+        return part.extension, data
+
     def classes(self, present: set[str]) -> list[str]:
         """The class names by label, by this source's own numbering; those `present` in the order of `sorted_names` without one."""
         return sorted_names(present)
@@ -259,13 +323,26 @@ class Source:
         """
         return 0
 
+    def labelled(self) -> bool:
+        """Whether its samples get a label, if only -1; where not, they have no KEY.cls."""
+        return not self.choices.unlabelled
+
     def year(self) -> str:
         """Of ILSVRC's images, as "2012", whose devkit is meant; empty where nothing tells it."""
         return ""
 
+    def words(self, present: set[str]) -> dict[str, str]:
+        """What some of the classes `present` mean in words, for people: by what lies beside the images, where that tells WordNet IDs."""
+        return words_beside(self.files, self.devkit, present)
+
     def devkit(self) -> tuple[str, bytes] | None:
         """The name and content of a devkit's meta.mat, where there is one beside the images."""
         return find_meta_mat(self.files, self.year())
+
+
+def not_installed(what: str, error: ImportError) -> AlexprepError:
+    """The refusal of a source that needs a package of the extra "sources"; `what` begins the sentence "WHAT needs …"."""
+    return AlexprepError(f"{what} needs the package {error.name} ({error}): pip install 'alexprep[sources]'")
 
 
 def sorted_names(present: Iterable[str]) -> list[str]:

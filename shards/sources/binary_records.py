@@ -62,6 +62,10 @@ class RecordSource(Source):
         """The class names by label, and the files of all splits."""
         raise NotImplementedError
 
+    def lists(self) -> set[bytes]:
+        """The files of labels alone."""
+        return set()
+
     def inputs(self, account: Account) -> Iterator[Input]:
         """By split, class (as text: "10" before "2"), file and record."""
         names, files = self.record_files()
@@ -74,7 +78,7 @@ class RecordSource(Source):
                         for location in file.pictures_of(record):
                             yield Input(split, names[code], location)
         if self.whole:
-            pass_over_rest(self.files, {file.file.path for file in files}, account)
+            pass_over_rest(self.files, {file.file.path for file in files}, account, lists=self.lists())
 
 
 def _is_gzipped(path: bytes) -> bool:
@@ -382,6 +386,10 @@ class PairedFiles(RecordSource):
     def labels(self, content: bytes, shown: str) -> NDArray[np.integer]:
         """The labels in a labels file, (records,), all below len(numbering)."""
         raise NotImplementedError
+
+    def lists(self) -> set[bytes]:
+        """See `RecordSource`."""
+        return {labels for _, _, labels in self.pairs}
 
     def record_files(self) -> tuple[Sequence[str], list[RecordFile]]:
         """See `RecordSource`."""

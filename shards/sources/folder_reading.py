@@ -33,8 +33,9 @@ from alexprep.shards.sources.folder_names import (
 )
 from alexprep.shards.sources.foreign_formats import image_folder
 from alexprep.shards.sources.ground_truth import GroundTruth
+from alexprep.shards.sources.picture_names import is_picture
 from alexprep.shards.sources.split_folders import Depth, SplitFolder, candidates, class_folders, class_names
-from alexprep.shards.sources.tree import Folder, is_picture, rule_of
+from alexprep.shards.sources.tree import Folder, rule_of
 from alexprep.shards.storage import as_text
 
 # Gives what tells the classes of pictures in one flat folder: (split, folder, train classes) → ground truth, or None.
@@ -76,7 +77,8 @@ def read_folders(
         AmbiguousSourceError: two readings fit.
         AlexprepError: none does, or `choices` name what is not there.
     """
-    _refuse_detection_sets(root, shown)
+    if not choices.unlabelled:
+        _refuse_detection_sets(root, shown)
 
     def read(choices: Choices) -> Reading:
         return _read(root, shown, truth_of, choices, split)
@@ -120,15 +122,24 @@ def _read(root: Folder, shown: str, truth_of: FindTruth, choices: Choices, split
         parts, where = _split_parts(root, shown, split, reading)
     else:
         parts, where = _chosen_parts(root, shown, choices.split_folders, split), "as chosen"
+    if choices.unlabelled:
+        reading.splits = sorted(
+            (SplitFolder(name, folder.path, without=without, unlabelled=True) for name, folder, without in parts),
+            key=lambda found: found.split,
+        )
+        reading.evidence = "all pictures, without labels" + (f"; {where}" if where.startswith("split") else "")
+        return reading
     classes_of: dict[str, list[str]] = {}
     numbered: list[str] = []  # the class folders of train, empty ones too: lists of labels count them
     for name, folder, without in sorted(parts, key=lambda part: (part[0] != "train", part[0])):
         found = _read_split(name, folder, without, shown, choices, truth_of, numbered, reading)
         reading.splits.append(found)
         if not found.flat:
-            classes_of[name] = class_names(found, root)
+            together = dict.fromkeys([*classes_of.get(name, ()), *class_names(found, root)])
+            classes_of[name] = sorted(together, key=str.encode)
             if name == "train":
-                numbered = [as_text(folder) for folder, _ in candidates(found, root.at(found.path) or root)]
+                here = [as_text(folder) for folder, _ in candidates(found, root.at(found.path) or root)]
+                numbered = sorted({*numbered, *here}, key=str.encode)
     if choices.split_folders is None:
         _check_shared(classes_of, reading, shown)
     if choices == NO_CHOICES:
@@ -208,18 +219,30 @@ def _unwrapped(folder: Folder) -> Folder:
 
 
 def _check_one_each(splits: dict[bytes, str], base: Folder, shown: str) -> None:
-    """Asks where two folders mean one split."""
-    for name in set(splits.values()):
+    """Asks where two folders mean one split, unless they are parts of it: their names say so, and each has WordNet IDs of its own."""
+    for name in sorted(set(splits.values())):
         paths = [as_text(path) for path, split in splits.items() if split == name]
-        if len(paths) > 1:
+        if len(paths) > 1 and not _are_parts_of_one(
+            [folder for folder in base.filled if splits.get(folder.path) == name]
+        ):
             others = [(split, as_text(path)) for path, split in splits.items() if split != name]
             raise _Question(
                 f"SOURCE {_shown(base, shown)} holds {' and '.join(os.path.basename(path) for path in paths)}, which both mean {name!r}.",
                 [
-                    (Choices(((name, path), *others)), f"{os.path.basename(path)} is, and the other is passed over")
-                    for path in paths
+                    *(
+                        (Choices(((name, path), *others)), f"{os.path.basename(path)} is, and the other is passed over")
+                        for path in paths
+                    ),
+                    (Choices((*((name, path) for path in paths), *others)), "both are, with the classes of both"),
                 ],
             )
+
+
+def _are_parts_of_one(folders: Sequence[Folder]) -> bool:
+    """Whether folders hold parts of one split: their names are equal but for a number, and no two share a class, which are WordNet IDs."""
+    stems = {re.sub(rb"\d+$", b"", folder.name) for folder in folders}
+    classes = [below.name for folder in folders for below in folder.filled]
+    return len(stems) == 1 and len(set(classes)) == len(classes) and all(map(is_wordnet_id, classes))
 
 
 def _weigh_beside(splits: dict[bytes, str], beside: list[Folder], base: Folder, shown: str, reading: Reading) -> None:
@@ -337,7 +360,7 @@ def _flat(
         raise AlexprepError(
             f"{place} holds no class folders, and nothing beside it tells the classes of its images: sort them into "
             f"{place}/CLASS/IMAGE, put a ground truth into SOURCE (LOC_{split}_solution.csv, {split}.txt, or the devkit), "
-            f"or move it away{_words_in_names(top)}"
+            f"or move it away; --unlabelled takes all pictures of SOURCE without labels{_words_in_names(top)}"
         )
     if truth is None:
         reading.warnings.append(
@@ -470,10 +493,13 @@ def _check_shared(classes_of: dict[str, list[str]], reading: Reading, shown: str
             continue
         shared = len(train.intersection(names))
         odd = next(name for name in names if name not in train)
-        paths = {part.split: (part.split, as_text(part.path) or ".") for part in reading.splits}
+        paths = [(part.split, as_text(part.path) or ".") for part in reading.splits]
         ways = [
-            (Choices(tuple(paths.values())), "this is so: the classes of all splits are numbered together"),
-            *((Choices((paths[one],)), f"take {one} alone") for one in ("train", split)),
+            (Choices(tuple(paths)), "this is so: the classes of all splits are numbered together"),
+            *(
+                (Choices(tuple(each for each in paths if each[0] == one)), f"take {one} alone")
+                for one in ("train", split)
+            ),
         ]
         raise _Question(
             f"SOURCE {shown}: only {shared:,} of the {len(names):,} class names of {split} are among the {len(train):,} of train "
@@ -491,7 +517,7 @@ def _check_names(classes_of: dict[str, list[str]], reading: Reading, root: Folde
         top = root.at(part.path)
         if top is None or part.flat:
             continue
-        _doubt_names(part, top, classes_of[part.split], reading, shown)
+        _doubt_names(part, top, class_names(part, root), reading, shown)
         empty |= {as_text(name): None for name, folder in candidates(part, top) if not folder.count}
     gone = [name for name in empty if name not in present]
     if gone:

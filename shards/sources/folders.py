@@ -15,7 +15,7 @@ from alexprep.shards.errors import AlexprepError, counted
 from alexprep.shards.sources.base import FOLDER_LINK, NO_CHOICES, SPLITS, Account, Choices, Input, Location, Source
 from alexprep.shards.sources.folder_reading import FindTruth, read_folders
 from alexprep.shards.sources.ground_truth import GroundTruth, find_ground_truth, find_meta_mat, stem, year_of
-from alexprep.shards.sources.split_folders import SplitFolder, inputs_of
+from alexprep.shards.sources.split_folders import SplitFolder, inputs_of, metadata_of
 from alexprep.shards.sources.tree import Folder, Tree, read_tree
 from alexprep.shards.storage import Files, LocalFiles, as_text
 
@@ -42,7 +42,7 @@ class ClassFolders(Source):
         if name:
             return None
         tree = read_tree(files)
-        if not any(folder.count for folder in tree.root.folders):
+        if not tree.root.count or not (choices.unlabelled or any(folder.count for folder in tree.root.folders)):
             return None
         reading = read_folders(tree.root, files.display(), _looked_for(files), choices)
         links = tree.account.passed_over.get(FOLDER_LINK)
@@ -57,8 +57,10 @@ class ClassFolders(Source):
     def inputs(self, account: Account) -> Iterator[Input]:
         """Every file below a class folder that may be a picture; what is none is rejected later."""
         account.warnings += self.warnings
-        for split, class_name, path in inputs_of(self.splits, self._take_tree(), account, self.files.display()):
-            yield Input(split, class_name, Location(path))
+        tree = self._take_tree()
+        for split, class_name, path, beside in inputs_of(self.splits, tree, account, self.files.display()):
+            image = Location(path)
+            yield Input(split, class_name, image, metadata_of(beside, image) if beside else b"")
 
     def covers(self, target: str) -> bool:
         """Whether `target` lies in a split's folder, or in one that would be taken for it."""

@@ -23,12 +23,16 @@ import pyarrow.parquet as pq
 
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.sources.base import ARCHIVE
-from alexprep.shards.sources.tree import Folder, is_picture, read_tree, rule_of
+from alexprep.shards.sources.picture_names import is_picture
+from alexprep.shards.sources.tree import Folder, read_tree, rule_of
 from alexprep.shards.storage import Files, LocalFiles, as_text, open_regular
-from alexprep.shards.tar_format import BLOCK, read_header_block
+from alexprep.shards.tar_format import BLOCK, COMPRESSED, read_header_block
 
 # What the hubs' image folders call the list that lies beside the pictures.
 IMAGE_FOLDER_LISTS = (b"metadata.csv", b"metadata.jsonl", b"metadata.parquet")
+
+# Names, in lower case, of a column of pictures that no schema calls so; the first counts that there is.
+IMAGE_COLUMNS = ("image", "img", "picture", "photo", "jpg", "jpeg", "png", "webp", "image_bytes", "bytes")
 
 _HEAD, _COMPRESSED_HEAD = 4096, 2**20  # bytes; bzip2 gives nothing before the end of its first block, of 900 kB at most
 _FILES_LOOKED_AT = 20  # of a folder
@@ -36,14 +40,19 @@ _LINES = 20  # of a text
 _EXPORT = "write its pictures into class folders (CLASS/NAME.jpg) or a webdataset's tars, and name these"
 _UNPACK = "unpack it, and name the folder that it gives"
 _DECOMPRESS = "decompress it ({}), and name what it gives"
+_LMDB_AT, _LMDB = 16, b"\xde\xc0\xef\xbe"  # behind a page's header: mdb.c's MDB_MAGIC
 _CONTAINERS = (
     # offset, first bytes, what it is
     (0, b"7z\xbc\xaf\x27\x1c", f"a 7z archive: {_UNPACK}"),
     (0, b"Rar!\x1a\x07", f"a RAR archive: {_UNPACK}"),
-    (0, b"ARROW1", f"an Arrow table, whose images are not read: {_EXPORT} (the library datasets reads it)"),
+    (0, b"ARROW1", "an Arrow table: if it has a column of pictures, give it a name that ends in .arrow, and name it"),
     (0, b"FEA1", f"a Feather table, whose images are not read: {_EXPORT}"),
-    (0, b"\x0a\x23\xd7\xce", f"a RecordIO file (MXNet), which is not read: {_EXPORT} (mxnet.recordio reads it)"),
-    (16, b"\xde\xc0\xef\xbe", f"an LMDB database, which is not read: {_EXPORT} (the library lmdb reads it)"),
+    (0, b"\x0a\x23\xd7\xce", "a RecordIO file (MXNet): give it a name that ends in .rec, and name it"),
+    (
+        _LMDB_AT,
+        _LMDB,
+        "an LMDB database: give it a name that ends in .mdb, and name it, or the folder that holds it as data.mdb",
+    ),
     (0, b"\x89HDF\r\n\x1a\n", f"an HDF5 file, which is not read: {_EXPORT} (h5py reads it)"),
     (512, b"\x89HDF\r\n\x1a\n", f"an HDF5 file (Matlab 7.3), which is not read: {_EXPORT} (h5py reads it)"),
     (0, b"MATLAB 5.0 MAT-file", f"a Matlab file, which is not read: {_EXPORT} (scipy.io reads it)"),
@@ -62,8 +71,7 @@ _CONTAINERS = (
 _BY_ENDING = {
     b".beton": "an FFCV file, which is not read: name the images that it was made from",
     b".mds": f"a shard of MosaicML's MDS, which is not read: {_EXPORT} (the library streaming reads it)",
-    b".tfrecord": f"a TFRecord file, which is not read: {_EXPORT} (tf.data.TFRecordDataset reads it)",
-    b".lmdb": f"an LMDB database, which is not read: {_EXPORT} (the library lmdb reads it)",
+    b".tfrecord": "a TFRecord file that is damaged from its first bytes on, or none: get it again",
 }
 _PICKLE = f"a pickle, which runs whatever code it holds when it is read, and is not read here: {_EXPORT}"
 _named_by_wordnet = re.compile(rb"_n[0-9]{8}\.JPEG$").search
@@ -137,7 +145,7 @@ def images_inside(schema: Any) -> str:
     for column in schema:
         kind = column.type
         inner = [kind.field(n).type for n in range(kind.num_fields)] if pa.types.is_struct(kind) else []
-        whole = _is_bytes(kind) and column.name.lower() in _IMAGE_COLUMNS
+        whole = _is_bytes(kind) and column.name.lower() in IMAGE_COLUMNS
         if whole or any(map(_is_bytes, inner)):
             return (
                 f"a Parquet table with its images inside, in the column {column.name!r} ({kind}), and no column that is surely their "
@@ -150,9 +158,6 @@ def _is_bytes(kind: Any) -> bool:
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
 
 
-_IMAGE_COLUMNS = {"image", "img", "jpg", "jpeg", "png", "image_bytes", "bytes", "content"}
-
-
 # What is compressed or packed
 
 
@@ -162,9 +167,9 @@ def _archive(files: Files, path: bytes, head: bytes) -> str:
     if _is_tar(head):
         step = "" if path.lower().endswith(b".tar") else "give it a name that ends in .tar, and "
         return f"a tar: {step}name it, or the folder that holds it and its like, if it holds CLASS/IMAGE or is a webdataset"
-    for first, method, program, decompress in _METHODS:
+    for first, (method, program) in COMPRESSED.items():
         if head.startswith(first):
-            return _compressed(_first_bytes(files, path, _COMPRESSED_HEAD), path, method, program, decompress)
+            return _compressed(_first_bytes(files, path, _COMPRESSED_HEAD), path, method, program)
     return ""
 
 
@@ -186,16 +191,15 @@ def _inflated(data: bytes) -> bytes:
     return zlib.decompressobj(31).decompress(data, _HEAD)
 
 
-_METHODS: tuple[tuple[bytes, str, str, Callable[[bytes], bytes] | None], ...] = (
-    (b"\x1f\x8b", "gzip", "gunzip", _inflated),
-    (b"BZh", "bzip2", "bunzip2", lambda data: bz2.BZ2Decompressor().decompress(data, _HEAD)),
-    (b"\xfd7zXZ\0", "xz", "unxz", lambda data: lzma.LZMADecompressor().decompress(data, _HEAD)),
-    (b"\x28\xb5\x2f\xfd", "zstd", "unzstd", None),
-)
+_DECOMPRESSED: dict[str, Callable[[bytes], bytes]] = {
+    "gzip": _inflated,
+    "bzip2": lambda data: bz2.BZ2Decompressor().decompress(data, _HEAD),
+    "xz": lambda data: lzma.LZMADecompressor().decompress(data, _HEAD),
+}
 
 
-def _compressed(data: bytes, path: bytes, method: str, program: str, decompress: Any) -> str:
-    inside = b""
+def _compressed(data: bytes, path: bytes, method: str, program: str) -> str:
+    inside, decompress = b"", _DECOMPRESSED.get(method)
     with contextlib.suppress(OSError, EOFError, ValueError, zlib.error, lzma.LZMAError):
         inside = decompress(data) if decompress else b""
     is_tar = _is_tar(inside) or re.search(rb"\.(tar\.[a-z0-9]+|tgz|tbz2?|txz|tzst)$", path.lower())
@@ -203,11 +207,8 @@ def _compressed(data: bytes, path: bytes, method: str, program: str, decompress:
         return f"a file compressed with {method}: {_DECOMPRESS.format(program)}"
     what = f"a tar archive compressed with {method}, which cannot be read at random"
     header = read_header_block(inside[:BLOCK]) if len(inside) >= BLOCK else None
-    if header and _named_by_wordnet(header.name.rstrip(b"\0")):  # ImageNet as one hub packs it
-        return (
-            f"{what}, with pictures named by their WordNet ID and in no class folders: unpack it, put each picture into a folder named "
-            "by the ID at the end of its name, and name the folder of these"
-        )
+    if header and method == "gzip" and _named_by_wordnet(header.name.rstrip(b"\0")):  # ImageNet as one hub packs it
+        return f"{what}, with pictures named by their WordNet ID: give it a name that ends in .tar.gz, and name it"
     return f"{what}: {_DECOMPRESS.format(program)}"
 
 
@@ -233,15 +234,24 @@ def _table_of_images(files: Files, path: bytes, head: bytes) -> str:
         return "a Parquet table: name it itself as SOURCE, ending in .parquet, if it has the columns path and label"
     # The stream of record batches that `save_to_disk` writes: a continuation mark, and the size of the schema that follows.
     if head.startswith(b"\xff\xff\xff\xff") and len(head) > 8 and 0 < struct.unpack_from("<i", head, 4)[0] < 2**24:
-        return f"an Arrow table, whose images are not read: {_EXPORT} (the library datasets reads it: load_from_disk)"
+        return "an Arrow table: if it has a column of pictures, give it a name that ends in .arrow, and name it"
     return ""
 
 
+def is_lmdb(files: Files, path: bytes) -> bool:
+    """Whether a file begins as LMDB's databases do."""
+    return _first_bytes(files, path, _LMDB_AT + len(_LMDB))[_LMDB_AT:] == _LMDB
+
+
+def is_tfrecord(files: Files, path: bytes) -> bool:
+    """Whether a file begins as TFRecord files do: a length, and the masked CRC-32C of its eight bytes."""
+    return _records(files, path, _first_bytes(files, path, 16)) != ""
+
+
 def _records(files: Files, path: bytes, head: bytes) -> str:
-    """TFRecord: a length, and the masked CRC-32C of its eight bytes."""
     if len(head) < 16 or struct.unpack_from("<I", head, 8)[0] != _masked_crc32c(head[:8]):
         return ""
-    return _BY_ENDING[b".tfrecord"]
+    return "a TFRecord file: name it, or the folder that holds it and its like"
 
 
 def _masked_crc32c(data: bytes) -> int:
@@ -300,14 +310,9 @@ def _decoded(head: bytes) -> str:
 
 
 def _known_folder(root: Folder) -> str:
-    papers, arrows = (
-        set(root.papers),
-        [name for folder in root.walk() for name in folder.papers if name.endswith(b".arrow")],
-    )
-    if arrows and papers & {b"dataset_info.json", b"dataset_dict.json", b"state.json"}:
-        return f"a dataset as save_to_disk of the library datasets writes it, whose images are not read: {_EXPORT}"
+    papers = set(root.papers)
     if b"data.mdb" in papers:
-        return _BY_ENDING[b".lmdb"]
+        return "meant for an LMDB database, but its data.mdb is none, or damaged from its first bytes on: get it again"
     if b"index.json" in papers and any(b".mds" in name for name in papers | set(root.pictures)):
         return f"a dataset in MosaicML's MDS, which is not read: {_EXPORT} (the library streaming reads it)"
     return ""

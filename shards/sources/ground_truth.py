@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from alexprep.shards.errors import AlexprepError
+from alexprep.shards.sources.picture_names import without_ending
 from alexprep.shards.storage import Files, as_text, read_inflated
 from alexprep.shards.tar_format import members, reader_of
 
 _DOWNLOAD = "download it again"
-_IMAGE_EXTENSION = re.compile(rb"\.(jpe?g|png|bmp|gif|webp|tiff?)$", re.IGNORECASE)
 _YEAR = re.compile(rb"(?:^|/)ILSVRC(20\d\d)_")
 _DEVKIT_FOLDER = re.compile(rb"(?:ILSVRC(20\d\d)_)?devkit[\w.-]*")
 _DEVKIT_ARCHIVE = re.compile(rb"(?:ILSVRC(20\d\d)_)?devkit[\w.-]*\.(?:tar|tgz|tar\.gz)")
@@ -84,7 +84,7 @@ def stem(name: bytes) -> bytes:
     >>> stem(b"val/ILSVRC2012_val_00000001.JPEG")
     b'ILSVRC2012_val_00000001'
     """
-    return _IMAGE_EXTENSION.sub(b"", os.path.basename(name))
+    return without_ending(os.path.basename(name))
 
 
 def year_of(names: Iterable[bytes]) -> str:
@@ -203,6 +203,14 @@ def devkit_order(name: str, content: bytes) -> list[str]:
     except Exception as error:  # noqa: BLE001  (scipy raises many kinds)
         raise AlexprepError(f"{name} is not a devkit's meta.mat ({error}): give --labels FILE instead") from None
     return [wnid for _, wnid in sorted(leaves)]
+
+
+def devkit_words(name: str, content: bytes) -> dict[str, str]:
+    """The words of every synset of a devkit's meta.mat, by WordNet ID; AlexprepError where it is none."""
+    try:
+        return {str(s["WNID"]): str(s["words"]) for s in _synsets(content)[0]}
+    except Exception as error:  # noqa: BLE001  (scipy raises many kinds)
+        raise AlexprepError(f"{name} is not a devkit's meta.mat ({error})") from None
 
 
 def _devkit_ground_truth(files: Files, split: str, names: list[bytes], year: str) -> GroundTruth | None:

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 
 from alexprep.shards.errors import AlexprepError
+from alexprep.shards.metadata import MetadataError
 from alexprep.shards.sources.base import Location, Source
 from alexprep.shards.storage import Files, as_text
 
@@ -28,11 +29,13 @@ MAX_GROUP_BYTES = 2**30  # of pictures in one group; Hugging Face writes groups 
 
 
 class Sizes(NamedTuple):
-    """What a source says of its groups before any is read: inputs and bytes in all, and the bytes of the largest group."""
+    """What a source says of its groups before any is read: inputs and bytes of pictures in all, and the bytes of the largest group."""
 
     inputs: int
     total_bytes: int
     largest_bytes: int
+    metadata_bytes: int = 0  # of what goes along: in all, and of the largest group
+    largest_metadata: int = 0
 
 
 class DamagedGroupError(OSError):
@@ -50,6 +53,21 @@ class GroupedSource(Source):
     @abstractmethod
     def read_group(self, path: bytes, number: int) -> pa.ChunkedArray:
         """The pictures of one group, a column of binary; DamagedGroupError, or another OSError where a further try may help."""
+
+    def read_metadata(self, path: bytes, number: int) -> pa.Table:
+        """What goes along with the pictures of one group, a column a name; errors as of `read_group`. None where no input refers to any."""
+        raise NotImplementedError
+
+    def metadata(self, location: Location, reference: bytes) -> dict[str, Any]:
+        """See `Source`: the row's values; all that `reference` says is that there are some."""
+        key = (self.files, location.path, location.offset, "metadata")
+        group = _groups.get(key, lambda: self.read_metadata(location.path, location.offset), self._kept_bytes())
+        if location.size >= len(group):
+            raise OSError("the file has fewer rows than it had when it was listed")
+        try:
+            return dict(group.slice(location.size, 1).to_pylist()[0])
+        except (ValueError, pa.ArrowException) as error:
+            raise MetadataError(str(error).partition("\n")[0]) from None
 
     def read(self, location: Location) -> bytes:
         """The encoded bytes of one picture; OSError where its row has none, or its group cannot be read."""
@@ -69,7 +87,8 @@ class GroupedSource(Source):
 
     def resident_bytes(self) -> int:
         """The groups that are kept, and one that is read, compressed and decompressed."""
-        return self._kept_bytes() + 3 * self.sizes().largest_bytes
+        sizes = self.sizes()
+        return self._kept_bytes() + 3 * (sizes.largest_bytes + sizes.largest_metadata)
 
     def sizes(self) -> Sizes:
         """As `measured`, once."""
@@ -86,7 +105,11 @@ class GroupedSource(Source):
 
     def _kept_bytes(self) -> int:
         """Enough for a window whose pictures are larger than most, with groups that reach beyond it on both sides."""
-        return 2 * WINDOW_BYTES + 2 * self.sizes().largest_bytes
+        sizes = self.sizes()
+        along = sizes.metadata_bytes * self.window_inputs() // max(1, sizes.inputs)
+        # What goes along may be several times as large as it is stored, where values repeat.
+        spare = min(4 * along, WINDOW_BYTES) if along else 0
+        return 2 * (WINDOW_BYTES + along + sizes.largest_bytes + sizes.largest_metadata) + spare
 
 
 def check_group(size: int, number: int, shown: str) -> None:
@@ -103,9 +126,9 @@ class _Groups:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._kept: OrderedDict[Any, Future[pa.ChunkedArray]] = OrderedDict()
+        self._kept: OrderedDict[Any, Future[Any]] = OrderedDict()
 
-    def get(self, key: Any, read: Callable[[], pa.ChunkedArray], bound: int) -> pa.ChunkedArray:
+    def get(self, key: Any, read: Callable[[], Any], bound: int) -> Any:
         """The group of a key, kept or read; what is kept comes to at most `bound` bytes beside it."""
         with self._lock:
             future = self._kept.get(key)

@@ -61,10 +61,13 @@ class IlsvrcArchives(ArchiveSource):
 
     def inputs(self, account: Account) -> Iterator[Input]:
         """As from class folders: by split, class and name. Test images have classes only where a ground truth tells them."""
+        origins: list[str] = []
         for split, path in self.archives:
-            yield from self._train(path, account) if split == "train" else self._flat(split, path, account)
+            yield from self._train(path, account) if split == "train" else self._flat(split, path, account, origins)
         if self.whole:
-            pass_over_rest(self.files, {path for _, path in self.archives}, account)
+            names = self.files.file_names() if origins else []
+            read = {name for name in names if any(origin.startswith(self.files.display(name)) for origin in origins)}
+            pass_over_rest(self.files, {path for _, path in self.archives}, account, lists=read)
 
     def year(self) -> str:
         """As the archives' names tell it."""
@@ -84,7 +87,7 @@ class IlsvrcArchives(ArchiveSource):
             for location in sorted(self.packed(path, account, synset)):
                 yield Input("train", class_name, location)
 
-    def _flat(self, split: str, path: bytes, account: Account) -> Iterator[Input]:
+    def _flat(self, split: str, path: bytes, account: Account, origins: list[str]) -> Iterator[Input]:
         where = {location.member: location for location in sorted(self.packed(path, account))}
         year = year_of([path])
         truth = find_ground_truth(self.files, split, list(where), year=year)
@@ -96,6 +99,7 @@ class IlsvrcArchives(ArchiveSource):
         if truth is None:
             yield from (Input(split, UNLABELLED, location) for location in where.values())
             return
+        origins.append(truth.origin)
         for class_name, name in truth.sorted(where):
             yield Input(split, class_name, where[name])
 

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from alexprep.shards.errors import AlexprepError, AmbiguousSourceError
 from alexprep.shards.sources.base import LIST, NO_CHOICES, NOT_LISTED, Account, Choices, Input, Source, split_of
 from alexprep.shards.sources.foreign_formats import IMAGE_FOLDER_LISTS
+from alexprep.shards.sources.picture_names import is_picture
 from alexprep.shards.sources.table import ListFile, Rows, Table
 from alexprep.shards.sources.table_rows import read_rows
-from alexprep.shards.sources.tree import Folder, is_picture, pass_over_rest, read_tree
+from alexprep.shards.sources.tree import Folder, pass_over_rest, read_tree
 from alexprep.shards.storage import Files
 
 

@@ -12,12 +12,13 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from alexprep.shards.errors import AlexprepError, AmbiguousSourceError
-from alexprep.shards.sources import BY_COLUMNS, BY_FOLDERS, LAYOUTS
+from alexprep.shards.sources import BY_COLUMNS, BY_FOLDERS, LAYOUTS, WITHOUT_LABELS
 from alexprep.shards.sources.base import NO_CHOICES, SPLITS, Choices, Source, as_options
 from alexprep.shards.sources.foreign_formats import foreign
 from alexprep.shards.sources.ilsvrc import IlsvrcArchives
+from alexprep.shards.sources.picture_names import is_picture
 from alexprep.shards.sources.published_lists import may_hold
-from alexprep.shards.sources.tree import is_picture, read_tree
+from alexprep.shards.sources.tree import read_tree
 from alexprep.shards.storage import Files, as_text, files_at
 
 # Layouts of a folder that may also hold class folders; archives of ILSVRC hold the same pictures as the folders beside them.
@@ -37,6 +38,8 @@ def find_source(place: str, layout: str | None = None, choices: Choices = NO_CHO
             (split, _below(folder, split, place, None if name else files)) for split, folder in choices.split_folders
         )
         choices = replace(choices, split_folders=named)
+    if choices.unlabelled and choices.class_depth is not None:
+        raise AlexprepError("--class-depth says where classes lie, --unlabelled that there are none: give one of them")
     may_hold.cache_clear()  # it serves all that look for one layout of the same files
     for candidate in (layout,) if layout else _candidates(choices):
         try:
@@ -50,8 +53,8 @@ def find_source(place: str, layout: str | None = None, choices: Choices = NO_CHO
         if source is not None:
             if source.choices != choices:
                 raise AlexprepError(
-                    f"--split-folders and --class-depth are for folders and archives of class folders, --columns is for columns; "
-                    f"SOURCE {place} has the layout {candidate!r}, and they are not for it: leave them out"
+                    "--split-folders and --class-depth are for folders and archives of class folders, --columns is for columns, --unlabelled "
+                    f"for {', '.join(WITHOUT_LABELS)}; SOURCE {place} has the layout {candidate!r}, and they are not for it: leave them out"
                 )
             if layout is None and source.whole and candidate in _BESIDE_FOLDERS:
                 _check_no_class_folders(files, candidate)
@@ -62,13 +65,18 @@ def find_source(place: str, layout: str | None = None, choices: Choices = NO_CHO
             return source
     if choices != NO_CHOICES:
         raise AlexprepError(
-            f"SOURCE {place} holds no {'columns' if choices.columns else 'class folders'}, of which {as_options(choices)} could "
-            "speak: leave it out"
+            f"SOURCE {place} holds no {_meant(choices)}, of which {as_options(choices)} could speak: leave it out"
         )
     if layout:
         raise AlexprepError(f"SOURCE {place} has not the layout {layout!r}: expected {_source_class(layout).expects}")
     if words := foreign(files, name):
         raise AlexprepError(words)
+    if not name and _has_pictures(files):
+        raise AmbiguousSourceError(
+            f"SOURCE {place} holds pictures and no class folders, and nothing tells the classes of its pictures. Sort them into class folders "
+            "(SOURCE/CLASS/IMAGE), or name a list of path and label (CSV) as SOURCE.",
+            [("--unlabelled", "the pictures have no labels, and need none")],
+        )
     if name:
         raise AlexprepError(
             f"SOURCE {place} is a file of no known layout: name a folder, a tar, or a list ending in .csv, .tsv or .parquet"
@@ -99,9 +107,15 @@ def _below(folder: str, split: str, place: str, files: Files | None) -> str:
 
 def _candidates(choices: Choices) -> Iterable[str]:
     """The layouts that choices can be meant for, in the order of looking."""
-    if choices.columns:
-        return BY_COLUMNS
-    return LAYOUTS if choices == NO_CHOICES else BY_FOLDERS
+    by_folders = choices.split_folders is not None or choices.class_depth is not None
+    meant = ((choices.columns, BY_COLUMNS), (choices.unlabelled, WITHOUT_LABELS), (by_folders, BY_FOLDERS))
+    fitting = [some for chosen, some in meant if chosen]
+    return [layout for layout in LAYOUTS if all(layout in some for some in fitting)]
+
+
+def _meant(choices: Choices) -> str:
+    """What choices speak of."""
+    return "columns" if choices.columns else "pictures" if choices.unlabelled else "class folders"
 
 
 def _has_pictures(files: Files) -> bool:

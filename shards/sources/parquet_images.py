@@ -6,9 +6,6 @@ split (train/0000.parquet). Lists of paths in Parquet are in `table`; how groups
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import itertools
 import json
 import math
 import os
@@ -19,8 +16,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from alexprep.shards.errors import AlexprepError, AmbiguousSourceError
@@ -37,7 +32,9 @@ from alexprep.shards.sources.base import (
     numbered_classes,
     split_of,
 )
-from alexprep.shards.sources.grouped import DamagedGroupError, FileView, GroupedSource, Sizes, check_group
+from alexprep.shards.sources.columnar_files import columnar
+from alexprep.shards.sources.foreign_formats import IMAGE_COLUMNS
+from alexprep.shards.sources.grouped import GroupedSource, Sizes, check_group
 from alexprep.shards.sources.labels import (
     LABEL_COLUMNS,
     LABEL_FIELDS,
@@ -49,19 +46,17 @@ from alexprep.shards.sources.labels import (
     several,
     text_of,
 )
+from alexprep.shards.sources.numbered_files import check_complete, files_below, of_several, split_of_file
 from alexprep.shards.sources.table_rows import SPLIT_COLUMNS
 from alexprep.shards.sources.tree import pass_over_rest, read_tree
 from alexprep.shards.storage import Files, as_text
 
-# Names, in lower case, of a column of pictures that no schema calls so; the first counts that there is.
-IMAGES = ("image", "img", "picture", "photo", "jpg", "jpeg", "png", "webp", "image_bytes", "bytes")
 MISSING = -1  # Hugging Face's label of a row that has none
 
-_LOOKED_AT = 200  # names in a folder that are looked at for a Parquet file, and folders
 _OPENED = 8  # files that are opened to find one with pictures
-_FOOTERS = 512  # that are kept
 _NAME_BYTES = 255
-_of_several = re.compile(r"(.*?)-?(\d{5})-of-(\d{5})").fullmatch
+_MEDIA = ("Image", "Audio", "Video")
+_PANDAS_INDEX = "__index_level_0__"  # the numbers of rows, as pandas writes them
 
 
 class Part(NamedTuple):
@@ -79,7 +74,7 @@ class Columns(NamedTuple):
         label: None where there is none.
         names: the class names by label, where the schema tells them; () where it does not.
         split: a column that tells the split of each row of files whose names tell none, or None.
-        others: columns that might have been meant as well.
+        others: columns of further pictures, which are not read.
     """
 
     image: str
@@ -109,15 +104,15 @@ class ParquetImages(GroupedSource):
     @classmethod
     def at(cls, files: Files, name: bytes, choices: Choices = NO_CHOICES) -> Source | None:
         """See `Source`: the file that is named, or those below the root, of which one must have a column of pictures."""
-        _footer.cache_clear()
-        paths = [name] if name else _files_below(files)
+        columnar.cache_clear()
+        paths = [name] if name else files_below(files, lambda file: file.lower().endswith(b".parquet"))
         if not paths or not paths[0].lower().endswith(b".parquet") or choices.column("path") is not None:
             return None
         looked_at = sorted(paths, key=lambda path: split_of(path) != "train")[:_OPENED]
         schema, problem = None, None
         for path in looked_at:
             try:
-                schema = _footer(files, path).schema.to_arrow_schema()
+                schema = columnar(files, path).schema
                 break
             except AlexprepError as error:
                 problem = error
@@ -125,20 +120,28 @@ class ParquetImages(GroupedSource):
             if name or read_tree(files).root.count:
                 return None  # a table, which will say so; or class folders
             raise problem or AlexprepError("")
-        columns = _columns(schema, choices, files.display(path))
+        columns = columns_of(schema, choices, files.display(path))
         if columns is None:
             return None
         parts = _parts(files, paths, columns) if not name else [Part(split_of(os.path.splitext(name)[0]), name)]
+        return cls.of(files, parts, columns, choices, whole=not name)
+
+    @classmethod
+    def of(
+        cls, files: Files, parts: Sequence[Part], columns: Columns, choices: Choices, *, whole: bool
+    ) -> ParquetImages:
+        """The source of some files."""
         if choices.column("split") is not None:  # goes before what names tell
             parts = [Part(None, path) for _, path in parts]
         others = f"; {', '.join(columns.others)} not read" if columns.others else ""
-        evidence = f"pictures in the column {columns.image!r}, labels in {columns.label!r}{others}"
-        return cls(files, tuple(parts), columns, choices=choices, whole=not name, evidence=evidence)
+        labels = "no labels" if columns.label is None else f"labels in {columns.label!r}"
+        evidence = f"pictures in the column {columns.image!r}, {labels}{others}"
+        return cls(files, tuple(parts), columns, choices=choices, whole=whole, evidence=evidence)
 
     def inputs(self, account: Account) -> Iterator[Input]:
         """Every row that has a label, by split, file and row. Of a split in which no row has one, every row, if it is not train."""
         self.begin_listing()
-        _footer.cache_clear()
+        columnar.cache_clear()
         self.sizes()
         rows = [_Rows(self.files, part, self.columns) for part in self.parts]
         account.found += sum(map(len, rows))
@@ -146,13 +149,15 @@ class ParquetImages(GroupedSource):
         for split in sorted({split for some in rows for split in some.splits}):
             labelled = sum(some.labelled(split) for some in rows)
             count = sum(some.count(split) for some in rows)
-            if not labelled and split == "train":
+            if self.choices.unlabelled:
+                pass
+            elif not labelled and split == "train":
                 raise AlexprepError(
                     f"{self.files.display(self.parts[0].path)}: no row of train has a label"
                     + (f" in {self.columns.label!r}" if self.columns.label else "")
                     + ": name the column with --columns label=NAME"
                 )
-            if not labelled:
+            elif not labelled:
                 account.warnings.append(
                     f"nothing tells the classes of the {count:,} rows of {split}: their label is -1"
                 )
@@ -167,6 +172,8 @@ class ParquetImages(GroupedSource):
 
     def classes(self, present: set[str]) -> list[str]:
         """The names that the schema gives; the numbers from "0" to the highest where all are numbers; otherwise sorted as bytes."""
+        if self.choices.unlabelled:
+            return []
         if self.columns.names:
             return list(self.columns.names)
         if present and all(map(is_number, present)):
@@ -183,34 +190,37 @@ class ParquetImages(GroupedSource):
 
     def measured(self) -> Sizes:
         """See `GroupedSource`."""
-        inputs, total, largest = 0, 0, 0
+        inputs, total, largest, metadata, most = 0, 0, 0, 0, 0
         for part in self.parts:
-            footer, shown = _footer(self.files, part.path), self.files.display(part.path)
-            chunk = _chunk_of(footer, self.columns.image)
-            if chunk is None:
+            file, shown = columnar(self.files, part.path), self.files.display(part.path)
+            if (each := file.group_bytes(self.columns.image)) is None:
                 raise AlexprepError(
                     f"{shown} has no column {self.columns.image!r} of pictures, as other files have: move it away"
                 )
-            inputs += footer.num_rows
-            for number in range(footer.num_row_groups):
-                size = footer.row_group(number).column(chunk).total_uncompressed_size
+            inputs += sum(file.group_rows)
+            along = file.bytes_of(_names_along(file.schema, self.columns))
+            for number, (size, beside) in enumerate(zip(each, along, strict=True)):
                 check_group(size, number, shown)
-                total, largest = total + size, max(largest, size)
-        return Sizes(inputs, total, largest)
+                total, largest, metadata, most = (
+                    total + size,
+                    max(largest, size),
+                    metadata + beside,
+                    max(most, beside),
+                )
+        return Sizes(inputs, total, largest, metadata, most)
 
     def read_group(self, path: bytes, number: int) -> pa.ChunkedArray:
-        """See `GroupedSource`; page checksums are compared where the file has them."""
-        try:
-            footer = _footer(self.files, path)
-            with FileView(self.files, path) as file:
-                names = [_chunk_name(footer, self.columns.image)]
-                opened = pq.ParquetFile(file, metadata=footer, page_checksum_verification=True)
-                column = opened.read_row_group(number, names, use_threads=False).column(0)
-        except (pa.ArrowException, OSError, IndexError) as error:
-            if (isinstance(error, OSError) and error.errno is not None) or isinstance(error, MemoryError):
-                raise
-            raise DamagedGroupError(f"row group {number} is damaged ({_first_line(error)})") from None
-        return pc.struct_field(column, "bytes") if pa.types.is_struct(column.type) else column
+        """See `GroupedSource`."""
+        return columnar(self.files, path).pictures(number, self.columns.image)
+
+    def read_metadata(self, path: bytes, number: int) -> pa.Table:
+        """See `GroupedSource`."""
+        file = columnar(self.files, path)
+        table = file.group(number, _names_along(file.schema, self.columns))
+        for n, field in enumerate(table.schema):
+            if pa.types.is_timestamp(field.type) and field.type.unit == "ns":  # finer than Python's datetime
+                table = table.set_column(n, field.name, table.column(n).cast(pa.string()))
+        return table
 
 
 class _Rows:
@@ -220,14 +230,15 @@ class _Rows:
         """Reads and checks labels and splits; pictures stay where they are."""
         self._files, self._path, self._columns = files, part.path, columns
         self._shown = files.display(part.path)
-        self._footer = _footer(files, part.path)
-        schema = self._footer.schema.to_arrow_schema()
+        self._file = columnar(files, part.path)
+        schema = self._file.schema
         by_column = (columns.split,) if part.split is None else ()
         wanted = [name for name in (columns.label, *by_column) if name is not None and name in schema.names]
         if columns.label is not None and columns.label not in schema.names and part.split != "test":
             raise AlexprepError(f"{self._shown} has no column {columns.label!r}, as other files have: move it away")
-        table = self._read(wanted)
-        count = self._footer.num_rows
+        self._along = _names_along(schema, columns)
+        table = self._file.read(wanted)
+        count = sum(self._file.group_rows)
         self.written: list[str] = []  # the labels as they are written, by code, where the schema does not name them
         self._labels = np.full(count, MISSING, np.int32)
         if columns.label in wanted:
@@ -239,8 +250,7 @@ class _Rows:
             self._labels = self._codes(table.column(str(columns.label)))
         self._split_of_rows = self._row_splits(table.column(columns.split)) if columns.split in wanted else None
         self._split = part.split or "train"
-        sizes = [self._footer.row_group(number).num_rows for number in range(self._footer.num_row_groups)]
-        self._starts = np.cumsum([0, *sizes])
+        self._starts = np.cumsum([0, *self._file.group_rows])
 
     def __len__(self) -> int:
         return len(self._labels)
@@ -271,7 +281,7 @@ class _Rows:
         rows = self._of(split)
         if not len(rows):
             return
-        names = self._names()
+        names, metadata = self._names(), b"+" if self._along else b""
         groups = np.searchsorted(self._starts, rows, "right") - 1
         within = rows - self._starts[groups]
         codes = self._labels[rows]
@@ -281,27 +291,12 @@ class _Rows:
             if code == MISSING and account is not None:
                 account.pass_over(NO_LABEL, f"{self._shown}/{as_text(member)}")
             else:
-                yield Input(split, UNLABELLED if code == MISSING else names_by_code[code], location)
-
-    def _read(self, columns: Sequence[str]) -> pa.Table:
-        """Some columns of the whole file."""
-        if not columns:
-            return pa.table({})
-        try:
-            with FileView(self._files, self._path) as file:
-                opened = pq.ParquetFile(file, metadata=self._footer, page_checksum_verification=True)
-                return opened.read(list(columns), use_threads=False)
-        except (pa.ArrowException, OSError) as error:
-            raise _unreadable(self._shown, error) from None
+                yield Input(split, UNLABELLED if code == MISSING else names_by_code[code], location, metadata)
 
     def _names(self) -> list[bytes] | None:
         """The pictures' own names, which a struct may have beside the bytes."""
-        name = f"{self._columns.image}.path"
-        paths = [self._footer.schema.column(n).path for n in range(len(self._footer.schema))]
-        if name not in paths:
-            return None
-        column = pc.struct_field(self._read([name]).column(0), "path")
-        if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+        column = self._file.names(self._columns.image)
+        if column is None or not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
             return None
         texts = column.cast(pa.large_string()).cast(pa.large_binary()).to_pylist()
         return [(text or b"").replace(b"\0", b"")[:_NAME_BYTES] for text in texts]
@@ -377,36 +372,6 @@ def _binary(column: Any) -> list[bytes | None]:
 # Which files there are, and of which splits.
 
 
-def _files_below(files: Files) -> list[bytes]:
-    """The Parquet files below the root, ascending; the whole tree is read only where a look finds one."""
-    if not _has_parquet(files):
-        return []
-    root = read_tree(files).root
-    found = [os.path.join(folder.path, name) for folder in root.walk() for name in folder.papers]
-    return sorted(path for path in found if path.lower().endswith(b".parquet"))
-
-
-def _has_parquet(files: Files) -> bool:
-    """Whether there is a Parquet file among the first names in the root, or in folders at most two names below it.
-
-    Where there are many folders, they are class folders, and not looked into.
-    """
-    level = [b""]
-    for _ in range(3):
-        below: list[bytes] = []
-        for folder in level:
-            names: list[tuple[bytes, bool | None]] = []
-            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-                names = list(itertools.islice(files.listed(folder, links=True), _LOOKED_AT))
-            if any(not inner and name.lower().endswith(b".parquet") and name[:1] != b"." for name, inner in names):
-                return True
-            below += [os.path.join(folder, name) for name, inner in names if inner and name[:1] != b"."]
-        if len(below) > _LOOKED_AT:
-            return False
-        level = below
-    return False
-
-
 def _parts(files: Files, paths: list[bytes], columns: Columns) -> list[Part]:
     """Each file with its split. Several datasets in one folder, two kinds of files of one split, or missing ones are refused."""
     shown = files.display()
@@ -426,19 +391,15 @@ def _parts(files: Files, paths: list[bytes], columns: Columns) -> list[Part]:
             ],
         )
     parts = []
-    kinds: dict[tuple[str | None, str], dict[int, bytes]] = {}
+    kinds: dict[tuple[str | None, str], None] = {}
     for path in paths:
         folder, name = os.path.split(path)
-        split = split_of(os.path.splitext(name)[0]) or next(filter(None, map(split_of, folder.split(b"/")[::-1])), None)
+        split = split_of_file(path)
         parts.append(Part(split, path))
-        stem = as_text(os.path.splitext(name)[0])
-        numbered = _of_several(stem)
-        kind = as_text(folder + b"/") + (numbered[1] if numbered else re.sub(r"[-_.]?\d+$", "", stem))
-        same = kinds.setdefault((split, kind), {})
-        same[int(numbered[2]) if numbered else -1 - len(same)] = path
-        if numbered and int(numbered[2]) >= int(numbered[3]):
-            raise AlexprepError(f"{files.display(path)}: there is no number {numbered[2]} of {numbered[3]}: rename it")
-    _check_complete(files, paths)
+        numbered = of_several(name)
+        stem = numbered["stem"] if numbered else re.sub(rb"[-_.]?\d+$", b"", os.path.splitext(name)[0])
+        kinds[split, as_text(folder + b"/" + stem)] = None
+    check_complete(files, paths)
     told = [kind for kind in kinds if kind[0] is not None]
     for split, kind in told:
         if other := next((name for other, name in told if other == split and name != kind), None):
@@ -452,61 +413,22 @@ def _parts(files: Files, paths: list[bytes], columns: Columns) -> list[Part]:
     return sorted(parts, key=lambda part: (part.split or "train", part.path))
 
 
-def _check_complete(files: Files, paths: list[bytes]) -> None:
-    """Sees to it that of train-00000-of-00005 and so on none is missing."""
-    sets: dict[tuple[bytes, str, int], set[int]] = {}
-    for path in paths:
-        folder, name = os.path.split(path)
-        if numbered := _of_several(as_text(os.path.splitext(name)[0])):
-            sets.setdefault((folder, numbered[1], int(numbered[3])), set()).add(int(numbered[2]))
-    for (folder, stem, count), present in sets.items():
-        if len(present) < count:
-            first = next(n for n in range(count) if n not in present)
-            missing = os.path.join(folder, f"{stem}-{first:05d}-of-{count:05d}.parquet".encode())
-            raise AlexprepError(
-                f"{files.display(missing)} is missing, with {count - len(present) - 1:,} others of {count:,}: download what is missing, or "
-                "name one file as SOURCE"
-            )
-
-
 # What a file says of itself.
 
 
-@functools.lru_cache(maxsize=_FOOTERS)
-def _footer(files: Files, path: bytes) -> pq.FileMetaData:
-    """A file's metadata, which lies at its end; AlexprepError where it is no Parquet file, or was cut short."""
-    shown = files.display(path)
-    try:
-        with FileView(files, path) as file:
-            if file.read(7) == b"version":
-                raise OSError("it is a pointer of Git LFS: fetch the file itself with `git lfs pull`")
-            footer = pq.read_metadata(file)
-            footer.schema.to_arrow_schema()
-            return footer
-    except (pa.ArrowException, OSError) as error:
-        raise _unreadable(shown, error) from None
+def _names_along(schema: pa.Schema, columns: Columns) -> list[str]:
+    """The columns that go along with the pictures: all but those that are read for something else, of other pictures, and of sound."""
+    used, features = {columns.image, columns.label, columns.split, _PANDAS_INDEX}, _features(schema)
+    return [
+        name
+        for name in schema.names
+        if name not in used
+        and not _holds_pictures(schema.field(name).type, name, features)
+        and not (isinstance(said := features.get(name), dict) and said.get("_type") in _MEDIA)
+    ]
 
 
-def _unreadable(shown: str, error: Exception) -> AlexprepError:
-    return AlexprepError(f"{shown} is no Parquet file, or is damaged ({_first_line(error)}): check it, or get it again")
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]
-
-
-def _chunk_of(footer: pq.FileMetaData, image: str) -> int | None:
-    """The number of the leaf column that holds the pictures."""
-    paths = [footer.schema.column(n).path for n in range(len(footer.schema))]
-    return next((paths.index(name) for name in (f"{image}.bytes", image) if name in paths), None)
-
-
-def _chunk_name(footer: pq.FileMetaData, image: str) -> str:
-    chunk = _chunk_of(footer, image)
-    return image if chunk is None else str(footer.schema.column(chunk).path)
-
-
-def _columns(schema: pa.Schema, choices: Choices, shown: str) -> Columns | None:
+def columns_of(schema: pa.Schema, choices: Choices, shown: str) -> Columns | None:
     """The columns that are meant; None where none holds pictures."""
     features = _features(schema)
     chosen = {use: choices.column(use) for use in ("image", "label", "split")}
@@ -517,7 +439,7 @@ def _columns(schema: pa.Schema, choices: Choices, shown: str) -> Columns | None:
     image = chosen["image"]
     if image is None:
         found = [name for name in schema.names if _holds_pictures(schema.field(name).type, name, features)]
-        image = _one_of(found, IMAGES, "image", "of pictures", shown)
+        image = _one_of(found, IMAGE_COLUMNS, "image", "of pictures", shown)
         if image is None:
             return None
         others = tuple(name for name in found if name != image)
@@ -528,11 +450,14 @@ def _columns(schema: pa.Schema, choices: Choices, shown: str) -> Columns | None:
                 f"--columns image={image}: {shown} has the type {schema.field(image).type} there, and no bytes"
             )
     label = chosen["label"]
-    if label is None:
+    if label is not None and choices.unlabelled:
+        raise AlexprepError(
+            f"--columns label={label} names labels, and --unlabelled says that there are none: give one of them"
+        )
+    if label is None and not choices.unlabelled:
         classes = [name for name in schema.names if _class_label(schema, name)]
         label = _one_of(classes, LABEL_FIELDS, "label", "of classes", shown)
-        others += tuple(name for name in classes if name != label)
-    if label is None:
+    if label is None and not choices.unlabelled:
         lower = {name.strip().lower(): name for name in reversed(schema.names) if name != image}
         usual = label_name(lower, LABEL_COLUMNS)
         label = None if usual is None else lower[usual]
@@ -567,7 +492,7 @@ def _holds_pictures(kind: pa.DataType, name: str, features: dict[str, Any]) -> b
     """Whether a column holds pictures: as the schema says where it says anything, otherwise by its name and type."""
     feature = features.get(name)
     said = feature.get("_type") if isinstance(feature, dict) else None
-    return _is_bytes(kind) and (said == "Image" if said else name.strip().lower() in IMAGES)
+    return _is_bytes(kind) and (said == "Image" if said else name.strip().lower() in IMAGE_COLUMNS)
 
 
 def _features(schema: pa.Schema) -> dict[str, Any]:

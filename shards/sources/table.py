@@ -6,6 +6,7 @@ each in `image_folders`; lists that tell the classes of a flat split beside them
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from array import array
@@ -32,11 +33,12 @@ from alexprep.shards.sources.base import (
 )
 from alexprep.shards.sources.foreign_formats import IMAGE_FOLDER_LISTS
 from alexprep.shards.sources.labels import LabelError, check_range, is_number, label_in, several
-from alexprep.shards.sources.table_rows import JSON_LINES, LISTS, TABLES, Row, is_list, read_rows
+from alexprep.shards.sources.table_rows import JSON_LINES, LISTS, TABLES, Row, is_list, read_along, read_rows
 from alexprep.shards.sources.tree import read_tree
 from alexprep.shards.storage import Files, LocalFiles, as_text, is_url, local_path
 
 _BATCH = 65_536  # rows
+_KEPT_BYTES = 2**30
 _PLACE_BITS = 40  # of a row's number in its list; the list's number is above them
 _SPLIT_NAMES = sorted(set(SPLITS.values()))
 
@@ -95,6 +97,18 @@ class Table(Source):
         """
         yield from Rows(self.files, self.lists(), self.choices, account).in_order()
 
+    def metadata(self, location: Location, reference: bytes) -> dict[str, Any]:
+        """See `Source`: the row's other cells."""
+        number, _, along = reference.partition(b" ")
+        return read_along(self.files, self.lists()[int(number)].name, along, self.choices)
+
+    def resident_bytes(self) -> int:
+        """Of lists that cannot be read piece by piece."""
+        return _KEPT_BYTES if any(self._is_kept(some.name) for some in self.lists()) else 0
+
+    def _is_kept(self, name: bytes) -> bool:
+        return not isinstance(self.files, LocalFiles) or name.lower().endswith((b".gz", b".parquet"))
+
     def classes(self, present: set[str]) -> list[str]:
         """The numbers from "0" to the highest where all are numbers, otherwise sorted as bytes."""
         if present and all(map(is_number, present)):
@@ -113,9 +127,11 @@ class Rows:
         self._first_rows: list[int] = []  # by code
         self._codes, self._places, self._splits = array("i"), array("q"), array("b")
         self._paths: list[Any] = []
+        self._along: list[Any] = []
         self._saw_back_slash = False
         self._pictures: _Pictures | None = None
         paths: list[bytes] = []
+        along: list[bytes] = []
         for number, file in enumerate(lists):
             for row in read_rows(files, file.name, choices):
                 row = row._replace(place=row.place | number << _PLACE_BITS)
@@ -131,15 +147,21 @@ class Rows:
                     self._pictures = _pictures_meant(files, path, account)
                 self._places.append(row.place)
                 paths.append(self._pictures.at(path, split, self._where(row.place)) if self._pictures else path)
+                along.append(b"%d %s" % (number, row.along) if row.along else b"")
                 if len(paths) == _BATCH:
-                    self._paths.append(pa.array(paths, pa.large_binary()))
-                    paths = []
-        self._paths.append(pa.array(paths, pa.large_binary()))
+                    self._keep(paths, along)
+                    paths, along = [], []
+        self._keep(paths, along)
         if not self._codes:
             raise AlexprepError(
                 f"{files.display(lists[0].name)} has no row below its header: it needs one for each image, with its path and its label"
             )
         self._check_labels()
+
+    def _keep(self, paths: list[bytes], along: list[bytes]) -> None:
+        self._paths.append(pa.array(paths, pa.large_binary()))
+        # Without a buffer where nothing goes along.
+        self._along.append(pa.array(along, pa.large_binary()) if any(along) else pa.nulls(len(along)))
 
     def listed(self) -> set[bytes]:
         """All paths; before `in_order`."""
@@ -147,10 +169,13 @@ class Rows:
 
     def in_order(self) -> Iterator[Input]:
         """The inputs by split, class and path; a path that occurs twice is an AlexprepError."""
-        paths = pa.concat_arrays(self._paths)
+        paths, along = pa.concat_arrays(self._paths), None
+        if any(not pa.types.is_null(some.type) for some in self._along):
+            along = pa.concat_arrays([some.cast(pa.large_binary()) for some in self._along])
         self._paths.clear()
+        self._along.clear()
         by_path = pc.sort_indices(paths)  # stable, and by bytes
-        paths = paths.take(by_path)
+        paths, along = paths.take(by_path), None if along is None else along.take(by_path)
         order: NDArray[np.int64] = by_path.to_numpy().astype(np.int64)
         if len(paths) > 1 and (same := pc.index(pc.equal(paths[:-1], paths[1:]), True).as_py()) >= 0:
             raise self._twice(paths[same].as_py(), int(order[same]), int(order[same + 1]))
@@ -163,9 +188,12 @@ class Rows:
         order = np.argsort(key, kind="stable")
         for start in range(0, len(order), _BATCH):
             some = order[start : start + _BATCH]
-            for where, path in zip(key[some].tolist(), paths.take(pa.array(some)).to_pylist(), strict=True):
+            rows = pa.array(some)
+            metadata = along.take(rows).to_pylist() if along is not None else itertools.repeat(b"", len(some))
+            columns = (key[some].tolist(), paths.take(rows).to_pylist(), metadata)
+            for where, path, reference in zip(*columns, strict=True):
                 split, code = divmod(where, len(names))
-                yield Input(_SPLIT_NAMES[split], names[code], Location(path))
+                yield Input(_SPLIT_NAMES[split], names[code], Location(path), reference or b"")
 
     def _where(self, place: int) -> str:
         """A row in words: its list, and the line or row there."""

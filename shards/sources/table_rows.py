@@ -6,8 +6,10 @@ Columns are found by their names, or as the user says. Nothing is held but a bat
 from __future__ import annotations
 
 import csv
+import functools
 import gzip
 import io
+import itertools
 import json
 import math
 import os
@@ -20,11 +22,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from alexprep.shards.errors import AlexprepError
+from alexprep.shards.metadata import MetadataError, parsed
 from alexprep.shards.sources.base import NO_CHOICES, Choices
 from alexprep.shards.sources.foreign_formats import images_inside
 from alexprep.shards.sources.labels import LABEL_COLUMNS, LabelError, label_name, text_of
-from alexprep.shards.sources.tree import is_picture
-from alexprep.shards.storage import Files, LocalFiles, as_text, open_regular
+from alexprep.shards.sources.picture_names import READ, is_picture
+from alexprep.shards.storage import Files, LocalFiles, as_text, is_url, open_regular, read_inflated
 
 # Column names in lower case; where a table has several of one kind, the first in this order counts. Those of labels: `labels`.
 PATHS = (
@@ -43,8 +46,10 @@ MAX_LINE_BYTES = 2**20  # paths have at most 4,096, URLs seldom more; an endless
 _MAX_FILE_NAME = 255  # bytes
 _FOLDERS_LOOKED_INTO = 20  # beside a table, for the pictures that its ids may mean
 _LINES_LOOKED_AT = 20  # of a list
-_PICTURE_ENDINGS = (".jpg", ".jpeg", ".JPEG", ".JPG", ".png", ".PNG", ".webp", ".bmp", ".tif", ".tiff")
+_ENDINGS = tuple(f".{each}" for ending in READ for each in (ending, ending.upper()))
 _BATCH = 65_536  # rows
+_HEADS = 64  # of tables that are kept
+_MAX_OTHERS_BYTES = 2**28
 _mxnet_line = re.compile(r"\d+\t[^\t]+(?:\t[^\t]+)*\t\S[^\t]*").fullmatch
 _path_label_line = re.compile(r"\S.*[./\\]\S*\s+\S.*").fullmatch
 
@@ -55,12 +60,14 @@ class Row(NamedTuple):
     Attributes:
         place: line of a text (the last one of a row that goes over several), or row of a Parquet file; the first is 1.
         split: None in a table without splits, and there alone.
+        along: where `read_along` finds the row's other cells; empty where it has none.
     """
 
     place: int
     path: str | None
     label: str | None
     split: str | None
+    along: bytes = b""
 
 
 def read_rows(files: Files, name: bytes, choices: Choices = NO_CHOICES) -> Iterator[Row]:
@@ -96,11 +103,20 @@ class _Chosen(NamedTuple):
     split: int | None
     valid: bool = False
 
-    def row(self, place: int, path: str | None, label: str | None, split: str | None) -> Row:
+    def row(self, place: int, path: str | None, label: str | None, split: str | None, along: bytes = b"") -> Row:
         """A row, given its cells."""
         if self.valid:
             split = _VALID.get((split or "").strip().lower(), split or "")
-        return Row(place, path, label, None if self.split is None else split or "")
+        return Row(place, path, label, None if self.split is None else split or "", along)
+
+    def others(self, names: Sequence[str]) -> list[tuple[int, str]]:
+        """The columns that go along with the pictures: the place and name of each; one that comes again has a number behind it."""
+        found: dict[str, int] = {}
+        for place, name in enumerate(names):
+            if place not in (self.path, self.label, self.split) and name.strip():
+                number = next(n for n in itertools.count() if (f"{name}.{n}" if n else name) not in found)
+                found[f"{name}.{number}" if number else name] = place
+        return [(place, name) for name, place in found.items()]
 
 
 def _columns(names: Sequence[str], shown: str, choices: Choices) -> _Chosen:
@@ -149,13 +165,14 @@ def _chosen_column(use: str, chosen: str, names: list[str], shown: str) -> int:
 def _text_rows(files: Files, name: bytes, choices: Choices) -> Iterator[Row]:
     shown = files.display(name)
     delimiter = "\t" if name.lower().endswith((b".tsv", b".tsv.gz")) else ","
-    line, width = 0, 0
+    line, width, end, has_others = 0, 0, 0, False
     columns = _Chosen(0, 1, None)
     try:
         with _opened(files, name) as file:
-            reader = csv.reader(_lines(file, shown), delimiter=delimiter, strict=True, skipinitialspace=True)
+            lines = _Lines(file, shown)
+            reader = csv.reader(lines, delimiter=delimiter, strict=True, skipinitialspace=True)
             for cells in filter(None, reader):
-                line = reader.line_num
+                line, begin, end = reader.line_num, end, lines.end
                 if not width:
                     width = len(cells)
                     if choices.columns or _is_header(cells):
@@ -166,6 +183,7 @@ def _text_rows(files: Files, name: bytes, choices: Choices) -> Iterator[Row]:
                             if problem := _header_problem(files, cells, next(reader, []), delimiter):
                                 raise AlexprepError(f"{where}: {problem}") from None
                             raise
+                        has_others = bool(columns.others(cells))
                         continue
                 if len(cells) != width:
                     raise AlexprepError(
@@ -173,7 +191,8 @@ def _text_rows(files: Files, name: bytes, choices: Choices) -> Iterator[Row]:
                         "holds the separator in double quotes"
                     )
                 split = None if columns.split is None else cells[columns.split]
-                yield columns.row(line, cells[columns.path], cells[columns.label], split)
+                along = b"%d %d" % (begin, end - begin) if has_others else b""
+                yield columns.row(line, cells[columns.path], cells[columns.label], split, along)
     except csv.Error as error:
         raise AlexprepError(f"{shown}, line {reader.line_num:,}: {error}: mend the quotes of this line") from None
     except (OSError, EOFError, zlib.error) as error:
@@ -216,35 +235,48 @@ def _picture_meant(files: LocalFiles, cell: str) -> bytes | None:
     if not cell or "\0" in cell or len(cell) > _MAX_FILE_NAME:
         return None
     folders = [b"", *files.folder_names()[:_FOLDERS_LOOKED_INTO]]
-    paths = (os.path.join(folder, f"{cell}{end}".encode()) for folder in folders for end in ("", *_PICTURE_ENDINGS))
+    paths = (os.path.join(folder, f"{cell}{end}".encode()) for folder in folders for end in ("", *_ENDINGS))
     return next((path for path in paths if os.path.isfile(os.path.join(files.root, path))), None)
 
 
-def _lines(file: BinaryIO, shown: str) -> Iterator[str]:
-    gzipped = file.read(2) == b"\x1f\x8b"
-    file.seek(0)
-    stream = gzip.GzipFile(fileobj=file) if gzipped else file
-    for number, line in enumerate(iter(lambda: stream.readline(MAX_LINE_BYTES + 1), b""), 1):
+class _Lines:
+    """The lines of a text; `end` is where the last one ends, in bytes (after decompression, where it is gzipped)."""
+
+    def __init__(self, file: BinaryIO, shown: str) -> None:
+        gzipped = file.read(2) == b"\x1f\x8b"
+        file.seek(0)
+        self._stream: Any = gzip.GzipFile(fileobj=file) if gzipped else file
+        self._shown, self.number, self.end = shown, 0, 0
+
+    def __iter__(self) -> _Lines:
+        return self
+
+    def __next__(self) -> str:
+        line: bytes = self._stream.readline(MAX_LINE_BYTES + 1)
+        if not line:
+            raise StopIteration
+        self.number += 1
+        where = f"{self._shown}, line {self.number:,}"
         if len(line) > MAX_LINE_BYTES:
-            raise AlexprepError(
-                f"{shown}, line {number:,}: more than {MAX_LINE_BYTES:,} bytes: this is no table of paths"
-            )
+            raise AlexprepError(f"{where}: more than {MAX_LINE_BYTES:,} bytes: this is no table of paths")
+        self.end += len(line)
         try:
-            yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+            return line.decode("utf-8-sig" if self.number == 1 else "utf-8")
         except UnicodeDecodeError as error:
-            raise AlexprepError(
-                f"{shown}, line {number:,}: byte {line[error.start]:#04x} is not UTF-8: save the table as UTF-8"
-            ) from None
+            byte = f"{line[error.start]:#04x}"
+            raise AlexprepError(f"{where}: byte {byte} is not UTF-8: save the table as UTF-8") from None
 
 
-def _numbered_lines(files: Files, name: bytes) -> Iterator[tuple[int, str]]:
-    """(number, line without its end) of each line of a text that is not blank."""
+def _numbered_lines(files: Files, name: bytes) -> Iterator[tuple[int, str, bytes]]:
+    """(number, line without its end, where it lies) of each line of a text that is not blank."""
     shown, number = files.display(name), 0
     try:
         with _opened(files, name) as file:
-            for number, line in enumerate(_lines(file, shown), 1):
+            begin, lines = 0, _Lines(file, shown)
+            for number, line in enumerate(lines, 1):
                 if line.strip():
-                    yield number, line.rstrip("\r\n")
+                    yield number, line.rstrip("\r\n"), b"%d %d" % (begin, lines.end - begin)
+                begin = lines.end
     except (OSError, EOFError, zlib.error) as error:
         raise _cut(shown, "line", number, error) from None
 
@@ -274,7 +306,7 @@ def _list_rows(files: Files, name: bytes, choices: Choices) -> Iterator[Row]:
         raise AlexprepError(
             f"{shown} is a list without a header, so it has no columns for --columns to name: leave it out"
         )
-    for number, line in _numbered_lines(files, name):
+    for number, line, _ in _numbered_lines(files, name):
         if empty:
             mxnet, empty = _mxnet_line(line) is not None, False
         cells = line.split("\t")
@@ -312,7 +344,7 @@ def _json_rows(files: Files, name: bytes, choices: Choices) -> Iterator[Row]:
     shown = files.display(name)
     names: list[str] | None = None
     columns = _Chosen(0, 1, None)
-    for number, line in _numbered_lines(files, name):
+    for number, line, place in _numbered_lines(files, name):
         where = f"{shown}, line {number:,}"
         try:
             item = json.loads(line)
@@ -327,7 +359,7 @@ def _json_rows(files: Files, name: bytes, choices: Choices) -> Iterator[Row]:
             _json_text(item.get(names[n]), use, where) for n, use in ((columns.path, "path"), (columns.label, "label"))
         )
         split = None if columns.split is None else _json_text(item.get(names[columns.split]), "split", where)
-        yield columns.row(number, path, label, split)
+        yield columns.row(number, path, label, split, place if _other_fields(item, names, columns) else b"")
     if names is None:
         raise _empty(shown)
 
@@ -346,6 +378,12 @@ def _json_text(value: Any, use: str, where: str) -> str | None:
     return text
 
 
+def _other_fields(item: dict[str, Any], names: Sequence[str], columns: _Chosen) -> dict[str, Any]:
+    """The fields of a line that go along with its picture."""
+    used = {names[n] for n in columns[:3] if n is not None}
+    return {name: value for name, value in item.items() if name not in used}
+
+
 # Parquet
 
 
@@ -360,13 +398,15 @@ def _parquet_rows(files: Files, name: bytes, choices: Choices) -> Iterator[Row]:
                 raise AlexprepError(f"{shown} is {words}")
             chosen = _columns(schema.names, shown, choices)
             columns = [schema.names[n] for n in chosen[:3] if n is not None]
+            others = chosen.others(schema.names)
             for what, column in zip(("path", "label", "split"), columns, strict=False):
                 _check_type(schema.field(column), what, shown)
             for batch in table.iter_batches(_BATCH, columns=columns):
                 cells = [_texts(batch.column(column), done, shown) for column in columns]
                 splits: Iterable[str | None] = cells[2] if chosen.split is not None else [None] * len(batch)
                 places = range(done + 1, done + 1 + len(batch))
-                yield from map(chosen.row, places, cells[0], cells[1], splits)
+                along = (b"%d" % (place - 1) for place in places) if others else itertools.repeat(b"")
+                yield from map(chosen.row, places, cells[0], cells[1], splits, along)
                 done += len(batch)
     except (pa.ArrowException, OSError) as error:
         raise AlexprepError(
@@ -429,3 +469,82 @@ def _texts(column: Any, before: int, shown: str) -> list[str | None]:
         except UnicodeDecodeError:
             raise AlexprepError(f"{shown}, row {before + len(texts) + 1:,}: {value[:80]!r} is not UTF-8") from None
     return texts
+
+
+# What else a row says
+
+
+def read_along(files: Files, name: bytes, along: bytes, choices: Choices = NO_CHOICES) -> dict[str, Any]:
+    """The other cells of a row of a table, by the names of their columns; `along` is the `Row`'s.
+
+    Cells of CSV and TSV are texts. MetadataError where the table has changed since, OSError where it cannot be read.
+    """
+    lower = name.lower()
+    if lower.endswith(b".parquet"):
+        table = _others_in_parquet(files, name, choices)
+        if int(along) >= len(table):
+            raise MetadataError(f"{files.display(name)} has changed since it was read")
+        return dict(table.slice(int(along), 1).to_pylist()[0])
+    offset, size = map(int, along.split())
+    line = _piece(files, name, offset, size)
+    if lower.endswith(JSON_LINES):
+        item, head = parsed(line, "its line"), _json_head(files, name, choices)
+        if not isinstance(item, dict):
+            raise MetadataError(f"{files.display(name)} has changed since it was read")
+        return _other_fields(item, *head)
+    delimiter = "\t" if lower.endswith((b".tsv", b".tsv.gz")) else ","
+    others, width = _text_head(files, name, choices)
+    text = line.decode("utf-8-sig" if offset == 0 else "utf-8")
+    rows = list(filter(None, csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True)))
+    if len(rows) != 1 or len(rows[0]) != width:
+        raise MetadataError(f"{files.display(name)} has changed since it was read")
+    return {column: rows[0][place] for place, column in others}
+
+
+def _piece(files: Files, name: bytes, offset: int, size: int) -> bytes:
+    """Some bytes of a text, as they are after decompression."""
+    if isinstance(files, LocalFiles) and not name.lower().endswith(b".gz") and not is_url(name):
+        return files.read(name, offset, size)
+    return read_inflated(files, name)[offset : offset + size]
+
+
+@functools.lru_cache(maxsize=_HEADS)
+def _text_head(files: Files, name: bytes, choices: Choices) -> tuple[list[tuple[int, str]], int]:
+    """The other columns of a CSV or TSV, and how many columns it has."""
+    shown = files.display(name)
+    with _opened(files, name) as file:
+        delimiter = "\t" if name.lower().endswith((b".tsv", b".tsv.gz")) else ","
+        cells = next(filter(None, csv.reader(_Lines(file, shown), delimiter=delimiter, skipinitialspace=True)))
+    return _columns(cells, shown, choices).others(cells), len(cells)
+
+
+@functools.lru_cache(maxsize=_HEADS)
+def _json_head(files: Files, name: bytes, choices: Choices) -> tuple[list[str], _Chosen]:
+    """The fields of the first line of a file of JSON lines, and which are which."""
+    _, line, _ = next(_numbered_lines(files, name))
+    names = list(json.loads(line))
+    return names, _columns(names, files.display(name), choices)
+
+
+@functools.lru_cache(maxsize=_HEADS)
+def _others_in_parquet(files: Files, name: bytes, choices: Choices) -> Any:
+    """The other columns of a list in Parquet, all rows of them: they are asked for in any order."""
+    shown = files.display(name)
+    with _opened(files, name) as file:
+        table = pq.ParquetFile(file)
+        names = table.schema_arrow.names
+        others = _columns(names, shown, choices).others(names)
+        wanted = [column for _, column in others]
+        paths = [table.metadata.schema.column(n).path.split(".")[0] for n in range(len(table.metadata.schema))]
+        size = sum(
+            table.metadata.row_group(group).column(n).total_uncompressed_size
+            for group in range(table.num_row_groups)
+            for n, column in enumerate(paths)
+            if column in wanted
+        )
+        if size > _MAX_OTHERS_BYTES:
+            raise AlexprepError(
+                f"{shown} has {size:,} bytes of metadata, more than the {_MAX_OTHERS_BYTES:,} that each worker can keep: write it as lines of "
+                "JSON (.jsonl), or leave them out with --metadata"
+            )
+        return table.read(wanted, use_threads=False)

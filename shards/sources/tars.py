@@ -16,7 +16,7 @@ from alexprep.shards.errors import AlexprepError, AmbiguousSourceError, counted
 from alexprep.shards.sources.base import HIDDEN, NO_CHOICES, SPLITS, Account, Choices, Input, Location, Source, split_of
 from alexprep.shards.sources.folder_reading import Reading, read_folders, shares_few
 from alexprep.shards.sources.published import check_unlisted
-from alexprep.shards.sources.split_folders import inputs_of
+from alexprep.shards.sources.split_folders import inputs_of, metadata_of
 from alexprep.shards.sources.tree import pass_over_rest, read_tree, tree_of
 from alexprep.shards.storage import Files, as_text
 from alexprep.shards.tar_format import members
@@ -126,7 +126,8 @@ class PackedClassFolders(ArchiveSource):
                 "download it again"
             )
         if len(self.archives) > 1:
-            if any(named is None for named, _ in self.archives):
+            unnamed_all = all(named is None for named, _ in self.archives)
+            if any(named is None for named, _ in self.archives) and not (self.choices.unlabelled and unnamed_all):
                 unnamed = next(path for named, path in self.archives if named is None)
                 raise AlexprepError(
                     f"{self.files.display(unnamed)} names no split, and there are {len(self.archives)} archives: name one as "
@@ -142,7 +143,7 @@ class PackedClassFolders(ArchiveSource):
     def _check_shared(self, found: list[Input]) -> None:
         """Asks where the tar of train and another share few class names, as folders do."""
         classes: dict[str, set[str]] = {}
-        for split, class_name, _ in found:
+        for split, class_name, *_ in found:
             classes.setdefault(split, set()).add(class_name)
         train = classes.get("train", set())
         for split, names in classes.items():
@@ -177,8 +178,9 @@ class PackedClassFolders(ArchiveSource):
         else:
             reading = read_folders(tree.root, shown, lambda *_: None, self.choices, named)
         account.warnings += reading.warnings
-        for split, class_name, member in inputs_of(reading.splits, tree, account, shown, known):
-            yield Input(split, class_name, where[member])
+        for split, class_name, member, beside in inputs_of(reading.splits, tree, account, shown, known):
+            image = where[member]
+            yield Input(split, class_name, image, metadata_of(beside, image, where.__getitem__) if beside else b"")
 
 
 @dataclass(frozen=True)

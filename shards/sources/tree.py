@@ -18,6 +18,7 @@ from alexprep.shards.sources.base import (
     BESIDE,
     FOLDER_LINK,
     HIDDEN,
+    LIST,
     OUR_DATASET,
     SIDECAR,
     SYSTEM,
@@ -32,11 +33,6 @@ _PAPERS = b"""avi bib c cfg conf cpp css csv doc docx flac geojson h html htm in
 m4v md md5 mkv mov mp3 mp4 mpg names ods pdf ppt pptx prototxt py r rst rtf sh sha1 sha256 srt svg tex toml tsv txt wav webm xls xlsx
 xml yaml yml""".split()
 _ENDINGS = {b"." + ending: rule for rule, endings in ((ARCHIVE, _ARCHIVES), (SIDECAR, _PAPERS)) for ending in endings}
-_PICTURES = {
-    b"." + ending
-    for ending in b"""avif bmp gif heic heif j2k jfif jp2 jpe jpeg jpg jxl pbm pgm png pnm ppm tif tiff
-webp""".split()
-}
 _PAPER_NAMES = {b"readme", b"license", b"licence", b"copying", b"authors", b"citation", b"changelog", b"makefile"}
 _SYSTEM_FILES = {b"thumbs.db", b"desktop.ini", b"ehthumbs.db", b"icon\r"}
 _SYSTEM_FOLDERS = {b"__macosx", b"@eadir", b"$recycle.bin", b"system volume information", b"lost+found"}
@@ -66,11 +62,6 @@ def _rule_of_folder(name: bytes) -> str | None:
     if name.startswith(b"."):
         return HIDDEN
     return SYSTEM if name.lower() in _SYSTEM_FOLDERS else None
-
-
-def is_picture(name: bytes) -> bool:
-    """Whether a file is a picture by its ending."""
-    return name[name.rfind(b".") :].lower() in _PICTURES
 
 
 @dataclass
@@ -162,7 +153,7 @@ def read_tree(files: Files) -> Tree:
         for name, is_folder in files.listed(folder.path, links=depth < _LINKS_FOLLOWED):
             if is_folder is None:  # a link to a folder that is not followed
                 account.found += 1
-                account.pass_over(FOLDER_LINK, files.display(os.path.join(folder.path, name)))
+                account.pass_over(FOLDER_LINK, (files.display, folder.path, name))
             elif is_folder:
                 below.append(name)
             else:
@@ -173,7 +164,7 @@ def read_tree(files: Files) -> Tree:
                 elif rule in (SIDECAR, ARCHIVE):
                     folder.papers.append(name)
                 else:
-                    account.pass_over(rule, files.display(os.path.join(folder.path, name)))
+                    account.pass_over(rule, (files.display, folder.path, name))
         folder.pictures.sort()
         folder.papers.sort()
         if folder.path and _is_ours(files, folder):
@@ -243,10 +234,13 @@ def with_rules(root: Folder) -> Iterator[tuple[bytes, str | None]]:
                 yield os.path.join(folder.path, name), rule_of(name) if names is folder.papers else None
 
 
-def pass_over_rest(files: Files, own: Container[bytes], account: Account, rule: str = BESIDE) -> None:
+def pass_over_rest(
+    files: Files, own: Container[bytes], account: Account, rule: str = BESIDE, lists: Container[bytes] = ()
+) -> None:
     """Counts every file below the root that is not among the paths `own` as found, and passes it over.
 
-    Hidden files, what systems leave, lists and our own datasets are passed over by their own rules, all others by `rule`.
+    Those among `lists` were read; hidden files, what systems leave, other lists and our own datasets are passed over by their own rules,
+    all others by `rule`.
     """
     tree = read_tree(files)
     account.take(tree.account)
@@ -254,7 +248,7 @@ def pass_over_rest(files: Files, own: Container[bytes], account: Account, rule: 
         if path in own:
             account.found -= 1  # counted as what it holds
         else:
-            account.pass_over(known_by_name or rule, files.display(path))
+            account.pass_over(LIST if path in lists else known_by_name or rule, (files.display, b"", path))
 
 
 def _ends(path: bytes) -> Iterator[int]:
@@ -274,7 +268,7 @@ def _is_ours(files: Files, folder: Folder) -> bool:
 def _pass_over_all(files: Files, folder: Folder, below: list[bytes], account: Account) -> None:
     """Passes over the files of a dataset of ours, which are counted, and those in the folders `below` it."""
     for name in (*folder.pictures, *folder.papers):
-        account.pass_over(OUR_DATASET, files.display(os.path.join(folder.path, name)))
+        account.pass_over(OUR_DATASET, (files.display, folder.path, name))
     folder.pictures, folder.papers = [], []
     for name in below:
         _count_all(files, os.path.join(folder.path, name), account, OUR_DATASET)
@@ -291,7 +285,7 @@ def _count_all(files: Files, top: bytes, account: Account, rule: str) -> None:
                     pending.append(os.path.join(path, name))
                 else:
                     account.found += 1
-                    account.pass_over(rule, files.display(os.path.join(path, name)))
+                    account.pass_over(rule, (files.display, path, name))
         except OSError:
             account.found += 1
-            account.pass_over(rule, files.display(path))
+            account.pass_over(rule, (files.display, b"", path))

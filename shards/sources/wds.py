@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from alexprep.shards.dataset_format import DATASET, DATASET_FORMAT, PLAN, PLAN_FORMAT, recorded_shards
 from alexprep.shards.errors import AlexprepError
+from alexprep.shards.metadata import joined, parsed
 from alexprep.shards.sources.base import (
     BESIDE,
     HIDDEN,
@@ -32,18 +33,22 @@ from alexprep.shards.sources.base import (
     Choices,
     Input,
     Location,
+    Part,
     Source,
     numbered_classes,
+    parts_of,
+    reference_to,
     split_of,
 )
 from alexprep.shards.sources.labels import LABEL_FIELDS, LabelError, check_range, is_number, label_in, label_name
+from alexprep.shards.sources.picture_names import READ
 from alexprep.shards.sources.tars import ArchiveSource, is_hidden, packed_files
 from alexprep.shards.sources.tree import pass_over_rest
 from alexprep.shards.storage import Entry, Files, as_text
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm", "pbm", "pnm")
 RAW_EXTENSION = "npy"  # of pixels in our own shards; in others' it may be anything
 LABEL_EXTENSIONS = ("cls", "class", "label", "index", "json")  # in this order of preference
+_LABELLED_JSON = "json with the label"  # what a reference to metadata calls a .json that tells the label too
 _MAX_LABEL_BYTES = 2**20
 _USUAL_LABEL_BYTES = 64
 _LOOK = 8  # members that are looked at to recognise a webdataset
@@ -56,10 +61,12 @@ class Webdataset(ArchiveSource):
     Attributes:
         shards: (split, file), in ascending order.
         names: the class names by label, where the dataset.json of `alexprep shard` tells them.
+        unlabelled: whether no label is read, as the user or that dataset.json says.
     """
 
     shards: tuple[tuple[str, bytes], ...] = ()
     names: tuple[str, ...] | None = None
+    unlabelled: bool = False
     layout = "webdataset"
     expects = "tars of KEY.jpg and KEY.cls, in SOURCE or in SOURCE/train and SOURCE/val"
 
@@ -75,23 +82,28 @@ class Webdataset(ArchiveSource):
         if not found or not all(path.endswith(b".tar") for _, path in found):
             return None
         try:
-            if not _is_webdataset(files, found[0][1]):
+            names = None if name else recorded_classes(files)
+            if names is None and not _is_webdataset(files, found[0][1], choices):
                 return None
         except FileNotFoundError:
             raise AlexprepError(f"SOURCE {files.display(found[0][1])} does not exist") from None
-        return cls(files, tuple(sorted(found)), None if name else recorded_classes(files), whole=not name)
+        unlabelled = bool(choices.unlabelled) or (names is not None and _recorded_unlabelled(files))
+        choices = Choices(unlabelled=choices.unlabelled)
+        return cls(files, tuple(sorted(found)), names, unlabelled, choices=choices, whole=not name)
 
     def inputs(self, account: Account) -> Iterator[Input]:
         """Every sample in the order of the shards."""
         ours = self.names is not None
-        images = (*IMAGE_EXTENSIONS, RAW_EXTENSION) if ours else IMAGE_EXTENSIONS
+        images = (*READ, RAW_EXTENSION) if ours else READ
         for split, path in self.shards:
             others, first = 0, ""  # of a shard's members that are no image
             shown = self.files.display(path)
             with self.files.reading(path) as read:
                 for sample in samples_of(self._counted(path, account)):
                     try:
-                        image, label = image_of(sample, images), label_of(sample, read, ours)
+                        image = image_of(sample, images)
+                        label = UNLABELLED if self.unlabelled else label_of(sample, read, ours)
+                        metadata = reference_to(_along(sample, image), image)
                         class_name = label if self.names is None else named_label(label, self.names)
                     except BadSampleError as bad:
                         raise AlexprepError(f"{shown}: sample {as_text(sample.key)} {bad}") from None
@@ -99,7 +111,7 @@ class Webdataset(ArchiveSource):
                     if not first:
                         other = next((part for part in sample.parts.values() if part is not image), None)
                         first = f"{shown}/{as_text(other.member)}" if other else ""
-                    yield Input(split, class_name, image)
+                    yield Input(split, class_name, image, metadata)
             if others:
                 account.pass_over(SAMPLE_PART, first, others)
         if self.whole:
@@ -117,7 +129,31 @@ class Webdataset(ArchiveSource):
 
     def classes(self, present: set[str]) -> list[str]:
         """See `class_names`."""
+        if self.unlabelled:
+            return []
         return class_names(present, self.names or (), self.files.display())
+
+    def labelled(self) -> bool:
+        """See `Source`."""
+        return not self.unlabelled
+
+    def metadata(self, location: Location, reference: bytes) -> dict[str, Any]:
+        """See `Source`; of a .json that tells the label all but the label."""
+        parts = dict(self._part(part) for part in parts_of(reference, location))
+        if _LABELLED_JSON not in parts:
+            return joined(parts.items())
+        values = parsed(parts.pop(_LABELLED_JSON), ".json")
+        name = _label_field(values)
+        rest = {key: value for key, value in values.items() if key != name}
+        return joined([("json", json.dumps(rest).encode()), *parts.items()])
+
+    def words(self, present: set[str]) -> dict[str, str]:
+        """As our dataset.json has them, or a list beside the shards."""
+        if self.names is None:
+            return super().words(present)
+        with _our_document(self.files, DATASET, DATASET_FORMAT) as dataset:
+            words = (dataset or {}).get("words") or ()
+            return {name: str(text) for name, text in zip(self.names, words, strict=False) if text}
 
     def read(self, location: Location) -> bytes | NDArray[np.uint8]:
         """See `Source`; pixels where the shards are our own of `--format raw`."""
@@ -152,6 +188,12 @@ def recorded_classes(files: Files) -> tuple[str, ...] | None:
         if not all(isinstance(name, str) for name in classes):
             raise ValueError("a class name is no text")
         return classes
+
+
+def _recorded_unlabelled(files: Files) -> bool:
+    """Whether our dataset.json in the root says that its samples have no labels."""
+    with _our_document(files, DATASET, DATASET_FORMAT) as dataset:
+        return bool(dataset and dataset.get("unlabelled"))
 
 
 def _check_complete(files: Files, tars: list[bytes]) -> None:
@@ -210,8 +252,8 @@ def shards_below(files: Files) -> Iterator[tuple[str | None, bytes]]:
             )
 
 
-def _is_webdataset(files: Files, path: bytes) -> bool:
-    """Whether the first members form a sample."""
+def _is_webdataset(files: Files, path: bytes, choices: Choices) -> bool:
+    """Whether the first members form a sample: a picture with its label, or with anything else where no label is wanted."""
     parts: dict[bytes, set[str]] = {}
     try:
         for location in itertools.islice(packed_files(files, path), _LOOK):
@@ -220,7 +262,8 @@ def _is_webdataset(files: Files, path: bytes) -> bool:
     except AlexprepError:
         if not parts:  # a damaged first header: whatever reads it will say so
             return False
-    return any(found & set(LABEL_EXTENSIONS) and len(found) > 1 for found in parts.values())
+    wanted = set(READ if choices.unlabelled else LABEL_EXTENSIONS)
+    return any(found & wanted and len(found) > 1 for found in parts.values())
 
 
 def braces(pattern: bytes) -> list[bytes]:
@@ -258,6 +301,15 @@ class Sample(NamedTuple):
     problem: str = ""
 
 
+def _along(sample: Sample, image: Location) -> Iterator[Part]:
+    """The parts of a sample that go along with its image: those that are not its label."""
+    label = label_part(sample)
+    for extension, location in sample.parts.items():
+        if location is not image and location.offset >= 0 and (extension != label or extension == "json"):
+            # Without the name, by which pixels are told from bytes.
+            yield Part(_LABELLED_JSON if extension == label else extension, location._replace(member=b""))
+
+
 class BadSampleError(Exception):
     """A sample that cannot be used, as without the one image or label that it needs: the message completes "sample KEY …"."""
 
@@ -288,7 +340,7 @@ def split_name(name: bytes) -> tuple[bytes, str]:
     return folder + slash + first, as_text(rest).lower()
 
 
-def image_of(sample: Sample, extensions: Container[str] = IMAGE_EXTENSIONS) -> Location:
+def image_of(sample: Sample, extensions: Container[str] = READ) -> Location:
     """The one image of a sample, by its extension in lower case; BadSampleError where it has none, or several."""
     if sample.problem:
         raise BadSampleError(sample.problem)
@@ -308,7 +360,7 @@ def label_of(sample: Sample, read: Callable[[int, int], bytes], ours: bool = Fal
     In shards of `alexprep shard` (`ours`) it is `UNLABELLED` for -1. BadSampleError where there is none, or one that makes no
     sense.
     """
-    extension = next((extension for extension in LABEL_EXTENSIONS if extension in sample.parts), None)
+    extension = label_part(sample)
     if extension is None:
         raise BadSampleError(
             f"has no label among {', '.join(sample.parts)}: expected one of {', '.join(LABEL_EXTENSIONS)}"
@@ -331,6 +383,11 @@ def label_of(sample: Sample, read: Callable[[int, int], bytes], ours: bool = Fal
     return label
 
 
+def label_part(sample: Sample) -> str | None:
+    """The extension of the part that tells the label; None where none does."""
+    return next((extension for extension in LABEL_EXTENSIONS if extension in sample.parts), None)
+
+
 def _numbered_or_named(value: Any) -> str:
     """As `label_in`, but a number that is too high is a LabelError."""
     label = label_in(value)
@@ -345,7 +402,7 @@ def _label_in_json(data: bytes) -> Any:
     """The value of the field that holds the label; LabelError where there is none, or no JSON."""
     try:
         document = json.loads(data.decode("utf-8"))
-        name = label_name((key for key, value in document.items() if value is not None), LABEL_FIELDS)
+        name = _label_field(document)
         if name is None:
             raise LabelError(f"expected a field {', '.join(LABEL_FIELDS[:-1])} or {LABEL_FIELDS[-1]}")
         label = document[name]
@@ -354,6 +411,11 @@ def _label_in_json(data: bytes) -> Any:
     except (ValueError, AttributeError, RecursionError):
         raise LabelError(f"expected JSON in UTF-8 with a field such as {LABEL_FIELDS[0]}") from None
     return label
+
+
+def _label_field(document: dict[str, Any]) -> str | None:
+    """The field of a document that holds the label; None for none."""
+    return label_name((key for key, value in document.items() if value is not None), LABEL_FIELDS)
 
 
 def named_label(label: str, names: tuple[str, ...]) -> str:

@@ -24,7 +24,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tests.stress import shard_calls, shard_runs, training
-from tests.stress.campaign import Campaign, draw_pictures
+from tests.stress.campaign import Campaign, draw_pictures, with_metadata
 
 
 def lacks_strace() -> str:
@@ -78,7 +78,7 @@ def main() -> None:
         parser.error(f"no such campaign: {', '.join(sorted(unknown))}; there are {', '.join(CAMPAIGNS)}")
     os.environ["OMP_NUM_THREADS"] = "1"  # nothing here is large enough for two
     with tempfile.TemporaryDirectory(prefix="stress-") as folder:
-        photos = arguments.photos or draw_pictures(Path(folder) / "photos", 200, 400)
+        photos = arguments.photos or with_metadata(draw_pictures(Path(folder) / "photos", 200, 400))
         figures = run(chosen, Path(folder), photos.resolve(), arguments.seed, arguments.seconds)
     print(json.dumps({"seed": arguments.seed, "campaigns": figures}))
     sys.exit(1 if any(counts["broken"] for counts in figures.values()) else 0)

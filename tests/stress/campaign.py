@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import mmap
 import os
 import random
@@ -35,6 +36,7 @@ from alexprep.shards.worker_pool import InProcessEngine
 
 OPTIONS = ShardOptions(Target(size=64), shard_samples=8)
 SMALL = ("--size", "64", "--shard-samples", "8", "--workers", "1")  # the same, for the command
+HURRY_SECONDS = 60  # of a campaign
 DEADLINE_SECONDS = 300  # of any one run
 Fingerprint = dict[str, str]
 Item = TypeVar("Item")
@@ -47,6 +49,7 @@ class Campaign:
         work: an empty folder of its own.
         rng: what all chance comes from.
         photos: a tree of real or drawn photos, in class folders.
+        hurried: whether there is no time for large sets.
         counts: of what came about, by name.
         broken: promises that were not kept, in words.
     """
@@ -56,6 +59,7 @@ class Campaign:
         self.work, self.rng, self.photos = work, random.Random(seed), photos
         self.counts: Counter[str] = Counter()
         self.broken: list[str] = []
+        self.hurried = seconds < HURRY_SECONDS
         self._end = time.monotonic() + seconds
 
     def rounds(self, most: int) -> Iterator[int]:
@@ -95,6 +99,15 @@ def draw_pictures(folder: Path, count: int, side: int = 64) -> Path:
         if n in (5, 21):
             (place / f"{n:03d}.jpg").write_bytes(b"no image")
     return folder
+
+
+def with_metadata(photos: Path) -> Path:
+    """Puts a KEY.json beside every second picture of a tree, which goes along with it."""
+    pictures = sorted(path for path in photos.rglob("*") if path.is_file())
+    for number, path in enumerate(pictures[::2]):
+        document = {"caption": f"picture {number} " * (number % 20), "boxes": [[number, 1, 2.5, 3]]}
+        path.with_suffix(".json").write_text(json.dumps(document))
+    return photos
 
 
 def repeated(photos: Path, folder: Path, times: int) -> Path:

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from alexprep.shards import rgb_statistics
 from alexprep.shards.conversion import convert
@@ -43,31 +43,42 @@ class Runs:
     """Runs with the same options, one after another.
 
     Attributes:
+        started: the seconds until the first step of the runs that nobody harmed, by their folders.
         run: the folder of the present run.
         options: of `TrainConfig`, the same for all runs.
         reference: what the run that nobody harmed came to.
         most_lost: steps that a fault cost, at most.
     """
 
+    started: ClassVar[dict[Path, float]] = {}
+
     def __init__(self, campaign: Campaign, steps: int = STEPS, **options: Any) -> None:
-        """Makes the data set, and the run that is not harmed; `options` are further ones of `TrainConfig`."""
+        """The data set and the run that is not harmed are made by the first campaign that needs them; `options` are of `TrainConfig`."""
         self.campaign, self.work, self.rng = campaign, campaign.work, campaign.rng
-        self.most_lost = 0
-        work, data = self.work, self.work / "data"
-        convert(draw_pictures(work / "source", IMAGES), data, OPTIONS, 1)
-        rgb_statistics.publish_statistics(rgb_statistics.pca_stats(data, "train", 1), data, "train")
-        self.options: dict[str, Any] = {"data": str(data), "recipe": "tiny", "batch_size": BATCH, "device": "cpu"}
+        self.most_lost, self._before = 0, b""
+        place = campaign.work.parent / f"unharmed-{steps}-{options.get('checkpoint_steps', EVERY)}"
+        self.options: dict[str, Any] = {"data": str(place / "data"), "recipe": "tiny", "batch_size": BATCH}
         self.options |= {"steps": steps, "epochs": steps, "log_steps": 1, "checkpoint_steps": EVERY, "ranks": 2}
-        self.options |= {"runs": str(work / "runs"), "threads": 1, **options}
-        self.run, self._before = work / "runs" / "whole", b""
+        self.options |= {"device": "cpu", "threads": 1, **options}
+        self.run = self.whole = place / "runs" / "whole"
+        self.options["runs"] = str(self.whole.parent)
+        if not place.exists():
+            self.started[place] = self._unharmed(place)
+        self.start_seconds, self.reference = self.started[place], self.result()
+        self.run = self.work / "runs" / "run-0"
+
+    def _unharmed(self, place: Path) -> float:
+        """Makes the data set and the run; returns the seconds until its first step."""
+        data = place / "data"
+        convert(draw_pictures(place / "source", IMAGES), data, OPTIONS, 1)
+        rgb_statistics.publish_statistics(rgb_statistics.pca_stats(data, "train", 1), data, "train")
         began = time.monotonic()
         process = self.start()
         assert until(lambda: self.logged() or process.poll() is not None)
-        self.start_seconds = time.monotonic() - began
+        seconds = time.monotonic() - began
         end = self.end(process, {})
         assert end.status == 0, end.words
-        self.whole, self.reference = self.run, self.result()
-        self._next_run()
+        return seconds
 
     def _next_run(self) -> None:
         """A new one, with a number of its own."""

@@ -220,6 +220,21 @@ def imagenet_sketch() -> Miniature:
     return plain(in_folders({f"sketch/{w}": ("train", w) for w in WNIDS}, numbered(WNIDS)))
 
 
+@miniature("ImageNet-100, as Kaggle has it")
+def imagenet_100() -> Miniature:
+    rows = {
+        f"{folder}/{wnid}/{wnid}_{n}.JPEG": (split, wnid, WNIDS.index(wnid))
+        for folder, split, wnids in (
+            ("train.X1", "train", WNIDS[::2]),
+            ("train.X2", "train", WNIDS[1::2]),
+            ("val.X", "val", WNIDS),
+        )
+        for wnid in wnids
+        for n in range(2)
+    }
+    return plain(rows, {"Labels.json": b"{}"})
+
+
 @miniature("Tiny ImageNet")
 def tiny_imagenet() -> Miniature:
     """val_annotations.txt: name, synset and box; wnids.txt is in no order; the test pictures have no class."""

@@ -20,15 +20,17 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Literal, get_args
 
 from torch import nn
 
-from alexprep.shards.errors import AlexprepError
+from alexprep.shards.errors import AlexprepError, number_within, one_of
 from alexprep.train.models.layers import (
+    Activation,
     LocalResponseNorm,
     PaperDropout,
     SpatialResponseNorm,
+    activation_layer,
     initialised,
     kernel_counts,
 )
@@ -37,7 +39,8 @@ SMALLEST_CROP = 67  # below it nothing is left after the third pool
 BIASES = dict.fromkeys(("conv2", "conv4", "conv5", "conv6", "fc6", "fc7"), 1.0)  # section 5; the others start at 0
 DEVIATION = 0.01  # section 5, and in the 2012 code for the layers that `middle_deviation` does not govern
 MIDDLE = ("conv3", "conv4", "conv5", "conv6")
-STEPS = ("relu", "norm", "spatial", "pool")  # what may follow a convolution
+Step = Literal["relu", "norm", "spatial", "pool"]  # what may follow a convolution
+Removable = Literal["conv2", "conv3", "conv4", "conv5", "fc6", "fc7"]  # conv1 alone takes images, fc8 gives the classes
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,11 @@ class AlexNet:
         last_bias: what fc8's biases start at.
         sixth: whether conv6 follows the last pool: as many kernels as conv5 has, 3 wide, fed by all towers (section 6 mentions it,
             layers-146-2011.cfg defines it).
+        without: layers that are left out, of conv2 to conv5, fc6 and fc7, with the ReLU, the norms or the dropout that follow each; pools
+            stay. Section 7: without a middle layer the error rises by about 2 points.
+        activation: of all hidden layers: "relu" (section 3.1), or "tanh" in its place.
+        norm: whether the norms are there; False leaves them out of `then1`, `then2` and `then5` (section 3.3: 1.4 and 1.2 points).
+        dropout: whether fc6 and fc7 have it (section 4.2: without, "substantial overfitting").
 
     Raises:
         AlexprepError: a switch has no such position.
@@ -71,24 +79,35 @@ class AlexNet:
     kernels: tuple[int, int, int, int, int] = (96, 256, 384, 384, 256)
     hidden: tuple[int, int] = (4096, 4096)
     towers: int = 2
-    then1: tuple[str, ...] = ("relu", "norm", "pool")
-    then2: tuple[str, ...] = ("relu", "norm", "pool")
-    then5: tuple[str, ...] = ("relu", "pool")
+    then1: tuple[Step, ...] = ("relu", "norm", "pool")
+    then2: tuple[Step, ...] = ("relu", "norm", "pool")
+    then5: tuple[Step, ...] = ("relu", "pool")
     norm_alpha: float = 1e-4
     norm_k: float = 2.0
     pool: int = 3
     middle_deviation: float = DEVIATION
     last_bias: float = 0.0
     sixth: bool = False
+    without: tuple[Removable, ...] = ()
+    activation: Activation = "relu"
+    norm: bool = True
+    dropout: bool = True
 
     def __post_init__(self) -> None:
         """Refuses positions that a switch does not have, with AlexprepError."""
         for field in ("then1", "then2", "then5"):
             words = getattr(self, field)
-            if "pool" not in words or len(set(words)) != len(words) or not set(words) <= set(STEPS):
-                raise AlexprepError(f"{field} is {words}: a pool, and each other of {', '.join(STEPS)} at most once")
+            if "pool" not in words or len(set(words)) != len(words) or not set(words) <= set(get_args(Step)):
+                raise AlexprepError(
+                    f"{field} is {words}: a pool, and each other of {', '.join(get_args(Step))} at most once"
+                )
         if self.towers not in (1, 2) or self.pool not in (2, 3):
             raise AlexprepError(f"AlexNet has 1 or 2 towers and pools 2 or 3 wide, not {self.towers} and {self.pool}")
+        for layer in self.without:
+            one_of("AlexNet without", layer, get_args(Removable))
+        one_of("activation", self.activation, get_args(Activation))
+        for name, low, high in (("norm_alpha", 0, 1e3), ("norm_k", 1e-9, 1e9), ("middle_deviation", 0, 1e3)):
+            number_within(name, getattr(self, name), low, high)
 
     def __call__(self, classes: int, crop: int = 224, *, seed: int = 0, width: float = 1.0) -> nn.Sequential:
         """The network with its initial weights.
@@ -123,32 +142,46 @@ class AlexNet:
         yield "overhang1", nn.ZeroPad2d((0, overhang, 0, overhang))
         yield "conv1", nn.Conv2d(3, c1, 11, stride=4)
         yield from self._then(1, self.then1)
-        yield "conv2", nn.Conv2d(c1, c2, 5, padding=2, groups=self.towers)
-        yield from self._then(2, self.then2)
-        yield "conv3", nn.Conv2d(c2, c3, 3, padding=1)
-        yield from self._then(3, ("relu",))
-        yield "conv4", nn.Conv2d(c3, c4, 3, padding=1, groups=self.towers)
-        yield from self._then(4, ("relu",))
-        yield "conv5", nn.Conv2d(c4, c5, 3, padding=1, groups=self.towers)
-        yield from self._then(5, self.then5)
+        maps = c1
+        layers: tuple[tuple[int, int, int, int, tuple[Step, ...]], ...] = (
+            (2, c2, 5, self.towers, self.then2),
+            (3, c3, 3, 1, ("relu",)),
+            (4, c4, 3, self.towers, ("relu",)),
+            (5, c5, 3, self.towers, self.then5),
+        )
+        for number, kernels, side_of_filter, towers, then in layers:
+            there = f"conv{number}" not in self.without
+            if there:
+                padding = side_of_filter // 2
+                yield f"conv{number}", nn.Conv2d(maps, kernels, side_of_filter, padding=padding, groups=towers)
+                maps = kernels
+            yield from self._then(number, then if there else _pools(then))
         if self.sixth:
-            yield "conv6", nn.Conv2d(c5, c5, 3, padding=1)
-            yield "conv6_relu", nn.ReLU(inplace=True)  # relu6 follows fc6, which keeps its name in every network
+            yield "conv6", nn.Conv2d(maps, c5, 3, padding=1)
+            yield (
+                "conv6_relu",
+                activation_layer(self.activation),
+            )  # relu6 follows fc6, which keeps its name in every network
+            maps = c5
         yield "flatten", nn.Flatten()
-        yield "fc6", nn.Linear(c5 * side * side, f6)
-        yield "relu6", nn.ReLU(inplace=True)
-        yield "drop6", PaperDropout()
-        yield "fc7", nn.Linear(f6, f7)
-        yield "relu7", nn.ReLU(inplace=True)
-        yield "drop7", PaperDropout()
-        yield "fc8", nn.Linear(f7, classes)
+        values = maps * side * side
+        for number, neurons in ((6, f6), (7, f7)):
+            if f"fc{number}" not in self.without:
+                yield f"fc{number}", nn.Linear(values, neurons)
+                yield f"relu{number}", activation_layer(self.activation)
+                if self.dropout:
+                    yield f"drop{number}", PaperDropout()
+                values = neurons
+        yield "fc8", nn.Linear(values, classes)
 
-    def _then(self, number: int, words: tuple[str, ...]) -> Iterator[tuple[str, nn.Module]]:
+    def _then(self, number: int, words: tuple[Step, ...]) -> Iterator[tuple[str, nn.Module]]:
         """What follows a convolution, each named by its word and the convolution's number."""
+        words = tuple(word for word in words if self.norm or word not in ("norm", "spatial"))
         for before, word in zip(("", *words), words, strict=False):
             layer: nn.Module
             if word == "relu":
-                layer = nn.ReLU(inplace=before not in ("norm", "spatial"))  # a norm's gradient needs its output
+                # A norm's gradient needs its output.
+                layer = activation_layer(self.activation, inplace=before not in ("norm", "spatial"))
             elif word == "norm":
                 layer = LocalResponseNorm(self.towers, k=self.norm_k, alpha=self.norm_alpha)
             elif word == "spatial":
@@ -156,6 +189,11 @@ class AlexNet:
             else:
                 layer = nn.MaxPool2d(self.pool, 2)
             yield f"{word}{number}", layer
+
+
+def _pools(words: tuple[Step, ...]) -> tuple[Step, ...]:
+    """What stays of a layer that is left out."""
+    return tuple(word for word in words if word == "pool")
 
 
 alexnet = AlexNet()

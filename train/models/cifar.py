@@ -8,16 +8,22 @@ cuda-convnet: 32 -> 16 -> 8 -> 4.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from functools import partial
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from typing import Any, get_args
 
 from torch import nn
 
-from alexprep.train.models.layers import LocallyConnected2d, LocalResponseNorm, Scale, initialised, kernel_counts
-
-ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"relu": partial(nn.ReLU, inplace=True), "tanh": nn.Tanh}
+from alexprep.shards.errors import one_of, whole_number
+from alexprep.train.checkpoint import BEFORE
+from alexprep.train.models.layers import (
+    Activation,
+    LocallyConnected2d,
+    LocalResponseNorm,
+    Scale,
+    activation_layer,
+    initialised,
+    kernel_counts,
+)
 
 # Of the initial weights: cuda-convnet's example-layers/layers-80sec.cfg; the first layer is tiny because its input is on the 0-255 scale.
 QUICK_DEVIATIONS = {"conv1": 1e-4, "conv2": 1e-2, "conv3": 1e-2, "fc4": 0.1, "fc5": 0.1}
@@ -85,13 +91,22 @@ class ConvLocal:
     Attributes:
         name: as `describe` tells it.
         activation: of all hidden layers: "relu", or "tanh", to which section 3.1 compares it.
-        norm: response normalisation over 9 maps after the first pool and before the second, with a third layer twice as wide:
-            cuda-convnet's "11 %" net; without, its "13 %" net.
+        norm: response normalisation over 9 maps after the first pool and before the second.
+        local3: kernels of the third layer at each place. cuda-convnet's "13 %" net has no norms and 32, its "11 %" net norms and 64.
+
+    Raises:
+        AlexprepError: a switch has no such position.
     """
 
     name: str
-    activation: str = "relu"
+    activation: Activation = "relu"
     norm: bool = False
+    local3: int = field(default=32, metadata={BEFORE: lambda told: 64 if told.get("norm") else 32})  # `norm` meant both
+
+    def __post_init__(self) -> None:
+        """Refuses positions that a switch does not have, with AlexprepError."""
+        one_of("activation", self.activation, get_args(Activation))
+        whole_number("local3", self.local3, 1, 65_536)
 
     def describe(self) -> dict[str, Any]:
         """The switches, part of a run's identity."""
@@ -105,22 +120,21 @@ class ConvLocal:
         >>> sum(weight.numel() for weight in ConvLocal("conv-local-13pct")(10).parameters())
         1116490
         """
-        c1, c2, l3, l4 = kernel_counts((64, 64, 64 if self.norm else 32, 32), width, crop, smallest=8)
+        c1, c2, l3, l4 = kernel_counts((64, 64, self.local3, 32), width, crop, smallest=8)
         side = _pooled_up(_pooled_up(crop))
-        active = ACTIVATIONS[self.activation]
         layers: list[tuple[str, nn.Module]] = [
             ("conv1", nn.Conv2d(3, c1, 5, padding=2)),
             ("pool1", nn.MaxPool2d(3, 2, ceil_mode=True)),
-            ("act1", active()),
+            ("act1", activation_layer(self.activation)),
             *([("norm1", _norm())] if self.norm else []),
             ("conv2", nn.Conv2d(c1, c2, 5, padding=2)),
-            ("act2", active()),
+            ("act2", activation_layer(self.activation)),
             *([("norm2", _norm())] if self.norm else []),
             ("pool2", nn.MaxPool2d(3, 2, ceil_mode=True)),
             ("local3", LocallyConnected2d(c2, l3, side, 3)),
-            ("act3", active()),
+            ("act3", activation_layer(self.activation)),
             ("local4", LocallyConnected2d(l3, l4, side, 3)),
-            ("act4", active()),
+            ("act4", activation_layer(self.activation)),
             ("flatten", nn.Flatten()),
             ("fc5", nn.Linear(l4 * side * side, classes)),
         ]
@@ -129,7 +143,7 @@ class ConvLocal:
 
 conv_local_13pct = ConvLocal("conv-local-13pct")
 conv_local_13pct_tanh = ConvLocal("conv-local-13pct-tanh", activation="tanh")
-conv_local_11pct = ConvLocal("conv-local-11pct", norm=True)
+conv_local_11pct = ConvLocal("conv-local-11pct", norm=True, local3=64)
 
 
 def _norm() -> LocalResponseNorm:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from torch import nn
 
 from alexprep.shards.errors import AlexprepError
 
+Activation = Literal["relu", "tanh"]
 # Values a pass of normalisation takes on a CPU: 1 MiB as float32, so that it finds what the pass before left in the cache.
 CACHED = 2**18
 
@@ -141,6 +142,11 @@ class LocallyConnected2d(nn.Module):
         windows = torch.cat(seen, dim=3).flatten(0, 1)  # positions, images, values of a window
         products = torch.bmm(windows, self.weight.flatten(2, 4).flatten(0, 1))
         return products.view(side, side, len(images), -1).permute(2, 3, 0, 1) + self.bias
+
+
+def activation_layer(name: Activation, inplace: bool = True) -> nn.Module:
+    """The layer of a name; a ReLU may change its input in place where no gradient needs that."""
+    return nn.ReLU(inplace=inplace) if name == "relu" else nn.Tanh()
 
 
 def kernel_counts(counts: Iterable[int], width: float, crop: int, smallest: int) -> list[int]:

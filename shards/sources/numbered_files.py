@@ -1,0 +1,80 @@
+"""Datasets that are cut into files: which of them there are below a folder, of which split each is, and whether any is missing.
+
+Their names are those of the hubs and of TFDS: train-00000-of-00005.parquet, imagenet2012-train.tfrecord-00000-of-01024.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import re
+from collections.abc import Callable, Sequence
+
+from alexprep.shards.errors import AlexprepError
+from alexprep.shards.sources.base import split_of
+from alexprep.shards.sources.tree import read_tree
+from alexprep.shards.storage import Files
+
+Wanted = Callable[[bytes], object]  # whether a file is of the kind, by its name
+
+_LOOKED_AT = 200  # names in a folder that are looked at for a file of the kind, and folders
+of_several = re.compile(rb"(?P<stem>.*?)-?(?P<number>\d{5})-of-(?P<count>\d{5})(?P<ending>\.\w+)?").fullmatch
+
+
+def files_below(files: Files, wanted: Wanted) -> list[bytes]:
+    """The files of a kind below the root, ascending, without hidden ones; the whole tree is read only where a look finds one."""
+    if not _has_file(files, wanted):
+        return []
+    found = []
+    for folder in read_tree(files).root.walk():
+        found += [os.path.join(folder.path, name) for name in (*folder.papers, *folder.pictures) if wanted(name)]
+    return sorted(found)
+
+
+def _has_file(files: Files, wanted: Wanted) -> bool:
+    """Whether there is a file of a kind among the first names in the root, or in folders at most two names below it.
+
+    Where there are many folders, they are class folders, and not looked into.
+    """
+    level = [b""]
+    for _ in range(3):
+        below: list[bytes] = []
+        for folder in level:
+            names: list[tuple[bytes, bool | None]] = []
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                names = list(itertools.islice(files.listed(folder, links=True), _LOOKED_AT))
+            if any(not inner and name[:1] != b"." and wanted(name) for name, inner in names):
+                return True
+            below += [os.path.join(folder, name) for name, inner in names if inner and name[:1] != b"."]
+        if len(below) > _LOOKED_AT:
+            return False
+        level = below
+    return False
+
+
+def split_of_file(path: bytes) -> str | None:
+    """The split that a file's name tells, or else the nearest of its folders; None for none."""
+    folder, name = os.path.split(path)
+    return split_of(os.path.splitext(name)[0]) or next(filter(None, map(split_of, folder.split(b"/")[::-1])), None)
+
+
+def check_complete(files: Files, paths: Sequence[bytes]) -> None:
+    """Sees to it that of train-00000-of-00005 and so on none is missing, or too many; AlexprepError names the first one."""
+    sets: dict[tuple[bytes, ...], set[int]] = {}
+    for path in paths:
+        if numbered := of_several(path):
+            number, count = int(numbered["number"]), int(numbered["count"])
+            if number >= count:
+                raise AlexprepError(f"{files.display(path)}: there is no number {number:05d} of {count:05d}: rename it")
+            sets.setdefault((numbered["stem"], numbered["count"], numbered["ending"] or b""), set()).add(number)
+    for (stem, total, ending), present in sets.items():
+        count = int(total)
+        if len(present) < count:
+            first = next(number for number in range(count) if number not in present)
+            dash = b"" if stem.endswith(b"/") or not stem else b"-"
+            missing = b"%s%s%05d-of-%s%s" % (stem, dash, first, total, ending)
+            raise AlexprepError(
+                f"{files.display(missing)} is missing, with {count - len(present) - 1:,} others of {count:,}: download what is missing, or "
+                "name one file as SOURCE"
+            )

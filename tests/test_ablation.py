@@ -1,0 +1,173 @@
+"""`alexprep ablate`: variants are trained once, compared with their seeds, and gone on with."""
+
+from __future__ import annotations
+
+import csv
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from alexprep.cli.ablate import ablate as command
+from alexprep.shards.errors import AlexprepError
+from alexprep.train import ablation
+from alexprep.train.ablation import ablate
+from alexprep.train.config import TrainConfig
+from alexprep.train.precision import NotFinite
+from tests.made_up import write_data
+
+LR, NORM = "lr=0.02 clip=1", "network.norm=false"
+ERRORS = {("", 0): 50.0, (LR, 0): 40.0, (NORM, 0): 55.0, ("", 1): 54.0, (LR, 1): 42.0, (NORM, 1): 55.0}
+
+
+class Trainings:
+    """Stands for `train`: makes the run's folder as that does, and says of it what a table says."""
+
+    def __init__(self) -> None:
+        self.begun: list[str] = []
+        self.stop_at: str | None = None
+        self.spoilt: set[str] = set()
+
+    def __call__(self, config: TrainConfig) -> dict[str, Any]:
+        run = config.runs / str(config.name)
+        assert config.resume == run.exists()
+        self.begun.append(run.name + (" on" if config.resume else ""))
+        if run.name in self.spoilt:
+            raise NotFinite("the loss became nan")
+        run.mkdir(exist_ok=True)
+        (run / "config.json").write_text("{}")
+        stopped = "SIGINT" if run.name == self.stop_at else None
+        variant, _, seed = run.name.rpartition("-seed")
+        known = {"tiny": "", "lr-0.02-clip-1": LR, "network.norm-false": NORM}
+        error = ERRORS[known[variant], int(seed)]
+        summary = {
+            "run": str(run),
+            "stopped_by": stopped,
+            "val_top1_error": error,
+            "val_top5_error": 1.0,
+            "val_loss": 2.0,
+        }
+        (run / "summary.json").write_text(json.dumps(summary))
+        return summary
+
+
+@pytest.fixture
+def trainings(monkeypatch: pytest.MonkeyPatch) -> Trainings:
+    made = Trainings()
+    monkeypatch.setattr(ablation, "train", made)
+    return made
+
+
+@pytest.fixture
+def common(tmp_path: Path) -> TrainConfig:
+    """Made-up images, as many pixels wide as the recipe wants."""
+    data = write_data(tmp_path / "data", image={"size": 64})
+    return TrainConfig(data, "tiny", runs=tmp_path / "runs", device="cpu")
+
+
+def test_variants_are_compared_by_seed(common: TrainConfig, trainings: Trainings) -> None:
+    found = ablate(common, [LR], 2)
+    assert trainings.begun == ["tiny-seed0", "lr-0.02-clip-1-seed0", "tiny-seed1", "lr-0.02-clip-1-seed1"]
+    plain, faster = found["variants"]
+    assert (plain["variant"], plain["runs"], plain["top1_error"], plain["top1_error_standard_error"]) == (
+        "",
+        2,
+        52.0,
+        2.0,
+    )
+    assert (faster["variant"], faster["top1_error"], faster["difference"]) == (LR, 41.0, -11.0)
+    apart = [ERRORS[LR, seed] - ERRORS["", seed] for seed in (0, 1)]
+    assert faster["difference_standard_error"] == pytest.approx(statistics.stdev(apart) / 2**0.5)
+    assert json.loads((common.runs / "ablation.json").read_text()) == found
+    rows = list(csv.DictReader((common.runs / "ablation.csv").read_text().splitlines()))
+    assert [(row["variant"], int(row["seed"]), float(row["val_top1_error"])) for row in rows] == [
+        (variant, seed, ERRORS[variant, seed]) for seed in (0, 1) for variant in ("", LR)
+    ]
+    # What is trained is not trained again; what is new is.
+    again = ablate(common, [LR], 2)
+    assert again == found and len(trainings.begun) == 4
+    more = ablate(common, [f" {LR} "], 1)
+    assert more["variants"][0]["top1_error_standard_error"] is None and len(trainings.begun) == 4
+
+
+def test_it_goes_on_where_it_was_broken_off(common: TrainConfig, trainings: Trainings) -> None:
+    trainings.stop_at = "lr-0.02-clip-1-seed0"
+    found = ablate(common, [LR], 1)
+    assert (found["stopped_by"], [row["variant"] for row in found["variants"]]) == ("SIGINT", [""])
+    trainings.stop_at = None
+    assert ablate(common, [LR], 1)["stopped_by"] is None
+    assert trainings.begun[1:] == ["lr-0.02-clip-1-seed0", "lr-0.02-clip-1-seed0 on"]
+
+
+def test_a_variant_that_ends_in_nan_is_a_result(common: TrainConfig, trainings: Trainings) -> None:
+    trainings.spoilt = {"lr-0.02-clip-1-seed1", "tiny-seed1"}
+    said: list[str] = []
+    found = ablate(common, [LR], 2, said.append)
+    assert [(row["runs"], row["failed"]) for row in found["variants"]] == [(1, 1), (1, 1)]
+    assert "the loss became nan" in said and found["failed"][0]["reason"] == "the loss became nan"
+    rows = list(ablation.table_rows(found))
+    assert rows[2] == (LR, "1, 1 failed", "40.00", "1.00", "-10.00")
+
+
+def test_what_does_not_go_together_is_refused_before_anything_is_trained(
+    common: TrainConfig, trainings: Trainings, tmp_path: Path
+) -> None:
+    for variants, words in (
+        (["lr=x"], "lr takes: number"),
+        (["network.pool=2"], "network of recipe tiny is tiny, which has no fields"),
+        (["lr=1 lr"], "'lr' is not FIELD=VALUE"),
+        (['lr="1'], "quoted as for a shell: No closing quotation"),
+        (["optimizer=Foo"], "no optimizer 'Foo'"),
+        (["clip=1", "clip=+1"], r"'clip=1' and 'clip=.1' would both be trained as clip-1: write one otherwise"),
+    ):
+        with pytest.raises(AlexprepError, match=words):
+            ablate(common, variants, 1)
+    with pytest.raises(AlexprepError, match=r"seeds 0 is not in"):
+        ablate(common, [], 0)
+    bare = TrainConfig(write_data(tmp_path / "bare", splits=("train",), image={"size": 64}), "tiny", runs=common.runs)
+    with pytest.raises(AlexprepError, match=r"no val or test split with labels"):
+        ablate(bare, [], 1)
+    assert trainings.begun == [] and not common.runs.exists()
+
+
+def test_a_folder_is_of_one_base(common: TrainConfig, trainings: Trainings) -> None:
+    ablate(common, [], 1)
+    other = TrainConfig(common.data, "tiny", runs=common.runs, device="cpu", settings=("epochs=3",))
+    with pytest.raises(
+        AlexprepError, match=r"holds an ablation whose epochs was None, now it is 3: name another folder"
+    ):
+        ablate(other, [LR], 1)
+    assert trainings.begun == ["tiny-seed0"]
+
+
+def test_the_command_prints_a_table(data: Path, tmp_path: Path) -> None:
+    """With real shards and trainings."""
+    words = ["--data", data, "--recipe", "tiny", "--epochs", 1, "--seeds", 1, "--runs", tmp_path / "ablation"]
+    words += ["--device", "cpu", "--set", "batch_size=24", "lr=0.001", "--json"]
+    result = CliRunner().invoke(command, [*map(str, words)], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    titles, plain, slower, line = result.stdout.splitlines()
+    assert titles.split() == [
+        "variant",
+        "runs",
+        "top-1",
+        "error,",
+        "%",
+        "top-5",
+        "error,",
+        "%",
+        "less",
+        "the",
+        "recipe's",
+    ]
+    found = json.loads(line)
+    assert plain.split()[:3] == ["the", "recipe", "1"] and slower.split()[:2] == ["lr=0.001", "1"]
+    runs = {row["variant"]: row for row in found["runs"]}
+    for variant, rate in (("", 0.02), ("lr=0.001", 0.001)):
+        run = Path(runs[variant]["run"])
+        assert json.loads((run / "config.json").read_text())["options"]["lr"] == rate
+        assert json.loads((run / "summary.json").read_text())["val_top1_error"] == runs[variant]["val_top1_error"]
+        assert runs[variant]["epochs"] == 1
