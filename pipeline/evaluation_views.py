@@ -40,6 +40,15 @@ class _AtHand(TarSamples):
         return f"image {row} of the batch"
 
 
+def too_small(augmentation: Augmentation, height: int, width: int) -> str | None:
+    """Why no view can be cut of an image of this height and width; None where one can be."""
+    if augmentation.view is None or augmentation.scale is not None:
+        return None
+    rows, columns = augmentation.view
+    fits = rows <= height and columns <= width
+    return None if fits else f"{width} x {height} pixels are too few for a crop of {columns} x {rows}"
+
+
 class ViewMaker:
     """Makes batches of evaluation views, of images that all have one form, encoded or raw.
 
@@ -93,17 +102,8 @@ class ViewMaker:
         )
         self._runner = PipelineRunner(dataset, self._graph, "error")
 
-    def too_small(self, height: int, width: int) -> str | None:
-        """Why no view can be cut of an image of this height and width; None where one can be."""
-        augmentation = self._graph.augmentation
-        if augmentation.view is None or augmentation.scale is not None:
-            return None
-        rows, columns = augmentation.view
-        fits = rows <= height and columns <= width
-        return None if fits else f"{width} x {height} pixels are too few for a crop of {columns} x {rows}"
-
     def __call__(self, encoded: Sequence[bytes]) -> torch.Tensor:
-        """The views of at least one image and at most `batch_size`: (N, 3, H, W), or (N, 10, 3, H, W), as `Batch.images` is.
+        """The views of at least one image and at most `batch_size`: (N, 3, H, W), or (N, views, 3, H, W), as `Batch.images` is.
 
         Raises AlexprepError for an image that cannot be decoded, or is too small.
         """
@@ -126,7 +126,7 @@ class ViewMaker:
             size = header_size(np.frombuffer(data, np.uint8))
         if size is None:
             raise AlexprepError(f"{self._samples.where(number)} cannot be decoded: leave it out")
-        if words := self.too_small(*size):
+        if words := too_small(self._graph.augmentation, *size):
             raise AlexprepError(f"{self._samples.where(number)}: {words}")
         return size
 

@@ -14,12 +14,13 @@ import platform
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from alexprep.shards.any_dataset import dataset_facts, is_dataset, is_tars, open_samples
 from alexprep.shards.dataset_format import (
     MEAN_IMAGE,
     MEAN_PICTURE,
@@ -31,7 +32,6 @@ from alexprep.shards.dataset_format import (
 )
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.image_codec import read_raw, shared_decoder
-from alexprep.shards.sample_reader import Samples
 from alexprep.shards.storage import digest_json, folder_at, make_folder, publish_bytes, publish_json, remove_temporaries
 from alexprep.shards.worker_pool import Engine, as_engine, attending
 
@@ -104,22 +104,38 @@ def pca_stats(
     split: str,
     engine: Engine | int,
     progress: Callable[[int, int], None] = lambda finished, total: None,
+    on_bad: Literal["error", "skip"] = "error",
 ) -> Statistics:
     """Computes the statistics of a split in one pass: the same to the last bit for any number of workers.
 
-    `engine` runs the work, one task a shard; a number stands for so many worker processes on this machine. `progress` is called with
-    (finished images, all images). Raises AlexprepError for no such dataset or split, or an image that cannot be decoded, by name.
+    Where images have different sizes there is no mean image.
+
+    Args:
+        data: a dataset, or a folder of tars, a tar, or a pattern of tars.
+        split: of it.
+        engine: runs the work, one task a shard; a number stands for so many worker processes on this machine.
+        progress: called with (finished images, all images).
+        on_bad: "skip" leaves out samples of other people's tars that have no usable image or label.
+
+    Raises:
+        AlexprepError: there is no such dataset or split, or an image cannot be decoded; it is named.
     """
     data, engine = folder_at(data), as_engine(engine)
-    dataset = read_dataset(data)
-    record = split_record(dataset, split, data)
-    shards = [int(shard["name"].rpartition("-")[2]) for shard in record["shards"]]
-    task = functools.partial(_shard_moments, data, split, dataset["digest"], Samples(data, split).common_size)
-    total = record["samples"]
-    parts = engine.run(task, shards, lambda finished: progress(finished, total))
+    facts = dataset_facts(data)
+    split_record(facts, split, data)
+    opened = open_samples(data, split)
+    if opened.bad and on_bad == "error":
+        raise AlexprepError(
+            f"{len(opened.bad):,} samples cannot be used, the first: {opened.bad[0]}; leave such samples out with on_bad='skip' (--on-bad skip)"
+        )
+    task = functools.partial(_shard_moments, data, split, opened.digest)
+    total = len(opened.samples)
+    parts = engine.run(
+        task, np.unique(opened.samples.index["shard"]).tolist(), lambda finished: progress(finished, total)
+    )
     moments = functools.reduce(operator.add, parts)
     progress(total, total)
-    return _from_moments(moments, dataset["digest"])
+    return _from_moments(moments, facts["digest"])
 
 
 def publish_statistics(statistics: Statistics, data: Path | str, split: str) -> None:
@@ -165,15 +181,21 @@ def publish_statistics(statistics: Statistics, data: Path | str, split: str) -> 
 def read_statistics(data: Path | str, data_digest: str | None = None) -> Statistics:
     """The statistics of the training split, as they were published in a dataset's folder.
 
-    They must describe the shards with the identity `data_digest`, by default those of the dataset itself. Raises AlexprepError where
-    there are none, they are damaged, or they describe other shards or another split than "train".
+    They must describe the shards with the identity `data_digest`, by default those of the dataset itself; a folder that has statistics
+    and no shards is taken as it is. Raises AlexprepError where there are none, they are damaged, or they describe other shards or another
+    split than "train".
     """
     data = folder_at(data)
-    data_digest = read_dataset(data)["digest"] if data_digest is None else data_digest
     again = f"run `alexprep pca-stats` on {data}"
+    if is_tars(data) and not data.is_dir():
+        again += " with --out FOLDER, and name that folder with --statistics"
+    if not is_dataset(data) and not (data / STATISTICS).exists():
+        read_dataset(data)  # says what the folder lacks
     document = read_json(data / STATISTICS, again)
     if document.pop("digest", None) != digest_json(document):
         raise AlexprepError(f"{data / STATISTICS} was changed since it was written: {again}")
+    if data_digest is None:
+        data_digest = str(dataset_facts(data)["digest"] if is_dataset(data) else document.get("data_digest"))
     if document.get("data_digest") != data_digest:
         raise AlexprepError(f"{data / STATISTICS} describes other shards: {again}")
     if document.get("split") != TRAINING:
@@ -202,33 +224,32 @@ def read_statistics(data: Path | str, data_digest: str | None = None) -> Statist
         raise AlexprepError(f"{data / STATISTICS} or its mean image is damaged ({error}): {again}") from None
 
 
-_samples = functools.lru_cache(maxsize=1)(Samples)  # one a process, for all its shards
+_opened = functools.lru_cache(maxsize=1)(open_samples)  # one a process, for all its shards
 
 
-def _shard_moments(
-    data: Path, split: str, digest: str, size: tuple[int, int] | None, shard: int, condemned: Mapping[int, str]
-) -> Moments:
+def _shard_moments(data: Path, split: str, digest: str, shard: int, condemned: Mapping[int, str]) -> Moments:
     """The exact sums over one shard."""
-    samples = _samples(data, split)
-    if samples.dataset["digest"] != digest:  # an engine may run this on another machine
+    opened = _opened(data, split)
+    if opened.digest != digest:  # an engine may run this on another machine
         raise AlexprepError(f"{platform.node()} has another data set at {data}: DATA must be one folder that all share")
-    image = samples.dataset["image"]
+    samples, size = opened.samples, opened.size
     accumulator = ColourAccumulator() if size is None else Accumulator(*size)
     for row in samples.rows_of(shard):
         with attending(row):
-            planes = None if row in condemned else _planes(samples.encoded(row), image)
-            height, width = (int(samples.index[row][side]) for side in ("height", "width"))
+            planes = None if row in condemned else _planes(samples.encoded(row), opened.raw)
+            height, width = opened.sizes_N2[row].tolist()
             if planes is None or planes.shape != (3, height, width):
                 raise AlexprepError(
-                    f"{samples.where(row)} holds no image of {width} x {height} pixels: `alexprep verify --decode` tells more"
+                    f"{samples.where(row)} holds no image of {width} x {height} pixels that can be decoded: "
+                    "`alexprep verify --decode` tells more of data sets of `alexprep shard`"
                 )
             accumulator.add(planes)
     return accumulator.moments()
 
 
-def _planes(encoded: NDArray[np.uint8], image: dict[str, Any]) -> NDArray[np.uint8] | None:
+def _planes(encoded: NDArray[np.uint8], raw: bool) -> NDArray[np.uint8] | None:
     """uint8 (3, H, W), or None where it cannot be decoded."""
-    if image["format"] == "raw":
+    if raw:
         pixels = read_raw(encoded.tobytes())
         return None if pixels is None or pixels.ndim != 3 else pixels.transpose(2, 0, 1)
     return shared_decoder().decode(encoded.tobytes(), planar=True)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from alexprep.pipeline.augmentation import Augmentation, augment, centred, draw, ten_windows
-from alexprep.pipeline.evaluation_views import ViewMaker
+from alexprep.pipeline.evaluation_views import ViewMaker, too_small
 from alexprep.pipeline.loader import Loader
 from alexprep.shards import rgb_statistics
 from alexprep.shards.conversion import convert
@@ -362,7 +362,7 @@ def test_views_without_a_loader_are_a_loaders(views: Any, shorter: Path) -> None
     with ViewMaker(augmentation, views, size=None, raw=False, batch_size=20) as maker:
         made = maker([samples.encoded(row).tobytes() for row in range(20)])
         np.testing.assert_array_equal(made.numpy(), batch.images.numpy())
-        assert maker.too_small(24, 31) is None
+        assert too_small(augmentation, 24, 31) is None
         with pytest.raises(AlexprepError, match="30 x 40 pixels are too few for a crop of 31 x 24"):
             maker([Codec(Target(format="png")).encode(np.zeros((40, 30, 3), np.uint8))])
     for row in range(20):

@@ -170,7 +170,7 @@ def write_outputs(
     data = data or data_of([net])
     dataset = read_dataset(data)
     check_classes(net, data, dataset)
-    net.recipe.check_sides(*stored_sides(data, dataset))
+    net.recipe.check_sides(stored_sides(data, dataset))
     path = out or outputs_file(net.run, layer, split)
     facts: dict[str, Any] = {
         "format": FORMAT,
