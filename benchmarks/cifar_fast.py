@@ -49,17 +49,19 @@ def plain(data: Path, cpu_seconds: float, seed: int, half: bool) -> dict[str, An
                         images.append(np.asarray(Image.open(io.BytesIO(contents))))
         return torch.from_numpy(np.stack(images)), torch.tensor(labels)
 
-    batch, crop, peak, warm, momentum, decay, smoothing = 128, 28, 0.2, 0.2, 0.85, 0.001, 0.2
+    batch, crop, peak, warm, momentum, decay, smoothing, bias_factor = 128, 28, 0.2, 0.2, 0.85, 0.001, 0.2, 16.0
     torch.manual_seed(seed)
     (images, labels), (test_images, test_labels) = read("train"), read("test")
     mean, std = images.float().mean((0, 1, 2)), images.float().std((0, 1, 2))
     images, test_images = ((each - mean) / std for each in (images, test_images))
     net = cifar10_fast_net(10, crop, seed=seed)
     net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    parameters = list(net.parameters())
+    biases = {name for name, _ in net.named_parameters() if name.endswith("bias")}
+    norms = {name for name, each in net.named_parameters() if each.dim() == 1} - biases
+    weights = {name for name, _ in net.named_parameters()} - biases - norms
     groups = [
-        {"params": [each for each in parameters if each.dim() > 1], "weight_decay": decay},
-        {"params": [each for each in parameters if each.dim() <= 1], "weight_decay": 0.0},
+        {"params": [net.get_parameter(name) for name in sorted(names)], "weight_decay": shrink, "factor": factor}
+        for names, shrink, factor in ((weights, decay, 1.0), (norms, 0.0, 1.0), (biases, 0.0, bias_factor))
     ]
     optimizer = torch.optim.SGD(groups, lr=peak, momentum=momentum, nesterov=True)
     window, steps, used = torch.arange(crop), 0, 0.0
@@ -73,7 +75,7 @@ def plain(data: Path, cpu_seconds: float, seed: int, half: bool) -> dict[str, An
             columns = lefts + torch.where(torch.rand(len(rows), 1) < 0.5, window, window.flip(0))
             crops = images[rows[:, None, None], (tops + window)[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
             for group in optimizer.param_groups:
-                group["lr"] = peak * min(used / warm, (1 - used) / (1 - warm))
+                group["lr"] = group["factor"] * peak * min(used / warm, (1 - used) / (1 - warm))
             optimizer.zero_grad()
             with torch.autocast("cpu", torch.bfloat16, enabled=half):
                 outputs = net(crops)

@@ -77,6 +77,14 @@ def folder(value: str) -> Path:
     return found
 
 
+picture_option = click.option(
+    "--picture",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE.png",
+    help="Write a contact sheet too: a row a photo, at most 100.",
+)
+
+
 def check_picture(picture: Path) -> None:
     """Refuses a picture's file that could not be written in the end, before minutes of work."""
     if picture.suffix.lower() != ".png":

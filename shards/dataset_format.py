@@ -13,6 +13,7 @@ import contextlib
 import io
 import json
 import platform
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,24 @@ def shown_class(classes: Sequence[str], words: Sequence[str] | None, label: int)
     """
     text = words[label] if words else ""
     return f"{classes[label]} ({text})" if text else classes[label]
+
+
+def shown_classes(dataset: dict[str, Any]) -> list[str]:
+    """What `shown_class` says of every class of a dataset, by label."""
+    classes, words = dataset["classes"], dataset.get("words")
+    return [shown_class(classes, words, label) for label in range(len(classes))]
+
+
+def short_classes(dataset: dict[str, Any]) -> list[str]:
+    """What pictures call the classes, by label: the first of its words, or its name where it has none, or not alone.
+
+    >>> short_classes({"classes": ["n1", "n2", "n3", "n4"], "words": ["tench, Tinca tinca", "crane", "crane, lift", ""]})
+    ['tench', 'n2', 'n3', 'n4']
+    """
+    classes, words = dataset["classes"], dataset.get("words") or [""] * len(dataset["classes"])
+    first = [text.partition(",")[0].strip() for text in words]
+    often = Counter(first)
+    return [word if word and often[word] == 1 else name for word, name in zip(first, classes, strict=True)]
 
 
 def recorded_shards(dataset: dict[str, Any]) -> Iterator[dict[str, Any]]:

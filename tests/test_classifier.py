@@ -16,7 +16,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 
+from alexprep.shards.contact_sheet import CELL_SIDE
 from alexprep.shards.conversion import convert
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.image_codec import Target
@@ -250,13 +252,17 @@ def test_the_commands_write_one_table(
         for n in (1, 2, 3, 4)
     ]
     assert printed["refused"] == [] and len((tmp_path / "p.csv").read_text().splitlines()) == 2
-    status, out, _ = command("predict", "a", str(photos / "val/class0/000.JPEG"), *options)
-    assert status == 0 and out.splitlines()[1].split()[0] == best[0][0]
+    status, out, _ = command("predict", "a", str(photos / "val/class0/000.JPEG"), *options, "--picture", "p.png")
+    assert status == 0 and out.splitlines()[-4].split()[0] == best[0][0]
+    sheet = np.asarray(Image.open(tmp_path / "p.png"))
+    top, left = 46, 222  # the photo, and its five lines of words beside it
+    assert np.ptp(sheet[top : top + CELL_SIDE, left : left + CELL_SIDE]) > 50 and sheet[top:, :left].min() < 100
     for arguments, words in (
         (("none.jpg",), "none.jpg does not exist"),
         ((str(bad),), "none of the 1 photos can be decoded"),
         ((str(bad), "--csv", "--json"), "give one"),
         ((str(bad), "--predictions", "x.txt"), "ends in .csv or .parquet"),
+        ((str(bad), "--picture", "x.jpg"), "does not end in .png"),
         ((str(bad), "--predictions", "no/x.csv"), "there is no folder no"),
     ):
         status, _, err = command("predict", "a", *arguments, *options)

@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from alexprep.train.binary_codes import BinaryCodes, read_codes, write_codes
     from alexprep.train.checkpoint import Checkpoint, init_from, saved_weights
     from alexprep.train.classifier import Classified, Classifier
     from alexprep.train.config import TrainConfig
@@ -18,7 +19,13 @@ if TYPE_CHECKING:
     from alexprep.train.evaluation import Evaluation, evaluate, evaluate_run
     from alexprep.train.export import Exported, export_run
     from alexprep.train.launch import RankFailed, launch_ranks
-    from alexprep.train.layer_outputs import LayerOutputs, layer_names, read_outputs, write_outputs
+    from alexprep.train.layer_outputs import (
+        LayerOutputs,
+        layer_names,
+        read_outputs,
+        write_outputs,
+        write_outputs_table,
+    )
     from alexprep.train.loading import EvaluationTransform, Loaded, load
     from alexprep.train.lr_schedule import (
         ByHand,
@@ -54,6 +61,7 @@ if TYPE_CHECKING:
 __all__ = [
     "RECIPES",
     "AlexNet",
+    "BinaryCodes",
     "ByHand",
     "Checkpoint",
     "Classified",
@@ -112,6 +120,7 @@ __all__ = [
     "logits",
     "parameter_groups",
     "place_named",
+    "read_codes",
     "read_outputs",
     "read_predictions",
     "recipe",
@@ -119,12 +128,15 @@ __all__ = [
     "saved_weights",
     "tiny_net",
     "train",
+    "write_codes",
     "write_outputs",
+    "write_outputs_table",
     "write_predictions",
     "write_report",
 ]
 
 _HOMES = {
+    "binary_codes": ("BinaryCodes", "read_codes", "write_codes"),
     "checkpoint": ("Checkpoint", "init_from", "saved_weights"),
     "classifier": ("Classified", "Classifier"),
     "config": ("TrainConfig",),
@@ -134,7 +146,7 @@ _HOMES = {
     "launch": ("RankFailed", "launch_ranks"),
     "evaluation": ("Evaluation", "evaluate", "evaluate_run"),
     "export": ("Exported", "export_run"),
-    "layer_outputs": ("LayerOutputs", "layer_names", "read_outputs", "write_outputs"),
+    "layer_outputs": ("LayerOutputs", "layer_names", "read_outputs", "write_outputs", "write_outputs_table"),
     "loading": ("EvaluationTransform", "Loaded", "load"),
     "lr_schedule": (
         *("ByHand", "Cosine", "DExp", "EarlyStop", "Linear", "OneCycle", "Plateau"),

@@ -13,8 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 
 from alexprep.pipeline.device import choose_device
+from alexprep.shards.contact_sheet import SheetRow, lay_out, photo_cells
+from alexprep.shards.dataset_format import short_classes, shown_classes
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.photos import Photo, find_photos
 from alexprep.shards.worker_pool import Engine
@@ -27,6 +30,7 @@ from alexprep.train.predictions import EvaluationViews, Net, Predicted, ask
 from alexprep.train.run_dir import Place
 from alexprep.train.signals_and_memory import keep_freed_memory
 
+_DRAWN = 100  # photos of a contact sheet
 PhotoPlace = str | Path | bytes | NDArray[np.uint8]  # what `find_photos` takes
 
 
@@ -36,6 +40,7 @@ class Classified:
 
     table: PredictionTable
     refused: list[tuple[str, str]] = field(default_factory=list)  # (name, reason)
+    photos: list[Photo] = field(default_factory=list)  # those of the table, in its order
 
 
 class Classifier:
@@ -44,6 +49,8 @@ class Classifier:
     Attributes:
         net: the network, its run and its recipe.
         classes: names, by label.
+        shown_names: the same as people read them, with words where dataset.json has any.
+        short_names: likewise as short as they can be, for pictures.
         precision: that the network computes in.
         batch: images that it is shown at a time; fewer are filled up.
         notes: a sentence for each thing that is not as it was in the training.
@@ -78,7 +85,9 @@ class Classifier:
             model=model,
         )
         self.net: Net = opened.net
-        self.notes, self.classes, self.data = opened.notes, opened.classes, opened.data
+        self.notes, self.data, dataset = opened.notes, opened.data, opened.dataset
+        self.classes: list[str] = dataset["classes"]
+        self.shown_names, self.short_names = shown_classes(dataset), short_classes(dataset)
         self.precision: Precision = precision
         self.views, self.batch = views, opened.transform.batch_size
         self._transform = opened.transform
@@ -122,7 +131,8 @@ class Classifier:
                 progress(scores.images + len(refused), len(listed))
         names = [photo.name for photo in listed]
         found = [(names[number], reason) for number, reason in sorted(refused.items())]
-        return Classified(scores.table(names, names, self.classes), found)
+        seen = [photo for number, photo in enumerate(listed) if number not in refused]
+        return Classified(scores.table(names, names, self.classes), found, seen)
 
     def close(self) -> None:
         """Frees DALI's threads and memory."""
@@ -141,6 +151,19 @@ class Classifier:
     ) -> Iterator[tuple[list[int], torch.Tensor]]:
         """The views of photos, batch after batch, with their places in the list; why others have none goes to `refused`."""
         return self._transform.batches(listed, engine, refused)
+
+
+def draw_predictions(found: Classified, names: Sequence[str], engine: Engine | None = None) -> Image.Image:
+    """Draws a contact sheet: a row a photo, at most 100, with its best classes, which are called as `names` says by label."""
+    rows = []
+    table = found.table
+    cells = photo_cells(found.photos[:_DRAWN], engine)
+    for cell, photo, best, given in zip(
+        cells, found.photos, table.best.tolist(), table.probabilities.tolist(), strict=False
+    ):
+        words = [f"{100 * share:.1f} %  {names[label]}" for label, share in zip(best, given, strict=True)]
+        rows.append(SheetRow(Path(photo.name).name, "\n".join(words), [[cell]]))
+    return lay_out(["photo"], rows)
 
 
 def check_refused(found: Classified) -> None:

@@ -29,7 +29,7 @@ from alexprep.pipeline.device import choose_device
 from alexprep.pipeline.loader import Loader
 from alexprep.pipeline.loader_settings import Tuning, tuning_for
 from alexprep.shards.any_dataset import common_size, dataset_facts, is_tars
-from alexprep.shards.dataset_format import LEDGER, read_dataset, sample_key
+from alexprep.shards.dataset_format import LEDGER, read_dataset, sample_key, shown_classes
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.listing import ILSVRC_ID
 from alexprep.shards.storage import digest_json, publish_json
@@ -60,6 +60,7 @@ class Evaluation:
     document: dict[str, Any]  # JSON values; see `evaluate`
     scores: Scores  # of the ensemble, image by image
     classes: list[str]  # their names, by label
+    shown_names: list[str]  # the same as people read them, with words where dataset.json has any
 
 
 def evaluate_run(run: Path, step: int | None = None, **options: Any) -> dict[str, Any]:
@@ -176,7 +177,7 @@ def evaluate(
         "notes": notes,
         "skipped": [sentence for net in nets for sentence in net.skipped],
     }
-    return Evaluation(document, whole, dataset["classes"])
+    return Evaluation(document, whole, dataset["classes"], shown_classes(dataset))
 
 
 def publish_evaluation(document: dict[str, Any], runs: Path) -> Path:

@@ -288,7 +288,7 @@ def _document(opened: Opened, facts: Mapping[str, Any]) -> dict[str, Any]:
         "input": {"name": "images", "dtype": "float32", "shape": ["batch", 3, crop, crop], "channels": "RGB"},
         "output": {"name": "logits", "dtype": "float32", "shape": ["batch", net.classes]},
         "preprocessing": _preprocessing(opened.transform),
-        "classes": opened.classes,
+        "classes": opened.dataset["classes"],
         "checked": dict(facts),
         "versions": versions("alexprep", "torch", "onnx", "onnxruntime", "onnxscript"),
     }

@@ -182,7 +182,7 @@ class Opened:
     """A run's network with what an evaluation shows it."""
 
     net: Net
-    classes: list[str]
+    dataset: dict[str, Any]  # what dataset.json says
     transform: EvaluationTransform
     data: Path  # the dataset's folder
     notes: list[str]  # a sentence for each thing that is not as it was in the training
@@ -219,7 +219,7 @@ def load(
         recipe=recipe,
         model=model,
     )
-    return Loaded(opened.net.network, opened.classes, opened.transform)
+    return Loaded(opened.net.network, opened.dataset["classes"], opened.transform)
 
 
 def open_run_of(
@@ -256,7 +256,7 @@ def open_run_of(
         where,
         replace(tuning, threads=threads) if threads is not None else tuning,
     )
-    return Opened(net, dataset["classes"], transform, folder, notes)
+    return Opened(net, dataset, transform, folder, notes)
 
 
 def _as_png(pixels: NDArray[np.uint8]) -> bytes:
