@@ -76,8 +76,8 @@ def evaluate(
     """Evaluate the newest checkpoint of RUN, a name in ./runs, that of STEP, or the one of the lowest validation error; the run last active
     by default.
 
-    Prints top-1 and top-5 error and cross-entropy; --views ten averages the softmax over the paper's ten views. Several nets are
-    evaluated one by one and as the mean of their softmax outputs. The result is also written beside the runs, as eval-….json.
+    Prints top-1 and top-5 error and cross-entropy; --views ten averages the softmax over the paper's ten views, --views two over
+    the centre and its reflection. Several nets are evaluated one by one and as the mean of their softmax outputs. The result is also written beside the runs, as eval-….json.
 
     \b
     Example: alexprep eval alexnet alexnet-2 alexnet-3 --views ten

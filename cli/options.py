@@ -41,7 +41,7 @@ SECONDS = Seconds(min=0, max=3.2e7, min_open=True)
 
 
 def folder(value: str) -> Path:
-    """A folder on a disk, or a `UPath` for a URL that fsspec understands."""
+    """A folder on a disk, or a `UPath` for a URL that fsspec understands; a tar, where other people's tars are read."""
     from alexprep.shards.errors import AlexprepError
     from alexprep.shards.storage import folder_at, is_local
 
@@ -57,7 +57,7 @@ def folder(value: str) -> Path:
         raise AlexprepError(
             f"{value} cannot be reached ({words}): check the URL, the credentials and the network"
         ) from None
-    if is_file:
+    if is_file and not value.endswith(".tar"):
         raise click.BadParameter(f"{value} is a file, not a folder")
     return found
 
@@ -312,7 +312,19 @@ _COMPUTING_OPTIONS = (
 )
 
 views_option = click.option(
-    "--views", type=click.Choice(["centre", "ten"]), default="centre", show_default=True, help="Crops an image."
+    "--views",
+    type=click.Choice(["centre", "two", "ten"]),
+    default="centre",
+    show_default=True,
+    help="Crops an image: the centre; that and its reflection; corners and centre, and theirs.",
+)
+
+on_bad_option = click.option(
+    "--on-bad",
+    type=click.Choice(["error", "skip"]),
+    default="error",
+    show_default=True,
+    help="What becomes of samples of other people's tars that cannot be used: the end, or left out.",
 )
 
 device_option = click.option("--device", help="cpu or cuda.  [default: cuda where there is a GPU]")

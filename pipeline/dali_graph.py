@@ -32,9 +32,13 @@ from alexprep.pipeline.dali_ops import Dtype, MemoryFormat
 from alexprep.shards.errors import AlexprepError, one_of
 from alexprep.shards.rgb_statistics import Statistics
 
-Views = Literal["random", "centre", "ten"]  # the last are the paper's test views, without chance as the second
+Views = Literal[
+    "random", "centre", "two", "ten"
+]  # all but the first are without chance; the last are the paper's test views
 Inputs = dict[str, "NDArray[Any] | list[NDArray[np.float32]]"]
 
+# Which of `ten_windows` are seen as they are and reflected: the centre, or all five.
+REFLECTED: dict[str, tuple[int, ...]] = {"two": (2,), "ten": (0, 1, 2, 3, 4)}
 POLICY_INPUTS = ("kind", "map", "factor", "from_mean", "threshold", "mask", "kernel", "colours")
 _STRIP_BYTES = 128 * 2**20  # of windows of the mean image that are kept ready
 
@@ -69,11 +73,11 @@ class Graph:
     def pipeline(self) -> Pipeline:
         """The pipeline, not yet built. It takes the images as "encoded" and what `inputs` makes; its one output is the views.
 
-        Ten views are stacked before the other axes: five windows, then their reflections.
+        Several views are stacked before the other axes: the windows, then their reflections.
         """
         pipeline = self._empty_pipeline(self.batch_size, self.threads)
         with pipeline:
-            pipeline.set_outputs(self._ten_views() if self.views == "ten" else self._one_view())
+            pipeline.set_outputs(self._reflected_views() if self.views in REFLECTED else self._one_view())
         return pipeline
 
     def decoding_pipeline(self, windowed: bool) -> Pipeline:
@@ -120,9 +124,9 @@ class Graph:
 
     def inputs(self, epoch: int, draws: Draws, sizes_N2: NDArray[np.integer]) -> Inputs:
         """The inputs of a batch beside "encoded", one entry a sample: of images of these heights and widths, (N, 2), pixels."""
-        if self.views == "ten":
+        if self.views in REFLECTED:
             windows = ten_windows(self.augmentation, sizes_N2).astype(np.int32)
-            starts = {f"start{n}": np.ascontiguousarray(windows[:, n, :2]) for n in range(5)}
+            starts = {f"start{n}": np.ascontiguousarray(windows[:, n, :2]) for n in REFLECTED[self.views]}
             return {**starts, **self._shape_input(windows[:, 0])}
         augmentation, statistics, names = self.augmentation, self.statistics, self.input_names
         windows, count = draws.windows_N4.astype(np.int32), len(draws.mirror_N)
@@ -306,10 +310,10 @@ class Graph:
         factor = self._input("factor") if "factor" in names else None
         return self._tensor(image, mirrored, shift, subtract, factor, dtype)
 
-    def _ten_views(self) -> DataNode:
+    def _reflected_views(self) -> DataNode:
         whole, shape = self._whole(), self._shape()
         views: dict[bool, list[DataNode]] = {False: [], True: []}
-        for n in range(5):
+        for n in REFLECTED[self.views]:
             start = self._input(f"start{n}")
             window = self._resized(fn.slice(whole, start=start, shape=shape, axes=(0, 1)))
             for mirrored in (False, True):

@@ -20,6 +20,7 @@ from alexprep.pipeline.loader import PipelineRunner, Step
 from alexprep.pipeline.loader_settings import Tuning
 from alexprep.shards.dataset_format import INDEX_DTYPE
 from alexprep.shards.errors import AlexprepError
+from alexprep.shards.image_codec import header_size
 from alexprep.shards.rgb_statistics import Statistics
 from alexprep.shards.sample_reader import TarSamples
 
@@ -39,7 +40,7 @@ class _AtHand(TarSamples):
 
 
 class ViewMaker:
-    """Makes batches of evaluation views, of images that all have one form: squares of `size` pixels, encoded, or raw.
+    """Makes batches of evaluation views, of images that all have one form: squares of `size` pixels, encoded, or raw; or encoded, of any size.
 
     To be closed, or used as a context manager.
     """
@@ -49,7 +50,7 @@ class ViewMaker:
         augmentation: Augmentation,
         views: Views,
         *,
-        size: int,
+        size: int | None,
         raw: bool,
         batch_size: int,
         statistics: Statistics | None = None,
@@ -57,14 +58,14 @@ class ViewMaker:
         memory_format: MemoryFormat = "NCHW",
         tuning: Tuning | None = None,
     ) -> None:
-        """Builds the DALI pipeline; for the arguments see `Loader`, `size` and `raw` are those of the stored images.
+        """Builds the DALI pipeline; for the arguments see `Loader`, `size` and `raw` are those of the stored images, None for several sizes.
 
         Raises AlexprepError where these images cannot be augmented so, or DALI cannot build its pipeline.
         """
         tuning, where = tuning or Tuning(), choose_device(device)
         self._samples = _AtHand()
-        self._sizes_N2 = np.broadcast_to(np.array(size, np.int32), (batch_size, 2))
-        dataset = Dataset(self._samples, self._sizes_N2, size, raw, "", [], (), None)
+        self._size = size
+        dataset = Dataset(self._samples, self._sizes([b""] if size else []), size, raw, "", [], (), None)
         chosen = statistics if augmentation.needs_statistics else None
         if chosen is None and augmentation.needs_statistics:
             raise AlexprepError("this augmentation needs the statistics of a dataset: give those of the training")
@@ -87,14 +88,24 @@ class ViewMaker:
         self._runner = PipelineRunner(dataset, self._graph, "error")
 
     def __call__(self, encoded: Sequence[bytes]) -> torch.Tensor:
-        """The views of at least one image and at most `batch_size`: (N, 3, H, W), or (N, 10, 3, H, W), as `Batch.images` is.
+        """The views of at least one image and at most `batch_size`: (N, 3, H, W), or (N, views, 3, H, W), as `Batch.images` is.
 
         Raises AlexprepError for an image that cannot be decoded.
         """
         self._samples.images = encoded
+        sizes_N2 = self._runner.sizes_N2 = self._sizes(encoded)
         rows = np.arange(len(encoded), dtype=np.int64)
-        self._runner.feed(Step(0, 0, rows, centred(self._graph.augmentation, self._sizes_N2[rows])))
+        self._runner.feed(Step(0, 0, rows, centred(self._graph.augmentation, sizes_N2)))
         return self._runner.take()[1]
+
+    def _sizes(self, encoded: Sequence[bytes]) -> NDArray[np.int32]:
+        """Heights and widths: (N, 2)."""
+        if self._size is not None:
+            return np.broadcast_to(np.array(self._size, np.int32), (len(encoded), 2))
+        found = [header_size(np.frombuffer(each, np.uint8)) for each in encoded]
+        if None in found:
+            raise AlexprepError(f"image {found.index(None)} of the batch cannot be decoded: its header cannot be read")
+        return np.array(found, np.int32).reshape(-1, 2)
 
     def close(self) -> None:
         """Frees the pipeline's threads and memory; views that were made stay valid."""

@@ -14,12 +14,13 @@ import platform
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from alexprep.shards.any_dataset import dataset_facts, is_dataset, is_tars, open_samples
 from alexprep.shards.dataset_format import (
     FORMAT_VERSION,
     MEAN_IMAGE,
@@ -32,7 +33,6 @@ from alexprep.shards.dataset_format import (
 )
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.image_codec import read_raw, shared_decoder
-from alexprep.shards.sample_reader import Samples
 from alexprep.shards.storage import digest_json, folder_at, make_folder, publish_bytes, publish_json, remove_temporaries
 from alexprep.shards.worker_pool import Engine, as_engine, attending
 
@@ -94,22 +94,38 @@ def pca_stats(
     split: str,
     engine: Engine | int,
     progress: Callable[[int, int], None] = lambda finished, total: None,
+    on_bad: Literal["error", "skip"] = "error",
 ) -> Statistics:
     """Computes the statistics of a split in one pass: the same to the last bit for any number of workers.
 
-    `engine` runs the work, one task a shard; a number stands for so many worker processes on this machine. `progress` is called with
-    (finished images, all images). Raises AlexprepError for no such dataset or split, or an image that cannot be decoded, by name.
+    Other people's tars may hold images of several sizes: then the mean image is one pixel, the channel means over all pixels.
+
+    Args:
+        data: a dataset, or a folder of tars, a tar, or a pattern of tars.
+        split: of it.
+        engine: runs the work, one task a shard; a number stands for so many worker processes on this machine.
+        progress: called with (finished images, all images).
+        on_bad: "skip" leaves out samples of other people's tars that have no usable image or label.
+
+    Raises:
+        AlexprepError: there is no such dataset or split, or an image cannot be decoded; it is named.
     """
     data, engine = folder_at(data), as_engine(engine)
-    dataset = read_dataset(data)
-    record = split_record(dataset, split, data)
-    shards = [int(shard["name"].rpartition("-")[2]) for shard in record["shards"]]
-    task = functools.partial(_shard_moments, data, split, dataset["digest"])
-    total = record["samples"]
-    parts = engine.run(task, shards, lambda finished: progress(finished, total))
+    facts = dataset_facts(data)
+    split_record(facts, split, data)
+    opened = open_samples(data, split)
+    if opened.bad and on_bad == "error":
+        raise AlexprepError(
+            f"{len(opened.bad):,} samples cannot be used, the first: {opened.bad[0]}; leave such samples out with on_bad='skip' (--on-bad skip)"
+        )
+    task = functools.partial(_shard_moments, data, split, opened.digest)
+    total = len(opened.samples)
+    parts = engine.run(
+        task, np.unique(opened.samples.index["shard"]).tolist(), lambda finished: progress(finished, total)
+    )
     moments = functools.reduce(operator.add, parts)
     progress(total, total)
-    return _from_moments(moments, dataset["digest"])
+    return _from_moments(moments, facts["digest"])
 
 
 def publish_statistics(statistics: Statistics, data: Path | str, split: str) -> None:
@@ -148,15 +164,21 @@ def publish_statistics(statistics: Statistics, data: Path | str, split: str) -> 
 def read_statistics(data: Path | str, data_digest: str | None = None) -> Statistics:
     """The statistics of the training split, as they were published in a dataset's folder.
 
-    They must describe the shards with the identity `data_digest`, by default those of the dataset itself. Raises AlexprepError where
-    there are none, they are damaged, or they describe other shards or another split than "train".
+    They must describe the shards with the identity `data_digest`, by default those of the dataset itself; a folder that has statistics
+    and no shards is taken as it is. Raises AlexprepError where there are none, they are damaged, or they describe other shards or another
+    split than "train".
     """
     data = folder_at(data)
-    data_digest = read_dataset(data)["digest"] if data_digest is None else data_digest
     again = f"run `alexprep pca-stats` on {data}"
+    if is_tars(data) and not data.is_dir():
+        again += " with --out FOLDER, and name that folder with --statistics"
+    if not is_dataset(data) and not (data / STATISTICS).exists():
+        read_dataset(data)  # says what the folder lacks
     document = read_json(data / STATISTICS, again)
     if document.pop("digest", None) != digest_json(document):
         raise AlexprepError(f"{data / STATISTICS} was changed since it was written: {again}")
+    if data_digest is None:
+        data_digest = str(dataset_facts(data)["digest"] if is_dataset(data) else document.get("data_digest"))
     if document.get("data_digest") != data_digest:
         raise AlexprepError(f"{data / STATISTICS} describes other shards: {again}")
     if document.get("split") != TRAINING:
@@ -181,30 +203,31 @@ def read_statistics(data: Path | str, data_digest: str | None = None) -> Statist
         raise AlexprepError(f"{data / STATISTICS} or its mean image is damaged ({error}): {again}") from None
 
 
-_samples = functools.lru_cache(maxsize=1)(Samples)  # one a process, for all its shards
+_opened = functools.lru_cache(maxsize=1)(open_samples)  # one a process, for all its shards
 
 
 def _shard_moments(data: Path, split: str, digest: str, shard: int, condemned: Mapping[int, str]) -> Moments:
     """The exact sums over one shard."""
-    samples = _samples(data, split)
-    if samples.dataset["digest"] != digest:  # an engine may run this on another machine
+    opened = _opened(data, split)
+    if opened.digest != digest:  # an engine may run this on another machine
         raise AlexprepError(f"{platform.node()} has another data set at {data}: DATA must be one folder that all share")
-    image = samples.dataset["image"]
-    accumulator = Accumulator(image["size"])
+    samples, side = opened.samples, opened.size
+    accumulator: Accumulator | MixedAccumulator = MixedAccumulator() if side is None else Accumulator(side)
     for row in samples.rows_of(shard):
         with attending(row):
-            planes = None if row in condemned else _planes(samples.encoded(row), image)
-            if planes is None or planes.shape != (3, image["size"], image["size"]):
+            planes = None if row in condemned else _planes(samples.encoded(row), opened.raw)
+            if planes is None or planes.shape != (3, *opened.sizes_N2[row].tolist()):
                 raise AlexprepError(
-                    f"{samples.where(row)} holds no {image['size']}-pixel image: `alexprep verify --decode` tells more"
+                    f"{samples.where(row)} holds no image of {' x '.join(map(str, opened.sizes_N2[row][::-1]))} pixels that can be decoded: "
+                    "`alexprep verify --decode` tells more of data sets of `alexprep shard`"
                 )
             accumulator.add(planes)
     return accumulator.moments()
 
 
-def _planes(encoded: NDArray[np.uint8], image: dict[str, Any]) -> NDArray[np.uint8] | None:
-    """uint8 (3, S, S), or None where it cannot be decoded."""
-    if image["format"] == "raw":
+def _planes(encoded: NDArray[np.uint8], raw: bool) -> NDArray[np.uint8] | None:
+    """uint8 (3, H, W), or None where it cannot be decoded."""
+    if raw:
         pixels = read_raw(encoded.tobytes())
         return None if pixels is None or pixels.ndim != 3 else pixels.transpose(2, 0, 1)
     return shared_decoder().decode(encoded.tobytes(), planar=True)
@@ -212,7 +235,7 @@ def _planes(encoded: NDArray[np.uint8], image: dict[str, Any]) -> NDArray[np.uin
 
 def _from_moments(moments: Moments, data_digest: str) -> Statistics:
     """The statistics of exact sums; only the last division of each number rounds."""
-    count = moments.images * moments.sums[0].size
+    count = moments.pixels
     # Python's integers: the difference of two numbers near 1e26 would lose the digits that matter.
     totals, products = moments.sums.sum(axis=(1, 2)).astype(object), moments.products.astype(object)
     covariance = ((count * products - np.outer(totals, totals)) / count**2).astype(np.float64)
@@ -223,7 +246,7 @@ def _from_moments(moments: Moments, data_digest: str) -> Statistics:
     return Statistics(
         data_digest=data_digest,
         images=moments.images,
-        mean_HWC=np.ascontiguousarray(np.moveaxis(moments.sums / moments.images, 0, 2)),
+        mean_HWC=np.ascontiguousarray(np.moveaxis(moments.sums / (count // moments.sums[0].size), 0, 2)),
         channel_means=(totals / count).astype(np.float64),
         covariance=covariance,
         eigenvalues=eigenvalues,
@@ -233,14 +256,22 @@ def _from_moments(moments: Moments, data_digest: str) -> Statistics:
 
 @dataclass(frozen=True)
 class Moments:
-    """Exact sums over a set of images of one size."""
+    """Exact sums over a set of images."""
 
     images: int
-    sums: NDArray[np.int64]  # (3, S, S), over the images at each pixel, planes R, G, B
+    pixels: int  # of all images together
+    sums: NDArray[
+        np.int64
+    ]  # (3, S, S), over the images at each pixel, planes R, G, B; (3, 1, 1), over all pixels of images of several sizes
     products: NDArray[np.int64]  # (3, 3), over all pixels of all images, of x xᵀ; fits for up to 2**47 pixels
 
     def __add__(self, other: Moments) -> Moments:
-        return Moments(self.images + other.images, self.sums + other.sums, self.products + other.products)
+        return Moments(
+            self.images + other.images,
+            self.pixels + other.pixels,
+            self.sums + other.sums,
+            self.products + other.products,
+        )
 
 
 class Accumulator:
@@ -275,8 +306,29 @@ class Accumulator:
         products = np.zeros((3, 3), np.int64)
         for (i, j), blocks in zip(_PAIRS, self._products.astype(np.int64), strict=True):
             products[i, j] = products[j, i] = blocks.sum()
-        return Moments(self._images, self._sums.reshape(3, self._size, self._size).copy(), products)
+        sums = self._sums.reshape(3, self._size, self._size).copy()
+        return Moments(self._images, self._images * self._size**2, sums, products)
 
     def _flush(self) -> None:
         self._sums += self._recent.astype(np.int64)
         self._recent[:] = 0
+
+
+class MixedAccumulator:
+    """Adds images of several sizes: what is left of them are sums over all pixels."""
+
+    def __init__(self) -> None:
+        self._images = self._pixels = 0
+        self._sums, self._products = np.zeros(3, np.int64), np.zeros((3, 3), np.int64)
+
+    def add(self, image: NDArray[np.uint8]) -> None:
+        """Adds one image, uint8 (3, H, W); one of fewer than 10^11 pixels has sums below 2^53, which float64 holds in any order."""
+        flat = image.reshape(3, -1).astype(np.float64)
+        self._sums += flat.sum(axis=1).astype(np.int64)
+        self._products += (flat @ flat.T).astype(np.int64)
+        self._images += 1
+        self._pixels += flat.shape[1]
+
+    def moments(self) -> Moments:
+        """All that was added so far."""
+        return Moments(self._images, self._pixels, self._sums.reshape(3, 1, 1).copy(), self._products.copy())

@@ -216,6 +216,12 @@ def _find_shards(source: str | Path | Sequence[str | Path], split: str) -> tuple
     return paths, named.pop() if named else ()
 
 
+def splits_of(folder: Path) -> list[str]:
+    """The splits that the tars of a folder tell, in order of their names; train alone where nothing tells one."""
+    files = LocalFiles(os.path.realpath(os.fsencode(folder)))
+    return sorted({name or "train" for name, _ in shards_below(files)})
+
+
 def _of_split(files: LocalFiles, split: str) -> list[bytes]:
     """The shards of a folder, all of them where nothing tells a split; as `wds.Webdataset`, without a word "train"."""
     told = sorted(shards_below(files), key=lambda entry: entry[1])

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from alexprep.train.distributed.parallel import Parallel
     from alexprep.train.distributed.world import World, from_environment
     from alexprep.train.evaluation import Evaluation, evaluate, evaluate_run
+    from alexprep.train.export import Exported, export_run
     from alexprep.train.launch import RankFailed, launch_ranks
     from alexprep.train.layer_outputs import (
         LayerOutputs,
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
         write_outputs,
         write_outputs_table,
     )
+    from alexprep.train.loading import EvaluationTransform, Loaded, load
     from alexprep.train.lr_schedule import (
         ByHand,
         Cosine,
@@ -69,9 +71,12 @@ __all__ = [
     "DExp",
     "EarlyStop",
     "Evaluation",
+    "EvaluationTransform",
     "Examples",
+    "Exported",
     "LayerOutputs",
     "Linear",
+    "Loaded",
     "LocalResponseNorm",
     "LocallyConnected2d",
     "MomentumSGD",
@@ -104,12 +109,14 @@ __all__ = [
     "conv_local_13pct",
     "evaluate",
     "evaluate_run",
+    "export_run",
     "find_similar",
     "float32_kernels",
     "from_environment",
     "init_from",
     "launch_ranks",
     "layer_names",
+    "load",
     "logits",
     "parameter_groups",
     "place_named",
@@ -138,7 +145,9 @@ _HOMES = {
     "distributed.world": ("World", "from_environment"),
     "launch": ("RankFailed", "launch_ranks"),
     "evaluation": ("Evaluation", "evaluate", "evaluate_run"),
+    "export": ("Exported", "export_run"),
     "layer_outputs": ("LayerOutputs", "layer_names", "read_outputs", "write_outputs", "write_outputs_table"),
+    "loading": ("EvaluationTransform", "Loaded", "load"),
     "lr_schedule": (
         *("ByHand", "Cosine", "DExp", "EarlyStop", "Linear", "OneCycle", "Plateau"),
         *("Schedule", "ScheduleState", "Steps", "WarmUp"),

@@ -8,11 +8,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
-from alexprep.shards.dataset_format import INDEX, read_dataset, read_index
+from alexprep.shards.any_dataset import dataset_facts
+from alexprep.shards.dataset_format import INDEX, read_index
 from alexprep.shards.errors import AlexprepError
 
 EVALUATION_SPLITS = ("val", "test")  # the first that has samples with labels is evaluated on
@@ -23,7 +24,7 @@ class LoadedBatch(Protocol):
 
     @property
     def images(self) -> torch.Tensor:
-        """Float32 (N, C, H, W), or (N, 10, C, H, W) for ten views."""
+        """Float32 (N, C, H, W), or (N, views, C, H, W) for several views of each."""
 
     @property
     def labels(self) -> torch.Tensor:
@@ -90,7 +91,7 @@ OpenLoader = Callable[..., BatchSource]  # opens a split with the arguments of `
 class Examples(NamedTuple):
     """A batch in the form that a network takes."""
 
-    images: torch.Tensor  # float32 (N, C, H, W), or (N, 10, C, H, W) for ten views
+    images: torch.Tensor  # float32 (N, C, H, W), or (N, views, C, H, W) for several views of each
     labels: torch.Tensor  # int64 (N,)
 
     @property
@@ -126,14 +127,14 @@ class DataFacts(NamedTuple):
 
     digest: str
     classes: int
-    size: int  # side of the stored images, pixels
+    size: int | None  # side of the stored images, pixels; None where they are not squares of one side
     evaluation_split: str | None  # with samples and labels
     unlabelled: list[str]  # splits that would have come first, but have no labels
 
 
 def data_facts(data: Path) -> DataFacts:
-    """Reads dataset.json, and from the indexes whether splits have labels."""
-    dataset: dict[str, Any] = read_dataset(data)
+    """Reads dataset.json, or indexes anyone's tars, and finds out from the indexes whether splits have labels."""
+    dataset = dataset_facts(data)
     classes = len(dataset["classes"])
     if dataset.get("unlabelled"):
         raise AlexprepError(
@@ -145,7 +146,7 @@ def data_facts(data: Path) -> DataFacts:
     filled = [split for split in EVALUATION_SPLITS if dataset["splits"].get(split, {}).get("samples")]
     split = next((split for split in filled if _has_labels(data, split)), None)
     unlabelled = filled[: filled.index(split)] if split else filled
-    return DataFacts(dataset["digest"], classes, int(dataset["image"]["size"]), split, unlabelled)
+    return DataFacts(dataset["digest"], classes, dataset["image"]["size"], split, unlabelled)
 
 
 def _has_labels(data: Path, split: str) -> bool:

@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from alexprep.pipeline.device import choose_device
 from alexprep.pipeline.loader import Loader
 from alexprep.pipeline.loader_settings import Tuning, tuning_for
+from alexprep.shards.any_dataset import dataset_facts, is_tars
 from alexprep.shards.dataset_format import LEDGER, read_dataset, sample_key, shown_classes
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.listing import ILSVRC_ID
@@ -94,7 +95,8 @@ def evaluate(
         places: at least one.
         data: the data set; the one they were trained on by default.
         split: "val" or else "test" by default.
-        views: one centre crop, or the mean of the softmax over ten views: corners and centre, mirrored and not (section 4.1).
+        views: one centre crop; or the mean of the softmax over two views, the centre and its reflection, or over ten: corners and centre,
+            mirrored and not (section 4.1).
         weights: "equal"; a number a net; or "search", see `alexprep.train.ensemble`.
         weights_from: the split for "search"; the evaluated one by default, which flatters the ensemble.
         batch_size: crops at a time. It does not change the result beyond rounding.
@@ -127,7 +129,7 @@ def evaluate(
     if len({(net.run, net.step) for net in nets}) < len(nets):
         raise AlexprepError(f"{', '.join(net.name for net in nets)}: one net is named twice")
     data = data or data_of(nets)
-    facts, dataset = data_facts(data), read_dataset(data)
+    facts, dataset = data_facts(data), dataset_facts(data)
     notes = [note for net in nets if (note := check_classes(net, data, dataset))]
     for net in nets:
         net.recipe.check_size(facts.size)
@@ -270,8 +272,12 @@ def tuning_of(nets: list[Net], data: Path, device: torch.device) -> Tuning:
 
 
 def mean_of(net: Net, dataset: dict[str, Any], notes: list[str]) -> Path | None:
-    """The data set whose mean image a net is shown images without, if not the evaluated one: that of its training."""
-    if net.data_digest == dataset["digest"] or not net.recipe.augmentation.needs_statistics:
+    """Whose statistics a net is shown images by, if not the evaluated data set's: those of its training."""
+    if not net.recipe.augmentation.needs_statistics:
+        return None
+    if given := net.options.get("statistics"):
+        return Path(given)
+    if net.data_digest == dataset["digest"]:
         return None
     trained = net.training_data()
     if trained is not None and trained["image"]["size"] == dataset["image"]["size"]:
@@ -498,6 +504,10 @@ def _in_order(data: Path, split: str, names: list[str]) -> list[int]:
 def _ledger(data: Path, split: str) -> tuple[list[str], NDArray[np.bool_]]:
     """The source of every input, in the order of the index, and whether it became a sample."""
     path = data / split / LEDGER
+    if is_tars(data):
+        raise AlexprepError(
+            f"{data} is no data set of `alexprep shard`, so there are no keys and sources of its images to write"
+        )
     try:
         table = pq.read_table(io.BytesIO(path.read_bytes()), columns=["source", "status"])
     except (OSError, pa.ArrowInvalid) as error:
