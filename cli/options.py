@@ -37,6 +37,21 @@ class Seconds(click.FloatRange):
         return seconds
 
 
+class Box(_Parameter):
+    """The side of a square, or WIDTHxHEIGHT, which becomes (height, width)."""
+
+    name = "pixels"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """An int, or two."""
+        found = re.fullmatch(r"(-?[0-9]{1,9})(?:[xX×](-?[0-9]{1,9}))?", str(value))
+        if found is None:
+            self.fail(f"{value} is neither a side, such as 256, nor width and height, such as 320x240", param, ctx)
+        width, height = found.groups()
+        return int(width) if height is None or height == width else (int(height), int(width))
+
+
+BOX = Box()
 SECONDS = Seconds(min=0, max=3.2e7, min_open=True)
 
 

@@ -67,10 +67,14 @@ def pca_stats(
             ("colour noise along the axes, σ = 0.1, grey levels:", ""),
             ("  α λ, the paper (train's default)", numbers(eigenvalue)),
             ("  α √λ, the 2012 code", numbers(stdev)),
-            ("written to", f"{folder / STATISTICS}, {folder / MEAN_PICTURE}"),
+            (
+                "mean image",
+                "none: images have different sizes" if found.mean_HWC is None else str(folder / MEAN_PICTURE),
+            ),
+            ("written to", str(folder / STATISTICS)),
         ],
     )
-    if found.mean_HWC.shape[0] == 1:
+    if found.mean_HWC is None:
         click.echo(
             "The images are of several sizes, so there is no mean image: recipes that subtract one cannot train on them."
         )

@@ -31,7 +31,7 @@ class Dataset:
 
     samples: TarSamples
     sizes_N2: NDArray[np.integer]  # heights and widths of the stored images, pixels
-    size: int | None  # their side where all are squares of one side
+    size: tuple[int, int] | None  # height and width where all have the same
     raw: bool  # whether members are pixels rather than encoded images
     digest: str  # the identity of the data, hex sha256
     classes: list[str]  # by label
@@ -52,25 +52,30 @@ class Dataset:
 
     def check(self, augmentation: Augmentation, statistics: Statistics | None) -> None:
         """Raises AlexprepError where these images cannot be augmented so."""
-        if augmentation.windowed_mean and (
-            self.size is None or statistics is None or len(statistics.mean_HWC) != self.size
-        ):
-            raise AlexprepError(
-                f"mean {augmentation.mean!r} subtracts a mean image of the images' own size, and these are "
-                f"{self.size or 'of several sizes'}: use mean 'channel' or 'imagenet', or shards made by `alexprep shard`"
+        mean = None if statistics is None else statistics.mean_HWC
+        if augmentation.windowed_mean and (self.size is None or mean is None or mean.shape[:2] != self.size):
+            have = (
+                "images of several sizes" if self.size is None else f"images of {self.size[1]} x {self.size[0]} pixels"
             )
-        if augmentation.crop is None and len(np.unique(self.sizes_N2, axis=0)) > 1:
+            there = "have none" if mean is None else f"another one, of {mean.shape[1]} x {mean.shape[0]}, is not theirs"
+            raise AlexprepError(
+                f"mean {augmentation.mean!r} subtracts a mean image of the images' own size, and {have} {there}: use mean 'channel' or "
+                "'imagenet', or shards made by `alexprep shard` with --fit square"
+            )
+        if augmentation.crop is None and self.size is None and len(self.samples):
             raise AlexprepError(
                 "whole images of several sizes make no batch: choose a crop, and a scale to resize to it"
             )
-        if augmentation.crop is not None and augmentation.scale is None:
-            small = np.flatnonzero(self.sizes_N2.min(axis=1) < augmentation.crop)
+        if augmentation.view is not None and augmentation.scale is None:
+            small = np.flatnonzero((self.sizes_N2 < np.array(augmentation.view)).any(axis=1))
             if len(small):
-                height, width = self.sizes_N2[small[0]].tolist()
+                (height, width), (rows, columns) = self.sizes_N2[small[0]].tolist(), augmentation.view
+                square = rows == columns
+                crop, size = (f"{rows} pixels", f"{rows}") if square else (f"{columns} x {rows}", f"{columns}x{rows}")
                 raise AlexprepError(
-                    f"a crop of {augmentation.crop} pixels does not fit {len(small):,} of {len(self.samples):,} images, for "
+                    f"a crop of {crop} does not fit {len(small):,} of {len(self.samples):,} images, for "
                     f"example {self.samples.where(int(small[0]))} with {width} x {height}: choose a smaller crop, resize "
-                    f"(augmentation 'resized'), or shard again with --size {augmentation.crop} or more"
+                    f"(augmentation 'resized'), or shard again with --size {size} or more"
                 )
 
 

@@ -473,8 +473,7 @@ class PipelineRunner:
     def _outputs(self, step: Step) -> torch.Tensor:
         graph = self._graph
         if not len(step.rows):
-            side = graph.augmentation.crop
-            height, width = (side, side) if side else self.sizes_N2[0].tolist()
+            height, width = graph.augmentation.view or self.sizes_N2[0].tolist()
             shape = (3, height, width) if graph.memory_format == "NCHW" else (height, width, 3)
             windows = REFLECTED.get(graph.views, ())
             images = self._empty((0, 2 * len(windows), *shape) if windows else (0, *shape))

@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 
 from alexprep.shards.dataset_format import DATASET, PLAN, read_dataset
 from alexprep.shards.errors import AlexprepError
+from alexprep.shards.plan import target_in
 from alexprep.shards.sample_reader import Samples, TarSamples
 from alexprep.shards.storage import digest_json, folder_at
-from alexprep.shards.webdataset_index import TarIndex, UnusableSample, index_tars, splits_of
+from alexprep.shards.webdataset_index import UnusableSample, index_tars, splits_of
 
 DataSource = Union[str, Path, Sequence[Union[str, Path]]]  # noqa: UP007  (evaluated, also by Python 3.10's typing)
 TARS = "tars"  # the format of images in the facts of other people's tars
@@ -28,7 +29,7 @@ class SplitSamples(NamedTuple):
 
     samples: TarSamples
     sizes_N2: NDArray[np.integer]  # heights and widths of the stored images, pixels
-    size: int | None  # their side where all are squares of one side
+    size: tuple[int, int] | None  # height and width where all have the same
     raw: bool  # whether members are pixels rather than encoded images
     digest: str  # the identity of the data, hex sha256; of other people's tars that of the split alone
     classes: list[str]  # by label
@@ -56,22 +57,20 @@ def open_samples(source: DataSource, split: str, cache: Path | None = None) -> S
     if isinstance(source, str | os.PathLike) and not is_tars(source):
         folder = folder_at(str(source))
         ours = Samples(folder, split)
-        image = ours.dataset["image"]
-        side = int(image["size"])
-        sizes = np.broadcast_to(np.array(side, np.int32), (len(ours), 2))
-        raw = image["format"] == "raw"
-        return SplitSamples(ours, sizes, side, raw, ours.dataset["digest"], ours.dataset["classes"], (), folder)
+        facts, raw = ours.dataset, ours.dataset["image"]["format"] == "raw"
+        return SplitSamples(ours, ours.sizes_N2(), ours.common_size, raw, facts["digest"], facts["classes"], (), folder)
     index = index_tars(source, split, cache=cache)
-    sizes = _sizes(index)
     home = folder_at(str(source)) if isinstance(source, str | os.PathLike) and os.path.isdir(source) else None
     samples = TarSamples(dict(enumerate(index.paths)), index.records)
-    return SplitSamples(samples, sizes, _side(sizes), False, index.digest, index.classes, index.bad, home)
+    return SplitSamples(
+        samples, samples.sizes_N2(), samples.common_size, False, index.digest, index.classes, index.bad, home
+    )
 
 
 def dataset_facts(data: Path | str) -> dict[str, Any]:
     """The facts of a dataset, as `read_dataset` has them; of other people's tars the part of them that the tars tell.
 
-    That is `digest`, `classes`, `image` with its `size` (None where images are not squares of one side) and the format "tars", and
+    That is `digest`, `classes`, `image` with its `size` (a side, or height and width; None where images differ) and the format "tars", and
     `splits`, each with its `samples`.
 
     Raises:
@@ -88,20 +87,20 @@ def dataset_facts(data: Path | str) -> dict[str, Any]:
                 f"{data} has other classes in {split} than elsewhere, so that labels would mean different things: make a data set of them "
                 "with `alexprep shard`, which numbers them together"
             )
-    sides = {_side(_sizes(index)) for index in found.values()}
+    sizes = {TarSamples({}, index.records).common_size for index in found.values()}
+    height, width = size if len(sizes) == 1 and (size := next(iter(sizes))) else (None, None)
     digests = [found[split].digest for split in sorted(found)]
     return {
         "digest": digests[0] if len(found) == 1 else digest_json(dict(zip(sorted(found), digests, strict=True))),
         "classes": classes,
-        "image": {"size": sides.pop() if len(sides) == 1 else None, "format": TARS},
+        "image": {"size": height if height == width else [height, width], "format": TARS},
         "splits": {split: {"samples": len(index.records)} for split, index in found.items()},
     }
 
 
-def _sizes(index: TarIndex) -> NDArray[np.int32]:
-    return np.stack([index.records["height"], index.records["width"]], axis=1).astype(np.int32)
-
-
-def _side(sizes_N2: NDArray[np.integer]) -> int | None:
-    """The side, where all are squares of one."""
-    return int(sizes_N2[0, 0]) if len(sizes_N2) and (sizes_N2 == sizes_N2[0, 0]).all() else None
+def common_size(image: dict[str, Any]) -> tuple[int, int] | None:
+    """Height and width that all images have, pixels, by `image` of a dataset's facts; None where they differ."""
+    if image["format"] != TARS:
+        return target_in(image).common_size
+    size = image["size"]
+    return (size, size) if isinstance(size, int) else None if size is None else (size[0], size[1])

@@ -88,20 +88,25 @@ def test_names_of_classes_must_be_the_same_in_all_splits(tmp_path: Path, encoded
 
 @pytest.mark.parametrize("equal", [True, False])
 def test_statistics_are_those_of_the_pixels(equal: bool, pictures: list[Image.Image], tmp_path: Path) -> None:
-    """By float64 over all pixels. Of several sizes there is no mean image but one pixel."""
+    """By float64 over all pixels. Of several sizes there is no mean image."""
     images = [each.resize((36, 36)) for each in pictures] if equal else pictures
     write_split(tmp_path / "tars", "train", images, 3)
     found = pca_stats(tmp_path / "tars", "train", HERE)
     pixels = np.concatenate([np.asarray(each, np.float64).reshape(-1, 3) for each in images])
     np.testing.assert_allclose(found.channel_means, pixels.mean(0), rtol=1e-12)
     np.testing.assert_allclose(found.covariance, np.cov(pixels.T, bias=True), rtol=1e-9)
-    mean = np.mean([np.asarray(each, np.float64) for each in images], axis=0) if equal else pixels.mean(0)[None, None]
-    np.testing.assert_allclose(found.mean_HWC, mean, rtol=1e-12)
+    mean = np.mean([np.asarray(each, np.float64) for each in images], axis=0) if equal else None
+    if mean is None:
+        assert found.mean_HWC is None
+    else:
+        np.testing.assert_allclose(found.mean_image(), mean, rtol=1e-12)
     publish_statistics(found, tmp_path / "tars", "train")
     again = read_statistics(tmp_path / "tars")
     assert again.data_digest == dataset_facts(tmp_path / "tars")["digest"]
-    assert np.array_equal(again.mean_HWC, found.mean_HWC)
-    if equal:
+    if mean is None:
+        assert again.mean_HWC is None
+    else:
+        assert np.array_equal(again.mean_image(), found.mean_image())
         whole = Augmentation(crop=36)
         with Loader(tmp_path / "tars", batch_size=14, augmentation=whole, views="centre", order="sequential") as loader:
             (batch,) = loader
@@ -128,11 +133,16 @@ def test_samples_that_cannot_be_used_are_left_out_where_that_is_asked(
         TrainConfig(**options, on_bad="skip", ranks=2)
 
 
-def test_a_mean_image_needs_images_of_one_size(tars: Path, tmp_path: Path) -> None:
+def test_a_mean_image_needs_images_of_one_size(tars: Path, data: Path, tmp_path: Path) -> None:
     publish_statistics(pca_stats(tars, "train", HERE), tars, "train")
-    with pytest.raises(AlexprepError, match="these are of several sizes: use mean 'channel'"):
-        train(TrainConfig(data=tars, recipe="tiny", runs=tmp_path / "runs", device="cpu"))
+    options: dict[str, Any] = {"recipe": "tiny", "runs": tmp_path / "runs", "device": "cpu", "threads": 1}
+    with pytest.raises(AlexprepError, match="images of several sizes have none: use mean 'channel'"):
+        train(TrainConfig(data=tars, **options))
+    with pytest.raises(AlexprepError, match="images of 64 x 64 pixels have none: use mean 'channel'"):
+        train(TrainConfig(data=data, statistics=tars, **options))
     assert not (tmp_path / "runs").exists()
+    settings = ("augmentation.mean=channel", "augmentation.scale=0.5,1", "batch_size=6", "epochs=1")
+    assert train(TrainConfig(data=tars, settings=settings, **options))["steps"] == 2
 
 
 def test_from_tars_to_a_network_that_is_shown_photos(

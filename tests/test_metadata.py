@@ -240,24 +240,26 @@ def by_name(folder: Path) -> Documents:
     return {row["source"].rpartition("/")[2].rpartition(".")[0]: found[row["key"]] for row in rows}
 
 
+@pytest.fixture(scope="module")
+def bare(pictures: dict[str, bytes], tmp_path_factory: pytest.TempPathFactory) -> list[bytes]:
+    """The shards of class folders."""
+    root = tmp_path_factory.mktemp("bare")
+    return tars(shard(folders(root / "source", pictures), root / "out"))
+
+
 @pytest.mark.parametrize("kind", SOURCES)
-def test_what_goes_in_comes_out(kind: str, pictures: dict[str, bytes], tmp_path: Path) -> None:
+def test_what_goes_in_comes_out(kind: str, pictures: dict[str, bytes], bare: list[bytes], tmp_path: Path) -> None:
     """And nothing of it changes pictures or labels: without it the shards are those of class folders."""
     source, expected = SOURCES[kind](tmp_path / "source", pictures)
     out = shard(source, tmp_path / "out")
     assert by_name(out) == expected
-    assert verify(out, ENGINE, decode=True).problems == []
-    samples = Samples(out, "train")
-    for row in range(len(samples)):
-        assert samples.dataset["classes"][samples.labels[row]] in (*CLASSES, "0", "1")
-    plain, bare = (
-        shard(source, tmp_path / "none", metadata="none"),
-        shard(folders(tmp_path / "f", pictures), tmp_path / "b"),
-    )
-    assert set(tars(plain)) == set(tars(bare)) or kind in ("parquet", "arrow")
+    assert verify(out, ENGINE).problems == []
+    plain = shard(source, tmp_path / "none", metadata="none")
+    assert tars(plain) == bare or kind in ("parquet", "arrow")  # whose groups are mixed in an order of their own
     assert read_dataset(plain)["options"]["metadata"] is None and Samples(plain, "train").metadata(0) == {}
-    some = by_name(shard(source, tmp_path / "some", metadata=("caption", "none such")))
-    assert some == {name: {"caption": d["caption"]} if "caption" in d else {} for name, d in expected.items()}
+    if kind in ("webdataset", "csv"):
+        some = by_name(shard(source, tmp_path / "some", metadata=("caption", "none such")))
+        assert some == {name: {"caption": d["caption"]} if "caption" in d else {} for name, d in expected.items()}
 
 
 # The document

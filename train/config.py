@@ -302,7 +302,7 @@ def prepare(
     recipe = _scheduled(recipe, config, began, earlier or {}, changes)
     if config.hook is not None:
         recipe = hooked(recipe, config.hook, config.hook_after or "augment")
-    recipe.check_size(facts.size)
+    recipe.check_sides(facts.sides)
     computing = arithmetic(device, config.precision, config.channels_last, config.compile)
     if computing.precision == "fp16" and device.type == "cpu":
         notes += ["fp16 on a CPU: gradients of convolutions take hundreds of times as long as in bf16"]

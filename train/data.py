@@ -8,11 +8,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 
-from alexprep.shards.any_dataset import dataset_facts
+from alexprep.shards.any_dataset import TARS, common_size, dataset_facts
 from alexprep.shards.dataset_format import INDEX, read_index
 from alexprep.shards.errors import AlexprepError
 
@@ -127,7 +128,7 @@ class DataFacts(NamedTuple):
 
     digest: str
     classes: int
-    size: int | None  # side of the stored images, pixels; None where they are not squares of one side
+    sides: tuple[int, int] | None  # see `stored_sides`
     evaluation_split: str | None  # with samples and labels
     unlabelled: list[str]  # splits that would have come first, but have no labels
 
@@ -146,7 +147,19 @@ def data_facts(data: Path) -> DataFacts:
     filled = [split for split in EVALUATION_SPLITS if dataset["splits"].get(split, {}).get("samples")]
     split = next((split for split in filled if _has_labels(data, split)), None)
     unlabelled = filled[: filled.index(split)] if split else filled
-    return DataFacts(dataset["digest"], classes, dataset["image"]["size"], split, unlabelled)
+    return DataFacts(dataset["digest"], classes, stored_sides(data, dataset), split, unlabelled)
+
+
+def stored_sides(data: Path, dataset: dict[str, Any]) -> tuple[int, int] | None:
+    """The shortest and the longest of the stored images' shorter sides, pixels, over all splits; None for other people's tars that differ."""
+    size = common_size(dataset["image"])
+    if size is not None:
+        return min(size), min(size)
+    if dataset["image"]["format"] == TARS:
+        return None
+    filled = [split for split, record in dataset["splits"].items() if record["samples"]]
+    shorter = [np.minimum(index["height"], index["width"]) for index in (read_index(data, split) for split in filled)]
+    return min(int(sides.min()) for sides in shorter), max(int(sides.max()) for sides in shorter)
 
 
 def _has_labels(data: Path, split: str) -> bool:

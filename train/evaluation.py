@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from alexprep.pipeline.device import choose_device
 from alexprep.pipeline.loader import Loader
 from alexprep.pipeline.loader_settings import Tuning, tuning_for
-from alexprep.shards.any_dataset import dataset_facts, is_tars
+from alexprep.shards.any_dataset import common_size, dataset_facts, is_tars
 from alexprep.shards.dataset_format import LEDGER, read_dataset, sample_key, shown_classes
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.listing import ILSVRC_ID
@@ -132,7 +132,7 @@ def evaluate(
     facts, dataset = data_facts(data), dataset_facts(data)
     notes = [note for net in nets if (note := check_classes(net, data, dataset))]
     for net in nets:
-        net.recipe.check_size(facts.size)
+        net.recipe.check_sides(facts.sides)
     split = split or facts.evaluation_split or next(iter(facts.unlabelled), None)
     if split is None:
         raise AlexprepError(f"{data} has no val or test split: name another with --split")
@@ -280,7 +280,7 @@ def mean_of(net: Net, dataset: dict[str, Any], notes: list[str]) -> Path | None:
     if net.data_digest == dataset["digest"]:
         return None
     trained = net.training_data()
-    if trained is not None and trained["image"]["size"] == dataset["image"]["size"]:
+    if trained is not None and common_size(trained["image"]) == common_size(dataset["image"]):
         return net.data
     notes.append(f"{net.name} is shown the images less their own mean: that of its training data cannot be had")
     return None

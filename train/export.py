@@ -25,8 +25,8 @@ from torch import nn
 from alexprep.pipeline.augmentation import centred, channel_means, channel_stdevs, mean_corners, ten_windows
 from alexprep.shards.dataset_format import versions
 from alexprep.shards.errors import AlexprepError, one_of, whole_number
-from alexprep.shards.storage import json_bytes
-from alexprep.train.checkpoint import differences, publish
+from alexprep.shards.storage import json_bytes, publish_bytes
+from alexprep.train.checkpoint import differences, writing
 from alexprep.train.initial_weights import TORCHVISION_ALEXNET, renamed
 from alexprep.train.loading import EvaluationTransform, Opened, open_run_of
 from alexprep.train.models.cifar import PIXEL_DEVIATION
@@ -112,7 +112,9 @@ def export_run(
     }
     files[f"{stem}.json"] = json_bytes(document)  # last: what it names is there
     for name, content in files.items():
-        publish(folder / name, content)
+        with writing(folder / name, len(content), "run the same command again"):
+            folder.mkdir(parents=True, exist_ok=True)
+            publish_bytes(folder / name, content)
     for name in earlier - files.keys():
         (folder / name).unlink(missing_ok=True)
     return Exported(folder, {name: len(content) for name, content in files.items()}, document, opened.notes)
@@ -308,12 +310,6 @@ def _preprocessing(transform: EvaluationTransform) -> dict[str, Any]:
     }
     if target is None:  # images of any size, as they are
         return {"stored_image": None, "centre_view": None, "ten_views": None} | told
-    size = np.array([[target.size, target.size]])
-    centre, ten = centred(augmentation, size).windows_N4, ten_windows(augmentation, size)[0].tolist()
-    if augmentation.windowed_mean:
-        corners = mean_corners(augmentation, centre, target.size)[0].tolist()
-        told["mean"] = {"file": None, "shape": [target.size, target.size, 3], "centre_view_top_left": corners}
-        told["mean"]["window"] = augmentation.mean  # of the ten views: the crop's own, or always the centre
     stored: dict[str, Any] = {
         "size": target.size,
         "filter": target.filter,
@@ -322,13 +318,24 @@ def _preprocessing(transform: EvaluationTransform) -> dict[str, Any]:
     }
     if target.format == "jpg":
         stored |= {"quality": target.quality, "subsampling": target.subsampling}
+    if target.format == "webp":
+        stored |= {"quality": target.quality, "lossless": target.lossless}
+    if target.common_size is None:
+        stored |= {"fit": target.fit, "only_shrink": target.only_shrink}
+        return {"stored_image": stored, "centre_view": None, "ten_views": None} | told
+    size = np.array([target.common_size])
+    centre, ten = centred(augmentation, size).windows_N4, ten_windows(augmentation, size)[0].tolist()
+    if augmentation.windowed_mean:
+        corners = mean_corners(augmentation, centre, target.common_size)[0].tolist()
+        told["mean"] = {"file": None, "shape": [*target.common_size, 3], "centre_view_top_left": corners}
+        told["mean"]["window"] = augmentation.mean  # of the ten views: the crop's own, or always the centre
     views = [[*window, mirrored] for mirrored, window in itertools.product((False, True), ten)]
     return {"stored_image": stored, "centre_view": centre[0].tolist(), "ten_views": views} | told
 
 
 def _mean_file(transform: EvaluationTransform) -> bytes:
-    """The mean image as float32 (size, size, 3), grey levels, in NumPy's format."""
+    """The mean image as float32 (height, width, 3), grey levels, in NumPy's format."""
     assert transform.statistics is not None
     file = io.BytesIO()
-    np.save(file, transform.statistics.mean_HWC.astype(np.float32), allow_pickle=False)
+    np.save(file, transform.statistics.mean_image().astype(np.float32), allow_pickle=False)
     return file.getvalue()

@@ -25,6 +25,7 @@ from alexprep.pipeline.loader import Loader
 from alexprep.shards.dataset_format import read_dataset, read_index, read_json, split_record
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.storage import json_bytes, publish_json, published, sync_folder
+from alexprep.train.data import stored_sides
 from alexprep.train.evaluation import mean_of, sample_names, tuning_of
 from alexprep.train.neighbour_search import nearest
 from alexprep.train.precision import Precision, check_precision, float32_kernels, logits, memory
@@ -177,7 +178,7 @@ def write_outputs(
     data = data or data_of([net])
     dataset = read_dataset(data)
     check_classes(net, data, dataset)
-    net.recipe.check_size(int(dataset["image"]["size"]))
+    net.recipe.check_sides(stored_sides(data, dataset))
     path = out or outputs_file(net.run, layer, split)
     facts: dict[str, Any] = {
         "format": FORMAT,

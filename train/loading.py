@@ -22,7 +22,7 @@ from torch import nn
 
 from alexprep.pipeline.augmentation import Augmentation
 from alexprep.pipeline.device import choose_device
-from alexprep.pipeline.evaluation_views import ViewMaker
+from alexprep.pipeline.evaluation_views import ViewMaker, too_small
 from alexprep.pipeline.loader_settings import Tuning
 from alexprep.shards.any_dataset import TARS, dataset_facts
 from alexprep.shards.errors import AlexprepError, one_of, whole_number
@@ -31,6 +31,7 @@ from alexprep.shards.image_header import Refused
 from alexprep.shards.photos import Photo, convert_photos, find_photos, target_of
 from alexprep.shards.rgb_statistics import Statistics, read_statistics
 from alexprep.shards.worker_pool import Engine, InProcessEngine
+from alexprep.train.data import stored_sides
 from alexprep.train.evaluation import mean_of, tuning_of
 from alexprep.train.precision import memory
 from alexprep.train.predictions import EvaluationViews, Net, check_classes, data_of, open_net
@@ -115,7 +116,8 @@ class EvaluationTransform:
         """Photos in the form of the dataset's images."""
         if self.target is not None:
             for number, _, result in convert_photos(photos, self.target, engine):
-                yield number, result if isinstance(result, Refused) else result.data
+                words = None if isinstance(result, Refused) else too_small(self.augmentation, *result.size)
+                yield number, result if isinstance(result, Refused) else Refused(words) if words else result.data
             return
         for number, photo in enumerate(photos):
             try:
@@ -123,8 +125,13 @@ class EvaluationTransform:
             except OSError as error:
                 found = Refused(f"cannot be read: {error.strerror or error}")
             encoded = _as_png(found) if isinstance(found, np.ndarray) else found
-            sound = isinstance(encoded, Refused) or shared_decoder().decode(encoded) is not None
-            yield number, encoded if sound else Refused("not an image that can be decoded")
+            pixels = None if isinstance(encoded, Refused) else shared_decoder().decode(encoded)
+            words = (
+                "not an image that can be decoded"
+                if pixels is None
+                else too_small(self.augmentation, *pixels.shape[:2])
+            )
+            yield number, Refused(words) if words and not isinstance(encoded, Refused) else encoded
 
     def encoded(self, images: Sequence[bytes]) -> torch.Tensor:
         """The views of at most `batch_size` images that have the dataset's form already, encoded as its members are."""
@@ -133,7 +140,7 @@ class EvaluationTransform:
             self._maker = ViewMaker(
                 self.augmentation,
                 self.views,
-                size=None if self.target is None else self.target.size,
+                size=None if self.target is None else self.target.common_size,
                 raw=self.target is not None and self.target.format == "raw",
                 batch_size=self.batch_size,
                 statistics=self.statistics,
@@ -236,7 +243,7 @@ def open_run_of(
     note = check_classes(net, folder, dataset)
     notes = [*net.skipped, *([note] if note else [])]
     target = None if dataset["image"]["format"] == TARS else target_of(dataset)
-    net.recipe.check_size(dataset["image"]["size"])
+    net.recipe.check_sides(stored_sides(folder, dataset))
     augmentation = net.recipe.augmentation
     mean_from = mean_of(net, dataset, notes) or folder
     tuning = tuning_of([net], folder, where)

@@ -34,7 +34,7 @@ class Pixels:
 
     def fitted(self, augmentation: Augmentation, stored_sizes: tuple[int, int]) -> tuple[Augmentation, tuple[int, int]]:
         """An augmentation with this mean and deviation; and with this crop, where the images that it is meant for are large enough."""
-        crop = self.crop if self.crop <= stored_sizes[1] else augmentation.crop or stored_sizes[0]
+        crop = self.crop if self.crop <= stored_sizes[1] else min(augmentation.view or stored_sizes[:1])
         low = max(crop, stored_sizes[0])
         named = {"mean": _named(self.mean, MEANS), "std": _named(self.std, STDS)}
         scale = self.evaluation_scale if augmentation.scale is not None else augmentation.evaluation_scale

@@ -21,6 +21,7 @@ from torch import nn
 
 from alexprep.pipeline.augmentation import Augmentation, Hook, Place, augmentation_named
 from alexprep.pipeline.dali_graph import check_hooks
+from alexprep.pipeline.geometry import sides
 from alexprep.shards.errors import AlexprepError, number_within, whole_number
 from alexprep.train.checkpoint import BEFORE
 from alexprep.train.distributed.tensor_parallel import Scheme, part_of
@@ -141,7 +142,12 @@ class Recipe:
         """Side of the square that the network sees, pixels."""
         if self.augmentation.crop is None:
             raise AlexprepError(f"recipe {self.name} has no crop: a network needs images of one size")
-        return self.augmentation.crop
+        height, width = sides(self.augmentation.crop)
+        if height != width:
+            raise AlexprepError(
+                f"recipe {self.name} has a crop of {width} x {height}: its network is made for a square"
+            )
+        return height
 
     def make_network(self, classes: int, seed: int) -> nn.Module:
         """The network with its initial weights, on the CPU."""
@@ -233,20 +239,26 @@ class Recipe:
         values: dict[str, Any] = json.loads(json.dumps(told))
         return values
 
-    def check_size(self, stored: int | None) -> None:
-        """Makes sure that images stored with side `stored` suit this recipe; whether those of several sizes do, a loader tells.
+    def check_sides(self, stored: tuple[int, int] | None) -> None:
+        """Makes sure that images stored with shorter sides from the first to the second number of pixels suit this recipe.
+
+        Whether other people's images of several sizes do, None, a loader tells.
 
         Raises:
             AlexprepError: they do not; the message names a recipe that suits them, or the `--size` to shard with.
         """
         low, high = self.stored_sizes
-        if stored is None or low <= stored <= high:
+        if stored is None or (low <= stored[0] and stored[1] <= high):
             return
-        suitable = [one.name for one in RECIPES.values() if one.stored_sizes[0] <= stored <= one.stored_sizes[1]]
+        shortest, longest = stored
+        suitable = [
+            one.name for one in RECIPES.values() if one.stored_sizes[0] <= shortest and longest <= one.stored_sizes[1]
+        ]
         other = f"train with --recipe {suitable[0]}, or " if suitable else ""
         wanted = f"{low}" if low == high else f"{low} to {high}"
+        found = f"a side of {shortest}" if shortest == longest else f"shorter sides of {shortest} to {longest}"
         raise AlexprepError(
-            f"the stored images have a side of {stored} pixels, recipe {self.name} is for {wanted}: {other}shard again with --size {low}"
+            f"the stored images have {found} pixels, recipe {self.name} is for {wanted}: {other}shard again with --size {low}"
         )
 
 

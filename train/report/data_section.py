@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 from alexprep.shards.contact_sheet import SheetRow, cell_of, lay_out
 from alexprep.shards.dataset_format import LEDGER, read_dataset, read_index, shard_name, short_classes, shown_classes
 from alexprep.shards.errors import AlexprepError
+from alexprep.shards.image_codec import Target
+from alexprep.shards.plan import target_in
 from alexprep.shards.sample_reader import Samples
 from alexprep.train.report.blocks import LINES, STYLES, Block, Facts, Picture, Section, Table, Words, plot, thinned
 
@@ -107,14 +109,11 @@ def _filled(dataset: dict[str, Any]) -> list[str]:
 
 
 def _facts(data: Path, dataset: dict[str, Any]) -> list[Block]:
-    image, options, source = dataset["image"], dataset["options"], dataset["source"]
-    form = image["format"] + (
-        f", quality {image['quality']}, {image['subsampling']}" if image["format"] == "jpg" else ""
-    )
+    options, source, target = dataset["options"], dataset["source"], target_in(dataset["image"])
     rows = [
         ("folder", str(data)),
         ("digest", dataset["digest"]),
-        ("images", f"{image['size']} x {image['size']} pixels, {form}, filter {image['filter']}"),
+        ("images", f"{_size_words(target)}, {_format_words(target)}, filter {target.filter}"),
         ("classes", f"{len(dataset['classes']):,}, numbered by {dataset['labels']!r}"),
         ("source", f"layout {source['layout']!r}, listing {source['inputs'][:16]}…"),
         ("options", ", ".join(f"{name} {value}" for name, value in sorted(options.items()))),
@@ -126,6 +125,25 @@ def _facts(data: Path, dataset: dict[str, Any]) -> list[Block]:
         for name, split in ((name, dataset["splits"][name]) for name in _filled(dataset))
     ]
     return [Facts(rows), Table("Splits", ["split", "inputs", "samples", "rejected", "shards", "MB"], splits)]
+
+
+def _size_words(target: Target) -> str:
+    height, width = target.box
+    words = {
+        "square": f"{width} x {height} pixels",
+        "shorter": f"whole, to cover {width} x {height} pixels",
+        "longer": f"whole, within {width} x {height} pixels",
+        "none": "of their own sizes",
+    }
+    return words[target.fit] + (", smaller ones as they are" if target.only_shrink else "")
+
+
+def _format_words(target: Target) -> str:
+    if target.format == "jpg":
+        return f"jpg, quality {target.quality}, {target.subsampling}"
+    if target.format == "webp":
+        return "webp, lossless" if target.lossless else f"webp, quality {target.quality}"
+    return target.format
 
 
 def _read(data: Path, split: str, ledgers: dict[str, Ledger]) -> list[Block]:
@@ -357,7 +375,7 @@ def _sheet(data: Path, dataset: dict[str, Any], title: str, chosen: Chosen) -> l
 
 
 def decoded(samples: Samples, row: int) -> NDArray[np.uint8]:
-    """The pixels of a sample, uint8 (S, S, 3). Raises AlexprepError where it cannot be decoded."""
+    """The pixels of a sample, uint8 (H, W, 3). Raises AlexprepError where it cannot be decoded."""
     from alexprep.shards.image_codec import read_raw, shared_decoder
 
     data = samples.encoded(row).tobytes()
