@@ -57,7 +57,7 @@ FENCES = {
     ),
     "nvidia.dali": ("pipeline/dali_graph.py", "pipeline/dali_ops.py"),
     "webdataset": ("pipeline/wds_pipeline.py",),
-    "sklearn": ("train/similar_images.py",),
+    "sklearn": ("train/neighbour_search.py",),
     "pickle": (),
     "subprocess": ("shards/worker_pool.py", "train/launch.py"),
     "ray": ("shards/ray_runner.py",),

@@ -114,7 +114,8 @@ def _summary(logs: Sequence[Log]) -> Table:
         config, best = read_config(log.run), log.best
         last = (log.epochs or log.steps)[-1]
         options = config["options"]
-        row = [log.run.name, options["recipe"], log.batch_size, int(last["step"]), len(log.epochs), float(last["loss"])]
+        recipe = str(options["recipe"]).rpartition("/")[2]  # of a file, its name alone
+        row = [log.run.name, recipe, log.batch_size, int(last["step"]), len(log.epochs), float(last["loss"])]
         row += [best["epoch"] + 1, best["val"]["top1_error"], best["val"]["top5_error"]] if best else [None] * 3
         rows.append([*row, sum(float(record["seconds"]) for record in log.epochs) / 60])
     columns = [
