@@ -314,7 +314,7 @@ Compiled = Callable[[Taps, Taps, NDArray[np.uint8]], NDArray[np.uint8]]
 @functools.lru_cache(maxsize=1)
 def _compiled() -> Compiled | None:
     """resize.c, where it was compiled when alexprep was installed and does what numpy does; None otherwise."""
-    return next(filter(None, map(_loaded, Path(__file__).parent.glob("_resize*.so"))), None)
+    return next(filter(None, map(_loaded, (Path(__file__).parent / "compiled").glob("resize*.so"))), None)
 
 
 def _loaded(library: Path) -> Compiled | None:

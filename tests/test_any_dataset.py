@@ -133,11 +133,16 @@ def test_samples_that_cannot_be_used_are_left_out_where_that_is_asked(
         TrainConfig(**options, on_bad="skip", ranks=2)
 
 
-def test_a_mean_image_needs_images_of_one_size(tars: Path, tmp_path: Path) -> None:
+def test_a_mean_image_needs_images_of_one_size(tars: Path, data: Path, tmp_path: Path) -> None:
     publish_statistics(pca_stats(tars, "train", HERE), tars, "train")
+    options: dict[str, Any] = {"recipe": "tiny", "runs": tmp_path / "runs", "device": "cpu", "threads": 1}
     with pytest.raises(AlexprepError, match="images of several sizes have none: use mean 'channel'"):
-        train(TrainConfig(data=tars, recipe="tiny", runs=tmp_path / "runs", device="cpu"))
+        train(TrainConfig(data=tars, **options))
+    with pytest.raises(AlexprepError, match="images of 64 x 64 pixels have none: use mean 'channel'"):
+        train(TrainConfig(data=data, statistics=tars, **options))
     assert not (tmp_path / "runs").exists()
+    settings = ("augmentation.mean=channel", "augmentation.scale=0.5,1", "batch_size=6", "epochs=1")
+    assert train(TrainConfig(data=tars, settings=settings, **options))["steps"] == 2
 
 
 def test_from_tars_to_a_network_that_is_shown_photos(

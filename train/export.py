@@ -25,8 +25,8 @@ from torch import nn
 from alexprep.pipeline.augmentation import centred, channel_means, channel_stdevs, mean_corners, ten_windows
 from alexprep.shards.dataset_format import versions
 from alexprep.shards.errors import AlexprepError, one_of, whole_number
-from alexprep.shards.storage import json_bytes
-from alexprep.train.checkpoint import differences, publish
+from alexprep.shards.storage import json_bytes, publish_bytes
+from alexprep.train.checkpoint import differences, writing
 from alexprep.train.initial_weights import TORCHVISION_ALEXNET, renamed
 from alexprep.train.loading import EvaluationTransform, Opened, open_run_of
 from alexprep.train.models.cifar import PIXEL_DEVIATION
@@ -112,7 +112,9 @@ def export_run(
     }
     files[f"{stem}.json"] = json_bytes(document)  # last: what it names is there
     for name, content in files.items():
-        publish(folder / name, content)
+        with writing(folder / name, len(content), "run the same command again"):
+            folder.mkdir(parents=True, exist_ok=True)
+            publish_bytes(folder / name, content)
     for name in earlier - files.keys():
         (folder / name).unlink(missing_ok=True)
     return Exported(folder, {name: len(content) for name, content in files.items()}, document, opened.notes)
