@@ -56,6 +56,7 @@ from alexprep.shards.manifest import (
 )
 from alexprep.shards.metadata import EXTENSION, MetadataError, document_bytes
 from alexprep.shards.plan import (
+    NO_IDENTITY,
     Plan,
     PlanTable,
     Shard,
@@ -519,7 +520,9 @@ def _check_descriptions(plan: Plan, table: PlanTable, dataset: dict[str, Any]) -
     if dataset.get("plan") == plan.digest:
         digests = {name: str(recorded.get(name)) for name in (*files, PLAN_TABLE)}
         if difference := _first_difference(dataset, json.loads(json_bytes(manifest.dataset(digests)))):
-            yield Problem(DATASET, "", f"does not describe these shards: {difference}")
+            # What no digest covers may have been changed in either file.
+            either = f", or {PLAN} was changed" if difference.startswith(NO_IDENTITY) else ""
+            yield Problem(DATASET, "", f"does not describe these shards: {difference}{either}")
 
 
 def _first_row_that_differs(name: str, found: bytes, wanted: bytes) -> tuple[int, str, str] | None:
