@@ -59,10 +59,11 @@ def ablate(
         say: is told what begins.
 
     Returns:
-        The document that ablation.json in that folder is then, too: base, split; variants, a list of variant, runs, and the mean and its
-        standard error (None for one run, which tells none) of top1_error, top5_error (percent) and loss (nats), and of difference, top1_error less that of the
-        recipe with the same seed (points); runs, a list of variant, seed, run and what its summary measured; failed, a list of variant, seed, run
-        and reason, of those whose loss was no number; stopped_by, as of a run.
+        The document that ablation.json in that folder is then, too: base, split; names, what the runs of each variant that the folder has had
+        are called, but for their seeds; variants, a list of variant, runs, and the mean and its standard error (None for one run, which tells
+        none) of top1_error, top5_error (percent) and loss (nats), and of difference, top1_error less that of the recipe with the same seed
+        (points); runs, a list of variant, seed, run and what its summary measured; failed, a list of variant, seed, run and reason, of those
+        whose loss was no number; stopped_by, as of a run.
 
     Raises:
         AlexprepError: a variant is none, two would be trained under one name, the folder holds an ablation of something else, or there is
@@ -76,9 +77,10 @@ def ablate(
         raise AlexprepError(
             f"{config.data} has no val or test split with labels: there is nothing to measure errors on"
         )
-    names = _names(plain, list(wanted), seeds)
+    short = _short_names(plain, list(wanted))
+    names = {(variant, seed): f"{short[variant]}-seed{seed}" for seed in range(seeds) for variant in wanted}
     document = {"base": _base(plain), "split": plain.facts.evaluation_split}
-    _begin(config.runs, document)
+    document["names"] = _begin(config.runs, document, short)
     found: list[Trained] = []
     failed: list[dict[str, Any]] = []
     stopped = None
@@ -127,22 +129,34 @@ def _base(job: Job) -> dict[str, Any]:
     }
 
 
-def _begin(folder: Path, document: dict[str, Any]) -> None:
-    """Makes the folder, or makes sure that what it holds has the same base."""
-    if not (folder / ABLATION).exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        _publish(folder, document | _compared([], [], []) | {"stopped_by": None})
-        return
-    before = read_json(folder / ABLATION, "name another folder with --runs").get("base", {})
-    for name, now in document["base"].items():
+def _begin(folder: Path, document: dict[str, Any], short: dict[str, str]) -> dict[str, str]:
+    """Makes the folder, or makes sure that what it holds has the same base, and no run of another variant under one of the `short` names.
+
+    All variants that the folder has had, by these names, are returned, and noted in it before any is trained.
+    """
+    earlier: dict[str, Any] = {}
+    if (folder / ABLATION).exists():
+        earlier = read_json(folder / ABLATION, "name another folder with --runs")
+    before, known = earlier.get("base", {}), earlier.get("names", {})
+    for name, now in document["base"].items() if earlier else ():
         if before.get(name) != now:
             raise AlexprepError(
                 f"{folder} holds an ablation whose {name} was {before.get(name)!r}, now it is {now!r}: name another folder with --runs"
             )
+    for variant, name in short.items():
+        if known.get(name, variant) != variant:
+            raise AlexprepError(
+                f"{folder} holds runs of the variant {known[name]!r} as {name}, and {variant!r} would be trained as that too: write it otherwise, "
+                "or name another folder with --runs"
+            )
+    names = known | {name: variant for variant, name in short.items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    _publish(folder, document | _compared([], [], []) | {"stopped_by": None} | earlier | {"names": names})
+    return names
 
 
-def _names(plain: Job, variants: list[str], seeds: int) -> dict[tuple[str, int], str]:
-    """The names of the runs, in the order in which they are trained."""
+def _short_names(plain: Job, variants: list[str]) -> dict[str, str]:
+    """What the runs of each variant are called, but for their seeds."""
     short = {
         variant: re.sub(r"[^A-Za-z0-9._]+", "-", variant or plain.recipe.name).strip("-._")[:LONGEST]
         for variant in variants
@@ -152,7 +166,7 @@ def _names(plain: Job, variants: list[str], seeds: int) -> dict[tuple[str, int],
             raise AlexprepError(
                 f"the variants {variant!r} and {other[0]!r} would both be trained as {name}: write one otherwise"
             )
-    return {(variant, seed): f"{short[variant]}-seed{seed}" for seed in range(seeds) for variant in variants}
+    return short
 
 
 def _finished(run: Path) -> dict[str, Any] | None:

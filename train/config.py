@@ -90,18 +90,16 @@ class TrainConfig:
 
     # Folder of the data set, or anyone's webdataset, a folder, tar or pattern of tars; only a resumed run has one of its own.
     data: Path | None = None
-    statistics: Path | str | None = None  # whose mean image and eigenpairs, if not the data's: a folder with stats/
-    on_bad: OnBad | None = (
-        None  # what becomes of samples of other people's tars that cannot be used: "error" by default, or "skip"
-    )
     # Name in the registry, "alexnet" by default; or a user's own: FILE.py, FILE.py:FUNCTION or MODULE:FUNCTION.
     recipe: str | None = None
     # A network in the recipe's stead, likewise, see `alexprep.train.user_code`; or timm/NAME, torchvision/NAME.
     model: str | None = None
-    hook: str | None = (
-        None  # an operation of the user's own in the augmentation, likewise; see `alexprep.pipeline.Hook`
-    )
+    # An operation of the user's own in the augmentation, likewise; see `alexprep.pipeline.Hook`.
+    hook: str | None = None
     hook_after: Place | None = None  # where: "decode", "augment" (the default) or "tensor"
+    statistics: Path | str | None = None  # whose mean image and eigenpairs, if not the data's: a folder with stats/
+    # What becomes of samples of other people's tars that cannot be used: "error" by default, or "skip".
+    on_bad: OnBad | None = None
     seed: int | None = None  # of the initial weights, dropout, order and augmentation; 0 by default
     batch_size: int | None = None  # images a step
     lr: float | None = None  # highest learning rate, of which the schedule makes all others; on resuming, from now on
