@@ -253,7 +253,7 @@ def _spread(trials: Sequence[Trial]) -> float:
 
 
 def _usual_augmentation(dataset: Dataset) -> Augmentation:
-    if dataset.statistics_of is None or dataset.size is None or not (dataset.statistics_of / STATISTICS).exists():
+    if dataset.folder is None or dataset.size is None or not (dataset.folder / STATISTICS).exists():
         return PRESETS["resized"]
     height, width = (max(1, side * 7 // 8) for side in dataset.size)
     return Augmentation(crop=height if height == width else (height, width))

@@ -32,13 +32,13 @@ from alexprep.pipeline.dali_ops import Dtype, MemoryFormat
 from alexprep.shards.errors import AlexprepError, one_of
 from alexprep.shards.rgb_statistics import Statistics
 
-Views = Literal[
-    "random", "centre", "two", "ten"
-]  # all but the first are without chance; the last are the paper's test views
+# All but the first are without chance; the last are the paper's test views.
+Views = Literal["random", "centre", "two", "ten"]
 Inputs = dict[str, "NDArray[Any] | list[NDArray[np.float32]]"]
 
 # Which of `ten_windows` are seen as they are and reflected: the centre, or all five.
 REFLECTED: dict[str, tuple[int, ...]] = {"two": (2,), "ten": (0, 1, 2, 3, 4)}
+VIEWS = {"random": 1, "centre": 1} | {name: 2 * len(windows) for name, windows in REFLECTED.items()}  # of an image
 POLICY_INPUTS = ("kind", "map", "factor", "from_mean", "threshold", "mask", "kernel", "colours")
 _STRIP_BYTES = 128 * 2**20  # of windows of the mean image that are kept ready
 

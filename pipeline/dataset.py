@@ -7,36 +7,23 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
-from numpy.typing import NDArray
 
 from alexprep.pipeline.augmentation import Augmentation
-from alexprep.shards.any_dataset import DataSource, open_samples
+from alexprep.shards.any_dataset import DataSource, SplitSamples, open_samples
 from alexprep.shards.errors import AlexprepError, one_of
 from alexprep.shards.rgb_statistics import Statistics, read_statistics
-from alexprep.shards.sample_reader import Samples, TarSamples
-from alexprep.shards.webdataset_index import UnusableSample
+from alexprep.shards.sample_reader import Samples
 
 OnBad = Literal["error", "skip"]
 Source = DataSource
 
 
-@dataclass(frozen=True)
-class Dataset:
-    """Samples, and what is known of them."""
-
-    samples: TarSamples
-    sizes_N2: NDArray[np.integer]  # heights and widths of the stored images, pixels
-    size: tuple[int, int] | None  # height and width where all have the same
-    raw: bool  # whether members are pixels rather than encoded images
-    digest: str  # the identity of the data, hex sha256
-    classes: list[str]  # by label
-    bad: tuple[UnusableSample, ...]  # samples of other people's tars that cannot be used, with the reason
-    statistics_of: Path | None  # the folder that has its statistics, or will
+class Dataset(SplitSamples):
+    """The samples of a split, as a loader reads them."""
 
     def keys(self, rows: Sequence[int]) -> list[str]:
         """The keys of some samples, by the rows of the index."""
@@ -105,9 +92,9 @@ def statistics_for(dataset: Dataset, chosen: Statistics | str | Path | None) -> 
         if not isinstance(chosen, str | os.PathLike):
             raise AlexprepError(f"statistics {chosen!r} are neither a dataset's folder nor statistics")
         return read_statistics(str(chosen))
-    if dataset.statistics_of is None:
+    if dataset.folder is None:
         raise AlexprepError(
             "these shards have no statistics: name a dataset that has them (statistics=FOLDER), or use an augmentation "
             "without, for example 'resized'"
         )
-    return read_statistics(dataset.statistics_of)
+    return read_statistics(dataset.folder)

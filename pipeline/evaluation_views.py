@@ -6,7 +6,6 @@ The graph is the one that a `Loader` runs, so an image gives the same views whic
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -84,7 +83,7 @@ class ViewMaker:
         if chosen is None and augmentation.needs_statistics:
             raise AlexprepError("this augmentation needs the statistics of a dataset: give those of the training")
         known = batch_size if size is not None else 0
-        replace(dataset, sizes_N2=self._sizes_N2[:known]).check(augmentation, chosen)
+        dataset._replace(sizes_N2=self._sizes_N2[:known]).check(augmentation, chosen)
         self._graph = Graph(
             augmentation,
             chosen,

@@ -25,7 +25,7 @@ from PIL import Image
 
 from alexprep.pipeline.augmentation import Augmentation, Draws, augmentation_named, centred, draw
 from alexprep.pipeline.batch import Batch, mixed_batch
-from alexprep.pipeline.dali_graph import REFLECTED, Graph, Views, check_hooks
+from alexprep.pipeline.dali_graph import REFLECTED, VIEWS, Graph, Views, check_hooks
 from alexprep.pipeline.dali_ops import Dtype, MemoryFormat
 from alexprep.pipeline.dataset import Dataset, OnBad, Source, open_dataset, statistics_for
 from alexprep.pipeline.device import choose_device, moved
@@ -475,8 +475,7 @@ class PipelineRunner:
         if not len(step.rows):
             height, width = graph.augmentation.view or self.sizes_N2[0].tolist()
             shape = (3, height, width) if graph.memory_format == "NCHW" else (height, width, 3)
-            windows = REFLECTED.get(graph.views, ())
-            images = self._empty((0, 2 * len(windows), *shape) if windows else (0, *shape))
+            images = self._empty((0, VIEWS[graph.views], *shape) if graph.views in REFLECTED else (0, *shape))
         elif self._device.type == "cuda":
             images = self._on_gpu()
         else:

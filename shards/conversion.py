@@ -233,6 +233,10 @@ def make_plan(
         earlier = read_json(folder / PLAN, "use a new --out")
         options = as_begun(options, earlier)
         listing = numbered_as_begun(listing, options.labels, earlier)
+        if options.class_words and listing.class_words != earlier.get("words", []):
+            raise AlexprepError(
+                f"--class-words {options.class_words} has other words than {folder} was begun with, and those stay: leave it out, or use a new --out"
+            )
     announce(listing)
     return publish_plan(folder, *draw_up(listing, options))
 

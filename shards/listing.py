@@ -201,7 +201,8 @@ def _as_columns(inputs: Iterable[Input]) -> tuple[dict[str, pa.Table], list[str]
         digest.update(b"".join([b"%s%s\0%s\0%d\0%d\0" % (heads[split, name], *place) for split, name, place in lines]))
         if any(metadata):
             of_metadata = of_metadata or hashlib.sha256()
-            of_metadata.update(b"".join([b"%d %d %s" % (n, len(each), each) for n, each in enumerate(metadata, count)]))
+            references = ((n, each) for n, each in enumerate(metadata, count) if each)
+            of_metadata.update(b"".join([b"%d %d %s" % (n, len(each), each) for n, each in references]))
         count += len(some)
         for split in dict.fromkeys(splits):
             own = [each == split for each in splits]

@@ -146,7 +146,9 @@ def test_a_folder_is_of_one_base(common: TrainConfig, trainings: Trainings) -> N
 def test_a_run_of_another_variant_is_not_taken_for_its_own(common: TrainConfig, trainings: Trainings) -> None:
     """Of variants that come one after the other, as of those that come together."""
     ablate(common, [LR], 1)
-    with pytest.raises(AlexprepError, match=r"holds runs of the variant 'lr=0.02 clip=1' as lr-0.02-clip-1, and 'lr=0.02 clip=.1'"):
+    with pytest.raises(
+        AlexprepError, match=r"holds runs of the variant 'lr=0.02 clip=1' as lr-0.02-clip-1, and 'lr=0.02 clip=.1'"
+    ):
         ablate(common, ["lr=0.02 clip=+1"], 1)
     ablate(common, [], 1)  # what is not asked for is remembered all the same
     with pytest.raises(AlexprepError, match=r"holds runs of the variant 'lr=0.02 clip=1'"):

@@ -552,6 +552,8 @@ def test_words_stand_beside_the_classes_and_in_no_digest(tmp_path: Path, picture
         assert (read_dataset(shard(out, tmp_path / f"again{len(content)}")).get("words")) == expected
     shard(root, out)  # without the words, which it keeps
     assert read_dataset(out)["words"] == ["", "a cat"]
+    with pytest.raises(AlexprepError, match=r"has other words than .* was begun with, and those stay"):
+        shard(root, bare, class_words=own)
     with pytest.raises(AlexprepError, match="names none of the 2 classes, such as 'n01440764'"):
         own.write_text("cat\tx\n")
         shard(root, tmp_path / "wrong", class_words=own)

@@ -123,6 +123,8 @@ def test_other_features_and_bad_labels_of_tfrecords(tmp_path: Path) -> None:
     fails(place, "has the features 'jpeg', 'kind', 'more', 'share'".replace("has", "with"))
     chosen = Choices(columns=(("image", "jpeg"), ("label", "kind")))
     assert listed(place, choices=chosen).classes == ["cat"]
+    floats = [an_example(image=b"x", label=[2.0])]
+    assert listed(tfrecord(tmp_path / "whole.tfrecord", floats)).names == ["2"]
     for label, words in (
         ("more", "2 labels; one is needed"),
         ("share", "no whole number"),
@@ -207,6 +209,8 @@ def test_damaged_records_and_labels(rows: dict[str, list[Row]], tmp_path: Path) 
         fails(recordio(place, [record]), words)
     assert listed(recordio(place, [image_record(0, 0, b"x", 1.0, 2.0)]), choices=Choices(unlabelled=True)).classes == []
     assert listed(recordio(place, [image_record(0, 0, b"x", 3.0)])).names == ["3"]
+    many = struct.pack("<IfQQ", 2**32 - 1, 0.0, 0, 0) + b"x"  # labels, of which no list is made
+    assert listed(recordio(place, [image_record(5, 0, b"x"), many])).names == ["5"]
     place.write_bytes(flipped(whole, whole.index(rows["val"][3][2]), 4))
     assert len(fates(place, tmp_path / "out")) == 1
 

@@ -137,7 +137,8 @@ def _begin(folder: Path, document: dict[str, Any], short: dict[str, str]) -> dic
     earlier: dict[str, Any] = {}
     if (folder / ABLATION).exists():
         earlier = read_json(folder / ABLATION, "name another folder with --runs")
-    before, known = earlier.get("base", {}), earlier.get("names", {})
+    before = earlier.get("base", {})
+    known: dict[str, str] = earlier.get("names", {})
     for name, now in document["base"].items() if earlier else ():
         if before.get(name) != now:
             raise AlexprepError(

@@ -46,6 +46,7 @@ from alexprep.train.predictions import (
     Predicted,
     check_classes,
     data_of,
+    images_at_once,
     open_net,
     predictions,
 )
@@ -141,7 +142,7 @@ def evaluate(
     means = [mean_of(net, dataset, notes) for net in nets]
     open_loader = open_loader or functools.partial(Loader, tuning=tuning_of(nets, data, where))
     shown = {"views": views, "order": "sequential", "device": str(where), "memory_format": memory(where).memory_format}
-    images = batch_size if views == "centre" else max(1, batch_size // 10)
+    images = images_at_once(batch_size, views)
     open_split = functools.partial(open_loader, data, batch_size=images, threads=threads, **shown)
     timer = StepTimer()
 

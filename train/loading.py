@@ -34,7 +34,7 @@ from alexprep.shards.worker_pool import Engine, InProcessEngine
 from alexprep.train.data import stored_sides
 from alexprep.train.evaluation import mean_of, tuning_of
 from alexprep.train.precision import memory
-from alexprep.train.predictions import EvaluationViews, Net, check_classes, data_of, open_net
+from alexprep.train.predictions import EvaluationViews, Net, check_classes, data_of, images_at_once, open_net
 from alexprep.train.run_dir import Place, place_named
 
 Picture = str | Path | bytes | NDArray[np.uint8] | Image.Image
@@ -252,7 +252,7 @@ def open_run_of(
         augmentation,
         views,
         read_statistics(mean_from) if augmentation.needs_statistics else None,
-        batch_size if views == "centre" else max(1, batch_size // 10),
+        images_at_once(batch_size, views),
         where,
         replace(tuning, threads=threads) if threads is not None else tuning,
     )

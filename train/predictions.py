@@ -16,6 +16,7 @@ import torch
 from numpy.typing import DTypeLike, NDArray
 from torch import nn
 
+from alexprep.pipeline.dali_graph import VIEWS
 from alexprep.shards.any_dataset import dataset_facts
 from alexprep.shards.errors import AlexprepError
 from alexprep.train import checkpoint, run_dir
@@ -95,6 +96,11 @@ def open_net(place: Place, device: torch.device, recipe: str | None = None, mode
         network.eval(),
         skipped,
     )
+
+
+def images_at_once(crops: int, views: EvaluationViews) -> int:
+    """How many images have so many crops, at least one."""
+    return max(1, crops // VIEWS[views])
 
 
 def data_of(nets: list[Net]) -> Path:

@@ -75,14 +75,13 @@ class RecordIO(Source):
             with self.files.reading(path) as read:
                 for number, record in enumerate(_records(read, self.files.size(path), shown)):
                     account.found += 1
-                    labels, picture_at, identity = _image_header(record.head, f"{shown}, record {number:,}")
-                    member = b"record %d" % identity
-                    if picture_at >= record.size:
+                    where = f"{shown}, record {number:,}"
+                    header = _image_header(record.head, where)
+                    member = b"record %d" % header.identity
+                    if header.picture_at >= record.size:
                         account.pass_over(NO_PICTURE, f"{shown}/{as_text(member)}")
                         continue
-                    class_name = (
-                        UNLABELLED if self.choices.unlabelled else _class_name(labels, f"{shown}, record {number:,}")
-                    )
+                    class_name = UNLABELLED if self.choices.unlabelled else _class_name(header, where)
                     yield Input(split, class_name, Location(path, member, record.begin, record.end - record.begin))
         if self.whole:
             pass_over_rest(self.files, {path for _, path in self.parts}, account)
@@ -96,10 +95,9 @@ class RecordIO(Source):
             whole = MAGIC.join(
                 data[at : at + size] for _, at, size in _parts(lambda at, size: data[at : at + size], 0, len(data), "")
             )
-            _, picture_at, _ = _image_header(whole, "")
+            return whole[_image_header(whole, "").picture_at :]
         except AlexprepError:
             raise OSError("the record is not what it was when it was listed") from None
-        return whole[picture_at:]
 
     def classes(self, present: set[str]) -> list[str]:
         """The numbers from "0" to the highest."""
@@ -150,24 +148,32 @@ def _parts(read: Callable[[int, int], bytes], at: int, size: int, shown: str) ->
         yield at, begin, length
 
 
-def _image_header(head: bytes, where: str) -> tuple[list[float], int, int]:
-    """The label, as often as there are labels; where the picture begins in the data; the record's id."""
+class _Header(NamedTuple):
+    """What begins a record of an image: its first label, how many there are, where the picture begins in the data, and the record's id."""
+
+    label: float
+    labels: int
+    picture_at: int
+    identity: int
+
+
+def _image_header(head: bytes, where: str) -> _Header:
     if len(head) < _IMAGE.size:
         raise AlexprepError(f"{where} has {len(head)} bytes, and no header of an image: it is no record of im2rec")
     flag, label, identity, _ = _IMAGE.unpack_from(head)
     if flag == 1 and len(head) >= _HEAD_BYTES:
         (label,) = struct.unpack_from("<f", head, _IMAGE.size)
-    return [label] * max(1, flag), _IMAGE.size + 4 * flag, identity
+    return _Header(label, max(1, flag), _IMAGE.size + 4 * flag, identity)
 
 
-def _class_name(labels: list[float], where: str) -> str:
+def _class_name(header: _Header, where: str) -> str:
     """The label as a number in digits."""
-    if len(labels) > 1:
+    if header.labels > 1:
         raise AlexprepError(
-            f"{where} has {len(labels)} labels; one is needed: pack it again with one, or say --unlabelled"
+            f"{where} has {header.labels:,} labels; one is needed: pack it again with one, or say --unlabelled"
         )
     try:
-        name = label_in(labels[0])
+        name = label_in(header.label)
         check_range(name)
     except LabelError as error:
         raise AlexprepError(f"{where}: {error}") from None

@@ -33,7 +33,7 @@ from alexprep.shards.sources.base import (
 )
 from alexprep.shards.sources.foreign_formats import IMAGE_FOLDER_LISTS
 from alexprep.shards.sources.labels import LabelError, check_range, is_number, label_in, several
-from alexprep.shards.sources.table_rows import JSON_LINES, LISTS, TABLES, Row, is_list, read_along, read_rows
+from alexprep.shards.sources.table_rows import JSON_LINES, LISTS, TABLES, Row, is_kept, is_list, read_along, read_rows
 from alexprep.shards.sources.tree import read_tree
 from alexprep.shards.storage import Files, LocalFiles, as_text, is_url, local_path
 
@@ -104,10 +104,7 @@ class Table(Source):
 
     def resident_bytes(self) -> int:
         """Of lists that cannot be read piece by piece."""
-        return _KEPT_BYTES if any(self._is_kept(some.name) for some in self.lists()) else 0
-
-    def _is_kept(self, name: bytes) -> bool:
-        return not isinstance(self.files, LocalFiles) or name.lower().endswith((b".gz", b".parquet"))
+        return _KEPT_BYTES if any(is_kept(self.files, some.name) for some in self.lists()) else 0
 
     def classes(self, present: set[str]) -> list[str]:
         """The numbers from "0" to the highest where all are numbers, otherwise sorted as bytes."""

@@ -5,6 +5,7 @@ Columns are found by their names, or as the user says. Nothing is held but a bat
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import functools
 import gzip
@@ -27,7 +28,7 @@ from alexprep.shards.sources.base import NO_CHOICES, Choices
 from alexprep.shards.sources.foreign_formats import images_inside
 from alexprep.shards.sources.labels import LABEL_COLUMNS, LabelError, label_name, text_of
 from alexprep.shards.sources.picture_names import READ, is_picture
-from alexprep.shards.storage import Files, LocalFiles, as_text, is_url, open_regular, read_inflated
+from alexprep.shards.storage import Files, LocalFiles, as_text, open_regular, read_inflated
 
 # Column names in lower case; where a table has several of one kind, the first in this order counts. Those of labels: `labels`.
 PATHS = (
@@ -48,6 +49,7 @@ _FOLDERS_LOOKED_INTO = 20  # beside a table, for the pictures that its ids may m
 _LINES_LOOKED_AT = 20  # of a list
 _ENDINGS = tuple(f".{each}" for ending in READ for each in (ending, ending.upper()))
 _BATCH = 65_536  # rows
+_GZIP = b"\x1f\x8b"
 _HEADS = 64  # of tables that are kept
 _MAX_OTHERS_BYTES = 2**28
 _mxnet_line = re.compile(r"\d+\t[^\t]+(?:\t[^\t]+)*\t\S[^\t]*").fullmatch
@@ -72,6 +74,8 @@ class Row(NamedTuple):
 
 def read_rows(files: Files, name: bytes, choices: Choices = NO_CHOICES) -> Iterator[Row]:
     """The rows of a table; AlexprepError where it is damaged, not UTF-8, or without the columns."""
+    for kept in (is_kept, _text_head, _json_head, _others_in_parquet, read_inflated):
+        kept.cache_clear()  # a table may have changed since it was read along
     lower = name.lower()
     for endings, read in ((JSON_LINES, _json_rows), (LISTS, _list_rows), ((b".parquet",), _parquet_rows)):
         if lower.endswith(endings):
@@ -164,7 +168,7 @@ def _chosen_column(use: str, chosen: str, names: list[str], shown: str) -> int:
 
 def _text_rows(files: Files, name: bytes, choices: Choices) -> Iterator[Row]:
     shown = files.display(name)
-    delimiter = "\t" if name.lower().endswith((b".tsv", b".tsv.gz")) else ","
+    delimiter = _delimiter(name)
     line, width, end, has_others = 0, 0, 0, False
     columns = _Chosen(0, 1, None)
     try:
@@ -243,7 +247,7 @@ class _Lines:
     """The lines of a text; `end` is where the last one ends, in bytes (after decompression, where it is gzipped)."""
 
     def __init__(self, file: BinaryIO, shown: str) -> None:
-        gzipped = file.read(2) == b"\x1f\x8b"
+        gzipped = file.read(len(_GZIP)) == _GZIP
         file.seek(0)
         self._stream: Any = gzip.GzipFile(fileobj=file) if gzipped else file
         self._shown, self.number, self.end = shown, 0, 0
@@ -279,6 +283,10 @@ def _numbered_lines(files: Files, name: bytes) -> Iterator[tuple[int, str, bytes
                 begin = lines.end
     except (OSError, EOFError, zlib.error) as error:
         raise _cut(shown, "line", number, error) from None
+
+
+def _delimiter(name: bytes) -> str:
+    return "\t" if name.lower().endswith((b".tsv", b".tsv.gz")) else ","
 
 
 def _opened(files: Files, name: bytes) -> BinaryIO:
@@ -492,10 +500,11 @@ def read_along(files: Files, name: bytes, along: bytes, choices: Choices = NO_CH
         if not isinstance(item, dict):
             raise MetadataError(f"{files.display(name)} has changed since it was read")
         return _other_fields(item, *head)
-    delimiter = "\t" if lower.endswith((b".tsv", b".tsv.gz")) else ","
     others, width = _text_head(files, name, choices)
-    text = line.decode("utf-8-sig" if offset == 0 else "utf-8")
-    rows = list(filter(None, csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True)))
+    rows: list[list[str]] = []
+    with contextlib.suppress(UnicodeDecodeError, csv.Error):
+        text = io.StringIO(line.decode("utf-8-sig" if offset == 0 else "utf-8"), newline="")
+        rows = list(filter(None, csv.reader(text, delimiter=_delimiter(name), skipinitialspace=True)))
     if len(rows) != 1 or len(rows[0]) != width:
         raise MetadataError(f"{files.display(name)} has changed since it was read")
     return {column: rows[0][place] for place, column in others}
@@ -503,9 +512,17 @@ def read_along(files: Files, name: bytes, along: bytes, choices: Choices = NO_CH
 
 def _piece(files: Files, name: bytes, offset: int, size: int) -> bytes:
     """Some bytes of a text, as they are after decompression."""
-    if isinstance(files, LocalFiles) and not name.lower().endswith(b".gz") and not is_url(name):
-        return files.read(name, offset, size)
-    return read_inflated(files, name)[offset : offset + size]
+    return (
+        read_inflated(files, name)[offset : offset + size] if is_kept(files, name) else files.read(name, offset, size)
+    )
+
+
+@functools.lru_cache(maxsize=_HEADS)
+def is_kept(files: Files, name: bytes) -> bool:
+    """Whether all that `read_along` finds in a table is kept in memory, since it cannot be read piece by piece."""
+    if not isinstance(files, LocalFiles) or name.lower().endswith(b".parquet"):
+        return True
+    return files.read(name, 0, len(_GZIP)) == _GZIP
 
 
 @functools.lru_cache(maxsize=_HEADS)
@@ -513,8 +530,8 @@ def _text_head(files: Files, name: bytes, choices: Choices) -> tuple[list[tuple[
     """The other columns of a CSV or TSV, and how many columns it has."""
     shown = files.display(name)
     with _opened(files, name) as file:
-        delimiter = "\t" if name.lower().endswith((b".tsv", b".tsv.gz")) else ","
-        cells = next(filter(None, csv.reader(_Lines(file, shown), delimiter=delimiter, skipinitialspace=True)))
+        lines = csv.reader(_Lines(file, shown), delimiter=_delimiter(name), skipinitialspace=True)
+        cells = next(filter(None, lines))
     return _columns(cells, shown, choices).others(cells), len(cells)
 
 

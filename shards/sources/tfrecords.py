@@ -151,7 +151,7 @@ class TFRecords(Source):
         try:
             found = dict(_features_in(get, len(data)))
             return {name: _values_in(get, feature) for name, feature in found.items() if name not in self.used}
-        except (WireError, struct.error) as error:
+        except WireError as error:
             raise MetadataError(f"the record holds no tf.train.Example ({error})") from None
 
     @property
@@ -247,14 +247,7 @@ def _label_in(get: Get, feature: tuple[int, int, int] | None, names: Sequence[st
     """The class of a record; empty for none, or -1."""
     if feature is None:
         return ""
-    kind, begin, end = feature
-    values = (
-        list(_texts_in(get, feature))
-        if kind == _BYTES
-        else list(_integers_in(get, begin, end))
-        if kind == _INTEGERS
-        else [0.5]
-    )
+    values = list(_texts_in(get, feature)) if feature[0] == _BYTES else _values_in(get, feature)
     if len(values) > 1:
         raise AlexprepError(
             f"{where}: {len(values)} labels; one is needed: name another feature with --columns label=NAME"
@@ -416,6 +409,8 @@ def _values_in(get: Get, feature: tuple[int, int, int]) -> list[Any]:
         return list(_integers_in(get, begin, end))
     if kind == _FLOATS:  # packed or not, 4 bytes each
         packed = b"".join(get(at, to - at) for _, _, at, to in fields(get, begin, end))
+        if len(packed) % 4:
+            raise WireError("a list of floats ends within one")
         return [value for (value,) in struct.iter_unpack("<f", packed)]
     return [text_or_bytes(get(at, to - at)) for at, to in _messages(get, begin, end, 1)]
 

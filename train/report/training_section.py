@@ -222,7 +222,7 @@ def _curve(
 def _predictions(run: Path) -> list[Block]:
     document, table, dataset = newest_predictions(run)
     known = table.labels >= 0
-    where = f"{len(table):,} images of {document['split']!r}, {document['views']} view{'s' if document['views'] == 'ten' else ''}"
+    where = f"{len(table):,} images of {document['split']!r}, {document['views']} view{'s' if document['views'] != 'centre' else ''}"
     if not known.any():
         return [Words(f"Of {where} none has a label: there is nothing to compare with.")]
     error = f"top-1 error {document['top1_error']:.2f} %, top-5 error {document['top5_error']:.2f} %"
