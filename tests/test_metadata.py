@@ -35,6 +35,7 @@ from alexprep.shards.input_facts import facts_of
 from alexprep.shards.metadata import MAX_BYTES, MetadataError, document_bytes, joined
 from alexprep.shards.plan import ShardOptions
 from alexprep.shards.sample_reader import Samples
+from alexprep.shards.sources.base import Account
 from alexprep.shards.sources.layout_detection import find_source
 from alexprep.shards.verification import repair, verify
 from alexprep.shards.worker_pool import InProcessEngine
@@ -379,6 +380,18 @@ def test_metadata_that_change_are_another_plan(pictures: dict[str, bytes], tmp_p
     with pytest.raises(AlexprepError, match="the metadata in SOURCE have changed"):
         shard(table, out)
     shard(table, out / "none", metadata="none")
+
+
+def test_a_table_that_changed_is_read_anew_in_the_same_process(tmp_path: Path) -> None:
+    """Also one that is gzipped though its name does not say so."""
+    (tmp_path / "a.png").write_bytes(b"x")
+    for word in ("first", "second"):
+        (tmp_path / "list.csv").write_bytes(gzip.compress(f"path,label,word\na.png,cat,{word}\n".encode()))
+        pq.write_table(pa.table({"path": ["a.png"], "label": ["cat"], "word": [word]}), tmp_path / "list.parquet")
+        for name in ("list.csv", "list.parquet"):
+            source = find_source(str(tmp_path / name))
+            (image,) = source.inputs(Account())
+            assert source.metadata(image.location, image.metadata) == {"word": word}
 
 
 def test_a_damaged_shard_is_found_and_repaired(source: Path, made: Path, tmp_path: Path) -> None:
