@@ -337,9 +337,7 @@ views_option = click.option(
 on_bad_option = click.option(
     "--on-bad",
     type=click.Choice(["error", "skip"]),
-    default="error",
-    show_default=True,
-    help="What becomes of samples of other people's tars that cannot be used: the end, or left out.",
+    help="What becomes of samples of other people's tars that cannot be used: the end, or left out.  [default: error]",
 )
 
 device_option = click.option("--device", help="cpu or cuda.  [default: cuda where there is a GPU]")

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 @engine_options
 @json_option
 def pca_stats(
-    data: Path, split: str, out: Path | None, on_bad: Literal["error", "skip"], engine: Engine, as_json: bool
+    data: Path, split: str, out: Path | None, on_bad: Literal["error", "skip"] | None, engine: Engine, as_json: bool
 ) -> None:
     """Compute the mean image and the eigenpairs of the RGB covariance of DATA, exactly.
 
@@ -48,7 +48,7 @@ def pca_stats(
     if out is None and is_tars(data) and not data.is_dir():
         raise click.UsageError(f"{data} is no folder that could take the result: name one with --out")
     with output.progress("statistics") as show:
-        found = rgb_statistics.pca_stats(data, split, engine, show, on_bad)
+        found = rgb_statistics.pca_stats(data, split, engine, show, on_bad or "error")
     rgb_statistics.publish_statistics(found, folder, split)
 
     def numbers(values: object, digits: int = 2) -> str:

@@ -17,6 +17,7 @@ from alexprep.cli.options import (
     device_option,
     json_option,
     local_data_option,
+    on_bad_option,
     on_command_line,
     runs_option,
     settings_option,
@@ -41,11 +42,7 @@ SYNONYMS = ("optimizer", "label_smoothing", "clip", "accumulate", "average")
     metavar="FOLDER",
     help="A folder with stats/, whose mean image and eigenpairs are used.  [default: the data set's]",
 )
-@click.option(
-    "--on-bad",
-    type=click.Choice(["error", "skip"]),
-    help="What becomes of samples of other people's tars that cannot be used.  [default: error]",
-)
+@on_bad_option
 @click.option(
     "--recipe",
     metavar="NAME | FILE.py[:FUNCTION]",
@@ -170,11 +167,8 @@ def train(as_json: bool, **options: Any) -> None:
 
     if options["resume"] and not on_command_line("data"):
         options["data"] = None  # the run's own, whatever the default
-    else:
-        if not is_tars(options["data"]):
-            read_dataset(
-                options["data"]
-            )  # a wrong folder is told at once: what follows loads torch, which takes seconds
+    elif not is_tars(options["data"]):
+        read_dataset(options["data"])  # a wrong folder is told at once: what follows loads torch, which takes seconds
     from alexprep.train.config import TrainConfig
     from alexprep.train.launch import launch_training, leads
 

@@ -77,9 +77,8 @@ class Target:
     on_damaged: Literal["reject", "keep"] = "reject"  # keep: what the decoder gives, and the ledger says what is wrong
     device: Literal["cpu", "cuda"] = "cpu"
     fit: Fit = "square"
-    only_shrink: bool = (
-        False  # nothing is enlarged; the centre that "square" cuts is then the largest of the box's shape
-    )
+    # Nothing is enlarged; the centre that "square" cuts is then the largest of the box's shape.
+    only_shrink: bool = False
     lossless: bool = False  # of WebP
     webp_method: int = 4  # how hard WebP's encoder tries, 0-6; libwebp's default
 

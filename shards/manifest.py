@@ -254,9 +254,8 @@ class Manifest:
             "options": document["options"],
             "shard_samples": document["shard_samples"],
             "source": {"layout": document["layout"], "inputs": document["inputs"]},
-            **{
-                key: document[key] for key in ("unlabelled", "words", "choices", "account") if key in document
-            },  # older plans have none
+            # Older plans have none.
+            **{key: document[key] for key in ("unlabelled", "words", "choices", "account") if key in document},
             "versions": document["versions"],
         }
 

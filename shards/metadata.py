@@ -78,11 +78,8 @@ def joined(parts: Iterable[tuple[str, bytes]]) -> dict[str, Any]:
     for extension, data in parts:
         if len(data) > MAX_PART_BYTES:
             raise MetadataError(f".{extension} has more than {MAX_PART_BYTES:,} bytes")
-        value: Any = data
-        if extension.rpartition(".")[2] == EXTENSION:
-            value = parsed(data, f".{extension}")
-        else:
-            value = text_or_bytes(data)
+        is_json = extension.rpartition(".")[2] == EXTENSION
+        value: Any = parsed(data, f".{extension}") if is_json else text_or_bytes(data)
         fields = value if extension == EXTENSION and isinstance(value, dict) else {extension: value}
         for name in values.keys() & fields.keys():
             raise MetadataError(f"{name!r} is both a field of .{EXTENSION} and in .{name}: rename one")

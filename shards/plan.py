@@ -288,7 +288,10 @@ def locations(rows: pa.Table) -> list[Location]:
 
 
 def _recorded(options: ShardOptions, along: bool = False) -> dict[str, Any]:
-    """What a plan says of options; `along`, whether metadata go along with the images. Of a list of classes not where it lay, which may have moved: the plan has the names."""
+    """What a plan says of options; `along`, whether metadata go along with the images.
+
+    Of a list of classes not where it lay, which may have moved: the plan has the names.
+    """
     named = isinstance(options.labels, str) and options.labels in (AUTO, SORTED, ILSVRC_ID)
     labels = options.labels if named else LISTED
     target, (rows, columns) = asdict(options.target), options.target.box

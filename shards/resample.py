@@ -97,11 +97,8 @@ class Resize:
         """What calling the resize gives, without compiled code."""
         if self.only_cuts:
             return pixels
-        down, along, count = (
-            _band(self._taps[0], 1, _DOWN_GROUP),
-            _band(self._taps[1], 3, _ALONG_GROUP),
-            self.vertical.count,
-        )
+        down, along = _band(self._taps[0], 1, _DOWN_GROUP), _band(self._taps[1], 3, _ALONG_GROUP)
+        count = self.vertical.count
         pixels = np.ascontiguousarray(pixels)
         blocks = _rows(_columns(pixels.reshape(len(pixels), -1), down, along), count, along)
         np.rint(blocks, out=blocks)
@@ -225,10 +222,8 @@ def _band(taps: Taps, channels: int, group: int) -> Band:
     group = 1 if taps.axis.source > 8 * taps.axis.target else group
     inputs = (taps.start + np.arange(taps.weights.shape[1])[:, None]) * channels
     # Each block's first and last input, relative to the group's; blocks that only fill up the last group change neither.
-    count, ahead = (
-        taps.axis.count * channels,
-        np.arange(group) * (stride := round(_BLOCK * taps.axis.source / taps.axis.target)),
-    )
+    count, stride = taps.axis.count * channels, round(_BLOCK * taps.axis.source / taps.axis.target)
+    ahead = np.arange(group) * stride
     groups = -(-count // (_BLOCK * group))
     pixel, channel = np.divmod(outputs := np.arange(groups * group * _BLOCK), channels)
     np.minimum(pixel, taps.axis.count - 1, out=pixel)
@@ -336,9 +331,8 @@ def _loaded(library: Path) -> Compiled | None:
         function(pixels.ctypes.data, pixels.strides[0], width, *axes, room.ctypes.data, result.ctypes.data)
         return result
 
-    noise = (np.arange(19 * 23 * 3).reshape(19, 23, 3) ** 2 % 257 > 128).astype(
-        np.uint8
-    ) * 255  # extremes overshoot most
+    # Extremes overshoot most.
+    noise = np.where(np.arange(19 * 23 * 3).reshape(19, 23, 3) ** 2 % 257 > 128, 255, 0).astype(np.uint8)
     for name, size in (("area", 9), ("area", 41), ("lanczos", 9)):
         resize = Resize(Axis(19, size, 0, size), Axis(23, size, 0, size), name)
         top, left, bottom, right = resize.region

@@ -141,7 +141,8 @@ def pca_stats(
 def publish_statistics(statistics: Statistics, data: Path | str, split: str) -> None:
     """Writes the folder stats/ of a dataset: mean_image.npy, mean_image.png and, last, stats.json, which holds their hashes.
 
-    Where images have different sizes there is no mean image, and earlier ones are removed. `statistics` are what `pca_stats` computed of `split`. Raises OSError where a file cannot be written.
+    Where images have different sizes there is no mean image, and earlier ones are removed. `statistics` are what `pca_stats` computed of
+    `split`. Raises OSError where a file cannot be written.
     """
     data = folder_at(data)
     make_folder((data / STATISTICS).parent)
@@ -282,9 +283,8 @@ class Moments:
 
     images: int
     pixels: int  # of all images
-    sums: NDArray[
-        np.int64
-    ]  # (3, H, W), over the images at each pixel, planes R, G, B; (3,), over all, where sizes differ
+    # (3, H, W), over the images at each pixel, planes R, G, B; (3,), over all, where sizes differ.
+    sums: NDArray[np.int64]
     products: NDArray[np.int64]  # (3, 3), over all pixels of all images, of x xᵀ; fits for up to 2**47 pixels
 
     def __add__(self, other: Moments) -> Moments:
@@ -309,9 +309,8 @@ class ColourAccumulator:
             self._room[:, part.shape[1] : filled] = 0
             planes = [plane[:filled].reshape(-1, _BLOCK) for plane in self._room]
             for i, j in _PAIRS:
-                blocks = np.matmul(
-                    planes[i][:, None, :], planes[j][:, :, None]
-                )  # each exact; their sum in float64, too
+                # Each is exact; their sum in float64, too.
+                blocks = np.matmul(planes[i][:, None, :], planes[j][:, :, None])
                 products[i, j] += int(blocks.sum(dtype=np.float64))
                 products[j, i] = products[i, j]
         self._moments += Moments(1, flat.shape[1], flat.sum(axis=1, dtype=np.int64), products)

@@ -163,10 +163,8 @@ class ShardWriter:
 
     def _converted(self, inputs: Sequence[PlannedInput], codec: Codec, condemned: Mapping[int, str]) -> Iterator[Made]:
         """Every input with what became of it, in order."""
-        size, source = (
-            1 if is_retry() else codec.batch,
-            self.source,
-        )  # after a death each by itself, so that the input at fault is known
+        source = self.source
+        size = 1 if is_retry() else codec.batch  # after a death each by itself, so that the input at fault is known
         read = functools.partial(_read, source, names=self.plan.metadata_names)
         with ThreadPoolExecutor(_READS_AHEAD) as threads:
             wanted = (planned for planned in inputs if planned.row not in condemned)

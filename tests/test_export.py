@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from alexprep.cli import export as command
 from alexprep.pipeline.loader import Loader
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.sample_reader import Samples
@@ -32,6 +33,10 @@ from alexprep.train.run_dir import Place
 from tests.made_up import make_run
 
 Command = Callable[..., tuple[int, str, str]]
+
+
+def test_the_command_offers_what_the_library_has() -> None:
+    assert (command.FORMATS, command.OPSETS) == (export.FORMATS, export.OPSETS)
 
 
 def with_all_layers(classes: int, crop: int, *, seed: int, width: float) -> torch.nn.Module:

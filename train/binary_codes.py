@@ -31,10 +31,7 @@ from alexprep.train.neighbour_search import nearest, nearest_codes
 FORMAT = "alexprep binary codes"
 BITS = 256  # of the longer codes of Krizhevsky and Hinton 2011
 _BATCH, _LR = 256, 1e-3
-_SAMPLES, _EPOCHS = (
-    500_000,
-    50,
-)  # that the autoencoder sees at most, and how often each: more did not find more neighbours
+_SAMPLES, _EPOCHS = 500_000, 50  # that the autoencoder sees at most, how often each: more found no more neighbours
 _QUERIES, _AMONG = 1000, (10, 100)  # for recall
 
 
@@ -44,7 +41,7 @@ class BinaryCodes:
 
     Attributes:
         path: of the .safetensors.
-        facts: those of the outputs that they were made of, and bits, "recall@10 among 10", "recall@10 among 100".
+        facts: those of the outputs that they were made of, and bits, seed, "recall@10 among 10", "recall@10 among 100".
         codes: uint8 (images, bits / 8), in the order of the split's index; the first bit of a code is the highest of its first byte.
         encoder: of the autoencoder, by name: `offset` (D,), which outputs are given less; `weight` (bits, D), `bias` (bits,).
     """
@@ -83,12 +80,13 @@ def write_codes(
     path = codes_file(outputs.path, bits)
     with contextlib.suppress(AlexprepError):
         done = read_codes(path)
-        if same_outputs(done.facts, outputs.facts) and len(done.codes) == outputs.facts["images"]:
+        same = same_outputs(done.facts, outputs.facts) and done.facts.get("seed") == seed
+        if same and len(done.codes) == outputs.facts["images"]:
             return done
     vectors = outputs.array()
     encoder = _train(vectors, bits, seed, progress or (lambda done, total: None))
     codes = encode(encoder, vectors)
-    facts = outputs.facts | {"format": FORMAT, "bits": bits, **_recalls(vectors, codes, seed)}
+    facts = outputs.facts | {"format": FORMAT, "bits": bits, "seed": seed, **_recalls(vectors, codes, seed)}
     data = safetensors.numpy.save({"codes": codes, **encoder}, {"facts": json.dumps(facts)})
     publish_bytes(path, data)
     return BinaryCodes(path, facts, codes, encoder)

@@ -421,9 +421,8 @@ def open_split(job: Job, open_loader: OpenLoader, split: str, shard: tuple[int, 
 def open_training(job: Job, open_loader: OpenLoader, state: TrainingState) -> BatchSource:
     """Opens a rank's loader of the training split; without the epoch's last step where that has one image and the network cannot take it."""
     loader = open_split(job, open_loader, "train", state.parallel.shard)
-    asked = state.parallel.world.size == 1 or has_batch_norm(
-        state.network
-    )  # ranks take empty batches, and so one image
+    # Ranks take empty batches, and so one image.
+    asked = state.parallel.world.size == 1 or has_batch_norm(state.network)
     if loader.samples % job.recipe.batch_size != 1 or not asked:
         return loader
     image = torch.zeros(1, 3, job.recipe.crop, job.recipe.crop, device=state.device)

@@ -48,7 +48,7 @@ static inline void turn(const uint8_t *from, uint64_t to[ROWS]) {
 }
 
 /* source: `stride` bytes a row, `width` pixels of 3 bytes used of each; result: down->outputs rows of along->outputs pixels;
-   room: ROWS * 3 * width floats. */
+   room: ROWS * 3 * width floats, and behind them as many bytes as for ROWS rows of the result, and 64 more. */
 EVERY_PROCESSOR
 void alexprep_resize(const uint8_t *restrict source, ptrdiff_t stride, int32_t width, const axis *restrict down,
                      const axis *restrict along, float *restrict room, uint8_t *restrict result) {

@@ -158,10 +158,8 @@ class AlexNet:
             yield from self._then(number, then if there else _pools(then))
         if self.sixth:
             yield "conv6", nn.Conv2d(maps, c5, 3, padding=1)
-            yield (
-                "conv6_relu",
-                activation_layer(self.activation),
-            )  # relu6 follows fc6, which keeps its name in every network
+            # relu6 follows fc6, which keeps its name in every network.
+            yield "conv6_relu", activation_layer(self.activation)
             maps = c5
         yield "flatten", nn.Flatten()
         values = maps * side * side

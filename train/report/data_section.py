@@ -38,9 +38,8 @@ class Ledger:
     written: NDArray[np.bool_]
     kept: int
     rejects: list[tuple[str, str]]  # (reason, source)
-    formats: dict[
-        str, tuple[int, int]
-    ]  # of the originals: files, and bytes of all; empty where an earlier release wrote the ledger
+    # Of the originals: files, and bytes of all; empty where an earlier release wrote the ledger.
+    formats: dict[str, tuple[int, int]]
 
 
 def data_section(data: Path | None) -> Section:
