@@ -11,9 +11,6 @@ from numpy.typing import NDArray
 from alexprep.shards.image_codec import exif_orientation
 from alexprep.shards.image_header import PIXELS, format_name, tells_orientation
 
-# The ledger's columns in the order in which it has them; a sidecar has those that say something.
-FACTS = ("format", "bytes", "sha256", "orientation")
-
 
 def facts_of(data: bytes | NDArray[np.uint8]) -> dict[str, Any]:
     """The facts of one input: its encoded bytes, or pixels, of which the bytes count row by row.

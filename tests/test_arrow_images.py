@@ -116,6 +116,11 @@ def test_lists_that_do_not_fit_are_refused(saved: Path, tmp_path: Path) -> None:
     fails(folder, "data-00001-of-00002.arrow is missing, with 0 others")
     (folder / "state.json").write_text("{")
     fails(folder, "cannot be read")
+    for name in ("../x/data-00000-of-00002.arrow", "..", "", "\\ud800", "\\n"):
+        (folder / "state.json").write_text(f'{{"_data_files": [{{"filename": "{name}"}}]}}')
+        fails(folder, "lists no files of data")
+        (tmp_path / "dataset_dict.json").write_text(f'{{"splits": ["{name}"]}}')
+        fails(tmp_path, "names no splits")
     (tmp_path / "dataset_dict.json").write_text('{"splits": ["x", "y"]}')
     with pytest.raises(AlexprepError, match="'x' means no split: name the folder of one split as SOURCE"):
         find_source(str(tmp_path))

@@ -52,7 +52,7 @@ def _parts(files: Files, name: bytes) -> list[Part]:
     if SPLITS_OF_DATASET not in present:
         return _listed(files, b"", None) if STATE in present and any(map(_is_arrow, present)) else []
     splits = _document(files, SPLITS_OF_DATASET).get("splits")
-    if not isinstance(splits, list) or not splits or not all(isinstance(split, str) for split in splits):
+    if not isinstance(splits, list) or not splits or not all(map(_is_name, splits)):
         raise AlexprepError(f"{files.display(SPLITS_OF_DATASET)} names no splits: {_AGAIN}")
     meant = {split: split_of(split.encode()) for split in splits}
     if len(splits) == 1:
@@ -73,11 +73,12 @@ def _listed(files: Files, folder: bytes, split: str | None) -> list[Part]:
     path = os.path.join(folder, STATE)
     state = _document(files, path)
     try:
-        names = [str(item["filename"]).encode() for item in state["_data_files"]]
+        told = [item["filename"] for item in state["_data_files"]]
     except (KeyError, TypeError):
-        names = []
-    if not names or any(b"/" in name or name in (b"", b"..") for name in names):
+        told = []
+    if not told or not all(map(_is_name, told)):
         raise AlexprepError(f"{files.display(path)} lists no files of data: {_AGAIN}")
+    names = [name.encode() for name in told]
     present = set(files.file_names(folder))
     if missing := [name for name in names if name not in present]:
         raise AlexprepError(
@@ -94,6 +95,11 @@ def _document(files: Files, path: bytes) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise AlexprepError(f"{files.display(path)} cannot be read ({error}): {_AGAIN}") from None
     return document if isinstance(document, dict) else {}
+
+
+def _is_name(told: Any) -> bool:
+    """Whether what a document tells is a name that leads nowhere but into its folder."""
+    return isinstance(told, str) and told.isprintable() and "/" not in told and told not in ("", ".", "..")
 
 
 def _is_arrow(name: bytes) -> bool:
