@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from alexprep.shards.dataset_card import dataset_card
 from alexprep.shards.dataset_format import (
     DATASET_FORMAT,
     FORMAT_VERSION,
@@ -214,10 +215,7 @@ class Manifest:
 
     def dataset(self, file_digests: dict[str, str]) -> dict[str, Any]:
         """dataset.json, given the sha256 of the files beside it."""
-        document = self.plan.document
-        keys = ("size", "filter", "format", "quality", "subsampling", "orient", "device")
-        # As plan.json has them: an option that it does not have was not there yet.
-        image = {key: document["options"][key] for key in keys if key in document["options"]}
+        document, image = self.plan.document, self._image
         return {
             "format": DATASET_FORMAT,
             "format_version": FORMAT_VERSION,
@@ -245,6 +243,17 @@ class Manifest:
             },  # older plans have none
             "versions": document["versions"],
         }
+
+    @property
+    def _image(self) -> dict[str, Any]:
+        """The form of the images, as plan.json has it: an option that it does not have was not there yet."""
+        keys, options = ("size", "filter", "format", "quality", "subsampling", "orient", "device"), self.plan.document["options"]
+        return {key: options[key] for key in keys if key in options}
+
+    def card(self) -> bytes:
+        """README.md, as Hugging Face's `load_dataset` wants it."""
+        image = self._image | {"format": self.plan.options["format"], "size": self.plan.options["size"]}
+        return dataset_card(self.samples, self.plan.document["classes"], image, self.plan.labelled, self.metadata)
 
     def timm_info(self) -> dict[str, Any]:
         """_info.json, as timm's webdataset reader wants it."""
