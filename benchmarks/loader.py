@@ -168,7 +168,7 @@ def prepare(data: Path, images: int) -> Path:
     """The folder with jpg/, raw/, files/ and facts.json of `images` images of `data`, made if it is not there."""
     dataset = read_dataset(data)
     stored = dataset["image"]
-    if (stored["size"], stored["format"]) != (256, "jpg"):
+    if (stored.get("size"), stored["format"]) != (256, "jpg"):
         raise SystemExit(f"{data} holds {stored['size']}-pixel {stored['format']}: this needs 256-pixel jpg")
     folder = ROOT / "build" / "benchmarks" / "loader-data" / f"{dataset['digest'][:12]}-{images}"
     if folder.exists():

@@ -24,7 +24,7 @@ from common import command_line, in_turns, report
 from numpy.typing import NDArray
 from processes import Environment, Missing, Run, interpreter, run
 
-from alexprep.shards.image_codec import Codec, Target, to_square
+from alexprep.shards.image_codec import Codec, Target
 from alexprep.shards.resample import Resize, taps
 from alexprep.shards.sources.base import Account
 from alexprep.shards.sources.layout_detection import find_source
@@ -135,7 +135,7 @@ def _stages(place: Path, limit: int) -> dict[str, Any]:
     whole: list[tuple[Resize, NDArray[np.uint8]]] = []
     for _, pixels in usable:
         height, width = pixels.shape[:2]
-        square = to_square(height, width, target.size, target.filter)
+        square = target.resize(height, width)
         top, left, bottom, right = square.region
         whole.append((square, pixels[top:bottom, left:right]))
     squares = [resize(region) for resize, region in whole]

@@ -23,7 +23,8 @@ def main() -> None:
     arguments = parser.parse_args()
     one_thread()
     samples = Samples(arguments.data, "train")
-    size = samples.dataset["image"]["size"]
+    size = samples.common_size
+    assert size is not None, "a mean image needs images of one size"
     codec = Codec(Target())
     encoded = [samples.encoded(row).tobytes() for row in range(min(len(samples), 1000))]
     planes = [image for data in encoded[:50] if (image := codec.decode(data, planar=True)) is not None]
@@ -34,14 +35,14 @@ def main() -> None:
         return len(encoded)
 
     def moments() -> int:
-        accumulator = Accumulator(size)
+        accumulator = Accumulator(*size)
         for _ in range(4):
             for image in planes:
                 accumulator.add(image)
         return 4 * len(planes)
 
     def both() -> int:
-        accumulator = Accumulator(size)
+        accumulator = Accumulator(*size)
         for row in range(len(encoded)):
             image = rgb_statistics._planes(samples.encoded(row), samples.dataset["image"])
             assert image is not None

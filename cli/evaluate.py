@@ -76,8 +76,8 @@ def evaluate(
     """Evaluate the newest checkpoint of RUN, a name in ./runs, that of STEP, or the one of the lowest validation error; the run last active
     by default.
 
-    Prints top-1 and top-5 error and cross-entropy; --views ten averages the softmax over the paper's ten views. Several nets are
-    evaluated one by one and as the mean of their softmax outputs. The result is also written beside the runs, as eval-….json.
+    Prints top-1 and top-5 error and cross-entropy; --views ten averages the softmax over the paper's ten views, --views two over
+    the centre and its reflection. Several nets are evaluated one by one and as the mean of their softmax outputs. The result is also written beside the runs, as eval-….json.
 
     \b
     Example: alexprep eval alexnet alexnet-2 alexnet-3 --views ten
@@ -105,7 +105,7 @@ def evaluate(
     try:
         if classes is not None:
             if document["samples"]:
-                _classes(classes, found.scores, found.classes, document)
+                _classes(classes, found, document)
             else:
                 click.echo("None of the images has a label: there are no errors by class to show.", err=True)
         if predictions is not None:
@@ -183,35 +183,38 @@ def _error(document: dict[str, Any], which: str) -> str:
     return f"{document[f'{which}_error']:.2f} % (standard error {document[f'{which}_standard_error']:.2f})"
 
 
-def _classes(file: str, scores: Scores, names: list[str], document: dict[str, Any]) -> None:
+def _classes(file: str, found: Evaluation, document: dict[str, Any]) -> None:
     """Prints the best and worst classes, or writes all; the most confused pairs are printed either way."""
     from alexprep.shards.storage import publish_bytes
     from alexprep.train.evaluation import class_csv, ranked
 
-    table = scores.by_class(names)
+    table = found.scores.by_class(found.classes)
     if file:
         publish_bytes(Path(file), class_csv(table))
         document["classes_file"] = file
         click.echo(f"Errors of {len(table):,} classes in {file}")
     else:
-        _print_classes(ranked(table))
-    pairs = scores.confusions(names, SHOWN)
+        _print_classes(ranked(table), found.shown_names)
+    pairs = found.scores.confusions(found.classes, SHOWN)
+    shown = dict(zip(found.classes, found.shown_names, strict=True))
     if pairs:
         click.echo("Most often taken for another class")
         for pair in pairs:
-            click.echo(f"  {pair['true']} for {pair['guessed']}: {pair['times']:,} of {pair['images']:,}")
+            click.echo(f"  {shown[pair['true']]} for {shown[pair['guessed']]}: {pair['times']:,} of {pair['images']:,}")
     document["confusions"] = pairs
 
 
-def _print_classes(rows: list[ClassError]) -> None:
+def _print_classes(rows: list[ClassError], names: list[str]) -> None:
     parts = [("All classes", rows)]
     if len(rows) > 2 * SHOWN:
         parts = [(f"Best {SHOWN} classes", rows[:SHOWN]), (f"Worst {SHOWN} classes", rows[: -SHOWN - 1 : -1])]
-    width = max(len(row.name) for _, part in parts for row in part)
+    width = max(len(names[row.label]) for _, part in parts for row in part)
     for heading, part in parts:
         click.echo(f"{heading:<{width + 2}}  images  top-1 error  top-5 error")
         for row in part:
-            click.echo(f"  {row.name:<{width}}  {row.images:>6,}  {row.top1_error:>9.2f} %  {row.top5_error:>9.2f} %")
+            click.echo(
+                f"  {names[row.label]:<{width}}  {row.images:>6,}  {row.top1_error:>9.2f} %  {row.top5_error:>9.2f} %"
+            )
 
 
 def _write_predictions(file: str, found: Evaluation, runs: Path) -> None:

@@ -21,13 +21,15 @@ if TYPE_CHECKING:
     from alexprep.train.precision import Precision
 
 
-@click.command(short_help="A layer's outputs for a split, as a .npy.")
+@click.command(short_help="A layer's outputs for a split, as .npy or Parquet.")
 @click.argument("run")
 @click.argument("data", type=local_folder, required=False)
 @click.option("--layer", help="As the network names it; a wrong name lists them.  [default: the last hidden one]")
 @click.option("--split", default="train", show_default=True, help="Of DATA.")
 @click.option(
-    "--out", type=click.Path(path_type=Path, dir_okay=False), help="The file.  [default: RUN/features-LAYER-SPLIT.npy]"
+    "--out",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="The .npy; or a .parquet, written beside the default .npy.  [default: RUN/features-LAYER-SPLIT.npy]",
 )
 @click.option("--model", metavar="FILE.py:FUNCTION", help="Of a run with a network of your own: that network.")
 @click.option("--recipe", metavar="FILE.py:FUNCTION", help="Likewise of a recipe file.")
@@ -55,18 +57,29 @@ def features(
     """
     from alexprep.cli import output
     from alexprep.shards.errors import AlexprepError
-    from alexprep.train.layer_outputs import write_outputs
+    from alexprep.train.layer_outputs import write_outputs, write_outputs_table
     from alexprep.train.run_dir import place_named
 
-    if out is not None and (out.suffix != ".npy" or not out.parent.is_dir()):
-        raise AlexprepError(f"--out {out}: name a file that ends in .npy, in a folder that exists")
+    if out is not None and (out.suffix not in (".npy", ".parquet") or not out.parent.is_dir()):
+        raise AlexprepError(f"--out {out}: name a file that ends in .npy or .parquet, in a folder that exists")
+    table = out if out is not None and out.suffix == ".parquet" else None
     with output.progress("features") as progress:
         found = write_outputs(
-            place_named(runs, run), layer, out=out, precision=precision or "fp32", progress=progress, **options
+            place_named(runs, run),
+            layer,
+            out=None if table else out,
+            precision=precision or "fp32",
+            progress=progress,
+            **options,
         )
+    if table is not None:
+        with output.progress("table") as progress:
+            write_outputs_table(found, table, progress)
     facts = found.facts
     shape = " x ".join(map(str, facts["shape"]))
     click.echo(
         f"{facts['layer']} of {facts['images']:,} images of {facts['split']!r}, {shape} values each, in {found.path}"
     )
-    output.json_line(facts | {"file": str(found.path)}, as_json)
+    if table is not None:
+        click.echo(f"The same as a table: {table}")
+    output.json_line(facts | {"file": str(found.path), "table": None if table is None else str(table)}, as_json)

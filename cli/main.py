@@ -13,6 +13,7 @@ from alexprep.cli.ablate import ablate
 from alexprep.cli.bench import bench
 from alexprep.cli.demo import demo
 from alexprep.cli.evaluate import evaluate
+from alexprep.cli.export import export
 from alexprep.cli.features import features
 from alexprep.cli.inspect_source import inspect_command
 from alexprep.cli.options import INTERRUPTED
@@ -66,6 +67,7 @@ COMMANDS = (
     ablate,
     evaluate,
     predict,
+    export,
     features,
     similar,
     report,

@@ -37,11 +37,26 @@ class Seconds(click.FloatRange):
         return seconds
 
 
+class Box(_Parameter):
+    """The side of a square, or WIDTHxHEIGHT, which becomes (height, width)."""
+
+    name = "pixels"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """An int, or two."""
+        found = re.fullmatch(r"(-?[0-9]{1,9})(?:[xX×](-?[0-9]{1,9}))?", str(value))
+        if found is None:
+            self.fail(f"{value} is neither a side, such as 256, nor width and height, such as 320x240", param, ctx)
+        width, height = found.groups()
+        return int(width) if height is None or height == width else (int(height), int(width))
+
+
+BOX = Box()
 SECONDS = Seconds(min=0, max=3.2e7, min_open=True)
 
 
 def folder(value: str) -> Path:
-    """A folder on a disk, or a `UPath` for a URL that fsspec understands."""
+    """A folder on a disk, or a `UPath` for a URL that fsspec understands; a tar, where other people's tars are read."""
     from alexprep.shards.errors import AlexprepError
     from alexprep.shards.storage import folder_at, is_local
 
@@ -57,9 +72,17 @@ def folder(value: str) -> Path:
         raise AlexprepError(
             f"{value} cannot be reached ({words}): check the URL, the credentials and the network"
         ) from None
-    if is_file:
+    if is_file and not value.endswith(".tar"):
         raise click.BadParameter(f"{value} is a file, not a folder")
     return found
+
+
+picture_option = click.option(
+    "--picture",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE.png",
+    help="Write a contact sheet too: a row a photo, at most 100.",
+)
 
 
 def check_picture(picture: Path) -> None:
@@ -304,7 +327,19 @@ _COMPUTING_OPTIONS = (
 )
 
 views_option = click.option(
-    "--views", type=click.Choice(["centre", "ten"]), default="centre", show_default=True, help="Crops an image."
+    "--views",
+    type=click.Choice(["centre", "two", "ten"]),
+    default="centre",
+    show_default=True,
+    help="Crops an image: the centre; that and its reflection; corners and centre, and theirs.",
+)
+
+on_bad_option = click.option(
+    "--on-bad",
+    type=click.Choice(["error", "skip"]),
+    default="error",
+    show_default=True,
+    help="What becomes of samples of other people's tars that cannot be used: the end, or left out.",
 )
 
 device_option = click.option("--device", help="cpu or cuda.  [default: cuda where there is a GPU]")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import click
 
-from alexprep.cli.options import data_folder, engine_options, json_option
+from alexprep.cli.options import data_folder, engine_options, json_option, on_bad_option
 
 if TYPE_CHECKING:
     from alexprep.shards.worker_pool import Engine
@@ -18,12 +18,22 @@ if TYPE_CHECKING:
 @click.option(
     "--split", default="train", show_default=True, help="The split to describe; training reads train's alone."
 )
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    metavar="FOLDER",
+    help="The folder of stats/; for `alexprep train --statistics`.  [default: DATA]",
+)
+@on_bad_option
 @engine_options
 @json_option
-def pca_stats(data: Path, split: str, engine: Engine, as_json: bool) -> None:
+def pca_stats(
+    data: Path, split: str, out: Path | None, on_bad: Literal["error", "skip"], engine: Engine, as_json: bool
+) -> None:
     """Compute the mean image and the eigenpairs of the RGB covariance of DATA, exactly.
 
-    One pass; integer sums, so any number of workers gives the same bits. Results go to DATA/stats.
+    DATA is a data set, or anyone's webdataset: a folder of tars, a tar, or a pattern such as "train-{000..146}.tar". One pass; integer
+    sums, so any number of workers gives the same bits. Results go to DATA/stats.
 
     \b
     Example: alexprep pca-stats /data/imagenet-256
@@ -31,11 +41,15 @@ def pca_stats(data: Path, split: str, engine: Engine, as_json: bool) -> None:
     from alexprep.cli import output
     from alexprep.pipeline.augmentation import Augmentation, noise_stdevs
     from alexprep.shards import rgb_statistics
+    from alexprep.shards.any_dataset import is_tars
     from alexprep.shards.dataset_format import MEAN_PICTURE, STATISTICS
 
+    folder = out or data
+    if out is None and is_tars(data) and not data.is_dir():
+        raise click.UsageError(f"{data} is no folder that could take the result: name one with --out")
     with output.progress("statistics") as show:
-        found = rgb_statistics.pca_stats(data, split, engine, show)
-    rgb_statistics.publish_statistics(found, data, split)
+        found = rgb_statistics.pca_stats(data, split, engine, show, on_bad)
+    rgb_statistics.publish_statistics(found, folder, split)
 
     def numbers(values: object, digits: int = 2) -> str:
         return "  ".join(f"{value:,.{digits}f}" for value in values)  # type: ignore[attr-defined]
@@ -53,9 +67,17 @@ def pca_stats(data: Path, split: str, engine: Engine, as_json: bool) -> None:
             ("colour noise along the axes, σ = 0.1, grey levels:", ""),
             ("  α λ, the paper (train's default)", numbers(eigenvalue)),
             ("  α √λ, the 2012 code", numbers(stdev)),
-            ("written to", f"{data / STATISTICS}, {data / MEAN_PICTURE}"),
+            (
+                "mean image",
+                "none: images have different sizes" if found.mean_HWC is None else str(folder / MEAN_PICTURE),
+            ),
+            ("written to", str(folder / STATISTICS)),
         ],
     )
+    if found.mean_HWC is None:
+        click.echo(
+            "The images are of several sizes, so there is no mean image: recipes that subtract one cannot train on them."
+        )
     output.json_line(
         {
             "images": found.images,

@@ -9,8 +9,10 @@ import click
 
 from alexprep.cli.options import (
     AT_LEAST_1,
+    check_picture,
     device_option,
     json_option,
+    picture_option,
     precision_option,
     runs_option,
     threads_option,
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
     metavar="FILE",
     help="Write the table to a .csv or .parquet file, as `alexprep eval --predictions` does.",
 )
+@picture_option
 @click.option("--model", metavar="FILE.py:FUNCTION", help="Of a run with a network of your own: that network.")
 @click.option("--recipe", metavar="FILE.py:FUNCTION", help="Likewise of a recipe file.")
 @runs_option
@@ -53,6 +56,7 @@ def predict(
     precision: Precision | None,
     as_csv: bool,
     predictions: Path | None,
+    picture: Path | None,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -65,7 +69,8 @@ def predict(
     Example: alexprep predict alexnet cat.jpg holidays/
     """
     from alexprep.cli import output
-    from alexprep.train.classifier import Classifier, check_refused
+    from alexprep.shards.contact_sheet import publish_picture
+    from alexprep.train.classifier import Classifier, check_refused, draw_predictions
     from alexprep.train.prediction_table import check_table_file, write_predictions
     from alexprep.train.run_dir import place_named
 
@@ -73,6 +78,8 @@ def predict(
         raise click.UsageError("--csv and --json are both given: give one.")
     if predictions is not None:
         check_table_file(predictions)
+    if picture is not None:
+        check_picture(picture)
     with (
         Classifier(place_named(runs, run), precision=precision or "fp32", **options) as classifier,
         output.progress("classifying", "photos") as progress,
@@ -84,10 +91,13 @@ def predict(
     if predictions is not None:
         write_predictions(found.table, predictions)
         click.echo(f"{len(found.table):,} rows in {predictions}", err=as_csv)
+    if picture is not None:
+        publish_picture(draw_predictions(found, classifier.short_names), picture)
+        click.echo(f"Contact sheet: {picture}", err=as_csv)
     if as_csv:
         click.echo(found.table.as_csv(), nl=False)
     elif not as_json:
-        _print(found)
+        _print(found, classifier.shown_names)
     document = {
         "run": str(classifier.net.run),
         "step": classifier.net.step,
@@ -101,9 +111,9 @@ def predict(
     output.json_line(document, as_json)
 
 
-def _print(found: Classified) -> None:
-    width = max((len(name) for name in found.table.classes), default=0)
+def _print(found: Classified, names: list[str]) -> None:
+    width = max((len(names[label]) for label in set(found.table.best.flat)), default=0)
     for row in found.table.as_json():
         click.echo(row["key"])
         for guess in row["best"]:
-            click.echo(f"  {guess['class']:<{width}}  {100 * guess['probability']:6.2f} %")
+            click.echo(f"  {names[guess['label']]:<{width}}  {100 * guess['probability']:6.2f} %")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from alexprep.cli.options import (
+    BOX,
     Metadata,
     class_words_option,
     data_folder_option,
@@ -30,22 +31,39 @@ if TYPE_CHECKING:
 @data_folder_option("--out", "The data set's folder: made, or gone on with.")
 @source_options
 @click.option("--check-archive", is_flag=True, help="First compare the ILSVRC archives with their published MD5s.")
-@click.option("--size", type=int, default=256, help="Side of the square images, pixels.")
+@click.option(
+    "--fit",
+    type=click.Choice(["square", "shorter", "longer", "none"]),
+    default="square",
+    help="What becomes --size: the centre square; the shorter or the longer side of the whole image; none, the image as it is.",
+)
+@click.option(
+    "--size",
+    type=BOX,
+    default="256",
+    metavar="N|WxH",
+    help="In pixels: a side, or width and height of a box that is covered (longer: that holds it).",
+)
+@click.option("--only-shrink", is_flag=True, help="Images smaller than --size are not enlarged.")
 @click.option(
     "--filter",
     type=click.Choice(["area", "bilinear", "bicubic", "lanczos"]),
     default="area",
     help="How to resample; area is what the original data had (cubic where it enlarges). All are antialiased.",
 )
-@click.option("--format", type=click.Choice(["jpg", "png", "raw"]), default="jpg", help="Of the images; raw is pixels.")
+@click.option(
+    "--format", type=click.Choice(["jpg", "png", "webp", "raw"]), default="jpg", help="Of the images; raw is pixels."
+)
 @click.option(
     "--reencode",
     type=click.Choice(["needed", "always"]),
     default="needed",
     help="Whether images that already have the wanted form are encoded anew.",
 )
-@click.option("--quality", type=int, default=95, help="JPEG quality, 1-100.")
+@click.option("--quality", type=int, default=95, help="Of JPEG and WebP, 1-100.")
 @click.option("--subsampling", type=click.Choice(["420", "422", "444"]), default="420", help="Of a JPEG's chroma.")
+@click.option("--lossless", is_flag=True, help="WebP that loses nothing.")
+@click.option("--webp-method", type=int, default=4, help="WebP: 0 is fast, 6 small.")
 @click.option("--orient", is_flag=True, help="Apply the EXIF orientation (the original did not).")
 @click.option(
     "--on-damaged",

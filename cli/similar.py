@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,13 +13,17 @@ from alexprep.cli.options import (
     check_picture,
     device_option,
     json_option,
+    picture_option,
     precision_option,
     runs_option,
     threads_option,
 )
 
 if TYPE_CHECKING:
+    from alexprep.train.binary_codes import BinaryCodes
+    from alexprep.train.layer_outputs import LayerOutputs
     from alexprep.train.precision import Precision
+    from alexprep.train.similar_images import Similar
 
 
 @click.command(short_help="The images of a split nearest to a photo.")
@@ -33,14 +38,14 @@ if TYPE_CHECKING:
     type=click.Path(path_type=Path, dir_okay=False),
     help="What `alexprep features` wrote.  [default: RUN/features-LAYER-SPLIT.npy]",
 )
+@click.option("--codes", is_flag=True, help="Compare binary codes, made once by an autoencoder of the features.")
+@click.option("--bits", type=AT_LEAST_1, default=256, show_default=True, help="Of a code, a multiple of 64.")
 @click.option(
     "--data",
     type=click.Path(path_type=Path, file_okay=False),
     help="The data set of the training.  [default: where it was]",
 )
-@click.option(
-    "--picture", type=click.Path(path_type=Path, dir_okay=False), help="Write a contact sheet to this .png file."
-)
+@picture_option
 @click.option("--model", metavar="FILE.py:FUNCTION", help="Of a run with a network of your own: that network.")
 @click.option("--recipe", metavar="FILE.py:FUNCTION", help="Likewise of a recipe file.")
 @runs_option
@@ -56,6 +61,8 @@ def similar(
     layer: str | None,
     split: str,
     outputs: Path | None,
+    codes: bool,
+    bits: int,
     picture: Path | None,
     runs: Path,
     precision: Precision | None,
@@ -64,7 +71,8 @@ def similar(
 ) -> None:
     """Print the images of a split that are nearest to each IMAGE (a photo, folder or tar) by what a layer of RUN gives for them.
 
-    The distance is Euclidean. What the layer gives for the split, `alexprep features` writes first.
+    The distance is Euclidean, or with --codes the number of bits in which two codes differ. What the layer gives for the split, `alexprep
+    features` writes first.
 
     \b
     Example: alexprep similar alexnet elephant.jpg --count 6
@@ -72,6 +80,7 @@ def similar(
     from alexprep.cli import output
     from alexprep.shards.contact_sheet import publish_picture
     from alexprep.shards.errors import AlexprepError
+    from alexprep.train.binary_codes import check_bits, write_codes
     from alexprep.train.classifier import Classifier
     from alexprep.train.layer_outputs import last_hidden_layer, outputs_file, read_outputs
     from alexprep.train.run_dir import place_named
@@ -79,6 +88,7 @@ def similar(
 
     if picture is not None:
         check_picture(picture)
+    check_bits(bits)
     with Classifier(place_named(runs, run), precision=precision or "fp32", **options) as classifier:
         layer = layer or last_hidden_layer(classifier.net.network)
         path = outputs or outputs_file(classifier.net.run, layer, split)
@@ -86,16 +96,20 @@ def similar(
             raise AlexprepError(
                 f"{path} does not exist: make it with `alexprep features {run} --layer {layer} --split {split}`"
             )
-        found = find_similar(classifier, read_outputs(path), photos, count)
+        features = read_outputs(path)
+        compared: LayerOutputs | BinaryCodes = features
+        if codes:
+            with output.progress("codes") as progress:
+                compared = write_codes(features, bits, progress=progress)
+        found = find_similar(classifier, compared, photos, count)
     for sentence in [*classifier.notes, *(f"{name}: {reason}" for name, reason in found.refused)]:
         click.echo(sentence, err=True)
+    if codes and not as_json:
+        click.echo(_told(compared.facts))
     if not found.neighbours:
         raise AlexprepError(f"none of the {len(found.refused):,} photos can be decoded")
-    width = max(len(name) for name in found.classes)
-    for row in [] if as_json else found.as_json():
-        click.echo(row["key"])
-        for one in row["neighbours"]:
-            click.echo(f"  {one['distance']:10.4f}  {one['class'] or '':<{width}}  {one['source']}")
+    if not as_json:
+        _print(found, "4.0f" if codes else "10.4f")
     if picture is not None:
         publish_picture(draw_similar(found), picture)
         click.echo(f"Contact sheet: {picture}")
@@ -104,8 +118,39 @@ def similar(
         "step": classifier.net.step,
         "layer": layer,
         "split": split,
+        "distance": "hamming" if codes else "euclidean",
+        **(
+            {name: compared.facts[name] for name in ("bits", "recall@10 among 10", "recall@10 among 100")}
+            if codes
+            else {}
+        ),
         "photos": found.as_json(),
         "refused": [{"key": name, "reason": reason} for name, reason in found.refused],
         "notes": classifier.notes,
     }
     output.json_line(document, as_json)
+
+
+def _print(found: Similar, form: str) -> None:
+    from alexprep.shards.dataset_format import shown_classes
+
+    names = [*shown_classes(found.dataset), ""]  # -1, no label, is the last one
+    width = max(len(names[one.label]) for near in found.neighbours.values() for one in near)
+    for photo, near in found.neighbours.items():
+        click.echo(photo)
+        for one in near:
+            click.echo(f"  {one.distance:{form}}  {names[one.label]:<{width}}  {one.source}")
+
+
+def _told(facts: dict[str, Any]) -> str:
+    """What the codes are, and how well they do."""
+    values = math.prod(facts["shape"])
+    words = f"Codes of {facts['bits']} bits: {facts['bits'] // 8:,} bytes an image instead of {4 * values:,}"
+    recalls = [
+        f"{facts[f'recall@10 among {among}']:.3f} among the {among}"
+        for among in (10, 100)
+        if facts[f"recall@10 among {among}"] is not None
+    ]
+    return (
+        f"{words}; of the ten exact neighbours a share of {' and '.join(recalls)} nearest codes" if recalls else words
+    )

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import click
@@ -23,7 +26,7 @@ from alexprep.cli.options import (
 # The names in alexprep.train.RECIPES, in its order; importing that here would import torch for --help.
 RECIPES = (
     *("alexnet", "alexnet-2012", "alexnet-1gpu", "alexnet-6conv", "alexnet-6conv-tune", "alexnet-owt"),
-    *("cifar10-quick", "cifar10-13pct", "cifar10-11pct", "cifar10-relu", "cifar10-tanh", "tiny"),
+    *("cifar10-fast", "cifar10-quick", "cifar10-13pct", "cifar10-11pct", "cifar10-relu", "cifar10-tanh", "tiny"),
 )
 KEEP, CHECKPOINT_STEPS = 3, 1000  # likewise those of alexprep.train.config
 # Options for fields of the recipe: --clip 1 is --set clip=1.
@@ -33,11 +36,26 @@ SYNONYMS = ("optimizer", "label_smoothing", "clip", "accumulate", "average")
 @click.command("train", short_help="Train a network on shards.")
 @local_data_option
 @click.option(
+    "--statistics",
+    type=click.Path(path_type=Path, file_okay=False, exists=True),
+    metavar="FOLDER",
+    help="A folder with stats/, whose mean image and eigenpairs are used.  [default: the data set's]",
+)
+@click.option(
+    "--on-bad",
+    type=click.Choice(["error", "skip"]),
+    help="What becomes of samples of other people's tars that cannot be used.  [default: error]",
+)
+@click.option(
     "--recipe",
     metavar="NAME | FILE.py[:FUNCTION]",
     help=f"What to train: {', '.join(RECIPES)}; or a recipe of your own.  [default: alexnet]",
 )
-@click.option("--model", metavar="FILE.py:FUNCTION", help="A network of your own, trained as the recipe says.")
+@click.option(
+    "--model",
+    metavar="FILE.py:FUNCTION | timm/NAME | torchvision/NAME",
+    help="A network of your own or of a library, trained as the recipe says.",
+)
 @click.option("--hook", metavar="FILE.py:FUNCTION", help="A DALI operation of your own in the augmentation.")
 @click.option(
     "--hook-after", type=click.Choice(["decode", "augment", "tensor"]), help="After what it comes.  [default: augment]"
@@ -85,12 +103,14 @@ SYNONYMS = ("optimizer", "label_smoothing", "clip", "accumulate", "average")
     "--seed", type=click.IntRange(min=0), help="Of initial weights, order, augmentation, dropout.  [default: 0]"
 )
 @click.option(
-    "--init-from", metavar="RUN", help="Begin with the weights of another run (RUN or RUN@STEP), for fine-tuning."
+    "--init-from",
+    metavar="RUN | FILE",
+    help="Begin with the weights of another run (RUN, RUN@STEP or RUN@best) or of a .safetensors or .pt file, for fine-tuning.",
 )
 @click.option(
     "--init-layers",
     metavar="PATTERNS",
-    help="Which layers of it: names and patterns, such as conv*,fc6.  [default: all that match in shape]",
+    help="Which layers of these: names and patterns, such as conv*,fc6.  [default: all that match in shape]",
 )
 @runs_option
 @click.option(
@@ -135,7 +155,7 @@ SYNONYMS = ("optimizer", "label_smoothing", "clip", "accumulate", "average")
 @device_option
 @json_option
 def train(as_json: bool, **options: Any) -> None:
-    """Train a network on a data set made by `alexprep shard` and `alexprep pca-stats`.
+    """Train a network on a data set made by `alexprep shard` and `alexprep pca-stats`, or on anyone's webdataset tars.
 
     Writes ./runs/NAME: config.json, log.jsonl, checkpoints, summary.json. Ctrl-C, SIGTERM or a closed terminal (SIGHUP) finishes the step and saves;
     after a kill, --resume goes on from the last checkpoint. On a CPU the result is the same to the last bit. A run remembers its data and
@@ -145,23 +165,76 @@ def train(as_json: bool, **options: Any) -> None:
     Example: alexprep train --recipe cifar10-quick --data /data/cifar10
     """
     from alexprep.cli import output
+    from alexprep.shards.any_dataset import is_tars
     from alexprep.shards.dataset_format import read_dataset
 
     if options["resume"] and not on_command_line("data"):
         options["data"] = None  # the run's own, whatever the default
     else:
-        read_dataset(options["data"])  # a wrong folder is told at once: what follows loads torch, which takes seconds
+        if not is_tars(options["data"]):
+            read_dataset(
+                options["data"]
+            )  # a wrong folder is told at once: what follows loads torch, which takes seconds
     from alexprep.train.config import TrainConfig
     from alexprep.train.launch import launch_training, leads
 
     summary = launch_training(TrainConfig(**with_synonyms(options)))
     if leads():
-        measured = [(name.replace("_", " "), value) for name, value in summary.items() if value not in (None, [])]
-        rows = [(name, f"{value:.4g}" if isinstance(value, float) else str(value)) for name, value in measured]
-        output.table(f"Run {summary['run']}", rows)
+        output.table(f"Run {summary['run']}", _rows(summary, options))
         output.json_line(summary, as_json)
     if summary["stopped_by"]:
         click.get_current_context().exit(128 + signal.Signals[summary["stopped_by"]])  # as shells report it
+
+
+def _rows(summary: Mapping[str, Any], options: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What a summary tells, in words: how far it went, what was measured, where things lie, and what comes next."""
+    from alexprep.train.logger import duration
+
+    where = f"{summary['device']} in {summary['precision']}" + (f", {n} ranks" if (n := summary["ranks"]) > 1 else "")
+    taken = f"{duration(summary['seconds'])} in this process" if options["resume"] else duration(summary["seconds"])
+    rows = [
+        ("trained", f"{summary['recipe']}, {summary['epochs']:,} epochs, {summary['steps']:,} steps; {taken}, {where}")
+    ]
+    if summary["train_loss"] is not None:
+        rows.append(("training loss", f"{summary['train_loss']:.4f}, the mean of the last epoch"))
+    if summary["val_top1_error"] is not None:
+        errors = "top-1 {val_top1_error:.2f} %, top-5 {val_top5_error:.2f} %; loss {val_loss:.4f}".format(**summary)
+        rows.append((f"{summary['val_split']} error", errors))
+    if summary["best_step"] is not None:
+        rows.append(
+            ("best", "top-1 {best_top1_error:.2f} %, after epoch {best_epoch}, step {best_step:,}".format(**summary))
+        )
+    if summary["step_ms"] is not None:
+        speed = "{images_per_second:,.0f} images/s; a step waits {data_wait_ms:.1f} ms for data, works {step_ms:.1f} ms"
+        rows.append(("speed", speed.format(**summary)))
+    if summary["skipped_steps"]:
+        rows.append(("skipped", f"{summary['skipped_steps']:,} steps, of which a gradient overflowed in fp16"))
+    rows.append(("its folder", "checkpoints, config.json, log.jsonl, summary.json"))
+    if summary["stopped_by"]:
+        return [*rows, ("stopped by", f"{summary['stopped_by']}; the line above says how to go on")]
+    commands = _next_commands(summary, options)
+    return [*rows, *((("next" if n == 0 else ""), command) for n, command in enumerate(commands))]
+
+
+def _next_commands(summary: Mapping[str, Any], options: Mapping[str, Any]) -> list[str]:
+    """Commands for what was trained; with what it takes to find the run, and the user's own recipe or network."""
+    from alexprep.train.user_code import is_reference
+
+    run = Path(summary["run"])
+    runs = [] if options["runs"] == Path("runs") else ["--runs", str(options["runs"])]
+    own = [
+        word
+        for name in ("recipe", "model")
+        if options[name] is not None and is_reference(options[name])
+        for word in (f"--{name}", options[name])
+    ]
+    best = f"{run.name}@best" if summary["best_step"] is not None else run.name
+    words = (
+        ["eval", best, "--views", "ten", *runs, *own],
+        ["predict", best, "photo.jpg", *runs, *own],
+        ["report", run.name, *runs],
+    )
+    return [shlex.join(["alexprep", *each]) for each in words]
 
 
 def with_synonyms(options: dict[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alexprep.pipeline.colour import Blur, Jitter, blurred, draw_recolouring, draw_sigmas, recolour, rising
-from alexprep.pipeline.geometry import Affine, Erasing, draw_affine, draw_erased, erased, resize, warp
+from alexprep.pipeline.geometry import Affine, Erasing, Size, draw_affine, draw_erased, erased, resize, sides, warp
 from alexprep.pipeline.mixing import Mixing, draw_mixing
 from alexprep.pipeline.policies import Policy, RandAugment, TrivialAugment, draw_policy, operated
 from alexprep.pipeline.random_numbers import (
@@ -107,6 +107,14 @@ class Hook:
         return {"function": self.name, "after": self.after, "numbers": self.numbers}
 
 
+def _check_crop(crop: Any) -> None:
+    """Refuses what is neither None, nor a side, nor height and width."""
+    if isinstance(crop, list) or (isinstance(crop, tuple) and len(crop) != 2):
+        raise AlexprepError(f"crop {crop!r} is neither the side of a square nor (height, width), pixels")
+    for side in () if crop is None else crop if isinstance(crop, tuple) else (crop,):
+        whole_number("crop", side, 1, 65535)
+
+
 @dataclass(frozen=True)
 class Augmentation:
     """What is done to a training image, in this order; the defaults are the paper's.
@@ -115,12 +123,13 @@ class Augmentation:
     the mean is subtracted, the colour noise added, all divided; a rectangle is erased; and pairs are mixed.
 
     Attributes:
-        crop: side of the square that the network sees, pixels; 224 in the paper (section 4.1). None: the whole image.
-        scale: None cuts the square as it is. Two numbers a <= b in (0, 1] cut a window whose share of the image's area is drawn
+        crop: side of the square that the network sees, or (height, width), pixels; 224 in the paper (section 4.1). None: the whole image.
+        scale: None cuts the crop as it is. Two numbers a <= b in (0, 1] cut a window whose share of the image's area is drawn
             from [a, b], and resize it: torchvision's RandomResizedCrop, whose default is (0.08, 1).
         position: of that square or window: "random"; or "centre", the one that evaluation shows.
         ratio: bounds of that window's width / height, drawn log-uniformly.
-        evaluation_scale: with `scale`, how much of the shorter side the centre view shows; 224 / 256 is usual.
+        evaluation_scale: with `scale`, how much of the shorter side the centre view shows (of an oblong crop: of the largest window of
+            its proportions); 224 / 256 is usual.
         mirror: whether half of the crops are reflected left to right.
         share: how many neighbours in the epoch's order share one draw of corner and mirror: 1 in the paper, 32 in the 2012
             code.
@@ -145,7 +154,7 @@ class Augmentation:
         hooks: operations of the user's own over DALI nodes, in the order in which they are done where they have one place, see `Hook`.
     """
 
-    crop: int | None = 224
+    crop: Size | None = 224
     scale: tuple[float, float] | None = None
     position: Position = "random"
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
@@ -175,8 +184,9 @@ class Augmentation:
             else:
                 _check_rgb(name, getattr(self, name), get_args(choices), least)
         one_of("noise", self.noise, get_args(Noise))
+        _check_crop(self.crop)
         one_of("position", self.position, get_args(Position))
-        for name, low, high in (("crop", 1, 65535), ("share", 1, 2**31 - 1), ("noise_epochs", 0, 2**32 - 1)):
+        for name, low, high in (("share", 1, 2**31 - 1), ("noise_epochs", 0, 2**32 - 1)):
             if getattr(self, name) is not None or name == "share":
                 whole_number(name, getattr(self, name), low, high)
         number_within("noise_sigma", self.noise_sigma, 0, 1e6)
@@ -196,11 +206,16 @@ class Augmentation:
         if not rising(self.ratio, 1e6):
             raise AlexprepError(f"ratio {self.ratio} is not two bounds of width / height, 0 < a <= b <= 1,000,000")
         if self.crop is None and (self.scale is not None or self.windowed_mean):
-            raise AlexprepError("scale, and mean crop or centre, need a crop: the side of the square that comes out")
+            raise AlexprepError("scale, and mean crop or centre, need a crop: the size that comes out")
         if self.scale is not None and self.windowed_mean:
             raise AlexprepError(
                 f"mean {self.mean!r} belongs to crops that are not resized: with scale, use channel, imagenet or none"
             )
+
+    @property
+    def view(self) -> tuple[int, int] | None:
+        """Height and width of the crop, pixels; None where whole images come out."""
+        return None if self.crop is None else sides(self.crop)
 
     @property
     def windowed_mean(self) -> bool:
@@ -334,19 +349,18 @@ def draw(
         keys = np.asarray(positions_N, np.int64) // augmentation.share
     geometry = words_of(seed, epoch, keys, GEOMETRY if augmentation.share == 1 else SHARED)
     sizes = np.asarray(sizes_N2, np.int64)
+    views = sizes if augmentation.view is None else np.broadcast_to(np.array(augmentation.view, np.int64), sizes.shape)
     if augmentation.crop is None:
         windows = np.concatenate([np.zeros_like(sizes), sizes], axis=1)
     elif augmentation.position == "centre":
         windows = centred(augmentation, sizes).windows_N4
     elif augmentation.scale is None:
-        side = np.full(len(rows), augmentation.crop)
-        corners = (below(geometry[n], sizes[:, n] - side + 1) for n in range(2))
-        windows = np.stack([*corners, side, side], axis=1)
+        corners = (below(geometry[n], sizes[:, n] - views[:, n] + 1) for n in range(2))
+        windows = np.stack([*corners, *views.T], axis=1)
     else:
         windows = _resized_windows(augmentation, seed, epoch, keys, sizes)
     mirror = (geometry[2] >> np.uint64(31)).astype(bool) & augmentation.mirror
     words = functools.partial(words_of, seed, epoch, rows)
-    views = windows[:, 2:] if augmentation.crop is None else np.full_like(sizes, augmentation.crop)
     more = _draw_more(augmentation, views, words)
     if augmentation.mixing is not None and positions_N is not None and len(rows):
         height, width = views[0].tolist()
@@ -418,7 +432,7 @@ def augment(
         epoch: some augmentations lose their noise after some epochs.
 
     Returns:
-        float64 (crop, crop, 3), grey levels about 0, or what `augmentation.std` makes of them.
+        float64 (H, W, 3) of the crop's size, grey levels about 0, or what `augmentation.std` makes of them.
 
     Raises AlexprepError where statistics are needed and there are none, or there is a hook, which has no definition in numpy.
     """
@@ -435,8 +449,9 @@ def augment(
     pixels = _changed(image, draws, n, augmentation) - channel_means(statistics, augmentation)
     mean_window: NDArray[np.float64] | float = 0.0
     if augmentation.windowed_mean and statistics is not None:
-        top, left = mean_corners(augmentation, draws.windows_N4[n : n + 1], len(statistics.mean_HWC))[0].tolist()
-        mean_window = statistics.mean_HWC[top : top + height, left : left + width]
+        mean = statistics.mean_image()
+        top, left = mean_corners(augmentation, draws.windows_N4[n : n + 1], mean.shape[:2])[0].tolist()
+        mean_window = mean[top : top + height, left : left + width]
     if augmentation.mean == "crop":
         pixels = pixels - mean_window
     if draws.mirror_N[n]:
@@ -510,11 +525,13 @@ def _check_rgb(name: str, values: Any, choices: tuple[str, ...], least: float) -
         number_within(name, value, least, 1e4)
 
 
-def mean_corners(augmentation: Augmentation, windows_N4: NDArray[np.integer], mean_side: int) -> NDArray[np.int64]:
-    """Top row and left column of the mean image's windows that belong to crops' windows: int64 (N, 2)."""
+def mean_corners(
+    augmentation: Augmentation, windows_N4: NDArray[np.integer], mean_size: tuple[int, ...]
+) -> NDArray[np.int64]:
+    """Top row and left column of the windows of a mean image of that height and width that belong to crops' windows: int64 (N, 2)."""
     if augmentation.mean == "crop":
         return windows_N4[:, :2].astype(np.int64)
-    return (mean_side - windows_N4[:, 2:].astype(np.int64)) // 2
+    return (np.array(mean_size) - windows_N4[:, 2:].astype(np.int64)) // 2
 
 
 _ATTEMPTS = 10  # at a window that fits; torchvision's number
@@ -522,13 +539,14 @@ _ATTEMPTS = 10  # at a window that fits; torchvision's number
 
 def _evaluation_sides(augmentation: Augmentation, sizes_N2: NDArray[np.int64]) -> NDArray[np.int64]:
     """Height and width of the windows that evaluation cuts."""
-    if augmentation.crop is None:
+    if augmentation.view is None:
         return sizes_N2.astype(np.int64)
+    view = np.array(augmentation.view, np.int64)
     if augmentation.scale is None:
-        return np.full_like(sizes_N2, augmentation.crop)
-    sides = np.rint(sizes_N2.min(axis=1) * augmentation.evaluation_scale).astype(np.int64)
-    squares: NDArray[np.int64] = np.maximum(1, np.stack([sides, sides], axis=1))
-    return squares
+        return np.broadcast_to(view, sizes_N2.shape)
+    # The largest window of the crop's proportions: one side is the image's, the other follows.
+    largest = np.minimum(sizes_N2, sizes_N2[:, ::-1] * view / view[::-1])
+    return np.maximum(1, np.rint(largest * augmentation.evaluation_scale).astype(np.int64))
 
 
 def _in_the_centre(sizes_N2: NDArray[np.int64], sides_N2: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -255,4 +255,5 @@ def _spread(trials: Sequence[Trial]) -> float:
 def _usual_augmentation(dataset: Dataset) -> Augmentation:
     if dataset.statistics_of is None or dataset.size is None or not (dataset.statistics_of / STATISTICS).exists():
         return PRESETS["resized"]
-    return Augmentation(crop=max(1, dataset.size * 7 // 8))
+    height, width = (max(1, side * 7 // 8) for side in dataset.size)
+    return Augmentation(crop=height if height == width else (height, width))

@@ -16,7 +16,7 @@ from alexprep.pipeline.device import moved
 class Batch(NamedTuple):
     """A rank's part of one step: images and labels on the loader's device, and rows of the split's index on the CPU, int64 (N,).
 
-    Images are (N, 3, H, W) or (N, H, W, 3), with views "ten" (N, 10, …): grey levels about 0, or what the augmentation's `std` makes
+    Images are (N, 3, H, W) or (N, H, W, 3), with views "two" or "ten" (N, 2, …) or (N, 10, …): grey levels about 0, or what the augmentation's `std` makes
     of them. Labels are int64 (N,).
     """
 

@@ -32,9 +32,13 @@ from alexprep.pipeline.dali_ops import Dtype, MemoryFormat
 from alexprep.shards.errors import AlexprepError, one_of
 from alexprep.shards.rgb_statistics import Statistics
 
-Views = Literal["random", "centre", "ten"]  # the last are the paper's test views, without chance as the second
+Views = Literal[
+    "random", "centre", "two", "ten"
+]  # all but the first are without chance; the last are the paper's test views
 Inputs = dict[str, "NDArray[Any] | list[NDArray[np.float32]]"]
 
+# Which of `ten_windows` are seen as they are and reflected: the centre, or all five.
+REFLECTED: dict[str, tuple[int, ...]] = {"two": (2,), "ten": (0, 1, 2, 3, 4)}
 POLICY_INPUTS = ("kind", "map", "factor", "from_mean", "threshold", "mask", "kernel", "colours")
 _STRIP_BYTES = 128 * 2**20  # of windows of the mean image that are kept ready
 
@@ -47,7 +51,7 @@ class Graph:
     statistics: Statistics | None  # of the dataset, where they are needed
     views: Views
     raw: bool  # whether samples come as pixels rather than as encoded images
-    size: int | None  # side of the stored images where all are squares of one side, pixels
+    size: tuple[int, int] | None  # height and width of the stored images where all have the same, pixels
     batch_size: int  # the largest that will be fed
     threads: int  # of DALI
     device: str  # where images come out, "cpu" or "cuda"
@@ -69,11 +73,11 @@ class Graph:
     def pipeline(self) -> Pipeline:
         """The pipeline, not yet built. It takes the images as "encoded" and what `inputs` makes; its one output is the views.
 
-        Ten views are stacked before the other axes: five windows, then their reflections.
+        Several views are stacked before the other axes: the windows, then their reflections.
         """
         pipeline = self._empty_pipeline(self.batch_size, self.threads)
         with pipeline:
-            pipeline.set_outputs(self._ten_views() if self.views == "ten" else self._one_view())
+            pipeline.set_outputs(self._reflected_views() if self.views in REFLECTED else self._one_view())
         return pipeline
 
     def decoding_pipeline(self, windowed: bool) -> Pipeline:
@@ -95,7 +99,7 @@ class Graph:
         noise = augmentation.noise != "none"
         names = {"start", "mirror"} | (set() if augmentation.fixed_windows else {"shape"})
         rows_pay = self.device == "cpu" and self.memory_format != "NCHW" and self.dtype != "uint8"
-        if rows_pay and self._side and not augmentation.keeps_bytes:
+        if rows_pay and any(self._view) and not augmentation.keeps_bytes:
             names |= {"window"} if augmentation.windowed_mean else set()
             if noise or augmentation.std != "none" or not augmentation.windowed_mean:
                 names |= {"minus", "divisor"}
@@ -120,9 +124,9 @@ class Graph:
 
     def inputs(self, epoch: int, draws: Draws, sizes_N2: NDArray[np.integer]) -> Inputs:
         """The inputs of a batch beside "encoded", one entry a sample: of images of these heights and widths, (N, 2), pixels."""
-        if self.views == "ten":
+        if self.views in REFLECTED:
             windows = ten_windows(self.augmentation, sizes_N2).astype(np.int32)
-            starts = {f"start{n}": np.ascontiguousarray(windows[:, n, :2]) for n in range(5)}
+            starts = {f"start{n}": np.ascontiguousarray(windows[:, n, :2]) for n in REFLECTED[self.views]}
             return {**starts, **self._shape_input(windows[:, 0])}
         augmentation, statistics, names = self.augmentation, self.statistics, self.input_names
         windows, count = draws.windows_N4.astype(np.int32), len(draws.mirror_N)
@@ -142,19 +146,19 @@ class Graph:
             inputs["factor"] = np.full(count, 1 / rescale, np.float32)
         if "minus" in names:
             divisor = channel_stdevs(statistics, augmentation) * rescale
-            inputs["minus"] = np.tile(-shift.astype(np.float32), (1, self._side))[:, None]
-            inputs["divisor"] = np.tile(divisor.astype(np.float32), (count, 1, self._side))
+            inputs["minus"] = np.tile(-shift.astype(np.float32), (1, self._view[1]))[:, None]
+            inputs["divisor"] = np.tile(divisor.astype(np.float32), (count, 1, self._view[1]))
         if statistics is not None and names & {"window", "anchor"}:
-            size = len(statistics.mean_HWC)
+            size = statistics.mean_image().shape[:2]
             corners = mean_corners(augmentation, windows, size)
             reflected = draws.mirror_N & (augmentation.mean == "crop")
             if "window" in names:
                 places = zip(corners.tolist(), reflected.tolist(), strict=True)
                 inputs["window"] = [
-                    self._mean_strip(left, flag)[top : top + self._side] for (top, left), flag in places
+                    self._mean_strip(left, flag)[top : top + self._view[0]] for (top, left), flag in places
                 ]
             else:
-                inputs["anchor"] = dali_ops.mean_anchor(corners, reflected, size, self._side)
+                inputs["anchor"] = dali_ops.mean_anchor(corners, reflected, size[1], self._view[1])
         return inputs | self._more_inputs(draws)
 
     def _more_inputs(self, draws: Draws) -> Inputs:
@@ -186,19 +190,19 @@ class Graph:
     def _mean_strip(self) -> Callable[[int, bool], NDArray[np.float32]]:
         """The columns of the mean image from `left` on, as wide as a crop: float32, contiguous, so any window of them is."""
         assert self.statistics is not None
-        mean, side = self.statistics.mean_HWC.astype(np.float32), self._side
+        mean, width = self.statistics.mean_image().astype(np.float32), self._view[1]
 
-        @functools.lru_cache(maxsize=max(1, _STRIP_BYTES // (len(mean) * side * 3 * 4)))
+        @functools.lru_cache(maxsize=max(1, _STRIP_BYTES // (len(mean) * width * 3 * 4)))
         def strip(left: int, reflected: bool) -> NDArray[np.float32]:
-            columns = mean[:, left : left + side]
+            columns = mean[:, left : left + width]
             return np.ascontiguousarray(columns[:, ::-1] if reflected else columns)
 
         return strip
 
     @property
-    def _side(self) -> int:
-        """Of the views, pixels; 0 where whole images of several sizes come out."""
-        return self.augmentation.crop or self.size or 0
+    def _view(self) -> tuple[int, int]:
+        """Height and width of the views, pixels; 0 where whole images of several sizes come out."""
+        return self.augmentation.view or self.size or (0, 0)
 
     def _empty_pipeline(self, batch_size: int, threads: int) -> Pipeline:
         # The dynamic executor owns each output by reference: DALI never writes into a buffer that a tensor still views.
@@ -299,17 +303,17 @@ class Graph:
             if "window" in names:
                 image = dali_ops.subtract_image(image, self._input("window"))
             if "minus" in names:
-                image = dali_ops.subtract_rows(image, self._input("minus"), self._input("divisor"), self._side)
+                image = dali_ops.subtract_rows(image, self._input("minus"), self._input("divisor"), self._view)
             return dali_ops.cast(image, dtype)
         shift = self._input("shift") if "shift" in names else self._minus_means()
         subtract = self._subtract_window if "anchor" in names else None
         factor = self._input("factor") if "factor" in names else None
         return self._tensor(image, mirrored, shift, subtract, factor, dtype)
 
-    def _ten_views(self) -> DataNode:
+    def _reflected_views(self) -> DataNode:
         whole, shape = self._whole(), self._shape()
         views: dict[bool, list[DataNode]] = {False: [], True: []}
-        for n in range(5):
+        for n in REFLECTED[self.views]:
             start = self._input(f"start{n}")
             window = self._resized(fn.slice(whole, start=start, shape=shape, axes=(0, 1)))
             for mirrored in (False, True):
@@ -340,15 +344,15 @@ class Graph:
 
     def _subtract_window(self, image: DataNode) -> DataNode:
         assert self.statistics is not None
-        mean, anchor = self.statistics.mean_HWC, self._input("anchor")
-        return dali_ops.subtract_mean_window(image, mean, anchor, self._side, self.memory_format, self.device)
+        mean, anchor = self.statistics.mean_image(), self._input("anchor")
+        return dali_ops.subtract_mean_window(image, mean, anchor, self._view, self.memory_format, self.device)
 
     def _constant_window(self, n: int, mirrored: bool) -> DataNode:
-        """What is subtracted from view `n` or its reflection. Mean images go with stored squares of one size, so it is a constant."""
+        """What is subtracted from view `n` or its reflection. Mean images go with images of one size, so it is a constant."""
         assert self.statistics is not None
-        mean = self.statistics.mean_HWC
+        mean = self.statistics.mean_image()
         window = ten_windows(self.augmentation, np.array([mean.shape[:2]]))[:, n]
-        top, left = mean_corners(self.augmentation, window, len(mean))[0].tolist()
+        top, left = mean_corners(self.augmentation, window, mean.shape[:2])[0].tolist()
         part = mean[top : top + window[0, 2], left : left + window[0, 3]]
         return self._constant(part[:, ::-1] if mirrored and self.augmentation.mean == "crop" else part)
 
@@ -376,10 +380,10 @@ class Graph:
         return self._on_device(image)
 
     def _shape(self) -> DataNode | tuple[int, int]:
-        return (self._side, self._side) if self.augmentation.fixed_windows else self._input("shape")
+        return self._view if self.augmentation.fixed_windows else self._input("shape")
 
     def _resized(self, window: DataNode) -> DataNode:
-        return window if self.augmentation.scale is None else dali_ops.resize_square(window, self._side)
+        return window if self.augmentation.scale is None else dali_ops.resize(window, self._view)
 
     def _pixels(self) -> DataNode:
         pixels = self._input("encoded", layout="HWC", ndim=3, dtype=types.UINT8)
@@ -397,20 +401,20 @@ def check_hooks(augmentation: Augmentation) -> None:
 
     Raises AlexprepError where what comes out is not of the form of what went in, and RuntimeError where DALI cannot run it.
     """
-    side = 2 * (augmentation.crop or 16)
+    height, width = (2 * side for side in augmentation.view or (16, 16))
     bare = replace(augmentation, mean="none", std="none", noise="none", noise_epochs=None, share=1, mixing=None)
     views: Any = {"views": "random", "dtype": "float32", "memory_format": "NHWC"}
     where: Any = {"threads": 1, "device": "cpu", "device_id": None, "decode": "cpu", "hw_decoder_load": 0.0}
     graph = Graph(bare, None, raw=True, size=None, batch_size=2, **views, **where)
-    sizes = np.full((2, 2), side)
-    images = np.random.default_rng(0).integers(0, 256, (2, side, side, 3), np.uint8)
+    sizes = np.array([[height, width]] * 2)
+    images = np.random.default_rng(0).integers(0, 256, (2, height, width, 3), np.uint8)
     pipeline = graph.pipeline()
     pipeline.build()
     for name, values in {"encoded": images, **graph.inputs(0, draw(bare, 0, 0, np.arange(2), sizes), sizes)}.items():
         pipeline.feed_input(name, values)
     (output,) = pipeline.run()
     shapes = {tuple(output.at(n).shape) for n in range(2)}
-    wanted = (side, side, 3) if augmentation.crop is None else (augmentation.crop, augmentation.crop, 3)
+    wanted = (*(augmentation.view or (height, width)), 3)
     if shapes != {wanted} or output.dtype != types.FLOAT:
         names = ", ".join(hook.name for hook in augmentation.hooks)
         raise AlexprepError(

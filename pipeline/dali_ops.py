@@ -22,6 +22,7 @@ from nvidia.dali import fn, math, types
 from nvidia.dali.data_node import DataNode
 
 from alexprep.pipeline.colour import LUMA
+from alexprep.pipeline.geometry import Size, sides
 
 MemoryFormat = Literal["NCHW", "NHWC", "channels_last"]
 Dtype = Literal["float32", "float16", "uint8"]
@@ -32,30 +33,30 @@ _TYPES = {"float32": types.FLOAT, "float16": types.FLOAT16, "uint8": types.UINT8
 
 def decode_crop(
     encoded: DataNode,
-    side: int | None = None,
+    size: Size | None = None,
     x: DataNode | float = 0.5,
     y: DataNode | float = 0.5,
     device: str = "cpu",
     hw_decoder_load: float = HW_DECODER_LOAD,
 ) -> DataNode:
-    """Decodes a square of an image, or all of it; on a CPU only what the square needs is decoded.
+    """Decodes a crop of an image, or all of it; on a CPU only what the crop needs is decoded.
 
     Args:
         encoded: uint8 (bytes,), an encoded image, on the CPU.
-        side: pixels; None for the whole image.
-        x: left column / (width - side), float32 in 0-1, one a sample; 0.5 is the centre.
-        y: top row / (height - side), likewise.
+        size: side of a square, or height and width, pixels; None for the whole image.
+        x: left column / (image's width - crop's width), float32 in 0-1, one a sample; 0.5 is the centre.
+        y: top row / (image's height - crop's height), likewise.
         device: where the pixels are wanted, "cpu" or "cuda".
         hw_decoder_load: on "cuda", the share of a batch that goes to the JPEG engines, 0-1, where the GPU has them.
 
     Returns:
-        uint8 (side, side, 3), HWC. An EXIF orientation is not applied; chroma is upsampled alike on both devices.
+        uint8 (H, W, 3), HWC. An EXIF orientation is not applied; chroma is upsampled alike on both devices.
     """
     options = _decoding(device, hw_decoder_load)
-    if side is None or device != "cpu":
+    if size is None or device != "cpu":
         whole = fn.decoders.image(encoded, **options)
-        return whole if side is None else fn.crop(whole, crop=(side, side), crop_pos_x=x, crop_pos_y=y)
-    return fn.decoders.image_crop(encoded, crop=(side, side), crop_pos_x=x, crop_pos_y=y, **options)
+        return whole if size is None else fn.crop(whole, crop=sides(size), crop_pos_x=x, crop_pos_y=y)
+    return fn.decoders.image_crop(encoded, crop=sides(size), crop_pos_x=x, crop_pos_y=y, **options)
 
 
 def decode_window(
@@ -86,22 +87,27 @@ def _decoding(device: str, hw_decoder_load: float) -> dict[str, Any]:
     return {**options, "device": "mixed", "hw_decoder_load": hw_decoder_load}
 
 
-def cut(image: DataNode, start: DataNode, shape: DataNode | Sequence[int], size: int | None = None) -> DataNode:
+def cut(image: DataNode, start: DataNode, shape: DataNode | Sequence[int], size: Size | None = None) -> DataNode:
     """Cuts a window out of pixels, uint8 (H, W, 3); for `start` and `shape` see `decode_window`.
 
-    Where all images have the side `size`, and one `shape` is for all, rows are copied whole, six times as fast.
+    Where all images have one `size`, and one `shape` is for all, rows are copied whole, six times as fast.
     """
     if size is None or isinstance(shape, DataNode):
         return fn.slice(image, start=start, shape=shape, axes=(0, 1))
-    height, width = shape
-    rows = fn.reshape(image, shape=(size, 3 * size), layout="HW")
+    (height, width), (whole_height, whole_width) = shape, sides(size)
+    rows = fn.reshape(image, shape=(whole_height, 3 * whole_width), layout="HW")
     part = fn.slice(rows, start=start * np.array([1, 3], np.int32), shape=(height, 3 * width), axes=(0, 1))
     return fn.reshape(part, shape=(height, width, 3), layout="HWC")
 
 
 def resize_square(image: DataNode, side: int) -> DataNode:
-    """Resizes uint8 (H, W, 3) to uint8 (side, side, 3) by an antialiased bilinear filter, as `augmentation.resize` defines it."""
-    return fn.resize(image, size=(side, side), interp_type=types.INTERP_LINEAR, antialias=True)
+    """Resizes uint8 (H, W, 3) to uint8 (side, side, 3), see `resize`."""
+    return resize(image, side)
+
+
+def resize(image: DataNode, size: Size) -> DataNode:
+    """Resizes uint8 (H, W, 3) to that size, whatever the proportions, by an antialiased bilinear filter, as `geometry.resize` defines it."""
+    return fn.resize(image, size=sides(size), interp_type=types.INTERP_LINEAR, antialias=True)
 
 
 def mirror(image: DataNode, mirrored: DataNode | int) -> DataNode:
@@ -163,16 +169,16 @@ def subtract_mean_window(
     image: DataNode,
     mean_HWC: NDArray[np.floating[Any]],
     anchor: DataNode | Sequence[int],
-    side: int,
+    size: Size,
     memory_format: MemoryFormat = "NCHW",
     device: str = "cpu",
 ) -> DataNode:
     """Subtracts a window of the mean image or of its reflection, another one for each sample.
 
     Args:
-        image: float32, a result of `to_tensor`, of this `side` in pixels, `memory_format` and `device`.
-        mean_HWC: (S, S, 3), grey levels.
-        anchor: int32 (2,), row and column of the window in the mean image with its reflection right of it: (S, 2 S, 3).
+        image: float32, a result of `to_tensor`, of this `size`, `memory_format` and `device`.
+        mean_HWC: (H, W, 3), grey levels.
+        anchor: int32 (2,), row and column of the window in the mean image with its reflection right of it: (H, 2 W, 3).
     """
     # The mean and its reflection side by side: one slice finds either.
     both = np.concatenate([mean_HWC, mean_HWC[:, ::-1]], axis=1)
@@ -180,24 +186,27 @@ def subtract_mean_window(
     if memory_format == "NCHW":
         both = both.transpose(2, 0, 1)
     constant = types.Constant(np.ascontiguousarray(both, np.float32), device="cpu" if device == "cpu" else "gpu")
-    return image - fn.slice(constant, start=anchor, shape=(side, side), axes=axes)
+    return image - fn.slice(constant, start=anchor, shape=sides(size), axes=axes)
 
 
-def mean_anchor(corners_N2: NDArray[np.int64], mirror_N: NDArray[np.bool_], size: int, side: int) -> NDArray[np.int32]:
-    """Where `subtract_mean_window` finds windows of this side in a mean image of that size, reflected or not: int32 (N, 2)."""
+def mean_anchor(
+    corners_N2: NDArray[np.int64], mirror_N: NDArray[np.bool_], mean_width: int, width: int
+) -> NDArray[np.int32]:
+    """Where `subtract_mean_window` finds windows of a width in a mean image of `mean_width`, reflected or not: int32 (N, 2)."""
     top, left = corners_N2[:, 0], corners_N2[:, 1]
-    return np.stack([top, np.where(mirror_N, 2 * size - side - left, left)], axis=1).astype(np.int32)
+    return np.stack([top, np.where(mirror_N, 2 * mean_width - width - left, left)], axis=1).astype(np.int32)
 
 
-def subtract_rows(image: DataNode, subtrahend: DataNode, divisor: DataNode, side: int) -> DataNode:
+def subtract_rows(image: DataNode, subtrahend: DataNode, divisor: DataNode, size: Size) -> DataNode:
     """Subtracts and divides with the same numbers in every row: channel means, noise and deviations, where axes stay HWC.
 
     DALI's `crop_mirror_normalize`, which `to_tensor` is, takes twice the time for this on a CPU, three numbers at a time. Both
-    operands are float32 (1, 3 * side), R, G and B repeated for each pixel of a row, one a sample. Gives float32 (side, side, 3).
+    operands are float32 (1, 3 * width), R, G and B repeated for each pixel of a row, one a sample. Gives float32 (height, width, 3).
     """
-    rows = fn.reshape(image, shape=(side, 3 * side))
+    height, width = sides(size)
+    rows = fn.reshape(image, shape=(height, 3 * width))
     return fn.reshape(
-        fn.normalize(rows, mean=subtrahend, stddev=divisor, axes=(0,)), shape=(side, side, 3), layout="HWC"
+        fn.normalize(rows, mean=subtrahend, stddev=divisor, axes=(0,)), shape=(height, width, 3), layout="HWC"
     )
 
 

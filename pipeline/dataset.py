@@ -9,21 +9,20 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Union, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from alexprep.pipeline.augmentation import Augmentation
-from alexprep.shards.dataset_format import DATASET, PLAN, read_dataset
+from alexprep.shards.any_dataset import DataSource, open_samples
 from alexprep.shards.errors import AlexprepError, one_of
 from alexprep.shards.rgb_statistics import Statistics, read_statistics
 from alexprep.shards.sample_reader import Samples, TarSamples
-from alexprep.shards.storage import folder_at
-from alexprep.shards.webdataset_index import UnusableSample, index_tars
+from alexprep.shards.webdataset_index import UnusableSample
 
 OnBad = Literal["error", "skip"]
-Source = Union[str, Path, Sequence[Union[str, Path]]]  # noqa: UP007  (evaluated, also by Python 3.10's typing)
+Source = DataSource
 
 
 @dataclass(frozen=True)
@@ -32,12 +31,12 @@ class Dataset:
 
     samples: TarSamples
     sizes_N2: NDArray[np.integer]  # heights and widths of the stored images, pixels
-    size: int | None  # their side where all are squares of one side
+    size: tuple[int, int] | None  # height and width where all have the same
     raw: bool  # whether members are pixels rather than encoded images
     digest: str  # the identity of the data, hex sha256
     classes: list[str]  # by label
     bad: tuple[UnusableSample, ...]  # samples of other people's tars that cannot be used, with the reason
-    statistics_of: Path | None  # the dataset's folder if it is one of ours
+    statistics_of: Path | None  # the folder that has its statistics, or will
 
     def keys(self, rows: Sequence[int]) -> list[str]:
         """The keys of some samples, by the rows of the index."""
@@ -53,25 +52,30 @@ class Dataset:
 
     def check(self, augmentation: Augmentation, statistics: Statistics | None) -> None:
         """Raises AlexprepError where these images cannot be augmented so."""
-        if augmentation.windowed_mean and (
-            self.size is None or statistics is None or len(statistics.mean_HWC) != self.size
-        ):
-            raise AlexprepError(
-                f"mean {augmentation.mean!r} subtracts a mean image of the images' own size, and these are "
-                f"{self.size or 'of several sizes'}: use mean 'channel' or 'imagenet', or shards made by `alexprep shard`"
+        mean = None if statistics is None else statistics.mean_HWC
+        if augmentation.windowed_mean and (self.size is None or mean is None or mean.shape[:2] != self.size):
+            have = (
+                "images of several sizes" if self.size is None else f"images of {self.size[1]} x {self.size[0]} pixels"
             )
-        if augmentation.crop is None and len(np.unique(self.sizes_N2, axis=0)) > 1:
+            there = "have none" if mean is None else f"another one, of {mean.shape[1]} x {mean.shape[0]}, is not theirs"
+            raise AlexprepError(
+                f"mean {augmentation.mean!r} subtracts a mean image of the images' own size, and {have} {there}: use mean 'channel' or "
+                "'imagenet', or shards made by `alexprep shard` with --fit square"
+            )
+        if augmentation.crop is None and self.size is None and len(self.samples):
             raise AlexprepError(
                 "whole images of several sizes make no batch: choose a crop, and a scale to resize to it"
             )
-        if augmentation.crop is not None and augmentation.scale is None:
-            small = np.flatnonzero(self.sizes_N2.min(axis=1) < augmentation.crop)
+        if augmentation.view is not None and augmentation.scale is None:
+            small = np.flatnonzero((self.sizes_N2 < np.array(augmentation.view)).any(axis=1))
             if len(small):
-                height, width = self.sizes_N2[small[0]].tolist()
+                (height, width), (rows, columns) = self.sizes_N2[small[0]].tolist(), augmentation.view
+                square = rows == columns
+                crop, size = (f"{rows} pixels", f"{rows}") if square else (f"{columns} x {rows}", f"{columns}x{rows}")
                 raise AlexprepError(
-                    f"a crop of {augmentation.crop} pixels does not fit {len(small):,} of {len(self.samples):,} images, for "
+                    f"a crop of {crop} does not fit {len(small):,} of {len(self.samples):,} images, for "
                     f"example {self.samples.where(int(small[0]))} with {width} x {height}: choose a smaller crop, resize "
-                    f"(augmentation 'resized'), or shard again with --size {augmentation.crop} or more"
+                    f"(augmentation 'resized'), or shard again with --size {size} or more"
                 )
 
 
@@ -84,11 +88,7 @@ def open_dataset(source: Source, split: str, on_bad: OnBad = "error", cache: str
     places = source if isinstance(source, Sequence) and not isinstance(source, str | bytes) else [source]
     if not all(isinstance(place, str | os.PathLike) for place in places):
         raise AlexprepError(f"data {source!r} is no path and no list of paths")
-    if isinstance(source, str | os.PathLike):
-        folder = folder_at(str(source))
-        if (folder / DATASET).exists() or (folder / PLAN).exists() or not _holds_tars(str(source), folder):
-            return _ours(folder, split)
-    dataset = _foreign(source, split, None if cache is None else Path(cache))
+    dataset = Dataset(*open_samples(source, split, None if cache is None else Path(cache)))
     if dataset.bad and on_bad == "error":
         raise AlexprepError(
             f"{len(dataset.bad):,} samples cannot be used, the first: {dataset.bad[0]}; leave such samples out with "
@@ -104,32 +104,10 @@ def statistics_for(dataset: Dataset, chosen: Statistics | str | Path | None) -> 
     if chosen is not None:
         if not isinstance(chosen, str | os.PathLike):
             raise AlexprepError(f"statistics {chosen!r} are neither a dataset's folder nor statistics")
-        folder = folder_at(str(chosen))
-        return read_statistics(folder, read_dataset(folder)["digest"])
+        return read_statistics(str(chosen))
     if dataset.statistics_of is None:
         raise AlexprepError(
             "these shards have no statistics: name a dataset that has them (statistics=FOLDER), or use an augmentation "
             "without, for example 'resized'"
         )
-    return read_statistics(dataset.statistics_of, dataset.digest)
-
-
-def _holds_tars(name: str, folder: Path) -> bool:
-    return name.endswith(".tar") or "{" in name or any(folder.glob("*.tar")) or any(folder.glob("*/*.tar"))
-
-
-def _ours(folder: Path, split: str) -> Dataset:
-    samples = Samples(folder, split)
-    image = samples.dataset["image"]
-    size = int(image["size"])
-    sizes = np.broadcast_to(np.array(size, np.int32), (len(samples), 2))
-    raw = image["format"] == "raw"
-    return Dataset(samples, sizes, size, raw, samples.dataset["digest"], samples.dataset["classes"], (), folder)
-
-
-def _foreign(source: Source, split: str, cache: Path | None) -> Dataset:
-    found = index_tars(source, split, cache=cache)
-    samples = TarSamples(dict(enumerate(found.paths)), found.records)
-    sizes = np.stack([found.records["height"], found.records["width"]], axis=1).astype(np.int32)
-    size = int(sizes[0, 0]) if (sizes == sizes[0, 0]).all() else None
-    return Dataset(samples, sizes, size, False, found.digest, found.classes, found.bad, None)
+    return read_statistics(dataset.statistics_of)

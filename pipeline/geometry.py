@@ -16,7 +16,14 @@ from alexprep.pipeline.colour import rising
 from alexprep.pipeline.random_numbers import AFFINE, ERASING, Words, below, between, unit
 from alexprep.shards.errors import AlexprepError, number_within
 
+Size = int | tuple[int, int]  # the side of a square, or height and width, pixels
+
 _ATTEMPTS = 10  # at a rectangle that fits; torchvision's number
+
+
+def sides(size: Size) -> tuple[int, int]:
+    """Height and width."""
+    return (size, size) if isinstance(size, int) else size
 
 
 @dataclass(frozen=True)
@@ -177,12 +184,12 @@ def erased(pixels_HWC: NDArray[np.float64], box_4: NDArray[np.int64], value: flo
     return result
 
 
-def resize(image_HWC: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
-    """Resizes to a square of `side` pixels, by a triangle filter as wide as an output pixel (antialiased bilinear).
+def resize(image_HWC: NDArray[np.uint8], size: Size) -> NDArray[np.uint8]:
+    """Resizes to that size, whatever the proportions, by a triangle filter as wide as an output pixel (antialiased bilinear).
 
     Beyond an edge its pixels are repeated, as DALI does; Pillow leaves those weights out, which differs near the edges.
     """
-    vertical, horizontal = (_triangle(image_HWC.shape[axis], side) for axis in (0, 1))
+    vertical, horizontal = (_triangle(image_HWC.shape[axis], side) for axis, side in enumerate(sides(size)))
     exact = np.einsum("ih,hwc,jw->ijc", vertical, image_HWC.astype(np.float64), horizontal, optimize=True)
     rounded: NDArray[np.uint8] = np.clip(np.rint(exact), 0, 255).astype(np.uint8)
     return rounded

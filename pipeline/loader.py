@@ -25,7 +25,7 @@ from PIL import Image
 
 from alexprep.pipeline.augmentation import Augmentation, Draws, augmentation_named, centred, draw
 from alexprep.pipeline.batch import Batch, mixed_batch
-from alexprep.pipeline.dali_graph import Graph, Views, check_hooks
+from alexprep.pipeline.dali_graph import REFLECTED, Graph, Views, check_hooks
 from alexprep.pipeline.dali_ops import Dtype, MemoryFormat
 from alexprep.pipeline.dataset import Dataset, OnBad, Source, open_dataset, statistics_for
 from alexprep.pipeline.device import choose_device, moved
@@ -88,8 +88,8 @@ class Loader(torch.utils.data.IterableDataset[Batch]):
             split: "train", "val" or "test".
             batch_size: samples a step over all ranks.
             augmentation: what is done to the images, or the name of a preset: "paper", "2012-code", "resized", "none".
-            views: "random" draws crop, mirror, noise and all else; "centre" gives the centre crop, "ten" the paper's ten test views,
-                both without chance.
+            views: "random" draws crop, mirror, noise and all else; "centre" gives the centre crop, "two" that and its reflection,
+                "ten" the paper's ten test views, all without chance.
             order: "shuffle", a new global permutation each epoch; "blocks", for slow disks and remote stores, permutes the shards
                 and then the samples of `block_shards` shards at a time; "sequential", as stored.
             block_shards: see `order`.
@@ -179,7 +179,7 @@ class Loader(torch.utils.data.IterableDataset[Batch]):
     def __iter__(self) -> Iterator[Batch]:
         """The batches from the present step to the end of the epoch; where pairs are mixed, each is a `MixedBatch`.
 
-        An evaluation (views "centre" and "ten") begins anew where the last one was left early, unless its state was loaded.
+        An evaluation (views "centre", "two" and "ten") begins anew where the last one was left early, unless its state was loaded.
         """
         if self._graph.views != "random" and self.step and not self._loaded:
             self._abandon()
@@ -329,6 +329,9 @@ class PipelineRunner:
     with the window that was drawn for it; those that fail are taken out, and the step and those behind it are done again. So
     a sample is left out or not by its bytes and its window alone, whoever its neighbours are. DALI is never given a sample whose
     header cannot be read: up to 2.4 it may crash on it when a batch is split among threads.
+
+    Attributes:
+        sizes_N2: heights and widths of the samples, by row; to be changed where other images take their places.
     """
 
     def __init__(self, dataset: Dataset, graph: Graph, on_bad: OnBad) -> None:
@@ -339,7 +342,7 @@ class PipelineRunner:
                 f"each of the {worker.num_workers} workers of a DataLoader would give every sample: iterate over the Loader itself, "
                 "which decodes in threads of its own, or give them different ranks"
             )
-        self._samples, self._sizes, self._graph, self._on_bad = dataset.samples, dataset.sizes_N2, graph, on_bad
+        self._samples, self.sizes_N2, self._graph, self._on_bad = dataset.samples, dataset.sizes_N2, graph, on_bad
         self._steps: deque[Step] = deque()
         self._suspects: set[int] = set()  # rows that could not be decoded before: they are tried alone first
         self._copied: deque[tuple[torch.cuda.Event, Any]] = deque()  # DALI's buffers until torch has their pixels
@@ -416,13 +419,13 @@ class PipelineRunner:
             self._leave_out(step, [row in self._suspects and not self._decodes(step, n) for n, row in enumerate(rows)])
         encoded = [self._image(row) for row in step.rows.tolist()]
         if not self._graph.raw:
-            sizes = zip(encoded, self._sizes[step.rows].tolist(), strict=True)
+            sizes = zip(encoded, self.sizes_N2[step.rows].tolist(), strict=True)
             unread = [header_size(image) != tuple(size) for image, size in sizes]
             encoded = [image for image, bad in zip(encoded, unread, strict=True) if not bad]
             self._leave_out(step, unread)
         if not len(step.rows):  # DALI knows no empty batch
             return
-        inputs = self._graph.inputs(step.epoch, step.draws, self._sizes[step.rows])
+        inputs = self._graph.inputs(step.epoch, step.draws, self.sizes_N2[step.rows])
         self._pipeline.feed_input("encoded", encoded)
         for name, values in inputs.items():
             self._pipeline.feed_input(name, values)
@@ -445,7 +448,7 @@ class PipelineRunner:
         encoded = self._samples.encoded(row)
         if not self._graph.raw:
             return encoded
-        height, width = self._sizes[row].tolist()
+        height, width = self.sizes_N2[row].tolist()
         header = raw_header(height, width)
         if encoded[: len(header)].tobytes() != header or len(encoded) != len(header) + 3 * height * width:
             raise AlexprepError(
@@ -455,7 +458,7 @@ class PipelineRunner:
 
     def _decodes(self, step: Step, n: int) -> bool:
         """Whether sample `n` of a step can be decoded by itself, with the window drawn for it."""
-        inputs = self._graph.inputs(step.epoch, step.draws.only([n]), self._sizes[step.rows[n : n + 1]])
+        inputs = self._graph.inputs(step.epoch, step.draws.only([n]), self.sizes_N2[step.rows[n : n + 1]])
         return self._decodes_alone(self._image(int(step.rows[n])), inputs)
 
     def _decodes_a_sound_image(self) -> bool:
@@ -482,10 +485,10 @@ class PipelineRunner:
     def _outputs(self, step: Step) -> torch.Tensor:
         graph = self._graph
         if not len(step.rows):
-            side = graph.augmentation.crop
-            height, width = (side, side) if side else self._sizes[0].tolist()
+            height, width = graph.augmentation.view or self.sizes_N2[0].tolist()
             shape = (3, height, width) if graph.memory_format == "NCHW" else (height, width, 3)
-            images = self._empty((0, 10, *shape) if graph.views == "ten" else (0, *shape))
+            windows = REFLECTED.get(graph.views, ())
+            images = self._empty((0, 2 * len(windows), *shape) if windows else (0, *shape))
         elif self._device.type == "cuda":
             images = self._on_gpu()
         else:

@@ -174,7 +174,7 @@ def _image(encoded: bytes, extension: str, kind: ImageKind) -> Any:
     if extension == "npy":
         picture = Image.fromarray(np.load(stored, allow_pickle=False))
     else:
-        picture = Image.open(stored, formats=("JPEG", "PNG")).convert("RGB")
+        picture = Image.open(stored, formats=("JPEG", "PNG", "WEBP")).convert("RGB")
     if kind == "pil":
         return picture
     pixels = np.array(picture)

@@ -111,7 +111,7 @@ def _drawn(
 
 
 class SheetRow(NamedTuple):
-    """A row of a sheet: two lines of text, and its images by column group."""
+    """A row of a sheet: its title, a line of words, or up to five small ones, and its images by column group."""
 
     title: str
     words: str
@@ -132,8 +132,11 @@ def lay_out(headings: Sequence[str], rows: Sequence[SheetRow]) -> Image.Image:
         _write(draw, (left, _MARGIN), heading, _FONT, width)
     for number, row in enumerate(rows):
         y = top + number * step
-        _write(draw, (_MARGIN, y + CELL_SIDE // 2 - _FONT), row.title, _FONT, _NAMES - _MARGIN)
-        _write(draw, (_MARGIN, y + CELL_SIDE // 2 + _GAP), row.words, _FONT, _NAMES - _MARGIN)
+        lines = row.words.split("\n")
+        top_line, font = (y + CELL_SIDE // 2 - _FONT, _FONT) if len(lines) == 1 else (y, _SMALL)
+        _write(draw, (_MARGIN, top_line), row.title, _FONT, _NAMES - _MARGIN)
+        for line, words in enumerate(lines):
+            _write(draw, (_MARGIN, top_line + _FONT + _GAP + line * (font + 3)), words, font, _NAMES - _MARGIN)
         for left, cells, most in zip(lefts, row.groups, columns, strict=True):
             for column in range(most):
                 x = left + column * step

@@ -11,6 +11,7 @@ import errno
 import functools
 import hashlib
 import itertools
+import math
 import os
 import re
 import secrets
@@ -29,7 +30,7 @@ import pyarrow as pa
 from alexprep.shards.dataset_card import MARK
 from alexprep.shards.dataset_format import CARD, DATASET, PLAN, PLAN_TABLE, TIMM_INFO, read_json, recorded_shards
 from alexprep.shards.errors import AlexprepError
-from alexprep.shards.image_codec import Codec
+from alexprep.shards.image_codec import Codec, Target
 from alexprep.shards.image_header import Refused, general_reason
 from alexprep.shards.listing import Listing, list_inputs
 from alexprep.shards.manifest import Manifest, Rejects, read_sidecar, rejects_in
@@ -84,6 +85,8 @@ _NEXT_STEPS = {
 }
 _PROBES = 256  # JPEG sizes of photos spread by about 40 %, so the mean of 256 is within 10 % in 99.99 % of cases
 MAX_NO_PICTURES = "50%"  # more, and SOURCE is hardly what its user takes it for, as a folder of pages that say "404"
+# Beyond what the images of any set are on average: one side over the other; and bytes, those of 22 million pixels.
+_MOST_OBLONG, _MOST_AS_IT_IS = 8, 64 * 2**20
 _WORST_REASONS = 3  # that an error names
 _LINE_BYTES = 600  # of an input in sidecar, index and ledger, measured: 340-380 with usual names
 
@@ -348,8 +351,7 @@ def check_space(
         return  # a store has no free space to ask for
     inputs = sum(table.rows(shard.group) for shard in missing)
     free = shutil.disk_usage(plan.folder).free
-    side = plan.options["size"]
-    if inputs * (3 * side * side + 4096) < free:  # no encoding is larger than the pixels; metadata in kept bytes may be
+    if inputs * (_most_bytes(plan.target) + 4096) < free:
         return
     needed = predict(source, make, missing, table, engine)
     if needed > free:
@@ -357,6 +359,14 @@ def check_space(
             f"{inputs:,} inputs will need about {needed / 1e9:.3f} GB in {Path(plan.folder).absolute()}, "
             f"{free / 1e9:.3f} GB are free: make room, use a smaller --size or --quality, or another --out"
         )
+
+
+def _most_bytes(target: Target) -> int:
+    """What the images of a set take on average at the most."""
+    if target.fit == "none":
+        return _MOST_AS_IT_IS
+    # No encoding is larger than the pixels; metadata in kept bytes may be.
+    return 3 * math.prod(target.box) * (_MOST_OBLONG if target.fit == "shorter" else 1)
 
 
 def predict(source: Source, make: Callable[[], Codec], missing: list[Shard], table: PlanTable, engine: Engine) -> int:

@@ -13,6 +13,7 @@ import contextlib
 import io
 import json
 import platform
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,8 @@ from numpy.typing import NDArray
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.storage import digest_json, folder_at, is_local
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # of what is begun now: of plan.json and dataset.json, and of the files that follow from them
+READ_VERSIONS = (1, 2)  # that this release reads and goes on with. 1: an index without heights and widths
 
 PLAN = "plan.json"
 PLAN_FORMAT = "alexprep plan"  # its "format"
@@ -40,10 +42,12 @@ STATISTICS = Path("stats") / "stats.json"
 MEAN_IMAGE = Path("stats") / "mean_image.npy"
 MEAN_PICTURE = Path("stats") / "mean_image.png"
 
-FORMATS = {"jpg": "jpg", "png": "png", "raw": "npy"}  # --format → the extension of the image's member
+FORMATS = {"jpg": "jpg", "png": "png", "webp": "webp", "raw": "npy"}  # --format → the extension of the image's member
 
-# One record a sample, in the order of the shards: where its encoded image lies, and its class.
-INDEX_DTYPE = np.dtype([("shard", "<u4"), ("offset", "<u8"), ("size", "<u4"), ("label", "<i4")])
+# One record a sample, in the order of the shards: where its encoded image lies, its class, and the image's height and width, pixels.
+_PLACE_AND_LABEL = [("shard", "<u4"), ("offset", "<u8"), ("size", "<u4"), ("label", "<i4")]
+INDEX_DTYPE = np.dtype([*_PLACE_AND_LABEL, ("height", "<u4"), ("width", "<u4")])
+INDEX_DTYPES = {1: np.dtype(_PLACE_AND_LABEL), 2: INDEX_DTYPE}  # by format version
 
 # What a library is called → the distributions that may hold it, one per CUDA version.
 _DISTRIBUTIONS = {
@@ -84,7 +88,7 @@ def read_json(path: Path, purpose: str) -> dict[str, Any]:
 def read_dataset(data: Path | str) -> dict[str, Any]:
     """The facts of a finished dataset, as its dataset.json has them.
 
-    Among them are `digest` (the identity of the data), `classes` (names, by label), `image` (size in pixels, format, extension), and
+    Among them are `digest` (the identity of the data), `classes` (names, by label), `image` (size in pixels, fit, format, extension), and
     `splits`: by name, each with its `inputs`, `samples`, `rejected`, `bytes` and `shards`. docs/formats.md lists all.
     Raises AlexprepError where the folder, or URL of one, holds no finished dataset, or one of a later format.
     """
@@ -92,10 +96,10 @@ def read_dataset(data: Path | str) -> dict[str, Any]:
     if not (data / DATASET).exists() and (data / PLAN).exists():
         raise AlexprepError(f"{data} holds an unfinished data set: run the same `alexprep shard` again to finish it")
     dataset = read_json(data / DATASET, "make one with `alexprep shard SOURCE`, or name another folder with --data")
-    if dataset.get("format_version") != FORMAT_VERSION:
+    if dataset.get("format_version") not in READ_VERSIONS:
         raise AlexprepError(
-            f"{data / DATASET} has format version {dataset.get('format_version')!r}, this alexprep reads {FORMAT_VERSION}: "
-            "use the alexprep that wrote it, or shard again"
+            f"{data / DATASET} has format version {dataset.get('format_version')!r}, this alexprep reads "
+            f"{' and '.join(map(str, READ_VERSIONS))}: use the alexprep that wrote it, or shard again"
         )
     return dataset
 
@@ -108,6 +112,24 @@ def shown_class(classes: Sequence[str], words: Sequence[str] | None, label: int)
     """
     text = words[label] if words else ""
     return f"{classes[label]} ({text})" if text else classes[label]
+
+
+def shown_classes(dataset: dict[str, Any]) -> list[str]:
+    """What `shown_class` says of every class of a dataset, by label."""
+    classes, words = dataset["classes"], dataset.get("words")
+    return [shown_class(classes, words, label) for label in range(len(classes))]
+
+
+def short_classes(dataset: dict[str, Any]) -> list[str]:
+    """What pictures call the classes, by label: the first of its words, or its name where it has none, or not alone.
+
+    >>> short_classes({"classes": ["n1", "n2", "n3", "n4"], "words": ["tench, Tinca tinca", "crane", "crane, lift", ""]})
+    ['tench', 'n2', 'n3', 'n4']
+    """
+    classes, words = dataset["classes"], dataset.get("words") or [""] * len(dataset["classes"])
+    first = [text.partition(",")[0].strip() for text in words]
+    often = Counter(first)
+    return [word if word and often[word] == 1 else name for word, name in zip(first, classes, strict=True)]
 
 
 def recorded_shards(dataset: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -132,7 +154,8 @@ def read_index(data: Path | str, split: str) -> NDArray[np.void]:
 
     Returns:
         A structured array (samples,), in the order of the shards: `shard` uint32, its number; `offset` uint64 and `size` uint32, bytes,
-        of the encoded image in the shard's tar; `label` int32. AlexprepError where it is missing or is not such an array.
+        of the encoded image in the shard's tar; `label` int32; `height` and `width` uint32, pixels. An index of version 1, whose images
+        are all squares of one side, is filled up in memory. AlexprepError where it is missing or is not such an array.
     """
     path = folder_at(data) / split / INDEX
     mapped = is_local(path)
@@ -142,9 +165,18 @@ def read_index(data: Path | str, split: str) -> NDArray[np.void]:
         )
     except Exception as error:  # noqa: BLE001  (numpy parses the header as Python, and raises what that raises)
         raise AlexprepError(f"{path} cannot be read ({error}): run the same `alexprep shard` again") from None
-    if index.dtype != INDEX_DTYPE or index.ndim != 1:
+    if index.dtype not in INDEX_DTYPES.values() or index.ndim != 1:
         raise AlexprepError(f"{path} holds {index.dtype} of shape {index.shape}, not index records: shard again")
-    return index
+    return index if index.dtype == INDEX_DTYPE else _with_sizes(index, int(read_dataset(data)["image"]["size"]))
+
+
+def _with_sizes(index: NDArray[np.void], side: int) -> NDArray[np.void]:
+    """The records of an index of version 1 as those of version 2: images are squares of `side` pixels."""
+    full = np.empty(len(index), INDEX_DTYPE)
+    for name in index.dtype.names or ():
+        full[name] = index[name]
+    full["height"] = full["width"] = side
+    return full
 
 
 def data_digest(shards: dict[str, list[dict[str, Any]]], image: dict[str, Any], classes: list[str]) -> str:

@@ -1,4 +1,4 @@
-"""Turns the bytes of any image into the bytes of a square RGB image, on one CPU core, and decodes such squares again.
+"""Turns the bytes of any image into the bytes of an RGB image of the wanted form, on one CPU core, and decodes such images again.
 
 Pixels are uint8 (height, width, 3), RGB, 0-255. An image that cannot be used is a `Refused` with its reason, not an exception. Which
 decoder reads which type is the table at `alexprep.shards.image_header.reader_of`; how JPEGs are decoded, and their damage found, is in
@@ -14,7 +14,7 @@ import io
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,7 @@ from alexprep.shards import jpeg_decoder
 from alexprep.shards.image_header import (
     LIBJPEG,
     MAX_PIXELS,
+    MAX_SIDE,
     NVIMGCODEC,
     Frame,
     Refused,
@@ -34,6 +35,8 @@ from alexprep.shards.image_header import (
     too_large,
 )
 from alexprep.shards.resample import Axis, Resize
+
+Fit = Literal["square", "shorter", "longer", "none"]
 
 # What nvImageCodec is trusted with. Its JPEG 2000 decoder was seen to crash on a damaged file.
 _CODECS = ("jpeg", "png", "webp", "bmp", "pnm")
@@ -48,24 +51,93 @@ _ROOM_BYTES = 6 * 2**20  # two million pixels: most photos
 _PILLOW_MAX_BYTES = 850 * 2**20  # of what Pillow needs for a whole image
 _PILLOW_PIXEL_BYTES = {"1": 1, "L": 1, "P": 1, "RGB": 4}  # as it stores them, by mode; other modes are counted as 8
 _EXIF_ORIENTATION = 0x0112
+_WEBP_MAX_SIDE = 16_383  # pixels, which the format's 14 bits hold
+_LOSSLESS_EFFORT = 75  # the `quality` of lossless WebP, which tells only how hard it is tried; cwebp's default
 
 
 @dataclass(frozen=True)
 class Target:
-    """The form that images are brought to. `device`, which decodes, resizes and encodes, is a part of it: decoders differ by a grey level."""
+    """The form that images are brought to. `device`, which decodes, resizes and encodes, is a part of it: decoders differ by a grey level.
 
-    size: int = 256  # side of the square, pixels; 256 in the paper (section 2)
+    `fit` says how `size`, the box, decides the scale, and what of the image is kept: "square" covers the box and cuts the centre to it,
+    as the paper (section 2); "shorter" covers it and keeps the whole image, so that the shorter side gets a square box's side;
+    "longer" keeps the whole image within it; "none" leaves all pixels as they are, whatever the size.
+    """
+
+    size: int | tuple[int, int] = 256  # side of a square box, or height and width, pixels; 256 in the paper (section 2)
     # "area" is what the 2012 data had: area when shrinking, cubic when enlarging.
     filter: Literal["area", "bilinear", "bicubic", "lanczos"] = "area"
-    format: Literal["jpg", "png", "raw"] = "jpg"  # raw: a .npy member
+    format: Literal["jpg", "png", "webp", "raw"] = "jpg"  # raw: a .npy member
     reencode: Literal["needed", "always"] = (
         "needed"  # needed: the bytes of a source that already has this form are kept
     )
-    quality: int = 95  # of JPEG, 1-100; as the original's make-data
+    quality: int = 95  # of JPEG, and of WebP that is not lossless, 1-100; as the original's make-data
     subsampling: Literal["420", "422", "444"] = "420"  # of JPEG's chroma
     orient: bool = False  # apply the EXIF orientation; neither the 2012 code nor torchvision's ImageFolder did
     on_damaged: Literal["reject", "keep"] = "reject"  # keep: what the decoder gives, and the ledger says what is wrong
     device: Literal["cpu", "cuda"] = "cpu"
+    fit: Fit = "square"
+    only_shrink: bool = (
+        False  # nothing is enlarged; the centre that "square" cuts is then the largest of the box's shape
+    )
+    lossless: bool = False  # of WebP
+    webp_method: int = 4  # how hard WebP's encoder tries, 0-6; libwebp's default
+
+    @property
+    def box(self) -> tuple[int, int]:
+        """Height and width of the box, pixels."""
+        return (self.size, self.size) if isinstance(self.size, int) else self.size
+
+    @property
+    def common_size(self) -> tuple[int, int] | None:
+        """Height and width that every image gets; None where they depend on the image."""
+        return self.box if self.fit == "square" and not self.only_shrink else None
+
+    def resize(self, height: int, width: int) -> Resize:
+        """The resize of an image of height x width: the side that decides becomes the box's, the other one is rounded half up.
+
+        The part that is kept is the centre one, from floor((side - part) / 2) on, as in the original's make-data.
+
+        >>> [Target(size=256, fit=fit).resize(300, 400).size for fit in ("square", "shorter", "longer", "none")]
+        [(256, 256), (256, 341), (192, 256), (300, 400)]
+        """
+        scaled, kept = self._scaled(height, width)
+        vertical, horizontal = (
+            Axis(source, target, (target - count) // 2, count)
+            for source, target, count in zip((height, width), scaled, kept, strict=True)
+        )
+        return Resize(vertical, horizontal, self.filter)
+
+    def _scaled(self, height: int, width: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Height and width of the whole image after the resize, and of the part that is kept."""
+        source, (rows, columns) = (height, width), self.box
+        if self.fit == "none":
+            return source, source
+        by_height = (rows * width >= columns * height) == (self.fit != "longer")
+        side, wanted = (height, rows) if by_height else (width, columns)
+        if self.only_shrink and wanted > side:
+            part = max(1, _scale(rows, side, wanted)), max(1, _scale(columns, side, wanted))
+            return source, part if self.fit == "square" else source
+        scaled = max(1, _scale(height, wanted, side)), max(1, _scale(width, wanted, side))
+        return scaled, self.box if self.fit == "square" else scaled
+
+    def keeps(self, height: int, width: int) -> bool:
+        """Whether the whole image stays as it is."""
+        return self._scaled(height, width) == ((height, width), (height, width))
+
+    def beyond(self, height: int, width: int) -> str | None:
+        """Why an image would become larger than is possible, or than an image may be; None where it would not."""
+        _, (rows, columns) = self._scaled(height, width)
+        side = _WEBP_MAX_SIDE if self.format == "webp" else MAX_SIDE
+        if rows * columns <= MAX_PIXELS and max(rows, columns) <= side:
+            return None
+        limits = f"{MAX_PIXELS:,} in all and {side:,} a side"
+        return f"would be stored with {columns}x{rows} pixels, more than the limits of {limits}"
+
+
+def _scale(length: int, numerator: int, denominator: int) -> int:
+    """A length times a fraction, rounded half up."""
+    return (2 * length * numerator + denominator) // (2 * denominator)
 
 
 @dataclass(frozen=True)
@@ -73,8 +145,9 @@ class Converted:
     """An image in the target form; `kept` says that its bytes are the source's own, `damage` what of the source was not right."""
 
     data: bytes
-    width: int
+    width: int  # of the source, pixels
     height: int
+    size: tuple[int, int]  # height and width of the image in the target form, pixels
     kept: bool
     damage: str | None = None
 
@@ -117,10 +190,8 @@ class Codec:
         except MemoryError:
             return Refused("needs more memory than a worker may have")
 
-    def _convert_pixels(self, pixels: NDArray[np.uint8]) -> Converted:
-        pixels = in_colour(pixels)
-        height, width = pixels.shape[:2]
-        return Converted(self._fitted(pixels), width, height, kept=False)
+    def _convert_pixels(self, pixels: NDArray[np.uint8]) -> Converted | Refused:
+        return self._fitted(in_colour(pixels))
 
     def _convert(self, data: bytes) -> Converted | Refused:
         reader = reader_of(data)
@@ -148,9 +219,9 @@ class Codec:
         if picture.damage and self.target.on_damaged == "reject":
             return Refused(picture.damage, frame.width, frame.height)
         orientation = self._orientation(data, frame.height, frame.width)
-        keep = picture.sound and orientation == 1 and self._is_target_jpeg(frame)
-        encoded = data if keep else self._fitted(picture.pixels, orientation)
-        return Converted(encoded, frame.width, frame.height, keep, picture.damage)
+        if picture.sound and orientation == 1 and self._is_target_jpeg(frame):
+            return _kept(data, frame.height, frame.width)
+        return self._fitted(picture.pixels, orientation, picture.damage)
 
     def _convert_odd_jpeg(self, data: bytes, frame: Frame) -> Converted | Refused:
         """A JPEG with chroma subsampled in an unusual way, by Pillow, which does not tell what is missing: decoded twice, it shows."""
@@ -164,15 +235,18 @@ class Codec:
         return self._convert_with_pillow(data, damage, alone)
 
     def _convert_stream(self, data: bytes, stream: nvimgcodec.CodeStream) -> Converted | Refused:
-        """By nvImageCodec, which decodes only the region that the square needs; what it refuses gets a second opinion."""
-        orientation = self._orientation(data, stream.height, stream.width)
+        """By nvImageCodec, which decodes only the region that is kept; what it refuses gets a second opinion."""
+        height, width = stream.height, stream.width
+        orientation = self._orientation(data, height, width)
         if orientation == 1 or not self.target.orient:
-            resize = to_square(stream.height, stream.width, self.target.size, self.target.filter)
+            if words := self.target.beyond(height, width):
+                return Refused(words, width, height)
+            resize = self.target.resize(height, width)
             region = self._decode(stream, resize.region)
             if region is not None:
-                keep = orientation == 1 and self._is_target_png(stream) and png_damage(data, critical=False) is None
-                encoded = data if keep else self._finish(region, resize)
-                return Converted(encoded, stream.width, stream.height, keep)
+                if orientation == 1 and self._is_target_stream(stream, data):
+                    return _kept(data, height, width)
+                return Converted(self.encode(resize(region)), width, height, resize.size, kept=False)
         return self._convert_with_pillow(data)
 
     def _convert_with_pillow(self, data: bytes, damage: str | None = None, picture: bytes = b"") -> Converted | Refused:
@@ -186,25 +260,36 @@ class Codec:
         height, width = whole.shape[:2]
         if damage is not None and not keep:
             return Refused(damage, width, height)
-        encoded = self._fitted(whole, self._orientation(data, height, width))
-        return Converted(encoded, width, height, kept=False, damage=damage)
+        return self._fitted(whole, self._orientation(data, height, width), damage)
 
-    def _fitted(self, whole: NDArray[np.uint8], orientation: int = 1) -> bytes:
-        """The encoded square of all pixels as they are stored; upright if the target says so."""
+    def _fitted(self, whole: NDArray[np.uint8], orientation: int = 1, damage: str | None = None) -> Converted | Refused:
+        """All pixels as they are stored, in the target form; upright if the target says so."""
+        height, width = whole.shape[:2]
         pixels = upright(whole, orientation) if self.target.orient else whole
-        height, width = pixels.shape[:2]
-        resize = to_square(height, width, self.target.size, self.target.filter)
+        if words := self.target.beyond(*pixels.shape[:2]):
+            return Refused(words, width, height)
+        resize = self.target.resize(*pixels.shape[:2])
         top, left, bottom, right = resize.region
-        return self._finish(pixels[top:bottom, left:right], resize)
+        encoded = self.encode(resize(pixels[top:bottom, left:right]))
+        return Converted(encoded, width, height, resize.size, kept=False, damage=damage)
 
     def encode(self, pixels: NDArray[np.uint8]) -> bytes:
         """Encodes uint8 (H, W, 3) RGB as the target's format says."""
         if self.target.format == "raw":
             return raw_header(*pixels.shape[:2]) + np.ascontiguousarray(pixels).tobytes()
+        if self.target.format == "webp":
+            return self._encode_webp(pixels)
         image = nvimgcodec.as_image(np.ascontiguousarray(pixels))
         if self.target.format == "png":
             return bytes(self._encoder.encode(image, "png"))
         return bytes(self._encoder.encode(image, "jpeg", params=self._encode_params))
+
+    def _encode_webp(self, pixels: NDArray[np.uint8]) -> bytes:
+        target, buffer = self.target, io.BytesIO()
+        quality = _LOSSLESS_EFFORT if target.lossless else target.quality
+        options: dict[str, Any] = {"quality": quality, "lossless": target.lossless, "method": target.webp_method}
+        Image.fromarray(pixels).save(buffer, "WEBP", **options)
+        return buffer.getvalue()
 
     def decode(self, data: bytes, planar: bool = False) -> NDArray[np.uint8] | None:
         """All pixels of a whole image: uint8 (H, W, 3), or (3, H, W) if `planar`; None where it is refused."""
@@ -231,7 +316,7 @@ class Codec:
 
     def _orientation(self, data: bytes, height: int, width: int) -> int:
         """The EXIF orientation where it matters: to turn the image, or to know whether its bytes may be kept."""
-        wanted = self.target.orient or (self.target.reencode == "needed" and height == width == self.target.size)
+        wanted = self.target.orient or (self.target.reencode == "needed" and self.target.keeps(height, width))
         return exif_orientation(data) if wanted else 1
 
     def _decode(self, stream: nvimgcodec.CodeStream, box: tuple[int, int, int, int]) -> NDArray[np.uint8] | None:
@@ -241,22 +326,25 @@ class Codec:
         image = self._decoder.decode(stream, params=self._decode_params)
         return None if image is None else np.asarray(image.cpu())
 
-    def _finish(self, region: NDArray[np.uint8], resize: Resize) -> bytes:
-        size = self.target.size
-        done = (resize.vertical.source, resize.horizontal.source) == (size, size)
-        return self.encode(region if done else resize(region))
-
     def _has_target_form(self, height: int, width: int, form: str) -> bool:
-        size, target = self.target.size, self.target
-        return target.reencode == "needed" and target.format == form and height == width == size
+        target = self.target
+        return target.reencode == "needed" and target.format == form and target.keeps(height, width)
 
     def _is_target_jpeg(self, frame: Frame) -> bool:
         return self._has_target_form(frame.height, frame.width, "jpg") and frame.channels == 3
 
-    def _is_target_png(self, stream: nvimgcodec.CodeStream) -> bool:
-        plain = stream.codec_name == "png" and stream.num_channels == 3 and stream.precision == 8
-        palette = stream.color_spec == nvimgcodec.ColorSpec.PALETTE
-        return bool(plain and not palette and self._has_target_form(stream.height, stream.width, "png"))
+    def _is_target_stream(self, stream: nvimgcodec.CodeStream, data: bytes) -> bool:
+        """Whether a PNG or a WebP has the target form already."""
+        kind, plain = stream.codec_name, stream.num_channels == 3 and stream.precision == 8
+        if kind not in ("png", "webp") or not plain or stream.color_spec == nvimgcodec.ColorSpec.PALETTE:
+            return False
+        sound = kind == "webp" or png_damage(data, critical=False) is None
+        return sound and self._has_target_form(stream.height, stream.width, kind)
+
+
+def _kept(data: bytes, height: int, width: int) -> Converted:
+    """A source of the target form, with its own bytes."""
+    return Converted(data, width, height, (height, width), kept=True)
 
 
 @functools.lru_cache(maxsize=16)
@@ -289,24 +377,6 @@ def header_size(data: NDArray[np.uint8]) -> tuple[int, int] | None:
 def shared_decoder() -> Codec:
     """A codec for decoding alone, the same one for the whole process: opening one costs more than an image."""
     return Codec(Target())
-
-
-def resized(height: int, width: int, size: int) -> tuple[int, int]:
-    """The height and width after the shorter side has become `size`: the longer one rounded half up."""
-    short = min(height, width)
-    return (2 * height * size + short) // (2 * short), (2 * width * size + short) // (2 * short)
-
-
-def to_square(height: int, width: int, size: int, filter_name: str) -> Resize:
-    """The resize of a source of height x width: its shorter side to `size` pixels, then the centre `size` x `size`.
-
-    The square starts at floor((side - size) / 2), as in the original's make-data.
-    """
-    vertical, horizontal = (
-        Axis(source, target, (target - size) // 2, size)
-        for source, target in zip((height, width), resized(height, width, size), strict=True)
-    )
-    return Resize(vertical, horizontal, filter_name)
 
 
 def in_colour(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -23,7 +24,7 @@ from nvidia import nvimgcodec
 from torch.utils.dlpack import from_dlpack
 
 from alexprep.shards.errors import AlexprepError, DeviceLostError
-from alexprep.shards.image_codec import Codec, Converted, Target, in_colour, to_square
+from alexprep.shards.image_codec import Codec, Converted, Target, in_colour
 from alexprep.shards.image_header import LIBJPEG, MAX_PIXELS, Frame, Refused, jpeg_frame, reader_of
 from alexprep.shards.jpeg_decoder import is_sound
 from alexprep.shards.resample import COLUMN_BITS, MIDDLE_BITS, ROW_BITS, Axis, Resize, rounded_weights, weights
@@ -105,16 +106,17 @@ class CudaCodec(Codec):
             encoded = self._encoded_patiently([work for _, work in batch])
             for (n, work), data in zip(batch, encoded, strict=True):
                 if data is not None:
-                    done[n] = Converted(data, work.width, work.height, work.kept is not None)
+                    done[n] = Converted(data, work.width, work.height, work.resize.size, work.kept is not None)
         return [done.get(n) or Codec.convert(self, data) for n, data in enumerate(inputs)]
 
     def _work(self, data: bytes | NDArray[np.uint8]) -> _Work | None:
         """What the GPU is to do for an input; None where the CPU does it all."""
-        size, filter_name = self.target.size, self.target.filter
         if not isinstance(data, bytes):
             pixels = in_colour(data)
             height, width = pixels.shape[:2]
-            return _Work(pixels, to_square(height, width, size, filter_name), height, width, None)
+            if self.target.beyond(height, width):
+                return None
+            return _Work(pixels, self.target.resize(height, width), height, width, None)
         frame = jpeg_frame(data) if reader_of(data) == LIBJPEG else None
         if not isinstance(frame, Frame):
             return None
@@ -122,10 +124,10 @@ class CudaCodec(Codec):
         if stream is None or not _plain(stream, data) or not is_sound(data, frame):
             return None
         orientation = self._orientation(data, frame.height, frame.width)
-        if self.target.orient and orientation != 1:
+        if (self.target.orient and orientation != 1) or self.target.beyond(frame.height, frame.width):
             return None
         kept = data if orientation == 1 and self._is_target_jpeg(frame) else None
-        resize = to_square(stream.height, stream.width, size, filter_name)
+        resize = self.target.resize(stream.height, stream.width)
         return _Work(stream, resize, stream.height, stream.width, kept)
 
     def _encoded_patiently(self, works: list[_Work]) -> list[bytes | None]:
@@ -169,35 +171,36 @@ class CudaCodec(Codec):
                 decoded = iter(self._gpu_decoder.decode(streams, **options))
                 sources = [source if isinstance(source, np.ndarray) else next(decoded) for source in sources]
             result = [work.kept for work in works]
-            squares: dict[int, torch.Tensor] = {}
+            fitted: dict[int, torch.Tensor] = {}
             for n, (image, work) in enumerate(zip(sources, works, strict=True)):
                 if image is None:
                     result[n] = None
                 elif work.kept is None:
-                    squares[n] = self._square(image, work.resize)
-            for n, data in zip(squares, self._encode_many(list(squares.values())), strict=True):
+                    fitted[n] = self._fitted_tensor(image, work.resize)
+            for n, data in zip(fitted, self._encode_many(list(fitted.values())), strict=True):
                 result[n] = data
         return result
 
-    def _square(self, image: Any, resize: Resize) -> torch.Tensor:
-        """uint8 (size, size, 3) of pixels or of a decoded image, which is not copied and lives as long as its tensor."""
+    def _fitted_tensor(self, image: Any, resize: Resize) -> torch.Tensor:
+        """uint8 (*resize.size, 3) of pixels or of a decoded image, which is not copied and lives as long as its tensor."""
         if isinstance(image, np.ndarray):
             pixels = torch.tensor(np.ascontiguousarray(image), device=self._device)
         else:
             pixels = torch.from_numpy(np.asarray(image)) if self._stream is None else from_dlpack(image)
-        size = self.target.size
-        done = (resize.vertical.source, resize.horizontal.source) == (size, size)
-        return pixels if done else self._resizer(pixels, resize)
+        if not resize.only_cuts:
+            return self._resizer(pixels, resize)
+        top, left, bottom, right = resize.region
+        return pixels[top:bottom, left:right].contiguous()
 
-    def _encode_many(self, squares: list[torch.Tensor]) -> list[bytes | None]:
-        """Encodes uint8 (size, size, 3); None where nvJPEG refuses. PNG and raw are the CPU's."""
-        if not squares:
+    def _encode_many(self, images: list[torch.Tensor]) -> list[bytes | None]:
+        """Encodes uint8 (H, W, 3); None where nvJPEG refuses. Other formats are the CPU's."""
+        if not images:
             return []
         if self.target.format != "jpg":
-            return [self.encode(pixels) for pixels in torch.stack(squares).cpu().numpy()]
-        buffers = [square.numpy() for square in squares] if self._stream is None else squares
-        images = nvimgcodec.as_images(buffers, self._handle)
-        streams = self._gpu_encoder.encode(images, "jpeg", params=self._encode_params, cuda_stream=self._handle)
+            return [self.encode(pixels.cpu().numpy()) for pixels in images]
+        buffers = [image.numpy() for image in images] if self._stream is None else images
+        sources = nvimgcodec.as_images(buffers, self._handle)
+        streams = self._gpu_encoder.encode(sources, "jpeg", params=self._encode_params, cuda_stream=self._handle)
         return [None if stream is None else bytes(stream) for stream in streams]
 
 
@@ -237,7 +240,7 @@ def _plain(stream: Any, data: bytes) -> bool:
 
 def _batches(works: list[tuple[int, _Work]]) -> Iterator[list[tuple[int, _Work]]]:
     """Cuts a batch so that its pixels stay below twice the limit of one image, which bounds the GPU memory it takes."""
-    total = itertools.accumulate(work.height * work.width for _, work in works)
+    total = itertools.accumulate(max(work.height * work.width, math.prod(work.resize.size)) for _, work in works)
     for _, group in itertools.groupby(zip(works, total, strict=True), key=lambda pair: pair[1] // MAX_PIXELS):
         yield [pair[0] for pair in group]
 

@@ -16,7 +16,7 @@ from typing import Final, Literal, NamedTuple
 # Bounds that keep a worker within 1 GiB (measured: benchmarks/memory.py), checked before anything is allocated. The largest
 # photo of ILSVRC 2012 has 61 million pixels.
 MAX_PIXELS = 80_000_000
-_MAX_SIDE = 65_535  # JPEG's own
+MAX_SIDE = 65_535  # JPEG's own
 _MAX_CMYK_PIXELS = 60_000_000  # progressive, these take 12 bytes a pixel
 # A progressive JPEG may have thousands of scans, each of which visits every block: a few kilobytes, minutes of work. Encoders
 # write about ten; nvImageCodec's first decoder stops at 256, the ones it then asks do not.
@@ -156,8 +156,8 @@ def too_large(height: int, width: int, channels: int = 3) -> Refused | None:
     limit, side = MAX_PIXELS if channels <= 3 else _MAX_CMYK_PIXELS, max(height, width)
     if height * width > limit:
         return Refused(f"{width}x{height} pixels are more than the limit of {limit:,}", width, height)
-    if side > _MAX_SIDE:
-        return Refused(f"a side of {side:,} pixels is more than the limit of {_MAX_SIDE:,}", width, height)
+    if side > MAX_SIDE:
+        return Refused(f"a side of {side:,} pixels is more than the limit of {MAX_SIDE:,}", width, height)
     return None
 
 

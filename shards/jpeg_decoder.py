@@ -131,7 +131,8 @@ def _pixels(
     # Of the size that was found to be within bounds: what libjpeg took for more would be an error.
     needed, least = frame.height * frame.width * size, int(small)
     if room is None or needed > len(room):
-        room = None if small else np.empty(needed, np.uint8)
+        # Of a damaged image what libjpeg leaves out is black, whatever was in memory before.
+        room = None if small else np.empty(needed, np.uint8) if strict else np.zeros(needed, np.uint8)
     buffer = None if room is None else room[:needed]
     pixels = simplejpeg.decode_jpeg(data, form, strict=strict, min_height=least, min_width=least, buffer=buffer)
     return pixels if form == "rgb" else _from_inverted_cmyk(pixels)

@@ -12,7 +12,7 @@ import io
 import itertools
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,16 +22,16 @@ from numpy.typing import NDArray
 from alexprep.shards.dataset_card import dataset_card
 from alexprep.shards.dataset_format import (
     DATASET_FORMAT,
-    FORMAT_VERSION,
     FORMATS,
     INDEX,
-    INDEX_DTYPE,
+    INDEX_DTYPES,
     LEDGER,
     data_digest,
     read_json,
     sample_key,
 )
 from alexprep.shards.errors import AlexprepError, counted
+from alexprep.shards.image_codec import Target
 from alexprep.shards.image_header import general_reason
 from alexprep.shards.ledger import Ledger
 from alexprep.shards.plan import Plan, Shard
@@ -67,6 +67,16 @@ def input_record(
     if reason is None:
         return record | {"status": "written", "kept": kept} | ({} if damage is None else {"reason": damage})
     return record | {"status": "rejected", "reason": reason}
+
+
+def stored_record(target: Target, size: tuple[int, int]) -> dict[str, Any]:
+    """What a sidecar says besides of a written image of this height and width; nothing where the target gives all the same."""
+    return {} if target.common_size else {"stored_width": size[1], "stored_height": size[0]}
+
+
+def stored_size(target: Target, entry: Mapping[str, Any]) -> tuple[int, int]:
+    """Height and width of a written image, pixels, by its sidecar's entry."""
+    return target.common_size or (entry["stored_height"], entry["stored_width"])
 
 
 def read_sidecar(plan: Plan, shard: Shard) -> Sidecar | None:
@@ -152,7 +162,7 @@ class Manifest:
     def add(self, shard: Shard, planned: pa.Table, sidecar: Sidecar) -> None:
         """Takes in a finished shard, given its rows of plan.parquet; a damaged sidecar raises KeyError, TypeError or ValueError."""
         self._ledgers[shard.split].add(shard, planned, sidecar)
-        self._indexes[shard.split].append(_index(shard, sidecar))
+        self._indexes[shard.split].append(_index(self.plan, shard, sidecar))
         labels, pictures = planned["label"].to_numpy(), self._pictures[shard.split]
         known = (labels >= 0) & (labels < pictures.shape[1])
         written = np.array([entry["status"] == "written" for entry in sidecar["inputs"]], bool)
@@ -218,7 +228,7 @@ class Manifest:
         document, image = self.plan.document, self._image
         return {
             "format": DATASET_FORMAT,
-            "format_version": FORMAT_VERSION,
+            "format_version": self.plan.format_version,
             "digest": data_digest(self._records, image, document["classes"]),
             "image": image | {"extension": FORMATS[self.plan.options["format"]]},
             "labels": self.plan.options["labels"],
@@ -248,7 +258,12 @@ class Manifest:
     def _image(self) -> dict[str, Any]:
         """The form of the images, as plan.json has it: an option that it does not have was not there yet."""
         keys, options = ("size", "filter", "format", "quality", "subsampling", "orient", "device"), self.plan.document["options"]
-        return {key: options[key] for key in keys if key in options}
+        image = {key: options[key] for key in keys if key in options}
+        added = {key: options.get(key) for key in ("fit", "only_shrink", "lossless", "webp_method")}
+        image |= {key: value for key, value in added.items() if value is not None}
+        if self.plan.target.fit == "none":
+            del image["size"]
+        return image
 
     def card(self) -> bytes:
         """README.md, as Hugging Face's `load_dataset` wants it."""
@@ -271,13 +286,15 @@ class Manifest:
         }
 
 
-def _index(shard: Shard, sidecar: Sidecar) -> NDArray[Any]:
-    """The index records of one shard: (samples,) of `INDEX_DTYPE`."""
+def _index(plan: Plan, shard: Shard, sidecar: Sidecar) -> NDArray[Any]:
+    """The index records of one shard: (samples,) of the plan's of `INDEX_DTYPES`."""
     written = [entry for entry in sidecar["inputs"] if entry["status"] == "written"]
-    images = image_members(sidecar["members"])
-    return np.array(
-        [(shard.number, m["offset"], m["size"], e["label"]) for m, e in zip(images, written, strict=True)], INDEX_DTYPE
-    )
+    images, dtype = image_members(sidecar["members"]), INDEX_DTYPES[plan.format_version]
+    records = [
+        (shard.number, m["offset"], m["size"], e["label"], *stored_size(plan.target, e))[: len(dtype.names or ())]
+        for m, e in zip(images, written, strict=True)
+    ]
+    return np.array(records, dtype)
 
 
 def image_members(members: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

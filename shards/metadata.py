@@ -81,8 +81,8 @@ def joined(parts: Iterable[tuple[str, bytes]]) -> dict[str, Any]:
         value: Any = data
         if extension.rpartition(".")[2] == EXTENSION:
             value = parsed(data, f".{extension}")
-        elif b"\0" not in data:
-            value = _text(data)
+        else:
+            value = text_or_bytes(data)
         fields = value if extension == EXTENSION and isinstance(value, dict) else {extension: value}
         for name in values.keys() & fields.keys():
             raise MetadataError(f"{name!r} is both a field of .{EXTENSION} and in .{name}: rename one")
@@ -90,9 +90,10 @@ def joined(parts: Iterable[tuple[str, bytes]]) -> dict[str, Any]:
     return values
 
 
-def _text(data: bytes) -> str | bytes:
+def text_or_bytes(data: bytes) -> str | bytes:
+    """Text where data are some in UTF-8, without NULs; otherwise as they are."""
     try:
-        return data.decode("utf-8-sig")
+        return data if b"\0" in data else data.decode("utf-8-sig")
     except UnicodeDecodeError:
         return data
 

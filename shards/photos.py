@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ from alexprep.shards.dataset_format import FORMATS
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.image_codec import Codec, Converted, Target, read_raw
 from alexprep.shards.image_header import Refused
+from alexprep.shards.plan import target_in
 from alexprep.shards.shard_writer import check_device, open_codec, shared_codec
 from alexprep.shards.sources.base import Location
 from alexprep.shards.sources.tars import NO_FILE, packed_files
@@ -94,9 +95,7 @@ def find_photos(places: Iterable[str | Path | bytes | NDArray[np.uint8]]) -> lis
 
 def target_of(dataset: Mapping[str, Any]) -> Target:
     """The form of a dataset's images as its dataset.json records it. What has it already is kept as it is."""
-    said = {**dataset.get("options", {}), **dataset["image"]}
-    recorded = {field.name: said[field.name] for field in fields(Target) if field.name in said}
-    return replace(Target(**recorded), reencode="needed")
+    return replace(target_in({**dataset.get("options", {}), **dataset["image"]}), reencode="needed")
 
 
 def convert_photos(photos: Sequence[Photo], target: Target, engine: Engine | None = None) -> Iterator[ConvertedPhoto]:

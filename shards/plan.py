@@ -19,7 +19,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -31,12 +31,13 @@ from alexprep.shards.dataset_format import (
     PLAN,
     PLAN_FORMAT,
     PLAN_TABLE,
+    READ_VERSIONS,
     interchangeable,
     shard_name,
     versions,
 )
 from alexprep.shards.errors import AlexprepError
-from alexprep.shards.image_codec import Target
+from alexprep.shards.image_codec import Fit, Target
 from alexprep.shards.listing import AUTO, ILSVRC_ID, PLACE, SORTED, ClassNames, Listing, renumbered
 from alexprep.shards.metadata import ALL, NONE
 from alexprep.shards.resample import FILTERS
@@ -59,9 +60,10 @@ LISTED = "listed"  # what a plan says of labels whose order was given class by c
 SHARD_SAMPLES = 1024
 _MANY, _FEW = 16, 64
 _DECIDES_BYTES, _ON_A_GPU = ("alexprep", "nvimgcodec", "pillow", "simplejpeg"), ("nvjpeg", "torch")
-REJECT = "reject"  # the default of --on-damaged
-_NO_IDENTITY = ("account", "words")  # of a plan: files that are no inputs; what people read
-_TAKEN_OVER = (*_NO_IDENTITY, "choices")  # of a plan that is gone on with, without a comparison
+# Of a target, what a plan has nothing of where it is at its default: releases that did not know it go on.
+_ADDED = ("on_damaged", "fit", "only_shrink", "lossless", "webp_method")
+NO_IDENTITY = ("account", "words")  # of a plan: files that are no inputs; what people read
+_TAKEN_OVER = (*NO_IDENTITY, "choices")  # of a plan that is gone on with, without a comparison
 _SPLIT_STREAM = {"train": 0, "val": 1, "test": 2}
 _WANTED, _TRIED = 3, 16  # files whose sizes machines compare; inputs that are looked at for them
 _TABLE = pa.schema(
@@ -91,9 +93,12 @@ class ShardOptions:
 
     def __post_init__(self) -> None:
         t = self.target
+        if not isinstance(t.size, int) and not (isinstance(t.size, tuple) and len(t.size) == 2):
+            raise AlexprepError(f"size {t.size!r} is neither the side of a square nor (height, width), pixels")
         for name, value, low, high in (
-            ("--size", t.size, 1, 8192),
+            *(("--size", side, 1, 8192) for side in t.box),
             ("--quality", t.quality, 1, 100),
+            ("--webp-method", t.webp_method, 0, 6),
             ("--seed", self.seed, 0, 2**63 - 1),
             ("--shard-samples", self.shard_samples, 1, 10**6),
             ("--limit", self.limit, 1, 10**9),
@@ -108,6 +113,18 @@ class ShardOptions:
             raise AlexprepError(f"--metadata {self.metadata!r} is not {ALL}, {NONE} or a tuple of names")
         if t.filter not in FILTERS:
             raise AlexprepError(f"--filter {t.filter} is not one of {', '.join(FILTERS)}")
+        if t.fit not in get_args(Fit):
+            raise AlexprepError(f"--fit {t.fit} is not one of {', '.join(get_args(Fit))}")
+        if t.fit == "none" and (t.size != Target.size or t.only_shrink):
+            words = "--only-shrink" if t.only_shrink else f"--size {size_words(t.size)}"
+            raise AlexprepError(
+                f"{words} says nothing with --fit none, which leaves images as large as they are: leave it out"
+            )
+        if t.format != "webp" and (t.lossless or t.webp_method != Target.webp_method):
+            words = "--lossless" if t.lossless else f"--webp-method {t.webp_method}"
+            raise AlexprepError(
+                f"{words} is of WebP: give --format webp too" + (", or png, which is lossless" if t.lossless else "")
+            )
 
 
 @dataclass(frozen=True)
@@ -142,6 +159,16 @@ class Plan:
     def options(self) -> dict[str, Any]:
         """The options by name; those that plan.json does not have are at their default."""
         return {**DEFAULTS, **self.document["options"]}
+
+    @functools.cached_property
+    def target(self) -> Target:
+        """The form of its images."""
+        return target_in(self.document["options"])
+
+    @property
+    def format_version(self) -> int:
+        """That of the release that began it, to which all stays that follows from it."""
+        return int(self.document["format_version"])
 
     @property
     def labelled(self) -> bool:
@@ -252,7 +279,7 @@ def _account(account: Account, left_out: int) -> dict[str, Any]:
 
 def plan_digest(document: Mapping[str, Any]) -> str:
     """The identity of a plan, hex sha256: of all of plan.json but the account, which tells of files that are no inputs, and words."""
-    return digest_json({name: value for name, value in document.items() if name not in _NO_IDENTITY})
+    return digest_json({name: value for name, value in document.items() if name not in NO_IDENTITY})
 
 
 def locations(rows: pa.Table) -> list[Location]:
@@ -264,10 +291,11 @@ def _recorded(options: ShardOptions, along: bool = False) -> dict[str, Any]:
     """What a plan says of options; `along`, whether metadata go along with the images. Of a list of classes not where it lay, which may have moved: the plan has the names."""
     named = isinstance(options.labels, str) and options.labels in (AUTO, SORTED, ILSVRC_ID)
     labels = options.labels if named else LISTED
+    target, (rows, columns) = asdict(options.target), options.target.box
+    target |= {name: None for name in _ADDED if target[name] == getattr(Target, name)}
     return {
-        **asdict(options.target),
-        # Nothing where it says nothing: releases that did not know it go on.
-        "on_damaged": None if options.target.on_damaged == REJECT else options.target.on_damaged,
+        **target,
+        "size": rows if rows == columns else [rows, columns],
         "seed": options.seed,
         "labels": labels,
         "limit": options.limit,
@@ -295,8 +323,10 @@ def _meaning(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def _shown(name: str, value: Any) -> str:
     """The value of an option for messages; of one that says nothing what that means."""
-    if name == "on_damaged":
-        return str(value or REJECT)
+    if name in _ADDED and value is None:
+        value = getattr(Target, name)
+    if name == "size":
+        return size_words(value)
     if name == "metadata":
         return value if isinstance(value, str) else ",".join(value or [NONE])
     if value is None or isinstance(value, bool):
@@ -311,11 +341,31 @@ def options_of(document: Mapping[str, Any]) -> ShardOptions:
         raise AlexprepError(
             f"the dataset was made with --{name} {given[name]}, which this alexprep does not know: use the release that made it"
         )
-    target = Target(**{field.name: given.pop(field.name) for field in fields(Target) if field.name in given})
+    target = target_in(given)
+    of_target = {field.name for field in fields(Target)}
+    given = {name: value for name, value in given.items() if name not in of_target}
     if given.get("labels") == LISTED:
         given["labels"] = tuple(document["classes"])
     given["metadata"] = _metadata_of(document)
     return ShardOptions(target, shard_samples=document["shard_samples"], **given)
+
+
+def target_in(options: Mapping[str, Any]) -> Target:
+    """The form of images that the options of a plan.json or dataset.json say; what they do not say is at its default."""
+    given = {field.name: options.get(field.name) for field in fields(Target)}
+    said: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    if isinstance(said.get("size"), list):
+        said["size"] = tuple(said["size"])
+    return Target(**said)
+
+
+def size_words(size: int | Sequence[int]) -> str:
+    """A box as the command line has it: WIDTHxHEIGHT, or the side of a square.
+
+    >>> size_words((240, 320)), size_words(256)
+    ('320x240', '256')
+    """
+    return str(size) if isinstance(size, int) else f"{size[1]}x{size[0]}"
 
 
 def _metadata_of(document: Mapping[str, Any]) -> str | tuple[str, ...]:
@@ -334,6 +384,8 @@ def as_written(document: dict[str, Any], earlier: Mapping[str, Any]) -> dict[str
     options, made_by, now = earlier.get("options", {}), earlier.get("versions", {}), document["versions"]
     if _meaning(options) == _meaning(document["options"]):
         document = document | {"options": options}
+    if earlier.get("format_version") in READ_VERSIONS:  # all that follows from it stays as that version has it
+        document = document | {"format_version": earlier["format_version"]}
     if all(interchangeable(name, made_by.get(name), now.get(name)) for name in made_by | now):
         document = document | {"versions": made_by}
     # What lies beside the inputs may change, and another choice may lead to the same reading: what counts are inputs and classes.
@@ -385,7 +437,8 @@ def differences(old: Mapping[str, Any], new: dict[str, Any]) -> list[str]:
     if not words and windows[0] != windows[1]:
         words.append("the groups in which SOURCE has its inputs have other sizes now, which changes the order")
     for name in ("format_version", "layout", "classes", "unlabelled"):
-        if old.get(name) != new.get(name) and not words:
+        same = name == "format_version" and old.get(name) in READ_VERSIONS
+        if old.get(name) != new.get(name) and not same and not words:
             words.append(f"{name} differs")
     return words
 

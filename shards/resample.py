@@ -6,7 +6,7 @@ Each filter is a matrix of weights per axis, rounded to integers: 15 fractional 
 whether a CPU or a GPU multiplies. Rounding the weights moves a pixel by less than a quarter of a grey level. So C (resize.c) and numpy give
 the same bits: C where it was compiled on installation, numpy where there was no compiler.
 
-Which part of an image becomes the square is decided in `alexprep.shards.image_codec.to_square`; the same products on a GPU are in
+Which part of an image is kept, and how large it becomes, is decided in `alexprep.shards.image_codec.Target`; the same products on a GPU are in
 `alexprep.shards.image_codec_cuda`.
 """
 
@@ -57,8 +57,21 @@ class Resize:
     name: str
 
     @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of what comes out, pixels."""
+        return self.vertical.count, self.horizontal.count
+
+    @property
+    def only_cuts(self) -> bool:
+        """Whether what comes out are pixels of the source as they are."""
+        return all(axis.source == axis.target for axis in (self.vertical, self.horizontal))
+
+    @property
     def region(self) -> tuple[int, int, int, int]:
         """(top, left, bottom, right): the half-open box of source pixels that must be decoded."""
+        if self.only_cuts:
+            top, left = self.vertical.offset, self.horizontal.offset
+            return top, left, top + self.vertical.count, left + self.horizontal.count
         down, along = self._taps
         return down.low, along.low, down.high, along.high
 
@@ -72,13 +85,18 @@ class Resize:
     def __call__(self, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """From the box `region` of the source, uint8 (rows, columns, 3), to (vertical.count, horizontal.count, 3).
 
-        Each row of the box must be contiguous; rows may lie apart, as those of a part of an image do.
+        Each row of the box must be contiguous; rows may lie apart, as those of a part of an image do. Where nothing is resized, what
+        comes out is the box itself.
         """
+        if self.only_cuts:
+            return pixels
         compiled = _compiled()
         return compiled(*self._taps, pixels) if compiled else self.in_numpy(pixels)
 
     def in_numpy(self, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """What calling the resize gives, without compiled code."""
+        if self.only_cuts:
+            return pixels
         down, along, count = (
             _band(self._taps[0], 1, _DOWN_GROUP),
             _band(self._taps[1], 3, _ALONG_GROUP),
@@ -296,7 +314,7 @@ Compiled = Callable[[Taps, Taps, NDArray[np.uint8]], NDArray[np.uint8]]
 @functools.lru_cache(maxsize=1)
 def _compiled() -> Compiled | None:
     """resize.c, where it was compiled when alexprep was installed and does what numpy does; None otherwise."""
-    return next(filter(None, map(_loaded, Path(__file__).parent.glob("_resize*.so"))), None)
+    return next(filter(None, map(_loaded, (Path(__file__).parent / "compiled").glob("resize*.so"))), None)
 
 
 def _loaded(library: Path) -> Compiled | None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
 import resource
 from collections import OrderedDict
@@ -36,7 +37,7 @@ class TarSamples:
     does not grow, and a shard that gets shorter is an error rather than a crash. Not to be shared by threads.
 
     Attributes:
-        index: (samples,) records with at least "shard", "offset", "size", "label", ascending by shard and offset.
+        index: (samples,) records of `dataset_format.INDEX_DTYPE`, ascending by shard and offset.
         labels: int64 (samples,).
         remote: whether a shard lies elsewhere than in a local folder.
         keep_shards: how many remote shards are held in memory; local ones are read in place.
@@ -63,6 +64,21 @@ class TarSamples:
         """Closes the files."""
         for file in self._files.values() if hasattr(self, "_files") else ():
             os.close(file)
+
+    @functools.cached_property
+    def common_size(self) -> tuple[int, int] | None:
+        """Height and width of the images where all have the same, pixels; None where they differ or there are none."""
+        if not len(self.index):
+            return None
+        sides = [self.index[name] for name in ("height", "width")]
+        same = all((side == side[0]).all() for side in sides)
+        return (int(sides[0][0]), int(sides[1][0])) if same else None
+
+    def sizes_N2(self) -> NDArray[np.int32]:
+        """Heights and widths of the images, int32 (N, 2), pixels; without memory of their own where all are the same."""
+        if self.common_size is not None:
+            return np.broadcast_to(np.array(self.common_size, np.int32), (len(self.index), 2))
+        return np.stack([self.index["height"], self.index["width"]], axis=1).astype(np.int32)
 
     def encoded(self, row: int) -> NDArray[np.uint8]:
         """The encoded image of one sample: uint8 (bytes,); AlexprepError where the shard is missing, unreadable or too short."""

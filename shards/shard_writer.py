@@ -36,6 +36,7 @@ from alexprep.shards.manifest import (
     read_sidecar,
     rejects_in,
     sidecar_of,
+    stored_record,
 )
 from alexprep.shards.metadata import EXTENSION, MetadataError, document_bytes
 from alexprep.shards.plan import MachineCheck, Plan, Shard, locations, shared_table
@@ -139,7 +140,7 @@ class ShardWriter:
         before = sidecar_path.read_bytes() if sidecar_path.exists() else b""
         with contextlib.suppress(_EmptyError), published(tar_path) as file:
             tar = TarWriter(file)
-            records = [_added(tar, made, FORMATS[self.target.format], plan.labelled) for made in inputs]
+            records = [_added(tar, made, self.target, plan.labelled) for made in inputs]
             sha256 = tar.close()
             if recorded is not None and recorded != (sha256 if tar.members else ""):
                 raise AlexprepError(
@@ -199,18 +200,19 @@ class _EmptyError(Exception):
     """Keeps a tar without members from being published."""
 
 
-def _added(tar: TarWriter, made: Made, extension: str, labelled: bool) -> dict[str, Any]:
+def _added(tar: TarWriter, made: Made, target: Target, labelled: bool) -> dict[str, Any]:
     """What the sidecar says of an input; its image, label and metadata are put into the tar, unless it is refused."""
     (row, label, *_), result = made.planned, made.result
     width, height = result.width, result.height
     if isinstance(result, Refused):
         return input_record(row, label, width, height, kept=False, reason=result.reason) | made.facts
-    tar.add(f"{sample_key(row)}.{extension}", result.data)
+    tar.add(f"{sample_key(row)}.{FORMATS[target.format]}", result.data)
     if labelled:
         tar.add(f"{sample_key(row)}.cls", str(label).encode())
     if made.metadata:
         tar.add(f"{sample_key(row)}.{EXTENSION}", made.metadata)
     record = input_record(row, label, width, height, result.kept, reason=None, damage=result.damage)
+    record |= stored_record(target, result.size)
     return record | made.facts | ({"metadata": json.loads(made.metadata)} if made.metadata else {})
 
 

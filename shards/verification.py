@@ -29,6 +29,7 @@ from alexprep.shards.dataset_format import (
     DATASET,
     FORMATS,
     INDEX,
+    INDEX_DTYPES,
     LEDGER,
     MEAN_IMAGE,
     MEAN_PICTURE,
@@ -43,11 +44,20 @@ from alexprep.shards.dataset_format import (
     shard_name,
 )
 from alexprep.shards.errors import AlexprepError
-from alexprep.shards.image_codec import read_raw, shared_decoder
+from alexprep.shards.image_codec import Target, read_raw, shared_decoder
 from alexprep.shards.listing import ClassNames, list_inputs
-from alexprep.shards.manifest import Manifest, Sidecar, image_members, input_record, sidecar_of
+from alexprep.shards.manifest import (
+    Manifest,
+    Sidecar,
+    image_members,
+    input_record,
+    sidecar_of,
+    stored_record,
+    stored_size,
+)
 from alexprep.shards.metadata import EXTENSION, MetadataError, document_bytes
 from alexprep.shards.plan import (
+    NO_IDENTITY,
     Plan,
     PlanTable,
     Shard,
@@ -213,7 +223,7 @@ def _trusted_plan(folder: Path, problems: list[Problem]) -> tuple[Plan | None, d
         what = ": dataset.json or the sidecars name another plan"
     try:
         next(plan.each_shard(), None)
-        FORMATS[plan.options["format"]]
+        FORMATS[plan.target.format], plan.target.common_size, INDEX_DTYPES[plan.format_version]
     except _DAMAGED as error:
         what = f" ({type(error).__name__}: {error})"
     if what:
@@ -324,9 +334,12 @@ def _check_shard(
     if idx != (dali_index(members).encode() if members else None):
         note(".idx", idx_trouble or "is not the index of this shard")
     if decode and tar is not None and not problems:
-        for position, member in enumerate(WrittenMember(**each) for each in image_members(sidecar["members"])):
+        images = (WrittenMember(**each) for each in image_members(sidecar["members"]))
+        written = (entry for entry in sidecar["inputs"] if entry["status"] == "written")
+        for position, (member, entry) in enumerate(zip(images, written, strict=True)):
             with attending(position):
-                note(".tar", condemned.get(position) or _undecodable(tar, member, plan.options), member.name)
+                size = stored_size(plan.target, entry)
+                note(".tar", condemned.get(position) or _undecodable(tar, member, plan.target, size), member.name)
     return _CheckedShard(shard, problems, sha256, True, sidecar["samples"], sidecar["bytes"])
 
 
@@ -364,6 +377,7 @@ def _sidecar_as_it_must_be(found: Sidecar, plan: Plan, shard: Shard, labels: lis
         reason = None if "kept" in entry else str(entry["reason"])
         damage = str(entry["reason"]) if "kept" in entry and "reason" in entry else None
         record = input_record(row, label, width, height, bool(entry.get("kept")), reason, damage)
+        record |= _stored_as_it_must_be(plan.target, entry) if reason is None else {}
         along = _metadata_as_it_must_be(plan, entry) if reason is None else b""
         inputs.append(record | _facts_as_they_must_be(entry) | ({"metadata": json.loads(along)} if along else {}))
         kinds = [(extension, None), ("cls", str(label).encode())][: 1 + plan.labelled] if reason is None else []
@@ -376,6 +390,17 @@ def _sidecar_as_it_must_be(found: Sidecar, plan: Plan, shard: Shard, labels: lis
             members.append({"name": name, "offset": offset, "size": size, "crc32": crc32})
             position = offset + padded(size)
     return sidecar_of(plan, inputs, members, str(found["sha256"]))
+
+
+def _stored_as_it_must_be(target: Target, entry: dict[str, Any]) -> dict[str, Any]:
+    """What a sidecar's entry of a written image must say of its stored size."""
+    if target.common_size:
+        return {}
+    source = tuple(_integer(entry[side], 1) for side in ("height", "width"))
+    found = tuple(_integer(entry[side], 1) for side in ("stored_height", "stored_width"))
+    # An image may have been turned before.
+    possible = [target.resize(*sides).size for sides in (source, source[::-1])[: 1 + target.orient]]
+    return stored_record(target, found if found in possible else possible[0])
 
 
 def _metadata_as_it_must_be(plan: Plan, entry: dict[str, Any]) -> bytes:
@@ -444,14 +469,14 @@ def _damage(tar: bytes, member: WrittenMember, label: int) -> str | None:
     return None
 
 
-def _undecodable(tar: bytes, member: WrittenMember, options: dict[str, Any]) -> str | None:
-    """Why an image is not a square of the right size; None where it is."""
-    data, size = tar[member.offset : member.offset + member.size], options["size"]
-    pixels = read_raw(data) if options["format"] == "raw" else shared_decoder().decode(data)
+def _undecodable(tar: bytes, member: WrittenMember, target: Target, size: tuple[int, int]) -> str | None:
+    """Why an image is not one of this height and width; None where it is."""
+    data = tar[member.offset : member.offset + member.size]
+    pixels = read_raw(data) if target.format == "raw" else shared_decoder().decode(data)
     if pixels is None:
         return "cannot be decoded"
-    if pixels.shape != (size, size, 3) or pixels.dtype != np.uint8:
-        return f"holds {pixels.dtype} of shape {pixels.shape}, not a square of {size} pixels"
+    if pixels.shape != (*size, 3) or pixels.dtype != np.uint8:
+        return f"holds {pixels.dtype} of shape {pixels.shape}, not {size[1]} x {size[0]} pixels"
     return None
 
 
@@ -501,7 +526,9 @@ def _check_descriptions(plan: Plan, table: PlanTable, dataset: dict[str, Any]) -
         names = (*files, PLAN_TABLE, *({CARD} & recorded.keys()))
         digests = {name: str(recorded.get(name)) for name in names}
         if difference := _first_difference(dataset, json.loads(json_bytes(manifest.dataset(digests)))):
-            yield Problem(DATASET, "", f"does not describe these shards: {difference}")
+            # What no digest covers may have been changed in either file.
+            either = f", or {PLAN} was changed" if difference.startswith(NO_IDENTITY) else ""
+            yield Problem(DATASET, "", f"does not describe these shards: {difference}{either}")
 
 
 def _first_row_that_differs(name: str, found: bytes, wanted: bytes) -> tuple[int, str, str] | None:
@@ -540,6 +567,9 @@ def _check_statistics(folder: Path, data_digest: str) -> Iterator[Problem]:
         what = "describes other shards"
     wrong = {STATISTICS: what}
     for path, key in ((MEAN_IMAGE, "mean_image_sha256"), (MEAN_PICTURE, "mean_picture_sha256")):
+        if document.get("size", 0) is None:  # images of different sizes have no mean image
+            wrong[path] = "belongs to other statistics" if (folder / path).exists() else ""
+            continue
         found, wrong[path] = content(folder / path)
         if found is not None and key in document and hashlib.sha256(found).hexdigest() != document[key]:
             wrong[path] = "was changed"

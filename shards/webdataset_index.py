@@ -55,8 +55,6 @@ from alexprep.shards.storage import MAX_FILE_BYTES, LocalFiles, as_text, json_by
 from alexprep.shards.tar_format import BLOCK, ReadAt, number_of_bytes, padded, read_header_block
 from alexprep.shards.worker_pool import InProcessEngine, LocalEngine, cores
 
-# A record of `dataset_format.INDEX_DTYPE` and the size of the stored pixels, EXIF orientation not applied.
-TAR_INDEX_DTYPE = np.dtype([*INDEX_DTYPE.descr, ("height", "<u4"), ("width", "<u4")])
 _FEW_BYTES = 2**28  # of shards are scanned before worker processes have started (0.5 s)
 _CACHE_VERSION = 4
 _log = logging.getLogger("alexprep")
@@ -80,7 +78,7 @@ class TarIndex:
 
     Attributes:
         paths: the shards, absolute, by number.
-        records: (samples,) of `TAR_INDEX_DTYPE`, in the order of the shards and, within one, of the tar. Height and width are
+        records: (samples,) of `INDEX_DTYPE`, in the order of the shards and, within one, of the tar. Height and width are
             those of the stored pixels: EXIF orientation is not applied.
         classes: the class names by label.
         bad: the samples that are left out.
@@ -98,7 +96,7 @@ class ShardIndex(NamedTuple):
     """The samples of one shard.
 
     Attributes:
-        records: (samples,) of `TAR_INDEX_DTYPE`, in the order of the tar; shard is 0, and label a position in `labels`.
+        records: (samples,) of `INDEX_DTYPE`, in the order of the tar; shard is 0, and label a position in `labels`.
         labels: numbers without leading zeros, or names, each of some sample.
         bad: (key, reason) of the samples that cannot be used.
         warning: what was odd about the shard's .idx file; empty for nothing.
@@ -216,6 +214,12 @@ def _find_shards(source: str | Path | Sequence[str | Path], split: str) -> tuple
     return paths, named.pop() if named else ()
 
 
+def splits_of(folder: Path) -> list[str]:
+    """The splits that the tars of a folder tell, in order of their names; train alone where nothing tells one."""
+    files = LocalFiles(os.path.realpath(os.fsencode(folder)))
+    return sorted({name or "train" for name, _ in shards_below(files)})
+
+
 def _of_split(files: LocalFiles, split: str) -> list[bytes]:
     """The shards of a folder, all of them where nothing tells a split; as `wds.Webdataset`, without a word "train"."""
     told = sorted(shards_below(files), key=lambda entry: entry[1])
@@ -254,7 +258,7 @@ def scan_tar(path: Path) -> ShardIndex:
                     rows.append((0, offset, size, codes.setdefault(label, len(codes)), height, width))
     except OSError as error:
         raise AlexprepError(f"{path} cannot be read ({error}): see to the disk, then run the same again") from None
-    return ShardIndex(np.array(rows, TAR_INDEX_DTYPE), list(codes), bad, warning)
+    return ShardIndex(np.array(rows, INDEX_DTYPE), list(codes), bad, warning)
 
 
 def _examine(sample: Sample, read: ReadAt) -> tuple[int, int, int, int, str]:
@@ -386,7 +390,7 @@ def _load(path: Path, state: list[int], cache: Path | None) -> ShardIndex | None
                 head, _, records = content[32:].partition(b"\n")
                 document = json.loads(head)
                 if document["version"] == _CACHE_VERSION and document["tar"] == state:
-                    return ShardIndex(np.frombuffer(records, TAR_INDEX_DTYPE), document["labels"], document["bad"])
+                    return ShardIndex(np.frombuffer(records, INDEX_DTYPE), document["labels"], document["bad"])
     return None
 
 

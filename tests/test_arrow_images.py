@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections import Counter
 from pathlib import Path
 
 import fsspec
+import numpy as np
 import pyarrow as pa
 import pytest
 
@@ -15,13 +18,13 @@ from alexprep.shards.image_codec import Target
 from alexprep.shards.listing import list_inputs
 from alexprep.shards.plan import ShardOptions
 from alexprep.shards.sources import grouped
-from alexprep.shards.sources.base import Choices
+from alexprep.shards.sources.base import Account, Choices
 from alexprep.shards.sources.columnar_files import columnar
 from alexprep.shards.sources.layout_detection import find_source
 from alexprep.shards.storage import files_at
 from alexprep.shards.verification import verify
 from alexprep.shards.worker_pool import InProcessEngine
-from tests.source_checks import fails, pictures
+from tests.source_checks import fails, flipped, pictures
 from tests.support.record_files import save_to_disk, write_arrow
 from tests.test_parquet_images import NAMES, hub_table, rows_of
 
@@ -118,3 +121,27 @@ def test_lists_that_do_not_fit_are_refused(saved: Path, tmp_path: Path) -> None:
         find_source(str(tmp_path))
     save_to_disk(tmp_path / "z", [pa.table({"text": ["x"]})], "train")
     fails(tmp_path / "z", "no column that is surely of pictures")
+
+
+def test_no_flipped_bits_end_the_process(seed: int, tmp_path: Path) -> None:
+    """pyarrow takes a file at its word; what a batch says is looked at before anything in it is touched."""
+    rng = np.random.default_rng(seed)
+    table = hub_table([(rng.bytes(200), f"{n}.jpg", n % 4) for n in range(8)])
+    whole = write_arrow(tmp_path / "whole.arrow", table, 4).read_bytes()
+    ends = Counter[str]()
+    for n in range(80):
+        data = whole
+        for _ in range(3):
+            data = flipped(data, int(rng.integers(len(whole))), int(rng.integers(8)))
+        place = tmp_path / f"{n}.arrow"
+        place.write_bytes(data)
+        try:
+            source = find_source(str(place))
+            for item in list(source.inputs(Account())):
+                with contextlib.suppress(OSError):
+                    source.read(item.location)
+            ends["read"] += 1
+        except AlexprepError as error:
+            assert str(place) in str(error)
+            ends["refused"] += 1
+    assert min(ends["read"], ends["refused"]) > 5

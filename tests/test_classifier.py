@@ -16,7 +16,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 
+from alexprep.shards.contact_sheet import CELL_SIDE
 from alexprep.shards.conversion import convert
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.image_codec import Target
@@ -73,6 +75,41 @@ def test_shards_of_pixels(photos: Path, tmp_path: Path) -> None:
         for places in (sorted((data / "val").glob("*.tar")), [photos / "val"]):
             found = classifier.predict(places, HERE).table
             assert {tuple(p) for _, p in expected.values()} <= set(map(tuple, found.probabilities.tolist()))
+
+
+CHANNEL_MEANS = """
+from dataclasses import replace
+from alexprep.train import Recipe, recipe
+
+def channel() -> Recipe:
+    tiny = recipe("tiny")
+    return replace(tiny, augmentation=replace(tiny.augmentation, mean="channel"))
+"""
+
+
+@pytest.mark.parametrize("views", ["centre", "ten"])
+def test_photos_of_whole_images(views: Any, photo: Any, encoded: Any, tmp_path: Path) -> None:
+    """Stored with their aspect ratio, and not enlarged: as in an evaluation; what is smaller than the crop is refused alone."""
+    for n, size in enumerate([(90, 70), (70, 90), (64, 100), (200, 65)]):
+        for split in ("train", "val"):
+            path = tmp_path / "photos" / split / f"class{n % 2}" / f"{n}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(encoded(photo(*size, seed=n), "PNG"))
+    data, recipe = tmp_path / "data", tmp_path / "own.py"
+    convert(tmp_path / "photos", data, ShardOptions(Target(size=64, fit="shorter", only_shrink=True)), HERE)
+    publish_statistics(pca_stats(data, "train", HERE), data, "train")
+    recipe.write_text(CHANNEL_MEANS)
+    run = make_run(tmp_path, "a", data, 1, recipe=f"{recipe}:channel")
+    expected = evaluated(run, views=views, batch_size=20, recipe=f"{recipe}:channel")
+    options: Any = {"views": views, "batch_size": 20, "threads": 1, "device": "cpu", "recipe": f"{recipe}:channel"}
+    with Classifier.open(run, **options) as classifier:
+        small = np.zeros((50, 60, 3), np.uint8)
+        found = classifier.predict([small, *sorted((tmp_path / "photos/val").glob("*/*"), reverse=True)], HERE)
+    assert found.refused == [("picture 1", "60 x 50 pixels are too few for a crop of 56 x 56")]
+    names = [str(Path(key).relative_to(tmp_path / "photos")) for key in found.table.keys]
+    assert dict(zip(names, found.table.probabilities.tolist(), strict=True)) == {
+        name: given for name, (_, given) in expected.items()
+    }
 
 
 def test_pixels_and_bytes(photos: Path, data: Path, tmp_path: Path) -> None:
@@ -215,13 +252,17 @@ def test_the_commands_write_one_table(
         for n in (1, 2, 3, 4)
     ]
     assert printed["refused"] == [] and len((tmp_path / "p.csv").read_text().splitlines()) == 2
-    status, out, _ = command("predict", "a", str(photos / "val/class0/000.JPEG"), *options)
-    assert status == 0 and out.splitlines()[1].split()[0] == best[0][0]
+    status, out, _ = command("predict", "a", str(photos / "val/class0/000.JPEG"), *options, "--picture", "p.png")
+    assert status == 0 and out.splitlines()[-4].split()[0] == best[0][0]
+    sheet = np.asarray(Image.open(tmp_path / "p.png"))
+    top, left = 46, 222  # the photo, and its five lines of words beside it
+    assert np.ptp(sheet[top : top + CELL_SIDE, left : left + CELL_SIDE]) > 50 and sheet[top:, :left].min() < 100
     for arguments, words in (
         (("none.jpg",), "none.jpg does not exist"),
         ((str(bad),), "none of the 1 photos can be decoded"),
         ((str(bad), "--csv", "--json"), "give one"),
         ((str(bad), "--predictions", "x.txt"), "ends in .csv or .parquet"),
+        ((str(bad), "--picture", "x.jpg"), "does not end in .png"),
         ((str(bad), "--predictions", "no/x.csv"), "there is no folder no"),
     ):
         status, _, err = command("predict", "a", *arguments, *options)

@@ -253,7 +253,7 @@ def test_the_split_that_is_evaluated_on(data: Path, capsys: pytest.CaptureFixtur
 
     def labelled(folder: Path, *labels: int) -> None:
         (folder / "val").mkdir(exist_ok=True)
-        np.save(folder / "val" / "index.npy", np.array([(0, 0, 0, label) for label in labels], INDEX_DTYPE))
+        np.save(folder / "val" / "index.npy", np.array([(0, 0, 0, label, 64, 64) for label in labels], INDEX_DTYPE))
 
     def summary_of(folder: Path) -> dict[str, Any]:
         return train(config(folder, epochs=1), MadeUpLoader)

@@ -293,8 +293,8 @@ def test_every_format_gives_the_same_picture(image_format: Any, photos: Path, tm
 
 @pytest.mark.parametrize("mean", ["crop", "centre", "channel", "none"])
 @pytest.mark.parametrize("memory_format", ["NCHW", "NHWC"])
-def test_ten_views(mean: Any, memory_format: Any, data: Path) -> None:
-    """Corners and centre, then their reflections, each as the single-view reference makes it."""
+def test_several_views(mean: Any, memory_format: Any, data: Path) -> None:
+    """Corners and centre, then their reflections, each as the single-view reference makes it; two are the third of each five."""
     augmentation = Augmentation(crop=51, mean=mean, noise="none")
     options: Any = {"augmentation": augmentation, "memory_format": memory_format}
     batch = _first(data, "val", batch_size=8, views="ten", order="sequential", **options)
@@ -303,6 +303,8 @@ def test_ten_views(mean: Any, memory_format: Any, data: Path) -> None:
     for n in range(10):
         draws = Draws(windows[:, n % 5], np.full(8, n >= 5), np.zeros((8, 3)))
         assert np.abs(got[:, n] - _reference(data, "val", list(range(8)), draws, augmentation)).max() <= 1e-3
+    two = _first(data, "val", batch_size=8, views="two", order="sequential", **options)
+    assert np.array_equal(_nhwc(two, memory_format), got[:, [2, 7]])
 
 
 def test_centre_view_is_without_chance(data: Path) -> None:

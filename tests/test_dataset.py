@@ -83,7 +83,10 @@ def test_augmentations_that_do_not_fit_say_what_does(photo: Any, encoded: Any, d
     _write(tmp_path / "wds", photo, encoded)
     with Loader(tmp_path / "wds", batch_size=9, augmentation="resized", views="ten") as loader:
         assert next(iter(loader)).images.shape == (9, 10, 3, 224, 224)
-    for name, words in (("none", "whole images of several sizes"), ("paper", "these shards have no statistics")):
+    for name, words in (
+        ("none", "whole images of several sizes"),
+        ("paper", "stats.json does not exist: run `alexprep pca-stats` on"),
+    ):
         with pytest.raises(AlexprepError, match=words):
             Loader(tmp_path / "wds", batch_size=9, augmentation=name)
     with pytest.raises(AlexprepError, match=r"mean 'crop' subtracts a mean image .* of several sizes"):

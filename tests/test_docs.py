@@ -108,7 +108,13 @@ def _stand_ins(root: Path, photos: Path) -> dict[str, str]:
         shutil.copy(example, root)
     (root / "photo.jpg").write_bytes(next(iter(images.values())))
     shutil.copytree(photos / "val" / "class1", root / "holidays")
-    return {"/imagenet": str(photos), "/downloads/ilsvrc": str(root / "ilsvrc"), "/kaggle": str(root / "kaggle")}
+    tars = str(root / "alexprep-data/train")  # of which nothing else is read
+    return {
+        "/wds": tars,
+        "/imagenet": str(photos),
+        "/downloads/ilsvrc": str(root / "ilsvrc"),
+        "/kaggle": str(root / "kaggle"),
+    }
 
 
 def _stand_ins_of_records(root: Path, rows: list[tuple[bytes, str]]) -> None:
@@ -223,7 +229,7 @@ def _under_torchrun(line: str, words: list[str], folder: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", *started]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, f"{line}\n{done.stderr}"
-    assert done.stdout.count("weights sha256") == 1, done.stdout
+    assert done.stdout.count("its folder") == 1, done.stdout
 
 
 @pytest.mark.filterwarnings("ignore")  # as where a reader runs them

@@ -11,7 +11,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from alexprep.shards.image_codec import Codec, Converted, Target, resized, to_square, upright
+from alexprep.shards.image_codec import Codec, Converted, Target, upright
 from alexprep.shards.image_header import MAX_PIXELS, Refused
 
 
@@ -33,7 +33,7 @@ def _refused(data: bytes, **target: object) -> str:
 
 def _squared(whole: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """What all pixels become, read whole and then cut."""
-    resize = to_square(whole.shape[0], whole.shape[1], 64, "area")
+    resize = Target(size=64).resize(*whole.shape[:2])
     top, left, bottom, right = resize.region
     return resize(np.ascontiguousarray(whole[top:bottom, left:right]))
 
@@ -41,11 +41,11 @@ def _squared(whole: NDArray[np.uint8]) -> NDArray[np.uint8]:
 @pytest.mark.parametrize("shape", [(375, 500), (500, 375), (256, 256), (68, 56), (1, 7), (257, 1001)])
 def test_geometry(shape: tuple[int, int]) -> None:
     """Shorter side to the size, longer side rounded half up as C's round, crop from floor((side - size) / 2)."""
-    height, width = resized(*shape, 256)
+    resize = Target(size=256).resize(*shape)
+    height, width = resize.vertical.target, resize.horizontal.target
     assert min(height, width) == 256
     scale = 256 / min(shape)
     assert (height, width) == tuple(int(np.floor(side * scale + 0.5)) for side in shape)
-    resize = to_square(*shape, 256, "area")
     assert (resize.vertical.offset, resize.horizontal.offset) == ((height - 256) // 2, (width - 256) // 2)
 
 

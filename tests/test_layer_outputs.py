@@ -9,6 +9,7 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -134,3 +135,19 @@ def test_the_commands(
     )  # a photo, and the sample made of it
     assert status == 0 and out.splitlines()[1].split() == ["0.0000", "class3", "train/class3/003.JPEG"]
     assert "ends in .npy" in command("features", "a", "--out", "x.txt", *options)[2]
+    status, out, _ = command("features", "a", "--out", "f.parquet", *options)
+    assert status == 0 and "The same as a table: f.parquet" in out
+    table, outputs = pq.read_table(tmp_path / "f.parquet"), np.load(tmp_path / "runs/a/features-relu4-train.npy")
+    ledger = {row["key"]: row for row in pq.read_table(data / "train/samples.parquet").to_pylist()}
+    np.testing.assert_array_equal(np.array(table["values"].to_pylist(), np.float32), outputs)
+    for row in table.drop_columns("values").to_pylist():
+        assert row == {name: ledger[row["key"]][name] for name in ("key", "source", "label")} | {
+            "class": f"class{row['label']}"
+        }
+    status, out, _ = command("similar", "a", photo, "--codes", "--bits", "64", "--count", "2", *options, "--json")
+    found = json.loads(out.splitlines()[-1])
+    assert (status, found["distance"], found["bits"]) == (0, "hamming", 64)
+    assert found["photos"][0]["neighbours"][0]["distance"] == 0 and 0 < found["recall@10 among 10"] <= 1
+    status, out, _ = command("similar", "a", photo, "--codes", "--bits", "64", *options)
+    assert status == 0 and "Codes of 64 bits: 8 bytes an image instead of 512" in out
+    assert "a multiple of 64" in command("similar", "a", photo, "--bits", "33", *options)[2]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import io
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,23 +33,45 @@ Series = dict[str, list[tuple[int, float]]]  # step and value of each event, by 
 @pytest.mark.parametrize("terminal", [True, False])
 def test_meter_logs_on_a_terminal_and_elsewhere(tmp_path: Path, terminal: bool) -> None:
     screen = io.StringIO()
-    console = Console(file=screen, force_terminal=terminal, width=200)
-    with Meter(tmp_path / "log.jsonl", step=0, total_steps=10, console=console) as meter:
+    console = Console(file=screen, force_terminal=terminal, width=80)
+    with Meter(tmp_path / "log.jsonl", step=0, total_steps=10, epochs=30, console=console) as meter:
         for step in (1, 2, 3):
             meter.timer.count(8, 0.01, 0.03)
             assert meter.record_steps(MEANS, step=step, epoch=0, lr=0.01) == pytest.approx(0.04)
         val = {"split": "val", "top1_error": 40.0, "top5_error": 5.0, "loss": 1.0}
-        meter.record_epoch(MEANS, step=3, epoch=0, lr=0.01, seconds=90.0, val=val)
+        meter.record_epoch(MEANS, step=3, epoch=0, lr=0.01, seconds=90.0, val=val, best={"step": 3})
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 3]
     speed = {"images_per_second": pytest.approx(200), "data_wait_ms": pytest.approx(10), "step_ms": pytest.approx(30)}
     assert lines[0] == {"kind": "steps", "step": 1, "epoch": 0, **MEANS._asdict(), "lr": 0.01, **speed}
     assert lines[3]["val"] == val
     shown = screen.getvalue()
-    assert "epoch 1 in 90 s at rate 0.01: loss 1.5000, top-1 error 50.00 %; val: top-1 error 40.00 %, top-5" in shown
+    for line in (
+        "epoch  1/30 in 90 s, rate 0.01",
+        "  train  loss 1.5000  top-1 error  50.00 %  top-5 error  10.00 %",
+        "  val    loss 1.0000  top-1 error  40.00 %  top-5 error   5.00 %  best so far",
+    ):
+        assert f"{line}\n" in shown.replace("\r", "")
     assert ("\x1b[" in shown) == terminal  # the bar moves the cursor
-    plain = [line for line in shown.splitlines() if line.startswith("epoch 1 step")]
-    assert terminal or len(plain) == 1  # a line every ten seconds, not every record
+    plain = "epoch  1/30   1/10  loss 1.5000  error  50.0 %    200 images/s  wait 25 %\n"
+    assert shown.count(plain) == (0 if terminal else 1)  # a line every ten seconds, not every record
+
+
+def test_a_terminal_of_80_columns_shows_bar_count_time_left_and_figures(tmp_path: Path) -> None:
+    """At the length of an ImageNet training, and after minutes in which nothing was recorded."""
+    now = 0.0
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=80, height=24, get_time=lambda: now, color_system=None)
+    with Meter(None, step=900_000, total_steps=900_900, epochs=90, console=console) as meter:
+        for step in (900_100, 900_200):
+            now += 300.0
+            meter.timer.count(128, 1.0, 2.0)
+            meter.record_steps(Means(6.9078, 99.9, 99.5), step=step, epoch=89, lr=0.01)
+    printed = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\r", "", screen.getvalue())
+    first, second = [line.strip() for line in printed.splitlines() if line.strip()][-2:]
+    assert re.fullmatch(r"epoch 90/90 [━╸╺]{20,} 900200/900900 0:35:00 left", first), first
+    assert second == "loss 6.9078  top-1 error 99.9 %  43 images/s  data 1000 ms  step 2000 ms"
+    assert max(map(len, printed.splitlines())) <= 80
 
 
 def resumed(

@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from scipy.fft import dctn
 from torch import nn
 
 from alexprep.shards.errors import AlexprepError
 from alexprep.train.models.alexnet import AlexNet, alexnet, alexnet_1gpu, alexnet_6conv, alexnet_2012, alexnet_owt
 from alexprep.train.models.cifar import (
     ConvLocal,
+    cifar10_fast_net,
     cifar10_quick_net,
     conv_local_11pct,
     conv_local_13pct,
@@ -27,7 +29,9 @@ from alexprep.train.models.layers import (
     LocalResponseNorm,
     MapWindow,
     PaperDropout,
+    PatchWaves,
     PixelWindow,
+    Residual,
     SpatialResponseNorm,
     initialised,
 )
@@ -201,7 +205,7 @@ def test_switches_without_such_a_position_are_refused(switches: dict, message: s
         AlexNet(**switches)
 
 
-@pytest.mark.parametrize("make", [*FAMILY, conv_local_13pct, cifar10_quick_net, tiny_net])
+@pytest.mark.parametrize("make", [*FAMILY, conv_local_13pct, cifar10_quick_net, cifar10_fast_net, tiny_net])
 def test_weights_depend_on_the_seed_alone(make: Callable[..., nn.Module]) -> None:
     def weights(seed: int) -> torch.Tensor:
         return torch.cat([p.flatten() for p in make(5, 80, seed=seed, width=0.125).parameters()])
@@ -366,6 +370,36 @@ def test_nets_for_cifar_are_the_published_ones(network: ConvLocal) -> None:
     assert order == (["pool1", "norm1", "conv2", "norm2", "pool2"] if norms else ["pool1", "conv2", "pool2"])
 
 
+def test_patches_are_taken_apart_into_waves() -> None:
+    """By scipy's transform, patch by patch; the other waves of a colour are left out; what a patch holds is kept where it has brightness alone."""
+    images = torch.randn(2, 3, 9, 6, generator=torch.Generator().manual_seed(0))
+    found = PatchWaves()(images).double().numpy()
+    assert found.shape == (2, 24, 4, 3) and not PatchWaves().state_dict()
+    padded = np.pad(images.double().numpy(), ((0, 0), (0, 0), (1, 1), (1, 1)))
+    colours = np.array([[1, 1, 1], [1, 0, -1], [1, -2, 1]]) / np.sqrt([[3], [2], [6]])
+    for row, column in np.ndindex(4, 3):
+        patches = padded[:, :, 2 * row : 2 * row + 4, 2 * column : 2 * column + 4]
+        waves = dctn(np.einsum("kc,ncij->nkij", colours, patches), axes=(2, 3), norm="ortho")
+        kept = [waves[:, 0].reshape(2, 16), *(waves[:, n, :2, :2].reshape(2, 4) for n in (1, 2))]
+        np.testing.assert_allclose(found[:, :, row, column], np.concatenate(kept, axis=1), atol=1e-5)
+
+
+def test_the_fast_net_for_cifar_whitens_and_goes_past_layers() -> None:
+    """What reaches the first convolution has mean 0 and deviation 1, whatever the scale of the images; and nothing of it is trained."""
+    network = cifar10_fast_net(10, 28)
+    assert [name for name, _ in network.named_parameters() if name.startswith(("waves", "norm0"))] == []
+    images = 40 * torch.randn(64, 3, 28, 28, generator=torch.Generator().manual_seed(1)) + 100
+    seen = network[1](network[0](images))
+    torch.testing.assert_close(seen.std((0, 2, 3), correction=0), torch.ones(24), rtol=1e-3, atol=0)
+    torch.testing.assert_close(seen.mean((0, 2, 3)), torch.zeros(24), rtol=0, atol=1e-3)
+    doubled = Residual(nn.Identity())
+    assert torch.equal(doubled(images), 2 * images)
+    assert [name for name, layer in network.named_children() if isinstance(layer, Residual)] == [
+        "residual2",
+        "residual4",
+    ]
+
+
 def test_only_the_activation_differs() -> None:
     relu, tanh = conv_local_13pct(10, 32, seed=1), conv_local_13pct_tanh(10, 32, seed=1)
     for (name, ours), (_, theirs) in zip(relu.named_parameters(), tanh.named_parameters(), strict=True):
@@ -375,7 +409,10 @@ def test_only_the_activation_differs() -> None:
     assert [type(layer) for layer in tanh if isinstance(layer, nn.ReLU | nn.Tanh)] == [nn.Tanh] * 4
 
 
-@pytest.mark.parametrize(("make", "crops"), [(tiny_net, (16, 56, 57, 64)), (alexnet, (67, 100, 224, 227))])
+@pytest.mark.parametrize(
+    ("make", "crops"),
+    [(tiny_net, (16, 56, 57, 64)), (cifar10_fast_net, (8, 9, 28, 33)), (alexnet, (67, 100, 224, 227))],
+)
 def test_networks_take_any_crop(make: Callable[..., nn.Module], crops: tuple[int, ...]) -> None:
     for crop in crops:
         assert make(7, crop, width=0.0625)(torch.zeros(2, 3, crop, crop)).shape == (2, 7)
@@ -389,6 +426,7 @@ def test_networks_take_any_crop(make: Callable[..., nn.Module], crops: tuple[int
         (tiny_net, 15, 1.0, "at least 16 pixels, not 15"),
         (cifar10_quick_net, 32, 17.0, "width 17.0"),
         (conv_local_13pct, 7, 1.0, "at least 8 pixels, not 7"),
+        (cifar10_fast_net, 7, 1.0, "at least 8 pixels, not 7"),
     ],
 )
 def test_senseless_sizes_are_refused(make: Callable[..., nn.Module], crop: int, width: float, message: str) -> None:

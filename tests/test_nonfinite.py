@@ -16,8 +16,9 @@ from alexprep.train import logger, nonfinite
 from alexprep.train.distributed.world import World
 from alexprep.train.launch import launch_ranks
 from alexprep.train.trainer import train
+from tests import resuming
 from tests import training_ranks as ranks
-from tests.made_up import Batch, changed
+from tests.made_up import Batch, changed, write_data
 
 ALONE = World.alone("cpu")
 KINDS = ("pixel", "rate", "gradient", "weight")
@@ -48,10 +49,13 @@ def test_what_is_not_finite_is_traced_to_its_layer(kind: str, data: Path) -> Non
     _check(kind, ranks.poisoned(ALONE, data, kind), data.parent / "runs" / kind)
 
 
-def test_two_ranks_trace_it_alike_and_resume_with_the_same_bits(data: Path) -> None:
-    """Though only one of the towers may have seen it."""
-    one, other = launch_ranks(f"{ranks.__file__}:everything", 2, {"data": str(data)}, device="cpu")
-    assert one == other
+def test_two_ranks_trace_it_alike_and_resume_with_the_same_bits(data: Path, tmp_path: Path, seed: int) -> None:
+    """Though only one of the towers may have seen it. Of optimizers and schedules a sample; tests/test_resuming.py has all of them."""
+    (tmp_path / "more").mkdir()
+    specks = write_data(tmp_path / "more" / "data", resuming.Specks)
+    given = {"data": str(data), "specks": str(specks), "chosen": resuming.sample(seed, 3)}
+    one, other = launch_ranks(f"{ranks.__file__}:everything", 2, given, device="cpu")
+    assert one == other and one["otherwise"] == []
     assert one["resumed"] == [one["whole"]] * len(ranks.SAMPLE)
     assert one["adamw"][0] == one["adamw"][1]
     alone = ranks.begun(ALONE, data, name="alone", **ranks.ADAMW)

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from click.testing import CliRunner
@@ -18,7 +19,7 @@ from alexprep.cli.main import cli
 from alexprep.shards import conversion, dataset_format
 from alexprep.shards import plan as plans
 from alexprep.shards.conversion import convert, make_plan
-from alexprep.shards.dataset_format import read_dataset
+from alexprep.shards.dataset_format import INDEX_DTYPE, INDEX_DTYPES, read_dataset, read_index
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.image_codec import Target
 from alexprep.shards.listing import Listing
@@ -77,6 +78,9 @@ def test_what_release_0_1_0_left_unfinished_is_finished(tmp_path: Path) -> None:
     for split in ("train", "val"):
         theirs, ours = (Samples(folder, split) for folder in (RELEASED / "alexprep-data", out))
         assert theirs.labels.tolist() == ours.labels.tolist()
+        # The index stays as that release reads it; here it is filled up.
+        assert np.load(out / split / "index.npy").dtype == INDEX_DTYPES[1]
+        assert read_index(out, split).dtype == INDEX_DTYPE and ours.common_size == OPTIONS.target.common_size
 
 
 def test_a_recorded_shard_that_is_not_made_again_may_be_of_other_rules(released: Path, tmp_path: Path) -> None:
@@ -106,6 +110,10 @@ def test_a_released_default_never_changes() -> None:
         "limit": None,
         "class_names": None,
         "on_damaged": None,
+        "fit": None,
+        "only_shrink": None,
+        "lossless": None,
+        "webp_method": None,
         "metadata": None,
     }
     assert ShardOptions().shard_samples is None

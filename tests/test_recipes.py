@@ -47,9 +47,9 @@ def test_recipes_of_the_family(name: str) -> None:
     told = recipe.describe()
     assert json.loads(json.dumps(told)) == told
     assert told["network"] == json.loads(json.dumps(recipe.network.describe()))  # type: ignore[attr-defined]
-    recipe.check_size(256)
+    recipe.check_sides((256, 256))
     with pytest.raises(AlexprepError, match="--recipe tiny"):
-        recipe.check_size(64)
+        recipe.check_sides((64, 64))
 
 
 def test_epochs_and_augmentation_of_the_released_nets() -> None:

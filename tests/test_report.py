@@ -6,7 +6,6 @@ import html.parser
 import json
 import re
 import shutil
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,18 +13,24 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
+from alexprep.shards.conversion import convert
+from alexprep.shards.image_codec import Target
+from alexprep.shards.plan import ShardOptions
 from alexprep.shards.rgb_statistics import read_statistics
+from alexprep.shards.worker_pool import InProcessEngine
 from alexprep.train.evaluation import evaluate, evaluation_file, predictions_of, publish_evaluation
 from alexprep.train.layer_outputs import write_outputs
 from alexprep.train.prediction_table import write_predictions
+from alexprep.train.report import blocks
 from alexprep.train.report.blocks import Section, Table, Words, plot, thinned
 from alexprep.train.report.page import find_places, render, write_report
 from alexprep.train.run_dir import Place
 from tests.made_up import make_run
+from tests.support.browser import CHROMIUM, Browser
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 ERRORS = [75.0, 55.5, 41.25, 47.0]  # of the made-up epochs: the third is the best
 
 
@@ -113,7 +118,7 @@ def report(data: Path, run: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     return out
 
 
-def test_numbers_are_those_of_their_sources(report: Path, data: Path, run: Path) -> None:
+def test_numbers_are_those_of_their_sources(report: Path, photos: Path, data: Path, run: Path) -> None:
     page, dataset = Page(report / "report.html"), json.loads((data / "dataset.json").read_text())
     for row in page.table("Splits"):
         split = dataset["splits"][row["split"]]
@@ -123,6 +128,9 @@ def test_numbers_are_those_of_their_sources(report: Path, data: Path, run: Path)
     for row in page.table("Classes: samples"):
         assert row["train"] == str(ledger["label"].count(int(row["label"])))
         assert row["class"] == dataset["classes"][int(row["label"])]
+    (row,) = page.table("Formats of the originals")
+    files = [path.stat().st_size for path in photos.glob("*/*/*.JPEG")]
+    assert (row["files"], row["kB on average"]) == (str(len(files)), f"{np.mean(files) / 1000:,.2f}")
     statistics = read_statistics(data)
     for axis, row in enumerate(page.table("Eigenvalues")):
         assert row["eigenvalue, (0-255)²"] == f"{statistics.eigenvalues[axis]:,.2f}"
@@ -171,6 +179,18 @@ def test_pictures_are_of_what_they_say(report: Path, data: Path) -> None:
         assert np.asarray(Image.open(path).convert("RGB")).std() > 3, path.name
 
 
+@pytest.fixture
+def cheap_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plots are drawn, but not made into files, which takes most of the time; other tests look at these."""
+
+    def drawn(draw: Callable[[Any], None], size: tuple[float, float]) -> tuple[bytes, bytes]:
+        draw(Figure(figsize=size))
+        return b"<svg/>", b"PNG"
+
+    monkeypatch.setattr(blocks, "_drawn", drawn)
+
+
+@pytest.mark.usefixtures("cheap_plots")
 def test_what_is_missing_is_said(data: Path, run: Path, tmp_path: Path) -> None:
     """A dataset without statistics and with a damaged ledger, a run that has just begun, and nothing at all: the rest is shown."""
     broken = tmp_path / "broken"
@@ -199,6 +219,21 @@ def test_what_is_missing_is_said(data: Path, run: Path, tmp_path: Path) -> None:
         assert words in write_report(place, [], tmp_path / "out", notes=["x is no run."]).missing[1]
     assert "x is no run." in (tmp_path / "out" / "report.html").read_text()
     assert list((tmp_path / "out" / "pictures").iterdir()) == []  # those of the earlier report are gone
+
+
+@pytest.mark.usefixtures("cheap_plots")
+def test_one_image_alone(photos: Path, tmp_path: Path) -> None:
+    """A dataset of one image, without statistics: what takes two is left out in words, and all else is drawn."""
+    for split in ("train", "val"):
+        (tmp_path / "photos" / split / "cat").mkdir(parents=True)
+    shutil.copy(photos / "train/class0/000.JPEG", tmp_path / "photos/train/cat")
+    convert(tmp_path / "photos", tmp_path / "data", ShardOptions(Target(size=64)), InProcessEngine())
+    written = write_report(tmp_path / "data", [], tmp_path / "out")
+    assert len(written.missing) == 4, written.missing
+    page = Page(written.path)
+    assert "With one sample there is no order to measure." in page.text
+    assert page.table("Classes: samples")[0]["train"] == "1"
+    assert {"sheet_by_class.png", "sizes.png"} <= {p.name for p in (tmp_path / "out/pictures").iterdir()}
 
 
 def test_damage_of_any_kind_costs_its_part_alone() -> None:
@@ -249,55 +284,74 @@ def test_the_command(run: Path, command: Callable[..., tuple[int, str, str]], tm
     assert printed["data"] is None and Path(printed["report"]).exists()
 
 
-SCRIPT = """
-<script>
-window.addEventListener("load", () => {
-  const said = {}, tabs = [...document.querySelectorAll("[role=tab]")];
-  const seen = () => [...document.querySelectorAll("[role=tabpanel]")].filter((part) => !part.hidden).map((part) => part.id);
-  const press = (key) => document.activeElement.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true, cancelable: true }));
-  said.first = seen();
-  tabs[0].focus(); press("ArrowRight"); said.right = seen();
-  press("End"); said.end = seen(); press("ArrowRight"); said.round = seen();
-  tabs[3].click(); said.clicked = seen(); tabs[0].click();
-  const search = document.querySelector("#data input[type=search]"), table = search.closest("div").querySelector("table");
-  const column = (n) => [...table.tBodies[0].rows].filter((row) => !row.hidden).map((row) => row.cells[n].textContent);
-  search.value = "CLASS2"; search.dispatchEvent(new Event("input")); said.found = column(1);
-  search.value = ""; search.dispatchEvent(new Event("input"));
-  const heads = table.tHead.querySelectorAll("button");
-  heads[1].click(); heads[1].click(); said.down = column(1);
-  said.sort = heads[1].parentElement.getAttribute("aria-sort");
-  heads[0].click(); said.up = column(0);
-  said.wide = document.documentElement.scrollWidth - document.documentElement.clientWidth;
-  said.broken = [...document.images].filter((image) => !image.naturalWidth).length;
-  document.body.dataset.said = JSON.stringify(said);
-});
-window.addEventListener("error", (event) => { document.body.dataset.error = event.message; });
-</script>
-"""
-
-
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
 def test_in_a_browser(report: Path, tmp_path: Path) -> None:
-    """Tabs by keys and clicks, search and sorting; no error, no request, and nothing wider than a phone's screen."""
-    page = tmp_path / "page.html"
-    page.write_text((report / "report.html").read_text().replace("</body>", SCRIPT + "</body>"))
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--window-size=500,900", "--enable-logging=stderr", "--v=0"]
-    command = [str(CHROMIUM), *flags, f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", page.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
-    assert "CONSOLE" not in done.stderr and "data-error" not in done.stdout
-    match = re.search(r'data-said="([^"]*)"', done.stdout)
-    assert match is not None
-    said = json.loads(match.group(1).replace("&quot;", '"'))
-    assert said == {
-        "first": ["data"],
-        "right": ["statistics"],
-        "end": ["paper"],
-        "round": ["data"],
-        "clicked": ["training"],
-        "found": ["class2"],
-        "down": ["class3", "class2", "class1", "class0"],
-        "sort": "descending",
-        "up": ["0", "1", "2", "3"],
-        "wide": 0,
-        "broken": 0,
-    }
+    """Tabs, search and sorting by keys and by the mouse; no error, no request, and nothing wider than the screen, light or dark."""
+    parts = (
+        "[...document.querySelectorAll('[role=tabpanel]')].filter((part) => !part.hidden).map((part) => part.id).join()"
+    )
+    table = "document.querySelector('#data input[type=search]').closest('div').querySelector('table')"
+
+    def column(number: int) -> str:
+        rows = f"[...{table}.tBodies[0].rows].filter((row) => row.offsetParent)"
+        return f"{rows}.map((row) => row.cells[{number}].textContent)"
+
+    with Browser(tmp_path / "profile") as browser:
+        browser.open(report / "report.html")
+
+        def seen() -> Any:
+            return browser.evaluate(parts)
+
+        assert seen() == "data"
+        browser.press("Tab")  # to the first part's name; then by arrows, as with any row of tabs
+        after = []
+        for key in ("ArrowRight", "End", "ArrowRight", "ArrowLeft", "Home"):
+            browser.press(key)
+            after.append(seen())
+        assert after == ["statistics", "paper", "data", "paper", "data"]
+        browser.click("document.querySelector('#tab-training')")
+        assert seen() == "training" and browser.evaluate("location.hash") == "#training"
+        browser.click("document.querySelector('#tab-data')")
+        browser.click("document.querySelector('#data input[type=search]')")
+        browser.write("CLASS2")
+        assert browser.evaluate(column(1)) == ["class2"]
+        browser.evaluate("document.activeElement.select()")
+        browser.write("class")
+        names = ["class0", "class1", "class2", "class3"]
+        browser.click(f"{table}.tHead.querySelectorAll('button')[1]")
+        assert browser.evaluate(column(1)) == names
+        browser.press("Enter")  # the column's name has the focus
+        assert browser.evaluate(column(1)) == names[::-1]
+        assert browser.evaluate(f"{table}.tHead.rows[0].cells[1].getAttribute('aria-sort')") == "descending"
+        browser.click(f"{table}.tHead.querySelectorAll('button')[0]")
+        assert browser.evaluate(column(0)) == ["0", "1", "2", "3"]
+        assert browser.evaluate("[...document.images].filter((image) => !image.naturalWidth).length") == 0
+        papers = set()
+        for width, dark in ((390, True), (1440, False)):
+            browser.open(report / "report.html", width, dark=dark)
+            for part in ("data", "statistics", "augmentation", "training", "paper"):
+                browser.evaluate(f"document.querySelector('#tab-{part}').click()")
+                wide = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
+                assert browser.evaluate(wide) == 0, (width, part)
+            papers.add(browser.evaluate("getComputedStyle(document.body).backgroundColor"))
+        assert len(papers) == 2
+        assert browser.said == [] and set(browser.asked) == {(report / "report.html").as_uri()}
+
+
+@pytest.mark.usefixtures("cheap_plots")
+def test_classes_are_called_by_their_words(data: Path, run: Path, tmp_path: Path) -> None:
+    """Where dataset.json has any: in full in tables, the first word in pictures' texts."""
+    worded = tmp_path / "worded"
+    shutil.copytree(data, worded)
+    dataset = json.loads((worded / "dataset.json").read_text())
+    dataset["words"] = ["tench, Tinca tinca", "crane", "crane, lift", ""]
+    (worded / "dataset.json").write_text(json.dumps(dataset))
+    moved = tmp_path / "a"
+    shutil.copytree(run, moved)
+    (path,) = moved.glob("eval-*.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"data": str(worded)}))
+    page = Page(write_report(worded, [moved], tmp_path / "out").path)
+    named = ["class0 (tench, Tinca tinca)", "class1 (crane)", "class2 (crane, lift)", "class3"]
+    assert [row["class"] for row in page.table("Classes: samples")] == named
+    assert {row["label"] for row in page.table("Worst predicted images")} == set(named)
+    assert "by class: tench, class1, class2, class3." in page.text

@@ -27,13 +27,13 @@ _PILLOW = {
 @pytest.fixture(scope="session")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """resize.c compiled: as it was installed, or made here from the same source."""
-    folder = Path(resample.__file__).parent
-    for installed in folder.glob("_resize*.so"):
+    folder = Path(resample.__file__).parent / "compiled"
+    for installed in folder.glob("resize*.so"):
         return installed
     compiler = shutil.which("cc")
     if compiler is None:
         pytest.skip("there is no C compiler")
-    made = tmp_path_factory.mktemp("compiled") / "_resize.so"
+    made = tmp_path_factory.mktemp("compiled") / "resize.so"
     command = [compiler, "-O1", "-shared", "-fPIC", "-o", str(made), str(folder / "resize.c")]
     subprocess.run(command, check=True, timeout=60)
     return made
@@ -172,8 +172,8 @@ def test_compiled_code_that_differs_is_not_used(library: Path, monkeypatch: pyte
     right = Resize.in_numpy
     monkeypatch.setattr(Resize, "in_numpy", lambda self, pixels: right(self, pixels) ^ 1)
     assert resample._loaded(library) is None
-    (tmp_path / "_resize.so").write_bytes(b"no library")
-    assert resample._loaded(tmp_path / "_resize.so") is None
+    (tmp_path / "resize.so").write_bytes(b"no library")
+    assert resample._loaded(tmp_path / "resize.so") is None
     assert resample._loaded(tmp_path / "absent.so") is None
 
 

@@ -44,7 +44,7 @@ def found(data: Path) -> Statistics:
 def test_equals_float64_over_all_pixels(found: Statistics, data: Path) -> None:
     images = _images(data, "train").astype(np.float64)
     pixels = images.reshape(-1, 3)
-    np.testing.assert_allclose(found.mean_HWC, images.mean(axis=0), rtol=1e-12)
+    np.testing.assert_allclose(found.mean_image(), images.mean(axis=0), rtol=1e-12)
     np.testing.assert_allclose(found.channel_means, pixels.mean(axis=0), rtol=1e-12)
     np.testing.assert_allclose(found.covariance, np.cov(pixels, rowvar=False, bias=True), rtol=1e-10)
     pca = PCA(svd_solver="full").fit(pixels)
@@ -77,7 +77,7 @@ def test_bits_do_not_depend_on_the_sharding(found: Statistics, photos: Path, tmp
     convert(photos, tmp_path / "other", ShardOptions(Target(size=64), shard_samples=48, seed=5), ENGINE)
     other = rgb_statistics.pca_stats(tmp_path / "other", "train", ENGINE)
     assert found.data_digest != other.data_digest
-    assert (found.mean_HWC == other.mean_HWC).all() and (found.covariance == other.covariance).all()
+    assert (found.mean_image() == other.mean_image()).all() and (found.covariance == other.covariance).all()
 
 
 @pytest.mark.parametrize("size", [1, 15, 16, 17, 61])
@@ -85,7 +85,7 @@ def test_moments_are_exact_at_the_extremes(size: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     shape = (5, 3, size, size)
     for images in (np.full(shape, 255, np.uint8), rng.integers(0, 256, shape, dtype=np.uint8)):
-        accumulator = Accumulator(size)
+        accumulator = Accumulator(size, size)
         for image in images:
             accumulator.add(image)
         moments = accumulator.moments()
@@ -98,7 +98,7 @@ def test_many_images_do_not_overflow(monkeypatch: pytest.MonkeyPatch) -> None:
     """float32 holds its sums exactly, up to the moment when they are added to integers; and after it all goes on."""
     assert rgb_statistics._FLUSH * 255 < 2**24 and rgb_statistics._BLOCK * 255**2 < 2**24
     monkeypatch.setattr(rgb_statistics, "_FLUSH", 64)
-    accumulator = Accumulator(1)
+    accumulator = Accumulator(1, 1)
     white = np.full((3, 1, 1), 255, np.uint8)
     for _ in range(3 * 64 + 5):
         accumulator.add(white)
@@ -126,7 +126,7 @@ def test_one_colour_has_no_variance(tmp_path: Path, encoded) -> None:
 
 def test_read_gives_back_what_was_published(found: Statistics, data: Path) -> None:
     for read in (rgb_statistics.read_statistics(str(data)), rgb_statistics.read_statistics(data, found.data_digest)):
-        assert (read.mean_HWC == found.mean_HWC).all() and (read.eigenvectors == found.eigenvectors).all()
+        assert (read.mean_image() == found.mean_image()).all() and (read.eigenvectors == found.eigenvectors).all()
 
 
 @pytest.fixture

@@ -823,7 +823,7 @@ def test_stores_that_fsspec_opens(layout: str, folders: Path, archives: Path, re
         assert verify("memory://out", ENGINE, decode=True).problems == []
         convert(f"memory://{layout}", "memory://out", OPTIONS, ENGINE)  # nothing to do
         there, here = (rgb_statistics.pca_stats(folder, "train", ENGINE) for folder in (made, reference))
-        assert (there.mean_HWC == here.mean_HWC).all() and (there.covariance == here.covariance).all()
+        assert (there.mean_image() == here.mean_image()).all() and (there.covariance == here.covariance).all()
         if layout == "folders":
             with pytest.raises(AlexprepError, match="lies among the images"):
                 convert("memory://folders", "memory:///folders/train/out", OPTIONS, ENGINE)

@@ -121,7 +121,10 @@ def test_begun_with_another_run_s_weights(data: Path, tmp_path: Path) -> None:
         (["--init-from", "nobody"], "nobody"),
         (["--init-from", "a@7"], "no checkpoint of step 7"),
         (["--init-from", "a", "--init-layers", "conv9"], "conv9 matches no layer"),
-        (["--init-layers", "conv1"], "--init-layers conv1 says which layers of another run: name it with --init-from"),
+        (
+            ["--init-layers", "conv1"],
+            "--init-layers conv1 says which layers of other weights: name these with --init-from",
+        ),
         (["--epochs", "100001"], "epochs 100001 is not in [1, 100000]"),
     ):
         assert reason in refused(*shared, "--name", "c", *words)

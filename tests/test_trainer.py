@@ -267,13 +267,18 @@ def test_a_last_step_of_one_image_is_left_out_where_batch_normalisation_cannot_t
     monkeypatch.setitem(recipes.RECIPES, "small", small_recipe(network=with_batch_norm))
     whole = train(config(data, name="whole"), Odd)
     assert (whole["steps"], whole["epoch_steps"]) == (9, 3)
-    assert "of 25 images the last step of an epoch would have one, too few for batch norm" in capsys.readouterr().err
+    assert (
+        "of 25 images the last step of an epoch would have one, too few for this network, as for batch norm"
+        in capsys.readouterr().err
+    )
     for step in (2, 3):  # within an epoch, and after its last step
         train(config(data, name=f"part{step}", steps=step), Odd)
         rest = train(config(data, name=f"part{step}", resume=True, epochs=3), Odd)
         assert same(rest) == same(whole)
     Odd.training = 1
-    with pytest.raises(AlexprepError, match="batch normalisation needs two images a step, and there is one"):
+    with pytest.raises(
+        AlexprepError, match="this network needs two images a step, as batch normalisation does, and there is one"
+    ):
         train(config(data, name="single"), Odd)
     monkeypatch.setitem(recipes.RECIPES, "small", small_recipe())
     Odd.training = 2 * BATCH + 1

@@ -226,7 +226,7 @@ def test_repair_from_another_source_touches_nothing(told_by: str, small: Path, o
 
 @pytest.mark.parametrize("form", ["jpg", "png", "raw"])
 @pytest.mark.parametrize(
-    ("side", "words"), [(0, "cannot be decoded"), (17, "uint8 of shape (17, 17, 3), not a square of 16")]
+    ("side", "words"), [(0, "cannot be decoded"), (17, "uint8 of shape (17, 17, 3), not 16 x 16 pixels")]
 )
 def test_decode_finds_what_checksums_cannot(
     side: int, words: str, form: Literal["jpg", "png", "raw"], tmp_path: Path, encoded: Callable[..., bytes]

@@ -20,10 +20,11 @@ import pytest
 from PIL import Image
 
 from alexprep.shards import webdataset_index
+from alexprep.shards.dataset_format import INDEX_DTYPE
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.image_codec import Codec, Target
 from alexprep.shards.image_header import Header, Refused, read_header
-from alexprep.shards.webdataset_index import TAR_INDEX_DTYPE, TarIndex, index_tars
+from alexprep.shards.webdataset_index import TarIndex, index_tars
 from tests.source_checks import FORMATS, flipped, make_idx, write_tar
 
 Encode = Callable[..., bytes]
@@ -75,7 +76,7 @@ def pairs(images: Images, key: str = "{:04d}", count: int = 0) -> Images:
 
 def check_against_others(found: TarIndex) -> None:
     """Offsets and sizes are those that tarfile finds, heights and widths those that Pillow finds."""
-    assert found.records.dtype == TAR_INDEX_DTYPE
+    assert found.records.dtype == INDEX_DTYPE
     expected: list[tuple[int, ...]] = []
     for number, path in enumerate(found.paths):
         with tarfile.open(path) as tar:

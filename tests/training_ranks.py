@@ -18,6 +18,7 @@ from alexprep.train.config import TrainConfig, prepare
 from alexprep.train.distributed.world import World
 from alexprep.train.lr_schedule import Steps
 from alexprep.train.trainer import train
+from tests import resuming
 from tests.made_up import BATCH, Batch, MadeUpLoader, small_alexnet, small_recipe, write_data
 
 STEPS = 6  # an epoch
@@ -138,8 +139,8 @@ def poisoned(world: World, data: Path, kind: str) -> str:
     return "nothing"
 
 
-def everything(world: World, data: str) -> dict[str, Any]:
-    """For ranks: weights of a training and of those that go on from some of its steps; the words of poisoned ones."""
+def everything(world: World, data: str, specks: str, chosen: list[tuple[str, str]]) -> dict[str, Any]:
+    """For ranks: weights of a training and of those that go on from some of its steps; the words of poisoned ones; and `resuming.everything`."""
     register()
     folder = Path(data)
     whole = begun(world, folder, name="whole")["weights_sha256"]
@@ -154,5 +155,6 @@ def everything(world: World, data: str) -> dict[str, Any]:
         "whole": whole,
         "resumed": resumed,
         "adamw": adamw,
+        "otherwise": resuming.everything(world, specks, chosen),
         "poisoned": {kind: poisoned(world, folder, kind) for kind in POISONS},
     }

@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from alexprep.train.binary_codes import BinaryCodes, read_codes, write_codes
     from alexprep.train.checkpoint import Checkpoint, init_from, saved_weights
     from alexprep.train.classifier import Classified, Classifier
     from alexprep.train.config import TrainConfig
@@ -16,8 +17,16 @@ if TYPE_CHECKING:
     from alexprep.train.distributed.parallel import Parallel
     from alexprep.train.distributed.world import World, from_environment
     from alexprep.train.evaluation import Evaluation, evaluate, evaluate_run
+    from alexprep.train.export import Exported, export_run
     from alexprep.train.launch import RankFailed, launch_ranks
-    from alexprep.train.layer_outputs import LayerOutputs, layer_names, read_outputs, write_outputs
+    from alexprep.train.layer_outputs import (
+        LayerOutputs,
+        layer_names,
+        read_outputs,
+        write_outputs,
+        write_outputs_table,
+    )
+    from alexprep.train.loading import EvaluationTransform, Loaded, load
     from alexprep.train.lr_schedule import (
         ByHand,
         Cosine,
@@ -52,6 +61,7 @@ if TYPE_CHECKING:
 __all__ = [
     "RECIPES",
     "AlexNet",
+    "BinaryCodes",
     "ByHand",
     "Checkpoint",
     "Classified",
@@ -61,9 +71,12 @@ __all__ = [
     "DExp",
     "EarlyStop",
     "Evaluation",
+    "EvaluationTransform",
     "Examples",
+    "Exported",
     "LayerOutputs",
     "Linear",
+    "Loaded",
     "LocalResponseNorm",
     "LocallyConnected2d",
     "MomentumSGD",
@@ -96,15 +109,18 @@ __all__ = [
     "conv_local_13pct",
     "evaluate",
     "evaluate_run",
+    "export_run",
     "find_similar",
     "float32_kernels",
     "from_environment",
     "init_from",
     "launch_ranks",
     "layer_names",
+    "load",
     "logits",
     "parameter_groups",
     "place_named",
+    "read_codes",
     "read_outputs",
     "read_predictions",
     "recipe",
@@ -112,12 +128,15 @@ __all__ = [
     "saved_weights",
     "tiny_net",
     "train",
+    "write_codes",
     "write_outputs",
+    "write_outputs_table",
     "write_predictions",
     "write_report",
 ]
 
 _HOMES = {
+    "binary_codes": ("BinaryCodes", "read_codes", "write_codes"),
     "checkpoint": ("Checkpoint", "init_from", "saved_weights"),
     "classifier": ("Classified", "Classifier"),
     "config": ("TrainConfig",),
@@ -126,7 +145,9 @@ _HOMES = {
     "distributed.world": ("World", "from_environment"),
     "launch": ("RankFailed", "launch_ranks"),
     "evaluation": ("Evaluation", "evaluate", "evaluate_run"),
-    "layer_outputs": ("LayerOutputs", "layer_names", "read_outputs", "write_outputs"),
+    "export": ("Exported", "export_run"),
+    "layer_outputs": ("LayerOutputs", "layer_names", "read_outputs", "write_outputs", "write_outputs_table"),
+    "loading": ("EvaluationTransform", "Loaded", "load"),
     "lr_schedule": (
         *("ByHand", "Cosine", "DExp", "EarlyStop", "Linear", "OneCycle", "Plateau"),
         *("Schedule", "ScheduleState", "Steps", "WarmUp"),

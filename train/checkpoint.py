@@ -46,7 +46,9 @@ VELOCITY_RATES = "velocity_rates"  # a fact where velocities follow the rate: th
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 GO_ON = "go on with --resume; checkpoints that were saved before are untouched"
+NOT_ASKED, NOT_SAVED = "not asked for", "not saved"  # why a layer begins fresh
 MOST_TOLD = 6  # differences
+UNCOUNTED = {"num_batches_tracked"}  # of batch normalisation: older files lack it, and torch reads them likewise
 # Metadata of a dataclass's field: the value that runs have which are older than the field, if not its default; or a function that gives it,
 # of what the run recorded of the other fields.
 BEFORE = "before"
@@ -214,8 +216,16 @@ class InitReport:
         return [
             f"begun with the saved weights of {', '.join(self.taken) or 'no layer'}",
             *(f"{layer} begins fresh: {reason}" for layer, reason in self.fresh.items()),
+            *self._advice(),
             *([f"saved, but not in this network: {', '.join(self.unused)}"] if self.unused else []),
         ]
+
+    def _advice(self) -> list[str]:
+        """What to do where more than one layer does not fit: one is the last, for another number of classes."""
+        misfits = [layer for layer, reason in self.fresh.items() if reason != NOT_ASKED]
+        if len(misfits) < 2:
+            return []
+        return [f"{len(misfits)} layers do not fit: where all should, --init-layers '*' refuses what does not"]
 
 
 def saved_weights(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
@@ -262,19 +272,24 @@ def init_from(
     fresh: dict[str, str] = {}
     for layer, here in wanted.items():
         if not any(fnmatchcase(layer, pattern) for pattern in patterns):
-            fresh[layer] = "not asked for"
+            fresh[layer] = NOT_ASKED
         elif reason := _misfit(here, given.get(layer)):
             fresh[layer] = reason
         else:
             taken.append(layer)
-    refused = {layer: reason for layer, reason in fresh.items() if layers != "matching" and reason != "not asked for"}
+    refused = {layer: reason for layer, reason in fresh.items() if layers != "matching" and reason != NOT_ASKED}
     if refused or not taken:
-        reasons = "; ".join(f"{layer}: {reason}" for layer, reason in (refused or fresh).items())
-        raise AlexprepError(f"the saved weights do not fit the network ({reasons})")
+        telling = sorted((refused or fresh).items(), key=lambda pair: pair[1] == NOT_SAVED)
+        reasons = some_of([f"{layer}: {reason}" for layer, reason in telling])
+        there = ", ".join(list(given)[:MOST_TOLD]) + (", …" if len(given) > MOST_TOLD else "")
+        raise AlexprepError(
+            f"the saved weights do not fit the network ({reasons}); saved are {there or 'none'}: name the network that they are of, or those "
+            "of its layers that fit with --init-layers"
+        )
     with torch.no_grad():
         for layer in taken:
-            for kind, tensor in wanted[layer].items():
-                tensor.copy_(given[layer][kind])
+            for kind, saved_tensor in given[layer].items():
+                wanted[layer][kind].copy_(saved_tensor)
     return InitReport(taken, fresh, [layer for layer in given if layer not in wanted])
 
 
@@ -347,13 +362,17 @@ def _by_layer(tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.
 def _misfit(here: Mapping[str, torch.Tensor], saved: Mapping[str, torch.Tensor] | None) -> str | None:
     """Why a layer cannot take what was saved; None if it can."""
     if saved is None:
-        return "not saved"
-    if here.keys() != saved.keys():
+        return NOT_SAVED
+    if not here.keys() - UNCOUNTED <= saved.keys() <= here.keys():
         return f"saved {', '.join(saved)}, here {', '.join(here)}"
     for kind, tensor in here.items():
+        if kind not in saved:
+            continue
         if tensor.shape != saved[kind].shape:
             sizes = ("x".join(map(str, other.shape)) for other in (saved[kind], tensor))
             return "saved {}, here {}".format(*sizes)
+        if tensor.is_floating_point() != saved[kind].is_floating_point():
+            return f"saved {str(saved[kind].dtype)[6:]}, here {str(tensor.dtype)[6:]}"
         spoilt = ~torch.isfinite(saved[kind]) & (saved[kind] != tensor.cpu())  # a mask of -inf is as it should be
         if spoilt.any():
             raise AlexprepError("the saved weights hold NaN or infinity: choose an earlier checkpoint")

@@ -1,37 +1,36 @@
 """A trained network that is shown photos: the five best classes of each, the same to the last digit as an evaluation of the same image.
 
-A photo is first brought to the form of the dataset's images, JPEG included, as `convert` would bring it; then it is cut, and the mean
-subtracted, by the graph that an evaluation runs.
+What a photo becomes for it is made in `alexprep.train.loading`.
 """
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 
 from alexprep.pipeline.device import choose_device
-from alexprep.pipeline.evaluation_views import ViewMaker
-from alexprep.shards.dataset_format import read_dataset
-from alexprep.shards.errors import AlexprepError, one_of, whole_number
-from alexprep.shards.image_header import Refused
-from alexprep.shards.photos import Photo, convert_photos, find_photos, target_of
-from alexprep.shards.rgb_statistics import read_statistics
+from alexprep.shards.contact_sheet import SheetRow, lay_out, photo_cells
+from alexprep.shards.dataset_format import short_classes, shown_classes
+from alexprep.shards.errors import AlexprepError
+from alexprep.shards.photos import Photo, find_photos
 from alexprep.shards.worker_pool import Engine
-from alexprep.train.evaluation import Scores, mean_of, tuning_of
+from alexprep.train.evaluation import Scores
+from alexprep.train.loading import open_run_of
 from alexprep.train.metrics import TOP
-from alexprep.train.precision import Precision, check_precision, float32_kernels, memory
+from alexprep.train.precision import Precision, check_precision, float32_kernels
 from alexprep.train.prediction_table import PredictionTable
-from alexprep.train.predictions import EvaluationViews, Net, Predicted, ask, check_classes, data_of, open_net
+from alexprep.train.predictions import EvaluationViews, Net, Predicted, ask
 from alexprep.train.run_dir import Place
 from alexprep.train.signals_and_memory import keep_freed_memory
 
+_DRAWN = 100  # photos of a contact sheet
 PhotoPlace = str | Path | bytes | NDArray[np.uint8]  # what `find_photos` takes
 
 
@@ -41,6 +40,7 @@ class Classified:
 
     table: PredictionTable
     refused: list[tuple[str, str]] = field(default_factory=list)  # (name, reason)
+    photos: list[Photo] = field(default_factory=list)  # those of the table, in its order
 
 
 class Classifier:
@@ -49,6 +49,8 @@ class Classifier:
     Attributes:
         net: the network, its run and its recipe.
         classes: names, by label.
+        shown_names: the same as people read them, with words where dataset.json has any.
+        short_names: likewise as short as they can be, for pictures.
         precision: that the network computes in.
         batch: images that it is shown at a time; fewer are filled up.
         notes: a sentence for each thing that is not as it was in the training.
@@ -68,37 +70,27 @@ class Classifier:
         model: str | None = None,
     ) -> None:
         """Reads the checkpoint and what the run's dataset says; for the arguments see `open`."""
-        one_of("views", views, ("centre", "ten"))
-        whole_number("batch_size", batch_size, 1, 65_536)
         where = choose_device(device)
         check_precision(precision, where)
         if where.type == "cpu":
             keep_freed_memory()
-        self.net: Net = open_net(place, where, recipe, model)
-        folder = data or data_of([self.net])
-        dataset = read_dataset(folder)
-        note = check_classes(self.net, folder, dataset)
-        self.notes: list[str] = [*self.net.skipped, *([note] if note else [])]
-        self.classes: list[str] = dataset["classes"]
-        self.data, self.views, self.device = folder, views, where
-        self.target = target_of(dataset)
-        self.net.recipe.check_size(self.target.size)
-        self.precision: Precision = precision
-        augmentation = self.net.recipe.augmentation
-        mean_from = mean_of(self.net, dataset, self.notes) or folder
-        self.batch = batch_size if views == "centre" else max(1, batch_size // 10)
-        tuning = tuning_of([self.net], folder, where)
-        self._maker = ViewMaker(
-            augmentation,
-            views,
-            size=self.target.size,
-            raw=self.target.format == "raw",
-            batch_size=self.batch,
-            statistics=read_statistics(mean_from) if augmentation.needs_statistics else None,
-            device=where,
-            memory_format=memory(where).memory_format,
-            tuning=replace(tuning, threads=threads) if threads is not None else tuning,
+        opened = open_run_of(
+            place,
+            data=data,
+            views=views,
+            batch_size=batch_size,
+            threads=threads,
+            device=device,
+            recipe=recipe,
+            model=model,
         )
+        self.net: Net = opened.net
+        self.notes, self.data, dataset = opened.notes, opened.data, opened.dataset
+        self.classes: list[str] = dataset["classes"]
+        self.shown_names, self.short_names = shown_classes(dataset), short_classes(dataset)
+        self.precision: Precision = precision
+        self.views, self.batch = views, opened.transform.batch_size
+        self._transform = opened.transform
 
     @classmethod
     def open(cls, run: Path | str, step: int | None = None, **options: Any) -> Classifier:
@@ -107,7 +99,7 @@ class Classifier:
         Args:
             run: the run's folder.
             step: of the checkpoint.
-            options: `data`, the dataset's folder, where it is no longer where it was; `views`, "centre" or "ten"; `batch_size`, crops at
+            options: `data`, the dataset's folder, where it is no longer where it was; `views`, "centre", "two" or "ten"; `batch_size`, crops at
                 a time, to which a smaller number of photos is filled up, so that a photo's probabilities do not depend on its
                 neighbours; `precision`; `threads` for decoding; `device`, "cpu" or "cuda"; `recipe` and `model`, the user's own code.
 
@@ -131,19 +123,20 @@ class Classifier:
         listed = find_photos([photos] if alone else photos)  # type: ignore[list-item, arg-type]
         scores = Scores(min(TOP, len(self.classes)))
         refused: dict[int, str] = {}
-        for batch in self._batches(listed, engine, refused):
-            logs = self._ask([data for _, data in batch])
-            numbers = torch.tensor([number for number, _ in batch])
-            scores.add(Predicted(logs, torch.full_like(logs[:, 0], -1, dtype=torch.int64), numbers))
+        for numbers, views in self.views_of(listed, engine, refused):
+            with torch.inference_mode(), float32_kernels(self.precision):
+                logs = ask(self.net, views, self.precision, self.batch)
+            scores.add(Predicted(logs, torch.full_like(logs[:, 0], -1, dtype=torch.int64), torch.tensor(numbers)))
             if progress is not None:
                 progress(scores.images + len(refused), len(listed))
         names = [photo.name for photo in listed]
         found = [(names[number], reason) for number, reason in sorted(refused.items())]
-        return Classified(scores.table(names, names, self.classes), found)
+        seen = [photo for number, photo in enumerate(listed) if number not in refused]
+        return Classified(scores.table(names, names, self.classes), found, seen)
 
     def close(self) -> None:
         """Frees DALI's threads and memory."""
-        self._maker.close()
+        self._transform.close()
 
     def __enter__(self) -> Classifier:
         """The classifier itself."""
@@ -157,29 +150,20 @@ class Classifier:
         self, listed: Sequence[Photo], engine: Engine | None, refused: dict[int, str]
     ) -> Iterator[tuple[list[int], torch.Tensor]]:
         """The views of photos, batch after batch, with their places in the list; why others have none goes to `refused`."""
-        for batch in self._batches(listed, engine, refused):
-            yield [number for number, _ in batch], self._maker([data for _, data in batch])
+        return self._transform.batches(listed, engine, refused)
 
-    def _batches(
-        self, listed: Sequence[Photo], engine: Engine | None, refused: dict[int, str]
-    ) -> Iterator[list[tuple[int, bytes]]]:
-        """Photos in the target form, with their places in the list, as many at a time as the network is shown."""
-        waiting: list[tuple[int, bytes]] = []
-        with contextlib.closing(convert_photos(listed, self.target, engine)) as converted:  # type: ignore[type-var]
-            for number, _, result in converted:
-                if isinstance(result, Refused):
-                    refused[number] = result.reason
-                    continue
-                waiting.append((number, result.data))
-                if len(waiting) == self.batch:
-                    yield waiting
-                    waiting = []
-        if waiting:
-            yield waiting
 
-    def _ask(self, encoded: Sequence[bytes]) -> torch.Tensor:
-        with torch.inference_mode(), float32_kernels(self.precision):
-            return ask(self.net, self._maker(encoded), self.precision, self.batch)
+def draw_predictions(found: Classified, names: Sequence[str], engine: Engine | None = None) -> Image.Image:
+    """Draws a contact sheet: a row a photo, at most 100, with its best classes, which are called as `names` says by label."""
+    rows = []
+    table = found.table
+    cells = photo_cells(found.photos[:_DRAWN], engine)
+    for cell, photo, best, given in zip(
+        cells, found.photos, table.best.tolist(), table.probabilities.tolist(), strict=False
+    ):
+        words = [f"{100 * share:.1f} %  {names[label]}" for label, share in zip(best, given, strict=True)]
+        rows.append(SheetRow(Path(photo.name).name, "\n".join(words), [[cell]]))
+    return lay_out(["photo"], rows)
 
 
 def check_refused(found: Classified) -> None:

@@ -17,16 +17,18 @@ from typing import Any, get_args
 import torch
 
 from alexprep.pipeline.augmentation import Place
+from alexprep.pipeline.dataset import OnBad, open_dataset
 from alexprep.pipeline.device import choose_device
 from alexprep.pipeline.loader_settings import Tuning, saved_tuning
 from alexprep.shards import rgb_statistics
 from alexprep.shards.dataset_format import versions
 from alexprep.shards.errors import AlexprepError, number_within, one_of, whole_number
 from alexprep.train import run_dir
-from alexprep.train.checkpoint import differences, final_weights, init_from, wanted_layers, with_defaults
+from alexprep.train.checkpoint import differences, with_defaults
 from alexprep.train.data import DataFacts, data_facts
 from alexprep.train.distributed.tensor_parallel import SCHEMES, Scheme, part_of
 from alexprep.train.distributed.world import TIMEOUT, World
+from alexprep.train.initial_weights import begin_with, find_weights
 from alexprep.train.logger import writer_class
 from alexprep.train.lr_schedule import (
     ScheduleState,
@@ -46,7 +48,6 @@ from alexprep.train.recipes import (
     hooked,
     try_user_network,
 )
-from alexprep.train.run_dir import place_named, saved_checkpoint
 from alexprep.train.settings import PART, SET, by_field, recipe_of, schedule_named, value_of, with_settings
 from alexprep.train.user_code import (
     HOOK,
@@ -68,7 +69,7 @@ SCHEDULING = ("schedule", "warmup", "early_stop")
 CHANGEABLE = ("lr", *SCHEDULING)
 OPTIONS = (  # what a resumed run takes from its beginning
     *("recipe", "model", "seed", "batch_size", *CHANGEABLE, "init_from", "init_layers"),
-    *("precision", "channels_last", "compile", "hook", "hook_after"),
+    *("precision", "channels_last", "compile", "hook", "hook_after", "statistics", "on_bad"),
 )
 LENGTH = ("epochs", "steps")
 AS_OPTIONS = ("batch_size", *CHANGEABLE, "epochs")  # settings that are options: they mean these
@@ -87,10 +88,16 @@ class TrainConfig:
         AlexprepError: a number is out of its range.
     """
 
-    data: Path | None = None  # folder of the data set; only a resumed run has one of its own
+    # Folder of the data set, or anyone's webdataset, a folder, tar or pattern of tars; only a resumed run has one of its own.
+    data: Path | None = None
+    statistics: Path | str | None = None  # whose mean image and eigenpairs, if not the data's: a folder with stats/
+    on_bad: OnBad | None = (
+        None  # what becomes of samples of other people's tars that cannot be used: "error" by default, or "skip"
+    )
     # Name in the registry, "alexnet" by default; or a user's own: FILE.py, FILE.py:FUNCTION or MODULE:FUNCTION.
     recipe: str | None = None
-    model: str | None = None  # the user's own network in the recipe's stead, likewise; see `alexprep.train.user_code`
+    # A network in the recipe's stead, likewise, see `alexprep.train.user_code`; or timm/NAME, torchvision/NAME.
+    model: str | None = None
     hook: str | None = (
         None  # an operation of the user's own in the augmentation, likewise; see `alexprep.pipeline.Hook`
     )
@@ -103,7 +110,8 @@ class TrainConfig:
     early_stop: int | None = None  # end after so many epochs of which none had a lower validation error than all before
     # FIELD=VALUE, fields of the recipe that are other than it says: see `alexprep.train.settings`. On resuming, beside those of before.
     settings: tuple[str, ...] = ()
-    init_from: str | None = None  # run (RUN or RUN@STEP) whose weights the network begins with, for fine-tuning
+    # Whose weights the network begins with: RUN, RUN@STEP or RUN@best, or a state dict's file; see `alexprep.train.initial_weights`.
+    init_from: str | None = None
     init_layers: str | None = None  # which layers of it: "matching", the default, or patterns with commas
     precision: Precision | None = None  # "fp32" by default, "tf32", "bf16" or "fp16": see `alexprep.train.precision`
     channels_last: bool | None = None  # whether a pixel's values lie side by side in memory; by default on a CPU
@@ -154,6 +162,12 @@ class TrainConfig:
             one_of("hook_after", self.hook_after, get_args(Place))
             if self.hook is None and not self.resume:
                 raise AlexprepError(f"--hook-after {self.hook_after} says where a hook goes: name it with --hook")
+        if self.on_bad is not None:
+            one_of("on_bad", self.on_bad, get_args(OnBad))
+            if self.on_bad == "skip" and self.ranks > 1:
+                raise AlexprepError(
+                    "--on-bad skip is for one rank, since ranks must agree on every step: make a data set with `alexprep shard`"
+                )
         if self.scheme is not None:
             one_of("scheme", self.scheme, SCHEMES)
         number_within("rank_seconds", self.rank_seconds, 1e-3, MOST_SECONDS)
@@ -279,6 +293,8 @@ def prepare(
         config = resumed(config, earlier, config.data or run_dir.still_there(run, Path(document["data"])))
     data = config.data or Path()  # there is one: only a resumed run's may be None, and it is found by now
     facts = data_facts(data)
+    if config.statistics is not None:
+        config = replace(config, statistics=str(Path(config.statistics).resolve()))
     tuning, notes = _tuning(config, data, device, earlier)
     notes += [f"the split {split} is skipped: none of its images has a label" for split in facts.unlabelled]
     notes += [f"with {', '.join(config.settings)}"] if config.settings else []
@@ -286,7 +302,7 @@ def prepare(
     recipe = _scheduled(recipe, config, began, earlier or {}, changes)
     if config.hook is not None:
         recipe = hooked(recipe, config.hook, config.hook_after or "augment")
-    recipe.check_size(facts.size)
+    recipe.check_sides(facts.sides)
     computing = arithmetic(device, config.precision, config.channels_last, config.compile)
     if computing.precision == "fp16" and device.type == "cpu":
         notes += ["fp16 on a CPU: gradients of convolutions take hundreds of times as long as in bf16"]
@@ -301,25 +317,33 @@ def prepare(
         notes += said
     elif config.settings:  # a recipe that nobody tried
         recipe.make_optimizer(recipe.make_network(facts.classes, seed))
-    if run is None and recipe.augmentation.needs_statistics and check_statistics:
-        rgb_statistics.read_statistics(data, facts.digest)
+    if check_statistics:
+        identity |= _check_images(config, data, recipe, begins=run is None)
     if config.init_layers is not None and config.init_from is None:
         raise AlexprepError(
-            f"--init-layers {config.init_layers} says which layers of another run: name it with --init-from"
+            f"--init-layers {config.init_layers} says which layers of other weights: name these with --init-from"
         )
     if config.init_from is not None:
         if run is None:
-            source, skipped = saved_checkpoint(place_named(config.runs, config.init_from))
-            notes += skipped
-            network = recipe.make_network(facts.classes, seed)
-            init_from(network.state_dict(), final_weights(source), wanted_layers(config.init_layers))
-            if "@" not in config.init_from:
-                config = replace(config, init_from=f"{config.init_from}@{source.step}")
+            weights = find_weights(config.runs, config.init_from)
+            notes += weights.notes
+            begin_with(recipe.make_network(facts.classes, seed).state_dict(), weights, config.init_layers)
+            config = replace(config, init_from=weights.name)
         identity["init"] = f"{config.init_from}, layers {config.init_layers or 'matching'}"
     job = Job(
         config, run or Path(), data, recipe, seed, facts, device, scheme, computing, tuning, notes, identity, changes
     )
     return job if run else replace(job, run=_new_run(job))
+
+
+def _check_images(config: TrainConfig, data: Path, recipe: Recipe, *, begins: bool) -> dict[str, Any]:
+    """Makes sure that a training that begins can augment its images so; of statistics that are not the data's own gives whose they are."""
+    statistics = None
+    if recipe.augmentation.needs_statistics and (begins or config.statistics is not None):
+        statistics = rgb_statistics.read_statistics(config.statistics or data)
+    if begins:
+        open_dataset(data, "train", config.on_bad or "error").check(recipe.augmentation, statistics)
+    return {} if statistics is None or config.statistics is None else {"statistics": statistics.data_digest}
 
 
 def _scheduled(
@@ -436,8 +460,7 @@ def _new_run(job: Job) -> Path:
     }
     usual_name, network = job.recipe.name, job.recipe.network
     if job.config.model is not None and isinstance(network, UserNetwork):
-        file = network.title.partition(":")[0].rpartition(".")[2]
-        usual_name = file if run_dir.NAME.fullmatch(file) else usual_name
+        usual_name = network.short_name if run_dir.NAME.fullmatch(network.short_name) else usual_name
     return run_dir.create_run(job.config.runs, job.config.name, usual_name, document)
 
 

@@ -10,9 +10,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 
-from alexprep.shards.dataset_format import INDEX, read_dataset, read_index
+from alexprep.shards.any_dataset import TARS, common_size, dataset_facts
+from alexprep.shards.dataset_format import INDEX, read_index
 from alexprep.shards.errors import AlexprepError
 
 EVALUATION_SPLITS = ("val", "test")  # the first that has samples with labels is evaluated on
@@ -23,7 +25,7 @@ class LoadedBatch(Protocol):
 
     @property
     def images(self) -> torch.Tensor:
-        """Float32 (N, C, H, W), or (N, 10, C, H, W) for ten views."""
+        """Float32 (N, C, H, W), or (N, views, C, H, W) for several views of each."""
 
     @property
     def labels(self) -> torch.Tensor:
@@ -90,7 +92,7 @@ OpenLoader = Callable[..., BatchSource]  # opens a split with the arguments of `
 class Examples(NamedTuple):
     """A batch in the form that a network takes."""
 
-    images: torch.Tensor  # float32 (N, C, H, W), or (N, 10, C, H, W) for ten views
+    images: torch.Tensor  # float32 (N, C, H, W), or (N, views, C, H, W) for several views of each
     labels: torch.Tensor  # int64 (N,)
 
     @property
@@ -126,14 +128,14 @@ class DataFacts(NamedTuple):
 
     digest: str
     classes: int
-    size: int  # side of the stored images, pixels
+    sides: tuple[int, int] | None  # see `stored_sides`
     evaluation_split: str | None  # with samples and labels
     unlabelled: list[str]  # splits that would have come first, but have no labels
 
 
 def data_facts(data: Path) -> DataFacts:
-    """Reads dataset.json, and from the indexes whether splits have labels."""
-    dataset: dict[str, Any] = read_dataset(data)
+    """Reads dataset.json, or indexes anyone's tars, and finds out from the indexes whether splits have labels."""
+    dataset = dataset_facts(data)
     classes = len(dataset["classes"])
     if dataset.get("unlabelled"):
         raise AlexprepError(
@@ -145,7 +147,19 @@ def data_facts(data: Path) -> DataFacts:
     filled = [split for split in EVALUATION_SPLITS if dataset["splits"].get(split, {}).get("samples")]
     split = next((split for split in filled if _has_labels(data, split)), None)
     unlabelled = filled[: filled.index(split)] if split else filled
-    return DataFacts(dataset["digest"], classes, int(dataset["image"]["size"]), split, unlabelled)
+    return DataFacts(dataset["digest"], classes, stored_sides(data, dataset), split, unlabelled)
+
+
+def stored_sides(data: Path, dataset: dict[str, Any]) -> tuple[int, int] | None:
+    """The shortest and the longest of the stored images' shorter sides, pixels, over all splits; None for other people's tars that differ."""
+    size = common_size(dataset["image"])
+    if size is not None:
+        return min(size), min(size)
+    if dataset["image"]["format"] == TARS:
+        return None
+    filled = [split for split, record in dataset["splits"].items() if record["samples"]]
+    shorter = [np.minimum(index["height"], index["width"]) for index in (read_index(data, split) for split in filled)]
+    return min(int(sides.min()) for sides in shorter), max(int(sides.max()) for sides in shorter)
 
 
 def _has_labels(data: Path, split: str) -> bool:

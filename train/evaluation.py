@@ -28,7 +28,8 @@ from numpy.typing import NDArray
 from alexprep.pipeline.device import choose_device
 from alexprep.pipeline.loader import Loader
 from alexprep.pipeline.loader_settings import Tuning, tuning_for
-from alexprep.shards.dataset_format import LEDGER, read_dataset, sample_key
+from alexprep.shards.any_dataset import common_size, dataset_facts, is_tars
+from alexprep.shards.dataset_format import LEDGER, read_dataset, sample_key, shown_classes
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.listing import ILSVRC_ID
 from alexprep.shards.storage import digest_json, publish_json
@@ -59,6 +60,7 @@ class Evaluation:
     document: dict[str, Any]  # JSON values; see `evaluate`
     scores: Scores  # of the ensemble, image by image
     classes: list[str]  # their names, by label
+    shown_names: list[str]  # the same as people read them, with words where dataset.json has any
 
 
 def evaluate_run(run: Path, step: int | None = None, **options: Any) -> dict[str, Any]:
@@ -93,7 +95,8 @@ def evaluate(
         places: at least one.
         data: the data set; the one they were trained on by default.
         split: "val" or else "test" by default.
-        views: one centre crop, or the mean of the softmax over ten views: corners and centre, mirrored and not (section 4.1).
+        views: one centre crop; or the mean of the softmax over two views, the centre and its reflection, or over ten: corners and centre,
+            mirrored and not (section 4.1).
         weights: "equal"; a number a net; or "search", see `alexprep.train.ensemble`.
         weights_from: the split for "search"; the evaluated one by default, which flatters the ensemble.
         batch_size: crops at a time. It does not change the result beyond rounding.
@@ -126,10 +129,10 @@ def evaluate(
     if len({(net.run, net.step) for net in nets}) < len(nets):
         raise AlexprepError(f"{', '.join(net.name for net in nets)}: one net is named twice")
     data = data or data_of(nets)
-    facts, dataset = data_facts(data), read_dataset(data)
+    facts, dataset = data_facts(data), dataset_facts(data)
     notes = [note for net in nets if (note := check_classes(net, data, dataset))]
     for net in nets:
-        net.recipe.check_size(facts.size)
+        net.recipe.check_sides(facts.sides)
     split = split or facts.evaluation_split or next(iter(facts.unlabelled), None)
     if split is None:
         raise AlexprepError(f"{data} has no val or test split: name another with --split")
@@ -174,7 +177,7 @@ def evaluate(
         "notes": notes,
         "skipped": [sentence for net in nets for sentence in net.skipped],
     }
-    return Evaluation(document, whole, dataset["classes"])
+    return Evaluation(document, whole, dataset["classes"], shown_classes(dataset))
 
 
 def publish_evaluation(document: dict[str, Any], runs: Path) -> Path:
@@ -269,11 +272,15 @@ def tuning_of(nets: list[Net], data: Path, device: torch.device) -> Tuning:
 
 
 def mean_of(net: Net, dataset: dict[str, Any], notes: list[str]) -> Path | None:
-    """The data set whose mean image a net is shown images without, if not the evaluated one: that of its training."""
-    if net.data_digest == dataset["digest"] or not net.recipe.augmentation.needs_statistics:
+    """Whose statistics a net is shown images by, if not the evaluated data set's: those of its training."""
+    if not net.recipe.augmentation.needs_statistics:
+        return None
+    if given := net.options.get("statistics"):
+        return Path(given)
+    if net.data_digest == dataset["digest"]:
         return None
     trained = net.training_data()
-    if trained is not None and trained["image"]["size"] == dataset["image"]["size"]:
+    if trained is not None and common_size(trained["image"]) == common_size(dataset["image"]):
         return net.data
     notes.append(f"{net.name} is shown the images less their own mean: that of its training data cannot be had")
     return None
@@ -497,6 +504,10 @@ def _in_order(data: Path, split: str, names: list[str]) -> list[int]:
 def _ledger(data: Path, split: str) -> tuple[list[str], NDArray[np.bool_]]:
     """The source of every input, in the order of the index, and whether it became a sample."""
     path = data / split / LEDGER
+    if is_tars(data):
+        raise AlexprepError(
+            f"{data} is no data set of `alexprep shard`, so there are no keys and sources of its images to write"
+        )
     try:
         table = pq.read_table(io.BytesIO(path.read_bytes()), columns=["source", "status"])
     except (OSError, pa.ArrowInvalid) as error:

@@ -14,16 +14,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 from torch import nn
 
 from alexprep.pipeline.device import choose_device
 from alexprep.pipeline.loader import Loader
-from alexprep.shards.dataset_format import read_dataset, read_json, split_record
+from alexprep.shards.dataset_format import read_dataset, read_index, read_json, split_record
 from alexprep.shards.errors import AlexprepError
-from alexprep.shards.storage import publish_json, sync_folder
-from alexprep.train.evaluation import mean_of, tuning_of
+from alexprep.shards.storage import json_bytes, publish_json, published, sync_folder
+from alexprep.train.data import stored_sides
+from alexprep.train.evaluation import mean_of, sample_names, tuning_of
+from alexprep.train.neighbour_search import nearest
 from alexprep.train.precision import Precision, check_precision, float32_kernels, logits, memory
 from alexprep.train.predictions import check_classes, data_of, filled, open_net
 from alexprep.train.run_dir import Place
@@ -31,6 +35,7 @@ from alexprep.train.training_state import weights_digest
 
 FORMAT = "alexprep layer outputs"
 _SAVED_EVERY = 64  # batches
+_TABLE_ROWS = 4096  # in a row group of a table: 67 MB of 4,096 values
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,10 @@ class LayerOutputs:
 
     path: Path
     facts: dict[str, Any]
+
+    def nearest(self, outputs_QD: NDArray[np.float32], count: int) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+        """The Euclidean distances of the images nearest to some outputs, and their rows, both (Q, count), nearest first."""
+        return nearest(self.array(), outputs_QD, count)
 
     def array(self) -> NDArray[np.float32]:
         """float32 (images, values), mapped into memory, in the order of the split's index. AlexprepError where it cannot be read."""
@@ -169,7 +178,7 @@ def write_outputs(
     data = data or data_of([net])
     dataset = read_dataset(data)
     check_classes(net, data, dataset)
-    net.recipe.check_size(int(dataset["image"]["size"]))
+    net.recipe.check_sides(stored_sides(data, dataset))
     path = out or outputs_file(net.run, layer, split)
     facts: dict[str, Any] = {
         "format": FORMAT,
@@ -185,7 +194,7 @@ def write_outputs(
     }
     with contextlib.suppress(AlexprepError):
         done = read_outputs(path)
-        if _same(done.facts, facts) and len(done.array()) == facts["images"]:
+        if same_outputs(done.facts, facts) and len(done.array()) == facts["images"]:
             return done
     notes: list[str] = []
     mean = mean_of(net, dataset, notes)
@@ -219,6 +228,37 @@ def write_outputs(
         return begun.finish()
 
 
+def write_outputs_table(outputs: LayerOutputs, path: Path, progress: Callable[[int, int], None] | None = None) -> None:
+    """Writes outputs as a Parquet table too: key, source, label (null for none) and class of each image, and its values as a list of float32.
+
+    Raises AlexprepError where the outputs are not of the data that lie where theirs lay, or the ledger is damaged.
+    """
+    values, data, split = outputs.array(), Path(outputs.facts["data"]), outputs.facts["split"]
+    dataset = read_dataset(data)
+    keys, sources = sample_names(data, split)
+    labels = np.asarray(read_index(data, split)["label"])
+    if dataset["digest"] != outputs.facts["data_digest"] or not len(values) == len(keys) == len(labels):
+        raise AlexprepError(
+            f"{outputs.path} is of other data than {data} holds now: make it again with `alexprep features "
+            f"{Path(outputs.facts['run']).name}`"
+        )
+    names = np.array([*dataset["classes"], None], object)  # -1, no label, is the last one
+    fields = [("key", pa.string()), ("source", pa.string()), ("label", pa.int32()), ("class", pa.string())]
+    kind = pa.list_(pa.float32(), values.shape[1])
+    schema = pa.schema([*fields, ("values", kind)], {b"alexprep": json_bytes(outputs.facts, indent=None)})
+    with published(path) as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
+        for first in range(0, len(values), _TABLE_ROWS):
+            rows = slice(first, first + _TABLE_ROWS)
+            part = labels[rows]
+            columns = [keys[rows], sources[rows], pa.array(part, pa.int32(), mask=part < 0), list(names[part])]
+            arrays = [pa.array(column, field.type) for column, field in zip(columns, schema, strict=False)]
+            flat = pa.array(np.asarray(values[rows]).reshape(-1))
+            arrays.append(pa.FixedSizeListArray.from_arrays(flat, values.shape[1]))
+            writer.write_table(pa.table(arrays, schema=schema))
+            if progress is not None:
+                progress(min(first + _TABLE_ROWS, len(values)), len(values))
+
+
 class _Begun:
     """Outputs that are being written: NAME.npy.part, and NAME.part.json, which says how many rows of it count."""
 
@@ -233,7 +273,7 @@ class _Begun:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             mark = json.loads(self._mark.read_bytes())
             array = np.lib.format.open_memmap(self._part, "r+")
-            if _same(mark, self._facts) and len(array) == self._facts["images"] and array.dtype == np.float32:
+            if same_outputs(mark, self._facts) and len(array) == self._facts["images"] and array.dtype == np.float32:
                 self._array, self.rows = array, int(mark["done"])
                 self._facts = self._facts | {"shape": mark["shape"]}
         return self
@@ -286,9 +326,9 @@ class _Begun:
         return LayerOutputs(self._path, self._facts)
 
 
-def _same(earlier: dict[str, Any], facts: dict[str, Any]) -> bool:
-    """Whether outputs are of the same weights, data and layer; where run and data lie may have changed."""
-    names = ("format", "layer", "data_digest", "split", "images", "precision", "weights_sha256")
+def same_outputs(earlier: dict[str, Any], facts: dict[str, Any]) -> bool:
+    """Whether outputs, or what was made of them, are of the same weights, data and layer; where run and data lie may have changed."""
+    names = ("layer", "data_digest", "split", "images", "precision", "weights_sha256")
     return all(earlier.get(name) == facts[name] for name in names)
 
 

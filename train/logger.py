@@ -21,13 +21,15 @@ import math
 import os
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
 
 import torch
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.storage import json_bytes
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 LINE_SECONDS = 10.0  # at most one plain line of progress in this time
+ETA_SECONDS = 1800.0  # of the past, from which the bar tells how long the rest takes: an evaluation or two among them
 QUALITY = Means._fields
 
 
@@ -52,6 +55,7 @@ class Meter:
         step: int,
         total_steps: int,
         epoch: int | None = None,
+        epochs: int | None = None,
         console: Console | None = None,
         board: Board | None = None,
     ) -> None:
@@ -63,6 +67,7 @@ class Meter:
             step: optimizer steps already done.
             total_steps: of the whole training, for the bar.
             epoch: whole epochs already done, with their evaluation; records of later ones are dropped too.
+            epochs: of the whole training, for people.
             console: where people read; by default stderr.
             board: is given every record too.
         """
@@ -73,8 +78,8 @@ class Meter:
         self._stack = contextlib.ExitStack()
         self._console = console or Console(file=_stderr(), stderr=True, quiet=log is None)
         self._log, self._board = log, board
-        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-        self._bar = Progress(*columns, console=self._console)
+        self._total, self._epochs = total_steps, epochs
+        self._bar, self._figures = _Bar(self._console), ""
         self._task = self._bar.add_task("training", total=total_steps, completed=step)
 
     def __enter__(self) -> Meter:
@@ -90,7 +95,8 @@ class Meter:
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Closes both."""
+        """Closes both; what was measured last stays on the terminal."""
+        self._bar.figures = self._figures
         self._stack.close()
 
     def say(self, line: str) -> None:
@@ -111,15 +117,36 @@ class Meter:
         speed = self.timer.since(self._logged)
         self._logged, self._logged_step = replace(self.timer), step
         self._write({"kind": "steps", "step": step, "epoch": epoch, **means._asdict(), "lr": lr, **speed})
-        line = (
-            f"epoch {epoch + 1} step {step}: loss {means.loss:.4f}, top-1 error {means.top1_error:.1f} %, "
-            f"{speed['images_per_second']:.0f} images/s, {speed['data_wait_ms']:.1f} ms for data + {speed['step_ms']:.1f} ms a step"
-        )
-        self._bar.update(self._task, completed=step, description=line)
+        self._show(means, speed, step, epoch)
+        return (speed["data_wait_ms"] + speed["step_ms"]) / 1000
+
+    def _show(self, means: Means, speed: dict[str, float], step: int, epoch: int) -> None:
+        """The bar and its figures; or, every `LINE_SECONDS`, a line. All fit 80 columns."""
+        images, wait, work = (speed[name] for name in SPEED)
+        quality = f"loss {means.loss:.4f}  top-1 error {means.top1_error:.1f} %"
+        self._figures = f"{quality}  {images:.0f} images/s  data {_ms(wait)}  step {_ms(work)}"
+        self._bar.figures = self._figures
+        self._bar.update(self._task, completed=step, description=self._epoch_words(epoch))
         if not self._console.is_terminal and time.monotonic() - self._last_line >= LINE_SECONDS:
             self._last_line = time.monotonic()
-            self.say(line)
-        return (speed["data_wait_ms"] + speed["step_ms"]) / 1000
+            total = str(self._total)
+            self.say(
+                f"{self._epoch_words(epoch)}  {step:{len(total)}}/{total}  loss {means.loss:.4f}  error {means.top1_error:5.1f} %  "
+                f"{images:5.0f} images/s  wait {100 * wait / (wait + work):.0f} %"
+            )
+
+    def _epoch_words(self, epoch: int) -> str:
+        """The number of an epoch, from 1."""
+        total = "" if self._epochs is None else str(self._epochs)
+        return f"epoch {epoch + 1:{len(total) or 1}}{total and '/'}{total}"
+
+    def evaluating(self, images: int, split: str) -> None:
+        """Tells that an evaluation has begun."""
+        if self._console.is_terminal:
+            self._bar.figures = f"evaluating on {images:,} images of {split}"
+            self._bar.refresh()
+        else:
+            self.say(f"evaluating on {images:,} images of {split}")
 
     def record_skip(self, *, step: int, epoch: int, loss_scale: float) -> None:
         """Logs a step that moved nothing since a gradient overflowed, and what the loss is multiplied by from now on."""
@@ -151,14 +178,11 @@ class Meter:
         """Logs a whole epoch: `means` over its training images, `val` from `validate`, `best` the best of these so far."""
         where = {"kind": "epoch", "step": step, "epoch": epoch}
         self._write({**where, **means._asdict(), "lr": lr, "seconds": seconds, "val": val, "best": best})
-        validation = (
-            f"; {val['split']}: top-1 error {val['top1_error']:.2f} %, top-5 {val['top5_error']:.2f} %" if val else ""
-        )
-        best_words = ", the best so far" if best and best["step"] == step else ""
-        self.say(
-            f"epoch {epoch + 1} in {duration(seconds)} at rate {lr:g}: loss {means.loss:.4f}, "
-            f"top-1 error {means.top1_error:.2f} %{validation}{best_words}"
-        )
+        self.say(f"{self._epoch_words(epoch)} in {duration(seconds)}, rate {lr:.4g}")
+        for split, found in (("train", means._asdict()), *([(val["split"], val)] if val else [])):
+            best_words = "  best so far" if found is val and best and best["step"] == step else ""
+            errors = f"top-1 error {found['top1_error']:6.2f} %  top-5 error {found['top5_error']:6.2f} %"
+            self.say(f"  {split:<5}  loss {found['loss']:.4f}  {errors}{best_words}")
 
     def _write(self, record: dict[str, Any]) -> None:
         line = json_bytes(record, indent=None)
@@ -168,6 +192,30 @@ class Meter:
                     line = line[self._file.write(line) :]
         if self._board is not None:
             self._board.write(record)
+
+
+class _Bar(Progress):
+    """Where a training stands, on one line of a terminal; under it what was measured last."""
+
+    def __init__(self, console: Console) -> None:
+        """Nothing is shown yet."""
+        self.figures = ""
+        columns = TextColumn("{task.description}"), BarColumn(None), MofNCompleteColumn(), TimeRemainingColumn()
+        super().__init__(*columns, TextColumn("left"), console=console, expand=True, speed_estimate_period=ETA_SECONDS)
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """Both lines."""
+        yield from super().get_renderables()
+        yield Text(self.figures, no_wrap=True, overflow="ellipsis")
+
+
+def _ms(value: float) -> str:
+    """Milliseconds in few characters.
+
+    >>> _ms(2.14), _ms(1234.5)
+    ('2.1 ms', '1234 ms')
+    """
+    return f"{value:.1f} ms" if value < 100 else f"{value:.0f} ms"
 
 
 def _keep_until(log: Path, step: int, epoch: int | None) -> None:

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import DTypeLike, NDArray
 from torch import nn
 
-from alexprep.shards.dataset_format import read_dataset
+from alexprep.shards.any_dataset import dataset_facts
 from alexprep.shards.errors import AlexprepError
 from alexprep.train import checkpoint, run_dir
 from alexprep.train.metrics import StepTimer, log_probabilities
@@ -36,7 +36,7 @@ from alexprep.train.user_code import (
 # The parts of a recipe that outputs of a trained network depend on; the others belong to the training that is over.
 NETWORK = ("network", "width")
 PIXELS = ("crop", "scale", "evaluation_scale", "mean", "std")
-EvaluationViews = Literal["centre", "ten"]
+EvaluationViews = Literal["centre", "two", "ten"]
 
 
 @dataclass(frozen=True)
@@ -60,9 +60,9 @@ class Net:
         return f"{self.run.name}@{self.step}"
 
     def training_data(self) -> dict[str, Any] | None:
-        """dataset.json of the data that it was trained on; None where that is gone or has changed."""
+        """The facts of the data that it was trained on; None where that is gone or has changed."""
         try:
-            dataset = read_dataset(self.data)
+            dataset = dataset_facts(self.data)
         except (AlexprepError, OSError):
             return None
         return dataset if dataset["digest"] == self.data_digest else None
@@ -110,7 +110,7 @@ def data_of(nets: list[Net]) -> Path:
 
 
 def check_classes(net: Net, data: Path, dataset: dict[str, Any]) -> str | None:
-    """Makes sure that a net's outputs mean what the labels of a data set mean; `dataset` is its dataset.json.
+    """Makes sure that a net's outputs mean what the labels of a data set mean; `dataset` are its facts.
 
     A sentence is returned where it cannot be known, since the data that the net was trained on is gone.
     """

@@ -20,7 +20,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from alexprep.shards.dataset_format import DATASET, read_json
+from alexprep.shards.any_dataset import is_dataset
+from alexprep.shards.dataset_format import read_json
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.storage import json_bytes, publish_bytes, sync_folder
 from alexprep.train import checkpoint
@@ -76,7 +77,7 @@ def read_config(run: Path) -> dict[str, Any]:
 
 def still_there(run: Path, data: Path) -> Path:
     """Makes sure that the data set that a run was trained on is still in `data`, and returns that."""
-    if not (data / DATASET).exists():
+    if not is_dataset(data):
         raise AlexprepError(f"{run} was trained on {data}, which holds no data set now: say with --data where it is")
     return data
 

@@ -23,7 +23,7 @@ from torch import nn
 from alexprep.pipeline.augmentation import PRESETS, Augmentation
 from alexprep.shards.errors import AlexprepError
 from alexprep.train.lr_schedule import KINDS, SCHEDULES, Schedule, Steps, describe
-from alexprep.train.recipes import DEFAULT_RECIPE, RECIPES, Recipe, as_begun, recipe
+from alexprep.train.recipes import DEFAULT_RECIPE, RECIPES, Recipe, as_begun, recipe, with_network
 from alexprep.train.user_code import UserNetwork, user_network
 
 SET = "--set"
@@ -68,7 +68,7 @@ def recipe_of(options: Mapping[str, Any], began: Mapping[str, Any] | None = None
     if began is not None:
         named = as_begun(named, began)
     if options.get("model") is not None:
-        named = replace(named, network=user_network(options["model"]))
+        named = with_network(named, user_network(options["model"]))
     given = {name: options[name] for name in ("batch_size", "lr") if options.get(name) is not None}
     told = {field: value for field, value in by_field(options.get("settings") or ()).items() if not _of_schedule(field)}
     return with_settings(named, given | told)

@@ -1,6 +1,6 @@
 """Finds the images of a split that are nearest to a photo, by the distance between what one layer of a network gives for them.
 
-The distance is Euclidean, as for figure 4 of the paper; scikit-learn searches all rows, so the neighbours are exact.
+The distance is Euclidean, as for figure 4 of the paper, or the Hamming distance of binary codes that are made of the outputs.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from alexprep.shards.contact_sheet import SheetRow, cell_of, lay_out, photo_cells
-from alexprep.shards.dataset_format import read_dataset, read_index
+from alexprep.shards.dataset_format import read_dataset, read_index, short_classes
 from alexprep.shards.errors import AlexprepError, whole_number
 from alexprep.shards.photos import Photo, find_photos
 from alexprep.shards.sample_reader import Samples
 from alexprep.shards.worker_pool import Engine
+from alexprep.train.binary_codes import BinaryCodes
 from alexprep.train.classifier import Classifier, PhotoPlace
 from alexprep.train.evaluation import sample_names
 from alexprep.train.layer_outputs import LayerOutputs, outputs_of
 from alexprep.train.training_state import weights_digest
 
 _ROWS, _COLUMNS = 100, 12  # of a contact sheet
-_SPARE = 16  # more rows than wanted, whose order the exact distances decide
 
 
 class Neighbour(NamedTuple):
-    """An image of the split: its row in the index, key, source, label (-1 for none) and distance."""
+    """An image of the split: its row in the index, key, source, label (-1 for none) and distance; that of codes in bits."""
 
     row: int
     key: str
@@ -44,7 +44,7 @@ class Similar:
     """What was found: for each photo that can be decoded its neighbours, nearest first; and why each of the others cannot."""
 
     neighbours: dict[str, list[Neighbour]]
-    classes: list[str]
+    dataset: dict[str, Any]  # dataset.json
     data: Path
     split: str
     photos: list[Photo]  # those that have neighbours, in this order
@@ -56,7 +56,8 @@ class Similar:
             {
                 "key": name,
                 "neighbours": [
-                    one._asdict() | {"class": self.classes[one.label] if one.label >= 0 else None} for one in found
+                    one._asdict() | {"class": self.dataset["classes"][one.label] if one.label >= 0 else None}
+                    for one in found
                 ],
             }
             for name, found in self.neighbours.items()
@@ -65,7 +66,7 @@ class Similar:
 
 def find_similar(
     classifier: Classifier,
-    outputs: LayerOutputs,
+    outputs: LayerOutputs | BinaryCodes,
     photos: Iterable[PhotoPlace],
     count: int = 10,
     engine: Engine | None = None,
@@ -74,7 +75,7 @@ def find_similar(
 
     Args:
         classifier: with the checkpoint that gave the outputs.
-        outputs: what `write_outputs` wrote of a split.
+        outputs: what `write_outputs` wrote of a split; or `write_codes`, for the Hamming distance.
         photos: what `Classifier.predict` takes.
         count: neighbours a photo.
         engine: converts the photos, as `Classifier.predict` has it.
@@ -99,8 +100,8 @@ def find_similar(
     chosen = sorted(vectors)
     left_out = [(listed[number].name, reason) for number, reason in sorted(refused.items())]
     if not chosen:
-        return Similar({}, dataset["classes"], data, facts["split"], [], left_out)
-    distances, rows = nearest(outputs.array(), np.stack([vectors[number] for number in chosen]), count)
+        return Similar({}, dataset, data, facts["split"], [], left_out)
+    distances, rows = outputs.nearest(np.stack([vectors[number] for number in chosen]), count)
     keys, sources = sample_names(data, facts["split"])
     labels = read_index(data, facts["split"])["label"]
     neighbours = {
@@ -111,37 +112,17 @@ def find_similar(
         for number, near, far in zip(chosen, rows, distances, strict=True)
     }
     seen = [listed[number] for number in chosen]
-    return Similar(neighbours, dataset["classes"], data, facts["split"], seen, left_out)
+    return Similar(neighbours, dataset, data, facts["split"], seen, left_out)
 
 
 def draw_similar(found: Similar, engine: Engine | None = None) -> Image.Image:
     """Draws a contact sheet: a row a photo, at most 100, with its neighbours, nearest first, at most 12."""
     samples = Samples(found.data, found.split)
     photos = found.photos[:_ROWS]
-    rows = []
+    rows, classes = [], short_classes(found.dataset)
     for cell, (name, near) in zip(photo_cells(photos, engine), found.neighbours.items(), strict=False):
         shown = near[:_COLUMNS]
-        names = [found.classes[one.label] if one.label >= 0 else "no label" for one in shown]
+        names = [classes[one.label] if one.label >= 0 else "no label" for one in shown]
         nearest_cells = [cell_of(samples.encoded(one.row).tobytes()) for one in shown]
         rows.append(SheetRow(Path(name).name, ", ".join(dict.fromkeys(names)), [[cell], nearest_cells]))
     return lay_out(["photo", f"nearest in {found.split}"], rows)
-
-
-def nearest(
-    outputs_ND: NDArray[np.float32], queries_QD: NDArray[np.float32], count: int
-) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """The Euclidean distances to the nearest rows and their numbers, both (Q, count), nearest first.
-
-    Raises AlexprepError where scikit-learn is not installed.
-    """
-    try:
-        from sklearn.neighbors import NearestNeighbors
-    except ImportError as error:
-        raise AlexprepError(f'similar images need scikit-learn ({error}): pip install "alexprep[report]"') from None
-    search = NearestNeighbors(n_neighbors=min(count + _SPARE, len(outputs_ND)), algorithm="brute", metric="euclidean")
-    rows_QM: NDArray[np.int64] = search.fit(outputs_ND).kneighbors(queries_QD, return_distance=False)
-    # It multiplies matrices in float32, which leaves small distances inexact: those of the nearest are measured once more.
-    found = outputs_ND[rows_QM].astype(np.float64) - queries_QD[:, None].astype(np.float64)
-    distances_QM = np.sqrt((found * found).sum(axis=2))
-    order = np.lexsort((rows_QM, distances_QM))[:, :count]
-    return np.take_along_axis(distances_QM, order, axis=1), np.take_along_axis(rows_QM, order, axis=1)

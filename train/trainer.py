@@ -23,17 +23,18 @@ from alexprep.shards.errors import AlexprepError
 from alexprep.shards.storage import json_bytes
 from alexprep.shards.worker_pool import cores
 from alexprep.train import checkpoint, run_dir
-from alexprep.train.checkpoint import final_weights, init_from, publish, wanted_layers
+from alexprep.train.checkpoint import publish
 from alexprep.train.config import Job, TrainConfig, prepare, run_versions
 from alexprep.train.data import BatchSource, Examples, LoadedBatch, OpenLoader, WithoutLastStep
 from alexprep.train.distributed.parallel import Parallel
 from alexprep.train.distributed.world import World
+from alexprep.train.initial_weights import begin_with, find_weights
 from alexprep.train.logger import Board, Meter, forecast
 from alexprep.train.metrics import SPEED, Means, StepTimer, doubts, loss_doubt, validate
 from alexprep.train.nonfinite import explained
 from alexprep.train.precision import float32_kernels
 from alexprep.train.profiler import Trace
-from alexprep.train.run_dir import check_unsaved, place_named, saved_checkpoint
+from alexprep.train.run_dir import check_unsaved
 from alexprep.train.signals_and_memory import (
     Stopped,
     StoppedAtOnce,
@@ -43,7 +44,7 @@ from alexprep.train.signals_and_memory import (
     span,
 )
 from alexprep.train.training_state import TrainingState, compile_first, take_step, weights_digest
-from alexprep.train.user_code import fails_on_one
+from alexprep.train.user_code import fails_on_one, has_batch_norm
 
 EARLY_RECORDS = (1, 6)  # a first sign of life; then steps 2 to 6, after the slow first one, give the forecast
 
@@ -126,7 +127,8 @@ def open_run(config: TrainConfig, open_loader: OpenLoader | None, world: World |
         if world.leads and config.tensorboard:
             board = enter(contextlib.closing(Board(job.run / run_dir.TENSORBOARD, step)))
         log = job.run / run_dir.LOG if world.leads else None
-        meter = enter(Meter(log, step=step, total_steps=last_step, epoch=state.position.epoch, board=board))
+        epoch, epochs = state.position.epoch, job.epochs
+        meter = enter(Meter(log, step=step, total_steps=last_step, epoch=epoch, epochs=epochs, board=board))
         if world.leads and config.resume:
             change = {"step": step, "changes": job.changes} if job.changes else {}
             recipe = {name: job.identity["recipe"][name] for name in ("lr", "schedule")}
@@ -244,7 +246,7 @@ class Run:
         if self.validation is None:
             return
         split, parallel = self.job.facts.evaluation_split, self.state.parallel
-        self.meter.say(f"evaluating on {self.validation.samples} images of {split}")
+        self.meter.evaluating(self.validation.samples, str(split))
         with span("evaluate"), contextlib.suppress(Stopped), self.state.averaged():
             batches = until_stopped(parallel, self.validation, self.stop)
             self.val = {"split": split} | validate(parallel.network, batches, self.job.computing.precision)
@@ -357,9 +359,8 @@ def first_state(job: Job, world: World) -> tuple[TrainingState, list[str]]:
             changes = checkpoint.differences(now | saved.facts.get(name, {}), now)  # older ones do not say all of it
             notes += [f"{change}: the last bits may differ" for change in changes]
     elif job.config.init_from is not None:
-        source, _ = saved_checkpoint(place_named(job.config.runs, job.config.init_from))
         whole = state.parallel.gather_state()
-        report = init_from(whole, final_weights(source), wanted_layers(job.config.init_layers))
+        report = begin_with(whole, find_weights(job.config.runs, job.config.init_from), job.config.init_layers)
         state.parallel.scatter_state(whole)
         state.begin_average()
         notes += report.sentences()
@@ -386,9 +387,9 @@ def _opening_words(job: Job, state: TrainingState, loader: BatchSource, last_ste
     if world.size > 1:
         where = f"{world.size} ranks ({state.parallel.scheme}), {world.device.type}"
     compiled = ", compiled" if job.computing.compile else ""
-    images = f"{loader.samples} images in {job.facts.classes} classes"
+    images = f"{loader.samples:,} images in {job.facts.classes} classes"
     steps = f"{len(loader)} steps of {job.recipe.batch_size} an epoch, from step {state.position.step} to at most {last_step}"
-    lines = [f"{job.run}: {job.recipe.name} on {where} in {job.computing.precision}{compiled}, {images}, {steps}"]
+    lines = [f"{job.run}: {job.recipe.name} on {where} in {job.computing.precision}{compiled}", f"{images}, {steps}"]
     if job.facts.evaluation_split is None:
         lines.append(
             "there is no val or test split with labels: no validation error is measured, the schedule looks at the training error"
@@ -412,13 +413,18 @@ def open_split(job: Job, open_loader: OpenLoader, split: str, shard: tuple[int, 
         device=str(job.device),
         memory_format=job.computing.memory.memory_format,
         threads=job.config.threads,
+        statistics=job.config.statistics,
+        on_bad=job.config.on_bad or "error",
     )
 
 
 def open_training(job: Job, open_loader: OpenLoader, state: TrainingState) -> BatchSource:
     """Opens a rank's loader of the training split; without the epoch's last step where that has one image and the network cannot take it."""
     loader = open_split(job, open_loader, "train", state.parallel.shard)
-    if loader.samples % job.recipe.batch_size != 1:
+    asked = state.parallel.world.size == 1 or has_batch_norm(
+        state.network
+    )  # ranks take empty batches, and so one image
+    if loader.samples % job.recipe.batch_size != 1 or not asked:
         return loader
     image = torch.zeros(1, 3, job.recipe.crop, job.recipe.crop, device=state.device)
     if not fails_on_one(state.network, image.contiguous(memory_format=job.computing.memory.format)):
@@ -426,11 +432,11 @@ def open_training(job: Job, open_loader: OpenLoader, state: TrainingState) -> Ba
     if len(loader) == 1:
         loader.close()
         raise AlexprepError(
-            "batch normalisation needs two images a step, and there is one to train on: take another network or more images"
+            "this network needs two images a step, as batch normalisation does, and there is one to train on: take another or more images"
         )
     job.notes.append(
-        f"of {loader.samples:,} images the last step of an epoch would have one, too few for batch normalisation: it is left out, another image "
-        "in each epoch"
+        f"of {loader.samples:,} images the last step of an epoch would have one, too few for this network, as for batch normalisation: it is left "
+        "out, another image in each epoch"
     )
     return WithoutLastStep(loader)
 

@@ -33,6 +33,7 @@ from torch import nn
 from alexprep.shards.dataset_format import versions
 from alexprep.shards.errors import TRACEBACK, AlexprepError
 from alexprep.train.distributed.tensor_parallel import DROPOUTS
+from alexprep.train.model_libraries import Pixels, library_factory
 from alexprep.train.models.cifar import PIXEL_DEVIATION
 
 MODEL, RECIPE, HOOK = "--model", "--recipe", "--hook"
@@ -53,6 +54,13 @@ class UserNetwork:
     title: str  # MODULE:NAME
     name: str  # how the user named it, for messages
     for_any_recipe: bool = False  # what the recipe says of layers that the network lacks was said of another network
+    pixels: Pixels | None = None  # of a library's network: what it is shown there
+
+    @property
+    def short_name(self) -> str:
+        """What a run of it is called: the module's or the library's name of it, without folders and tags."""
+        place = self.title.partition(":")[0]
+        return place.rpartition("/")[2].partition(".")[0] if "/" in place else place.rpartition(".")[2]
 
     def __call__(self, classes: int, crop: int, *, seed: int, width: float) -> nn.Module:
         """The network on the CPU, with initial weights that depend on the seed alone; torch's random numbers go on as if it had not been made.
@@ -128,6 +136,8 @@ class UserNetwork:
 
 def user_network(reference: str) -> UserNetwork:
     """The factory that `--model` names; AlexprepError where there is none."""
+    if library := library_factory(reference):
+        return UserNetwork(library, library.title, f"{MODEL} {reference}", for_any_recipe=True, pixels=library.pixels())
     factory, title = load(reference, MODEL, "make")
     return UserNetwork(factory, title, f"{MODEL} {reference}", for_any_recipe=True)
 
@@ -174,17 +184,22 @@ def memory_format_of(network: nn.Module, wanted: torch.memory_format) -> torch.m
     return torch.contiguous_format if getattr(network, CONTIGUOUS, False) else wanted
 
 
+def has_batch_norm(network: nn.Module) -> bool:
+    """Whether a layer normalises over the images of a batch."""
+    return any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in network.modules())
+
+
 def fails_on_one(network: nn.Module, image: torch.Tensor) -> bool:
-    """Whether a network in training cannot take one image alone, (1, 3, H, W): batch normalisation of one value a channel has no variance."""
-    if not any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in network.modules()):
-        return False
+    """Whether a network in training cannot take one image alone, (1, 3, H, W).
+
+    Batch normalisation of one value a channel has no variance, and what squeezes all dimensions of 1 loses the first.
+    """
     tried = copy.deepcopy(network)
     with torch.random.fork_rng([image.device] if image.is_cuda else []), torch.no_grad():
         try:
-            tried(image)
-        except ValueError:
+            return bool(tried(image).ndim != 2)
+        except (ValueError, RuntimeError, IndexError):
             return True
-    return False
 
 
 def _check_saved(network: nn.Module, changed: list[str]) -> None:
@@ -281,6 +296,8 @@ def is_reference(text: str) -> bool:
 
 def absolute(reference: str, option: str) -> str:
     """A reference so that it means the same in any folder: the path of a file is made absolute."""
+    if option == MODEL and library_factory(reference):
+        return reference
     place, name = _place_and_name(reference, option)
     file = str(Path(place).expanduser().resolve()) if place.endswith(".py") else place
     return f"{file}:{name}" if name else file
@@ -355,7 +372,8 @@ def _place_and_name(reference: str, option: str) -> tuple[str, str]:
     """The file or module, and the name of what is meant in it, "" where there is none. A module of this folder is its file."""
     parts = REFERENCE.fullmatch(reference)
     if parts is None:
-        raise AlexprepError(f"{option} {reference!r} names no Python code: write FILE.py:FUNCTION or MODULE:FUNCTION")
+        forms = "FILE.py:FUNCTION or MODULE:FUNCTION" + (", timm/NAME or torchvision/NAME" if option == MODEL else "")
+        raise AlexprepError(f"{option} {reference!r} names no Python code: write {forms}")
     place, name = parts["place"], parts["name"] or ""
     if not place.endswith(".py"):
         stem = Path.cwd().joinpath(*place.split("."))

@@ -33,6 +33,7 @@ from alexprep.shards.sources.base import (
     split_of,
 )
 from alexprep.shards.sources.grouped import DamagedGroupError, FileView, GroupedSource, Sizes, check_group
+from alexprep.shards.sources.numbered_files import lies_around
 from alexprep.shards.sources.tree import pass_over_rest, rule_of
 from alexprep.shards.storage import Files, as_text
 from alexprep.shards.tar_format import BLOCK, members, padded, read_header_block, reader_of
@@ -132,6 +133,10 @@ class HubArchives(GroupedSource):
                 check_group(end - begin, number, self.files.display(path))
                 largest = max(largest, end - begin)
         return Sizes(inputs, total, largest)
+
+    def covers(self, target: str) -> bool:
+        """Whether one of the archives lies in the folder `target`."""
+        return self.whole and lies_around(self.files, [path for _, path in self.archives], target)
 
     def resident_bytes(self) -> int:
         """Also the seek points."""

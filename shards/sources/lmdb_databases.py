@@ -30,6 +30,7 @@ from alexprep.shards.sources.base import (
 )
 from alexprep.shards.sources.foreign_formats import is_lmdb
 from alexprep.shards.sources.labels import MAX_LABEL
+from alexprep.shards.sources.numbered_files import lies_around
 from alexprep.shards.sources.picture_names import is_picture
 from alexprep.shards.sources.table_rows import LISTS, TABLES, read_rows
 from alexprep.shards.sources.tfrecords import WireError, fields, varint
@@ -139,11 +140,8 @@ class LmdbDatabases(Source):
         return super().classes(present)
 
     def covers(self, target: str) -> bool:
-        """Whether a database lies in the folder `target`."""
-        below = self.files.below(target) if self.whole else None
-        return below is not None and any(
-            path.startswith(b"".join(name + b"/" for name in below)) for _, path in self.databases
-        )
+        """Whether one of the files lies in the folder `target`."""
+        return self.whole and lies_around(self.files, [path for _, path in self.databases], target)
 
     def _place(self, path: bytes) -> bytes:
         assert isinstance(self.files, LocalFiles)

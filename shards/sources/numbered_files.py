@@ -78,3 +78,9 @@ def check_complete(files: Files, paths: Sequence[bytes]) -> None:
                 f"{files.display(missing)} is missing, with {count - len(present) - 1:,} others of {count:,}: download what is missing, or "
                 "name one file as SOURCE"
             )
+
+
+def lies_around(files: Files, paths: Sequence[bytes], target: str) -> bool:
+    """Whether one of the files at `paths` lies in the folder `target`, a path or URL, or below it."""
+    below = files.below(target)
+    return below is not None and any(path.startswith(b"".join(name + b"/" for name in below)) for path in paths)

@@ -46,7 +46,7 @@ from alexprep.shards.sources.labels import (
     several,
     text_of,
 )
-from alexprep.shards.sources.numbered_files import check_complete, files_below, of_several, split_of_file
+from alexprep.shards.sources.numbered_files import check_complete, files_below, lies_around, of_several, split_of_file
 from alexprep.shards.sources.table_rows import SPLIT_COLUMNS
 from alexprep.shards.sources.tree import pass_over_rest, read_tree
 from alexprep.shards.storage import Files, as_text
@@ -182,11 +182,7 @@ class ParquetImages(GroupedSource):
 
     def covers(self, target: str) -> bool:
         """Whether one of the files lies in the folder `target`."""
-        return self.whole and any(
-            below is not None and part.path.startswith(b"".join(name + b"/" for name in below))
-            for below in [self.files.below(target)]
-            for part in self.parts
-        )
+        return self.whole and lies_around(self.files, [part.path for part in self.parts], target)
 
     def measured(self) -> Sizes:
         """See `GroupedSource`."""

@@ -26,7 +26,7 @@ from alexprep.shards.sources.base import (
     numbered_classes,
 )
 from alexprep.shards.sources.labels import LabelError, check_range, label_in
-from alexprep.shards.sources.numbered_files import files_below, split_of_file
+from alexprep.shards.sources.numbered_files import files_below, lies_around, split_of_file
 from alexprep.shards.sources.tree import pass_over_rest
 from alexprep.shards.storage import Files, as_text
 
@@ -107,10 +107,7 @@ class RecordIO(Source):
 
     def covers(self, target: str) -> bool:
         """Whether one of the files lies in the folder `target`."""
-        below = self.files.below(target) if self.whole else None
-        return below is not None and any(
-            path.startswith(b"".join(name + b"/" for name in below)) for _, path in self.parts
-        )
+        return self.whole and lies_around(self.files, [path for _, path in self.parts], target)
 
 
 def _is_name(name: bytes) -> bool:

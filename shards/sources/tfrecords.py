@@ -14,9 +14,10 @@ import struct
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from alexprep.shards.errors import AlexprepError
+from alexprep.shards.metadata import MetadataError, text_or_bytes
 from alexprep.shards.sources.base import (
     NO_CHOICES,
     NO_LABEL,
@@ -31,7 +32,7 @@ from alexprep.shards.sources.base import (
 )
 from alexprep.shards.sources.foreign_formats import is_tfrecord
 from alexprep.shards.sources.labels import LabelError, check_range, is_number, label_in
-from alexprep.shards.sources.numbered_files import check_complete, files_below, split_of_file
+from alexprep.shards.sources.numbered_files import check_complete, files_below, lies_around, split_of_file
 from alexprep.shards.sources.tree import pass_over_rest
 from alexprep.shards.storage import Files, as_text
 
@@ -128,13 +129,7 @@ class TFRecords(Source):
 
     def read(self, location: Location) -> bytes:
         """The bytes of a picture; OSError where its record is not what its checksums say, or holds none."""
-        whole = self.files.read(location.path, location.offset, _HEADER.size + location.size + _CRC_BYTES)
-        data = whole[_HEADER.size : _HEADER.size + location.size]
-        if len(whole) != _HEADER.size + location.size + _CRC_BYTES:
-            raise OSError("the file is shorter than it was when it was listed")
-        for summed, at in ((whole[:8], 8), (data, len(whole) - _CRC_BYTES)):
-            if _masked(summed) != int.from_bytes(whole[at : at + _CRC_BYTES], "little"):
-                raise OSError("the record has another CRC-32C than the file tells: it is damaged")
+        data = self._record(location)
         try:
             found = dict(_features_in(lambda at, size: data[at : at + size], len(data)))
             kind, begin, end = found[self.features.image]
@@ -146,6 +141,36 @@ class TFRecords(Source):
         begin, end = pictures[0]
         return data[begin:end]
 
+    def metadata(self, location: Location, reference: bytes) -> dict[str, Any]:
+        """See `Source`: the other features of the record, each a list, as tf.train.Example has them."""
+        data = self._record(location)
+
+        def get(at: int, size: int) -> bytes:
+            return data[at : at + size]
+
+        try:
+            found = dict(_features_in(get, len(data)))
+            return {name: _values_in(get, feature) for name, feature in found.items() if name not in self.used}
+        except (WireError, struct.error) as error:
+            raise MetadataError(f"the record holds no tf.train.Example ({error})") from None
+
+    @property
+    def used(self) -> set[str]:
+        """The names of the features that are read for something else than metadata."""
+        label = None if self.choices.unlabelled else self.features.label
+        return {name for name in (self.features.image, label, self.features.name) if name is not None}
+
+    def _record(self, location: Location) -> bytes:
+        """A record without what frames it."""
+        whole = self.files.read(location.path, location.offset, _HEADER.size + location.size + _CRC_BYTES)
+        data = whole[_HEADER.size : _HEADER.size + location.size]
+        if len(whole) != _HEADER.size + location.size + _CRC_BYTES:
+            raise OSError("the file is shorter than it was when it was listed")
+        for summed, at in ((whole[:8], 8), (data, len(whole) - _CRC_BYTES)):
+            if _masked(summed) != int.from_bytes(whole[at : at + _CRC_BYTES], "little"):
+                raise OSError("the record has another CRC-32C than the file tells: it is damaged")
+        return data
+
     def classes(self, present: set[str]) -> list[str]:
         """The names that a list tells; the numbers from "0" to the highest where all are numbers; otherwise sorted as bytes."""
         if self.names and not self.choices.unlabelled:
@@ -156,10 +181,7 @@ class TFRecords(Source):
 
     def covers(self, target: str) -> bool:
         """Whether one of the files lies in the folder `target`."""
-        below = self.files.below(target) if self.whole else None
-        return below is not None and any(
-            path.startswith(b"".join(name + b"/" for name in below)) for _, path in self.parts
-        )
+        return self.whole and lies_around(self.files, [path for _, path in self.parts], target)
 
 
 def _as_in_folders(item: Input) -> tuple[bytes, bytes, Location]:
@@ -172,7 +194,7 @@ class _Listed:
 
     def __init__(self, source: TFRecords, path: bytes) -> None:
         files, self._shown = source.files, source.files.display(path)
-        self.codes, self._offsets, self._sizes = array("i"), array("q"), array("q")
+        self.codes, self._offsets, self._sizes, self._more = array("i"), array("q"), array("q"), array("b")
         self._names: list[bytes] = []
         self._classes: dict[str, int] = {}
         features = source.features
@@ -188,6 +210,7 @@ class _Listed:
                 except WireError as error:
                     raise AlexprepError(f"{where} holds no tf.train.Example ({error}): get the file again") from None
                 self.codes.append(self._classes.setdefault(text, len(self._classes)) if text else -1)
+                self._more.append(not found.keys() <= source.used)
                 self._offsets.append(offset)
                 self._sizes.append(size)
                 self._names.append(b"record %d" % number + (b"/" + name if name else b""))
@@ -195,11 +218,13 @@ class _Listed:
     def inputs(self, path: bytes, split: str, account: Account | None) -> Iterator[Input]:
         """Every record. Those without a label are passed over, in the `account`; without one they are inputs too."""
         classes = list(self._classes)
-        for code, offset, size, name in zip(self.codes, self._offsets, self._sizes, self._names, strict=True):
+        places = zip(self.codes, self._offsets, self._sizes, self._names, self._more, strict=True)
+        for code, offset, size, name, more in places:
             if code < 0 and account is not None:
                 account.pass_over(NO_LABEL, f"{self._shown}/{as_text(name)}")
             else:
-                yield Input(split, UNLABELLED if code < 0 else classes[code], Location(path, name, offset, size))
+                location = Location(path, name, offset, size)
+                yield Input(split, UNLABELLED if code < 0 else classes[code], location, b"+" * more)
 
 
 def _chosen(found: dict[str, int], choices: Choices, shown: str) -> Features:
@@ -382,6 +407,17 @@ def _texts_in(get: Get, feature: tuple[int, int, int] | None) -> Iterator[bytes]
     if feature is not None and feature[0] == _BYTES:
         for begin, end in _messages(get, *feature[1:], 1):
             yield get(begin, min(end - begin, _MAX_TEXT_BYTES))
+
+
+def _values_in(get: Get, feature: tuple[int, int, int]) -> list[Any]:
+    """The values of a feature: whole numbers, floats, texts, or bytes that are no text in UTF-8."""
+    kind, begin, end = feature
+    if kind == _INTEGERS:
+        return list(_integers_in(get, begin, end))
+    if kind == _FLOATS:  # packed or not, 4 bytes each
+        packed = b"".join(get(at, to - at) for _, _, at, to in fields(get, begin, end))
+        return [value for (value,) in struct.iter_unpack("<f", packed)]
+    return [text_or_bytes(get(at, to - at)) for at, to in _messages(get, begin, end, 1)]
 
 
 def _integers_in(get: Get, at: int, end: int) -> Iterator[int]:

@@ -182,7 +182,7 @@ class Unchanged(Codec):
 
     def convert(self, data: bytes | NDArray[np.uint8]) -> Converted | Refused:
         """The bytes; empty files are refused."""
-        return Converted(bytes(data), 1, 1, kept=True) if len(data) else Refused("empty file")
+        return Converted(bytes(data), 1, 1, (1, 1), kept=True) if len(data) else Refused("empty file")
 
 
 def load_modules(source: Path, out: Path) -> None:

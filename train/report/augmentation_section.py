@@ -45,8 +45,9 @@ def _pictures(data: Path, runs: Sequence[Path]) -> list[Block]:
     samples = Samples(data, "train")
     row = typical_row(samples)
     photo = decoded(samples, row)
-    whose, augmentation = _augmentation(runs, len(photo))
+    whose, augmentation = _augmentation(runs, photo.shape[:2])
     statistics = read_statistics(data) if augmentation.needs_statistics else None
+    augmentation = _without_window(augmentation, statistics)
     count = f"{_DRAWS} draws of one photo"
     words = f"{count} as {whose} sees it in {_DRAWS} epochs, less the mean: 0 is shown as mid grey."
     shown = [_view(photo, augmentation, statistics, row, epoch) for epoch in range(_DRAWS)]
@@ -59,8 +60,12 @@ def _pictures(data: Path, runs: Sequence[Path]) -> list[Block]:
             enlarged(shown[0]),
         )
     ]
-    crop = augmentation.crop or len(photo)
-    presets = {name: replace(preset, crop=crop) for name, preset in PRESETS.items() if name != "none"}
+    height, width = augmentation.view or photo.shape[:2]
+    presets = {
+        name: _without_window(replace(preset, crop=(height, width)), statistics)
+        for name, preset in PRESETS.items()
+        if name != "none"
+    }
     if statistics is not None or not any(preset.needs_statistics for preset in presets.values()):
         rows = [
             [_view(photo, preset, statistics, row, epoch) for epoch in range(_PER_ROW)] for preset in presets.values()
@@ -70,13 +75,13 @@ def _pictures(data: Path, runs: Sequence[Path]) -> list[Block]:
             Picture(
                 "presets",
                 f"Eight draws of one photo with each preset: {listed}.",
-                f"The presets, with crops of {crop} pixels, a row each: {listed}.",
+                f"The presets, with crops of {width} x {height} pixels, a row each: {listed}.",
                 tiled(rows),
                 enlarged(rows[0][0]),
             )
         )
     windows = ten_windows(augmentation, np.array([photo.shape[:2]]))[0].tolist()
-    crops = [_cut(photo, window, crop) for window in windows]
+    crops = [_cut(photo, window, (height, width)) for window in windows]
     ten = tiled([crops, [crop[:, ::-1] for crop in crops]])
     blocks.append(
         Picture(
@@ -90,7 +95,14 @@ def _pictures(data: Path, runs: Sequence[Path]) -> list[Block]:
     return blocks
 
 
-def _augmentation(runs: Sequence[Path], side: int) -> tuple[str, Augmentation]:
+def _without_window(augmentation: Augmentation, statistics: Statistics | None) -> Augmentation:
+    """With the channel means in place of the mean image where images have different sizes, and so none."""
+    if not augmentation.windowed_mean or statistics is None or statistics.mean_HWC is not None:
+        return augmentation
+    return replace(augmentation, mean="channel")
+
+
+def _augmentation(runs: Sequence[Path], size: tuple[int, ...]) -> tuple[str, Augmentation]:
     """Whose it is, and what."""
     for run in runs:
         try:
@@ -102,9 +114,9 @@ def _augmentation(runs: Sequence[Path], side: int) -> tuple[str, Augmentation]:
             name: tuple(value) if isinstance(value, list) else value for name, value in told.items() if name in known
         }
         found = Augmentation(**values)
-        if found.crop is None or found.crop <= side:
+        if found.view is None or (found.view[0] <= size[0] and found.view[1] <= size[1]):
             return f"the net of {run.name}", found
-    return "the paper's net", Augmentation(crop=max(1, side * 224 // 256))
+    return "the paper's net", Augmentation(crop=max(1, min(size) * 224 // 256))
 
 
 def _view(
@@ -118,10 +130,10 @@ def _view(
     return np.clip(np.rint(shown), 0, 255).astype(np.uint8)
 
 
-def _cut(photo: NDArray[np.uint8], window: list[int], crop: int) -> NDArray[np.uint8]:
+def _cut(photo: NDArray[np.uint8], window: list[int], crop: tuple[int, int]) -> NDArray[np.uint8]:
     top, left, height, width = window
     part = photo[top : top + height, left : left + width]
-    return part if height == width == crop else resize(part, crop)
+    return part if (height, width) == crop else resize(part, crop)
 
 
 def _shuffles(data: Path) -> list[Block]:

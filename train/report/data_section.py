@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +16,10 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from alexprep.shards.contact_sheet import SheetRow, cell_of, lay_out
-from alexprep.shards.dataset_format import LEDGER, read_dataset, read_index, shard_name
+from alexprep.shards.dataset_format import LEDGER, read_dataset, read_index, shard_name, short_classes, shown_classes
 from alexprep.shards.errors import AlexprepError
+from alexprep.shards.image_codec import Target
+from alexprep.shards.plan import target_in
 from alexprep.shards.sample_reader import Samples
 from alexprep.train.report.blocks import LINES, STYLES, Block, Facts, Picture, Section, Table, Words, plot, thinned
 
@@ -35,6 +38,9 @@ class Ledger:
     written: NDArray[np.bool_]
     kept: int
     rejects: list[tuple[str, str]]  # (reason, source)
+    formats: dict[
+        str, tuple[int, int]
+    ]  # of the originals: files, and bytes of all; empty where an earlier release wrote the ledger
 
 
 def data_section(data: Path | None) -> Section:
@@ -58,6 +64,7 @@ def data_section(data: Path | None) -> Section:
     for split in _filled(dataset):
         section.add(lambda split=split: _read(data, split, ledgers), f"ledger of {split!r}")  # type: ignore[misc]
     section.add(lambda: _classes(dataset, ledgers), "table of the classes")
+    section.add(lambda: _originals(ledgers), "table of the originals' formats")
     section.add(lambda: _sizes(ledgers), "plot of the original sizes")
     section.add(lambda: _file_sizes(data, dataset), "plot of the file sizes")
     section.add(lambda: _rejects(dataset, ledgers), "list of rejects")
@@ -80,10 +87,21 @@ def read_ledger(data: Path, split: str) -> Ledger:
             rejects = list(zip(names["reason"].to_pylist(), names["source"].to_pylist(), strict=True))
         labels, widths, heights = (pc.fill_null(table[name], 0).to_numpy() for name in _COLUMNS[:3])
         written = ~rejected.to_numpy()
-        return Ledger(labels, widths, heights, written, int(pc.sum(table["kept"]).as_py() or 0), rejects)
+        kept = int(pc.sum(table["kept"]).as_py() or 0)
+        return Ledger(labels, widths, heights, written, kept, rejects, _formats(path))
     except (OSError, KeyError, pa.ArrowInvalid) as error:
         words = str(error).splitlines()[0]
         raise AlexprepError(f"{path} cannot be read ({words}): run the same `alexprep shard` again") from None
+
+
+def _formats(ledger: Path) -> dict[str, tuple[int, int]]:
+    if not {"format", "bytes"} <= set(pq.read_schema(ledger).names):
+        return {}
+    table = pq.read_table(ledger, columns=["format", "bytes"])
+    sums = (
+        table.filter(pc.is_valid(table["format"])).group_by("format").aggregate([("bytes", "sum"), ("bytes", "count")])
+    )
+    return {row["format"]: (row["bytes_count"], row["bytes_sum"] or 0) for row in sums.to_pylist()}
 
 
 def _filled(dataset: dict[str, Any]) -> list[str]:
@@ -91,14 +109,11 @@ def _filled(dataset: dict[str, Any]) -> list[str]:
 
 
 def _facts(data: Path, dataset: dict[str, Any]) -> list[Block]:
-    image, options, source = dataset["image"], dataset["options"], dataset["source"]
-    form = image["format"] + (
-        f", quality {image['quality']}, {image['subsampling']}" if image["format"] == "jpg" else ""
-    )
+    options, source, target = dataset["options"], dataset["source"], target_in(dataset["image"])
     rows = [
         ("folder", str(data)),
         ("digest", dataset["digest"]),
-        ("images", f"{image['size']} x {image['size']} pixels, {form}, filter {image['filter']}"),
+        ("images", f"{_size_words(target)}, {_format_words(target)}, filter {target.filter}"),
         ("classes", f"{len(dataset['classes']):,}, numbered by {dataset['labels']!r}"),
         ("source", f"layout {source['layout']!r}, listing {source['inputs'][:16]}…"),
         ("options", ", ".join(f"{name} {value}" for name, value in sorted(options.items()))),
@@ -112,13 +127,32 @@ def _facts(data: Path, dataset: dict[str, Any]) -> list[Block]:
     return [Facts(rows), Table("Splits", ["split", "inputs", "samples", "rejected", "shards", "MB"], splits)]
 
 
+def _size_words(target: Target) -> str:
+    height, width = target.box
+    words = {
+        "square": f"{width} x {height} pixels",
+        "shorter": f"whole, to cover {width} x {height} pixels",
+        "longer": f"whole, within {width} x {height} pixels",
+        "none": "of their own sizes",
+    }
+    return words[target.fit] + (", smaller ones as they are" if target.only_shrink else "")
+
+
+def _format_words(target: Target) -> str:
+    if target.format == "jpg":
+        return f"jpg, quality {target.quality}, {target.subsampling}"
+    if target.format == "webp":
+        return "webp, lossless" if target.lossless else f"webp, quality {target.quality}"
+    return target.format
+
+
 def _read(data: Path, split: str, ledgers: dict[str, Ledger]) -> list[Block]:
     ledgers[split] = read_ledger(data, split)
     return []
 
 
 def _classes(dataset: dict[str, Any], ledgers: dict[str, Ledger]) -> list[Block]:
-    names: list[str] = dataset["classes"]
+    names = shown_classes(dataset)
     counts, lost = {}, np.zeros(len(names), np.int64)
     for split, ledger in ledgers.items():
         known = ledger.labels >= 0
@@ -152,6 +186,17 @@ def _classes(dataset: dict[str, Any], ledgers: dict[str, Ledger]) -> list[Block]
             plot("classes", f"Samples a class, in descending order. {words}.", f"Samples a class. {words}.", draw)
         )
     return blocks
+
+
+def _originals(ledgers: dict[str, Ledger]) -> list[Block]:
+    files: Counter[str] = Counter()
+    sizes: Counter[str] = Counter()
+    for ledger in ledgers.values():
+        for name, (count, size) in ledger.formats.items():
+            files[name] += count
+            sizes[name] += size
+    rows: list[list[Any]] = [[name, count, sizes[name] / 1000 / max(1, count)] for name, count in files.most_common()]
+    return [Table("Formats of the originals", ["format", "files", "kB on average"], rows)] if rows else []
 
 
 def _sizes(ledgers: dict[str, Ledger]) -> list[Block]:
@@ -271,7 +316,7 @@ Chosen = Callable[[NDArray[np.void]], list[tuple[str, str, list[int]]]]  # of an
 
 def _sheets(dataset: dict[str, Any]) -> list[tuple[str, Chosen]]:
     """The contact sheets: what each shows, and which samples."""
-    names: list[str] = dataset["classes"]
+    names = short_classes(dataset)
 
     def spread(count: int, most: int) -> list[int]:
         return sorted({int(n) for n in np.rint(np.linspace(0, count - 1, min(count, most)))}) if count else []
@@ -330,7 +375,7 @@ def _sheet(data: Path, dataset: dict[str, Any], title: str, chosen: Chosen) -> l
 
 
 def decoded(samples: Samples, row: int) -> NDArray[np.uint8]:
-    """The pixels of a sample, uint8 (S, S, 3). Raises AlexprepError where it cannot be decoded."""
+    """The pixels of a sample, uint8 (H, W, 3). Raises AlexprepError where it cannot be decoded."""
     from alexprep.shards.image_codec import read_raw, shared_decoder
 
     data = samples.encoded(row).tobytes()

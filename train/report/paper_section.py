@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from alexprep.shards.dataset_format import read_dataset, read_index
+from alexprep.shards.dataset_format import read_dataset, read_index, short_classes
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.sample_reader import Samples
 from alexprep.train import checkpoint
@@ -20,7 +20,6 @@ from alexprep.train.report.blocks import Block, Picture, Section, Words, enlarge
 from alexprep.train.report.data_section import decoded
 from alexprep.train.report.training_section import newest_predictions
 from alexprep.train.run_dir import Place, read_config, saved_checkpoint
-from alexprep.train.similar_images import nearest
 
 _EXAMPLES = 8  # test images of figure 4, left
 _QUERIES, _NEIGHBOURS = 5, 6  # of figure 4, right
@@ -73,7 +72,8 @@ def _as_picture(kernel: NDArray[np.float32]) -> NDArray[np.uint8]:
 
 
 def _guesses(run: Path) -> list[Block]:
-    document, table = newest_predictions(run)
+    document, table, dataset = newest_predictions(run)
+    names = short_classes(dataset)
     samples = Samples(Path(document["data"]), document["split"])
     if len(samples) != len(table):
         raise AlexprepError(
@@ -99,17 +99,17 @@ def _guesses(run: Path) -> list[Block]:
             row, column = divmod(n, columns)
             photo, bars = grid[2 * row][column], grid[2 * row + 1][column]
             photo.imshow(pixels)
-            photo.set_title(table.classes[table.labels[image]], fontsize=9)
+            photo.set_title(names[table.labels[image]], fontsize=9)
             colours = ["#d0453e" if guess == table.labels[image] else "#7aa7d9" for guess in table.best[image]]
             places = np.arange(len(colours))[::-1]
             bars.barh(places, table.probabilities[image], color=colours)
             bars.set(xlim=(0, 1), ylim=(-0.5, len(colours) - 0.5))
             for place, guess in zip(places, table.best[image], strict=True):
-                bars.text(0.02, place, table.classes[guess], va="center", fontsize=8)
+                bars.text(0.02, place, names[guess], va="center", fontsize=8)
 
     right = sum(int(table.best[n, 0] == table.labels[n]) for n in chosen)
-    names = ", ".join(table.classes[table.labels[n]] for n in chosen)
-    words = f"{len(chosen)} images of {document['split']!r} with their labels ({names}) and the five best guesses as bars, the right one red; {right} have the right one first."
+    labels = ", ".join(names[table.labels[n]] for n in chosen)
+    words = f"{len(chosen)} images of {document['split']!r} with their labels ({labels}) and the five best guesses as bars, the right one red; {right} have the right one first."
     return [
         plot("guesses", words, words + " Figure 4, left, of the paper.", draw, (9.6, 7.2 if len(chosen) > 4 else 3.8))
     ]
@@ -127,7 +127,7 @@ def _neighbours(run: Path) -> list[Block]:
     labels = np.asarray(read_index(data, split)["label"])
     chosen = np.rint(np.linspace(0, len(labels) - 1, min(_QUERIES, len(labels)))).astype(int)
     count = min(_NEIGHBOURS, train.facts["images"])
-    _, rows = nearest(train.array(), queries.array()[chosen], count)
+    _, rows = train.nearest(queries.array()[chosen], count)
     here, there = Samples(data, split), Samples(data, "train")
     sheet = [
         [_shrunk(decoded(here, int(n))), *(_shrunk(decoded(there, row)) for row in near)]

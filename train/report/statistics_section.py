@@ -27,7 +27,6 @@ def statistics_section(data: Path | None) -> Section:
 
 
 def _all(data: Path, found: Statistics) -> list[Block]:
-    side = len(found.mean_HWC)
     facts = Facts(
         [
             ("images", f"{found.images:,} of 'train'"),
@@ -36,14 +35,19 @@ def _all(data: Path, found: Statistics) -> list[Block]:
             ("angles to ImageNet's axes", _numbers(found.angles_to_imagenet(), 1) + " degrees"),
         ]
     )
-    mean = Picture(
-        "mean_image",
-        f"The mean of {found.images:,} images.",
-        f"The mean image, {side} x {side} pixels.",
-        np.rint(found.mean_HWC).astype(np.uint8),
-        max(1, 256 // side),
-    )
-    return [facts, mean, _table(found), _ramps(found), *_noisy_photo(data, found)]
+    return [facts, *_mean_image(found), _table(found), _ramps(found), *_noisy_photo(data, found)]
+
+
+def _mean_image(found: Statistics) -> list[Block]:
+    """None where images have different sizes."""
+    if found.mean_HWC is None:
+        return []
+    height, width = found.mean_HWC.shape[:2]
+    pixels = np.rint(found.mean_HWC).astype(np.uint8)
+    words = f"The mean image, {width} x {height} pixels."
+    return [
+        Picture("mean_image", f"The mean of {found.images:,} images.", words, pixels, max(1, 256 // max(height, width)))
+    ]
 
 
 def _table(found: Statistics) -> Table:

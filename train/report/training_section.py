@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alexprep.shards.contact_sheet import SheetRow, cell_of, lay_out
-from alexprep.shards.dataset_format import read_dataset, read_index, read_json
+from alexprep.shards.dataset_format import read_dataset, read_index, read_json, short_classes, shown_classes
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.sample_reader import Samples
 from alexprep.train.prediction_table import PredictionTable, read_predictions
@@ -87,8 +87,8 @@ def read_log(run: Path) -> Log:
     )
 
 
-def newest_predictions(run: Path) -> tuple[dict[str, Any], PredictionTable]:
-    """The newest evaluation of a run that has its predictions: its document and the table.
+def newest_predictions(run: Path) -> tuple[dict[str, Any], PredictionTable, dict[str, Any]]:
+    """The newest evaluation of a run that has its predictions: its document, the table, and the dataset.json of the data.
 
     Raises AlexprepError, with the command that makes them, where there is none.
     """
@@ -98,8 +98,8 @@ def newest_predictions(run: Path) -> tuple[dict[str, Any], PredictionTable]:
         if "predictions_file" in document:
             named = Path(document["predictions_file"])
             beside = path.with_name(named.name)  # where the run was moved
-            classes = read_dataset(Path(document["data"]))["classes"]
-            return document, read_predictions(named if named.exists() else beside, classes)
+            dataset = read_dataset(Path(document["data"]))
+            return document, read_predictions(named if named.exists() else beside, dataset["classes"]), dataset
     raise AlexprepError(f"{run} has no predictions: make them with `alexprep eval {run.name} --predictions`")
 
 
@@ -114,7 +114,8 @@ def _summary(logs: Sequence[Log]) -> Table:
         config, best = read_config(log.run), log.best
         last = (log.epochs or log.steps)[-1]
         options = config["options"]
-        row = [log.run.name, options["recipe"], log.batch_size, int(last["step"]), len(log.epochs), float(last["loss"])]
+        recipe = str(options["recipe"]).rpartition("/")[2]  # of a file, its name alone
+        row = [log.run.name, recipe, log.batch_size, int(last["step"]), len(log.epochs), float(last["loss"])]
         row += [best["epoch"] + 1, best["val"]["top1_error"], best["val"]["top5_error"]] if best else [None] * 3
         rows.append([*row, sum(float(record["seconds"]) for record in log.epochs) / 60])
     columns = [
@@ -133,89 +134,52 @@ def _summary(logs: Sequence[Log]) -> Table:
 
 
 def _curves(logs: Sequence[Log]) -> Iterator[Plot]:
-    epochs = any(log.epochs for log in logs)
-    names = ", ".join(log.run.name for log in logs)
-    if epochs:
-        yield _errors(logs, names)
-        yield _curve(
-            "loss",
-            logs,
-            "loss, nats",
-            "epochs",
-            lambda log: _of(log.epochs, "loss"),
-            lambda log: _of_validation(log, "loss"),
+    if any(log.epochs for log in logs):
+        yield _progress(logs, "errors", "epochs", lambda log, record: float(record["epoch"] + 1))
+        yield _progress(
+            logs, "images_seen", "images seen, millions", lambda log, record: record["step"] * log.batch_size / 1e6
         )
-        yield _curve(
-            "images_seen",
-            logs,
-            "top-1 error, %",
-            "images seen, millions",
-            lambda log: (
-                np.array([r["step"] * log.batch_size / 1e6 for r in log.epochs]),
-                _of(log.epochs, "top1_error")[1],
-            ),
-            lambda log: (
-                np.array([r["step"] * log.batch_size / 1e6 for r in log.evaluated]),
-                _of_validation(log, "top1_error")[1],
-            ),
-        )
-    yield _curve(
-        "learning_rate",
-        logs,
-        "learning rate",
-        "steps",
-        lambda log: _of(log.steps or log.epochs, "lr", "step"),
-        log_scale=True,
-    )
+    yield _curve("learning_rate", logs, "learning rate", lambda log: _of(log.steps or log.epochs, "lr"), log_scale=True)
     if any(log.steps for log in logs):
-        yield _curve("speed", logs, "images/s", "steps", lambda log: _of(log.steps, "images_per_second", "step"))
-        yield _curve("data_wait", logs, "waiting for data, % of a step", "steps", _waiting)
+        yield _curve("speed", logs, "images/s", lambda log: _of(log.steps, "images_per_second"))
+        yield _curve("data_wait", logs, "waiting for data, % of a step", _waiting)
 
 
 Points = tuple[NDArray[np.float64], NDArray[np.float64]]
 
 
-def _of(records: Sequence[dict[str, Any]], name: str, along: str = "epoch") -> Points:
-    """Values by epoch, counted from 1, or by step."""
-    first = 1 if along == "epoch" else 0
-    return np.array([record[along] + first for record in records], float), np.array(
+def _of(records: Sequence[dict[str, Any]], name: str) -> Points:
+    """Values by step."""
+    return np.array([record["step"] for record in records], float), np.array(
         [record[name] for record in records], float
     )
 
 
-def _of_validation(log: Log, name: str) -> Points:
-    return np.array([r["epoch"] + 1 for r in log.evaluated], float), np.array(
-        [r["val"][name] for r in log.evaluated], float
-    )
-
-
 def _waiting(log: Log) -> Points:
-    steps, wait = _of(log.steps, "data_wait_ms", "step")
-    return steps, 100 * wait / np.maximum(1e-9, wait + _of(log.steps, "step_ms", "step")[1])
+    steps, wait = _of(log.steps, "data_wait_ms")
+    return steps, 100 * wait / np.maximum(1e-9, wait + _of(log.steps, "step_ms")[1])
 
 
-def _errors(logs: Sequence[Log], names: str) -> Plot:
-    """Top-1 and top-5 against epochs, training dashed, the best epoch marked."""
+_PANELS = {"loss": "loss, nats", "top1_error": "top-1 error, %", "top5_error": "top-5 error, %"}
+
+
+def _progress(logs: Sequence[Log], name: str, along: str, place: Callable[[Log, dict[str, Any]], float]) -> Plot:
+    """Loss, top-1 and top-5 error after each epoch, training dashed, the best epoch marked; `place` is how far a record is along."""
 
     def draw(figure: Any) -> None:
-        for axes, which in zip(figure.subplots(1, 2), ("top1_error", "top5_error"), strict=True):
+        for axes, which in zip(figure.subplots(1, len(_PANELS)), _PANELS, strict=True):
             for n, log in enumerate(logs):
-                colour = LINES[n % len(LINES)]
-                axes.plot(
-                    *_of(log.epochs, which),
-                    color=colour,
-                    linestyle="--",
-                    linewidth=1,
-                    label=f"{log.run.name}, training",
-                )
-                axes.plot(*_of_validation(log, which), color=colour, linewidth=1.8, label=f"{log.run.name}, validation")
+                colour, run = LINES[n % len(LINES)], log.run.name
+                x = [place(log, record) for record in log.epochs]
+                y = [record[which] for record in log.epochs]
+                axes.plot(x, y, color=colour, linestyle="--", linewidth=1, label=f"{run}, training")
+                x = [place(log, record) for record in log.evaluated]
+                y = [record["val"][which] for record in log.evaluated]
+                axes.plot(x, y, color=colour, linewidth=1.8, label=f"{run}, validation")
                 if log.best is not None:
-                    axes.plot(
-                        log.best["epoch"] + 1, log.best["val"][which], "o", color=colour, markersize=7, fillstyle="none"
-                    )
-            axes.set(
-                xlabel="epochs", ylabel=f"{'top-1' if which == 'top1_error' else 'top-5'} error, %", ylim=(0, None)
-            )
+                    best = place(log, log.best), log.best["val"][which]
+                    axes.plot(*best, "o", color=colour, markersize=7, fillstyle="none")
+            axes.set(xlabel=along, ylabel=_PANELS[which], ylim=(0, None))
         figure.axes[0].legend()
 
     best = "; ".join(
@@ -223,47 +187,40 @@ def _errors(logs: Sequence[Log], names: str) -> Plot:
         for log in logs
         if log.best
     )
-    words = (
-        f"Errors by epoch of {names}, training dashed. Lowest validation error (circle): {best or 'none was measured'}."
-    )
-    return plot("errors", words, words, draw, (9.6, 3.8))
+    names = ", ".join(log.run.name for log in logs)
+    words = f"Loss and errors against {along}: {names}, training dashed. Lowest validation error (circle): {best or 'none was measured'}."
+    return plot(name, words, words, draw, (9.6, 3.4))
 
 
 def _curve(
     name: str,
     logs: Sequence[Log],
     what: str,
-    along: str,
     points: Callable[[Log], Points],
-    validation: Callable[[Log], Points] | None = None,
     log_scale: bool = False,
 ) -> Plot:
+    """Something against steps."""
+
     def draw(figure: Any) -> None:
         axes = figure.subplots()
         for n, log in enumerate(logs):
-            colour = LINES[n % len(LINES)]
-            for get, words, style in (
-                (points, "training", "--" if validation else STYLES[n % len(STYLES)]),
-                (validation, "validation", "-"),
-            ):
-                if get is not None:
-                    x, y = get(log)
-                    shown = thinned(x)
-                    label = f"{log.run.name}, {words}" if validation else log.run.name
-                    axes.plot(x[shown], y[shown], color=colour, linestyle=style, label=label)
-        axes.set(xlabel=along, ylabel=what)
+            x, y = points(log)
+            shown = thinned(x)
+            style = STYLES[n % len(STYLES)]
+            axes.plot(x[shown], y[shown], color=LINES[n % len(LINES)], linestyle=style, label=log.run.name)
+        axes.set(xlabel="steps", ylabel=what)
         if log_scale and all((points(log)[1] > 0).all() for log in logs):
             axes.set_yscale("log")
         else:
             axes.set_ylim(0, None)
         axes.legend()
 
-    words = f"{what[0].upper()}{what[1:]} against {along}: {', '.join(log.run.name for log in logs)}."
+    words = f"{what[0].upper()}{what[1:]} against steps: {', '.join(log.run.name for log in logs)}."
     return plot(name, words, words, draw, (4.7, 3.4))
 
 
 def _predictions(run: Path) -> list[Block]:
-    document, table = newest_predictions(run)
+    document, table, dataset = newest_predictions(run)
     known = table.labels >= 0
     where = f"{len(table):,} images of {document['split']!r}, {document['views']} view{'s' if document['views'] == 'ten' else ''}"
     if not known.any():
@@ -271,12 +228,14 @@ def _predictions(run: Path) -> list[Block]:
     error = f"top-1 error {document['top1_error']:.2f} %, top-5 error {document['top5_error']:.2f} %"
     blocks: list[Block] = [Words(f"{run.name} after step {document['step']}, {where}: {error}.")]
     wrong = known & (table.best[:, 0] != table.labels)
-    blocks += _confusions(table, known, wrong)
-    return [*blocks, *_worst(table, document)]
+    blocks += _confusions(table, dataset, known, wrong)
+    return [*blocks, *_worst(table, document, shown_classes(dataset))]
 
 
-def _confusions(table: PredictionTable, known: NDArray[np.bool_], wrong: NDArray[np.bool_]) -> list[Block]:
-    names, count = table.classes, len(table.classes)
+def _confusions(
+    table: PredictionTable, dataset: dict[str, Any], known: NDArray[np.bool_], wrong: NDArray[np.bool_]
+) -> list[Block]:
+    names, short, count = shown_classes(dataset), short_classes(dataset), len(table.classes)
     labels, guesses = table.labels[known], table.best[known, 0].astype(np.int64)
     images = np.bincount(labels, minlength=count)
     failed = np.bincount(table.labels[wrong], minlength=count)
@@ -303,8 +262,8 @@ def _confusions(table: PredictionTable, known: NDArray[np.bool_], wrong: NDArray
             axes = figure.subplots()
             drawn = axes.imshow(shares, vmin=0, vmax=100, cmap="viridis", interpolation="nearest")
             small = 8 if count <= 30 else 5
-            axes.set_xticks(range(count), names, rotation=90, fontsize=small)
-            axes.set_yticks(range(count), names, fontsize=small)
+            axes.set_xticks(range(count), short, rotation=90, fontsize=small)
+            axes.set_yticks(range(count), short, fontsize=small)
             axes.set(xlabel="best guess", ylabel="label")
             axes.grid(False)
             figure.colorbar(drawn, label="% of the class")
@@ -315,18 +274,23 @@ def _confusions(table: PredictionTable, known: NDArray[np.bool_], wrong: NDArray
     return blocks
 
 
-def _worst(table: PredictionTable, document: dict[str, Any]) -> list[Block]:
-    """Images whose label is given the least: often it is the label that is wrong."""
+def worst_predicted(table: PredictionTable, most: int = WORST) -> list[int]:
+    """The rows of a table whose label is given the least, at most so many, the least first."""
     given = np.where(table.labels >= 0, table.label_probabilities, np.inf)
-    order = [n for n in np.argsort(given, kind="stable")[:WORST].tolist() if table.labels[n] >= 0]
+    return [n for n in np.argsort(given, kind="stable")[:most].tolist() if table.labels[n] >= 0]
+
+
+def _worst(table: PredictionTable, document: dict[str, Any], names: list[str]) -> list[Block]:
+    """Images whose label is given the least: often it is the label that is wrong."""
+    order = worst_predicted(table)
     rows = [
         [
             rank,
             table.keys[n],
             table.sources[n],
-            table.classes[table.labels[n]],
-            float(given[n]),
-            table.classes[table.best[n, 0]],
+            names[table.labels[n]],
+            float(table.label_probabilities[n]),
+            names[table.best[n, 0]],
             float(table.probabilities[n, 0]),
         ]
         for rank, n in enumerate(order, 1)
