@@ -38,9 +38,13 @@ def reader(data: str | Path, split: str = "train", name: str = "shards", **optio
     dataset = read_dataset(folder)
     record = split_record(dataset, split, folder)
     if not is_local(folder):
-        raise AlexprepError(f"{data} is remote, and DALI's reader wants files: use Loader, or copy the data to a local folder")
+        raise AlexprepError(
+            f"{data} is remote, and DALI's reader wants files: use Loader, or copy the data to a local folder"
+        )
     if dataset["image"]["format"] == "raw":
-        raise AlexprepError(f"{data} holds raw pixels, which DALI has no decoder for: use Loader, or shard as JPEG or PNG")
+        raise AlexprepError(
+            f"{data} holds raw pixels, which DALI has no decoder for: use Loader, or shard as JPEG or PNG"
+        )
     shards = [str(folder / split / shard["name"]) for shard in record["shards"]]
     if dataset.get("unlabelled"):
         options = {"missing_component_behavior": "empty", **options}

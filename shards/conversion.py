@@ -520,4 +520,6 @@ def _card(manifest: Manifest) -> bytes | None:
     recorded = finished.get("files", {}).get(CARD)
     if recorded is None:
         return None
-    return found if found is not None and hashlib.sha256(found).hexdigest() == recorded else wanted  # another release's too
+    return (
+        found if found is not None and hashlib.sha256(found).hexdigest() == recorded else wanted
+    )  # another release's too

@@ -9,59 +9,65 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 from alexprep.shards.dataset_format import FORMATS
 from alexprep.shards.errors import counted
+from alexprep.shards.image_codec import Target
 from alexprep.shards.metadata import EXTENSION
 
 # Also by this line a README.md is known to be a card of ours.
 MARK = "# Written by `alexprep shard`. What describes the data is dataset.json; `alexprep verify` holds this file against it."
-_UNPRINTABLE = re.compile("[\x7f-\x9f\ud800-\udfff\u2028\u2029\ufeff\ufffe\uffff]")  # to YAML, which JSON writes as they are
+_UNPRINTABLE = re.compile(
+    "[\x7f-\x9f\ud800-\udfff\u2028\u2029\ufeff\ufffe\uffff]"
+)  # to YAML, which JSON writes as they are
 
 
 def dataset_card(
-    samples: Mapping[str, int], classes: Sequence[str], image: Mapping[str, Any], labelled: bool, metadata: Sequence[str]
+    samples: Mapping[str, int], classes: Sequence[str], target: Target, labelled: bool, metadata: Sequence[str]
 ) -> bytes:
     """README.md of a dataset.
 
     Args:
         samples: how many each split has.
         classes: names, by label.
-        image: of dataset.json: size in pixels, format.
+        target: the form of the images.
         labelled: whether samples have a label.
         metadata: names of what goes along with the samples.
     """
     filled = {split: count for split, count in samples.items() if count}
-    features = [f"  - name: {name}\n    dtype:{kind}" for name, kind in _features(classes, image, labelled, metadata)]
+    features = [f"  - name: {name}\n    {kind}" for name, kind in _features(classes, target, labelled, metadata)]
     files = [f"  - split: {split}\n    path: {split}/{split}-*.tar" for split in filled]
     counts = ", ".join(f"{count:,} in {split}" for split, count in filled.items())
+    common = target.common_size
+    size = "of several sizes" if common is None else f"{common[1]} x {common[0]} pixels"
     labels = f" of {counted(len(classes), 'class')}" if labelled else ""
     return "\n".join(
         [
             *("---", MARK, "configs:", "- config_name: default", "  data_files:", *files),
             *("dataset_info:", "  features:", *features, "---", ""),
-            f"Images{labels}: {counts}; {image['format']}, {image['size']} pixels. They lie in webdataset shards.",
+            f"Images{labels}: {counts}; {target.format}, {size}. They lie in webdataset shards.",
             "",
         ]
     ).encode()
 
 
 def _features(
-    classes: Sequence[str], image: Mapping[str, Any], labelled: bool, metadata: Sequence[str]
+    classes: Sequence[str], target: Target, labelled: bool, metadata: Sequence[str]
 ) -> Iterator[tuple[str, str]]:
     """Each column that `load_dataset` makes of a sample, and its type in YAML."""
-    if image["format"] == "raw":
-        side = image["size"]
-        yield FORMATS["raw"], f"\n      array3_d:\n        shape: [{side}, {side}, 3]\n        dtype: uint8"
-    else:
-        yield FORMATS[image["format"]], " image"
+    if target.format != "raw":
+        pixels = "dtype: image"
+    elif target.common_size:
+        pixels = f"dtype:\n      array3_d:\n        shape: {[*target.common_size, 3]}\n        dtype: uint8"
+    else:  # arrays of several sizes have no type of their own
+        pixels = "list:\n      list:\n        list: uint8"
+    yield FORMATS[target.format], pixels
     if labelled:
         names = "".join(f"\n          '{label}': {_quoted(name)}" for label, name in enumerate(classes))
-        yield "cls", f"\n      class_label:\n        names:{names}"
+        yield "cls", f"dtype:\n      class_label:\n        names:{names}"
     if metadata:
-        yield EXTENSION, " json"
-    yield "__key__", " string"
+        yield EXTENSION, "dtype: json"
+    yield "__key__", "dtype: string"
 
 
 def _quoted(name: str) -> str:

@@ -225,7 +225,14 @@ class Manifest:
 
     def dataset(self, file_digests: dict[str, str]) -> dict[str, Any]:
         """dataset.json, given the sha256 of the files beside it."""
-        document, image = self.plan.document, self._image
+        document = self.plan.document
+        keys = ("size", "filter", "format", "quality", "subsampling", "orient", "device")
+        # As plan.json has them: an option that it does not have was not there yet.
+        image = {key: document["options"][key] for key in keys if key in document["options"]}
+        added = {key: document["options"].get(key) for key in ("fit", "only_shrink", "lossless", "webp_method")}
+        image |= {key: value for key, value in added.items() if value is not None}
+        if self.plan.target.fit == "none":
+            del image["size"]
         return {
             "format": DATASET_FORMAT,
             "format_version": self.plan.format_version,
@@ -254,21 +261,10 @@ class Manifest:
             "versions": document["versions"],
         }
 
-    @property
-    def _image(self) -> dict[str, Any]:
-        """The form of the images, as plan.json has it: an option that it does not have was not there yet."""
-        keys, options = ("size", "filter", "format", "quality", "subsampling", "orient", "device"), self.plan.document["options"]
-        image = {key: options[key] for key in keys if key in options}
-        added = {key: options.get(key) for key in ("fit", "only_shrink", "lossless", "webp_method")}
-        image |= {key: value for key, value in added.items() if value is not None}
-        if self.plan.target.fit == "none":
-            del image["size"]
-        return image
-
     def card(self) -> bytes:
         """README.md, as Hugging Face's `load_dataset` wants it."""
-        image = self._image | {"format": self.plan.options["format"], "size": self.plan.options["size"]}
-        return dataset_card(self.samples, self.plan.document["classes"], image, self.plan.labelled, self.metadata)
+        plan = self.plan
+        return dataset_card(self.samples, plan.document["classes"], plan.target, plan.labelled, self.metadata)
 
     def timm_info(self) -> dict[str, Any]:
         """_info.json, as timm's webdataset reader wants it."""

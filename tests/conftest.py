@@ -36,7 +36,9 @@ SECONDS = 600  # for a test, however busy the machine; its module may have anoth
 FIXTURE_SECONDS = 1200  # for fixtures, some of which many tests share
 GRACE = 60  # seconds more, for what is late to be ended
 _stderr = 2
-_words = contextlib.ExitStack()  # tests are told options as users of the command line are; what programs are told has its own
+_words = (
+    contextlib.ExitStack()
+)  # tests are told options as users of the command line are; what programs are told has its own
 
 # For `from tests.made_up import …`, also in ranks and workers, which inherit it.
 sys.path.append(str(Path(__file__).parents[1]))

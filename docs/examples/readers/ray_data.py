@@ -5,7 +5,7 @@ from pathlib import Path
 
 import ray
 
-ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
+ray.init(log_to_driver=False)  # a cluster's address may stand in RAY_ADDRESS
 shards = [str(path.absolute()) for path in sorted(Path(sys.argv[1]).glob("train/*.tar"))]
 rows = ray.data.read_webdataset(shards, suffixes=["jpg", "png", "cls"])  # columns: pixels (H, W, 3), label, __key__
 labels = [row["cls"] for row in rows.iter_rows()]
