@@ -518,9 +518,9 @@ def _check_descriptions(plan: Plan, table: PlanTable, dataset: dict[str, Any]) -
     info, trouble = content(plan.folder / TIMM_INFO)
     if info != json_bytes(manifest.timm_info()):
         yield Problem(TIMM_INFO, "", trouble or "does not describe these shards")
-    if (wanted := recorded.get(CARD)) is not None:
+    if CARD in recorded:
         card, trouble = content(plan.folder / CARD)
-        if card is None or hashlib.sha256(card).hexdigest() != wanted:
+        if card is None or hashlib.sha256(card).hexdigest() != recorded[CARD]:
             yield Problem(CARD, "", trouble if card is None else _CHANGED)
     if dataset.get("plan") == plan.digest:
         names = (*files, PLAN_TABLE, *({CARD} & recorded.keys()))

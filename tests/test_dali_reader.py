@@ -24,8 +24,8 @@ from alexprep.shards.worker_pool import InProcessEngine
 
 
 @pipeline_def(batch_size=8, num_threads=1, device_id=None)
-def _pictures(data: Path, split: str = "train", **options: Any) -> Any:
-    encoded, digits = reader(data, split, **options)
+def _pictures(data: Path, split: str = "train", options: Any = None) -> Any:
+    encoded, digits = reader(data, split, **(options or {}))
     return decode_crop(encoded), label(digits)
 
 
@@ -34,7 +34,8 @@ def _read(data: Path, split: str) -> tuple[Any, Any]:
     batches = DALIGenericIterator(_pictures(data, split), ["images", "labels"], reader_name="shards", auto_reset=True)
     count, parts = len(Samples(data, split)), [batch for (batch,) in batches]  # the last one is filled up
     assert all(part["labels"].shape == part["labels"].shape[:1] for part in parts)
-    return tuple(np.concatenate([part[name].numpy() for part in parts])[:count] for name in ("images", "labels"))
+    images, labels = (np.concatenate([part[name].numpy() for part in parts])[:count] for name in ("images", "labels"))
+    return images, labels
 
 
 def _small(tmp_path: Path, photos: Path, target: Target, labels: bool = True) -> Path:
@@ -69,7 +70,7 @@ def test_no_label_is_minus_one(photos: Path, tmp_path: Path) -> None:
 def test_parts_of_several_processes_are_a_whole(data: Path) -> None:
     found: list[int] = []
     for shard in range(3):
-        pipeline = _pictures(data, shard_id=shard, num_shards=3, random_shuffle=True, seed=5)
+        pipeline = _pictures(data, options={"shard_id": shard, "num_shards": 3, "random_shuffle": True, "seed": 5})
         batches = DALIGenericIterator(pipeline, ["images", "labels"], reader_name="shards")
         found += [each for (batch,) in batches for each in batch["labels"].tolist()]
     assert sorted(found) == sorted(Samples(data, "train").labels.tolist())

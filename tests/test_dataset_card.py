@@ -16,6 +16,7 @@ from alexprep.shards.dataset_format import CARD
 from alexprep.shards.image_codec import Target
 from alexprep.shards.plan import ShardOptions
 from alexprep.shards.sources.layout_detection import find_source
+from alexprep.shards.storage import json_bytes
 from alexprep.shards.verification import repair, verify
 from alexprep.shards.worker_pool import InProcessEngine
 
@@ -97,7 +98,7 @@ def test_sets_finished_without_a_card_stay_as_they_are(source: Path, tmp_path: P
     document = json.loads((out / "dataset.json").read_bytes())
     digest = document["digest"]
     del document["files"][CARD]
-    (out / "dataset.json").write_text(json.dumps(document, indent=2) + "\n")
+    (out / "dataset.json").write_bytes(json_bytes(document))
     before = (out / "dataset.json").read_bytes()
     assert not _wrong(out)
     _shard(source, out)

@@ -10,9 +10,11 @@ from alexprep.pipeline import PRESETS, Loader
 
 class LoaderTrainer(Trainer):
     def get_train_dataloader(self):  # the Trainer's own would make batches of batches
-        return DataLoader(
-            self.train_dataset, batch_size=None, collate_fn=lambda it: {"pixel_values": it.images, "labels": it.labels}
-        )
+        return DataLoader(self.train_dataset, batch_size=None, collate_fn=named)
+
+
+def named(batch):
+    return {"pixel_values": batch.images, "labels": batch.labels}
 
 
 with Loader(sys.argv[1], batch_size=16, augmentation=PRESETS["resized"], seed=1) as loader:
