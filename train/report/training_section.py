@@ -108,10 +108,10 @@ def newest_predictions(data: Path | None, run: Path) -> Predictions:
         document = read_json(path, "evaluate again")
         if "predictions_file" in document:
             named = Path(document["predictions_file"])
-            beside = path.with_name(named.name)  # where the run was moved
+            beside = path.with_name(named.name)  # goes first: the run may have been moved
             where = data_with(document["data_digest"], data, Path(document["data"]))
             dataset = read_dataset(where)
-            table = read_predictions(named if named.exists() else beside, dataset["classes"])
+            table = read_predictions(beside if beside.exists() else named, dataset["classes"])
             return Predictions(document, table, where, dataset)
     raise AlexprepError(f"{run} has no predictions: make them with `alexprep eval {run.name} --predictions`")
 
