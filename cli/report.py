@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from alexprep.cli.options import json_option, local_data_option, runs_option
+from alexprep.cli.options import json_option, local_data_option, on_command_line, runs_option
 
 
 @click.command(short_help="One page that shows data, statistics and runs.")
@@ -16,7 +16,7 @@ from alexprep.cli.options import json_option, local_data_option, runs_option
     type=click.Path(path_type=Path, file_okay=False),
     default="report",
     show_default=True,
-    help="The folder; an earlier report in it is replaced.",
+    help="The folder; an earlier report in it is replaced, and nothing else.",
 )
 @local_data_option
 @runs_option
@@ -33,7 +33,7 @@ def report(places: tuple[str, ...], out: Path, data: Path, runs: Path, as_json: 
     from alexprep.cli import output
     from alexprep.train.report.page import find_places, write_report
 
-    chosen, found, notes = find_places(places, data, runs)
+    chosen, found, notes = find_places(places, data, runs, on_command_line("data"))
     written = write_report(chosen, found, out, lambda words: click.echo(f"drawing: {words}", err=True), notes)
     for sentence in written.missing:
         click.echo(sentence, err=True)

@@ -99,11 +99,13 @@ def test_neighbours_equal_numpy(photos: Path, data: Path, tmp_path: Path) -> Non
     queries: list[Any] = [photos / "train/class3/003.JPEG", photos / "val/class0/000.JPEG", b"no picture"]
     with Classifier.open(run, **OPTIONS) as classifier:
         found = find_similar(classifier, outputs, queries, 5, InProcessEngine())
+        twice = find_similar(classifier, outputs, [queries[0], *queries[:2]], 5, InProcessEngine())
         views = [view for _, view in classifier.views_of(find_photos(queries[1:2]), InProcessEngine(), {})]
         vector = outputs_of(classifier.net.network, "relu4", views[0], "fp32", 8)[0].numpy()
         other = make_run(tmp_path, "b", data, 2)
         with pytest.raises(AlexprepError, match="is of other weights than a@2: make them with `alexprep features a@2`"):
             find_similar(classifier, write_outputs(Place(other), **OPTIONS), queries)
+    assert [photo.name for photo in twice.photos] == list(twice.neighbours) == list(found.neighbours)
     own, new = found.neighbours.values()
     assert (own[0].source, own[0].distance, own[0].label) == ("train/class3/003.JPEG", 0, 3)
     assert [name for name, _ in found.refused] == ["picture 3"]

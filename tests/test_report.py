@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from alexprep.shards.conversion import convert
+from alexprep.shards.errors import AlexprepError
 from alexprep.shards.image_codec import Target
 from alexprep.shards.plan import ShardOptions
 from alexprep.shards.rgb_statistics import read_statistics
@@ -25,8 +26,9 @@ from alexprep.train.evaluation import evaluate, evaluation_file, predictions_of,
 from alexprep.train.layer_outputs import write_outputs
 from alexprep.train.prediction_table import write_predictions
 from alexprep.train.report import blocks
-from alexprep.train.report.blocks import Section, Table, Words, plot, thinned
+from alexprep.train.report.blocks import Picture, Plot, Section, Table, Words, plot, thinned
 from alexprep.train.report.page import find_places, render, write_report
+from alexprep.train.report.paper_section import paper_section
 from alexprep.train.run_dir import Place
 from tests.made_up import make_run
 from tests.support.browser import CHROMIUM, Browser
@@ -236,6 +238,37 @@ def test_one_image_alone(photos: Path, tmp_path: Path) -> None:
     assert {"sheet_by_class.png", "sizes.png"} <= {p.name for p in (tmp_path / "out/pictures").iterdir()}
 
 
+def test_files_of_others_are_left_alone(tmp_path: Path) -> None:
+    """An earlier report's pictures go, whatever else lies beside them stays, and no file of somebody else is written over."""
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    (pictures / "holiday.png").write_bytes(b"mine")
+    section = Section("x", "X", [Picture("axes", "a", "c", np.zeros((2, 2, 3), np.uint8))])
+    page = render("x", [section])
+    (pictures / "axes.png").write_bytes(b"of the report")
+    (tmp_path / "report.html").write_text(page)
+    write_report(None, [], tmp_path)
+    assert [path.name for path in pictures.iterdir()] == ["holiday.png"]
+    write_report(None, [], tmp_path)
+    (tmp_path / "report.html").write_text("<title>Coverage report</title>")
+    with pytest.raises(AlexprepError, match=r"report\.html is not of an earlier report: .* --out"):
+        write_report(None, [], tmp_path)
+    assert "Coverage" in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.usefixtures("cheap_plots")
+def test_a_dataset_that_was_moved_is_the_one_that_is_named(data: Path, run: Path, tmp_path: Path) -> None:
+    moved, other = tmp_path / "moved", tmp_path / "a"
+    shutil.copytree(data, moved)
+    shutil.copytree(run, other)
+    for path in [*other.glob("eval-*.json"), *other.glob("features-*.json")]:
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"data": "not/here"}))
+    paper = paper_section(moved, [other])
+    assert paper.warnings == []
+    assert [block.name for block in paper.blocks if isinstance(block, Plot | Picture)][-2:] == ["guesses", "neighbours"]
+    assert len(paper_section(None, [other]).warnings) == 2
+
+
 def test_damage_of_any_kind_costs_its_part_alone() -> None:
     section = Section("x", "X")
     section.add(lambda: [Words("before")], "words")
@@ -272,6 +305,10 @@ def test_what_is_meant(data: Path, run: Path, tmp_path: Path) -> None:
     assert find_places([str(run)], nothing, tmp_path)[:2] == (data, [run])
     assert find_places([], nothing, tmp_path) == (None, [], [])
     assert find_places([], data, tmp_path) == (data, [], [])
+    assert find_places(["a"], nothing, run.parent, insist=True)[2] == [f"{nothing} is no dataset's folder."]
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "dataset.json").write_text("{}")
+    assert find_places(["a"], tmp_path / "other", run.parent, insist=True) == (tmp_path / "other", [run], [])
     _, _, notes = find_places(["b", str(data), str(data)], nothing, run.parent)
     assert len(notes) == 2 and notes[0].startswith("b is neither a dataset's folder")
 

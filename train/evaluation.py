@@ -162,7 +162,7 @@ def evaluate(
             {**place_of(net), "recipe": net.recipe.name, "weight": weight, **scores.summary()}
             for net, weight, scores in zip(nets, used, single, strict=True)
         ],
-        "data": str(data),
+        "data": str(data.absolute()),
         "data_digest": facts.digest,
         "split": split,
         "views": views,

@@ -185,7 +185,7 @@ def write_outputs(
         "run": str(net.run),
         "step": net.step,
         "layer": layer,
-        "data": str(data),
+        "data": str(data.absolute()),
         "data_digest": dataset["digest"],
         "split": split,
         "images": split_record(dataset, split, data)["samples"],

@@ -111,7 +111,7 @@ def find_similar(
         ]
         for number, near, far in zip(chosen, rows, distances, strict=True)
     }
-    seen = [listed[number] for number in chosen]
+    seen = list({listed[number].name: listed[number] for number in chosen}.values())  # one named twice is one
     return Similar(neighbours, dataset, data, facts["split"], seen, left_out)
 
 

@@ -14,7 +14,9 @@ from PIL import Image
 
 from alexprep.shards.errors import AlexprepError
 
-SIDE_LIGHT, SIDE_DARK = ("#1d1d1f", "#ffffff"), ("#e8e8ea", "#17181a")  # ink and paper
+BAR, RIGHT = "#7aa7d9", "#e8837d"  # bars with text on them; of the right one
+# Ink, paper and the bars under ink. On each side the ink has a contrast of 5 at least to the others.
+SIDE_LIGHT, SIDE_DARK = ("#1d1d1f", "#ffffff", BAR, RIGHT), ("#e8e8ea", "#17181a", "#2f5d8f", "#96352f")
 LINES = (
     "#0068b5",
     "#c8501a",
@@ -165,9 +167,7 @@ def plot(name: str, alt: str, caption: str, draw: Draw, size: tuple[float, float
     """Draws a plot; `size` in inches of 100 pixels. `draw` is given an empty Figure."""
     light, png = _drawn(draw, size)
     dark = light
-    for own, other in zip(
-        SIDE_LIGHT, SIDE_DARK, strict=True
-    ):  # ink and paper; no plot uses these two for anything else
+    for own, other in zip(SIDE_LIGHT, SIDE_DARK, strict=True):  # no plot uses these for anything else
         dark = dark.replace(own.encode(), other.encode())
     return Plot(name, alt, caption, light, dark, png, round(100 * size[0]))
 
@@ -210,7 +210,7 @@ def _drawn(draw: Draw, size: tuple[float, float]) -> tuple[bytes, bytes]:
     import matplotlib
     from matplotlib.figure import Figure
 
-    ink, paper = SIDE_LIGHT
+    ink, paper, *_ = SIDE_LIGHT
     inks = dict.fromkeys(
         ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "axes.titlecolor"), ink
     )

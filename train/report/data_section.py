@@ -182,7 +182,13 @@ def _classes(dataset: dict[str, Any], ledgers: dict[str, Ledger]) -> list[Block]
 
         words = "; ".join(f"{split}: {min(count):,} to {max(count):,} a class" for split, count in counts.items())
         blocks.append(
-            plot("classes", f"Samples a class, in descending order. {words}.", f"Samples a class. {words}.", draw)
+            plot(
+                "classes",
+                f"Samples a class, in descending order. {words}.",
+                f"Samples a class. {words}.",
+                draw,
+                (5, 3.8),
+            )
         )
     return blocks
 
@@ -211,11 +217,18 @@ def _sizes(ledgers: dict[str, Ledger]) -> list[Block]:
     widths, heights = widths[seen].astype(np.float64), heights[seen].astype(np.float64)
 
     def sizes(figure: Any) -> None:
+        from matplotlib.ticker import LogLocator, NullFormatter
+
         axes = figure.subplots()
         low, high = (np.log10(bound(np.concatenate([widths, heights]))) for bound in (np.min, np.max))
-        edges = np.logspace(low - 0.02, high + 0.02, 60)
+        spare = max(0.02, (0.6 - (high - low)) / 2)  # a factor of 4 at least, so that ticks at 1, 2 and 5 are among it
+        edges = np.logspace(low - spare, high + spare, 60)
         drawn = axes.hist2d(widths, heights, bins=[edges, edges], cmin=1, cmap="viridis", rasterized=True)[3]
         axes.set(xscale="log", yscale="log", xlabel="width, pixels", ylabel="height, pixels")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.set_major_formatter("{x:,.0f}")
+            axis.set_minor_formatter(NullFormatter())
         figure.colorbar(drawn, label="images")
 
     def ratios(figure: Any) -> None:

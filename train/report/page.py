@@ -5,8 +5,8 @@ The page asks no network for anything: styles, the script and all pictures are i
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,8 @@ from alexprep.train.report.training_section import training_section
 from alexprep.train.run_dir import CONFIG, find_run, read_config
 
 PAGE, PICTURES = "report.html", "pictures"
+_OURS = "· alexprep report</title>"  # in every page
+_NAMED = re.compile(r'<figure data-name="(\w+)"')  # the pictures that lie beside a page
 
 
 @dataclass(frozen=True)
@@ -44,37 +46,59 @@ def write_report(
     Args:
         data: the folder of a dataset; None where there is none.
         runs: folders of runs, in the order in which they are drawn.
-        out: the folder, made where there is none; an earlier report in it is replaced.
+        out: the folder, made where there is none; an earlier report in it is replaced, and nothing else.
         say: told what is being drawn.
         notes: sentences on what was named and is not there.
 
     Raises:
-        AlexprepError: matplotlib or Jinja2 is not installed. OSError: the folder cannot be written to.
+        AlexprepError: matplotlib or Jinja2 is not installed, or a file of somebody else has the name of one of the report's. OSError: the
+            folder cannot be written to.
     """
     check_libraries()
+    earlier = _earlier(out)
+    make_folder(out / PICTURES)
     sections = []
     parts: list[tuple[str, Callable[[], Section]]] = [
         ("data", lambda: data_section(data)),
         ("statistics", lambda: statistics_section(data)),
         ("augmentation", lambda: augmentation_section(data, runs)),
-        ("training", lambda: training_section(runs)),
-        ("the paper's pictures", lambda: paper_section(runs)),
+        ("training", lambda: training_section(data, runs)),
+        ("the paper's pictures", lambda: paper_section(data, runs)),
     ]
     for words, make in parts:
         say(words)
         sections.append(make())
     sections[0].blocks[:0] = [Words(note, warning=True) for note in notes]
     title = " · ".join(path.resolve().name for path in (*([data] if data else []), *runs)) or "nothing"
-    make_folder(out)
-    shutil.rmtree(out / PICTURES, ignore_errors=True)
-    make_folder(out / PICTURES)
-    for section in sections:
-        for block in section.blocks:
-            if isinstance(block, Picture | Plot):
-                for name, content in block.files():
-                    publish_bytes(out / PICTURES / name, content)
+    pictures = [block for section in sections for block in section.blocks if isinstance(block, Picture | Plot)]
+    files = {out / PICTURES / name: content for block in pictures for name, content in block.files()}
+    _check_free(files.keys() - earlier)
+    for path in earlier:
+        path.unlink(missing_ok=True)
+    for path, content in files.items():
+        publish_bytes(path, content)
     publish_bytes(out / PAGE, render(title, sections).encode("utf-8", "surrogateescape"))
     return WrittenReport(out / PAGE, [words for section in sections for words in section.warnings])
+
+
+def _earlier(out: Path) -> set[Path]:
+    """The pictures of an earlier report in a folder. Raises AlexprepError where its page is no report of ours."""
+    page = out / PAGE
+    if not page.exists():
+        return set()
+    text = page.read_text(encoding="utf-8", errors="replace")
+    if _OURS not in text:
+        _check_free([page])
+    return {out / PICTURES / f"{name}.{kind}" for name in _NAMED.findall(text) for kind in ("png", "svg")}
+
+
+def _check_free(paths: Iterable[Path]) -> None:
+    """Raises AlexprepError where one of the files exists."""
+    for path in sorted(paths):
+        if path.exists():
+            raise AlexprepError(
+                f"{path} is not of an earlier report: move or delete it, or name another folder with --out"
+            )
 
 
 def render(title: str, sections: Sequence[Section]) -> str:
@@ -87,18 +111,20 @@ def render(title: str, sections: Sequence[Section]) -> str:
     return template.render(title=title, sections=sections, version=versions("alexprep")["alexprep"])
 
 
-def find_places(places: Sequence[str], data: Path, runs: Path) -> tuple[Path | None, list[Path], list[str]]:
+def find_places(
+    places: Sequence[str], data: Path, runs: Path, insist: bool = False
+) -> tuple[Path | None, list[Path], list[str]]:
     """Tells what is meant by the arguments of `alexprep report`: (data, runs, a sentence for what is neither).
 
     An argument is the folder of a dataset, the folder of a run, or a run's name in `runs`. Where no dataset is named, the one that the first
-    run was trained on is meant, or `data`; where nothing is named at all, also the run last active.
+    run was trained on is meant, or `data`, which goes first where `insist` says so; where nothing is named at all, also the run last active.
     """
     chosen: Path | None = None
     found: list[Path] = []
     notes = []
     for place in places:
         folder = Path(place)
-        if (folder / DATASET).exists() or (folder / PLAN).exists():
+        if _holds_data(folder):
             if chosen is not None:
                 notes.append(f"{place} is a second dataset: a report shows one, {chosen}.")
             chosen = chosen or folder
@@ -111,10 +137,20 @@ def find_places(places: Sequence[str], data: Path, runs: Path) -> tuple[Path | N
     if not places:
         found += _last_active(runs)
     if chosen is None:
-        chosen = next(_trained_on(found), None) or (
-            data if (data / DATASET).exists() or (data / PLAN).exists() else None
+        there = [data] if _holds_data(data) else []
+        trained_on = [] if insist and there else list(_trained_on(found))
+        chosen = next(iter([*trained_on, *there]), None)
+    if insist and chosen != data:
+        notes.append(
+            f"{data} is no dataset's folder."
+            if not _holds_data(data)
+            else f"{data} is a second dataset: a report shows one, {chosen}."
         )
     return chosen, found, notes
+
+
+def _holds_data(folder: Path) -> bool:
+    return (folder / DATASET).exists() or (folder / PLAN).exists()
 
 
 def _last_active(runs: Path) -> list[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,9 @@ from alexprep.train import checkpoint
 from alexprep.train.layer_outputs import LayerOutputs, read_outputs
 from alexprep.train.models.alexnet import AlexNet
 from alexprep.train.recipes import RECIPES
-from alexprep.train.report.blocks import Block, Picture, Section, Words, enlarged, plot, tiled
+from alexprep.train.report.blocks import BAR, RIGHT, Block, Picture, Section, Words, enlarged, plot, tiled
 from alexprep.train.report.data_section import decoded
-from alexprep.train.report.training_section import newest_predictions
+from alexprep.train.report.training_section import data_with, newest_predictions
 from alexprep.train.run_dir import Place, read_config, saved_checkpoint
 
 _EXAMPLES = 8  # test images of figure 4, left
@@ -27,16 +28,16 @@ _KERNELS_A_ROW = 16
 _SIDE = 64  # pixels of a neighbour's picture, at least
 
 
-def paper_section(runs: Sequence[Path]) -> Section:
-    """The section of the first run."""
+def paper_section(data: Path | None, runs: Sequence[Path]) -> Section:
+    """The section of the first run, with the images of `data` where its outputs are of these."""
     section = Section("paper", "The paper's pictures")
     if not runs:
         section.blocks.append(Words("There is no run whose kernels and predictions could be drawn.", True))
         return section
     run = runs[0]
     section.add(lambda: _kernels(run), "picture of the kernels (figure 3)")
-    section.add(lambda: _guesses(run), "picture of the five best labels (figure 4, left)")
-    section.add(lambda: _neighbours(run), "picture of the nearest images (figure 4, right)")
+    section.add(lambda: _guesses(data, run), "picture of the five best labels (figure 4, left)")
+    section.add(lambda: _neighbours(data, run), "picture of the nearest images (figure 4, right)")
     return section
 
 
@@ -71,13 +72,13 @@ def _as_picture(kernel: NDArray[np.float32]) -> NDArray[np.uint8]:
     return picture
 
 
-def _guesses(run: Path) -> list[Block]:
-    document, table, dataset = newest_predictions(run)
-    names = short_classes(dataset)
-    samples = Samples(Path(document["data"]), document["split"])
+def _guesses(data: Path | None, run: Path) -> list[Block]:
+    found = newest_predictions(data, run)
+    document, table, names = found.document, found.table, short_classes(found.dataset)
+    samples = Samples(found.data, document["split"])
     if len(samples) != len(table):
         raise AlexprepError(
-            f"{document['data']} has changed since: make the predictions again with `alexprep eval --predictions`"
+            f"{found.data} has changed since: make the predictions again with `alexprep eval --predictions`"
         )
     known = np.flatnonzero(table.labels >= 0)
     chosen = (
@@ -100,7 +101,7 @@ def _guesses(run: Path) -> list[Block]:
             photo, bars = grid[2 * row][column], grid[2 * row + 1][column]
             photo.imshow(pixels)
             photo.set_title(names[table.labels[image]], fontsize=9)
-            colours = ["#d0453e" if guess == table.labels[image] else "#7aa7d9" for guess in table.best[image]]
+            colours = [RIGHT if guess == table.labels[image] else BAR for guess in table.best[image]]
             places = np.arange(len(colours))[::-1]
             bars.barh(places, table.probabilities[image], color=colours)
             bars.set(xlim=(0, 1), ylim=(-0.5, len(colours) - 0.5))
@@ -115,9 +116,9 @@ def _guesses(run: Path) -> list[Block]:
     ]
 
 
-def _neighbours(run: Path) -> list[Block]:
-    train, queries = _outputs(run)
-    data = Path(train.facts["data"])
+def _neighbours(data: Path | None, run: Path) -> list[Block]:
+    train, queries = _outputs(data, run)
+    data = data_with(train.facts["data_digest"], data, Path(train.facts["data"]))
     digest = read_dataset(data)["digest"]
     if any(found.facts["data_digest"] != digest for found in (train, queries)):
         raise AlexprepError(
@@ -153,7 +154,7 @@ def _neighbours(run: Path) -> list[Block]:
     ]
 
 
-def _outputs(run: Path) -> tuple[LayerOutputs, LayerOutputs]:
+def _outputs(data: Path | None, run: Path) -> tuple[LayerOutputs, LayerOutputs]:
     """Of one layer and checkpoint, for the training images and for others."""
     found: dict[tuple[str, str], dict[str, LayerOutputs]] = {}
     for path in sorted(run.glob("features-*.npy"), key=lambda path: path.stat().st_mtime_ns, reverse=True):
@@ -168,9 +169,13 @@ def _outputs(run: Path) -> tuple[LayerOutputs, LayerOutputs]:
         other = splits.get("val") or splits.get("test")
         if "train" in splits and other is not None:
             return splits["train"], other
+    named = "val"
+    with contextlib.suppress(AlexprepError):
+        filled = {} if data is None else read_dataset(data)["splits"]
+        named = "test" if "test" in filled and "val" not in filled else "val"
     raise AlexprepError(
         f"{run} has no outputs of its last hidden layer for both splits: make them with `alexprep features {run.name}` and `alexprep features "
-        f"{run.name} --split val`"
+        f"{run.name} --split {named}`"
     )
 
 

@@ -22,7 +22,7 @@ def statistics_section(data: Path | None) -> Section:
     section = Section("statistics", "Statistics")
     if data is None:
         return section
-    section.add(lambda: _all(data, read_statistics(data)), "statistics")
+    section.add(lambda: _all(data, read_statistics(data)), "table of the statistics")
     return section
 
 

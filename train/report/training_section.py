@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -45,8 +46,8 @@ class Log:
         return min(self.evaluated, key=lambda record: float(record["val"]["top1_error"]), default=None)
 
 
-def training_section(runs: Sequence[Path]) -> Section:
-    """The section of some runs; only the first one's predictions are shown."""
+def training_section(data: Path | None, runs: Sequence[Path]) -> Section:
+    """The section of some runs; only the first one's predictions are shown, with the images of `data` where they are of it."""
     section = Section("training", "Training")
     if not runs:
         section.blocks.append(
@@ -59,7 +60,7 @@ def training_section(runs: Sequence[Path]) -> Section:
     if logs:
         section.add(lambda: [_summary(logs)], "table of the runs")
         section.add(lambda: _curves(logs), "plot of the training")
-    section.add(lambda: _predictions(runs[0]), f"table of predictions of {runs[0].name}")
+    section.add(lambda: _predictions(data, runs[0]), f"table of predictions of {runs[0].name}")
     return section
 
 
@@ -87,8 +88,18 @@ def read_log(run: Path) -> Log:
     )
 
 
-def newest_predictions(run: Path) -> tuple[dict[str, Any], PredictionTable, dict[str, Any]]:
-    """The newest evaluation of a run that has its predictions: its document, the table, and the dataset.json of the data.
+@dataclass(frozen=True)
+class Predictions:
+    """The newest evaluation of a run that has its predictions: its document, the table, where the data are, and their dataset.json."""
+
+    document: dict[str, Any]
+    table: PredictionTable
+    data: Path
+    dataset: dict[str, Any]
+
+
+def newest_predictions(data: Path | None, run: Path) -> Predictions:
+    """Finds them. The data are `data` where these are the evaluated ones, wherever they lay then.
 
     Raises AlexprepError, with the command that makes them, where there is none.
     """
@@ -97,10 +108,20 @@ def newest_predictions(run: Path) -> tuple[dict[str, Any], PredictionTable, dict
         document = read_json(path, "evaluate again")
         if "predictions_file" in document:
             named = Path(document["predictions_file"])
-            beside = path.with_name(named.name)  # where the run was moved
-            dataset = read_dataset(Path(document["data"]))
-            return document, read_predictions(named if named.exists() else beside, dataset["classes"]), dataset
+            beside = path.with_name(named.name)  # goes first: the run may have been moved
+            where = data_with(document["data_digest"], data, Path(document["data"]))
+            dataset = read_dataset(where)
+            table = read_predictions(beside if beside.exists() else named, dataset["classes"])
+            return Predictions(document, table, where, dataset)
     raise AlexprepError(f"{run} has no predictions: make them with `alexprep eval {run.name} --predictions`")
+
+
+def data_with(digest: str, data: Path | None, recorded: Path) -> Path:
+    """Where the data of a digest are: `data` if these are they, otherwise the place that was recorded."""
+    with contextlib.suppress(AlexprepError):
+        if data is not None and read_dataset(data)["digest"] == digest:
+            return data
+    return recorded
 
 
 def _read(run: Path, logs: list[Log]) -> list[Block]:
@@ -112,10 +133,10 @@ def _summary(logs: Sequence[Log]) -> Table:
     rows: list[list[Any]] = []
     for log in logs:
         config, best = read_config(log.run), log.best
-        last = (log.epochs or log.steps)[-1]
+        last, step = (log.epochs or log.steps)[-1], max(record["step"] for record in [*log.epochs, *log.steps])
         options = config["options"]
         recipe = str(options["recipe"]).rpartition("/")[2]  # of a file, its name alone
-        row = [log.run.name, recipe, log.batch_size, int(last["step"]), len(log.epochs), float(last["loss"])]
+        row = [log.run.name, recipe, log.batch_size, int(step), len(log.epochs), float(last["loss"])]
         row += [best["epoch"] + 1, best["val"]["top1_error"], best["val"]["top5_error"]] if best else [None] * 3
         rows.append([*row, sum(float(record["seconds"]) for record in log.epochs) / 60])
     columns = [
@@ -136,8 +157,10 @@ def _summary(logs: Sequence[Log]) -> Table:
 def _curves(logs: Sequence[Log]) -> Iterator[Plot]:
     if any(log.epochs for log in logs):
         yield _progress(logs, "errors", "epochs", lambda log, record: float(record["epoch"] + 1))
+        most = max(record["step"] * log.batch_size for log in logs for record in log.epochs)
+        unit, words = (1e6, "millions") if most >= 2e6 else (1e3, "thousands")
         yield _progress(
-            logs, "images_seen", "images seen, millions", lambda log, record: record["step"] * log.batch_size / 1e6
+            logs, "images_seen", f"images seen, {words}", lambda log, record: record["step"] * log.batch_size / unit
         )
     yield _curve("learning_rate", logs, "learning rate", lambda log: _of(log.steps or log.epochs, "lr"), log_scale=True)
     if any(log.steps for log in logs):
@@ -180,6 +203,7 @@ def _progress(logs: Sequence[Log], name: str, along: str, place: Callable[[Log, 
                     best = place(log, log.best), log.best["val"][which]
                     axes.plot(*best, "o", color=colour, markersize=7, fillstyle="none")
             axes.set(xlabel=along, ylabel=_PANELS[which], ylim=(0, None))
+            axes.locator_params(axis="x", nbins=5)  # whose labels have room
         figure.axes[0].legend()
 
     best = "; ".join(
@@ -219,8 +243,9 @@ def _curve(
     return plot(name, words, words, draw, (4.7, 3.4))
 
 
-def _predictions(run: Path) -> list[Block]:
-    document, table, dataset = newest_predictions(run)
+def _predictions(data: Path | None, run: Path) -> list[Block]:
+    found = newest_predictions(data, run)
+    document, table, dataset = found.document, found.table, found.dataset
     known = table.labels >= 0
     where = f"{len(table):,} images of {document['split']!r}, {document['views']} view{'s' if document['views'] != 'centre' else ''}"
     if not known.any():
@@ -229,7 +254,7 @@ def _predictions(run: Path) -> list[Block]:
     blocks: list[Block] = [Words(f"{run.name} after step {document['step']}, {where}: {error}.")]
     wrong = known & (table.best[:, 0] != table.labels)
     blocks += _confusions(table, dataset, known, wrong)
-    return [*blocks, *_worst(table, document, shown_classes(dataset))]
+    return [*blocks, *_worst(found)]
 
 
 def _confusions(
@@ -280,8 +305,9 @@ def worst_predicted(table: PredictionTable, most: int = WORST) -> list[int]:
     return [n for n in np.argsort(given, kind="stable")[:most].tolist() if table.labels[n] >= 0]
 
 
-def _worst(table: PredictionTable, document: dict[str, Any], names: list[str]) -> list[Block]:
+def _worst(found: Predictions) -> list[Block]:
     """Images whose label is given the least: often it is the label that is wrong."""
+    document, table, data, names = found.document, found.table, found.data, shown_classes(found.dataset)
     order = worst_predicted(table)
     rows = [
         [
@@ -299,7 +325,6 @@ def _worst(table: PredictionTable, document: dict[str, Any], names: list[str]) -
     formats = {"its probability": ".3g", "probability": ".4f"}
     caption = f"Worst predicted images: the {len(rows)} whose label is given the least; often the label is wrong"
     blocks: list[Block] = [Table(caption, columns, rows, search=True, formats=formats)]
-    data = Path(document["data"])
     samples = Samples(data, document["split"])
     if len(samples) != len(table) or not np.array_equal(read_index(data, document["split"])["label"], table.labels):
         raise AlexprepError(
