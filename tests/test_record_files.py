@@ -158,6 +158,8 @@ def test_damaged_tfrecords(rows: dict[str, list[Row]], tmp_path: Path) -> None:
         fails(place, words)
     place.write_bytes(flipped(whole, 2, 1))
     fails(place, "is a TFRecord file that is damaged from its first bytes on")
+    (tmp_path / "val.tfrecord").write_bytes(whole)
+    fails(tmp_path, f"{place} is damaged from its first bytes on, or no TFRecord file as {tmp_path}/val.tfrecord is")
 
 
 # RecordIO

@@ -46,6 +46,7 @@ _READ_BYTES = 4096  # of a record at once, where it is listed
 _MAX_TEXT_BYTES = 1000
 _MASK_DELTA = 0xA282EAD8
 _is_name = re.compile(rb".*\.tfrecords?(-\d{5}-of-\d{5})?|[\w.-]*\w-\d{5}-of-\d{5}", re.IGNORECASE).fullmatch
+_FILES_LOOKED_AT = 20  # where the first of a folder is none, to tell damage from other files
 
 Get = Callable[[int, int], bytes]  # (offset, size) → bytes of a record
 
@@ -87,7 +88,14 @@ class TFRecords(Source):
     def at(cls, files: Files, name: bytes, choices: Choices = NO_CHOICES) -> Source | None:
         """See `Source`: the file that is named, or those below the root, of which the first must be one by its first bytes."""
         paths = [name] if name else files_below(files, _is_name)
-        if not paths or not is_tfrecord(files, paths[0]):
+        if not paths:
+            return None
+        if not is_tfrecord(files, paths[0]):
+            if other := next((path for path in paths[1:_FILES_LOOKED_AT] if is_tfrecord(files, path)), None):
+                raise AlexprepError(
+                    f"{files.display(paths[0])} is damaged from its first bytes on, or no TFRecord file as {files.display(other)} is: get it "
+                    "again, or move it away"
+                )
             return None
         if not name:
             check_complete(files, paths)
