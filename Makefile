@@ -8,12 +8,13 @@ TEST := $(BIN)/pytest -q -n auto --maxprocesses 4 --dist worksteal
 LONG_TESTS = $(shell grep -l '^def test_' tests/stress/*.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check stress format wheel-check clean
+.PHONY: help demo test check ecosystem stress format wheel-check clean
 
 help:
 	@echo "make demo    shards, statistics, training and evaluation on a small set made on the spot"
 	@echo "make test    the test suite"
 	@echo "make check   format, lint, types, tests"
+	@echo "make ecosystem  our shards and networks in other libraries: a torch of its own, 8 GB where that is one for CUDA"
 	@echo "make stress  long campaigns of faults; SECONDS=600 for a part of each in that time"
 
 # The stamp is newer than what it was made from, so an edited dependency list reinstalls.
@@ -41,6 +42,17 @@ check: .venv/installed build/types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(TEST)
+
+# torchvision fits one torch alone, which is not the one that the rest is tested with.
+build/ecosystem-env/installed: pyproject.toml setup.cfg constraints.txt tests/ecosystem/constraints.txt
+	$(PYTHON) -m venv build/ecosystem-env
+	build/ecosystem-env/bin/python -m pip install --quiet --upgrade "pip>=25.1"
+	grep -v '^torch==' constraints.txt | cat - tests/ecosystem/constraints.txt > build/ecosystem-constraints.txt
+	build/ecosystem-env/bin/python -m pip install --quiet -c build/ecosystem-constraints.txt -e . --group dev --group ecosystem
+	touch $@
+
+ecosystem: build/ecosystem-env/installed
+	build/ecosystem-env/bin/pytest -q tests/ecosystem
 
 # Hours; SECONDS=600 makes it about ten minutes. `make test` tries a seeded sample of the same.
 stress: .venv/installed

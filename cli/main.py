@@ -26,7 +26,7 @@ from alexprep.cli.similar import similar
 from alexprep.cli.train import train
 from alexprep.cli.tune import tune
 from alexprep.cli.verify import verify
-from alexprep.shards.errors import TRACEBACK, AlexprepError
+from alexprep.shards.errors import TRACEBACK, AlexprepError, command_line_words
 from alexprep.shards.thread_waiting import choose_waiting
 
 LOAD_TORCH = ("train", "ablate", "eval", "bench", "demo")  # and compute with it for long
@@ -80,6 +80,11 @@ for command in COMMANDS:
 
 def main() -> None:
     """Runs the command line: an error is a line on stderr and exit status 1, a question 2; never a traceback."""
+    with command_line_words():
+        _main()
+
+
+def _main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a letter that the terminal lacks costs no result

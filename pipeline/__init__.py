@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         subtract_mean_window,
         to_tensor,
     )
+    from alexprep.pipeline.dali_reader import label, reader
     from alexprep.pipeline.device import choose_device
     from alexprep.pipeline.geometry import Affine, Erasing
     from alexprep.pipeline.loader import Loader
@@ -56,8 +57,10 @@ __all__ = [
     "decode_window",
     "draw",
     "epoch_order",
+    "label",
     "mirror",
     "noise_stdevs",
+    "reader",
     "resize",
     "resize_square",
     "shuffle_quality",
@@ -81,6 +84,7 @@ _HOMES = {
         "subtract_mean_window",
         "to_tensor",
     ),
+    "dali_reader": ("label", "reader"),
     "device": ("choose_device",),
     "geometry": ("Affine", "Erasing"),
     "loader": ("Loader",),

@@ -31,20 +31,21 @@ from alexprep.pipeline.dataset import Dataset, OnBad, Source, open_dataset, stat
 from alexprep.pipeline.device import choose_device, moved
 from alexprep.pipeline.loader_settings import Tuning
 from alexprep.pipeline.sampler import BLOCK_SHARDS, Order, StepPlan
-from alexprep.shards.errors import AlexprepError, one_of, whole_number
+from alexprep.shards.errors import AlexprepError, counted, one_of, whole_number
 from alexprep.shards.image_codec import header_size, raw_header
 from alexprep.shards.rgb_statistics import Statistics
 
 _READ_AHEAD = 8  # steps whose samples are asked of the disk before they are decoded
 
 
-class Loader:
+class Loader(torch.utils.data.IterableDataset[Batch]):
     """Yields the batches of a split, epoch after epoch.
 
     Step s of an epoch is the slice [s * batch_size, (s + 1) * batch_size) of the epoch's order, and a rank takes its part of
     the slice; so the samples and their augmentation are the same on any number of ranks, threads and devices. `for batch in
     loader` yields the rest of the current epoch; the next such loop, the next epoch. A batch's tensors are the caller's: nothing
-    writes to them later. In a forked process, and unpickled in another, a loader goes on from its state.
+    writes to them later. In a forked process, and unpickled in another, a loader goes on from its state. What wants torch's
+    `DataLoader` gets `DataLoader(loader, batch_size=None)`.
 
     Attributes:
         samples: samples in the split.
@@ -163,6 +164,17 @@ class Loader:
     def __len__(self) -> int:
         """Steps an epoch, the same on all ranks; the last one may be smaller."""
         return len(self._plan)
+
+    def __repr__(self) -> str:
+        """What is read, how, and where the next batch comes from."""
+        arguments, plan, device = self._made_by.keywords, self._plan, "cpu" if self._graph.device == "cpu" else "cuda"
+        part = f", rank {plan.rank} of {plan.world_size}" if plan.world_size > 1 else ""
+        return (
+            f"<Loader {str(arguments['data'])!r} {arguments['split']}: {counted(self.samples, 'sample')} of "
+            f"{counted(len(self.classes), 'class')}, {counted(len(self), 'step')} of {plan.batch_size} an epoch, "
+            f"{self._graph.views} views, order {plan.order}, {str(self._dtype).removeprefix('torch.')} "
+            f"{self._graph.memory_format} on {device}{part}, at epoch {self.epoch}, step {self.step}>"
+        )
 
     def __iter__(self) -> Iterator[Batch]:
         """The batches from the present step to the end of the epoch; where pairs are mixed, each is a `MixedBatch`.

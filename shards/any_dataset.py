@@ -5,7 +5,6 @@ Ours are described by `dataset_format` and read by `sample_reader`; other people
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Union
@@ -39,12 +38,17 @@ class SplitSamples(NamedTuple):
 
 def is_tars(source: DataSource) -> bool:
     """Whether a source names other people's tars: several places, a tar, a pattern of tars, or a folder with tars and no dataset of ours."""
-    if not isinstance(source, str | os.PathLike):
+    if _several(source):
         return True
     name, folder = str(source), folder_at(str(source))
     if (folder / DATASET).exists() or (folder / PLAN).exists():
         return False
     return name.endswith(".tar") or "{" in name or any(folder.glob("*.tar")) or any(folder.glob("*/*.tar"))
+
+
+def _several(source: DataSource) -> bool:
+    """Whether it is a list of places; a place is a str, a Path or a UPath, which is no os.PathLike."""
+    return isinstance(source, Sequence) and not isinstance(source, str)
 
 
 def is_dataset(data: Path) -> bool:
@@ -54,13 +58,13 @@ def is_dataset(data: Path) -> bool:
 
 def open_samples(source: DataSource, split: str, cache: Path | None = None) -> SplitSamples:
     """Opens a split of a finished dataset, or of tars, see `alexprep.shards.webdataset_index.index_tars`; AlexprepError where there is none."""
-    if isinstance(source, str | os.PathLike) and not is_tars(source):
+    if not is_tars(source):
         folder = folder_at(str(source))
         ours = Samples(folder, split)
         facts, raw = ours.dataset, ours.dataset["image"]["format"] == "raw"
         return SplitSamples(ours, ours.sizes_N2(), ours.common_size, raw, facts["digest"], facts["classes"], (), folder)
     index = index_tars(source, split, cache=cache)
-    home = folder_at(str(source)) if isinstance(source, str | os.PathLike) and os.path.isdir(source) else None
+    home = None if _several(source) or not folder_at(str(source)).is_dir() else folder_at(str(source))
     samples = TarSamples(dict(enumerate(index.paths)), index.records)
     return SplitSamples(
         samples, samples.sizes_N2(), samples.common_size, False, index.digest, index.classes, index.bad, home
@@ -78,8 +82,8 @@ def dataset_facts(data: Path | str) -> dict[str, Any]:
     """
     if not is_tars(data):
         return read_dataset(data)
-    folder = os.path.isdir(data)
-    found = {split: index_tars(data, split) for split in (splits_of(Path(data)) if folder else ["train"])}
+    place = folder_at(str(data))
+    found = {split: index_tars(data, split) for split in (splits_of(place) if place.is_dir() else ["train"])}
     classes = max((index.classes for index in found.values()), key=len)
     for split, index in found.items():
         if index.classes != classes[: len(index.classes)]:

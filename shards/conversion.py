@@ -27,7 +27,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from alexprep.shards.dataset_format import DATASET, PLAN, PLAN_TABLE, TIMM_INFO, read_json, recorded_shards
+from alexprep.shards.dataset_card import MARK
+from alexprep.shards.dataset_format import CARD, DATASET, PLAN, PLAN_TABLE, TIMM_INFO, read_json, recorded_shards
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.image_codec import Codec, Target
 from alexprep.shards.image_header import Refused, general_reason
@@ -497,8 +498,10 @@ def _checked_account(plan: Plan, table: PlanTable) -> Manifest:
 
 
 def _publish(manifest: Manifest) -> None:
-    """Publishes indexes, ledgers, _info.json and, last, dataset.json, which makes the dataset a finished one."""
+    """Publishes indexes, ledgers, card, _info.json and, last, dataset.json, which makes the dataset a finished one."""
     folder, files = manifest.plan.folder, manifest.files()
+    if (card := _card(manifest)) is not None:
+        files[CARD] = card
     digests = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
     digests[PLAN_TABLE] = file_sha256(folder / PLAN_TABLE)
     files[TIMM_INFO] = json_bytes(manifest.timm_info())
@@ -506,3 +509,17 @@ def _publish(manifest: Manifest) -> None:
     for name, data in files.items():
         if content(folder / name)[0] != data:  # a finished set may be read-only
             publish_bytes(folder / name, data)
+
+
+def _card(manifest: Manifest) -> bytes | None:
+    """README.md as it is to lie there; None where there is none of ours: in a set that was finished without, and beside somebody else's."""
+    found, wanted = content(manifest.plan.folder / CARD)[0], manifest.card()
+    finished = _finished(manifest.plan)
+    if not finished:
+        return wanted if found is None or MARK.encode() in found else None
+    recorded = finished.get("files", {}).get(CARD)
+    if recorded is None:
+        return None
+    return (
+        found if found is not None and hashlib.sha256(found).hexdigest() == recorded else wanted
+    )  # another release's too

@@ -33,6 +33,7 @@ PLAN_TABLE = "plan.parquet"
 DATASET = "dataset.json"
 DATASET_FORMAT = "alexprep data set"  # its "format", by which it is told from anybody else's file of that name
 TIMM_INFO = "_info.json"
+CARD = "README.md"
 INDEX = "index.npy"
 LEDGER = "samples.parquet"
 TAR_INDEXES = ".alexprep"  # a folder beside tars that were read as other people's

@@ -5,20 +5,88 @@ Where an error is shown to the user is the business of `alexprep.cli`.
 
 from __future__ import annotations
 
+import contextlib
+import json
 import operator
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 TRACEBACK = "ALEXPREP_TRACEBACK"  # environment variable: let unexpected errors through, for a bug report
 
 
+# Options in messages: `--device cpu` in backticks, or bare; a bare one has a value only where that cannot be a word of the sentence.
+_VALUES = "all|auto|cpu|cuda|exact|folded|folders|imagefolder|ilsvrc|keep|none|ray|reject|sorted|tar"
+_OPTION = re.compile(
+    r"`--(?P<quoted>[a-z-]+)(?: (?P<all>[^`]+))?`|`[^`]*`"
+    rf"|(?:(?<=[\s(])|^)--(?P<bare>[a-z-]+)(?: (?P<value>'[^']*'|(?:{_VALUES}|[A-Z]+|(?=[^\s;,]*[^a-z\s;:,.()])[^\s;,(][^\s;]*?)"
+    r"(?=[:;,.)]*(?:\s|$))))?"
+)
+_PARAMETERS = {"out": "folder", "ray-address": "address"}  # the others are called as the options are
+_FLAGS = {"unlabelled"}
+_PAIRS = {"columns", "split-folders"}
+
+_on_command_line = False
+
+
+@contextlib.contextmanager
+def command_line_words() -> Iterator[None]:
+    """Messages name options as on the command line, and not as the parameters of functions."""
+    global _on_command_line
+    before, _on_command_line = _on_command_line, True
+    try:
+        yield
+    finally:
+        _on_command_line = before
+
+
+def in_python(message: str) -> str:
+    """A message that names options of the command line, with the parameters that a programmer knows in their place.
+
+    Commands in backticks stay what they are.
+
+    >>> in_python("there is no GPU: use --device cpu, fewer --workers, or `alexprep verify --repair SOURCE`")
+    'there is no GPU: use device="cpu", fewer workers, or `alexprep verify --repair SOURCE`'
+    >>> in_python("say --unlabelled, or name both with --columns image=NAME,label=NAME")
+    'say unlabelled=True, or name both with columns=(("image", "NAME"), ("label", "NAME"))'
+    """
+    return _OPTION.sub(_as_parameter, message)
+
+
+def _as_parameter(found: re.Match[str]) -> str:
+    option, value = found["quoted"] or found["bare"], found["all"] or found["value"]
+    if option is None:
+        return found[0]
+    name = _PARAMETERS.get(option, option.replace("-", "_"))
+    if option in _FLAGS:
+        return f"{name}=True" + (f" {value}" if value else "")
+    if value is None:
+        return name
+    value = value.strip("'")
+    if option in _PAIRS and "=" in value:
+        pairs = [", ".join(_quoted(part) for part in pair.split("=", 1)) for pair in value.split(",")]
+        return f"{name}=({', '.join(f'({pair})' for pair in pairs)}{',' * (len(pairs) == 1)})"
+    plain = value.isupper() or re.fullmatch(r"-?[0-9]+(\.[0-9]+)?", value)
+    return f"{name}={value if plain else _quoted(value)}"
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
 class AlexprepError(Exception):
     """Something the caller can mend: the message names the value, the bound and the next step.
 
-    The command line prints the message alone, without a traceback, and ends with `exit_status`; any other exception is a bug.
+    The message is made with options as the command line has them, and shown so by the command line, without a traceback and with
+    `exit_status`; to a program it names parameters, see `in_python`. Any other exception is a bug.
     """
 
     exit_status = 1
+
+    def __str__(self) -> str:
+        """The message, in the words of whoever asked."""
+        message = super().__str__()
+        return message if _on_command_line else in_python(message)
 
 
 class AmbiguousSourceError(AlexprepError):

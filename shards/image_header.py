@@ -54,6 +54,11 @@ _FOREIGN = (
     (0, b"\xff\x4f\xff\x51", "JPEG 2000, which is not read: convert it to JPEG or PNG"),
     (0, b"8BPS", "Photoshop's PSD, which is not read: convert it to PNG"),
     (0, b"%!PS", "PostScript, which is not read: convert it to PNG"),
+    (
+        0,
+        b"version https://git-lfs.github.com/",
+        "a pointer of Git LFS, not the picture itself: fetch it with `git lfs pull`",
+    ),
     (0, b"%PDF", "PDF, which is not read: convert it to PNG"),
     (0, b"PK\3\4", "a ZIP archive, not an image: unpack it"),
     (0, b"\x1f\x8b", "compressed with gzip, not an image: unpack it"),
@@ -87,8 +92,12 @@ class Refused:
 
 
 def general_reason(reason: str) -> str:
-    """A reason without its particulars, so that like ones are counted together."""
-    return re.sub(r"\d[\d,]*", "N", reason.split(" (first bytes ")[0])
+    """A reason without its particulars, so that like ones are counted together.
+
+    >>> general_reason("JPEG of 1,280x96 pixels: damaged"), general_reason("marker 0xd4"), general_reason("JPEG 2000, which is not read")
+    ('JPEG of NxN pixels: damaged', 'marker N', 'JPEG 2000, which is not read')
+    """
+    return re.sub(r"(?<!JPEG )(?<!\d)(0x[\da-f]+|\d+(,\d{3})*)", "N", reason.split(" (first bytes ")[0])
 
 
 def format_name(head: bytes) -> str:

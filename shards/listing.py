@@ -260,12 +260,39 @@ def _warnings(listing: Listing) -> list[str]:
                     f"no image in {split}: {missing.size:,} of {counted(len(classes), 'class')}, such as {classes[missing[0]]!r}; the "
                     "numbering is the same in all splits"
                 )
-    by_bytes = sorted(classes, key=str.encode)
-    if classes != by_bytes and classes == sorted_names(classes) and listing.source.layout in BY_FOLDERS:
+    unseen = np.flatnonzero(sum(listing.counts(split) for split in listing.splits) == 0)
+    if unseen.size:
         words.append(
-            f"the class names are numbers and are numbered in their order: {classes[0]} is label 0, {classes[-1]} is label {len(classes) - 1}; "
-            f"--labels sorted numbers them as text ({', '.join(by_bytes[:3])}, …), as torchvision does"
+            f"no image at all: {unseen.size:,} of {counted(len(classes), 'class')}, such as {classes[unseen[0]]!r}, which keep their labels"
         )
+    words += _warnings_of_numbers(classes, listing.source)
     if len(classes) == 1:
         words.append(f"there is one class only, {classes[0]!r}: is SOURCE the folder that holds the class folders?")
     return words
+
+
+def _warnings_of_numbers(classes: list[str], source: Source) -> list[str]:
+    """Where class names are numbers, whole or in part, and the labels are others."""
+    other = {
+        name: label for label, name in enumerate(classes) if name.isascii() and name.isdigit() and int(name) != label
+    }
+    by_bytes = sorted(classes, key=str.encode)
+    all_numbers = all(name.isascii() and name.isdigit() for name in classes)
+    if (
+        all_numbers
+        and source.layout in BY_FOLDERS
+        and classes == sorted_names(classes)
+        and (other or classes != by_bytes)
+    ):
+        text = f"; --labels sorted numbers them as text ({', '.join(by_bytes[:3])}, …), as torchvision does"
+        return [
+            f"the class names are numbers and are numbered in their order: {classes[0]} is label 0, {classes[-1]} is label {len(classes) - 1}"
+            + text * (classes != by_bytes)
+        ]
+    if not all_numbers and 2 * len(other) >= len(classes) and classes == by_bytes:
+        name = max(other, key=int)
+        word = next(name for name in classes if not (name.isascii() and name.isdigit()))
+        return [
+            f"most class names are numbers, but {word!r} is none: all are sorted as text, and {name} is label {other[name]}"
+        ]
+    return []

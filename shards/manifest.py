@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from alexprep.shards.dataset_card import dataset_card
 from alexprep.shards.dataset_format import (
     DATASET_FORMAT,
     FORMATS,
@@ -259,6 +260,11 @@ class Manifest:
             },  # older plans have none
             "versions": document["versions"],
         }
+
+    def card(self) -> bytes:
+        """README.md, as Hugging Face's `load_dataset` wants it."""
+        plan = self.plan
+        return dataset_card(self.samples, plan.document["classes"], plan.target, plan.labelled, self.metadata)
 
     def timm_info(self) -> dict[str, Any]:
         """_info.json, as timm's webdataset reader wants it."""

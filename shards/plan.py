@@ -62,8 +62,8 @@ _MANY, _FEW = 16, 64
 _DECIDES_BYTES, _ON_A_GPU = ("alexprep", "nvimgcodec", "pillow", "simplejpeg"), ("nvjpeg", "torch")
 # Of a target, what a plan has nothing of where it is at its default: releases that did not know it go on.
 _ADDED = ("on_damaged", "fit", "only_shrink", "lossless", "webp_method")
-_NO_IDENTITY = ("account", "words")  # of a plan: files that are no inputs; what people read
-_TAKEN_OVER = (*_NO_IDENTITY, "choices")  # of a plan that is gone on with, without a comparison
+NO_IDENTITY = ("account", "words")  # of a plan: files that are no inputs; what people read
+_TAKEN_OVER = (*NO_IDENTITY, "choices")  # of a plan that is gone on with, without a comparison
 _SPLIT_STREAM = {"train": 0, "val": 1, "test": 2}
 _WANTED, _TRIED = 3, 16  # files whose sizes machines compare; inputs that are looked at for them
 _TABLE = pa.schema(
@@ -279,7 +279,7 @@ def _account(account: Account, left_out: int) -> dict[str, Any]:
 
 def plan_digest(document: Mapping[str, Any]) -> str:
     """The identity of a plan, hex sha256: of all of plan.json but the account, which tells of files that are no inputs, and words."""
-    return digest_json({name: value for name, value in document.items() if name not in _NO_IDENTITY})
+    return digest_json({name: value for name, value in document.items() if name not in NO_IDENTITY})
 
 
 def locations(rows: pa.Table) -> list[Location]:

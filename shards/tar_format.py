@@ -285,7 +285,7 @@ class _Archive:
         padding = self._get(at, min(self.end - at, MAX_PADDING_BYTES))
         if rest := padding.lstrip(b"\0"):
             where = at + len(padding) - len(rest)
-            again = "download it again, or unpack it with tar --ignore-zeros and pack it anew if archives were joined"
+            again = "download it again, or unpack it with `tar --ignore-zeros` and pack it anew if archives were joined"
             self.fail(where, f"data follow the end of the archive at byte {at:,}", again)
         if self.end - at > MAX_PADDING_BYTES:
             problem = f"the file ends in {self.end - at:,} bytes of which the first {MAX_PADDING_BYTES:,} are zero"

@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 
 from alexprep.shards.conversion import Report, check_apart, convert, publish_plan
 from alexprep.shards.dataset_format import (
+    CARD,
     DATASET,
     FORMATS,
     INDEX,
@@ -56,6 +57,7 @@ from alexprep.shards.manifest import (
 )
 from alexprep.shards.metadata import EXTENSION, MetadataError, document_bytes
 from alexprep.shards.plan import (
+    NO_IDENTITY,
     Plan,
     PlanTable,
     Shard,
@@ -142,7 +144,7 @@ def verify(
         problems += _check_descriptions(plan, table, dataset)
     if dataset:
         problems += _check_statistics(folder, str(dataset.get("digest")))
-    problems += _foreign_files(plan, shards)
+    problems += _foreign_files(plan, shards, {CARD} & _recorded_files(dataset).keys())
     sound = [result for result in checked if not result.problems]
     samples, size = sum(result.samples for result in sound), sum(result.bytes for result in sound)
     return Verdict(folder, len(shards), samples, size, problems, time.monotonic() - started)
@@ -493,7 +495,7 @@ def _misplaced_tars(checked: list[_CheckedShard], dataset: dict[str, Any]) -> It
 
 
 def _check_descriptions(plan: Plan, table: PlanTable, dataset: dict[str, Any]) -> Iterator[Problem]:
-    """Index, ledger, _info.json and dataset.json, against those that follow from the sidecars, which must all be sound."""
+    """Index, ledger, card, _info.json and dataset.json, against those that follow from the sidecars, which must all be sound."""
     manifest, recorded = Manifest(plan), _recorded_files(dataset)
     for shard in plan.each_shard():  # one sidecar in memory at a time
         manifest.add(shard, table.read_row_group(shard.group), _parsed(content(plan.file(shard, ".json"))[0]))
@@ -516,10 +518,17 @@ def _check_descriptions(plan: Plan, table: PlanTable, dataset: dict[str, Any]) -
     info, trouble = content(plan.folder / TIMM_INFO)
     if info != json_bytes(manifest.timm_info()):
         yield Problem(TIMM_INFO, "", trouble or "does not describe these shards")
+    if CARD in recorded:
+        card, trouble = content(plan.folder / CARD)
+        if card is None or hashlib.sha256(card).hexdigest() != recorded[CARD]:
+            yield Problem(CARD, "", trouble if card is None else _CHANGED)
     if dataset.get("plan") == plan.digest:
-        digests = {name: str(recorded.get(name)) for name in (*files, PLAN_TABLE)}
+        names = (*files, PLAN_TABLE, *({CARD} & recorded.keys()))
+        digests = {name: str(recorded.get(name)) for name in names}
         if difference := _first_difference(dataset, json.loads(json_bytes(manifest.dataset(digests)))):
-            yield Problem(DATASET, "", f"does not describe these shards: {difference}")
+            # What no digest covers may have been changed in either file.
+            either = f", or {PLAN} was changed" if difference.startswith(NO_IDENTITY) else ""
+            yield Problem(DATASET, "", f"does not describe these shards: {difference}{either}")
 
 
 def _first_row_that_differs(name: str, found: bytes, wanted: bytes) -> tuple[int, str, str] | None:
@@ -569,9 +578,9 @@ def _check_statistics(folder: Path, data_digest: str) -> Iterator[Problem]:
             yield Problem(str(path), "", f"{what}: run `alexprep pca-stats` again")
 
 
-def _foreign_files(plan: Plan, shards: list[Shard]) -> Iterator[Problem]:
-    """What lies in the folder and belongs to nothing."""
-    known = {PLAN, PLAN_TABLE, DATASET, TIMM_INFO, TUNING, *map(str, (STATISTICS, MEAN_IMAGE, MEAN_PICTURE))}
+def _foreign_files(plan: Plan, shards: list[Shard], recorded: set[str]) -> Iterator[Problem]:
+    """What lies in the folder and belongs to nothing; `recorded` are the names of what only some sets have."""
+    known = recorded | {PLAN, PLAN_TABLE, DATASET, TIMM_INFO, TUNING, *map(str, (STATISTICS, MEAN_IMAGE, MEAN_PICTURE))}
     known |= {f"{split}/{name}" for split in plan.document["splits"] for name in (INDEX, LEDGER)}
     known |= {f"{shard.split}/{shard.name}{suffix}" for shard in shards for suffix in (".tar", ".idx", ".json")}
     for path in sorted(plan.folder.rglob("*")):

@@ -23,6 +23,7 @@ from alexprep.cli.main import main
 from alexprep.pipeline.autotune import search
 from alexprep.shards import rgb_statistics
 from alexprep.shards.conversion import convert
+from alexprep.shards.errors import command_line_words
 from alexprep.shards.image_codec import Target
 from alexprep.shards.plan import ShardOptions
 
@@ -35,6 +36,9 @@ SECONDS = 600  # for a test, however busy the machine; its module may have anoth
 FIXTURE_SECONDS = 1200  # for fixtures, some of which many tests share
 GRACE = 60  # seconds more, for what is late to be ended
 _stderr = 2
+_words = (
+    contextlib.ExitStack()
+)  # tests are told options as users of the command line are; what programs are told has its own
 
 # For `from tests.made_up import …`, also in ranks and workers, which inherit it.
 sys.path.append(str(Path(__file__).parents[1]))
@@ -66,6 +70,7 @@ def pytest_configure() -> None:
     """Keeps the real descriptor 2: but for this moment, pytest holds back what is written there."""
     global _stderr
     _stderr = os.dup(2)
+    _words.enter_context(command_line_words())
 
 
 @contextlib.contextmanager

@@ -115,7 +115,7 @@ def write_data(
         "format_version": 1,
         "digest": DIGEST,
         "classes": [f"class{n}" for n in range(CLASSES)],
-        "image": {"size": loader.side},
+        "image": {"size": loader.side, "format": "jpg"},
         "splits": {split: {"samples": loader(folder, split).samples} for split in splits},
     }
     (folder / "dataset.json").write_text(json.dumps(document | changes))

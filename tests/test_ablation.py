@@ -64,7 +64,7 @@ def trainings(monkeypatch: pytest.MonkeyPatch) -> Trainings:
 @pytest.fixture
 def common(tmp_path: Path) -> TrainConfig:
     """Made-up images, as many pixels wide as the recipe wants."""
-    data = write_data(tmp_path / "data", image={"size": 64})
+    data = write_data(tmp_path / "data", image={"size": 64, "format": "jpg"})
     return TrainConfig(data, "tiny", runs=tmp_path / "runs", device="cpu")
 
 
@@ -127,7 +127,9 @@ def test_what_does_not_go_together_is_refused_before_anything_is_trained(
             ablate(common, variants, 1)
     with pytest.raises(AlexprepError, match=r"seeds 0 is not in"):
         ablate(common, [], 0)
-    bare = TrainConfig(write_data(tmp_path / "bare", splits=("train",), image={"size": 64}), "tiny", runs=common.runs)
+    bare = TrainConfig(
+        write_data(tmp_path / "bare", splits=("train",), image={"size": 64, "format": "jpg"}), "tiny", runs=common.runs
+    )
     with pytest.raises(AlexprepError, match=r"no val or test split with labels"):
         ablate(bare, [], 1)
     assert trainings.begun == [] and not common.runs.exists()

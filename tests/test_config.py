@@ -276,7 +276,7 @@ def test_the_split_that_is_evaluated_on(data: Path, capsys: pytest.CaptureFixtur
 
 
 def test_an_unfitting_data_set_is_refused(data: Path) -> None:
-    large = write_data(data.parent / "large", image={"size": 256})
+    large = write_data(data.parent / "large", image={"size": 256, "format": "jpg"})
     words = r"side of 256 pixels, recipe small is for 67: train with --recipe alexnet, or shard"
     with pytest.raises(AlexprepError, match=words):
         train(config(large), MadeUpLoader)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import json
 import re
@@ -73,6 +74,21 @@ def test_every_example_is_run_here_and_says_how() -> None:
     for path in EXAMPLES.glob("*.py"):
         assert f'"{path.stem}"' in tests, path
         assert f"docs/examples/{path.name} alexprep-data" in path.read_text(), path
+
+
+def test_readers(script: Script, data: Path) -> None:
+    """Those that need no other library; tests/ecosystem has the others, and these on shards with metadata."""
+    for name in ("torch_dataloader", "dali_iterator"):
+        assert script(f"readers/{name}", data) == "48 samples in 3 batches\n"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)  # webdataset leaves tars to be closed whenever that is
+        assert script("readers/webdataset_alone", data) == "48 samples in 3 batches\n"
+        gc.collect()
+    ecosystem = (EXAMPLES.parents[1] / "tests/ecosystem/test_readers.py").read_text()
+    for path in (EXAMPLES / "readers").glob("*.py"):
+        lines = path.read_text().splitlines()
+        assert f'"{path.stem}"' in ecosystem and len(lines) <= 25, path
+        assert f"docs/examples/readers/{path.name} alexprep-data" in lines[0], path
 
 
 def test_torch_loop_resumes_to_the_same_weights(script: Script, data: Path, tmp_path: Path) -> None:

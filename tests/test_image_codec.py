@@ -309,6 +309,10 @@ def test_a_pnm_is_scaled_by_its_brightest_value(kind: str, brightest: int, seed:
         (b"8BPS\0\1", "PSD"),
         (b"%PDF-1.7", "PDF"),
         (b"\n<!DOCTYPE html><html>", "a web page (HTML), not an image"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\n",
+            "a pointer of Git LFS, not the picture itself: fetch it with `git lfs pull`",
+        ),
         (b"<?xml version='1.0'?><svg/>", "SVG"),
         (b"PK\3\4", "a ZIP archive"),
         (b"\x1f\x8b\x08", "gzip"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import fsspec
@@ -19,7 +19,8 @@ from alexprep.shards.sources.published import SETS
 from alexprep.shards.worker_pool import InProcessEngine, LocalEngine
 from tests.source_checks import write_tar
 from tests.support.command_line import listed
-from tests.support.layouts import MINIATURES, Rows, matlab, texts
+from tests.support.layouts import MINIATURES, Miniature, Rows, matlab, pictures, texts
+from tests.support.record_files import gzipped_tar
 
 ROOT = Path(__file__).parents[1]
 PUBLISHED = {each.layout for each in SETS}
@@ -287,3 +288,76 @@ def test_a_question_ends_the_command_line_with_status_2(
     status, _, said = command("shard", "inat", "--out", "data")
     assert status == 2 and not (tmp_path / "data").exists()
     assert "--class-depth 1  " in said and "--class-depth 2  " in said and "Traceback" not in said
+
+
+CLASSES = tuple(f"{split}/{name}/{n}.jpg" for split in ("train", "val") for name in "abc" for n in range(2))
+
+
+def folder_of(root: Path, names: Iterable[str], lists: Mapping[str, Iterable[str]] | None = None) -> Path:
+    """A folder of pictures and lists."""
+    return Miniature({**pictures(names), **texts(lists or {})}).write(root)
+
+
+def asked(place: Path, words: str) -> list[str]:
+    """The ways out of the question that a source is."""
+    with pytest.raises(AmbiguousSourceError, match=words) as raised:
+        listed(place)
+    return [what for what, _ in raised.value.ways]
+
+
+def test_a_flat_archive_is_the_question_that_a_flat_folder_is(tmp_path: Path) -> None:
+    names = [f"{name}.{n}.jpg" for name in ("cat", "dog") for n in range(3)]
+    packed = write_tar(tmp_path / "flat.tar", pictures(names))
+    for place in (packed, folder_of(tmp_path / "flat", names)):
+        assert asked(place, "no class folders, and nothing tells.*The names begin with cat, dog") == ["--unlabelled"]
+        assert len(rows_of(listed(place, "--unlabelled"))) == 6
+    with pytest.raises(AlexprepError, match="names begin with a, b"):  # of a split that stands alone, as before
+        listed(write_tar(tmp_path / "wide.tar", pictures(["train/a.1.jpg", "train/b.2.jpg", "val/x/1.jpg"])))
+
+
+def test_pictures_beside_archives_are_a_question(tmp_path: Path) -> None:
+    place = folder_of(tmp_path / "tar", ("0.jpg", "1.jpg"))
+    write_tar(place / "train.tar", pictures(["a/0.jpg", "b/0.jpg"]))
+    assert asked(place, "layout 'tar', and beside it 2 pictures in no folder, such as 0.jpg")[0] == "--layout tar"
+    assert len(rows_of(listed(place, "--layout tar"))) == 2
+    assert set(rows_of(listed(place, "--layout folders --unlabelled"))) == {"0.jpg", "1.jpg"}
+    (place / "1.jpg").unlink()
+    assert len(rows_of(listed(place))) == 2  # a preview
+    hub = folder_of(tmp_path / "hub", CLASSES)
+    gzipped_tar(hub / "train_images_0.tar.gz", [("a_n01443537.JPEG", b"x"), ("b_n01440764.JPEG", b"x")])
+    assert asked(hub, "layout 'hub-imagenet', and beside it 12 pictures in 6 folders")[1] == "--layout folders"
+    assert len(rows_of(listed(hub, "--layout folders"))) == 12
+
+
+def test_a_list_beside_class_folders_in_splits_is_a_question(tmp_path: Path) -> None:
+    lines = {"metadata.csv": ["file_name,label", "train/a/0.jpg,dog", "train/b/0.jpg,cat"]}
+    place = folder_of(tmp_path, CLASSES, lines)
+    assert asked(place, "metadata.csv, and beside it 12 pictures in 6 folders")[0] == "--layout imagefolder"
+    said = listed(place, "--layout imagefolder").account.warnings
+    assert any("passed over: 10 pictures that no list names, such as" in words for words in said)
+
+
+@pytest.mark.parametrize(
+    ("names", "lists", "words"),
+    [
+        ([*CLASSES[:6], "val/1.jpg"], {"val.txt": ["1.jpg a", "2.jpg b"]}, "1 picture that .*val.txt names are not in .*val, such as 2$"),
+        ([f"{name}/0.jpg" for name in (*range(12), "other")], {}, "most class names are numbers, but 'other' is none.*11 is label 3"),
+        ([f"{name}/0.jpg" for name in range(1, 6)], {}, "numbered in their order: 1 is label 0, 5 is label 4$"),
+    ],
+)  # fmt: skip
+def test_what_needs_no_decision_is_said(
+    names: list[str], lists: Mapping[str, list[str]], words: str, tmp_path: Path
+) -> None:
+    said = listed(folder_of(tmp_path, names, lists)).account.warnings
+    assert any(re.search(words, each) for each in said), said
+
+
+def test_numbers_that_no_picture_has_are_said(tmp_path: Path) -> None:
+    place = folder_of(tmp_path, ("1.jpg", "2.jpg"), {"list.csv": ["path,label", "1.jpg,3", "2.jpg,1"]})
+    said = listed(place / "list.csv").account.warnings
+    assert "no image at all: 2 of 4 classes, such as '0', which keep their labels" in said
+
+
+def test_a_detection_set_of_roboflow_s_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(AlexprepError, match="COCO's form"):
+        listed(folder_of(tmp_path, ("train/1.jpg", "valid/2.jpg"), {"train/_annotations.coco.json": ["{}"]}))

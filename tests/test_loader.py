@@ -437,3 +437,24 @@ def test_workers_of_a_dataloader_never_double_samples(data: Path) -> None:
         two = torch.utils.data.DataLoader(_Batches(loader), batch_size=None, num_workers=2, timeout=60)
         with pytest.raises(AlexprepError, match="each of the 2 workers of a DataLoader would give every sample"):
             list(two)
+
+
+def test_a_dataloader_around_a_loader_gives_its_batches(data: Path) -> None:
+    """Two epochs, and the state is the loader's own."""
+    options: Any = {"batch_size": 10, "augmentation": Augmentation(crop=48), "seed": 3}
+    with Loader(data, **options) as loader, Loader(data, **options) as inner:
+        around: Any = torch.utils.data.DataLoader(inner, batch_size=None)
+        assert len(around) == len(loader) == 5
+        for _ in range(2):
+            for got, expected in zip(around, loader, strict=True):
+                assert isinstance(got, Batch) and all(map(torch.equal, got, expected))
+        assert inner.state_dict() == loader.state_dict()
+
+
+def test_a_loader_says_what_it_is(data: Path) -> None:
+    with Loader(data, "val", batch_size=8, augmentation="none", rank=1, world_size=2, dtype="float16") as loader:
+        next(iter(loader))
+        assert repr(loader) == (
+            f"<Loader {str(data)!r} val: 20 samples of 4 classes, 3 steps of 8 an epoch, random views, order shuffle, float16 NCHW on cpu, "
+            "rank 1 of 2, at epoch 0, step 1>"
+        )

@@ -215,7 +215,7 @@ def test_a_run_in_fp16_goes_on_with_the_same_bits(device: str, data: Path, monke
 
 def test_precision_is_the_run_s(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     whole = run(data, "whole", precision="bf16")
-    assert "small on cpu in bf16, 29 images" in capsys.readouterr().err
+    assert "small on cpu in bf16\n29 images" in capsys.readouterr().err
     assert whole["skipped_steps"] is None  # nothing is scaled
     run(data, "cut", precision="bf16", steps=3)
     with pytest.raises(AlexprepError, match="precision was 'bf16', is now 'fp32'"):

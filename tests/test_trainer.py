@@ -95,7 +95,7 @@ def test_it_learns_and_tells(data: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert all(record["step_ms"] > 0 and record["data_wait_ms"] > 0 for record in records(run, "steps"))
     told = capsys.readouterr().err
     assert "small on this CPU: about" in told
-    assert "epoch 3 in" in told
+    assert "epoch 3/3 " in told
     found = evaluate_run(run, batch_size=BATCH, device="cpu", open_loader=MadeUpLoader)
     assert (found["top1_error"], found["loss"]) == (summary["val_top1_error"], summary["val_loss"])
     assert (found["step"], found["epochs"], found["split"], found["samples"]) == (18, 3, "val", 20)

@@ -89,7 +89,8 @@ def check_tree(seed: int, work: Path) -> str:
     elif isinstance(got, AmbiguousSourceError):
         for way in ways_of(got, place):
             chosen = outcome(place, files, way)
-            assert isinstance(chosen, set | AmbiguousSourceError), (way, chosen)
+            broken = way in ("--layout tar", "--layout zip")  # the strays of these endings are no archives
+            assert isinstance(chosen, AlexprepError if broken else set | AmbiguousSourceError), (way, chosen)
     if not any(path.endswith((b".txt", b".csv")) for path in tree):  # lists in a tar are neither read nor pointed to
         same = outcome(packed, files)
         assert same == got if isinstance(got, set) else type(same) is type(got), (got, same)
@@ -98,7 +99,7 @@ def check_tree(seed: int, work: Path) -> str:
 
 def test_every_file_is_accounted_for(whole: bool, tmp_path: Path) -> None:
     ends: Counter[str] = Counter()
-    for seed in range(300 if whole else 30):
+    for seed in range(300 if whole else 60):
         print(f"seed {seed}")  # noqa: T201  (the last one printed is the one that failed)
         ends[check_tree(seed, tmp_path / str(seed))] += 1
     assert ends["set"] > 3 and ends["AmbiguousSourceError"] > 3  # both are met, or nothing is tested

@@ -90,14 +90,14 @@ class TrainConfig:
 
     # Folder of the data set, or anyone's webdataset, a folder, tar or pattern of tars; only a resumed run has one of its own.
     data: Path | None = None
-    statistics: Path | str | None = None  # whose mean image and eigenpairs, if not the data's: a folder with stats/
-    on_bad: OnBad | None = (
-        None  # what becomes of samples of other people's tars that cannot be used: "error" by default, or "skip"
-    )
     # Name in the registry, "alexnet" by default; or a user's own: FILE.py, FILE.py:FUNCTION or MODULE:FUNCTION.
     recipe: str | None = None
     # A network in the recipe's stead, likewise, see `alexprep.train.user_code`; or timm/NAME, torchvision/NAME.
     model: str | None = None
+    statistics: Path | str | None = None  # whose mean image and eigenpairs, if not the data's: a folder with stats/
+    on_bad: OnBad | None = (
+        None  # what becomes of samples of other people's tars that cannot be used: "error" by default, or "skip"
+    )
     hook: str | None = (
         None  # an operation of the user's own in the augmentation, likewise; see `alexprep.pipeline.Hook`
     )

@@ -443,7 +443,7 @@ CIFAR10_FAST = Recipe(
     momentum=0.85,
     decay=0.001,
     norm_decay=False,
-    bias_lr_factor=16.0,  # of the norms: 550 steps end at 23.5 % instead of 24.7
+    bias_lr_factor=16.0,  # of the norms: 550 steps end at 24.0 % instead of 24.7, one seed
     label_smoothing=0.2,
 )
 

@@ -19,7 +19,7 @@ WORK = (
 
 def main(folder: str, variant: str, threads: str, device: str) -> None:
     """Takes turns."""
-    from torchvision import datasets, transforms  # type: ignore[import-not-found]
+    from torchvision import datasets, transforms
 
     mean = [value / 255 for value in json.loads((Path(folder) / "facts.json").read_text())["mean"]]
     transform = transforms.Compose(

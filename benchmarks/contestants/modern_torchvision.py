@@ -18,7 +18,7 @@ for _name in ("nms", "qnms"):
 
 def main(folder: str, variant: str, threads: str, device: str) -> None:
     """Takes turns."""
-    from torchvision.transforms import v2  # type: ignore[import-not-found]
+    from torchvision.transforms import v2
 
     jitter = v2.RandomApply([v2.ColorJitter(0.8, 0.8, 0.8, 0.2)], 0.8)
     added = {

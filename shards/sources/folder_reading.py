@@ -32,7 +32,7 @@ from alexprep.shards.sources.folder_names import (
     may_be_list,
 )
 from alexprep.shards.sources.foreign_formats import image_folder
-from alexprep.shards.sources.ground_truth import GroundTruth
+from alexprep.shards.sources.ground_truth import GroundTruth, stem
 from alexprep.shards.sources.picture_names import is_picture
 from alexprep.shards.sources.split_folders import Depth, SplitFolder, candidates, class_folders, class_names
 from alexprep.shards.sources.tree import Folder, rule_of
@@ -367,13 +367,27 @@ def _flat(
             f"nothing tells the classes of the {len(top.pictures):,} images in {place}: their label is -1"
         )
     else:
-        truth.sorted(top.pictures)  # it must know them all
+        known = {stem(name) for _, name in truth.sorted(top.pictures)}  # it must know them all
+        gone = [name for name in truth.classes if name not in known]
+        if gone:
+            reading.warnings.append(
+                f"{counted(len(gone), 'picture')} that {truth.origin} names are not in {place}, such as {as_text(min(gone))}"
+            )
     if truth is not None and top.folders:
         names = ", ".join(as_text(folder.name) for folder in top.folders[:5])
         reading.warnings.append(
             f"{place} is read by {truth.origin}; passed over: {counted(strays, 'picture')} in folders in it ({names})"
         )
     return SplitFolder(split, top.path, flat=True, truth=truth)
+
+
+def flat_question(top: Folder, shown: str) -> AmbiguousSourceError:
+    """The question that a source of pictures without any class folder is."""
+    return AmbiguousSourceError(
+        f"SOURCE {shown} holds pictures and no class folders, and nothing tells the classes of its pictures. Sort them into class folders "
+        f"(SOURCE/CLASS/IMAGE), or name a list of path and label (CSV) as SOURCE{_words_in_names(top)}.",
+        [("--unlabelled", "the pictures have no labels, and need none")],
+    )
 
 
 def _words_in_names(top: Folder) -> str:
@@ -602,7 +616,9 @@ def _refuse_detection_sets(root: Folder, shown: str) -> None:
         names = {below.name.lower(): below for below in folder.folders}
         form = ""
         if any(
-            name.startswith((b"instances_", b"person_keypoints_")) and name.endswith(b".json") for name in folder.papers
+            (name.startswith((b"instances_", b"person_keypoints_")) and name.endswith(b".json"))
+            or name.endswith(b".coco.json")
+            for name in folder.papers
         ):
             form = "COCO's"
         elif b"jpegimages" in names and b"annotations" in names:

@@ -83,7 +83,12 @@ class HubArchives(GroupedSource):
             paths = [name] if name else [os.path.join(folder, file) for file in files.file_names(folder)]
             found = sorted((split_of(os.path.basename(path)) or "train", path) for path in paths if _is_gzipped(path))
             if any(_class_in_name(os.path.basename(_first_member(files, path))) for _, path in found):
-                return cls(files, tuple(found), whole=not name, evidence="classes in the names of members")
+                return cls(
+                    files,
+                    tuple(found),
+                    whole=not name,
+                    evidence="gzipped archives, classes in the names of their members",
+                )
         return None
 
     def inputs(self, account: Account) -> Iterator[Input]:

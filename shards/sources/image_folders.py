@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from alexprep.shards.errors import AlexprepError, AmbiguousSourceError
+from alexprep.shards.errors import AlexprepError, AmbiguousSourceError, counted
 from alexprep.shards.sources.base import LIST, NO_CHOICES, NOT_LISTED, Account, Choices, Input, Source, split_of
 from alexprep.shards.sources.foreign_formats import IMAGE_FOLDER_LISTS
 from alexprep.shards.sources.picture_names import is_picture
@@ -67,15 +67,21 @@ class ImageFolder(Table):
             account.found += 1
             account.pass_over(LIST, self.files.display(some.name))
         pass_over_rest(self.files, own, account, NOT_LISTED)
+        rest = account.passed_over.get(NOT_LISTED)
+        if rest:
+            account.warnings.append(
+                f"passed over: {counted(rest.count, 'picture')} that no list names, such as {rest.names[0]}"
+            )
 
     def check_alone(self) -> None:
-        """Asks where the pictures lie in several folders beside a list, which are no splits: these may be classes."""
+        """Asks where the pictures lie in several folders beside a list, which are no splits, or in splits: these may be classes."""
         root = read_tree(self.files).root
         for some in self.found:
-            inner = [
-                below for below in (root.at(some.folder) or root).filled if not split_of(below.name) and below.leaf
-            ]
-            if len(inner) > 1:
+            here = (root.at(some.folder) or root).filled
+            wide = [below for below in here if not split_of(below.name)]
+            wide += [inner for below in here if split_of(below.name) for inner in below.filled]
+            inner = [below for below in wide if below.leaf]
+            if len({below.name for below in inner}) > 1:
                 pictures = sum(below.count for below in inner)
                 raise AmbiguousSourceError(
                     f"SOURCE {self.files.display()} has the list {self.files.display(some.name)}, and beside it {pictures:,} pictures in "

@@ -11,9 +11,10 @@ import os
 from collections.abc import Iterable
 from dataclasses import replace
 
-from alexprep.shards.errors import AlexprepError, AmbiguousSourceError
+from alexprep.shards.errors import AlexprepError, AmbiguousSourceError, counted
 from alexprep.shards.sources import BY_COLUMNS, BY_FOLDERS, LAYOUTS, WITHOUT_LABELS
 from alexprep.shards.sources.base import NO_CHOICES, SPLITS, Choices, Source, as_options
+from alexprep.shards.sources.folder_reading import flat_question
 from alexprep.shards.sources.foreign_formats import foreign
 from alexprep.shards.sources.ilsvrc import IlsvrcArchives
 from alexprep.shards.sources.picture_names import is_picture
@@ -21,8 +22,22 @@ from alexprep.shards.sources.published_lists import may_hold
 from alexprep.shards.sources.tree import read_tree
 from alexprep.shards.storage import Files, as_text, files_at
 
-# Layouts of a folder that may also hold class folders; archives of ILSVRC hold the same pictures as the folders beside them.
-_BESIDE_FOLDERS = {"cifar", "mnist", "norb", "parquet", "synset-tars", "webdataset"}
+# Layouts of a folder that may also hold pictures as files; archives of ILSVRC hold the same pictures as the folders beside them.
+_BESIDE_PICTURES = {
+    "cifar",
+    "mnist",
+    "norb",
+    "hub-imagenet",
+    "arrow",
+    "tfrecord",
+    "recordio",
+    "lmdb",
+    "parquet",
+    "synset-tars",
+    "tar",
+    "webdataset",
+    "zip",
+}
 
 
 def find_source(place: str, layout: str | None = None, choices: Choices = NO_CHOICES) -> Source:
@@ -56,8 +71,8 @@ def find_source(place: str, layout: str | None = None, choices: Choices = NO_CHO
                     "--split-folders and --class-depth are for folders and archives of class folders, --columns is for columns, --unlabelled "
                     f"for {', '.join(WITHOUT_LABELS)}; SOURCE {place} has the layout {candidate!r}, and they are not for it: leave them out"
                 )
-            if layout is None and source.whole and candidate in _BESIDE_FOLDERS:
-                _check_no_class_folders(files, candidate)
+            if layout is None and source.whole and candidate in _BESIDE_PICTURES:
+                _check_no_pictures_beside(files, candidate)
             if layout is None and isinstance(source, IlsvrcArchives):
                 _check_splits_of_folders(files, {split for split, _ in source.archives})
             if layout is None and choices == NO_CHOICES:
@@ -72,11 +87,7 @@ def find_source(place: str, layout: str | None = None, choices: Choices = NO_CHO
     if words := foreign(files, name):
         raise AlexprepError(words)
     if not name and _has_pictures(files):
-        raise AmbiguousSourceError(
-            f"SOURCE {place} holds pictures and no class folders, and nothing tells the classes of its pictures. Sort them into class folders "
-            "(SOURCE/CLASS/IMAGE), or name a list of path and label (CSV) as SOURCE.",
-            [("--unlabelled", "the pictures have no labels, and need none")],
-        )
+        raise flat_question(read_tree(files).root, place)
     if name:
         raise AlexprepError(
             f"SOURCE {place} is a file of no known layout: name a folder, a tar, or a list: .csv, .tsv, .jsonl or .parquet, or .txt or .lst with "
@@ -124,19 +135,27 @@ def _has_pictures(files: Files) -> bool:
     return any(is_picture(name) for folder in read_tree(files).root.walk() for name in folder.pictures)
 
 
-def _check_no_class_folders(files: Files, layout: str) -> None:
-    """Asks where class folders lie beside what another layout reads."""
-    folders = [folder for folder in read_tree(files).root.walk() if any(map(is_picture, folder.pictures))]
-    if len(folders) > 1:
-        pictures = sum(len(folder.pictures) for folder in folders)
-        raise AmbiguousSourceError(
-            f"SOURCE {files.display()} has the layout {layout!r}, and beside it {pictures:,} pictures in {len(folders):,} folders, such as "
-            f"{files.display(folders[0].path)}.",
-            [
-                (f"--layout {layout}", f"{_source_class(layout).expects}; the pictures in folders are passed over"),
-                ("--layout folders", "the folders are classes or splits; all else is passed over"),
-            ],
-        )
+def _check_no_pictures_beside(files: Files, layout: str) -> None:
+    """Asks where class folders, or several loose pictures in the root, lie beside what another layout reads."""
+    root = read_tree(files).root
+    folders = [folder for folder in root.walk() if any(map(is_picture, folder.pictures))]
+    loose = [name for name in root.pictures if is_picture(name)]
+    if len(folders) < 2 and len(loose) < 2:
+        return
+    pictures = sum(len(folder.pictures) for folder in folders)
+    inner = [folder for folder in folders if folder is not root]
+    where = (
+        f"{counted(len(folders), 'folder')}, such as {files.display(inner[0].path)}"
+        if inner
+        else "no folder, such as " + as_text(loose[0])
+    )
+    ways = [(f"--layout {layout}", f"{_source_class(layout).expects}; the pictures beside are passed over")]
+    if inner:
+        ways.append(("--layout folders", "the folders are classes or splits; all else is passed over"))
+    ways.append(("--layout folders --unlabelled", "all these pictures, without labels; all else is passed over"))
+    raise AmbiguousSourceError(
+        f"SOURCE {files.display()} has the layout {layout!r}, and beside it {pictures:,} pictures in {where}.", ways
+    )
 
 
 def _check_splits_of_folders(files: Files, packed: set[str]) -> None:

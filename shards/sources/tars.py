@@ -14,7 +14,9 @@ from numpy.typing import NDArray
 
 from alexprep.shards.errors import AlexprepError, AmbiguousSourceError, counted
 from alexprep.shards.sources.base import HIDDEN, NO_CHOICES, SPLITS, Account, Choices, Input, Location, Source, split_of
-from alexprep.shards.sources.folder_reading import Reading, read_folders, shares_few
+from alexprep.shards.sources.folder_reading import Reading, flat_question, read_folders, shares_few
+from alexprep.shards.sources.foreign_formats import image_folder
+from alexprep.shards.sources.picture_names import is_picture
 from alexprep.shards.sources.published import check_unlisted
 from alexprep.shards.sources.split_folders import inputs_of, metadata_of
 from alexprep.shards.sources.tree import pass_over_rest, read_tree, tree_of
@@ -173,6 +175,9 @@ class PackedClassFolders(ArchiveSource):
         tree = tree_of(where, shown)
         if self.choices == NO_CHOICES:
             check_unlisted(tree.root, shown)
+            flat = not any(folder.count for folder in tree.root.folders)
+            if flat and named != "test" and any(map(is_picture, tree.root.pictures)) and not image_folder(tree.root):
+                raise flat_question(tree.root, shown)
         if not tree.root.count:
             reading = Reading([])
         else:

@@ -247,11 +247,11 @@ def _directory(read: ReadAt, size: int, shown: str) -> tuple[int, int, int]:
             _, _, _, _, disk, directory_disk, here, count, length, begin = _END_64.unpack(record)
             end = at
     if disk or directory_disk or here != count:
-        raise AlexprepError(f"{shown} is one of several parts: join them (zip -s 0 PART.zip --out WHOLE.zip)")
+        raise AlexprepError(f"{shown} is one of several parts: join them (`zip -s 0 PART.zip --out WHOLE.zip`)")
     if begin + length != end or count * _ENTRY.size > length:
         raise AlexprepError(
             f"{shown}: its directory is not where its end says, at byte {begin:,}: something was put before or into it, or it was cut; mend it "
-            "(zip -FF ARCHIVE.zip --out MENDED.zip), or get it again"
+            "(`zip -FF ARCHIVE.zip --out MENDED.zip`), or get it again"
         )
     return begin, length, count
 

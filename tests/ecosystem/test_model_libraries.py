@@ -64,7 +64,7 @@ class Loader(made_up.MadeUpLoader):
 
 @pytest.mark.parametrize("model", ["timm/resnet18", "torchvision/resnet18"])
 def test_a_training(model: str, tmp_path: Path) -> None:
-    data = made_up.write_data(tmp_path / "data", Loader, image={"size": 64})
+    data = made_up.write_data(tmp_path / "data", Loader, image={"size": 64, "format": "jpg"})
     options: dict[str, Any] = {"runs": tmp_path / "runs", "device": "cpu"}
     first = train(TrainConfig(data=data, recipe="tiny", model=model, batch_size=8, epochs=1, **options), Loader)
     assert (Path(first["run"]).name, first["steps"]) == ("resnet18", 2)

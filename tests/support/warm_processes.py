@@ -240,7 +240,7 @@ def _load() -> None:
 
     for floor in (alexprep.shards, alexprep.pipeline, alexprep.train, alexprep.cli):
         for module in pkgutil.walk_packages(floor.__path__, f"{floor.__name__}."):
-            if not module.name.endswith("__main__"):
+            if not module.name.rpartition(".")[2].startswith("_"):  # programs, and what is C and no module
                 importlib.import_module(module.name)
     gc.collect()
     gc.freeze()  # what is never looked at stays shared with the children
