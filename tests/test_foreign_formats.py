@@ -201,6 +201,8 @@ def test_a_broken_file_or_pipe_is_no_trouble(tmp_path: Path) -> None:
     (tmp_path / "empty.bin").touch()
     for name in ("pipe.bin", "empty.bin"):
         fails(tmp_path / name, "is a file of no known layout: name a folder, a tar, or a list")
+    (tmp_path / "latin-1.lst").write_bytes(b"0\t3\tim/\xe9.jpg\n")
+    fails(tmp_path / "latin-1.lst", "is no text in UTF-8: if it is a list")
     (tmp_path / "set/a").mkdir(parents=True)
     os.mkfifo(tmp_path / "set/a/pipe.zip")
     (tmp_path / "set/a/gone.zip").symlink_to("nowhere")

@@ -126,6 +126,7 @@ def test_lists_of_lines(name: str, content: str, truth: dict[str, str], tmp_path
         ("x.txt", "path,label\na.jpg,1\n", "a text in columns: give it a name that ends in .csv"),
         ("x.txt", "apple_pie/1\napple_pie/2\n", "a list of paths without labels"),
         ("x.txt", "some prose here\n", "is a file of no known layout"),
+        ("x.lst", "", "is a file of no known layout: name a folder, a tar, or a list: .csv, .tsv, .jsonl or"),
     ],
 )  # fmt: skip
 def test_lists_of_lines_that_make_no_sense_are_refused(name: str, content: str, words: str, tmp_path: Path) -> None:

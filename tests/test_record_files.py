@@ -90,7 +90,8 @@ def test_imagenet_as_inception_has_it(rows: dict[str, list[Row]], folders: Path,
     for n in range(2):
         tfrecord(tmp_path / f"in/train-{n:05d}-of-00002", [inception(*row) for row in rows["train"][n::2]])
     tfrecord(tmp_path / "in/validation-00000-of-00001", [inception(*row) for row in rows["val"]])
-    alone = replace(OPTIONS, metadata="none")  # without the class in words, which each record has
+    assert list_inputs(find_source(str(tmp_path / "in"))).class_words == ["a fish, a word"] * len(WNIDS)
+    alone = replace(OPTIONS, metadata="none")  # without the height, which each record has
     assert convert(tmp_path / "in", tmp_path / "out", alone, ENGINE).found == len(rows["train"]) + len(rows["val"])
     assert tars(tmp_path / "out") == tars(folders)
     assert verify(tmp_path / "out", ENGINE).problems == []
@@ -160,6 +161,8 @@ def test_damaged_tfrecords(rows: dict[str, list[Row]], tmp_path: Path) -> None:
         fails(place, words)
     place.write_bytes(flipped(whole, 2, 1))
     fails(place, "is a TFRecord file that is damaged from its first bytes on")
+    (tmp_path / "val.tfrecord").write_bytes(whole)
+    fails(tmp_path, f"{place} is damaged from its first bytes on, or no TFRecord file as {tmp_path}/val.tfrecord is")
 
 
 # RecordIO

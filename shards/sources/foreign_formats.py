@@ -270,6 +270,8 @@ def _masked_crc32c(data: bytes) -> int:
 
 def _text(lower: bytes, head: bytes) -> str:
     text = _decoded(head)
+    if not text and head and lower.endswith((b".txt", b".lst")):
+        return "no text in UTF-8: if it is a list of pictures and labels, save it as UTF-8, or get it again"
     if not text.strip():
         return ""
     lines = [line for line in text.splitlines()[:_LINES] if line.strip()]

@@ -90,7 +90,8 @@ def find_source(place: str, layout: str | None = None, choices: Choices = NO_CHO
         raise flat_question(read_tree(files).root, place)
     if name:
         raise AlexprepError(
-            f"SOURCE {place} is a file of no known layout: name a folder, a tar, or a list ending in .csv, .tsv or .parquet"
+            f"SOURCE {place} is a file of no known layout: name a folder, a tar, or a list: .csv, .tsv, .jsonl or .parquet, or .txt or .lst with "
+            "lines of `path label`"
         )
     raise AlexprepError(
         f"SOURCE {place} holds no class folders and no other layout that is known: expected {_source_class('folders').expects}"

@@ -38,7 +38,9 @@ from alexprep.shards.storage import Files, as_text
 
 _IMAGES = ("image/encoded", "image")
 _LABELS = ("image/class/label", "label")
-_NAMED_LABELS = ("image/class/synset", "image/class/text")  # texts beside Inception's number, which counts from 1
+_SYNSET, _WORDS = "image/class/synset", "image/class/text"
+_NAMED_CLASS = ("image/class/label", _WORDS)  # say no more than the WordNet ID beside them
+_NAMED_LABELS = (_SYNSET, _WORDS)  # texts beside Inception's number, which counts from 1
 _FILE_NAMES = ("image/filename", "file_name", "filename", "image/filename_id")
 _LABEL_NAMES = ("label.labels.txt", "labels.txt")  # TFDS: a name a line; Slim: 0:daisy
 _HEADER, _CRC_BYTES = struct.Struct("<QI"), 4
@@ -46,6 +48,7 @@ _READ_BYTES = 4096  # of a record at once, where it is listed
 _MAX_TEXT_BYTES = 1000
 _MASK_DELTA = 0xA282EAD8
 _is_name = re.compile(rb".*\.tfrecords?(-\d{5}-of-\d{5})?|[\w.-]*\w-\d{5}-of-\d{5}", re.IGNORECASE).fullmatch
+_FILES_LOOKED_AT = 20  # where the first of a folder is none, to tell damage from other files
 
 Get = Callable[[int, int], bytes]  # (offset, size) → bytes of a record
 
@@ -87,7 +90,14 @@ class TFRecords(Source):
     def at(cls, files: Files, name: bytes, choices: Choices = NO_CHOICES) -> Source | None:
         """See `Source`: the file that is named, or those below the root, of which the first must be one by its first bytes."""
         paths = [name] if name else files_below(files, _is_name)
-        if not paths or not is_tfrecord(files, paths[0]):
+        if not paths:
+            return None
+        if not is_tfrecord(files, paths[0]):
+            if other := next((path for path in paths[1:_FILES_LOOKED_AT] if is_tfrecord(files, path)), None):
+                raise AlexprepError(
+                    f"{files.display(paths[0])} is damaged from its first bytes on, or no TFRecord file as {files.display(other)} is: get it "
+                    "again, or move it away"
+                )
             return None
         if not name:
             check_complete(files, paths)
@@ -110,6 +120,8 @@ class TFRecords(Source):
         """By split, class and the pictures' names, as from class folders. Of a split in which no record has a label, all, if it is not train."""
         for split in sorted({split for split, _ in self.parts}):
             listed = [(path, _Listed(self, path)) for own, path in self.parts if own == split]
+            for _, each in listed:
+                self.__dict__.setdefault("_words", {}).update(each.words)
             total = sum(len(each.codes) for _, each in listed)
             account.found += total
             labelled = sum(code >= 0 for _, each in listed for code in each.codes)
@@ -158,7 +170,13 @@ class TFRecords(Source):
     def used(self) -> set[str]:
         """The names of the features that are read for something else than metadata."""
         label = None if self.choices.unlabelled else self.features.label
-        return {name for name in (self.features.image, label, self.features.name) if name is not None}
+        said = _NAMED_CLASS if label == _SYNSET else ()
+        return {name for name in (self.features.image, label, self.features.name, *said) if name is not None}
+
+    def words(self, present: set[str]) -> dict[str, str]:
+        """See `Source`: those of lists beside the files, else those that records of Inception's form have of their WordNet IDs."""
+        found: dict[str, str] = self.__dict__.get("_words", {})
+        return {name: found[name] for name in present & found.keys()} | super().words(present)
 
     def _record(self, location: Location) -> bytes:
         """A record without what frames it."""
@@ -197,6 +215,7 @@ class _Listed:
         self.codes, self._offsets, self._sizes, self._more = array("i"), array("q"), array("q"), array("b")
         self._names: list[bytes] = []
         self._classes: dict[str, int] = {}
+        self.words: dict[str, str] = {}
         features = source.features
         label = None if source.choices.unlabelled else features.label
         with files.reading(path) as read:
@@ -209,6 +228,12 @@ class _Listed:
                     name = next(_texts_in(get, found.get(features.name or "")), b"")
                 except WireError as error:
                     raise AlexprepError(f"{where} holds no tf.train.Example ({error}): get the file again") from None
+                if (
+                    label == _SYNSET
+                    and text not in self._classes
+                    and (words := next(_texts_in(get, found.get(_WORDS)), b""))
+                ):
+                    self.words[text] = as_text(words)
                 self.codes.append(self._classes.setdefault(text, len(self._classes)) if text else -1)
                 self._more.append(not found.keys() <= source.used)
                 self._offsets.append(offset)
