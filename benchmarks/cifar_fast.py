@@ -36,6 +36,7 @@ def plain(data: Path, cpu_seconds: float, seed: int, half: bool) -> dict[str, An
     from PIL import Image
 
     from alexprep.train.models.cifar import cifar10_fast_net
+    from alexprep.train.recipes import RECIPES
 
     def read(split: str) -> tuple[torch.Tensor, torch.Tensor]:
         images, labels = [], []
@@ -49,7 +50,9 @@ def plain(data: Path, cpu_seconds: float, seed: int, half: bool) -> dict[str, An
                         images.append(np.asarray(Image.open(io.BytesIO(contents))))
         return torch.from_numpy(np.stack(images)), torch.tensor(labels)
 
-    batch, crop, peak, warm, momentum, decay, smoothing, bias_factor = 128, 28, 0.2, 0.2, 0.85, 0.001, 0.2, 16.0
+    rule, crop, warm = RECIPES["cifar10-fast"], 28, 0.2
+    batch, peak, momentum, decay = rule.batch_size, rule.lr, rule.momentum, rule.decay
+    smoothing, bias_factor = rule.label_smoothing, rule.bias_lr_factor
     torch.manual_seed(seed)
     (images, labels), (test_images, test_labels) = read("train"), read("test")
     mean, std = images.float().mean((0, 1, 2)), images.float().std((0, 1, 2))

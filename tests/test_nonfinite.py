@@ -39,6 +39,11 @@ def _check(kind: str, words: str, run: Path) -> None:
     saved = [path.name[:13] for path in (run / "checkpoints").glob("*.safetensors")]
     assert saved == (["step-00000002"] if began["step"] == ranks.BAD_STEP else [])
     assert ("The checkpoint of step 2 is untouched" if saved else "Nothing was saved") in words
+    if began["what"] in ("loss", "output", "gradient"):
+        # A program is told the names of TrainConfig's fields, without the command's dashes.
+        assert words.replace("--", "").endswith(
+            "with resume and a lower lr, or train again with one" if saved else "with a lower lr"
+        )
     for path in (run / "checkpoints").glob("*.safetensors"):
         assert all(np.isfinite(values).all() for name, values in load_file(path).items() if name != "random.cpu")
 

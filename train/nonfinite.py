@@ -60,7 +60,7 @@ def explained(
                 hindrance = str(failure)
         meter.record_not_finite(origin, step=position.step, epoch=position.epoch, lr=lr)
         found = origin.sentence() if origin else _present_weights(state, hindrance)
-        next_step = _next_step(run, saved_step, origin)
+        next_step = _next_step(saved_step, origin)
         raise NotFinite(f"{error.what}, at learning rate {lr}; {found}. {next_step}") from None
 
 
@@ -158,12 +158,13 @@ def _present_weights(state: TrainingState, hindrance: str) -> str:
     return f"{now} (where it began is not known: {hindrance or 'it did not happen again'})"
 
 
-def _next_step(run: str, saved_step: int, origin: Origin | None) -> str:
+def _next_step(saved_step: int, origin: Origin | None) -> str:
     kept = f"The checkpoint of step {saved_step} is untouched" if saved_step else "Nothing was saved"
     what = origin.what if origin else ""
     if what == "images":
         return f"{kept}: look at the data and its statistics with `alexprep verify`, then go on with --resume"
     if what == "weight":
         return f"{kept}: begin a new run with other initial weights"
-    begin = f", from the beginning or with --init-from {run}" if saved_step else ""
-    return f"{kept}: train again with a lower --lr{begin}"
+    if saved_step:
+        return f"{kept}: go on with --resume and a lower --lr, or train again with one"
+    return f"{kept}: train again with a lower --lr"
