@@ -83,10 +83,14 @@ class AlexprepError(Exception):
 
     exit_status = 1
 
+    @property
+    def message(self) -> str:
+        """As it was made, for a process that passes it on to another."""
+        return super().__str__()
+
     def __str__(self) -> str:
         """The message, in the words of whoever asked."""
-        message = super().__str__()
-        return message if _on_command_line else in_python(message)
+        return self.message if _on_command_line else in_python(self.message)
 
 
 class AmbiguousSourceError(AlexprepError):

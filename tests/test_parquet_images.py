@@ -286,7 +286,11 @@ def test_class_folders_beside_the_files_are_a_question(hub: Path, photos: Path, 
     shutil.copytree(hub, root)
     shutil.copytree(photos / "train", root / "pictures")
     asked(
-        root, "has the layout 'parquet', and beside it 48 pictures in 4 folders", "--layout parquet", "--layout folders"
+        root,
+        "has the layout 'parquet', and beside it 48 pictures in 4 folders",
+        "--layout parquet",
+        "--layout folders",
+        "--layout folders --unlabelled",
     )
     report = list_inputs(find_source(str(root), "parquet"))
     assert report.account.passed_over["beside what this layout reads"].count == 48
