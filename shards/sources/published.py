@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import ClassVar
 
 from alexprep.shards.errors import AlexprepError
@@ -19,15 +18,14 @@ from alexprep.shards.sources.tree import Folder
 from alexprep.shards.storage import Files, as_text
 
 
-@dataclass(frozen=True)
 class TinyImageNet(Published):
     """Tiny ImageNet of Stanford's CS231n: train/WNID/images, val/images with val_annotations.txt, test/images without classes."""
 
     layout = "tiny-imagenet"
     expects = "Tiny ImageNet: train/WNID/images, val/images with val/val_annotations.txt, test/images, and wnids.txt"
     marks: ClassVar[Marks] = {
-        b"wnids.txt": re.compile(rb"n\d{8}\s"),
-        b"val/val_annotations.txt": re.compile(rb"\S+\tn\d{8}\s"),
+        b"wnids.txt": rb"n\d{8}\s",
+        b"val/val_annotations.txt": rb"\S+\tn\d{8}\s",
         b"val/images": None,
     }
     roots = (b"train/", b"val/", b"test/")
@@ -46,7 +44,6 @@ class TinyImageNet(Published):
             labels.put(b"val/images/" + name, "val", labels.check_known(names, wnid, origin, b"wnids.txt"), origin)
 
 
-@dataclass(frozen=True)
 class Places365(Published):
     """Places365, standard or challenge, of either size: data_256 in nested letters, val_256 and test_256 flat, and its lists."""
 
@@ -60,7 +57,7 @@ class Places365(Published):
     @classmethod
     def fits(cls, files: Files, folder: bytes, whatever: bool = False) -> bool:
         """See `Published`: the lists may lie in the folder that their archive unpacks to."""
-        form = re.compile(rb"/\w/\S+ \d+\s")
+        form = rb"/\w/\S+ \d+\s"
         lists = (os.path.join(folder, path) for path in (b"", *_filelists(files, folder)))
         return any(has(files, os.path.join(path, b"categories_places365.txt"), form) for path in lists) and any(
             map(_PLACES, files.folder_names(folder))
@@ -136,13 +133,12 @@ def _filelists(files: Files, folder: bytes) -> list[bytes]:
     return [name for name in files.folder_names(folder) if name.startswith(b"filelist_places365")]
 
 
-@dataclass(frozen=True)
 class Sun397(Published):
     """SUN397: class folders in folders of letters, to two levels, which ClassName.txt lists."""
 
     layout = "sun397"
     expects = "SUN397: the folders a to z of class folders, with ClassName.txt"
-    marks: ClassVar[Marks] = {b"ClassName.txt": re.compile(rb"/\w/\S+\s")}
+    marks: ClassVar[Marks] = {b"ClassName.txt": rb"/\w/\S+\s"}
     roots = (b"",)
 
     def order(self, labels: Labels) -> list[str]:
@@ -154,16 +150,15 @@ class Sun397(Published):
         labels.folders.update((name.encode(), ("train", name)) for name in names)
 
 
-@dataclass(frozen=True)
 class Food101(Published):
     """Food-101: images/CLASS, with meta/train.txt and meta/test.txt."""
 
     layout = "food-101"
     expects = "Food-101: images/CLASS, with meta/classes.txt, meta/train.txt and meta/test.txt"
     marks: ClassVar[Marks] = {
-        b"meta/classes.txt": re.compile(rb"\S+\s"),
-        b"meta/train.txt": re.compile(rb"[^/\s]+/\d+\s"),
-        b"meta/test.txt": re.compile(rb"[^/\s]+/\d+\s"),
+        b"meta/classes.txt": rb"\S+\s",
+        b"meta/train.txt": rb"[^/\s]+/\d+\s",
+        b"meta/test.txt": rb"[^/\s]+/\d+\s",
         b"images": None,
     }
 
@@ -181,7 +176,6 @@ class Food101(Published):
                 labels.put(b"images/%s/%s.jpg" % (class_name, number), split, name, origin)
 
 
-@dataclass(frozen=True)
 class Cub200(Published):
     """CUB-200-2011: images/CLASS, whose classes and splits stand in lists that number pictures."""
 
@@ -190,10 +184,10 @@ class Cub200(Published):
         "CUB-200-2011: images/CLASS, with images.txt, image_class_labels.txt, train_test_split.txt and classes.txt"
     )
     marks: ClassVar[Marks] = {
-        b"images.txt": re.compile(rb"\d+ \S+/\S+\s"),
-        b"image_class_labels.txt": re.compile(rb"\d+ \d+\s"),
-        b"train_test_split.txt": re.compile(rb"\d+ [01]\s"),
-        b"classes.txt": re.compile(rb"1 \S+\s"),
+        b"images.txt": rb"\d+ \S+/\S+\s",
+        b"image_class_labels.txt": rb"\d+ \d+\s",
+        b"train_test_split.txt": rb"\d+ [01]\s",
+        b"classes.txt": rb"1 \S+\s",
         b"images": None,
     }
 
@@ -225,15 +219,14 @@ class Cub200(Published):
             labels.put(b"images/" + path, "train" if trained[number] == b"1" else "test", name, b"images.txt")
 
 
-@dataclass(frozen=True)
 class OxfordPets(Published):
     """Oxford-IIIT Pet: images/CLASS_NUMBER.jpg, with annotations/trainval.txt, which becomes train, and test.txt."""
 
     layout = "oxford-pets"
     expects = "Oxford-IIIT Pet: images/CLASS_NUMBER.jpg, with annotations/trainval.txt and annotations/test.txt"
     marks: ClassVar[Marks] = {
-        b"annotations/trainval.txt": re.compile(rb"\S+_\d+ \d+ [12] \d+\s"),
-        b"annotations/test.txt": re.compile(rb"\S+_\d+ \d+ [12] \d+\s"),
+        b"annotations/trainval.txt": rb"\S+_\d+ \d+ [12] \d+\s",
+        b"annotations/test.txt": rb"\S+_\d+ \d+ [12] \d+\s",
         b"images": None,
     }
 
@@ -254,7 +247,6 @@ class OxfordPets(Published):
                 yield split, origin, as_text(name), picture, int(number)
 
 
-@dataclass(frozen=True)
 class Flowers102(Published):
     """Oxford 102 Flower: jpg/image_00001.jpg …, with imagelabels.mat and setid.mat. Its classes are numbers, from 1."""
 
@@ -281,7 +273,6 @@ class Flowers102(Published):
                 labels.put(b"jpg/image_%05d.jpg" % number, split, str(classes[number - 1]), b"setid.mat")
 
 
-@dataclass(frozen=True)
 class DescribableTextures(Published):
     """DTD: images/CLASS, with ten partitions, of which the first is taken: labels/train1.txt, val1.txt and test1.txt."""
 
@@ -290,7 +281,7 @@ class DescribableTextures(Published):
         "DTD: images/CLASS, with labels/train1.txt, labels/val1.txt and labels/test1.txt, the first of ten partitions"
     )
     marks: ClassVar[Marks] = {
-        **{b"labels/%s1.txt" % split: re.compile(rb"([^/\s]+)/\1_\d+\.jpg\s") for split in (b"train", b"val", b"test")},
+        **{b"labels/%s1.txt" % split: rb"([^/\s]+)/\1_\d+\.jpg\s" for split in (b"train", b"val", b"test")},
         b"images": None,
     }
 
@@ -310,15 +301,14 @@ class DescribableTextures(Published):
                 yield split, origin, name, path
 
 
-@dataclass(frozen=True)
 class FgvcAircraft(Published):
     """FGVC-Aircraft by variants: images/NUMBER.jpg, with images_variant_train.txt, _val.txt and _test.txt."""
 
     layout = "fgvc-aircraft"
     expects = "FGVC-Aircraft: images/NUMBER.jpg, with variants.txt and images_variant_train.txt, _val.txt and _test.txt"
     marks: ClassVar[Marks] = {
-        b"variants.txt": re.compile(rb"\S"),
-        **{b"images_variant_%s.txt" % split: re.compile(rb"\d{7} \S") for split in (b"train", b"val", b"test")},
+        b"variants.txt": rb"\S",
+        **{b"images_variant_%s.txt" % split: rb"\d{7} \S" for split in (b"train", b"val", b"test")},
         b"images": None,
     }
 
@@ -336,7 +326,6 @@ class FgvcAircraft(Published):
                 labels.put(b"images/" + number + b".jpg", split, variant, origin)
 
 
-@dataclass(frozen=True)
 class StanfordDogs(Published):
     """Stanford Dogs: Images/WNID-NAME, with train_list.mat and test_list.mat."""
 
@@ -367,13 +356,12 @@ class StanfordDogs(Published):
                 yield split, origin, str(path).encode(), int(number)
 
 
-@dataclass(frozen=True)
 class Gtsrb(Published):
     """GTSRB: Final_Training/Images/NNNNN, and Final_Test/Images flat, whose classes are in GT-final_test.csv, where it is there."""
 
     layout = "gtsrb"
     expects = "GTSRB: Final_Training/Images/NNNNN and Final_Test/Images, with GT-final_test.csv"
-    marks: ClassVar[Marks] = {b"Final_Training/Images/00000/GT-00000.csv": re.compile(rb"Filename;")}
+    marks: ClassVar[Marks] = {b"Final_Training/Images/00000/GT-00000.csv": rb"Filename;"}
     roots = (b"Final_Training/", b"Final_Test/")
 
     def order(self, labels: Labels) -> list[str]:
@@ -384,7 +372,7 @@ class Gtsrb(Published):
         """A line is Filename;Width;Height;Roi.X1;Roi.Y1;Roi.X2;Roi.Y2;ClassId, the first names these columns."""
         labels.folders.update((b"Final_Training/Images/" + name.encode(), ("train", name)) for name in names)
         for origin in (b"GT-final_test.csv", b"Final_Test/GT-final_test.csv", b"Final_Test/Images/GT-final_test.csv"):
-            if has(self.files, os.path.join(self.folder, origin), re.compile(rb"Filename;.*;ClassId")):
+            if has(self.files, os.path.join(self.folder, origin), rb"Filename;.*;ClassId"):
                 rows = labels.lines(origin, rb"(?:Filename;.*|([^;]+);.*;(\d+))")
                 for name, number in (row for row in rows if row[0] is not None):
                     class_name = labels.class_at(names, int(number), origin, name)

@@ -36,9 +36,9 @@ from alexprep.shards.storage import Entry, Files, as_text
 WRAPPERS = 2  # folders around a set that hold nothing else
 _BEGINNING_BYTES = 4096  # of a list, which show its form
 _AGAIN = "download it again"
-MATLAB = re.compile(rb"MATLAB 5\.0 MAT-file")  # how its files begin
-ANY = re.compile(rb"")  # any beginning
-Marks = Mapping[bytes, re.Pattern[bytes] | None]
+MATLAB = rb"MATLAB 5\.0 MAT-file"  # how its files begin
+ANY = rb""  # any beginning
+Marks = Mapping[bytes, bytes | None]  # forms are patterns, compiled when they are first asked for
 _Place = tuple[str, str]  # split and class
 
 
@@ -301,12 +301,14 @@ def may_hold(files: Files) -> list[tuple[bytes, set[bytes]]]:
     return found
 
 
-def has(files: Files, path: bytes, form: re.Pattern[bytes] | None) -> bool:
+def has(files: Files, path: bytes, form: bytes | None) -> bool:
     """Whether there is a file that begins in this form; for None, a folder with something in it."""
     folder, name = os.path.split(path)
     if Entry(name, form is None) not in files.entries(folder):
         return False
     try:
-        return bool(files.entries(path)) if form is None else bool(form.match(files.read(path, 0, _BEGINNING_BYTES)))
+        return (
+            bool(files.entries(path)) if form is None else bool(re.match(form, files.read(path, 0, _BEGINNING_BYTES)))
+        )
     except OSError as error:
         raise AlexprepError(f"{files.display(path)} cannot be read ({error}): check it, or {_AGAIN}") from None
