@@ -84,13 +84,13 @@ class AlexprepError(Exception):
     exit_status = 1
 
     @property
-    def message(self) -> str:
-        """As it was made, for a process that passes it on to another."""
+    def as_made(self) -> str:
+        """The message as it was made, for a process that passes it on to another. (torch's DataLoader takes `message` for something else.)"""
         return super().__str__()
 
     def __str__(self) -> str:
         """The message, in the words of whoever asked."""
-        return self.message if _on_command_line else in_python(self.message)
+        return self.as_made if _on_command_line else in_python(self.as_made)
 
 
 class AmbiguousSourceError(AlexprepError):

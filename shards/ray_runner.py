@@ -137,7 +137,7 @@ def _in_ray_worker(run: str, folder: str, bounds: LocalEngine, task: Task[Any], 
         (answer,) = _pools[run].run(task, [argument], counts.append)
     except AlexprepError as error:
         _close_pools()
-        return False, (error.message, platform.node()), 0
+        return False, (error.as_made, platform.node()), 0
     except BaseException:
         _close_pools()
         raise

@@ -319,7 +319,11 @@ def run_rank() -> None:
         kind = AlexprepError if isinstance(error, AlexprepError) else type(error)
         if kind is not AlexprepError:
             traceback.print_exc()
-        reason = {"time": time.time(), "kind": kind.__name__, "message": getattr(error, "message", str(error))}
+        reason = {
+            "time": time.time(),
+            "kind": kind.__name__,
+            "message": error.as_made if isinstance(error, AlexprepError) else str(error),
+        }
         try:
             (folder / f"failure-{rank}.json").write_text(json.dumps(reason))
         except OSError:  # the disk that it failed for may be this one too
