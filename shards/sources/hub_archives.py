@@ -33,8 +33,8 @@ from alexprep.shards.sources.base import (
     split_of,
 )
 from alexprep.shards.sources.grouped import DamagedGroupError, FileView, GroupedSource, Sizes, check_group
-from alexprep.shards.sources.numbered_files import lies_around
-from alexprep.shards.sources.tree import pass_over_rest, rule_of
+from alexprep.shards.sources.numbered_files import SplitFiles
+from alexprep.shards.sources.tree import rule_of
 from alexprep.shards.storage import Files, as_text
 from alexprep.shards.tar_format import BLOCK, members, padded, read_header_block, reader_of
 
@@ -64,14 +64,10 @@ class Scan(NamedTuple):
 
 
 @dataclass(frozen=True)
-class HubArchives(GroupedSource):
-    """Gzipped tars of pictures whose classes stand in their names.
+class HubArchives(SplitFiles, GroupedSource):
+    """Gzipped tars of pictures whose classes stand in their names."""
 
-    Attributes:
-        archives: (split, file), ascending.
-    """
-
-    archives: tuple[tuple[str, bytes], ...] = ()
+    parts: tuple[tuple[str, bytes], ...] = ()
     layout = "hub-imagenet"
     expects = "train_images_0.tar.gz and so on, val_images.tar.gz, with members NAME_WNID.JPEG"
 
@@ -82,7 +78,7 @@ class HubArchives(GroupedSource):
         for folder in folders:
             paths = [name] if name else [os.path.join(folder, file) for file in files.file_names(folder)]
             found = sorted((split_of(os.path.basename(path)) or "train", path) for path in paths if _is_gzipped(path))
-            if any(_class_in_name(os.path.basename(_first_member(files, path))) for _, path in found):
+            if any(_class_of(_first_member(files, path)) for _, path in found):
                 return cls(
                     files,
                     tuple(found),
@@ -97,8 +93,8 @@ class HubArchives(GroupedSource):
         self.__dict__.pop("_scans_of", None)
         self.sizes()
         scans = self._scans()
-        for split in sorted({split for split, _ in self.archives}):
-            own = [path for each, path in self.archives if each == split]
+        for split in sorted({split for split, _ in self.parts}):
+            own = [path for each, path in self.parts if each == split]
             pictures = sum(rule_of(name) is None for path in own for name in map(os.path.basename, scans[path].names))
             named = sum(bool(_class_of(name)) for path in own for name in scans[path].names)
             if not named and split == "train":
@@ -112,8 +108,7 @@ class HubArchives(GroupedSource):
                 )
             for path in own:
                 yield from self._inputs_in(path, split, bool(named), scans[path], account)
-        if self.whole:
-            pass_over_rest(self.files, {path for _, path in self.archives}, account)
+        self.pass_over_others(account)
 
     def _inputs_in(self, path: bytes, split: str, named: bool, scan: Scan, account: Account) -> Iterator[Input]:
         shown, row, before = self.files.display(path), 0, -1
@@ -138,10 +133,6 @@ class HubArchives(GroupedSource):
                 check_group(end - begin, number, self.files.display(path))
                 largest = max(largest, end - begin)
         return Sizes(inputs, total, largest)
-
-    def covers(self, target: str) -> bool:
-        """Whether one of the archives lies in the folder `target`."""
-        return self.whole and lies_around(self.files, [path for _, path in self.archives], target)
 
     def resident_bytes(self) -> int:
         """Also the seek points."""
@@ -174,7 +165,7 @@ class HubArchives(GroupedSource):
         """What was found in each archive, once; it goes with the source to workers."""
         known: dict[bytes, Scan] | None = self.__dict__.get("_scans_of")
         if known is None:
-            paths = [path for _, path in self.archives]
+            paths = self.paths
             with ThreadPoolExecutor(_AT_ONCE) as threads:
                 known = dict(zip(paths, threads.map(lambda path: _scan(self.files, path), paths), strict=True))
             object.__setattr__(self, "_scans_of", known)

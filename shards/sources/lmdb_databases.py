@@ -30,11 +30,10 @@ from alexprep.shards.sources.base import (
 )
 from alexprep.shards.sources.foreign_formats import is_lmdb
 from alexprep.shards.sources.labels import MAX_LABEL
-from alexprep.shards.sources.numbered_files import lies_around
+from alexprep.shards.sources.numbered_files import SplitFiles
 from alexprep.shards.sources.picture_names import is_picture
 from alexprep.shards.sources.table_rows import LISTS, TABLES, read_rows
 from alexprep.shards.sources.tfrecords import WireError, fields, varint
-from alexprep.shards.sources.tree import pass_over_rest
 from alexprep.shards.storage import Files, LocalFiles, as_text
 
 _DATA, _LOCK = b"data.mdb", b"lock.mdb"
@@ -53,15 +52,14 @@ class Datum(NamedTuple):
 
 
 @dataclass(frozen=True)
-class LmdbDatabases(Source):
+class LmdbDatabases(SplitFiles):
     """Values under keys, in the order of the keys.
 
     Attributes:
-        databases: (split, file), ascending.
         lists: the lists beside the databases that tell the labels of plain keys.
     """
 
-    databases: tuple[tuple[str, bytes], ...] = ()
+    parts: tuple[tuple[str, bytes], ...] = ()
     lists: tuple[bytes, ...] = ()
     layout = "lmdb"
     expects = "data.mdb with Caffe's Datum or encoded pictures, in SOURCE or in a folder a split (train_lmdb, val_lmdb)"
@@ -93,10 +91,9 @@ class LmdbDatabases(Source):
 
     def inputs(self, account: Account) -> Iterator[Input]:
         """By split and key. A value's label is Datum's own; of a plain picture its key's folder or a list beside tells the class."""
-        own = {path for _, path in self.databases}
         _close_all()  # a file may have changed since
         known: dict[bytes, str] | None = None
-        for split, path in self.databases:
+        for split, path in self.parts:
             shown = self.files.display(path)
             with _kept(self._place(path), shown).begin(buffers=True) as transaction:
                 for key, value in transaction.cursor():
@@ -110,8 +107,7 @@ class LmdbDatabases(Source):
                         known = self._listed() if known is None else known
                         class_name = _class_of(member, known, shown)
                     yield Input(split, class_name, Location(path, member, 0, 0))
-        if self.whole:
-            pass_over_rest(self.files, own, account, lists=self.lists)
+        self.pass_over_others(account, self.lists)
 
     def read(self, location: Location) -> bytes | NDArray[np.uint8]:
         """The bytes of a picture, or the pixels of a Datum that is not encoded; OSError where there is none."""
@@ -138,10 +134,6 @@ class LmdbDatabases(Source):
         if present and all(name.isascii() and name.isdigit() for name in present):
             return numbered_classes(present)
         return super().classes(present)
-
-    def covers(self, target: str) -> bool:
-        """Whether one of the files lies in the folder `target`."""
-        return self.whole and lies_around(self.files, [path for _, path in self.databases], target)
 
     def _place(self, path: bytes) -> bytes:
         assert isinstance(self.files, LocalFiles)

@@ -9,17 +9,46 @@ import contextlib
 import itertools
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
+from dataclasses import dataclass
 
 from alexprep.shards.errors import AlexprepError
-from alexprep.shards.sources.base import split_of
-from alexprep.shards.sources.tree import read_tree
+from alexprep.shards.sources.base import Account, Source, split_of
+from alexprep.shards.sources.tree import pass_over_rest, read_tree
 from alexprep.shards.storage import Files
 
 Wanted = Callable[[bytes], object]  # whether a file is of the kind, by its name
 
 _LOOKED_AT = 200  # names in a folder that are looked at for a file of the kind, and folders
 of_several = re.compile(rb"(?P<stem>.*?)-?(?P<number>\d{5})-of-(?P<count>\d{5})(?P<ending>\.\w+)?").fullmatch
+
+
+@dataclass(frozen=True)
+class SplitFiles(Source):
+    """A source of some files, each of which belongs to a split.
+
+    Attributes:
+        parts: (split, file), ascending.
+    """
+
+    parts: tuple[tuple[str | None, bytes], ...] = ()
+
+    @property
+    def paths(self) -> list[bytes]:
+        """The files."""
+        return [path for _, path in self.parts]
+
+    def covers(self, target: str) -> bool:
+        """Whether one of the files lies in the folder `target`, or below it."""
+        below = self.files.below(target) if self.whole else None
+        return below is not None and any(
+            path.startswith(b"".join(name + b"/" for name in below)) for path in self.paths
+        )
+
+    def pass_over_others(self, account: Account, lists: Container[bytes] = ()) -> None:
+        """Where all of the root is meant, counts what else lies there; see `pass_over_rest`."""
+        if self.whole:
+            pass_over_rest(self.files, set(self.paths), account, lists=lists)
 
 
 def files_below(files: Files, wanted: Wanted) -> list[bytes]:
@@ -78,9 +107,3 @@ def check_complete(files: Files, paths: Sequence[bytes]) -> None:
                 f"{files.display(missing)} is missing, with {count - len(present) - 1:,} others of {count:,}: download what is missing, or "
                 "name one file as SOURCE"
             )
-
-
-def lies_around(files: Files, paths: Sequence[bytes], target: str) -> bool:
-    """Whether one of the files at `paths` lies in the folder `target`, a path or URL, or below it."""
-    below = files.below(target)
-    return below is not None and any(path.startswith(b"".join(name + b"/" for name in below)) for path in paths)

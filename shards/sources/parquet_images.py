@@ -46,9 +46,9 @@ from alexprep.shards.sources.labels import (
     several,
     text_of,
 )
-from alexprep.shards.sources.numbered_files import check_complete, files_below, lies_around, of_several, split_of_file
+from alexprep.shards.sources.numbered_files import SplitFiles, check_complete, files_below, of_several, split_of_file
 from alexprep.shards.sources.table_rows import SPLIT_COLUMNS
-from alexprep.shards.sources.tree import pass_over_rest, read_tree
+from alexprep.shards.sources.tree import read_tree
 from alexprep.shards.storage import Files, as_text
 
 MISSING = -1  # Hugging Face's label of a row that has none
@@ -88,7 +88,7 @@ NO_COLUMNS = Columns("", None, (), None)
 
 
 @dataclass(frozen=True)
-class ParquetImages(GroupedSource):
+class ParquetImages(SplitFiles, GroupedSource):
     """Rows of a picture and its label, in the order of the files and rows.
 
     Attributes:
@@ -167,8 +167,7 @@ class ParquetImages(GroupedSource):
                 )
             for some, names in zip(rows, named, strict=True):
                 yield from some.inputs(split, names, account if labelled else None)
-        if self.whole:
-            pass_over_rest(self.files, {part.path for part in self.parts}, account)
+        self.pass_over_others(account)
 
     def classes(self, present: set[str]) -> list[str]:
         """The names that the schema gives; the numbers from "0" to the highest where all are numbers; otherwise sorted as bytes."""
@@ -179,10 +178,6 @@ class ParquetImages(GroupedSource):
         if present and all(map(is_number, present)):
             return numbered_classes(present)
         return super().classes(present)
-
-    def covers(self, target: str) -> bool:
-        """Whether one of the files lies in the folder `target`."""
-        return self.whole and lies_around(self.files, [part.path for part in self.parts], target)
 
     def measured(self) -> Sizes:
         """See `GroupedSource`."""

@@ -26,8 +26,7 @@ from alexprep.shards.sources.base import (
     numbered_classes,
 )
 from alexprep.shards.sources.labels import LabelError, check_range, label_in
-from alexprep.shards.sources.numbered_files import files_below, lies_around, split_of_file
-from alexprep.shards.sources.tree import pass_over_rest
+from alexprep.shards.sources.numbered_files import SplitFiles, files_below, split_of_file
 from alexprep.shards.storage import Files, as_text
 
 MAGIC = b"\x0a\x23\xd7\xce"  # 0xced7230a
@@ -48,12 +47,8 @@ class _Record(NamedTuple):
 
 
 @dataclass(frozen=True)
-class RecordIO(Source):
-    """Records of a picture and its label.
-
-    Attributes:
-        parts: (split, file), ascending.
-    """
+class RecordIO(SplitFiles):
+    """Records of a picture and its label."""
 
     parts: tuple[tuple[str, bytes], ...] = ()
     layout = "recordio"
@@ -83,8 +78,7 @@ class RecordIO(Source):
                         continue
                     class_name = UNLABELLED if self.choices.unlabelled else _class_name(header, where)
                     yield Input(split, class_name, Location(path, member, record.begin, record.end - record.begin))
-        if self.whole:
-            pass_over_rest(self.files, {path for _, path in self.parts}, account)
+        self.pass_over_others(account)
 
     def read(self, location: Location) -> bytes:
         """The bytes of a picture; OSError where its record is not what it was."""
@@ -102,10 +96,6 @@ class RecordIO(Source):
     def classes(self, present: set[str]) -> list[str]:
         """The numbers from "0" to the highest."""
         return numbered_classes(present)
-
-    def covers(self, target: str) -> bool:
-        """Whether one of the files lies in the folder `target`."""
-        return self.whole and lies_around(self.files, [path for _, path in self.parts], target)
 
 
 def _is_name(name: bytes) -> bool:

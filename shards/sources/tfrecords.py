@@ -32,8 +32,7 @@ from alexprep.shards.sources.base import (
 )
 from alexprep.shards.sources.foreign_formats import is_tfrecord
 from alexprep.shards.sources.labels import LabelError, check_range, is_number, label_in
-from alexprep.shards.sources.numbered_files import check_complete, files_below, lies_around, split_of_file
-from alexprep.shards.sources.tree import pass_over_rest
+from alexprep.shards.sources.numbered_files import SplitFiles, check_complete, files_below, split_of_file
 from alexprep.shards.storage import Files, as_text
 
 _IMAGES = ("image/encoded", "image")
@@ -69,11 +68,10 @@ NO_FEATURES = Features("", None, None)
 
 
 @dataclass(frozen=True)
-class TFRecords(Source):
+class TFRecords(SplitFiles):
     """Records of a picture and its label.
 
     Attributes:
-        parts: (split, file), ascending.
         features: those that are read.
         names: the class names by label, where a list beside the files tells them.
         lists: that list.
@@ -136,8 +134,7 @@ class TFRecords(Source):
                 account.warnings.append(f"{total - labelled:,} of {total:,} records of {split} have no label: {words}")
             found = (item for path, each in listed for item in each.inputs(path, split, account if labelled else None))
             yield from sorted(found, key=_as_in_folders)
-        if self.whole:
-            pass_over_rest(self.files, {path for _, path in self.parts}, account, lists=self.lists)
+        self.pass_over_others(account, self.lists)
 
     def read(self, location: Location) -> bytes:
         """The bytes of a picture; OSError where its record is not what its checksums say, or holds none."""
@@ -196,10 +193,6 @@ class TFRecords(Source):
         if present and all(map(is_number, present)):
             return numbered_classes(present)
         return super().classes(present)
-
-    def covers(self, target: str) -> bool:
-        """Whether one of the files lies in the folder `target`."""
-        return self.whole and lies_around(self.files, [path for _, path in self.parts], target)
 
 
 def _as_in_folders(item: Input) -> tuple[bytes, bytes, Location]:
