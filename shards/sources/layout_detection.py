@@ -17,6 +17,7 @@ from alexprep.shards.sources.base import NO_CHOICES, SPLITS, Choices, Source, as
 from alexprep.shards.sources.folder_reading import flat_question
 from alexprep.shards.sources.foreign_formats import foreign
 from alexprep.shards.sources.ilsvrc import IlsvrcArchives
+from alexprep.shards.sources.numbered_files import names_near_root
 from alexprep.shards.sources.picture_names import is_picture
 from alexprep.shards.sources.published_lists import may_hold
 from alexprep.shards.sources.tree import read_tree
@@ -55,7 +56,8 @@ def find_source(place: str, layout: str | None = None, choices: Choices = NO_CHO
         choices = replace(choices, split_folders=named)
     if choices.unlabelled and choices.class_depth is not None:
         raise AlexprepError("--class-depth says where classes lie, --unlabelled that there are none: give one of them")
-    may_hold.cache_clear()  # it serves all that look for one layout of the same files
+    for kept in (may_hold, names_near_root):  # they serve all that look for one layout of the same files
+        kept.cache_clear()
     for candidate in (layout,) if layout else _candidates(choices):
         try:
             source = _source_class(candidate).at(files, name, choices)

@@ -6,6 +6,7 @@ Their names are those of the hubs and of TFDS: train-00000-of-00005.parquet, ima
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import os
 import re
@@ -53,7 +54,7 @@ class SplitFiles(Source):
 
 def files_below(files: Files, wanted: Wanted) -> list[bytes]:
     """The files of a kind below the root, ascending, without hidden ones; the whole tree is read only where a look finds one."""
-    if not _has_file(files, wanted):
+    if not any(map(wanted, names_near_root(files))):
         return []
     found = []
     for folder in read_tree(files).root.walk():
@@ -61,25 +62,26 @@ def files_below(files: Files, wanted: Wanted) -> list[bytes]:
     return sorted(found)
 
 
-def _has_file(files: Files, wanted: Wanted) -> bool:
-    """Whether there is a file of a kind among the first names in the root, or in folders at most two names below it.
+@functools.lru_cache(maxsize=1)
+def names_near_root(files: Files) -> list[bytes]:
+    """The first names of files in the root, and in folders at most two names below it, without hidden ones.
 
-    Where there are many folders, they are class folders, and not looked into.
+    Where there are many folders, they are class folders, and not looked into. The answer is kept for whoever asks next of the same files, so
+    `find_source` begins with `names_near_root.cache_clear()`.
     """
-    level = [b""]
+    found, level = list[bytes](), [b""]
     for _ in range(3):
         below: list[bytes] = []
         for folder in level:
             names: list[tuple[bytes, bool | None]] = []
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):
                 names = list(itertools.islice(files.listed(folder, links=True), _LOOKED_AT))
-            if any(not inner and name[:1] != b"." and wanted(name) for name, inner in names):
-                return True
+            found += [name for name, inner in names if not inner and name[:1] != b"."]
             below += [os.path.join(folder, name) for name, inner in names if inner and name[:1] != b"."]
         if len(below) > _LOOKED_AT:
-            return False
+            break
         level = below
-    return False
+    return found
 
 
 def split_of_file(path: bytes) -> str | None:
