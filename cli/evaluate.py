@@ -12,8 +12,8 @@ from alexprep.cli.options import (
     device_option,
     json_option,
     precision_option,
-    runs_option,
     threads_option,
+    trained_run_options,
     views_option,
 )
 
@@ -54,9 +54,7 @@ BESIDE = ""  # what --predictions without a file gives
     help="Each image's five best classes with probabilities, in a .csv or .parquet file; without FILE beside the result.",
 )
 @click.option("--submission", type=click.Path(path_type=Path, dir_okay=False), help="Write ILSVRC's file of guesses.")
-@click.option("--model", metavar="FILE.py:FUNCTION", help="Of a run with a network of your own: that network.")
-@click.option("--recipe", metavar="FILE.py:FUNCTION", help="Likewise of a recipe file.")
-@runs_option
+@trained_run_options
 @click.option("--batch-size", type=AT_LEAST_1, default=128, show_default=True, help="Crops at a time.")
 @precision_option
 @threads_option

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from alexprep.cli.options import json_option, runs_option
+from alexprep.cli.options import json_option, trained_data_option, trained_run_options
 
 # Those of alexprep.train.export; importing that here would import torch for --help.
 FORMATS, OPSETS = ("safetensors", "pt", "pt2", "onnx"), (18, 23)
@@ -53,14 +53,8 @@ class Formats(click.ParamType):  # type: ignore[type-arg]
 )
 @click.option("--opset", type=click.IntRange(*OPSETS), default=OPSETS[0], show_default=True, help="Of ONNX.")
 @click.option("--overwrite", is_flag=True, help="Replace files that are there.")
-@click.option(
-    "--data",
-    type=click.Path(path_type=Path, file_okay=False),
-    help="The data set of the training.  [default: where it was]",
-)
-@click.option("--model", metavar="FILE.py:FUNCTION", help="Of a run with a network of your own: that network.")
-@click.option("--recipe", metavar="FILE.py:FUNCTION", help="Likewise of a recipe file.")
-@runs_option
+@trained_data_option
+@trained_run_options
 @json_option
 def export(run: str | None, runs: Path, out: Path | None, as_json: bool, **options: Any) -> None:
     """Write the network of RUN for use without alexprep; of the run last active by default.

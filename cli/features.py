@@ -13,8 +13,8 @@ from alexprep.cli.options import (
     json_option,
     local_folder,
     precision_option,
-    runs_option,
     threads_option,
+    trained_run_options,
 )
 
 if TYPE_CHECKING:
@@ -31,9 +31,7 @@ if TYPE_CHECKING:
     type=click.Path(path_type=Path, dir_okay=False),
     help="The .npy; or a .parquet, written beside the default .npy.  [default: RUN/features-LAYER-SPLIT.npy]",
 )
-@click.option("--model", metavar="FILE.py:FUNCTION", help="Of a run with a network of your own: that network.")
-@click.option("--recipe", metavar="FILE.py:FUNCTION", help="Likewise of a recipe file.")
-@runs_option
+@trained_run_options
 @click.option("--batch-size", type=AT_LEAST_1, default=128, show_default=True, help="Images at a time.")
 @precision_option
 @threads_option

@@ -266,6 +266,22 @@ runs_option = click.option(
     help="Folder of runs.",
 )
 
+
+def trained_run_options(command: FC) -> FC:
+    """Adds what a command needs to find a run, and the user's own code that made it: `runs`, `model` and `recipe`."""
+    model = click.option(
+        "--model", metavar="FILE.py:FUNCTION", help="Of a run with a network of your own: that network."
+    )
+    recipe = click.option("--recipe", metavar="FILE.py:FUNCTION", help="Likewise of a recipe file.")
+    return model(recipe(runs_option(command)))
+
+
+trained_data_option = click.option(
+    "--data",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="The data set of the training.  [default: where it was]",
+)
+
 batch_size_option = click.option("--batch-size", type=AT_LEAST_1, help="Images a step.  [default: the recipe's]")
 
 

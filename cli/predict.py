@@ -14,8 +14,9 @@ from alexprep.cli.options import (
     json_option,
     picture_option,
     precision_option,
-    runs_option,
     threads_option,
+    trained_data_option,
+    trained_run_options,
     views_option,
 )
 
@@ -28,11 +29,7 @@ if TYPE_CHECKING:
 @click.argument("run")
 @click.argument("photos", metavar="FILE...", nargs=-1, required=True)
 @views_option
-@click.option(
-    "--data",
-    type=click.Path(path_type=Path, file_okay=False),
-    help="The data set of the training.  [default: where it was]",
-)
+@trained_data_option
 @click.option("--csv", "as_csv", is_flag=True, help="Print the table as CSV, with all digits.")
 @click.option(
     "--predictions",
@@ -41,9 +38,7 @@ if TYPE_CHECKING:
     help="Write the table to a .csv or .parquet file, as `alexprep eval --predictions` does.",
 )
 @picture_option
-@click.option("--model", metavar="FILE.py:FUNCTION", help="Of a run with a network of your own: that network.")
-@click.option("--recipe", metavar="FILE.py:FUNCTION", help="Likewise of a recipe file.")
-@runs_option
+@trained_run_options
 @click.option("--batch-size", type=AT_LEAST_1, default=128, show_default=True, help="Crops at a time.")
 @precision_option
 @threads_option

@@ -15,8 +15,9 @@ from alexprep.cli.options import (
     json_option,
     picture_option,
     precision_option,
-    runs_option,
     threads_option,
+    trained_data_option,
+    trained_run_options,
 )
 
 if TYPE_CHECKING:
@@ -40,15 +41,9 @@ if TYPE_CHECKING:
 )
 @click.option("--codes", is_flag=True, help="Compare binary codes, made once by an autoencoder of the features.")
 @click.option("--bits", type=AT_LEAST_1, default=256, show_default=True, help="Of a code, a multiple of 64.")
-@click.option(
-    "--data",
-    type=click.Path(path_type=Path, file_okay=False),
-    help="The data set of the training.  [default: where it was]",
-)
+@trained_data_option
 @picture_option
-@click.option("--model", metavar="FILE.py:FUNCTION", help="Of a run with a network of your own: that network.")
-@click.option("--recipe", metavar="FILE.py:FUNCTION", help="Likewise of a recipe file.")
-@runs_option
+@trained_run_options
 @click.option("--batch-size", type=AT_LEAST_1, default=128, show_default=True, help="Images at a time.")
 @precision_option
 @threads_option
