@@ -32,8 +32,8 @@ from alexprep.shards.sources.foreign_formats import is_lmdb
 from alexprep.shards.sources.labels import MAX_LABEL
 from alexprep.shards.sources.numbered_files import SplitFiles
 from alexprep.shards.sources.picture_names import is_picture
+from alexprep.shards.sources.protobuf_wire import LENGTH, VARINT, WireError, fields, varint
 from alexprep.shards.sources.table_rows import LISTS, TABLES, read_rows
-from alexprep.shards.sources.tfrecords import WireError, fields, varint
 from alexprep.shards.storage import Files, LocalFiles, as_text
 
 _DATA, _LOCK = b"data.mdb", b"lock.mdb"
@@ -200,9 +200,9 @@ def datum_in(value: memoryview) -> Datum | None:
     begin = end = 0
     try:
         for number, kind, at, to in fields(get, 0, len(value)):
-            if kind == 0 and number in (_CHANNELS, _HEIGHT, _WIDTH, _LABEL, _ENCODED):
+            if kind == VARINT and number in (_CHANNELS, _HEIGHT, _WIDTH, _LABEL, _ENCODED):
                 numbers[number] = varint(get, at, to)[0]
-            elif kind == 2 and number == _BYTES:
+            elif kind == LENGTH and number == _BYTES:
                 begin, end = at, to
             elif number != _FLOATS:
                 return None

@@ -12,7 +12,7 @@ import os
 import re
 import struct
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -33,6 +33,7 @@ from alexprep.shards.sources.base import (
 from alexprep.shards.sources.foreign_formats import is_tfrecord
 from alexprep.shards.sources.labels import LabelError, check_range, is_number, label_in
 from alexprep.shards.sources.numbered_files import SplitFiles, check_complete, files_below, split_of_file
+from alexprep.shards.sources.protobuf_wire import LENGTH, Get, WireError, fields, varint
 from alexprep.shards.storage import Files, as_text
 
 _IMAGES = ("image/encoded", "image")
@@ -48,12 +49,6 @@ _MAX_TEXT_BYTES = 1000
 _MASK_DELTA = 0xA282EAD8
 _is_name = re.compile(rb".*\.tfrecords?(-\d{5}-of-\d{5})?|[\w.-]*\w-\d{5}-of-\d{5}", re.IGNORECASE).fullmatch
 _FILES_LOOKED_AT = 20  # where the first of a folder is none, to tell damage from other files
-
-Get = Callable[[int, int], bytes]  # (offset, size) → bytes of a record
-
-
-class WireError(Exception):
-    """What is no message in protobuf's wire format."""
 
 
 class Features(NamedTuple):
@@ -353,38 +348,7 @@ def _getter(read: Get, start: int, size: int) -> Get:
     return get
 
 
-# Protobuf's wire format (protobuf.dev, "Encoding"): (field << 3 | kind), then a number, 8 bytes, a length and bytes, or 4 bytes.
-
-_VARINT, _FIXED_64, _LENGTH, _FIXED_32 = 0, 1, 2, 5
-_MAX_VARINT_BYTES = 10
 _BYTES, _FLOATS, _INTEGERS = 1, 2, 3  # fields of tf.train.Feature
-
-
-def fields(get: Get, at: int, end: int) -> Iterator[tuple[int, int, int, int]]:
-    """(field, kind, begin, end) of each value of a message; WireError where it is none."""
-    while at < end:
-        key, at = varint(get, at, end)
-        number, kind = key >> 3, key & 7
-        if kind == _LENGTH:
-            length, at = varint(get, at, end)
-        elif kind == _VARINT:
-            length = varint(get, at, end)[1] - at
-        else:
-            length = {_FIXED_64: 8, _FIXED_32: 4}.get(kind, end)
-        if not number or at + length > end:
-            raise WireError("a field goes beyond its message")
-        yield number, kind, at, at + length
-        at += length
-
-
-def varint(get: Get, at: int, end: int) -> tuple[int, int]:
-    """A number of seven bits a byte, and where it ends; WireError where it does not."""
-    value = 0
-    for place, byte in enumerate(get(at, min(_MAX_VARINT_BYTES, end - at))):
-        value |= (byte & 0x7F) << 7 * place
-        if byte < 0x80:
-            return value, at + place + 1
-    raise WireError("a number does not end")
 
 
 def _features(get: Get, size: int, shown: str) -> dict[str, int]:
@@ -403,14 +367,14 @@ def _features_in(get: Get, size: int) -> Iterator[tuple[str, tuple[int, int, int
         for entry in _messages(get, *features, 1):
             name = b"".join(get(at, end - at) for at, end in _messages(get, *entry, 1) if end - at <= _MAX_TEXT_BYTES)
             for value in _messages(get, *entry, 2):
-                lists = ((kind, at, end) for kind, wire, at, end in fields(get, *value) if wire == _LENGTH)
+                lists = ((kind, at, end) for kind, wire, at, end in fields(get, *value) if wire == LENGTH)
                 if (found := next(lists, None)) is not None:
                     yield name.decode("utf-8", "replace"), found
 
 
 def _messages(get: Get, at: int, end: int, number: int) -> Iterator[tuple[int, int]]:
     """Begin and end of each value of a field of messages, bytes or text."""
-    return ((begin, to) for found, kind, begin, to in fields(get, at, end) if found == number and kind == _LENGTH)
+    return ((begin, to) for found, kind, begin, to in fields(get, at, end) if found == number and kind == LENGTH)
 
 
 def _texts_in(get: Get, feature: tuple[int, int, int] | None) -> Iterator[bytes]:
