@@ -27,7 +27,7 @@ from alexprep.pipeline.augmentation import (
     mean_corners,
     ten_windows,
 )
-from alexprep.pipeline.colour import gaussian, saturation
+from alexprep.pipeline.colour import gaussian
 from alexprep.pipeline.dali_ops import Dtype, MemoryFormat
 from alexprep.shards.errors import AlexprepError, one_of
 from alexprep.shards.rgb_statistics import Statistics
@@ -39,7 +39,7 @@ Inputs = dict[str, "NDArray[Any] | list[NDArray[np.float32]]"]
 # Which of `ten_windows` are seen as they are and reflected: the centre, or all five.
 REFLECTED: dict[str, tuple[int, ...]] = {"two": (2,), "ten": (0, 1, 2, 3, 4)}
 VIEWS = {"random": 1, "centre": 1} | {name: 2 * len(windows) for name, windows in REFLECTED.items()}  # of an image
-POLICY_INPUTS = ("kind", "map", "factor", "from_mean", "threshold", "mask", "kernel", "colours")
+POLICY_INPUTS = ("kind", "map", "factor", "from_mean", "threshold", "mask", "kernel")
 _STRIP_BYTES = 128 * 2**20  # of windows of the mean image that are kept ready
 
 
@@ -261,13 +261,16 @@ class Graph:
         """One operation of a policy: each kind has a branch, in which are the samples that drew it."""
         given = {name: self._input(f"{part}{name}") for name in POLICY_INPUTS}
         kind, kernel = given["kind"], self._on_image_device(given["kernel"])
-        scaled = functools.partial(dali_ops.scale, device=self.device)
+        scaled, saturated, stretched = (
+            functools.partial(change, device=self.device)
+            for change in (dali_ops.scale, dali_ops.saturate, dali_ops.stretch)
+        )
         branches: list[tuple[int, Callable[..., DataNode], list[DataNode]]] = [
             (policies.WARPED, lambda image, maps: dali_ops.warp(image, maps, fill, nearest=True), [given["map"]]),
             (policies.SCALED, scaled, [given["factor"], given["from_mean"]]),
-            (policies.COLOURED, dali_ops.recolour_bytes, [given["colours"]]),
+            (policies.COLOURED, saturated, [given["factor"]]),
             (policies.TONED, dali_ops.tone, [given["threshold"], given["mask"]]),
-            (policies.STRETCHED, dali_ops.stretch, []),
+            (policies.STRETCHED, stretched, []),
             (policies.EQUALIZED, dali_ops.equalize, []),
             (policies.SHARPENED, dali_ops.filtered, [kernel]),
         ]
@@ -423,12 +426,11 @@ def check_hooks(augmentation: Augmentation) -> None:
 
 
 def _policy_inputs(drawn: Mapping[str, NDArray[Any]]) -> Inputs:
-    """What DALI is fed of an operation: see `policies.Operation`; and the kernel and the colours that its factor stands for."""
+    """What DALI is fed of an operation: see `policies.Operation`; and the kernel that its factor stands for."""
     kinds = {"kind": np.int32, "threshold": np.int32, "mask": np.uint8}
     inputs: Inputs = {name: np.ascontiguousarray(drawn[name], kind) for name, kind in kinds.items()}
     inputs |= {name: _single(drawn[name]) for name in ("map", "factor", "from_mean")}
     inputs["kernel"] = _single(np.stack([policies.sharpening(factor) for factor in drawn["factor"].tolist()]))
-    inputs["colours"] = _single(saturation(drawn["factor"]))
     return inputs
 
 
