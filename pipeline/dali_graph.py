@@ -29,6 +29,7 @@ from alexprep.pipeline.augmentation import (
 )
 from alexprep.pipeline.colour import gaussian
 from alexprep.pipeline.dali_ops import Dtype, MemoryFormat
+from alexprep.pipeline.geometry import reflected_maps
 from alexprep.shards.errors import AlexprepError, one_of
 from alexprep.shards.rgb_statistics import Statistics
 
@@ -166,9 +167,11 @@ class Graph:
         inputs: Inputs = {}
         more = draws.more
         if "affine" in more:
-            inputs |= {"warped": _others(more["affine"], np.eye(2, 3)), "affine": _single(more["affine"])}
+            maps = self._maps(more["affine"], draws.mirror_N)
+            inputs |= {"warped": _others(more["affine"], np.eye(2, 3)), "affine": _single(maps)}
         for turn, drawn in enumerate(draws.operations()):
-            inputs |= {f"policy{turn}.{name}": values for name, values in _policy_inputs(drawn).items()}
+            given = drawn | {"map": self._maps(drawn["map"], draws.mirror_N)}
+            inputs |= {f"policy{turn}.{name}": values for name, values in _policy_inputs(given).items()}
         if "sigma" in more:
             kernels = [gaussian(sigma).astype(np.float32) for sigma in more["sigma"].tolist()]
             inputs |= {"blurred": more["sigma"] > 0}
@@ -182,6 +185,19 @@ class Graph:
             inputs["erased"] = _single(more["erased"])
         inputs |= {name: _single(values) for name, values in more.items() if name.startswith("hook")}
         return inputs
+
+    @property
+    def _resize_mirrors(self) -> bool:
+        """Whether views are reflected by the resize, where it costs nothing, rather than after what changes shapes and colours.
+
+        Nothing in between tells left from right but affine maps, which are reflected too; what a hook would see is another matter.
+        """
+        resizes = self.augmentation.scale is not None and self.views == "random"
+        return resizes and "minus" in self.input_names and not self.augmentation.hooks
+
+    def _maps(self, maps_N23: NDArray[np.float64], mirror_N: NDArray[np.bool_]) -> NDArray[np.float64]:
+        """Affine maps, see `geometry.warp`, for views as they come: of those that the resize reflected, in reflected columns."""
+        return reflected_maps(maps_N23, mirror_N, self._view[1]) if self._resize_mirrors else maps_N23
 
     def _shape_input(self, windows_N4: NDArray[np.int32]) -> dict[str, NDArray[np.int32]]:
         return {} if self.augmentation.fixed_windows else {"shape": np.ascontiguousarray(windows_N4[:, 2:])}
@@ -300,9 +316,9 @@ class Graph:
 
     def _centred_view(self, image: DataNode, dtype: Dtype) -> DataNode:
         """Mirrors, subtracts the mean, adds the noise, divides."""
-        names, mirrored = self.input_names, self._input("mirror")
+        names, mirrored = self.input_names, None if self._resize_mirrors else self._input("mirror")
         if names & {"window", "minus"}:
-            image = dali_ops.mirror(image, mirrored)
+            image = image if mirrored is None else dali_ops.mirror(image, mirrored)
             if "window" in names:
                 image = dali_ops.subtract_image(image, self._input("window"))
             if "minus" in names:
@@ -311,7 +327,7 @@ class Graph:
         shift = self._input("shift") if "shift" in names else self._minus_means()
         subtract = self._subtract_window if "anchor" in names else None
         factor = self._input("factor") if "factor" in names else None
-        return self._tensor(image, mirrored, shift, subtract, factor, dtype)
+        return self._tensor(image, 0 if mirrored is None else mirrored, shift, subtract, factor, dtype)
 
     def _reflected_views(self) -> DataNode:
         whole, shape = self._whole(), self._shape()
@@ -386,7 +402,9 @@ class Graph:
         return self._view if self.augmentation.fixed_windows else self._input("shape")
 
     def _resized(self, window: DataNode) -> DataNode:
-        return window if self.augmentation.scale is None else dali_ops.resize(window, self._view)
+        if self.augmentation.scale is None:
+            return window
+        return dali_ops.resize(window, self._view, self._input("mirror") if self._resize_mirrors else None)
 
     def _pixels(self) -> DataNode:
         pixels = self._input("encoded", layout="HWC", ndim=3, dtype=types.UINT8)

@@ -108,13 +108,17 @@ def resize_square(image: DataNode, side: int) -> DataNode:
 def resize(image: DataNode, size: Size, mirrored: DataNode | None = None) -> DataNode:
     """Resizes uint8 (H, W, 3) to that size, whatever the proportions, by an antialiased bilinear filter, as `geometry.resize` defines it.
 
-    Where `mirrored`, float32 (1,), one a sample, is 1, the result is reflected left to right, which costs nothing here.
+    Where `mirrored`, int32, one a sample, is 1, the result is reflected left to right, which costs nothing here.
     """
     options: dict[str, Any] = {"size": sides(size), "interp_type": types.INTERP_LINEAR, "antialias": True}
     if mirrored is not None:  # the region of interest is all of the image, from its right edge to its left one
-        none = fn.cast_like(0.0, mirrored) * mirrored
-        options |= {"roi_start": fn.cat(none, mirrored), "roi_end": fn.cat(none + 1.0, 1.0 - mirrored)}
-        options["roi_relative"] = True
+        left = fn.cast(mirrored, dtype=types.FLOAT)
+        none = left * 0.0
+        options |= {
+            "roi_start": fn.stack(none, left),
+            "roi_end": fn.stack(none + 1.0, 1.0 - left),
+            "roi_relative": True,
+        }
     return fn.resize(image, **options)
 
 
