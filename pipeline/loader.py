@@ -247,19 +247,25 @@ class Loader(torch.utils.data.IterableDataset[Batch]):
             whole_number("index", row, 0, self.samples - 1)
         return rows
 
-    def state_dict(self) -> dict[str, int]:
-        """Where the next batch comes from: all that a resume needs, on any number of ranks; a few integers, JSON-serialisable.
+    def state_dict(self) -> dict[str, Any]:
+        """Where the next batch comes from: all that a resume needs, on any number of ranks; a few integers and a line, JSON-serialisable.
 
-        "seed", "epoch" and "step" say where; "batch_size" and "stream", which stands for the data and the order, are there to
+        "seed", "epoch" and "step" say where; "batch_size", "stream", which stands for the data and the order, and "augmentation" are there to
         refuse a state that means something else.
         """
         place = {"seed": self._plan.seed, "epoch": self.epoch, "step": self.step}
-        return {**place, "batch_size": self._plan.batch_size, "stream": self._stream}
+        meant = {
+            "batch_size": self._plan.batch_size,
+            "stream": self._stream,
+            "augmentation": str(self._graph.augmentation),
+        }
+        return place | meant
 
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes to a state that `state_dict` gave.
 
-        Raises AlexprepError where it is of another seed, batch size, dataset or order, or lies outside an epoch.
+        Raises AlexprepError where it is of another seed, batch size, dataset, order or augmentation, or lies outside an epoch. A state without
+        "augmentation", as older ones are, is taken: leave it out to go on with another one on purpose.
         """
         own, state = self.state_dict(), state if isinstance(state, Mapping) else {}
         for name in ("seed", "batch_size", "stream"):
@@ -268,6 +274,11 @@ class Loader(torch.utils.data.IterableDataset[Batch]):
                     f"the state has {name} {state.get(name)}, this Loader {own[name]}: make it as the one that gave the state "
                     "(the stream stands for the data, the split and the order)"
                 )
+        if state.get("augmentation", own["augmentation"]) != own["augmentation"]:
+            raise AlexprepError(
+                f"the state has augmentation {state['augmentation']}, this Loader {own['augmentation']}: make it as the one that gave the state; "
+                'or, to go on with other images on purpose, leave "augmentation" out of the state'
+            )
         epoch = whole_number("epoch", state.get("epoch"), 0, 2**32 - 1)
         step = whole_number(f"in epochs of {len(self)} steps, step", state.get("step"), 0, len(self) - 1)
         self._abandon()  # what DALI already works on is not wanted any more
@@ -287,7 +298,7 @@ class Loader(torch.utils.data.IterableDataset[Batch]):
         """Closes the loader."""
         self.close()
 
-    def __reduce__(self) -> tuple[Callable[[], Loader], tuple[()], dict[str, int]]:
+    def __reduce__(self) -> tuple[Callable[[], Loader], tuple[()], dict[str, Any]]:
         """Pickled, a loader is its arguments and its state; the copy opens the data anew."""
         return self._made_by, (), self.state_dict()
 

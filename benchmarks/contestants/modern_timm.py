@@ -18,14 +18,14 @@ def main(folder: str, variant: str, threads: str, device: str) -> None:
     from timm.data import create_transform
 
     recipe = variant.partition("-")[0]
-    options: dict[str, Any] = {
+    recipes: dict[str, dict[str, Any]] = {
         "plain": {"color_jitter": None},
         # By default each operation has a chance of one half, and strengths end at 10: two are done, at 3 of 10 for the paper's 9 of 30.
         "rand": {"color_jitter": None, "auto_augment": "rand-m3-n2-p1"},
         "jitter": {"color_jitter": COLOURS},
         "simclr": {"color_jitter": SIMCLR, "color_jitter_prob": 0.8, "grayscale_prob": 0.2, "gaussian_blur_prob": 0.5},
-    }[recipe]
-    transform = create_transform(SIDE, is_training=True, interpolation="bilinear", **options)
+    }
+    transform = create_transform(SIDE, is_training=True, interpolation="bilinear", **recipes[recipe])
 
     def load(file: str) -> torch.Tensor:
         with Image.open(file) as image:
