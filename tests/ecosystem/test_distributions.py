@@ -63,13 +63,7 @@ def test_resized_crops(library: str, seed: int) -> None:
     )
     theirs = np.array([kind.get_params(image, scale, ratio) for _ in range(COUNT)])  # top, left, height, width
     found = ours(replace(PRESETS["resized"], crop=64), seed).windows_N4
-    for window in (
-        lambda each: each[:, 2] * each[:, 3] / (HEIGHT * WIDTH),
-        lambda each: each[:, 0] / HEIGHT,
-        lambda each: each[:, 1] / WIDTH,
-    ):
-        check_alike(window(theirs), window(found), np.linspace(0, 1, 11))
-    check_alike(*(np.log(each[:, 3] / each[:, 2]) for each in (theirs, found)), np.linspace(-0.4, 0.45, 9))
+    _check_boxes(theirs, found)
 
 
 def test_colour_jitter_and_blur(seed: int) -> None:
@@ -118,13 +112,19 @@ def test_erased_rectangles(library: str, seed: int) -> None:
         erase = timm_data.random_erasing.RandomErasing(1.0, *area, min_aspect=ratio[0], mode="const", device="cpu")
         drawn = [_box(erase(image.clone())[0]) for _ in range(COUNT // 3)]
     theirs, found = np.array(drawn), more(seed, erasing=Erasing(1.0, area, ratio))["erased"]
-    for box in (
-        lambda each: each[:, 2] * each[:, 3] / (HEIGHT * WIDTH),
-        lambda each: each[:, 0] / HEIGHT,
-        lambda each: each[:, 1] / WIDTH,
-    ):
-        check_alike(box(theirs), box(found), np.linspace(0, 1, 21))
-    check_alike(*(np.log(each[:, 2] / each[:, 3]) for each in (theirs, found)), np.linspace(-1.4, 1.4, 11))
+    _check_boxes(theirs, found)
+
+
+def _check_boxes(theirs: NDArray[Any], found: NDArray[Any]) -> None:
+    """Top, left, height and width of rectangles: their share of the area, their place and their proportions."""
+    edges = [*[np.linspace(0, 1, 21)] * 3, np.linspace(-1.4, 1.4, 29)]
+    for one, other, bins in zip(_measures(theirs), _measures(found), edges, strict=True):
+        check_alike(one, other, bins)
+
+
+def _measures(boxes_N4: NDArray[Any]) -> list[NDArray[np.float64]]:
+    top, left, height, width = boxes_N4.T
+    return [height * width / (HEIGHT * WIDTH), top / HEIGHT, left / WIDTH, np.log(width / height)]
 
 
 def _box(image_HW: torch.Tensor) -> tuple[int, int, int, int]:
