@@ -225,7 +225,7 @@ class Augmentation:
         number_within("noise_rescale", self.noise_rescale, 1e-3, 1e3)
         number_within("evaluation_scale", self.evaluation_scale, 1e-3, 1)
         number_within("grey", self.grey, 0, 1)
-        for name, *kinds in _PARTS:
+        for name, *kinds in PARTS:
             if not isinstance(getattr(self, name), (*kinds, type(None))):
                 words = " or ".join(f"{kind.__name__}(…)" for kind in kinds)
                 raise AlexprepError(f"{name} {getattr(self, name)!r} is neither None nor {words}")
@@ -328,7 +328,7 @@ class Augmentation:
         return self.noise != "none" and (self.noise_epochs is None or epoch < self.noise_epochs)
 
 
-_PARTS = (
+PARTS = (
     *(("affine", Affine), ("elastic", Elastic), ("policy", RandAugment, TrivialAugment), ("jitter", Jitter)),
     *(("blur", Blur), ("erasing", Erasing), ("mixing", Mixing)),
 )
@@ -436,9 +436,7 @@ def draw(
     return Draws(windows, mirror, normals(words(NOISE)), more)
 
 
-def _draw_more(
-    augmentation: Augmentation, views_N2: NDArray[np.int64], words: Words
-) -> dict[str, NDArray[Any]]:
+def _draw_more(augmentation: Augmentation, views_N2: NDArray[np.int64], words: Words) -> dict[str, NDArray[Any]]:
     """`Draws.more` of samples whose views have these heights and widths."""
     more: dict[str, NDArray[Any]] = {}
     if augmentation.affine is not None:

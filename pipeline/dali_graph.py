@@ -104,7 +104,7 @@ class Graph:
         channels = self.augmentation.channels
         if channels < 3:
             axis = -1 if channels_last else -3
-            red, green, blue = made.split(1, dim=axis)
+            red, green, blue = (made.narrow(axis, n, 1) for n in range(3))
             made = (red + green + blue) / 3 if channels == 1 else torch.cat([red, green], dim=axis)
         return made.movedim(-1, -3) if self.memory_format == "channels_last" else made
 
@@ -420,8 +420,10 @@ class Graph:
         pad, background = self.augmentation.pad, self.augmentation.background
         if not pad:
             return fn.slice(whole, start=start, shape=shape, axes=(0, 1))
-        beyond = {"out_of_bounds_policy": "pad", "fill_values": background}
-        return fn.slice(whole, start=start - np.int32(pad), shape=shape, axes=(0, 1), **beyond)
+        start = start - np.int32(pad)
+        return fn.slice(
+            whole, start=start, shape=shape, axes=(0, 1), out_of_bounds_policy="pad", fill_values=background
+        )
 
     def _shape(self) -> DataNode | tuple[int, int]:
         return self._view if self.augmentation.fixed_windows else self._input("shape")

@@ -188,8 +188,11 @@ def draw_elastic(elastic: Elastic, view: tuple[int, int], words: Words) -> NDArr
     count = math.prod(shape)
     alpha = between(words(ELASTIC)[0], *elastic.alpha)
     drawn = words(ELASTIC + 1 + np.arange(-(-count // 4)))  # (4, N, counters)
-    noise = drawn.transpose(1, 2, 0).reshape(len(alpha), -1)[:, :count].astype(np.float32) * np.float32(2**-31) - 1
-    return noise.reshape(-1, *shape) * alpha.astype(np.float32)[:, None, None, None]
+    noise: NDArray[np.float32] = (
+        drawn.transpose(1, 2, 0).reshape(len(alpha), -1)[:, :count].astype(np.float32) * np.float32(2**-31) - 1
+    )
+    strong: NDArray[np.float32] = noise.reshape(-1, *shape) * alpha.astype(np.float32)[:, None, None, None]
+    return strong
 
 
 @functools.lru_cache(maxsize=64)

@@ -129,10 +129,10 @@ class Loader(torch.utils.data.IterableDataset[Batch]):
         )
         self._most_together = self._steps_together(augmentation.view or dataset.size, views)
         self._one_by_one = False  # since an image could not be decoded: the steps before it are delivered first
-        self._ready: deque[tuple[Batch, int]] = deque()  # batches that were made with others, and how many samples each lacks
-        dataset.samples.keep_shards = self._plan.open_shards(
-            _READ_AHEAD + (tuning.prefetch + 1) * self._most_together
-        )
+        self._ready: deque[tuple[Batch, int]] = (
+            deque()
+        )  # batches that were made with others, and how many samples each lacks
+        dataset.samples.keep_shards = self._plan.open_shards(_READ_AHEAD + (tuning.prefetch + 1) * self._most_together)
         if dataset.samples.remote and order == "shuffle":
             raise AlexprepError(f"{data} is remote, where single images are slow to read: use order='blocks'")
         chosen = statistics_for(dataset, statistics) if augmentation.needs_statistics else None
@@ -200,7 +200,7 @@ class Loader(torch.utils.data.IterableDataset[Batch]):
         """How many steps go through DALI as one. Pairs are mixed within a step, whose draws know no other."""
         if self._mixes or size is None:
             return 1
-        images = min(_TOGETHER, _TOGETHER_PIXELS // (size[0] * size[1] * VIEWS[views]))
+        images = min(_TOGETHER, _TOGETHER_PIXELS // (size[0] * size[1] * VIEWS.get(views, 1)))
         return max(1, images // self._plan.largest_part)
 
     def _next_batch(self) -> Batch:
@@ -363,7 +363,9 @@ class Step:
     def __post_init__(self) -> None:
         """All samples are there."""
         self.counts = self.counts or [len(self.rows)]
-        self.of_step = [number for number, count in enumerate(self.counts) for _ in range(count)]  # which of them a sample belongs to
+        self.of_step = [
+            number for number, count in enumerate(self.counts) for _ in range(count)
+        ]  # which of them a sample belongs to
 
     def leave_out(self, bad: Sequence[bool]) -> None:
         """Takes samples out."""

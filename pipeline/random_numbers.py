@@ -40,9 +40,7 @@ def philox(counter: NDArray[np.uint64], key: tuple[int, int]) -> NDArray[np.uint
     return np.stack([a, b, c, d])
 
 
-def words_of(
-    seed: int, epoch: int, keys_N: NDArray[np.int64], purpose: int | NDArray[np.int64]
-) -> NDArray[np.uint64]:
+def words_of(seed: int, epoch: int, keys_N: NDArray[np.int64], purpose: int | NDArray[np.int64]) -> NDArray[np.uint64]:
     """Four random words for each key: uint64 (4, N), uniform on [0, 2**32); of many purposes (P,) at once, uint64 (4, N, P)."""
     keys, purposes = keys_N.astype(np.uint64), np.asarray(purpose, np.uint64)
     keys = keys[:, None] if purposes.ndim else keys

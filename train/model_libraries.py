@@ -63,7 +63,9 @@ class LibraryFactory:
     def __call__(self, classes: int, crop: int, in_channels: int = 3) -> nn.Module:
         """The network with the library's initial weights."""
         if self.library != "timm" and in_channels != 3:
-            raise AlexprepError(f"networks of {self.library} see 3 channels, not {in_channels}: set augmentation.channels to 3")
+            raise AlexprepError(
+                f"networks of {self.library} see 3 channels, not {in_channels}: set augmentation.channels to 3"
+            )
         made = self._timm(classes, crop, in_channels) if self.library == "timm" else self._torchvision(classes, crop)
         assert isinstance(made, nn.Module)
         return made

@@ -483,12 +483,14 @@ CIFAR10_11PCT = replace(
 
 # The nets before AlexNet: columns of Ciresan et al. (IJCAI 2011, CVPR 2012), and LeNet-5. Pixels are from -1 to 1.
 
+_COLUMN = ColumnNet("1x29x29-20C4-MP2-40C5-MP3-150N-10N")
+
 # The column for MNIST (CVPR 2012, section 3.1): one image a step, a rate that is multiplied by 0.993 after each epoch until it is 0.00003, after 500.
 # Elastic distortion and turns by 15 degrees are those of arXiv 1003.0358, section 2; there sizes change by 15 to 20 % along rows and columns apart, here
 # by 15 % in both. Classes are told apart by softmax and cross-entropy.
 MNIST_COLUMN = Recipe(
     name="mnist-column",
-    network=ColumnNet("1x29x29-20C4-MP2-40C5-MP3-150N-10N"),
+    network=_COLUMN,
     augmentation=Augmentation(
         crop=29,
         pad=1,
@@ -514,7 +516,7 @@ MNIST_COLUMN = Recipe(
 MNIST_COLUMN_FAST = replace(
     MNIST_COLUMN,
     name="mnist-column-fast",
-    network=replace(MNIST_COLUMN.network, initial="fan-in"),
+    network=replace(_COLUMN, initial="fan-in"),
     schedule=Linear(),
     epochs=20,
     batch_size=64,
@@ -522,7 +524,7 @@ MNIST_COLUMN_FAST = replace(
     momentum=0.9,
 )
 
-# Small NORB: stereo pairs as two channels (`shard --stereo channels`), 5 epochs and shifts of 5 % as in IJCAI 2011. The sizes of that paper's nets for NORB
+# Small NORB: stereo pairs as two channels (`shard --layout norb-stereo`), 5 epochs and shifts of 5 % as in IJCAI 2011. The sizes of that paper's nets for NORB
 # and CIFAR-10 could not be looked up: these are of its kind.
 NORB_COLUMN = replace(
     MNIST_COLUMN,

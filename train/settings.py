@@ -325,8 +325,8 @@ def _value(text: str, hint: Any) -> Any:
                 continue
     elif hint is NoneType and text.lower() in ("none", "null"):
         return None
-    elif origin is Literal and text in parts:
-        return text
+    elif origin is Literal and text in map(str, parts):
+        return next(part for part in parts if str(part) == text)
     elif origin is tuple:
         return _tuple(text, parts)
     elif hint is bool and text.lower() in ("true", "false"):

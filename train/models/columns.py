@@ -43,7 +43,9 @@ LENET5 = (  # LeCun, Bottou, Bengio and Haffner 1998, section II.B and table I, 
 
 _INPUT = re.compile(r"(\d+)x(\d+)x(\d+)")
 _SIZE = r"(\d+)(?:x(\d+))?"
-_CONVOLUTION = re.compile(rf"(?P<maps>\d+)C{_SIZE}(?:S{_SIZE})?(?:R(?P<random>\d+)(?:s(?P<seed>\d+))?|T(?P<table>\d[\d,+]*))?")
+_CONVOLUTION = re.compile(
+    rf"(?P<maps>\d+)C{_SIZE}(?:S{_SIZE})?(?:R(?P<random>\d+)(?:s(?P<seed>\d+))?|T(?P<table>\d[\d,+]*))?"
+)
 _POOL = re.compile(rf"(?P<kind>MP|AP|SS){_SIZE}")
 _FULL = re.compile(r"(\d+)N")
 _FORMS = "20C4, 20C4S1, 20C4R8, 20C4T0,1+1,2, MP2, AP2, SS2 or 150N"
@@ -336,14 +338,12 @@ def _applied(line: str, at: int, text: str, side: int, size: int, stride: int) -
     if rest:
         fitting = [other for other in range(side - rest, side) if (other - size) % stride == 0]
         _refuse(
-            line, at, f"{text} does not go into {side} pixels: {rest} are left over; {max(fitting, default=size)} would do"
+            line, at, f"{text} does not go into {side} pixels: {rest} left over; {max(fitting, default=size)} would do"
         )
     return times + 1
 
 
-def _table(
-    line: str, at: int, found: re.Match[str], maps: int, below: int, width: float
-) -> list[list[int]] | None:
+def _table(line: str, at: int, found: re.Match[str], maps: int, below: int, width: float) -> list[list[int]] | None:
     """Which maps below each map sees; None for all."""
     if found["random"]:
         seen = int(found["random"])
