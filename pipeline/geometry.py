@@ -203,8 +203,9 @@ def smooth_waves(side: int, sigma: float) -> NDArray[np.float32]:
     places = side / 2 + (np.arange(count) - (count - 1) / 2) * spacing
     away = (np.arange(side)[:, None] + 0.5 - places) / sigma
     # The sum over a cell of white noise has a deviation of sqrt(spacing) in each direction.
-    waves = np.sqrt(spacing) * np.exp(-(away**2) / 2) / (np.sqrt(2 * np.pi) * sigma)
-    return waves.astype(np.float32)
+    waves: NDArray[np.float64] = np.sqrt(spacing) * np.exp(-(away**2) / 2) / (np.sqrt(2 * np.pi) * sigma)
+    rounded: NDArray[np.float32] = waves.astype(np.float32)
+    return rounded
 
 
 def digit_map(image_HWC: NDArray[np.uint8], width: int, background: int) -> NDArray[np.float64]:

@@ -44,7 +44,8 @@ def words_of(seed: int, epoch: int, keys_N: NDArray[np.int64], purpose: int | ND
     """Four random words for each key: uint64 (4, N), uniform on [0, 2**32); of many purposes (P,) at once, uint64 (4, N, P)."""
     keys, purposes = keys_N.astype(np.uint64), np.asarray(purpose, np.uint64)
     keys = keys[:, None] if purposes.ndim else keys
-    counter = np.stack(np.broadcast_arrays(keys & _LOW, keys >> _SHIFT, np.uint64(epoch), purposes))
+    counter = np.empty((4, len(keys), *purposes.shape), np.uint64)
+    counter[0], counter[1], counter[2], counter[3] = keys & _LOW, keys >> _SHIFT, epoch, purposes
     return philox(counter, (seed & 0xFFFFFFFF, seed >> 32))
 
 
