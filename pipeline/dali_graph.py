@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from nvidia.dali import Pipeline, fn, types
 from nvidia.dali.data_node import DataNode
@@ -30,7 +29,6 @@ from alexprep.pipeline.augmentation import (
 )
 from alexprep.pipeline.colour import gaussian, saturation
 from alexprep.pipeline.dali_ops import Dtype, MemoryFormat
-from alexprep.pipeline.resampling import resampled_views
 from alexprep.shards.errors import AlexprepError, one_of
 from alexprep.shards.rgb_statistics import Statistics
 
@@ -81,7 +79,7 @@ class Graph:
         """The pipeline, not yet built. It takes the images as "encoded" and what `inputs` makes; its one output is the views.
 
         Several views are stacked before the other axes: the windows, then their reflections. All three channels are there, and what
-        `resamples` are windows as they were decoded, uint8 (H, W, 3): `finished` makes the rest.
+        `resamples` are windows as they were decoded, uint8 (H, W, 3): `alexprep.pipeline.resampling` makes the rest.
         """
         pipeline = self._empty_pipeline(self.batch_size, self.threads)
         with pipeline:
@@ -92,21 +90,6 @@ class Graph:
     def resamples(self) -> bool:
         """Whether warps, mean and all behind them are torch's, see `alexprep.pipeline.resampling`."""
         return self.augmentation.resamples(chance=self.views == "random")
-
-    def finished(self, made: torch.Tensor, draws: Draws) -> torch.Tensor:
-        """What the pipeline made of samples, to their views as they are wanted: (N, channels, H, W), or (N, H, W, channels) for "NHWC"."""
-        channels_last = self.memory_format != "NCHW"
-        if self.resamples:
-            views = resampled_views(made, draws, self.augmentation, self.statistics).to(getattr(torch, self.dtype))
-            if channels_last:
-                views = views.contiguous(memory_format=torch.channels_last)
-            return views.movedim(1, -1) if self.memory_format == "NHWC" else views
-        channels = self.augmentation.channels
-        if channels < 3:
-            axis = -1 if channels_last else -3
-            red, green, blue = (made.narrow(axis, n, 1) for n in range(3))
-            made = (red + green + blue) / 3 if channels == 1 else torch.cat([red, green], dim=axis)
-        return made.movedim(-1, -3) if self.memory_format == "channels_last" else made
 
     def decoding_pipeline(self, windowed: bool) -> Pipeline:
         """The decoding alone, of one image, with the inputs "encoded" and, if `windowed`, "start" and "shape"."""

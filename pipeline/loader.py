@@ -30,6 +30,7 @@ from alexprep.pipeline.dali_ops import Dtype, MemoryFormat
 from alexprep.pipeline.dataset import Dataset, OnBad, Source, open_dataset, statistics_for
 from alexprep.pipeline.device import choose_device, moved
 from alexprep.pipeline.loader_settings import Tuning
+from alexprep.pipeline.resampling import finished
 from alexprep.pipeline.sampler import BLOCK_SHARDS, Order, StepPlan
 from alexprep.shards.errors import AlexprepError, counted, one_of, whole_number
 from alexprep.shards.image_codec import header_size, raw_header
@@ -546,7 +547,7 @@ class PipelineRunner:
             # Without a copy: DALI's own buffer, which is ours until the tensor is gone.
             images = torch.utils.dlpack.from_dlpack(output.as_tensor())
         step.read_in_place = None
-        return graph.finished(images, step.draws)
+        return finished(images, step.draws, graph)
 
     def _empty(self, shape: Sequence[int]) -> torch.Tensor:
         dtype = torch.uint8 if self._graph.resamples else getattr(torch, self._graph.dtype)

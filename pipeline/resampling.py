@@ -1,4 +1,4 @@
-"""All warps of an image in one resampling, by torch, on a CPU or a GPU: affine maps, elastic distortion, a digit's width.
+"""What is done by torch behind DALI: all warps of an image in one resampling (affine maps, elastic distortion, a digit's width), and fewer channels.
 
 The definition in numpy is `alexprep.pipeline.geometry.resampled`. DALI has no warp by a field on the CPU, so a loader's graph leaves such
 images as bytes, and this comes after it. Each image is computed by itself, with sums in one order: it is the same to the last bit in
@@ -13,9 +13,26 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from alexprep.pipeline.augmentation import Augmentation, Draws, channel_means, channel_stdevs
+from alexprep.pipeline.dali_graph import Graph
 from alexprep.pipeline.device import moved
 from alexprep.pipeline.geometry import INK, smooth_waves
 from alexprep.shards.rgb_statistics import Statistics
+
+
+def finished(made: torch.Tensor, draws: Draws, graph: Graph) -> torch.Tensor:
+    """What a graph made of samples, to their views as they are wanted: (N, channels, H, W), or (N, H, W, channels) for "NHWC"."""
+    channels_last = graph.memory_format != "NCHW"
+    if graph.resamples:
+        views = resampled_views(made, draws, graph.augmentation, graph.statistics).to(getattr(torch, graph.dtype))
+        if channels_last:
+            views = views.contiguous(memory_format=torch.channels_last)
+        return views.movedim(1, -1) if graph.memory_format == "NHWC" else views
+    channels = graph.augmentation.channels
+    if channels < 3:
+        axis = -1 if channels_last else -3
+        red, green, blue = (made.narrow(axis, n, 1) for n in range(3))
+        made = (red + green + blue) / 3 if channels == 1 else torch.cat([red, green], dim=axis)
+    return made.movedim(-1, -3) if graph.memory_format == "channels_last" else made
 
 
 def resampled_views(

@@ -224,7 +224,8 @@ def _changed(value: Any, settings: dict[str, Any], at: str, hint: Any, whole: Re
     """A value with settings, by their fields below it; "" is the value itself."""
     if "" in settings:
         given = settings.pop("")
-        value = _read(given, hint, at, whole) if isinstance(given, str) else given
+        as_it_is = _has_fields(value) and not callable(value) and given == type(value).__name__
+        value = value if as_it_is else _read(given, hint, at, whole) if isinstance(given, str) else given
     if not settings:
         return value
     if isinstance(value, collections.abc.Mapping):
