@@ -181,8 +181,7 @@ def main() -> None:
     figures = errors(arguments) if set(arguments.what) - {"speed"} else {}
     if "speed" in arguments.what:
         figures |= speed(arguments.data)
-    name = "columns-speed" if arguments.what == ["speed"] else "columns"
-    report(name, figures, arguments.save)
+    report("-".join(["columns", *(arguments.what if arguments.what != kinds else [])]), figures, arguments.save)
 
 
 if __name__ == "__main__":
