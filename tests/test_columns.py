@@ -15,6 +15,7 @@ from click.testing import CliRunner
 from numpy.typing import NDArray
 
 from alexprep.cli.evaluate import evaluate
+from alexprep.cli.recipes import recipes
 from alexprep.cli.train import train
 from alexprep.shards.conversion import convert
 from alexprep.shards.errors import AlexprepError
@@ -170,6 +171,11 @@ def test_weights_begin_as_they_are_said_to_and_unseen_ones_stay_0() -> None:
         uniform(torch.ones(2, 3, 9, 9)).square().sum().backward()
         optimizer.step()
     assert not layer.weight[unseen].any() and layer.weight[~unseen].all()
+
+
+def test_a_recipe_s_layers_are_listed() -> None:
+    listed = CliRunner().invoke(recipes, ["lenet5"]).output
+    assert "Layers of 1x32x32: 6C5 6x28x28 (156), SS2 6x14x14 (12), 16C5T0,1,2+… 16x10x10 (1,516)" in listed
 
 
 @pytest.fixture(scope="module")
