@@ -100,7 +100,9 @@ def test_views_are_the_same_in_any_batch_on_any_rank_and_after_a_resume(name: st
 def test_a_gpu_makes_the_same_views(name: str) -> None:
     augmentation = CASES[name]
     assert augmentation.view is not None
-    images = torch.randint(0, 256, (5, *augmentation.view, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    images = torch.randint(
+        0, 256, (5, *augmentation.view, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
     draws = draw(augmentation, 3, 0, np.arange(5), np.array([augmentation.view] * 5) - 2 * augmentation.pad)
     one, other = (resampled_views(images.to(device), draws, augmentation, None).cpu() for device in ("cpu", "cuda"))
     torch.testing.assert_close(one, other, rtol=0, atol=1e-3)

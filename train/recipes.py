@@ -484,6 +484,7 @@ CIFAR10_11PCT = replace(
 # The nets before AlexNet: columns of Ciresan et al. (IJCAI 2011, CVPR 2012), and LeNet-5. Pixels are from -1 to 1.
 
 _COLUMN = ColumnNet("1x29x29-20C4-MP2-40C5-MP3-150N-10N")
+_WHOLE = Augmentation(crop=29, position="centre", mirror=False, mean="inception", std="inception", noise="none")
 
 # The column for MNIST (CVPR 2012, section 3.1): one image a step, a rate that is multiplied by 0.993 after each epoch until it is 0.00003, after 500.
 # Elastic distortion and turns by 15 degrees are those of arXiv 1003.0358, section 2; there sizes change by 15 to 20 % along rows and columns apart, here
@@ -491,15 +492,10 @@ _COLUMN = ColumnNet("1x29x29-20C4-MP2-40C5-MP3-150N-10N")
 MNIST_COLUMN = Recipe(
     name="mnist-column",
     network=_COLUMN,
-    augmentation=Augmentation(
-        crop=29,
+    augmentation=replace(
+        _WHOLE,
         pad=1,
-        position="centre",
         channels=1,
-        mirror=False,
-        mean="inception",
-        std="inception",
-        noise="none",
         affine=Affine(rotate=15, zoom=(0.85, 1.15), shift=(0.05, 0.05)),
         elastic=Elastic(),
     ),
@@ -530,15 +526,7 @@ NORB_COLUMN = replace(
     MNIST_COLUMN,
     name="norb-column",
     network=ColumnNet("2x48x48-20C5-MP2-40C5-MP3-60C3-MP2-150N-5N"),
-    augmentation=Augmentation(
-        crop=48,
-        channels=2,
-        mirror=False,
-        mean="inception",
-        std="inception",
-        noise="none",
-        affine=Affine(shift=(0.05, 0.05), fill=255),
-    ),
+    augmentation=replace(_WHOLE, crop=48, channels=2, affine=Affine(shift=(0.05, 0.05), fill=255)),
     stored_sizes=(48, 48),
     schedule=Steps(after=()),
     epochs=5,
@@ -557,19 +545,14 @@ CIFAR_COLUMN = replace(
 
 # LeCun et al. 1998: digits of 28 pixels on 32, no distortion, one image a step, 20 epochs whose rates fall about as there, which are those of a second-order
 # method (0.0005 to 0.00001 over a mean curvature). Background and ink are -0.1 and 1.175 there, mean 0 and deviation 1: so here.
-LENET_5 = Recipe(
+LENET_5 = replace(
+    MNIST_COLUMN,
     name="lenet5",
     network=ColumnNet(LENET5, initial="fan-in"),
-    augmentation=Augmentation(
-        crop=32, pad=2, position="centre", channels=1, mirror=False, mean=(20.0,) * 3, std=(200.0,) * 3, noise="none"
-    ),
-    stored_sizes=(28, 28),
+    augmentation=replace(_WHOLE, crop=32, pad=2, channels=1, mean=(20.0,) * 3, std=(200.0,) * 3),
     schedule=Steps(after=(10, 15, 18), divisor=3.0),
     epochs=20,
-    batch_size=1,
     lr=0.002,
-    momentum=0.0,
-    decay=0.0,
 )
 
 # For trying things out: images of about 64 pixels, a few classes, seconds an epoch on a laptop.
