@@ -1,7 +1,7 @@
 """The nets before AlexNet on MNIST: columns of several seeds, columns of several widths and their mean, LeNet-5, single images a step; and speeds.
 
     python benchmarks/columns.py DATA --runs RUNS [--what columns widths lenet5 online speed] [--seeds 0 1 2] [--widths 10 12 14 16 18]
-        [--epochs 20] [--processes 2] [--save]        DATA: MNIST, `alexprep shard mnist --out DATA --size 28 --format png`
+        [--epochs 20] [--lenet5-epochs 8] [--processes 2] [--save]        DATA: MNIST, `alexprep shard mnist --out DATA --size 28 --format png`
 
 A night's run towards the 0.35 % and 0.23 % of the papers, on two cores: --seeds 0 --widths 10 12 14 16 18 20 --epochs 60. Each training is one
 `alexprep train` with one thread, so many at a time; runs that are there are gone on with, so the same command goes on where it was
@@ -75,7 +75,7 @@ def plans(arguments: argparse.Namespace) -> dict[str, dict[str, list[str]]]:
 
 def errors(arguments: argparse.Namespace) -> dict[str, Any]:
     """All trainings that are asked for, and the means of nets."""
-    figures: dict[str, Any] = {"epochs": arguments.epochs, "processes": arguments.processes}
+    figures: dict[str, Any] = {"processes": arguments.processes}
     chosen = {what: runs for what, runs in plans(arguments).items() if what in arguments.what}
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     with concurrent.futures.ThreadPoolExecutor(arguments.processes) as pool:
@@ -100,15 +100,30 @@ def errors(arguments: argparse.Namespace) -> dict[str, Any]:
     return figures
 
 
+def distortion() -> float:
+    """Microseconds of CPU time an image, of what `mnist-column` does to it between decoding and the net."""
+    import numpy as np
+    import torch
+
+    from alexprep.pipeline.augmentation import draw
+    from alexprep.pipeline.resampling import resampled_views
+    from alexprep.train.recipes import RECIPES
+
+    augmentation = RECIPES["mnist-column"].augmentation
+    rows, sizes = np.arange(64), np.full((64, 2), 28)
+    images = torch.randint(0, 256, (64, 29, 29, 3), dtype=torch.uint8)
+    begun = time.process_time()
+    for epoch in range(30):
+        resampled_views(images, draw(augmentation, 0, epoch, rows, sizes), augmentation, None)
+    return (time.process_time() - begun) / (30 * 64) * 1e6
+
+
 def speed(data: Path) -> dict[str, Any]:
     """Microseconds of CPU time: medians of turns."""
-    import numpy as np
     import torch
     import torch.nn.functional as F
 
-    from alexprep.pipeline.augmentation import draw
     from alexprep.pipeline.loader import Loader
-    from alexprep.pipeline.resampling import resampled_views
     from alexprep.train.config import TrainConfig
     from alexprep.train.recipes import RECIPES
     from alexprep.train.trainer import Run, train
@@ -143,14 +158,6 @@ def speed(data: Path) -> dict[str, Any]:
         finally:
             Run.log, Run.evaluate = log, evaluate  # type: ignore[method-assign]
         return (marks[-1] - marks[99]) / (len(marks) - 100) * 1e6
-
-    def distortion() -> float:
-        rows, sizes = np.arange(64), np.full((64, 2), 28)
-        images = torch.randint(0, 256, (64, 29, 29, 3), dtype=torch.uint8)
-        begun = time.process_time()
-        for epoch in range(30):
-            resampled_views(images, draw(column.augmentation, 0, epoch, rows, sizes), column.augmentation, None)
-        return (time.process_time() - begun) / (30 * 64) * 1e6
 
     found: dict[str, list[float]] = {}
     for _ in range(turns):
