@@ -56,6 +56,8 @@ def mixed_batch(batch: Batch, draws: Draws, memory_format: str) -> MixedBatch:
     images, labels, indices = batch
     if not len(labels):
         return MixedBatch(images, labels, indices, labels, torch.empty(0, device=labels.device))
+    if not images.is_contiguous() and not images.movedim(1, -1).is_contiguous():
+        images = images.contiguous()
     partner_N, weight_N, exchanged_N4 = (
         mixing.partners(draws.more["pair"]),
         draws.more["weight"],
@@ -70,7 +72,7 @@ def mixed_batch(batch: Batch, draws: Draws, memory_format: str) -> MixedBatch:
         pixels += (pixels[partner] - pixels) * (rows[:, None, :, None] * columns[:, None, None])
     else:  # few bytes: one pair after the other, by numpy, for torch's threads would wait for one another at each
         values = pixels.numpy()
-        flat = (images if images.is_contiguous() else images.movedim(1, -1)).numpy().reshape(len(labels), -1)
+        flat = (images if images.is_contiguous() else images.movedim(1, -1)).view(len(labels), -1).numpy()
         room = np.empty(_BLOCK, flat.dtype)
         for n in np.flatnonzero(partner_N > np.arange(len(partner_N))).tolist():
             top, left, height, width = exchanged_N4[n].tolist()
