@@ -68,9 +68,7 @@ def _times(photos: list[bytes], rounds: int) -> dict[str, float]:
 
 
 def _differences(photos: list[bytes]) -> dict[str, str]:
-    exact, scaled, stored = (
-        Codec(Target(**form)) for form in ({"format": "png"}, {"format": "png", "decode": "scaled"}, {})
-    )  # type: ignore[arg-type]
+    exact, scaled, stored = map(Codec, (Target(format="png"), Target(format="png", decode="scaled"), Target()))
     found: dict[str, list[float]] = {"scaled decoding": [], "JPEG 95 by itself": []}
     for data in photos:
         reference = _pixels(exact, data)

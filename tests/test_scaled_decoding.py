@@ -96,7 +96,7 @@ def test_damage_is_found_as_without(encoded) -> None:
         for cut in (data[: len(data) // 2], data[: len(data) // 2] + b"\xff\xd9", data[:400], data[:-2]):
             for choice in ("reject", "keep"):
                 exact, scaled = (
-                    Codec(Target(size=32, on_damaged=choice, decode=decode)).convert(cut)  # type: ignore[arg-type]
+                    Codec(Target(size=32, on_damaged=choice, decode=decode)).convert(cut)
                     for decode in ("exact", "scaled")
                 )
                 assert exact == scaled and isinstance(exact, Refused | Converted)
