@@ -347,7 +347,10 @@ def draw(
         raise AlexprepError(f"{needing} needs the places in the epoch's order: give positions_N")
     if augmentation.share > 1:
         keys = np.asarray(positions_N, np.int64) // augmentation.share
-    geometry = words_of(seed, epoch, keys, GEOMETRY if augmentation.share == 1 else SHARED)
+    # At once, which is nearly as fast as one of them.
+    purposes = np.repeat([GEOMETRY if augmentation.share == 1 else SHARED, NOISE], len(rows))
+    both = words_of(seed, epoch, np.concatenate([keys, rows]), purposes)
+    geometry, noise = both[:, : len(rows)], both[:, len(rows) :]
     sizes = np.asarray(sizes_N2, np.int64)
     views = sizes if augmentation.view is None else np.broadcast_to(np.array(augmentation.view, np.int64), sizes.shape)
     if augmentation.crop is None:
@@ -365,7 +368,7 @@ def draw(
     if augmentation.mixing is not None and positions_N is not None and len(rows):
         height, width = views[0].tolist()
         more |= draw_mixing(augmentation.mixing, seed, epoch, np.asarray(positions_N, np.int64), height, width)
-    return Draws(windows, mirror, normals(words(NOISE)), more)
+    return Draws(windows, mirror, normals(noise), more)
 
 
 def _draw_more(

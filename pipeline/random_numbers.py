@@ -40,8 +40,8 @@ def philox(counter: NDArray[np.uint64], key: tuple[int, int]) -> NDArray[np.uint
     return np.stack([a, b, c, d])
 
 
-def words_of(seed: int, epoch: int, keys_N: NDArray[np.int64], purpose: int) -> NDArray[np.uint64]:
-    """Four random words for each key: uint64 (4, N), uniform on [0, 2**32)."""
+def words_of(seed: int, epoch: int, keys_N: NDArray[np.int64], purpose: int | NDArray[np.int64]) -> NDArray[np.uint64]:
+    """Four random words for each key: uint64 (4, N), uniform on [0, 2**32). `purpose` is one for all, or one a key."""
     keys = keys_N.astype(np.uint64)
     counter = np.stack([keys & _LOW, keys >> _SHIFT, np.full_like(keys, epoch), np.full_like(keys, purpose)])
     return philox(counter, (seed & 0xFFFFFFFF, seed >> 32))
