@@ -49,6 +49,8 @@ if TYPE_CHECKING:
         Scale,
         SpatialResponseNorm,
     )
+    from alexprep.train.models.pools_and_dropconnect import DropConnect, L2Pool2d, StochasticPool2d
+    from alexprep.train.models.small import SmallNet
     from alexprep.train.optimizer import MomentumSGD, parameter_groups
     from alexprep.train.precision import float32_kernels, logits
     from alexprep.train.prediction_table import PredictionTable, read_predictions, write_predictions
@@ -69,11 +71,13 @@ __all__ = [
     "ConvLocal",
     "Cosine",
     "DExp",
+    "DropConnect",
     "EarlyStop",
     "Evaluation",
     "EvaluationTransform",
     "Examples",
     "Exported",
+    "L2Pool2d",
     "LayerOutputs",
     "Linear",
     "Loaded",
@@ -93,8 +97,10 @@ __all__ = [
     "Schedule",
     "ScheduleState",
     "Similar",
+    "SmallNet",
     "SpatialResponseNorm",
     "Steps",
+    "StochasticPool2d",
     "TrainConfig",
     "WarmUp",
     "World",
@@ -155,6 +161,8 @@ _HOMES = {
     "models.alexnet": ("AlexNet", "alexnet", "alexnet_1gpu", "alexnet_2012", "alexnet_6conv", "alexnet_owt"),
     "models.cifar": ("ConvLocal", "cifar10_quick_net", "conv_local_11pct", "conv_local_13pct", "tiny_net"),
     "models.layers": ("LocalResponseNorm", "LocallyConnected2d", "PaperDropout", "Scale", "SpatialResponseNorm"),
+    "models.pools_and_dropconnect": ("DropConnect", "L2Pool2d", "StochasticPool2d"),
+    "models.small": ("SmallNet",),
     "optimizer": ("MomentumSGD", "parameter_groups"),
     "precision": ("float32_kernels", "logits"),
     "prediction_table": ("PredictionTable", "read_predictions", "write_predictions"),

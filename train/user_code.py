@@ -35,6 +35,7 @@ from alexprep.shards.errors import TRACEBACK, AlexprepError
 from alexprep.train.distributed.tensor_parallel import DROPOUTS
 from alexprep.train.model_libraries import Pixels, library_factory
 from alexprep.train.models.cifar import PIXEL_DEVIATION
+from alexprep.train.models.pools_and_dropconnect import Drawing
 
 MODEL, RECIPE, HOOK = "--model", "--recipe", "--hook"
 CLASSES = ("classes", "num_classes", "n_classes")  # names under which factories take the number of classes
@@ -99,7 +100,7 @@ class UserNetwork:
             AlexprepError: the step fails, a checkpoint would not hold all that it changes, or the ranks would not train as one device.
         """
         for layer in network.modules():
-            if isinstance(layer, DROPOUTS):
+            if isinstance(layer, (*DROPOUTS, Drawing)):
                 layer.eval()  # ranks share its random numbers, and no others
         images = _noise(crop)
         before = {name: buffer.clone() for name, buffer in network.named_buffers()}
