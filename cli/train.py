@@ -50,7 +50,7 @@ SYNONYMS = ("optimizer", "label_smoothing", "clip", "accumulate", "average")
 )
 @click.option(
     "--model",
-    metavar="FILE.py:FUNCTION | timm/NAME | torchvision/NAME",
+    metavar="FILE.py:FUNCTION | timm/NAME | torchvision/NAME | LAYERS.cfg",
     help="A network of your own or of a library, trained as the recipe says.",
 )
 @click.option("--hook", metavar="FILE.py:FUNCTION", help="A DALI operation of your own in the augmentation.")

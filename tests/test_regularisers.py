@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from alexprep.shards.errors import AlexprepError
-from alexprep.train.distributed.tensor_parallel import SharedDraws, part_of
+from alexprep.train.distributed.tensor_parallel import Scheme, SharedDraws, part_of
 from alexprep.train.distributed.world import World
 from alexprep.train.losses import Loss, image_losses
 from alexprep.train.models.layers import LocallyConnected2d
@@ -100,7 +100,10 @@ def test_stochastic_pooling_takes_the_value_that_numpy_takes() -> None:
 
 
 def test_stochastic_pooling_draws_in_proportion() -> None:
-    pool, images = StochasticPool2d(2, 2), torch.tensor([1.0, 2.0, 0.0, 5.0]).reshape(1, 1, 2, 2).repeat(40_000, 1, 1, 1)
+    pool, images = (
+        StochasticPool2d(2, 2),
+        torch.tensor([1.0, 2.0, 0.0, 5.0]).reshape(1, 1, 2, 2).repeat(40_000, 1, 1, 1),
+    )
     torch.manual_seed(5)
     found = pool(images).flatten()
     for value in (1.0, 2.0, 5.0):
@@ -203,8 +206,8 @@ def test_ranks_draw_what_one_device_draws(sizes: list[int]) -> None:
         for rank in range(2):
             torch.manual_seed(11)
             layer.shared = SharedDraws(sizes, None, World(rank, 2, CPU))
-            own = given.split(sizes)[rank]
-            assert torch.equal(layer(own), whole.split(sizes)[rank])
+            own = torch.split(given, sizes)[rank]
+            assert torch.equal(layer(own), torch.split(whole, sizes)[rank])
     torch.manual_seed(11)
     pool = StochasticPool2d(3, 2)
     whole = pool(values)
@@ -215,9 +218,10 @@ def test_ranks_draw_what_one_device_draws(sizes: list[int]) -> None:
 
 def test_schemes_share_the_draws_or_say_why_not() -> None:
     world = World(0, 2, CPU)
-    for settings, scheme in (({"pool": "stochastic"}, "towers"), ({"pool": "stochastic"}, "hybrid"), ({}, "ddp")):
-        network = SmallNet(**{"dropout": "weights" if scheme == "ddp" else "units", **settings})(4, 16, width=0.0625)
-        part = part_of(network, scheme, world).network  # type: ignore[arg-type]
+    pooled, both = SmallNet(pool="stochastic"), SmallNet(pool="stochastic", dropout="weights")
+    cases: list[tuple[SmallNet, Scheme]] = [(pooled, "towers"), (pooled, "hybrid"), (both, "ddp")]
+    for design, scheme in cases:
+        part = part_of(design(4, 16, width=0.0625), scheme, world).network
         drawing = [layer for layer in part.modules() if isinstance(layer, StochasticPool2d | DropConnect)]
         assert drawing and all(layer.shared is not None for layer in drawing)
     with pytest.raises(AlexprepError, match="cannot split fc3, whose masks are drawn for all of its weights: use ddp"):
@@ -227,10 +231,10 @@ def test_schemes_share_the_draws_or_say_why_not() -> None:
 def test_positions_that_a_switch_does_not_have() -> None:
     for wrong in ({"pool": "median"}, {"pool_size": 4}, {"dropout": "all"}, {"activation": "gelu"}):
         with pytest.raises(AlexprepError, match=next(iter(wrong))):
-            SmallNet(**wrong)  # type: ignore[arg-type]
+            replace(SmallNet(), **wrong)
     for wrong_recipe in ({"loss": "hinge"}, {"l1": -1.0}, {"max_norm": 0.0}):
         with pytest.raises(AlexprepError, match=next(iter(wrong_recipe))):
-            replace(RECIPES["small-net"], **wrong_recipe)  # type: ignore[arg-type]
+            replace(RECIPES["small-net"], **wrong_recipe)
     with pytest.raises(AlexprepError, match="stride 4"):
         pool_layer("l2", 3, 4)
 

@@ -313,9 +313,12 @@ def recipe(name: str) -> Recipe:
 
 
 def with_network(named: Recipe, network: UserNetwork) -> Recipe:
-    """A recipe with a network of the user's own; one of a library brings its mean, deviation and crop, see `alexprep.train.model_libraries`."""
+    """A recipe with a network of the user's own; one of a library brings its mean, deviation and crop, one of a layer file its rates and decays.
+
+    See `alexprep.train.model_libraries` and `alexprep.train.layer_files`.
+    """
     if network.pixels is None:
-        return replace(named, network=network)
+        return replace(named, network=network, **(network.training or {}))
     augmentation, stored_sizes = network.pixels.fitted(named.augmentation, named.stored_sizes)
     return replace(named, network=network, augmentation=augmentation, stored_sizes=stored_sizes)
 
@@ -575,6 +578,8 @@ def try_user_network(
     layers = describe_layers(network)
     count = sum(weight.numel() for weight in network.parameters())
     notes = [f"the network is {own.title}, {count:,} parameters"]
+    if own.training is not None:
+        notes.append(f"as {own.title} has it: {', '.join(f'{name} {value}' for name, value in own.training.items())}")
     if own.pixels is not None:
         seen = tried.augmentation
         notes.append(

@@ -33,6 +33,7 @@ from torch import nn
 from alexprep.shards.dataset_format import versions
 from alexprep.shards.errors import TRACEBACK, AlexprepError
 from alexprep.train.distributed.tensor_parallel import DROPOUTS
+from alexprep.train.layer_files import is_layer_file, layer_file
 from alexprep.train.model_libraries import Pixels, library_factory
 from alexprep.train.models.cifar import PIXEL_DEVIATION
 from alexprep.train.models.pools_and_dropconnect import Drawing
@@ -56,6 +57,7 @@ class UserNetwork:
     name: str  # how the user named it, for messages
     for_any_recipe: bool = False  # what the recipe says of layers that the network lacks was said of another network
     pixels: Pixels | None = None  # of a library's network: what it is shown there
+    training: Mapping[str, Any] | None = None  # of a layer file: fields of the recipe that it sets
 
     @property
     def short_name(self) -> str:
@@ -139,8 +141,12 @@ def user_network(reference: str) -> UserNetwork:
     """The factory that `--model` names; AlexprepError where there is none."""
     if library := library_factory(reference):
         return UserNetwork(library, library.title, f"{MODEL} {reference}", for_any_recipe=True, pixels=library.pixels())
+    name = f"{MODEL} {reference}"
+    if is_layer_file(reference):
+        layers = layer_file(reference)
+        return UserNetwork(layers, layers.title, name, for_any_recipe=True, training=layers.training())
     factory, title = load(reference, MODEL, "make")
-    return UserNetwork(factory, title, f"{MODEL} {reference}", for_any_recipe=True)
+    return UserNetwork(factory, title, name, for_any_recipe=True)
 
 
 def call_factory(factory: Callable[..., Any], classes: int, crop: int, seed: int, width: float) -> Any:
@@ -291,14 +297,17 @@ def check_named(
 
 
 def is_reference(text: str) -> bool:
-    """Whether a text names code (FILE.py, FILE.py:NAME, MODULE:NAME) and is no plain name."""
-    return ":" in text or text.endswith(".py")
+    """Whether a text names code (FILE.py, FILE.py:NAME, MODULE:NAME) and is no plain name, and no layer file."""
+    return (":" in text or text.endswith(".py")) and not is_layer_file(text)
 
 
 def absolute(reference: str, option: str) -> str:
     """A reference so that it means the same in any folder: the path of a file is made absolute."""
     if option == MODEL and library_factory(reference):
         return reference
+    if option == MODEL and is_layer_file(reference):
+        made = layer_file(reference)
+        return f"{made.definition}:{made.parameters}"
     place, name = _place_and_name(reference, option)
     file = str(Path(place).expanduser().resolve()) if place.endswith(".py") else place
     return f"{file}:{name}" if name else file
@@ -373,7 +382,9 @@ def _place_and_name(reference: str, option: str) -> tuple[str, str]:
     """The file or module, and the name of what is meant in it, "" where there is none. A module of this folder is its file."""
     parts = REFERENCE.fullmatch(reference)
     if parts is None:
-        forms = "FILE.py:FUNCTION or MODULE:FUNCTION" + (", timm/NAME or torchvision/NAME" if option == MODEL else "")
+        forms = "FILE.py:FUNCTION or MODULE:FUNCTION" + (
+            ", timm/NAME, torchvision/NAME or LAYERS.cfg" if option == MODEL else ""
+        )
         raise AlexprepError(f"{option} {reference!r} names no Python code: write {forms}")
     place, name = parts["place"], parts["name"] or ""
     if not place.endswith(".py"):
