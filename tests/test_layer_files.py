@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from alexprep.shards.errors import AlexprepError
-from alexprep.train import recipes
 from alexprep.train.layer_files import NEURONS, LayerGraph, Neuron, layer_file
 from alexprep.train.models.alexnet import alexnet_2012
 from alexprep.train.models.cifar import cifar10_quick_net, conv_local_11pct, conv_local_13pct
@@ -167,7 +166,7 @@ def test_files_that_are_no_layer_files(tmp_path: Path) -> None:
 
 def test_other_layers(tmp_path: Path) -> None:
     """Groups, strides over the edge, a norm within maps, dropouts of cuda-convnet2, a cost of logistic units."""
-    text = texts.DATA + texts.conv("conv1", "data", "3", 8, 4, 0.1, padding=1, stride=3, neuron="tanh[1.7159,0.6667]")
+    text = texts.DATA + texts.conv("conv1", "data", "3", 8, 5, 0.1, padding=1, stride=3, neuron="tanh[1.7159,0.6667]")
     text += texts.conv("conv2", "conv1", "8", 8, 3, 0.1, padding=1, groups=2, neuron="brelu[3]")
     text += texts.layer("norm2", "rnorm", "conv2", channels=8, size=3) + texts.pool("pool2", "norm2", "rand")
     text += texts.layer("drop2", "dropout", "pool2", keep=0.75) + texts.layer("act", "neuron", "drop2", neuron="abs")
@@ -179,15 +178,17 @@ def test_other_layers(tmp_path: Path) -> None:
     made = layer_file(str(written(tmp_path, text, "[norm2]\nscale=0.9\npow=0.5\n")))
     assert made.training()["loss"] == "sigmoid"
     network = made(5, 14, seed=1).eval()
-    kinds = [type(layer).__name__ for layer in network]  # type: ignore[attr-defined]
+    assert isinstance(network, nn.Sequential)
+    kinds = [type(layer).__name__ for layer in network]
     assert kinds[:4] == ["ZeroPad2d", "Conv2d", "Neuron", "Conv2d"] and kinds[-1] == "Linear"
     images = torch.randn(2, 3, 14, 14)
     with torch.no_grad():
         whole = nn.functional.pad(
-            images, (1, 1, 1, 1)
-        )  # 16 wide: five filters 4 wide every 3 pixels fit, none hangs over
-        first = nn.functional.conv2d(whole, *network.get_submodule("conv1").parameters(), stride=3)
-        assert torch.allclose(network[:3](images)[..., :5, :5], 1.7159 * torch.tanh(0.6667 * first)[..., :5, :5])  # type: ignore[index]
+            images, (1, 2, 1, 2)
+        )  # of five filters, 5 wide every 3 pixels, the last hangs over by 1
+        conv = network.get_submodule("conv1")
+        first = nn.functional.conv2d(whole, conv.get_parameter("weight"), conv.get_parameter("bias"), stride=3)
+        assert torch.allclose(network[:3](images), 1.7159 * torch.tanh(0.6667 * first), atol=1e-6)
         assert network(images).shape == (2, 5)
     for name, (count, function) in NEURONS.items():
         numbers = (1.5, 0.5)[:count]
@@ -210,12 +211,12 @@ def test_a_layer_file_is_trained_as_it_says_and_gone_on_with(tmp_path: Path) -> 
     options: dict[str, Any] = {"recipe": "cifar10-quick", "data": data, "model": str(path), "batch_size": 4}
     whole = train(small_config(**options, name="whole", steps=4), Little)
     train(small_config(**options, name="cut", steps=2), Little)
-    again = {"data": data, "recipe": None, "name": "cut", "steps": 4, "resume": True}
+    again: dict[str, Any] = {"data": data, "recipe": None, "name": "cut", "steps": 4, "resume": True}
     assert train(small_config(**again), Little)["weights_sha256"] == whole["weights_sha256"]
     path.write_text(path.read_text().replace("pool=avg", "pool=max", 1))
-    with pytest.raises(AlexprepError, match="layers"):
+    with pytest.raises(AlexprepError, match="layers_sha256 was"):
         train(small_config(**{**again, "steps": 6}), Little)
-    with pytest.raises(AlexprepError, match="line 3.*5 classes"):
+    with pytest.raises(AlexprepError, match=r"line 87: \[fc10\] has 3 outputs, and the data has 5 classes"):
         layer_file(str(path))(5, 32)
 
 

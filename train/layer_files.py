@@ -273,8 +273,8 @@ def layer_file(reference: str) -> LayerFile:
 
 
 def _beside(definition: Path) -> Path:
-    name = definition.name
-    return definition.with_name(f"layer-params{name.removeprefix('layers')}" if name.startswith("layers") else name)
+    rest = definition.name.removeprefix("layers")
+    return definition.with_name(f"layer-params{rest}" if rest != definition.name else f"layer-params-{rest}")
 
 
 def _sections(path: Path) -> dict[str, Section]:
