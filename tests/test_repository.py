@@ -89,6 +89,7 @@ FLOORS = [
         "report",
         "launch",
         "ablation",
+        "gradient_check",
         "loader_overlap",
         "demo",
     ),

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from alexprep.train.distributed.world import World, from_environment
     from alexprep.train.evaluation import Evaluation, evaluate, evaluate_run
     from alexprep.train.export import Exported, export_run
+    from alexprep.train.gradient_check import Checked, check_gradients
     from alexprep.train.launch import RankFailed, launch_ranks
     from alexprep.train.layer_outputs import (
         LayerOutputs,
@@ -65,6 +66,7 @@ __all__ = [
     "AlexNet",
     "BinaryCodes",
     "ByHand",
+    "Checked",
     "Checkpoint",
     "Classified",
     "Classifier",
@@ -110,6 +112,7 @@ __all__ = [
     "alexnet_6conv",
     "alexnet_2012",
     "alexnet_owt",
+    "check_gradients",
     "cifar10_quick_net",
     "conv_local_11pct",
     "conv_local_13pct",
@@ -149,6 +152,7 @@ _HOMES = {
     "data": ("Examples",),
     "distributed.parallel": ("Parallel",),
     "distributed.world": ("World", "from_environment"),
+    "gradient_check": ("Checked", "check_gradients"),
     "launch": ("RankFailed", "launch_ranks"),
     "evaluation": ("Evaluation", "evaluate", "evaluate_run"),
     "export": ("Exported", "export_run"),
