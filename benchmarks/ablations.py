@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from alexprep.pipeline.evaluation_views import EvaluationViews
+from alexprep.train.predictions import EvaluationViews
 
 VIEWS: tuple[EvaluationViews, ...] = ("centre", "two", "ten")
 

@@ -68,7 +68,7 @@ FENCES = {
 FLOORS = [
     ("signals_and_memory", "distributed.world"),
     ("distributed.tensor_parallel", "lr_schedule", "optimizer", "precision", "checkpoint", "models", "losses"),
-    ("model_libraries", "layer_files", "user_code", "metrics", "data"),
+    ("model_libraries", "layer_file_lines", "layer_files", "user_code", "metrics", "data"),
     ("logger", "profiler", "recipes", "settings", "distributed.parallel"),
     ("run_dir", "initial_weights", "config"),
     ("training_state",),

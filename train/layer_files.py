@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from alexprep.shards.errors import AlexprepError
+from alexprep.train.layer_file_lines import Section, sections
 from alexprep.train.losses import Loss
 from alexprep.train.models.layers import (
     LocallyConnected2d,
@@ -29,87 +30,12 @@ from alexprep.train.models.layers import (
 from alexprep.train.models.pools_and_dropconnect import Pool, pool_layer, pooled_up
 
 ENDING = ".cfg"
-MOST_BYTES, MOST_SIDE, MOST_MAPS = 1 << 20, 4096, 1 << 20
-COMMENTS = ("#", ";")
-TRUE = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+MOST_SIDE, MOST_MAPS = 4096, 1 << 20
 INIT_DEVIATION = 0.01  # initW where a layer has none
 # Of speed and of places on several GPUs: they change no result.
 PASSED_OVER = ("partialSum", "sumWidth", "gpu", "usesActs", "usesInputs", "updatePeriod")
 RATES = ("epsW", "epsB", "momW", "momB", "wc")
 POOLS: dict[str, Pool] = {"max": "max", "avg": "average", "rand": "stochastic"}
-
-
-@dataclass
-class Entry:
-    """A value with its place."""
-
-    text: str
-    file: Path
-    line: int
-    read: bool = False
-
-    def error(self, why: str) -> AlexprepError:
-        """What to say of this line."""
-        return AlexprepError(f"{self.file}, line {self.line}: {why}")
-
-
-@dataclass
-class Section:
-    """A layer's lines in one file, or, joined, in both."""
-
-    name: str
-    file: Path
-    line: int
-    entries: dict[str, Entry] = field(default_factory=dict)
-
-    def error(self, why: str, key: str = "") -> AlexprepError:
-        """What to say of a key's line, or of the line where the section begins."""
-        entry = self.entries.get(key)
-        where, line = (entry.file, entry.line) if entry else (self.file, self.line)
-        return AlexprepError(f"{where}, line {line}: [{self.name}] {why}")
-
-    def text(self, key: str, default: str | None = None) -> str:
-        """The text of a key; an error where it is missing without a default."""
-        entry = self.entries.get(key)
-        if entry is None:
-            if default is None:
-                raise self.error(f"has no {key}, which it needs")
-            return default
-        entry.read = True
-        return entry.text
-
-    def list(self, key: str) -> list[str]:
-        """Words with commas between them."""
-        return [word.strip() for word in self.text(key).split(",") if word.strip()]
-
-    def whole(self, key: str, low: int, high: int, default: int | None = None) -> int:
-        """A whole number; of several with commas, one for each input, all must be the same."""
-        return int(self._number(key, low, high, default, int))
-
-    def number(self, key: str, low: float, high: float, default: float | None = None) -> float:
-        """Likewise."""
-        return self._number(key, low, high, default, float)
-
-    def truth(self, key: str, default: bool) -> bool:
-        """0 or 1, true or false."""
-        text = self.text(key, str(default)).lower()
-        if text not in TRUE:
-            raise self.error(f"{key}={text} is neither 0 nor 1", key)
-        return TRUE[text]
-
-    def _number(self, key: str, low: float, high: float, default: float | None, kind: Callable[[str], float]) -> float:
-        words = self.text(key, None if default is None else str(default)).split(",")
-        try:
-            values = {kind(word) for word in words}
-        except ValueError:
-            wanted = "a whole number" if kind is int else "a number"
-            raise self.error(f"{key}={','.join(words)} is not {wanted}", key) from None
-        if len(values) > 1:
-            raise self.error(f"{key}={','.join(words)} differs between inputs, which alexprep has no layer for", key)
-        value = values.pop()
-        if not low <= value <= high:
-            raise self.error(f"{key}={value:g} is not within {low:g} to {high:g}", key)
-        return value
 
 
 class Value(NamedTuple):
@@ -229,7 +155,7 @@ class LayerFile:
 
     def _read(self) -> tuple[dict[str, Section], dict[str, dict[str, str]]]:
         """The layers with what both files say of them; and the texts of that without rates."""
-        layers, more = _sections(self.definition), _sections(self.parameters)
+        layers, more = sections(self.definition), sections(self.parameters)
         if not layers:
             raise AlexprepError(f"{self.definition}, line 1: there is no layer: one begins with [NAME]")
         for name, section in more.items():
@@ -275,38 +201,6 @@ def layer_file(reference: str) -> LayerFile:
 def _beside(definition: Path) -> Path:
     rest = definition.name.removeprefix("layers")
     return definition.with_name(f"layer-params{rest}" if rest != definition.name else f"layer-params-{rest}")
-
-
-def _sections(path: Path) -> dict[str, Section]:
-    """A file's sections by name, in order."""
-    if path.stat().st_size > MOST_BYTES:
-        raise AlexprepError(f"{path} has more than {MOST_BYTES:,} bytes, which no layer file needs")
-    found: dict[str, Section] = {}
-    section = None
-    for number, raw in enumerate(path.read_bytes().split(b"\n"), 1):
-        try:
-            line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-        except UnicodeDecodeError as error:
-            raise AlexprepError(f"{path}, line {number}: no text in UTF-8 ({error.reason})") from None
-        if not line or line.startswith(COMMENTS):
-            continue
-        if line.startswith("["):
-            name = line[1:-1].strip()
-            if not line.endswith("]") or not name or "." in name:
-                raise AlexprepError(f"{path}, line {number}: {line!r} is not [NAME], a name without dots")
-            if name in found:
-                raise AlexprepError(f"{path}, line {number}: [{name}] stands in line {found[name].line}, too")
-            section = found[name] = Section(name, path, number)
-            continue
-        key, equals, text = (part.strip() for part in line.partition("="))
-        if not equals or not key or not text:
-            raise AlexprepError(f"{path}, line {number}: {line!r} is neither [NAME] nor KEY=VALUE")
-        if section is None:
-            raise AlexprepError(f"{path}, line {number}: {line!r} stands before the first [NAME]")
-        if key in section.entries:
-            raise AlexprepError(f"{path}, line {number}: {key} stands in line {section.entries[key].line}, too")
-        section.entries[key] = Entry(text, path, number)
-    return found
 
 
 class _Builder:
