@@ -19,7 +19,7 @@ FIRST, OTHER, TESTED = (
     500,
     500,
 )  # pictures a class: of the classes trained on first, of the others, and of each one's test
-FIRST_EPOCHS, EPOCHS = 8, 12
+FIRST_EPOCHS, EPOCHS = 5, 8
 SETTINGS = ("width=0.5",)
 
 

@@ -107,6 +107,8 @@ MALFORMED = [
     ),
     ("inputs=pool1", "inputs=pool9", LINE["inputs=pool1"], "[conv2] inputs: pool9 is not defined before it"),
     ("channels=32", "channels=31", LINE["channels=32"], "[conv2] channels=31, and its inputs have 32"),
+    ("neuron=relu", "neuron=tanh[1]", LINE["neuron=relu"], "neuron=tanh[1]: tanh takes 2 numbers, as NAME[A,B]"),
+    ("neuron=relu", "neuron=brelu[inf]", LINE["neuron=relu"], "neuron=brelu[inf]: brelu takes 1 numbers"),
     ("neuron=relu", "neuron=relux", LINE["neuron=relu"], "[pool1] neuron=relux: alexprep has ident, relu, "),
     ("outputs=10", "outputs=11", LINE["outputs=10"], "[fc10] has 11 outputs, and the data has 10 classes"),
     ("type=cost.logreg", "type=cost.sum2", LINE["type=cost.logreg"], "alexprep trains with cost.logreg, cost.bce, "),
@@ -159,6 +161,8 @@ def test_files_that_are_no_layer_files(tmp_path: Path) -> None:
     path.write_text("# nothing\n")
     with pytest.raises(AlexprepError, match="line 1: there is no layer"):
         layer_file(str(path))
+    with pytest.raises(AlexprepError, match="says how wide its layers are: leave out width=2"):
+        layer_file(str(written(tmp_path, GOOD, "")))(10, 32, width=2)
     path.write_bytes(b"#" * (2 << 20))
     with pytest.raises(AlexprepError, match="more than 1,048,576 bytes"):
         layer_file(str(path))

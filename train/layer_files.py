@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,12 +142,14 @@ class LayerFile:
         _, told = self._read()
         return {"layers_sha256": hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()}
 
-    def __call__(self, classes: int, crop: int, *, seed: int = 0) -> nn.Module:
+    def __call__(self, classes: int, crop: int, *, seed: int = 0, width: float = 1.0) -> nn.Module:
         """The network with its initial weights, from float (N, 3, crop, crop) to logits (N, classes): an `nn.Sequential` where no layer has two inputs.
 
         Raises:
             AlexprepError: the file has something that alexprep has no layer for, or that fits neither the classes nor the crop; with the line.
         """
+        if width != 1:
+            raise AlexprepError(f"{self.definition} says how wide its layers are: leave out width={width:g}")
         return _Builder(self._read()[0], classes, crop).network(seed)
 
     def training(self) -> dict[str, Any]:
@@ -457,7 +460,11 @@ class _Builder:
             numbers = tuple(float(word) for word in words)
         except ValueError:
             numbers = ()
-        if len(numbers) != NEURONS[name][0] or rest.endswith("]") != bool(bracket):
+        if (
+            not all(map(math.isfinite, numbers))
+            or len(numbers) != NEURONS[name][0]
+            or rest.endswith("]") != bool(bracket)
+        ):
             raise section.error(f"neuron={text}: {name} takes {NEURONS[name][0]} numbers, as NAME[A,B]", "neuron")
         return [] if name == "ident" else [(f"{section.name}_neuron", Neuron(name, numbers))]
 
