@@ -22,6 +22,7 @@ from alexprep.shards.errors import AlexprepError
 from alexprep.train.layer_file_lines import Section, sections
 from alexprep.train.losses import Loss
 from alexprep.train.models.layers import (
+    Conv2d,
     LocallyConnected2d,
     LocalResponseNorm,
     PaperDropout,
@@ -218,7 +219,6 @@ class _Builder:
         self.biases: dict[str, float] = {}
         self.cost: Section | None = None
         self.used: set[str] = set()
-        self.logits = ""
         self.makers: dict[str, Callable[[Section], Step]] = {
             "conv": self._conv,
             "local": self._local,
@@ -368,7 +368,7 @@ class _Builder:
             raise section.error(f"filterSize={size} is more than its input has, {given.side} pixels", "filterSize")
         side = -(-left // stride) + 1  # rounded up: the last filters hang over the right and the bottom edge
         overhang = (side - 1) * stride - left
-        layer = nn.Conv2d(given.maps, filters, size, stride, padding, groups=groups)
+        layer = Conv2d(given.maps, filters, size, stride, padding, groups=groups)
         modules: list[tuple[str, nn.Module]] = [(section.name, layer)]
         if overhang:
             modules.insert(0, (f"{section.name}_overhang", nn.ZeroPad2d((0, overhang, 0, overhang))))
