@@ -62,7 +62,8 @@ def trained(data: Path, runs: Path, name: str, **options: Any) -> float:
     from alexprep.train.trainer import train
 
     if not (runs / name / "summary.json").exists():
-        train(TrainConfig(data, "small-net", runs=runs, name=name, threads=1, settings=SETTINGS, **options))
+        begun = {"resume": True} if (runs / name / "config.json").exists() else {"settings": SETTINGS, **options}
+        train(TrainConfig(data, "small-net", runs=runs, name=name, threads=1, **begun))
     error: float = read_json(runs / name / "summary.json", "")["val_top1_error"]
     return error
 
