@@ -2,7 +2,7 @@
 
     python benchmarks/ablations.py cifar=cifar-ablation mnist=mnist-ablation [--save]
 
-An argument is NAME=FOLDER. Every figure is a mean over the seeds, percent, with its standard error; differences are to the recipe with the
+An argument is NAME=FOLDER; the nets of the first are evaluated as one, too. Every figure is a mean over the seeds, percent, with its standard error; differences are to the recipe with the
 same seed, points.
 """
 
@@ -17,57 +17,64 @@ from alexprep.train.predictions import EvaluationViews
 VIEWS: tuple[EvaluationViews, ...] = ("centre", "two", "ten")
 
 
+def finished(folder: Path, short: str) -> dict[int, tuple[Path, dict[str, Any]]]:
+    """The runs of a variant that came to their end, by seed, with their summaries."""
+    found = {}
+    for path in folder.glob(f"{short}-seed*/summary.json"):
+        summary = json.loads(path.read_text())
+        if summary["stopped_by"] is None:
+            found[int(path.parent.name.rpartition("-seed")[2])] = path.parent, summary
+    return dict(sorted(found.items()))
+
+
+def variants(folder: Path) -> dict[str, str]:
+    """Every variant that the folder has had, and what its runs are called."""
+    names: dict[str, str] = json.loads((folder / "ablation.json").read_text())["names"]
+    return {variant: short for short, variant in names.items()}
+
+
 def figures_of(name: str, folder: Path) -> dict[str, Any]:
-    """Of one folder, by variant."""
-    from alexprep.shards.dataset_format import read_json
+    """Of one folder, by variant: mean, standard error and number of runs."""
     from alexprep.train.ablation import mean_and_error
 
-    document = read_json(folder / "ablation.json", "run alexprep ablate")
-    plain = {run["seed"]: (run, training_error(folder, run)) for run in document["runs"] if run["variant"] == ""}
+    plain: dict[str, dict[int, float]] = {}
     found: dict[str, Any] = {}
-    for variant in document["names"].values():
-        runs = [run for run in document["runs"] if run["variant"] == variant]
-        trained = [training_error(folder, run) for run in runs]
+    for variant, short in variants(folder).items():
+        runs = finished(folder, short)
         columns = {
-            "test error": [run["val_top1_error"] for run in runs],
-            "training error": trained,
-            "training loss": [run["train_loss"] for run in runs],
+            "test error": {seed: summary["val_top1_error"] for seed, (_, summary) in runs.items()},
+            "training error": {seed: training_error(run) for seed, (run, _) in runs.items()},
+            "training loss": {seed: summary["train_loss"] for seed, (_, summary) in runs.items()},
         }
-        if variant:
-            columns["less the recipe's test error"] = [
-                run["val_top1_error"] - plain[run["seed"]][0]["val_top1_error"] for run in runs
-            ]
-            columns["less the recipe's training error"] = [
-                error - plain[run["seed"]][1] for run, error in zip(runs, trained, strict=True)
-            ]
+        plain = plain or columns  # the recipe comes first
         for what, values in columns.items():
-            mean, error = mean_and_error(values)
-            found[f"{name}, {variant or 'the recipe'}: {what}"] = [mean, error, len(values)]
+            found[f"{name}, {variant or 'the recipe'}: {what}"] = [*mean_and_error([*values.values()]), len(values)]
+            apart = [value - plain[what][seed] for seed, value in values.items()]
+            if variant:
+                found[f"{name}, {variant}: {what} less the recipe's"] = [*mean_and_error(apart), len(apart)]
     return found
 
 
-def training_error(folder: Path, run: dict[str, Any]) -> float:
+def training_error(run: Path) -> float:
     """Of the last epoch, the mean over its steps, percent."""
-    lines = (folder / Path(run["run"]).name / "log.jsonl").read_text().splitlines()
-    error: float = [record for record in map(json.loads, lines) if record["kind"] == "epoch"][-1]["top1_error"]
+    records = map(json.loads, (run / "log.jsonl").read_text().splitlines())
+    error: float = [record for record in records if record["kind"] == "epoch"][-1]["top1_error"]
     return error
 
 
 def several_as_one(name: str, folder: Path) -> dict[str, Any]:
     """The recipe's runs one by one and as the mean of their softmax outputs, by views."""
-    from alexprep.shards.dataset_format import read_json
     from alexprep.train.ablation import mean_and_error
     from alexprep.train.evaluation import evaluate
     from alexprep.train.run_dir import Place
 
-    runs = [run for run in read_json(folder / "ablation.json", "")["runs"] if run["variant"] == ""]
-    places = [Place(folder / Path(run["run"]).name) for run in runs]
+    places = [Place(run) for run, _ in finished(folder, variants(folder)[""]).values()]
     found: dict[str, Any] = {}
     for views in VIEWS:
-        alone = [evaluate([place], views=views).document["top1_error"] for place in places]
-        mean, error = mean_and_error(alone)
-        found[f"{name}, {views} views: one net"] = [mean, error, len(alone)]
-        found[f"{name}, {views} views: {len(places)} averaged"] = evaluate(places, views=views).document["top1_error"]
+        document = evaluate(places, views=views).document
+        mean, error = mean_and_error([net["top1_error"] for net in document["nets"]])
+        found[f"{name}, {views} views: one net"] = [mean, error, len(places)]
+        found[f"{name}, {views} views: {len(places)} averaged"] = document["top1_error"]
     return found
 
 
@@ -81,7 +88,9 @@ def main() -> None:
     figures: dict[str, Any] = {}
     for each in given.folders:
         name, _, folder = each.partition("=")
-        figures |= figures_of(name, Path(folder)) | several_as_one(name, Path(folder))
+        figures |= figures_of(name, Path(folder))
+    name, _, folder = given.folders[0].partition("=")
+    figures |= several_as_one(name, Path(folder))
     report("ablations", figures, given.save)
 
 
