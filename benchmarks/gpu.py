@@ -80,7 +80,11 @@ def _tested(path: Path, call: Call) -> Figures:
     print(text, flush=True)
     fates = re.findall(r"^tests/\S+::(.+?) (PASSED|FAILED|ERROR|SKIPPED)", text, re.MULTILINE)
     failed = [name for name, fate in fates if fate in ("FAILED", "ERROR")]
-    return {"tests": len(fates), "failed tests": failed, "ended": bool(re.search(r"^=+ .* in [0-9.]+s", text, re.MULTILINE))}
+    return {
+        "tests": len(fates),
+        "failed tests": failed,
+        "ended": bool(re.search(r"^=+ .* in [0-9.]+s", text, re.MULTILINE)),
+    }
 
 
 def data(call: Call) -> Figures:
