@@ -27,7 +27,16 @@ from alexprep.cli.options import (
 # The names in alexprep.train.RECIPES, in its order; importing that here would import torch for --help.
 RECIPES = (
     *("alexnet", "alexnet-2012", "alexnet-1gpu", "alexnet-6conv", "alexnet-6conv-tune", "alexnet-owt"),
-    *("cifar10-fast", "cifar10-quick", "cifar10-13pct", "cifar10-11pct", "cifar10-relu", "cifar10-tanh", "tiny"),
+    *(
+        "cifar10-fast",
+        "cifar10-quick",
+        "cifar10-13pct",
+        "cifar10-11pct",
+        "cifar10-relu",
+        "cifar10-tanh",
+        "tiny",
+        "small-net",
+    ),
 )
 KEEP, CHECKPOINT_STEPS = 3, 1000  # likewise those of alexprep.train.config
 # Options for fields of the recipe: --clip 1 is --set clip=1.
