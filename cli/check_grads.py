@@ -11,7 +11,7 @@ from alexprep.cli.options import AT_LEAST_1, json_option, settings_option
 @click.option("--recipe", metavar="NAME | FILE.py[:FUNCTION]", help="Whose network.  [default: alexnet]")
 @click.option(
     "--model",
-    metavar="FILE.py:FUNCTION | timm/NAME | torchvision/NAME | LAYERS.cfg",
+    metavar="FILE.py:FUNCTION | timm/NAME | torchvision/NAME | columns:LINE | LAYERS.cfg",
     help="A network in its place, as for `alexprep train`.",
 )
 @settings_option

@@ -99,8 +99,8 @@ def _stand_ins(root: Path, photos: Path) -> dict[str, str]:
     _pack(root / "cifar-10-binary.tar.gz", {**cifar, "cifar-10-batches-bin/batches.meta.txt": names}, "w:gz")
     (root / "mnist").mkdir()
     for part in ("train", "t10k"):
-        (root / f"mnist/{part}-images-idx3-ubyte").write_bytes(struct.pack(">4I", 0x803, 2, 28, 28) + bytes(2 * 784))
-        (root / f"mnist/{part}-labels-idx1-ubyte").write_bytes(struct.pack(">2I", 0x801, 2) + bytes([1, 0]))
+        (root / f"mnist/{part}-images-idx3-ubyte").write_bytes(struct.pack(">4I", 0x803, 10, 28, 28) + bytes(10 * 784))
+        (root / f"mnist/{part}-labels-idx1-ubyte").write_bytes(struct.pack(">2I", 0x801, 10) + bytes(range(10)))
     (root / "norb").mkdir()
     for part in ("training", "testing"):
         base = f"norb/smallnorb-{'5x46789' if part == 'training' else '5x01235'}x9x18x6x2x96x96-{part}"

@@ -49,6 +49,7 @@ FENCES = {
             "pipeline/batch.py",
             "pipeline/device.py",
             "pipeline/loader.py",
+            "pipeline/resampling.py",
             "pipeline/loader_settings.py",
         ),
         "pipeline/wds_pipeline.py",

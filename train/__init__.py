@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     )
     from alexprep.train.models.alexnet import AlexNet, alexnet, alexnet_1gpu, alexnet_6conv, alexnet_2012, alexnet_owt
     from alexprep.train.models.cifar import ConvLocal, cifar10_quick_net, conv_local_11pct, conv_local_13pct, tiny_net
+    from alexprep.train.models.columns import ColumnNet
     from alexprep.train.models.layers import (
         LocallyConnected2d,
         LocalResponseNorm,
@@ -70,6 +71,7 @@ __all__ = [
     "Checkpoint",
     "Classified",
     "Classifier",
+    "ColumnNet",
     "ConvLocal",
     "Cosine",
     "DExp",
@@ -164,6 +166,7 @@ _HOMES = {
     ),
     "models.alexnet": ("AlexNet", "alexnet", "alexnet_1gpu", "alexnet_2012", "alexnet_6conv", "alexnet_owt"),
     "models.cifar": ("ConvLocal", "cifar10_quick_net", "conv_local_11pct", "conv_local_13pct", "tiny_net"),
+    "models.columns": ("ColumnNet",),
     "models.layers": ("LocalResponseNorm", "LocallyConnected2d", "PaperDropout", "Scale", "SpatialResponseNorm"),
     "models.pools_and_dropconnect": ("DropConnect", "L2Pool2d", "StochasticPool2d"),
     "models.small": ("SmallNet",),

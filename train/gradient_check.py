@@ -64,7 +64,7 @@ def check_gradients(recipe: Recipe, classes: int, *, seed: int = 0, images: int 
     with torch.random.fork_rng(devices=[]):
         network = recipe.make_network(classes, seed).double().train()
     generator = torch.Generator().manual_seed(seed)
-    shape = (images, 3, recipe.crop, recipe.crop)
+    shape = (images, recipe.augmentation.channels, recipe.crop, recipe.crop)
     pictures = torch.randn(shape, generator=generator, dtype=torch.float64) * PIXEL_DEVIATION
     labels = torch.randint(classes, (images,), generator=generator)
 

@@ -143,15 +143,17 @@ class LayerFile:
         _, told = self._read()
         return {"layers_sha256": hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()}
 
-    def __call__(self, classes: int, crop: int, *, seed: int = 0, width: float = 1.0) -> nn.Module:
-        """The network with its initial weights, from float (N, 3, crop, crop) to logits (N, classes): an `nn.Sequential` where no layer has two inputs.
+    def __call__(
+        self, classes: int, crop: int, *, seed: int = 0, width: float = 1.0, in_channels: int = 3
+    ) -> nn.Module:
+        """The network with its initial weights, from float (N, in_channels, crop, crop) to logits (N, classes): an `nn.Sequential` where no layer has two inputs.
 
         Raises:
             AlexprepError: the file has something that alexprep has no layer for, or that fits neither the classes nor the crop; with the line.
         """
         if width != 1:
             raise AlexprepError(f"{self.definition} says how wide its layers are: leave out width={width:g}")
-        return _Builder(self._read()[0], classes, crop).network(seed)
+        return _Builder(self._read()[0], classes, Value(in_channels, crop)).network(seed)
 
     def training(self) -> dict[str, Any]:
         """What the files say of a recipe's fields: loss; and lr, bias_lr_factor, momentum, decay and layer_decay, where they have rates."""
@@ -210,8 +212,8 @@ def _beside(definition: Path) -> Path:
 class _Builder:
     """Goes through the layers of a file in order, and knows what each gives."""
 
-    def __init__(self, layers: dict[str, Section], classes: int, crop: int) -> None:
-        self.layers, self.classes, self.crop = layers, classes, crop
+    def __init__(self, layers: dict[str, Section], classes: int, images: Value) -> None:
+        self.layers, self.classes, self.images = layers, classes, images
         self.steps: dict[str, Step] = {}
         self.data: dict[str, int] = {}  # names of data layers: 0 gives the images, 1 the labels
         self.probabilities: dict[str, str] = {}  # softmax layers, and what they are of
@@ -339,7 +341,7 @@ class _Builder:
 
     def _given(self, section: Section, names: list[str], images: bool = True) -> Value:
         """What such layers give side by side."""
-        values = [Value(3, self.crop) if name in self.data else self.steps[name].gives for name in names]
+        values = [self.images if name in self.data else self.steps[name].gives for name in names]
         sides = {value.side for value in values}
         if len(sides) > 1:
             raise section.error(f"inputs: {', '.join(names)} give maps of different sides", "inputs")

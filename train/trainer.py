@@ -428,7 +428,7 @@ def open_training(job: Job, open_loader: OpenLoader, state: TrainingState) -> Ba
     asked = state.parallel.world.size == 1 or has_batch_norm(state.network)
     if loader.samples % job.recipe.batch_size != 1 or not asked:
         return loader
-    image = torch.zeros(1, 3, job.recipe.crop, job.recipe.crop, device=state.device)
+    image = torch.zeros(1, job.recipe.augmentation.channels, job.recipe.crop, job.recipe.crop, device=state.device)
     if not fails_on_one(state.network, image.contiguous(memory_format=job.computing.memory.format)):
         return loader
     if len(loader) == 1:

@@ -114,6 +114,9 @@ class TrainingState:
         self.network = self.parallel.network  # this rank's part; alone, the whole
         self._parameters = [name for name, _ in self.network.named_parameters()]
         self.optimizer = recipe.make_optimizer(self.network)
+        self._rated: tuple[float, ScheduleState] | None = (
+            None  # epochs done, and the schedule's state, that the rates are of
+        )
         # The rates follow from the position alone, so nobody has to remember to set them.
         self.optimizer.register_step_pre_hook(lambda *_: self.set_rates())
         self.precision = computing.precision
@@ -189,8 +192,11 @@ class TrainingState:
 
     def set_rates(self) -> None:
         """Gives the optimizer the coming step's rate of every parameter. It happens by itself before every step."""
-        progress = self._progress(self.position.epoch_step)
-        self.optimizer.set_rates(self.recipe.rates(self._parameters, progress, self.position.schedule))
+        # With single images a step takes two milliseconds, a tenth of one the rates of some layers, which mostly are as before.
+        place = self._progress(self.position.epoch_step), self.position.schedule
+        if place != self._rated:
+            self.optimizer.set_rates(self.recipe.rates(self._parameters, *place))
+            self._rated = place
 
     def _progress(self, epoch_step: int) -> float:
         """Epochs done after so many steps of this one, as a schedule counts them."""

@@ -60,14 +60,17 @@ class SmallNet:
         """The switches, part of a run's identity."""
         return {"name": "small-net", **asdict(self)}
 
-    def __call__(self, classes: int, crop: int = 28, *, seed: int = 0, width: float = 1.0) -> nn.Sequential:
-        """The network from float32 (N, 3, crop, crop), mean subtracted, on the 0-255 scale, to logits (N, classes).
+    def __call__(
+        self, classes: int, crop: int = 28, *, seed: int = 0, width: float = 1.0, in_channels: int = 3
+    ) -> nn.Sequential:
+        """The network from float32 (N, in_channels, crop, crop), mean subtracted, on the 0-255 scale, to logits (N, classes).
 
         Args:
             classes: outputs of the last layer.
             crop: side of the input, pixels, at least 8.
             seed: of the initial weights, which are normal with deviation sqrt(2 / inputs) (He et al. 2015).
             width: scales the kernels of every layer but the last.
+            in_channels: of the input.
 
         Raises:
             AlexprepError: crop or width is too small.
@@ -78,7 +81,7 @@ class SmallNet:
         linear = DropConnect if self.dropout == "weights" else nn.Linear
         layers: list[tuple[str, nn.Module]] = [
             ("scale", Scale(PIXELS)),
-            ("conv1", nn.Conv2d(3, c1, 5, padding=2)),
+            ("conv1", nn.Conv2d(in_channels, c1, 5, padding=2)),
             *self._then(1),
             ("conv2", nn.Conv2d(c1, c2, 5, padding=2)),
             *self._then(2),
@@ -88,7 +91,7 @@ class SmallNet:
             *([("drop3", PaperDropout())] if self.dropout == "units" else []),
             ("fc4", nn.Linear(f3, classes)),
         ]
-        fans = {"conv1": 3 * 25, "conv2": c1 * 25, "fc3": values, "fc4": f3}
+        fans = {"conv1": in_channels * 25, "conv2": c1 * 25, "fc3": values, "fc4": f3}
         return initialised(layers, seed, {name: (2 / fan) ** 0.5 for name, fan in fans.items()})
 
     def _then(self, number: int) -> Iterator[tuple[str, nn.Module]]:
