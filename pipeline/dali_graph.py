@@ -202,18 +202,9 @@ class Graph:
         inputs |= {name: _single(values) for name, values in more.items() if name.startswith("hook")}
         return inputs
 
-    @property
-    def _resize_mirrors(self) -> bool:
-        """Whether views are reflected by the resize, where it costs nothing, rather than after what changes shapes and colours.
-
-        Nothing in between tells left from right but affine maps, which are reflected too; what a hook would see is another matter.
-        """
-        resizes = self.augmentation.scale is not None and self.views == "random"
-        return resizes and "minus" in self.input_names and not self.augmentation.hooks
-
     def _maps(self, maps_N23: NDArray[np.float64], mirror_N: NDArray[np.bool_]) -> NDArray[np.float64]:
         """Affine maps, see `geometry.warp`, for views as they come: of those that the resize reflected, in reflected columns."""
-        return reflected_maps(maps_N23, mirror_N, self._view[1]) if self._resize_mirrors else maps_N23
+        return reflected_maps(maps_N23, mirror_N, self._view[1]) if self._mirrors_early else maps_N23
 
     def _shape_input(self, windows_N4: NDArray[np.int32]) -> dict[str, NDArray[np.int32]]:
         return {} if self.augmentation.fixed_windows else {"shape": np.ascontiguousarray(windows_N4[:, 2:])}
@@ -256,8 +247,9 @@ class Graph:
     def _one_view(self) -> DataNode:
         if self.resamples:
             return self._resized(self._window())
-        image = self._changed(self._resized(self._hooked("decode", self._window())))
-        image = self._centred_view(image, "float32" if self._finishes else self.dtype)
+        window, mirrored = self._hooked("decode", self._window()), self._input("mirror")
+        image = self._changed(self._resized(window, mirrored if self._mirrors_early else None))
+        image = self._centred_view(image, mirrored, "float32" if self._finishes else self.dtype)
         return dali_ops.cast(self._finished(image), self.dtype) if self._finishes else image
 
     def _changed(self, image: DataNode) -> DataNode:
@@ -333,11 +325,20 @@ class Graph:
             image = dali_ops.erase(image, self._input("erased"), erasing.value, self.memory_format)
         return self._hooked("tensor", image)
 
-    def _centred_view(self, image: DataNode, dtype: Dtype) -> DataNode:
-        """Mirrors, subtracts the mean, adds the noise, divides."""
-        names, mirrored = self.input_names, None if self._resize_mirrors else self._input("mirror")
+    @property
+    def _mirrors_early(self) -> bool:
+        """Whether the reflection is a part of the resize, where by rows it would be a pass of its own.
+
+        Nothing in between tells left from right but affine maps, which are reflected too; what a hook would see is another matter.
+        """
+        kept = self.views != "random" or not self.augmentation.hooks
+        return self.augmentation.scale is not None and kept and "minus" in self.input_names
+
+    def _centred_view(self, image: DataNode, mirrored: DataNode, dtype: Dtype) -> DataNode:
+        """Mirrors if that has not been done, subtracts the mean, adds the noise, divides."""
+        names = self.input_names
         if names & {"window", "minus"}:
-            image = image if mirrored is None else dali_ops.mirror(image, mirrored)
+            image = image if self._mirrors_early else dali_ops.mirror(image, mirrored)
             if "window" in names:
                 image = dali_ops.subtract_image(image, self._input("window"))
             if "minus" in names:
@@ -346,7 +347,7 @@ class Graph:
         shift = self._input("shift") if "shift" in names else self._minus_means()
         subtract = self._subtract_window if "anchor" in names else None
         factor = self._input("factor") if "factor" in names else None
-        return self._tensor(image, 0 if mirrored is None else mirrored, shift, subtract, factor, dtype)
+        return self._tensor(image, mirrored, shift, subtract, factor, dtype)
 
     def _reflected_views(self) -> DataNode:
         whole, shape = self._whole(), self._shape()
@@ -432,10 +433,8 @@ class Graph:
     def _shape(self) -> DataNode | tuple[int, int]:
         return self._view if self.augmentation.fixed_windows else self._input("shape")
 
-    def _resized(self, window: DataNode) -> DataNode:
-        if self.augmentation.scale is None:
-            return window
-        return dali_ops.resize(window, self._view, self._input("mirror") if self._resize_mirrors else None)
+    def _resized(self, window: DataNode, mirrored: DataNode | None = None) -> DataNode:
+        return window if self.augmentation.scale is None else dali_ops.resize(window, self._view, mirrored)
 
     def _pixels(self) -> DataNode:
         pixels = self._input("encoded", layout="HWC", ndim=3, dtype=types.UINT8)

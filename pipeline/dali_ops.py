@@ -108,18 +108,10 @@ def resize_square(image: DataNode, side: int) -> DataNode:
 def resize(image: DataNode, size: Size, mirrored: DataNode | None = None) -> DataNode:
     """Resizes uint8 (H, W, 3) to that size, whatever the proportions, by an antialiased bilinear filter, as `geometry.resize` defines it.
 
-    Where `mirrored`, int32, one a sample, is 1, the result is reflected left to right, which costs nothing here.
+    With `mirrored`, int32, it also reflects as `mirror` does, for a quarter of the time; one value in 5,000 then differs by one.
     """
     options: dict[str, Any] = {"size": sides(size), "interp_type": types.INTERP_LINEAR, "antialias": True}
-    if mirrored is not None:  # the region of interest is all of the image, from its right edge to its left one
-        left = fn.cast(mirrored, dtype=types.FLOAT)
-        none = left * 0.0
-        options |= {
-            "roi_start": fn.stack(none, left),
-            "roi_end": fn.stack(none + 1.0, 1.0 - left),
-            "roi_relative": True,
-        }
-    return fn.resize(image, **options)
+    return fn.resize(image, **options) if mirrored is None else fn.resize_crop_mirror(image, mirror=mirrored, **options)
 
 
 def mirror(image: DataNode, mirrored: DataNode | int) -> DataNode:

@@ -33,9 +33,11 @@ from torch import nn
 from alexprep.shards.dataset_format import versions
 from alexprep.shards.errors import TRACEBACK, AlexprepError
 from alexprep.train.distributed.tensor_parallel import DROPOUTS
+from alexprep.train.layer_files import is_layer_file, layer_file
 from alexprep.train.model_libraries import NetworkInput, library_factory
 from alexprep.train.models.cifar import PIXEL_DEVIATION
 from alexprep.train.models.columns import COLUMNS, ColumnNet
+from alexprep.train.models.pools_and_dropconnect import Drawing
 
 MODEL, RECIPE, HOOK = "--model", "--recipe", "--hook"
 CLASSES = ("classes", "num_classes", "n_classes")  # names under which factories take the number of classes
@@ -57,6 +59,7 @@ class UserNetwork:
     name: str  # how the user named it, for messages
     for_any_recipe: bool = False  # what the recipe says of layers that the network lacks was said of another network
     pixels: NetworkInput | None = None  # of a library's network, or one from a line: what it is shown
+    training: Mapping[str, Any] | None = None  # of a layer file: fields of the recipe that it sets
 
     @property
     def short_name(self) -> str:
@@ -103,7 +106,7 @@ class UserNetwork:
             AlexprepError: the step fails, a checkpoint would not hold all that it changes, or the ranks would not train as one device.
         """
         for layer in network.modules():
-            if isinstance(layer, DROPOUTS):
+            if isinstance(layer, (*DROPOUTS, Drawing)):
                 layer.eval()  # ranks share its random numbers, and no others
         images = _noise(in_channels, crop)
         before = {name: buffer.clone() for name, buffer in network.named_buffers()}
@@ -145,8 +148,12 @@ def user_network(reference: str) -> UserNetwork:
         return UserNetwork(column, reference, f"{MODEL} {reference}", for_any_recipe=True, pixels=column.shown())
     if library := library_factory(reference):
         return UserNetwork(library, library.title, f"{MODEL} {reference}", for_any_recipe=True, pixels=library.pixels())
+    name = f"{MODEL} {reference}"
+    if is_layer_file(reference):
+        layers = layer_file(reference)
+        return UserNetwork(layers, layers.title, name, for_any_recipe=True, training=layers.training())
     factory, title = load(reference, MODEL, "make")
-    return UserNetwork(factory, title, f"{MODEL} {reference}", for_any_recipe=True)
+    return UserNetwork(factory, title, name, for_any_recipe=True)
 
 
 def call_factory(
@@ -302,14 +309,17 @@ def check_named(
 
 
 def is_reference(text: str) -> bool:
-    """Whether a text names code (FILE.py, FILE.py:NAME, MODULE:NAME) and is no plain name."""
-    return (":" in text or text.endswith(".py")) and not text.startswith(COLUMNS)
+    """Whether a text names code (FILE.py, FILE.py:NAME, MODULE:NAME) and is no plain name, no line and no layer file."""
+    return (":" in text or text.endswith(".py")) and not (text.startswith(COLUMNS) or is_layer_file(text))
 
 
 def absolute(reference: str, option: str) -> str:
     """A reference so that it means the same in any folder: the path of a file is made absolute."""
     if option == MODEL and (reference.startswith(COLUMNS) or library_factory(reference)):
         return reference
+    if option == MODEL and is_layer_file(reference):
+        made = layer_file(reference)
+        return f"{made.definition}:{made.parameters}"
     place, name = _place_and_name(reference, option)
     file = str(Path(place).expanduser().resolve()) if place.endswith(".py") else place
     return f"{file}:{name}" if name else file
@@ -384,7 +394,7 @@ def _place_and_name(reference: str, option: str) -> tuple[str, str]:
     """The file or module, and the name of what is meant in it, "" where there is none. A module of this folder is its file."""
     parts = REFERENCE.fullmatch(reference)
     if parts is None:
-        more = ", timm/NAME, torchvision/NAME or columns:LINE" if option == MODEL else ""
+        more = ", timm/NAME, torchvision/NAME, columns:LINE or LAYERS.cfg" if option == MODEL else ""
         forms = f"FILE.py:FUNCTION or MODULE:FUNCTION{more}"
         raise AlexprepError(f"{option} {reference!r} names no Python code: write {forms}")
     place, name = parts["place"], parts["name"] or ""
