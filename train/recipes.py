@@ -475,9 +475,9 @@ TINY = Recipe(
     augmentation=Augmentation(crop=56, mirror=True, mean="crop", noise="eigenvalue", noise_sigma=0.1),
     stored_sizes=(56, 96),
     schedule=Linear(final=0.02),
-    epochs=16,
-    batch_size=32,
-    lr=0.02,
+    epochs=18,
+    batch_size=8,
+    lr=0.008,
 )
 
 RECIPES = {
