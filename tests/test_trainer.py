@@ -417,7 +417,9 @@ def test_the_best_checkpoint_is_kept_and_found(
 
 def test_early_stopping_is_switched_off_on_resuming(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where it has ended the training, and where the process that was told so was killed at once."""
-    monkeypatch.setattr(trainer, "validate", lambda *_: {"top1_error": 50.0, "top5_error": 0.0, "loss": 1.0, "samples": 20})
+    monkeypatch.setattr(
+        trainer, "validate", lambda *_: {"top1_error": 50.0, "top5_error": 0.0, "loss": 1.0, "samples": 20}
+    )
 
     def killed(loader: MadeUpLoader, images: torch.Tensor) -> torch.Tensor:
         raise KeyboardInterrupt
