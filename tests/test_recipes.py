@@ -305,7 +305,7 @@ def pictures() -> tuple[torch.Tensor, torch.Tensor]:
 
 def rise_at_a_drop(made: Recipe, images: torch.Tensor, labels: torch.Tensor) -> float:
     """How high the loss of all images rises in ten steps after the rate fell to a tenth, over its mean after the ten steps before."""
-    seen = {"augmentation": replace(made.augmentation, crop=32), "stored_sizes": (32, 32)}
+    seen: dict[str, Any] = {"augmentation": replace(made.augmentation, crop=32), "stored_sizes": (32, 32)}
     made = replace(made, **seen, schedule=Steps(after=(1,)), batch_size=8)
     state, chance, losses = TrainingState(made, len(SHAPES), 0, CPU), torch.Generator().manual_seed(0), []
     for step in range(70):
