@@ -94,8 +94,8 @@ SYNONYMS = ("optimizer", "label_smoothing", "clip", "accumulate", "average")
 @click.option(
     "--early-stop",
     metavar="EPOCHS",
-    type=AT_LEAST_1,
-    help="End when the error has not fallen for so many; see RUN@best.",
+    type=click.IntRange(min=0),
+    help="End when the error has not fallen for so many; 0: never. See RUN@best.",
 )
 @click.option(
     "--seed", type=click.IntRange(min=0), help="Of initial weights, order, augmentation, dropout.  [default: 0]"

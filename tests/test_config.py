@@ -115,13 +115,19 @@ def test_a_run_with_a_field_that_nobody_knows_is_refused(place: str, released: T
 
 
 def test_a_released_recipe_means_what_it_meant() -> None:
-    """For its runs: fields may be added; those that are there keep their values, and so do the defaults by which older runs are completed."""
+    """For its runs: fields may be added; those that are there keep their values, and so do the defaults by which older runs are completed.
+
+    Rate, batch size and schedule may change: a run has its own in config.json, also where it took the recipe's.
+    """
     told = json.loads((RELEASED / "recipes.json").read_text())
     assert told.keys() <= recipes.RECIPES.keys()
+    own = json.loads((RELEASED / "runs" / "tiny" / "config.json").read_text())["options"]
+    assert own["lr"] == told["tiny"]["lr"] and own["batch_size"] is not None
     for name, before in told.items():
         schedule = recorded_schedule(before["schedule"])
         assert schedule is not None
-        recipe = replace(recipes.as_begun(recipes.RECIPES[name], before), schedule=schedule)
+        kept = {"schedule": schedule, "batch_size": before["batch_size"], "lr": before["lr"]}
+        recipe = replace(recipes.as_begun(recipes.RECIPES[name], before), **kept)
         now = checkpoint.with_defaults(json.loads(json.dumps(recipe.describe())), recipe)
         assert checkpoint.differences(checkpoint.with_defaults(before, recipe), now) == []
 

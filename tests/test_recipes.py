@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,8 +19,10 @@ from alexprep.cli.recipes import recipes as recipes_command
 from alexprep.pipeline.augmentation import Augmentation, augmentation_named
 from alexprep.shards.errors import AlexprepError
 from alexprep.train import checkpoint, recipes
-from alexprep.train.lr_schedule import ByHand, DExp, EarlyStop, OneCycle, Plateau, ScheduleState, WarmUp
+from alexprep.train.demo import SHAPES, photo
+from alexprep.train.lr_schedule import ByHand, DExp, EarlyStop, OneCycle, Plateau, ScheduleState, Steps, WarmUp
 from alexprep.train.models.alexnet import alexnet_6conv
+from alexprep.train.precision import logits
 from alexprep.train.recipes import RECIPES, Recipe, fitted
 from alexprep.train.training_state import TrainingState, take_step
 from tests.made_up import FAMILY
@@ -289,3 +292,38 @@ def test_decay_of_biases_is_a_switch() -> None:
     for decay in (0.25, 0.0):
         groups = TrainingState(small(bias_decay=decay), 3, 0, CPU).optimizer.param_groups
         assert {group["decay"] for group in groups} == {0.0005, decay}
+
+
+@pytest.fixture(scope="module")
+def pictures() -> tuple[torch.Tensor, torch.Tensor]:
+    rng = np.random.default_rng(0)
+    labels = torch.arange(64) % len(SHAPES)
+    drawn = [np.asarray(photo(SHAPES[label], rng).resize((32, 32)), np.float32) for label in labels]
+    images = torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2)
+    return images - images.mean(0), labels
+
+
+def rise_at_a_drop(made: Recipe, images: torch.Tensor, labels: torch.Tensor) -> float:
+    """How high the loss of all images rises in ten steps after the rate fell to a tenth, over its mean after the ten steps before."""
+    seen: dict[str, Any] = {"augmentation": replace(made.augmentation, crop=32), "stored_sizes": (32, 32)}
+    made = replace(made, **seen, schedule=Steps(after=(1,)), batch_size=8)
+    state, chance, losses = TrainingState(made, len(SHAPES), 0, CPU), torch.Generator().manual_seed(0), []
+    for step in range(70):
+        rows = torch.randperm(len(images), generator=chance)[: made.batch_size]
+        take_step(state, images[rows], labels[rows])
+        state.position.step += 1
+        if state.position.step == 60:
+            state.position.epoch = 1
+            state.position.schedule = made.schedule.after_epoch(state.position.schedule, 1, 50.0)
+        if step >= 50:
+            with torch.no_grad():
+                losses.append(float(state.loss(logits(state.network, images, "fp32"), labels)))
+    return max(losses[10:]) / (sum(losses[:10]) / 10)
+
+
+def test_the_loss_does_not_jump_where_the_rate_drops(pictures: tuple[torch.Tensor, torch.Tensor]) -> None:
+    """Of all images: a batch of eight may be a hard one by chance. With the paper's rule, which does not follow the rate, it does jump."""
+    tiny = recipes.recipe("tiny")
+    assert rise_at_a_drop(tiny, *pictures) < 1.25
+    assert rise_at_a_drop(recipes.recipe("cifar10-quick"), *pictures) < 1.25
+    assert rise_at_a_drop(replace(tiny, momentum_correction=False), *pictures) > 1.5

@@ -44,7 +44,7 @@ def refused(*words: object) -> str:
 def test_train_then_eval(data: Path, tmp_path: Path) -> None:
     runs = ("--device", "cpu", "--runs", tmp_path / "runs")
     summary, _ = done(train, "--data", data, "--recipe", "tiny", "--epochs", 2, *runs)
-    assert (summary["recipe"], summary["steps"], summary["epochs"], summary["device"]) == ("tiny", 4, 2, "cpu")
+    assert (summary["recipe"], summary["steps"], summary["epochs"], summary["device"]) == ("tiny", 12, 2, "cpu")
     assert summary["images_per_second"] > 0
     centre, ten = (done(evaluate, "--views", views, *runs)[0] for views in ("centre", "ten"))
     assert centre["run"] == ten["run"] == summary["run"] and centre["samples"] == ten["samples"] == 20

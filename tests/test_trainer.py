@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -413,6 +414,27 @@ def test_the_best_checkpoint_is_kept_and_found(
     run = other  # whose log `measured` reads
     again = train(config(data, name="other", resume=True), MadeUpLoader)
     assert again["weights_sha256"] == summary["weights_sha256"] and again["best_step"] == 18
+
+
+def test_early_stopping_is_switched_off_on_resuming(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where it has ended the training, and where the process that was told so was killed at once."""
+    monkeypatch.setattr(
+        trainer, "validate", lambda *_: {"top1_error": 50.0, "top5_error": 0.0, "loss": 1.0, "samples": 20}
+    )
+
+    def killed(loader: MadeUpLoader, images: torch.Tensor) -> torch.Tensor:
+        raise KeyboardInterrupt
+
+    run = data.parent / "runs" / "small"
+    assert train(config(data, early_stop=1, epochs=5), MadeUpLoader)["epochs"] == 2
+    bare = config(data, name="small", recipe=None, resume=True)
+    assert train(bare, MadeUpLoader)["epochs"] == 2
+    assert train(replace(bare, early_stop=2), MadeUpLoader)["epochs"] == 3
+    with pytest.raises(KeyboardInterrupt):
+        train(replace(bare, early_stop=0), changed(killed))
+    assert train(bare, MadeUpLoader)["epochs"] == 5
+    history = json.loads((run / "config.json").read_text())["history"]
+    assert [each["changes"]["early_stop"] for each in history] == [{"was": 1, "is": 2}, {"was": 2, "is": 0}]
 
 
 def test_the_best_of_an_older_run_is_in_its_log(data: Path) -> None:

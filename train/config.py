@@ -105,7 +105,9 @@ class TrainConfig:
     lr: float | None = None  # highest learning rate, of which the schedule makes all others; on resuming, from now on
     schedule: str | None = None  # in the recipe's stead, see `alexprep.train.settings.schedule_named`
     warmup: float | None = None  # epochs in which the rate rises, in front of any schedule
-    early_stop: int | None = None  # end after so many epochs of which none had a lower validation error than all before
+    early_stop: int | None = (
+        None  # end after so many epochs of which none had a lower validation error than all before; 0: never
+    )
     # FIELD=VALUE, fields of the recipe that are other than it says: see `alexprep.train.settings`. On resuming, beside those of before.
     settings: tuple[str, ...] = ()
     # Whose weights the network begins with: RUN, RUN@STEP or RUN@best, or a state dict's file; see `alexprep.train.initial_weights`.
@@ -138,7 +140,7 @@ class TrainConfig:
         self._take_options(by_field(self.settings))
         if self.data is None and not self.resume:
             raise AlexprepError("data is None: name the folder of a data set; only a resumed run has one of its own")
-        most = {"epochs": MOST_EPOCHS, "trace": MOST_TRACED}
+        most, least = {"epochs": MOST_EPOCHS, "trace": MOST_TRACED}, {"early_stop": 0}
         for name in (
             "epochs",
             "steps",
@@ -151,7 +153,7 @@ class TrainConfig:
             "trace",
         ):
             if getattr(self, name) is not None:
-                whole_number(name, getattr(self, name), 1, most.get(name, 2**40))
+                whole_number(name, getattr(self, name), least.get(name, 1), most.get(name, 2**40))
         if self.seed is not None:
             whole_number("seed", self.seed, 0, 2**63 - 1)
         if self.warmup is not None:

@@ -442,9 +442,13 @@ def recorded_schedule(described: Mapping[str, Any]) -> Schedule | None:
 def around(schedule: Schedule, warmup: float | None, early_stop: int | None) -> Schedule:
     """A schedule with warm-up of so many epochs in front of it, and an end after so many without progress, where they are asked for.
 
+    With `early_stop` 0 it has no such end, also where it came with one.
+
     >>> around(Steps(after=(8,)), None, 3)
     EarlyStop(schedule=Steps(after=(8,), divisor=10.0), patience=3, margin=0.0)
     """
+    if early_stop == 0 and isinstance(schedule, EarlyStop):
+        schedule = schedule.schedule
     warm = WarmUp(schedule, warmup) if warmup else schedule
     return EarlyStop(warm, early_stop) if early_stop else warm
 
@@ -454,6 +458,20 @@ def within(schedule: Schedule, warmup: float | None, early_stop: int | None) -> 
     if early_stop and isinstance(schedule, EarlyStop):
         schedule = schedule.schedule
     return schedule.schedule if warmup and isinstance(schedule, WarmUp) else schedule
+
+
+def ends(schedule: Schedule, state: ScheduleState) -> bool:
+    """Whether a schedule sees no use in further epochs: where it is another than the one that ended the training, it may see some.
+
+    >>> ends(EarlyStop(Steps(after=()), patience=5), ScheduleState(finished=True, stop_waited=2))
+    False
+    """
+    if isinstance(schedule, AROUND_ANOTHER):
+        stops = isinstance(schedule, EarlyStop) and state.stop_waited >= schedule.patience
+        return stops or ends(schedule.schedule, state)
+    if isinstance(schedule, Plateau):
+        return state.drops >= schedule.drops and state.epochs_without_progress >= schedule.patience
+    return state.finished and type(schedule) not in KINDS.values()  # one of the user's own may have said so
 
 
 def describe(schedule: Schedule) -> dict[str, Any]:

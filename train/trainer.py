@@ -11,7 +11,7 @@ import functools
 import os
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ from alexprep.train.distributed.parallel import Parallel
 from alexprep.train.distributed.world import World
 from alexprep.train.initial_weights import begin_with, find_weights
 from alexprep.train.logger import Board, Meter, forecast
+from alexprep.train.lr_schedule import ends
 from alexprep.train.metrics import SPEED, Means, StepTimer, doubts, loss_doubt, validate
 from alexprep.train.nonfinite import explained
 from alexprep.train.precision import float32_kernels
@@ -358,6 +359,8 @@ def first_state(job: Job, world: World) -> tuple[TrainingState, list[str]]:
     if saved is not None:
         _keep_threads(saved.facts.get("rounding", {}).get("threads"), world)
         state.restore(saved)
+        standing = state.position.schedule
+        state.position.schedule = replace(standing, finished=ends(state.recipe.schedule, standing))
         for name, now in _last_bits(job).items():
             changes = checkpoint.differences(now | saved.facts.get(name, {}), now)  # older ones do not say all of it
             notes += [f"{change}: the last bits may differ" for change in changes]
