@@ -68,7 +68,8 @@ def folder(value: str) -> Path:
     except Exception as error:
         if is_local(found):
             raise
-        words = f"{type(error).__name__}: {error}".partition("\n")[0]  # each store has its own kinds
+        told = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"  # each store has its own kinds
+        words = told.partition("\n")[0]
         raise AlexprepError(
             f"{value} cannot be reached ({words}): check the URL, the credentials and the network"
         ) from None

@@ -30,6 +30,7 @@ from alexprep.pipeline.dali_ops import Dtype, MemoryFormat
 from alexprep.pipeline.dataset import Dataset, OnBad, Source, open_dataset, statistics_for
 from alexprep.pipeline.device import choose_device, moved
 from alexprep.pipeline.loader_settings import Tuning
+from alexprep.pipeline.read_ahead import ReadAhead
 from alexprep.pipeline.sampler import BLOCK_SHARDS, Order, StepPlan
 from alexprep.shards.errors import AlexprepError, counted, one_of, whole_number
 from alexprep.shards.image_codec import header_size, raw_header
@@ -125,9 +126,10 @@ class Loader(torch.utils.data.IterableDataset[Batch]):
             drop_last=drop_last,
             together=2 if self._mixes else 1,
         )
-        dataset.samples.keep_shards = self._plan.open_shards(_READ_AHEAD + tuning.prefetch + 1)
         if dataset.samples.remote and order == "shuffle":
             raise AlexprepError(f"{data} is remote, where single images are slow to read: use order='blocks'")
+        held = self._plan.open_shards(_READ_AHEAD + tuning.prefetch + 1)
+        self._ahead = ReadAhead(dataset.samples, self._plan, held, onwards=views == "random")
         chosen = statistics_for(dataset, statistics) if augmentation.needs_statistics else None
         dataset.check(augmentation, chosen)
         target = choose_device(device or "cpu")
@@ -216,6 +218,7 @@ class Loader(torch.utils.data.IterableDataset[Batch]):
             epoch, number = self._upcoming
             if graph.views != "random" and epoch != self.epoch:
                 break
+            self._ahead.reach(epoch, number)
             rows, positions = plan.part(epoch, number)
             sizes = self._dataset.sizes_N2[rows]
             if graph.views == "random":
@@ -307,6 +310,7 @@ class Loader(torch.utils.data.IterableDataset[Batch]):
         runner, self._runner = self._runner, None
         if runner is not None:
             runner.close()
+        self._ahead.stop()
 
 
 @dataclass

@@ -56,7 +56,7 @@ class StepPlan:
             raise AlexprepError(
                 f"with drop_last, {len(self.shards_N)} samples make no step of batch_size {self.batch_size}: make it smaller"
             )
-        self._kept: tuple[int, NDArray[np.int64]] | None = None
+        self._kept: dict[int, NDArray[np.int64]] = {}
 
     def __len__(self) -> int:
         """Steps an epoch, the same on all ranks; the last one may be smaller."""
@@ -86,16 +86,16 @@ class StepPlan:
         return (epoch, step + 1) if step + 1 < len(self) else (epoch + 1, 0)
 
     def _epoch(self, epoch: int) -> NDArray[np.int64]:
-        """The epoch's order: int64 (samples,). The one asked for last is kept."""
-        if self._kept is not None and self._kept[0] == epoch:
-            return self._kept[1]
+        """The epoch's order: int64 (samples,). The two made last are kept: one is read while the next begins to be fetched."""
+        if epoch in self._kept:
+            return self._kept[epoch]
         if self.order == "shuffle":
             order = epoch_order(self.seed, epoch, len(self.shards_N))
         elif self.order == "blocks":
             order = block_order(self.seed, epoch, self.shards_N, self.block_shards)
         else:
             order = np.arange(len(self.shards_N))
-        self._kept = epoch, order
+        self._kept = dict([*self._kept.items(), (epoch, order)][-2:])
         return order
 
 

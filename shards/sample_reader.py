@@ -11,8 +11,7 @@ import functools
 import os
 import resource
 from collections import OrderedDict
-from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +21,13 @@ from numpy.typing import NDArray
 from alexprep.shards.dataset_format import read_dataset, read_index, shard_name, split_record
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.metadata import EXTENSION, MetadataError, parsed
+from alexprep.shards.shard_cache import ShardCache
+from alexprep.shards.shard_fetcher import RemoteShard, ShardFetcher
 from alexprep.shards.sources.wds import split_name
 from alexprep.shards.storage import as_text, is_local
 from alexprep.shards.tar_format import BLOCK, number_of_bytes, padded, read_header_block
 
 _MOST_OPEN = 512  # files; a set has thousands of shards, a process is often allowed 1,024 files
-_FETCHES = 4  # remote shards on their way at the same time
 
 
 class TarSamples:
@@ -39,21 +39,25 @@ class TarSamples:
     Attributes:
         index: (samples,) records of `dataset_format.INDEX_DTYPE`, ascending by shard and offset.
         labels: int64 (samples,).
-        remote: whether a shard lies elsewhere than in a local folder.
-        keep_shards: how many remote shards are held in memory; local ones are read in place.
+        remote: whether a shard lies elsewhere than in a local folder. Such shards are fetched whole, see `want`; local ones are read in place.
+        cache: where remote shards are kept on this disk; None for nowhere.
     """
 
-    def __init__(self, paths: Mapping[int, Path], index: NDArray[np.void]) -> None:
-        """`paths` has the tar of each shard number. Nothing is opened yet."""
+    def __init__(
+        self,
+        paths: Mapping[int, Path],
+        index: NDArray[np.void],
+        recorded: Mapping[int, Mapping[str, Any]] | None = None,
+    ) -> None:
+        """`paths` has the tar of each shard number, `recorded` what its dataset says of it: bytes and sha256. Nothing is opened yet."""
         self.index = index
         self.labels: NDArray[np.int64] = index["label"].astype(np.int64)
-        self.keep_shards = 1
-        self._paths = paths
+        self.cache: ShardCache | None = None
+        self._paths, self._recorded = paths, recorded or {}
         self.remote = any(not is_local(path) for path in paths.values())
         self._files: OrderedDict[int, int] = OrderedDict()
         self._most_open = min(_MOST_OPEN, max(8, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4))
-        self._fetched: OrderedDict[int, Future[NDArray[np.uint8]]] = OrderedDict()
-        self._pool: ThreadPoolExecutor | None = None
+        self._fetcher: ShardFetcher | None = None
         self._process = os.getpid()
 
     def __len__(self) -> int:
@@ -93,15 +97,29 @@ class TarSamples:
         return encoded
 
     def expect(self, rows_N: NDArray[np.int64]) -> None:
-        """Says which rows will be asked for soon, so that a slow disk or a remote store can begin to deliver. Returns at once."""
-        records = self.index[rows_N]
+        """Says which rows will be asked for soon, so that a slow disk can begin to deliver. Returns at once. Of remote shards see `want`."""
         if self.remote:
-            for shard in dict.fromkeys(records["shard"].tolist()):
-                self._fetch(shard)
             return
+        records = self.index[rows_N]
         for shard, offset, size in zip(*(records[name].tolist() for name in ("shard", "offset", "size")), strict=True):
             with contextlib.suppress(AlexprepError, OSError):  # whoever reads the sample will say what is wrong
                 os.posix_fadvise(self._file(shard), offset, size, os.POSIX_FADV_WILLNEED)
+
+    def want(self, shards: Sequence[int]) -> None:
+        """Says which remote shards are to be held in memory from now on, in the order in which they will be needed; others are let go.
+
+        Returns at once: threads fetch them. Without it the one that was read last is held.
+        """
+        self._remote_shards().want(shards)
+
+    def fetch(self, shard: int) -> None:
+        """Waits for a remote shard, which is held until another one is read; AlexprepError where it cannot be had."""
+        self._remote_shards().get(shard)
+
+    def let_go(self) -> None:
+        """Ends the fetching of remote shards, and holds none any more."""
+        if self._fetcher is not None and self._process == os.getpid():
+            self._fetcher.close()
 
     def rows_of(self, shard: int) -> range:
         """The rows that lie in one shard; they are contiguous."""
@@ -135,11 +153,7 @@ class TarSamples:
 
     def _bytes(self, shard: int, offset: int, size: int) -> NDArray[np.uint8]:
         if self.remote:
-            try:
-                return self._fetch(shard).result()[offset : offset + size]
-            except AlexprepError:
-                self._fetched.pop(shard, None)  # the next one to ask tries again
-                raise
+            return self._remote_shards().get(shard)[offset : offset + size]
         try:
             return np.frombuffer(os.pread(self._file(shard), size, offset), np.uint8)
         except OSError as error:
@@ -163,24 +177,15 @@ class TarSamples:
             os.close(self._files.popitem(last=False)[1])
         return file
 
-    def _fetch(self, shard: int) -> Future[NDArray[np.uint8]]:
-        if self._process != os.getpid():  # threads, and what they were at, stay with the parent of a fork
-            self._pool, self._process = None, os.getpid()
-            self._fetched.clear()
-        future = self._fetched.get(shard)
-        if future is None:
-            self._pool = self._pool or ThreadPoolExecutor(_FETCHES, "alexprep-fetch")
-            future = self._fetched[shard] = self._pool.submit(self._download, shard)
-            while len(self._fetched) > self.keep_shards:
-                self._fetched.popitem(last=False)
-        self._fetched.move_to_end(shard)
-        return future
-
-    def _download(self, shard: int) -> NDArray[np.uint8]:
-        try:
-            return np.frombuffer(self._paths[shard].read_bytes(), np.uint8)
-        except (OSError, ValueError) as error:
-            raise self._unreadable(shard, error) from None
+    def _remote_shards(self) -> ShardFetcher:
+        if self._fetcher is None or self._process != os.getpid():  # threads stay with the parent of a fork
+            shards = {}
+            for number, path in self._paths.items():
+                told = self._recorded.get(number, {})
+                shards[number] = RemoteShard(path, told.get("bytes"), told.get("sha256"))
+            self._fetcher, self._process = ShardFetcher(shards), os.getpid()
+            self._fetcher.cache = self.cache
+        return self._fetcher
 
     def _unreadable(self, shard: int, error: Exception) -> AlexprepError:
         return AlexprepError(f"{self._paths[shard]} cannot be read ({error}): `alexprep verify` tells more")
@@ -202,7 +207,13 @@ class Samples(TarSamples):
             )
         self._has_metadata = self.dataset["options"].get("metadata") is not None
         numbers = np.unique(index["shard"]).tolist()
-        super().__init__({n: data / split / f"{shard_name(split, n)}.tar" for n in numbers}, index)
+        recorded = {told["name"]: told for told in record.get("shards", ())}
+        names = {n: shard_name(split, n) for n in numbers}
+        super().__init__(
+            {n: data / split / f"{name}.tar" for n, name in names.items()},
+            index,
+            {n: recorded.get(name, {}) for n, name in names.items()},
+        )
 
     def metadata(self, row: int) -> dict[str, Any]:
         """What goes along with a sample, its KEY.json: values by name, as JSON has them; {} where it has none.
