@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from alexprep.shards.dataset_format import read_dataset, read_index, shard_name, split_record
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.metadata import EXTENSION, MetadataError, parsed
-from alexprep.shards.shard_cache import ShardCache
+from alexprep.shards.shard_cache import ShardCache, chosen_cache
 from alexprep.shards.shard_fetcher import RemoteShard, ShardFetcher
 from alexprep.shards.sources.wds import split_name
 from alexprep.shards.storage import as_text, is_local
@@ -40,7 +40,7 @@ class TarSamples:
         index: (samples,) records of `dataset_format.INDEX_DTYPE`, ascending by shard and offset.
         labels: int64 (samples,).
         remote: whether a shard lies elsewhere than in a local folder. Such shards are fetched whole, see `want`; local ones are read in place.
-        cache: where remote shards are kept on this disk; None for nowhere.
+        cache: where remote shards are kept on this disk; None for what the environment says.
     """
 
     def __init__(
@@ -184,7 +184,7 @@ class TarSamples:
                 told = self._recorded.get(number, {})
                 shards[number] = RemoteShard(path, told.get("bytes"), told.get("sha256"))
             self._fetcher, self._process = ShardFetcher(shards), os.getpid()
-            self._fetcher.cache = self.cache
+            self._fetcher.cache = self.cache or chosen_cache()
         return self._fetcher
 
     def _unreadable(self, shard: int, error: Exception) -> AlexprepError:

@@ -19,6 +19,7 @@ import fcntl
 import hashlib
 import logging
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -29,9 +30,39 @@ from alexprep.shards.errors import AlexprepError, whole_number
 from alexprep.shards.patience import store_patience
 from alexprep.shards.storage import open_regular
 
+CACHE = "ALEXPREP_CACHE"  # environment variable: the folder; worker processes and ranks inherit it
+CACHE_LIMIT = "ALEXPREP_CACHE_LIMIT"  # likewise: bytes
 KEPT, UNFINISHED, LOCK = ".tar", ".part", "lock"
 _POLL_SECONDS = 0.02  # between two looks at a shard that another process fetches
 _log = logging.getLogger("alexprep")
+
+
+def use_cache(folder: str | Path, limit: int | None = None) -> None:
+    """Lets this process, and those that it starts from now on, keep shards in a folder; AlexprepError where there can be no such folder."""
+    cache = ShardCache(folder, limit)
+    os.environ[CACHE] = str(cache.folder)
+    if limit is not None:
+        os.environ[CACHE_LIMIT] = str(limit)
+
+
+def chosen_cache() -> ShardCache | None:
+    """What `use_cache`, or the environment, has chosen; None for no cache."""
+    folder, limit = os.environ.get(CACHE), os.environ.get(CACHE_LIMIT)
+    if not folder:
+        return None
+    return ShardCache(folder, bytes_of(limit) if limit else None)
+
+
+def bytes_of(size: str) -> int:
+    """A number of bytes from its text, in thousands, as disks are sold; AlexprepError where it is none.
+
+    >>> bytes_of("500"), bytes_of("1.5 kB"), bytes_of("40GB")
+    (500, 1500, 40000000000)
+    """
+    found = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,9})?) ?([kMGT]?)B?", size)
+    if found is None:
+        raise AlexprepError(f"{size!r} is no size: say how much may be kept, such as 500MB or 40GB")
+    return round(float(found[1]) * 1000.0 ** " kMGT".index(found[2] or " "))
 
 
 class ShardCache:
