@@ -186,7 +186,7 @@ def passes(error: OSError) -> bool:
 def _is_absent(error: FileNotFoundError) -> bool:
     """Whether the store says that there is no such file. fsspec's http calls whatever goes wrong so, and tells the cause."""
     cause = error.__cause__
-    if cause is None or isinstance(cause, FileNotFoundError):
-        return cause is None or _is_absent(cause)
+    if cause is None or isinstance(cause, FileNotFoundError | KeyError):  # of a store in memory
+        return not isinstance(cause, FileNotFoundError) or _is_absent(cause)
     status = getattr(cause, "status", None)  # aiohttp's; what has a response has been looked into, as by s3fs
     return status in _ABSENT if status is not None else getattr(cause, "response", None) is not None

@@ -72,6 +72,11 @@ def is_local(folder: Path) -> bool:
     return isinstance(folder, Path)
 
 
+def is_place(value: Any) -> bool:
+    """Whether a value names a place: a path or URL, as text, as a `Path`, or as a `UPath`, which is no os.PathLike but has a file system."""
+    return isinstance(value, str | os.PathLike) or hasattr(value, "fs")
+
+
 def folder_at(place: str | Path) -> Path:
     """The folder of a path or URL: a `Path`, or a `StorePath`, which has the same methods."""
     if "://" not in str(place):

@@ -15,7 +15,7 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from alexprep.shards import patience, storage
+from alexprep.shards import storage
 from alexprep.shards.conversion import convert
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.listing import list_inputs
@@ -24,6 +24,7 @@ from alexprep.shards.sources.base import Account
 from alexprep.shards.sources.layout_detection import find_source
 from alexprep.shards.storage import RemoteFiles, files_at, read_inflated
 from alexprep.shards.worker_pool import InProcessEngine
+from tests.support.failing_store import hurry
 
 
 class Answer(Exception):
@@ -59,12 +60,6 @@ class Shaky(MemoryFileSystem):  # type: ignore[misc]  # fsspec is untyped
     @classmethod
     def _strip_protocol(cls, path: str) -> str:
         return str(super()._strip_protocol(path.replace("shaky://", "memory://")))
-
-
-def hurry(monkeypatch: pytest.MonkeyPatch, seconds: float = 0.1) -> None:
-    """Patience for so long, with pauses of milliseconds."""
-    monkeypatch.setattr(patience, "FIRST_PAUSE", 0.001)
-    monkeypatch.setenv(patience.VARIABLE, str(seconds))
 
 
 @pytest.fixture
