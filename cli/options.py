@@ -58,23 +58,12 @@ SECONDS = Seconds(min=0, max=3.2e7, min_open=True)
 
 def folder(value: str) -> Path:
     """A folder on a disk, or a `UPath` for a URL that fsspec understands; a tar, where other people's tars are read."""
-    from alexprep.shards.errors import AlexprepError
-    from alexprep.shards.storage import folder_at, is_local
+    from alexprep.shards.storage import folder_at
 
     if not value:
         raise click.BadParameter("the name is empty: name a folder, . for this one")
     found = folder_at(value)
-    try:
-        is_file = found.exists() and not found.is_dir()
-    except Exception as error:
-        if is_local(found):
-            raise
-        told = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"  # each store has its own kinds
-        words = told.partition("\n")[0]
-        raise AlexprepError(
-            f"{value} cannot be reached ({words}): check the URL, the credentials and the network"
-        ) from None
-    if is_file and not value.endswith(".tar"):
+    if found.exists() and not found.is_dir() and not value.endswith(".tar"):
         raise click.BadParameter(f"{value} is a file, not a folder")
     return found
 

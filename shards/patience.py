@@ -21,7 +21,7 @@ VARIABLE = "ALEXPREP_STORE_PATIENCE"  # environment variable: seconds; worker pr
 PATIENCE = 300.0  # seconds that a store may be away, unless told otherwise
 MOST_PATIENCE = 1_000_000  # seconds: eleven days
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 15.0  # seconds; each is twice the one before
-STALLED = 30.0  # seconds after which a request without an answer is given up, and asked again
+STALLED = 10.0  # seconds after which a request without an answer is given up, and asked again
 
 _SAID_EVERY = 15.0  # seconds between two lines about waiting, over all stores
 _QUIET = 1.0  # seconds of waiting that nobody is told about

@@ -111,13 +111,21 @@ class ShardCache:
         return self.folder / f"{sha256}{ending}"
 
     def _kept(self, sha256: str, size: int) -> bytes | None:
-        """A kept shard; None where there is none, or a damaged one."""
+        """A kept shard; None where there is none. A damaged one is removed, and makes room."""
+        path = self._path(sha256)
         try:
-            with open_regular(os.fsencode(self._path(sha256))) as file:
+            with open_regular(os.fsencode(path)) as file:
                 data = file.read() if os.fstat(file.fileno()).st_size == size else b""
-        except OSError:
+            if hashlib.sha256(data).hexdigest() == sha256:
+                return data
+        except FileNotFoundError:
             return None
-        return data if len(data) == size and hashlib.sha256(data).hexdigest() == sha256 else None
+        except OSError:
+            pass
+        with contextlib.suppress(OSError):
+            path.unlink()
+            self._too_large = None
+        return None
 
     @contextlib.contextmanager
     def _mine(self, sha256: str, stop: threading.Event) -> Iterator[BinaryIO | None]:
@@ -156,7 +164,6 @@ class ShardCache:
     def _reserved(self, part: BinaryIO, sha256: str, size: int) -> bool:
         """Whether there is room for a shard; it then counts already."""
         try:
-            self._path(sha256).unlink(missing_ok=True)  # a damaged one
             with open(self.folder / LOCK, "ab") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 if self.limit is not None and self._bytes() + size > self.limit:

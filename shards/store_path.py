@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from upath.extensions import ProxyUPath
 
+from alexprep.shards.errors import AlexprepError
 from alexprep.shards.patience import STALLED, patiently
 
 _HTTP = ("http", "https")
@@ -19,19 +20,13 @@ class StorePath(ProxyUPath):
     """
 
     def read_bytes(self) -> bytes:
-        """The whole file, by one request."""
-        return self.whole()
-
-    def whole(self, **waiting: Any) -> bytes:
-        """The whole file, by one request; `waiting` as for `patiently`."""
-        return bytes(
-            patiently(lambda: self.fs.cat_file(self.path), str(self), **{"seconds": lambda: STALLED, **waiting})
-        )
+        """The whole file, by one request; OSError where it cannot be had."""
+        return bytes(patiently(lambda: self.fs.cat_file(self.path), str(self), seconds=lambda: STALLED))
 
     def exists(self, *, follow_symlinks: bool = True) -> bool:
         """Whether there is such a file or folder."""
         try:
-            patiently(lambda: self.fs.info(self.path), str(self), seconds=lambda: STALLED)
+            self._ask(lambda: self.fs.info(self.path))
             return True
         except FileNotFoundError:
             return False
@@ -39,9 +34,9 @@ class StorePath(ProxyUPath):
     def is_dir(self, *, follow_symlinks: bool = True) -> bool:
         """Whether there is such a folder."""
         if self.protocol in _HTTP:  # whose folders are pages
-            return bool(patiently(lambda: self.fs.isdir(self.path), str(self)))
+            return bool(self._ask(lambda: self.fs.isdir(self.path)))
         try:
-            return bool(patiently(lambda: self.fs.info(self.path), str(self))["type"] == "directory")
+            return bool(self._ask(lambda: self.fs.info(self.path))["type"] == "directory")
         except (FileNotFoundError, NotADirectoryError):
             return False
 
@@ -51,8 +46,20 @@ class StorePath(ProxyUPath):
 
     def glob(self, pattern: str, **options: Any) -> Iterator[Any]:
         """The paths below that fit a pattern."""
-        yield from patiently(lambda: list(super(StorePath, self).glob(pattern, **options)), str(self))
+        yield from self._ask(lambda: list(super(StorePath, self).glob(pattern, **options)))
 
     def iterdir(self) -> Iterator[Any]:
         """What is in the folder."""
-        yield from patiently(lambda: list(super(StorePath, self).iterdir()), str(self))
+        yield from self._ask(lambda: list(super(StorePath, self).iterdir()))
+
+    def _ask(self, ask: Callable[[], Any]) -> Any:
+        """What the store answers; AlexprepError where it cannot be reached, or refuses."""
+        try:
+            return patiently(ask, str(self), seconds=lambda: STALLED)
+        except (FileNotFoundError, NotADirectoryError):
+            raise
+        except OSError as error:
+            words = str(error.strerror or error).partition("\n")[0]
+            raise AlexprepError(
+                f"{self} cannot be reached ({words}): check the URL, the credentials and the network"
+            ) from error
