@@ -3,7 +3,7 @@
 python benchmarks/store_proxy.py UPSTREAM_PORT
 
 Prints its own port. A line of JSON on stdin sets some of `Behaviour`'s fields; the answer is what was counted since the last such line. What was
-fetched once is kept in memory, so that the server's own speed is left out. It knows GET and HEAD.
+fetched once is kept in memory until something is written, so that the server's own speed is left out.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class Proxy:
         if chance < behaviour.hanging:
             await asyncio.sleep(_HANGING)
         cut = 0 <= chance - behaviour.hanging < behaviour.cut
-        status, headers, body = await self._fetched(request)
+        status, headers, body = await self._fetched(request, await _body(request, reader, writer))
         head = b"\r\n".join([status, *headers, b"", b""])
         writer.write(head)
         await self._send(writer, body[: len(body) // 2] if cut else body)
@@ -92,14 +92,16 @@ class Proxy:
             if self.behaviour.rate:
                 await asyncio.sleep(began + (at + len(part)) / self.behaviour.rate - loop.time())
 
-    async def _fetched(self, request: bytes) -> tuple[bytes, list[bytes], bytes]:
+    async def _fetched(self, request: bytes, given: bytes) -> tuple[bytes, list[bytes], bytes]:
         lines = request.split(b"\r\n")
+        if not request.startswith((b"GET ", b"HEAD ")):
+            self._kept.clear()
         ranges = b"".join(line for line in lines if line.lower().startswith(b"range:"))
         key = lines[0] + ranges
         if key not in self._kept:
             reader, writer = await asyncio.open_connection("127.0.0.1", self._upstream)
-            sent = [line for line in lines[:-2] if line.split(b":")[0].lower() != b"connection"]
-            writer.write(b"\r\n".join([*sent, b"Connection: close", b"", b""]))
+            sent = [line for line in lines[:-2] if line.split(b":")[0].lower() not in (b"connection", b"expect")]
+            writer.write(b"\r\n".join([*sent, b"Connection: close", b"", given]))
             head, _, body = (await reader.read(-1)).partition(b"\r\n\r\n")
             writer.close()
             status, *headers = head.split(b"\r\n")
@@ -110,6 +112,14 @@ class Proxy:
                 headers.append(b"Content-Length: %d" % len(body))
             self._kept[key] = status.replace(b"HTTP/1.0", b"HTTP/1.1"), headers, body
         return self._kept[key]
+
+
+async def _body(request: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bytes:
+    """What a request sends."""
+    fields = dict(line.lower().split(b": ", 1) for line in request.split(b"\r\n")[1:-2])
+    if b"expect" in fields:
+        writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+    return await reader.readexactly(int(fields.get(b"content-length", 0)))
 
 
 def _unchunked(body: bytes) -> bytes:

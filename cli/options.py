@@ -424,7 +424,7 @@ def _be_patient(context: click.Context, option: click.Parameter, seconds: float 
         be_patient(seconds)
 
 
-def _use_cache(context: click.Context, option: click.Parameter, folder: Path | None) -> None:
+def _use_cache(context: click.Context, option: click.Parameter, folder: str | None) -> None:
     from alexprep.shards.shard_cache import use_cache
 
     if folder is not None:
@@ -445,7 +445,7 @@ patience_option = click.option(
 _STORE_OPTIONS = (
     click.option(
         "--cache",
-        type=click.Path(path_type=Path, file_okay=False),
+        type=click.Path(file_okay=False),  # text, since a Path would take the URL out of a URL
         envvar="ALEXPREP_CACHE",
         show_envvar=True,
         expose_value=False,
