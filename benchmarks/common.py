@@ -47,7 +47,16 @@ def report(name: str, figures: dict[str, Any], save: bool) -> None:
     width = max(map(len, figures))
     for key, value in figures.items():
         print(f"{key:<{width}}  {value:,.3f}" if isinstance(value, float) else f"{key:<{width}}  {value}")
-    document = {
+    document = described(name, figures)
+    if save:
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / f"{name}.json").write_text(json.dumps(document, indent=1) + "\n")
+    print(json.dumps(document))
+
+
+def described(name: str, figures: dict[str, Any]) -> dict[str, Any]:
+    """The figures with what they came about by: command, commit, date, machine, versions."""
+    return {
         "benchmark": name,
         "command": _command(),
         "commit": _commit(),
@@ -56,10 +65,6 @@ def report(name: str, figures: dict[str, Any], save: bool) -> None:
         "versions": {"python": platform.python_version(), **versions("numpy", "torch", "dali", "nvimgcodec", "pillow")},
         "figures": {key: round(value, 4) if isinstance(value, float) else value for key, value in figures.items()},
     }
-    if save:
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / f"{name}.json").write_text(json.dumps(document, indent=1) + "\n")
-    print(json.dumps(document))
 
 
 def _command() -> str:

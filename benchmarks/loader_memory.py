@@ -60,7 +60,9 @@ def _spoil(data: Path) -> None:
 
 
 def _resident_mib() -> float:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+    """Of this process's own memory: not of files that are mapped, whose pages the system takes back when it needs them."""
+    resident, mapped = (int(pages) for pages in Path("/proc/self/statm").read_text().split()[1:3])
+    return (resident - mapped) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 if __name__ == "__main__":

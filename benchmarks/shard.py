@@ -73,7 +73,7 @@ def main() -> None:
     runs: dict[tuple[str, int], list[Run]] = {}
     with tempfile.TemporaryDirectory(dir=arguments.work) as work:
         source = Path(work) / "source"
-        _repeat(arguments.source, source, arguments.inputs)
+        repeated(arguments.source, source, arguments.inputs)
         for turn, name, processes in itertools.product(range(arguments.rounds), list(pythons), PROCESSES):
             if name not in pythons:
                 continue
@@ -163,7 +163,7 @@ def _stages(place: Path, limit: int) -> dict[str, Any]:
     return figures | {"stages: sum, images/s": total, "codec / sum of the stages": rates["codec"] / total}
 
 
-def _repeat(source: Path, target: Path, inputs: int) -> None:
+def repeated(source: Path, target: Path, inputs: int) -> None:
     """A tree with links to the files of `source`, again and again until there are as many as `inputs`."""
     paths = [path for path in sorted(source.rglob("*")) if path.is_file()]
     for number, path in zip(range(inputs), itertools.cycle(paths), strict=False):

@@ -1,6 +1,6 @@
 """A training step in each precision, with and without channels last and compilation: the same step on one batch of noise, in turns.
 
-python benchmarks/step.py [--recipes alexnet cifar10-quick] [--device cuda] [--threads 1] [--rounds 5] [--save]
+python benchmarks/step.py [--recipes alexnet cifar10-quick] [--device cuda] [--batch-size 512] [--threads 1] [--rounds 5] [--save]
 
 Figures: images/s, and a second of processor time; each contestant's over fp32's as it is by default; and how far its gradients lie
 from those, as length of the difference over length, in the layer where that is most. Where somebody else uses the machine, take one
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -41,9 +41,11 @@ class Way:
 class Contest:
     """The ways of one recipe. Those with the same memory share a network, so that memory suffices for all."""
 
-    def __init__(self, recipe: str, device: torch.device, ways: list[Way]) -> None:
-        """Makes the networks and one batch."""
+    def __init__(self, recipe: str, device: torch.device, ways: list[Way], batch_size: int | None = None) -> None:
+        """Makes the networks and one batch, by default of the recipe's size."""
         self.recipe, self.device, self.ways = recipe_named(recipe), device, ways
+        if batch_size:
+            self.recipe = replace(self.recipe, batch_size=batch_size)
         classes, generator = CLASSES.get(recipe, 10), torch.Generator().manual_seed(0)
         shape = self.recipe.batch_size, 3, self.recipe.crop, self.recipe.crop
         self.labels = torch.randint(classes, shape[:1], generator=generator).to(device)
@@ -52,6 +54,7 @@ class Contest:
         for last in sorted({way.channels_last for way in ways}):
             computing = arithmetic(device, channels_last=last)
             self.states[last] = TrainingState(self.recipe, classes, 0, device, computing=computing)
+            self.states[last].epoch_steps = 1000  # for schedules that move with every step
             self.images[last] = images.to(device).contiguous(memory_format=computing.memory.format)
             self.compiled[last] = Compiled(self.states[last].network)
             self.compiled[last].checked = True  # how far its gradients lie from others is among the figures
@@ -94,6 +97,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--turn-seconds", type=float, default=2.0)
+    parser.add_argument("--batch-size", type=int, help="images a step; default: the recipe's")
+    parser.add_argument("--ways", help="only those whose name begins so, such as 'bf16, channels last'")
     parser.add_argument("--no-compile", action="store_true", help="leave out what is compiled")
     options = parser.parse_args()
     device = torch.device(options.device)
@@ -110,9 +115,10 @@ def main() -> None:
         for last in both
     ]
     default = Way("fp32", arithmetic(device).memory.channels_last, False)
+    ways = [way for way in ways if way == default or str(way).startswith(options.ways or "")]
     figures: dict[str, float | str | int] = {"threads": torch.get_num_threads()}
     for recipe in options.recipes:
-        contest = Contest(recipe, device, ways)
+        contest = Contest(recipe, device, ways, options.batch_size)
         right = contest.gradients(default)
         apart = {}
         for way in ways:

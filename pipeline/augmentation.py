@@ -568,6 +568,8 @@ def _resized_windows(
     windows = _in_the_centre(sizes, np.maximum(1, np.stack([tallest, widest], axis=1)))
     open_rows = np.arange(len(keys))
     for attempt in range(_ATTEMPTS):
+        if not len(open_rows):
+            break
         words = words_of(seed, epoch, keys[open_rows], ATTEMPT + attempt)
         left = sizes[open_rows]
         area = left.prod(axis=1) * (low + (high - low) * unit(words[0]))

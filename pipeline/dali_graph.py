@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 from nvidia.dali import Pipeline, fn, types
+from nvidia.dali.backend import TensorCPU, TensorListCPU
 from nvidia.dali.data_node import DataNode
 
 from alexprep.pipeline import dali_ops, policies
@@ -216,8 +217,9 @@ class Graph:
         )
 
     def _input(self, name: str, **options: Any) -> DataNode:
-        # On a CPU what is fed is read in place: whoever feeds it keeps it until the step is done.
-        no_copy = self.device == "cpu" and self.decode == "cpu"
+        # What is fed is read in place, by decoders for a GPU too: whoever feeds it keeps it until the step is done. What is copied to a GPU as
+        # it is, DALI copies first into memory from which that goes by itself.
+        no_copy = self.device == "cpu" or (name == "encoded" and not self.raw)
         return fn.external_source(name=name, no_copy=no_copy, **options)
 
     def _one_view(self) -> DataNode:
@@ -394,6 +396,13 @@ class Graph:
 
     def _on_device(self, image: DataNode) -> DataNode:
         return image.gpu() if self.device != "cpu" and self.decode == "cpu" else image
+
+
+def as_tensors(values: list[NDArray[Any]]) -> TensorListCPU:
+    """What DALI would make of a list of arrays that it is fed, without a copy, in half the time."""
+    make: Any = TensorListCPU  # whose types do not know `contiguous`
+    tensors: TensorListCPU = make([TensorCPU(value) for value in values], contiguous=False)
+    return tensors
 
 
 def check_hooks(augmentation: Augmentation) -> None:

@@ -32,8 +32,8 @@ class _AtHand(TarSamples):
         super().__init__({}, np.empty(0, INDEX_DTYPE))
         self.images: Sequence[bytes] = ()
 
-    def encoded(self, row: int) -> NDArray[np.uint8]:
-        return np.frombuffer(self.images[row], np.uint8)
+    def read(self, rows_N: NDArray[np.int64]) -> list[NDArray[np.uint8]]:
+        return [np.frombuffer(self.images[row], np.uint8) for row in rows_N.tolist()]
 
     def where(self, row: int) -> str:
         return f"image {row} of the batch"

@@ -25,7 +25,7 @@ from PIL import Image
 
 from alexprep.pipeline.augmentation import Augmentation, Draws, augmentation_named, centred, draw
 from alexprep.pipeline.batch import Batch, mixed_batch
-from alexprep.pipeline.dali_graph import REFLECTED, VIEWS, Graph, Views, check_hooks
+from alexprep.pipeline.dali_graph import REFLECTED, VIEWS, Graph, Views, as_tensors, check_hooks
 from alexprep.pipeline.dali_ops import Dtype, MemoryFormat
 from alexprep.pipeline.dataset import Dataset, OnBad, Source, open_dataset, statistics_for
 from alexprep.pipeline.device import choose_device, moved
@@ -33,7 +33,7 @@ from alexprep.pipeline.loader_settings import Tuning
 from alexprep.pipeline.read_ahead import ReadAhead
 from alexprep.pipeline.sampler import BLOCK_SHARDS, Order, StepPlan
 from alexprep.shards.errors import AlexprepError, counted, one_of, whole_number
-from alexprep.shards.image_codec import header_size, raw_header
+from alexprep.shards.image_codec import HeaderCheck, raw_header
 from alexprep.shards.rgb_statistics import Statistics
 from alexprep.shards.shard_cache import ShardCache
 
@@ -329,7 +329,7 @@ class Step:
     draws: Draws
     skipped: int = 0  # samples that could not be decoded and were taken out of `rows` and `draws`
     failure: AlexprepError | None = None  # raised when the step's turn comes, after the steps before it
-    read_in_place: Any = None  # by DALI, until the step is done
+    read_in_place: Any = None  # by DALI, until the step is done: on a GPU, until its work is
 
 
 class PipelineRunner:
@@ -355,7 +355,8 @@ class PipelineRunner:
         self._samples, self.sizes_N2, self._graph, self._on_bad = dataset.samples, dataset.sizes_N2, graph, on_bad
         self._steps: deque[Step] = deque()
         self._suspects: set[int] = set()  # rows that could not be decoded before: they are tried alone first
-        self._copied: deque[tuple[torch.cuda.Event, Any]] = deque()  # DALI's buffers until torch has their pixels
+        self._copied: deque[tuple[torch.cuda.Event, Any]] = deque()  # what DALI read and made, until torch has it
+        self._headers = HeaderCheck()
         self._device = torch.device("cpu" if graph.device_id is None else f"cuda:{graph.device_id}")
         self._process = os.getpid()
         self._pipeline: Any = self._built()
@@ -425,21 +426,20 @@ class PipelineRunner:
     def _hand_over(self, step: Step) -> None:
         """Hands a step to DALI without the samples that are known to be bad."""
         rows = step.rows.tolist()
-        if not self._suspects.isdisjoint(rows):
+        if self._suspects and not self._suspects.isdisjoint(rows):
             self._leave_out(step, [row in self._suspects and not self._decodes(step, n) for n, row in enumerate(rows)])
-        encoded = [self._image(row) for row in step.rows.tolist()]
+        images = self._images(step.rows)
         if not self._graph.raw:
-            sizes = zip(encoded, self.sizes_N2[step.rows].tolist(), strict=True)
-            unread = [header_size(image) != tuple(size) for image, size in sizes]
-            encoded = [image for image, bad in zip(encoded, unread, strict=True) if not bad]
-            self._leave_out(step, unread)
+            bad = self._headers.wrong(images, self.sizes_N2[step.rows])
+            if any(bad):
+                images = [image for image, is_bad in zip(images, bad, strict=True) if not is_bad]
+                self._leave_out(step, bad)
         if not len(step.rows):  # DALI knows no empty batch
             return
-        inputs = self._graph.inputs(step.epoch, step.draws, self.sizes_N2[step.rows])
-        self._pipeline.feed_input("encoded", encoded)
+        inputs = {"encoded": images, **self._graph.inputs(step.epoch, step.draws, self.sizes_N2[step.rows])}
         for name, values in inputs.items():
-            self._pipeline.feed_input(name, values)
-        step.read_in_place = (encoded, inputs)
+            self._pipeline.feed_input(name, as_tensors(values) if isinstance(values, list) else values)
+        step.read_in_place = inputs
         self._pipeline.schedule_run()
 
     def _leave_out(self, step: Step, bad: list[bool]) -> None:
@@ -453,23 +453,27 @@ class PipelineRunner:
         step.skipped += sum(bad)
         step.rows, step.draws = step.rows[good], step.draws.only(good)
 
-    def _image(self, row: int) -> NDArray[np.uint8]:
-        """What DALI gets of a sample: its bytes, or its pixels where the shards are raw."""
-        encoded = self._samples.encoded(row)
+    def _images(self, rows_N: NDArray[np.int64]) -> list[NDArray[np.uint8]]:
+        """What DALI gets of samples: their bytes, or their pixels where the shards are raw."""
+        images = self._samples.read(rows_N)
         if not self._graph.raw:
-            return encoded
-        height, width = self.sizes_N2[row].tolist()
+            return images
+        sizes = self.sizes_N2[rows_N].tolist()
+        return [self._pixels(*one) for one in zip(images, rows_N.tolist(), sizes, strict=True)]
+
+    def _pixels(self, member: NDArray[np.uint8], row: int, size: list[int]) -> NDArray[np.uint8]:
+        height, width = size
         header = raw_header(height, width)
-        if encoded[: len(header)].tobytes() != header or len(encoded) != len(header) + 3 * height * width:
+        if member[: len(header)].tobytes() != header or len(member) != len(header) + 3 * height * width:
             raise AlexprepError(
                 f"{self._samples.where(row)} holds no {height} x {width} pixels: `alexprep verify` tells more"
             )
-        return encoded[len(header) :].reshape(height, width, 3)
+        return member[len(header) :].reshape(height, width, 3)
 
     def _decodes(self, step: Step, n: int) -> bool:
         """Whether sample `n` of a step can be decoded by itself, with the window drawn for it."""
         inputs = self._graph.inputs(step.epoch, step.draws.only([n]), self.sizes_N2[step.rows[n : n + 1]])
-        return self._decodes_alone(self._image(int(step.rows[n])), inputs)
+        return self._decodes_alone(self._images(step.rows[n : n + 1])[0], inputs)
 
     def _decodes_a_sound_image(self) -> bool:
         """Whether there is a decoder that works."""
@@ -499,7 +503,7 @@ class PipelineRunner:
             shape = (3, height, width) if graph.memory_format == "NCHW" else (height, width, 3)
             images = self._empty((0, VIEWS[graph.views], *shape) if graph.views in REFLECTED else (0, *shape))
         elif self._device.type == "cuda":
-            images = self._on_gpu()
+            images = self._on_gpu(step)
         else:
             (output,) = self._pipeline.outputs()
             # Without a copy: DALI's own buffer, which is ours until the tensor is gone.
@@ -510,7 +514,7 @@ class PipelineRunner:
     def _empty(self, shape: Sequence[int]) -> torch.Tensor:
         return torch.empty(shape, dtype=getattr(torch, self._graph.dtype), device=self._device)
 
-    def _on_gpu(self) -> torch.Tensor:
+    def _on_gpu(self, step: Step) -> torch.Tensor:
         """A copy: DALI takes a buffer back in the order of its own stream, so perhaps under a kernel of torch's that still reads it."""
         while self._copied and self._copied[0][0].query():  # type: ignore[no-untyped-call]
             self._copied.popleft()
@@ -524,5 +528,5 @@ class PipelineRunner:
             )
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record(stream)
-        self._copied.append((event, output))
+        self._copied.append((event, (output, step.read_in_place)))
         return images

@@ -6,6 +6,8 @@ drawn in `alexprep.pipeline.augmentation`.
 
 from __future__ import annotations
 
+import os
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -17,6 +19,7 @@ from alexprep.shards.plan import permutation
 
 Order = Literal["shuffle", "blocks", "sequential"]
 BLOCK_SHARDS = 16  # of a block, unless told otherwise
+_WORTH_A_THREAD = 2**15  # samples, whose order takes some milliseconds
 
 # Tell these uses of the seed from others (the shuffle before sharding has no such word in its key).
 _ORDER, _BLOCKS = 0x6F72_6465, 0x626C_6F63
@@ -57,6 +60,8 @@ class StepPlan:
                 f"with drop_last, {len(self.shards_N)} samples make no step of batch_size {self.batch_size}: make it smaller"
             )
         self._kept: dict[int, NDArray[np.int64]] = {}
+        self._coming: tuple[int, Future[NDArray[np.int64]]] | None = None  # the next epoch, and its order
+        self._process = os.getpid()
 
     def __len__(self) -> int:
         """Steps an epoch, the same on all ranks; the last one may be smaller."""
@@ -79,24 +84,41 @@ class StepPlan:
         first = step * self.batch_size
         last = min(first + self.batch_size, len(self.shards_N))
         first, last = rank_part(first, last, self.rank, self.world_size, self.together)
-        return self._epoch(epoch)[first:last], np.arange(first, last)
+        order = self._epoch(epoch)
+        if 2 * step >= len(self):
+            self._make_ahead(epoch + 1)
+        return order[first:last], np.arange(first, last)
 
     def after(self, epoch: int, step: int) -> tuple[int, int]:
         """The epoch and step that follow."""
         return (epoch, step + 1) if step + 1 < len(self) else (epoch + 1, 0)
 
     def _epoch(self, epoch: int) -> NDArray[np.int64]:
-        """The epoch's order: int64 (samples,). The two made last are kept: one is read while the next begins to be fetched."""
-        if epoch in self._kept:
-            return self._kept[epoch]
+        """The epoch's order: int64 (samples,). The two asked for last are kept: one is read while the next begins to be fetched."""
+        if epoch not in self._kept:
+            ahead = self._coming if self._process == os.getpid() else None  # a thread does not survive a fork
+            made = ahead[1].result() if ahead is not None and ahead[0] == epoch else self._made(epoch)
+            self._kept, self._coming = dict([*self._kept.items(), (epoch, made)][-2:]), None
+        return self._kept[epoch]
+
+    def _make_ahead(self, epoch: int) -> None:
+        """Has an epoch's order made in a thread, for which a step would have to wait: a third of a second for ImageNet."""
+        if (
+            self._coming is None
+            and epoch not in self._kept
+            and self.order != "sequential"
+            and len(self.shards_N) >= _WORTH_A_THREAD
+        ):
+            thread = ThreadPoolExecutor(1, "alexprep-order")
+            self._coming, self._process = (epoch, thread.submit(self._made, epoch)), os.getpid()
+            thread.shutdown(wait=False)
+
+    def _made(self, epoch: int) -> NDArray[np.int64]:
         if self.order == "shuffle":
-            order = epoch_order(self.seed, epoch, len(self.shards_N))
-        elif self.order == "blocks":
-            order = block_order(self.seed, epoch, self.shards_N, self.block_shards)
-        else:
-            order = np.arange(len(self.shards_N))
-        self._kept = dict([*self._kept.items(), (epoch, order)][-2:])
-        return order
+            return epoch_order(self.seed, epoch, len(self.shards_N))
+        if self.order == "blocks":
+            return block_order(self.seed, epoch, self.shards_N, self.block_shards)
+        return np.arange(len(self.shards_N))
 
 
 def rank_part(first: int, last: int, rank: int, world_size: int, together: int = 1) -> tuple[int, int]:

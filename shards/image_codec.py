@@ -32,6 +32,7 @@ from alexprep.shards.image_header import (
     jpeg_frame,
     png_damage,
     reader_of,
+    scan_at,
     too_large,
 )
 from alexprep.shards.resample import Axis, Resize
@@ -52,6 +53,7 @@ _PILLOW_MAX_BYTES = 850 * 2**20  # of what Pillow needs for a whole image
 _PILLOW_PIXEL_BYTES = {"1": 1, "L": 1, "P": 1, "RGB": 4}  # as it stores them, by mode; other modes are counted as 8
 _EXIF_ORIENTATION = 0x0112
 _WEBP_MAX_SIDE = 16_383  # pixels, which the format's 14 bits hold
+_LONGEST_HEAD, _MOST_HEADS = 4096, 1024  # bytes of a header that is kept, and of how many sizes
 _LOSSLESS_EFFORT = 75  # the `quality` of lossless WebP, which tells only how hard it is tried; cwebp's default
 
 
@@ -347,6 +349,7 @@ def _kept(data: bytes, height: int, width: int) -> Converted:
 
 
 @functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=1024)
 def raw_header(height: int, width: int) -> bytes:
     """How a raw member begins, before its pixels: a .npy file of version 1.0."""
     buffer = io.BytesIO()
@@ -370,6 +373,34 @@ def header_size(data: NDArray[np.uint8]) -> tuple[int, int] | None:
         return int(stream.height), int(stream.width)
     except RuntimeError:
         return None
+
+
+class HeaderCheck:
+    """Finds images whose headers do not tell the sizes that they should have, and parses as few headers as possible.
+
+    The headers of a data set are alike: an image that begins, up to its first scan, as another one of its size needs no parsing.
+    """
+
+    def __init__(self) -> None:
+        self._heads: dict[tuple[int, int], bytes] = {}
+
+    def wrong(self, images: Sequence[NDArray[np.uint8]], sizes_N2: NDArray[np.integer]) -> list[bool]:
+        """Which images have a header that `header_size` reads otherwise than these heights and widths, or not at all."""
+        heads, sizes = self._heads, [*map(tuple, sizes_N2.tolist())]
+        found = []
+        for image, size in zip(images, sizes, strict=True):
+            head = heads.get(size)
+            found.append((head is None or image[: len(head)].tobytes() != head) and self._parsed_wrong(image, size))
+        return found
+
+    def _parsed_wrong(self, image: NDArray[np.uint8], size: tuple[int, int]) -> bool:
+        if header_size(image) != size:
+            return True
+        begin = image[:_LONGEST_HEAD].tobytes()
+        end = scan_at(begin)
+        if end and (size in self._heads or len(self._heads) < _MOST_HEADS):
+            self._heads[size] = begin[:end]
+        return False
 
 
 @functools.lru_cache(maxsize=1)

@@ -214,6 +214,18 @@ def jpeg_frame(data: bytes) -> Frame | Refused:
     return Refused(f"more than {_MOST_SEGMENTS:,} JPEG segments before the picture")
 
 
+def scan_at(data: bytes) -> int:
+    """How many bytes of a JPEG lie before its first scan's data; 0 where it is no JPEG, or cut, or has odd bytes between segments."""
+    at = 2 if data.startswith(b"\xff\xd8") else len(data)
+    while True:
+        marker = data[at : at + 2]
+        if not (b"\xff\xc0" <= marker <= b"\xff\xfe") or 0xD0 <= marker[1] <= END_OF_IMAGE:
+            return 0
+        at += 2 + max(2, int.from_bytes(data[at + 2 : at + 4], "big"))
+        if marker[1] == START_OF_SCAN:
+            return at if at <= len(data) else 0
+
+
 def _not_decoded(marker: int, bits: int, height: int, width: int, channels: int) -> Refused | None:
     if marker in _OTHER_FRAMES:
         return Refused(_OTHER_FRAMES[marker], width, height)

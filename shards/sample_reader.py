@@ -6,11 +6,9 @@ Decoding and the order of an epoch are the business of `alexprep.pipeline`; inde
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
 import os
-import resource
-from collections import OrderedDict
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from numpy.typing import NDArray
 
 from alexprep.shards.dataset_format import read_dataset, read_index, shard_name, split_record
 from alexprep.shards.errors import AlexprepError
+from alexprep.shards.mapped_file import MappedFile, expect
 from alexprep.shards.metadata import EXTENSION, MetadataError, parsed
 from alexprep.shards.shard_cache import ShardCache, chosen_cache
 from alexprep.shards.shard_fetcher import RemoteShard, ShardFetcher
@@ -27,14 +26,15 @@ from alexprep.shards.sources.wds import split_name
 from alexprep.shards.storage import as_text, is_local
 from alexprep.shards.tar_format import BLOCK, number_of_bytes, padded, read_header_block
 
-_MOST_OPEN = 512  # files; a set has thousands of shards, a process is often allowed 1,024 files
+_MOST_MAPPED = 16_384  # shards; a process may have 65,530 mappings, as Linux has it
 
 
 class TarSamples:
     """Samples that lie in tars, each read by the number of its row in an index.
 
-    Reading is by offset, without a shared file position and without mappings: forked processes may read at the same time, memory
-    does not grow, and a shard that gets shorter is an error rather than a crash. Not to be shared by threads.
+    Local shards are mapped into memory: reading costs no copy, no open file and no shared file position, so forked processes may read at
+    the same time. A shard that is gone or has become shorter when samples are asked for is an error; see `mapped_file` for what remains.
+    Not to be shared by threads.
 
     Attributes:
         index: (samples,) records of `dataset_format.INDEX_DTYPE`, ascending by shard and offset.
@@ -55,19 +55,13 @@ class TarSamples:
         self.cache: ShardCache | None = None
         self._paths, self._recorded = paths, recorded or {}
         self.remote = any(not is_local(path) for path in paths.values())
-        self._files: OrderedDict[int, int] = OrderedDict()
-        self._most_open = min(_MOST_OPEN, max(8, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4))
+        self._mapped: dict[int, MappedFile] = {}
         self._fetcher: ShardFetcher | None = None
         self._process = os.getpid()
 
     def __len__(self) -> int:
         """The number of samples."""
         return len(self.index)
-
-    def __del__(self) -> None:
-        """Closes the files."""
-        for file in self._files.values() if hasattr(self, "_files") else ():
-            os.close(file)
 
     @functools.cached_property
     def common_size(self) -> tuple[int, int] | None:
@@ -85,25 +79,37 @@ class TarSamples:
         return np.stack([self.index["height"], self.index["width"]], axis=1).astype(np.int32)
 
     def encoded(self, row: int) -> NDArray[np.uint8]:
-        """The encoded image of one sample: uint8 (bytes,); AlexprepError where the shard is missing, unreadable or too short."""
-        record = self.index[row]
-        shard, offset, size = int(record["shard"]), int(record["offset"]), int(record["size"])
-        encoded = self._bytes(shard, offset, size)
-        if len(encoded) != size:
-            raise AlexprepError(
-                f"{self._paths[shard]} ends inside the sample at byte {offset:,}, which has {size:,} bytes: "
-                "`alexprep verify` tells more"
-            )
-        return encoded
+        """The encoded image of one sample, see `read`."""
+        return self.read(np.array([row]))[0]
+
+    def read(self, rows_N: NDArray[np.int64]) -> list[NDArray[np.uint8]]:
+        """The encoded images of samples, uint8 (bytes,) each, not to be written to; local ones are read when they are looked at.
+
+        Raises AlexprepError where a shard is missing, unreadable or too short.
+        """
+        records = self.index[rows_N]
+        places = [records[name].tolist() for name in ("shard", "offset", "size")]
+        now = time.monotonic()
+        contents = {shard: self._contents(shard, now) for shard in dict.fromkeys(places[0])}
+        images = [contents[shard][offset : offset + size] for shard, offset, size in zip(*places, strict=True)]
+        for image, shard, offset, size in zip(images, *places, strict=True):
+            if len(image) != size:
+                raise AlexprepError(
+                    f"{self._paths[shard]} ends inside the sample at byte {offset:,}, which has {size:,} bytes: "
+                    "`alexprep verify` tells more"
+                )
+        return images
 
     def expect(self, rows_N: NDArray[np.int64]) -> None:
         """Says which rows will be asked for soon, so that a slow disk can begin to deliver. Returns at once. Of remote shards see `want`."""
         if self.remote:
             return
         records = self.index[rows_N]
-        for shard, offset, size in zip(*(records[name].tolist() for name in ("shard", "offset", "size")), strict=True):
-            with contextlib.suppress(AlexprepError, OSError):  # whoever reads the sample will say what is wrong
-                os.posix_fadvise(self._file(shard), offset, size, os.POSIX_FADV_WILLNEED)
+        shards = records["shard"].tolist()
+        with contextlib.suppress(OSError):  # whoever reads the samples will say what is wrong
+            files = {shard: self._mapping(shard) for shard in dict.fromkeys(shards)}
+            offsets, sizes = (records[name].astype(np.int64) for name in ("offset", "size"))
+            expect([files[shard] for shard in shards], offsets, sizes)
 
     def want(self, shards: Sequence[int]) -> None:
         """Says which remote shards are to be held in memory from now on, in the order in which they will be needed; others are let go.
@@ -152,30 +158,29 @@ class TarSamples:
         return (header.path(), size) if header and size is not None else (b"", 0)
 
     def _bytes(self, shard: int, offset: int, size: int) -> NDArray[np.uint8]:
+        return self._contents(shard, time.monotonic())[offset : offset + size]
+
+    def _contents(self, shard: int, now: float) -> NDArray[np.uint8]:
+        """All of a shard: uint8 (bytes,). `now` is `time.monotonic()`."""
+        mapped = self._mapped.get(shard)
+        if mapped is not None and now < mapped.sound_until:
+            return mapped.contents
         if self.remote:
-            return self._remote_shards().get(shard)[offset : offset + size]
+            return self._remote_shards().get(shard)
         try:
-            return np.frombuffer(os.pread(self._file(shard), size, offset), np.uint8)
+            if mapped is not None and mapped.shrunk():
+                del self._mapped[shard]
+            return self._mapping(shard).contents
         except OSError as error:
             raise self._unreadable(shard, error) from None
 
-    def _file(self, shard: int) -> int:
-        file = self._files.get(shard)
-        if file is not None:
-            self._files.move_to_end(shard)
-            return file
-        while file is None:
-            try:
-                file = os.open(self._paths[shard], os.O_RDONLY | os.O_CLOEXEC)
-            except OSError as error:
-                if error.errno != errno.EMFILE or not self._files:
-                    raise self._unreadable(shard, error) from None
-                # This process may have no more files open: others have taken what was counted on.
-                os.close(self._files.popitem(last=False)[1])
-        self._files[shard] = file
-        if len(self._files) > self._most_open:
-            os.close(self._files.popitem(last=False)[1])
-        return file
+    def _mapping(self, shard: int) -> MappedFile:
+        mapped = self._mapped.get(shard)
+        if mapped is None:
+            if len(self._mapped) >= _MOST_MAPPED:
+                del self._mapped[next(iter(self._mapped))]
+            mapped = self._mapped[shard] = MappedFile(os.fspath(self._paths[shard]))
+        return mapped
 
     def _remote_shards(self) -> ShardFetcher:
         if self._fetcher is None or self._process != os.getpid():  # threads stay with the parent of a fork

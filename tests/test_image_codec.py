@@ -11,8 +11,9 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from alexprep.shards.image_codec import Codec, Converted, Target, upright
-from alexprep.shards.image_header import MAX_PIXELS, Refused
+from alexprep.shards import image_codec
+from alexprep.shards.image_codec import Codec, Converted, HeaderCheck, Target, upright
+from alexprep.shards.image_header import MAX_PIXELS, Refused, scan_at
 
 
 def _pixels(data: bytes) -> NDArray[np.uint8]:
@@ -322,3 +323,44 @@ def test_a_pnm_is_scaled_by_its_brightest_value(kind: str, brightest: int, seed:
 )
 def test_a_file_of_another_type_is_called_by_its_name(begin: bytes, words: str) -> None:
     assert words in _refused(begin if words.endswith("zeros") else begin + b"\1\2\3" * 40)
+
+
+def test_headers_that_begin_alike_are_parsed_once(photo, encoded, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what is found is what a parser finds in each, whatever is damaged where."""
+    parsed = []
+    real = image_codec.header_size
+
+    def counted(data: NDArray[np.uint8]) -> tuple[int, int] | None:
+        parsed.append(data)
+        return real(data)
+
+    monkeypatch.setattr(image_codec, "header_size", counted)
+    sound = [encoded(photo(37, 53, seed=n), quality=90) for n in range(4)] + [encoded(photo(53, 37, seed=5))]
+    sound += [encoded(photo(37, 53, seed=6), "PNG")] * 2
+    check, sizes = HeaderCheck(), np.array([[53, 37]] * 4 + [[37, 53]] + [[53, 37]] * 2)
+    for again in range(2):
+        assert check.wrong([np.frombuffer(data, np.uint8) for data in sound], sizes) == [False] * 7
+        assert len(parsed) == (4, 6)[again]  # one JPEG of each size; PNGs always
+    assert check.wrong([np.frombuffer(sound[0], np.uint8)], np.array([[53, 38]])) == [True]
+
+    generator = np.random.default_rng(0)
+    head = scan_at(sound[0])
+    assert 100 < head < len(sound[0]) - 100
+    flipped = np.tile(np.frombuffer(sound[0], np.uint8), (2000, 1))
+    flipped[np.arange(2000), generator.integers(0, 2 * head, 2000) % len(sound[0])] ^= np.uint8(
+        1
+    ) << generator.integers(0, 8, 2000).astype(np.uint8)
+    cut = [np.frombuffer(sound[0][:length], np.uint8) for length in range(0, head + 40, 7)]
+    images = [*flipped, *cut]
+    expected = [real(image) != (53, 37) for image in images]
+    assert (
+        check.wrong(images, np.array([[53, 37]] * len(images))) == expected and 50 < sum(expected) < len(images) - 500
+    )
+
+
+def test_where_a_jpegs_first_scan_begins(photo, encoded) -> None:
+    data = encoded(photo(37, 53, seed=1), exif=b"Exif\0\0\xff\xda\0\2")  # a marker within a segment is none
+    end = scan_at(data)
+    assert data[end - 14 : end - 12] == b"\xff\xda" and data.find(b"\xff\xda") < end - 14
+    assert {scan_at(data[:length]) for length in range(end)} == {0} and scan_at(data[:end]) == end
+    assert scan_at(data[:2] + b"\xff" + data[2:]) == scan_at(b"\x89PNG" + data) == 0

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from scipy.fft import dctn
 from torch import nn
 
 from alexprep.shards.errors import AlexprepError
+from alexprep.train.models import cuda_kernels
 from alexprep.train.models.alexnet import AlexNet, alexnet, alexnet_1gpu, alexnet_6conv, alexnet_2012, alexnet_owt
 from alexprep.train.models.cifar import (
     ConvLocal,
@@ -25,6 +27,7 @@ from alexprep.train.models.cifar import (
     tiny_net,
 )
 from alexprep.train.models.layers import (
+    Conv2d,
     LocallyConnected2d,
     LocalResponseNorm,
     MapWindow,
@@ -319,6 +322,71 @@ NORMS = [
 def test_norms_have_the_gradient_of_what_they_give(layer: nn.Module, shape: tuple[int, ...]) -> None:
     values = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) * 50
     assert torch.autograd.gradcheck(layer, (values.requires_grad_(),), eps=1e-4, atol=1e-8, rtol=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_kernels_of_a_gpu_are_the_same_norm(dtype: torch.dtype, memory: torch.memory_format) -> None:
+    """And the same gradient; also of maps that a slice leaves with gaps, and where the gradient lies otherwise in memory."""
+    assert cuda_kernels.HERE
+    generator = torch.Generator().manual_seed(7)
+    for shape in [(2, 6, 5, 7), (3, 8, 3, 3), (2, 96, 13, 11), (1, 10, 1, 1), (4, 14, 6, 5), (0, 4, 2, 2)]:
+        for norm in (LocalResponseNorm(), LocalResponseNorm(2, size=3, k=1.0, alpha=0.02, beta=0.4)):
+            values = (torch.randn(2, *shape, generator=generator) * 100).to("cuda", dtype)
+            slope = torch.randn(shape, generator=generator).to("cuda", dtype)
+            for given in (values[0].contiguous(memory_format=memory), values.transpose(0, 1)[:, 1]):
+                ours, exact = (each.detach().requires_grad_() for each in (given, given.double()))
+                out, expected = norm(ours), norm(exact)
+                assert out.dtype == dtype and out.shape == given.shape
+                out.backward(slope.transpose(2, 3).contiguous().transpose(2, 3))
+                expected.backward(slope.double())
+                near: Any = dict.fromkeys(("rtol", "atol"), 1e-5 if dtype == torch.float32 else 2e-2)
+                torch.testing.assert_close(out.double(), expected, **near)
+                torch.testing.assert_close(cast(torch.Tensor, ours.grad).double(), exact.grad, **near)
+
+
+CONVOLUTIONS = [
+    *(
+        (3, 8, 11, {"stride": 4}),
+        (3, 6, 5, {"stride": 2}),
+        (2, 4, (5, 3), {"stride": (2, 3)}),
+        (4, 4, 4, {"stride": 2}),
+    ),
+    *((8, 6, 3, {"padding": 1, "groups": 2}), (9, 6, (3, 5), {"groups": 3, "stride": (1, 2), "bias": False})),
+]
+
+
+@pytest.mark.parametrize(("maps", "kernels", "sides", "options"), CONVOLUTIONS, ids=str)
+@pytest.mark.parametrize("size", [(2, 51, 47), (3, 24, 35), (1, 11, 12)])
+def test_what_a_gpu_makes_of_convolutions_is_the_same_function(
+    maps: int, kernels: int, sides: Any, options: dict[str, Any], size: tuple[int, int, int]
+) -> None:
+    torch.manual_seed(3)
+    layer = Conv2d(maps, kernels, sides, **options).double()
+    images = torch.randn(size[0], maps, *size[1:], dtype=torch.float64).to(memory_format=torch.channels_last)
+    other = layer._group_by_group if layer.groups > 1 else layer._over_blocks
+    for found in (other(images), other(images.contiguous())):
+        torch.testing.assert_close(found, layer(images), rtol=1e-12, atol=1e-12)
+    weights = list(layer.parameters())
+    slopes = [torch.autograd.grad(made.square().sum(), weights) for made in (other(images), layer(images))]
+    torch.testing.assert_close(*slopes, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("maps", "kernels", "sides", "options"), CONVOLUTIONS, ids=str)
+def test_on_a_gpu_convolutions_are_so_in_half_precision(maps: int, kernels: int, sides: Any, options: Any) -> None:
+    torch.manual_seed(3)
+    layer = Conv2d(maps, kernels, sides, **options).cuda()
+    images = torch.randn(2, maps, 51, 47, device="cuda")
+    expected = copy.deepcopy(layer).double()(images.double())
+    with torch.autocast("cuda", torch.bfloat16):
+        found = layer(images)
+    assert found.dtype == torch.bfloat16
+    assert (found.double() - expected).norm() < 0.01 * expected.norm()
+    torch.testing.assert_close(
+        layer(images).double(), expected, rtol=2e-3, atol=2e-3
+    )  # as torch does it, perhaps in TF32
 
 
 @pytest.mark.parametrize("make", [LocalResponseNorm, SpatialResponseNorm])

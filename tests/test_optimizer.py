@@ -54,6 +54,29 @@ def test_update_is_section_5(dtype: torch.dtype, tolerance: float) -> None:
             assert torch.equal(before, weights[name]) and torch.equal(velocity, live[name])
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("strides", ["alike", "apart"])
+def test_a_gpu_moves_weights_likewise(strides: str) -> None:
+    """In one pass, or in torch's own where a gradient lies otherwise in memory than its weight."""
+    generator = torch.Generator().manual_seed(5)
+    shapes = [(6, 3, 5, 5), (7, 1001), (13,)]
+    weights = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+    weights[0].data = weights[0].data.to(memory_format=torch.channels_last)
+    moved = [torch.nn.Parameter(weight.detach().cuda()) for weight in weights]
+    rules = [MomentumSGD([{"params": some}], lr=0.1, momentum_correction=True) for some in (weights, moved)]
+    for rate in (0.1, 0.1, 0.02):
+        for weight, copied in zip(weights, moved, strict=True):
+            weight.grad = torch.randn(weight.shape, generator=generator)
+            copied.grad = weight.grad.cuda()
+            if strides == "alike":
+                copied.grad = torch.empty_like(copied).copy_(copied.grad)
+        for rule in rules:
+            rule.param_groups[0]["rates"] = [rate] * len(shapes)
+            rule.step()
+    for expected, found in zip([*weights, *rules[0].velocities()], [*moved, *rules[1].velocities()], strict=True):
+        torch.testing.assert_close(found.detach().cpu(), expected.detach(), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("rate", [-1.0, float("nan")])
 def test_senseless_rates_are_refused(rate: float) -> None:
     groups = parameter_groups(nn.Sequential(nn.Linear(2, 2)), decay=0.0, layer_decay={}, bias_lr_factor=2.0)

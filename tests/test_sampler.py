@@ -5,11 +5,15 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
+import multiprocessing
+import threading
 from collections import Counter
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
+from alexprep.pipeline import sampler
 from alexprep.pipeline.sampler import Order, StepPlan, block_order, epoch_order, shuffle_quality
 from alexprep.shards.plan import permutation
 
@@ -45,6 +49,39 @@ def test_blocks_read_few_shards_at_a_time(block_shards: int) -> None:
         assert sorted(seen) == [0, 1, 2, 3, 5, 6, 8]
     assert len({order.tobytes() for order in orders}) == 3
     np.testing.assert_array_equal(orders[1], block_order(3, 1, shards, block_shards))
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.parametrize("order", ["shuffle", "blocks"])
+def test_the_next_epochs_order_is_made_ahead(order: Order, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a thread, in an epoch's second half; what comes is the same, also where a state was loaded or a child of `fork` goes on."""
+    monkeypatch.setattr(sampler, "_WORTH_A_THREAD", 1)
+    makers: list[str] = []
+    made = StepPlan._made
+
+    def watched(plan: StepPlan, epoch: int) -> NDArray[np.int64]:
+        makers.append(threading.current_thread().name)
+        return made(plan, epoch)
+
+    def plan() -> StepPlan:
+        return StepPlan(np.arange(100) // 7, 13, order, 2, seed=3, rank=0, world_size=1)
+
+    steps = [(epoch, step) for epoch in (0, 1, 2, 5) for step in range(8)]
+    expected = [plan().part(*step)[0].tolist() for step in steps]
+    monkeypatch.setattr(StepPlan, "_made", watched)
+    used = plan()
+    assert [used.part(*step)[0].tolist() for step in steps] == expected
+    mains = [name == "MainThread" for name in makers]
+    assert mains == [True, False, False, False, True, False]  # epoch 3 was made and not used
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+    child = context.Process(target=lambda: theirs.send(used.part(6, 0)[0].tolist()))
+    child.start()
+    try:
+        assert ours.poll(60), "the child does not answer"
+        assert ours.recv() == plan().part(6, 0)[0].tolist()
+    finally:
+        child.kill()
 
 
 def test_shuffle_quality_tells_orders_apart() -> None:

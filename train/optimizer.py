@@ -14,6 +14,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from alexprep.shards.errors import AlexprepError
+from alexprep.train.models import cuda_kernels
 
 PAPER = "paper"  # the name of `MomentumSGD` among optimizers
 SLOT = "optimizer."  # and the name that torch's optimizers give to a tensor of their state
@@ -122,12 +123,27 @@ class MomentumSGD(Optimizer):
                     alike.setdefault((rate, self._follow(weight, rate)), []).append(weight)
             for (lr, ratio), weights in alike.items():
                 velocities = [self._velocity(weight) for weight in weights]
-                # One call for all of them, not one a tensor: on a GPU it is also one kernel.
+                if self._in_one_pass(weights, velocities, group["momentum"] * ratio, group["decay"] * lr, lr):
+                    continue
+                # One call for all of them, not one a tensor.
                 torch._foreach_mul_(velocities, group["momentum"] * ratio)
                 if group["decay"]:
                     torch._foreach_add_(velocities, weights, alpha=-group["decay"] * lr)
                 torch._foreach_add_(velocities, [cast(torch.Tensor, weight.grad) for weight in weights], alpha=-lr)
                 torch._foreach_add_(weights, velocities)
+
+    @staticmethod
+    def _in_one_pass(
+        weights: list[torch.Tensor], velocities: list[torch.Tensor], keep: float, decay: float, rate: float
+    ) -> bool:
+        """Moves weights that lie on a GPU, each read and written once, which takes half the time; False where that cannot be done."""
+        gradients = [cast(torch.Tensor, weight.grad) for weight in weights]
+        moved = [*zip(weights, velocities, gradients, strict=True)]
+        if not cuda_kernels.HERE or not all(cuda_kernels.alike(*tensors) for tensors in moved):
+            return False
+        for tensors in moved:
+            cuda_kernels.move(*tensors, keep, decay, rate)
+        return True
 
     def weights(self) -> list[torch.Tensor]:
         """All parameters, in the order of the groups."""

@@ -22,7 +22,7 @@ from torch import nn
 from alexprep.pipeline.sampler import rank_part
 from alexprep.shards.errors import AlexprepError
 from alexprep.train.distributed.world import World
-from alexprep.train.models.layers import LocalResponseNorm, PaperDropout, Scale
+from alexprep.train.models.layers import Conv2d, LocalResponseNorm, PaperDropout, Scale
 
 Scheme = Literal["single", "ddp", "towers", "hybrid"]
 SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
@@ -30,6 +30,7 @@ LOGITS = "logits"  # stands for a layer: what the loss reads
 
 # Layers that treat each map by itself, so that a rank applies them to its own. Others say so with `mixes_maps = False`.
 MAPWISE = (nn.ReLU, nn.Tanh, nn.Sigmoid, nn.Softplus, nn.Identity, nn.MaxPool2d, nn.AvgPool2d, nn.ZeroPad2d, Scale)
+SPLIT = {"towers": (nn.Linear, nn.Conv2d, Conv2d), "hybrid": (nn.Linear,)}  # no kinds of them, whose forward is another
 DROPOUTS = (PaperDropout, nn.Dropout)
 
 
@@ -118,7 +119,7 @@ class _Splitter:
         _refuse_batch_norm(name, layer)
         if isinstance(layer, nn.Sequential):
             yield "", nn.Sequential(self.layers(layer, name + "."))
-        elif type(layer) is nn.Linear or (type(layer) is nn.Conv2d and self.scheme == "towers"):
+        elif isinstance(layer, nn.Linear | nn.Conv2d) and type(layer) in SPLIT[self.scheme]:
             yield from self._kernels(name, layer)
         elif isinstance(layer, DROPOUTS):
             rows = None if self.gathered_rows else self.part.rows

@@ -27,6 +27,7 @@ from torch import nn
 from alexprep.shards.errors import AlexprepError, number_within, one_of
 from alexprep.train.models.layers import (
     Activation,
+    Conv2d,
     LocalResponseNorm,
     PaperDropout,
     SpatialResponseNorm,
@@ -140,7 +141,7 @@ class AlexNet:
         for _ in range(3):
             side = (side - self.pool) // 2 + 1
         yield "overhang1", nn.ZeroPad2d((0, overhang, 0, overhang))
-        yield "conv1", nn.Conv2d(3, c1, 11, stride=4)
+        yield "conv1", Conv2d(3, c1, 11, stride=4)
         yield from self._then(1, self.then1)
         maps = c1
         layers: tuple[tuple[int, int, int, int, tuple[Step, ...]], ...] = (
@@ -153,11 +154,11 @@ class AlexNet:
             there = f"conv{number}" not in self.without
             if there:
                 padding = side_of_filter // 2
-                yield f"conv{number}", nn.Conv2d(maps, kernels, side_of_filter, padding=padding, groups=towers)
+                yield f"conv{number}", Conv2d(maps, kernels, side_of_filter, padding=padding, groups=towers)
                 maps = kernels
             yield from self._then(number, then if there else _pools(then))
         if self.sixth:
-            yield "conv6", nn.Conv2d(maps, c5, 3, padding=1)
+            yield "conv6", Conv2d(maps, c5, 3, padding=1)
             # relu6 follows fc6, which keeps its name in every network.
             yield "conv6_relu", activation_layer(self.activation)
             maps = c5

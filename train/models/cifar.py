@@ -19,6 +19,7 @@ from alexprep.shards.errors import one_of, whole_number
 from alexprep.train.checkpoint import BEFORE
 from alexprep.train.models.layers import (
     Activation,
+    Conv2d,
     LocallyConnected2d,
     LocalResponseNorm,
     PatchWaves,
@@ -102,7 +103,7 @@ def tiny_net(classes: int, crop: int = 56, *, seed: int = 0, width: float = 1.0)
         ("relu1", nn.ReLU(inplace=True)),
         ("norm1", LocalResponseNorm()),
         ("pool1", nn.MaxPool2d(3, 2, ceil_mode=True)),
-        ("conv2", nn.Conv2d(c1, c2, 3, padding=1, groups=2)),
+        ("conv2", Conv2d(c1, c2, 3, padding=1, groups=2)),
         ("relu2", nn.ReLU(inplace=True)),
         ("pool2", nn.MaxPool2d(3, 2, ceil_mode=True)),
         ("conv3", nn.Conv2d(c2, c3, 3, padding=1)),
