@@ -23,6 +23,10 @@ class StorePath(ProxyUPath):
         """The whole file, by one request; OSError where it cannot be had."""
         return bytes(patiently(lambda: self.fs.cat_file(self.path), str(self), seconds=lambda: STALLED))
 
+    def resolve(self, strict: bool = False) -> StorePath:
+        """The path itself: where a web server sends a reader on to is its own business, and may change."""
+        return self
+
     def exists(self, *, follow_symlinks: bool = True) -> bool:
         """Whether there is such a file or folder."""
         try:

@@ -22,7 +22,7 @@ from alexprep.shards.listing import list_inputs
 from alexprep.shards.plan import ShardOptions, draw_up
 from alexprep.shards.sources.base import Account
 from alexprep.shards.sources.layout_detection import find_source
-from alexprep.shards.storage import RemoteFiles, files_at, read_inflated
+from alexprep.shards.storage import RemoteFiles, files_at, folder_at, read_inflated
 from alexprep.shards.worker_pool import InProcessEngine
 from tests.support.failing_store import hurry
 
@@ -184,7 +184,12 @@ def test_http(served: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         assert read(0, 4) == content[:4]
         with pytest.raises(AlexprepError, match="does not answer range requests"):
             read(1_500_000, 10)
+    folder = folder_at(served)
+    assert folder.is_dir() and folder.resolve() == folder and not (folder / "train/b").is_dir()
+    assert (folder / "train/a/1.jpg").exists() and not (folder / "train/a/2.jpg").exists()
     gone = RemoteFiles("http://127.0.0.1:9")  # nobody listens there
+    with pytest.raises(AlexprepError, match=r"127\.0\.0\.1:9/a\.jpg cannot be reached .*check the URL"):
+        (folder_at("http://127.0.0.1:9").resolve() / "a.jpg").exists()
     with pytest.raises(OSError, match="ClientConnectorError") as caught:
         gone.read(b"a.jpg")
     assert caught.value.errno == errno.ECOMM and caught.value.filename == "http://127.0.0.1:9/a.jpg"
