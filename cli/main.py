@@ -11,6 +11,7 @@ import click
 
 from alexprep.cli.ablate import ablate
 from alexprep.cli.bench import bench
+from alexprep.cli.check_grads import check_grads
 from alexprep.cli.demo import demo
 from alexprep.cli.evaluate import evaluate
 from alexprep.cli.export import export
@@ -29,7 +30,7 @@ from alexprep.cli.verify import verify
 from alexprep.shards.errors import TRACEBACK, AlexprepError, command_line_words
 from alexprep.shards.thread_waiting import choose_waiting
 
-LOAD_TORCH = ("train", "ablate", "eval", "bench", "demo")  # and compute with it for long
+LOAD_TORCH = ("train", "ablate", "eval", "bench", "demo", "check-grads")  # and compute with it for long
 _SHARDS = "Interrupted. Finished work is kept: run the same command again to go on."
 # What an interrupted command leaves. A training that is under way is not interrupted by the first Ctrl-C: it saves and ends.
 LEAVES = {
@@ -65,6 +66,7 @@ COMMANDS = (
     recipes,
     train,
     ablate,
+    check_grads,
     evaluate,
     predict,
     export,

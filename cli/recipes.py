@@ -61,6 +61,8 @@ def _show(name: str, recipe: Recipe) -> None:
 
     width = max(60, shutil.get_terminal_size((WIDTH, 24)).columns)
     click.echo(f"Recipe {recipe.name}. `alexprep train --recipe {name} --set FIELD=VALUE` changes a field.")
+    if summary := recipe.summary():
+        click.echo(f"Layers of {summary}.")
     for one in settable(recipe):
         click.echo(f"{one.path}={one.value}  ({one.type})")
         click.echo(textwrap.fill(one.meaning, width, initial_indent="    ", subsequent_indent="    "))

@@ -45,6 +45,13 @@ if TYPE_CHECKING:
     metavar="N|WxH",
     help="In pixels: a side, or width and height of a box that is covered (longer: that holds it).",
 )
+@click.option(
+    "--pad",
+    type=BOX,
+    default=None,
+    metavar="N|WxH",
+    help="Put each image in the middle of a black canvas so large: MNIST's 28 pixels on 29 or 32.",
+)
 @click.option("--only-shrink", is_flag=True, help="Images smaller than --size are not enlarged.")
 @click.option(
     "--filter",

@@ -29,6 +29,7 @@ from alexprep.cli.options import (
 RECIPES = (
     *("alexnet", "alexnet-2012", "alexnet-1gpu", "alexnet-6conv", "alexnet-6conv-tune", "alexnet-owt"),
     *("cifar10-fast", "cifar10-quick", "cifar10-13pct", "cifar10-11pct", "cifar10-relu", "cifar10-tanh", "tiny"),
+    *("mnist-column", "mnist-column-fast", "norb-column", "cifar-column", "lenet5", "small-net"),
 )
 KEEP, CHECKPOINT_STEPS = 3, 1000  # likewise those of alexprep.train.config
 # Options for fields of the recipe: --clip 1 is --set clip=1.
@@ -56,8 +57,8 @@ SYNONYMS = ("optimizer", "label_smoothing", "clip", "accumulate", "average")
 )
 @click.option(
     "--model",
-    metavar="FILE.py:FUNCTION | timm/NAME | torchvision/NAME",
-    help="A network of your own or of a library, trained as the recipe says.",
+    metavar="FILE.py:FUNCTION | timm/NAME | torchvision/NAME | columns:LINE | LAYERS.cfg",
+    help="A network of your own, of a library, from a line or from a layer file, trained as the recipe says.",
 )
 @click.option("--hook", metavar="FILE.py:FUNCTION", help="A DALI operation of your own in the augmentation.")
 @click.option(

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     )
     from alexprep.pipeline.dali_reader import label, reader
     from alexprep.pipeline.device import choose_device
-    from alexprep.pipeline.geometry import Affine, Erasing
+    from alexprep.pipeline.geometry import Affine, Elastic, Erasing
     from alexprep.pipeline.loader import Loader
     from alexprep.pipeline.loader_settings import Tuning, tuning_for
     from alexprep.pipeline.mixing import Mixing
@@ -40,6 +40,7 @@ __all__ = [
     "Batch",
     "Blur",
     "Draws",
+    "Elastic",
     "Erasing",
     "Hook",
     "Jitter",
@@ -86,7 +87,7 @@ _HOMES = {
     ),
     "dali_reader": ("label", "reader"),
     "device": ("choose_device",),
-    "geometry": ("Affine", "Erasing"),
+    "geometry": ("Affine", "Elastic", "Erasing"),
     "loader": ("Loader",),
     "loader_settings": ("Tuning", "tuning_for"),
     "mixing": ("Mixing",),

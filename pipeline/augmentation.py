@@ -16,7 +16,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alexprep.pipeline.colour import Blur, Jitter, blurred, draw_recolouring, draw_sigmas, recolour, rising
-from alexprep.pipeline.geometry import Affine, Erasing, Size, draw_affine, draw_erased, erased, resize, sides, warp
+from alexprep.pipeline.geometry import (
+    Affine,
+    Elastic,
+    Erasing,
+    Size,
+    digit_map,
+    draw_affine,
+    draw_elastic,
+    draw_erased,
+    erased,
+    resampled,
+    resize,
+    sides,
+    warp,
+)
 from alexprep.pipeline.mixing import Mixing, draw_mixing
 from alexprep.pipeline.policies import Policy, RandAugment, TrivialAugment, draw_policy, operated
 from alexprep.pipeline.random_numbers import (
@@ -42,6 +56,7 @@ RGB = tuple[float, float, float]  # grey levels
 Noise = Literal["eigenvalue", "stdev", "none"]
 Position = Literal["random", "centre"]
 Place = Literal["decode", "augment", "tensor"]  # of a hook
+Channels = Literal[1, 2, 3]
 
 _HOOK_WORDS = 16  # draws of four numbers that a hook may have
 
@@ -119,11 +134,17 @@ def _check_crop(crop: Any) -> None:
 class Augmentation:
     """What is done to a training image, in this order; the defaults are the paper's.
 
-    A window is cut (and resized), warped, given to RandAugment or TrivialAugment, blurred, recoloured (jitter, then grey scale), reflected;
-    the mean is subtracted, the colour noise added, all divided; a rectangle is erased; and pairs are mixed.
+    The image is padded, a window is cut (and resized), warped, given to RandAugment or TrivialAugment, blurred, recoloured (jitter, then grey
+    scale), reflected; the mean is subtracted, the colour noise added, all divided; a rectangle is erased; channels are joined; and pairs are
+    mixed. With `elastic` or `normalised_width` all warps are one resampling, whose result is not rounded; of the rest there are then reflection,
+    mean, deviation, channels and mixing.
 
     Attributes:
         crop: side of the square that the network sees, or (height, width), pixels; 224 in the paper (section 4.1). None: the whole image.
+        pad: pixels of `background` around the image before the window is cut: 1 brings digits of 28 pixels to crops of 29, 2 to 32.
+        background: grey level of R, G and B around the image, and around what elastic distortion and a normalised width move.
+        normalised_width: what a digit, all that differs from the background, is made wide, in the middle and in evaluation too, its height
+            staying: 10 to 20 of 28 pixels in Ciresan, Meier and Schmidhuber (arXiv 1202.2745, section 3.1); None leaves it.
         scale: None cuts the crop as it is. Two numbers a <= b in (0, 1] cut a window whose share of the image's area is drawn
             from [a, b], and resize it: torchvision's RandomResizedCrop, whose default is (0.08, 1).
         position: of that square or window: "random"; or "centre", the one that evaluation shows.
@@ -145,16 +166,21 @@ class Augmentation:
         noise_rescale: images with noise are divided by this: 1.1 in the 2012 code, where the noise made them larger.
         noise_epochs: noise, and the division that goes with it, end after so many epochs; None for never. 67 in the 2012 code.
         affine: rotation, scale, shift and shear, see `Affine`; None for none.
+        elastic: distortion by a smooth random field, see `Elastic`; None for none.
         policy: `RandAugment` or `TrivialAugment`; None for none.
         jitter: changes of brightness, contrast, saturation and hue, see `Jitter`; None for none.
         grey: share of the images that lose their colours, 0 to 1.
         blur: see `Blur`; None for none.
         erasing: a rectangle that is erased, see `Erasing`; None for none.
+        channels: that the network sees: 3; 1, their mean, which of a grey image is itself; 2, the first two, for stereo pairs stored so.
         mixing: mixup and CutMix of the pairs of a step, see `Mixing`; None for none.
         hooks: operations of the user's own over DALI nodes, in the order in which they are done where they have one place, see `Hook`.
     """
 
     crop: Size | None = 224
+    pad: int = 0
+    background: int = 0
+    normalised_width: int | None = None
     scale: tuple[float, float] | None = None
     position: Position = "random"
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
@@ -168,11 +194,13 @@ class Augmentation:
     noise_rescale: float = 1.0
     noise_epochs: int | None = None
     affine: Affine | None = None
+    elastic: Elastic | None = None
     policy: Policy | None = None
     jitter: Jitter | None = None
     grey: float = 0.0
     blur: Blur | None = None
     erasing: Erasing | None = None
+    channels: Channels = 3
     mixing: Mixing | None = None
     hooks: tuple[Hook, ...] = ()
 
@@ -185,6 +213,10 @@ class Augmentation:
                 _check_rgb(name, getattr(self, name), get_args(choices), least)
         one_of("noise", self.noise, get_args(Noise))
         _check_crop(self.crop)
+        for name, low, high in (("pad", 0, 1024), ("background", 0, 255), ("channels", 1, 3)):
+            whole_number(name, getattr(self, name), low, high)
+        if self.normalised_width is not None:
+            whole_number("normalised_width", self.normalised_width, 1, 65535)
         one_of("position", self.position, get_args(Position))
         for name, low, high in (("share", 1, 2**31 - 1), ("noise_epochs", 0, 2**32 - 1)):
             if getattr(self, name) is not None or name == "share":
@@ -193,7 +225,7 @@ class Augmentation:
         number_within("noise_rescale", self.noise_rescale, 1e-3, 1e3)
         number_within("evaluation_scale", self.evaluation_scale, 1e-3, 1)
         number_within("grey", self.grey, 0, 1)
-        for name, *kinds in _PARTS:
+        for name, *kinds in PARTS:
             if not isinstance(getattr(self, name), (*kinds, type(None))):
                 words = " or ".join(f"{kind.__name__}(…)" for kind in kinds)
                 raise AlexprepError(f"{name} {getattr(self, name)!r} is neither None nor {words}")
@@ -211,11 +243,41 @@ class Augmentation:
             raise AlexprepError(
                 f"mean {self.mean!r} belongs to crops that are not resized: with scale, use channel, imagenet or none"
             )
+        if self.pad and (self.crop is None or self.scale is not None or self.windowed_mean):
+            raise AlexprepError(
+                f"pad {self.pad} goes with a crop that is not resized, and a mean that is no image: leave out scale, and use mean channel or none"
+            )
+        self._check_resampling()
+
+    def _check_resampling(self) -> None:
+        """Refuses what is not done where all warps are one resampling."""
+        if self.elastic is None and self.normalised_width is None:
+            return
+        asked = "elastic" if self.elastic is not None else "normalised_width"
+        others = [name for name in ("policy", "jitter", "blur", "erasing") if getattr(self, name) is not None]
+        others += ["grey"] * (self.grey > 0) + ["hooks"] * bool(self.hooks)
+        others += [f"noise {self.noise}"] * (self.noise != "none") + [f"mean {self.mean}"] * self.windowed_mean
+        if others:
+            raise AlexprepError(f"{asked} does not go with {others[0]}: leave out one of them")
+        if self.crop is None:
+            raise AlexprepError(f"{asked} needs a crop: give its side")
+        if self.affine is not None and self.affine.fill != self.background:
+            raise AlexprepError(
+                f"affine: fill {self.affine.fill} is not the background, {self.background}, though with {asked} all is one resampling: make them equal"
+            )
 
     @property
     def view(self) -> tuple[int, int] | None:
         """Height and width of the crop, pixels; None where whole images come out."""
         return None if self.crop is None else sides(self.crop)
+
+    def resamples(self, chance: bool) -> bool:
+        """Whether all warps are one resampling, by torch after DALI, see `alexprep.pipeline.resampling`; with chance or without."""
+        return self.normalised_width is not None or (chance and self.elastic is not None)
+
+    def padded(self, sizes_N2: NDArray[np.integer]) -> NDArray[np.int64]:
+        """Heights and widths of images with what is padded: int64 (N, 2)."""
+        return np.asarray(sizes_N2, np.int64) + 2 * self.pad
 
     @property
     def windowed_mean(self) -> bool:
@@ -235,7 +297,8 @@ class Augmentation:
     @property
     def keeps_bytes(self) -> bool:
         """Whether pixels stay on the scale from 0 to 255, as whole numbers but for what `recolours`."""
-        return (self.mean, self.std, self.noise, self.erasing, self.mixing) == ("none", "none", "none", None, None)
+        kept = (self.mean, self.std, self.noise, self.erasing, self.mixing) == ("none", "none", "none", None, None)
+        return kept and self.channels != 1 and not self.resamples(chance=True)
 
     @property
     def recolours(self) -> bool:
@@ -246,6 +309,10 @@ class Augmentation:
         """What evaluation shows of an image: the same crop, in the centre, less the same mean, and nothing else."""
         return Augmentation(
             crop=self.crop,
+            pad=self.pad,
+            background=self.background,
+            normalised_width=self.normalised_width,
+            channels=self.channels,
             scale=self.scale,
             position="centre",
             ratio=self.ratio,
@@ -261,8 +328,8 @@ class Augmentation:
         return self.noise != "none" and (self.noise_epochs is None or epoch < self.noise_epochs)
 
 
-_PARTS = (
-    *(("affine", Affine), ("policy", RandAugment, TrivialAugment), ("jitter", Jitter)),
+PARTS = (
+    *(("affine", Affine), ("elastic", Elastic), ("policy", RandAugment, TrivialAugment), ("jitter", Jitter)),
     *(("blur", Blur), ("erasing", Erasing), ("mixing", Mixing)),
 )
 
@@ -285,10 +352,11 @@ class Draws:
     """The random parameters of N samples.
 
     Attributes:
-        windows_N4: int64 (N, 4), what is cut out of each image: top row, left column, height, width, pixels.
+        windows_N4: int64 (N, 4), what is cut out of each padded image: top row, left column, height, width, pixels.
         mirror_N: bool (N,), whether the crop is reflected left to right.
         alpha_N3: float64 (N, 3), standard normal, one for each principal axis.
-        more: what else the augmentation draws, one entry a sample: "affine", see `alexprep.pipeline.geometry.warp`; "sigma", see
+        more: what else the augmentation draws, one entry a sample: "affine", see `alexprep.pipeline.geometry.warp`; "elastic", see
+            `draw_elastic` there; "sigma", see
             `alexprep.pipeline.colour.blurred`; "recolouring", see `recolour` there; "erased", see `alexprep.pipeline.geometry.erased`;
             "policy0.kind" and so on, the operations of a policy, see `alexprep.pipeline.policies.Operation`; "pair", "weight" and
             "exchanged", see `alexprep.pipeline.mixing.draw_mixing`; "hook0.0" and so on, a hook's numbers, uniform on (0, 1). What is not in it is not done.
@@ -348,12 +416,12 @@ def draw(
     if augmentation.share > 1:
         keys = np.asarray(positions_N, np.int64) // augmentation.share
     geometry = words_of(seed, epoch, keys, GEOMETRY if augmentation.share == 1 else SHARED)
-    sizes = np.asarray(sizes_N2, np.int64)
+    sizes = augmentation.padded(sizes_N2)
     views = sizes if augmentation.view is None else np.broadcast_to(np.array(augmentation.view, np.int64), sizes.shape)
     if augmentation.crop is None:
         windows = np.concatenate([np.zeros_like(sizes), sizes], axis=1)
     elif augmentation.position == "centre":
-        windows = centred(augmentation, sizes).windows_N4
+        windows = centred(augmentation, sizes_N2).windows_N4
     elif augmentation.scale is None:
         corners = (below(geometry[n], sizes[:, n] - views[:, n] + 1) for n in range(2))
         windows = np.stack([*corners, *views.T], axis=1)
@@ -368,13 +436,13 @@ def draw(
     return Draws(windows, mirror, normals(words(NOISE)), more)
 
 
-def _draw_more(
-    augmentation: Augmentation, views_N2: NDArray[np.int64], words: Words
-) -> dict[str, NDArray[np.float64] | NDArray[np.int64]]:
+def _draw_more(augmentation: Augmentation, views_N2: NDArray[np.int64], words: Words) -> dict[str, NDArray[Any]]:
     """`Draws.more` of samples whose views have these heights and widths."""
-    more: dict[str, NDArray[np.float64] | NDArray[np.int64]] = {}
+    more: dict[str, NDArray[Any]] = {}
     if augmentation.affine is not None:
         more["affine"] = draw_affine(augmentation.affine, views_N2, words)
+    if augmentation.elastic is not None and augmentation.view is not None:
+        more["elastic"] = draw_elastic(augmentation.elastic, augmentation.view, words)
     if augmentation.policy is not None:
         for turn, operation in enumerate(draw_policy(augmentation.policy, views_N2, words)):
             more |= {f"policy{turn}.{name}": values for name, values in operation.items()}
@@ -392,7 +460,7 @@ def _draw_more(
 
 def centred(augmentation: Augmentation, sizes_N2: NDArray[np.integer]) -> Draws:
     """Gives an evaluation's parameters, without chance: the centre window, no mirror, no noise. For the arguments see `draw`."""
-    sizes = np.asarray(sizes_N2, np.int64)
+    sizes = augmentation.padded(sizes_N2)
     windows = _in_the_centre(sizes, _evaluation_sides(augmentation, sizes))
     return Draws(windows, np.zeros(len(sizes), bool), np.zeros((len(sizes), 3)))
 
@@ -405,7 +473,7 @@ def ten_windows(augmentation: Augmentation, sizes_N2: NDArray[np.integer]) -> ND
     >>> ten_windows(Augmentation(crop=224), np.array([[256, 256]]))[0, :, :2].tolist()
     [[0, 0], [0, 32], [16, 16], [32, 0], [32, 32]]
     """
-    sizes = np.asarray(sizes_N2, np.int64)
+    sizes = augmentation.padded(sizes_N2)
     sides = _evaluation_sides(augmentation, sizes)
     slack = sizes - sides
     places = [(0, 0), (0, 2), (1, 1), (2, 0), (2, 2)]  # in halves of the slack
@@ -432,7 +500,7 @@ def augment(
         epoch: some augmentations lose their noise after some epochs.
 
     Returns:
-        float64 (H, W, 3) of the crop's size, grey levels about 0, or what `augmentation.std` makes of them.
+        float64 (H, W, channels) of the crop's size, grey levels about 0, or what `augmentation.std` makes of them.
 
     Raises AlexprepError where statistics are needed and there are none, or there is a hook, which has no definition in numpy.
     """
@@ -443,7 +511,9 @@ def augment(
             "this augmentation needs statistics: give those of the dataset, from alexprep.shards.read_statistics"
         )
     top, left, height, width = draws.windows_N4[n].tolist()
-    image = image_HWC[top : top + height, left : left + width]
+    edge = augmentation.pad
+    image = np.pad(image_HWC, ((edge, edge), (edge, edge), (0, 0)), constant_values=augmentation.background)
+    image = image[top : top + height, left : left + width]
     if augmentation.scale is not None and augmentation.crop is not None:
         image = resize(image, augmentation.crop)
     pixels = _changed(image, draws, n, augmentation) - channel_means(statistics, augmentation)
@@ -465,12 +535,14 @@ def augment(
     pixels = pixels / augmentation.noise_rescale if noisy else pixels
     if augmentation.erasing is not None and "erased" in draws.more:
         pixels = erased(pixels, draws.more["erased"][n], augmentation.erasing.value)
-    return pixels
+    return pixels.mean(axis=2, keepdims=True) if augmentation.channels == 1 else pixels[..., : augmentation.channels]
 
 
 def _changed(image_HWC: NDArray[np.uint8], draws: Draws, n: int, augmentation: Augmentation) -> NDArray[np.float64]:
     """The view before its mean is subtracted, on the 0-255 scale: all that changes shapes, sharpness and colours."""
     image, more = image_HWC, draws.more
+    if augmentation.resamples(chance=True):
+        return _resampled(image, draws, n, augmentation)
     if augmentation.affine is not None and "affine" in more:
         image = warp(image, more["affine"][n], augmentation.affine.fill, nearest=False)
     if augmentation.policy is not None:
@@ -479,6 +551,17 @@ def _changed(image_HWC: NDArray[np.uint8], draws: Draws, n: int, augmentation: A
     if "sigma" in more:
         image = blurred(image, more["sigma"][n])
     return recolour(image, more["recolouring"][n]) if "recolouring" in more else image.astype(np.float64)
+
+
+def _resampled(image_HWC: NDArray[np.uint8], draws: Draws, n: int, augmentation: Augmentation) -> NDArray[np.float64]:
+    """The view after its one resampling, on the 0-255 scale."""
+    background, width = augmentation.background, augmentation.normalised_width
+    maps = [draws.more["affine"][n] if "affine" in draws.more else np.eye(2, 3)]
+    if width is not None:
+        maps.append(digit_map(image_HWC, width, background))
+    noise = draws.more["elastic"][n] if "elastic" in draws.more else None
+    sigma = 1.0 if augmentation.elastic is None else augmentation.elastic.sigma
+    return resampled(image_HWC.astype(np.float64), maps, noise, sigma, np.full(3, float(background)))
 
 
 def noise_stdevs(statistics: Statistics, augmentation: Augmentation) -> NDArray[np.float64]:

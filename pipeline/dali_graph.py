@@ -68,18 +68,29 @@ class Graph:
             one_of(name, getattr(self, name), get_args(choices))
         if self.dtype == "uint8" and not self.augmentation.keeps_bytes:
             raise AlexprepError(
-                "dtype uint8 holds grey levels as they are: it needs mean, std and noise 'none', and no erasing and no mixing"
+                "dtype uint8 holds grey levels as they are: it needs mean, std and noise 'none', and no erasing, no mixing, no elastic, no width and "
+                "not one channel"
+            )
+        if self.augmentation.normalised_width is not None and self.views in REFLECTED:
+            raise AlexprepError(
+                f"views {self.views!r} cut windows of what normalised_width puts in the middle: use --views centre"
             )
 
     def pipeline(self) -> Pipeline:
         """The pipeline, not yet built. It takes the images as "encoded" and what `inputs` makes; its one output is the views.
 
-        Several views are stacked before the other axes: the windows, then their reflections.
+        Several views are stacked before the other axes: the windows, then their reflections. All three channels are there, and what
+        `resamples` are windows as they were decoded, uint8 (H, W, 3): `alexprep.pipeline.resampling` makes the rest.
         """
         pipeline = self._empty_pipeline(self.batch_size, self.threads)
         with pipeline:
             pipeline.set_outputs(self._reflected_views() if self.views in REFLECTED else self._one_view())
         return pipeline
+
+    @property
+    def resamples(self) -> bool:
+        """Whether warps, mean and all behind them are torch's, see `alexprep.pipeline.resampling`."""
+        return self.augmentation.resamples(chance=self.views == "random")
 
     def decoding_pipeline(self, windowed: bool) -> Pipeline:
         """The decoding alone, of one image, with the inputs "encoded" and, if `windowed`, "start" and "shape"."""
@@ -97,6 +108,8 @@ class Graph:
         "shift": see `dali_ops.to_tensor`; "anchor": see `dali_ops.subtract_mean_window`; "factor", float32, to multiply by at the end.
         """
         augmentation = self.augmentation
+        if self.resamples:
+            return frozenset({"start"} | (set() if augmentation.fixed_windows else {"shape"}))
         noise = augmentation.noise != "none"
         names = {"start", "mirror"} | (set() if augmentation.fixed_windows else {"shape"})
         rows_pay = self.device == "cpu" and self.memory_format != "NCHW" and self.dtype != "uint8"
@@ -131,6 +144,8 @@ class Graph:
             return {**starts, **self._shape_input(windows[:, 0])}
         augmentation, statistics, names = self.augmentation, self.statistics, self.input_names
         windows, count = draws.windows_N4.astype(np.int32), len(draws.mirror_N)
+        if self.resamples:
+            return {"start": np.ascontiguousarray(windows[:, :2]), **self._shape_input(windows)}
         inputs: Inputs = {
             "start": np.ascontiguousarray(windows[:, :2]),
             "mirror": draws.mirror_N.astype(np.int32),
@@ -223,6 +238,8 @@ class Graph:
         return fn.external_source(name=name, no_copy=no_copy, **options)
 
     def _one_view(self) -> DataNode:
+        if self.resamples:
+            return self._resized(self._window())
         image = self._changed(self._resized(self._hooked("decode", self._window())))
         image = self._centred_view(image, "float32" if self._finishes else self.dtype)
         return dali_ops.cast(self._finished(image), self.dtype) if self._finishes else image
@@ -317,7 +334,7 @@ class Graph:
         views: dict[bool, list[DataNode]] = {False: [], True: []}
         for n in REFLECTED[self.views]:
             start = self._input(f"start{n}")
-            window = self._resized(fn.slice(whole, start=start, shape=shape, axes=(0, 1)))
+            window = self._resized(self._cut(whole, start, shape))
             for mirrored in (False, True):
                 mean = self._constant_window(n, mirrored) if self.augmentation.windowed_mean else None
                 subtract = None if mean is None else lambda image, mean=mean: image - mean
@@ -369,6 +386,8 @@ class Graph:
     def _window(self) -> DataNode:
         """uint8 (H, W, 3): the chosen window of each image."""
         start, shape = self._input("start"), self._shape()
+        if self.augmentation.pad:
+            return self._cut(self._whole(), start, shape)
         if self.raw:
             return dali_ops.cut(self._pixels(), start, shape, self.size)
         window = dali_ops.decode_window(self._input("encoded"), start, shape, self.decode, self.hw_decoder_load)
@@ -380,6 +399,16 @@ class Graph:
             return self._pixels()
         image = dali_ops.decode_crop(self._input("encoded"), device=self.decode, hw_decoder_load=self.hw_decoder_load)
         return self._on_device(image)
+
+    def _cut(self, whole: DataNode, start: DataNode, shape: DataNode | tuple[int, int]) -> DataNode:
+        """A window of each padded image."""
+        pad, background = self.augmentation.pad, self.augmentation.background
+        if not pad:
+            return fn.slice(whole, start=start, shape=shape, axes=(0, 1))
+        start = start - np.int32(pad)
+        return fn.slice(
+            whole, start=start, shape=shape, axes=(0, 1), out_of_bounds_policy="pad", fill_values=background
+        )
 
     def _shape(self) -> DataNode | tuple[int, int]:
         return self._view if self.augmentation.fixed_windows else self._input("shape")

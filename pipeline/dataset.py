@@ -55,7 +55,7 @@ class Dataset(SplitSamples):
                 "whole images of several sizes make no batch: choose a crop, and a scale to resize to it"
             )
         if augmentation.view is not None and augmentation.scale is None:
-            small = np.flatnonzero((self.sizes_N2 < np.array(augmentation.view)).any(axis=1))
+            small = np.flatnonzero((augmentation.padded(self.sizes_N2) < np.array(augmentation.view)).any(axis=1))
             if len(small):
                 (height, width), (rows, columns) = self.sizes_N2[small[0]].tolist(), augmentation.view
                 square = rows == columns

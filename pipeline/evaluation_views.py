@@ -44,7 +44,8 @@ def too_small(augmentation: Augmentation, height: int, width: int) -> str | None
     if augmentation.view is None or augmentation.scale is not None:
         return None
     rows, columns = augmentation.view
-    fits = rows <= height and columns <= width
+    more = 2 * augmentation.pad
+    fits = rows <= height + more and columns <= width + more
     return None if fits else f"{width} x {height} pixels are too few for a crop of {columns} x {rows}"
 
 

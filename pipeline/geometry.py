@@ -1,11 +1,13 @@
-"""Changes of shape: the resize, one affine pass of rotation, scale, shift and shear, and erased rectangles.
+"""Changes of shape: the resize, rotation, scale, shift and shear, elastic distortion, a digit's width, and erased rectangles.
 
-Their options, random parameters and numpy definitions; `alexprep.pipeline.dali_ops` has the same over DALI nodes. When each comes is said
+Their options, random parameters and numpy definitions; `alexprep.pipeline.dali_ops` has the same over DALI nodes, but for what `resampled` does, which is torch's in
+`alexprep.pipeline.resampling`. When each comes is said
 in `alexprep.pipeline.augmentation`.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -13,12 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alexprep.pipeline.colour import rising
-from alexprep.pipeline.random_numbers import AFFINE, ERASING, Words, below, between, unit
+from alexprep.pipeline.random_numbers import AFFINE, ELASTIC, ERASING, Words, below, between, unit
 from alexprep.shards.errors import AlexprepError, number_within
 
 Size = int | tuple[int, int]  # the side of a square, or height and width, pixels
 
 _ATTEMPTS = 10  # at a rectangle that fits; torchvision's number
+_SPACING, _MARGIN = 1.25, 2.0  # of the coarse grid, and how far it goes beyond the edges, in deviations of the Gaussian
+INK = 32  # grey levels from the background, beyond which a pixel belongs to a digit
 
 
 def sides(size: Size) -> tuple[int, int]:
@@ -61,6 +65,29 @@ class Affine:
                 number_within(f"affine: {name}", number, 0, high)
         if not rising(self.zoom, 100) or self.zoom[0] < 0.01:
             raise AlexprepError(f"affine: zoom {self.zoom!r} is not two factors, 0.01 <= a <= b <= 100")
+
+
+@dataclass(frozen=True)
+class Elastic:
+    """Elastic distortion: each pixel comes from a place moved by a smooth random field (Simard, Steinkraus and Platt, ICDAR 2003).
+
+    There the field is white noise on (-1, 1), one number a pixel and direction, convolved with a Gaussian and multiplied by `alpha`. Here the
+    noise is drawn on a grid 1.25 deviations wide and scaled so that the field has the same covariance, to 1 %: of 29 x 29 pixels a tenth of the
+    numbers. The displacement's standard deviation is 0.163 alpha / sigma pixels, along the rows and along the columns.
+
+    Attributes:
+        sigma: the Gaussian's standard deviation, pixels, 1 to 1,000.
+        alpha: bounds of the factor, which is uniform between them. By default those of Ciresan et al. (arXiv 1003.0358, 29 x 29 digits).
+    """
+
+    sigma: float = 5.5
+    alpha: tuple[float, float] = (36.0, 38.0)
+
+    def __post_init__(self) -> None:
+        """Refuses values out of bounds, with AlexprepError."""
+        number_within("elastic: sigma", self.sigma, 1, 1000)
+        if not rising(self.alpha, 1e6):
+            raise AlexprepError(f"elastic: alpha {self.alpha!r} is not two factors, 0 < a <= b <= 1,000,000")
 
 
 @dataclass(frozen=True)
@@ -153,6 +180,77 @@ def warp(image_HWC: NDArray[np.uint8], map_23: NDArray[np.float64], fill: float,
     lower = at(top + 1, left) * (1 - right) + at(top + 1, left + 1) * right
     rounded: NDArray[np.uint8] = np.rint(upper * (1 - down) + lower * down).astype(np.uint8)
     return rounded
+
+
+def draw_elastic(elastic: Elastic, view: tuple[int, int], words: Words) -> NDArray[np.float32]:
+    """The coarse noise of each sample, times its alpha: float32 (N, 2, rows, columns); first what moves along the rows of pixels, then down."""
+    shape = 2, *(smooth_waves(side, elastic.sigma).shape[1] for side in view)
+    count = math.prod(shape)
+    alpha = between(words(ELASTIC)[0], *elastic.alpha)
+    drawn = words(ELASTIC + 1 + np.arange(-(-count // 4)))  # (4, N, counters)
+    noise: NDArray[np.float32] = (
+        drawn.transpose(1, 2, 0).reshape(len(alpha), -1)[:, :count].astype(np.float32) * np.float32(2**-31) - 1
+    )
+    strong: NDArray[np.float32] = noise.reshape(-1, *shape) * alpha.astype(np.float32)[:, None, None, None]
+    return strong
+
+
+@functools.lru_cache(maxsize=64)
+def smooth_waves(side: int, sigma: float) -> NDArray[np.float32]:
+    """How much each number of the coarse noise moves each pixel of a side: float32 (side, numbers)."""
+    spacing = _SPACING * sigma
+    count = math.ceil((side + 2 * _MARGIN * sigma) / spacing) + 1
+    places = side / 2 + (np.arange(count) - (count - 1) / 2) * spacing
+    away = (np.arange(side)[:, None] + 0.5 - places) / sigma
+    # The sum over a cell of white noise has a deviation of sqrt(spacing) in each direction.
+    waves: NDArray[np.float64] = np.sqrt(spacing) * np.exp(-(away**2) / 2) / (np.sqrt(2 * np.pi) * sigma)
+    rounded: NDArray[np.float32] = waves.astype(np.float32)
+    return rounded
+
+
+def digit_map(image_HWC: NDArray[np.uint8], width: int, background: int) -> NDArray[np.float64]:
+    """Where points of an image come from whose digit, all that differs from the background, is to be `width` wide, in the middle: (2, 3).
+
+    Heights stay. The identity where nothing differs by more than 32 grey levels in any channel.
+    """
+    columns = np.flatnonzero((np.abs(image_HWC.astype(int) - background) > INK).any(axis=(0, 2)))
+    made = np.eye(2, 3)
+    if len(columns):
+        left, right = columns[0], columns[-1] + 1
+        made[0, 0] = (right - left) / width
+        made[0, 2] = (left + right) / 2 - made[0, 0] * image_HWC.shape[1] / 2
+    return made
+
+
+def resampled(
+    pixels_HWC: NDArray[np.float64],
+    maps: list[NDArray[np.float64]],
+    noise_2GG: NDArray[np.float32] | None,
+    sigma: float,
+    background: NDArray[np.float64],
+) -> NDArray[np.float64]:
+    """Affine maps and elastic distortion in one bilinear resampling, unrounded; beyond the image all is `background`, (C,).
+
+    A pixel's centre goes through the first map and is moved by the field at that pixel, then through the other maps, (2, 3) each.
+    """
+    height, width = pixels_HWC.shape[:2]
+    down, right = np.mgrid[:height, :width] + 0.5
+    places = np.stack([right, down])
+    for number, made in enumerate(maps):
+        places = np.einsum("ij,jhw->ihw", made[:, :2], places) + made[:, 2, None, None]
+        if number == 0 and noise_2GG is not None:
+            rows, columns = smooth_waves(height, sigma), smooth_waves(width, sigma)
+            places = places + np.einsum("hi,cij,wj->chw", rows, noise_2GG.astype(np.float64), columns)
+    x, y = places - 0.5
+    left, top = np.floor(x), np.floor(y)
+    padded = np.pad(pixels_HWC - background, ((1, 1), (1, 1), (0, 0)))
+    total = np.zeros_like(pixels_HWC)
+    for row, column in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        weight = (1 - np.abs(y - top - row)) * (1 - np.abs(x - left - column))
+        i = np.clip(top + row + 1, 0, height + 1).astype(int)
+        j = np.clip(left + column + 1, 0, width + 1).astype(int)
+        total += weight[..., None] * padded[i, j]
+    return total + background
 
 
 def draw_erased(erasing: Erasing, sizes_N2: NDArray[np.int64], words: Words) -> NDArray[np.int64]:

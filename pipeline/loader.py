@@ -31,6 +31,7 @@ from alexprep.pipeline.dataset import Dataset, OnBad, Source, open_dataset, stat
 from alexprep.pipeline.device import choose_device, moved
 from alexprep.pipeline.loader_settings import Tuning
 from alexprep.pipeline.read_ahead import ReadAhead
+from alexprep.pipeline.resampling import finished
 from alexprep.pipeline.sampler import BLOCK_SHARDS, Order, StepPlan
 from alexprep.shards.errors import AlexprepError, counted, one_of, whole_number
 from alexprep.shards.image_codec import HeaderCheck, raw_header
@@ -38,6 +39,8 @@ from alexprep.shards.rgb_statistics import Statistics
 from alexprep.shards.shard_cache import ShardCache
 
 _READ_AHEAD = 8  # steps whose samples are asked of the disk before they are decoded
+# Smaller steps go through DALI several at a time, up to so many images and pixels.
+_TOGETHER, _TOGETHER_PIXELS = 64, 64 * 64 * 64
 
 
 class Loader(torch.utils.data.IterableDataset[Batch]):
@@ -130,11 +133,16 @@ class Loader(torch.utils.data.IterableDataset[Batch]):
             drop_last=drop_last,
             together=2 if self._mixes else 1,
         )
+        self._most_together = self._steps_together(augmentation.view or dataset.size, views)
+        self._one_by_one = False  # since an image could not be decoded: the steps before it are delivered first
+        self._ready: deque[tuple[Batch, int]] = (
+            deque()
+        )  # batches that were made with others, and how many samples each lacks
         if dataset.samples.remote and order == "shuffle":
             raise AlexprepError(f"{data} is remote, where single images are slow to read: use order='blocks'")
         if dataset.samples.remote and cache is not None:
             dataset.samples.cache = ShardCache(cache, cache_limit)
-        held = self._plan.open_shards(_READ_AHEAD + tuning.prefetch + 1)
+        held = self._plan.open_shards(_READ_AHEAD + (tuning.prefetch + 1) * self._most_together)
         self._ahead = ReadAhead(dataset.samples, self._plan, held, onwards=views == "random")
         chosen = statistics_for(dataset, statistics) if augmentation.needs_statistics else None
         dataset.check(augmentation, chosen)
@@ -148,7 +156,7 @@ class Loader(torch.utils.data.IterableDataset[Batch]):
             views,
             raw=dataset.raw,
             size=dataset.size,
-            batch_size=self._plan.largest_part,
+            batch_size=self._plan.largest_part * self._most_together,
             threads=tuning.dali_threads,
             device=target.type,
             device_id=torch.cuda.current_device() if target.type == "cuda" and target.index is None else target.index,
@@ -197,44 +205,74 @@ class Loader(torch.utils.data.IterableDataset[Batch]):
         while self.epoch == epoch:
             yield self._next_batch()  # which is then the caller's alone
 
+    def _steps_together(self, size: tuple[int, int] | None, views: Views) -> int:
+        """How many steps go through DALI as one. Pairs are mixed within a step, whose draws know no other."""
+        if self._mixes or size is None:
+            return 1
+        images = min(_TOGETHER, _TOGETHER_PIXELS // (size[0] * size[1] * VIEWS.get(views, 1)))
+        return max(1, images // self._plan.largest_part)
+
     def _next_batch(self) -> Batch:
         try:
-            runner = self._running()
-            self._feed_ahead(runner)
-            step, images = runner.take()
-            self._feed_ahead(runner)  # before the caller works on this batch
-            labels = moved(torch.from_numpy(self._dataset.samples.labels[step.rows]), images.device)
-            batch = Batch(images, labels, torch.from_numpy(step.rows.copy()))
-            if self._mixes:
-                batch = cast(Batch, mixed_batch(batch, step.draws, self._graph.memory_format))
-            batch = batch._replace(images=batch.images.to(self._dtype))
-            following = self._plan.after(step.epoch, step.number)
+            if not self._ready:
+                self._make_ready()
+            batch, skipped = self._ready.popleft()
+            following = self._plan.after(self.epoch, self.step)
         except BaseException:
             # Also after Ctrl-C: what is under way no longer fits the state, which still points at this batch.
             self._abandon()
             raise
         self.epoch, self.step = following
-        self.skipped += step.skipped
+        self.skipped += skipped
         return batch
+
+    def _make_ready(self) -> None:
+        """Takes the next steps that went through DALI together, as batches."""
+        runner = self._running()
+        self._feed_ahead(runner)
+        try:
+            chunk, images = runner.take()
+        except AlexprepError:
+            if self._one_by_one or self._most_together == 1:
+                raise
+            self._abandon()
+            self._one_by_one = True
+            return self._make_ready()
+        self._feed_ahead(runner)  # before the caller works on this batch
+        labels = moved(torch.from_numpy(self._dataset.samples.labels[chunk.rows]), images.device)
+        whole = Batch(images, labels, torch.from_numpy(chunk.rows.copy()))
+        if self._mixes:
+            whole = cast(Batch, mixed_batch(whole, chunk.draws, self._graph.memory_format))
+        whole = whole._replace(images=whole.images.to(self._dtype))
+        if len(chunk.counts) == 1:
+            self._ready.append((whole, chunk.skipped))
+            return None
+        left = [chunk.of_step.count(number) for number in range(len(chunk.counts))]
+        parts = zip(*(torch.split(tensor, left) for tensor in whole), chunk.counts, left, strict=True)
+        self._ready.extend((Batch(*tensors), count - kept) for *tensors, count, kept in parts)
+        return None
 
     def _feed_ahead(self, runner: PipelineRunner) -> None:
         """Keeps enough steps under way. Training runs on into the next epoch, evaluation ends with its own."""
-        graph, plan, samples = self._graph, self._plan, self._dataset.samples
+        graph, plan = self._graph, self._plan
         while len(runner) <= self._tuning.prefetch:
             epoch, number = self._upcoming
             if graph.views != "random" and epoch != self.epoch:
                 break
-            self._ahead.reach(epoch, number)
-            rows, positions = plan.part(epoch, number)
+            together = 1 if self._one_by_one else min(self._most_together, len(self) - number)
+            self._ahead.reach(epoch, number, together)
+            parts = [plan.part(epoch, number + each) for each in range(together)]
+            rows, positions = (np.concatenate(each) for each in zip(*parts, strict=True))
             sizes = self._dataset.sizes_N2[rows]
             if graph.views == "random":
                 draws = draw(graph.augmentation, plan.seed, epoch, rows, sizes, positions)
             else:
                 draws = centred(graph.augmentation, sizes)
-            runner.feed(Step(epoch, number, rows, draws))
-            self._upcoming = plan.after(epoch, number)
-            if number + _READ_AHEAD < len(self):
-                samples.expect(plan.part(epoch, number + _READ_AHEAD)[0])
+            runner.feed(Step(epoch, number, rows, draws, [len(part) for part, _ in parts]))
+            for each in range(number, number + together):
+                self._upcoming = plan.after(epoch, each)
+                if each + _READ_AHEAD < len(self):
+                    self._dataset.samples.expect(plan.part(epoch, each + _READ_AHEAD)[0])
 
     def keys(self, indices: torch.Tensor | Sequence[int]) -> list[str]:
         """The keys of samples by their indices, as `Batch.indices` has them: the names of their members in the shards, without extension.
@@ -313,6 +351,7 @@ class Loader(torch.utils.data.IterableDataset[Batch]):
 
     def _abandon(self) -> None:
         """Leaves the pipeline and what it works on; the next batch is started anew from the state."""
+        self._ready.clear()
         runner, self._runner = self._runner, None
         if runner is not None:
             runner.close()
@@ -321,15 +360,30 @@ class Loader(torch.utils.data.IterableDataset[Batch]):
 
 @dataclass
 class Step:
-    """A rank's part of one step on its way through DALI."""
+    """A rank's part of one step on its way through DALI, or of several small ones that follow one another in an epoch."""
 
     epoch: int
-    number: int  # within its epoch
+    number: int  # of the first, within its epoch
     rows: NDArray[np.int64]
     draws: Draws
+    counts: Sequence[int] = ()  # of samples in each; none says that it is one
     skipped: int = 0  # samples that could not be decoded and were taken out of `rows` and `draws`
     failure: AlexprepError | None = None  # raised when the step's turn comes, after the steps before it
     read_in_place: Any = None  # by DALI, until the step is done: on a GPU, until its work is
+
+    def __post_init__(self) -> None:
+        """All samples are there."""
+        self.counts = self.counts or [len(self.rows)]
+        self.of_step = [
+            number for number, count in enumerate(self.counts) for _ in range(count)
+        ]  # which of them a sample belongs to
+
+    def leave_out(self, bad: Sequence[bool]) -> None:
+        """Takes samples out."""
+        good = ~np.array(bad, bool)
+        self.skipped += int(len(good) - good.sum())
+        self.rows, self.draws = self.rows[good], self.draws.only(good)
+        self.of_step = [number for number, kept in zip(self.of_step, good.tolist(), strict=True) if kept]
 
 
 class PipelineRunner:
@@ -449,9 +503,7 @@ class PipelineRunner:
                 f"{self._samples.where(int(step.rows[bad.index(True)]))} holds an image that cannot be decoded: leave such "
                 "images out with on_bad='skip', or make sound shards of them with `alexprep shard`"
             )
-        good = ~np.array(bad, bool)
-        step.skipped += sum(bad)
-        step.rows, step.draws = step.rows[good], step.draws.only(good)
+        step.leave_out(bad)
 
     def _images(self, rows_N: NDArray[np.int64]) -> list[NDArray[np.uint8]]:
         """What DALI gets of samples: their bytes, or their pixels where the shards are raw."""
@@ -500,8 +552,8 @@ class PipelineRunner:
         graph = self._graph
         if not len(step.rows):
             height, width = graph.augmentation.view or self.sizes_N2[0].tolist()
-            shape = (3, height, width) if graph.memory_format == "NCHW" else (height, width, 3)
-            images = self._empty((0, VIEWS[graph.views], *shape) if graph.views in REFLECTED else (0, *shape))
+            form = (height, width, 3) if graph.resamples or graph.memory_format != "NCHW" else (3, height, width)
+            images = self._empty((0, VIEWS[graph.views], *form) if graph.views in REFLECTED else (0, *form))
         elif self._device.type == "cuda":
             images = self._on_gpu(step)
         else:
@@ -509,10 +561,11 @@ class PipelineRunner:
             # Without a copy: DALI's own buffer, which is ours until the tensor is gone.
             images = torch.utils.dlpack.from_dlpack(output.as_tensor())
         step.read_in_place = None
-        return images.movedim(-1, -3) if graph.memory_format == "channels_last" else images
+        return finished(images, step.draws, graph)
 
     def _empty(self, shape: Sequence[int]) -> torch.Tensor:
-        return torch.empty(shape, dtype=getattr(torch, self._graph.dtype), device=self._device)
+        dtype = torch.uint8 if self._graph.resamples else getattr(torch, self._graph.dtype)
+        return torch.empty(shape, dtype=dtype, device=self._device)
 
     def _on_gpu(self, step: Step) -> torch.Tensor:
         """A copy: DALI takes a buffer back in the order of its own stream, so perhaps under a kernel of torch's that still reads it."""

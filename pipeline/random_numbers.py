@@ -7,17 +7,17 @@ What is drawn with them is said where it is defined: windows, mirrors and colour
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-Words = Callable[
-    [int], NDArray[np.uint64]
-]  # of a purpose: uint64 (4, N), uniform on [0, 2**32), for the N samples at hand
+# Of a purpose: uint64 (4, N), uniform on [0, 2**32), for the N samples at hand; of an array of purposes (P,): uint64 (4, N, P).
+Words = Callable[[Any], NDArray[np.uint64]]
 
 # Tells the uses of a sample's numbers apart: the counter's last word. Of some uses there are several, which follow the first.
 GEOMETRY, NOISE, SHARED, ATTEMPT = 0, 1, 2, 16
-JITTER, BLUR, AFFINE, ERASING, MIXING, POLICY, HOOK = 32, 40, 48, 64, 96, 128, 2**16
+JITTER, BLUR, AFFINE, ERASING, MIXING, POLICY, HOOK, ELASTIC = 32, 40, 48, 64, 96, 128, 2**16, 2**20
 
 _MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
 _WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -27,7 +27,7 @@ _SHIFT = np.uint64(32)
 
 
 def philox(counter: NDArray[np.uint64], key: tuple[int, int]) -> NDArray[np.uint64]:
-    """Philox 4x32-10: uint64 (4, N), uniform on [0, 2**32), of a counter of this shape and a key, all below 2**32.
+    """Philox 4x32-10: uint64 (4, …), uniform on [0, 2**32), of a counter of this shape and a key, all below 2**32.
 
     >>> [hex(word) for word in philox(np.zeros((4, 1), np.uint64), (0, 0))[:, 0].tolist()]  # Random123's known answer
     ['0x6627e8d5', '0xe169c58d', '0xbc57ac4c', '0x9b00dbd8']
@@ -40,10 +40,12 @@ def philox(counter: NDArray[np.uint64], key: tuple[int, int]) -> NDArray[np.uint
     return np.stack([a, b, c, d])
 
 
-def words_of(seed: int, epoch: int, keys_N: NDArray[np.int64], purpose: int) -> NDArray[np.uint64]:
-    """Four random words for each key: uint64 (4, N), uniform on [0, 2**32)."""
-    keys = keys_N.astype(np.uint64)
-    counter = np.stack([keys & _LOW, keys >> _SHIFT, np.full_like(keys, epoch), np.full_like(keys, purpose)])
+def words_of(seed: int, epoch: int, keys_N: NDArray[np.int64], purpose: int | NDArray[np.int64]) -> NDArray[np.uint64]:
+    """Four random words for each key: uint64 (4, N), uniform on [0, 2**32); of many purposes (P,) at once, uint64 (4, N, P)."""
+    keys, purposes = keys_N.astype(np.uint64), np.asarray(purpose, np.uint64)
+    keys = keys[:, None] if purposes.ndim else keys
+    counter = np.empty((4, len(keys), *purposes.shape), np.uint64)
+    counter[0], counter[1], counter[2], counter[3] = keys & _LOW, keys >> _SHIFT, epoch, purposes
     return philox(counter, (seed & 0xFFFFFFFF, seed >> 32))
 
 

@@ -30,20 +30,25 @@ class ReadAhead:
             Counter()
         )  # how many of these steps need a shard; in the order of the first need
         self._reached: tuple[int, int] | None = None
+        self._together = 0  # steps from there on that are read at once,
+        self._following: tuple[int, int] | None = None  # and the one behind them
         self._next = (0, 0)  # the first step out of sight
 
-    def reach(self, epoch: int, step: int) -> None:
-        """Says that the samples of a step are about to be read. Nothing is done for shards on a disk."""
+    def reach(self, epoch: int, step: int, together: int = 1) -> None:
+        """Says that the samples of a step are about to be read, or of several steps `together`. Nothing is done for shards on a disk."""
         if not self._samples.remote or self._reached == (epoch, step):
             return
         before = self._steps_with.keys() | set()
-        if self._reached is not None and self._plan.after(*self._reached) == (epoch, step):
-            self._pass()
+        if self._following == (epoch, step):
+            for _ in range(self._together):
+                self._pass()
         else:
             self._forget()
             self._next = epoch, step
-        self._reached = epoch, step
-        while not self._sight or (len(self._steps_with) < self._held and self._follows(epoch)):
+        self._reached, self._together, self._following = (epoch, step), together, (epoch, step)
+        for _ in range(together):
+            self._following = self._plan.after(*self._following)
+        while len(self._sight) < together or (len(self._steps_with) < self._held and self._follows(epoch)):
             if not self._look():
                 break
         if self._steps_with.keys() != before:
@@ -65,7 +70,7 @@ class ReadAhead:
         """Takes one more step into sight; False where there would be too many shards."""
         rows = self._plan.part(*self._next)[0]
         shards = tuple(dict.fromkeys(self._samples.index["shard"][rows].tolist()))
-        if self._sight and len(self._steps_with.keys() | set(shards)) > self._held:
+        if len(self._sight) >= self._together and len(self._steps_with.keys() | set(shards)) > self._held:
             return False
         self._sight.append(shards)
         self._steps_with.update(shards)

@@ -370,7 +370,7 @@ def _most_bytes(target: Target) -> int:
     if target.fit == "none":
         return _MOST_AS_IT_IS
     # No encoding is larger than the pixels; metadata in kept bytes may be.
-    return 3 * math.prod(target.box) * (_MOST_OBLONG if target.fit == "shorter" else 1)
+    return 3 * math.prod(target.canvas or target.box) * (_MOST_OBLONG if target.fit == "shorter" else 1)
 
 
 def predict(source: Source, make: Callable[[], Codec], missing: list[Shard], table: PlanTable, engine: Engine) -> int:

@@ -83,6 +83,9 @@ class Target:
     only_shrink: bool = False
     lossless: bool = False  # of WebP
     webp_method: int = 4  # how hard WebP's encoder tries, 0-6; libwebp's default
+    pad: int | tuple[int, int] | None = (
+        None  # side, or height and width, of a black canvas that has the image in its middle, pixels
+    )
 
     @property
     def box(self) -> tuple[int, int]:
@@ -92,7 +95,25 @@ class Target:
     @property
     def common_size(self) -> tuple[int, int] | None:
         """Height and width that every image gets; None where they depend on the image."""
+        if self.pad is not None:
+            return self.canvas
         return self.box if self.fit == "square" and not self.only_shrink else None
+
+    @property
+    def canvas(self) -> tuple[int, int] | None:
+        """Height and width of the canvas, pixels."""
+        return (self.pad, self.pad) if isinstance(self.pad, int) else self.pad
+
+    def padded(self, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """Resized pixels in the middle of the canvas, where there is one; of an odd rest more lies below and to the right.
+
+        >>> Target(pad=4).padded(np.ones((1, 2, 3), np.uint8))[:, :, 0].tolist()
+        [[0, 0, 0, 0], [0, 1, 1, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
+        """
+        if self.canvas is None:
+            return pixels
+        rest = [whole - side for whole, side in zip(self.canvas, pixels.shape[:2], strict=True)]
+        return np.pad(pixels, [*((each // 2, each - each // 2) for each in rest), (0, 0)])
 
     def resize(self, height: int, width: int) -> Resize:
         """The resize of an image of height x width: the side that decides becomes the box's, the other one is rounded half up.
@@ -124,7 +145,7 @@ class Target:
 
     def keeps(self, height: int, width: int) -> bool:
         """Whether the whole image stays as it is."""
-        return self._scaled(height, width) == ((height, width), (height, width))
+        return self.pad is None and self._scaled(height, width) == ((height, width), (height, width))
 
     def beyond(self, height: int, width: int) -> str | None:
         """Why an image would become larger than is possible, or than an image may be; None where it would not."""
@@ -247,7 +268,7 @@ class Codec:
             if region is not None:
                 if orientation == 1 and self._is_target_stream(stream, data):
                     return _kept(data, height, width)
-                return Converted(self.encode(resize(region)), width, height, resize.size, kept=False)
+                return self._in_form(resize(region), width, height)
         return self._convert_with_pillow(data)
 
     def _convert_with_pillow(self, data: bytes, damage: str | None = None, picture: bytes = b"") -> Converted | Refused:
@@ -271,8 +292,13 @@ class Codec:
             return Refused(words, width, height)
         resize = self.target.resize(*pixels.shape[:2])
         top, left, bottom, right = resize.region
-        encoded = self.encode(resize(pixels[top:bottom, left:right]))
-        return Converted(encoded, width, height, resize.size, kept=False, damage=damage)
+        return self._in_form(resize(pixels[top:bottom, left:right]), width, height, damage)
+
+    def _in_form(self, pixels: NDArray[np.uint8], width: int, height: int, damage: str | None = None) -> Converted:
+        """Resized pixels of an image that was so wide and high."""
+        whole = self.target.padded(pixels)
+        size = whole.shape[0], whole.shape[1]
+        return Converted(self.encode(whole), width, height, size, kept=False, damage=damage)
 
     def encode(self, pixels: NDArray[np.uint8]) -> bytes:
         """Encodes uint8 (H, W, 3) RGB as the target's format says."""

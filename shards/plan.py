@@ -61,7 +61,7 @@ SHARD_SAMPLES = 1024
 _MANY, _FEW = 16, 64
 _DECIDES_BYTES, _ON_A_GPU = ("alexprep", "nvimgcodec", "pillow", "simplejpeg"), ("nvjpeg", "torch")
 # Of a target, what a plan has nothing of where it is at its default: releases that did not know it go on.
-_ADDED = ("on_damaged", "fit", "only_shrink", "lossless", "webp_method")
+_ADDED = ("on_damaged", "fit", "only_shrink", "lossless", "webp_method", "pad")
 NO_IDENTITY = ("account", "words")  # of a plan: files that are no inputs; what people read
 _TAKEN_OVER = (*NO_IDENTITY, "choices")  # of a plan that is gone on with, without a comparison
 _SPLIT_STREAM = {"train": 0, "val": 1, "test": 2}
@@ -120,11 +120,29 @@ class ShardOptions:
             raise AlexprepError(
                 f"{words} says nothing with --fit none, which leaves images as large as they are: leave it out"
             )
+        self._check_pad()
         if t.format != "webp" and (t.lossless or t.webp_method != Target.webp_method):
             words = "--lossless" if t.lossless else f"--webp-method {t.webp_method}"
             raise AlexprepError(
                 f"{words} is of WebP: give --format webp too" + (", or png, which is lossless" if t.lossless else "")
             )
+
+    def _check_pad(self) -> None:
+        t = self.target
+        if t.pad is None:
+            return
+        if not isinstance(t.pad, int) and not (isinstance(t.pad, tuple) and len(t.pad) == 2):
+            raise AlexprepError(f"pad {t.pad!r} is neither the side of a square nor (height, width), pixels")
+        words = size_words(t.pad)
+        canvas = t.canvas or (0, 0)
+        if t.fit not in ("square", "longer"):
+            raise AlexprepError(
+                f"--pad {words} needs images that fit into it: give --fit square or longer, not {t.fit}"
+            )
+        if not all(side <= whole <= 8192 for side, whole in zip(t.box, canvas, strict=True)):
+            raise AlexprepError(f"--pad {words} is not between --size {size_words(t.size)} and 8192 pixels")
+        if t.device != "cpu":
+            raise AlexprepError(f"--pad {words} is for --device cpu: leave one of them out")
 
 
 @dataclass(frozen=True)
@@ -296,6 +314,7 @@ def _recorded(options: ShardOptions, along: bool = False) -> dict[str, Any]:
     labels = options.labels if named else LISTED
     target, (rows, columns) = asdict(options.target), options.target.box
     target |= {name: None for name in _ADDED if target[name] == getattr(Target, name)}
+    target["pad"] = list(target["pad"]) if isinstance(target["pad"], tuple) else target["pad"]
     return {
         **target,
         "size": rows if rows == columns else [rows, columns],
@@ -328,7 +347,7 @@ def _shown(name: str, value: Any) -> str:
     """The value of an option for messages; of one that says nothing what that means."""
     if name in _ADDED and value is None:
         value = getattr(Target, name)
-    if name == "size":
+    if name in ("size", "pad") and value is not None:
         return size_words(value)
     if name == "metadata":
         return value if isinstance(value, str) else ",".join(value or [NONE])
@@ -357,8 +376,7 @@ def target_in(options: Mapping[str, Any]) -> Target:
     """The form of images that the options of a plan.json or dataset.json say; what they do not say is at its default."""
     given = {field.name: options.get(field.name) for field in fields(Target)}
     said: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    if isinstance(said.get("size"), list):
-        said["size"] = tuple(said["size"])
+    said |= {name: tuple(said[name]) for name in ("size", "pad") if isinstance(said.get(name), list)}
     return Target(**said)
 
 

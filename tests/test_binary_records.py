@@ -319,6 +319,17 @@ def test_small_norb_gives_both_images_of_a_pair(ending: str, tmp_path: Path) -> 
     assert listed(found(some, "norb")) == inputs
 
 
+def test_stereo_norb_gives_a_pair_as_one_picture(tmp_path: Path) -> None:
+    truth = norb(tmp_path)
+    assert find_source(str(tmp_path)).layout == "norb"  # only where it is named
+    pairs = zip(truth[::2], truth[1::2], strict=True)
+    whole = [
+        (split, name, np.stack([left, right, np.zeros_like(left)], axis=2))
+        for (split, name, left), (_, _, right) in pairs
+    ]
+    check(find_source(str(tmp_path), "norb-stereo"), whole, TOYS)
+
+
 def test_damaged_norb_is_refused(tmp_path: Path) -> None:
     norb(tmp_path)
     dat, cat = (tmp_path / PREFIX.format("01235", "testing", kind) for kind in ("dat", "cat"))

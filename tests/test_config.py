@@ -130,6 +130,7 @@ def test_a_released_recipe_means_what_it_meant() -> None:
         return value in (None, 0.0, [], "random") or (part, name, value) in paper
 
     paper = [("network", "activation", "relu"), ("network", "norm", True), ("network", "dropout", True)]
+    paper += [("augmentation", "channels", 3)]
     plain = recipes.RECIPES["alexnet"]
     defaults = {
         name: told["alexnet"][name] for name in ("batch_size", "lr", "momentum", "decay", "bias_decay", "width")

@@ -409,3 +409,47 @@ def test_webp_and_whole_oblong_images_come_out_of_the_loader(photos: Path, tmp_p
         (batch,) = loader
     for row in range(9):
         np.testing.assert_array_equal(batch.images[row].numpy().transpose(1, 2, 0), _picture(samples, row))
+
+
+# Images on a canvas.
+
+
+def test_padded_images_are_the_others_in_the_middle_of_a_canvas(photos: Path, oblong: Path, tmp_path: Path) -> None:
+    """Boxes and whole images, in an odd rest too; what is verified, gone on with, and made of photos at hand agrees."""
+    for fit, box, canvas in (("square", (28, 40), (33, 40)), ("longer", (24, 24), (24, 29))):
+        folders = []
+        for pad in (None, canvas):
+            folders.append(tmp_path / f"{fit}-{pad is None}")
+            target = Target(size=box, fit=fit, format="png", pad=pad)  # type: ignore[arg-type]
+            options = ShardOptions(target, shard_samples=30, limit=7)
+            convert(photos, folders[-1], options, _engine())
+            assert not verify(folders[-1], _engine(), decode=True).problems
+            assert convert(photos, folders[-1], options, _engine()).made_inputs == 0
+        bare, padded = (Samples(folder, "val") for folder in folders)
+        assert padded.common_size == canvas and stored_sides(folders[1], read_dataset(folders[1])) == (min(canvas),) * 2
+        for row in range(7):
+            image, whole = (np.asarray(Image.open(io.BytesIO(each.encoded(row).tobytes()))) for each in (bare, padded))
+            assert whole.shape == (*canvas, 3)
+            top, left = ((side - part) // 2 for side, part in zip(canvas, image.shape, strict=False))
+            assert (whole[top : top + image.shape[0], left : left + image.shape[1]] == image).all()
+            assert whole.astype(int).sum() == image.astype(int).sum()
+        made = Codec(target_of(read_dataset(folders[1]))).convert(np.full((30, 20, 3), 9, np.uint8))
+        assert isinstance(made, Converted) and made.size == canvas
+        with pytest.raises(AlexprepError, match=f"--pad was {canvas[1]}x{canvas[0]}, now is not given"):
+            convert(photos, folders[1], replace(options, target=replace(target, pad=None)), _engine())
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"pad": 30}, "--pad 30 is not between --size 32 and 8192 pixels"),
+        ({"pad": (40, 9000)}, "--pad 9000x40 is not between"),
+        ({"pad": 40, "fit": "shorter"}, "--pad 40 needs images that fit into it: give --fit square or longer"),
+        ({"pad": 40, "device": "cuda"}, "--pad 40 is for --device cpu"),
+        ({"pad": "40"}, "pad '40' is neither the side"),
+    ],
+)
+def test_canvases_that_cannot_be_are_refused(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(AlexprepError) as error:
+        ShardOptions(Target(size=32, **options))
+    assert words in str(error.value)

@@ -279,9 +279,12 @@ def test_a_cut_image_is_judged_by_its_window(data: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("trouble", [lambda path: os.truncate(path, 2000), os.unlink], ids=["cut", "gone"])
-def test_a_shard_cut_or_gone_while_in_use(trouble: Callable[[Path], None], data: Path, tmp_path: Path) -> None:
+def test_a_shard_cut_or_gone_while_in_use(
+    trouble: Callable[[Path], None], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Never a crash or a hang: an error that names the shard, also where bad images are skipped."""
     copy = Path(shutil.copytree(data, tmp_path / "data"))
+    monkeypatch.setattr("alexprep.pipeline.loader._TOGETHER", 2)  # or all would be read by now
     with Loader(copy, batch_size=2, augmentation=PLAIN, order="sequential", on_bad="skip") as loader:
         batches = iter(loader)
         next(batches)

@@ -31,8 +31,8 @@ from alexprep.train import recipes
 from alexprep.train.data import Examples, MixedExamples
 from alexprep.train.distributed.parallel import Parallel
 from alexprep.train.distributed.world import World
+from alexprep.train.losses import mixed_loss
 from alexprep.train.trainer import train
-from alexprep.train.training_state import mixed_loss
 from tests import training_ranks as ranks
 from tests.made_up import BATCH, MadeUpLoader, small_recipe
 from tests.support.chances import check_as_often

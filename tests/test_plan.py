@@ -114,6 +114,7 @@ def test_a_released_default_never_changes() -> None:
         "only_shrink": None,
         "lossless": None,
         "webp_method": None,
+        "pad": None,
         "metadata": None,
     }
     assert ShardOptions().shard_samples is None

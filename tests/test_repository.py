@@ -49,6 +49,7 @@ FENCES = {
             "pipeline/batch.py",
             "pipeline/device.py",
             "pipeline/loader.py",
+            "pipeline/resampling.py",
             "pipeline/loader_settings.py",
         ),
         "pipeline/wds_pipeline.py",
@@ -67,8 +68,8 @@ FENCES = {
 # Inside train/ an import goes to the same floor or to a lower one. A name stands for itself and for what is below it.
 FLOORS = [
     ("signals_and_memory", "distributed.world"),
-    ("distributed.tensor_parallel", "lr_schedule", "optimizer", "precision", "checkpoint", "models"),
-    ("model_libraries", "user_code", "metrics", "data"),
+    ("distributed.tensor_parallel", "lr_schedule", "optimizer", "precision", "checkpoint", "models", "losses"),
+    ("model_libraries", "layer_file_lines", "layer_files", "user_code", "metrics", "data"),
     ("logger", "profiler", "recipes", "settings", "distributed.parallel"),
     ("run_dir", "initial_weights", "config"),
     ("training_state",),
@@ -89,6 +90,7 @@ FLOORS = [
         "report",
         "launch",
         "ablation",
+        "gradient_check",
         "loader_overlap",
         "demo",
     ),

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from alexprep.train.distributed.world import World, from_environment
     from alexprep.train.evaluation import Evaluation, evaluate, evaluate_run
     from alexprep.train.export import Exported, export_run
+    from alexprep.train.gradient_check import Checked, check_gradients
     from alexprep.train.launch import RankFailed, launch_ranks
     from alexprep.train.layer_outputs import (
         LayerOutputs,
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     )
     from alexprep.train.models.alexnet import AlexNet, alexnet, alexnet_1gpu, alexnet_6conv, alexnet_2012, alexnet_owt
     from alexprep.train.models.cifar import ConvLocal, cifar10_quick_net, conv_local_11pct, conv_local_13pct, tiny_net
+    from alexprep.train.models.columns import ColumnNet
     from alexprep.train.models.layers import (
         LocallyConnected2d,
         LocalResponseNorm,
@@ -49,6 +51,8 @@ if TYPE_CHECKING:
         Scale,
         SpatialResponseNorm,
     )
+    from alexprep.train.models.pools_and_dropconnect import DropConnect, L2Pool2d, StochasticPool2d
+    from alexprep.train.models.small import SmallNet
     from alexprep.train.optimizer import MomentumSGD, parameter_groups
     from alexprep.train.precision import float32_kernels, logits
     from alexprep.train.prediction_table import PredictionTable, read_predictions, write_predictions
@@ -63,17 +67,21 @@ __all__ = [
     "AlexNet",
     "BinaryCodes",
     "ByHand",
+    "Checked",
     "Checkpoint",
     "Classified",
     "Classifier",
+    "ColumnNet",
     "ConvLocal",
     "Cosine",
     "DExp",
+    "DropConnect",
     "EarlyStop",
     "Evaluation",
     "EvaluationTransform",
     "Examples",
     "Exported",
+    "L2Pool2d",
     "LayerOutputs",
     "Linear",
     "Loaded",
@@ -93,8 +101,10 @@ __all__ = [
     "Schedule",
     "ScheduleState",
     "Similar",
+    "SmallNet",
     "SpatialResponseNorm",
     "Steps",
+    "StochasticPool2d",
     "TrainConfig",
     "WarmUp",
     "World",
@@ -104,6 +114,7 @@ __all__ = [
     "alexnet_6conv",
     "alexnet_2012",
     "alexnet_owt",
+    "check_gradients",
     "cifar10_quick_net",
     "conv_local_11pct",
     "conv_local_13pct",
@@ -143,6 +154,7 @@ _HOMES = {
     "data": ("Examples",),
     "distributed.parallel": ("Parallel",),
     "distributed.world": ("World", "from_environment"),
+    "gradient_check": ("Checked", "check_gradients"),
     "launch": ("RankFailed", "launch_ranks"),
     "evaluation": ("Evaluation", "evaluate", "evaluate_run"),
     "export": ("Exported", "export_run"),
@@ -154,7 +166,10 @@ _HOMES = {
     ),
     "models.alexnet": ("AlexNet", "alexnet", "alexnet_1gpu", "alexnet_2012", "alexnet_6conv", "alexnet_owt"),
     "models.cifar": ("ConvLocal", "cifar10_quick_net", "conv_local_11pct", "conv_local_13pct", "tiny_net"),
+    "models.columns": ("ColumnNet",),
     "models.layers": ("LocalResponseNorm", "LocallyConnected2d", "PaperDropout", "Scale", "SpatialResponseNorm"),
+    "models.pools_and_dropconnect": ("DropConnect", "L2Pool2d", "StochasticPool2d"),
+    "models.small": ("SmallNet",),
     "optimizer": ("MomentumSGD", "parameter_groups"),
     "precision": ("float32_kernels", "logits"),
     "prediction_table": ("PredictionTable", "read_predictions", "write_predictions"),

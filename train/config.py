@@ -326,7 +326,9 @@ def prepare(
         recipe, made, said = try_user_network(recipe, recipe.network, facts.classes, seed, scheme, config.ranks)
         identity |= {"recipe": recipe.describe(), "layers": made}
         notes += said
-    elif config.settings:  # a recipe that nobody tried
+    if summary := recipe.summary():
+        notes.append(f"layers of {summary}")
+    if not isinstance(recipe.network, UserNetwork) and config.settings:  # a recipe that nobody tried
         recipe.make_optimizer(recipe.make_network(facts.classes, seed))
     if check_statistics:
         identity |= _check_images(config, data, recipe, begins=run is None)

@@ -51,6 +51,9 @@ SHAPES = {
 }
 
 
+CHANNELS = {3: "RGB", 2: "RG", 1: "mean of R, G and B"}  # of the network's input
+
+
 @dataclass(frozen=True)
 class Exported:
     """What was written."""
@@ -191,10 +194,11 @@ def _in_memory(write: Callable[[Any], object]) -> bytes:
 
 
 def _images(opened: Opened) -> torch.Tensor:
-    """Noise as deviating as photographs are once they are divided as the recipe says: float32 (3, 3, crop, crop)."""
+    """Noise as deviating as photographs are once they are divided as the recipe says: float32 (3, channels, crop, crop)."""
     crop, transform = opened.net.recipe.crop, opened.transform
+    channels = transform.augmentation.channels
     deviation = PIXEL_DEVIATION / float(channel_stdevs(transform.statistics, transform.augmentation).mean())
-    return torch.randn(3, 3, crop, crop, generator=torch.Generator().manual_seed(0)) * deviation
+    return torch.randn(3, channels, crop, crop, generator=torch.Generator().manual_seed(0)) * deviation
 
 
 def _logits(network: nn.Module, images: torch.Tensor) -> torch.Tensor:
@@ -287,7 +291,12 @@ def _document(opened: Opened, facts: Mapping[str, Any]) -> dict[str, Any]:
         "epochs": net.epochs,
         "recipe": net.recipe.name,
         "data_digest": net.data_digest,
-        "input": {"name": "images", "dtype": "float32", "shape": ["batch", 3, crop, crop], "channels": "RGB"},
+        "input": {
+            "name": "images",
+            "dtype": "float32",
+            "shape": ["batch", net.recipe.augmentation.channels, crop, crop],
+            "channels": CHANNELS[net.recipe.augmentation.channels],
+        },
         "output": {"name": "logits", "dtype": "float32", "shape": ["batch", net.classes]},
         "preprocessing": _preprocessing(opened.transform),
         "classes": opened.dataset["classes"],
@@ -301,6 +310,9 @@ def _preprocessing(transform: EvaluationTransform) -> dict[str, Any]:
     augmentation, target = transform.augmentation, transform.target
     mean: dict[str, Any] = {"grey_levels": channel_means(transform.statistics, augmentation).tolist()}
     told: dict[str, Any] = {
+        "pad": augmentation.pad,
+        "background": augmentation.background,
+        "normalised_width": augmentation.normalised_width,
         "crop": augmentation.crop,
         "resize": augmentation.crop if augmentation.scale is not None else None,
         "shown": augmentation.evaluation_scale if augmentation.scale is not None else None,
@@ -312,6 +324,7 @@ def _preprocessing(transform: EvaluationTransform) -> dict[str, Any]:
         return {"stored_image": None, "centre_view": None, "ten_views": None} | told
     stored: dict[str, Any] = {
         "size": target.size,
+        "pad": target.pad,
         "filter": target.filter,
         "orient": target.orient,
         "format": target.format,

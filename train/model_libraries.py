@@ -10,7 +10,7 @@ import functools
 import importlib
 import re
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 from torch import nn
 
@@ -22,8 +22,15 @@ _WITH_AUXILIARY = ("googlenet", "inception_v3")  # have further outputs in train
 CROP, EVALUATION_SCALE = 224, 0.875  # where a library does not say
 
 
+class NetworkInput(Protocol):
+    """What a network is shown, whatever the recipe says."""
+
+    def fitted(self, augmentation: Augmentation, stored_sizes: tuple[int, int]) -> tuple[Augmentation, tuple[int, int]]:
+        """An augmentation, and the sides of the stored images that it is meant for, changed for the network."""
+
+
 @dataclass(frozen=True)
-class Pixels:
+class Pixels(NetworkInput):
     """What a network's library shows it."""
 
     crop: int
@@ -53,9 +60,13 @@ class LibraryFactory:
         """As the user names it: timm/NAME or torchvision/NAME."""
         return f"{self.library}/{self.name}"
 
-    def __call__(self, classes: int, crop: int) -> nn.Module:
+    def __call__(self, classes: int, crop: int, in_channels: int = 3) -> nn.Module:
         """The network with the library's initial weights."""
-        made = self._timm(classes, crop) if self.library == "timm" else self._torchvision(classes, crop)
+        if self.library != "timm" and in_channels != 3:
+            raise AlexprepError(
+                f"networks of {self.library} see 3 channels, not {in_channels}: set augmentation.channels to 3"
+            )
+        made = self._timm(classes, crop, in_channels) if self.library == "timm" else self._torchvision(classes, crop)
         assert isinstance(made, nn.Module)
         return made
 
@@ -67,8 +78,9 @@ class LibraryFactory:
         """
         return _timm_pixels(self.name) if self.library == "timm" else _torchvision_pixels(self.name)
 
-    def _timm(self, classes: int, crop: int) -> Any:
-        pixels, more = self.pixels(), {}
+    def _timm(self, classes: int, crop: int, in_channels: int) -> Any:
+        pixels = self.pixels()
+        more: dict[str, int] = {} if in_channels == 3 else {"in_chans": in_channels}
         if pixels.fixed and crop != pixels.crop:
             more["img_size"] = crop
         return _library("timm").create_model(self.name, pretrained=False, num_classes=classes, **more)

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from alexprep.shards.errors import AlexprepError
 from alexprep.train.models import cuda_kernels
+from alexprep.train.models.layers import LocallyConnected2d
 
 PAPER = "paper"  # the name of `MomentumSGD` among optimizers
 SLOT = "optimizer."  # and the name that torch's optimizers give to a tensor of their state
@@ -294,6 +295,45 @@ def torch_class(name: str, momentum: float) -> tuple[type[Optimizer], dict[str, 
 def by_element(name: str) -> bool:
     """Whether a rule moves each number by its own gradients alone, so that ranks can share a tensor's parts."""
     return name in BY_ELEMENT
+
+
+def add_l1(groups: Sequence[Mapping[str, Any]], strength: float) -> None:
+    """Adds the gradient of strength · sum of |w| to those of all weights that have one; biases, the last group, have no such penalty.
+
+    >>> weight = torch.nn.Parameter(torch.tensor([2.0, 0.0, -1.0]))
+    >>> weight.grad = torch.zeros(3)
+    >>> add_l1([{"params": [weight]}, {"params": []}], 0.5)
+    >>> weight.grad.tolist()
+    [0.5, 0.0, -0.5]
+    """
+    for group in groups[:-1]:
+        for weight in group["params"]:
+            if weight.grad is not None:
+                weight.grad.add_(weight.detach().sign(), alpha=strength)
+
+
+@torch.no_grad()
+def shorten_kernels(network: nn.Module, longest: float) -> None:
+    """Makes the weights into each unit a vector that is no longer than `longest`, if it is (max-norm, Srebro et al. 2005; Srivastava et al. 2014).
+
+    Of linear layers, convolutions and locally connected layers; a unit's weights lie whole on one rank, however these share a network.
+
+    >>> layer = torch.nn.Linear(2, 2)
+    >>> _ = layer.weight.data.copy_(torch.tensor([[3.0, 4.0], [0.3, 0.4]]))
+    >>> shorten_kernels(layer, 1.0)
+    >>> layer.weight.detach().norm(dim=1).tolist()
+    [1.0, 0.5]
+    """
+    for layer in network.modules():
+        if isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+            inputs = tuple(range(1, layer.weight.dim()))
+        elif isinstance(layer, LocallyConnected2d):
+            inputs = (2, 3, 4)
+        else:
+            continue
+        if layer.weight.requires_grad:
+            lengths = torch.linalg.vector_norm(layer.weight, dim=inputs, keepdim=True)
+            layer.weight.mul_((longest / lengths.clamp(min=1e-30)).clamp(max=1.0))
 
 
 def parameter_groups(

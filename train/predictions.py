@@ -37,7 +37,7 @@ from alexprep.train.user_code import (
 
 # The parts of a recipe that outputs of a trained network depend on; the others belong to the training that is over.
 NETWORK = ("network", "width")
-PIXELS = ("crop", "scale", "evaluation_scale", "mean", "std")
+PIXELS = ("crop", "pad", "background", "normalised_width", "channels", "scale", "evaluation_scale", "mean", "std")
 EvaluationViews = Literal["centre", "two", "ten"]
 
 

@@ -224,7 +224,8 @@ def _changed(value: Any, settings: dict[str, Any], at: str, hint: Any, whole: Re
     """A value with settings, by their fields below it; "" is the value itself."""
     if "" in settings:
         given = settings.pop("")
-        value = _read(given, hint, at, whole) if isinstance(given, str) else given
+        as_it_is = _has_fields(value) and not callable(value) and given == type(value).__name__
+        value = value if as_it_is else _read(given, hint, at, whole) if isinstance(given, str) else given
     if not settings:
         return value
     if isinstance(value, collections.abc.Mapping):
@@ -325,8 +326,8 @@ def _value(text: str, hint: Any) -> Any:
                 continue
     elif hint is NoneType and text.lower() in ("none", "null"):
         return None
-    elif origin is Literal and text in parts:
-        return text
+    elif origin is Literal and text in map(str, parts):
+        return next(part for part in parts if str(part) == text)
     elif origin is tuple:
         return _tuple(text, parts)
     elif hint is bool and text.lower() in ("true", "false"):

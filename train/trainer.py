@@ -259,7 +259,8 @@ class Run:
         if val is not None:
             position.note_best(val)
         self.meter.record_epoch(means, **where, seconds=position.epoch_seconds, val=val, best=position.best)
-        if position.epoch == 0 and (doubt := loss_doubt(self.job.facts.classes, means.loss, val)):
+        loss = means.loss if self.job.recipe.loss == "softmax" else None  # no other is comparable to a guess's
+        if position.epoch == 0 and (doubt := loss_doubt(self.job.facts.classes, loss, val)):
             self.meter.say(doubt)
         error = means.top1_error if val is None else float(val["top1_error"])
         position.schedule = state.recipe.schedule.after_epoch(position.schedule, position.epoch + 1, error)
@@ -309,7 +310,9 @@ class Run:
             "seconds": time.monotonic() - self.started,
             "weights_sha256": weights_digest(parallel.gather_state()),
             "stopped_by": None if parallel.requested is None else parallel.requested.name,
-            "doubts": [] if self.stopping else doubts(job.facts.classes, loss, val),
+            "doubts": []
+            if self.stopping
+            else doubts(job.facts.classes, loss if job.recipe.loss == "softmax" else None, val),
         }
         for doubt in summary["doubts"]:
             self.meter.say(doubt)
@@ -425,7 +428,7 @@ def open_training(job: Job, open_loader: OpenLoader, state: TrainingState) -> Ba
     asked = state.parallel.world.size == 1 or has_batch_norm(state.network)
     if loader.samples % job.recipe.batch_size != 1 or not asked:
         return loader
-    image = torch.zeros(1, 3, job.recipe.crop, job.recipe.crop, device=state.device)
+    image = torch.zeros(1, job.recipe.augmentation.channels, job.recipe.crop, job.recipe.crop, device=state.device)
     if not fails_on_one(state.network, image.contiguous(memory_format=job.computing.memory.format)):
         return loader
     if len(loader) == 1:

@@ -36,11 +36,12 @@ from alexprep.train.checkpoint import (
     saved_weights,
 )
 from alexprep.train.distributed.parallel import Parallel
-from alexprep.train.distributed.tensor_parallel import Gather, Scheme, SharedDropout
+from alexprep.train.distributed.tensor_parallel import Gather, Scheme, SharedDraws, SharedDropout
 from alexprep.train.distributed.world import World
+from alexprep.train.losses import image_losses, mixed_loss
 from alexprep.train.lr_schedule import ScheduleState, is_per_step, rate_at
 from alexprep.train.metrics import RunningTotals
-from alexprep.train.optimizer import SLOT, MomentumSGD, Rule
+from alexprep.train.optimizer import SLOT, MomentumSGD, Rule, shorten_kernels
 from alexprep.train.precision import HALF, Arithmetic, NotFinite, Precision, arithmetic, logits
 from alexprep.train.recipes import Recipe
 from alexprep.train.signals_and_memory import span
@@ -113,6 +114,9 @@ class TrainingState:
         self.network = self.parallel.network  # this rank's part; alone, the whole
         self._parameters = [name for name, _ in self.network.named_parameters()]
         self.optimizer = recipe.make_optimizer(self.network)
+        self._rated: tuple[float, ScheduleState] | None = (
+            None  # epochs done, and the schedule's state, that the rates are of
+        )
         # The rates follow from the position alone, so nobody has to remember to set them.
         self.optimizer.register_step_pre_hook(lambda *_: self.set_rates())
         self.precision = computing.precision
@@ -140,15 +144,17 @@ class TrainingState:
         partner_labels: torch.Tensor | None = None,
         weights: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The mean loss (), nats, of logits (N, classes) and labels (N,): the negative of the paper's objective, section 3.5.
+        """The mean loss (), of logits (N, classes) and labels (N,), by default in nats the negative of the paper's objective, section 3.5.
 
-        Where pairs are mixed it is `mixed_loss`.
+        Where pairs are mixed it is `mixed_loss`; other losses than the softmax's are in `alexprep.train.losses`.
         """
-        smoothing = self.recipe.label_smoothing
-        if partner_labels is None or weights is None:
-            loss = F.cross_entropy(output, labels, label_smoothing=smoothing)
-            return loss
-        return mixed_loss(output, labels, partner_labels, weights, smoothing)
+        smoothing, kind = self.recipe.label_smoothing, self.recipe.loss
+        if partner_labels is not None and weights is not None:
+            return mixed_loss(output, labels, partner_labels, weights, smoothing, kind)
+        if kind != "softmax":
+            return image_losses(kind, output, labels, smoothing).mean()
+        loss = F.cross_entropy(output, labels, label_smoothing=smoothing)
+        return loss
 
     @torch.no_grad()
     def begin_average(self) -> None:
@@ -186,8 +192,11 @@ class TrainingState:
 
     def set_rates(self) -> None:
         """Gives the optimizer the coming step's rate of every parameter. It happens by itself before every step."""
-        progress = self._progress(self.position.epoch_step)
-        self.optimizer.set_rates(self.recipe.rates(self._parameters, progress, self.position.schedule))
+        # With single images a step takes two milliseconds, a tenth of one the rates of some layers, which mostly are as before.
+        place = self._progress(self.position.epoch_step), self.position.schedule
+        if place != self._rated:
+            self.optimizer.set_rates(self.recipe.rates(self._parameters, *place))
+            self._rated = place
 
     def _progress(self, epoch_step: int) -> float:
         """Epochs done after so many steps of this one, as a schedule counts them."""
@@ -274,6 +283,8 @@ def take_step(
             losses.append(loss)
             outputs.append(output)
         state.update.step()
+    if state.recipe.max_norm is not None:
+        shorten_kernels(state.network, state.recipe.max_norm)
     state.move_average()
     if parts > 1:
         return torch.stack(losses).detach().sum(), torch.cat(outputs)
@@ -287,20 +298,6 @@ def _parts(count: int, *batch: torch.Tensor | None) -> Iterator[tuple[Any, ...]]
         return
     cut = [each.chunk(count) if each is not None else itertools.repeat(None) for each in batch]
     yield from zip(*cut, strict=False)
-
-
-def mixed_loss(
-    output: torch.Tensor,
-    labels: torch.Tensor,
-    partner_labels: torch.Tensor,
-    weights: torch.Tensor,
-    smoothing: float = 0.0,
-) -> torch.Tensor:
-    """The mean over a batch of weight · loss of the own label + (1 - weight) · loss of the partner's (mixup, arXiv 1710.09412), nats."""
-    own, partners = (
-        F.cross_entropy(output, each, reduction="none", label_smoothing=smoothing) for each in (labels, partner_labels)
-    )
-    return (weights * own + (1 - weights) * partners).mean()
 
 
 def compile_first(state: TrainingState, images: torch.Tensor, labels: torch.Tensor) -> None:
@@ -507,6 +504,7 @@ def _leave_exchanges_out() -> None:
     """Tells the compiler, once, to call what ranks exchange as it is written."""
     for exchange in (Gather, SharedDropout):
         exchange.forward = torch.compiler.disable(exchange.forward)  # type: ignore[method-assign, no-untyped-call]
+    SharedDraws.__call__ = torch.compiler.disable(SharedDraws.__call__)  # type: ignore[method-assign, no-untyped-call]
 
 
 def _finite(tensor: torch.Tensor) -> bool:

@@ -33,11 +33,15 @@ from torch import nn
 from alexprep.shards.dataset_format import versions
 from alexprep.shards.errors import TRACEBACK, AlexprepError
 from alexprep.train.distributed.tensor_parallel import DROPOUTS
-from alexprep.train.model_libraries import Pixels, library_factory
+from alexprep.train.layer_files import is_layer_file, layer_file
+from alexprep.train.model_libraries import NetworkInput, library_factory
 from alexprep.train.models.cifar import PIXEL_DEVIATION
+from alexprep.train.models.columns import COLUMNS, ColumnNet
+from alexprep.train.models.pools_and_dropconnect import Drawing
 
 MODEL, RECIPE, HOOK = "--model", "--recipe", "--hook"
 CLASSES = ("classes", "num_classes", "n_classes")  # names under which factories take the number of classes
+IN_CHANNELS = ("in_channels", "in_chans")  # and of the images' channels
 IMAGES = 2  # that a network is tried with
 CONTIGUOUS = "alexprep_needs_contiguous"  # attribute of a network that cannot take images with the channels last
 REFERENCE = re.compile(r"(?P<place>.+\.py|[\w.]+)(:(?P<name>[\w.]+))?")  # FILE.py, FILE.py:NAME, MODULE, MODULE:NAME
@@ -54,7 +58,8 @@ class UserNetwork:
     title: str  # MODULE:NAME
     name: str  # how the user named it, for messages
     for_any_recipe: bool = False  # what the recipe says of layers that the network lacks was said of another network
-    pixels: Pixels | None = None  # of a library's network: what it is shown there
+    pixels: NetworkInput | None = None  # of a library's network, or one from a line: what it is shown
+    training: Mapping[str, Any] | None = None  # of a layer file: fields of the recipe that it sets
 
     @property
     def short_name(self) -> str:
@@ -62,20 +67,20 @@ class UserNetwork:
         place = self.title.partition(":")[0]
         return place.rpartition("/")[2].partition(".")[0] if "/" in place else place.rpartition(".")[2]
 
-    def __call__(self, classes: int, crop: int, *, seed: int, width: float) -> nn.Module:
+    def __call__(self, classes: int, crop: int, *, seed: int, width: float, in_channels: int = 3) -> nn.Module:
         """The network on the CPU, with initial weights that depend on the seed alone; torch's random numbers go on as if it had not been made.
 
         Raises:
-            AlexprepError: the factory cannot be called so or fails, or what it returns is no network from float32 (N, 3, crop, crop) to
-                finite logits (N, classes).
+            AlexprepError: the factory cannot be called so or fails, or what it returns is no network from float32 (N, in_channels, crop,
+                crop) to finite logits (N, classes).
         """
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             with self.errors():
-                network = call_factory(self.factory, classes, crop, seed, width)
+                network = call_factory(self.factory, classes, crop, seed, width, in_channels)
                 if not isinstance(network, nn.Module):
                     raise AlexprepError(f"it returned a {type(network).__name__}, not a torch.nn.Module")
-            images = _noise(crop)
+            images = _noise(in_channels, crop)
             network.eval()
             with self.errors(f", shown images {tuple(images.shape)}"), torch.no_grad():
                 # Channels last, as they lie in training on a CPU. Lazy layers get their shapes here.
@@ -89,7 +94,9 @@ class UserNetwork:
         network.train()
         return network
 
-    def try_training(self, network: nn.Module, classes: int, crop: int, ranks: int, scheme: str) -> list[str]:
+    def try_training(
+        self, network: nn.Module, classes: int, crop: int, ranks: int, scheme: str, in_channels: int = 3
+    ) -> list[str]:
         """Takes one training step, without its update, with a network that is not used afterwards.
 
         Returns:
@@ -99,9 +106,9 @@ class UserNetwork:
             AlexprepError: the step fails, a checkpoint would not hold all that it changes, or the ranks would not train as one device.
         """
         for layer in network.modules():
-            if isinstance(layer, DROPOUTS):
+            if isinstance(layer, (*DROPOUTS, Drawing)):
                 layer.eval()  # ranks share its random numbers, and no others
-        images = _noise(crop)
+        images = _noise(in_channels, crop)
         before = {name: buffer.clone() for name, buffer in network.named_buffers()}
         with torch.random.fork_rng(devices=[]), self.errors(f", in a training step on images {tuple(images.shape)}"):
             state = torch.get_rng_state()
@@ -136,17 +143,26 @@ class UserNetwork:
 
 def user_network(reference: str) -> UserNetwork:
     """The factory that `--model` names; AlexprepError where there is none."""
+    if reference.startswith(COLUMNS):
+        column = ColumnNet(reference.removeprefix(COLUMNS))
+        return UserNetwork(column, reference, f"{MODEL} {reference}", for_any_recipe=True, pixels=column.shown())
     if library := library_factory(reference):
         return UserNetwork(library, library.title, f"{MODEL} {reference}", for_any_recipe=True, pixels=library.pixels())
+    name = f"{MODEL} {reference}"
+    if is_layer_file(reference):
+        layers = layer_file(reference)
+        return UserNetwork(layers, layers.title, name, for_any_recipe=True, training=layers.training())
     factory, title = load(reference, MODEL, "make")
-    return UserNetwork(factory, title, f"{MODEL} {reference}", for_any_recipe=True)
+    return UserNetwork(factory, title, name, for_any_recipe=True)
 
 
-def call_factory(factory: Callable[..., Any], classes: int, crop: int, seed: int, width: float) -> Any:
+def call_factory(
+    factory: Callable[..., Any], classes: int, crop: int, seed: int, width: float, in_channels: int = 3
+) -> Any:
     """What a user's factory returns.
 
-    Parameters called crop and seed get what their names say; so does width where it has no default or the recipe scales its network. The
-    number of classes goes to the one called classes (num_classes, n_classes), else to the first one, and the crop to the next without a
+    Parameters called crop and seed get what their names say; so do width where it has no default or the recipe scales its network, and
+    in_channels (timm's in_chans) where it has no default or the images do not have three. The number of classes goes to the one called classes (num_classes, n_classes), else to the first one, and the crop to the next without a
     default. All others keep their defaults.
 
     >>> call_factory(lambda n, side, depth=5: (n, side, depth), 10, 32, 0, 1.0)
@@ -159,10 +175,13 @@ def call_factory(factory: Callable[..., Any], classes: int, crop: int, seed: int
     values: dict[str, Any] = {name: value for name, value in (("crop", crop), ("seed", seed)) if name in parameters}
     if width != 1 or ("width" in parameters and parameters["width"].default is Parameter.empty):
         values["width"] = width
+    for name in IN_CHANNELS:
+        if name in parameters and (in_channels != 3 or parameters[name].default is Parameter.empty):
+            values[name] = in_channels
     free = [
         name
         for name, parameter in parameters.items()
-        if parameter.kind <= Parameter.POSITIONAL_OR_KEYWORD and name not in ("crop", "seed", "width")
+        if parameter.kind <= Parameter.POSITIONAL_OR_KEYWORD and name not in ("crop", "seed", "width", *IN_CHANNELS)
     ]
     # The factories of torchvision take it as one of **kwargs.
     first = next((name for name in CLASSES if name in parameters), next(iter(free), "num_classes"))
@@ -233,9 +252,9 @@ def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
     return one.shape == other.shape and bool(torch.isclose(one, other, rtol=0, atol=0, equal_nan=True).all())
 
 
-def _noise(crop: int) -> torch.Tensor:
+def _noise(channels: int, crop: int) -> torch.Tensor:
     """Images as a loader gives them: noise as deviating as photographs are on the 0-255 scale, their mean subtracted."""
-    return torch.randn(IMAGES, 3, crop, crop, generator=torch.Generator().manual_seed(0)) * PIXEL_DEVIATION
+    return torch.randn(IMAGES, channels, crop, crop, generator=torch.Generator().manual_seed(0)) * PIXEL_DEVIATION
 
 
 # A run remembers its network.
@@ -290,14 +309,17 @@ def check_named(
 
 
 def is_reference(text: str) -> bool:
-    """Whether a text names code (FILE.py, FILE.py:NAME, MODULE:NAME) and is no plain name."""
-    return ":" in text or text.endswith(".py")
+    """Whether a text names code (FILE.py, FILE.py:NAME, MODULE:NAME) and is no plain name, no line and no layer file."""
+    return (":" in text or text.endswith(".py")) and not (text.startswith(COLUMNS) or is_layer_file(text))
 
 
 def absolute(reference: str, option: str) -> str:
     """A reference so that it means the same in any folder: the path of a file is made absolute."""
-    if option == MODEL and library_factory(reference):
+    if option == MODEL and (reference.startswith(COLUMNS) or library_factory(reference)):
         return reference
+    if option == MODEL and is_layer_file(reference):
+        made = layer_file(reference)
+        return f"{made.definition}:{made.parameters}"
     place, name = _place_and_name(reference, option)
     file = str(Path(place).expanduser().resolve()) if place.endswith(".py") else place
     return f"{file}:{name}" if name else file
@@ -372,7 +394,8 @@ def _place_and_name(reference: str, option: str) -> tuple[str, str]:
     """The file or module, and the name of what is meant in it, "" where there is none. A module of this folder is its file."""
     parts = REFERENCE.fullmatch(reference)
     if parts is None:
-        forms = "FILE.py:FUNCTION or MODULE:FUNCTION" + (", timm/NAME or torchvision/NAME" if option == MODEL else "")
+        more = ", timm/NAME, torchvision/NAME, columns:LINE or LAYERS.cfg" if option == MODEL else ""
+        forms = f"FILE.py:FUNCTION or MODULE:FUNCTION{more}"
         raise AlexprepError(f"{option} {reference!r} names no Python code: write {forms}")
     place, name = parts["place"], parts["name"] or ""
     if not place.endswith(".py"):

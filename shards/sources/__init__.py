@@ -10,6 +10,7 @@ LAYOUTS = {
     "cifar": "binary_records.Cifar",
     "mnist": "binary_records.Mnist",
     "norb": "binary_records.SmallNorb",
+    "norb-stereo": "binary_records.StereoNorb",  # the same files: only where it is named
     "synset-tars": "ilsvrc.SynsetTars",
     "tiny-imagenet": "published.TinyImageNet",
     "places365": "published.Places365",

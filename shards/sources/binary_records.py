@@ -330,6 +330,7 @@ class PairedFiles(RecordSource):
     kinds: ClassVar[tuple[bytes, bytes]]
     header_bytes: ClassVar[int]
     pictures: ClassVar[Sequence[bytes]] = (b"",)
+    planes: ClassVar[int] = 1  # of grey levels, in a picture
     numbering: ClassVar[Sequence[str]]
 
     @classmethod
@@ -398,7 +399,7 @@ class PairedFiles(RecordSource):
             shown, labels_shown = self.files.display(images), self.files.display(labels_file)
             head, length = self._beginning(images)
             count, height, width = self.dimensions(head, shown)
-            record_bytes = len(self.pictures) * height * width
+            record_bytes = len(self.pictures) * self.planes * height * width
             _check_length(shown, length, self.header_bytes, count, record_bytes)
             labels = self.labels(_read_whole(self.files, labels_file), labels_shown)
             if len(labels) != count:
@@ -511,7 +512,7 @@ class SmallNorb(PairedFiles):
     )
     kinds = (b"dat", b"cat")
     header_bytes = 24
-    pictures = (b".left", b".right")
+    pictures: ClassVar[Sequence[bytes]] = (b".left", b".right")
     numbering = ("animal", "human", "airplane", "truck", "car")  # as the authors' page numbers them
 
     def dimensions(self, head: bytes, shown: str) -> tuple[int, int, int]:
@@ -539,6 +540,21 @@ class SmallNorb(PairedFiles):
     def classes(self, present: set[str]) -> list[str]:
         """All five, in the set's own order."""
         return list(self.numbering)
+
+
+@dataclass(frozen=True)
+class StereoNorb(SmallNorb):
+    """The same with each stereo pair as one picture, as papers have it: red is the left image, green the right one, blue is 0."""
+
+    layout = "norb-stereo"
+    pictures = (b"",)
+    planes = 2
+
+    def read(self, location: Location) -> NDArray[np.uint8]:
+        """One pair, uint8 (H, W, 3)."""
+        height, width = _image_size(self, location.path)
+        pair = np.frombuffer(_read_record(self.files, location), np.uint8).reshape(2, height, width)
+        return np.stack([*pair, np.zeros_like(pair[0])], axis=2)
 
 
 def _norb_shape(head: bytes, magic: bytes, shown: str) -> tuple[tuple[int, ...], int]:

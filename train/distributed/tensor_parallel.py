@@ -23,6 +23,7 @@ from alexprep.pipeline.sampler import rank_part
 from alexprep.shards.errors import AlexprepError
 from alexprep.train.distributed.world import World
 from alexprep.train.models.layers import Conv2d, LocalResponseNorm, PaperDropout, Scale
+from alexprep.train.models.pools_and_dropconnect import Drawing, DropConnect, StochasticPool2d
 
 Scheme = Literal["single", "ddp", "towers", "hybrid"]
 SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
@@ -90,6 +91,8 @@ def _replicated(network: nn.Module, world: World) -> NetworkPart:
     rows = [0] * world.size
     for name, layer in list(network.named_modules()):
         _refuse_batch_norm(name, layer)
+        if isinstance(layer, Drawing):
+            layer.shared = SharedDraws(rows, None, world)
         for child_name, child in layer.named_children():
             if isinstance(child, DROPOUTS):
                 setattr(layer, child_name, SharedDropout(child, rows, None, world))
@@ -127,6 +130,14 @@ class _Splitter:
             yield "", layer if whole else SharedDropout(layer, rows, self.maps, self.world)
         elif isinstance(layer, LocalResponseNorm) and self.maps is not None:
             yield from self._response_norm(name, layer)
+        elif isinstance(layer, StochasticPool2d):
+            if self.maps is not None or (self.part.rows is not None and not self.gathered_rows):
+                layer.shared = SharedDraws(None if self.gathered_rows else self.part.rows, self.maps, self.world)
+            yield "", layer
+        elif isinstance(layer, DropConnect):
+            raise AlexprepError(
+                f"{self.scheme} cannot split {name}, whose masks are drawn for all of its weights: use ddp"
+            )
         elif isinstance(layer, nn.Flatten) and self.maps is not None and (layer.start_dim, layer.end_dim) != (1, -1):
             raise AlexprepError(f"{name} must flatten from dimension 1 to the last where maps are split: use ddp")
         else:
@@ -272,13 +283,7 @@ class SharedDropout(nn.Module):
         """Any float tensor (N, C, …) -> the same shape."""
         if not self.training:
             return cast(torch.Tensor, self.layer(values))
-        shape = list(values.shape)
-        places = []
-        for dim, sizes in enumerate((self.rows, self.maps)):
-            if sizes is not None:
-                each = shape[dim] // sizes[self.rank] if sizes[self.rank] else 1  # after Flatten a map is many units
-                places.append((dim, each * sum(sizes[: self.rank]), shape[dim]))
-                shape[dim] = each * sum(sizes)
+        shape, places = _whole_batch(values, self.rows, self.maps, self.rank)
         ones = torch.ones(shape, dtype=values.dtype, device=values.device)
         if values.ndim == 4 and not values.is_contiguous():  # numbers are drawn in the order of memory
             ones = ones.contiguous(memory_format=torch.channels_last)
@@ -286,6 +291,37 @@ class SharedDropout(nn.Module):
         for place in places:
             mask = mask.narrow(*place)
         return cast(torch.Tensor, values * mask)
+
+
+class SharedDraws:
+    """What a rank's layer that draws random numbers has instead: each rank draws those of one device, and takes its part, as in `SharedDropout`."""
+
+    def __init__(self, rows: list[int] | None, maps: list[int] | None, world: World) -> None:
+        """How the batch and the maps are split, None where each rank has all of them."""
+        self.rows, self.maps, self.rank = rows, maps, world.rank
+
+    def __call__(self, layer: Drawing, values: torch.Tensor) -> torch.Tensor:
+        """The draws of `layer` for this rank's values, (N, C, …)."""
+        shape, places = _whole_batch(values, self.rows, self.maps, self.rank)
+        draws = layer.drawn(shape, values)
+        for place in places:
+            if draws.shape[place[0]] == shape[place[0]]:  # else they serve all images
+                draws = draws.narrow(*place)
+        return draws
+
+
+def _whole_batch(
+    values: torch.Tensor, rows: list[int] | None, maps: list[int] | None, rank: int
+) -> tuple[list[int], list[tuple[int, int, int]]]:
+    """The shape of what all ranks have of such values, and where in it this rank's are: dimension, first, count."""
+    shape = list(values.shape)
+    places = []
+    for dim, sizes in enumerate((rows, maps)):
+        if sizes is not None:
+            each = shape[dim] // sizes[rank] if sizes[rank] else 1  # after Flatten a map is many units
+            places.append((dim, each * sum(sizes[:rank]), shape[dim]))
+            shape[dim] = each * sum(sizes)
+    return shape, places
 
 
 class _Gather(torch.autograd.Function):

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alexprep.pipeline.augmentation import (
+    PARTS,
     PRESETS,
     Augmentation,
     augment,
@@ -62,7 +63,7 @@ def _pictures(data: Path, runs: Sequence[Path]) -> list[Block]:
     ]
     height, width = augmentation.view or photo.shape[:2]
     presets = {
-        name: _without_window(replace(preset, crop=(height, width)), statistics)
+        name: _without_window(replace(preset, crop=_within(photo, height, width)), statistics)
         for name, preset in PRESETS.items()
         if name != "none"
     }
@@ -81,7 +82,9 @@ def _pictures(data: Path, runs: Sequence[Path]) -> list[Block]:
             )
         )
     windows = ten_windows(augmentation, np.array([photo.shape[:2]]))[0].tolist()
-    crops = [_cut(photo, window, (height, width)) for window in windows]
+    edges = [(augmentation.pad, augmentation.pad)] * 2
+    padded = np.pad(photo, [*edges, (0, 0)], constant_values=augmentation.background)
+    crops = [_cut(padded, window, (height, width)) for window in windows]
     ten = tiled([crops, [crop[:, ::-1] for crop in crops]])
     blocks.append(
         Picture(
@@ -93,6 +96,11 @@ def _pictures(data: Path, runs: Sequence[Path]) -> list[Block]:
         )
     )
     return blocks
+
+
+def _within(photo: NDArray[np.uint8], height: int, width: int) -> tuple[int, int]:
+    """A crop that fits where nothing is padded."""
+    return min(height, photo.shape[0]), min(width, photo.shape[1])
 
 
 def _without_window(augmentation: Augmentation, statistics: Statistics | None) -> Augmentation:
@@ -110,13 +118,19 @@ def _augmentation(runs: Sequence[Path], size: tuple[int, ...]) -> tuple[str, Aug
         except (AlexprepError, KeyError, TypeError):
             continue
         known = {field.name for field in fields(Augmentation)}
-        values: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value for name, value in told.items() if name in known
-        }
-        found = Augmentation(**values)
-        if found.view is None or (found.view[0] <= size[0] and found.view[1] <= size[1]):
+        found = Augmentation(**{name: _value(name, value) for name, value in told.items() if name in known})
+        if found.view is None or (np.array(found.view) <= found.padded(np.array([size[:2]]))[0]).all():
             return f"the net of {run.name}", found
     return "the paper's net", Augmentation(crop=max(1, min(size) * 224 // 256))
+
+
+def _value(name: str, value: Any) -> Any:
+    """A field of an augmentation by its JSON value."""
+    if isinstance(value, dict):
+        kinds = {part: kinds for part, *kinds in PARTS}.get(name, [])
+        fitting = [kind for kind in kinds if {field.name for field in fields(kind)} == value.keys()]
+        return fitting[0](**{inner: _value("", each) for inner, each in value.items()}) if fitting else None
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _view(
@@ -126,6 +140,9 @@ def _view(
     rows, sizes = np.array([row]), np.array([photo.shape[:2]])
     draws = draw(augmentation, 0, epoch, rows, sizes, rows)
     values = augment(photo, draws, 0, augmentation, statistics, 0)
+    if augmentation.channels < 3:
+        missing = np.zeros((*values.shape[:2], 1))
+        values = values.repeat(3, axis=2) if augmentation.channels == 1 else np.concatenate([values, missing], axis=2)
     shown = values * channel_stdevs(statistics, augmentation) + (_GREY if augmentation.mean != "none" else 0)
     return np.clip(np.rint(shown), 0, 255).astype(np.uint8)
 

@@ -134,7 +134,8 @@ def _size_words(target: Target) -> str:
         "longer": f"whole, within {width} x {height} pixels",
         "none": "of their own sizes",
     }
-    return words[target.fit] + (", smaller ones as they are" if target.only_shrink else "")
+    canvas = f", in the middle of {target.canvas[1]} x {target.canvas[0]}" if target.canvas else ""
+    return words[target.fit] + (", smaller ones as they are" if target.only_shrink else "") + canvas
 
 
 def _format_words(target: Target) -> str:
