@@ -61,6 +61,9 @@ CONTESTANTS = {
     "full-nchw": Contestant("Loader, the paper's augmentation, NCHW", "loader_alexprep", devices=_BOTH),
     "half": Contestant("Loader, the paper's augmentation, float16", "loader_alexprep", devices=_BOTH),
     "channel": Contestant("Loader, crop, mirror, channel means", "loader_alexprep", devices=_BOTH),
+    "resized": Contestant(
+        "Loader, random resized crops, channel means and deviations", "loader_alexprep", devices=_BOTH
+    ),
     "uint8": Contestant("Loader, crop, mirror, uint8", "loader_alexprep", devices=_BOTH),
     "raw": Contestant("Loader, raw shards, crop, mirror, channel means", "loader_alexprep", devices=_BOTH),
     "decode": Contestant("decode of the crop alone (DALI)", "loader_dali", devices=_BOTH),
@@ -83,6 +86,7 @@ RATIOS = (
     ("full-nchw", "ffcv-jpg-nchw"),
     ("raw", "ffcv-raw"),
     ("uint8", "decode"),
+    ("resized", "decode"),
 )
 
 

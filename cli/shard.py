@@ -60,6 +60,13 @@ if TYPE_CHECKING:
     help="How to resample; area is what the original data had (cubic where it enlarges). All are antialiased.",
 )
 @click.option(
+    "--decode",
+    type=click.Choice(["exact", "scaled"]),
+    default="exact",
+    help="Of JPEGs much larger than --size: scaled decodes them to a half or less, at least twice what they become: faster, and not quite "
+    "the same pixels.",
+)
+@click.option(
     "--format", type=click.Choice(["jpg", "png", "webp", "raw"]), default="jpg", help="Of the images; raw is pixels."
 )
 @click.option(

@@ -240,8 +240,9 @@ class Graph:
     def _one_view(self) -> DataNode:
         if self.resamples:
             return self._resized(self._window())
-        image = self._changed(self._resized(self._hooked("decode", self._window())))
-        image = self._centred_view(image, "float32" if self._finishes else self.dtype)
+        window, mirrored = self._hooked("decode", self._window()), self._input("mirror")
+        image = self._changed(self._resized(window, mirrored if self._mirrors_early else None))
+        image = self._centred_view(image, mirrored, "float32" if self._finishes else self.dtype)
         return dali_ops.cast(self._finished(image), self.dtype) if self._finishes else image
 
     def _changed(self, image: DataNode) -> DataNode:
@@ -314,11 +315,18 @@ class Graph:
             image = dali_ops.erase(image, self._input("erased"), erasing.value, self.memory_format)
         return self._hooked("tensor", image)
 
-    def _centred_view(self, image: DataNode, dtype: Dtype) -> DataNode:
-        """Mirrors, subtracts the mean, adds the noise, divides."""
-        names, mirrored = self.input_names, self._input("mirror")
+    @property
+    def _mirrors_early(self) -> bool:
+        """Whether the reflection is a part of the resize: nothing comes between them, and by rows it would be a pass of its own."""
+        augmentation = self.augmentation
+        kept = self.views != "random" or (not augmentation.hooks and self._more_names <= {"erased"})
+        return augmentation.scale is not None and kept and "minus" in self.input_names
+
+    def _centred_view(self, image: DataNode, mirrored: DataNode, dtype: Dtype) -> DataNode:
+        """Mirrors if that has not been done, subtracts the mean, adds the noise, divides."""
+        names = self.input_names
         if names & {"window", "minus"}:
-            image = dali_ops.mirror(image, mirrored)
+            image = image if self._mirrors_early else dali_ops.mirror(image, mirrored)
             if "window" in names:
                 image = dali_ops.subtract_image(image, self._input("window"))
             if "minus" in names:
@@ -413,8 +421,8 @@ class Graph:
     def _shape(self) -> DataNode | tuple[int, int]:
         return self._view if self.augmentation.fixed_windows else self._input("shape")
 
-    def _resized(self, window: DataNode) -> DataNode:
-        return window if self.augmentation.scale is None else dali_ops.resize(window, self._view)
+    def _resized(self, window: DataNode, mirrored: DataNode | None = None) -> DataNode:
+        return window if self.augmentation.scale is None else dali_ops.resize(window, self._view, mirrored)
 
     def _pixels(self) -> DataNode:
         pixels = self._input("encoded", layout="HWC", ndim=3, dtype=types.UINT8)

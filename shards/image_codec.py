@@ -13,7 +13,7 @@ import functools
 import io
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -54,6 +54,9 @@ _PILLOW_PIXEL_BYTES = {"1": 1, "L": 1, "P": 1, "RGB": 4}  # as it stores them, b
 _EXIF_ORIENTATION = 0x0112
 _WEBP_MAX_SIDE = 16_383  # pixels, which the format's 14 bits hold
 _LONGEST_HEAD, _MOST_HEADS = 4096, 1024  # bytes of a header that is kept, and of how many sizes
+# libjpeg's scaled transform keeps the low frequencies of each block: at twice what comes out, the filter that follows sees nearly all that it
+# would let through (PSNR in docs/performance.md); at once, it would be the filter.
+_SCALED_LEAST = 2
 _LOSSLESS_EFFORT = 75  # the `quality` of lossless WebP, which tells only how hard it is tried; cwebp's default
 
 
@@ -86,6 +89,8 @@ class Target:
     pad: int | tuple[int, int] | None = (
         None  # side, or height and width, of a black canvas that has the image in its middle, pixels
     )
+    # "scaled": JPEGs much larger than the box are decoded to a half or less, to at least `_SCALED_LEAST` times what they become.
+    decode: Literal["exact", "scaled"] = "exact"
 
     @property
     def box(self) -> tuple[int, int]:
@@ -233,6 +238,8 @@ class Codec:
         if isinstance(frame, Refused):
             return frame
         try:
+            if self.target.decode == "scaled" and (converted := self._convert_scaled(data, frame)) is not None:
+                return converted
             picture = jpeg_decoder.decode(data, frame, self._room)
         except jpeg_decoder.OddSamplingError:
             return self._convert_odd_jpeg(data, frame)
@@ -244,6 +251,19 @@ class Codec:
         if picture.sound and orientation == 1 and self._is_target_jpeg(frame):
             return _kept(data, frame.height, frame.width)
         return self._fitted(picture.pixels, orientation, picture.damage)
+
+    def _convert_scaled(self, data: bytes, frame: Frame) -> Converted | Refused | None:
+        """A large JPEG that libjpeg has nothing to say against, by its scaled transform; None for all others."""
+        height, width = frame.height, frame.width
+        orientation = self._orientation(data, height, width)
+        turned = self.target.orient and orientation >= 5
+        resize = self.target.resize(*((width, height) if turned else (height, width)))
+        axes = (resize.horizontal, resize.vertical) if turned else (resize.vertical, resize.horizontal)
+        least = (_SCALED_LEAST * axes[0].target, _SCALED_LEAST * axes[1].target)
+        if 2 * least[0] > height or 2 * least[1] > width:
+            return None
+        small = jpeg_decoder.decode_scaled(data, frame, least, self._room)
+        return None if small is None else self._fitted(small[0], orientation, size=(height, width), scale=small[1])
 
     def _convert_odd_jpeg(self, data: bytes, frame: Frame) -> Converted | Refused:
         """A JPEG with chroma subsampled in an unusual way, by Pillow, which does not tell what is missing: decoded twice, it shows."""
@@ -284,13 +304,29 @@ class Codec:
             return Refused(damage, width, height)
         return self._fitted(whole, self._orientation(data, height, width), damage)
 
-    def _fitted(self, whole: NDArray[np.uint8], orientation: int = 1, damage: str | None = None) -> Converted | Refused:
-        """All pixels as they are stored, in the target form; upright if the target says so."""
-        height, width = whole.shape[:2]
+    def _fitted(
+        self,
+        whole: NDArray[np.uint8],
+        orientation: int = 1,
+        damage: str | None = None,
+        size: tuple[int, int] | None = None,
+        scale: float = 1.0,
+    ) -> Converted | Refused:
+        """All pixels as they are stored, in the target form; upright if the target says so.
+
+        Where they are the image's at a smaller `scale`, `size` is its height and width.
+        """
+        height, width = size or whole.shape[:2]
+        turned = self.target.orient and orientation >= 5
         pixels = upright(whole, orientation) if self.target.orient else whole
-        if words := self.target.beyond(*pixels.shape[:2]):
+        sides = (width, height) if turned else (height, width)
+        if words := self.target.beyond(*sides):
             return Refused(words, width, height)
-        resize = self.target.resize(*pixels.shape[:2])
+        resize = self.target.resize(*sides)
+        if size is not None:
+            axes = zip((resize.vertical, resize.horizontal), pixels.shape, sides, strict=False)
+            vertical, horizontal = (replace(axis, source=have, extent=side * scale) for axis, have, side in axes)
+            resize = replace(resize, vertical=vertical, horizontal=horizontal)
         top, left, bottom, right = resize.region
         return self._in_form(resize(pixels[top:bottom, left:right]), width, height, damage)
 

@@ -20,6 +20,8 @@ from alexprep.shards.image_header import END_OF_IMAGE, HUFFMAN, PROGRESSIVE, STA
 _NEEDED = {0xDB, 0xC4, 0xDD, START_OF_SCAN, 0xE0, 0xEE, *HUFFMAN}
 _MOST_PARTS = 10_000
 _COEFFICIENTS = 64
+_SCALES = (4, 3, 2, 1)  # eighths
+_SMALLEST = (1, 1)  # height and width that are enough: an eighth of a picture's
 # Of bytes that a scan has left over when its picture is complete. Encoders leave a few, and up to 7 more go unnoticed; where data were
 # lost or added in the middle, 3 in 100 leave so few (measured: 929 damaged photos).
 _HARMLESS = 8
@@ -65,10 +67,31 @@ def decode(data: bytes, frame: Frame, room: NDArray[np.uint8] | None = None) -> 
     return Picture(pixels, False, _damage(words, needed, frame, pixels) or damage)
 
 
+def decode_scaled(
+    data: bytes, frame: Frame, least: tuple[int, int], room: NDArray[np.uint8] | None = None
+) -> tuple[NDArray[np.uint8], float] | None:
+    """The pixels of a sound JPEG, uint8 (H, W, 3), RGB, and the scale, a half or less, at which they have at least this height and width.
+
+    Scaled by leaving out the high frequencies of each block; of a side of 99 pixels, 50 stand for 49.5. None where libjpeg warns. For `room`
+    and errors see `decode`.
+    """
+    try:
+        pixels = _pixels(data, frame, room=room, least=least)
+    except ValueError as error:
+        _known(error)
+        return None
+    if frame.scans and _missing_scans(data, frame):
+        return None
+    for eighths in _SCALES:
+        if pixels.shape[:2] == (-(-frame.height * eighths // 8), -(-frame.width * eighths // 8)):
+            return pixels, eighths / 8
+    return None
+
+
 def is_sound(data: bytes, frame: Frame) -> bool:
     """Whether libjpeg reads all of a JPEG without a warning: as `Picture.sound`, for half the work of decoding."""
     try:
-        _pixels(data, frame, small=True)
+        _pixels(data, frame, least=_SMALLEST)
     except ValueError:
         return False
     return not (frame.scans and _missing_scans(data, frame))
@@ -124,17 +147,25 @@ def _set_right(marker: int, segment: bytes, frame: Frame) -> bytes:
 
 
 def _pixels(
-    data: bytes, frame: Frame, strict: bool = True, small: bool = False, room: NDArray[np.uint8] | None = None
+    data: bytes,
+    frame: Frame,
+    strict: bool = True,
+    least: tuple[int, int] | None = None,
+    room: NDArray[np.uint8] | None = None,
 ) -> NDArray[np.uint8]:
-    """RGB as libjpeg decodes it, of an eighth of the size if `small`; ValueError with its words where it warns (if `strict`) or fails."""
+    """RGB as libjpeg decodes it; ValueError with its words where it warns (if `strict`) or fails.
+
+    With `least`, height and width, of the smallest size that has these, a half at most: an eighth, a quarter, three eighths or a half.
+    """
     form, size = ("cmyk", 4) if frame.channels == 4 else ("rgb", 3)
     # Of the size that was found to be within bounds: what libjpeg took for more would be an error.
-    needed, least = frame.height * frame.width * size, int(small)
+    needed = frame.height * frame.width * size
     if room is None or needed > len(room):
-        # Of a damaged image what libjpeg leaves out is black, whatever was in memory before.
-        room = None if small else np.empty(needed, np.uint8) if strict else np.zeros(needed, np.uint8)
+        room = None if least else np.empty(needed, np.uint8) if strict else np.zeros(needed, np.uint8)
     buffer = None if room is None else room[:needed]
-    pixels = simplejpeg.decode_jpeg(data, form, strict=strict, min_height=least, min_width=least, buffer=buffer)
+    # Of a damaged image what libjpeg leaves out is black, whatever was in memory before.
+    scaled = {"min_height": least[0], "min_width": least[1], "min_factor": 2} if least else {}
+    pixels = simplejpeg.decode_jpeg(data, form, strict=strict, buffer=buffer, **scaled)
     return pixels if form == "rgb" else _from_inverted_cmyk(pixels)
 
 
@@ -183,11 +214,13 @@ def _what_is_missing(data: bytes, frame: Frame, pixels: NDArray[np.uint8], cut: 
     """
     scale = 1
     if frame.height * frame.width > COMPARED:
-        pixels, scale = _pixels(data, frame, strict=False, small=True), 8
+        pixels, scale = _pixels(data, frame, strict=False, least=_SMALLEST), 8
     first = frame.height
     for noise in (NOISE, NOISE[::-1]):
         try:
-            other = _pixels(picture_alone(data, frame, noise), frame, strict=False, small=scale > 1)
+            other = _pixels(
+                picture_alone(data, frame, noise), frame, strict=False, least=_SMALLEST if scale > 1 else None
+            )
         except ValueError:
             continue
         rows = np.flatnonzero((other != pixels).any(axis=(1, 2)))

@@ -229,7 +229,8 @@ class Manifest:
         keys = ("size", "filter", "format", "quality", "subsampling", "orient", "device")
         # As plan.json has them: an option that it does not have was not there yet.
         image = {key: document["options"][key] for key in keys if key in document["options"]}
-        added = {key: document["options"].get(key) for key in ("fit", "only_shrink", "lossless", "webp_method", "pad")}
+        names = ("fit", "only_shrink", "lossless", "webp_method", "pad", "decode")
+        added = {key: document["options"].get(key) for key in names}
         image |= {key: value for key, value in added.items() if value is not None}
         if self.plan.target.fit == "none":
             del image["size"]

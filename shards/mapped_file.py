@@ -6,6 +6,7 @@ was cut within the second before or the disk fails, is ended by it (SIGBUS).
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 import os
@@ -21,6 +22,10 @@ _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *3 * [ctypes.c_int], ctypes.c_long]
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+if hasattr(_libc, "process_madvise"):
+    _libc.process_madvise.restype = ctypes.c_ssize_t
+    _libc.process_madvise.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_uint]
+_MOST_PLACES = 1024  # of one such call (IOV_MAX)
 _LOOK_SECONDS = 1.0  # after which a file's length is asked for again: that costs 2 µs, more where a disk is far away
 _FAILED = ctypes.c_void_p(-1).value
 
@@ -59,9 +64,24 @@ def expect(files: Sequence[MappedFile], offsets_N: NDArray[np.int64], sizes_N: N
     )
     there = offsets_N + sizes_N <= np.array([len(file.contents) for file in files])
     pages = starts & -mmap.PAGESIZE
-    advise, needed = _libc.madvise, mmap.MADV_WILLNEED
-    for page, size in zip(pages[there].tolist(), (ends - pages)[there].tolist(), strict=True):
-        advise(page, size, needed)
+    places = np.ascontiguousarray(np.stack([pages, ends - pages], axis=1)[there])
+    for first in range(0, len(places), _MOST_PLACES):
+        _advise(places[first : first + _MOST_PLACES])
+
+
+def _advise(places_N2: NDArray[np.int64]) -> None:
+    """Asks for memory, addresses and sizes, by one call where the system has it: a call for each costs 1 µs more."""
+    if hasattr(_libc, "process_madvise"):  # of glibc 2.36
+        with contextlib.suppress(OSError):
+            process = os.pidfd_open(os.getpid())
+            try:
+                advised = _libc.process_madvise(process, places_N2.ctypes.data, len(places_N2), mmap.MADV_WILLNEED, 0)
+            finally:
+                os.close(process)
+            if advised >= 0:
+                return
+    for page, size in places_N2.tolist():
+        _libc.madvise(page, size, mmap.MADV_WILLNEED)
 
 
 class _Pages:

@@ -61,7 +61,7 @@ SHARD_SAMPLES = 1024
 _MANY, _FEW = 16, 64
 _DECIDES_BYTES, _ON_A_GPU = ("alexprep", "nvimgcodec", "pillow", "simplejpeg"), ("nvjpeg", "torch")
 # Of a target, what a plan has nothing of where it is at its default: releases that did not know it go on.
-_ADDED = ("on_damaged", "fit", "only_shrink", "lossless", "webp_method", "pad")
+_ADDED = ("on_damaged", "fit", "only_shrink", "lossless", "webp_method", "pad", "decode")
 NO_IDENTITY = ("account", "words")  # of a plan: files that are no inputs; what people read
 _TAKEN_OVER = (*NO_IDENTITY, "choices")  # of a plan that is gone on with, without a comparison
 _SPLIT_STREAM = {"train": 0, "val": 1, "test": 2}
@@ -109,6 +109,15 @@ class ShardOptions:
             raise AlexprepError(f"--class-names {self.class_names} is not one of exact, folded")
         if t.on_damaged not in ("reject", "keep"):
             raise AlexprepError(f"--on-damaged {t.on_damaged} is not one of reject, keep")
+        if t.decode not in ("exact", "scaled"):
+            raise AlexprepError(f"--decode {t.decode} is not one of exact, scaled")
+        if t.decode == "scaled" and (t.device == "cuda" or t.fit == "none"):
+            why = (
+                "--device cuda, whose decoder does not scale"
+                if t.device == "cuda"
+                else "--fit none, which scales nothing"
+            )
+            raise AlexprepError(f"--decode scaled does not go with {why}: leave one of them out")
         if isinstance(self.metadata, str) and self.metadata not in (ALL, NONE):
             raise AlexprepError(f"--metadata {self.metadata!r} is not {ALL}, {NONE} or a tuple of names")
         if t.filter not in FILTERS:

@@ -46,6 +46,12 @@ class Axis:
     target: int
     offset: int
     count: int
+    extent: float | None = None  # how many pixels the source stands for, where its last one is only partly of the image
+
+    @property
+    def step(self) -> float:
+        """Source pixels an output pixel."""
+        return (self.source if self.extent is None else self.extent) / self.target
 
 
 @dataclass(frozen=True)
@@ -141,7 +147,7 @@ def weights(axis: Axis, name: str) -> tuple[NDArray[np.int64], NDArray[np.float6
     The first are ascending, the first source pixel that output i reads (may be negative); the second its weights, columns summing
     to 1. Pixels outside the source count as the nearest inside for "area" when enlarging (as OpenCV), and have weight 0 otherwise.
     """
-    step = axis.source / axis.target  # source pixels an output pixel
+    step = axis.step
     i = np.arange(axis.offset, axis.offset + axis.count + 1, dtype=np.float64)
     if name == "area" and step >= 1:
         # The share of each source pixel that output i's interval [i * step, (i + 1) * step) covers.

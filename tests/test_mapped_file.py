@@ -40,11 +40,19 @@ def test_the_bytes_of_a_file(tmp_path: Path) -> None:
         assert _mappings_of(path) == 0
 
 
-def test_what_is_expected_may_lie_beyond_the_end(tmp_path: Path) -> None:
+@pytest.mark.parametrize("at_once", [True, False])
+def test_what_is_expected_may_lie_beyond_the_end(
+    at_once: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By one call for all, where the system has it, or one for each; more than a call takes."""
+    if not at_once:
+        monkeypatch.setattr(os, "pidfd_open", lambda _: os.open(tmp_path / "none", os.O_RDONLY))
+    opened = len(os.listdir("/proc/self/fd"))
     (tmp_path / "file").write_bytes(bytes(10_000))
     (tmp_path / "empty").touch()
     files = [MappedFile(str(tmp_path / name)) for name in ("file", "file", "empty", "file")]
-    expect(files, np.array([0, 9_999, 0, 2**40]), np.array([10_000, 2, 1, 1]))
+    expect(files * 700, np.array([0, 9_999, 0, 2**40] * 700), np.array([10_000, 2, 1, 1] * 700))
+    assert len(os.listdir("/proc/self/fd")) == opened
 
 
 def test_a_file_that_is_not_there_or_cannot_be_mapped(tmp_path: Path) -> None:

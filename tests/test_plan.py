@@ -115,6 +115,7 @@ def test_a_released_default_never_changes() -> None:
         "lossless": None,
         "webp_method": None,
         "pad": None,
+        "decode": None,
         "metadata": None,
     }
     assert ShardOptions().shard_samples is None

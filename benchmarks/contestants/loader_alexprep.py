@@ -15,6 +15,7 @@ from alexprep.pipeline import Augmentation, Loader
 _PAPER = Augmentation(crop=SIDE)
 _CHANNEL = Augmentation(crop=SIDE, mean="channel", noise="none")
 _NOTHING = Augmentation(crop=SIDE, mean="none", noise="none")
+_RESIZED = Augmentation(crop=SIDE, scale=(0.08, 1.0), mean="imagenet", std="imagenet", noise="none")
 _LAST: dict[str, Any] = {"memory_format": "channels_last"}
 _PAPER_WORK = "crop decoded, mirror, mean image at the crop's window, one colour shift an image"
 VARIANTS: dict[str, tuple[str, Augmentation, dict[str, Any], str]] = {  # data set, augmentation, form, work
@@ -22,6 +23,7 @@ VARIANTS: dict[str, tuple[str, Augmentation, dict[str, Any], str]] = {  # data s
     "full-nchw": ("jpg", _PAPER, {"memory_format": "NCHW"}, f"{_PAPER_WORK}; float32, channels first in memory"),
     "half": ("jpg", _PAPER, _LAST | {"dtype": "float16"}, f"{_PAPER_WORK}; float16"),
     "channel": ("jpg", _CHANNEL, _LAST, "crop decoded, mirror, channel means; float32"),
+    "resized": ("jpg", _RESIZED, _LAST, "window of 8 to 100 % decoded, resized, mirror, means, deviations; float32"),
     "uint8": ("jpg", _NOTHING, _LAST | {"dtype": "uint8"}, "crop decoded, mirror; uint8"),
     "raw": ("raw", _CHANNEL, _LAST, "stored pixels: crop, mirror, channel means; float32"),
 }
