@@ -34,6 +34,7 @@ _MISTAKES = (NotImplementedError, TypeError, LookupError, AttributeError)  # of 
 Result = TypeVar("Result")
 _log = logging.getLogger("alexprep")
 _jitter = random.Random()  # the caller's own random numbers stay as they are
+_saying = threading.Lock()
 _said = -_SAID_EVERY  # when the last line about waiting was said
 
 
@@ -113,10 +114,8 @@ class Pauses:
 
     def over(self) -> None:
         """Says that the wait is over, where it was said that there is one."""
-        global _said
         if self._told:
             _log.warning("%s answers after %.0f s", self._where, time.monotonic() - self._began)
-            _said = -_SAID_EVERY
 
     def words(self) -> str:
         """How long it was waited for, as the end of a reason; empty for no time worth a word."""
@@ -125,10 +124,11 @@ class Pauses:
 
     def _say(self, line: str) -> None:
         global _said
-        now = time.monotonic()
-        if now - _said >= _SAID_EVERY:  # one line for all that wait
-            _said, self._told = now, True
-            _log.warning("%s", line)
+        with _saying:
+            now = time.monotonic()
+            if now - _said >= _SAID_EVERY:  # one line for all that wait
+                _said, self._told = now, True
+                _log.warning("%s", line)
 
 
 class _StalledError(Exception):

@@ -179,13 +179,15 @@ def test_ranks_with_a_cache_download_each_shard_once(
     with Loader(URL, **OPTIONS, cache=tmp_path / "all") as loader:
         assert same(two_epochs(loader), batches)
     assert shards_asked(failing) == shards
-    size = sum(path.stat().st_size for path in (local / "train").glob("*.tar"))
-    for run in range(3):
+    limit = int(0.45 * sum(path.stat().st_size for path in (local / "train").glob("*.tar")))
+    kept: list[Path] = []
+    for _ in range(3):
         failing.asked.clear()
-        with Loader(URL, **OPTIONS, cache=tmp_path / "part", cache_limit=int(0.45 * size)) as loader:
+        with Loader(URL, **OPTIONS, cache=tmp_path / "part", cache_limit=limit) as loader:
             assert same([batch.images for batch in loader], batches[: len(loader)])
-        assert len(list((tmp_path / "part").glob("*.tar"))) == 4
-        assert shards_asked(failing).total() == (6 if run else 10)
+        assert shards_asked(failing).total() == 10 - len(kept)
+        kept = list((tmp_path / "part").glob("*.tar"))  # which depends on whose thread came first
+        assert 3 <= len(kept) <= 5 and sum(path.stat().st_size for path in kept) <= limit
 
 
 class Recorder:
