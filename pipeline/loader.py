@@ -30,11 +30,13 @@ from alexprep.pipeline.dali_ops import Dtype, MemoryFormat
 from alexprep.pipeline.dataset import Dataset, OnBad, Source, open_dataset, statistics_for
 from alexprep.pipeline.device import choose_device, moved
 from alexprep.pipeline.loader_settings import Tuning
+from alexprep.pipeline.read_ahead import ReadAhead
 from alexprep.pipeline.resampling import finished
 from alexprep.pipeline.sampler import BLOCK_SHARDS, Order, StepPlan
 from alexprep.shards.errors import AlexprepError, counted, one_of, whole_number
 from alexprep.shards.image_codec import HeaderCheck, raw_header
 from alexprep.shards.rgb_statistics import Statistics
+from alexprep.shards.shard_cache import ShardCache
 
 _READ_AHEAD = 8  # steps whose samples are asked of the disk before they are decoded
 # Smaller steps go through DALI several at a time, up to so many images and pixels.
@@ -79,6 +81,7 @@ class Loader(torch.utils.data.IterableDataset[Batch]):
         on_bad: OnBad = "error",
         statistics: Statistics | str | Path | None = None,
         cache: str | Path | None = None,
+        cache_limit: int | None = None,
         drop_last: bool = False,
         threads: int | None = None,
         tuning: Tuning | None = None,
@@ -105,7 +108,9 @@ class Loader(torch.utils.data.IterableDataset[Batch]):
                 fastest.
             on_bad: "error" ends with the name of a damaged sample; "skip" leaves it out of its step, and moves no other.
             statistics: of which dataset, if not of `data`: its folder, or what `alexprep.shards.read_statistics` gave.
-            cache: where the index of other people's tars is kept; by default beside them or in the user's cache.
+            cache: a folder on this disk. Of a dataset in a store its shards are kept there, by default nowhere; of other people's tars the index,
+                by default beside them or in the user's cache.
+            cache_limit: bytes of shards in that folder; what came first stays.
             drop_last: whether an epoch's last step is left out where it is smaller than the others; other samples each epoch.
             threads: of DALI; None for one a core. Short for `tuning`.
             tuning: how the machine is used; `alexprep tune` finds good settings.
@@ -133,9 +138,12 @@ class Loader(torch.utils.data.IterableDataset[Batch]):
         self._ready: deque[tuple[Batch, int]] = (
             deque()
         )  # batches that were made with others, and how many samples each lacks
-        dataset.samples.keep_shards = self._plan.open_shards(_READ_AHEAD + (tuning.prefetch + 1) * self._most_together)
         if dataset.samples.remote and order == "shuffle":
             raise AlexprepError(f"{data} is remote, where single images are slow to read: use order='blocks'")
+        if dataset.samples.remote and cache is not None:
+            dataset.samples.cache = ShardCache(cache, cache_limit)
+        held = self._plan.open_shards(_READ_AHEAD + (tuning.prefetch + 1) * self._most_together)
+        self._ahead = ReadAhead(dataset.samples, self._plan, held, onwards=views == "random")
         chosen = statistics_for(dataset, statistics) if augmentation.needs_statistics else None
         dataset.check(augmentation, chosen)
         target = choose_device(device or "cpu")
@@ -252,6 +260,7 @@ class Loader(torch.utils.data.IterableDataset[Batch]):
             if graph.views != "random" and epoch != self.epoch:
                 break
             together = 1 if self._one_by_one else min(self._most_together, len(self) - number)
+            self._ahead.reach(epoch, number, together)
             parts = [plan.part(epoch, number + each) for each in range(together)]
             rows, positions = (np.concatenate(each) for each in zip(*parts, strict=True))
             sizes = self._dataset.sizes_N2[rows]
@@ -357,6 +366,7 @@ class Loader(torch.utils.data.IterableDataset[Batch]):
         runner, self._runner = self._runner, None
         if runner is not None:
             runner.close()
+        self._ahead.stop()
 
 
 @dataclass
