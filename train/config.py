@@ -276,6 +276,19 @@ class Job:
         return own.errors(only_own=True) if isinstance(own, UserNetwork) else contextlib.nullcontext()
 
 
+def _initial_weights(config: TrainConfig, recipe: Recipe, classes: int, seed: int) -> tuple[TrainConfig, list[str]]:
+    """The options with the weights to begin with by the name that finds them again, and what is to be said of them."""
+    if config.init_from is None:
+        if config.init_layers is None:
+            return config, []
+        raise AlexprepError(
+            f"--init-layers {config.init_layers} says which layers of other weights: name these with --init-from"
+        )
+    weights = find_weights(config.runs, config.init_from)
+    begin_with(recipe.make_network(classes, seed).state_dict(), weights, config.init_layers)
+    return replace(config, init_from=weights.name), list(weights.notes)
+
+
 def prepare(
     config: TrainConfig, device: torch.device | None = None, *, dry_run: bool = False, check_statistics: bool = True
 ) -> Job:
@@ -318,8 +331,7 @@ def prepare(
     identity = {"recipe": recipe.describe(), "seed": seed, "classes": facts.classes, "data_digest": facts.digest}
     identity["precision"] = computing.precision
     order = config.order or ("shuffle" if is_local(data) else "blocks")
-    if order != "shuffle":
-        identity["order"] = order
+    identity |= {"order": order} if order != "shuffle" else {}
     if config.order is None and order == "blocks":
         notes += [f"images come in blocks of {BLOCK_SHARDS} shards, since {data} is a store: --order says otherwise"]
     scheme = _scheme(config, recipe, facts.classes, seed)
@@ -334,33 +346,13 @@ def prepare(
         recipe.make_optimizer(recipe.make_network(facts.classes, seed))
     if check_statistics:
         identity |= _check_images(config, data, recipe, begins=run is None)
-    if config.init_layers is not None and config.init_from is None:
-        raise AlexprepError(
-            f"--init-layers {config.init_layers} says which layers of other weights: name these with --init-from"
-        )
+    if run is None:
+        config, said = _initial_weights(config, recipe, facts.classes, seed)
+        notes += said
     if config.init_from is not None:
-        if run is None:
-            weights = find_weights(config.runs, config.init_from)
-            notes += weights.notes
-            begin_with(recipe.make_network(facts.classes, seed).state_dict(), weights, config.init_layers)
-            config = replace(config, init_from=weights.name)
         identity["init"] = f"{config.init_from}, layers {config.init_layers or 'matching'}"
-    job = Job(
-        config,
-        run or Path(),
-        data,
-        recipe,
-        seed,
-        facts,
-        device,
-        scheme,
-        order,
-        computing,
-        tuning,
-        notes,
-        identity,
-        changes,
-    )
+    found = data, recipe, seed, facts, device, scheme, order, computing, tuning, notes, identity, changes
+    job = Job(config, run or Path(), *found)
     return job if run else replace(job, run=_new_run(job))
 
 
