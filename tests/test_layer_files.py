@@ -120,6 +120,7 @@ MALFORMED = [
     ("sharedBiases=1", "sharedBiases=0", LINE["sharedBiases=1"], "sharedBiases=0: alexprep has no such layer"),
     ("dataIdx=1", "dataIdx=0", LINE["dataIdx=1"], "[labels] dataIdx=0 is given by another layer already"),
     ("sizeX=3", "sizeX=1", LINE["stride=2"], "[pool1] stride=2 is not within 1 to 1"),
+    ("outputs=10", "outputs=9999999", LINE["outputs=10"], "outputs=9,999,999 is not within 1 to 1,048,576"),
 ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from torch import nn
 
 from alexprep.shards.errors import AlexprepError
 from alexprep.train.optimizer import MomentumSGD, TorchRule, parameter_groups
+from alexprep.train.recipes import recipe
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-14), (torch.float32, 1e-5)])
@@ -211,6 +213,8 @@ def test_what_torch_does_not_take_is_refused() -> None:
         TorchRule("adamw", groups, lr=0.1, momentum=0.9, options={"alpha": 1})
     with pytest.raises(AlexprepError, match="rate is -1"):
         TorchRule("sgd", groups, lr=0.1, momentum=0.9).set_rates({"a": -1.0})
+    with pytest.raises(AlexprepError, match="optimizer_options betas: optimizer paper takes none"):
+        replace(recipe("tiny"), optimizer_options={"betas": [0.9, 0.95]}).make_optimizer(nn.Linear(1, 1))
 
 
 def test_norms_need_not_decay() -> None:

@@ -416,7 +416,9 @@ def test_the_best_checkpoint_is_kept_and_found(
     assert again["weights_sha256"] == summary["weights_sha256"] and again["best_step"] == 18
 
 
-def test_early_stopping_is_switched_off_on_resuming(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_early_stopping_is_switched_off_on_resuming(
+    data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Also where it has ended the training, and where the process that was told so was killed at once."""
     monkeypatch.setattr(
         trainer, "validate", lambda *_: {"top1_error": 50.0, "top5_error": 0.0, "loss": 1.0, "samples": 20}
@@ -426,9 +428,12 @@ def test_early_stopping_is_switched_off_on_resuming(data: Path, monkeypatch: pyt
         raise KeyboardInterrupt
 
     run = data.parent / "runs" / "small"
+    words = "no error lower than the best for 1 epochs, the end by --early-stop 1; --resume --early-stop 0 goes on"
     assert train(config(data, early_stop=1, epochs=5), MadeUpLoader)["epochs"] == 2
+    assert words in capsys.readouterr().err
     bare = config(data, name="small", recipe=None, resume=True)
     assert train(bare, MadeUpLoader)["epochs"] == 2
+    assert f"nothing left to do: step 12 was the last: {words}" in capsys.readouterr().err
     assert train(replace(bare, early_stop=2), MadeUpLoader)["epochs"] == 3
     with pytest.raises(KeyboardInterrupt):
         train(replace(bare, early_stop=0), changed(killed))

@@ -85,7 +85,8 @@ class Section:
             raise self.error(f"{key}={','.join(words)} differs between inputs, which alexprep has no layer for", key)
         value = values.pop()
         if not low <= value <= high:
-            raise self.error(f"{key}={value:g} is not within {low:g} to {high:g}", key)
+            style = "," if kind is int else "g"
+            raise self.error(f"{key}={value:{style}} is not within {low:{style}} to {high:{style}}", key)
         return value
 
 

@@ -474,6 +474,20 @@ def ends(schedule: Schedule, state: ScheduleState) -> bool:
     return state.finished and type(schedule) not in KINDS.values()  # one of the user's own may have said so
 
 
+def why_ended(schedule: Schedule, state: ScheduleState) -> str:
+    """A sentence on a schedule that ended the training.
+
+    >>> why_ended(EarlyStop(Steps(after=()), patience=5), ScheduleState(finished=True, stop_waited=5))
+    'no error lower than the best for 5 epochs, the end by --early-stop 5; --resume --early-stop 0 goes on'
+    """
+    if isinstance(schedule, EarlyStop) and state.stop_waited >= schedule.patience:
+        return (
+            f"no error lower than the best for {state.stop_waited} epochs, the end by --early-stop {schedule.patience}; "
+            "--resume --early-stop 0 goes on"
+        )
+    return "the schedule sees no use in further epochs"
+
+
 def describe(schedule: Schedule) -> dict[str, Any]:
     """A schedule's kind and numbers, part of a run's identity.
 

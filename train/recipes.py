@@ -208,6 +208,11 @@ class Recipe:
         rule: Rule
         if self.optimizer != PAPER:
             rule = TorchRule(self.optimizer, groups, lr=self.lr, momentum=self.momentum, options=self.optimizer_options)
+        elif self.optimizer_options:
+            words = ", ".join(sorted(self.optimizer_options))
+            raise AlexprepError(
+                f"optimizer_options {words}: optimizer {PAPER} takes none, name another with --optimizer"
+            )
         else:
             rule = MomentumSGD(
                 groups,

@@ -30,7 +30,7 @@ from alexprep.train.distributed.parallel import Parallel
 from alexprep.train.distributed.world import World
 from alexprep.train.initial_weights import begin_with, find_weights
 from alexprep.train.logger import Board, Meter, forecast
-from alexprep.train.lr_schedule import ends
+from alexprep.train.lr_schedule import ends, why_ended
 from alexprep.train.metrics import SPEED, Means, StepTimer, doubts, loss_doubt, validate
 from alexprep.train.nonfinite import explained
 from alexprep.train.precision import float32_kernels
@@ -317,6 +317,8 @@ class Run:
         }
         for doubt in summary["doubts"]:
             self.meter.say(doubt)
+        if position.schedule.finished and not self.stopping:
+            self.meter.say(why_ended(self.state.recipe.schedule, position.schedule))
         if best is not None and not self.stopping:
             where = f"epoch {best['epoch']}, {best['top1_error']:.2f} % on {best['split']}"
             self.meter.say(f"best: {where}; evaluate it as {job.run.name}@{run_dir.BEST}")
@@ -328,7 +330,7 @@ class Run:
         """The summary of a run that has come to its end with these very weights, and why; None where there is no such summary."""
         job, position, parallel = self.job, self.state.position, self.state.parallel
         if position.schedule.finished:
-            why = f"the schedule ended the training after step {position.step}"
+            why = f"step {position.step} was the last: {why_ended(self.state.recipe.schedule, position.schedule)}"
         else:
             within = position.step < job.epochs * len(self.loader)
             bound = f"--steps {job.config.steps}" if within else f"--epochs {job.epochs}"
