@@ -111,7 +111,12 @@ MALFORMED = [
     ("neuron=relu", "neuron=brelu[inf]", LINE["neuron=relu"], "neuron=brelu[inf]: brelu takes 1 numbers"),
     ("neuron=relu", "neuron=relux", LINE["neuron=relu"], "[pool1] neuron=relux: alexprep has ident, relu, "),
     ("outputs=10", "outputs=11", LINE["outputs=10"], "[fc10] has 11 outputs, and the data has 10 classes"),
-    ("type=cost.logreg", "type=cost.sum2", LINE["type=cost.logreg"], "alexprep trains with cost.logreg, cost.bce, "),
+    (
+        "type=cost.logreg",
+        "type=cost.sum2",
+        LINE["type=cost.logreg"],
+        "alexprep trains with cost.logreg, cost.crossent, ",
+    ),
     ("pool=avg", "pool=median", LINE["pool=avg"], "[pool2] pool=median: alexprep has max, avg, rand"),
     ("initW=0.1", "weightSource=fc10", LINE["initW=0.1"], "alexprep has no layers that share their weights"),
     ("initW=0.1", "initWFunc=a.b()", LINE["initW=0.1"], "code that a layer file names is not run"),
@@ -119,6 +124,7 @@ MALFORMED = [
     ("stride=1\n", "strode=1\n", LINE["stride=1"], "[conv1] strode: alexprep has no such key for type=conv"),
     ("sharedBiases=1", "sharedBiases=0", LINE["sharedBiases=1"], "sharedBiases=0: alexprep has no such layer"),
     ("dataIdx=1", "dataIdx=0", LINE["dataIdx=1"], "[labels] dataIdx=0 is given by another layer already"),
+    ("[pool2]", "[training]", LINE["[pool2]"], "[training] the name training is taken: give the layer another"),
     ("sizeX=3", "sizeX=1", LINE["stride=2"], "[pool1] stride=2 is not within 1 to 1"),
 ]
 
@@ -138,6 +144,8 @@ def test_malformed_files_are_refused_with_the_line(good: str, bad: str, line: in
         (lambda text: text.replace("epsW=0.001", "epsW=0.002", 1), 9, "[conv2] epsW=0.001, and [conv1] has 0.002"),
         (lambda text: "[conv7]\n" + text, 1, "[conv7] is no layer of "),
         (lambda text: text.replace("wc=0.004", "filters=3", 1), 6, "[conv1] filters stands in "),
+        (lambda text: text.replace("wc=0.004", "wball=1", 1), 6, "[conv1] wball=1 is not within 0 to 0"),
+        (lambda text: text.replace("wc=0.004", "updatePeriod=4", 1), 6, "[conv1] updatePeriod=4 is not within 0 to 1"),
         (lambda text: text.replace("coeff=1", "coeff=2"), 37, "alexprep has costs with a coefficient of 1"),
     ],
 )
@@ -199,6 +207,15 @@ def test_other_layers(tmp_path: Path) -> None:
         values = torch.linspace(0.1, 3, 7)
         assert torch.equal(Neuron(name, numbers)(values), function(values, *numbers))
         assert len(function(values, *numbers)) == 7
+
+
+def test_what_changes_no_result_is_passed_over(tmp_path: Path) -> None:
+    """Lines of cuda-convnet2's own files, and its cross-entropy with vectors of labels, which is that of the softmax."""
+    more = GOOD_PARAMETERS.replace("wc=0.004", "wc=0.004\nwball=0.00\nupdatePeriod=1", 1) + "topk=5\n"
+    wanted = layer_file(str(written(tmp_path, GOOD, GOOD_PARAMETERS)))(10, 32, seed=1)
+    made = layer_file(str(written(tmp_path, GOOD.replace("cost.logreg", "cost.crossent"), more)))
+    assert made.training()["loss"] == "softmax"
+    equal_logits(wanted, made(10, 32, seed=1), 32)
 
 
 def test_a_layer_file_is_trained_as_it_says_and_gone_on_with(tmp_path: Path) -> None:
