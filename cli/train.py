@@ -17,6 +17,7 @@ from alexprep.cli.options import (
     device_option,
     json_option,
     local_data_option,
+    model_option,
     on_bad_option,
     on_command_line,
     runs_option,
@@ -49,11 +50,7 @@ SYNONYMS = ("optimizer", "label_smoothing", "clip", "accumulate", "average")
     metavar="NAME | FILE.py[:FUNCTION]",
     help=f"What to train: {', '.join(RECIPES)}; or a recipe of your own.  [default: alexnet]",
 )
-@click.option(
-    "--model",
-    metavar="FILE.py:FUNCTION | timm/NAME | torchvision/NAME | columns:LINE | LAYERS.cfg",
-    help="A network of your own, of a library, from a line or from a layer file, trained as the recipe says.",
-)
+@model_option
 @click.option("--hook", metavar="FILE.py:FUNCTION", help="A DALI operation of your own in the augmentation.")
 @click.option(
     "--hook-after", type=click.Choice(["decode", "augment", "tensor"]), help="After what it comes.  [default: augment]"
