@@ -210,9 +210,13 @@ def _rows(summary: Mapping[str, Any], options: Mapping[str, Any]) -> list[tuple[
 
 def _next_commands(summary: Mapping[str, Any], options: Mapping[str, Any]) -> list[str]:
     """Commands for what was trained; with what it takes to find the run, and the user's own recipe or network."""
+    from alexprep.train.run_dir import read_config
     from alexprep.train.user_code import is_reference
 
     run = Path(summary["run"])
+    shown = read_config(run)["identity"]["recipe"]["augmentation"]
+    # Ten views mirror, which makes another thing of a digit.
+    views = ["--views", "ten"] if shown.get("mirror") and shown.get("normalised_width") is None else []
     runs = [] if options["runs"] == Path("runs") else ["--runs", str(options["runs"])]
     own = [
         word
@@ -222,7 +226,7 @@ def _next_commands(summary: Mapping[str, Any], options: Mapping[str, Any]) -> li
     ]
     best = f"{run.name}@best" if summary["best_step"] is not None else run.name
     words = (
-        ["eval", best, "--views", "ten", *runs, *own],
+        ["eval", best, *views, *runs, *own],
         ["predict", best, "photo.jpg", *runs, *own],
         ["report", run.name, *runs],
     )

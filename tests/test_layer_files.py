@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,9 @@ from alexprep.shards.errors import AlexprepError
 from alexprep.train.layer_files import NEURONS, LayerGraph, Neuron, layer_file
 from alexprep.train.models.alexnet import alexnet_2012
 from alexprep.train.models.cifar import cifar10_quick_net, conv_local_11pct, conv_local_13pct
-from alexprep.train.recipes import RECIPES, with_network
+from alexprep.train.recipes import RECIPES, try_user_network, with_network
 from alexprep.train.trainer import train
-from alexprep.train.user_code import user_network
+from alexprep.train.user_code import UserNetwork, user_network
 from tests import layer_texts as texts
 from tests.made_up import MadeUpLoader, write_data
 from tests.training_ranks import small_config
@@ -228,6 +229,9 @@ def test_a_layer_file_is_trained_as_it_says_and_gone_on_with(tmp_path: Path) -> 
     )
     made = with_network(RECIPES["cifar10-quick"], user_network(str(path)))
     assert (made.lr, made.layer_decay["fc64"], made.decay) == (0.001, 0.03, 0.0)
+    assert isinstance(made.network, UserNetwork)
+    _, _, notes = try_user_network(replace(made, lr=0.5), made.network, 3, 0, "single", 1)
+    assert notes[1].startswith("as layer-file/layers-x has it: loss softmax, bias_lr_factor ")
     data = write_data(tmp_path / "data", Little)
     options: dict[str, Any] = {"recipe": "cifar10-quick", "data": data, "model": str(path), "batch_size": 4}
     whole = train(small_config(**options, name="whole", steps=4), Little)

@@ -667,8 +667,9 @@ def try_user_network(
     layers = describe_layers(network)
     count = sum(weight.numel() for weight in network.parameters())
     notes = [f"the network is {own.title}, {count:,} parameters"]
-    if own.training is not None:
-        notes.append(f"as {own.title} has it: {', '.join(f'{name} {value}' for name, value in own.training.items())}")
+    if own.training is not None:  # of that what no setting has changed
+        kept = [f"{name} {value}" for name, value in own.training.items() if getattr(tried, name) == value]
+        notes.append(f"as {own.title} has it: {', '.join(kept)}")
     if own.pixels is not None:
         seen = tried.augmentation
         channels = f" in {counted(seen.channels, 'channel')}" if seen.channels != 3 else ""
