@@ -176,10 +176,10 @@ class ColumnNet:
         """The switches, part of a run's identity."""
         return asdict(self)
 
-    def summary(self, shape: tuple[int, int, int] | None = None) -> str:
-        """Sizes and parameters of all layers, in a sentence; `shape` is the input's where the line does not say it."""
+    def summary(self, shape: tuple[int, int, int] | None = None, width: float = 1.0) -> str:
+        """Sizes and parameters of all layers, in a sentence; `shape` is the input's where the line does not say it, `width` scales the maps."""
         shape = self.input or shape or (3, 224, 224)
-        parts = parsed(self.line, shape)
+        parts = parsed(self.line, shape, width)
         told = []
         for part in parts:
             size = str(part.shape[0]) if part.kind == "N" else "x".join(map(str, part.shape))
