@@ -8,7 +8,7 @@ TEST := $(BIN)/pytest -q -n auto --maxprocesses 4 --dist worksteal
 LONG_TESTS = $(shell grep -l '^def test_' tests/stress/*.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check ecosystem stress format wheel-check clean
+.PHONY: help demo test check ecosystem stress format wheel-check gpu-check clean
 
 help:
 	@echo "make demo    shards, statistics, training and evaluation on a small set made on the spot"
@@ -73,6 +73,12 @@ wheel-check: .venv/installed
 	cd / && "$(CURDIR)/build/wheel-env/bin/alexprep" --help
 	cd / && "$(CURDIR)/build/wheel-env/bin/python" -c 'import alexprep.shards, alexprep.pipeline, alexprep.train, alexprep.cli'
 	mkdir -p build/elsewhere && cd build/elsewhere && ../wheel-env/bin/alexprep demo
+
+# What benchmarks/gpu.py does on a GPU, in small and without one, so that its first call on one does not fail by a slip.
+gpu-check: .venv/installed
+	[ -d demo/photos ] || $(BIN)/alexprep demo
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/gpu.py demo/photos/train --device cpu --small --inputs 200 --batch-sizes 8 \
+		--only data,tests,loader,step,profile,overlap,codec,tune --out build/gpu/gpu.json
 
 clean:
 	rm -rf .venv build demo

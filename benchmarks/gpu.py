@@ -4,7 +4,7 @@ python benchmarks/gpu.py PHOTOS [--cifar FOLDER_OR_TAR] [--out gpu.json] [--only
 
 PHOTOS: a tree of class folders, a few hundred photos or more; they are linked again and again up to --inputs. Each part is a process
 with a time limit of its own; what it found is in --out as soon as it ends, its output beside it as PART.log. With --device cpu and small
-numbers the same parts run without a GPU. From a source tree that is not installed: PYTHONPATH=build/types python benchmarks/gpu.py …
+numbers the same parts run without a GPU (`make gpu-check`). From a source tree that is not installed: PYTHONPATH=build/types python benchmarks/gpu.py …
 """
 
 from __future__ import annotations

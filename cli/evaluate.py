@@ -10,8 +10,10 @@ import click
 from alexprep.cli.options import (
     AT_LEAST_1,
     device_option,
+    folder,
     json_option,
     precision_option,
+    store_options,
     threads_option,
     trained_run_options,
     views_option,
@@ -32,7 +34,8 @@ BESIDE = ""  # what --predictions without a file gives
 @click.option("--split", help="The split to evaluate on.  [default: val, or test]")
 @click.option(
     "--data",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=folder,
+    metavar="FOLDER",
     help="The data set.  [default: the one they were trained on]",
 )
 @click.option(
@@ -58,6 +61,7 @@ BESIDE = ""  # what --predictions without a file gives
 @click.option("--batch-size", type=AT_LEAST_1, default=128, show_default=True, help="Crops at a time.")
 @precision_option
 @threads_option
+@store_options
 @device_option
 @json_option
 def evaluate(
@@ -227,10 +231,10 @@ def _write_predictions(file: str, found: Evaluation, runs: Path) -> None:
 
 
 def _submit(path: Path, scores: Scores, document: dict[str, Any]) -> None:
-    from alexprep.shards.storage import publish_bytes
+    from alexprep.shards.storage import folder_at, publish_bytes
     from alexprep.train.evaluation import make_submission
 
-    content, images, missing = make_submission(Path(document["data"]), document["split"], scores.best, scores.rows)
+    content, images, missing = make_submission(folder_at(document["data"]), document["split"], scores.best, scores.rows)
     publish_bytes(path, content)
     document["submission_file"] = str(path)
     click.echo(f"{len(images):,} lines in {path}, from {Path(images[0]).name} to {Path(images[-1]).name}")

@@ -10,9 +10,10 @@ import click
 from alexprep.cli.options import (
     AT_LEAST_1,
     device_option,
+    folder,
     json_option,
-    local_folder,
     precision_option,
+    store_options,
     threads_option,
     trained_run_options,
 )
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 @click.command(short_help="A layer's outputs for a split, as .npy or Parquet.")
 @click.argument("run")
-@click.argument("data", type=local_folder, required=False)
+@click.argument("data", type=folder, required=False)
 @click.option("--layer", help="As the network names it; a wrong name lists them.  [default: the last hidden one]")
 @click.option("--split", default="train", show_default=True, help="Of DATA.")
 @click.option(
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 @click.option("--batch-size", type=AT_LEAST_1, default=128, show_default=True, help="Images at a time.")
 @precision_option
 @threads_option
+@store_options
 @device_option
 @json_option
 def features(

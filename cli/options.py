@@ -23,6 +23,7 @@ else:
 FC = TypeVar("FC", bound=Callable[..., Any] | click.Command)
 
 AT_LEAST_1 = click.IntRange(min=1)
+CACHE_LIMIT = "alexprep.cache_limit"  # in click's meta
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 
@@ -57,22 +58,12 @@ SECONDS = Seconds(min=0, max=3.2e7, min_open=True)
 
 def folder(value: str) -> Path:
     """A folder on a disk, or a `UPath` for a URL that fsspec understands; a tar, where other people's tars are read."""
-    from alexprep.shards.errors import AlexprepError
-    from alexprep.shards.storage import folder_at, is_local
+    from alexprep.shards.storage import folder_at
 
     if not value:
         raise click.BadParameter("the name is empty: name a folder, . for this one")
     found = folder_at(value)
-    try:
-        is_file = found.exists() and not found.is_dir()
-    except Exception as error:
-        if is_local(found):
-            raise
-        words = f"{type(error).__name__}: {error}".partition("\n")[0]  # each store has its own kinds
-        raise AlexprepError(
-            f"{value} cannot be reached ({words}): check the URL, the credentials and the network"
-        ) from None
-    if is_file and not value.endswith(".tar"):
+    if found.exists() and not found.is_dir() and not value.endswith(".tar"):
         raise click.BadParameter(f"{value} is a file, not a folder")
     return found
 
@@ -96,7 +87,7 @@ def check_picture(picture: Path) -> None:
 def local_folder(value: str) -> Path:
     """A folder on a disk."""
     if "://" in value:
-        words = "is no local folder: training reads single images in random order, so copy the shards to a disk"
+        words = "is no local folder: this command reads single images here and there, so copy the shards to a disk"
         raise click.BadParameter(f"{value} {words}")
     return folder(value)
 
@@ -256,6 +247,7 @@ _SOURCE_OPTIONS = (
     ),
 )
 
+data_option = data_folder_option("--data", "The data set's folder, or a URL of one, such as s3://….")
 local_data_option = data_folder_option("--data", "The data set's folder.", local=True)
 
 runs_option = click.option(
@@ -278,7 +270,8 @@ def trained_run_options(command: FC) -> FC:
 
 trained_data_option = click.option(
     "--data",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=folder,
+    metavar="FOLDER",
     help="The data set of the training.  [default: where it was]",
 )
 
@@ -412,6 +405,80 @@ def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in reversed(_ENGINE_OPTIONS):
         with_engine = option(with_engine)
     return with_engine
+
+
+class Size(_Parameter):
+    """A number of bytes, such as 500MB, 40GB or 1.5TB."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Bytes."""
+        from alexprep.shards.errors import AlexprepError
+        from alexprep.shards.shard_cache import bytes_of
+
+        try:
+            return bytes_of(str(value))
+        except AlexprepError as error:
+            self.fail(str(error), param, ctx)
+
+
+def _be_patient(context: click.Context, option: click.Parameter, seconds: float | None) -> None:
+    from alexprep.shards.patience import be_patient
+
+    if seconds is not None:
+        be_patient(seconds)
+
+
+def _use_cache(context: click.Context, option: click.Parameter, folder: str | None) -> None:
+    from alexprep.shards.shard_cache import use_cache
+
+    if folder is not None:
+        use_cache(folder, context.meta.get(CACHE_LIMIT))
+
+
+patience_option = click.option(
+    "--store-patience",
+    type=click.FloatRange(0, 1_000_000),
+    envvar="ALEXPREP_STORE_PATIENCE",
+    show_envvar=True,
+    expose_value=False,
+    callback=_be_patient,
+    metavar="SECONDS",
+    help="How long a store such as s3:// may be away.  [default: 300]",
+)
+
+_STORE_OPTIONS = (
+    click.option(
+        "--cache",
+        type=click.Path(file_okay=False),  # text, since a Path would take the URL out of a URL
+        envvar="ALEXPREP_CACHE",
+        show_envvar=True,
+        expose_value=False,
+        callback=_use_cache,
+        metavar="FOLDER",
+        help="Where shards of a data set in a store are kept on this disk, for all runs.  [default: nowhere]",
+    ),
+    click.option(
+        "--cache-limit",
+        type=Size(),
+        envvar="ALEXPREP_CACHE_LIMIT",
+        show_envvar=True,
+        is_eager=True,  # known before --cache is
+        expose_value=False,
+        callback=lambda context, option, size: context.meta.update({CACHE_LIMIT: size}),
+        metavar="SIZE",
+        help="Of all shards there: 500MB, 40GB. What came first stays.  [default: the disk's]",
+    ),
+    patience_option,
+)
+
+
+def store_options(command: FC) -> FC:
+    """How a data set in a store is read, by this process and those that it starts."""
+    for option in reversed(_STORE_OPTIONS):
+        command = option(command)
+    return command
 
 
 json_option = click.option(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from alexprep.cli.options import data_folder, engine_options, json_option, on_bad_option
+from alexprep.cli.options import data_folder, engine_options, json_option, on_bad_option, store_options
 
 if TYPE_CHECKING:
     from alexprep.shards.worker_pool import Engine
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 )
 @on_bad_option
 @engine_options
+@store_options
 @json_option
 def pca_stats(
     data: Path, split: str, out: Path | None, on_bad: Literal["error", "skip"] | None, engine: Engine, as_json: bool

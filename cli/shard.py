@@ -16,6 +16,7 @@ from alexprep.cli.options import (
     engine_options,
     json_option,
     labels_option,
+    patience_option,
     source_options,
 )
 
@@ -111,6 +112,7 @@ if TYPE_CHECKING:
     "webdataset.  [default: all; in a folder that was begun as it was begun]",
 )
 @engine_options
+@patience_option
 @json_option
 def shard(
     source: str,

@@ -15,6 +15,7 @@ from alexprep.cli.options import (
     json_option,
     picture_option,
     precision_option,
+    store_options,
     threads_option,
     trained_data_option,
     trained_run_options,
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
 @click.option("--batch-size", type=AT_LEAST_1, default=128, show_default=True, help="Images at a time.")
 @precision_option
 @threads_option
+@store_options
 @device_option
 @json_option
 def similar(

@@ -14,14 +14,15 @@ from alexprep.cli.options import (
     AT_LEAST_1,
     batch_size_option,
     computing_options,
+    data_option,
     device_option,
     json_option,
-    local_data_option,
     model_option,
     on_bad_option,
     on_command_line,
     runs_option,
     settings_option,
+    store_options,
     threads_option,
 )
 
@@ -37,12 +38,17 @@ SYNONYMS = ("optimizer", "label_smoothing", "clip", "accumulate", "average")
 
 
 @click.command("train", short_help="Train a network on shards.")
-@local_data_option
+@data_option
 @click.option(
     "--statistics",
     type=click.Path(path_type=Path, file_okay=False, exists=True),
     metavar="FOLDER",
     help="A folder with stats/, whose mean image and eigenpairs are used.  [default: the data set's]",
+)
+@click.option(
+    "--order",
+    type=click.Choice(["shuffle", "blocks", "sequential"]),
+    help="Of the training images: all shuffled, in blocks of shards, as stored.  [default: shuffle; blocks of a store]",
 )
 @on_bad_option
 @click.option(
@@ -147,6 +153,7 @@ SYNONYMS = ("optimizer", "label_smoothing", "clip", "accumulate", "average")
 @click.option("--tensorboard", is_flag=True, help="Write the log for TensorBoard too: RUN/tensorboard.")
 @computing_options
 @threads_option
+@store_options
 @device_option
 @json_option
 def train(as_json: bool, **options: Any) -> None:

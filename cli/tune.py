@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from alexprep.cli import output
-from alexprep.cli.options import AT_LEAST_1, SECONDS, device_option, json_option
+from alexprep.cli.options import AT_LEAST_1, SECONDS, device_option, json_option, store_options
 
 if TYPE_CHECKING:
     from alexprep.pipeline.autotune import Found
@@ -44,6 +44,7 @@ _TITLES = {
     help="What is done to the images.  [default: as in training; resized for other people's tars]",
 )
 @click.option("--seconds", type=SECONDS, default=60.0, show_default=True, help="How long measuring may take.")
+@store_options
 @json_option
 def tune(
     data: str,

@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from alexprep.cli.options import data_folder, engine_options, json_option, on_command_line, source_options
+from alexprep.cli.options import (
+    data_folder,
+    engine_options,
+    json_option,
+    on_command_line,
+    patience_option,
+    source_options,
+)
 
 if TYPE_CHECKING:
     from alexprep.shards.listing import ClassNames
@@ -26,6 +33,7 @@ _SHOWN = 20
 @click.option("--repair", "repair_source", metavar="SOURCE", help="Make damaged shards again from SOURCE.")
 @source_options
 @engine_options
+@patience_option
 @json_option
 def verify(
     data: Path,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
@@ -305,6 +305,10 @@ class Augmentation:
         """Whether colours change by jitter or grey scale, to values between whole grey levels."""
         return self.jitter is not None or self.grey > 0
 
+    def __str__(self) -> str:
+        """What differs from the paper's, in a line: the same for all augmentations that do the same."""
+        return _worded(self)
+
     def without_chance(self) -> Augmentation:
         """What evaluation shows of an image: the same crop, in the centre, less the same mean, and nothing else."""
         return Augmentation(
@@ -326,6 +330,20 @@ class Augmentation:
     def noisy(self, epoch: int) -> bool:
         """Whether an epoch has colour noise."""
         return self.noise != "none" and (self.noise_epochs is None or epoch < self.noise_epochs)
+
+
+def _worded(value: Any) -> str:
+    """A value in words that are the same for 1 and 1.0, of a part only what differs from its defaults; a hook by its name."""
+    if isinstance(value, Hook):
+        return f"{value.name} after {value.after}"
+    if is_dataclass(value) and not isinstance(value, type):
+        own = {
+            each.name: getattr(value, each.name) for each in fields(value) if getattr(value, each.name) != each.default
+        }
+        return f"{type(value).__name__}({', '.join(f'{name}={_worded(each)}' for name, each in own.items())})"
+    if isinstance(value, tuple | list):
+        return f"({', '.join(map(_worded, value))})"
+    return repr(int(value)) if isinstance(value, float) and value.is_integer() else repr(value)
 
 
 PARTS = (

@@ -12,6 +12,8 @@ from alexprep.pipeline import mixing
 from alexprep.pipeline.augmentation import Draws
 from alexprep.pipeline.device import moved
 
+_BLOCK = 2**15  # numbers of a pair that are mixed at once: small enough for a core's own cache
+
 
 class Batch(NamedTuple):
     """A rank's part of one step: images and labels on the loader's device, and rows of the split's index on the CPU, int64 (N,).
@@ -54,6 +56,8 @@ def mixed_batch(batch: Batch, draws: Draws, memory_format: str) -> MixedBatch:
     images, labels, indices = batch
     if not len(labels):
         return MixedBatch(images, labels, indices, labels, torch.empty(0, device=labels.device))
+    if not images.is_contiguous() and not images.movedim(1, -1).is_contiguous():
+        images = images.contiguous()
     partner_N, weight_N, exchanged_N4 = (
         mixing.partners(draws.more["pair"]),
         draws.more["weight"],
@@ -68,19 +72,28 @@ def mixed_batch(batch: Batch, draws: Draws, memory_format: str) -> MixedBatch:
         pixels += (pixels[partner] - pixels) * (rows[:, None, :, None] * columns[:, None, None])
     else:  # few bytes: one pair after the other, by numpy, for torch's threads would wait for one another at each
         values = pixels.numpy()
+        flat = (images if images.is_contiguous() else images.movedim(1, -1)).view(len(labels), -1).numpy()
+        room = np.empty(_BLOCK, flat.dtype)
         for n in np.flatnonzero(partner_N > np.arange(len(partner_N))).tolist():
-            _mix_pair(values[n], values[n + 1], float(weight_N[n]), exchanged_N4[n].tolist())
+            top, left, height, width = exchanged_N4[n].tolist()
+            if height and width:
+                _exchange(*values[n : n + 2, :, top : top + height, left : left + width])
+            elif weight_N[n] < 1:
+                _mix(flat[n], flat[n + 1], 1 - float(weight_N[n]), room)
     return MixedBatch(images, labels, indices, labels[partner], weights.float())
 
 
-def _mix_pair(one: NDArray[Any], other: NDArray[Any], weight: float, exchanged: list[int]) -> None:
-    """Mixes two images (3, H, W) in their own memory."""
-    top, left, height, width = exchanged
-    if height and width:
-        place = slice(None), slice(top, top + height), slice(left, left + width)
-        kept = one[place].copy()
-        one[place], other[place] = other[place], kept
-    elif weight < 1:
-        difference = (other - one) * (1 - weight)
-        one += difference
-        other -= difference
+def _exchange(one: NDArray[Any], other: NDArray[Any]) -> None:
+    """Exchanges pixels in their own memory."""
+    kept = one.copy()
+    one[...], other[...] = other, kept
+
+
+def _mix(one: NDArray[Any], other: NDArray[Any], share: float, room: NDArray[Any]) -> None:
+    """Gives each of two rows of numbers so much of the other, in their own memory, a block at a time: `room`."""
+    for start in range(0, len(one), len(room)):
+        mine, theirs = (row[start : start + len(room)] for row in (one, other))
+        difference = np.subtract(theirs, mine, out=room[: len(mine)])
+        difference *= share
+        mine += difference
+        theirs -= difference

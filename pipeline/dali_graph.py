@@ -28,8 +28,9 @@ from alexprep.pipeline.augmentation import (
     mean_corners,
     ten_windows,
 )
-from alexprep.pipeline.colour import gaussian, saturation
+from alexprep.pipeline.colour import gaussian
 from alexprep.pipeline.dali_ops import Dtype, MemoryFormat
+from alexprep.pipeline.geometry import reflected_maps
 from alexprep.shards.errors import AlexprepError, one_of
 from alexprep.shards.rgb_statistics import Statistics
 
@@ -40,7 +41,7 @@ Inputs = dict[str, "NDArray[Any] | list[NDArray[np.float32]]"]
 # Which of `ten_windows` are seen as they are and reflected: the centre, or all five.
 REFLECTED: dict[str, tuple[int, ...]] = {"two": (2,), "ten": (0, 1, 2, 3, 4)}
 VIEWS = {"random": 1, "centre": 1} | {name: 2 * len(windows) for name, windows in REFLECTED.items()}  # of an image
-POLICY_INPUTS = ("kind", "map", "factor", "from_mean", "threshold", "mask", "kernel", "colours")
+POLICY_INPUTS = ("kind", "map", "factor", "from_mean", "threshold", "mask", "kernel")
 _STRIP_BYTES = 128 * 2**20  # of windows of the mean image that are kept ready
 
 
@@ -182,9 +183,11 @@ class Graph:
         inputs: Inputs = {}
         more = draws.more
         if "affine" in more:
-            inputs |= {"warped": _others(more["affine"], np.eye(2, 3)), "affine": _single(more["affine"])}
+            maps = self._maps(more["affine"], draws.mirror_N)
+            inputs |= {"warped": _others(more["affine"], np.eye(2, 3)), "affine": _single(maps)}
         for turn, drawn in enumerate(draws.operations()):
-            inputs |= {f"policy{turn}.{name}": values for name, values in _policy_inputs(drawn).items()}
+            given = drawn | {"map": self._maps(drawn["map"], draws.mirror_N)}
+            inputs |= {f"policy{turn}.{name}": values for name, values in _policy_inputs(given).items()}
         if "sigma" in more:
             kernels = [gaussian(sigma).astype(np.float32) for sigma in more["sigma"].tolist()]
             inputs |= {"blurred": more["sigma"] > 0}
@@ -198,6 +201,10 @@ class Graph:
             inputs["erased"] = _single(more["erased"])
         inputs |= {name: _single(values) for name, values in more.items() if name.startswith("hook")}
         return inputs
+
+    def _maps(self, maps_N23: NDArray[np.float64], mirror_N: NDArray[np.bool_]) -> NDArray[np.float64]:
+        """Affine maps, see `geometry.warp`, for views as they come: of those that the resize reflected, in reflected columns."""
+        return reflected_maps(maps_N23, mirror_N, self._view[1]) if self._mirrors_early else maps_N23
 
     def _shape_input(self, windows_N4: NDArray[np.int32]) -> dict[str, NDArray[np.int32]]:
         return {} if self.augmentation.fixed_windows else {"shape": np.ascontiguousarray(windows_N4[:, 2:])}
@@ -281,13 +288,16 @@ class Graph:
         """One operation of a policy: each kind has a branch, in which are the samples that drew it."""
         given = {name: self._input(f"{part}{name}") for name in POLICY_INPUTS}
         kind, kernel = given["kind"], self._on_image_device(given["kernel"])
-        scaled = functools.partial(dali_ops.scale, device=self.device)
+        scaled, saturated, stretched = (
+            functools.partial(change, device=self.device)
+            for change in (dali_ops.scale, dali_ops.saturate, dali_ops.stretch)
+        )
         branches: list[tuple[int, Callable[..., DataNode], list[DataNode]]] = [
             (policies.WARPED, lambda image, maps: dali_ops.warp(image, maps, fill, nearest=True), [given["map"]]),
             (policies.SCALED, scaled, [given["factor"], given["from_mean"]]),
-            (policies.COLOURED, dali_ops.recolour_bytes, [given["colours"]]),
+            (policies.COLOURED, saturated, [given["factor"]]),
             (policies.TONED, dali_ops.tone, [given["threshold"], given["mask"]]),
-            (policies.STRETCHED, dali_ops.stretch, []),
+            (policies.STRETCHED, stretched, []),
             (policies.EQUALIZED, dali_ops.equalize, []),
             (policies.SHARPENED, dali_ops.filtered, [kernel]),
         ]
@@ -317,10 +327,12 @@ class Graph:
 
     @property
     def _mirrors_early(self) -> bool:
-        """Whether the reflection is a part of the resize: nothing comes between them, and by rows it would be a pass of its own."""
-        augmentation = self.augmentation
-        kept = self.views != "random" or (not augmentation.hooks and self._more_names <= {"erased"})
-        return augmentation.scale is not None and kept and "minus" in self.input_names
+        """Whether the reflection is a part of the resize, where by rows it would be a pass of its own.
+
+        Nothing in between tells left from right but affine maps, which are reflected too; what a hook would see is another matter.
+        """
+        kept = self.views != "random" or not self.augmentation.hooks
+        return self.augmentation.scale is not None and kept and "minus" in self.input_names
 
     def _centred_view(self, image: DataNode, mirrored: DataNode, dtype: Dtype) -> DataNode:
         """Mirrors if that has not been done, subtracts the mean, adds the noise, divides."""
@@ -469,12 +481,11 @@ def check_hooks(augmentation: Augmentation) -> None:
 
 
 def _policy_inputs(drawn: Mapping[str, NDArray[Any]]) -> Inputs:
-    """What DALI is fed of an operation: see `policies.Operation`; and the kernel and the colours that its factor stands for."""
+    """What DALI is fed of an operation: see `policies.Operation`; and the kernel that its factor stands for."""
     kinds = {"kind": np.int32, "threshold": np.int32, "mask": np.uint8}
     inputs: Inputs = {name: np.ascontiguousarray(drawn[name], kind) for name, kind in kinds.items()}
     inputs |= {name: _single(drawn[name]) for name in ("map", "factor", "from_mean")}
     inputs["kernel"] = _single(np.stack([policies.sharpening(factor) for factor in drawn["factor"].tolist()]))
-    inputs["colours"] = _single(saturation(drawn["factor"]))
     return inputs
 
 

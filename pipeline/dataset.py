@@ -17,6 +17,7 @@ from alexprep.shards.any_dataset import DataSource, SplitSamples, open_samples
 from alexprep.shards.errors import AlexprepError, one_of
 from alexprep.shards.rgb_statistics import Statistics, read_statistics
 from alexprep.shards.sample_reader import Samples
+from alexprep.shards.storage import is_place
 
 OnBad = Literal["error", "skip"]
 Source = DataSource
@@ -73,7 +74,7 @@ def open_dataset(source: Source, split: str, on_bad: OnBad = "error", cache: str
     """
     one_of("on_bad", on_bad, get_args(OnBad))
     places = source if isinstance(source, Sequence) and not isinstance(source, str | bytes) else [source]
-    if not all(isinstance(place, str | os.PathLike) for place in places):
+    if not all(is_place(place) for place in places):
         raise AlexprepError(f"data {source!r} is no path and no list of paths")
     dataset = Dataset(*open_samples(source, split, None if cache is None else Path(cache)))
     if dataset.bad and on_bad == "error":

@@ -156,6 +156,15 @@ def inverse_maps(
     return np.concatenate([back, start[:, :, None]], axis=2)
 
 
+def reflected_maps(maps_N23: NDArray[np.float64], chosen_N: NDArray[np.bool_], width: int) -> NDArray[np.float64]:
+    """Of the chosen maps those that do to an image of this width, reflected left to right, what they do to it as it is, and reflect that."""
+    reflection = np.array([[-1.0, 0, width], [0, 1, 0], [0, 0, 1]])
+    found = maps_N23.copy()
+    found[chosen_N] = reflection[:2, :2] @ found[chosen_N] @ reflection
+    found[chosen_N, :, 2] += reflection[:2, 2]
+    return found
+
+
 def warp(image_HWC: NDArray[np.uint8], map_23: NDArray[np.float64], fill: float, nearest: bool) -> NDArray[np.uint8]:
     """Takes each pixel from where `map_23` says: the nearest one there, or the four around it by their distances, rounded.
 

@@ -30,11 +30,13 @@ from alexprep.pipeline.dali_ops import Dtype, MemoryFormat
 from alexprep.pipeline.dataset import Dataset, OnBad, Source, open_dataset, statistics_for
 from alexprep.pipeline.device import choose_device, moved
 from alexprep.pipeline.loader_settings import Tuning
+from alexprep.pipeline.read_ahead import ReadAhead
 from alexprep.pipeline.resampling import finished
 from alexprep.pipeline.sampler import BLOCK_SHARDS, Order, StepPlan
 from alexprep.shards.errors import AlexprepError, counted, one_of, whole_number
 from alexprep.shards.image_codec import HeaderCheck, raw_header
 from alexprep.shards.rgb_statistics import Statistics
+from alexprep.shards.shard_cache import ShardCache
 
 _READ_AHEAD = 8  # steps whose samples are asked of the disk before they are decoded
 # Smaller steps go through DALI several at a time, up to so many images and pixels.
@@ -79,6 +81,7 @@ class Loader(torch.utils.data.IterableDataset[Batch]):
         on_bad: OnBad = "error",
         statistics: Statistics | str | Path | None = None,
         cache: str | Path | None = None,
+        cache_limit: int | None = None,
         drop_last: bool = False,
         threads: int | None = None,
         tuning: Tuning | None = None,
@@ -105,7 +108,9 @@ class Loader(torch.utils.data.IterableDataset[Batch]):
                 fastest.
             on_bad: "error" ends with the name of a damaged sample; "skip" leaves it out of its step, and moves no other.
             statistics: of which dataset, if not of `data`: its folder, or what `alexprep.shards.read_statistics` gave.
-            cache: where the index of other people's tars is kept; by default beside them or in the user's cache.
+            cache: a folder on this disk. Of a dataset in a store its shards are kept there, by default nowhere; of other people's tars the index,
+                by default beside them or in the user's cache.
+            cache_limit: bytes of shards in that folder; what came first stays.
             drop_last: whether an epoch's last step is left out where it is smaller than the others; other samples each epoch.
             threads: of DALI; None for one a core. Short for `tuning`.
             tuning: how the machine is used; `alexprep tune` finds good settings.
@@ -133,9 +138,12 @@ class Loader(torch.utils.data.IterableDataset[Batch]):
         self._ready: deque[tuple[Batch, int]] = (
             deque()
         )  # batches that were made with others, and how many samples each lacks
-        dataset.samples.keep_shards = self._plan.open_shards(_READ_AHEAD + (tuning.prefetch + 1) * self._most_together)
         if dataset.samples.remote and order == "shuffle":
             raise AlexprepError(f"{data} is remote, where single images are slow to read: use order='blocks'")
+        if dataset.samples.remote and cache is not None:
+            dataset.samples.cache = ShardCache(cache, cache_limit)
+        held = self._plan.open_shards(_READ_AHEAD + (tuning.prefetch + 1) * self._most_together)
+        self._ahead = ReadAhead(dataset.samples, self._plan, held, onwards=views == "random")
         chosen = statistics_for(dataset, statistics) if augmentation.needs_statistics else None
         dataset.check(augmentation, chosen)
         target = choose_device(device or "cpu")
@@ -252,6 +260,7 @@ class Loader(torch.utils.data.IterableDataset[Batch]):
             if graph.views != "random" and epoch != self.epoch:
                 break
             together = 1 if self._one_by_one else min(self._most_together, len(self) - number)
+            self._ahead.reach(epoch, number, together)
             parts = [plan.part(epoch, number + each) for each in range(together)]
             rows, positions = (np.concatenate(each) for each in zip(*parts, strict=True))
             sizes = self._dataset.sizes_N2[rows]
@@ -285,19 +294,25 @@ class Loader(torch.utils.data.IterableDataset[Batch]):
             whole_number("index", row, 0, self.samples - 1)
         return rows
 
-    def state_dict(self) -> dict[str, int]:
-        """Where the next batch comes from: all that a resume needs, on any number of ranks; a few integers, JSON-serialisable.
+    def state_dict(self) -> dict[str, Any]:
+        """Where the next batch comes from: all that a resume needs, on any number of ranks; a few integers and a line, JSON-serialisable.
 
-        "seed", "epoch" and "step" say where; "batch_size" and "stream", which stands for the data and the order, are there to
+        "seed", "epoch" and "step" say where; "batch_size", "stream", which stands for the data and the order, and "augmentation" are there to
         refuse a state that means something else.
         """
         place = {"seed": self._plan.seed, "epoch": self.epoch, "step": self.step}
-        return {**place, "batch_size": self._plan.batch_size, "stream": self._stream}
+        meant = {
+            "batch_size": self._plan.batch_size,
+            "stream": self._stream,
+            "augmentation": str(self._graph.augmentation),
+        }
+        return place | meant
 
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes to a state that `state_dict` gave.
 
-        Raises AlexprepError where it is of another seed, batch size, dataset or order, or lies outside an epoch.
+        Raises AlexprepError where it is of another seed, batch size, dataset, order or augmentation, or lies outside an epoch. A state without
+        "augmentation", as older ones are, is taken: leave it out to go on with another one on purpose.
         """
         own, state = self.state_dict(), state if isinstance(state, Mapping) else {}
         for name in ("seed", "batch_size", "stream"):
@@ -306,6 +321,11 @@ class Loader(torch.utils.data.IterableDataset[Batch]):
                     f"the state has {name} {state.get(name)}, this Loader {own[name]}: make it as the one that gave the state "
                     "(the stream stands for the data, the split and the order)"
                 )
+        if state.get("augmentation", own["augmentation"]) != own["augmentation"]:
+            raise AlexprepError(
+                f"the state has augmentation {state['augmentation']}, this Loader {own['augmentation']}: make it as the one that gave the state; "
+                'or, to go on with other images on purpose, leave "augmentation" out of the state'
+            )
         epoch = whole_number("epoch", state.get("epoch"), 0, 2**32 - 1)
         step = whole_number(f"in epochs of {len(self)} steps, step", state.get("step"), 0, len(self) - 1)
         self._abandon()  # what DALI already works on is not wanted any more
@@ -325,7 +345,7 @@ class Loader(torch.utils.data.IterableDataset[Batch]):
         """Closes the loader."""
         self.close()
 
-    def __reduce__(self) -> tuple[Callable[[], Loader], tuple[()], dict[str, int]]:
+    def __reduce__(self) -> tuple[Callable[[], Loader], tuple[()], dict[str, Any]]:
         """Pickled, a loader is its arguments and its state; the copy opens the data anew."""
         return self._made_by, (), self.state_dict()
 
@@ -346,6 +366,7 @@ class Loader(torch.utils.data.IterableDataset[Batch]):
         runner, self._runner = self._runner, None
         if runner is not None:
             runner.close()
+        self._ahead.stop()
 
 
 @dataclass

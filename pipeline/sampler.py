@@ -59,7 +59,7 @@ class StepPlan:
             raise AlexprepError(
                 f"with drop_last, {len(self.shards_N)} samples make no step of batch_size {self.batch_size}: make it smaller"
             )
-        self._kept: tuple[int, NDArray[np.int64]] | None = None
+        self._kept: dict[int, NDArray[np.int64]] = {}
         self._coming: tuple[int, Future[NDArray[np.int64]]] | None = None  # the next epoch, and its order
         self._process = os.getpid()
 
@@ -94,16 +94,21 @@ class StepPlan:
         return (epoch, step + 1) if step + 1 < len(self) else (epoch + 1, 0)
 
     def _epoch(self, epoch: int) -> NDArray[np.int64]:
-        """The epoch's order: int64 (samples,). The one asked for last is kept."""
-        if self._kept is None or self._kept[0] != epoch:
+        """The epoch's order: int64 (samples,). The two asked for last are kept: one is read while the next begins to be fetched."""
+        if epoch not in self._kept:
             ahead = self._coming if self._process == os.getpid() else None  # a thread does not survive a fork
             made = ahead[1].result() if ahead is not None and ahead[0] == epoch else self._made(epoch)
-            self._kept, self._coming = (epoch, made), None
-        return self._kept[1]
+            self._kept, self._coming = dict([*self._kept.items(), (epoch, made)][-2:]), None
+        return self._kept[epoch]
 
     def _make_ahead(self, epoch: int) -> None:
         """Has an epoch's order made in a thread, for which a step would have to wait: a third of a second for ImageNet."""
-        if self._coming is None and self.order != "sequential" and len(self.shards_N) >= _WORTH_A_THREAD:
+        if (
+            self._coming is None
+            and epoch not in self._kept
+            and self.order != "sequential"
+            and len(self.shards_N) >= _WORTH_A_THREAD
+        ):
             thread = ThreadPoolExecutor(1, "alexprep-order")
             self._coming, self._process = (epoch, thread.submit(self._made, epoch)), os.getpid()
             thread.shutdown(wait=False)

@@ -34,7 +34,7 @@ from alexprep.shards.image_codec import Codec, Target
 from alexprep.shards.image_header import Refused, general_reason
 from alexprep.shards.listing import Listing, list_inputs
 from alexprep.shards.manifest import Manifest, Rejects, read_sidecar, rejects_in
-from alexprep.shards.metadata import MetadataError, document_bytes
+from alexprep.shards.metadata import MAX_BYTES, MetadataError, document_bytes
 from alexprep.shards.plan import (
     MachineCheck,
     Plan,
@@ -89,6 +89,7 @@ MAX_NO_PICTURES = "50%"  # more, and SOURCE is hardly what its user takes it for
 _MOST_OBLONG, _MOST_AS_IT_IS = 8, 64 * 2**20
 _WORST_REASONS = 3  # that an error names
 _LINE_BYTES = 600  # of an input in sidecar, index and ledger, measured: 340-380 with usual names
+_METADATA_COPIES = 3  # of a KEY.json: in the shard, its sidecar and the ledger
 
 
 @dataclass(frozen=True)
@@ -355,7 +356,8 @@ def check_space(
         return  # a store has no free space to ask for
     inputs = sum(table.rows(shard.group) for shard in missing)
     free = shutil.disk_usage(plan.folder).free
-    if inputs * (_most_bytes(plan.target) + 4096) < free:
+    along = _METADATA_COPIES * MAX_BYTES if plan.options["metadata"] else 0
+    if inputs * (_most_bytes(plan.target) + along + 4096) < free:
         return
     needed = predict(source, make, missing, table, engine)
     if needed > free:

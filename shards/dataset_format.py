@@ -79,7 +79,8 @@ def read_json(path: Path, purpose: str) -> dict[str, Any]:
     except FileNotFoundError:
         raise AlexprepError(f"{path} does not exist: {purpose}") from None
     except (OSError, ValueError) as error:
-        raise AlexprepError(f"{path} cannot be read ({error}): {purpose}") from None
+        words = getattr(error, "strerror", None) or error
+        raise AlexprepError(f"{path} cannot be read ({words}): {purpose}") from None
     if not isinstance(document, dict):
         raise AlexprepError(f"{path} holds no JSON object: {purpose}")
     return document

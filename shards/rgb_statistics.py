@@ -235,6 +235,8 @@ def _shard_moments(data: Path, split: str, digest: str, shard: int, condemned: M
         raise AlexprepError(f"{platform.node()} has another data set at {data}: DATA must be one folder that all share")
     samples, size = opened.samples, opened.size
     accumulator = ColourAccumulator() if size is None else Accumulator(*size)
+    if samples.remote:
+        samples.fetch(shard)  # outside `attending`: no image is to blame for a slow store
     for row in samples.rows_of(shard):
         with attending(row):
             planes = None if row in condemned else _planes(samples.encoded(row), opened.raw)

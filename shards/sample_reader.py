@@ -9,9 +9,7 @@ import contextlib
 import functools
 import os
 import time
-from collections import OrderedDict
-from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +20,13 @@ from alexprep.shards.dataset_format import read_dataset, read_index, shard_name,
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.mapped_file import MappedFile, expect
 from alexprep.shards.metadata import EXTENSION, MetadataError, parsed
+from alexprep.shards.shard_cache import ShardCache, chosen_cache
+from alexprep.shards.shard_fetcher import RemoteShard, ShardFetcher
 from alexprep.shards.sources.wds import split_name
 from alexprep.shards.storage import as_text, is_local
 from alexprep.shards.tar_format import BLOCK, number_of_bytes, padded, read_header_block
 
 _MOST_MAPPED = 16_384  # shards; a process may have 65,530 mappings, as Linux has it
-_FETCHES = 4  # remote shards on their way at the same time
 
 
 class TarSamples:
@@ -40,20 +39,24 @@ class TarSamples:
     Attributes:
         index: (samples,) records of `dataset_format.INDEX_DTYPE`, ascending by shard and offset.
         labels: int64 (samples,).
-        remote: whether a shard lies elsewhere than in a local folder.
-        keep_shards: how many remote shards are held in memory; local ones are read in place.
+        remote: whether a shard lies elsewhere than in a local folder. Such shards are fetched whole, see `want`; local ones are read in place.
+        cache: where remote shards are kept on this disk; None for what the environment says.
     """
 
-    def __init__(self, paths: Mapping[int, Path], index: NDArray[np.void]) -> None:
-        """`paths` has the tar of each shard number. Nothing is opened yet."""
+    def __init__(
+        self,
+        paths: Mapping[int, Path],
+        index: NDArray[np.void],
+        recorded: Mapping[int, Mapping[str, Any]] | None = None,
+    ) -> None:
+        """`paths` has the tar of each shard number, `recorded` what its dataset says of it: bytes and sha256. Nothing is opened yet."""
         self.index = index
         self.labels: NDArray[np.int64] = index["label"].astype(np.int64)
-        self.keep_shards = 1
-        self._paths = paths
+        self.cache: ShardCache | None = None
+        self._paths, self._recorded = paths, recorded or {}
         self.remote = any(not is_local(path) for path in paths.values())
         self._mapped: dict[int, MappedFile] = {}
-        self._fetched: OrderedDict[int, Future[NDArray[np.uint8]]] = OrderedDict()
-        self._pool: ThreadPoolExecutor | None = None
+        self._fetcher: ShardFetcher | None = None
         self._process = os.getpid()
 
     def __len__(self) -> int:
@@ -98,17 +101,31 @@ class TarSamples:
         return images
 
     def expect(self, rows_N: NDArray[np.int64]) -> None:
-        """Says which rows will be asked for soon, so that a slow disk or a remote store can begin to deliver. Returns at once."""
+        """Says which rows will be asked for soon, so that a slow disk can begin to deliver. Returns at once. Of remote shards see `want`."""
+        if self.remote:
+            return
         records = self.index[rows_N]
         shards = records["shard"].tolist()
-        if self.remote:
-            for shard in dict.fromkeys(shards):
-                self._fetch(shard)
-            return
         with contextlib.suppress(OSError):  # whoever reads the samples will say what is wrong
             files = {shard: self._mapping(shard) for shard in dict.fromkeys(shards)}
             offsets, sizes = (records[name].astype(np.int64) for name in ("offset", "size"))
             expect([files[shard] for shard in shards], offsets, sizes)
+
+    def want(self, shards: Sequence[int]) -> None:
+        """Says which remote shards are to be held in memory from now on, in the order in which they will be needed; others are let go.
+
+        Returns at once: threads fetch them. Without it the one that was read last is held.
+        """
+        self._remote_shards().want(shards)
+
+    def fetch(self, shard: int) -> None:
+        """Waits for a remote shard, which is held until another one is read; AlexprepError where it cannot be had."""
+        self._remote_shards().get(shard)
+
+    def let_go(self) -> None:
+        """Ends the fetching of remote shards, and holds none any more."""
+        if self._fetcher is not None and self._process == os.getpid():
+            self._fetcher.close()
 
     def rows_of(self, shard: int) -> range:
         """The rows that lie in one shard; they are contiguous."""
@@ -149,11 +166,7 @@ class TarSamples:
         if mapped is not None and now < mapped.sound_until:
             return mapped.contents
         if self.remote:
-            try:
-                return self._fetch(shard).result()
-            except AlexprepError:
-                self._fetched.pop(shard, None)  # the next one to ask tries again
-                raise
+            return self._remote_shards().get(shard)
         try:
             if mapped is not None and mapped.shrunk():
                 del self._mapped[shard]
@@ -169,24 +182,15 @@ class TarSamples:
             mapped = self._mapped[shard] = MappedFile(os.fspath(self._paths[shard]))
         return mapped
 
-    def _fetch(self, shard: int) -> Future[NDArray[np.uint8]]:
-        if self._process != os.getpid():  # threads, and what they were at, stay with the parent of a fork
-            self._pool, self._process = None, os.getpid()
-            self._fetched.clear()
-        future = self._fetched.get(shard)
-        if future is None:
-            self._pool = self._pool or ThreadPoolExecutor(_FETCHES, "alexprep-fetch")
-            future = self._fetched[shard] = self._pool.submit(self._download, shard)
-            while len(self._fetched) > self.keep_shards:
-                self._fetched.popitem(last=False)
-        self._fetched.move_to_end(shard)
-        return future
-
-    def _download(self, shard: int) -> NDArray[np.uint8]:
-        try:
-            return np.frombuffer(self._paths[shard].read_bytes(), np.uint8)
-        except (OSError, ValueError) as error:
-            raise self._unreadable(shard, error) from None
+    def _remote_shards(self) -> ShardFetcher:
+        if self._fetcher is None or self._process != os.getpid():  # threads stay with the parent of a fork
+            shards = {}
+            for number, path in self._paths.items():
+                told = self._recorded.get(number, {})
+                shards[number] = RemoteShard(path, told.get("bytes"), told.get("sha256"))
+            self._fetcher, self._process = ShardFetcher(shards), os.getpid()
+            self._fetcher.cache = self.cache or chosen_cache()
+        return self._fetcher
 
     def _unreadable(self, shard: int, error: Exception) -> AlexprepError:
         return AlexprepError(f"{self._paths[shard]} cannot be read ({error}): `alexprep verify` tells more")
@@ -208,7 +212,13 @@ class Samples(TarSamples):
             )
         self._has_metadata = self.dataset["options"].get("metadata") is not None
         numbers = np.unique(index["shard"]).tolist()
-        super().__init__({n: data / split / f"{shard_name(split, n)}.tar" for n in numbers}, index)
+        recorded = {told["name"]: told for told in record.get("shards", ())}
+        names = {n: shard_name(split, n) for n in numbers}
+        super().__init__(
+            {n: data / split / f"{name}.tar" for n, name in names.items()},
+            index,
+            {n: recorded.get(name, {}) for n, name in names.items()},
+        )
 
     def metadata(self, row: int) -> dict[str, Any]:
         """What goes along with a sample, its KEY.json: values by name, as JSON has them; {} where it has none.

@@ -258,7 +258,7 @@ def _read(source: Source, planned: PlannedInput, names: Collection[str] | None) 
             own = error.errno is None or error.errno in _OF_THE_FILE or (pause is None and error.errno == errno.EIO)
             if own and not (error.errno == errno.ENOENT and _has_gone(source, location)):
                 return Refused(f"cannot be read: {error.strerror or error}")
-            if pause is None:
+            if pause is None or error.errno == errno.ECOMM:  # a store was asked as long as the patience lasts
                 raise AlexprepError(
                     f"{source.files.display(location.path)} cannot be read ({error}): mend the disk or the network, then run "
                     "the same command again; finished shards are kept"

@@ -24,7 +24,6 @@ import re
 import secrets
 import stat
 import tempfile
-import time
 import urllib.parse
 import zlib
 from abc import ABC, abstractmethod
@@ -35,11 +34,12 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 from alexprep.shards.errors import AlexprepError
+from alexprep.shards.patience import STALLED, patiently
 
 TEMPORARY_MARK = ".tmp-"
 MAX_FILE_BYTES = 2**30  # no photo is that large; an endless file is
 MAX_INFLATED_BYTES = 2**31  # of a gzipped file that is read as a whole: the largest known (EMNIST) has 640 MB
-PAUSES = (0.1, 1.0)  # seconds before a read that failed is tried for the second and for the third time
+PAUSES = (0.1, 1.0)  # seconds before a read of a disk that failed is tried for the second and for the third time
 
 # What systems answer where hard links are unknown: FAT, FUSE, SMB, some network folders.
 _NO_LINKS = {errno.EPERM, errno.EACCES, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS}
@@ -47,7 +47,6 @@ _NO_LINKS = {errno.EPERM, errno.EACCES, errno.EOPNOTSUPP, errno.ENOTSUP, errno.E
 _NO_FOLDER_SYNC = {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS}
 # And of a link that leads nowhere or where nobody may look. Others speak of the disk, not of the link.
 _BROKEN_LINK = {errno.ELOOP, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EACCES, errno.EPERM}
-_ABSENT = (404, 410)  # HTTP: not found, gone
 _HTTP = ("http://", "https://")
 _AHEAD_BYTES = 2**20  # that are read at once where many small reads are to come
 _BLOCK_BYTES = 2**20  # of a file that is hashed or inflated
@@ -73,15 +72,20 @@ def is_local(folder: Path) -> bool:
     return isinstance(folder, Path)
 
 
+def is_place(value: Any) -> bool:
+    """Whether a value names a place: a path or URL, as text, as a `Path`, or as a `UPath`, which is no os.PathLike but has a file system."""
+    return isinstance(value, str | os.PathLike) or hasattr(value, "fs")
+
+
 def folder_at(place: str | Path) -> Path:
-    """The folder of a path or URL that is to be written: a `Path`, or a `UPath`, which has the same methods."""
+    """The folder of a path or URL: a `Path`, or a `StorePath`, which has the same methods."""
     if "://" not in str(place):
         return Path(place)
-    from upath import UPath
+    from alexprep.shards.store_path import StorePath
 
     try:
         _open_store(str(place))
-        return UPath(str(place))  # type: ignore[return-value]
+        return StorePath(str(place))  # type: ignore[return-value]
     except AlexprepError:
         raise
     except Exception as error:  # noqa: BLE001  (each store has its own kinds)
@@ -151,10 +155,9 @@ def published(path: Path, first: bool = False) -> Iterator[BinaryIO]:
     if not is_local(path):
         with tempfile.TemporaryFile() as spool:
             yield spool
-            spool.seek(0)
             make_folder(path.parent)
             with _writable(path):
-                path.write_bytes(spool.read())
+                _upload(path, spool)
         return
     with _temporary(path) as (temporary, file):
         yield file
@@ -260,6 +263,21 @@ def _link(temporary: Path, path: Path) -> None:
             raise
         if not path.exists():
             os.rename(temporary, path)
+
+
+def _upload(path: Path, spool: BinaryIO) -> None:
+    """Writes the whole of a file to a store, again where the way to it fails."""
+
+    def write() -> None:
+        spool.seek(0)
+        path.write_bytes(spool.read())
+
+    try:
+        patiently(write, str(path))
+    except OSError as error:
+        if isinstance(error.__cause__, NotImplementedError):
+            raise error.__cause__ from None
+        raise
 
 
 @contextlib.contextmanager
@@ -381,10 +399,10 @@ class Files(ABC):
 
     @abstractmethod
     def read(self, path: bytes, offset: int = 0, size: int = -1) -> bytes:
-        """`size` bytes from `offset`, or all to the end, tried once; OSError where they cannot be had, or are too many.
+        """`size` bytes from `offset`, or all to the end; OSError where they cannot be had, or are too many.
 
-        The error's errno is ECOMM where the way to the file failed, not the file. AlexprepError: the server sends whole
-        files where parts are asked for.
+        A disk is asked once, a store as long as the patience lasts. The error's errno is ECOMM where the way to the file failed, not the
+        file. AlexprepError: the server sends whole files where parts are asked for.
         """
 
     @abstractmethod
@@ -462,7 +480,8 @@ class LocalFiles(Files):
 class RemoteFiles(Files):
     """Files behind a URL that fsspec understands: s3://, gs://, https://, memory://, …
 
-    Listing, sizes and `reading` are tried again where the network fails; then, or where the store refuses, AlexprepError.
+    All is asked again where the network fails, as long as the patience lasts. Then, or where the store refuses, listing, sizes and `reading`
+    raise AlexprepError.
 
     Attributes:
         url: of the root; empty where every path is a URL of its own. A path that is a URL is taken as it stands.
@@ -509,7 +528,8 @@ class RemoteFiles(Files):
         if size == 0:
             return b""
         end = None if size < 0 else offset + size
-        data = bytes(_ask_store(lambda: system.cat_file(place, offset or None, end), self.display(path)))
+        ask = functools.partial(system.cat_file, place, offset or None, end)
+        data = bytes(patiently(ask, self.display(path), seconds=lambda: STALLED))
         _check_limit(len(data))
         if 0 < size < len(data):
             raise self._without_ranges(path)
@@ -570,17 +590,13 @@ class RemoteFiles(Files):
         return b"" if b"/" in name else name
 
     def _patiently(self, ask: Callable[[], Result], path: bytes, what: str) -> Result:
-        """What `ask` returns, tried again where the network fails. That there is no such file, or folder, is left to the caller."""
-        for pause in (*PAUSES, None):
-            try:
-                return _ask_store(ask, self.display(path))
-            except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-                raise
-            except OSError as error:
-                if pause is None or error.errno != errno.ECOMM:
-                    raise self._failed(path, what, error) from error
-                time.sleep(pause)
-        raise AssertionError  # the last pause is None
+        """What `ask` returns, asked again where the network fails. That there is no such file, or folder, is left to the caller."""
+        try:
+            return patiently(ask, self.display(path))
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            raise
+        except OSError as error:
+            raise self._failed(path, what, error) from error
 
     def _failed(self, path: bytes, what: str, error: OSError) -> AlexprepError:
         return AlexprepError(
@@ -605,31 +621,6 @@ def open_regular(path: bytes) -> BinaryIO:
         file.close()
         raise OSError("not a regular file")
     return file
-
-
-def _ask_store(ask: Callable[[], Result], where: str) -> Result:
-    """What `ask` gets from a store. Errors name `where`: errno ENOENT if there is no such file, ECOMM if nothing is said of it.
-
-    What is wrong with the way to a file is never held against the file.
-    """
-    try:
-        return ask()
-    except (PermissionError, IsADirectoryError, NotADirectoryError, MemoryError, AlexprepError):
-        raise
-    except Exception as error:
-        cause = error.__cause__ if isinstance(error, FileNotFoundError) else error
-        if getattr(cause, "status", None) in _ABSENT or (isinstance(error, FileNotFoundError) and _is_absent(error)):
-            raise FileNotFoundError(errno.ENOENT, "not found", where) from error
-        raise OSError(errno.ECOMM, f"{type(cause).__name__}: {cause}", where) from error
-
-
-def _is_absent(error: FileNotFoundError) -> bool:
-    """Whether the store says that there is no such file. fsspec's http calls whatever goes wrong so, and tells the cause."""
-    cause = error.__cause__
-    if cause is None or isinstance(cause, FileNotFoundError):
-        return cause is None or _is_absent(cause)
-    status = getattr(cause, "status", None)  # aiohttp's; what has a response has been looked into, as by s3fs
-    return status in _ABSENT if status is not None else getattr(cause, "response", None) is not None
 
 
 def inflate(data: bytes, shown: str) -> bytes:

@@ -82,7 +82,7 @@ def test_damage_is_told(saved: Path, tmp_path: Path) -> None:
     for data, words in [
         (whole[: len(whole) // 2], "goes beyond the end of the file, which was cut short"),
         (whole[:-8], "so it was cut short"),
-        (b"version https://git-lfs.github.com/spec/v1\noid 1", "it is a pointer of Git LFS"),
+        (b"version https://git-lfs.github.com/spec/v1\noid 1", "is a pointer of Git LFS"),
         (b"x" * 100, "no message of Arrow begins at byte 0 of 100"),
         (whole[:4] + b"\xff\xff\xff\x7f" + whole[8:], "is cut short"),
     ]:

@@ -204,7 +204,7 @@ def test_a_store_that_cannot_be_reached_is_one_line(command: Command, monkeypatc
     def fail(*arguments: object, **options: object) -> None:
         raise LookupError("no credentials\nsee the manual")
 
-    monkeypatch.setattr("fsspec.implementations.memory.MemoryFileSystem.exists", fail)
+    monkeypatch.setattr("fsspec.implementations.memory.MemoryFileSystem.info", fail)
     status, _, error = command("shard", ".", "--out", "memory://bucket/data")
     assert status == 1 and len(error.splitlines()) == 1
     assert "memory://bucket/data cannot be reached (LookupError: no credentials): check the URL" in error

@@ -39,6 +39,17 @@ CASES = {
     "jitter of some": (Augmentation(**PLAIN, jitter=Jitter(1, 0, 0.8, 0.5, share=0.5), grey=0.3), 0.0),
     "blur": (Augmentation(**PLAIN, blur=Blur((0.1, 4))), 1e-3),
     "affine": (Augmentation(**PLAIN, affine=Affine(30, (0.1, 0.2), (0.5, 1.5), (10, 20), fill=77, share=0.8)), 1e-3),
+    "resized and turned": (
+        Augmentation(
+            crop=(31, 26),
+            scale=(0.3, 1),
+            mean="imagenet",
+            std="imagenet",
+            noise="none",
+            affine=Affine(30, (0.1, 0.2), (0.5, 1.5), (10, 20)),
+        ),
+        0.02,
+    ),
     "erasing": (Augmentation(**PLAIN, erasing=Erasing(value=3.5)), 0.0),
     "rand": (Augmentation(**PLAIN, policy=RandAugment(3, 11)), 0.01),
     "trivial": (Augmentation(**PLAIN, policy=TrivialAugment(fill=40)), 0.01),

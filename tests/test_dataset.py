@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import webdataset as wds
+from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
 
 from alexprep.pipeline.augmentation import Augmentation, augment, draw
@@ -21,7 +22,6 @@ from alexprep.shards.conversion import convert
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.image_codec import Target
 from alexprep.shards.plan import ShardOptions
-from alexprep.shards.sample_reader import TarSamples
 from alexprep.shards.storage import folder_at
 from alexprep.shards.worker_pool import InProcessEngine
 
@@ -142,19 +142,19 @@ def test_each_remote_shard_is_fetched_once(photos: Path, monkeypatch: pytest.Mon
     """Also where eight steps ahead lie in more shards than one step."""
     store = "memory://loader-once"
     convert(photos, folder_at(store), ShardOptions(Target(size=64), shard_samples=2), InProcessEngine())
-    fetched: list[int] = []
-    download = TarSamples._download
+    fetched: list[str] = []
+    cat_file = MemoryFileSystem.cat_file
 
-    def counted(samples: TarSamples, shard: int) -> Any:
-        fetched.append(shard)
-        return download(samples, shard)
+    def counted(system: MemoryFileSystem, path: str, *arguments: Any, **options: Any) -> Any:
+        fetched.append(path)
+        return cat_file(system, path, *arguments, **options)
 
-    monkeypatch.setattr(TarSamples, "_download", counted)
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", counted)
     for order in ("sequential", "blocks"):
         fetched.clear()
         with Loader(store, batch_size=5, augmentation=PLAIN, views="centre", order=order, block_shards=2) as remote:
             list(remote)
-        assert sorted(fetched) == list(range(24))
+        assert sorted(path[-10:] for path in fetched if path.endswith(".tar")) == [f"{n:06d}.tar" for n in range(24)]
     fsspec.filesystem("memory").rm("/loader-once", recursive=True)
 
 

@@ -166,6 +166,21 @@ def test_a_folder_of_them_is_told_too(name: str, tmp_path: Path) -> None:
     assert str(error.value).startswith(start) and words in str(error.value), error.value
 
 
+@pytest.mark.parametrize("ending", ["csv", "tar", "parquet", "arrow", "zip", "jsonl", "tar.gz"])
+def test_what_stands_in_a_file_s_place_is_no_damaged_file(ending: str, tmp_path: Path) -> None:
+    """A pointer of Git LFS and a server's page under the right name, alone and in a folder."""
+    stand_ins = {
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:4d\nsize 9\n": "is a pointer of Git LFS, not the file itself: fetch it",
+        b"<html><body>403 Forbidden</body></html>": "is a web page, perhaps what a server said in place of the file",
+    }
+    for n, (content, words) in enumerate(stand_ins.items()):
+        (tmp_path / f"{n}/data").mkdir(parents=True)
+        (tmp_path / f"{n}/data/train-00000.{ending}").write_bytes(content)
+        fails(tmp_path / f"{n}/data/train-00000.{ending}", words)
+        if ending not in ("csv", "jsonl"):  # which are lists, and lie in folders beside what they list
+            fails(tmp_path / f"{n}", words)
+
+
 def test_crcs_are_those_of_the_specification(tmp_path: Path) -> None:
     """RFC 3720's check value of CRC-32C, masked by hand."""
     crc = 0xE3069283
@@ -186,6 +201,7 @@ def test_crcs_are_those_of_the_specification(tmp_path: Path) -> None:
         (("0.jpg", "1.jpg", "metadata.jsonl"), "metadata.jsonl, line 1: no column for the path"),
         (("train/0.jpg", "validation/0.jpg", "train/metadata.csv", "validation/metadata.csv"), "/train/metadata.csv, line 1: no column"),
         (("0.jpg", "1.jpg"), "holds pictures and no class folders, and nothing tells the classes"),
+        (("index.html",), "holds nothing but 1 web page, "),
         (("train/a/notes.txt",), "holds no class folders and no other layout that is known"),
     ],
 )  # fmt: skip

@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -102,8 +103,8 @@ def test_state_counts_only_what_was_delivered(data: Path) -> None:
             seen.append(batch.indices.tolist())
             if len(seen) == 2:
                 break
-        stream = loader.state_dict()["stream"]
-        assert loader.state_dict() == {"seed": 0, "epoch": 0, "step": 2, "batch_size": 13, "stream": stream}
+        meant = {name: loader.state_dict()[name] for name in ("stream", "augmentation")}
+        assert loader.state_dict() == {"seed": 0, "epoch": 0, "step": 2, "batch_size": 13, **meant}
         seen += [rows for rows, _ in _stream(loader, 2)]
         assert seen == [rows for rows, _ in whole]
         loader.load_state_dict({**loader.state_dict(), "epoch": 1, "step": 3})
@@ -174,10 +175,20 @@ def test_states_that_do_not_fit(data: Path) -> None:
             ({"epoch": -1}, "epoch -1"),
         ):
             with pytest.raises(AlexprepError, match=words):
-                loader.load_state_dict({**loader.state_dict(), **state})  # type: ignore[dict-item]
+                loader.load_state_dict({**loader.state_dict(), **state})
         nothing: Any = None
         with pytest.raises(AlexprepError, match="the state has seed None"):
             loader.load_state_dict(nothing)
+        state = loader.state_dict() | {"step": 2}
+    grey = replace(ODD, grey=1)
+    assert str(grey) == str(replace(ODD, grey=1.0)) != str(ODD)
+    with Loader(data, batch_size=13, augmentation=grey) as other:
+        own = f"the state has augmentation {ODD}, this Loader {str(ODD)[:-1]}, grey=1): make it"
+        with pytest.raises(AlexprepError, match=re.escape(own)):
+            other.load_state_dict(state)
+        del state["augmentation"]  # as older states are, and as whoever means it says it
+        other.load_state_dict(state)
+        assert other.step == 2
 
 
 # Samples that cannot be decoded.

@@ -382,6 +382,24 @@ def test_metadata_that_change_are_another_plan(pictures: dict[str, bytes], tmp_p
     shard(table, out / "none", metadata="none")
 
 
+def test_room_is_asked_for_metadata_too(
+    pictures: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ten times the room that the pixels could take is not enough for long captions."""
+    folders(tmp_path, pictures)
+    rows = [
+        {"path": f"{name.partition('-')[0]}/{name}.png", "label": "cat", "caption": "word " * 20_000}
+        for name in pictures
+    ]
+    (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    usage = shutil.disk_usage(tmp_path)
+    free = len(pictures) * 10 * (3 * 16**2 + 4096)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=free))
+    with pytest.raises(AlexprepError, match=rf"{len(pictures)} inputs will need about .* are free: make room"):
+        shard(tmp_path / "list.jsonl", tmp_path / "all")
+    shard(tmp_path / "list.jsonl", tmp_path / "none", metadata="none")
+
+
 def test_a_table_that_changed_is_read_anew_in_the_same_process(tmp_path: Path) -> None:
     """Also one that is gzipped though its name does not say so."""
     (tmp_path / "a.png").write_bytes(b"x")

@@ -213,7 +213,7 @@ def test_what_is_no_whole_set_of_files_is_refused(hub: Path, tmp_path: Path) -> 
         (good[:-100], "train-00001-of-00002.parquet is no Parquet file, or is damaged"),
         (good[: len(good) // 2], "is no Parquet file, or is damaged"),
         (b"", "is empty or no regular file"),
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "it is a pointer of Git LFS"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "is a pointer of Git LFS"),
     ):
         second.write_bytes(content)
         fails(root, words)

@@ -20,9 +20,11 @@ from alexprep.pipeline.augmentation import Place
 from alexprep.pipeline.dataset import OnBad, open_dataset
 from alexprep.pipeline.device import choose_device
 from alexprep.pipeline.loader_settings import Tuning, saved_tuning
+from alexprep.pipeline.sampler import BLOCK_SHARDS, Order
 from alexprep.shards import rgb_statistics
 from alexprep.shards.dataset_format import versions
 from alexprep.shards.errors import AlexprepError, number_within, one_of, whole_number
+from alexprep.shards.storage import folder_at, is_local
 from alexprep.train import run_dir
 from alexprep.train.checkpoint import differences, with_defaults
 from alexprep.train.data import DataFacts, data_facts
@@ -68,7 +70,7 @@ SCHEDULING = ("schedule", "warmup", "early_stop")
 # What holds from then on where it is given on resuming, as settings of the schedule's fields do; a change is kept in the run's history.
 CHANGEABLE = ("lr", *SCHEDULING)
 OPTIONS = (  # what a resumed run takes from its beginning
-    *("recipe", "model", "seed", "batch_size", *CHANGEABLE, "init_from", "init_layers"),
+    *("recipe", "model", "seed", "batch_size", "order", *CHANGEABLE, "init_from", "init_layers"),
     *("precision", "channels_last", "compile", "hook", "hook_after", "statistics", "on_bad"),
 )
 LENGTH = ("epochs", "steps")
@@ -77,7 +79,7 @@ REMEMBERED = (*LENGTH, "keep", "checkpoint_steps")  # likewise; what is given on
 DECODING = ("decode", "hw_decoder_load")  # likewise, as it was tuned then
 # Of fields of an identity that older runs lack, what holds for them: once released, a default never changes. Those of a recipe's
 # fields are the defaults of its dataclasses.
-IDENTITY_DEFAULTS = {"precision": "fp32"}
+IDENTITY_DEFAULTS = {"precision": "fp32", "order": "shuffle"}
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,9 @@ class TrainConfig:
     hook: str | None = None
     hook_after: Place | None = None  # where: "decode", "augment" (the default) or "tensor"
     statistics: Path | str | None = None  # whose mean image and eigenpairs, if not the data's: a folder with stats/
+    order: Order | None = (
+        None  # of the training images, see `Loader`; "shuffle" by default, "blocks" where the data are in a store
+    )
     # What becomes of samples of other people's tars that cannot be used: "error" by default, or "skip".
     on_bad: OnBad | None = None
     seed: int | None = None  # of the initial weights, dropout, order and augmentation; 0 by default
@@ -167,6 +172,8 @@ class TrainConfig:
                 raise AlexprepError(
                     "--on-bad skip is for one rank, since ranks must agree on every step: make a data set with `alexprep shard`"
                 )
+        if self.order is not None:
+            one_of("order", self.order, get_args(Order))
         if self.scheme is not None:
             one_of("scheme", self.scheme, SCHEMES)
         number_within("rank_seconds", self.rank_seconds, 1e-3, MOST_SECONDS)
@@ -196,6 +203,7 @@ class Job:
     facts: DataFacts
     device: torch.device
     scheme: Scheme
+    order: Order  # in which the training images come
     computing: Arithmetic
     tuning: Tuning
     notes: list[str]  # what to say about it
@@ -267,6 +275,19 @@ class Job:
         return own.errors(only_own=True) if isinstance(own, UserNetwork) else contextlib.nullcontext()
 
 
+def _initial_weights(config: TrainConfig, recipe: Recipe, classes: int, seed: int) -> tuple[TrainConfig, list[str]]:
+    """The options with the weights to begin with by the name that finds them again, and what is to be said of them."""
+    if config.init_from is None:
+        if config.init_layers is None:
+            return config, []
+        raise AlexprepError(
+            f"--init-layers {config.init_layers} says which layers of other weights: name these with --init-from"
+        )
+    weights = find_weights(config.runs, config.init_from)
+    begin_with(recipe.make_network(classes, seed).state_dict(), weights, config.init_layers)
+    return replace(config, init_from=weights.name), list(weights.notes)
+
+
 def prepare(
     config: TrainConfig, device: torch.device | None = None, *, dry_run: bool = False, check_statistics: bool = True
 ) -> Job:
@@ -289,7 +310,7 @@ def prepare(
         earlier, began = document["options"], document["identity"].get("recipe", {})
         check_named(earlier, config.recipe, config.model, run, config.hook)
         changes = _changes(config, earlier, began)
-        config = resumed(config, earlier, config.data or run_dir.still_there(run, Path(document["data"])))
+        config = resumed(config, earlier, config.data or run_dir.still_there(run, folder_at(document["data"])))
     data = config.data or Path()  # there is one: only a resumed run's may be None, and it is found by now
     facts = data_facts(data)
     if config.statistics is not None:
@@ -308,6 +329,10 @@ def prepare(
     seed = config.seed or 0
     identity = {"recipe": recipe.describe(), "seed": seed, "classes": facts.classes, "data_digest": facts.digest}
     identity["precision"] = computing.precision
+    order = config.order or ("shuffle" if is_local(data) else "blocks")
+    identity |= {"order": order} if order != "shuffle" else {}
+    if config.order is None and order == "blocks":
+        notes += [f"images come in blocks of {BLOCK_SHARDS} shards, since {data} is a store: --order says otherwise"]
     scheme = _scheme(config, recipe, facts.classes, seed)
     recipe.check_scheme(scheme)
     if isinstance(recipe.network, UserNetwork):
@@ -320,20 +345,13 @@ def prepare(
         recipe.make_optimizer(recipe.make_network(facts.classes, seed))
     if check_statistics:
         identity |= _check_images(config, data, recipe, begins=run is None)
-    if config.init_layers is not None and config.init_from is None:
-        raise AlexprepError(
-            f"--init-layers {config.init_layers} says which layers of other weights: name these with --init-from"
-        )
+    if run is None:
+        config, said = _initial_weights(config, recipe, facts.classes, seed)
+        notes += said
     if config.init_from is not None:
-        if run is None:
-            weights = find_weights(config.runs, config.init_from)
-            notes += weights.notes
-            begin_with(recipe.make_network(facts.classes, seed).state_dict(), weights, config.init_layers)
-            config = replace(config, init_from=weights.name)
         identity["init"] = f"{config.init_from}, layers {config.init_layers or 'matching'}"
-    job = Job(
-        config, run or Path(), data, recipe, seed, facts, device, scheme, computing, tuning, notes, identity, changes
-    )
+    found = data, recipe, seed, facts, device, scheme, order, computing, tuning, notes, identity, changes
+    job = Job(config, run or Path(), *found)
     return job if run else replace(job, run=_new_run(job))
 
 
@@ -448,6 +466,7 @@ def _new_run(job: Job) -> Path:
         "seed": job.seed,
         "batch_size": job.recipe.batch_size,
         "lr": job.recipe.lr,
+        "order": job.order,
         "precision": job.computing.precision,
         "compile": job.computing.compile,
         "decode": job.tuning.decode_on(job.device.type),

@@ -32,7 +32,7 @@ from alexprep.shards.any_dataset import common_size, dataset_facts, is_tars
 from alexprep.shards.dataset_format import LEDGER, read_dataset, sample_key, shown_classes
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.listing import ILSVRC_ID
-from alexprep.shards.storage import digest_json, publish_json
+from alexprep.shards.storage import digest_json, folder_at, publish_json
 from alexprep.train.config import DECODING
 from alexprep.train.data import data_facts
 from alexprep.train.ensemble import Weights, WeightSearch, mixture, shares
@@ -473,7 +473,7 @@ def predictions_of(found: Evaluation) -> PredictionTable:
 
     Raises AlexprepError where the ledger is missing or damaged.
     """
-    data, split = Path(found.document["data"]), found.document["split"]
+    data, split = folder_at(found.document["data"]), found.document["split"]
     keys, sources = sample_names(data, split)
     if len(found.scores.rows) and int(found.scores.rows.max()) >= len(keys):
         raise AlexprepError(

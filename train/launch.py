@@ -29,6 +29,7 @@ import torch.distributed as dist
 
 from alexprep.pipeline.device import choose_device
 from alexprep.shards.errors import AlexprepError
+from alexprep.shards.storage import folder_at
 from alexprep.shards.worker_pool import cores
 from alexprep.train.config import TrainConfig, prepare
 from alexprep.train.distributed.world import STORE, TIMEOUT, World, from_environment
@@ -75,11 +76,11 @@ def launch_training(config: TrainConfig) -> dict[str, Any]:
         resume=True,
         scheme=job.scheme,
     )
-    arguments = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(going_on).items()}
+    places = {"data": str(going_on.data), "runs": str(going_on.runs)}
     summary: dict[str, Any] = launch_ranks(
         "alexprep.train.launch:train_rank",
         config.ranks,
-        {"options": arguments},
+        {"options": asdict(going_on) | places},
         device=config.device,
         timeout=config.rank_seconds,
     )[0]
@@ -93,7 +94,7 @@ def leads() -> bool:
 
 def train_rank(world: World, options: Mapping[str, Any]) -> dict[str, Any]:
     """Trains as one of the ranks that `launch_training` started; `options` are a `TrainConfig`'s as JSON values."""
-    paths = {name: Path(options[name]) for name in ("data", "runs")}
+    paths = {"data": folder_at(options["data"]), "runs": Path(options["runs"])}
     return train(TrainConfig(**{**options, **paths}), world=world)
 
 

@@ -24,7 +24,7 @@ from alexprep.pipeline.device import choose_device
 from alexprep.pipeline.loader import Loader
 from alexprep.shards.dataset_format import read_dataset, read_index, read_json, split_record
 from alexprep.shards.errors import AlexprepError
-from alexprep.shards.storage import json_bytes, publish_json, published, sync_folder
+from alexprep.shards.storage import folder_at, json_bytes, publish_json, published, sync_folder
 from alexprep.train.data import stored_sides
 from alexprep.train.evaluation import mean_of, sample_names, tuning_of
 from alexprep.train.neighbour_search import nearest
@@ -233,7 +233,7 @@ def write_outputs_table(outputs: LayerOutputs, path: Path, progress: Callable[[i
 
     Raises AlexprepError where the outputs are not of the data that lie where theirs lay, or the ledger is damaged.
     """
-    values, data, split = outputs.array(), Path(outputs.facts["data"]), outputs.facts["split"]
+    values, data, split = outputs.array(), folder_at(outputs.facts["data"]), outputs.facts["split"]
     dataset = read_dataset(data)
     keys, sources = sample_names(data, split)
     labels = np.asarray(read_index(data, split)["label"])

@@ -30,6 +30,7 @@ from alexprep.shards.image_codec import Target, shared_decoder
 from alexprep.shards.image_header import Refused
 from alexprep.shards.photos import Photo, convert_photos, find_photos, target_of
 from alexprep.shards.rgb_statistics import Statistics, read_statistics
+from alexprep.shards.storage import folder_at
 from alexprep.shards.worker_pool import Engine, InProcessEngine
 from alexprep.train.data import stored_sides
 from alexprep.train.evaluation import mean_of, tuning_of
@@ -215,7 +216,7 @@ def load(
         place_named(path.parent, path.name),
         views=views,
         device=device,
-        data=None if data is None else Path(data),
+        data=None if data is None else folder_at(data),
         recipe=recipe,
         model=model,
     )

@@ -19,6 +19,7 @@ from torch import nn
 from alexprep.pipeline.dali_graph import VIEWS
 from alexprep.shards.any_dataset import dataset_facts
 from alexprep.shards.errors import AlexprepError
+from alexprep.shards.storage import folder_at
 from alexprep.train import checkpoint, run_dir
 from alexprep.train.metrics import StepTimer, log_probabilities
 from alexprep.train.precision import Precision, memory
@@ -90,7 +91,7 @@ def open_net(place: Place, device: torch.device, recipe: str | None = None, mode
         saved.facts["position"]["epoch"],
         made_by,
         config["options"],
-        Path(config["data"]),
+        folder_at(config["data"]),
         identity["data_digest"],
         identity["classes"],
         network.eval(),

@@ -16,7 +16,7 @@ from typing import Any
 
 from processes import CONTESTANTS, Missing, tree
 
-_REST_SECONDS = 0.3
+_LOOKS, _LOOK_SECONDS = 5, 0.04  # that find nothing at work, one after the other: then it is at rest
 _TICK = os.sysconf("SC_CLK_TCK")
 # Libraries take the number of their threads from these when they are loaded: OpenMP (torch), BLAS, numba (FFCV).
 _THREADS = ("OMP", "MKL", "OPENBLAS", "NUMBA", "NUMEXPR")
@@ -115,23 +115,40 @@ class Live:
         answer: dict[str, Any] = json.loads(line)
         return answer
 
-    def _at_rest(self, seconds: float = 20) -> float:
-        """Processor seconds that it has used, once it uses next to none: its queues are full."""
+    def _at_rest(self, seconds: float = 60) -> float:
+        """Processor seconds that it has used, once it waits: its queues are full.
+
+        A thread that the machine has no time for is runnable, and so not at rest, however little it has done of late.
+        """
         end = time.monotonic() + seconds
-        before, now = -1.0, self._processor()
-        while now - before > 0.1 * _REST_SECONDS:
+        looks = 0
+        while looks < _LOOKS:
             if time.monotonic() > end:
                 self.close()
                 raise Missing("works on between its turns, and so would slow the others")
-            time.sleep(_REST_SECONDS)
-            before, now = now, self._processor()
-        return now
+            time.sleep(_LOOK_SECONDS)
+            looks = 0 if self._working() else looks + 1
+        return self._processor()
+
+    def _working(self) -> bool:
+        """Whether any thread of its processes runs, could run, or waits for a disk."""
+        for pid in tree(self._process.pid):
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                for task in os.listdir(f"/proc/{pid}/task"):
+                    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                        if _stat(f"/proc/{pid}/task/{task}/stat")[0] in "RD":
+                            return True
+        return False
 
     def _processor(self) -> float:
         """Processor seconds of its processes, and of those of them that have ended."""
         ticks = 0
         for pid in tree(self._process.pid):
             with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-                fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-                ticks += sum(map(int, fields[11:15]))
+                ticks += sum(map(int, _stat(f"/proc/{pid}/stat")[11:15]))
         return ticks / _TICK
+
+
+def _stat(file: str) -> list[str]:
+    """What the system tells of a process or thread: its state, and then numbers, of which the eleventh on are its processor time."""
+    return Path(file).read_text().rpartition(")")[2].split()

@@ -16,6 +16,7 @@ def main(folder: str, variant: str, threads: str, device: str) -> None:
     from albumentations.pytorch import ToTensorV2  # type: ignore[import-not-found]
 
     cv2.setNumThreads(1)
+    recipe = variant.partition("-")[0]
     added = {
         "plain": [],
         "jitter": [A.ColorJitter((0.6, 1.4), (0.6, 1.4), (0.6, 1.4), (-0.1, 0.1), p=1)],
@@ -23,7 +24,7 @@ def main(folder: str, variant: str, threads: str, device: str) -> None:
             A.ColorJitter((0.2, 1.8), (0.2, 1.8), (0.2, 1.8), (-0.2, 0.2), p=0.8),
             *(A.ToGray(p=0.2), A.GaussianBlur(blur_limit=0, sigma_limit=(0.1, 2.0), p=0.5)),
         ],
-    }[variant]
+    }[recipe]
     crop = A.RandomResizedCrop((SIDE, SIDE), interpolation=cv2.INTER_AREA)
     transform = A.Compose([crop, A.HorizontalFlip(), *added, A.Normalize(), ToTensorV2()])
 
@@ -32,7 +33,7 @@ def main(folder: str, variant: str, threads: str, device: str) -> None:
         return image
 
     names = ", ".join(type(each).__name__ for each in transform.transforms)
-    mixes = variant == "jitter"
+    mixes = recipe == "jitter"
     take_turns(folder, load, mixes, names + ", mixup of a batch" * mixes, ("albumentations", "opencv-python-headless"))
 
 

@@ -13,6 +13,8 @@ from torch.utils.data import DataLoader, Dataset
 
 EPOCHS = 64  # in one, so that the workers need not start anew while they are timed
 ALPHA = 0.2
+COLOURS = (0.4, 0.4, 0.4, 0.1)  # brightness, contrast, saturation, hue
+SIMCLR = (0.8, 0.8, 0.8, 0.2)
 
 
 class Files(Dataset[tuple[torch.Tensor, int]]):

@@ -26,7 +26,6 @@ from alexprep.shards.sources.grouped import DamagedGroupError, FileView
 from alexprep.shards.storage import Files, LocalFiles, open_regular
 
 _FILES = 512  # whose footers, or lists of messages, are kept
-_LFS = b"version"  # begins a pointer of Git LFS
 _ARROW_FILE = b"ARROW1\0\0"  # begins a file; a stream begins with its first message
 _CONTINUED = b"\xff\xff\xff\xff"
 _SCHEMA, _DICTIONARY, _BATCH = 1, 2, 3  # Message.fbs: MessageHeader
@@ -100,8 +99,6 @@ class _Parquet(ColumnarFile):
         super().__init__(files, path)
         try:
             with FileView(files, path) as file:
-                if file.read(len(_LFS)) == _LFS:
-                    raise OSError("it is a pointer of Git LFS: fetch the file itself with `git lfs pull`")
                 self._footer = pq.read_metadata(file)
                 self.schema = self._footer.schema.to_arrow_schema()
         except (pa.ArrowException, OSError) as error:
@@ -278,8 +275,6 @@ def _messages(read: Callable[[int, int], bytes], size: int) -> Iterator[_Message
     for number in itertools.count():
         prefix = read(at, 8)
         if prefix[:4] != _CONTINUED or len(prefix) < 8:
-            if head[: len(_LFS)] == _LFS:
-                raise OSError("it is a pointer of Git LFS: fetch the file itself with `git lfs pull`")
             raise OSError(
                 f"no message of Arrow begins at byte {at:,} of {size:,}" + (", so it was cut short" if number else "")
             )

@@ -10,18 +10,19 @@ from __future__ import annotations
 import bz2
 import contextlib
 import io
+import itertools
 import lzma
 import os
 import re
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from alexprep.shards.errors import AlexprepError
+from alexprep.shards.errors import AlexprepError, counted
 from alexprep.shards.sources.base import ARCHIVE
 from alexprep.shards.sources.picture_names import is_picture
 from alexprep.shards.sources.tree import Folder, read_tree, rule_of
@@ -36,11 +37,16 @@ IMAGE_COLUMNS = ("image", "img", "picture", "photo", "jpg", "jpeg", "png", "webp
 
 _HEAD, _COMPRESSED_HEAD = 4096, 2**20  # bytes; bzip2 gives nothing before the end of its first block, of 900 kB at most
 _FILES_LOOKED_AT = 20  # of a folder
+_STAND_INS_LOOKED_FOR = 3  # where one file of a folder was not fetched, seldom any was
 _LINES = 20  # of a text
 _EXPORT = "write its pictures into class folders (CLASS/NAME.jpg) or a webdataset's tars, and name these"
 _UNPACK = "unpack it, and name the folder that it gives"
 _DECOMPRESS = "decompress it ({}), and name what it gives"
 _LMDB_AT, _LMDB = 16, b"\xde\xc0\xef\xbe"  # behind a page's header: mdb.c's MDB_MAGIC
+_LFS = b"version https://git-lfs.github.com/"
+_LFS_POINTER = "a pointer of Git LFS, not the file itself: fetch it with `git lfs pull`"
+_WEB_PAGE = "a web page, perhaps what a server said in place of the file: download it again"
+_is_web_page = re.compile(r"\s*<(!doctype html|html)", re.IGNORECASE).match
 _CONTAINERS = (
     # offset, first bytes, what it is
     (0, b"7z\xbc\xaf\x27\x1c", f"a 7z archive: {_UNPACK}"),
@@ -58,11 +64,7 @@ _CONTAINERS = (
     (0, b"MATLAB 5.0 MAT-file", f"a Matlab file, which is not read: {_EXPORT} (scipy.io reads it)"),
     (0, b"\x93NUMPY", f"an array of numpy, which is not read: {_EXPORT} (numpy.load reads it)"),
     (0, b"SQLite format 3\0", f"an SQLite database, which is not read: {_EXPORT}"),
-    (
-        0,
-        b"version https://git-lfs.github.com/",
-        "a pointer of Git LFS, not the file itself: fetch it with `git lfs pull`",
-    ),
+    (0, _LFS, _LFS_POINTER),
     *(
         (0, first, "one picture: name the folder that holds the class folders, or a list of path and label")
         for first in (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"II*\0", b"MM\0*")
@@ -100,6 +102,10 @@ def foreign(files: Files, name: bytes) -> str:
             if len(others) == 1:
                 return f"SOURCE {shown} holds {files.display(other)}, which is {words}"
             return f"SOURCE {shown} holds {len(others):,} files that are no pictures; {files.display(other)} is {words}"
+    every = [os.path.join(folder.path, name) for folder in root.walk() for name in (*folder.papers, *folder.pictures)]
+    if every and all(path.lower().endswith((b".html", b".htm")) for path in every):
+        held = counted(len(every), "web page")
+        return f"SOURCE {shown} holds nothing but {held}, {files.display(every[0])}: download the pictures, or the archives of them"
     lists = [name for name in root.papers if name.lower().endswith((b".csv", b".tsv", b".csv.gz", b".tsv.gz"))]
     if lists:
         return (
@@ -107,6 +113,26 @@ def foreign(files: Files, name: bytes) -> str:
             "name it as SOURCE"
         )
     return ""
+
+
+def stand_in(files: Files, name: bytes) -> str:
+    """The message for a SOURCE, a file `name` or a folder of packed files, of which one only stands where the file should be; else empty.
+
+    Such a file has the right name, so that its reader would call it damaged.
+    """
+    paths = [name] if name else list(itertools.islice(_packed(read_tree(files).root), _STAND_INS_LOOKED_FOR))
+    for path in paths:
+        head = _first_bytes(files, path, _HEAD)
+        words = _LFS_POINTER if head.startswith(_LFS) else _WEB_PAGE if _is_web_page(_decoded(head)) else ""
+        if words:
+            return f"SOURCE {files.display(path)} is {words}" if name else f"{files.display(path)} is {words}"
+    return ""
+
+
+def _packed(root: Folder) -> Iterator[bytes]:
+    """The archives and tables of a tree."""
+    for folder in root.walk():
+        yield from (os.path.join(folder.path, name) for name in folder.papers if rule_of(name) == ARCHIVE)
 
 
 def what_it_is(files: Files, path: bytes) -> str:
@@ -275,8 +301,8 @@ def _text(lower: bytes, head: bytes) -> str:
     if not text.strip():
         return ""
     lines = [line for line in text.splitlines()[:_LINES] if line.strip()]
-    if re.match(r"\s*<(!doctype html|html)", text, re.IGNORECASE):
-        return "a web page, perhaps what a server said in place of the file: download it again"
+    if _is_web_page(text):
+        return _WEB_PAGE
     if text.lstrip().startswith(("{", "[")):
         if re.match(r"\{.*\}$", lines[0]) and (len(lines) > 1 or '"file_name"' in lines[0]):
             return "a list in lines of JSON: give it a name that ends in .jsonl, and name it"

@@ -15,7 +15,7 @@ from alexprep.shards.errors import AlexprepError, AmbiguousSourceError, counted
 from alexprep.shards.sources import BY_COLUMNS, BY_FOLDERS, LAYOUTS, WITHOUT_LABELS
 from alexprep.shards.sources.base import NO_CHOICES, SPLITS, Choices, Source, as_options
 from alexprep.shards.sources.folder_reading import flat_question
-from alexprep.shards.sources.foreign_formats import foreign
+from alexprep.shards.sources.foreign_formats import foreign, stand_in
 from alexprep.shards.sources.ilsvrc import IlsvrcArchives
 from alexprep.shards.sources.numbered_files import names_near_root
 from alexprep.shards.sources.picture_names import is_picture
@@ -23,8 +23,8 @@ from alexprep.shards.sources.published_lists import may_hold
 from alexprep.shards.sources.tree import read_tree
 from alexprep.shards.storage import Files, as_text, files_at
 
-# Layouts of a folder that may also hold pictures as files; archives of ILSVRC hold the same pictures as the folders beside them.
-_BESIDE_PICTURES = {
+# Layouts whose pictures are packed in files, beside which a folder may hold others; archives of ILSVRC hold the same as the folders there.
+_PACKED = {
     "cifar",
     "mnist",
     "norb",
@@ -58,10 +58,14 @@ def find_source(place: str, layout: str | None = None, choices: Choices = NO_CHO
         raise AlexprepError("--class-depth says where classes lie, --unlabelled that there are none: give one of them")
     for kept in (may_hold, names_near_root):  # they serve all that look for one layout of the same files
         kept.cache_clear()
+    if name and (words := stand_in(files, name)):
+        raise AlexprepError(words)
     for candidate in (layout,) if layout else _candidates(choices):
         try:
             source = _source_class(candidate).at(files, name, choices)
         except AlexprepError:
+            if candidate in _PACKED and (words := stand_in(files, name)):
+                raise AlexprepError(words) from None
             if name or layout or candidate not in BY_FOLDERS or _has_pictures(files):
                 raise
             if words := foreign(files, name):  # what has no ending counted as pictures, and is something else
@@ -73,8 +77,8 @@ def find_source(place: str, layout: str | None = None, choices: Choices = NO_CHO
                     "--split-folders and --class-depth are for folders and archives of class folders, --columns is for columns, --unlabelled "
                     f"for {', '.join(WITHOUT_LABELS)}; SOURCE {place} has the layout {candidate!r}, and they are not for it: leave them out"
                 )
-            if layout is None and source.whole and candidate in _BESIDE_PICTURES:
-                _check_no_pictures_beside(files, candidate)
+            if layout is None and source.whole and candidate in _PACKED:
+                _check_packed(files, candidate)
             if layout is None and isinstance(source, IlsvrcArchives):
                 _check_splits_of_folders(files, {split for split, _ in source.archives})
             if layout is None and choices == NO_CHOICES:
@@ -137,8 +141,10 @@ def _has_pictures(files: Files) -> bool:
     return any(is_picture(name) for folder in read_tree(files).root.walk() for name in folder.pictures)
 
 
-def _check_no_pictures_beside(files: Files, layout: str) -> None:
-    """Asks where class folders, or several loose pictures in the root, lie beside what another layout reads."""
+def _check_packed(files: Files, layout: str) -> None:
+    """Refuses a folder whose files were not fetched; and asks where class folders, or several loose pictures in the root, lie beside what another layout reads."""
+    if words := stand_in(files, b""):
+        raise AlexprepError(words)
     root = read_tree(files).root
     folders = [folder for folder in root.walk() if any(map(is_picture, folder.pictures))]
     loose = [name for name in root.pictures if is_picture(name)]

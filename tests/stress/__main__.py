@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from tests.stress import shard_calls, shard_runs, training
+from tests.stress import shard_caches, shard_calls, shard_runs, training
 from tests.stress.campaign import Campaign, draw_pictures, with_metadata
 
 
@@ -57,6 +57,8 @@ CAMPAIGNS: dict[str, tuple[Callable[[Campaign], None], Callable[[], str]]] = {
     "several-writers": (shard_runs.several_writers, lacks_nothing),
     "bad-decoders": (shard_runs.bad_decoders, lacks_nothing),
     "lost-machines": (shard_runs.lost_machines, lacks_ray),
+    "cache-kills": (shard_caches.kill_readers, lacks_nothing),
+    "cache-full-disk": (shard_caches.full_disk, lacks_root),
     "training-kills": (training.kill_ranks, lacks_nothing),
     "training-signals": (training.signals, lacks_nothing),
     "training-bad-ranks": (training.bad_ranks, lacks_nothing),

@@ -223,6 +223,8 @@ def _serve(connection: socket.socket) -> Callable[[], None]:
                 os._exit(0)
             while os.getppid() == between:
                 time.sleep(0.0005)
+            # From here on its number is known, and signals wait until it has the mask that it was to have.
+            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
             connection.sendall(struct.pack("=I", os.getpid()))
             connection.close()
             return lambda: _run(request, received)

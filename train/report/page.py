@@ -12,7 +12,7 @@ from pathlib import Path
 
 from alexprep.shards.dataset_format import DATASET, PLAN, versions
 from alexprep.shards.errors import AlexprepError
-from alexprep.shards.storage import make_folder, publish_bytes
+from alexprep.shards.storage import folder_at, make_folder, publish_bytes
 from alexprep.train.report.augmentation_section import augmentation_section
 from alexprep.train.report.blocks import Picture, Plot, Section, Words, check_libraries
 from alexprep.train.report.data_section import data_section
@@ -164,7 +164,7 @@ def _trained_on(runs: Sequence[Path]) -> Iterator[Path]:
     """The datasets of runs, where they still are."""
     for run in runs:
         try:
-            data = Path(read_config(run)["data"])
+            data = folder_at(read_config(run)["data"])
         except AlexprepError:
             continue
         if (data / DATASET).exists():

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from alexprep.shards.dataset_format import read_dataset, read_index, short_classes
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.sample_reader import Samples
+from alexprep.shards.storage import folder_at
 from alexprep.train import checkpoint
 from alexprep.train.layer_outputs import LayerOutputs, read_outputs
 from alexprep.train.models.alexnet import AlexNet
@@ -118,7 +119,7 @@ def _guesses(data: Path | None, run: Path) -> list[Block]:
 
 def _neighbours(data: Path | None, run: Path) -> list[Block]:
     train, queries = _outputs(data, run)
-    data = data_with(train.facts["data_digest"], data, Path(train.facts["data"]))
+    data = data_with(train.facts["data_digest"], data, folder_at(train.facts["data"]))
     digest = read_dataset(data)["digest"]
     if any(found.facts["data_digest"] != digest for found in (train, queries)):
         raise AlexprepError(

@@ -1,0 +1,262 @@
+"""Loaders that read from a store which fails, hangs and goes away: the same batches, or one sentence, and no failure that stays."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import random
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+import torch
+
+from alexprep.pipeline.augmentation import Augmentation
+from alexprep.pipeline.loader import Loader
+from alexprep.pipeline.read_ahead import ReadAhead
+from alexprep.pipeline.sampler import StepPlan
+from alexprep.shards import patience, shard_fetcher
+from alexprep.shards.conversion import convert
+from alexprep.shards.errors import AlexprepError
+from alexprep.shards.image_codec import Target
+from alexprep.shards.plan import ShardOptions
+from alexprep.shards.rgb_statistics import pca_stats, publish_statistics
+from alexprep.shards.storage import folder_at
+from alexprep.shards.worker_pool import InProcessEngine
+from alexprep.train.config import TrainConfig
+from alexprep.train.run_dir import read_config
+from alexprep.train.trainer import train
+from tests.support.failing_store import FailingStore, failing, hurry
+
+__all__ = ["failing"]  # a fixture
+URL = "memory://stored"
+OPTIONS: Any = {
+    "batch_size": 5,
+    "augmentation": Augmentation(crop=51, mean="none", noise="none"),
+    "order": "blocks",
+    "block_shards": 3,
+    "seed": 7,
+}
+
+
+@pytest.fixture(scope="module")
+def local(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A data set of 10 shards on a disk; the same lies in the store."""
+    folder = tmp_path_factory.mktemp("stores") / "data"
+    convert(photos, folder, ShardOptions(Target(size=64), shard_samples=5), InProcessEngine())
+    publish_statistics(pca_stats(folder, "train", InProcessEngine()), folder, "train")
+    memory = fsspec.filesystem("memory")
+    memory.put(str(folder), "/stored", recursive=True)
+    yield folder
+    memory.rm("/stored", recursive=True)
+
+
+@pytest.fixture(scope="module")
+def batches(local: Path) -> list[torch.Tensor]:
+    """Of two epochs, from the disk."""
+    with Loader(local, **OPTIONS) as loader:
+        return [batch.images for _ in range(2) for batch in loader]
+
+
+def two_epochs(loader: Loader) -> list[torch.Tensor]:
+    return [batch.images for _ in range(2) for batch in loader]
+
+
+def same(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> bool:
+    return len(ours) == len(theirs) and all(itertools.starmap(torch.equal, zip(ours, theirs, strict=True)))
+
+
+def shards_asked(store: FailingStore) -> Counter[str]:
+    return Counter({path[-10:-4]: times for path, times in store.asked.items() if path.endswith(".tar")})
+
+
+@pytest.mark.parametrize("fault", ["errors", "cut", "hangs"])
+def test_a_failing_store_gives_the_same_batches(
+    fault: str, batches: Any, failing: FailingStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seed = 11
+    chance, lock, hanging = random.Random(seed), threading.Lock(), threading.Event()
+    monkeypatch.setattr(shard_fetcher, "STALLED", 0.02)
+    monkeypatch.setattr(shard_fetcher, "_AT_LEAST", 0.05)
+
+    def failed(path: str, data: bytes) -> bytes:
+        with lock:
+            happens = chance.random() < 0.2
+        if not happens or not path.endswith(".tar"):
+            return data
+        if fault == "cut":
+            return data[: len(data) // 2]
+        if fault == "hangs":
+            hanging.wait(60)
+        raise ConnectionResetError("reset")
+
+    failing.fault = failed
+    with Loader(URL, **OPTIONS) as loader:
+        assert same(two_epochs(loader), batches), f"seed {seed}"
+    hanging.set()
+
+
+def test_a_store_that_is_away_is_waited_for_or_named_and_the_loader_goes_on(
+    batches: Any, failing: FailingStore, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    monkeypatch.setattr(patience, "_QUIET", 0.0)
+    monkeypatch.setattr(patience, "_said", float("-inf"))
+
+    def away(path: str, data: bytes) -> bytes:
+        raise ConnectionRefusedError("nobody there")
+
+    with Loader(URL, **OPTIONS) as loader:
+        taken = [next(iter(loader)).images]
+        loader.load_state_dict(loader.state_dict())  # what is held is let go
+        failing.fault = away
+        threading.Timer(0.3, lambda: setattr(failing, "fault", None)).start()
+        with caplog.at_level(logging.WARNING):
+            taken.append(next(iter(loader)).images)
+        assert "waiting for memory://stored/train/train-0000" in caplog.text and "nobody there" in caplog.text
+        assert "answers after" in caplog.text and len(caplog.records) == 2
+        hurry(monkeypatch, 0.1)
+        failing.fault = away
+        loader.load_state_dict(loader.state_dict())
+        for _ in range(2):
+            with pytest.raises(AlexprepError, match=r"train-\d+\.tar cannot be read \(ConnectionRefusedError: nobody"):
+                next(iter(loader))
+        failing.fault = None
+        taken += [batch.images for batch in loader]
+        taken += [batch.images for batch in loader]
+    assert same(taken, batches)
+
+
+@pytest.mark.parametrize("error", [PermissionError("expired"), FileNotFoundError("gone")])
+def test_what_a_store_refuses_is_told_at_once(
+    error: Exception, local: Path, failing: FailingStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: str, data: bytes) -> bytes:
+        raise error
+
+    with Loader(URL, **OPTIONS) as loader:
+        failing.fault = refuse
+        hurry(monkeypatch, 600)
+        with pytest.raises(AlexprepError, match=r"memory://stored/train/train-\d+\.tar cannot be read"):
+            next(iter(loader))
+        failing.fault = None
+        assert len(list(loader)) == len(loader)
+
+
+def test_closing_does_not_wait_for_a_store_that_is_away(
+    local: Path, failing: FailingStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(path: str, data: bytes) -> bytes:
+        raise TimeoutError
+
+    loader = Loader(URL, **OPTIONS)
+    failing.fault = away
+    hurry(monkeypatch, 600)
+    loader._ahead.reach(0, 0)
+    time.sleep(0.05)
+    before = time.monotonic()
+    loader.close()
+    assert time.monotonic() - before < 30
+    deadline = time.monotonic() + 30
+    while any(thread.name == "alexprep-fetch" for thread in threading.enumerate()):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_ranks_with_a_cache_download_each_shard_once(
+    batches: Any, local: Path, failing: FailingStore, tmp_path: Path
+) -> None:
+    """Whole, and of 40 % of the set, which spares as much of each epoch."""
+    for rank in range(2):
+        with Loader(URL, **OPTIONS, cache=tmp_path / "all", rank=rank, world_size=2) as loader:
+            two_epochs(loader)
+    shards = shards_asked(failing)
+    assert len(shards) == 10 and set(shards.values()) == {1}
+    with Loader(URL, **OPTIONS, cache=tmp_path / "all") as loader:
+        assert same(two_epochs(loader), batches)
+    assert shards_asked(failing) == shards
+    limit = int(0.45 * sum(path.stat().st_size for path in (local / "train").glob("*.tar")))
+    kept: list[Path] = []
+    for _ in range(3):
+        failing.asked.clear()
+        with Loader(URL, **OPTIONS, cache=tmp_path / "part", cache_limit=limit) as loader:
+            assert same([batch.images for batch in loader], batches[: len(loader)])
+        assert shards_asked(failing).total() == 10 - len(kept)
+        kept = list((tmp_path / "part").glob("*.tar"))  # which depends on whose thread came first
+        assert 3 <= len(kept) <= 5 and sum(path.stat().st_size for path in kept) <= limit
+
+
+class Recorder:
+    """Samples in 12 shards of 4, 5 or 6, which record what is wanted of them."""
+
+    remote = True
+
+    def __init__(self) -> None:
+        import numpy as np
+
+        numbers = np.repeat(np.arange(12, dtype=np.uint32), [4, 5, 6] * 4)
+        self.index = np.zeros(len(numbers), [("shard", "<u4")])
+        self.index["shard"] = numbers
+        self.wanted: list[list[int]] = []
+
+    def want(self, shards: list[int]) -> None:
+        self.wanted.append(shards)
+
+    def let_go(self) -> None:
+        self.wanted.append([])
+
+
+@pytest.mark.parametrize("order", ["blocks", "sequential"])
+@pytest.mark.parametrize(("world_size", "together"), [(1, 1), (3, 1), (40, 1), (1, 3)])
+def test_every_step_finds_its_shards_wanted_before(order: Any, world_size: int, together: int) -> None:
+    """From any step on, across epochs, within the room that there is; and each shard once an epoch."""
+    samples: Any = Recorder()
+    for rank in range(0, world_size, 13):
+        plan = StepPlan(samples.index["shard"], 7, order, 3, 5, rank, world_size)
+        held = plan.open_shards(3)
+        ahead = ReadAhead(samples, plan, held, onwards=True)
+        place, fetched = (2, 4), Counter[tuple[int, int]]()
+        now: set[int] = set()
+        while place[0] < 5:
+            samples.wanted.clear()
+            steps = min(together, len(plan) - place[1])
+            ahead.reach(*place, steps)
+            needed: set[int] = set()
+            for step in range(place[1], place[1] + steps):
+                needed |= set(samples.index["shard"][plan.part(place[0], step)[0]].tolist())
+            for wanted in samples.wanted:
+                fetched.update((place[0], shard) for shard in set(wanted) - now)
+                now = set(wanted)
+                assert len(wanted) <= max(held, len(needed))
+            assert needed <= now
+            place = plan.after(place[0], place[1] + steps - 1)
+        assert max(fetched.values(), default=0) <= 2  # once for this epoch, and once for the next
+
+
+def test_evaluation_does_not_fetch_beyond_its_epoch() -> None:
+    samples: Any = Recorder()
+    plan = StepPlan(samples.index["shard"], 7, "sequential", 3, 5, 0, 1)
+    ahead = ReadAhead(samples, plan, 4, onwards=False)
+    for step in range(len(plan)):
+        ahead.reach(0, step)
+    assert samples.wanted[-1] == [11] and samples.wanted[0][:2] == [0, 1]
+
+
+def test_training_from_a_store_is_training_from_a_disk(
+    local: Path, failing: FailingStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the bit, with the order that suits a store; a resume from a copy on a disk keeps that order."""
+    options: Any = {"recipe": "tiny", "batch_size": 10, "device": "cpu", "runs": tmp_path}
+    disk = train(TrainConfig(data=local, order="blocks", name="disk", epochs=2, **options))
+    store = train(TrainConfig(data=folder_at(URL), name="store", epochs=2, steps=3, **options))
+    assert read_config(tmp_path / "store")["data"].rstrip("/") == URL
+    store = train(TrainConfig(data=local, name="store", epochs=2, resume=True, **options))
+    assert store["weights_sha256"] == disk["weights_sha256"]
+    shuffled = train(TrainConfig(data=local, name="shuffled", epochs=2, **options))
+    assert shuffled["weights_sha256"] != disk["weights_sha256"]
+    with pytest.raises(AlexprepError, match="order"):
+        train(TrainConfig(data=local, name="store", epochs=3, resume=True, order="shuffle", **options))
