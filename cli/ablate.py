@@ -15,6 +15,7 @@ from alexprep.cli.options import (
     device_option,
     json_option,
     local_data_option,
+    model_option,
     settings_option,
     threads_option,
 )
@@ -26,7 +27,7 @@ from alexprep.cli.options import (
 @click.option(
     "--recipe", metavar="NAME | FILE.py[:FUNCTION]", help="What is varied, as for `alexprep train`.  [default: alexnet]"
 )
-@click.option("--model", metavar="FILE.py:FUNCTION", help="A network of your own in place of the recipe's.")
+@model_option
 @settings_option
 @click.option("--epochs", type=AT_LEAST_1, help="Of each run.  [default: the recipe's]")
 @click.option("--seeds", type=AT_LEAST_1, default=3, show_default=True, help="Runs of each variant.")

@@ -15,6 +15,7 @@ from alexprep.cli.options import (
     device_option,
     json_option,
     local_data_option,
+    model_option,
     settings_option,
     threads_option,
 )
@@ -36,7 +37,7 @@ def bench() -> None:
     metavar="NAME | FILE.py[:FUNCTION]",
     help="Whose network and augmentation, as for `alexprep train`.  [default: alexnet]",
 )
-@click.option("--model", metavar="FILE.py:FUNCTION", help="A network of your own in place of the recipe's.")
+@model_option
 @settings_option
 @batch_size_option
 @click.option("--steps", type=AT_LEAST_1, help="Steps a turn.  [default: as many as take 2 seconds, at least 5]")

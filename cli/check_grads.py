@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import click
 
-from alexprep.cli.options import AT_LEAST_1, json_option, settings_option
+from alexprep.cli.options import AT_LEAST_1, json_option, model_option, settings_option
 
 
 @click.command("check-grads", short_help="A network's gradients against differences of its loss.")
 @click.option("--recipe", metavar="NAME | FILE.py[:FUNCTION]", help="Whose network.  [default: alexnet]")
-@click.option(
-    "--model",
-    metavar="FILE.py:FUNCTION | timm/NAME | torchvision/NAME | columns:LINE | LAYERS.cfg",
-    help="A network in its place, as for `alexprep train`.",
-)
+@model_option
 @settings_option
 @click.option("--classes", type=click.IntRange(2), default=10, show_default=True, help="Of the network.")
 @click.option("--images", type=AT_LEAST_1, default=2, show_default=True, help="Made-up ones, of the recipe's crop.")

@@ -297,6 +297,12 @@ class Setting(_Parameter):
         return [CompletionItem(each) for each in found]
 
 
+model_option = click.option(
+    "--model",
+    metavar="FILE.py:FUNCTION | timm/NAME | torchvision/NAME | columns:LINE | LAYERS.cfg",
+    help="A network of your own, of a library, from a line or from a layer file, in place of the recipe's.",
+)
+
 settings_option = click.option(
     "--set",
     "settings",

@@ -17,6 +17,7 @@ from alexprep.cli.options import (
     data_option,
     device_option,
     json_option,
+    model_option,
     on_bad_option,
     on_command_line,
     runs_option,
@@ -55,11 +56,7 @@ SYNONYMS = ("optimizer", "label_smoothing", "clip", "accumulate", "average")
     metavar="NAME | FILE.py[:FUNCTION]",
     help=f"What to train: {', '.join(RECIPES)}; or a recipe of your own.  [default: alexnet]",
 )
-@click.option(
-    "--model",
-    metavar="FILE.py:FUNCTION | timm/NAME | torchvision/NAME | columns:LINE | LAYERS.cfg",
-    help="A network of your own, of a library, from a line or from a layer file, trained as the recipe says.",
-)
+@model_option
 @click.option("--hook", metavar="FILE.py:FUNCTION", help="A DALI operation of your own in the augmentation.")
 @click.option(
     "--hook-after", type=click.Choice(["decode", "augment", "tensor"]), help="After what it comes.  [default: augment]"
@@ -220,9 +217,13 @@ def _rows(summary: Mapping[str, Any], options: Mapping[str, Any]) -> list[tuple[
 
 def _next_commands(summary: Mapping[str, Any], options: Mapping[str, Any]) -> list[str]:
     """Commands for what was trained; with what it takes to find the run, and the user's own recipe or network."""
+    from alexprep.train.run_dir import read_config
     from alexprep.train.user_code import is_reference
 
     run = Path(summary["run"])
+    shown = read_config(run)["identity"]["recipe"]["augmentation"]
+    # Ten views mirror, which makes another thing of a digit.
+    views = ["--views", "ten"] if shown.get("mirror") and shown.get("normalised_width") is None else []
     runs = [] if options["runs"] == Path("runs") else ["--runs", str(options["runs"])]
     own = [
         word
@@ -232,7 +233,7 @@ def _next_commands(summary: Mapping[str, Any], options: Mapping[str, Any]) -> li
     ]
     best = f"{run.name}@best" if summary["best_step"] is not None else run.name
     words = (
-        ["eval", best, "--views", "ten", *runs, *own],
+        ["eval", best, *views, *runs, *own],
         ["predict", best, "photo.jpg", *runs, *own],
         ["report", run.name, *runs],
     )

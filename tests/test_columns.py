@@ -60,6 +60,12 @@ def test_what_is_told_is_what_is_learned(name: str) -> None:
     assert (recipe.summary() or "").endswith(f"; {learned - unseen:,} parameters")
 
 
+def test_a_summary_tells_of_the_width() -> None:
+    recipe = replace(RECIPES["mnist-column"], width=0.5)
+    learned = sum(weight.numel() for weight in recipe.make_network(10, 0).parameters())
+    assert (recipe.summary() or "").endswith(f"; {learned:,} parameters")
+
+
 @pytest.mark.parametrize(
     ("line", "at", "words"),
     [

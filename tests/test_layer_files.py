@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,9 @@ from alexprep.shards.errors import AlexprepError
 from alexprep.train.layer_files import NEURONS, LayerGraph, Neuron, layer_file
 from alexprep.train.models.alexnet import alexnet_2012
 from alexprep.train.models.cifar import cifar10_quick_net, conv_local_11pct, conv_local_13pct
-from alexprep.train.recipes import RECIPES, with_network
+from alexprep.train.recipes import RECIPES, try_user_network, with_network
 from alexprep.train.trainer import train
-from alexprep.train.user_code import user_network
+from alexprep.train.user_code import UserNetwork, user_network
 from tests import layer_texts as texts
 from tests.made_up import MadeUpLoader, write_data
 from tests.training_ranks import small_config
@@ -111,7 +112,12 @@ MALFORMED = [
     ("neuron=relu", "neuron=brelu[inf]", LINE["neuron=relu"], "neuron=brelu[inf]: brelu takes 1 numbers"),
     ("neuron=relu", "neuron=relux", LINE["neuron=relu"], "[pool1] neuron=relux: alexprep has ident, relu, "),
     ("outputs=10", "outputs=11", LINE["outputs=10"], "[fc10] has 11 outputs, and the data has 10 classes"),
-    ("type=cost.logreg", "type=cost.sum2", LINE["type=cost.logreg"], "alexprep trains with cost.logreg, cost.bce, "),
+    (
+        "type=cost.logreg",
+        "type=cost.sum2",
+        LINE["type=cost.logreg"],
+        "alexprep trains with cost.logreg, cost.crossent, ",
+    ),
     ("pool=avg", "pool=median", LINE["pool=avg"], "[pool2] pool=median: alexprep has max, avg, rand"),
     ("initW=0.1", "weightSource=fc10", LINE["initW=0.1"], "alexprep has no layers that share their weights"),
     ("initW=0.1", "initWFunc=a.b()", LINE["initW=0.1"], "code that a layer file names is not run"),
@@ -119,6 +125,7 @@ MALFORMED = [
     ("stride=1\n", "strode=1\n", LINE["stride=1"], "[conv1] strode: alexprep has no such key for type=conv"),
     ("sharedBiases=1", "sharedBiases=0", LINE["sharedBiases=1"], "sharedBiases=0: alexprep has no such layer"),
     ("dataIdx=1", "dataIdx=0", LINE["dataIdx=1"], "[labels] dataIdx=0 is given by another layer already"),
+    ("[pool2]", "[training]", LINE["[pool2]"], "[training] the name training is taken: give the layer another"),
     ("sizeX=3", "sizeX=1", LINE["stride=2"], "[pool1] stride=2 is not within 1 to 1"),
     ("outputs=10", "outputs=9999999", LINE["outputs=10"], "outputs=9,999,999 is not within 1 to 1,048,576"),
 ]
@@ -139,6 +146,8 @@ def test_malformed_files_are_refused_with_the_line(good: str, bad: str, line: in
         (lambda text: text.replace("epsW=0.001", "epsW=0.002", 1), 9, "[conv2] epsW=0.001, and [conv1] has 0.002"),
         (lambda text: "[conv7]\n" + text, 1, "[conv7] is no layer of "),
         (lambda text: text.replace("wc=0.004", "filters=3", 1), 6, "[conv1] filters stands in "),
+        (lambda text: text.replace("wc=0.004", "wball=1", 1), 6, "[conv1] wball=1 is not within 0 to 0"),
+        (lambda text: text.replace("wc=0.004", "updatePeriod=4", 1), 6, "[conv1] updatePeriod=4 is not within 0 to 1"),
         (lambda text: text.replace("coeff=1", "coeff=2"), 37, "alexprep has costs with a coefficient of 1"),
     ],
 )
@@ -202,6 +211,15 @@ def test_other_layers(tmp_path: Path) -> None:
         assert len(function(values, *numbers)) == 7
 
 
+def test_what_changes_no_result_is_passed_over(tmp_path: Path) -> None:
+    """Lines of cuda-convnet2's own files, and its cross-entropy with vectors of labels, which is that of the softmax."""
+    more = GOOD_PARAMETERS.replace("wc=0.004", "wc=0.004\nwball=0.00\nupdatePeriod=1", 1) + "topk=5\n"
+    wanted = layer_file(str(written(tmp_path, GOOD, GOOD_PARAMETERS)))(10, 32, seed=1)
+    made = layer_file(str(written(tmp_path, GOOD.replace("cost.logreg", "cost.crossent"), more)))
+    assert made.training()["loss"] == "softmax"
+    equal_logits(wanted, made(10, 32, seed=1), 32)
+
+
 def test_a_layer_file_is_trained_as_it_says_and_gone_on_with(tmp_path: Path) -> None:
     """Its rates and decays are the recipe's; a bare --resume finds it; another file in its place is refused."""
     text, parameters = texts.quick()
@@ -212,6 +230,9 @@ def test_a_layer_file_is_trained_as_it_says_and_gone_on_with(tmp_path: Path) -> 
     )
     made = with_network(RECIPES["cifar10-quick"], user_network(str(path)))
     assert (made.lr, made.layer_decay["fc64"], made.decay) == (0.001, 0.03, 0.0)
+    assert isinstance(made.network, UserNetwork)
+    _, _, notes = try_user_network(replace(made, lr=0.5), made.network, 3, 0, "single", 1)
+    assert notes[1].startswith("as layer-file/layers-x has it: loss softmax, bias_lr_factor ")
     data = write_data(tmp_path / "data", Little)
     options: dict[str, Any] = {"recipe": "cifar10-quick", "data": data, "model": str(path), "batch_size": 4}
     whole = train(small_config(**options, name="whole", steps=4), Little)

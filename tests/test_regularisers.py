@@ -71,6 +71,12 @@ def test_pools_are_their_definitions(kind: Pool) -> None:
             assert found[place].item() == pytest.approx(reference(kind, pixels), abs=1e-12), (size, stride, place)
 
 
+def test_pools_of_float16_do_not_overflow_in_their_squares() -> None:
+    large, zeros = torch.full((1, 1, 2, 2), 300.0, dtype=torch.float16), torch.zeros(1, 1, 2, 2, dtype=torch.float16)
+    for pool, wanted in ((L2Pool2d(2, 2), 600.0), (StochasticPool2d(2, 2).eval(), 300.0)):
+        assert (pool(large).item(), pool(zeros).item(), pool(large).dtype) == (wanted, 0.0, torch.float16)
+
+
 def test_pools_have_the_gradients_of_their_values() -> None:
     images = maps(1, 1, 2, 5, 6).requires_grad_()
     assert torch.autograd.gradcheck(L2Pool2d(3, 2), (images,))

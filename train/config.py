@@ -94,7 +94,7 @@ class TrainConfig:
     data: Path | None = None
     # Name in the registry, "alexnet" by default; or a user's own: FILE.py, FILE.py:FUNCTION or MODULE:FUNCTION.
     recipe: str | None = None
-    # A network in the recipe's stead, likewise, see `alexprep.train.user_code`; or timm/NAME, torchvision/NAME.
+    # A network in the recipe's stead, likewise, see `alexprep.train.user_code`.
     model: str | None = None
     # An operation of the user's own in the augmentation, likewise; see `alexprep.pipeline.Hook`.
     hook: str | None = None
@@ -110,9 +110,8 @@ class TrainConfig:
     lr: float | None = None  # highest learning rate, of which the schedule makes all others; on resuming, from now on
     schedule: str | None = None  # in the recipe's stead, see `alexprep.train.settings.schedule_named`
     warmup: float | None = None  # epochs in which the rate rises, in front of any schedule
-    early_stop: int | None = (
-        None  # end after so many epochs of which none had a lower validation error than all before; 0: never
-    )
+    # End after so many epochs of which none had a lower validation error than all before; 0: never.
+    early_stop: int | None = None
     # FIELD=VALUE, fields of the recipe that are other than it says: see `alexprep.train.settings`. On resuming, beside those of before.
     settings: tuple[str, ...] = ()
     # Whose weights the network begins with: RUN, RUN@STEP or RUN@best, or a state dict's file; see `alexprep.train.initial_weights`.

@@ -34,8 +34,8 @@ from alexprep.train.models.pools_and_dropconnect import Pool, pool_layer, pooled
 ENDING = ".cfg"
 MOST_SIDE, MOST_MAPS = 4096, 1 << 20
 INIT_DEVIATION = 0.01  # initW where a layer has none
-# Of speed and of places on several GPUs: they change no result.
-PASSED_OVER = ("partialSum", "sumWidth", "gpu", "usesActs", "usesInputs", "updatePeriod")
+# Of speed, of places on several GPUs, of what is printed: they change no result.
+PASSED_OVER = ("partialSum", "sumWidth", "gpu", "usesActs", "usesInputs", "topk")
 RATES = ("epsW", "epsB", "momW", "momB", "wc")
 POOLS: dict[str, Pool] = {"max": "max", "avg": "average", "rand": "stochastic"}
 
@@ -284,7 +284,9 @@ class _Builder:
     def _check_names(self, step: Step) -> None:
         taken = {name for other in self.steps.values() for name, _ in other.modules}
         for name, _ in step.modules:
-            if name in taken or hasattr(nn.Sequential, name) or hasattr(LayerGraph, name):
+            if name in taken or any(
+                hasattr(each, name) for each in (nn.Sequential(), LayerGraph([], nn.Sequential(), ""))
+            ):
                 raise step.section.error(f"the name {name} is taken: give the layer another")
 
     def _data(self, section: Section) -> None:
@@ -433,7 +435,7 @@ class _Builder:
         layer: nn.Module
         if section.text("type") == "cmrnorm":
             layer = LocalResponseNorm(size=size, k=least, alpha=scale / size, beta=power)
-        else:  # within a map, minDiv has no effect there
+        else:  # in 2012, as in net #145, minDiv had no effect within a map; in cuda-convnet2 it has
             layer = SpatialResponseNorm(size, k=1.0, alpha=scale / size**2, beta=power)
         return Step(section, names, [(section.name, layer), *self._neuron(section)], given)
 
@@ -471,6 +473,8 @@ class _Builder:
         return [] if name == "ident" else [(f"{section.name}_neuron", Neuron(name, numbers))]
 
     def _initial(self, section: Section) -> None:
+        section.number("wball", 0, 0, 0.0)  # a decay that alexprep does not have
+        section.whole("updatePeriod", 0, 1, 0)  # likewise steps between two updates
         self.deviations[section.name] = section.number("initW", 0, 1e6, INIT_DEVIATION)
         self.biases[section.name] = section.number("initB", -1e6, 1e6, 0.0)
 
@@ -481,7 +485,8 @@ class _Builder:
                 raise section.error(f"{key}={section.text(key)}: alexprep has no such layer", key)
 
 
-COSTS: dict[str, Loss] = {"cost.logreg": "softmax", "cost.bce": "sigmoid", "cost.crossent": "sigmoid"}
+# Of cuda-convnet2's crossent the labels are vectors; where these tell one class it is logreg.
+COSTS: dict[str, Loss] = {"cost.logreg": "softmax", "cost.crossent": "softmax", "cost.bce": "sigmoid"}
 
 
 def _training(layers: dict[str, Section]) -> dict[str, Any]:

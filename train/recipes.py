@@ -186,7 +186,8 @@ class Recipe:
     def summary(self) -> str | None:
         """Sizes and parameters of the network's layers in a sentence, where it can tell them."""
         own = self.network.factory if isinstance(self.network, UserNetwork) else self.network
-        return own.summary((self.augmentation.channels, self.crop, self.crop)) if isinstance(own, ColumnNet) else None
+        shape = self.augmentation.channels, self.crop, self.crop
+        return own.summary(shape, self.width) if isinstance(own, ColumnNet) else None
 
     def make_optimizer(self, network: nn.Module) -> Rule:
         """The optimizer of this recipe's network, or of a rank's part of it, with its decays and momentum.
@@ -671,9 +672,11 @@ def try_user_network(
     network = tried.make_network(classes, seed)
     layers = describe_layers(network)
     count = sum(weight.numel() for weight in network.parameters())
-    notes = [f"the network is {own.title}, {count:,} parameters"]
-    if own.training is not None:
-        notes.append(f"as {own.title} has it: {', '.join(f'{name} {value}' for name, value in own.training.items())}")
+    # A summary tells them itself, of a table's connections those that there are.
+    notes = [f"the network is {own.title}" + (f", {count:,} parameters" if tried.summary() is None else "")]
+    if own.training is not None:  # of that what no setting has changed
+        kept = [f"{name} {value}" for name, value in own.training.items() if getattr(tried, name) == value]
+        notes.append(f"as {own.title} has it: {', '.join(kept)}")
     if own.pixels is not None:
         seen = tried.augmentation
         channels = f" in {counted(seen.channels, 'channel')}" if seen.channels != 3 else ""

@@ -114,9 +114,8 @@ class TrainingState:
         self.network = self.parallel.network  # this rank's part; alone, the whole
         self._parameters = [name for name, _ in self.network.named_parameters()]
         self.optimizer = recipe.make_optimizer(self.network)
-        self._rated: tuple[float, ScheduleState] | None = (
-            None  # epochs done, and the schedule's state, that the rates are of
-        )
+        # Epochs done, and the schedule's state, that the optimizer's rates are of.
+        self._rated: tuple[float, ScheduleState] | None = None
         # The rates follow from the position alone, so nobody has to remember to set them.
         self.optimizer.register_step_pre_hook(lambda *_: self.set_rates())
         self.precision = computing.precision

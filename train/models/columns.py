@@ -30,6 +30,7 @@ from torch import nn
 
 from alexprep.pipeline.augmentation import Augmentation, Channels
 from alexprep.shards.errors import AlexprepError, number_within, one_of
+from alexprep.train.models.layers import activation_layer
 
 Activation = Literal["scaled-tanh", "tanh", "relu"]
 Initial = Literal["uniform", "fan-in"]
@@ -159,8 +160,13 @@ class ColumnNet:
 
     @property
     def input(self) -> tuple[int, int, int] | None:
-        """Channels, height and width that the line begins with; None where it leaves that to the recipe."""
-        return input_of(self.line)
+        """Channels, height and width that the line begins with; None where it leaves that to the recipe.
+
+        >>> ColumnNet("1x29x29-10N").input, ColumnNet("20C4-10N").input
+        ((1, 29, 29), None)
+        """
+        begin = _INPUT.fullmatch(self.line.partition("-")[0])
+        return None if begin is None else (int(begin[1]), int(begin[2]), int(begin[3]))
 
     def shown(self) -> ColumnInput | None:
         """What the beginning of the line says of the images; None where it says nothing."""
@@ -170,10 +176,10 @@ class ColumnNet:
         """The switches, part of a run's identity."""
         return asdict(self)
 
-    def summary(self, shape: tuple[int, int, int] | None = None) -> str:
-        """Sizes and parameters of all layers, in a sentence; `shape` is the input's where the line does not say it."""
+    def summary(self, shape: tuple[int, int, int] | None = None, width: float = 1.0) -> str:
+        """Sizes and parameters of all layers, in a sentence; `shape` is the input's where the line does not say it, `width` scales the maps."""
         shape = self.input or shape or (3, 224, 224)
-        parts = parsed(self.line, shape)
+        parts = parsed(self.line, shape, width)
         told = []
         for part in parts:
             size = str(part.shape[0]) if part.kind == "N" else "x".join(map(str, part.shape))
@@ -246,16 +252,6 @@ class ColumnInput:
         low = min(stored_sizes[0], max(1, min(self.height, self.width) - 2 * augmentation.pad))
         channels = cast(Channels, self.channels)
         return replace(augmentation, crop=crop, channels=channels), (low, max(low, stored_sizes[1]))
-
-
-def input_of(line: str) -> tuple[int, int, int] | None:
-    """Channels, height and width that a line begins with, if it does.
-
-    >>> input_of("1x29x29-10N"), input_of("20C4-10N")
-    ((1, 29, 29), None)
-    """
-    begin = _INPUT.fullmatch(line.partition("-")[0])
-    return None if begin is None else (int(begin[1]), int(begin[2]), int(begin[3]))
 
 
 def parsed(line: str, shape: tuple[int, int, int], width: float = 1.0) -> list[Part]:
@@ -389,7 +385,7 @@ def _weighted(network: nn.Module) -> list[nn.Conv2d | nn.Linear]:
 
 
 def _activation(name: Activation) -> nn.Module:
-    return {"scaled-tanh": ScaledTanh, "tanh": nn.Tanh, "relu": nn.ReLU}[name]()
+    return ScaledTanh() if name == "scaled-tanh" else activation_layer(name, inplace=False)
 
 
 def _refuse(line: str, at: int, why: str) -> NoReturn:

@@ -66,9 +66,9 @@ class L2Pool2d(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Float (N, C, H, W) -> (N, C, H', W'), H' = ceil((H - size) / stride) + 1."""
-        whole = _filled_up(images, self.size, self.stride)
+        whole = _filled_up(_at_least_float32(images), self.size, self.stride)
         sums = F.avg_pool2d(whole * whole, self.size, self.stride) * self.size**2
-        return sums.clamp(min=torch.finfo(sums.dtype).tiny).sqrt()
+        return sums.clamp(min=torch.finfo(sums.dtype).tiny).sqrt().to(images.dtype)
 
     def extra_repr(self) -> str:
         """The numbers, for print(network)."""
@@ -124,9 +124,9 @@ class StochasticPool2d(Drawing):
 
     def evaluated(self, values: torch.Tensor) -> torch.Tensor:
         """Float (N, C, H, W) -> (N, C, H', W'): the sum of squares over the sum, of each window."""
-        whole = _filled_up(values.clamp(min=0), self.size, self.stride)
+        whole = _filled_up(_at_least_float32(values.clamp(min=0)), self.size, self.stride)
         sums, squares = (F.avg_pool2d(each, self.size, self.stride) for each in (whole, whole * whole))
-        return squares / sums.clamp(min=torch.finfo(sums.dtype).tiny)
+        return (squares / sums.clamp(min=torch.finfo(sums.dtype).tiny)).to(values.dtype)
 
     def extra_repr(self) -> str:
         """The numbers, for print(network)."""
@@ -205,3 +205,8 @@ def _filled_up(images: torch.Tensor, size: int, stride: int) -> torch.Tensor:
     """Images with zeros to the right and below, so that the last windows are whole."""
     height, width = (max(0, (pooled_up(side, size, stride) - 1) * stride + size - side) for side in images.shape[2:])
     return F.pad(images, (0, width, 0, height)) if height or width else images
+
+
+def _at_least_float32(values: torch.Tensor) -> torch.Tensor:
+    """For squares: those of float16 end at 256."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
