@@ -93,7 +93,15 @@ def rate(places: Path, data: Path, runs: Path, steps: int) -> float:
         "--runs",
         str(runs),
     ]
-    command += ["--steps", str(steps), "--epochs", "1000", "--json"]
+    command += [
+        "--batch-size",
+        "32",
+        "--steps",
+        str(steps),
+        "--epochs",
+        "1000",
+        "--json",
+    ]  # older recipes had other batches
     words = subprocess.run(
         command, cwd=runs.parent, env=environment(places), capture_output=True, text=True, check=True
     )
