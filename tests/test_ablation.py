@@ -181,7 +181,7 @@ def test_the_command_prints_a_table(data: Path, tmp_path: Path) -> None:
     found = json.loads(line)
     assert plain.split()[:3] == ["the", "recipe", "1"] and slower.split()[:2] == ["lr=0.001", "1"]
     runs = {row["variant"]: row for row in found["runs"]}
-    for variant, rate in (("", 0.008), ("lr=0.001", 0.001)):
+    for variant, rate in (("", 0.01), ("lr=0.001", 0.001)):
         run = Path(runs[variant]["run"])
         assert json.loads((run / "config.json").read_text())["options"]["lr"] == rate
         assert json.loads((run / "summary.json").read_text())["val_top1_error"] == runs[variant]["val_top1_error"]
