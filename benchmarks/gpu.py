@@ -28,7 +28,7 @@ from common import command_line, described
 
 ROOT = Path(__file__).parents[1]
 _TEST_SECONDS = 140.0
-MAIN = [sys.executable, "-c", "from alexprep.cli.main import main; main()"]
+MAIN = [sys.executable, "-m", "alexprep.cli"]
 Figures = dict[str, Any]
 
 
@@ -125,8 +125,6 @@ def _sharded(call: Call, device: str, workers: int, out: Path) -> Figures:
 
 def loader(call: Call) -> Figures:
     """Loader's rate by where it decodes, its threads, the share of the JPEG engines and the form of a batch."""
-    import torch
-
     from alexprep.pipeline.loader import Loader
     from alexprep.pipeline.loader_settings import Tuning
 
@@ -146,7 +144,6 @@ def loader(call: Call) -> Figures:
                 with Loader(call.data, batch_size=batch_size, drop_last=True, **options) as batches:
                     figures[name] = _rate(batches, batch_size, 0.2 if call.small else 1.2)
                 print(name, figures[name], flush=True)
-    del torch
     return figures
 
 

@@ -135,9 +135,8 @@ class Loader(torch.utils.data.IterableDataset[Batch]):
         )
         self._most_together = self._steps_together(augmentation.view or dataset.size, views)
         self._one_by_one = False  # since an image could not be decoded: the steps before it are delivered first
-        self._ready: deque[tuple[Batch, int]] = (
-            deque()
-        )  # batches that were made with others, and how many samples each lacks
+        # Batches that were made with others, and how many samples each lacks.
+        self._ready: deque[tuple[Batch, int]] = deque()
         if dataset.samples.remote and order == "shuffle":
             raise AlexprepError(f"{data} is remote, where single images are slow to read: use order='blocks'")
         if dataset.samples.remote and cache is not None:

@@ -26,9 +26,8 @@ class ReadAhead:
 
     def _forget(self) -> None:
         self._sight: deque[tuple[int, ...]] = deque()  # the shards of each step from the one that is reached on
-        self._steps_with: Counter[int] = (
-            Counter()
-        )  # how many of these steps need a shard; in the order of the first need
+        # How many of these steps need a shard; in the order of the first need.
+        self._steps_with: Counter[int] = Counter()
         self._reached: tuple[int, int] | None = None
         self._together = 0  # steps from there on that are read at once,
         self._following: tuple[int, int] | None = None  # and the one behind them

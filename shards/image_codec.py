@@ -86,9 +86,8 @@ class Target:
     only_shrink: bool = False
     lossless: bool = False  # of WebP
     webp_method: int = 4  # how hard WebP's encoder tries, 0-6; libwebp's default
-    pad: int | tuple[int, int] | None = (
-        None  # side, or height and width, of a black canvas that has the image in its middle, pixels
-    )
+    # Side, or height and width, of a black canvas that has the image in its middle, pixels.
+    pad: int | tuple[int, int] | None = None
     # "scaled": JPEGs much larger than the box are decoded to a half or less, to at least `_SCALED_LEAST` times what they become.
     decode: Literal["exact", "scaled"] = "exact"
 
@@ -410,7 +409,6 @@ def _kept(data: bytes, height: int, width: int) -> Converted:
     return Converted(data, width, height, (height, width), kept=True)
 
 
-@functools.lru_cache(maxsize=16)
 @functools.lru_cache(maxsize=1024)
 def raw_header(height: int, width: int) -> bytes:
     """How a raw member begins, before its pixels: a .npy file of version 1.0."""

@@ -260,8 +260,7 @@ class Run:
         if val is not None:
             position.note_best(val)
         self.meter.record_epoch(means, **where, seconds=position.epoch_seconds, val=val, best=position.best)
-        loss = means.loss if self.job.recipe.loss == "softmax" else None  # no other is comparable to a guess's
-        if position.epoch == 0 and (doubt := loss_doubt(self.job.facts.classes, loss, val)):
+        if position.epoch == 0 and (doubt := loss_doubt(self.job.facts.classes, self._comparable(means.loss), val)):
             self.meter.say(doubt)
         error = means.top1_error if val is None else float(val["top1_error"])
         position.schedule = state.recipe.schedule.after_epoch(position.schedule, position.epoch + 1, error)
@@ -311,9 +310,7 @@ class Run:
             "seconds": time.monotonic() - self.started,
             "weights_sha256": weights_digest(parallel.gather_state()),
             "stopped_by": None if parallel.requested is None else parallel.requested.name,
-            "doubts": []
-            if self.stopping
-            else doubts(job.facts.classes, loss if job.recipe.loss == "softmax" else None, val),
+            "doubts": [] if self.stopping else doubts(job.facts.classes, self._comparable(loss), val),
         }
         for doubt in summary["doubts"]:
             self.meter.say(doubt)
@@ -343,6 +340,10 @@ class Run:
             summary = {}
         found = [summary.get(name) for name in ("steps", "weights_sha256", "stopped_by")] == ended
         return (summary if found else {}) if parallel.world.any(found) else None
+
+    def _comparable(self, loss: float | None) -> float | None:
+        """A loss that can be held beside a guess's: only the softmax's can."""
+        return loss if self.job.recipe.loss == "softmax" else None
 
     def _epoch_means(self) -> Means:
         return self.state.sums.since(torch.zeros_like(self.state.sums.totals))
