@@ -1,9 +1,10 @@
-"""How fast and how patiently a Loader reads from a store: an S3 server of moto's behind a proxy that counts, delays and fails.
+"""How fast and how patiently sets are read from a store: an S3 server of moto's behind a proxy that counts, delays and fails.
 
-python benchmarks/stores.py DATA [--moto PYTHON] [--older FOLDER] [--save]
+python benchmarks/stores.py DATA [--moto PYTHON] [--older FOLDER] [--streaming PYTHON] [--litdata PYTHON] [--only PARTS] [--save]
 
 DATA: shards and statistics, some 150 MB. It needs s3fs, and moto with its server, which may be in an environment of its own whose Python
---moto names. --older is another checkout's build/types, whose Loader takes turns with this one.
+--moto names. --older is another checkout's build/types; --streaming and --litdata are the Pythons of environments with MosaicML Streaming and
+LitData. All that are named take turns. Prints the table as Markdown.
 """
 
 from __future__ import annotations
@@ -12,118 +13,167 @@ import argparse
 import contextlib
 import json
 import os
-import shutil
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, get_args
 
 from common import command_line, report
 
+from alexprep.pipeline.sampler import Order
+
+HERE = Path(__file__).parent
 BATCH = 64
-BUCKET = "s3://bucket/set"
+ROUNDS = 2
 FAR = {"latency": 0.03, "rate": 20e6}
+NEAR = {"latency": 0, "rate": 0}
+SOUND = {"failing": 0, "cut": 0, "hanging": 0}
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_DEFAULT_REGION": "us-east-1"}
 CACHED_SHARE = 0.4
 AWAY_SECONDS = (10, 60)
+RANKS = (1, 2, 4)
+DEADLINE = 150.0  # seconds for one process
+
+Rows = dict[str, dict[str, Any]]  # what is measured → who → figure
 
 
-def main() -> None:
-    """Measures everything, or, as a process of its own, one Loader."""
-    if "--measure" in sys.argv:
-        print(json.dumps(measure(json.loads(sys.argv[-1]))))
-        return
-    parser = command_line(__doc__)
-    parser.add_argument("data", type=Path)
-    parser.add_argument("--moto", default=sys.executable)
-    parser.add_argument("--older", type=Path)
-    parser.add_argument("--only", default="speed,cache,ranks,faults", help="which parts, with commas")
-    arguments = parser.parse_args()
-    os.environ.update(CREDENTIALS)
-    figures: dict[str, Any] = {}
-    with served(arguments.data, arguments.moto) as store:
-        figures["MB of the set"] = round(store.bytes / 1e6, 1)
-        for part in arguments.only.split(","):
-            for name, found in PARTS[part](store, arguments):
-                figures[name] = found
-                print(f"{name}: {found}", file=sys.stderr, flush=True)
-    report("stores", figures, arguments.save)
+class Reader(NamedTuple):
+    """Who reads."""
+
+    name: str
+    library: str  # of `store_reader.py`
+    python: str = sys.executable
+    types: Path | None = None  # an older checkout's build/types
+
+
+class Reading:
+    """A process that reads, see `store_reader.py`; killed at its deadline."""
+
+    def __init__(self, who: Reader, url: str, job: dict[str, Any]) -> None:
+        """Starts it."""
+        environment = {**os.environ, "AWS_ENDPOINT_URL": url, "S3_ENDPOINT_URL": url}
+        if who.types is not None:
+            environment["PYTHONPATH"] = os.pathsep.join([str(who.types), os.environ.get("PYTHONPATH", "")])
+        if who.python != sys.executable:
+            environment.pop("PYTHONPATH", None)
+        command = [who.python, str(HERE / "store_reader.py"), who.library, json.dumps({"batch": BATCH, **job})]
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        pipe = subprocess.PIPE
+        self._process = subprocess.Popen(
+            command, env=environment, stdin=pipe, stdout=pipe, stderr=self._errors, text=True, start_new_session=True
+        )
+        self._timer = threading.Timer(DEADLINE, self._process.kill)
+        self._timer.start()
+        self._began = time.monotonic()
+
+    def wait_for(self, event: str) -> None:
+        """Until it tells of that, or has ended."""
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith("{") and event in json.loads(line):
+                return
+
+    def go_on(self) -> None:
+        """Lets it go on after its first batch, where the job has "hold"."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            print(file=self._process.stdin, flush=True)
+
+    def found(self) -> dict[str, Any]:
+        """What it found at the end, or "ended": its last words."""
+        assert self._process.stdout is not None
+        lines = [line for line in self._process.stdout.read().splitlines() if line.startswith("{")]
+        self._process.wait()
+        self._timer.cancel()
+        seconds = round(time.monotonic() - self._began)
+        if self._process.returncode == 0 and lines:
+            return dict(json.loads(lines[-1]))
+        self._errors.seek(0)
+        said = [line.strip() for line in self._errors if line.strip()]
+        killed = f"did not end within {DEADLINE:.0f} s"
+        return {"ended": killed if self._process.returncode == -9 else said[-1][:160] if said else "silently", "after": seconds}
 
 
 class Store:
-    """The server, and the proxy by which Loaders see it."""
+    """The server, and the proxy by which readers see it."""
 
-    def __init__(self, data: Path, server: int, proxy: subprocess.Popen[str]) -> None:
+    def __init__(self, data: Path, readers: list[Reader], server: int, proxy: subprocess.Popen[str]) -> None:
+        """Puts the set into it, in the form of each library."""
         import s3fs
 
         assert proxy.stdout is not None
         self.data, self._proxy = data, proxy
         self.url = f"http://127.0.0.1:{int(proxy.stdout.readline())}"
+        self.bytes: dict[str, int] = {}
         direct = s3fs.S3FileSystem(endpoint_url=f"http://127.0.0.1:{server}")
         direct.mkdir("bucket")
-        direct.put(str(data), BUCKET, recursive=True)
+        for who in {reader.library: reader for reader in readers}.values():
+            with tempfile.TemporaryDirectory() as folder:
+                made = data
+                if who.library != "alexprep":
+                    made = Path(folder, who.library)
+                    command = [who.python, str(HERE / "store_reader.py"), who.library, str(data / "train"), str(made)]
+                    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+                    subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
+                direct.put(str(made), f"bucket/{who.library}", recursive=True)
+                shards = (made / "train").glob("*.tar") if made == data else made.rglob("*.*")
+                self.bytes[who.library] = sum(path.stat().st_size for path in shards)
         seen = s3fs.S3FileSystem(endpoint_url=self.url)
         for path in seen.find("bucket"):  # which the proxy keeps: no figure has the server's own speed in it
             seen.cat_file(path)
-        self.bytes = sum(path.stat().st_size for path in (data / "train").glob("*.tar"))
 
-    def behave(self, **behaviour: Any) -> dict[str, int]:
-        """Sets how the proxy behaves; what it counted before."""
+    def behave(self, **behaviour: Any) -> int:
+        """Sets how the proxy behaves; the bytes that it sent before."""
         assert self._proxy.stdin is not None and self._proxy.stdout is not None
-        self._proxy.stdin.write(json.dumps(behaviour) + "\n")
-        self._proxy.stdin.flush()
-        counted: dict[str, int] = json.loads(self._proxy.stdout.readline())
-        return counted
+        print(json.dumps(behaviour), file=self._proxy.stdin, flush=True)
+        return int(json.loads(self._proxy.stdout.readline())["sent"])
 
-    def loaded(self, types: Path | None = None, **job: Any) -> dict[str, Any]:
-        """What `measure` finds in a process of its own, and what the proxy counted meanwhile."""
-        with self.loading(types, **job) as process:
-            pass
-        return self.outcome(process)
+    def start(self, who: Reader, **job: Any) -> Reading:
+        """A process that reads two epochs, unless the job says otherwise."""
+        usual = {"data": f"s3://bucket/{who.library}", "epochs": 2}
+        return Reading(who, self.url, usual | ({"order": "blocks"} if who.library == "alexprep" else {}) | job)
 
-    @contextlib.contextmanager
-    def loading(self, types: Path | None = None, **job: Any) -> Iterator[subprocess.Popen[str]]:
-        """The process, which is waited for at the end of the block."""
+    def read(self, who: Reader, ranks: int = 1, **job: Any) -> dict[str, Any]:
+        """What it finds, and "sets": how many times the set was fetched meanwhile. Of several ranks what the first finds, or who failed."""
         self.behave()
-        job = {"data": BUCKET, "order": "blocks", **job}
-        environment = {**os.environ, "AWS_ENDPOINT_URL": self.url}
-        if types is not None:
-            environment["PYTHONPATH"] = os.pathsep.join([str(types), os.environ.get("PYTHONPATH", "")])
-        command = [sys.executable, __file__, "--measure", json.dumps(job)]
-        it = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        yield it
-        it.wait()
+        port = free_port()
+        with tempfile.TemporaryDirectory() as folder:
+            if who.library != "alexprep":
+                job = {"cache": f"{folder}/cache", **job}
+                os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+            jobs = [job if ranks == 1 else job | {"rank": rank, "world_size": ranks} for rank in range(ranks)]
+            readings = [self.start(who, **each) for each in jobs]
+            for reading in readings:
+                reading.wait_for("read")
+            sets = round(self.behave() / self.bytes[who.library], 2)
+            all_found = [reading.found() for reading in readings]
+        failed = [found for found in all_found if "ended" in found]
+        return (failed or all_found)[0] | {"sets": sets}
 
-    def outcome(self, process: subprocess.Popen[str]) -> dict[str, Any]:
-        """What a process found, or its last words."""
-        assert process.stdout is not None and process.stderr is not None
-        lines, said = process.stdout.read().splitlines(), process.stderr.read().splitlines()
-        counted = self.behave()
-        found = json.loads(lines[-1]) if process.wait() == 0 else {"ended": said[-1] if said else "silently"}
-        waiting = [line for line in said if "waiting for" in line or "answers after" in line]
-        return {**found, "sets fetched": round(counted["sent"] / self.bytes, 2), "said": waiting[:1] + waiting[1:][-1:]}
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return int(free.getsockname()[1])
 
 
 @contextlib.contextmanager
-def served(data: Path, python: str) -> Iterator[Store]:
+def served(data: Path, readers: list[Reader], python: str) -> Iterator[Store]:
     """The store, holding the data."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     server = subprocess.Popen(
         [python, "-c", "from moto.server import main; import sys; main(sys.argv[1:])", "-p", str(port)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
     proxy = subprocess.Popen(
-        [sys.executable, Path(__file__).parent / "store_proxy.py", str(port)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
+        [sys.executable, HERE / "store_proxy.py", str(port)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     try:
         deadline = time.monotonic() + 60
@@ -131,111 +181,175 @@ def served(data: Path, python: str) -> Iterator[Store]:
             with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
                 break
             time.sleep(0.1)
-        yield Store(data, port, proxy)
+        yield Store(data, readers, port, proxy)
     finally:
         for process in (proxy, server):
             process.kill()
             process.wait()
 
 
-def measure(job: dict[str, Any]) -> dict[str, Any]:
-    """A Loader's epochs: of each the first batch, the longest wait and the CPU time, seconds, and images/s; and a resume in the middle of one."""
-    import torch
-
-    from alexprep.pipeline import Loader
-
-    torch.set_num_threads(1)
-    epochs, resume, sums = job.pop("epochs", 2), job.pop("resume", False), 0
-    loader = Loader(batch_size=BATCH, augmentation="paper", memory_format="channels_last", threads=1, seed=1, **job)
-    found: dict[str, Any] = {"first": [], "rate": [], "wait": [], "cpu": []}
-    for _ in range(epochs):
-        used = time.process_time()
-        began = last = time.perf_counter()
-        waits, images = [], 0
-        for batch in loader:
-            waits.append(time.perf_counter() - last)
-            sums = (sums * 1_000_003 + int(batch.indices.sum()) * 31 + int(batch.labels.sum())) % 2**61
-            images += len(batch.labels)
-            last = time.perf_counter()
-        found["cpu"].append(round(time.process_time() - used, 1))
-        found["first"].append(round(waits[0], 2))
-        found["wait"].append(round(max(waits[1:]), 2))
-        found["rate"].append(round(images / (last - began)))
-    found["order"] = sums
-    if resume:
-        loader.load_state_dict(loader.state_dict() | {"epoch": 5, "step": len(loader) // 2})
-        began = time.perf_counter()
-        next(iter(loader))
-        found["resume"] = round(time.perf_counter() - began, 2)
-    loader.close()
-    return found
-
-
-Parts = Iterator[tuple[str, Any]]
-
-
-def speed(store: Store, arguments: argparse.Namespace) -> Parts:
-    """The disk, and the store near and far; in turns with another checkout where one is named."""
-    versions = {"": None} | ({", older": arguments.older} if arguments.older else {})
-    for name, types in versions.items():
-        yield f"disk{name}", store.loaded(types, data=str(store.data))
-    for words, behaviour in (("near", {"latency": 0, "rate": 0}), ("30 ms, 20 MB/s a connection", FAR)):
-        for name, types in versions.items():
-            store.behave(**behaviour)
-            yield f"{words}{name}", store.loaded(types, resume=True)
-    store.behave(latency=0, rate=0)
-
-
-def cache(store: Store, arguments: argparse.Namespace) -> Parts:
-    """Far away, with a cache for all and for a part of the set."""
-    store.behave(**FAR)
-    for words, share in (("all", 1.0), (f"{CACHED_SHARE:.0%}", CACHED_SHARE)):
-        with tempfile.TemporaryDirectory() as folder:
-            job: dict[str, Any] = {"cache": folder, "cache_limit": int(share * store.bytes)}
-            for number in ("first", "second"):
-                yield f"cache of {words}, {number} run of an epoch", store.loaded(epochs=1, **job)
-    store.behave(latency=0, rate=0)
-
-
-def ranks(store: Store, arguments: argparse.Namespace) -> Parts:
-    """Two ranks of this host, three epochs, without a cache and with one."""
-    for words, options in (("no cache", {}), ("a cache", {"cache": tempfile.mkdtemp()})):
-        store.behave()
-        jobs: list[dict[str, Any]] = [{"rank": rank, "world_size": 2, "epochs": 3, **options} for rank in range(2)]
-        with contextlib.ExitStack() as both:
-            processes = [both.enter_context(store.loading(**job)) for job in jobs]
-        first, second = (store.outcome(process) for process in processes)
-        fetched = first["sets fetched"] + second["sets fetched"]
-        yield (
-            f"two ranks, three epochs, {words}",
-            {"rates": [first.get("rate"), second.get("rate")], "sets fetched": fetched},
-        )
-        shutil.rmtree(options.get("cache", ""), ignore_errors=True)
-
-
-def faults(store: Store, arguments: argparse.Namespace) -> Parts:
-    """Failing, cut and hanging requests, and a store that is away: by s3 and by http, which must give the same order."""
-    http = f"{store.url}/bucket/set"
-    for protocol, data in (("s3", BUCKET), ("http", http)):
-        for words, behaviour in (
-            ("sound", {}),
-            ("5 % fail", {"failing": 0.05}),
-            ("5 % are cut", {"cut": 0.05}),
-            ("2 % hang", {"hanging": 0.02}),
+def speed(store: Store, readers: list[Reader], rows: Rows) -> None:
+    """The disk, the store near and far, in turns; rates as shares of the disk's in the same round."""
+    ours, rounds = readers[0], []
+    for _ in range(ROUNDS):
+        disk = store.read(ours, data=str(store.data))
+        taken: dict[str, dict[str, Any]] = {"the disk": disk}
+        for who in readers:
+            far = who.library != "alexprep"  # those decode slower, and are seen once
+            if far and rounds:
+                continue
+            if not far:
+                store.behave(**NEAR)
+                taken[f"near {who.name}"] = store.read(who, epochs=1)
+            store.behave(**FAR)
+            taken[who.name] = store.read(who, resume=True, decode=True)
+        store.behave(**NEAR)
+        rounds.append(taken)
+    rows["the disk: images/s"] = {"alexprep": median(rounds, lambda taken: taken["the disk"]["rates"][0])}
+    for who in readers:
+        add(rows, "no latency: images/s beside the disk's", who, median(rounds, beside(f"near {who.name}", 0)))
+        name = who.name
+        for what, words in (
+            ("opening", "opening the set, s"),
+            ("first", "first batch, s"),
+            ("wait", "longest wait for any other, s"),
+            ("resume", "resume in mid-epoch: first batch, s"),
+            ("sets", "bytes of two epochs, × the set"),
+            ("cpu", "CPU time of two epochs, s"),
         ):
-            store.behave(failing=0, cut=0, hanging=0)
-            store.behave(**behaviour)
-            yield f"{protocol}, {words}", store.loaded(data=data)
-        store.behave(failing=0, cut=0, hanging=0)
-        for seconds in AWAY_SECONDS:
-            with store.loading(data=data, epochs=3) as process:
-                time.sleep(5)
-                store.behave(away=True)
-                threading.Timer(seconds, lambda: store.behave(away=False)).start()
-            yield f"{protocol}, away for {seconds} s", store.outcome(process)
+            add(rows, f"far: {words}", who, median(rounds, lambda taken, what=what, name=name: taken[name][what]))
+        add(rows, "far: images/s", who, median(rounds, lambda taken, name=name: taken[name]["rates"][0]))
+        add(rows, "far: images/s of the second epoch", who, median(rounds, lambda taken, name=name: taken[name]["rates"][1]))
+        if who.library == "alexprep":
+            add(rows, "far: images/s beside the disk's", who, median(rounds, beside(name, 0)))
+            add(rows, "far: of the second epoch", who, median(rounds, beside(name, 1)))
+            same = [taken[name].get("order") == taken["the disk"]["order"] for taken in rounds]
+            add(rows, "far: batches", who, "the same" if all(same) else "others")
+
+
+def beside(name: str, epoch: int) -> Callable[[dict[str, Any]], float]:
+    """A rate as a share of the disk's."""
+    return lambda taken: float(taken[name]["rates"][epoch] / taken["the disk"]["rates"][epoch])
+
+
+def median(rounds: list[dict[str, Any]], figure: Callable[..., float]) -> Any:
+    """Of the rounds that have it; None where none does."""
+    values = []
+    for taken in rounds:
+        with contextlib.suppress(KeyError):
+            values.append(figure(taken))
+    return round(statistics.median(values), 2) if values else None
+
+
+def add(rows: Rows, row: str, who: Reader, figure: Any) -> None:
+    """Takes a figure down."""
+    if figure is not None:
+        rows.setdefault(row, {})[who.name] = figure
+        print(f"{row}: {who.name} {figure}", file=sys.stderr, flush=True)
+
+
+def cache(store: Store, readers: list[Reader], rows: Rows) -> None:
+    """With a cache for a part of the set. The first of three epochs has to fetch all of it once; what is more, the others did."""
+    for who in readers:
+        with tempfile.TemporaryDirectory() as folder:
+            options = {"cache": f"{folder}/cache", "cache_limit": int(CACHED_SHARE * store.bytes[who.library])}
+            if who.types is None:
+                found = store.read(who, epochs=3, **options)
+                figure = found.get("ended") or round((found["sets"] - 1) / 2, 2)
+                add(rows, f"cache of {CACHED_SHARE:.0%}: bytes of a later epoch, × the set", who, figure)
+
+
+def ranks(store: Store, readers: list[Reader], rows: Rows) -> None:
+    """Several ranks of this host, two epochs, without a cache and with one; in the order that gives ranks shards of their own, where there is one."""
+    for who in readers:
+        kinds: dict[str, dict[str, Any]] = {"no cache": {}, "a cache": {"cache": "…"}}
+        if who.library != "alexprep":
+            kinds = {"a cache": {}}  # they have no other way
+        elif who.types is not None:
+            kinds = {"no cache": {}}
+        elif "streams" in get_args(Order):
+            kinds['order "streams"'] = {"order": "streams"}
+        for words, options in kinds.items():
+            for count in RANKS if who is readers[0] else (2,):
+                with tempfile.TemporaryDirectory() as folder:
+                    given = {"cache": folder} if options.get("cache") else {}
+                    found = store.read(who, count, **options | given)
+                row = f"{count} rank{'s' * (count > 1)}, {words}: bytes of two epochs, × the set"
+                add(rows, row, who, found.get("ended", found["sets"]))
+
+
+def faults(store: Store, readers: list[Reader], rows: Rows) -> None:
+    """Failing, cut and hanging requests, and a store that is away: by s3 and by http, which must give the same order."""
+    ours = readers[0]
+    order = store.read(ours, data=str(store.data))["order"]
+    http = {f"{who.name}, http": who for who in readers if who.library == "alexprep"}
+    ways = [(who.name, who, {}) for who in readers]
+    ways += [(name, who, {"data": f"{store.url}/bucket/alexprep"}) for name, who in http.items()]
+
+    def told(found: dict[str, Any], who: Reader) -> str:
+        if "ended" in found:
+            return f"ended after {found['after']} s: {found['ended']}"
+        same = found["order"] == order if who.library == "alexprep" else True
+        return f"{'all batches' if same else 'OTHER BATCHES'}, longest wait {found['wait']:.1f} s"
+
+    for words, behaviour in (("5 % fail", {"failing": 0.05}), ("5 % are cut", {"cut": 0.05}), ("2 % hang", {"hanging": 0.02})):
+        for name, who, options in ways:
+            if words == "5 % fail" or who is ours:
+                store.behave(**SOUND | behaviour)
+                add(rows, words, who._replace(name=name), told(store.read(who, **options), who))
+    store.behave(**SOUND)
+    for seconds in AWAY_SECONDS:
+        with tempfile.TemporaryDirectory() as folder:
+            readings = []
+            for number, (name, who, options) in enumerate(ways):
+                kept = {} if who.library == "alexprep" else {"cache": f"{folder}/{number}"}
+                readings.append((name, who, store.start(who, hold=True, **options, **kept)))
+            for _, _, reading in readings:
+                reading.wait_for("begun")
+            store.behave(away=True)
+            threading.Timer(seconds, lambda: store.behave(away=False)).start()
+            for _, _, reading in readings:
+                reading.go_on()
+            for name, who, reading in readings:
+                add(rows, f"away for {seconds} s", who._replace(name=name), told(reading.found(), who))
 
 
 PARTS = {"speed": speed, "cache": cache, "ranks": ranks, "faults": faults}
+
+
+def table(rows: Rows, names: list[str]) -> str:
+    """The figures in Markdown."""
+    lines = ["| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    for row, figures in rows.items():
+        lines.append(f"| {row} | " + " | ".join(str(figures.get(name, "–")) for name in names) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measures all parts, or those that are named."""
+    parser = command_line(__doc__)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--moto", default=sys.executable)
+    parser.add_argument("--older", type=Path)
+    parser.add_argument("--streaming")
+    parser.add_argument("--litdata")
+    parser.add_argument("--only", default=",".join(PARTS), help="which parts, with commas")
+    arguments = parser.parse_args()
+    os.environ.update(CREDENTIALS)
+    readers = [Reader("alexprep", "alexprep")]
+    if arguments.older is not None:
+        readers.append(Reader("alexprep before", "alexprep", types=arguments.older))
+    readers += [Reader(name, name, getattr(arguments, name)) for name in ("streaming", "litdata") if getattr(arguments, name)]
+    rows: Rows = {}
+    began = time.monotonic()
+    with served(arguments.data, readers, arguments.moto) as store:
+        rows["MB of the set"] = {who.name: round(store.bytes[who.library] / 1e6, 1) for who in readers}
+        for part in arguments.only.split(","):
+            PARTS[part](store, readers, rows)
+    rows["seconds in all"] = {"alexprep": round(time.monotonic() - began)}
+    names = list(dict.fromkeys(name for figures in rows.values() for name in figures))
+    print(table(rows, names))
+    report("stores", rows, arguments.save)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import ctypes
 import functools
 import io
 import os
+import sys
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -83,6 +84,7 @@ class Loader(torch.utils.data.IterableDataset[Batch]):
         cache: str | Path | None = None,
         cache_limit: int | None = None,
         drop_last: bool = False,
+        epochs: int | None = None,
         threads: int | None = None,
         tuning: Tuning | None = None,
     ) -> None:
@@ -112,6 +114,7 @@ class Loader(torch.utils.data.IterableDataset[Batch]):
                 by default beside them or in the user's cache.
             cache_limit: bytes of shards in that folder; what came first stays.
             drop_last: whether an epoch's last step is left out where it is smaller than the others; other samples each epoch.
+            epochs: how many there will be, from epoch 0 on, where that is known: nothing beyond is fetched or decoded ahead of its use.
             threads: of DALI; None for one a core. Short for `tuning`.
             tuning: how the machine is used; `alexprep tune` finds good settings.
 
@@ -142,7 +145,9 @@ class Loader(torch.utils.data.IterableDataset[Batch]):
         if dataset.samples.remote and cache is not None:
             dataset.samples.cache = ShardCache(cache, cache_limit)
         held = self._plan.open_shards(_READ_AHEAD + (tuning.prefetch + 1) * self._most_together)
-        self._ahead = ReadAhead(dataset.samples, self._plan, held, onwards=views == "random")
+        # Evaluation ends with its epoch. Epochs from this one on are not begun ahead.
+        self._end = 0 if views != "random" else sys.maxsize if epochs is None else whole_number("epochs", epochs, 1, 2**32 - 1)
+        self._ahead = ReadAhead(dataset.samples, self._plan, held, end=self._end)
         chosen = statistics_for(dataset, statistics) if augmentation.needs_statistics else None
         dataset.check(augmentation, chosen)
         target = choose_device(device or "cpu")
@@ -211,6 +216,10 @@ class Loader(torch.utils.data.IterableDataset[Batch]):
         images = min(_TOGETHER, _TOGETHER_PIXELS // (size[0] * size[1] * VIEWS.get(views, 1)))
         return max(1, images // self._plan.largest_part)
 
+    def _together_from(self, step: int) -> int:
+        """How many steps from one on go through DALI as one now."""
+        return 1 if self._one_by_one else min(self._most_together, len(self) - step)
+
     def _next_batch(self) -> Batch:
         try:
             if not self._ready:
@@ -256,9 +265,9 @@ class Loader(torch.utils.data.IterableDataset[Batch]):
         graph, plan = self._graph, self._plan
         while len(runner) <= self._tuning.prefetch:
             epoch, number = self._upcoming
-            if graph.views != "random" and epoch != self.epoch:
+            if epoch >= max(self.epoch + 1, self._end):
                 break
-            together = 1 if self._one_by_one else min(self._most_together, len(self) - number)
+            together = self._together_from(number)
             self._ahead.reach(epoch, number, together)
             parts = [plan.part(epoch, number + each) for each in range(together)]
             rows, positions = (np.concatenate(each) for each in zip(*parts, strict=True))
@@ -327,7 +336,7 @@ class Loader(torch.utils.data.IterableDataset[Batch]):
             )
         epoch = whole_number("epoch", state.get("epoch"), 0, 2**32 - 1)
         step = whole_number(f"in epochs of {len(self)} steps, step", state.get("step"), 0, len(self) - 1)
-        self._abandon()  # what DALI already works on is not wanted any more
+        self._abandon(hold=True)  # what DALI already works on is not wanted any more
         self.epoch, self.step = epoch, step
         self._loaded = True
 
@@ -354,18 +363,22 @@ class Loader(torch.utils.data.IterableDataset[Batch]):
         if self._closed:
             raise AlexprepError("this Loader is closed: make a new one")
         if self._runner is None or not self._runner.usable:
-            self._abandon()
+            self._abandon(hold=True)
+            self._ahead.reach(self.epoch, self.step, self._together_from(self.step))  # a store is asked while DALI starts
             self._runner = PipelineRunner(self._dataset, self._graph, self._on_bad)
             self._upcoming = (self.epoch, self.step)
         return self._runner
 
-    def _abandon(self) -> None:
-        """Leaves the pipeline and what it works on; the next batch is started anew from the state."""
+    def _abandon(self, hold: bool = False) -> None:
+        """Leaves the pipeline and what it works on; the next batch is started anew from the state, with the shards that it may `hold`."""
         self._ready.clear()
         runner, self._runner = self._runner, None
         if runner is not None:
             runner.close()
-        self._ahead.stop()
+        if hold:
+            self._ahead.forget()
+        else:
+            self._ahead.stop()
 
 
 @dataclass

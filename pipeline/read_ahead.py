@@ -18,13 +18,14 @@ class ReadAhead:
     step in sight needs it. In the order "blocks" the next block is fetched while one is read.
     """
 
-    def __init__(self, samples: TarSamples, plan: StepPlan, held: int, *, onwards: bool) -> None:
-        """`held` is how many shards may be in memory; `onwards`, whether one epoch follows another without a pause."""
-        self._samples, self._plan, self._onwards = samples, plan, onwards
+    def __init__(self, samples: TarSamples, plan: StepPlan, held: int, *, end: int) -> None:
+        """`held` is how many shards may be in memory; epochs from `end` on are not begun ahead."""
+        self._samples, self._plan, self._end = samples, plan, end
         self._held = min(held, int(samples.index["shard"].max(initial=0)) + 1)
-        self._forget()
+        self.forget()
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
+        """What was said of coming steps holds no more. Shards stay in memory, and on their way, until the next `reach` needs others."""
         self._sight: deque[tuple[int, ...]] = deque()  # the shards of each step from the one that is reached on
         # How many of these steps need a shard; in the order of the first need.
         self._steps_with: Counter[int] = Counter()
@@ -42,7 +43,7 @@ class ReadAhead:
             for _ in range(self._together):
                 self._pass()
         else:
-            self._forget()
+            self.forget()
             self._next = epoch, step
         self._reached, self._together, self._following = (epoch, step), together, (epoch, step)
         for _ in range(together):
@@ -55,7 +56,7 @@ class ReadAhead:
 
     def stop(self) -> None:
         """Ends all fetching, and frees the memory; the next `reach` begins anew."""
-        self._forget()
+        self.forget()
         self._samples.let_go()
 
     def _pass(self) -> None:
@@ -78,5 +79,4 @@ class ReadAhead:
 
     def _follows(self, epoch: int) -> bool:
         """Whether the first step out of sight will come; no further than an epoch ahead, where a rank has nothing to read in some steps."""
-        ahead = self._next[0] - epoch
-        return ahead == 0 or (self._onwards and ahead == 1)
+        return self._next[0] < max(epoch + 1, min(epoch + 2, self._end))

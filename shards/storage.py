@@ -47,6 +47,7 @@ _NO_LINKS = {errno.EPERM, errno.EACCES, errno.EOPNOTSUPP, errno.ENOTSUP, errno.E
 _NO_FOLDER_SYNC = {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS}
 # And of a link that leads nowhere or where nobody may look. Others speak of the disk, not of the link.
 _BROKEN_LINK = {errno.ELOOP, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EACCES, errno.EPERM}
+CONNECTIONS = 20  # to an S3 store at the same time; botocore has 10, and `shard_fetcher` fetches more shards at once
 _HTTP = ("http://", "https://")
 _AHEAD_BYTES = 2**20  # that are read at once where many small reads are to come
 _BLOCK_BYTES = 2**20  # of a file that is hashed or inflated
@@ -126,6 +127,8 @@ def _open_store(url: str) -> tuple[Any, str]:
     """The file system of a URL, which fsspec keeps for the next call, and the path inside it."""
     import fsspec
 
+    # Of a user's own settings none is changed.
+    fsspec.config.conf.setdefault("s3", {}).setdefault("config_kwargs", {}).setdefault("max_pool_connections", CONNECTIONS)
     try:
         return fsspec.core.url_to_fs(url)  # type: ignore[no-any-return]
     except ImportError as error:

@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import fsspec
@@ -26,6 +27,7 @@ from alexprep.shards.errors import AlexprepError
 from alexprep.shards.image_codec import Target
 from alexprep.shards.plan import ShardOptions
 from alexprep.shards.rgb_statistics import pca_stats, publish_statistics
+from alexprep.shards.shard_fetcher import RemoteShard, ShardFetcher
 from alexprep.shards.storage import folder_at
 from alexprep.shards.worker_pool import InProcessEngine
 from alexprep.train.config import TrainConfig
@@ -112,7 +114,7 @@ def test_a_store_that_is_away_is_waited_for_or_named_and_the_loader_goes_on(
 
     with Loader(URL, **OPTIONS) as loader:
         taken = [next(iter(loader)).images]
-        loader.load_state_dict(loader.state_dict())  # what is held is let go
+        loader._abandon()  # what is held is let go
         failing.fault = away
         threading.Timer(0.3, lambda: setattr(failing, "fault", None)).start()
         with caplog.at_level(logging.WARNING):
@@ -121,7 +123,7 @@ def test_a_store_that_is_away_is_waited_for_or_named_and_the_loader_goes_on(
         assert "answers after" in caplog.text and len(caplog.records) == 2
         hurry(monkeypatch, 0.1)
         failing.fault = away
-        loader.load_state_dict(loader.state_dict())
+        loader._abandon()
         for _ in range(2):
             with pytest.raises(AlexprepError, match=r"train-\d+\.tar cannot be read \(ConnectionRefusedError: nobody"):
                 next(iter(loader))
@@ -190,6 +192,38 @@ def test_ranks_with_a_cache_download_each_shard_once(
         assert 3 <= len(kept) <= 5 and sum(path.stat().st_size for path in kept) <= limit
 
 
+def test_what_will_not_be_read_is_not_fetched(batches: Any, failing: FailingStore) -> None:
+    """Each shard once in the last of the `epochs`, and not again by a loader that is sent back. What comes all the same is right."""
+    with Loader(URL, **OPTIONS, epochs=1) as loader:
+        taken = [batch.images for batch in loader]
+        assert set(shards_asked(failing).values()) == {1}
+        taken += [batch.images for batch in loader]
+        assert same(taken, batches)
+        assert set(shards_asked(failing).values()) <= {1, 2}
+        before = shards_asked(failing).total()
+        loader.load_state_dict(loader.state_dict() | {"epoch": 1, "step": len(loader) - 1})
+        assert same([batch.images for batch in loader], batches[-1:])
+        assert shards_asked(failing).total() == before
+    with pytest.raises(AlexprepError, match="epochs 0 is not in"):
+        Loader(URL, **OPTIONS, epochs=0)
+
+
+def test_a_shard_of_s3_is_one_request_and_has_a_connection() -> None:
+    """s3fs asks for a file's size first, and botocore has ten connections."""
+    asked: list[dict[str, int]] = []
+
+    def cat_file(path: str, **options: int) -> bytes:
+        asked.append(options)
+        return b"0123456789"
+
+    for protocol in ("s3", "gs"):
+        path: Any = SimpleNamespace(protocol=protocol, path="shard", fs=SimpleNamespace(cat_file=cat_file))
+        assert len(ShardFetcher({3: RemoteShard(path, 10)}).get(3)) == 10
+    assert asked == [{"start": 0, "end": 10}, {}]
+    folder_at("memory://anything")
+    assert fsspec.config.conf["s3"]["config_kwargs"]["max_pool_connections"] >= shard_fetcher.FETCHES
+
+
 class Recorder:
     """Samples in 12 shards of 4, 5 or 6, which record what is wanted of them."""
 
@@ -218,7 +252,7 @@ def test_every_step_finds_its_shards_wanted_before(order: Any, world_size: int, 
     for rank in range(0, world_size, 13):
         plan = StepPlan(samples.index["shard"], 7, order, 3, 5, rank, world_size)
         held = plan.open_shards(3)
-        ahead = ReadAhead(samples, plan, held, onwards=True)
+        ahead = ReadAhead(samples, plan, held, end=9)
         place, fetched = (2, 4), Counter[tuple[int, int]]()
         now: set[int] = set()
         while place[0] < 5:
@@ -240,7 +274,7 @@ def test_every_step_finds_its_shards_wanted_before(order: Any, world_size: int, 
 def test_evaluation_does_not_fetch_beyond_its_epoch() -> None:
     samples: Any = Recorder()
     plan = StepPlan(samples.index["shard"], 7, "sequential", 3, 5, 0, 1)
-    ahead = ReadAhead(samples, plan, 4, onwards=False)
+    ahead = ReadAhead(samples, plan, 4, end=0)
     for step in range(len(plan)):
         ahead.reach(0, step)
     assert samples.wanted[-1] == [11] and samples.wanted[0][:2] == [0, 1]
