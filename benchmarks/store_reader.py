@@ -29,19 +29,25 @@ SHARD_BYTES = 3_300_000  # of a peer's shard: as many as those of alexprep in th
 
 
 class Alexprep:
-    """`Loader`, with the paper's augmentation; also of older versions."""
+    """`Loader`, also of older versions: with the paper's augmentation, or small crops where decoding does not matter."""
 
     def __init__(self, job: dict[str, Any]) -> None:
         """Opens the set."""
-        from alexprep.pipeline import Loader
+        from alexprep.pipeline import Augmentation, Loader
 
         self.job = job
+        augmentation = "paper" if job.get("decode") else Augmentation(crop=64, mean="none", noise="none")
         known = inspect.signature(Loader).parameters
         names = ("order", "rank", "world_size", "epochs", "cache", "cache_limit")
         options = {name: job[name] for name in names if name in job and name in known}
         self.loader = Loader(
-            *(job["data"],),
-            **{"batch_size": job["batch"], "augmentation": "paper", "memory_format": "channels_last", "threads": 1, "seed": 1, **options},
+            job["data"],
+            batch_size=job["batch"],
+            augmentation=augmentation,
+            memory_format="channels_last",
+            threads=1,
+            seed=1,
+            **options,
         )
 
     def epoch(self) -> Iterator[tuple[int, int]]:
@@ -136,7 +142,9 @@ class LitData(Peer):
     def __init__(self, job: dict[str, Any]) -> None:
         """Opens the set; what is fetched is kept in the cache."""
         from litdata import StreamingDataLoader, StreamingDataset
+        from litdata.streaming import downloader
 
+        getattr(downloader, "_OBSTORE_CLIENT_OPTIONS", {})["allow_http"] = True  # which it has no argument for
         super().__init__(job)
         limit = {"max_cache_size": f"{job['cache_limit'] // 10**6}MB"} if "cache_limit" in job else {}
         dataset = StreamingDataset(
@@ -165,7 +173,11 @@ class LitData(Peer):
         cache.merge()
 
 
-LIBRARIES: dict[str, Callable[[dict[str, Any]], Any]] = {"alexprep": Alexprep, "streaming": Streaming, "litdata": LitData}
+LIBRARIES: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "alexprep": Alexprep,
+    "streaming": Streaming,
+    "litdata": LitData,
+}
 
 
 def samples_in(tars: Path) -> Iterator[tuple[bytes, int]]:
@@ -208,7 +220,11 @@ def read(library: str, job: dict[str, Any]) -> dict[str, Any]:
         found["rates"].append(round(images / (last - start)))
         found["images"] += images
     print(json.dumps({"read": True}), flush=True)
-    found |= {"first": round(waits[0], 2), "wait": round(max(waits[1:]), 2), "cpu": round(time.process_time() - used, 1)}
+    found |= {
+        "first": round(waits[0], 2),
+        "wait": round(max(waits[1:]), 2),
+        "cpu": round(time.process_time() - used, 1),
+    }
     if job.get("resume"):
         reader = reader.resumed()
         began = time.perf_counter()

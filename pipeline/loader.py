@@ -146,7 +146,9 @@ class Loader(torch.utils.data.IterableDataset[Batch]):
             dataset.samples.cache = ShardCache(cache, cache_limit)
         held = self._plan.open_shards(_READ_AHEAD + (tuning.prefetch + 1) * self._most_together)
         # Evaluation ends with its epoch. Epochs from this one on are not begun ahead.
-        self._end = 0 if views != "random" else sys.maxsize if epochs is None else whole_number("epochs", epochs, 1, 2**32 - 1)
+        self._end = (
+            0 if views != "random" else sys.maxsize if epochs is None else whole_number("epochs", epochs, 1, 2**32 - 1)
+        )
         self._ahead = ReadAhead(dataset.samples, self._plan, held, end=self._end)
         chosen = statistics_for(dataset, statistics) if augmentation.needs_statistics else None
         dataset.check(augmentation, chosen)
@@ -364,7 +366,9 @@ class Loader(torch.utils.data.IterableDataset[Batch]):
             raise AlexprepError("this Loader is closed: make a new one")
         if self._runner is None or not self._runner.usable:
             self._abandon(hold=True)
-            self._ahead.reach(self.epoch, self.step, self._together_from(self.step))  # a store is asked while DALI starts
+            self._ahead.reach(
+                self.epoch, self.step, self._together_from(self.step)
+            )  # a store is asked while DALI starts
             self._runner = PipelineRunner(self._dataset, self._graph, self._on_bad)
             self._upcoming = (self.epoch, self.step)
         return self._runner

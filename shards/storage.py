@@ -128,7 +128,9 @@ def _open_store(url: str) -> tuple[Any, str]:
     import fsspec
 
     # Of a user's own settings none is changed.
-    fsspec.config.conf.setdefault("s3", {}).setdefault("config_kwargs", {}).setdefault("max_pool_connections", CONNECTIONS)
+    fsspec.config.conf.setdefault("s3", {}).setdefault("config_kwargs", {}).setdefault(
+        "max_pool_connections", CONNECTIONS
+    )
     try:
         return fsspec.core.url_to_fs(url)  # type: ignore[no-any-return]
     except ImportError as error:
