@@ -28,6 +28,7 @@ from common import command_line, report
 from alexprep.pipeline.sampler import Order
 
 HERE = Path(__file__).parent
+STREAMS = "streams" in get_args(Order)  # the order in which each rank reads shards of its own
 BATCH = 64
 ROUNDS = 2
 FAR = {"latency": 0.03, "rate": 20e6}
@@ -139,8 +140,9 @@ class Store:
 
     def start(self, who: Reader, **job: Any) -> Reading:
         """A process that reads two epochs, unless the job says otherwise."""
-        usual = {"data": f"s3://bucket/{who.library}", "epochs": 2}
-        return Reading(who, self.url, usual | ({"order": "blocks"} if who.library == "alexprep" else {}) | job)
+        order = "streams" if STREAMS and who.types is None else "blocks"
+        usual = {"data": f"s3://bucket/{who.library}", "epochs": 2, "order": order}
+        return Reading(who, self.url, usual | job)
 
     def read(self, who: Reader, ranks: int = 1, **job: Any) -> dict[str, Any]:
         """What it finds, and "sets": how many times the set was fetched meanwhile. Of several ranks what the first finds, or who failed."""
@@ -232,8 +234,9 @@ def speed(store: Store, readers: list[Reader], rows: Rows) -> None:
         if who.library == "alexprep":
             add(rows, "far: images/s beside the disk's", who, median(rounds, beside(name, 0)))
             add(rows, "far: of the second epoch", who, median(rounds, beside(name, 1)))
+        if who is ours:
             same = [taken[name].get("order") == taken["the disk"]["order"] for taken in rounds]
-            add(rows, "far: batches", who, "the same" if all(same) else "others")
+            add(rows, "far: batches", who, "those of the disk" if all(same) else "others")
 
 
 def beside(name: str, epoch: int) -> Callable[[dict[str, Any]], float]:
@@ -278,18 +281,18 @@ def cache(store: Store, readers: list[Reader], rows: Rows) -> None:
 def ranks(store: Store, readers: list[Reader], rows: Rows) -> None:
     """Several ranks of this host, two epochs, without a cache and with one; in the order that gives ranks shards of their own, where there is one."""
     for who in readers:
-        kinds: dict[str, dict[str, Any]] = {"no cache": {}, "a cache": {"cache": "…"}}
+        kinds: dict[str, dict[str, Any]] = {"no cache": {}, "a cache": {"cached": True}}
         if who.library != "alexprep":
             kinds = {"a cache": {}}  # they have no other way
         elif who.types is not None:
             kinds = {"no cache": {}}
-        elif "streams" in get_args(Order):
-            kinds['order "streams"'] = {"order": "streams"}
+        elif STREAMS:
+            kinds['no cache, order "streams"'] = {"order": "streams"}
         for words, options in kinds.items():
             for count in RANKS if who is readers[0] else (2,):
                 with tempfile.TemporaryDirectory() as folder:
-                    given = {"cache": folder} if options.get("cache") else {}
-                    found = store.read(who, count, **options | given)
+                    given = {"cache": folder} if options.get("cached") else {}
+                    found = store.read(who, count, **{"order": "blocks"} | options | given)
                 row = f"{count} rank{'s' * (count > 1)}, {words}: bytes of two epochs, × the set"
                 add(rows, row, who, found.get("ended", found["sets"]))
 
@@ -297,10 +300,11 @@ def ranks(store: Store, readers: list[Reader], rows: Rows) -> None:
 def faults(store: Store, readers: list[Reader], rows: Rows) -> None:
     """Failing, cut and hanging requests, and a store that is away: by s3 and by http, which must give the same order."""
     ours = readers[0]
-    order = store.read(ours, data=str(store.data))["order"]
+    blocks = {"order": "blocks"}  # which older versions know too
+    order = store.read(ours, data=str(store.data), **blocks)["order"]
     http = {f"{who.name}, http": who for who in readers if who.library == "alexprep"}
-    ways: list[tuple[str, Reader, dict[str, Any]]] = [(who.name, who, {}) for who in readers]
-    ways += [(name, who, {"data": f"{store.url}/bucket/alexprep"}) for name, who in http.items()]
+    ways: list[tuple[str, Reader, dict[str, Any]]] = [(who.name, who, blocks) for who in readers]
+    ways += [(name, who, {**blocks, "data": f"{store.url}/bucket/alexprep"}) for name, who in http.items()]
 
     def told(found: dict[str, Any], who: Reader) -> str:
         if "ended" in found:
