@@ -97,8 +97,8 @@ class Proxy:
         if not request.startswith((b"GET ", b"HEAD ")):
             self._kept.clear()
         ranges = b"".join(line for line in lines if line.lower().startswith(b"range:"))
-        if ranges and lines[0] in self._kept:
-            return _part(self._kept[lines[0]], ranges)
+        if ranges and lines[0] in self._kept and (answer := _part(self._kept[lines[0]], ranges)):
+            return answer
         key = lines[0] + ranges
         if key not in self._kept:
             reader, writer = await asyncio.open_connection("127.0.0.1", self._upstream)
@@ -116,11 +116,13 @@ class Proxy:
         return self._kept[key]
 
 
-def _part(whole: tuple[bytes, list[bytes], bytes], ranges: bytes) -> tuple[bytes, list[bytes], bytes]:
-    """The answer to a request for one range of what is kept, such as b"Range: bytes=0-99"."""
+def _part(whole: tuple[bytes, list[bytes], bytes], ranges: bytes) -> tuple[bytes, list[bytes], bytes] | None:
+    """The answer to a request for one range of what is kept, such as b"Range: bytes=0-99"; None where that is not all inside."""
     _, headers, body = whole
     first, last = ranges.partition(b"=")[2].split(b"-")
     start, end = int(first), min(int(last or len(body)) + 1, len(body))
+    if start >= end:
+        return None
     kept = [line for line in headers if not line.lower().startswith((b"content-length:", b"x-amz-checksum"))]
     kept += [b"Content-Length: %d" % (end - start), b"Content-Range: bytes %d-%d/%d" % (start, end - 1, len(body))]
     return b"HTTP/1.1 206 Partial Content", kept, body[start:end]

@@ -137,7 +137,7 @@ class Streaming(Peer):
 
 
 class LitData(Peer):
-    """LitData."""
+    """LitData. A state of it is refused where the cache lies elsewhere, so it is not resumed with an empty one."""
 
     def __init__(self, job: dict[str, Any]) -> None:
         """Opens the set; what is fetched is kept in the cache."""
@@ -225,7 +225,7 @@ def read(library: str, job: dict[str, Any]) -> dict[str, Any]:
         "wait": round(max(waits[1:]), 2),
         "cpu": round(time.process_time() - used, 1),
     }
-    if job.get("resume"):
+    if job.get("resume") and library != "litdata":
         reader = reader.resumed()
         began = time.perf_counter()
         next(reader.epoch())

@@ -225,6 +225,7 @@ def speed(store: Store, readers: list[Reader], rows: Rows) -> None:
         ):
             add(rows, f"far: {words}", who, median(rounds, lambda taken, what=what, name=name: taken[name][what]))
         add(rows, "far: images/s", who, median(rounds, lambda taken, name=name: taken[name]["rates"][0]))
+        add(rows, "far: ended", who, rounds[0][name].get("ended"))
         add(
             rows,
             "far: images/s of the second epoch",
