@@ -29,7 +29,6 @@ _RECENT = 16  # downloads by which the next one is judged
 _SLOWER = 10  # times as long as the median of these it may take,
 _AT_LEAST = 5.0  # seconds, and so long in any case
 _CUT = 3  # times that a shard may come shorter than it is recorded
-_SIZE_FIRST = ("s3", "s3a")
 
 
 class RemoteShard(NamedTuple):
@@ -169,11 +168,9 @@ class _Queue:
     def _download(self, shard: RemoteShard) -> bytes:
         path: Any = shard.path
         name, came = str(path), []
-        # s3fs asks for the size before each file, but not before a part of one.
-        part = {"start": 0, "end": shard.bytes} if path.protocol in _SIZE_FIRST and shard.bytes else {}
 
         def ask() -> bytes:
-            data = bytes(path.fs.cat_file(path.path, **part))
+            data = bytes(path.fs.cat_file(path.path))
             came.append(len(data))
             if shard.bytes is not None and len(data) < shard.bytes and len(came) < _CUT:
                 raise OSError(f"{len(data):,} of {shard.bytes:,} bytes came")
