@@ -10,6 +10,7 @@ LitData. All that are named take turns. Prints the table as Markdown.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import socket
@@ -41,7 +42,10 @@ RANKS = (1, 2, 4)
 DEADLINE = 150.0  # seconds for one process
 PEERS_DEADLINE = 40.0  # seconds for one whose cache is smaller than the set
 
+DISK = "the disk"
+
 Rows = dict[str, dict[str, Any]]  # what is measured → who → figure
+Taken = dict[str, dict[str, Any]]  # in one round: who → what `store_reader.py` found
 
 
 class Reader(NamedTuple):
@@ -194,58 +198,53 @@ def served(data: Path, readers: list[Reader], python: str) -> Iterator[Store]:
 
 
 def speed(store: Store, readers: list[Reader], rows: Rows) -> None:
-    """The disk, the store near and far, in turns; rates as shares of the disk's in the same round."""
-    ours = readers[0]
-    rounds: list[dict[str, Any]] = []
+    """The disk, the store near and far, in turns; rates also as shares of the disk's in the same round."""
+    ours, disk = readers[0], readers[0]._replace(name=DISK)
+    rounds: list[Taken] = []
     for _ in range(ROUNDS):
-        disk = store.read(ours, data=str(store.data), decode=True)
-        taken: dict[str, dict[str, Any]] = {"the disk": disk}
+        taken: Taken = {DISK: store.read(ours, data=str(store.data), resume=True, decode=True)}
         for who in readers:
-            far = who.library != "alexprep"  # those decode slower, and are seen once
-            if far and rounds:
+            peer = who.library != "alexprep"  # which decodes slower, and is seen once
+            if peer and rounds:
                 continue
-            if not far:
-                store.behave(**NEAR)
+            if not peer:
                 taken[f"near {who.name}"] = store.read(who, epochs=1, decode=True)
             store.behave(**FAR)
             taken[who.name] = store.read(who, resume=True, decode=True)
-        store.behave(**NEAR)
+            store.behave(**NEAR)
         rounds.append(taken)
-    rows["the disk: images/s"] = {"alexprep": median(rounds, lambda taken: taken["the disk"]["rates"][0])}
     for who in readers:
-        add(rows, "no latency: images/s beside the disk's", who, median(rounds, beside(f"near {who.name}", 0)))
-        name = who.name
-        for what, words in (
-            ("opening", "opening the set, s"),
-            ("first", "first batch, s"),
-            ("wait", "longest wait for any other, s"),
-            ("resume", "resume in mid-epoch: first batch, s"),
-            ("sets", "bytes of two epochs, × the set"),
-            ("cpu", "CPU time of two epochs, s"),
-        ):
-            add(rows, f"far: {words}", who, median(rounds, lambda taken, what=what, name=name: taken[name][what]))
-        add(rows, "far: images/s", who, median(rounds, lambda taken, name=name: taken[name]["rates"][0]))
-        add(rows, "far: ended", who, rounds[0][name].get("ended"))
-        add(
-            rows,
-            "far: images/s of the second epoch",
-            who,
-            median(rounds, lambda taken, name=name: taken[name]["rates"][1]),
-        )
+        add(rows, "no latency: images/s, × the disk's", who, median(rounds, beside(f"near {who.name}", 0)))
+    far = "30 ms, 20 MB/s: "
+    for who in (disk, *readers):
+        for words, figure in FIGURES.items():
+            add(rows, far + words, who, median(rounds, functools.partial(figure, who.name)))
         if who.library == "alexprep":
-            add(rows, "far: images/s beside the disk's", who, median(rounds, beside(name, 0)))
-            add(rows, "far: of the second epoch", who, median(rounds, beside(name, 1)))
-        if who is ours:
-            same = [taken[name].get("order") == taken["the disk"]["order"] for taken in rounds]
-            add(rows, "far: batches", who, "those of the disk" if all(same) else "others")
+            for epoch, words in enumerate(("images/s, × the disk's", "images/s of the second epoch, × the disk's")):
+                add(rows, far + words, who, median(rounds, beside(who.name, epoch)))
+        add(rows, far + "ended", who, rounds[0][who.name].get("ended"))
+    same = all(taken[ours.name].get("order") == taken[DISK]["order"] for taken in rounds)
+    add(rows, far + "batches", ours, "those of the disk" if same else "OTHERS")
 
 
-def beside(name: str, epoch: int) -> Callable[[dict[str, Any]], float]:
+FIGURES: dict[str, Callable[[str, Taken], float]] = {
+    "opening the set, s": lambda name, taken: taken[name]["opening"],
+    "first batch, s": lambda name, taken: taken[name]["first"],
+    "longest wait for any other, s": lambda name, taken: taken[name]["wait"],
+    "resume in mid-epoch: first batch, s": lambda name, taken: taken[name]["resume"],
+    "images/s": lambda name, taken: taken[name]["rates"][0],
+    "images/s of the second epoch": lambda name, taken: taken[name]["rates"][1],
+    "CPU time of two epochs, s": lambda name, taken: taken[name]["cpu"],
+    "bytes of two epochs, × the set": lambda name, taken: taken[name]["sets"],
+}
+
+
+def beside(name: str, epoch: int) -> Callable[[Taken], float]:
     """A rate as a share of the disk's."""
-    return lambda taken: float(taken[name]["rates"][epoch] / taken["the disk"]["rates"][epoch])
+    return lambda taken: float(taken[name]["rates"][epoch] / taken[DISK]["rates"][epoch])
 
 
-def median(rounds: list[dict[str, Any]], figure: Callable[..., float]) -> Any:
+def median(rounds: list[Taken], figure: Callable[[Taken], float]) -> float | None:
     """Of the rounds that have it; None where none does."""
     values = []
     for taken in rounds:
@@ -301,7 +300,7 @@ def ranks(store: Store, readers: list[Reader], rows: Rows) -> None:
 def faults(store: Store, readers: list[Reader], rows: Rows) -> None:
     """Failing, cut and hanging requests, and a store that is away: by s3 and by http, which must give the same order."""
     ours = readers[0]
-    blocks = {"order": "blocks"}  # which older versions know too
+    blocks: dict[str, Any] = {"order": "blocks"}  # which older versions know too
     order = store.read(ours, data=str(store.data), **blocks)["order"]
     http = {f"{who.name}, http": who for who in readers if who.library == "alexprep"}
     ways: list[tuple[str, Reader, dict[str, Any]]] = [(who.name, who, blocks) for who in readers]
