@@ -7,9 +7,6 @@ from __future__ import annotations
 
 from collections import Counter, deque
 
-import numpy as np
-from numpy.typing import NDArray
-
 from alexprep.pipeline.sampler import StepPlan
 from alexprep.shards.sample_reader import TarSamples
 
@@ -17,9 +14,8 @@ from alexprep.shards.sample_reader import TarSamples
 class ReadAhead:
     """Keeps the shards of the coming steps on their way, as many as may be held in memory.
 
-    Those of the step that is reached come first, then those of the steps behind it, until `held` shards are wanted. A shard is let go when no
-    step in sight needs it and no other one of its epoch will, so it is fetched once an epoch. In the orders "blocks" and "streams" the next
-    blocks are fetched while some are read.
+    Those of the step that is reached come first, then those of the steps behind it, until `held` shards are wanted; a shard is let go when no
+    step in sight needs it. In the orders "blocks" and "streams" the next blocks are fetched while some are read.
     """
 
     def __init__(self, samples: TarSamples, plan: StepPlan, held: int, *, onwards: bool) -> None:
@@ -29,15 +25,13 @@ class ReadAhead:
         self._forget()
 
     def _forget(self) -> None:
-        # The steps from the one that is reached on, as (epoch, step), and the shards of each.
-        self._sight: deque[tuple[tuple[int, int], tuple[int, ...]]] = deque()
-        # How many of these steps need a shard; in the order of the first need. With 0, a step out of sight may.
+        self._sight: deque[tuple[int, ...]] = deque()  # the shards of each step from the one that is reached on
+        # How many of these steps need a shard; in the order of the first need.
         self._steps_with: Counter[int] = Counter()
         self._reached: tuple[int, int] | None = None
         self._together = 0  # steps from there on that are read at once,
         self._following: tuple[int, int] | None = None  # and the one behind them
         self._next = (0, 0)  # the first step out of sight
-        self._last: tuple[int, NDArray[np.int64]] | None = None  # an epoch, and the last step that needs each shard
 
     def reach(self, epoch: int, step: int, together: int = 1) -> None:
         """Says that the samples of a step are about to be read, or of several steps `together`. Nothing is done for shards on a disk."""
@@ -66,12 +60,10 @@ class ReadAhead:
 
     def _pass(self) -> None:
         """The first step in sight is over."""
-        (epoch, step), shards = self._sight.popleft()
-        self._steps_with.subtract(shards)
-        if self._last is None or self._last[0] != epoch:
-            self._last = epoch, self._plan.last_steps(epoch)
-        for shard in [shard for shard, steps in self._steps_with.items() if not steps and self._last[1][shard] <= step]:
-            del self._steps_with[shard]
+        for shard in self._sight.popleft():
+            self._steps_with[shard] -= 1
+            if not self._steps_with[shard]:
+                del self._steps_with[shard]
 
     def _look(self) -> bool:
         """Takes one more step into sight; False where there would be too many shards."""
@@ -79,7 +71,7 @@ class ReadAhead:
         shards = tuple(dict.fromkeys(self._samples.index["shard"][rows].tolist()))
         if len(self._sight) >= self._together and len(self._steps_with.keys() | set(shards)) > self._held:
             return False
-        self._sight.append((self._next, shards))
+        self._sight.append(shards)
         self._steps_with.update(shards)
         self._next = self._plan.after(*self._next)
         return True

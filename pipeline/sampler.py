@@ -21,7 +21,7 @@ from alexprep.shards.plan import permutation
 Order = Literal["shuffle", "blocks", "streams", "sequential"]
 BLOCK_SHARDS = 16  # that are mixed at a time, unless told otherwise
 STREAMS = 8  # likewise: as many as a host has GPUs
-_UNEVEN = 4  # a stream ends with a shard where it need not be longer or shorter by more than one part in so many at either end
+_UNEVEN = 4  # a cut between streams moves to the nearest end of a shard that is no further than the mean stream divided by this
 _WORTH_A_THREAD = 2**15  # samples, whose order takes some milliseconds
 
 # Tell these uses of the seed from others (the shuffle before sharding has no such word in its key).
@@ -112,13 +112,6 @@ class StepPlan:
         if 2 * step >= len(self):
             self._make_ahead(epoch + 1)
         return rows[first:last], np.arange(first, last)
-
-    def last_steps(self, epoch: int) -> NDArray[np.int64]:
-        """The last step of an epoch in which any rank reads of a shard, by its number: int64 (shards,)."""
-        rows = self._epoch(epoch).row_N[: len(self) * self.batch_size]
-        last = np.zeros(int(self.shards_N[-1]) + 1, np.int64)
-        last[self.shards_N[rows]] = np.arange(len(rows)) // self.batch_size  # of several values the last one stays
-        return last
 
     def _begin(self, stream_B: NDArray[np.uint16], rank: int) -> int:
         """Where the part of a rank begins in a step of rows from these streams; of a stream that ranks share, in the same place of it."""

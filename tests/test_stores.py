@@ -28,7 +28,7 @@ from alexprep.shards.plan import ShardOptions
 from alexprep.shards.rgb_statistics import pca_stats, publish_statistics
 from alexprep.shards.storage import folder_at
 from alexprep.shards.worker_pool import InProcessEngine
-from alexprep.train.config import TrainConfig
+from alexprep.train.config import TrainConfig, prepare
 from alexprep.train.run_dir import read_config
 from alexprep.train.trainer import train
 from tests.support.failing_store import FailingStore, failing, hurry
@@ -315,3 +315,24 @@ def test_training_from_a_store_is_training_from_a_disk(
     assert shuffled["weights_sha256"] != disk["weights_sha256"]
     with pytest.raises(AlexprepError, match="order"):
         train(TrainConfig(data=local, name="store", epochs=3, resume=True, order="shuffle", **options))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({}, ["images come in 8 streams of shards, since memory://stored"]),
+        ({"ranks": 4, "scheme": "ddp"}, ["8 streams", "each of the 4 ranks fetches training shards of its own"]),
+        ({"ranks": 3, "scheme": "ddp"}, ["8 streams", "with order streams, ranks share shards: --cache FOLDER"]),
+        ({"ranks": 2, "scheme": "towers", "order": "streams"}, ["with towers, every rank reads every image"]),
+        ({"ranks": 2, "scheme": "ddp", "order": "blocks"}, ["with order blocks, ranks share shards"]),
+    ],
+)
+def test_training_says_which_rank_fetches_what(local: Path, options: Any, words: list[str]) -> None:
+    """Each in a line of its own; what cannot be is told before the run has a folder."""
+    config = TrainConfig(data=folder_at(URL), recipe="tiny", **options)
+    notes = [
+        note for note in prepare(config, torch.device("cpu"), dry_run=True).notes if "shard" in note or "towers" in note
+    ]
+    assert len(notes) == len(words) and all(map(str.__contains__, notes, words))
+    with pytest.raises(AlexprepError, match="--order shuffle reads single images.*take --order streams"):
+        prepare(TrainConfig(data=folder_at(URL), recipe="tiny", order="shuffle"), torch.device("cpu"), dry_run=True)

@@ -356,12 +356,17 @@ def prepare(
 
 
 def _notes_of_a_store(config: TrainConfig, data: Path, order: Order, scheme: Scheme) -> list[str]:
-    """What order was chosen, and which way the ranks could fetch less."""
+    """Which order was chosen, and which rank fetches what."""
+    if order == "shuffle":
+        raise AlexprepError(
+            f"--order shuffle reads single images, which is slow where they are in a store, {data}: take --order streams"
+        )
     notes = []
-    if config.order is None and order == "streams":
+    if config.order is None:
         notes = [f"images come in {STREAMS} streams of shards, since {data} is a store: --order says otherwise"]
-    apart = order == "streams" and scheme != "towers" and STREAMS % config.ranks == 0
-    if config.ranks > 1 and not apart and not os.environ.get(CACHE):
+    if config.ranks > 1 and order == "streams" and scheme != "towers" and STREAMS % config.ranks == 0:
+        notes.append(f"each of the {config.ranks} ranks fetches training shards of its own (order streams)")
+    elif config.ranks > 1 and not os.environ.get(CACHE):
         why = "towers, every rank reads every image" if scheme == "towers" else f"order {order}, ranks share shards"
         notes.append(f"with {why}: --cache FOLDER fetches each shard once a host")
     return notes
