@@ -334,5 +334,5 @@ def test_training_says_which_rank_fetches_what(local: Path, options: Any, words:
         note for note in prepare(config, torch.device("cpu"), dry_run=True).notes if "shard" in note or "towers" in note
     ]
     assert len(notes) == len(words) and all(map(str.__contains__, notes, words))
-    with pytest.raises(AlexprepError, match="--order shuffle reads single images.*take --order streams"):
+    with pytest.raises(AlexprepError, match=r"--order shuffle reads single images.*take --order streams"):
         prepare(TrainConfig(data=folder_at(URL), recipe="tiny", order="shuffle"), torch.device("cpu"), dry_run=True)
