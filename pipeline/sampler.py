@@ -250,9 +250,8 @@ def _streams(
     nearest = np.where(cuts - before < after - cuts, before, after)
     cuts = np.where(_UNEVEN * streams * np.abs(nearest - cuts) <= len(rows), nearest, cuts)
     found, together = [], _block(block_shards, streams)
-    numbers = itertools.count(
-        1
-    )  # numpy's keys end in zeros that do not count: 0 would repeat the shards' own permutation
+    # Counted from 1: numpy's keys end in zeros that do not count, and 0 would repeat the shards' own permutation.
+    numbers = itertools.count(1)
     for stream, (first, last) in enumerate(itertools.pairwise(cuts.tolist())):
         inside = bounds[(bounds > first) & (bounds < last)]
         pieces = [part for part in np.split(rows[first:last], inside - first) if len(part)]
