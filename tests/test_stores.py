@@ -295,7 +295,7 @@ def test_ranks_fetch_each_shard_once_an_epoch(world_size: int, seed: int) -> Non
     fetched, needed = Counter[tuple[int, int]](), Counter[tuple[int, int]]()
     for rank in range(world_size):
         plan = StepPlan(samples.index["shard"], 16, "streams", 16, seed, rank, world_size)
-        ahead = ReadAhead(samples, plan, plan.open_shards(3), onwards=True)
+        ahead = ReadAhead(samples, plan, plan.open_shards(3), end=9)
         places = [(epoch, step) for epoch in range(4) for step in range(len(plan))]
         needs = [set(samples.index["shard"][plan.part(*place)[0]].tolist()) for place in places]
         needed.update({(epoch, shard) for (epoch, _), shards in zip(places, needs, strict=True) for shard in shards})
