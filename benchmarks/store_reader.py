@@ -194,16 +194,16 @@ def samples_in(tars: Path) -> Iterator[tuple[bytes, int]]:
                     image = content
 
 
-def read(library: str, job: dict[str, Any]) -> dict[str, Any]:
+def read(library: str, job: dict[str, Any], found: dict[str, Any]) -> None:
     """The epochs of a job. Seconds: `opening`; until the `first` batch; the longest `wait` for any other; CPU time of this process.
 
     `rates` are images/s of each epoch, the first batch's time included; `resume` goes from a set that is opened anew, in the middle of an
-    epoch, to its first batch. `order` stands for all batches in their order.
+    epoch, to its first batch. `order` stands for all batches in their order. All goes into `found`, and `last`, when the last batch came.
     """
     torch.set_num_threads(1)
     used, began = time.process_time(), time.perf_counter()
     reader = LIBRARIES[library](job)
-    found: dict[str, Any] = {"opening": round(time.perf_counter() - began, 2), "rates": [], "images": 0, "order": 0}
+    found |= {"opening": round(time.perf_counter() - began, 2), "rates": [], "images": 0, "order": 0}
     waits: list[float] = []
     for _ in range(job["epochs"]):
         start = last = time.perf_counter()
@@ -216,7 +216,7 @@ def read(library: str, job: dict[str, Any]) -> dict[str, Any]:
                 if job.get("hold"):
                     sys.stdin.readline()
             found["order"] = (found["order"] * 1_000_003 + known_by) % 2**61
-            last = time.perf_counter()
+            last = found["last"] = time.perf_counter()
         found["rates"].append(round(images / (last - start)))
         found["images"] += images
     print(json.dumps({"read": True}), flush=True)
@@ -231,11 +231,21 @@ def read(library: str, job: dict[str, Any]) -> dict[str, Any]:
         next(reader.epoch())
         found["resume"] = round(time.perf_counter() - began, 2)
     reader.close()
-    return found
+
+
+def main() -> None:
+    """Tells what was found, or how it ended and how many seconds after the last batch."""
+    found: dict[str, Any] = {"last": time.perf_counter()}
+    try:
+        read(sys.argv[1], json.loads(sys.argv[2]), found)
+    except Exception as error:  # noqa: BLE001  (each library has its own kinds)
+        found |= {"ended": type(error).__name__, "after": round(time.perf_counter() - found["last"])}
+    print(json.dumps(found), flush=True)
+    os._exit(0)  # whatever threads go on
 
 
 if __name__ == "__main__":
     if len(sys.argv) == 4:
         LIBRARIES[sys.argv[1]].write(samples_in(Path(sys.argv[2])), sys.argv[3])  # type: ignore[attr-defined]
     else:
-        print(json.dumps(read(sys.argv[1], json.loads(sys.argv[2]))), flush=True)
+        main()

@@ -13,6 +13,7 @@ import contextlib
 import functools
 import json
 import os
+import signal
 import socket
 import statistics
 import subprocess
@@ -68,14 +69,18 @@ class Reading:
         if who.python != sys.executable:
             environment.pop("PYTHONPATH", None)
         command = [who.python, str(HERE / "store_reader.py"), who.library, json.dumps({"batch": BATCH, **job})]
-        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
         pipe, self._deadline = subprocess.PIPE, float(job.get("deadline", DEADLINE))
         self._process = subprocess.Popen(
-            command, env=environment, stdin=pipe, stdout=pipe, stderr=self._errors, text=True, start_new_session=True
+            command,
+            env=environment,
+            stdin=pipe,
+            stdout=pipe,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            start_new_session=True,
         )
         self._timer = threading.Timer(self._deadline, self._process.kill)
         self._timer.start()
-        self._began = time.monotonic()
 
     def wait_for(self, event: str) -> None:
         """Until it tells of that, or has ended."""
@@ -91,20 +96,16 @@ class Reading:
             print(file=self._process.stdin, flush=True)
 
     def found(self) -> dict[str, Any]:
-        """What it found at the end, or "ended": its last words."""
+        """What it found at the end, or "ended": by what kind of error."""
         assert self._process.stdout is not None
         lines = [line for line in self._process.stdout.read().splitlines() if line.startswith("{")]
         self._process.wait()
         self._timer.cancel()
-        seconds = round(time.monotonic() - self._began)
         if self._process.returncode == 0 and lines:
             return dict(json.loads(lines[-1]))
-        self._errors.seek(0)
-        said = [line.strip() for line in self._errors if line.strip()]
-        killed = f"did not end within {self._deadline:.0f} s"
+        killed = self._process.returncode == -signal.SIGKILL
         return {
-            "ended": killed if self._process.returncode == -9 else said[-1][:160] if said else "silently",
-            "after": seconds,
+            "ended": f"did not end within {self._deadline:.0f} s" if killed else f"status {self._process.returncode}"
         }
 
 
@@ -248,7 +249,7 @@ def median(rounds: list[Taken], figure: Callable[[Taken], float]) -> float | Non
     """Of the rounds that have it; None where none does."""
     values = []
     for taken in rounds:
-        with contextlib.suppress(KeyError):
+        with contextlib.suppress(LookupError):
             values.append(figure(taken))
     return round(statistics.median(values), 2) if values else None
 
@@ -308,7 +309,7 @@ def faults(store: Store, readers: list[Reader], rows: Rows) -> None:
 
     def told(found: dict[str, Any], who: Reader) -> str:
         if "ended" in found:
-            return f"ended after {found['after']} s: {found['ended']}"
+            return f"ended after {found.get('after', '?')} s: {found['ended']}"
         same = found["order"] == order if who.library == "alexprep" else True
         return f"{'all batches' if same else 'OTHER BATCHES'}, longest wait {found['wait']:.1f} s"
 
