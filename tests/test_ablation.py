@@ -89,8 +89,29 @@ def test_variants_are_compared_by_seed(common: TrainConfig, trainings: Trainings
     # What is trained is not trained again; what is new is.
     again = ablate(common, [LR], 2)
     assert again == found and len(trainings.begun) == 4
-    more = ablate(common, [f" {LR} "], 1)
-    assert more["variants"][0]["top1_error_standard_error"] is None and len(trainings.begun) == 4
+    assert ablate(common, [f" {LR} "], 1) == found and len(trainings.begun) == 4
+
+
+def test_the_tables_keep_what_was_trained_before(common: TrainConfig, trainings: Trainings) -> None:
+    """Other variants and other seeds, whether this command comes to its end or not; what failed is kept until it has a result."""
+    trainings.spoilt = {"tiny-seed1"}
+    ablate(common, [LR], 2)
+    trainings.stop_at = "network.norm-false-seed0"
+    stopped = ablate(common, [NORM], 1)
+    trainings.stop_at, trainings.spoilt = None, set()
+    (common.runs / "tiny-seed01").mkdir()  # of nobody
+    fewer = ablate(common, [NORM], 1)
+    runs = [("", 0), (NORM, 0), (LR, 0), (LR, 1)]
+    assert [(run["variant"], run["seed"]) for run in stopped["runs"]] == [runs[0], *runs[2:]]
+    assert [(run["variant"], run["seed"]) for run in fewer["runs"]] == runs
+    assert [(row["variant"], row["runs"], row["failed"]) for row in fewer["variants"]] == [
+        ("", 1, 1),
+        (NORM, 1, 0),
+        (LR, 2, 0),
+    ]
+    assert (common.runs / "ablation.csv").read_text().count("\n") == 1 + len(runs)
+    whole = ablate(common, [], 2)
+    assert whole["failed"] == [] and whole["variants"][0]["runs"] == 2
 
 
 def test_it_goes_on_where_it_was_broken_off(common: TrainConfig, trainings: Trainings) -> None:
