@@ -57,8 +57,8 @@ def test_help_needs_no_heavy_library() -> None:
 @pytest.mark.usefixtures("cold_processes")
 def test_commands_that_compute_with_no_network_load_no_torch(tmp_path: Path) -> None:
     """Nor DALI. One process runs them, one after the other."""
-    (tmp_path / "a").mkdir()
-    Image.new("RGB", (9, 7)).save(tmp_path / "a" / "1.jpg")
+    (tmp_path / "images" / "a").mkdir(parents=True)
+    Image.new("RGB", (9, 7)).save(tmp_path / "images" / "a" / "1.jpg")
     shell = {"_ALEXPREP_COMPLETE": "bash_complete", "COMP_CWORD": "5"}
     commands = [
         (["--version"], {}),
@@ -67,8 +67,8 @@ def test_commands_that_compute_with_no_network_load_no_torch(tmp_path: Path) -> 
         (["recipes", "alexnet-2012", "--set", "network.pool=2"], {}),
         (["recipes", "lenet5"], {}),
         ([], shell | {"COMP_WORDS": "alexprep train --recipe small-net --set network.po"}),
-        (["inspect", "."], {}),
-        (["shard", ".", "--out", "out", "--size", "8", "--workers", "1"], {}),
+        (["inspect", "images"], {}),
+        (["shard", "images", "--out", "out", "--size", "8", "--workers", "1"], {}),
         (["verify", "out", "--workers", "1"], {}),
     ]
     code = """
@@ -77,7 +77,7 @@ from click.testing import CliRunner
 from alexprep.cli.main import cli
 for words, environment in json.loads(sys.argv[1]):
     done = CliRunner().invoke(cli, words, env=environment, prog_name="alexprep")
-    print(json.dumps([done.exit_code, done.output, [name for name in ("torch", "nvidia.dali") if name in sys.modules]]))
+    print(json.dumps([done.exit_code, f"{done.output}{done.exception or ''}", [name for name in ("torch", "nvidia.dali") if name in sys.modules]]))
 """
     words = [sys.executable, "-c", code, json.dumps(commands)]
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=500, check=True)
@@ -252,11 +252,11 @@ def test_a_store_that_cannot_be_reached_is_one_line(command: Command, monkeypatc
         (["shard"], 2, "Missing argument 'SOURCE'"),
         (["shard", ".", "--size", "-3"], 1, "--size -3 is not between 1 and 8,192"),
         (["shard", ".", "--filter", "box"], 2, "'box' is not one of"),
-        (["shard", ".", "--out", "s3://bucket/data"], 1, "s3://bucket/data needs a package that is not installed"),
-        (["shard", ".", "--out", "nfs://server/data"], 1, "nfs://server/data is no place that fsspec can open"),
-        (["shard", ".", "--out", "github://a"], 1, "github://a is no place that fsspec can open"),
-        (["shard", ".", "--out", "zip:///"], 1, "zip:/// is no place that fsspec can open"),
-        (["shard", ".", "--out", __file__], 2, "is a file, not a folder"),
+        (["shard", "images", "--out", "s3://bucket/data"], 1, "s3://bucket/data needs a package that is not installed"),
+        (["shard", "images", "--out", "nfs://server/data"], 1, "nfs://server/data is no place that fsspec can open"),
+        (["shard", "images", "--out", "github://a"], 1, "github://a is no place that fsspec can open"),
+        (["shard", "images", "--out", "zip:///"], 1, "zip:/// is no place that fsspec can open"),
+        (["shard", "images", "--out", __file__], 2, "is a file, not a folder"),
         (["pca-stats", __file__], 2, "is a file, not a folder"),
         (["pca-stats"], 1, "make one with `alexprep shard SOURCE`"),
         (["pca-stats", "nowhere"], 1, "nowhere/dataset.json does not exist"),
