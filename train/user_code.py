@@ -43,9 +43,8 @@ if TYPE_CHECKING:
     from alexprep.train.models import pools_and_dropconnect
 else:
     torch, F, nn = map(LazyModule, ("torch", "torch.nn.functional", "torch.nn"))
-    layer_files, tensor_parallel = map(
-        LazyModule, ("alexprep.train.layer_files", "alexprep.train.distributed.tensor_parallel")
-    )
+    layer_files = LazyModule("alexprep.train.layer_files")
+    tensor_parallel = LazyModule("alexprep.train.distributed.tensor_parallel")
     pools_and_dropconnect = LazyModule("alexprep.train.models.pools_and_dropconnect")
 
 MODEL, RECIPE, HOOK = "--model", "--recipe", "--hook"
@@ -309,38 +308,20 @@ class Form(NamedTuple):
 
     written: str  # in messages
     is_meant: Callable[[str], object]  # whether a reference is of this form
-    network: Callable[
-        [str], tuple[Callable[..., Any], str, dict[str, Any]]
-    ]  # its factory, the title, and more of `UserNetwork`'s fields
+    factory: Callable[[str], Any]  # with its `title`, and `pixels()` and `training()` where they say something
     lasting: Callable[[str], str] = str  # a reference so that it means the same in any folder
 
 
-def _library_network(reference: str) -> tuple[Callable[..., Any], str, dict[str, Any]]:
-    library = library_factory(reference)
-    assert library is not None
-    return library, library.title, {"pixels": library.pixels()}
-
-
-def _column_network(reference: str) -> tuple[Callable[..., Any], str, dict[str, Any]]:
-    column = ColumnNet(reference.removeprefix(COLUMNS))
-    return column, reference, {"pixels": column.shown()}
-
-
-def _layer_file_network(reference: str) -> tuple[Callable[..., Any], str, dict[str, Any]]:
-    layers = layer_files.layer_file(reference)
-    return layers, layers.title, {"training": layers.training()}
-
-
-def _lasting_layer_file(reference: str) -> str:
+def _lasting(reference: str) -> str:
     layers = layer_files.layer_file(reference)
     return f"{layers.definition}:{layers.parameters}"
 
 
 # The first that is meant; all else is code, FILE.py:FUNCTION or MODULE:FUNCTION.
 FORMS = (
-    Form("timm/NAME, torchvision/NAME", library_factory, _library_network),
-    Form("columns:LINE", lambda text: text.startswith(COLUMNS), _column_network),
-    Form("LAYERS.cfg", lambda text: text.endswith(ENDING), _layer_file_network, _lasting_layer_file),
+    Form("timm/NAME, torchvision/NAME", library_factory, library_factory),
+    Form("columns:LINE", lambda text: text.startswith(COLUMNS), lambda text: ColumnNet(text.removeprefix(COLUMNS))),
+    Form("LAYERS.cfg", lambda text: text.endswith(ENDING), lambda text: layer_files.layer_file(text), _lasting),
 )
 
 
@@ -351,9 +332,12 @@ def form_of(reference: str) -> Form | None:
 
 def user_network(reference: str) -> UserNetwork:
     """The factory that `--model` names; AlexprepError where there is none."""
-    form = form_of(reference)
-    factory, title, more = form.network(reference) if form else (*load(reference, MODEL, "make"), {})
-    return UserNetwork(factory, title, f"{MODEL} {reference}", for_any_recipe=True, **more)
+    name = f"{MODEL} {reference}"
+    if (form := form_of(reference)) is None:
+        return UserNetwork(*load(reference, MODEL, "make"), name, for_any_recipe=True)
+    made = form.factory(reference)
+    more = {what: getattr(made, what)() for what in ("pixels", "training") if hasattr(made, what)}
+    return UserNetwork(made, made.title, name, for_any_recipe=True, **more)
 
 
 # Code is found by its name.

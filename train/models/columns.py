@@ -128,7 +128,12 @@ class ColumnNet:
         begin = _INPUT.fullmatch(self.line.partition("-")[0])
         return None if begin is None else (int(begin[1]), int(begin[2]), int(begin[3]))
 
-    def shown(self) -> ColumnInput | None:
+    @property
+    def title(self) -> str:
+        """As the user names it."""
+        return f"{COLUMNS}{self.line}"
+
+    def pixels(self) -> ColumnInput | None:
         """What the beginning of the line says of the images; None where it says nothing."""
         return None if self.input is None else ColumnInput(*self.input)
 
