@@ -549,13 +549,14 @@ MNIST_COLUMN = Recipe(
     decay=0.0,
 )
 
-# The same net and images in minutes of a CPU: mini-batches, momentum, a rate that falls to 0.
+# The same images in minutes of a CPU: half as many maps again, ReLU, mini-batches, momentum, a rate that falls to 0. The paper's own net, trained so for
+# 20 epochs, gives 0.81 % (one seed) and still errs on 1.2 % of its distorted digits.
 MNIST_COLUMN_FAST = replace(
     MNIST_COLUMN,
     name="mnist-column-fast",
-    network=replace(_COLUMN, initial="fan-in"),
+    network=ColumnNet("1x29x29-32C4-MP2-64C5-MP3-150N-10N", activation="relu", initial="fan-in"),
     schedule=Linear(),
-    epochs=20,
+    epochs=10,
     batch_size=64,
     lr=0.03,
     momentum=0.9,
