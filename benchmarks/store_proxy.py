@@ -112,7 +112,10 @@ class Proxy:
             headers = [line for line in headers if line.split(b":")[0].lower() not in _HOP_BY_HOP]
             if not any(line.lower().startswith(b"content-length:") for line in headers):
                 headers.append(b"Content-Length: %d" % len(body))
-            self._kept[key] = status.replace(b"HTTP/1.0", b"HTTP/1.1"), headers, body
+            answer = status.replace(b"HTTP/1.0", b"HTTP/1.1"), headers, body
+            if b" 403 " in status:  # to one who has not signed, and not to others
+                return answer
+            self._kept[key] = answer
         return self._kept[key]
 
 

@@ -69,6 +69,7 @@ class Reading:
         if who.python != sys.executable:
             environment.pop("PYTHONPATH", None)
         command = [who.python, str(HERE / "store_reader.py"), who.library, json.dumps({"batch": BATCH, **job})]
+        self._told: dict[str, Any] = {}  # last
         pipe, self._deadline = subprocess.PIPE, float(job.get("deadline", DEADLINE))
         self._process = subprocess.Popen(
             command,
@@ -86,8 +87,10 @@ class Reading:
         """Until it tells of that, or has ended."""
         assert self._process.stdout is not None
         for line in self._process.stdout:
-            if line.startswith("{") and event in json.loads(line):
-                return
+            if line.startswith("{"):
+                self._told = json.loads(line)
+                if event in self._told:
+                    return
 
     def go_on(self) -> None:
         """Lets it go on after its first batch, where the job has "hold"."""
@@ -98,11 +101,11 @@ class Reading:
     def found(self) -> dict[str, Any]:
         """What it found at the end, or "ended": by what kind of error."""
         assert self._process.stdout is not None
-        lines = [line for line in self._process.stdout.read().splitlines() if line.startswith("{")]
+        self.wait_for("at the end")
         self._process.wait()
         self._timer.cancel()
-        if self._process.returncode == 0 and lines:
-            return dict(json.loads(lines[-1]))
+        if self._process.returncode == 0:
+            return self._told
         killed = self._process.returncode == -signal.SIGKILL
         return {
             "ended": f"did not end within {self._deadline:.0f} s" if killed else f"status {self._process.returncode}"
