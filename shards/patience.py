@@ -13,7 +13,7 @@ import random
 import threading
 import time
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from alexprep.shards.errors import AlexprepError, number_within
 
@@ -26,9 +26,11 @@ STALLED = 10.0  # seconds after which a request without an answer is given up, a
 _SAID_EVERY = 15.0  # seconds between two lines about waiting, over all stores
 _QUIET = 1.0  # seconds of waiting that nobody is told about
 _ABSENT = (404, 410)  # HTTP: not found, gone
-_REFUSED = (400, 401, 403, 405, 407)  # HTTP: what will be refused again: no credentials, or expired ones
+# HTTP: what will be refused again: no credentials, or expired ones; a bucket of another region.
+_REFUSED = (301, 400, 401, 403, 405, 407)
 # Of libraries that need not be installed: no credentials, or a place that cannot be.
 _LASTING = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "InvalidRegionError", "InvalidURL")
+_LASTING += ("ParamValidationError", "UnauthorizedSSOTokenError", "SSOTokenLoadError")
 _MISTAKES = (NotImplementedError, TypeError, LookupError, AttributeError)  # of a program: they would be made again
 
 Result = TypeVar("Result")
@@ -178,9 +180,35 @@ def passes(error: OSError) -> bool:
     cause = error.__cause__
     if isinstance(cause, FileNotFoundError):
         cause = cause.__cause__
-    if getattr(cause, "status", None) in _REFUSED:
+    if isinstance(cause, TimeoutError):  # which S3 answers by 400
+        return True
+    if _status(cause) in _REFUSED or _status(getattr(cause, "__cause__", None)) in _REFUSED:
         return False
     return not isinstance(cause, _MISTAKES) and type(cause).__name__ not in _LASTING
+
+
+def _status(error: BaseException | None) -> int | None:
+    """The HTTP status that an error tells of, as aiohttp, botocore or the hub's client has it."""
+    response = getattr(error, "response", None)
+    if isinstance(response, dict):
+        response = response.get("ResponseMetadata", {})
+        return response.get("HTTPStatusCode")  # type: ignore[no-any-return]
+    return getattr(error, "status", getattr(response, "status_code", None))
+
+
+def whole_file(system: Any, path: str, size: int | None = None) -> bytes:
+    """All of a file of an fsspec file system, asked for once; `size` is its bytes, where they are known.
+
+    s3fs would ask for the size first, unless it is asked for a range.
+    """
+    if "s3" not in system.protocol:
+        return bytes(system.cat_file(path))
+    try:
+        return bytes(system.cat_file(path, 0, size))
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # "InvalidRange": an empty file has none
+            raise
+        return bytes(system.cat_file(path))
 
 
 def _is_absent(error: FileNotFoundError) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 from upath.extensions import ProxyUPath
 
 from alexprep.shards.errors import AlexprepError
-from alexprep.shards.patience import STALLED, patiently
+from alexprep.shards.patience import STALLED, patiently, whole_file
 
 _HTTP = ("http", "https")
 
@@ -20,8 +20,8 @@ class StorePath(ProxyUPath):
     """
 
     def read_bytes(self) -> bytes:
-        """The whole file, by one request; OSError where it cannot be had."""
-        return bytes(patiently(lambda: self.fs.cat_file(self.path), str(self), seconds=lambda: STALLED))
+        """The whole file, by one request; FileNotFoundError where there is none."""
+        return bytes(self._ask(lambda: whole_file(self.fs, self.path)))
 
     def resolve(self, strict: bool = False) -> StorePath:
         """The path itself: where a web server sends a reader on to is its own business, and may change."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
 import itertools
 import logging
 import random
@@ -9,7 +12,9 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import fsspec
@@ -22,6 +27,7 @@ from alexprep.pipeline.read_ahead import ReadAhead
 from alexprep.pipeline.sampler import StepPlan
 from alexprep.shards import patience, shard_fetcher
 from alexprep.shards.conversion import convert
+from alexprep.shards.dataset_format import read_dataset
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.image_codec import Target
 from alexprep.shards.plan import ShardOptions
@@ -73,6 +79,18 @@ def same(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> bool:
 
 def shards_asked(store: FailingStore) -> Counter[str]:
     return Counter({path[-10:-4]: times for path, times in store.asked.items() if path.endswith(".tar")})
+
+
+def wait_for_threads() -> None:
+    """Until none fetches any more."""
+    deadline = time.monotonic() + 30
+    while any(thread.name == "alexprep-fetch" for thread in threading.enumerate()):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def raise_(error: BaseException) -> None:
+    raise error
 
 
 @pytest.mark.parametrize("fault", ["errors", "cut", "hangs"])
@@ -161,10 +179,67 @@ def test_closing_does_not_wait_for_a_store_that_is_away(
     before = time.monotonic()
     loader.close()
     assert time.monotonic() - before < 30
-    deadline = time.monotonic() + 30
-    while any(thread.name == "alexprep-fetch" for thread in threading.enumerate()):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_for_threads()
+
+
+def test_a_closed_loader_begins_no_download(
+    local: Path, failing: FailingStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither of shards that others were downloading, for which its threads waited."""
+    hurry(monkeypatch, 600)
+    with contextlib.ExitStack() as others:
+        for shard in read_dataset(local)["splits"]["train"]["shards"]:
+            part = others.enter_context((tmp_path / f"{shard['sha256']}.part").open("wb"))
+            fcntl.flock(part, fcntl.LOCK_EX)
+        loader = Loader(URL, **OPTIONS, cache=tmp_path)
+        loader._ahead.reach(0, 0)
+        time.sleep(0.05)
+        loader.close()
+        wait_for_threads()
+    assert shards_asked(failing) == {}
+
+
+def test_a_shard_is_one_request(local: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """s3fs asks for the size of what it is to read whole, and reads it in parts; an empty file has no range."""
+    asked: list[tuple[int | None, int | None]] = []
+
+    class S3:
+        protocol = ("s3", "s3a")
+
+        def cat_file(self, path: str, start: int | None = None, end: int | None = None) -> bytes:
+            asked.append((start, end))
+            if start is not None and not path:
+                raise OSError(errno.EINVAL, "The requested range is not satisfiable")
+            return path.encode()[start:end]
+
+    assert [patience.whole_file(S3(), "abc", size) for size in (3, 2, None)] == [b"abc", b"ab", b"abc"]
+    assert asked == [(0, 3), (0, 2), (0, None)]
+    assert patience.whole_file(S3(), "") == b"" and asked[-1] == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("cause", "again"),
+    [
+        ({"ResponseMetadata": {"HTTPStatusCode": 503}}, True),
+        ({"ResponseMetadata": {"HTTPStatusCode": 400}}, False),  # InvalidToken
+        ({"ResponseMetadata": {"HTTPStatusCode": 301}}, False),  # a bucket elsewhere
+        ({}, True),
+        (SimpleNamespace(status_code=401), False),
+        (SimpleNamespace(status_code=429), True),
+    ],
+)
+def test_what_the_answer_of_a_store_says_of_asking_again(cause: Any, again: bool) -> None:
+    error = OSError("as s3fs translates it")
+    error.__cause__ = type("ClientError", (Exception,), {"response": cause})()
+    for raised in (error, error.__cause__):
+        with pytest.raises(OSError) as found:
+            patience.ask_store(partial(raise_, raised), "s3://a/b")
+        assert patience.passes(found.value) == again
+    late = TimeoutError("RequestTimeout, which is an answer 400")
+    late.__cause__ = type("ClientError", (Exception,), {"response": cause})()
+    with pytest.raises(OSError) as found:
+        patience.ask_store(partial(raise_, late), "s3://a/b")
+    assert patience.passes(found.value)
 
 
 def test_ranks_with_a_cache_download_each_shard_once(
