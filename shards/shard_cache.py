@@ -2,7 +2,7 @@
 
 CACHE/SHA256.tar    a shard, by its recorded sha256, so that copies of a dataset share it
 CACHE/SHA256.part   one that is being fetched; its lock is the kernel's, and ends with the process that holds it
-CACHE/lock          held while room is counted
+CACHE/lock          held while room is counted, and at each rename, lest a shard be counted under neither name
 
 A shard appears under its name whole, by a rename, and each time it is read its sha256 is checked: what a kill, a power cut or another user
 may have left is fetched anew. Whatever is wrong with the disk, the shards come from the store as without a cache.
@@ -95,7 +95,7 @@ class ShardCache:
         if data is None and not self._is_full_for(size):
             with self._mine(sha256, stop) as part:
                 data = self._kept(sha256, size) if part else None  # another may have brought it
-                if data is None and part and self._reserved(part, size, stop):
+                if data is None and part and self._reserved(part, size):
                     data = download()
                     if hashlib.sha256(data).hexdigest() == sha256:
                         self._keep(part, sha256, data)
@@ -176,20 +176,26 @@ class ShardCache:
                     except PermissionError:
                         return _open(path, os.O_RDONLY), False
 
-    def _reserved(self, part: FileIO, size: int, stop: threading.Event) -> bool:
+    @contextlib.contextmanager
+    def _counting(self) -> Iterator[bool]:
+        """Inside, nobody else counts what the folder holds, or renames what counts; False where another one does for too long."""
+        lock, _ = self._opened(self.folder / LOCK)
+        try:
+            yield _lock(lock, time.monotonic() + _COUNTING_SECONDS, threading.Event())
+        finally:
+            _close(lock)
+
+    def _reserved(self, part: FileIO, size: int) -> bool:
         """Whether there is room for a shard; it then counts already."""
         try:
-            lock, _ = self._opened(self.folder / LOCK)
-            try:
-                if not _lock(lock, time.monotonic() + _COUNTING_SECONDS, stop):
-                    return False
+            with self._counting() as alone:
                 os.ftruncate(part.fileno(), 0)
+                if not alone:
+                    return False
                 if self.limit is not None and self._bytes() + size > self.limit:
                     self._too_large = size
                     return False
                 os.ftruncate(part.fileno(), size)
-            finally:
-                _close(lock)
         except OSError as error:
             self._complain(error)
             return False
@@ -209,7 +215,9 @@ class ShardCache:
             rest = memoryview(data)
             while rest:
                 rest = rest[part.write(rest) :]
-            os.rename(self._path(sha256, UNFINISHED), self._path(sha256))
+            with self._counting() as alone:
+                if alone:
+                    os.rename(self._path(sha256, UNFINISHED), self._path(sha256))
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 self._too_large = len(data)

@@ -194,6 +194,26 @@ def test_what_is_left_is_removed_under_its_lock(tmp_path: Path, monkeypatch: Any
     assert store.get(cache, SHARDS[0]) == SHARDS[0] and held == [left] and not left.exists()
 
 
+def test_a_shard_keeps_its_name_while_another_counts(tmp_path: Path) -> None:
+    """Else it might be counted under neither name, and the limit exceeded."""
+    store, cache, goes_on = Store(), ShardCache(tmp_path), threading.Event()
+    part, lock = tmp_path / f"{digest(SHARDS[0])}.part", tmp_path / shard_cache.LOCK
+
+    def download() -> bytes:
+        assert goes_on.wait(60)
+        return store._download(SHARDS[0])
+
+    with ThreadPoolExecutor(1) as thread:
+        getting = thread.submit(cache.get, "x", digest(SHARDS[0]), 1000, download, NEVER)
+        while not (part.exists() and part.stat().st_size):
+            assert not getting.done()
+        with lock.open("rb+") as counting:
+            fcntl.flock(counting, fcntl.LOCK_EX)
+            goes_on.set()
+            assert not NEVER.wait(0.1) and names(tmp_path) == {part.name}
+        assert getting.result(60) == SHARDS[0] and names(tmp_path) == {f"{digest(SHARDS[0])}.tar"}
+
+
 def test_a_process_forked_meanwhile_holds_no_lock(tmp_path: Path) -> None:
     store, cache, children = Store(), ShardCache(tmp_path, 10_000), []
     real = cache._bytes

@@ -37,7 +37,7 @@ from alexprep.shards.worker_pool import InProcessEngine
 from alexprep.train.config import TrainConfig
 from alexprep.train.run_dir import read_config
 from alexprep.train.trainer import train
-from tests.support.failing_store import FailingStore, failing, hurry
+from tests.support.failing_store import FailingStore, failing, hurry, wait_for_fetches
 
 __all__ = ["failing"]  # a fixture
 URL = "memory://stored"
@@ -79,14 +79,6 @@ def same(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> bool:
 
 def shards_asked(store: FailingStore) -> Counter[str]:
     return Counter({path[-10:-4]: times for path, times in store.asked.items() if path.endswith(".tar")})
-
-
-def wait_for_threads() -> None:
-    """Until none fetches any more."""
-    deadline = time.monotonic() + 30
-    while any(thread.name == "alexprep-fetch" for thread in threading.enumerate()):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def raise_(error: BaseException) -> None:
@@ -179,7 +171,7 @@ def test_closing_does_not_wait_for_a_store_that_is_away(
     before = time.monotonic()
     loader.close()
     assert time.monotonic() - before < 30
-    wait_for_threads()
+    wait_for_fetches()
 
 
 def test_a_closed_loader_begins_no_download(
@@ -195,7 +187,7 @@ def test_a_closed_loader_begins_no_download(
         loader._ahead.reach(0, 0)
         time.sleep(0.05)
         loader.close()
-        wait_for_threads()
+        wait_for_fetches()
     assert shards_asked(failing) == {}
 
 
@@ -243,9 +235,10 @@ def test_what_the_answer_of_a_store_says_of_asking_again(cause: Any, again: bool
 
 
 def test_ranks_with_a_cache_download_each_shard_once(
-    batches: Any, local: Path, failing: FailingStore, tmp_path: Path
+    batches: Any, local: Path, failing: FailingStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whole, and of 40 % of the set, which spares as much of each epoch."""
+    hurry(monkeypatch, 600)  # that for which a shard is waited for that another one downloads
     for rank in range(2):
         with Loader(URL, **OPTIONS, cache=tmp_path / "all", rank=rank, world_size=2) as loader:
             two_epochs(loader)
