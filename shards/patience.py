@@ -69,7 +69,7 @@ def patiently(
         ask: may be called several times, also while an earlier call that got no answer goes on in a thread of its own.
         where: what is asked for, for messages.
         stop: ends the waiting when it is set.
-        seconds: after which a request counts as stalled; twice as many after each that did. None: requests are not watched,
+        seconds: after which a request counts as stalled; twice as many after each that did, as far as the patience goes. None: requests are not watched,
             and run in this thread.
 
     Raises FileNotFoundError where there is no such file, PermissionError and others where the store refuses; OSError with errno ECOMM where
@@ -78,7 +78,7 @@ def patiently(
     pauses = Pauses(where, stop)
     while True:
         try:
-            found = ask_store(ask if seconds is None else lambda: _within(seconds() * 2**pauses.stalled, ask), where)
+            found = ask_store(ask if seconds is None else lambda: _within(pauses.allowed(seconds()), ask), where)
             pauses.over()
             return found
         except OSError as error:
@@ -102,10 +102,17 @@ class Pauses:
         self._began, self._patience, self._pause = time.monotonic(), store_patience(), FIRST_PAUSE
         self._told = False
 
+    def allowed(self, seconds: float) -> float:
+        """Seconds that the next request may take, of those that a first one may."""
+        return min(seconds * 2**self.stalled, max(seconds, self._left()))
+
+    def _left(self) -> float:
+        return self._began + self._patience - time.monotonic()
+
     def wait(self, error: OSError) -> bool:
         """Waits before the next try; False where there is none: the patience is over, or the work was stopped."""
         self.stalled += isinstance(error.__cause__, _StalledError)
-        left = self._began + self._patience - time.monotonic()
+        left = self._left()
         if left <= 0 or self._stop.is_set():
             return False
         if self._patience - left >= _QUIET or self._told:
@@ -196,15 +203,12 @@ def _status(error: BaseException | None) -> int | None:
     return getattr(error, "status", getattr(response, "status_code", None))
 
 
-def whole_file(system: Any, path: str, size: int | None = None) -> bytes:
-    """All of a file of an fsspec file system, asked for once; `size` is its bytes, where they are known.
-
-    s3fs would ask for the size first, unless it is asked for a range.
-    """
+def whole_file(system: Any, path: str) -> bytes:
+    """All of a file of an fsspec file system, by one request: s3fs would ask for the size first, unless it is asked for a range."""
     if "s3" not in system.protocol:
         return bytes(system.cat_file(path))
     try:
-        return bytes(system.cat_file(path, 0, size))
+        return bytes(system.cat_file(path, start=0))
     except OSError as error:
         if error.errno != errno.EINVAL:  # "InvalidRange": an empty file has none
             raise

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from alexprep.shards.errors import AlexprepError
+from alexprep.shards.errors import StoreError
 from alexprep.shards.patience import STALLED, patiently, whole_file
 from alexprep.shards.shard_cache import ShardCache
 
@@ -172,7 +172,7 @@ class _Queue:
         name, came = str(path), []
 
         def ask() -> bytes:
-            data = whole_file(path.fs, path.path, shard.bytes)
+            data = whole_file(path.fs, path.path)
             came.append(len(data))
             if shard.bytes is not None and len(data) < shard.bytes and len(came) < _CUT:
                 raise OSError(f"{len(data):,} of {shard.bytes:,} bytes came")
@@ -184,7 +184,7 @@ class _Queue:
         except OSError as error:
             absent = isinstance(error, FileNotFoundError)
             again = "`alexprep verify` tells more" if absent else "see to the network and the permissions, then go on"
-            raise AlexprepError(f"{name} cannot be read ({error.strerror or error}): {again}") from None
+            raise StoreError(f"{name} cannot be read ({error.strerror or error}): {again}") from None
         self._pace.took(time.monotonic() - began, len(data))
         return data
 

@@ -529,7 +529,10 @@ class RemoteFiles(Files):
         _check_limit(size)
         if size == 0:
             return b""
-        part = functools.partial(system.cat_file, place, offset or None, None if size < 0 else offset + size)
+        end = None if size < 0 else offset + size
+        part = functools.partial(
+            system.cat_file, place, start=offset, end=end
+        )  # by name: s3fs has a version before them
         ask = functools.partial(whole_file, system, place) if size < 0 and not offset else part
         data = bytes(patiently(ask, self.display(path), seconds=lambda: STALLED))
         _check_limit(len(data))

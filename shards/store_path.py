@@ -7,7 +7,7 @@ from typing import Any
 
 from upath.extensions import ProxyUPath
 
-from alexprep.shards.errors import AlexprepError
+from alexprep.shards.errors import StoreError
 from alexprep.shards.patience import STALLED, patiently, whole_file
 
 _HTTP = ("http", "https")
@@ -57,13 +57,13 @@ class StorePath(ProxyUPath):
         yield from self._ask(lambda: list(super(StorePath, self).iterdir()))
 
     def _ask(self, ask: Callable[[], Any]) -> Any:
-        """What the store answers; AlexprepError where it cannot be reached, or refuses."""
+        """What the store answers; StoreError where it cannot be reached, or refuses."""
         try:
             return patiently(ask, str(self), seconds=lambda: STALLED)
         except (FileNotFoundError, NotADirectoryError):
             raise
         except OSError as error:
             words = str(error.strerror or error).partition("\n")[0]
-            raise AlexprepError(
+            raise StoreError(
                 f"{self} cannot be reached ({words}): check the URL, the credentials and the network"
             ) from error

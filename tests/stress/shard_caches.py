@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import functools
 import hashlib
+import logging
 import os
 import random
 import signal
@@ -105,6 +106,7 @@ def _start(
     shards()  # once for all
 
     def work() -> None:
+        logging.getLogger("alexprep").setLevel(logging.ERROR)
         if user is not None:
             os.setgroups([])
             os.setgid(GROUP)
