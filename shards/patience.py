@@ -29,8 +29,8 @@ _ABSENT = (404, 410)  # HTTP: not found, gone
 # HTTP: what will be refused again: no credentials, or expired ones; a bucket of another region.
 _REFUSED = (301, 400, 401, 403, 405, 407)
 # Of libraries that need not be installed: no credentials, or a place that cannot be.
-_LASTING = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "InvalidRegionError", "InvalidURL")
-_LASTING += ("ParamValidationError", "UnauthorizedSSOTokenError", "SSOTokenLoadError")
+_LASTING = {"NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "InvalidRegionError", "InvalidURL"}
+_LASTING |= {"ParamValidationError", "UnauthorizedSSOTokenError", "SSOTokenLoadError"}
 _MISTAKES = (NotImplementedError, TypeError, LookupError, AttributeError)  # of a program: they would be made again
 
 Result = TypeVar("Result")
@@ -104,7 +104,7 @@ class Pauses:
 
     def allowed(self, seconds: float) -> float:
         """Seconds that the next request may take, of those that a first one may."""
-        return min(seconds * 2**self.stalled, max(seconds, self._left()))
+        return min(seconds * 2.0**self.stalled, max(seconds, self._left()))
 
     def _left(self) -> float:
         return self._began + self._patience - time.monotonic()
