@@ -10,6 +10,8 @@ The tensors are written first, then the JSON that makes them count. Both appear 
 valid when the JSON's own digest and the tensors' sha256 are right. Only what is missing, cut or changed counts as damaged. A file that
 cannot be read just now (a broken cable, a file server that is away, no permission) may be sound: it ends the command with words, and
 nothing is deleted on the strength of it.
+
+In a store the files are the same. Each appears by one upload, and the mark makes the tensors count there too.
 """
 
 from __future__ import annotations
@@ -31,7 +33,15 @@ import safetensors.torch
 import torch
 
 from alexprep.shards.errors import AlexprepError
-from alexprep.shards.storage import digest_json, json_bytes, publish_bytes, remove_temporaries, sync_folder
+from alexprep.shards.storage import (
+    digest_json,
+    expected_bytes,
+    is_local,
+    json_bytes,
+    publish_bytes,
+    remove_temporaries,
+    sync_folder,
+)
 
 FORMAT_VERSION = 1
 
@@ -75,13 +85,22 @@ def save(
     keep: int,
     best: int | None = None,
 ) -> None:
-    """Publishes a checkpoint, then deletes all but the newest `keep`, at least 1, and that of step `best`.
+    """Publishes a checkpoint, see `save_packed`; `facts` are JSON values without NaN."""
+    save_packed(folder, step, packed(tensors), facts, keep, best)
 
-    `facts` are JSON values without NaN.
+
+def packed(tensors: Mapping[str, torch.Tensor]) -> bytes:
+    """Tensors as the content of a file, in which they no longer change."""
+    return safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+
+
+def save_packed(
+    folder: Path, step: int, data: bytes, facts: Mapping[str, Any], keep: int, best: int | None = None
+) -> None:
+    """Publishes a checkpoint, then deletes all but the newest `keep`, at least 1, and that of step `best`.
 
     Checkpoints of later steps go too: this run began below them, so they were found damaged.
     """
-    data = safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
     sha256 = hashlib.sha256(data).hexdigest()
     file = f"step-{step:08d}-{sha256[:8]}.safetensors"
     publish(folder / file, data)
@@ -110,7 +129,8 @@ def newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
 def marks(folder: Path) -> dict[int, Path]:
     """The commit marks in a run's folder of checkpoints, if there is one, by step, damaged ones too."""
     try:
-        names = os.listdir(folder)  # `glob` would pass over a folder that it may not read
+        # `glob` would pass over a folder that it may not read.
+        names = os.listdir(folder) if is_local(folder) else [path.name for path in folder.iterdir()]
     except FileNotFoundError:
         return {}
     except OSError as error:
@@ -123,7 +143,7 @@ def read(mark: Path) -> Checkpoint:
     with _damage(mark):
         document = _document(mark)
         record = document["tensors"]
-        data = _content(mark.parent / record["file"])
+        data = _content(mark.parent / record["file"], record["bytes"])
     if len(data) != record["bytes"]:
         raise Damaged(f"{record['file']} has {len(data)} of {record['bytes']} bytes")
     if hashlib.sha256(data).hexdigest() != record["sha256"]:
@@ -161,7 +181,8 @@ def writing(path: Path, size: int | None = None, next_step: str = GO_ON) -> Iter
 def publish(path: Path, data: bytes) -> None:
     """Writes a file of a run, atomically and durably; makes its folder. What was there before is untouched by a failure."""
     with writing(path, len(data)):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if is_local(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
         publish_bytes(path, data)
 
 
@@ -303,7 +324,8 @@ def _prune(folder: Path, step: int, keep: int, best: int | None) -> None:
     kept += [best] if best in found and best not in kept else []
     for other in found.keys() - set(kept):
         found[other].unlink()
-    sync_folder(folder)
+    if is_local(folder):
+        sync_folder(folder)
     remove_temporaries(folder)
     try:
         referenced = {json.loads(found[other].read_bytes())["tensors"]["file"] for other in kept}
@@ -336,9 +358,9 @@ def _damage(mark: Path) -> Iterator[None]:
         raise Damaged(f"{mark.name} cannot be read ({error})") from None
 
 
-def _content(path: Path) -> bytes:
+def _content(path: Path, size: int = 0) -> bytes:
     try:
-        return path.read_bytes()
+        return expected_bytes(path, size)
     except FileNotFoundError:
         raise Damaged(f"{path.name} is missing") from None
     except OSError as error:

@@ -1,0 +1,52 @@
+"""fsspec's store in memory, memory://, as a process that is killed leaves it: one operation is its last."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+from fsspec.implementations.memory import MemoryFileSystem
+
+OPERATIONS = ("pipe_file", "cat_file", "rm_file", "makedirs", "ls", "info")
+
+
+class Killed(BaseException):
+    """The process ends here."""
+
+
+class Counter:
+    """How many operations there were."""
+
+    count = 0
+
+
+@contextlib.contextmanager
+def dying(after: int | None = None, torn: bool = False) -> Iterator[Counter]:
+    """Inside the block, the store takes so many operations; whoever wants one more is dead, also if it tries again.
+
+    With `torn` the one that was too much, if it writes, leaves the first half, as in a store that is no object store.
+    """
+    counter, lock = Counter(), threading.Lock()
+
+    def last(name: str) -> Any:
+        done = getattr(MemoryFileSystem, name)
+
+        def operation(system: MemoryFileSystem, path: str, *arguments: Any, **options: Any) -> Any:
+            with lock:
+                counter.count += 1
+                late = after is not None and counter.count > after
+                if late:
+                    if torn and name == "pipe_file" and counter.count == (after or 0) + 1:
+                        done(system, path, arguments[0][: len(arguments[0]) // 2])
+                    raise Killed
+                return done(system, path, *arguments, **options)
+
+        return operation
+
+    with contextlib.ExitStack() as stack:
+        for name in OPERATIONS:
+            stack.enter_context(mock.patch.object(MemoryFileSystem, name, last(name)))
+        yield counter
