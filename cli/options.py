@@ -443,6 +443,7 @@ patience_option = click.option(
     type=click.FloatRange(0, 1_000_000),
     envvar="ALEXPREP_STORE_PATIENCE",
     show_envvar=True,
+    is_eager=True,  # known before other options look at a store
     expose_value=False,
     callback=_be_patient,
     metavar="SECONDS",

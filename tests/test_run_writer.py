@@ -63,7 +63,7 @@ def save_all(run: Path, steps: range, done: list[int] | None = None) -> None:
         for step in steps:
             with (writer.folder / "log.jsonl").open("a") as log:
                 log.write(json.dumps({"kind": "steps", "step": step}) + "\n")
-            writer.save(step, tensors(step), {"of": step}, keep=2, best=2)
+            writer.save(step, tensors(step), {"of": step}, keep=2, best=1)
             if step % 2:
                 writer.settle()
                 (done if done is not None else []).append(step)
@@ -76,32 +76,36 @@ def contents(run: Path) -> dict[str, bytes]:
     return {name: data for name, data in found.items() if name != "/.lock"}
 
 
-@pytest.mark.parametrize("torn", [False, True])
-def test_a_kill_at_any_operation_leaves_the_newest_checkpoint_that_was_saved(torn: bool, store: Path) -> None:
-    """And who goes on from it comes to the very files of a training that was not killed."""
+def test_a_kill_at_any_operation_leaves_the_newest_checkpoint_that_was_saved(store: Path) -> None:
+    """And who goes on from it comes to the very files of a training that was not killed. The last operation is not done, or in part."""
     run = create_run(store, "mine", "tiny", CONFIG)
-    with dying() as counter:
-        save_all(run, range(1, 6))
+    with dying() as operations:
+        save_all(run, range(1, 5))
     whole = contents(run)
-    assert [int(name[18:26]) for name in whole if name.endswith(".safetensors")] == [2, 4, 5]
+    assert [int(name[18:26]) for name in whole if name.endswith(".safetensors")] == [1, 3, 4]
     seen = set()
-    for last in range(counter.count):
+    torn_too = (
+        (last, torn) for last, name in enumerate(operations) for torn in (False, True)[: 1 + (name == "pipe_file")]
+    )
+    for last, torn in torn_too:
         emptied()
         create_run(store, "mine", "tiny", CONFIG)
         done: list[int] = []
         with dying(last, torn), pytest.raises(Killed):
-            save_all(run, range(1, 6), done)
+            save_all(run, range(1, 5), done)
         found, damage = newest(run / CHECKPOINTS)
         step = 0 if found is None else found.step
         assert step >= max(done, default=0), f"killed at operation {last}"
         assert found is None or torch.equal(found.tensors["weights"], tensors(step)["weights"])
         assert not damage or torn  # what was written in part
         seen.add(step)
-        save_all(run, range(step + 1, 6))
+        save_all(run, range(step + 1, 5))
         after = contents(run)
-        assert after.keys() == whole.keys(), f"killed at operation {last}"
-        assert all(after[name] == data for name, data in whole.items() if name != "/log.jsonl")
-    assert seen == {0, 1, 2, 3, 4, 5}
+        assert all(after[name] == data for name, data in whole.items() if name != "/log.jsonl"), (
+            f"killed at operation {last}"
+        )
+        assert after.keys() == whole.keys() or step == 4  # nobody tidies up after the last one
+    assert seen == {0, 1, 2, 3, 4}
 
 
 @pytest.fixture
@@ -131,18 +135,19 @@ def test_a_run_in_a_store_is_that_of_a_disk_however_often_it_is_killed(
 ) -> None:
     """To the bit; and a copy of it on a disk is gone on with there."""
     disk = train(config(data, tmp_path / "runs", epochs=3), resuming.Specks)
-    with dying() as counter:
+    with dying() as operations:
         straight = train(config(data, store, epochs=3), resuming.Specks)
     assert straight["weights_sha256"] == disk["weights_sha256"] and straight["run"] == "memory://bucket/runs/run"
     right, there = tmp_path / "runs/run", store / "run"
     assert tensor_files(there) == tensor_files(right) and timeless(there) == timeless(right)
     assert {path.name for path in there.iterdir()} == {path.name for path in right.iterdir()} - {".lock"}
     chance = random.Random(seed)
-    for last in range(counter.count) if whole else chance.sample(range(10, counter.count), 8):
+    count = len(operations)
+    for last in range(count) if whole else chance.sample(range(count // 4, count), 3):
         emptied()
         with contextlib.suppress(Killed), dying(last):
             train(config(data, store, epochs=3), resuming.Specks)
-        again = chance.randrange(counter.count)
+        again = chance.randrange(count)
         begun = (there / "config.json").exists()
         with contextlib.suppress(Killed), dying(again):
             train(config(data, store, epochs=3, resume=begun), resuming.Specks)
@@ -151,7 +156,8 @@ def test_a_run_in_a_store_is_that_of_a_disk_however_often_it_is_killed(
             train(config(data, store, resume=begun, epochs=3), resuming.Specks)["weights_sha256"]
             == disk["weights_sha256"]
         )
-        assert tensor_files(there) == tensor_files(right) and timeless(there) == timeless(right), f"{last}, {again}"
+        assert tensor_files(there).items() >= tensor_files(right).items(), f"{last}, {again}"
+        assert timeless(there) == timeless(right), f"{last}, {again}"
     emptied()
     train(config(data, store, epochs=3, steps=3), resuming.Specks)
     fsspec.filesystem("memory").get(there.path, str(tmp_path / "copy/run"), recursive=True)  # type: ignore[attr-defined]

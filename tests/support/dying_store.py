@@ -17,36 +17,30 @@ class Killed(BaseException):
     """The process ends here."""
 
 
-class Counter:
-    """How many operations there were."""
-
-    count = 0
-
-
 @contextlib.contextmanager
-def dying(after: int | None = None, torn: bool = False) -> Iterator[Counter]:
-    """Inside the block, the store takes so many operations; whoever wants one more is dead, also if it tries again.
+def dying(after: int | None = None, torn: bool = False) -> Iterator[list[str]]:
+    """Inside the block, the store takes so many operations; whoever wants one more is dead, also if it tries again. Gives their names.
 
     With `torn` the one that was too much, if it writes, leaves the first half, as in a store that is no object store.
     """
-    counter, lock = Counter(), threading.Lock()
+    done: list[str] = []
+    lock = threading.Lock()
 
     def last(name: str) -> Any:
-        done = getattr(MemoryFileSystem, name)
+        do = getattr(MemoryFileSystem, name)
 
         def operation(system: MemoryFileSystem, path: str, *arguments: Any, **options: Any) -> Any:
             with lock:
-                counter.count += 1
-                late = after is not None and counter.count > after
-                if late:
-                    if torn and name == "pipe_file" and counter.count == (after or 0) + 1:
-                        done(system, path, arguments[0][: len(arguments[0]) // 2])
+                done.append(name)
+                if after is not None and len(done) > after:
+                    if torn and name == "pipe_file" and len(done) == after + 1:
+                        do(system, path, arguments[0][: len(arguments[0]) // 2])
                     raise Killed
-                return done(system, path, *arguments, **options)
+                return do(system, path, *arguments, **options)
 
         return operation
 
     with contextlib.ExitStack() as stack:
         for name in OPERATIONS:
             stack.enter_context(mock.patch.object(MemoryFileSystem, name, last(name)))
-        yield counter
+        yield done
