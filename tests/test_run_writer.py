@@ -25,7 +25,10 @@ from alexprep.shards.storage import folder_at
 from alexprep.train import recipes, run_dir, run_writer
 from alexprep.train.checkpoint import newest
 from alexprep.train.config import TrainConfig
+from alexprep.train.initial_weights import find_weights
 from alexprep.train.loading import load
+from alexprep.train.report.page import find_places
+from alexprep.train.report.training_section import newest_predictions, read_log
 from alexprep.train.run_dir import CHECKPOINTS, create_run, find_run, place_at, place_named, read_config
 from alexprep.train.run_writer import StoreWriter, writer_of
 from alexprep.train.trainer import train
@@ -109,7 +112,7 @@ def test_a_kill_at_any_operation_leaves_the_newest_checkpoint_that_was_saved(sto
 
 
 @pytest.fixture
-def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def specks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(recipes, "RECIPES", dict(recipes.RECIPES))
     resuming.register([RECIPE])
     return write_data(tmp_path / "data", resuming.Specks)
@@ -131,50 +134,50 @@ def timeless(run: Path) -> list[dict[str, Any]]:
 
 
 def test_a_run_in_a_store_is_that_of_a_disk_however_often_it_is_killed(
-    whole: bool, seed: int, data: Path, store: Path, tmp_path: Path
+    whole: bool, seed: int, specks: Path, store: Path, tmp_path: Path
 ) -> None:
     """To the bit; and a copy of it on a disk is gone on with there."""
-    disk = train(config(data, tmp_path / "runs", epochs=3), resuming.Specks)
+    disk = train(config(specks, tmp_path / "runs", epochs=3), resuming.Specks)
     with dying() as operations:
-        straight = train(config(data, store, epochs=3), resuming.Specks)
+        straight = train(config(specks, store, epochs=3), resuming.Specks)
     assert straight["weights_sha256"] == disk["weights_sha256"] and straight["run"] == "memory://bucket/runs/run"
     right, there = tmp_path / "runs/run", store / "run"
     assert tensor_files(there) == tensor_files(right) and timeless(there) == timeless(right)
     assert {path.name for path in there.iterdir()} == {path.name for path in right.iterdir()} - {".lock"}
     chance = random.Random(seed)
     count = len(operations)
-    for last in range(count) if whole else chance.sample(range(count // 4, count), 3):
+    for last in range(count) if whole else chance.sample(range(count // 4, count), 2):
         emptied()
         with contextlib.suppress(Killed), dying(last):
-            train(config(data, store, epochs=3), resuming.Specks)
+            train(config(specks, store, epochs=3), resuming.Specks)
         again = chance.randrange(count)
         begun = (there / "config.json").exists()
         with contextlib.suppress(Killed), dying(again):
-            train(config(data, store, epochs=3, resume=begun), resuming.Specks)
+            train(config(specks, store, epochs=3, resume=begun), resuming.Specks)
         begun = (there / "config.json").exists()
         assert (
-            train(config(data, store, resume=begun, epochs=3), resuming.Specks)["weights_sha256"]
+            train(config(specks, store, resume=begun, epochs=3), resuming.Specks)["weights_sha256"]
             == disk["weights_sha256"]
         )
         assert tensor_files(there).items() >= tensor_files(right).items(), f"{last}, {again}"
         assert timeless(there) == timeless(right), f"{last}, {again}"
     emptied()
-    train(config(data, store, epochs=3, steps=3), resuming.Specks)
+    train(config(specks, store, epochs=3, steps=3), resuming.Specks)
     fsspec.filesystem("memory").get(there.path, str(tmp_path / "copy/run"), recursive=True)  # type: ignore[attr-defined]
-    copied = train(config(data, tmp_path / "copy", epochs=3, resume=True), resuming.Specks)
+    copied = train(config(specks, tmp_path / "copy", epochs=3, resume=True), resuming.Specks)
     assert copied["weights_sha256"] == disk["weights_sha256"] and tensor_files(tmp_path / "copy/run") == tensor_files(
         right
     )
 
 
 def test_damaged_objects_are_passed_over_with_a_sentence(
-    data: Path, store: Path, capsys: pytest.CaptureFixture[str]
+    specks: Path, store: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    whole = train(config(data, store, epochs=2), resuming.Specks)
+    whole = train(config(specks, store, epochs=2), resuming.Specks)
     memory, run = fsspec.filesystem("memory"), store / "run"
     last, before = sorted(path.path for path in (run / CHECKPOINTS).glob("*.safetensors"))[::-1]  # type: ignore[attr-defined]
     memory.pipe_file(last, memory.cat_file(last)[:-100])
-    again = train(config(data, store, epochs=2, resume=True), resuming.Specks)
+    again = train(config(specks, store, epochs=2, resume=True), resuming.Specks)
     assert "skipped the checkpoint of step 4: " in capsys.readouterr().err and again["steps"] == 4
     assert again["weights_sha256"] == whole["weights_sha256"] and newest(run / CHECKPOINTS)[1] == []
     for path in (last, before):
@@ -182,7 +185,7 @@ def test_damaged_objects_are_passed_over_with_a_sentence(
     with pytest.raises(
         AlexprepError, match=r"had checkpoints \(damaged ones are there\), but in memory://bucket/runs/run"
     ):
-        train(config(data, store, epochs=2, resume=True), resuming.Specks)
+        train(config(specks, store, epochs=2, resume=True), resuming.Specks)
 
 
 def failing_uploads(monkeypatch: pytest.MonkeyPatch, fault: Callable[[str], None]) -> None:
@@ -196,9 +199,9 @@ def failing_uploads(monkeypatch: pytest.MonkeyPatch, fault: Callable[[str], None
 
 
 def test_a_store_that_stays_away_leaves_the_run_on_this_machine(
-    data: Path, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    specks: Path, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = train(config(data, tmp_path / "runs", epochs=3), resuming.Specks)
+    whole = train(config(specks, tmp_path / "runs", epochs=3), resuming.Specks)
     tempfile_folder = tmp_path / "tmp"
     tempfile_folder.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tempfile_folder))
@@ -211,22 +214,22 @@ def test_a_store_that_stays_away_leaves_the_run_on_this_machine(
     with monkeypatch.context() as patch:
         failing_uploads(patch, away)
         with pytest.raises(AlexprepError, match="nobody there") as told:
-            train(config(data, store, epochs=3), resuming.Specks)
+            train(config(specks, store, epochs=3), resuming.Specks)
     (folder,) = tempfile_folder.iterdir()
     words = f"memory://bucket/runs/run cannot be written (ConnectionRefusedError: nobody there): the run up to step 4 is kept in {folder}/run. "
     assert str(told.value).startswith(f"{words}Go on there with --resume --runs {folder} --name run, or")
-    rest = train(config(data, folder, resume=True), resuming.Specks)
+    rest = train(config(specks, folder, resume=True), resuming.Specks)
     assert rest["weights_sha256"] == whole["weights_sha256"]
     assert timeless(folder / "run") == timeless(tmp_path / "runs/run")
     rest = train(
-        config(data, store, resume=True), resuming.Specks
+        config(specks, store, resume=True), resuming.Specks
     )  # the store is back: it has all that was saved there
     assert rest["weights_sha256"] == whole["weights_sha256"]
     assert list(tempfile_folder.iterdir()) == [folder]  # those of trainings that ended well are gone
 
 
 def test_training_goes_on_while_a_checkpoint_is_uploaded_and_ends_when_it_is_saved(
-    data: Path, store: Path, monkeypatch: pytest.MonkeyPatch
+    specks: Path, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also when it is asked to stop: what a signal saves is in the store when the command ends."""
     uploading, pause = threading.Event(), threading.Event()
@@ -246,7 +249,7 @@ def test_training_goes_on_while_a_checkpoint_is_uploaded_and_ends_when_it_is_sav
         return images
 
     failing_uploads(monkeypatch, slow)
-    summary = train(config(data, store, epochs=3, checkpoint_steps=2), changed(stopped, resuming.Specks))
+    summary = train(config(specks, store, epochs=3, checkpoint_steps=2), changed(stopped, resuming.Specks))
     assert steps == [False, False, True, True] and (summary["stopped_by"], summary["steps"]) == ("SIGTERM", 4)
     saved, _ = newest(store / "run" / CHECKPOINTS)
     assert saved is not None and saved.step == 4
@@ -317,3 +320,33 @@ def test_runs_in_a_store_are_named_and_found(store: Path) -> None:
     with pytest.raises(AlexprepError, match="runs at host has a password") as told:
         create_run(folder_at("http://me:secret@host/runs"), None, "tiny", CONFIG)
     assert "secret" not in str(told.value)
+
+
+def test_every_command_that_names_a_run_finds_it_in_a_store(
+    data: Path, photos: Path, command: Callable[..., tuple[int, str, str]], store: Path
+) -> None:
+    """And says where it is by its URL; what they write goes beside the run."""
+    runs = ("--runs", str(store))
+
+    def done(*arguments: object) -> str:
+        status, out, said = command(*map(str, (*arguments, *runs)))
+        assert status == 0, said
+        return out
+
+    out = done("train", "--data", data, "--recipe", "tiny", "--steps", 2, "--checkpoint-steps", 1, "--device", "cpu")
+    assert "Run memory://bucket/runs/tiny" in out and "alexprep report tiny --runs memory://bucket/runs" in out
+    out = done("eval", "tiny@1", "--split", "val", "--device", "cpu", "--predictions")
+    assert "Written to memory://bucket/runs/tiny/eval-val-centre-" in out
+    photo = min(photos.glob("val/*/*"))
+    assert str(photo) in done("predict", "tiny", photo, "--device", "cpu")
+    assert "in memory://bucket/runs/tiny/export" in done("export", "tiny", "--formats", "safetensors")
+    _, (run,), notes = find_places([f"{store}/tiny"], data, store)  # what a report would show
+    assert not notes and read_log(run).steps[-1]["step"] == 2 and len(newest_predictions(data, run).table) == 20
+    status, _, said = command("features", "tiny", *runs)
+    assert status == 1 and "name a file there with --out" in said
+    for name in ("tiny@1", f"{store}/tiny@1"):
+        weights = find_weights(store, name)
+        assert weights.name == name == find_weights(store, weights.name).name and "fc5.weight" in weights.tensors
+    loaded = load(f"{store}/tiny@1")
+    assert len(loaded.classes) == 4 and loaded.network(loaded.transform(str(photo))[None]).shape == (1, 4)
+    assert place_at(f"{store}/tiny@2") == place_named(store, "tiny@2") == (store / "tiny", 2)
