@@ -35,8 +35,9 @@ from alexprep.train.trainer import train
 from tests import resuming
 from tests.made_up import changed, write_data
 from tests.support.dying_store import Killed, dying
-from tests.support.failing_store import hurry
+from tests.support.failing_store import FailingStore, failing, hurry
 
+__all__ = ["failing"]  # a fixture
 CONFIG: dict[str, object] = {"options": {"recipe": "tiny"}, "data": "somewhere", "identity": {}}
 RECIPE = ("adamw", "warm")
 
@@ -186,6 +187,14 @@ def test_damaged_objects_are_passed_over_with_a_sentence(
         AlexprepError, match=r"had checkpoints \(damaged ones are there\), but in memory://bucket/runs/run"
     ):
         train(config(specks, store, epochs=2, resume=True), resuming.Specks)
+
+
+def test_what_is_cut_on_the_way_is_not_damaged(store: Path, failing: FailingStore) -> None:
+    run, cut = create_run(store, "mine", "tiny", CONFIG), [True, True]
+    save_all(run, range(1, 3))
+    failing.fault = lambda path, data: data[:-9] if path.endswith(".safetensors") and cut and cut.pop() else data
+    saved, damage = newest(run / CHECKPOINTS)
+    assert saved is not None and (saved.step, damage, cut) == (2, [], [])
 
 
 def failing_uploads(monkeypatch: pytest.MonkeyPatch, fault: Callable[[str], None]) -> None:

@@ -58,6 +58,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 GO_ON = "go on with --resume; checkpoints that were saved before are untouched"
 NOT_ASKED, NOT_SAVED = "not asked for", "not saved"  # why a layer begins fresh
 MOST_TOLD = 6  # differences
+READ_AGAIN = 2  # times, of a store: what is cut or changed on the way is not damaged there
 UNCOUNTED = {"num_batches_tracked"}  # of batch normalisation: older files lack it, and torch reads them likewise
 # Metadata of a dataclass's field: the value that runs have which are older than the field, if not its default; or a function that gives it,
 # of what the run recorded of the other fields.
@@ -140,6 +141,13 @@ def marks(folder: Path) -> dict[int, Path]:
 
 def read(mark: Path) -> Checkpoint:
     """One checkpoint, by its JSON file, checked to the last bit; `Damaged` is raised where anything is missing, cut or changed."""
+    for _ in range(0 if is_local(mark) else READ_AGAIN):
+        with contextlib.suppress(Damaged):
+            return _read(mark)
+    return _read(mark)
+
+
+def _read(mark: Path) -> Checkpoint:
     with _damage(mark):
         document = _document(mark)
         record = document["tensors"]
