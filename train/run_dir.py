@@ -47,6 +47,7 @@ def create_run(runs: Path, name: str | None, usual_name: str, config: Mapping[st
     so in the same instant meet when they begin to train.
     """
     check_place(runs)
+    check_not_commits(runs)
     numbered = (f"{usual_name}-{number}" for number in itertools.count(2))
     for candidate in itertools.chain([_checked(usual_name)], numbered) if name is None else [_checked(name)]:
         if _made(runs / candidate, json_bytes(config)):
@@ -135,6 +136,14 @@ def check_place(runs: Path) -> None:
         raise AlexprepError(
             f"the URL of the runs at {host} has a password, which would go into logs and files: leave it out, and say it where fsspec reads "
             "settings, in the environment or in ~/.config/fsspec"
+        )
+
+
+def check_not_commits(place: Path) -> None:
+    """Refuses a store where each file that a training writes would be a commit."""
+    if not is_local(place) and place.protocol == "hf":  # type: ignore[attr-defined]
+        raise AlexprepError(
+            f"{place} is no place to train in, since every file would be a commit: name a folder or another store with --runs"
         )
 
 

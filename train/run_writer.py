@@ -31,7 +31,7 @@ from alexprep.shards.errors import AlexprepError
 from alexprep.shards.storage import is_local
 from alexprep.train import checkpoint
 from alexprep.train.checkpoint import publish, writing
-from alexprep.train.run_dir import CHECKPOINTS, CONFIG, LOCK, LOG, locked
+from alexprep.train.run_dir import CHECKPOINTS, CONFIG, LOCK, LOG, check_not_commits, locked
 
 BEAT = 10.0  # seconds after which a claim on a run in a store is renewed
 SILENT = 30.0  # seconds without that, after which it counts as left behind
@@ -116,10 +116,7 @@ class StoreWriter(RunWriter):
 
     def __enter__(self) -> StoreWriter:
         """Claims the run, and fetches what of it is gone on with."""
-        if self.run.protocol == "hf":  # type: ignore[attr-defined]
-            raise AlexprepError(
-                f"{self.run} cannot be trained there, since every file would be a commit: name a folder or another store with --runs"
-            )
+        check_not_commits(self.run)
         with contextlib.ExitStack() as stack:
             self._claim.take()
             stack.callback(self._claim.withdraw)
