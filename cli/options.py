@@ -285,7 +285,7 @@ class Setting(_Parameter):
     name = "field=value"
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        """Fields of the recipe that is named before, then the values of one; a shell that asks waits until torch is loaded."""
+        """Fields of the recipe that is named before, then the values of one."""
         from alexprep.shards.errors import AlexprepError
         from alexprep.train.recipes import DEFAULT_RECIPE, recipe
         from alexprep.train.settings import completions
@@ -443,7 +443,7 @@ patience_option = click.option(
     type=click.FloatRange(0, 1_000_000),
     envvar="ALEXPREP_STORE_PATIENCE",
     show_envvar=True,
-    is_eager=True,  # known before other options look at a store
+    is_eager=True,  # known before a folder is looked for
     expose_value=False,
     callback=_be_patient,
     metavar="SECONDS",

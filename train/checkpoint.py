@@ -42,6 +42,7 @@ from alexprep.shards.storage import (
     remove_temporaries,
     sync_folder,
 )
+from alexprep.train.field_values import BEFORE
 
 FORMAT_VERSION = 1
 
@@ -60,9 +61,6 @@ NOT_ASKED, NOT_SAVED = "not asked for", "not saved"  # why a layer begins fresh
 MOST_TOLD = 6  # differences
 READ_AGAIN = 2  # times, of a store: what is cut or changed on the way is not damaged there
 UNCOUNTED = {"num_batches_tracked"}  # of batch normalisation: older files lack it, and torch reads them likewise
-# Metadata of a dataclass's field: the value that runs have which are older than the field, if not its default; or a function that gives it,
-# of what the run recorded of the other fields.
-BEFORE = "before"
 _MARK = re.compile(r"step-(\d{8,})\.json")
 
 
