@@ -155,9 +155,8 @@ def published(path: Path, first: bool = False) -> Iterator[BinaryIO]:
     if not is_local(path):
         with tempfile.TemporaryFile() as spool:
             yield spool
-            make_folder(path.parent)
-            with _writable(path):
-                _upload(path, spool)
+            spool.seek(0)
+            publish_bytes(path, spool.read())
         return
     with _temporary(path) as (temporary, file):
         yield file
@@ -172,6 +171,11 @@ def published(path: Path, first: bool = False) -> Iterator[BinaryIO]:
 
 def publish_bytes(path: Path, data: bytes) -> None:
     """Writes `data` as the whole of `path`, atomically and durably."""
+    if not is_local(path):
+        make_folder(path.parent)
+        with _writable(path):
+            _upload(path, data)
+        return
     with published(path) as file:
         file.write(data)
 
@@ -265,15 +269,10 @@ def _link(temporary: Path, path: Path) -> None:
             os.rename(temporary, path)
 
 
-def _upload(path: Path, spool: BinaryIO) -> None:
+def _upload(path: Path, data: bytes) -> None:
     """Writes the whole of a file to a store, again where the way to it fails."""
-
-    def write() -> None:
-        spool.seek(0)
-        path.write_bytes(spool.read())
-
     try:
-        patiently(write, str(path))
+        patiently(lambda: path.write_bytes(data), str(path))
     except OSError as error:
         if isinstance(error.__cause__, NotImplementedError):
             raise error.__cause__ from None
@@ -328,6 +327,23 @@ def content(path: Path) -> tuple[bytes | None, str]:
 def trouble(error: OSError) -> str:
     """What is wrong with a file that was to be read, as the end of the sentence "FILE …"."""
     return "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror or error})"
+
+
+def expected_bytes(path: Path, size: int) -> bytes:
+    """A file's content, of which so many bytes are expected: in a store it may take the longer."""
+    return path.read_bytes() if is_local(path) else path.read_bytes(size)  # type: ignore[call-arg]
+
+
+def modified(path: Path) -> int:
+    """When a file was written last, nanoseconds of Unix time, as exactly as its system or store tells."""
+    return path.stat().st_mtime_ns if is_local(path) else path.modified()  # type: ignore[attr-defined]
+
+
+def as_now(folder: Path) -> Path:
+    """The same folder, of which a store is asked anew from now on, whatever it said before."""
+    if not is_local(folder):
+        folder.forget()  # type: ignore[attr-defined]
+    return folder
 
 
 def user_cache() -> Path | None:

@@ -71,7 +71,7 @@ FLOORS = [
     ("distributed.tensor_parallel", "lr_schedule", "optimizer", "precision", "checkpoint", "models", "losses"),
     ("model_libraries", "layer_file_lines", "layer_files", "user_code", "metrics", "data"),
     ("logger", "profiler", "recipes", "settings", "distributed.parallel"),
-    ("run_dir", "initial_weights", "config"),
+    ("run_dir", "run_writer", "initial_weights", "config"),
     ("training_state",),
     ("nonfinite",),
     ("trainer",),
