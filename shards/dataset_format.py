@@ -38,6 +38,7 @@ INDEX = "index.npy"
 LEDGER = "samples.parquet"
 TAR_INDEXES = ".alexprep"  # a folder beside tars that were read as other people's
 TUNING = "tuning.json"  # of machines, not of the data: no digest depends on it
+HUB_FILES = (".gitattributes", ".cache")  # the Hugging Face hub's own, beside what it holds and what it downloads
 STATISTICS = Path("stats") / "stats.json"
 MEAN_IMAGE = Path("stats") / "mean_image.npy"
 MEAN_PICTURE = Path("stats") / "mean_image.png"

@@ -28,7 +28,17 @@ _QUIET = 1.0  # seconds of waiting that nobody is told about
 _ABSENT = (404, 410)  # HTTP: not found, gone
 _REFUSED = (400, 401, 403, 405, 407)  # HTTP: what will be refused again: no credentials, or expired ones
 # Of libraries that need not be installed: no credentials, or a place that cannot be.
-_LASTING = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "InvalidRegionError", "InvalidURL")
+_LASTING = (
+    "NoCredentialsError",
+    "PartialCredentialsError",
+    "ProfileNotFound",
+    "InvalidRegionError",
+    "InvalidURL",
+    "HfUriError",
+    "HFValidationError",
+)
+# huggingface_hub gives up what stalls by itself, and waits after a 429 as long as the answer says, which would pass for stalling.
+_UNWATCHED = "hf://"
 _MISTAKES = (NotImplementedError, TypeError, LookupError, AttributeError)  # of a program: they would be made again
 
 Result = TypeVar("Result")
@@ -76,7 +86,8 @@ def patiently(
     pauses = Pauses(where, stop)
     while True:
         try:
-            found = ask_store(ask if seconds is None else lambda: _within(seconds() * 2**pauses.stalled, ask), where)
+            unwatched = seconds is None or where.startswith(_UNWATCHED)
+            found = ask_store(ask if unwatched else lambda: _within(seconds() * 2**pauses.stalled, ask), where)
             pauses.over()
             return found
         except OSError as error:
@@ -167,10 +178,10 @@ def ask_store(ask: Callable[[], Result], where: str) -> Result:
         raise
     except Exception as error:
         cause = error.__cause__ if isinstance(error, FileNotFoundError) else error
-        if getattr(cause, "status", None) in _ABSENT or (isinstance(error, FileNotFoundError) and _is_absent(error)):
+        if http_status(cause) in _ABSENT or (isinstance(error, FileNotFoundError) and _is_absent(error)):
             raise FileNotFoundError(errno.ENOENT, "not found", where) from error
         words = f"{type(cause).__name__}: {cause}" if not isinstance(cause, _StalledError) else str(cause)
-        raise OSError(errno.ECOMM, words, where) from error
+        raise OSError(errno.ECOMM, words.partition("\n")[0], where) from error
 
 
 def passes(error: OSError) -> bool:
@@ -178,9 +189,19 @@ def passes(error: OSError) -> bool:
     cause = error.__cause__
     if isinstance(cause, FileNotFoundError):
         cause = cause.__cause__
-    if getattr(cause, "status", None) in _REFUSED:
+    if http_status(cause) in _REFUSED:
         return False
     return not isinstance(cause, _MISTAKES) and type(cause).__name__ not in _LASTING
+
+
+def http_status(error: BaseException | None) -> int | None:
+    """The HTTP status by which a store answered, where an error, or what it came of, tells one."""
+    while error is not None:
+        for status in (getattr(error, "status", None), getattr(getattr(error, "response", None), "status_code", None)):
+            if isinstance(status, int):  # of aiohttp, and of what keeps the whole response, as requests and httpx do
+                return status
+        error = error.__cause__
+    return None
 
 
 def _is_absent(error: FileNotFoundError) -> bool:
@@ -188,5 +209,5 @@ def _is_absent(error: FileNotFoundError) -> bool:
     cause = error.__cause__
     if cause is None or isinstance(cause, FileNotFoundError | KeyError):  # of a store in memory
         return not isinstance(cause, FileNotFoundError) or _is_absent(cause)
-    status = getattr(cause, "status", None)  # aiohttp's; what has a response has been looked into, as by s3fs
+    status = http_status(cause)  # what has another response has been looked into, as by s3fs
     return status in _ABSENT if status is not None else getattr(cause, "response", None) is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -49,8 +50,9 @@ class StorePath(ProxyUPath):
         return patiently(lambda: super(StorePath, self).stat(), str(self))
 
     def glob(self, pattern: str, **options: Any) -> Iterator[Any]:
-        """The paths below that fit a pattern."""
-        yield from self._ask(lambda: list(super(StorePath, self).glob(pattern, **options)))
+        """The paths below that fit a pattern; none where there is no such folder."""
+        with contextlib.suppress(FileNotFoundError):
+            yield from self._ask(lambda: list(super(StorePath, self).glob(pattern, **options)))
 
     def iterdir(self) -> Iterator[Any]:
         """What is in the folder."""
