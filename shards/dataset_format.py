@@ -96,7 +96,9 @@ def read_dataset(data: Path | str) -> dict[str, Any]:
     """
     data = folder_at(data)
     if not (data / DATASET).exists() and (data / PLAN).exists():
-        raise AlexprepError(f"{data} holds an unfinished data set: run the same `alexprep shard` again to finish it")
+        raise AlexprepError(
+            f"{data} holds an unfinished data set: run the same `alexprep shard`, or `alexprep push`, again to finish it"
+        )
     dataset = read_json(data / DATASET, "make one with `alexprep shard SOURCE`, or name another folder with --data")
     if dataset.get("format_version") not in READ_VERSIONS:
         raise AlexprepError(

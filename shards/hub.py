@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import json
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,7 +30,7 @@ from alexprep.shards.dataset_format import (
 )
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.patience import http_status, patiently
-from alexprep.shards.storage import file_sha256, is_local
+from alexprep.shards.storage import file_sha256, folder_at, is_local
 from alexprep.shards.verification import Progress, verify
 from alexprep.shards.worker_pool import Engine
 
@@ -115,6 +116,7 @@ def push(
                 show(there + sent, len(files))
             there += len(names)
     private = bool(repository.private())
+    folder_at(repository.url).fs.invalidate_cache()  # type: ignore[attr-defined]  # what this process knew of it before
     return Pushed(url, private, len(files), len(missing), size, kept, time.monotonic() - started)
 
 
@@ -262,10 +264,11 @@ class _Repository:
         def asked() -> Result:
             try:
                 return ask()
+            except RuntimeError as error:  # around what failed in a thread
+                raise error.__cause__ or error from None
             except ValueError as error:
-                if http_status(error):
+                if http_status(error) or isinstance(error, json.JSONDecodeError):  # a page of a server in trouble
                     raise
-                # an answer that nobody understands
                 words = f"{type(error).__name__}: {error}".partition("\n")[0]
                 raise AlexprepError(
                     f"{self.url} cannot be written ({words}): see whether huggingface_hub is up to date"

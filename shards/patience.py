@@ -84,10 +84,10 @@ def patiently(
     the patience is over, or where asking again would not help.
     """
     pauses = Pauses(where, stop)
+    seconds = None if where.startswith(_UNWATCHED) else seconds
     while True:
         try:
-            unwatched = seconds is None or where.startswith(_UNWATCHED)
-            found = ask_store(ask if unwatched else lambda: _within(seconds() * 2**pauses.stalled, ask), where)
+            found = ask_store(ask if seconds is None else lambda: _within(seconds() * 2**pauses.stalled, ask), where)
             pauses.over()
             return found
         except OSError as error:
