@@ -36,7 +36,7 @@ from alexprep.shards.worker_pool import Engine
 
 # Files in one commit: https://huggingface.co/docs/huggingface_hub/guides/upload advises 50 to 100.
 COMMIT_FILES = 96
-_SENT_AT_ONCE = 8  # files between two looks at how far it is
+_SENT_AT_ONCE = 24  # files, of which every third is a tar, between two looks at how far it is
 _FORM = "name it hf://datasets/USER/NAME"
 _TOKEN = (
     "make one with write access at https://huggingface.co/settings/tokens, then run `hf auth login` or set HF_TOKEN"

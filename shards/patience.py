@@ -12,7 +12,7 @@ import queue
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 from alexprep.shards.errors import AlexprepError, number_within
@@ -119,7 +119,9 @@ class Pauses:
             return False
         if self._patience - left >= _QUIET or self._told:
             self._say(f"waiting for {self._where} ({error.strerror}): it is asked again for {left:,.0f} s")
-        pause = min(self._pause, left) * _jitter.uniform(0.75, 1)  # that not all ask at the same instant
+        told = _http_answer(error)[1].get("Retry-After", "")  # seconds; or a date, which few send
+        pause = self._pause * _jitter.uniform(0.75, 1)  # that not all ask at the same instant
+        pause = min(max(pause, float(told) if told.isdecimal() else 0.0), left)
         self._pause = min(2 * self._pause, LONGEST_PAUSE)
         return not self._stop.wait(pause)
 
@@ -196,12 +198,18 @@ def passes(error: OSError) -> bool:
 
 def http_status(error: BaseException | None) -> int | None:
     """The HTTP status by which a store answered, where an error, or what it came of, tells one."""
+    return _http_answer(error)[0]
+
+
+def _http_answer(error: BaseException | None) -> tuple[int | None, Mapping[str, str]]:
+    """That status, and the answer's headers: of aiohttp's errors, and of those that keep the response, as requests and httpx do."""
     while error is not None:
-        for status in (getattr(error, "status", None), getattr(getattr(error, "response", None), "status_code", None)):
-            if isinstance(status, int):  # of aiohttp, and of what keeps the whole response, as requests and httpx do
-                return status
+        for answer, name in ((error, "status"), (getattr(error, "response", None), "status_code")):
+            status = getattr(answer, name, None)
+            if isinstance(status, int):
+                return status, getattr(answer, "headers", None) or {}
         error = error.__cause__
-    return None
+    return None, {}
 
 
 def _is_absent(error: FileNotFoundError) -> bool:
