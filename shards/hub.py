@@ -70,7 +70,7 @@ class Pushed:
 
 
 def push(
-    data: Path,
+    data: Path | str,
     url: str,
     engine: Engine | int,
     public: bool = False,
@@ -87,7 +87,7 @@ def push(
 
     Raises AlexprepError where the dataset is unfinished or damaged, where the repository holds anything else, and where the hub refuses.
     """
-    started = time.monotonic()
+    started, data = time.monotonic(), folder_at(data)
     if not is_local(data):
         raise AlexprepError(f"{data} is no local folder: copy the data set to a disk, and push it from there")
     recorded = {

@@ -133,10 +133,11 @@ def test_a_hub_that_is_asked_too_often_says_when_to_ask_again(hub: Hub, monkeypa
     hub.repositories[ID] = Repository(private=True)
     pauses: list[float] = []
     stop: Any = SimpleNamespace(is_set=lambda: False, wait=pauses.append)
+    answers: list[Answer] = []
+    hub.fault = lambda method, path: answers.pop() if answers else None
     repository = hub_module._Repository(URL)
     for seconds in ("7", "100", "Wed, 21 Oct 2026 07:28:00 GMT"):
-        answers = iter([Answer(429, {}, {"retry-after": seconds})])
-        hub.fault = lambda method, path, answers=answers: next(answers, None)
+        answers.append(Answer(429, {}, {"retry-after": seconds}))
         assert patiently(lambda: list(repository._api.repo_info(ID, repo_type="dataset").siblings), URL, stop)
     assert pauses[0] == 7 and 55 < pauses[1] <= 60 and pauses[2] < 1, pauses
 
