@@ -36,6 +36,7 @@ _LASTING = (
     "InvalidURL",
     "HfUriError",
     "HFValidationError",
+    "OfflineModeIsEnabled",
 )
 # huggingface_hub gives up what stalls by itself, and waits after a 429 as long as the answer says, which would pass for stalling.
 _UNWATCHED = "hf://"
