@@ -12,7 +12,7 @@ import queue
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from alexprep.shards.errors import AlexprepError, number_within
@@ -31,6 +31,9 @@ _REFUSED = (301, 400, 401, 403, 405, 407)
 # Of libraries that need not be installed: no credentials, or a place that cannot be.
 _LASTING = {"NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "InvalidRegionError", "InvalidURL"}
 _LASTING |= {"ParamValidationError", "UnauthorizedSSOTokenError", "SSOTokenLoadError"}
+_LASTING |= {"HfUriError", "HFValidationError", "OfflineModeIsEnabled"}
+# huggingface_hub gives up what stalls by itself, and waits after a 429 as long as the answer says, which would pass for stalling.
+_UNWATCHED = "hf://"
 _MISTAKES = (NotImplementedError, TypeError, LookupError, AttributeError)  # of a program: they would be made again
 
 Result = TypeVar("Result")
@@ -76,6 +79,7 @@ def patiently(
     the patience is over, or where asking again would not help.
     """
     pauses = Pauses(where, stop)
+    seconds = None if where.startswith(_UNWATCHED) else seconds
     while True:
         try:
             found = ask_store(ask if seconds is None else lambda: _within(pauses.allowed(seconds()), ask), where)
@@ -117,7 +121,9 @@ class Pauses:
             return False
         if self._patience - left >= _QUIET or self._told:
             self._say(f"waiting for {self._where} ({error.strerror}): it is asked again for {left:,.0f} s")
-        pause = min(self._pause, left) * _jitter.uniform(0.75, 1)  # that not all ask at the same instant
+        told = _http_answer(error)[1].get("Retry-After", "")  # seconds; or a date, which few send
+        pause = self._pause * _jitter.uniform(0.75, 1)  # that not all ask at the same instant
+        pause = min(max(pause, float(told) if told.isdecimal() else 0.0), left)
         self._pause = min(2 * self._pause, LONGEST_PAUSE)
         return not self._stop.wait(pause)
 
@@ -176,10 +182,10 @@ def ask_store(ask: Callable[[], Result], where: str) -> Result:
         raise
     except Exception as error:
         cause = error.__cause__ if isinstance(error, FileNotFoundError) else error
-        if getattr(cause, "status", None) in _ABSENT or (isinstance(error, FileNotFoundError) and _is_absent(error)):
+        if http_status(cause) in _ABSENT or (isinstance(error, FileNotFoundError) and _is_absent(error)):
             raise FileNotFoundError(errno.ENOENT, "not found", where) from error
         words = f"{type(cause).__name__}: {cause}" if not isinstance(cause, _StalledError) else str(cause)
-        raise OSError(errno.ECOMM, words, where) from error
+        raise OSError(errno.ECOMM, words.partition("\n")[0], where) from error
 
 
 def passes(error: OSError) -> bool:
@@ -189,18 +195,29 @@ def passes(error: OSError) -> bool:
         cause = cause.__cause__
     if isinstance(cause, TimeoutError):  # which S3 answers by 400
         return True
-    if _status(cause) in _REFUSED or _status(getattr(cause, "__cause__", None)) in _REFUSED:
+    if http_status(cause) in _REFUSED:
         return False
     return not isinstance(cause, _MISTAKES) and type(cause).__name__ not in _LASTING
 
 
-def _status(error: BaseException | None) -> int | None:
-    """The HTTP status that an error tells of, as aiohttp, botocore or the hub's client has it."""
-    response = getattr(error, "response", None)
-    if isinstance(response, dict):
-        response = response.get("ResponseMetadata", {})
-        return response.get("HTTPStatusCode")  # type: ignore[no-any-return]
-    return getattr(error, "status", getattr(response, "status_code", None))
+def http_status(error: BaseException | None) -> int | None:
+    """The HTTP status by which a store answered, where an error, or what it came of, tells one."""
+    return _http_answer(error)[0]
+
+
+def _http_answer(error: BaseException | None) -> tuple[int | None, Mapping[str, str]]:
+    """That status, and the answer's headers: of aiohttp's errors, of botocore's, and of those that keep the response, as requests and httpx do."""
+    while error is not None:
+        response = getattr(error, "response", None)
+        if isinstance(response, dict):
+            told = response.get("ResponseMetadata", {})
+            return told.get("HTTPStatusCode"), told.get("HTTPHeaders") or {}
+        for answer, name in ((error, "status"), (response, "status_code")):
+            status = getattr(answer, name, None)
+            if isinstance(status, int):
+                return status, getattr(answer, "headers", None) or {}
+        error = error.__cause__
+    return None, {}
 
 
 def whole_file(system: Any, path: str) -> bytes:
@@ -220,5 +237,5 @@ def _is_absent(error: FileNotFoundError) -> bool:
     cause = error.__cause__
     if cause is None or isinstance(cause, FileNotFoundError | KeyError):  # of a store in memory
         return not isinstance(cause, FileNotFoundError) or _is_absent(cause)
-    status = getattr(cause, "status", None)  # aiohttp's; what has a response has been looked into, as by s3fs
+    status = http_status(cause)  # what has another response has been looked into, as by s3fs
     return status in _ABSENT if status is not None else getattr(cause, "response", None) is not None

@@ -71,8 +71,9 @@ class StorePath(ProxyUPath):
             self._ask(lambda: self.fs.rm_file(self.path))
 
     def glob(self, pattern: str, **options: Any) -> Iterator[Any]:
-        """The paths below that fit a pattern."""
-        yield from self._ask(lambda: list(super(StorePath, self).glob(pattern, **options)))
+        """The paths below that fit a pattern; none where there is no such folder."""
+        with contextlib.suppress(FileNotFoundError):
+            yield from self._ask(lambda: list(super(StorePath, self).glob(pattern, **options)))
 
     def iterdir(self) -> Iterator[Any]:
         """What is in the folder now; FileNotFoundError where there is none."""

@@ -62,6 +62,7 @@ FENCES = {
     "pickle": (),
     "subprocess": ("shards/worker_pool.py", "train/launch.py"),
     "ray": ("shards/ray_runner.py",),
+    "huggingface_hub": ("shards/hub.py",),
 }
 
 
@@ -303,7 +304,7 @@ DISTRIBUTIONS = {
     "tomli": "tomli",
     "google": "protobuf",
 }
-UNSEEN = {"tensorboard": "torch.utils.tensorboard imports it", "huggingface-hub": "fsspec imports it for hf://"}
+UNSEEN = {"tensorboard": "torch.utils.tensorboard imports it"}
 
 
 def _distributions(paths: list[Path]) -> set[str]:
