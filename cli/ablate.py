@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-from pathlib import Path
 from typing import Any
 
 import click
@@ -15,6 +14,7 @@ from alexprep.cli.options import (
     device_option,
     json_option,
     local_data_option,
+    local_folder,
     model_option,
     settings_option,
     threads_option,
@@ -33,7 +33,8 @@ from alexprep.cli.options import (
 @click.option("--seeds", type=AT_LEAST_1, default=3, show_default=True, help="Runs of each variant.")
 @click.option(
     "--runs",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=local_folder,
+    metavar="FOLDER",
     default="ablation",
     show_default=True,
     help="Folder of the runs and the tables.",

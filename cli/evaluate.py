@@ -248,12 +248,14 @@ def _submit(path: Path, scores: Scores, document: dict[str, Any]) -> None:
 
 def _publish(document: dict[str, Any], runs: Path) -> None:
     """Writes the result; someone else's runs, which cannot be written to, can still be evaluated."""
+    from alexprep.shards.errors import AlexprepError
     from alexprep.train.evaluation import publish_evaluation
 
     try:
         path = publish_evaluation(document, runs)
-    except OSError as error:
-        click.echo(f"The result was not written ({error.strerror}: {error.filename}).", err=True)
+    except (OSError, AlexprepError) as error:
+        words = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) else str(error)
+        click.echo(f"The result was not written ({words}).", err=True)
         return
     document["result_file"] = str(path)
     click.echo(f"Written to {path}")

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from alexprep.cli.options import json_option, trained_data_option, trained_run_options
+from alexprep.cli.options import json_option, patience_option, trained_data_option, trained_run_options
 
 # Those of alexprep.train.export; importing that here would import torch for --help.
 FORMATS, OPSETS = ("safetensors", "pt", "pt2", "onnx"), (18, 23)
@@ -55,6 +55,7 @@ class Formats(click.ParamType):  # type: ignore[type-arg]
 @click.option("--overwrite", is_flag=True, help="Replace files that are there.")
 @trained_data_option
 @trained_run_options
+@patience_option
 @json_option
 def export(run: str | None, runs: Path, out: Path | None, as_json: bool, **options: Any) -> None:
     """Write the network of RUN for use without alexprep; of the run last active by default.

@@ -20,6 +20,7 @@ from alexprep.cli.inspect_source import inspect_command
 from alexprep.cli.options import INTERRUPTED
 from alexprep.cli.pca_stats import pca_stats
 from alexprep.cli.predict import predict
+from alexprep.cli.push import push
 from alexprep.cli.recipes import recipes
 from alexprep.cli.report import report
 from alexprep.cli.shard import shard
@@ -38,6 +39,7 @@ LEAVES = {
     "shard": _SHARDS,
     "pca-stats": _SHARDS,
     "features": _SHARDS,
+    "push": "Interrupted. What was sent is kept: run the same command again to go on.",
     "ablate": "Interrupted. What was trained is kept: run the same command again to go on.",
     "train": "Interrupted. Checkpoints that were saved are kept: if the run has one, `alexprep train --resume` goes on from it.",
 }
@@ -62,6 +64,7 @@ COMMANDS = (
     inspect_command,
     shard,
     verify,
+    push,
     pca_stats,
     tune,
     recipes,

@@ -87,7 +87,7 @@ def check_picture(picture: Path) -> None:
 def local_folder(value: str) -> Path:
     """A folder on a disk."""
     if "://" in value:
-        words = "is no local folder: this command reads single images here and there, so copy the shards to a disk"
+        words = "is no local folder: this command works on files here and there, so copy what lies there to a disk"
         raise click.BadParameter(f"{value} {words}")
     return folder(value)
 
@@ -252,10 +252,11 @@ local_data_option = data_folder_option("--data", "The data set's folder.", local
 
 runs_option = click.option(
     "--runs",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=folder,
+    metavar="FOLDER",
     default="runs",
     show_default=True,
-    help="Folder of runs.",
+    help="Folder of runs, or a URL of one, such as s3://….",
 )
 
 
@@ -442,6 +443,7 @@ patience_option = click.option(
     type=click.FloatRange(0, 1_000_000),
     envvar="ALEXPREP_STORE_PATIENCE",
     show_envvar=True,
+    is_eager=True,  # known before a folder is looked for
     expose_value=False,
     callback=_be_patient,
     metavar="SECONDS",

@@ -12,6 +12,7 @@ from alexprep.cli.options import (
     check_picture,
     device_option,
     json_option,
+    patience_option,
     picture_option,
     precision_option,
     threads_option,
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 @click.option("--batch-size", type=AT_LEAST_1, default=128, show_default=True, help="Crops at a time.")
 @precision_option
 @threads_option
+@patience_option
 @device_option
 @json_option
 def predict(

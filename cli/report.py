@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from alexprep.cli.options import json_option, local_data_option, on_command_line, runs_option
+from alexprep.cli.options import json_option, local_data_option, on_command_line, patience_option, runs_option
 
 
 @click.command(short_help="One page that shows data, statistics and runs.")
@@ -20,6 +20,7 @@ from alexprep.cli.options import json_option, local_data_option, on_command_line
 )
 @local_data_option
 @runs_option
+@patience_option
 @json_option
 def report(places: tuple[str, ...], out: Path, data: Path, runs: Path, as_json: bool) -> None:
     """Write OUT/report.html: DATA, its statistics and augmentation, and each RUN (a name in ./runs, or a folder) in tables and pictures.

@@ -217,10 +217,11 @@ def _rows(summary: Mapping[str, Any], options: Mapping[str, Any]) -> list[tuple[
 
 def _next_commands(summary: Mapping[str, Any], options: Mapping[str, Any]) -> list[str]:
     """Commands for what was trained; with what it takes to find the run, and the user's own recipe or network."""
+    from alexprep.shards.storage import folder_at
     from alexprep.train.run_dir import read_config
     from alexprep.train.user_code import is_reference
 
-    run = Path(summary["run"])
+    run = folder_at(summary["run"])
     shown = read_config(run)["identity"]["recipe"]["augmentation"]
     # Ten views mirror, which makes another thing of a digit.
     views = ["--views", "ten"] if shown.get("mirror") and shown.get("normalised_width") is None else []

@@ -1,7 +1,7 @@
 """Makes, checks, describes and reads datasets of resized images in webdataset shards: the public names, each loaded when first asked for.
 
 `inspect_source` tells what a source of images (`find_source`, `list_inputs`) holds, and `convert` turns it into a finished dataset;
-`verify` and `repair` look after that, `pca_stats` computes its mean image and principal components, `read_dataset` and `Samples` read
+`verify` and `repair` look after that, `push` puts it on the Hugging Face hub, `pca_stats` computes its mean image and principal components, `read_dataset` and `Samples` read
 it. Training batches come from `alexprep.pipeline.Loader`.
 """
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from alexprep.shards.conversion import Report, convert
     from alexprep.shards.dataset_format import read_dataset, read_index
     from alexprep.shards.errors import AlexprepError
+    from alexprep.shards.hub import Pushed, push
     from alexprep.shards.image_codec import Target
     from alexprep.shards.inspection import Inspection, inspect_source
     from alexprep.shards.listing import Listing, list_inputs
@@ -38,6 +39,7 @@ __all__ = [
     "LocalEngine",
     "Location",
     "Problem",
+    "Pushed",
     "RayEngine",
     "Report",
     "Samples",
@@ -55,6 +57,7 @@ __all__ = [
     "list_inputs",
     "pca_stats",
     "publish_statistics",
+    "push",
     "read_dataset",
     "read_index",
     "read_statistics",
@@ -67,6 +70,7 @@ _HOMES = {
     "conversion": ("Report", "convert"),
     "dataset_format": ("read_dataset", "read_index"),
     "errors": ("AlexprepError",),
+    "hub": ("Pushed", "push"),
     "image_codec": ("Target",),
     "inspection": ("Inspection", "inspect_source"),
     "listing": ("Listing", "list_inputs"),

@@ -38,6 +38,7 @@ INDEX = "index.npy"
 LEDGER = "samples.parquet"
 TAR_INDEXES = ".alexprep"  # a folder beside tars that were read as other people's
 TUNING = "tuning.json"  # of machines, not of the data: no digest depends on it
+HUB_FILES = (".gitattributes", ".cache")  # the Hugging Face hub's own, beside what it holds and what it downloads
 STATISTICS = Path("stats") / "stats.json"
 MEAN_IMAGE = Path("stats") / "mean_image.npy"
 MEAN_PICTURE = Path("stats") / "mean_image.png"
@@ -95,7 +96,9 @@ def read_dataset(data: Path | str) -> dict[str, Any]:
     """
     data = folder_at(data)
     if not (data / DATASET).exists() and (data / PLAN).exists():
-        raise AlexprepError(f"{data} holds an unfinished data set: run the same `alexprep shard` again to finish it")
+        raise AlexprepError(
+            f"{data} holds an unfinished data set: run the same `alexprep shard`, or `alexprep push`, again to finish it"
+        )
     dataset = read_json(data / DATASET, "make one with `alexprep shard SOURCE`, or name another folder with --data")
     if dataset.get("format_version") not in READ_VERSIONS:
         raise AlexprepError(
@@ -164,6 +167,8 @@ def read_index(data: Path | str, split: str) -> NDArray[np.void]:
         index: NDArray[np.void] = np.load(
             path if mapped else io.BytesIO(path.read_bytes()), "r" if mapped else None, allow_pickle=False
         )
+    except AlexprepError:
+        raise
     except Exception as error:  # noqa: BLE001  (numpy parses the header as Python, and raises what that raises)
         raise AlexprepError(f"{path} cannot be read ({error}): run the same `alexprep shard` again") from None
     if index.dtype not in INDEX_DTYPES.values() or index.ndim != 1:

@@ -12,8 +12,8 @@ import queue
 import random
 import threading
 import time
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 from alexprep.shards.errors import AlexprepError, number_within
 
@@ -26,9 +26,14 @@ STALLED = 10.0  # seconds after which a request without an answer is given up, a
 _SAID_EVERY = 15.0  # seconds between two lines about waiting, over all stores
 _QUIET = 1.0  # seconds of waiting that nobody is told about
 _ABSENT = (404, 410)  # HTTP: not found, gone
-_REFUSED = (400, 401, 403, 405, 407)  # HTTP: what will be refused again: no credentials, or expired ones
+# HTTP: what will be refused again: no credentials, or expired ones; a bucket of another region.
+_REFUSED = (301, 400, 401, 403, 405, 407)
 # Of libraries that need not be installed: no credentials, or a place that cannot be.
-_LASTING = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "InvalidRegionError", "InvalidURL")
+_LASTING = {"NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "InvalidRegionError", "InvalidURL"}
+_LASTING |= {"ParamValidationError", "UnauthorizedSSOTokenError", "SSOTokenLoadError"}
+_LASTING |= {"HfUriError", "HFValidationError", "OfflineModeIsEnabled"}
+# huggingface_hub gives up what stalls by itself, and waits after a 429 as long as the answer says, which would pass for stalling.
+_UNWATCHED = "hf://"
 _MISTAKES = (NotImplementedError, TypeError, LookupError, AttributeError)  # of a program: they would be made again
 
 Result = TypeVar("Result")
@@ -67,16 +72,17 @@ def patiently(
         ask: may be called several times, also while an earlier call that got no answer goes on in a thread of its own.
         where: what is asked for, for messages.
         stop: ends the waiting when it is set.
-        seconds: after which a request counts as stalled; twice as many after each that did. None: requests are not watched,
+        seconds: after which a request counts as stalled; twice as many after each that did, as far as the patience goes. None: requests are not watched,
             and run in this thread.
 
     Raises FileNotFoundError where there is no such file, PermissionError and others where the store refuses; OSError with errno ECOMM where
     the patience is over, or where asking again would not help.
     """
     pauses = Pauses(where, stop)
+    seconds = None if where.startswith(_UNWATCHED) else seconds
     while True:
         try:
-            found = ask_store(ask if seconds is None else lambda: _within(seconds() * 2**pauses.stalled, ask), where)
+            found = ask_store(ask if seconds is None else lambda: _within(pauses.allowed(seconds()), ask), where)
             pauses.over()
             return found
         except OSError as error:
@@ -100,15 +106,24 @@ class Pauses:
         self._began, self._patience, self._pause = time.monotonic(), store_patience(), FIRST_PAUSE
         self._told = False
 
+    def allowed(self, seconds: float) -> float:
+        """Seconds that the next request may take, of those that a first one may."""
+        return min(seconds * 2.0**self.stalled, max(seconds, self._left()))
+
+    def _left(self) -> float:
+        return self._began + self._patience - time.monotonic()
+
     def wait(self, error: OSError) -> bool:
         """Waits before the next try; False where there is none: the patience is over, or the work was stopped."""
         self.stalled += isinstance(error.__cause__, _StalledError)
-        left = self._began + self._patience - time.monotonic()
+        left = self._left()
         if left <= 0 or self._stop.is_set():
             return False
         if self._patience - left >= _QUIET or self._told:
             self._say(f"waiting for {self._where} ({error.strerror}): it is asked again for {left:,.0f} s")
-        pause = min(self._pause, left) * _jitter.uniform(0.75, 1)  # that not all ask at the same instant
+        told = _http_answer(error)[1].get("Retry-After", "")  # seconds; or a date, which few send
+        pause = self._pause * _jitter.uniform(0.75, 1)  # that not all ask at the same instant
+        pause = min(max(pause, float(told) if told.isdecimal() else 0.0), left)
         self._pause = min(2 * self._pause, LONGEST_PAUSE)
         return not self._stop.wait(pause)
 
@@ -167,10 +182,10 @@ def ask_store(ask: Callable[[], Result], where: str) -> Result:
         raise
     except Exception as error:
         cause = error.__cause__ if isinstance(error, FileNotFoundError) else error
-        if getattr(cause, "status", None) in _ABSENT or (isinstance(error, FileNotFoundError) and _is_absent(error)):
+        if http_status(cause) in _ABSENT or (isinstance(error, FileNotFoundError) and _is_absent(error)):
             raise FileNotFoundError(errno.ENOENT, "not found", where) from error
         words = f"{type(cause).__name__}: {cause}" if not isinstance(cause, _StalledError) else str(cause)
-        raise OSError(errno.ECOMM, words, where) from error
+        raise OSError(errno.ECOMM, words.partition("\n")[0], where) from error
 
 
 def passes(error: OSError) -> bool:
@@ -178,9 +193,43 @@ def passes(error: OSError) -> bool:
     cause = error.__cause__
     if isinstance(cause, FileNotFoundError):
         cause = cause.__cause__
-    if getattr(cause, "status", None) in _REFUSED:
+    if isinstance(cause, TimeoutError):  # which S3 answers by 400
+        return True
+    if http_status(cause) in _REFUSED:
         return False
     return not isinstance(cause, _MISTAKES) and type(cause).__name__ not in _LASTING
+
+
+def http_status(error: BaseException | None) -> int | None:
+    """The HTTP status by which a store answered, where an error, or what it came of, tells one."""
+    return _http_answer(error)[0]
+
+
+def _http_answer(error: BaseException | None) -> tuple[int | None, Mapping[str, str]]:
+    """That status, and the answer's headers: of aiohttp's errors, of botocore's, and of those that keep the response, as requests and httpx do."""
+    while error is not None:
+        response = getattr(error, "response", None)
+        if isinstance(response, dict):
+            told = response.get("ResponseMetadata", {})
+            return told.get("HTTPStatusCode"), told.get("HTTPHeaders") or {}
+        for answer, name in ((error, "status"), (response, "status_code")):
+            status = getattr(answer, name, None)
+            if isinstance(status, int):
+                return status, getattr(answer, "headers", None) or {}
+        error = error.__cause__
+    return None, {}
+
+
+def whole_file(system: Any, path: str) -> bytes:
+    """All of a file of an fsspec file system, by one request: s3fs would ask for the size first, unless it is asked for a range."""
+    if "s3" not in system.protocol:
+        return bytes(system.cat_file(path))
+    try:
+        return bytes(system.cat_file(path, start=0))
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # "InvalidRange": an empty file has none
+            raise
+        return bytes(system.cat_file(path))
 
 
 def _is_absent(error: FileNotFoundError) -> bool:
@@ -188,5 +237,5 @@ def _is_absent(error: FileNotFoundError) -> bool:
     cause = error.__cause__
     if cause is None or isinstance(cause, FileNotFoundError | KeyError):  # of a store in memory
         return not isinstance(cause, FileNotFoundError) or _is_absent(cause)
-    status = getattr(cause, "status", None)  # aiohttp's; what has a response has been looked into, as by s3fs
+    status = http_status(cause)  # what has another response has been looked into, as by s3fs
     return status in _ABSENT if status is not None else getattr(cause, "response", None) is not None

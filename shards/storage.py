@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 from alexprep.shards.errors import AlexprepError
-from alexprep.shards.patience import STALLED, patiently
+from alexprep.shards.patience import STALLED, patiently, whole_file
 
 TEMPORARY_MARK = ".tmp-"
 MAX_FILE_BYTES = 2**30  # no photo is that large; an endless file is
@@ -160,9 +160,8 @@ def published(path: Path, first: bool = False) -> Iterator[BinaryIO]:
     if not is_local(path):
         with tempfile.TemporaryFile() as spool:
             yield spool
-            make_folder(path.parent)
-            with _writable(path):
-                _upload(path, spool)
+            spool.seek(0)
+            publish_bytes(path, spool.read())
         return
     with _temporary(path) as (temporary, file):
         yield file
@@ -177,6 +176,11 @@ def published(path: Path, first: bool = False) -> Iterator[BinaryIO]:
 
 def publish_bytes(path: Path, data: bytes) -> None:
     """Writes `data` as the whole of `path`, atomically and durably."""
+    if not is_local(path):
+        make_folder(path.parent)
+        with _writable(path):
+            _upload(path, data)
+        return
     with published(path) as file:
         file.write(data)
 
@@ -270,15 +274,10 @@ def _link(temporary: Path, path: Path) -> None:
             os.rename(temporary, path)
 
 
-def _upload(path: Path, spool: BinaryIO) -> None:
+def _upload(path: Path, data: bytes) -> None:
     """Writes the whole of a file to a store, again where the way to it fails."""
-
-    def write() -> None:
-        spool.seek(0)
-        path.write_bytes(spool.read())
-
     try:
-        patiently(write, str(path))
+        patiently(lambda: path.write_bytes(data), str(path))
     except OSError as error:
         if isinstance(error.__cause__, NotImplementedError):
             raise error.__cause__ from None
@@ -310,6 +309,8 @@ def digest_json(document: Any) -> str:
 
 def file_sha256(path: Path) -> str:
     """The sha256 of a file, hex."""
+    if not is_local(path):
+        return hashlib.sha256(path.read_bytes()).hexdigest()
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(_BLOCK_BYTES):
@@ -331,6 +332,23 @@ def content(path: Path) -> tuple[bytes | None, str]:
 def trouble(error: OSError) -> str:
     """What is wrong with a file that was to be read, as the end of the sentence "FILE …"."""
     return "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror or error})"
+
+
+def expected_bytes(path: Path, size: int) -> bytes:
+    """A file's content, of which so many bytes are expected: in a store it may take the longer."""
+    return path.read_bytes() if is_local(path) else path.read_bytes(size)  # type: ignore[call-arg]
+
+
+def modified(path: Path) -> int:
+    """When a file was written last, nanoseconds of Unix time, as exactly as its system or store tells."""
+    return path.stat().st_mtime_ns if is_local(path) else path.modified()  # type: ignore[attr-defined]
+
+
+def as_now(folder: Path) -> Path:
+    """The same folder, of which a store is asked anew from now on, whatever it said before."""
+    if not is_local(folder):
+        folder.forget()  # type: ignore[attr-defined]
+    return folder
 
 
 def user_cache() -> Path | None:
@@ -533,7 +551,10 @@ class RemoteFiles(Files):
         if size == 0:
             return b""
         end = None if size < 0 else offset + size
-        ask = functools.partial(system.cat_file, place, offset or None, end)
+        part = functools.partial(
+            system.cat_file, place, start=offset, end=end
+        )  # by name: s3fs has a version before them
+        ask = functools.partial(whole_file, system, place) if size < 0 and not offset else part
         data = bytes(patiently(ask, self.display(path), seconds=lambda: STALLED))
         _check_limit(len(data))
         if 0 < size < len(data):

@@ -28,6 +28,7 @@ from alexprep.shards.dataset_format import (
     CARD,
     DATASET,
     FORMATS,
+    HUB_FILES,
     INDEX,
     INDEX_DTYPES,
     LEDGER,
@@ -585,7 +586,12 @@ def _foreign_files(plan: Plan, shards: list[Shard], recorded: set[str]) -> Itera
     known |= {f"{shard.split}/{shard.name}{suffix}" for shard in shards for suffix in (".tar", ".idx", ".json")}
     for path in sorted(plan.folder.rglob("*")):
         name = str(path.relative_to(plan.folder))
-        if name not in known and TAR_INDEXES not in path.parts and not path.is_dir():
+        if (
+            name not in known
+            and TAR_INDEXES not in path.parts
+            and name.partition("/")[0] not in HUB_FILES
+            and not path.is_dir()
+        ):
             left = "is being written, or left from an interrupted run"
             yield Problem(name, "", left if is_temporary(path.name) else "is no file of this data set")
 

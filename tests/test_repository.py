@@ -62,6 +62,7 @@ FENCES = {
     "pickle": (),
     "subprocess": ("shards/worker_pool.py", "train/launch.py"),
     "ray": ("shards/ray_runner.py",),
+    "huggingface_hub": ("shards/hub.py",),
 }
 
 
@@ -71,7 +72,7 @@ FLOORS = [
     ("distributed.tensor_parallel", "lr_schedule", "optimizer", "precision", "checkpoint", "models", "losses"),
     ("model_libraries", "layer_file_lines", "layer_files", "user_code", "metrics", "data"),
     ("logger", "profiler", "recipes", "settings", "distributed.parallel"),
-    ("run_dir", "initial_weights", "config"),
+    ("run_dir", "run_writer", "initial_weights", "config"),
     ("training_state",),
     ("nonfinite",),
     ("trainer",),
@@ -303,7 +304,7 @@ DISTRIBUTIONS = {
     "tomli": "tomli",
     "google": "protobuf",
 }
-UNSEEN = {"tensorboard": "torch.utils.tensorboard imports it", "huggingface-hub": "fsspec imports it for hf://"}
+UNSEEN = {"tensorboard": "torch.utils.tensorboard imports it"}
 
 
 def _distributions(paths: list[Path]) -> set[str]:

@@ -10,6 +10,8 @@ The tensors are written first, then the JSON that makes them count. Both appear 
 valid when the JSON's own digest and the tensors' sha256 are right. Only what is missing, cut or changed counts as damaged. A file that
 cannot be read just now (a broken cable, a file server that is away, no permission) may be sound: it ends the command with words, and
 nothing is deleted on the strength of it.
+
+In a store the files are the same. Each appears by one upload, and the mark makes the tensors count there too.
 """
 
 from __future__ import annotations
@@ -30,8 +32,16 @@ from typing import Any, Literal, NamedTuple
 import safetensors.torch
 import torch
 
-from alexprep.shards.errors import AlexprepError
-from alexprep.shards.storage import digest_json, json_bytes, publish_bytes, remove_temporaries, sync_folder
+from alexprep.shards.errors import AlexprepError, StoreError
+from alexprep.shards.storage import (
+    digest_json,
+    expected_bytes,
+    is_local,
+    json_bytes,
+    publish_bytes,
+    remove_temporaries,
+    sync_folder,
+)
 from alexprep.train.field_values import BEFORE
 
 FORMAT_VERSION = 1
@@ -49,6 +59,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 GO_ON = "go on with --resume; checkpoints that were saved before are untouched"
 NOT_ASKED, NOT_SAVED = "not asked for", "not saved"  # why a layer begins fresh
 MOST_TOLD = 6  # differences
+READ_AGAIN = 2  # times, of a store: what is cut or changed on the way is not damaged there
 UNCOUNTED = {"num_batches_tracked"}  # of batch normalisation: older files lack it, and torch reads them likewise
 _MARK = re.compile(r"step-(\d{8,})\.json")
 
@@ -73,13 +84,22 @@ def save(
     keep: int,
     best: int | None = None,
 ) -> None:
-    """Publishes a checkpoint, then deletes all but the newest `keep`, at least 1, and that of step `best`.
+    """Publishes a checkpoint, see `save_packed`; `facts` are JSON values without NaN."""
+    save_packed(folder, step, packed(tensors), facts, keep, best)
 
-    `facts` are JSON values without NaN.
+
+def packed(tensors: Mapping[str, torch.Tensor]) -> bytes:
+    """Tensors as the content of a file, in which they no longer change."""
+    return safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+
+
+def save_packed(
+    folder: Path, step: int, data: bytes, facts: Mapping[str, Any], keep: int, best: int | None = None
+) -> None:
+    """Publishes a checkpoint, then deletes all but the newest `keep`, at least 1, and that of step `best`.
 
     Checkpoints of later steps go too: this run began below them, so they were found damaged.
     """
-    data = safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
     sha256 = hashlib.sha256(data).hexdigest()
     file = f"step-{step:08d}-{sha256[:8]}.safetensors"
     publish(folder / file, data)
@@ -108,7 +128,8 @@ def newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
 def marks(folder: Path) -> dict[int, Path]:
     """The commit marks in a run's folder of checkpoints, if there is one, by step, damaged ones too."""
     try:
-        names = os.listdir(folder)  # `glob` would pass over a folder that it may not read
+        # `glob` would pass over a folder that it may not read.
+        names = os.listdir(folder) if is_local(folder) else [path.name for path in folder.iterdir()]
     except FileNotFoundError:
         return {}
     except OSError as error:
@@ -118,10 +139,17 @@ def marks(folder: Path) -> dict[int, Path]:
 
 def read(mark: Path) -> Checkpoint:
     """One checkpoint, by its JSON file, checked to the last bit; `Damaged` is raised where anything is missing, cut or changed."""
+    for _ in range(0 if is_local(mark) else READ_AGAIN):
+        with contextlib.suppress(Damaged):
+            return _read(mark)
+    return _read(mark)
+
+
+def _read(mark: Path) -> Checkpoint:
     with _damage(mark):
         document = _document(mark)
         record = document["tensors"]
-        data = _content(mark.parent / record["file"])
+        data = _content(mark.parent / record["file"], record["bytes"])
     if len(data) != record["bytes"]:
         raise Damaged(f"{record['file']} has {len(data)} of {record['bytes']} bytes")
     if hashlib.sha256(data).hexdigest() != record["sha256"]:
@@ -159,7 +187,8 @@ def writing(path: Path, size: int | None = None, next_step: str = GO_ON) -> Iter
 def publish(path: Path, data: bytes) -> None:
     """Writes a file of a run, atomically and durably; makes its folder. What was there before is untouched by a failure."""
     with writing(path, len(data)):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if is_local(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
         publish_bytes(path, data)
 
 
@@ -301,11 +330,12 @@ def _prune(folder: Path, step: int, keep: int, best: int | None) -> None:
     kept += [best] if best in found and best not in kept else []
     for other in found.keys() - set(kept):
         found[other].unlink()
-    sync_folder(folder)
+    if is_local(folder):
+        sync_folder(folder)
     remove_temporaries(folder)
     try:
         referenced = {json.loads(found[other].read_bytes())["tensors"]["file"] for other in kept}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, StoreError, ValueError, KeyError, TypeError):
         return
     for path in folder.glob("step-*.safetensors"):
         if path.name not in referenced:
@@ -334,9 +364,9 @@ def _damage(mark: Path) -> Iterator[None]:
         raise Damaged(f"{mark.name} cannot be read ({error})") from None
 
 
-def _content(path: Path) -> bytes:
+def _content(path: Path, size: int = 0) -> bytes:
     try:
-        return path.read_bytes()
+        return expected_bytes(path, size)
     except FileNotFoundError:
         raise Damaged(f"{path.name} is missing") from None
     except OSError as error:

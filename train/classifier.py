@@ -20,6 +20,7 @@ from alexprep.shards.contact_sheet import SheetRow, lay_out, photo_cells
 from alexprep.shards.dataset_format import short_classes, shown_classes
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.photos import Photo, find_photos
+from alexprep.shards.storage import folder_at
 from alexprep.shards.worker_pool import Engine
 from alexprep.train.evaluation import Scores
 from alexprep.train.loading import open_run_of
@@ -97,7 +98,7 @@ class Classifier:
         """Opens the newest valid checkpoint of the run in a folder, or that of `step`.
 
         Args:
-            run: the run's folder.
+            run: the run's folder, on a disk or a URL such as s3://….
             step: of the checkpoint.
             options: `data`, the dataset's folder, where it is no longer where it was; `views`, "centre", "two" or "ten"; `batch_size`, crops at
                 a time, to which a smaller number of photos is filled up, so that a photo's probabilities do not depend on its
@@ -106,7 +107,7 @@ class Classifier:
         Raises:
             AlexprepError: there is no such run, checkpoint or dataset, or they do not go together.
         """
-        return cls(Place(Path(run), step), **options)
+        return cls(Place(folder_at(run), step), **options)
 
     def predict(
         self,

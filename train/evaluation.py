@@ -198,7 +198,7 @@ def evaluation_file(document: dict[str, Any], runs: Path) -> Path:
     if document["precision"] != "fp32":
         asked.append(document["precision"])
     digest = digest_json(asked)[:8]
-    folder = Path(document["run"]) if "run" in document else runs
+    folder = folder_at(document["run"]) if "run" in document else runs
     return folder / f"eval-{document['split']}-{document['views']}-{digest}.json"
 
 

@@ -16,6 +16,7 @@ import safetensors.torch
 import torch
 
 from alexprep.shards.errors import AlexprepError
+from alexprep.shards.storage import folder_at
 from alexprep.train.checkpoint import (
     RANDOM_CPU,
     TOTALS,
@@ -25,7 +26,7 @@ from alexprep.train.checkpoint import (
     init_from,
     wanted_layers,
 )
-from alexprep.train.run_dir import place_named, saved_checkpoint
+from alexprep.train.run_dir import place_at, place_named, saved_checkpoint
 
 TORCH_FILES, SAFETENSORS = (".pt", ".pth", ".bin", ".ckpt"), ".safetensors"  # files by their endings
 WITHIN = ("state_dict", "model_state_dict", "model")  # where programs put a state dict in what they save
@@ -53,7 +54,7 @@ class Weights(NamedTuple):
 
 
 def find_weights(runs: Path, text: str) -> Weights:
-    """The weights that `--init-from` names: a file, by its ending; else RUN, RUN@STEP or RUN@best in a folder of runs.
+    """The weights that `--init-from` names: a file, by its ending; else RUN, RUN@STEP or RUN@best in a folder of runs, or a run's URL.
 
     Raises:
         AlexprepError: there is no such file or run, the file is damaged or holds more than tensors, or it is not the one of the digest.
@@ -61,10 +62,11 @@ def find_weights(runs: Path, text: str) -> Weights:
     known = _DIGEST.fullmatch(text)
     file = known["file"] if known else text
     if not file.endswith((*TORCH_FILES, SAFETENSORS)):
-        place = place_named(runs, text)
+        url = "://" in text
+        place = place_at(text) if url else place_named(runs, text)
         saved, skipped = saved_checkpoint(place)
-        return Weights(f"{place.run.name}@{saved.step}", final_weights(saved), skipped)
-    path = Path(file).expanduser().resolve()
+        return Weights(f"{place.run if url else place.run.name}@{saved.step}", final_weights(saved), skipped)
+    path = folder_at(file).expanduser().resolve()
     try:
         data = path.read_bytes()
     except OSError as error:

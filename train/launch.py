@@ -94,7 +94,7 @@ def leads() -> bool:
 
 def train_rank(world: World, options: Mapping[str, Any]) -> dict[str, Any]:
     """Trains as one of the ranks that `launch_training` started; `options` are a `TrainConfig`'s as JSON values."""
-    paths = {"data": folder_at(options["data"]), "runs": Path(options["runs"])}
+    paths = {"data": folder_at(options["data"]), "runs": folder_at(options["runs"])}
     return train(TrainConfig(**{**options, **paths}), world=world)
 
 

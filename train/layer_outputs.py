@@ -24,7 +24,7 @@ from alexprep.pipeline.device import choose_device
 from alexprep.pipeline.loader import Loader
 from alexprep.shards.dataset_format import read_dataset, read_index, read_json, split_record
 from alexprep.shards.errors import AlexprepError
-from alexprep.shards.storage import folder_at, json_bytes, publish_json, published, sync_folder
+from alexprep.shards.storage import folder_at, is_local, json_bytes, publish_json, published, sync_folder
 from alexprep.train.data import stored_sides
 from alexprep.train.evaluation import mean_of, sample_names, tuning_of
 from alexprep.train.neighbour_search import nearest
@@ -180,6 +180,8 @@ def write_outputs(
     check_classes(net, data, dataset)
     net.recipe.check_sides(stored_sides(data, dataset))
     path = out or outputs_file(net.run, layer, split)
+    if not is_local(path):
+        raise AlexprepError(f"{path} cannot be written: outputs are written to a disk, so name a file there with --out")
     facts: dict[str, Any] = {
         "format": FORMAT,
         "run": str(net.run),

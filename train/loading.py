@@ -36,7 +36,7 @@ from alexprep.train.data import stored_sides
 from alexprep.train.evaluation import mean_of, tuning_of
 from alexprep.train.precision import memory
 from alexprep.train.predictions import EvaluationViews, Net, check_classes, data_of, images_at_once, open_net
-from alexprep.train.run_dir import Place, place_named
+from alexprep.train.run_dir import Place, place_at
 
 Picture = str | Path | bytes | NDArray[np.uint8] | Image.Image
 _HERE = InProcessEngine()
@@ -201,7 +201,7 @@ def load(
     """The network of a run, its classes, and the transform that an evaluation applies to an image.
 
     Args:
-        run: the run's folder, for its newest valid checkpoint; or FOLDER@STEP, FOLDER@best.
+        run: the run's folder, on a disk or a URL such as s3://…, for its newest valid checkpoint; or FOLDER@STEP, FOLDER@best.
         views: "centre", "two" with its reflection, or "ten" of the paper, whose softmax outputs are to be averaged.
         device: "cpu" or "cuda"; None for the GPU if there is one.
         data: the dataset's folder, where it is no longer where it was.
@@ -211,9 +211,8 @@ def load(
     Raises:
         AlexprepError: there is no such run, checkpoint or dataset, or they do not go together.
     """
-    path = Path(run)
     opened = open_run_of(
-        place_named(path.parent, path.name),
+        place_at(run),
         views=views,
         device=device,
         data=None if data is None else folder_at(data),

@@ -5,6 +5,8 @@ runs/NAME/log.jsonl        see `alexprep.train.logger`
 runs/NAME/checkpoints/     see `alexprep.train.checkpoint`
 runs/NAME/summary.json     written at the end
 runs/NAME/.lock            held by the process that trains
+
+A folder of runs may lie in a store, with the same files; how a training writes there is in `alexprep.train.run_writer`.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import itertools
 import json
 import re
 import tempfile
+import urllib.parse
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +26,7 @@ from typing import Any, NamedTuple
 from alexprep.shards.any_dataset import is_dataset
 from alexprep.shards.dataset_format import read_json
 from alexprep.shards.errors import AlexprepError
-from alexprep.shards.storage import json_bytes, publish_bytes, sync_folder
+from alexprep.shards.storage import as_now, folder_at, is_local, json_bytes, modified, publish_bytes, sync_folder
 from alexprep.train import checkpoint
 from alexprep.train.checkpoint import publish, writing
 
@@ -40,8 +43,11 @@ def create_run(runs: Path, name: str | None, usual_name: str, config: Mapping[st
     """Makes the folder of a new run, and in it config.json, which is what makes it a run.
 
     Its name is by default `usual_name`, or the first free one of usual_name-2, usual_name-3, … An empty folder of that name is
-    taken. Of several processes that want one name at once, one gets it.
+    taken. Of several processes that want one name at once, one gets it; in a store the name is looked for, then written, and two that do
+    so in the same instant meet when they begin to train.
     """
+    check_place(runs)
+    check_not_commits(runs)
     numbered = (f"{usual_name}-{number}" for number in itertools.count(2))
     for candidate in itertools.chain([_checked(usual_name)], numbered) if name is None else [_checked(name)]:
         if _made(runs / candidate, json_bytes(config)):
@@ -53,6 +59,7 @@ def create_run(runs: Path, name: str | None, usual_name: str, config: Mapping[st
 
 def find_run(runs: Path, name: str | None) -> Path:
     """The folder of a run: the named one, or the one that was last active."""
+    check_place(as_now(runs))
     if name is not None:
         run = runs / _checked(name)
         if not (run / CONFIG).exists():
@@ -120,6 +127,30 @@ class Place(NamedTuple):
 
     run: Path
     step: int | None = None  # None: the newest valid one
+
+
+def check_place(runs: Path) -> None:
+    """Refuses a URL with a password, which would go into logs and files."""
+    user, _, host = urllib.parse.urlsplit(str(runs)).netloc.rpartition("@")
+    if ":" in user and not is_local(runs):
+        raise AlexprepError(
+            f"the URL of the runs at {host} has a password, which would go into logs and files: leave it out, and say it where fsspec reads "
+            "settings, in the environment or in ~/.config/fsspec"
+        )
+
+
+def check_not_commits(place: Path) -> None:
+    """Refuses a store where each file that a training writes would be a commit."""
+    if not is_local(place) and place.protocol == "hf":  # type: ignore[attr-defined]
+        raise AlexprepError(
+            f"{place} is no place to train in, since every file would be a commit: name a folder or another store with --runs"
+        )
+
+
+def place_at(path: Path | str) -> Place:
+    """The checkpoint that a run's folder, on a disk or in a store, names: FOLDER, FOLDER@STEP or FOLDER@best; see `place_named`."""
+    folder = folder_at(str(path).rstrip("/"))
+    return place_named(folder.parent, folder.name)
 
 
 def place_named(folder: Path, text: str | None) -> Place:
@@ -215,6 +246,12 @@ def check_unsaved(run: Path, damaged: Sequence[str]) -> None:
 
 def _made(run: Path, config: bytes) -> bool:
     """Whether the folder is this process's: it is made beside its place, and moved there unless something is there by then."""
+    if not is_local(run):
+        with contextlib.suppress(FileNotFoundError):
+            if any(run.iterdir()):
+                return False
+        publish(run / CONFIG, config)
+        return True
     with writing(run, len(config), "run the same command again"):
         with contextlib.suppress(FileExistsError):
             run.parent.mkdir(parents=True)
@@ -244,7 +281,11 @@ def _names(runs: Path) -> list[str]:
 
 
 def _last_active(run: Path) -> int:
-    return max((run / name).stat().st_mtime_ns for name in (CONFIG, LOG) if (run / name).exists())
+    times = []
+    for name in (CONFIG, LOG):
+        with contextlib.suppress(FileNotFoundError):
+            times.append(modified(run / name))
+    return max(times, default=0)
 
 
 def _sign_of_a_checkpoint(run: Path) -> str | None:

@@ -24,7 +24,6 @@ from alexprep.shards.errors import AlexprepError
 from alexprep.shards.storage import json_bytes
 from alexprep.shards.worker_pool import cores
 from alexprep.train import checkpoint, run_dir
-from alexprep.train.checkpoint import publish
 from alexprep.train.config import Job, TrainConfig, prepare, run_versions
 from alexprep.train.data import BatchSource, Examples, LoadedBatch, OpenLoader, WithoutLastStep
 from alexprep.train.distributed.parallel import Parallel
@@ -37,6 +36,7 @@ from alexprep.train.nonfinite import explained
 from alexprep.train.precision import float32_kernels
 from alexprep.train.profiler import Trace
 from alexprep.train.run_dir import check_unsaved
+from alexprep.train.run_writer import RunWriter, writer_of
 from alexprep.train.signals_and_memory import (
     Stopped,
     StoppedAtOnce,
@@ -112,8 +112,7 @@ def open_run(config: TrainConfig, open_loader: OpenLoader | None, world: World |
         enter = stack.enter_context
         enter(job.user_errors())
         enter(enough_memory())
-        if world.leads:
-            enter(run_dir.locked(job.run))
+        writer = enter(writer_of(job.run)) if world.leads else None
         enter(float32_kernels(job.computing.precision))
         stack.callback(torch.set_num_threads, torch.get_num_threads())
         stop = enter(StopRequest().listening())
@@ -126,15 +125,15 @@ def open_run(config: TrainConfig, open_loader: OpenLoader | None, world: World |
         steps, step = job.epochs * len(loader), state.position.step
         last_step = min(steps, config.steps or steps)
         board = None
-        if world.leads and config.tensorboard:
-            board = enter(contextlib.closing(Board(job.run / run_dir.TENSORBOARD, step)))
-        log = job.run / run_dir.LOG if world.leads else None
+        if writer is not None and config.tensorboard:
+            board = enter(contextlib.closing(Board(writer.folder / run_dir.TENSORBOARD, step)))
+        log = None if writer is None else writer.folder / run_dir.LOG
         epoch, epochs = state.position.epoch, job.epochs
         meter = enter(Meter(log, step=step, total_steps=last_step, epoch=epoch, epochs=epochs, board=board))
-        if world.leads and config.resume:
+        if writer is not None and config.resume:
             change = {"step": step, "changes": job.changes} if job.changes else {}
             recipe = {name: job.identity["recipe"][name] for name in ("lr", "schedule")}
-            run_dir.remember(job.run, job.remembered(), job.data, change, recipe)
+            run_dir.remember(writer.folder, job.remembered(), job.data, change, recipe)
         if job.changes:
             meter.record_change(job.changes, step=step, epoch=state.position.epoch, lr=state.learning_rate())
         for note in [*job.notes, *notes, *_opening_words(job, state, loader, last_step)]:
@@ -142,7 +141,9 @@ def open_run(config: TrainConfig, open_loader: OpenLoader | None, world: World |
         loader.load_state_dict(loader.state_dict() | state.position.loader_state(len(loader)))
         trace = enter(Trace(job.run / run_dir.TRACE, config.trace, meter, world, step=step, last_step=last_step))
         enter(explained(job.run.name, state, lambda: first_state(job, world)[0], loader, meter, stop))
-        yield Run(job, state, loader, validation, meter, trace, stop, last_step, started, val=state.position.val)
+        yield Run(
+            job, state, loader, validation, meter, trace, stop, writer, last_step, started, val=state.position.val
+        )
 
 
 @dataclass
@@ -156,6 +157,7 @@ class Run:
     meter: Meter
     trace: Trace
     stop: StopRequest
+    writer: RunWriter | None  # of the rank that leads
     last_step: int  # at which the training ends at the latest
     started: float  # when this process began with it, seconds of the monotonic clock
     val: dict[str, Any] | None = None  # the evaluation of the present weights, and of which split
@@ -279,15 +281,17 @@ class Run:
         facts = {"identity": job.identity, **state.facts(), **_last_bits(job)}
         with span("checkpoint"):
             tensors = state.tensors()  # of all ranks
-            if state.parallel.world.leads:
-                folder, best = job.run / run_dir.CHECKPOINTS, (state.position.best or {}).get("step")
-                checkpoint.save(folder, state.position.step, tensors, facts, job.keep, best)
+            if self.writer is not None:
+                best = (state.position.best or {}).get("step")
+                self.writer.save(state.position.step, tensors, facts, job.keep, best)
 
     def leave(self) -> None:
         """Saves what there is when a stop was requested, and says how to go on."""
         requested = self.state.parallel.requested
         assert requested is not None
         self.save()
+        if self.writer is not None:
+            self.writer.settle()
         if not self.between_epochs:
             self.val = None  # the last epoch's was of other weights
         done, options = self.state.position.step, self.job.resume_options()
@@ -325,8 +329,8 @@ class Run:
         if best is not None and not self.stopping:
             where = f"epoch {best['epoch']}, {best['top1_error']:.2f} % on {best['split']}"
             self.meter.say(f"best: {where}; evaluate it as {job.run.name}@{run_dir.BEST}")
-        if parallel.world.leads:
-            publish(job.run / run_dir.SUMMARY, json_bytes(summary))
+        if self.writer is not None:
+            self.writer.publish(run_dir.SUMMARY, json_bytes(summary))
         return summary
 
     def earlier_summary(self) -> dict[str, Any] | None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from alexprep.shards.dataset_format import DATASET, PLAN, versions
 from alexprep.shards.errors import AlexprepError
-from alexprep.shards.storage import folder_at, make_folder, publish_bytes
+from alexprep.shards.storage import folder_at, is_local, make_folder, publish_bytes
 from alexprep.train.report.augmentation_section import augmentation_section
 from alexprep.train.report.blocks import Picture, Plot, Section, Words, check_libraries
 from alexprep.train.report.data_section import data_section
@@ -123,8 +123,8 @@ def find_places(
     found: list[Path] = []
     notes = []
     for place in places:
-        folder = Path(place)
-        if _holds_data(folder):
+        folder = folder_at(place)
+        if is_local(folder) and _holds_data(folder):
             if chosen is not None:
                 notes.append(f"{place} is a second dataset: a report shows one, {chosen}.")
             chosen = chosen or folder

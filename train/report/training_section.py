@@ -16,7 +16,7 @@ from alexprep.shards.contact_sheet import SheetRow, cell_of, lay_out
 from alexprep.shards.dataset_format import read_dataset, read_index, read_json, short_classes, shown_classes
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.sample_reader import Samples
-from alexprep.shards.storage import folder_at
+from alexprep.shards.storage import folder_at, modified
 from alexprep.train.prediction_table import PredictionTable, read_predictions
 from alexprep.train.report.blocks import LINES, STYLES, Block, Picture, Plot, Section, Table, Words, plot, thinned
 from alexprep.train.run_dir import LOG, read_config
@@ -104,11 +104,11 @@ def newest_predictions(data: Path | None, run: Path) -> Predictions:
 
     Raises AlexprepError, with the command that makes them, where there is none.
     """
-    files = sorted(run.glob(_EVALUATION), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    files = sorted(run.glob(_EVALUATION), key=modified, reverse=True)
     for path in files:
         document = read_json(path, "evaluate again")
         if "predictions_file" in document:
-            named = Path(document["predictions_file"])
+            named = folder_at(document["predictions_file"])
             beside = path.with_name(named.name)  # goes first: the run may have been moved
             where = data_with(document["data_digest"], data, folder_at(document["data"]))
             dataset = read_dataset(where)
