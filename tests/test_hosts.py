@@ -27,6 +27,7 @@ from alexprep.shards.conversion import convert
 from alexprep.shards.image_codec import Target
 from alexprep.shards.plan import ShardOptions
 from alexprep.train import signals_and_memory
+from alexprep.train.distributed import hosts
 from alexprep.train.distributed.hosts import Card, Ports, code_digest, refusal
 
 SECONDS = 150  # for each test
@@ -86,8 +87,8 @@ def test_hosts_that_share_nothing_train_to_the_bits_of_one(data: Path, tmp_path:
     assert [status for status, _, _ in begun] == [0, 0], begun
     assert begun[0][1].count("its folder") == 1 and not begun[1][1]
     assert not (tmp_path / "second").exists()
-    shared = ("--resume", "--steps", "6")
-    with nodes(words(data, first, *shared), words(copy, tmp_path / "third", *shared)) as ranks:
+    rest = ("--resume", "--steps", "6")
+    with nodes(words(data, first, *rest), words(copy, tmp_path / "third", *rest)) as ranks:
         gone_on = ends(ranks)
     assert [status for status, _, _ in gone_on] == [0, 0], gone_on
     assert "2 ranks (ddp)" in gone_on[0][2] and not (tmp_path / "third").exists()
@@ -168,22 +169,26 @@ def test_other_code_has_another_digest(tmp_path: Path, monkeypatch: pytest.Monke
     assert code_digest() != right
 
 
-def test_a_rank_that_fails_says_why_and_one_that_is_gone_is_named() -> None:
-    """Three ranks, of which one lives no more."""
+def test_a_rank_that_fails_says_why_and_one_that_is_gone_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three ranks, of which in the end one lives no more, then two."""
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=32)) for _ in range(3)]
         cards = [Card(host, own.getsockname()) for host, own in zip("abc", sockets, strict=True)]
         ports = [Ports(rank, own, cards, "token") for rank, own in enumerate(sockets)]
         own, lost = ValueError("a bad day"), RuntimeError("Connection closed by peer")
         with socket.create_connection(cards[0].address) as stranger:
-            stranger.sendall(b'["other", "words"]')
+            stranger.sendall(b'["other", 1, "words"]')
         assert ports[1].reason(own) is own
         assert str(ports[0].reason(lost)) == "rank 1 on b: ValueError: a bad day"
+        monkeypatch.setattr(hosts, "ANSWER_SECONDS", 0.2)
+        assert str(ports[0].reason(lost)).startswith(
+            "rank 1 on b; rank 2 on c does not answer, though the process lives"
+        )
+        assert str(ports[1].reason(lost)).startswith("rank 1 on b; rank 2 on c does not answer")  # as it has heard
         sockets[2].close()
-        assert [port.heard() for port in ports[:2]] == [None, None]
+        assert [port.heard() for port in ports[:2]] == [[(1, None)], []]
         gone = str(ports[1].reason(lost))
         assert gone.startswith("rank 2 on c is gone: killed")
         assert str(ports[0].reason(lost)) == gone
-        sockets[1].close()  # it has said why
-        sockets[0].settimeout(0)
+        sockets[1].close()
         assert str(ports[0].reason(lost)).startswith("rank 1 on b; rank 2 on c is gone")

@@ -324,10 +324,10 @@ def prepare_together(config: TrainConfig, world: World, *, check_statistics: boo
     assert job is not None
     if found is not None:
         return job
-    run, decoding = world.of_first(
-        lambda job=job: (_new_run(job).name, {name: getattr(job.tuning, name) for name in DECODING})
-    )
-    return replace(job, run=config.runs / run, tuning=replace(job.tuning, **decoding))
+    planned = job
+    made = world.of_first(lambda: [_new_run(planned).name, *(getattr(planned.tuning, name) for name in DECODING)])
+    decoding = dict(zip(DECODING, made[1:], strict=True))
+    return replace(job, run=config.runs / made[0], tuning=replace(job.tuning, **decoding))
 
 
 def _told(config: TrainConfig, job: Job | None, error: str | None) -> dict[str, Any]:

@@ -10,10 +10,11 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import secrets
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,8 +27,10 @@ from alexprep.train import signals_and_memory
 from alexprep.train.checkpoint import differences, some_of
 from alexprep.train.distributed.world import World
 
-ANSWER_SECONDS = 2.0  # for a host to answer that it lives; and for a rank that failed first to have said so
-MOST_WORDS = 50_000  # bytes of a reason
+ANSWER_SECONDS = 3.0  # for a host to answer that it lives; and for a rank that failed first to have said so
+MOST_WORDS = 5_000  # letters of a reason
+# What gloo, NCCL and torch's store say, always in a RuntimeError, where another rank has broken off or is waited for in vain.
+LOST = re.compile(r"gloo|nccl|connection|timeout|timed out|socket|broken pipe", re.IGNORECASE)
 # Parts of what ranks tell of themselves that must be alike, and what to do where they are not.
 ALIKE = {
     "versions": "install the same on every host",
@@ -116,43 +119,48 @@ class Ports:
         self.rank, self._own, self._cards, self._token = rank, own, cards, token
 
     def reason(self, error: Exception) -> Exception:
-        """What to raise where this rank fails with `error`: that, or what another one said before it ended, or which is gone."""
-        end = time.monotonic() + ANSWER_SECONDS
-        # A lost connection is a RuntimeError; whoever broke it may still be about to say why, or to be gone.
-        while isinstance(error, RuntimeError) and time.monotonic() < end:
-            if (words := self.heard()) is not None:
-                return AlexprepError(words)
-            if gone := self._gone():
-                self.tell(words := self._gone_words(gone))
-                return AlexprepError(self.heard() or words)
+        """What to raise where this rank fails with `error`: that; or, where it lost another, what that one said, or that it is gone or silent."""
+        if not (isinstance(error, RuntimeError) and LOST.search(str(error))):
+            told = error.as_made if isinstance(error, AlexprepError) else f"{type(error).__name__}: {error}"
+            self._tell(f"{self._who([self.rank])}: {told}")
+            return error
+        self._tell(None)
+        silent, end = set(range(len(self._cards))) - {self.rank}, time.monotonic() + ANSWER_SECONDS
+        while silent and time.monotonic() < end:
+            gone = self._with_each(lambda connection: None)
+            for rank, words in self.heard():
+                if words is not None:
+                    return AlexprepError(words)
+                silent.discard(rank)  # it has lost somebody too
+            if gone:
+                return self._lost(f"{self._who(gone)} is gone: killed, or the host does not answer")
             time.sleep(ANSWER_SECONDS / 20)
-        told = (
-            error.as_made if isinstance(error, AlexprepError) else f"{type(error).__name__}: {error}".partition("\n")[0]
-        )
-        self.tell(f"rank {self.rank} on {self._cards[self.rank].host}: {told}")
-        return error
+        if not silent:
+            return self._lost(f"the ranks lost each other ({error})")
+        return self._lost(f"{self._who(silent)} does not answer, though the process lives: stopped or stuck ({error})")
 
-    def tell(self, words: str) -> None:
-        """Leaves a reason in the ports of all others."""
-        data = json_bytes([self._token, words], indent=None)[:MOST_WORDS]
+    def _lost(self, words: str) -> AlexprepError:
+        words += ". To go on from the last checkpoint, start the same command on all hosts with --resume"
+        self._tell(words)
+        return AlexprepError(words)
+
+    def _tell(self, words: str | None) -> None:
+        """Leaves a reason in the ports of all others; None that this rank has lost somebody."""
+        data = json_bytes([self._token, self.rank, words and words[:MOST_WORDS]], indent=None)
         self._with_each(lambda connection: connection.sendall(data))
 
-    def heard(self) -> str | None:
-        """The first reason that another rank left here, if there is one."""
+    def heard(self) -> list[tuple[int, str | None]]:
+        """What others left here since the last call: their ranks and words."""
+        found: list[tuple[int, str | None]] = []
         self._own.settimeout(0)
         with contextlib.suppress(BlockingIOError):
             while True:
                 with self._own.accept()[0] as connection, contextlib.suppress(OSError, ValueError, TypeError):
                     connection.settimeout(ANSWER_SECONDS)
                     with connection.makefile("rb") as file:
-                        token, words = json.loads(file.read(MOST_WORDS))
-                    if token == self._token:
-                        return str(words)
-        return None
-
-    def _gone(self) -> list[int]:
-        """The ranks whose processes do not live."""
-        return self._with_each(lambda connection: None)
+                        token, rank, words = json.loads(file.read(8 * MOST_WORDS))
+                    found += [(rank, words)] if token == self._token else []
+        return found
 
     def _with_each(self, use: Callable[[socket.socket], None]) -> list[int]:
         """Connects with each other rank; gives those that cannot be reached."""
@@ -169,15 +177,11 @@ class Ports:
         with ThreadPoolExecutor(min(64, len(others) + 1)) as pool:
             return [rank for rank, lives in zip(others, pool.map(reached, others), strict=True) if not lives]
 
-    def _gone_words(self, gone: Sequence[int]) -> str:
+    def _who(self, ranks: Iterable[int]) -> str:
         by_host: dict[str, list[str]] = {}
-        for rank in gone:
+        for rank in sorted(ranks):
             by_host.setdefault(self._cards[rank].host, []).append(str(rank))
-        who = "; ".join(f"rank {', '.join(ranks)} on {host}" for host, ranks in by_host.items())
-        return (
-            f"{who} is gone: killed, or the host does not answer. To go on from the last checkpoint, start the same command on all hosts with "
-            "--resume"
-        )
+        return "; ".join(f"rank {', '.join(those)} on {host}" for host, those in by_host.items())
 
 
 def _listening(ranks: int) -> socket.socket:
