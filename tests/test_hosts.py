@@ -24,10 +24,11 @@ from torch import distributed as dist
 from alexprep.cli.main import cli
 from alexprep.shards import rgb_statistics
 from alexprep.shards.conversion import convert
+from alexprep.shards.errors import AlexprepError
 from alexprep.shards.image_codec import Target
 from alexprep.shards.plan import ShardOptions
 from alexprep.train import signals_and_memory
-from alexprep.train.distributed import hosts
+from alexprep.train.distributed import hosts, world
 from alexprep.train.distributed.hosts import Card, Ports, code_digest, refusal
 
 SECONDS = 150  # for each test
@@ -192,3 +193,23 @@ def test_a_rank_that_fails_says_why_and_one_that_is_gone_is_named(monkeypatch: p
         assert str(ports[0].reason(lost)) == gone
         sockets[1].close()
         assert str(ports[0].reason(lost)).startswith("rank 1 on b; rank 2 on c is gone")
+
+
+def test_a_rank_that_cannot_take_part_or_never_comes_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before there are groups: the store alone is there."""
+    store = dist.TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=SECONDS), False)  # type: ignore[attr-defined]
+    there = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    for name, value in {**there, "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(world, "START", timedelta(seconds=0.2))
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(AlexprepError, match="^rank 1 of 2 did not come within 0:00:00.2"):
+        world.from_environment("cpu")
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(AlexprepError, match="^backend nccl does not go with cpu"):
+        world.from_environment("cpu", "nccl")
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(AlexprepError, match=f"^rank 1 on {HERE}: backend nccl does not go with cpu"):
+        world.from_environment("cpu")
+    assert not dist.is_initialized()
+    del store

@@ -12,7 +12,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ray.train import RunConfig, ScalingConfig, report
+from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
 from alexprep.train import TrainConfig, from_environment, train
@@ -23,11 +23,14 @@ def train_as_rank(options: dict[str, Any]) -> None:
     world = from_environment(options["device"])
     places = {name: Path(options[name]) for name in ("data", "runs")}
     summary = train(TrainConfig(**{**options, **places}, ranks=world.size), world=world)
-    report({name: summary[name] for name in ("run", "steps", "val_top1_error", "weights_sha256")})
+    if world.leads:
+        print(
+            {name: summary[name] for name in ("run", "ranks", "steps", "val_top1_error")}
+        )  # Ray shows it where main runs
 
 
 def main() -> None:
-    """A training as `alexprep train` begins it, and its result."""
+    """A training as `alexprep train` begins it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("data", type=Path)
     parser.add_argument("--workers", type=int, default=2)
@@ -39,13 +42,12 @@ def main() -> None:
     options = parser.parse_args()
     chosen = {name: str(getattr(options, name).resolve()) for name in ("data", "runs")}
     chosen |= {"recipe": options.recipe, "steps": options.steps}
-    result = TorchTrainer(
+    TorchTrainer(
         train_as_rank,
         train_loop_config=chosen | {"device": "cuda" if options.gpus else "cpu", "scheme": "ddp"},
         scaling_config=ScalingConfig(num_workers=options.workers, use_gpu=options.gpus),
         run_config=RunConfig(storage_path=str(options.storage.resolve())),
     ).fit()
-    print(result.metrics)
 
 
 if __name__ == "__main__":
