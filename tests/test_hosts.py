@@ -203,10 +203,10 @@ def test_a_rank_that_cannot_take_part_or_never_comes_is_named(monkeypatch: pytes
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(world, "START", timedelta(seconds=0.2))
     monkeypatch.setenv("RANK", "0")
-    with pytest.raises(AlexprepError, match="^rank 1 of 2 did not come within 0:00:00.2"):
+    with pytest.raises(AlexprepError, match=r"^rank 1 of 2 did not come within 0:00:00.2"):
         world.from_environment("cpu")
     monkeypatch.setenv("RANK", "1")
-    with pytest.raises(AlexprepError, match="^backend nccl does not go with cpu"):
+    with pytest.raises(AlexprepError, match=r"^backend nccl does not go with cpu"):
         world.from_environment("cpu", "nccl")
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(AlexprepError, match=f"^rank 1 on {HERE}: backend nccl does not go with cpu"):
