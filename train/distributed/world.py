@@ -145,19 +145,25 @@ def from_environment(device: str | None = None, backend: str | None = None, time
             raise
         problem = error
     if owned:
-        store = _meet(rank, size, problem)
-        if chosen.type == "cuda":
-            torch.cuda.set_device(chosen)
-        dist.init_process_group(
-            backend,
-            store=store,
-            rank=rank,
-            world_size=size,
-            timeout=2 * limit
-            if backend == "nccl"
-            else limit,  # the control group's words come first: they name the cause
-            device_id=chosen if backend == "nccl" else None,
-        )
+        try:
+            store = _meet(rank, size, problem)
+            if chosen.type == "cuda":
+                torch.cuda.set_device(chosen)
+            dist.init_process_group(
+                backend,
+                store=store,
+                rank=rank,
+                world_size=size,
+                timeout=2 * limit
+                if backend == "nccl"
+                else limit,  # the control group's words come first: they name the cause
+                device_id=chosen if backend == "nccl" else None,
+            )
+        except RuntimeError as error:
+            words, where = str(error).partition("\n")[0], "{MASTER_ADDR}:{MASTER_PORT}".format(**os.environ)
+            raise AlexprepError(
+                f"rank {rank} cannot join the others at {where} ({words}): see what became of them"
+            ) from error
     group = dist.group.WORLD
     control = dist.new_group(backend="gloo", timeout=limit) if backend == "nccl" or not owned else group
     staged = backend == "gloo" and chosen.type == "cuda"
@@ -182,35 +188,26 @@ def _chosen(device: str | None, backend: str | None, size: int) -> tuple[torch.d
 
 def _meet(rank: int, size: int, problem: AlexprepError | None) -> Any:
     """The store of the job, when all ranks have come to it; raises the `problem` with which this one comes, or another's, which ends all."""
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    try:
-        if STORE in os.environ:
-            store = dist.TCPStore(address, port, None, False, START)  # type: ignore[attr-defined]
-        else:
-            store, _, _ = next(dist.rendezvous("env://", timeout=START))  # type: ignore[attr-defined]
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun may start ranks again
-        ours, waiting = dist.PrefixStore(f"alexprep/{attempt}", store), set(range(size))  # type: ignore[attr-defined]
-        card = {"host": socket.gethostname(), "problem": problem and problem.as_made}
-        ours.set(f"started/{rank}", json.dumps(card))
-        if problem is not None:
-            raise problem
-        end = time.monotonic() + START.total_seconds()
-        while waiting:
-            for other in [each for each in waiting if ours.check([f"started/{each}"])]:
-                waiting.remove(other)
-                if (card := json.loads(ours.get(f"started/{other}")))["problem"] is not None:
-                    raise AlexprepError(f"rank {other} on {card['host']}: {card['problem']}")
-            if waiting and time.monotonic() > end:
-                late = ", ".join(map(str, sorted(waiting)))
-                raise AlexprepError(
-                    f"rank {late} of {size} did not come within {START}: see on its host what became of it"
-                )
-            time.sleep(POLL_SECONDS if waiting else 0)
-    except RuntimeError as error:
-        words = str(error).partition("\n")[0]
-        raise AlexprepError(
-            f"rank {rank} cannot reach the others at {address}:{port} ({words}): see what became of rank 0"
-        ) from None
+    if STORE in os.environ:
+        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), None, False, START)  # type: ignore[attr-defined]
+    else:
+        store, _, _ = next(dist.rendezvous("env://", timeout=START))  # type: ignore[attr-defined]
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun may start ranks again
+    ours, waiting = dist.PrefixStore(f"alexprep/{attempt}", store), set(range(size))  # type: ignore[attr-defined]
+    card = {"host": socket.gethostname(), "problem": problem and problem.as_made}
+    ours.set(f"started/{rank}", json.dumps(card))
+    if problem is not None:
+        raise problem
+    end = time.monotonic() + START.total_seconds()
+    while waiting:
+        for other in [each for each in waiting if ours.check([f"started/{each}"])]:
+            waiting.remove(other)
+            if (card := json.loads(ours.get(f"started/{other}")))["problem"] is not None:
+                raise AlexprepError(f"rank {other} on {card['host']}: {card['problem']}")
+        if waiting and time.monotonic() > end:
+            late = ", ".join(map(str, sorted(waiting)))
+            raise AlexprepError(f"rank {late} of {size} did not come within {START}: see on its host what became of it")
+        time.sleep(POLL_SECONDS if waiting else 0)
     return store
 
 
