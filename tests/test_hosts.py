@@ -183,7 +183,7 @@ def test_a_rank_that_fails_says_why_and_one_that_is_gone_is_named(monkeypatch: p
         assert str(ports[0].reason(lost)) == "rank 1 on b: ValueError: a bad day"
         monkeypatch.setattr(hosts, "ANSWER_SECONDS", 0.2)
         assert str(ports[0].reason(lost)).startswith(
-            "rank 1 on b; rank 2 on c does not answer, though the process lives"
+            "rank 1 on b; rank 2 on c does not answer: stopped, stuck or cut off (Connection"
         )
         assert str(ports[1].reason(lost)).startswith("rank 1 on b; rank 2 on c does not answer")  # as it has heard
         sockets[2].close()
@@ -191,7 +191,9 @@ def test_a_rank_that_fails_says_why_and_one_that_is_gone_is_named(monkeypatch: p
         gone = str(ports[1].reason(lost))
         assert gone.startswith("rank 2 on c is gone: killed")
         assert str(ports[0].reason(lost)) == gone
+        late = Ports(0, sockets[0], cards, "token")  # of which rank 2 was never reached, by a firewall say
         sockets[1].close()
+        assert str(late.reason(lost)).startswith("rank 1 on b is gone")
         assert str(ports[0].reason(lost)).startswith("rank 1 on b; rank 2 on c is gone")
 
 
@@ -213,3 +215,11 @@ def test_a_rank_that_cannot_take_part_or_never_comes_is_named(monkeypatch: pytes
         world.from_environment("cpu")
     assert not dist.is_initialized()
     del store
+
+
+def test_where_a_rank_listens() -> None:
+    """On the loopback where all are on one machine. The first host's own name may be one of the loopback there, and not elsewhere."""
+    assert hosts._own_address("127.0.0.1") is hosts._own_address("localhost") is None
+    assert hosts._listening_at(None, [None, None]) == "localhost"
+    assert hosts._listening_at(None, [None, "10.0.0.2"]) == ""
+    assert hosts._listening_at("10.0.0.2", [None, "10.0.0.2"]) == "10.0.0.2"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import ipaddress
 import json
 import os
 import re
@@ -29,6 +30,7 @@ from alexprep.train.distributed.world import World
 
 ANSWER_SECONDS = 3.0  # for a host to answer that it lives; and for a rank that failed first to have said so
 MOST_WORDS = 5_000  # letters of a reason
+BACKLOG = 16  # connections that a port keeps for each rank: at the beginning one, at the end a few
 # What gloo, NCCL and torch's store say, always in a RuntimeError, where another rank has broken off or is waited for in vain.
 LOST = re.compile(r"gloo|nccl|connection|timeout|timed out|socket|broken pipe", re.IGNORECASE)
 # Parts of what ranks tell of themselves that must be alike, and what to do where they are not.
@@ -90,14 +92,40 @@ def failures_shared(world: World) -> Iterator[None]:
     Raises:
         AlexprepError: another rank failed, or is gone.
     """
-    with _listening(world.size) as port:
+    master = os.environ["MASTER_ADDR"]
+    address = _own_address(master)
+    elsewhere = world.gather(address)
+    with socket.create_server(
+        (_listening_at(address, elsewhere), 0), family=_family(master), backlog=BACKLOG * world.size
+    ) as own:
         token = world.of_first(lambda: secrets.token_hex(16))
-        cards = world.gather({"host": socket.gethostname(), "address": port.getsockname()[:2]})
-        ports = Ports(world.rank, port, [Card(card["host"], tuple(card["address"])) for card in cards], token)
+        cards = world.gather([socket.gethostname(), address, own.getsockname()[1]])
+        places = [Card(host, (reached or master, port)) for host, reached, port in cards]
+        ports = Ports(world.rank, own, places, token)
         try:
             yield
         except Exception as error:
             raise ports.reason(error) from error
+
+
+def _family(master: str) -> socket.AddressFamily:
+    return socket.getaddrinfo(master, 1, type=socket.SOCK_DGRAM)[0][0]
+
+
+def _own_address(master: str) -> str | None:
+    """The address by which this host reaches the first one; None for the first itself, which others know by that name."""
+    family, kind, _, _, place = socket.getaddrinfo(master, 1, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as probe:
+        probe.connect(place)  # of UDP: chooses an address, and sends nothing
+        address = str(probe.getsockname()[0])
+    return None if ipaddress.ip_address(address.partition("%")[0]).is_loopback else address
+
+
+def _listening_at(own: str | None, all_addresses: Sequence[str | None]) -> str:
+    """Where a rank listens: on the loopback alone where all are on one machine; a name's own machine may know it by the loopback only."""
+    if not any(all_addresses):
+        return "localhost"
+    return own or ""
 
 
 class Card(NamedTuple):
@@ -117,6 +145,7 @@ class Ports:
     def __init__(self, rank: int, own: socket.socket, cards: Sequence[Card], token: str) -> None:
         """`own` listens; `token` is the job's, so that no stranger's words are taken for a rank's."""
         self.rank, self._own, self._cards, self._token = rank, own, cards, token
+        self._never = set(self._with_each(lambda connection: None))  # reached: no sign that they are gone
 
     def reason(self, error: Exception) -> Exception:
         """What to raise where this rank fails with `error`: that; or, where it lost another, what that one said, or that it is gone or silent."""
@@ -127,7 +156,7 @@ class Ports:
         self._tell(None)
         silent, end = set(range(len(self._cards))) - {self.rank}, time.monotonic() + ANSWER_SECONDS
         while silent and time.monotonic() < end:
-            gone = self._with_each(lambda connection: None)
+            gone = set(self._with_each(lambda connection: None)) - self._never
             for rank, words in self.heard():
                 if words is not None:
                     return AlexprepError(words)
@@ -137,7 +166,7 @@ class Ports:
             time.sleep(ANSWER_SECONDS / 20)
         if not silent:
             return self._lost(f"the ranks lost each other ({error})")
-        return self._lost(f"{self._who(silent)} does not answer, though the process lives: stopped or stuck ({error})")
+        return self._lost(f"{self._who(silent)} does not answer: stopped, stuck or cut off ({error})")
 
     def _lost(self, words: str) -> AlexprepError:
         words += ". To go on from the last checkpoint, start the same command on all hosts with --resume"
@@ -182,13 +211,3 @@ class Ports:
         for rank in sorted(ranks):
             by_host.setdefault(self._cards[rank].host, []).append(str(rank))
         return "; ".join(f"rank {', '.join(those)} on {host}" for host, those in by_host.items())
-
-
-def _listening(ranks: int) -> socket.socket:
-    """A port of the address by which this host reaches the others: of the loopback, where all are here."""
-    master = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    family, kind, _, _, place = socket.getaddrinfo(*master, type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family, kind) as probe:
-        probe.connect(place)  # of UDP: chooses an address, and sends nothing
-        address = probe.getsockname()[0]
-    return socket.create_server((address, 0), family=family, backlog=4 * ranks + 16)  # all others twice, and more
