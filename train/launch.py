@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import faulthandler
@@ -102,8 +103,12 @@ def train_rank(world: World, options: Mapping[str, Any]) -> dict[str, Any]:
 def _train_as_rank(config: TrainConfig) -> dict[str, Any]:
     """torchrun's way: one of ranks that somebody else started, on one host or several."""
     world = from_environment(config.device, timeout=config.rank_seconds)
-    with failures_shared(world):
-        summary = train(replace(config, ranks=world.size), world=world)
+    try:
+        with failures_shared(world):
+            summary = train(replace(config, ranks=world.size), world=world)
+    except Exception:
+        atexit.register(_leave, 1)  # when the reason has been said
+        raise
     world.close()  # only after a good end: else others may still wait in the groups, and closing would wait with them
     return summary
 
