@@ -71,7 +71,7 @@ FLOORS = [
     ("field_values", "lazy_module", "signals_and_memory", "distributed.world"),
     ("distributed.tensor_parallel", "lr_schedule", "optimizer", "precision", "checkpoint", "models", "losses"),
     ("model_libraries", "layer_file_lines", "layer_files", "user_code", "metrics", "data"),
-    ("logger", "profiler", "recipes", "settings", "distributed.parallel"),
+    ("logger", "profiler", "recipes", "settings", "distributed.parallel", "distributed.hosts"),
     ("run_dir", "run_writer", "initial_weights", "config"),
     ("training_state",),
     ("nonfinite",),
