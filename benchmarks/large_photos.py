@@ -38,14 +38,15 @@ def main() -> None:
 
 
 def enlarge(source: Path, out: Path | None, count: int) -> list[bytes]:
-    """Of the largest files below `source`, large photos; in a class folder of `out` too, where that is given."""
+    """Of the largest files below `source`, large photos; in two class folders of `out` too, where that is given."""
     files = [path for path in source.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg")]
     chosen = sorted(files, key=lambda path: (path.stat().st_size, path))[-count:]
     photos = [enlarged(path) for path in chosen]
-    for path, data in zip(chosen, photos, strict=True):
+    for number, (path, data) in enumerate(zip(chosen, photos, strict=True)):
         if out is not None:
-            (out / "photos").mkdir(parents=True, exist_ok=True)
-            (out / "photos" / f"{path.stem}.jpg").write_bytes(data)
+            folder = out / f"class{number % 2}"
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"{path.stem}.jpg").write_bytes(data)
     return photos
 
 

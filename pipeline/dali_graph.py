@@ -99,8 +99,10 @@ class Graph:
         """Whether all behind the decoding is `alexprep.pipeline.normalisation`'s: on a CPU, where there is nothing between resize and mean."""
         random = self.views == "random"
         more = self.resamples or self.views in REFLECTED or (random and (self._more_names or self.augmentation.hooks))
-        wanted = self.device == "cpu" and self.dtype != "uint8" and any(self._view)
-        return wanted and not more and normalisation.available()
+        # Bytes that are kept are the same in every type; DALI's resize, in the rare value, is not this one's.
+        other = self.dtype == "uint8" or (self.augmentation.keeps_bytes and self.augmentation.scale is not None)
+        wanted = self.device == "cpu" and any(self._view) and not (more or other)
+        return wanted and normalisation.available()
 
     def normaliser(self) -> normalisation.Normaliser | None:
         """What makes views of the windows that `normalises`; to be closed."""

@@ -575,7 +575,7 @@ class PipelineRunner:
             (output,) = self._pipeline.outputs()
             if self._normaliser is not None:
                 windows = [np.asarray(output[n]) for n in range(len(output))]
-                images = self._normaliser(windows, step.read_in_place)
+                images = torch.from_numpy(self._normaliser(windows, step.read_in_place))
             else:  # without a copy: DALI's own buffer, which is ours until the tensor is gone
                 images = torch.utils.dlpack.from_dlpack(output.as_tensor())
         step.read_in_place = None

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from alexprep.shards import resample
@@ -43,9 +42,9 @@ class Normaliser:
         self._planar = memory_format == "NCHW"
         self._pool = ThreadPoolExecutor(threads) if threads > 1 else None
         self._threads = threads
-        self._spare: list[NDArray[np.uint8]] = []
+        self._spare: list[Any] = []
 
-    def __call__(self, windows: Sequence[NDArray[np.uint8]], inputs: Mapping[str, Any]) -> torch.Tensor:
+    def __call__(self, windows: Sequence[NDArray[np.uint8]], inputs: Mapping[str, Any]) -> NDArray[Any]:
         """(N, 3, H, W) for "NCHW", otherwise (N, H, W, 3), of windows, uint8 (rows, columns, 3), and their `INPUTS`."""
         count, (height, width) = len(windows), self._size
         made = self._array((count, 3, height, width) if self._planar else (count, height, width, 3))
@@ -59,7 +58,7 @@ class Normaliser:
         parts = np.array_split(np.arange(count), min(count, self._threads))
         make = functools.partial(self._make, windows, views, made)
         list(self._pool.map(make, parts) if self._pool else map(make, parts))
-        return torch.from_numpy(made)
+        return made
 
     def close(self) -> None:
         """Ends its threads."""
@@ -79,6 +78,7 @@ class Normaliser:
             if self._resized:
                 down, along = _taps(pixels.shape[0], height, _MIDDLE), _taps(pixels.shape[1], width, 1 / _MIDDLE)
                 pixels = resize(down, along, pixels)
+            assert pixels.shape == (height, width, 3) and pixels.strides[1:] == (3, 1)
             views[n]["pixels"], views[n]["stride"] = pixels.ctypes.data, pixels.strides[0]
             run(views[n : n + 1], height, width, self._planar, room, made[n])
 
@@ -86,13 +86,14 @@ class Normaliser:
         """Memory for a batch, of arbitrary content; it comes back here when nothing refers to it any more."""
         size = int(np.prod(shape)) * self._dtype.itemsize
         fit = next((n for n, held in enumerate(self._spare) if len(held) >= size), None)
-        buffer = np.empty(size, np.uint8) if fit is None else self._spare.pop(fit)
+        # Not of numpy: parts of the array would then refer to the buffer, and not to the array.
+        buffer: Any = (ctypes.c_uint8 * size)() if fit is None else self._spare.pop(fit)
         array: NDArray[Any] = np.ndarray(shape, self._dtype, buffer)
         weakref.finalize(array, _give_back, self._spare, buffer).atexit = False
         return array
 
 
-def _give_back(spare: list[NDArray[np.uint8]], buffer: NDArray[np.uint8]) -> None:
+def _give_back(spare: list[Any], buffer: Any) -> None:
     spare.append(buffer)
     del spare[:-_SPARE]
 

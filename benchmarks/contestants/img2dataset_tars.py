@@ -26,7 +26,7 @@ def prepare(**form: Any) -> None:
 
 def pixels(paths: list[str], source: str, target: str) -> None:
     """Writes what would be encoded, as PATH.npy."""
-    import cv2
+    import cv2  # type: ignore[import-not-found]
     import numpy as np
 
     prepare(encode_format="png", encode_quality=1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -51,7 +52,7 @@ def tar_reader(data: Path, device: str, resized: bool = False) -> list[Any]:
     return [fn.crop_mirror_normalize(image, mirror=fn.random.coin_flip(), mean=mean, **form), label]
 
 
-VARIANTS = {
+VARIANTS: dict[str, tuple[Callable[[Path, str], list[Any]], str]] = {
     "decode": (decode_alone, "centre crop decoded from memory, nothing else; uint8, no order"),
     "dali": (
         tar_reader,
@@ -59,8 +60,7 @@ VARIANTS = {
     ),
     "dali-resized": (
         functools.partial(tar_reader, resized=True),
-        "DALI's reader of tars: window of 8 to 100 % decoded, resized (linear, antialiased), mirror, means, deviations; float32; "
-        "shuffled in a buffer of 1,024",
+        "DALI's reader of tars: window of 8 to 100 % decoded, resized, mirror, means, deviations; float32; shuffled in a buffer of 1,024",
     ),
 }
 

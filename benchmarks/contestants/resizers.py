@@ -50,7 +50,7 @@ def pillow_bytes(image: Any) -> bytes:
 
 
 def _cut(pixels: Pixels) -> Pixels:
-    import cv2
+    import cv2  # type: ignore[import-not-found]
 
     height, width = pixels.shape[:2]
     size = scaled(width, height)
@@ -71,7 +71,7 @@ def opencv_bytes(pixels: Pixels) -> bytes:
     """BGR as a JPEG."""
     import cv2
 
-    return cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, QUALITY])[1].tobytes()
+    return bytes(cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, QUALITY])[1])
 
 
 def by_simplejpeg(data: bytes) -> Pixels:
@@ -135,8 +135,8 @@ def main(source: str, target: str, processes: str, variant: str) -> None:
     one_thread()
     if processes == "0":
         pixels, _, plain = VARIANTS[variant]
-        for path, place, _ in jobs:
-            np.save(f"{place}.npy", plain(pixels(Path(path).read_bytes())))
+        for photo, made, _ in jobs:
+            np.save(f"{made}.npy", plain(pixels(Path(photo).read_bytes())))
     elif processes == "1":
         for job in jobs:
             convert(job)
