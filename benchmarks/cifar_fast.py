@@ -99,7 +99,7 @@ def plain(data: Path, cpu_seconds: float, seed: int, half: bool) -> dict[str, An
 def alexprep(data: Path, runs: Path, seed: int, precision: str) -> dict[str, Any]:
     """The two commands."""
     command = [sys.executable, "-m", "alexprep.cli"]
-    given = ["--data", str(data), "--runs", str(runs), "--precision", precision]
+    given = ["--data", str(data), "--runs", str(runs), "--precision", precision, "--device", "cpu"]
     name = f"seed{seed}"
     trained = said(
         [*command, "train", "--recipe", "cifar10-fast", "--seed", str(seed), "--name", name, *given, "--json"]

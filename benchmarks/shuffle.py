@@ -15,7 +15,7 @@ from common import command_line, report
 from numpy.typing import NDArray
 from nvidia.dali import Pipeline, fn
 
-from alexprep.pipeline.sampler import block_order, epoch_order, shuffle_quality
+from alexprep.pipeline.sampler import STREAMS, block_order, epoch_order, shuffle_quality, stream_order
 
 SHARD_SAMPLES, BATCH = 1000, 1000
 
@@ -32,6 +32,9 @@ def main() -> None:
     for block_shards in (4, 16, 64):
         order = block_order(0, 0, shards, block_shards)
         figures[f"alexprep, order blocks, {block_shards} shards"] = shuffle_quality(order)
+    for block_shards in (16, 32, 64):
+        order = stream_order(0, 0, shards, 256, STREAMS, block_shards).row_N
+        figures[f"alexprep, order streams, {STREAMS} of them, {block_shards} shards"] = shuffle_quality(order)
     figures["alexprep, order sequential"] = shuffle_quality(np.arange(samples))
     with tempfile.TemporaryDirectory() as folder:
         tars = _write(Path(folder), arguments.shards)

@@ -47,8 +47,8 @@ SYNONYMS = ("optimizer", "label_smoothing", "clip", "accumulate", "average")
 )
 @click.option(
     "--order",
-    type=click.Choice(["shuffle", "blocks", "sequential"]),
-    help="Of the training images: all shuffled, in blocks of shards, as stored.  [default: shuffle; blocks of a store]",
+    type=click.Choice(["shuffle", "blocks", "streams", "sequential"]),
+    help="Of the training images: all shuffled, in blocks of shards, in streams of them, as stored.  [default: shuffle; streams of a store]",
 )
 @on_bad_option
 @click.option(

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from alexprep.pipeline.loader_settings import Tuning, tuning_for
     from alexprep.pipeline.mixing import Mixing
     from alexprep.pipeline.policies import RandAugment, TrivialAugment
-    from alexprep.pipeline.sampler import block_order, epoch_order, shuffle_quality
+    from alexprep.pipeline.sampler import block_order, epoch_order, shuffle_quality, stream_order
     from alexprep.pipeline.wds_pipeline import webdataset_pipeline
 
 __all__ = [
@@ -65,6 +65,7 @@ __all__ = [
     "resize",
     "resize_square",
     "shuffle_quality",
+    "stream_order",
     "subtract_mean_window",
     "to_tensor",
     "tuning_for",
@@ -92,7 +93,7 @@ _HOMES = {
     "loader_settings": ("Tuning", "tuning_for"),
     "mixing": ("Mixing",),
     "policies": ("RandAugment", "TrivialAugment"),
-    "sampler": ("block_order", "epoch_order", "shuffle_quality"),
+    "sampler": ("block_order", "epoch_order", "shuffle_quality", "stream_order"),
     "wds_pipeline": ("webdataset_pipeline",),
 }
 

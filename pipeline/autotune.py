@@ -91,7 +91,7 @@ def tune(
             data,
             batch_size=batch_size,
             augmentation=chosen,
-            order="blocks" if dataset.samples.remote else "shuffle",
+            order="streams" if dataset.samples.remote else "shuffle",
             device=device,
             memory_format="channels_last" if on_cpu else "NCHW",
             on_bad="skip",

@@ -33,7 +33,7 @@ from alexprep.pipeline.device import choose_device, moved
 from alexprep.pipeline.loader_settings import Tuning
 from alexprep.pipeline.read_ahead import ReadAhead
 from alexprep.pipeline.resampling import finished
-from alexprep.pipeline.sampler import BLOCK_SHARDS, Order, StepPlan
+from alexprep.pipeline.sampler import BLOCK_SHARDS, STREAMS, Order, StepPlan
 from alexprep.shards.errors import AlexprepError, counted, one_of, whole_number
 from alexprep.shards.image_codec import HeaderCheck, raw_header
 from alexprep.shards.rgb_statistics import Statistics
@@ -73,6 +73,7 @@ class Loader(torch.utils.data.IterableDataset[Batch]):
         views: Views = "random",
         order: Order = "shuffle",
         block_shards: int = BLOCK_SHARDS,
+        streams: int = STREAMS,
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
@@ -97,9 +98,12 @@ class Loader(torch.utils.data.IterableDataset[Batch]):
             augmentation: what is done to the images, or the name of a preset: "paper", "2012-code", "resized", "none".
             views: "random" draws crop, mirror, noise and all else; "centre" gives the centre crop, "two" that and its reflection,
                 "ten" the paper's ten test views, all without chance.
-            order: "shuffle", a new global permutation each epoch; "blocks", for slow disks and remote stores, permutes the shards
-                and then the samples of `block_shards` shards at a time; "sequential", as stored.
+            order: "shuffle", a new global permutation each epoch; "blocks", for slow disks, permutes the shards and then the samples of
+                `block_shards` shards at a time; "streams", for stores, does so in `streams` parts of the shards, so that ranks read
+                different shards (see `stream_order`); "sequential", as stored.
             block_shards: see `order`.
+            streams: likewise; where `world_size` divides it, each shard is read by one rank, but where the split has few of them. A rank's part of
+                a step is then as long as its streams: see docs/pipelines.md.
             seed: of orders and random parameters.
             rank: of this process, in [0, world_size).
             world_size: how many processes share each step.
@@ -133,13 +137,14 @@ class Loader(torch.utils.data.IterableDataset[Batch]):
             *(dataset.samples.index["shard"], batch_size, order, block_shards, seed, rank, world_size),
             drop_last=drop_last,
             together=2 if self._mixes else 1,
+            streams=streams,
         )
         self._most_together = self._steps_together(augmentation.view or dataset.size, views)
         self._one_by_one = False  # since an image could not be decoded: the steps before it are delivered first
         # Batches that were made with others, and how many samples each lacks.
         self._ready: deque[tuple[Batch, int]] = deque()
         if dataset.samples.remote and order == "shuffle":
-            raise AlexprepError(f"{data} is remote, where single images are slow to read: use order='blocks'")
+            raise AlexprepError(f"{data} is remote, where single images are slow to read: use order='streams'")
         if dataset.samples.remote and cache is not None:
             dataset.samples.cache = ShardCache(cache, cache_limit)
         held = self._plan.open_shards(_READ_AHEAD + (tuning.prefetch + 1) * self._most_together)
@@ -171,8 +176,11 @@ class Loader(torch.utils.data.IterableDataset[Batch]):
         self.skipped = 0
         self.epoch = self.step = 0
         self._runner: PipelineRunner | None = None
-        order_words = f"blocks of {self._plan.block_shards} shards" if order == "blocks" else order
-        self._stream = zlib.crc32(f"{self.digest} {split} {order_words}".encode())
+        words = {
+            "blocks": f"blocks of {self._plan.block_shards} shards",
+            "streams": f"{self._plan.streams} streams, blocks of {self._plan.block_shards} shards",
+        }
+        self._stream = zlib.crc32(f"{self.digest} {split} {words.get(order, order)}".encode())
         self._upcoming = (0, 0)  # the step that the runner is handed next
         self._loaded = False  # a state, since the last loop began
         self._closed = False

@@ -15,7 +15,7 @@ class ReadAhead:
     """Keeps the shards of the coming steps on their way, as many as may be held in memory.
 
     Those of the step that is reached come first, then those of the steps behind it, until `held` shards are wanted; a shard is let go when no
-    step in sight needs it. In the order "blocks" the next block is fetched while one is read.
+    step in sight needs it. In the orders "blocks" and "streams" the next blocks are fetched while some are read.
     """
 
     def __init__(self, samples: TarSamples, plan: StepPlan, held: int, *, onwards: bool) -> None:

@@ -6,10 +6,11 @@ drawn in `alexprep.pipeline.augmentation`.
 
 from __future__ import annotations
 
+import itertools
 import os
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,19 +18,32 @@ from numpy.typing import NDArray
 from alexprep.shards.errors import AlexprepError, one_of, whole_number
 from alexprep.shards.plan import permutation
 
-Order = Literal["shuffle", "blocks", "sequential"]
-BLOCK_SHARDS = 16  # of a block, unless told otherwise
+Order = Literal["shuffle", "blocks", "streams", "sequential"]
+BLOCK_SHARDS = 16  # that are mixed at a time, unless told otherwise
+STREAMS = 8  # likewise: as many as a host has GPUs
+_UNEVEN = 4  # a cut between streams moves to the nearest end of a shard that is no further than the mean stream divided by this
 _WORTH_A_THREAD = 2**15  # samples, whose order takes some milliseconds
 
 # Tell these uses of the seed from others (the shuffle before sharding has no such word in its key).
 _ORDER, _BLOCKS = 0x6F72_6465, 0x626C_6F63
 
 
+class Epoch(NamedTuple):
+    """The rows of an epoch in the order in which they are seen, int64 (samples,), and the stream that each is from, uint16 (samples,).
+
+    Within a step the streams follow one another.
+    """
+
+    row_N: NDArray[np.int64]
+    stream_N: NDArray[np.uint16]
+
+
 @dataclass
 class StepPlan:
     """The steps of all epochs, for a `Loader` with these arguments.
 
-    Step s of an epoch is the slice [s * batch_size, (s + 1) * batch_size) of the epoch's order, and a rank takes its part of it.
+    Step s of an epoch is the slice [s * batch_size, (s + 1) * batch_size) of the epoch's order, and a rank takes its part of it: contiguous,
+    of as many streams as other ranks. Where there is but one stream, that is as many rows, or one more.
     """
 
     shards_N: NDArray[np.integer]  # the shard in which each row lies, ascending
@@ -41,12 +55,14 @@ class StepPlan:
     world_size: int
     drop_last: bool = False  # whether an epoch's last step is left out where it is smaller
     together: int = 1  # neighbours of a step that come to one rank: 2 where pairs are mixed
+    streams: int = STREAMS  # of the order "streams"
 
     def __post_init__(self) -> None:
         """Refuses values out of bounds, with AlexprepError."""
         for name, low, high in (
             ("batch_size", 1, 2**31 - 1),
             ("block_shards", 1, 2**31 - 1),
+            ("streams", 1, 2**16 - 1),
             ("world_size", 1, 2**31 - 1),
             ("seed", 0, 2**63 - 1),
         ):
@@ -59,8 +75,9 @@ class StepPlan:
             raise AlexprepError(
                 f"with drop_last, {len(self.shards_N)} samples make no step of batch_size {self.batch_size}: make it smaller"
             )
-        self._kept: dict[int, NDArray[np.int64]] = {}
-        self._coming: tuple[int, Future[NDArray[np.int64]]] | None = None  # the next epoch, and its order
+        self.streams = self.streams if self.order == "streams" else 1
+        self._kept: dict[int, Epoch] = {}
+        self._coming: tuple[int, Future[Epoch]] | None = None  # the next epoch, and its order
         self._process = os.getpid()
 
     def __len__(self) -> int:
@@ -70,31 +87,44 @@ class StepPlan:
     def open_shards(self, steps: int) -> int:
         """How many shards `steps` steps in a row are read from, where these are not all: whole blocks, or a few shards in turn."""
         shards = -(-steps * self.batch_size * (int(self.shards_N[-1]) + 1) // max(1, len(self.shards_N)))
-        if self.order != "blocks":
+        if self.order not in ("blocks", "streams"):
             return shards + 2
-        return self.block_shards * (-(-shards // self.block_shards) + 1) + 1
+        block, own = _block(self.block_shards, self.streams), -(-shards // self.streams)
+        read = -(-(self.rank + 1) * self.streams // self.world_size) - self.rank * self.streams // self.world_size
+        return read * (block * (-(-own // block) + 1) + 1)
 
     @property
     def largest_part(self) -> int:
-        """The most samples that a rank gets in one step."""
-        return self.together * -(-self.batch_size // (self.together * self.world_size))
+        """No rank gets more samples in one step."""
+        even = self.together * -(-self.batch_size // (self.together * self.world_size))
+        if self.streams == 1:
+            return even
+        # No stream is longer than the mean by more than two of `_UNEVEN` parts. Of each a step may have two rows, or a pair, more than its share.
+        longer = -(-self.batch_size * (_UNEVEN + 2) // (_UNEVEN * self.world_size))
+        return min(self.batch_size, longer + 5 * -(-self.streams // self.world_size) + 6)
 
     def part(self, epoch: int, step: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """The rows that this rank gets in one step, and their places in the epoch's order: int64 (N,) each."""
-        first = step * self.batch_size
-        last = min(first + self.batch_size, len(self.shards_N))
-        first, last = rank_part(first, last, self.rank, self.world_size, self.together)
-        order = self._epoch(epoch)
+        rows, streams = self._epoch(epoch)
+        start = step * self.batch_size
+        streams = streams[start : start + self.batch_size]
+        first, last = (start + self._begin(streams, rank) for rank in (self.rank, self.rank + 1))
         if 2 * step >= len(self):
             self._make_ahead(epoch + 1)
-        return order[first:last], np.arange(first, last)
+        return rows[first:last], np.arange(first, last)
+
+    def _begin(self, stream_B: NDArray[np.uint16], rank: int) -> int:
+        """Where the part of a rank begins in a step of rows from these streams; of a stream that ranks share, in the same place of it."""
+        stream, share = divmod(rank * self.streams, self.world_size)
+        first, last = (-(-int(at) // self.together) for at in np.searchsorted(stream_B, (stream, stream + 1)))
+        return min(self.together * (first + (last - first) * share // self.world_size), len(stream_B))
 
     def after(self, epoch: int, step: int) -> tuple[int, int]:
         """The epoch and step that follow."""
         return (epoch, step + 1) if step + 1 < len(self) else (epoch + 1, 0)
 
-    def _epoch(self, epoch: int) -> NDArray[np.int64]:
-        """The epoch's order: int64 (samples,). The two asked for last are kept: one is read while the next begins to be fetched."""
+    def _epoch(self, epoch: int) -> Epoch:
+        """The epoch's order. The two asked for last are kept: one is read while the next begins to be fetched."""
         if epoch not in self._kept:
             ahead = self._coming if self._process == os.getpid() else None  # a thread does not survive a fork
             made = ahead[1].result() if ahead is not None and ahead[0] == epoch else self._made(epoch)
@@ -113,28 +143,27 @@ class StepPlan:
             self._coming, self._process = (epoch, thread.submit(self._made, epoch)), os.getpid()
             thread.shutdown(wait=False)
 
-    def _made(self, epoch: int) -> NDArray[np.int64]:
-        if self.order == "shuffle":
-            return epoch_order(self.seed, epoch, len(self.shards_N))
+    def _made(self, epoch: int) -> Epoch:
+        if self.order == "streams":
+            return stream_order(self.seed, epoch, self.shards_N, self.batch_size, self.streams, self.block_shards)
         if self.order == "blocks":
-            return block_order(self.seed, epoch, self.shards_N, self.block_shards)
-        return np.arange(len(self.shards_N))
+            rows = block_order(self.seed, epoch, self.shards_N, self.block_shards)
+        elif self.order == "shuffle":
+            rows = epoch_order(self.seed, epoch, len(self.shards_N))
+        else:
+            rows = np.arange(len(self.shards_N))
+        return Epoch(rows, np.zeros(len(rows), np.uint16))
 
 
-def rank_part(first: int, last: int, rank: int, world_size: int, together: int = 1) -> tuple[int, int]:
+def rank_part(first: int, last: int, rank: int, world_size: int) -> tuple[int, int]:
     """The part of the half-open range [first, last) that a rank takes: contiguous, sizes differing by one at most.
 
-    Ranks in order give back the range, whatever `world_size` is. So many neighbours, counted from `first`, stay `together`; sizes then differ by
-    as many.
+    Ranks in order give back the range, whatever `world_size` is.
 
     >>> [rank_part(0, 7, rank, 3) for rank in range(3)]
     [(0, 2), (2, 4), (4, 7)]
-    >>> [rank_part(0, 9, rank, 2, together=2) for rank in range(2)]
-    [(0, 4), (4, 9)]
     """
-    count = -(-(last - first) // together)
-    bounds = (together * (which * count // world_size) for which in (rank, rank + 1))
-    start, end = (min(first + bound, last) for bound in bounds)
+    start, end = (first + which * (last - first) // world_size for which in (rank, rank + 1))
     return start, end
 
 
@@ -163,16 +192,77 @@ def block_order(seed: int, epoch: int, shards_N: NDArray[np.integer], block_shar
     >>> [sorted(pair) in ([0, 1], [2, 3], [4, 5]) for pair in order.reshape(3, 2).tolist()]
     [True, True, True]
     """
+    return np.concatenate(_streams(seed, epoch, shards_N, 1, block_shards))
+
+
+def stream_order(
+    seed: int,
+    epoch: int,
+    shards_N: NDArray[np.integer],
+    batch_size: int,
+    streams: int = STREAMS,
+    block_shards: int = BLOCK_SHARDS,
+) -> Epoch:
+    """An order whose ranks read different shards, so that each shard is read once an epoch by all of them together.
+
+    The permuted shards are cut into `streams` of about as many rows, and each stream is mixed as `block_order` mixes all: `block_shards` over all
+    streams, at least one in each. A step takes so much of each stream that all end together: of one whose length is the mean,
+    batch_size / streams rows. A step's rows are ordered by their streams, and a rank takes the rows of its own; where `batch_size` is even, rows
+    come in pairs of a stream, but for the last of streams whose length is odd.
+
+    Cuts lie between shards, unless a stream would be longer or shorter by more than a quarter of the mean at that end; such a shard is in two
+    streams. Where there are twice as many shards as streams, all of one size, there is none. With one stream this is `block_order`.
+
+    >>> rows, streams = stream_order(0, 0, np.repeat([0, 1, 2, 3], 4), 8, streams=2, block_shards=2)
+    >>> streams.tolist()
+    [0, 0, 0, 0, 1, 1, 1, 1, 0, 0, 0, 0, 1, 1, 1, 1]
+    >>> len({row // 4 for row in rows[streams == 0].tolist()})
+    2
+    """
+    parts = _streams(seed, epoch, shards_N, streams, block_shards)
+    stream_N = np.repeat(np.arange(streams, dtype=np.uint16), [len(part) for part in parts])
+    together = 2 - batch_size % 2
+    # How far its stream is read when a row comes, 0 to 1: by this the streams are merged. Of a pair, when its middle does; of a single row, 1.
+    read = [(np.arange(len(part)) // together * together + together / 2) / len(part) for part in parts]
+    merged = np.argsort(np.concatenate(read), kind="stable")
+    steps = np.arange(len(merged)) // batch_size
+    merged = merged[np.lexsort((stream_N[merged], steps))]
+    return Epoch(np.concatenate(parts)[merged], stream_N[merged])
+
+
+def _block(block_shards: int, streams: int) -> int:
+    """How many shards of one stream are mixed at a time."""
+    return max(1, block_shards // streams)
+
+
+def _streams(
+    seed: int, epoch: int, shards_N: NDArray[np.integer], streams: int, block_shards: int
+) -> list[NDArray[np.int64]]:
+    """The rows of each stream in the order in which they are seen."""
     starts = np.flatnonzero(np.diff(shards_N, prepend=-1))
     ends = np.append(starts[1:], len(shards_N))
     shuffled = shard_order(seed, epoch, len(starts))
-    blocks = []
+    rows = np.concatenate([np.arange(starts[shard], ends[shard]) for shard in shuffled])
+    bounds = np.append(0, np.cumsum((ends - starts)[shuffled]))  # of the shards, in `rows`
+    cuts = np.arange(streams + 1) * len(rows) // streams
+    after = bounds[np.searchsorted(bounds, cuts)]
+    before = bounds[np.searchsorted(bounds, cuts, side="right") - 1]
+    nearest = np.where(cuts - before < after - cuts, before, after)
+    cuts = np.where(_UNEVEN * streams * np.abs(nearest - cuts) <= len(rows), nearest, cuts)
+    found, together = [], _block(block_shards, streams)
     # Counted from 1: numpy's keys end in zeros that do not count, and 0 would repeat the shards' own permutation.
-    for block, first in enumerate(range(0, len(starts), block_shards)):
-        members = shuffled[first : first + block_shards]
-        rows = np.concatenate([np.arange(starts[shard], ends[shard]) for shard in members])
-        blocks.append(rows[permutation((seed, epoch, _BLOCKS, 1 + block), len(rows))])
-    return np.concatenate(blocks)
+    numbers = itertools.count(1)
+    for stream, (first, last) in enumerate(itertools.pairwise(cuts.tolist())):
+        inside = bounds[(bounds > first) & (bounds < last)]
+        pieces = [part for part in np.split(rows[first:last], inside - first) if len(part)]
+        if stream % 2:  # so that two streams read a shard of both at the same time, at their ends or beginnings
+            pieces.reverse()
+        blocks = [rows[:0]]
+        for at in range(0, len(pieces), together):
+            members = np.concatenate(pieces[at : at + together])
+            blocks.append(members[permutation((seed, epoch, _BLOCKS, next(numbers)), len(members))])
+        found.append(np.concatenate(blocks))
+    return found
 
 
 def shuffle_quality(order: NDArray[np.int64]) -> float:

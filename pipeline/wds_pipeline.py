@@ -91,7 +91,7 @@ def webdataset_pipeline(
     """
     folder = folder_at(str(data))
     if not is_local(folder):
-        raise AlexprepError(f"{data} is no local folder: copy the shards to a disk, or use Loader with order='blocks'")
+        raise AlexprepError(f"{data} is no local folder: copy the shards to a disk, or use Loader with order='streams'")
     dataset = read_dataset(folder)
     count = split_record(dataset, split, folder)["samples"]
     extension = FORMATS[dataset["image"]["format"]]

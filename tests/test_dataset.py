@@ -123,7 +123,7 @@ def test_a_split_of_a_folder(photo: Any, encoded: Any, tmp_path: Path) -> None:
             assert (loader.samples, loader.classes) == (count, ["cat"])
 
 
-@pytest.mark.parametrize("order", ["blocks", "sequential"])
+@pytest.mark.parametrize("order", ["blocks", "streams", "sequential"])
 def test_remote_data_sets(order: Any, data: Path, photos: Path) -> None:
     """A set in a store gives what the same set on a disk gives; shards are fetched ahead and let go."""
     store = f"memory://loader-{order}"
@@ -133,7 +133,7 @@ def test_remote_data_sets(order: Any, data: Path, photos: Path) -> None:
         assert remote.digest == local.digest
         for _ in range(2):
             assert all(torch.equal(ours.images, theirs.images) for ours, theirs in zip(local, remote, strict=True))
-    with pytest.raises(AlexprepError, match="order='blocks'"):
+    with pytest.raises(AlexprepError, match="order='streams'"):
         Loader(store, batch_size=5, augmentation=PLAIN)
     fsspec.filesystem("memory").rm(f"/loader-{order}", recursive=True)
 

@@ -228,9 +228,9 @@ def _pixels(data: bytes) -> NDArray[np.int64]:
 @pytest.mark.gpu
 @pytest.mark.parametrize("form", ["jpg", "png"])
 def test_gpu_pixels_are_within_a_grey_level_of_the_cpu_s(form: Any, images) -> None:
-    """The same fates, the same bytes for what never saw the GPU, a mean difference of at most 1 for the others."""
+    """The same fates, the same bytes for what never saw the GPU; of the others pixels at most 1 apart in the mean, and JPEGs that lose no more."""
     target = Target(size=64, format=form)
-    cpu, gpu = Codec(target), CudaCodec(target)
+    cpu, gpu, exact = Codec(target), CudaCodec(target), Codec(Target(size=64, format="png"))
     for n, (data, made) in enumerate(zip(images, gpu.convert_many(images), strict=True)):
         expected = cpu.convert(data)
         if n == 3:  # damaged: decoders may differ on what can still be read, not on what it costs the others
@@ -242,7 +242,10 @@ def test_gpu_pixels_are_within_a_grey_level_of_the_cpu_s(form: Any, images) -> N
         assert (made.width, made.height, made.kept) == (expected.width, expected.height, expected.kept)
         if gpu._work(data) is None or made.kept:
             assert made == expected
-        assert np.abs(_pixels(made.data) - _pixels(expected.data)).mean() <= 1.0, n
+        pixels = exact.convert(data)
+        assert isinstance(pixels, Converted)
+        lost, lost_by_cpu = (np.abs(_pixels(each.data) - _pixels(pixels.data)).mean() for each in (made, expected))
+        assert lost <= lost_by_cpu + (1.0 if form == "png" else 0.25), n
 
 
 @pytest.mark.gpu
@@ -280,7 +283,7 @@ def test_gpu_shards_have_the_cpu_s_ledger(photos: Path, tmp_path: Path) -> None:
     (source / "train/class1/cut.JPEG").write_bytes(good[: len(good) // 2])
     samples = {}
     for device in ("cpu", "cuda"):
-        options = ShardOptions(Target(size=64, device=device), shard_samples=30)
+        options = ShardOptions(Target(size=64, format="png", device=device), shard_samples=30)
         report = convert(source, tmp_path / device, options, 1)
         assert (report.inputs, report.written) == (69, 68)
         samples[device] = Samples(tmp_path / device, "train")

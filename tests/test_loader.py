@@ -147,7 +147,7 @@ def test_train_and_evaluation_in_turns(data: Path) -> None:
             {"augmentation": Augmentation(crop=65)},
             r"a crop of 65 pixels does not fit 48 of 48 images, .*\.tar at byte 512 \(0.*\.jpg\) with 64 x 64",
         ),
-        ({"order": "random"}, "order 'random' is not one of shuffle, blocks, sequential"),
+        ({"order": "random"}, "order 'random' is not one of shuffle, blocks, streams, sequential"),
         ({"on_bad": "warn"}, "on_bad 'warn' is not one of error, skip"),
         ({"augmentation": "alexnet"}, "augmentation 'alexnet' is not one of paper, 2012-code, resized, none"),
         ({"dtype": "uint8"}, "dtype uint8 holds grey levels as they are"),

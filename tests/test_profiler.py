@@ -191,12 +191,10 @@ def test_a_trace_that_cannot_be_written_stops_no_training(
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_trace_on_a_gpu_shows_its_kernels(data: Path, tmp_path: Path) -> None:
-    """Within the time from the first recorded step's beginning to the end of the file; and ranges on the GPU's own rows."""
+    """And on the GPU's own rows the ranges whose kernels the training's thread launches: those of "backward" come from a thread of torch's."""
     train(config(data, tmp_path, steps=16, trace=3, device="cuda"))
     (path,) = (tmp_path / "tiny" / "trace").iterdir()
     events = read(path)
-    kernels = [event for event in events if event.get("cat") == "kernel"]
-    assert kernels
-    begin = ranges(events)["ProfilerStep#11"][0][0]
-    assert min(event["ts"] for event in kernels) >= begin
-    assert set(PARTS[1:3]) <= {event["name"] for event in events if event.get("cat") == "gpu_user_annotation"}
+    assert any(event.get("cat") == "kernel" for event in events)
+    on_gpu = ranges(events, "gpu_user_annotation")
+    assert [len(on_gpu[name]) for name in ("forward", "update")] == [3, 3]

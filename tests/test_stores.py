@@ -8,7 +8,7 @@ import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from alexprep.shards.plan import ShardOptions
 from alexprep.shards.rgb_statistics import pca_stats, publish_statistics
 from alexprep.shards.storage import folder_at
 from alexprep.shards.worker_pool import InProcessEngine
-from alexprep.train.config import TrainConfig
+from alexprep.train.config import TrainConfig, prepare
 from alexprep.train.run_dir import read_config
 from alexprep.train.trainer import train
 from tests.support.failing_store import FailingStore, failing, hurry
@@ -131,6 +131,32 @@ def test_a_store_that_is_away_is_waited_for_or_named_and_the_loader_goes_on(
     assert same(taken, batches)
 
 
+def test_streams_are_read_by_one_rank_each_and_a_resume_takes_other_ranks(local: Path, failing: FailingStore) -> None:
+    """The batches of a disk and one rank, crops too; four ranks ask for each shard once."""
+    options: Any = OPTIONS | {"order": "streams", "streams": 4, "batch_size": 6}
+    with Loader(local, **options) as loader:
+        whole = [torch.cat([batch.images.flatten(1), batch.indices[:, None]], 1) for batch in loader]
+    for before, after in ((1, 4), (4, 2), (4, 3)):
+        failing.asked.clear()
+        found: list[list[torch.Tensor]] = [[] for _ in whole]
+        for number, ranks in enumerate((before, after)):
+            for rank in range(ranks):
+                with Loader(URL, **options, rank=rank, world_size=ranks) as loader:
+                    loader.load_state_dict(loader.state_dict() | {"step": 2 * number})
+                    for step in range(2 * number, len(loader) if number else 2):
+                        batch = next(iter(loader))
+                        found[step].append(torch.cat([batch.images.flatten(1), batch.indices[:, None]], 1))
+        assert same([torch.cat(parts) for parts in found], whole)
+    failing.asked.clear()
+    for rank in range(4):
+        with Loader(
+            URL, **options, views="centre", rank=rank, world_size=4
+        ) as loader:  # which fetches nothing of the next epoch
+            assert len(list(loader)) == len(whole)
+    shards = shards_asked(failing)
+    assert len(shards) == 10 and set(shards.values()) == {1}
+
+
 @pytest.mark.parametrize("error", [PermissionError("expired"), FileNotFoundError("gone")])
 def test_what_a_store_refuses_is_told_at_once(
     error: Exception, local: Path, failing: FailingStore, monkeypatch: pytest.MonkeyPatch
@@ -191,14 +217,14 @@ def test_ranks_with_a_cache_download_each_shard_once(
 
 
 class Recorder:
-    """Samples in 12 shards of 4, 5 or 6, which record what is wanted of them."""
+    """Samples in shards, 12 of 4, 5 or 6 by default, which record what is wanted of them."""
 
     remote = True
 
-    def __init__(self) -> None:
+    def __init__(self, lengths: Sequence[int] = (4, 5, 6) * 4) -> None:
         import numpy as np
 
-        numbers = np.repeat(np.arange(12, dtype=np.uint32), [4, 5, 6] * 4)
+        numbers = np.repeat(np.arange(len(lengths), dtype=np.uint32), lengths)
         self.index = np.zeros(len(numbers), [("shard", "<u4")])
         self.index["shard"] = numbers
         self.wanted: list[list[int]] = []
@@ -210,7 +236,7 @@ class Recorder:
         self.wanted.append([])
 
 
-@pytest.mark.parametrize("order", ["blocks", "sequential"])
+@pytest.mark.parametrize("order", ["blocks", "streams", "sequential"])
 @pytest.mark.parametrize(("world_size", "together"), [(1, 1), (3, 1), (40, 1), (1, 3)])
 def test_every_step_finds_its_shards_wanted_before(order: Any, world_size: int, together: int) -> None:
     """From any step on, across epochs, within the room that there is; and each shard once an epoch."""
@@ -237,6 +263,35 @@ def test_every_step_finds_its_shards_wanted_before(order: Any, world_size: int, 
         assert max(fetched.values(), default=0) <= 2  # once for this epoch, and once for the next
 
 
+@pytest.mark.parametrize("world_size", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize("seed", range(3))
+def test_ranks_fetch_each_shard_once_an_epoch(world_size: int, seed: int) -> None:
+    """All together, with 8 streams; of shards that ranks must share, each of these ranks once."""
+    chance = random.Random(seed)
+    lengths = [chance.choice([1, 6] if seed else [6]) for _ in range(40)]
+    samples: Any = Recorder(lengths)
+    fetched, needed = Counter[tuple[int, int]](), Counter[tuple[int, int]]()
+    for rank in range(world_size):
+        plan = StepPlan(samples.index["shard"], 16, "streams", 16, seed, rank, world_size)
+        ahead = ReadAhead(samples, plan, plan.open_shards(3), onwards=True)
+        places = [(epoch, step) for epoch in range(4) for step in range(len(plan))]
+        needs = [set(samples.index["shard"][plan.part(*place)[0]].tolist()) for place in places]
+        needed.update({(epoch, shard) for (epoch, _), shards in zip(places, needs, strict=True) for shard in shards})
+        now: set[int] = set()
+        for n, place in enumerate(places[: -len(plan)]):
+            samples.wanted.clear()
+            ahead.reach(*place)
+            for wanted in samples.wanted:
+                for shard in set(wanted) - now:
+                    following = next(at for at in range(n, len(places)) if shard in needs[at])
+                    fetched[places[following][0], shard] += 1
+                now = set(wanted)
+            assert needs[n] <= now
+    assert all(times <= needed[place] for place, times in fetched.items()), f"seed {seed}"
+    if not seed and world_size <= 8:
+        assert set(needed.values()) == {1}
+
+
 def test_evaluation_does_not_fetch_beyond_its_epoch() -> None:
     samples: Any = Recorder()
     plan = StepPlan(samples.index["shard"], 7, "sequential", 3, 5, 0, 1)
@@ -251,7 +306,7 @@ def test_training_from_a_store_is_training_from_a_disk(
 ) -> None:
     """To the bit, with the order that suits a store; a resume from a copy on a disk keeps that order."""
     options: Any = {"recipe": "tiny", "batch_size": 10, "device": "cpu", "runs": tmp_path}
-    disk = train(TrainConfig(data=local, order="blocks", name="disk", epochs=2, **options))
+    disk = train(TrainConfig(data=local, order="streams", name="disk", epochs=2, **options))
     store = train(TrainConfig(data=folder_at(URL), name="store", epochs=2, steps=3, **options))
     assert read_config(tmp_path / "store")["data"].rstrip("/") == URL
     store = train(TrainConfig(data=local, name="store", epochs=2, resume=True, **options))
@@ -260,3 +315,24 @@ def test_training_from_a_store_is_training_from_a_disk(
     assert shuffled["weights_sha256"] != disk["weights_sha256"]
     with pytest.raises(AlexprepError, match="order"):
         train(TrainConfig(data=local, name="store", epochs=3, resume=True, order="shuffle", **options))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({}, ["images come in 8 streams of shards, since memory://stored"]),
+        ({"ranks": 4, "scheme": "ddp"}, ["8 streams", "each of the 4 ranks fetches training shards of its own"]),
+        ({"ranks": 3, "scheme": "ddp"}, ["8 streams", "with order streams, ranks share shards: --cache FOLDER"]),
+        ({"ranks": 2, "scheme": "towers", "order": "streams"}, ["with towers, every rank reads every image"]),
+        ({"ranks": 2, "scheme": "ddp", "order": "blocks"}, ["with order blocks, ranks share shards"]),
+    ],
+)
+def test_training_says_which_rank_fetches_what(local: Path, options: Any, words: list[str]) -> None:
+    """Each in a line of its own; what cannot be is told before the run has a folder."""
+    config = TrainConfig(data=folder_at(URL), recipe="tiny", **options)
+    notes = [
+        note for note in prepare(config, torch.device("cpu"), dry_run=True).notes if "shard" in note or "towers" in note
+    ]
+    assert len(notes) == len(words) and all(map(str.__contains__, notes, words))
+    with pytest.raises(AlexprepError, match=r"--order shuffle reads single images.*take --order streams"):
+        prepare(TrainConfig(data=folder_at(URL), recipe="tiny", order="shuffle"), torch.device("cpu"), dry_run=True)

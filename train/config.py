@@ -20,10 +20,11 @@ from alexprep.pipeline.augmentation import Place
 from alexprep.pipeline.dataset import OnBad, open_dataset
 from alexprep.pipeline.device import choose_device
 from alexprep.pipeline.loader_settings import Tuning, saved_tuning
-from alexprep.pipeline.sampler import BLOCK_SHARDS, Order
+from alexprep.pipeline.sampler import STREAMS, Order
 from alexprep.shards import rgb_statistics
 from alexprep.shards.dataset_format import versions
 from alexprep.shards.errors import AlexprepError, number_within, one_of, whole_number
+from alexprep.shards.shard_cache import CACHE
 from alexprep.shards.storage import folder_at, is_local
 from alexprep.train import run_dir
 from alexprep.train.checkpoint import differences, with_defaults
@@ -101,7 +102,7 @@ class TrainConfig:
     hook_after: Place | None = None  # where: "decode", "augment" (the default) or "tensor"
     statistics: Path | str | None = None  # whose mean image and eigenpairs, if not the data's: a folder with stats/
     order: Order | None = (
-        None  # of the training images, see `Loader`; "shuffle" by default, "blocks" where the data are in a store
+        None  # of the training images, see `Loader`; "shuffle" by default, "streams" where the data are in a store
     )
     # What becomes of samples of other people's tars that cannot be used: "error" by default, or "skip".
     on_bad: OnBad | None = None
@@ -329,11 +330,10 @@ def prepare(
     seed = config.seed or 0
     identity = {"recipe": recipe.describe(), "seed": seed, "classes": facts.classes, "data_digest": facts.digest}
     identity["precision"] = computing.precision
-    order = config.order or ("shuffle" if is_local(data) else "blocks")
+    order = config.order or ("shuffle" if is_local(data) else "streams")
     identity |= {"order": order} if order != "shuffle" else {}
-    if config.order is None and order == "blocks":
-        notes += [f"images come in blocks of {BLOCK_SHARDS} shards, since {data} is a store: --order says otherwise"]
     scheme = _scheme(config, recipe, facts.classes, seed)
+    notes += [] if is_local(data) else _notes_of_a_store(config, data, order, scheme)
     recipe.check_scheme(scheme)
     if isinstance(recipe.network, UserNetwork):
         recipe, made, said = try_user_network(recipe, recipe.network, facts.classes, seed, scheme, config.ranks)
@@ -353,6 +353,23 @@ def prepare(
     found = data, recipe, seed, facts, device, scheme, order, computing, tuning, notes, identity, changes
     job = Job(config, run or Path(), *found)
     return job if run else replace(job, run=_new_run(job))
+
+
+def _notes_of_a_store(config: TrainConfig, data: Path, order: Order, scheme: Scheme) -> list[str]:
+    """Which order was chosen, and which rank fetches what."""
+    if order == "shuffle":
+        raise AlexprepError(
+            f"--order shuffle reads single images, which is slow where they are in a store, {data}: take --order streams"
+        )
+    notes = []
+    if config.order is None:
+        notes = [f"images come in {STREAMS} streams of shards, since {data} is a store: --order says otherwise"]
+    if config.ranks > 1 and order == "streams" and scheme != "towers" and STREAMS % config.ranks == 0:
+        notes.append(f"each of the {config.ranks} ranks fetches training shards of its own (order streams)")
+    elif config.ranks > 1 and not os.environ.get(CACHE):
+        why = "towers, every rank reads every image" if scheme == "towers" else f"order {order}, ranks share shards"
+        notes.append(f"with {why}: --cache FOLDER fetches each shard once a host")
+    return notes
 
 
 def _check_images(config: TrainConfig, data: Path, recipe: Recipe, *, begins: bool) -> dict[str, Any]:

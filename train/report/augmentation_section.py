@@ -20,7 +20,7 @@ from alexprep.pipeline.augmentation import (
     ten_windows,
 )
 from alexprep.pipeline.geometry import resize
-from alexprep.pipeline.sampler import BLOCK_SHARDS, block_order, epoch_order, shuffle_quality
+from alexprep.pipeline.sampler import BLOCK_SHARDS, block_order, epoch_order, shuffle_quality, stream_order
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.rgb_statistics import Statistics, read_statistics
 from alexprep.shards.sample_reader import Samples
@@ -31,6 +31,7 @@ from alexprep.train.run_dir import read_config
 _DRAWS, _PER_ROW = 24, 8
 _GREY = 128.0  # what a value of 0 is shown as
 _MOST_SHUFFLED = 200_000  # rows whose order is measured
+_BATCH_SIZE = 128  # of the order that depends on it
 
 
 def augmentation_section(data: Path | None, runs: Sequence[Path]) -> Section:
@@ -160,6 +161,7 @@ def _shuffles(data: Path) -> list[Block]:
     orders = {
         "as stored": np.arange(len(shards)),
         "blocks": block_order(0, 0, shards, BLOCK_SHARDS),
+        "streams": stream_order(0, 0, shards, _BATCH_SIZE).row_N,
         "shuffle": epoch_order(0, 0, len(shards)),
     }
     rows = [[name, float(shuffle_quality(order))] for name, order in orders.items()]
