@@ -72,7 +72,7 @@ class Normaliser:
         run, resize = compiled_views(), resample.compiled()
         assert run is not None and resize is not None
         height, width = self._size
-        room = np.empty(4 * width, np.float32)
+        room = np.empty(5 * width, np.float32)
         for n in part.tolist():
             pixels = windows[n]
             if self._resized:
@@ -155,7 +155,7 @@ def _same(run: Views, planar: bool, dtype: str, mirrored: int, windowed: bool) -
     )
     for name, values in zip(_POINTERS, (pixels, mean, minus, factor), strict=True):
         view[name] = 0 if values is None else values.ctypes.data
-    run(view, height, width, planar, np.empty(4 * width, np.float32), made)
+    run(view, height, width, planar, np.empty(5 * width, np.float32), made)
     return np.array_equal(made, expected)
 
 
