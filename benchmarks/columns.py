@@ -1,7 +1,7 @@
 """The nets before AlexNet on MNIST: columns of several seeds, columns of several widths and their mean, LeNet-5, single images a step; and speeds.
 
     python benchmarks/columns.py DATA --runs RUNS [--what columns widths lenet5 online speed] [--seeds 0 1 2] [--widths 10 12 14 16 18]
-        [--epochs 20] [--lenet5-epochs 8] [--processes 2] [--save]        DATA: MNIST, `alexprep shard mnist --out DATA --size 28 --format png`
+        [--epochs 10] [--lenet5-epochs 8] [--processes 2] [--save]        DATA: MNIST, `alexprep shard mnist --out DATA --size 28 --format png`
 
 A night's run towards the 0.35 % and 0.23 % of the papers, on two cores: --seeds 0 --widths 10 12 14 16 18 20 --epochs 60. Each training is one
 `alexprep train` with one thread, so many at a time; runs that are there are gone on with, so the same command goes on where it was
@@ -181,7 +181,7 @@ def main() -> None:
     parser.add_argument("--what", nargs="+", choices=kinds, default=kinds)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--widths", type=int, nargs="+", default=[10, 12, 14, 16, 18])
-    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--lenet5-epochs", type=int, default=8)
     parser.add_argument("--processes", type=int, default=2)
     arguments = parser.parse_args()

@@ -46,8 +46,8 @@ def ablate(variants: tuple[str, ...], seeds: int, as_json: bool, **options: Any)
     """Train a recipe, and variants of it, with the same seeds, and tell what each costs or gains, with its standard error.
 
     A variant is one or more settings that differ from the recipe; those of --set are common to all. What is trained is kept: the same
-    command goes on where it was broken off, and with more variants or seeds trains what is missing. Writes ablation.json and
-    ablation.csv beside the runs.
+    command goes on where it was broken off, and with other variants or more seeds trains what is missing. Writes ablation.json and
+    ablation.csv, with all that is trained, beside the runs.
 
     \b
     Example: alexprep ablate --recipe cifar10-quick augmentation.mirror=false 'lr=0.004 schedule=linear'

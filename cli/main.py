@@ -31,6 +31,7 @@ from alexprep.shards.errors import TRACEBACK, AlexprepError, command_line_words
 from alexprep.shards.thread_waiting import choose_waiting
 
 LOAD_TORCH = ("train", "ablate", "eval", "bench", "demo", "check-grads")  # and compute with it for long
+COMPUTE_LITTLE = ("inspect", "shard", "verify", "pca-stats", "recipes")  # with numpy's matrix products, in this process
 _SHARDS = "Interrupted. Finished work is kept: run the same command again to go on."
 # What an interrupted command leaves. A training that is under way is not interrupted by the first Ctrl-C: it saves and ends.
 LEAVES = {
@@ -93,6 +94,10 @@ def _main() -> None:
     command = next(iter(sys.argv[1:]), "")
     if command in LOAD_TORCH:
         choose_waiting(short=command == "demo")
+    if (
+        command in COMPUTE_LITTLE
+    ):  # threads of these take 25 ms of every process's start; each worker computes with one anyway
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     try:
         status = cli.main(standalone_mode=False)
     except (click.Abort, KeyboardInterrupt):

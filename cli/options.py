@@ -284,7 +284,7 @@ class Setting(_Parameter):
     name = "field=value"
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        """Fields of the recipe that is named before, then the values of one; a shell that asks waits until torch is loaded."""
+        """Fields of the recipe that is named before, then the values of one."""
         from alexprep.shards.errors import AlexprepError
         from alexprep.train.recipes import DEFAULT_RECIPE, recipe
         from alexprep.train.settings import completions

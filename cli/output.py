@@ -17,12 +17,8 @@ _LOG_SECONDS = 10.0
 @contextlib.contextmanager
 def progress(what: str, unit: str = "images") -> Iterator[Callable[[int, int], None]]:
     """Shows how far a job is: yields a function to be called with (finished, total), both in `unit`."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
     start = last = time.monotonic()
-    if not console.is_terminal:
+    if not (sys.stderr and sys.stderr.isatty()):  # a process may have none
 
         def say(finished: int, total: int) -> None:
             nonlocal last
@@ -36,6 +32,9 @@ def progress(what: str, unit: str = "images") -> Iterator[Callable[[int, int], N
 
         yield say
         return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -43,7 +42,7 @@ def progress(what: str, unit: str = "images") -> Iterator[Callable[[int, int], N
         TextColumn(f"{{task.fields[rate]}} {unit}/s"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, transient=True) as bar:
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(what, total=None, rate="–")
 
         def show(finished: int, total: int) -> None:

@@ -21,6 +21,7 @@ from alexprep.train import recipes
 from alexprep.train.checkpoint import Checkpoint, newest
 from alexprep.train.config import TrainConfig, prepare
 from alexprep.train.distributed.world import World
+from alexprep.train.field_values import PAPER
 from alexprep.train.lr_schedule import (
     ByHand,
     Cosine,
@@ -34,7 +35,7 @@ from alexprep.train.lr_schedule import (
     WarmUp,
 )
 from alexprep.train.models.layers import PaperDropout
-from alexprep.train.optimizer import NOT_BY_GRADIENTS_ALONE, PAPER
+from alexprep.train.optimizer import NOT_BY_GRADIENTS_ALONE
 from alexprep.train.recipes import Recipe
 from alexprep.train.run_dir import best_step
 from alexprep.train.trainer import train

@@ -19,8 +19,8 @@ from alexprep.train.config import TrainConfig
 from alexprep.train.precision import NotFinite
 from tests.made_up import write_data
 
-LR, NORM = "lr=0.02 clip=1", "network.norm=false"
-ERRORS = {("", 0): 50.0, (LR, 0): 40.0, (NORM, 0): 55.0, ("", 1): 54.0, (LR, 1): 42.0, (NORM, 1): 55.0}
+LR, DECAY = "lr=0.02 clip=1", "decay=0.001"
+ERRORS = {("", 0): 50.0, (LR, 0): 40.0, (DECAY, 0): 55.0, ("", 1): 54.0, (LR, 1): 42.0, (DECAY, 1): 55.0}
 
 
 class Trainings:
@@ -41,7 +41,7 @@ class Trainings:
         (run / "config.json").write_text("{}")
         stopped = "SIGINT" if run.name == self.stop_at else None
         variant, _, seed = run.name.rpartition("-seed")
-        known = {"tiny": "", "lr-0.02-clip-1": LR, "network.norm-false": NORM}
+        known = {"tiny": "", "lr-0.02-clip-1": LR, "decay-0.001": DECAY}
         error = ERRORS[known[variant], int(seed)]
         summary = {
             "run": str(run),
@@ -89,8 +89,29 @@ def test_variants_are_compared_by_seed(common: TrainConfig, trainings: Trainings
     # What is trained is not trained again; what is new is.
     again = ablate(common, [LR], 2)
     assert again == found and len(trainings.begun) == 4
-    more = ablate(common, [f" {LR} "], 1)
-    assert more["variants"][0]["top1_error_standard_error"] is None and len(trainings.begun) == 4
+    assert ablate(common, [f" {LR} "], 1) == found and len(trainings.begun) == 4
+
+
+def test_the_tables_keep_what_was_trained_before(common: TrainConfig, trainings: Trainings) -> None:
+    """Other variants and other seeds, whether this command comes to its end or not; what failed is kept until it has a result."""
+    trainings.spoilt = {"tiny-seed1"}
+    ablate(common, [LR], 2)
+    trainings.stop_at = "decay-0.001-seed0"
+    stopped = ablate(common, [DECAY], 1)
+    trainings.stop_at, trainings.spoilt = None, set()
+    (common.runs / "tiny-seed01").mkdir()  # of nobody
+    fewer = ablate(common, [DECAY], 1)
+    runs = [("", 0), (DECAY, 0), (LR, 0), (LR, 1)]
+    assert [(run["variant"], run["seed"]) for run in stopped["runs"]] == [runs[0], *runs[2:]]
+    assert [(run["variant"], run["seed"]) for run in fewer["runs"]] == runs
+    assert [(row["variant"], row["runs"], row["failed"]) for row in fewer["variants"]] == [
+        ("", 1, 1),
+        (DECAY, 1, 0),
+        (LR, 2, 0),
+    ]
+    assert (common.runs / "ablation.csv").read_text().count("\n") == 1 + len(runs)
+    whole = ablate(common, [], 2)
+    assert whole["failed"] == [] and whole["variants"][0]["runs"] == 2
 
 
 def test_it_goes_on_where_it_was_broken_off(common: TrainConfig, trainings: Trainings) -> None:

@@ -16,6 +16,7 @@ from typing import Any, get_args, get_type_hints
 import click
 import fsspec
 import pytest
+from PIL import Image
 
 from alexprep.cli.main import _began_with_interrupt, cli, main
 from alexprep.cli.train import with_synonyms
@@ -51,6 +52,40 @@ def test_help_needs_no_heavy_library() -> None:
     code = "import sys, alexprep.cli.main; print([m for m in ('torch', 'nvidia', 'numpy', 'pyarrow', 'rich', 'PIL') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=500, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.usefixtures("cold_processes")
+def test_commands_that_compute_with_no_network_load_no_torch(tmp_path: Path) -> None:
+    """Nor DALI. One process runs them, one after the other."""
+    (tmp_path / "images" / "a").mkdir(parents=True)
+    Image.new("RGB", (9, 7)).save(tmp_path / "images" / "a" / "1.jpg")
+    shell = {"_ALEXPREP_COMPLETE": "bash_complete", "COMP_CWORD": "5"}
+    commands = [
+        (["--version"], {}),
+        (["train", "--help"], {}),
+        (["recipes", "--json"], {}),
+        (["recipes", "alexnet-2012", "--set", "network.pool=2"], {}),
+        (["recipes", "lenet5"], {}),
+        ([], shell | {"COMP_WORDS": "alexprep train --recipe small-net --set network.po"}),
+        (["inspect", "images"], {}),
+        (["shard", "images", "--out", "out", "--size", "8", "--workers", "1"], {}),
+        (["verify", "out", "--workers", "1"], {}),
+    ]
+    code = """
+import json, sys
+from click.testing import CliRunner
+from alexprep.cli.main import cli
+for words, environment in json.loads(sys.argv[1]):
+    done = CliRunner().invoke(cli, words, env=environment, prog_name="alexprep")
+    print(json.dumps([done.exit_code, f"{done.output}{done.exception or ''}", [name for name in ("torch", "nvidia.dali") if name in sys.modules]]))
+"""
+    words = [sys.executable, "-c", code, json.dumps(commands)]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=500, check=True)
+    for (command, _), line in zip(commands, done.stdout.splitlines(), strict=True):
+        status, told, loaded = json.loads(line)
+        assert (status, loaded) == (0, []), (command, told)
+        if not command:
+            assert told.split() == ["plain,network.pool=", "plain,network.pool_size="]
 
 
 def test_every_command_has_help_and_an_example() -> None:
@@ -217,11 +252,11 @@ def test_a_store_that_cannot_be_reached_is_one_line(command: Command, monkeypatc
         (["shard"], 2, "Missing argument 'SOURCE'"),
         (["shard", ".", "--size", "-3"], 1, "--size -3 is not between 1 and 8,192"),
         (["shard", ".", "--filter", "box"], 2, "'box' is not one of"),
-        (["shard", ".", "--out", "s3://bucket/data"], 1, "s3://bucket/data needs a package that is not installed"),
-        (["shard", ".", "--out", "nfs://server/data"], 1, "nfs://server/data is no place that fsspec can open"),
-        (["shard", ".", "--out", "github://a"], 1, "github://a is no place that fsspec can open"),
-        (["shard", ".", "--out", "zip:///"], 1, "zip:/// is no place that fsspec can open"),
-        (["shard", ".", "--out", __file__], 2, "is a file, not a folder"),
+        (["shard", "images", "--out", "s3://bucket/data"], 1, "s3://bucket/data needs a package that is not installed"),
+        (["shard", "images", "--out", "nfs://server/data"], 1, "nfs://server/data is no place that fsspec can open"),
+        (["shard", "images", "--out", "github://a"], 1, "github://a is no place that fsspec can open"),
+        (["shard", "images", "--out", "zip:///"], 1, "zip:/// is no place that fsspec can open"),
+        (["shard", "images", "--out", __file__], 2, "is a file, not a folder"),
         (["pca-stats", __file__], 2, "is a file, not a folder"),
         (["pca-stats"], 1, "make one with `alexprep shard SOURCE`"),
         (["pca-stats", "nowhere"], 1, "nowhere/dataset.json does not exist"),

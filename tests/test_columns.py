@@ -24,7 +24,8 @@ from alexprep.shards.plan import ShardOptions
 from alexprep.shards.sources.layout_detection import find_source
 from alexprep.shards.worker_pool import InProcessEngine
 from alexprep.train.config import TrainConfig
-from alexprep.train.models.columns import LENET5, ColumnNet, ScaledTanh, Subsampling, TableConv2d, parsed
+from alexprep.train.models.column_layers import ScaledTanh, Subsampling, TableConv2d
+from alexprep.train.models.columns import LENET5, ColumnNet, parsed
 from alexprep.train.optimizer import MomentumSGD
 from alexprep.train.recipes import RECIPES
 from alexprep.train.trainer import train as train_run

@@ -220,8 +220,15 @@ def test_folders_alone_are_read_where_the_user_says_so(tmp_path: Path) -> None:
     assert made.rows is not None
     listing = listed(made.write(tmp_path), "--layout folders")
     assert rows_of(listing) == {path: ("train", *row[1:]) for path, row in made.rows.items()}
-    with pytest.raises(AlexprepError, match="leave them out"):
-        listed(tmp_path, "--layout food-101 --class-depth 1")
+    for layout, option in (
+        ("food-101", "--class-depth 1"),
+        ("folders", "--columns label=y"),
+        ("table", "--unlabelled"),
+    ):
+        with pytest.raises(
+            AlexprepError, match=f"{option} is for .*: leave it out, SOURCE .* is to be read as '{layout}'"
+        ):
+            listed(tmp_path, f"--layout {layout} {option}")
 
 
 @pytest.mark.parametrize(

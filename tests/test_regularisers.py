@@ -18,12 +18,12 @@ from torch import nn
 from alexprep.shards.errors import AlexprepError
 from alexprep.train.distributed.tensor_parallel import Scheme, SharedDraws, part_of
 from alexprep.train.distributed.world import World
-from alexprep.train.losses import Loss, image_losses
+from alexprep.train.field_values import Loss, Pool
+from alexprep.train.losses import image_losses
 from alexprep.train.models.layers import LocallyConnected2d
 from alexprep.train.models.pools_and_dropconnect import (
     DropConnect,
     L2Pool2d,
-    Pool,
     StochasticPool2d,
     pool_layer,
     pooled_up,

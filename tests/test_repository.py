@@ -67,7 +67,7 @@ FENCES = {
 
 # Inside train/ an import goes to the same floor or to a lower one. A name stands for itself and for what is below it.
 FLOORS = [
-    ("signals_and_memory", "distributed.world"),
+    ("field_values", "lazy_module", "signals_and_memory", "distributed.world"),
     ("distributed.tensor_parallel", "lr_schedule", "optimizer", "precision", "checkpoint", "models", "losses"),
     ("model_libraries", "layer_file_lines", "layer_files", "user_code", "metrics", "data"),
     ("logger", "profiler", "recipes", "settings", "distributed.parallel"),

@@ -229,12 +229,16 @@ def test_words_that_nobody_can_read_cost_no_step(
     assert same(summary) == same(whole)
 
 
+@pytest.mark.parametrize("before", [False, True])
 def test_a_request_to_stop_is_heard_while_the_network_is_compiled(
-    data: Path, whole: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    before: bool, data: Path, whole: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Compiling takes for ever here, mistakes any `Exception` for its own, and has drawn random numbers by then."""
+    """Or `before`. Compiling takes for ever here, mistakes any `Exception` for its own, and has drawn random numbers by then."""
 
     def compiling(network: torch.nn.Module, **options: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+        if before:
+            os.kill(os.getpid(), signal.SIGTERM)
+
         def compiled(images: torch.Tensor) -> torch.Tensor:
             network(images)
             threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
 
+from alexprep.cli.train import train as train_command
 from alexprep.shards.dataset_format import versions
 from alexprep.shards.errors import AlexprepError
 from alexprep.train.config import Job, TrainConfig, prepare
@@ -28,7 +29,7 @@ from alexprep.train.recipes import RECIPES, user_recipe
 from alexprep.train.run_dir import Place
 from alexprep.train.trainer import train
 from alexprep.train.training_state import weights_digest
-from alexprep.train.user_code import UserNetwork, call_factory, load, references, user_network
+from alexprep.train.user_code import FORMS, UserNetwork, call_factory, load, references, user_network
 from tests import made_up
 from tests.made_up import BATCH, CLASSES
 
@@ -116,6 +117,14 @@ def check_refused(words: str, **changes: Any) -> None:
         begun(**changes)
     assert not Path("runs").exists()
     assert "\n" not in str(error.value)
+
+
+def test_every_form_of_model_stands_in_help_and_in_docs() -> None:
+    forms = ["FILE.py:FUNCTION", *", ".join(form.written for form in FORMS).split(", ")]
+    (option,) = (each for each in train_command.params if each.name == "model")
+    assert option.metavar is not None and option.metavar.split(" | ") == forms
+    page = (ROOT / "docs" / "own-nets.md").read_text()
+    assert [form for form in forms if f"| `{form}` |" not in page] == []
 
 
 # The network.
@@ -372,7 +381,7 @@ def test_another_network_is_refused_and_a_comment_is_not(here: Path, monkeypatch
     monkeypatch.setattr(nn.Dropout, "extra_repr", lambda layer: f"probability={layer.p}")
     check_other("", "", settings + "'probability=0.2'")
     newer = versions("torch") | {"torch": "99.0"}
-    monkeypatch.setattr("alexprep.train.user_code.versions", lambda *names: newer)
+    monkeypatch.setattr("alexprep.shards.dataset_format.versions", lambda *names: newer)
     assert train(config(resume=True, steps=2), MadeUpLoader)["steps"] == 2
     assert open_net(Place(run), CPU, **NAMED).step == 2
     check_other("nn.Linear(2, 2)", "nn.Linear(2, 3)", shapes)

@@ -1,7 +1,7 @@
 """Trains variants of a recipe with several seeds each, and compares their errors: what a switch is worth, and how sure that is.
 
 Every run is a run like any other, of the name that its variant and its seed give. What was trained is not trained again, and what was
-broken off goes on, so an ablation is repeated with more variants or more seeds to make it larger.
+broken off goes on, so an ablation is repeated with other variants or more seeds to make it larger: the tables have all that its folder holds.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def ablate(
         are called, but for their seeds; variants, a list of variant, runs, and the mean and its standard error (None for one run, which tells
         none) of top1_error, top5_error (percent) and loss (nats), and of difference, top1_error less that of the recipe with the same seed
         (points); runs, a list of variant, seed, run and what its summary measured; failed, a list of variant, seed, run and reason, of those
-        whose loss was no number; stopped_by, as of a run.
+        whose loss was no number; stopped_by, as of a run. What was trained in the folder before is there too, other variants after `variants`.
 
     Raises:
         AlexprepError: a variant is none, two would be trained under one name, the folder holds an ablation of something else, or there is
@@ -71,8 +71,7 @@ def ablate(
     """
     whole_number("seeds", seeds, 1, MOST_SEEDS)
     wanted = {PLAIN: config} | {" ".join(split := _split(text)): _varied(config, split) for text in variants}
-    jobs = {variant: prepare(each, dry_run=True) for variant, each in wanted.items()}
-    plain = jobs[PLAIN]
+    plain = {variant: prepare(each, dry_run=True) for variant, each in wanted.items()}[PLAIN]
     if plain.facts.evaluation_split is None:
         raise AlexprepError(
             f"{config.data} has no val or test split with labels: there is nothing to measure errors on"
@@ -80,24 +79,23 @@ def ablate(
     short = _short_names(plain, list(wanted))
     names = {(variant, seed): f"{short[variant]}-seed{seed}" for seed in range(seeds) for variant in wanted}
     document = {"base": _base(plain), "split": plain.facts.evaluation_split}
-    document["names"] = _begin(config.runs, document, short)
-    found: list[Trained] = []
-    failed: list[dict[str, Any]] = []
+    known, failed = _begin(config.runs, document, short)
+    document["names"] = known
+    runs = {(one.variant, one.seed): one for one in _trained(config.runs, known)}
+    order = list(dict.fromkeys([*wanted, *known.values()]))
     stopped = None
     for number, ((variant, seed), name) in enumerate(names.items(), 1):
         run = config.runs / name
-        summary = _finished(run)
-        if summary is None:
+        if (variant, seed) not in runs:
             say(f"run {number} of {len(names)}, {run}: {variant or 'the recipe'}, seed {seed}")
             try:
                 summary = train(_to_do(wanted[variant], seed, run))
                 stopped = summary["stopped_by"]
+                runs |= {(variant, seed): Trained(variant, seed, summary)} if stopped is None else {}
             except NotFinite as error:  # which is a result too: of this variant, not of the ablation
                 say(str(error))
-                failed.append({"variant": variant, "seed": seed, "run": str(run), "reason": str(error)})
-        if summary is not None and stopped is None:
-            found.append(Trained(variant, seed, summary))
-        _publish(config.runs, result := document | _compared(list(wanted), found, failed) | {"stopped_by": stopped})
+                failed[variant, seed] = {"variant": variant, "seed": seed, "run": str(run), "reason": str(error)}
+        _publish(config.runs, result := document | _compared(order, runs, failed) | {"stopped_by": stopped})
         if stopped is not None:
             break
     return result
@@ -129,10 +127,13 @@ def _base(job: Job) -> dict[str, Any]:
     }
 
 
-def _begin(folder: Path, document: dict[str, Any], short: dict[str, str]) -> dict[str, str]:
+def _begin(
+    folder: Path, document: dict[str, Any], short: dict[str, str]
+) -> tuple[dict[str, str], dict[tuple[str, int], dict[str, Any]]]:
     """Makes the folder, or makes sure that what it holds has the same base, and no run of another variant under one of the `short` names.
 
-    All variants that the folder has had, by these names, are returned, and noted in it before any is trained.
+    All variants that the folder has had, by these names, are returned, and noted in it before any is trained; and its runs that failed, by
+    variant and seed.
     """
     earlier: dict[str, Any] = {}
     if (folder / ABLATION).exists():
@@ -152,8 +153,17 @@ def _begin(folder: Path, document: dict[str, Any], short: dict[str, str]) -> dic
             )
     names = known | {name: variant for variant, name in short.items()}
     folder.mkdir(parents=True, exist_ok=True)
-    _publish(folder, document | _compared([], [], []) | {"stopped_by": None} | earlier | {"names": names})
-    return names
+    _publish(folder, document | _compared([], {}, {}) | {"stopped_by": None} | earlier | {"names": names})
+    return names, {(one["variant"], one["seed"]): one for one in earlier.get("failed", [])}
+
+
+def _trained(folder: Path, names: dict[str, str]) -> Iterator[Trained]:
+    """The runs in a folder that came to their end, of all variants that it has had, by what their runs are called but for their seeds."""
+    for name, variant in names.items():
+        runs = {run.name.removeprefix(f"{name}-seed"): run for run in folder.glob(f"{name}-seed*")}
+        for seed in sorted(int(text) for text in runs if re.fullmatch("0|[1-9][0-9]{0,8}", text)):
+            if (summary := _finished(runs[str(seed)])) is not None:
+                yield Trained(variant, seed, summary)
 
 
 def _short_names(plain: Job, variants: list[str]) -> dict[str, str]:
@@ -186,17 +196,20 @@ def _to_do(config: TrainConfig, seed: int, run: Path) -> TrainConfig:
     return TrainConfig(**own, resume=True, device=config.device, threads=config.threads)  # type: ignore[arg-type]
 
 
-def _compared(wanted: list[str], found: list[Trained], failed: list[dict[str, Any]]) -> dict[str, Any]:
-    """The runs, and each variant's means over those of its seeds that ended with numbers."""
+def _compared(
+    order: list[str], found: dict[tuple[str, int], Trained], failures: dict[tuple[str, int], dict[str, Any]]
+) -> dict[str, Any]:
+    """The runs, and each variant's means over those of its seeds that ended with numbers; what failed once may have ended well since."""
+    failed = [one for place, one in failures.items() if place not in found]
     runs = [
         {"variant": one.variant, "seed": one.seed, "run": one.summary["run"]}
         | {name: one.summary.get(name) for name in MEASURED}
-        for one in found
+        for one in sorted(found.values(), key=lambda one: (one.seed, order.index(one.variant)))
     ]
     plain = {run["seed"]: run["val_top1_error"] for run in runs if run["variant"] == PLAIN}
     variants = []
     tried = {one["variant"] for one in [*runs, *failed]}
-    for variant in (each for each in wanted if each in tried):
+    for variant in (each for each in order if each in tried):
         own = [run for run in runs if run["variant"] == variant]
         row: dict[str, Any] = {"variant": variant, "runs": len(own)}
         row["failed"] = sum(each["variant"] == variant for each in failed)

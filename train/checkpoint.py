@@ -32,6 +32,7 @@ import torch
 
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.storage import digest_json, json_bytes, publish_bytes, remove_temporaries, sync_folder
+from alexprep.train.field_values import BEFORE
 
 FORMAT_VERSION = 1
 
@@ -49,9 +50,6 @@ GO_ON = "go on with --resume; checkpoints that were saved before are untouched"
 NOT_ASKED, NOT_SAVED = "not asked for", "not saved"  # why a layer begins fresh
 MOST_TOLD = 6  # differences
 UNCOUNTED = {"num_batches_tracked"}  # of batch normalisation: older files lack it, and torch reads them likewise
-# Metadata of a dataclass's field: the value that runs have which are older than the field, if not its default; or a function that gives it,
-# of what the run recorded of the other fields.
-BEFORE = "before"
 _MARK = re.compile(r"step-(\d{8,})\.json")
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from alexprep.shards.errors import AlexprepError
 
+ENDING = ".cfg"
 MOST_BYTES = 1 << 20
 COMMENTS = ("#", ";")
 TRUE = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}

@@ -19,8 +19,8 @@ import torch
 from torch import nn
 
 from alexprep.shards.errors import AlexprepError
-from alexprep.train.layer_file_lines import Section, sections
-from alexprep.train.losses import Loss
+from alexprep.train.field_values import Loss, Pool
+from alexprep.train.layer_file_lines import ENDING, Section, sections
 from alexprep.train.models.layers import (
     Conv2d,
     LocallyConnected2d,
@@ -29,9 +29,8 @@ from alexprep.train.models.layers import (
     SpatialResponseNorm,
     initialised,
 )
-from alexprep.train.models.pools_and_dropconnect import Pool, pool_layer, pooled_up
+from alexprep.train.models.pools_and_dropconnect import pool_layer, pooled_up
 
-ENDING = ".cfg"
 MOST_SIDE, MOST_MAPS = 4096, 1 << 20
 INIT_DEVIATION = 0.01  # initW where a layer has none
 # Of speed, of places on several GPUs, of what is printed: they change no result.
@@ -178,11 +177,6 @@ class LayerFile:
             for name, each in layers.items()
         }
         return layers, told
-
-
-def is_layer_file(reference: str) -> bool:
-    """Whether `--model` names a layer file: LAYERS.cfg or LAYERS.cfg:PARAMETERS.cfg."""
-    return reference.endswith(ENDING)
 
 
 def layer_file(reference: str) -> LayerFile:

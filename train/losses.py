@@ -5,12 +5,10 @@ All are of outputs (N, classes) and labels, int64 (N,), and give nats or squares
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 
-Loss = Literal["softmax", "sigmoid", "euclidean"]
+from alexprep.train.field_values import Loss
 
 
 def image_losses(kind: Loss, output: torch.Tensor, labels: torch.Tensor, smoothing: float = 0.0) -> torch.Tensor:

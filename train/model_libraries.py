@@ -10,12 +10,13 @@ import functools
 import importlib
 import re
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
-
-from torch import nn
+from typing import TYPE_CHECKING, Any, Protocol
 
 from alexprep.pipeline.augmentation import IMAGENET_MEAN, IMAGENET_STD, MEANS, RGB, STDS, Augmentation
 from alexprep.shards.errors import AlexprepError
+
+if TYPE_CHECKING:
+    from torch import nn
 
 _REFERENCE = re.compile(r"(timm|torchvision)/([A-Za-z0-9][\w.-]*)")
 _WITH_AUXILIARY = ("googlenet", "inception_v3")  # have further outputs in training, unless they are told not to
@@ -66,8 +67,8 @@ class LibraryFactory:
             raise AlexprepError(
                 f"networks of {self.library} see 3 channels, not {in_channels}: set augmentation.channels to 3"
             )
-        made = self._timm(classes, crop, in_channels) if self.library == "timm" else self._torchvision(classes, crop)
-        assert isinstance(made, nn.Module)
+        timm = self.library == "timm"
+        made: nn.Module = self._timm(classes, crop, in_channels) if timm else self._torchvision(classes, crop)
         return made
 
     def pixels(self) -> Pixels:

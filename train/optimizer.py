@@ -14,10 +14,10 @@ from torch import nn
 from torch.optim import Optimizer
 
 from alexprep.shards.errors import AlexprepError
+from alexprep.train.field_values import PAPER
 from alexprep.train.models import cuda_kernels
 from alexprep.train.models.layers import LocallyConnected2d
 
-PAPER = "paper"  # the name of `MomentumSGD` among optimizers
 SLOT = "optimizer."  # and the name that torch's optimizers give to a tensor of their state
 BY_ELEMENT = {
     *(PAPER, "sgd", "nesterov", "adamw", "SGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam"),
@@ -208,7 +208,6 @@ class TorchRule:
         except (TypeError, ValueError) as error:
             raise AlexprepError(f"optimizer {name} cannot be made: {error}") from None
         self._settings = {id(group["params"][0]): dict(group) for group in self.inner.param_groups}
-        self._rates: dict[str, float] = {}
         self._before: list[Callable[..., Any]] = []
 
     @property
@@ -226,8 +225,6 @@ class TorchRule:
         Raises:
             AlexprepError: a rate is negative or not a number.
         """
-        if rates == self._rates:
-            return
         if wrong := [rate for rate in rates.values() if not rate >= 0]:
             raise AlexprepError(f"the learning rate is {wrong[0]}, it must be 0 or more")
         moving: list[dict[str, Any]] = []
@@ -238,7 +235,6 @@ class TorchRule:
             settings = self._settings[id(group["params"][0])]
             moving += [settings | {"params": weights, "lr": rate} for rate, weights in by_rate.items() if rate > 0]
         self.inner.param_groups[:] = moving
-        self._rates = dict(rates)
 
     def register_step_pre_hook(self, hook: Callable[..., Any]) -> None:
         """Has `hook` called before every step."""

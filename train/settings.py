@@ -13,22 +13,19 @@ import inspect
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields, is_dataclass, replace
 from types import NoneType, UnionType
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
-from torch import nn
-
 from alexprep.pipeline.augmentation import PRESETS, Augmentation
 from alexprep.shards.errors import AlexprepError
 from alexprep.train.lr_schedule import KINDS, SCHEDULES, Schedule, Steps, describe
-from alexprep.train.recipes import DEFAULT_RECIPE, RECIPES, Recipe, as_begun, recipe, with_network
+from alexprep.train.recipes import DEFAULT_RECIPE, RECIPES, NetworkFactory, Recipe, as_begun, recipe, with_network
 from alexprep.train.user_code import UserNetwork, user_network
 
 SET = "--set"
 SETTING = re.compile(r"(?P<field>[A-Za-z_]\w*(\.[\w-]+)*)=(?P<value>.*)", re.DOTALL)
-NETWORK = Callable[..., nn.Module]
 STEPS = re.compile(r"steps:(\d{1,6}(,\d{1,6})*)")
 PART = "schedule."  # what fields of the schedule begin with
 # Fields that have an option of their own, for what no text can say.
@@ -294,7 +291,7 @@ def _read(text: Any, hint: Any, at: str, whole: Recipe) -> Any:
         return _augmentation(text, whole.augmentation)
     if hint is Schedule:
         return schedule_named(text)
-    if hint == NETWORK:
+    if hint is NetworkFactory:
         if text in RECIPES:
             return RECIPES[text].network
         raise AlexprepError(
@@ -406,7 +403,7 @@ def _words(hint: Any) -> str:
         return "none"
     if hint is Schedule:
         return "schedule"
-    if hint == NETWORK:
+    if hint is NetworkFactory:
         return "a recipe's name"
     if hint is Augmentation:
         return "preset"
@@ -435,7 +432,7 @@ def _choices(hint: Any) -> list[str]:
         return [*SCHEDULES, "steps:", *RECIPES]
     if hint is Augmentation:
         return list(PRESETS)
-    if hint == NETWORK:
+    if hint is NetworkFactory:
         return list(RECIPES)
     if get_origin(hint) in (Union, UnionType):
         return [choice for each in get_args(hint) for choice in _choices(each)]

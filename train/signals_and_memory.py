@@ -66,7 +66,9 @@ class StopRequest:
 
     @contextlib.contextmanager
     def heard_at_once(self) -> Iterator[None]:
-        """Raises `StoppedAtOnce` inside the block as soon as a first signal comes: for work of minutes that never looks at `signal`."""
+        """Raises `StoppedAtOnce` where a first signal came, or as soon as it comes inside the block: for work of minutes that never looks at `signal`."""
+        if self.signal is not None:
+            raise StoppedAtOnce
         self._at_once = True
         try:
             yield

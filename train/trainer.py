@@ -10,6 +10,7 @@ import contextlib
 import functools
 import os
 import time
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -44,7 +45,7 @@ from alexprep.train.signals_and_memory import (
     keep_freed_memory,
     span,
 )
-from alexprep.train.training_state import TrainingState, compile_first, take_step, weights_digest
+from alexprep.train.training_state import TrainingState, compile_first, take_step, to_compile, weights_digest
 from alexprep.train.user_code import fails_on_one, has_batch_norm
 
 EARLY_RECORDS = (1, 6)  # a first sign of life; then steps 2 to 6, after the slow first one, give the forecast
@@ -196,9 +197,14 @@ class Run:
         raise RuntimeError(f"the loader ended after {self.state.position.epoch_step} of {len(self.loader)} steps")
 
     def _compiled(self, batch: Examples) -> bool:
-        """Has the network compiled before its first step; false where a stop was requested meanwhile, and so nothing was done."""
+        """Has the network compiled before its first step; false where a stop was requested by then, and so nothing was done."""
+        if to_compile(self.state, batch.labels) is None:
+            return True
+        if self.stopping:  # on all ranks
+            return False
         try:
-            with self.stop.heard_at_once():
+            with self.stop.heard_at_once(), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Error detected in")  # torch's words where it is left in the middle
                 compile_first(self.state, batch.images, batch.labels)
         except StoppedAtOnce:
             if (

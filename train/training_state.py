@@ -305,14 +305,17 @@ def compile_first(state: TrainingState, images: torch.Tensor, labels: torch.Tens
 
     Weights, buffers and random numbers stay as they are, also where it is left in the middle. All ranks call it.
     """
-    parts = state.recipe.accumulate
-    if parts > 1:
-        images, labels = images.chunk(parts)[0], labels.chunk(parts)[0]
-    network = state.called_for(len(labels))
-    if isinstance(network, Compiled) and not network.checked:
+    if (network := to_compile(state, labels)) is not None:
+        parts = state.recipe.accumulate
         with compiler_errors(state.device):
-            check_compiled(state, network, images, labels)
+            check_compiled(state, network, images.chunk(parts)[0], labels.chunk(parts)[0])
         network.checked = True
+
+
+def to_compile(state: TrainingState, labels: torch.Tensor) -> Compiled | None:
+    """What `compile_first` would compile for a batch of these labels, if anything."""
+    network = state.called_for(len(labels.chunk(state.recipe.accumulate)[0]))
+    return network if isinstance(network, Compiled) and not network.checked else None
 
 
 class Update:

@@ -24,20 +24,28 @@ from importlib.util import module_from_spec, spec_from_file_location
 from inspect import Parameter
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-import torch.nn.functional as F
-from torch import nn
-
-from alexprep.shards.dataset_format import versions
 from alexprep.shards.errors import TRACEBACK, AlexprepError
-from alexprep.train.distributed.tensor_parallel import DROPOUTS
-from alexprep.train.layer_files import is_layer_file, layer_file
+from alexprep.train.layer_file_lines import ENDING
+from alexprep.train.lazy_module import LazyModule
 from alexprep.train.model_libraries import NetworkInput, library_factory
 from alexprep.train.models.cifar import PIXEL_DEVIATION
 from alexprep.train.models.columns import COLUMNS, ColumnNet
-from alexprep.train.models.pools_and_dropconnect import Drawing
+
+if TYPE_CHECKING:
+    import torch
+    import torch.nn.functional as F
+    from torch import nn
+
+    from alexprep.train import layer_files
+    from alexprep.train.distributed import tensor_parallel
+    from alexprep.train.models import pools_and_dropconnect
+else:
+    torch, F, nn = map(LazyModule, ("torch", "torch.nn.functional", "torch.nn"))
+    layer_files = LazyModule("alexprep.train.layer_files")
+    tensor_parallel = LazyModule("alexprep.train.distributed.tensor_parallel")
+    pools_and_dropconnect = LazyModule("alexprep.train.models.pools_and_dropconnect")
 
 MODEL, RECIPE, HOOK = "--model", "--recipe", "--hook"
 CLASSES = ("classes", "num_classes", "n_classes")  # names under which factories take the number of classes
@@ -106,7 +114,7 @@ class UserNetwork:
             AlexprepError: the step fails, a checkpoint would not hold all that it changes, or the ranks would not train as one device.
         """
         for layer in network.modules():
-            if isinstance(layer, (*DROPOUTS, Drawing)):
+            if isinstance(layer, (*tensor_parallel.DROPOUTS, pools_and_dropconnect.Drawing)):
                 layer.eval()  # ranks share its random numbers, and no others
         images = _noise(in_channels, crop)
         before = {name: buffer.clone() for name, buffer in network.named_buffers()}
@@ -139,21 +147,6 @@ class UserNetwork:
     def errors(self, when: str = "", only_own: bool = False) -> contextlib.AbstractContextManager[None]:
         """Inside the block, errors become one sentence about this network; see `errors_in_one_sentence`."""
         return errors_in_one_sentence(f"{self.name}{when}", only_own)
-
-
-def user_network(reference: str) -> UserNetwork:
-    """The factory that `--model` names; AlexprepError where there is none."""
-    if reference.startswith(COLUMNS):
-        column = ColumnNet(reference.removeprefix(COLUMNS))
-        return UserNetwork(column, reference, f"{MODEL} {reference}", for_any_recipe=True, pixels=column.shown())
-    if library := library_factory(reference):
-        return UserNetwork(library, library.title, f"{MODEL} {reference}", for_any_recipe=True, pixels=library.pixels())
-    name = f"{MODEL} {reference}"
-    if is_layer_file(reference):
-        layers = layer_file(reference)
-        return UserNetwork(layers, layers.title, name, for_any_recipe=True, training=layers.training())
-    factory, title = load(reference, MODEL, "make")
-    return UserNetwork(factory, title, name, for_any_recipe=True)
 
 
 def call_factory(
@@ -281,6 +274,8 @@ def describe_layers(network: nn.Module) -> dict[str, dict[str, str]]:
 
 def comparable(identity: dict[str, Any], made_with: Mapping[str, str]) -> dict[str, Any]:
     """A run's identity; without the settings of layers where the run was `made_with` another torch, which may word them otherwise."""
+    from alexprep.shards.dataset_format import versions  # with all that reads and writes data sets
+
     if "layers" not in identity or made_with.get("torch") == versions("torch")["torch"]:
         return identity
     bare = {name: {**layer, "settings": "of another torch"} for name, layer in identity["layers"].items()}
@@ -305,21 +300,58 @@ def check_named(
             )
 
 
+# What `--model` names.
+
+
+class Form(NamedTuple):
+    """One way to name a network; all that is known of it, but for the words of `--help`, which a test compares, and its row in docs/own-nets.md."""
+
+    written: str  # in messages
+    is_meant: Callable[[str], object]  # whether a reference is of this form
+    factory: Callable[[str], Any]  # with its `title`, and `pixels()` and `training()` where they say something
+    lasting: Callable[[str], str] = str  # a reference so that it means the same in any folder
+
+
+def _lasting(reference: str) -> str:
+    layers = layer_files.layer_file(reference)
+    return f"{layers.definition}:{layers.parameters}"
+
+
+# The first that is meant; all else is code, FILE.py:FUNCTION or MODULE:FUNCTION.
+FORMS = (
+    Form("timm/NAME, torchvision/NAME", library_factory, library_factory),
+    Form("columns:LINE", lambda text: text.startswith(COLUMNS), lambda text: ColumnNet(text.removeprefix(COLUMNS))),
+    Form("LAYERS.cfg", lambda text: text.endswith(ENDING), lambda text: layer_files.layer_file(text), _lasting),
+)
+
+
+def form_of(reference: str) -> Form | None:
+    """The form of what `--model` names; None for code."""
+    return next((form for form in FORMS if form.is_meant(reference)), None)
+
+
+def user_network(reference: str) -> UserNetwork:
+    """The factory that `--model` names; AlexprepError where there is none."""
+    name = f"{MODEL} {reference}"
+    if (form := form_of(reference)) is None:
+        return UserNetwork(*load(reference, MODEL, "make"), name, for_any_recipe=True)
+    made = form.factory(reference)
+    more = {what: getattr(made, what)() for what in ("pixels", "training") if hasattr(made, what)}
+    return UserNetwork(made, made.title, name, for_any_recipe=True, **more)
+
+
 # Code is found by its name.
 
 
 def is_reference(text: str) -> bool:
-    """Whether a text names code (FILE.py, FILE.py:NAME, MODULE:NAME) and is no plain name, no line and no layer file."""
-    return (":" in text or text.endswith(".py")) and not (text.startswith(COLUMNS) or is_layer_file(text))
+    """Whether a text names code (FILE.py, FILE.py:NAME, MODULE:NAME) and is no plain name and none of `FORMS`."""
+    return (":" in text or text.endswith(".py")) and form_of(text) is None
 
 
 def absolute(reference: str, option: str) -> str:
     """A reference so that it means the same in any folder: the path of a file is made absolute."""
-    if option == MODEL and (reference.startswith(COLUMNS) or library_factory(reference)):
-        return reference
-    if option == MODEL and is_layer_file(reference):
-        made = layer_file(reference)
-        return f"{made.definition}:{made.parameters}"
+    if option == MODEL and (form := form_of(reference)):
+        return form.lasting(reference)
     place, name = _place_and_name(reference, option)
     file = str(Path(place).expanduser().resolve()) if place.endswith(".py") else place
     return f"{file}:{name}" if name else file
@@ -394,9 +426,11 @@ def _place_and_name(reference: str, option: str) -> tuple[str, str]:
     """The file or module, and the name of what is meant in it, "" where there is none. A module of this folder is its file."""
     parts = REFERENCE.fullmatch(reference)
     if parts is None:
-        more = ", timm/NAME, torchvision/NAME, columns:LINE or LAYERS.cfg" if option == MODEL else ""
-        forms = f"FILE.py:FUNCTION or MODULE:FUNCTION{more}"
-        raise AlexprepError(f"{option} {reference!r} names no Python code: write {forms}")
+        *others, last = (form.written for form in FORMS)
+        more = f", {', '.join(others)} or {last}" if option == MODEL else ""
+        raise AlexprepError(
+            f"{option} {reference!r} names no Python code: write FILE.py:FUNCTION or MODULE:FUNCTION{more}"
+        )
     place, name = parts["place"], parts["name"] or ""
     if not place.endswith(".py"):
         stem = Path.cwd().joinpath(*place.split("."))

@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from alexprep.shards.errors import AlexprepError
@@ -69,6 +68,8 @@ class ColumnarFile(ABC):
 
     def pictures(self, number: int, image: str) -> pa.ChunkedArray:
         """The pictures of a group, a column of binary."""
+        import pyarrow.compute as pc  # takes as long as ten images, and most sources are asked only whether they are meant
+
         column = self._picture_column(number, image)
         return pc.struct_field(column, "bytes") if pa.types.is_struct(column.type) else column
 
@@ -125,6 +126,8 @@ class _Parquet(ColumnarFile):
 
     def names(self, image: str) -> pa.ChunkedArray | None:
         """See `ColumnarFile`."""
+        import pyarrow.compute as pc
+
         name = f"{image}.path"
         return pc.struct_field(self.read([name]).column(0), "path") if name in self._leaves() else None
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import importlib
 import os
-from collections.abc import Iterable
 from dataclasses import replace
 
 from alexprep.shards.errors import AlexprepError, AmbiguousSourceError, counted
@@ -60,7 +59,10 @@ def find_source(place: str, layout: str | None = None, choices: Choices = NO_CHO
         kept.cache_clear()
     if name and (words := stand_in(files, name)):
         raise AlexprepError(words)
-    for candidate in (layout,) if layout else _candidates(choices):
+    uses = _uses(choices)
+    if unfit := [f"{option} is for {', '.join(some)}" for option, some in uses if layout and layout not in some]:
+        raise AlexprepError(f"{'; '.join(unfit)}: leave it out, SOURCE {place} is to be read as {layout!r}")
+    for candidate in [layout] if layout else [each for each in LAYOUTS if all(each in some for _, some in uses)]:
         try:
             source = _source_class(candidate).at(files, name, choices)
         except AlexprepError:
@@ -72,11 +74,6 @@ def find_source(place: str, layout: str | None = None, choices: Choices = NO_CHO
                 raise AlexprepError(words) from None
             raise
         if source is not None:
-            if source.choices != choices:
-                raise AlexprepError(
-                    "--split-folders and --class-depth are for folders and archives of class folders, --columns is for columns, --unlabelled "
-                    f"for {', '.join(WITHOUT_LABELS)}; SOURCE {place} has the layout {candidate!r}, and they are not for it: leave them out"
-                )
             if layout is None and source.whole and candidate in _PACKED:
                 _check_packed(files, candidate)
             if layout is None and isinstance(source, IlsvrcArchives):
@@ -123,12 +120,15 @@ def _below(folder: str, split: str, place: str, files: Files | None) -> str:
     return os.fsdecode(b"/".join(below)) or "."
 
 
-def _candidates(choices: Choices) -> Iterable[str]:
-    """The layouts that choices can be meant for, in the order of looking."""
-    by_folders = choices.split_folders is not None or choices.class_depth is not None
-    meant = ((choices.columns, BY_COLUMNS), (choices.unlabelled, WITHOUT_LABELS), (by_folders, BY_FOLDERS))
-    fitting = [some for chosen, some in meant if chosen]
-    return [layout for layout in LAYOUTS if all(layout in some for some in fitting)]
+def _uses(choices: Choices) -> list[tuple[str, tuple[str, ...]]]:
+    """What is given, and the layouts that it can be meant for."""
+    each = (
+        (Choices(split_folders=choices.split_folders), BY_FOLDERS),
+        (Choices(class_depth=choices.class_depth), BY_FOLDERS),
+        (Choices(columns=choices.columns), BY_COLUMNS),
+        (Choices(unlabelled=choices.unlabelled), WITHOUT_LABELS),
+    )
+    return [(as_options(given), layouts) for given, layouts in each if given != NO_CHOICES]
 
 
 def _meant(choices: Choices) -> str:

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from alexprep.shards.errors import AlexprepError
@@ -166,6 +165,8 @@ class Rows:
 
     def in_order(self) -> Iterator[Input]:
         """The inputs by split, class and path; a path that occurs twice is an AlexprepError."""
+        import pyarrow.compute as pc  # takes as long as ten images, and most sources are asked only whether they are meant
+
         paths, along = pa.concat_arrays(self._paths), None
         if any(not pa.types.is_null(some.type) for some in self._along):
             along = pa.concat_arrays([some.cast(pa.large_binary()) for some in self._along])

@@ -88,7 +88,6 @@ class Webdataset(ArchiveSource):
         except FileNotFoundError:
             raise AlexprepError(f"SOURCE {files.display(found[0][1])} does not exist") from None
         unlabelled = bool(choices.unlabelled) or (names is not None and _recorded_unlabelled(files))
-        choices = Choices(unlabelled=choices.unlabelled)
         return cls(files, tuple(sorted(found)), names, unlabelled, choices=choices, whole=not name)
 
     def inputs(self, account: Account) -> Iterator[Input]:

@@ -20,21 +20,18 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, get_args
-
-from torch import nn
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from alexprep.shards.errors import AlexprepError, number_within, one_of
-from alexprep.train.models.layers import (
-    Activation,
-    Conv2d,
-    LocalResponseNorm,
-    PaperDropout,
-    SpatialResponseNorm,
-    activation_layer,
-    initialised,
-    kernel_counts,
-)
+from alexprep.train.field_values import Activation
+from alexprep.train.lazy_module import LazyModule
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from alexprep.train.models import layers as ours
+else:
+    nn, ours = LazyModule("torch.nn"), LazyModule("alexprep.train.models.layers")
 
 SMALLEST_CROP = 67  # below it nothing is left after the third pool
 BIASES = dict.fromkeys(("conv2", "conv4", "conv5", "conv6", "fc6", "fc7"), 1.0)  # section 5; the others start at 0
@@ -126,14 +123,14 @@ class AlexNet:
             AlexprepError: crop or width is too small.
         """
         deviations = defaultdict(lambda: DEVIATION, dict.fromkeys(MIDDLE, self.middle_deviation))
-        return initialised(self._layers(classes, crop, width), seed, deviations, BIASES | {"fc8": self.last_bias})
+        return ours.initialised(self._layers(classes, crop, width), seed, deviations, BIASES | {"fc8": self.last_bias})
 
     def describe(self) -> dict[str, Any]:
         """Every switch, part of a run's identity."""
         return asdict(self)
 
     def _layers(self, classes: int, crop: int, width: float) -> Iterator[tuple[str, nn.Module]]:
-        c1, c2, c3, c4, c5, f6, f7 = kernel_counts((*self.kernels, *self.hidden), width, crop, SMALLEST_CROP)
+        c1, c2, c3, c4, c5, f6, f7 = ours.kernel_counts((*self.kernels, *self.hidden), width, crop, SMALLEST_CROP)
         # The 2012 code rounds the number of filter positions up: 224 pixels under an 11-pixel filter at stride 4 give 55, not 54, since the
         # last one hangs over the right and the bottom edge.
         overhang = -(crop - 11) % 4
@@ -141,7 +138,7 @@ class AlexNet:
         for _ in range(3):
             side = (side - self.pool) // 2 + 1
         yield "overhang1", nn.ZeroPad2d((0, overhang, 0, overhang))
-        yield "conv1", Conv2d(3, c1, 11, stride=4)
+        yield "conv1", ours.Conv2d(3, c1, 11, stride=4)
         yield from self._then(1, self.then1)
         maps = c1
         layers: tuple[tuple[int, int, int, int, tuple[Step, ...]], ...] = (
@@ -154,22 +151,22 @@ class AlexNet:
             there = f"conv{number}" not in self.without
             if there:
                 padding = side_of_filter // 2
-                yield f"conv{number}", Conv2d(maps, kernels, side_of_filter, padding=padding, groups=towers)
+                yield f"conv{number}", ours.Conv2d(maps, kernels, side_of_filter, padding=padding, groups=towers)
                 maps = kernels
             yield from self._then(number, then if there else _pools(then))
         if self.sixth:
-            yield "conv6", Conv2d(maps, c5, 3, padding=1)
+            yield "conv6", ours.Conv2d(maps, c5, 3, padding=1)
             # relu6 follows fc6, which keeps its name in every network.
-            yield "conv6_relu", activation_layer(self.activation)
+            yield "conv6_relu", ours.activation_layer(self.activation)
             maps = c5
         yield "flatten", nn.Flatten()
         values = maps * side * side
         for number, neurons in ((6, f6), (7, f7)):
             if f"fc{number}" not in self.without:
                 yield f"fc{number}", nn.Linear(values, neurons)
-                yield f"relu{number}", activation_layer(self.activation)
+                yield f"relu{number}", ours.activation_layer(self.activation)
                 if self.dropout:
-                    yield f"drop{number}", PaperDropout()
+                    yield f"drop{number}", ours.PaperDropout()
                 values = neurons
         yield "fc8", nn.Linear(values, classes)
 
@@ -180,11 +177,11 @@ class AlexNet:
             layer: nn.Module
             if word == "relu":
                 # A norm's gradient needs its output.
-                layer = activation_layer(self.activation, inplace=before not in ("norm", "spatial"))
+                layer = ours.activation_layer(self.activation, inplace=before not in ("norm", "spatial"))
             elif word == "norm":
-                layer = LocalResponseNorm(self.towers, k=self.norm_k, alpha=self.norm_alpha)
+                layer = ours.LocalResponseNorm(self.towers, k=self.norm_k, alpha=self.norm_alpha)
             elif word == "spatial":
-                layer = SpatialResponseNorm()
+                layer = ours.SpatialResponseNorm()
             else:
                 layer = nn.MaxPool2d(self.pool, 2)
             yield f"{word}{number}", layer

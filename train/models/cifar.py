@@ -11,24 +11,18 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import asdict, dataclass, field
-from typing import Any, get_args
-
-from torch import nn
+from typing import TYPE_CHECKING, Any, get_args
 
 from alexprep.shards.errors import one_of, whole_number
-from alexprep.train.checkpoint import BEFORE
-from alexprep.train.models.layers import (
-    Activation,
-    Conv2d,
-    LocallyConnected2d,
-    LocalResponseNorm,
-    PatchWaves,
-    Residual,
-    Scale,
-    activation_layer,
-    initialised,
-    kernel_counts,
-)
+from alexprep.train.field_values import BEFORE, Activation
+from alexprep.train.lazy_module import LazyModule
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from alexprep.train.models import layers as ours
+else:
+    nn, ours = LazyModule("torch.nn"), LazyModule("alexprep.train.models.layers")
 
 # Of the initial weights: cuda-convnet's example-layers/layers-80sec.cfg; the first layer is tiny because its input is on the 0-255 scale.
 QUICK_DEVIATIONS = {"conv1": 1e-4, "conv2": 1e-2, "conv3": 1e-2, "fc4": 0.1, "fc5": 0.1}
@@ -43,7 +37,7 @@ def cifar10_quick_net(classes: int, crop: int = 32, *, seed: int = 0, width: flo
     >>> sum(parameter.numel() for parameter in cifar10_quick_net(10).parameters())
     145578
     """
-    c1, c2, c3, f4 = kernel_counts((32, 32, 64, 64), width, crop, smallest=8)
+    c1, c2, c3, f4 = ours.kernel_counts((32, 32, 64, 64), width, crop, smallest=8)
     side = _pooled_up(_pooled_up(_pooled_up(crop)))
     layers: list[tuple[str, nn.Module]] = [
         ("conv1", nn.Conv2d(3, c1, 5, padding=2)),
@@ -60,7 +54,7 @@ def cifar10_quick_net(classes: int, crop: int = 32, *, seed: int = 0, width: flo
         ("relu4", nn.ReLU(inplace=True)),
         ("fc5", nn.Linear(f4, classes)),
     ]
-    return initialised(layers, seed, QUICK_DEVIATIONS)
+    return ours.initialised(layers, seed, QUICK_DEVIATIONS)
 
 
 def cifar10_fast_net(classes: int, crop: int = 28, *, seed: int = 0, width: float = 1.0) -> nn.Sequential:
@@ -72,38 +66,38 @@ def cifar10_fast_net(classes: int, crop: int = 28, *, seed: int = 0, width: floa
     >>> sum(parameter.numel() for parameter in cifar10_fast_net(10).parameters())
     421632
     """
-    c1, c2, c3 = kernel_counts((64, 128, 128), width, crop, smallest=8)
+    c1, c2, c3 = ours.kernel_counts((64, 128, 128), width, crop, smallest=8)
     layers: list[tuple[str, nn.Module]] = [
-        ("waves", PatchWaves()),
-        ("norm0", nn.BatchNorm2d(PatchWaves.MAPS, affine=False)),
-        *_normalised("1", PatchWaves.MAPS, c1),
-        ("residual2", Residual(OrderedDict(_normalised("2", c1, c1)))),
+        ("waves", ours.PatchWaves()),
+        ("norm0", nn.BatchNorm2d(ours.PatchWaves.MAPS, affine=False)),
+        *_normalised("1", ours.PatchWaves.MAPS, c1),
+        ("residual2", ours.Residual(OrderedDict(_normalised("2", c1, c1)))),
         ("pool2", nn.MaxPool2d(2)),
         *_normalised("3", c1, c2),
-        ("residual4", Residual(OrderedDict(_normalised("4", c2, c2)))),
+        ("residual4", ours.Residual(OrderedDict(_normalised("4", c2, c2)))),
         ("pool4", nn.MaxPool2d(2)),
         *_normalised("5", c2, c3),
         ("pool5", nn.AdaptiveMaxPool2d(1)),
         ("flatten", nn.Flatten()),
         ("fc6", nn.Linear(c3, classes, bias=False)),
-        ("scale", Scale(1 / 8)),
+        ("scale", ours.Scale(1 / 8)),
     ]
-    inputs = {"conv1": 9 * PatchWaves.MAPS, "residual2.conv2": 9 * c1, "conv3": 9 * c1, "residual4.conv4": 9 * c2}
+    inputs = {"conv1": 9 * ours.PatchWaves.MAPS, "residual2.conv2": 9 * c1, "conv3": 9 * c1, "residual4.conv4": 9 * c2}
     inputs |= {"conv5": 9 * c2, "fc6": c3}
-    return initialised(layers, seed, {name: (3 * count) ** -0.5 for name, count in inputs.items()})
+    return ours.initialised(layers, seed, {name: (3 * count) ** -0.5 for name, count in inputs.items()})
 
 
 def tiny_net(classes: int, crop: int = 56, *, seed: int = 0, width: float = 1.0) -> nn.Sequential:
     """AlexNet's building blocks in small: a strided and a grouped convolution, response norm, overlapping pools."""
-    c1, c2, c3, f4 = kernel_counts((32, 64, 64, 128), width, crop, smallest=16)
+    c1, c2, c3, f4 = ours.kernel_counts((32, 64, 64, 128), width, crop, smallest=16)
     side = _pooled_up(_pooled_up(_pooled_up((crop - 1) // 2 + 1)))
     layers: list[tuple[str, nn.Module]] = [
-        ("scale", Scale(1 / PIXEL_DEVIATION)),
+        ("scale", ours.Scale(1 / PIXEL_DEVIATION)),
         ("conv1", nn.Conv2d(3, c1, 5, stride=2, padding=2)),
         ("relu1", nn.ReLU(inplace=True)),
-        ("norm1", LocalResponseNorm()),
+        ("norm1", ours.LocalResponseNorm()),
         ("pool1", nn.MaxPool2d(3, 2, ceil_mode=True)),
-        ("conv2", Conv2d(c1, c2, 3, padding=1, groups=2)),
+        ("conv2", ours.Conv2d(c1, c2, 3, padding=1, groups=2)),
         ("relu2", nn.ReLU(inplace=True)),
         ("pool2", nn.MaxPool2d(3, 2, ceil_mode=True)),
         ("conv3", nn.Conv2d(c2, c3, 3, padding=1)),
@@ -116,7 +110,7 @@ def tiny_net(classes: int, crop: int = 56, *, seed: int = 0, width: float = 1.0)
     ]
     # With these few layers and inputs near 1, sqrt(2 / inputs) keeps the size of activations through every ReLU.
     fans = {"conv1": 3 * 25, "conv2": c1 // 2 * 9, "conv3": c2 * 9, "fc4": c3 * side * side, "fc5": f4}
-    return initialised(layers, seed, {name: (2 / fan) ** 0.5 for name, fan in fans.items()})
+    return ours.initialised(layers, seed, {name: (2 / fan) ** 0.5 for name, fan in fans.items()})
 
 
 @dataclass(frozen=True)
@@ -155,25 +149,25 @@ class ConvLocal:
         >>> sum(weight.numel() for weight in ConvLocal("conv-local-13pct")(10).parameters())
         1116490
         """
-        c1, c2, l3, l4 = kernel_counts((64, 64, self.local3, 32), width, crop, smallest=8)
+        c1, c2, l3, l4 = ours.kernel_counts((64, 64, self.local3, 32), width, crop, smallest=8)
         side = _pooled_up(_pooled_up(crop))
         layers: list[tuple[str, nn.Module]] = [
             ("conv1", nn.Conv2d(3, c1, 5, padding=2)),
             ("pool1", nn.MaxPool2d(3, 2, ceil_mode=True)),
-            ("act1", activation_layer(self.activation)),
+            ("act1", ours.activation_layer(self.activation)),
             *([("norm1", _norm())] if self.norm else []),
             ("conv2", nn.Conv2d(c1, c2, 5, padding=2)),
-            ("act2", activation_layer(self.activation)),
+            ("act2", ours.activation_layer(self.activation)),
             *([("norm2", _norm())] if self.norm else []),
             ("pool2", nn.MaxPool2d(3, 2, ceil_mode=True)),
-            ("local3", LocallyConnected2d(c2, l3, side, 3)),
-            ("act3", activation_layer(self.activation)),
-            ("local4", LocallyConnected2d(l3, l4, side, 3)),
-            ("act4", activation_layer(self.activation)),
+            ("local3", ours.LocallyConnected2d(c2, l3, side, 3)),
+            ("act3", ours.activation_layer(self.activation)),
+            ("local4", ours.LocallyConnected2d(l3, l4, side, 3)),
+            ("act4", ours.activation_layer(self.activation)),
             ("flatten", nn.Flatten()),
             ("fc5", nn.Linear(l4 * side * side, classes)),
         ]
-        return initialised(layers, seed, DEVIATIONS)
+        return ours.initialised(layers, seed, DEVIATIONS)
 
 
 conv_local_13pct = ConvLocal("conv-local-13pct")
@@ -190,9 +184,9 @@ def _normalised(number: str, maps_in: int, maps_out: int) -> list[tuple[str, nn.
     ]
 
 
-def _norm() -> LocalResponseNorm:
+def _norm() -> ours.LocalResponseNorm:
     """Type cmrnorm there: size 9, scale 0.001, which its parser divides by the size, pow 0.75, and its k of 1."""
-    return LocalResponseNorm(size=9, k=1.0, alpha=0.001 / 9, beta=0.75)
+    return ours.LocalResponseNorm(size=9, k=1.0, alpha=0.001 / 9, beta=0.75)
 
 
 def _pooled_up(side: int) -> int:

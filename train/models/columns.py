@@ -22,15 +22,20 @@ import re
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, NamedTuple, NoReturn, cast, get_args
-
-import torch
-import torch.nn.functional as F
-from torch import nn
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, cast, get_args
 
 from alexprep.pipeline.augmentation import Augmentation, Channels
 from alexprep.shards.errors import AlexprepError, number_within, one_of
-from alexprep.train.models.layers import activation_layer
+from alexprep.train.lazy_module import LazyModule
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from alexprep.train.models import column_layers, layers
+else:
+    torch, nn = LazyModule("torch"), LazyModule("torch.nn")
+    column_layers, layers = map(LazyModule, ("alexprep.train.models.column_layers", "alexprep.train.models.layers"))
 
 Activation = Literal["scaled-tanh", "tanh", "relu"]
 Initial = Literal["uniform", "fan-in"]
@@ -51,51 +56,6 @@ _POOL = re.compile(rf"(?P<kind>MP|AP|SS){_SIZE}")
 _FULL = re.compile(r"(\d+)N")
 _FORMS = "20C4, 20C4S1, 20C4R8, 20C4T0,1+1,2, MP2, AP2, SS2 or 150N"
 _MOST = 1_000_000  # maps, pixels a side; far beyond what fits in memory
-
-
-class ScaledTanh(nn.Module):
-    """1.7159 · tanh(2x / 3): 1 at 1, -1 at -1, its second derivative largest there (LeCun et al. 1998, appendix A)."""
-
-    def forward(self, values: torch.Tensor) -> torch.Tensor:
-        """Any float tensor -> the same shape."""
-        return torch.tanh(values * (2 / 3)) * 1.7159
-
-
-class Subsampling(nn.Module):
-    """The mean of each rectangle, times a learned number of the map's own, plus a learned bias: layers S2 and S4 of LeNet-5."""
-
-    def __init__(self, maps: int, size: tuple[int, int]) -> None:
-        """For so many maps and rectangles of height and width; it begins as the plain mean."""
-        super().__init__()
-        self.size = size
-        self.weight = nn.Parameter(torch.ones(maps))
-        self.bias = nn.Parameter(torch.zeros(maps))
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Float (N, C, H, W) -> (N, C, H / height, W / width)."""
-        means = F.avg_pool2d(images, self.size)
-        return means * self.weight[:, None, None] + self.bias[:, None, None]
-
-    def extra_repr(self) -> str:
-        """The rectangle, for print(network)."""
-        return f"{len(self.weight)}, size={self.size}"
-
-
-class TableConv2d(nn.Conv2d):
-    """A convolution whose maps see some of the maps below: weights of the others are 0 and stay so."""
-
-    def __init__(self, table: list[list[int]], maps_in: int, kernel: tuple[int, int], stride: tuple[int, int]) -> None:
-        """`table` lists of each map which maps below it sees."""
-        super().__init__(maps_in, len(table), kernel, stride)
-        mask = torch.zeros(len(table), maps_in, 1, 1)
-        for number, seen in enumerate(table):
-            mask[number, seen] = 1
-        self.mask: torch.Tensor
-        self.register_buffer("mask", mask, persistent=False)
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Float (N, C, H, W) -> (N, maps, H', W')."""
-        return F.conv2d(images, self.weight * self.mask, self.bias, self.stride)
 
 
 class Part(NamedTuple):
@@ -168,7 +128,12 @@ class ColumnNet:
         begin = _INPUT.fullmatch(self.line.partition("-")[0])
         return None if begin is None else (int(begin[1]), int(begin[2]), int(begin[3]))
 
-    def shown(self) -> ColumnInput | None:
+    @property
+    def title(self) -> str:
+        """As the user names it."""
+        return f"{COLUMNS}{self.line}"
+
+    def pixels(self) -> ColumnInput | None:
         """What the beginning of the line says of the images; None where it says nothing."""
         return None if self.input is None else ColumnInput(*self.input)
 
@@ -213,7 +178,7 @@ class ColumnNet:
                     layer.weight.uniform_(-UNIFORM, UNIFORM, generator=generator)
                 else:
                     layer.weight.normal_(0.0, part.fan_in**-0.5, generator=generator)
-                if isinstance(layer, TableConv2d):
+                if isinstance(layer, column_layers.TableConv2d):
                     layer.weight.mul_(layer.mask)
                 assert layer.bias is not None
                 layer.bias.zero_()
@@ -374,9 +339,9 @@ def _layer(part: Part, number: int) -> tuple[str, nn.Module]:
     if part.kind == "AP":
         return f"pool{number}", nn.AvgPool2d(part.kernel)
     if part.kind == "SS":
-        return f"pool{number}", Subsampling(maps, part.kernel)
+        return f"pool{number}", column_layers.Subsampling(maps, part.kernel)
     if part.table is not None:
-        return f"conv{number}", TableConv2d(part.table, part.below, part.kernel, part.stride)
+        return f"conv{number}", column_layers.TableConv2d(part.table, part.below, part.kernel, part.stride)
     return f"conv{number}", nn.Conv2d(part.below, maps, part.kernel, part.stride)
 
 
@@ -385,7 +350,7 @@ def _weighted(network: nn.Module) -> list[nn.Conv2d | nn.Linear]:
 
 
 def _activation(name: Activation) -> nn.Module:
-    return ScaledTanh() if name == "scaled-tanh" else activation_layer(name, inplace=False)
+    return column_layers.ScaledTanh() if name == "scaled-tanh" else layers.activation_layer(name, inplace=False)
 
 
 def _refuse(line: str, at: int, why: str) -> NoReturn:

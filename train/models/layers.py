@@ -10,16 +10,16 @@ import itertools
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from alexprep.shards.errors import AlexprepError
+from alexprep.train.field_values import Activation
 from alexprep.train.models import cuda_kernels
 
-Activation = Literal["relu", "tanh"]
 # Values a pass of normalisation takes on a CPU: 1 MiB as float32, so that it finds what the pass before left in the cache.
 CACHED = 2**18
 _IN_KERNELS = (torch.float32, torch.float16, torch.bfloat16)

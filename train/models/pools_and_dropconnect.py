@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from alexprep.shards.errors import number_within, one_of, whole_number
+from alexprep.train.field_values import Pool
 
-Pool = Literal["max", "average", "l2", "stochastic"]
 DRAWN = 2**24  # random numbers that a call of DropConnect takes at most, 64 MiB: other layers share one mask for a step
 
 

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
-
-from torch import nn
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from alexprep.shards.errors import one_of, whole_number
-from alexprep.train.models.layers import (
-    Activation,
-    LocalResponseNorm,
-    PaperDropout,
-    Scale,
-    activation_layer,
-    initialised,
-    kernel_counts,
-)
-from alexprep.train.models.pools_and_dropconnect import DropConnect, Pool, pool_layer, pooled_up
+from alexprep.train.field_values import Activation, Pool
+from alexprep.train.lazy_module import LazyModule
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from alexprep.train.models import layers as ours
+    from alexprep.train.models import pools_and_dropconnect as pools
+else:
+    nn, ours, pools = map(
+        LazyModule, ("torch.nn", "alexprep.train.models.layers", "alexprep.train.models.pools_and_dropconnect")
+    )
 
 PIXELS = 1 / 64  # about one over the deviation of a photograph's pixels
 Dropped = Literal["none", "units", "weights"]
@@ -75,32 +75,32 @@ class SmallNet:
         Raises:
             AlexprepError: crop or width is too small.
         """
-        c1, c2, f3 = kernel_counts((32, 64, 96), width, crop, smallest=8)
-        side = pooled_up(pooled_up(crop, self.pool_size, 2), self.pool_size, 2)
+        c1, c2, f3 = ours.kernel_counts((32, 64, 96), width, crop, smallest=8)
+        side = pools.pooled_up(pools.pooled_up(crop, self.pool_size, 2), self.pool_size, 2)
         values = c2 * side * side
-        linear = DropConnect if self.dropout == "weights" else nn.Linear
+        linear = pools.DropConnect if self.dropout == "weights" else nn.Linear
         layers: list[tuple[str, nn.Module]] = [
-            ("scale", Scale(PIXELS)),
+            ("scale", ours.Scale(PIXELS)),
             ("conv1", nn.Conv2d(in_channels, c1, 5, padding=2)),
             *self._then(1),
             ("conv2", nn.Conv2d(c1, c2, 5, padding=2)),
             *self._then(2),
             ("flatten", nn.Flatten()),
             ("fc3", linear(values, f3)),
-            ("act3", activation_layer(self.activation)),
-            *([("drop3", PaperDropout())] if self.dropout == "units" else []),
+            ("act3", ours.activation_layer(self.activation)),
+            *([("drop3", ours.PaperDropout())] if self.dropout == "units" else []),
             ("fc4", nn.Linear(f3, classes)),
         ]
         fans = {"conv1": in_channels * 25, "conv2": c1 * 25, "fc3": values, "fc4": f3}
-        return initialised(layers, seed, {name: (2 / fan) ** 0.5 for name, fan in fans.items()})
+        return ours.initialised(layers, seed, {name: (2 / fan) ** 0.5 for name, fan in fans.items()})
 
     def _then(self, number: int) -> Iterator[tuple[str, nn.Module]]:
         """What follows a convolution."""
         # A pool's or a norm's gradient may need its input as it came.
-        yield f"act{number}", activation_layer(self.activation)
+        yield f"act{number}", ours.activation_layer(self.activation)
         if self.norm:
-            yield f"norm{number}", LocalResponseNorm()
-        yield f"pool{number}", pool_layer(self.pool, self.pool_size, 2)
+            yield f"norm{number}", ours.LocalResponseNorm()
+        yield f"pool{number}", pools.pool_layer(self.pool, self.pool_size, 2)
 
 
 small_net = SmallNet()
