@@ -16,6 +16,7 @@ from dataclasses import dataclass, fields
 
 _CHUNK = 2**17  # bytes that are sent at once
 _HANGING = 3600.0  # seconds
+_REFUSAL = b"<?xml version='1.0'?><Error><Code>%s</Code><Message>The request is refused.</Message></Error>"
 _HOP_BY_HOP = (b"connection", b"transfer-encoding", b"keep-alive")
 
 
@@ -29,6 +30,7 @@ class Behaviour:
     cut: float = 0.0  # whose answer ends in the middle,
     hanging: float = 0.0  # that get no answer
     away: bool = False  # whether connections are closed without an answer
+    refusing: str = ""  # S3's code of an error, such as ExpiredToken, that answers all requests
 
 
 @dataclass
@@ -65,6 +67,12 @@ class Proxy:
         await asyncio.sleep(behaviour.latency)
         if behaviour.away:
             return False
+        if behaviour.refusing:
+            words = _REFUSAL % behaviour.refusing.encode()
+            writer.write(b"HTTP/1.1 403 Forbidden\r\nContent-Length: %d\r\n\r\n" % len(words))
+            writer.write(b"" if request.startswith(b"HEAD ") else words)
+            await writer.drain()
+            return True
         if chance < behaviour.failing:
             writer.write(b"HTTP/1.1 503 Slow Down\r\nContent-Length: 0\r\n\r\n")
             await writer.drain()

@@ -442,6 +442,7 @@ patience_option = click.option(
     type=click.FloatRange(0, 1_000_000),
     envvar="ALEXPREP_STORE_PATIENCE",
     show_envvar=True,
+    is_eager=True,  # known before a folder is looked for
     expose_value=False,
     callback=_be_patient,
     metavar="SECONDS",

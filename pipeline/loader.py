@@ -34,7 +34,7 @@ from alexprep.pipeline.loader_settings import Tuning
 from alexprep.pipeline.read_ahead import ReadAhead
 from alexprep.pipeline.resampling import finished
 from alexprep.pipeline.sampler import BLOCK_SHARDS, STREAMS, Order, StepPlan
-from alexprep.shards.errors import AlexprepError, counted, one_of, whole_number
+from alexprep.shards.errors import AlexprepError, StoreError, counted, one_of, whole_number
 from alexprep.shards.image_codec import HeaderCheck, raw_header
 from alexprep.shards.rgb_statistics import Statistics
 from alexprep.shards.shard_cache import ShardCache
@@ -240,8 +240,8 @@ class Loader(torch.utils.data.IterableDataset[Batch]):
         self._feed_ahead(runner)
         try:
             chunk, images = runner.take()
-        except AlexprepError:
-            if self._one_by_one or self._most_together == 1:
+        except AlexprepError as error:
+            if self._one_by_one or self._most_together == 1 or isinstance(error, StoreError):
                 raise
             self._abandon()
             self._one_by_one = True
@@ -263,7 +263,7 @@ class Loader(torch.utils.data.IterableDataset[Batch]):
     def _feed_ahead(self, runner: PipelineRunner) -> None:
         """Keeps enough steps under way. Training runs on into the next epoch, evaluation ends with its own."""
         graph, plan = self._graph, self._plan
-        while len(runner) <= self._tuning.prefetch:
+        while len(runner) <= self._tuning.prefetch and not runner.failed:
             epoch, number = self._upcoming
             if graph.views != "random" and epoch != self.epoch:
                 break
@@ -443,6 +443,11 @@ class PipelineRunner:
     def usable(self) -> bool:
         """Whether this is the process that built the pipeline: DALI's threads do not survive a fork."""
         return self._process == os.getpid()
+
+    @property
+    def failed(self) -> bool:
+        """Whether `take` will raise an error when it comes to the step that was fed last: further ones would only wait for the same store."""
+        return bool(self._steps) and self._steps[-1].failure is not None
 
     def feed(self, step: Step) -> None:
         """Hands a step to DALI and returns at once. What is wrong with it, `take` raises."""

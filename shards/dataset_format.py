@@ -164,6 +164,8 @@ def read_index(data: Path | str, split: str) -> NDArray[np.void]:
         index: NDArray[np.void] = np.load(
             path if mapped else io.BytesIO(path.read_bytes()), "r" if mapped else None, allow_pickle=False
         )
+    except AlexprepError:
+        raise
     except Exception as error:  # noqa: BLE001  (numpy parses the header as Python, and raises what that raises)
         raise AlexprepError(f"{path} cannot be read ({error}): run the same `alexprep shard` again") from None
     if index.dtype not in INDEX_DTYPES.values() or index.ndim != 1:

@@ -93,6 +93,10 @@ class AlexprepError(Exception):
         return self.as_made if _on_command_line else in_python(self.as_made)
 
 
+class StoreError(AlexprepError):
+    """A store that was asked as long as the patience lasts, or that refuses."""
+
+
 class AmbiguousSourceError(AlexprepError):
     """A source that can be read in several ways, or in none that is safe: nothing was done, and the caller has to choose.
 

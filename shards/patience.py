@@ -13,7 +13,7 @@ import random
 import threading
 import time
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from alexprep.shards.errors import AlexprepError, number_within
 
@@ -26,9 +26,11 @@ STALLED = 10.0  # seconds after which a request without an answer is given up, a
 _SAID_EVERY = 15.0  # seconds between two lines about waiting, over all stores
 _QUIET = 1.0  # seconds of waiting that nobody is told about
 _ABSENT = (404, 410)  # HTTP: not found, gone
-_REFUSED = (400, 401, 403, 405, 407)  # HTTP: what will be refused again: no credentials, or expired ones
+# HTTP: what will be refused again: no credentials, or expired ones; a bucket of another region.
+_REFUSED = (301, 400, 401, 403, 405, 407)
 # Of libraries that need not be installed: no credentials, or a place that cannot be.
-_LASTING = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "InvalidRegionError", "InvalidURL")
+_LASTING = {"NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "InvalidRegionError", "InvalidURL"}
+_LASTING |= {"ParamValidationError", "UnauthorizedSSOTokenError", "SSOTokenLoadError"}
 _MISTAKES = (NotImplementedError, TypeError, LookupError, AttributeError)  # of a program: they would be made again
 
 Result = TypeVar("Result")
@@ -67,7 +69,7 @@ def patiently(
         ask: may be called several times, also while an earlier call that got no answer goes on in a thread of its own.
         where: what is asked for, for messages.
         stop: ends the waiting when it is set.
-        seconds: after which a request counts as stalled; twice as many after each that did. None: requests are not watched,
+        seconds: after which a request counts as stalled; twice as many after each that did, as far as the patience goes. None: requests are not watched,
             and run in this thread.
 
     Raises FileNotFoundError where there is no such file, PermissionError and others where the store refuses; OSError with errno ECOMM where
@@ -76,7 +78,7 @@ def patiently(
     pauses = Pauses(where, stop)
     while True:
         try:
-            found = ask_store(ask if seconds is None else lambda: _within(seconds() * 2**pauses.stalled, ask), where)
+            found = ask_store(ask if seconds is None else lambda: _within(pauses.allowed(seconds()), ask), where)
             pauses.over()
             return found
         except OSError as error:
@@ -100,10 +102,17 @@ class Pauses:
         self._began, self._patience, self._pause = time.monotonic(), store_patience(), FIRST_PAUSE
         self._told = False
 
+    def allowed(self, seconds: float) -> float:
+        """Seconds that the next request may take, of those that a first one may."""
+        return min(seconds * 2.0**self.stalled, max(seconds, self._left()))
+
+    def _left(self) -> float:
+        return self._began + self._patience - time.monotonic()
+
     def wait(self, error: OSError) -> bool:
         """Waits before the next try; False where there is none: the patience is over, or the work was stopped."""
         self.stalled += isinstance(error.__cause__, _StalledError)
-        left = self._began + self._patience - time.monotonic()
+        left = self._left()
         if left <= 0 or self._stop.is_set():
             return False
         if self._patience - left >= _QUIET or self._told:
@@ -178,9 +187,32 @@ def passes(error: OSError) -> bool:
     cause = error.__cause__
     if isinstance(cause, FileNotFoundError):
         cause = cause.__cause__
-    if getattr(cause, "status", None) in _REFUSED:
+    if isinstance(cause, TimeoutError):  # which S3 answers by 400
+        return True
+    if _status(cause) in _REFUSED or _status(getattr(cause, "__cause__", None)) in _REFUSED:
         return False
     return not isinstance(cause, _MISTAKES) and type(cause).__name__ not in _LASTING
+
+
+def _status(error: BaseException | None) -> int | None:
+    """The HTTP status that an error tells of, as aiohttp, botocore or the hub's client has it."""
+    response = getattr(error, "response", None)
+    if isinstance(response, dict):
+        response = response.get("ResponseMetadata", {})
+        return response.get("HTTPStatusCode")  # type: ignore[no-any-return]
+    return getattr(error, "status", getattr(response, "status_code", None))
+
+
+def whole_file(system: Any, path: str) -> bytes:
+    """All of a file of an fsspec file system, by one request: s3fs would ask for the size first, unless it is asked for a range."""
+    if "s3" not in system.protocol:
+        return bytes(system.cat_file(path))
+    try:
+        return bytes(system.cat_file(path, start=0))
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # "InvalidRange": an empty file has none
+            raise
+        return bytes(system.cat_file(path))
 
 
 def _is_absent(error: FileNotFoundError) -> bool:

@@ -2,7 +2,7 @@
 
 CACHE/SHA256.tar    a shard, by its recorded sha256, so that copies of a dataset share it
 CACHE/SHA256.part   one that is being fetched; its lock is the kernel's, and ends with the process that holds it
-CACHE/lock          held while room is counted
+CACHE/lock          held while room is counted, and at each rename, lest a shard be counted under neither name
 
 A shard appears under its name whole, by a rename, and each time it is read its sha256 is checked: what a kill, a power cut or another user
 may have left is fetched anew. Whatever is wrong with the disk, the shards come from the store as without a cache.
@@ -23,8 +23,8 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator
+from io import FileIO
 from pathlib import Path
-from typing import BinaryIO
 
 from alexprep.shards.errors import AlexprepError, whole_number
 from alexprep.shards.patience import store_patience
@@ -34,6 +34,7 @@ CACHE = "ALEXPREP_CACHE"  # environment variable: the folder; worker processes a
 CACHE_LIMIT = "ALEXPREP_CACHE_LIMIT"  # likewise: bytes
 KEPT, UNFINISHED, LOCK = ".tar", ".part", "lock"
 _POLL_SECONDS = 0.02  # between two looks at a shard that another process fetches
+_COUNTING_SECONDS = 10.0  # that room may be counted by others, which takes milliseconds unless one of them was stopped
 _log = logging.getLogger("alexprep")
 
 
@@ -94,7 +95,7 @@ class ShardCache:
         if data is None and not self._is_full_for(size):
             with self._mine(sha256, stop) as part:
                 data = self._kept(sha256, size) if part else None  # another may have brought it
-                if data is None and part and self._reserved(part, sha256, size):
+                if data is None and part and self._reserved(part, size):
                     data = download()
                     if hashlib.sha256(data).hexdigest() == sha256:
                         self._keep(part, sha256, data)
@@ -118,7 +119,7 @@ class ShardCache:
                 data = file.read() if os.fstat(file.fileno()).st_size == size else b""
             if hashlib.sha256(data).hexdigest() == sha256:
                 return data
-        except FileNotFoundError:
+        except (FileNotFoundError, PermissionError):
             return None
         except OSError:
             pass
@@ -128,10 +129,10 @@ class ShardCache:
         return None
 
     @contextlib.contextmanager
-    def _mine(self, sha256: str, stop: threading.Event) -> Iterator[BinaryIO | None]:
+    def _mine(self, sha256: str, stop: threading.Event) -> Iterator[FileIO | None]:
         """The locked file in which a shard is to be made, removed at the end unless it was kept; None where there is none."""
         part = self._path(sha256, UNFINISHED)
-        file = self._locked(part, sha256, stop)
+        file = self._locked(part, stop)
         try:
             yield file
         finally:
@@ -139,33 +140,58 @@ class ShardCache:
                 with contextlib.suppress(OSError):
                     if _is_at(file, part):
                         part.unlink()
-                file.close()
+                _close(file)
 
-    def _locked(self, part: Path, sha256: str, stop: threading.Event) -> BinaryIO | None:
+    def _locked(self, part: Path, stop: threading.Event) -> FileIO | None:
         deadline = time.monotonic() + store_patience()
         while True:
-            file: BinaryIO | None = None
+            file: FileIO | None = None
             try:
-                flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-                file = os.fdopen(os.open(part, flags, 0o666), "r+b")
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if _is_at(file, part):  # else it was finished, or tidied away, in the instant before the lock
-                    return file
-            except BlockingIOError:
-                if stop.wait(_POLL_SECONDS) or time.monotonic() > deadline:
+                file, is_new = self._opened(part)
+                if not _lock(file, deadline, stop):
                     _close(file)
                     return None
+                if _is_at(file, part):  # else it was finished, or tidied away, before the lock
+                    if is_new or os.fstat(file.fileno()).st_uid == os.geteuid():
+                        return file
+                    part.unlink()  # of a user whose process is gone; not everywhere could it be written and renamed
             except OSError as error:
                 self._complain(error)
                 _close(file)
                 return None
             _close(file)
 
-    def _reserved(self, part: BinaryIO, sha256: str, size: int) -> bool:
+    def _opened(self, path: Path) -> tuple[FileIO, bool]:
+        """A file to be locked, and whether it is new; whoever may write in the folder may write to a new one."""
+        while True:
+            try:
+                file = _open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+                with contextlib.suppress(OSError):
+                    os.fchmod(file.fileno(), self.folder.stat().st_mode & 0o666)
+                return file, True
+            except FileExistsError:
+                with contextlib.suppress(FileNotFoundError):  # it was finished, or tidied away, meanwhile
+                    try:
+                        return _open(path, os.O_RDWR), False  # NFS gives an exclusive lock on nothing else
+                    except PermissionError:
+                        return _open(path, os.O_RDONLY), False
+
+    @contextlib.contextmanager
+    def _counting(self) -> Iterator[bool]:
+        """Inside, nobody else counts what the folder holds, or renames what counts; False where another one does for too long."""
+        lock, _ = self._opened(self.folder / LOCK)
+        try:
+            yield _lock(lock, time.monotonic() + _COUNTING_SECONDS, threading.Event())
+        finally:
+            _close(lock)
+
+    def _reserved(self, part: FileIO, size: int) -> bool:
         """Whether there is room for a shard; it then counts already."""
         try:
-            with open(self.folder / LOCK, "ab") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)
+            with self._counting() as alone:
+                os.ftruncate(part.fileno(), 0)
+                if not alone:
+                    return False
                 if self.limit is not None and self._bytes() + size > self.limit:
                     self._too_large = size
                     return False
@@ -179,18 +205,19 @@ class ShardCache:
         """What the folder holds; what writers that were killed have left is removed."""
         total = 0
         for entry in os.scandir(self.folder):
+            kept = entry.name.endswith(KEPT) or (entry.name.endswith(UNFINISHED) and not _removed(Path(entry.path)))
             with contextlib.suppress(OSError):
-                if entry.name.endswith(UNFINISHED) and _is_abandoned(entry.path):
-                    os.unlink(entry.path)
-                elif entry.name.endswith((KEPT, UNFINISHED)):
-                    total += entry.stat(follow_symlinks=False).st_size
+                total += entry.stat(follow_symlinks=False).st_size if kept else 0
         return total
 
-    def _keep(self, part: BinaryIO, sha256: str, data: bytes) -> None:
+    def _keep(self, part: FileIO, sha256: str, data: bytes) -> None:
         try:
-            part.write(data)
-            part.flush()
-            os.rename(self._path(sha256, UNFINISHED), self._path(sha256))
+            rest = memoryview(data)
+            while rest:
+                rest = rest[part.write(rest) :]
+            with self._counting() as alone:
+                if alone:
+                    os.rename(self._path(sha256, UNFINISHED), self._path(sha256))
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 self._too_large = len(data)
@@ -206,7 +233,24 @@ class ShardCache:
             )
 
 
-def _is_at(file: BinaryIO, path: Path) -> bool:
+def _open(path: Path, flags: int) -> FileIO:
+    """A file without a buffer, which could not be emptied onto a full disk; never what a link leads to, nor one that waits for a writer."""
+    descriptor = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    return FileIO(descriptor, "rb" if flags == os.O_RDONLY else "r+b")
+
+
+def _lock(file: FileIO, deadline: float, stop: threading.Event) -> bool:
+    """Waits for a file's lock; False where the wait is to stop, or is over."""
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if stop.wait(_POLL_SECONDS) or time.monotonic() > deadline:
+                return False
+
+
+def _is_at(file: FileIO, path: Path) -> bool:
     """Whether an open file is still the one of that name."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), os.lstat(path))
@@ -214,16 +258,21 @@ def _is_at(file: BinaryIO, path: Path) -> bool:
         return False
 
 
-def _is_abandoned(path: str) -> bool:
-    """Whether nobody holds the lock of a file."""
-    with open_regular(os.fsencode(path)) as file:
-        try:
+def _removed(part: Path) -> bool:
+    """Removes what a process that is gone has left; False where one lives and holds its lock, and where it cannot be removed."""
+    try:
+        with _open(part, os.O_RDWR) as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
+            if _is_at(file, part):
+                part.unlink()  # under the lock, so that who waits for it sees that it is gone
+    except OSError:
+        return False
     return True
 
 
-def _close(file: BinaryIO | None) -> None:
+def _close(file: FileIO | None) -> None:
     if file is not None:
-        file.close()
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_UN)  # a process that was forked meanwhile has the file open as well
+        with contextlib.suppress(OSError):  # what a network file system tells only now
+            file.close()

@@ -12,15 +12,15 @@ import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from alexprep.shards.errors import AlexprepError
-from alexprep.shards.patience import STALLED, patiently
+from alexprep.shards.errors import StoreError
+from alexprep.shards.patience import STALLED, patiently, whole_file
 from alexprep.shards.shard_cache import ShardCache
 
 FETCHES = 16  # shards on their way at the same time
@@ -159,6 +159,8 @@ class _Queue:
 
     def _fetched(self, shard: RemoteShard, cache: ShardCache | None) -> NDArray[np.uint8]:
         def download() -> bytes:
+            if self._closed.is_set():  # while the cache waited for another process
+                raise CancelledError
             return self._download(shard)
 
         if cache is None or shard.bytes is None or shard.sha256 is None:
@@ -170,7 +172,7 @@ class _Queue:
         name, came = str(path), []
 
         def ask() -> bytes:
-            data = bytes(path.fs.cat_file(path.path))
+            data = whole_file(path.fs, path.path)
             came.append(len(data))
             if shard.bytes is not None and len(data) < shard.bytes and len(came) < _CUT:
                 raise OSError(f"{len(data):,} of {shard.bytes:,} bytes came")
@@ -182,7 +184,7 @@ class _Queue:
         except OSError as error:
             absent = isinstance(error, FileNotFoundError)
             again = "`alexprep verify` tells more" if absent else "see to the network and the permissions, then go on"
-            raise AlexprepError(f"{name} cannot be read ({error.strerror or error}): {again}") from None
+            raise StoreError(f"{name} cannot be read ({error.strerror or error}): {again}") from None
         self._pace.took(time.monotonic() - began, len(data))
         return data
 

@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 from alexprep.shards.errors import AlexprepError
-from alexprep.shards.patience import STALLED, patiently
+from alexprep.shards.patience import STALLED, patiently, whole_file
 
 TEMPORARY_MARK = ".tmp-"
 MAX_FILE_BYTES = 2**30  # no photo is that large; an endless file is
@@ -305,6 +305,8 @@ def digest_json(document: Any) -> str:
 
 def file_sha256(path: Path) -> str:
     """The sha256 of a file, hex."""
+    if not is_local(path):
+        return hashlib.sha256(path.read_bytes()).hexdigest()
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(_BLOCK_BYTES):
@@ -528,7 +530,10 @@ class RemoteFiles(Files):
         if size == 0:
             return b""
         end = None if size < 0 else offset + size
-        ask = functools.partial(system.cat_file, place, offset or None, end)
+        part = functools.partial(
+            system.cat_file, place, start=offset, end=end
+        )  # by name: s3fs has a version before them
+        ask = functools.partial(whole_file, system, place) if size < 0 and not offset else part
         data = bytes(patiently(ask, self.display(path), seconds=lambda: STALLED))
         _check_limit(len(data))
         if 0 < size < len(data):

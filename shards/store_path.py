@@ -7,8 +7,8 @@ from typing import Any
 
 from upath.extensions import ProxyUPath
 
-from alexprep.shards.errors import AlexprepError
-from alexprep.shards.patience import STALLED, patiently
+from alexprep.shards.errors import StoreError
+from alexprep.shards.patience import STALLED, patiently, whole_file
 
 _HTTP = ("http", "https")
 
@@ -20,8 +20,8 @@ class StorePath(ProxyUPath):
     """
 
     def read_bytes(self) -> bytes:
-        """The whole file, by one request; OSError where it cannot be had."""
-        return bytes(patiently(lambda: self.fs.cat_file(self.path), str(self), seconds=lambda: STALLED))
+        """The whole file, by one request; FileNotFoundError where there is none."""
+        return bytes(self._ask(lambda: whole_file(self.fs, self.path)))
 
     def resolve(self, strict: bool = False) -> StorePath:
         """The path itself: where a web server sends a reader on to is its own business, and may change."""
@@ -57,13 +57,13 @@ class StorePath(ProxyUPath):
         yield from self._ask(lambda: list(super(StorePath, self).iterdir()))
 
     def _ask(self, ask: Callable[[], Any]) -> Any:
-        """What the store answers; AlexprepError where it cannot be reached, or refuses."""
+        """What the store answers; StoreError where it cannot be reached, or refuses."""
         try:
             return patiently(ask, str(self), seconds=lambda: STALLED)
         except (FileNotFoundError, NotADirectoryError):
             raise
         except OSError as error:
             words = str(error.strerror or error).partition("\n")[0]
-            raise AlexprepError(
+            raise StoreError(
                 f"{self} cannot be reached ({words}): check the URL, the credentials and the network"
             ) from error

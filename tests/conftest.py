@@ -17,6 +17,7 @@ from types import FrameType
 import numpy as np
 import pytest
 import torch
+from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
 
 from alexprep.cli.main import main
@@ -134,6 +135,16 @@ def encode(image: Image.Image, kind: str = "JPEG", **options: object) -> bytes:
 def _gpu(request: pytest.FixtureRequest) -> None:
     if request.node.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
+
+
+@pytest.fixture(autouse=True)
+def _memory_store() -> Iterator[None]:
+    """What a test leaves in fsspec's store in memory, of which a process has one, the next test does not find."""
+    files, folders = MemoryFileSystem.store.copy(), MemoryFileSystem.pseudo_dirs.copy()
+    yield
+    MemoryFileSystem.store.clear()
+    MemoryFileSystem.store.update(files)
+    MemoryFileSystem.pseudo_dirs[:] = folders
 
 
 @pytest.fixture(scope="session", autouse=True)

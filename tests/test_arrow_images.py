@@ -72,7 +72,6 @@ def test_one_split_and_one_file_and_a_store(saved: Path, tmp_path: Path) -> None
     remote = list_inputs(find_source("memory://saved"))
     assert remote.splits["val"].drop(["path"]).equals(alone.splits["val"].drop(["path"]))
     assert [remote.source.read(item.location) for item in remote.source.inputs(remote.account)][19] == held
-    store.rm("/saved", recursive=True)
 
 
 def test_damage_is_told(saved: Path, tmp_path: Path) -> None:

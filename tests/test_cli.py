@@ -245,6 +245,19 @@ def test_a_store_that_cannot_be_reached_is_one_line(command: Command, monkeypatc
     assert "memory://bucket/data cannot be reached (LookupError: no credentials): check the URL" in error
 
 
+def test_the_patience_is_known_before_a_folder_is_looked_for(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def fail(*arguments: object, **options: object) -> None:
+        asked.append(arguments)
+        raise ConnectionError("reset")
+
+    monkeypatch.setattr("fsspec.implementations.memory.MemoryFileSystem.info", fail)
+    monkeypatch.setenv("ALEXPREP_STORE_PATIENCE", "5")
+    status, _, error = command("train", "--data", "memory://bucket/data", "--store-patience", "0")
+    assert (status, len(asked)) == (1, 1) and "memory://bucket/data cannot be reached (ConnectionError: reset)" in error
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "words"),
     [

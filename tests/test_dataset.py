@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import numpy as np
 import pytest
 import torch
@@ -135,7 +134,6 @@ def test_remote_data_sets(order: Any, data: Path, photos: Path) -> None:
             assert all(torch.equal(ours.images, theirs.images) for ours, theirs in zip(local, remote, strict=True))
     with pytest.raises(AlexprepError, match="order='streams'"):
         Loader(store, batch_size=5, augmentation=PLAIN)
-    fsspec.filesystem("memory").rm(f"/loader-{order}", recursive=True)
 
 
 def test_each_remote_shard_is_fetched_once(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,7 +153,6 @@ def test_each_remote_shard_is_fetched_once(photos: Path, monkeypatch: pytest.Mon
         with Loader(store, batch_size=5, augmentation=PLAIN, views="centre", order=order, block_shards=2) as remote:
             list(remote)
         assert sorted(path[-10:] for path in fetched if path.endswith(".tar")) == [f"{n:06d}.tar" for n in range(24)]
-    fsspec.filesystem("memory").rm("/loader-once", recursive=True)
 
 
 def test_data_that_is_not_there(tmp_path: Path, data: Path) -> None:

@@ -239,10 +239,7 @@ def test_in_a_store_they_are_the_same(name: str, tmp_path: Path) -> None:
     assert made.rows is not None
     store = fsspec.filesystem("memory")
     store.put(str(made.write(tmp_path)), "/layouts", recursive=True)
-    try:
-        listing = listed("memory://layouts")
-    finally:
-        store.rm("/layouts", recursive=True)
+    listing = listed("memory://layouts")
     assert (listing.source.layout, rows_of(listing)) == (made.layout, made.rows)
 
 

@@ -7,7 +7,10 @@ import fcntl
 import hashlib
 import os
 import random
+import resource
+import signal
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -122,6 +125,115 @@ def test_a_disk_that_takes_nothing_costs_no_shard(code: int, tmp_path: Path, mon
         assert [store.get(cache, shard) for shard in SHARDS[:3]] == SHARDS[:3]
     assert store.downloads == 1 + 2 * 2 and names(tmp_path) == {f"{digest(SHARDS[0])}.tar"}
     assert caplog.text.count("takes no more shards") == 1 and os.strerror(code) in caplog.text
+
+
+def test_a_disk_that_is_full_in_the_middle_of_a_shard(tmp_path: Path, monkeypatch: Any, caplog: Any) -> None:
+    """By the kernel's bound on a file's size."""
+    store, cache = Store(), ShardCache(tmp_path)
+    monkeypatch.setattr(os, "ftruncate", lambda descriptor, size: None)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        assert store.get(cache, SHARDS[0]) == SHARDS[0]
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert names(tmp_path) == set() and "takes no more shards" in caplog.text
+    assert store.get(cache, SHARDS[0]) == SHARDS[0] and names(tmp_path) == {f"{digest(SHARDS[0])}.tar"}
+
+
+def test_who_may_write_in_the_folder_may_write_its_files(tmp_path: Path) -> None:
+    before = os.umask(0o077)
+    try:
+        for mode, expected in ((0o777, 0o666), (0o770, 0o660), (0o755, 0o644), (0o700, 0o600)):
+            folder = tmp_path / oct(mode)
+            folder.mkdir()
+            folder.chmod(mode)
+            Store().get(ShardCache(folder), SHARDS[0])
+            assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {expected}
+    finally:
+        os.umask(before)
+
+
+def test_files_of_another_user(tmp_path: Path, monkeypatch: Any, caplog: Any) -> None:
+    """A lock that may only be read, what a killed process of theirs has left, and a kept shard that may not even be read."""
+    store, cache, real = Store(), ShardCache(tmp_path), os.open
+    theirs = {shard_cache.LOCK: os.O_RDONLY, f"{digest(SHARDS[0])}.part": os.O_RDWR, f"{digest(SHARDS[1])}.tar": -1}
+    for name in theirs:
+        (tmp_path / name).write_bytes(b"half")
+
+    def opened(path: Any, flags: int, *arguments: Any) -> int:
+        allowed = theirs.get(os.path.basename(os.fsdecode(path)))
+        if allowed is not None and not flags & os.O_EXCL and flags & os.O_ACCMODE not in (allowed, os.O_RDONLY):
+            raise PermissionError(errno.EACCES, "Permission denied")
+        if allowed == -1:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return real(path, flags, *arguments)
+
+    monkeypatch.setattr(os, "open", opened)
+    monkeypatch.setattr(os, "geteuid", lambda: -1)
+    assert store.get(cache, SHARDS[0]) == SHARDS[0] and store.get(cache, SHARDS[1]) == SHARDS[1]
+    assert names(tmp_path) == {f"{digest(shard)}.tar" for shard in SHARDS[:2]} and not caplog.records
+    assert store.get(cache, SHARDS[0]) == SHARDS[0] and store.downloads == 2
+
+
+def test_what_is_left_is_removed_under_its_lock(tmp_path: Path, monkeypatch: Any) -> None:
+    """Else another process might take it for its own in the instant between, and lose it."""
+    left, held = tmp_path / f"{digest(SHARDS[1])}.part", []
+    left.write_bytes(b"half")
+    real = Path.unlink
+
+    def unlink(path: Path, missing_ok: bool = False) -> None:
+        if path == left:
+            with open(path, "rb+") as file, pytest.raises(BlockingIOError):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held.append(path)
+        real(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", unlink)
+    store, cache = Store(), ShardCache(tmp_path, 1000)
+    assert store.get(cache, SHARDS[0]) == SHARDS[0] and held == [left] and not left.exists()
+
+
+def test_a_shard_keeps_its_name_while_another_counts(tmp_path: Path) -> None:
+    """Else it might be counted under neither name, and the limit exceeded."""
+    store, cache, goes_on = Store(), ShardCache(tmp_path), threading.Event()
+    part, lock = tmp_path / f"{digest(SHARDS[0])}.part", tmp_path / shard_cache.LOCK
+
+    def download() -> bytes:
+        assert goes_on.wait(60)
+        return store._download(SHARDS[0])
+
+    with ThreadPoolExecutor(1) as thread:
+        getting = thread.submit(cache.get, "x", digest(SHARDS[0]), 1000, download, NEVER)
+        while not (part.exists() and part.stat().st_size):
+            assert not getting.done()
+        with lock.open("rb+") as counting:
+            fcntl.flock(counting, fcntl.LOCK_EX)
+            goes_on.set()
+            assert not NEVER.wait(0.1) and names(tmp_path) == {part.name}
+        assert getting.result(60) == SHARDS[0] and names(tmp_path) == {f"{digest(SHARDS[0])}.tar"}
+
+
+def test_a_process_forked_meanwhile_holds_no_lock(tmp_path: Path) -> None:
+    store, cache, children = Store(), ShardCache(tmp_path, 10_000), []
+    real = cache._bytes
+
+    def forking() -> int:
+        child = os.fork()
+        if child == 0:
+            time.sleep(60)
+            os._exit(0)
+        children.append(child)
+        return real()
+
+    cache._bytes = forking  # type: ignore[method-assign]
+    try:
+        assert store.get(cache, SHARDS[0]) == SHARDS[0]
+        with (tmp_path / shard_cache.LOCK).open("rb+") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    finally:
+        os.kill(children[0], signal.SIGKILL)
+        os.waitpid(children[0], 0)
 
 
 def test_waiting_for_another_ends_when_it_is_to_stop(tmp_path: Path) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
 import itertools
 import logging
 import random
@@ -9,12 +12,16 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import fsspec
 import pytest
 import torch
+from fsspec.implementations.memory import MemoryFileSystem
 
 from alexprep.pipeline.augmentation import Augmentation
 from alexprep.pipeline.loader import Loader
@@ -22,16 +29,17 @@ from alexprep.pipeline.read_ahead import ReadAhead
 from alexprep.pipeline.sampler import StepPlan
 from alexprep.shards import patience, shard_fetcher
 from alexprep.shards.conversion import convert
+from alexprep.shards.dataset_format import read_dataset
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.image_codec import Target
 from alexprep.shards.plan import ShardOptions
 from alexprep.shards.rgb_statistics import pca_stats, publish_statistics
-from alexprep.shards.storage import folder_at
+from alexprep.shards.storage import files_at, folder_at
 from alexprep.shards.worker_pool import InProcessEngine
 from alexprep.train.config import TrainConfig, prepare
 from alexprep.train.run_dir import read_config
 from alexprep.train.trainer import train
-from tests.support.failing_store import FailingStore, failing, hurry
+from tests.support.failing_store import FailingStore, failing, hurry, wait_for_fetches
 
 __all__ = ["failing"]  # a fixture
 URL = "memory://stored"
@@ -73,6 +81,10 @@ def same(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> bool:
 
 def shards_asked(store: FailingStore) -> Counter[str]:
     return Counter({path[-10:-4]: times for path, times in store.asked.items() if path.endswith(".tar")})
+
+
+def raise_(error: BaseException) -> None:
+    raise error
 
 
 @pytest.mark.parametrize("fault", ["errors", "cut", "hangs"])
@@ -122,9 +134,15 @@ def test_a_store_that_is_away_is_waited_for_or_named_and_the_loader_goes_on(
         hurry(monkeypatch, 0.1)
         failing.fault = away
         loader.load_state_dict(loader.state_dict())
-        for _ in range(2):
-            with pytest.raises(AlexprepError, match=r"train-\d+\.tar cannot be read \(ConnectionRefusedError: nobody"):
-                next(iter(loader))
+        read = mock.Mock(wraps=loader._dataset.samples.read)
+        with monkeypatch.context() as spied:
+            spied.setattr(loader._dataset.samples, "read", read)
+            for _ in range(2):
+                with pytest.raises(
+                    AlexprepError, match=r"train-\d+\.tar cannot be read \(ConnectionRefusedError: nobody"
+                ):
+                    next(iter(loader))
+        assert read.call_count == 2  # the patience is asked for once, and not once a step
         failing.fault = None
         taken += [batch.images for batch in loader]
         taken += [batch.images for batch in loader]
@@ -187,16 +205,79 @@ def test_closing_does_not_wait_for_a_store_that_is_away(
     before = time.monotonic()
     loader.close()
     assert time.monotonic() - before < 30
-    deadline = time.monotonic() + 30
-    while any(thread.name == "alexprep-fetch" for thread in threading.enumerate()):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_for_fetches()
+
+
+def test_a_closed_loader_begins_no_download(
+    local: Path, failing: FailingStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither of shards that others were downloading, for which its threads waited."""
+    hurry(monkeypatch, 600)
+    with contextlib.ExitStack() as others:
+        for shard in read_dataset(local)["splits"]["train"]["shards"]:
+            part = others.enter_context((tmp_path / f"{shard['sha256']}.part").open("wb"))
+            fcntl.flock(part, fcntl.LOCK_EX)
+        loader = Loader(URL, **OPTIONS, cache=tmp_path)
+        loader._ahead.reach(0, 0)
+        time.sleep(0.05)
+        loader.close()
+        wait_for_fetches()
+    assert shards_asked(failing) == {}
+
+
+def test_a_shard_is_one_request(local: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """s3fs asks for the size of what it is to read whole, and reads it in parts; an empty file has no range."""
+    asked: list[tuple[int | None, int | None]] = []
+
+    class S3:
+        protocol = ("s3", "s3a")
+
+        def cat_file(
+            self, path: str, version_id: None = None, start: int | None = None, end: int | None = None
+        ) -> bytes:
+            assert version_id is None
+            asked.append((start, end))
+            if start is not None and not path:
+                raise OSError(errno.EINVAL, "The requested range is not satisfiable")
+            return path.encode()[start:end]
+
+    assert patience.whole_file(S3(), "abc") == b"abc" and patience.whole_file(S3(), "") == b""
+    assert asked == [(0, None), (0, None), (None, None)]
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", S3.cat_file)
+    files, name = files_at("memory://stored/dataset.json")
+    assert files.read(name, 1, 3) == b"sto" and asked[-1] == (1, 4)
+
+
+@pytest.mark.parametrize(
+    ("cause", "again"),
+    [
+        ({"ResponseMetadata": {"HTTPStatusCode": 503}}, True),
+        ({"ResponseMetadata": {"HTTPStatusCode": 400}}, False),  # InvalidToken
+        ({"ResponseMetadata": {"HTTPStatusCode": 301}}, False),  # a bucket elsewhere
+        ({}, True),
+        (SimpleNamespace(status_code=401), False),
+        (SimpleNamespace(status_code=429), True),
+    ],
+)
+def test_what_the_answer_of_a_store_says_of_asking_again(cause: Any, again: bool) -> None:
+    error = OSError("as s3fs translates it")
+    error.__cause__ = type("ClientError", (Exception,), {"response": cause})()
+    for raised in (error, error.__cause__):
+        with pytest.raises(OSError) as found:
+            patience.ask_store(partial(raise_, raised), "s3://a/b")
+        assert patience.passes(found.value) == again
+    late = TimeoutError("RequestTimeout, which is an answer 400")
+    late.__cause__ = type("ClientError", (Exception,), {"response": cause})()
+    with pytest.raises(OSError) as found:
+        patience.ask_store(partial(raise_, late), "s3://a/b")
+    assert patience.passes(found.value)
 
 
 def test_ranks_with_a_cache_download_each_shard_once(
-    batches: Any, local: Path, failing: FailingStore, tmp_path: Path
+    batches: Any, local: Path, failing: FailingStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whole, and of 40 % of the set, which spares as much of each epoch."""
+    hurry(monkeypatch, 600)  # that for which a shard is waited for that another one downloads
     for rank in range(2):
         with Loader(URL, **OPTIONS, cache=tmp_path / "all", rank=rank, world_size=2) as loader:
             two_epochs(loader)

@@ -59,6 +59,7 @@ CAMPAIGNS: dict[str, tuple[Callable[[Campaign], None], Callable[[], str]]] = {
     "lost-machines": (shard_runs.lost_machines, lacks_ray),
     "cache-kills": (shard_caches.kill_readers, lacks_nothing),
     "cache-full-disk": (shard_caches.full_disk, lacks_root),
+    "cache-users": (shard_caches.users, lacks_root),
     "training-kills": (training.kill_ranks, lacks_nothing),
     "training-signals": (training.signals, lacks_nothing),
     "training-bad-ranks": (training.bad_ranks, lacks_nothing),

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -34,10 +35,25 @@ class FailingStore:
 
 
 @pytest.fixture
-def failing(monkeypatch: pytest.MonkeyPatch) -> FailingStore:
-    """The store, sound at first; patience is a second, and pauses are of milliseconds."""
+def failing(monkeypatch: pytest.MonkeyPatch) -> Iterator[FailingStore]:
+    """The store, sound at first; patience is a second, and pauses are of milliseconds.
+
+    Nothing is under way at its beginning and its end: what a loader asked for that is closed would be counted in the next test.
+    """
+    wait_for_fetches()
     hurry(monkeypatch, 1)
-    return FailingStore(monkeypatch)
+    store = FailingStore(monkeypatch)
+    yield store
+    store.fault = None
+    wait_for_fetches()
+
+
+def wait_for_fetches() -> None:
+    """Until no thread fetches any more."""
+    deadline = time.monotonic() + 60
+    while any(thread.name in ("alexprep-fetch", "alexprep-ask") for thread in threading.enumerate()):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def hurry(monkeypatch: pytest.MonkeyPatch, seconds: float = 0.1) -> None:
