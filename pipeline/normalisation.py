@@ -28,7 +28,7 @@ _VIEW = np.dtype([*((name, np.uint64) for name in _POINTERS), ("stride", np.int6
 _MIDDLE = 2.0**13  # between the two products of a resize: 255 times this is less than the 2**22 that resize.c rounds
 _WEIGHT_BITS = 24  # those of a float
 _SIZES = 8192  # of windows, whose weights are kept: some 5 kB each
-_SPARE = 4  # buffers that are kept when their batches are gone: fresh pages take as long as the work
+_SPARE = 4  # buffers that are kept when their batches are gone, which spares fresh pages at each step
 
 Views = Callable[..., None]
 
