@@ -32,15 +32,22 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, help="where the large photos are kept too")
     arguments = parser.parse_args()
-    files = [path for path in arguments.source.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg")]
-    chosen = sorted(files, key=lambda path: (path.stat().st_size, path))[-arguments.photos :]
-    photos = [enlarged(path) for path in chosen]
-    if arguments.out is not None:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        for path, data in zip(chosen, photos, strict=True):
-            (arguments.out / f"{path.stem}.jpg").write_bytes(data)
+    photos = enlarge(arguments.source, arguments.out, arguments.photos)
     figures: dict[str, Any] = {"photos": len(photos), "bytes a photo": sum(map(len, photos)) // len(photos)}
     report("large_photos", figures | _times(photos, arguments.rounds) | _differences(photos), arguments.save)
+
+
+def enlarge(source: Path, out: Path | None, count: int) -> list[bytes]:
+    """Of the largest files below `source`, large photos; in two class folders of `out` too, where that is given."""
+    files = [path for path in source.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg")]
+    chosen = sorted(files, key=lambda path: (path.stat().st_size, path))[-count:]
+    photos = [enlarged(path) for path in chosen]
+    for number, (path, data) in enumerate(zip(chosen, photos, strict=True)):
+        if out is not None:
+            folder = out / f"class{number % 2}"
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"{path.stem}.jpg").write_bytes(data)
+    return photos
 
 
 def enlarged(path: Path) -> bytes:
@@ -73,13 +80,16 @@ def _differences(photos: list[bytes]) -> dict[str, str]:
     for data in photos:
         reference = _pixels(exact, data)
         for name, codec in zip(found, (scaled, stored), strict=True):
-            found[name].append(
-                10 * np.log10(255**2 / max(1e-9, float(np.square(_pixels(codec, data) - reference).mean())))
-            )
+            found[name].append(psnr(_pixels(codec, data), reference))
     return {
         f"{name}: PSNR, dB, least, median, most": f"{min(values):.1f}, {statistics.median(values):.1f}, {max(values):.1f}"
         for name, values in found.items()
     }
+
+
+def psnr(pixels: NDArray[Any], exact: NDArray[Any]) -> float:
+    """Peak signal to noise, dB, of grey levels 0-255; 138 for none."""
+    return float(10 * np.log10(255**2 / max(1e-9, np.square(np.subtract(pixels, exact, dtype=np.float64)).mean())))
 
 
 def _pixels(codec: Codec, data: bytes) -> NDArray[np.float64]:

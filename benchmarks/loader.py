@@ -19,7 +19,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,6 @@ from typing import Any
 from common import command_line, report
 from contestants.live import Live, Turn
 from processes import ROOT, Environment, Missing, interpreter
-from shard import NEEDS
 
 from alexprep.shards import rgb_statistics
 from alexprep.shards.conversion import convert
@@ -75,18 +74,31 @@ CONTESTANTS = {
     "torchvision": Contestant("torchvision, files in a DataLoader", "loader_torchvision", "ffcv"),  # it is in there
     "spdl": Contestant("SPDL, files", "loader_spdl", "spdl"),
 }
+_PEERS = ("dali", "ffcv-jpg", "webdataset", "torchvision", "spdl")
+CONTESTANTS |= {
+    f"{name}-resized": replace(CONTESTANTS[name], label=f"{CONTESTANTS[name].label}, random resized crops")
+    for name in _PEERS
+}
 ENVIRONMENTS = {
     "": Environment(),
-    "ffcv": NEEDS["ffcv"][1],
+    "ffcv": Environment(
+        (
+            *("setuptools<81", "wheel", "numba", "opencv-python-headless<5", "torch", "torchvision", "tqdm"),
+            *("pandas", "pytorch_pfn_extras", "fastargs", "assertpy", "psutil", "terminaltables"),
+        ),
+        bare=("ffcv",),
+        system=("opencv4", "libturbojpeg"),
+        python=(3, 12),
+    ),
     "spdl": Environment(("spdl", "numpy", f"torch=={version('torch').partition('+')[0]}")),
 }
 RATIOS = (
-    *(("full", other) for other in ("ffcv-jpg", "webdataset", "torchvision", "spdl", "dali", "decode", "full-nchw")),
-    *(("channel", other) for other in ("ffcv-jpg", "webdataset", "torchvision", "spdl", "dali", "decode")),
+    *(("full", other) for other in (*_PEERS, "decode", "full-nchw")),
+    *(("channel", other) for other in (*_PEERS, "decode")),
+    *(("resized", other) for other in (*(f"{name}-resized" for name in _PEERS), "decode")),
     ("full-nchw", "ffcv-jpg-nchw"),
     ("raw", "ffcv-raw"),
     ("uint8", "decode"),
-    ("resized", "decode"),
 )
 
 

@@ -1,22 +1,19 @@
-"""Runs a contestant as a command of its own, in an environment of its own, and watches its memory."""
+"""Runs a contestant as a command of its own, in an environment of its own."""
 
 from __future__ import annotations
 
-import json
 import os
 import resource
 import shutil
-import statistics
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
 CONTESTANTS = Path(__file__).parent / "contestants"
-_POLL_SECONDS = 0.1
-_PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 class Missing(Exception):
@@ -75,56 +72,27 @@ def interpreter(name: str, needs: Environment, minutes: float = 10) -> str:
     return python
 
 
-@dataclass(frozen=True)
-class Run:
-    """What one run took.
+class Run(NamedTuple):
+    """What a run took: seconds, and processor seconds of all its processes, from start to end."""
 
-    Attributes:
-        images: how many came out.
-        whole: images/s from the command's start to its end.
-        steady: images/s while its workers worked.
-        cpu: images a second of processor time, of all its processes from start to end.
-        early_mb: the largest process' resident memory, MB: the median over the second tenth of the run,
-        late_mb: that over the last tenth,
-        peak_mb: and its highest value.
-    """
-
-    images: int
-    whole: float
-    steady: float
+    seconds: float
     cpu: float
-    early_mb: float
-    late_mb: float
-    peak_mb: float
 
 
-def run(python: str, script: str, source: Path, target: Path, processes: int) -> Run:
-    """Runs contestants/SCRIPT.py on the tree at `source`; what it wrote to `target` is removed.
+def run(python: str, script: str, source: Path, target: Path, processes: int, variant: str) -> Run:
+    """Runs contestants/SCRIPT.py on the tree at `source`; what it writes is below `target`.
 
     Raises:
         Missing: it failed.
     """
+    command = [python, str(CONTESTANTS / f"{script}.py"), str(source), str(target), str(processes), variant]
+    told = {"NO_ALBUMENTATIONS_UPDATE": "1", "VIPS_CONCURRENCY": "1", "OMP_NUM_THREADS": "1"}
     start, used = time.perf_counter(), _used()
-    command = [python, str(CONTESTANTS / f"{script}.py"), str(source), str(target), str(processes)]
-    with open(f"{target}.log", "w+") as log:
-        child = subprocess.Popen(
-            command, stdout=log, stderr=subprocess.STDOUT, env=os.environ | {"NO_ALBUMENTATIONS_UPDATE": "1"}
-        )
-        memory: list[int] = []
-        while child.poll() is None:
-            memory.append(max((_resident(pid) for pid in tree(child.pid)), default=0))
-            time.sleep(_POLL_SECONDS)
-        seconds = time.perf_counter() - start
-        log.seek(0)
-        lines = log.read().strip().splitlines() or [""]
-    shutil.rmtree(target, ignore_errors=True)
-    if child.returncode:
-        raise Missing(f"failed: {lines[-1]}")
-    said = json.loads(next(line for line in reversed(lines) if line.startswith("{")))
-    tenth = max(1, len(memory) // 10)
-    early, late = (statistics.median(part) / 1e6 for part in (memory[tenth : 2 * tenth] or memory, memory[-tenth:]))
-    images = said["images"]
-    return Run(images, images / seconds, said["steady"], images / (_used() - used), early, late, max(memory) / 1e6)
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | told, check=False)
+    taken = Run(time.perf_counter() - start, _used() - used)
+    if done.returncode:
+        raise Missing(f"failed: {(done.stderr.strip().splitlines() or [''])[-1]}")
+    return taken
 
 
 def _used() -> float:
@@ -143,11 +111,3 @@ def tree(root: int) -> list[int]:
         except (FileNotFoundError, ProcessLookupError):
             continue
     return found
-
-
-def _resident(pid: int) -> int:
-    """Resident memory, bytes; 0 for a process that has ended."""
-    try:
-        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * _PAGE
-    except (FileNotFoundError, ProcessLookupError, IndexError):
-        return 0

@@ -1,26 +1,30 @@
-"""Sharding beside img2dataset, a Pillow pool and FFCV's writer, and beside the sum of its own stages, on the same photos.
+"""Sharding beside img2dataset and loops of Pillow, OpenCV, simplejpeg and vips, on the same photos, and on larger ones.
 
-python benchmarks/shard.py SOURCE [--inputs 3000] [--contestants alexprep,pillow,img2dataset,ffcv] [--save]
+python benchmarks/shard.py SOURCE [--inputs 600] [--large 120] [--rounds 5] [--processes 1] [--contestants alexprep,vips,...] [--save]
 
-SOURCE: a tree of class folders, for example the ImageNet training set. Its files are linked as often as `--inputs` asks.
-All make 256 x 256 JPEGs of quality 95, 4:2:0, with an area filter, except where contestants/ says otherwise, and take turns
-with 1 and 2 processes. "whole" is from the command's start to its end; "steady" while its workers work; "a CPU second" counts
-what all its processes used, and so bears a busy machine. Environments for the others are made below build/benchmarks when
-they are first asked for.
+SOURCE: a tree of class folders, for example the ImageNet training set. Its files are linked as often as --inputs asks; the larger ones are
+made of its 40 largest by benchmarks/large_photos.py. All make 256 x 256 JPEGs of quality 95, 4:2:0. Each runs as a command with few photos
+and with many more, all in turns: the difference is what a photo takes, the rest is start-up. Of processor time, of all of a contestant's
+processes, so that a busy machine changes little. PSNR is that of the pixels before they are encoded, to exact decoding and the exact filter
+(area; for vips Lanczos). A ratio is the median over the rounds of the ratios within a round. Environments for the others are made below
+build/benchmarks when they are first asked for.
 """
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import os
 import shutil
 import statistics
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from common import command_line, in_turns, report
+from large_photos import enlarge, psnr
 from numpy.typing import NDArray
 from processes import Environment, Missing, Run, interpreter, run
 
@@ -30,102 +34,101 @@ from alexprep.shards.sources.base import Account
 from alexprep.shards.sources.layout_detection import find_source
 from alexprep.shards.worker_pool import one_thread
 
-PROCESSES = (1, 2)
-NEEDS = {  # by the name of the script in contestants/
-    "alexprep": ("alexprep_shard", Environment()),
-    "pillow": ("pillow_pool", Environment()),
-    "img2dataset": (  # it imports imghdr, which Python 3.13 no longer has
-        "img2dataset_tars",
-        Environment(("img2dataset", "opencv-python-headless<5", "setuptools<81"), python=(3, 12)),
+FEW = 20  # photos of which the start-up is known
+OURS = ("alexprep", "alexprep-scaled")  # the second is --decode scaled
+ENVIRONMENTS = {  # by the name of the script in contestants/
+    "alexprep_shard": Environment(),
+    "img2dataset_tars": Environment(  # it imports imghdr, which Python 3.13 no longer has
+        ("img2dataset", "opencv-python-headless<5", "setuptools<81"), python=(3, 12)
     ),
-    "ffcv": (
-        "ffcv_beton",
-        Environment(
-            (
-                *("setuptools<81", "wheel", "numba", "opencv-python-headless<5", "torch", "torchvision", "tqdm"),
-                *("pandas", "pytorch_pfn_extras", "fastargs", "assertpy", "psutil", "terminaltables"),
-            ),
-            bare=("ffcv",),
-            system=("opencv4", "libturbojpeg"),
-            python=(3, 12),
-        ),
-    ),
+    "resizers": Environment(("opencv-python-headless", "pillow", "pyvips[binary]", "simplejpeg")),
 }
+CONTESTANTS = {"alexprep": "alexprep_shard", "alexprep-scaled": "alexprep_shard", "img2dataset": "img2dataset_tars"}
+CONTESTANTS |= dict.fromkeys(("pillow", "opencv", "simplejpeg", "vips"), "resizers")
 
 
 def main() -> None:
     """Times the stages, then every contestant in turns."""
     parser = command_line(__doc__)
     parser.add_argument("source", type=Path)
-    parser.add_argument("--inputs", type=int, default=3000, help="images that each contestant sees")
-    parser.add_argument("--limit", type=int, default=300, help="images in the stages")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--contestants", default="alexprep,pillow,img2dataset,ffcv")
+    parser.add_argument("--inputs", type=int, default=600, help="photos that each contestant sees")
+    parser.add_argument("--large", type=int, default=120, help="larger photos that each sees; 0 for none")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--contestants", default=",".join(CONTESTANTS))
     parser.add_argument("--work", type=Path, help="a folder for links and output, below which everything is removed")
     arguments = parser.parse_args()
-    figures: dict[str, Any] = {"inputs": arguments.inputs} | _stages(arguments.source, arguments.limit)
-    pythons = {}
-    for name in arguments.contestants.split(","):
+    figures: dict[str, Any] = {name: getattr(arguments, name) for name in ("inputs", "large", "rounds", "processes")}
+    figures |= _stages(arguments.source)
+    with tempfile.TemporaryDirectory(dir=arguments.work) as work:
+        sets = {"photos": (arguments.source, arguments.inputs)}
+        if arguments.large:
+            sets["large photos"] = (Path(work) / "large", arguments.large)
+            enlarge(arguments.source, Path(work) / "large", 40)
+        for name, (source, inputs) in sets.items():
+            place = Path(work) / name.replace(" ", "-")
+            figures |= {f"{name}: {key}": value for key, value in compared(source, inputs, place, arguments).items()}
+    report("shard", figures, arguments.save)
+
+
+def compared(source: Path, inputs: int, work: Path, how: argparse.Namespace) -> dict[str, Any]:
+    """The figures of one set of photos."""
+    figures: dict[str, Any] = {}
+    costs: dict[str, list[tuple[float, float]]] = {}  # a photo's CPU ms, and CPU seconds of start-up
+    for kind, count in (("distinct", 0), ("few", FEW), ("many", FEW + inputs)):
+        repeated(source, work / f"{kind}-source", count)
+    exact = {name: _pixels(f"alexprep-{name}", work) for name in ("area", "lanczos")}
+    left = how.contestants.split(",")
+    for name in list(left):
         try:
-            pythons[name] = interpreter(name, NEEDS[name][1])
+            found = _pixels(name, work)
         except Missing as reason:
             figures[f"{name}: left out"] = str(reason)
-    runs: dict[tuple[str, int], list[Run]] = {}
-    with tempfile.TemporaryDirectory(dir=arguments.work) as work:
-        source = Path(work) / "source"
-        repeated(arguments.source, source, arguments.inputs)
-        for turn, name, processes in itertools.product(range(arguments.rounds), list(pythons), PROCESSES):
-            if name not in pythons:
-                continue
-            target = Path(work) / f"{turn}-{name}-{processes}"
-            try:
-                runs.setdefault((name, processes), []).append(
-                    run(pythons[name], NEEDS[name][0], source, target, processes)
-                )
-            except Missing as reason:
-                figures[f"{name}: left out"] = str(reason)
-                del pythons[name]
-    report(
-        "shard",
-        figures | _compared({key: held for key, held in runs.items() if key[0] in pythons}, figures),
-        arguments.save,
-    )
-
-
-def _compared(runs: dict[tuple[str, int], list[Run]], stages: dict[str, Any]) -> dict[str, Any]:
-    """Medians over the rounds, and the ratios that the goals are about."""
-    figures: dict[str, Any] = {}
-    middle = {
-        key: {field: statistics.median(getattr(run, field) for run in held) for field in vars(held[0])}
-        for key, held in runs.items()
-    }
-    for (name, processes), found in middle.items():
-        label = f"{name}, {processes} process{'es' * (processes > 1)}"
-        figures[f"{label}: whole, images/s"] = found["whole"]
-        figures[f"{label}: steady, images/s"] = found["steady"]
-        figures[f"{label}: images a CPU second"] = found["cpu"]
-        figures[f"{label}: largest process, early / late / peak MB"] = " / ".join(
-            f"{found[field]:.0f}" for field in ("early_mb", "late_mb", "peak_mb")
+            left.remove(name)
+            continue
+        of = exact["lanczos" if name == "vips" else "area"]
+        values = [psnr(pixels, of[path]) for path, pixels in found.items()]
+        figures[f"{name}: PSNR to the exact filter, dB, median and least"] = (
+            f"{statistics.median(values):.1f}, {min(values):.1f}"
         )
-    for name, processes in middle:
-        ours = middle.get(("alexprep", processes))
-        if ours and name != "alexprep":
-            for field in ("whole", "steady", "cpu"):
-                ratio = ours[field] / middle[name, processes][field]
-                figures[f"alexprep / {name}, {processes} process{'es' * (processes > 1)}, {field}"] = ratio
-    for name in dict(middle):
-        if name[1] == 1 and (name[0], 2) in middle:
-            for field in ("whole", "steady"):
-                figures[f"{name[0]}: 2 processes / 1, {field}"] = middle[name[0], 2][field] / middle[name][field]
-    if ("alexprep", 1) in middle:
-        for field in ("whole", "steady"):
-            figures[f"alexprep, 1 process, {field} / sum of the stages"] = (
-                middle["alexprep", 1][field] / stages["stages: sum, images/s"]
-            )
+    for turn, name in itertools.product(range(how.rounds), left):
+        taken = {kind: _timed(name, work, kind, how.processes) for kind in ("few", "many")}
+        each = (taken["many"].cpu - taken["few"].cpu) / inputs
+        costs.setdefault(name, []).append((1000 * each, taken["few"].cpu - FEW * each))
+        print(f"round {turn + 1} of {how.rounds}: {name} {1000 * each:.2f} ms a photo", file=sys.stderr)
+    for name, held in costs.items():
+        figures[f"{name}: CPU ms a photo"] = statistics.median(each for each, _ in held)
+        figures[f"{name}: lowest and highest"] = f"{min(held)[0]:.2f}, {max(held)[0]:.2f}"
+        figures[f"{name}: start-up, CPU s"] = statistics.median(start for _, start in held)
+    for ours, other in itertools.product((name for name in OURS if name in costs), costs):
+        if other not in OURS:
+            ratios = [theirs / mine for (mine, _), (theirs, _) in zip(costs[ours], costs[other], strict=True)]
+            figures[f"{ours} is faster than {other} by"] = statistics.median(ratios)
     return figures
 
 
-def _stages(place: Path, limit: int) -> dict[str, Any]:
+def _pixels(name: str, work: Path) -> dict[str, NDArray[np.uint8]]:
+    """What a contestant makes of each photo before it is encoded."""
+    made = work / "pixels"
+    _contestant(name, work / "distinct-source", made, 0)
+    found = {str(path.relative_to(made)): np.load(path) for path in made.rglob("*.npy")}
+    shutil.rmtree(made)
+    return found
+
+
+def _timed(name: str, work: Path, kind: str, processes: int) -> Run:
+    try:
+        return _contestant(name, work / f"{kind}-source", work / "made", processes)
+    finally:
+        shutil.rmtree(work / "made", ignore_errors=True)
+
+
+def _contestant(name: str, source: Path, target: Path, processes: int) -> Run:
+    script = CONTESTANTS.get(name, "alexprep_shard")
+    return run(interpreter(script, ENVIRONMENTS[script]), script, source, target, processes, name)
+
+
+def _stages(place: Path, limit: int = 300) -> dict[str, Any]:
     """Decode, resize and encode alone, their sum, and the codec whole, on one core, from memory."""
     one_thread()
     source, codec, target = find_source(str(place)), Codec(Target()), Target()
@@ -164,9 +167,9 @@ def _stages(place: Path, limit: int) -> dict[str, Any]:
 
 
 def repeated(source: Path, target: Path, inputs: int) -> None:
-    """A tree with links to the files of `source`, again and again until there are as many as `inputs`."""
+    """A tree with links to the files of `source`, again and again until there are as many as `inputs`; to each once for 0."""
     paths = [path for path in sorted(source.rglob("*")) if path.is_file()]
-    for number, path in zip(range(inputs), itertools.cycle(paths), strict=False):
+    for number, path in zip(range(inputs or len(paths)), itertools.cycle(paths), strict=False):
         folder = target / path.relative_to(source).parent
         folder.mkdir(parents=True, exist_ok=True)
         link = folder / f"{number // len(paths):06d}-{path.name}"

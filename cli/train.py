@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import signal
 from collections.abc import Mapping
@@ -41,7 +42,7 @@ SYNONYMS = ("optimizer", "label_smoothing", "clip", "accumulate", "average")
 @data_option
 @click.option(
     "--statistics",
-    type=click.Path(path_type=Path, file_okay=False, exists=True),
+    type=click.Path(path_type=Path, file_okay=False),
     metavar="FOLDER",
     help="A folder with stats/, whose mean image and eigenpairs are used.  [default: the data set's]",
 )
@@ -135,7 +136,7 @@ SYNONYMS = ("optimizer", "label_smoothing", "clip", "accumulate", "average")
 @click.option(
     "--scheme",
     type=click.Choice(["towers", "ddp", "hybrid"]),
-    help="How they share it.  [default: towers, the paper's, for two, if the network can be split so; else ddp]",
+    help="How they share it.  [default: as the run did; else towers, the paper's, for two, if the network can be split so; else ddp]",
 )
 @click.option(
     "--rank-seconds",
@@ -161,7 +162,7 @@ def train(as_json: bool, **options: Any) -> None:
 
     Writes ./runs/NAME: config.json, log.jsonl, checkpoints, summary.json. Ctrl-C, SIGTERM or a closed terminal (SIGHUP) finishes the step and saves;
     after a kill, --resume goes on from the last checkpoint. On a CPU the result is the same to the last bit. A run remembers its data and
-    its options, but for --gpus, --scheme, --device, and how it is watched; what is given with --resume holds from then on.
+    its options, but for --gpus, --device, and how it is watched; what is given with --resume holds from then on.
 
     \b
     Example: alexprep train --recipe cifar10-quick --data /data/cifar10
@@ -172,7 +173,7 @@ def train(as_json: bool, **options: Any) -> None:
 
     if options["resume"] and not on_command_line("data"):
         options["data"] = None  # the run's own, whatever the default
-    elif not is_tars(options["data"]):
+    elif not is_tars(options["data"]) and os.environ.get("WORLD_SIZE", "1") == "1":  # torchrun's ranks tell each other
         read_dataset(options["data"])  # a wrong folder is told at once: what follows loads torch, which takes seconds
     from alexprep.train.config import TrainConfig
     from alexprep.train.launch import launch_training, leads

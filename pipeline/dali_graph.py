@@ -17,7 +17,7 @@ from nvidia.dali import Pipeline, fn, types
 from nvidia.dali.backend import TensorCPU, TensorListCPU
 from nvidia.dali.data_node import DataNode
 
-from alexprep.pipeline import dali_ops, policies
+from alexprep.pipeline import dali_ops, normalisation, policies
 from alexprep.pipeline.augmentation import (
     Augmentation,
     Draws,
@@ -80,8 +80,9 @@ class Graph:
     def pipeline(self) -> Pipeline:
         """The pipeline, not yet built. It takes the images as "encoded" and what `inputs` makes; its one output is the views.
 
-        Several views are stacked before the other axes: the windows, then their reflections. All three channels are there, and what
-        `resamples` are windows as they were decoded, uint8 (H, W, 3): `alexprep.pipeline.resampling` makes the rest.
+        Several views are stacked before the other axes: the windows, then their reflections. All three channels are there. What
+        `resamples` or `normalises` are windows as they were decoded, uint8 (H, W, 3): `alexprep.pipeline.resampling` or
+        `alexprep.pipeline.normalisation` makes the rest.
         """
         pipeline = self._empty_pipeline(self.batch_size, self.threads)
         with pipeline:
@@ -92,6 +93,23 @@ class Graph:
     def resamples(self) -> bool:
         """Whether warps, mean and all behind them are torch's, see `alexprep.pipeline.resampling`."""
         return self.augmentation.resamples(chance=self.views == "random")
+
+    @functools.cached_property
+    def normalises(self) -> bool:
+        """Whether all behind the decoding is `alexprep.pipeline.normalisation`'s: on a CPU, where there is nothing between resize and mean."""
+        random = self.views == "random"
+        more = self.resamples or self.views in REFLECTED or (random and (self._more_names or self.augmentation.hooks))
+        # Bytes that are kept are the same in every type; DALI's resize, in the rare value, is not this one's.
+        other = self.dtype == "uint8" or (self.augmentation.keeps_bytes and self.augmentation.scale is not None)
+        wanted = self.device == "cpu" and any(self._view) and not (more or other)
+        return wanted and normalisation.available()
+
+    def normaliser(self) -> normalisation.Normaliser | None:
+        """What makes views of the windows that `normalises`; to be closed."""
+        if not self.normalises:
+            return None
+        resized = self.augmentation.scale is not None
+        return normalisation.Normaliser(self._view, resized, self.memory_format, self.dtype, self.threads)
 
     def decoding_pipeline(self, windowed: bool) -> Pipeline:
         """The decoding alone, of one image, with the inputs "encoded" and, if `windowed`, "start" and "shape"."""
@@ -105,8 +123,8 @@ class Graph:
         """The inputs of one view beside "encoded", one entry a sample.
 
         "start", "shape": see `dali_ops.decode_window`. "mirror": int32. By rows, that is where passes over whole rows read and write least
-        (on a CPU, axes HWC), "window", "minus" and "divisor": see `dali_ops.subtract_image` and `dali_ops.subtract_rows`. Otherwise
-        "shift": see `dali_ops.to_tensor`; "anchor": see `dali_ops.subtract_mean_window`; "factor", float32, to multiply by at the end.
+        (on a CPU, axes HWC, and in what `normalises`, which is not fed to DALI), "window", "minus" and "divisor": see
+        `dali_ops.subtract_image` and `dali_ops.subtract_rows`. Otherwise "shift": see `dali_ops.to_tensor`; "anchor": see `dali_ops.subtract_mean_window`; "factor", float32, to multiply by at the end.
         """
         augmentation = self.augmentation
         if self.resamples:
@@ -114,7 +132,7 @@ class Graph:
         noise = augmentation.noise != "none"
         names = {"start", "mirror"} | (set() if augmentation.fixed_windows else {"shape"})
         rows_pay = self.device == "cpu" and self.memory_format != "NCHW" and self.dtype != "uint8"
-        if rows_pay and any(self._view) and not augmentation.keeps_bytes:
+        if self.normalises or (rows_pay and any(self._view) and not augmentation.keeps_bytes):
             names |= {"window"} if augmentation.windowed_mean else set()
             if noise or augmentation.std != "none" or not augmentation.windowed_mean:
                 names |= {"minus", "divisor"}
@@ -245,6 +263,8 @@ class Graph:
         return fn.external_source(name=name, no_copy=no_copy, **options)
 
     def _one_view(self) -> DataNode:
+        if self.normalises:
+            return self._window()
         if self.resamples:
             return self._resized(self._window())
         window, mirrored = self._hooked("decode", self._window()), self._input("mirror")

@@ -24,6 +24,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from alexprep.pipeline import normalisation
 from alexprep.pipeline.augmentation import Augmentation, Draws, augmentation_named, centred, draw
 from alexprep.pipeline.batch import Batch, mixed_batch
 from alexprep.pipeline.dali_graph import REFLECTED, VIEWS, Graph, Views, as_tensors, check_hooks
@@ -445,6 +446,7 @@ class PipelineRunner:
         self._headers = HeaderCheck()
         self._device = torch.device("cpu" if graph.device_id is None else f"cuda:{graph.device_id}")
         self._process = os.getpid()
+        self._normaliser = graph.normaliser()
         self._pipeline: Any = self._built()
 
     def __len__(self) -> int:
@@ -496,6 +498,8 @@ class PipelineRunner:
         else:
             for event, _ in self._copied:  # DALI gets no buffer back that is still being copied from
                 event.synchronize()
+            if self._normaliser is not None:
+                self._normaliser.close()
         del self._pipeline
         self._copied.clear()
         self._steps.clear()
@@ -529,7 +533,8 @@ class PipelineRunner:
             return
         inputs = {"encoded": images, **self._graph.inputs(step.epoch, step.draws, self.sizes_N2[step.rows])}
         for name, values in inputs.items():
-            self._pipeline.feed_input(name, as_tensors(values) if isinstance(values, list) else values)
+            if self._normaliser is None or name not in normalisation.INPUTS:
+                self._pipeline.feed_input(name, as_tensors(values) if isinstance(values, list) else values)
         step.read_in_place = inputs
         self._pipeline.schedule_run()
 
@@ -595,8 +600,11 @@ class PipelineRunner:
             images = self._on_gpu(step)
         else:
             (output,) = self._pipeline.outputs()
-            # Without a copy: DALI's own buffer, which is ours until the tensor is gone.
-            images = torch.utils.dlpack.from_dlpack(output.as_tensor())
+            if self._normaliser is not None:
+                windows = [np.asarray(output[n]) for n in range(len(output))]
+                images = torch.from_numpy(self._normaliser(windows, step.read_in_place))
+            else:  # without a copy: DALI's own buffer, which is ours until the tensor is gone
+                images = torch.utils.dlpack.from_dlpack(output.as_tensor())
         step.read_in_place = None
         return finished(images, step.draws, graph)
 

@@ -96,8 +96,8 @@ class Resize:
         """
         if self.only_cuts:
             return pixels
-        compiled = _compiled()
-        return compiled(*self._taps, pixels) if compiled else self.in_numpy(pixels)
+        function = compiled()
+        return function(*self._taps, pixels) if function else self.in_numpy(pixels)
 
     def in_numpy(self, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """What calling the resize gives, without compiled code."""
@@ -138,6 +138,7 @@ _KERNELS: dict[str, tuple[float, Callable[[NDArray[np.float64]], NDArray[np.floa
     "bicubic": (2.0, functools.partial(_cubic, a=-0.5)),
     "lanczos": (3.0, _lanczos),
     "enlarging": (2.0, functools.partial(_cubic, a=-0.75)),
+    "triangle": (1.0, _triangle),
 }
 
 
@@ -145,7 +146,8 @@ def weights(axis: Axis, name: str) -> tuple[NDArray[np.int64], NDArray[np.float6
     """The weights of every output of an axis, before they are rounded: int64 (count,) and float64 (taps, count).
 
     The first are ascending, the first source pixel that output i reads (may be negative); the second its weights, columns summing
-    to 1. Pixels outside the source count as the nearest inside for "area" when enlarging (as OpenCV), and have weight 0 otherwise.
+    to 1. Pixels outside the source count as the nearest inside for "area" when enlarging (as OpenCV) and for "triangle", which is
+    "bilinear" but for that (as DALI), and have weight 0 otherwise.
     """
     step = axis.step
     i = np.arange(axis.offset, axis.offset + axis.count + 1, dtype=np.float64)
@@ -164,7 +166,8 @@ def weights(axis: Axis, name: str) -> tuple[NDArray[np.int64], NDArray[np.float6
         start = np.floor(centre - radius * spread)
         j = start + np.arange(math.ceil(2 * radius * spread) + 1.0)[:, None]
         w = kernel((j + 0.5 - centre) / spread)
-    if not (name == "area" and step < 1) and (j[0, 0] < 0 or j[-1, -1] >= axis.source):
+    repeated = name == "triangle" or (name == "area" and step < 1)
+    if not repeated and (j[0, 0] < 0 or j[-1, -1] >= axis.source):
         w[(j < 0) | (j >= axis.source)] = 0.0
     w /= np.ascontiguousarray(w.T).sum(axis=1)  # in the order of summation that the pixels have had from the first
     return start.astype(np.int64), w
@@ -313,7 +316,7 @@ Compiled = Callable[[Taps, Taps, NDArray[np.uint8]], NDArray[np.uint8]]
 
 
 @functools.lru_cache(maxsize=1)
-def _compiled() -> Compiled | None:
+def compiled() -> Compiled | None:
     """resize.c, where it was compiled when alexprep was installed and does what numpy does; None otherwise."""
     return next(filter(None, map(_loaded, (Path(__file__).parent / "compiled").glob("resize*.so"))), None)
 
@@ -328,7 +331,7 @@ def _loaded(library: Path) -> Compiled | None:
     axis = ctypes.POINTER(_CompiledAxis)
     function.restype, function.argtypes = None, (pointer, ctypes.c_ssize_t, number, axis, axis, pointer, pointer)
 
-    def compiled(down: Taps, along: Taps, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    def resize(down: Taps, along: Taps, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
         if pixels.strides[1:] != (3, 1):
             pixels = np.ascontiguousarray(pixels)
         width, result = pixels.shape[1], np.empty((down.axis.count, along.axis.count, 3), np.uint8)
@@ -340,9 +343,9 @@ def _loaded(library: Path) -> Compiled | None:
     # Extremes overshoot most.
     noise = np.where(np.arange(19 * 23 * 3).reshape(19, 23, 3) ** 2 % 257 > 128, 255, 0).astype(np.uint8)
     for name, size in (("area", 9), ("area", 41), ("lanczos", 9)):
-        resize = Resize(Axis(19, size, 0, size), Axis(23, size, 0, size), name)
-        top, left, bottom, right = resize.region
+        wanted = Resize(Axis(19, size, 0, size), Axis(23, size, 0, size), name)
+        top, left, bottom, right = wanted.region
         box = noise[top:bottom, left:right]
-        if not np.array_equal(compiled(*resize._taps, box), resize.in_numpy(box)):
+        if not np.array_equal(resize(*wanted._taps, box), wanted.in_numpy(box)):
             return None
-    return compiled
+    return resize

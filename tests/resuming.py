@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import random
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from torch import nn
 from alexprep.pipeline.augmentation import Augmentation
 from alexprep.train import recipes
 from alexprep.train.checkpoint import Checkpoint, newest
-from alexprep.train.config import TrainConfig, prepare
+from alexprep.train.config import TrainConfig
 from alexprep.train.distributed.world import World
 from alexprep.train.field_values import PAPER
 from alexprep.train.lr_schedule import (
@@ -127,11 +126,6 @@ def trained(world: World, data: Path, recipe: str, name: str, **changes: Any) ->
     """A run's summary, and what its newest checkpoint holds."""
     settings: dict[str, Any] = {"runs": data.parent / "runs", "device": "cpu", "keep": 1, "checkpoint_steps": 1}
     chosen = TrainConfig(data, recipe, name=name, ranks=world.size, log_steps=2, **settings | changes)
-    if world.size > 1 and not chosen.resume:
-        if world.leads:
-            prepare(chosen, world.device, check_statistics=False)
-        world.any(False)
-        chosen = replace(chosen, resume=True)
     summary = train(chosen, Specks, world)
     world.any(False)  # the first rank has written all
     saved, _ = newest(data.parent / "runs" / name / "checkpoints")

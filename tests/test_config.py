@@ -252,7 +252,7 @@ def test_data_that_moved_is_told_and_found_again(data: Path) -> None:
 
 def test_options_that_go_on_with_a_run(data: Path) -> None:
     job = prepare(config(data, name="two", ranks=2, scheme="ddp", runs=Path("runs"), device=None), dry_run=True)
-    assert job.resume_options() == "--resume --gpus 2 --scheme ddp"
+    assert job.resume_options() == "--resume --gpus 2"
 
 
 def test_the_split_that_is_evaluated_on(data: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -188,6 +188,7 @@ def test_commands_run(
     monkeypatch.chdir(tmp_path)
     make = (ROOT / "Makefile").read_text()
     long = collections.Counter[str]()
+    launchers: list[subprocess.Popen[str]] = []
     for line in _lines(page):
         program, *words = shlex.split(line, comments=True)
         if program == "make":
@@ -201,7 +202,10 @@ def test_commands_run(
             assert all(word in told for word in (*options, *campaigns)), line
             continue
         if program == "torchrun":
-            _under_torchrun(line, words, tmp_path)
+            launchers.append(_torchrun(line, words, tmp_path))
+            if "--nnodes" not in words or len(launchers) == int(words[words.index("--nnodes") + 1]):
+                _all_end_well(line, launchers)
+                launchers = []
             continue
         assert program == "alexprep", line
         words = [stand_ins.get(word, word) for word in words]
@@ -240,15 +244,29 @@ def _cut_ablation(words: list[str]) -> list[str]:
     return [*cut, "--epochs", "1", *(["--seeds", "1"] if variants else [])]
 
 
-def _under_torchrun(line: str, words: list[str], folder: Path) -> None:
-    """Two steps; only the first rank speaks."""
+def _torchrun(line: str, words: list[str], folder: Path) -> subprocess.Popen[str]:
+    """Two steps. A host but the first is a folder of its own, with a copy of the data."""
     program = words.index("alexprep")
-    started = [*words[: program - 1], "-m", "alexprep.cli", *words[program + 1 :], "--steps", "2", "--batch-size", "4"]
     assert words[program - 1] == "--no-python", line
+    started = [*words[: program - 1], "-m", "alexprep.cli", *words[program + 1 :], "--steps", "2", "--batch-size", "4"]
+    if "--node-rank" in words:
+        started[started.index("--master-addr") + 1] = "127.0.0.1"
+        if (host := words[words.index("--node-rank") + 1]) != "0":
+            shutil.copytree(folder / "alexprep-data", folder / f"host{host}" / "alexprep-data")
+            folder = folder / f"host{host}"
     command = [sys.executable, "-m", "torch.distributed.run", *started]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=500, check=False)
-    assert done.returncode == 0, f"{line}\n{done.stderr}"
-    assert done.stdout.count("its folder") == 1, done.stdout
+    return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def _all_end_well(line: str, launchers: list[subprocess.Popen[str]]) -> None:
+    """Only the first rank speaks, and writes."""
+    said = []
+    for launcher in launchers:
+        out, err = launcher.communicate(timeout=500)
+        assert launcher.returncode == 0, f"{line}\n{err}"
+        said.append(out)
+    assert "".join(said).count("its folder") == said[0].count("its folder") == 1, said
+    assert not list(Path().glob("host*/runs"))
 
 
 @pytest.mark.filterwarnings("ignore")  # as where a reader runs them

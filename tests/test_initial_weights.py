@@ -62,7 +62,7 @@ def test_torchvision_s_alexnet_fits_and_goes_back_bit_for_bit() -> None:
 def test_its_shapes_are_those_of_the_whole_network(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without its 61 million values."""
     monkeypatch.setattr(
-        "alexprep.train.models.alexnet.initialised", lambda layers, *_: nn.Sequential(OrderedDict(layers))
+        "alexprep.train.models.layers.initialised", lambda layers, *_: nn.Sequential(OrderedDict(layers))
     )
     with torch.device("meta"):
         ours, theirs = AlexNet.__call__(alexnet_owt, 1000).state_dict(), torchvision_alexnet(1000).state_dict()

@@ -104,13 +104,10 @@ def test_sigterm_lets_all_ranks_save_and_leave(data: Path, tmp_path: Path) -> No
     assert summary["stopped_by"] == "SIGTERM" and f"stopped by SIGTERM after step {summary['steps']}" in said
 
 
-def test_torchrun_says_how_many_and_needs_a_name(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torchrun_says_how_many(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(AlexprepError, match="--gpus 4, but torchrun started 2 ranks: leave --gpus out"):
         launch_training(TrainConfig(data, "tiny", runs=tmp_path, device="cpu", ranks=4))
-    for ranks in (1, 2):
-        with pytest.raises(AlexprepError, match="give --name"):
-            launch_training(TrainConfig(data, "tiny", runs=tmp_path, device="cpu", ranks=ranks))
 
 
 @pytest.mark.parametrize(
@@ -143,6 +140,28 @@ def test_the_scheme_unless_one_is_chosen(data: Path, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(RECIPES, "unsplit", unsplit)
         assert prepare(TrainConfig(data, "unsplit", runs=tmp_path, device="cpu", ranks=2)).scheme == "ddp"
+
+
+def test_a_run_goes_on_with_its_scheme(data: Path, tmp_path: Path) -> None:
+    """On as many ranks as may be; one that it was not begun with only by --scheme, or where the ranks cannot share it so."""
+
+    def scheme(ranks: int, **options: Any) -> str:
+        return prepare(
+            TrainConfig(data, "tiny", runs=tmp_path, name="run", device="cpu", ranks=ranks, **options)
+        ).scheme
+
+    assert scheme(2, scheme="hybrid") == "hybrid"
+    found = [
+        scheme(2, resume=True),
+        scheme(1, resume=True),
+        scheme(3, resume=True),
+        scheme(2, resume=True, scheme="ddp"),
+    ]
+    assert found == ["hybrid", "single", "hybrid", "ddp"]
+    assert scheme(2, resume=True) == "hybrid"  # the one before trained nothing
+    towers = TrainConfig(data, "tiny", runs=tmp_path, name="two", device="cpu", ranks=2)
+    assert prepare(towers).scheme == prepare(replace(towers, resume=True)).scheme == "towers"
+    assert prepare(replace(towers, resume=True, ranks=3)).scheme == "ddp"
 
 
 @pytest.mark.parametrize(

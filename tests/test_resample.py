@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
-import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -14,7 +14,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from alexprep.shards import resample
+from alexprep.shards.image_codec import Fit, Target
 from alexprep.shards.resample import FILTERS, Axis, Resize, weights
+from tests.support import compiled
+
+SECONDS = 3600  # for 100,000 shapes, however busy the machine
 
 SHAPES = [(375, 500), (500, 331), (301, 1203), (257, 256), (64, 97), (1031, 777)]
 _PILLOW = {
@@ -26,27 +30,19 @@ _PILLOW = {
 
 @pytest.fixture(scope="session")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """resize.c compiled: as it was installed, or made here from the same source."""
-    folder = Path(resample.__file__).parent / "compiled"
-    for installed in folder.glob("resize*.so"):
-        return installed
-    compiler = shutil.which("cc")
-    if compiler is None:
-        pytest.skip("there is no C compiler")
-    made = tmp_path_factory.mktemp("compiled") / "resize.so"
-    command = [compiler, "-O1", "-shared", "-fPIC", "-o", str(made), str(folder / "resize.c")]
-    subprocess.run(command, check=True, timeout=60)
-    return made
+    """resize.c, compiled."""
+    source = Path(resample.__file__).parent / "compiled" / "resize.c"
+    return compiled.library(source, tmp_path_factory.mktemp("compiled"))
 
 
 @pytest.fixture(params=["compiled", "numpy"])
 def code(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Everything that resizes runs with the compiled code, then without."""
-    compiled = None
+    function = None
     if request.param == "compiled":
-        compiled = resample._loaded(request.getfixturevalue("library"))
-        assert compiled is not None
-    monkeypatch.setattr(resample, "_compiled", lambda: compiled)
+        function = resample._loaded(request.getfixturevalue("library"))
+        assert function is not None
+    monkeypatch.setattr(resample, "compiled", lambda: function)
     yield
 
 
@@ -166,6 +162,49 @@ def test_only_the_region_is_read() -> None:
         assert 0 <= top < bottom <= 301 and 0 < left < right < 1203
         used = np.flatnonzero(_dense(horizontal, name).any(axis=0))
         assert (used[0], used[-1] + 1) == (left, right)
+
+
+def _random_resize(random: np.random.Generator) -> tuple[Resize, tuple[int, int]]:
+    """A resize as any target may have it, of an image with these sides: of a pixel or a row, oblong, enlarged, or large."""
+
+    def side(most: float) -> int:
+        return int(2 ** random.uniform(0, most))
+
+    while True:
+        long = random.random() < 0.02
+        height, width = (side(12.5), side(5)) if long else (side(9.3), side(9.3))
+        shape = (height, width) if random.random() < 0.5 else (width, height)
+        fits = [name for name in get_args(Fit) if name != "none"]
+        target = Target(
+            size=(side(8.3), side(8.3)),
+            fit=fits[random.integers(len(fits))],
+            filter=FILTERS[random.integers(len(FILTERS))],  # type: ignore[arg-type]
+            only_shrink=bool(random.random() < 0.1),
+        )
+        resize = target.resize(*shape)
+        if (
+            random.random() < 0.2
+        ):  # as of pictures decoded to a part of their size, whose last pixels are only partly of the image
+            axes = (resize.vertical, resize.horizontal)
+            parts = [replace(axis, extent=axis.source - random.uniform(0, 0.9)) for axis in axes]
+            resize = replace(resize, vertical=parts[0], horizontal=parts[1])
+        if not resize.only_cuts and resize.size[0] * resize.size[1] <= 2**18:
+            return resize, shape
+
+
+def test_compiled_code_equals_numpy_for_any_shape(library: Path, whole: bool, seed: int) -> None:
+    """Every bit: of 100,000 shapes with `make stress`."""
+    function = resample._loaded(library)
+    assert function is not None
+    for number in range(100_000 if whole else 250):
+        random = np.random.default_rng([seed, number])
+        resize, shape = _random_resize(random)
+        image = random.integers(0, 256, (*shape, 3), dtype=np.uint8)
+        if number % 2:
+            image = np.where(image < 128, 0, 255).astype(np.uint8)  # extremes overshoot most
+        top, left, bottom, right = resize.region
+        box = image[top:bottom, left:right]
+        assert np.array_equal(function(*resize._taps, box), resize.in_numpy(box)), (number, resize)
 
 
 def test_compiled_code_that_differs_is_not_used(library: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch import nn
 
 from alexprep.shards.errors import AlexprepError
 from alexprep.train import recipes
-from alexprep.train.config import TrainConfig, prepare
+from alexprep.train.config import TrainConfig
 from alexprep.train.distributed.world import World
 from alexprep.train.lr_schedule import Steps
 from alexprep.train.trainer import train
@@ -117,11 +116,7 @@ def records(run: Path, kind: str) -> list[dict[str, Any]]:
 
 def begun(world: World, data: Path, loader: type[MadeUp] = MadeUp, **settings: Any) -> dict[str, Any]:
     """A new training by all ranks, of which the first makes the run."""
-    chosen = config(data, **settings, ranks=world.size)
-    if world.leads:
-        prepare(chosen, world.device, check_statistics=False)
-    world.any(False)
-    return train(replace(chosen, resume=True), loader, world)
+    return train(config(data, **settings, ranks=world.size), loader, world)
 
 
 def gone_on(world: World, data: Path, name: str) -> dict[str, Any]:

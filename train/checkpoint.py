@@ -192,14 +192,14 @@ def publish(path: Path, data: bytes) -> None:
         publish_bytes(path, data)
 
 
-def differences(saved: Any, wanted: Any, name: str = "") -> list[str]:
-    """Where two JSON documents differ, a sentence a field."""
+def differences(saved: Any, wanted: Any, name: str = "", words: str = "{0} was {1!r}, is now {2!r}") -> list[str]:
+    """Where two JSON documents differ, a sentence a field: `words`, with its name and both values."""
     if isinstance(saved, dict) and isinstance(wanted, dict):
         found: list[str] = []
         for key in saved | wanted:
-            found += differences(saved.get(key), wanted.get(key), f"{name}.{key}" if name else key)
+            found += differences(saved.get(key), wanted.get(key), f"{name}.{key}" if name else key, words)
         return found
-    return [] if saved == wanted else [f"{name} was {saved!r}, is now {wanted!r}"]
+    return [] if saved == wanted else [words.format(name, saved, wanted)]
 
 
 def with_defaults(described: Any, value: Any) -> Any:

@@ -10,7 +10,7 @@ import json
 import os
 import shlex
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -29,8 +29,9 @@ from alexprep.shards.storage import folder_at, is_local
 from alexprep.train import run_dir
 from alexprep.train.checkpoint import differences, with_defaults
 from alexprep.train.data import DataFacts, data_facts
+from alexprep.train.distributed.hosts import check_alike, code_digest
 from alexprep.train.distributed.tensor_parallel import SCHEMES, Scheme, part_of
-from alexprep.train.distributed.world import TIMEOUT, World
+from alexprep.train.distributed.world import TIMEOUT, World, started_elsewhere
 from alexprep.train.initial_weights import begin_with, find_weights
 from alexprep.train.logger import writer_class
 from alexprep.train.lr_schedule import (
@@ -78,6 +79,8 @@ LENGTH = ("epochs", "steps")
 AS_OPTIONS = ("batch_size", *CHANGEABLE, "epochs")  # settings that are options: they mean these
 REMEMBERED = (*LENGTH, "keep", "checkpoint_steps")  # likewise; what is given on resuming holds from then on
 DECODING = ("decode", "hw_decoder_load")  # likewise, as it was tuned then
+# What may be another on each host of a training: where things lie there, and how they are read.
+OF_A_HOST = ("data", "runs", "name", "statistics", "recipe", "model", "hook", "init_from", "threads", "tensorboard")
 # Of fields of an identity that older runs lack, what holds for them: once released, a default never changes. Those of a recipe's
 # fields are the defaults of its dataclasses.
 IDENTITY_DEFAULTS = {"precision": "fp32", "order": "shuffle"}
@@ -230,6 +233,7 @@ class Job:
         """What a bare --resume goes on with, though it is no part of the identity."""
         taken = (*LENGTH, *(name for name in CHANGEABLE if name in self.changes))
         told = {name: getattr(self.config, name) for name in taken}
+        told |= {"scheme": self.scheme} if self.config.ranks > 1 else {}
         settings = {"settings": list(self.config.settings)}
         return told | settings | {"keep": self.keep, "checkpoint_steps": self.checkpoint_steps}
 
@@ -266,8 +270,8 @@ class Job:
         for option, reference in ((RECIPE, config.recipe), (MODEL, config.model), (HOOK, config.hook)):
             if reference is not None and is_reference(reference):
                 words += [option, reference]
-        if config.ranks > 1:
-            words += ["--gpus", str(config.ranks), "--scheme", self.scheme]
+        if config.ranks > 1 and not started_elsewhere():
+            words += ["--gpus", str(config.ranks)]
         return shlex.join([*words, *(["--device", config.device] if config.device else [])])
 
     def user_errors(self) -> contextlib.AbstractContextManager[None]:
@@ -298,16 +302,71 @@ def prepare(
     `dry_run`, for measurements, nothing is written and the job's `run` is the null device. Where batches come from elsewhere, the
     statistics that the augmentation needs are not checked.
     """
-    device = device or choose_device(config.device)
+    found = _found_run(config) if config.resume else None
+    job = _planned(config, device or choose_device(config.device), found, dry_run, check_statistics)
+    return job if found or dry_run else replace(job, run=_new_run(job))
+
+
+def prepare_together(config: TrainConfig, world: World, *, check_statistics: bool = True) -> Job:
+    """`prepare` by all ranks of a training: rank 0 makes or finds the run's folder, which the others need not see.
+
+    Raises:
+        AlexprepError: on all ranks the same, where one of them cannot begin, or would not do the same as rank 0.
+    """
+    if world.size == 1:
+        return prepare(config, world.device, check_statistics=check_statistics)
+    found = world.of_first(lambda: _found_run(config) if config.resume else None)
+    job = error = None
+    try:
+        job = _planned(config, world.device, found, False, check_statistics, leads=world.leads)
+    except AlexprepError as problem:
+        error = problem.as_made
+    check_alike(world, _told(config, job, error))
+    assert job is not None
+    if found is not None:
+        return job
+    planned = job
+    made = world.of_first(lambda: [_new_run(planned).name, *(getattr(planned.tuning, name) for name in DECODING)])
+    decoding = dict(zip(DECODING, made[1:], strict=True))
+    return replace(job, run=config.runs / made[0], tuning=replace(job.tuning, **decoding))
+
+
+def _told(config: TrainConfig, job: Job | None, error: str | None) -> dict[str, Any]:
+    """What a rank tells the others of its job, see `check_alike`."""
+    options = {name: value for name, value in asdict(config).items() if name not in OF_A_HOST}
+    identity = {} if job is None else {name: value for name, value in job.identity.items() if name != "init"}
+    return {
+        "error": error,
+        "data": str(config.data if job is None else job.data),
+        "versions": run_versions() | {"code": code_digest()},
+        "options": options | {"init_from": config.init_from is not None},
+        "identity": identity,
+    }
+
+
+def _found_run(config: TrainConfig) -> dict[str, Any]:
+    """The run to go on with: the name of its folder, and its config.json."""
+    run = run_dir.find_run(config.runs, config.name)
+    return {"name": run.name, "config": run_dir.read_config(run)}
+
+
+def _planned(
+    config: TrainConfig,
+    device: torch.device,
+    found: Mapping[str, Any] | None,
+    dry_run: bool,
+    check_statistics: bool,
+    leads: bool = True,
+) -> Job:
+    """The job, whose run has no folder yet unless it was `found`; the weights to begin with are looked at by the rank that leads."""
     if config.tensorboard:
         writer_class()  # raises where the package is missing
     named, model = references(config.recipe, config.model)
     config = replace(config, recipe=named, model=model, hook=config.hook and absolute(config.hook, HOOK))
     run, earlier, began = Path(os.devnull) if dry_run else None, None, None
     changes: dict[str, Any] = {}
-    if config.resume:
-        run = run_dir.find_run(config.runs, config.name)
-        document = run_dir.read_config(run)
+    if found is not None:
+        run, document = config.runs / found["name"], found["config"]
         earlier, began = document["options"], document["identity"].get("recipe", {})
         check_named(earlier, config.recipe, config.model, run, config.hook)
         changes = _changes(config, earlier, began)
@@ -332,7 +391,7 @@ def prepare(
     identity["precision"] = computing.precision
     order = config.order or ("shuffle" if is_local(data) else "streams")
     identity |= {"order": order} if order != "shuffle" else {}
-    scheme = _scheme(config, recipe, facts.classes, seed)
+    scheme = _scheme(config, recipe, facts.classes, seed, (earlier or {}).get("scheme"))
     notes += [] if is_local(data) else _notes_of_a_store(config, data, order, scheme)
     recipe.check_scheme(scheme)
     if isinstance(recipe.network, UserNetwork):
@@ -345,14 +404,13 @@ def prepare(
         recipe.make_optimizer(recipe.make_network(facts.classes, seed))
     if check_statistics:
         identity |= _check_images(config, data, recipe, begins=run is None)
-    if run is None:
+    if run is None and leads:
         config, said = _initial_weights(config, recipe, facts.classes, seed)
         notes += said
     if config.init_from is not None:
         identity["init"] = f"{config.init_from}, layers {config.init_layers or 'matching'}"
-    found = data, recipe, seed, facts, device, scheme, order, computing, tuning, notes, identity, changes
-    job = Job(config, run or Path(), *found)
-    return job if run else replace(job, run=_new_run(job))
+    decided = data, recipe, seed, facts, device, scheme, order, computing, tuning, notes, identity, changes
+    return Job(config, run or Path(), *decided)
 
 
 def _notes_of_a_store(config: TrainConfig, data: Path, order: Order, scheme: Scheme) -> list[str]:
@@ -454,8 +512,11 @@ def run_versions() -> dict[str, str]:
     return versions("alexprep", "torch", "numpy", "dali")
 
 
-def _scheme(config: TrainConfig, recipe: Recipe, classes: int, seed: int) -> Scheme:
-    """How ranks share the network: as chosen; else two as the paper's towers, if it can be split so, and all others by ddp."""
+def _scheme(config: TrainConfig, recipe: Recipe, classes: int, seed: int, earlier: Scheme | None) -> Scheme:
+    """How ranks share the network: as chosen; else as several did earlier; else two as the paper's towers, and all others by ddp.
+
+    What was not chosen gives way to ddp where the network cannot be split so.
+    """
     ranks, scheme = config.ranks, config.scheme
     if ranks == 1:
         if scheme not in (None, "single"):
@@ -464,14 +525,14 @@ def _scheme(config: TrainConfig, recipe: Recipe, classes: int, seed: int) -> Sch
     if scheme == "single":
         raise AlexprepError(f"scheme single is for one rank, there are {ranks}: use towers, ddp or hybrid")
     if isinstance(recipe.network, UserNetwork) or (scheme is not None and config.resume):
-        return scheme or "ddp"
-    tried = scheme or ("towers" if ranks == 2 else "ddp")
+        return scheme or earlier or "ddp"
+    tried = scheme or earlier or ("towers" if ranks == 2 else "ddp")
     try:
         part_of(recipe.make_network(classes, seed), tried, World(0, ranks, torch.device("cpu")))
     except AlexprepError:
         if scheme is not None or tried == "ddp":
             raise
-        return _scheme(replace(config, scheme="ddp"), recipe, classes, seed)
+        return _scheme(replace(config, scheme="ddp"), recipe, classes, seed, None)
     return tried
 
 

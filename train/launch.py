@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import faulthandler
@@ -32,7 +33,8 @@ from alexprep.shards.errors import AlexprepError
 from alexprep.shards.storage import folder_at
 from alexprep.shards.worker_pool import cores
 from alexprep.train.config import TrainConfig, prepare
-from alexprep.train.distributed.world import STORE, TIMEOUT, World, from_environment
+from alexprep.train.distributed.hosts import failures_shared
+from alexprep.train.distributed.world import STORE, TIMEOUT, World, from_environment, started_elsewhere
 from alexprep.train.signals_and_memory import StopRequest
 from alexprep.train.trainer import train
 from alexprep.train.user_code import load
@@ -57,12 +59,12 @@ def launch_training(config: TrainConfig) -> dict[str, Any]:
     Raises:
         AlexprepError: see there; or a rank died or did not answer, which ends the others.
     """
-    if _under_torchrun():
+    if started_elsewhere():
         if config.ranks not in (1, size := int(os.environ["WORLD_SIZE"])):
             raise AlexprepError(
                 f"--gpus {config.ranks}, but torchrun started {size} ranks: leave --gpus out, torchrun's own options say how many"
             )
-        return _train_under_torchrun(config)
+        return _train_as_rank(config)
     if config.ranks == 1:
         return train(config)
     _check_gpus(config)
@@ -89,7 +91,7 @@ def launch_training(config: TrainConfig) -> dict[str, Any]:
 
 def leads() -> bool:
     """Tells whether it is for this process to print the result: of torchrun's ranks only the first does."""
-    return not _under_torchrun() or os.environ.get("RANK") == "0"
+    return not started_elsewhere() or os.environ.get("RANK") == "0"
 
 
 def train_rank(world: World, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -98,21 +100,15 @@ def train_rank(world: World, options: Mapping[str, Any]) -> dict[str, Any]:
     return train(TrainConfig(**{**options, **paths}), world=world)
 
 
-def _train_under_torchrun(config: TrainConfig) -> dict[str, Any]:
-    """torchrun's way: rank 0 makes the run, and all go on with it."""
-    if config.name is None:
-        raise AlexprepError("under torchrun the ranks need a common name for the run: give --name")
+def _train_as_rank(config: TrainConfig) -> dict[str, Any]:
+    """torchrun's way: one of ranks that somebody else started, on one host or several."""
     world = from_environment(config.device, timeout=config.rank_seconds)
-    config = replace(config, ranks=world.size)
-    failure: AlexprepError | OSError | None = None
-    if world.leads and not config.resume:
-        try:
-            prepare(config, world.device)
-        except (AlexprepError, OSError) as error:
-            failure = error
-    if world.any(failure is not None):
-        raise failure or AlexprepError("rank 0 could not begin the run, see its message")
-    summary = train(replace(config, resume=True), world=world)
+    try:
+        with failures_shared(world):
+            summary = train(replace(config, ranks=world.size), world=world)
+    except Exception:
+        atexit.register(_leave, 1)  # when the reason has been said
+        raise
     world.close()  # only after a good end: else others may still wait in the groups, and closing would wait with them
     return summary
 
@@ -128,10 +124,6 @@ def _check_gpus(config: TrainConfig) -> None:
         raise AlexprepError(
             f"{config.ranks} ranks need a GPU each, torch sees {torch.cuda.device_count()} here: start fewer, or take --device cpu"
         )
-
-
-def _under_torchrun() -> bool:
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def launch_ranks(

@@ -24,7 +24,7 @@ from alexprep.shards.errors import AlexprepError
 from alexprep.shards.storage import json_bytes
 from alexprep.shards.worker_pool import cores
 from alexprep.train import checkpoint, run_dir
-from alexprep.train.config import Job, TrainConfig, prepare, run_versions
+from alexprep.train.config import Job, TrainConfig, prepare_together, run_versions
 from alexprep.train.data import BatchSource, Examples, LoadedBatch, OpenLoader, WithoutLastStep
 from alexprep.train.distributed.parallel import Parallel
 from alexprep.train.distributed.world import World
@@ -103,7 +103,7 @@ def open_run(config: TrainConfig, open_loader: OpenLoader | None, world: World |
     """Opens everything that a training needs, all that can fail early first, and closes it after the block."""
     started = time.monotonic()
     world = world or World.alone(choose_device(config.device))
-    job = prepare(config, world.device, check_statistics=open_loader is None)
+    job = prepare_together(config, world, check_statistics=open_loader is None)
     config = job.config
     open_loader = open_loader or functools.partial(Loader, tuning=job.tuning)
     if job.device.type == "cpu":
@@ -344,12 +344,18 @@ class Run:
             why = f"step {position.step} is done, which {bound} does not go beyond; --resume with more --epochs or --steps goes on"
         self.meter.say(f"nothing left to do: {why}")
         ended = [position.step, weights_digest(parallel.gather_state()), None]
-        try:
-            summary = read_json(job.run / run_dir.SUMMARY, "") | {"run": str(job.run)}
-        except AlexprepError:
-            summary = {}
-        found = [summary.get(name) for name in ("steps", "weights_sha256", "stopped_by")] == ended
-        return (summary if found else {}) if parallel.world.any(found) else None
+
+        def read() -> dict[str, Any] | None:
+            try:
+                summary = read_json(job.run / run_dir.SUMMARY, "") | {"run": str(job.run)}
+            except AlexprepError:
+                return None
+            return (
+                summary if [summary.get(name) for name in ("steps", "weights_sha256", "stopped_by")] == ended else None
+            )
+
+        summary: dict[str, Any] | None = parallel.world.of_first(read)
+        return summary
 
     def _comparable(self, loss: float | None) -> float | None:
         """A loss that can be held beside a guess's: only the softmax's can."""
@@ -361,13 +367,7 @@ class Run:
 
 def first_state(job: Job, world: World) -> tuple[TrainingState, list[str]]:
     """The state to go on from, of the newest checkpoint or from scratch, and what to say about it."""
-    saved, notes = checkpoint.newest(job.run / run_dir.CHECKPOINTS)
-    if saved is None:
-        check_unsaved(job.run, notes)
-    if changes := job.differences(run_dir.read_config(job.run), None if saved is None else saved.facts):
-        raise AlexprepError(
-            f"{job.run} cannot be resumed: {checkpoint.some_of(changes)}. Begin a new run without --resume"
-        )
+    saved, notes = _saved(job, world)
     state = TrainingState(job.recipe, job.facts.classes, job.seed, job.device, world, job.scheme, job.computing)
     if saved is not None:
         _keep_threads(saved.facts.get("rounding", {}).get("threads"), world)
@@ -379,11 +379,30 @@ def first_state(job: Job, world: World) -> tuple[TrainingState, list[str]]:
             notes += [f"{change}: the last bits may differ" for change in changes]
     elif job.config.init_from is not None:
         whole = state.parallel.gather_state()
-        report = begin_with(whole, find_weights(job.config.runs, job.config.init_from), job.config.init_layers)
-        state.parallel.scatter_state(whole)
+        runs, named, layers = job.config.runs, job.config.init_from, job.config.init_layers
+        notes += world.of_first(lambda: begin_with(whole, find_weights(runs, named), layers).sentences())
+        state.parallel.scatter_state(world.tensors_of_first(whole))
         state.begin_average()
-        notes += report.sentences()
     return state, notes
+
+
+def _saved(job: Job, world: World) -> tuple[checkpoint.Checkpoint | None, list[str]]:
+    """The newest checkpoint, if there is one, and what to say about it. Rank 0 reads it, and the others have it from there."""
+    tensors: dict[str, torch.Tensor] = {}
+
+    def read() -> tuple[int | None, dict[str, Any], list[str]]:
+        saved, notes = checkpoint.newest(job.run / run_dir.CHECKPOINTS)
+        if saved is None:
+            check_unsaved(job.run, notes)
+        if changes := job.differences(run_dir.read_config(job.run), None if saved is None else saved.facts):
+            raise AlexprepError(
+                f"{job.run} cannot be resumed: {checkpoint.some_of(changes)}. Begin a new run without --resume"
+            )
+        tensors.update({} if saved is None else saved.tensors)
+        return (None, {}, notes) if saved is None else (saved.step, saved.facts, notes)
+
+    step, facts, notes = world.of_first(read)
+    return None if step is None else checkpoint.Checkpoint(step, world.tensors_of_first(tensors), facts), notes
 
 
 def _keep_threads(threads: int | None, world: World) -> None:

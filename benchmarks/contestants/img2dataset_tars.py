@@ -6,10 +6,8 @@ What it also does by default and here does not: EXIF as JSON, a sha256 of each i
 from __future__ import annotations
 
 import io
-import json
 import multiprocessing
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +15,26 @@ TAR = 1000
 _resizer: Any = None
 
 
-def prepare() -> None:
+def prepare(**form: Any) -> None:
     """Imports and makes what a worker needs."""
     global _resizer
     from img2dataset.resizer import Resizer  # type: ignore[import-not-found]
 
-    _resizer = Resizer(
-        256, "center_crop", False, upscale_interpolation="cubic", downscale_interpolation="area", encode_quality=95
-    )
+    form = {"encode_quality": 95} | form
+    _resizer = Resizer(256, "center_crop", False, upscale_interpolation="cubic", downscale_interpolation="area", **form)
+
+
+def pixels(paths: list[str], source: str, target: str) -> None:
+    """Writes what would be encoded, as PATH.npy."""
+    import cv2  # type: ignore[import-not-found]
+    import numpy as np
+
+    prepare(encode_format="png", encode_quality=1)
+    for path in paths:
+        place = Path(target) / f"{Path(path).relative_to(source)}.npy"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        encoded = _resizer(io.BytesIO(Path(path).read_bytes()))[0]
+        np.save(place, cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_COLOR)[:, :, ::-1])
 
 
 def write(job: tuple[int, list[str], str]) -> int:
@@ -46,17 +56,21 @@ def write(job: tuple[int, list[str], str]) -> int:
     return len(paths)
 
 
-def main(source: str, target: str, processes: str) -> None:
-    """Converts the tree at `source` and prints what it took."""
+def main(source: str, target: str, processes: str, variant: str) -> None:
+    """Converts the tree at `source`; with 0 processes, writes the pixels that would be encoded, as PATH.npy."""
     paths = sorted(str(path) for path in Path(source).rglob("*") if path.is_file())
+    if processes == "0":
+        return pixels(paths, source, target)
     tar = min(TAR, -(-len(paths) // (2 * int(processes))))  # so that all processes have work to the end
     jobs = [(number, paths[at : at + tar], target) for number, at in enumerate(range(0, len(paths), tar))]
     Path(target).mkdir(parents=True, exist_ok=True)
+    if processes == "1":
+        prepare()
+        list(map(write, jobs))
+        return None
     with multiprocessing.get_context("spawn").Pool(int(processes), prepare) as pool:
-        pool.map(abs, range(int(processes) * 4), chunksize=1)  # until the workers are there
-        start = time.perf_counter()
-        images = sum(pool.imap_unordered(write, jobs))
-        print(json.dumps({"images": images, "steady": images / (time.perf_counter() - start)}))
+        pool.map(write, jobs)
+    return None
 
 
 if __name__ == "__main__":

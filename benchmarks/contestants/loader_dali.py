@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
-from contestants.serve import BATCH, SIDE, serve
+from contestants.serve import BATCH, RATIO, SCALE, SIDE, serve
 from nvidia.dali import Pipeline, fn, types
 
 from alexprep.pipeline.dali_ops import decode_crop
@@ -27,24 +29,38 @@ def decode_alone(data: Path, device: str) -> list[Any]:
     return [decode_crop(source, SIDE, device=device)]
 
 
-def tar_reader(data: Path, device: str) -> list[Any]:
+def tar_reader(data: Path, device: str, resized: bool = False) -> list[Any]:
     """Images and labels from the shards."""
     tars = sorted(str(path) for path in (data / "train").glob("*.tar"))
     indexes = [tar.removesuffix(".tar") + ".idx" for tar in tars]
     mean = rgb_statistics.read_statistics(data, read_dataset(data)["digest"]).channel_means.tolist()
     options: Any = {"index_paths": indexes, "ext": ["jpg", "cls"], "random_shuffle": True, "initial_fill": 1024}
     encoded, label = cast("Any", fn.readers.webdataset(paths=tars, **options))
-    x, y = fn.random.uniform(range=(0, 1)), fn.random.uniform(range=(0, 1))
-    image = decode_crop(encoded, SIDE, x, y, device)
     form: Any = {"dtype": types.FLOAT, "output_layout": "HWC"}
+    if resized:
+        decoder = "cpu" if device == "cpu" else "mixed"
+        window = fn.decoders.image_random_crop(
+            encoded, device=decoder, random_area=SCALE, random_aspect_ratio=RATIO, output_type=types.RGB
+        )
+        image, form["std"] = (
+            fn.resize(window, size=SIDE, mode="stretch", interp_type=types.INTERP_LINEAR),
+            [58.4, 57.1, 57.4],
+        )
+    else:
+        x, y = fn.random.uniform(range=(0, 1)), fn.random.uniform(range=(0, 1))
+        image = decode_crop(encoded, SIDE, x, y, device)
     return [fn.crop_mirror_normalize(image, mirror=fn.random.coin_flip(), mean=mean, **form), label]
 
 
-VARIANTS = {
+VARIANTS: dict[str, tuple[Callable[[Path, str], list[Any]], str]] = {
     "decode": (decode_alone, "centre crop decoded from memory, nothing else; uint8, no order"),
     "dali": (
         tar_reader,
         "DALI's reader of tars: crop decoded, mirror, channel means; float32; shuffled in a buffer of 1,024",
+    ),
+    "dali-resized": (
+        functools.partial(tar_reader, resized=True),
+        "DALI's reader of tars: window of 8 to 100 % decoded, resized, mirror, means, deviations; float32; shuffled in a buffer of 1,024",
     ),
 }
 

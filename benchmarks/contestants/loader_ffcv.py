@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from contestants.serve import BATCH, SIDE, STORED, serve
+from contestants.serve import BATCH, RATIO, SCALE, SIDE, STORED, serve
 
 EPOCH_BATCHES = 2048  # the rows again and again: an FFCV epoch starts anew, and a real one is long
 _THEN = "random crop, mirror, NormalizeImage with the channel means; float32; a true permutation"
@@ -24,6 +24,9 @@ WORK = {
     "ffcv-jpg": f"whole image decoded (fast DCT), {_THEN}",
     "ffcv-jpg-nchw": f"whole image decoded (fast DCT), {_THEN}; ToTorchImage(channels_last=False)",
     "ffcv-raw": f"stored pixels: {_THEN}",
+    "ffcv-jpg-resized": (
+        "whole image decoded (fast DCT), window of 8 to 100 % resized by OpenCV's area, mirror, NormalizeImage; float32; a true permutation"
+    ),
 }
 
 
@@ -76,8 +79,9 @@ def main(folder: str, variant: str, threads: str, device: str) -> None:
     beton = write(Path(folder), variant.split("-")[1])
     mean = np.array(json.loads((Path(folder) / "facts.json").read_text())["mean"])
     area = (SIDE / STORED) ** 2
+    scale, ratio = (SCALE, RATIO) if variant.endswith("resized") else ((area, area), (1.0, 1.0))
     image = [
-        RandomResizedCropRGBImageDecoder((SIDE, SIDE), scale=(area, area), ratio=(1.0, 1.0)),
+        RandomResizedCropRGBImageDecoder((SIDE, SIDE), scale=scale, ratio=ratio),
         RandomHorizontalFlip(),
         NormalizeImage(mean, np.ones(3), np.float32),
         ToTensor(),

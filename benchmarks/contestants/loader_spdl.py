@@ -15,11 +15,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from contestants.serve import BATCH, SIDE, STORED, serve
+from contestants.serve import BATCH, SIDE, STORED, random_window, serve
 
 AHEAD = 2  # batches
 WORK = (
-    "whole image decoded by FFmpeg, random crop at even pixels, mirror, RGB in its filter graph, channel means by torch; "
+    "whole image decoded by FFmpeg, random crop at even pixels (resized, if that is asked for), mirror, RGB in its filter graph, channel means by torch; "
     "float32; a true permutation"
 )
 
@@ -44,9 +44,13 @@ def main(folder: str, variant: str, threads: str, device: str) -> None:
     mean = torch.tensor(json.loads((Path(folder) / "facts.json").read_text())["mean"]).tile(SIDE, SIDE, 1)
 
     def decode(path: str) -> Any:
-        left, top = random.randint(0, STORED - SIDE), random.randint(0, STORED - SIDE)
         mirror = ",hflip" if random.random() < 0.5 else ""
-        steps = f"crop={SIDE}:{SIDE}:{left}:{top}{mirror},format=rgb24"
+        if variant.endswith("resized"):
+            left, top, width, height = random_window()
+            steps = f"crop={width}:{height}:{left}:{top},scale={SIDE}:{SIDE}:flags=bilinear{mirror},format=rgb24"
+        else:
+            left, top = random.randint(0, STORED - SIDE), random.randint(0, STORED - SIDE)
+            steps = f"crop={SIDE}:{SIDE}:{left}:{top}{mirror},format=rgb24"
         return spdl.io.decode_packets(spdl.io.demux_image(path), filter_desc=steps)
 
     def load(batch: list[str]) -> torch.Tensor:

@@ -12,7 +12,7 @@ from contestants.serve import BATCH, SIDE, serve
 
 EPOCHS = 64  # in one, so that the workers need not start anew while they are timed
 WORK = (
-    "whole image decoded by Pillow, RandomCrop, RandomHorizontalFlip, ToTensor, Normalize (channel means, scale 0-1); "
+    "whole image decoded by Pillow, RandomCrop or RandomResizedCrop, RandomHorizontalFlip, ToTensor, Normalize (channel means, scale 0-1); "
     "float32, channels first in memory; a true permutation"
 )
 
@@ -24,7 +24,7 @@ def main(folder: str, variant: str, threads: str, device: str) -> None:
     mean = [value / 255 for value in json.loads((Path(folder) / "facts.json").read_text())["mean"]]
     transform = transforms.Compose(
         [
-            transforms.RandomCrop(SIDE),
+            transforms.RandomResizedCrop(SIDE) if variant.endswith("resized") else transforms.RandomCrop(SIDE),
             transforms.RandomHorizontalFlip(),
             transforms.ToTensor(),
             transforms.Normalize(mean, [1.0, 1.0, 1.0]),

@@ -8,7 +8,9 @@ uncounted ones. An end of its input ends it.
 from __future__ import annotations
 
 import json
+import math
 import os
+import random
 import sys
 import time
 from collections.abc import Callable
@@ -16,6 +18,10 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 BATCH, STORED, SIDE = 128, 256, 224
+SCALE, RATIO = (
+    (0.08, 1.0),
+    (3 / 4, 4 / 3),
+)  # of random resized crops: share of the area, and width / height; torchvision's
 
 
 def serve(
@@ -42,6 +48,15 @@ def serve(
         finish()
         seconds = time.perf_counter() - start
         print(json.dumps({"images": images, "seconds": seconds, "all": skipped + images}), file=answers)
+
+
+def random_window() -> tuple[int, int, int, int]:
+    """Left, top, width and height of a random resized crop of a stored image, pixels, as torchvision draws it."""
+    while True:
+        area, ratio = STORED**2 * random.uniform(*SCALE), math.exp(random.uniform(*map(math.log, RATIO)))
+        width, height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < width <= STORED and 0 < height <= STORED:
+            return random.randint(0, STORED - width), random.randint(0, STORED - height), width, height
 
 
 def describe(batch: Any) -> str:
