@@ -265,6 +265,17 @@ def test_training_goes_on_while_a_checkpoint_is_uploaded_and_ends_when_it_is_sav
     assert not [path for path in store.glob("run/.lock")]
 
 
+def test_a_run_that_is_a_whole_bucket_has_a_folder_of_its_own_here(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What lies beside that folder stays: the path of a bucket has no name, of which the folder's was made once."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (tmp_path / "beside").touch()
+    with StoreWriter(folder_at("memory://")) as writer:
+        assert writer.folder.parent.parent == tmp_path
+    assert [path.name for path in tmp_path.iterdir()] == ["beside"]
+
+
 def test_a_run_is_trained_by_one_process(store: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
     monkeypatch.setattr(run_writer, "BEAT", 0.02)
     monkeypatch.setattr(run_writer, "SILENT", 5)

@@ -121,8 +121,9 @@ class StoreWriter(RunWriter):
             self._claim.take()
             stack.callback(self._claim.withdraw)
             with writing(Path(tempfile.gettempdir()), next_step="run the same command again"):
-                self.folder = Path(tempfile.mkdtemp(prefix="alexprep-run-"), self.run.name)
+                self._work = Path(tempfile.mkdtemp(prefix="alexprep-run-"))
                 stack.callback(self._clear)
+                self.folder = self._work / (self.run.name or "run")  # a bucket itself has no name
                 self.folder.mkdir()
                 for name in (CONFIG, LOG):
                     with contextlib.suppress(FileNotFoundError):
@@ -220,7 +221,7 @@ class StoreWriter(RunWriter):
 
     def _clear(self) -> None:
         if not self._kept:
-            shutil.rmtree(self.folder.parent, ignore_errors=True)
+            shutil.rmtree(self._work, ignore_errors=True)
 
 
 class _Taken(AlexprepError):
