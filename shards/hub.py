@@ -256,7 +256,6 @@ class _Repository:
             yield start + len(part)
         message = f"alexprep push: {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
         self._ask(lambda: self._api.create_commit(**self._common, operations=operations, commit_message=message))
-        yield len(names)
 
     def _ask(self, ask: Callable[[], Result]) -> Result:
         """What the hub answers. huggingface_hub itself asks again after 429 and 5xx, and waits as long as the answer tells it to."""
