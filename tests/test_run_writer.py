@@ -360,6 +360,8 @@ def test_runs_in_a_store_are_named_and_found(store: Path) -> None:
         AlexprepError, match="there is no run memory://bucket/runs/nowhere: there are mine, tiny, tiny-2"
     ):
         find_run(store, "nowhere")
+    with pytest.raises(AlexprepError, match="--runs memory:// names no place"):
+        run_dir.check_place(folder_at("memory://"))
     with pytest.raises(AlexprepError, match="runs at host has a password") as told:
         create_run(folder_at("http://me:secret@host/runs"), None, "tiny", CONFIG)
     assert "secret" not in str(told.value)
