@@ -130,8 +130,11 @@ class Place(NamedTuple):
 
 
 def check_place(runs: Path) -> None:
-    """Refuses a URL with a password, which would go into logs and files."""
-    user, _, host = urllib.parse.urlsplit(str(runs)).netloc.rpartition("@")
+    """Refuses a URL that names no place in a store, and one with a password, which would go into logs and files."""
+    url = urllib.parse.urlsplit(str(runs))
+    user, _, host = url.netloc.rpartition("@")
+    if url.scheme and not (host or url.path.strip("/")) and not is_local(runs):  # where a run would be a bucket
+        raise AlexprepError(f"--runs {runs} names no place: name a bucket or a folder, {url.scheme}://BUCKET/runs")
     if ":" in user and not is_local(runs):
         raise AlexprepError(
             f"the URL of the runs at {host} has a password, which would go into logs and files: leave it out, and say it where fsspec reads "
