@@ -51,13 +51,14 @@ LENET5 = (  # LeCun, Bottou, Bengio and Haffner 1998, section II.B and table I, 
     "+0,1,2,3,4,5-SS2-120C5-84N-10N"
 )
 
-_INPUT = re.compile(r"(\d+)x(\d+)x(\d+)")
+_INPUT = re.compile(r"(\d+)x(\d+)x(\d+)", re.ASCII)
 _SIZE = r"(\d+)(?:x(\d+))?"
 _CONVOLUTION = re.compile(
-    rf"(?P<maps>\d+)C{_SIZE}(?:S{_SIZE})?(?:R(?P<random>\d+)(?:s(?P<seed>\d+))?|T(?P<table>\d[\d,+]*))?"
+    rf"(?P<maps>\d+)C{_SIZE}(?:S{_SIZE})?(?:R(?P<random>\d+)(?:s(?P<seed>\d+))?|T(?P<table>\d[\d,+]*))?",
+    re.ASCII,
 )
-_POOL = re.compile(rf"(?P<kind>MP|AP|LP|SP|SS){_SIZE}")
-_FULL = re.compile(r"(\d+)ND?")
+_POOL = re.compile(rf"(?P<kind>MP|AP|LP|SP|SS){_SIZE}", re.ASCII)
+_FULL = re.compile(r"(\d+)ND?", re.ASCII)
 _WITHOUT_WEIGHTS: dict[str, Pool] = {"MP": "max", "AP": "average", "LP": "l2", "SP": "stochastic"}
 _FORMS = "20C4, 20C4S1, 20C4R8, 20C4T0,1+1,2, MP2, AP2, LP2, SP2, SS2, 150N or 150ND"
 _MOST = 1_000_000  # maps, pixels a side; far beyond what fits in memory
