@@ -181,14 +181,15 @@ class Loader(torch.utils.data.IterableDataset[Batch]):
         self.skipped = 0
         self.epoch = self.step = 0
         self._runner: PipelineRunner | None = None
-        words = {
-            "blocks": f"blocks of {self._plan.block_shards} shards",
-            "streams": f"{self._plan.streams} streams, blocks of {self._plan.block_shards} shards",
-        }
-        self._stream = zlib.crc32(f"{self.digest} {split} {words.get(order, order)}".encode())
+        self._stream = zlib.crc32(f"{self.digest} {split} {self._order_words()}".encode())
         self._upcoming = (0, 0)  # the step that the runner is handed next
         self._loaded = False  # a state, since the last loop began
         self._closed = False
+
+    def _order_words(self) -> str:
+        plan = self._plan
+        blocks = f"blocks of {plan.block_shards} shards"
+        return {"blocks": blocks, "streams": f"{plan.streams} streams, {blocks}"}.get(plan.order, plan.order)
 
     def __len__(self) -> int:
         """Steps an epoch, the same on all ranks; the last one may be smaller."""
