@@ -246,17 +246,16 @@ class _Repository:
         return self._ask(ask)
 
     def commit(self, data: Path, names: Sequence[str]) -> Iterator[int]:
-        """Sends files of a dataset, then makes them visible at once; yields how many are sent, again and again."""
+        """Sends files of a dataset, then makes them visible at once; yields now and then how many are sent."""
         from huggingface_hub import CommitOperationAdd
 
         operations = [CommitOperationAdd(name, data / name) for name in names]
         for start in range(0, len(operations), _SENT_AT_ONCE):
             part = operations[start : start + _SENT_AT_ONCE]
             self._ask(functools.partial(self._api.preupload_lfs_files, self._id, part, repo_type="dataset"))
-            yield start
+            yield start + len(part)
         message = f"alexprep push: {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
         self._ask(lambda: self._api.create_commit(**self._common, operations=operations, commit_message=message))
-        yield len(names)
 
     def _ask(self, ask: Callable[[], Result]) -> Result:
         """What the hub answers. huggingface_hub itself asks again after 429 and 5xx, and waits as long as the answer tells it to."""

@@ -127,7 +127,7 @@ class Pauses:
             return False
         if self._patience - left >= _QUIET or self._told:
             self._say(f"waiting for {self._where} ({error.strerror}): it is asked again for {left:,.0f} s")
-        told = _http_answer(error)[1].get("Retry-After", "")  # seconds; or a date, which few send
+        told = _http_answer(error)[1].get("retry-after", "")  # seconds; or a date, which few send
         pause = self._pause * _jitter.uniform(0.75, 1)  # that not all ask at the same instant
         pause = min(max(pause, float(told) if told.isdecimal() else 0.0), left)
         self._pause = min(2 * self._pause, LONGEST_PAUSE)
@@ -212,7 +212,10 @@ def http_status(error: BaseException | None) -> int | None:
 
 
 def _http_answer(error: BaseException | None) -> tuple[int | None, Mapping[str, str]]:
-    """That status, and the answer's headers: of aiohttp's errors, of botocore's, and of those that keep the response, as requests and httpx do."""
+    """That status, and the answer's headers: of aiohttp's errors, of botocore's, and of those that keep the response, as requests and httpx do.
+
+    Names of headers are in small letters, which is how botocore has them, and no matter to the others.
+    """
     while error is not None:
         response = getattr(error, "response", None)
         if isinstance(response, dict):

@@ -197,6 +197,14 @@ def test_a_rank_that_fails_says_why_and_one_that_is_gone_is_named(monkeypatch: p
         assert str(ports[0].reason(lost)).startswith("rank 1 on b; rank 2 on c is gone")
 
 
+def test_what_a_rank_raises_itself_keeps_its_cause(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    cause = KeyError("the cause")
+    with pytest.raises(ValueError) as found, hosts.failures_shared(world.World.alone("cpu")):
+        raise ValueError("what came of it") from cause
+    assert found.value.__cause__ is cause
+
+
 def test_a_rank_that_cannot_take_part_or_never_comes_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """Before there are groups: the store alone is there."""
     store = dist.TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=SECONDS), False)  # type: ignore[attr-defined]

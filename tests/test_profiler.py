@@ -171,12 +171,12 @@ def test_every_rank_has_a_file_and_a_clock_that_leaves_it_out(tmp_path: Path) ->
     for rank in (0, 1):
         with Meter(None, step=0, total_steps=20) as meter, mock.patch.object(meter.timer, "lap") as lap:
             world = World(rank, 2, torch.device("cpu"))
-            with Trace(tmp_path / "trace", 2, meter, world, step=100, last_step=120) as trace:
+            with Trace(tmp_path / "run" / "trace", 2, meter, world, step=100, last_step=120) as trace:
                 for _ in trace.steps(range(20)):
                     with signals_and_memory.span("forward"):
                         torch.ones(3).sum()
         assert lap.call_count == 13  # at the beginning of each step until the file is written
-    names = sorted(file.name for file in (tmp_path / "trace").iterdir())
+    names = sorted(file.name for file in (tmp_path / "run" / "trace").iterdir())
     assert names == [f"steps-00000111-00000112-rank{rank}.json.gz" for rank in (0, 1)]
 
 

@@ -323,6 +323,29 @@ def test_what_a_claim_cannot_prevent_is_noticed(store: Path) -> None:
     assert saved is not None and saved.step == 4
 
 
+def test_who_lost_a_run_amid_a_checkpoint_spoils_nothing(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither checkpoints of another process, which are later, nor its log."""
+    run = create_run(store, "mine", "tiny", CONFIG)
+    after: list[dict[str, bytes]] = []
+
+    def stopped(path: str) -> None:
+        if "step-00000001-" in path and not after:
+            save_all(run, range(2, 4))
+            after.append(contents(run))
+
+    failing_uploads(monkeypatch, stopped)
+    with pytest.raises(AlexprepError, match="is gone: another process went on"), writer_of(run) as writer:
+        writer.save(1, tensors(1), {}, 2)
+        writer.settle()
+    assert after[0].items() <= contents(run).items()
+    with pytest.raises(ZeroDivisionError), writer_of(run) as writer:
+        (writer.folder / "log.jsonl").write_text("of long ago")
+        save_all(run, range(4, 6))
+        after.append(contents(run))
+        raise ZeroDivisionError
+    assert after[1].items() <= contents(run).items()
+
+
 def test_runs_in_a_store_are_named_and_found(store: Path) -> None:
     with pytest.raises(AlexprepError, match="there is no run in memory://bucket/runs: start one"):
         find_run(store, None)

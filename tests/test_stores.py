@@ -273,6 +273,17 @@ def test_what_the_answer_of_a_store_says_of_asking_again(cause: Any, again: bool
     assert patience.passes(found.value)
 
 
+def test_s3_says_when_to_ask_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the names of headers as botocore has them."""
+    hurry(monkeypatch, 60)
+    told = {"ResponseMetadata": {"HTTPStatusCode": 503, "HTTPHeaders": {"retry-after": "7"}}}
+    slow = type("ClientError", (Exception,), {"response": told})()
+    answers: list[Any] = [partial(raise_, slow), lambda: b"data"]
+    pauses: list[float] = []
+    stop: Any = SimpleNamespace(is_set=lambda: False, wait=pauses.append)
+    assert patience.patiently(lambda: answers.pop(0)(), "s3://a/b", stop) == b"data" and pauses == [7]
+
+
 def test_ranks_with_a_cache_download_each_shard_once(
     batches: Any, local: Path, failing: FailingStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

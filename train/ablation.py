@@ -71,7 +71,8 @@ def ablate(
     """
     whole_number("seeds", seeds, 1, MOST_SEEDS)
     wanted = {PLAIN: config} | {" ".join(split := _split(text)): _varied(config, split) for text in variants}
-    plain = {variant: prepare(each, dry_run=True) for variant, each in wanted.items()}[PLAIN]
+    # All of them, so that a wrong variant is told before any is trained.
+    plain, *_ = [prepare(each, dry_run=True) for each in wanted.values()]
     if plain.facts.evaluation_split is None:
         raise AlexprepError(
             f"{config.data} has no val or test split with labels: there is nothing to measure errors on"

@@ -23,7 +23,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -94,11 +94,18 @@ def packed(tensors: Mapping[str, torch.Tensor]) -> bytes:
 
 
 def save_packed(
-    folder: Path, step: int, data: bytes, facts: Mapping[str, Any], keep: int, best: int | None = None
+    folder: Path,
+    step: int,
+    data: bytes,
+    facts: Mapping[str, Any],
+    keep: int,
+    best: int | None = None,
+    check: Callable[[], None] = lambda: None,
 ) -> None:
     """Publishes a checkpoint, then deletes all but the newest `keep`, at least 1, and that of step `best`.
 
-    Checkpoints of later steps go too: this run began below them, so they were found damaged.
+    Checkpoints of later steps go too: this run began below them, so they were found damaged. Where there is no lock, `check` raises if another
+    process has the run by now, whose they then are: it is called before the checkpoint counts, and before any is deleted.
     """
     sha256 = hashlib.sha256(data).hexdigest()
     file = f"step-{step:08d}-{sha256[:8]}.safetensors"
@@ -109,7 +116,9 @@ def save_packed(
         "facts": facts,
         "tensors": {"file": file, "bytes": len(data), "sha256": sha256},
     }
+    check()
     publish(folder / f"step-{step:08d}.json", json_bytes(document | {"digest": digest_json(document)}))
+    check()
     with writing(folder):
         _prune(folder, step, keep, best)
 

@@ -414,7 +414,7 @@ def _planned(
 
 
 def _notes_of_a_store(config: TrainConfig, data: Path, order: Order, scheme: Scheme) -> list[str]:
-    """Which order was chosen, and which rank fetches what."""
+    """Which order was chosen, and which rank fetches what; AlexprepError for the order that a store is too slow for."""
     if order == "shuffle":
         raise AlexprepError(
             f"--order shuffle reads single images, which is slow where they are in a store, {data}: take --order streams"

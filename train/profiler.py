@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 from torch.profiler import ProfilerActivity, profile, schedule
 
+from alexprep.shards.errors import AlexprepError
 from alexprep.shards.storage import published
 from alexprep.train import signals_and_memory
 from alexprep.train.distributed.world import World
@@ -148,10 +149,10 @@ class Trace:
                 finished.export_chrome_trace(str(raw))
                 document = json.loads(raw.read_bytes())
             document["traceEvents"] += self._counter(document.get("baseTimeNanoseconds", 0))
-            self._folder.mkdir(exist_ok=True)
+            self._folder.mkdir(parents=True, exist_ok=True)  # a host without the run has no folder of it either
             with published(path) as file, gzip.GzipFile("", "wb", fileobj=file, mtime=0) as packed:
                 packed.write(json.dumps(document).encode())
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, AlexprepError) as error:
             self._meter.say(f"the trace could not be written, the training goes on: {error}")
             return
         others = ", and a file of each other rank beside it" if rank else ""

@@ -185,7 +185,7 @@ class StoreWriter(RunWriter):
         try:
             self._claim.check()
             self._upload_files(saved.files)
-            checkpoint.save_packed(self.run / CHECKPOINTS, *saved[:-1])
+            checkpoint.save_packed(self.run / CHECKPOINTS, *saved[:-1], check=self._claim.check)
         except BaseException as error:  # noqa: BLE001  (raised in the thread that trains)
             self._failure = error, saved
 
@@ -195,12 +195,13 @@ class StoreWriter(RunWriter):
         return {str(path.relative_to(self.folder)): path.read_bytes() for path in found}
 
     def _upload_files(self, files: Mapping[str, bytes]) -> None:
-        """Brings those to the store that are not there yet."""
-        for name, data in files.items():
-            digest = hashlib.sha256(data).digest()
-            if self._uploaded.get(name) != digest:
-                publish(self.run / name, data)
-                self._uploaded[name] = digest
+        """Brings those to the store that are not there yet; AlexprepError where another process has written the run meanwhile."""
+        digests = {name: hashlib.sha256(data).digest() for name, data in files.items()}
+        if new := [name for name, digest in digests.items() if self._uploaded.get(name) != digest]:
+            self._claim.check()
+        for name in new:
+            publish(self.run / name, files[name])
+            self._uploaded[name] = digests[name]
 
     def _rescued(self, error: AlexprepError, saved: _Saved) -> AlexprepError:
         """The reason, with where the run is kept on this machine."""

@@ -105,7 +105,9 @@ def failures_shared(world: World) -> Iterator[None]:
         try:
             yield
         except Exception as error:
-            raise ports.reason(error) from error
+            if (reason := ports.reason(error)) is error:
+                raise
+            raise reason from error
 
 
 def _family(master: str) -> socket.AddressFamily:
