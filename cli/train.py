@@ -17,6 +17,7 @@ from alexprep.cli.options import (
     computing_options,
     data_option,
     device_option,
+    folder,
     json_option,
     model_option,
     on_bad_option,
@@ -42,7 +43,7 @@ SYNONYMS = ("optimizer", "label_smoothing", "clip", "accumulate", "average")
 @data_option
 @click.option(
     "--statistics",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=folder,
     metavar="FOLDER",
     help="A folder with stats/, whose mean image and eigenpairs are used.  [default: the data set's]",
 )

@@ -79,6 +79,7 @@ def test_a_summary_tells_of_the_width() -> None:
         ("1x29x29-20C4-MP5-10N", 14, "MP5 does not go into 26 pixels: 1 left over; 25 would do"),
         ("1x32x32-20C5S1-10N", 9, "20C5S1 does not go into 32 pixels: 1 left over; 31 would do"),
         ("1x29x29-20C40-10N", 9, "20C40 looks at 40 pixels, the maps below it have 29"),
+        ("1x29x29-20C4-SP2x1-10N", 14, "SP2x1 is not square: write SP2"),
         ("1x29x29-20C4-MP2", 14, "the line ends with MP2: end it with the classes"),
         ("1x29x29-10N-20C1-10N", 13, "only N may follow N"),
         ("1x29x29-20C4-5C4R30-10N", 18, "each map is to see 30 maps of 20 below"),
@@ -123,6 +124,21 @@ def _squares(maps: NDArray[np.float64], height: int, width: int) -> NDArray[np.f
     count, rows, columns = maps.shape
     blocks = maps.reshape(count, rows // height, height, columns // width, width).swapaxes(2, 3)
     return blocks.reshape(count, rows // height, columns // width, -1)
+
+
+def test_a_line_has_the_other_pools_and_dropconnect() -> None:
+    network = ColumnNet("4C3-SP2-6C2-LP2-9ND-3N", activation="relu")(3, 12, seed=1, in_channels=1).eval()
+    layers: dict[str, Any] = dict(network.named_children())
+    other = dict(ColumnNet("4C3-MP2-6C2-MP2-9N-3N")(3, 12, seed=1, in_channels=1).named_parameters())
+    assert all(torch.equal(weight, other[name]) for name, weight in network.named_parameters())
+    images = torch.rand(2, 1, 12, 12)
+    values = torch.relu(layers["conv1"](images)).unfold(2, 2, 2).unfold(3, 2, 2).flatten(4)
+    values = values.square().sum(dim=4) / values.sum(dim=4).clamp(min=1e-30)
+    values = torch.relu(layers["conv3"](values)).unfold(2, 2, 2).unfold(3, 2, 2).flatten(4).square().sum(dim=4).sqrt()
+    hidden = torch.relu(0.5 * values.flatten(1) @ layers["fc5"].weight.T + layers["fc5"].bias)
+    torch.testing.assert_close(network(images), layers["fc6"](hidden))
+    network.train()
+    assert not torch.equal(network(images), network(images))
 
 
 def test_a_net_computes_what_its_line_says(seed: int) -> None:

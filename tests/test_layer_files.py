@@ -211,6 +211,16 @@ def test_other_layers(tmp_path: Path) -> None:
         assert len(function(values, *numbers)) == 7
 
 
+def test_a_linear_layer_sees_maps_and_numbers_side_by_side(tmp_path: Path) -> None:
+    text = texts.DATA + texts.conv("conv1", "data", "3", 4, 3, 0.1, stride=3)
+    text += texts.layer("fc2", "fc", "data", outputs=6) + texts.layer("fc3", "fc", "conv1,fc2", outputs=5)
+    network = layer_file(str(written(tmp_path, text + texts.COST.format(last="fc3"), "")))(5, 9)
+    images = torch.randn(2, 3, 9, 9)
+    conv1, fc2, fc3 = (network.get_submodule(name) for name in ("conv1", "fc2", "fc3"))
+    seen = torch.cat([conv1(images).flatten(1), fc2(images.flatten(1))], dim=1)
+    assert torch.equal(network(images), fc3(seen)) and seen.shape == (2, 4 * 9 + 6)
+
+
 def test_what_changes_no_result_is_passed_over(tmp_path: Path) -> None:
     """Lines of cuda-convnet2's own files, and its cross-entropy with vectors of labels, which is that of the softmax."""
     more = GOOD_PARAMETERS.replace("wc=0.004", "wc=0.004\nwball=0.00\nupdatePeriod=1", 1) + "topk=5\n"

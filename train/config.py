@@ -374,7 +374,7 @@ def _planned(
     data = config.data or Path()  # there is one: only a resumed run's may be None, and it is found by now
     facts = data_facts(data)
     if config.statistics is not None:
-        config = replace(config, statistics=str(Path(config.statistics).resolve()))
+        config = replace(config, statistics=str(folder_at(config.statistics).resolve()))
     tuning, notes = _tuning(config, data, device, earlier)
     notes += [f"the split {split} is skipped: none of its images has a label" for split in facts.unlabelled]
     notes += [f"with {', '.join(config.settings)}"] if config.settings else []

@@ -71,6 +71,8 @@ class LayerGraph(nn.Module):
         values = {self._first: images}
         for name, inputs, modules in self._steps:
             given = [values[each] for each in inputs]
+            if len({each.shape[2:] for each in given}) > 1:  # of what only sees numbers
+                given = [each.flatten(1) for each in given]
             value = given[0] if len(given) == 1 else torch.cat(given, dim=1)
             for module in modules:
                 value = self._modules[module](value)  # type: ignore[misc]
@@ -339,6 +341,8 @@ class _Builder:
         """What such layers give side by side."""
         values = [self.images if name in self.data else self.steps[name].gives for name in names]
         sides = {value.side for value in values}
+        if len(sides) > 1 and not images:
+            return Value(sum(value.maps * max(1, value.side) ** 2 for value in values), 0)
         if len(sides) > 1:
             raise section.error(f"inputs: {', '.join(names)} give maps of different sides", "inputs")
         (side,) = sides

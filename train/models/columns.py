@@ -8,8 +8,9 @@ The line, part by part, with "-" between:
     20C4R8      each map sees 8 maps of the layer below, drawn by the seed 0; R8s3: by the seed 3
     3C4T0,1+1   connections as they are given: map 0 sees the maps 0 and 1 below, map 1 sees 1, and again from the beginning
     MP2, AP2    the largest or the mean value of each 2x2 square; MP2x3 is 2 high and 3 wide
+    LP2, SP2    L2 pooling, or stochastic pooling, which draws among what is over 0
     SS2         LeNet's subsampling: that mean, times a number of its map's own, plus a bias
-    150N        a layer that sees everything below
+    150N        a layer that sees everything below; 150ND forgets half of its weights, others for each image (DropConnect)
 
 Maps have no edges added: a kernel of K pixels leaves M - K + 1 of M. A net whose kernels or pools do not go into the maps a whole number of
 times is refused. All layers but pools and the last one, which has a number a class, are followed by the activation.
@@ -26,16 +27,19 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, cast, get_
 
 from alexprep.pipeline.augmentation import Augmentation, Channels
 from alexprep.shards.errors import AlexprepError, number_within, one_of
+from alexprep.train.field_values import Pool
 from alexprep.train.lazy_module import LazyModule
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from alexprep.train.models import column_layers, layers
+    from alexprep.train.models import column_layers, layers, pools_and_dropconnect
 else:
     torch, nn = LazyModule("torch"), LazyModule("torch.nn")
-    column_layers, layers = map(LazyModule, ("alexprep.train.models.column_layers", "alexprep.train.models.layers"))
+    column_layers, layers, pools_and_dropconnect = (
+        LazyModule(f"alexprep.train.models.{name}") for name in ("column_layers", "layers", "pools_and_dropconnect")
+    )
 
 Activation = Literal["scaled-tanh", "tanh", "relu"]
 Initial = Literal["uniform", "fan-in"]
@@ -47,14 +51,16 @@ LENET5 = (  # LeCun, Bottou, Bengio and Haffner 1998, section II.B and table I, 
     "+0,1,2,3,4,5-SS2-120C5-84N-10N"
 )
 
-_INPUT = re.compile(r"(\d+)x(\d+)x(\d+)")
+_INPUT = re.compile(r"(\d+)x(\d+)x(\d+)", re.ASCII)
 _SIZE = r"(\d+)(?:x(\d+))?"
 _CONVOLUTION = re.compile(
-    rf"(?P<maps>\d+)C{_SIZE}(?:S{_SIZE})?(?:R(?P<random>\d+)(?:s(?P<seed>\d+))?|T(?P<table>\d[\d,+]*))?"
+    rf"(?P<maps>\d+)C{_SIZE}(?:S{_SIZE})?(?:R(?P<random>\d+)(?:s(?P<seed>\d+))?|T(?P<table>\d[\d,+]*))?",
+    re.ASCII,
 )
-_POOL = re.compile(rf"(?P<kind>MP|AP|SS){_SIZE}")
-_FULL = re.compile(r"(\d+)N")
-_FORMS = "20C4, 20C4S1, 20C4R8, 20C4T0,1+1,2, MP2, AP2, SS2 or 150N"
+_POOL = re.compile(rf"(?P<kind>MP|AP|LP|SP|SS){_SIZE}", re.ASCII)
+_FULL = re.compile(r"(\d+)ND?", re.ASCII)
+_WITHOUT_WEIGHTS: dict[str, Pool] = {"MP": "max", "AP": "average", "LP": "l2", "SP": "stochastic"}
+_FORMS = "20C4, 20C4S1, 20C4R8, 20C4T0,1+1,2, MP2, AP2, LP2, SP2, SS2, 150N or 150ND"
 _MOST = 1_000_000  # maps, pixels a side; far beyond what fits in memory
 
 
@@ -63,7 +69,7 @@ class Part(NamedTuple):
 
     text: str
     at: int  # where it begins in the line, from 1
-    kind: str  # "C", "MP", "AP", "SS" or "N"
+    kind: str  # "C", "MP", "AP", "LP", "SP", "SS" or "N"
     shape: tuple[int, int, int]  # of what it gives: maps, height, width
     kernel: tuple[int, int]
     stride: tuple[int, int]
@@ -80,7 +86,7 @@ class Part(NamedTuple):
     def parameters(self) -> int:
         """Numbers that are learned: of a table's connections those that are there."""
         maps = self.shape[0]
-        if self.kind in ("MP", "AP"):
+        if self.kind in _WITHOUT_WEIGHTS:
             return 0
         if self.kind == "SS":
             return 2 * maps
@@ -199,7 +205,7 @@ class ColumnNet:
             if waiting is not None:
                 yield waiting
                 waiting = None
-            if number < len(parts) and part.kind not in ("MP", "AP"):
+            if number < len(parts) and part.kind not in _WITHOUT_WEIGHTS:
                 waiting = f"act{number}", _activation(self.activation)
 
 
@@ -272,6 +278,8 @@ def _part(line: str, at: int, text: str, below: tuple[int, int, int], width: flo
         return Part(text, at, "N", (units, 1, 1), below[1:], (1, 1), None, below[0])
     if pool := _POOL.fullmatch(text):
         kernel = int(pool[2]), int(pool[3] or pool[2])
+        if pool["kind"] in ("LP", "SP") and kernel[0] != kernel[1]:
+            _refuse(line, at, f"{text} is not square: write {pool['kind']}{kernel[0]}")
         sides = [_applied(line, at, text, side, size, size) for side, size in zip(below[1:], kernel, strict=True)]
         return Part(text, at, pool["kind"], (below[0], sides[0], sides[1]), kernel, kernel, None, below[0])
     found = _CONVOLUTION.fullmatch(text)
@@ -333,11 +341,15 @@ def _table(line: str, at: int, found: re.Match[str], maps: int, below: int, widt
 def _layer(part: Part, number: int) -> tuple[str, nn.Module]:
     maps = part.shape[0]
     if part.kind == "N":
-        return f"fc{number}", nn.Linear(part.below * math.prod(part.kernel), maps)
+        linear = pools_and_dropconnect.DropConnect if part.text.endswith("D") else nn.Linear
+        return f"fc{number}", linear(part.below * math.prod(part.kernel), maps)
     if part.kind == "MP":
         return f"pool{number}", nn.MaxPool2d(part.kernel)
     if part.kind == "AP":
         return f"pool{number}", nn.AvgPool2d(part.kernel)
+    if part.kind in _WITHOUT_WEIGHTS:
+        pool = pools_and_dropconnect.pool_layer(_WITHOUT_WEIGHTS[part.kind], part.kernel[0], part.kernel[0])
+        return f"pool{number}", pool
     if part.kind == "SS":
         return f"pool{number}", column_layers.Subsampling(maps, part.kernel)
     if part.table is not None:
