@@ -31,7 +31,13 @@ _REFUSED = (301, 400, 401, 403, 405, 407)
 # Of libraries that need not be installed: no credentials, or a place that cannot be.
 _LASTING = {"NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "InvalidRegionError", "InvalidURL"}
 _LASTING |= {"ParamValidationError", "UnauthorizedSSOTokenError", "SSOTokenLoadError"}
-_LASTING |= {"HfUriError", "HFValidationError", "OfflineModeIsEnabled"}
+_LASTING |= {
+    "InvalidUrlClientError",
+    "NonHttpUrlClientError",
+    "HfUriError",
+    "HFValidationError",
+    "OfflineModeIsEnabled",
+}
 # huggingface_hub gives up what stalls by itself, and waits after a 429 as long as the answer says, which would pass for stalling.
 _UNWATCHED = "hf://"
 _MISTAKES = (NotImplementedError, TypeError, LookupError, AttributeError)  # of a program: they would be made again

@@ -79,19 +79,36 @@ def is_place(value: Any) -> bool:
 
 
 def folder_at(place: str | Path) -> Path:
-    """The folder of a path or URL: a `Path`, or a `StorePath`, which has the same methods."""
+    """The folder of a path or URL: a `Path`, or a `StorePath`, which has the same methods.
+
+    A URL with a password is refused, and one of a whole store, where folders would be buckets.
+    """
     if "://" not in str(place):
         return Path(place)
     from alexprep.shards.store_path import StorePath
 
+    _check_url(str(place))
     try:
         _open_store(str(place))
+        if not str(place).partition("://")[2].strip("/"):
+            raise AlexprepError(f"{place} names a whole store: name a folder in it, such as s3://bucket/folder")
         return StorePath(str(place))  # type: ignore[return-value]
     except AlexprepError:
         raise
     except Exception as error:  # noqa: BLE001  (each store has its own kinds)
         words = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise _cannot_open(str(place), words) from None
+
+
+def _check_url(url: str) -> None:
+    """Refuses passwords, which would go into logs and files."""
+    scheme, _, rest = url.partition("://")
+    login, _, host = rest.partition("/")[0].rpartition("@")
+    if ":" in login:
+        raise AlexprepError(
+            f"the URL {scheme}://…@{host} has a password, which would go into logs and files: leave it out, and say it where fsspec reads "
+            "settings, in the environment or in ~/.config/fsspec"
+        )
 
 
 def files_at(place: str) -> tuple[Files, bytes]:

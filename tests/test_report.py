@@ -17,16 +17,19 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from alexprep.shards.conversion import convert
+from alexprep.shards.dataset_format import LEDGER
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.image_codec import Target
 from alexprep.shards.plan import ShardOptions
 from alexprep.shards.rgb_statistics import read_statistics
+from alexprep.shards.storage import folder_at
 from alexprep.shards.worker_pool import InProcessEngine
 from alexprep.train.evaluation import evaluate, evaluation_file, predictions_of, publish_evaluation
 from alexprep.train.layer_outputs import write_outputs
 from alexprep.train.prediction_table import write_predictions
 from alexprep.train.report import blocks
 from alexprep.train.report.blocks import Picture, Plot, Section, Table, Words, plot, thinned
+from alexprep.train.report.data_section import read_ledger
 from alexprep.train.report.page import find_places, render, write_report
 from alexprep.train.report.paper_section import paper_section
 from alexprep.train.run_dir import Place
@@ -392,3 +395,10 @@ def test_classes_are_called_by_their_words(data: Path, run: Path, tmp_path: Path
     assert [row["class"] for row in page.table("Classes: samples")] == named
     assert {row["label"] for row in page.table("Worst predicted images")} == set(named)
     assert "by class: tench, class1, class2, class3." in page.text
+
+
+def test_a_ledger_in_a_store_is_read_as_on_a_disk(data: Path) -> None:
+    (folder_at("memory://bucket/read") / "train" / LEDGER).write_bytes((data / "train" / LEDGER).read_bytes())
+    here, there = (read_ledger(folder, "train") for folder in (data, folder_at("memory://bucket/read")))
+    np.testing.assert_equal(vars(there), vars(here))
+    assert here.written.any()

@@ -18,7 +18,6 @@ import itertools
 import json
 import re
 import tempfile
-import urllib.parse
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,7 +45,6 @@ def create_run(runs: Path, name: str | None, usual_name: str, config: Mapping[st
     taken. Of several processes that want one name at once, one gets it; in a store the name is looked for, then written, and two that do
     so in the same instant meet when they begin to train.
     """
-    check_place(runs)
     check_not_commits(runs)
     numbered = (f"{usual_name}-{number}" for number in itertools.count(2))
     for candidate in itertools.chain([_checked(usual_name)], numbered) if name is None else [_checked(name)]:
@@ -59,7 +57,7 @@ def create_run(runs: Path, name: str | None, usual_name: str, config: Mapping[st
 
 def find_run(runs: Path, name: str | None) -> Path:
     """The folder of a run: the named one, or the one that was last active."""
-    check_place(as_now(runs))
+    as_now(runs)
     if name is not None:
         run = runs / _checked(name)
         if not (run / CONFIG).exists():
@@ -127,19 +125,6 @@ class Place(NamedTuple):
 
     run: Path
     step: int | None = None  # None: the newest valid one
-
-
-def check_place(runs: Path) -> None:
-    """Refuses a URL that names no place in a store, and one with a password, which would go into logs and files."""
-    url = urllib.parse.urlsplit(str(runs))
-    user, _, host = url.netloc.rpartition("@")
-    if url.scheme and not (host or url.path.strip("/")) and not is_local(runs):  # where a run would be a bucket
-        raise AlexprepError(f"--runs {runs} names no place: name a bucket or a folder, {url.scheme}://BUCKET/runs")
-    if ":" in user and not is_local(runs):
-        raise AlexprepError(
-            f"the URL of the runs at {host} has a password, which would go into logs and files: leave it out, and say it where fsspec reads "
-            "settings, in the environment or in ~/.config/fsspec"
-        )
 
 
 def check_not_commits(place: Path) -> None:

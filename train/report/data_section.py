@@ -21,6 +21,7 @@ from alexprep.shards.errors import AlexprepError
 from alexprep.shards.image_codec import Target
 from alexprep.shards.plan import target_in
 from alexprep.shards.sample_reader import Samples
+from alexprep.shards.storage import is_local
 from alexprep.train.report.blocks import LINES, STYLES, Block, Facts, Picture, Section, Table, Words, plot, thinned
 
 _LISTED_REJECTS = 200  # by name
@@ -77,23 +78,24 @@ def read_ledger(data: Path, split: str) -> Ledger:
     """Reads the ledger of a split; only of rejected inputs are sources and reasons kept. Raises AlexprepError where it cannot be read."""
     path = data / split / LEDGER
     try:
-        table = pq.read_table(path, columns=_COLUMNS)
+        file = path if is_local(path) else pa.BufferReader(path.read_bytes())
+        table = pq.read_table(file, columns=_COLUMNS)
         rejected = pc.not_equal(table["status"], "written")
         count = pc.sum(rejected).as_py() or 0
         rejects: list[tuple[str, str]] = []
         if count:
-            names = pq.read_table(path, columns=["reason", "source"]).filter(rejected)
+            names = pq.read_table(file, columns=["reason", "source"]).filter(rejected)
             rejects = list(zip(names["reason"].to_pylist(), names["source"].to_pylist(), strict=True))
         labels, widths, heights = (pc.fill_null(table[name], 0).to_numpy() for name in _COLUMNS[:3])
         written = ~rejected.to_numpy()
         kept = int(pc.sum(table["kept"]).as_py() or 0)
-        return Ledger(labels, widths, heights, written, kept, rejects, _formats(path))
+        return Ledger(labels, widths, heights, written, kept, rejects, _formats(file))
     except (OSError, KeyError, pa.ArrowInvalid) as error:
         words = str(error).splitlines()[0]
         raise AlexprepError(f"{path} cannot be read ({words}): run the same `alexprep shard` again") from None
 
 
-def _formats(ledger: Path) -> dict[str, tuple[int, int]]:
+def _formats(ledger: Path | pa.BufferReader) -> dict[str, tuple[int, int]]:
     if not {"format", "bytes"} <= set(pq.read_schema(ledger).names):
         return {}
     table = pq.read_table(ledger, columns=["format", "bytes"])
