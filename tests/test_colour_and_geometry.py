@@ -117,7 +117,7 @@ def test_bytes_are_rounded_and_evaluation_is_without_chance(pictures: list[NDArr
     assert np.abs(found - expected).max() <= 2.5
     everything = Augmentation(**PLAIN, **EVERYTHING)
     for views in ("centre", "ten"):
-        assert _graph(everything, 4, views=views).input_names <= {"start", "mirror"}
+        assert _graph(everything, 4, views=views).input_names <= {"start", "mirror", "minus", "divisor"}
 
 
 def test_the_graph_for_a_gpu_can_be_written_down() -> None:
