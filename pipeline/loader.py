@@ -602,7 +602,8 @@ class PipelineRunner:
         else:
             (output,) = self._pipeline.outputs()
             if self._normaliser is not None:
-                windows = [np.asarray(output[n]) for n in range(len(output))]
+                dense = output.is_dense_tensor()
+                windows = np.asarray(output.as_tensor()) if dense else [np.asarray(each) for each in output]
                 images = torch.from_numpy(self._normaliser(windows, step.read_in_place))
             else:  # without a copy: DALI's own buffer, which is ours until the tensor is gone
                 images = torch.utils.dlpack.from_dlpack(output.as_tensor())

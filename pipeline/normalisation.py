@@ -44,8 +44,10 @@ class Normaliser:
         self._threads = threads
         self._spare: list[Any] = []
 
-    def __call__(self, windows: Sequence[NDArray[np.uint8]], inputs: Mapping[str, Any]) -> NDArray[Any]:
-        """(N, 3, H, W) for "NCHW", otherwise (N, H, W, 3), of windows, uint8 (rows, columns, 3), and their `INPUTS`."""
+    def __call__(
+        self, windows: Sequence[NDArray[np.uint8]] | NDArray[np.uint8], inputs: Mapping[str, Any]
+    ) -> NDArray[Any]:
+        """(N, 3, H, W) for "NCHW", otherwise (N, H, W, 3), of windows, uint8 (rows, columns, 3), in one array or in many, and their `INPUTS`."""
         count, (height, width) = len(windows), self._size
         made = self._array((count, 3, height, width) if self._planar else (count, height, width, 3))
         minus = inputs.get("minus", np.zeros((count, 1, 3 * width), np.float32))
@@ -66,20 +68,26 @@ class Normaliser:
             self._pool.shutdown()
 
     def _make(
-        self, windows: Sequence[NDArray[np.uint8]], views: NDArray[Any], made: NDArray[Any], part: NDArray[np.int64]
+        self,
+        windows: Sequence[NDArray[np.uint8]] | NDArray[np.uint8],
+        views: NDArray[Any],
+        made: NDArray[Any],
+        part: NDArray[np.int64],
     ) -> None:
-        """The views of these numbers."""
+        """The views of these numbers, which follow one another."""
         run, resize = compiled_views(), resample.compiled()
         assert run is not None and resize is not None
         height, width = self._size
-        room = np.empty(5 * width, np.float32)
+        room, some = np.empty(5 * width, np.float32), slice(part[0], part[-1] + 1)
+        if not self._resized:  # all at once: of small views the calls take longer than the work
+            views["pixels"][some], views["stride"][some] = _places(windows[some], (height, width, 3))
+            run(views[some], height, width, self._planar, room, made[some])
+            return
         for n in part.tolist():
             pixels = windows[n]
-            if self._resized:
-                down, along = _taps(pixels.shape[0], height, _MIDDLE), _taps(pixels.shape[1], width, 1 / _MIDDLE)
-                pixels = resize(down, along, pixels)
-            assert pixels.shape == (height, width, 3) and pixels.strides[1:] == (3, 1)
-            views[n]["pixels"], views[n]["stride"] = pixels.ctypes.data, pixels.strides[0]
+            down, along = _taps(pixels.shape[0], height, _MIDDLE), _taps(pixels.shape[1], width, 1 / _MIDDLE)
+            resized = resize(down, along, pixels)
+            views["pixels"][n], views["stride"][n] = resized.ctypes.data, resized.strides[0]
             run(views[n : n + 1], height, width, self._planar, room, made[n])
 
     def _array(self, shape: tuple[int, ...]) -> NDArray[Any]:
@@ -96,6 +104,15 @@ class Normaliser:
 def _give_back(spare: list[Any], buffer: Any) -> None:
     spare.append(buffer)
     del spare[:-_SPARE]
+
+
+def _places(images: Sequence[NDArray[np.uint8]] | NDArray[np.uint8], shape: tuple[int, int, int]) -> tuple[Any, Any]:
+    """Where images of this shape begin in memory, and how many bytes their rows lie apart."""
+    if isinstance(images, np.ndarray):
+        assert images.shape[1:] == shape and images.strides[2:] == (3, 1)
+        return images.ctypes.data + images.strides[0] * np.arange(len(images), dtype=np.uint64), images.strides[1]
+    assert all(image.shape == shape and image.strides[1:] == (3, 1) for image in images)
+    return [image.__array_interface__["data"][0] for image in images], [image.strides[0] for image in images]
 
 
 @functools.lru_cache(maxsize=_SIZES)

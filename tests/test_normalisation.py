@@ -63,6 +63,7 @@ def test_equals_numpy_to_the_bit(memory_format: str, dtype: str, seed: int) -> N
             given = inputs if window is None else inputs | {"window": list(window)}
             maker = Normaliser((height, width), False, memory_format, dtype, 3)
             made = maker(windows, given)
+            np.testing.assert_array_equal(maker(np.stack(windows), given), made)
             maker.close()
             for n in range(count):
                 mean = None if window is None else window[n]
