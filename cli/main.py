@@ -97,9 +97,8 @@ def _main() -> None:
     command = next(iter(sys.argv[1:]), "")
     if command in LOAD_TORCH:
         choose_waiting(short=command == "demo")
-    if (
-        command in COMPUTE_LITTLE
-    ):  # threads of these take 25 ms of every process's start; each worker computes with one anyway
+    if command in COMPUTE_LITTLE:
+        # Its threads take 25 ms of every process's start, and each worker computes with one anyway.
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     try:
         status = cli.main(standalone_mode=False)

@@ -134,12 +134,10 @@ def compiled_views() -> Views | None:
 
 def loaded(library: Path) -> Views | None:
     """The function of a compiled views.c, if it is there, and gives what numpy gives on a few small views."""
-    try:
-        function = ctypes.CDLL(str(library)).alexprep_views
-    except (OSError, AttributeError):
+    pointer = ctypes.c_void_p
+    function = resample.c_function(library, "alexprep_views", pointer, *[ctypes.c_int32] * 5, pointer, pointer)
+    if function is None:
         return None
-    pointer, number = ctypes.c_void_p, ctypes.c_int32
-    function.restype, function.argtypes = None, (pointer, number, number, number, number, number, pointer, pointer)
 
     def run(
         views: NDArray[Any], height: int, width: int, planar: bool, room: NDArray[np.float32], made: NDArray[Any]

@@ -19,6 +19,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -321,15 +322,22 @@ def compiled() -> Compiled | None:
     return next(filter(None, map(_loaded, (Path(__file__).parent / "compiled").glob("resize*.so"))), None)
 
 
-def _loaded(library: Path) -> Compiled | None:
-    """The function of a compiled resize.c, if it is there, and gives what numpy gives on a few small images."""
+def c_function(library: Path, name: str, *arguments: Any) -> Any:
+    """A function of a compiled library, which takes these types and returns nothing; None where it is not there."""
     try:
-        function = ctypes.CDLL(str(library)).alexprep_resize
+        function = getattr(ctypes.CDLL(str(library)), name)
     except (OSError, AttributeError):
         return None
-    pointer, number = ctypes.c_void_p, ctypes.c_int32
-    axis = ctypes.POINTER(_CompiledAxis)
-    function.restype, function.argtypes = None, (pointer, ctypes.c_ssize_t, number, axis, axis, pointer, pointer)
+    function.restype, function.argtypes = None, arguments
+    return function
+
+
+def _loaded(library: Path) -> Compiled | None:
+    """The function of a compiled resize.c, if it is there, and gives what numpy gives on a few small images."""
+    pointer, number, axis = ctypes.c_void_p, ctypes.c_int32, ctypes.POINTER(_CompiledAxis)
+    types = pointer, ctypes.c_ssize_t, number, axis, axis, pointer, pointer
+    if (function := c_function(library, "alexprep_resize", *types)) is None:
+        return None
 
     def resize(down: Taps, along: Taps, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
         if pixels.strides[1:] != (3, 1):

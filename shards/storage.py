@@ -568,9 +568,8 @@ class RemoteFiles(Files):
         if size == 0:
             return b""
         end = None if size < 0 else offset + size
-        part = functools.partial(
-            system.cat_file, place, start=offset, end=end
-        )  # by name: s3fs has a version before them
+        # By name: s3fs has a version before them.
+        part = functools.partial(system.cat_file, place, start=offset, end=end)
         ask = functools.partial(whole_file, system, place) if size < 0 and not offset else part
         data = bytes(patiently(ask, self.display(path), seconds=lambda: STALLED))
         _check_limit(len(data))
