@@ -111,11 +111,12 @@ def rate(places: Path, data: Path, runs: Path, steps: int) -> float:
 def beside_older(commit: str, here: Path, folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """Rates of both commits, in turns."""
     older, made = folder / "older", folder / "demo"
-    seconds([sys.executable, "-m", "alexprep.cli", "demo", "--out", str(made)], here)
     git = ["git", "-C", str(ROOT), "worktree"]
     subprocess.run([*git, "add", "--detach", str(older), commit], check=True, capture_output=True)
     try:
         there = linked(older, folder / "older-places")
+        # The older commit's set: every release reads those of the ones before it.
+        seconds([sys.executable, "-m", "alexprep.cli", "demo", "--out", str(made)], there)
         rates: dict[str, list[float]] = {"now": [], "older": []}
         for _ in range(arguments.rounds):
             for name, places in (("older", there), ("now", here)):
