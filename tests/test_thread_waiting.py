@@ -33,11 +33,16 @@ def test_threads_sleep_where_others_want_the_cores(
         assert waiting({name: "7"}, others, cores, processors, short) == {}
 
 
-def test_what_runs_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    texts = iter(["cpu 1 2\nprocs_running 6\nprocs_blocked 0\n"] * 5 + ["procs_running 2\n"] * 5)
+def test_what_runs_is_counted_where_it_goes_on_running(monkeypatch: pytest.MonkeyPatch) -> None:
+    def looks(*running: int) -> None:
+        texts = iter([f"cpu 1 2\nprocs_running {count}\nprocs_blocked 0\n" for count in running])
+        monkeypatch.setattr(Path, "read_text", lambda path: next(texts))
+
     monkeypatch.setattr(thread_waiting, "PAUSE_SECONDS", 0.0)
-    monkeypatch.setattr(Path, "read_text", lambda path: next(texts))
+    looks(*[6] * 5, *[2] * 5, *[6] * 50)
     assert others_running() == 3.0
+    looks(*[6] * 20, *[1] * 9, 2)  # what only started besides has started
+    assert others_running() == pytest.approx(0.1)
     monkeypatch.setattr(Path, "read_text", lambda path: "")
     assert others_running() is None
 
