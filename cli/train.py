@@ -125,6 +125,12 @@ SYNONYMS = ("optimizer", "label_smoothing", "clip", "accumulate", "average")
     help="Go on with the run --name, or with the one last active, on its data and as it began.",
 )
 @click.option("--checkpoint-steps", type=AT_LEAST_1, help=f"Steps between checkpoints.  [default: {CHECKPOINT_STEPS}]")
+@click.option(
+    "--evaluate-every",
+    metavar="EPOCHS",
+    type=AT_LEAST_1,
+    help="Between evaluations, the last epoch's apart.  [default: 1]",
+)
 @click.option("--keep", type=AT_LEAST_1, help=f"Newest checkpoints to keep, besides the best.  [default: {KEEP}]")
 @click.option(
     "--gpus",

@@ -73,7 +73,7 @@ def _older(document: Document) -> None:
         del document["rounding"]
     else:
         for name in (*REMEMBERED, "precision", "channels_last", "compile", "init_from"):
-            del document["options"][name]
+            document["options"].pop(name, None)
 
 
 def test_a_run_of_the_first_release_goes_on(released: TrainConfig, tmp_path: Path) -> None:
@@ -226,7 +226,7 @@ def test_a_bare_resume_goes_on_as_the_run_began(data: Path) -> None:
     assert json.loads((run / "config.json").read_text())["data"] == str(data)
     # Epochs and steps are one choice: either takes the place of both.
     assert train(replace(bare, steps=8, keep=2, checkpoint_steps=1), MadeUpLoader)["steps"] == 8
-    remembered = {"epochs": None, "steps": 8, "keep": 2, "checkpoint_steps": 1}
+    remembered = {"epochs": None, "steps": 8, "keep": 2, "checkpoint_steps": 1, "evaluate_every": 1}
     assert {name: _options(run)[name] for name in REMEMBERED} == remembered
     assert train(bare, MadeUpLoader)["steps"] == 8
     assert train(replace(bare, epochs=2), MadeUpLoader)["steps"] == 12

@@ -420,6 +420,22 @@ def test_the_best_checkpoint_is_kept_and_found(
     assert again["weights_sha256"] == summary["weights_sha256"] and again["best_step"] == 18
 
 
+def test_evaluations_can_be_rare_and_change_no_weight(data: Path) -> None:
+    """After every second epoch, and after the last one, also where that is cut short; a run that goes on has kept the rhythm."""
+    whole = train(config(data, epochs=5, name="whole"), MadeUpLoader)
+    run = data.parent / "runs" / "rare"
+    assert train(config(data, epochs=3, evaluate_every=2, name="rare"), MadeUpLoader)["val_loss"] is not None
+    rare = train(config(data, epochs=5, name="rare", resume=True), MadeUpLoader)
+    assert [record["val"] is not None for record in records(run, "epoch")] == [False, True, True, True, True]
+    same = ("weights_sha256", "val_top1_error", "val_loss")
+    assert [rare[name] for name in same] == [whole[name] for name in same]
+    cut = train(config(data, epochs=9, steps=7, evaluate_every=9, name="cut"), MadeUpLoader)
+    assert cut["val_loss"] is not None and [each["val"] for each in records(run.parent / "cut", "epoch")] == [None]
+    for wants_all in ({"schedule": "plateau"}, {"early_stop": 2}):
+        with pytest.raises(AlexprepError, match="--evaluate-every 2 does not go with a schedule that looks at every"):
+            train(config(data, evaluate_every=2, name="plateau", **wants_all), MadeUpLoader)
+
+
 def test_early_stopping_is_switched_off_on_resuming(
     data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

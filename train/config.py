@@ -37,7 +37,9 @@ from alexprep.train.logger import writer_class
 from alexprep.train.lr_schedule import (
     ScheduleState,
     around,
+    describe,
     is_per_step,
+    looks_at_errors,
     planned,
     planned_epochs,
     rate_at,
@@ -77,7 +79,12 @@ OPTIONS = (  # what a resumed run takes from its beginning
 )
 LENGTH = ("epochs", "steps")
 AS_OPTIONS = ("batch_size", *CHANGEABLE, "epochs")  # settings that are options: they mean these
-REMEMBERED = (*LENGTH, "keep", "checkpoint_steps")  # likewise; what is given on resuming holds from then on
+REMEMBERED = (
+    *LENGTH,
+    "keep",
+    "checkpoint_steps",
+    "evaluate_every",
+)  # likewise; what is given on resuming holds from then on
 DECODING = ("decode", "hw_decoder_load")  # likewise, as it was tuned then
 # What may be another on each host of a training: where things lie there, and how they are read.
 OF_A_HOST = ("data", "runs", "name", "statistics", "recipe", "model", "hook", "init_from", "threads", "tensorboard")
@@ -132,6 +139,9 @@ class TrainConfig:
     resume: bool = False  # go on with the named run, or with the one last active
     keep: int | None = None  # checkpoints kept, 3 by default
     checkpoint_steps: int | None = None  # between checkpoints, 1000 by default; one more is made at every epoch's end
+    evaluate_every: int | None = (
+        None  # epochs between evaluations, 1 by default; after the last epoch there always is one
+    )
     log_steps: int = 20  # between records in log.jsonl
     threads: int | None = None  # for decoding; as `alexprep tune` found, or one a core, by default
     device: str | None = None  # "cpu" or "cuda"; the GPU if there is one by default
@@ -155,6 +165,7 @@ class TrainConfig:
             "early_stop",
             "keep",
             "checkpoint_steps",
+            "evaluate_every",
             "log_steps",
             "threads",
             "ranks",
@@ -229,13 +240,18 @@ class Job:
         """Steps between checkpoints."""
         return self.config.checkpoint_steps or CHECKPOINT_STEPS
 
+    @property
+    def evaluate_every(self) -> int:
+        """Epochs between evaluations."""
+        return self.config.evaluate_every or 1
+
     def remembered(self) -> dict[str, Any]:
         """What a bare --resume goes on with, though it is no part of the identity."""
         taken = (*LENGTH, *(name for name in CHANGEABLE if name in self.changes))
         told = {name: getattr(self.config, name) for name in taken}
         told |= {"scheme": self.scheme} if self.config.ranks > 1 else {}
-        settings = {"settings": list(self.config.settings)}
-        return told | settings | {"keep": self.keep, "checkpoint_steps": self.checkpoint_steps}
+        rhythm = {name: getattr(self, name) for name in ("keep", "checkpoint_steps", "evaluate_every")}
+        return told | {"settings": list(self.config.settings)} | rhythm
 
     def differences(self, config: Mapping[str, Any], facts: Mapping[str, Any] | None) -> list[str]:
         """Why a run cannot go on with this job: what its config.json, and its checkpoint's facts if there is one, say otherwise.
@@ -463,6 +479,11 @@ def _scheduled(
             settings = {name: text for name, text in settings.items() if name in changes}
     schedule = with_settings(replace(recipe, schedule=schedule), settings).schedule
     schedule = around(planned(schedule, length), config.warmup, config.early_stop)
+    if (every := config.evaluate_every or 1) > 1 and looks_at_errors(schedule):
+        raise AlexprepError(
+            f"--evaluate-every {every} does not go with a schedule that looks at every epoch's error, as this {describe(schedule)['kind']} "
+            "does: leave it out, or choose another --schedule, without --early-stop"
+        )
     if is_per_step(schedule) and epochs > length and not rate_at(schedule, 1.0, ".weight", epochs, ScheduleState()):
         raise AlexprepError(
             f"the schedule has brought the rate to 0 after {length} epochs, and {epochs} are asked for: add --schedule {config.schedule or 'linear'}, "

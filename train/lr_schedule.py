@@ -389,6 +389,16 @@ def is_per_step(schedule: Schedule) -> bool:
     return getattr(schedule, "per_step", False)
 
 
+def looks_at_errors(schedule: Schedule) -> bool:
+    """Whether it matters to a schedule with what error an epoch ends.
+
+    >>> [looks_at_errors(schedule) for schedule in (Plateau(), WarmUp(EarlyStop(Linear(), 2), 1.0), WarmUp(Linear(), 1.0))]
+    [True, True, False]
+    """
+    begin = ScheduleState()
+    return schedule.after_epoch(begin, 1, 0.0) != schedule.after_epoch(begin, 1, 100.0)
+
+
 def rate_at(schedule: Schedule, base: float, parameter: str, epoch: float, state: ScheduleState) -> float:
     """The rate of a parameter after `epoch` epochs, of which a schedule that is not `per_step` is told the whole ones."""
     return schedule.rate(base, parameter, epoch if is_per_step(schedule) else math.floor(epoch), state)

@@ -250,9 +250,11 @@ class Run:
             self.meter.timer.lap()
 
     def evaluate(self) -> None:
-        """Measures the errors on the validation split; there are none where a stop is requested meanwhile."""
+        """Measures the errors on the validation split; there are none where this is not due, or a stop is requested meanwhile."""
         self.val = None
-        if self.validation is None:
+        position, every = self.state.position, self.job.evaluate_every
+        last = position.step == self.last_step or position.epoch + 1 >= self.job.epochs
+        if self.validation is None or not (last or (position.epoch + 1) % every == 0):
             return
         split, parallel = self.job.facts.evaluation_split, self.state.parallel
         self.meter.evaluating(self.validation.samples, str(split))
