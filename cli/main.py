@@ -41,7 +41,7 @@ LEAVES = {
     "features": _SHARDS,
     "push": "Interrupted. What was sent is kept: run the same command again to go on.",
     "ablate": "Interrupted. What was trained is kept: run the same command again to go on.",
-    "train": "Interrupted. Checkpoints that were saved are kept: if the run has one, `alexprep train --resume` goes on from it.",
+    "train": "Interrupted. Checkpoints that were saved are kept: if the run has one, the same command with --resume goes on from it.",
 }
 
 

@@ -81,7 +81,7 @@ def similar(
     from alexprep.train.classifier import Classifier
     from alexprep.train.layer_outputs import last_hidden_layer, outputs_file, read_outputs
     from alexprep.train.run_dir import place_named
-    from alexprep.train.similar_images import draw_similar, find_similar
+    from alexprep.train.similar_images import draw_similar, find_similar, outputs_command
 
     if picture is not None:
         check_picture(picture)
@@ -90,8 +90,9 @@ def similar(
         layer = layer or last_hidden_layer(classifier.net.network)
         path = outputs or outputs_file(classifier.net.run, layer, split)
         if outputs is None and not path.exists():
+            own = [word for name in ("recipe", "model") if options[name] for word in (f"--{name}", options[name])]
             raise AlexprepError(
-                f"{path} does not exist: make it with `alexprep features {run} --layer {layer} --split {split}`"
+                f"{path} does not exist: make it with {outputs_command(classifier, layer, split, *own)}"
             )
         features = read_outputs(path)
         compared: LayerOutputs | BinaryCodes = features

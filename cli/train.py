@@ -6,7 +6,6 @@ import os
 import shlex
 import signal
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import click
@@ -150,7 +149,7 @@ SYNONYMS = ("optimizer", "label_smoothing", "clip", "accumulate", "average")
     type=click.FloatRange(min=0, min_open=True, max=1_000_000),
     default=60,
     show_default=True,
-    help="How long they wait for one another; saving a checkpoint must not take longer.",
+    help="How long they wait for one another; saving a checkpoint must not take longer. With data or runs in a store at least as long as that may be away.",
 )
 @click.option(
     "--trace",
@@ -226,14 +225,14 @@ def _rows(summary: Mapping[str, Any], options: Mapping[str, Any]) -> list[tuple[
 def _next_commands(summary: Mapping[str, Any], options: Mapping[str, Any]) -> list[str]:
     """Commands for what was trained; with what it takes to find the run, and the user's own recipe or network."""
     from alexprep.shards.storage import folder_at
-    from alexprep.train.run_dir import read_config
+    from alexprep.train.run_dir import read_config, runs_option
     from alexprep.train.user_code import is_reference
 
     run = folder_at(summary["run"])
     shown = read_config(run)["identity"]["recipe"]["augmentation"]
     # Ten views mirror, which makes another thing of a digit.
     views = ["--views", "ten"] if shown.get("mirror") and shown.get("normalised_width") is None else []
-    runs = [] if options["runs"] == Path("runs") else ["--runs", str(options["runs"])]
+    runs = runs_option(options["runs"])  # as it was given: ranks have it as an absolute path
     own = [
         word
         for name in ("recipe", "model")

@@ -99,7 +99,7 @@ def read_dataset(data: Path | str) -> dict[str, Any]:
         raise AlexprepError(
             f"{data} holds an unfinished data set: run the same `alexprep shard`, or `alexprep push`, again to finish it"
         )
-    dataset = read_json(data / DATASET, "make one with `alexprep shard SOURCE`, or name another folder with --data")
+    dataset = read_json(data / DATASET, "make one with `alexprep shard SOURCE`, or name another folder")
     if dataset.get("format_version") not in READ_VERSIONS:
         raise AlexprepError(
             f"{data / DATASET} has format version {dataset.get('format_version')!r}, this alexprep reads "

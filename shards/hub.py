@@ -10,6 +10,7 @@ import functools
 import hashlib
 import json
 import re
+import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -103,7 +104,8 @@ def push(
     if problems:
         more = f", and {len(problems) - 1:,} more" if len(problems) > 1 else ""
         raise AlexprepError(
-            f"{data} is not as it was written, so nothing is pushed: {problems[0]}{more}. `alexprep verify` tells all"
+            f"{data} is not as it was written, so nothing is pushed: {problems[0]}{more}. "
+            f"`{shlex.join(['alexprep', 'verify', str(data)])}` tells all"
         )
     if not exists:
         repository.create(public)

@@ -240,7 +240,7 @@ def test_data_that_moved_is_told_and_found_again(data: Path) -> None:
     train(config(data, steps=1), MadeUpLoader)
     moved = data.rename(data.with_name("moved"))
     bare = TrainConfig(runs=run.parent, device="cpu", resume=True, steps=2)
-    words = rf"small was trained on {data}, which holds no data set now: say with --data where it is"
+    words = rf"small was trained on {data}, which holds no data set now: name the folder where it is"
     with pytest.raises(AlexprepError, match=words):
         train(bare, MadeUpLoader)
     with pytest.raises(AlexprepError, match=words):

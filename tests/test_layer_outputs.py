@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -88,7 +90,9 @@ def test_what_is_refused(data: Path, tmp_path: Path) -> None:
         outputs_of(nn.Sequential(twice, twice), "0", torch.zeros(1, 2), "fp32", 1)
     found = write_outputs(Place(run), split="val", **OPTIONS)
     found.path.write_bytes(found.path.read_bytes()[:-1])
-    with pytest.raises(AlexprepError, match="write it again with `alexprep features a --layer relu4`"):
+    with pytest.raises(
+        AlexprepError, match=r"write it again with `alexprep features a --runs .* --layer relu4 --split val`"
+    ):
         read_outputs(found.path).array()
 
 
@@ -103,8 +107,10 @@ def test_neighbours_equal_numpy(photos: Path, data: Path, tmp_path: Path) -> Non
         views = [view for _, view in classifier.views_of(find_photos(queries[1:2]), InProcessEngine(), {})]
         vector = outputs_of(classifier.net.network, "relu4", views[0], "fp32", 8)[0].numpy()
         other = make_run(tmp_path, "b", data, 2)
-        with pytest.raises(AlexprepError, match="is of other weights than a@2: make them with `alexprep features a@2`"):
+        with pytest.raises(AlexprepError, match="is of other weights than a@2: make them with") as refused:
             find_similar(classifier, write_outputs(Place(other), **OPTIONS), queries)
+    words = f"features a@2 --runs {tmp_path} --layer relu4 --split train --out {other}/features-relu4-train.npy"
+    assert f"`alexprep {words}`" in str(refused.value)
     assert [photo.name for photo in twice.photos] == list(twice.neighbours) == list(found.neighbours)
     own, new = found.neighbours.values()
     assert (own[0].source, own[0].distance, own[0].label) == ("train/class3/003.JPEG", 0, 3)
@@ -122,10 +128,16 @@ def test_the_commands(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     make_run(tmp_path / "runs", "a", data, 1)
+    make_run(tmp_path / "other runs", "b", data, 1)
     options = ("--device", "cpu", "--threads", "1", "--batch-size", "16")
     photo = str(photos / "train/class3/003.JPEG")
     status, _, err = command("similar", "a", photo, *options)
-    assert status == 1 and "make it with `alexprep features a --layer relu4 --split train`" in err
+    assert status == 1 and "make it with `alexprep features a@2 --layer relu4 --split train`" in err
+    status, _, err = command("similar", "b", photo, "--split", "val", "--runs", "other runs", *options)
+    told = re.search("make it with `alexprep (.*)`", err)
+    assert status == 1 and told is not None
+    assert command(*shlex.split(told[1]), *options)[0] == 0
+    assert (tmp_path / "other runs/b/features-relu4-val.npy").exists()
     status, out, _ = command("features", "a", str(data), *options, "--json")
     assert status == 0 and json.loads(out.splitlines()[-1])["shape"] == [128]
     monkeypatch.setattr(LocalEngine, "run", lambda engine, *arguments: InProcessEngine().run(*arguments))

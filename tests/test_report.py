@@ -210,9 +210,9 @@ def test_what_is_missing_is_said(data: Path, run: Path, tmp_path: Path) -> None:
         f"{broken}/val/samples.parquet cannot be read",
         f"{broken}/stats/stats.json does not exist: run `alexprep pca-stats`",
         "the run has logged nothing yet",
-        "make them with `alexprep eval half --predictions`",
+        f"make them with `alexprep eval half --runs {tmp_path} --predictions`",
         f"{half} has no valid checkpoint",
-        "make them with `alexprep features half`",
+        f"make them with `alexprep features half --runs {tmp_path}` and `alexprep features half --runs {tmp_path} --split val`",
     ):
         assert words in said, words
     page = Page(written.path)

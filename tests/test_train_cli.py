@@ -162,7 +162,7 @@ def plain() -> None:
         ("shard", "Finished work is kept: run the same command again to go on."),
         (
             "train",
-            "Checkpoints that were saved are kept: if the run has one, `alexprep train --resume` goes on from it.",
+            "Checkpoints that were saved are kept: if the run has one, the same command with --resume goes on from it.",
         ),
         ("eval", "Interrupted before there was a result: run the same command again."),
     ],

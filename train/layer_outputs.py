@@ -25,6 +25,7 @@ from alexprep.pipeline.loader import Loader
 from alexprep.shards.dataset_format import read_dataset, read_index, read_json, split_record
 from alexprep.shards.errors import AlexprepError
 from alexprep.shards.storage import folder_at, is_local, json_bytes, publish_json, published, sync_folder
+from alexprep.train import run_dir
 from alexprep.train.data import stored_sides
 from alexprep.train.evaluation import mean_of, sample_names, tuning_of
 from alexprep.train.neighbour_search import nearest
@@ -51,13 +52,17 @@ class LayerOutputs:
     path: Path
     facts: dict[str, Any]
 
+    def command(self) -> str:
+        """The command that writes such a file, in backticks."""
+        return features_command(folder_at(self.facts["run"]), self.facts["layer"], self.facts["split"])
+
     def nearest(self, outputs_QD: NDArray[np.float32], count: int) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
         """The Euclidean distances of the images nearest to some outputs, and their rows, both (Q, count), nearest first."""
         return nearest(self.array(), outputs_QD, count)
 
     def array(self) -> NDArray[np.float32]:
         """float32 (images, values), mapped into memory, in the order of the split's index. AlexprepError where it cannot be read."""
-        again = f"write it again with `alexprep features {Path(self.facts['run']).name} --layer {self.facts['layer']}`"
+        again = f"write it again with {self.command()}"
         try:
             outputs: NDArray[np.float32] = np.load(self.path, "r", allow_pickle=False)
         except Exception as error:  # noqa: BLE001  (numpy parses the header as Python, and raises what that raises)
@@ -124,6 +129,11 @@ def outputs_of(
 def outputs_file(run: Path, layer: str, split: str) -> Path:
     """Where the outputs of a layer lie unless another place is named: RUN/features-LAYER-SPLIT.npy."""
     return run / f"features-{layer}-{split}.npy"
+
+
+def features_command(run: Path, layer: str, split: str, *options: str, step: int | None = None) -> str:
+    """The command that writes outputs of a run, or of a checkpoint of it, in backticks."""
+    return run_dir.command("features", run, "--layer", layer, "--split", split, *options, step=step)
 
 
 def read_outputs(path: Path) -> LayerOutputs:
@@ -241,8 +251,7 @@ def write_outputs_table(outputs: LayerOutputs, path: Path, progress: Callable[[i
     labels = np.asarray(read_index(data, split)["label"])
     if dataset["digest"] != outputs.facts["data_digest"] or not len(values) == len(keys) == len(labels):
         raise AlexprepError(
-            f"{outputs.path} is of other data than {data} holds now: make it again with `alexprep features "
-            f"{Path(outputs.facts['run']).name}`"
+            f"{outputs.path} is of other data than {data} holds now: make it again with {outputs.command()}"
         )
     names = np.array([*dataset["classes"], None], object)  # -1, no label, is the last one
     fields = [("key", pa.string()), ("source", pa.string()), ("label", pa.int32()), ("class", pa.string())]

@@ -124,7 +124,7 @@ def check_classes(net: Net, data: Path, dataset: dict[str, Any]) -> str | None:
     classes = dataset["classes"]
     if len(classes) != net.classes:
         raise AlexprepError(
-            f"{data} has {len(classes)} classes, {net.run} was trained on {net.classes}: name its data with --data"
+            f"{data} has {len(classes)} classes, {net.run} was trained on {net.classes}: name the data of its training"
         )
     if dataset["digest"] == net.data_digest:
         return None

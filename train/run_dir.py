@@ -17,6 +17,7 @@ import fcntl
 import itertools
 import json
 import re
+import shlex
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -31,6 +32,7 @@ from alexprep.train.checkpoint import publish, writing
 
 CONFIG, LOG, SUMMARY, CHECKPOINTS = "config.json", "log.jsonl", "summary.json", "checkpoints"
 LOCK = ".lock"
+RUNS = Path("runs")  # the folder of runs where none is named
 BEST = "best"  # in the place of a step
 TRACE, TENSORBOARD = "trace", "tensorboard"  # folders that are there if asked for
 FIELDS = {"options": dict, "data": str, "identity": dict}  # of config.json; it also has versions
@@ -55,6 +57,31 @@ def create_run(runs: Path, name: str | None, usual_name: str, config: Mapping[st
     )
 
 
+def runs_option(runs: Path) -> list[str]:
+    """What commands are to be told for a folder of runs: nothing for `RUNS`.
+
+    >>> runs_option(Path("runs")), runs_option(Path("/scratch/runs"))
+    ([], ['--runs', '/scratch/runs'])
+    """
+    return [] if runs.resolve() == RUNS.resolve() else ["--runs", str(runs)]
+
+
+def command(verb: str, run: Path, *options: str, step: int | None = None) -> str:
+    """A command of the command line on a run, or on a checkpoint of it, in backticks, as messages have it; it can be pasted.
+
+    >>> command("features", Path("runs/alexnet"), "--split", "val"), command("eval", Path("/my runs/alexnet"), step=7)
+    ('`alexprep features alexnet --split val`', "`alexprep eval alexnet@7 --runs '/my runs'`")
+    """
+    run = run if run.name not in ("", "..") else run.resolve()
+    name = run.name if step is None else f"{run.name}@{step}"
+    return f"`{shlex.join(['alexprep', verb, name, *runs_option(run.parent), *options])}`"
+
+
+def resuming(run: Path) -> list[str]:
+    """Options of `alexprep train` that go on with a run."""
+    return ["--resume", *runs_option(run.parent), "--name", run.name]
+
+
 def find_run(runs: Path, name: str | None) -> Path:
     """The folder of a run: the named one, or the one that was last active."""
     as_now(runs)
@@ -64,7 +91,8 @@ def find_run(runs: Path, name: str | None) -> Path:
             raise AlexprepError(f"there is no run {run}: there are {', '.join(_names(runs)) or 'none'}")
         return run
     if not _names(runs):
-        raise AlexprepError(f"there is no run in {runs}: start one with `alexprep train`")
+        begin = shlex.join(["alexprep", "train", *runs_option(runs)])
+        raise AlexprepError(f"there is no run in {runs}: start one with `{begin}`")
     return max((runs / candidate for candidate in _names(runs)), key=_last_active)
 
 
@@ -83,7 +111,7 @@ def read_config(run: Path) -> dict[str, Any]:
 def still_there(run: Path, data: Path) -> Path:
     """Makes sure that the data set that a run was trained on is still in `data`, and returns that."""
     if not is_dataset(data):
-        raise AlexprepError(f"{run} was trained on {data}, which holds no data set now: say with --data where it is")
+        raise AlexprepError(f"{run} was trained on {data}, which holds no data set now: name the folder where it is")
     return data
 
 

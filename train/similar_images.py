@@ -23,7 +23,7 @@ from alexprep.shards.worker_pool import Engine
 from alexprep.train.binary_codes import BinaryCodes
 from alexprep.train.classifier import Classifier, PhotoPlace
 from alexprep.train.evaluation import sample_names
-from alexprep.train.layer_outputs import LayerOutputs, outputs_of
+from alexprep.train.layer_outputs import LayerOutputs, features_command, outputs_file, outputs_of
 from alexprep.train.training_state import weights_digest
 
 _ROWS, _COLUMNS = 100, 12  # of a contact sheet
@@ -64,6 +64,13 @@ class Similar:
         ]
 
 
+def outputs_command(classifier: Classifier, layer: str, split: str, *options: str) -> str:
+    """The command that writes what a layer of a classifier's network gives for a split of its data, in backticks."""
+    net, data = classifier.net, classifier.data
+    other = [] if data == net.data else [str(data)]
+    return features_command(net.run, layer, split, *options, *other, step=net.step)
+
+
 def find_similar(
     classifier: Classifier,
     outputs: LayerOutputs | BinaryCodes,
@@ -85,7 +92,9 @@ def find_similar(
     """
     facts, data = outputs.facts, classifier.data
     whole_number("count", count, 1, facts["images"])
-    again = f"make them with `alexprep features {classifier.net.name}`"
+    own = outputs.path == outputs_file(classifier.net.run, facts["layer"], facts["split"])
+    out = [] if own or isinstance(outputs, BinaryCodes) else ["--out", str(outputs.path)]
+    again = f"make them with {outputs_command(classifier, facts['layer'], facts['split'], *out)}"
     if facts["weights_sha256"] != weights_digest(classifier.net.network.state_dict()):
         raise AlexprepError(f"{outputs.path} is of other weights than {classifier.net.name}: {again}")
     dataset = read_dataset(data)

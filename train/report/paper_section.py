@@ -21,7 +21,7 @@ from alexprep.train.recipes import RECIPES
 from alexprep.train.report.blocks import BAR, RIGHT, Block, Picture, Section, Words, enlarged, plot, tiled
 from alexprep.train.report.data_section import decoded
 from alexprep.train.report.training_section import data_with, newest_predictions
-from alexprep.train.run_dir import Place, read_config, saved_checkpoint
+from alexprep.train.run_dir import Place, command, read_config, saved_checkpoint
 
 _EXAMPLES = 8  # test images of figure 4, left
 _QUERIES, _NEIGHBOURS = 5, 6  # of figure 4, right
@@ -79,7 +79,7 @@ def _guesses(data: Path | None, run: Path) -> list[Block]:
     samples = Samples(found.data, document["split"])
     if len(samples) != len(table):
         raise AlexprepError(
-            f"{found.data} has changed since: make the predictions again with `alexprep eval --predictions`"
+            f"{found.data} has changed since: make the predictions again with {command('eval', run, '--predictions')}"
         )
     known = np.flatnonzero(table.labels >= 0)
     chosen = (
@@ -123,7 +123,8 @@ def _neighbours(data: Path | None, run: Path) -> list[Block]:
     digest = read_dataset(data)["digest"]
     if any(found.facts["data_digest"] != digest for found in (train, queries)):
         raise AlexprepError(
-            f"{train.path} and {queries.path} are not of the data in {data}: make them again with `alexprep features {run.name}`"
+            f"{train.path} and {queries.path} are not of the data in {data}: make them again with "
+            f"{train.command()} and {queries.command()}"
         )
     split = queries.facts["split"]
     labels = np.asarray(read_index(data, split)["label"])
@@ -175,8 +176,8 @@ def _outputs(data: Path | None, run: Path) -> tuple[LayerOutputs, LayerOutputs]:
         filled = {} if data is None else read_dataset(data)["splits"]
         named = "test" if "test" in filled and "val" not in filled else "val"
     raise AlexprepError(
-        f"{run} has no outputs of its last hidden layer for both splits: make them with `alexprep features {run.name}` and `alexprep features "
-        f"{run.name} --split {named}`"
+        f"{run} has no outputs of its last hidden layer for both splits: make them with {command('features', run)} and "
+        f"{command('features', run, '--split', named)}"
     )
 
 

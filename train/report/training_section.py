@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from alexprep.shards.sample_reader import Samples
 from alexprep.shards.storage import folder_at, modified
 from alexprep.train.prediction_table import PredictionTable, read_predictions
 from alexprep.train.report.blocks import LINES, STYLES, Block, Picture, Plot, Section, Table, Words, plot, thinned
-from alexprep.train.run_dir import LOG, read_config
+from alexprep.train.run_dir import LOG, command, read_config, resuming
 
 WORST = 200  # images listed, and the first of them shown
 _SHOWN, _PER_ROW = 30, 10
@@ -83,7 +84,9 @@ def read_log(run: Path) -> Log:
             records.append(record)
     steps, epochs = ([record for record in records if record["kind"] == kind] for kind in ("steps", "epoch"))
     if not steps and not epochs:
-        raise AlexprepError(f"{path} has no record yet: train on with `alexprep train --resume`")
+        raise AlexprepError(
+            f"{path} has no record yet: train on with `{shlex.join(['alexprep', 'train', *resuming(run)])}`"
+        )
     return Log(
         run, steps, epochs, int(config["options"].get("batch_size") or config["identity"]["recipe"]["batch_size"])
     )
@@ -114,7 +117,7 @@ def newest_predictions(data: Path | None, run: Path) -> Predictions:
             dataset = read_dataset(where)
             table = read_predictions(beside if beside.exists() else named, dataset["classes"])
             return Predictions(document, table, where, dataset)
-    raise AlexprepError(f"{run} has no predictions: make them with `alexprep eval {run.name} --predictions`")
+    raise AlexprepError(f"{run} has no predictions: make them with {command('eval', run, '--predictions')}")
 
 
 def data_with(digest: str, data: Path | None, recorded: Path) -> Path:
@@ -255,7 +258,7 @@ def _predictions(data: Path | None, run: Path) -> list[Block]:
     blocks: list[Block] = [Words(f"{run.name} after step {document['step']}, {where}: {error}.")]
     wrong = known & (table.best[:, 0] != table.labels)
     blocks += _confusions(table, dataset, known, wrong)
-    return [*blocks, *_worst(found)]
+    return [*blocks, *_worst(found, run)]
 
 
 def _confusions(
@@ -306,7 +309,7 @@ def worst_predicted(table: PredictionTable, most: int = WORST) -> list[int]:
     return [n for n in np.argsort(given, kind="stable")[:most].tolist() if table.labels[n] >= 0]
 
 
-def _worst(found: Predictions) -> list[Block]:
+def _worst(found: Predictions, run: Path) -> list[Block]:
     """Images whose label is given the least: often it is the label that is wrong."""
     document, table, data, names = found.document, found.table, found.data, shown_classes(found.dataset)
     order = worst_predicted(table)
@@ -329,7 +332,7 @@ def _worst(found: Predictions) -> list[Block]:
     samples = Samples(data, document["split"])
     if len(samples) != len(table) or not np.array_equal(read_index(data, document["split"])["label"], table.labels):
         raise AlexprepError(
-            f"{data} has changed since the predictions were made: make them again with `alexprep eval --predictions`"
+            f"{data} has changed since the predictions were made: make them again with {command('eval', run, '--predictions')}"
         )
     sheet = []
     for at in range(0, min(_SHOWN, len(order)), _PER_ROW):
