@@ -432,10 +432,17 @@ def _be_patient(context: click.Context, option: click.Parameter, seconds: float 
 
 
 def _use_cache(context: click.Context, option: click.Parameter, folder: str | None) -> None:
-    from alexprep.shards.shard_cache import use_cache
+    from alexprep.shards.errors import AlexprepError
+    from alexprep.shards.shard_cache import check_limit, use_cache
 
+    limit = context.meta.get(CACHE_LIMIT)
     if folder is not None:
-        use_cache(folder, context.meta.get(CACHE_LIMIT))
+        use_cache(folder, limit)
+    elif on_command_line("cache_limit"):  # $ALEXPREP_CACHE_LIMIT alone is for commands that are given a cache
+        try:
+            check_limit(folder, limit)
+        except AlexprepError as error:
+            raise click.UsageError(error.as_made) from None
 
 
 patience_option = click.option(

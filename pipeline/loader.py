@@ -38,11 +38,13 @@ from alexprep.pipeline.sampler import BLOCK_SHARDS, STREAMS, Order, StepPlan
 from alexprep.shards.errors import AlexprepError, StoreError, counted, one_of, whole_number
 from alexprep.shards.image_codec import HeaderCheck, raw_header
 from alexprep.shards.rgb_statistics import Statistics
-from alexprep.shards.shard_cache import ShardCache
+from alexprep.shards.shard_cache import ShardCache, check_limit
 
 _READ_AHEAD = 8  # steps whose samples are asked of the disk before they are decoded
 # Smaller steps go through DALI several at a time, up to so many images and pixels.
 _TOGETHER, _TOGETHER_PIXELS = 64, 64 * 64 * 64
+# Arguments that an order has no use for.
+_UNUSED = {"shuffle": ("block_shards", "streams"), "blocks": ("streams",), "sequential": ("block_shards", "streams")}
 
 
 class Loader(torch.utils.data.IterableDataset[Batch]):
@@ -73,8 +75,8 @@ class Loader(torch.utils.data.IterableDataset[Batch]):
         augmentation: Augmentation | str = "paper",
         views: Views = "random",
         order: Order = "shuffle",
-        block_shards: int = BLOCK_SHARDS,
-        streams: int = STREAMS,
+        block_shards: int | None = None,
+        streams: int | None = None,
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
@@ -103,8 +105,8 @@ class Loader(torch.utils.data.IterableDataset[Batch]):
             order: "shuffle", a new global permutation each epoch; "blocks", for slow disks, permutes the shards and then the samples of
                 `block_shards` shards at a time; "streams", for stores, does so in `streams` parts of the shards, so that ranks read
                 different shards (see `stream_order`); "sequential", as stored.
-            block_shards: see `order`.
-            streams: likewise; where `world_size` divides it, each shard is read by one rank, but where the split has few of them. A rank's part of
+            block_shards: see `order`; None for 16. AlexprepError with an order that has no blocks.
+            streams: likewise of the order "streams"; None for 8. Where `world_size` divides it, each shard is read by one rank, but where the split has few of them. A rank's part of
                 a step is then as long as its streams: see docs/pipelines.md.
             seed: of orders and random parameters.
             rank: of this process, in [0, world_size).
@@ -132,6 +134,8 @@ class Loader(torch.utils.data.IterableDataset[Batch]):
         if threads is not None:
             tuning = replace(tuning or Tuning(), threads=threads)
         self._tuning = tuning = tuning or Tuning()
+        block_shards, streams = _mixed_shards(order, block_shards, streams)
+        check_limit(cache, cache_limit)
         dataset = open_dataset(data, split, on_bad, cache)
         if augmentation.hooks and views == "random":
             check_hooks(augmentation)
@@ -390,6 +394,17 @@ class Loader(torch.utils.data.IterableDataset[Batch]):
             self._ahead.forget()
         else:
             self._ahead.stop()
+
+
+def _mixed_shards(order: Order, block_shards: int | None, streams: int | None) -> tuple[int, int]:
+    """How many shards are mixed at a time, and in how many streams; AlexprepError where an order has no use for what was given."""
+    for name, value in (("block_shards", block_shards), ("streams", streams)):
+        if value is not None and name in _UNUSED.get(order, ()):
+            fitting = " or ".join(f"order='{other}'" for other in get_args(Order) if name not in _UNUSED.get(other, ()))
+            raise AlexprepError(
+                f"{name} {value} has no effect with order='{order}': take {fitting}, or leave {name} out"
+            )
+    return BLOCK_SHARDS if block_shards is None else block_shards, STREAMS if streams is None else streams
 
 
 @dataclass

@@ -46,6 +46,14 @@ def use_cache(folder: str | Path, limit: int | None = None) -> None:
         os.environ[CACHE_LIMIT] = str(limit)
 
 
+def check_limit(folder: object, limit: int | None) -> None:
+    """Raises AlexprepError where a limit is given for no folder."""
+    if limit is not None and folder is None:
+        raise AlexprepError(
+            f"--cache-limit {limit} has no effect without --cache: name the folder with --cache FOLDER, or leave the limit out"
+        )
+
+
 def chosen_cache() -> ShardCache | None:
     """What `use_cache`, or the environment, has chosen; None for no cache."""
     folder, limit = os.environ.get(CACHE), os.environ.get(CACHE_LIMIT)

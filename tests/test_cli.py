@@ -258,9 +258,31 @@ def test_the_patience_is_known_before_a_folder_is_looked_for(command: Command, m
     assert (status, len(asked)) == (1, 1) and "memory://bucket/data cannot be reached (ConnectionError: reset)" in error
 
 
+@pytest.mark.parametrize("name", ["train", "eval", "features", "similar", "pca-stats"])
+def test_a_limit_of_no_cache_is_refused(name: str, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the command line, and not in the environment, where it stands for the commands that are given a cache."""
+    for variable in ("ALEXPREP_CACHE", "ALEXPREP_CACHE_LIMIT"):
+        monkeypatch.setenv(variable, "")
+    arguments = {"features": ["run"], "similar": ["run", "photo.jpg"]}.get(name, [])
+    words = "--cache-limit 40000000000 has no effect without --cache: name the folder with --cache FOLDER, or leave"
+    status, _, error = command(name, *arguments, "--cache-limit", "40GB")
+    assert status == 2 and words in error
+    assert "no effect" not in command(name, *arguments, "--cache-limit", "40GB", "--cache", "kept")[2]
+    monkeypatch.setenv("ALEXPREP_CACHE", "")  # which --cache has set for the processes that a command starts
+    monkeypatch.setenv("ALEXPREP_CACHE_LIMIT", "40GB")
+    assert "no effect" not in command(name, *arguments)[2]
+    monkeypatch.setenv("ALEXPREP_CACHE", "kept")
+    assert "no effect" not in command(name, *arguments, "--cache-limit", "1GB")[2]
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "words"),
     [
+        (
+            ["push", ".", "hf://datasets/me/set"],
+            1,
+            "dataset.json does not exist: make one with `alexprep shard SOURCE`, or name another folder\n",
+        ),
         (["shard", "nowhere"], 1, "SOURCE nowhere does not exist"),
         (["shard"], 2, "Missing argument 'SOURCE'"),
         (["shard", ".", "--size", "-3"], 1, "--size -3 is not between 1 and 8,192"),

@@ -127,7 +127,8 @@ def test_remote_data_sets(order: Any, data: Path, photos: Path) -> None:
     """A set in a store gives what the same set on a disk gives; shards are fetched ahead and let go."""
     store = f"memory://loader-{order}"
     convert(photos, folder_at(store), ShardOptions(Target(size=64), shard_samples=7), InProcessEngine())
-    options: Any = {"batch_size": 5, "augmentation": PLAIN, "order": order, "block_shards": 2}
+    options: Any = {"batch_size": 5, "augmentation": PLAIN, "order": order}
+    options |= {} if order == "sequential" else {"block_shards": 2}
     with Loader(data, **options) as local, Loader(store, **options) as remote:
         assert remote.digest == local.digest
         for _ in range(2):
@@ -148,9 +149,10 @@ def test_each_remote_shard_is_fetched_once(photos: Path, monkeypatch: pytest.Mon
         return cat_file(system, path, *arguments, **options)
 
     monkeypatch.setattr(MemoryFileSystem, "cat_file", counted)
-    for order in ("sequential", "blocks"):
+    orders: tuple[dict[str, Any], ...] = ({"order": "sequential"}, {"order": "blocks", "block_shards": 2})
+    for order in orders:
         fetched.clear()
-        with Loader(store, batch_size=5, augmentation=PLAIN, views="centre", order=order, block_shards=2) as remote:
+        with Loader(store, batch_size=5, augmentation=PLAIN, views="centre", **order) as remote:
             list(remote)
         assert sorted(path[-10:] for path in fetched if path.endswith(".tar")) == [f"{n:06d}.tar" for n in range(24)]
 

@@ -28,6 +28,10 @@ ROOT = Path(__file__).parents[1]
         ("--out /a/b.c lies in it: use a new --out.", 'folder="/a/b.c" lies in it: use a new folder.'),
         ("give --labels FILE with one name a line", "give labels=FILE with one name a line"),
         ("--labels ilsvrc-id needs the devkit", 'labels="ilsvrc-id" needs the devkit'),
+        (
+            "--cache-limit 500 has no effect without --cache: name the folder with --cache FOLDER",
+            "cache_limit=500 has no effect without cache: name the folder with cache=FOLDER",
+        ),
         ("say with --layout what it is (or --limit)", "say with layout what it is (or limit)"),
         ("--layout odd is not one of tar", "layout odd is not one of tar"),
         ("leave it out with --metadata", "leave it out with metadata"),

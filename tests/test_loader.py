@@ -148,6 +148,20 @@ def test_train_and_evaluation_in_turns(data: Path) -> None:
             r"a crop of 65 pixels does not fit 48 of 48 images, .*\.tar at byte 512 \(0.*\.jpg\) with 64 x 64",
         ),
         ({"order": "random"}, "order 'random' is not one of shuffle, blocks, streams, sequential"),
+        (
+            {"order": "blocks", "streams": 4},
+            "streams 4 has no effect with order='blocks': take order='streams', or leave",
+        ),
+        (
+            {"block_shards": 16},
+            "block_shards 16 has no effect with order='shuffle': take order='blocks' or order='streams'",
+        ),
+        ({"order": "sequential", "streams": 8}, "streams 8 has no effect with order='sequential'"),
+        ({"order": "blocks", "block_shards": 0}, "block_shards 0 is not in"),
+        (
+            {"cache_limit": 500},
+            "--cache-limit 500 has no effect without --cache: name the folder with --cache FOLDER, or leave",
+        ),
         ({"on_bad": "warn"}, "on_bad 'warn' is not one of error, skip"),
         ({"augmentation": "alexnet"}, "augmentation 'alexnet' is not one of paper, 2012-code, resized, none"),
         ({"dtype": "uint8"}, "dtype uint8 holds grey levels as they are"),
