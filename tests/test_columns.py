@@ -87,6 +87,18 @@ def test_a_summary_tells_of_the_width() -> None:
         ("1x29x29-20C4-4C4T0+1+2-10N", 18, "3 lists of connections do not go into 4 maps"),
         ("9x32x32-10N", 1, "is not of 1 to 3 channels"),
         ("1x29x29-0C4-10N", 9, "0 maps are not 1 to"),
+        (
+            "1x29x29-999999C4-999999C4-MP23-10N",
+            18,
+            "999999C4 has 15,999,969,000,015 weights, the layers before it 16,999,983: a net may have 1,000,000,000 (4 GB in float32)",
+        ),
+        (
+            "1x29x29-999999C4-999999C4R9-10N",
+            18,
+            "999999C4R9 has 15,999,969,000,015 weights",
+        ),  # before connections are drawn
+        ("1x999999x999999-20C4-10N", 22, "10N has "),
+        ("1x29x29-40000N-20000N-9000N-10N", 23, "9000N has 180,009,000 weights, the layers before it 833,"),
     ],
 )
 def test_errors_point_at_the_character(line: str, at: int, words: str) -> None:

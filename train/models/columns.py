@@ -61,7 +61,9 @@ _POOL = re.compile(rf"(?P<kind>MP|AP|LP|SP|SS){_SIZE}", re.ASCII)
 _FULL = re.compile(r"(\d+)ND?", re.ASCII)
 _WITHOUT_WEIGHTS: dict[str, Pool] = {"MP": "max", "AP": "average", "LP": "l2", "SP": "stochastic"}
 _FORMS = "20C4, 20C4S1, 20C4R8, 20C4T0,1+1,2, MP2, AP2, LP2, SP2, SS2, 150N or 150ND"
-_MOST = 1_000_000  # maps, pixels a side; far beyond what fits in memory
+_MOST = 1_000_000  # maps, pixels a side
+# Weights of a net: 4 GB in float32, 12 with gradient and momentum. AlexNet has a sixteenth of that.
+MOST_WEIGHTS = 10**9
 
 
 class Part(NamedTuple):
@@ -92,6 +94,11 @@ class Part(NamedTuple):
             return 2 * maps
         links = maps * self.below if self.table is None else sum(map(len, self.table))
         return links * math.prod(self.kernel) + maps
+
+    @property
+    def held(self) -> int:
+        """Numbers that the layer has in memory: also the zeros in the place of a table's connections that are not there."""
+        return self.parameters if self.table is None else self.shape[0] * (self.below * math.prod(self.kernel) + 1)
 
 
 @dataclass(frozen=True)
@@ -238,9 +245,12 @@ def parsed(line: str, shape: tuple[int, int, int], width: float = 1.0) -> list[P
     if not (1 <= shape[0] <= 3 and 1 <= min(shape[1:]) and max(shape[1:]) <= _MOST):
         _refuse(line, 1, f"the input {'x'.join(map(str, shape))} is not of 1 to 3 channels and at least 1 pixel")
     parts: list[Part] = []
+    room = MOST_WEIGHTS
     for number, (at, text) in enumerate(words):
         scale = 1.0 if number == len(words) - 1 else width
-        parts.append(_part(line, at, text, parts[-1].shape if parts else shape, scale))
+        below = parts[-1].shape if parts else shape
+        parts.append(_part(line, at, text, below, scale, room))
+        room -= parts[-1].held
         if len(parts) > 1 and parts[-2].kind == "N" and parts[-1].kind != "N":
             _refuse(line, at, f"{text} comes after {parts[-2].text}, which leaves no maps: only N may follow N")
     if parts[-1].kind != "N":
@@ -272,9 +282,11 @@ def _matched(form: re.Pattern[str], text: str) -> int:
     return max((end for end in range(len(text), digits, -1) if form.fullmatch(text[:end])), default=digits)
 
 
-def _part(line: str, at: int, text: str, below: tuple[int, int, int], width: float) -> Part:
+def _part(line: str, at: int, text: str, below: tuple[int, int, int], width: float, room: int) -> Part:
+    """One layer on maps, their height and width; `room` is how many weights it may have."""
     if full := _FULL.fullmatch(text):
         units = _scaled(line, at, int(full[1]), width)
+        _check_weights(line, at, text, units * (math.prod(below) + 1), room)
         return Part(text, at, "N", (units, 1, 1), below[1:], (1, 1), None, below[0])
     if pool := _POOL.fullmatch(text):
         kernel = int(pool[2]), int(pool[3] or pool[2])
@@ -289,6 +301,7 @@ def _part(line: str, at: int, text: str, below: tuple[int, int, int], width: flo
     stride = skipped[0] + 1, skipped[1] + 1
     sides = [_applied(line, at, text, *each) for each in zip(below[1:], kernel, stride, strict=True)]
     maps = _scaled(line, at, int(found["maps"]), width)
+    _check_weights(line, at, text, maps * (below[0] * math.prod(kernel) + 1), room)  # before a table of it is drawn
     table = _table(line, at, found, maps, below[0], width)
     return Part(text, at, "C", (maps, sides[0], sides[1]), kernel, stride, table, below[0])
 
@@ -297,6 +310,17 @@ def _scaled(line: str, at: int, count: int, width: float) -> int:
     if not 1 <= count <= _MOST:
         _refuse(line, at, f"{count:,} maps are not 1 to {_MOST:,}")
     return max(1, round(count * width))
+
+
+def _check_weights(line: str, at: int, text: str, count: int, room: int) -> None:
+    if count > room:
+        before = "" if room == MOST_WEIGHTS else f", the layers before it {MOST_WEIGHTS - room:,}"
+        _refuse(
+            line,
+            at,
+            f"{text} has {count:,} weights{before}: a net may have {MOST_WEIGHTS:,} ({4 * MOST_WEIGHTS / 1e9:g} GB in float32): take fewer maps "
+            "or units, or a larger pool below",
+        )
 
 
 def _applied(line: str, at: int, text: str, side: int, size: int, stride: int) -> int:
