@@ -20,8 +20,10 @@ from alexprep.shards.errors import AlexprepError, number_within
 VARIABLE = "ALEXPREP_STORE_PATIENCE"  # environment variable: seconds; worker processes inherit it
 PATIENCE = 300.0  # seconds that a store may be away, unless told otherwise
 MOST_PATIENCE = 1_000_000  # seconds: eleven days
+STALLED = 10.0  # seconds after which a request without an answer is given up, and asked again;
+SLOWEST = 250_000  # bytes a second: and so many seconds more as what is expected takes at this pace
+UNDER_WAY = 2 * STALLED  # seconds beyond the patience, for a request that is under way when that ends
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 15.0  # seconds; each is twice the one before
-STALLED = 10.0  # seconds after which a request without an answer is given up, and asked again
 
 _SAID_EVERY = 15.0  # seconds between two lines about waiting, over all stores
 _QUIET = 1.0  # seconds of waiting that nobody is told about
@@ -47,6 +49,15 @@ _log = logging.getLogger("alexprep")
 _jitter = random.Random()  # the caller's own random numbers stay as they are
 _saying = threading.Lock()
 _said = -_SAID_EVERY  # when the last line about waiting was said
+
+
+def answer_seconds(size: int) -> float:
+    """Seconds that an answer of so many bytes may take before the request counts as stalled.
+
+    >>> answer_seconds(0), answer_seconds(1_000_000)
+    (10.0, 14.0)
+    """
+    return STALLED + size / SLOWEST
 
 
 def store_patience() -> float:

@@ -20,11 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alexprep.shards.errors import StoreError
-from alexprep.shards.patience import STALLED, patiently, whole_file
+from alexprep.shards.patience import answer_seconds, patiently, whole_file
 from alexprep.shards.shard_cache import ShardCache
 
 FETCHES = 16  # shards on their way at the same time; `storage.CONNECTIONS` are not fewer
-_SLOWEST = 250_000  # bytes a second: what takes longer than that, and `STALLED` besides, counts as stalled
 _RECENT = 16  # downloads by which the next one is judged
 _SLOWER = 10  # times as long as the median of these it may take,
 _AT_LEAST = 5.0  # seconds, and so long in any case
@@ -202,5 +201,5 @@ class _Pace:
         """Seconds that a download of so many bytes may take before it is asked for again."""
         recent = list(self._recent)
         if size is None or len(recent) < _RECENT // 2:
-            return STALLED + (size or 0) / _SLOWEST
+            return answer_seconds(size or 0)
         return max(_AT_LEAST, _SLOWER * statistics.median(recent) * size)

@@ -9,10 +9,9 @@ from typing import Any
 from upath.extensions import ProxyUPath
 
 from alexprep.shards.errors import StoreError
-from alexprep.shards.patience import STALLED, patiently, whole_file
+from alexprep.shards.patience import STALLED, answer_seconds, patiently, whole_file
 
 _HTTP = ("http", "https")
-_SLOWEST = 1e6  # bytes a second: a file that comes more slowly counts as stalled
 
 
 class StorePath(ProxyUPath):
@@ -23,7 +22,7 @@ class StorePath(ProxyUPath):
 
     def read_bytes(self, size: int = 0) -> bytes:
         """The whole file, by one request, which may take the longer, the more bytes are expected; FileNotFoundError where there is none."""
-        return bytes(self._ask(lambda: whole_file(self.fs, self.path), STALLED + size / _SLOWEST))
+        return bytes(self._ask(lambda: whole_file(self.fs, self.path), answer_seconds(size)))
 
     def write_bytes(self, data: bytes) -> int:
         """Uploads the whole file, which object stores show when it is complete, and not before."""

@@ -27,7 +27,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 
 from alexprep.shards.errors import AlexprepError, DeviceLostError
-from alexprep.shards.patience import STALLED, store_patience
+from alexprep.shards.patience import UNDER_WAY, store_patience
 from alexprep.shards.storage import is_url
 
 Result = TypeVar("Result")
@@ -38,7 +38,6 @@ Task = Callable[[Any, Mapping[int, str]], Result]
 IMAGE_SECONDS = 60.0  # the slowest legal image seen takes 3 s; a file server that stalls gets as long for each file
 IMAGE_BYTES = 1800 * 2**20  # of address space, which is more than memory; the largest legal images take 1,250 MiB of it
 POLL_SECONDS = 0.2
-_STORE_SECONDS = 2 * STALLED  # beyond the patience, for a request that is under way when that ends
 IN_A_WORKER = "in a worker: "  # begins the words of an unexpected error there; its type and text follow
 _STRIKES = 2  # an input is condemned when it ends a worker twice: the first time may have been chance
 _DEATHS = 8  # of one task, with no input to blame or always another one, until the engine gives up
@@ -165,7 +164,7 @@ class WorkerPool:
                 place = bytes(self._records[index]["reading"])  # before the time, which the worker sets first
                 began, seconds = int(self._records[index]["began_ns"]), self._engine.image_seconds
                 if is_url(place):  # the worker waits for the store, and says in the end what is the matter
-                    seconds = max(seconds, store_patience() + _STORE_SECONDS)
+                    seconds = max(seconds, store_patience() + UNDER_WAY)
                 if not began or now - began <= seconds * 1e9:
                     continue
                 if place:  # the way to the images is blocked, so the next one would wait as long

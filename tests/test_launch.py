@@ -19,6 +19,8 @@ from safetensors.torch import load_file
 
 from alexprep.cli.main import cli
 from alexprep.shards.errors import AlexprepError
+from alexprep.shards.storage import folder_at
+from alexprep.train import launch
 from alexprep.train.config import TrainConfig, prepare
 from alexprep.train.launch import launch_training
 from alexprep.train.models.cifar import conv_local_13pct
@@ -102,6 +104,54 @@ def test_sigterm_lets_all_ranks_save_and_leave(data: Path, tmp_path: Path) -> No
     newest = max(path.stem for path in (tmp_path / "run" / "checkpoints").glob("*.json"))
     assert newest == f"step-{summary['steps']:08d}"
     assert summary["stopped_by"] == "SIGTERM" and f"stopped by SIGTERM after step {summary['steps']}" in said
+
+
+@pytest.mark.parametrize(
+    ("places", "patience", "seconds"),
+    [
+        ({}, "300", 60),
+        ({"statistics": "elsewhere", "init_from": "alexnet@best"}, "300", 60),
+        ({"data": "memory://bucket/data"}, "300", 320),
+        ({"runs": "memory://bucket/runs"}, "1000", 1020),
+        ({"statistics": "memory://bucket/data"}, "", 320),
+        ({"init_from": "memory://bucket/runs/alexnet"}, "300", 320),
+        ({"data": "memory://bucket/data", "rank_seconds": 500.0}, "300", 500),
+        ({"data": "memory://bucket/data"}, "0", 60),
+    ],
+)
+def test_ranks_wait_as_long_as_a_store_may_be_away(
+    places: dict[str, Any], patience: str, seconds: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ALEXPREP_STORE_PATIENCE", patience)
+    options: dict[str, Any] = {"data": tmp_path, "runs": tmp_path, **places}
+    options |= {name: folder_at(str(options[name])) for name in ("data", "runs")}
+    assert TrainConfig(**options).rank_wait == seconds
+
+
+def test_ranks_are_started_to_wait_so_long(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the store is that of the data which a run goes on with."""
+    monkeypatch.setenv("ALEXPREP_STORE_PATIENCE", "1000")
+    store, waits = folder_at("memory://ranks-wait/data"), []
+
+    def started(*arguments: object, timeout: float, **options: object) -> list[dict[str, Any]]:
+        waits.append(timeout)
+        raise AlexprepError("started")
+
+    monkeypatch.setattr(launch, "launch_ranks", started)
+    monkeypatch.setattr(launch, "from_environment", started)
+    for file in data.rglob("*"):
+        if file.is_file():
+            (store / str(file.relative_to(data))).write_bytes(file.read_bytes())
+    shared: dict[str, Any] = {"recipe": "tiny", "runs": tmp_path, "device": "cpu", "ranks": 2}
+    for name, place in (("local", data), ("stored", store)):
+        for given in ({"data": place}, {"resume": True}):
+            with pytest.raises(AlexprepError, match="started"):
+                launch_training(TrainConfig(**shared, name=name, **given))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("local", "stored", "a-run-of-another-host"):
+        with pytest.raises(AlexprepError, match="started"):
+            launch_training(TrainConfig(**shared, name=name, resume=True))
+    assert waits == [60, 60, 1020, 1020, 60, 1020, 1020]
 
 
 def test_torchrun_says_how_many(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

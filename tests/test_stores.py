@@ -27,7 +27,7 @@ from alexprep.pipeline.augmentation import Augmentation
 from alexprep.pipeline.loader import Loader
 from alexprep.pipeline.read_ahead import ReadAhead
 from alexprep.pipeline.sampler import StepPlan
-from alexprep.shards import patience, shard_fetcher
+from alexprep.shards import patience, shard_fetcher, store_path
 from alexprep.shards.conversion import convert
 from alexprep.shards.dataset_format import read_dataset
 from alexprep.shards.errors import AlexprepError
@@ -87,13 +87,25 @@ def raise_(error: BaseException) -> None:
     raise error
 
 
+def test_shards_and_other_files_may_come_equally_slowly(monkeypatch: pytest.MonkeyPatch) -> None:
+    allowed = []
+
+    def asked(ask: object, where: str, *, seconds: Any) -> bytes:
+        allowed.append(seconds())
+        return b""
+
+    monkeypatch.setattr(store_path, "patiently", asked)
+    folder_at("memory://slow/file").read_bytes(1_000_000)  # type: ignore[call-arg]
+    assert allowed == [shard_fetcher._Pace().allowed(1_000_000)] == [14.0]  # 10 s, and 250 kB/s
+
+
 @pytest.mark.parametrize("fault", ["errors", "cut", "hangs"])
 def test_a_failing_store_gives_the_same_batches(
     fault: str, batches: Any, failing: FailingStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seed = 11
     chance, lock, hanging = random.Random(seed), threading.Lock(), threading.Event()
-    monkeypatch.setattr(shard_fetcher, "STALLED", 0.02)
+    monkeypatch.setattr(shard_fetcher, "answer_seconds", lambda size: 0.02 + size / patience.SLOWEST)
     monkeypatch.setattr(shard_fetcher, "_AT_LEAST", 0.05)
 
     def failed(path: str, data: bytes) -> bytes:

@@ -25,13 +25,13 @@ from alexprep.shards import rgb_statistics
 from alexprep.shards.dataset_format import versions
 from alexprep.shards.errors import AlexprepError, number_within, one_of, whole_number
 from alexprep.shards.shard_cache import CACHE
-from alexprep.shards.storage import folder_at, is_local
+from alexprep.shards.storage import folder_at, is_local, local_path
 from alexprep.train import run_dir
 from alexprep.train.checkpoint import differences, with_defaults
 from alexprep.train.data import DataFacts, data_facts
 from alexprep.train.distributed.hosts import check_alike, code_digest
 from alexprep.train.distributed.tensor_parallel import SCHEMES, Scheme, part_of
-from alexprep.train.distributed.world import TIMEOUT, World, started_elsewhere
+from alexprep.train.distributed.world import TIMEOUT, World, rank_wait, started_elsewhere
 from alexprep.train.initial_weights import begin_with, find_weights
 from alexprep.train.logger import writer_class
 from alexprep.train.lr_schedule import (
@@ -134,7 +134,7 @@ class TrainConfig:
     # Epochs and optimizer steps after which to stop, counted from the run's beginning. On resuming, either takes the place of both.
     epochs: int | None = None
     steps: int | None = None
-    runs: Path = Path("runs")  # folder of all runs
+    runs: Path = run_dir.RUNS  # folder of all runs
     name: str | None = None  # of this run; by default the recipe's or the model's file's, with a number if it is taken
     resume: bool = False  # go on with the named run, or with the one last active
     keep: int | None = None  # checkpoints kept, 3 by default
@@ -192,6 +192,21 @@ class TrainConfig:
         if self.scheme is not None:
             one_of("scheme", self.scheme, SCHEMES)
         number_within("rank_seconds", self.rank_seconds, 1e-3, MOST_SECONDS)
+
+    @property
+    def rank_wait(self) -> float:
+        """Seconds that ranks wait for one another, see `alexprep.train.distributed.world.rank_wait`."""
+        places = (self.runs, self.data, self.statistics, self.init_from)
+        return rank_wait(self.rank_seconds, any(map(_is_in_store, places)) or self._goes_on_in_store())
+
+    def _goes_on_in_store(self) -> bool:
+        """Whether a run that goes on with its own data has them in a store; or whether that cannot be known, on a host without the run."""
+        if not self.resume or self.data is not None:
+            return False
+        try:
+            return _is_in_store(_found_run(self)["config"]["data"])
+        except (AlexprepError, OSError):
+            return True
 
     def _take_options(self, settings: dict[str, str]) -> None:
         """Moves those of `AS_OPTIONS` to their fields, so that there is one place for each."""
@@ -280,9 +295,7 @@ class Job:
 
     def resume_options(self) -> str:
         """Options that go on with this run as it is trained now: --resume, and those that a run does not remember."""
-        config, words = self.config, ["--resume"]
-        if config.runs.resolve() != TrainConfig.runs.resolve():
-            words += ["--runs", str(config.runs)]
+        config, words = self.config, ["--resume", *run_dir.runs_option(self.config.runs)]
         for option, reference in ((RECIPE, config.recipe), (MODEL, config.model), (HOOK, config.hook)):
             if reference is not None and is_reference(reference):
                 words += [option, reference]
@@ -358,6 +371,11 @@ def _told(config: TrainConfig, job: Job | None, error: str | None) -> dict[str, 
         "options": options | {"init_from": config.init_from is not None},
         "identity": identity,
     }
+
+
+def _is_in_store(place: object) -> bool:
+    """Whether a path or the text of one is in a store; None is nowhere."""
+    return local_path(str(place)) is None
 
 
 def _found_run(config: TrainConfig) -> dict[str, Any]:

@@ -84,7 +84,7 @@ def launch_training(config: TrainConfig) -> dict[str, Any]:
         config.ranks,
         {"options": asdict(going_on) | places},
         device=config.device,
-        timeout=config.rank_seconds,
+        timeout=going_on.rank_wait,
     )[0]
     return summary
 
@@ -102,7 +102,7 @@ def train_rank(world: World, options: Mapping[str, Any]) -> dict[str, Any]:
 
 def _train_as_rank(config: TrainConfig) -> dict[str, Any]:
     """torchrun's way: one of ranks that somebody else started, on one host or several."""
-    world = from_environment(config.device, timeout=config.rank_seconds)
+    world = from_environment(config.device, timeout=config.rank_wait)
     try:
         with failures_shared(world):
             summary = train(replace(config, ranks=world.size), world=world)
