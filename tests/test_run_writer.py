@@ -6,8 +6,11 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import socket
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -275,6 +278,55 @@ def test_a_run_that_is_a_whole_bucket_has_a_folder_of_its_own_here(
     with StoreWriter(cast(Path, StorePath("memory://"))) as writer:
         assert writer.folder.parent.parent == tmp_path
     assert [path.name for path in tmp_path.iterdir()] == ["beside"]
+
+
+def test_what_a_killed_process_left_on_this_machine_is_removed_by_the_next(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But nothing that may be anyone's yet: a living process's, a rescued run, another machine's or user's, what a link leads to."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    program = """
+import sys, time
+from alexprep.shards.store_path import StorePath
+from alexprep.train.run_writer import StoreWriter
+with StoreWriter(StorePath("memory://bucket/killed")) as writer:
+    (writer.folder / "log.jsonl").write_text("a line")
+    print(writer.folder.parent, flush=True)
+    time.sleep(500)
+"""
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    with subprocess.Popen(
+        [sys.executable, "-c", program], env=environment, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        left = Path(process.stdout.readline().strip())
+        run_writer.remove_left_behind()
+        assert left.parent == tmp_path and (left / "killed/log.jsonl").exists()  # its process lives
+        process.kill()
+
+    def copied(name: str) -> Path:
+        shutil.copytree(left, tmp_path / f"alexprep-run-{name}")
+        return tmp_path / f"alexprep-run-{name}"
+
+    (copied("rescued") / "killed" / CHECKPOINTS).mkdir()
+    (copied("of-another-machine") / ".lock").write_bytes(b"elsewhere\xff")
+    (copied("without-a-lock") / ".lock").unlink()
+    copied("second")
+    shutil.copytree(left, tmp_path / "photos")
+    (tmp_path / "alexprep-run-link").symlink_to("photos")
+    (left / "link").symlink_to("../photos")
+    everything = {path.name for path in tmp_path.iterdir()}
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+        run_writer.remove_left_behind()
+    assert {path.name for path in tmp_path.iterdir()} == everything
+    with writer_of(create_run(store, "next", "tiny", CONFIG)) as writer:
+        run_writer.remove_left_behind()
+        stays = {path.name for path in tmp_path.iterdir()}
+        assert everything - stays == {left.name, "alexprep-run-second"} and stays - everything == {
+            writer.folder.parent.name
+        }
+    assert (tmp_path / "photos/killed/log.jsonl").read_text() == "a line"
 
 
 def test_a_run_is_trained_by_one_process(store: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import fcntl
 import hashlib
 import json
 import logging
@@ -20,7 +21,7 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -31,10 +32,11 @@ from alexprep.shards.errors import AlexprepError
 from alexprep.shards.storage import is_local
 from alexprep.train import checkpoint
 from alexprep.train.checkpoint import publish, writing
-from alexprep.train.run_dir import CHECKPOINTS, CONFIG, LOCK, LOG, check_not_commits, locked
+from alexprep.train.run_dir import CHECKPOINTS, CONFIG, LOCK, LOG, check_not_commits, locked, resuming
 
 BEAT = 10.0  # seconds after which a claim on a run in a store is renewed
 SILENT = 30.0  # seconds without that, after which it counts as left behind
+WORK = "alexprep-run-"  # begins the names of folders on this machine
 
 _log = logging.getLogger("alexprep")
 
@@ -121,8 +123,10 @@ class StoreWriter(RunWriter):
             self._claim.take()
             stack.callback(self._claim.withdraw)
             with writing(Path(tempfile.gettempdir()), next_step="run the same command again"):
-                self._work = Path(tempfile.mkdtemp(prefix="alexprep-run-"))
+                remove_left_behind()
+                self._work = Path(tempfile.mkdtemp(prefix=WORK))
                 stack.callback(self._clear)
+                stack.enter_context(_owned(self._work))
                 self.folder = self._work / (self.run.name or "run")  # a bucket itself has no name
                 self.folder.mkdir()
                 for name in (CONFIG, LOG):
@@ -213,7 +217,7 @@ class StoreWriter(RunWriter):
         except AlexprepError as second:
             return AlexprepError(f"{error}. Nor can it be kept here: {second}")
         self._kept = True
-        options = shlex.join(["--resume", "--runs", str(self.folder.parent), "--name", self.folder.name])
+        options = shlex.join(resuming(self.folder))
         return AlexprepError(
             f"{self.run} cannot be written ({reason}): the run up to step {saved.step} is kept in {self.folder}. Go on there with {options}, or copy "
             "it to the store and go on with that"
@@ -222,6 +226,49 @@ class StoreWriter(RunWriter):
     def _clear(self) -> None:
         if not self._kept:
             shutil.rmtree(self._work, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _owned(work: Path) -> Iterator[None]:
+    """Inside the block, others see by a lock that the folder's process lives: the kernel ends it with the process.
+
+    The lock comes under its name when it is held, lest the folder be taken for one that was left behind.
+    """
+    made = work / f"{LOCK}.new"
+    with open(made, "xb") as file:
+        file.write(socket.gethostname().encode())
+        file.flush()
+        with contextlib.suppress(OSError):  # where there are no locks, none has that name, and the folder stays
+            fcntl.flock(file, fcntl.LOCK_EX)
+            made.rename(work / LOCK)
+        yield
+
+
+def remove_left_behind() -> None:
+    """Removes this user's folders of runs in stores whose processes were killed on this machine; never one with a checkpoint, which is a rescued run."""
+    with contextlib.suppress(OSError), os.scandir(tempfile.gettempdir()) as entries:
+        for entry in entries:
+            if entry.name.startswith(WORK) and entry.is_dir(follow_symlinks=False):
+                with contextlib.suppress(OSError):
+                    _remove_if_left(Path(entry.path))
+
+
+def _remove_if_left(work: Path) -> None:
+    """Removes such a folder if nobody holds its lock, and no checkpoint is in it. One without a lock is not known to be left."""
+    if os.lstat(work).st_uid != os.geteuid():
+        return
+    with open(os.open(work / LOCK, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK), "rb+") as file:
+        # On a file system that several machines share a lock may be known to one of them only.
+        if file.read() != socket.gethostname().encode():
+            return
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        found = [name for _, folders, files in os.walk(work, onerror=_raise) for name in (*folders, *files)]
+        if CHECKPOINTS not in found:
+            shutil.rmtree(work)
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 class _Taken(AlexprepError):
