@@ -298,11 +298,13 @@ with StoreWriter(StorePath("memory://bucket/killed")) as writer:
     with subprocess.Popen(
         [sys.executable, "-c", program], env=environment, stdout=subprocess.PIPE, text=True
     ) as process:
-        assert process.stdout is not None
-        left = Path(process.stdout.readline().strip())
-        run_writer.remove_left_behind()
-        assert left.parent == tmp_path and (left / "killed/log.jsonl").exists()  # its process lives
-        process.kill()
+        try:
+            assert process.stdout is not None
+            left = Path(process.stdout.readline().strip())
+            run_writer.remove_left_behind()
+            assert left.parent == tmp_path and (left / "killed/log.jsonl").exists()  # its process lives
+        finally:
+            process.kill()
 
     def copied(name: str) -> Path:
         shutil.copytree(left, tmp_path / f"alexprep-run-{name}")
