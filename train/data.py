@@ -6,7 +6,8 @@ The loader itself is `alexprep.pipeline.loader.Loader`; tests and users may hand
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -84,6 +85,51 @@ class WithoutLastStep:
     def close(self) -> None:
         """Frees threads and memory."""
         self._loader.close()
+
+
+class ByCrop:
+    """The epochs of loaders that cut crops of other sides out of the same images; one is open at a time."""
+
+    def __init__(self, opened: Callable[[int, int], BatchSource], early: Sequence[int], side: int) -> None:
+        """`opened` opens the loader of a side, for epochs below a number; `early` are the sides of the first epochs, one each, then comes `side`."""
+        self._opened, self._early, self._last = opened, tuple(early), side
+        self._open(0)
+        self.samples, self.digest = self._loader.samples, self._loader.digest
+
+    def __len__(self) -> int:
+        """Steps an epoch."""
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[LoadedBatch]:
+        """The rest of the current epoch."""
+        self.state_dict()
+        return iter(self._loader)
+
+    def state_dict(self) -> dict[str, int]:
+        """{"seed", "epoch", "step"} of the next batch."""
+        state = self._loader.state_dict()
+        if self._side(state["epoch"]) != self._now:
+            self.load_state_dict(state)
+        return self._loader.state_dict()
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Goes to a state; its step is below the epoch's length."""
+        if self._side(state["epoch"]) != self._now:
+            self._loader.close()
+            self._open(state["epoch"])
+        self._loader.load_state_dict({name: each for name, each in state.items() if name != "augmentation"})
+
+    def close(self) -> None:
+        """Frees threads and memory."""
+        self._loader.close()
+
+    def _side(self, epoch: int) -> int:
+        return self._early[epoch] if epoch < len(self._early) else self._last
+
+    def _open(self, epoch: int) -> None:
+        self._now = self._side(epoch)
+        others = (later for later in range(epoch, len(self._early) + 1) if self._side(later) != self._now)
+        self._loader = self._opened(self._now, next(others, sys.maxsize))
 
 
 OpenLoader = Callable[..., BatchSource]  # opens a split with the arguments of `alexprep.pipeline.loader.Loader`

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import sys
 import time
 import warnings
 from collections.abc import Iterable, Iterator
@@ -25,7 +26,7 @@ from alexprep.shards.storage import json_bytes
 from alexprep.shards.worker_pool import cores
 from alexprep.train import checkpoint, run_dir
 from alexprep.train.config import Job, TrainConfig, prepare_together, run_versions
-from alexprep.train.data import BatchSource, Examples, LoadedBatch, OpenLoader, WithoutLastStep
+from alexprep.train.data import BatchSource, ByCrop, Examples, LoadedBatch, OpenLoader, WithoutLastStep
 from alexprep.train.distributed.parallel import Parallel
 from alexprep.train.distributed.world import World
 from alexprep.train.initial_weights import begin_with, find_weights
@@ -37,6 +38,7 @@ from alexprep.train.precision import float32_kernels
 from alexprep.train.profiler import Trace
 from alexprep.train.run_dir import check_unsaved
 from alexprep.train.run_writer import RunWriter, writer_of
+from alexprep.train.settings import SET
 from alexprep.train.signals_and_memory import (
     Stopped,
     StoppedAtOnce,
@@ -46,7 +48,7 @@ from alexprep.train.signals_and_memory import (
     span,
 )
 from alexprep.train.training_state import TrainingState, compile_first, take_step, to_compile, weights_digest
-from alexprep.train.user_code import fails_on_one, has_batch_norm
+from alexprep.train.user_code import fails_on, has_batch_norm
 
 EARLY_RECORDS = (1, 6)  # a first sign of life; then steps 2 to 6, after the slow first one, give the forecast
 
@@ -437,17 +439,24 @@ def _opening_words(job: Job, state: TrainingState, loader: BatchSource, last_ste
     return lines
 
 
-def open_split(job: Job, open_loader: OpenLoader, split: str, shard: tuple[int, int]) -> BatchSource:
-    """Opens a rank's loader of a split; `shard` is its (rank, world_size)."""
-    training = split == "train"
+def open_split(
+    job: Job,
+    open_loader: OpenLoader,
+    split: str,
+    shard: tuple[int, int],
+    crop: int | None = None,
+    end: int = sys.maxsize,
+) -> BatchSource:
+    """Opens a rank's loader of a split; `shard` is its (rank, world_size), `crop` a side other than the recipe's, for the epochs below `end`."""
+    training, augmentation = split == "train", job.recipe.augmentation
     return open_loader(
         job.data,
         split,
         batch_size=job.recipe.batch_size,
-        augmentation=job.recipe.augmentation,
+        augmentation=augmentation if crop is None else replace(augmentation, crop=crop),
         views="random" if training else "centre",
         order=job.order if training else "sequential",
-        epochs=job.epochs if training else None,
+        epochs=min(job.epochs, end) if training else None,
         seed=job.seed,
         rank=shard[0],
         world_size=shard[1],
@@ -461,13 +470,15 @@ def open_split(job: Job, open_loader: OpenLoader, split: str, shard: tuple[int, 
 
 def open_training(job: Job, open_loader: OpenLoader, state: TrainingState) -> BatchSource:
     """Opens a rank's loader of the training split; without the epoch's last step where that has one image and the network cannot take it."""
-    loader = open_split(job, open_loader, "train", state.parallel.shard)
+    opened = functools.partial(open_split, job, open_loader, "train", state.parallel.shard)
+    if early := job.recipe.early_crops:
+        _check_crops(job, state)
+    loader = ByCrop(opened, early, job.recipe.crop) if early else opened()
     # Ranks take empty batches, and so one image.
     asked = state.parallel.world.size == 1 or has_batch_norm(state.network)
     if loader.samples % job.recipe.batch_size != 1 or not asked:
         return loader
-    image = torch.zeros(1, job.recipe.augmentation.channels, job.recipe.crop, job.recipe.crop, device=state.device)
-    if not fails_on_one(state.network, image.contiguous(memory_format=job.computing.memory.format)):
+    if not fails_on(state.network, _blank(job, state, 1, job.recipe.crop)):
         return loader
     if len(loader) == 1:
         loader.close()
@@ -479,6 +490,22 @@ def open_training(job: Job, open_loader: OpenLoader, state: TrainingState) -> Ba
         "out, another image in each epoch"
     )
     return WithoutLastStep(loader)
+
+
+def _blank(job: Job, state: TrainingState, images: int, side: int) -> torch.Tensor:
+    """So many images of zeros as the network gets them, of a side in pixels."""
+    made = torch.zeros(images, job.recipe.augmentation.channels, side, side, device=state.device)
+    return made.contiguous(memory_format=job.computing.memory.format)
+
+
+def _check_crops(job: Job, state: TrainingState) -> None:
+    """Raises AlexprepError where the network does not take the crops of the first epochs."""
+    for side in sorted(set(job.recipe.early_crops)):
+        if fails_on(state.network, _blank(job, state, 2, side)):
+            raise AlexprepError(
+                f"the network of recipe {job.recipe.name} does not take images of {side} pixels, as early_crops has them, but of {job.recipe.crop}: "
+                f"leave early_crops out ({SET} early_crops=none), or pool over whole maps before the first linear layer"
+            )
 
 
 def until_stopped(parallel: Parallel, batches: Iterable[LoadedBatch], stop: StopRequest) -> Iterator[Examples]:

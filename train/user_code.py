@@ -201,15 +201,15 @@ def has_batch_norm(network: nn.Module) -> bool:
     return any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in network.modules())
 
 
-def fails_on_one(network: nn.Module, image: torch.Tensor) -> bool:
-    """Whether a network in training cannot take one image alone, (1, 3, H, W).
+def fails_on(network: nn.Module, images: torch.Tensor) -> bool:
+    """Whether a network in training cannot take these images, (N, C, H, W).
 
-    Batch normalisation of one value a channel has no variance, and what squeezes all dimensions of 1 loses the first.
+    Of one image alone batch normalisation of one value a channel has no variance, and what squeezes all dimensions of 1 loses the first.
     """
     tried = copy.deepcopy(network)
-    with torch.random.fork_rng([image.device] if image.is_cuda else []), torch.no_grad():
+    with torch.random.fork_rng([images.device] if images.is_cuda else []), torch.no_grad():
         try:
-            return bool(tried(image).ndim != 2)
+            return bool(tried(images).ndim != 2)
         except (ValueError, RuntimeError, IndexError):
             return True
 
