@@ -2,7 +2,7 @@
 
     python benchmarks/cifar_fast.py DATA [--seeds 0 1] [--threads 2] [--precision bf16] [--save]    DATA: CIFAR-10, `alexprep shard --size 32` and `pca-stats`
 
-Of alexprep all counts, from the start of the command on: imports, an evaluation after each epoch, checkpoints, and `alexprep eval --views two`
+Of alexprep all counts, from the start of the command on: imports, an evaluation after the last epoch, checkpoints, and `alexprep eval --views two`
 at the end. The script (`plain` below) has all images in memory, evaluates once, at the end, over the same two views, and its rate falls with the
 CPU time that it has used, to end when alexprep's is used up. They take turns; CPU seconds are those of all threads and child processes, which sleep while they wait for one another, unless OMP_WAIT_POLICY says
 otherwise: spinning is no work, but takes a quarter more CPU time beside other programs, and changes no bit. bf16 pays on
@@ -101,9 +101,8 @@ def alexprep(data: Path, runs: Path, seed: int, precision: str) -> dict[str, Any
     command = [sys.executable, "-m", "alexprep.cli"]
     given = ["--data", str(data), "--runs", str(runs), "--precision", precision, "--device", "cpu"]
     name = f"seed{seed}"
-    trained = said(
-        [*command, "train", "--recipe", "cifar10-fast", "--seed", str(seed), "--name", name, *given, "--json"]
-    )
+    options = ["--recipe", "cifar10-fast", "--seed", str(seed), "--name", name, "--evaluate-every", "100"]
+    trained = said([*command, "train", *options, *given, "--json"])
     found = said([*command, "eval", name, "--views", "two", *given, "--json"])
     return {"error": found["top1_error"], "epochs": trained["epochs"], "one view": trained["val_top1_error"]}
 
