@@ -96,7 +96,7 @@ def _main() -> None:
             stream.reconfigure(errors="replace")  # a letter that the terminal lacks costs no result
     command = next(iter(sys.argv[1:]), "")
     if command in LOAD_TORCH:
-        choose_waiting(short=command == "demo")
+        choose_waiting()
     if command in COMPUTE_LITTLE:
         # Its threads take 25 ms of every process's start, and each worker computes with one anyway.
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")

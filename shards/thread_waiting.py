@@ -22,9 +22,7 @@ TURNS = 6  # of so many looks: what starts with this command, such as the reader
 MOST_OTHERS = 0.5  # processes that want a core, in the mean: a command that is just ending is no neighbour
 
 
-def waiting(
-    environment: Mapping[str, str], others: float | None, cores: int, processors: int, short: bool
-) -> dict[str, str]:
+def waiting(environment: Mapping[str, str], others: float | None, cores: int, processors: int) -> dict[str, str]:
     """What to set in the environment.
 
     Args:
@@ -32,16 +30,15 @@ def waiting(
         others: how many other threads of this machine want to run, in the mean; None where nobody knows.
         cores: that this process may use.
         processors: of the machine.
-        short: whether the command takes seconds, with steps so small that even a short sleep shows: no neighbour comes meanwhile.
 
-    >>> waiting({}, 4.0, cores=2, processors=2, short=False)
+    >>> waiting({}, 4.0, cores=2, processors=2)
     {'OMP_WAIT_POLICY': 'PASSIVE'}
     """
     if any(name in environment for name in SETTINGS) or others is None:
         return {}
     if others > processors - cores + MOST_OTHERS:
         return dict(ASLEEP)
-    return {} if short else dict(BRIEFLY)
+    return dict(BRIEFLY)
 
 
 def others_running() -> float | None:
@@ -68,8 +65,8 @@ def others_running() -> float | None:
     return least
 
 
-def choose_waiting(short: bool = False) -> None:
+def choose_waiting() -> None:
     """Sets how the threads of this process and of those that it starts will wait; torch must not have been loaded."""
     others = None if any(name in os.environ for name in SETTINGS) else others_running()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    os.environ.update(waiting(os.environ, others, cores, os.cpu_count() or cores, short))
+    os.environ.update(waiting(os.environ, others, cores, os.cpu_count() or cores))

@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -28,9 +28,9 @@ EPOCHS = 4
 
 
 class Cropped(MadeUpLoader):
-    """Gives the top left corners of its images, as large as the augmentation's crops; remembers how many are open."""
+    """Gives the top left corners of its images, as large as the augmentation's crops; remembers which were opened."""
 
-    opened: list[tuple[int, int | None]] = []
+    opened: ClassVar[list[tuple[int, int | None]]] = []
 
     def __init__(self, *arguments: Any, augmentation: Augmentation, epochs: int | None = None, **options: Any) -> None:
         super().__init__(*arguments, **options)

@@ -13,24 +13,22 @@ from alexprep.shards.thread_waiting import ASLEEP, BRIEFLY, SETTINGS, others_run
 
 
 @pytest.mark.parametrize(
-    ("others", "cores", "processors", "short", "wanted"),
+    ("others", "cores", "processors", "wanted"),
     [
-        (0.0, 2, 2, False, BRIEFLY),
-        (0.4, 2, 2, False, BRIEFLY),
-        (0.0, 2, 2, True, {}),
-        (4.0, 2, 2, False, ASLEEP),
-        (4.0, 2, 2, True, ASLEEP),
-        (20.0, 2, 64, False, BRIEFLY),  # there are cores for all of them
-        (63.0, 2, 64, False, ASLEEP),
-        (None, 2, 2, False, {}),
+        (0.0, 2, 2, BRIEFLY),
+        (0.4, 2, 2, BRIEFLY),
+        (4.0, 2, 2, ASLEEP),
+        (20.0, 2, 64, BRIEFLY),  # there are cores for all of them
+        (63.0, 2, 64, ASLEEP),
+        (None, 2, 2, {}),
     ],
 )
 def test_threads_sleep_where_others_want_the_cores(
-    others: float | None, cores: int, processors: int, short: bool, wanted: dict[str, str]
+    others: float | None, cores: int, processors: int, wanted: dict[str, str]
 ) -> None:
-    assert waiting({"PATH": "/bin"}, others, cores, processors, short) == wanted
+    assert waiting({"PATH": "/bin"}, others, cores, processors) == wanted
     for name in SETTINGS:
-        assert waiting({name: "7"}, others, cores, processors, short) == {}
+        assert waiting({name: "7"}, others, cores, processors) == {}
 
 
 def test_what_runs_is_counted_where_it_goes_on_running(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,10 +46,10 @@ def test_what_runs_is_counted_where_it_goes_on_running(monkeypatch: pytest.Monke
 
 
 def test_commands_that_load_torch_choose(monkeypatch: pytest.MonkeyPatch) -> None:
-    chosen: list[bool] = []
-    monkeypatch.setattr(command_line, "choose_waiting", lambda short: chosen.append(short))
+    chosen: list[str] = []
+    monkeypatch.setattr(command_line, "choose_waiting", lambda: chosen.append(sys.argv[1]))
     for arguments in (["train", "--help"], ["demo", "--help"], ["shard", "--help"], ["--help"], []):
         monkeypatch.setattr(sys, "argv", ["alexprep", *arguments])
         with pytest.raises(SystemExit):
             command_line.main()
-    assert chosen == [False, True]
+    assert chosen == ["train", "demo"]
