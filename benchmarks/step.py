@@ -57,7 +57,8 @@ class Contest:
             self.states[last].epoch_steps = 1000  # for schedules that move with every step
             self.images[last] = images.to(device).contiguous(memory_format=computing.memory.format)
             self.compiled[last] = Compiled(self.states[last].network)
-            self.compiled[last].checked = True  # how far its gradients lie from others is among the figures
+            # How far its gradients lie from others is among the figures.
+            self.compiled[last].checked.add(images.shape[-2:])
 
     def prepared(self, way: Way) -> TrainingState:
         """The state, computing in this way."""

@@ -128,7 +128,7 @@ SYNONYMS = ("optimizer", "label_smoothing", "clip", "accumulate", "average")
     "--evaluate-every",
     metavar="EPOCHS",
     type=AT_LEAST_1,
-    help="Between evaluations, the last epoch's apart.  [default: 1]",
+    help="Between evaluations; the last epoch is always evaluated.  [default: 1]",
 )
 @click.option("--keep", type=AT_LEAST_1, help=f"Newest checkpoints to keep, besides the best.  [default: {KEEP}]")
 @click.option(
@@ -149,7 +149,7 @@ SYNONYMS = ("optimizer", "label_smoothing", "clip", "accumulate", "average")
     type=click.FloatRange(min=0, min_open=True, max=1_000_000),
     default=60,
     show_default=True,
-    help="How long they wait for one another; saving a checkpoint must not take longer. With data or runs in a store at least as long as that may be away.",
+    help="How long they wait for one another; saving a checkpoint must not take longer. With data or runs in a store at least 20 s longer than --store-patience.",
 )
 @click.option(
     "--trace",

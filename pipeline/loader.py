@@ -43,8 +43,8 @@ from alexprep.shards.shard_cache import ShardCache, check_limit
 _READ_AHEAD = 8  # steps whose samples are asked of the disk before they are decoded
 # Smaller steps go through DALI several at a time, up to so many images and pixels.
 _TOGETHER, _TOGETHER_PIXELS = 64, 64 * 64 * 64
-# Arguments that an order has no use for.
-_UNUSED = {"shuffle": ("block_shards", "streams"), "blocks": ("streams",), "sequential": ("block_shards", "streams")}
+# Orders that have a use for an argument.
+_ORDERS_WITH: dict[str, tuple[Order, ...]] = {"block_shards": ("blocks", "streams"), "streams": ("streams",)}
 
 
 class Loader(torch.utils.data.IterableDataset[Batch]):
@@ -399,8 +399,8 @@ class Loader(torch.utils.data.IterableDataset[Batch]):
 def _mixed_shards(order: Order, block_shards: int | None, streams: int | None) -> tuple[int, int]:
     """How many shards are mixed at a time, and in how many streams; AlexprepError where an order has no use for what was given."""
     for name, value in (("block_shards", block_shards), ("streams", streams)):
-        if value is not None and name in _UNUSED.get(order, ()):
-            fitting = " or ".join(f"order='{other}'" for other in get_args(Order) if name not in _UNUSED.get(other, ()))
+        if value is not None and order not in _ORDERS_WITH[name]:
+            fitting = " or ".join(f"order='{other}'" for other in _ORDERS_WITH[name])
             raise AlexprepError(
                 f"{name} {value} has no effect with order='{order}': take {fitting}, or leave {name} out"
             )

@@ -225,12 +225,17 @@ def with_defaults(described: Any, value: Any) -> Any:
             complete[field.name] = with_defaults(described[field.name], getattr(value, field.name))
         elif BEFORE in field.metadata:
             before = field.metadata[BEFORE]
-            complete[field.name] = before(described) if callable(before) else before
+            complete[field.name] = _as_recorded(before(described) if callable(before) else before)
         elif field.default is not MISSING:
-            complete[field.name] = json.loads(json.dumps(field.default, default=str))  # tuples become lists
+            complete[field.name] = _as_recorded(field.default)
         elif field.default_factory is not MISSING:
             complete[field.name] = field.default_factory()
     return complete
+
+
+def _as_recorded(value: Any) -> Any:
+    """A value as JSON gives it back: tuples become lists."""
+    return json.loads(json.dumps(value, default=str))
 
 
 def some_of(differences: list[str]) -> str:

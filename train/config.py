@@ -79,12 +79,8 @@ OPTIONS = (  # what a resumed run takes from its beginning
 )
 LENGTH = ("epochs", "steps")
 AS_OPTIONS = ("batch_size", *CHANGEABLE, "epochs")  # settings that are options: they mean these
-REMEMBERED = (
-    *LENGTH,
-    "keep",
-    "checkpoint_steps",
-    "evaluate_every",
-)  # likewise; what is given on resuming holds from then on
+# Likewise; what is given on resuming holds from then on.
+REMEMBERED = (*LENGTH, "keep", "checkpoint_steps", "evaluate_every")
 DECODING = ("decode", "hw_decoder_load")  # likewise, as it was tuned then
 # What may be another on each host of a training: where things lie there, and how they are read.
 OF_A_HOST = ("data", "runs", "name", "statistics", "recipe", "model", "hook", "init_from", "threads", "tensorboard")
@@ -139,9 +135,8 @@ class TrainConfig:
     resume: bool = False  # go on with the named run, or with the one last active
     keep: int | None = None  # checkpoints kept, 3 by default
     checkpoint_steps: int | None = None  # between checkpoints, 1000 by default; one more is made at every epoch's end
-    evaluate_every: int | None = (
-        None  # epochs between evaluations, 1 by default; after the last epoch there always is one
-    )
+    # Epochs between evaluations, 1 by default; after the last epoch there always is one.
+    evaluate_every: int | None = None
     log_steps: int = 20  # between records in log.jsonl
     threads: int | None = None  # for decoding; as `alexprep tune` found, or one a core, by default
     device: str | None = None  # "cpu" or "cuda"; the GPU if there is one by default
@@ -200,13 +195,15 @@ class TrainConfig:
         return rank_wait(self.rank_seconds, any(map(_is_in_store, places)) or self._goes_on_in_store())
 
     def _goes_on_in_store(self) -> bool:
-        """Whether a run that goes on with its own data has them in a store; or whether that cannot be known, on a host without the run."""
-        if not self.resume or self.data is not None:
+        """Whether a run that goes on has something of its own in a store; or whether that cannot be known, on a host without the run."""
+        if not self.resume:
             return False
         try:
-            return _is_in_store(_found_run(self)["config"]["data"])
+            began = _found_run(self)["config"]
         except (AlexprepError, OSError):
             return True
+        own = [began["options"].get(name) for name in ("statistics", "init_from")]
+        return any(map(_is_in_store, own if self.data is not None else (*own, began["data"])))
 
     def _take_options(self, settings: dict[str, str]) -> None:
         """Moves those of `AS_OPTIONS` to their fields, so that there is one place for each."""
@@ -422,9 +419,8 @@ def _planned(
         notes += ["fp16 on a CPU: gradients of convolutions take hundreds of times as long as in bf16"]
     seed = config.seed or 0
     identity = {"recipe": recipe.describe(), "seed": seed, "classes": facts.classes, "data_digest": facts.digest}
-    identity["precision"] = computing.precision
     order = config.order or ("shuffle" if is_local(data) else "streams")
-    identity |= {"order": order} if order != "shuffle" else {}
+    identity |= {"precision": computing.precision} | ({"order": order} if order != "shuffle" else {})
     scheme = _scheme(config, recipe, facts.classes, seed, (earlier or {}).get("scheme"))
     notes += [] if is_local(data) else _notes_of_a_store(config, data, order, scheme)
     recipe.check_scheme(scheme)
@@ -434,8 +430,8 @@ def _planned(
         notes += said
     if summary := recipe.summary():
         notes.append(f"layers of {summary}")
-    if not isinstance(recipe.network, UserNetwork) and config.settings:  # a recipe that nobody tried
-        recipe.make_optimizer(recipe.make_network(facts.classes, seed))
+    if recipe.early_crops or (config.settings and not isinstance(recipe.network, UserNetwork)):  # nobody tried them
+        notes += recipe.check_network(facts.classes, seed, config.epochs or recipe.epochs, computing.compile)
     if check_statistics:
         identity |= _check_images(config, data, recipe, begins=run is None)
     if run is None and leads:
@@ -500,7 +496,7 @@ def _scheduled(
     if (every := config.evaluate_every or 1) > 1 and looks_at_errors(schedule):
         raise AlexprepError(
             f"--evaluate-every {every} does not go with a schedule that looks at every epoch's error, as this {describe(schedule)['kind']} "
-            "does: leave it out, or choose another --schedule, without --early-stop"
+            "does: take --evaluate-every 1, or another --schedule, without --early-stop"
         )
     if is_per_step(schedule) and epochs > length and not rate_at(schedule, 1.0, ".weight", epochs, ScheduleState()):
         raise AlexprepError(

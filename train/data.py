@@ -90,10 +90,13 @@ class WithoutLastStep:
 class ByCrop:
     """The epochs of loaders that cut crops of other sides out of the same images; one is open at a time."""
 
-    def __init__(self, opened: Callable[[int, int], BatchSource], early: Sequence[int], side: int) -> None:
-        """`opened` opens the loader of a side, for epochs below a number; `early` are the sides of the first epochs, one each, then comes `side`."""
+    def __init__(self, opened: Callable[[int, int], BatchSource], early: Sequence[int], side: int, epoch: int) -> None:
+        """`opened` opens the loader of a side, for the epochs below a number; `epoch` is the first one that is wanted.
+
+        `early` are the sides of the first epochs, one each; then comes `side`.
+        """
         self._opened, self._early, self._last = opened, tuple(early), side
-        self._open(0)
+        self._loader, self._side = self._open(epoch)
         self.samples, self.digest = self._loader.samples, self._loader.digest
 
     def __len__(self) -> int:
@@ -102,34 +105,34 @@ class ByCrop:
 
     def __iter__(self) -> Iterator[LoadedBatch]:
         """The rest of the current epoch."""
-        self.state_dict()
+        state = self.state_dict()
+        if self._side_of(state["epoch"]) != self._side:
+            self.load_state_dict(state)
         return iter(self._loader)
 
     def state_dict(self) -> dict[str, int]:
-        """{"seed", "epoch", "step"} of the next batch."""
-        state = self._loader.state_dict()
-        if self._side(state["epoch"]) != self._now:
-            self.load_state_dict(state)
-        return self._loader.state_dict()
+        """{"seed", "epoch", "step"} of the next batch, whose loader may be another one than the open one, of the same images."""
+        return {name: value for name, value in self._loader.state_dict().items() if name != "augmentation"}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Goes to a state; its step is below the epoch's length."""
-        if self._side(state["epoch"]) != self._now:
+        """Goes to a state that `state_dict` gave; its step is below the epoch's length."""
+        if self._side_of(state["epoch"]) != self._side:
             self._loader.close()
-            self._open(state["epoch"])
-        self._loader.load_state_dict({name: each for name, each in state.items() if name != "augmentation"})
+            self._loader, self._side = self._open(state["epoch"])
+        self._loader.load_state_dict(state)
 
     def close(self) -> None:
         """Frees threads and memory."""
         self._loader.close()
 
-    def _side(self, epoch: int) -> int:
+    def _side_of(self, epoch: int) -> int:
         return self._early[epoch] if epoch < len(self._early) else self._last
 
-    def _open(self, epoch: int) -> None:
-        self._now = self._side(epoch)
-        others = (later for later in range(epoch, len(self._early) + 1) if self._side(later) != self._now)
-        self._loader = self._opened(self._now, next(others, sys.maxsize))
+    def _open(self, epoch: int) -> tuple[BatchSource, int]:
+        """The loader of an epoch, which goes on as long as the side stays, and that side."""
+        side = self._side_of(epoch)
+        others = (later for later in range(epoch, len(self._early) + 1) if self._side_of(later) != side)
+        return self._opened(side, next(others, sys.maxsize)), side
 
 
 OpenLoader = Callable[..., BatchSource]  # opens a split with the arguments of `alexprep.pipeline.loader.Loader`

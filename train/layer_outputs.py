@@ -53,8 +53,10 @@ class LayerOutputs:
     facts: dict[str, Any]
 
     def command(self) -> str:
-        """The command that writes such a file, in backticks."""
-        return features_command(folder_at(self.facts["run"]), self.facts["layer"], self.facts["split"])
+        """The command that writes this file again, in backticks."""
+        run, layer, split = folder_at(self.facts["run"]), self.facts["layer"], self.facts["split"]
+        out = [] if self.path == outputs_file(run, layer, split) else ["--out", str(self.path)]
+        return features_command(run, layer, split, *out, step=self.facts["step"])
 
     def nearest(self, outputs_QD: NDArray[np.float32], count: int) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
         """The Euclidean distances of the images nearest to some outputs, and their rows, both (Q, count), nearest first."""

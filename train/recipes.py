@@ -46,6 +46,7 @@ from alexprep.train.user_code import (
     UserNetwork,
     describe_layers,
     errors_in_one_sentence,
+    fails_on,
     is_reference,
     load,
     memory_format_of,
@@ -59,6 +60,7 @@ if TYPE_CHECKING:  # what it takes to train is loaded where it is used: a recipe
 
 DEFAULT_RECIPE = "alexnet"
 MOST_EPOCHS = 100_000
+MOST_COMPILED = 8  # sizes of images; torch.compile leaves further ones uncompiled
 
 
 class NetworkFactory(Protocol):
@@ -104,7 +106,7 @@ class Recipe:
         clip: the gradient is made no longer than this, over all parameters; None for never.
         accumulate: parts into which a step's batch is cut; their gradients are added up, and they need memory for a part only.
         early_crops: sides of the crops that the first epochs see, one each, before all others see the augmentation's: progressive resizing, for
-            networks that take images of several sizes. At 24 of 28 pixels an epoch takes three fifths of the time.
+            networks that take images of several sizes.
         average: of the weights, an exponential mean is kept with this decay, and evaluated; 0 for none.
 
     Raises:
@@ -136,7 +138,7 @@ class Recipe:
     clip: float | None = None
     accumulate: int = 1
     average: float = 0.0
-    early_crops: tuple[int, ...] = ()
+    early_crops: tuple[int, ...] = field(default=(), metadata={BEFORE: ()})
 
     def __post_init__(self) -> None:
         """Refuses values out of bounds, with AlexprepError."""
@@ -157,7 +159,7 @@ class Recipe:
                 f"recipe {self.name} cuts batches of {self.batch_size} into {self.accumulate} parts: give a divisor of the batch size"
             )
         for side in self.early_crops:
-            whole_number(f"recipe {self.name}: early_crops", side, 1, self.crop)
+            whole_number(f"recipe {self.name}: early_crops (or none), at most the crop,", side, 1, self.crop)
         low_size, high_size = self.stored_sizes
         if not self.crop <= low_size + 2 * self.augmentation.pad or not low_size <= high_size:
             raise AlexprepError(f"recipe {self.name} cuts {self.crop} pixels out of stored sizes {self.stored_sizes}")
@@ -183,6 +185,32 @@ class Recipe:
                 f"recipe {self.name} has a network that sees 3 channels, and augmentation.channels is {channels}: take another --model"
             )
         return self.network(classes, self.crop, seed=seed, width=self.width, **told)
+
+    def check_network(self, classes: int, seed: int, epochs: int, compiled: bool) -> list[str]:
+        """Makes sure that the network can be trained as the recipe says, for so many epochs; gives what to say of it.
+
+        Raises:
+            AlexprepError: it cannot; the message names the field.
+        """
+        import torch
+
+        network, sides_seen = self.make_network(classes, seed), {*self.early_crops, self.crop}
+        self.make_optimizer(network)
+        for side in sorted(set(self.early_crops)):
+            if fails_on(network, torch.zeros(2, self.augmentation.channels, side, side)):
+                raise AlexprepError(
+                    f"the network of recipe {self.name} does not take images of {side} pixels, as early_crops has them, but of {self.crop}: take "
+                    "--set early_crops=none, or let it pool over whole maps before the first linear layer"
+                )
+        if compiled and len(sides_seen) > MOST_COMPILED:
+            raise AlexprepError(
+                f"early_crops and the crop are {len(sides_seen)} sizes, and at most {MOST_COMPILED} are compiled: name fewer, or leave --compile out"
+            )
+        return (
+            []
+            if epochs > len(self.early_crops)
+            else [f"no epoch sees crops of {self.crop}: early_crops has one for each"]
+        )
 
     def summary(self) -> str | None:
         """Sizes and parameters of the network's layers in a sentence, where it can tell them."""
@@ -340,8 +368,9 @@ def recipe(name: str) -> Recipe:
 def with_network(named: Recipe, network: UserNetwork) -> Recipe:
     """A recipe with a network of the user's own; one of a library brings its mean, deviation and crop, one of a layer file its rates and decays.
 
-    See `alexprep.train.model_libraries` and `alexprep.train.layer_files`.
+    `early_crops`, which the recipe's own network takes, are left out. See `alexprep.train.model_libraries` and `alexprep.train.layer_files`.
     """
+    named = replace(named, early_crops=())
     if network.pixels is None:
         return replace(named, network=network, **(network.training or {}))
     augmentation, stored_sizes = network.pixels.fitted(named.augmentation, named.stored_sizes)

@@ -72,14 +72,20 @@ def command(verb: str, run: Path, *options: str, step: int | None = None) -> str
     >>> command("features", Path("runs/alexnet"), "--split", "val"), command("eval", Path("/my runs/alexnet"), step=7)
     ('`alexprep features alexnet --split val`', "`alexprep eval alexnet@7 --runs '/my runs'`")
     """
-    run = run if run.name not in ("", "..") else run.resolve()
+    run = _with_name(run)
     name = run.name if step is None else f"{run.name}@{step}"
     return f"`{shlex.join(['alexprep', verb, name, *runs_option(run.parent), *options])}`"
 
 
 def resuming(run: Path) -> list[str]:
     """Options of `alexprep train` that go on with a run."""
+    run = _with_name(run)
     return ["--resume", *runs_option(run.parent), "--name", run.name]
+
+
+def _with_name(run: Path) -> Path:
+    """A run's folder by its name, also where it was given as "." or ".."."""
+    return run if run.name not in ("", "..") else run.resolve()
 
 
 def find_run(runs: Path, name: str | None) -> Path:

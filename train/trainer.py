@@ -38,7 +38,6 @@ from alexprep.train.precision import float32_kernels
 from alexprep.train.profiler import Trace
 from alexprep.train.run_dir import check_unsaved
 from alexprep.train.run_writer import RunWriter, writer_of
-from alexprep.train.settings import SET
 from alexprep.train.signals_and_memory import (
     Stopped,
     StoppedAtOnce,
@@ -202,7 +201,7 @@ class Run:
 
     def _compiled(self, batch: Examples) -> bool:
         """Has the network compiled before its first step; false where a stop was requested by then, and so nothing was done."""
-        if to_compile(self.state, batch.labels) is None:
+        if to_compile(self.state, batch.images, batch.labels) is None:
             return True
         if self.stopping:  # on all ranks
             return False
@@ -236,7 +235,7 @@ class Run:
         if means is not None:
             speed = meter.record_steps(means, step=position.step, epoch=position.epoch, lr=state.learning_rate())
             self._recorded = state.sums.totals.clone()
-            if timer.steps == EARLY_RECORDS[-1]:
+            if timer.steps == EARLY_RECORDS[-1] and position.epoch >= len(state.recipe.early_crops):
                 meter.say(forecast(state.recipe.name, state.device, speed, len(self.loader), self.job.epochs))
         if last:
             self.means = self._epoch_means()
@@ -471,14 +470,13 @@ def open_split(
 def open_training(job: Job, open_loader: OpenLoader, state: TrainingState) -> BatchSource:
     """Opens a rank's loader of the training split; without the epoch's last step where that has one image and the network cannot take it."""
     opened = functools.partial(open_split, job, open_loader, "train", state.parallel.shard)
-    if early := job.recipe.early_crops:
-        _check_crops(job, state)
-    loader = ByCrop(opened, early, job.recipe.crop) if early else opened()
+    early, crop = job.recipe.early_crops, job.recipe.crop
+    loader = ByCrop(opened, early, crop, state.position.epoch) if early else opened()
     # Ranks take empty batches, and so one image.
     asked = state.parallel.world.size == 1 or has_batch_norm(state.network)
     if loader.samples % job.recipe.batch_size != 1 or not asked:
         return loader
-    if not fails_on(state.network, _blank(job, state, 1, job.recipe.crop)):
+    if not any(fails_on(state.network, _blank(job, state, side)) for side in {*early, crop}):
         return loader
     if len(loader) == 1:
         loader.close()
@@ -492,20 +490,10 @@ def open_training(job: Job, open_loader: OpenLoader, state: TrainingState) -> Ba
     return WithoutLastStep(loader)
 
 
-def _blank(job: Job, state: TrainingState, images: int, side: int) -> torch.Tensor:
-    """So many images of zeros as the network gets them, of a side in pixels."""
-    made = torch.zeros(images, job.recipe.augmentation.channels, side, side, device=state.device)
+def _blank(job: Job, state: TrainingState, side: int) -> torch.Tensor:
+    """One image of zeros as the network gets it, of a side in pixels."""
+    made = torch.zeros(1, job.recipe.augmentation.channels, side, side, device=state.device)
     return made.contiguous(memory_format=job.computing.memory.format)
-
-
-def _check_crops(job: Job, state: TrainingState) -> None:
-    """Raises AlexprepError where the network does not take the crops of the first epochs."""
-    for side in sorted(set(job.recipe.early_crops)):
-        if fails_on(state.network, _blank(job, state, 2, side)):
-            raise AlexprepError(
-                f"the network of recipe {job.recipe.name} does not take images of {side} pixels, as early_crops has them, but of {job.recipe.crop}: "
-                f"leave early_crops out ({SET} early_crops=none), or pool over whole maps before the first linear layer"
-            )
 
 
 def until_stopped(parallel: Parallel, batches: Iterable[LoadedBatch], stop: StopRequest) -> Iterator[Examples]:

@@ -305,17 +305,17 @@ def compile_first(state: TrainingState, images: torch.Tensor, labels: torch.Tens
 
     Weights, buffers and random numbers stay as they are, also where it is left in the middle. All ranks call it.
     """
-    if (network := to_compile(state, labels)) is not None:
+    if (network := to_compile(state, images, labels)) is not None:
         parts = state.recipe.accumulate
         with compiler_errors(state.device):
             check_compiled(state, network, images.chunk(parts)[0], labels.chunk(parts)[0])
-        network.checked = True
+        network.checked.add(images.shape[-2:])
 
 
-def to_compile(state: TrainingState, labels: torch.Tensor) -> Compiled | None:
-    """What `compile_first` would compile for a batch of these labels, if anything."""
+def to_compile(state: TrainingState, images: torch.Tensor, labels: torch.Tensor) -> Compiled | None:
+    """What `compile_first` would compile for a batch of these images and labels, if anything."""
     network = state.called_for(len(labels.chunk(state.recipe.accumulate)[0]))
-    return network if isinstance(network, Compiled) and not network.checked else None
+    return network if isinstance(network, Compiled) and images.shape[-2:] not in network.checked else None
 
 
 class Update:
@@ -401,7 +401,7 @@ class Update:
 
 
 class Compiled:
-    """A network compiled by torch.compile, for batches of one size.
+    """A network compiled by torch.compile, for batches of one size, of images of one size or a few.
 
     Random numbers are drawn as without compilation; results differ by rounding. The network's modules and the names of its weights stay
     as they are. What ranks exchange in the middle of it is left out of the compilation, which makes several pieces of the rest.
@@ -412,7 +412,9 @@ class Compiled:
 
     def __init__(self, network: nn.Module) -> None:
         """Nothing is compiled before the first call; `network` is in training mode then."""
-        self.checked = False  # against the network as written
+        self.checked: set[torch.Size] = (
+            set()
+        )  # heights and widths of images with which it was held against the network as written
         _leave_exchanges_out()
         for layer in network.modules():
             # Without padding this says the same; but with the default, torch 2.13 compiles a wrong gradient for windows that hang over the
