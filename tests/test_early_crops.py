@@ -146,8 +146,10 @@ def test_each_size_is_compiled_and_checked_once(cropped: Path, monkeypatch: pyte
         train(config(cropped, compile=True, name="many", settings=(f"early_crops={sizes}",)), Cropped)
 
 
-def test_a_network_of_another_keeps_no_early_crops(tmp_path: Path) -> None:
+def test_a_network_of_another_keeps_no_early_crops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Said of the recipe's own; of a user's they are asked for."""
+    fast = replace(recipes.RECIPES["cifar10-fast"], early_crops=(24,))
+    monkeypatch.setitem(recipes.RECIPES, "cifar10-fast", fast)
     file = tmp_path / "mine.py"
     file.write_text("def net(classes, crop):\n    raise NotImplementedError\n")
     options = {"recipe": "cifar10-fast", "model": f"{file}:net"}
