@@ -240,8 +240,9 @@ def _next_commands(summary: Mapping[str, Any], options: Mapping[str, Any]) -> li
         for word in (f"--{name}", options[name])
     ]
     best = f"{run.name}@best" if summary["best_step"] is not None else run.name
+    split = [] if summary["val_split"] is not None else ["--split", "train"]  # there is no other with labels
     words = (
-        ["eval", best, *views, *runs, *own],
+        ["eval", best, *split, *views, *runs, *own],
         ["predict", best, "photo.jpg", *runs, *own],
         ["report", run.name, *runs],
     )

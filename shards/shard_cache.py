@@ -79,6 +79,8 @@ class ShardCache:
 
     def __init__(self, folder: str | Path, limit: int | None = None) -> None:
         """Makes the folder if need be; `limit` is of the bytes in it, None for those of the disk. AlexprepError where there can be no such folder."""
+        if not str(folder):  # an unset variable of a shell; it would be the folder of the caller's own files
+            raise AlexprepError("--cache has an empty name: name a folder, . for this one")
         if "://" in str(folder):
             raise AlexprepError(
                 f"--cache {folder} is no folder on a disk: name one, where shards of a store can be kept"

@@ -158,7 +158,7 @@ def test_a_network_of_another_keeps_no_early_crops(tmp_path: Path, monkeypatch: 
 
 
 def test_a_network_of_one_size_is_refused(cropped: Path) -> None:
-    words = r"network of recipe small does not take images of 40 pixels, as early_crops has them, but of 67.*early_crops=none"
+    words = r"network of recipe small does not take images of 40 pixels, as early_crops has them, but of 67: name larger ones.*early_crops=none"
     fixed = nn.Sequential(nn.Flatten(), nn.Linear(3 * CROP * CROP, CLASSES))
     recipes.RECIPES["small"] = replace(recipes.RECIPES["small"], network=lambda *_, **__: fixed)
     with pytest.raises(AlexprepError, match=words):

@@ -165,3 +165,15 @@ def test_a_run_whose_checkpoints_are_out_of_sight_is_not_begun_again(
         for path in (run / "log.jsonl", run / "summary.json", *folder.iterdir()):
             path.unlink(missing_ok=True)
     assert train(ranks.config(data, resume=True, epochs=2), ranks.MadeUp)["steps"] == 12
+
+
+def test_commands_name_the_users_own_code(tmp_path: Path) -> None:
+    """Without it they would be refused; what the caller names is not named twice."""
+    options = {"recipe": "tiny", "model": "/nets/mine.py:net"}
+    run = create_run(tmp_path, "own", "own", CONFIG | {"options": options})
+    found = run_dir.command("eval", run, "--predictions")
+    assert found == f"`alexprep eval own --runs {tmp_path} --model /nets/mine.py:net --predictions`"
+    assert run_dir.command("eval", run, "--model", "here.py:net").count("--model") == 1
+    assert run_dir.resuming(run)[-2:] == ["--model", "/nets/mine.py:net"]
+    plain = create_run(tmp_path, "plain", "plain", CONFIG)
+    assert "--recipe" not in run_dir.command("eval", plain) and run_dir.resuming(plain)[-1] == "plain"

@@ -261,3 +261,9 @@ def test_the_folder_and_its_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     for size in ("", "-1", "1e9", "GB", "5 PB", "nan"):
         with pytest.raises(AlexprepError, match="is no size"):
             bytes_of(size)
+
+
+def test_an_empty_name_is_no_folder() -> None:
+    """An unset variable of a shell must not make a cache of the folder where the command is run."""
+    with pytest.raises(AlexprepError, match=r"--cache has an empty name: name a folder, \. for this one"):
+        ShardCache("")

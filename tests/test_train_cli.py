@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import signal
 import subprocess
 import sys
@@ -19,10 +20,11 @@ from click.testing import CliRunner
 from alexprep.cli import main
 from alexprep.cli import train as command
 from alexprep.cli.evaluate import evaluate
-from alexprep.cli.train import RECIPES, train
+from alexprep.cli.train import RECIPES, _next_commands, train
 from alexprep.shards.errors import AlexprepError
 from alexprep.train import config, recipes
 from alexprep.train.config import TrainConfig
+from alexprep.train.run_dir import create_run
 from alexprep.train.trainer import train as train_run
 
 DEADLINE = 120.0  # seconds, for everything that waits
@@ -179,3 +181,13 @@ def test_an_interrupted_command_says_what_it_leaves(
     with pytest.raises(SystemExit, match="130"):
         main.main()
     assert capsys.readouterr().err.endswith(f"{words}\n")
+
+
+@pytest.mark.parametrize(("split", "words"), [("val", []), (None, ["--split", "train"])])
+def test_the_next_command_evaluates_a_split_that_there_is(split: str | None, words: list[str], tmp_path: Path) -> None:
+    """Without a val or test split, `alexprep eval` has to be told of the one that there is."""
+    config = {"options": {"recipe": "tiny"}, "data": "there", "identity": {"recipe": {"augmentation": {}}}}
+    run = create_run(tmp_path, "mine", "mine", config)
+    options = {"runs": tmp_path, "recipe": None, "model": None}
+    found = _next_commands({"run": str(run), "best_step": None, "val_split": split}, options)
+    assert found[0] == shlex.join(["alexprep", "eval", "mine", *words, "--runs", str(tmp_path)])

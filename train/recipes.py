@@ -199,7 +199,7 @@ class Recipe:
         for side in sorted(set(self.early_crops)):
             if fails_on(network, torch.zeros(2, self.augmentation.channels, side, side)):
                 raise AlexprepError(
-                    f"the network of recipe {self.name} does not take images of {side} pixels, as early_crops has them, but of {self.crop}: take "
+                    f"the network of recipe {self.name} does not take images of {side} pixels, as early_crops has them, but of {self.crop}: name larger ones, take "
                     "--set early_crops=none, or let it pool over whole maps before the first linear layer"
                 )
         if compiled and len(sides_seen) > MOST_COMPILED:

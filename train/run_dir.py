@@ -74,13 +74,26 @@ def command(verb: str, run: Path, *options: str, step: int | None = None) -> str
     """
     run = _with_name(run)
     name = run.name if step is None else f"{run.name}@{step}"
-    return f"`{shlex.join(['alexprep', verb, name, *runs_option(run.parent), *options])}`"
+    own = own_code(run) if not {"--model", "--recipe"} & set(options) else []
+    return f"`{shlex.join(['alexprep', verb, name, *runs_option(run.parent), *own, *options])}`"
+
+
+def own_code(run: Path) -> list[str]:
+    """Options that name the recipe file and the network of the user's own that a run was trained with; none where that cannot be read."""
+    from alexprep.train.user_code import is_reference
+
+    try:
+        began = read_config(run)["options"]
+    except AlexprepError:
+        return []
+    named = ((name, began.get(name)) for name in ("recipe", "model"))
+    return [word for name, value in named if value and is_reference(value) for word in (f"--{name}", value)]
 
 
 def resuming(run: Path) -> list[str]:
     """Options of `alexprep train` that go on with a run."""
     run = _with_name(run)
-    return ["--resume", *runs_option(run.parent), "--name", run.name]
+    return ["--resume", *runs_option(run.parent), "--name", run.name, *own_code(run)]
 
 
 def _with_name(run: Path) -> Path:
