@@ -23,7 +23,15 @@ def made_up(folder: Path, count: int, values: int, seed: int) -> LayerOutputs:
     centres = rng.normal(scale=3, size=(20, values))
     outputs = (centres[rng.integers(0, 20, count)] + rng.normal(size=(count, values))).astype(np.float32)
     np.save(folder / "f.npy", outputs)
-    facts = {"format": FORMAT, "run": "runs/a", "layer": "relu4", "data_digest": "d", "split": "train", "images": count}
+    facts = {
+        "format": FORMAT,
+        "run": "runs/a",
+        "layer": "relu4",
+        "data_digest": "d",
+        "split": "train",
+        "images": count,
+        "step": 7,
+    }
     return LayerOutputs(folder / "f.npy", facts | {"precision": "fp32", "weights_sha256": "w", "shape": [values]})
 
 
@@ -86,7 +94,7 @@ def test_finished_codes_are_kept_and_others_made_anew(
     assert write_codes(outputs, 64).facts == codes.facts  # not trained again
     few = write_codes(made_up(tmp_path, 9, 24, 2), 64)
     assert few.facts["recall@10 among 10"] is None and few.codes.shape == (9, 8)
-    other = LayerOutputs(tmp_path / "f.npy", few.facts | {"format": FORMAT, "weights_sha256": "x"})
+    other = LayerOutputs(tmp_path / "f.npy", few.facts | {"format": FORMAT, "step": 7, "weights_sha256": "x"})
     assert write_codes(other, 64).facts["weights_sha256"] == "x"
     few.path.write_bytes(few.path.read_bytes()[:-3])
     with pytest.raises(AlexprepError, match="delete it, and it is made again"):

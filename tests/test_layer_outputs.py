@@ -91,7 +91,7 @@ def test_what_is_refused(data: Path, tmp_path: Path) -> None:
     found = write_outputs(Place(run), split="val", **OPTIONS)
     found.path.write_bytes(found.path.read_bytes()[:-1])
     with pytest.raises(
-        AlexprepError, match=r"write it again with `alexprep features a --runs .* --layer relu4 --split val`"
+        AlexprepError, match=r"write it again with `alexprep features a@2 --runs .* --layer relu4 --split val`"
     ):
         read_outputs(found.path).array()
 
