@@ -182,13 +182,11 @@ class Loader(torch.utils.data.IterableDataset[Batch]):
         self._on_bad, self._dataset = on_bad, dataset
         self.samples: int = len(dataset.samples)
         self.digest, self.classes, self.bad = dataset.digest, dataset.classes, dataset.bad
-        self.skipped = 0
-        self.epoch = self.step = 0
+        self.skipped = self.epoch = self.step = 0
         self._runner: PipelineRunner | None = None
         self._stream = zlib.crc32(f"{self.digest} {split} {self._order_words()}".encode())
         self._upcoming = (0, 0)  # the step that the runner is handed next
-        self._loaded = False  # a state, since the last loop began
-        self._closed = False
+        self._loaded = self._closed = False  # a state, since the last loop began; for good
 
     def _order_words(self) -> str:
         plan = self._plan
