@@ -131,9 +131,8 @@ class Loader(torch.utils.data.IterableDataset[Batch]):
         self._made_by = functools.partial(Loader, **arguments)
         if not isinstance(augmentation, Augmentation):
             augmentation = augmentation_named(augmentation)
-        if threads is not None:
-            tuning = replace(tuning or Tuning(), threads=threads)
-        self._tuning = tuning = tuning or Tuning()
+        tuning = tuning or Tuning()
+        self._tuning = tuning = tuning if threads is None else replace(tuning, threads=threads)
         block_shards, streams = _mixed_shards(order, block_shards, streams)
         check_limit(cache, cache_limit)
         dataset = open_dataset(data, split, on_bad, cache)
@@ -186,7 +185,8 @@ class Loader(torch.utils.data.IterableDataset[Batch]):
         self._runner: PipelineRunner | None = None
         self._stream = zlib.crc32(f"{self.digest} {split} {self._order_words()}".encode())
         self._upcoming = (0, 0)  # the step that the runner is handed next
-        self._loaded = self._closed = False  # a state, since the last loop began; for good
+        self._loaded = False  # a state, since the last loop began
+        self._closed = False
 
     def _order_words(self) -> str:
         plan = self._plan

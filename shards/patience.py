@@ -22,7 +22,7 @@ PATIENCE = 300.0  # seconds that a store may be away, unless told otherwise
 MOST_PATIENCE = 1_000_000  # seconds: eleven days
 STALLED = 10.0  # seconds after which a request without an answer is given up, and asked again;
 SLOWEST = 250_000  # bytes a second: and so many seconds more as what is expected takes at this pace
-UNDER_WAY = 2 * STALLED  # seconds beyond the patience, for a request that is under way when that ends
+_UNDER_WAY = 2 * STALLED  # seconds beyond the patience, for a request that is under way when that ends
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 15.0  # seconds; each is twice the one before
 
 _SAID_EVERY = 15.0  # seconds between two lines about waiting, over all stores
@@ -58,6 +58,11 @@ def answer_seconds(size: int) -> float:
     (10.0, 14.0)
     """
     return STALLED + size / SLOWEST
+
+
+def given_up_seconds() -> float:
+    """Seconds after which whoever waits for a store that is away has given it up: the patience, and what was under way at its end."""
+    return store_patience() + _UNDER_WAY
 
 
 def store_patience() -> float:

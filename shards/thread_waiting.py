@@ -46,23 +46,26 @@ def others_running() -> float | None:
 
     The first time in which hardly any did is the last.
     """
-    least = None
-    for _ in range(TURNS):
-        counts = []
-        try:
-            for _ in range(LOOKS):
-                lines = Path("/proc/stat").read_text().splitlines()
-                counts += [int(line.split()[1]) - 1 for line in lines if line.startswith("procs_running ")]
-                time.sleep(PAUSE_SECONDS)
-        except (OSError, ValueError):
-            return None
-        if not counts:
-            return None
-        mean = sum(counts) / len(counts)
-        least = mean if least is None else min(mean, least)
-        if least <= MOST_OTHERS:
+    least = _others_now()
+    for _ in range(TURNS - 1):
+        if least is None or least <= MOST_OTHERS:
             break
+        now = _others_now()
+        least = None if now is None else min(now, least)
     return least
+
+
+def _others_now() -> float | None:
+    """The mean over one time; None where it is not told."""
+    counts = []
+    try:
+        for _ in range(LOOKS):
+            lines = Path("/proc/stat").read_text().splitlines()
+            counts += [int(line.split()[1]) - 1 for line in lines if line.startswith("procs_running ")]
+            time.sleep(PAUSE_SECONDS)
+    except (OSError, ValueError):
+        return None
+    return sum(counts) / len(counts) if counts else None
 
 
 def choose_waiting() -> None:

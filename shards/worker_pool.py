@@ -27,7 +27,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 
 from alexprep.shards.errors import AlexprepError, DeviceLostError
-from alexprep.shards.patience import UNDER_WAY, store_patience
+from alexprep.shards.patience import given_up_seconds
 from alexprep.shards.storage import is_url
 
 Result = TypeVar("Result")
@@ -164,7 +164,7 @@ class WorkerPool:
                 place = bytes(self._records[index]["reading"])  # before the time, which the worker sets first
                 began, seconds = int(self._records[index]["began_ns"]), self._engine.image_seconds
                 if is_url(place):  # the worker waits for the store, and says in the end what is the matter
-                    seconds = max(seconds, store_patience() + UNDER_WAY)
+                    seconds = max(seconds, given_up_seconds())
                 if not began or now - began <= seconds * 1e9:
                     continue
                 if place:  # the way to the images is blocked, so the next one would wait as long

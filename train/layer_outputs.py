@@ -55,8 +55,7 @@ class LayerOutputs:
     def command(self) -> str:
         """The command that writes this file again, in backticks."""
         run, layer, split = folder_at(self.facts["run"]), self.facts["layer"], self.facts["split"]
-        out = [] if self.path == outputs_file(run, layer, split) else ["--out", str(self.path)]
-        return features_command(run, layer, split, *out, step=self.facts["step"])
+        return features_command(run, layer, split, step=self.facts["step"], path=self.path)
 
     def nearest(self, outputs_QD: NDArray[np.float32], count: int) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
         """The Euclidean distances of the images nearest to some outputs, and their rows, both (Q, count), nearest first."""
@@ -64,13 +63,14 @@ class LayerOutputs:
 
     def array(self) -> NDArray[np.float32]:
         """float32 (images, values), mapped into memory, in the order of the split's index. AlexprepError where it cannot be read."""
-        again = f"write it again with {self.command()}"
         try:
             outputs: NDArray[np.float32] = np.load(self.path, "r", allow_pickle=False)
         except Exception as error:  # noqa: BLE001  (numpy parses the header as Python, and raises what that raises)
-            raise AlexprepError(f"{self.path} cannot be read ({error}): {again}") from None
+            raise AlexprepError(f"{self.path} cannot be read ({error}): write it again with {self.command()}") from None
         if outputs.dtype != np.float32 or outputs.ndim != 2 or len(outputs) != self.facts["images"]:
-            raise AlexprepError(f"{self.path} holds {outputs.dtype} of shape {outputs.shape}: {again}")
+            raise AlexprepError(
+                f"{self.path} holds {outputs.dtype} of shape {outputs.shape}: write it again with {self.command()}"
+            )
         return outputs
 
 
@@ -133,9 +133,12 @@ def outputs_file(run: Path, layer: str, split: str) -> Path:
     return run / f"features-{layer}-{split}.npy"
 
 
-def features_command(run: Path, layer: str, split: str, *options: str, step: int | None = None) -> str:
-    """The command that writes outputs of a run, or of a checkpoint of it, in backticks."""
-    return run_dir.command("features", run, "--layer", layer, "--split", split, *options, step=step)
+def features_command(
+    run: Path, layer: str, split: str, *options: str, step: int | None = None, path: Path | None = None
+) -> str:
+    """The command that writes outputs of a run, or of a checkpoint of it, in backticks; `path` is of the file, None for the usual one."""
+    out = [] if path in (None, outputs_file(run, layer, split)) else ["--out", str(path)]
+    return run_dir.command("features", run, "--layer", layer, "--split", split, *out, *options, step=step)
 
 
 def read_outputs(path: Path) -> LayerOutputs:

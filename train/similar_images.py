@@ -23,7 +23,7 @@ from alexprep.shards.worker_pool import Engine
 from alexprep.train.binary_codes import BinaryCodes
 from alexprep.train.classifier import Classifier, PhotoPlace
 from alexprep.train.evaluation import sample_names
-from alexprep.train.layer_outputs import LayerOutputs, features_command, outputs_file, outputs_of
+from alexprep.train.layer_outputs import LayerOutputs, features_command, outputs_of
 from alexprep.train.training_state import weights_digest
 
 _ROWS, _COLUMNS = 100, 12  # of a contact sheet
@@ -64,11 +64,18 @@ class Similar:
         ]
 
 
-def outputs_command(classifier: Classifier, layer: str, split: str, *options: str) -> str:
-    """The command that writes what a layer of a classifier's network gives for a split of its data, in backticks."""
+def outputs_command(classifier: Classifier, layer: str, split: str, *options: str, path: Path | None = None) -> str:
+    """The command that writes what a layer of a classifier's network gives for a split of its data, in backticks; see `features_command`."""
     net, data = classifier.net, classifier.data
     other = [] if data == net.data else [str(data)]
-    return features_command(net.run, layer, split, *options, *other, step=net.step)
+    return features_command(net.run, layer, split, *options, *other, step=net.step, path=path)
+
+
+def _unfit(classifier: Classifier, outputs: LayerOutputs | BinaryCodes, other: str) -> AlexprepError:
+    """That outputs are of something else than they are compared with, and the command that makes those that are wanted."""
+    path = None if isinstance(outputs, BinaryCodes) else outputs.path  # codes are made of outputs
+    again = outputs_command(classifier, outputs.facts["layer"], outputs.facts["split"], path=path)
+    return AlexprepError(f"{outputs.path} is of {other}: make them with {again}")
 
 
 def find_similar(
@@ -92,14 +99,11 @@ def find_similar(
     """
     facts, data = outputs.facts, classifier.data
     whole_number("count", count, 1, facts["images"])
-    own = outputs.path == outputs_file(classifier.net.run, facts["layer"], facts["split"])
-    out = [] if own or isinstance(outputs, BinaryCodes) else ["--out", str(outputs.path)]
-    again = f"make them with {outputs_command(classifier, facts['layer'], facts['split'], *out)}"
     if facts["weights_sha256"] != weights_digest(classifier.net.network.state_dict()):
-        raise AlexprepError(f"{outputs.path} is of other weights than {classifier.net.name}: {again}")
+        raise _unfit(classifier, outputs, f"other weights than {classifier.net.name}")
     dataset = read_dataset(data)
     if facts["data_digest"] != dataset["digest"]:
-        raise AlexprepError(f"{outputs.path} is of another dataset than {data}: {again}")
+        raise _unfit(classifier, outputs, f"another dataset than {data}")
     listed = find_photos(photos)
     refused: dict[int, str] = {}
     vectors: dict[int, NDArray[np.float32]] = {}

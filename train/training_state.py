@@ -412,9 +412,8 @@ class Compiled:
 
     def __init__(self, network: nn.Module) -> None:
         """Nothing is compiled before the first call; `network` is in training mode then."""
-        self.checked: set[torch.Size] = (
-            set()
-        )  # heights and widths of images with which it was held against the network as written
+        # Heights and widths of images with which it was held against the network as written.
+        self.checked: set[torch.Size] = set()
         _leave_exchanges_out()
         for layer in network.modules():
             # Without padding this says the same; but with the default, torch 2.13 compiles a wrong gradient for windows that hang over the

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from alexprep.shards.errors import AlexprepError
-from alexprep.shards.patience import UNDER_WAY, store_patience
+from alexprep.shards.patience import given_up_seconds
 from alexprep.shards.storage import json_bytes
 from alexprep.train.signals_and_memory import span
 
@@ -127,7 +127,7 @@ def rank_wait(seconds: float, of_store: bool) -> float:
     >>> rank_wait(60, of_store=False), rank_wait(60, of_store=True), rank_wait(1000, of_store=True)
     (60, 320.0, 1000)
     """
-    return max(seconds, store_patience() + UNDER_WAY) if of_store else seconds
+    return max(seconds, given_up_seconds()) if of_store else seconds
 
 
 def from_environment(device: str | None = None, backend: str | None = None, timeout: float = TIMEOUT) -> World:
