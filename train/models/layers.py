@@ -278,6 +278,19 @@ def initialised(
     return network
 
 
+def begin_as_identity(convolution: nn.Conv2d) -> None:
+    """Has the first kernels of a convolution hand on its maps unchanged, as many as there are of both; the others stay as they were drawn.
+
+    What goes in comes out from the first step on, however deep a network is (K. Jordan, arXiv 2404.00498, section 3.2). These kernels are as
+    long as drawn ones are on average, so that the rate turns all of them alike.
+    """
+    weight = convolution.weight
+    with torch.no_grad():
+        length = float(weight.flatten(1).norm(dim=1).mean())
+        kernels = min(weight.shape[:2])
+        weight[:kernels] = length * nn.init.dirac_(torch.empty_like(weight[:kernels]))
+
+
 # The arithmetic of response normalisation: b = a · s^-beta with s = k + alpha · (sum of a² over a window), and its gradient.
 
 
