@@ -468,6 +468,27 @@ def test_the_fast_net_for_cifar_whitens_and_goes_past_layers() -> None:
     ]
 
 
+@pytest.mark.parametrize("width", [1.0, 0.5])
+def test_convolutions_of_the_fast_net_hand_their_maps_on(width: float) -> None:
+    """At the start, as far as there are kernels; the others are drawn, and all are of about one length."""
+    convolutions = [
+        layer for layer in cifar10_fast_net(10, 28, seed=3, width=width).modules() if type(layer) is nn.Conv2d
+    ]
+    assert len(convolutions) == 5
+    for layer in convolutions:
+        kernels = min(layer.weight.shape[:2])
+        maps = torch.randn(2, layer.in_channels, 5, 7, generator=torch.Generator().manual_seed(0))
+        weight = layer.weight.detach()
+        found, lengths = layer(maps).detach(), weight.flatten(1).norm(dim=1)
+        torch.testing.assert_close(found[:, :kernels], lengths[0] * maps[:, :kernels])
+        assert (
+            float(lengths[0]) == pytest.approx(3**-0.5, rel=0.1)
+            and ((lengths - lengths[0]).abs() < 0.3 * lengths[0]).all()
+        )
+        drawn = weight[kernels:]
+        assert not len(drawn) or float(drawn.std()) == pytest.approx((27 * layer.in_channels) ** -0.5, rel=0.1)
+
+
 def test_only_the_activation_differs() -> None:
     relu, tanh = conv_local_13pct(10, 32, seed=1), conv_local_13pct_tanh(10, 32, seed=1)
     for (name, ours), (_, theirs) in zip(relu.named_parameters(), tanh.named_parameters(), strict=True):
