@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from torch import nn
 
 from alexprep.pipeline.augmentation import Augmentation
+from alexprep.shards.storage import digest_json
 from alexprep.train import checkpoint
 from alexprep.train.config import TrainConfig, prepare
 from alexprep.train.lr_schedule import Steps
@@ -132,6 +134,13 @@ def small_alexnet(classes: int, crop: int, *, seed: int, width: float) -> nn.Seq
     return network
 
 
+def pooled_network(classes: int, crop: int, *, seed: int, width: float) -> nn.Sequential:
+    """A network for images of any size."""
+    torch.manual_seed(seed)
+    layers = OrderedDict(conv=nn.Conv2d(3, 4, 3), relu=nn.ReLU(), pool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten())
+    return nn.Sequential(layers | OrderedDict(last=nn.Linear(4, classes)))
+
+
 def small_recipe(**changes: Any) -> Recipe:
     recipe = Recipe(
         name="small",
@@ -155,3 +164,13 @@ def make_run(runs: Path, name: str, data: Path, seed: int, steps: tuple[int, ...
         facts = {"identity": job.identity, **state.facts(), "versions": {}}
         checkpoint.save(job.run / "checkpoints", step, state.tensors(), facts, keep=9)
     return job.run
+
+
+def forget(run: Path, field: str) -> None:
+    """Leaves a field of the recipe out of what a run has recorded, as a release does that knows no such field."""
+    for file in (run / "config.json", *(run / "checkpoints").glob("*.json")):
+        document = json.loads(file.read_text())
+        del document.get("facts", document)["identity"]["recipe"][field]
+        if "digest" in document:
+            document["digest"] = digest_json({name: value for name, value in document.items() if name != "digest"})
+        file.write_text(json.dumps(document))

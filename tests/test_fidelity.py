@@ -42,7 +42,8 @@ NOT_IN_THE_TABLE |= {"Recipe.lr", "Recipe.width"}
 # Nothing of them is in the paper or in its code: docs/training.md has them.
 NOT_IN_THE_TABLE |= {f"Recipe.{name}" for name in ("optimizer", "optimizer_options", "norm_decay", "label_smoothing")}
 NOT_IN_THE_TABLE |= {
-    f"Recipe.{name}" for name in ("clip", "accumulate", "average", "loss", "l1", "max_norm", "early_crops")
+    f"Recipe.{name}"
+    for name in ("clip", "accumulate", "average", "loss", "l1", "max_norm", "early_crops", "evaluation_crop")
 }
 
 

@@ -430,7 +430,8 @@ def _planned(
         notes += said
     if summary := recipe.summary():
         notes.append(f"layers of {summary}")
-    if recipe.early_crops or (config.settings and not isinstance(recipe.network, UserNetwork)):  # nobody tried them
+    several_sizes = recipe.early_crops or recipe.evaluation_crop is not None
+    if several_sizes or (config.settings and not isinstance(recipe.network, UserNetwork)):  # nobody tried them
         notes += recipe.check_network(facts.classes, seed, config.epochs or recipe.epochs, computing.compile)
     if check_statistics:
         identity |= _check_images(config, data, recipe, begins=run is None)

@@ -194,11 +194,18 @@ def _in_memory(write: Callable[[Any], object]) -> bytes:
 
 
 def _images(opened: Opened) -> torch.Tensor:
-    """Noise as deviating as photographs are once they are divided as the recipe says: float32 (3, channels, crop, crop)."""
-    crop, transform = opened.net.recipe.crop, opened.transform
+    """Noise as deviating as photographs are once they are divided as the recipe says: float32 (3, channels, H, W)."""
+    transform = opened.transform
     channels = transform.augmentation.channels
     deviation = PIXEL_DEVIATION / float(channel_stdevs(transform.statistics, transform.augmentation).mean())
-    return torch.randn(3, channels, crop, crop, generator=torch.Generator().manual_seed(0)) * deviation
+    return torch.randn(3, channels, *_view(transform), generator=torch.Generator().manual_seed(0)) * deviation
+
+
+def _view(transform: EvaluationTransform) -> tuple[int, int]:
+    """Height and width of what the network is shown, pixels."""
+    view = transform.augmentation.view
+    assert view is not None  # a recipe has a crop
+    return view
 
 
 def _logits(network: nn.Module, images: torch.Tensor) -> torch.Tensor:
@@ -282,7 +289,6 @@ def _quiet() -> Iterator[None]:
 def _document(opened: Opened, facts: Mapping[str, Any]) -> dict[str, Any]:
     """What a program needs to use the files; docs/formats.md has the fields."""
     net = opened.net
-    crop = net.recipe.crop
     return {
         "format": "alexprep export",
         "format_version": FORMAT_VERSION,
@@ -294,7 +300,7 @@ def _document(opened: Opened, facts: Mapping[str, Any]) -> dict[str, Any]:
         "input": {
             "name": "images",
             "dtype": "float32",
-            "shape": ["batch", net.recipe.augmentation.channels, crop, crop],
+            "shape": ["batch", net.recipe.augmentation.channels, *_view(opened.transform)],
             "channels": CHANNELS[net.recipe.augmentation.channels],
         },
         "output": {"name": "logits", "dtype": "float32", "shape": ["batch", net.classes]},

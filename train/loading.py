@@ -244,7 +244,7 @@ def open_run_of(
     notes = [*net.skipped, *([note] if note else [])]
     target = None if dataset["image"]["format"] == TARS else target_of(dataset)
     net.recipe.check_sides(stored_sides(folder, dataset))
-    augmentation = net.recipe.augmentation
+    augmentation = net.recipe.evaluated
     mean_from = mean_of(net, dataset, notes) or folder
     tuning = tuning_of([net], folder, where)
     transform = EvaluationTransform(

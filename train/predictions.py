@@ -36,7 +36,7 @@ from alexprep.train.user_code import (
 )
 
 # The parts of a recipe that outputs of a trained network depend on; the others belong to the training that is over.
-NETWORK = ("network", "width")
+SHOWN = ("network", "width", "evaluation_crop")
 PIXELS = ("crop", "pad", "background", "normalised_width", "channels", "scale", "evaluation_scale", "mean", "std")
 EvaluationViews = Literal["centre", "two", "ten"]
 
@@ -76,7 +76,7 @@ def open_net(place: Place, device: torch.device, recipe: str | None = None, mode
     config = run_dir.read_config(run)
     saved, skipped = saved_checkpoint(place)
     identity = saved.facts["identity"]
-    made_by = recipe_of(_named(run, config["options"], recipe, model))
+    made_by = recipe_of(_named(run, config["options"], recipe, model), began=identity["recipe"])
     then, now = (checkpoint.with_defaults(told, made_by) for told in (identity["recipe"], made_by.describe()))
     if changes := checkpoint.differences(_shown(then), _shown(now)):
         raise AlexprepError(f"recipe {made_by.name} has changed since {run} was trained: {checkpoint.some_of(changes)}")
@@ -165,7 +165,7 @@ def _named(run: Path, options: dict[str, Any], recipe: str | None, model: str | 
 def _shown(recipe: dict[str, Any]) -> dict[str, Any]:
     """What a described recipe says of its network and of the pixels that it is shown in an evaluation."""
     augmentation = recipe.get("augmentation", {})
-    parts = {name: recipe.get(name) for name in NETWORK}
+    parts = {name: recipe.get(name) for name in SHOWN}
     return parts | {"augmentation": {name: augmentation.get(name) for name in PIXELS}}
 
 
@@ -201,7 +201,7 @@ def predictions(
         AlexprepError: a net gives NaN, or the loaders do not give the same images.
     """
     seen = [
-        {"augmentation": net.recipe.augmentation} | ({} if mean is None else {"statistics": mean})
+        {"augmentation": net.recipe.evaluated} | ({} if mean is None else {"statistics": mean})
         for net, mean in zip(nets, means, strict=True)
     ]
     same = [seen.index(pixels) for pixels in seen]  # the first net that sees the same

@@ -107,6 +107,8 @@ class Recipe:
         accumulate: parts into which a step's batch is cut; their gradients are added up, and they need memory for a part only.
         early_crops: sides of the crops that the first epochs see, one each, before all others see the augmentation's: progressive resizing, for
             networks that take images of several sizes.
+        evaluation_crop: side of the crops that evaluations see, for networks that take images of several sizes; None for the augmentation's. A little
+            larger than those of the training is better, since a random crop shows things larger (Touvron et al. 2019, arXiv 1906.06423).
         average: of the weights, an exponential mean is kept with this decay, and evaluated; 0 for none.
 
     Raises:
@@ -139,6 +141,7 @@ class Recipe:
     accumulate: int = 1
     average: float = 0.0
     early_crops: tuple[int, ...] = field(default=(), metadata={BEFORE: ()})
+    evaluation_crop: int | None = field(default=None, metadata={BEFORE: None})
 
     def __post_init__(self) -> None:
         """Refuses values out of bounds, with AlexprepError."""
@@ -160,9 +163,11 @@ class Recipe:
             )
         for side in self.early_crops:
             whole_number(f"recipe {self.name}: early_crops (or none), at most the crop,", side, 1, self.crop)
-        low_size, high_size = self.stored_sizes
-        if not self.crop <= low_size + 2 * self.augmentation.pad or not low_size <= high_size:
-            raise AlexprepError(f"recipe {self.name} cuts {self.crop} pixels out of stored sizes {self.stored_sizes}")
+        if self.evaluation_crop is not None:
+            whole_number(f"recipe {self.name}: evaluation_crop (or none)", self.evaluation_crop, 1, 65535)
+        (low_size, high_size), largest = self.stored_sizes, max(self.crop, self.evaluation_crop or 0)
+        if not largest <= low_size + 2 * self.augmentation.pad or not low_size <= high_size:
+            raise AlexprepError(f"recipe {self.name} cuts {largest} pixels out of stored sizes {self.stored_sizes}")
 
     @property
     def crop(self) -> int:
@@ -175,6 +180,11 @@ class Recipe:
                 f"recipe {self.name} has a crop of {width} x {height}: its network is made for a square"
             )
         return height
+
+    @property
+    def evaluated(self) -> Augmentation:
+        """The augmentation at the crop that evaluations see."""
+        return replace(self.augmentation, crop=self.evaluation_crop or self.crop)
 
     def make_network(self, classes: int, seed: int) -> nn.Module:
         """The network with its initial weights, on the CPU."""
@@ -196,11 +206,14 @@ class Recipe:
 
         network, sides_seen = self.make_network(classes, seed), {*self.early_crops, self.crop}
         self.make_optimizer(network)
-        for side in sorted(set(self.early_crops)):
+        named = {side: "early_crops" for side in sorted(self.early_crops)}
+        if self.evaluation_crop is not None:
+            named.setdefault(self.evaluation_crop, "evaluation_crop")
+        for side, where in named.items():
             if fails_on(network, torch.zeros(2, self.augmentation.channels, side, side)):
                 raise AlexprepError(
-                    f"the network of recipe {self.name} does not take images of {side} pixels, as early_crops has them, but of {self.crop}: name larger ones, take "
-                    "--set early_crops=none, or let it pool over whole maps before the first linear layer"
+                    f"the network of recipe {self.name} does not take images of {side} pixels, as {where} has them, but of {self.crop}: name larger ones, take "
+                    f"--set {where}=none, or let it pool over whole maps before the first linear layer"
                 )
         if compiled and len(sides_seen) > MOST_COMPILED:
             raise AlexprepError(
@@ -317,6 +330,7 @@ class Recipe:
             "accumulate": self.accumulate,
             "average": self.average,
             "early_crops": self.early_crops,
+            "evaluation_crop": self.evaluation_crop,
             "bias_lr_factor": self.bias_lr_factor,
         }
         values: dict[str, Any] = json.loads(json.dumps(told))
@@ -368,9 +382,10 @@ def recipe(name: str) -> Recipe:
 def with_network(named: Recipe, network: UserNetwork) -> Recipe:
     """A recipe with a network of the user's own; one of a library brings its mean, deviation and crop, one of a layer file its rates and decays.
 
-    `early_crops`, which the recipe's own network takes, are left out. See `alexprep.train.model_libraries` and `alexprep.train.layer_files`.
+    `early_crops` and `evaluation_crop`, which the recipe's own network takes, are left out. See `alexprep.train.model_libraries` and
+    `alexprep.train.layer_files`.
     """
-    named = replace(named, early_crops=())
+    named = replace(named, early_crops=(), evaluation_crop=None)
     if network.pixels is None:
         return replace(named, network=network, **(network.training or {}))
     augmentation, stored_sizes = network.pixels.fitted(named.augmentation, named.stored_sizes)
@@ -534,7 +549,8 @@ CIFAR10_FAST = Recipe(
     norm_decay=False,
     bias_lr_factor=16.0,  # of the norms: 550 steps end at 24.0 % instead of 24.7, one seed
     label_smoothing=0.2,
-    early_crops=(24, 24),
+    early_crops=(24, 24, 24),
+    evaluation_crop=30,
 )
 
 # The paper's four-layer net without normalisation, whose error on CIFAR-10 is 13 % (section 3.3). There (notes in

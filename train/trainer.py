@@ -447,7 +447,8 @@ def open_split(
     end: int = sys.maxsize,
 ) -> BatchSource:
     """Opens a rank's loader of a split; `shard` is its (rank, world_size), `crop` a side other than the recipe's, for the epochs below `end`."""
-    training, augmentation = split == "train", job.recipe.augmentation
+    training = split == "train"
+    augmentation = job.recipe.augmentation if training else job.recipe.evaluated
     return open_loader(
         job.data,
         split,

@@ -47,7 +47,7 @@ def _pictures(data: Path, runs: Sequence[Path]) -> list[Block]:
     samples = Samples(data, "train")
     row = typical_row(samples)
     photo = decoded(samples, row)
-    whose, augmentation = _augmentation(runs, photo.shape[:2])
+    whose, augmentation, evaluated = _augmentations(runs, photo.shape[:2])
     statistics = read_statistics(data) if augmentation.needs_statistics else None
     augmentation = _without_window(augmentation, statistics)
     count = f"{_DRAWS} draws of one photo"
@@ -82,10 +82,10 @@ def _pictures(data: Path, runs: Sequence[Path]) -> list[Block]:
                 enlarged(rows[0][0]),
             )
         )
-    windows = ten_windows(augmentation, np.array([photo.shape[:2]]))[0].tolist()
-    edges = [(augmentation.pad, augmentation.pad)] * 2
-    padded = np.pad(photo, [*edges, (0, 0)], constant_values=augmentation.background)
-    crops = [_cut(padded, window, (height, width)) for window in windows]
+    windows = ten_windows(evaluated, np.array([photo.shape[:2]]))[0].tolist()
+    edges = [(evaluated.pad, evaluated.pad)] * 2
+    padded = np.pad(photo, [*edges, (0, 0)], constant_values=evaluated.background)
+    crops = [_cut(padded, window, evaluated.view or photo.shape[:2]) for window in windows]
     ten = tiled([crops, [crop[:, ::-1] for crop in crops]])
     blocks.append(
         Picture(
@@ -111,18 +111,22 @@ def _without_window(augmentation: Augmentation, statistics: Statistics | None) -
     return replace(augmentation, mean="channel")
 
 
-def _augmentation(runs: Sequence[Path], size: tuple[int, ...]) -> tuple[str, Augmentation]:
-    """Whose it is, and what."""
+def _augmentations(runs: Sequence[Path], size: tuple[int, ...]) -> tuple[str, Augmentation, Augmentation]:
+    """Whose they are, that of the training and that of evaluations."""
     for run in runs:
         try:
-            told = read_config(run)["identity"]["recipe"]["augmentation"]
+            recipe = read_config(run)["identity"]["recipe"]
+            told, crop = recipe["augmentation"], recipe.get("evaluation_crop")
         except (AlexprepError, KeyError, TypeError):
             continue
         known = {field.name for field in fields(Augmentation)}
         found = Augmentation(**{name: _value(name, value) for name, value in told.items() if name in known})
-        if found.view is None or (np.array(found.view) <= found.padded(np.array([size[:2]]))[0]).all():
-            return f"the net of {run.name}", found
-    return "the paper's net", Augmentation(crop=max(1, min(size) * 224 // 256))
+        evaluated = found if crop is None else replace(found, crop=crop)
+        room = found.padded(np.array([size[:2]]))[0]
+        if all(one.view is None or (np.array(one.view) <= room).all() for one in (found, evaluated)):
+            return f"the net of {run.name}", found, evaluated
+    papers = Augmentation(crop=max(1, min(size) * 224 // 256))
+    return "the paper's net", papers, papers
 
 
 def _value(name: str, value: Any) -> Any:
