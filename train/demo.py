@@ -11,6 +11,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -138,16 +139,22 @@ def make_photos(folder: Path, train: int = 100, val: int = 25, seed: int = 0) ->
     These are grey, CMYK, a PNG named .JPEG (all usable), truncated and empty (not). The folder becomes a SOURCE for `alexprep shard`.
     Gives the number of files.
     """
-    rng = np.random.default_rng(seed)
-    written = 0
-    for split, count in (("train", train), ("val", val)):
-        for class_name in SHAPES:
-            (folder / split / class_name).mkdir(parents=True, exist_ok=True)
-            for n in range(count):
-                photo(class_name, rng).save(
-                    folder / split / class_name / f"{class_name}_{n:04d}.JPEG", "JPEG", quality=92
-                )
-                written += 1
+    pictures = [
+        (folder / split / name / f"{name}_{n:04d}.JPEG", name)
+        for split, count in (("train", train), ("val", val))
+        for name in SHAPES
+        for n in range(count)
+    ]
+    for place in {path.parent for path, _ in pictures}:
+        place.mkdir(parents=True, exist_ok=True)
+
+    def draw(number: int) -> None:
+        path, name = pictures[number]
+        photo(name, np.random.default_rng((seed, number))).save(path, "JPEG", quality=92)
+
+    with ThreadPoolExecutor(cores()) as threads:  # Pillow and numpy let go of the lock
+        list(threads.map(draw, range(len(pictures))))
+    rng = np.random.default_rng((seed, len(pictures)))
     odd = folder / "train" / "disc"
     photo("disc", rng).convert("L").save(odd / "odd_grey.JPEG", "JPEG")
     photo("disc", rng).convert("CMYK").save(odd / "odd_cmyk.JPEG", "JPEG")
@@ -156,7 +163,7 @@ def make_photos(folder: Path, train: int = 100, val: int = 25, seed: int = 0) ->
     photo("disc", rng).save(buffer, "JPEG")
     (odd / "odd_truncated.JPEG").write_bytes(buffer.getvalue()[: buffer.tell() // 2])
     (odd / "odd_empty.JPEG").write_bytes(b"")
-    return written + 5
+    return len(pictures) + 5
 
 
 def photo(class_name: str, rng: np.random.Generator) -> Image.Image:
@@ -168,7 +175,7 @@ def photo(class_name: str, rng: np.random.Generator) -> Image.Image:
     background = rng.integers(0, 256, (3, 3, 3), dtype=np.uint8) // 2 + int(rng.integers(0, 128))
     canvas = Image.fromarray(background).resize((width, height), Image.Resampling.BICUBIC)
     short = min(width, height)
-    ground = np.asarray(canvas).mean(axis=(0, 1))
+    ground = background.mean(axis=(0, 1))
     colour = ground
     while np.abs(colour - ground).max() < 90:  # a shape must be seen
         colour = rng.integers(0, 256, 3)
@@ -176,9 +183,11 @@ def photo(class_name: str, rng: np.random.Generator) -> Image.Image:
     x, y = (side / 2 + rng.uniform(-0.08, 0.08) * short for side in (width, height))
     red, green, blue = map(int, colour)
     _draw(canvas, class_name, x, y, radius, rng.uniform(0, 2 * math.pi), (red, green, blue))
-    canvas = canvas.filter(ImageFilter.GaussianBlur(float(rng.uniform(0, 1.2))))
-    noisy = np.asarray(canvas) + rng.normal(0, rng.uniform(2, 10), (height, width, 3))
-    return Image.fromarray(np.clip(noisy, 0, 255).astype(np.uint8))
+    canvas = canvas.filter(ImageFilter.BoxBlur(float(rng.uniform(0, 1.5))))
+    noisy = rng.standard_normal((height, width, 3), np.float32)
+    noisy *= rng.uniform(2, 10)
+    noisy += np.asarray(canvas)
+    return Image.fromarray(np.clip(noisy, 0, 255, out=noisy).astype(np.uint8))
 
 
 def _draw(canvas: Image.Image, class_name: str, x: float, y: float, radius: float, turn: float, colour: Colour) -> None:
