@@ -83,7 +83,13 @@ def open_net(place: Place, device: torch.device, recipe: str | None = None, mode
     network = made_by.make_network(identity["classes"], identity["seed"])
     if "layers" in identity and (changes := _changed_layers(saved, network)):
         raise AlexprepError(f"the network has changed since {run} was trained: {checkpoint.some_of(changes)}")
-    network.load_state_dict(checkpoint.final_weights(saved))
+    try:
+        network.load_state_dict(checkpoint.final_weights(saved))
+    except RuntimeError:  # other names or shapes
+        trained_by = saved.facts["versions"].get("alexprep", "another version")
+        raise AlexprepError(
+            f"the network of recipe {made_by.name} has changed since {run} was trained, by alexprep {trained_by}: evaluate it with that"
+        ) from None
     network.to(device=device, memory_format=memory_format_of(network, memory(device).format))  # type: ignore[call-overload]
     return Net(
         run,

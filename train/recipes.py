@@ -541,7 +541,7 @@ CIFAR10_FAST = Recipe(
     augmentation=Augmentation(crop=28, mirror=True, mean="channel", std="channel", noise="none"),
     stored_sizes=(32, 32),
     schedule=WarmUp(Linear(), epochs=1.0),
-    epochs=5,
+    epochs=7,
     lr=0.25,
     optimizer="nesterov",
     momentum=0.85,
@@ -549,7 +549,7 @@ CIFAR10_FAST = Recipe(
     norm_decay=False,
     bias_lr_factor=16.0,  # of the norms: 550 steps end at 24.0 % instead of 24.7, one seed
     label_smoothing=0.2,
-    early_crops=(24, 24, 24),
+    early_crops=(24, 24, 24, 24),
     evaluation_crop=30,
 )
 
