@@ -43,7 +43,7 @@ from alexprep.train.evaluation import (
 from alexprep.train.metrics import image_errors
 from alexprep.train.predictions import Predicted, open_net
 from alexprep.train.run_dir import Place, place_named
-from tests.made_up import make_run
+from tests.made_up import make_run, pooled_network
 
 CPU = torch.device("cpu")
 Array = NDArray[np.float64]
@@ -205,6 +205,21 @@ def test_a_recipe_may_change_in_what_an_evaluation_does_not_show(
     assert open_net(Place(run), CPU).step == 2
     monkeypatch.setitem(recipes.RECIPES, "tiny", replace(tiny, width=0.5))
     with pytest.raises(AlexprepError, match=r"recipe tiny has changed .*: width was 1.0, is now 0.5"):
+        open_net(Place(run), CPU)
+
+
+def test_a_network_that_another_release_has_changed_is_told(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(tmp_path, "a", data, 1)
+
+    def tiny_net(classes: int, crop: int, **options: Any) -> torch.nn.Module:
+        return pooled_network(classes, crop, **options)
+
+    monkeypatch.setitem(recipes.RECIPES, "tiny", replace(recipes.TINY, network=tiny_net))
+    with pytest.raises(
+        AlexprepError, match=r"the network of recipe tiny has changed since .* was trained, by alexprep"
+    ):
         open_net(Place(run), CPU)
 
 

@@ -316,12 +316,22 @@ def test_what_is_meant(data: Path, run: Path, tmp_path: Path) -> None:
     assert len(notes) == 2 and notes[0].startswith("b is neither a dataset's folder")
 
 
-def test_the_command(run: Path, command: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
-    """Of what is not there it says so, and ends well."""
-    status, out, err = command("report", "nobody", "--runs", str(tmp_path), "--json")
+def test_the_command(run: Path, command: Callable[..., tuple[int, str, str]]) -> None:
+    """Of what is not there it says so, and ends well where anything is left to show."""
+    status, out, err = command("report", "nobody", str(run), "--json")
     assert status == 0 and "nobody is neither" in err
     printed = json.loads(out.splitlines()[-1])
-    assert printed["data"] is None and Path(printed["report"]).exists()
+    assert printed["runs"] == [str(run)] and Path(printed["report"]).exists()
+
+
+@pytest.mark.parametrize(
+    ("named", "words"), [(["nobody"], "nobody is neither a dataset's folder"), ([], "no dataset in .* and no run in")]
+)
+def test_a_report_on_nothing(
+    named: list[str], words: str, command: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    status, _, err = command("report", *named, "--runs", str(tmp_path / "none"))
+    assert status == 1 and re.search(words, err) and "name its folder" in err and not (tmp_path / "report").exists()
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")

@@ -210,6 +210,8 @@ def tiled(cells: Sequence[Sequence[NDArray[np.uint8]]], gap: int = 4) -> NDArray
 def _drawn(draw: Draw, size: tuple[float, float]) -> tuple[bytes, bytes]:
     """A drawing as SVG and as PNG."""
     import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
     ink, paper, *_ = SIDE_LIGHT
@@ -229,9 +231,13 @@ def _drawn(draw: Draw, size: tuple[float, float]) -> tuple[bytes, bytes]:
         figure = Figure(figsize=size, dpi=100, layout="constrained")
         draw(figure)
         svg, png = io.BytesIO(), io.BytesIO()
-        figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
+        vectors: Any = FigureCanvasSVG(figure)  # and not `savefig`, which draws all twice
+        vectors.print_svg(svg, metadata={"Date": None, "Creator": None})
         figure.set_layout_engine("none")  # it stands, and takes as long as the drawing
-        figure.savefig(png, format="png", dpi=150, metadata={"Software": None})
+        figure.set_dpi(150)
+        pixels: Any = FigureCanvasAgg(figure)
+        pixels.draw()
+        Image.fromarray(np.asarray(pixels.buffer_rgba())[..., :3]).save(png, "PNG")
     return svg.getvalue(), png.getvalue()
 
 
