@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -15,7 +17,7 @@ from scipy.fft import dctn
 from torch import nn
 
 from alexprep.shards.errors import AlexprepError
-from alexprep.train.models import cuda_kernels
+from alexprep.train.models import cpu_kernels, cuda_kernels
 from alexprep.train.models.alexnet import AlexNet, alexnet, alexnet_1gpu, alexnet_6conv, alexnet_2012, alexnet_owt
 from alexprep.train.models.cifar import (
     ConvLocal,
@@ -39,6 +41,7 @@ from alexprep.train.models.layers import (
     initialised,
 )
 from tests.made_up import FAMILY
+from tests.support import compiled
 
 # Written out from facts about layers-145.cfg, layers-145-half.cfg, layers-146-2012-2011.cfg and layers-imagenet-1gpu.cfg:
 # (kernels, maps that a kernel sees, its side) of each convolution, and the parameters in all.
@@ -322,6 +325,45 @@ NORMS = [
 def test_norms_have_the_gradient_of_what_they_give(layer: nn.Module, shape: tuple[int, ...]) -> None:
     values = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) * 50
     assert torch.autograd.gradcheck(layer, (values.requires_grad_(),), eps=1e-4, atol=1e-8, rtol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> cpu_kernels.Kernels:
+    """response_norm.c, compiled."""
+    source = Path(cpu_kernels.__file__).parent / "compiled" / "response_norm.c"
+    found = cpu_kernels.loaded(compiled.library(source, tmp_path_factory.mktemp("compiled")))
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_the_compiled_norm_has_the_bits_of_torch_s(
+    threads: int, kernels: cpu_kernels.Kernels, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    """And its gradient, also where that lies otherwise in memory; every shape and window, by threads that share the rows unevenly."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(cpu_kernels, "_SHARED", 1)
+    generator = torch.Generator().manual_seed(seed)
+    called = []
+    monkeypatch.setattr(
+        cpu_kernels, "_over_rows", lambda *given, real=cpu_kernels._over_rows: called.append(real(*given))
+    )
+    shapes = [(5, 2 * maps, 5, 3) for maps in (1, 2, 3, 16, 48)] + [(1, 4, 1, 1), (2, 34, 1, 7)]
+    for shape, size, towers in itertools.product(shapes, (1, 3, 5, 9), (1, 2)):
+        norm = LocalResponseNorm(towers, size=size, k=1.5, alpha=0.01)
+        values = (torch.randn(shape, generator=generator) * 100).relu().contiguous(memory_format=torch.channels_last)
+        slope = torch.randn(shape, generator=generator)
+        found = []
+        for each in (None, kernels):
+            monkeypatch.setattr(cpu_kernels, "kernels", lambda each=each: each)
+            images = values.clone().requires_grad_()
+            out = norm(images)
+            out.backward(slope)
+            found.append((out, images.grad))
+        for expected, result in zip(*found, strict=True):
+            assert torch.equal(expected, result) and result.is_contiguous(memory_format=torch.channels_last)
+    assert len(called) == 2 * len(shapes) * 4 * 2
+    assert norm(torch.empty(0, 4, 2, 2).contiguous(memory_format=torch.channels_last)).shape == (0, 4, 2, 2)
 
 
 @pytest.mark.gpu

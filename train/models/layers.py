@@ -12,13 +12,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from alexprep.shards.errors import AlexprepError
 from alexprep.train.field_values import Activation
-from alexprep.train.models import cuda_kernels
+from alexprep.train.models import cpu_kernels, cuda_kernels
 
 # Values a pass of normalisation takes on a CPU: 1 MiB as float32, so that it finds what the pass before left in the cache.
 CACHED = 2**18
@@ -361,13 +362,19 @@ def normalised(
 
 
 class _ResponseNorm(torch.autograd.Function):
-    """Forward and gradient with four elementary passes each and one saved intermediate, a few images at a time."""
+    """Forward and gradient: compiled, or with some elementary passes each a few images at a time; one intermediate is saved."""
 
     @staticmethod
     def forward(
         ctx: Any, images: torch.Tensor, window: MapWindow | PixelWindow, k: float, alpha: float, beta: float
     ) -> torch.Tensor:
         normalised, scale = torch.empty_like(images), torch.empty_like(images, dtype=_wide(images.dtype))
+        ctx.window, ctx.alpha, ctx.beta, ctx.compiled = window, alpha, beta, None
+        if isinstance(window, MapWindow) and beta == 0.75 and (compiled := cpu_kernels.fitting(images)) is not None:
+            ctx.compiled = compiled
+            compiled.normalise(images, window.towers, window.reach, k, alpha, normalised, scale)
+            ctx.save_for_backward(images, normalised, scale)
+            return normalised
         for given, out, s in _chunks(images, normalised, scale):
             a = given.to(s.dtype)
             b = out if out.dtype == s.dtype else torch.empty_like(s)
@@ -376,21 +383,25 @@ class _ResponseNorm(torch.autograd.Function):
             if b is not out:
                 out.copy_(b)
         ctx.save_for_backward(images, normalised, scale)
-        ctx.window, ctx.alpha, ctx.beta = window, alpha, beta
         return normalised
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         images, normalised, scale = ctx.saved_tensors
-        result = torch.empty_like(images)
+        result, factor = torch.empty_like(images), 2 * ctx.alpha * ctx.beta
+        if ctx.compiled is not None:
+            gradient = gradients[0].contiguous(memory_format=torch.channels_last)
+            shape = ctx.window.towers, ctx.window.reach
+            ctx.compiled.differentiate(images, normalised, scale, gradient, *shape, factor, result)
+            return result, None, None, None, None
         for s, *others, out in _chunks(scale, images, normalised, gradients[0], result):
             a, b, gradient = (other.to(s.dtype) for other in others)
             # d/da_j: g_j · s_j^-beta - 2 · alpha · beta · a_j · sum over the window of g_i · b_i / s_i
             g = out if out.dtype == s.dtype else torch.empty_like(s)
             _inverse_power(s, ctx.beta, g).mul_(gradient)
             crossed = torch.empty_like(a)
-            ctx.window.sum_into((gradient * b).div_(s), crossed).mul_(a)
-            g.add_(crossed, alpha=-2 * ctx.alpha * ctx.beta)
+            ctx.window.sum_into((gradient * b).div_(s), crossed).mul_(a).mul_(factor)
+            g.sub_(crossed)
             if g is not out:
                 out.copy_(g)
         return result, None, None, None, None
@@ -405,7 +416,10 @@ def _inverse_power(scale: torch.Tensor, beta: float, out: torch.Tensor) -> torch
     if beta != 0.75:
         return torch.pow(scale, -beta, out=out)
     root = scale.rsqrt()
-    return torch.sqrt(root, out=out).mul_(root)
+    if scale.device.type != "cpu":
+        return torch.sqrt(root, out=out).mul_(root)
+    np.sqrt(root.numpy(), out=out.numpy())  # correctly rounded, which torch's is not on every processor
+    return out.mul_(root)
 
 
 def _chunks(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
