@@ -17,8 +17,8 @@ help:
 	@echo "make ecosystem  our shards and networks in other libraries: a torch of its own, 8 GB where that is one for CUDA"
 	@echo "make stress  long campaigns of faults; SECONDS=600 for a part of each in that time"
 
-# The stamp is newer than what it was made from, so an edited dependency list reinstalls.
-.venv/installed: pyproject.toml setup.cfg constraints.txt
+# The stamp is newer than what it was made from, so an edited dependency list or C source reinstalls.
+.venv/installed: pyproject.toml setup.cfg constraints.txt $(wildcard */compiled/*.c */*/compiled/*.c)
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "alexprep needs Python >= 3.10; try make PYTHON=python3.12")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"

@@ -3,10 +3,11 @@
     python benchmarks/cifar_fast.py DATA [--seeds 0 1] [--threads 2] [--precision bf16] [--save]    DATA: CIFAR-10, `alexprep shard --size 32` and `pca-stats`
 
 Of alexprep all counts, from the start of the command on: imports, an evaluation after the last epoch, checkpoints, and `alexprep eval --views two`
-at the end. The script (`plain` below) has all images in memory, evaluates once, at the end, over the same two views, and its rate falls with the
-CPU time that it has used, to end when alexprep's is used up. They take turns; CPU seconds are those of all threads and child processes, which sleep while they wait for one another, unless OMP_WAIT_POLICY says
-otherwise: spinning is no work, but takes a quarter more CPU time beside other programs, and changes no bit. bf16 pays on
-processors with AMX: on one with AVX-512 BF16 alone, convolutions of this net take 1.8 times as long in it as in float32.
+at the end. The script (`plain` below) has all images in memory, sees crops of one side throughout, those of the recipe's last epochs, evaluates once, at the end, over an image
+and its reflection at that side, and its rate falls with the CPU time that it has used, to end when alexprep's is used up. They take turns; CPU seconds are those of all
+threads and child processes, which sleep while they wait for one another, unless OMP_WAIT_POLICY says otherwise: spinning is no work, but takes a quarter more CPU time
+beside other programs, and changes no bit. bf16 pays on processors with AMX: on one with AVX-512 BF16 alone, convolutions of this net take 1.8
+times as long in it as in float32.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ ME = Path(__file__).resolve()
 
 
 def plain(data: Path, cpu_seconds: float, seed: int, half: bool) -> dict[str, Any]:
-    """A training script as one writes it for one's own use, of the net and with the numbers of `cifar10-fast`."""
+    """A training script as one writes it for one's own use, of the net and with the optimizer's numbers of `cifar10-fast`."""
     import numpy as np
     import torch
     import torch.nn.functional as F
@@ -52,7 +53,7 @@ def plain(data: Path, cpu_seconds: float, seed: int, half: bool) -> dict[str, An
         return torch.from_numpy(np.stack(images)), torch.tensor(labels)
 
     rule = RECIPES["cifar10-fast"]
-    crop, warm = rule.crop, 1 / rule.epochs
+    crop, warm = rule.crop, 1 / rule.epochs  # it warms up for an epoch
     batch, peak, momentum, decay = rule.batch_size, rule.lr, rule.momentum, rule.decay
     smoothing, bias_factor = rule.label_smoothing, rule.bias_lr_factor
     torch.manual_seed(seed)

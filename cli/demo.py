@@ -19,7 +19,7 @@ from alexprep.cli.options import json_option
 )
 @json_option
 def demo(out: Path, as_json: bool) -> None:
-    """Run every stage on pictures drawn on the spot, and report on it: about half a minute on two cores, no download.
+    """Run every stage on pictures drawn on the spot, and report on it: some 20 seconds on two cores, no download.
 
     \b
     Example: alexprep demo --out /tmp/demo

@@ -32,13 +32,9 @@ def report(places: tuple[str, ...], out: Path, data: Path, runs: Path, as_json: 
     Example: alexprep report alexprep-data alexnet alexnet-2
     """
     from alexprep.cli import output
-    from alexprep.shards.errors import AlexprepError
     from alexprep.train.report.page import find_places, write_report
 
     chosen, found, notes = find_places(places, data, runs, on_command_line("data"))
-    if chosen is None and not found:
-        there_is_none = f"There is no dataset in {data} and no run in {runs}."
-        raise AlexprepError(f"{' '.join(notes) or there_is_none} A report needs one of them: name its folder")
     written = write_report(chosen, found, out, lambda words: click.echo(f"drawing: {words}", err=True), notes)
     for sentence in written.missing:
         click.echo(sentence, err=True)

@@ -129,7 +129,7 @@ def available() -> bool:
 @functools.lru_cache(maxsize=1)
 def compiled_views() -> Views | None:
     """views.c, where it was compiled and does what numpy does; None otherwise."""
-    return next(filter(None, map(loaded, (Path(__file__).parent / "compiled").glob("views*.so"))), None)
+    return resample.installed(__file__, "views", loaded)
 
 
 def loaded(library: Path) -> Views | None:

@@ -19,7 +19,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -314,12 +314,18 @@ class _CompiledAxis(ctypes.Structure):
 
 
 Compiled = Callable[[Taps, Taps, NDArray[np.uint8]], NDArray[np.uint8]]
+Code = TypeVar("Code")
 
 
 @functools.lru_cache(maxsize=1)
 def compiled() -> Compiled | None:
     """resize.c, where it was compiled when alexprep was installed and does what numpy does; None otherwise."""
-    return next(filter(None, map(_loaded, (Path(__file__).parent / "compiled").glob("resize*.so"))), None)
+    return installed(__file__, "resize", _loaded)
+
+
+def installed(module: str, name: str, load: Callable[[Path], Code | None]) -> Code | None:
+    """What `load` makes of NAME.c, which was compiled into the folder `compiled` beside the file of a module; None where it was not."""
+    return next(filter(None, map(load, (Path(module).parent / "compiled").glob(f"{name}*.so"))), None)
 
 
 def c_function(library: Path, name: str, *arguments: Any) -> Any:

@@ -218,7 +218,7 @@ def test_a_network_that_another_release_has_changed_is_told(
 
     monkeypatch.setitem(recipes.RECIPES, "tiny", replace(recipes.TINY, network=tiny_net))
     with pytest.raises(
-        AlexprepError, match=r"the network of recipe tiny has changed since .* was trained, by alexprep"
+        AlexprepError, match=r"the network of recipe tiny has changed since step 2 was saved: .*; train anew"
     ):
         open_net(Place(run), CPU)
 

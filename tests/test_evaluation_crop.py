@@ -15,12 +15,14 @@ from torch.nn import functional as F
 from alexprep.pipeline.loader import Loader
 from alexprep.shards.errors import AlexprepError
 from alexprep.train import recipes
-from alexprep.train.config import TrainConfig
-from alexprep.train.evaluation import evaluate_run
+from alexprep.train.config import TrainConfig, prepare
+from alexprep.train.evaluation import evaluate, evaluate_run
 from alexprep.train.export import export_run
 from alexprep.train.layer_outputs import outputs_file, read_outputs, write_outputs
 from alexprep.train.loading import load
 from alexprep.train.predictions import open_net
+from alexprep.train.report.augmentation_section import augmentation_section
+from alexprep.train.report.blocks import Picture
 from alexprep.train.run_dir import Place
 from alexprep.train.settings import recipe_of
 from alexprep.train.trainer import train
@@ -31,13 +33,19 @@ CPU = torch.device("cpu")
 Opened = list[tuple[str, Any]]
 
 
-@pytest.fixture
-def opened(monkeypatch: pytest.MonkeyPatch) -> Opened:
-    """Registers the recipe `wide`; and what loaders of `train` were opened for: splits and crops."""
+@pytest.fixture(autouse=True)
+def wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The recipe `wide`, and `narrow`, which is evaluated as it is trained."""
     tiny = recipes.TINY
     augmentation = replace(tiny.augmentation, crop=CROP, noise="none")
-    wide = replace(tiny, name="wide", network=pooled_network, augmentation=augmentation, evaluation_crop=SIDE, epochs=2)
-    monkeypatch.setitem(recipes.RECIPES, "wide", wide)
+    narrow = replace(tiny, name="narrow", network=pooled_network, augmentation=augmentation, epochs=2)
+    monkeypatch.setitem(recipes.RECIPES, "narrow", narrow)
+    monkeypatch.setitem(recipes.RECIPES, "wide", replace(narrow, name="wide", evaluation_crop=SIDE))
+
+
+@pytest.fixture
+def opened() -> Opened:
+    """Splits and crops that loaders of `trained` were opened for."""
     return []
 
 
@@ -94,14 +102,42 @@ def test_what_else_shows_a_network_images(data: Path, photos: Path, tmp_path: Pa
     np.testing.assert_allclose(read, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_run_from_before_keeps_its_crop(data: Path, tmp_path: Path, opened: Opened) -> None:
+def test_a_run_from_before_keeps_its_crop(
+    data: Path, tmp_path: Path, opened: Opened, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A recipe that has a crop for evaluations in a later release changes no run that began without, also one that goes on."""
-    trained(data, tmp_path, opened, settings=("evaluation_crop=none",), epochs=1)
+    with monkeypatch.context() as earlier:
+        earlier.setitem(recipes.RECIPES, "wide", replace(recipes.RECIPES["wide"], evaluation_crop=None))
+        trained(data, tmp_path, opened, epochs=1)
     run = tmp_path / "a"
     forget(run, "evaluation_crop")
     assert evaluate_run(run, device="cpu")["loss"] == pytest.approx(loss(data, run, CROP), rel=1e-5)
     trained(data, tmp_path, opened, resume=True, recipe=None, epochs=2)
     assert set(opened) == {("train", CROP), ("val", CROP)}
+
+
+def test_nets_that_see_other_crops_are_evaluated_together(data: Path, tmp_path: Path, opened: Opened) -> None:
+    for recipe in ("wide", "narrow"):
+        trained(data, tmp_path, opened, name=recipe, recipe=recipe, epochs=1)
+    found = evaluate([Place(tmp_path / "wide"), Place(tmp_path / "narrow")], device="cpu").document
+    for net, crop in zip(found["nets"], (SIDE, CROP), strict=True):
+        assert net["loss"] == pytest.approx(loss(data, Path(net["run"]), crop), rel=1e-5)
+
+
+def test_a_report_shows_the_views_of_evaluations(data: Path, tmp_path: Path, opened: Opened) -> None:
+    trained(data, tmp_path, opened, epochs=1)
+    blocks = augmentation_section(data, [tmp_path / "a"]).blocks
+    pixels = {block.name: block.pixels.shape for block in blocks if isinstance(block, Picture)}
+    assert pixels["ten_views"] == (2 * SIDE + 4, 5 * SIDE + 16, 3) and pixels["draws"] == (
+        3 * CROP + 8,
+        8 * CROP + 28,
+        3,
+    )
+
+
+def test_a_crop_smaller_than_the_training_s_is_told(data: Path, tmp_path: Path) -> None:
+    notes = prepare(TrainConfig(data, "wide", runs=tmp_path, device="cpu", settings=("evaluation_crop=40",))).notes
+    assert any("see crops of 40 pixels, smaller than the training's, 41" in note for note in notes), notes
 
 
 def test_what_does_not_go_together_is_refused(data: Path, tmp_path: Path, opened: Opened) -> None:

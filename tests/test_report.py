@@ -306,7 +306,8 @@ def test_what_is_meant(data: Path, run: Path, tmp_path: Path) -> None:
     assert find_places([str(data), "a"], nothing, run.parent) == (data, [run], [])
     assert find_places([], nothing, run.parent) == (data, [run], [])  # the run last active, and its data
     assert find_places([str(run)], nothing, tmp_path)[:2] == (data, [run])
-    assert find_places([], nothing, tmp_path) == (None, [], [])
+    with pytest.raises(AlexprepError, match=r"There is no dataset in .* and no run in .*: name its folder"):
+        find_places([], nothing, tmp_path)
     assert find_places([], data, tmp_path) == (data, [], [])
     assert find_places(["a"], nothing, run.parent, insist=True)[2] == [f"{nothing} is no dataset's folder."]
     (tmp_path / "other").mkdir()

@@ -32,6 +32,7 @@ from typing import Any, Literal, NamedTuple
 import safetensors.torch
 import torch
 
+from alexprep.shards.dataset_format import versions
 from alexprep.shards.errors import AlexprepError, StoreError
 from alexprep.shards.storage import (
     digest_json,
@@ -272,6 +273,21 @@ class InitReport:
 def saved_weights(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     """The weights in a checkpoint by their names in the network."""
     return {name.removeprefix(WEIGHT): tensor for name, tensor in checkpoint.tensors.items() if name.startswith(WEIGHT)}
+
+
+def check_layers(checkpoint: Checkpoint, weights: Mapping[str, torch.Tensor], whose: str, parts: bool = False) -> None:
+    """Makes sure that a checkpoint has a network's weights, by name and shape; by name alone where a rank has `parts` of them.
+
+    Raises AlexprepError where another release made another network.
+    """
+    saved = saved_weights(checkpoint)
+    if saved.keys() == weights.keys() and (parts or all(saved[name].shape == weights[name].shape for name in saved)):
+        return
+    made_by, here = checkpoint.facts["versions"].get("alexprep"), versions("alexprep")["alexprep"]
+    instead = "train anew" if made_by in (None, here) else f"use alexprep {made_by}, which trained it"
+    raise AlexprepError(
+        f"{whose} has changed since step {checkpoint.step} was saved: its weights have other names or shapes; {instead}"
+    )
 
 
 def final_weights(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:

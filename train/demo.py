@@ -39,7 +39,7 @@ POLYGONS = {"square": (4, 1.0), "star": (10, 0.4), "triangle": (3, 1.0), "hexagr
 SHAPES = ("bars", "checks", "disc", "ring", *POLYGONS)
 _SIZE = 56
 # What the recipe `tiny` is told: smaller crops than its own, and fewer epochs, so that all of it takes a third of a minute.
-_SETTINGS, _EPOCHS, _EVALUATE_EVERY = ("augmentation.crop=48",), 12, 2
+_CROP, _EPOCHS, _EVALUATE_EVERY = "augmentation.crop=48", 12, 2
 _MARK = "made-by-alexprep-demo"
 
 
@@ -79,12 +79,12 @@ def run_demo(folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
 
     with _one_thread():
         training = TrainConfig(
-            data, recipe="tiny", settings=_SETTINGS, epochs=_EPOCHS, evaluate_every=_EVALUATE_EVERY, runs=runs
+            data, recipe="tiny", settings=(_CROP,), epochs=_EPOCHS, evaluate_every=_EVALUATE_EVERY, runs=runs
         )
         summary = train(training)
     chance = 100 * (1 - 1 / len(SHAPES))
     say(
-        f"4. alexprep train --recipe tiny --set {' '.join(_SETTINGS)} --epochs {_EPOCHS}: {summary['steps']:,} steps in {summary['seconds']:.0f} s, "
+        f"4. alexprep train --recipe tiny --set {_CROP} --epochs {_EPOCHS} --evaluate-every {_EVALUATE_EVERY}: {summary['steps']:,} steps in {summary['seconds']:.0f} s, "
         f"validation error {summary['val_top1_error']:.1f} % where chance is {chance:.1f} %"
     )
     say(f"   log and checkpoints in {summary['run']}")

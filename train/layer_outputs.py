@@ -219,7 +219,7 @@ def write_outputs(
         data,
         split,
         batch_size=batch_size,
-        augmentation=net.recipe.evaluated,
+        augmentation=net.recipe.evaluation_augmentation,
         views="centre",
         order="sequential",
         threads=threads,

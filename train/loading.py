@@ -52,7 +52,7 @@ class EvaluationTransform:
 
     Attributes:
         target: the form of the dataset's images; None of other people's tars, whose images are taken as they are.
-        augmentation: of the recipe, whose crop, mean and deviation count here.
+        augmentation: of the recipe's evaluations, whose crop, mean and deviation count here.
         views: "centre", "two" or "ten".
         statistics: of the training, where the augmentation needs them.
         batch_size: pictures that are worked on at a time.
@@ -244,7 +244,7 @@ def open_run_of(
     notes = [*net.skipped, *([note] if note else [])]
     target = None if dataset["image"]["format"] == TARS else target_of(dataset)
     net.recipe.check_sides(stored_sides(folder, dataset))
-    augmentation = net.recipe.evaluated
+    augmentation = net.recipe.evaluation_augmentation
     mean_from = mean_of(net, dataset, notes) or folder
     tuning = tuning_of([net], folder, where)
     transform = EvaluationTransform(

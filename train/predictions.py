@@ -36,7 +36,7 @@ from alexprep.train.user_code import (
 )
 
 # The parts of a recipe that outputs of a trained network depend on; the others belong to the training that is over.
-SHOWN = ("network", "width", "evaluation_crop")
+NETWORK_FIELDS = ("network", "width", "evaluation_crop")
 PIXELS = ("crop", "pad", "background", "normalised_width", "channels", "scale", "evaluation_scale", "mean", "std")
 EvaluationViews = Literal["centre", "two", "ten"]
 
@@ -83,13 +83,8 @@ def open_net(place: Place, device: torch.device, recipe: str | None = None, mode
     network = made_by.make_network(identity["classes"], identity["seed"])
     if "layers" in identity and (changes := _changed_layers(saved, network)):
         raise AlexprepError(f"the network has changed since {run} was trained: {checkpoint.some_of(changes)}")
-    try:
-        network.load_state_dict(checkpoint.final_weights(saved))
-    except RuntimeError:  # other names or shapes
-        trained_by = saved.facts["versions"].get("alexprep", "another version")
-        raise AlexprepError(
-            f"the network of recipe {made_by.name} has changed since {run} was trained, by alexprep {trained_by}: evaluate it with that"
-        ) from None
+    checkpoint.check_layers(saved, network.state_dict(), f"the network of recipe {made_by.name}")
+    network.load_state_dict(checkpoint.final_weights(saved))
     network.to(device=device, memory_format=memory_format_of(network, memory(device).format))  # type: ignore[call-overload]
     return Net(
         run,
@@ -171,7 +166,7 @@ def _named(run: Path, options: dict[str, Any], recipe: str | None, model: str | 
 def _shown(recipe: dict[str, Any]) -> dict[str, Any]:
     """What a described recipe says of its network and of the pixels that it is shown in an evaluation."""
     augmentation = recipe.get("augmentation", {})
-    parts = {name: recipe.get(name) for name in SHOWN}
+    parts = {name: recipe.get(name) for name in NETWORK_FIELDS}
     return parts | {"augmentation": {name: augmentation.get(name) for name in PIXELS}}
 
 
@@ -207,7 +202,7 @@ def predictions(
         AlexprepError: a net gives NaN, or the loaders do not give the same images.
     """
     seen = [
-        {"augmentation": net.recipe.evaluated} | ({} if mean is None else {"statistics": mean})
+        {"augmentation": net.recipe.evaluation_augmentation} | ({} if mean is None else {"statistics": mean})
         for net, mean in zip(nets, means, strict=True)
     ]
     same = [seen.index(pixels) for pixels in seen]  # the first net that sees the same

@@ -107,8 +107,9 @@ class Recipe:
         accumulate: parts into which a step's batch is cut; their gradients are added up, and they need memory for a part only.
         early_crops: sides of the crops that the first epochs see, one each, before all others see the augmentation's: progressive resizing, for
             networks that take images of several sizes.
-        evaluation_crop: side of the crops that evaluations see, for networks that take images of several sizes; None for the augmentation's. A little
-            larger than those of the training is better, since a random crop shows things larger (Touvron et al. 2019, arXiv 1906.06423).
+        evaluation_crop: side of the crops that evaluations see, for networks that take images of several sizes; None for the augmentation's. Somewhat
+            larger ones show more of the image; of random resized crops, which show things larger, also at the size of the training (Touvron
+            et al. 2019, arXiv 1906.06423).
         average: of the weights, an exponential mean is kept with this decay, and evaluated; 0 for none.
 
     Raises:
@@ -182,7 +183,7 @@ class Recipe:
         return height
 
     @property
-    def evaluated(self) -> Augmentation:
+    def evaluation_augmentation(self) -> Augmentation:
         """The augmentation at the crop that evaluations see."""
         return replace(self.augmentation, crop=self.evaluation_crop or self.crop)
 
@@ -219,11 +220,14 @@ class Recipe:
             raise AlexprepError(
                 f"early_crops and the crop are {len(sides_seen)} sizes, and at most {MOST_COMPILED} are compiled: name fewer, or leave --compile out"
             )
-        return (
-            []
-            if epochs > len(self.early_crops)
-            else [f"no epoch sees crops of {self.crop}: early_crops has one for each"]
-        )
+        notes = []
+        if epochs <= len(self.early_crops):
+            notes.append(f"no epoch sees crops of {self.crop}: early_crops has one for each")
+        if self.evaluation_crop is not None and self.evaluation_crop < self.crop:
+            notes.append(
+                f"evaluations see crops of {self.evaluation_crop} pixels, smaller than the training's, {self.crop}: --set evaluation_crop=none has them alike"
+            )
+        return notes
 
     def summary(self) -> str | None:
         """Sizes and parameters of the network's layers in a sentence, where it can tell them."""
@@ -650,7 +654,7 @@ LENET_5 = replace(
 )
 
 # For trying things out: images of about 64 pixels, a few classes, a second an epoch on a laptop. Small batches, since a set of hundreds has few
-# steps an epoch otherwise: with batches of 32 the demo's pictures end at twice the error, and spread twice as much over seeds.
+# steps an epoch otherwise.
 TINY = Recipe(
     name="tiny",
     network=cifar_nets.tiny_net,

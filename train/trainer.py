@@ -374,6 +374,8 @@ def first_state(job: Job, world: World) -> tuple[TrainingState, list[str]]:
     state = TrainingState(job.recipe, job.facts.classes, job.seed, job.device, world, job.scheme, job.computing)
     if saved is not None:
         _keep_threads(saved.facts.get("rounding", {}).get("threads"), world)
+        whose = f"the network of recipe {job.recipe.name}"
+        checkpoint.check_layers(saved, state.network.state_dict(), whose, parts=job.scheme in ("towers", "hybrid"))
         state.restore(saved)
         standing = state.position.schedule
         state.position.schedule = replace(standing, finished=ends(state.recipe.schedule, standing))
@@ -448,7 +450,7 @@ def open_split(
 ) -> BatchSource:
     """Opens a rank's loader of a split; `shard` is its (rank, world_size), `crop` a side other than the recipe's, for the epochs below `end`."""
     training = split == "train"
-    augmentation = job.recipe.augmentation if training else job.recipe.evaluated
+    augmentation = job.recipe.augmentation if training else job.recipe.evaluation_augmentation
     return open_loader(
         job.data,
         split,

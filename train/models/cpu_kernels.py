@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from alexprep.shards.resample import c_function
+from alexprep.shards.resample import c_function, installed
 
 _SHARED = 1 << 20  # values from which on torch's number of threads share the work: some 5 ms
 _INEXACT = ctypes.c_float
@@ -44,8 +44,8 @@ class Kernels(NamedTuple):
         All are of one shape, and such as `fitting` says.
         """
 
-        def part(rows: int, maps: int, room: int, images: int, result: int, scale: int) -> None:
-            self.norm(images, rows, maps, reach, k, alpha, room, result, scale)
+        def part(rows: int, maps: int, room: int, given: int, *made: int) -> None:
+            self.norm(given, rows, maps, reach, k, alpha, room, *made)
 
         _over_rows(part, images.shape[1] // towers, reach, images, result, scale)
 
@@ -62,30 +62,33 @@ class Kernels(NamedTuple):
     ) -> None:
         """Writes the gradient by `images` into `result`; `factor` is 2 · alpha · beta."""
 
-        def part(rows: int, maps: int, room: int, images: int, *others: int) -> None:
-            *given, result = others
-            self.gradient(images, *given, rows, maps, reach, factor, room, result)
+        def part(rows: int, maps: int, room: int, *places: int) -> None:
+            *given, made = places
+            self.gradient(*given, rows, maps, reach, factor, room, made)
 
         _over_rows(part, images.shape[1] // towers, reach, images, normalised, scale, gradient, result)
 
 
-def fitting(images: torch.Tensor) -> Kernels | None:
-    """The kernels for images that are float32 on the CPU, the maps of a place side by side, (N, C, H, W) channels last; None for others."""
-    here = images.device.type == "cpu" and images.dtype == torch.float32
+def fitting(images: torch.Tensor, towers: int) -> Kernels | None:
+    """The kernels for images that are float32 on the CPU, the maps of a place side by side, (N, C, H, W) channels last, alike for all towers.
+
+    None for others.
+    """
+    here = images.device.type == "cpu" and images.dtype == torch.float32 and images.shape[1] % towers == 0
     return kernels() if here and images.is_contiguous(memory_format=torch.channels_last) else None
 
 
 def _over_rows(part: Callable[..., None], maps: int, reach: int, *tensors: torch.Tensor) -> None:
-    """Calls part(rows, maps, room, *places in memory) for all rows, in several threads where there are many."""
+    """Calls part(rows, maps, room, *addresses) for all rows, in several threads where there are many."""
     rows = tensors[0].numel() // maps
     threads = torch.get_num_threads() if rows * maps >= _SHARED else 1
     each = -(-rows // threads)
     starts = [tensor.data_ptr() for tensor in tensors]
 
     def work(first: int) -> None:
-        room = torch.empty(2 * (maps + reach))
-        places = (start + first * maps * torch.float32.itemsize for start in starts)
-        part(min(each, rows - first), maps, room.data_ptr(), *places)
+        room = np.empty(2 * (maps + reach), np.float32)
+        places = (start + first * maps * room.itemsize for start in starts)
+        part(min(each, rows - first), maps, room.ctypes.data, *places)
 
     if threads == 1:
         work(0)
@@ -96,8 +99,8 @@ def _over_rows(part: Callable[..., None], maps: int, reach: int, *tensors: torch
 
 @functools.lru_cache(maxsize=1)
 def kernels() -> Kernels | None:
-    """response_norm.c, where it was compiled when alexprep was installed and does what torch does; None otherwise."""
-    return next(filter(None, map(loaded, (Path(__file__).parent / "compiled").glob("response_norm*.so"))), None)
+    """response_norm.c, where it was compiled when alexprep was installed and does what numpy does; None otherwise."""
+    return installed(__file__, "response_norm", loaded)
 
 
 def loaded(library: Path) -> Kernels | None:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 from alexprep.shards.errors import AlexprepError
 from alexprep.train.field_values import Activation
@@ -30,7 +31,7 @@ class LocalResponseNorm(nn.Module):
     """b = a / (k + alpha · sum of a² over the `size` nearest maps)^beta, the sum undivided: section 3.3, whose numbers are the defaults.
 
     The same function as `torch.nn.LocalResponseNorm(5, 5e-4, 0.75, 2)`, whose alpha is divided by the window, as it is in the 2012
-    code; on a CPU this one is 9 times faster with its gradient (0.1 s instead of 0.9 s for AlexNet's first layer at batch 128).
+    code; on a CPU this one is many times faster with its gradient, see docs/performance.md.
 
     >>> maps = torch.tensor([0.0, 100.0, 0.0, 0.0, 0.0]).reshape(1, 5, 1, 1)
     >>> [round(value, 3) for value in LocalResponseNorm()(maps).flatten().tolist()]
@@ -370,7 +371,11 @@ class _ResponseNorm(torch.autograd.Function):
     ) -> torch.Tensor:
         normalised, scale = torch.empty_like(images), torch.empty_like(images, dtype=_wide(images.dtype))
         ctx.window, ctx.alpha, ctx.beta, ctx.compiled = window, alpha, beta, None
-        if isinstance(window, MapWindow) and beta == 0.75 and (compiled := cpu_kernels.fitting(images)) is not None:
+        if (
+            isinstance(window, MapWindow)
+            and beta == 0.75
+            and (compiled := cpu_kernels.fitting(images, window.towers)) is not None
+        ):
             ctx.compiled = compiled
             compiled.normalise(images, window.towers, window.reach, k, alpha, normalised, scale)
             ctx.save_for_backward(images, normalised, scale)
@@ -386,14 +391,16 @@ class _ResponseNorm(torch.autograd.Function):
         return normalised
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        images, normalised, scale = ctx.saved_tensors
-        result, factor = torch.empty_like(images), 2 * ctx.alpha * ctx.beta
-        if ctx.compiled is not None:
-            gradient = gradients[0].contiguous(memory_format=torch.channels_last)
-            shape = ctx.window.towers, ctx.window.reach
-            ctx.compiled.differentiate(images, normalised, scale, gradient, *shape, factor, result)
+        factor = 2 * ctx.alpha * ctx.beta
+        if ctx.compiled is not None:  # of saved tensors, too, other hooks of torch's may have changed the strides
+            each = [one.contiguous(memory_format=torch.channels_last) for one in (*ctx.saved_tensors, gradients[0])]
+            result = torch.empty_like(each[0])
+            ctx.compiled.differentiate(*each, ctx.window.towers, ctx.window.reach, factor, result)
             return result, None, None, None, None
+        images, normalised, scale = ctx.saved_tensors
+        result = torch.empty_like(images)
         for s, *others, out in _chunks(scale, images, normalised, gradients[0], result):
             a, b, gradient = (other.to(s.dtype) for other in others)
             # d/da_j: g_j · s_j^-beta - 2 · alpha · beta · a_j · sum over the window of g_i · b_i / s_i

@@ -27,6 +27,7 @@ LINES = (
 )  # told apart also without colours: see `STYLES`
 STYLES = ("-", "--", "-.", ":")
 _JPEG_QUALITY = 88
+_PNG_DPI = 150  # of plots
 _PNG_LEVEL = 1  # of photos: 6, Pillow's own, takes four times as long for files that are a seventh smaller
 Draw = Callable[[Any], None]  # draws into a matplotlib Figure
 
@@ -234,10 +235,10 @@ def _drawn(draw: Draw, size: tuple[float, float]) -> tuple[bytes, bytes]:
         vectors: Any = FigureCanvasSVG(figure)  # and not `savefig`, which draws all twice
         vectors.print_svg(svg, metadata={"Date": None, "Creator": None})
         figure.set_layout_engine("none")  # it stands, and takes as long as the drawing
-        figure.set_dpi(150)
+        figure.set_dpi(_PNG_DPI)
         pixels: Any = FigureCanvasAgg(figure)
         pixels.draw()
-        Image.fromarray(np.asarray(pixels.buffer_rgba())[..., :3]).save(png, "PNG")
+        Image.fromarray(np.asarray(pixels.buffer_rgba())[..., :3]).save(png, "PNG", dpi=(_PNG_DPI, _PNG_DPI))
     return svg.getvalue(), png.getvalue()
 
 

@@ -118,6 +118,8 @@ def find_places(
 
     An argument is the folder of a dataset, the folder of a run, or a run's name in `runs`. Where no dataset is named, the one that the first
     run was trained on is meant, or `data`, which goes first where `insist` says so; where nothing is named at all, also the run last active.
+
+    Raises AlexprepError where nothing is found.
     """
     chosen: Path | None = None
     found: list[Path] = []
@@ -146,6 +148,9 @@ def find_places(
             if not _holds_data(data)
             else f"{data} is a second dataset: a report shows one, {chosen}."
         )
+    if chosen is None and not found:
+        none = f"There is no dataset in {data} and no run in {runs}."
+        raise AlexprepError(f"{' '.join(notes) or none} A report needs one of them: name its folder")
     return chosen, found, notes
 
 
