@@ -160,7 +160,7 @@ def main() -> None:
         "--threads",
         type=int,
         default=1,
-        help="of torch; where cores are hyperthreads, two count one core's seconds twice",
+        help="of torch",
     )
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--plain", type=float, metavar="SECONDS", help="the script alone, with so much CPU time")

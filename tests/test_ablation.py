@@ -17,6 +17,7 @@ from alexprep.train import ablation
 from alexprep.train.ablation import ablate
 from alexprep.train.config import TrainConfig
 from alexprep.train.precision import NotFinite
+from alexprep.train.recipes import RECIPES
 from tests.made_up import write_data
 
 LR, DECAY = "lr=0.02 clip=1", "decay=0.001"
@@ -202,7 +203,7 @@ def test_the_command_prints_a_table(data: Path, tmp_path: Path) -> None:
     found = json.loads(line)
     assert plain.split()[:3] == ["the", "recipe", "1"] and slower.split()[:2] == ["lr=0.001", "1"]
     runs = {row["variant"]: row for row in found["runs"]}
-    for variant, rate in (("", 0.01), ("lr=0.001", 0.001)):
+    for variant, rate in (("", RECIPES["tiny"].lr), ("lr=0.001", 0.001)):
         run = Path(runs[variant]["run"])
         assert json.loads((run / "config.json").read_text())["options"]["lr"] == rate
         assert json.loads((run / "summary.json").read_text())["val_top1_error"] == runs[variant]["val_top1_error"]
