@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import click
@@ -27,4 +28,7 @@ def demo(out: Path, as_json: bool) -> None:
     from alexprep.cli import output
     from alexprep.train.demo import run_demo
 
-    output.json_line(run_demo(out, click.echo), as_json)
+    summary = run_demo(out, click.echo)
+    output.json_line(summary, as_json)
+    if summary["stopped_by"]:
+        click.get_current_context().exit(128 + signal.Signals[summary["stopped_by"]])  # as shells report it

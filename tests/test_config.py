@@ -203,6 +203,11 @@ def test_a_schedule_is_an_option(data: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert len(set(rates)) == len(rates) and max(rates) < 0.01
     with pytest.raises(AlexprepError, match=r"to 0 after 3 epochs, and 4 are asked for: add --schedule linear"):
         train(replace(bare, epochs=4), MadeUpLoader)
+    train(config(data, name="short", schedule="linear", epochs=2, steps=8), MadeUpLoader)
+    with pytest.raises(
+        AlexprepError, match=r"after 2 epochs, and 3 are the recipe's: add --epochs 2, .*, or --schedule"
+    ):
+        train(replace(bare, name="short", steps=10), MadeUpLoader)
     assert train(replace(bare, epochs=4, schedule="cosine", warmup=0), MadeUpLoader)["steps"] == 24
     document = json.loads((run / "config.json").read_text())
     assert document["identity"]["recipe"]["schedule"] == {"kind": "Cosine", "epochs": 4, "final": 0.0}

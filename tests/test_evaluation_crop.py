@@ -141,8 +141,8 @@ def test_a_crop_smaller_than_the_training_s_is_told(data: Path, tmp_path: Path) 
 
 
 def test_what_does_not_go_together_is_refused(data: Path, tmp_path: Path, opened: Opened) -> None:
-    with pytest.raises(AlexprepError, match=r"wide cuts 97 pixels out of stored sizes \(56, 96\)"):
-        trained(data, tmp_path, opened, settings=("evaluation_crop=97",))
+    with pytest.raises(AlexprepError, match=r"wide cuts 57 pixels .* sizes \(56, 96\): evaluation_crop is at most 56"):
+        trained(data, tmp_path, opened, settings=("evaluation_crop=57",))
     with pytest.raises(AlexprepError, match=r"evaluation_crop \(or none\) 0 is not in \[1, 65535\]"):
         trained(data, tmp_path, opened, settings=("evaluation_crop=0",))
     words = (

@@ -313,6 +313,8 @@ def test_what_is_meant(data: Path, run: Path, tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "dataset.json").write_text("{}")
     assert find_places(["a"], tmp_path / "other", run.parent, insist=True) == (tmp_path / "other", [run], [])
+    with pytest.raises(AlexprepError, match=r"^b is neither a dataset's folder.*: name its folder"):
+        find_places(["b"], data, run.parent)  # and not of the data that happens to be there
     _, _, notes = find_places(["b", str(data), str(data)], nothing, run.parent)
     assert len(notes) == 2 and notes[0].startswith("b is neither a dataset's folder")
 

@@ -19,11 +19,13 @@ from click.testing import CliRunner
 
 from alexprep.cli import main
 from alexprep.cli import train as command
+from alexprep.cli.demo import demo as demo_command
 from alexprep.cli.evaluate import evaluate
 from alexprep.cli.train import RECIPES, _next_commands, train
 from alexprep.shards.errors import AlexprepError
-from alexprep.train import config, recipes
+from alexprep.train import config, demo, recipes
 from alexprep.train.config import TrainConfig
+from alexprep.train.demo import make_photos
 from alexprep.train.run_dir import create_run
 from alexprep.train.trainer import train as train_run
 
@@ -86,6 +88,16 @@ def test_sigterm_leaves_with_143_and_resumes(data: Path, tmp_path: Path) -> None
     steps = left["steps"] + 1
     runs = tmp_path / "runs"
     assert done(train, "--data", data, "--runs", runs, "--resume", "--steps", steps)[0]["steps"] == steps
+
+
+def test_a_demo_stopped_in_its_training_ends_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without an error of a validation that there was not."""
+    summary = {"stopped_by": "SIGINT", "val_top1_error": None}
+    monkeypatch.setattr(demo, "make_photos", lambda folder: make_photos(folder, train=2, val=1))
+    monkeypatch.setattr(demo, "train", lambda config: summary)
+    result = CliRunner().invoke(demo_command, ["--out", str(tmp_path / "demo"), "--json"], catch_exceptions=False)
+    assert result.exit_code == 128 + signal.SIGINT and json.loads(result.stdout.splitlines()[-1]) == summary
+    assert "run the same command again" in result.stdout and "4. " not in result.stdout
 
 
 def test_the_command_offers_every_recipe_and_tells_the_defaults() -> None:

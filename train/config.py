@@ -500,8 +500,13 @@ def _scheduled(
             "does: take --evaluate-every 1, or another --schedule, without --early-stop"
         )
     if is_per_step(schedule) and epochs > length and not rate_at(schedule, 1.0, ".weight", epochs, ScheduleState()):
+        asked = (
+            "are asked for: add"
+            if config.epochs
+            else f"are the recipe's: add --epochs {length}, to go on as planned, or"
+        )
         raise AlexprepError(
-            f"the schedule has brought the rate to 0 after {length} epochs, and {epochs} are asked for: add --schedule {config.schedule or 'linear'}, "
+            f"the schedule has brought the rate to 0 after {length} epochs, and {epochs} {asked} --schedule {config.schedule or 'linear'}, "
             "which plans the rate anew for all of them"
         )
     return replace(recipe, schedule=schedule)

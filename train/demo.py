@@ -47,7 +47,7 @@ def run_demo(folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
     """Runs every stage in `folder`, which is made, or emptied if an earlier demo made it; says what it does.
 
     Gives the training's summary, with chance_top1_error (percent), inputs, rejected, ten_view_top1_error (percent), and report: its path, or None
-    where matplotlib or Jinja2, which it needs, are not installed.
+    where matplotlib or Jinja2, which it needs, are not installed. Of a training that a signal stopped, the summary alone, whose stopped_by names it.
     """
     start = time.monotonic()
     if folder.exists():
@@ -82,6 +82,9 @@ def run_demo(folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
             data, recipe="tiny", settings=(_CROP,), epochs=_EPOCHS, evaluate_every=_EVALUATE_EVERY, runs=runs
         )
         summary = train(training)
+    if summary["stopped_by"]:
+        say("The demo ends here: run the same command again, for all of it from the beginning.")
+        return summary
     chance = 100 * (1 - 1 / len(SHAPES))
     say(
         f"4. alexprep train --recipe tiny --set {_CROP} --epochs {_EPOCHS} --evaluate-every {_EVALUATE_EVERY}: {summary['steps']:,} steps in {summary['seconds']:.0f} s, "

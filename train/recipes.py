@@ -167,8 +167,13 @@ class Recipe:
         if self.evaluation_crop is not None:
             whole_number(f"recipe {self.name}: evaluation_crop (or none)", self.evaluation_crop, 1, 65535)
         (low_size, high_size), largest = self.stored_sizes, max(self.crop, self.evaluation_crop or 0)
-        if not largest <= low_size + 2 * self.augmentation.pad or not low_size <= high_size:
-            raise AlexprepError(f"recipe {self.name} cuts {largest} pixels out of stored sizes {self.stored_sizes}")
+        room = low_size + 2 * self.augmentation.pad
+        if largest > room or low_size > high_size:
+            name = "evaluation_crop" if largest > self.crop else "augmentation.crop"
+            raise AlexprepError(
+                f"recipe {self.name} cuts {largest} pixels out of stored sizes {self.stored_sizes}: {name} is at most {room} here; for larger images set "
+                "stored_sizes too"
+            )
 
     @property
     def crop(self) -> int:

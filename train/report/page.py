@@ -119,7 +119,7 @@ def find_places(
     An argument is the folder of a dataset, the folder of a run, or a run's name in `runs`. Where no dataset is named, the one that the first
     run was trained on is meant, or `data`, which goes first where `insist` says so; where nothing is named at all, also the run last active.
 
-    Raises AlexprepError where nothing is found.
+    Raises AlexprepError where nothing is found, or nothing of what is named.
     """
     chosen: Path | None = None
     found: list[Path] = []
@@ -136,6 +136,8 @@ def find_places(
             found.append(runs / place)
         else:
             notes.append(f"{place} is neither a dataset's folder, nor a run's, nor the name of a run in {runs}.")
+    if places and chosen is None and not found and not insist:
+        raise AlexprepError(f"{' '.join(notes)} A report needs a dataset or a run: name its folder")
     if not places:
         found += _last_active(runs)
     if chosen is None:
@@ -150,7 +152,7 @@ def find_places(
         )
     if chosen is None and not found:
         none = f"There is no dataset in {data} and no run in {runs}."
-        raise AlexprepError(f"{' '.join(notes) or none} A report needs one of them: name its folder")
+        raise AlexprepError(f"{' '.join(notes) or none} A report needs a dataset or a run: name its folder")
     return chosen, found, notes
 
 
