@@ -156,12 +156,7 @@ def main() -> None:
     parser = command_line(__doc__)
     parser.add_argument("data", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument(
-        "--threads",
-        type=int,
-        default=1,
-        help="of torch",
-    )
+    parser.add_argument("--threads", type=int, default=1, help="of torch")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--plain", type=float, metavar="SECONDS", help="the script alone, with so much CPU time")
     arguments = parser.parse_args()

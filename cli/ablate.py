@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from typing import Any
 
 import click
@@ -64,4 +63,4 @@ def ablate(variants: tuple[str, ...], seeds: int, as_json: bool, **options: Any)
     output.json_line(found, as_json)
     if found["stopped_by"]:
         output.note("Stopped: run the same command again to go on.")
-        click.get_current_context().exit(128 + signal.Signals[found["stopped_by"]])  # as shells report it
+    output.leave_if_stopped(found["stopped_by"])

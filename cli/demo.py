@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from pathlib import Path
 
 import click
@@ -30,5 +29,4 @@ def demo(out: Path, as_json: bool) -> None:
 
     summary = run_demo(out, click.echo)
     output.json_line(summary, as_json)
-    if summary["stopped_by"]:
-        click.get_current_context().exit(128 + signal.Signals[summary["stopped_by"]])  # as shells report it
+    output.leave_if_stopped(summary["stopped_by"])

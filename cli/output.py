@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -78,3 +79,9 @@ def json_line(document: dict[str, Any], wanted: bool) -> None:
     """Prints the document as one line, if asked for: the last thing a command prints."""
     if wanted:
         click.echo(json.dumps(document))
+
+
+def leave_if_stopped(signal_name: str | None) -> None:
+    """Ends the command with 128 and the signal that stopped its work, as shells report it; does nothing where none did."""
+    if signal_name:
+        click.get_current_context().exit(128 + signal.Signals[signal_name])

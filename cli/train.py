@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shlex
-import signal
 from collections.abc import Mapping
 from typing import Any
 
@@ -188,8 +187,7 @@ def train(as_json: bool, **options: Any) -> None:
     if leads():
         output.table(f"Run {summary['run']}", _rows(summary, options))
         output.json_line(summary, as_json)
-    if summary["stopped_by"]:
-        click.get_current_context().exit(128 + signal.Signals[summary["stopped_by"]])  # as shells report it
+    output.leave_if_stopped(summary["stopped_by"])
 
 
 def _rows(summary: Mapping[str, Any], options: Mapping[str, Any]) -> list[tuple[str, str]]:

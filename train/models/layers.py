@@ -371,22 +371,18 @@ class _ResponseNorm(torch.autograd.Function):
     ) -> torch.Tensor:
         normalised, scale = torch.empty_like(images), torch.empty_like(images, dtype=_wide(images.dtype))
         ctx.window, ctx.alpha, ctx.beta, ctx.compiled = window, alpha, beta, None
-        if (
-            isinstance(window, MapWindow)
-            and beta == 0.75
-            and (compiled := cpu_kernels.fitting(images, window.towers)) is not None
-        ):
-            ctx.compiled = compiled
-            compiled.normalise(images, window.towers, window.reach, k, alpha, normalised, scale)
-            ctx.save_for_backward(images, normalised, scale)
-            return normalised
-        for given, out, s in _chunks(images, normalised, scale):
-            a = given.to(s.dtype)
-            b = out if out.dtype == s.dtype else torch.empty_like(s)
-            window.sum_into(a * a, s).mul_(alpha).add_(k)
-            _inverse_power(s, beta, b).mul_(a)
-            if b is not out:
-                out.copy_(b)
+        if isinstance(window, MapWindow) and beta == 0.75:
+            ctx.compiled = cpu_kernels.fitting(images, window.towers)
+        if ctx.compiled is not None:
+            ctx.compiled.normalise(images, ctx.window.towers, ctx.window.reach, k, alpha, normalised, scale)
+        else:
+            for given, out, s in _chunks(images, normalised, scale):
+                a = given.to(s.dtype)
+                b = out if out.dtype == s.dtype else torch.empty_like(s)
+                window.sum_into(a * a, s).mul_(alpha).add_(k)
+                _inverse_power(s, beta, b).mul_(a)
+                if b is not out:
+                    out.copy_(b)
         ctx.save_for_backward(images, normalised, scale)
         return normalised
 

@@ -136,11 +136,11 @@ def find_places(
             found.append(runs / place)
         else:
             notes.append(f"{place} is neither a dataset's folder, nor a run's, nor the name of a run in {runs}.")
-    if places and chosen is None and not found and not insist:
-        raise AlexprepError(f"{' '.join(notes)} A report needs a dataset or a run: name its folder")
     if not places:
         found += _last_active(runs)
-    if chosen is None:
+    if chosen is None and (
+        found or insist or not places
+    ):  # names that are all wrong do not mean the data that are there
         there = [data] if _holds_data(data) else []
         trained_on = [] if insist and there else list(_trained_on(found))
         chosen = next(iter([*trained_on, *there]), None)
